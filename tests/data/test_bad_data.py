@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 import tomllib
 from contextlib import suppress
 from decimal import Decimal
@@ -269,3 +270,22 @@ def test_many_mistakes_are_told_as_far_as_they_fit(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"unknown key 'train\.epoch0': .*; and \d+ more") as caught:
         Recipe.from_toml(f"{GOOD}[train]\n{wrong}")
     checked(caught.value)
+
+
+def test_a_table_with_hundreds_of_thousands_of_columns_is_refused_at_once(tmp_path: Path) -> None:
+    names = ["text", "label", *(f"c{number}" for number in range(300_000))]
+    row = ["a", "b", *["1"] * 300_000]
+    (tmp_path / "wide.csv").write_text("\n".join([",".join(names), ",".join(row)]) + "\n")
+    (tmp_path / "wide.jsonl").write_text(json.dumps(dict(zip(names, row, strict=True))) + "\n")
+    (tmp_path / "wide.json").write_text(json.dumps([dict(zip(names, row, strict=True))]))
+    for suffix in ("csv", "jsonl", "json"):
+        started = time.perf_counter()
+        with pytest.raises(DataError, match="has 300002 columns, expected at most 16384"):
+            open_source(str(tmp_path / f"wide.{suffix}"), Data(source="x"))
+        assert time.perf_counter() - started < 15  # counting each name in all of them took more than a minute
+    most = ",".join(names[:16_384])
+    (tmp_path / "most.csv").write_text(f"{most}\n{','.join(row[:16_384])}\n")
+    assert len(open_source(str(tmp_path / "most.csv"), Data(source="x"))[""].columns) == 16_384
+    (tmp_path / "twice.csv").write_text(f"{most.replace('c9,', 'c7,', 1)}\n{','.join(row[:16_384])}\n")
+    with pytest.raises(DataError, match="'c7' more than once"):
+        open_source(str(tmp_path / "twice.csv"), Data(source="x"))

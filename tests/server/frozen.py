@@ -26,7 +26,28 @@ PROMISED = 0.3  # seconds until /healthz answers, during any other request
 GROWTH = 768 << 20  # bytes by which the memory of a server may grow meanwhile
 LIMITS = RequestLimits()
 HEADER = LIMITS.header_bytes - 2048  # bytes that one value may have
-PATTERNS = ("\\", "%", "a.", "[", ",", "&", '"', "é", "9", "{", ";", "=", " ", "a=", "(", '\\"', "';", "%%41", "a b ")
+PATTERNS = (
+    "\\",
+    "%",
+    "a.",
+    "[",
+    ",",
+    "&",
+    '"',
+    "é",
+    "9",
+    "{",
+    ";",
+    "=",
+    " ",
+    "a=",
+    "(",
+    '\\"',
+    "';",
+    "%%41",
+    "a b ",
+    "\0",
+)
 FEW = ("\\", "%", "a.", '";')
 FILL, NUMBER = "fill-7c1e", "number-7c1e"  # where a text, or a number, of an instance is
 FORM = "application/x-www-form-urlencoded"

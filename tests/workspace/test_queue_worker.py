@@ -90,8 +90,10 @@ def test_a_client_cannot_name_a_file_of_the_server(workspace, source) -> None:
         workspace.queue.submit_texts(
             Recipe(name="a", base="/models/secret", data={"source": "reviews.csv"}), {"reviews.csv": b"text,label\n"}
         )
-    with pytest.raises(DataError, match="is not a plain file name"):
-        workspace.queue.submit_texts(recipe, {"../reviews.csv": b""})
+    for name in ("../reviews.csv", "a\0.csv", "a\n.csv", "a\\b.csv", "é" * 120 + ".csv", "\ud800.csv", ".csv"):
+        named = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": name})})
+        with pytest.raises(DataError, match="is not a plain file name"):
+            workspace.queue.submit_texts(named, {name: b"text,label\n"})
 
 
 def test_data_that_is_missing_or_from_stdin_is_refused_when_it_is_submitted(workspace) -> None:

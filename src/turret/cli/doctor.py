@@ -33,6 +33,8 @@ def doctor(
 
 def _lines(facts: JsonMapping) -> Iterator[tuple[str, str]]:
     yield "turret", f"{facts['turret']}  [dim]python {facts['python']}, {safe(facts['system'])}[/]"
+    for problem in facts["python_problems"]:
+        yield "", f"[yellow]{safe(problem)}[/]"
     memory = f"{size(facts['memory_bytes'])} memory, {size(facts['memory_available_bytes'])} of it free"
     yield "machine", f"{facts['cores']} cores, {memory}, {size(facts['disk_free_bytes'])} free on disk"
     yield "processor", _processor(facts["processor"])

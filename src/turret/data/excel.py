@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turret.data.table import JSON_LIMIT, CellValue, FileFormat, Table, TableRow, reason_of, require_distinct
+from turret.data.table import JSON_LIMIT, CellValue, FileFormat, Table, TableRow, check_columns, reason_of
 from turret.data.text_file import name_of
 from turret.errors import DataError, listed, shown
 
@@ -38,7 +38,7 @@ def open_excel(path: Path, form: FileFormat) -> Table:
     if wanted is None or wanted not in filled:
         raise DataError(f"{name_of(path)} has no table: expected a sheet with column names and rows")
     row, columns = filled[wanted]
-    require_distinct(name_of(path), columns, "give each its own name")
+    check_columns(name_of(path), columns, "give each its own name")
     others = [name for name in filled if name != wanted]
     notes = []
     if others and form.sheet is None:

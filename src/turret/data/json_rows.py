@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from turret.data import text_file
-from turret.data.table import JSON_LIMIT, SAMPLED_ROWS, FileFormat, Table, TableRow, from_rows
+from turret.data.table import JSON_LIMIT, SAMPLED_ROWS, FileFormat, Table, TableRow, check_columns, from_rows
 from turret.data.text_file import name_of
 from turret.errors import DataError
 from turret.json_types import JsonObject, JsonValue
@@ -32,6 +32,7 @@ def open_jsonl(path: Path, form: FileFormat) -> Table:
             break
     if not columns:
         raise DataError(f"{name_of(path)} is empty: give a table with rows")
+    check_columns(name_of(path), tuple(columns), "give each its own name")
 
     def read(columns: Sequence[str]) -> Iterator[TableRow]:
         for line, row in _objects(path, encoding):
@@ -103,6 +104,7 @@ def _of_value(path: Path, value: JsonValue, encoding: str) -> Table:
     if not rows:
         raise DataError(f"{name_of(path)} has no rows: give a table with rows")
     names = tuple(dict.fromkeys(key for row in rows[:SAMPLED_ROWS] for key in row))
+    check_columns(name_of(path), names, "give each its own name")
     table = replace(from_rows(name_of(path), names, rows), found=_found(encoding))
     return table.with_note(note) if note else table
 

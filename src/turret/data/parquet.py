@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turret.data.table import CellValue, Table, TableRow, reason_of, require_distinct
+from turret.data.table import CellValue, Table, TableRow, check_columns, reason_of
 from turret.data.text_file import name_of
 from turret.errors import DataError, one_line, shown
 
@@ -26,7 +26,7 @@ def open_parquet(path: Path) -> Table:
         if isinstance(error, OSError) and error.errno:  # from the system, not from Parquet
             raise
         raise DataError(f"{name_of(path)} is not Parquet, or broken: {reason_of(error)}: write it again") from None
-    require_distinct(name_of(path), names, "give each its own name")
+    check_columns(name_of(path), names, "give each its own name")
 
     def read(columns: Sequence[str]) -> Iterator[TableRow]:
         number = 0

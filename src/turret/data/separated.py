@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from turret.data import text_file
-from turret.data.table import FIELD_LIMIT, FileFormat, Table, TableRow, require_distinct
+from turret.data.table import FIELD_LIMIT, FileFormat, Table, TableRow, check_columns
 from turret.data.text_file import name_of
 from turret.errors import DataError, NoHeader, listed, shown
 
@@ -71,7 +71,7 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
             f"the first line of {name_of(path)} looks like data ({listed(first, 40)}), not like column names: set "
             "data.header = false and name 'column 1', 'column 2'; or data.header = true if they are names"
         )
-    require_distinct(name_of(path), names, "the first line must name the columns")
+    check_columns(name_of(path), names, "the first line must name the columns")
     found = FileFormat(
         None if encoding == text_file.UTF8 else encoding,
         None if delimiter == usual else delimiter,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
@@ -11,6 +12,7 @@ from turret.errors import DataError, one_line, shown
 FIELD_LIMIT = 10_000_000  # characters; ten long novels
 LINE_LIMIT = 32_000_000
 JSON_LIMIT = 1_000_000_000  # bytes
+MOST_COLUMNS = 16_384  # as of an Excel sheet
 SAMPLED_ROWS = 100  # rows of JSON whose keys are the columns
 
 CellValue: TypeAlias = object  # JSON, Excel and Parquet hold values of any type; `cells` checks them
@@ -101,13 +103,15 @@ def from_rows(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Cel
     return Table(name, tuple(columns), read, unit="row")
 
 
-def require_distinct(name: str, columns: Sequence[str], remedy: str) -> None:
-    """Raise DataError if two columns of a table have the same name.
+def check_columns(name: str, columns: Sequence[str], remedy: str) -> None:
+    """Raise DataError if two columns of a table have the same name, or if there are more than `MOST_COLUMNS`.
 
     Args:
         name: of the table.
     """
-    if twice := sorted({column for column in columns if columns.count(column) > 1}):
+    if len(columns) > MOST_COLUMNS:
+        raise DataError(f"{name} has {len(columns)} columns, expected at most {MOST_COLUMNS}: leave out unused ones")
+    if twice := sorted(column for column, count in Counter(columns).items() if count > 1):
         raise DataError(f"{name} has the column {shown(twice[0])} more than once: {remedy}")
 
 

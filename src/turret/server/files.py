@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from turret.errors import BadRequest
+from turret.errors import BadRequest, plainly
 from turret.json_types import JsonObject
 from turret.server import batch_schemas as schemas
 from turret.server.auth import Caller
@@ -72,7 +72,7 @@ def _add(state: ServerState, owner: str, sent: UploadFile) -> ClientFile:
         path = LocalPath(folder) / "sent"
         with path.open("wb") as write:
             shutil.copyfileobj(sent.file, write, PIECE)
-        return state.files.add(owner, (sent.filename or "file")[:255], BATCH, path)
+        return state.files.add(owner, plainly(sent.filename or "file")[:255], BATCH, path)
 
 
 @questions.get("/v1/files")

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ def facts(store: Store) -> JsonObject:
     return {
         "turret": importlib.metadata.version("turret"),
         "python": platform.python_version(),
+        "python_problems": python_problems(sys.version_info[:3]),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": memory.total,
@@ -148,3 +150,17 @@ def installed(package: str) -> str | None:
 def _existing(path: Path) -> Path:
     """The path, or its nearest parent that exists."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+# Minor version -> the first release without the holes that matter here: quadratic time in tarfile (CVE-2024-6232) and
+# http.cookies (CVE-2024-7592), an endless loop in zipfile (CVE-2024-8088). Later minor versions never had them.
+_MENDED: dict[tuple[int, ...], int] = {(3, 11): 10, (3, 12): 6}
+
+
+def python_problems(version: tuple[int, ...]) -> list[str]:
+    """What is wrong with a version of Python, as (3, 11, 7)."""
+    mended = _MENDED.get(version[:2], 0)
+    if version[2] >= mended:
+        return []
+    fixed = f"{version[0]}.{version[1]}.{mended}"
+    return [f"this Python has known holes in tarfile, zipfile and http.cookies, fixed in {fixed}: update it"]

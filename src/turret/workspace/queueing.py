@@ -21,6 +21,7 @@ from turret.store.queued_data import FOLDER, PLACE
 from turret.workspace.progress import Say, silent
 
 MOST_FILES = 1000  # in a folder of data
+MOST_NAME = 200  # bytes of the name of a file that a client sends
 STDIN = "-"
 
 
@@ -54,7 +55,8 @@ class Queue:
             DataError: `data.source` or `base` would be a file of the server.
         """
         for name in files:
-            if PurePosixPath(name).name != name or name.startswith("."):
+            plain = name.isprintable() and "\\" not in name and len(name.encode("utf-8", "replace")) <= MOST_NAME
+            if not plain or PurePosixPath(name).name != name or name.startswith("."):
                 raise DataError(f"files: {ascii(name)[:60]} is not a plain file name, such as reviews.csv")
         source = recipe.data.source
         if source not in files and (PLACE.match(source) or not _is_elsewhere(source)):
