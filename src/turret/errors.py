@@ -4,7 +4,8 @@ TurretError                 base of all; its text is one line: what failed, expe
 ├── BadReference            a name, version, alias or gate that cannot be parsed
 ├── RecipeError             a recipe with an unknown key or an invalid value, or one that cannot be read
 ├── DataError               a table, column, label or split that cannot be used
-│   └── NoHeader            a CSV file whose first line looks like data
+│   ├── NoHeader            a CSV file whose first line looks like data
+│   └── SeveralLabels       two columns fit equally well as the label; `columns` names them
 ├── BaseModelError          a base that cannot be found, read or used
 │   └── UnknownFamily       an architecture without an entry in `families`
 ├── DeviceError             a device that is not there, or on which the base cannot compute
@@ -51,7 +52,7 @@ TurretError                 base of all; its text is one line: what failed, expe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 LINE = 300  # characters of the line that the command line prints for an error
 
@@ -91,6 +92,12 @@ def listed(values: Iterable[str], most: int = 100) -> str:
             return f"{line} and {len(names) - place} more"
         line = longer
     return line or "none"
+
+
+def counted(count: int, noun: str, verb: str = "") -> str:
+    """A number with its noun, in the plural unless it is 1, and with `is` or `are`: `1 row is`, `2 rows are`."""
+    words = f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{words} {'is' if count == 1 else 'are'} {verb}" if verb else words
 
 
 def joined(sentences: Sequence[str], most: int = 230) -> str:
@@ -138,6 +145,18 @@ class ContextLengthExceeded(DataError):
 
 class NoHeader(DataError):
     """The first line of a CSV file looks like data, and the recipe does not say what it is."""
+
+
+class SeveralLabels(DataError):
+    """Two columns or more fit equally well as the label, and only the user knows which one is meant.
+
+    Args:
+        columns: their names with some of their classes, the best first.
+    """
+
+    def __init__(self, message: str, columns: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(message)
+        self.columns = columns
 
 
 class BaseModelError(TurretError):

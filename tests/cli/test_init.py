@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import small_models
 from command_line import typed
 from foreign_tables import CLASSES, MAKERS, stdin_of
 from small_tables import POLES, write_csv
+from strange_tables import german_quarter, portuguese_unicode
 from table_bytes import PLAIN, csv, jsonl
 
 from turret.data.dataset import read
@@ -137,6 +141,50 @@ def test_a_table_with_nothing_to_learn_from_is_one_line(content: str, said: str,
     assert (status, out) == (1, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_on_a_terminal_the_label_is_asked_for(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    table = portuguese_unicode(tmp_path).path
+    above, below = pty.openpty()
+    command = [sys.executable, "-c", "from turret.cli.main import main; main()", "init", table.name]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=below, stdout=below, stderr=below, close_fds=True) as child:
+        os.close(below)
+        seen = b""
+        while b"number" not in seen:
+            seen += os.read(above, 1000)
+        os.write(above, b"2\n")
+        while chunk := _read(above):
+            seen += chunk
+        assert child.wait(timeout=60) == 0, seen
+    os.close(above)
+    assert b"Which column is the label?" in seen
+    assert Recipe.load(tmp_path / "mensagens.toml").data.label == "Sentimento"
+
+
+def _read(above: int) -> bytes:
+    try:
+        return os.read(above, 1000)
+    except OSError:  # Linux, when the child has closed its side
+        return b""
+
+
+def test_other_candidates_and_renaming_are_in_the_recipe_as_comments(tmp_path: Path) -> None:
+    status, out, err = typed("init", str(german_quarter(tmp_path).path), "--out", "-")
+    assert status == 0, err
+    for words in (
+        '# label = "Kanal"  # 3 classes: Telefon (30), Filiale (30), E-Mail (30); from the text: hardly (kappa ',
+        "# rename = {\"Rechnug\" = \"Rechnung\"}  # 'Rechnug' (2) looks like 'Rechnung'",
+        "header_row = 3",
+        'sheet = "Rohdaten"',
+    ):
+        assert words in out, words
+    assert "class_weights" not in out
+    meant = out.replace("# rename", "rename")
+    recipe = Recipe.from_toml(meant)
+    assert recipe.data.rename == {"Rechnug": "Rechnung"}
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
 
 
 def test_a_recipe_that_exists_is_replaced_only_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def test_training_rows_whose_input_is_held_out_are_dropped(tmp_path: Path) -> No
     write_csv(tmp_path / "test.csv", [*POLES[:4], {"text": "new", "label": "bad"}])
     data = load(tmp_path, drop_duplicates=True)
     assert (len(data.train), len(data.test), data.duplicates) == (16, 5, 0)
-    assert "5 training rows are left out, because their input is held out too" in data.notes
+    assert "5 training rows are left out, because their inputs are held out too" in data.notes
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

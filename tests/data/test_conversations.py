@@ -133,7 +133,26 @@ def test_turns_after_the_last_answer_and_rows_without_answers_are_left_out_and_c
     assert len(data.train) + len(data.test) == 5
     assert all(each.turns[-1].role == "assistant" for each in data.train if isinstance(each, Conversation))
     assert any("turns after the last answer are left out in 1 of 6 conversations" in n for n in data.notes)
-    assert any("1 of 6 rows without 'messages' are left out" in note for note in data.notes)
+    assert any("1 of 6 rows without a question and its answer in 'messages' is left out" in note for note in data.notes)
+
+
+def test_answers_before_the_first_question_are_left_out_and_counted(tmp_path: Path) -> None:
+    greeting = ("assistant", "Hello, how can I help?")
+    made = [{"messages": chats.messages(said(i))} for i in range(4)]
+    made += [{"messages": chats.messages([("system", "Be kind."), greeting, *said(9)])}]
+    made += [{"messages": chats.messages([greeting])}]
+    path = write_jsonl(tmp_path / "a.jsonl", made)
+    data = load(path)
+    assert len(data.train) + len(data.test) == 5
+    roles = {
+        tuple(turn.role for turn in each.turns) for each in (*data.train, *data.test) if isinstance(each, Conversation)
+    }
+    assert all("assistant" not in each[: each.index("user")] for each in roles)
+    assert any("answers that begin a conversation are left out in 1 of 6 conversations" in note for note in data.notes)
+    assert any("1 of 6 rows without a question and its answer in 'messages' is left out" in note for note in data.notes)
+    asked = read_inputs(Data(source=str(path)), Chat.schema())
+    assert isinstance(asked[4], Prompt)
+    assert [turn.role for turn in asked[4].turns][:2] == ["system", "user"]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -90,8 +90,7 @@ def test_reading_leaves_the_process_wide_field_limit_alone(tmp_path: Path) -> No
         (b"", "is empty"),
         (b"\n\n", "is empty"),
         (b"a,b\n1,2,3\n", r"line 2 has 3 fields and the header has 2: put texts with ',' in double quotes"),
-        (b"a,b\n1,2\n3\n", "line 3 has 1 fields and the header has 2"),
-        (b"a,a\n1,2\n", "has the column 'a' more than once"),
+        (b"a,b\n1,2\n3\n", "line 3 has 1 field and the header has 2"),
         (b'a,b\n1,2\n"open,2\n', "row from line 3: a double quote is opened and never closed"),
         (b'a,b\n"x" y,2\n', "row from line 2: a double quote is out of place"),
         (
@@ -106,6 +105,13 @@ def test_a_broken_csv_is_one_line_that_says_where(tmp_path: Path, content: bytes
     with pytest.raises(DataError, match=said) as caught:
         cells(path)
     assert "\n" not in str(caught.value)
+
+
+def test_columns_of_one_name_are_numbered_and_a_note_says_so(tmp_path: Path) -> None:
+    table = open_table(put(tmp_path / "t.csv", b"a,b,a\n1,2,3\n"))
+    assert table.columns == ("a (1)", "b", "a (2)")
+    assert list(table.read(["a (2)", "a (1)"])) == [(2, ("3", "1"))]
+    assert any("columns of one name are numbered, such as 'a (1)'" in note for note in table.notes)
 
 
 def test_a_field_of_fifty_megabytes_on_one_line_is_refused_without_reading_it_all(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_rows_that_lack_a_text_or_a_label_are_left_out_and_counted(tmp_path: Pat
     data = load(write_csv(tmp_path / "t.csv", rows), test=4)
     assert len(data.train) + len(data.test) == 20
     assert "t.csv: 2 of 23 rows without 'label' are left out" in data.notes
-    assert "t.csv: 1 of 23 rows without 'text' are left out" in data.notes
+    assert "t.csv: 1 of 23 rows without 'text' is left out" in data.notes
 
 
 def test_nul_and_half_characters_are_replaced_and_counted(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_inputs_that_are_in_train_and_test_are_counted_and_said(tmp_path: Path) 
 def test_a_text_with_two_labels_is_said(tmp_path: Path) -> None:
     write_csv(tmp_path / "train.csv", [*POLES, {"text": "film 1", "label": "bad"}])
     write_csv(tmp_path / "test.csv", [{"text": "new", "label": "bad"}])
-    assert "1 training texts occur with more than one label" in load(tmp_path).notes
+    assert "1 training text occurs with more than one label" in load(tmp_path).notes
 
 
 def test_the_digest_is_the_contents_and_nothing_elses(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import typer
 
 from turret.cli import options
 from turret.cli.evaluation import check_targets, print_evaluation, written
-from turret.cli.output import console, counted, cut, emit, grid, report, safe, span, status
-from turret.errors import DataError, RecipeError, plainly, shown
+from turret.cli.output import console, cut, emit, grid, report, safe, span, status
+from turret.errors import DataError, RecipeError, counted, plainly, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 KEYS = (  # of [data], that say how a table is read
     "text", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools", "ignore",
-    "encoding", "delimiter", "header", "sheet", "separator", "normalize_labels", "test",
+    "encoding", "delimiter", "header", "header_row", "sheet", "bad_lines", "separator", "normalize_labels",
+    "rename", "test",
 )  # fmt: skip
 
 

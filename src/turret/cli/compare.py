@@ -10,9 +10,9 @@ import typer
 
 from turret.cli import options
 from turret.cli.answers import data_columns
-from turret.cli.output import columns, console, counted, many, report, safe, size, span, status
+from turret.cli.output import columns, console, many, report, safe, size, span, status
 from turret.cli.train import Base, Data, Kind, Name, Seed, Source, read_recipe
-from turret.errors import RecipeError
+from turret.errors import RecipeError, counted
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import console, counted, emit, grid, many, safe, size
+from turret.cli.output import console, emit, grid, many, safe, size
+from turret.errors import counted
 from turret.json_types import JsonMapping
 
 GOOD, BAD = "[green]ok[/]  ", "[yellow]--[/]  "

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from turret.cli import options
-from turret.cli.output import console, emit, safe
+from turret.cli.output import asks, console, emit, safe
 from turret.cli.train import Base, Kind, Name
-from turret.errors import RecipeError
+from turret.errors import RecipeError, SeveralLabels
 
 
 def init(
@@ -42,7 +43,12 @@ def init(
     named = {"base": base, "name": name, "task.kind": task}
     settings = {f"data.{role}": column for role, column in columns.items()}
     settings |= {key: value for key, value in named.items() if value is not None} | options.overrides(sets)
-    found = draft(source, settings=settings)
+    try:
+        found = draft(source, settings=settings)
+    except SeveralLabels as error:
+        if as_json or not asks():
+            raise
+        found = draft(source, settings=settings | {"data.label": _asked(error)})
     path = None if out == "-" else Path(out or f"{found.name}.toml")
     if path is not None:
         _write(path, found.text, force)
@@ -54,6 +60,18 @@ def init(
         for note in found.notes:
             console().print(f"  [dim]note[/]  {safe(note)}")
         console().print(f"[bold]{safe(path)}[/]  [dim]try[/] turret plan {safe(path)}")
+
+
+def _asked(error: SeveralLabels) -> str:
+    """The column that the user chooses as the label."""
+    out = console(stderr=True)
+    out.print("Which column is the label?")
+    names = list(error.columns)
+    for number, name in enumerate(names, 1):
+        classes = ", ".join(error.columns[name][:5])
+        out.print(f"  {number}  [bold]{safe(name)}[/]  [dim]{safe(classes)}[/]")
+    chosen: int = typer.prompt("number", type=click.IntRange(1, len(names)), default=1, err=True)
+    return names[chosen - 1]
 
 
 def _write(path: Path, text: str, force: bool) -> None:

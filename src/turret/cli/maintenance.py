@@ -8,7 +8,8 @@ import typer
 
 from turret.access import DEFAULT, Access
 from turret.cli import options
-from turret.cli.output import console, counted, emit, rows, safe, size
+from turret.cli.output import console, emit, rows, safe, size
+from turret.errors import counted
 
 
 def verify(

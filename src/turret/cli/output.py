@@ -80,6 +80,11 @@ def offer(commands: Sequence[str], store: object, out: Console | None = None) ->
         out.print(f"  turret {safe(command + where)}")
 
 
+def asks() -> bool:
+    """Whether a question can be asked: somebody reads it on a terminal, and types on one."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def follows() -> bool:
     """Whether torchrun started this process, and another one prints."""
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
@@ -157,11 +162,6 @@ def many(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f}{unit}" if unit == "" or count >= 100 else f"{count:.1f}{unit}"
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 file`, `3 files`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def span(seconds: float) -> str:

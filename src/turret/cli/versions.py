@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, counted, emit, grid, main_metric, measured, number, safe, size, span
-from turret.errors import NotFound
+from turret.cli.output import columns, console, emit, grid, main_metric, measured, number, safe, size, span
+from turret.errors import NotFound, counted
 from turret.json_types import JsonMapping, part
 from turret.timestamp import to_minute
 

@@ -17,18 +17,29 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, time
 
 from turret.data.table import FIELD_LIMIT, CellValue
 from turret.errors import DataError, listed, shown
 
 MOST_CLASSES = 10_000
 LABEL_LIMIT = 1000  # characters
+_MOST_COMPARED = 300  # classes among which typos are looked for
 _WHOLE = re.compile(r"([+-]?[0-9]+)(\.0+|,00?)")
 _FRACTION = re.compile(r"[+-]?[0-9]*[.,][0-9]+([eE][+-]?[0-9]+)?")
 _JOINS = ("|", ";", ",", "/", "+", "&")  # what people put between several labels in a cell
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 Label = str | tuple[str, ...]
+
+NO_VALUES = frozenset((  # what people and programs write into a cell that has no value
+    "n/a", "#n/a", "na", "n.a.", "n. a.", "nan", "null", "none", "nil", "-", "--", "---", "–", "—", "?", "??", "tbd",
+    "unknown",
+    "k.a.", "k. a.", "keine angabe", "unbekannt", "leer", "n.d.", "nd", "inconnu", "non renseigné", "s/d", "sin datos",
+    "desconocido", "non disponibile", "sconosciuto", "onbekend", "n.v.t.", "desconhecido", "b/d", "b.d.", "brak",
+    "brak danych",
+    "(blank)", "(leer)", "(vide)", "#ref!", "#value!",
+))  # fmt: skip
 
 
 class Replacements:
@@ -50,6 +61,9 @@ def text_of(cell: CellValue, replaced: Replacements) -> str | None:
         return None
     elif isinstance(cell, (int, float)):
         text = _digits(cell)
+    elif isinstance(cell, (date, time)):  # a spreadsheet makes a date of 3/4
+        text = cell.isoformat()
+        replaced.counts["were a date or a time, which is read as such a text: 2025-03-04"] += 1
     else:
         raise DataError(f"expected text, found {type(cell).__name__}")
     if len(text) > FIELD_LIMIT:
@@ -184,6 +198,74 @@ def check_alike(labels: Iterable[str]) -> None:
             f"the labels {' and '.join(shown(each, 40) for each in alike[0][:3])} differ in case or blanks only{more}: "
             "set data.normalize_labels = true, or write them alike in the table"
         )
+
+
+def typos(counts: Mapping[str, int]) -> dict[str, str]:
+    """Rare label -> the common label that it is probably a misspelling of.
+
+    A label is rare if a common one has five times its rows. The two differ by one letter, or two letters next to each
+    other are swapped; by two of these if they have eight letters or more. Digits differ on purpose: `level 1`.
+    """
+    found: dict[str, str] = {}
+    if len(counts) > _MOST_COMPARED:
+        return found
+    common = sorted(counts, key=lambda label: -counts[label])
+    for rare in reversed(common):
+        key = key_of(rare)
+        for label in common:
+            other = key_of(label)
+            if counts[label] < 5 * counts[rare]:
+                break
+            most = 2 if len(key) >= 8 else 1 if len(key) >= 4 else 0
+            apart = _digits_in(key) == _digits_in(other) and abs(len(key) - len(other)) <= most
+            if apart and 0 < distance(key, other) <= most:
+                found[rare] = label
+                break
+    return found
+
+
+def _digits_in(text: str) -> str:
+    return "".join(filter(str.isdigit, text))
+
+
+def distance(first: str, second: str) -> int:
+    """Insertions, deletions, replacements and swaps of neighbours that make one text of the other.
+
+    Source: the optimal string alignment distance.
+    """
+    before: list[int] = []
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, 1):
+        before, last, row = row, before, [i] * (len(second) + 1)
+        for j, b in enumerate(second, 1):
+            row[j] = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == second[j - 2] and b == first[i - 2]:
+                row[j] = min(row[j], last[j - 2] + 1)
+    return row[-1]
+
+
+def no_values(counts: Mapping[str, int]) -> list[str]:
+    """Labels that people write if there is no label, such as `N/A`."""
+    return [label for label in counts if key_of(label) in NO_VALUES]
+
+
+def renaming(counts: Mapping[str, int]) -> dict[str, str]:
+    """What `data.rename` should probably be: typos get the label that is meant, `N/A` and its like are left out."""
+    return {**typos(counts), **dict.fromkeys(no_values(counts), "")}
+
+
+def doubts(counts: Mapping[str, int]) -> list[str]:
+    """A sentence on each class that is probably a typo or no class."""
+    meant = typos(counts)
+    found = [f"{shown(rare, 40)} ({counts[rare]}) looks like {shown(label, 40)}" for rare, label in meant.items()]
+    return found + [f"{shown(label, 40)} ({counts[label]}) looks like no label" for label in no_values(counts)]
+
+
+def renamed(label: Label, rename: Mapping[str, str]) -> Label | None:
+    """The label that `data.rename` gives; None if it leaves the label out."""
+    if isinstance(label, str):
+        return rename.get(label, label) or None
+    return tuple(sorted({name for each in label if (name := rename.get(each, each))}))
 
 
 def joined_by(labels: Iterable[str]) -> tuple[str, str] | None:

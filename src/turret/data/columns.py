@@ -14,18 +14,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from turret.data.cells import Label, Replacements, text_of
-from turret.data.conversations import conversation_of, prompt_of, question, turns_of
+from turret.data.conversations import conversation_of, from_question, prompt_of, question, turns_of
 from turret.data.examples import Conversation, Example, Prompt, Turn
-from turret.data.table import CellValue, DataSettings, Table
+from turret.data.table import CellValue, DataSettings, Table, name_key
 from turret.errors import DataError, listed, shown
 
 # the keys of a recipe's [data] for an input and its output
+_LISTED = 12  # columns that an error names
 PAIR_ROLES = ("text", "label", "document", "summary", "prompt", "completion")
 
 Roles = tuple[str, str]  # the keys of a recipe's [data] for the input and the output
 LABELLED: Roles = ("text", "label")
 SUMMARISED: Roles = ("document", "summary")
 COMPLETED: Roles = ("prompt", "completion")
+OPTIONS = ("text", "label", "prompt", "completion", "messages")  # roles that the command line has an option for
 PAIRS = (LABELLED, SUMMARISED, COMPLETED)
 
 WHOLE = ("messages", "conversations")  # column names of all turns
@@ -175,7 +177,8 @@ def find_input(
         return found[0] if found else columns[0]
     option = "--text" if role == LABELLED[0] else "--prompt"
     raise DataError(
-        f"cannot tell which column has the inputs; the columns are {listed(columns)}: name one with {option} COLUMN"
+        f"cannot tell which column has the inputs; the columns are {listed_columns(columns)}: "
+        f"name one with {option} COLUMN"
     )
 
 
@@ -184,7 +187,9 @@ def aligned(table: Table, names: Sequence[str]) -> Table:
     found = {name: find_column(name, table.columns) for name in names}
     missing = [name for name, column in found.items() if column is None]
     if missing:
-        raise DataError(f"{table.name} has no column {listed(missing, 60)}: its columns are {listed(table.columns)}")
+        raise DataError(
+            f"{table.name} has no column {listed(missing, 60)}: its columns are {listed_columns(table.columns)}"
+        )
     if all(name == column for name, column in found.items()):
         return table
     own = {name: column for name, column in found.items() if column is not None}
@@ -224,25 +229,22 @@ def _guess(schema: Schema, roles: Roles, given: dict[str, str], columns: Sequenc
 
 
 def _not_found(given: dict[str, str], columns: Sequence[str], only: Schema | None) -> str:
-    named = f" beside {listed(given.values(), 40)}" if given else ""
-    if (only and LABELLED in only.names) or set(LABELLED) & given.keys():
-        remedy = "set data.text and data.label (--text COLUMN --label COLUMN)"
-    elif only:
-        remedy = "set data.prompt and data.completion (--prompt COLUMN --completion COLUMN)"
+    pairs = [pair for pair in PAIRS if given.keys() & set(pair)] or [only.usual if only else LABELLED]
+    if given:
+        role = next((role for role in pairs[0] if role not in given), pairs[0][1])
+        named = f" beside {listed(given.values(), 40)}"
+        what = f"the {role}{named} is" if role in OPTIONS else f"data.{role}{named} is"
+        remedy = f"add --{role} COLUMN" if role in OPTIONS else f"set data.{role}"
+        return f"cannot tell which column {what}; the columns are {listed_columns(columns)}: {remedy}"
+    if only:
+        first, second = LABELLED if pairs[0] == LABELLED else COMPLETED
+        remedy = f"set data.{first} and data.{second} (--{first} COLUMN --{second} COLUMN)"
     else:
-        remedy = (
-            "set data.text and data.label (--text, --label) to classify, or data.prompt and data.completion "
-            "(--prompt, --completion) to write"
-        )
-    return f"cannot tell which columns to use{named}; the columns are {listed(columns, 60)}: {remedy}"
+        remedy = "set data.text and data.label (--text, --label) to classify, or --prompt and --completion to write"
+    return f"cannot tell which columns to use; the columns are {listed_columns(columns)}: {remedy}"
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
-
-
-def name_key(name: str) -> str:
-    """Equal for names that differ in case or blanks only."""
-    return " ".join(name.split()).casefold()
 
 
 def named_columns(data: DataSettings, roles: Iterable[str]) -> dict[str, str]:
@@ -268,7 +270,23 @@ def found_columns(given: Mapping[str, str], columns: Sequence[str]) -> dict[str,
     meant = [shown(next(c for c in columns if name_key(c) == match[0]), 40) for match in near if match]
     no = f"is no column {shown(missing[0])}" if len(missing) == 1 else f"are no columns {listed(missing, 60)}"
     ask = f", did you mean {' and '.join(meant)}?" if meant else ""
-    raise DataError(f"there {no}: the columns are {listed(columns, 80)}{ask}")
+    raise DataError(f"there {no}: the columns are {listed_columns(columns, 150 if meant else 180)}{ask}")
+
+
+def listed_columns(columns: Sequence[str], room: int = 140) -> str:
+    """Up to twelve names of columns, the long ones shortened so that they fit, and the number of the others.
+
+    Args:
+        room: characters.
+    """
+    names = list(columns[:_LISTED])
+    lengths, left = sorted(len(shown(name, room)) - 2 for name in names), room - 4 * len(names)
+    most = 8
+    for place, length in enumerate(lengths):  # what short names leave is for the long ones
+        most = max(8, left // (len(lengths) - place))
+        left -= min(length, most)
+    more = f" and {len(columns) - len(names)} more" if len(columns) > len(names) else ""
+    return ", ".join(shown(name, most + 2) for name in names) + more
 
 
 def trained_columns(trained: Mapping[str, str], columns: Sequence[str]) -> tuple[dict[str, str], str | None]:
@@ -300,7 +318,7 @@ class Layout:
     def conversation(
         self, cells: Sequence[CellValue], replaced: Replacements, changes: Counter[str]
     ) -> Conversation | str:
-        """The conversation in the cells of a row, or the column that lacks a value. Raises DataError.
+        """The conversation in the cells of a row, or what the row lacks. Raises DataError.
 
         Args:
             cells: in the order of `roles`.
@@ -312,19 +330,23 @@ class Layout:
         if self.whole:
             turns = self._turns(row, "messages", replaced)
             found = None if turns is None else conversation_of(turns, row.get("tools"), system, changes)
-            return self.roles["messages"] if found is None else found
+            if found is not None:
+                return found
+            lacks = "" if turns is None else "a question and its answer in "
+            return f"{lacks}{self.roles['messages']!r}"
         asked = self._asked(row, replaced)
         if asked is None:
-            return self.roles["prompt"]
+            return repr(self.roles["prompt"])
         answers = self._side(row, "completion", "assistant", replaced)
         found = None if answers is None else conversation_of([*asked, *answers], row.get("tools"), system, changes)
-        return self.roles["completion"] if found is None else found
+        return repr(self.roles["completion"]) if found is None else found
 
     def prompt(self, cells: Sequence[CellValue], replaced: Replacements) -> Prompt | None:
         """What is asked in the cells of a row; None if they are missing. Turns after the last question are answers."""
         row = self._row(cells)
         system = self._text(row, "system", replaced)
         turns = self._turns(row, "messages", replaced) if self.whole else self._asked(row, replaced)
+        turns = None if turns is None else list(from_question(turns))
         while turns and turns[-1].role == "assistant":
             turns = turns[:-1]
         return prompt_of(turns, row.get("tools"), system) if turns else None
@@ -433,7 +455,7 @@ def named_layout(
     layout = find_layout(found_columns(given, columns), columns, known=known)
     if layout is None and (known or own):
         remedy = "name data.messages, or data.prompt and data.completion"
-        raise DataError(f"cannot tell which columns to use; the columns are {listed(columns)}: {remedy}")
+        raise DataError(f"cannot tell which columns to use; the columns are {listed_columns(columns)}: {remedy}")
     return layout
 
 
@@ -452,7 +474,7 @@ def prompt_layout(data: DataSettings, columns: Sequence[str], trained: Mapping[s
     layout = find_layout(found_columns(given, kept), kept, known=True, asks=True)
     if layout is None:
         raise DataError(
-            f"cannot tell which column has the conversations; the columns are {listed(columns)}: "
+            f"cannot tell which column has the conversations; the columns are {listed_columns(columns)}: "
             "name data.messages or data.prompt"
         )
     return layout

@@ -22,6 +22,7 @@ from turret.errors import DataError, shown
 from turret.json_types import JsonObject, JsonValue
 
 MOST_TURNS = 10_000
+_UNASKED = "answers that begin a conversation are left out"
 _ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
@@ -40,13 +41,20 @@ def question(instruction: str, more: str | None) -> str:
 def conversation_of(
     turns: Sequence[Turn], tools: CellValue, system: str | None, changes: Counter[str]
 ) -> Conversation | None:
-    """The conversation up to its last answer; None if it has no answer. Raises DataError.
+    """The conversation from its first question to its last answer; None if it has none. Raises DataError.
+
+    An answer before the first question, such as a greeting, is left out: nobody asked for it, and many chat templates
+    refuse such a conversation.
 
     Args:
         tools: a cell with the tools that the assistant may call.
         system: a system turn from a column of its own.
-        changes: counts the conversations that end with turns after the last answer, which are left out.
+        changes: counts the conversations that lose turns before the first question, or after the last answer.
     """
+    asked = from_question(turns)
+    if len(asked) < len(turns):
+        changes[_UNASKED] += any(map(_answers, asked))
+    turns = asked
     answers = [place for place, turn in enumerate(turns) if _answers(turn)]
     if not answers:
         return None
@@ -55,6 +63,13 @@ def conversation_of(
         changes["turns after the last answer are left out"] += 1
     prompt = prompt_of(turns[:end], tools, system)
     return Conversation(prompt.turns, prompt.tools)
+
+
+def from_question(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns without answers that stand before the first question."""
+    lead = next((place for place, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    start = next((place for place, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    return turns if start <= lead else [*turns[:lead], *turns[start:]]
 
 
 def prompt_of(turns: Sequence[Turn], tools: CellValue, system: str | None) -> Prompt:

@@ -4,7 +4,7 @@ A table is read twice, a row at a time. The first pass checks every cell and cou
 splits are chosen by row number, and the second pass keeps the chosen rows. So `train = 2000` of a table of a hundred
 gigabytes keeps 2000 examples. If the examples do not fit in memory, `ExampleStore` keeps them in a temporary file.
 
-One error reports all problems of a source.
+One error reports the problems of columns, or those of all cells: the first few, and a count of the others.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from turret.data import cells
 from turret.data.columns import Columns, Layout, Schema, aligned, check_unused, find_columns, find_group
 from turret.data.example_store import MEMORY, ExampleStore
 from turret.data.examples import Dataset, Example, Labelled, Pair, labels_of
+from turret.data.profile import columns_of, rivals_note
 from turret.data.rows import numbered
 from turret.data.source import open_source
 from turret.data.splits import (
@@ -39,7 +40,7 @@ from turret.data.splits import (
     test_split,
 )
 from turret.data.table import CellValue, DataSettings, Table, format_of
-from turret.errors import DataError, listed, one_line, shown
+from turret.errors import DataError, counted, listed, one_line, shown
 
 T = TypeVar("T")
 _ROOM = 270  # characters of the error
@@ -58,16 +59,16 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
         memory: characters of examples that are kept in memory; more go to a temporary file.
 
     Raises:
-        DataError: the source, a column, a cell or a split cannot be used. It names every problem that was found.
+        DataError: the source, a column, a cell or a split cannot be used. It names the first problems that were found.
     """
     tables = open_source(data.source, format_of(data))
     problems = Problems()
     sources = problems.note(lambda: find_sources(data, list(tables)))
     train = tables[sources.split["train"] if sources else next(iter(tables))]
-    columns = problems.note(lambda: find_columns(data, train.columns, schemas))
+    columns = problems.note(lambda: columns_of(train, data, schemas))
     group = problems.note(lambda: find_group(data, train.columns))
     if columns is None:  # perhaps because the file was read in the wrong way
-        for note in train.notes:
+        for note in [*train.notes, *([train.hint] if train.hint else [])]:
             problems.add(note)
     problems.require()
     assert sources is not None
@@ -83,8 +84,9 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
         problems.note(lambda: _check_labels(data, scans, used, sources, columns, spelling))
     problems.require()
     notes = [note for table in used.values() for note in table.notes] + ([columns.note] if columns.note else [])
-    notes += [note for split, scan in scans.items() for note in scan.notes(used[split].name)]
-    notes += _spelling_notes(spelling)
+    notes += [note for split, scan in scans.items() for note in scan.notes(used[split])]
+    notes += [*_spelling_notes(spelling), *_rename_notes(data, scans)]
+    notes += rivals_note(train, data, columns)
     labels = (
         cells.in_order({spelling[label] for label in scans[sources.split["train"]].labels}) if schema.classes else ()
     )
@@ -137,11 +139,13 @@ def read_test(
         labels: the classes that the adapter knows.
         trained: role -> column of the table that the adapter was trained on.
     """
-    tables = open_source(data.source, format_of(data))
+    tables = open_source(data.source, format_of(data, trained))
     problems = Problems()
     split = problems.note(lambda: test_split(data, list(tables)))
     table, last_place = numbered(tables[split] if split is not None else next(iter(tables.values())))
     columns = problems.note(lambda: find_columns(data, table.columns, [schema], trained=trained))
+    if columns is None and table.hint:
+        problems.add(table.hint)
     problems.require()
     assert columns is not None
     wanted = Wanted.of(data, columns, None)
@@ -159,7 +163,7 @@ def read_test(
         )
     problems.require()
     examples = [_respelt(example, spelling) for example in rows]
-    notes = [*table.notes, *([columns.note] if columns.note else []), *scan.notes(table.name)]
+    notes = [*table.notes, *([columns.note] if columns.note else []), *scan.notes(table)]
     if data.test is not None and not isinstance(data.test, str):
         numbers = shuffled(len(examples), seed)[: taken("test", data.test, len(examples), len(examples), notes)]
         examples, places = [examples[number] for number in numbers], [places[number] for number in numbers]
@@ -196,6 +200,26 @@ def _spelling_notes(spelling: Mapping[str, str]) -> list[str]:
     first = min(changed)
     more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
     return [f"labels that differ in case or blanks only are one class: {first!r} is {changed[first]!r}{more}"]
+
+
+def _rename_notes(data: DataSettings, scans: Mapping[str, Scan]) -> list[str]:
+    """How many rows `data.rename` changed. Raises DataError for a name that no row has."""
+    counts: Counter[str] = Counter()
+    for scan in scans.values():
+        counts.update(scan.renamed)
+    notes = []
+    for label, meant in (data.rename or {}).items():
+        if not counts[label]:
+            there = {each for scan in scans.values() for each in scan.labels}
+            raise DataError(
+                f"data.rename names the label {shown(label, 40)}, which no row has: the labels are "
+                f"{listed(cells.in_order(there))}"
+            )
+        notes.append(
+            f"{counted(counts[label], 'row')} with the label {label!r}: "
+            + ((meant and f"read as {meant!r}") or "left out")
+        )
+    return notes
 
 
 def _check_labels(
@@ -259,10 +283,15 @@ def _without_leaks(chosen: Chosen, sources: Sources, scans: Mapping[str, Scan]) 
     leaks = (
         np.isin(scans[sources.split["train"]].inputs_kept[train], np.concatenate(held)) if held else np.zeros(0, bool)
     )
-    notes = [f"{n} rows that repeat another one are left out" for scan in scans.values() if (n := scan.repeated)]
+    repeated = [scan.repeated for scan in scans.values() if scan.repeated]
+    notes = [
+        f"{counted(n, 'row')} that {'repeats' if n == 1 else 'repeat'} another one {_is(n)} left out" for n in repeated
+    ]
     if leaks.any():
         train = train[~leaks]
-        notes.append(f"{int(leaks.sum())} training rows are left out, because their input is held out too")
+        count = int(leaks.sum())
+        whose = "its input is" if count == 1 else "their inputs are"
+        notes.append(f"{counted(count, 'training row', 'left out')}, because {whose} held out too")
     if not len(train):
         raise DataError(
             "data.drop_duplicates leaves no training row, because all inputs are held out too: leave it out"
@@ -365,11 +394,17 @@ def _duplicates(
     for role in ("validation", "test"):
         duplicates = int(np.isin(inputs[role], train).sum())  # at the end those of the test split
         if duplicates:
-            notes.append(f"{duplicates} of {len(inputs[role])} {role} inputs occur in the training examples too")
+            occurs = "occurs" if duplicates == 1 else "occur"
+            notes.append(
+                f"{duplicates} of {counted(len(inputs[role]), f'{role} input')} {occurs} in the training examples too"
+            )
     if schema.classes and not schema.many:
         once, with_label = np.unique(train), np.unique(both)
         if len(with_label) > len(once):
-            notes.append(f"{len(with_label) - len(once)} training texts occur with more than one label")
+            count = len(with_label) - len(once)
+            notes.append(
+                f"{counted(count, 'training text')} {'occurs' if count == 1 else 'occur'} with more than one label"
+            )
     return duplicates, notes
 
 
@@ -423,6 +458,7 @@ class Wanted:
 
     columns: tuple[str, ...]  # those of the roles, and group
     separator: str | None  # between the labels of a cell
+    rename: Mapping[str, str]  # label -> the class that is meant; "": rows with it are left out
     group: bool = False
     duplicates: bool = False
     stratify: bool = False
@@ -435,7 +471,10 @@ class Wanted:
         if data.stratify and group is not None:
             raise DataError("data.group and data.stratify cannot be met together: leave one of them out")
         names = (*columns.roles.values(), *([] if group is None else [group]))
-        return cls(names, data.separator, group is not None, bool(data.drop_duplicates), bool(data.stratify))
+        if data.rename and not columns.schema.classes:
+            raise DataError(f"data.rename needs classes, and {columns.schema.kind} has none: leave it out")
+        known = dict(data.rename or {})
+        return cls(names, data.separator, known, group is not None, bool(data.drop_duplicates), bool(data.stratify))
 
 
 @dataclass
@@ -444,12 +483,13 @@ class Scan:
 
     rows: int = 0
     usable: int = 0
-    without: Counter[str] = field(default_factory=Counter)  # column -> rows without a value in it
+    without: Counter[str] = field(default_factory=Counter)  # what rows lack, such as 'text' -> how many
     labels: Counter[str] = field(default_factory=Counter)
     replaced: cells.Replacements = field(default_factory=cells.Replacements)
     wrong: dict[str, str] = field(default_factory=dict)  # column -> the first error in it
     wrong_rows: Counter[str] = field(default_factory=Counter)  # column -> rows with an error in it
     changes: Counter[str] = field(default_factory=Counter)  # what happened -> conversations
+    renamed: Counter[str] = field(default_factory=Counter)  # label that `data.rename` names -> rows
     ungrouped: int = 0
     several: int = 0  # usable rows with several references
     _references: array[int] = field(default_factory=lambda: array("I"))
@@ -472,6 +512,11 @@ class Scan:
             self._pairs.append(hash_of(f"{example.input.strip()}\0{example.output}"))
         if wanted.stratify:
             self._outputs.append(self._combinations.setdefault(labels_of(example), len(self._combinations)))
+
+    def rename(self, output: cells.Label, rename: Mapping[str, str]) -> cells.Label | None:
+        """The label that `data.rename` gives; None if the row is left out."""
+        self.renamed.update(label for label in ((output,) if isinstance(output, str) else output) if label in rename)
+        return cells.renamed(output, rename)
 
     def _group(self, cell: CellValue) -> int:
         text = "" if cell is None else str(cell).strip()
@@ -526,14 +571,17 @@ class Scan:
         outputs = np.array(self._outputs, dtype=np.int64)[self.kept]
         return Kinship(np.array(rarest, dtype=np.int64)[outputs], groups)
 
-    def notes(self, table: str) -> list[str]:
-        lost = [f"{n} of {self.rows} rows without {column!r} are left out" for column, n in self.without.items()]
+    def notes(self, table: Table) -> list[str]:
+        of = f"of {counted(self.rows, 'row')}"
+        lost = [f"{n} {of} without {what} {_is(n)} left out" for what, n in self.without.items()]
         if self.ungrouped:
-            lost.append(f"{self.ungrouped} rows without a group are groups of their own")
+            own = "is a group of its own" if self.ungrouped == 1 else "are groups of their own"
+            lost.append(f"{counted(self.ungrouped, 'row')} without a group {own}")
         if self.several:
-            lost.append(f"{self.several} of {self.rows} rows have several references: in training each is an example")
-        lost += [f"{what} in {n} of {self.rows} conversations" for what, n in self.changes.items()]
-        return [f"{table}: {note}" for note in [*lost, *self.replaced.notes()]]
+            has = "has" if self.several == 1 else "have"
+            lost.append(f"{self.several} {of} {has} several references: in training each is an example")
+        lost += [f"{what} in {n} of {counted(self.rows, 'conversation')}" for what, n in self.changes.items()]
+        return table.left_out_notes() + [f"{table.name}: {note}" for note in [*lost, *self.replaced.notes()]]
 
     def report(self, table: Table, problems: Problems) -> None:
         """Add what is wrong with the table to `problems`."""
@@ -543,8 +591,12 @@ class Scan:
         if not self.rows:
             problems.add(f"{table.name} has columns and no rows: give a table with rows")
         elif not self.usable and not self.wrong:
-            lost = " and ".join(f"{n} without {shown(column, 40)}" for column, n in self.without.items())
+            lost = " and ".join(f"{n} without {one_line(what, 60)}" for what, n in self.without.items())
             problems.add(f"{table.name} has no usable row: of {self.rows} rows {lost}")
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def scan_of(table: Table, columns: Columns, wanted: Wanted, problems: Problems) -> Scan:
@@ -578,6 +630,8 @@ def examples_of(
             column = second
             cell = cells.split_labels(b, wanted.separator) if schema.many else b
             output = schema.output(cell, names, scan.replaced)
+            if wanted.rename and output is not None:
+                output = scan.rename(output, wanted.rename)
         except DataError as error:
             text = f"{table.name} {table.unit} {place}, column {shown(column, 40)}: {error}"
             if not collect:
@@ -586,7 +640,7 @@ def examples_of(
             scan.wrong_rows[column] += 1
             continue
         if source is None or output is None:
-            scan.without[first if source is None else second] += 1
+            scan.without[repr(first if source is None else second)] += 1
         else:
             if schema.classes:
                 scan.labels.update(output if isinstance(output, tuple) else (output,))
@@ -643,7 +697,7 @@ class Problems:
             return None
 
     def require(self) -> None:
-        """Raise one DataError with all problems, if there are any."""
+        """Raise one DataError with the first problems and a count of the others, if there are any."""
         if self._found:
             more = len(self._found) - _MOST
             raise DataError("; ".join(_shortened(self._found, _ROOM)) + (f"; and {more} more" if more > 0 else ""))

@@ -6,6 +6,7 @@ All formats are streamed but JSON, which is one value. Of Parquet only the reque
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,11 +138,15 @@ def _joined(folder: Path, paths: Sequence[Path], form: FileFormat) -> Table:
     if len(tables) == 1:
         return first
 
+    left_out: Counter[str] = Counter()
+
     def read(columns: Sequence[str]) -> Iterator[TableRow]:
+        left_out.clear()
         for table in tables:
             yield from table.read(columns)
+            left_out.update(table.left_out)
 
     name = f"{first.name} and {len(tables) - 1} more"
     notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))[:5]
-    joined = replace(first, name=name, read=read, notes=notes)
+    joined = replace(first, name=name, read=read, notes=notes, left_out=left_out)
     return joined.with_note(f"{len(tables)} files of {folder.name} are read as one: {first.name} ... {tables[-1].name}")

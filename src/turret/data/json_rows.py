@@ -7,17 +7,19 @@ columns. Either suffix may hold the other format; a note reports it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from turret.data import text_file
-from turret.data.table import JSON_LIMIT, SAMPLED_ROWS, FileFormat, Table, TableRow, check_columns, from_rows
+from turret.data.table import BAD_LINES, JSON_LIMIT, SAMPLED_ROWS, FileFormat, Table, TableRow, check_columns, from_rows
 from turret.data.text_file import name_of
 from turret.errors import DataError
 from turret.json_types import JsonObject, JsonValue
 
 _BEYOND = "nested too deeply, or a number of thousands of digits"
+_NAMED = 4  # bad lines that an error names; the others are counted
 
 
 def open_jsonl(path: Path, form: FileFormat) -> Table:
@@ -25,21 +27,24 @@ def open_jsonl(path: Path, form: FileFormat) -> Table:
     encoding, note = text_file.find_encoding(path, form.encoding)
     if _first_mark(path, encoding) == "[" and (table := _listed(path, encoding)) is not None:
         return table.with_note(f"{name_of(path)} is one JSON list, and is read as such")
+    left_out: Counter[str] = Counter()
     columns: dict[str, None] = {}
-    for count, (_, row) in enumerate(_objects(path, encoding), 1):
+    for count, (_, row) in enumerate(_objects(path, encoding, form.skip_bad_lines, left_out), 1):
         columns.update(dict.fromkeys(row))
         if count == SAMPLED_ROWS:
             break
     if not columns:
-        raise DataError(f"{name_of(path)} is empty: give a table with rows")
+        what = f"{name_of(path)} has no line with a JSON object" if left_out else f"{name_of(path)} is empty"
+        raise DataError(f"{what}: give a table with rows")
     check_columns(name_of(path), tuple(columns), "give each its own name")
 
     def read(columns: Sequence[str]) -> Iterator[TableRow]:
-        for line, row in _objects(path, encoding):
+        left_out.clear()
+        for line, row in _objects(path, encoding, form.skip_bad_lines, left_out):
             yield line, tuple(row.get(name) for name in columns)
 
     notes = (note,) if note else ()
-    return Table(name_of(path), tuple(columns), read, notes=notes, found=_found(encoding))
+    return Table(name_of(path), tuple(columns), read, notes=notes, found=_found(encoding), left_out=left_out)
 
 
 def open_json(path: Path, form: FileFormat) -> Table:
@@ -77,18 +82,47 @@ def _listed(path: Path, encoding: str) -> Table | None:
     return _of_value(path, value, encoding) if isinstance(value, list) else None
 
 
-def _objects(path: Path, encoding: str) -> Iterator[tuple[int, JsonObject]]:
+def _objects(path: Path, encoding: str, skip: bool, left_out: Counter[str]) -> Iterator[tuple[int, JsonObject]]:
+    """The objects with their lines. Raises DataError, which names the first lines that hold none and counts the others.
+
+    Args:
+        skip: count such lines in `left_out` instead.
+    """
+    bad: list[tuple[int, str]] = []
+    count = 0
     for number, line in enumerate(text_file.lines(path, encoding, newline="\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else _BEYOND
-            raise DataError(f"{name_of(path)} line {number} is not JSON ({what}): expected one object a line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{name_of(path)} line {number}: expected an object, found {type(row).__name__}")
-        yield number, row
+        row = _object(line)
+        if isinstance(row, str):
+            count += 1
+            bad += [(number, row)] if len(bad) < _NAMED else []
+        elif skip or not count:
+            yield number, row
+    if skip and count:
+        left_out[BAD_LINES] += count
+    elif count:
+        first, *others = [f"line {number}{reason}" for number, reason in bad]
+        more = f", {', '.join(others)}" if others else ""
+        rest = f" and {count - len(bad)} more" if count > len(bad) else ""
+        them = "them" if count > 1 else "it"
+        raise DataError(
+            f"{name_of(path)} {first}{more}{rest}: expected a JSON object on each line; correct {them}, or set "
+            f'data.bad_lines = "skip" to leave {them} out'
+        )
+
+
+def _object(line: str) -> JsonObject | str:
+    """The object on a line, or what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        if error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated"):
+            return " is not JSON (it is cut off)"
+        return f" is not JSON (column {error.colno})"
+    except (ValueError, RecursionError):
+        return f" is not JSON ({_BEYOND})"
+    return row if isinstance(row, dict) else f": expected an object, found {type(row).__name__}"
 
 
 def _of_value(path: Path, value: JsonValue, encoding: str) -> Table:

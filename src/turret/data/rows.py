@@ -79,9 +79,12 @@ def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | No
     path = Path(os.path.expanduser(data.source))
     if path.suffix.lower() == ".txt" and os.path.isfile(path):  # Path.is_file raises for a name that is too long
         return Rows(path.name, (LINES,), lambda: _lines(path, data.encoding))
-    tables = open_source(data.source, format_of(data))
+    tables = open_source(data.source, format_of(data, trained))
     table = tables[test_split(data, list(tables))]
-    asked, ask = _question(data, table, schema, trained)
+    try:
+        asked, ask = _question(data, table, schema, trained)
+    except DataError as error:
+        raise DataError(f"{error}; {table.hint}") if table.hint else error from None
     columns = table.columns if whole else asked
     return Rows(table.name, columns, lambda: _rows(table, columns, asked, ask), table.notes)
 

@@ -1,7 +1,8 @@
 """Reads CSV and TSV: RFC 4180, with the column separator, the encoding and a missing header found out.
 
 Quotes, doubled quotes, separators and line breaks in quotes; LF, CRLF and CR. A row with another number of fields, or a
-misplaced quote, is an error. A first line that looks like data is an error until `data.header` says what it is.
+misplaced quote, is an error. A first line that looks like data is an error until `data.header` says what it is. Titles
+above the names and sums at the end are no data.
 """
 
 from __future__ import annotations
@@ -11,14 +12,26 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from turret.data import text_file
-from turret.data.table import FIELD_LIMIT, FileFormat, Table, TableRow, check_columns
+from turret.data.table import (
+    BAD_ROWS,
+    FIELD_LIMIT,
+    HEADS,
+    FileFormat,
+    Table,
+    TableRow,
+    check_columns,
+    column_names,
+    find_names,
+    is_empty,
+    naming_notes,
+    without_sums,
+)
 from turret.data.text_file import name_of
-from turret.errors import DataError, NoHeader, listed, shown
+from turret.errors import DataError, NoHeader, counted, listed, shown
 
 SEPARATORS = ",;\t|"
 _SAMPLED = 100  # lines from which the separator and a missing header are found out
@@ -59,44 +72,88 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
         raise DataError(f'data.delimiter {shown(delimiter, 20)}: expected one character, such as ";" or "\\t"')
     if delimiter != usual and form.delimiter is None:
         notes.append(f"{name_of(path)}: columns are separated by {delimiter!r}")
-    first = next((cells for _, cells in _fields(text, delimiter)), None)
-    if first is None:
-        raise DataError(f"{name_of(path)} is empty: give a table with rows")
     header = form.header is not False
-    names = tuple(name.strip() or f"unnamed {i}" for i, name in enumerate(first, 1))
+    line, first, below = _row_of_names(text, delimiter, form)
     if not header:
-        names = tuple(f"column {i}" for i in range(1, len(first) + 1))
-    elif form.header is None and _is_data(first, _parsed(sample, delimiter)[1:]):
+        line, names, places = 0, tuple(f"column {i}" for i in range(1, len(first) + 1)), list(range(len(first)))
+    else:
+        names, places = column_names(first, below)
+    if form.header is None and form.header_row is None and _is_data(first, _parsed(sample, delimiter)[1:]):
         raise NoHeader(
             f"the first line of {name_of(path)} looks like data ({listed(first, 40)}), not like column names: set "
             "data.header = false and name 'column 1', 'column 2'; or data.header = true if they are names"
         )
     check_columns(name_of(path), names, "the first line must name the columns")
+    titles = header and line > text.skipped + 1
+    if titles and form.header_row is None:
+        notes.append(f"{name_of(path)}: line {line} names the columns; data.header_row names another")
     found = FileFormat(
         None if encoding == text_file.UTF8 else encoding,
         None if delimiter == usual else delimiter,
         None if header else False,
+        header_row=line if titles else None,
     )
-    read = partial(_rows, text, delimiter, names, header)
-    return Table(name_of(path), names, read, notes=tuple(notes), found=found)
+    left_out: Counter[str] = Counter()
+
+    def read(columns: Sequence[str]) -> Iterator[TableRow]:
+        left_out.clear()
+        wanted = [places[names.index(name)] for name in columns]
+        rows = ((number, tuple(cells)) for number, cells in _fields(text, delimiter) if number > line)
+        whole = _whole(rows, text, delimiter, len(first), form.skip_bad_lines, left_out)
+        for number, cells in without_sums(whole, len(first), left_out):
+            yield number, tuple(cells[place] for place in wanted)
+
+    notes += naming_notes(name_of(path), first if header else (), names)
+    return Table(name_of(path), names, read, notes=tuple(notes), found=found, left_out=left_out)
 
 
-def _rows(
-    text: _Text, delimiter: str, names: tuple[str, ...], header: bool, columns: Sequence[str]
-) -> Iterator[TableRow]:
-    places = [names.index(name) for name in columns]
-    rows = _fields(text, delimiter)
-    if header:
-        next(rows)
+def _row_of_names(text: _Text, delimiter: str, form: FileFormat) -> tuple[int, list[str], list[list[str]]]:
+    """The line of the names, the names, and the first rows below. Raises DataError if there is none."""
+    rows: list[tuple[int, list[str]]] = []
+    most = max(HEADS * 2, form.header_row or 0)
+    try:
+        rows += islice(_fields(text, delimiter), most)
+    except DataError:  # reading the rows says so; here the first ones are enough
+        rows = list(islice(_fields(text, delimiter), 1))
+    if not rows:
+        raise DataError(f"{name_of(text.path)} is empty: give a table with rows")
+    place: int | None = 0
+    if form.header_row is not None:
+        place = next((i for i, (line, _) in enumerate(rows) if line == form.header_row), None)
+        if place is None:
+            raise DataError(f"{name_of(text.path)}: no row begins in line {form.header_row}: set data.header_row")
+    elif (form.header is None and any(is_empty(cell) for cell in rows[0][1])) or len(rows[0][1]) == 1:
+        place = find_names([cells for _, cells in rows], form.columns)
+    place = place or 0
+    return *rows[place], [cells for _, cells in rows[place + 1 :]]
+
+
+def _whole(
+    rows: Iterator[tuple[int, tuple[str, ...]]],
+    text: _Text,
+    delimiter: str,
+    width: int,
+    skip: bool,
+    left_out: Counter[str],
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The rows. One with another number of fields is left out and counted, or an error.
+
+    Args:
+        skip: leave such rows out.
+    """
     for line, cells in rows:
-        if len(cells) != len(names):
-            others = sum(len(cells) != len(names) for _, cells in rows)
+        if len(cells) == width:
+            yield line, cells
+        elif skip:
+            left_out[BAD_ROWS] += 1
+        else:
+            others = sum(len(cells) != width for _, cells in rows)
             more = f", and so have {others} more" if others else ""
+            fields = counted(len(cells), "field")
             raise DataError(
-                f"{name_of(text.path)} line {line} has {len(cells)} fields and the header has {len(names)}{more}: "
-                f"put texts with {delimiter!r} in double quotes"
+                f"{name_of(text.path)} line {line} has {fields} and the header has {width}{more}: "
+                f'put texts with {delimiter!r} in double quotes, or set data.bad_lines = "skip"'
             )
-        yield line, tuple(cells[place] for place in places)
 
 
 def _fields(text: _Text, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -158,9 +215,16 @@ def _delimiter(sample: Sequence[str], usual: str) -> str:
     even = [mark for mark, found in widths.items() if len(found) == 1 and max(found) > 1]
     if even:
         return usual if usual in even else max(even, key=lambda mark: max(widths[mark]))
-    if parsed[usual] and len(parsed[usual][0]) == 1:  # go by the header alone
-        return next((mark for mark in SEPARATORS if parsed[usual] and mark in parsed[usual][0][0]), usual)
+    if parsed[usual] and len(parsed[usual][0]) == 1:  # go by the header alone, or by most rows under titles
+        first = next((mark for mark in SEPARATORS if mark in parsed[usual][0][0]), None)
+        return first or max(parsed, key=lambda mark: _share_of_usual_width(parsed[mark]))
     return usual
+
+
+def _share_of_usual_width(rows: Sequence[Sequence[str]]) -> float:
+    """The share of rows that have the most frequent number of fields; 0 if it is below three quarters, or one field."""
+    width, count = Counter(map(len, rows)).most_common(1)[0] if rows else (1, 0)
+    return count / len(rows) if width > 1 and 4 * count >= 3 * len(rows) else 0.0
 
 
 _COMMON_NAMES = frozenset((

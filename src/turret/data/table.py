@@ -1,11 +1,17 @@
-"""The type of a table: named columns, and rows that are read one at a time."""
+"""The type of a table: named columns, and rows that are read one at a time.
+
+Readers of files find here the row of names, under titles and remarks, and sums at the end.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeAlias
+from datetime import date, time
+from statistics import median
+from typing import Literal, Protocol, TypeAlias
 
 from turret.errors import DataError, one_line, shown
 
@@ -14,6 +20,20 @@ LINE_LIMIT = 32_000_000
 JSON_LIMIT = 1_000_000_000  # bytes
 MOST_COLUMNS = 16_384  # as of an Excel sheet
 SAMPLED_ROWS = 100  # rows of JSON whose keys are the columns
+HEADS = 50  # rows in which the row of names is looked for
+FOOT = 5  # last rows of a table among which sums are looked for
+ROLES = (  # keys of a recipe's [data] that name a column
+    "text", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools",
+)  # fmt: skip
+NUMBER = re.compile(r"[+-]?[0-9]+([.,\u00a0 ][0-9]+)*\s?[%€$£]?")
+DATE = re.compile(r"[0-9]{1,4}[-./][0-9]{1,2}[-./][0-9]{1,4}([ T].*)?|[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?")
+_SUMS = frozenset((
+    "sum", "total", "totals", "grand total", "subtotal", "summe", "gesamt", "gesamtsumme", "insgesamt", "zwischensumme",
+    "somme", "total général", "sous-total", "suma", "total general", "totale", "somma", "totale generale", "totaal",
+    "eindtotaal", "som", "soma", "total geral", "razem", "ogółem", "łącznie", "suma końcowa", "summa", "итого", "всего",
+))  # fmt: skip
+UNNAMED = "unnamed "  # before the place of a column without a name
+SUMS, BAD_LINES, BAD_ROWS = "rows of sums at the end", "lines that are not JSON objects", "rows with other fields"
 
 CellValue: TypeAlias = object  # JSON, Excel and Parquet hold values of any type; `cells` checks them
 Size = int | float | str | None  # a number of rows, a fraction, or the name of a split
@@ -28,6 +48,9 @@ class FileFormat:
     delimiter: str | None = None  # between the columns of a CSV file
     header: bool | None = None  # whether the first line of a CSV file names the columns
     sheet: str | None = None  # of an Excel file
+    header_row: int | None = None  # the row of an Excel file, or the line of a CSV file, that names the columns
+    skip_bad_lines: bool = False  # leave out lines that cannot be read, and count them
+    columns: tuple[str, ...] = ()  # that the table has; they show which sheet and which row of names is meant
 
 
 DETECTED = FileFormat()  # everything is found out
@@ -41,6 +64,9 @@ class DataSettings(Protocol):
     delimiter: str | None
     header: bool | None
     sheet: str | None
+    header_row: int | None
+    bad_lines: Literal["skip"] | None
+    rename: dict[str, str] | None
     text: str | None
     label: str | None
     document: str | None
@@ -62,9 +88,17 @@ class DataSettings(Protocol):
     test: Size
 
 
-def format_of(data: DataSettings) -> FileFormat:
-    """How the source's files are read, as far as the recipe says it."""
-    return FileFormat(data.encoding, data.delimiter, data.header, data.sheet)
+def format_of(data: DataSettings, trained: Mapping[str, str] | None = None) -> FileFormat:
+    """How the source's files are read, as far as the recipe says it.
+
+    Args:
+        trained: role -> column of the table that a version was trained on, if the recipe names none.
+    """
+    named = {role: name for role in ROLES if (name := getattr(data, role)) is not None}
+    columns = tuple(named.values() if named or not trained else trained.values())
+    return FileFormat(
+        data.encoding, data.delimiter, data.header, data.sheet, data.header_row, data.bad_lines == "skip", columns
+    )
 
 
 @dataclass(frozen=True)
@@ -78,6 +112,8 @@ class Table:
         notes: for the user.
         unit: what the number of a row counts, for messages.
         found: how the file is read, as far as it had to be found out.
+        hint: what else the file has, for errors about columns.
+        left_out: what the last reading left out -> how often.
     """
 
     name: str
@@ -87,6 +123,12 @@ class Table:
     notes: tuple[str, ...] = ()
     unit: str = "line"
     found: FileFormat = DETECTED
+    hint: str = ""
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def left_out_notes(self) -> list[str]:
+        """A note for each kind of rows that the last reading left out."""
+        return [f"{self.name}: {what} are left out: {count}" for what, count in self.left_out.items() if count]
 
     def with_note(self, note: str) -> Table:
         """The same table with one more note."""
@@ -119,3 +161,126 @@ def reason_of(error: Exception, most: int = 120) -> str:
     """The first line of an error's text."""
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
     return one_line(lines[0], most) if lines else type(error).__name__
+
+
+# --- rows that are no data --------------------------------------------------------------------------------------------
+
+
+def name_key(name: str) -> str:
+    """Equal for names that differ in case or blanks only."""
+    return " ".join(name.split()).casefold()
+
+
+def is_empty(cell: CellValue) -> bool:
+    return cell is None or (isinstance(cell, str) and not cell.strip())
+
+
+def find_names(rows: Sequence[Sequence[CellValue]], wanted: Sequence[str] = ()) -> int | None:
+    """The place of the row that names the columns, under titles and remarks; None if no row can.
+
+    The names are different texts, which hardly recur in their columns, and they fill most of the columns that other
+    rows fill. Without such a row it is the first one with two filled cells, else the first one with any.
+
+    Args:
+        rows: the first rows of a table.
+        wanted: columns that the table has.
+    """
+    keys = {name_key(name) for name in wanted}
+    heads = [[str(cell).strip() for cell in row if not is_empty(cell)] for row in rows[:HEADS]]
+    if keys and (found := next((i for i, head in enumerate(heads) if keys <= set(map(name_key, head))), None)):
+        return found
+    widths = [len([cell for cell in row if not is_empty(cell)]) for row in rows]
+    usual = median([width for width in widths if width > 1] or [1])
+    names = [len(head) > 1 and _are_names(rows, place) for place, head in enumerate(heads)]
+    place = next((place for place, head in enumerate(heads) if names[place] and len(head) >= 0.6 * usual), None)
+    if place is not None:  # groups of columns have names above their columns' names
+        below = place + 1
+        return below if below < len(heads) and names[below] and len(heads[below]) > len(heads[place]) else place
+    wide = next((place for place, head in enumerate(heads) if len(head) > 1), None)
+    return wide if wide is not None else next((place for place, head in enumerate(heads) if head), None)
+
+
+def _are_names(rows: Sequence[Sequence[CellValue]], own: int) -> bool:
+    """Whether a row has different texts, which hardly ever recur in their columns."""
+    row = rows[own]
+    names = [name_key(str(cell)) for cell in row if not is_empty(cell)]
+    if len(set(names)) < len(names) or any(map(is_value, row)):
+        return False
+    recurs = Counter(
+        place
+        for number, each in enumerate(rows)
+        for place, cell in enumerate(each[: len(row)])
+        if number != own and cell == row[place] and not is_empty(cell)
+    )
+    return not recurs or max(recurs.values()) < max(1, len(rows) // 20)
+
+
+def is_value(cell: CellValue) -> bool:
+    """Whether a cell is a number, a date or a time, also if it is written as a text."""
+    if isinstance(cell, str):
+        text = cell.strip()
+        return bool(NUMBER.fullmatch(text) or DATE.fullmatch(text))
+    return isinstance(cell, (int, float, date, time))
+
+
+def without_sums(rows: Iterable[TableRow], width: int, left_out: Counter[str]) -> Iterator[TableRow]:
+    """The rows with all their cells, without sums among the last ones, which `left_out` counts.
+
+    Args:
+        width: number of columns; a row of sums leaves some of them empty.
+    """
+    held: deque[TableRow] = deque()
+    for row in rows:
+        held.append(row)
+        if len(held) > FOOT:
+            yield held.popleft()
+    for number, cells in held:
+        if _is_sum(cells[:width], width):
+            left_out[SUMS] += 1
+        else:
+            yield number, cells
+
+
+def _is_sum(cells: Sequence[CellValue], width: int) -> bool:
+    filled = [cell for cell in cells if not is_empty(cell)]
+    if not 2 <= len(filled) < width or not isinstance(filled[0], str):
+        return False
+    return name_key(filled[0]).rstrip(" :") in _SUMS and all(is_value(cell) for cell in filled[1:])
+
+
+def column_names(cells: Sequence[CellValue], below: Sequence[Sequence[CellValue]]) -> tuple[tuple[str, ...], list[int]]:
+    """The names in a row of names, and the places of their columns, without empty columns that have no name.
+
+    A column without a name is called "unnamed 3", by its place from 1. Columns of one name are "name (1)", "name (2)".
+    A few cells to the right of the names are remarks, and no column.
+    """
+    names = {place: str(cell).strip() for place, cell in enumerate(cells) if not is_empty(cell)}
+    counts = Counter(place for row in below for place, cell in enumerate(row) if not is_empty(cell))
+    filled = {place for place, count in counts.items() if place < len(cells) or 10 * count >= len(below)}
+    places = sorted(names.keys() | filled)
+    times, seen = Counter(names.values()), Counter[str]()
+    for place, name in sorted(names.items()):
+        seen[name] += 1
+        names[place] = f"{name} ({seen[name]})" if times[name] > 1 else name
+    return tuple(names.get(place, f"{UNNAMED}{place + 1}") for place in places), places
+
+
+def is_unnamed(column: str) -> bool:
+    """Whether a column has no name in the file."""
+    return column.startswith(UNNAMED) and column.removeprefix(UNNAMED).isdigit()
+
+
+def naming_notes(table: str, head: Sequence[CellValue], names: Sequence[str]) -> list[str]:
+    """Notes on columns that have no name, or the name of another one.
+
+    Args:
+        head: the row of names.
+    """
+    unnamed = [name for name in names if is_unnamed(name)]
+    found = [f"{table}: {unnamed[0]!r} has no name, and is never guessed"] if unnamed else []
+    times = Counter(str(cell).strip() for cell in head if not is_empty(cell))
+    if alike := [name for name, count in times.items() if count > 1]:
+        found.append(
+            f"{table}: columns of one name are numbered, such as {f'{alike[0]} (1)'!r} and {f'{alike[0]} (2)'!r}"
+        )
+    return found

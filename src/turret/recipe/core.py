@@ -87,7 +87,10 @@ class Data(_Section):
     encoding: str | None = None  # of a text file, such as "cp1252"; None: found out, and printed
     delimiter: str | None = None  # between the columns of a CSV file; None: found out, and printed
     header: bool | None = None  # false: the first line of a CSV file is data; the columns are "column 1", "column 2"
-    sheet: str | None = None  # of an Excel file; None: the first one with rows
+    sheet: str | None = None  # of an Excel file; None: the one whose columns fit, and a note says which
+    header_row: int | None = Field(default=None, ge=1, le=MOST)  # row (Excel) or line (CSV) of names; None: found out
+    bad_lines: Literal["skip"] | None = None  # JSONL and CSV: leave out lines that cannot be read, and count them
+    rename: dict[str, str] | None = None  # label -> the class that is meant; "": rows with it are left out
     separator: str | None = Field(default=None, max_length=8)  # between the labels of a cell; "": a cell is one label
     normalize_labels: bool | None = None  # labels that differ in case or blanks only are one class
     drop_duplicates: bool | None = None  # equal rows count once, and no training input is also a test input

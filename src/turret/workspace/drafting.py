@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from turret.data.profile import Profile, profile
+from turret.data import cells
+from turret.data.profile import Candidate, Profile, profile
 from turret.data.source import open_source
 from turret.data.splits import find_sources
 from turret.data.table import DataSettings, Table, format_of
-from turret.errors import BaseModelError, NoHeader, one_line
+from turret.errors import BaseModelError, NoHeader, counted, one_line
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.recipe import Recipe, toml
 from turret.recipe.default_base import default_base
@@ -19,6 +20,7 @@ CHARACTERS_PER_TOKEN = 3.5  # of Western texts, roughly
 LENGTHS = (64, 128, 256, 512)  # of inputs, in tokens; 512 is the most that common encoders read
 LONGER = (*LENGTHS, 1024, 2048)  # for a base that writes
 OUTPUTS = ("label", "summary", "completion")  # roles of columns
+MOST_CANDIDATES = 8  # other columns that may be the label, which are listed
 SKEWED = 5  # times as many rows in the largest class as in the smallest
 
 
@@ -41,6 +43,7 @@ def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
         settings: `key=value` settings of the recipe that are known, such as {"data.text": "review"}.
 
     Raises:
+        SeveralLabels: two columns fit equally well as the label.
         DataError: the source cannot be read, or shows nothing to learn.
     """
     settings = settings or {}
@@ -69,7 +72,7 @@ def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
     text.set("kind", recipe.method.kind, "or prefix, full, head")
     text.table("train", _asked(given, settings, "train"))
     text.option("epochs", 3, False, "default: by the number of examples")
-    return Draft(recipe.name, text.joined(), [*table.notes, *_notes(seen)])
+    return Draft(recipe.name, text.joined(), [*table.notes, *table.left_out_notes(), *_notes(seen)])
 
 
 def _asked(given: JsonMapping, settings: Mapping[str, str], table: str) -> JsonObject:
@@ -84,15 +87,22 @@ def _write_data(text: _Lines, table: Table, recipe: Recipe, seen: Profile, asked
     _write_format(text, table, recipe.data)
     for role, column in seen.roles.items():
         text.set(role, column, _column_comment(seen, column))
+    for each in seen.candidates[:MOST_CANDIDATES]:
+        text.option("label", each.column, False, _candidate_comment(each))
     if seen.others:
         text.say(f"not used: {one_line(', '.join(map(repr, seen.others)), 120)}")
     if not task_of(seen.kind).generates:
         if seen.separator:
             text.set("separator", seen.separator, "between the labels of a cell")
+        if meant := cells.renaming(seen.classes):
+            doubts = "; ".join(cells.doubts(seen.classes))
+            text.option("rename", meant, False, one_line(f'{doubts}; "" leaves rows out', 160))
         text.option("normalize_labels", True, seen.alike, "labels that differ in case or blanks only are one class")
         if "group" not in asked:
             text.option("stratify", True, True, "every split has the same shares of the classes")
-    text.option("drop_duplicates", True, seen.repeated > 0, f"{seen.repeated} rows are equal to an earlier one")
+    text.option(
+        "drop_duplicates", True, seen.repeated > 0, f"{counted(seen.repeated, 'row', 'equal')} to an earlier one"
+    )
     for column in seen.groups[:1]:
         text.option("group", column, False, "rows with the same value stay in one split (instead of stratify)")
     text.option("validation", 0.1, False, "a tenth of the rows, for early stopping and calibration")
@@ -109,7 +119,8 @@ def _write_task(text: _Lines, seen: Profile, asked: JsonMapping) -> None:
     for target in (name for role, name in seen.roles.items() if role in OUTPUTS and task_of(seen.kind).generates):
         tokens = _tokens(seen.facts[target].usual_length, lengths)
         text.option("max_target_tokens", tokens, True, "longer answers are cut")
-    if seen.classes and max(seen.classes.values()) > SKEWED * min(seen.classes.values()):
+    sure = [count for label, count in seen.classes.items() if label not in cells.renaming(seen.classes)]
+    if sure and max(sure) > SKEWED * min(sure):
         text.option("class_weights", "balanced", False, "rare classes count as much as common ones")
 
 
@@ -142,7 +153,7 @@ class _Lines:
         line = f"{key} = {toml.written(value)}"
         self._lines.append(f"{line}  # {comment}" if comment else line)
 
-    def option(self, key: str, value: str | float | bool, on: bool, comment: str) -> None:
+    def option(self, key: str, value: JsonValue, on: bool, comment: str) -> None:
         """A setting that is on, or offered as a comment; nothing if the caller names it."""
         if key not in self._asked:
             self._lines.append(f"{'' if on else '# '}{key} = {toml.written(value)}  # {comment}")
@@ -169,7 +180,7 @@ def _base_comment(kind: str) -> str:
 def _write_format(text: _Lines, table: Table, data: DataSettings) -> None:
     """The settings that were found out, so that the recipe reads the file in the same way later."""
     given = format_of(data)
-    for key in ("encoding", "delimiter", "header", "sheet"):
+    for key in ("encoding", "delimiter", "header", "sheet", "header_row"):
         value = getattr(given, key)
         value = getattr(table.found, key) if value is None else value
         if value is not None:
@@ -183,13 +194,35 @@ def _column_comment(seen: Profile, column: str) -> str:
         more = f" and {len(seen.classes) - 6} more" if len(seen.classes) > 6 else ""
         return one_line(f"{len(seen.classes)} classes: {listed}{more}", 120)
     example = one_line(next(iter(facts.values), ""), 50)
-    return f"{facts.filled} filled, {facts.mean:.0f} characters on average, such as {example!r}"
+    mean = sum(facts.lengths) / max(1, len(facts.lengths))  # also of texts in lists
+    return f"{facts.filled} filled, {mean:.0f} characters on average, such as {example!r}"
+
+
+def _candidate_comment(candidate: Candidate) -> str:
+    """The classes of another column that may be the label, and whether the text tells them."""
+    listed = ", ".join(f"{label} ({count})" for label, count in list(candidate.classes.items())[:6])
+    more = f" and {len(candidate.classes) - 6} more" if len(candidate.classes) > 6 else ""
+    told = "" if candidate.kappa is None else f"; from the text: {_told(candidate.kappa)}"
+    return one_line(f"{len(candidate.classes)} classes: {listed}{more}", 120) + told
+
+
+def _told(kappa: float) -> str:
+    """How well naive Bayes tells a label from the text, in words, with Cohen's kappa."""
+    well = "well" if kappa >= 0.6 else "partly" if kappa >= 0.25 else "hardly"
+    return f"{well} (kappa {kappa:.2f})"
 
 
 def _notes(seen: Profile) -> list[str]:
     how = "by the content of the columns" if seen.guessed else "by the names of the columns"
     roles = ", ".join(f"{role} is column {column!r}" for role, column in seen.roles.items())
-    return [f"{seen.kind}, {how}: {roles}"]
+    told = "" if seen.kappa is None else f", which the text tells {_told(seen.kappa)}"
+    notes = [f"{seen.kind}, {how}: {roles}{told}"]
+    if seen.candidates:
+        others = ", ".join(each.described() for each in seen.candidates[:3])
+        notes.append(f"other columns that may be the label: {others}; --label names one")
+    if doubts := cells.doubts(seen.classes):
+        notes.append(f"classes in doubt: {'; '.join(doubts[:4])}; data.rename in the recipe says what is meant")
+    return notes
 
 
 def _tokens(characters: int, lengths: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from turret.data import Dataset, Example, Input
+from turret.data.table import ROLES
 from turret.errors import RecipeError, one_line
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Version
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
     from turret.data.rows import Rows
     from turret.recipe import Data, Recipe
 
-ROLES = (  # keys of [data] that name columns
-    "text", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools",
-)  # fmt: skip
-KEPT = ("separator", "normalize_labels", "header")  # other keys that a version reads new tables with
+KEPT = (
+    "separator",
+    "normalize_labels",
+    "header",
+    "rename",
+    "bad_lines",
+)  # other keys that a version reads new tables with
 
 
 @dataclass(frozen=True)

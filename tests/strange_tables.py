@@ -1,0 +1,549 @@
+"""Ten tables as strangers keep them, and five more that no rule was tuned on; each maker's comment names its mess.
+
+python tests/strange_tables.py FOLDER            writes all fifteen there
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+
+Phrases = Mapping[str, Sequence[str]]  # class -> what people write who mean it
+
+
+@dataclass(frozen=True)
+class Strange:
+    """A table, and what a person would say of it.
+
+    Args:
+        input: the column of texts.
+        label: the column of classes; "" if texts are answered.
+        classes: that should be found, with the typos that are in the table.
+        answer: what the user has to say, if anything: options of `turret init`.
+        kind: of the task.
+    """
+
+    path: Path
+    input: str
+    label: str
+    classes: tuple[str, ...]
+    answer: tuple[str, ...] = ()
+    kind: str = "classify"
+    words: tuple[str, ...] = field(default=())  # that `init` or `plan` must say
+
+
+def written(phrases: Phrases, count: int, seed: str) -> list[tuple[str, str]]:
+    """(text, class) of `count` rows in an order of no meaning."""
+    chance, names, rows = random.Random(seed), list(phrases), []
+    for number in range(count):
+        name = names[number % len(names)]
+        first, second = chance.sample(list(phrases[name]), 2)
+        rows.append((f"{first} {second} ({chance.randrange(1000, 9999)})", name))
+    chance.shuffle(rows)
+    return rows
+
+
+def saved(path: Path, sheets: Mapping[str, Sequence[Sequence[Any]]], merged: Mapping[str, Sequence[str]] = {}) -> Path:
+    """A workbook. merged: ranges of cells by sheet, such as `A1:F1`."""
+    book = openpyxl.Workbook()
+    assert book.active is not None
+    book.remove(book.active)
+    for name, rows in sheets.items():
+        sheet = book.create_sheet(name)
+        for row in rows:
+            sheet.append(list(row))
+        for cells in merged.get(name, ()):
+            sheet.merge_cells(cells)
+    book.save(path)
+    return path
+
+
+def separated(path: Path, rows: Sequence[Sequence[Any]], mark: str, codec: str, end: str = "\r\n") -> Path:
+    def cell(value: Any) -> str:
+        text = str(value)
+        return '"' + text.replace('"', '""') + '"' if mark in text or '"' in text or "\n" in text else text
+
+    path.write_bytes("".join(mark.join(map(cell, row)) + end for row in rows).encode(codec))
+    return path
+
+
+def day(number: int) -> datetime:
+    return datetime(2025, 7, 1, 8, 30) + timedelta(hours=7 * number)
+
+
+GERMAN = {
+    "Rechnung": (
+        "Auf der Rechnung steht ein falscher Betrag.", "Mir wurde der Posten doppelt berechnet.",
+        "Bitte schicken Sie mir die Rechnung noch einmal.", "Die Mahnung ist unberechtigt, ich habe längst überwiesen.",
+    ),
+    "Lieferung": (
+        "Das Paket ist seit einer Woche unterwegs.", "Die Lieferung kam an die falsche Adresse.",
+        "Der Karton war beim Auspacken zerdrückt.", "Wann trifft meine Sendung endlich ein?",
+    ),
+    "Technik": (
+        "Das Gerät lässt sich nicht mehr einschalten.", "Nach dem Update stürzt die App ständig ab.",
+        "Ich kann mich mit meinem Passwort nicht anmelden.", "Der Drucker verbindet sich nicht mit dem WLAN.",
+    ),
+}  # fmt: skip
+FRENCH = {
+    "positif": (
+        "Accueil très chaleureux, je reviendrai.", "Tout était parfait, merci à l'équipe.",
+        "Un excellent conseil et un choix magnifique.", "Je suis ravie de mon achat.",
+    ),
+    "négatif": (
+        "Attente interminable à la caisse.", "Le vendeur était désagréable et pressé.",
+        "Produit cassé, et on refuse de me rembourser.", "Je suis déçu, c'est la dernière fois.",
+    ),
+    "neutre": (
+        "Rien de particulier à signaler.", "Le magasin est correct, sans plus.",
+        "C'était comme d'habitude.", "Les horaires sont les mêmes qu'avant.",
+    ),
+}  # fmt: skip
+SPANISH = {
+    "Envío": (
+        "El paquete llegó tres días tarde.", "El repartidor dejó la caja en la calle.",
+        "Todavía espero el envío de la semana pasada.", "La caja venía abierta y mojada.",
+    ),
+    "Producto": (
+        "La tela se rompió al primer lavado.", "El color no es el de la foto.",
+        "La talla es demasiado pequeña.", "El botón se cayó enseguida.",
+    ),
+    "Pago": (
+        "Me cobraron dos veces con la tarjeta.", "No me aceptan el cupón de descuento.",
+        "Necesito la factura de mi compra.", "El reembolso no aparece en mi cuenta.",
+    ),
+}  # fmt: skip
+ITALIAN = {
+    "Cucina": (
+        "La pasta era scotta e fredda.", "Il risotto era squisito.",
+        "Il pesce non era fresco.", "Un dolce davvero memorabile.",
+    ),
+    "Servizio": (
+        "Il cameriere ci ha dimenticati.", "Personale gentile e veloce.",
+        "Abbiamo aspettato un'ora per ordinare.", "Nessuno ci ha salutati all'ingresso.",
+    ),
+    "Locale": (
+        "La sala era rumorosa e buia.", "Una terrazza bellissima sul lago.",
+        "I bagni erano sporchi.", "Tavoli troppo vicini tra loro.",
+    ),
+}  # fmt: skip
+ENGLISH = {
+    "Positive": (
+        "Friendly staff and a wonderful selection.", "I loved the new layout, great job.",
+        "Best prices in town, very happy.", "They helped me find the perfect gift.",
+    ),
+    "Negative": (
+        "The queue was endless and nobody cared.", "Rude cashier, I felt ignored.",
+        "The shelves were empty and dirty.", "My refund was refused, awful.",
+    ),
+    "Mixed": (
+        "Nice products, though the parking is a pain.", "Good staff but the prices went up.",
+        "The cafe is fine, while the shop feels cramped.", "Helpful at the desk, slow at the till.",
+    ),
+}  # fmt: skip
+DUTCH = {
+    "Bezorging": (
+        "Mijn pakket is nog steeds niet bezorgd.", "De koerier heeft niet aangebeld.",
+        "De doos was kapot bij aankomst.", "De bezorging is drie keer verschoven.",
+    ),
+    "Betaling": (
+        "Het bedrag is twee keer afgeschreven.", "Ik wil mijn geld terug op mijn rekening.",
+        "De korting is niet verrekend.", "De betaling met iDEAL mislukt steeds.",
+    ),
+    "Website": (
+        "De pagina laadt niet op mijn telefoon.", "Ik kan niet inloggen op mijn account.",
+        "De knop om te bestellen doet niets.", "De zoekfunctie vindt geen enkel artikel.",
+    ),
+}  # fmt: skip
+PORTUGUESE = {
+    ("Entrega", "negativo"): (
+        "A encomenda chegou atrasada e ninguém avisou.", "O carteiro deixou o pacote na chuva.",
+        "Que decepção, a entrega falhou outra vez.",
+    ),
+    ("Entrega", "positivo"): (
+        "A encomenda chegou antes do prazo, excelente.", "O carteiro foi muito simpático, obrigado.",
+        "Que maravilha, a entrega foi rápida.",
+    ),
+    ("Preço", "negativo"): (
+        "Que decepção, o preço subiu de novo.", "A promoção era mentira, paguei caro.",
+        "O desconto não foi aplicado, péssimo.",
+    ),
+    ("Preço", "positivo"): (
+        "O preço é justo, excelente promoção.", "Que maravilha de desconto, obrigado.",
+        "Paguei pouco, a promoção foi rápida.",
+    ),
+}  # fmt: skip
+POLISH = {
+    "Faktura": (
+        "Na fakturze jest zły numer NIP.", "Proszę o korektę faktury za maj.",
+        "Nie otrzymałem faktury za zamówienie.", "Kwota na fakturze się nie zgadza.",
+    ),
+    "Dostawa": (
+        "Przesyłka wciąż nie dotarła.", "Kurier zostawił paczkę u sąsiada.",
+        "Paczka przyszła uszkodzona.", "Kiedy będzie dostawa mojego zamówienia?",
+    ),
+    "Reklamacja": (
+        "Ekran przestał działać po tygodniu.", "Chcę zgłosić reklamację na buty.",
+        "Towar jest wadliwy, proszę o wymianę.", "Pralka cieknie od pierwszego dnia.",
+    ),
+}  # fmt: skip
+TICKETS = {
+    "billing": (
+        "I was charged twice for my subscription.", "Please send an invoice with our VAT number.",
+        "My card was declined, though there is money on it.", "When will I see the refund?",
+    ),
+    "access": (
+        "I cannot log in since this morning.", "The reset mail never arrives.",
+        "Please unlock my account.", "Two-factor codes are rejected.",
+    ),
+    "bug": (
+        "The export button does nothing.", "The page crashes when I scroll.",
+        "Charts show yesterday's numbers.", "Search returns an error 500.",
+    ),
+}  # fmt: skip
+
+
+# --- five workbooks --------------------------------------------------------------------------------------------------
+
+
+def german_quarter(folder: Path) -> Strange:
+    """A summary sheet first. A merged title and a blank row above the names in row 3. Dates. A channel that sorts
+    before the subject and has as few values. "Rechnug" in two rows. A sum at the foot."""
+    rows = written(GERMAN, 90, "de")
+    lines: list[list[Any]] = [["Kundenfeedback 3. Quartal 2025"], [], []]
+    lines[2] = ["Nr.", "Eingang", "Kanal", "Inhalt", "Bereich", "Bearbeiter"]
+    for number, (text, topic) in enumerate(rows, 1):
+        topic = "Rechnug" if topic == "Rechnung" and number < 12 else topic
+        channel, clerk = ("E-Mail", "Telefon", "Filiale")[number * 7 % 3], ("MK", "TS", "AB", "JL")[number * 5 % 4]
+        lines.append([number, day(number), channel, text, topic, clerk])
+    lines.append(["Summe", None, None, len(rows)])
+    summary = [["Übersicht"], ["Kanal", "Anzahl", "Anteil"], ["E-Mail", 30, 0.33], ["Telefon", 30, 0.33],
+               ["Filiale", 30, 0.34], ["Gesamt", 90, 1]]  # fmt: skip
+    path = saved(folder / "Kundenfeedback Q3.xlsx", {"Übersicht": summary, "Rohdaten": lines}, {"Rohdaten": ["A1:F1"]})
+    words = ("Rohdaten", "Übersicht", "Kanal", "Rechnug")
+    return Strange(path, "Inhalt", "Bereich", ("Lieferung", "Rechnug", "Rechnung", "Technik"), words=words)
+
+
+def french_survey(folder: Path) -> Strange:
+    """Two lines about the export, with two filled cells each. Names of groups, merged over their columns, above the
+    names. A note of 1 to 5. The total at the foot, and a line about the source under it."""
+    lines: list[list[Any]] = [
+        ["Exporté le", date(2025, 3, 1)], ["Auteur", "Marie Dupont"], [],
+        ["Visite", None, None, "Avis", None, None],
+        ["Date", "Magasin", "Vendeur", "Note", "Verbatim", "Ressenti global"],
+    ]  # fmt: skip
+    for number, (text, feeling) in enumerate(written(FRENCH, 90, "fr")):
+        note = {"positif": 5, "neutre": 3, "négatif": 1}[feeling] + (number % 4 == 0)
+        lines.append([day(number).date(), ("Lyon", "Paris", "Lille")[number % 3], f"V{number % 7}", min(note, 5), text,
+                      feeling])  # fmt: skip
+    lines += [["Total", None, None, 271], ["Source : enquête clients, service marketing"]]
+    path = saved(folder / "enquête.xlsx", {"Feuil1": lines}, {"Feuil1": ["A4:C4", "D4:F4"]})
+    return Strange(path, "Verbatim", "Ressenti global", ("neutre", "négatif", "positif"), words=("Magasin",))
+
+
+def spanish_months(folder: Path) -> Strange:
+    """A legend first, then a sheet a month with the same columns. Priorities that nobody can tell from the text."""
+    rows = written(SPANISH, 120, "es")
+    legend = [["Prioridad", "Significado"], ["A", "urgente"], ["B", "normal"], ["C", "puede esperar"]]
+    sheets: dict[str, list[list[Any]]] = {"Leyenda": legend}
+    for month, part in (("Enero", rows[:80]), ("Febrero", rows[80:])):
+        sheets[month] = [["Fecha", "Tienda", "Prioridad", "Comentario", "Categoría"]]
+        for number, (text, topic) in enumerate(part):
+            sheets[month].append(
+                [day(number), ("Madrid", "Sevilla")[number % 2], "ABC"[number * 5 // 2 % 3], text, topic]
+            )
+    words = ("Enero", "Febrero", "Prioridad")
+    path = saved(folder / "incidencias 2025.xlsx", sheets)
+    return Strange(path, "Comentario", "Categoría", ("Envío", "Pago", "Producto"), words=words)
+
+
+def italian_blocks(folder: Path) -> Strange:
+    """An empty first column. A merged title. The class stands once, merged over the rows that it is for. A column
+    without a name that says "sì" in some rows. "Totale" at the foot."""
+    rows = sorted(written(ITALIAN, 90, "it"), key=lambda row: row[1])
+    lines: list[list[Any]] = [[None, "Recensioni del ristorante"], [None, "Reparto", "Data", "Recensione", "Ospiti"]]
+    merged, start = ["B1:E1"], 3
+    for number, (text, topic) in enumerate(rows):
+        new = not number or rows[number - 1][1] != topic
+        if new and number:
+            merged.append(f"B{start}:B{number + 2}")
+            start = number + 3
+        shown = topic if new else None
+        lines.append([None, shown, day(number), text, 2 + number % 3, "sì" if number % 3 else "no"])
+    merged.append(f"B{start}:B{len(rows) + 2}")
+    lines.append([None, "Totale", None, None, sum(2 + number % 3 for number in range(90))])
+    path = saved(folder / "recensioni.xlsx", {"Foglio1": lines}, {"Foglio1": merged})
+    return Strange(path, "Recensione", "Reparto", ("Cucina", "Locale", "Servizio"))
+
+
+def english_form(folder: Path) -> Strange:
+    """A form's export behind a pivot table. Long questions as names. A store with three values; whether people would
+    come back, which goes with the feeling. "Postive", "N/A" in three rows, a blank in others."""
+    pivot = [["Store", "Answers"], ["North", 40], ["South", 30], ["Airport", 20], ["Grand Total", 90]]
+    lines: list[list[Any]] = [
+        ["Timestamp", "Store", "What did you like or dislike?", "Overall feeling", "Would you come back?"]
+    ]
+    for number, (text, feeling) in enumerate(written(ENGLISH, 120, "en")):
+        back = "no" if feeling == "Negative" and number % 5 else "yes"
+        shown = {7: "N/A", 33: "N/A", 58: "N/A", 20: None, 71: None}.get(number, feeling)
+        if number in (4, 5, 6, 8) and feeling == "Positive":
+            shown = "Postive"
+        lines.append([day(number), ("North", "South", "Airport")[number * 4 % 3], text, shown, back])
+    path = saved(folder / "Form responses.xlsx", {"Pivot": pivot, "Form Responses 1": lines})
+    classes = ("Mixed", "N/A", "Negative", "Positive", "Postive")
+    words = ("Store", "N/A", "Postive", "Form Responses 1")
+    return Strange(path, lines[0][2], "Overall feeling", classes, words=words)
+
+
+# --- five exports ----------------------------------------------------------------------------------------------------
+
+
+def dutch_export(folder: Path) -> Strange:
+    """cp1252, Excel's `sep=;`, a title and a blank row of separators above the names, a status, a total at the foot."""
+    lines: list[list[Any]] = [["Export klachten 2025", "", "", "", ""], [""] * 5]
+    lines.append(["Datum", "Filiaal", "Status", "Omschrijving", "Onderwerp"])
+    for number, (text, topic) in enumerate(written(DUTCH, 90, "nl")):
+        lines.append([f"{number % 28 + 1:02}-03-2025", ("Gent", "Delft", "Breda")[number % 3],
+                      ("open", "gesloten")[number * 3 % 2], text, topic])  # fmt: skip
+    lines.append(["Totaal", "", "", "90", ""])
+    path = separated(folder / "klachten één.csv", [["sep=;"]], ";", "cp1252")
+    rest = separated(folder / "rest", lines, ";", "cp1252")
+    path.write_bytes(path.read_bytes() + rest.read_bytes())
+    rest.unlink()
+    return Strange(path, "Omschrijving", "Onderwerp", ("Bezorging", "Betaling", "Website"), words=("Filiaal",))
+
+
+def portuguese_unicode(folder: Path) -> Strange:
+    """UTF-16 with tabs, as Excel saves "Unicode text". Two columns of classes that both follow from the text: a subject
+    and a feeling. Which one is meant, only the user knows."""
+    lines: list[list[Any]] = [["Data", "Loja", "Mensagem", "Assunto", "Sentimento"]]
+    phrases = {f"{topic}|{feeling}": texts for (topic, feeling), texts in PORTUGUESE.items()}
+    for number, (text, both) in enumerate(written(phrases, 120, "pt")):
+        topic, feeling = both.split("|")
+        lines.append([f"{number % 28 + 1}/03/2025", ("Porto", "Braga", "Faro")[number % 3], text, topic, feeling])
+    path = separated(folder / "mensagens.tsv", lines, "\t", "utf-16")
+    answer = ("--label", "Sentimento")
+    return Strange(path, "Mensagem", "Sentimento", ("negativo", "positivo"), answer, words=("Assunto",))
+
+
+def polish_requests(folder: Path) -> Strange:
+    """cp1250. A number and a branch before the text. "Fatkura" in two rows, "b/d" for no data, labels in mixed case."""
+    lines: list[list[Any]] = [["Lp.", "Data", "Oddział", "Treść zgłoszenia", "Kategoria", "Uwagi"]]
+    for number, (text, topic) in enumerate(written(POLISH, 96, "pl"), 1):
+        shown = topic.upper() if number % 10 == 0 else topic
+        shown = {5: "b/d", 44: "b/d"}.get(number, shown)
+        if topic == "Faktura" and number < 10:
+            shown = "Fatkura"
+        lines.append([number, f"2025-02-{number % 28 + 1:02}", ("Kraków", "Łódź")[number % 2], text, shown, ""])
+    path = separated(folder / "zgłoszenia.csv", lines, ",", "cp1250")
+    words = ("Fatkura", "b/d", "Oddział")
+    return Strange(
+        path, "Treść zgłoszenia", "Kategoria", ("b/d", "Dostawa", "Faktura", "Fatkura", "Reklamacja"), words=words
+    )
+
+
+def broken_chats(folder: Path) -> Strange:
+    """Chats of a help desk. Many begin with the assistant's greeting, some have nothing else. Three lines were cut off
+    when the export stopped, and one is a list."""
+    lines = []
+    for number, (text, topic) in enumerate(written(TICKETS, 80, "chats")):
+        reply = {"billing": "I refund it today.", "access": "I sent you a new link.", "bug": "We will mend it."}[topic]
+        turns = [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+        if number % 4 == 0:
+            turns.insert(0, {"role": "assistant", "content": "Hello, how can I help?"})
+        if number % 20 == 7:
+            turns = [{"role": "assistant", "content": "Hello, is anybody there?"}]
+        line = json.dumps({"id": number, "messages": turns})
+        lines.append({11: line[:40], 12: line[:-2], 50: line[:9], 60: "[1, 2]"}.get(number, line))
+    path = folder / "helpdesk.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    answer = ("--set", "data.bad_lines=skip")
+    return Strange(path, "messages", "", (), answer, "chat", words=("4 ", "begin"))
+
+
+def ticket_queue(folder: Path) -> Strange:
+    """JSON Lines with a byte order mark. Six columns that look like classes: channel, language, priority, status,
+    queue, assignee. A short subject beside the long body. Keys in another order on some lines."""
+    lines = []
+    for number, (text, queue) in enumerate(written(TICKETS, 120, "tickets")):
+        row = {
+            "ticket_id": f"T-{number:05}", "created_at": day(number).isoformat(),
+            "channel": ("mail", "chat", "phone")[number * 5 % 3], "language": "en", "subject": f"Question {number}",
+            "body": text, "priority": ("low", "high")[number * 3 // 2 % 2], "status": ("open", "closed")[number % 2],
+            "queue": queue, "assignee": ("ann", "bob", "cleo", "dan")[number * 7 % 4],
+        }  # fmt: skip
+        lines.append(json.dumps(dict(reversed(row.items())) if number % 9 == 4 else row))
+    path = folder / "tickets export.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + ("\n".join(lines) + "\n").encode())
+    return Strange(path, "body", "queue", ("access", "billing", "bug"), words=("priority",))
+
+
+# --- five that no rule was tuned on -----------------------------------------------------------------------------------
+
+
+PRACTICE = {
+    "Wartezeit": (
+        "Zwei Stunden im Wartezimmer trotz Termin.", "Man wartet ewig, bis man drankommt.",
+        "Am Telefon hing ich zwanzig Minuten in der Schleife.", "Der Termin wurde dreimal verschoben.",
+    ),
+    "Personal": (
+        "Die Dame am Empfang war unfreundlich.", "Das Team nimmt sich viel Zeit.",
+        "Der Arzt hat kaum zugehört.", "Die Schwester war sehr einfühlsam.",
+    ),
+    "Räume": (
+        "Die Toiletten waren schmutzig.", "Es gibt zu wenige Parkplätze vor der Praxis.",
+        "Das Wartezimmer ist hell und gemütlich.", "Der Aufzug war wieder kaputt.",
+    ),
+}  # fmt: skip
+SWEDISH = {
+    "Retur": (
+        "Jag vill skicka tillbaka skorna.", "Hur lämnar jag tillbaka varan?",
+        "Returfraktsedeln saknas i paketet.", "Återbetalningen har inte kommit.",
+    ),
+    "Leverans": (
+        "Paketet har inte kommit fram.", "Budet ringde aldrig på dörren.",
+        "Kartongen var trasig vid leverans.", "När kommer min beställning?",
+    ),
+    "Konto": (
+        "Jag kan inte logga in.", "Mitt lösenord fungerar inte längre.",
+        "Byt e-postadress på mitt konto, tack.", "Varför är mitt konto spärrat?",
+    ),
+}  # fmt: skip
+ISSUES = {
+    "Bug": (
+        "The import fails with a stack trace.", "After the update the menu is empty.",
+        "Saving twice loses the second change.", 'The dialog "Options" freezes, see the log.',
+    ),
+    "Story": (
+        "As a user I want to sort the list by date.", "As an editor I want to undo a delete.",
+        "As an admin I would like to export all accounts.", "Users should be able to pick a dark theme.",
+    ),
+    "Task": (
+        "Upgrade the build server to the new image.", "Rotate the keys of the staging cluster.",
+        "Write the release notes.", "Remove the old feature flags.",
+    ),
+}  # fmt: skip
+NEWS = {
+    "Sport": (
+        "L'équipe a gagné la finale aux tirs au but.", "Le coureur a battu le record du tour.",
+        "La joueuse se retire après une blessure.", "Le match est reporté à cause de la neige.",
+    ),
+    "Économie": (
+        "La banque centrale relève ses taux.", "Le chômage recule au deuxième trimestre.",
+        "L'usine supprime trois cents emplois.", "Les prix de l'énergie baissent encore.",
+    ),
+    "Culture": (
+        "Le musée ouvre une exposition sur l'art moderne.", "Son dernier roman a reçu un prix.",
+        "Le festival de cinéma a dévoilé sa sélection.", "Une pièce oubliée revient au théâtre.",
+    ),
+}  # fmt: skip
+
+
+def german_practice(folder: Path) -> Strange:
+    """A hidden sheet of lists first. A row of counts above the names. Names with line breaks in them. A column of
+    internal remarks that is nearly empty. "Wartezeti" in some rows. An average at the end, and the date of the
+    export."""
+    rows = written(PRACTICE, 90, "practice")
+    lists = [["Wochentage", "Themen"], ["Mo", "Wartezeit"], ["Di", "Personal"], ["Mi", "Räume"]]
+    lines: list[list[Any]] = [[None, 90, 90, 88, 90, 90, 3]]
+    lines.append(["Nr", "Wochen-\ntag", "Versicherung", "Alter", "Was möchten Sie uns sagen?\n(Freitext)",
+                  "Haupt-\nthema", "Notiz intern"])  # fmt: skip
+    for number, (text, topic) in enumerate(rows, 1):
+        topic = "Wartezeti" if topic == "Wartezeit" and number < 9 else topic
+        age = None if number in (4, 9) else 18 + number * 13 % 70
+        lines.append([number, ("Mo", "Di", "Mi", "Do", "Fr")[number % 5], ("gesetzlich", "privat")[number * 2 // 3 % 2],
+                      age, text, topic, "Rückruf" if number in (7, 30, 61) else None])  # fmt: skip
+    lines += [["Mittelwert", None, None, 47.2], [], ["Stand: 02.10.2025"]]
+    book = saved(folder / "Patientenbefragung.xlsx", {"_listen": lists, "Antworten": lines})
+    opened = openpyxl.load_workbook(book)
+    opened["_listen"].sheet_state = "hidden"
+    opened.active = opened["Antworten"]
+    opened.save(book)
+    classes = tuple(sorted({row[5] for row in lines[2:-3]}))
+    return Strange(book, lines[1][4], lines[1][5], classes, words=("Wartezeti",))
+
+
+def swedish_desk(folder: Path) -> Strange:
+    """A language that no list of names knows. A title in row 2, and beside the table a legend with names of its own.
+    A sum at the foot in words."""
+    lines: list[list[Any]] = [[], ["Kundtjänst, ärenden i oktober"], []]
+    lines.append(["Ärendenr", "Inkom", "Butik", "Meddelande", "Ärendetyp", "Prio", None, "Kod", "Betydelse"])
+    legend = [["1", "brådskande"], ["2", "normal"], ["3", "kan vänta"]]
+    for number, (text, topic) in enumerate(written(SWEDISH, 90, "sv"), 1):
+        row = [1000 + number, day(number), ("Malmö", "Umeå")[number % 2], text, topic, number * 5 % 3 + 1]
+        lines.append(row + ([None, *legend[number - 1]] if number <= 3 else []))
+    lines.append(["Summa ärenden", None, None, 90])
+    return Strange(saved(folder / "ärenden.xlsx", {"Blad1": lines}), "Meddelande", "Ärendetyp", tuple(SWEDISH))
+
+
+def tracker_export(folder: Path) -> Strange:
+    """An issue tracker's export: 22 columns, some of one name, descriptions of several lines with quotes, many columns
+    of classes, most of them nearly constant or empty."""
+    names = ["Summary", "Issue key", "Issue id", "Issue Type", "Status", "Project key", "Priority", "Resolution",
+             "Assignee", "Reporter", "Created", "Updated", "Affects Version/s", "Component/s", "Labels", "Labels",
+             "Description", "Environment", "Votes", "Sprint", "Comment", "Comment"]  # fmt: skip
+    lines: list[list[Any]] = [names]
+    for number, (text, kind) in enumerate(written(ISSUES, 96, "issues")):
+        person = ("ann", "bob", "cleo")[number * 7 % 3]
+        lines.append([
+            f"Item {number}", f"AB-{number}", 40000 + number, kind, ("Open", "Done", "Waiting")[number * 5 % 3], "AB",
+            ("Major", "Minor")[number * 3 // 2 % 2], "", person, "dora", f"2025-0{number % 9 + 1}-11 10:00",
+            f"2025-1{number % 3}-02 09:00", f"1.{number % 4}", ("ui", "core")[number % 2], "", "", f"{text}\n\nThanks!",
+            "", 0, f"Sprint {number % 6}", f"{person}: looked at it" if number % 3 else "", "",
+        ])  # fmt: skip
+    path = separated(folder / "issues.csv", lines, ",", "utf-8", "\n")
+    return Strange(path, "Description", "Issue Type", ("Bug", "Story", "Task"))
+
+
+def annotated_news(folder: Path) -> Strange:
+    """JSON Lines of an annotation tool: a list of one label for each text, an empty list where nobody annotated yet,
+    and a list of comments that is always empty. In French."""
+    lines = []
+    for number, (text, topic) in enumerate(written(NEWS, 90, "news")):
+        label = [] if number in (3, 40) else [topic]
+        lines.append(json.dumps({"id": number, "text": text, "label": label, "Comments": []}, ensure_ascii=False))
+    path = folder / "all.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Strange(path, "text", "label", tuple(sorted(NEWS)))
+
+
+def spanish_poll(folder: Path) -> Strange:
+    """Semicolons, decimal commas, questions as names, a weekday. Under the table an average, and two lines of the
+    report that are no rows of it: they have one field."""
+    names = ["Fecha", "Día", "Sucursal", "Nota (0-10)", "¿Qué podemos mejorar?", "Motivo principal", "¿Volvería?"]
+    lines: list[list[Any]] = [names]
+    for number, (text, topic) in enumerate(written(SPANISH, 96, "poll")):
+        lines.append([f"{number % 28 + 1:02}/10/2025", ("lunes", "martes", "viernes")[number % 3],
+                      ("Centro", "Norte")[number * 3 // 2 % 2], f"{number * 7 % 10},5", text, topic,
+                      ("sí", "no")[number * 5 // 3 % 2]])  # fmt: skip
+    lines.append(["Promedio", "", "", "5,1", "", "", ""])
+    path = separated(folder / "encuesta octubre.csv", [*lines, ["Fin del informe"], ["Registros: 96"]], ";", "utf-8")
+    answer = ("--set", "data.bad_lines=skip")
+    return Strange(path, names[4], names[5], ("Envío", "Pago", "Producto"), answer)
+
+
+WORKBOOKS = (german_quarter, french_survey, spanish_months, italian_blocks, english_form)
+EXPORTS = (dutch_export, portuguese_unicode, polish_requests, broken_chats, ticket_queue)
+TUNED: tuple[Callable[[Path], Strange], ...] = (*WORKBOOKS, *EXPORTS)
+HELD_OUT: tuple[Callable[[Path], Strange], ...] = (
+    german_practice, swedish_desk, tracker_export, annotated_news, spanish_poll,
+)  # fmt: skip
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for make in (*TUNED, *HELD_OUT):
+        print(make(folder).path)
+
+
+if __name__ == "__main__":
+    main()
