@@ -12,14 +12,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import small_models
 import tiny_training as tiny
 import torch
+from foreign_tables import PRAISE, texts
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from turret import adapters, kernels
 from turret.bases.device import gigabytes
 from turret.data import Labelled, Pair
 from turret.errors import AdapterError, PreflightRefused
+from turret.tasks import Classify
 from turret.train import Check, Plan, checks, memory, plan
+from turret.train.batches import Items
 from turret.train.cost import OtherProcesses
 from turret.train.preflight import fits
 
@@ -157,6 +163,52 @@ def test_labels_that_are_skewed_alone_or_missing_are_named() -> None:
     result, found = made(data=replace(data, train=rows))
     assert found["labels"].level == "refuse"
     assert any("no training example is good" in check.text for check in result.checks)
+
+
+def test_classes_are_counted_and_typos_get_no_advice_that_would_lift_them() -> None:
+    rows = [Labelled(f"the market {number}", "bad" if number % 2 else "good") for number in range(60)]
+    data = replace(tiny.dataset(), labels=("bad", "good"), train=rows)
+    assert made(data=data)[1]["labels"].text == "2 classes: good 30, bad 30"
+    rows += [Labelled("dull", "baad"), Labelled("a dull story", "baad"), Labelled("lazy", "N/A")]
+    task = Classify(("N/A", "baad", "bad", "good"), small_models.tokenizer("bert"))
+    found = list(checks.labels(task, rows))
+    assert any("'baad' (2) looks like 'bad', 'N/A' (1) looks like no label" in check.text for check in found)
+    assert any('data.rename = {"baad" = "bad", "N/A" = ""}' in str(check.remedy) for check in found)
+    assert not any("balanced" in str(check) for check in found)
+    skewed = [*rows[:60], *(Labelled(f"one line {number}", "weather") for number in range(2))]
+    control = list(checks.labels(Classify(("bad", "good", "weather"), small_models.tokenizer("bert")), skewed))
+    assert any("balanced" in str(check) for check in control)
+
+
+def test_texts_in_a_language_that_the_base_hardly_knows_are_warned_of() -> None:
+    def rows_of(language: str, known: str) -> list[Check]:
+        """The check of texts in one language, with a tokenizer that was trained on another."""
+        core = Tokenizer(models.BPE(unk_token="[UNK]"))
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
+        letters = sorted(set("".join(text for code in PRAISE for text, _ in texts(code))) - {" "})
+        trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=["[UNK]", "[PAD]"], initial_alphabet=letters)
+        core.train_from_iterator([text for text, _ in texts(known)], trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]")
+        examples = [Labelled(text, str(good)) for text, good in texts(language)]
+        items = Items(Classify(("True", "False"), tokenizer), examples)
+        return list(checks.language(items.take(range(len(items)))))
+
+    (foreign,) = rows_of("de", known="en")
+    assert foreign.level == "warn"
+    assert foreign.text.startswith("the texts look German, and the base reads ")
+    assert foreign.remedy == "a multilingual or German base may do better"
+    (own,) = rows_of("de", known="de")
+    assert own.level == "ok"
+    assert rows_of("en", known="en") == []
+
+
+@pytest.mark.parametrize(
+    ("language", "name"),
+    [("de", "German"), ("fr", "French"), ("en", "English"), ("pl", "Polish"), ("ru", "Cyrillic"), ("es", "Spanish")],
+)
+def test_the_language_of_texts(language: str, name: str) -> None:
+    assert checks.language_of([text for text, _ in texts(language)]) == name
+    assert checks.language_of(["1234 5678"] * 100) is None
 
 
 @pytest.mark.parametrize(("method", "needed", "epochs"), [("lora", 250, 50), ("prefix", 1200, 240), ("full", 100, 20)])

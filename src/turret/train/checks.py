@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from turret.adapters import int8_layers
 from turret.bases import Base, native_bfloat16
-from turret.data import Dataset, Example, Labelled, texts_of
-from turret.errors import AdapterError
+from turret.data import Dataset, Example, Labelled, cells, texts_of
+from turret.errors import AdapterError, one_line
 from turret.methods import Method
 from turret.plan_check import Check, Level
-from turret.recipe import Recipe
+from turret.recipe import Recipe, toml
 from turret.tasks import Task, writes
 from turret.train.batches import Item, Schedule
 from turret.train.defaults import epochs_for
@@ -23,6 +24,8 @@ from turret.transformer import Model, Tokenizer
 
 MANY_CUT = 0.05  # warn from this share of cut inputs on
 BUSY = 0.5  # warn from this many processors in use by other processes on
+FEW_WORDS = 50  # in which no language is looked for
+MANY_PIECES = 2.0  # warn from this many tokens for a word on; English texts have about 1.3 with an English base
 SKEWED = 10  # warn if the largest class has this many times the examples of the smallest
 
 
@@ -207,14 +210,81 @@ def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
     if not seen or (len(seen) == 1 and not task.multi_label):
         yield Check("labels", "refuse", "all training examples are of one class", "take more examples")
         return
-    largest, smallest = max(seen), min(seen)
-    text = f"{len(task.labels)} classes, {smallest} to {largest} examples each"
+    doubts = cells.doubts(counts)
+    if doubts:
+        meant = toml.written(cells.renaming(counts))
+        yield Check(
+            "labels", "warn", f"classes in doubt: {_some(doubts)}", f"if so, set data.rename = {one_line(meant, 120)}"
+        )
+    sure = [count for label, count in counts.items() if label not in cells.renaming(counts)] or seen
+    largest, smallest = max(sure), min(sure)
+    text = f"{len(task.labels)} classes: {_counted(counts)}"
     if largest >= SKEWED * smallest and getattr(task, "class_weights", {}) is None:  # the task has weights, all 1
         yield Check(
             "labels", "warn", f"{text}: the rare ones will be neglected", 'set task.class_weights to "balanced"'
         )
     else:
         yield Check("labels", "ok", text)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    """The classes with their training examples, the most frequent first; of many the first and the last."""
+    named = [f"{one_line(label, 30)} {count}" for label, count in Counter(counts).most_common()]
+    return ", ".join(named if len(named) <= 8 else [*named[:5], "...", *named[-2:]])
+
+
+def language(items: Sequence[Item]) -> Iterator[Check]:
+    """Whether the base's tokenizer cuts the words of texts in another language than English into many pieces."""
+    texts = [text for text in texts_of([item.example for item in items]) if text.strip()]
+    name = language_of(texts)
+    if name is None or name == "English":
+        return
+    whole = [item for item in items if not item.cut]
+    words = sum(len(text.split()) for text in texts_of([item.example for item in whole]))
+    pieces = sum(len(item.source) for item in whole) / max(1, words)
+    text = f"the texts look {name}, and the base reads {pieces:.1f} tokens for each of their words"
+    if pieces > MANY_PIECES:
+        yield Check("language", "warn", f"{text}: it hardly knows them", f"a multilingual or {name} base may do better")
+    else:
+        yield Check("language", "ok", text)
+
+
+def language_of(texts: Sequence[str]) -> str | None:
+    """The language of most texts, by their commonest words or their script; None if it cannot be told."""
+    words = Counter(word for text in texts[:1000] for word in re.findall(r"[^\W\d_]+", text[:1000].lower()))
+    total = words.total()
+    if total < FEW_WORDS:
+        return None
+    shares = {name: sum(words[word] for word in common) / total for name, common in _COMMON_WORDS.items()}
+    best = max(shares, key=lambda name: shares[name])
+    others = sorted(shares.values())[-2]
+    if shares[best] >= 0.08 and shares[best] > 1.3 * others:
+        return best
+    for name, letters in _SCRIPTS.items():
+        if sum(count for word, count in words.items() if letters.search(word)) > 0.5 * total:
+            return name
+    return None
+
+
+_COMMON_WORDS = {  # that no other language of the table uses often
+    language: words.split()
+    for language, words in {
+        "English": "the and of to is was it that for with you this are have not at be my but they",
+        "German": "der die das und ist nicht ich ein eine zu mit auf den dem sich es wir mir war im",
+        "French": "le les et est des une du je pas que pour dans sur au ce nous vous il très mon",
+        "Spanish": "el los y es una del por las con para su lo pero muy me se mi está fue al",
+        "Italian": "il di che è un per una non sono con della del gli mi ho ma più era dei alla",
+        "Dutch": "het een van is niet ik dat op te met voor zijn mijn er maar ook naar bij nog aan",
+        "Portuguese": "o os e um uma do da não com para em foi muito mas ao na no eu minha meu",
+        "Polish": "w i nie na się z jest do to że jak ale po mnie za od czy przez tak bardzo",
+    }.items()
+}
+_SCRIPTS = {
+    "Cyrillic": re.compile("[\u0400-\u04ff]"), "Greek": re.compile("[\u0370-\u03ff]"),
+    "Arabic": re.compile("[\u0600-\u06ff]"), "Hebrew": re.compile("[\u0590-\u05ff]"),
+    "Chinese or Japanese": re.compile("[\u3040-\u30ff\u3400-\u9fff]"), "Korean": re.compile("[\uac00-\ud7af]"),
+    "Devanagari": re.compile("[\u0900-\u097f]"), "Thai": re.compile("[\u0e00-\u0e7f]"),
+}  # fmt: skip
 
 
 def checkpoints(base: Base) -> Iterator[Check]:

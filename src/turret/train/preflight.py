@@ -120,6 +120,7 @@ def plan(
         *checks.labels(task, used.train),
         checks.special_tokens(base, task),
         *checks.inputs(sample, task, base),
+        *checks.language(sample),
         *checks.outputs(sample, task),
         *checks.positions(recipe, task, base),
         *checks.precision(recipe, base),
