@@ -281,11 +281,10 @@ def test_a_table_with_hundreds_of_thousands_of_columns_is_refused_at_once(tmp_pa
     for suffix in ("csv", "jsonl", "json"):
         started = time.perf_counter()
         with pytest.raises(DataError, match="has 300002 columns, expected at most 16384"):
-            open_source(str(tmp_path / f"wide.{suffix}"), Data(source="x"))
+            open_source(str(tmp_path / f"wide.{suffix}"))
         assert time.perf_counter() - started < 15  # counting each name in all of them took more than a minute
     most = ",".join(names[:16_384])
     (tmp_path / "most.csv").write_text(f"{most}\n{','.join(row[:16_384])}\n")
-    assert len(open_source(str(tmp_path / "most.csv"), Data(source="x"))[""].columns) == 16_384
+    assert len(open_source(str(tmp_path / "most.csv"))[""].columns) == 16_384
     (tmp_path / "twice.csv").write_text(f"{most.replace('c9,', 'c7,', 1)}\n{','.join(row[:16_384])}\n")
-    with pytest.raises(DataError, match="'c7' more than once"):
-        open_source(str(tmp_path / "twice.csv"), Data(source="x"))
+    assert {"c7 (1)", "c7 (2)"} <= set(open_source(str(tmp_path / "twice.csv"))[""].columns)

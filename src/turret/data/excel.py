@@ -105,10 +105,11 @@ def open_excel(path: Path, form: FileFormat) -> Table:
     if sheet.row != sheet.first and form.header_row is None:
         notes.append(f"{name}: row {sheet.row} names the columns; data.header_row names another")
     left_out: Counter[str] = Counter()
+    place_of = dict(zip(sheet.names, sheet.places, strict=True))
 
     def rows(columns: Sequence[str]) -> Iterator[TableRow]:
         left_out.clear()
-        places = [sheet.places[sheet.names.index(column)] for column in columns]
+        places = [place_of[column] for column in columns]
         with _sheets(path) as opened:
             body = _body(opened[sheet.title], sheet)
             for number, cells in without_sums(body, len(sheet.names), left_out):

@@ -94,10 +94,11 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
         header_row=line if titles else None,
     )
     left_out: Counter[str] = Counter()
+    place_of = dict(zip(names, places, strict=True))
 
     def read(columns: Sequence[str]) -> Iterator[TableRow]:
         left_out.clear()
-        wanted = [places[names.index(name)] for name in columns]
+        wanted = [place_of[name] for name in columns]
         rows = ((number, tuple(cells)) for number, cells in _fields(text, delimiter) if number > line)
         whole = _whole(rows, text, delimiter, len(first), form.skip_bad_lines, left_out)
         for number, cells in without_sums(whole, len(first), left_out):
