@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import math
 import re
 import shutil
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 import small_models
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from turret.cli.main import run
-from turret.data.table_writer import TableWriter, harmless
+from turret.data.table_writer import TableWriter, TextForm, harmless
 from turret.errors import AdapterError, DataError
 from turret.recipe import Recipe
 from turret.workspace import RunResult, Workspace
@@ -203,7 +206,7 @@ def test_evaluate_prints_what_is_wrong_and_writes_a_table_and_a_page(trained, tm
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--out", "errors.xls"], "errors.xls' has no known kind of table: write to a .csv, .tsv, .jsonl file"),
+        (["--out", "errors.xls"], "errors.xls' has no known kind of table: write to a .csv, .tsv, .jsonl, .xlsx file"),
         (["--out", "nowhere/errors.csv"], "its folder does not exist"),
         (["--report", "page.pdf"], "expected a .html file in a folder that exists"),
     ],
@@ -253,6 +256,70 @@ def test_predict_writes_json_lines_and_reads_lines_of_text(trained, tmp_path) ->
     assert found[1]["flags"] == ["blank"]
     assert 0 < found[0]["probability"] <= 1
     assert done.columns == list(found[0])
+
+
+def test_a_workbook_is_answered_in_a_workbook_with_numbers_dates_and_texts(trained, tmp_path) -> None:
+    book, when = openpyxl.Workbook(), datetime(2026, 10, 3)
+    heads = ["Nr", "text", "Preis", "am"]
+    rows = [heads, [7, "a great film", 2.5, when], [8, "=dull story", None, None], [9, None, 1, None]]
+    for row in rows:
+        book.active.append(row)
+    book.active["B3"].data_type = "s"  # a text that begins like a formula
+    book.save(tmp_path / "Oktober.xlsx")
+    out = tmp_path / "answers.xlsx"
+    done = trained.workspace.predict_file("reviews", str(tmp_path / "Oktober.xlsx"), out)
+    names, *found = openpyxl.load_workbook(out).active.iter_rows()
+    assert [cell.value for cell in names] == ["Nr", "text", "Preis", "am", "row", "predicted", "probability", "flags"]
+    assert [[cell.value for cell in row[:3]] for row in found] == [row[:3] for row in rows[1:]]
+    assert [row[1].data_type for row in found] == ["s", "s", "n"]
+    assert str(found[0][3].value).startswith("2026-10-03")
+    chances = [row[6].value for row in found]
+    assert all(isinstance(chance, float) and 0.5 <= chance <= 1 for chance in chances[:2])
+    assert (found[0][4].value, found[2][7].value, chances[2]) == (2, "blank", None)
+    assert (done.guarded, done.blank) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "preis", "wanted"),
+    [("utf-8-sig", "2,50", ","), ("utf-8", "2.50", "."), ("cp1252", "2,50", ","), ("utf-16", "zwei", ".")],
+)
+def test_a_table_of_text_is_answered_in_its_own_form(trained, tmp_path, encoding, preis, wanted) -> None:
+    lines = ["Größe;text;Preis", f"groß;a great film, schön;{preis}", f"klein;a dull bank;{preis}"]
+    (tmp_path / "in.csv").write_bytes("\r\n".join([*lines, ""]).encode(encoding))
+    trained.workspace.predict_file("reviews", str(tmp_path / "in.csv"), tmp_path / "out.csv")
+    written = (tmp_path / "out.csv").read_bytes()
+    assert written.startswith(codecs.BOM_UTF8) == (encoding == "utf-8-sig")
+    heads, first, _ = written.decode(encoding).splitlines()
+    assert heads == "Größe;text;Preis;row;predicted;probability;flags"
+    assert first.startswith(f"groß;a great film, schön;{preis};2;")
+    assert re.fullmatch(rf"[01]\{wanted}\d+", first.split(";")[5])
+
+
+def test_answers_that_the_encoding_of_the_table_lacks_make_it_utf_8_with_a_note(tmp_path) -> None:
+    with TableWriter(tmp_path / "out.csv", ["a"], TextForm(";", "cp1252")) as table:
+        table.write({"a": "schön"})
+        table.write({"a": "☃"})
+    assert table.encoding == "utf-8-sig"
+    assert (tmp_path / "out.csv").read_text(encoding="utf-8-sig").splitlines() == ["a", "schön", "☃"]
+    with TableWriter(tmp_path / "own.csv", ["a"], TextForm(";", "cp1252")) as table:
+        table.write({"a": "schön"})  # the control
+    assert (table.encoding, (tmp_path / "own.csv").read_bytes()) == ("cp1252", b"a\nsch\xf6n\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "own.csv"]
+
+
+def test_a_workbook_has_no_formula_no_control_character_and_no_cut_cell_without_a_word(tmp_path) -> None:
+    evil = ["=1+1", "+cmd|' /C calc'!A0", "@SUM(A1)", "a\x07b", "x" * 40_000]
+    with TableWriter(tmp_path / "out.xlsx", ["=a"]) as table:
+        for each in [*evil, float("nan"), ["b", "c"], True]:
+            table.write({"=a": each})
+    cells = [row[0] for row in openpyxl.load_workbook(tmp_path / "out.xlsx").active.iter_rows()]
+    assert {cell.data_type for cell in cells[: len(evil) + 1]} == {"s"}
+    assert [cell.value for cell in cells] == ["=a", *evil[:3], "ab", "x" * 32_767, None, "b | c", True]
+    assert table.shortened == 1
+    with pytest.raises(RuntimeError), TableWriter(tmp_path / "out.xlsx", ["b"]):
+        raise RuntimeError
+    assert openpyxl.load_workbook(tmp_path / "out.xlsx").active["A1"].value == "=a"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.xlsx"]
 
 
 def test_a_column_of_the_table_is_never_overwritten(trained, tmp_path) -> None:

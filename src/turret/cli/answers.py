@@ -45,7 +45,8 @@ def predict(
     column: Annotated[str | None, typer.Option("--column", hidden=True, help="Old: --text or --prompt.")] = None,
     sets: options.Set = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write all rows and answers to a .csv, .tsv or .jsonl.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write rows and answers to a .csv, .tsv, .jsonl or .xlsx."),
     ] = None,
     top: Annotated[int, typer.Option("--top", help="Labels to show for each text, the most probable first.")] = 1,
     coverage: Annotated[
@@ -96,7 +97,8 @@ def evaluate(
     messages: options.Messages = None,
     sets: options.Set = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Write every wrong answer to a .csv, .tsv or .jsonl.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write wrong answers to a .csv, .tsv, .jsonl or .xlsx."),
     ] = None,
     page: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="Write a page with plots and mistakes: page.html.")

@@ -12,7 +12,7 @@ from turret.data.columns import Schema, find_input, prompt_layout
 from turret.data.examples import Input
 from turret.data.source import open_source
 from turret.data.splits import test_split
-from turret.data.table import CellValue, DataSettings, Table, TableRow, format_of
+from turret.data.table import DETECTED, CellValue, DataSettings, FileFormat, Table, TableRow, format_of
 from turret.data.text_file import lines_of
 from turret.errors import DataError
 
@@ -44,12 +44,14 @@ class Rows:
         columns: all of them.
         read: the rows, from the start.
         notes: for the user.
+        found: how the file is read, as far as it had to be found out.
     """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[], Iterator[Row]]
     notes: tuple[str, ...] = ()
+    found: FileFormat = DETECTED
 
 
 def read_rows(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> Rows:
@@ -86,7 +88,7 @@ def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | No
     except DataError as error:
         raise DataError(f"{error}; {table.hint}") if table.hint else error from None
     columns = table.columns if whole else asked
-    return Rows(table.name, columns, lambda: _rows(table, columns, asked, ask), table.notes)
+    return Rows(table.name, columns, lambda: _rows(table, columns, asked, ask), table.notes, table.found)
 
 
 def _question(

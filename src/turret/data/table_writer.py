@@ -1,29 +1,73 @@
-"""Writes a table row by row to a `.csv`, `.tsv` or `.jsonl` file that appears only when it is whole.
+"""Writes a table row by row to a `.csv`, `.tsv`, `.jsonl` or `.xlsx` file that appears only when it is whole.
 
 A spreadsheet runs a cell that begins with `=`, `+`, `-` or `@` as a formula. In CSV and TSV such a text gets a `'` in
-front, which spreadsheets do not show; plain numbers stay as they are. JSONL keeps every text.
+front, which spreadsheets do not show; plain numbers stay as they are. JSONL keeps every text, and a workbook marks it
+as text. A CSV file that answers another one has its separator, encoding and decimal sign (`form_of`).
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from datetime import date, datetime, time
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import IO, TYPE_CHECKING
 
-from turret.disk import describe_error
+from turret.data.table import CellValue, FileFormat
+from turret.data.text_file import kind_of, opened
+from turret.disk import describe_error, sync
 from turret.errors import DataError, shown
 from turret.json_types import JsonValue
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
+if TYPE_CHECKING:
+    from openpyxl import Workbook
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".xlsx")
 STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # of a formula; the last four are full-width
-JOINED = " | "  # between the items of a list, in CSV and TSV
+JOINED = " | "  # between the items of a list, in CSV, TSV and workbooks
+CELL, ROWS = 32_767, 1_048_576  # characters of a cell and rows of a sheet that Excel reads
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
+_COMMA, _POINT = re.compile(r"[+-]?\d+,\d+"), re.compile(r"[+-]?\d+\.\d+")
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """How a CSV or TSV file is written."""
+
+    delimiter: str | None = None  # None: that of the suffix
+    encoding: str = "utf-8"  # utf-8-sig has a byte order mark
+    decimal_comma: bool = False  # numbers are written as in `0,93`
+
+
+PLAIN = TextForm()
+
+
+def form_of(source: str, found: FileFormat, rows: Iterable[Sequence[CellValue]], target: Path) -> TextForm:
+    """The form of the file that is answered, if the target is of the same kind.
+
+    Args:
+        found: how the source is read.
+        rows: its first rows, which show whether its numbers have a decimal comma.
+    """
+    path = Path(os.path.expanduser(source))
+    kind = target.suffix.lower()
+    if kind not in (".csv", ".tsv") or not path.is_file() or kind_of(path) != kind:
+        return PLAIN
+    encoding = found.encoding
+    if encoding is None:
+        with opened(path) as file:
+            encoding = "utf-8-sig" if file.read(3) == codecs.BOM_UTF8 else "utf-8"
+    cells = [str(cell).strip() for row in rows for cell in row]
+    comma = any(map(_COMMA.fullmatch, cells)) and not any(map(_POINT.fullmatch, cells)) and found.delimiter is not None
+    return TextForm(found.delimiter, encoding, comma)
 
 
 def harmless(text: str) -> str:
@@ -45,33 +89,45 @@ class TableWriter:
     Args:
         path: the file, which is replaced at the end of the block.
         columns: the keys of every row.
+        form: of a CSV or TSV file. If its encoding lacks a letter, the file is UTF-8 with a byte order mark instead.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], form: TextForm = PLAIN) -> None:
         check_target(path)
-        self.path, self.columns = path, tuple(columns)
+        self.path, self.columns, self.form = path, tuple(columns), form
         self.guarded = 0  # cells that got a ' in front
-        self._lines = path.suffix.lower() == ".jsonl"
+        self.shortened = 0  # cells that a workbook cannot hold whole
+        self.encoding = form.encoding  # at the end, that of the file
+        self._kind = path.suffix.lower()
         self._partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        self._file: TextIO | None = None
+        self._file: IO[str] | None = None
+        self._book: Workbook | None = None
+        self._written = 0  # rows of the workbook
 
     def __enter__(self) -> TableWriter:
         try:
+            if self._kind == ".xlsx":
+                self._partial.touch(exist_ok=False)  # before the answers are computed
+                self._book = _new_workbook()
+                self._append(self.columns)
+                return self
             self._file = self._partial.open("x", encoding="utf-8", newline="")
         except OSError as error:
             raise self._failed(error) from None
-        if not self._lines:
-            delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
+        if self._kind != ".jsonl":
+            delimiter = self.form.delimiter or ("\t" if self._kind == ".tsv" else ",")
             self._rows = csv.writer(self._file, delimiter=delimiter, lineterminator="\n")
             self._rows.writerow([self._cell(name) for name in self.columns])
         return self
 
     def write(self, row: Mapping[str, JsonValue]) -> None:
         """Write one row; a column that it lacks is empty."""
-        assert self._file is not None
         values = [row.get(name) for name in self.columns]
         try:
-            if self._lines:
+            if self._book is not None:
+                self._append(values)
+            elif self._kind == ".jsonl":
+                assert self._file is not None
                 line = dict(zip(self.columns, map(_plain, values), strict=True))
                 self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n")
             else:
@@ -83,11 +139,33 @@ class TableWriter:
         if value is None:
             return ""
         if isinstance(value, float):
-            return repr(value)
-        text = JOINED.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            return repr(value).replace(".", ",") if self.form.decimal_comma else repr(value)
+        text = _text(value)
         safe = harmless(text)
         self.guarded += safe != text
         return safe
+
+    def _append(self, values: Iterable[CellValue]) -> None:
+        """Write a row of the workbook: numbers and dates as they are, and everything else as text."""
+        from openpyxl.cell import WriteOnlyCell
+
+        assert self._book is not None
+        sheet = self._book.worksheets[0]
+        self._written += 1
+        if self._written > ROWS:
+            raise DataError(
+                f"{shown(self.path.name)} would have over {ROWS:,} rows, which Excel cannot read: write .csv"
+            )
+        cells = []
+        for value in values:
+            if value is None or isinstance(value, (bool, int, float, datetime, date, time)):
+                cells.append(WriteOnlyCell(sheet, _plain(value)))
+                continue
+            text = _without_controls(_text(value))
+            self.shortened += len(text) > CELL
+            cells.append(WriteOnlyCell(sheet, text[:CELL]))
+            cells[-1].data_type = "s"  # never a formula
+        sheet.append(cells)
 
     def _failed(self, error: OSError) -> DataError:
         return DataError(f"{shown(self.path.name)} was not written: {describe_error(error, self.path)}")
@@ -95,19 +173,64 @@ class TableWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._file is not None
         try:
-            with self._file:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+            if self._file is not None:
+                self._file.close()
+            if self._book is not None:
+                with nullcontext() if kind is None else suppress(OSError):
+                    self._book.save(self._partial)  # after an error too: it removes the library's own files
             if kind is None:
+                if self._book is None and self.encoding != "utf-8":
+                    self._encode()
+                sync(self._partial)
                 os.replace(self._partial, self.path)
         except OSError as problem:
             raise self._failed(problem) from None
         finally:
             self._partial.unlink(missing_ok=True)
 
+    def _encode(self) -> None:
+        """Write the file in the encoding of its form, or in UTF-8 if that has not all its letters."""
+        beside = self._partial.with_name(f"{self._partial.name}.encoded")
+        try:
+            try:
+                _recode(self._partial, beside, self.encoding)
+            except UnicodeEncodeError:
+                self.encoding = "utf-8-sig"
+                _recode(self._partial, beside, self.encoding)
+            os.replace(beside, self._partial)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _recode(source: Path, target: Path, encoding: str) -> None:
+    with (
+        source.open(encoding="utf-8", newline="") as given,
+        target.open("w", encoding=encoding, newline="") as written,
+    ):
+        for line in given:
+            written.write(line)
+
+
+def _new_workbook() -> Workbook:
+    from openpyxl import Workbook
+
+    book = Workbook(write_only=True)
+    book.create_sheet("answers")
+    return book
+
+
+def _text(value: CellValue) -> str:
+    return JOINED.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _without_controls(text: str) -> str:
+    """The text without the characters that no workbook may have."""
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+    return str(ILLEGAL_CHARACTERS_RE.sub("", text))
+
 
 def _plain(value: JsonValue) -> JsonValue:
-    """NaN and infinity as null, which JSON has."""
+    """NaN and infinity as null, which JSON has, or as an empty cell."""
     return None if isinstance(value, float) and not -1e308 <= value <= 1e308 else value

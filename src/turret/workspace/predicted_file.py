@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turret.data.rows import Row, Rows
-from turret.data.table_writer import TableWriter, check_target
+from turret.data.table_writer import TableWriter, check_target, form_of
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store, Version
 from turret.tasks import Task, stored_task
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from turret.workspace.answering import Mounted
 
 ROWS = 512  # that are answered at a time
+SAMPLED = 100  # rows that show how the table writes numbers
 BLANK, CUT = "blank", "cut"
 
 
@@ -39,12 +40,13 @@ def predict_file(
     check_target(path)
     check_options(version, request.top, request.coverage)
     rows = read_rows(version, source, request.columns)
-    next(rows.read(), None)  # an error in a column or in the first row costs no load of the base
+    first = list(islice(rows.read(), SAMPLED))  # an error in a column or in these rows costs no load of the base
+    form = form_of(source, rows.found, (row.cells for row in first), path)
     names = _names(rows.columns, stored_task(version.part("task")), request)
     new = [key for key in names if key != "row"]
     ready = _mounted(store, version, say, request.device)
     counts = dict.fromkeys(("rows", BLANK, CUT), 0)
-    with TableWriter(path, [names["row"], *rows.columns, *(names[key] for key in new)]) as table:
+    with TableWriter(path, [*rows.columns, names["row"], *(names[key] for key in new)], form) as table:
         reader = rows.read()
         while some := list(islice(reader, ROWS)):
             say(f"answering rows {counts['rows'] + 1} to {counts['rows'] + len(some)}")
@@ -126,4 +128,8 @@ def _notes(rows: Rows, table: TableWriter) -> list[str]:
             f"{table.guarded} cells begin like a formula of a spreadsheet and have a ' in front; a .jsonl file keeps "
             "them unchanged"
         )
+    if table.shortened:
+        notes.append(f"{table.shortened} texts are longer than a cell of a workbook, and are cut there; write .csv")
+    if table.encoding != table.form.encoding:
+        notes.append(f"the answers have letters that {table.form.encoding} lacks, so the file is UTF-8")
     return notes
