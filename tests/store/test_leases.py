@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,64 @@ def test_a_killed_owner_on_this_machine_is_replaced_at_once(database, where) -> 
     holder.communicate()
     assert lease is not None
     assert lease.fence == 2
+
+
+# --- who is dead ------------------------------------------------------------------------------------------------------
+
+TELL = """
+import os, sys
+from turret.store import leases
+for process in sys.argv[1:]:
+    number = process.split("/")[2]
+    print(leases.is_dead(process), os.path.exists(f"/proc/{number}/stat"), leases._clock())
+"""
+
+
+def told(prefix: list[str], *processes: str) -> list[list[str]]:
+    """What a process that is started by `prefix` says of others: whether dead, and whether it finds them in /proc."""
+    tool = shutil.which(prefix[0])
+    if tool is None or os.getuid() != 0:
+        pytest.skip(f"needs root and {prefix[0]}")
+    command = [tool, *prefix[1:], sys.executable, "-c", TELL, *processes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode:
+        pytest.skip(f"this machine does not allow it: {done.stderr.strip()[-200:]}")
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def living_and_dead() -> Iterator[list[str]]:
+    """How a lease names a living process, and one that has ended."""
+    ended, living = (subprocess.Popen(["sleep", "100"]) for _ in range(2))
+    machine, clock = leases._machine(), leases._clock()
+    names = [f"{machine}/{each.pid}/{leases._started(str(each.pid))}/{clock}" for each in (living, ended)]
+    ended.kill()
+    ended.wait()
+    yield names
+    living.kill()
+    living.wait()
+
+
+def test_a_living_process_of_another_user_is_not_dead_where_proc_hides_it(living_and_dead) -> None:
+    hidden = "mount -t proc -o hidepid=2 proc /proc"
+    as_nobody = "exec setpriv --reuid=65534 --regid=65534 --clear-groups"
+    found = told(["unshare", "-m", "sh", "-c", f'{hidden} && {as_nobody} "$@"', "sh"], *living_and_dead)
+    assert [each[:2] for each in found] == [["False", "False"], ["True", "False"]]
+    assert [leases.is_dead(each) for each in living_and_dead] == [False, True], "as where nothing is hidden"
+
+
+def test_a_process_in_another_time_namespace_is_compared_by_its_number_alone(living_and_dead) -> None:
+    """There every process seems to have started at another time."""
+    found = told(["unshare", "-T", "--boottime", "100000", "-f"], *living_and_dead)
+    assert [each[0] for each in found] == ["False", "True"]
+    assert found[0][2] != leases._clock()
+
+
+def test_a_process_that_got_the_number_of_a_dead_one_is_not_taken_for_it(living_and_dead) -> None:
+    machine, number, start, clock = living_and_dead[0].rsplit("/", 3)
+    assert not leases.is_dead(living_and_dead[0])
+    assert leases.is_dead(f"{machine}/{number}/{int(start) - 1}/{clock}")
+    assert not leases.is_dead(f"{machine}/{number}/{int(start) - 1}/1"), "by another clock"
 
 
 def test_the_owner_on_another_machine_is_awaited_until_its_lease_ends_or_is_renewed(database, short) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from turret.access import Access
-from turret.errors import InUse, LeaseLost, NotFound, QueueFull, RecipeError
-from turret.store import Store, TrainingQueue, leases, queue
-from turret.store.queue import Entry, choose
+from turret.errors import InUse, LeaseLost, NotFound, QueueFull, RecipeError, StoreError
+from turret.store import Store, TrainingQueue, Version, leases, queue
+from turret.store.leases import Lease
+from turret.store.queue import Entry, QueuedRun, choose
 from turret.store.queue_tables import queue as rows
 
 
@@ -180,6 +181,95 @@ def test_cancelled_while_it_waits_runs_or_has_lost_its_worker_it_ends(store, lin
     assert all(store.run(run)["ended"] for run in (waiting, running, lost))
     with pytest.raises(InUse, match="is cancelled: only a waiting or running one"):
         line.cancel(waiting)
+
+
+def cancelled(store: Store, line: TrainingQueue, run: str) -> None:
+    lose_workers(store)
+    line.cancel(run)
+
+
+def tried_too_often(store: Store, line: TrainingQueue, run: str) -> None:
+    with store.database().writing() as connection:
+        connection.execute(update(rows).values(tries=3))
+    lose_workers(store)
+    assert line.take() is None
+
+
+def returned(store: Store, line: TrainingQueue, run: str) -> None:
+    """By the parent of the process that trains, while that one sleeps."""
+    with store.database().reading() as connection:
+        row = connection.execute(select(leases.leases)).one()
+    line.after(QueuedRun(run, "default", "x", 1, Lease(row.name, row.owner, row.fence, 30.0)), None)
+
+
+@pytest.mark.parametrize(
+    ("end", "state"), [(cancelled, "cancelled"), (tried_too_often, "failed"), (returned, "waiting")]
+)
+def test_a_worker_that_wakes_up_after_its_run_was_ended_publishes_nothing(store, line, make_bundle, end, state) -> None:
+    run = line.submit("a", "x")
+    taken = line.take()
+    assert taken is not None
+    held = line.adopt(taken)
+    held.curve.write_text("1\n")
+    end(store, line, run)
+    ended = store.run(run)
+    assert ended["state"] == state
+    for act in (
+        lambda: store.put("a", make_bundle(b"late"), run=held, result=lambda version: {"version": str(version)}),
+        lambda: store.put("a", make_bundle(b"late"), run=held),
+        lambda: store.end_run(held, "finished", result={}),
+        lambda: store.end_run(held, "failed", error="late"),
+        lambda: store.training_runs().fill(held, "y", "z"),
+        lambda: store.artifacts.keep([held.curve], held) if store.artifacts.copies else refuse(),
+    ):
+        with pytest.raises(LeaseLost):
+            act()
+    assert list(store.list()) == []
+    assert store.artifacts.listed("runs/") == []
+    assert store.run(run) == ended
+
+
+def refuse() -> None:
+    raise LeaseLost("a folder store has no copies")
+
+
+def test_a_worker_that_wakes_up_and_whose_run_nobody_ended_publishes(store, line, make_bundle) -> None:
+    """The control: the lease has ended, and nothing else happened."""
+    run = line.submit("a", "x")
+    taken = line.take()
+    assert taken is not None
+    held = line.adopt(taken)
+    lose_workers(store)
+    version = store.put("a", make_bundle(b"late"), run=held, result=lambda version: {"version": str(version)})
+    found = store.run(run)
+    assert (found["state"], found["result"]) == ("finished", {"version": str(version)})
+    line.write_log(taken, ["the last line"], last=True)
+    assert [each["line"] for each in line.log(run)] == ["the last line"]
+    assert line.after(taken, "late") is None
+    assert store.run(run) == found
+
+
+def test_a_version_and_the_end_of_its_run_are_one_transaction(store, line, make_bundle) -> None:
+    run = line.submit("a", "x")
+    taken = line.take()
+    assert taken is not None
+    held = line.adopt(taken)
+
+    def lost(version: Version) -> dict[str, str]:
+        raise StoreError("the connection was lost")
+
+    with pytest.raises(StoreError, match="connection was lost"):
+        store.put("a", make_bundle(b"one"), run=held, result=lost)
+    assert list(store.list()) == []
+    assert state(store, run) == "running"
+    store.put("a", make_bundle(b"one"), run=held, result=lambda version: {"version": str(version)})
+    for again in (b"one", b"two"):
+        with pytest.raises(LeaseLost, match=f"runs/{run} has ended"):
+            store.put("a", make_bundle(again), run=held, result=lambda version: {})
+    with pytest.raises(LeaseLost):
+        store.end_run(held, "failed", error="S3 did not answer")
+    assert [(str(version), version.run) for version in store.list()] == [("a@1", run)]
+    assert store.run(run)["result"] == {"version": "a@1"}
 
 
 def test_a_run_of_another_tenant_or_of_none_is_not_there(store, line) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from sqlalchemy import Connection, delete, insert, select
 
@@ -29,11 +29,17 @@ from turret.store import uploads
 from turret.store.artifact_table import artifacts
 from turret.store.blobs import Blob, Files, hash_file, place
 from turret.store.catalog import now
-from turret.store.leases import Lease
 
 Used = TypeVar("Used")
 
 ATTEMPTS = 3  # if the content is replaced while it is read, or a gc removes an upload
+
+
+class Holder(Protocol):
+    """The lease of the work that wrote files, or the run that a process holds."""
+
+    def require(self, connection: Connection) -> None:
+        """Raise LeaseLost if the work is another's now, or has ended."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +72,20 @@ class Artifacts:
         """Whether the store has copies of the local files."""
         return self._files is not None
 
-    def keep(self, paths: Iterable[Path], lease: Lease | None = None) -> None:
+    def keep(self, paths: Iterable[Path], holder: Holder | None = None) -> None:
         """Copy local files under the root to the store, unless it has the same content already.
 
         Args:
-            lease: of the work that wrote the files.
+            holder: of the work that wrote the files.
 
         Raises:
-            LeaseLost: another process has taken the lease; nothing is changed.
+            LeaseLost: another process has taken the work, or it has ended; nothing is changed.
         """
         sources = {path.relative_to(self._root).as_posix(): path for path in paths}
-        self.keep_as({name: path for name, path in sources.items() if path.exists()}, lease)
+        self.keep_as({name: path for name, path in sources.items() if path.exists()}, holder)
 
     def keep_as(
-        self, sources: dict[str, Path], lease: Lease | None = None, also: Callable[[Connection], None] | None = None
+        self, sources: dict[str, Path], holder: Holder | None = None, also: Callable[[Connection], None] | None = None
     ) -> None:
         """As `keep`, for files that lie elsewhere on this machine.
 
@@ -93,7 +99,7 @@ class Artifacts:
         content = {name: hash_file(path) for name, path in sources.items()}
         for _ in range(ATTEMPTS):
             with database.writing() as connection:
-                _require(lease, connection)
+                _require(holder, connection)
                 known = _rows(connection, content)
                 changed = {name: blob for name, blob in content.items() if known.get(name) != blob}
                 if not changed:
@@ -103,7 +109,7 @@ class Artifacts:
             copies = {blob.digest: (sources[name], replace(blob, upload=upload)) for name, blob in changed.items()}
             uploads.write(database, self._place, upload, copies.values())
             with uploads.given_up_on_error(database, upload), database.writing() as connection:
-                _require(lease, connection)
+                _require(holder, connection)
                 if not uploads.end(connection, upload) or not _are_there(connection, content, changed):
                     continue  # a gc took this process for dead, or removed what it did not copy
                 replaced = list(_rows(connection, changed).values())
@@ -195,9 +201,9 @@ class Artifacts:
         return None
 
 
-def _require(lease: Lease | None, connection: Connection) -> None:
-    if lease is not None:
-        lease.require(connection)
+def _require(holder: Holder | None, connection: Connection) -> None:
+    if holder is not None:
+        holder.require(connection)
 
 
 def _call(also: Callable[[Connection], None] | None, connection: Connection) -> None:

@@ -101,6 +101,7 @@ class Store:
         run: str | HeldRun | None = None,
         metrics: JsonMapping | None = None,
         comparison: str | None = None,
+        result: Callable[[Version], JsonMapping] | None = None,
     ) -> Version:
         """Store a bundle as the next version of a name, or return the version that already has this content.
 
@@ -110,10 +111,12 @@ class Store:
             metrics: split -> metric -> value.
             comparison: the folder of the comparison that trained it, such as `comparisons/news-3f2a91c07b`. A plain
                 name never means the version, until `production` names it.
+            result: makes the result of a training that this process holds. Then the version is listed and the training
+                finished in one transaction: a training has one version, or none.
 
         Raises:
             BundleError: the folder is not a bundle, or its files differ from its manifest.
-            LeaseLost: another process has taken over the training.
+            LeaseLost: the training has ended, or another process has taken it over.
         """
         held, run = (run, run.id) if isinstance(run, HeldRun) else (None, run)
         check_name(name)
@@ -122,26 +125,27 @@ class Store:
         database = self._open_or_create()
         with plain_errors(self._catalog):
             self._claim_files(database)
+        made, dead = None, list[Blob]()
         for _ in range(ATTEMPTS):
             upload = Upload(database, self._blobs)
             with plain_errors(self._catalog):
                 upload.write({blob: paths[path] for path, blob in content.items()})
             with database.writing() as connection:
                 if held is not None:
-                    held.lease.require(connection)
+                    held.require(connection)
                 copies = upload.settle(connection, content.values())
                 if copies is not None:
                     stored = {path: copies[blob.digest] for path, blob in content.items()}
                     number = catalog.add(
-                        connection,
-                        name,
-                        manifest,
-                        stored,
-                        run=run,
-                        metrics=metrics or {},
-                        comparison=comparison,
+                        connection, name, manifest, stored, run=run, metrics=metrics or {}, comparison=comparison
                     )
-                    return catalog.find(connection, Reference(name, version=number))
+                    made = catalog.find(connection, Reference(name, version=number))
+                    if held is not None and result is not None:
+                        ending = self.training_runs(database).end_in
+                        dead = ending(connection, held, "finished", error=None, result=result(made))
+            if made is not None:
+                self.artifacts.discard(dead)
+                return made
         raise StoreError(
             f"{name} was not stored: `turret gc` removed its files {ATTEMPTS} times while they were being written: "
             "try again when no `turret gc` runs"

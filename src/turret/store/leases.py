@@ -6,6 +6,7 @@ A lease has a name, an owner, an end, and a fence: a number that grows with ever
 - If the owner is dead, the lease ends and another process takes it. If both are on one machine, it does so at once.
 - A process that was stopped for too long may wake up after that. Each of its writes checks owner and fence in the same
   transaction (`Lease.require`), so it writes nothing any more.
+- Whoever ends the work raises the fence in the same transaction (`close`). So it ends once, whoever held the lease.
 - An owner whose lease has ended keeps it as long as nobody has taken it: after an outage of the catalog all go on.
 
 `TURRET_LEASE_SECONDS` changes the length of the leases that a process takes.
@@ -59,12 +60,20 @@ class Lease:
 
     def require(self, connection: Connection) -> None:
         """Raise LeaseLost if another process has taken it, in the transaction of the write that needs it."""
-        query = select(leases.c.owner, leases.c.fence, leases.c.host).where(leases.c.name == self.name)
+        self.require_owner(connection)
+        query = select(leases.c.fence).where(leases.c.name == self.name)
+        if connection.execute(query).scalar() != self.fence:
+            raise LeaseLost(f"{self.name} has ended: nothing that this process does after that is kept")
+
+    def require_owner(self, connection: Connection) -> None:
+        """Raise LeaseLost unless this is the last taking of the lease; its own process may have closed it."""
+        query = select(leases.c.owner, leases.c.host).where(leases.c.name == self.name)
         row = connection.execute(query).first()
-        if row is None or (row.owner, row.fence) != (self.owner, self.fence):
+        if row is None or row.owner != self.owner:
             by = "another process" if row is None else f"a process on {row.host}"
+            how = f"taken over by {by}" if row is None or row.owner else "ended by another process"
             raise LeaseLost(
-                f"{self.name} was taken over by {by}, because this process was silent for {self.seconds:g} seconds: "
+                f"{self.name} was {how}, because this process was silent for {self.seconds:g} seconds: "
                 "nothing that it did since then is kept"
             )
 
@@ -103,7 +112,7 @@ def take(connection: Connection, name: str) -> Lease | None:
     if row is not None and row.until > now and not _is_left(row.owner, row.process):
         return None
     lease = Lease(name, uuid.uuid4().hex, 1 if row is None else row.fence + 1, seconds)
-    place = {"process": _this_process(os.getpid()), "host": socket.gethostname()[:255]}
+    place = {"process": _this_process(), "host": socket.gethostname()[:255]}
     values = {"owner": lease.owner, **place, "fence": lease.fence, "until": now + seconds}
     if row is None:
         connection.execute(insert(leases).values(name=name, **values))
@@ -113,23 +122,34 @@ def take(connection: Connection, name: str) -> Lease | None:
 
 
 def renew(connection: Connection, lease: Lease) -> None:
-    """Move the end of a lease, unless it was released in the meantime. Raises LeaseLost."""
-    lease.require(connection)
+    """Move the end of a lease, unless it was released or closed in the meantime. Raises LeaseLost."""
+    lease.require_owner(connection)
     until = clock(connection) + lease.seconds
-    held = (leases.c.name == lease.name) & (leases.c.until > 0)
+    held = (leases.c.name == lease.name) & (leases.c.fence == lease.fence) & (leases.c.until > 0)
     connection.execute(update(leases).where(held).values(until=until))
 
 
 def adopt(connection: Connection, lease: Lease) -> None:
     """Make this process the one that is looked for: it does the work of its parent process. Raises LeaseLost."""
+    lease.require(connection)
     renew(connection, lease)
-    connection.execute(update(leases).where(leases.c.name == lease.name).values(process=_this_process(os.getpid())))
+    connection.execute(update(leases).where(leases.c.name == lease.name).values(process=_this_process()))
 
 
 def release(connection: Connection, lease: Lease) -> None:
     """End a lease now, unless another process has taken it. The row stays, so that the fence grows on."""
     ours = (leases.c.name == lease.name) & (leases.c.owner == lease.owner) & (leases.c.fence == lease.fence)
     connection.execute(update(leases).where(ours).values(until=0.0))
+
+
+def close(connection: Connection, name: str, by: Lease | None = None) -> None:
+    """End the work of a lease, in the transaction that records its end: nobody who has held it writes any more.
+
+    Args:
+        by: the lease of the process that ends its own work. It may still add to a log (`Lease.require_owner`).
+    """
+    values = {"fence": leases.c.fence + 1, "until": 0.0, "owner": "" if by is None else by.owner}
+    connection.execute(update(leases).where(leases.c.name == name).values(values))
 
 
 def give_up(lease: Lease) -> None:
@@ -210,7 +230,7 @@ class Keeper:
     ) -> None:
         self.lease, self.lost = lease, False
         self._database, self._turn, self._warn = database, turn or (lambda over: None), warn
-        self._ended = threading.Event()
+        self._ended, self._over = threading.Event(), threading.Event()  # no renewal follows; no turn follows
         loops = [self._renew_again] if turn is None else [self._renew_again, self._turn_again]
         # A turn may wait for an object store, and the lease must not end meanwhile.
         self._threads = [threading.Thread(target=each, name=f"turret {lease.name}", daemon=True) for each in loops]
@@ -224,16 +244,26 @@ class Keeper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
-        if self.lost:
-            return
         try:
-            self._turn(True)
+            if not self.lost:
+                self.end_turns()
         except TurretError:
             if kind is None:
                 raise
+        finally:
+            self._over.set()
+            self._ended.set()
+            for thread in self._threads:
+                thread.join()
+
+    def end_turns(self) -> None:
+        """Make the last turn now, unless it was made; the lease is still renewed. Raises an error of the turn."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        for thread in self._threads[1:]:
+            thread.join()
+        self._turn(True)
 
     def require(self) -> None:
         """Raise LeaseLost if a renewal found that the lease is lost."""
@@ -247,7 +277,7 @@ class Keeper:
 
     def _turn_again(self) -> None:
         pause = TURN_SECONDS
-        while not self.lost and not self._ended.wait(pause):
+        while not self.lost and not self._over.wait(pause):
             pause = TURN_SECONDS if self._succeeds(lambda: self._turn(False)) else 10 * TURN_SECONDS
 
     def _renew(self) -> None:
@@ -279,8 +309,24 @@ def _is_left(owner: str, process: str) -> bool:
 
 
 def is_dead(process: str) -> bool:
-    """Whether a process of this machine has ended. False for other machines, whose processes cannot be seen."""
-    return _is_here(process) and process != _this_process(int(process.split("/")[2]))
+    """Whether a process of this machine has ended. False for other machines, whose processes cannot be seen.
+
+    The system says so: there is no process of this number, or it started at another time. `/proc` alone says nothing,
+    because it may hide the processes of other users.
+    """
+    if not _is_here(process):
+        return False
+    number, start, clock = [*process.split("/")[2:], "", ""][:3]
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):  # it lives, and belongs to another user
+        pass
+    found = _started(number)
+    if found is None:
+        return False
+    return found == "" or (clock == _clock() and found != start)
 
 
 def _is_here(process: str) -> bool:
@@ -288,15 +334,21 @@ def _is_here(process: str) -> bool:
     return bool(_machine()) and process.startswith(f"{_machine()}/")
 
 
-def _this_process(pid: int) -> str:
-    """Machine, namespace, number and start of a living process; empty where the system does not tell."""
+def _this_process() -> str:
+    """Machine, namespace, number, start and clock of this process; empty where the system does not tell."""
+    number = str(os.getpid())
+    start = _started(number) if _machine() else None
+    return f"{_machine()}/{number}/{start}/{_clock()}" if start else ""
+
+
+def _started(number: str) -> str | None:
+    """When a process started, by the clock of this process; "" if it has ended, None if the system does not tell."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        text = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""
-    if not _machine() or fields[0] in "ZX":  # ended, and its parent has not asked how
-        return ""
-    return f"{_machine()}/{pid}/{fields[19]}"
+        return None
+    fields = text.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]  # ended, and its parent has not asked how
 
 
 @cache
@@ -305,6 +357,16 @@ def _machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         space = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+        ours = os.readlink("/proc/self") == str(os.getpid())  # otherwise /proc shows another namespace
     except OSError:
         return ""
-    return f"{boot}/{space}"
+    return f"{boot}/{space}" if ours else ""
+
+
+@cache
+def _clock() -> str:
+    """The namespace of clocks, in which /proc tells when a process started; "-" if the system has none."""
+    try:
+        return os.readlink("/proc/self/ns/time").strip("time:[]")
+    except OSError:
+        return "-"

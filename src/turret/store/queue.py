@@ -204,7 +204,7 @@ class TrainingQueue:
             asked = connection.execute(select(queue.c.cancelled).where(queue.c.run == taken.run)).scalar() is not None
         if added:
             with self._database.writing() as connection:
-                taken.lease.require(connection)
+                taken.lease.require_owner(connection)  # its process may have ended the run, before these lines
                 count = connection.execute(select(func.count()).where(run_log.c.run == taken.run)).scalar_one()
                 rows = [{"run": taken.run, "tenant": taken.tenant, "at": now(), "line": line} for line in added]
                 kept = rows if last else rows[: max(0, MOST_LINES - count)]
@@ -226,15 +226,15 @@ class TrainingQueue:
             LeaseLost: another worker has taken it.
         """
         with self._database.writing() as connection:
-            taken.lease.require(connection)
+            taken.lease.require_owner(connection)
             (row,) = entries(connection, queue.c.run == taken.run)
             if row.state != "running":
                 return None
-            leases.release(connection, taken.lease)
             if row.cancelled is not None:
-                return _end(connection, taken.run, "cancelled", problem or "its end was asked for")
+                return _end(connection, taken.run, "cancelled", problem or "its end was asked for", taken.lease)
             if problem is not None and (not again or row.tries >= TRIES):
-                return _end(connection, taken.run, "failed", problem)
+                return _end(connection, taken.run, "failed", problem, taken.lease)
+            leases.release(connection, taken.lease)
             pause = 0.0 if problem is None else RETRY_SECONDS * 4 ** (row.tries - 1)
             waits = {"due": leases.clock(connection) + pause, "tries": row.tries - (problem is None)}
             connection.execute(update(queue).where(queue.c.run == taken.run).values(waits))
@@ -338,8 +338,11 @@ def _most_waiting(connection: Connection, tenant: str) -> int | None:
     return MOST_WAITING if row is None else row.waiting
 
 
-def _end(connection: Connection, run: str, state: Ended, error: str | None) -> Ended:
+def _end(connection: Connection, run: str, state: Ended, error: str | None, by: Lease | None = None) -> Ended:
+    """Set the state of a run that nobody has, or that the worker with the lease `by` has."""
     ended = None if state == "waiting" else now()
+    if ended is not None:  # whoever had it, and wakes up, writes nothing
+        leases.close(connection, PREFIX + run, by)
     values = {"state": state, "ended": ended, "error": None if error is None else plain_error(error)}
     connection.execute(update(runs).where(runs.c.id == run).values(values))
     return state

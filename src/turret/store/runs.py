@@ -8,7 +8,8 @@ A folder per run, under the store's root on this machine. A store by URL has cop
 - the id is the start time in UTC and six random hex digits, so ids sort by age
 
 The process of a run holds the lease `runs/<id>` (`turret.store.leases`). A run whose lease has ended is taken up by the
-same command on any machine, and until then it is listed as interrupted.
+same command on any machine, and until then it is listed as interrupted. A run ends once: every write of its process
+asks lease and state (`HeldRun.require`), and its version is listed in the transaction that makes it `finished`.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 from turret import audit
 from turret.database import Database, runs
 from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
-from turret.errors import InUse, StoreError
+from turret.errors import InUse, LeaseLost, StoreError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import leases
 from turret.store.artifacts import Artifacts
-from turret.store.blobs import digest_of
+from turret.store.blobs import Blob, digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Keeper, Lease
 from turret.store.queue_tables import queue, run_log
 from turret.visibility import access_of, seen_runs
 
 State = Literal["interrupted", "failed", "finished"]
+ENDED = ("finished", "failed", "cancelled")  # states after which nothing about a run changes
 PREFIX = "runs/"
 CHECKPOINT = "checkpoint.safetensors"
 CURVE_SECONDS = 10.0  # between copies of the curve of a running training to the store
@@ -56,6 +58,13 @@ class HeldRun:
     resumed: bool  # an earlier process started it
     lease: Lease
     comparison: str | None = None  # the folder of the comparison that trains, whose version it will be
+
+    def require(self, connection: Connection) -> None:
+        """Raise LeaseLost unless this process still has the run and the run has not ended, in a write that needs it."""
+        self.lease.require(connection)
+        state = connection.execute(select(runs.c.state).where(runs.c.id == self.id)).scalar()
+        if state != "running":
+            raise LeaseLost(f"run {self.id} is {state}: nothing that this process does after that is kept")
 
     @property
     def recipe(self) -> Path:
@@ -119,7 +128,7 @@ class TrainingRuns:
         _write(run.recipe, recipe_toml)
         row = {"recipe_digest": digest_of(recipe_toml), "data_digest": data_digest}
         with self._database.writing() as connection:
-            run.lease.require(connection)
+            run.require(connection)
             connection.execute(update(runs).where(runs.c.id == run.id).values(row))
 
     def take_up(self, recipe_toml: str, data_digest: str, say: Callable[[str], None]) -> HeldRun | None:
@@ -192,7 +201,7 @@ class TrainingRuns:
                 else:
                     shutil.copyfile(path, working / path.name)
                 sources[path.relative_to(self._root).as_posix()] = working / path.name
-            self._artifacts.keep_as(sources, run.lease)
+            self._artifacts.keep_as(sources, run)
         except OSError as error:
             raise StoreError(f"run {run.id} cannot be copied: {describe_error(error, working)}: make room") from error
         finally:
@@ -206,21 +215,29 @@ class TrainingRuns:
         return dict(row.result) if row is not None and row.result else None
 
     def end(self, run: HeldRun, state: State, *, error: str | None, result: JsonMapping | None) -> None:
-        """Record how the run ended, and release it. Raises LeaseLost if another process has taken it."""
-        error = None if error is None else plain_error(error)
-        row = {"state": state, "ended": now(), "error": error, "result": plain(result) if result is not None else None}
-        dead = []
+        """Record how the run ended, and release it. Raises LeaseLost if it had ended, or another process has it."""
         try:
             with self._database.writing() as connection:
-                run.lease.require(connection)
-                connection.execute(update(runs).where(runs.c.id == run.id).values(row))
-                leases.release(connection, run.lease)
-                if state == "finished":  # nothing resumes from its checkpoint
-                    dead = self._artifacts.drop(connection, f"{PREFIX}{run.id}/checkpoint/")
+                dead = self.end_in(connection, run, state, error=error, result=result)
         except BaseException:  # a full disk, an outage
             leases.give_up(run.lease)
             raise
         self._artifacts.discard(dead)
+
+    def end_in(
+        self, connection: Connection, run: HeldRun, state: State, *, error: str | None, result: JsonMapping | None
+    ) -> list[Blob]:
+        """As `end`, in a transaction. Returns the files that are not needed after it, for `Artifacts.discard`."""
+        run.require(connection)
+        error = None if error is None else plain_error(error)
+        row = {"state": state, "ended": now(), "error": error, "result": plain(result) if result is not None else None}
+        connection.execute(update(runs).where(runs.c.id == run.id).values(row))
+        if state == "interrupted":  # another process may go on
+            leases.release(connection, run.lease)
+        else:
+            leases.close(connection, run.lease.name, run.lease)
+        # Nothing resumes from the checkpoint of a finished run.
+        return self._artifacts.drop(connection, f"{PREFIX}{run.id}/checkpoint/") if state == "finished" else []
 
     def delete(self, run_id: str) -> None:
         """Remove a run that has ended, with its files and its log. Raises InUse if it waits or runs."""
@@ -235,6 +252,7 @@ class TrainingRuns:
             for table in (run_log, queue):
                 connection.execute(delete(table).where(table.c.run == run_id))
             connection.execute(delete(runs).where(this))
+            leases.close(connection, PREFIX + run_id)
             audit.record(connection, "delete", f"run {run_id}", name, before={"state": state}, at=now(), who=who())
             dead = self._artifacts.drop(connection, f"{PREFIX}{run_id}/")
         self._artifacts.discard(dead)
@@ -267,9 +285,11 @@ class TrainingRuns:
         return self._artifacts.copies or (self._root / PREFIX / run_id).is_dir()
 
     def _is_newest(self, run_id: str) -> bool:
+        query = select(leases.leases.c.fence, runs.c.state).join(runs, leases.leases.c.name == PREFIX + runs.c.id)
         with self._database.reading() as connection:
-            query = select(leases.leases.c.fence).where(leases.leases.c.name == PREFIX + run_id)
-            return connection.execute(query).scalar() == _fence(self._root / PREFIX / run_id)
+            row = connection.execute(query.where(runs.c.id == run_id)).first()
+        last = None if row is None else row.fence - (row.state in ENDED)  # its end has raised the fence
+        return last == _fence(self._root / PREFIX / run_id)
 
     def _bring(self, run: HeldRun, recipe_toml: str) -> None:
         """Make the folder of the run on this machine have the newest of its files."""

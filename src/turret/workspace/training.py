@@ -232,15 +232,14 @@ def _train(
             follow(planned.recipe, tracked, callbacks.warning) as followed,
         ):
             told = _both(callbacks, followed, keeper)
-            result = _carry_out(store, run, ready, planned, told, beside_base)
+            result = _carry_out(store, run, ready, planned, told, beside_base, keeper, followed)
             followed.finished(result)
-        result = replace(result, notes=[*result.notes, *followed.warnings])
+        result = replace(result, notes=[*ready.notes, *followed.warnings])
     except BaseException as error:
         with suppress(StoreError):  # a full disk must not hide the first error
             if held is None:
                 store.end_run(run, "failed" if isinstance(error, NOT_RESUMABLE) else "interrupted", error=str(error))
         raise
-    store.end_run(run, "finished", result=result.as_json())
     shutil.rmtree(run.checkpoint, ignore_errors=True)  # a finished run is not resumed
     return here.from_main(lambda: result)
 
@@ -314,49 +313,61 @@ def _no_result() -> RunResult:
 
 
 def _carry_out(
-    store: Store, run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks, beside_base: bool
+    store: Store,
+    run: HeldRun,
+    ready: Ready,
+    planned: Planned,
+    callbacks: Callbacks,
+    beside_base: bool,
+    keeper: Keeper,
+    followed: Followed,
 ) -> RunResult:
+    """Train, measure, and store the version and the result."""
     fitted = _fit(run, ready, planned, callbacks)
     try:
         found = measured(ready, fitted, callbacks.stage, beside_base=beside_base)
         ready, fitted, forgot = found.ready, found.fitted, found.forgot
         started = time.perf_counter()
         kept = found.metrics if forgot is None else found.metrics | {FORGETTING: forgot}
-        version = _store(store, run, ready, fitted, found.probe, kept, callbacks)
-        proof_seconds = time.perf_counter() - started
+
+        def result(version: Version) -> RunResult:
+            return RunResult(
+                version=str(version),
+                digest=version.digest,
+                base={"id": ready.base.id, "fingerprint": ready.base.fingerprint},
+                metrics=found.metrics,
+                parameters=fitted.parameters,
+                timing={
+                    "load_seconds": ready.load_seconds,
+                    "train_seconds": fitted.seconds,
+                    "evaluate_seconds": fitted.evaluate_seconds + found.seconds,
+                    "proof_seconds": time.perf_counter() - started,
+                    "steps": fitted.steps,
+                    "examples_per_second": fitted.examples / max(fitted.seconds, 1e-9),
+                    "tokens_per_second": fitted.tokens / max(fitted.seconds, 1e-9),
+                },
+                memory={
+                    "base_bytes": ready.base.bytes,
+                    "peak_bytes": fitted.peak_bytes,
+                    "above_base_bytes": max(0, fitted.peak_bytes - ready.resident),
+                    "predicted_bytes": planned.plan.memory.total if planned.plan.memory else None,
+                },
+                bundle_bytes=version.bytes,
+                run=run.id,
+                resumed_from=fitted.resumed_from,
+                stopped_early=fitted.stopped_early,
+                flat_loss=None if fitted.flat_loss is None else fitted.flat_loss.to_json(),
+                warnings=[] if fitted.flat_loss is None else [fitted.flat_loss.warning()],
+                notes=[*ready.notes, *followed.warnings],
+                device=str(ready.device.device),
+                forgetting=forgot,
+            )
+
+        with _proved(run, ready, fitted, found.probe, callbacks) as bundle:
+            keeper.end_turns()  # curve and checkpoint are in the store before the run ends
+            return _store(store, run, ready, bundle, kept, result)
     finally:
         adapters.detach(ready.base.model)
-    return RunResult(
-        version=str(version),
-        digest=version.digest,
-        base={"id": ready.base.id, "fingerprint": ready.base.fingerprint},
-        metrics=found.metrics,
-        parameters=fitted.parameters,
-        timing={
-            "load_seconds": ready.load_seconds,
-            "train_seconds": fitted.seconds,
-            "evaluate_seconds": fitted.evaluate_seconds + found.seconds,
-            "proof_seconds": proof_seconds,
-            "steps": fitted.steps,
-            "examples_per_second": fitted.examples / max(fitted.seconds, 1e-9),
-            "tokens_per_second": fitted.tokens / max(fitted.seconds, 1e-9),
-        },
-        memory={
-            "base_bytes": ready.base.bytes,
-            "peak_bytes": fitted.peak_bytes,
-            "above_base_bytes": max(0, fitted.peak_bytes - ready.resident),
-            "predicted_bytes": planned.plan.memory.total if planned.plan.memory else None,
-        },
-        bundle_bytes=version.bytes,
-        run=run.id,
-        resumed_from=fitted.resumed_from,
-        stopped_early=fitted.stopped_early,
-        flat_loss=None if fitted.flat_loss is None else fitted.flat_loss.to_json(),
-        warnings=[] if fitted.flat_loss is None else [fitted.flat_loss.warning()],
-        notes=ready.notes,
-        device=str(ready.device.device),
-        forgetting=forgot,
-    )
 
 
 def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> trainer.Fitted:
@@ -379,16 +390,11 @@ def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> 
         callbacks.record(record)
 
 
-def _store(
-    store: Store,
-    run: HeldRun,
-    ready: Ready,
-    fitted: trainer.Fitted,
-    probe: trainer.Probe,
-    metrics: dict[str, JsonObject],
-    callbacks: Callbacks,
-) -> Version:
-    """Write the bundle, prove it in a fresh process, and store it."""
+@contextmanager
+def _proved(
+    run: HeldRun, ready: Ready, fitted: trainer.Fitted, probe: trainer.Probe, callbacks: Callbacks
+) -> Iterator[Path]:
+    """Write the bundle, and prove it in a fresh process. It is removed after the block."""
     with _disk_errors(run), tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as folder:
         bundle = Path(folder) / "bundle"
         bundles.save_bundle(fitted.adapter, bundle)
@@ -398,7 +404,28 @@ def _store(
             make_room(ready.base.model)
         trainer.prove(bundle, ready.base, probe, device=where, taken_on=ready.device.device)
         callbacks.stage("storing" if fitted.flat_loss is None else f"storing, flagged: {fitted.flat_loss}")
-        return store.put(ready.recipe.name, bundle, run=run, metrics=metrics, comparison=run.comparison)
+        yield bundle
+
+
+def _store(
+    store: Store,
+    run: HeldRun,
+    ready: Ready,
+    bundle: Path,
+    metrics: dict[str, JsonObject],
+    result: Callable[[Version], RunResult],
+) -> RunResult:
+    """Store the version and finish the run, in one transaction."""
+    made: list[RunResult] = []
+
+    def finish(version: Version) -> JsonObject:
+        made.append(result(version))
+        return made[-1].as_json()
+
+    store.put(
+        ready.recipe.name, bundle, run=run, metrics=metrics, comparison=run.comparison, result=finish
+    )
+    return made[-1]
 
 
 @contextmanager
