@@ -432,7 +432,8 @@ def plain_errors(where: Path | Location) -> Iterator[None]:
         yield
     except (DBAPIError, sqlite3.Error) as error:
         reason, server = str(getattr(error, "orig", None) or error), _server(where)
-        raise StoreError(f"store {server.store}: {server.describe_error(reason)}") from error
+        outage = server.is_outage(reason)
+        raise StoreError(f"store {server.store}: {server.describe_error(reason)}", outage=outage) from error
     except (json.JSONDecodeError, RecursionError) as error:
         server = _server(where)
         raise StoreError(

@@ -113,6 +113,18 @@ def exclusive_lock(folder: Path, seconds: float = 10.0) -> Iterator[bool]:
         os.close(handle)
 
 
+def clock_of(folder: Path) -> float:
+    """The time by the clock that stamps the files of a folder: a shared folder's is its server's, not this machine's.
+
+    Where nothing may be written, and so nothing removed, the time of this machine.
+    """
+    try:
+        os.utime(folder)
+        return folder.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
 def mount_of(path: Path) -> Path:
     """The mount point of the disk that `path` is on, or would be on."""
     mount = path.resolve()

@@ -18,6 +18,7 @@ TurretError                 base of all; its text is one line: what failed, expe
 │   ├── LossNotFinite       NaN or infinity in the loss; the last good state is kept
 │   ├── OutOfMemory         a training step did not fit into memory
 │   ├── Interrupted         stopped by the user; resumable
+│   ├── CheckpointMismatch  a checkpoint of another recipe, data, base, library or device
 │   └── ProofFailed         the stored bundle did not reproduce the trained model
 ├── ExperimentError         an experiment that cannot be started, changed or settled as requested
 │   └── BadExperiment       invalid settings of an experiment
@@ -215,6 +216,10 @@ class Interrupted(TrainingError):
     exit_status = 130
 
 
+class CheckpointMismatch(TrainingError):
+    """A checkpoint belongs to another recipe, data, base, library or device, so the run cannot resume from it."""
+
+
 class ProofFailed(TrainingError):
     """A fresh process that read the stored bundle did not reproduce the trained model."""
 
@@ -230,7 +235,15 @@ class BadExperiment(ExperimentError):
 
 
 class StoreError(TurretError):
-    """The store could not be opened, read or written."""
+    """The store could not be opened, read or written.
+
+    Attributes:
+        outage: whether the catalog or the place of the files did not answer, so that the same may succeed later.
+    """
+
+    def __init__(self, text: str = "", *, outage: bool = False) -> None:
+        super().__init__(text)
+        self.outage = outage
 
 
 class BadLocation(StoreError):

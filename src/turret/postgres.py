@@ -144,6 +144,11 @@ class Postgres:
                 return explanation.format(first=first, seconds=self._busy_seconds)
         return first
 
+    def is_outage(self, reason: str) -> bool:
+        """Whether the same may succeed later: the server was not there, or another process held it up."""
+        words = next((words for words, _ in _EXPLANATIONS if any(word in reason for word in words)), ())
+        return any(word in _OUTAGES for word in words)
+
 
 class _WaitsForLock(Protocol):
     """A connection whose next statement may take `lock_seconds` longer than `ANSWER_SECONDS`."""
@@ -181,6 +186,11 @@ _EXPLANATIONS = (  # words of an error -> its explanation and remedy
         "cannot be reached ({first}): check host and port, and that the server runs",
     ),
 )
+
+
+_OUTAGES = {  # a word of each explanation of an error that passes
+    "lock timeout", "the server is silent", "No space left", "too many clients", "server closed", "connection failed",
+}  # fmt: skip
 
 
 def _parameters(url: str, store: str) -> ConnDict:

@@ -5,9 +5,11 @@ The journal mode is WAL. A commit returns when it is on the disk.
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import sqlite3
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +24,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from turret.disk import make_file
 
 BUSY_SECONDS = 60  # a writer waits this long for earlier writers
+_SHARED_LOCK = (0x40000002, 510)  # the bytes of SQLite's shared lock: first, number (os_unix.c)
 
 
 class Sqlite:
@@ -50,8 +53,9 @@ class Sqlite:
     def transaction(self, *, writes: bool) -> Iterator[Connection]:
         """Begin a transaction on one snapshot. If it writes, no other writing transaction runs until it ends.
 
-        The first reader creates the index of the WAL, a file of 32 kB. If the disk is too full for it, the transaction
-        locks out other processes and keeps the index in memory.
+        The first reader creates the WAL, and its index of 32 kB. If the disk is too full for the index, the transaction
+        locks out other processes and keeps it in memory. If the disk has no inode left for the WAL, there is none to
+        read, and the transaction locks out other processes and reads the file alone.
         """
         with ExitStack() as opened:
             if writes:
@@ -67,14 +71,47 @@ class Sqlite:
                 return _begun(self._engine, opened)
             except (DatabaseError, sqlite3.Error) as error:
                 disk_full = any(words in str(error) for words in ("I/O", "is full"))
-                if self._alone or self.read_only or not disk_full:
+                no_file = "unable to open" in str(error) and no_inodes(self.path)
+                if self._alone or self.read_only or not (disk_full or no_file):
                     raise
             try:
+                if no_file and not self._wal.exists():
+                    return self._begin_frozen(opened)
                 return _begun(self._exclusive_engine, opened)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
             except (DatabaseError, sqlite3.Error) as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
             time.sleep(random.uniform(0.001, 0.02))  # random, so that two exclusive readers do not block each other
+
+    @property
+    def _wal(self) -> Path:
+        return self.path.with_name(f"{self.path.name}-wal")
+
+    def _begin_frozen(self, opened: ExitStack) -> Connection:
+        """Begin a transaction that creates no file and ends with `opened`; no other process opens the file meanwhile.
+
+        Who has the file open has a WAL and holds SQLite's shared lock. So without a WAL the file is complete.
+
+        Raises:
+            BlockingIOError: another process has the file open.
+        """
+        import fcntl  # Windows has neither it nor inodes
+
+        with ExitStack() as trying:
+            handle = os.open(self.path, os.O_RDWR)
+            trying.callback(os.close, handle)
+            # struct flock: a lock of the open file, because locks of a process end with its first close of the file.
+            lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, *_SHARED_LOCK, 0)
+            fcntl.fcntl(handle, fcntl.F_OFD_SETLK, lock)
+            if self._wal.exists():
+                raise BlockingIOError(f"{self.path} was opened by another process")
+            engine = _engine(self.path, read_only=True, alone=False)
+            connection = _begun(engine, trying)
+            opened.push(trying.pop_all())
+        return connection
 
     def identity(self, _connection: Connection) -> None:
         """Return None: a folder store needs no id, because its files are in the same folder."""
@@ -107,6 +144,11 @@ class Sqlite:
             )
         if "readonly" in reason or "read-only" in reason:
             return "it is read-only here: give write permission, or use another --store"
+        if "unable to open" in reason and no_inodes(path):
+            return (
+                f"the disk of {path.parent} has no room for another file (no free inode): remove some files and try "
+                "again; stored versions are intact"
+            )
         if "unable to open" in reason:
             return f"cannot open {path.name}: check that the folder exists and is writable"
         if "not a database" in reason or "malformed" in reason:
@@ -115,10 +157,23 @@ class Sqlite:
             return f"another process has locked it for {BUSY_SECONDS} seconds: wait for that process, or end it"
         return reason.replace("\n", " ")
 
+    def is_outage(self, reason: str) -> bool:
+        """Whether the same may succeed later: another process holds a lock."""
+        return "locked" in reason
+
 
 def no_room(path: Path) -> bool:
     """Whether the disk is too full for SQLite to open a database in WAL mode."""
     return shutil.disk_usage(path.parent).free < 1 << 16
+
+
+def no_inodes(path: Path) -> bool:
+    """Whether no file can be created beside `path`, though there may be free space. False where that is not told."""
+    try:
+        found = os.statvfs(path.parent)
+    except (OSError, AttributeError):
+        return False
+    return found.f_files > 0 and found.f_favail == 0
 
 
 def _begun(engine: Engine, opened: ExitStack) -> Connection:

@@ -14,8 +14,9 @@ import pytest
 from small_disk import mounted_disk
 from store.bundles import tensors
 
+from turret.cli.main import run as command
 from turret.errors import StoreError
-from turret.store import Example, GoldenReplay, GoldenSet, Store
+from turret.store import Example, GoldenReplay, GoldenSet, Store, scratch
 
 GOLDEN = GoldenSet((Example("a great film", "label", "good"),))
 
@@ -194,6 +195,60 @@ def test_readers_beside_each_other_on_a_full_disk_wait_for_each_other(small_disk
         assert reader.returncode == 0, err
 
 
+def use_up_inodes(disk: Path) -> list[Path]:
+    """Create empty files until there is no inode left. Returns them."""
+    made = []
+    with suppress(OSError):
+        while True:
+            made.append(disk / f"file-{len(made)}")
+            made[-1].touch()
+    return [path for path in made if path.exists()]
+
+
+WRITE = """
+import sys
+from turret.store import Store
+with Store(sys.argv[1]).database().writing() as connection:
+    print("began", flush=True)
+"""
+
+
+def test_without_a_free_inode_everything_can_be_read_and_gc_makes_room(small_disk, make_bundle, tmp_path) -> None:
+    disk = small_disk("size=8m,nr_inodes=120")
+    store = two_promoted(disk / "store", make_bundle)
+    store.delete("a@1", force=True)
+    fillers = use_up_inodes(disk)
+    assert os.statvfs(disk).f_favail == 0
+    assert os.statvfs(disk).f_bavail > 100
+    reopened = Store(disk / "store")
+    assert [str(version) for version in reopened.list()] == ["a@2"]
+    reopened.materialize("a@2", tmp_path / "out")
+    with pytest.raises(StoreError, match="no room for another file") as error:
+        reopened.delete("a@2", force=True)
+    assert len(str(error.value)) < 300
+    with reopened.database().reading():  # nobody opens the catalog meanwhile, even if there is room again
+        fillers.pop().unlink(), fillers.pop().unlink()
+        command = [sys.executable, "-c", WRITE, str(reopened.root)]
+        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            writer.wait(2.5)
+    assert writer.communicate(timeout=60)[0] == "began\n"
+    fillers += use_up_inodes(disk / "store" / "tmp")
+    assert os.statvfs(disk).f_favail == 0
+    assert [each.why for each in Store(disk / "store").gc().removed] != []
+    assert os.statvfs(disk).f_favail > 0
+    assert [str(version) for version in reopened.list()] == ["a@2"]
+    assert reopened.verify().ok or reopened.verify().orphans == 0
+    reopened.delete("a@2", force=True)
+
+
+def test_without_a_free_inode_a_gc_with_nothing_to_remove_says_nothing(small_disk, make_bundle) -> None:
+    disk = small_disk("size=8m,nr_inodes=120")
+    store = two_promoted(disk / "store", make_bundle)
+    use_up_inodes(disk)
+    assert Store(store.root).gc().removed == ()
+
+
 def test_a_new_store_on_a_full_disk_says_so(small_disk, make_bundle) -> None:
     disk = small_disk("size=64k")
     with pytest.raises(StoreError, match=r"disk of .* is full|No space left on device"):
@@ -227,6 +282,23 @@ def test_a_read_only_store_can_be_read_and_says_that_it_cannot_be_written(small_
             write()
     with pytest.raises(StoreError, match="Read-only file system"):
         Store(disk / "other").put("a", make_bundle())
+
+
+def test_a_queue_on_a_read_only_store_is_said_in_one_line(small_disk, make_bundle, tmp_path, capsys) -> None:
+    disk = small_disk("size=4m")
+    Store(disk / "store").put("a", make_bundle())
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    (tmp_path / "a.csv").write_text("text,label\ngood,1\nbad,0\n")
+    (tmp_path / "base").mkdir()
+    where = ["--store", str(disk / "store")]
+    submit = ["train", str(tmp_path / "a.csv"), "--base", str(tmp_path / "base"), "--name", "a", "--queue"]
+    for verb in (submit, ["worker", "--until-empty"]):
+        assert command([*verb, *where]) == 1
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.search("read-only here|Read-only file system|cannot be written", said), said
+        assert "bug in turret" not in said
+    with pytest.raises(StoreError, match="cannot be written: Read-only file system"), scratch.folder(disk / "store"):
+        raise AssertionError("there is no such folder")
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")

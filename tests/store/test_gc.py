@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from compiled_kernels import COMPILER
 from store import by_hand
-from store.bundles import tensors
+from store.bundles import tensors, write_bundle
 from store.by_hand import age, everything, forget_uploads
 
 from turret.database import Database
 from turret.errors import StoreError
-from turret.store import Store, catalog, gc, incoming_bundle
+from turret.store import Store, catalog, gc, incoming_bundle, scratch
 from turret.store.blobs import Blob, hash_file
 from turret.store.uploads import Upload
 
@@ -244,3 +250,58 @@ def test_what_was_listed_when_a_put_looked_and_collected_since_is_written(store,
 def test_gc_without_a_store_makes_none(store) -> None:
     assert store.gc().removed == ()
     assert not store.root.exists()
+
+
+# --- clocks of other machines -----------------------------------------------------------------------------------------
+
+GC = """
+import os, sys, time
+from turret.store import Store
+print(time.time() - float(sys.argv[2]), flush=True)
+print(*(each.path for each in Store(sys.argv[1]).gc().removed), sep="\\n")
+"""
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler on this machine")
+def test_a_gc_of_a_machine_two_hours_ahead_leaves_what_is_being_written_on_a_shared_folder(new_url, tmp_path) -> None:
+    files, library, source = tmp_path / "files", tmp_path / "clock_ahead.so", tmp_path / "source"
+    store = Store(new_url(str(files)))
+    store.put("a", write_bundle(tmp_path / "bundles", tensors(1)))
+    content = tensors(700)
+    blob, sent = Blob(f"sha256:{sha256(content).hexdigest()}", len(content), "0" * 32), list[BaseException]()
+    os.mkfifo(source)  # a put that has read half of its file
+
+    def put() -> None:
+        try:
+            store._blobs.put(source, blob)
+        except BaseException as error:
+            sent.append(error)
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    with source.open("wb", buffering=0) as pipe:
+        pipe.write(content[:100])
+        while not (temporary := list((files / "tmp").iterdir())):
+            time.sleep(0.01)
+        began = store.root / "runs" / "20260101-000000-aaaaaa"
+        began.mkdir(parents=True)
+        (files / "tmp" / "abandoned").write_bytes(b"1")
+        age(files / "tmp" / "abandoned")
+        with scratch.folder(store.root) as working:
+            source_of_clock = Path(__file__).parents[1] / "clock_ahead.c"
+            command = [str(COMPILER), "-shared", "-fPIC", "-O1", "-o", str(library), str(source_of_clock), "-ldl"]
+            subprocess.run(command, check=True)
+            environment = os.environ | {"LD_PRELOAD": str(library), "AHEAD": "7200"}
+            command = [sys.executable, "-c", GC, str(store.location.given), str(time.time())]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+            assert done.returncode == 0, done.stderr
+            ahead, *removed = done.stdout.split()
+            assert float(ahead) > 7000, "the clock of that machine"
+            assert removed == ["tmp/abandoned"]
+            assert working.exists()
+        assert temporary[0].exists()
+        assert began.exists()
+        pipe.write(content[100:])
+    thread.join()
+    assert sent == []
+    store._blobs.check(blob)

@@ -130,6 +130,18 @@ def test_a_training_is_tried_three_times_with_pauses_and_then_failed(store, line
     assert (state(store, run), store.run(run)["error"]) == ("failed", "S3 did not answer")
 
 
+def test_an_outage_of_the_stores_own_places_costs_no_try(store, line) -> None:
+    run = line.submit("a", "x")
+    for _ in range(queue.TRIES + 2):
+        taken = line.take()
+        assert taken is not None
+        assert taken.tries == 1
+        assert line.after(taken, "files s3://bucket: Service Unavailable", outage=True) == "waiting"
+        assert "Service Unavailable" in store.run(run)["error"]
+        assert line.take() is None, "not at once"
+        make_due(store)
+
+
 def test_a_mistake_in_a_recipe_is_not_tried_again_and_a_stopped_try_does_not_count(store, line) -> None:
     run = line.submit("a", "x")
     taken = line.take()

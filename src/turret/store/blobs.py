@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from turret.disk import PRIVATE, create, flush, make_folder, permissions, sync
+from turret.disk import PRIVATE, clock_of, create, flush, make_folder, permissions, sync
 from turret.errors import Corrupt
 
 OWNER = "catalog"
@@ -78,6 +78,9 @@ class Files(Protocol):
 
     def leftovers(self) -> Iterator[tuple[str, int, float]]:
         """Name, bytes and time of last change of files that are being written, or whose writer was killed."""
+
+    def clock(self) -> float:
+        """The time by the clock of `leftovers`, which may differ from this machine's."""
 
     def remove(self, name: str) -> bool:
         """Remove a file by a name from `walk` or `leftovers`; False if it is gone already."""
@@ -139,6 +142,9 @@ class Blobs:
             with suppress(FileNotFoundError):
                 found = path.lstat()
                 yield self._name(path), found.st_size, found.st_mtime
+
+    def clock(self) -> float:
+        return clock_of(self._tmp)
 
     def remove(self, name: str) -> bool:
         try:

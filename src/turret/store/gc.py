@@ -4,7 +4,8 @@ What a gc removes, and why no running process needs it:
 
 - files that no version lists and no put is writing: no version will list them (`turret.store.uploads`), so it does not
   matter when the removal arrives
-- leftovers in `tmp/`, and folders of runs that were never listed, after an hour without a change: their writer is dead
+- leftovers in `tmp/`, and folders of runs that were never listed, after an hour without a change by the clock of their
+  disk: their writer is dead
 - the checkpoint of a finished run and the bundle that it proved: nothing resumes from them
 - the data of queued trainings that have ended (`turret.store.queued_data`)
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,6 +22,7 @@ from pathlib import Path
 from sqlalchemy import select
 
 from turret.database import Database, runs
+from turret.disk import clock_of
 from turret.json_types import JsonObject
 from turret.store import uploads
 from turret.store.blobs import Blob, Files
@@ -56,8 +57,10 @@ class Collected:
 
 def leftovers(files: Files, *, dry_run: bool) -> Iterator[Removed]:
     """Remove files of dead writers. Needs no database, so it can free space on a disk too full for one."""
-    for name, size, changed in list(files.leftovers()):
-        if _old(changed) and (dry_run or files.remove(name)):
+    found = list(files.leftovers())
+    now = files.clock() if found else 0.0
+    for name, size, changed in found:
+        if now - changed > OLD and (dry_run or files.remove(name)):
             yield Removed(name, size, "leftover of a killed writer")
 
 
@@ -89,7 +92,7 @@ def of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Remove
             for path in (folder / "checkpoint", *folder.glob("bundle-*")):
                 if path.is_dir():
                     yield from _remove_folder(path, _size(path), "its run is finished", root, dry_run)
-        elif folder.name not in states and _old(folder.stat().st_mtime):
+        elif folder.name not in states and clock_of(folder.parent) - folder.stat().st_mtime > OLD:
             yield from _remove_folder(folder, _size(folder), "a run that never started", root, dry_run)
 
 
@@ -100,10 +103,6 @@ def _remove_folder(path: Path, size: int, why: str, root: Path, dry_run: bool) -
         except FileNotFoundError:  # another gc removed it
             return []
     return [Removed(path.relative_to(root).as_posix(), size, why)]
-
-
-def _old(changed: float) -> bool:
-    return time.time() - changed > OLD
 
 
 def _size(folder: Path) -> int:

@@ -14,10 +14,12 @@ Under the prefix, as in a folder:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,10 +27,13 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TypedDict
 
+from turret.disk import NO_ROOM
 from turret.errors import Corrupt, StoreError, TurretError
 from turret.store.blobs import OWNER, Blob, changed, hash_file, missing, place, placed, stream
 
 PART = 8 << 20
+_REFUSED = (errno.EINVAL, errno.EPERM, errno.EMSGSIZE, errno.ENOSYS, errno.ENAMETOOLONG)  # as s3fs translates answers
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 
 
 class _Info(TypedDict):
@@ -149,6 +154,10 @@ class Objects:
         """Yield nothing: listings do not show parts of an unfinished upload, which a rule of the bucket removes."""
         yield from ()
 
+    def clock(self) -> float:
+        """This machine's, because there are no leftovers."""
+        return time.time()
+
     def remove(self, name: str) -> bool:
         if self._size(f"{self._prefix}/{name}") is None:
             return False
@@ -216,7 +225,8 @@ class Objects:
         except Exception as error:
             if blob is not None and isinstance(error, FileNotFoundError):
                 raise missing(self._shown(self._key(blob)), blob.digest) from None
-            raise StoreError(f"files {self._url}: {_describe_error(error)}") from error
+            text, wrong = _describe_error(error), _is_wrong(error)
+            raise StoreError(f"files {self._url}: {text}", outage=not wrong) from error
 
 
 def _s3(url: str) -> _FileSystem:
@@ -233,9 +243,16 @@ def _require_same(found: Blob, expected: Blob, source: Path) -> None:
         raise Corrupt(f"{source} changed while it was being stored: try again when nothing writes to it")
 
 
+def _is_wrong(error: Exception) -> bool:
+    """Whether the settings are wrong, or this machine fails: an error that does not pass when the server answers."""
+    if isinstance(error, PermissionError | FileNotFoundError) or type(error).__name__ in _NO_CREDENTIALS:
+        return True
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in (*NO_ROOM, *_REFUSED))
+
+
 def _describe_error(error: Exception) -> str:
     reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
+    if type(error).__name__ in _NO_CREDENTIALS:
         return f"{reason}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, PermissionError):
         return f"{reason}: these credentials lack the permission; check the policy of the bucket"

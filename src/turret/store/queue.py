@@ -13,7 +13,8 @@ Who is next: of the tenants that may run one more training, the one with the few
 whose last training started first. Of its runs: the highest priority, then the oldest. So a tenant with a thousand
 waiting runs delays the others by one training at most, and priorities order the runs of one tenant only.
 
-A run is tried three times at most. A try that a worker returns, because it was stopped, does not count.
+A run is tried three times at most. A try that a worker returns, because it was stopped, does not count, nor does one
+that an outage of the store's own places has ended.
 """
 
 from __future__ import annotations
@@ -212,12 +213,13 @@ class TrainingQueue:
                     connection.execute(insert(run_log), kept)
         return asked
 
-    def after(self, taken: QueuedRun, problem: str | None, *, again: bool = True) -> Ended | None:
+    def after(self, taken: QueuedRun, problem: str | None, *, again: bool = True, outage: bool = False) -> Ended | None:
         """Record how a try ended that did not finish the training.
 
         Args:
             problem: a line; None: the worker was stopped, or the end of the run was asked for.
             again: whether another try may succeed.
+            outage: the store's own places did not answer. Then the try does not count.
 
         Returns:
             The new state; None if the run had ended already.
@@ -232,11 +234,12 @@ class TrainingQueue:
                 return None
             if row.cancelled is not None:
                 return _end(connection, taken.run, "cancelled", problem or "its end was asked for", taken.lease)
-            if problem is not None and (not again or row.tries >= TRIES):
+            counts = problem is not None and not outage
+            if counts and (not again or row.tries >= TRIES):
                 return _end(connection, taken.run, "failed", problem, taken.lease)
             leases.release(connection, taken.lease)
-            pause = 0.0 if problem is None else RETRY_SECONDS * 4 ** (row.tries - 1)
-            waits = {"due": leases.clock(connection) + pause, "tries": row.tries - (problem is None)}
+            pause = RETRY_SECONDS * 4 ** (row.tries - 1) if counts else RETRY_SECONDS if outage else 0.0
+            waits = {"due": leases.clock(connection) + pause, "tries": row.tries - (not counts)}
             connection.execute(update(queue).where(queue.c.run == taken.run).values(waits))
             return _end(connection, taken.run, "waiting", problem)
 

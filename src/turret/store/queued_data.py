@@ -1,7 +1,8 @@
 """The data of trainings in the queue: files in `queued/<32 hex digits>/`, which the recipe of a run names.
 
-The digits are a hash of the content, so trainings of the same data share one copy. In a folder store the files are
-there; a store by URL has them as artifacts, and a worker brings them into its own `queued/`.
+Those of a tenant are in `tenants/<tenant>/queued/`; the tenant `default` has the folder at the top. The digits are a
+hash of the content, so trainings of the same data share one copy. In a folder store the files are there; a store by URL
+has them as artifacts, and a worker brings them into a folder of the same name.
 
 `submit` adds a run in the transaction that makes sure of its data. `collect` looks for waiting and running trainings,
 and gives the rest up, in one transaction too. Writing transactions are serialized, and a worker takes a run before it
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, select
 
+from turret.access import DEFAULT
 from turret.database import Database, runs
 from turret.disk import make_folder, sync
 from turret.store import scratch
@@ -33,6 +35,12 @@ PLACE = re.compile("[0-9a-f]{32}(?=/)")  # of data, in a recipe
 GONE = "gone-"  # begins the name of a folder that a gc has given up, and removes
 WHY = "no waiting or running training needs it"
 _NAME = re.compile("[0-9a-f]{32}")
+_STORED = re.compile(f"(?:tenants/([^/]+)/)?{FOLDER}/([0-9a-f]{{32}})/.*")  # a path in the store
+
+
+def folder_of(tenant: str) -> str:
+    """The folder of a tenant's data, under the root of the store."""
+    return FOLDER if tenant == DEFAULT else f"tenants/{tenant}/{FOLDER}"
 
 
 def submit(
@@ -41,12 +49,14 @@ def submit(
     """Add a run and its data. Returns its id.
 
     Args:
-        files: path under `queued/` -> a local file with the content.
+        database: as the tenant whose run it is sees it.
+        files: path under the tenant's `queued/` -> a local file with the content.
         add: adds the run, in a writing transaction, and returns its id.
     """
+    folder = folder_of(database.access.tenant)
     if artifacts.copies and files:
         added: list[str] = []
-        sources = {f"{FOLDER}/{name}": path for name, path in files.items()}
+        sources = {f"{folder}/{name}": path for name, path in files.items()}
         artifacts.keep_as(sources, also=lambda connection: added.append(add(connection)))
         return added[-1]
     with scratch.folder(root) if files else nullcontext(root) as working:
@@ -56,39 +66,55 @@ def submit(
             sync(working / name)
         with database.writing() as connection:
             for name in files:  # a folder store has its files on the disk of its catalog
-                _move(working / name, root / FOLDER / name)
+                _move(working / name, root / folder / name)
             return add(connection)
 
 
 def collect(root: Path, database: Database, artifacts: Artifacts, *, dry_run: bool) -> Iterator[Removed]:
     """Remove the data that no waiting or running training names, from the store and from this machine."""
-    folder = root / FOLDER
     with database.reading() as connection:
-        local, listed = _unneeded(connection, folder, artifacts)
+        local, listed = _unneeded(connection, root, artifacts)
     dead: list[Blob] = []
     if (local or listed) and not dry_run:
         with database.writing() as connection:
-            local, listed = _unneeded(connection, folder, artifacts)
+            local, listed = _unneeded(connection, root, artifacts)
             dead = [blob for each in listed for blob in artifacts.drop(connection, each.path)]
             for path in local:
                 path.rename(path.with_name(f"{GONE}{uuid.uuid4().hex[:8]}-{path.name}"))
         artifacts.discard(dead)
     yield from (Removed(each.path, each.blob.bytes, WHY) for each in listed)
-    for path in [*(local if dry_run else ()), *sorted(folder.glob(f"{GONE}*"))]:
+    gone = [path for _, folder in _folders(root) for path in sorted(folder.glob(f"{GONE}*"))]
+    for path in [*(local if dry_run else ()), *gone]:
         size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
         if not dry_run:
             shutil.rmtree(path, ignore_errors=True)
-        yield Removed(f"{FOLDER}/{path.name.rpartition('-')[2]}", size, WHY)
+        yield Removed((path.parent.relative_to(root) / path.name.rpartition("-")[2]).as_posix(), size, WHY)
 
 
-def _unneeded(connection: Connection, folder: Path, artifacts: Artifacts) -> tuple[list[Path], list[Artifact]]:
+def _folders(root: Path) -> list[tuple[str, Path]]:
+    """Tenant and folder of all data on this machine."""
+    others = [(path.parent.name, path) for path in sorted(root.glob(f"tenants/*/{FOLDER}"))]
+    return [(DEFAULT, root / FOLDER), *others]
+
+
+def _unneeded(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Path], list[Artifact]]:
     """The folders of this machine, and the files of the store, whose data no waiting or running training names."""
-    chosen = select(queue.c.recipe).join(runs, runs.c.id == queue.c.run)
-    recipes = connection.execute(chosen.where(runs.c.state.in_(("waiting", "running")))).scalars()
-    needed = {place for recipe in recipes for place in PLACE.findall(recipe)}
-    local = [path for path in sorted(folder.glob("*")) if _NAME.fullmatch(path.name) and path.name not in needed]
-    stored = artifacts.listed_in(connection, f"{FOLDER}/")
-    return local, [each for each in stored if each.path.split("/")[1] not in needed]
+    chosen = select(queue.c.tenant, queue.c.recipe).join(runs, runs.c.id == queue.c.run)
+    rows = connection.execute(chosen.where(runs.c.state.in_(("waiting", "running")))).all()
+    needed = {(row.tenant, place) for row in rows for place in PLACE.findall(row.recipe)}
+    local = [
+        path
+        for tenant, folder in _folders(root)
+        for path in sorted(folder.glob("*"))
+        if _NAME.fullmatch(path.name) and (tenant, path.name) not in needed
+    ]
+    stored = [
+        (each, match)
+        for top in (FOLDER, "tenants")
+        for each in artifacts.listed_in(connection, f"{top}/")
+        if (match := _STORED.fullmatch(each.path))
+    ]
+    return local, [each for each, match in stored if (match[1] or DEFAULT, match[2]) not in needed]
 
 
 def _move(new: Path, target: Path) -> None:

@@ -239,6 +239,16 @@ class TrainingRuns:
         # Nothing resumes from the checkpoint of a finished run.
         return self._artifacts.drop(connection, f"{PREFIX}{run.id}/checkpoint/") if state == "finished" else []
 
+    def start_over(self, run: HeldRun) -> None:
+        """Remove the checkpoint and the curve of a run that cannot resume from them here. Raises LeaseLost."""
+        with self._database.writing() as connection:
+            run.require(connection)
+            dead = self._artifacts.drop(connection, f"{PREFIX}{run.id}/checkpoint/")
+            dead += self._artifacts.drop(connection, f"{PREFIX}{run.id}/curve.jsonl")
+        self._artifacts.discard(dead)
+        shutil.rmtree(run.checkpoint, ignore_errors=True)
+        run.curve.unlink(missing_ok=True)
+
     def delete(self, run_id: str) -> None:
         """Remove a run that has ended, with its files and its log. Raises InUse if it waits or runs."""
         with self._database.writing() as connection:

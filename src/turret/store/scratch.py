@@ -17,13 +17,24 @@ import json
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from turret.disk import FAILING, PRIVATE, create, exclusive_lock, flush, make_folder, permissions, sync
+from turret.disk import (
+    FAILING,
+    PRIVATE,
+    clock_of,
+    create,
+    describe_error,
+    exclusive_lock,
+    flush,
+    make_folder,
+    permissions,
+    sync,
+)
+from turret.errors import StoreError
 from turret.interrupt import uninterrupted
 from turret.json_types import JsonMapping, JsonValue
 
@@ -36,7 +47,11 @@ _ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 @contextmanager
 def folder(root: Path) -> Iterator[Path]:
-    """A working folder in the store, removed afterwards, and with it the store's root if this created it."""
+    """A working folder in the store, removed afterwards, and with it the store's root if this created it.
+
+    Raises:
+        StoreError: it cannot be made, or a file in it cannot be written.
+    """
     created = not root.exists()
     own = root / "scratch" / uuid.uuid4().hex
     try:
@@ -44,6 +59,14 @@ def folder(root: Path) -> Iterator[Path]:
             _make_scratch(root)
             make_folder(own, PRIVATE)
         yield own
+    except OSError as error:
+        names = [os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, str | bytes)]
+        if own.exists() and not any(Path(name).is_relative_to(own) for name in names):
+            raise
+        raise StoreError(
+            f"store {root} cannot be written: {describe_error(error, own)}: make it writable, free some space, or use "
+            "another --store"
+        ) from error
     finally:
         with uninterrupted():
             shutil.rmtree(own, ignore_errors=True)  # gc removes what is left
@@ -109,7 +132,7 @@ def leftovers(root: Path, *, dry_run: bool) -> Iterator[tuple[str, int]]:
 
 def _of_import(own: Path, root: Path, dry_run: bool) -> Iterator[tuple[str, int]]:
     changed, size = _state(own)
-    if _old(changed):
+    if clock_of(own.parent) - changed > OLD:
         if not dry_run:
             shutil.rmtree(own)
         yield own.relative_to(root).as_posix(), size
@@ -118,7 +141,9 @@ def _of_import(own: Path, root: Path, dry_run: bool) -> Iterator[tuple[str, int]
 def _of_export(note: Path, dry_run: bool) -> Iterator[tuple[str, int]]:
     own, created = _read_note(note)
     changed, size = _state(own) if own else (0.0, 0)
-    if not _old(max(changed, note.stat().st_mtime)):
+    if clock_of(note.parent) - note.stat().st_mtime <= OLD:
+        return
+    if own is not None and clock_of(own.parent) - changed <= OLD:
         return
     if own is not None and not dry_run:
         with exclusive_lock(own.parent) as locked:
@@ -195,7 +220,3 @@ def _state(folder: Path) -> tuple[float, int]:
             found = path.lstat()
             changed, size = max(changed, found.st_mtime), size + (found.st_size if path.is_file() else 0)
     return changed, size
-
-
-def _old(changed: float) -> bool:
-    return time.time() - changed > OLD

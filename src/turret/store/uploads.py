@@ -151,6 +151,10 @@ def abandoned(connection: Connection) -> list[str]:
 
 def forget_abandoned(database: Database) -> bool:
     """Remove abandoned uploads, so that their copies are dead; False if there were none."""
+    with database.reading() as connection:
+        found = abandoned(connection)
+    if not found and database.writable():  # a disk without a free inode can be read, and not be written
+        return False
     with database.writing() as connection:
         ids = abandoned(connection)
         if ids:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from turret.bases.device import gigabytes
 from turret.disk import NO_ROOM, describe_error, errno_of, make_folder, mount_of, sync
-from turret.errors import TrainingError, one_line
+from turret.errors import CheckpointMismatch, TrainingError, one_line
 from turret.json_types import JsonMapping, JsonObject
 
 FORMAT = 1
@@ -72,7 +72,12 @@ def save(
 
 
 def load(folder: Path, *, identity: JsonMapping) -> Checkpoint | None:
-    """The folder's checkpoint; None if there is none. Raises TrainingError if it is broken or another run's."""
+    """The folder's checkpoint; None if there is none.
+
+    Raises:
+        CheckpointMismatch: it belongs to another run.
+        TrainingError: it is broken.
+    """
     path = folder / NAME
     if not path.exists():
         return None
@@ -90,7 +95,7 @@ def load(folder: Path, *, identity: JsonMapping) -> Checkpoint | None:
         )
     for key, expected in json.loads(json.dumps(identity)).items():
         if written.get(key) != expected:
-            raise TrainingError(
+            raise CheckpointMismatch(
                 f"checkpoint {path} belongs to another run: its {key} is {one_line(str(written.get(key)), 40)}, this "
                 f"run's is {one_line(str(expected), 40)}; resume with the same {key}, or delete it to start over"
             )

@@ -60,7 +60,8 @@ def fit(
         Interrupted: the user stopped the run.
         LossNotFinite: the loss or the gradient norm became NaN or infinite.
         OutOfMemory: a step needs more memory than there is.
-        TrainingError: the checkpoint belongs to another run, or the base's weights changed.
+        CheckpointMismatch: the checkpoint belongs to another run.
+        TrainingError: the base's weights changed.
     """
     memory.reset_peak(base.model.device)
     run = TrainingRun.begin(recipe, base, task, dataset, folder, start)

@@ -18,7 +18,7 @@ from turret.adapters import Adapter
 from turret.bases import Base
 from turret.bases.sharded import own_part
 from turret.data import Dataset
-from turret.errors import TrainingError
+from turret.errors import CheckpointMismatch, TrainingError
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.tasks import Task
@@ -347,7 +347,7 @@ class TrainingRun:
     def _read(self) -> checkpoint.Checkpoint | None:
         saved = None if self.folder is None else checkpoint.load(self.folder, identity=self._identity())
         if saved is not None and saved.layout != self.optimiser.layout:
-            raise TrainingError(f"checkpoint in {self.folder} holds other weights than this run trains: delete it")
+            raise CheckpointMismatch(f"checkpoint in {self.folder} holds other weights than this run trains: delete it")
         return saved
 
     # --- the end ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The process of one training from the queue: `python -P -m turret.workspace.queued_training REQUEST`.
 
-It trains in the folder with the data of queued trainings, to which the data's path is relative. When the worker ends,
-it writes a checkpoint and returns the run to the queue.
+It trains in an empty folder, which has only the data of the run, to which the data's path is relative. When the worker
+ends, it writes a checkpoint and returns the run to the queue.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from turret.access import Access
+from turret.disk import FAILING, NO_ROOM, errno_of
 from turret.errors import DeviceError, HubError, Interrupted, LeaseLost, OutOfMemory, StoreError, TurretError
 from turret.location import Location
 from turret.recipe import Recipe
@@ -21,17 +22,21 @@ from turret.store import Store, TrainingQueue
 from turret.store.queue import QueuedRun
 from turret.train import StepRecord
 from turret.workspace import training
-from turret.workspace.child_process import say_to_parent, stop_with_parent
-from turret.workspace.queueing import bring_data
+from turret.workspace.child_process import Alive, say_to_parent, stop_with_parent
+from turret.workspace.queueing import bring_data, require_base
 
-AGAIN = (StoreError, HubError, DeviceError, OutOfMemory)  # another try, or another machine, may succeed
 LINES = 20  # of the log for the steps of a training
+WATCHED = 1.2  # times the silence that the worker allows: then this process ends itself, if its worker is gone
+# Exit statuses, for the worker
+OUTAGE = 75  # the store's own places did not answer
+MACHINE = 71  # this machine failed, or the Hub: another try, or another machine, may succeed
 
 
 def main(request: str) -> int:
     """Carry out a request of the worker. Returns the exit status."""
-    stop_with_parent()
     asked = json.loads(request)
+    stop_with_parent(asked["stopping"])
+    alive = Alive(WATCHED * asked["silent"] + asked["stopping"])
     taken, local = QueuedRun.of(asked["taken"]), Path(asked["local"])
     location = Location.parse(os.environ["TURRET_STORE"])
     store = Store(replace(location, local=local) if location.catalog else local, Access(taken.tenant))
@@ -39,29 +44,46 @@ def main(request: str) -> int:
     try:
         held = queue.adopt(taken)
         recipe = Recipe.from_toml(taken.recipe)
-        os.chdir(bring_data(store, recipe))
-        training.train(store, recipe, _callbacks(), fresh=False, held=held)
+        require_base(recipe, asked["bases"])
+        os.chdir(bring_data(store, recipe, Path(asked["folder"])))
+        training.train(store, recipe, _callbacks(alive), fresh=False, held=held)
     except (Interrupted, KeyboardInterrupt):
-        queue.after(taken, None)
+        with suppress(StoreError):  # then the worker records it
+            queue.after(taken, None)
         return Interrupted.exit_status
     except LeaseLost as error:
         say_to_parent(str(error))
         return error.exit_status
     except TurretError as error:
         say_to_parent(str(error))
-        with suppress(LeaseLost):
-            queue.after(taken, str(error), again=isinstance(error, AGAIN))
-        return error.exit_status
+        status = _status(error)
+        with suppress(StoreError):
+            queue.after(taken, str(error), again=status != error.exit_status, outage=status == OUTAGE)
+        return status
     return 0
 
 
-def _callbacks() -> training.Callbacks:
+def _status(error: TurretError) -> int:
+    """The exit status for an error: that of a mistake, unless another try may succeed."""
+    if isinstance(error, StoreError):
+        return OUTAGE if error.outage else MACHINE
+    cause = error.__cause__
+    disk = isinstance(cause, Exception) and errno_of(cause) in (*NO_ROOM, *FAILING)
+    return MACHINE if disk or isinstance(error, HubError | DeviceError | OutOfMemory) else error.exit_status
+
+
+def _callbacks(alive: Alive) -> training.Callbacks:
     def on_record(record: StepRecord) -> None:
+        alive.sign()
         if record.step % max(1, record.steps // LINES) == 0 or record.metrics is not None:
             metrics = "" if record.metrics is None else f", {record.split} {_shown(record.metrics)}"
             say_to_parent(f"step {record.step} of {record.steps}, loss {record.loss:.4f}{metrics}")
 
-    return training.Callbacks(on_record, stage=say_to_parent, warning=say_to_parent)
+    def on_stage(line: str) -> None:
+        alive.sign()
+        say_to_parent(line)
+
+    return training.Callbacks(on_record, stage=on_stage, warning=say_to_parent)
 
 
 def _shown(metrics: dict[str, float]) -> str:

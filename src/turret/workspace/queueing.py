@@ -1,23 +1,28 @@
 """The queue of trainings: submit a recipe with its data, watch it, cancel it, and work.
 
-A worker may run on another machine, so the store gets a copy of the data, in `queued/<digest>/<name>`. Its path in the
-recipe becomes `<digest>/<name>`, which is the same on all machines: a worker trains in its own copy of `queued/`.
+A worker may run on another machine, so the store gets a copy of the data, in the tenant's `queued/<digest>/<name>`. Its
+path in the recipe becomes `<digest>/<name>`, which is the same on all machines: a worker trains in a folder with that
+data alone. So nothing that a recipe names can be another file of the store or of the worker's machine, except a base in
+a folder, which clients of a server cannot name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from turret.disk import make_folder, permissions
+from turret.access import ANY, Access
+from turret.disk import PRIVATE, make_folder, permissions
 from turret.errors import DataError, NotFound, RecipeError, StoreError
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
+from turret.recipe.default_base import AUTO
 from turret.store import Store, TrainingQueue, queued_data
 from turret.store.blobs import hash_file
-from turret.store.queued_data import FOLDER, PLACE
+from turret.store.queued_data import PLACE
 from turret.workspace.progress import Say, silent
 
 MOST_FILES = 1000  # in a folder of data
@@ -54,17 +59,20 @@ class Queue:
         Raises:
             DataError: `data.source` or `base` would be a file of the server.
         """
+        from turret.data.files import is_table
+
         for name in files:
             plain = name.isprintable() and "\\" not in name and len(name.encode("utf-8", "replace")) <= MOST_NAME
-            if not plain or PurePosixPath(name).name != name or name.startswith("."):
-                raise DataError(f"files: {ascii(name)[:60]} is not a plain file name, such as reviews.csv")
+            plain = plain and PurePosixPath(name).name == name and not name.startswith((".", "~"))
+            if not plain or not is_table(Path(name)):
+                raise DataError(f"files: {ascii(name)[:60]} is not a plain file name of a table, such as reviews.csv")
         source = recipe.data.source
         if source not in files and (PLACE.match(source) or not _is_elsewhere(source)):
             raise DataError(
                 f"data.source {ascii(source)[:60]} is not in files: send the table there, or give a Hub id or "
                 "pypi:package"
             )
-        if not _is_elsewhere(recipe.base) and recipe.base not in ("auto", own_base):
+        if not _is_elsewhere_base(recipe.base) and recipe.base not in (AUTO, own_base):
             raise RecipeError(f"base {ascii(recipe.base)[:60]}: expected a Hub id or pypi:package, not a path")
         if source not in files:
             return self._submit(recipe, {}, priority)
@@ -106,15 +114,32 @@ class Queue:
         """Set how many trainings of a tenant may run and wait; None for no limit."""
         TrainingQueue.of(self._store, make=True).limit(tenant, running=running, waiting=waiting)
 
-    def work(self, *, until_empty: bool = False, on_stage: Say | None = None) -> int:
+    def work(
+        self,
+        *,
+        until_empty: bool = False,
+        most_hours: float | None = None,
+        silent_minutes: float = 60,
+        bases: Sequence[str] = ANY,
+        on_stage: Say | None = None,
+    ) -> int:
         """Take trainings from the queue, one after another, each in a process of its own. Returns how many.
 
         Args:
             until_empty: end once nothing is due; otherwise only Ctrl-C or SIGTERM ends it.
+            most_hours: a training that takes longer in one try ends as failed; None: any time.
+            silent_minutes: a training without a step or a stage for longer is killed, and tried again.
+            bases: patterns of the bases on the Hub that recipes may name.
         """
         from turret.workspace import queue_worker
 
-        return queue_worker.work(self._store, on_stage or silent, until_empty=until_empty)
+        for name, value in (("most_hours", most_hours), ("silent_minutes", silent_minutes)):
+            if value is not None and not 0 < value < float("inf"):
+                raise RecipeError(f"{name} {value}: expected a number above 0")
+        limits = queue_worker.WorkerLimits(
+            None if most_hours is None else 3600 * most_hours, 60 * silent_minutes, tuple(bases)
+        )
+        return queue_worker.work(self._store, on_stage or silent, until_empty=until_empty, limits=limits)
 
     def _queue(self) -> TrainingQueue:
         return TrainingQueue.of(self._store)
@@ -123,6 +148,8 @@ class Queue:
         """files: path under the data -> file; a single one is the data itself."""
         queue = TrainingQueue.of(self._store, make=True)
         self._require_seen(recipe)
+        if not files and PLACE.match(recipe.data.source):
+            raise DataError(f"data.source {ascii(recipe.data.source)[:60]} is not a file here: give its path")
         if files:
             source, given = _place(files, Path(recipe.data.source).name or "data"), recipe.data.source
             files = {source if name == given else f"{source}/{name}": path for name, path in files.items()}
@@ -183,6 +210,22 @@ def _is_elsewhere(source: str) -> bool:
     return source.startswith("pypi:") or (not local and looks_like_id(source))
 
 
+def _is_elsewhere_base(base: str) -> bool:
+    """Whether a base is of the Hub or of a package: not a file, whose name may look like an id of the Hub."""
+    return base.startswith("pypi:") or (_is_elsewhere(base) and not base.lower().endswith(".gguf"))
+
+
+def require_base(recipe: Recipe, patterns: Sequence[str]) -> None:
+    """Raise RecipeError if a recipe names a base of the Hub that a worker does not allow."""
+    base = recipe.base
+    free = base == AUTO or base.startswith("pypi:") or Path(base).is_absolute()
+    if not free and not Access(bases=tuple(patterns)).sees_base(base):
+        raise RecipeError(
+            f"base {ascii(base)[:80]} is not one that this worker may use (--bases {' '.join(patterns)[:80]}): name "
+            "another, or ask the operator"
+        )
+
+
 def _with_absolute_base(recipe: Recipe) -> Recipe:
     """A base in a folder keeps its place when the worker's current folder is another one."""
     base = Path(recipe.base).expanduser()
@@ -191,12 +234,25 @@ def _with_absolute_base(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def bring_data(store: Store, recipe: Recipe) -> Path:
-    """Copy the data of a queued recipe to this machine. Returns the folder to train in. Raises StoreError."""
-    folder, source = store.root / FOLDER, recipe.data.source
-    make_folder(folder, permissions(store.root))
-    if PLACE.match(source):
-        store.artifacts.bring(f"{FOLDER}/{source}")
-        if not (folder / source).exists():
-            raise StoreError(f"the data of the training, {source}, is not in the store: submit it again")
+def bring_data(store: Store, recipe: Recipe, folder: Path) -> Path:
+    """Copy the data of a queued recipe to this machine, and show it in an empty folder. Returns that.
+
+    Raises:
+        StoreError: the store does not have the data of its tenant, or does not answer.
+    """
+    place = PLACE.match(recipe.data.source)
+    if place is None:
+        return folder
+    own = queued_data.folder_of(store.access.tenant)
+    if not store.root.exists():
+        make_folder(store.root, PRIVATE)
+    make_folder(store.root / own, permissions(store.root))
+    store.artifacts.bring(f"{own}/{recipe.data.source}")
+    if not (store.root / own / recipe.data.source).exists():
+        raise StoreError(f"the data of the training, {recipe.data.source}, is not in the store: submit it again")
+    data = (store.root / own / place[0]).absolute()
+    try:
+        (folder / place[0]).symlink_to(data, target_is_directory=True)
+    except OSError:  # Windows
+        shutil.copytree(data, folder / place[0])
     return folder

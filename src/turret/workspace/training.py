@@ -25,7 +25,7 @@ from turret.bases import Base, ChosenDevice
 from turret.bases.device import CPU
 from turret.data import Dataset
 from turret.disk import describe_error
-from turret.errors import DeviceError, LossNotFinite, PreflightRefused, ProofFailed, StoreError
+from turret.errors import CheckpointMismatch, DeviceError, LossNotFinite, PreflightRefused, ProofFailed, StoreError
 from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
@@ -181,7 +181,7 @@ def train(
         dataset: the data, if it is read already.
         fresh: start a new run even if an unfinished one of the same recipe and data could be resumed.
         beside_base: measure the bare base on the held-out examples too.
-        held: the run, from the queue; the caller records an error.
+        held: the run, from the queue; the caller records an error. It starts over if it cannot resume here.
         comparison: the folder of the comparison that the training is part of. A plain name never means its version.
     """
     here = processes.begin()
@@ -232,7 +232,8 @@ def _train(
             follow(planned.recipe, tracked, callbacks.warning) as followed,
         ):
             told = _both(callbacks, followed, keeper)
-            result = _carry_out(store, run, ready, planned, told, beside_base, keeper, followed)
+            start_over = None if held is None else store.training_runs().start_over
+            result = _carry_out(store, run, ready, planned, told, beside_base, keeper, followed, start_over)
             followed.finished(result)
         result = replace(result, notes=[*ready.notes, *followed.warnings])
     except BaseException as error:
@@ -321,9 +322,21 @@ def _carry_out(
     beside_base: bool,
     keeper: Keeper,
     followed: Followed,
+    start_over: Callable[[HeldRun], None] | None,
 ) -> RunResult:
-    """Train, measure, and store the version and the result."""
-    fitted = _fit(run, ready, planned, callbacks)
+    """Train, measure, and store the version and the result.
+
+    Args:
+        start_over: removes a checkpoint from which the run cannot resume here; None: that is an error.
+    """
+    try:
+        fitted = _fit(run, ready, planned, callbacks)
+    except CheckpointMismatch as error:
+        if start_over is None:
+            raise
+        callbacks.warning(f"starting over, because this worker cannot resume: {error}")
+        start_over(run)
+        fitted = _fit(run, ready, planned, callbacks)
     try:
         found = measured(ready, fitted, callbacks.stage, beside_base=beside_base)
         ready, fitted, forgot = found.ready, found.fitted, found.forgot

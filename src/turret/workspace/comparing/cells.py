@@ -123,7 +123,7 @@ class CellRunner:
         result = state.read(here / "result.json")
         if result is not None or problem is None:
             return result
-        failed = state.read(here / "failed.json") or {"error": problem, "kind": ""}
+        failed = state.read(here / "failed.json") or {"error": problem.text, "kind": ""}
         if failed["kind"] in EVERYWHERE:
             raise TrainingError(f"{cell}: {failed['error']}")
         self.failures[cell.candidate.spec] = f"seed {cell.seed}: {failed['error']}"
