@@ -12,6 +12,7 @@ import torch
 import typer.main
 from exchange.foreign import CONFIG, LABELS, TEXTS, WEIGHTS, chances, peft_folder
 from safetensors.torch import load_file, save_file
+from small_disk import read_only
 
 from turret.cli.main import app, run
 from turret.errors import AdapterError, RecipeError
@@ -73,6 +74,17 @@ def test_a_merged_version_answers_as_pefts(two: tuple[Workspace, list[Path]], ho
         torch.testing.assert_close(chances(workspace, found.version, text), expected, atol=1e-5, rtol=1e-5)
     alone = chances(workspace, "a@1", TEXTS[0])
     assert (chances(workspace, found.version, TEXTS[0]) - alone).abs().max() > 1e-3
+
+
+def test_a_merge_in_a_read_only_store_is_one_line(two: tuple[Workspace, list[Path]], capsys) -> None:
+    workspace, _ = two
+    merge = ["merge", "a@1", "b@1", "--name", "refused", "--store", str(workspace.store.root)]
+    with read_only(workspace.store.root):
+        assert run(merge) == 1
+    (said,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "cannot be written: Read-only file system" in said
+    assert "bug" not in said
+    assert run(merge) == 0, "the control"
 
 
 def test_the_lineage_names_both_parents_and_how(two: tuple[Workspace, list[Path]]) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from servers import PASSWORD, USER
 from store.bundles import tensors, write_bundle
+from store.s3_proxy import proxied, through
 
 from turret.cli.main import run
 from turret.errors import BadLocation, InUse, NotFound, StoreError
@@ -309,6 +310,28 @@ def test_a_database_that_is_not_there_is_said(postgres_server, tmp_path) -> None
     with pytest.raises(StoreError, match='database "none" does not exist: create it, or correct the URL') as said:
         Store(f"{postgres_server.url('none')}&files={tmp_path}").list()
     one_line(said)
+
+
+def test_an_outage_is_told_from_a_mistake(new_url, s3_server, postgres_server, tmp_path, make_bundle) -> None:
+    """What passes, so that a training that met it is tried again without counting, and what somebody has to mend."""
+    url, nowhere = new_url(), "postgresql://me@127.0.0.1:9/db"
+    Store(url).put("a", make_bundle(tensors(1)))
+    with proxied(s3_server) as (proxy, address):
+        store = through(address, url)
+        for deed in ("refuse", "cut"):
+            proxy.rule(deed, times=1000)
+            with pytest.raises(StoreError) as said:
+                store.put("a", make_bundle(tensors(2)))
+            assert said.value.outage, said.value
+        proxy.release()
+    for where, passes in (
+        (f"{nowhere}?files={tmp_path}", True),
+        (f"{postgres_server.url('none')}&files={tmp_path}", False),
+        (url.replace("s3://", "s3://no-such-bucket-"), False),
+    ):
+        with pytest.raises(StoreError) as said:
+            Store(where).put("a", make_bundle(tensors(3)))
+        assert said.value.outage == passes, said.value
 
 
 def test_a_user_who_may_only_read_reads_and_is_told_so(new_url, postgres_server, make_bundle, tmp_path, capsys) -> None:

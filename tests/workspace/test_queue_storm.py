@@ -46,7 +46,7 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "turret", "worker", "--silent-minutes", "1", "--store", self.url]
+        command = [sys.executable, "-m", "turret", "worker", "--silent-minutes", "3", "--store", self.url]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/")
         threading.Thread(target=self._listen, args=[self.process], daemon=True).start()
 

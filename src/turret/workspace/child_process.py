@@ -23,10 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turret.errors import Interrupted
+from turret.json_types import JsonObject
 from turret.location import Location
 from turret.process import environment
 from turret.workspace.progress import Say
 
+OUTAGE = 75  # exit status: the store's own places did not answer
+MACHINE = 71  # exit status: this machine failed, or the Hub: another try, or another machine, may succeed
 STOPPED = "stopped; run the same command again to continue"
 POLL_SECONDS = 0.2
 PAUSED_SECONDS = 5.0  # between two polls: this process was stopped itself
@@ -166,7 +169,12 @@ def _progress(lines: Iterable[str] | None, heard: list[float]) -> Iterator[str]:
 
 def say_to_parent(line: str) -> None:
     """Print a line of progress for the parent process."""
-    print(json.dumps({"stage": line}), flush=True)
+    _print({"stage": line})
+
+
+def _print(value: JsonObject) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")  # one write, because several threads print
+    sys.stdout.flush()
 
 
 class Alive:
@@ -185,7 +193,7 @@ class Alive:
         now = time.monotonic()
         if now - self._last > ALIVE_SECONDS:
             self._last = now
-            print(json.dumps({"alive": True}), flush=True)
+            _print({"alive": True})
             # A thread in C, which does not need Python's lock: a regular expression may hold that for ever.
             faulthandler.dump_traceback_later(self._silent, exit=True)
 

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +23,10 @@ from turret.process import stop_on_sigterm
 from turret.store import Store, TrainingQueue, leases
 from turret.store.leases import Keeper
 from turret.store.queue import QueuedRun
-from turret.workspace.child_process import Failure, Patience, run_child
+from turret.workspace.child_process import MACHINE, OUTAGE, Failure, Patience, run_child
 from turret.workspace.progress import Say
 
 CHILD = "turret.workspace.queued_training"
-OUTAGE, MACHINE = 75, 71  # exit statuses of CHILD: the store's own places did not answer; this machine failed
 POLL_SECONDS = 1.0  # between two looks at an empty queue
 OUTAGE_SECONDS = 5.0  # after the store did not answer
 MOST_OUTAGES = 12  # in a row, with `until_empty`
@@ -100,7 +100,8 @@ class _Try:
         try:
             problem = self._run_child()
         except (KeyboardInterrupt, Interrupted):
-            self._record(None)
+            with suppress(StoreError):  # otherwise its lease ends
+                self._record(None)
             raise
         except StoreError as error:  # the last lines of the log
             self._say(f"run {taken.run}: {error}")

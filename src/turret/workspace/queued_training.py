@@ -22,14 +22,11 @@ from turret.store import Store, TrainingQueue
 from turret.store.queue import QueuedRun
 from turret.train import StepRecord
 from turret.workspace import training
-from turret.workspace.child_process import Alive, say_to_parent, stop_with_parent
+from turret.workspace.child_process import MACHINE, OUTAGE, Alive, say_to_parent, stop_with_parent
 from turret.workspace.queueing import bring_data, require_base
 
 LINES = 20  # of the log for the steps of a training
 WATCHED = 1.2  # times the silence that the worker allows: then this process ends itself, if its worker is gone
-# Exit statuses, for the worker
-OUTAGE = 75  # the store's own places did not answer
-MACHINE = 71  # this machine failed, or the Hub: another try, or another machine, may succeed
 
 
 def main(request: str) -> int:
@@ -40,7 +37,11 @@ def main(request: str) -> int:
     taken, local = QueuedRun.of(asked["taken"]), Path(asked["local"])
     location = Location.parse(os.environ["TURRET_STORE"])
     store = Store(replace(location, local=local) if location.catalog else local, Access(taken.tenant))
-    queue = TrainingQueue.of(store)
+    try:
+        queue = TrainingQueue.of(store)
+    except StoreError as error:
+        say_to_parent(str(error))
+        return _status(error)
     try:
         held = queue.adopt(taken)
         recipe = Recipe.from_toml(taken.recipe)
