@@ -435,9 +435,7 @@ def _store(
         made.append(result(version))
         return made[-1].as_json()
 
-    store.put(
-        ready.recipe.name, bundle, run=run, metrics=metrics, comparison=run.comparison, result=finish
-    )
+    store.put(ready.recipe.name, bundle, run=run, metrics=metrics, comparison=run.comparison, result=finish)
     return made[-1]
 
 
