@@ -16,7 +16,7 @@ import failing_disk
 import pytest
 import torch
 
-from turret.errors import TrainingError
+from turret.errors import CheckpointMismatch, TrainingError
 from turret.train import checkpoint
 
 IDENTITY = {"recipe": "r1", "data": "d1"}
@@ -46,6 +46,17 @@ def test_a_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path: Path) 
     save(tmp_path)
     with pytest.raises(TrainingError, match="another run: its data is d1, this run's is d2"):
         checkpoint.load(tmp_path, identity={**IDENTITY, "data": "d2"})
+
+
+def test_a_checkpoint_of_a_device_is_refused_where_the_run_names_none(tmp_path: Path) -> None:
+    """A run on the CPU names no device; one on a GPU does."""
+    save(tmp_path, identity={**IDENTITY, "device": "cuda"})
+    with pytest.raises(CheckpointMismatch, match="its device is cuda, this run's is none"):
+        checkpoint.load(tmp_path, identity=IDENTITY)
+    save(tmp_path)
+    with pytest.raises(CheckpointMismatch, match="its device is none, this run's is cuda"):
+        checkpoint.load(tmp_path, identity={**IDENTITY, "device": "cuda"})
+    assert checkpoint.load(tmp_path, identity=IDENTITY) is not None
 
 
 @pytest.mark.parametrize("damage", ["cut", "not ours", "empty"])
@@ -98,7 +109,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from failing_disk import fail_at, what_failed
-from turret.errors import TrainingError
+from turret.errors import CheckpointMismatch, TrainingError
 from turret.train import checkpoint
 folder, told = Path(sys.argv[2]), Path(sys.argv[3])
 def save(step):

@@ -1,6 +1,7 @@
 """Real workers on one PostgreSQL and S3, stopped past their lease, killed and cancelled in every phase of a training.
 
-TURRET_QUEUE_STORM_SECONDS says for how long the storm lasts; 240 by default. The queue then drains.
+TURRET_QUEUE_STORM_SECONDS says for how long the storm lasts; 300 by default. It takes up to four times as long on a
+machine that is so busy that not every deed was done in some phase. The queue then drains.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from turret.store.runs import ENDED
 from turret.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.fleet]
-SECONDS = float(os.environ.get("TURRET_QUEUE_STORM_SECONDS", "240"))
+SECONDS = float(os.environ.get("TURRET_QUEUE_STORM_SECONDS", "300"))
 LEASE = 3.0
 PHASES = ("reading", "loading", "checking the plan", "step", "proving", "storing")  # as a training says them
 DEEDS = ("stop", "stop and cancel", "stop and fail", "stop the child", "kill", "kill both", "cancel", "end")
@@ -52,15 +53,16 @@ class Worker:
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stderr is not None
-        for line in process.stderr:
-            self.errors.append(line.rstrip())
-            words = line.split()
-            if words[:1] == ["run"] and len(words) > 2:
-                self.run = words[1].rstrip(":,")
-                text = line.partition(f"{self.run}: ")[2]
-                self.phase = next((each for each in PHASES if text.startswith(each)), self.phase)
-                if words[2] in ("is", "try"):
-                    self.phase = ""
+        with process.stderr:
+            for line in process.stderr:
+                self.errors.append(line.rstrip())
+                words = line.split()
+                if words[:1] == ["run"] and len(words) > 2:
+                    self.run = words[1].rstrip(":,")
+                    text = line.partition(f"{self.run}: ")[2]
+                    self.phase = next((each for each in PHASES if text.startswith(each)), self.phase)
+                    if words[2] in ("is", "try"):
+                        self.phase = ""
 
     def signal(self, number: int, *, child: bool = True, parent: bool = True) -> None:
         for each in [*(descendants(self.process.pid) if child else ()), *([self.process.pid] if parent else ())]:
@@ -132,13 +134,19 @@ def test_stopped_killed_and_cancelled_in_every_phase_a_run_ends_once(workers, tm
     draw = random.Random(35)
     workspace = Workspace(workers[0].url.replace("/one", "/desk"))
     recipe = recipe_in(tmp_path, **{"train.epochs": "3", "train.checkpoint_every": "1", "train.max_steps": "none"})
-    watch, submitted, done = Watch(workspace), 0, Counter[tuple[str, str]]()
-    watch.start()
+    watch, submitted, done = Watch(workspace), 1, Counter[tuple[str, str]]()
     asleep: list[tuple[float, Worker, list[int]]] = []  # (wakes, worker, its processes)
-    plan = [(phase, deed) for deed in DEEDS for phase in PHASES]
-    draw.shuffle(plan)
+    # The first of them have every deed and every phase, and all of them each pair.
+    plan = [(PHASES[(n + n // 24) % 6], DEEDS[n % 8]) for n in range(len(DEEDS) * len(PHASES))][::-1]
+    workspace.queue.submit(recipe.with_overrides({"seed": "0"}))
+    watch.start()
     begun = time.monotonic()
-    while (time.monotonic() - begun < SECONDS and plan) or asleep:
+
+    def over() -> bool:
+        passed = time.monotonic() - begun
+        return not plan or passed > 4 * SECONDS or (passed > SECONDS and len(done) >= len(DEEDS))
+
+    while not over() or asleep:
         assert watch.wrong == ""
         waiting = sum(each["state"] == "waiting" for each in workspace.runs())
         for _ in range(max(0, 3 - waiting)):
@@ -152,7 +160,7 @@ def test_stopped_killed_and_cancelled_in_every_phase_a_run_ends_once(workers, tm
         for each in free:
             if each.process.poll() is not None:
                 each.start()
-        if not free or not plan or time.monotonic() - begun > SECONDS:
+        if not free or over():
             time.sleep(0.2)
             continue
         worker, (phase, deed) = draw.choice(free), plan[-1]
@@ -200,8 +208,8 @@ def test_stopped_killed_and_cancelled_in_every_phase_a_run_ends_once(workers, tm
     assert watch.wrong == ""
     check(workspace, submitted)
     print(f"{sum(done.values())} deeds in {time.monotonic() - begun:.0f} s: {dict(done)}")
-    assert {deed for deed, _ in done} >= set(DEEDS) or SECONDS < 240
-    assert {phase for _, phase in done} >= set(PHASES) or SECONDS < 240
+    assert {deed for deed, _ in done} >= set(DEEDS)
+    assert {phase for _, phase in done} >= set(PHASES)
 
 
 def check(workspace: Workspace, submitted: int) -> None:

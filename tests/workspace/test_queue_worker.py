@@ -254,38 +254,42 @@ def test_a_training_without_an_end_ends_by_the_limit_of_its_worker(tmp_path, wor
     if bomb:
         method = f'[method]\nkind = "peft"\npeft_type = "LOHA"\ntarget_modules = "{BOMB}"\n\n[train]'
         endless = Recipe.from_toml(re.sub(r"\[method\].*\[train\]", method, endless.to_toml(), flags=re.DOTALL))
-    run, other = workspace.queue.submit(endless), workspace.queue.submit(recipe_in(tmp_path))
-    worker = start(str(workspace.store.root), "--until-empty", "--most-hours", str(60 / 3600))
-    _, err = worker.communicate(timeout=250)
+    run = workspace.queue.submit(endless)["id"]
+    worker = start(str(workspace.store.root), "--until-empty", "--most-hours", str(45 / 3600))
+    _, err = worker.communicate(timeout=400)
     assert worker.returncode == 0, err
-    ended = workspace.run(run["id"])
+    ended = workspace.run(run)
     assert (ended["state"], ended["queue"]["tries"]) == ("failed", 1), err
     assert "hours, the limit of its worker (--most-hours)" in ended["error"]
-    assert workspace.run(other["id"])["state"] == "finished"
-    assert [str(version) for version in workspace.list()] == ["reviews@1"]
+    assert list(workspace.list()) == []
+    if not bomb:  # the control: a training that ends
+        other = workspace.queue.submit(recipe_in(tmp_path))["id"]
+        start(str(workspace.store.root), "--until-empty", "--most-hours", "1").communicate(timeout=400)
+        assert workspace.run(other)["state"] == "finished"
 
 
 @pytest.mark.slow
 def test_a_training_that_hangs_is_killed_and_tried_again_and_its_worker_ends_when_asked(
-    tmp_path, workspace, start, monkeypatch
+    tmp_path, workspace, start
 ) -> None:
-    """SIGSTOP for the process that trains. The lease is renewed meanwhile, so nobody else would help."""
+    """SIGSTOP for the process that trains. The lease is renewed meanwhile, so no other worker would take it."""
     run = workspace.queue.submit(recipe_in(tmp_path, **STEPS | {"train.epochs": "2000"}))["id"]
     worker = start(str(workspace.store.root), "--silent-minutes", "0.75")
-    until(lambda: any(each["line"].startswith("step") for each in workspace.queue.log(run)))
+    until(lambda: any(each["line"].startswith("step") for each in workspace.queue.log(run)), 300)
     (child,) = children(worker.pid)
     os.kill(child, signal.SIGSTOP)
-    until(lambda: not is_there(child), 90)
-    until(lambda: workspace.run(run)["queue"]["tries"] == 2, 60)
-    assert "was silent for 45 s" in "".join(each["line"] for each in workspace.queue.log(run)) or workspace.run(run)
-    until(lambda: bool(children(worker.pid)))
+    until(lambda: not is_there(child), 150)
+    until(lambda: workspace.run(run)["queue"]["tries"] == 2 and bool(children(worker.pid)), 150)
+    said = "its process was silent for 45 s, and was killed: look at its log"
+    assert said in [each["line"] for each in workspace.queue.log(run)]
     (child,) = children(worker.pid)
+    os.kill(child, signal.SIGSTOP)
     workspace.queue.cancel(run)
-    until(lambda: workspace.run(run)["state"] == "cancelled", 90)
+    until(lambda: workspace.run(run)["state"] == "cancelled", 150)
     assert not is_there(child)
     worker.terminate()
-    _, err = worker.communicate(timeout=60)
-    assert "was silent for 45 s, and was killed" in err + "".join(each["line"] for each in workspace.queue.log(run))
+    worker.communicate(timeout=60)
+    assert worker.returncode == 0
 
 
 @pytest.mark.slow
@@ -293,11 +297,11 @@ def test_a_worker_whose_machine_fails_pauses_so_that_others_take_what_waits(tmp_
     recipe = recipe_in(tmp_path)
     run = workspace.queue.submit(recipe.with_overrides({"train.device": "cuda:7"}))
     worker = start(str(workspace.store.root))
-    until(lambda: workspace.run(run["id"])["state"] == "failed", 150)
+    until(lambda: workspace.run(run["id"])["state"] == "failed", 300)
     mistake = workspace.queue.submit(recipe.with_overrides({"data.text": "nothing"}))
-    until(lambda: workspace.run(mistake["id"])["state"] == "failed", 150)
+    until(lambda: workspace.run(mistake["id"])["state"] == "failed", 300)
     good = workspace.queue.submit(recipe)
-    until(lambda: workspace.run(good["id"])["state"] == "finished", 150)
+    until(lambda: workspace.run(good["id"])["state"] == "finished", 300)
     worker.terminate()
     _, err = worker.communicate(timeout=60)
     assert workspace.run(run["id"])["queue"]["tries"] == 3
@@ -391,7 +395,7 @@ class TestFleet:
         time.sleep(3)  # its training ends, because its worker did
         forget_machine(machine("one"))
         second = start(machine("two"), "--until-empty")
-        until(lambda: workspace.run(run)["state"] == "finished", 150)
+        until(lambda: workspace.run(run)["state"] == "finished", 300)
         _, err = second.communicate(timeout=60)
         assert second.returncode == 0, err
         done = workspace.run(run)

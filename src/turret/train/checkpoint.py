@@ -93,11 +93,13 @@ def load(folder: Path, *, identity: JsonMapping) -> Checkpoint | None:
         raise TrainingError(
             f"checkpoint {path} has format {head.get('format')}, expected {FORMAT}: delete it to start over"
         )
-    for key, expected in json.loads(json.dumps(identity)).items():
-        if written.get(key) != expected:
+    expected = json.loads(json.dumps(identity))
+    for key in {**expected, **written}:  # each may have one that the other lacks: a device, a parent
+        theirs, ours = written.get(key), expected.get(key)
+        if theirs != ours:
             raise CheckpointMismatch(
-                f"checkpoint {path} belongs to another run: its {key} is {one_line(str(written.get(key)), 40)}, this "
-                f"run's is {one_line(str(expected), 40)}; resume with the same {key}, or delete it to start over"
+                f"checkpoint {path} belongs to another run: its {key} is {one_line(str(theirs or 'none'), 40)}, this "
+                f"run's is {one_line(str(ours or 'none'), 40)}; resume with the same {key}, or delete it to start over"
             )
     return checkpoint
 

@@ -213,4 +213,6 @@ def _stop_at_end_of_stdin(stopping: float | None) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     if stopping is not None:
         time.sleep(stopping)
-        os.killpg(0, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)

@@ -138,7 +138,11 @@ class _Try:
             with Keeper(self._store.database(), taken.lease, turn=self._turn, warn=self._say) as keeper:
                 errors = Path(folder) / "stderr.txt"
                 stop = lambda: self._asked.is_set() or keeper.lost or self._took_too_long()
-                return run_child(CHILD, json.dumps(request), errors, self._tell, self._store.location, stop, patience)
+                where = self._store.location
+                problem = run_child(CHILD, json.dumps(request), errors, self._tell, where, stop, patience)
+                if problem is not None and (problem.status is None or problem.status < 0):
+                    self._tell(problem.text)  # its process was killed, and could not say it
+                return problem
 
     def _tell(self, line: str) -> None:
         self._say(f"run {self._taken.run}: {line}")
