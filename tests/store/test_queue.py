@@ -130,7 +130,8 @@ def test_a_training_is_tried_three_times_with_pauses_and_then_failed(store, line
     assert (state(store, run), store.run(run)["error"]) == ("failed", "S3 did not answer")
 
 
-def test_an_outage_of_the_stores_own_places_costs_no_try(store, line) -> None:
+def test_an_outage_of_the_stores_own_places_costs_no_try(store, line, monkeypatch) -> None:
+    monkeypatch.setattr(queue, "RETRY_SECONDS", 600.0)  # longer than a busy machine takes to ask again
     run = line.submit("a", "x")
     for _ in range(queue.TRIES + 2):
         taken = line.take()
