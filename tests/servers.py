@@ -9,6 +9,7 @@ import importlib.util
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -41,6 +42,14 @@ class PostgresServer:
 
     folder: Path
     port: int
+    start: Callable[[], None] = field(repr=False, compare=False)
+    processes: list[subprocess.Popen[bytes]] = field(repr=False, compare=False)
+
+    def restart(self, sign: signal.Signals = signal.SIGQUIT) -> None:
+        """End the server, by default in the middle of its transactions, and start it again."""
+        self.processes[-1].send_signal(sign)
+        self.processes[-1].wait(timeout=60)
+        self.start()
 
     def url(self, database: str) -> str:
         return f"postgresql://{USER}@/{database}?host={quote(str(self.folder), safe='')}&port={self.port}"
@@ -81,19 +90,23 @@ def postgres() -> Iterator[PostgresServer]:
     data, port = folder / "data", _free_port()
     make = [programs / "initdb", "-D", data, "-U", USER, "-N", "-E", "UTF8", "--locale=C.UTF-8"]
     make += ["--auth-local=trust", "--auth-host=scram-sha-256", f"--pwfile={folder / 'password'}"]
-    process = None
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run() -> None:
+        start = [programs / "postgres", "-D", data, "-k", folder, "-h", "127.0.0.1", "-p", str(port), "-F"]
+        with (folder / "log").open("ab") as log:
+            processes.append(subprocess.Popen(start, user=owner, cwd=folder, stdout=log, stderr=log))
+        _wait(lambda: server.execute("SELECT 1"), processes[-1], folder / "log")
+
+    server = PostgresServer(folder, port, run, processes)
     try:
         made = subprocess.run(make, user=owner, cwd=folder, capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stderr
-        start = [programs / "postgres", "-D", data, "-k", folder, "-h", "127.0.0.1", "-p", str(port), "-F"]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(start, user=owner, cwd=folder, stdout=log, stderr=log)
-        server = PostgresServer(folder, port)
-        _wait(lambda: server.execute("SELECT 1"), process, folder / "log")
+        run()
         yield server
     finally:
-        if process is not None:
-            process.send_signal(2)  # SIGINT: a fast shutdown
+        for process in processes[-1:]:
+            process.send_signal(signal.SIGINT)  # a fast shutdown
             process.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
 
