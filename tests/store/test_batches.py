@@ -201,6 +201,21 @@ def test_answers_beyond_the_owners_space_are_refused_before_the_last_line(store:
         one.keep(batch, [answer(1)])
 
 
+def test_open_batches_share_the_space_of_their_owner(store: Store, monkeypatch) -> None:
+    owners = (ONE, ONE, OTHER)
+    for owner in owners:
+        made(store, owner)
+    monkeypatch.setattr(client_files, "MOST_BYTES", 2 * 4 * 5 + len(answer(0).text))
+    workers = [worker(store) for _ in owners]
+    batches = {(batch := each.keep(claimed(each), asking=[0])).id: (each, batch) for each in workers}
+    (first, one), (second, two) = (pair for pair in batches.values() if pair[1].owner == ONE)
+    ((third, other),) = (pair for pair in batches.values() if pair[1].owner == OTHER)
+    first.keep(one, [answer(0)])
+    with pytest.raises(TooLarge):
+        second.keep(two, [answer(0)])
+    assert third.keep(other, [answer(0)]).done == 1
+
+
 # --- the answer of a COMMIT is lost -----------------------------------------------------------------------------------
 
 

@@ -74,15 +74,17 @@ class BatchRunner:
         """Answer batches until the server drains."""
         try:
             while not self._state.load.draining:
+                self.working = True
                 try:
                     batch = await self._pool(self._batches.claim)
                     if batch is not None:
-                        self.working = True
                         await self._work(batch)
                         continue
                     self._failing = False
                 except TurretError as error:
                     self._report(error)
+                except Exception as error:  # a bug must not end the batches of all
+                    self._state.log.bug(error)
                 finally:
                     self.working = False
                 await asyncio.sleep(POLL_SECONDS)
@@ -114,7 +116,8 @@ class BatchRunner:
             raise
         except Exception as error:  # a bug must not end the other batches, nor ask these lines for ever
             self._state.log.bug(error, batch=batch.id)
-            await self._fail(batch, "a bug in turret: the server's log has the batch")
+            with suppress(Lost, TurretError):
+                await self._fail(batch, "a bug in turret: the server's log has the batch")
         finally:
             beat.cancel()
         with suppress(TurretError):
@@ -189,7 +192,9 @@ class BatchRunner:
                     batch = await self._keep(batch, ready, [*asked.values(), *next])
                     ready.clear()
                 for line in await self._pool(lines.read, [] if batch.state == "cancelling" else next):
-                    asked[asyncio.create_task(self._line(batch, line))] = line.number
+                    task = asyncio.create_task(self._line(batch, line))
+                    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # looked at here too
+                    asked[task] = line.number
                 if not asked:
                     return batch, aside
                 aside = await _some(asked, ready) if aside is None else max(aside, await _some(asked, ready) or 0.0)

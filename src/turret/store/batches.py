@@ -229,9 +229,12 @@ class Batches:
             now = _batch(connection.execute(select(batches).where(batches.c.id == batch.id)).one())
             new = {each.line: each for each in answers if each.line in now.unanswered}
             size = now.bytes + sum(len(each.text.encode()) for each in new.values())
-            if new and size > (space := room(connection, batch.owner)):
+            beside = (batches.c.owner == batch.owner) & (batches.c.id != batch.id) & batches.c.state.not_in(ENDED)
+            others = select(func.coalesce(func.sum(batches.c.bytes), 0)).where(beside)
+            space = room(connection, batch.owner) - int(connection.execute(others).scalar_one())
+            if new and size > space:
                 raise TooLarge(
-                    f"the answers have more than the {space} bytes that your other files leave: "
+                    f"the answers have more than the {space} bytes that your files and batches leave: "
                     "delete some files, and make the batch again"
                 )
             rows = [
