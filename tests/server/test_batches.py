@@ -143,7 +143,7 @@ def test_a_file_of_too_many_lines_is_refused_before_any_is_asked(serve, put, cli
 
 def test_a_batch_goes_on_in_another_server_and_asks_no_answered_line_again(serve, put, clients, until) -> None:
     put()
-    first = serve(pace=0.02)
+    first = serve(pace=0.1)
     client = clients(first)
     batch = sent(client, [line(number) for number in range(64)])
     until(lambda: 0 < client.batches.retrieve(batch.id).request_counts.completed < 64)
