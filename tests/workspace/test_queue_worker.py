@@ -28,7 +28,7 @@ from turret.recipe import Recipe
 from turret.store import HeldRun, Store, TrainingQueue, leases
 from turret.store.queue import QueuedRun
 from turret.train import StepRecord
-from turret.workspace import Workspace, training
+from turret.workspace import Workspace, queue_worker, training
 from turret.workspace.queueing import bring_data, require_base
 from turret.workspace.results import RunResult
 from turret.workspace.training import Callbacks
@@ -228,6 +228,17 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         each.communicate()
 
 
+def test_a_worker_until_empty_does_not_try_for_ever(workspace, monkeypatch) -> None:
+    monkeypatch.setattr(queue_worker, "OUTAGE_SECONDS", 0.01)
+    said: list[str] = []
+    assert workspace.queue.work(until_empty=True, on_stage=said.append) == 0, "the control: nothing waits"
+    (workspace.store.root / "turret.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(StoreError, match="is not a turret store or is damaged"):
+        workspace.queue.work(until_empty=True, on_stage=said.append)
+    assert [line for line in said if not line.endswith("; trying again")] == []
+    assert len(said) == 1
+
+
 @pytest.mark.slow
 def test_a_worker_of_a_folder_store_trains_what_waits_and_keeps_the_log(tmp_path, workspace, start) -> None:
     recipe = recipe_in(tmp_path)
@@ -274,13 +285,13 @@ def test_a_training_that_hangs_is_killed_and_tried_again_and_its_worker_ends_whe
 ) -> None:
     """SIGSTOP for the process that trains. The lease is renewed meanwhile, so no other worker would take it."""
     run = workspace.queue.submit(recipe_in(tmp_path, **STEPS | {"train.epochs": "2000"}))["id"]
-    worker = start(str(workspace.store.root), "--silent-minutes", "0.75")
-    until(lambda: any(each["line"].startswith("step") for each in workspace.queue.log(run)), 300)
+    worker = start(str(workspace.store.root), "--silent-minutes", "2")
+    until(lambda: any(each["line"].startswith("step") for each in workspace.queue.log(run)), 600)
     (child,) = children(worker.pid)
     os.kill(child, signal.SIGSTOP)
-    until(lambda: not is_there(child), 150)
-    until(lambda: workspace.run(run)["queue"]["tries"] == 2 and bool(children(worker.pid)), 150)
-    said = "its process was silent for 45 s, and was killed: look at its log"
+    until(lambda: not is_there(child), 300)
+    until(lambda: workspace.run(run)["queue"]["tries"] == 2 and bool(children(worker.pid)), 300)
+    said = "its process was silent for 2 minutes, and was killed: look at its log"
     assert said in [each["line"] for each in workspace.queue.log(run)]
     (child,) = children(worker.pid)
     os.kill(child, signal.SIGSTOP)

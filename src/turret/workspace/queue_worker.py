@@ -30,6 +30,7 @@ CHILD = "turret.workspace.queued_training"
 POLL_SECONDS = 1.0  # between two looks at an empty queue
 OUTAGE_SECONDS = 5.0  # after the store did not answer
 MOST_OUTAGES = 12  # in a row, with `until_empty`
+MOST_UNANSWERED = 6  # trainings in a row that ended in an outage, with `until_empty`
 STOPPING_SECONDS = 60.0  # for the step and the checkpoint of a training that is told to stop
 SILENT_SECONDS = 3600.0  # without a word of a training
 PAUSE_SECONDS, MOST_PAUSE = 5.0, 300.0  # after the first try in a row that this machine failed; at most
@@ -50,7 +51,8 @@ def work(store: Store, say: Say, *, until_empty: bool, limits: WorkerLimits = Wo
     check_patterns(["*"], limits.bases)
     if not store.writable():
         raise StoreError(f"store {store} is read-only here: a worker writes to it; give permission, or another --store")
-    queue, count, failures, outages = TrainingQueue.of(store, make=True), 0, 0, 0
+    queue, count = TrainingQueue.of(store, make=True), 0
+    failures = outages = unanswered = 0  # in a row: tries by this machine; looks at the queue; tries by the store
     try:
         while True:
             try:
@@ -75,7 +77,13 @@ def work(store: Store, say: Say, *, until_empty: bool, limits: WorkerLimits = Wo
                 continue
             count += 1
             say(f"run {taken.run}, try {taken.tries}")
-            failures = failures + 1 if _Try(store, queue, taken, say, limits).run() else 0
+            failed = _Try(store, queue, taken, say, limits).run()
+            failures = failures + 1 if failed else 0
+            unanswered = unanswered + 1 if failed == OUTAGE else 0
+            if until_empty and unanswered >= MOST_UNANSWERED:
+                raise StoreError(
+                    f"the store did not answer {unanswered} trainings in a row: see `turret runs`; try later"
+                )
             if failures:
                 pause = min(MOST_PAUSE, PAUSE_SECONDS * 2 ** (failures - 1))
                 say(f"pausing for {pause:g} s, because this machine or the store failed")
@@ -94,8 +102,8 @@ class _Try:
         self._lock, self._asked, self._over = threading.Lock(), threading.Event(), threading.Event()
         self._end = None if limits.most_seconds is None else time.monotonic() + limits.most_seconds
 
-    def run(self) -> bool:
-        """Run the training. Returns whether it failed because of this machine, or of the store's own places."""
+    def run(self) -> int | None:
+        """Run the training. Returns OUTAGE or MACHINE if it failed because of them."""
         taken, problem = self._taken, None
         try:
             problem = self._run_child()
@@ -112,14 +120,14 @@ class _Try:
             except StoreError as error:
                 if not error.outage:
                     self._say(f"run {taken.run}: {error}")
-                    return True
+                    return MACHINE
                 time.sleep(OUTAGE_SECONDS)  # this worker has the run, until another one takes it
         self._say(f"run {taken.run} is {state}")
-        return (
-            problem is not None
-            and problem.status is not None
-            and (problem.status in (OUTAGE, MACHINE) or problem.status < 0)
-        )
+        if problem is None or problem.status is None:
+            return None
+        if problem.status < 0:  # the system killed it
+            return MACHINE
+        return problem.status if problem.status in (OUTAGE, MACHINE) else None
 
     def _run_child(self) -> Failure | None:
         taken, limits = self._taken, self._limits
