@@ -261,6 +261,16 @@ def test_the_first_screen_of_the_readme_says_what_it_is_installs_it_and_does_som
 # --- the tree and the links ------------------------------------------------------------------------------------------
 
 
+def test_every_line_for_curl_is_complete() -> None:
+    """With the address, the content type of what it sends, and the command that makes the token that it takes."""
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for line in re.findall(r"^ *(curl (?:.*\\\n)*.*)$", text, re.MULTILINE):
+            assert "http://127.0.0.1:8000/" in line, (path.name, line)
+            assert " -d " not in line or "-H 'content-type: application/json'" in line, (path.name, line)
+            assert "$TOKEN" not in line or "TOKEN=$(turret token create " in text, (path.name, line)
+
+
 def test_the_tree_in_the_readme_is_the_tree() -> None:
     tree = section("README.md", "The tree")
     said = set(re.findall(r"^ {6}([a-z_]+(?:/|\.py))", tree, re.MULTILINE))

@@ -40,8 +40,12 @@ def told(out: str) -> Any:
 
 
 def test_promote_and_rollback_say_what_the_alias_names_and_named(said) -> None:
-    assert said("promote", "news@1", "production") == "news@production names news@1 now; it named nothing before\n"
-    assert said("promote", "news@2", "production") == "news@production names news@2 now; it named news@1 before\n"
+    first, *offered = said("promote", "news@1", "production").splitlines()
+    assert first == "news@production names news@1 now; it named nothing before"
+    assert [line.split()[:2] for line in offered] == [["try"], ["turret", "predict"], ["turret", "rollback"]]
+    assert said("promote", "news@2", "production").startswith(
+        "news@production names news@2 now; it named news@1 before\n"
+    )
     assert said("promote", "news@2", "production") == "news@production names news@2 already: nothing moved\n"
     assert said("rollback", "news") == "news@production names news@1 now; it named news@2 before\n"
     err = said("rollback", "news", status=1)

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from simulated_comparison import made
 
-from turret.cli.compare import duration, shares
+from turret.cli.compare import _print, duration, shares
 from turret.cli.main import run
 from turret.errors import RecipeError
 
@@ -43,6 +44,16 @@ def reviews(folder: Path) -> Path:
     table = folder / "t.csv"
     table.write_text("text,label\n" + "".join(f"some words {n},{'ab'[n % 2]}\n" for n in range(100)))
     return table
+
+
+def test_the_end_of_a_comparison_says_what_the_plain_name_answers_and_how_to_keep_a_version(capsys) -> None:
+    found = made("full,lora", seeds=4, count=1500, margin=2)
+    _print(found)
+    out = capsys.readouterr().out
+    assert f"turret promote {found.promotion.version} production" in out
+    assert (
+        "tiny answers as before: the 8 trainings here are versions of the comparison. Keep one: turret promote" in out
+    )
 
 
 def test_the_plan_says_what_the_design_can_decide_before_anything_is_trained(tmp_path, capsys) -> None:

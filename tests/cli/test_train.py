@@ -10,6 +10,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -164,6 +165,26 @@ def test_people_are_told_what_was_stored_and_what_to_try(typed, capsys) -> None:
         f"turret serve --base {json.loads(typed.out)['base']['id']} --store elsewhere",
     ):
         assert words in out
+
+
+def test_the_lines_after_a_verb_offer_the_next_step(typed, tmp_path, capsys) -> None:
+    data, store = str(typed.folder / "Film Reviews.csv"), str(tmp_path / "store")
+    shutil.copytree(typed.folder / "store", store)
+    where = f" --store {store}"
+    assert run(["evaluate", "film-reviews", data, "--store", store]) == 0
+    out = capsys.readouterr().out
+    assert f"  turret evaluate film-reviews '{data}' --out wrong.csv --report page.html{where}" in out
+    assert f"  turret promote film-reviews@1 production{where}" in out
+    assert run(["promote", "film-reviews@1", "production", "--store", store]) == 0
+    out = capsys.readouterr().out
+    assert f'  turret predict film-reviews "a text of your own"{where}' in out
+    assert f"  turret rollback film-reviews production{where}" in out
+    assert run(["promote", "film-reviews@1", "production", "--store", store]) == 0
+    assert "turret rollback" not in capsys.readouterr().out  # the control: nothing moved
+    assert run(["promote", "film-reviews@1", "candidate", "--store", store, "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert run(["plan", *typed.arguments, "--store", store]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "`turret train` with the same words starts it"
 
 
 def test_progress_without_a_terminal_says_the_last_score_and_the_time_left(capsys) -> None:

@@ -6,6 +6,7 @@ A test fails if one of its pages sends a request to another host or writes an er
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from store.bundles import tensors, write_bundle
 
 from turret.compare.report import write_report
 from turret.errors import NotFound
+from turret.recipe import Recipe
 from turret.server.settings import ServerSettings
 from turret.train import Curve, StepRecord
 from turret.workspace import Workspace
@@ -190,10 +192,25 @@ def test_curves_grow_while_a_run_trains(opened: Open, running: Running) -> None:
         },
     )
     page.get_by_text("finished").wait_for()
+    legends = " ".join(each.inner_text() for each in page.locator(".u-legend").all())
+    assert "–" not in legends  # without a cursor, the newest values
+    assert re.search(r"step\W*30\D", legends)
+    assert re.search(r"accuracy, test\W*80\.0%", legends)
     assert page.get_by_text("91.0%").is_visible()
     assert page.get_by_text("1k of 100k parameters").is_visible()
     page.get_by_text("Recipe").click()
     assert page.get_by_text("epochs = 3").is_visible()
+
+
+def test_a_run_that_waits_has_no_charts_and_one_that_ended_says_what_it_lacks(opened: Open, running: Running) -> None:
+    recipe = 'name = "news"\nbase = "org/base"\n[data]\nsource = "org/data"\n'
+    waiting = running.workspace.queue.submit(Recipe.from_toml(recipe))
+    page = opened(f"/runs/{waiting['id']}")
+    page.get_by_text("at place 1 of the 1 trainings that wait").wait_for()
+    assert not page.locator(".plots").is_visible()
+    running.workspace.queue.cancel(waiting["id"])
+    page.get_by_text("no evaluation was made during the training").wait_for()
+    assert page.get_by_text("no step was made").count() == 3
 
 
 def test_a_report_opens_in_the_page_as_tall_as_it_is(opened: Open) -> None:

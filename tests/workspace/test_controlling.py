@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import small_models
 
-from turret.errors import DataError, RecipeError
+from turret.errors import DataError, NotFound, RecipeError
 from turret.recipe import Recipe
 from turret.workspace import Workspace
 
@@ -64,6 +64,9 @@ def test_every_aspect_is_a_version_and_the_same_call_again_trains_nothing(tmp_pa
     found = workspace.control(recipe, ["good", "bad"], **asked)
     names = {version.name for version in workspace.list()}
     assert names == {"films-good", "films-bad", "films-judge"}
+    assert {version.comparison for version in workspace.list()} == {f"controls/{Path(found.folder).name}"}
+    with pytest.raises(NotFound, match="only versions of comparisons"):
+        workspace.resolve("films-good")
     assert [each.spec for each in found.rated] == ["base", "lora", "prefix"]
     assert found.rated[0].by_classifier.mean == pytest.approx(50), "the bare base writes the same for both"
     assert (Path(found.folder) / "report.html").exists()

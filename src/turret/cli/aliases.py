@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, emit, many, report, safe, status
+from turret.cli.output import columns, console, emit, many, offer, report, safe, status
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def promote(
         workspace = Workspace(store)
         move = workspace.promote(reference, alias, require=require or (), replay=replay, device=device, on_stage=say)
     report(move, as_json, _print)
+    if move.changed and not as_json:
+        asked = move.name if alias == PRODUCTION else f"{move.name}@{alias}"
+        offer([f'predict {asked} "a text of your own"', f"rollback {move.name} {alias}"], store)
 
 
 def rollback(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 
 from turret.cli import options
 from turret.cli.evaluation import check_targets, print_evaluation, written
-from turret.cli.output import console, cut, emit, grid, report, safe, span, status
+from turret.cli.output import console, cut, emit, grid, offer, report, safe, span, status
 from turret.errors import DataError, RecipeError, counted, plainly, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task
@@ -120,6 +121,13 @@ def evaluate(
         found = Workspace(store).evaluate(reference, data, columns=columns, device=device, on_stage=say)
     notes = written(found, out, page, texts)
     report(found, as_json, lambda each: print_evaluation(each, notes))
+    if not as_json:
+        files = (
+            ""
+            if out or page or data == "-"
+            else f"evaluate {reference} {shlex.quote(data)} --out wrong.csv --report page.html"
+        )
+        offer(filter(None, (files, f"promote {found.version} production")), store)
 
 
 def _old_column(workspace: Workspace, reference: str, column: str) -> JsonObject:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from turret.cli import options
-from turret.cli.output import console, grid, many, report, safe, size, status
+from turret.cli.output import console, grid, many, offer, report, safe, size, status
 from turret.cli.train import Kind
 from turret.errors import RecipeError
 
@@ -62,6 +62,8 @@ def import_(
             on_stage=say,
         )
     report(found, as_json, print_imported)
+    if not as_json:
+        offer([f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv"], store)
 
 
 def export(

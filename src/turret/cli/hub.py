@@ -16,7 +16,7 @@ from turret.cli.exchange import (
     print_imported,
     task_settings,
 )
-from turret.cli.output import console, report, safe, status
+from turret.cli.output import console, offer, report, safe, status
 from turret.cli.train import Kind
 from turret.errors import RecipeError
 
@@ -83,6 +83,8 @@ def pull(
             on_stage=say,
         )
     report(found, as_json, print_imported)
+    if not as_json:
+        offer([f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv"], store)
 
 
 def _print_pushed(found: Pushed) -> None:

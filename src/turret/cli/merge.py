@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import console, grid, report, safe, size, status
+from turret.cli.output import console, grid, offer, report, safe, size, status
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def merge(
             references, name, how=how, weights=_numbers(weights), density=density, on_stage=say
         )
     report(found, as_json, _print)
+    if not as_json:
+        offer([f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv"], store)
 
 
 def _numbers(text: str | None) -> list[float] | None:

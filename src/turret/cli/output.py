@@ -66,7 +66,7 @@ def report(result: R, as_json: bool, show: Callable[[R], None]) -> None:
     emit(result.as_json()) if as_json else show(result)
 
 
-def offer(commands: Sequence[str], store: object, out: Console | None = None) -> None:
+def offer(commands: Iterable[str], store: object, out: Console | None = None) -> None:
     """Print the next useful commands, with `--store` if it is not the usual one.
 
     Args:

@@ -115,6 +115,8 @@ def plan(
         emit(planned.as_json())
     else:
         print_plan(planned, console(stderr=as_json))
+        if not planned.plan.refused:
+            console().print("[dim]`turret train` with the same words starts it[/]")
     if planned.plan.refused:
         raise typer.Exit(1)
 
