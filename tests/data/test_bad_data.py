@@ -171,7 +171,7 @@ def test_any_cells_are_examples_or_one_error(rows: Any, names: list[str], monkey
         pytest.param(int("7" * 400), None, id="400 digits"),
         pytest.param(int("7" * 1001), "a label of 1001 characters, the limit is 1000: is this the", id="1001 digits"),
         (math.inf, "the label inf is not a whole number: classes are whole numbers or words"),
-        ([[1]], r"the label is a list \(\[\[1\]\]\): set task.multi_label = true"),
+        ([[1], [2]], r"the label is a list \(\[\[1\], \[2\]\]\): set task.multi_label = true"),
     ],
 )
 def test_a_label_that_is_none_is_refused_with_its_place(cell: Any, said: str | None, tmp_path: Path) -> None:

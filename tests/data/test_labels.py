@@ -183,6 +183,17 @@ def test_rename_takes_the_labels_of_a_list_one_by_one(tmp_path: Path) -> None:
     assert data.labels == ("bad", "funny", "good")
 
 
+def test_lists_of_one_label_are_classes_and_an_empty_one_is_missing(tmp_path: Path) -> None:
+    rows = [{"text": f"film {i}", "label": [["good"], ["bad"], []][i % 3]} for i in range(24)]
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    data = load(path)
+    assert data.labels == ("bad", "good")
+    assert any("8 of 24 rows without 'label' are left out" in note for note in data.notes)
+    assert not seen(path).multi_label
+    rows[0]["label"] = ["good", "bad"]  # a control: with two labels in a list it is for several labels
+    assert seen(write_jsonl(path, rows)).multi_label
+
+
 # --- lines that cannot be read ---------------------------------------------------------------------------------------
 
 

@@ -205,7 +205,7 @@ def test_labels_are_words_in_order(tmp_path: Path, written: list[Any], labels: t
         ),
         (["very good", "very  good"], "differ in case or blanks only"),
         (["a", "a"], "column 'label' has one class, 'a': a classifier needs two or more"),
-        ([["a"], ["b"]], r"the label is a list \(\['a'\]\): set task.multi_label = true"),
+        ([["a", "b"], ["b"]], r"the label is a list \(\['a', 'b'\]\): set task.multi_label = true"),
         ([{"a": 1}, "b"], "expected a label, found dict"),
         (["a\0", "b"], "has NUL or half characters"),
     ],

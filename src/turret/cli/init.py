@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
+from rich.prompt import IntPrompt
 
 from turret.cli import options
 from turret.cli.output import asks, console, emit, safe
@@ -70,8 +70,11 @@ def _asked(error: SeveralLabels) -> str:
     for number, name in enumerate(names, 1):
         classes = ", ".join(error.columns[name][:5])
         out.print(f"  {number}  [bold]{safe(name)}[/]  [dim]{safe(classes)}[/]")
-    chosen: int = typer.prompt("number", type=click.IntRange(1, len(names)), default=1, err=True)
-    return names[chosen - 1]
+    numbers = [str(number) for number in range(1, len(names) + 1)]
+    try:
+        return names[IntPrompt.ask("number", choices=numbers, default=1, console=out) - 1]
+    except EOFError:
+        raise error from None
 
 
 def _write(path: Path, text: str, force: bool) -> None:

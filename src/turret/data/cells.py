@@ -98,6 +98,8 @@ def label_of(cell: CellValue, names: Sequence[str], multi_label: bool) -> Label 
     if not isinstance(cell, (list, tuple)):
         one = _one_label(cell, names)
         return one if one is None or not multi_label else (one,)
+    if not multi_label and len(cell) < 2:  # as tools for annotation write one label
+        return _one_label(cell[0], names) if cell else None
     if not multi_label:
         raise DataError(f"the label is a list ({shown(cell, 40)}): set task.multi_label = true")
     labels = [label for item in cell if (label := _one_label(item, names)) is not None]

@@ -98,6 +98,7 @@ class ColumnFacts:
     numbers: int = 0
     dates: int = 0
     lists: int = 0
+    several: int = 0  # lists of two or more
     values: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
 
@@ -105,6 +106,7 @@ class ColumnFacts:
         if isinstance(cell, (list, tuple)):
             self.filled += bool(cell)
             self.lists += 1
+            self.several += len(cell) > 1
             self.values.update(str(each) for each in cell)
             turns = [each for each in cell if isinstance(each, dict)]
             self.lengths += [len(str(turns))] if turns else [len(str(each)) for each in cell]
@@ -503,7 +505,7 @@ def _groups(found: Profile) -> tuple[str, ...]:
 def _with_labels(found: Profile, data: DataSettings, columns: Columns) -> Profile:
     facts = found.facts[columns.pair[1]]
     counts = Counter({label: count for label, count in facts.values.items() if label.strip()})
-    many, separator = bool(facts.lists), data.separator
+    many, separator = facts.several > 0, data.separator
     if not many and separator is None and (joined := cells.joined_by(counts)) is not None:
         separator, many = joined[0], True
     if separator:
