@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -24,7 +24,8 @@ HOST = "__Host-"  # of a cookie that a browser sends only over https, and that n
 _SECURE = "s."  # before a session that was opened over https: it counts only in a `__Host-` cookie
 _VALUE = re.compile(r"[\w.~-]{1,1024}", re.ASCII)
 SECONDS = 12 * 3600.0  # how long a session lasts
-LIMIT = 1024  # sessions; the oldest one is dropped
+LIMIT = 1024  # sessions; the oldest one of the token that has the most is dropped
+LIMIT_OF_TOKEN = 32  # sessions of one token; its oldest one is dropped
 STRANGE_SECONDS = 1.0  # in which the catalog is not asked again for a session that it did not have
 
 
@@ -43,10 +44,16 @@ class Sessions:
     def begin(self, token_hash: str, *, secure: bool = False) -> str:
         """Open a session, and return the value of its cookie. secure: the browser uses https."""
         session = (_SECURE if secure else "") + secrets.token_urlsafe(32)
-        self._open[_hashed(session)] = self._clock() + self.seconds, token_hash
-        while len(self._open) > self._limit:
-            self._open.popitem(last=False)
+        self._add(_hashed(session), token_hash, self.seconds)
         return session
+
+    def _add(self, hash: str, token_hash: str, seconds: float) -> None:
+        """Keep a session, and drop the oldest one where there are too many: nobody signs out others."""
+        self._open[hash] = self._clock() + seconds, token_hash
+        counts = Counter(token for _, token in self._open.values())
+        token, count = counts.most_common(1)[0]
+        if len(self._open) > self._limit or count > LIMIT_OF_TOKEN:
+            self._open.pop(next(each for each, (_, other) in self._open.items() if other == token))
 
     def token_hash(self, session: str | None) -> str | None:
         """The hash of the access token that opened the session; None if the session is unknown or has ended."""
@@ -68,7 +75,7 @@ class Sessions:
         """Add a session of this server to the catalog. Raises StoreError."""
         hash = _hashed(session)
         if self.catalog is not None and hash in self._open:
-            self.catalog.keep(hash, self._open[hash][1], self.seconds, self._limit)
+            self.catalog.keep(hash, self._open[hash][1], self.seconds, self._limit, LIMIT_OF_TOKEN)
             self._kept.add(hash)
 
     def forget(self, session: str | None) -> None:
@@ -87,7 +94,7 @@ class Sessions:
         hash = _hashed(session)
         found = None if self.catalog is None else self.catalog.find(hash)
         if found is not None:
-            self._open[hash] = self._clock() + found[1], found[0]
+            self._add(hash, *found)
             self._kept.add(hash)
             return
         self._strange[hash] = self._clock() + STRANGE_SECONDS

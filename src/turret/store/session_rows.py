@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 
-from sqlalchemy import Column, Float, String, Table, delete, insert, select
+from sqlalchemy import Column, Connection, Float, String, Table, delete, func, insert, select
 
 from turret.database import Database, metadata
 from turret.store.leases import clock
@@ -36,15 +36,24 @@ class SessionRows:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def keep(self, hash: str, token: str, seconds: float, most: int) -> None:
-        """Add a session that lasts so long. Ended ones are removed, and the oldest ones beyond `most`."""
+    def keep(self, hash: str, token: str, seconds: float, most: int, most_of_token: int) -> None:
+        """Add a session that lasts so long, and remove those that have ended.
+
+        Beyond `most_of_token`, the oldest one of its token is removed; beyond `most`, the oldest one of the token that
+        has the most.
+        """
         with self._database.writing() as connection:
             now = clock(connection)
             connection.execute(delete(sessions).where(sessions.c.ends <= now))
-            newest = select(sessions.c.hash).order_by(sessions.c.ends.desc()).limit(most - 1)
-            kept = connection.execute(newest).scalars().all()
-            connection.execute(delete(sessions).where(sessions.c.hash.not_in(kept)))
             connection.execute(insert(sessions).values(hash=hash, token=token, ends=now + seconds))
+            count = func.count()
+            counts = select(sessions.c.token, count).group_by(sessions.c.token)
+            counts = counts.order_by(count.desc(), func.min(sessions.c.ends))
+            held = {str(row[0]): int(row[1]) for row in connection.execute(counts)}
+            if held[token] > most_of_token:
+                _drop_oldest(connection, token, held[token] - most_of_token)
+            elif sum(held.values()) > most:
+                _drop_oldest(connection, next(iter(held)), 1)
 
     def find(self, hash: str) -> tuple[str, float] | None:
         """The token's hash, and the seconds that are left; None if there is no such session."""
@@ -75,3 +84,8 @@ class SessionRows:
         """The hashes of all sessions."""
         with self._database.reading() as connection:
             return set(connection.execute(select(sessions.c.hash)).scalars())
+
+
+def _drop_oldest(connection: Connection, token: str, count: int) -> None:
+    oldest = select(sessions.c.hash).where(sessions.c.token == token).order_by(sessions.c.ends).limit(count)
+    connection.execute(delete(sessions).where(sessions.c.hash.in_(connection.execute(oldest).scalars().all())))
