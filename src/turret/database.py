@@ -18,7 +18,8 @@ The schema has the number `SCHEMA`; each change of it is a new Alembic file in `
 - `golden_gates`: the golden sets of an alias, and the share of examples that must pass
 - `replays`: results of a tenant's golden set on a version (by digest), append-only; the newest of a set counts
 - `tokens`: access tokens of the server, each of a tenant, for the `adapters` and `bases` of these patterns; only the
-  `hash` of a token is stored; after a rotation, `former_hash` stays valid until `former_until`; quotas are per minute
+  `hash` of a token is stored; after a rotation, `former_hash` stays valid until `former_until`; quotas are per minute;
+  without `sign_in`, no person signs in by it
 - `experiments`: number and digest of each arm's version, and the verdict at its end; one per name is running
 - `experiment_splits`, `experiment_events`: points of each arm, of which the newest count; the history; append-only
 - `assignments`: answers: the unit (hashed), its arm and probability; `first` is 1 for the unit's first; append-only
@@ -45,6 +46,7 @@ from pathlib import Path
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     Connection,
     Float,
@@ -59,6 +61,7 @@ from sqlalchemy import (
     insert,
     inspect,
     text,
+    true,
 )
 from sqlalchemy.exc import DBAPIError
 
@@ -70,7 +73,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0014"  # the newest file in migrations/versions, as a test checks
+SCHEMA = "0015"  # the newest file in migrations/versions, as a test checks
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(
@@ -209,6 +212,7 @@ tokens = Table(
     Column("expires", String(32)),
     Column("former_hash", String(80)),
     Column("former_until", String(32)),
+    Column("sign_in", Boolean, nullable=False, server_default=true()),
     UniqueConstraint("tenant", "name"),
 )
 runs = Table(

@@ -44,7 +44,7 @@ def test_scopes_and_quotas_are_kept_and_listed_for_machines(store, capsys) -> No
     said = json.loads(capsys.readouterr().out)
     assert said == {"store": store, "tokens": [made]}
     keys = {"name", "scopes", "created", "revoked", "requests_per_minute", "tokens_per_minute"}
-    assert set(made) == keys | {"tenant", "adapters", "bases", "expires", "former_until"}
+    assert set(made) == keys | {"tenant", "adapters", "bases", "expires", "former_until", "sign_in"}
     assert (made["scopes"], made["requests_per_minute"], made["tokens_per_minute"]) == (["infer", "admin"], 60, 9000)
 
 

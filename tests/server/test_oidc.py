@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import httpx2
 import oidc_provider_mock
 import pytest
 from command_line import typed
+from joserfc import jwt
+from joserfc.jwk import ECKey
 from oidc_provider_mock import User
 from server.console_forms import form_token, post
 
@@ -178,3 +185,97 @@ def test_a_server_without_a_provider_has_no_such_page(serve, workspace) -> None:
     assert client.get(PATH).status_code == 404
     assert client.get(BACK).status_code == 404
     assert PATH not in client.get("/sign-in").text
+
+
+# --- a provider that says what a test wants ---------------------------------------------------------------------------
+
+
+class Provider:
+    """A provider whose ID token and userinfo have these claims."""
+
+    def __init__(self) -> None:
+        self.claims: dict[str, Any] = {}
+        self.userinfo: dict[str, Any] = {}
+        key = ECKey.generate_key("P-256", {"kid": "1"})
+        provider = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer({
+                    "/.well-known/openid-configuration": provider.metadata,
+                    "/keys": {"keys": [key.as_dict(private=False)]},
+                    "/userinfo": provider.userinfo,
+                }[self.path])  # fmt: skip
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["content-length"]))
+                token = jwt.encode({"alg": "ES256", "kid": "1"}, provider.claims, key)
+                self.answer({"access_token": "x", "token_type": "Bearer", "id_token": token})
+
+            def answer(self, said: dict[str, Any]) -> None:
+                content = json.dumps(said).encode()
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args: Any) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.issuer = f"http://127.0.0.1:{self.server.server_port}"
+        places = {"authorization": "authorize", "token": "token", "userinfo": "userinfo"}
+        self.metadata = {f"{name}_endpoint": f"{self.issuer}/{path}" for name, path in places.items()}
+        self.metadata |= {"issuer": self.issuer, "jwks_uri": f"{self.issuer}/keys"}
+
+    def person(self, userinfo: dict[str, Any] | None = None, claim: str = "preferred_username", **claims: Any) -> str:
+        """The name of who signs in."""
+        oidc = Oidc(settings(self.issuer, claim=claim), SECRET)
+        url, cookie = oidc.begin("/")
+        asked = {name: values[0] for name, values in parse_qs(urlsplit(url).query).items()}
+        now = int(time.time())
+        self.claims = {"iss": self.issuer, "sub": "1", "aud": "turret", "iat": now, "exp": now + 60}
+        self.claims |= {"nonce": asked["nonce"], **claims}
+        self.userinfo = {"sub": "1"} | (userinfo or {})
+        return oidc.finish(cookie, {"code": "x", "state": asked["state"]}).name
+
+
+@pytest.fixture(scope="module")
+def chosen() -> Iterator[Provider]:
+    made = Provider()
+    threading.Thread(target=made.server.serve_forever, daemon=True).start()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+@pytest.mark.parametrize("audience", ["other", "", [], ["other"], ["other", "another"], {"turret": 1}, 5, [["turret"]]])
+def test_an_answer_for_another_client_signs_nobody_in(chosen, audience) -> None:
+    with pytest.raises(Unauthorized, match="begin again"):
+        chosen.person(aud=audience, azp="turret", preferred_username="ann")
+    for own in ("turret", ["turret"], ["other", "turret"]):  # the control
+        assert chosen.person(aud=own, azp="turret", preferred_username="ann") == "ann"
+
+
+def test_an_email_counts_only_if_the_provider_has_verified_it(chosen) -> None:
+    for verified in ({}, {"email_verified": False}, {"email_verified": "false"}, {"email_verified": 1.5}):
+        with pytest.raises(Unauthorized, match="named no email that it has verified"):
+            chosen.person(claim="email", email="ann@example.com", **verified)
+        with pytest.raises(Unauthorized, match="named no email that it has verified"):
+            chosen.person({"email": "ann@example.com", **verified}, claim="email")
+    with pytest.raises(Unauthorized):  # of another email
+        chosen.person({"email_verified": True}, claim="email", email="ann@example.com")
+    assert chosen.person(claim="email", email="ann@example.com", email_verified=True) == "ann@example.com"
+    assert chosen.person({"email": "b@c.de", "email_verified": True}, claim="email", email="x@y.z") == "b@c.de"
+
+
+def test_no_person_signs_in_by_a_token_of_a_machine(workspace, serve) -> None:
+    _, secret = workspace.tokens.create("ci", ["admin"], sign_in=False)
+    workspace.tokens.create("ann", ["admin"])
+    running = serve()
+    with pytest.raises(Unauthorized, match="there is no token for 'ci'"):
+        running.served.guard.sign_in_as("ci", "default")
+    with pytest.raises(Unauthorized, match="made with --no-sign-in"):
+        running.served.guard.sign_in(secret)
+    assert running.client(secret).get("/api/status").status_code == 200, "the API takes it as before"
+    assert running.served.guard.sign_in_as("ann", "default"), "the control"

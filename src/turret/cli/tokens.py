@@ -39,6 +39,9 @@ def create(
         typer.Option("--base", metavar="PATTERN", help="Only this base and its adapters; repeatable."),
     ] = None,
     expires: Annotated[str | None, typer.Option("--expires", help="Such as 90d or 12h; default: never.")] = None,
+    no_sign_in: Annotated[
+        bool, typer.Option("--no-sign-in", help="For a machine: no person signs in to the console by it.")
+    ] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
 ) -> None:
@@ -58,6 +61,7 @@ def create(
         adapters=adapters or ANY,
         bases=base or ANY,
         lifetime=None if expires is None else read_duration(expires),
+        sign_in=not no_sign_in,
     )
     _print_secret(access, secret, f"{access.name} of tenant {access.tenant} may {' and '.join(access.scopes)}", as_json)
 
@@ -87,7 +91,18 @@ def list_(store: options.Store = options.STORE, as_json: options.Json = False) -
     if as_json:
         emit({"store": str(store), "tokens": [each.as_json() for each in found]})
     elif found:
-        heads = ("token", "scopes", "adapters", "bases", "requests/min", "tokens/min", "created", "expires", "revoked")
+        heads = (
+            "token",
+            "scopes",
+            "adapters",
+            "bases",
+            "requests/min",
+            "tokens/min",
+            "created",
+            "expires",
+            "revoked",
+            "sign-in",
+        )
         rows = [
             (
                 f"[bold]{safe(each.name)}[/]",
@@ -99,6 +114,7 @@ def list_(store: options.Store = options.STORE, as_json: options.Json = False) -
                 safe(each.created),
                 safe(each.expires or "-"),
                 safe(each.revoked or "-"),
+                safe("yes" if each.sign_in else "no"),
             )
             for each in found
         ]

@@ -151,7 +151,7 @@ class Guard:
         Raises Unauthorized.
         """
         token = next((each for each in self._tokens if (each.name, each.access.tenant) == (name, tenant)), None)
-        if token is None or not token.lives(now()):
+        if token is None or not token.sign_in or not token.lives(now()):
             raise Unauthorized(f"there is no token for {ascii(name)[:60]}: ask an operator for `turret token create`")
         _require_pages(token)
         return self.sessions.begin(token.hash, secure=secure)
@@ -177,6 +177,8 @@ class Guard:
 
 def _require_pages(token: AccessToken) -> None:
     """Raise Unauthorized for a token that opens no page."""
+    if not token.sign_in:
+        raise Unauthorized(f"token {token.name!r} was made with --no-sign-in: no person signs in by it")
     if not set(token.scopes) & {"infer", "admin"}:
         raise Unauthorized(f"token {token.name!r} opens no page: expected one with the scope infer or admin")
 

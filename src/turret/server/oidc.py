@@ -1,8 +1,9 @@
 """Sign-in to the console by an OpenID Connect provider.
 
 The provider says who somebody is. The access token of that name says what they may do: a person whose claim
-`preferred_username` is `ann` gets the rights of the token `ann`. Revoking that token ends their sessions. The flow is
-the authorization code flow with PKCE, `state` and `nonce` (OpenID Connect Core 1.0, RFC 7636), by authlib.
+`preferred_username` is `ann` gets the rights of the token `ann`, unless no person signs in by that token. Revoking it
+ends their sessions. A claim `email` counts only if the provider has verified it. The flow is the authorization code
+flow with PKCE, `state` and `nonce` (OpenID Connect Core 1.0, RFC 7636), by authlib.
 
 Nothing is stored while a person is at the provider, so the provider may send them back to any server of the store. A
 cookie in their browser has a random key, the end and the next page, with an HMAC under a secret that the servers share.
@@ -33,6 +34,7 @@ BACK = "/sign-in/oidc/back"  # where the provider sends the browser
 COOKIE = "turret_sign_in"
 SECONDS = 600.0  # how long a sign-in may take
 LIMIT = 1024  # cookies that have counted; the oldest one is forgotten
+EMAIL = "email"
 TIMEOUT = 10.0  # seconds for one request to the provider
 ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]  # no shared key
 
@@ -131,7 +133,8 @@ class Oidc:
         tenant = DEFAULT if self.settings.tenant_claim is None else claims.get(self.settings.tenant_claim)
         if not isinstance(name, str) or not isinstance(tenant, str):
             wanted = self.settings.claim if not isinstance(name, str) else self.settings.tenant_claim
-            raise Unauthorized(f"the provider named no {wanted}: choose another claim with --oidc-claim")
+            verified = " that it has verified" if wanted == EMAIL else ""
+            raise Unauthorized(f"the provider named no {wanted}{verified}: choose another claim with --oidc-claim")
         page = begun.rpartition(".")[2]
         return Person(name, tenant, base64.urlsafe_b64decode(page + "=" * (-len(page) % 4)).decode())
 
@@ -185,15 +188,17 @@ class Oidc:
             )
             claims.validate(leeway=60)
             found = dict(claims)
-            if self.settings.claim not in found and "userinfo_endpoint" in metadata:
+            _check_audience(found["aud"], self.settings.client_id)
+            checked = _without_unverified_email(found)
+            if self.settings.claim not in checked and "userinfo_endpoint" in metadata:
                 more = session.get(metadata["userinfo_endpoint"], timeout=TIMEOUT).json()
                 if more.get("sub") == found["sub"]:  # or the answer is about somebody else
-                    found = more | found
+                    checked = _without_unverified_email(more) | checked
         except requests.RequestException as error:
             raise Unauthorized(f"the provider does not answer ({type(error).__name__}): try again") from None
         except (AuthlibBaseError, JoseError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise Unauthorized(f"the provider's answer is not valid ({type(error).__name__}): begin again") from None
-        return found
+        return checked
 
     # Any: authlib has no types.
     def _session(self) -> Any:
@@ -227,6 +232,19 @@ class Oidc:
         if not known:
             raise ServeRefused(f"{ascii(url)[:200]} does not describe the issuer {ascii(issuer)[:200]}: check --oidc")
         return found
+
+
+def _check_audience(audience: object, client_id: str) -> None:
+    """Raise Unauthorized for an ID token that was made for another client. Source: OpenID Connect Core 3.1.3.7, 3."""
+    if client_id not in (audience if isinstance(audience, list) else [audience]):
+        raise Unauthorized("the provider's answer is for another client than this server: begin again")
+
+
+# Any: claims have no types.
+def _without_unverified_email(claims: Mapping[str, Any]) -> dict[str, Any]:
+    """The claims without an email that the provider has not verified: anybody could have entered it there."""
+    verified = claims.get("email_verified") in (True, "true")  # some providers send a text
+    return {name: value for name, value in claims.items() if name != EMAIL or verified}
 
 
 def _equal(given: str, expected: str) -> bool:

@@ -52,6 +52,7 @@ class AccessToken:
     expires: str | None = None
     former_hash: str | None = field(default=None, repr=False)  # of the secret before the last rotation
     former_until: str | None = None
+    sign_in: bool = True  # whether a person may sign in by it: with its secret, or with its name by a provider
 
     @property
     def access(self) -> Access:
@@ -115,6 +116,7 @@ class AccessTokens:
         adapters: Sequence[str] = ANY,
         bases: Sequence[str] = ANY,
         lifetime: float | None = None,
+        sign_in: bool = True,
     ) -> tuple[AccessToken, str]:
         """Create a token of the tenant.
 
@@ -124,6 +126,7 @@ class AccessTokens:
             lifetime: seconds until it expires; None for no end.
             requests_per_minute: None for no quota.
             tokens_per_minute: None for no quota.
+            sign_in: whether a person may sign in to the console by it.
 
         Returns:
             The stored token, and its secret, which cannot be shown again.
@@ -144,6 +147,7 @@ class AccessTokens:
             "tokens_per_minute": tokens_per_minute,
             "adapters": list(seen),
             "bases": list(seen_bases),
+            "sign_in": sign_in,
             "expires": None if lifetime is None else _later(created, lifetime, "a lifetime"),
         }
         with self._open_or_create().writing() as connection:
