@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from sqlalchemy import JSON, Column, ColumnElement, Connection, Integer, String, Table, insert, select, true
+from sqlalchemy import JSON, Column, ColumnElement, Connection, Integer, String, Table, func, insert, select, true
 
 from turret.database import adapters, bytewise, metadata
 from turret.json_types import JsonMapping, JsonObject
@@ -33,7 +33,7 @@ audit = Table(
 
 @dataclass(frozen=True)
 class Action:
-    """One row of the audit log."""
+    """One row of the audit log. id: its number among those that may be seen, so it tells nothing of the others."""
 
     id: int
     tenant: str
@@ -81,13 +81,15 @@ def read(
         since: a time or the start of one, such as `2026-11-27`.
         below: only actions with a smaller id.
     """
-    access = access_of(connection)
-    query = select(audit).where(audit.c.tenant == access.tenant, _seen(connection))
+    number = func.row_number().over(order_by=audit.c.id)
+    columns = [number.label("id"), *(column for column in audit.c if column.name != "id")]
+    seen = select(*columns).where(audit.c.tenant == access_of(connection).tenant, _seen(connection)).subquery()
+    query = select(seen)
     if since is not None:
-        query = query.where(audit.c.at >= since)
+        query = query.where(seen.c.at >= since)
     if below is not None:
-        query = query.where(audit.c.id < below)
-    rows = connection.execute(query.order_by(audit.c.id.desc()).limit(limit))
+        query = query.where(seen.c.id < below)
+    rows = connection.execute(query.order_by(seen.c.id.desc()).limit(limit))
     return [Action(**row._mapping) for row in rows]
 
 

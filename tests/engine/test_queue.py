@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -92,3 +93,10 @@ def test_a_listener_that_fails_is_dropped_and_the_answer_comes(shelf: Shelf) -> 
         shelf.gate.set()
         assert ticket.result(30)
         assert engine.classify(["x"], "a")
+
+
+def test_the_ids_of_requests_tell_nothing_of_those_of_others(shelf: Shelf) -> None:
+    with shelf.engine() as engine:
+        ids = [int(engine.submit("classify", "x", "a").receipt.id, 16) for _ in range(50)]
+    assert len(set(ids)) == 50
+    assert min(abs(after - before) for before, after in itertools.pairwise(ids)) > 1 << 24

@@ -53,6 +53,7 @@ class Loaded:
     pinned: bool = False
     requests: int = 0
     tenant: str = ""
+    slot: int = 1
 
 
 def words(digest: str | None, text: Any, options: Options | None = None) -> list[str]:
@@ -304,7 +305,7 @@ class Echo:
             raise AdapterError(f"{named} cannot be mounted: /secret/place/adapter.safetensors has no rank")
         with self._lock:
             self.loads.append(str(named))
-            loaded = Loaded(str(named), named.digest, named.bytes, tenant=named.tenant)
+            loaded = Loaded(str(named), named.digest, named.bytes, tenant=named.tenant, slot=len(self._slots) + 1)
             made = self._slots.setdefault(named.key, loaded)
             while len(self._slots) > self.slots:
                 oldest = next(key for key, each in self._slots.items() if not each.pinned)

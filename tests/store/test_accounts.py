@@ -68,3 +68,22 @@ def test_an_action_that_fails_leaves_no_row(store: Store, put) -> None:
         store.promote("a@1", "production")
     with store.database().reading() as connection:
         assert [each.verb for each in actions(connection)] == ["gate", "put"]
+
+
+def test_the_numbers_of_actions_tell_nothing_of_those_of_others(store: Store, put) -> None:
+    put("a")
+    other = store.seen_by(Access("other"))
+    for number in range(6):
+        for each, what in ((store, "a"), (other, "b"), (store, "c")):
+            with each.database().writing() as connection:
+                record(connection, "load", f"{what}@{number}", what, at=f"2026-01-0{number + 1}", who=None)
+    with other.database().reading() as connection:
+        assert [each.id for each in actions(connection)] == [6, 5, 4, 3, 2, 1]
+        page = actions(connection, limit=2)
+        rest = actions(connection, below=page[-1].id)
+        assert [each.what for each in (*page, *rest)] == [f"b@{number}" for number in (5, 4, 3, 2, 1, 0)]
+        assert [each.id for each in actions(connection, since="2026-01-04")] == [6, 5, 4]
+    with store.seen_by(Access(adapters=("a",))).database().reading() as connection:
+        assert [each.id for each in actions(connection)] == [7, 6, 5, 4, 3, 2, 1], "of the adapters that it sees"
+    with store.database().reading() as connection:
+        assert [each.id for each in actions(connection, limit=3)] == [13, 12, 11], "the control: all of the tenant"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -36,7 +36,6 @@ class Prompts:
         self._vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
         self.constraints = Constraints(base.tokenizer, self._vocabulary, self._settings.eos)
         self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
         self.can_generate = base.model.get_output_embeddings() is not None and base.family.generates
         self.is_encoder_decoder = base.family.is_encoder_decoder
 
@@ -72,7 +71,7 @@ class Prompts:
             self._check_length(len(ids), self._limits.max_tokens)
         matcher = None if options.constraint is None else self.constraints.compiled(options.constraint)
         receipt = Receipt(
-            id=f"{next(self._numbers):x}",
+            id=secrets.token_hex(8),  # a number would tell how many requests others have
             name=named.name if named else None,
             number=named.number if named else 0,
             digest=named.digest if named else None,

@@ -193,9 +193,13 @@ class SeenEngines:
         return self._adapters_base(reference).engine.unpin(self._within(reference))
 
     def loaded(self) -> Sequence[LoadedAdapter]:
-        """The versions in memory that the access sees, base by base."""
+        """The versions in memory that the access sees, base by base. The numbers of slots leave out those of others."""
         loaded = [each for base in self.askable for each in base.engine.loaded()]
-        return [each for each in loaded if each.tenant == self._tenant and self._sees_names(each.version)]
+        seen = [each for each in loaded if each.tenant == self._tenant and self._sees_names(each.version)]
+        if self.access.operates:
+            return seen
+        slots = sorted(each.slot for each in seen)
+        return [replace(each, slot=slots.index(each.slot) + 1) for each in seen]
 
     def in_memory(self, digest: str) -> bool:
         """Whether the version with this digest is loaded."""
