@@ -67,6 +67,49 @@ def test_the_followed_alias_is_loaded_beforehand_and_then_it_is_ready() -> None:
     assert [follow.exact(each) for each in ("b", "a@7", "a@beta", "../x")] == ["b", "a@7", "a@beta", "../x"]
 
 
+def test_a_server_is_not_ready_before_it_has_followed_what_it_read() -> None:
+    world, ready = World(), []
+    world.move("a@1")
+    follow = world.follow()
+
+    class Watched(dict):
+        def get(self, key, *default):
+            ready.append(follow.ready)
+            return super().get(key, *default)
+
+    follow._in_force = Watched()
+    follow.poll()
+    assert ready
+    assert not any(ready), "no request is sent here while the followed alias is not loaded"
+    assert follow.ready, "the control"
+
+
+def test_an_alias_that_fails_in_an_unexpected_way_stops_no_other_and_is_tried_again() -> None:
+    world = World()
+    for name in "abc":
+        world.move(f"{name}@1", name=name)
+    follow = world.follow()
+    follow.poll()
+    for name in "abc":
+        world.move(f"{name}@2", name=name)
+    warm, broken = world.warm, ["a@2"]
+
+    def breaks(reference: str) -> None:
+        if reference in broken:
+            raise RuntimeError("the connection is closed")
+        warm(reference)
+
+    follow._warm = breaks
+    with pytest.raises(RuntimeError, match="closed"):
+        follow.poll()
+    assert [follow.version_of(name, None) for name in "abc"] == [1, 2, 2]
+    broken.clear()
+    world.now += RETRY_SECONDS
+    follow.poll()
+    assert follow.version_of("a", None) == 2
+    assert not follow.failed_moves
+
+
 def test_loading_ahead_takes_a_little_time_of_each_look() -> None:
     world = World()
     for number in range(5):

@@ -103,18 +103,30 @@ class AliasWatcher:
         """
         with self._lock:
             if (self._last_move() if newest is None else newest) != self._move or self._retry_due():
-                first = self._move < 0
-                self._move, found = self._pointing()
-                self._stored = {(each.name, each.alias): each for each in found}
-                for key in self._in_force.keys() - self._stored.keys():
-                    del self._in_force[key]
-                    self.failed_moves.pop(key, None)
-                for key, each in self._stored.items():
-                    if self._digest(key) != each.digest:
-                        self._follow(key, each, first=first)
-                    else:
-                        self.failed_moves.pop(key, None)
+                move, found = self._pointing()
+                failed = self._follow_all(found)
+                self._move = move  # at the end: until then this server is not ready
+                if failed is not None:
+                    raise failed
             self._load_ahead(self._clock() + seconds)
+
+    def _follow_all(self, found: Sequence[Pointing]) -> Exception | None:
+        """Follow every alias, also if one of them fails: it is tried again later. Returns the first error."""
+        first, failed = self._move < 0, None
+        self._stored = {(each.name, each.alias): each for each in found}
+        for key in self._in_force.keys() - self._stored.keys():
+            del self._in_force[key]
+            self.failed_moves.pop(key, None)
+        for key, each in self._stored.items():
+            if self._digest(key) == each.digest:
+                self.failed_moves.pop(key, None)
+                continue
+            try:
+                self._follow(key, each, first=first)
+            except Exception as error:  # a bug, or a database that is away
+                self._fail(key, f"{each.name}@{each.number}", str(error))
+                failed = failed or error
+        return failed
 
     def _retry_due(self) -> bool:
         now = self._clock()
