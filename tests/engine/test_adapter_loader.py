@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 from shelf import TEXTS, Shelf, agree, reference
 
+from turret.engine import Named
 from turret.errors import (
     InUse,
     NoRoom,
@@ -104,3 +106,31 @@ def test_unloading_removes_an_adapter_unless_a_request_needs_it(shelf: Shelf) ->
             with pytest.raises(InUse, match="needed by 1 requests"):
                 engine.unload("a")
         assert ticket.result(30)
+
+
+class Tenants(Shelf):
+    """A shelf of tenants: `quiet/a` is `a` for the tenant `quiet`."""
+
+    def resolve(self, reference: str) -> Named:
+        tenant, _, name = reference.rpartition("/")
+        return replace(super().resolve(name), tenant=tenant)
+
+
+@pytest.fixture
+def tenants() -> Tenants:
+    shelf = Tenants("bert")
+    for seed in range(12):
+        shelf.put(f"a{seed}", seed=seed)
+    return shelf
+
+
+@pytest.mark.parametrize("other", ["quiet", "flood"])
+def test_a_tenant_whose_adapters_wait_to_be_loaded_delays_anothers_by_one_load(tenants: Tenants, other: str) -> None:
+    with tenants.engine() as engine:
+        tenants.gate.clear()
+        tickets = [engine.submit("classify", "x", f"flood/a{seed}", tenant="flood") for seed in range(11)]
+        tickets.append(engine.submit("classify", "x", f"{other}/a11", tenant=other))
+        tenants.gate.set()
+        assert all(ticket.result(60) for ticket in tickets)
+        place = tenants.loads.index("a11@1")
+        assert place == (1 if other == "quiet" else 11), "the control is the tenant that floods"

@@ -115,6 +115,31 @@ def test_texts_become_the_tokens_of_the_base_and_back(serve, put) -> None:
     assert "no chat template" in got.json()["error"]["message"]
 
 
+def test_tokens_of_a_text_are_charged_like_a_prompt(serve, workspace) -> None:
+    text = "the market fell " * 20
+    asks = (("/tokenize", {"prompt": text}), ("/detokenize", {"tokens": [5] * 60}))
+    for number, (path, body) in enumerate(asks):
+        _, by_tokens = workspace.tokens.create(f"tokens{number}", tokens_per_minute=50)
+        _, by_requests = workspace.tokens.create(f"requests{number}", requests_per_minute=1)
+        _, free = workspace.tokens.create(f"free{number}")
+        running = serve(tokenizer=small_models.tokenizer("llama"))
+        statuses = {
+            name: [running.client(secret).post(path, json=body).status_code for _ in range(2)]
+            for name, secret in (("tokens", by_tokens), ("requests", by_requests), ("free", free))
+        }
+        assert statuses == {"tokens": [200, 429], "requests": [200, 429], "free": [200, 200]}, path
+
+
+def test_messages_take_one_request_from_a_quota_before_they_are_read(serve, put, workspace) -> None:
+    put()
+    _, secret = workspace.tokens.create("few", requests_per_minute=2)
+    client = serve(tokenizer=small_models.tokenizer("qwen3")).client(secret)
+    asked = {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    assert [client.post("/v1/chat/completions", json=asked).status_code for _ in range(3)] == [200, 200, 429]
+    too_long = asked | {"messages": [{"role": "user", "content": "x " * 400_000}]}
+    assert client.post("/v1/chat/completions", json=too_long).status_code == 429, "it is not read"
+
+
 def test_no_question_reads_the_whole_vocabulary(serve, monkeypatch) -> None:
     tokenizer = small_models.tokenizer("llama")
     client = serve(tokenizer=tokenizer).client()

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -167,6 +168,26 @@ def test_a_parameter_that_nobody_described_fails_the_walk(serve, monkeypatch) ->
     monkeypatch.setattr(server_app, "ROUTERS", (*server_app.ROUTERS, odd))
     with pytest.raises(AssertionError, match=r"has a parameter thing: say in walk\.py whether it names something"):
         walk.asks(routes(serve().served), named(HERE, "run", "receipt"))
+
+
+def test_what_others_have_in_flight_and_in_memory_is_not_counted_for_a_tenant(serve, workspace, put_for, until) -> None:
+    running = serve(pace=0.5)
+    clients = {}
+    for seed, tenant in enumerate(("default", "busy", "idle")):
+        put_for(tenant, "news", seed)
+        clients[tenant] = running.client(workspace.seen_by(Access(tenant)).tokens.create("t", ALL)[1])
+    running.served.refresh()
+    for tenant in ("busy", "default", "idle"):
+        assert clients[tenant].post("/v1/classify", json={"model": "news", "input": "x"}).status_code == 200
+    slots = {tenant: client.get("/api/loaded").json()["loaded"][0]["slot"] for tenant, client in clients.items()}
+    assert slots == {"busy": 1, "default": 2, "idle": 1}, "an operator sees the slots as they are"
+    asked = {"model": "news", "prompt": " ".join("word" for _ in range(8))}
+    with ThreadPoolExecutor(3) as threads:
+        answers = [threads.submit(clients["busy"].post, "/v1/completions", json=asked) for _ in range(3)]
+        until(lambda: running.served.load.requests == 3)
+        counts = {tenant: client.get("/api/status").json()["in_flight"] for tenant, client in clients.items()}
+        assert counts == {"busy": 4, "default": 4, "idle": 1}, "with the request that asks"
+        assert all(each.result().status_code == 200 for each in answers)
 
 
 def test_one_name_is_another_adapter_for_each_tenant(serve, workspace, put_for) -> None:

@@ -45,7 +45,7 @@ async def status(state: State) -> schemas.Status:
         base=None if only is None else {"id": only.id, "fingerprint": only.fingerprint},
         ready=state.ready,
         draining=state.load.draining,
-        in_flight=state.load.requests,
+        in_flight=state.in_flight,
         engine=None if only is None else only.engine,
     )
     if only is None:

@@ -41,6 +41,7 @@ async def chat(
 ) -> chat_schemas.ChatCompletion | StreamingResponse:
     """Continue a conversation with the assistant's next message."""
     ignored = unknown_keys(state, body)
+    await state.admit(request)  # before the messages are tokenized
     called = body.tools and body.tool_choice != "none"
     tools = await state.parsing(ToolCalls, state, body) if called else None
     times = body.n or 1

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +19,7 @@ from turret.errors import Busy, Draining, TooLarge, TooSlow, WrongMediaType
 from turret.server.connections import ClientConnections, subtract
 from turret.server.error_responses import send_error
 from turret.server.paths import is_page
+from turret.turns import Places
 
 # Of the values in one request; the schemas enforce them.
 MOST_INPUTS = 1024
@@ -47,6 +50,7 @@ class RequestLimits:
     tiny_body_bytes: int = 8 << 10  # of signing in and out, and of a request that has no body
     bodies_bytes: int = 64 << 20  # of all requests in flight
     file_bytes: int = 200 << 20  # of one file that is sent for a batch
+    file_rate: int = 16 << 10  # bytes a second of such a file, at least, after `body_seconds`
     body_keys: int = 4096  # of all objects in a body
     body_values: int = 1 << 18  # of all lists and objects in a body
     body_seconds: float = 10.0  # until the last byte of a body
@@ -57,7 +61,8 @@ class RequestLimits:
     answer_seconds: float = 300.0
     connections: int = 1024
     connections_per_client: int | None = 128  # half of in_flight, so that one client leaves room for others
-    in_flight: int = 256  # requests that are being read or answered
+    in_flight: int = 256  # requests that are being read or answered, without `uploads`
+    uploads: int = 32  # files that are being sent
     control_waiting: int = 32  # operations of the control plane
     outcomes_waiting: int = 32  # requests with outcomes
     shadow_inputs: int = 16  # inputs that shadows work on; more are dropped
@@ -74,18 +79,44 @@ class RequestLimits:
 
 
 class Load:
-    """What is in flight now. `draining` never goes back to False."""
+    """What is in flight now, by tenant. `draining` never goes back to False."""
 
-    def __init__(self) -> None:
-        self.requests = 0
-        self.bytes = 0  # of bodies
+    def __init__(self, limits: RequestLimits) -> None:
+        self.answering, self.uploads = Places(limits.in_flight), Places(limits.uploads)
+        self.bodies = Places(limits.bodies_bytes)  # bytes
         self.bytes_of: Counter[str] = Counter()  # of bodies, by client
         self.draining = False
         self._ends: deque[float] = deque(maxlen=32)  # when requests ended
 
+    @property
+    def requests(self) -> int:
+        """Requests in flight, and files that are being sent."""
+        return self.answering.taken + self.uploads.taken
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of bodies."""
+        return self.bodies.taken
+
+    def requests_of(self, tenant: str) -> int:
+        """Those of one tenant."""
+        return self.answering.of[tenant] + self.uploads.of[tenant]
+
+    @contextmanager
+    def place(self, places: Places, tenant: str) -> Iterator[None]:
+        """Count a request for the length of the block. Raises Busy."""
+        if not places.has_room(tenant):
+            what = "files are being sent" if places is self.uploads else "requests are in flight"
+            raise Busy(f"too many {what}: try again", self.seconds_until_room())
+        places.take(tenant)
+        try:
+            yield
+        finally:
+            places.free(tenant)
+            self.ended()
+
     def ended(self) -> None:
-        """Count the end of a request."""
-        self.requests -= 1
+        """Note when a request ended."""
         self._ends.append(time.monotonic())
 
     def seconds_until_room(self) -> float:
@@ -110,29 +141,27 @@ class LimitMiddleware:
             error = Draining("the server is shutting down: send the request to another one, or later")
             await send_error(error, scope, receive, send)
             return
-        if self.load.requests >= self.limits.in_flight:
-            busy = Busy(f"{self.load.requests} requests are in flight: try again", self.load.seconds_until_room())
-            await send_error(busy, scope, receive, send)
-            return
-        if scope["path"] == FILES:
-            await self._pass_on(scope, receive, send)
-            return
-        self.load.requests += 1
-        most = self.limits.body_bytes_of(scope["method"], scope["path"])
-        body = _Body(self.limits, most, self.load, self.clients.limited(scope.get("client")))
+        tenant = _tenant(scope)
+        uploads = scope["path"] == FILES and scope["method"] == "POST"
         try:
-            await self._pass(scope, receive, send, body)
-        finally:
-            self.load.ended()
-            body.close()
+            with self.load.place(self.load.uploads if uploads else self.load.answering, tenant):
+                if uploads:
+                    await self._pass_on(scope, receive, send)
+                    return
+                most = self.limits.body_bytes_of(scope["method"], scope["path"])
+                body = _Body(self.limits, most, self.load, self.clients.limited(scope.get("client")), tenant)
+                try:
+                    await self._pass(scope, receive, send, body)
+                finally:
+                    body.close()
+        except Busy as error:
+            await send_error(error, scope, receive, send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the route read a file, which is larger than other bodies, piece by piece."""
-        self.load.requests += 1
         headers = {name.lower(): value for name, value in scope["headers"]}
         try:
-            if scope["method"] == "POST":
-                _check_type(headers, MULTIPART)
+            _check_type(headers, MULTIPART)
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and (len(length) > 18 or int(length) > self.limits.file_bytes):
                 raise _too_large(self.limits)
@@ -141,8 +170,6 @@ class LimitMiddleware:
             await send_error(error, scope, receive, send, close=True)
         except TooLarge as error:
             await send_error(error, scope, receive, send, linger=self.limits.linger_seconds)
-        finally:
-            self.load.ended()
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send, body: _Body) -> None:
         try:
@@ -163,13 +190,14 @@ class _Body:
     Args:
         most: Bytes of this body.
         client: The one whose share they count towards, if any.
+        tenant: Whose request it is.
     """
 
-    def __init__(self, limits: RequestLimits, most: int, load: Load, client: str | None) -> None:
+    def __init__(self, limits: RequestLimits, most: int, load: Load, client: str | None, tenant: str) -> None:
         self.limits = limits
         self.most = most
         self.load = load
-        self.client = client
+        self.client, self.tenant = client, tenant
         self.content = bytearray()
 
     async def read(self, scope: Scope, receive: Receive) -> bytes | None:
@@ -197,7 +225,7 @@ class _Body:
     def _append(self, piece: bytes) -> None:
         if len(self.content) + len(piece) > self.most:
             raise self._too_large()
-        if self.load.bytes + len(piece) > self.limits.bodies_bytes:
+        if not self.load.bodies.has_room(self.tenant, len(piece)):
             raise Busy("the bodies of other requests use all the memory for bodies: try again", 1)
         if self.client is not None:
             used = self.load.bytes_of[self.client]
@@ -205,14 +233,14 @@ class _Body:
                 raise Busy(f"other bodies of {self.client} use all the memory for the bodies of one client", 1)
             self.load.bytes_of[self.client] += len(piece)
         self.content += piece
-        self.load.bytes += len(piece)
+        self.load.bodies.take(self.tenant, len(piece))
 
     def _too_large(self) -> TooLarge:
         remedy = "send the inputs in several requests" if self.most == self.limits.body_bytes else "shorten it"
         return TooLarge(f"the body has more than {self.most} bytes: {remedy}")
 
     def close(self) -> None:
-        self.load.bytes -= len(self.content)
+        self.load.bodies.free(self.tenant, len(self.content))
         subtract(self.load.bytes_of, self.client, len(self.content))
         self.content = bytearray()
 
@@ -229,19 +257,31 @@ def _too_large(limits: RequestLimits) -> TooLarge:
     return TooLarge(f"the file has more than {limits.file_bytes} bytes: send several files")
 
 
+def _tenant(scope: Scope) -> str:
+    """Whose request it is; empty for a visitor without a session."""
+    caller = scope.get("state", {}).get("caller")
+    return "" if caller is None else str(caller.access.tenant)
+
+
 def _counted(receive: Receive, limits: RequestLimits) -> Receive:
-    """The pieces of a file. Raises TooLarge, and TooSlow if a piece does not come in time."""
-    size = 0
+    """The pieces of a file. Raises TooLarge; and TooSlow if a piece does not come in time, or all come too slowly."""
+    size, waited = 0, 0.0
 
     async def counted() -> Message:
-        nonlocal size
+        nonlocal size, waited
+        began, left = time.monotonic(), limits.body_seconds + size / limits.file_rate - waited
         try:
-            async with asyncio.timeout(limits.body_seconds):
+            async with asyncio.timeout(min(limits.body_seconds, left)):
                 message = await receive()
         except TimeoutError:
+            if left < limits.body_seconds:
+                raise TooSlow(
+                    f"the file comes at less than {limits.file_rate} bytes a second: send it faster"
+                ) from None
             raise TooSlow(
                 f"no byte arrived for {limits.body_seconds:g} seconds: send the file without pauses"
             ) from None
+        waited += time.monotonic() - began
         size += len(message.get("body", b""))
         if size > limits.file_bytes:
             raise _too_large(limits)

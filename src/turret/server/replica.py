@@ -45,15 +45,16 @@ class Replica:
     async def admit(self, key: str, owner: str, quota: Quota) -> None:
         """Take one request from a quota that all servers share. Raises QuotaSpent."""
         if not self.quotas.admit(key, owner, quota):
-            await self._reserving(self.quotas.reserve, key, owner, quota)
+            await self._reserving.of(key)(self.quotas.reserve, key, owner, quota)
 
     async def share_session(self, begun: str | None, ended: str | None) -> None:
         """Make a session known to all servers, and end another one there; only here if the catalog does not answer."""
+        signing = self.signing.of(self._sessions.token_hash(begun or ended) or "")
         try:
             if begun is not None:
-                await self.signing(self._sessions.keep, begun)
+                await signing(self._sessions.keep, begun)
             if ended is not None:
-                await self.signing(self._sessions.forget, ended)
+                await signing(self._sessions.forget, ended)
         except TurretError as error:
             self._log.write("sessions", "error", alone=True, error=type(error).__name__, message=str(error))
 

@@ -27,6 +27,7 @@ async def respond(
 ) -> schemas.ResponseObject | StreamingResponse:
     """Answer a text or messages, also by calls of tools. Files and stored responses are not offered: they are 400."""
     chat = _chat(body)
+    await state.admit(request)  # before the messages are tokenized
     called = chat.tools and chat.tool_choice != "none"
     tools = await state.parsing(ToolCalls, state, chat) if called else None
     prompts = [await state.parsing(prompt, state, chat)]

@@ -7,6 +7,7 @@ from contextlib import suppress
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret.errors import TurretError
+from turret.server.connections import client_of
 from turret.server.paths import is_page
 from turret.server.sessions import session_of
 from turret.server.state import ServerState
@@ -23,6 +24,7 @@ class SessionMiddleware:
             cookies = next((value for name, value in scope["headers"] if name.lower() == b"cookie"), b"")
             session = session_of(cookies.decode("latin-1"))
             if session is not None and self.state.guard.sessions.is_strange(session):
+                look_up = self.state.replica.signing.of(client_of(scope.get("client")) or "")
                 with suppress(TurretError):  # then the session is unknown here
-                    await self.state.replica.signing(self.state.guard.sessions.look_up, session)
+                    await look_up(self.state.guard.sessions.look_up, session)
         await self.app(scope, receive, send)

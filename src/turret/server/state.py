@@ -3,7 +3,8 @@
 `seen_by` gives the state as one access sees it: its workspace, engines, aliases, experiments and metrics have nothing
 of another tenant. Routes get no other state (`turret.server.routes`).
 
-Questions, the control plane and outcomes have threads of their own, so that many loads delay no answer.
+Questions, the control plane and outcomes have threads of their own, so that many loads delay no answer. Tenants take
+turns on them (`turret.server.thread_pool`).
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
 SETTLE_SECONDS = 3.0  # between two evaluations of the guards of experiments
 MOST_PROMOTES = 4  # promotes that ask golden examples, running or waiting
+MOST_SIGN_INS = 32  # that wait for the provider
 MOST_VIEWS = 1024  # of accesses that are kept
 LAST_TRIES = 3  # of the flush when a server ends
 RETRIES = 5  # of a request whose version is deleted while its inputs are submitted
@@ -81,7 +83,7 @@ class ServerState:
         self.spans = tracing.provider() if self.settings.otel else None
         self.log, self.clock = log or Log(), clock
         self.started_at, self.id = int(time.time()), secrets.token_hex(4)
-        self.load = Load()
+        self.load = Load(limits)
         self.clients = ClientConnections(limits.connections, limits.connections_per_client, self.settings.proxies)
         self.guard = Guard(self.settings.host, workspace.tokens.of_all_tenants(), clock, workspace.store.access)
         self.replica = Replica(workspace.store.database(make=True), self.guard.sessions, limits, clock, self.log)
@@ -96,21 +98,30 @@ class ServerState:
         self.tenants: dict[str, Tenant] = {}
         self._views: dict[Access, ServerState] = {}
         self._totals = TenantTotals()
+        self._threads = (
+            ThreadPool("ask", 8, 2 * limits.in_flight, "questions are being submitted", 1),
+            ThreadPool("read", 1, limits.in_flight, "large bodies are being parsed", 1),
+            ThreadPool("compile", 1, limits.in_flight, "constraints are being compiled", 1),
+            ThreadPool("control", 4, limits.control_waiting, "control requests are waiting", 1),
+            # Promotes that ask golden examples may take minutes.
+            ThreadPool("aside", 1, MOST_PROMOTES, "promotes are asking golden examples", 10),
+            ThreadPool("tell", 1, limits.outcomes_waiting, "requests with outcomes are waiting", 1),
+        )
+        # Anybody may come back from a provider, and it may be slow.
+        self.signing_in = ThreadPool("sign-in", 4, MOST_SIGN_INS, "sign-ins wait for the provider", 5)
         self._use(self.tenant(DEFAULT), OPERATOR)
         self._open_tenants()
-        self._submitting = ThreadPool("ask", 8, 2 * limits.in_flight, "questions are being submitted", 1)
-        self.parsing = ThreadPool("read", 1, limits.in_flight, "large bodies are being parsed", 1)
-        self.compiling = ThreadPool("compile", 1, limits.in_flight, "constraints are being compiled", 1)
-        self.control = ThreadPool("control", 4, limits.control_waiting, "control requests are waiting", 1)
-        # Promotes that ask golden examples may take minutes.
-        self.promoting = ThreadPool("aside", 1, MOST_PROMOTES, "promotes are asking golden examples", 10)
-        self.recording = ThreadPool("tell", 1, limits.outcomes_waiting, "requests with outcomes are waiting", 1)
         self._settle_lock = threading.Lock()
         self._followers = Followers(self.log, self._count_failure)
 
     def now(self) -> int:
         """Seconds since 1970, for OpenAI's `created`."""
         return int(time.time())
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in flight, as far as they concern the access."""
+        return self.load.requests if self.access.operates else self.load.requests_of(self.access.tenant)
 
     # --- tenants ------------------------------------------------------------------------------------------------------
 
@@ -147,6 +158,8 @@ class ServerState:
         self.access, self.workspace, self.engines = access, tenant.workspace, tenant.engines
         self.aliases, self.routing = tenant.aliases, tenant.routing
         self.shadows, self.metrics = tenant.shadows, tenant.metrics
+        threads = [each.of(access.tenant) for each in self._threads]
+        self._submitting, self.parsing, self.compiling, self.control, self.promoting, self.recording = threads
         if not access.whole:
             self.workspace = tenant.workspace.seen_by(access)
             self.engines = SeenEngines(self._all_engines, self.workspace, self._home.store.access.tenant)
@@ -205,9 +218,7 @@ class ServerState:
         options: Sequence[Options] | None = None, *, unit: str | None = None,
     ) -> PendingAnswers:  # fmt: skip
         """As `ask`, for a stream. The caller must call `finish`."""
-        caller: Caller = request.state.caller
-        if caller.name is not None:
-            await self.replica.admit(caller.key, f"token {caller.name}", caller.quota)
+        await self.admit(request)
         request.state.started = started = self.clock()
         if self.settings.log_texts:
             self.log.write("texts", request=request.state.request_id, model=model, texts=list(inputs))
@@ -237,17 +248,28 @@ class ServerState:
         if constraint is not None and not self.engines.is_compiled(constraint):
             await self.compiling(self.engines.compile, model, constraint)
 
+    async def admit(self, request: Request) -> None:
+        """Take one request from the quota of the caller, once for each request. Raises QuotaSpent."""
+        caller: Caller = request.state.caller
+        if caller.name is not None and not getattr(request.state, "admitted", False):
+            await self.replica.admit(caller.key, f"token {caller.name}", caller.quota)
+            request.state.admitted = True
+
+    def charge(self, request: Request, tokens: int) -> None:
+        """Take tokens from the quota of the caller."""
+        caller: Caller = request.state.caller
+        self.quotas.charge(caller.key, caller.quota, tokens)
+
     def finish(self, request: Request, kind: RequestKind, pending: PendingAnswers) -> None:
         """Cancel what is unfinished, and count what was answered."""
         pending.close()
-        caller: Caller = request.state.caller
         version, tokens, inputs = pending.model or "base", pending.tokens, len(pending.tickets)
         unanswered = sum(answer is None for answer in pending.answers)
         request.state.left = left = bool(unanswered) and pending.error is None  # the client, before its last answer
         failed = 0 if left else unanswered
         seconds = self.clock() - request.state.started
         self.metrics.answered(version, kind, inputs - unanswered, failed, tokens, seconds)
-        self.quotas.charge(caller.key, caller.quota, tokens)
+        self.charge(request, tokens)
         self.usage.add(self.access.tenant, pending.receipt.name or BASE, inputs - unanswered, *pending.token_counts)
         if pending.receipt.name:
             self.quotas.charge(self._adapter_key(pending.receipt.name), self.settings.per_adapter, tokens)
@@ -419,7 +441,7 @@ class ServerState:
                 self.log.write("usage", "error", error=type(error).__name__, message=message)
         if self.spans is not None:
             self.spans.shutdown()
-        for pool in (self._submitting, self.parsing, self.compiling, self.control, self.promoting, self.recording):
+        for pool in (*self._threads, self.signing_in):
             pool.close()
 
     # --- metrics ------------------------------------------------------------------------------------------------------

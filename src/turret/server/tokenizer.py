@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastapi import Request
+
 from turret.data import Prompt
 from turret.data.cells import Replacements
 from turret.data.conversations import turns_of
@@ -20,10 +22,17 @@ questions = router("infer")
 
 
 @questions.post("/tokenize")
-async def tokenize(body: schemas.TokenizeText | schemas.TokenizeMessages, state: State) -> schemas.TokenIds:
-    """The tokens of a text, or of messages by the base's chat template. An adapter's own template is not applied."""
+async def tokenize(
+    body: schemas.TokenizeText | schemas.TokenizeMessages, state: State, request: Request
+) -> schemas.TokenIds:
+    """The tokens of a text, or of messages by the base's chat template. An adapter's own template is not applied.
+
+    It takes a request and its tokens from the caller's quota, as a prompt does.
+    """
+    await state.admit(request)
     base = await _base(state, body.model)
     ids = await state.parsing(_ids, base.tokenizer, body)
+    state.charge(request, len(ids))
     return schemas.TokenIds(
         count=len(ids),
         max_model_len=base.engine.longest,
@@ -33,9 +42,11 @@ async def tokenize(body: schemas.TokenizeText | schemas.TokenizeMessages, state:
 
 
 @questions.post("/detokenize")
-async def detokenize(body: schemas.DetokenizeRequest, state: State) -> schemas.Detokenized:
-    """The text of tokens."""
+async def detokenize(body: schemas.DetokenizeRequest, state: State, request: Request) -> schemas.Detokenized:
+    """The text of tokens. It takes a request and its tokens from the caller's quota, as a prompt does."""
+    await state.admit(request)
     base = await _base(state, body.model)
+    state.charge(request, len(body.tokens))
     return schemas.Detokenized(prompt=await state.parsing(_text, base.tokenizer, body.tokens))
 
 

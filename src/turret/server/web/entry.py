@@ -10,6 +10,7 @@ from fastapi.responses import RedirectResponse
 from turret.errors import NotFound, Unauthorized
 from turret.server import oidc
 from turret.server.auth import Caller
+from turret.server.connections import client_of
 from turret.server.routes import State
 from turret.server.sessions import cookie, cookie_value
 from turret.server.state import ServerState
@@ -70,7 +71,8 @@ async def come_back(request: Request, state: State) -> Response:
     secure = _secure_by(provider, request)
     try:
         begun = cookie_value(request.headers.get("cookie"), oidc.cookie_name(secure=secure))
-        person = await state.control(provider.finish, begun, dict(request.query_params))
+        asking = state.signing_in.of(client_of(request.scope.get("client")) or "")
+        person = await asking(provider.finish, begun, dict(request.query_params))
         session = state.guard.sign_in_as(person.name, person.tenant, secure=secure)
         await state.replica.share_session(session, None)
     except Unauthorized as error:

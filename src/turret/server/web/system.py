@@ -91,7 +91,7 @@ def _traffic(state: ServerState) -> render.Context:
         if state.access.operates
         else {},
         "memory": [asdict(each) for each in state.engines.loaded()],
-        "in_flight": max(0, state.load.requests - 1),  # without this page's own request
+        "in_flight": max(0, state.in_flight - 1),  # without this page's own request
         "failed_moves": {key: each for key, each in state.aliases.failed_moves.items() if state.engines.sees(key[0])},
         "since": state.now() - state.started_at,
     }
