@@ -156,9 +156,9 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
             way, _, where = name.rpartition(", ")
             alone = statistics.median(run["seconds"][f"{way}, alone"])
             own = statistics.median(seconds)
-            spread = f"{1e3 * own:.0f} [{1e3 * min(seconds):.0f}, {1e3 * max(seconds):.0f}]"
+            spread = f"{1e3 * own:.0f} ({1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f})"
             rows.append([way, where, spread, f"{own / alone:.1f}"])
-        header = ["", "", "ms a step, median [least, most]", "times alone"]
+        header = ["", "", "ms a step, median (least to most)", "times alone"]
         texts.append(f"{run['machine']['device']}\n\n{record.table(header, rows)}")
     return "\n\n".join(texts)
 

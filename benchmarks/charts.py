@@ -15,7 +15,7 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: how many times faster, with its least and most over the rounds."""
+    """One bar: how many times faster, with its 95% interval."""
 
     label: str
     value: float
@@ -24,7 +24,7 @@ class Bar:
 
 
 def drawn(title: str, note: str, bars: Sequence[Bar], theme: str) -> str:
-    """One chart: horizontal bars from 0, a thin line from least to most, and a dashed line at 1 (the rival)."""
+    """One chart: horizontal bars from 0, a thin line for the interval, and a dashed line at 1 (the rival)."""
     colours = COLOURS[theme]
     height = TOP + ROW * len(bars) + 14
     most = max(max(bar.high for bar in bars), 1.0)

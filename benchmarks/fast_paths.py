@@ -18,7 +18,6 @@ of an engine are measured by `fast_paths_engine.py`.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import tempfile
@@ -175,28 +174,10 @@ def kept() -> list[dict[str, Any]]:
     return record.newest(record.load(NAME), lambda run: (run["path"], run["settings"]["job"]))
 
 
-def ratio(run: Mapping[str, Any]) -> tuple[float, float, float]:
-    """(median, low, high) of the time without the path over the time with it, over the pairs."""
-    return median([without / with_it for with_it, without in run["seconds"]])
-
-
-def median(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median, with an interval of two order statistics that holds it with 95% confidence or more.
-
-    P(X(k) <= median <= X(n+1-k)) = 1 - 2 P(Binomial(n, 1/2) < k), with the largest k that leaves 95%. With fewer than
-    six values no such interval exists, and it is infinite.
-    """
-    ordered, n = sorted(values), len(values)
-    below, k = 0.0, 0
-    while (below := below + math.comb(n, k) / 2**n) <= 0.025:
-        k += 1
-    low, high = (ordered[k - 1], ordered[n - k]) if k else (-math.inf, math.inf)
-    return statistics.median(ordered), low, high
-
-
 def spread(run: Mapping[str, Any]) -> str:
-    middle, low, high = ratio(run)
-    return f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
+    """The time without the path over the time with it."""
+    with_it, without = zip(*run["seconds"], strict=True)
+    return record.shown(record.ratio(without, with_it))
 
 
 def report(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -248,10 +229,8 @@ def _memory(run: Mapping[str, Any]) -> str:
 
 def _served(run: Mapping[str, Any]) -> str:
     """A run of `fast_paths_engine.py`, in the same form."""
-    pairs = zip(run["seconds"]["without"], run["seconds"]["with"], strict=True)
-    middle, low, high = median([without / with_it for without, with_it in pairs])
-    own = run["settings"]
-    return f"{own['job']} ({own['dtype']}) {middle:.2f}x [{low:.2f}, {high:.2f}]"
+    own, seconds = run["settings"], run["seconds"]
+    return f"{own['job']} ({own['dtype']}) {record.shown(record.ratio(seconds['without'], seconds['with']))}"
 
 
 def _options() -> argparse.Namespace:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import random
 import sys
 import time
@@ -253,12 +252,9 @@ def in_pairs(job: Job, path: str, name: str, engine: Any, pairs: int) -> dict[st
     return seconds
 
 
-def _ratio(seconds: Mapping[str, Sequence[float]]) -> str:
-    """Seconds without the path over seconds with it, and its interval."""
-    logs = [math.log(a / b) for a, b in zip(seconds["without"], seconds["with"], strict=True)]
-    found = record.student(logs)
-    low, high = (math.exp(min(each, 99.0)) for each in (found.low, found.high))
-    return f"{math.exp(found.mean):.3f} [{low:.3f}, {high:.3g}]"
+def _ratio(run: Mapping[str, Any]) -> str:
+    """Seconds without the path over seconds with it."""
+    return record.shown(record.ratio(run["seconds"]["without"], run["seconds"]["with"]), 3, "")
 
 
 def report(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -270,7 +266,7 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
             f"{1e3 * sorted(each)[len(each) // 2]:.0f}" for each in (run["seconds"]["with"], run["seconds"]["without"])
         ]
         what = [own["path"], own["job"], own["dtype"], ", ".join(run["off_on_both"])]
-        rows.append([*what, *times, _ratio(run["seconds"]), run["machine"]["device"]])
+        rows.append([*what, *times, _ratio(run), run["machine"]["device"]])
     header = ["path", "job", "precision", "off on both sides", "ms with", "ms without", "times as long without"]
     return record.table([*header, "machine"], rows)
 
@@ -284,7 +280,7 @@ def figures(machine: Callable[[Mapping[str, Any]], str]) -> str:
         if path.row is not None:
             own = [run for run in runs if run["settings"]["path"] == name]
             own = [run for run in own if newest is not None and run["machine"]["device"] == newest["machine"]["device"]]
-            buys = [f"{run['settings']['job']} ({run['settings']['dtype']}) {_ratio(run['seconds'])}" for run in own]
+            buys = [f"{run['settings']['job']} ({run['settings']['dtype']}) {_ratio(run)}" for run in own]
             rows.append([name, *path.row, "; ".join(buys) or "not measured"])
     header = ["path", "computes", "reference", "taken when", "times as long without"]
     where = "" if newest is None else f"On {machine(newest)}, {newest['machine']['threads']} threads:\n\n"

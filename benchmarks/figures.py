@@ -28,7 +28,6 @@ import nf4
 import plan_memory
 import prefix_attention
 import record
-import rivals
 import rivals_decoder
 import rivals_encoder
 import serve_speed
@@ -59,6 +58,8 @@ JOBS = {
 }
 FLOAT32, BFLOAT16, INT8 = "turret fp32", "turret", "turret int8"
 HF_FLOAT32, HF_BFLOAT16 = "HF dynamic", "HF tuned bf16 weights"
+FLOAT32_RIVALS = (HF_FLOAT32, "HF compiled")  # the faster of them counts
+BFLOAT16_RIVALS = (HF_BFLOAT16, "HF bf16 weights compiled")
 Run = Mapping[str, Any]
 
 
@@ -108,22 +109,28 @@ def speed_runs() -> list[Run]:
     return sorted(newest, key=lambda run: (order.index(machine(run)), list(JOBS).index(run["settings"]["job"])))
 
 
-def ratio(run: Run, rival: str, ours: str) -> tuple[float, float, float] | None:
-    """(median, least, most) over the rounds of the rival's time over ours in the same round.
+def pair(run: Run, rivals_: Sequence[str], ours: str) -> tuple[list[float], list[float]] | None:
+    """Seconds of each round of the best of some rivals, by its total time, and of ours.
 
-    None where one of them did not run, or the two did not compute in one precision: Turret takes float32 by itself
-    where the processor has no bfloat16.
+    None where none of them ran, or the two did not compute in one precision: Turret takes float32 by itself where the
+    processor has no bfloat16.
     """
-    sides = [run["sides"].get(name, {}) for name in (rival, ours)]
-    if not all(side.get("blocks") for side in sides) or sides[0]["dtype"] != sides[1]["dtype"]:
+    sides = run["sides"]
+    mine = sides.get(ours, {})
+    theirs = [sides[name] for name in rivals_ if sides.get(name, {}).get("blocks")]
+    theirs = [side for side in theirs if mine.get("blocks") and side["dtype"] == mine["dtype"]]
+    if not theirs:
         return None
-    each = [sum(a) / sum(b) for a, b in zip(sides[0]["blocks"], sides[1]["blocks"], strict=True)]
-    return statistics.median(each), min(each), max(each)
+    rounds = min(([sum(block) for block in side["blocks"]] for side in theirs), key=sum)
+    return rounds, [sum(block) for block in mine["blocks"]]
 
 
-def faster(run: Run, rival: str, ours: str) -> str:
-    found = ratio(run, rival, ours)
-    return "" if found is None else f"{found[0]:.1f}x [{found[1]:.1f}, {found[2]:.1f}]"
+def faster(run: Run, rivals_: Sequence[str], ours: str) -> str:
+    """The ratio of the rounds with its interval, and of the total times."""
+    found = pair(run, rivals_, ours)
+    if found is None:
+        return ""
+    return f"{record.shown(record.ratio(*found), 1)}; total {sum(found[0]) / sum(found[1]):.1f}x"
 
 
 def step(run: Run, side: str) -> str:
@@ -133,12 +140,13 @@ def step(run: Run, side: str) -> str:
 
 
 def memory(run: Run) -> str:
-    """How many times less memory above the loaded base than the rival, both with a base in bfloat16."""
+    """How many times less memory than the rival, in bfloat16: of the whole process, and above the base."""
     sides = [run["sides"].get(name) for name in (HF_BFLOAT16, BFLOAT16)]
-    if ratio(run, HF_BFLOAT16, BFLOAT16) is None:
+    if pair(run, [HF_BFLOAT16], BFLOAT16) is None:
         return ""
+    whole = [side["peak"] for side in sides if side]
     above = [side["peak"] - side["resident"] for side in sides if side]
-    return f"{above[0] / above[1]:.1f}x less"
+    return f"{whole[0] / whole[1]:.1f}x less for the process, {above[0] / above[1]:.1f}x less above its base"
 
 
 def training_table() -> str:
@@ -147,9 +155,9 @@ def training_table() -> str:
             machine(run),
             JOBS[run["settings"]["job"]],
             step(run, BFLOAT16),
-            faster(run, HF_BFLOAT16, BFLOAT16),
-            faster(run, HF_FLOAT32, FLOAT32),
-            faster(run, HF_BFLOAT16, INT8),
+            faster(run, BFLOAT16_RIVALS, BFLOAT16),
+            faster(run, FLOAT32_RIVALS, FLOAT32),
+            faster(run, BFLOAT16_RIVALS, INT8),
             memory(run),
             when(run),
         )
@@ -157,27 +165,9 @@ def training_table() -> str:
     ]
     header = [
         "processor", "job", "ms a step", "bfloat16 against bfloat16", "float32 against float32",
-        "`train.int8` against bfloat16", "memory above the base, bfloat16", "measured",
+        "`train.int8` against bfloat16", "memory, bfloat16", "measured",
     ]  # fmt: skip
     return record.table(header, rows)
-
-
-def compiled_table() -> str:
-    """Turret against the rival under torch.compile, where that was run."""
-    rows = [
-        (
-            machine(run),
-            JOBS[run["settings"]["job"]],
-            faster(run, "HF compiled", FLOAT32),
-            faster(run, "HF bf16 weights compiled", BFLOAT16),
-            when(run),
-        )
-        for run in speed_runs()
-        if "HF compiled" in run["sides"]
-    ]
-    if not rows:
-        return "Not run yet on any machine."
-    return record.table(["processor", "job", "float32, compiled", "bfloat16, compiled", "measured"], rows)
 
 
 def quality_table() -> str:
@@ -243,9 +233,7 @@ def serving_table() -> str:
 
 
 def spread(times: Mapping[str, Sequence[float]], slow: str, quick: str, digits: int, unit: str = "") -> str:
-    each = [a / b for a, b in zip(times[slow], times[quick], strict=True)]
-    low, high = f"{min(each):.{digits}f}", f"{max(each):.{digits}f}"
-    return f"{statistics.median(each):.{digits}f}{unit} [{low}, {high}]"
+    return record.shown(record.ratio(times[slow], times[quick]), digits, unit)
 
 
 def loaded(run: Run) -> str:
@@ -288,28 +276,44 @@ def rival_decoders() -> str:
 
 
 def summary() -> str:
-    """The README's lines: the newest machine, the same precision on both sides."""
+    """The README's lines: the newest machine, one precision on both sides, and only ratios beyond chance."""
     runs = speed_runs()
     newest = machine(runs[0])
-    lines = [
-        f"- **{JOBS[run['settings']['job']]}**: a training step is {words(ratio(run, HF_BFLOAT16, BFLOAT16))} than HF "
-        f"Trainer + PEFT in bfloat16 and {words(ratio(run, HF_FLOAT32, FLOAT32))} in float32, with {memory(run)} "
-        "memory above the base."
-        for run in runs
-        if machine(run) == newest
-    ]
+    lines = []
+    for run in runs:
+        said = [
+            f"{record.shown(found, 1)} faster in {precision}"
+            for precision, found in (
+                ("bfloat16", claimed(pair(run, BFLOAT16_RIVALS, BFLOAT16))),
+                ("float32", claimed(pair(run, FLOAT32_RIVALS, FLOAT32))),
+            )
+            if found is not None
+        ]
+        if machine(run) == newest and said:
+            lines.append(
+                f"- **{JOBS[run['settings']['job']]}**: a training step is {' and '.join(said)} than HF Trainer + "
+                f"PEFT at its best. Memory: {memory(run)}."
+            )
     named = {"encoder": "32 LoRAs in one batch of MiniLM", "decoder": "16 LoRAs decoding on SmolLM2-135M"}
     for run in serving_runs():
         if run["settings"]["dtype"] == "bfloat16":
             beside, different = run["seconds_with_peft"], "engine all different"
             rival = "peft bucketed" if "peft bucketed" in beside else "peft padded"
-            lines.append(
-                f"- **{named[run['settings']['kind']]}** ({machine(run)}): "
-                f"{spread(run['seconds'], 'engine bare', different, 2)} of the bare base's speed, "
-                f"{spread(beside, rival, different, 1, 'x')} faster than PEFT's `adapter_names`, both in bfloat16."
-            )
+            if claimed((beside[rival], beside[different])) is not None:
+                lines.append(
+                    f"- **{named[run['settings']['kind']]}** ({machine(run)}): "
+                    f"{spread(beside, rival, different, 1, 'x')} faster than PEFT's `adapter_names`, both in bfloat16."
+                )
     lines += [line for run in rivals_decoder.kept() for line in beside_vllm(run)]
-    return f"On two cores of an {newest}, medians over rounds:\n\n" + "\n".join(lines)
+    return f"On two cores of an {newest}, with 95% intervals:\n\n" + "\n".join(lines)
+
+
+def claimed(found: tuple[Sequence[float], Sequence[float]] | None) -> record.Interval | None:
+    """The ratio, if its interval lies above 1."""
+    if found is None:
+        return None
+    ratio = record.ratio(*found)
+    return ratio if ratio.low > 1 else None
 
 
 def beside_vllm(run: Run) -> Iterator[str]:
@@ -317,15 +321,12 @@ def beside_vllm(run: Run) -> Iterator[str]:
     who, way = rivals_decoder.LORA, rivals_decoder.DIFFERENT
     if who in run["sides"]:
         theirs, ours = run["sides"][who], run["sides"][rivals_decoder.TURRET]
-        found = rivals.ratio(theirs["ways"][way], ours["ways"][way])
-        yield (
-            f"- **{run['settings']['prompts']} LoRAs decoding on SmolLM2-135M** ({machine(run)}): {words(found)} than "
-            f"vLLM {theirs['version']} on the CPU, both in {run['settings']['dtype']}."
-        )
-
-
-def words(found: tuple[float, float, float] | None) -> str:
-    return "not measured" if found is None else f"{found[0]:.1f}x faster"
+        if found := claimed((theirs["ways"][way], ours["ways"][way])):
+            yield (
+                f"- **{run['settings']['prompts']} LoRAs decoding on SmolLM2-135M** ({machine(run)}): "
+                f"{record.shown(found, 1)} faster than vLLM {theirs['version']} on the CPU, both in "
+                f"{run['settings']['dtype']}."
+            )
 
 
 def training_chart() -> tuple[str, str, list[charts.Bar]]:
@@ -333,12 +334,13 @@ def training_chart() -> tuple[str, str, list[charts.Bar]]:
     newest = machine(runs[0])
     bars = []
     for run in (each for each in runs if machine(each) == newest):
-        for precision, rival, ours in (("bfloat16", HF_BFLOAT16, BFLOAT16), ("float32", HF_FLOAT32, FLOAT32)):
-            if found := ratio(run, rival, ours):
-                bars.append(charts.Bar(f"{JOBS[run['settings']['job']]}, {precision}", *found))
+        for precision, theirs, ours in (("bfloat16", BFLOAT16_RIVALS, BFLOAT16), ("float32", FLOAT32_RIVALS, FLOAT32)):
+            if found := claimed(pair(run, theirs, ours)):
+                label = f"{JOBS[run['settings']['job']]}, {precision}"
+                bars.append(charts.Bar(label, found.mean, found.low, found.high))
     return (
-        "A training step against HF Trainer + PEFT, same precision",
-        f"{newest}, two cores. Dashed: HF Trainer + PEFT. Thin lines: least to most over the rounds.",
+        "A training step against HF Trainer + PEFT at its best, same precision",
+        f"{newest}, two cores. Dashed: HF Trainer + PEFT. Thin lines: 95% intervals.",
         bars,
     )
 
@@ -362,15 +364,13 @@ def at(run: Run) -> str:
 
 
 def when(run: Run) -> str:
-    """Date and commit of what was measured."""
-    commit = run["machine"].get("commit")
-    return f"{at(run)[:10]}, {commit or 'older tree'}"
+    """The date. The result has the commit; a history that was rewritten may lack it."""
+    return at(run)[:10]
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "training": training_table,
-    "compiled": compiled_table,
     "quality": quality_table,
     "serving": serving_table,
     "missed": missed,

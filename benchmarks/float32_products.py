@@ -99,11 +99,10 @@ def report(runs: list[dict[str, Any]]) -> str:
     rows = []
     for run in runs:
         for name, ways in run["seconds"].items():
-            ratios = [a / b for a, b in zip(ways[DEFAULT], ways[CHOSEN], strict=True)]
             rows.append([
                 run["machine"]["device"], name, f"{1000 * statistics.median(ways[DEFAULT]):.0f}",
                 f"{1000 * statistics.median(ways[CHOSEN]):.0f}",
-                f"{statistics.median(ratios):.2f}x [{min(ratios):.2f}, {max(ratios):.2f}]", f"{run['error']:.0e}",
+                record.shown(record.ratio(ways[DEFAULT], ways[CHOSEN])), f"{run['error']:.0e}",
             ])  # fmt: skip
     return record.table(["machine", "job", "ms, torch's default", "ms, as chosen", "faster", "error"], rows)
 

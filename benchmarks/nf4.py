@@ -145,8 +145,7 @@ def report(runs: Sequence[dict[str, Any]]) -> str:
     what = (
         f"SmolLM2-135M, headlines: LoRA of rank 8 on all linear layers, {TRAIN} articles of up to {TOKENS} tokens, "
         f"batches of {BATCH}, {HELD_OUT} held-out articles. Loss per target token; differences with 95% intervals over "
-        f"seeds (Student's t). {machine['device']}, {machine['threads']} thread, {machine['at'][:10]}, "
-        f"{machine['commit']}."
+        f"seeds (Student's t). {machine['device']}, {machine['threads']} thread, {machine['at'][:10]}."
     )
     return f"{record.table(header, rows)}\n\n{what}"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -147,6 +148,9 @@ class Interval:
         return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
+FEWEST = 6  # rounds for an interval of the median
+
+
 def student(differences: Sequence[float]) -> Interval:
     """Student's t interval of a mean of few paired differences (one a seed)."""
     from scipy import stats
@@ -170,6 +174,27 @@ def median(values: Sequence[float]) -> Interval:
     outside = int(stats.binom.ppf(0.025, count, 0.5))  # P(fewer than so many lie below) <= 2.5%
     bounds = (ordered[outside - 1], ordered[-outside]) if outside else (float("-inf"), float("inf"))
     return Interval(statistics.median(ordered), *bounds)
+
+
+def ratio(slow: Sequence[float], quick: Sequence[float]) -> Interval:
+    """How many times faster: the ratio of two times of the same rounds, with its 95% interval.
+
+    From six rounds on the median with the interval of `median`. With fewer rounds the geometric mean with Student's t
+    interval of the logarithms. One round has no interval.
+    """
+    each = [a / b for a, b in zip(slow, quick, strict=True)]
+    if len(each) >= FEWEST:
+        return median(each)
+    logs = student([math.log(one) for one in each])
+    return Interval(math.exp(logs.mean), math.exp(logs.low), math.exp(min(logs.high, 700.0)))
+
+
+def shown(found: Interval, digits: int = 2, unit: str = "x") -> str:
+    """`2.4x [2.3, 2.6]`; without brackets if there is no interval."""
+    middle = f"{found.mean:.{digits}f}{unit}"
+    if found.low <= 0 or found.high > 1e6:
+        return middle
+    return f"{middle} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
 def bootstrap(

@@ -145,15 +145,5 @@ def best(ways: Mapping[str, Sequence[float]]) -> str:
     return min(ways, key=lambda way: statistics.median(ways[way]))
 
 
-def ratio(theirs: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
-    """(median, least, most) over the rounds of the rival's time over ours in the same round."""
-    each = [a / b for a, b in zip(theirs, ours, strict=True)]
-    return statistics.median(each), min(each), max(each)
-
-
-def faster(theirs: Sequence[float], ours: Sequence[float]) -> str:
-    return "{:.2f}x [{:.2f}, {:.2f}]".format(*ratio(theirs, ours))
-
-
 def milliseconds(times: Sequence[float]) -> str:
     return f"{1000 * statistics.median(times):.0f}"

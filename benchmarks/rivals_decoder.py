@@ -258,10 +258,10 @@ def report(runs: Sequence[Mapping[str, Any]], where: Callable[[Mapping[str, Any]
                         f"{name}, {run['settings']['dtype']}",
                         f"{who.replace('vllm', 'vLLM')}, {each['version']}",
                         *(f"{speed:.0f}" for speed in speeds),
-                        rivals.faster(each["ways"][way], ours["ways"][way]),
+                        record.shown(record.ratio(each["ways"][way], ours["ways"][way])),
                         ", ".join(f"{score['same']:.1%}" for score in scores),
                         ", ".join(f"{score['lost']:.4f}" for score in scores),
-                        f"{run['machine']['at'][:10]}, {run['machine']['commit']}",
+                        run["machine"]["at"][:10],
                     ])  # fmt: skip
     header = [
         "processor", "work", "rival", "tokens/s: rival", "Turret", "Turret is faster",

@@ -232,7 +232,7 @@ def goals(run: Mapping[str, Any]) -> list[list[str]]:
     ours, rows = run["sides"][TURRET]["ways"], []
     for name, each in run["sides"].items():
         if name != TURRET and each["dtype"] == "float32":
-            got = rivals.ratio(each["ways"][rivals.best(each["ways"])], ours[DIFFERENT])[0]
+            got = record.ratio(each["ways"][rivals.best(each["ways"])], ours[DIFFERENT]).mean
             rows.append([
                 f"32 LoRAs against {title(name, each)} with the bare base", f"{GOAL:.1f}", f"{got:.2f}",
                 "reached" if got >= GOAL else "missed",
@@ -249,7 +249,7 @@ def report(runs: Sequence[Mapping[str, Any]], prefix: Callable[[Mapping[str, Any
     tables = []
     for eight in (False, True):
         rows = [
-            (rivals.ratio(each["ways"][rivals.best(each["ways"])], run["sides"][TURRET]["ways"][DIFFERENT]),
+            (record.ratio(each["ways"][rivals.best(each["ways"])], run["sides"][TURRET]["ways"][DIFFERENT]).mean,
              _row(run, name, each, prefix))
             for run in runs for name, each in run["sides"].items()
             if name != TURRET and (each["dtype"] == "int8") == eight
@@ -272,10 +272,11 @@ def _row(run: Mapping[str, Any], name: str, each: Mapping[str, Any], where: Any)
         where(run) if where else run["machine"]["device"], precision, title(name, each),
         rivals.milliseconds(ways["whole"]), f"{rivals.milliseconds(ways[best])} ({best})",
         rivals.milliseconds(ours["ways"][BARE]), rivals.milliseconds(ours["ways"][DIFFERENT]),
-        rivals.faster(ways[best], ours["ways"][BARE]), rivals.faster(ways[best], ours["ways"][DIFFERENT]),
+        record.shown(record.ratio(ways[best], ours["ways"][BARE])),
+        record.shown(record.ratio(ways[best], ours["ways"][DIFFERENT])),
         f"{each['off'][best]:.1e}, {ours['off'][BARE]:.1e} of {run['reference']['logits']:.1f}",
         f"{each['accuracy']:.1%}, {ours['accuracy']:.1%}",
-        f"{run['machine']['at'][:10]}, {run['machine']['commit']}",
+        run["machine"]["at"][:10],
     ]  # fmt: skip
 
 

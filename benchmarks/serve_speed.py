@@ -309,8 +309,7 @@ def _ratio(times: Mapping[str, Sequence[float]], slow: str, quick: str) -> float
 
 
 def _share(times: Mapping[str, Sequence[float]], name: str) -> str:
-    each = [a / b for a, b in zip(times["engine bare"], times[name], strict=True)]
-    return f"{statistics.median(each):.3f} [{min(each):.3f}, {max(each):.3f}]"
+    return record.shown(record.ratio(times["engine bare"], times[name]), 3, "")
 
 
 def _ms(seconds: Sequence[float] | None) -> str:

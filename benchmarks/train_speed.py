@@ -243,8 +243,7 @@ def _speed_row(side: Run, beside: Run | None, peak: float, who: str) -> list[str
     ]
     ratio = "-"
     if beside is not None and who != TURRET:
-        ratios = [a / sum(b) for a, b in zip(seconds, beside["blocks"], strict=True)]
-        ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+        ratio = record.shown(record.ratio(seconds, [sum(block) for block in beside["blocks"]]), unit="")
     sizes = (side["resident"], side["peak"], side["peak"] - side["resident"], side["libraries"])
     return [
         who,

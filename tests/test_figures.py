@@ -84,6 +84,68 @@ def test_every_block_is_one_that_is_written() -> None:
         assert all(block.count("\n") > 1 for block in found), f"{page}: a block without a figure"
 
 
+# --- what may be claimed ---------------------------------------------------------------------------------------------
+
+RATIO = re.compile(r"\d(?:\.\d+)?x \[(-?[\d.]+), (-?[\d.]+)\]")
+COMMIT = re.compile(r"20\d\d-\d\d-\d\d, [0-9a-f]{7,40}\b|older tree")
+NO_END = re.compile(r"\[-?inf|inf\]")
+SCORE = re.compile(r"\b(?:gave|reached|got)\b[^.\n\"]{0,20}\b0\.\d\d")
+# A score in the program's own words: the file, the score, the result that carries it.
+CARRIED = {"methods/lora/spec.py": {"accuracy 0.53": "book_jobs", "0.87 by default": "book_jobs"}}
+
+
+def chance(text: str) -> list[str]:
+    """Ratios whose interval reaches 1, or is none."""
+    return [found.group() for found in RATIO.finditer(text) if float(found[1]) <= 1.0]
+
+
+def test_the_front_page_claims_no_ratio_that_chance_explains() -> None:
+    assert chance((ROOT / "README.md").read_text(encoding="utf-8")) == []
+    assert chance("- a step is 3.1x [1.05, 4.8] faster") == []
+    assert chance("3.1x [1.0, 4.8] faster, 2.7x [0.60, 6.7] faster") == ["3.1x [1.0, 4.8]", "2.7x [0.60, 6.7]"]
+
+
+def test_every_interval_has_two_ends_and_no_commit_is_cited() -> None:
+    for page in (*PAGES, ROOT / "ARCHITECTURE.md"):
+        text = page.read_text(encoding="utf-8")
+        assert NO_END.findall(text) == [], page
+        assert COMMIT.findall(text) == [], page
+    assert NO_END.search("1.49x [-inf, inf]")
+    assert COMMIT.search("2026-11-27, 04759c0d0c5b")
+
+
+def test_a_score_in_the_programs_own_words_is_one_that_a_result_carries() -> None:
+    for path in sorted((ROOT / "src" / "turret").rglob("*.py")):
+        known = CARRIED.get(path.relative_to(ROOT / "src" / "turret").as_posix(), {})
+        text = path.read_text(encoding="utf-8")
+        for found in SCORE.finditer(text):
+            assert any(words in text[found.start() : found.end() + 40] for words in known), f"{path}: {found.group()}"
+        for words, result in known.items():
+            score = re.search(r"0\.\d\d", words)
+            assert words in text
+            assert score is not None
+            kept = (BENCHMARKS / "results" / f"{result}.json").read_text(encoding="utf-8")
+            assert re.search(rf'"accuracy": {score.group()}', kept), words
+    assert SCORE.search("after one epoch 2e-5 gave 0.51 on IMDB")
+
+
+def test_a_ratio_has_an_interval_that_covers_it_as_often_as_it_says() -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import numpy as np, record\n"
+        "draw = np.random.default_rng(1)\n"
+        "for rounds in (3, 5, 7, 15):\n"
+        "    found = [record.ratio(2 * np.exp(draw.normal(0, 0.3, rounds)), np.ones(rounds)) for _ in range(400)]\n"
+        "    print(sum(each.low <= 2 <= each.high for each in found) / len(found))\n"
+        "print(record.shown(record.ratio([2.0], [1.0]), 1), record.shown(record.ratio([2.0] * 9, [1.0] * 9), 1))\n"
+    )
+    command = [sys.executable, "-c", program, str(BENCHMARKS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    *covered, last = done.stdout.splitlines()
+    assert all(float(share) >= 0.92 for share in covered), covered
+    assert last == "2.0x 2.0x [2.0, 2.0]"
+
+
 def figures(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / "figures.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -100,7 +162,7 @@ def test_a_figure_that_was_changed_by_hand_is_noticed() -> None:
         "import figures\n"
         "page = figures.PAGES[0].read_text(encoding='utf-8')\n"
         "assert figures.filled(page) == page\n"
-        "changed = page.replace('x faster', '9x faster', 1)\n"
+        "changed = page.replace('x [', '9x [', 1)\n"
         "assert changed != page and figures.filled(changed) == page\n"
     )
     command = [sys.executable, "-c", program, str(BENCHMARKS)]

@@ -47,8 +47,7 @@ class LoRA(Method):
     peft_name: ClassVar[str | None] = "LORA"
     claimed: ClassVar[bool] = True
     low_rate: ClassVar[str | None] = (
-        "LoRA stays near chance with it (after one epoch 2e-5 gave 0.51 on IMDB and 0.53 on movie snippets, "
-        "1e-3 gave 0.83 and 0.84)"
+        "LoRA stays near chance with it (three epochs on 2,000 reviews of IMDB: accuracy 0.53, and 0.87 by default)"
     )
     classify_steps: ClassVar[int] = 250
 
