@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import itertools
 import json
+import lzma
 import math
 import time
 import tomllib
+from collections import deque
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +29,7 @@ from turret.data.dataset import read_test
 from turret.data.rows import read_inputs
 from turret.data.source import open_source
 from turret.data.table import Table, from_rows
+from turret.data.text_file import UNPACKED_BYTES, UNPACKED_TIMES
 from turret.errors import LINE, DataError, RecipeError, TurretError
 from turret.recipe import Data, Recipe
 from turret.tasks import task_of
@@ -288,3 +295,37 @@ def test_a_table_with_hundreds_of_thousands_of_columns_is_refused_at_once(tmp_pa
     assert len(open_source(str(tmp_path / "most.csv"))[""].columns) == 16_384
     (tmp_path / "twice.csv").write_text(f"{most.replace('c9,', 'c7,', 1)}\n{','.join(row[:16_384])}\n")
     assert {"c7 (1)", "c7 (2)"} <= set(open_source(str(tmp_path / "twice.csv"))[""].columns)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "xz"])
+def test_a_decompression_bomb_is_refused_before_it_fills_anything(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"bomb.csv.{suffix}"
+    piece = (b"a great film " * 700 + b",good\n") * 100
+    with packed(path) as file:
+        file.write(b"text,label\n")
+        for _ in range((UNPACKED_BYTES + (16 << 20)) // len(piece)):
+            file.write(piece)
+    assert path.stat().st_size < UNPACKED_BYTES / UNPACKED_TIMES
+    (table,) = open_source(str(path)).values()
+    before, rows = psutil.Process().memory_info().rss, itertools.count()
+    with pytest.raises(DataError, match="unpacks to more than 200 times its size"):
+        deque(zip(table.read(["text", "label"]), rows, strict=False), maxlen=0)
+    assert next(rows) > 20_000
+    assert psutil.Process().memory_info().rss - before < UNPACKED_BYTES
+
+
+def packed(path: Path) -> Any:
+    """A compressed file to write to."""
+    if path.suffix == ".zst":
+        return pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd")
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[path.suffix](path, "wb")
+
+
+def test_a_file_that_is_packed_well_but_small_is_read(tmp_path: Path) -> None:
+    for suffix in ("gz", "zst", "bz2", "xz"):
+        path = tmp_path / f"a.csv.{suffix}"
+        with packed(path) as file:
+            file.write(b"text,label\n" + b"a great film,good\n" * 100_000)  # a thousand times smaller
+        (table,) = open_source(str(path)).values()
+        assert sum(1 for _ in table.read(["text"])) == 100_000

@@ -267,6 +267,13 @@ def test_a_constraint_that_is_nested_too_deeply_is_refused_before_it_is_compiled
     assert time.perf_counter() - started < 2
 
 
+def test_what_is_no_grammar_is_one_line(engine) -> None:
+    for text in ("\\" * 60_000, "x", ":", "start", '"a"', "%json", "start: (" * 3000):
+        with pytest.raises(DataError) as refused:
+            engine.compile(Constraint.lark(text))
+        assert len(str(refused.value)) < 300
+
+
 def test_schemas_and_grammars_that_refer_to_themselves_or_are_deep_but_not_too_deep_are_answered(engine) -> None:
     tree = {
         "$defs": {"tree": {"type": "object", "properties": {"next": {"$ref": "#/$defs/tree"}}, "required": ["next"]}},

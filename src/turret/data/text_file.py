@@ -19,12 +19,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from turret.data.table import FIELD_LIMIT, LINE_LIMIT, reason_of
 from turret.errors import DataError, one_line, shown
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+UNPACKED_BYTES, UNPACKED_TIMES = 256 << 20, 200  # a compressed file unpacks to no more than the larger one
 TOO_LONG = f"a field may have {FIELD_LIMIT}, so shorten it or leave the row out"
 UTF8 = "utf-8-sig"
 _CHUNK = 1 << 18
@@ -103,17 +107,48 @@ def _damaged(path: Path, error: Exception) -> DataError:
 def _decompressed(path: Path) -> BinaryIO:
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return io.BufferedReader(gzip.GzipFile(path))
+        return io.BufferedReader(_Unpacked(gzip.GzipFile(path), path), _CHUNK)
     if suffix == ".bz2":
-        return io.BufferedReader(bz2.BZ2File(path))
+        return io.BufferedReader(_Unpacked(bz2.BZ2File(path), path), _CHUNK)
     if suffix == ".xz":
-        return io.BufferedReader(lzma.LZMAFile(path))
+        return io.BufferedReader(_Unpacked(lzma.LZMAFile(path), path), _CHUNK)
     if suffix == ".zst":
         import pyarrow as pa
 
-        stream: BinaryIO = io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
-        return stream
+        return io.BufferedReader(_Unpacked(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"), path), _CHUNK)
     return path.open("rb")
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of a compressed file. Raises DataError once they are too many for its size, as of a decompression bomb.
+
+    Args:
+        packed: the decompressor, which reads the file.
+    """
+
+    def __init__(self, packed: gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile | BinaryIO, path: Path) -> None:
+        self._packed, self._path = packed, path
+        self._most = max(UNPACKED_BYTES, UNPACKED_TIMES * path.stat().st_size)
+        self._size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer).cast("B")
+        piece = self._packed.read(len(view))
+        view[: len(piece)] = piece
+        self._size += len(piece)
+        if self._size > self._most:
+            raise DataError(
+                f"{name_of(self._path)} unpacks to more than {UNPACKED_TIMES} times its size and {UNPACKED_BYTES} "
+                "bytes, as texts never do: unpack it first"
+            )
+        return len(piece)
+
+    def close(self) -> None:
+        self._packed.close()
+        super().close()
 
 
 def lines_of(path: Path, encoding: str | None = None) -> list[str]:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from urllib.parse import unquote
 
 from turret.errors import DataError, one_line
@@ -176,7 +177,7 @@ def _check_grammar_depth(grammar: str, what: str) -> None:
 def _rules(grammar: str) -> Iterator[tuple[str, str]]:
     """The rules and terminals of a Lark grammar: their names, and what follows them."""
     starts = list(re.finditer(r"^[ \t]*[?!]?([A-Za-z_]\w*)[^:\n\"/]*:", grammar, re.MULTILINE))
-    for found, following in zip(starts, [*starts[1:], None], strict=True):
+    for found, following in zip_longest(starts, starts[1:]):
         yield found[1], grammar[found.end() : len(grammar) if following is None else following.start()]
 
 
