@@ -76,7 +76,7 @@ def test_the_public_names_are_these_and_each_is_there() -> None:
         "Workspace",
         "__version__",
     ]
-    names += ["attach", "detach", "save"]
+    names += ["attach", "detach", "load", "save"]
     assert sorted(turret.__all__) == names == dir(turret)
     for name in names:
         assert hasattr(turret, name), name

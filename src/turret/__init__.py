@@ -10,7 +10,7 @@
 - `Workspace`: train, predict, compare, promote, roll back, import and export. See `help(turret.Workspace)`.
 - `Recipe`: base, data, task, method and training settings as one value, read from and written to TOML.
 - `LoRA`, `Prefix`, `Peft`: methods. `Full` and `Head` are baselines for comparisons.
-- `attach`, `save`, `detach`: put an adapter on a transformers model in your own training loop.
+- `attach`, `save`, `load`, `detach`: an adapter on a transformers model in your own training loop.
 - `AsyncClient`: a client of the server that `turret serve` starts.
 - `TurretError`: the base class of every error.
 
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from turret.adapters import attach, detach
-    from turret.bundles import save
+    from turret.bundles import load, save
     from turret.client import AsyncClient
     from turret.errors import TurretError
     from turret.methods import Full, Head, LoRA, Peft, Prefix
@@ -46,6 +46,7 @@ __all__ = [
     "__version__",
     "attach",
     "detach",
+    "load",
     "save",
 ]
 
@@ -61,6 +62,7 @@ _HOMES = {
     "Workspace": "turret.workspace",
     "attach": "turret.adapters",
     "detach": "turret.adapters",
+    "load": "turret.bundles",
     "save": "turret.bundles",
 }
 

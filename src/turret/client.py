@@ -26,7 +26,8 @@ from types import TracebackType
 import httpx2
 
 from turret import errors
-from turret.errors import RequestError, TurretError
+from turret.arguments import checked_methods
+from turret.errors import RequestError, TurretError, shown
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 
 Messages = Sequence[JsonMapping]
@@ -76,6 +77,7 @@ class Answer:
         return [each["text"] if "text" in each else each["message"]["content"] for each in choices]
 
 
+@checked_methods
 class AsyncClient:
     """A client of one server or of several servers of one store: a context manager, or call `close`.
 
@@ -354,6 +356,8 @@ class AsyncClient:
             url = self._urls[self._at]
             wait: float | None = None
             error: Exception
+            if self._http.is_closed:
+                raise RequestError("this client is closed: open another one with `async with turret.AsyncClient(...)`")
             try:
                 request = self._http.build_request(method, url + path, json=body, params=dict(query or {}))
                 response = await self._http.send(request, stream=stream)
@@ -361,6 +365,10 @@ class AsyncClient:
                     return response
                 await response.aread()
                 error, wait = _error(response), _retry_after(method, response)
+            except (httpx2.InvalidURL, TypeError, ValueError) as failure:  # of the name, or of a value that is not JSON
+                raise RequestError(
+                    f"{shown(path)} cannot be asked ({failure}): correct the name, or the value"
+                ) from None
             except httpx2.HTTPError as failure:
                 error = _unreachable(url, failure)
                 error.__cause__ = failure

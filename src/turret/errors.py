@@ -1,6 +1,8 @@
 """All errors that this package raises on purpose.
 
 TurretError                 base of all; its text is one line: what failed, expected, given, remedy
+├── BadArgument             a Python call with an unknown, missing or ill-typed argument
+├── NotInstalled            a package that a call needs is not installed
 ├── BadReference            a name, version, alias or gate that cannot be parsed
 ├── RecipeError             a recipe with an unknown key or an invalid value, or one that cannot be read
 ├── DataError               a table, column, label or split that cannot be used
@@ -119,9 +121,22 @@ def _cut(text: str, most: int) -> str:
 
 
 class TurretError(Exception):
-    """Base of all errors of this package; the command line exits with `exit_status`."""
+    """Base of all errors of this package: its text is one line. The command line exits with `exit_status`."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+class BadArgument(TurretError):
+    """A Python call has an unknown or missing argument, or one of another type."""
+
+    exit_status = 2
+
+
+class NotInstalled(TurretError):
+    """A package that a call needs is not installed."""
 
 
 class BadReference(TurretError):

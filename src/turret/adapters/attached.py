@@ -24,6 +24,7 @@ from turret.adapters.lora import RoutedLinear
 from turret.adapters.prefix import PrefixSlot
 from turret.adapters.routed import RoutedDropout, RoutedModule
 from turret.adapters.whole import RoutedWhole
+from turret.arguments import checked
 from turret.errors import AdapterError
 from turret.families import Family, Site, family_of
 from turret.methods import Method
@@ -94,6 +95,7 @@ def attachment(model: nn.Module) -> Attachment:
     return found
 
 
+@checked
 def detach(model: M) -> M:
     """Take everything off: modules, weights, hooks, attention function and requires_grad are as before.
 

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from turret.adapters.adapter import Adapter, Extracted, mount_parts, require_base
 from turret.adapters.attached import ATTRIBUTE, Attachment, Beginning, attachment, detach, hook_model
 from turret.adapters.composition import all_parts
+from turret.arguments import checked
 from turret.errors import AdapterError
-from turret.methods import Method
+from turret.methods import Method, by_name
 from turret.methods.lookup import numbers_of
 from turret.transformer import Model
 
 M = TypeVar("M", bound=nn.Module)  # a model of transformers, by whatever class its user knows it
 
 
+@checked
 def attach(
     model: M,
-    method: Method,
+    method: Method | str,
     *,
     init_ids: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -30,7 +32,7 @@ def attach(
 
     Args:
         model: a model of transformers without an attachment.
-        method: what is trained.
+        method: what is trained: a method, or the name of one with its defaults, such as "lora" or "peft:IA3".
         init_ids: (n,) int64, token ids of the words that a prefix starts from, repeated or cut to P; None: random.
         generator: draws the initial factors.
         head: dotted names of further modules to train as the head, such as a pooler that the checkpoint lacks.
@@ -40,10 +42,10 @@ def attach(
 
     Raises:
         AdapterError: the model has an adapter already, or does not fit the method.
+        RecipeError: there is no method of that name.
     """
-    if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
-        raise AdapterError("this model already carries an adapter: call turret.detach(model) first")
-    base = cast(Model, model)
+    base = require_bare(model)
+    method = by_name(method) if isinstance(method, str) else method
     attached = hook_model(base, plain=method.wraps_modules)
     attached.methods[1] = method = method.on(attached.family.kind)
     try:
@@ -53,6 +55,17 @@ def attach(
         raise
     attached.context.active = 1
     return model
+
+
+def require_bare(model: nn.Module) -> Model:
+    """The model, if it is one of transformers without an adapter. Raises AdapterError."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise AdapterError(
+            f"an adapter goes on a model of transformers, given a {type(model).__name__}: load one with from_pretrained"
+        )
+    if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
+        raise AdapterError("this model already carries an adapter: call turret.detach(model) first")
+    return cast(Model, model)
 
 
 @torch.no_grad()

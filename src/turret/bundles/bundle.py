@@ -11,22 +11,22 @@ import shutil
 import stat
 import uuid
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.adapter import Adapter, BaseInfo
-from turret.adapters.attached import attachment
-from turret.adapters.lifecycle import extract
+from turret.adapters.adapter import Adapter, BaseInfo, require_base
+from turret.adapters.attached import ATTRIBUTE, Attachment, attachment, detach
+from turret.adapters.lifecycle import attach, extract, mount, require_bare, start_from
 from turret.adapters.peft_config import check_config, refuse_code, shortly
+from turret.arguments import checked
 from turret.bundles.tensors import Content, read_tensors, visible
-from turret.disk import make_folder, permissions, sync
-from turret.errors import BundleError, RecipeError
+from turret.disk import describe_error, make_folder, permissions, sync
+from turret.errors import AdapterError, BundleError, RecipeError, one_line
 from turret.families import FAMILIES
 from turret.fingerprint import fingerprint_of
 from turret.json_types import JsonObject, JsonValue
@@ -35,6 +35,7 @@ from turret.methods.lookup import numbers_of
 from turret.tasks import stored_task
 from turret.transformer import Model
 
+M = TypeVar("M", bound=nn.Module)
 TASK_TYPES = {"classify": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM", "decoder": "CAUSAL_LM"}
 FORMAT = 1
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
@@ -46,6 +47,47 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 BASE = ("id", "fingerprint", "family", "revision", "quantization")  # of the manifest's base; only the id is required
 
 
+@checked
+def load(folder: str | Path, model: M, *, trainable: bool = False) -> M:
+    """Put the adapter in a folder on a model of transformers, which answers with it afterwards.
+
+    Args:
+        folder: a bundle that `save` or an export wrote, or a PEFT folder.
+        model: the adapter's base, without an attachment. `detach` takes the adapter off again.
+        trainable: go on with training from the adapter; else nothing of the model requires gradients.
+
+    Returns:
+        The same model.
+
+    Raises:
+        BundleError: the folder is broken or not accepted.
+        WrongBase: the adapter was trained on other weights. A PEFT folder does not say on which.
+        AdapterError: the model has an adapter already, or a tensor does not fit it.
+    """
+    base = require_bare(model)
+    adapter = read_bundle(folder)
+    if adapter.base.fingerprint is not None:
+        require_base(adapter, fingerprint_of(base.named_parameters(), base))
+    own = {name: each.shape for name, each in base.named_parameters()}
+    for name, tensor in adapter.head.items():
+        if own.get(name, tensor.shape) != tensor.shape:
+            raise AdapterError(
+                f"the head's {name} has the shape {tuple(tensor.shape)}, and the model's has {tuple(own[name])}: load "
+                "the base with the adapter's num_labels"
+            )
+    try:
+        if not trainable:
+            return mount(model, adapter)
+        attach(model, adapter.method)
+        start_from(base, adapter)
+    except BaseException:
+        if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
+            detach(model)
+        raise
+    return model
+
+
+@checked
 def save(
     model: nn.Module,
     folder: str | Path,
@@ -68,7 +110,7 @@ def save(
         The manifest.
 
     Raises:
-        BundleError: the folder exists, or a tensor is not finite.
+        BundleError: the folder exists or cannot be written, or a tensor is not finite.
     """
     attached = attachment(model)
     tensors, head, method = extract(model)
@@ -77,7 +119,11 @@ def save(
     name = base or getattr(transformer.config, "_name_or_path", "") or attached.family.name
     kept = getattr(transformer, quantized.KEPT_IN, None)
     info = BaseInfo(name, fingerprint, attached.family.name, quantization=kept)
-    return save_bundle(Adapter(method, tensors, head, info, task or {}, generation or {}), folder)
+    try:
+        return save_bundle(Adapter(method, tensors, head, info, task or {}, generation or {}), folder)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or a setting that JSON does not have
+        reason = describe_error(error, Path(folder)) if isinstance(error, OSError) else one_line(str(error), 120)
+        raise BundleError(f"the adapter cannot be saved: {reason}: choose another folder, or plain settings") from None
 
 
 def save_bundle(adapter: Adapter, folder: str | Path) -> JsonObject:
@@ -90,8 +136,8 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> JsonObject:
     if folder.exists():
         raise BundleError(f"{folder} exists already: expected a new folder; remove it or choose another name")
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    make_folder(partial)
     try:
+        make_folder(partial)
         manifest = _write(adapter, partial)
         partial.rename(folder)
         sync(folder.parent)
@@ -303,24 +349,16 @@ def _method_of(config: JsonObject, tensors: dict[str, Tensor]) -> Method:
         check_config(config)
     try:
         return method.from_peft(config, {name: tuple(each.shape) for name, each in tensors.items()})
-    except ValidationError as error:
-        raise BundleError(f"adapter_config.json has an unusable {_first(error)}: train it again") from None
+    except RecipeError as error:
+        reason = str(error).removeprefix("method.")
+        raise BundleError(f"adapter_config.json has an unusable {reason}: train it again") from None
 
 
 def _method(value: JsonValue) -> Method:
     try:
         return method_class(value).model_validate(value)
-    except ValidationError as error:
-        reason = _first(error)
     except RecipeError as error:
-        reason = str(error)
-    raise BundleError(f"{MANIFEST} names an unusable method ({reason}): export it again")
-
-
-def _first(error: ValidationError) -> str:
-    """The first problem, as `r: input should be greater than 0`."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise BundleError(f"{MANIFEST} names an unusable method ({error}): export it again") from None
 
 
 def _file_entry(path: Path) -> JsonObject:

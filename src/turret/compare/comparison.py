@@ -37,6 +37,7 @@ from turret.compare.verdict import Verdict, judge
 from turret.data import Dataset, Example
 from turret.errors import TrainingError
 from turret.json_types import JsonMapping, JsonObject
+from turret.notebook import Cell, Table, as_html
 from turret.tasks import task_of
 
 
@@ -76,6 +77,29 @@ class Comparison:
         """The comparison without the texts of examples and the answers to them, for readers who may not see them."""
         notes = (*self.notes, "the texts of examples were left out")
         return replace(self, disagreements=(), examples=(), notes=notes)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                row.label,
+                None if row.score is None else f"{row.score.mean:.1f}",
+                None if row.score is None else f"{row.score.low:.1f} to {row.score.high:.1f}",
+                row.failed or self._said(row),
+                ", ".join(row.marks),
+            )
+            for row in self.rows
+        ]
+        facts: dict[str, Cell] = {
+            "base": str(self.base.get("id")),
+            "seeds": len(self.seeds),
+            "trainings to come": self.missing or None,
+            "report": f"{self.folder}/report.html",
+        }
+        columns = ("method", self.metric, f"{self.confidence:.0%} interval", "verdict", "")
+        return as_html(f"Comparison of {self.name}", facts, Table(columns, rows), self.promotion.why)
+
+    def _said(self, row: ComparisonRow) -> str:
+        return "the baseline" if row.verdict is None else row.verdict.sentence(self.against_label)
 
     def as_json(self) -> JsonObject:
         """The content of report.json, without its headline."""

@@ -1,4 +1,4 @@
-"""Opens a source of data: a file, a folder, stdin, a data set of the Hub, or one that is installed as a wheel."""
+"""Opens a source of data: a file, a folder, stdin, rows in memory, a data set of the Hub, or one of a wheel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from turret.data import hub, packaged
+from turret.data import hub, memory, packaged
 from turret.data.files import is_table, open_folder, open_table
 from turret.data.table import DETECTED, FileFormat, Table
 from turret.errors import DataError, shown
@@ -19,7 +19,7 @@ STDIN = "-"
 
 
 def open_source(source: str, form: FileFormat = DETECTED) -> dict[str, Table]:
-    """Split -> table of a file, a folder, stdin, a wheel or the Hub. The split is "" if there is only one table.
+    """Split -> table of a file, a folder, stdin, rows in memory, a wheel or the Hub. A single table has the split "".
 
     Args:
         form: how files are read, as far as a recipe says it.
@@ -33,6 +33,8 @@ def open_source(source: str, form: FileFormat = DETECTED) -> dict[str, Table]:
         return {"": open_table(_stdin(), form)}
     if source.startswith("pypi:"):
         return packaged.load(source)
+    if memory.is_rows_source(source):
+        return memory.open_rows(source)
     try:
         path = Path(source).expanduser()
         if path.is_dir():

@@ -20,7 +20,19 @@ METHODS: dict[str, type[Method]] = {"lora": LoRA, "prefix": Prefix, "head": Head
 
 ALWAYS = ("r", "lora_alpha", "num_virtual_tokens")  # settings that are said even at their defaults
 
-__all__ = ["METHODS", "Full", "Head", "LoRA", "Method", "Peft", "Prefix", "method_class", "method_named", "said"]
+__all__ = [
+    "METHODS",
+    "Full",
+    "Head",
+    "LoRA",
+    "Method",
+    "Peft",
+    "Prefix",
+    "by_name",
+    "method_class",
+    "method_named",
+    "said",
+]
 
 
 def method_class(value: JsonValue) -> type[Method]:
@@ -44,6 +56,17 @@ def said(method: JsonMapping) -> tuple[str, dict[str, str]]:
         if key != "kind" and not many and not isinstance(value, Mapping) and (key in ALWAYS or not usual):
             settings[key] = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value}"
     return kind, settings
+
+
+def by_name(name: str) -> Method:
+    """A method with its defaults: "lora", "prefix", "head", "full" or "peft:IA3". Raises RecipeError."""
+    kind, _, value = name.partition(":")
+    found = method_class(kind)
+    if not value:
+        return found.model_validate({"kind": kind})
+    if found.named_by is None:
+        raise RecipeError(f"method {shown(name)}: {kind} takes nothing after a colon; give {kind} alone")
+    return found.model_validate({"kind": kind, found.named_by: value})
 
 
 def method_named(kind: str | None) -> type[Method]:

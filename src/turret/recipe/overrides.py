@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from turret.errors import RecipeError
 from turret.json_types import JsonObject, JsonValue
-from turret.methods import Method
+from turret.methods import METHODS, Method
+from turret.methods.messages import KnownKeys, complaint, unknown_key
 from turret.recipe import toml
-from turret.recipe.messages import KnownKeys, complaint, unknown_key
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def override(
         settings[table][leaf] = None if text.strip().lower() == "none" else _untyped(text)
         return
     if field is None or (not table and leaf in models):
-        raise RecipeError(unknown_key(key, settings["method"]["kind"], known))
+        raise RecipeError(unknown_key(key, settings["method"]["kind"], known, METHODS))
     # Any: the type of the key is only known at run time
     annotated: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     value = _typed(key, text, TypeAdapter(annotated, config=ConfigDict(strict=True)))

@@ -39,6 +39,7 @@ _STORE = "the store cannot be read or written now: the server's log says why"
 TABLE: dict[type[BaseException], Rule] = {
     errors.BadRequest: Rule(400, _INVALID),
     errors.BadReference: Rule(404, _INVALID),  # nothing can have such a name
+    errors.BadArgument: Rule(400, _INVALID),
     errors.RecipeError: Rule(400, _INVALID),
     errors.DataError: Rule(400, _INVALID),
     errors.NoRoom: Rule(400, _INVALID),

@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Select, insert, select, update
 
 from turret import audit
 from turret.access import ANY, DEFAULT, Access, check_patterns
+from turret.arguments import checked_methods
 from turret.database import Database, tokens
 from turret.errors import BadReference, InUse, NotFound
 from turret.json_types import JsonMapping, JsonObject
@@ -94,6 +95,7 @@ def which(known: Iterable[AccessToken], secret: str) -> AccessToken | None:
     return found
 
 
+@checked_methods
 class AccessTokens:
     """The tokens of a tenant.
 

@@ -19,9 +19,10 @@ from turret import audit
 from turret.database import adapters, aliases, experiments, files, insert_row, tokens, versions
 from turret.errors import Corrupt, NotFound
 from turret.json_types import JsonMapping, JsonObject, JsonValue, mapping_of, part
+from turret.notebook import as_html, metrics_table, size
 from turret.reference import Reference
 from turret.store.blobs import Blob
-from turret.timestamp import timestamp
+from turret.timestamp import timestamp, to_minute
 from turret.visibility import access_of, seen_adapters, seen_versions
 
 PRODUCTION = "production"  # the alias that a plain name means, if it exists
@@ -55,6 +56,12 @@ class Version:
     def part(self, key: str) -> JsonMapping:
         """A section of the manifest; empty if it is missing or not a mapping."""
         return part(self.manifest, key)
+
+    def _repr_html_(self) -> str:
+        base, method, task = (self.part(key) for key in ("base", "method", "task"))
+        facts = {"base": str(base.get("id")), "method": str(method.get("kind")), "task": str(task.get("kind"))}
+        more = {"stored": to_minute(self.created), "size": size(self.bytes), "aliases": ", ".join(self.aliases)}
+        return as_html(str(self), facts | more, metrics_table(self.metrics))
 
     def as_json(self) -> JsonObject:
         """The version as `turret list --json` prints it."""

@@ -5,8 +5,8 @@ A folder, or a catalog on PostgreSQL with its files elsewhere (`turret.location`
 - `turret.db`, or the PostgreSQL catalog: names, versions, aliases and runs (`turret.database`)
 - `blobs/`, `tmp/`: the files of all bundles, in a folder (`turret.store.blobs`) or an object store
   (`turret.store.objects`); `turret.store.uploads` explains how put and gc run at the same time
-- `runs/`, `comparisons/`, `controls/`, `scratch/`: working folders on this machine; a store by URL has copies of the
-  files of runs and comparisons (`turret.store.artifacts`)
+- `runs/`, `comparisons/`, `controls/`, `data/`, `scratch/`: working folders on this machine; a store by URL has copies
+  of the files of runs and comparisons, and of kept rows (`turret.store.artifacts`)
 
 A put writes the files first and the rows last, in one transaction. After a kill every listed version is whole, and the
 rest is files that no version lists. Content that is already stored under the name keeps its number.
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection
 
 from turret.access import DEFAULT, OPERATOR, Access
+from turret.data.memory import is_rows_source
 from turret.database import Database, plain_errors
 from turret.disk import PRIVATE, make_folder
 from turret.errors import BadReference, Corrupt, NotFound, StoreError
@@ -31,7 +32,19 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import aliases, catalog, gate_status, gc, golden, incoming_bundle, ownership, promotion, runs, scratch
+from turret.store import (
+    aliases,
+    catalog,
+    gate_status,
+    gc,
+    golden,
+    incoming_bundle,
+    kept_rows,
+    ownership,
+    promotion,
+    runs,
+    scratch,
+)
 from turret.store import verify as verifying
 from turret.store.access_tokens import AccessTokens
 from turret.store.aliases import Move, Pointing
@@ -363,6 +376,17 @@ class Store:
         files = None if self.location.catalog is None else self._blobs
         return Artifacts(self.root, self._open_or_create, files, self._claim_files)
 
+    def keep_rows(self, source: str) -> None:
+        """Keep the rows in memory that a recipe's source names, for other processes; nothing for other sources."""
+        if is_rows_source(source):
+            self._open_or_create()
+            kept_rows.keep(self.root, self.home, self.artifacts, source)
+
+    def bring_rows(self, source: str) -> None:
+        """Make such rows readable in this process, if the store has them; nothing for other sources."""
+        if is_rows_source(source) and self.exists():
+            kept_rows.bring(self.root, self.home, self.artifacts, source)
+
     def training_runs(self, database: Database | None = None) -> TrainingRuns:
         """Every operation on runs; raises NotFound if the store does not exist."""
         return TrainingRuns(database or self._existing(), self.root, self.artifacts)
@@ -443,6 +467,7 @@ class Store:
             yield from gc.unlisted(self._blobs, database, dry_run=dry_run)
         yield from gc.of_runs(self.root, database, dry_run=dry_run)
         yield from collect_queued(self.root, database, self.artifacts, dry_run=dry_run)
+        yield from kept_rows.collect(self.root, database, self.artifacts, dry_run=dry_run)
 
     def _claim_files(self, database: Database, *, writes: bool = True) -> None:
         if not self._owns_files:

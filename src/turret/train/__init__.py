@@ -11,7 +11,7 @@ prove(bundle, base, probe) -> report                a fresh process loads the bu
 from turret.plan_check import Check
 from turret.train.batches import pass_tokens
 from turret.train.checkpoint import step_of
-from turret.train.curve import Curve, StepRecord, parse_curve, read_curve
+from turret.train.curve import Curve, RunCurve, StepRecord, parse_curve, read_curve
 from turret.train.defaults import filled
 from turret.train.evaluation import evaluate, generate, head_logits
 from turret.train.initialize import InitialAdapter, require_optimizer
@@ -31,6 +31,7 @@ __all__ = [
     "InitialAdapter",
     "Plan",
     "Probe",
+    "RunCurve",
     "StepRecord",
     "evaluate",
     "filled",

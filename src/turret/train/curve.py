@@ -1,15 +1,24 @@
-"""The training curve: one record per optimiser step, kept in a file of JSON lines."""
+"""The training curve: one record per optimiser step, kept in a file of JSON lines, and shown as table and picture."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, overload
 
 from turret.disk import sync
+from turret.errors import NotInstalled
 from turret.json_types import JsonObject
+from turret.notebook import Table, as_html, measured
+
+if TYPE_CHECKING:
+    import matplotlib.axes
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,115 @@ class StepRecord:
         """The fields that are bit-equal in a repeated or resumed run."""
         measured = ("seconds", "tokens_per_second", "rss")
         return {key: value for key, value in asdict(self).items() if key not in measured}
+
+
+class RunCurve(Sequence[StepRecord]):
+    """The steps of a run, oldest first: a sequence of records, a DataFrame with `to_frame`, a picture with `plot`."""
+
+    def __init__(self, records: Sequence[StepRecord]) -> None:
+        self._records = list(records)
+
+    @overload
+    def __getitem__(self, place: int) -> StepRecord: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[StepRecord]: ...
+    def __getitem__(self, place: int | slice) -> StepRecord | list[StepRecord]:
+        return self._records[place]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __repr__(self) -> str:
+        if not self._records:
+            return "no steps yet"
+        first, last = self._records[0], self._records[-1]
+        return f"{last.step} of {last.steps} steps, loss {first.loss:.3f} -> {last.loss:.3f}"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (each.step, str(each.split), *(measured(name, each.metrics.get(name)) for name in self._metrics()))
+            for each in self._records
+            if each.metrics is not None
+        ]
+        table = Table(("step", "measured on", *(name.replace("_", " ") for name in self._metrics())), rows)
+        return as_html(
+            "Curve", {}, repr(self), *([table] if rows else []), notes=["plot() draws it; to_frame() lists it"]
+        )
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A DataFrame with a row for each step, and a column for each metric, such as "validation accuracy".
+
+        Raises:
+            NotInstalled: pandas is not installed.
+        """
+        frames = _package("pandas", "to_frame")
+        rows = []
+        for each in self._records:
+            fields = {key: value for key, value in asdict(each).items() if key not in ("metrics", "split")}
+            numbers = {name: (each.metrics or {}).get(name) for name in self._metrics()}
+            rows.append(fields | {f"{each.split} {name}": n for name, n in numbers.items() if n is not None})
+        return frames.DataFrame(rows).set_index("step") if rows else frames.DataFrame()
+
+    def plot(self, ax: matplotlib.axes.Axes | None = None) -> matplotlib.axes.Axes:
+        """Draw the loss over the steps, with its running mean, and the metric of each evaluation on a second axis.
+
+        Args:
+            ax: axes of matplotlib to draw on; default: those of a new figure.
+
+        Returns:
+            The axes, on which more can be drawn.
+
+        Raises:
+            NotInstalled: matplotlib is not installed.
+        """
+        pyplot = _package("matplotlib.pyplot", "plot")
+        axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")[1] if ax is None else ax
+        steps, losses = [each.step for each in self._records], [each.loss for each in self._records]
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+        axes.plot(steps, _running_mean(losses), color="tab:blue", linewidth=2, label="training loss")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.set_ylim(bottom=0)
+        lines, labels = axes.get_legend_handles_labels()
+        metric = next((name for name in self._metrics() if name != "loss"), None)
+        seen = [each for each in self._records if metric is not None and (each.metrics or {}).get(metric) is not None]
+        if metric is not None and seen:
+            twin = axes.twinx()
+            splits = dict.fromkeys(str(each.split) for each in seen)
+            for split, color in zip(splits, ("tab:orange", "tab:green", "tab:red"), strict=False):
+                own = [each for each in seen if str(each.split) == split]
+                values = [float((each.metrics or {})[metric]) for each in own]
+                label = f"{split} {metric}".replace("_", " ")
+                twin.plot([each.step for each in own], values, "o-", color=color, label=label)
+            twin.set_ylabel(metric.replace("_", " "))
+            if all(0 <= float((each.metrics or {})[metric]) <= 1 for each in seen):
+                twin.set_ylim(0, 1.05)
+            more = twin.get_legend_handles_labels()
+            lines, labels = [*lines, *more[0]], [*labels, *more[1]]
+        axes.legend(lines, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
+        return axes
+
+    def _metrics(self) -> list[str]:
+        """The names of the metrics that are numbers, the first one first."""
+        found = (each.metrics.items() for each in self._records if each.metrics)
+        return list(dict.fromkeys(name for items in found for name, value in items if isinstance(value, float)))
+
+
+def _running_mean(values: Sequence[float], keep: float = 0.85) -> list[float]:
+    """The exponential running mean, without the pull of its start."""
+    means, mean, weight = list[float](), 0.0, 0.0
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        means.append(mean / weight)
+    return means
+
+
+def _package(name: str, call: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise NotInstalled(f"{call} needs {package}, which is not installed: run `pip install {package}`") from None
 
 
 class Curve:

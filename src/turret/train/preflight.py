@@ -15,6 +15,7 @@ from turret.data import Dataset, Example
 from turret.errors import PreflightRefused
 from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
+from turret.notebook import Cell, Table, as_html, marked, size, span
 from turret.plan_check import Check
 from turret.recipe import Recipe
 from turret.tasks import Task, writes
@@ -52,6 +53,25 @@ class Plan:
     def refusal(self) -> str:
         """All refusals in one line."""
         return "; ".join(str(check) for check in self.checks if check.level == "refuse")
+
+    def _repr_html_(self) -> str:
+        return as_html("Plan", self.facts(), self.table())
+
+    def facts(self) -> dict[str, Cell]:
+        """What the training will cost, in words."""
+        trained = None if self.trainable is None else f"{self.trainable:,} of {self.total:,} parameters"
+        return {
+            "steps": f"{self.steps:,}",
+            "time": None if self.seconds is None else f"about {span(self.seconds)}",
+            "memory": None if self.memory is None else size(self.memory.total),
+            "learning rate": f"{self.lr:g}",
+            "trains": trained,
+        }
+
+    def table(self) -> Table:
+        """The checks, a row each."""
+        rows = [(marked(each.level, each.name), each.text, each.remedy) for each in self.checks]
+        return Table(("check", "found", "to do"), rows)
 
     def require(self) -> None:
         """Raise PreflightRefused if a check refuses."""

@@ -8,18 +8,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 from turret.access import Access, tenant_access
+from turret.arguments import checked_methods
+from turret.data import Prompt
 from turret.experiments import Router
 from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
+from turret.notebook import Cell, Table, as_html
 from turret.store import AccessTokens, Collected, Deleted, Gate, GateStatus, Golden, Move, Store, Verified, Version
+from turret.timestamp import to_minute
 from turret.workspace import experimenting, machine, promoting, reading, training_runs
 from turret.workspace.examples import read_examples
 from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
 from turret.workspace.hub import Hub
-from turret.workspace.progress import Say, silent
+from turret.workspace.progress import Say, shown_in_notebooks, silent
 from turret.workspace.promoting import Ask
 from turret.workspace.queueing import Queue
 from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, Predicted, RunResult
@@ -34,16 +38,23 @@ if TYPE_CHECKING:
     from turret.experiments.evidence_history import EvidenceHistory
     from turret.recipe import Recipe
     from turret.store.difference import Difference
-    from turret.train import StepRecord
+    from turret.train import RunCurve, StepRecord
     from turret.workspace.predict_options import PredictOptions
+    from turret.workspace.reading import Source, Texts
     from turret.workspace.replaying import Replayed
 
 
+SHOWN = 20  # versions that a workspace shows in a notebook
+
+
+@checked_methods
+@shown_in_notebooks
 class Workspace:
     """A store of adapters, and every operation on it.
 
-    Many methods take `on_stage`, a function that is called with a line of text at the start of each stage, and
-    `device`, where the base computes: auto, cpu, cuda, cuda:1 or mps. A training takes it from `train.device`.
+    Many methods take `on_stage`, a function that is called with a line of text at the start of each stage; in a
+    notebook they show their progress by themselves if it is left out. Many also take `device`, where the base computes:
+    auto, cpu, cuda, cuda:1 or mps. A training takes it from `train.device`.
 
     Args:
         path: a folder, which is made at the first write, or the URL of a catalog.
@@ -55,6 +66,20 @@ class Workspace:
         self.hub = Hub(self.store)  # push(reference, hub_id) and pull(hub_id)
         self._memories: dict[int, Memory] = {}  # of `settle`, by the id of an experiment
         self._histories: dict[int, EvidenceHistory] = {}  # of `course`, by the id of an experiment
+
+    def _repr_html_(self) -> str:
+        found = self.list()
+        newest = sorted(found, key=lambda each: each.created, reverse=True)[:SHOWN]
+        rows = [
+            (str(each), str(each.part("base").get("id")), str(each.part("method").get("kind")),
+             str(each.part("task").get("kind")), ", ".join(each.aliases), to_minute(each.created))
+            for each in newest
+        ]  # fmt: skip
+        facts: dict[str, Cell] = {"versions": len(found)}
+        table = Table(("version", "base", "method", "task", "aliases", "stored"), rows)
+        more = [f"and {len(found) - SHOWN} older versions: list() has all"] if len(found) > SHOWN else []
+        empty = "nothing is stored yet: train(recipe) stores the first version"
+        return as_html(f"Workspace {self.store}", facts, table if rows else empty, notes=more)
 
     def seen_by(self, access: Access) -> Workspace:
         """The same store as another tenant, or one of its tokens, sees it."""
@@ -149,7 +174,7 @@ class Workspace:
 
     def plan(self, recipe: Recipe, *, on_stage: Say | None = None) -> Planned:
         """Load base and data, fill in the recipe's defaults and check the recipe, without training."""
-        dataset = reading.read_before_torch(recipe, on_stage or silent)
+        dataset = reading.read_before_torch(self.store, recipe, on_stage or silent)
         from turret.workspace import training
 
         return training.plan(self.store, recipe, training.Callbacks(stage=on_stage or silent), dataset)
@@ -178,7 +203,7 @@ class Workspace:
             PreflightRefused: the plan found a problem that would waste the run.
             TrainingError: the training stopped.
         """
-        dataset = reading.read_before_torch(recipe, on_stage or silent)
+        dataset = reading.read_before_torch(self.store, recipe, on_stage or silent)
         from turret.workspace import training
 
         callbacks = training.Callbacks(on_record or silent, on_plan or silent, on_stage or silent, on_warning or silent)
@@ -225,7 +250,7 @@ class Workspace:
         return comparing.prepare(self.store, recipe, request, on_stage or silent).planned
 
     def compare_composition(
-        self, composition: str, data: str, *, columns: JsonMapping | None = None, against: str | None = None,
+        self, composition: str, data: Source, *, columns: JsonMapping | None = None, against: str | None = None,
         margin: float = 1.0, texts: bool = True, device: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", on_stage: Say | None = None,
     ) -> Comparison:  # fmt: skip
@@ -239,7 +264,10 @@ class Workspace:
         """
         from turret.workspace.comparing import composing
 
-        request = composing.CompositionRequest(composition, data, columns or {}, against, margin, texts, device, dtype)
+        source = reading.source_of(data)
+        request = composing.CompositionRequest(
+            composition, source, columns or {}, against, margin, texts, device, dtype
+        )
         return composing.compare_composition(self.store, request, on_stage or silent)
 
     def control(
@@ -274,9 +302,13 @@ class Workspace:
         """One training: the same keys, `recipe` (TOML) and `touched` (time of its last step), if it ran here."""
         return training_runs.run(self.store, run_id)
 
-    def curve(self, run_id: str, *, most: int = 2000) -> Sequence[StepRecord]:
-        """About `most` steps of a training so far, evenly spaced, and every step with metrics."""
-        return training_runs.curve(self.store, run_id, most)
+    def curve(self, run_id: str | RunResult, *, most: int = 2000) -> RunCurve:
+        """About `most` steps of a training so far, evenly spaced, and every step with metrics.
+
+        Args:
+            run_id: the id of a run, or what `train` returned. `.to_frame()` and `.plot()` of the result show it.
+        """
+        return training_runs.curve(self.store, run_id if isinstance(run_id, str) else run_id.run, most)
 
     def comparisons(self) -> Sequence[JsonObject]:
         """The reports of `compare` and `control` in this store, newest first; `kind` is comparison or control."""
@@ -291,43 +323,60 @@ class Workspace:
         return reports.read(self.store, key)
 
     def evaluate(
-        self, reference: str, data: str, *, columns: JsonMapping | None = None, device: str = "auto",
+        self, reference: str, data: Source, *, columns: JsonMapping | None = None, device: str = "auto",
         on_stage: Say | None = None,
     ) -> Evaluation:  # fmt: skip
         """Metrics and mistakes of a stored version on other data: its test split, or all of it if it has no splits.
 
         Args:
+            data: a file, a folder, a Hub id, pypi:package, a DataFrame, a list of dictionaries or a `datasets.Dataset`.
             columns: keys of a recipe's `[data]`, such as {"text": "review"}; default: those of the version's training.
         """
         version = self.store.resolve(reference)
-        labelled = reading.read_labelled(version, data, columns or {})
+        labelled = reading.read_labelled(self.store, version, reading.source_of(data), columns or {})
         from turret.workspace import evaluation
 
         return evaluation.evaluate(self.store, str(version), labelled, on_stage or silent, device)
 
+    @overload
+    def predict(  # type: ignore[overload-overlap] # a text is an iterable of texts too
+        self, reference: str, texts: Input, *, bare: bool = ..., coverage: float | None = ..., device: str = ...,
+        on_stage: Say | None = ...,
+    ) -> JsonObject: ...  # fmt: skip
+    @overload
     def predict(
-        self, reference: str, texts: Sequence[Input], *, bare: bool = False, coverage: float | None = None,
+        self, reference: str, texts: Iterable[Input], *, bare: bool = ..., coverage: float | None = ...,
+        device: str = ..., on_stage: Say | None = ...,
+    ) -> Sequence[JsonObject]: ...  # fmt: skip
+    def predict(
+        self, reference: str, texts: Texts, *, bare: bool = False, coverage: float | None = None,
         device: str = "auto", on_stage: Say | None = None,
-    ) -> Sequence[JsonObject]:  # fmt: skip
+    ) -> JsonObject | Sequence[JsonObject]:  # fmt: skip
         """One answer per text or conversation: a label with probabilities, or a generated text and why it ended.
 
         Args:
+            texts: a list, a Series, an array or a column of texts, which gets a list of answers; or one text, which
+                gets one answer.
             bare: ask the base without the adapter, with the same prompt and settings; only if the version generates.
             coverage: add `label_set`, which contains the right label with at least this probability.
         """
+        asked = reading.inputs_in(texts)
         from turret.workspace import answering
 
         say = on_stage or silent
-        return answering.predict(self.store, reference, texts, say, bare=bare, coverage=coverage, device=device)
+        found = answering.predict(self.store, reference, asked, say, bare=bare, coverage=coverage, device=device)
+        return found[0] if isinstance(texts, (str, Prompt)) else found
 
     def predict_file(
-        self, reference: str, source: str, out: str | Path, options: PredictOptions | None = None, *,
+        self, reference: str, source: Source, out: str | Path, options: PredictOptions | None = None, *,
         on_stage: Say | None = None,
     ) -> Predicted:  # fmt: skip
         """Answer the rows of a file, and write them with their columns, the answers and flags to a table, `out`."""
         from turret.workspace import predicted_file
 
-        return predicted_file.predict_file(self.store, reference, source, out, options, on_stage or silent)
+        return predicted_file.predict_file(
+            self.store, reference, reading.source_of(source), out, options, on_stage or silent
+        )
 
     def engine(
         self, base: str, *, limits: Limits | None = None,
@@ -405,9 +454,9 @@ class Workspace:
 
         return exporting.export(self.store, reference, folder, form, force=force, say=on_stage or silent)
 
-    def inputs(self, reference: str, source: str, *, columns: JsonMapping | None = None) -> Sequence[Input]:
+    def inputs(self, reference: str, source: Source, *, columns: JsonMapping | None = None) -> Sequence[Input]:
         """The texts in a file, for `predict`: the lines of a .txt file, or a column of a table, as for `evaluate`."""
-        return reading.read_texts(self.store.resolve(reference), source, columns or {})
+        return reading.read_texts(self.store, self.store.resolve(reference), reading.source_of(source), columns or {})
 
     def experiment(self, name: str, number: int | None = None) -> LiveExperiment:
         """An experiment of an adapter; without a number the running one, or else the last one."""
@@ -430,7 +479,7 @@ class Workspace:
         return Router(self.store.database(make=True), clock)
 
     def replay(
-        self, a: str, b: str, data: str | None = None, *, columns: JsonMapping | None = None, device: str = "auto",
+        self, a: str, b: str, data: Source | None = None, *, columns: JsonMapping | None = None, device: str = "auto",
         on_stage: Say | None = None,
     ) -> Replayed:  # fmt: skip
         """Compare two versions on the same labelled examples with a paired test, before an experiment.
@@ -440,7 +489,8 @@ class Workspace:
         """
         from turret.workspace import replaying
 
-        return replaying.replay(self.store, a, b, data, columns or {}, on_stage or silent, device)
+        source = None if data is None else reading.source_of(data)
+        return replaying.replay(self.store, a, b, source, columns or {}, on_stage or silent, device)
 
     def doctor(self, base: str | None = None) -> JsonObject:
         """What this machine can run, and what can be done on a base if one is given."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy import Connection
 
+from turret.arguments import checked_methods
 from turret.errors import BadExperiment, ExperimentError, NotFound
 from turret.experiments import assign as assigning
 from turret.experiments import outcomes, rows
@@ -94,6 +95,7 @@ class ExperimentStatus:
         }
 
 
+@checked_methods
 class LiveExperiment:
     """An experiment of an adapter name: number `number`, else the running one, else the last one."""
 

@@ -131,7 +131,7 @@ def on_other_tasks(
     for other in others(store, version):
         say(f"measuring forgetting on {other}")
         try:
-            found[str(other)] = _on_task(other, model, task)
+            found[str(other)] = _on_task(store, other, model, task)
         except TurretError as error:  # its data may be gone, and then nothing can be measured on it
             skipped[str(other)] = str(error)
     return Forgetting(neutral, found, skipped)
@@ -161,10 +161,10 @@ def is_current(measured: JsonMapping, expected: Sequence[Version]) -> bool:
     return "tasks" in measured and set(seen) == {str(each) for each in expected}
 
 
-def _on_task(other: Version, model: Model, task: TextTask) -> Increase:
+def _on_task(store: Store, other: Version, model: Model, task: TextTask) -> Increase:
     """On test examples of another version's task, as that task writes its prompts."""
     recipe = Recipe.from_toml(str(other.part("lineage")["recipe"]))
-    dataset = read_dataset(recipe)
+    dataset = read_dataset(store, recipe)
     examples = dataset.test or dataset.validation or dataset.train
     its_task = task_from_spec(other.part("task"), task.tokenizer)
     assert writes(its_task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from turret.arguments import checked_methods
 from turret.disk import describe_error
 from turret.errors import StoreError
 from turret.json_types import JsonMapping
@@ -14,6 +15,7 @@ from turret.workspace.progress import Say, silent
 from turret.workspace.results import Imported, Pushed
 
 
+@checked_methods
 class Hub:
     """The Hub as a place for the versions of a store.
 

@@ -39,7 +39,7 @@ def predict_file(
     version = store.resolve(reference)
     check_target(path)
     check_options(version, request.top, request.coverage)
-    rows = read_rows(version, source, request.columns)
+    rows = read_rows(store, version, source, request.columns)
     first = list(islice(rows.read(), SAMPLED))  # an error in a column or in these rows costs no load of the base
     form = form_of(source, rows.found, (row.cells for row in first), path)
     names = _names(rows.columns, stored_task(version.part("task")), request)

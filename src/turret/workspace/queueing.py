@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from turret.access import ANY, Access
+from turret.arguments import checked_methods
+from turret.data import memory
 from turret.disk import PRIVATE, make_folder, permissions
 from turret.errors import DataError, NotFound, RecipeError, StoreError
 from turret.json_types import JsonObject
@@ -30,6 +32,7 @@ MOST_NAME = 200  # bytes of the name of a file that a client sends
 STDIN = "-"
 
 
+@checked_methods
 class Queue:
     """The trainings that wait in a store, and those that workers have taken from there."""
 
@@ -45,7 +48,7 @@ class Queue:
         Raises:
             QueueFull: too many trainings of the tenant wait.
         """
-        return self._submit(_with_absolute_base(recipe), _local_files(recipe.data.source), priority)
+        return self._submit(_with_absolute_base(recipe), self._local_files(recipe.data.source), priority)
 
     def submit_texts(
         self, recipe: Recipe, files: Mapping[str, bytes], *, priority: int = 0, own_base: str | None = None
@@ -151,12 +154,22 @@ class Queue:
         if not files and PLACE.match(recipe.data.source):
             raise DataError(f"data.source {ascii(recipe.data.source)[:60]} is not a file here: give its path")
         if files:
-            source, given = _place(files, Path(recipe.data.source).name or "data"), recipe.data.source
+            given = recipe.data.source
+            name = memory.name_of_rows(given) if memory.is_rows_source(given) else Path(given).name
+            source = _place(files, name or "data")
             files = {source if name == given else f"{source}/{name}": path for name, path in files.items()}
             recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
         store = self._store
         place = partial(queued_data.submit, store.root, store.database(make=True), store.artifacts, files)
         return self._store.run(queue.submit(recipe.name, recipe.to_toml(), priority=priority, place=place))
+
+    def _local_files(self, source: str) -> Mapping[str, Path]:
+        """The files of local data; empty for data of the Hub or of a package. Raises DataError."""
+        if not memory.is_rows_source(source):
+            return _local_files(source)
+        self._store.bring_rows(source)
+        memory.open_rows(source)  # an error if they are nowhere
+        return dict(_of_folder(memory.place(source)))
 
     def _require_seen(self, recipe: Recipe) -> None:
         """Raise NotFound if this caller does not see the adapter, the base or the first version of a recipe."""
@@ -206,7 +219,7 @@ def _is_elsewhere(source: str) -> bool:
     from turret.data.files import is_table
     from turret.data.hub import looks_like_id
 
-    local = source.startswith((".", "/", "~")) or is_table(Path(source))
+    local = source.startswith((".", "/", "~")) or memory.is_rows_source(source) or is_table(Path(source))
     return source.startswith("pypi:") or (not local and looks_like_id(source))
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-from turret.data import Dataset, Example, Input
+from turret.data import Dataset, Example, Input, Prompt, memory
 from turret.data.table import ROLES
-from turret.errors import RecipeError, one_line
+from turret.errors import DataError, RecipeError, one_line, shown
 from turret.json_types import JsonMapping, JsonObject
-from turret.store import Version
+from turret.store import Store, Version
 from turret.tasks import schemas, stored_task, task_of
 from turret.trackers.table import require_installed
 from turret.workspace.progress import Say, silent
@@ -27,6 +28,39 @@ KEPT = (
     "rename",
     "bad_lines",
 )  # other keys that a version reads new tables with
+Texts: TypeAlias = Input | Iterable[Input]  # also a Series of pandas, an array of numpy, a column of `datasets`
+Source: TypeAlias = str | Path | memory.RowsInMemory  # of data: what `data.source` of a recipe takes
+
+
+def inputs_in(texts: Texts) -> list[Input]:
+    """The inputs in one text or conversation, or in a list, a Series, an array or a column of them.
+
+    Raises:
+        DataError: there are none, or one of them is no text.
+    """
+    if isinstance(texts, (str, Prompt)):
+        return [texts]
+    if hasattr(texts, "columns") or hasattr(texts, "column_names"):
+        raise DataError(
+            f'a {type(texts).__name__} has several columns: give the one with the texts, such as data["text"]'
+        )
+    listed = texts.tolist() if hasattr(texts, "tolist") else texts  # a Series of pandas, an array of numpy
+    if isinstance(listed, (bytes, Mapping)) or not isinstance(listed, Iterable):
+        raise DataError(f"expected a text, or a list or a Series of texts, given a {type(texts).__name__}")
+    found = [listed] if isinstance(listed, str) else list(listed)
+    for place, each in enumerate(found, 1):
+        if not isinstance(each, (str, Prompt)):
+            raise DataError(
+                f"text {place} of {len(found)}: expected a text, given {shown(each)}: drop it, or make it a text"
+            )
+    if not found:
+        raise DataError("nothing to answer: give a text, or a file with at least one line")
+    return [str(each) if isinstance(each, str) else each for each in found]
+
+
+def source_of(data: Source) -> str:
+    """The source of some data as a recipe names it. Raises DataError for rows in memory that cannot be used."""
+    return memory.put(data) if memory.is_rows(data) else str(data)
 
 
 @dataclass(frozen=True)
@@ -39,18 +73,23 @@ class LabelledData:
     notes: Sequence[str]
 
 
-def read_dataset(recipe: Recipe, say: Say = silent) -> Dataset:
-    """The data set of a recipe. Raises DataError."""
+def read_dataset(store: Store, recipe: Recipe, say: Say = silent) -> Dataset:
+    """The data set of a recipe. Raises DataError.
+
+    Args:
+        store: where rows are that another process had in memory.
+    """
     from turret.data.dataset import read
 
     say(f"reading {one_line(recipe.data.source, 100)}")
+    store.bring_rows(recipe.data.source)
     return read(recipe.data, schemas(recipe.task), recipe.split_seed)
 
 
-def read_before_torch(recipe: Recipe, say: Say) -> Dataset | None:
+def read_before_torch(store: Store, recipe: Recipe, say: Say) -> Dataset | None:
     """The data set, unless torchrun started several processes, of which the main one has to read first."""
     require_installed(recipe.train.trackers or ())
-    return None if os.environ.get("WORLD_SIZE", "1") != "1" else read_dataset(recipe, say)
+    return None if os.environ.get("WORLD_SIZE", "1") != "1" else read_dataset(store, recipe, say)
 
 
 def with_base(recipe: Recipe, kind: str) -> tuple[Recipe, list[str]]:
@@ -67,7 +106,7 @@ def with_base(recipe: Recipe, kind: str) -> tuple[Recipe, list[str]]:
     return recipe.model_copy(update={"base": base}), [note]
 
 
-def read_labelled(version: Version, source: str, columns: JsonMapping) -> LabelledData:
+def read_labelled(store: Store, version: Version, source: str, columns: JsonMapping) -> LabelledData:
     """The test examples of a source as a version reads them: with the columns and labels of its training data.
 
     Args:
@@ -78,27 +117,27 @@ def read_labelled(version: Version, source: str, columns: JsonMapping) -> Labell
     spec = version.part("task")
     schema = stored_task(spec).schema(multi_label=bool(spec.get("multi_label")))
     trained = trained_on(version)
-    data = _data(source, trained, columns)
+    data = _data(store, source, trained, columns)
     rows = read_test(data, schema, labels=tuple(spec.get("labels") or ()), trained=_roles(trained))
     return LabelledData(data, rows.examples, rows.places, rows.notes)
 
 
-def read_texts(version: Version, source: str, columns: JsonMapping) -> list[Input]:
+def read_texts(store: Store, version: Version, source: str, columns: JsonMapping) -> list[Input]:
     """The inputs in a file: the lines of a .txt file, or a column of a table."""
     from turret.data.rows import read_inputs
 
     trained = trained_on(version)
     schema = stored_task(version.part("task")).schema()
-    return read_inputs(_data(source, trained, columns), schema, trained=_roles(trained))
+    return read_inputs(_data(store, source, trained, columns), schema, trained=_roles(trained))
 
 
-def read_rows(version: Version, source: str, columns: JsonMapping) -> Rows:
+def read_rows(store: Store, version: Version, source: str, columns: JsonMapping) -> Rows:
     """The rows of a file with all their cells, to be answered one after another."""
     from turret.data import rows
 
     trained = trained_on(version)
     schema = stored_task(version.part("task")).schema()
-    return rows.read_rows(_data(source, trained, columns), schema, trained=_roles(trained))
+    return rows.read_rows(_data(store, source, trained, columns), schema, trained=_roles(trained))
 
 
 def trained_on(version: Version) -> JsonObject:
@@ -117,11 +156,13 @@ def _roles(trained: JsonMapping) -> dict[str, str]:
     return {role: str(trained[role]) for role in ROLES if trained.get(role) is not None}
 
 
-def _data(source: str, trained: JsonMapping, columns: JsonMapping) -> Data:
+def _data(store: Store, source: str, trained: JsonMapping, columns: JsonMapping) -> Data:
     from turret.recipe import Data
 
     kept = {key: trained[key] for key in KEPT if key in trained}
     try:
-        return Data.model_validate({"source": source, **kept, **columns})
+        data = Data.model_validate({"source": source, **kept, **columns})
     except RecipeError as error:
         raise RecipeError(f"the columns of {source[:60]!r}: {error}") from None
+    store.bring_rows(data.source)
+    return data

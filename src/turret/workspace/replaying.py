@@ -64,7 +64,7 @@ def replay(
         texts, judges = _golden(store, first.name)
     scores: list[list[float]] = []
     for version in (first, second):
-        labelled = None if source is None else read_labelled(version, source, columns)
+        labelled = None if source is None else read_labelled(store, version, source, columns)
         ready = answering.mounted(store, str(version), say, device)
         if labelled is not None:
             notes = notes or labelled.notes

@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from turret.data.memory import shortly
+from turret.errors import one_line
 from turret.json_types import JsonObject
+from turret.notebook import Cell, Table, as_html, class_table, marked, measured, metrics_table, size, span
 
 if TYPE_CHECKING:
     from turret.compare.mistakes import Details
     from turret.recipe import Recipe
     from turret.train import Plan
+
+
+MISTAKES = 5  # that an evaluation shows in a notebook
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,20 @@ class RunResult:
     device: str = "cpu"  # where it was trained and proven
     forgetting: JsonObject | None = None  # on neutral text; None for a classifier
 
+    def _repr_html_(self) -> str:
+        trained, total = self.parameters.get("trainable"), self.parameters.get("total")
+        facts: dict[str, Cell] = {
+            "base": self.base.get("id"),
+            "steps": f"{self.timing.get('steps', 0):,.0f}",
+            "training": span(self.timing.get("train_seconds", 0.0)),
+            "trained": f"{trained:,} of {total:,} parameters",
+            "on disk": size(self.bundle_bytes),
+            "device": self.device,
+            "run": self.run,
+        }
+        warnings = [marked("warn", each) for each in self.warnings]
+        return as_html(self.version, facts, metrics_table(self.metrics), *warnings, notes=self.notes)
+
     def as_json(self) -> JsonObject:
         return asdict(self)
 
@@ -49,6 +69,27 @@ class Evaluation:
     seconds: float
     details: Details  # confusion, reliability, coverage, mistakes
     notes: list[str] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        facts: dict[str, Cell] = {
+            "data": one_line(shortly(str(self.data["source"])), 60),
+            "examples": f"{self.data['examples']:,}",
+            "wrong": f"{len(self.details.mistakes):,}",
+            "time": span(self.seconds),
+        }
+        wrong = [
+            (
+                each.row,
+                _short(each.right),
+                _short(each.given),
+                measured("share", each.confidence),
+                _short(each.text, 160),
+            )
+            for each in self.details.mistakes[:MISTAKES]
+        ]
+        tables = [metrics_table({"": self.metrics}), class_table(self.metrics)]
+        tables += [Table(("row", "right", "given", "confidence", "text"), wrong)] if wrong else []
+        return as_html(self.version, facts, *(each for each in tables if each is not None), notes=self.notes)
 
     def as_json(self) -> JsonObject:
         return vars(self) | {"details": self.details.as_json()}
@@ -79,6 +120,9 @@ class Planned:
     recipe: Recipe
     plan: Plan
     notes: list[str]
+
+    def _repr_html_(self) -> str:
+        return as_html(f"Plan of {self.recipe.name}", self.plan.facts(), self.plan.table(), notes=self.notes)
 
     def as_json(self) -> JsonObject:
         return {"recipe": self.recipe.model_dump(mode="json"), "plan": self.plan.to_json(), "notes": self.notes}
@@ -155,3 +199,7 @@ class Pushed:
 
     def as_json(self) -> JsonObject:
         return asdict(self)
+
+
+def _short(value: str | list[str], most: int = 60) -> str:
+    return one_line(value if isinstance(value, str) else ", ".join(value), most)

@@ -83,7 +83,7 @@ def prepare(
     numbers_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     require_installed(recipe.train.trackers or ())
     start = _start(store, recipe, callbacks)
-    dataset = dataset or read_dataset(recipe, callbacks.stage)
+    dataset = dataset or read_dataset(store, recipe, callbacks.stage)
     recipe, base_notes = with_base(recipe, dataset.kind)
     task_class = task_of(dataset.kind)
     device = choose_for(recipe, task_class, dataset.labels) if device is None else device
@@ -225,6 +225,7 @@ def _train(
     run = replace(run or store.new_run(ready.recipe.name, toml, digest), comparison=comparison)
     if held is not None:
         store.training_runs().fill(held, toml, digest)
+    store.keep_rows(ready.recipe.data.source)  # after the run is listed, so that no gc removes them
     try:
         tracked = _tracked(run, ready, planned) if planned.recipe.train.trackers else None
         with (

@@ -6,7 +6,6 @@ A store by URL has copies of recipe and curve, so they can be read on every mach
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from turret.store import Store
 from turret.timestamp import timestamp
 
 if TYPE_CHECKING:
-    from turret.train import StepRecord
+    from turret.train import RunCurve, StepRecord
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", re.ASCII)
 
@@ -27,16 +26,20 @@ def run(store: Store, run_id: str) -> JsonObject:
     return {**row, "recipe": recipe, "touched": _changed(store, run_id)}
 
 
-def curve(store: Store, run_id: str, most: int) -> Sequence[StepRecord]:
+def curve(store: Store, run_id: str, most: int) -> RunCurve:
     """About `most` of the run's steps, evenly spaced, and every step with metrics. Raises NotFound."""
+    from turret.train import RunCurve
+
     store.run(run_id)
     records = every_step(store, run_id)
     every = max(1, -(-len(records) // max(most, 1)))
-    return [
-        record
-        for place, record in enumerate(records)
-        if place % every == 0 or place == len(records) - 1 or record.metrics is not None
-    ]
+    return RunCurve(
+        [
+            record
+            for place, record in enumerate(records)
+            if place % every == 0 or place == len(records) - 1 or record.metrics is not None
+        ]
+    )
 
 
 def every_step(store: Store, run_id: str) -> list[StepRecord]:

@@ -40,7 +40,19 @@ def lora_scaling(alpha: float, r: float, use_rslora: bool) -> float:
 
 
 class LoRA(Method):
-    """Low-rank adaptation: `y = W x + scaling * B A dropout(x)`, A: (R, D_in), B: (D_out, R) (Hu et al. 2021)."""
+    """Low-rank adaptation: `y = W x + scaling * B A dropout(x)`, A: (R, D_in), B: (D_out, R) (Hu et al. 2021).
+
+    Args:
+        r: rank
+        lora_alpha: the scaling is `lora_alpha / r`
+        lora_dropout: dropout on the input of A during training
+        target_modules: layers to adapt; a name matches the end of a path (default: the family's own, mostly
+            query and value)
+        use_rslora: the scaling is `lora_alpha / sqrt(r)` (Kalajdzievski 2023)
+        lora_plus_ratio: LoRA+: the learning rate of B divided by that of A (Hayou et al. 2024; default: none)
+        init_lora_weights: true: Kaiming A and zero B; `"pissa"`: the principal singular vectors of W;
+            `"loftq"`: those of what 4 bits lose of W
+    """
 
     numbers_at: ClassVar[str] = "turret.methods.lora.numbers:LoRANumbers"
     title: ClassVar[str] = "LoRA"
@@ -52,12 +64,12 @@ class LoRA(Method):
     classify_steps: ClassVar[int] = 250
 
     kind: Literal["lora"] = "lora"
-    r: int = Field(default=8, ge=1, le=1024)  # rank
-    lora_alpha: float = Field(default=32, gt=0, le=65536)  # scaling = lora_alpha / r
-    lora_dropout: float = Field(default=0.1, ge=0, lt=1)  # on the input of A, while training
-    target_modules: tuple[str, ...] | Literal["all-linear"] | None = None  # None: the family's (query and value)
-    use_rslora: bool = False  # scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023)
-    lora_plus_ratio: float | None = Field(default=None, gt=0, le=1000)  # B's rate / A's (LoRA+, Hayou et al. 2024)
+    r: int = Field(default=8, ge=1, le=1024)
+    lora_alpha: float = Field(default=32, gt=0, le=65536)
+    lora_dropout: float = Field(default=0.1, ge=0, lt=1)
+    target_modules: tuple[str, ...] | Literal["all-linear"] | None = None
+    use_rslora: bool = False
+    lora_plus_ratio: float | None = Field(default=None, gt=0, le=1000)
     init_lora_weights: Annotated[bool | Literal["gaussian", "pissa", "loftq"], BeforeValidator(require_no_data)] = True
 
     @property

@@ -44,6 +44,10 @@ class Peft(Method):
     """Any other method of PEFT. `peft_type` is PEFT's name for it; every other key is one of PEFT's configuration.
 
     The keys are checked by PEFT when the method is attached to a base; here they are plain values.
+
+    Args:
+        peft_type: PEFT's name of the method: `IA3`, `VERA`, `LOHA`, `OFT`, `PROMPT_TUNING`, …; `DORA` is LoRA with
+            `use_dora`, at Turret's own rank, alpha and dropout
     """
 
     numbers_at: ClassVar[str] = "turret.methods.peft.numbers:PeftNumbers"
@@ -57,7 +61,7 @@ class Peft(Method):
 
     model_config = ConfigDict(frozen=True, extra="allow")
     kind: Literal["peft"] = "peft"
-    peft_type: str = Field(min_length=1, max_length=60)  # IA3, DORA, VERA, PROMPT_TUNING, ...
+    peft_type: str = Field(min_length=1, max_length=60)
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,16 @@ from turret.plan_check import Check
 
 
 class Prefix(Method):
-    """Prefix tuning: P trained keys and values in front of every attention layer (Li & Liang 2021)."""
+    """Prefix tuning: P trained keys and values in front of every attention layer (Li & Liang 2021).
+
+    Args:
+        num_virtual_tokens: length of the prefix
+        init_text: initialise the prefix from the keys and values of this text (default: the task's own words)
+        reparametrize: train an MLP over a small embedding, and fold it into the prefix at the end (default:
+            false for an encoder, else true)
+        encoder_hidden_size: width of that MLP
+        encoder: encoder-decoder: a prefix in the encoder and the cross-attention too; false is PEFT's shape
+    """
 
     numbers_at: ClassVar[str] = "turret.methods.prefix.numbers:PrefixNumbers"
     peft_name: ClassVar[str | None] = "PREFIX_TUNING"
@@ -34,11 +43,11 @@ class Prefix(Method):
     classify_steps: ClassVar[int] = 1200
 
     kind: Literal["prefix"] = "prefix"
-    num_virtual_tokens: int = Field(default=20, ge=1, le=4096)  # P
-    init_text: str | None = None  # the prefix starts from its activations; None: the task's instruction
-    reparametrize: bool | None = None  # train an MLP over a small embedding, and store its output; None: see `on`
-    encoder_hidden_size: int = Field(default=512, ge=1, le=16384)  # width of that MLP
-    encoder: bool = True  # encoder-decoder: also in the encoder and the cross-attention (False: PEFT's shape)
+    num_virtual_tokens: int = Field(default=20, ge=1, le=4096)
+    init_text: str | None = None
+    reparametrize: bool | None = None
+    encoder_hidden_size: int = Field(default=512, ge=1, le=16384)
+    encoder: bool = True
 
     @property
     def summary(self) -> str:

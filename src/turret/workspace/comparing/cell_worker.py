@@ -79,7 +79,7 @@ def _finished(folder: Path, store: Store, recipe: Recipe) -> JsonObject | None:
         filled = (folder / "recipe.toml").read_text(encoding="utf-8")
     except OSError:
         return None
-    result = store.training_runs().finished(filled, read_dataset(recipe).digest) if store.exists() else None
+    result = store.training_runs().finished(filled, read_dataset(store, recipe).digest) if store.exists() else None
     if result is None or result["version"] not in {
         str(version) for version in store.list(Recipe.from_toml(filled).name)
     }:

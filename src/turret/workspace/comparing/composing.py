@@ -111,7 +111,7 @@ def compare_composition(store: Store, request: CompositionRequest, say: Say) -> 
     notes = _require_alike(composed.versions)
     against = _against(request, source, composed)
     first = composed.versions[0]
-    labelled = read_labelled(first, request.source, request.columns)
+    labelled = read_labelled(store, first, request.source, request.columns)
     data = Dataset(
         train=[], validation=[], test=labelled.examples, kind=stored_task(first.part("task")).kind, labels=(),
         columns={}, notes=(*labelled.notes, *notes), duplicates=0, digest=digest_of({"test": labelled.examples}),

@@ -81,6 +81,7 @@ def compare(
     ready = prepare(store, recipe, request, say)
     if on_plan is not None:
         on_plan(ready.planned)
+    store.keep_rows(recipe.data.source)
     deadline = None if request.budget is None else time.monotonic() + request.budget
     with held(store, ready.folder, say) as files:
         runner = CellRunner(store, ready.folder, say, deadline, files)
@@ -97,7 +98,7 @@ def compare(
 
 def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) -> Prepared:
     """Read the data, make the design, and compute its power. Trains nothing, and changes nothing in the store."""
-    data = read_dataset(recipe, say)
+    data = read_dataset(store, recipe, say)
     recipe, _ = with_base(recipe, data.kind)
     if not data.test:
         raise RecipeError("a comparison needs test examples, and the data has none: give data.test")

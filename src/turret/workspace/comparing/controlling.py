@@ -72,7 +72,7 @@ class PreparedControl:
 def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> Control:
     """Run the missing cells, judge all outputs by the classifier and by ROUGE-L, and write the report."""
     recipe, _ = with_base(recipe, recipe.task.kind or "generate")
-    prepared = _prepare(recipe, request, say)
+    prepared = _prepare(store, recipe, request, say)
     digest = hashlib.sha256("".join(each.digest for each in prepared.data.values()).encode()).hexdigest()
     folder = state.folder_of(store.home, recipe, digest, "controls")
     with held(store, folder, say) as files:
@@ -91,7 +91,7 @@ def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> 
     return result
 
 
-def _prepare(recipe: Recipe, request: ControlRequest, say: Say) -> PreparedControl:
+def _prepare(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> PreparedControl:
     if len(set(request.aspects)) < 2:
         raise RecipeError("--aspects: expected at least two names with commas between them, such as short,long")
     if not 1 <= request.seeds <= 20:
@@ -105,7 +105,7 @@ def _prepare(recipe: Recipe, request: ControlRequest, say: Say) -> PreparedContr
     data = {}
     for aspect, each in recipes.items():
         say(f"reading {each.data.source}, {aspect}")
-        data[aspect] = read_dataset(each)
+        data[aspect] = read_dataset(store, each)
         if not task_of(data[aspect].kind).generates:
             raise RecipeError("control is measured on generated texts: give task.kind summarize or generate")
         if not data[aspect].test:

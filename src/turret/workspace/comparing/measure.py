@@ -37,7 +37,7 @@ def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping
         result: the run, as `turret train --json` prints it.
         plan: the plan of the run, as JSON.
     """
-    dataset = read_dataset(recipe)
+    dataset = read_dataset(store, recipe)
     ready = answering.mounted(store, str(result["version"]), say, recipe.train.device or "auto")
     return {
         **{

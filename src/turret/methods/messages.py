@@ -1,20 +1,20 @@
-"""Pydantic's validation errors as sentences of Turret's one-line errors, with the nearest known key."""
+"""Pydantic's validation errors of recipes and methods as sentences of one-line errors, with the nearest known key."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ValidationError
 
 from turret.errors import shown
-from turret.methods import METHODS, Method
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 KnownKeys = Callable[[str], Iterable[str]]  # kind of method -> every key of a recipe with that method, "train.lr"
+Methods = Mapping[str, type[BaseModel]]  # the class of each kind of method
 
 _OTHER_NAMES = {  # other tools' names for our keys
     "alpha": "lora_alpha", "dropout": "lora_dropout", "rank": "r", "learning_rate": "lr", "num_train_epochs": "epochs",
@@ -28,7 +28,7 @@ _TYPE_NAMES = {"string": "text", "int": "a whole number", "float": "a number", "
 _TYPE_NAMES |= {"int_from_float": "a whole number", **dict.fromkeys(("model_attributes", "model", "dict"), "a table")}
 
 
-def sentences(model: type[BaseModel], error: ValidationError, known: KnownKeys) -> Iterator[str]:
+def sentences(model: type[BaseModel], error: ValidationError, known: KnownKeys, methods: Methods) -> Iterator[str]:
     """One sentence per wrong key.
 
     A key whose type is a union has an error per member. Only the errors with the deepest location are shown: their
@@ -45,8 +45,8 @@ def sentences(model: type[BaseModel], error: ValidationError, known: KnownKeys) 
         items = [item for item in items if len(item["loc"]) == depth]
         kind = items[0]["type"]
         if kind == "extra_forbidden":
-            method = model.model_fields["kind"].default if issubclass(model, Method) else "lora"
-            yield unknown_key(path, method, known)
+            own = next((kind for kind, each in methods.items() if each is model), "lora")
+            yield unknown_key(path, own, known, methods)
         elif kind == "missing":
             yield f"{path} is missing: {_missing_remedy(path)}"
         elif kind == "sentences":  # raised by the validator of `method`
@@ -72,7 +72,7 @@ def complaint(errors: Sequence[ErrorDetails]) -> str:
     return text if "given" in text or "bad adapter name" in text else f"{text}, given {shown(errors[0].get('input'))}"
 
 
-def unknown_key(key: str, method: str, known: KnownKeys) -> str:
+def unknown_key(key: str, method: str, known: KnownKeys, methods: Methods) -> str:
     """The sentence for an unknown key, with the key that was probably meant.
 
     Args:
@@ -80,7 +80,7 @@ def unknown_key(key: str, method: str, known: KnownKeys) -> str:
     """
     every, (section, _, leaf) = list(known(method)), key.rpartition(".")
     siblings = [k for k in every if k.rpartition(".")[0] == section]
-    owners = [kind for kind, model in METHODS.items() if section == "method" and leaf in model.model_fields]
+    owners = [kind for kind, model in methods.items() if section == "method" and leaf in model.model_fields]
     own_name = _OTHER_NAMES.get(leaf, leaf)
     meant = [k for k in siblings or every if k.rpartition(".")[2] == own_name]
     meant += [k for k in every if k.rpartition(".")[2] == own_name]  # `lr` alone means `train.lr`

@@ -1,0 +1,152 @@
+"""Checks the arguments of a public call, so that a wrong one costs one line instead of a traceback from deep inside."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, ParamSpec, TypeVar, get_args, get_origin
+
+from turret.errors import BadArgument, shown
+
+P = ParamSpec("P")
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+Check = Callable[[object], bool]
+
+_WORDS = {  # the types of annotations, in the words of an error
+    "str": "text", "int": "a whole number", "float": "a number", "bool": "True or False", "Path": "a path",
+    "Sequence": "a list", "Iterable": "a list", "Mapping": "a dictionary", "JsonMapping": "a dictionary",
+    "JsonObject": "a dictionary", "dict": "a dictionary", "Callable": "a function", "Say": "a function",
+    "Ask": "a function", "None": "None", "tuple": "a tuple", "Messages": "a list of messages",
+}  # fmt: skip
+_CHECKS: dict[str, Check] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "float": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "bool": lambda value: isinstance(value, bool),
+    "Path": lambda value: isinstance(value, os.PathLike),
+    "Sequence": lambda value: isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)),
+    "Iterable": lambda value: isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)),
+    "Mapping": lambda value: isinstance(value, Mapping),
+    "tuple": lambda value: isinstance(value, tuple),
+    "Callable": callable,
+    "None": lambda value: value is None,
+}
+_CHECKS |= dict.fromkeys(("JsonMapping", "JsonObject", "dict"), _CHECKS["Mapping"])
+_CHECKS |= {"Say": callable, "Ask": callable, "Messages": lambda value: _fits(value, "Sequence[Mapping]")}
+_UNCHECKED = ("M", "JsonValue", "Source", "Texts")  # any model; any JSON; data and texts, whose readers say more
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, which raises BadArgument for an unknown, missing or ill-typed argument.
+
+    Types are compared by the words of the annotations, so none has to be imported: a class by its name.
+    """
+    name = function.__qualname__.removesuffix(".__init__")
+
+    @functools.cache
+    def expected() -> tuple[inspect.Signature, dict[str, tuple[str, ...]]]:
+        signature = inspect.signature(function)
+        many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        named = [each for each in signature.parameters.values() if each.kind not in many]
+        typed = [each for each in named if each.annotation is not each.empty]
+        spelt = {each.name: _alternatives(str(each.annotation)) for each in typed}
+        return signature, {key: tuple(_spelt_out(each, function) for each in parts) for key, parts in spelt.items()}
+
+    @functools.wraps(function)
+    def call(*places: P.args, **names: P.kwargs) -> T:
+        signature, types = expected()
+        try:
+            bound = signature.bind(*places, **names)
+        except TypeError as error:
+            raise BadArgument(f"{name}: {error}: {_remedy(names, signature)}") from None
+        for key, value in bound.arguments.items():
+            if isinstance(value, str) and "\0" in value and "Path" in types.get(key, ()):
+                raise BadArgument(f"{name}: {key}: no path has the character NUL, given {shown(value)}: leave it out")
+            if key in types and not _fits_one(value, types[key]):
+                words = " or ".join(dict.fromkeys(map(_in_words, types[key])))
+                raise BadArgument(f"{name}: {key}: expected {words}, given {_given(value)}")
+        return function(*places, **names)
+
+    return call
+
+
+def checked_methods(kind: C) -> C:
+    """The class, with every public method and `__init__` checked as `checked` does."""
+    for name, value in list(vars(kind).items()):
+        if inspect.isfunction(value) and (name == "__init__" or not name.startswith("_")):
+            setattr(kind, name, checked(value))
+    return kind
+
+
+def _spelt_out(wanted: str, function: Callable[..., object]) -> str:
+    """The alternatives of a `Literal` that has a name, such as `Scope`, in or below a sequence."""
+    for name in re.findall(r"\w+", wanted):
+        alias = getattr(function, "__globals__", {}).get(name)
+        if get_origin(alias) is Literal:
+            wanted = wanted.replace(name, f"Literal[{str(get_args(alias))[1:-1]}]")
+    return wanted
+
+
+def _remedy(given: Iterable[str], signature: inspect.Signature) -> str:
+    known = [key for key in signature.parameters if key != "self"]
+    unknown = next((key for key in given if key not in known), None)
+    near = difflib.get_close_matches(unknown, known, n=1) if unknown is not None else []
+    return f"did you mean {near[0]}?" if near else f"it takes {', '.join(known) or 'no argument'}"
+
+
+def _given(value: object) -> str:
+    if isinstance(value, (list, tuple)) and value:
+        return f"{shown(value, 40)} of {' and '.join(sorted({type(each).__name__ for each in value})[:3])}"
+    return shown(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+
+
+def _alternatives(annotation: str) -> tuple[str, ...]:
+    """`str | Sequence[str | Path] | None` -> its three parts."""
+    parts, depth, start = [], 0, 0
+    for place, mark in enumerate(annotation):
+        depth += (mark in "[(") - (mark in "])")
+        if mark == "|" and depth == 0:
+            parts.append(annotation[start:place].strip())
+            start = place + 1
+    return (*parts, annotation[start:].strip())
+
+
+def _fits_one(value: object, wanted: Iterable[str]) -> bool:
+    return any(_fits(value, each) for each in wanted)
+
+
+def _fits(value: object, wanted: str) -> bool:
+    head, _, inner = wanted.partition("[")
+    head = head.rpartition(".")[2]
+    if head == "Literal":
+        return value in ast.literal_eval(f"({inner[:-1]},)")
+    if head in _UNCHECKED:
+        return True
+    if head == "Input":
+        return isinstance(value, str) or _is_a(value, "Prompt")
+    if (check := _CHECKS.get(head)) is None:
+        return _is_a(value, head)
+    if not check(value):
+        return False
+    if head in ("Sequence", "Iterable") and inner and isinstance(value, (list, tuple)):
+        return all(_fits_one(each, _alternatives(inner[:-1])) for each in value)
+    return True
+
+
+def _is_a(value: object, name: str) -> bool:
+    return any(each.__name__ == name for each in type(value).__mro__)
+
+
+def _in_words(wanted: str) -> str:
+    head, _, inner = wanted.partition("[")
+    if head == "Literal":
+        return " or ".join(map(str, ast.literal_eval(f"({inner[:-1]},)")))
+    if head in ("Sequence", "Iterable") and inner in ("str]", "float]"):
+        return "a list of " + ("texts" if inner == "str]" else "numbers")
+    return _WORDS.get(head, f"a {head.rpartition('.')[2]}")
