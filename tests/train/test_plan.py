@@ -168,7 +168,7 @@ def test_labels_that_are_skewed_alone_or_missing_are_named() -> None:
 def test_classes_are_counted_and_typos_get_no_advice_that_would_lift_them() -> None:
     rows = [Labelled(f"the market {number}", "bad" if number % 2 else "good") for number in range(60)]
     data = replace(tiny.dataset(), labels=("bad", "good"), train=rows)
-    assert made(data=data)[1]["labels"].text == "2 classes: good 30, bad 30"
+    assert made(data=data)[1]["labels"].text == "2 classes: good (30), bad (30)"
     rows += [Labelled("dull", "baad"), Labelled("a dull story", "baad"), Labelled("lazy", "N/A")]
     task = Classify(("N/A", "baad", "bad", "good"), small_models.tokenizer("bert"))
     found = list(checks.labels(task, rows))

@@ -229,7 +229,7 @@ def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
 
 def _counted(counts: Mapping[str, int]) -> str:
     """The classes with their training examples, the most frequent first; of many the first and the last."""
-    named = [f"{one_line(label, 30)} {count}" for label, count in Counter(counts).most_common()]
+    named = [f"{one_line(label, 30)} ({count})" for label, count in Counter(counts).most_common()]
     return ", ".join(named if len(named) <= 8 else [*named[:5], "...", *named[-2:]])
 
 
