@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from turret.data import Labelled
 from turret.errors import AdapterError, DataError
-from turret.tasks import task_from_spec
+from turret.tasks import calibration, task_from_spec
 from turret.tasks.calibration import (
     MOST_SCORES,
     Calibration,
@@ -78,7 +78,7 @@ def test_no_other_temperature_has_a_lower_loss(multi_label: bool) -> None:
 
 
 def test_a_classifier_that_is_always_right_gets_a_finite_temperature() -> None:
-    classes = torch.arange(40) % len(LABELS)
+    classes = torch.arange(60) % len(LABELS)
     fitted = fit(F.one_hot(classes, len(LABELS)) * 8.0, classes, multi_label=False, chose_weights=False)
     assert 0.3 < fitted.temperature < 20
     assert math.isfinite(fitted.temperature)
@@ -91,11 +91,34 @@ def test_a_calibrated_task_answers_with_the_same_labels_and_a_lower_ece() -> Non
     before, after = task.metrics(*test), calibrated.metrics(*test)
     assert before["ece"] > 0.15
     assert after["ece"] < 0.03
-    assert {key: before[key] for key in ("accuracy", "macro_f1", "loss")} == {
-        key: after[key] for key in ("accuracy", "macro_f1", "loss")
-    }
+    assert [before[key] for key in ("accuracy", "macro_f1")] == [after[key] for key in ("accuracy", "macro_f1")]
+    assert after["loss"] == pytest.approx(float(F.cross_entropy(test[0] / calibrated.calibration.temperature, test[1])))
+    assert after["loss"] < before["loss"]
     assert [each["label"] for each in task.answers(test[0])] == [each["label"] for each in calibrated.answers(test[0])]
     assert task.calibration is None  # the first task is as it was
+
+
+@pytest.mark.parametrize("sure", [0.7, 1.0, 1.5, SURE])
+def test_a_temperature_from_few_examples_seldom_makes_the_ece_worse(sure: float) -> None:
+    """Of a classifier that is too sure, right, or not sure enough; fitted on 20, 50 and 100 examples."""
+    test = drawn(3000, seed=8, sure=sure)
+    raw = classifier().metrics(*test)["ece"]
+    for count in (20, 50, 100):
+        worse = 0
+        for seed in range(30):
+            calibrated = classifier().calibrated(*drawn(count, seed=100 + seed, sure=sure), chose_weights=False)
+            worse += calibrated.metrics(*test)["ece"] > raw + 1e-9
+        assert worse <= 5, f"{count} examples: worse in {worse} of 30"
+        assert count > 20 or worse == 0  # of 20 examples none is taken
+
+
+def test_control_without_evidence_and_a_least_number_it_would_be_worse_in_most_draws(monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "EVIDENT", -math.inf)
+    monkeypatch.setattr(calibration, "FEWEST_TEMPERATURE", 0)
+    test = drawn(3000, seed=8, sure=1.0)
+    raw = classifier().metrics(*test)["ece"]
+    fitted = [classifier().calibrated(*drawn(20, seed=100 + seed, sure=1.0), chose_weights=False) for seed in range(20)]
+    assert sum(each.metrics(*test)["ece"] > raw for each in fitted) > 12
 
 
 # --- ECE --------------------------------------------------------------------------------------------------------------

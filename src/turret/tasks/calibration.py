@@ -3,7 +3,9 @@
 Temperature and sets are fitted on validation examples, which no weight was trained on, and are stored with the task.
 
 Temperature. The probabilities are `softmax(z / T)`; T has the lowest loss on the validation examples. Each target gives
-one part in n + 1 to the uniform distribution, so T stays above 0 if all answers are right.
+one part in n + 1 to the uniform distribution, so T stays above 0 if all answers are right. T is 1, and changes nothing,
+with fewer than `FEWEST_TEMPERATURE` examples, or if the likelihood ratio `2 n (loss(1) - loss(T))` is below `EVIDENT`:
+few examples give a T that makes probabilities worse about as often as better.
 Source: Guo et al. 2017, On Calibration of Modern Neural Networks, section 4.2; the smoothed targets are Platt's (1999).
 
 Sets of labels. The score of a label is `-log p` without the temperature. A set holds all labels whose score is at most
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FEWEST = 20  # validation examples; with fewer nothing is fitted
+FEWEST_TEMPERATURE = 50  # with fewer the temperature is 1
+EVIDENT = 3.84  # the 95% quantile of chi-squared with one degree of freedom
 MOST_SCORES = 500  # that are stored; of more examples, evenly spaced ranks
 HOTTEST = 20.0  # T is between 1 / HOTTEST and HOTTEST
 BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
@@ -123,6 +127,8 @@ def fit(logits: Tensor, targets: Tensor, *, multi_label: bool, chose_weights: bo
     z = logits.detach().double().cpu()
     y = targets.double().cpu() if multi_label else torch.nn.functional.one_hot(targets.cpu(), z.shape[1]).double()
     temperature = _temperature(_binary_slope(z, y) if multi_label else _slope(z, y))
+    if len(z) < FEWEST_TEMPERATURE or _evidence(z, y, temperature, multi_label=multi_label) < EVIDENT:
+        temperature = 1.0
     rows = scores(z, multi_label=multi_label)  # (B, C)
     worst = torch.where(y > 0, rows, torch.zeros_like(rows)).amax(1)  # (B,): all right labels are in the set
     rising = sorted(math.ceil(1e6 * score) / 1e6 for score in worst.tolist())  # rounded up, so sets only grow
@@ -200,6 +206,18 @@ def _temperature(slope: Callable[[float], float]) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
     return math.exp(-(low + high) / 2)
+
+
+def _evidence(z: Tensor, y: Tensor, temperature: float, *, multi_label: bool) -> float:
+    """`2 n (loss(1) - loss(T))`: how much more likely T makes the right labels. A text counts once."""
+    from torch.nn import functional as F
+
+    def loss(at: float) -> float:
+        if multi_label:
+            return float(F.binary_cross_entropy_with_logits(z / at, y))
+        return float(F.cross_entropy(z / at, y))
+
+    return 2 * len(z) * (loss(1.0) - loss(temperature))
 
 
 def _slope(z: Tensor, y: Tensor) -> Callable[[float], float]:

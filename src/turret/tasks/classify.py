@@ -198,10 +198,14 @@ class Classify:
         return torch.tensor([self.class_weights.get(label, 1.0) for label in self.labels], device=device)  # (C,)
 
     def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
-        """accuracy, macro_f1, loss, ece and a report for each class. logits: (B, C)."""
+        """accuracy, macro_f1, loss, ece and a report for each class. loss and ece are of the answers' probabilities.
+
+        Args:
+            logits: (B, C).
+        """
         from turret.tasks import metrics
 
-        loss, chances = float(self.loss(logits, targets)), self._probabilities(logits)
+        loss, chances = float(self.loss(logits / self._temperature, targets)), self._probabilities(logits)
         if self.multi_label:
             given = (logits.float().sigmoid() >= THRESHOLD).long()  # (B, C)
             found = metrics.many_classes(given.tolist(), targets.long().tolist(), self.labels, loss)
@@ -223,9 +227,13 @@ class Classify:
         threshold = self.calibration.threshold(coverage)
         return label_sets(logits, self.labels, predicted, threshold, multi_label=self.multi_label)
 
+    @property
+    def _temperature(self) -> float:
+        return 1.0 if self.calibration is None else self.calibration.temperature
+
     def _probabilities(self, logits: Tensor) -> Tensor:
         """(B, C) float64, with the temperature."""
-        logits = logits.detach().double() / (1.0 if self.calibration is None else self.calibration.temperature)
+        logits = logits.detach().double() / self._temperature
         return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
     def answers(self, logits: Tensor) -> list[JsonObject]:

@@ -14,7 +14,7 @@ from turret import adapters
 from turret import train as trainer
 from turret.json_types import JsonObject
 from turret.tasks import has_head, writes
-from turret.tasks.calibration import FEWEST
+from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.workspace import forgetting
 from turret.workspace.progress import Say
 from turret.workspace.ready import Ready
@@ -63,11 +63,15 @@ def _calibrate(ready: Ready, fitted: trainer.Fitted) -> tuple[Ready, trainer.Fit
         Both with the calibrated task, and the logits (B, C) of the data set's validation split.
     """
     task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
-    if not has_head(task) or not task.calibrates or not splits.selects or not splits.watched:
+    if not has_head(task) or not task.calibrates:
         return ready, fitted, None
-    examples = splits.watched
+    examples = splits.watched if splits.selects and splits.watched else ()
     if len(examples) < FEWEST:
-        note = f"not calibrated: {len(examples)} validation examples, and {FEWEST} or more are needed"
+        found = f"{len(examples)} validation examples" if examples else "no validation split"
+        note = (
+            f"probabilities are not calibrated ({found}) and are often too sure: set data.validation = 0.1, for "
+            f"{FEWEST_TEMPERATURE} examples or more"
+        )
         return replace(ready, notes=[*ready.notes, note]), fitted, None
     most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
     logits = trainer.head_logits(ready.base.model, task, examples, most_tokens=most)
