@@ -16,7 +16,7 @@ from turret.data import Dataset, Labelled, Pair
 from turret.recipe import Recipe
 
 LABELS = ("bad", "good")
-WEIGHTS = {"full": 22_700_000, "lora": 74_000, "prefix": 900_000, "head": 800, "base": 0}
+WEIGHTS = {"full": 22_700_000, "lora": 74_000, "prefix": 900_000, "head": 800, "linear": 800, "base": 0}
 
 
 def dataset(count: int, kind: Any = "classify", text: str = "number {}") -> Dataset:
@@ -48,7 +48,9 @@ def losses(accuracy: float, number: int, steps: int = 40, falling: bool = False)
     return (0.69 - 0.5 * fallen + noise).tolist()
 
 
-def result(cell: Cell, data: Dataset, accuracy: float, number: int, falling: bool = False) -> CellResult:
+def result(
+    cell: Cell, data: Dataset, accuracy: float, number: int, falling: bool = False, steps: int = 40
+) -> CellResult:
     kind = cell.candidate.kind
     rng = np.random.default_rng([7, number])
     hard = np.random.default_rng(1).random(len(data.test))
@@ -67,7 +69,7 @@ def result(cell: Cell, data: Dataset, accuracy: float, number: int, falling: boo
     parts = {"weights": 9e7, "trainable": size, "gradients": size, "optimiser": 2 * size, "activations": 5e7}
     trained = {
         "version": f"tiny@{number}", "digest": f"sha256:{number}", "run": f"run-{number}", "lr": 1e-3,
-        "timing": {"train_seconds": 30.0 if kind == "full" else 20.0 + cell.seed % 3},
+        "timing": {"train_seconds": 30.0 if kind == "full" else 20.0 + cell.seed % 3, "steps": steps},
         "memory": {
             "peak_bytes": 5e8 + 4 * size, "above_base_bytes": 5e7 + 4 * size, "predicted": parts, "measured": parts,
         },
@@ -84,11 +86,13 @@ def result(cell: Cell, data: Dataset, accuracy: float, number: int, falling: boo
         "wall_seconds": 40.0, "notes": [], "version": None,
         "guess": None if data.kind == "classify" else 0.05,
     }  # fmt: skip
-    return CellResult.of(cell, said | ({} if kind == "base" else trained))
+    if kind == "linear":
+        said |= {"timing": {"train_seconds": 1.0}, "said": "linear is a logistic regression", "seedless": True}
+    return CellResult.of(cell, said | (trained if cell.candidate.trains else {}))
 
 
 def made(
-    methods: str = "base,head,full,lora,prefix",
+    methods: str = "base,linear,full,lora,prefix",
     *,
     seeds: int = 4,
     count: int = 1500,
@@ -102,24 +106,36 @@ def made(
     missing: int = 0,
     collapsed: Mapping[str, Sequence[int]] | None = None,
     falling: Sequence[str] = (),
+    steps: Mapping[str, int] | None = None,
+    twins: Sequence[str] = (),
+    by_spec: Mapping[str, float] | None = None,
     **quality: float,
 ) -> Comparison:
     """quality: the accuracy of a method, by its kind; collapsed: seeds of a method that learnt nothing; falling: specs
-    whose loss falls to the last step."""
-    usual = {"base": 0.5, "head": 0.8, "full": 0.95, "lora": 0.95, "prefix": 0.85} | quality
+    whose loss falls to the last step; steps, by_spec: the steps and the accuracy of a row; twins: rows of the baseline
+    that are trained for other steps."""
+    usual = {"base": 0.5, "head": 0.8, "linear": 0.9, "full": 0.95, "lora": 0.95, "prefix": 0.85} | quality
     recipe = Recipe(name="tiny", base="small", data="tiny.csv")
     data = dataset(count, kind, text)
     plan = design(
         recipe, candidates(methods, recipe, data.kind), seeds=seeds, fractions=fractions, against=against,
-        margin=margin, train=len(data.train),
+        margin=margin, train=len(data.train), twins=twins,
     )  # fmt: skip
 
     def accuracy(cell: Cell) -> float:
         lost = cell.seed in (collapsed or {}).get(cell.candidate.spec, ())
-        return 0.5 if lost else usual[cell.candidate.kind] - 0.1 * (1 - cell.fraction)
+        good = (by_spec or {}).get(cell.candidate.spec, usual[cell.candidate.kind])
+        return 0.5 if lost else good - 0.1 * (1 - cell.fraction)
 
     results = [
-        result(cell, data, accuracy(cell), number, cell.candidate.spec in falling)
+        result(
+            cell,
+            data,
+            accuracy(cell),
+            number,
+            cell.candidate.spec in falling,
+            (steps or {}).get(cell.candidate.spec, 40),
+        )
         for number, cell in enumerate(plan.cells(), 1)
         if cell.candidate.spec not in without
     ]

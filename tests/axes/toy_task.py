@@ -33,6 +33,7 @@ class Rate:
     metric: ClassVar[str] = "closeness"
     metric_label: ClassVar[str] = "closeness"
     right_or_wrong: ClassVar[bool] = False
+    baselines: ClassVar[tuple[str, ...]] = ()
     multi_label = False
     instruction = "Say how good the following text is."
 

@@ -140,6 +140,8 @@ def test_a_version_that_learnt_nothing_is_stored_with_a_warning(typed, tmp_path,
     assert said["warnings"][0].startswith("nothing was learnt")
     for words in (", guessing 0.6", "storing, flagged"):
         assert words in err
+    assert err.count("the loss is no better than guessing (") == 1, "at once, and once"
+    assert "leave train.lr out (it is 0.0001, usual is 0.001)" in said["warnings"][0]
     with Progress(as_json=False) as shown:
         from turret.workspace import RunResult
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.compare.candidates import candidates
+from turret.compare.candidates import candidates, with_equal_epochs
 from turret.compare.design import design
 from turret.errors import RecipeError
 from turret.methods import Peft
@@ -19,9 +19,13 @@ def specs(text: str | None, recipe: Recipe = RECIPE, kind: str = "classify") -> 
     return [each.spec for each in candidates(text, recipe, kind)]
 
 
-def test_a_classifier_is_compared_with_both_floors_and_a_writer_has_no_head_alone() -> None:
-    assert specs(None) == ["base", "head", "full", "lora", "prefix"]
-    assert specs(None, kind="summarize") == ["base", "full", "lora", "prefix"]
+def test_every_task_is_compared_with_the_baselines_that_it_has() -> None:
+    assert specs(None) == ["base", "linear", "full", "lora", "prefix"]
+    assert specs(None, kind="summarize") == ["base", "lead", "nearest", "full", "lora", "prefix"]
+    assert specs(None, kind="generate") == ["base", "nearest", "full", "lora", "prefix"]
+    assert specs(None, kind="chat") == ["base", "nearest", "full", "lora", "prefix"]
+    with pytest.raises(RecipeError, match="lead: task classify has no such baseline: expected base, linear"):
+        specs("lead,full")
     with pytest.raises(RecipeError, match="has no head to train alone"):
         specs("head,full", kind="generate")
 
@@ -86,15 +90,28 @@ def test_a_recipe_of_peft_lends_its_settings_and_rate_to_its_own_method_alone() 
     assert full.recipe.train.lr is None
 
 
+def test_the_baseline_is_also_trained_for_the_epochs_of_the_others_where_they_differ() -> None:
+    def twins(text: str, against: str = "full") -> list[str]:
+        rows = candidates(text, RECIPE, "classify")
+        wanted = with_equal_epochs(rows, against, lambda row: row.recipe.train.epochs or 3)
+        return [row.spec for row in wanted[len(rows) :]]
+
+    assert twins("full,lora,prefix:epochs=9,prefix:epochs=24") == ["full:epochs=9", "full:epochs=24"]
+    assert twins("full,lora,prefix") == [], "the control: nothing differs"
+    assert twins("full,full:epochs=9,prefix:epochs=9") == [], "the row is there already"
+    assert twins("lora:r=4,prefix:epochs=9", "lora:r=4") == ["lora:r=4,epochs=9"]
+    assert twins("linear,prefix:epochs=9", "linear") == [], "a baseline without steps has none to equal"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("qlora", "qlora is not a method to compare: expected base, head, full, lora, prefix, peft"),
+        ("qlora", "qlora is not a method to compare: expected base, linear, lead, nearest, full, lora"),
         ("lora:rank=4", "lora:rank=4: "),
         ("lora:r=0", "lora:r=0: method.r"),
         ("r=4,lora", "a setting belongs after its method"),
         ("lora:r", "expected SETTING=VALUE"),
-        ("base:r=4", "the base is not trained and has no settings"),
+        ("base:r=4", "base is not trained and has no settings"),
         ("peft", "expected one method of PEFT by its name, such as peft:IA3"),
         (",", "no method to compare"),
     ],

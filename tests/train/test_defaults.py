@@ -14,10 +14,9 @@ import torch
 from turret import adapters
 from turret.data import Labelled
 from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
-from turret.methods.method import LARGE_BASE
+from turret.methods.method import FEWEST_EPOCHS, LARGE_BASE, MOST_EPOCHS
 from turret.recipe import Recipe
 from turret.train import evaluate, filled, fit
-from turret.train.defaults import FEWEST_EPOCHS, MOST_EPOCHS
 from turret.train.initialize import attach
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "recipe.md"
@@ -63,7 +62,14 @@ def test_a_prefix_without_its_mlp_has_a_rate_of_its_own_by_family() -> None:
 
 @pytest.mark.parametrize(
     ("method", "examples", "epochs"),
-    [("lora", 200, 10), ("lora", 2000, 3), ("prefix", 200, 20), ("prefix", 2000, 5), ("full", 200, 4), ("lora", 8, 20)],
+    [
+        ("lora", 200, 10),
+        ("lora", 2000, 3),
+        ("prefix", 200, 20),
+        ("prefix", 1000, 5),
+        ("full", 200, 10),
+        ("lora", 8, 20),
+    ],
 )
 def test_few_examples_are_read_more_often(method: str, examples: int, epochs: int) -> None:
     made = filled(Recipe(name="t", base="b", data="t.csv", method=method), tiny.base("bert"), "classify", examples)

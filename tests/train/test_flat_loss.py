@@ -90,6 +90,21 @@ def test_a_training_on_labels_that_mean_nothing_is_flagged(shuffled: bool, flat:
     assert ("flat_loss" in fitted.adapter.lineage) == flat
 
 
+@pytest.mark.parametrize(("rate", "epochs", "named"), [(1e-3, 5, []), (3e-3, 5, ["lr"]), (1e-4, 1, ["lr", "epochs"])])
+def test_the_remedy_names_a_setting_only_if_it_is_not_the_usual_one(rate: float, epochs: int, named: list[str]) -> None:
+    data = tiny.dataset(train=480)
+    chance = random.Random(0)
+    data = replace(data, train=[Labelled(each.text, chance.choice(["good", "bad"])) for each in data.train])
+    on, made = tiny.base("bert"), tiny.recipe(train__epochs=epochs, train__lr=rate, train__evaluate="never")
+    _, fitted = tiny.train(fit(made, on, tiny.task_of(made, data, on), data))
+    adapters.detach(on.model)
+    assert fitted.flat_loss is not None
+    said = fitted.flat_loss.warning()
+    assert [key for key in ("lr", "epochs") if f"train.{key}" in said] == named
+    assert said.endswith("use more examples, or another method")
+    assert "\n" not in said
+
+
 def test_a_task_that_writes_has_no_level_of_guessing() -> None:
     on, data = tiny.base("llama", "generate"), tiny.dataset("summarize", train=200)
     made = tiny.recipe(train__epochs=1, train__lr=1e-12, train__evaluate="never")

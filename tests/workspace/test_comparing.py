@@ -243,3 +243,21 @@ def test_writers_are_judged_by_rouge_and_by_what_they_forget(tmp_path) -> None:
     assert full.costs.forgetting.mean != 0
     assert lora.verdict.seeds == 2
     assert not [row for row in found.rows if row.failed]
+
+
+@pytest.mark.slow
+def test_a_regression_is_computed_once_and_judged_with_every_seed(tmp_path: Path) -> None:
+    recipe, stages = recipe_in(tmp_path, **{"data.test": "20"}), []
+    workspace = Workspace(tmp_path / "store")
+    planned = workspace.plan_comparison(recipe, methods="linear,lora,lora:epochs=2", against="lora", seeds=2)
+    assert planned.methods == ("linear", "lora", "lora epochs=2"), "the row for equal steps is there already"
+    found = workspace.compare(recipe, methods="linear,lora", against="lora", seeds=2, on_stage=stages.append)
+    linear, lora = found.rows
+    assert (linear.versions, linear.steps, lora.steps) == ((), None, 3)
+    assert linear.seeds == lora.seeds
+    assert linear.verdict.seeds == 2
+    assert linear.score.mean >= 90
+    assert sum("fitting the logistic regression" in words for words in stages) == 1
+    assert {str(version) for version in workspace.list()} == {"reviews@1", "reviews@2"}
+    assert len(found.said) == 1
+    assert "## Verdicts" in (Path(found.folder) / "report.md").read_text()

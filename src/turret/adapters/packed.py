@@ -37,6 +37,16 @@ def classify_logits(model: Model, inputs: Sequence[Tensor], slots: Sequence[int]
         (B, C).
     """
     attached = attachment(model)
+    family = attached.family
+    read = pooled(model, inputs, family.pooling(model.config), slots)
+    with set_context(attached.context, slots, None):
+        logits: Tensor = family.classify(model, read)
+    return logits
+
+
+def pooled(model: Model, inputs: Sequence[Tensor], pooling: Pooling, slots: Sequence[int] | None = None) -> Tensor:
+    """One vector for each row, from its last hidden states: (B, D)."""
+    attached = attachment(model)
     family, lengths = attached.family, [len(row) for row in inputs]
     if family.is_encoder_decoder:  # the decoder reads the whole input again, shifted; its last token is classified
         shifted = [shift_right(model.config, row) for row in inputs]
@@ -44,7 +54,7 @@ def classify_logits(model: Model, inputs: Sequence[Tensor], slots: Sequence[int]
     elif (
         attached.narrows
         and slots is None
-        and family.pooling(model.config) == "first"
+        and pooling == "first"
         and attached.context.adapter_pool is None
         and enabled("first_token")
     ):
@@ -53,10 +63,7 @@ def classify_logits(model: Model, inputs: Sequence[Tensor], slots: Sequence[int]
         lengths = [1] * len(lengths)  # the body gives (B, D)
     else:
         hidden = _hidden(model, inputs, slots)
-    pooled = pool(family.pooling(model.config), hidden, lengths)
-    with set_context(attached.context, slots, None):
-        logits: Tensor = family.classify(model, pooled)
-    return logits
+    return pool(pooling, hidden, lengths)
 
 
 def target_logits(

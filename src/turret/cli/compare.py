@@ -35,7 +35,7 @@ def compare(
         str | None,
         typer.Option("--composition", metavar="REF+REF", help="Compare it with its parts on DATA; trains nothing."),
     ] = None,
-    methods: Annotated[str | None, typer.Option("--methods", help="Such as base,head,full,lora:r=4/16.")] = None,
+    methods: Annotated[str | None, typer.Option("--methods", help="Such as base,linear,full,lora:r=4/16.")] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Trainings per method.")] = 5,
     budget: Annotated[str | None, typer.Option("--budget", help="Time for new trainings: 30m, 2h, 90s.")] = None,
     fractions: Annotated[str, typer.Option("--fractions", help="Shares of the examples, such as 0.05,0.25,1.")] = "1",
@@ -161,6 +161,7 @@ def _print(found: Comparison) -> None:
     forgot = any(row.costs is not None and row.costs.forgetting is not None for row in found.rows)
     heads: tuple[str, ...] = (
         "method",
+        "steps",
         found.metric,
         "difference",
         "verdict",
@@ -170,8 +171,12 @@ def _print(found: Comparison) -> None:
         "on disk",
     )
     heads += ("forgot",) if forgot else ()  # of generators only
-    out.print(columns(heads, [_row(row)[: len(heads)] for row in found.rows], right=heads[1:3] + heads[4:]))
+    out.print(columns(heads, [_row(row)[: len(heads)] for row in found.rows], right=heads[1:4] + heads[5:]))
+    for said in found.said:
+        out.print(f"  [dim]{safe(said)}[/]")
     for row in found.rows:
+        if row.at_equal_steps is not None:
+            out.print(f"  [dim]{safe(row.label)}: {safe(found.at_equal_steps(row))}[/]")
         if row.verdict is not None and row.verdict.word == "undecided" and row.kind != "base":
             out.print(f"  [dim]{safe(row.label)}: {safe(row.verdict.advice())}[/]")
         for mark in row.marks if row.kind != "base" else ():
@@ -232,10 +237,13 @@ def _judged(row: ComparisonRow) -> tuple[str, str, str, str]:
 
 
 def _row(row: ComparisonRow) -> tuple[str, ...]:
+    name, *judged = _judged(row)
     if row.costs is None:
-        return (*_judged(row), "–", "–", "–", "–", "–")
+        return (name, "–", *judged, "–", "–", "–", "–", "–")
     return (
-        *_judged(row),
+        name,
+        str(row.steps or "–"),
+        *judged,
         many(row.costs.trainable) if row.costs.trainable else "–",
         size(row.costs.above_base.mean) if row.costs.above_base else "–",
         span(row.costs.train_seconds.mean) if row.costs.train_seconds else "–",

@@ -141,6 +141,8 @@ def print_result(result: RunResult, store: str, out: Console) -> None:
     out.print(grid(_result(result)))
     for warning in result.warnings:
         out.print(f"  [yellow]warn[/]  {safe(warning)}")
+    for advice in result.advice:
+        out.print(f"  [yellow]advice[/]  {safe(advice)}")
     offer(
         [
             f'predict {result.version} "a text of your own"',

@@ -1,11 +1,12 @@
-"""Reads `base,head,full,lora:r=4/8,r=16` as a list of methods with their settings: the rows of a comparison.
+"""Reads `base,linear,full,lora:r=4/8,r=16` as a list of methods with their settings: the rows of a comparison.
 
 Methods are separated by commas. A colon comes before the first setting and commas before further ones. Slashes separate
 numbers that are tried one by one.
 
-    base                         the bare base; a classifier's has an untrained head
-    head, full, lora, prefix     the recipe's settings if it trains that method, else the defaults
-    lora:r=4,lora_alpha=8        settings by their names in a recipe, and lr
+    base                         the bare base; an encoder that classifies has an untrained head
+    linear, lead, nearest        baselines that train nothing, for some tasks
+    full, lora, prefix, head     the recipe's settings if it trains that method, else the defaults
+    lora:r=4,lora_alpha=8        settings by their names in a recipe, and lr and epochs
     lora:r=4/8/16                three rows
     lora:target_modules=query+value
     peft:IA3, peft:VERA,r=64     a method of PEFT by its name there, with PEFT's settings
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +25,14 @@ from turret.methods import METHODS, method_named
 from turret.recipe import Recipe
 from turret.tasks import task_of
 
-CLASSIFYING = "base,head,full,lora,prefix"
-WRITING = "base,full,lora,prefix"
+TRAINED = ("full", "lora", "prefix")  # compared by default
+UNTRAINED = {  # kind -> what answers
+    "base": "the bare base",
+    "linear": "a logistic regression on the frozen base's features",
+    "lead": "the first sentence of the text",
+    "nearest": "the answer of the nearest training text",
+}
+OF_TRAIN = ("lr", "epochs")  # settings of a method that belong to the recipe's [train]
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,8 @@ class Candidate:
     """One method with its settings: a row of the comparison."""
 
     spec: str  # as the command has it: "lora:r=4"
-    kind: str  # base, head, full, lora, prefix, peft
-    recipe: Recipe  # of its training, without seed and data; the base is not trained
+    kind: str  # full, lora, prefix, head, peft, or a key of UNTRAINED
+    recipe: Recipe  # of its training, without seed and data; of UNTRAINED, it says how the base is loaded
 
     @property
     def label(self) -> str:
@@ -46,6 +53,17 @@ class Candidate:
     def slug(self) -> str:
         """The name in a file's name."""
         return re.sub(r"[^a-z0-9]+", "-", self.spec.lower()).strip("-")[:60]
+
+    @property
+    def trains(self) -> bool:
+        """Whether a training makes it. The other rows have no version."""
+        return self.kind not in UNTRAINED
+
+    def at(self, epochs: int) -> Candidate:
+        """The same method trained for so many epochs."""
+        spec = f"{self.spec}{',' if ':' in self.spec else ':'}epochs={epochs}"
+        train = self.recipe.train.model_copy(update={"epochs": epochs})
+        return Candidate(spec, self.kind, self.recipe.model_copy(update={"train": train}))
 
 
 def is_floor(kind: str) -> bool:
@@ -64,28 +82,46 @@ def candidates(
         kind: of the task.
         lr: a learning rate for all methods, or "auto".
     """
-    generates = task_of(kind).generates
-    named = list(_split(text or _usual(recipe, generates)))
+    generates, baselines = task_of(kind).generates, task_of(kind).baselines
+    named = list(_split(text or _usual(recipe, baselines)))
     rows: dict[str, Candidate] = {}
     for method, settings in named:
         if name := method_named(method).named_by:
             settings = _named(method, name, settings, recipe)
+        if method in UNTRAINED and method not in ("base", *baselines):
+            raise RecipeError(f"{method}: task {kind} has no such baseline: expected {', '.join(('base', *baselines))}")
         if method_named(method).head_alone and generates:
             raise RecipeError(f"{method}: the base of task {kind} has no head to train alone: leave {method} out")
         for chosen in _expanded(settings):
             row = _candidate(method, chosen, recipe, lr)
             rows.setdefault(row.spec, row)
     if not rows:
-        raise RecipeError(f"no method to compare: give some, such as {CLASSIFYING}")
+        raise RecipeError(f"no method to compare: give some, such as {_usual(recipe, baselines)}")
     return list(rows.values())
 
 
-def _usual(recipe: Recipe, generates: bool) -> str:
-    """The methods that are usual for the task and train on the recipe's base."""
-    usual = WRITING if generates else CLASSIFYING
-    if recipe.base_quantization is None:
-        return usual
-    return ",".join(each for each in usual.split(",") if each not in METHODS or METHODS[each].not_quantized is None)
+def with_equal_epochs(rows: Sequence[Candidate], against: str, epochs: Callable[[Candidate], int]) -> list[Candidate]:
+    """The rows, and the baseline trained for as many epochs as each other method, where they differ.
+
+    Args:
+        against: spec or kind of the baseline.
+        epochs: of a training.
+    """
+    judged = next((row for row in rows if row.spec == against), None)
+    judged = judged or next((row for row in rows if row.kind == against), None)
+    if judged is None or not judged.trains:
+        return list(rows)
+    wanted = sorted({epochs(row) for row in rows if row.trains and not method_named(row.kind).head_alone})
+    more = [judged.at(each) for each in wanted if each != epochs(judged)]
+    known = {row.spec for row in rows}
+    return [*rows, *(row for row in more if row.spec not in known)]
+
+
+def _usual(recipe: Recipe, baselines: Sequence[str]) -> str:
+    """The rows that are usual for the task, of methods that train on the recipe's base."""
+    quantized = recipe.base_quantization is not None
+    trained = (each for each in TRAINED if not (quantized and METHODS[each].not_quantized))
+    return ",".join(("base", *baselines, *trained))
 
 
 def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -110,7 +146,7 @@ def _split(text: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def _kind(word: str) -> str:
-    kinds = dict.fromkeys((*CLASSIFYING.split(","), *METHODS))
+    kinds = dict.fromkeys((*UNTRAINED, *TRAINED, *METHODS))
     if word not in kinds:
         raise RecipeError(
             f"{_short(word)} is not a method to compare: expected {', '.join(kinds)}, or peft:NAME for one of PEFT's"
@@ -144,10 +180,10 @@ def _candidate(
     name = method_named(method).named_by
     parts = [value if key == name else f"{key}={value}" for key, value in settings]
     spec = method + (":" + ",".join(parts) if parts else "")
-    if method == "base":
+    if method in UNTRAINED:
         if settings:
-            raise RecipeError(f"{_short(spec)}: the base is not trained and has no settings: give base alone")
-        return Candidate("base", "base", _changed(recipe, {"method": "head", "train.lr": "none"}))
+            raise RecipeError(f"{_short(spec)}: {method} is not trained and has no settings: give {method} alone")
+        return Candidate(method, method, _changed(recipe, {"method": "head", "train.lr": "none"}))
     own = method == recipe.method.kind and (name is None or dict(settings)[name] == getattr(recipe.method, name))
     if not own:  # start from the method's defaults
         recipe = recipe.model_copy(update={"method": METHODS[method].model_construct()})
@@ -156,7 +192,7 @@ def _candidate(
         rate = "auto"
     changes = {"method": method, "train.lr": "none" if rate is None else str(rate)}
     for key, value in settings:
-        path = "train.lr" if key == "lr" else f"method.{key}"
+        path = f"train.{key}" if key in OF_TRAIN else f"method.{key}"
         changes[path] = value.replace("+", ",") if key.endswith("_modules") else value
     try:
         return Candidate(spec, method, _changed(recipe, changes))

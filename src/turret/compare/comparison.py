@@ -65,6 +65,7 @@ class Comparison:
     promotion: Promotion
     recipes: Mapping[str, str]  # spec -> TOML of its first seed
     notes: tuple[str, ...]
+    said: tuple[str, ...]  # how each row that trains nothing answers, a sentence each
     missing: int
     budget: float | None  # seconds
     folder: str
@@ -108,9 +109,17 @@ class Comparison:
             fields["marks"] = list(row.marks)
             if row.verdict is not None:
                 fields["verdict"]["sentence"] = row.verdict.sentence(self.against_label)
+            if row.at_equal_steps is not None:
+                fields["at_equal_steps"]["sentence"] = self.at_equal_steps(row)
         if self.power is not None:
             content["power"] = self.power.as_json()
         return content | {"report": f"{self.folder}/report.html"}
+
+    def at_equal_steps(self, row: ComparisonRow) -> str:
+        """The verdict against the baseline trained for as many steps, in one sentence; empty if the row has none."""
+        if row.at_equal_steps is None:
+            return ""
+        return row.at_equal_steps.sentence(f"{self.against_label} with as many steps ({row.steps})")
 
     @property
     def against_label(self) -> str:
@@ -153,13 +162,15 @@ def comparison(
         _row(design, candidate, sides[candidate.spec], baseline, failures, confidence)
         for candidate in design.candidates
     )
+    rows = tuple(_at_equal_steps(design, row, sides, confidence) for row in rows)
     good = [each for each in largest if each.seed not in sides[each.spec].learnt.seeds]
     seed = design.recipe.split_seed
     classes = data.labels if _one_class(data) else ()
     specs = [row.spec for row in rows if row.score is not None]
     points = tuple(_curves(design, results, data.test, confidence)) if len(design.fractions) > 1 else ()
     composition = design.composition
-    recipes = {spec: next(each.recipe for each in largest if each.spec == spec) for spec in specs}
+    trained = {row.spec for row in rows if row.trains}
+    recipes = {spec: next(each.recipe for each in largest if each.spec == spec) for spec in specs if spec in trained}
     return Comparison(
         name=composition or design.recipe.name,
         base=results[0].base,
@@ -190,6 +201,7 @@ def comparison(
         promotion=not_promoted(composition) if composition else promotion(rows, design.against, good),
         recipes={} if composition else recipes,
         notes=_notes(data, rows, design, largest),
+        said=tuple(dict.fromkeys(each.said for each in largest if each.said)),
         missing=missing,
         budget=budget,
         folder=folder,
@@ -286,6 +298,7 @@ def _row(
         label=candidate.label,
         kind=candidate.kind,
         lr=own[0].lr if own else None,
+        steps=_steps(side),
         seeds=tuple(side.all),
         versions=tuple(each.version for each in own if each.version is not None),
         score=score,
@@ -299,6 +312,26 @@ def _row(
         trained_out=2 * sum(falling) < len(falling) if falling else None,
         losses=tuple((each.seed, tuple(each.losses)) for each in own if each.losses),
     )
+
+
+def _at_equal_steps(
+    design: Design, row: ComparisonRow, sides: Mapping[str, SeededResults], confidence: float
+) -> ComparisonRow:
+    """The row with its verdict against the baseline trained for as many steps, if it was trained for other steps."""
+    baseline = sides[design.against]
+    if row.steps is None or row.spec in design.twins or row.steps == _steps(baseline):
+        return row
+    twin = next((sides[spec] for spec in sorted(design.twins) if _steps(sides[spec]) == row.steps), None)
+    if twin is None:
+        return row
+    draw = generator(design.recipe.split_seed, row.spec, "equal steps")
+    return replace(row, at_equal_steps=judged(sides[row.spec], twin, design.margin, draw, confidence))
+
+
+def _steps(side: SeededResults) -> int | None:
+    """The mean number of steps of some trainings; None if nothing was trained, or none has run."""
+    known = [each.timing["steps"] for each in side.all.values() if "steps" in each.timing]
+    return round(fmean(known)) if known else None
 
 
 def _curves(

@@ -65,14 +65,14 @@ def costs(own: Sequence[CellResult]) -> Costs:
     forgot = [each.forgetting for each in own if each.forgetting]
     ends = [(each["low"], each["high"]) for each in forgot if "low" in each]
     best = [each.best for each in own if each.best]
-    measured = [each.memory["measured"] for each in trained]
+    measured = [each.memory["measured"] for each in trained if each.memory]
     predicted = [each.memory["predicted"] for each in trained if each.memory.get("predicted")]
     return Costs(
         trainable=first.parameters["trainable"],
         total=first.parameters["total"],
         bundle_bytes=round(fmean(each.bundle_bytes for each in own)),
-        above_base=MeanRange.of(each.memory["above_base_bytes"] for each in trained),
-        peak=MeanRange.of(each.memory["peak_bytes"] for each in trained),
+        above_base=MeanRange.of(each.memory["above_base_bytes"] for each in trained if each.memory),
+        peak=MeanRange.of(each.memory["peak_bytes"] for each in trained if each.memory),
         predicted=_means(predicted),
         measured=_means(measured),
         train_seconds=MeanRange.of(each.timing["train_seconds"] for each in trained),

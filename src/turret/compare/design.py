@@ -1,7 +1,7 @@
 """The trainings of a comparison and their order.
 
-All trainings share the data, the split (`data.seed`), the steps and the evaluation. They differ in method, seed and,
-for learning curves, in the number of training examples.
+All trainings share the data, the split (`data.seed`) and the evaluation. They differ in method, seed, epochs (each
+method has its own number, unless the recipe sets one) and, for learning curves, in the number of training examples.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Design:
     against: str  # spec of the baseline
     margin: float  # points
     train: int  # training examples at fraction 1
+    twins: frozenset[str] = frozenset()  # specs of the rows that train the baseline for other methods' epochs
     composition: str | None = None  # whose parts are compared with it, as they are stored; None: trainings
 
     def cells(self) -> Iterator[Cell]:
@@ -58,8 +59,12 @@ class Design:
         for seed in self.seeds:
             for fraction in self.fractions:
                 for candidate in self.candidates:
-                    if candidate.kind != "base" or fraction == self.fractions[0]:
+                    if fraction == self.fractions[0] or (candidate.kind != "base" and not self.is_twin(candidate)):
                         yield Cell(candidate, seed, fraction, self._recipe(candidate, seed, fraction))
+
+    def is_twin(self, candidate: Candidate) -> bool:
+        """Whether a row is the baseline trained for another number of epochs."""
+        return candidate.spec in self.twins
 
     def _recipe(self, candidate: Candidate, seed: int, fraction: float) -> Recipe:
         data = {"seed": self.recipe.split_seed}
@@ -95,6 +100,7 @@ def design(
     against: str,
     margin: float,
     train: int,
+    twins: Sequence[str] = (),
 ) -> Design:
     """A checked design. Raises RecipeError.
 
@@ -104,6 +110,7 @@ def design(
         against: spec of the baseline; it must be one of the rows.
         margin: points.
         train: number of training examples at fraction 1.
+        twins: specs of the rows that train the baseline for other methods' epochs.
     """
     if not 1 <= seeds <= MOST_SEEDS:
         raise RecipeError(f"--seeds {seeds}: expected 1 to {MOST_SEEDS}, and at least 2 for a verdict")
@@ -116,7 +123,7 @@ def design(
         )
     if len(set(fractions)) > 1 and isinstance(recipe.data.train, str):
         raise RecipeError(f"--fractions cannot take a part of the split {recipe.data.train!r}: leave data.train out")
-    sized = [row for row in rows if row.kind != "base"]
+    sized = [row for row in rows if row.trains]
     judged = [row.spec for row in rows if row.spec == against] or [row.spec for row in rows if row.kind == against]
     if not judged:
         raise RecipeError(
@@ -131,4 +138,5 @@ def design(
         against=judged[0],
         margin=margin,
         train=train,
+        twins=frozenset(twins),
     )

@@ -64,7 +64,7 @@ def per_class(
     for label in [label for label, _ in counts.most_common(MOST_CLASSES)]:
         places = np.flatnonzero(true == label)
         for spec in dict.fromkeys(each.spec for each in results):
-            own = {each.seed: each for each in results if each.spec == spec and each.version is not None}
+            own = {each.seed: each for each in results if each.spec == spec and each.spec != "base"}
             seeds = sorted(own.keys() & baseline.keys())
             if not seeds or any(own[each] is baseline[each] for each in seeds):
                 continue
@@ -95,8 +95,8 @@ def confusion(
 
 
 def disagreements(results: Sequence[CellResult], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
-    """The test examples on which the trained rows differ most."""
-    rows = _trained(results, specs)
+    """The test examples on which the rows differ most, without the bare base."""
+    rows = _answering(results, specs)
     if len(rows) < 2:
         return ()
     means = np.stack([np.mean([each.scores for each in own], axis=0) for own in rows.values()])  # (rows, N)
@@ -107,15 +107,15 @@ def disagreements(results: Sequence[CellResult], data: Dataset, specs: Sequence[
 
 def some_examples(results: Sequence[CellResult], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
     """A few test examples, evenly spread over all."""
-    rows, count = _trained(results, specs), min(SOME_EXAMPLES, len(data.test))
+    rows, count = _answering(results, specs), min(SOME_EXAMPLES, len(data.test))
     return (
         tuple(_answered(rows, data.test, number * len(data.test) // count) for number in range(count)) if rows else ()
     )
 
 
-def _trained(results: Sequence[CellResult], specs: Sequence[str]) -> dict[str, list[CellResult]]:
-    """The results of each row that is trained."""
-    rows = {spec: [each for each in results if each.spec == spec and each.version is not None] for spec in specs}
+def _answering(results: Sequence[CellResult], specs: Sequence[str]) -> dict[str, list[CellResult]]:
+    """The results of each row but the bare base."""
+    rows = {spec: [each for each in results if each.spec == spec and each.spec != "base"] for spec in specs}
     return {spec: own for spec, own in rows.items() if own}
 
 

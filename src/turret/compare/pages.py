@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from turret.compare.report_text import chance, count, megabytes, milliseconds, percent, points, seconds, signed
+from turret.compare.report_text import (
+    chance,
+    count,
+    megabytes,
+    milliseconds,
+    percent,
+    points,
+    seconds,
+    sentence,
+    signed,
+)
 from turret.json_types import JsonMapping, JsonValue
 
 
@@ -22,7 +32,7 @@ def environment(html: bool) -> Environment:
     )
     templates.filters |= {
         "count": count, "mb": megabytes, "ms": milliseconds, "percent": percent, "points": points,
-        "seconds": seconds, "signed": signed, "cell": _cell, "p": chance,
+        "seconds": seconds, "sentence": sentence, "signed": signed, "cell": _cell, "p": chance,
     }  # fmt: skip
     return templates
 

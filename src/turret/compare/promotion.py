@@ -40,8 +40,8 @@ def promotion(rows: Sequence[ComparisonRow], against: str, results: Sequence[Cel
         chosen = min(good, key=lambda row: (row.costs.bundle_bytes if row.costs else 0, row.spec))
         why = f"the smallest method as good as {against}" if len(good) > 1 else f"as good as {against}, and smaller"
     else:
-        baseline = next((row for row in rows if row.spec == against and row.versions), None)
-        verdicts = [row.verdict for row in rows if row.verdict is not None and row.kind != "base"]
+        baseline = next((row for row in rows if row.spec == against and row.score is not None), None)
+        verdicts = [row.verdict for row in rows if row.verdict is not None and row.trains]
         undecided = [verdict for verdict in verdicts if verdict.word == "undecided"]
         if baseline is None:
             return Promotion(None, None, f"{against} has not run, so nothing can be judged yet")
@@ -49,6 +49,8 @@ def promotion(rows: Sequence[ComparisonRow], against: str, results: Sequence[Cel
             return Promotion(None, None, f"no method but {against} has run yet")
         if undecided:
             return Promotion(None, None, f"nothing is shown to be as good as {against} yet: {_advice(undecided)}")
+        if not baseline.versions:
+            return Promotion(None, None, f"every method is worse than {against}, which is no version")
         chosen, why = baseline, "every other method is worse by more than the margin"
     own = [each for each in results if each.spec == chosen.spec and each.version is not None]
     validated = [each for each in own if each.held.get("validation")]

@@ -101,6 +101,7 @@ def _values(result: Comparison) -> JsonObject:
         "tests": [row for row in result.rows if row.verdict is not None and row.kind != "base"],
         "writes": task_of(result.task).generates,
         "made": list(facts(result.made)),
+        "same_steps": len({row.steps for row in result.rows if row.steps}) < 2,
     }
 
 
@@ -137,11 +138,9 @@ def _plots(result: Comparison) -> Iterator[tuple[str, str]]:
         yield "forest", forest(marks, result.margin, unit=f"points of {metric}", zero=zero, scale=scale)
     if result.composition:  # nothing was trained for it
         return
-    trained = [row for row in rows if row.kind != "base"]
+    trained = [row for row in rows if row.trains]
     if trained:
-        yield from _against_costs(
-            trained, [_mark(row, 1.0) for row in contenders if row.kind != "base"] or None, metric
-        )
+        yield from _against_costs(trained, [_mark(row, 1.0) for row in contenders if row.trains] or None, metric)
         yield (
             "components",
             stacks(list(_stacked(trained)), unit="MB in training, without Python and its libraries", number=whole),

@@ -43,6 +43,7 @@ class CellResult:
     notes: Sequence[str]
     losses: Sequence[float] = ()  # of training, means over equal stretches
     guess: float | None = None  # mean score of outputs against the references of other texts
+    said: str = ""  # how a row that trains nothing answers, in one sentence
     warnings: Sequence[str] = ()  # of the training, a sentence each: why not to trust its version
     made: JsonMapping | None = None  # date, device, threads, precision, versions
 

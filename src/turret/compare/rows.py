@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from turret.compare.candidates import UNTRAINED
 from turret.compare.collapse import Collapse
 from turret.compare.costs import Costs
 from turret.compare.evidence import Interval
@@ -17,7 +18,7 @@ class ComparisonRow:
 
     spec: str
     label: str
-    kind: str  # base, head, full, lora, prefix
+    kind: str  # full, lora, prefix, head, peft, or of a row that trains nothing
     lr: float | None
     seeds: tuple[int, ...]
     versions: tuple[str, ...]
@@ -30,7 +31,14 @@ class ComparisonRow:
     collapses: tuple[Collapse, ...] = ()  # trainings that learnt nothing while others of this method did
     learnt_nothing: bool = False  # every seed is at the level of guessing
     trained_out: bool | None = None  # False: the loss still fell at the last step of half of the trainings or more
+    steps: int | None = None  # of each training, the mean over seeds; None: nothing was trained
+    at_equal_steps: Verdict | None = None  # against the baseline trained for as many steps, where its own differ
     losses: tuple[tuple[int, tuple[float, ...]], ...] = ()  # per seed: training losses, means over equal stretches
+
+    @property
+    def trains(self) -> bool:
+        """Whether trainings make it."""
+        return self.kind not in UNTRAINED
 
     @property
     def marks(self) -> tuple[str, ...]:

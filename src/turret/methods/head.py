@@ -9,7 +9,7 @@ from turret.methods.method import Method, Operation
 
 
 class Head(Method):
-    """Only the task's head is trained: a logistic regression on frozen features. A lower bound in a comparison."""
+    """Only the task's head is trained, from the linear solution on. A lower bound in a comparison."""
 
     head_alone: ClassVar[bool] = True
 

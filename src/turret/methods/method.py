@@ -5,6 +5,7 @@ The defaults here are those of `head`; a method overrides what differs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -19,6 +20,7 @@ from turret.plan_check import Check
 
 LARGE_BASE = 1_000_000_000  # parameters; the published LoRA rates hold from here on, the measured ones below
 FEWEST_STEPS = 20  # no method learns much in fewer
+FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
 Operation = Literal["train", "mix", "import", "export"]
 AS_GIVEN = {"errors": "as given"}  # context of a validation whose caller writes the sentences of its errors
 
@@ -31,6 +33,11 @@ def refuse_places(model: type[BaseModel], places: tuple[object, ...]) -> None:
             f"{model.__name__} takes its settings by name, such as {model.__name__}({first}=...), given "
             f"{shown(places[0])}: name it"
         )
+
+
+def epochs_for(steps: int, examples: int, batch_size: int) -> int:
+    """The fewest epochs that give so many steps."""
+    return math.ceil(steps / math.ceil(examples / batch_size))
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Method(BaseModel):
     not_quantized: ClassVar[str | None] = None  # why it does not train on a base in 4 bits
     low_rate: ClassVar[str | None] = None  # measured: the result with a rate for full fine-tuning
     high_rate: ClassVar[tuple[int, str]] = (20, "is likely to diverge")  # (times the default, what happens from there)
-    classify_steps: ClassVar[int] = 100  # steps until the loss of a classifier levels off
+    classify_steps: ClassVar[int] = 250  # steps until the loss of a classifier levels off
 
     @property
     def summary(self) -> str:
@@ -118,6 +125,14 @@ class Method(BaseModel):
         steps = self.classify_steps if classify else FEWEST_STEPS
         ratio = self.head_lr_ratio if classify else None
         return Defaults(self.rate(family_kind, parameters >= LARGE_BASE), steps, ratio)
+
+    def epochs(self, examples: int, batch_size: int, *, classify: bool) -> int:
+        """The epochs that give its steps on so many training examples, within bounds.
+
+        They do not depend on the base, so that a comparison knows them before anything is loaded.
+        """
+        steps = self.classify_steps if classify else FEWEST_STEPS
+        return min(MOST_EPOCHS, max(FEWEST_EPOCHS, epochs_for(steps, max(1, examples), batch_size)))
 
     def rate_check(self, rate: float, default: float) -> Check:
         """A warning for rates that suit another method; what they cost was measured."""

@@ -55,6 +55,7 @@ class Chat:
     metric: ClassVar[str] = "rougeL"
     metric_label: ClassVar[str] = "ROUGE-L"
     right_or_wrong: ClassVar[bool] = False
+    baselines: ClassVar[tuple[str, ...]] = ("nearest",)
     order: ClassVar[str] = "You are a helpful assistant. Answer the user."
     labels: tuple[str, ...] = ()
     multi_label = False

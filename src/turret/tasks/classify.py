@@ -42,6 +42,7 @@ class Classify:
     metric: ClassVar[str] = "accuracy"
     metric_label: ClassVar[str] = "accuracy"
     right_or_wrong: ClassVar[bool] = True
+    baselines: ClassVar[tuple[str, ...]] = ("linear",)
 
     def __init__(
         self,

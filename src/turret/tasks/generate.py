@@ -53,6 +53,7 @@ class Generate:
     metric: ClassVar[str] = "rougeL"
     metric_label: ClassVar[str] = "ROUGE-L"
     right_or_wrong: ClassVar[bool] = False
+    baselines: ClassVar[tuple[str, ...]] = ("nearest",)
     usual: ClassVar[tuple[str, str]] = COMPLETED  # the roles of its columns
     ending: ClassVar[str] = "\n"  # between the document and the target of a decoder
     order: ClassVar[str] = "Write the answer to the following text."
@@ -317,6 +318,7 @@ class Summarize(Generate):
 
     kind = "summarize"
     pipeline_tag = "summarization"
+    baselines: ClassVar[tuple[str, ...]] = ("lead", "nearest")
     usual = SUMMARISED
     ending = "\n\nTL;DR:"
     order = "Summarize the following text in a few words."

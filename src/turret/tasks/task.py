@@ -58,6 +58,7 @@ class CommonTask(Protocol):
     metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`
     metric_label: ClassVar[str]  # the metric's name in tables and reports
     right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
+    baselines: ClassVar[tuple[str, ...]]  # of `compare`, that train nothing: linear, lead, nearest
 
     # --- class methods -----------------------------------------------------------------------------------------------
 

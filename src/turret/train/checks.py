@@ -12,11 +12,11 @@ from turret.bases import Base, native_bfloat16
 from turret.data import Dataset, Example, Labelled, cells, texts_of
 from turret.errors import AdapterError, one_line
 from turret.methods import Method
+from turret.methods.method import epochs_for
 from turret.plan_check import Check, Level
 from turret.recipe import Recipe, toml
 from turret.tasks import Task, writes
 from turret.train.batches import Item, Schedule
-from turret.train.defaults import epochs_for
 from turret.train.optim import warmup_steps
 from turret.train.rates import MOST_TRIALS, TrialSize
 from turret.train.splits import Splits

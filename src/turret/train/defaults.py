@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from turret import quantized
 from turret.bases import Base
 from turret.methods.method import Defaults, Method
 from turret.recipe import Recipe
 from turret.tasks import task_of
-
-FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
-
-
-def epochs_for(steps: int, examples: int, batch_size: int) -> int:
-    """The fewest epochs that give so many steps."""
-    return math.ceil(steps / math.ceil(examples / batch_size))
 
 
 def defaults_of(method: Method, base: Base, task_kind: str) -> Defaults:
@@ -35,8 +26,7 @@ def filled(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:
     """
     method, train = recipe.method.on(base.family.kind), recipe.train
     own = defaults_of(method, base, task_kind)
-    wanted = epochs_for(own.steps, max(1, examples), train.batch_size)
-    epochs = train.epochs or min(MOST_EPOCHS, max(FEWEST_EPOCHS, wanted))
+    usual = method.epochs(examples, train.batch_size, classify=not task_of(task_kind).generates)
     ratio = None if isinstance(train.lr, float) else own.head_lr_ratio  # a rate in the recipe is also the head's
-    update = {"lr": train.lr or own.lr, "epochs": epochs, "head_lr_ratio": train.head_lr_ratio or ratio}
+    update = {"lr": train.lr or own.lr, "epochs": train.epochs or usual, "head_lr_ratio": train.head_lr_ratio or ratio}
     return recipe.model_copy(update={"method": method, "train": train.model_copy(update=update)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 WINDOW, FEWEST = 50, 20  # latest steps that count, and the fewest that are enough to tell
 ERRORS = 2.0  # standard errors; a smaller distance from `guessing` is noise
@@ -18,19 +18,17 @@ class FlatLoss:
 
     loss: float  # mean of the latest steps
     guessing: float  # the loss of answering with the shares of the classes, whatever the text
+    remedy: str = "use more examples, or another method"
 
     def __str__(self) -> str:
         return f"the training loss is {self.loss:.3f}, guessing has {self.guessing:.3f}"
 
     def warning(self) -> str:
         """The finding with its remedy, in one line."""
-        return (
-            f"nothing was learnt: {self}; leave train.lr out, use more epochs or examples, or another method "
-            "(turret plan shows the usual settings)"
-        )
+        return f"nothing was learnt: {self}; {self.remedy}"
 
     def to_json(self) -> dict[str, float]:
-        return asdict(self)
+        return {"loss": self.loss, "guessing": self.guessing}
 
 
 def flat_loss(latest: Sequence[float], guessing: float | None) -> FlatLoss | None:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from turret.data import Dataset
 from turret.errors import CheckpointMismatch, TrainingError
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
-from turret.tasks import Task
+from turret.tasks import Task, has_head
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, memory, processes
 from turret.train.batches import Item, Items, Schedule, pass_tokens
@@ -30,6 +30,7 @@ from turret.train.defaults import filled
 from turret.train.evaluation import evaluate
 from turret.train.flat_loss import WINDOW, FlatLoss, flat_loss
 from turret.train.initialize import InitialAdapter, attach, optimiser_of
+from turret.train.linear_start import head_start
 from turret.train.loss_scale import LossScale
 from turret.train.optim import AdamW, warmup_steps
 from turret.train.processes import Processes
@@ -73,6 +74,7 @@ class RunProgress:
     stale: int = 0  # evaluations since the best one
     gave_up: bool = False  # early stopping
     losses: list[float] = field(default_factory=list)  # of the latest WINDOW steps
+    head_start: dict[str, float] | None = None  # how the head began: see `linear_start`
     scale: list[float] = field(default_factory=list)  # value and good steps of the loss scale; empty without one
 
 
@@ -158,6 +160,7 @@ class TrainingRun:
             )
             here.require_same(**run._identity())
             run._resume()
+            run._start_head()
         except BaseException:
             adapters.detach(base.model)
             raise
@@ -265,7 +268,8 @@ class TrainingRun:
         """Whether the latest losses are at the level of guessing; None in the first steps of a long run."""
         progress = self.progress
         early = progress.step < min(WINDOW, self.schedule.steps)
-        return None if early else flat_loss(progress.losses, self.guessing)
+        found = None if early else flat_loss(progress.losses, self.guessing)
+        return None if found is None else replace(found, remedy=self._to_learn())
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -292,6 +296,8 @@ class TrainingRun:
         libraries["python"] = platform.python_version()
         lineage |= {"recipe": self.recipe.to_toml(), "seed": self.recipe.seed, "libraries": libraries}
         lineage |= {"steps": self.progress.step, "lr": self.lr}
+        if self.progress.head_start is not None:
+            lineage |= {"head_start": self.progress.head_start}
         if (flat := self.flat_loss()) is not None:
             lineage |= {"flat_loss": flat.to_json()}
         return lineage if self.best_weights is None else {**lineage, "kept_step": self.progress.best_step}
@@ -343,6 +349,16 @@ class TrainingRun:
             self.best_weights = here.take_from_main(row)
         if states:
             self.randomness.load(states[here.rank])
+
+    def _start_head(self) -> None:
+        """Give a new head the linear solution, unless a checkpoint or a finished adapter has given it its weights."""
+        here, task = self.processes, self.task
+        if self.progress.step or self.start is not None or not has_head(task):
+            return
+        begins = head_start(self.recipe, self.base, task, self.items, self.most_tokens)
+        if begins is not None:
+            self.progress.head_start = begins.begin(self.optimiser, self.randomness, self.lr, self.schedule.steps, here)
+            self.optimiser.set_weights(here.take_from_main(self.optimiser.weights.clone()))
 
     def _read(self) -> checkpoint.Checkpoint | None:
         saved = None if self.folder is None else checkpoint.load(self.folder, identity=self._identity())
@@ -412,6 +428,19 @@ class TrainingRun:
         if str(self.base.dtype).endswith("float16"):  # or bfloat16
             remedy += ' or train.dtype to "float32"'
         return f"{remedy}; {self._last_checkpoint()}"
+
+    def _to_learn(self) -> str:
+        """The remedy for a training that learnt nothing. It names a setting only if that is not the usual one."""
+        recipe, examples = self.recipe, len(self.splits.train)
+        family, classify = self.base.family.kind, not self.task.generates
+        rate = recipe.method.defaults(family, classify=classify, parameters=self.total).lr
+        epochs = recipe.method.epochs(examples, recipe.train.batch_size, classify=classify)
+        remedies = []
+        if not math.isclose(self.lr, rate):
+            remedies.append(f"leave train.lr out (it is {self.lr:g}, usual is {rate:g})")
+        if self.schedule.epochs < epochs:
+            remedies.append(f"leave train.epochs out (it is {self.schedule.epochs}, usual are {epochs})")
+        return ", ".join((*remedies, "use more examples, or another method"))
 
     def how_to_resume(self) -> str:
         """The remedy for a run that the user stopped."""

@@ -18,11 +18,12 @@ from turret.bases import Base
 from turret.data import Dataset, Example
 from turret.errors import LossNotFinite
 from turret.recipe import Recipe
-from turret.tasks import Task
+from turret.tasks import Task, has_head
 from turret.train.batches import Items, Schedule, pass_tokens
 from turret.train.defaults import defaults_of, filled
 from turret.train.evaluation import example_losses
 from turret.train.initialize import InitialAdapter, attach, optimiser_of
+from turret.train.linear_start import head_start
 from turret.train.loss_scale import LossScale
 from turret.train.optim import AdamW, learning_rate
 from turret.train.rates import FoundRate, Score, search, size_of
@@ -148,6 +149,7 @@ def trials(
     start: InitialAdapter | None = None,
 ) -> Iterator[Trials]:
     """Trials with the recipe's adapter, which is detached after the block. `held` of the examples only score."""
+    default = defaults_of(recipe.method, base, task.kind).lr
     order = list(range(len(examples)))
     random.Random(recipe.seed).shuffle(order)
     with Randomness(recipe.seed, base.model.device):
@@ -155,11 +157,16 @@ def trials(
     try:
         base.model.train()
         optimiser = optimiser_of(recipe, base)
+        items = Items(task, [examples[place] for place in sorted(order[held:])])
+        if start is None and has_head(task):
+            begins = head_start(recipe, base, task, items, pass_tokens(recipe.train, base.model.config))
+            if begins is not None:
+                begins.begin(optimiser, Randomness(recipe.seed, base.model.device), default, steps)
         yield Trials(
             recipe,
             base,
             task,
-            items=Items(task, [examples[place] for place in sorted(order[held:])]),
+            items=items,
             held=Items(task, [examples[place] for place in order[:held]]),
             steps=steps,
             optimiser=optimiser,

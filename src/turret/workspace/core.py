@@ -221,7 +221,7 @@ class Workspace:
         until `promote(version, "production")`. The report is in `.folder`.
 
         Args:
-            methods: such as "base,head,full,lora:r=4/16,prefix"; default: all that suit the task.
+            methods: such as "base,linear,full,lora:r=4/16,prefix"; default: all that suit the task.
             budget: seconds for this call; a later call continues.
             fractions: of the training examples, for learning curves.
             margin: points of accuracy or ROUGE-L that still count as equally good.

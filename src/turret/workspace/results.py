@@ -36,6 +36,7 @@ class RunResult:
     stopped_early: bool = False
     flat_loss: dict[str, float] | None = None  # loss, guessing: set if the final loss is no better than guessing
     warnings: list[str] = field(default_factory=list)  # reasons not to trust this version, a sentence each
+    advice: list[str] = field(default_factory=list)  # what would make a better one, a sentence each
     notes: list[str] = field(default_factory=list)  # what was guessed, dropped or cut
     device: str = "cpu"  # where it was trained and proven
     forgetting: JsonObject | None = None  # on neutral text; None for a classifier

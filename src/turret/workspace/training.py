@@ -23,6 +23,7 @@ from turret import adapters, bundles, heap
 from turret import train as trainer
 from turret.bases import Base, ChosenDevice
 from turret.bases.device import CPU
+from turret.compare.losses import binned, still_falling
 from turret.data import Dataset
 from turret.disk import describe_error
 from turret.errors import CheckpointMismatch, DeviceError, LossNotFinite, PreflightRefused, ProofFailed, StoreError
@@ -46,6 +47,7 @@ from turret.workspace.ready import Ready
 from turret.workspace.results import Planned, RunResult
 from turret.workspace.stored_adapter import read_adapter
 from turret.workspace.tracked import Followed, follow, settings_of
+from turret.workspace.training_runs import every_step
 
 NOT_RESUMABLE = (LossNotFinite, ProofFailed)
 PROOF_START = 6.0  # seconds in which a fresh process imports torch and transformers
@@ -343,6 +345,7 @@ def _carry_out(
         ready, fitted, forgot = found.ready, found.fitted, found.forgot
         started = time.perf_counter()
         kept = found.metrics if forgot is None else found.metrics | {FORGETTING: forgot}
+        advice = _advice(store, run, ready, fitted)
 
         def result(version: Version) -> RunResult:
             return RunResult(
@@ -372,6 +375,7 @@ def _carry_out(
                 stopped_early=fitted.stopped_early,
                 flat_loss=None if fitted.flat_loss is None else fitted.flat_loss.to_json(),
                 warnings=[] if fitted.flat_loss is None else [fitted.flat_loss.warning()],
+                advice=advice,
                 notes=[*ready.notes, *followed.warnings],
                 device=str(ready.device.device),
                 forgetting=forgot,
@@ -393,6 +397,7 @@ def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> 
         curve = trainer.Curve(run.curve, resume_after=after)
     processes.begin().from_main(lambda: run.checkpoint)
     steps = trainer.fit(*ready.parts, folder=run.checkpoint, predicted=planned.plan.memory, start=ready.start)
+    told = False
     while True:
         try:
             record = next(steps)
@@ -402,6 +407,27 @@ def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> 
         with _disk_errors(run):
             curve.append(record)
         callbacks.record(record)
+        if record.guessing is not None and not told:
+            told = True
+            callbacks.warning(
+                f"after step {record.step} the loss is no better than guessing ({record.guessing:.3f}): the training "
+                "has learnt nothing yet, or has lost it"
+            )
+
+
+def _advice(store: Store, run: HeldRun, ready: Ready, fitted: trainer.Fitted) -> list[str]:
+    """What would make a better version: a line each."""
+    if (
+        fitted.flat_loss is not None
+        or fitted.stopped_early
+        or not still_falling(binned([record.loss for record in every_step(store, run.id)]))
+    ):
+        return []
+    train = ready.recipe.train
+    longer = f"train.epochs to {2 * (train.epochs or 1)} (now {train.epochs})"
+    if train.max_steps is not None and fitted.steps >= train.max_steps:
+        longer = f"train.max_steps to {2 * train.max_steps} (now {train.max_steps})"
+    return [f"the training loss still fell at the last step, so longer training would help: set {longer}"]
 
 
 @contextmanager

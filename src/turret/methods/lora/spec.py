@@ -61,7 +61,6 @@ class LoRA(Method):
     low_rate: ClassVar[str | None] = (
         "LoRA stays near chance with it (three epochs on 2,000 reviews of IMDB: accuracy 0.53, and 0.87 by default)"
     )
-    classify_steps: ClassVar[int] = 250
 
     kind: Literal["lora"] = "lora"
     r: int = Field(default=8, ge=1, le=1024)

@@ -40,7 +40,7 @@ class Prefix(Method):
     low_rate: ClassVar[str | None] = (
         "a prefix hardly moves with it (headlines by SmolLM2: loss 5.4 at the start, 3.07 after 80 steps at 1e-3)"
     )
-    classify_steps: ClassVar[int] = 1200
+    classify_steps: ClassVar[int] = 600
 
     kind: Literal["prefix"] = "prefix"
     num_virtual_tokens: int = Field(default=20, ge=1, le=4096)

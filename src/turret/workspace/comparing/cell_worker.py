@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from turret.access import Access
+from turret.compare.candidates import UNTRAINED
 from turret.compare.report_text import seconds as span
 from turret.errors import Interrupted, TurretError
 from turret.json_types import JsonMapping, JsonObject
@@ -64,8 +65,9 @@ def _files(request: JsonMapping) -> KeptFiles:
 def _carry_out(folder: Path, request: JsonMapping, files: KeptFiles) -> JsonObject:
     started = time.perf_counter()
     recipe, store = Recipe.from_toml(request["recipe"]), files.store
-    if request["kind"] == "base":
-        result = measure.base(store, recipe, say_to_parent)
+    if request["kind"] in UNTRAINED:
+        ready = training.prepare(store, recipe, training.Callbacks(stage=say_to_parent))
+        result = measure.baseline(request["kind"], ready, say_to_parent)
     else:
         run = _finished(folder, store, recipe) or _trained(folder, files, recipe, request["comparison"])
         result = measure.version(store, recipe, run, state.read(folder / "plan.json") or {}, say_to_parent)

@@ -18,7 +18,6 @@ from turret.errors import RecipeError, TrainingError
 from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.store import Store
-from turret.tasks import task_of
 from turret.workspace.child_process import run_child
 from turret.workspace.comparing import state
 from turret.workspace.comparing.kept_files import KeptFiles
@@ -54,7 +53,7 @@ class CellRunner:
         """Run the missing cells in order until the budget ends. Raises TrainingError if there is no result at all."""
         for number, cell in enumerate(cells, 1):
             name, here = cell.candidate.spec, self.folder / "cells" / cell.key
-            result = state.read(here / "result.json") or self._same_base(cell, here)
+            result = state.read(here / "result.json") or self._of_another_seed(cell, here)
             if result is None and name not in self.failures:
                 left = None if self.deadline is None else self.deadline - time.monotonic()
                 if left is not None and left <= (self._expected_seconds(cell, own=True) or 0.0):
@@ -84,21 +83,22 @@ class CellRunner:
 
     def _expected_seconds(self, cell: Cell, *, own: bool = False) -> float | None:
         """The mean time of cells of the same method and fraction; if there are none, of all cells, unless `own`."""
-        trained = [each for each in self.results.values() if (each.version is None) == (cell.candidate.kind == "base")]
+        trained = [each for each in self.results.values() if (each.version is None) != cell.candidate.trains]
         alike = [each for each in trained if each.spec == cell.candidate.spec and each.fraction == cell.fraction]
         if alike or own:
             return fmean(each.wall_seconds for each in alike) if alike else None
         return fmean(each.wall_seconds * cell.fraction / each.fraction for each in trained) if trained else None
 
-    def _same_base(self, cell: Cell, here: Path) -> JsonObject | None:
-        """The bare base's result under an earlier seed. Generation draws no random number."""
-        if cell.candidate.kind != "base":
+    def _of_another_seed(self, cell: Cell, here: Path) -> JsonObject | None:
+        """The result of the same row under an earlier seed, if no seed changes it."""
+        if cell.candidate.trains:
             return None
-        for key in self.results:
-            earlier = state.read(self.folder / "cells" / key / "result.json")
-            if earlier and earlier["version"] is None and task_of(earlier["kind"]).generates:
-                self.files.write(here / "result.json", earlier)
-                return earlier
+        for key, result in self.results.items():
+            if (result.spec, result.fraction) == (cell.candidate.spec, cell.fraction):
+                earlier = state.read(self.folder / "cells" / key / "result.json")
+                if earlier and earlier.get("seedless"):
+                    self.files.write(here / "result.json", earlier)
+                    return earlier
         return None
 
     def _run(self, cell: Cell, here: Path, left: float | None, title: str) -> JsonObject | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from turret.compare.candidates import candidates, is_floor
+from turret.compare.candidates import Candidate, candidates, is_floor, with_equal_epochs
 from turret.compare.comparison import Comparison, SeededResults, comparison, paired
 from turret.compare.design import Cell, Design, PlannedDesign
 from turret.compare.design import design as make_design
@@ -22,6 +22,7 @@ from turret.data import Dataset
 from turret.errors import RecipeError
 from turret.recipe import Recipe
 from turret.store import Store
+from turret.tasks import task_of
 from turret.workspace.comparing import state
 from turret.workspace.comparing.cells import CellRunner, require_known
 from turret.workspace.comparing.command import command
@@ -34,7 +35,7 @@ from turret.workspace.reading import read_dataset, with_base
 class ComparisonRequest:
     """The options of a comparison."""
 
-    methods: str | None = None  # None: those of base, head, full, lora, prefix that suit the task
+    methods: str | None = None  # None: base, the task's baselines, full, lora and prefix
     seeds: int = 5
     budget: float | None = None  # seconds; None: until all cells have run
     fractions: tuple[float, ...] = (1.0,)  # of the training examples
@@ -102,8 +103,9 @@ def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) 
     recipe, _ = with_base(recipe, data.kind)
     if not data.test:
         raise RecipeError("a comparison needs test examples, and the data has none: give data.test")
-    rows = candidates(request.methods, recipe, data.kind, request.lr)
-    require_known(rows)
+    named = candidates(request.methods, recipe, data.kind, request.lr)
+    require_known(named)
+    rows = with_equal_epochs(named, request.against, lambda row: _epochs(row, data))
     design = make_design(
         recipe,
         rows,
@@ -112,6 +114,7 @@ def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) 
         against=request.against,
         margin=request.margin,
         train=len(data.train),
+        twins=[row.spec for row in rows[len(named) :]],
     )
     folder = state.folder_of(store.home, recipe, data.digest)
     cells = list(design.cells())
@@ -130,6 +133,13 @@ def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) 
     return Prepared(data, design, folder, planned)
 
 
+def _epochs(row: Candidate, data: Dataset) -> int:
+    """The epochs of a row's trainings on all training examples: the recipe's, or the method's own."""
+    train = row.recipe.train
+    classify = not task_of(data.kind).generates
+    return train.epochs or row.recipe.method.epochs(len(data.train), train.batch_size, classify=classify)
+
+
 def _stored_result(folder: Path, cell: Cell) -> CellResult | None:
     """The result of a cell that an earlier call ran."""
     stored = state.read(folder / "cells" / cell.key / "result.json")
@@ -140,7 +150,11 @@ def _power(design: Design, data: Dataset, results: Sequence[CellResult], confide
     """What the design can detect, from the spread of the results so far, or from an assumed spread."""
     whole = [each for each in results if each.fraction == design.fractions[0]]
     sides = {row.spec: SeededResults.of(row.spec, whole, data.test).trained for row in design.candidates}
-    contenders = [row.spec for row in design.candidates if not is_floor(row.kind) and row.spec != design.against]
+    contenders = [
+        row.spec
+        for row in design.candidates
+        if row.trains and not is_floor(row.kind) and row.spec not in (design.against, *design.twins)
+    ]
     pairs = [d for spec in contenders if (d := paired(sides[spec], sides[design.against])) is not None]
     spread = Spread.measured(pairs) or Spread.assumed(data.kind)
     return power(spread, len(design.seeds), len(data.test), design.margin, confidence=confidence)

@@ -1,30 +1,41 @@
-"""Measure a stored version of a comparison, or the base alone.
+"""Measure a row of a comparison: a stored version, the base alone, or a baseline that trains nothing.
 
 Measured are: answers and scores on every test example, the time of one answer, forgetting, and costs.
 """
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
 
 from turret import adapters, quantized
 from turret import train as trainer
+from turret.adapters import packed
+from turret.compare.evidence import Array
 from turret.compare.losses import binned
-from turret.data import Example, Input, inputs_of
+from turret.data import Example, Input, inputs_of, references_of
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.tasks import writes
+from turret.tasks import TASKS, Prediction, Task, has_head, make_task, writes
+from turret.train.batches import Items, by_length
+from turret.train.evaluation import evaluating
 from turret.train.initialize import attach
 from turret.transformer import Model, Tokenizer
-from turret.workspace import answering, training
+from turret.workspace import answering
 from turret.workspace.comparing.provenance import provenance
 from turret.workspace.forgetting import on_neutral_texts
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset
+from turret.workspace.ready import Ready
+from turret.workspace.sharding import load_base
 from turret.workspace.training_runs import every_step
 
 TIMED_LABELS, TIMED_TEXTS = 24, 6  # single answers that are timed: of a classifier, of a task that generates
@@ -56,23 +67,292 @@ def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping
     }
 
 
-def base(store: Store, recipe: Recipe, say: Say) -> JsonObject:
-    """Measure the base alone on the same examples; a classifier's base with an untrained head."""
-    ready = training.prepare(store, recipe, training.Callbacks(stage=say))
+def base(ready: Ready, say: Say) -> JsonObject:
+    """Measure the base alone. A base that generates classifies by the words of the labels, an encoder by an untrained
+    head."""
+    if has_head(ready.task) and ready.base.family.generates:
+        return words(ready, say)
     bare = ready.task.generates
     # slot 0 answers for the base; attaching a LoRA only makes the slots
-    attach(recipe.model_copy(update={"method": LoRA()}) if bare else recipe, ready.base, ready.task)
+    attach(ready.recipe.model_copy(update={"method": LoRA()}) if bare else ready.recipe, ready.base, ready.task)
     ready.base.model.eval()
     mounted = answering.Mounted(None, ready.base.model, ready.task)
-    total = quantized.count(ready.base.model)
+    result = answered(mounted, ready.dataset.test, say, bare=bare)
+    return untrained(ready) | result | ({"seedless": True} if bare else {"said": "base has an untrained head"})
+
+
+def untrained(ready: Ready) -> JsonObject:
+    """What a result says of a row without a version."""
     return {
         "version": None,
         "base": {"id": ready.base.id, "fingerprint": ready.base.fingerprint},
-        "parameters": {"trainable": 0, "stored": 0, "total": total},
+        "parameters": {"trainable": 0, "stored": 0, "total": quantized.count(ready.base.model)},
         "bundle_bytes": 0,
         "notes": ready.notes,
-        **answered(mounted, ready.dataset.test, say, bare=bare),
     }
+
+
+# --- baselines that train nothing ------------------------------------------------------------------------------------
+
+FOLDS = 5  # of the cross-validation
+STRENGTHS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # C of the regression, tried in this order
+MOST_ITERATIONS = 300
+NEVER = -30.0  # the log-probability of a class that no training example has
+UNKNOWN = "N/A"  # the text of a prompt that says nothing
+
+
+def baseline(kind: str, ready: Ready, say: Say) -> JsonObject:
+    """Measure the base alone or a baseline, by its kind. The seed changes the base's untrained head alone."""
+    return {"base": base, "linear": linear, "lead": lead, "nearest": nearest}[kind](ready, say)
+
+
+def linear(ready: Ready, say: Say) -> JsonObject:
+    """scikit-learn's logistic regression on the mean of the frozen base's last hidden states.
+
+    The mean is how embeddings are usually made, and predicts more than the token that a head reads. Cross-validation on
+    the training split chooses the strength of the regularisation.
+    """
+    task, train, test = ready.task, ready.dataset.train, ready.dataset.test
+    assert has_head(task)
+    started = time.perf_counter()
+    attach(ready.recipe, ready.base, task)
+    say(f"computing the features of {len(train) + len(test)} texts once")
+    known = _features(ready, train)
+    say("fitting the logistic regression")
+    scale = known.std(0)
+    middle, scale = known.mean(0), np.where(scale > 0, scale, 1.0)
+    targets, weights = task.targets(train).numpy(), task.spec().get("class_weights") or {}
+    by_class = [float(weights.get(label, 1.0)) for label in task.labels]
+    strength = _strength((known - middle) / scale, targets, by_class)
+    fitted = _regression((known - middle) / scale, targets, by_class, strength)
+    seconds = time.perf_counter() - started
+
+    def logits(examples: Sequence[Example]) -> torch.Tensor:
+        return torch.tensor(fitted((_features(ready, examples) - middle) / scale))
+
+    found = logits(test)
+    answers = task.answers(found)
+    result = _scored(task, test, [task.judged(each) for each in answers], task.metrics(found, task.targets(test)))
+    count = (known.shape[1] + 1) * len(task.labels)
+    return untrained(ready) | result | {
+        "parameters": {"trainable": count, "stored": count, "total": quantized.count(ready.base.model)},
+        "timing": {"train_seconds": seconds},
+        "latency": _timed(test[:TIMED_LABELS], lambda example: logits([example])),
+        "said": f"linear is scikit-learn's logistic regression on the mean of the frozen base's last hidden states; "
+        f"cross-validation on the training split chose C = {strength:g}",
+        "seedless": True,
+    }  # fmt: skip
+
+
+def _features(ready: Ready, examples: Sequence[Example]) -> Array:
+    """The mean of the bare base's last hidden states of each example: (N, D)."""
+    model, items = ready.base.model, Items(ready.task, examples)
+    places: list[int] = []
+    parts = []
+    with evaluating(model, adapters.BARE):
+        for piece in by_length(items.lengths(), answering.MOST_TOKENS):
+            rows = [item.source for item in items.take(piece)]
+            parts.append(packed.pooled(model, rows, "mean").double().cpu())
+            places += piece
+    found: Array = torch.cat(parts)[torch.tensor(places).argsort()].numpy()
+    return found
+
+
+def _regression(z: Array, targets: Array, by_class: Sequence[float], strength: float) -> Callable[[Array], Array]:
+    """The function from standardised features (N, D) to logits (N, C) that scikit-learn fits.
+
+    Args:
+        targets: class numbers (N,), or ones and zeros (N, C) of any number of labels: then one regression for each.
+        by_class: the weight of each class in the loss: (C,).
+        strength: of the fit, C: the inverse of the regularisation.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    def fitted(wanted: Array, weights: dict[int, float]) -> LogisticRegression:
+        return LogisticRegression(C=strength, class_weight=weights, max_iter=MOST_ITERATIONS).fit(z, wanted)
+
+    if targets.ndim == 1:
+        known = np.unique(targets)
+        one = fitted(targets, {each: by_class[each] for each in known.tolist()}) if len(known) > 1 else None
+
+        def classes(rows: Array) -> Array:
+            found = np.full((len(rows), len(by_class)), NEVER)
+            found[:, known] = 0.0 if one is None else one.predict_log_proba(rows)
+            return found
+
+        return classes
+    some = [0 < column.sum() < len(column) for column in targets.T]  # a label that is always or never given is constant
+    many = [
+        fitted(column, {0: 1.0, 1: weight}) if varies else None
+        for column, weight, varies in zip(targets.T, by_class, some, strict=True)
+    ]
+
+    def labels(rows: Array) -> Array:
+        return np.stack(
+            [
+                np.full(len(rows), NEVER if column[0] == 0 else -NEVER)
+                if each is None
+                else each.decision_function(rows)
+                for each, column in zip(many, targets.T, strict=True)
+            ],
+            axis=1,
+        )
+
+    return labels
+
+
+def _strength(z: Array, targets: Array, by_class: Sequence[float]) -> float:
+    """The C with the highest cross-validated likelihood, the smallest if several have it."""
+    folds = np.random.default_rng(0).permutation(len(z)) % min(FOLDS, len(z))
+    likelihood = dict.fromkeys(STRENGTHS, 0.0)
+    for fold in range(int(folds.max()) + 1 if len(z) > 1 else 0):
+        out = folds == fold
+        for strength in STRENGTHS:
+            given, true = _regression(z[~out], targets[~out], by_class, strength)(z[out]), targets[out]
+            if targets.ndim == 1:
+                likelihood[strength] += float(given[np.arange(len(true)), true].sum())
+            else:
+                likelihood[strength] -= float(np.logaddexp(0, np.where(true > 0, -given, given)).sum())
+    return max(STRENGTHS, key=likelihood.__getitem__)
+
+
+def lead(ready: Ready, say: Say) -> JsonObject:
+    """Answer each text with its first sentence."""
+    say("taking the first sentences")
+    answers = [first_sentence(example.input) for example in ready.dataset.test]
+    return _texts(ready, answers, lambda example: first_sentence(example.input)) | {
+        "said": "lead answers with the first sentence of the text"
+    }
+
+
+def first_sentence(text: str) -> str:
+    """The text up to the end of its first sentence or line that has a word, without blanks around it."""
+    found = re.match(r"\s*(.*?\w.*?(?:[.!?]+[\"'”’)\]]*(?=\s)|(?=\n)|\Z))", text, re.DOTALL)
+    return " ".join(text.split()) if found is None else " ".join(found[1].split())
+
+
+def nearest(ready: Ready, say: Say) -> JsonObject:
+    """Answer each text as its nearest training text was answered, by the cosine of TF-IDF vectors."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    say("finding the nearest training texts")
+    train = ready.dataset.train
+    reader = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    try:
+        known = reader.fit_transform([example.input for example in train])  # (N, V), sparse, rows of length 1
+    except ValueError:  # no text has a word
+        return _texts(ready, [_text(train[0])] * len(ready.dataset.test), lambda _: _text(train[0]))
+
+    def answer(example: Example) -> str:
+        likeness = (known @ reader.transform([example.input]).T).toarray()[:, 0]
+        return _text(train[int(likeness.argmax())])
+
+    return _texts(ready, [answer(example) for example in ready.dataset.test], answer) | {
+        "said": "nearest answers as the training text with the largest cosine of TF-IDF vectors was answered"
+    }
+
+
+def _text(example: Example) -> str:
+    assert isinstance(example.output, str)
+    return example.output
+
+
+def words(ready: Ready, say: Say) -> JsonObject:
+    """Classify by the words of the labels: the label that the bare base makes most probable after the text.
+
+    The words of all labels form a tree. At each node where labels part, the log-probabilities of the next tokens are
+    normalised, and those after a text that says nothing are taken away. Source: Zhao et al. 2021, "Calibrate Before
+    Use".
+    """
+    task, test = ready.task, ready.dataset.test
+    assert has_head(task)
+    writer = next(each for each in TASKS.values() if each.generates)
+    base = load_base(ready.recipe, writer, (), ready.device)
+    attach(ready.recipe.model_copy(update={"method": LoRA()}), base, make_task(
+        ready.recipe.task.model_copy(update={"kind": writer.kind, "class_weights": None, "multi_label": False}),
+        replace(ready.dataset, kind=writer.kind, labels=()), base.tokenizer, base.family.kind,
+    ))  # fmt: skip
+    tokenizer = base.tokenizer
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    names = [[*tokenizer(f" {label}", add_special_tokens=False)["input_ids"], *end] for label in task.labels]
+    before = tokenizer(f"{task.instruction}\n\n")["input_ids"]
+    after = tokenizer("\n\nAnswer:", add_special_tokens=False)["input_ids"]
+    say(f"reading {len(test)} texts")
+
+    def asked(text: str) -> torch.Tensor:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: task.max_tokens]
+        return torch.tensor([*before, *ids, *after])
+
+    def logits(texts: Sequence[str]) -> torch.Tensor:
+        rows = [asked(text) for text in (*texts, UNKNOWN)]
+        found = torch.zeros(len(rows), len(names))
+        with evaluating(base.model, adapters.BARE):
+            _descend(base.model, rows, names, list(range(len(names))), 0, found)
+        return (found[:-1] - found[-1]).double()
+
+    found = logits([example.input for example in test])
+    answers = task.answers(found)
+    result = _scored(task, test, [task.judged(each) for each in answers], task.metrics(found, task.targets(test)))
+    return untrained(ready) | result | {
+        "latency": _timed(test[:TIMED_TEXTS], lambda example: logits([example.input])),
+        "said": "base answers with the label whose words the bare base makes most probable, compared with a text that "
+        "says nothing",
+        "seedless": True,
+    }  # fmt: skip
+
+
+def _descend(
+    model: Model,
+    rows: Sequence[torch.Tensor],
+    names: Sequence[Sequence[int]],
+    alike: list[int],
+    depth: int,
+    found: torch.Tensor,
+) -> None:
+    """Add to `found` (N, C) the log-probabilities of the labels that are alike in their first `depth` tokens."""
+    nexts = sorted({names[each][depth] for each in alike})
+    if len(nexts) > 1:
+        before = torch.tensor([*names[alike[0]][:depth], nexts[0]])
+        chances = _next_tokens(model, rows, before)[:, nexts].log_softmax(-1)  # (N, nexts)
+        for place, token in enumerate(nexts):
+            for each in alike:
+                if names[each][depth] == token:
+                    found[:, each] += chances[:, place]
+    for token in nexts:
+        rest = [each for each in alike if names[each][depth] == token]
+        if len(rest) > 1 and depth + 1 < min(len(names[each]) for each in rest):
+            _descend(model, rows, names, rest, depth + 1, found)
+
+
+def _next_tokens(model: Model, rows: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    """The logits that predict the last token of a target after each row: (N, V) float32 on the CPU."""
+    places: list[int] = []
+    parts = []
+    for piece in by_length([len(row) + len(target) for row in rows], answering.MOST_TOKENS):
+        logits = packed.target_logits(model, [rows[place] for place in piece], [target] * len(piece))
+        parts.append(logits[len(target) - 1 :: len(target)].float().cpu())
+        places += piece
+    return torch.cat(parts)[torch.tensor(places).argsort()]
+
+
+def _texts(ready: Ready, answers: Sequence[str], answer: Callable[[Example], str]) -> JsonObject:
+    """The result of a baseline that answers with texts."""
+    task, test = ready.task, ready.dataset.test
+    assert writes(task)
+    metrics = task.metrics(answers, [references_of(example) for example in test], None)
+    latency = _timed(test[:TIMED_TEXTS], answer)
+    return untrained(ready) | _scored(task, test, answers, metrics) | {"latency": latency, "seedless": True}
+
+
+def _timed(examples: Sequence[Example], answer: Callable[[Example], object]) -> dict[str, float]:
+    """Seconds per answer to one text at a time, after one answer to warm up."""
+    answer(examples[0])
+    seconds = []
+    for example in examples:
+        started = time.perf_counter()
+        answer(example)
+        seconds.append(time.perf_counter() - started)
+    return {"median_seconds": statistics.median(seconds), "slowest_seconds": max(seconds), "answers": len(seconds)}
 
 
 def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *, bare: bool = False) -> JsonObject:
@@ -85,20 +365,29 @@ def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
     model, task = ready.model, ready.task
     slot = adapters.BARE if bare else None
     metrics, answers = trainer.evaluate(model, task, examples, most_tokens=answering.MOST_TOKENS, slot=slot)
-    predictions = [task.judged(each) for each in answers]
+    say("timing single answers")
+    return {
+        **_scored(task, examples, [task.judged(each) for each in answers], metrics),
+        "latency": _latency(ready, inputs_of(examples), bare),
+        "forgetting": _forgetting(model, task.tokenizer) if writes(task) else None,
+    }
+
+
+def _scored(
+    task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], metrics: JsonMapping
+) -> JsonObject:
+    """The scores of some predictions, by the task's own metric."""
     scores = [task.score(each, example) for each, example in zip(predictions, examples, strict=True)]
     guess = None  # of a classifier, the class shares give the chance level
     if not task.right_or_wrong:  # the mean score against the references of other examples
         guess = statistics.fmean(task.score(each, examples[place - 1]) for place, each in enumerate(predictions))
-    say("timing single answers")
     return {
         "kind": task.kind,
-        "metrics": metrics,
-        "answers": predictions,
+        "metrics": dict(metrics),
+        "answers": list(predictions),
         "scores": scores,
         "guess": guess,
-        "latency": _latency(ready, inputs_of(examples), bare),
-        "forgetting": _forgetting(model, task.tokenizer) if writes(task) else None,
+        "forgetting": None,
     }
 
 

@@ -1,0 +1,269 @@
+"""Starts a new head at the linear solution: a regularised regression on what the base gives the head.
+
+A new head that starts at random sends random gradients into the adapter. Where the base's outputs are small, it also
+needs thousands of steps to grow large enough. Source: Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features
+and Underperform Out-of-Distribution" (linear probing, then fine-tuning).
+
+A head reads the first token of an encoder. A checkpoint that was trained for embeddings is made to be read by the mean
+of all tokens, and its first token says less. So before the solution is computed, the adapter learns, without labels,
+to give the head what the mean would give it, if cross-validation finds that the mean predicts the labels better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from turret import adapters
+from turret.adapters import packed
+from turret.bases import Base
+from turret.data import Example
+from turret.tasks import HeadTask
+from turret.train.batches import Items, Schedule, by_length, spread
+from turret.train.evaluation import evaluating
+from turret.train.loss_scale import LossScale
+from turret.train.optim import AdamW, learning_rate
+from turret.train.processes import ALONE, Processes
+from turret.train.seeds import Randomness
+from turret.train.step import train_step
+
+if TYPE_CHECKING:
+    from turret.recipe import Recipe
+
+MOST_EXAMPLES = 10_000  # whose features are computed
+MOST_TRIED = 2_000  # examples of the cross-validation
+FOLDS = 3  # of the cross-validation
+PENALTIES = (100.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # in the order in which they are tried
+ITERATIONS = 50  # of L-BFGS
+BETTER = 0.02  # the share by which the mean's loss must be lower
+STEPS = 200  # most in which the adapter learns the mean
+WARMUP = 0.1  # of those steps
+SLOT = "slots.1."  # in the names of a head's trained copy
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A linear map from features to outputs: weight (C, D), bias (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """Sets the head of an attached adapter before the first step of a training.
+
+    Args:
+        items: the training examples.
+        most_tokens: of one pass.
+        layer: computes the outputs.
+    """
+
+    recipe: Recipe
+    base: Base
+    task: HeadTask
+    items: Items
+    most_tokens: int
+    layer: nn.Linear
+
+    def begin(
+        self, optimiser: AdamW, randomness: Randomness, lr: float, steps: int, processes: Processes = ALONE
+    ) -> dict[str, float]:
+        """Set the last layer to the linear solution. Returns the penalty, and the steps that learnt the mean if any.
+
+        Args:
+            lr: the largest rate of those steps.
+            steps: the most of them.
+        """
+        some = spread(len(self.items), MOST_EXAMPLES)
+        targets = self.task.targets([self.items.examples[place] for place in some])
+        read = self.features(some)
+        penalty, loss = self.tried(read, targets)
+        said: dict[str, float] = {}
+        reads_first = self.base.family.pooling(self.base.model.config) == "first"
+        if reads_first and not self.recipe.method.head_alone:
+            mean = self.features(some, mean=True)
+            penalty_of_mean, loss_of_mean = self.tried(mean, targets)
+            if loss_of_mean < (1 - BETTER) * loss:
+                taught = self._learn(mean, some, optimiser, randomness, lr, min(steps, STEPS), processes)
+                read, penalty = self.features(some), penalty_of_mean
+                said |= {"mean_steps": taught, "mean_loss": float(Teaching(mean).loss(read, mean))}
+        self.set(solve(read, targets, self.task.loss, penalty, len(self.layer.weight)))
+        optimiser.restart(optimiser.weights.clone())
+        return {"penalty": penalty, **said}
+
+    def tried(self, features: Tensor, targets: Tensor) -> tuple[float, float]:
+        """The penalty that cross-validation chooses, and its mean loss on held-out examples."""
+        some = torch.tensor(spread(len(features), MOST_TRIED))
+        return cross_validated(features[some], targets[some], self.task.loss, len(self.layer.weight))
+
+    @torch.no_grad()
+    def set(self, solution: Solution) -> None:
+        """Give the last layer a solution."""
+        self.layer.weight.copy_(solution.weight)
+        if self.layer.bias is not None:
+            self.layer.bias.copy_(solution.bias)
+
+    def features(self, some: Sequence[int], *, mean: bool = False) -> Tensor:
+        """What the last layer reads for some of the items: (N, D) float32 on the CPU.
+
+        mean: if the head were given the mean of the bare base's tokens.
+        """
+        read: list[Tensor] = []
+        handle = self.layer.register_forward_pre_hook(lambda _, args: read.append(args[0].float().cpu()))
+        lengths, places = self.items.lengths(), list[int]()
+        model, family = self.base.model, self.base.family
+        bare = None if self.recipe.method.every_weight else adapters.BARE
+        try:
+            for piece in by_length([lengths[place] for place in some], self.most_tokens):
+                rows = [item.source for item in self.items.take(some[each] for each in piece)]
+                pooled = None
+                if mean:
+                    with evaluating(model, bare):
+                        pooled = packed.pooled(model, rows, "mean")
+                with evaluating(model, None):
+                    packed.classify_logits(model, rows) if pooled is None else family.classify(model, pooled)
+                places += piece
+        finally:
+            handle.remove()
+        return torch.cat([each.flatten(1) for each in read])[torch.tensor(places).argsort()]
+
+    def _learn(
+        self,
+        wanted: Tensor,
+        some: Sequence[int],
+        optimiser: AdamW,
+        randomness: Randomness,
+        lr: float,
+        steps: int,
+        processes: Processes,
+    ) -> int:
+        """Train the adapter to give the last layer `wanted` (N, D) for some of the items. Returns the steps."""
+        train, scale = self.recipe.train, LossScale.of(self.base.dtype)
+        teaching = cast(HeadTask, Teaching(wanted))
+        schedule = Schedule(len(some), train.batch_size, steps, self.recipe.seed, max_steps=steps)
+        handle = self.layer.register_forward_hook(lambda _, args, __: args[0].flatten(1))
+        self.base.model.train()
+        try:
+            for step, indices in schedule.batches():
+                rate = learning_rate(
+                    step, total=steps, peak=lr, warmup=max(1, round(WARMUP * steps)), schedule="linear"
+                )
+                items = self.items.take(some[each] for each in indices)
+                batch = [replace(item, example=cast(Example, row)) for item, row in zip(items, indices, strict=True)]
+                with randomness, processes.noticing():
+                    train_step(
+                        self.base.model,
+                        teaching,
+                        optimiser,
+                        batch,
+                        rate=rate,
+                        clip=train.gradient_clip,
+                        most_tokens=self.most_tokens,
+                        processes=processes,
+                        scale=scale,
+                    )
+        finally:
+            handle.remove()
+        return steps
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Stands for the task while the adapter learns the mean: an example is a row of `wanted`."""
+
+    wanted: Tensor  # (N, D)
+    generates: ClassVar[bool] = False
+
+    def targets(self, rows: Sequence[int]) -> Tensor:
+        """What the last layer shall read: (B, D)."""
+        return self.wanted[list(rows)]
+
+    def loss(self, read: Tensor, wanted: Tensor) -> Tensor:
+        """The squared distance over the variance of what is wanted: a mean over examples and features."""
+        return (read.float() - wanted).square().mean() / self.wanted.var()
+
+
+def head_start(recipe: Recipe, base: Base, task: HeadTask, items: Items, most_tokens: int) -> HeadStart | None:
+    """The start of the attached adapter's head. None if the checkpoint has a head for these outputs."""
+    heads = tuple(f"{each}." for each in base.family.head_modules)
+    fresh = {name for name in base.fresh if name.startswith(heads)}
+    trained = adapters.trainable_parameters(base.model)
+    found = [each for name, each in trained.items() if each.ndim == 2 and name.replace(SLOT, "") in fresh]
+    layers = [
+        each for each in base.model.modules() if isinstance(each, nn.Linear) and found and each.weight is found[-1]
+    ]
+    return HeadStart(recipe, base, task, items, most_tokens, layers[0]) if layers else None
+
+
+def cross_validated(features: Tensor, targets: Tensor, loss: Loss, outputs: int) -> tuple[float, float]:
+    """The penalty with the lowest mean loss on held-out rows, and that loss.
+
+    Args:
+        features: (N, D).
+        targets: (N, ...), as `loss` takes them.
+        loss: the mean over rows of logits (N, C) and targets.
+        outputs: C.
+    """
+    count = len(features)
+    folds = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % min(FOLDS, count)  # (N,)
+    kept = [folds != fold for fold in range(min(FOLDS, count))] if count > 1 else [folds == 0]
+    moments = [_moments(features[rows]) for rows in kept]
+    found = [features.new_zeros(outputs, features.shape[1] + 1) for _ in kept]
+    best, lowest = PENALTIES[0], math.inf
+    for penalty in PENALTIES:  # a smaller one begins at the solution of the larger one
+        held = 0.0
+        for fold, (rows, (middle, scale)) in enumerate(zip(kept, moments, strict=True)):
+            z, out = (features - middle) / scale, folds == fold
+            found[fold] = _minimise(z[rows], targets[rows], loss, penalty, found[fold])
+            held += float(loss(_logits(z[out], found[fold]), targets[out])) * int(out.sum()) / count
+        if held > lowest:
+            break
+        best, lowest = penalty, held
+    return best, lowest
+
+
+def solve(features: Tensor, targets: Tensor, loss: Loss, penalty: float, outputs: int) -> Solution:
+    """The linear map with the lowest penalised loss.
+
+    min over W, b of  loss(z W^T + b, y) + penalty / 2 |W|^2,   z: each feature with mean 0 and variance 1
+    """
+    middle, scale = _moments(features)
+    row = _minimise(
+        (features - middle) / scale, targets, loss, penalty, features.new_zeros(outputs, features.shape[1] + 1)
+    )
+    weight = row[:, :-1] / scale
+    return Solution(weight, row[:, -1] - weight @ middle)
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each feature, (D,) each; of a feature that does not vary, 1."""
+    scale = features.std(0, correction=0)
+    return features.mean(0), torch.where(scale > 1e-12, scale, torch.ones_like(scale))
+
+
+def _minimise(z: Tensor, targets: Tensor, loss: Loss, penalty: float, begin: Tensor) -> Tensor:
+    """Weights and biases (C, D + 1) with the lowest penalised loss, from `begin` on, by L-BFGS."""
+    row = begin.clone().requires_grad_(True)
+    optimiser = torch.optim.LBFGS([row], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss(_logits(z, row), targets) + penalty / 2 * row[:, :-1].square().sum()
+        torch.autograd.backward(value)
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(closure)  # type: ignore[no-untyped-call]
+    return row.detach()
+
+
+def _logits(z: Tensor, row: Tensor) -> Tensor:
+    """(N, C)."""
+    return z @ row[:, :-1].T + row[:, -1]

@@ -1,0 +1,177 @@
+"""A new head starts at the linear solution, with every method, and a killed training still ends in the same weights."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_training as tiny
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+
+from turret import adapters
+from turret.data import Dataset, Labelled
+from turret.train import evaluate, fit
+from turret.train.linear_start import PENALTIES, cross_validated, solve
+
+FRESH = ("classifier.bias", "classifier.weight")
+METHODS = ("lora", "prefix", "full", "head")
+STILL = {"train__lr": 1e-9, "train__max_steps": 1, "train__evaluate": "never"}  # what is measured is the start
+
+
+def dataset(hidden: bool = False) -> Dataset:
+    """hidden: the word that tells is anywhere in a text: the mean of the tokens shows it better than the first."""
+    data = tiny.dataset(train=48, test=24)
+    if not hidden:
+        return data
+    draw, train = random.Random(0), []
+    for number in range(96):
+        words = [draw.choice(tiny.PLAIN) for _ in range(6)]
+        told = draw.choice(("great", "pleasure", "quick") if number % 2 else ("dull", "boring", "lazy"))
+        words.insert(draw.randrange(7), told)
+        train.append(Labelled(" ".join(words), "good" if number % 2 else "bad"))
+    return replace(data, train=train)
+
+
+def trained(
+    folder: Path | None = None,
+    fresh: tuple[str, ...] = FRESH,
+    *,
+    hidden: bool = False,
+    **changes: Any,
+) -> Any:
+    """(base, task, data, what `fit` returned), still attached."""
+    on, data = tiny.base("bert"), dataset(hidden)
+    on.fresh = fresh
+    made = tiny.recipe(**changes)
+    task = tiny.task_of(made, data, on)
+    return on, task, data, tiny.train(fit(made, on, task, data, folder=folder))[1]
+
+
+def weights(fitted: Any) -> dict[str, torch.Tensor]:
+    return {**fitted.adapter.tensors, **fitted.adapter.head}
+
+
+def clouds(classes: int, count: int = 120, width: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, D) of different scales, and classes (N,) that they tell in part."""
+    draw = torch.Generator().manual_seed(classes)
+    y = torch.arange(count) % classes
+    middles = torch.randn(classes, width, generator=draw)
+    x = middles[y] + 1.5 * torch.randn(count, width, generator=draw)
+    return x * torch.logspace(-3, 2, width) + 5, y
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("penalty", [1.0, 0.01])
+def test_the_solution_is_that_of_scikit_learn(classes: int, penalty: float) -> None:
+    x, y = clouds(classes)
+    found = solve(x, y, F.cross_entropy, penalty, classes)
+    z = ((x - x.mean(0)) / x.std(0, correction=0)).numpy()
+    # two classes have one row of weights there, and two here, of opposite sign and half the penalty each
+    strength = 1 / (len(x) * penalty) * (2 if classes == 2 else 1)
+    known = LogisticRegression(C=strength, max_iter=5000, tol=1e-8).fit(z, y)
+    ours = (x @ found.weight.T + found.bias).softmax(-1).numpy()
+    assert np.abs(ours - known.predict_proba(z)).max() < 2e-3
+    random = torch.randn(classes, x.shape[1]) / x.std(0)
+    assert np.abs((x @ random.T).softmax(-1).numpy() - known.predict_proba(z)).max() > 0.1, "the control"
+
+
+def test_cross_validation_takes_a_large_penalty_for_noise_and_a_small_one_for_a_clear_signal() -> None:
+    draw = torch.Generator().manual_seed(0)
+    y = torch.arange(90) % 3
+    clear, noise = F.one_hot(y).float() * 4, torch.randn(90, 20, generator=draw)
+    of_noise, guessing = cross_validated(noise, y, F.cross_entropy, 3)
+    of_clear, loss = cross_validated(torch.cat([clear, noise], dim=1), y, F.cross_entropy, 3)
+    assert of_noise == PENALTIES[0]
+    assert of_clear < PENALTIES[0]
+    assert loss < 0.5 < 1.0 < guessing
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_new_head_starts_at_the_linear_solution_with_every_method(method: str) -> None:
+    accuracies = []
+    for fresh in (FRESH, ()):
+        on, task, data, fitted = trained(fresh=fresh, method=method, **STILL)
+        accuracies.append(evaluate(fitted.model, task, data.train)[0]["accuracy"])
+        assert ("head_start" in fitted.adapter.lineage) == bool(fresh)
+        adapters.detach(on.model)
+    assert accuracies[0] >= 0.9
+    assert accuracies[1] <= 0.7, "the control: a head of the checkpoint, here a random one, is left as it is"
+
+
+@pytest.mark.parametrize("settings", [{"task__multi_label": "true"}, {"task__class_weights": "balanced"}])
+def test_many_labels_and_weights_of_classes_have_their_solution_too(settings: dict[str, str]) -> None:
+    on, data = tiny.base("bert"), tiny.dataset(train=48)
+    on.fresh = FRESH
+    made = tiny.recipe(**settings, **STILL)
+    if made.task.multi_label:
+        data = replace(data, train=[Labelled(each.text, (each.label,)) for each in data.train])
+    task = tiny.task_of(made, data, on)
+    _, fitted = tiny.train(fit(made, on, task, data))
+    assert evaluate(fitted.model, task, data.train)[0]["accuracy"] >= 0.9
+    adapters.detach(on.model)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "full"])
+def test_the_adapter_first_learns_to_give_the_head_the_mean_of_the_tokens(method: str) -> None:
+    """With a step of no size it learns nothing of it: the control."""
+    losses = []
+    for lr in ({"lora": 1e-2, "prefix": 3e-2, "full": 1e-3}[method], 1e-9):
+        settings = {"train__lr": lr, "train__epochs": 10, "train__evaluate": "never"}
+        on, *_, fitted = trained(hidden=True, method=method, **settings)
+        said = fitted.adapter.lineage["head_start"]
+        assert said["mean_steps"] == 120, "as many as the training has steps"
+        losses.append(said["mean_loss"])
+        adapters.detach(on.model)
+    assert losses[0] < 0.6 * losses[1]
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "full"])
+@pytest.mark.parametrize("after", [2, 5])
+def test_a_training_stopped_after_its_start_ends_in_the_same_weights(tmp_path: Path, method: str, after: int) -> None:
+    changes = {"method": method, "train__lr": 1e-2, "train__checkpoint_every": 1}
+    on, _, _, whole = trained(tmp_path / "whole", hidden=True, **changes)
+    adapters.detach(on.model)
+    on, data, made = tiny.base("bert"), dataset(hidden=True), tiny.recipe(**changes)
+    on.fresh = FRESH
+    steps = fit(made, on, tiny.task_of(made, data, on), data, folder=tmp_path / "cut")
+    for _ in range(after + 1):  # the checkpoint of a step is written when the next one is asked for
+        next(steps)
+    steps.close()
+    on, _, _, resumed = trained(tmp_path / "cut", hidden=True, **changes)
+    adapters.detach(on.model)
+    assert resumed.resumed_from == after
+    assert weights(whole).keys() == weights(resumed).keys()
+    assert all(torch.equal(each, weights(resumed)[name]) for name, each in weights(whole).items())
+    assert whole.adapter.lineage["head_start"] == resumed.adapter.lineage["head_start"]
+    assert whole.adapter.lineage["head_start"]["mean_steps"] > 0
+
+
+def test_where_the_first_token_tells_as_much_the_adapter_begins_at_once() -> None:
+    on, *_, fitted = trained(**STILL)
+    adapters.detach(on.model)
+    assert "mean_steps" not in fitted.adapter.lineage["head_start"]
+
+
+def test_the_start_is_the_same_again_and_a_seed_still_matters() -> None:
+    found = []
+    for seed in (1, 1, 2):
+        on, _, _, fitted = trained(seed=seed)
+        found.append(weights(fitted))
+        adapters.detach(on.model)
+    assert all(torch.equal(each, found[1][name]) for name, each in found[0].items())
+    assert not any(torch.equal(each, found[2][name]) for name, each in found[0].items())
+
+
+def test_the_random_numbers_of_the_program_are_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    on, *_ = trained(**STILL)
+    adapters.detach(on.model)
+    assert torch.equal(torch.rand(4), expected)

@@ -1,0 +1,149 @@
+"""The rows of a comparison that train nothing, measured on small bases."""
+
+from __future__ import annotations
+
+import csv
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from turret.data import Labelled, Pair
+from turret.recipe import Recipe
+from turret.store import Store
+from turret.workspace import training
+from turret.workspace.comparing import measure
+from turret.workspace.ready import Ready
+
+GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
+
+
+def ready_in(folder: Path, family: str = "bert", kind: str = "classify", **changes: str) -> Ready:
+    base = folder / family
+    small_models.save_base(family, base)
+    heads = ["text", "label"] if kind == "classify" else ["document", "summary"]
+    with (folder / "table.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(heads)
+        for row in range(90):
+            words, answer = (GOOD if row % 2 else BAD)[row // 2 % 3], "good" if row % 2 else "bad"
+            table.writerow([f"{words} {row}. More words here.", answer if kind == "classify" else f"{words} it is"])
+    settings = (
+        {"data.test": "30", "method": "head", "train.dtype": "float32"} if kind == "classify" else {"data.test": "30"}
+    )
+    made = Recipe(name="table", base=str(base), data=str(folder / "table.csv")).with_overrides(settings | changes)
+    return training.prepare(Store(folder / "store"), made, training.Callbacks())
+
+
+def asked(kind: str, ready: Ready) -> dict:
+    return measure.baseline(kind, ready, lambda _: None)
+
+
+def test_linear_is_scikit_learns_regression_on_the_mean_of_the_frozen_states(tmp_path: Path) -> None:
+    """Against features that transformers computes one text at a time."""
+    ready = ready_in(tmp_path)
+    found = asked("linear", ready)
+    reader, model = (
+        AutoTokenizer.from_pretrained(tmp_path / "bert"),
+        AutoModel.from_pretrained(tmp_path / "bert").float(),
+    )
+
+    def features(examples) -> np.ndarray:
+        with torch.no_grad():
+            rows = [model(**reader(each.text, return_tensors="pt")).last_hidden_state[0].mean(0) for each in examples]
+        return torch.stack(rows).numpy()
+
+    train, test = ready.dataset.train, ready.dataset.test
+    scaler = StandardScaler().fit(features(train))
+    strength = float(found["said"].rpartition(" = ")[2])
+    known = LogisticRegression(C=strength, max_iter=300).fit(
+        scaler.transform(features(train)), [each.label for each in train]
+    )
+    assert found["answers"] == known.predict(scaler.transform(features(test))).tolist()
+    assert found["metrics"]["accuracy"] >= 0.9
+    assert found["version"] is None
+    assert found["parameters"]["trainable"] == 2 * (model.config.hidden_size + 1)
+    assert found["timing"]["train_seconds"] > 0
+
+
+def test_labels_that_mean_nothing_give_linear_nothing(tmp_path: Path) -> None:
+    ready, chance = ready_in(tmp_path), random.Random(0)
+    train = [Labelled(each.text, chance.choice(["good", "bad"])) for each in ready.dataset.train]
+    found = asked("linear", replace(ready, dataset=replace(ready.dataset, train=train)))
+    assert found["metrics"]["accuracy"] < 0.85
+
+
+def test_linear_takes_many_labels_and_a_class_without_training_examples(tmp_path: Path) -> None:
+    ready = ready_in(tmp_path, **{"data.separator": ";", "task.multi_label": "true"})
+    found = asked("linear", ready)
+    assert found["metrics"]["accuracy"] >= 0.9
+    assert set(map(tuple, found["answers"])) <= {("good",), ("bad",), (), ("bad", "good")}
+    one = ready_in(tmp_path / "one") if (tmp_path / "one").mkdir() is None else None
+    assert one is not None
+    train = [each for each in one.dataset.train if each.label == "good"]
+    found = asked("linear", replace(one, dataset=replace(one.dataset, train=train)))
+    assert set(found["answers"]) == {"good"}
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("One thing. Another.", "One thing."),
+        ("A headline\n\nThe body of it.", "A headline"),
+        ("  What is it?  That.", "What is it?"),
+        ('He said "stop." Then he left.', 'He said "stop."'),
+        ("no end", "no end"),
+        ("It is 3.5 metres. Long.", "It is 3.5 metres."),
+        ("", ""),
+        ("...", "..."),
+    ],
+)
+def test_the_first_sentence_ends_where_a_reader_would_say(text: str, first: str) -> None:
+    assert measure.first_sentence(text) == first
+
+
+@pytest.mark.slow
+def test_texts_have_baselines_that_are_scored_like_answers(tmp_path: Path) -> None:
+    ready = ready_in(tmp_path, "llama", "summarize")
+    lead, nearest = asked("lead", ready), asked("nearest", ready)
+    assert lead["answers"] == [each.source.split(".")[0] + "." for each in ready.dataset.test]
+    wanted = {each.source.split(" 1")[0]: each.target for each in ready.dataset.train}
+    assert wanted
+    right = [answer == each.target for answer, each in zip(nearest["answers"], ready.dataset.test, strict=True)]
+    assert np.mean(right) > 0.9
+    assert nearest["metrics"]["rougeL"] == pytest.approx(np.mean(nearest["scores"]), abs=1e-6)
+    assert lead["metrics"]["rougeL"] < nearest["metrics"]["rougeL"]
+    assert lead["latency"]["median_seconds"] >= 0
+    silent = replace(ready.dataset, train=[Pair("", "nothing"), Pair("!", "either")])
+    assert set(asked("nearest", replace(ready, dataset=silent))["answers"]) == {"nothing"}
+
+
+@pytest.mark.slow
+def test_a_base_that_generates_classifies_by_the_words_of_the_labels(tmp_path: Path) -> None:
+    """Against the probabilities of whole labels that transformers computes, renormalised where the labels part."""
+    ready = ready_in(tmp_path, "llama")
+    found = asked("base", ready)
+    assert "label whose words" in found["said"]
+    assert found["seedless"]
+    assert len(found["answers"]) == 30
+    assert set(found["answers"]) <= {"good", "bad"}
+    reader = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").float().eval()
+    firsts = [reader(f" {label}", add_special_tokens=False)["input_ids"][0] for label in ("bad", "good")]
+
+    def chances(text: str) -> torch.Tensor:
+        words = f"{ready.task.instruction}\n\n", text, "\n\nAnswer:"
+        ids = [each for at, part in enumerate(words) for each in reader(part, add_special_tokens=at == 0)["input_ids"]]
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0, -1, firsts].log_softmax(-1)
+
+    silence = chances("N/A")
+    wanted = [("bad", "good")[int((chances(each.text) - silence).argmax())] for each in ready.dataset.test]
+    assert np.mean([answer == each for answer, each in zip(found["answers"], wanted, strict=True)]) > 0.95
