@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from command_line import typed
 from strange_tables import HELD_OUT, TUNED, Strange, broken_chats, portuguese_unicode, tracker_export
 
 from turret.data.dataset import read
+from turret.data.files import open_table
 from turret.recipe import Recipe
 from turret.tasks import schemas
 
@@ -74,10 +74,10 @@ def test_every_strange_table_goes_to_answers_in_a_file(
     assert json.loads(out)["data"]["examples"] == 20
     status, out, err = typed("predict", version, table.path.name, "--out", "answers.csv", "--json")
     assert status == 0, err
-    with open("answers.csv", encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    answers = open_table(Path("answers.csv"))
+    rows = [cells for _, cells in answers.read(["predicted", table.input])]
     assert len(rows) >= 70
-    assert sum(bool(row["predicted"]) for row in rows if row[table.input]) >= 70
+    assert sum(bool(predicted) for predicted, asked in rows if asked) >= 70
 
 
 def test_control_without_the_answer_two_columns_that_fit_are_one_line_with_both_commands(
