@@ -27,7 +27,7 @@ TESTS = Path(__file__).parents[1]
 NAMED = {
     "name": "a", "reference": "a@1", "model": "base", "adapter": "a", "after": "a", "run_id": "x", "key": "x",
     "receipt": "x", "candidates": ["a@1"], "control": "a@1", "shadows": ["a@1"], "batch_id": "x", "file_id": "x",
-    "input_file_id": "x",
+    "input_file_id": "x", "comparison": "comparisons/a-0123456789",
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the clock of another process")

@@ -32,7 +32,8 @@ def named(name: str, run: str, receipt: str) -> dict[str, Any]:
     return {
         "name": name, "reference": f"{name}@1", "model": name, "adapter": name, "after": f"{name}@1", "run_id": run,
         "key": f"{name}-0123456789", "receipt": receipt, "candidates": [f"{name}@2"], "control": f"{name}@1",
-        "shadows": [f"{name}@3"], **dict.fromkeys(("batch_id", "file_id", "input_file_id"), f"{name}-none"),
+        "comparison": f"comparisons/{name}-0123456789", "shadows": [f"{name}@3"],
+        **dict.fromkeys(("batch_id", "file_id", "input_file_id"), f"{name}-none"),
     }  # fmt: skip
 
 
@@ -40,11 +41,11 @@ def named(name: str, run: str, receipt: str) -> dict[str, Any]:
 def put_for(workspace: Workspace, tmp_path):
     """Stores a version for a tenant; equal seeds are equal bytes."""
 
-    def put(tenant: str, name: str, seed: int, base: str = FINGERPRINT) -> Any:
+    def put(tenant: str, name: str, seed: int, base: str = FINGERPRINT, comparison: str | None = None) -> Any:
         task = {"kind": "classify", "labels": list(LABELS)}
         said = {"base": {"id": "echo", "fingerprint": base}, "task": task}
         bundle = write_bundle(tmp_path / "bundles", tensors(seed), said=said)
-        return workspace.seen_by(Access(tenant)).store.put(name, bundle)
+        return workspace.seen_by(Access(tenant)).store.put(name, bundle, comparison=comparison)
 
     return put
 
@@ -59,6 +60,7 @@ def owner(workspace: Workspace, put_for) -> Workspace:
     owner.promote(f"{HERE}@1", "production")
     held = owner.store.new_run(HERE, "", "sha256:x")
     owner.store.end_run(held, "finished", result={})
+    put_for("owner", HERE, 14, comparison=f"comparisons/{HERE}-0123456789")
     report = owner.store.home / "comparisons" / f"{HERE}-0123456789"
     report.mkdir(parents=True)
     (report / "report.json").write_text(json.dumps({"headline": HERE}))

@@ -20,7 +20,7 @@ from turret.server import app as server_app
 JSON, MULTIPART = "application/json", "multipart/form-data"
 ENDS_THE_SESSION = {"/sign-in", "/sign-out"}  # they name nothing
 NAMES = ("name", "reference", "model", "adapter", "after", "run_id", "key", "receipt")
-NAMES += ("candidates", "control", "shadows", "batch_id", "file_id", "input_file_id")
+NAMES += ("candidates", "control", "shadows", "batch_id", "file_id", "input_file_id", "comparison")
 # Parameters and keys that name nothing of a tenant: the values to send.
 PLAIN: dict[str, Sequence[Any]] = {
     "alias": ["production"], "number": [1], "version": [1], "verb": ["promote", "rollback", "ramp", "stop"],
