@@ -319,6 +319,7 @@ LORA, FULL, PREFIX = (("kind", "lora"),), (("kind", "full"),), (("kind", "prefix
 FLAT, MLP = (*PREFIX, ("reparametrize", False)), (*PREFIX, ("reparametrize", True))
 LINEAR = (("kind", "linear"),)
 SMALL, MANY, LARGE = 200, 1000, 2000  # examples
+SEEDS = 5  # of the stage `confirm`
 CODES = {"linear": "2", "full": "2", "lora": "3", "prefix": "3"}  # raised when defaults change: runs are made anew
 
 
@@ -422,6 +423,27 @@ def confirmed(runs: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def missed(runs: list[dict[str, Any]]) -> str:
+    """The goals that the defaults miss, and how much of the study has not run."""
+    now = [run for run in runs if run["stage"] == "confirm" and run["code"] == CODES[run["method"]["kind"]]]
+    rows: list[list[object]] = []
+    for examples in (SMALL, MANY):
+        found = {(run["set"], run["method"]["kind"], run["seed"]): run for run in now if run["asked"] == examples}
+        for name in CLASSIFY:
+            for method in METHODS[1:]:
+                table = _differences(found, name, method, "linear")
+                if table is not None and bounds([table])[2] < 0:
+                    rows.append([f"{name}, {examples} examples", f"{method} not below linear", ">= 0", pooled([table])])
+        tables = [table for name in CLASSIFY if (table := _differences(found, name, "lora", "full")) is not None]
+        if tables and bounds(tables)[0] < -1:
+            rows.append([f"all sets with both, {examples} examples", "lora - full, pooled", ">= -1", pooled(tables)])
+    wanted = 2 * len(CLASSIFY) * (SEEDS * (len(METHODS) - 1) + 1)
+    have = len({run["key"] for run in now})
+    if have < wanted:
+        rows.append(["all sets", f"runs of the study, {SEEDS} seeds", wanted, have])
+    return record.table(["set", "goal", "wanted", "measured, points (95%)"], rows) if rows else "None."
+
+
 def _accuracies(found: Found, title: str) -> str:
     rows = []
     for name in CLASSIFY:
@@ -466,7 +488,13 @@ def _differences(found: Found, name: str, method: str, other: str) -> Any:
 
 
 def pooled(tables: list[Any], draws: int = 4000) -> str:
-    """The mean over sets of the mean difference, in points, with a 95% interval.
+    """The mean over sets of the mean difference, in points, with a 95% interval."""
+    mean, low, high = bounds(tables, draws)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def bounds(tables: list[Any], draws: int = 4000) -> tuple[float, float, float]:
+    """That mean and the ends of the interval, in points.
 
     Bootstrap within every set: its seeds and its validation examples are drawn anew, an example with all its seeds.
     The sets are fixed: the interval is for these sets. tables: (seeds, examples) each.
@@ -482,7 +510,7 @@ def pooled(tables: list[Any], draws: int = 4000) -> str:
         means.append(np.mean(each))
     low, high = np.quantile(means, [0.025, 0.975])
     mean = float(np.mean([table.mean() for table in tables]))
-    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return 100 * mean, 100 * float(low), 100 * float(high)
 
 
 def main() -> None:

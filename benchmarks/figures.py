@@ -389,6 +389,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "missing-outcomes": experiments.missed,
     "other-mix": experiments.mixed,
     "defaults": lambda: defaults.confirmed(record.load("defaults")),
+    "defaults-missed": lambda: defaults.missed(record.load("defaults")),
     "defaults-screening": lambda: defaults.screened(record.load("defaults")),
     "prefix-attention": lambda: prefix_attention.report(record.load("prefix_attention")),
 }

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from turret import adapters
 from turret.data import Dataset, Labelled
+from turret.errors import LossNotFinite
 from turret.train import evaluate, fit
 from turret.train.linear_start import PENALTIES, cross_validated, solve
 
@@ -175,3 +176,12 @@ def test_the_random_numbers_of_the_program_are_left_alone() -> None:
     on, *_ = trained(**STILL)
     adapters.detach(on.model)
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_rate_that_breaks_the_start_is_named() -> None:
+    on, data = tiny.base("bert"), dataset(hidden=True)
+    on.fresh = FRESH
+    made = tiny.recipe(train__lr=1e30, train__epochs=3)
+    with pytest.raises(LossNotFinite, match=r"at step 0, where the head starts: set train.lr to 0.001 \(now 1e\+30\)"):
+        tiny.train(fit(made, on, tiny.task_of(made, data, on), data))
+    assert on.model(torch.tensor([[2, 7, 3]])).logits.isfinite().all(), "the base is left as it was"

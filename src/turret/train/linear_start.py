@@ -30,7 +30,7 @@ from turret.train.loss_scale import LossScale
 from turret.train.optim import AdamW, learning_rate
 from turret.train.processes import ALONE, Processes
 from turret.train.seeds import Randomness
-from turret.train.step import train_step
+from turret.train.step import explained, train_step
 
 if TYPE_CHECKING:
     from turret.recipe import Recipe
@@ -157,7 +157,7 @@ class HeadStart:
                 )
                 items = self.items.take(some[each] for each in indices)
                 batch = [replace(item, example=cast(Example, row)) for item, row in zip(items, indices, strict=True)]
-                with randomness, processes.noticing():
+                with randomness, processes.noticing(), explained(self.most_tokens, batch, 0, None):
                     train_step(
                         self.base.model,
                         teaching,

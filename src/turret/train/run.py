@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from turret.adapters import Adapter
 from turret.bases import Base
 from turret.bases.sharded import own_part
 from turret.data import Dataset
-from turret.errors import CheckpointMismatch, TrainingError
+from turret.errors import CheckpointMismatch, LossNotFinite, TrainingError
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.tasks import Task, has_head
@@ -50,7 +51,7 @@ class Fitted:
     steps: int
     examples: int
     tokens: int
-    seconds: float  # of all optimiser steps, also those before the run was resumed
+    seconds: float  # of the head's start and all optimiser steps, also those before the run was resumed
     evaluate_seconds: float
     peak_bytes: int  # of this process, or of its tensors on a card
     resumed_from: int  # step of the checkpoint that this process resumed; 0 for none
@@ -356,9 +357,15 @@ class TrainingRun:
         if self.progress.step or self.start is not None or not has_head(task):
             return
         begins = head_start(self.recipe, self.base, task, self.items, self.most_tokens)
-        if begins is not None:
+        if begins is None:
+            return
+        started = time.perf_counter()
+        try:
             self.progress.head_start = begins.begin(self.optimiser, self.randomness, self.lr, self.schedule.steps, here)
-            self.optimiser.set_weights(here.take_from_main(self.optimiser.weights.clone()))
+        except LossNotFinite as error:
+            raise LossNotFinite(f"{error} at step 0, where the head starts: {self.what_to_change()}") from error
+        self.optimiser.set_weights(here.take_from_main(self.optimiser.weights.clone()))
+        self.progress.seconds += time.perf_counter() - started
 
     def _read(self) -> checkpoint.Checkpoint | None:
         saved = None if self.folder is None else checkpoint.load(self.folder, identity=self._identity())

@@ -33,7 +33,7 @@ from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
 from turret.store.leases import Keeper
-from turret.tasks import make_task, task_of, writes
+from turret.tasks import has_head, make_task, task_of, writes
 from turret.trackers.table import require_installed
 from turret.trackers.tracker import TrackedRun
 from turret.train import memory, processes
@@ -398,6 +398,8 @@ def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> 
     processes.begin().from_main(lambda: run.checkpoint)
     steps = trainer.fit(*ready.parts, folder=run.checkpoint, predicted=planned.plan.memory, start=ready.start)
     told = False
+    if not after and ready.start is None and has_head(ready.task):
+        callbacks.stage("computing the linear solution that the head starts with")
     while True:
         try:
             record = next(steps)
