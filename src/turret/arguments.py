@@ -6,6 +6,7 @@ import ast
 import difflib
 import functools
 import inspect
+import numbers
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -26,8 +27,8 @@ _WORDS = {  # the types of annotations, in the words of an error
 }  # fmt: skip
 _CHECKS: dict[str, Check] = {
     "str": lambda value: isinstance(value, str),
-    "int": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "float": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "int": lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool),  # numpy's too
+    "float": lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool),
     "bool": lambda value: isinstance(value, bool),
     "Path": lambda value: isinstance(value, os.PathLike),
     "Sequence": lambda value: isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)),

@@ -19,6 +19,7 @@ from torch import nn
 
 import turret
 from turret import AsyncClient, LoRA, Prefix, Recipe, TurretError, Workspace
+from turret.arguments import checked
 from turret.data import Prompt
 from turret.errors import AdapterError, BadArgument, DataError, RecipeError, WrongBase
 from turret.recipe import Data, Task, Train
@@ -292,3 +293,13 @@ def test_help_describes_every_field(model_class: Any) -> None:
     text = pydoc.plain(pydoc.render_doc(model_class)).split("Method resolution order")[0]
     missing = [name for name in model_class.model_fields if name != "kind" and f"  {name}: " not in text]
     assert missing == []
+
+
+def test_a_number_of_numpy_is_a_number() -> None:
+    @checked
+    def door(most: int, share: float) -> int:
+        return most
+
+    assert door(numpy.int64(3), numpy.float32(0.5)) == 3
+    with pytest.raises(BadArgument, match="most: expected a whole number"):
+        door(numpy.float64(0.5), 0.5)
