@@ -22,6 +22,7 @@ from turret.train.linear_start import PENALTIES, cross_validated, solve
 
 FRESH = ("classifier.bias", "classifier.weight")
 METHODS = ("lora", "prefix", "full", "head")
+QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 STILL = {"train__lr": 1e-9, "train__max_steps": 1, "train__evaluate": "never"}  # what is measured is the start
 
 
@@ -44,10 +45,11 @@ def trained(
     fresh: tuple[str, ...] = FRESH,
     *,
     hidden: bool = False,
+    quiet: bool = False,
     **changes: Any,
 ) -> Any:
-    """(base, task, data, what `fit` returned), still attached."""
-    on, data = tiny.base("bert"), dataset(hidden)
+    """(base, task, data, what `fit` returned), still attached. quiet: the base has no dropout."""
+    on, data = tiny.base("bert", **(QUIET if quiet else {})), dataset(hidden)
     on.fresh = fresh
     made = tiny.recipe(**changes)
     task = tiny.task_of(made, data, on)
@@ -97,7 +99,7 @@ def test_cross_validation_takes_a_large_penalty_for_noise_and_a_small_one_for_a_
 def test_a_new_head_starts_at_the_linear_solution_with_every_method(method: str) -> None:
     accuracies = []
     for fresh in (FRESH, ()):
-        on, task, data, fitted = trained(fresh=fresh, method=method, **STILL)
+        on, task, data, fitted = trained(fresh=fresh, quiet=True, method=method, **STILL)
         accuracies.append(evaluate(fitted.model, task, data.train)[0]["accuracy"])
         assert ("head_start" in fitted.adapter.lineage) == bool(fresh)
         adapters.detach(on.model)
@@ -107,7 +109,7 @@ def test_a_new_head_starts_at_the_linear_solution_with_every_method(method: str)
 
 @pytest.mark.parametrize("settings", [{"task__multi_label": "true"}, {"task__class_weights": "balanced"}])
 def test_many_labels_and_weights_of_classes_have_their_solution_too(settings: dict[str, str]) -> None:
-    on, data = tiny.base("bert"), tiny.dataset(train=48)
+    on, data = tiny.base("bert", **QUIET), tiny.dataset(train=48)
     on.fresh = FRESH
     made = tiny.recipe(**settings, **STILL)
     if made.task.multi_label:
@@ -151,6 +153,17 @@ def test_a_training_stopped_after_its_start_ends_in_the_same_weights(tmp_path: P
     assert all(torch.equal(each, weights(resumed)[name]) for name, each in weights(whole).items())
     assert whole.adapter.lineage["head_start"] == resumed.adapter.lineage["head_start"]
     assert whole.adapter.lineage["head_start"]["mean_steps"] > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "full"])
+def test_the_first_step_is_no_worse_than_guessing_with_dropout(method: str) -> None:
+    """The features of this base vary less than its dropout: a solution without dropout has a loss of 10 and more."""
+    on, data = tiny.base("bert"), dataset(hidden=True)
+    on.fresh = FRESH
+    made = tiny.recipe(method=method, train__evaluate="never")
+    records, _ = tiny.train(fit(made, on, tiny.task_of(made, data, on), data))
+    adapters.detach(on.model)
+    assert records[0].loss < 0.9
 
 
 def test_where_the_first_token_tells_as_much_the_adapter_begins_at_once() -> None:

@@ -23,6 +23,7 @@ from turret import adapters
 from turret.adapters import packed
 from turret.bases import Base
 from turret.data import Example
+from turret.errors import LossNotFinite
 from turret.tasks import HeadTask
 from turret.train.batches import Items, Schedule, by_length, spread
 from turret.train.evaluation import evaluating
@@ -83,17 +84,21 @@ class HeadStart:
         """
         some = spread(len(self.items), MOST_EXAMPLES)
         targets = self.task.targets([self.items.examples[place] for place in some])
-        read = self.features(some)
-        penalty, loss = self.tried(read, targets)
+        _, loss = self.tried(self.features(some), targets)
         said: dict[str, float] = {}
         reads_first = self.base.family.pooling(self.base.model.config) == "first"
         if reads_first and not self.recipe.method.head_alone:
             mean = self.features(some, mean=True)
-            penalty_of_mean, loss_of_mean = self.tried(mean, targets)
+            _, loss_of_mean = self.tried(mean, targets)
             if loss_of_mean < (1 - BETTER) * loss:
                 taught = self._learn(mean, some, optimiser, randomness, lr, min(steps, STEPS), processes)
-                read, penalty = self.features(some), penalty_of_mean
-                said |= {"mean_steps": taught, "mean_loss": float(Teaching(mean).loss(read, mean))}
+                said |= {"mean_steps": taught, "mean_loss": float(Teaching(mean).loss(self.features(some), mean))}
+        self.base.model.train()
+        with randomness:  # with dropout, as in the steps to come: else it outweighs features that hardly vary
+            read = self.features(some, dropout=True)
+        if not bool(torch.isfinite(read).all()):
+            raise LossNotFinite("what the head reads became infinite")
+        penalty, _ = self.tried(read, targets)
         self.set(solve(read, targets, self.task.loss, penalty, len(self.layer.weight)))
         optimiser.restart(optimiser.weights.clone())
         return {"penalty": penalty, **said}
@@ -110,10 +115,12 @@ class HeadStart:
         if self.layer.bias is not None:
             self.layer.bias.copy_(solution.bias)
 
-    def features(self, some: Sequence[int], *, mean: bool = False) -> Tensor:
+    def features(self, some: Sequence[int], *, mean: bool = False, dropout: bool = False) -> Tensor:
         """What the last layer reads for some of the items: (N, D) float32 on the CPU.
 
-        mean: if the head were given the mean of the bare base's tokens.
+        Args:
+            mean: if the head were given the mean of the bare base's tokens.
+            dropout: as in a training step, in the mode that the model is in.
         """
         read: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: read.append(args[0].float().cpu()))
@@ -127,7 +134,7 @@ class HeadStart:
                 if mean:
                     with evaluating(model, bare):
                         pooled = packed.pooled(model, rows, "mean")
-                with evaluating(model, None):
+                with torch.no_grad() if dropout else evaluating(model, None):
                     packed.classify_logits(model, rows) if pooled is None else family.classify(model, pooled)
                 places += piece
         finally:
