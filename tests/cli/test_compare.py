@@ -61,7 +61,7 @@ def test_the_plan_says_what_the_design_can_decide_before_anything_is_trained(tmp
     assert run(asked) == 0
     said = capsys.readouterr().out
     assert "25 runs, judged against full" in said
-    assert "would be judged as good within 1 point with 5 seeds and 20 test examples" in said
+    assert "5 seeds and 20 test examples show that they are within 1 point in " in said
     assert "more test examples would decide within 1 point" in said
     assert not (tmp_path / "s").exists()
 

@@ -138,7 +138,7 @@ def test_a_version_that_learnt_nothing_is_stored_with_a_warning(typed, tmp_path,
     said = json.loads(out)
     assert said["flat_loss"]["guessing"] == pytest.approx(0.693, abs=0.01)
     assert said["warnings"][0].startswith("nothing was learnt")
-    for words in (", guessing 0.6", "storing, flagged"):
+    for words in (", guessing 0.6", "storing, with a warning"):
         assert words in err
     assert err.count("the loss is no better than guessing (") == 1, "at once, and once"
     assert "leave train.lr out (it is 0.0001, usual is 0.001)" in said["warnings"][0]

@@ -19,7 +19,7 @@ def test_a_regression_is_judged_like_a_method_and_never_promoted() -> None:
     assert len(linear.mcnemar) == 4
     assert linear.costs.train_seconds.mean == 1.0
     assert (linear.steps, linear.versions) == (None, ())
-    assert "linear (" in headline(found).lower()
+    assert "linear beats full by " in headline(found).lower()
     assert found.promotion.spec != "linear"
     worse = made(linear=0.7)
     assert rows(worse)["linear"].verdict.word == "worse", "the control"

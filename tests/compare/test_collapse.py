@@ -168,7 +168,7 @@ def test_a_method_that_never_learns_is_said_to_have_learnt_nothing_and_is_no_bas
 def test_what_is_better_than_a_baseline_that_learnt_nothing_is_promoted() -> None:
     """The headline says that it is better, so the advice is not to promote nothing."""
     found = made("full,lora", seeds=3, count=400, full=0.5)
-    assert "is better than full" in headline(found)
+    assert "LoRA beats full by " in headline(found)
     assert found.promotion.version == found.rows[1].versions[0]
     assert found.promotion.why.startswith("better than full, which learnt nothing; ")
 

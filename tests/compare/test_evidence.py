@@ -3,6 +3,9 @@ verdict is wrong, and what each of the two mends is for."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +13,8 @@ from hypothesis import strategies as st
 
 from turret.compare.evidence import components, interval, mcnemar, sign_flips, sign_test
 from turret.compare.verdict import judge
+
+Grow = Callable[[int, int], np.ndarray]
 
 
 def simulated(
@@ -175,6 +180,63 @@ def test_the_seeds_that_are_asked_for_do_settle_it() -> None:
         d = more - more.mean() + 0.05 * rng.standard_normal((len(more), 800))
         settled += judge(d, 1.0, rng, resamples=500).word != "undecided"
     assert settled >= 10
+
+
+def grown(rng: np.random.Generator, by_seed: float, by_example: float, rest: float, mean: float) -> Grow:
+    """Differences (S, N), of spreads in points, that keep what they were when seeds and examples are added."""
+    key = int(rng.integers(2**31))
+
+    def differences(seeds: int, examples: int) -> np.ndarray:
+        rows = by_seed * np.random.default_rng([key, 1]).standard_normal((seeds, 1))
+        columns = by_example * np.random.default_rng([key, 2]).standard_normal((1, examples))
+        own = [np.random.default_rng([key, 3, s]).standard_normal(examples) for s in range(seeds)]
+        return (mean + rows + columns + rest * np.stack(own)) / 100
+
+    return differences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("seeds", "examples", "by_seed", "by_example", "rest", "means", "margin"),
+    [
+        (3, 150, 1.1, 14, 18, 2, 1.5),
+        (4, 120, 2.2, 12, 16, 3, 2),
+        (6, 150, 0.9, 17, 15, 3, 2),
+        (2, 200, 1.6, 12, 14, 3, 2),
+    ],
+)
+def test_the_advice_followed_settles_it_in_the_share_that_it_says(
+    seeds: int, examples: int, by_seed: float, by_example: float, rest: float, means: float, margin: float
+) -> None:
+    """The same trainings and examples, with as many more as the advice asks for, or a quarter of them: the control."""
+    rng, said, settled, by_less = np.random.default_rng(23), [], [], []
+    for _ in range(250):
+        of = grown(rng, by_seed, by_example, rest, means * rng.standard_normal())
+        asked = judge(of(seeds, examples), margin, rng, resamples=300)
+        more, wider = asked.more_seeds or 0, asked.more_examples or 0
+        if asked.word != "undecided" or not more + wider or (seeds + more) * (examples + wider) > 100_000:
+            continue
+        said.append(asked.settles)
+        settled.append(judge(of(seeds + more, examples + wider), margin, rng, resamples=300).word != "undecided")
+        less = of(seeds + more // 4, examples + wider // 4)
+        by_less.append(judge(less, margin, rng, resamples=300).word != "undecided")
+        if len(said) == 50:
+            break
+    assert len(said) >= 15
+    assert np.mean(settled) >= np.mean(said) - 0.15
+    assert np.mean(by_less) < np.mean(settled)
+
+
+def test_advice_that_needs_seeds_and_examples_says_both() -> None:
+    """The examples alone would not settle it, since the sum assumes the seeds."""
+    rng = np.random.default_rng(2)
+    asked = judge(grown(rng, 1.5, 14, 18, -0.2)(3, 150), 1.5, rng)
+    assert asked.more_seeds
+    assert asked.more_examples
+    assert re.search(
+        r"about \d+ more seeds and [\d,]+ more test examples together would settle it in about \d+% of cases$",
+        asked.sentence(),
+    )
 
 
 @settings(max_examples=40, deadline=None)

@@ -33,7 +33,7 @@ def test_few_examples_decide_little_and_ten_times_as_many_decide_more() -> None:
     assert found.within == pytest.approx(0.10, abs=0.04)
     assert found.at_ten_times == pytest.approx(0.42, abs=0.06)
     first, second, advice, _ = found.sentences()
-    assert "within 1 point with 5 seeds and 500 test examples" in first
+    assert "5 seeds and 500 test examples show that they are within 1 point in " in first
     assert "5,000" in first
     assert "3.6 points" in second
     assert advice == "about 5 more seeds and 11,000 more test examples would decide within 1 point"

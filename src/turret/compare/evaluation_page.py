@@ -13,6 +13,21 @@ from turret.json_types import JsonMapping
 MOST_CLASSES = 20  # in the confusion matrix; of more, the most frequent confusions are listed
 PAIRS = 20
 MISTAKES = 60
+FIRST_MISTAKES = 8  # the others are folded
+NAMES = {  # of metrics: for a reader, and what they mean
+    "accuracy": ("accuracy", "the share of right answers"),
+    "macro_f1": ("macro F1", "the mean of the F1 of all classes, so that a rare class counts as much as a common one"),
+    "micro_f1": ("micro F1", "the F1 over all decisions, so that a common label counts more"),
+    "loss": ("loss (nats)", "the mean of minus the logarithm of the right answer's probability; 0 is perfect"),
+    "ece": (
+        "calibration error",
+        "ECE: how far probabilities are from how often answers are right, on average",
+    ),
+    "rouge1": ("ROUGE-1", "the share of words in common with the reference, as F1"),
+    "rouge2": ("ROUGE-2", "the share of pairs of words in common with the reference, as F1"),
+    "rougeL": ("ROUGE-L", "the longest common sequence of words with the reference, as F1"),
+    "bleu": ("BLEU, 0 to 100", "the precision of runs of one to four words against the reference"),
+}
 TEXT = 600  # characters of a text
 FRACTIONS = ("accuracy", "macro_f1", "micro_f1", "rouge1", "rouge2", "rougeL")  # shown in points
 
@@ -48,6 +63,7 @@ def as_html(
         pairs=[] if confusion is None else confusion.pairs(PAIRS),
         plot=_plot(details.reliability),
         mistakes=[_shown(each) for each in details.mistakes[:MISTAKES]] if texts else [],
+        first=FIRST_MISTAKES,
         texts=texts,
         notes=notes,
         parts=(),  # of memory, which the style sheet colours
@@ -63,10 +79,12 @@ def headline(version: str, examples: int, metrics: JsonMapping, details: Details
     return f"{version}: {name} {_formatted(name, value)} on {examples} examples"
 
 
-def _numbers(metrics: JsonMapping) -> Iterator[tuple[str, str]]:
+def _numbers(metrics: JsonMapping) -> Iterator[tuple[str, str, str]]:
+    """(name, value, what it means) of each metric."""
     for name, value in metrics.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, _formatted(name, value)
+            title, says = NAMES.get(name, (name.replace("_", " "), ""))
+            yield title, _formatted(name, value), says
 
 
 def _formatted(name: str, value: float) -> str:

@@ -26,12 +26,15 @@ def fitted(label: str, room: float) -> str:
     return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
-def labels(points: Sequence[tuple[float, float, str]], foot: float) -> list[tuple[float, float, str]]:
+def labels(
+    points: Sequence[tuple[float, float, str]], foot: float, lines: Sequence[Box] = ()
+) -> list[tuple[float, float, str]]:
     """(x, y, anchor) of the name beside each point, chosen to cover no name or point and to stay inside the plot.
 
     Args:
         points: (x, y, name).
         foot: y of the plot's lower edge.
+        lines: that no name should cover, as boxes.
     """
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in points]
     spots_of: dict[int, tuple[float, float, str]] = {}
@@ -40,7 +43,7 @@ def labels(points: Sequence[tuple[float, float, str]], foot: float) -> list[tupl
         width = CHARACTER * len(label)
         spots = [(x + 9 if right else x - 9, y + shift, right) for shift in SHIFTS for right in (True, False)]
         boxes = [(tx if right else tx - width, ty - 11, tx + width if right else tx, ty + 3) for tx, ty, right in spots]
-        costs = [_covered(box, taken) + _outside(box, foot) for box in boxes]
+        costs = [_covered(box, taken) + _covered(box, lines) + _outside(box, foot) for box in boxes]
         best = costs.index(min(costs))
         tx, ty, right = spots[best]
         taken.append(boxes[best])

@@ -209,7 +209,13 @@ def scatter(
         for place, mark in enumerate(marks)
     ]
     spots = [(x.at(mark.x), y.at(mark.y)) for mark in marks]
-    places = labels([(cx, cy, name) for (cx, cy), name in zip(spots, names, strict=True)], foot)
+    whiskers = [(x.at(mark.x) - 3, y.at(mark.high), x.at(mark.x) + 3, y.at(mark.low)) for mark in marks]
+    whiskers += [
+        (x.at(mark.x_low), y.at(mark.y) - 3, x.at(mark.x_high), y.at(mark.y) + 3)
+        for mark in marks
+        if mark.x_low is not None and mark.x_high is not None
+    ]
+    places = labels([(cx, cy, name) for (cx, cy), name in zip(spots, names, strict=True)], foot, whiskers)
     for place, mark in enumerate(marks):
         (cx, cy), (tx, ty, anchor) = spots[place], places[place]
         title = f"{mark.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) at {number(mark.x)}"
@@ -333,7 +339,7 @@ def _x_axis(x: Axis, foot: float, label: str, number: NUMBER) -> list[str]:
     for value in x.ticks():
         parts += [
             _line(x.at(value), foot, x.at(value), foot + 4, "axis"),
-            _text(x.at(value), foot + 17, number(value), "tick", "middle"),
+            _text(inside(x.at(value), number(value)), foot + 17, number(value), "tick", "middle"),
         ]
     return [*parts, _text((x.start + x.end) / 2, foot + 33, label, "note", "middle")]
 

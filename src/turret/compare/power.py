@@ -87,15 +87,15 @@ class Power:
             return ("one seed decides nothing; give at least two",)
         more = report_text.rounded(10 * self.examples)
         first = (
-            f"two equal methods would be judged as good within {_points(self.margin)} with {self.seeds} seeds and "
-            f"{self.examples:,} test examples in {report_text.share(self.within)} of cases, with {more} test examples "
-            f"in {report_text.share(self.at_ten_times)}"
+            f"if two methods are equally good, {self.seeds} seeds and {self.examples:,} test examples show that they "
+            f"are within {_points(self.margin)} in {report_text.share(self.within)} of comparisons; {more} test "
+            f"examples would in {report_text.share(self.at_ten_times)}"
         )
         second = (
-            f"in 8 of 10 cases, equal methods would be judged as good within {_points(self.decides)}, and a method "
-            f"that is {_points(self.shows_worse)} behind would be judged worse"
+            f"8 of 10 comparisons like this one show equal methods to be within {_points(self.decides)}, and a method "
+            f"that is {_points(self.shows_worse)} behind to be worse"
         )
-        return (first, second, self.advice(), f"spread of the differences {self.spread.source}")
+        return (first, second, self.advice(), f"the spread of the differences is {self.spread.source}")
 
     def advice(self) -> str:
         """What would be enough to decide within the margin."""

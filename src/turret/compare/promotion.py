@@ -71,7 +71,5 @@ def _merit(metrics: JsonMapping) -> float:
 
 
 def _advice(undecided: Sequence[Verdict]) -> str:
-    seeds = [each.more_seeds for each in undecided if each.more_seeds is not None]
-    if not seeds:
-        return undecided[0].advice()
-    return f"about {min(seeds)} more seed{'' if min(seeds) == 1 else 's'} would settle the first of them"
+    by_seeds = [each for each in undecided if each.more_seeds is not None and each.more_examples is None]
+    return min(by_seeds, key=lambda each: each.more_seeds or 0).advice() if by_seeds else undecided[0].advice()

@@ -20,6 +20,7 @@ from turret.compare.pages import environment, facts
 from turret.compare.plots import Bar, Line, LossCurve, Mark, courses, curves, forest, scatter, stacks
 from turret.compare.rows import ComparisonRow
 from turret.json_types import JsonObject
+from turret.methods import method_named
 from turret.tasks import task_of
 
 PARTS = ("weights", "trainable", "gradients", "optimiser", "prepared", "activations")
@@ -50,36 +51,54 @@ def _template(result: Comparison) -> str:
 
 
 def headline(result: Comparison) -> str:
-    """The result in one sentence: every judged method with its difference."""
-    against, margin = result.against_label, f"{result.margin:g} point{'' if result.margin == 1 else 's'}"
-    phrases = {
-        "better": f"better than {against}",
-        "within": f"as good as {against} within {margin}",
-        "undecided": f"not decided against {against} within {margin}",
-        "worse": f"worse than {against} by more than {margin}",
-    }
+    """The result in one sentence, in the words that a reader would repeat; the intervals stand in the verdicts."""
+    against, margin = _title(result.against_label), f"{result.margin:g} point{'' if result.margin == 1 else 's'}"
+    judged = sorted(
+        ((row, row.verdict) for row in result.rows if row.verdict is not None),
+        key=lambda pair: -pair[1].difference.mean,
+    )
+    groups = {word: [pair for pair in judged if pair[1].word == word] for word in WORDS}
+    names = {word: _and([_title(row.label) for row, _ in pairs]) for word, pairs in groups.items() if pairs}
+    apart = {word: _apart([verdict.difference.mean for _, verdict in pairs]) for word, pairs in groups.items() if pairs}
+    be = {word: "is" if len(pairs) == 1 else "are" for word, pairs in groups.items()}
     parts = []
-    for word, phrase in phrases.items():
-        names = [_named(row) for row in result.rows if row.verdict is not None and row.verdict.word == word]
-        if names:
-            parts.append(f"{_and(names)} {'is' if len(names) == 1 else 'are'} {phrase}")
-    parts += [f"{row.label} did not run" for row in result.rows if row.failed and row.score is None]
-    if not any(row.verdict is not None for row in result.rows):
+    if "better" in names:
+        parts.append(f"{names['better']} beat{'s' if be['better'] == 'is' else ''} {against} by {apart['better']}")
+    if "within" in names:
+        parts.append(f"{names['within']} {be['within']} as good as {against} within {margin}")
+    if "undecided" in names:
+        parts.append(f"whether {names['undecided']} {be['undecided']} as good as {against} is not decided yet")
+    if "worse" in names:
+        parts.append(f"{names['worse']} {be['worse']} {apart['worse']} behind {against}")
+    parts += [
+        f"in {_title(row.label)} {len(row.collapses)} of {len(row.seeds)} collapsed"
+        for row in result.rows
+        if row.collapses
+    ]
+    lost = [_title(row.label) for row in result.rows if row.learnt_nothing and row.trains]
+    parts += [f"{_and(lost)} learnt nothing"] if lost else []
+    short = [_title(row.label) for row in result.rows if row.trained_out is False]
+    both = len(short) > 1 and set(short) == {_title(row.label) for row, _ in judged if row.trains}
+    if short:
+        who = ("both" if len(short) == 2 else "all of them") if both else _and(short)
+        parts.append(f"{who} would gain from more epochs")
+    parts += [f"{_title(row.label)} did not run" for row in result.rows if row.failed and row.score is None]
+    if not judged:
         parts = [f"nothing is judged against {against} yet", *parts]
     return report_text.sentence("; ".join(parts)) + "."
 
 
-def _named(row: ComparisonRow) -> str:
-    """`lora (-0.7, -1.8 to +0.5)` in points; without the interval for the bare base and the head alone."""
-    assert row.verdict is not None
-    d = row.verdict.difference
-    span = report_text.plus(d.mean)
-    if not row.verdict.claimed or d.open:
-        span = f"{span}, no interval"
-    elif not is_floor(row.kind):
-        span = f"{span}, {report_text.plus(d.low)} to {report_text.plus(d.high)}"
-    marks = row.marks if row.kind != "base" else ()
-    return f"{row.label} ({'; '.join((*marks, span))})"
+def _title(label: str) -> str:
+    """`LoRA r=4`, `prefix`, `the bare base`."""
+    word, space, rest = label.partition(" ")
+    return "the bare base" if label == "base" else (method_named(word).title or word) + space + rest
+
+
+def _apart(means: Sequence[float]) -> str:
+    """`40 to 49 points`, `0.8 points`: the sizes of some differences."""
+    low, high = sorted(abs(each) for each in (min(means, key=abs), max(means, key=abs)))
+    few, many = (f"{each:.1f}" if high < 10 else f"{each:.0f}" for each in (low, high))
+    return f"{many} point{'' if many == '1.0' else 's'}" if few == many else f"{few} to {many} points"
 
 
 def _and(names: list[str]) -> str:
@@ -130,12 +149,12 @@ def _plots(result: Comparison) -> Iterator[tuple[str, str]]:
     rows = [row for row in result.rows if row.score is not None and row.costs is not None]
     contenders = [row for row in rows if not is_floor(row.kind) and not row.learnt_nothing] or rows
     judged = [row for row in rows if row.verdict is not None]
-    metric = task_of(result.task).metric_label
+    metric = f"{task_of(result.task).metric_label}, points"
     if judged:
         zero = f"{result.against_label}, and {result.margin:g} to either side"
         scale = [_difference(row) for row in contenders if row.verdict is not None] or None
         marks = [_difference(row) for row in judged]
-        yield "forest", forest(marks, result.margin, unit=f"points of {metric}", zero=zero, scale=scale)
+        yield "forest", forest(marks, result.margin, unit=f"difference in {metric}", zero=zero, scale=scale)
     if result.composition:  # nothing was trained for it
         return
     trained = [row for row in rows if row.trains]
@@ -147,7 +166,7 @@ def _plots(result: Comparison) -> Iterator[tuple[str, str]]:
         )
     losses = list(_courses(trained))
     if losses:
-        yield "losses", courses(losses, x_label="% of the training", y_label="loss on the training examples")
+        yield "losses", courses(losses, x_label="% of the training", y_label="loss on the training examples, nats")
     if result.curves:
         yield "curves", curves(list(_lines(result)), x_label="training examples", y_label=metric)
 

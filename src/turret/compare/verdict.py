@@ -15,15 +15,17 @@ a method that collapsed is never judged as good or better.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
+from scipy.special import stdtrit
 
 from turret.compare.evidence import (
     Array,
-    Components,
     Interval,
     components,
     interval,
@@ -34,8 +36,13 @@ from turret.compare.evidence import (
 from turret.compare.report_text import plus, rounded
 
 Word = Literal["within", "worse", "better", "undecided"]
+Remedy = tuple[int | None, int | None, float | None]  # more seeds, more examples, share of cases that they settle
 MOST_SEEDS = 50  # the most to advise
 MOST_EXAMPLES = 200  # the most to advise, in multiples of the present number
+SETTLES = (0.7, 0.5)  # of cases: the advice is the least that settles it in the first of these shares, or else the next
+ENOUGH_SEEDS = 5  # fewer do not tell how much trainings vary, so examples alone are never advised
+LUCK = 1.5  # points: the least standard deviation between trainings that the careful half of the futures expects
+FUTURES = 1000  # that are simulated for each advice
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,9 @@ class Verdict:
     seeds: int
     examples: int
     p: float  # of no difference on these trainings, by a sign-flip test
-    more_seeds: int | None = None  # that would settle it, if the difference stays the same
-    more_examples: int | None = None  # test examples that would settle it, if more seeds would not
+    more_seeds: int | None = None  # that would settle it, together with `more_examples` where both are given
+    more_examples: int | None = None  # test examples that would settle it, if more seeds alone would not
+    settles: float | None = None  # share of cases in which they would
     collapsed: tuple[int, ...] = ()  # seeds of this method that the interval leaves out
     trainings: int = 0  # of this method, including those that collapsed
     collapse_rate: Interval | None = None  # points
@@ -92,13 +100,18 @@ class Verdict:
             return "a lower rate or a longer warm-up may keep it from collapsing"
         if self.seeds < 2 and not self.fixed:
             return "one seed decides nothing; give at least two"
+        wanted = []
         if self.more_seeds is not None:
-            return f"about {self.more_seeds} more seed{'' if self.more_seeds == 1 else 's'} would settle it"
+            wanted.append(f"{self.more_seeds} more seed{'' if self.more_seeds == 1 else 's'}")
         if self.more_examples is not None:
-            more = f"about {rounded(self.more_examples)} more test examples would"
-            return f"{more} settle it" if self.fixed else f"more seeds would not settle it, {more}"
-        samples = "examples" if self.fixed else "seeds or examples"
-        return f"the difference is too near the margin for {samples} to settle it; widen the margin"
+            wanted.append(f"{rounded(self.more_examples)} more test examples")
+        if wanted:
+            often = "" if self.settles is None else f" in about {round(100 * self.settles)}% of cases"
+            together = " together" if len(wanted) > 1 else ""
+            return f"about {' and '.join(wanted)}{together} would settle it{often}"
+        seeds = "" if self.fixed else f"{MOST_SEEDS} more seeds with "
+        most = f"{seeds}{MOST_EXAMPLES} times the test examples"
+        return f"not even {most} would settle it in {SETTLES[-1]:.0%} of cases; widen the margin"
 
 
 def judge(
@@ -132,9 +145,9 @@ def judge(
     if collapsed and word in ("within", "better"):
         word = "undecided"
     p = sign_flips(d, generator, resamples)
-    more: tuple[int | None, int | None] = (None, None)
+    more: Remedy = (None, None, None)
     if word == "undecided" and enough and not collapsed:
-        more = _what_would_settle(difference, margin, components(100 * with_pseudo_examples(d)))
+        more = _what_would_settle(100 * d, margin, confidence, fixed)
     share = rate(len(collapsed), trainings, confidence)
     return Verdict(
         word, difference, margin, seeds, examples, p, *more,
@@ -150,25 +163,126 @@ def _word(difference: Interval, margin: float) -> Word:
     return "within" if difference.low >= -margin else "undecided"
 
 
-def _what_would_settle(difference: Interval, margin: float, parts: Components) -> tuple[int | None, int | None]:
-    """(more seeds, None), (None, more examples) or (None, None), if the mean stays the same."""
-    seeds, examples, level, mean = parts.seeds, parts.examples, difference.confidence, difference.mean
-    now = parts.half_width(seeds, examples, level)
-    scale = max(difference.high - mean, mean - difference.low) / now if now > 0 else 1.0
+def _what_would_settle(d: Array, margin: float, confidence: float, fixed: bool) -> Remedy:
+    """The least that settles it often enough: more seeds, or else examples, or else both. d: (S, N), points."""
+    futures = Futures.after(d, margin)
+    seeds, examples = d.shape
 
-    def settled(more_seeds: int, more_examples: int) -> bool:
-        half = scale * parts.half_width(seeds + more_seeds, examples + more_examples, level)
-        return _word(Interval(mean, mean - half, mean + half, level), margin) != "undecided"
+    def settled(more_seeds: int, more_examples: int) -> float:
+        middle, half = futures.intervals(more_seeds, more_examples, confidence)
+        low, high = middle - half, middle + half
+        decided = (high < -margin) | (low >= -margin) | ((low > 0) & (high > margin))  # as `_word` says
+        return float(decided.reshape(2, -1).mean(1).min())
 
-    for more in range(1, MOST_SEEDS + 1):
-        if settled(more, 0):
-            return more, None
     most = MOST_EXAMPLES * examples
-    if not settled(MOST_SEEDS, most):
-        return None, None
-    low, high = 0, most  # the fewest examples that settle it, with the present seeds or else with MOST_SEEDS more
-    extra = 0 if settled(0, most) else MOST_SEEDS
+    extras = [each for each in (seeds, 3 * seeds, 7 * seeds) if each < MOST_SEEDS]
+    for share in SETTLES:
+        if not fixed and settled(MOST_SEEDS, 0) >= share:
+            more = _fewest(lambda more: settled(more, 0), MOST_SEEDS, share)
+            return more, None, settled(more, 0)
+        for extra in (0,) if fixed else (*([0] if seeds >= ENOUGH_SEEDS else []), *extras, MOST_SEEDS):
+            if settled(extra, most) >= share:
+                more = _fewest(partial(settled, extra), most, share)
+                return extra or None, more, settled(extra, more)
+    return None, None, None
+
+
+def _fewest(settled: Callable[[int], float], most: int, share: float) -> int:
+    """The smallest number that settles it in that share of cases, within 2%; `most` does."""
+    low, high = 0, most
     while high - low > max(1, high // 50):
         middle = (low + high) // 2
-        low, high = (low, middle) if settled(extra, middle) else (middle, high)
-    return None, high
+        low, high = (low, middle) if settled(middle) >= share else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class Futures:
+    """What the mean difference and its interval may become with more seeds and examples, given those that ran.
+
+    The true variances and the true mean are not known. So each future draws them from what the present leaves possible
+    (the fiducial distribution of the model in `evidence`), and then draws the new trainings and examples. The first
+    half of the futures takes every true mean to be equally likely beforehand. The second half takes means of the
+    size of the margin to be usual, which are harder to settle. All in points, with F futures.
+    """
+
+    seeds: int
+    examples: int
+    mean: float
+    rest: float  # variance
+    added: float  # to the variance between examples, by `evidence.with_pseudo_examples`, times the number of examples
+    rows: float  # sum of squares of the rows' means
+    between_seeds: Array  # (F,) variances
+    between_examples: Array  # (F,)
+    by_seeds: Array  # (F,) error of the present mean that the seeds explain
+    by_examples: Array  # (F,)
+    by_rest: Array  # (F,)
+    columns: float  # variance of the columns' means
+
+    @classmethod
+    def after(cls, d: Array, margin: float) -> Futures:
+        """The futures of what has run. d: (S, N)."""
+        seeds, examples = d.shape
+        rng = np.random.default_rng(0)  # the same for every number of seeds and examples, so that more is never less
+        rest = components(d).rest
+        of_rows = float(d.mean(1).var(ddof=1)) if seeds > 1 else 0.0
+        of_columns = float(with_pseudo_examples(d / 100).mean(0).var(ddof=1)) * 1e4
+        own = float(d.mean(0).var(ddof=1))
+        free = max(1, seeds - 1)
+        second = np.arange(FUTURES) >= FUTURES // 2
+        usual_rows = LUCK**2 + rest / examples
+        rows = np.where(
+            second & (seeds > 1),
+            (of_rows * free + 2 * max(of_rows, usual_rows)) / rng.chisquare(free + 2, FUTURES),
+            of_rows * free / rng.chisquare(free, FUTURES),
+        )
+        columns = max(own, of_columns) * (examples - 1) / rng.chisquare(examples - 1, FUTURES)
+        between_seeds = np.maximum(0.0, rows - rest / examples)
+        between_examples = np.maximum(0.0, columns - rest / seeds)
+        variances = np.stack([between_seeds / seeds, between_examples / examples, np.full(FUTURES, rest / d.size)])
+        whole = np.maximum(1e-12, variances.sum(0))
+        errors = np.sqrt(variances) * rng.standard_normal((3, FUTURES))
+        mean, usual = float(d.mean()), max(margin, 0.1) ** 2
+        near = mean * whole / (usual + whole) + np.sqrt(usual * whole / (usual + whole)) * rng.standard_normal(FUTURES)
+        errors += np.where(second, (near - errors.sum(0)) * variances / whole, 0.0)
+        return cls(
+            seeds=seeds, examples=examples, mean=mean, rest=rest, added=max(0.0, of_columns - own) * examples,
+            rows=of_rows * (seeds - 1), columns=own, between_seeds=between_seeds, between_examples=between_examples,
+            by_seeds=errors[0], by_examples=errors[1], by_rest=errors[2],
+        )  # fmt: skip
+
+    def intervals(self, more_seeds: int, more_examples: int, confidence: float) -> tuple[Array, Array]:
+        """(middles, half widths) (F,) with so many more seeds and examples."""
+        rng = np.random.default_rng(1)
+        seeds, examples = self.seeds + more_seeds, self.examples + more_examples
+        z = rng.standard_normal((3, FUTURES))
+        true = self.mean - self.by_seeds - self.by_examples - self.by_rest
+        of_seeds = (self.seeds * self.by_seeds + np.sqrt(more_seeds * self.between_seeds) * z[0]) / seeds
+        of_examples = (
+            self.examples * self.by_examples + np.sqrt(more_examples * self.between_examples) * z[1]
+        ) / examples
+        old, whole = self.seeds * self.examples, seeds * examples
+        of_rest = (old * self.by_rest + math.sqrt((whole - old) * self.rest) * z[2]) / whole
+        middle = true + of_seeds + of_examples + of_rest
+        # the variances as they will be estimated
+        row = self.between_seeds + self.rest / examples  # (F,) variance of a row's mean
+        squares = np.zeros(FUTURES)
+        if self.seeds > 1:
+            shrunk = row / np.maximum(1e-12, self.between_seeds + self.rest / self.examples)
+            squares = self.rows * np.minimum(1.0, shrunk)
+            if more_seeds:
+                squares = squares + row * rng.chisquare(more_seeds, FUTURES)
+        own = self.between_examples + self.rest / seeds + self.added / examples  # (F,)
+        if not more_seeds:
+            own = (self.columns * self.examples + own * more_examples) / examples + self.added / examples
+        rest = self.rest / (seeds * examples)
+        by_examples = np.maximum(0.0, own - self.rest / seeds) / examples
+        below = (by_examples + rest) ** 2 / (examples - 1)
+        by_seeds = np.zeros(FUTURES)
+        if seeds > 1:
+            by_seeds = np.maximum(0.0, squares / (seeds - 1) - self.rest / examples) / seeds
+            below = below + (by_seeds + rest) ** 2 / (seeds - 1)
+        freedom = np.maximum(1.0, (by_seeds + by_examples + 2 * rest) ** 2 / np.maximum(below, 1e-300))
+        if seeds == 1:
+            freedom = np.full(FUTURES, float(examples - 1))
+        return middle, stdtrit(freedom, 0.5 + confidence / 2) * np.sqrt(by_seeds + by_examples + rest)

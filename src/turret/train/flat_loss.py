@@ -21,7 +21,7 @@ class FlatLoss:
     remedy: str = "use more examples, or another method"
 
     def __str__(self) -> str:
-        return f"the training loss is {self.loss:.3f}, guessing has {self.guessing:.3f}"
+        return f"the training loss is {self.loss:.3f}, no better than guessing ({self.guessing:.3f})"
 
     def warning(self) -> str:
         """The finding with its remedy, in one line."""

@@ -445,7 +445,7 @@ def _proved(
         if where == ready.device.device:
             make_room(ready.base.model)
         trainer.prove(bundle, ready.base, probe, device=where, taken_on=ready.device.device)
-        callbacks.stage("storing" if fitted.flat_loss is None else f"storing, flagged: {fitted.flat_loss}")
+        callbacks.stage("storing" if fitted.flat_loss is None else f"storing, with a warning: {fitted.flat_loss}")
         yield bundle
 
 

@@ -87,10 +87,12 @@ def compare(
     with held(store, ready.folder, say) as files:
         runner = CellRunner(store, ready.folder, say, deadline, files)
         runner.run(list(ready.design.cells()))
+        results = list(runner.results.values())
         result = comparison(
-            ready.design, ready.data, list(runner.results.values()), failures=runner.failures,
+            ready.design, ready.data, results, failures=runner.failures,
             missing=len(runner.missing), confidence=request.confidence, budget=request.budget,
-            folder=str(ready.folder), command=request.command(ready.design.recipe), power=ready.planned.power,
+            folder=str(ready.folder), command=request.command(ready.design.recipe),
+            power=_power(ready.design, ready.data, results, request.confidence),  # of the spread that was seen
         )  # fmt: skip
         result = result if request.texts else result.without_texts()
         write_report(result, ready.folder, files.write_text)
