@@ -5,7 +5,8 @@
 - A reader sees one snapshot (REPEATABLE READ) and waits for no other transaction.
 - If a client disappears in a transaction, the server ends that transaction within `IDLE_SECONDS`. The next writer waits
   longer than that. The server rolls the transaction back and frees the lock. So a writing transaction must not wait
-  for anything else, such as an object store.
+  for anything else, such as an object store. A client that was stopped while it waited for the lock gets it all the
+  same, and loses it after `TAKE_SECONDS`.
 - A process reuses a connection for a minute. Before each transaction it checks that the server still has the
   connection. A forked process opens its own.
 - If the server is silent for `ANSWER_SECONDS` by the client's clock, the client closes the connection. A time limit of
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 LOCK = 0x747572726574  # "turret"; all schemas of a database share it
 BUSY_SECONDS = 60  # a writer waits this long for earlier writers
 IDLE_SECONDS = 30  # the server ends a writing transaction whose client is silent for this long
+TAKE_SECONDS = 5  # the same, from getting the lock until the client says that it has it
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 20.0  # for a statement, in addition to the wait for earlier writers
 REUSED_SECONDS = 60  # a connection is closed at this age, before a firewall forgets it
@@ -100,7 +102,7 @@ class Postgres:
 
     def _wait_for_writers(self, connection: Connection) -> None:
         limits = f"'lock_timeout', '{self._busy_seconds}s', true), set_config('idle_in_transaction_session_timeout'"
-        connection.exec_driver_sql(f"SELECT set_config({limits}, '{IDLE_SECONDS}s', true)")
+        connection.exec_driver_sql(f"SELECT set_config({limits}, '{TAKE_SECONDS}s', true)")
         driver: _WaitsForLock | None = connection.connection.driver_connection
         assert driver is not None
         driver.lock_seconds = self._busy_seconds
@@ -109,7 +111,10 @@ class Postgres:
         finally:
             driver.lock_seconds = 0
         # ALTER TABLE waits for readers of the table. The server's timeout must come before the client's.
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{int(ANSWER_SECONDS / 2)}s'")
+        limits = (
+            f"'lock_timeout', '{int(ANSWER_SECONDS / 2)}s', true), set_config('idle_in_transaction_session_timeout'"
+        )
+        connection.exec_driver_sql(f"SELECT set_config({limits}, '{IDLE_SECONDS}s', true)")
 
     def identity(self, connection: Connection) -> str | None:
         """Return the id of this catalog, which no other catalog has; None if it was lost.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -194,3 +196,39 @@ def test_a_writer_that_says_nothing_more_holds_up_others_for_the_stated_time(new
             connection.exec_driver_sql("SELECT 1")
 
     assert "the connection was lost" in ended(write, within=30)
+
+
+PROMOTES = """
+import sys
+from turret.store import Store
+store = Store(sys.argv[1])
+with store.database().reading():
+    print("ready", flush=True)
+    sys.stdin.readline()
+store.promote("a@1", "candidate")
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_that_was_stopped_while_it_waited_holds_up_others_for_seconds(new_url, tmp_path) -> None:
+    url = new_url(str(tmp_path / "files"))
+    store = kept(url, tmp_path)
+    command = [sys.executable, "-c", PROMOTES, url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as waiting:
+        assert (waiting.stdin, waiting.stdout) != (None, None)
+        assert waiting.stdout.readline() == "ready\n"
+        with store.database().writing() as connection:
+            waiting.stdin.write("\n")
+            waiting.stdin.flush()
+            until = time.monotonic() + 60
+            while not connection.exec_driver_sql("SELECT 1 FROM pg_locks WHERE NOT granted").all():
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            os.kill(waiting.pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            assert store.promote("a@2", "candidate").changed
+            took = time.monotonic() - began
+        finally:
+            os.kill(waiting.pid, signal.SIGKILL)
+    assert postgres.TAKE_SECONDS / 2 < took < postgres.IDLE_SECONDS / 2, "at once, if it was not in the queue"
