@@ -206,7 +206,7 @@ def odd_files() -> list[Odd]:
             "lists.jsonl",
             "labels that are lists",
             jsonl(objects([("a", ["x"]), ("b", ["x", "y"])])),
-            said="set task.multi_label = true \\(12 such rows\\)",
+            said="set task.multi_label = true \\(6 such rows\\)",
             remedy={"multi_label": True},
         ),
         Odd(

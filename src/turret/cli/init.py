@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.prompt import IntPrompt
 
 from turret.cli import options
 from turret.cli.output import asks, console, emit, safe
@@ -64,6 +63,8 @@ def init(
 
 def _asked(error: SeveralLabels) -> str:
     """The column that the user chooses as the label."""
+    from rich.prompt import IntPrompt
+
     out = console(stderr=True)
     out.print("Which column is the label?")
     names = list(error.columns)

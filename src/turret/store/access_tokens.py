@@ -111,7 +111,7 @@ class AccessTokens:
     def create(
         self,
         name: str,
-        scopes: Sequence[Scope] = ("infer",),
+        scopes: Sequence[str] = ("infer",),
         *,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
