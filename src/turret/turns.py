@@ -60,7 +60,7 @@ class Places:
     def __init__(self, most: int, guests: int = GUESTS) -> None:
         self.most, self.taken = most, 0
         self.of: Counter[str] = Counter()  # by tenant
-        self._spare = max(1, most // SPARE) if guests else 0
+        self._spare = max(1, most // SPARE) if guests and most else 0  # a limit of 0 stays 0
         self._each = max(1, self._spare // guests) if guests else 0
 
     @property

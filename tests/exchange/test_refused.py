@@ -262,13 +262,20 @@ def test_a_case_clash_in_a_folder_is_refused(folder, tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["", " ", "\0", "/nowhere", "../../nowhere", "owner/../x", "a\\b", "%2e%2e/x", "-x/y", "a" * 10_000, "оwner/name"],
+    ["", " ", "/nowhere", "../../nowhere", "owner/../x", "a\\b", "%2e%2e/x", "-x/y", "a" * 10_000, "оwner/name"],
 )
 def test_a_source_that_is_not_there_is_one_line(source, tmp_path, capsys) -> None:
     said = run(["import", "--name", "x", "--store", str(tmp_path / "store"), "--", source])
     assert said == 1
     err = capsys.readouterr().err
     assert "is not there: expected a folder" in err
+    assert err.count("\n") == 1
+
+
+def test_a_source_with_a_nul_is_one_line(tmp_path, capsys) -> None:
+    assert run(["import", "--name", "x", "--store", str(tmp_path / "store"), "--", "\0"]) == 2
+    err = capsys.readouterr().err
+    assert "no path has the character NUL" in err
     assert err.count("\n") == 1
 
 

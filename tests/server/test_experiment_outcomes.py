@@ -103,7 +103,8 @@ def test_a_sample_ratio_mismatch_is_shown_over_http_before_any_verdict(begin, wo
     assert client.post("/api/outcomes", json=told).json()["counts"] == {"counted": len(told)}
     shown = client.get("/api/experiments/a").json()
     assert shown["sample_ratio"]["ok"] is False
-    assert len(shown["verdicts"]) == 1
-    assert shown["verdicts"][0].startswith("OUTCOMES MISSING")
+    alarm, taken_back = shown["verdicts"]
+    assert alarm.startswith("OUTCOMES MISSING")
+    assert taken_back.endswith("was better than control before that: this verdict is taken back")
     running.served._settle()
     assert client.get("/api/experiments/a").json()["state"] == "running"

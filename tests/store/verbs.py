@@ -196,6 +196,7 @@ def ready_to_migrate(where: str, folder: Path) -> Hold:
         if connection.execute("SELECT version_num FROM alembic_version").fetchone()[0] != "0001":
             by_hand.as_format_five(Store(where))
             connection.execute("ALTER TABLE files DROP COLUMN upload")
+            connection.execute("ALTER TABLE versions DROP COLUMN comparison")
             later = (
                 "uploads",
                 "experiment_health",
@@ -208,7 +209,17 @@ def ready_to_migrate(where: str, folder: Path) -> Hold:
                 connection.execute(f"DROP TABLE {table}")
             for table in ("client_files", "batch_parts", "batches", "queue_limits", "queue", "run_log"):
                 connection.execute(f"DROP TABLE IF EXISTS {table}")
-            for table in ("usage", "audit", "leases", "artifacts", "budgets", "sessions", "server_secrets"):
+            for table in (
+                "usage",
+                "audit",
+                "leases",
+                "artifacts",
+                "budgets",
+                "sessions",
+                "server_secrets",
+                "batch_turns",
+                "flushes",
+            ):
                 connection.execute(f"DROP TABLE {table}")
             connection.execute("ALTER TABLE runs DROP COLUMN tenant")
             if Store(where).location.catalog is not None:  # SQLite's table of adapters is built anew
