@@ -283,7 +283,8 @@ def test_the_engine_answers_from_the_store_as_predict_does(trained) -> None:
             engine.classify(texts, "reviews"), trained.workspace.predict("reviews", texts), strict=True
         ):
             assert answer["label"] == wanted["label"]
-            assert answer["probabilities"] == pytest.approx(wanted["probabilities"], abs=5e-3)
+            # In bfloat16, and a head that starts at its solution has larger logits than one that starts at random.
+            assert answer["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-2)
         ticket = engine.submit("classify", texts[0], "reviews@1")
         assert ticket.receipt.digest == trained.result.digest
         assert ticket.receipt.base == trained.result.base["fingerprint"]

@@ -126,7 +126,7 @@ class TurretError(Exception):
     exit_status = 1
 
     def __str__(self) -> str:
-        return one_line(super().__str__())
+        return one_line(super().__str__(), 4 * LINE)  # long paths leave the remedy whole
 
 
 class BadArgument(TurretError):

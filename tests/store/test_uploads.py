@@ -60,6 +60,9 @@ class InMemory:
         metadata.create_all(self._engine)
         self.reading = self.writing = self._engine.execution_options(**{ACCESS: OPERATOR}).begin
 
+    def writable(self) -> bool:
+        return True
+
     def close(self) -> None:
         self._engine.dispose()
 

@@ -20,7 +20,7 @@ from turret.data import memory
 from turret.database import Database, runs, versions
 from turret.disk import PRIVATE, describe_error, make_folder, permissions, sync
 from turret.errors import StoreError
-from turret.store.artifacts import Artifacts
+from turret.store.artifacts import Artifact, Artifacts
 from turret.store.gc import OLD, Removed
 from turret.store.runs import PREFIX
 from turret.timestamp import timestamp
@@ -63,26 +63,34 @@ def bring(root: Path, home: Path, artifacts: Artifacts, source: str) -> None:
 
 def collect(root: Path, database: Database, artifacts: Artifacts, *, dry_run: bool) -> Iterator[Removed]:
     """Remove rows that nothing names, after an hour, from the store and from this machine."""
-    with database.writing() if not dry_run else database.reading() as connection:
-        needed, before = _needed(connection, root, artifacts), time.time() - OLD
-        listed = [each for prefix in (f"{FOLDER}/", "tenants/") for each in artifacts.listed_in(connection, prefix)]
-        stored = [
-            each
-            for each in listed
-            if (found := _PLACE.match(each.path)) and found[1] not in needed and each.changed < timestamp(before)
-        ]
-        dead = [] if dry_run else [blob for each in stored for blob in artifacts.drop(connection, each.path)]
-        local = [
-            path
-            for path in sorted([*root.glob(f"{FOLDER}/*"), *root.glob(f"tenants/*/{FOLDER}/*")])
-            if path.is_dir() and path.name not in needed and path.stat().st_mtime < before
-        ]
-        sizes = {path: sum(each.stat().st_size for each in path.iterdir()) for path in local}
-        for path in () if dry_run else local:
-            shutil.rmtree(path, ignore_errors=True)
-    artifacts.discard(dead)
+    with database.reading() as connection:
+        stored, sizes = _unneeded(connection, root, artifacts)
+    if (stored or sizes) and not dry_run:  # without anything to remove a disk without room is no obstacle
+        with database.writing() as connection:
+            stored, sizes = _unneeded(connection, root, artifacts)
+            dead = [blob for each in stored for blob in artifacts.drop(connection, each.path)]
+            for path in sizes:
+                shutil.rmtree(path, ignore_errors=True)
+        artifacts.discard(dead)
     yield from (Removed(each.path, each.blob.bytes, WHY) for each in stored)
     yield from (Removed(path.relative_to(root).as_posix(), size, WHY) for path, size in sizes.items())
+
+
+def _unneeded(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Artifact], dict[Path, int]]:
+    """Listed files and folders of this machine that nothing has named for an hour; the folders with their bytes."""
+    needed, before = _needed(connection, root, artifacts), time.time() - OLD
+    listed = [each for prefix in (f"{FOLDER}/", "tenants/") for each in artifacts.listed_in(connection, prefix)]
+    stored = [
+        each
+        for each in listed
+        if (found := _PLACE.match(each.path)) and found[1] not in needed and each.changed < timestamp(before)
+    ]
+    local = [
+        path
+        for path in sorted([*root.glob(f"{FOLDER}/*"), *root.glob(f"tenants/*/{FOLDER}/*")])
+        if path.is_dir() and path.name not in needed and path.stat().st_mtime < before
+    ]
+    return stored, {path: sum(each.stat().st_size for each in path.iterdir()) for path in local}
 
 
 def _place(source: Path, target: Path, mode: int) -> None:
