@@ -113,5 +113,5 @@ def test_a_child_without_a_parent_that_hangs_ends_itself(how) -> None:
         child.communicate("", timeout=20)
     finally:
         child.kill()
-    assert child.returncode in (1, -9)
+    assert child.returncode in (1, -9, -15)
     assert time.monotonic() - began < 10

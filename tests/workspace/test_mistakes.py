@@ -334,7 +334,7 @@ def test_a_prediction_that_fails_leaves_the_file_that_was_there(trained, tmp_pat
     out = tmp_path / "out.csv"
     out.write_text("precious")
     (tmp_path / "in.csv").write_text("text,id\na great film,1\nbroken\n")
-    with pytest.raises(DataError, match="line 3 has 1 fields"):
+    with pytest.raises(DataError, match="line 3 has 1 field and"):
         trained.workspace.predict_file("reviews", str(tmp_path / "in.csv"), out)
     assert out.read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]

