@@ -14,6 +14,7 @@ from turret.experiments.decide import needed
 from turret.experiments.evidence import HIDDEN, OutcomeTally
 
 LEVEL, BOUND = 0.05, 0.05
+SALT = "5" * 32  # so that the same units go to the same arms each time
 
 
 def told(arm, y, answers) -> OutcomeTally:
@@ -80,7 +81,7 @@ RATES = {"control": 0.3, "candidate": 0.42}
 
 def test_a_verdict_that_missing_outcomes_could_explain_is_kept_apart_and_promotes_nothing(workspace) -> None:
     experiment = workspace.experiment("news")
-    experiment.start("news@2", share=0.5, guards=Guards(promote=True))
+    experiment.start("news@2", salt=SALT, share=0.5, guards=Guards(promote=True))
     traffic(workspace, RATES, 1600, answer=0.6)
     (settled,) = workspace.settle()
     assert settled.done == ()
@@ -102,7 +103,7 @@ def test_the_same_outcomes_give_a_verdict_if_none_is_missing_or_a_person_vouches
     workspace, bound, answer
 ) -> None:
     experiment = workspace.experiment("news")
-    experiment.start("news@2", share=0.5, missing_bound=bound, guards=Guards(promote=True))
+    experiment.start("news@2", salt=SALT, share=0.5, missing_bound=bound, guards=Guards(promote=True))
     traffic(workspace, RATES, 1600 if answer < 1 else 960, answer=answer)
     (settled,) = workspace.settle()
     assert settled.experiment.state == "ended", settled.verdicts
@@ -111,7 +112,7 @@ def test_the_same_outcomes_give_a_verdict_if_none_is_missing_or_a_person_vouches
 
 def test_a_verdict_says_how_many_missing_outcomes_it_bears(workspace) -> None:
     experiment = workspace.experiment("news")
-    experiment.start("news@2", share=0.5)
+    experiment.start("news@2", salt=SALT, share=0.5)
     traffic(workspace, {"control": 0.2, "candidate": 0.7}, 800, answer=0.7)
     (said,) = experiment.status().verdicts
     assert "is better than control, also if the outcomes of" in said
@@ -121,7 +122,7 @@ def test_a_verdict_says_how_many_missing_outcomes_it_bears(workspace) -> None:
 @pytest.mark.slow
 def test_a_worse_candidate_is_rolled_back_although_outcomes_are_missing(workspace) -> None:
     """The guard protects users: it acts on what the outcomes say."""
-    workspace.experiment("news").start("news@2", share=0.5)
+    workspace.experiment("news").start("news@2", salt=SALT, share=0.5)
     traffic(workspace, {"control": 0.42, "candidate": 0.3}, 1600, answer=0.6)
     assert workspace.settle()[0].done == ("candidate (news@2) rolled back: its outcomes are worse",)
 

@@ -388,9 +388,9 @@ def _require_one(ranked: Sequence[Candidate], command: str) -> None:
         named = " and ".join(each.described() for each in fit[:2]) + (
             f" and {len(fit) - 2} more" if len(fit) > 2 else ""
         )
-        first, second = (f"--label {shlex.quote(each.column)}" for each in fit[:2])
+        asked = " or ".join(command.format(option=f"--label {shlex.quote(each.column)}") for each in fit[:2])
         raise SeveralLabels(
-            f"which column is the label? {named} fit about equally: {command.format(option=first)}, or with `{second}`",
+            f"which column is the label? {named} fit about equally: {asked}",
             {each.column: list(each.classes) for each in fit},
         )
 
