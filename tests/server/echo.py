@@ -182,6 +182,7 @@ class Echo:
     longest: int = 4096
     base_id: str = "echo"
     fingerprint: str = FINGERPRINT  # of the base whose adapters it answers with
+    constraints: Any = None  # `turret.engine.guide.Constraints`
 
     def __post_init__(self) -> None:
         self.base = SimpleNamespace(id=self.base_id, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
@@ -236,10 +237,12 @@ class Echo:
         return ticket
 
     def compile(self, constraint: Any) -> None:
-        """It compiles nothing."""
+        """It compiles nothing, unless it has `constraints`; its answers do not keep to one."""
+        if self.constraints is not None:
+            self.constraints.compiled(constraint)
 
     def is_compiled(self, constraint: Any) -> bool:
-        return True
+        return self.constraints is None or self.constraints.is_compiled(constraint)
 
     def warm(self, reference: str, *, pin: bool = False) -> Named:
         named = self._resolve(reference)
@@ -278,6 +281,8 @@ class Echo:
             self._closed = True
             self._work.notify()
         self._thread.join()
+        if self.constraints is not None:
+            self.constraints.close()
 
     def __enter__(self) -> Echo:
         return self

@@ -4,7 +4,8 @@
 
 The echo answers with the adapters of the base with this fingerprint; BASE is the id of that base. Words of the
 environment: ECHO_CLAIMED has the seconds of the claim of a batch, and with ECHO_DIES_IN_FINISH the server is killed in
-the transaction that ends a batch.
+the transaction that ends a batch. ECHO_TOKENIZER names a `tokenizer.json`: constraints are then compiled for it, as the
+engine compiles them, in a helper process first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 from server.echo import Echo, Options
 
@@ -36,8 +39,21 @@ def _prepare() -> None:
         batches.Batches.end_in = die  # type: ignore[method-assign,assignment]
 
 
+def _constraints() -> Any:
+    if "ECHO_TOKENIZER" not in os.environ:
+        return None
+    from tokenizers import Tokenizer
+
+    from turret.engine.guide import Constraints
+
+    backend = Tokenizer.from_file(os.environ["ECHO_TOKENIZER"])
+    tokenizer: Any = SimpleNamespace(backend_tokenizer=backend)
+    return Constraints(tokenizer, backend.get_vocab_size(), [0])
+
+
 def main(store: str, pace: str, *base: str) -> None:
-    workspace, more = Workspace(store), dict(zip(("base_id", "fingerprint"), base, strict=False))
+    workspace, more = Workspace(store), dict[str, Any](zip(("base_id", "fingerprint"), base, strict=False))
+    more["constraints"] = _constraints()
     with Echo(workspace.store, pace=float(pace), **more) as engine, bind("127.0.0.1", 0) as listening:
         run(ServerState(workspace, engine, Options), listening, lambda url: print(url, flush=True))
 

@@ -1,18 +1,21 @@
 """Processes that are killed and started again, and the clients of a tenant that go on meanwhile.
 
-A client remembers what was acknowledged. A request that ended with its server may have been carried out or not.
+A client remembers what was acknowledged. A request that ended with its server, or with 503 while the database or the
+files fail, may have been carried out or not.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +24,53 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+from engine.test_constraints import chain_of_rules, chained
 from server.echo import probabilities
+from store.bundles import tensors, write_bundle
+
+from turret.errors import StoreError
+from turret.store import Store, queued_data
 
 CALL_SECONDS = 60.0  # as long as a writer may wait for other writers
+GRACE_SECONDS = 10.0  # after a fault, until nobody answers 503 any more on a busy machine
+PROMISED_SECONDS = (
+    20.0  # until /healthz answers on a busy machine; a stopped server is stopped for less than half of it
+)
 START_SECONDS = 20.0  # until a process on a busy machine listens to SIGTERM
 NAMES = re.compile(r"sha256:[0-9a-f]{64}|\b\d{8}-\d{6}-[0-9a-f]{6}\b")  # of a version or a blob, and of a run
+FORM = "application/x-www-form-urlencoded"
+REFUSED = range(400, 500)
 WORDS = ["a", "great", "film", "with", "a", "dull", "end", "and", "no", "story", "at", "all"]
+
+
+class Faults:
+    """When PostgreSQL or S3 failed, or a process was stopped. Any thread may ask; the test alone writes."""
+
+    def __init__(self) -> None:
+        self._windows: list[tuple[str, float, float]] = []  # what, from, until
+
+    def start(self, what: str) -> None:
+        self._windows.append((what, time.time(), float("inf")))
+
+    def end(self, what: str) -> None:
+        """The end of the newest window of this, which counts for some seconds more."""
+        place = max(place for place, each in enumerate(self._windows) if each[0] == what)
+        self._windows[place] = (what, self._windows[place][1], time.time() + GRACE_SECONDS)
+
+    def count(self, what: str) -> int:
+        return sum(each[0] == what for each in self._windows)
+
+    def between(self, began: float, ended: float, *what: str) -> bool:
+        return any(each in what and start <= ended and began <= end for each, start, end in self._windows)
+
+    def before(self, moment: float, seconds: float, *what: str) -> float:
+        """The moment so many seconds earlier, of which none lies in a window of these."""
+        while True:
+            found = [start for each, start, end in self._windows
+                     if each in what and start < moment and moment - seconds < end]  # fmt: skip
+            if not found:
+                return moment - seconds
+            moment = min(found)
 
 
 class Program:
@@ -51,7 +95,7 @@ class Program:
 
     def kill(self, *, with_children: bool) -> None:
         """SIGKILL, as a machine without power does to all processes, or to this one alone; and start it again."""
-        assert self._process.poll() is None, f"{self.name} ended by itself: {self.errors(self.life)}"
+        self.require_alive()
         children = psutil.Process(self._process.pid).children(recursive=True) if with_children else []
         self.killed[self.life] = time.time()
         self._process.kill()
@@ -60,6 +104,18 @@ class Program:
                 each.kill()
         self._process.wait()
         self.start()
+
+    def require_alive(self) -> None:
+        assert self._process.poll() is None, f"{self.name} ended by itself: {self.errors(self.life)}"
+
+    def pause(self) -> list[psutil.Process]:
+        """SIGSTOP to all of its processes, which it returns."""
+        process = psutil.Process(self._process.pid)
+        found = [process, *process.children(recursive=True)]
+        for each in found:
+            with suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGSTOP)
+        return found
 
     def stop(self) -> int:
         """SIGTERM, once it has started; returns the exit status."""
@@ -112,6 +168,8 @@ class Tenant:
     moves: list[tuple[str, str, str, int]] = field(default_factory=list)  # name, alias, verb, number: acknowledged
     unknown_moves: int = 0
     runs: list[str] = field(default_factory=list)  # acknowledged
+    cancelled: set[str] = field(default_factory=set)  # runs whose end was acknowledged
+    stored: dict[str, str] = field(default_factory=dict)  # version -> digest: acknowledged by a store
     names: set[str] = field(default_factory=set)  # every digest and run that an answer named
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -127,9 +185,11 @@ class Tenant:
 class Client(threading.Thread):
     """One client of a tenant: a turn, a pause, until it is told to end or something is wrong."""
 
-    def __init__(self, tenant: Tenant, others: Sequence[Tenant], servers: Sequence[Program], seed: int) -> None:
+    def __init__(
+        self, tenant: Tenant, others: Sequence[Tenant], servers: Sequence[Program], faults: Faults, seed: int
+    ) -> None:
         super().__init__(daemon=True)
-        self.tenant, self.others, self.servers = tenant, others, servers
+        self.tenant, self.others, self.servers, self.faults = tenant, others, servers, faults
         self.draw, self.ended = random.Random(seed), threading.Event()
         self.wrong: BaseException | None = None
         self.pause, self.trains = (0.02, 0.3), True
@@ -147,23 +207,39 @@ class Client(threading.Thread):
         raise NotImplementedError
 
     def send(
-        self, method: str, path: str, body: object = None, *, secret: str = "", expected: tuple[int, ...] = (200,)
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        secret: str = "",
+        expected: Sequence[int] = (200,),
+        server: Program | None = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Sent | None:
-        """Send to one of the servers. Returns None if that server was killed before its answer was complete."""
-        server = self.draw.choice(self.servers)
+        """Send to one of the servers. Returns None if none is there yet."""
+        server = server or self.draw.choice(self.servers)
         if (address := server.address()) is None:
             return None
         life, url = address
-        headers, began = {"authorization": f"Bearer {secret or self.tenant.secret}"}, time.time()
+        said = {"authorization": f"Bearer {secret or self.tenant.secret}", **(headers or {})}
+        if content is not None:
+            said["origin"] = url  # as a browser says, for the forms of pages
+        began = time.time()
         try:
-            got = self.client.request(method, url + path, json=body, headers=headers)
+            got = self.client.request(method, url + path, json=body, content=content, headers=said)
         except httpx2.TransportError as error:
             if life not in server.killed:
                 raise AssertionError(f"{method} {path} at {server.name}, which lives: {error!r}") from error
             self.tenant.counts["cut"] += 1
             return Sent(None, server, life, began)
-        assert got.status_code in expected, f"{method} {path}: {got.status_code} {got.text[:300]}"
         self._look(got, f"{path} {body}")
+        if got.status_code == 503 and self.faults.between(began, time.time(), "postgresql", "s3"):
+            self.tenant.counts["refused"] += 1
+            return Sent(None, server, life, began)
+        what = f"{method} {path} at {server.name} life {life}"
+        assert got.status_code in expected, f"{what}: {got.status_code} {got.text[:300]}"
         return Sent(got, server, life, began)
 
     def _look(self, got: httpx2.Response, sent: str) -> None:
@@ -271,7 +347,12 @@ class Operator(Client):
             return
         if any(each["state"] in ("waiting", "running") for each in listed["runs"]):
             run = listed["runs"][0]["id"]
-            self.send("GET", f"/api/runs/{run}")
+            if self.draw.random() < 0.03:
+                said = self.json("POST", f"/api/runs/{run}/cancel", expected=(200, 409))
+                if said is not None and said.get("state") == "cancelled":
+                    self.tenant.cancelled.add(run)
+            else:
+                self.send("GET", f"/api/runs/{run}")
             return
         self._seeds += 1
         files = {f"{self.tenant.word}.csv": self.tenant.table}
@@ -289,6 +370,118 @@ class Operator(Client):
         self.send(*self.draw.choice(asks), expected=(404,))
         self.tenant.counts["foreign"] += 1
 
-    def json(self, method: str, path: str, body: object = None) -> Any:
-        sent = self.send(method, path, body)
+    def json(self, method: str, path: str, body: object = None, expected: Sequence[int] = (200,)) -> Any:
+        sent = self.send(method, path, body, expected=expected)
         return None if sent is None or sent.got is None else sent.got.json()
+
+
+class Killer(Client):
+    """Sends what has ended or frozen servers, by tokens of its tenant and without one, each time a little different."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.pause = (0.5, 3.0)
+        self.questions: Sequence[Callable[[], dict[str, Any]]] = (
+            lambda: {"response_format": self._format(39, "bare")},
+            lambda: {"response_format": self._format(20, "anyOf")},
+            lambda: {"guided_json": chained(self._some(30, 50), 95, "bare")},
+            lambda: {"structured_outputs": {"grammar": chain_of_rules(self._some(2900, 3300))}},
+            lambda: {"structured_outputs": {"grammar": chain_of_rules(self._some(2900, 3300), "R")}},
+            lambda: {"structured_outputs": {"grammar": "start: " + "(" * 30_000 + '"a"' + ")" * 30_000}},
+            self._hidden,
+            self._hidden,
+        )
+        self._plain: Sequence[tuple[str, str, str, str, bytes | None]] = (
+            ("GET", "/sign-in", "cookie", 'a="' + "\\" * 12_000, b""),
+            ("GET", "/sign-in", "cookie", '\\"' * 6_000, b""),
+            ("POST", "/sign-in", "content-type", FORM, b"token=" + b"%" * 8_000),
+            ("POST", "/sign-in", "content-type", FORM, b"%" * 4_000_000),
+            ("POST", "/adapters/news/move/promote", "content-type", FORM, b"version=1&alias=" + b"%" * 900_000),
+            ("POST", "/v1/classify", "content-type", "application/json", b"[" * 900_000),
+            ("POST", "/v1/completions", "content-type", "application/json", b'{"a":' * 200_000),
+        )
+
+    def turn(self) -> None:
+        kind = self.draw.randrange(3)
+        if kind == 0:
+            body = {"model": self.tenant.own, "prompt": "x", "max_tokens": 4, **self.draw.choice(self.questions)()}
+            sent = self.send("POST", "/v1/completions", body, secret=self.tenant.limited, expected=REFUSED)
+        elif kind == 1:
+            method, path, name, value, content = self.draw.choice(self._plain)
+            sent = self.send(
+                method,
+                path,
+                secret=self.tenant.limited,
+                headers={name: value},
+                content=content,
+                expected=(200, 303, *REFUSED),
+            )
+        else:
+            recipe = self.draw.choice(("a." * 30_000 + "b = 1", "[" + "a." * 30_000 + "a]", "x = " + "[" * 50_000))
+            sent = self.send("POST", "/api/runs", {"recipe": recipe, "files": {}}, expected=REFUSED)
+        if sent is not None and sent.got is not None:
+            self.tenant.counts[f"killers answered {sent.got.status_code}"] += 1
+
+    def _some(self, low: int, high: int) -> int:
+        return self.draw.randrange(low, high)
+
+    def _format(self, definitions: int, kind: str) -> dict[str, Any]:
+        schema = chained(definitions, self._some(70, 100), kind)
+        return {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+
+    def _hidden(self) -> dict[str, Any]:
+        """A schema within a grammar, which only the helper process finds too deep."""
+        schema = json.dumps(chained(self._some(45, 56), self._some(85, 96), "bare"))
+        return {"structured_outputs": {"grammar": f"start: found\nfound: %json {schema}"}}
+
+
+class Watcher(Client):
+    """Asks `/healthz` of every server that has started."""
+
+    longest = 0.0
+
+    def turn(self) -> None:
+        for server in self.servers:
+            sent = self.send("GET", "/healthz", server=server)
+            if sent is not None and sent.got is not None:
+                self.longest = max(self.longest, time.time() - sent.began)
+                assert self.longest < PROMISED_SECONDS, f"{server.name} answered after {self.longest:.1f} s"
+                self.tenant.counts["healthz"] += 1
+
+
+class Putter(Client):
+    """Stores versions, without a server."""
+
+    def __init__(self, store: Store, base: Mapping[str, str], folder: Path, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.store, self.base, self.folder, self.pause = store, base, folder, (0.5, 3.0)
+        self._seeds = self.draw.randrange(10_000, 1 << 30)  # no other tenant has such tensors
+
+    def turn(self) -> None:
+        self._seeds += 1
+        said = {"base": self.base, "task": {"kind": "classify"}}
+        bundle, began = write_bundle(self.folder, tensors(self._seeds), said=said), time.time()
+        try:
+            version = self.store.put(f"{self.tenant.word}-put", bundle)
+        except StoreError as error:
+            if len(str(error)) > 300 or not self.faults.between(began, time.time(), "postgresql", "s3"):
+                raise
+            self.tenant.counts["refused"] += 1
+        else:
+            self.tenant.stored[str(version)] = version.digest
+
+
+class Collector(Client):
+    """Removes what nobody needs from the whole store. freed: data of trainings that have ended."""
+
+    def __init__(self, store: Store, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.store, self.freed, self.pause = store, 0, (2.0, 20.0)
+
+    def turn(self) -> None:
+        began = time.time()
+        try:
+            self.freed += sum(each.why == queued_data.WHY for each in self.store.gc().removed)
+        except StoreError:
+            if not self.faults.between(began, time.time(), "postgresql"):
+                raise
