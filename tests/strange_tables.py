@@ -1,6 +1,6 @@
-"""Ten tables as strangers keep them, and five more that no rule was tuned on; each maker's comment names its mess.
+"""Ten tables as strangers keep them, five that no rule was tuned on, and ten more; each maker's comment names its mess.
 
-python tests/strange_tables.py FOLDER            writes all fifteen there
+python tests/strange_tables.py FOLDER            writes all of them there
 """
 
 from __future__ import annotations
@@ -530,18 +530,421 @@ def spanish_poll(folder: Path) -> Strange:
     return Strange(path, names[4], names[5], ("Envío", "Pago", "Producto"), answer)
 
 
+# --- ten more, each with a mess that the others do not have -----------------------------------------------------------
+
+
+JAPANESE = {
+    "配送": (
+        "荷物がまだ届いていません。", "配達の時間を変更したいです。", "届いた箱がつぶれていました。",
+        "追跡番号が間違っているようです。",
+    ),
+    "支払い": (
+        "カードで二重に請求されました。", "領収書を再発行してください。", "返金はいつになりますか。",
+        "クーポンの割引が適用されません。",
+    ),
+    "商品": (
+        "電源を入れても動きません。", "色が写真と違います。", "サイズが合わないので交換したいです。",
+        "部品が一つ足りません。",
+    ),
+}  # fmt: skip
+RUSSIAN = {
+    "Связь": (
+        "Интернет пропадает каждый вечер.", "Не могу дозвониться, связь обрывается.",
+        "Скорость намного ниже обещанной.", "В деревне совсем нет сигнала.",
+    ),
+    "Оплата": (
+        "С меня дважды списали абонентскую плату.", "Пополнил счёт, а деньги не пришли.",
+        "Почему подорожал мой тариф?", "Верните деньги за подписку.",
+    ),
+    "Оборудование": (
+        "Роутер перегревается и выключается.", "Пульт от приставки не работает.",
+        "Мастер не пришёл менять модем.", "Приставка не видит телевизор.",
+    ),
+}  # fmt: skip
+ARABIC = {
+    "المواعيد": (
+        "انتظرت ساعتين رغم وجود موعد.", "لا أستطيع حجز موعد عبر التطبيق.",
+        "تم تأجيل الموعد دون إخباري.", "أريد تغيير وقت الزيارة.",
+    ),
+    "الفواتير": (
+        "المبلغ في الفاتورة غير صحيح.", "دفعت مرتين عن نفس الفحص.",
+        "التأمين لم يغط التكلفة.", "أحتاج نسخة من الفاتورة.",
+    ),
+    "الطاقم": (
+        "الممرضة كانت لطيفة جدا.", "موظف الاستقبال لم يكن مهذبا.",
+        "الطبيب شرح لي كل شيء بصبر.", "لم يستمع إلي أحد.",
+    ),
+}  # fmt: skip
+COUNCIL = {
+    1: (
+        "There is a deep pothole in front of the school.", "The pavement is broken and my mother fell.",
+        "Please repaint the crossing on Mill Lane.", "The kerb has collapsed after the frost.",
+    ),
+    2: (
+        "Our bins were not emptied again.", "Somebody dumped an old sofa in the lay-by.",
+        "The recycling lorry left glass everywhere.", "We need a bigger garden waste container.",
+    ),
+    3: (
+        "The street lamp outside number 9 flickers.", "It is pitch dark on the path to the station.",
+        "Lights stay on the whole day in the park.", "The new lamps shine into our bedroom.",
+    ),
+}  # fmt: skip
+TURKISH = {
+    "İletişim": (
+        "Yöneticim benimle hiç konuşmuyordu.", "Toplantılarda kimse kimseyi dinlemiyor.",
+        "Kararlar bize hep en son söyleniyor.", "Geri bildirim almak imkânsızdı.",
+    ),
+    "Ücret": (
+        "Maaşım üç yıldır aynı kaldı.", "Başka bir firma daha iyi ücret önerdi.",
+        "Primler söz verildiği gibi ödenmedi.", "Yol parası artık yetmiyor.",
+    ),
+    "Çalışma saatleri": (
+        "Her hafta sonu mesaiye çağrıldım.", "Vardiyalar son anda değişiyordu.",
+        "Gece çalışmak sağlığımı bozdu.", "Çocuğumu okuldan alamıyordum.",
+    ),
+}  # fmt: skip
+STUDENTS = {
+    "Teaching": (
+        "The lectures were clear and well paced.", "The professor skipped half of the proofs.",
+        "Seminars felt like a second lecture.", "Great examples on the board every week.",
+    ),
+    "Workload": (
+        "Three assignments in one week were too many.", "The reading list is far too long.",
+        "I had no time left for my other courses.", "Deadlines collided with the exams.",
+    ),
+    "Facilities": (
+        "The room was cold and the projector broken.", "There are not enough sockets in the library.",
+        "The lab computers take ages to start.", "Please repair the chairs in hall B.",
+    ),
+}  # fmt: skip
+CHINESE = {
+    "物流": (
+        "快递太慢了，等了十天才到。", "包装破了，东西都洒出来了。", "快递员没有打电话就走了。", "物流信息一直不更新。",
+    ),
+    "质量": (
+        "用了两天就坏了。", "布料很薄，一洗就掉色。", "做工粗糙，线头很多。", "屏幕上有划痕。",
+    ),
+    "服务": (
+        "客服半天不回消息。", "退款申请被拒绝了三次。", "客服态度很好，很快解决了。", "答应的赠品没有给我。",
+    ),
+}  # fmt: skip
+CZECH = {
+    "Doprava": (
+        "Balík dorazil o týden později.", "Kurýr nezazvonil a odjel.",
+        "Zásilka byla promočená.", "Kde je moje objednávka?",
+    ),
+    "Platba": (
+        "Peníze mi strhli dvakrát.", "Faktura má špatné IČO.",
+        "Slevový kód nefunguje.", "Kdy dostanu peníze zpět?",
+    ),
+    "Zboží": (
+        'Monitor 27" má vadný pixel.', 'Přišla police 19" místo 24".',
+        "Boty jsou o číslo menší.", "Konvice teče u dna.",
+    ),
+}  # fmt: skip
+KOREAN = {
+    "배송": (
+        "택배가 아직 도착하지 않았어요.", "배송지를 잘못 적었습니다.", "상자가 찢어진 채로 왔어요.", "언제 출고되나요?",
+    ),
+    "결제": (
+        "카드가 두 번 결제되었습니다.", "환불이 아직 안 들어왔어요.", "쿠폰 할인이 적용되지 않아요.",
+        "영수증을 보내 주세요.",
+    ),
+    "계정": (
+        "비밀번호를 잊어버렸어요.", "로그인이 계속 실패합니다.", "회원 탈퇴는 어떻게 하나요?",
+        "인증 메일이 오지 않아요.",
+    ),
+}  # fmt: skip
+
+
+def japanese_inquiries(folder: Path) -> Strange:
+    """Japanese, without blanks between words. A cover sheet of prose and a sheet of counts first. Names of two blocks
+    ("期間", "作成者") above the table; under its names a row that says the kind of each column. A total at the foot."""
+    lines: list[list[Any]] = [
+        ["期間", "2025/04/01〜2025/06/30"],
+        ["作成者", "佐藤"],
+        [],
+        ["番号", "受付日", "店舗", "お問い合わせ内容", "区分", "対応状況"],
+        ["(数値)", "(日付)", "(選択)", "(自由記述)", "(選択)", "(選択)"],
+    ]
+    for number, (text, topic) in enumerate(written(JAPANESE, 90, "ja"), 1):
+        lines.append(
+            [
+                number,
+                day(number),
+                ("東京", "大阪", "福岡")[number * 7 % 3],
+                text,
+                topic,
+                ("完了", "対応中")[number * 5 // 3 % 2],
+            ]
+        )
+    lines.append(["合計", None, None, 90])
+    cover = [["お問い合わせ一覧"], [], ["本書は社外秘です。取り扱いに注意してください。"]]
+    counts = [["区分", "件数"], ["配送", 30], ["支払い", 30], ["商品", 30]]
+    path = saved(folder / "お問い合わせ一覧.xlsx", {"表紙": cover, "集計": counts, "明細": lines})
+    return Strange(path, "お問い合わせ内容", "区分", tuple(JAPANESE), words=("明細",))
+
+
+def russian_hotline(folder: Path) -> Strange:
+    """The names again at the top of every printed page, and a subtotal below each month, in the middle of the table.
+    `#N/A` where a lookup of the topic failed. A region and an operator beside the topic."""
+    names = ["№", "Дата", "Регион", "Оператор", "Обращение", "Тема", "Минут"]
+    lines: list[list[Any]] = [["Горячая линия, журнал обращений"], [], names]
+    for number, (text, topic) in enumerate(written(RUSSIAN, 96, "ru"), 1):
+        shown = "#N/A" if number in (11, 47, 80) else topic
+        lines.append(
+            [
+                number,
+                day(number),
+                ("Тверь", "Казань", "Омск")[number * 4 % 3],
+                f"оп. {number * 5 % 4}",
+                text,
+                shown,
+                number % 9 + 1,
+            ]
+        )
+        if number % 32 == 0:
+            lines.append(
+                [f"Итого за {('январь', 'февраль', 'март')[number // 32 - 1]}", None, None, None, None, None, 160]
+            )
+            if number < 96:
+                lines.append(names)
+    lines.append(["Всего", None, None, None, None, None, 480])
+    path = saved(folder / "журнал.xlsx", {"Лист1": lines})
+    return Strange(path, "Обращение", "Тема", tuple(RUSSIAN), words=("Регион",))
+
+
+def arabic_clinic(folder: Path) -> Strange:
+    """Right to left, with Arabic digits as texts. Marks of direction, no-break and trailing blanks in the names and in
+    some labels: the same label looks the same and differs. A branch and a status beside the topic."""
+    lines: list[list[Any]] = [["\u200fاستبيان المرضى"], []]
+    lines.append(["الرقم", "التاريخ\u00a0", "الفرع", "\u200fملاحظات المريض", "الموضوع ", "الحالة"])
+    digits = str.maketrans("0123456789", "٠١٢٣٤٥٦٧٨٩")
+    for number, (text, topic) in enumerate(written(ARABIC, 90, "ar"), 1):
+        shown = {0: f"\u200f{topic}", 1: f"{topic} ", 2: f"{topic}\u00a0"}.get(number % 9, topic)
+        lines.append(
+            [
+                str(number).translate(digits),
+                day(number),
+                ("الرياض", "جدة")[number * 3 // 2 % 2],
+                text,
+                shown,
+                ("مغلق", "مفتوح", "جديد")[number * 7 % 3],
+            ]
+        )
+    lines.append(["المجموع", None, None, "90".translate(digits)])
+    path = saved(folder / "استبيان.xlsx", {"ورقة1": lines})
+    book = openpyxl.load_workbook(path)
+    book["ورقة1"].sheet_view.rightToLeft = True
+    book.save(path)
+    return Strange(path, "ملاحظات المريض", "الموضوع", tuple(ARABIC), words=("الفرع",))
+
+
+def english_codes(folder: Path) -> Strange:
+    """Classes are numbers, explained in a sheet of codes; region, severity and score are numbers too. A table of counts
+    with names of its own above the data, in the same sheet. Filtered: most rows are hidden."""
+    lines: list[list[Any]] = [["Region", "Reports"], [1, 24], [2, 24], [3, 24], [4, 24], []]
+    lines.append(["Ref", "Received", "Region", "Resident's report", "Topic", "Severity", "Score"])
+    for number, (text, topic) in enumerate(written({str(k): v for k, v in COUNCIL.items()}, 96, "council"), 1):
+        lines.append(
+            [
+                f"C{number:04}",
+                day(number),
+                number * 7 % 4 + 1,
+                text,
+                int(topic),
+                number * 5 // 3 % 3 + 1,
+                number * 11 % 10 / 2,
+            ]
+        )
+    codes = [["Code", "Topic"], [1, "Roads"], [2, "Waste"], [3, "Lighting"]]
+    path = saved(folder / "Reports by residents.xlsx", {"Data": lines, "Codes": codes})
+    book = openpyxl.load_workbook(path)
+    sheet = book["Data"]
+    sheet.auto_filter.ref = f"A7:G{len(lines)}"
+    for number in range(8, len(lines) - 10):
+        sheet.row_dimensions[number].hidden = number % 3 > 0
+    book.save(path)
+    return Strange(path, "Resident's report", "Topic", ("1", "2", "3"), words=("Severity",))
+
+
+def turkish_exit(folder: Path) -> Strange:
+    """Two columns of free text, the second of wishes that say nothing of the reason. Stars behind names of required
+    questions. The dotted I in capitals and small. Carriage returns as `_x000D_`, dashes for no date, footnotes."""
+    lines: list[list[Any]] = [
+        ["Sicil", "Çıkış tarihi", "Departman", "Neden ayrılıyorsunuz?*", "Önerileriniz", "Ana neden*", "Kıdem (yıl)"]
+    ]
+    wishes = (
+        "Yemekler daha çeşitli olsun.",
+        "Servis saatleri değişsin.",
+        "Teşekkür ederim.",
+        "Başarılar dilerim herkese.",
+    )
+    for number, (text, reason) in enumerate(written(TURKISH, 96, "tr"), 1):
+        shown = reason.replace("i", "İ").upper() if number % 12 == 0 else reason
+        lines.append(
+            [
+                f"S-{number:03}",
+                "—" if number % 10 == 3 else day(number),
+                ("Üretim", "Depo", "Ofis")[number * 7 % 3],
+                text.replace(". ", "._x000D_\n", 1),
+                wishes[number * 5 % 4],
+                shown,
+                number % 12,
+            ]
+        )
+    lines += [[], ["* Zorunlu alan"], ["Hazırlayan: İnsan Kaynakları"]]
+    path = saved(folder / "çıkış görüşmeleri.xlsx", {"Sayfa1": lines})
+    return Strange(path, "Neden ayrılıyorsunuz?*", "Ana neden*", tuple(TURKISH), words=("Departman",))
+
+
+def survey_service(folder: Path) -> Strange:
+    """An export of a survey service: names such as Q4 in row 1, the questions in row 2, identifiers as JSON in row 3.
+    Columns of the service (status, progress, language) and two other questions with choices."""
+    names = [
+        "StartDate",
+        "Status",
+        "Progress",
+        "Duration (in seconds)",
+        "ResponseId",
+        "UserLanguage",
+        "Q1",
+        "Q2",
+        "Q4",
+        "Q5",
+    ]
+    questions = [
+        "Start Date",
+        "Response Type",
+        "Progress",
+        "Duration (in seconds)",
+        "Response ID",
+        "User Language",
+        "What is your year of study?",
+        "Would you recommend the course?",
+        "Please tell us in your own words\nwhat we should know.",
+        "Which topic is your comment about?",
+    ]
+    lines: list[list[Any]] = [
+        names,
+        questions,
+        [json.dumps({"ImportId": f"QID{place}"}) for place in range(len(names))],
+    ]
+    for number, (text, topic) in enumerate(written(STUDENTS, 96, "students"), 1):
+        lines.append(
+            [
+                day(number),
+                "IP Address",
+                100,
+                60 + number * 7 % 300,
+                f"R_{number * 7919:x}",
+                "EN",
+                ("First", "Second", "Third")[number * 7 % 3],
+                ("Yes", "No", "Not sure")[number * 5 // 2 % 3],
+                text,
+                topic,
+            ]
+        )
+    path = separated(folder / "Course+evaluation_November.csv", lines, ",", "utf-8-sig", "\n")
+    return Strange(path, "Q4", "Q5", ("Facilities", "Teaching", "Workload"))
+
+
+def chinese_orders(folder: Path) -> Strange:
+    """GB 18030. Lines that begin with # above and below the table. Numbers of orders with a tab in front, so that Excel
+    keeps their digits. Blanks around names. A shop, a channel and the kind of the complaint."""
+    lines: list[list[Any]] = [["订单号", " 下单时间", "店铺 ", "渠道", "评价内容 ", "问题类型", "金额(元)"]]
+    for number, (text, kind) in enumerate(written(CHINESE, 96, "zh"), 1):
+        lines.append(
+            [
+                f"\t20250{number:012}",
+                day(number),
+                ("旗舰店", "专卖店")[number * 3 // 2 % 2],
+                ("小程序", "网页", "门店")[number * 7 % 3],
+                text,
+                kind,
+                f"{number * 37 % 900}.50",
+            ]
+        )
+    path = separated(folder / "评价导出.csv", lines, ",", "gb18030")
+    before = "#评价明细查询\r\n#起始时间：[2025-07-01 00:00:00]\r\n#-----------列表开始-----------\r\n"
+    after = "#-----------列表结束-----------\r\n#导出时间：[2025-10-01 08:00:00]\r\n"
+    path.write_bytes(before.encode("gb18030") + path.read_bytes() + after.encode("gb18030"))
+    return Strange(path, "评价内容", "问题类型", tuple(CHINESE), words=("渠道",))
+
+
+def nested_issues(folder: Path) -> Strange:
+    """JSON as an interface answers it: the rows are a list below a key, beside counts; their cells are objects in
+    objects, some of them null, and a list of labels that is often empty."""
+    issues = []
+    for number, (text, kind) in enumerate(written(ISSUES, 96, "nested"), 1):
+        fields = {
+            "summary": f"Item {number}",
+            "description": text,
+            "issuetype": {"id": str(len(kind)), "name": kind},
+            "status": {"name": ("Open", "Done")[number * 3 // 2 % 2]},
+            "priority": None if number % 11 == 0 else {"name": ("Major", "Minor", "Trivial")[number * 7 % 3]},
+            "labels": ["ui"] if number % 5 == 0 else [],
+        }
+        issues.append({"id": str(10000 + number), "key": f"AB-{number}", "fields": fields})
+    path = folder / "search results.json"
+    path.write_text(json.dumps({"startAt": 0, "total": 96, "issues": issues}, indent=1), encoding="utf-8")
+    return Strange(path, "fields.description", "fields.issuetype.name", ("Bug", "Story", "Task"))
+
+
+def czech_pipes(folder: Path) -> Strange:
+    """cp1250 with pipes. The nameless index of a data frame in front. Inch marks that are no quotes. Lines end with LF
+    or CRLF, and one is empty. "-" for no topic, "Doparva" in some rows, a shop and a state beside it."""
+    out = ["|datum|prodejna|zpráva|téma|stav"]
+    for number, (text, topic) in enumerate(written(CZECH, 96, "cs")):
+        shown = {13: "-", 37: "-", 70: "-"}.get(number, topic)
+        if topic == "Doprava" and number < 9:
+            shown = "Doparva"
+        shop, state = ("Brno", "Plzeň", "Praha")[number * 7 % 3], ("nový", "vyřízeno")[number * 5 // 3 % 2]
+        out.append(f"{number}|{number % 28 + 1}. 3. 2025|{shop}|{text}|{shown}|{state}")
+    out.insert(50, "")
+    path = folder / "dotazy.csv"
+    path.write_bytes("".join(line + ("\r\n" if place % 7 else "\n") for place, line in enumerate(out)).encode("cp1250"))
+    classes = ("-", "Doparva", "Doprava", "Platba", "Zboží")
+    return Strange(path, "zpráva", "téma", classes, words=("Doparva", "prodejna"))
+
+
+def korean_shared(folder: Path) -> Strange:
+    """JSON Lines from a data frame: the class as a number and as a word, NaN where there is none, a column of splits,
+    keys that are missing on some lines, and escapes for every letter."""
+    lines = []
+    for number, (text, topic) in enumerate(written(KOREAN, 96, "ko")):
+        row: dict[str, Any] = {
+            "text": text,
+            "label": list(KOREAN).index(topic),
+            "label_text": topic,
+            "split": ("train", "train", "test")[number * 7 % 3],
+            "score": number * 13 % 10 / 10,
+        }
+        if number in (8, 60):
+            row |= {"label": float("nan"), "label_text": None}
+        if number % 17 == 4:
+            del row["score"]
+        lines.append(json.dumps(row))
+    path = folder / "train.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Strange(path, "text", "label_text", tuple(sorted(KOREAN)))
+
+
 WORKBOOKS = (german_quarter, french_survey, spanish_months, italian_blocks, english_form)
 EXPORTS = (dutch_export, portuguese_unicode, polish_requests, broken_chats, ticket_queue)
 TUNED: tuple[Callable[[Path], Strange], ...] = (*WORKBOOKS, *EXPORTS)
 HELD_OUT: tuple[Callable[[Path], Strange], ...] = (
     german_practice, swedish_desk, tracker_export, annotated_news, spanish_poll,
 )  # fmt: skip
+MORE_WORKBOOKS = (japanese_inquiries, russian_hotline, arabic_clinic, english_codes, turkish_exit)
+MORE_EXPORTS = (survey_service, chinese_orders, nested_issues, czech_pipes, korean_shared)
+MORE: tuple[Callable[[Path], Strange], ...] = (*MORE_WORKBOOKS, *MORE_EXPORTS)
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    for make in (*TUNED, *HELD_OUT):
+    for make in (*TUNED, *HELD_OUT, *MORE):
         print(make(folder).path)
 
 

@@ -175,7 +175,9 @@ def test_a_recipe_is_frozen() -> None:
         ("../data/imdb/", "imdb"),
         ("C:\\data\\x.parquet", "x"),
         ("..", "adapter"),
-        ("日本", "adapter"),
+        ("日本", "adapter-cf2a"),
+        ("çıkış görüşmeleri.xlsx", "cikis-gorusmeleri"),
+        ("enquête.csv", "enquete"),
         ("a..b", "a-b"),
     ],
 )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from small_tables import NEWS, POLES, load, write_csv, write_jsonl
 
 from turret.data.files import open_folder, open_table, split_in
-from turret.data.table import FIELD_LIMIT, LINE_LIMIT
+from turret.data.table import FIELD_LIMIT, LINE_LIMIT, FileFormat
 from turret.errors import DataError
 
 CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -167,6 +167,25 @@ def test_a_broken_jsonl_is_one_line_that_says_where(tmp_path: Path, content: byt
     with pytest.raises(DataError, match=said) as caught:
         cells(put(tmp_path / "t.jsonl", content))
     assert "\n" not in str(caught.value)
+
+
+def test_objects_in_cells_are_columns_also_where_they_are_missing(tmp_path: Path) -> None:
+    rows = [
+        {"id": 1, "fields": {"text": "a", "kind": {"name": "Bug"}}, "messages": {"role": "user"}},
+        {"id": 2, "fields": {"text": "b", "kind": None}, "messages": None},
+        {"id": 3, "fields": None},
+    ]
+    for path in (write_jsonl(tmp_path / "t.jsonl", rows), tmp_path / "t.json"):
+        if path.suffix == ".json":
+            path.write_text(json.dumps({"total": 3, "rows": rows}))
+        table = open_table(path)
+        assert table.columns == ("id", "fields.text", "fields.kind.name", "messages")
+        cells = [cells for _, cells in table.read(["fields.text", "fields.kind.name"])]
+        assert cells == [("a", "Bug"), ("b", None), (None, None)]
+        asked = open_table(path, FileFormat(columns=("fields",)))
+        assert "fields" in asked.columns  # control: a recipe may ask for the object itself
+    mapping = write_jsonl(tmp_path / "m.jsonl", [{"text": "a", "counts": {f"word {n}": n for n in range(200)}}])
+    assert open_table(mapping).columns == ("text", "counts")  # control: an object with many keys is no row of columns
 
 
 def test_a_json_file_is_a_list_of_objects(tmp_path: Path) -> None:

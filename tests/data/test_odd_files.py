@@ -61,3 +61,31 @@ def test_letters_come_out_right_whatever_the_encoding(tmp_path: Path) -> None:
         read_texts = {example.input for example in (*data.train, *data.test)}
         assert f"{texts[0][0]} 0" in read_texts
         assert set(data.labels) == {label for _, label in texts}
+
+
+@pytest.mark.parametrize(
+    ("text", "codecs"),
+    [
+        ("Na fakturze jest zły numer, a paczka wciąż nie dotarła; proszę o zwrot pieniędzy", "cp1250 iso8859_2"),
+        ("Balík dorazil o týden později, kurýr nezazvonil a zásilka byla promočená", "cp1250 iso8859_2 cp852"),
+        ("Az ügyfélszolgálat nem válaszol őszintén, később érkezett a csomag, mint ígérték", "cp1250 iso8859_2"),
+        ("Yöneticim benimle hiç konuşmuyordu, maaşım üç yıldır aynı kaldı ve çıkış görüşmesi", "cp1254"),
+        ("Prekė dar neatvyko, ačiū už greitą pristatymą; kodėl taip ilgai užtruko grąžinimas", "cp1257"),
+        ("Пополнил счёт, а деньги не пришли; почему подорожал мой тариф", "cp1251 koi8_r"),
+        ("快递太慢了，等了十天才到，客服半天不回消息，退款申请被拒绝了三次", "gb18030"),
+        ("荷物がまだ届いていません。カードで二重に請求されました。", "cp932 euc_jp"),
+    ],
+)
+def test_letters_of_many_languages_come_out_right_in_the_encodings_of_offices(
+    text: str, codecs: str, tmp_path: Path
+) -> None:
+    words = text.split()
+    texts = [
+        (" ".join(words[number % len(words) :] + words[: number % len(words)]), "ab"[number % 2])
+        for number in range(12)
+    ]
+    for codec in codecs.split():
+        path = tmp_path / f"{codec}.csv"
+        path.write_bytes("".join(f"{a}|{b}\r\n" for a, b in [("text", "label"), *texts]).encode(codec))
+        data = load(path)
+        assert {example.input for example in (*data.train, *data.test)} <= {each for each, _ in texts}, codec

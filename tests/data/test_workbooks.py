@@ -172,3 +172,63 @@ def test_a_date_in_a_column_of_texts_is_read_as_a_text_and_counted(tmp_path: Pat
     data = load(book(tmp_path, {"Raw": [NAMES, *BODY, (datetime(2025, 3, 4), "good", 1)]}), test=2)
     assert "2025-03-04T00:00:00" in [example.input for example in (*data.train, *data.test)]
     assert any(re.search(r"1 text were a date|were a date", note) for note in data.notes)
+
+
+# --- rows that are no data, anywhere in a table ----------------------------------------------------------------------
+
+
+def test_rows_below_the_names_that_describe_the_columns_are_left_out_and_counted(tmp_path: Path) -> None:
+    kinds = ("(free text)", "(choice)", "(number)")
+    for path in (book(tmp_path, {"Raw": [NAMES, kinds, *BODY]}), csv_of(tmp_path, [NAMES, kinds, *BODY])):
+        data = load(path)
+        assert set(data.labels) == {label for _, label, _ in BODY}
+        assert any("rows below the names that describe the columns are left out: 1" in note for note in data.notes)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        ("a first text", BODY[0][1], "none"),  # its label recurs
+        ("a first text", "fresh", 7),  # its number is one
+    ],
+)
+def test_control_a_first_row_like_the_others_is_data(first: tuple[Any, ...], tmp_path: Path) -> None:
+    data = load(csv_of(tmp_path, [NAMES, first, *BODY]), test=2)
+    assert len(data.train) + len(data.test) == len(BODY) + 1
+
+
+def test_control_without_a_column_of_numbers_or_dates_nothing_describes_columns(tmp_path: Path) -> None:
+    data = load(csv_of(tmp_path, [NAMES[:2], ("(free text)", "(choice)"), *(row[:2] for row in BODY)]), test=2)
+    assert "(choice)" in data.labels
+
+
+def test_names_that_stand_again_inside_a_table_are_left_out_and_counted(tmp_path: Path) -> None:
+    lines = [NAMES, *BODY[:6], tuple(name.upper() for name in NAMES), *BODY[6:]]
+    for path in (book(tmp_path, {"Raw": lines}), csv_of(tmp_path, lines)):
+        data = load(path)
+        assert set(data.labels) == {label for _, label, _ in BODY}
+        assert any("rows that repeat the names are left out: 1" in note for note in data.notes)
+
+
+def test_lines_of_remarks_below_a_table_are_left_out_and_other_short_lines_are_errors(tmp_path: Path) -> None:
+    path = csv_of(tmp_path, [NAMES, *BODY])
+    body = path.read_bytes()
+    path.write_bytes(body + b"#---- end of list ----\r\n#exported 2025-10-01\r\n")
+    assert any("lines of remarks, which begin with #, are left out: 2" in note for note in load(path).notes)
+    path.write_bytes(body + b"end of list\r\n")
+    with pytest.raises(DataError, match="has 1 field and the header has 3"):
+        load(path)
+
+
+def test_marks_that_nobody_sees_make_no_other_name_and_no_other_class(tmp_path: Path) -> None:
+    seen = [(text, f"\u200f{label}" if number % 2 else f"{label}\u00a0", number) for text, label, number in BODY]
+    for path in (book(tmp_path, {"Raw": [("\u200ftext", "label ", "day"), *seen]}), csv_of(tmp_path, [NAMES, *seen])):
+        data = load(path)
+        assert data.columns == {"text": "text", "label": "label"}
+        assert set(data.labels) == {label for _, label, _ in BODY}
+
+
+def csv_of(folder: Path, lines: list[Any]) -> Path:
+    path = folder / "table.csv"
+    path.write_text("".join(";".join(map(str, line)) + "\r\n" for line in lines), encoding="utf-8", newline="")
+    return path

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, time
 
-from turret.data.table import FIELD_LIMIT, CellValue
+from turret.data.table import FIELD_LIMIT, CellValue, trimmed
 from turret.errors import DataError, listed, shown
 
 MOST_CLASSES = 10_000
@@ -126,7 +126,7 @@ def _one_label(cell: CellValue, names: Sequence[str]) -> str | None:
         return _numbered(cell, names)
     if not isinstance(cell, str):
         raise DataError(f"expected a label, found {type(cell).__name__}")
-    text = _no_longer_than_a_label(cell.strip())
+    text = _no_longer_than_a_label(trimmed(cell))
     if whole := _WHOLE.fullmatch(text):
         return whole.group(1)
     if _FRACTION.fullmatch(text):
@@ -176,8 +176,9 @@ def split_labels(cell: CellValue, separator: str | None) -> CellValue:
 
 
 def key_of(label: str) -> str:
-    """Equal for labels that differ in case, blanks or the composition of letters only."""
-    return unicodedata.normalize("NFC", " ".join(label.split())).casefold()
+    """Equal for labels that differ in case, blanks or the composition of letters only. Turkish has two letters i."""
+    low = unicodedata.normalize("NFC", " ".join(label.split())).casefold()
+    return low if low.isascii() else low.replace("i\u0307", "i").replace("ı", "i")
 
 
 def spellings(counts: Mapping[str, int]) -> dict[str, str]:

@@ -28,11 +28,12 @@ from turret.data.table import (
     TableRow,
     check_columns,
     column_names,
+    describing,
     find_names,
     name_key,
     naming_notes,
+    only_data,
     reason_of,
-    without_sums,
 )
 from turret.data.text_file import name_of
 from turret.errors import DataError, listed, shown
@@ -112,7 +113,7 @@ def open_excel(path: Path, form: FileFormat) -> Table:
         places = [place_of[column] for column in columns]
         with _sheets(path) as opened:
             body = _body(opened[sheet.title], sheet)
-            for number, cells in without_sums(body, len(sheet.names), left_out):
+            for number, cells in only_data(body, sheet.head, len(sheet.names), describing(sheet.below), left_out):
                 yield number, tuple(cells[place] if place < len(cells) else None for place in places)
 
     return Table(

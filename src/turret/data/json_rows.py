@@ -1,4 +1,4 @@
-"""Reads JSON and JSONL: objects whose keys are the columns.
+"""Reads JSON and JSONL: objects whose keys are the columns. Objects in cells give columns such as `fields.summary`.
 
 JSONL is streamed. A `.json` file is one value: a list of objects, an object that holds one such list, or an object of
 columns. Either suffix may hold the other format; a note reports it.
@@ -10,41 +10,52 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from turret.data import text_file
-from turret.data.table import BAD_LINES, JSON_LIMIT, SAMPLED_ROWS, FileFormat, Table, TableRow, check_columns, from_rows
+from turret.data.table import (
+    BAD_LINES,
+    JSON_LIMIT,
+    ROLES,
+    SAMPLED_ROWS,
+    FileFormat,
+    Table,
+    TableRow,
+    check_columns,
+    from_rows,
+)
 from turret.data.text_file import name_of
 from turret.errors import DataError
 from turret.json_types import JsonObject, JsonValue
 
 _BEYOND = "nested too deeply, or a number of thousands of digits"
+_DEEPEST = 4  # keys that lead to a cell
+_MOST_KEYS = 100  # of an object whose keys are columns; one with more is a mapping
 _NAMED = 4  # bad lines that an error names; the others are counted
 
 
 def open_jsonl(path: Path, form: FileFormat) -> Table:
     """The table in a file with an object on every line. Raises DataError."""
     encoding, note = text_file.find_encoding(path, form.encoding)
-    if _first_mark(path, encoding) == "[" and (table := _listed(path, encoding)) is not None:
+    if _first_mark(path, encoding) == "[" and (table := _listed(path, encoding, form)) is not None:
         return table.with_note(f"{name_of(path)} is one JSON list, and is read as such")
     left_out: Counter[str] = Counter()
-    columns: dict[str, None] = {}
-    for count, (_, row) in enumerate(_objects(path, encoding, form.skip_bad_lines, left_out), 1):
-        columns.update(dict.fromkeys(row))
-        if count == SAMPLED_ROWS:
-            break
-    if not columns:
+    first = islice(_objects(path, encoding, form.skip_bad_lines, left_out), SAMPLED_ROWS)
+    paths = _paths([row for _, row in first], form.columns)
+    if not paths:
         what = f"{name_of(path)} has no line with a JSON object" if left_out else f"{name_of(path)} is empty"
         raise DataError(f"{what}: give a table with rows")
-    check_columns(name_of(path), tuple(columns), "give each its own name")
+    check_columns(name_of(path), tuple(paths), "give each its own name")
 
     def read(columns: Sequence[str]) -> Iterator[TableRow]:
         left_out.clear()
+        ways = [paths[name] for name in columns]
         for line, row in _objects(path, encoding, form.skip_bad_lines, left_out):
-            yield line, tuple(row.get(name) for name in columns)
+            yield line, tuple(_cell(row, way) for way in ways)
 
     notes = (note,) if note else ()
-    return Table(name_of(path), tuple(columns), read, notes=notes, found=_found(encoding), left_out=left_out)
+    return Table(name_of(path), tuple(paths), read, notes=notes, found=_found(encoding), left_out=left_out)
 
 
 def open_json(path: Path, form: FileFormat) -> Table:
@@ -59,7 +70,7 @@ def open_json(path: Path, form: FileFormat) -> Table:
             return open_jsonl(path, form).with_note(f"{name_of(path)} has an object on every line, and is read so")
         place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f" ({_BEYOND})"
         raise DataError(f"{name_of(path)} is not JSON{place}: expected a list of objects, or use .jsonl") from None
-    table = _of_value(path, value, encoding)
+    table = _of_value(path, value, encoding, form)
     return table.with_note(note) if note else table
 
 
@@ -71,7 +82,7 @@ def _first_mark(path: Path, encoding: str) -> str:
     return next((line.lstrip()[:1] for line in text_file.lines(path, encoding, "\n") if line.strip()), "")
 
 
-def _listed(path: Path, encoding: str) -> Table | None:
+def _listed(path: Path, encoding: str, form: FileFormat) -> Table | None:
     """The table in a file that is one list; None if it is not."""
     if path.stat().st_size > JSON_LIMIT:
         return None
@@ -79,7 +90,7 @@ def _listed(path: Path, encoding: str) -> Table | None:
         value = json.loads(text_file.text_of(path, encoding, JSON_LIMIT))
     except (ValueError, RecursionError):
         return None
-    return _of_value(path, value, encoding) if isinstance(value, list) else None
+    return _of_value(path, value, encoding, form) if isinstance(value, list) else None
 
 
 def _objects(path: Path, encoding: str, skip: bool, left_out: Counter[str]) -> Iterator[tuple[int, JsonObject]]:
@@ -125,7 +136,7 @@ def _object(line: str) -> JsonObject | str:
     return row if isinstance(row, dict) else f": expected an object, found {type(row).__name__}"
 
 
-def _of_value(path: Path, value: JsonValue, encoding: str) -> Table:
+def _of_value(path: Path, value: JsonValue, encoding: str, form: FileFormat) -> Table:
     rows, note = value, None
     if isinstance(value, dict):
         lists = [key for key, each in value.items() if isinstance(each, list) and _are_objects(each) and each]
@@ -137,10 +148,43 @@ def _of_value(path: Path, value: JsonValue, encoding: str) -> Table:
         raise DataError(f"{name_of(path)}: expected a list of objects, found {_shape(rows)}")
     if not rows:
         raise DataError(f"{name_of(path)} has no rows: give a table with rows")
-    names = tuple(dict.fromkeys(key for row in rows[:SAMPLED_ROWS] for key in row))
-    check_columns(name_of(path), names, "give each its own name")
-    table = replace(from_rows(name_of(path), names, rows), found=_found(encoding))
+    paths = _paths(rows[:SAMPLED_ROWS], form.columns)
+    check_columns(name_of(path), tuple(paths), "give each its own name")
+    if any(len(way) > 1 for way in paths.values()):
+        rows = [{name: _cell(row, way) for name, way in paths.items()} for row in rows]
+    table = replace(from_rows(name_of(path), tuple(paths), rows), found=_found(encoding))
     return table.with_note(note) if note else table
+
+
+def _paths(rows: Sequence[JsonObject], asked: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Column -> the keys that lead to its cells. An object in a cell gives a column for each of its keys.
+
+    Args:
+        asked: columns that the recipe names, which stay as they are.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+
+    def walk(objects: Sequence[JsonObject], before: tuple[str, ...]) -> None:
+        for key in dict.fromkeys(key for row in objects for key in row):
+            way = (*before, key)
+            inner = [cell for row in objects if (cell := row.get(key)) is not None]
+            open_ = len(way) < _DEEPEST and key not in (() if before else (*ROLES, *asked)) and any(inner)
+            if open_ and _are_objects(inner) and len({name for cell in inner for name in cell}) <= _MOST_KEYS:
+                walk(inner, way)
+            else:
+                found.setdefault(".".join(way), way)
+
+    walk(rows, ())
+    return found
+
+
+def _cell(row: JsonObject, way: Sequence[str]) -> JsonValue:
+    cell: JsonValue = row
+    for key in way:
+        if not isinstance(cell, dict):
+            return None
+        cell = cell.get(key)
+    return cell
 
 
 def _are_objects(rows: Sequence[JsonValue]) -> bool:

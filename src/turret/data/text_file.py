@@ -15,6 +15,7 @@ import gzip
 import io
 import lzma
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,13 @@ _FOREIGN = (  # what a file really is, by its first bytes; and what to do
 )
 # Letters and signs of cp1252 that Western European texts use. Other encodings give other characters for their bytes.
 _WESTERN = frozenset("äöüßÄÖÜéèàâêîôûçëïœÉÀÈÇáíóúñÁÍÓÚÑ¿¡åÅæ’‘“”„–—…€£§°«»·\xa0´®©")
+_SIGNS = "’‘“”„–—…€£§°«»·\xa0\u0307"  # the last one is a part of a small İ
+_CENTRAL = ("cp1250", "iso8859_2", "cp852")
+_ALPHABETS = (  # letters of languages beyond ASCII, and the codecs in which they are written; the first one wins
+    ("ąćęłńóśźż", _CENTRAL), ("áčďéěíňóřšťúůýžäĺľŕôö", _CENTRAL), ("áéíóöőúüű", _CENTRAL), ("čćđšž", _CENTRAL),
+    ("ăâîşţ", _CENTRAL), ("çğıöşüâîû", ("cp1254", "iso8859_9")), ("ąčęėįšųūžāēģīķļņõäöü", ("cp1257", "iso8859_13")),
+)  # fmt: skip
+_SURE = 0.98  # share of the letters of a sample
 
 
 def name_of(path: Path) -> str:
@@ -283,16 +291,34 @@ def _is_damaged_utf8(sample: bytes) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _guess(sample: bytes) -> str | None:
-    """The codec that the sample fits best: cp1252 if it looks Western European, else what charset-normalizer finds."""
+    """The codec that the sample fits best: cp1252 if it looks Western European, else what charset-normalizer finds.
+
+    That one takes codecs of Central Europe and Turkey for others, so their alphabets are tried before.
+    """
     western = _decoded(sample, "cp1252")
     if western is not None and _looks_western(western):
         return "cp1252"
+    share, codec = max(
+        ((_share_of_letters(sample, codec, letters), codec) for letters, codecs_ in _ALPHABETS for codec in codecs_),
+        key=lambda each: each[0],
+    )
+    if share >= _SURE:
+        return codec
     from charset_normalizer import from_bytes
 
     best = from_bytes(sample).best()
     if best is None:
         return None if western is None else "cp1252"
     return "cp1252" if western is not None and western == str(best) else best.encoding
+
+
+def _share_of_letters(sample: bytes, codec: str, letters: str) -> float:
+    """The share of the letters beyond ASCII that an alphabet has; 0 if the codec does not fit."""
+    text = _decoded(sample, codec)
+    if text is None or any(unicodedata.category(c) == "Cc" and c not in "\t\r\n" for c in text):
+        return 0.0
+    found = [c for c in text.lower() if not c.isascii() and c not in _SIGNS]
+    return sum(c in letters for c in found) / len(found) if found else 0.0
 
 
 def _decoded(sample: bytes, codec: str) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tomllib
+import unicodedata
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -526,17 +528,24 @@ class Recipe(_Section):
 
 
 _IN_FACTS = {("name", ""), ("base", ""), ("data", "source"), ("method", "kind")}  # of a recipe in a notebook
+_PLAIN = str.maketrans({"ı": "i", "ł": "l", "ß": "ss", "ø": "o", "æ": "ae", "œ": "oe", "đ": "d", "ð": "d", "þ": "th"})
 _ALONE = {"data": "data.source", "method": "method.kind"}
 _SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "task": Task, "train": Train}
 
 
 def name_from(source: str) -> str:
-    """An adapter name from a data source: `Reviews 2.csv` -> `reviews-2`, `pypi:aclsum?a=b` -> `aclsum`."""
+    """An adapter name from a data source: `Reviews 2.csv` -> `reviews-2`, `pypi:aclsum?a=b` -> `aclsum`.
+
+    Accents are left out; a name in another script becomes `adapter-` and four digits of its own.
+    """
     if memory.is_rows_source(source):
         return memory.name_of_rows(source)
     stem = re.split(r"[?]", source.removeprefix("pypi:"))[0].replace("\\", "/").rstrip("/").split("/")[-1]
     stem = re.sub(r"\.(csv|tsv|jsonl|ndjson|json|xlsx|parquet)(\.(gz|zst|bz2|xz))?$", "", stem.lower())
-    words = re.sub(r"[.]{2,}|[^a-z0-9._-]+", "-", stem).strip("._-")
+    plain = "".join(c for c in unicodedata.normalize("NFD", stem.translate(_PLAIN)) if not unicodedata.combining(c))
+    words = re.sub(r"[.]{2,}|[^a-z0-9._-]+", "-", plain).strip("._-")
+    if stem and not stem.isascii() and not re.search("[a-z0-9]{2}", words):
+        return f"adapter-{hashlib.sha256(unicodedata.normalize('NFC', stem).encode(errors='replace')).hexdigest()[:4]}"
     return words[:100].rstrip("._-") or "adapter"
 
 
