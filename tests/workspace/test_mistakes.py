@@ -247,6 +247,15 @@ def test_predict_keeps_every_column_and_row_and_flags_blank_and_cut_inputs(train
         assert row["label_set"].split(" | ") == answer["label_set"]
 
 
+def test_predict_says_which_rows_of_a_table_are_left_out(trained, tmp_path) -> None:
+    content = [["1", "a great film"], ["id", "text"], ["2", "a dull bank"], ["Total", ""]]
+    done = trained.workspace.predict_file(
+        "reviews", str(table(tmp_path / "in.csv", ["id", "text"], content)), tmp_path / "out.csv"
+    )
+    assert done.rows == 3
+    assert any("rows that repeat the names are left out: 1" in note for note in done.notes)
+
+
 def test_predict_writes_json_lines_and_reads_lines_of_text(trained, tmp_path) -> None:
     (tmp_path / "in.txt").write_text("a great film\n\na dull bank\n")
     done = trained.workspace.predict_file("reviews", str(tmp_path / "in.txt"), tmp_path / "out.jsonl")

@@ -21,6 +21,7 @@ from turret.plan_check import Check
 from turret.store import Version
 from turret.train import Plan, RunCurve, StepRecord
 from turret.workspace import Planned, RunResult
+from turret.workspace.progress import NotebookLine
 from turret.workspace.results import Evaluation
 
 EVIL = "<script>alert('x')</script> & \"more\""
@@ -165,6 +166,19 @@ def test_a_picture_of_a_curve_has_loss_and_metric_on_axes_that_are_returned(tmp_
     assert twin.get_ylabel() == "accuracy"
     assert curve().plot(ax=axes) is axes
     axes.figure.savefig(tmp_path / "curve.png")
+
+
+def test_the_line_of_progress_ends_with_what_was_done_and_no_time_that_is_left(capsys: pytest.CaptureFixture) -> None:
+    shown = []
+    for how in ("done in", "stopped after"):
+        line = NotebookLine()
+        line.stage("4 of 4  lora, seed 43; last full 71.0; about 2 min 06 s left: timing single answers")
+        assert "about 2 min 06 s left" in capsys.readouterr().out  # control: while it runs, it says so
+        line.end(how)
+        shown.append(capsys.readouterr().out)
+    assert all("4 of 4  lora, seed 43; last full 71.0 · " in each and "left" not in each for each in shown)
+    assert "done in " in shown[0]
+    assert "stopped after " in shown[1]
 
 
 # --- outside of a notebook --------------------------------------------------------------------------------------------

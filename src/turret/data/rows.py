@@ -45,6 +45,7 @@ class Rows:
         read: the rows, from the start.
         notes: for the user.
         found: how the file is read, as far as it had to be found out.
+        left_out_notes: a note for each kind of rows that the last reading left out.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Rows:
     read: Callable[[], Iterator[Row]]
     notes: tuple[str, ...] = ()
     found: FileFormat = DETECTED
+    left_out_notes: Callable[[], list[str]] = list
 
 
 def read_rows(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> Rows:
@@ -88,7 +90,14 @@ def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | No
     except DataError as error:
         raise DataError(f"{error}; {table.hint}") if table.hint else error from None
     columns = table.columns if whole else asked
-    return Rows(table.name, columns, lambda: _rows(table, columns, asked, ask), table.notes, table.found)
+    return Rows(
+        table.name,
+        columns,
+        lambda: _rows(table, columns, asked, ask),
+        table.notes,
+        table.found,
+        table.left_out_notes,
+    )
 
 
 def _question(

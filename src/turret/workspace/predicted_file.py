@@ -122,7 +122,7 @@ def _names(columns: Sequence[str], task: type[Task], request: PredictOptions) ->
 
 
 def _notes(rows: Rows, table: TableWriter) -> list[str]:
-    notes = list(rows.notes)
+    notes = [*rows.notes, *rows.left_out_notes()]
     if table.guarded:
         notes.append(
             f"{table.guarded} cells begin like a formula of a spreadsheet and have a ' in front; a .jsonl file keeps "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import html
 import inspect
+import re
 import time
 import uuid
 import warnings
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
 Say: TypeAlias = Callable[[str], None]
+_LEFT = re.compile(r"[,;] about [^,;:·]* left(: .*)?")  # what a stage says of the time, and of the stage in it
 BETWEEN = 0.1  # seconds, at least, between two updates of the line
 
 
@@ -48,9 +50,12 @@ def _shown(method: Callable[..., T]) -> Callable[..., T]:
             return method(*places, **names)
         line = NotebookLine()
         try:
-            return method(*places, **names | {"on_stage": line.stage} | ({"on_record": line.record} if steps else {}))
-        finally:
-            line.end()
+            done = method(*places, **names | {"on_stage": line.stage} | ({"on_record": line.record} if steps else {}))
+        except BaseException:
+            line.end("stopped after")
+            raise
+        line.end()
+        return done
 
     return call
 
@@ -81,10 +86,11 @@ class NotebookLine:
         if record.step == record.steps or time.monotonic() - self._drawn > BETWEEN:
             self._draw(f"{self._text}, {span(seconds)} so far, about {span(left)} left")
 
-    def end(self) -> None:
-        """The call has returned, or failed."""
+    def end(self, how: str = "done in") -> None:
+        """The call has returned, or failed. The line says no longer how much time is left."""
         if self._shown:
-            self._draw(f"{self._text} · {span(time.monotonic() - self._begun)}")
+            text = _LEFT.sub("", self._text)
+            self._draw(f"{text} · {how} {span(time.monotonic() - self._begun)}")
 
     def _draw(self, text: str) -> None:
         from IPython.display import display, update_display
