@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 from small_tables import NEWS, POLES, labelled, load, write_csv, write_jsonl
 
@@ -54,6 +57,25 @@ def test_obvious_columns_are_guessed_and_the_guess_is_said(
     note = next(note for note in data.notes if note.startswith("guessed"))
     assert kind in note
     assert all(repr(column) in note for column in roles.values())
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".xlsx"])
+def test_a_wrong_column_is_an_error_before_the_rows_of_a_large_table_are_read(tmp_path: Path, suffix: str) -> None:
+    rows = [{"text": f"a text with the number {number} and more", "label": "ab"[number % 2]} for number in range(8000)]
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".xlsx":
+        pandas.DataFrame(rows).to_excel(path, index=False)
+    else:
+        (write_csv if suffix == ".csv" else write_jsonl)(path, rows)
+
+    def seconds(label: str) -> float:
+        started = time.process_time()
+        with pytest.raises(DataError, match="nope") if label == "nope" else contextlib.nullcontext():
+            load(path, text="text", label=label)
+        return time.process_time() - started
+
+    seconds("nope")  # imports what reads such a file
+    assert 4 * min(seconds("nope") for _ in range(3)) < seconds("label")
 
 
 def test_columns_that_the_recipe_names_are_no_guess(tmp_path: Path) -> None:
