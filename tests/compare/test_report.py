@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -10,10 +11,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import simulated_control
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_comparison import made
 
+from turret.compare import control_report
 from turret.compare.evaluation_page import as_html as evaluation_page
 from turret.compare.evidence import Interval, interval
 from turret.compare.labels import CHARACTER, WIDTH
@@ -354,13 +357,28 @@ def test_the_untrained_head_is_in_the_plots_and_chooses_no_scale(found) -> None:
     assert "off scale" in plots[1]
 
 
+PAGES = ("report", "evaluation", "composition", "control", "control of nine")
+LONG = "Document {}. " + "A sentence that goes on for a while. " * 12
+NINE = (
+    "challenge", "approach", "outcome", "future work", "data", "ethics", "reproducibility", "related work", "limits",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, str]:
-    """Addresses of a comparison with four methods and an evaluation with nine classes."""
+    """Addresses of a comparison of four methods, an evaluation of nine classes, a composition, and two of control."""
     folder = tmp_path_factory.mktemp("pages")
     of = {
         "report": as_html(made("base,head,full,lora,lora:r=4,prefix", fractions=(0.25, 1.0), count=300, seeds=3)),
         "evaluation": evaluation(9),
+        "composition": as_html(
+            dataclasses.replace(
+                made("base,lora,prefix", count=300, seeds=1, kind="summarize", against="lora", text=LONG),
+                composition="legal@3+formal@2",
+            )
+        ),
+        "control": control_report.as_html(simulated_control.found()),
+        "control of nine": control_report.as_html(simulated_control.found(aspects=NINE)),
     }
     for name, page in of.items():
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
@@ -380,7 +398,7 @@ def evaluation(classes: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["report", "evaluation"])
+@pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_draws_no_name_over_another_and_nothing_wider_than_the_page(pages, name, width) -> None:
     from browser import browser
@@ -390,6 +408,7 @@ def test_a_browser_draws_no_name_over_another_and_nothing_wider_than_the_page(pa
         page.goto(pages[name])
         if width == 1280:
             assert page.evaluate("document.documentElement.scrollHeight") <= 4 * 900
+        assert page.evaluate(BEFORE_DETAILS) <= 4 * 900
         for folded in (True, False):
             if not folded:
                 page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
@@ -406,7 +425,7 @@ def test_a_browser_draws_no_name_over_another_and_nothing_wider_than_the_page(pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["report", "evaluation"])
+@pytest.mark.parametrize("name", PAGES)
 def test_a_printed_page_unfolds_its_details_and_cuts_nothing(pages, name) -> None:
     from browser import browser
 
@@ -422,6 +441,7 @@ def test_a_printed_page_unfolds_its_details_and_cuts_nothing(pages, name) -> Non
         page.close()
 
 
+BEFORE_DETAILS = "document.querySelector('h2.details, details.part').getBoundingClientRect().top"
 FOLDED = """() => [...document.querySelectorAll("details.part > :not(summary, .recipe)")].map(
   each => each.checkVisibility({contentVisibilityAuto: true}) && each.getBoundingClientRect().height > 0)"""
 ON_WHISKERS = """() => {
