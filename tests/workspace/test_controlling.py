@@ -75,3 +75,8 @@ def test_every_aspect_is_a_version_and_the_same_call_again_trains_nothing(tmp_pa
     assert again.as_json() == found.as_json()
     assert len(workspace.list()) == before
     assert not [words for words in stages if " of " in words]
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    moved = Workspace(tmp_path / "elsewhere")
+    assert moved.control(recipe, ["good", "bad"], on_stage=stages.append, **asked).as_json()["judge"]
+    assert len(moved.list()) == before, "the classifier's data lies in the store, and its key must not depend on that"
+    assert not [words for words in stages if " of " in words]

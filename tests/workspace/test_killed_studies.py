@@ -1,4 +1,4 @@
-"""`turret compare`, killed at random moments and started again, ends with the result of an undisturbed one."""
+"""`turret compare` and `turret control`, killed at random moments and started again, end like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def without_measured(value: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["compare"])  # "control" is made here too
+@pytest.mark.parametrize("kind", ["compare", "control"])
 def test_a_study_that_is_killed_again_and_again_ends_like_an_undisturbed_one(kind, tmp_path) -> None:
     recipe, draw = recipe_of(tmp_path, kind), random.Random(kind)
     started = time.monotonic()

@@ -27,11 +27,15 @@ class Cell:
     seed: int
     fraction: float  # of the training examples
     recipe: Recipe
+    content: str | None = None  # digest of its data; None: what `data.source` says tells the data
 
     @property
     def key(self) -> str:
-        """The name of its folder, which depends on its recipe."""
-        text = self.recipe.without_trackers().to_toml()
+        """The name of its folder, which depends on its recipe, and not on where its data lies if that has a digest."""
+        recipe = self.recipe.without_trackers()
+        if self.content is not None:
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": self.content})})
+        text = recipe.to_toml()
         digest = hashlib.sha256(f"{self.candidate.kind}\n{text}".encode()).hexdigest()
         return f"{self.candidate.slug}-seed{self.seed}-{self.fraction:g}-{digest[:8]}"
 

@@ -156,14 +156,16 @@ def _require_shared(data: Mapping[str, Dataset]) -> None:
 
 def _judge(folder: Path, recipe: Recipe, prepared: PreparedControl, request: ControlRequest) -> Cell:
     """The cell that trains the classifier. Writes its training data."""
-    references = folder / "references"
+    references, content = folder / "references", hashlib.sha256()
     for split in ("train", "test"):
         rows = [
             {"text": example.output, "label": aspect}
             for aspect, data in prepared.data.items()
             for example in (data.train if split == "train" else data.test)
         ]
-        state.write_text(references / f"{split}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+        content.update(f"{split}\n{text}".encode())
+        state.write_text(references / f"{split}.jsonl", text)
     name = f"{recipe.name}-judge"
     check_name(name)
     judge_recipe = Recipe.model_validate(
@@ -176,7 +178,8 @@ def _judge(folder: Path, recipe: Recipe, prepared: PreparedControl, request: Con
             "train": {"epochs": request.judge_epochs, "evaluate": "never", "device": recipe.train.device},
         }
     )
-    return Cell(Candidate("judge", "lora", judge_recipe), recipe.seed, 1.0, judge_recipe)
+    candidate = Candidate("judge", "lora", judge_recipe)
+    return Cell(candidate, recipe.seed, 1.0, judge_recipe, f"sha256:{content.hexdigest()}")
 
 
 def _judged(
