@@ -276,6 +276,16 @@ def test_a_flipped_bit_is_never_answered_from(trained, flipped) -> None:
         flipped.evaluate("reviews", trained.recipe.data.source)
 
 
+def test_in_float32_the_engine_and_predict_give_the_same_probabilities(trained, monkeypatch) -> None:
+    """So the difference that the next test allows is that of rounding to bfloat16."""
+    monkeypatch.setattr("turret.bases.device.native_bfloat16", lambda device: False)  # as on older processors
+    texts = ["a great film", "a dull story"]
+    with trained.workspace.engine(trained.recipe.base, dtype="float32") as engine:
+        answers = engine.classify(texts, "reviews")
+    for answer, wanted in zip(answers, trained.workspace.predict("reviews", texts), strict=True):
+        assert answer["probabilities"] == pytest.approx(wanted["probabilities"], abs=1e-5)
+
+
 def test_the_engine_answers_from_the_store_as_predict_does(trained) -> None:
     texts = ["a great film", "a dull story"]
     with trained.workspace.engine(trained.recipe.base) as engine:

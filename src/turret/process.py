@@ -9,7 +9,20 @@ import gc
 import os
 import signal
 
-PASSED = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "USERPROFILE", "VIRTUAL_ENV")
+PASSED = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "TEMP",
+    "TMP",
+    "SYSTEMROOT",
+    "USERPROFILE",
+    "VIRTUAL_ENV",
+)
 PASSED_PREFIXES = ("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
 STORE_PREFIXES = ("AWS_", "PG")  # addresses and credentials of a store by URL
 SPIN = "10000"  # iterations of an OpenMP thread's busy wait: less than a millisecond

@@ -332,17 +332,17 @@ GOOD = Constraint.choice(["yes", "no"]).grammar
 
 def test_a_helper_that_somebody_kills_or_stops_is_replaced(helper) -> None:
     assert helper.check(GOOD) is None
-    first = helper._process.pid
+    first = helper.helper.process.pid
     os.kill(first, signal.SIGKILL)
     assert helper.check(GOOD) is None
-    assert helper._process.pid != first
-    os.kill(helper._process.pid, signal.SIGSTOP)
+    assert helper.helper.process.pid != first
+    os.kill(helper.helper.process.pid, signal.SIGSTOP)
     refused = helper.check(GOOD)
     assert isinstance(refused, Refusal)
     assert refused.late
     assert "more than 2 seconds" in refused.why
     assert helper.check(GOOD) is None
-    assert helper.started == 3
+    assert helper.helper.started == 3
 
 
 def test_a_helper_that_is_killed_every_time_is_an_error_of_the_engine(helper) -> None:
@@ -354,7 +354,7 @@ def test_a_helper_that_is_killed_every_time_is_an_error_of_the_engine(helper) ->
     def kill() -> None:
         while not over.is_set():
             with contextlib.suppress(AttributeError, ProcessLookupError):
-                os.kill(helper._process.pid, signal.SIGKILL)
+                os.kill(helper.helper.process.pid, signal.SIGKILL)
             time.sleep(0.001)
 
     killer = threading.Thread(target=kill)
@@ -375,7 +375,7 @@ def test_the_helper_has_a_limit_of_memory_none_of_the_environments_secrets_and_e
         "from turret.engine.constraint_process import ConstraintProcess\n"
         "helper = ConstraintProcess(open(sys.argv[1]).read(), 400, [2])\n"
         "assert helper.check(sys.argv[2]) is None\n"
-        "print(helper._process.pid, flush=True)\n"
+        "print(helper.helper.process.pid, flush=True)\n"
         "input()\n"
     )
     (tmp_path / "tokenizer").write_text(byte_level.tokenizer().backend_tokenizer.to_str())
@@ -404,7 +404,7 @@ def test_a_constraint_that_was_compiled_before_asks_the_helper_nothing(base) -> 
     constraints.close()  # the helper starts again if it is asked
     for each in many:  # the first one is compiled again, without the helper
         constraints.compiled(each)
-    assert constraints._helper.started == 1
+    assert constraints._helper.helper.started == 1
     constraints.compiled(Constraint.choice(["another", "no"]))
-    assert constraints._helper.started == 2
+    assert constraints._helper.helper.started == 2
     constraints.close()

@@ -88,10 +88,16 @@ def process(command: list[str], workspace: Workspace, *more: str) -> Iterator[Pr
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Iterator[Process]:
-    """`turret serve` with a base that generates, a chat template with tools, and an adapter."""
     folder = tmp_path_factory.mktemp("real")
+    with served(folder, str(folder / "store")) as made:
+        yield made
+
+
+@contextmanager
+def served(folder: Path, store: str) -> Iterator[Process]:
+    """`turret serve` with a base that generates, a chat template with tools, and an adapter."""
     base = byte_level.save_base(folder / "base")
-    workspace = Workspace(folder / "store")
+    workspace = Workspace(store)
     workspace.store.put("a", byte_level.save_adapter(folder / "a", base, seed=1))
     command = ["-m", "turret", "serve", "--port", "0", "--json", "--device", "cpu", "--dtype", "float32"]
     with process([*command, "--base", str(base), "--store"], workspace) as made:
@@ -141,11 +147,8 @@ def test_a_route_that_freezes_the_server_is_found(tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "url"])
 def test_a_nul_in_any_text_of_any_route_is_no_fault_of_the_server(tmp_path, new_url, kind) -> None:
-    workspace = Workspace(str(tmp_path / "store") if kind == "folder" else new_url())
-    said = {"base": {"id": "echo", "fingerprint": "sha256:echo"}, "task": {"kind": "classify"}}
-    workspace.store.put("a", write_bundle(tmp_path, tensors(0), said=said))
-    with process([str(TESTS / "server" / "echo_server.py")], workspace, "0") as server:
-        caller = server.caller(NAMED | {"model": "echo"})
+    with served(tmp_path, str(tmp_path / "store") if kind == "folder" else new_url()) as server:
+        caller = server.caller(NAMED)
         slow, statuses, _ = frozen_by(attacks(server.schema(), caller, ["\0"]), caller, server.started.pid)
         assert not slow
         assert {status for status in statuses if status >= 500} == set(), statuses

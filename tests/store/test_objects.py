@@ -5,6 +5,7 @@ On S3, and on fsspec's memory filesystem, the simplest one.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from servers import BUCKET
+from store.s3_proxy import proxied
 
 from turret.errors import Corrupt, StoreError
 from turret.store.blobs import Blob, hash_file
@@ -276,3 +278,34 @@ def test_a_bad_digest_is_no_key(make) -> None:
     for upload in ("x", "../../x", "A" * 32):
         with pytest.raises(Corrupt, match="is not an upload"):
             make().check(Blob(f"sha256:{'a' * 64}", 1, upload))
+
+
+@pytest.mark.parametrize("kind", ["turret", "s3fs"])
+def test_a_filesystem_that_is_garbage_on_the_loop_of_a_server_is_closed_without_an_error(
+    s3_server: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The control is s3fs as it is, which closes the connections on the loop that happens to run."""
+    from s3fs import S3FileSystem
+
+    from turret.store.s3 import S3
+
+    told: list[str] = []
+
+    async def serve(address: str) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, about: told.append(str(about)))
+        made = [S3() if kind == "turret" else S3FileSystem(skip_instance_cache=True, endpoint_url=address)]
+        await asyncio.to_thread(made[0].ls, BUCKET)
+        connector = made[0].s3._endpoint.http_session
+        made.clear()
+        gc.collect()
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            gc.collect()
+            if told or not connector._sessions:
+                break
+        assert told or not connector._sessions, "the connections are closed"
+
+    with proxied(s3_server) as (_, address):  # it keeps connections open, as S3 does
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        asyncio.run(serve(address))
+    assert bool(told) == (kind == "s3fs"), told

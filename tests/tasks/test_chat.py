@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import chats
+import psutil
 import pytest
 import small_models
 import torch
@@ -19,6 +21,7 @@ from turret.data import Conversation, Dataset, Prompt, Turn
 from turret.errors import AdapterError, DataError
 from turret.recipe import Task
 from turret.tasks import Chat, make_task, task_from_spec
+from turret.tasks.chat_template import ChatTemplate, helper, rendered
 from turret.train.batches import Item, Items
 from turret.train.evaluation import example_losses
 from turret.train.step import loss_of
@@ -323,3 +326,48 @@ def test_a_spec_makes_an_equal_task_and_notices_another_template(template: str |
     if template is not None:
         with pytest.raises(AdapterError, match="not the one that the adapter was trained with"):
             task_from_spec(spec, chats.tokenizer(chats.THINKING))
+
+
+# --- templates that take too much -------------------------------------------------------------------------------------
+
+FOR_EVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
+GREEDY = {
+    "time": (f"{FOR_EVER}{{% endfor %}}", "more than 5 seconds"),
+    "memory": ("{{ ('x' * 1000000000) * 4 }}", "more than 512 MiB"),
+    "text": ("{{ 'x' * 20000000 }}", "writes 20000000 characters"),
+    "length": ("{# " + "x" * (1 << 18) + " #}", "expected at most 262144"),
+    "one message": (
+        "{% for message in messages %}{% if 'boom' in message['content'] %}" + FOR_EVER + "{% endfor %}{% endif %}"
+        "{{ message['content'] }}{% endfor %}",
+        "more than 5 seconds",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [
+    each if each in ("memory", "text", "length") else pytest.param(each, marks=pytest.mark.slow) for each in GREEDY
+])  # fmt: skip
+def test_a_template_that_takes_too_much_is_one_line_and_the_next_is_rendered(name: str) -> None:
+    template, says = GREEDY[name]
+    memory = psutil.Process().memory_info().rss
+    began = time.monotonic()
+    with pytest.raises(DataError, match=says) as raised:
+        ChatTemplate(chats.tokenizer(template)).render(Prompt.of("boom"), answering=True)
+    assert time.monotonic() - began < 60
+    assert len(str(raised.value)) < 300
+    assert psutil.Process().memory_info().rss - memory < 256 << 20
+    kept = ChatTemplate(chats.tokenizer(chats.UNMARKED)).render(Prompt.of("boom"), answering=True)
+    assert kept.text == "<|im_start|>user\nboom<|im_end|>\n<|im_start|>assistant\n"
+    if name == "one message":
+        assert ChatTemplate(chats.tokenizer(template)).render(Prompt.of("bo om"), answering=True).text == "bo om"
+
+
+@pytest.mark.parametrize("template", [chats.MARKED, chats.UNMARKED, chats.TOOLED, chats.THINKING])
+def test_the_helper_renders_what_this_process_renders(template: str) -> None:
+    turns = [turn.message() for turn in (*TURNS, Turn("user", "\ud800 é \U0001f5fc"))]
+    asked = {"template": template, "messages": turns, "tools": None, "answering": True, "special": {}}
+    asked["marks"] = template == chats.MARKED
+    here = helper({})(asked)
+    there = rendered(template, turns, answering=True, marks=asked["marks"], special={})
+    assert there == (here["text"], [tuple(span) for span in here["spans"]])
+    assert there[1] or template != chats.MARKED

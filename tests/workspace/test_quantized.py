@@ -72,6 +72,15 @@ def test_it_predicts_and_evaluates_on_the_base_as_it_was_trained(trained: Traine
     )  # of a small loss, in bfloat16
 
 
+def test_in_float32_an_evaluation_has_the_loss_of_the_training(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the difference that the test before allows is that of rounding to bfloat16: the training was in float32."""
+    monkeypatch.setattr("turret.bases.device.native_bfloat16", lambda device: False)  # as on older processors
+    found = trained.workspace.evaluate("reviews", str(trained.folder / "reviews"))
+    assert found.metrics["loss"] == pytest.approx(trained.result.metrics["test"]["loss"], rel=1e-4)
+
+
 def test_a_recipe_takes_it_as_text_and_refuses_what_cannot_be(trained: Trained) -> None:
     plain = trained.recipe.with_overrides({"base_quantization": "none"})
     assert plain.base_quantization is None

@@ -7,15 +7,7 @@ compiles only what the helper survived. A helper that died is replaced for the n
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,9 +16,9 @@ from typing import TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from turret.errors import EngineError, one_line
+from turret.errors import one_line
+from turret.helper_process import Answer, Died, HelperProcess
 from turret.json_types import JsonObject
-from turret.process import environment
 
 T = TypeVar("T")
 
@@ -41,10 +33,7 @@ STACK = 16 << 20  # bytes of the thread that compiles in the engine's process
 HELPER_STACK = STACK // 2
 HELPER_MEMORY = 1 << 30  # bytes that the helper may allocate for one constraint
 SECONDS = 5.0  # for one constraint
-START_SECONDS = 60.0  # until a helper has read the tokenizer
 REHEARSED = 8  # tokens of an answer that the helper takes
-_KILLED = tuple(-getattr(signal, name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT"))  # by somebody else
-_PIECE = 1 << 16
 
 
 def tokenizer_of(text: str, size: int, eos: Sequence[int]) -> LLTokenizer:
@@ -107,10 +96,8 @@ class ConstraintProcess:
 
     def __init__(self, text: str, size: int, eos: Sequence[int], seconds: float = SECONDS) -> None:
         self._seconds = seconds
-        self._about = json.dumps({"tokenizer": text, "size": size, "eos": list(eos)}).encode() + b"\n"
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self.started = 0  # processes
+        about: JsonObject = {"tokenizer": text, "size": size, "eos": list(eos)}
+        self.helper = HelperProcess(__name__, about, seconds, HELPER_MEMORY, "a constraint cannot be compiled")
 
     def check(self, grammar: str) -> Refusal | None:
         """Compile a grammar in the helper. Returns why the engine must not compile it; None if it may.
@@ -118,113 +105,26 @@ class ConstraintProcess:
         Raises:
             EngineError: The helper cannot be started, or was killed twice.
         """
-        line = json.dumps({"grammar": grammar}).encode() + b"\n"
-        with self._lock:
-            for _ in range(2):
-                process = self._running()
-                answer = self._ask(process, line, self._seconds)
-                if answer is not None:
-                    return None if answer["error"] is None else Refusal(str(answer["error"]))
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.2)
-                late, status = process.returncode is None, process.returncode
-                self._end()
-                if late:
-                    return Refusal(
-                        f"compiling it takes more than {self._seconds:g} seconds: make it smaller", late=True
-                    )
-                if status not in _KILLED:
-                    most = HELPER_MEMORY >> 20
-                    return Refusal(f"compiling it takes more stack, or more than {most} MiB: nest it less deeply")
-        raise EngineError("a constraint cannot be compiled: its process was killed twice; try again")
+        answer = self.helper.ask({"grammar": grammar})
+        if not isinstance(answer, Died):
+            return None if answer["error"] is None else Refusal(str(answer["error"]))
+        if answer.late:
+            return Refusal(f"compiling it takes more than {self._seconds:g} seconds: make it smaller", late=True)
+        most = HELPER_MEMORY >> 20
+        return Refusal(f"compiling it takes more stack, or more than {most} MiB: nest it less deeply")
 
     def close(self) -> None:
         """End the helper."""
-        with self._lock:
-            self._end()
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        self._end()
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "turret.engine.constraint_process"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(),
-                start_new_session=True,  # Ctrl-C is the server's, which then ends the helper
-            )  # fmt: skip
-        except OSError as error:
-            raise EngineError(
-                f"a constraint cannot be compiled: no process can be started ({error.strerror})"
-            ) from None
-        assert self._process.stdin is not None
-        os.set_blocking(self._process.stdin.fileno(), False)
-        self.started += 1
-        if self._ask(self._process, self._about, START_SECONDS) is None:
-            self._end()
-            raise EngineError("a constraint cannot be compiled: its process ended while it read the tokenizer")
-        return self._process
-
-    def _ask(self, process: subprocess.Popen[bytes], line: bytes, seconds: float) -> JsonObject | None:
-        """The helper's answer to a line; None if it died, or did not answer in time."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        until = time.monotonic() + seconds
-        try:
-            if not _sent(process.stdin.fileno(), line, until):
-                return None
-            answer = _line_from(process.stdout.fileno(), until)
-            return None if answer is None else json.loads(answer)
-        except (OSError, ValueError):
-            return None
-
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-
-def _sent(descriptor: int, line: bytes, until: float) -> bool:
-    """Write a line to a pipe that never blocks. Returns whether all of it was written in time."""
-    left = memoryview(line)
-    while left:
-        _, ready, _ = select.select([], [descriptor], [], max(0.0, until - time.monotonic()))
-        if not ready:
-            return False
-        left = left[os.write(descriptor, left[:_PIECE]) :]
-    return True
-
-
-def _line_from(descriptor: int, until: float) -> bytes | None:
-    """A line from a pipe; None if the pipe was closed, or the line did not come in time."""
-    read = b""
-    while not read.endswith(b"\n"):
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, until - time.monotonic()))
-        piece = os.read(descriptor, _PIECE) if ready else b""
-        if not piece:
-            return None
-        read += piece
-    return read
+        self.helper.close()
 
 
 # --- in the helper ----------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """Answer a line of JSON for each line of JSON on stdin, until it is closed."""
-    about = json.loads(sys.stdin.buffer.readline())
+def helper(about: JsonObject) -> Answer:
+    """What compiles a grammar, for `turret.helper_process`."""
     tokens = tokenizer_of(about["tokenizer"], about["size"], about["eos"])
-    _limit_memory()
-    _answer({})
-    for line in sys.stdin.buffer:
-        grammar = json.loads(line)["grammar"]
-        _answer({"error": with_stack(HELPER_STACK, partial(_rehearse, tokens, grammar))})
+    return lambda asked: {"error": with_stack(HELPER_STACK, partial(_rehearse, tokens, asked["grammar"]))}
 
 
 def _rehearse(tokens: LLTokenizer, grammar: str) -> str | None:
@@ -238,22 +138,3 @@ def _rehearse(tokens: LLTokenizer, grammar: str) -> str | None:
         if place is None or not matcher.consume_token(8 * place + (bits[place] & -bits[place]).bit_length() - 1):
             return None  # only the end of the text may follow
     return one_line(matcher.get_error(), 600) if matcher.is_error() else None
-
-
-def _limit_memory() -> None:
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        with open("/proc/self/statm", encoding="ascii") as read:  # without it, there is no limit
-            size = int(read.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + HELPER_MEMORY, size + HELPER_MEMORY))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _answer(said: JsonObject) -> None:
-    sys.stdout.buffer.write(json.dumps(said).encode() + b"\n")
-    sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    main()

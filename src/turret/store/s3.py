@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack, suppress
 
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
@@ -46,3 +47,20 @@ class S3(S3FileSystem):  # type: ignore[misc]  # s3fs has no types
             raise Silent(f"no answer to {method} in {seconds:.0f} s") from error
 
     call_s3 = sync_wrapper(_call_s3)
+
+    @staticmethod
+    def close_session(loop: asyncio.AbstractEventLoop | None, s3: AsyncExitStack) -> None:
+        """Close the connections of a filesystem that is garbage, on the event loop that they belong to.
+
+        s3fs closes them on the loop of whichever thread collects the garbage. In a server that is its own loop, where
+        closing fails, and asyncio reports that as a bug.
+        """
+        if loop is None or not loop.is_running():
+            S3FileSystem.close_session(loop, s3)
+        else:
+            asyncio.run_coroutine_threadsafe(_closed(s3), loop)
+
+
+async def _closed(s3: AsyncExitStack) -> None:
+    with suppress(Exception):  # nobody waits for connections that nobody uses
+        await s3.__aexit__(None, None, None)

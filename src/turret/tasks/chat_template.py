@@ -4,24 +4,35 @@ A template that marks the assistant's words with `{% generation %}` says itself 
 the conversation is rendered up to each answer, and each rendering has to be the beginning of the whole; otherwise the
 base would be trained on another text than it answers with later. That is refused.
 
+A template is a program of the base's author. One that is not `PLAIN` runs in a helper process with limits of time and
+memory, in the sandbox of transformers, so that it ends or blocks nothing here.
+
 A text of a turn cannot open or close a turn: special tokens that it spells out are read as plain characters.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from turret.data import Prompt, Turn
 from turret.errors import DataError, one_line
-from turret.json_types import JsonObject
+from turret.helper_process import Answer, Died, HelperProcess
+from turret.json_types import JsonObject, JsonValue
 from turret.tasks.tokens import Tokens
 from turret.tasks.tool_calls import CallFormat
 from turret.transformer import Tokenizer
+
+MOST_TEMPLATE = 1 << 18  # characters
+MOST_RENDERED = 1 << 24  # characters that a template may write for one conversation
+SECONDS = 5.0  # for one conversation
+MEMORY = 512 << 20  # bytes that the process of templates may allocate
 
 # For bases without a template of their own. A base that is not trained for chats learns any that is always the same.
 PLAIN = (
@@ -175,21 +186,14 @@ class ChatTemplate:
         return Rendered(text, tuple(span for span, _ in held), tuple(word for _, word in held), tuple(marked))
 
     def _render(self, messages: list[JsonObject], tools: str, *, answering: bool) -> tuple[str, list[Span]]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                tools=json.loads(tools) if tools else None,
-                chat_template=self.text,
-                return_assistant_tokens_mask=self.marks,
-                add_generation_prompt=answering,
-                **self._tokenizer.special_tokens_map,
-            )
-        except Exception as error:  # a template may raise anything, for example for roles in the wrong order
-            reason = one_line(str(error), 120) or type(error).__name__
-            raise DataError(f"the base's chat template does not accept a conversation: {reason}") from None
-        return str(texts[0]), [(int(start), int(end)) for start, end in (spans[0] if self.marks else ())]
+        return rendered(
+            self.text,
+            messages,
+            json.loads(tools) if tools else None,
+            answering=answering,
+            marks=self.marks,
+            special=self._tokenizer.special_tokens_map,
+        )
 
     def answers(self, prompt: Prompt, whole: Rendered) -> list[Span]:
         """The characters of every answer of the assistant.
@@ -262,6 +266,84 @@ class ChatTemplate:
     def before(self) -> list[int]:
         """Special tokens in front of a conversation that the template does not write itself."""
         return list(self._tokens.before) if self.plain else []
+
+
+# --- running a template -----------------------------------------------------------------------------------------------
+
+
+def rendered(
+    template: str,
+    messages: Sequence[JsonObject],
+    tools: JsonValue = None,
+    *,
+    answering: bool,
+    marks: bool = False,
+    special: Mapping[str, str],
+) -> tuple[str, list[Span]]:
+    """What a template makes of messages, and the characters that it marks as the assistant's.
+
+    Args:
+        answering: whether the assistant's next turn begins at its end.
+        marks: whether the template marks.
+        special: the tokenizer's special tokens by their names.
+
+    Raises:
+        DataError: the template is too long, refuses, writes too much, or takes too much time or memory.
+    """
+    if len(template) > MOST_TEMPLATE:
+        raise DataError(
+            f"the base's chat template has {len(template)} characters: expected at most {MOST_TEMPLATE}; use another"
+        )
+    asked: JsonObject = {
+        "template": template,
+        "messages": list(messages),
+        "tools": tools,
+        "answering": answering,
+        "marks": marks,
+        "special": {name: str(token) for name, token in special.items()},
+    }
+    here = template == PLAIN or sys.platform == "win32"  # where a process cannot wait for a pipe and a clock
+    answer = helper({})(asked) if here else _process().ask(asked)
+    if isinstance(answer, Died):
+        reason = f"it takes more than {SECONDS:g} seconds" if answer.late else "its process ended"
+    elif answer["error"] is None:
+        return str(answer["text"]), [(int(start), int(end)) for start, end in answer["spans"]]
+    else:
+        reason = str(answer["error"])
+    raise DataError(f"the base's chat template does not accept a conversation: {reason}")
+
+
+@lru_cache(maxsize=1)
+def _process() -> HelperProcess:
+    made = HelperProcess(__name__, {}, SECONDS, MEMORY, "the base's chat template cannot be used")
+    atexit.register(made.close)
+    return made
+
+
+def helper(_: JsonObject) -> Answer:
+    """What runs a template, for `turret.helper_process`."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def answer(asked: JsonObject) -> JsonObject:
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[asked["messages"]],
+                tools=asked["tools"],
+                chat_template=asked["template"],
+                return_assistant_tokens_mask=asked["marks"],
+                add_generation_prompt=asked["answering"],
+                **asked["special"],
+            )
+        except MemoryError:
+            return {"error": f"it takes more than {MEMORY >> 20} MiB"}
+        except Exception as error:  # a template may raise anything, for example for roles in the wrong order
+            return {"error": one_line(str(error), 120) or type(error).__name__}
+        text = str(texts[0])
+        if len(text) > MOST_RENDERED:
+            return {"error": f"it writes {len(text)} characters, expected at most {MOST_RENDERED}"}
+        return {"error": None, "text": text, "spans": list(spans[0]) if asked["marks"] else []}
+
+    return answer
 
 
 def base_prompt(tokenizer: Tokenizer, prompt: Prompt, *, answering: bool = True) -> list[int]:

@@ -15,7 +15,7 @@ from turret.data.columns import COMPLETED, SUMMARISED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import text_answers
-from turret.tasks.chat_template import base_prompt
+from turret.tasks.chat_template import base_prompt, rendered
 from turret.tasks.task import Encoded, Prediction, TaskSettings, register
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
@@ -142,8 +142,9 @@ class Generate:
                 "task.chat_template is on, but this base has no chat template: leave it out, or use an instruct model"
             )
         content = self.prefix_text if SLOT in self.prefix_text else self.prefix_text + SLOT
-        messages = [{"role": "user", "content": content.replace(SLOT, _MARK)}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        messages: list[JsonObject] = [{"role": "user", "content": content.replace(SLOT, _MARK)}]
+        special = self.tokenizer.special_tokens_map
+        text, _ = rendered(self.tokenizer.get_chat_template(), messages, answering=True, special=special)
         if text.count(_MARK) != 1:
             raise DataError(
                 "this base's chat template must contain the user's text exactly once: leave chat_template out"
