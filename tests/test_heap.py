@@ -47,3 +47,34 @@ def test_memory_that_a_pass_or_a_step_frees_is_kept_for_the_next_one_and_given_b
     assert passes < 100
     assert steps < 100
     assert returned > 16 << 20
+
+
+THREADS = """
+import threading
+import numpy
+from turret import heap
+heap.share()
+trim = heap.Trim()
+def work():
+    kept = [numpy.ones(1 << 20, numpy.uint8) for _ in range(96)]
+    ends.wait()
+    kept.clear()
+before = heap._resident()
+with heap.keep_freed():
+    ends = threading.Barrier(4)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [each.start() for each in threads]
+    [each.join() for each in threads]
+    held = heap._resident() - before
+    trim()
+    returned = heap._resident() - before
+    trim()
+print(held, returned)
+"""  # four threads, as those of a server, allocate 96 MiB each, and free it
+
+
+def test_memory_that_threads_free_while_an_engine_keeps_its_own_is_returned_too() -> None:
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    held, returned = map(int, done.stdout.split())
+    assert held > 192 << 20, "the control: without the trim it stays"
+    assert returned < 48 << 20

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of mallopt, from malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # options of mallopt, from malloc.h
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # the largest value that mallopt accepts on 64 bits
 
 
@@ -39,6 +40,44 @@ def release() -> None:
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def share() -> None:
+    """Let all threads from now on allocate from one heap.
+
+    Otherwise each of a server's threads gets one of up to eight per processor, and `malloc_trim` returns nothing from
+    the top of any but the first.
+    """
+    option = _glibc("mallopt")
+    if option is not None:
+        option(_ARENA_MAX, 1)
+
+
+class Trim:
+    """Returns free memory to the system whenever the process has grown by `step` bytes since the last call that did.
+
+    `keep_freed` holds for all threads: after requests with large bodies the heap would stay as large as it ever was.
+    """
+
+    def __init__(self, step: int = 64 << 20) -> None:
+        self._step, self._kept = step, _resident()
+
+    def __call__(self) -> None:
+        size = _resident()
+        self._kept = min(self._kept, size)
+        trim = _glibc("malloc_trim")
+        if trim is not None and size > self._kept + self._step:
+            trim(0)
+            self._kept = _resident()
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; 0 if the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as read:
+            return int(read.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _glibc(name: str) -> Callable[..., int] | None:

@@ -353,13 +353,14 @@ def test_a_server_killed_while_it_ends_a_batch_leaves_one_file_of_answers(anywhe
     assert asked(anywhere) <= 2
 
 
-def test_a_batch_whose_owner_has_spent_its_quota_holds_up_no_other(serve, put, workspace, clients) -> None:
+def test_a_batch_whose_owner_has_spent_its_quota_holds_up_no_other(serve, put, workspace, clients, until) -> None:
     put()
     _, spent = workspace.tokens.create("spent", scopes=("infer",), requests_per_minute=1)
     _, other = workspace.tokens.create("other", scopes=("infer",))
     running = serve()
     stuck, free = clients(running, spent), clients(running, other)
     first = sent(stuck, [line(number) for number in range(5)])
+    until(lambda: stuck.batches.retrieve(first.id).request_counts.completed == 1, seconds=20)  # then its quota is spent
     second = ended(free, sent(free, [line(number) for number in range(40)]))
     assert (second.status, second.request_counts.completed) == ("completed", 40)
     waiting = stuck.batches.retrieve(first.id)

@@ -115,6 +115,18 @@ def test_texts_become_the_tokens_of_the_base_and_back(serve, put) -> None:
     assert "no chat template" in got.json()["error"]["message"]
 
 
+def test_messages_that_are_too_long_together_are_refused_before_they_are_read(serve) -> None:
+    """A NUL in the arguments of a call becomes 7 characters, and searching them holds up all threads."""
+    client = serve(tokenizer=small_models.tokenizer("qwen3")).client()
+    call = {"type": "function", "function": {"name": "a", "arguments": "\0" * 600_000}}
+    got = client.post("/tokenize", json={"messages": [{"role": "assistant", "tool_calls": [call]}]})
+    assert got.status_code == 400
+    assert "expected at most 1000000 in all" in got.json()["error"]["message"]
+    two = [{"role": "user", "content": "x" * 499_000}] * 2
+    assert client.post("/tokenize", json={"messages": two}).status_code == 200
+    assert client.post("/tokenize", json={"messages": [*two, *two[:1]]}).status_code == 400
+
+
 def test_tokens_of_a_text_are_charged_like_a_prompt(serve, workspace) -> None:
     text = "the market fell " * 20
     asks = (("/tokenize", {"prompt": text}), ("/detokenize", {"tokens": [5] * 60}))

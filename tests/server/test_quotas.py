@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import small_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server import walk
 
 from turret.errors import QuotaSpent
 from turret.server import quotas as module
+from turret.server.app import routes as application
 from turret.server.quotas import Quota, Quotas
+from turret.store import usage
 
 
 class Clock:
@@ -140,3 +144,44 @@ def test_of_a_text_that_is_cut_a_token_is_charged_for_every_64_characters_sent(s
     assert client.post("/v1/completions", json=body).status_code == 200
     got = client.post("/v1/completions", json=body | {"prompt": "x"})
     assert (got.status_code, got.json()["error"]["code"]) == (429, "quota_spent")
+
+
+# Routes that work for a token with the scope infer, and ask no quota themselves, each with its reason.
+FREE = {
+    "/v1/files": "its bytes count against the space of its owner",
+    "/v1/batches": "each of its lines is a request",
+    "/v1/batches/{batch_id}/cancel": "ends work",
+    "/api/outcomes": "a row of an experiment, with limits of its own",
+}
+
+
+@pytest.mark.slow
+def test_every_route_that_works_for_a_token_takes_from_its_quota_and_is_counted_once(serve, put, workspace) -> None:
+    """The walk over the schema finds a new route; `FREE` says why one is not counted."""
+    put()
+    running = serve(tokenizer=small_models.tokenizer("qwen3"))
+    named = dict.fromkeys(walk.NAMES, "x") | {"model": "echo", "adapter": "a", "name": "a", "reference": "a@1"}
+    named |= {"candidates": ["a@1"], "control": "a@1", "shadows": ["a@1"], "comparison": "comparisons/a-0123456789"}
+    routes = {each.route: each for each in walk.asks(application(running.served), named) if each.method == "POST"}
+    counted = []
+    for number, (route, ask) in enumerate(sorted(routes.items())):
+        if ask.page:
+            continue
+        _, secret = workspace.tokens.create(f"once{number}", scopes=("infer",), requests_per_minute=1)
+        running.served.refresh()
+        client, model = running.client(secret), "a" if "classify" in route else "echo"
+        body = ask.body | {"model": model} if isinstance(ask.body, dict) and "model" in ask.body else ask.body
+        before = requests(running)
+        statuses = [client.post(ask.path, json=body).status_code for _ in range(2)]
+        if 403 in statuses or 404 in statuses or route in FREE:
+            continue
+        assert statuses == [200, 429], (route, statuses, client.post(ask.path, json=body).text)
+        assert requests(running) == before + 1, route
+        counted.append(route)
+    assert {"/tokenize", "/detokenize", "/v1/completions", "/v1/classify", "/v1/chat/completions"} <= set(counted)
+
+
+def requests(running) -> int:
+    """All requests that usage has counted."""
+    running.served.usage.flush()
+    return sum(each.requests for each in usage.read(running.workspace.store.database()))

@@ -138,12 +138,14 @@ def _serve(
     device: str,
     as_json: bool,
 ) -> None:
+    from turret import heap
     from turret.engine import Options
     from turret.server.auth import Guard
     from turret.server.engines import Engines
     from turret.server.run import bind, run
     from turret.server.state import ServerState
 
+    heap.share()
     Guard(settings.host, workspace.tokens.of_all_tenants())  # refuses before the base is loaded
     with bind(settings.host, settings.port) as listening, ExitStack() as opened:
         with status() as show:

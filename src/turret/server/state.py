@@ -20,7 +20,7 @@ from functools import partial
 
 from starlette.requests import Request
 
-from turret import __version__
+from turret import __version__, heap
 from turret.access import DEFAULT, OPERATOR, Access
 from turret.engine import Options
 from turret.errors import Cancelled, NotFound, TurretError
@@ -52,6 +52,7 @@ from turret.workspace import Workspace
 POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
 SETTLE_SECONDS = 3.0  # between two evaluations of the guards of experiments
+TRIM_SECONDS = 2.0  # between two looks at the memory that is free and not returned to the system
 MOST_PROMOTES = 4  # promotes that ask golden examples, running or waiting
 MOST_SIGN_INS = 32  # that wait for the provider
 MOST_VIEWS = 1024  # of accesses that are kept
@@ -260,6 +261,11 @@ class ServerState:
         caller: Caller = request.state.caller
         self.quotas.charge(caller.key, caller.quota, tokens)
 
+    def count_tokens(self, request: Request, tokens: int) -> None:
+        """Charge and count a request that reads or writes tokens of a base, and generates none."""
+        self.charge(request, tokens)
+        self.usage.add(self.access.tenant, BASE, 1, tokens, 0)
+
     def finish(self, request: Request, kind: RequestKind, pending: PendingAnswers) -> None:
         """Cancel what is unfinished, and count what was answered."""
         pending.close()
@@ -400,6 +406,7 @@ class ServerState:
 
     def start(self) -> None:
         """Follow the store from now on, each part on its own thread, so that a load delays no revoked token."""
+        trim: Callable[[], None] = heap.Trim()
         for name, follow, seconds in (
             ("turret-follow", self._follow_aliases, POLL_SECONDS),
             ("turret-tokens", self._read_tokens, POLL_SECONDS),
@@ -407,6 +414,7 @@ class ServerState:
             ("turret-turn", self._each_tenant(lambda tenant: tenant.routing.turn()), TURN_SECONDS),
             ("turret-usage", self.usage.flush, USAGE_SECONDS),
             ("turret-settle", self._each_tenant(self._settle), SETTLE_SECONDS),
+            ("turret-heap", trim, TRIM_SECONDS),
             *self.replica.followers(),
         ):
             self._followers.start(name, follow, seconds)

@@ -12,6 +12,7 @@ from turret.data.conversations import turns_of
 from turret.errors import BadRequest, NotFound
 from turret.server import embedding_schemas as schemas
 from turret.server.engines import ServedBase
+from turret.server.limits import MOST_TEXT
 from turret.server.models import version_here
 from turret.server.routes import State, router
 from turret.server.state import ServerState
@@ -27,12 +28,12 @@ async def tokenize(
 ) -> schemas.TokenIds:
     """The tokens of a text, or of messages by the base's chat template. An adapter's own template is not applied.
 
-    It takes a request and its tokens from the caller's quota, as a prompt does.
+    It takes a request and its tokens from the caller's quota, and usage counts it, as a prompt.
     """
     await state.admit(request)
     base = await _base(state, body.model)
     ids = await state.parsing(_ids, base.tokenizer, body)
-    state.charge(request, len(ids))
+    state.count_tokens(request, len(ids))
     return schemas.TokenIds(
         count=len(ids),
         max_model_len=base.engine.longest,
@@ -43,10 +44,10 @@ async def tokenize(
 
 @questions.post("/detokenize")
 async def detokenize(body: schemas.DetokenizeRequest, state: State, request: Request) -> schemas.Detokenized:
-    """The text of tokens. It takes a request and its tokens from the caller's quota, as a prompt does."""
+    """The text of tokens. A request and its tokens are taken from the caller's quota and counted, as of a prompt."""
     await state.admit(request)
     base = await _base(state, body.model)
-    state.charge(request, len(body.tokens))
+    state.count_tokens(request, len(body.tokens))
     return schemas.Detokenized(prompt=await state.parsing(_text, base.tokenizer, body.tokens))
 
 
@@ -65,8 +66,10 @@ def _ids(tokenizer: Tokenizer, body: schemas.TokenizeText | schemas.TokenizeMess
         return [int(each) for each in tokenizer(body.prompt, add_special_tokens=special, verbose=False)["input_ids"]]
     if not getattr(tokenizer, "chat_template", None):
         raise BadRequest("this base has no chat template: expected prompt, not messages")
-    turns = turns_of([message.known() for message in body.messages], Replacements()) or ()
-    return base_prompt(tokenizer, Prompt(tuple(turns)), answering=body.add_generation_prompt is not False)
+    asked = Prompt(tuple(turns_of([message.known() for message in body.messages], Replacements()) or ()))
+    if asked.characters > MOST_TEXT:
+        raise BadRequest(f"the messages have {asked.characters} characters: expected at most {MOST_TEXT} in all")
+    return base_prompt(tokenizer, asked, answering=body.add_generation_prompt is not False)
 
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
