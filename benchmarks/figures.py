@@ -140,13 +140,13 @@ def step(run: Run, side: str) -> str:
 
 
 def memory(run: Run) -> str:
-    """How many times less memory than the rival, in bfloat16: of the whole process, and above the base."""
+    """The share of the rival's memory, in bfloat16: of the whole process, and above the base."""
     sides = [run["sides"].get(name) for name in (HF_BFLOAT16, BFLOAT16)]
     if pair(run, [HF_BFLOAT16], BFLOAT16) is None:
         return ""
     whole = [side["peak"] for side in sides if side]
     above = [side["peak"] - side["resident"] for side in sides if side]
-    return f"{whole[0] / whole[1]:.1f}x less for the process, {above[0] / above[1]:.1f}x less above its base"
+    return f"{whole[1] / whole[0]:.0%} for the process, {above[1] / above[0]:.0%} above its base"
 
 
 def training_table() -> str:
@@ -165,7 +165,7 @@ def training_table() -> str:
     ]
     header = [
         "processor", "job", "ms a step", "bfloat16 against bfloat16", "float32 against float32",
-        "`train.int8` against bfloat16", "memory, bfloat16", "measured",
+        "`train.int8` against bfloat16", "memory, share of the other side's, bfloat16", "measured",
     ]  # fmt: skip
     return record.table(header, rows)
 
@@ -292,7 +292,7 @@ def summary() -> str:
         if machine(run) == newest and said:
             lines.append(
                 f"- **{JOBS[run['settings']['job']]}**: a training step is {' and '.join(said)} than HF Trainer + "
-                f"PEFT at its best. Memory: {memory(run)}."
+                f"PEFT at its best. Memory against it: {memory(run)}."
             )
     named = {"encoder": "32 LoRAs in one batch of MiniLM", "decoder": "16 LoRAs decoding on SmolLM2-135M"}
     for run in serving_runs():
