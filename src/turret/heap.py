@@ -54,21 +54,19 @@ def share() -> None:
 
 
 class Trim:
-    """Returns free memory to the system whenever the process has grown by `step` bytes since the last call that did.
+    """Returns free memory to the system as long as the process is larger than it once was by `step` bytes.
 
     `keep_freed` holds for all threads: after requests with large bodies the heap would stay as large as it ever was.
     """
 
     def __init__(self, step: int = 64 << 20) -> None:
-        self._step, self._kept = step, _resident()
+        self._step, self._least = step, _resident()
 
     def __call__(self) -> None:
-        size = _resident()
-        self._kept = min(self._kept, size)
-        trim = _glibc("malloc_trim")
-        if trim is not None and size > self._kept + self._step:
+        size, trim = _resident(), _glibc("malloc_trim")
+        self._least = min(self._least, size)
+        if trim is not None and size > self._least + self._step:
             trim(0)
-            self._kept = _resident()
 
 
 def _resident() -> int:

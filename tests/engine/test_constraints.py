@@ -16,6 +16,7 @@ from typing import Any
 
 import byte_level
 import jsonschema
+import psutil
 import pytest
 
 from turret import bases
@@ -407,4 +408,19 @@ def test_a_constraint_that_was_compiled_before_asks_the_helper_nothing(base) -> 
     assert constraints._helper.helper.started == 1
     constraints.compiled(Constraint.choice(["another", "no"]))
     assert constraints._helper.helper.started == 2
+    constraints.close()
+
+
+def test_costly_constraints_that_stay_compiled_take_bounded_memory(base) -> None:
+    """Each takes about 6 MiB; 64 of them, which is how many small ones stay, would take 370 MiB."""
+    from turret.engine.guide import COMPILED_BYTES, Constraints
+
+    constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])
+    for number in range(40):
+        constraints.compiled(Constraint.regex("a." * 20_000 + str(number)))
+        if number == 10:
+            memory = psutil.Process().memory_info().rss
+    kept = sum(constraints.is_compiled(Constraint.regex("a." * 20_000 + str(number))) for number in range(40))
+    assert 1 < kept <= COMPILED_BYTES // 40_000
+    assert psutil.Process().memory_info().rss - memory < 64 << 20
     constraints.close()

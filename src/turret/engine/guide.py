@@ -26,6 +26,7 @@ from turret.errors import DataError, one_line
 from turret.transformer import Tokenizer
 
 COMPILED = 64  # constraints that stay compiled
+COMPILED_BYTES = 512 << 10  # of the grammars of all of them; compiled, one may take 150 times its bytes
 CHECKED = 4096  # constraints that the helper process need not compile again
 LATE_SECONDS = 60.0  # for which one that took too long is not tried again
 
@@ -41,7 +42,9 @@ class Constraints:
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, eos: Sequence[int]) -> None:
         self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, list(eos)
         self._lock = threading.Lock()
-        self._known: OrderedDict[bytes, LLMatcher] = OrderedDict()  # by digest
+        self._known: OrderedDict[bytes, tuple[LLMatcher, int]] = (
+            OrderedDict()
+        )  # digest -> matcher, bytes of its grammar
         self._checked: OrderedDict[bytes, tuple[Refusal | None, float]] = OrderedDict()  # digest -> until when
         self._own: LLTokenizer | None = None
         self._helper: ConstraintProcess | None = None
@@ -50,7 +53,7 @@ class Constraints:
         """A matcher at its start, for one answer. May take seconds; runs on the caller's thread. Raises DataError."""
         digest = _digest(constraint)
         with self._lock:
-            known = self._known.get(digest)
+            known = self._known[digest][0] if digest in self._known else None
             if known is not None:
                 self._known.move_to_end(digest)
             tokens, helper = self._opened()
@@ -61,8 +64,8 @@ class Constraints:
             if known.is_error():
                 raise DataError(f"{constraint.what} cannot be used: {_reason(known.get_error())}")
             with self._lock:
-                self._known[digest] = known
-                while len(self._known) > COMPILED:
+                self._known[digest] = known, len(constraint.grammar)
+                while len(self._known) > COMPILED or sum(size for _, size in self._known.values()) > COMPILED_BYTES:
                     self._known.popitem(last=False)
         return known.deep_copy()
 

@@ -52,7 +52,7 @@ from turret.workspace import Workspace
 POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
 SETTLE_SECONDS = 3.0  # between two evaluations of the guards of experiments
-TRIM_SECONDS = 2.0  # between two looks at the memory that is free and not returned to the system
+TRIM_SECONDS = 10.0  # between two looks at the memory that is free and not returned to the system
 MOST_PROMOTES = 4  # promotes that ask golden examples, running or waiting
 MOST_SIGN_INS = 32  # that wait for the provider
 MOST_VIEWS = 1024  # of accesses that are kept
