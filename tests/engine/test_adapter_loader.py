@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 from shelf import TEXTS, Shelf, agree, reference
 
-from turret.engine import Named
+from turret.engine import Engine, Named
 from turret.errors import (
     InUse,
     NoRoom,
@@ -134,3 +136,66 @@ def test_a_tenant_whose_adapters_wait_to_be_loaded_delays_anothers_by_one_load(t
         assert all(ticket.result(60) for ticket in tickets)
         place = tenants.loads.index("a11@1")
         assert place == (1 if other == "quiet" else 11), "the control is the tenant that floods"
+
+
+def test_a_tenant_cannot_pin_so_much_that_another_ones_adapters_find_no_slot(tenants: Tenants) -> None:
+    with tenants.engine(slots=4) as engine:
+        for name in ("a0", "a1", "a1"):
+            engine.warm(f"flood/{name}", pin=True)
+        for tenant in ("flood", "other"):
+            with pytest.raises(NoRoom, match="at most half of the 4 slots and of the memory: unpin another one"):
+                engine.warm(f"{tenant}/a2", pin=True)
+        assert engine.submit("classify", "x", "quiet/a3", tenant="quiet").result(30)["label"]
+        engine.unpin("flood/a0")
+        engine.warm("quiet/a3", pin=True)
+        engine.unpin("flood/a1")
+        engine.unpin("quiet/a3")
+        for seed in range(4):  # the operator may: the control of what a tenant could do
+            engine.warm(f"a{seed}", pin=True)
+        with pytest.raises(NoRoom, match="all 4 slots hold pinned adapters"):
+            engine.submit("classify", "x", "quiet/a3", tenant="quiet")
+
+
+def test_a_tenant_that_pins_takes_at_most_half_of_the_memory(tenants: Tenants) -> None:
+    with tenants.engine(slots=12) as engine:
+        engine.warm("flood/a0", pin=True)
+        (size,) = {each.bytes for each in engine.loaded()}
+    with tenants.engine(slots=12, memory=3 * size) as engine:
+        engine.warm("flood/a0", pin=True)
+        with pytest.raises(NoRoom, match="half"):
+            engine.warm("flood/a1", pin=True)
+
+
+def test_a_tenant_that_loads_adapters_all_the_time_neither_keeps_anothers_out_nor_passes_the_memory(
+    tenants: Tenants,
+) -> None:
+    with tenants.engine(slots=12) as engine:
+        engine.warm("flood/a0")
+        (size,) = {each.bytes for each in engine.loaded()}
+    over, most = threading.Event(), [0]
+
+    def flood(engine: Engine) -> None:
+        for seed in itertools.cycle(range(11)):
+            if over.is_set():
+                return
+            engine.submit("classify", "x", f"flood/a{seed}", tenant="flood").result(30)
+            most[0] = max(most[0], engine.stats().adapter_bytes)
+
+    with tenants.engine(slots=12, memory=3 * size) as engine:
+        threads = [threading.Thread(target=flood, args=[engine]) for _ in range(6)]
+        for each in threads:
+            each.start()
+        try:
+            before = len(tenants.loads)
+            until, asked = time.monotonic() + 60, 0
+            while len(tenants.loads) - before <= 30:  # the flood loads meanwhile
+                assert engine.submit("classify", "x", "quiet/a11", tenant="quiet").result(20)["label"]
+                assert time.monotonic() < until
+                asked += 1
+            assert asked > 3
+        finally:
+            over.set()
+            for each in threads:
+                each.join()
+        assert engine.stats().evictions > 10
+    assert size < most[0] <= 3 * size

@@ -43,7 +43,7 @@ from turret.engine.request import (
 from turret.engine.runner import Runner, pass_tokens
 from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Slots
-from turret.errors import DataError, Draining, EngineError, InUse, TurretError
+from turret.errors import DataError, Draining, EngineError, InUse, NoRoom, TurretError
 from turret.kernels import rest
 
 
@@ -196,7 +196,7 @@ class Engine:
             NotFound: The reference names no version.
             Draining: The engine loads no more adapters.
             AdapterError: The adapter does not fit this base.
-            NoRoom: It is larger than the limit of memory.
+            NoRoom: It is larger than the limit of memory, or tenants have pinned too much.
         """
         named = self._source.resolve(reference)
         warm = Warm(named, self._clock(), pin)
@@ -350,9 +350,17 @@ class Engine:
         """End a call of `warm`: its adapter is mounted. Called with the lock."""
         entry = warm.entry
         assert entry is not None
-        entry.pinned = entry.pinned or warm.pin
+        problem: NoRoom | None = None
+        if warm.pin:
+            try:
+                self._slots.pin(entry)
+            except NoRoom as error:
+                problem = error
         self._loader.release(warm)
-        warm.done.set_result(entry)
+        if problem is None:
+            warm.done.set_result(entry)
+        else:
+            warm.done.set_exception(problem)
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 

@@ -178,6 +178,23 @@ class Slots:
             self.budget.changed(self)
         return evicted
 
+    def pin(self, entry: Entry) -> None:
+        """Keep an adapter until it is unpinned.
+
+        Raises:
+            NoRoom: Pins of tenants would take more than half of the slots or of the memory, and the other half is for
+                what is asked. Those of the operator, who sets the limits, may take all.
+        """
+        if not entry.pinned and "/" in entry.digest:
+            pinned = [each for each in self.budget.entries() if each.pinned and "/" in each.digest]
+            here, size = sum(each.owner is self for each in pinned), sum(each.bytes for each in pinned)
+            if 2 * (here + 1) > self.count or (self.memory is not None and 2 * (size + entry.bytes) > self.memory):
+                raise NoRoom(
+                    f"pinned adapters of tenants take at most half of the {self.count} slots and of the memory: "
+                    "unpin another one"
+                )
+        entry.pinned = True
+
     def close(self, entry: Entry) -> None:
         """Free a slot."""
         self._free_slot(entry)
