@@ -21,10 +21,11 @@ from server.echo import FINGERPRINT, KILLER, LABELS, words
 from sqlalchemy import update
 from store.bundles import tensors, write_bundle
 
+from turret.errors import StoreError
 from turret.server import batch_runner
 from turret.server.limits import RequestLimits
 from turret.store import client_files, client_tables, usage
-from turret.store.batches import MOST_TRIES
+from turret.store.batches import MOST_TRIES, Batches
 from turret.workspace import Workspace
 
 TESTS = Path(__file__).parents[1]
@@ -417,6 +418,28 @@ def test_a_custom_id_with_half_a_character_keeps_all_answers(serve, put, clients
     batch = ended(client, sent(client, lines))
     assert (batch.status, batch.request_counts.completed) == ("completed", 3)
     assert set(read(client, batch.output_file_id)) == {"n1", "half \ud800", "whole \N{WAVE DASH}"}
+
+
+def test_the_claim_of_a_batch_is_renewed_after_a_store_that_did_not_answer(
+    serve, put, clients, until, monkeypatch
+) -> None:
+    put()
+    renewed: list[bool] = []
+    renew = Batches.renew
+
+    def fails_at_first(self: Batches, batch: Any) -> None:
+        renewed.append(len(renewed) > 1)
+        if not renewed[-1]:
+            raise StoreError("the store does not answer")
+        renew(self, batch)
+
+    monkeypatch.setattr(batch_runner, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(Batches, "renew", fails_at_first)
+    client = clients(serve(pace=0.05))
+    batch = sent(client, [line(number, body={"model": "a", "prompt": "x " * 30}) for number in range(20)])
+    until(lambda: sum(renewed) > 1, seconds=30)
+    assert renewed[:2] == [False, False]
+    assert ended(client, batch, seconds=60).status == "completed"
 
 
 def test_a_damaged_file_fails_its_batch_and_no_other(serve, put, workspace, clients) -> None:

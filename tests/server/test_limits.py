@@ -310,6 +310,18 @@ def test_100_000_inputs_in_one_request_are_400(shared) -> None:
     assert shared.client().post("/v1/classify", json={"model": "a", "input": ["x"] * 1024}).status_code == 200
 
 
+@pytest.mark.parametrize("more", [{"n": 16}, {"best_of": 16}, {"best_of": 16, "n": 16}], ids=["n", "best_of", "both"])
+def test_prompts_times_n_or_best_of_are_bounded_together(shared, more) -> None:
+    body = {"model": "a", "max_tokens": 1, "prompt": ["x"] * 65, **more}
+    started = time.monotonic()
+    got = shared.client().post("/v1/completions", json=body)
+    assert got.status_code == 400, got.text[:200]
+    assert "1024" in got.json()["error"]["message"]
+    assert time.monotonic() - started < 5
+    few = shared.client().post("/v1/completions", json=body | {"prompt": ["x"] * 4})
+    assert (few.status_code, len(few.json()["choices"])) == (200, 4 * more.get("n", 1))
+
+
 def test_what_changes_nothing_is_taken(shared) -> None:
     more = {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "best_of": 1, "echo": False, "user": "u"}
     got = shared.client().post("/v1/completions", json={"model": "a", "prompt": "x", "suffix": None, **more})

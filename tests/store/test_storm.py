@@ -256,7 +256,7 @@ def test_nothing_is_lost_and_nobody_sees_anybody_while_everything_fails(storm) -
         time.sleep(storm.draw.uniform(2, 6))
         require_well(clients)
         for each in clients:
-            each.trains = passed < 0.75 * SECONDS or finished(store) < SECONDS / 200
+            each.trains = passed < 0.75 * SECONDS or finished(store) < SECONDS / 120
         storm.turn()
         storm.look()
         if passed > said + 60:
@@ -292,11 +292,11 @@ def missing(storm: Storm) -> list[str]:
     tenants = storm.tenants
     killers = sum(count for tenant in tenants for what, count in tenant.counts.items() if "killers" in what)
     least = {
-        "kills": storm.killed - SECONDS / 20,
+        "kills": storm.killed - SECONDS / 15,
         "stops": storm.deeds["stop"] - SECONDS / 60,
         "crashes of PostgreSQL": storm.deeds["postgresql"] - SECONDS / 120,
         "windows of S3": storm.faults.count("s3") - SECONDS / 90,
-        "finished trainings": finished(storm.store) - SECONDS / 200,
+        "finished trainings": finished(storm.store) - SECONDS / 120,
         "answers": min(len(tenant.answers) for tenant in tenants) - SECONDS / 4 - 1,
         "moves": min(len(tenant.moves) for tenant in tenants) - SECONDS / 60 - 1,
         "versions": sum(len(tenant.stored) for tenant in tenants) - SECONDS / 10,
