@@ -117,5 +117,6 @@ def test_a_child_without_a_parent_that_hangs_ends_itself(how) -> None:
         child.communicate("", timeout=20)
     finally:
         child.kill()
-    assert child.returncode in (1, -9, -15)
+    # Its watch ends it by SIGTERM if it gets Python's lock before the expression takes it; a deaf one ignores that.
+    assert child.returncode in ((1, -9, -15) if how == "hangs" else (1, -9))
     assert time.monotonic() - began < 10
