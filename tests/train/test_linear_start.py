@@ -95,6 +95,24 @@ def test_cross_validation_takes_a_large_penalty_for_noise_and_a_small_one_for_a_
     assert loss < 0.5 < 1.0 < guessing
 
 
+def test_classes_of_one_or_two_examples_do_not_make_the_penalty_large() -> None:
+    """A held-out row of a class that the other folds lack is lost anyway: counted, it makes the head predict nothing."""
+    draw = torch.Generator().manual_seed(0)
+    middles = torch.randn(60, 40, generator=draw)
+
+    def cloud(y: torch.Tensor) -> torch.Tensor:
+        return middles[y] + 0.5 * torch.randn(len(y), 40, generator=draw)
+
+    y = torch.cat([torch.arange(60), torch.arange(20), torch.arange(5).repeat(4)])  # 40 classes have one row
+    x, fresh = cloud(y), cloud(torch.arange(60))
+    right = []
+    for penalty in (cross_validated(x, y, F.cross_entropy, 60)[0], PENALTIES[0]):
+        found = solve(x, y, F.cross_entropy, penalty, 60)
+        right.append(float(((fresh @ found.weight.T + found.bias).argmax(1) == torch.arange(60)).float().mean()))
+    assert right[0] > 0.95
+    assert right[1] < 0.2, "the control: with the largest penalty the frequent classes win"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_new_head_starts_at_the_linear_solution_with_every_method(method: str) -> None:
     accuracies = []

@@ -212,6 +212,9 @@ def head_start(recipe: Recipe, base: Base, task: HeadTask, items: Items, most_to
 def cross_validated(features: Tensor, targets: Tensor, loss: Loss, outputs: int) -> tuple[float, float]:
     """The penalty with the lowest mean loss on held-out rows, and that loss.
 
+    A held-out row whose class is not among the other folds' rows is not counted: no penalty can predict it, and a large
+    one, which predicts nothing, has the lowest loss on it. The folds share out the rows of each class.
+
     Args:
         features: (N, D).
         targets: (N, ...), as `loss` takes them.
@@ -219,21 +222,44 @@ def cross_validated(features: Tensor, targets: Tensor, loss: Loss, outputs: int)
         outputs: C.
     """
     count = len(features)
-    folds = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % min(FOLDS, count)  # (N,)
+    folds = _folds(targets)
     kept = [folds != fold for fold in range(min(FOLDS, count))] if count > 1 else [folds == 0]
+    held_out = [_known(targets, rows, folds == fold) for fold, rows in enumerate(kept)]
+    counted = max(1, sum(int(out.sum()) for out in held_out))
     moments = [_moments(features[rows]) for rows in kept]
     found = [features.new_zeros(outputs, features.shape[1] + 1) for _ in kept]
     best, lowest = PENALTIES[0], math.inf
     for penalty in PENALTIES:  # a smaller one begins at the solution of the larger one
         held = 0.0
-        for fold, (rows, (middle, scale)) in enumerate(zip(kept, moments, strict=True)):
-            z, out = (features - middle) / scale, folds == fold
+        for fold, (rows, out, (middle, scale)) in enumerate(zip(kept, held_out, moments, strict=True)):
+            z = (features - middle) / scale
             found[fold] = _minimise(z[rows], targets[rows], loss, penalty, found[fold])
-            held += float(loss(_logits(z[out], found[fold]), targets[out])) * int(out.sum()) / count
+            if bool(out.any()):
+                held += float(loss(_logits(z[out], found[fold]), targets[out])) * int(out.sum()) / counted
         if held > lowest:
             break
         best, lowest = penalty, held
     return best, lowest
+
+
+def _folds(targets: Tensor) -> Tensor:
+    """The fold of each row: (N,). Of rows with class numbers, each class is shared out among the folds."""
+    count = len(targets)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    if _are_classes(targets):
+        order = order[targets[order].argsort(stable=True)]
+    folds = torch.empty(count, dtype=torch.long)
+    folds[order] = torch.arange(count) % min(FOLDS, count)
+    return folds
+
+
+def _known(targets: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """Which of the rows `out` have a class that is among `rows`: masks (N,)."""
+    return out & torch.isin(targets, targets[rows]) if _are_classes(targets) else out
+
+
+def _are_classes(targets: Tensor) -> bool:
+    return targets.ndim == 1 and not targets.is_floating_point()
 
 
 def solve(features: Tensor, targets: Tensor, loss: Loss, penalty: float, outputs: int) -> Solution:
