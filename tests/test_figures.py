@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -129,9 +130,16 @@ def test_a_score_in_the_programs_own_words_is_one_that_a_result_carries() -> Non
     assert SCORE.search("after one epoch 2e-5 gave 0.51 on IMDB")
 
 
+def run(*arguments: str) -> str:
+    """What Python prints for these arguments; it finds the modules of `benchmarks/`."""
+    path = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, env=path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_ratio_has_an_interval_that_covers_it_as_often_as_it_says() -> None:
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import numpy as np, record\n"
         "draw = np.random.default_rng(1)\n"
         "for rounds in (3, 5, 7, 15):\n"
@@ -139,32 +147,21 @@ def test_a_ratio_has_an_interval_that_covers_it_as_often_as_it_says() -> None:
         "    print(sum(each.low <= 2 <= each.high for each in found) / len(found))\n"
         "print(record.shown(record.ratio([2.0], [1.0]), 1), record.shown(record.ratio([2.0] * 9, [1.0] * 9), 1))\n"
     )
-    command = [sys.executable, "-c", program, str(BENCHMARKS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    *covered, last = done.stdout.splitlines()
+    *covered, last = run("-c", program).splitlines()
     assert all(float(share) >= 0.92 for share in covered), covered
     assert last == "2.0x 2.0x [2.0, 2.0]"
 
 
-def figures(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "figures.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
 def test_every_block_and_chart_is_what_the_results_say() -> None:
-    done = figures("--check")
-    assert done.returncode == 0, done.stderr
+    run(str(BENCHMARKS / "figures.py"), "--check")
 
 
 def test_a_figure_that_was_changed_by_hand_is_noticed() -> None:
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import figures\n"
         "page = figures.PAGES[0].read_text(encoding='utf-8')\n"
         "assert figures.filled(page) == page\n"
         "changed = page.replace('x [', '9x [', 1)\n"
         "assert changed != page and figures.filled(changed) == page\n"
     )
-    command = [sys.executable, "-c", program, str(BENCHMARKS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    run("-c", program)

@@ -202,6 +202,8 @@ def test_an_experiment_ramps_and_ends_by_its_buttons(serve, put, workspace) -> N
     points = client.get("/experiments/a/1/course").json()["points"]
     assert [each["outcomes"] for each in points] == list(range(1, 61))
     assert points[-1]["means"].keys() == {"control", "candidate"}
+    assert "missing" not in points[-1]["against"]["candidate"], "a course does not compute the tipping point"
+    assert "missing" in live.status().analysis.arms[1].against.as_json(), "the control: the status does"
     assert post(client, "/experiments/a/1/do/promote", arm="nobody").status_code == 400
     assert post(client, "/experiments/a/1/do/promote", arm="candidate").status_code == 303
     assert str(workspace.resolve("a")) == "a@2"

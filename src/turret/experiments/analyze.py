@@ -38,6 +38,7 @@ class Memory:
     sums: dict[str, float] = field(default_factory=dict)  # arm -> sum of outcomes
     validity: Validity = field(default_factory=Validity)
     watch: Watch | None = None  # of errors and latency
+    hides: bool = True  # compute what hidden outcomes could do to a verdict
 
     def read(self, connection: Connection, experiment: Experiment, now: str) -> None:
         """Read and add new rows."""
@@ -65,7 +66,7 @@ class Memory:
             which = np.array([int(row.arm == arm.name) for row in found])
             margin = None if guards.worse_by is None else guards.worse_by / wide
             tally = self.tallies.get(arm.name) or OutcomeTally.empty(
-                binary=metric.kind == "binary", margin=margin, decides=decide.needed(experiment.level)
+                binary=metric.kind == "binary", margin=margin, decides=decide.needed(experiment.level), hides=self.hides
             )
             self.tallies[arm.name] = tally.after(which[here], y[here], np.array(shares)[here])
         for row in found:

@@ -90,16 +90,19 @@ class OutcomeTally:
     hidden: Mapping[Side, tuple[EProcess, ...]] = field(default_factory=dict)  # one process for each of `HIDDEN`
 
     @classmethod
-    def empty(cls, *, binary: bool, margin: float | None, decides: float = math.inf) -> OutcomeTally:
+    def empty(
+        cls, *, binary: bool, margin: float | None, decides: float = math.inf, hides: bool = True
+    ) -> OutcomeTally:
         """A tally without outcomes.
 
         Args:
             margin: None if the guard is off; then `worse_by` is `worse`, as for a margin of 0.
             decides: log evidence that gives a verdict.
+            hides: keep the processes of `HIDDEN`. Without them `tipping` is always 0.
         """
         start = EProcess.of(len(SHIFTS if binary else BETS))
         hidden: dict[Side, tuple[EProcess, ...]] = {
-            side: (EProcess.of(len(HIDDEN_BETS)),) * len(HIDDEN) for side in ("better", "worse")
+            side: (EProcess.of(len(HIDDEN_BETS)),) * len(HIDDEN) for side in ("better", "worse") if hides
         }
         return cls(
             binary,
@@ -168,7 +171,7 @@ class OutcomeTally:
     def tipping(self, side: Side) -> float:
         """The largest share of hidden units despite which the outcomes decide for this side; 0 if none is."""
         return max(
-            (beta for beta, process in zip(HIDDEN, self.hidden[side], strict=True) if process.peak >= self.decides),
+            (beta for beta, process in zip(HIDDEN, self.hidden.get(side, ()), strict=False) if process.peak >= self.decides),
             default=0.0,
         )
 
@@ -182,7 +185,7 @@ class OutcomeTally:
         end = min(first)
         if end == len(y):
             return None, None
-        fresh = replace(OutcomeTally.empty(binary=self.binary, margin=None), hidden={})
+        fresh = OutcomeTally.empty(binary=self.binary, margin=None, hides=False)
         rest = slice(end + 1, None)
         return "better" if first[0] == end else "worse", fresh.after(arm[rest], y[rest], share[rest])
 

@@ -33,7 +33,7 @@ class EvidenceHistory:
     """The points of one experiment so far. Safe to use from several threads."""
 
     points: list[EvidencePoint] = field(default_factory=list)
-    _memory: Memory = field(default_factory=Memory)
+    _memory: Memory = field(default_factory=lambda: Memory(hides=False))  # a plot shows no tipping point
     _every: int = 1  # outcomes per point
     _seen: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 
 from turret.errors import NotFound
 from turret.experiments.experiment import read_split
+from turret.json_types import JsonObject
 from turret.server.experiments import end
 from turret.server.routes import State
 from turret.server.state import ServerState
@@ -53,11 +54,16 @@ async def course(state: State, name: Name, number: Number) -> Response:
             "outcomes": each.outcomes,
             "at": each.at,
             "means": each.means,
-            "against": {arm: one.as_json() for arm, one in each.against.items()},
+            "against": {arm: _drawn(one.as_json()) for arm, one in each.against.items()},
         }
         for each in found.points
     ]
     return JSONResponse({"points": points})
+
+
+def _drawn(against: JsonObject) -> JsonObject:
+    """Without the tipping point, which a course does not compute."""
+    return {key: value for key, value in against.items() if key != "missing"}
 
 
 @router.get("/experiments/{name}/{number}/do/{verb}")
