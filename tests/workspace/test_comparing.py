@@ -246,6 +246,21 @@ def test_writers_are_judged_by_rouge_and_by_what_they_forget(tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_the_power_in_a_report_is_of_the_spread_that_was_seen(tmp_path: Path) -> None:
+    recipe, workspace = recipe_in(tmp_path), Workspace(tmp_path / "store")
+    asked = {"methods": "lora,prefix", "against": "lora", "seeds": 2}
+    before = workspace.plan_comparison(recipe, **asked).power
+    assert before.spread.source.startswith("assumed: "), "the control: nothing has run"
+    found = workspace.compare(recipe, **asked)
+    assert found.power.spread.source == "measured on the 2 seeds that have run"
+    assert found.power.spread.examples != before.spread.examples
+    assert found.power.shows_worse != before.shows_worse
+    assert found.power.sentences()[-1] in (Path(found.folder) / "report.md").read_text()
+    assert before.sentences()[1] not in (Path(found.folder) / "report.md").read_text()
+    assert workspace.plan_comparison(recipe, **asked).power == found.power, "the plan of the same design knows it too"
+
+
+@pytest.mark.slow
 def test_a_regression_is_computed_once_and_judged_with_every_seed(tmp_path: Path) -> None:
     recipe, stages = recipe_in(tmp_path, **{"data.test": "20"}), []
     workspace = Workspace(tmp_path / "store")
