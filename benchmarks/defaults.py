@@ -320,7 +320,7 @@ FLAT, MLP = (*PREFIX, ("reparametrize", False)), (*PREFIX, ("reparametrize", Tru
 LINEAR = (("kind", "linear"),)
 SMALL, MANY, LARGE = 200, 1000, 2000  # examples
 SEEDS = 5  # of the stage `confirm`
-CODES = {"linear": "2", "full": "3", "lora": "4", "prefix": "4"}  # raised when defaults change: runs are made anew
+CODES = {"linear": "2", "full": "4", "lora": "5", "prefix": "5"}  # raised when defaults change: runs are made anew
 
 
 def small() -> Iterator[Job]:

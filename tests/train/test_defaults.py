@@ -63,7 +63,7 @@ def test_a_prefix_without_its_mlp_has_a_rate_of_its_own_by_family() -> None:
 @pytest.mark.parametrize(
     ("method", "examples", "epochs"),
     [
-        ("lora", 200, 10),
+        ("lora", 200, 20),
         ("lora", 2000, 3),
         ("prefix", 200, 20),
         ("prefix", 1000, 5),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from sklearn.linear_model import LogisticRegression
 from turret import adapters
 from turret.data import Dataset, Labelled
 from turret.errors import LossNotFinite
-from turret.train import evaluate, fit
+from turret.train import evaluate, fit, plan
+from turret.train.batches import Items, Schedule
+from turret.train.cost import measure
 from turret.train.linear_start import PENALTIES, cross_validated, solve
 
 FRESH = ("classifier.bias", "classifier.weight")
@@ -96,7 +99,7 @@ def test_cross_validation_takes_a_large_penalty_for_noise_and_a_small_one_for_a_
 
 
 def test_classes_of_one_or_two_examples_do_not_make_the_penalty_large() -> None:
-    """A held-out row of a class that the other folds lack is lost anyway: counted, it makes the head predict nothing."""
+    """A held-out row of a class that the other folds lack is lost anyway. Counted, it favours an empty head."""
     draw = torch.Generator().manual_seed(0)
     middles = torch.randn(60, 40, generator=draw)
 
@@ -143,10 +146,10 @@ def test_the_adapter_first_learns_to_give_the_head_the_mean_of_the_tokens(method
     """With a step of no size it learns nothing of it: the control."""
     losses = []
     for lr in ({"lora": 1e-2, "prefix": 3e-2, "full": 1e-3}[method], 1e-9):
-        settings = {"train__lr": lr, "train__epochs": 10, "train__evaluate": "never"}
+        settings = {"train__lr": lr, "train__epochs": 5, "train__evaluate": "never"}
         on, *_, fitted = trained(hidden=True, method=method, **settings)
         said = fitted.adapter.lineage["head_start"]
-        assert said["mean_steps"] == 120, "as many as the training has steps"
+        assert said["mean_steps"] == 120, "twice as many as the training has steps"
         losses.append(said["mean_loss"])
         adapters.detach(on.model)
     assert losses[0] < 0.6 * losses[1]
@@ -185,9 +188,38 @@ def test_the_first_step_is_no_worse_than_guessing_with_dropout(method: str) -> N
 
 
 def test_where_the_first_token_tells_as_much_the_adapter_begins_at_once() -> None:
-    on, *_, fitted = trained(**STILL)
-    adapters.detach(on.model)
-    assert "mean_steps" not in fitted.adapter.lineage["head_start"]
+    """Here both tell nothing: the labels are drawn. With the labels of the texts the adapter learns the mean."""
+    for drawn in (True, False):
+        draw, on, data = random.Random(0), tiny.base("bert"), dataset(hidden=True)
+        on.fresh = FRESH
+        if drawn:
+            data = replace(data, train=[replace(each, label=draw.choice(("bad", "good"))) for each in data.train])
+        made = tiny.recipe(**STILL)
+        _, fitted = tiny.train(fit(made, on, tiny.task_of(made, data, on), data))
+        adapters.detach(on.model)
+        assert ("mean_steps" in fitted.adapter.lineage["head_start"]) != drawn
+
+
+@pytest.mark.slow
+def test_a_plan_counts_the_time_of_the_start() -> None:
+    """In processor time: other programs run on this machine."""
+    made = tiny.recipe(train__epochs=20, train__evaluate="never")
+    told, spent = [], 0.0
+    for fresh in (FRESH, ()):
+        on, data = tiny.base("bert"), dataset(hidden=True)
+        on.fresh = fresh
+        task, schedule = tiny.task_of(made, data, on), Schedule.of(made, len(data.train))
+        cost = measure(made, on, task, Items(task, data.train), schedule, clock=time.process_time)
+        told.append(cost.head_start)
+        row = next(each for each in plan(made, on, task, data).checks if each.name == "time")
+        assert ("before the first step, for the start of the head" in row.text) == bool(fresh)
+        if fresh:
+            begun, steps = time.process_time(), fit(made, on, task, data)
+            next(steps)
+            spent = time.process_time() - begun
+            steps.close()
+    assert told[1] == 0.0, "the control: a head of the checkpoint has no start"
+    assert spent / 3 < told[0] < 5 * spent
 
 
 def test_the_start_is_the_same_again_and_a_seed_still_matters() -> None:

@@ -211,7 +211,7 @@ def test_the_language_of_texts(language: str, name: str) -> None:
     assert checks.language_of(["1234 5678"] * 100) is None
 
 
-@pytest.mark.parametrize(("method", "needed", "epochs"), [("lora", 250, 50), ("prefix", 600, 120), ("full", 250, 50)])
+@pytest.mark.parametrize(("method", "needed", "epochs"), [("lora", 500, 100), ("prefix", 600, 120), ("full", 250, 50)])
 def test_a_run_that_is_too_short_for_its_method_names_the_epochs_that_are_enough(
     method: str, needed: int, epochs: int
 ) -> None:

@@ -171,7 +171,11 @@ class OutcomeTally:
     def tipping(self, side: Side) -> float:
         """The largest share of hidden units despite which the outcomes decide for this side; 0 if none is."""
         return max(
-            (beta for beta, process in zip(HIDDEN, self.hidden.get(side, ()), strict=False) if process.peak >= self.decides),
+            (
+                beta
+                for beta, process in zip(HIDDEN, self.hidden.get(side, ()), strict=False)
+                if process.peak >= self.decides
+            ),
             default=0.0,
         )
 

@@ -17,11 +17,12 @@ from turret import adapters, heap
 from turret.bases import Base, synchronize
 from turret.data import Example
 from turret.recipe import Recipe
-from turret.tasks import Task, writes
+from turret.tasks import Task, has_head, writes
 from turret.train import memory
 from turret.train.batches import Item, Items, Schedule, micro_batches, pass_tokens
 from turret.train.evaluation import GENERATED_ROWS, evaluate, generate
 from turret.train.initialize import InitialAdapter, attach
+from turret.train.linear_start import head_start
 from turret.train.moments import moment_bytes
 from turret.train.seeds import Randomness
 from turret.train.step import backward, loss_of
@@ -59,6 +60,7 @@ class Cost:
     """Seconds of a typical optimiser step, and bytes by component at the largest one."""
 
     seconds: float
+    head_start: float  # most seconds of the head's start, which is before the first step; 0 without one
     step_tokens: float
     memory: memory.Prediction
     trainable: int  # weights
@@ -131,6 +133,8 @@ def measure(
             others = OtherProcesses()
             seconds = _seconds(model, task, micro_batches(typical, most), clock)
             busy = others.busy()
+            begins = head_start(recipe, base, task, items, most) if start is None and has_head(task) else None
+            before_steps = 0.0 if begins is None else begins.most_seconds(seconds, schedule.steps, clock)
             with memory.grown(device) as grown:  # from the state in which a training starts: libraries, a trimmed heap
                 begun = memory.resident(device)
                 saved = _saved_by(model, task, pieces, 1 if seconds > LONG else SIZES)
@@ -154,7 +158,9 @@ def measure(
         prepared=(0 if on_card else BETWEEN_STEPS) + max(0, begun - before - 2 * trainable - rounded),
         runtime=max(0, before - base.bytes),
     )
-    return Cost(seconds, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4, busy, generation)
+    return Cost(
+        seconds, before_steps, sum(map(_tokens, batches)) / len(batches), prediction, trainable // 4, busy, generation
+    )
 
 
 def _synchronized(clock: Callable[[], float], device: torch.device) -> Callable[[], float]:

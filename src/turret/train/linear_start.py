@@ -25,7 +25,7 @@ from turret.bases import Base
 from turret.data import Example
 from turret.errors import LossNotFinite
 from turret.tasks import HeadTask
-from turret.train.batches import Items, Schedule, by_length, spread
+from turret.train.batches import Item, Items, Schedule, by_length, spread
 from turret.train.evaluation import evaluating
 from turret.train.loss_scale import LossScale
 from turret.train.optim import AdamW, learning_rate
@@ -42,8 +42,9 @@ FOLDS = 3  # of the cross-validation
 PENALTIES = (100.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # in the order in which they are tried
 ITERATIONS = 50  # of L-BFGS
 BETTER = 0.02  # the share by which the mean's loss must be lower
-STEPS = 200  # most in which the adapter learns the mean
+STEPS = 600  # most in which the adapter learns the mean
 WARMUP = 0.1  # of those steps
+TIMED = 32  # examples whose features are timed
 SLOT = "slots.1."  # in the names of a head's trained copy
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -80,18 +81,18 @@ class HeadStart:
 
         Args:
             lr: the largest rate of those steps.
-            steps: the most of them.
+            steps: of the training; at most twice as many learn the mean.
         """
-        some = spread(len(self.items), MOST_EXAMPLES)
-        targets = self.task.targets([self.items.examples[place] for place in some])
+        some = self.items.take(spread(len(self.items), MOST_EXAMPLES))
+        targets = self.task.targets([item.example for item in some])
         _, loss = self.tried(self.features(some), targets)
         said: dict[str, float] = {}
-        reads_first = self.base.family.pooling(self.base.model.config) == "first"
-        if reads_first and not self.recipe.method.head_alone:
+        if self._may_learn:
             mean = self.features(some, mean=True)
             _, loss_of_mean = self.tried(mean, targets)
             if loss_of_mean < (1 - BETTER) * loss:
-                taught = self._learn(mean, some, optimiser, randomness, lr, min(steps, STEPS), processes)
+                taught = min(2 * steps, STEPS)
+                self._learn(mean, some, optimiser, randomness, lr, taught, processes)
                 said |= {"mean_steps": taught, "mean_loss": float(Teaching(mean).loss(self.features(some), mean))}
         self.base.model.train()
         with randomness:  # with dropout, as in the steps to come: else it outweighs features that hardly vary
@@ -102,6 +103,34 @@ class HeadStart:
         self.set(solve(read, targets, self.task.loss, penalty, len(self.layer.weight)))
         optimiser.restart(optimiser.weights.clone())
         return {"penalty": penalty, **said}
+
+    def most_seconds(self, step: float, steps: int, clock: Callable[[], float]) -> float:
+        """The time of `begin` if the adapter learns the mean and every penalty is tried.
+
+        Args:
+            step: seconds of an optimiser step.
+            steps: of the training.
+            clock: seconds.
+        """
+        count, examples = len(self.items), self.items.examples
+        sample = self.items.take(spread(count, TIMED))
+        started = clock()
+        read = self.features(sample)
+        reading = (clock() - started) / len(sample) * min(count, MOST_EXAMPLES)
+        targets = self.task.targets([examples[place] for place in spread(count, MOST_TRIED)])
+        features = torch.randn(len(targets), read.shape[1], generator=torch.Generator().manual_seed(0))
+        begin = features.new_zeros(len(self.layer.weight), features.shape[1] + 1)
+        started = clock()
+        _minimise(features, targets, self.task.loss, 1.0, begin, iterations=1)
+        solving = (clock() - started) * ITERATIONS * FOLDS * len(PENALTIES)
+        if not self._may_learn:
+            return 2 * reading + solving
+        return 3 * reading + 2 * solving + min(2 * steps, STEPS) * step
+
+    @property
+    def _may_learn(self) -> bool:
+        """Whether the adapter can learn to give the head the mean instead of the first token."""
+        return self.base.family.pooling(self.base.model.config) == "first" and not self.recipe.method.head_alone
 
     def tried(self, features: Tensor, targets: Tensor) -> tuple[float, float]:
         """The penalty that cross-validation chooses, and its mean loss on held-out examples."""
@@ -115,8 +144,8 @@ class HeadStart:
         if self.layer.bias is not None:
             self.layer.bias.copy_(solution.bias)
 
-    def features(self, some: Sequence[int], *, mean: bool = False, dropout: bool = False) -> Tensor:
-        """What the last layer reads for some of the items: (N, D) float32 on the CPU.
+    def features(self, items: Sequence[Item], *, mean: bool = False, dropout: bool = False) -> Tensor:
+        """What the last layer reads for some items: (N, D) float32 on the CPU.
 
         Args:
             mean: if the head were given the mean of the bare base's tokens.
@@ -124,12 +153,12 @@ class HeadStart:
         """
         read: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: read.append(args[0].float().cpu()))
-        lengths, places = self.items.lengths(), list[int]()
+        places = list[int]()
         model, family = self.base.model, self.base.family
         bare = None if self.recipe.method.every_weight else adapters.BARE
         try:
-            for piece in by_length([lengths[place] for place in some], self.most_tokens):
-                rows = [item.source for item in self.items.take(some[each] for each in piece)]
+            for piece in by_length([item.tokens for item in items], self.most_tokens):
+                rows = [items[place].source for place in piece]
                 pooled = None
                 if mean:
                     with evaluating(model, bare):
@@ -144,17 +173,17 @@ class HeadStart:
     def _learn(
         self,
         wanted: Tensor,
-        some: Sequence[int],
+        items: Sequence[Item],
         optimiser: AdamW,
         randomness: Randomness,
         lr: float,
         steps: int,
         processes: Processes,
-    ) -> int:
-        """Train the adapter to give the last layer `wanted` (N, D) for some of the items. Returns the steps."""
+    ) -> None:
+        """Train the adapter to give the last layer `wanted` (N, D) for some items."""
         train, scale = self.recipe.train, LossScale.of(self.base.dtype)
         teaching = cast(HeadTask, Teaching(wanted))
-        schedule = Schedule(len(some), train.batch_size, steps, self.recipe.seed, max_steps=steps)
+        schedule = Schedule(len(items), train.batch_size, steps, self.recipe.seed, max_steps=steps)
         handle = self.layer.register_forward_hook(lambda _, args, __: args[0].flatten(1))
         self.base.model.train()
         try:
@@ -162,8 +191,7 @@ class HeadStart:
                 rate = learning_rate(
                     step, total=steps, peak=lr, warmup=max(1, round(WARMUP * steps)), schedule="linear"
                 )
-                items = self.items.take(some[each] for each in indices)
-                batch = [replace(item, example=cast(Example, row)) for item, row in zip(items, indices, strict=True)]
+                batch = [replace(items[row], example=cast(Example, row)) for row in indices]
                 with randomness, processes.noticing(), explained(self.most_tokens, batch, 0, None):
                     train_step(
                         self.base.model,
@@ -178,7 +206,6 @@ class HeadStart:
                     )
         finally:
             handle.remove()
-        return steps
 
 
 @dataclass(frozen=True)
@@ -281,10 +308,12 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean(0), torch.where(scale > 1e-12, scale, torch.ones_like(scale))
 
 
-def _minimise(z: Tensor, targets: Tensor, loss: Loss, penalty: float, begin: Tensor) -> Tensor:
+def _minimise(
+    z: Tensor, targets: Tensor, loss: Loss, penalty: float, begin: Tensor, iterations: int = ITERATIONS
+) -> Tensor:
     """Weights and biases (C, D + 1) with the lowest penalised loss, from `begin` on, by L-BFGS."""
     row = begin.clone().requires_grad_(True)
-    optimiser = torch.optim.LBFGS([row], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS([row], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()

@@ -156,7 +156,7 @@ def plan(
         rows.insert(1, checks.share(cost.trainable, total))
         rows += [
             fits(cost.memory, base),
-            Check("time", "ok", f"about {duration(seconds)} for {schedule.steps} steps{_trials(auto, cost)}"),
+            Check("time", "ok", f"about {duration(seconds)} for {schedule.steps} steps{_before(auto, cost)}"),
             *checks.processors(cost.others, torch.get_num_threads(), os.cpu_count() or 1),
         ]
     return Plan(
@@ -212,7 +212,7 @@ def fits(predicted: memory.Prediction, base: Base) -> Check:
 
 
 def _seconds(recipe: Recipe, used: Splits, dataset: Dataset, task: Task, schedule: Schedule, cost: Cost) -> float:
-    """The time of all steps, the evaluations during the run, and the final one, which also generates texts."""
+    """The time of the head's start and all steps, of evaluations, and of the final one, which also generates texts."""
     each_token = EVALUATION * cost.seconds / cost.step_tokens
     every = recipe.train.evaluate
     during = 0.0
@@ -224,7 +224,7 @@ def _seconds(recipe: Recipe, used: Splits, dataset: Dataset, task: Task, schedul
     if cost.generation is not None and writes(task):
         new_tokens = int(task.generation["max_new_tokens"])
         final += sum(cost.generation.seconds(len(split), new_tokens) for split in splits)
-    return schedule.steps * cost.seconds + during + final
+    return cost.head_start + schedule.steps * cost.seconds + during + final
 
 
 def _tokens(task: Task, examples: Sequence[Example]) -> float:
@@ -234,11 +234,14 @@ def _tokens(task: Task, examples: Sequence[Example]) -> float:
     return sum(item.tokens for item in sample) / len(sample) * len(items)
 
 
-def _trials(auto: TrialSize | None, cost: Cost) -> str:
-    """The time of finding the learning rate, for the end of the row on time."""
-    if auto is None or auto.reason is not None:
-        return ""
-    return f", before them at most {duration(MOST_TRIALS * auto.steps * cost.seconds)} to find the learning rate"
+def _before(auto: TrialSize | None, cost: Cost) -> str:
+    """What is done before the first step, and its time, for the end of the row on time."""
+    text = ""
+    if cost.head_start >= 1:
+        text = f", of it at most {duration(cost.head_start)} before the first step, for the start of the head"
+    if auto is not None and auto.reason is None:
+        text += f", before them at most {duration(MOST_TRIALS * auto.steps * cost.seconds)} to find the learning rate"
+    return text
 
 
 def duration(seconds: float) -> str:
