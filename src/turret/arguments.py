@@ -71,7 +71,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                 raise BadArgument(f"{name}: {key}: no path has the character NUL, given {shown(value)}: leave it out")
             if key in types and not _fits_one(value, types[key]):
                 words = " or ".join(dict.fromkeys(map(_in_words, types[key])))
-                raise BadArgument(f"{name}: {key}: expected {words}, given {_given(value)}")
+                made = ": make one of data with turret.Recipe(data=...)" if words == "a Recipe" else ""
+                raise BadArgument(f"{name}: {key}: expected {words}, given {_given(value)}{made}")
         return function(*places, **names)
 
     return call

@@ -131,6 +131,12 @@ def test_a_wrong_argument_costs_one_line(name: str, tmp_path: Path, monkeypatch:
         require_plain(door, arguments)
 
 
+def test_data_where_a_recipe_is_expected_says_how_to_make_one(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "b"}]
+    with pytest.raises(BadArgument, match=r"expected a Recipe, .*: make one of data with turret.Recipe\(data=...\)"):
+        Workspace(tmp_path).train(rows)  # type: ignore[arg-type]
+
+
 def test_control_the_walk_notices_a_plain_python_error() -> None:
     def door(recipe: Recipe) -> str:
         return recipe.name
