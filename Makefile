@@ -14,7 +14,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock release demo test test-all test-fleet test-gpu test-clients mutants lint prose format bench bench-train bench-serve bench-gpu figures reference reports docs clean
+.PHONY: help setup lock release demo test test-all test-fleet test-gpu test-clients mutants lint prose format bench bench-train bench-serve bench-gpu figures reference pictures reports docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,7 +39,8 @@ $(STAMP): pyproject.toml Makefile $(LOCKS)
 lock: $(STAMP)  ## pin newer versions of everything in requirements/; needs uv
 	$(BIN)/python release/make_lock.py
 
-release: $(STAMP)  ## the wheel with its kernels, the sdist, SHA256SUMS and a bill of materials, in dist/
+release: $(STAMP)  ## check the pictures; the wheel with its kernels, the sdist, SHA256SUMS, a bill of materials, in dist/
+	$(MAKE) pictures ARGS=--check
 	$(BIN)/python release/make_release.py
 
 demo: $(STAMP)  ## the whole tour on a bundled base and real data; ARGS=--quick for the short one
@@ -95,6 +96,9 @@ bench-gpu: $(STAMP)  ## on a card: training and decoding beside HF + PEFT, Unslo
 
 figures: $(STAMP)  ## write every measured figure of README and docs from benchmarks/results
 	$(BIN)/python benchmarks/figures.py $(ARGS)
+
+pictures: $(STAMP)  ## take the console's pictures of the docs; ARGS=--check: fail if a page has other words than its picture
+	PYTHONPATH=tests $(BIN)/python -m server.console_pictures .turret/pictures docs/images/console $(ARGS)
 
 reports: $(STAMP)  ## the reports of `turret compare` in docs/reports, or one: make reports NAME=bbc
 	PATH="$(CURDIR)/.venv/bin:$$PATH" docs/reports/make.sh $(NAME)

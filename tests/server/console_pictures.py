@@ -1,21 +1,27 @@
 """The pictures of the console in docs/images/console, taken by Chromium from the store of `console_store.py`.
 
-python tests/server/console_pictures.py STORE FOLDER [NAME…]      every picture, or those of these names
+PYTHONPATH=tests python -m server.console_pictures STORE FOLDER [NAME…]    every picture, or those of these names
+PYTHONPATH=tests python -m server.console_pictures STORE FOLDER --check    takes none; fails if a page has other words
+
+The words of each page are kept beside its picture, in words.json. Numbers are left out: they differ at every training.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from browser import Page, browser
-from console_store import BASE, fill
+from server.console_store import BASE, fill
 
 from turret import Workspace
 from turret.server.logs import Log
@@ -23,6 +29,16 @@ from turret.server.state import ServerState
 from turret.store import AccessToken
 
 Steps = Callable[[Page], Any]
+WORDS = "words.json"  # beside the pictures
+UNITS = {"ms", "s", "min", "h", "d", "days", "ago", "kB", "MB", "GB"}  # by the speed of the machine
+# What an element shows, without what a machine or a moment decides: times, identifiers, code.
+VISIBLE = """() => {
+  const copy = document.body.cloneNode(true);
+  copy.querySelectorAll("script, style, time, code, pre, svg, iframe").forEach(each => each.remove());
+  const walker = document.createTreeWalker(copy, NodeFilter.SHOW_TEXT), found = [];
+  while (walker.nextNode()) found.push(walker.currentNode.data);
+  return found.join(" ");
+}"""
 TEXT = "The central bank kept its rate, and shares in London rose as traders had hoped."
 
 
@@ -62,23 +78,17 @@ def unfolded(page: Page) -> None:
 # name -> (path, steps, phone, dark)
 PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
     "adapters": ("/adapters", nothing, False, False),
-    "adapters-phone": ("/adapters", nothing, True, False),
     "adapter": ("/adapters/news", nothing, False, False),
-    "adapter-dark": ("/adapters/news", nothing, False, True),
     "promote": ("/adapters/news", moving, False, False),
     "version": ("/adapters/news/2", nothing, False, False),
-    "runs": ("/runs", nothing, False, False),
     "run": ("RUN", settled, False, False),
     "run-phone-dark": ("RUN", settled, True, True),
     "comparisons": ("/comparisons", nothing, False, False),
     "comparison": ("COMPARISON", unfolded, False, False),
     "playground": ("/playground", playing, False, False),
     "playground-phone": ("/playground", playing, True, False),
-    "experiments": ("/experiments", nothing, False, False),
     "experiment": ("/experiments/news/1", settled, False, False),
-    "experiment-phone-dark": ("/experiments/news/1", settled, True, True),
     "store": ("/store", checked, False, False),
-    "store-dark": ("/store", checked, False, True),
     "sign-in": ("SIGN-IN", nothing, False, False),
 }
 
@@ -103,7 +113,24 @@ def serving(workspace: Workspace) -> Iterator[tuple[str, ServerState]]:
         thread.join(timeout=10)
 
 
-def main(store: Path, folder: Path, wanted: list[str]) -> None:
+def words_of(page: Page) -> list[str]:
+    """The different words of a page, without units and without those that have a digit."""
+    words = set(re.findall(r"[\w']+", page.evaluate(VISIBLE))) - UNITS
+    return sorted(word for word in words if not re.search(r"\d|_", word))
+
+
+def differences(before: Mapping[str, Iterable[str]], now: Mapping[str, Iterable[str]]) -> list[str]:
+    """A line for each page whose words are not those of its picture."""
+    lines = []
+    for name, words in now.items():
+        old, new = set(before.get(name, ())), set(words)
+        if old != new:
+            gone, come = (", ".join(sorted(each)[:12]) or "none" for each in (old - new, new - old))
+            lines.append(f"{name}: words that the picture has and the page has not: {gone}; the other way: {come}")
+    return lines
+
+
+def main(store: Path, folder: Path, wanted: list[str], check: bool) -> int:
     workspace = fill(store)
     newest = max((run for run in workspace.runs() if run["name"] == "news"), key=lambda run: run["id"])
     special = {
@@ -112,6 +139,9 @@ def main(store: Path, folder: Path, wanted: list[str]) -> None:
         "COMPARISON": f"/comparisons/{workspace.comparisons()[0]['key']}",
     }
     folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / WORDS
+    before = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+    now: dict[str, list[str]] = {}
     with serving(workspace) as (url, served), browser() as chromium:
         for name, (path, steps, phone, dark) in PICTURES.items():
             if wanted and name not in wanted:
@@ -122,13 +152,27 @@ def main(store: Path, folder: Path, wanted: list[str]) -> None:
             page = chromium.new_page(viewport=size, color_scheme="dark" if dark else "light", device_scale_factor=1)
             page.goto(url + special.get(path, path))
             steps(page)
-            shown = page.evaluate("document.documentElement.scrollHeight")
-            page.set_viewport_size({**size, "height": min(max(shown, 500), 760 if name == "comparison" else 1500)})
-            page.wait_for_timeout(150)
-            page.screenshot(path=folder / f"{name}.png")
+            now[name] = words_of(page)
+            if not check:
+                shown = page.evaluate("document.documentElement.scrollHeight")
+                page.set_viewport_size({**size, "height": min(max(shown, 500), 760 if name == "comparison" else 1500)})
+                page.wait_for_timeout(150)
+                page.screenshot(path=folder / f"{name}.png")
+                print(name, (folder / f"{name}.png").stat().st_size)
             page.close()
-            print(name, (folder / f"{name}.png").stat().st_size)
+    if check:
+        lines = differences(before, now)
+        print("\n".join(lines) or f"{len(now)} pictures have the words of their pages")
+        return int(bool(lines))
+    kept.write_text(json.dumps(before | now, ensure_ascii=False, indent=1, sort_keys=True) + "\n", "utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    options = argparse.ArgumentParser()
+    options.add_argument("store", type=Path)
+    options.add_argument("folder", type=Path)
+    options.add_argument("names", nargs="*")
+    options.add_argument("--check", action="store_true")
+    given = options.parse_args()
+    sys.exit(main(given.store, given.folder, given.names, given.check))

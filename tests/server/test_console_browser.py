@@ -5,6 +5,7 @@ A test fails if one of its pages sends a request to another host or writes an er
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 from browser import Browser, Page, browser
 from server.conftest import SEEDS, Running
+from server.console_pictures import PICTURES, WORDS, differences, words_of
 from server.echo import FINGERPRINT, LABELS, Echo
 from simulated_comparison import made
 from store.bundles import tensors, write_bundle
@@ -370,3 +372,25 @@ def test_a_page_of_another_site_changes_nothing(opened: Open, running: Running) 
     other.get_by_role("button").click()
     other.get_by_text("a page of another site sent this").wait_for()
     assert "stolen" not in running.workspace.resolve("news@1").aliases
+
+
+# --- the pictures of the documentation -------------------------------------------------------------------------------
+
+
+def test_another_word_on_a_page_than_on_its_picture_is_noticed_and_another_number_is_not(opened: Open) -> None:
+    before = {"adapters": words_of(opened("/adapters"))}
+    assert len(before["adapters"]) > 10
+    page = opened("/adapters")
+    page.evaluate("document.querySelector('h1').append(' 17')")
+    assert differences(before, {"adapters": words_of(page)}) == []
+    page.evaluate("document.querySelector('h1').append(' rephrased')")
+    assert "the other way: rephrased" in differences(before, {"adapters": words_of(page)})[0]
+
+
+def test_every_picture_of_the_console_has_its_words_and_is_shown_on_a_page() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    folder = docs / "images" / "console"
+    assert set(json.loads((folder / WORDS).read_text("utf-8"))) == set(PICTURES)
+    assert {path.stem for path in folder.glob("*.png")} == set(PICTURES)
+    page = (docs / "howto" / "console.md").read_text("utf-8")
+    assert set(re.findall(r"images/console/([\w-]+)\.png", page)) == set(PICTURES)
