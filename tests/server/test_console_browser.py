@@ -394,3 +394,19 @@ def test_every_picture_of_the_console_has_its_words_and_is_shown_on_a_page() -> 
     assert {path.stem for path in folder.glob("*.png")} == set(PICTURES)
     page = (docs / "howto" / "console.md").read_text("utf-8")
     assert set(re.findall(r"images/console/([\w-]+)\.png", page)) == set(PICTURES)
+
+
+def test_the_numbers_by_class_fit_a_phone(opened: Open) -> None:
+    """With the style sheet's own rules for phones; the control takes them away."""
+    page = opened("/adapters/news/1", phone=True)
+    numbers = "".join(f"<td class=n>{each}</td>" for each in ("100.0%", "82.9%", "90.7%", "41"))
+    head = "".join(f"<th class=n>{each}</th>" for each in ("precision", "recall", "F1", "examples"))
+    page.evaluate(
+        "html => document.querySelector('main').insertAdjacentHTML('beforeend', html)",
+        "<section class=card><div class=scroll id=probe><table class=plain>"
+        f"<thead><tr><th>class</th>{head}</tr></thead><tbody><tr><td>entertainment</td>{numbers}</tr></tbody></table></div></section>",
+    )
+    wider = "document.querySelector('#probe').scrollWidth - document.querySelector('#probe').clientWidth"
+    assert page.evaluate(wider) <= 1
+    page.evaluate("document.querySelectorAll('#probe th, #probe td').forEach(each => each.style.padding = '9px 12px')")
+    assert page.evaluate(wider) > 1
