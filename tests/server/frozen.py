@@ -23,7 +23,7 @@ from turret.server.limits import RequestLimits
 from turret.server.paths import is_page
 
 PROMISED = 0.3  # seconds until /healthz answers, during any other request
-GROWTH = 768 << 20  # bytes by which the memory of a server may grow meanwhile: a text of a million tokens takes 260 MiB
+GROWTH = 1 << 30  # bytes by which the memory of a server may grow meanwhile: a text of a million tokens takes 260 MiB
 LIMITS = RequestLimits()
 HEADER = LIMITS.header_bytes - 2048  # bytes that one value may have
 PATTERNS = (

@@ -124,6 +124,13 @@ def test_no_route_and_no_header_freezes_the_server_with_some_texts(real) -> None
     assert sum(statuses.values()) > 80
 
 
+@pytest.mark.parametrize("quotes", ['\\"', "\\"])
+def test_a_cookie_in_quotes_is_read_by_no_route(real, quotes) -> None:
+    """The walk found it: FastAPI reads all cookies of each request, which `http.cookies` does in quadratic time."""
+    cookie = {"cookie": 'a="' + quotes * (30_000 // len(quotes)) + '"'}
+    check(real, (Attack(f"cookie, {path}", "GET", path, headers=cookie) for path in ("/v1/models", "/sign-in", "/")))
+
+
 @pytest.mark.slow
 def test_no_route_and_no_header_freezes_the_server_with_any_text(real) -> None:
     statuses = check(real, attacks(real.schema(), real.caller(NAMED), PATTERNS))

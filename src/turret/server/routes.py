@@ -47,7 +47,29 @@ def _unit(turret_unit: Annotated[str | None, Header(max_length=MOST_UNIT, descri
 Unit = Annotated[str | None, Depends(_unit)]
 
 
-class ParsedRequest(Request):
+class PlainRequest(Request):
+    """A request without `cookies`: FastAPI would read them all for each route, in quadratic time for backslashes."""
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        """None: `cookie_value` reads the one that is meant."""
+        return {}
+
+
+class PageRoute(APIRoute):
+    """A route of the pages."""
+
+    # Any, Any: the yield and send types of every coroutine.
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(PlainRequest(request.scope, request.receive, request._send))
+
+        return handle
+
+
+class ParsedRequest(PlainRequest):
     """A request whose body is parsed already."""
 
     body_value: bodies.Body | None = None  # FastAPI uses an instance of the route's model unchanged

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 
 from turret.errors import BadRequest, Forbidden
 from turret.server.auth import READS, Caller
-from turret.server.routes import State
+from turret.server.routes import PageRoute, State
 
 MOST_FIELDS = 64
 INLINE = 8 << 10  # bytes; a larger form is read on a thread
@@ -84,4 +84,4 @@ Sent = Annotated[Form, Depends(read)]
 
 def pages() -> APIRouter:
     """A router for pages. It checks the form token of every write, also if the route does not read the form."""
-    return APIRouter(include_in_schema=False, dependencies=[Depends(_check_writes)])
+    return APIRouter(route_class=PageRoute, include_in_schema=False, dependencies=[Depends(_check_writes)])
