@@ -31,10 +31,10 @@ from turret.store import AccessToken
 Steps = Callable[[Page], Any]
 WORDS = "words.json"  # beside the pictures
 UNITS = {"ms", "s", "min", "h", "d", "days", "ago", "kB", "MB", "GB"}  # by the speed of the machine
-# What an element shows, without what a machine or a moment decides: times, identifiers, code.
+# What a page shows, without what a machine or a moment decides: times, places, identifiers, code.
 VISIBLE = """() => {
   const copy = document.body.cloneNode(true);
-  copy.querySelectorAll("script, style, time, code, pre, svg, iframe").forEach(each => each.remove());
+  copy.querySelectorAll("script, style, time, code, pre, svg, iframe, .mono, .when").forEach(each => each.remove());
   const walker = document.createTreeWalker(copy, NodeFilter.SHOW_TEXT), found = [];
   while (walker.nextNode()) found.push(walker.currentNode.data);
   return found.join(" ");
