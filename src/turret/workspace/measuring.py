@@ -56,6 +56,23 @@ def measured(ready: Ready, fitted: trainer.Fitted, say: Say, *, beside_base: boo
     return Measured(ready, fitted, metrics, forgot, probe, seconds)
 
 
+def uncalibrated(ready: Ready) -> list[str]:
+    """The sentence of a classifier without enough validation examples for a calibration.
+
+    The linear solution's folds cannot stand for them: an adapter is too sure because it was trained on its examples,
+    and a temperature from folds of its own would cost as many trainings.
+    """
+    task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
+    count = len(splits.watched) if splits.selects and splits.watched else 0
+    if not has_head(task) or not task.calibrates or count >= FEWEST:
+        return []
+    found = f"{count} validation examples" if count else "no validation split"
+    return [
+        f"probabilities are not calibrated ({found}) and are often too sure: set data.validation = 0.1, for "
+        f"{FEWEST_TEMPERATURE} examples or more"
+    ]
+
+
 def _calibrate(ready: Ready, fitted: trainer.Fitted) -> tuple[Ready, trainer.Fitted, Tensor | None]:
     """Fit the task's calibration on the validation split, if there is one, and put it into the adapter.
 
@@ -66,13 +83,8 @@ def _calibrate(ready: Ready, fitted: trainer.Fitted) -> tuple[Ready, trainer.Fit
     if not has_head(task) or not task.calibrates:
         return ready, fitted, None
     examples = splits.watched if splits.selects and splits.watched else ()
-    if len(examples) < FEWEST:
-        found = f"{len(examples)} validation examples" if examples else "no validation split"
-        note = (
-            f"probabilities are not calibrated ({found}) and are often too sure: set data.validation = 0.1, for "
-            f"{FEWEST_TEMPERATURE} examples or more"
-        )
-        return replace(ready, notes=[*ready.notes, note]), fitted, None
+    if len(examples) < FEWEST:  # `uncalibrated` says it
+        return ready, fitted, None
     most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
     logits = trainer.head_logits(ready.base.model, task, examples, most_tokens=most)
     train = ready.recipe.train

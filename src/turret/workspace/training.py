@@ -40,7 +40,7 @@ from turret.train import memory, processes
 from turret.train.proof import make_room
 from turret.workspace import sharding
 from turret.workspace.devices import AUTO, checkpoints_for, choose_for, lighter
-from turret.workspace.measuring import measured
+from turret.workspace.measuring import measured, uncalibrated
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
 from turret.workspace.ready import Ready
@@ -345,7 +345,7 @@ def _carry_out(
         ready, fitted, forgot = found.ready, found.fitted, found.forgot
         started = time.perf_counter()
         kept = found.metrics if forgot is None else found.metrics | {FORGETTING: forgot}
-        advice = _advice(store, run, ready, fitted)
+        advice = [*_advice(store, run, ready, fitted), *uncalibrated(ready)]
 
         def result(version: Version) -> RunResult:
             return RunResult(
