@@ -2,8 +2,9 @@
 
     python benchmarks/experiments.py --report
     python benchmarks/experiments.py                  # a few minutes on one core
+    python benchmarks/experiments.py --rates other --only late_outages missing advice
 
-Five simulations:
+Six simulations:
 
 - verdicts: experiments with binary outcomes, with no difference (also with a base rate that drifts while traffic ramps
   5%, 20%, 50%) and with known ones. `z, peeking` is the two-proportion z-test looked at every 50 units from the 100th
@@ -16,13 +17,16 @@ Five simulations:
 - missing outcomes: a share of the units sends no outcome, and the candidate's dissatisfied users a little less often
   than all others. Is there a verdict if missing outcomes are taken to be like the others, and with the bound on those
   that are not?
+- advice: comparisons that are undecided, repeated with as many more seeds and examples as the verdict asks for.
 - other mix: both arms tell as many outcomes, as quickly, and of one arm they are mostly the good ones.
+With `--rates other` outages, missing outcomes and comparisons have rates that no rule of the program was chosen on.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +34,7 @@ import numpy as np
 import record
 from scipy.stats import norm
 
+from turret.compare.verdict import judge
 from turret.experiments import decide, discoveries, validity
 from turret.experiments.e_process import EProcess
 from turret.experiments.evidence import OutcomeTally
@@ -67,6 +72,25 @@ OUTAGES = (  # who fails, the second at which it begins, share of errors, answer
     ("both arms", 20, 0.5, 10, 1.0),
     ("both arms", 3600, 0.5, 10, 0.3),
 )
+OTHER_BOUND, OTHER_NORMAL = 0.03, 0.004
+OTHER_OUTAGES = (
+    ("candidate alone", 45, 0.35, 4, 1.0),
+    ("candidate alone", 900, 0.35, 4, 0.5),
+    ("candidate alone", 7200, 0.35, 4, 0.1),
+    ("candidate alone", 1800, 0.12, 25, 0.3),
+    ("both arms", 700, 0.35, 25, 0.5),
+)
+ADVICE = (  # seeds, examples, points by which seeds, examples and both differ, and true differences; the margin
+    (3, 150, 1.1, 14, 18, 2, 1.5),
+    (4, 120, 2.2, 12, 16, 3, 2),
+)
+OTHER_ADVICE = (
+    (5, 250, 0.6, 10, 22, 1.5, 1),
+    (3, 400, 1.8, 16, 12, 2.5, 1.5),
+    (7, 100, 1.2, 13, 20, 3, 2.5),
+    (2, 300, 0.8, 9, 25, 2, 2),
+)
+MOST_DIFFERENCES = 100_000  # seeds times examples of advice that is followed
 
 
 def main() -> None:
@@ -74,10 +98,12 @@ def main() -> None:
     parser.add_argument("--experiments", type=int, default=200, help="simulated for each setting (default 200)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--report", action="store_true", help="only print the table of what is kept")
+    parser.add_argument("--rates", choices=("first", "other"), default="first")
     parser.add_argument("--only", nargs="+", choices=SIMULATED, default=SIMULATED, help="default: all")
     options = parser.parse_args()
     if not options.report:
         run: dict[str, Any] = {"experiments": options.experiments, "seed": options.seed, "alpha": ALPHA}
+        run["rates"] = options.rates
         run |= {name: simulate(options) for name, simulate in SIMULATED.items() if name in options.only}
         run["machine"] = record.machine(threads=1)
         record.keep(NAME, CLAIM, run)
@@ -94,10 +120,11 @@ def _discoveries(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _outages(options: argparse.Namespace) -> list[dict[str, Any]]:
-    found = []
-    for who, begins, share, rate, part in OUTAGES:
+    found, other = [], options.rates == "other"
+    bound, normal = (OTHER_BOUND, OTHER_NORMAL) if other else (BOUND, NORMAL)
+    for who, begins, share, rate, part in OTHER_OUTAGES if other else OUTAGES:
         numbers = range(round(part * options.experiments))
-        seconds = [_outage(options.seed, number, who, begins, share, rate) for number in numbers]
+        seconds = [_outage(options.seed, number, who, begins, share, rate, bound, normal) for number in numbers]
         found.append({"who": who, "begins": begins, "share": share, "rate": rate, "seconds": seconds})
     return found
 
@@ -106,7 +133,15 @@ def _missed(options: argparse.Namespace) -> list[dict[str, Any]]:
     names, numbers = ("good", "effect", "answer", "less", "units"), range(options.experiments // 4)
     return [
         {**dict(zip(names, each, strict=True)), "found": [_missing(options.seed, number, *each) for number in numbers]}
-        for each in MISSING
+        for each in (OTHER_MISSING if options.rates == "other" else MISSING)
+    ]
+
+
+def _advised(options: argparse.Namespace) -> list[dict[str, Any]]:
+    names = ("seeds", "examples", "by_seed", "by_example", "rest", "means", "margin")
+    return [
+        {**dict(zip(names, each, strict=True)), "followed": _followed(options.seed, options.experiments // 4, *each)}
+        for each in (OTHER_ADVICE if options.rates == "other" else ADVICE)
     ]
 
 
@@ -119,6 +154,7 @@ SIMULATED = {  # name in the result -> the simulation
     "discoveries": _discoveries,
     "late_outages": _outages,
     "missing": _missed,
+    "advice": _advised,
     "other_mix": _other_mixes,
 }
 
@@ -219,15 +255,17 @@ def _evidence(seed: int, number: int, place: int) -> list[tuple[float, str | Non
 # --- outages --------------------------------------------------------------------------------------------------------
 
 
-def _outage(seed: int, number: int, who: str, begins: int, share: float, rate: int) -> int | None:
+def _outage(
+    seed: int, number: int, who: str, begins: int, share: float, rate: int, bound: float, normal: float
+) -> int | None:
     """The second of the outage in which the guard rolled the candidate back; below 1 is a false alarm."""
-    generator, watch = np.random.default_rng([seed, number, begins]), Watch("control", {"errors": BOUND})
+    generator, watch = np.random.default_rng([seed, number, begins]), Watch("control", {"errors": bound})
     splits = [(timestamp(0), {"control": 0.5, "candidate": 0.5})]
     for second in range(begins + LASTS):
         rows, candidate = [], int(generator.binomial(rate, 0.5))
         for arm, answers in (("candidate", candidate), ("control", rate - candidate)):
             hit = second >= begins and (arm == "candidate" or who == "both arms")
-            errors = int(generator.binomial(answers, share if hit else NORMAL))
+            errors = int(generator.binomial(answers, share if hit else normal))
             sums = {"errors": errors, "slow": 0, "seconds": 0.0, "compared": 0, "agreed": 0}
             rows.append(SimpleNamespace(id=second, at=timestamp(second), arm=arm, answers=answers, **sums))
         watch.read(rows, splits)
@@ -247,6 +285,13 @@ MISSING = (  # chance of a good outcome, the candidate's gain, share that answer
     (0.3, 0.1, 0.6, 0.0, 10_000),
     (0.3, 0.2, 0.6, 0.0, 10_000),
 )
+OTHER_MISSING = (
+    (0.6, 0.0, 0.4, 0.1, 60_000),
+    (0.85, 0.0, 0.25, 0.2, 80_000),
+    (0.5, 0.0, 0.7, 0.05, 50_000),
+    (0.4, 0.07, 0.5, 0.0, 30_000),
+    (0.15, 0.12, 0.7, 0.0, 20_000),
+)
 
 
 def _missing(
@@ -263,6 +308,43 @@ def _missing(
     seen = [((0, int(not each)), "candidate" if a else "control") for a, each in zip(arm, told, strict=True)]
     alarm = SampleRatio().after(seen, planned).process.peak >= math.log(validity.NEEDED)
     return {"verdict": tally.verdict, "tipping": tally.tipping("better"), "alarm": bool(alarm)}
+
+
+# --- advice that is followed -----------------------------------------------------------------------------------------
+
+
+def _followed(
+    seed: int,
+    most: int,
+    seeds: int,
+    examples: int,
+    by_seed: float,
+    by_example: float,
+    rest: float,
+    means: float,
+    margin: float,
+) -> list[tuple[float, bool]]:
+    """(share of cases that the advice says, whether it settled it) of at most so many undecided comparisons."""
+    rng, found = np.random.default_rng([seed, seeds, examples]), list[tuple[float, bool]]()
+    for _ in range(20 * most):
+        key, mean = int(rng.integers(2**31)), means * rng.standard_normal()
+
+        def differences(some: int, count: int, key: int = key, mean: float = mean) -> Any:
+            """(S, N); those of before stay when seeds and examples are added."""
+            rows = by_seed * np.random.default_rng([key, 1]).standard_normal((some, 1))
+            columns = by_example * np.random.default_rng([key, 2]).standard_normal((1, count))
+            own = [np.random.default_rng([key, 3, each]).standard_normal(count) for each in range(some)]
+            return (mean + rows + columns + rest * np.stack(own)) / 100
+
+        asked = judge(differences(seeds, examples), margin, rng, resamples=300)
+        more, wider = seeds + (asked.more_seeds or 0), examples + (asked.more_examples or 0)
+        if asked.word != "undecided" or (more, wider) == (seeds, examples) or more * wider > MOST_DIFFERENCES:
+            continue
+        settled = judge(differences(more, wider), margin, rng, resamples=300).word != "undecided"
+        found.append((float(asked.settles or 0.0), bool(settled)))
+        if len(found) == most:
+            break
+    return found
 
 
 # --- outcomes of another mix ----------------------------------------------------------------------------------------
@@ -286,13 +368,19 @@ def _other_mix(seed: int, number: int) -> dict[str, Any]:
 
 
 def _report() -> None:
-    for section in (verdicts, named, guarded, missed, mixed):
+    for section in (verdicts, named, guarded, missed, advised, mixed):
         print(section(), end="\n\n")
 
 
-def newest(simulation: str) -> Any:
-    """The newest result of a simulation."""
-    return [run[simulation] for run in record.load(NAME) if simulation in run][-1]
+def newest(simulation: str, rates: str = "first") -> Any:
+    """The newest result of a simulation; empty if there is none."""
+    found = [run for run in record.load(NAME) if simulation in run and run.get("rates", "first") == rates]
+    return found[-1][simulation] if found else []
+
+
+def both(simulation: str) -> Iterator[tuple[str, Any]]:
+    """Every row with its rates: those that were looked at first, and others."""
+    return ((rates, row) for rates in ("first", "other") for row in newest(simulation, rates))
 
 
 def verdicts() -> str:
@@ -332,15 +420,16 @@ def named() -> str:
 def guarded() -> str:
     """A row an outage: how often the candidate is rolled back, and after how many seconds."""
     rows = []
-    for run in newest("late_outages"):
+    for rates, run in both("late_outages"):
         after = sorted(second for second in run["seconds"] if second is not None and second >= 1)
         early = sum(second is not None and second < 1 for second in run["seconds"])
         gone = len(after) / len(run["seconds"])
         median, most = (f"{after[int(part * len(after))]} s" if after else "" for part in (0.5, 0.95))
         begins = lasting(float(run["begins"]))
-        rows.append([run["who"], begins, f"{run['share']:.0%}", run["rate"], len(run["seconds"])])
+        rows.append([rates, run["who"], begins, f"{run['share']:.0%}", run["rate"], len(run["seconds"])])
         rows[-1] += [early, f"{gone:.0%}", median, most]
     header = [
+        "rates",
         "outage of",
         "begins after",
         "answers that fail",
@@ -354,16 +443,30 @@ def guarded() -> str:
 def missed() -> str:
     """A row a setting: verdicts without and with the bound on missing outcomes."""
     rows = []
-    for run in newest("missing"):
+    for rates, run in both("missing"):
         found = run["found"]
         fewer = run["less"] * (1 - run["good"])
         alike = [each["verdict"] == "better" and not each["alarm"] for each in found]
         holds = [bare and each["tipping"] >= MISSING_BOUND for bare, each in zip(alike, found, strict=True)]
         shares = [f"{sum(some) / len(found):.0%}" for some in ([each["alarm"] for each in found], alike, holds)]
         differs = f"{run['effect']:+g}" if run["effect"] else "none"
-        rows.append([differs, f"{run['answer']:.0%}", f"{fewer:.1%}", run["units"], len(found), *shares])
-    header = ["real difference", "users who answer", "fewer of the candidate's", "units", "simulated", "alarm"]
+        rows.append([rates, differs, f"{run['answer']:.0%}", f"{fewer:.1%}", run["units"], len(found), *shares])
+    header = ["rates", "real difference", "users who answer", "fewer of the candidate's", "units", "simulated", "alarm"]
     return record.table([*header, "better, if alike", "better, with the bound of 5%"], rows)
+
+
+def advised() -> str:
+    """A row a design: how often the advice said that it would settle it, and how often it did."""
+    rows = []
+    for rates, run in both("advice"):
+        said, settled = zip(*run["followed"], strict=True)
+        count, share = len(said), sum(settled) / len(said)
+        error = 1.96 * math.sqrt(max(share * (1 - share), 1 / count) / count)
+        interval = f"{share:.0%} [{max(0.0, share - error):.0%}, {min(1.0, share + error):.0%}]"
+        rows.append([rates, run["seeds"], run["examples"], f"{run['margin']:g}", count])
+        rows[-1] += [f"{sum(said) / count:.0%}", interval]
+    header = ["rates", "seeds", "test examples", "margin, points", "undecided comparisons"]
+    return record.table([*header, "settled, as the advice says", "settled, once followed"], rows)
 
 
 def mixed() -> str:

@@ -387,6 +387,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "discoveries": experiments.named,
     "outages": experiments.guarded,
     "missing-outcomes": experiments.missed,
+    "advice": experiments.advised,
     "other-mix": experiments.mixed,
     "defaults": lambda: defaults.confirmed(record.load("defaults")),
     "defaults-missed": lambda: defaults.missed(record.load("defaults")),
