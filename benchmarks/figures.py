@@ -390,6 +390,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "advice": experiments.advised,
     "other-mix": experiments.mixed,
     "defaults": lambda: defaults.confirmed(record.load("defaults")),
+    "defaults-outside": lambda: defaults.elsewhere(record.load("defaults")),
     "defaults-missed": lambda: defaults.missed(record.load("defaults")),
     "defaults-screening": lambda: defaults.screened(record.load("defaults")),
     "prefix-attention": lambda: prefix_attention.report(record.load("prefix_attention")),
