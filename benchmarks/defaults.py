@@ -141,9 +141,9 @@ def headlines(_: Path) -> Iterator[Row]:
 
 def _wheel(source: str) -> Iterator[Row]:
     """The rows of a packaged data set without splits."""
-    from turret.data import packaged
+    from turret.data import source
 
-    tables = packaged.load(source)
+    tables = source.load(source)
     assert list(tables) == [""], "a data set with splits: read its train split only"
     names = tables[""].columns
     yield from (dict(zip(names, cells, strict=True)) for _, cells in tables[""].read(list(names)))

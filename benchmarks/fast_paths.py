@@ -107,7 +107,7 @@ def _training(
     """A training of the job that has begun: its dtype, a block of its steps, and the bytes that a step saves."""
     import torch
 
-    from turret import adapters, heap
+    from turret import adapters, process
     from turret.data.dataset import read
     from turret.tasks import make_task, schemas
     from turret.train.run import TrainingRun
@@ -151,7 +151,7 @@ def _training(
         return sum(found.values())
 
     try:
-        with run.randomness, heap.keep_freed():
+        with run.randomness, process.keep_freed():
             yield str(base.dtype).removeprefix("torch."), block, saved
     finally:
         adapters.detach(base.model)

@@ -59,12 +59,16 @@ PATHS = {
     "low_rank": Path(
         ("texts", "short texts", "prompts", "one prompt"),
         (LAYERS,),
-        ("SGMV: the LoRA of every token of a pass, one call for each layer", "`sgmv.sgmv`", "with kernels"),
+        ("SGMV: the LoRA of every token of a pass, one call for each layer", "`adapter_pool.sgmv`", "with kernels"),
     ),
     "BGMV": Path(
         ("prompts", "one prompt"),
         (KERNELS,),
-        ("the LoRA of decode rows: two batched products for each layer", "`sgmv.sgmv`", "without kernels, on a GPU"),
+        (
+            "the LoRA of decode rows: two batched products for each layer",
+            "`adapter_pool.sgmv`",
+            "without kernels, on a GPU",
+        ),
     ),
     "step attention": Path(("prompts", "one prompt"), (LAYERS,)),
     "few-token products": Path(("short texts", "prompts", "one prompt"), (LAYERS,)),
@@ -98,8 +102,8 @@ PATHS = {
 def patches(name: str, engine: Any) -> list[Patch]:
     """How each path is switched off: the one place that knows."""
     from turret.adapters import attention
-    from turret.adapters.fused import activations, layers, norms, residual, rotary
-    from turret.engine import adapter_pool, cache, decode, runner, sgmv
+    from turret.adapters.fused import activations, layers, residual, rotary
+    from turret.engine import adapter_pool, cache, decode, runner
     from turret.kernels import Library, available
 
     def none(*_: Any) -> None:
@@ -119,7 +123,7 @@ def patches(name: str, engine: Any) -> list[Patch]:
         "long passes": lambda: [(engine._scheduler, "batch_tokens", runner.SHORT_PASS)],
         "round passes": lambda: [(runner, "rounded", lambda tokens, _: tokens)],
         "top_p of few": lambda: [(decode, "LOOKED_AT", 1 << 30)],
-        "BGMV": lambda: [(sgmv.BGMV, "arrange", _arrange_segments), (sgmv.BGMV, "add", _add_segments)],
+        "BGMV": lambda: [(adapter_pool.BGMV, "arrange", _arrange_segments), (adapter_pool.BGMV, "add", _add_segments)],
     }[name]()  # fmt: skip
 
 
@@ -132,7 +136,7 @@ def _arrange_segments(bgmv: Any, rows: Sequence[Any]) -> None:
 
 def _add_segments(bgmv: Any, y: Any, x: Any, layer: int) -> None:
     """`BGMV.add` by SGMV."""
-    from turret.engine.sgmv import sgmv
+    from turret.engine.adapter_pool import sgmv
 
     sgmv(y, x, bgmv.segments, layer)
 

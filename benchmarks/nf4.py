@@ -68,7 +68,7 @@ def measured(side: str, seed: int, threads: int) -> dict[str, Any]:
     import torch
 
     import turret
-    from turret import adapters, bases, heap
+    from turret import adapters, bases, process
     from turret import train as trainer
     from turret.data.dataset import read
     from turret.tasks import make_task, schemas
@@ -90,7 +90,7 @@ def measured(side: str, seed: int, threads: int) -> dict[str, Any]:
     kept = recipe.base_quantization or "none"
     base = bases.load(BASE, task="generate", dtype="bfloat16", seed=seed, quantization=kept)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
-    heap.release()
+    process.release()
     before = memory.resident()
     records: list[Any] = []
     steps = trainer.fit(recipe, base, task, dataset)

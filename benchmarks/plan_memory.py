@@ -62,7 +62,7 @@ def measured(case: str, threads: int) -> dict[str, Any]:
     import torch
 
     import turret
-    from turret import bases, heap, train
+    from turret import bases, process, train
     from turret.data.dataset import read
     from turret.tasks import make_task, schemas
     from turret.train import memory
@@ -92,7 +92,7 @@ def measured(case: str, threads: int) -> dict[str, Any]:
             seed=recipe.seed,
         )
     task: Any = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
-    heap.release()
+    process.release()
     before = memory.resident()
     plan = train.plan(recipe, base, task, dataset)
     plan.require()

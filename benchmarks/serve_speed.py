@@ -226,15 +226,15 @@ def thousand(engine: Any, shelf: Shelf, bundle: Path, count: int) -> dict[str, A
     """Resident bytes that so many more adapters take, each loaded from its file; what is free is given back."""
     import psutil
 
-    from turret import heap
+    from turret import process
 
     process = psutil.Process()
-    heap.release()
+    process.release()
     before = process.memory_info().rss
     for number in range(count):
         shelf.adapters[f"m{number}"] = bundle
         engine.warm(f"m{number}")
-    heap.release()
+    process.release()
     return {"adapters": count, "bytes": process.memory_info().rss - before}
 
 

@@ -347,7 +347,7 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
     """HF Trainer + PEFT on the same token ids in the same order."""
     import transformers
 
-    from turret import heap
+    from turret import process
     from turret.bases.source import resolve
     from turret.data.dataset import read
     from turret.tasks import make_task, schemas
@@ -382,7 +382,7 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
         around = hf.callback(turns.begin, turns.end)
         trainer = hf.trainer(model, arguments, rows, collate, around)
         started = time.perf_counter()
-        with heap.keep_freed():
+        with process.keep_freed():
             trainer.train()
         seconds = time.perf_counter() - started
     facts |= {

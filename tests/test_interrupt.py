@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from turret.interrupt import StopRequest, uninterrupted
+from turret.process import StopRequest, uninterrupted
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

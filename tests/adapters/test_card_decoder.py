@@ -13,7 +13,7 @@ import torch
 from batches import rows, without_dropout
 from four_bits import base_in_four_bits, needs_bitsandbytes
 
-from turret.adapters import attach, checkpointed, detach, packed
+from turret.adapters import attach, detach, lifecycle, packed
 from turret.adapters.fused import card_decoder, layers
 from turret.methods import LoRA
 
@@ -41,7 +41,7 @@ def gradients(model: Any, method: LoRA, checkpoint: bool = False) -> dict[str, t
     """Of every factor, of a sum over the logits of three rows."""
     attach(model, method, generator=torch.Generator().manual_seed(0))
     if checkpoint:
-        checkpointed.checkpoint_layers(model)
+        lifecycle.checkpoint_layers(model)
     model.train()
     sources, targets = rows(lengths=(9, 3, 14)), rows(seed=1, lengths=(4, 6, 2))
     packed.target_logits(model, sources, targets).float().logsumexp(-1).sum().backward()

@@ -12,7 +12,7 @@ from small_models import build
 from torch import Tensor
 
 from turret.adapters import attach, classify_logits, fused, trainable_parameters
-from turret.adapters.fused import norms
+from turret.adapters.fused import residual
 from turret.adapters.packed import target_states
 from turret.kernels import Library, library
 from turret.methods import LoRA, Method, Prefix
@@ -94,13 +94,13 @@ def test_an_output_that_was_changed_since_is_kept_itself() -> None:
     found = library()
     assert found is not None
     y = found.rms_norm(x.detach(), norm.weight.detach(), 1e-6)[0]
-    again = norms.RecomputedRMSNorm(norm.weight.detach(), 1e-6, found)
-    marked = norms.with_input(y, x, again)
-    own, by = norms.to_save(marked)
+    again = residual.RecomputedRMSNorm(norm.weight.detach(), 1e-6, found)
+    marked = residual.with_input(y, x, again)
+    own, by = residual.to_save(marked)
     assert by is again
     assert torch.equal(again.of(own), y)
     marked.add_(1.0)
-    own, by = norms.to_save(marked)
+    own, by = residual.to_save(marked)
     assert by is None
     assert own is marked
-    assert norms.to_save(x) == (x, None)
+    assert residual.to_save(x) == (x, None)

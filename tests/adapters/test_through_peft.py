@@ -20,7 +20,7 @@ from turret.adapters import (
     classify_logits,
     detach,
     extract,
-    merge,
+    lifecycle,
     mount,
     target_logits,
     through_peft,
@@ -145,7 +145,9 @@ def test_merged_weights_answer_as_the_adapter_does(method: Peft) -> None:
     expected = target_logits(model, SOURCES, TARGETS)
     tensors, head, stored = extract(model)
     plain = build("llama", "generate")
-    plain.load_state_dict(merge.merged_state(plain, Adapter(stored, tensors, head, BaseInfo("small", None, "llama"))))
+    plain.load_state_dict(
+        lifecycle.merged_state(plain, Adapter(stored, tensors, head, BaseInfo("small", None, "llama")))
+    )
     got = own_target_logits(plain, SOURCES, TARGETS)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
@@ -155,7 +157,7 @@ def test_a_prompt_is_not_merged() -> None:
     tensors, head, stored = extract(model)
     detach(model)
     with pytest.raises(AdapterError, match="cannot be merged: it adds virtual tokens"):
-        merge.merged_state(model, Adapter(stored, tensors, head, BaseInfo("small", None, "llama")))
+        lifecycle.merged_state(model, Adapter(stored, tensors, head, BaseInfo("small", None, "llama")))
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ from turret.adapters import (
     trainable_parameters,
 )
 from turret.adapters.batch_context import set_context
-from turret.adapters.fused import trained_encoder
+from turret.adapters.fused import layers
+from turret.adapters.fused.layers import TrainedEncoder
 from turret.adapters.fused.trained_decoder import TrainedDecoder
-from turret.adapters.fused.trained_encoder import TrainedEncoder
 from turret.adapters.packed import target_states
 from turret.kernels import Library, int8, library, without
 from turret.methods import LoRA, Method, Prefix
@@ -154,8 +154,8 @@ def test_another_order_of_random_words_gives_other_numbers(monkeypatch: pytest.M
     """The control of the tests above."""
     model = model_of("bert", METHODS["LoRA on all"])
     given = outcome(model)
-    monkeypatch.setattr(trained_encoder, "Q", 1)
-    monkeypatch.setattr(trained_encoder, "K", 0)
+    monkeypatch.setattr(layers, "Q", 1)
+    monkeypatch.setattr(layers, "K", 0)
     assert not same(given, outcome(model))
 
 

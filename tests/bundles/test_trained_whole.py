@@ -14,7 +14,7 @@ from small_models import ENCODER_DECODERS, build
 
 from turret import adapters, bundles
 from turret.adapters import Adapter, BaseInfo
-from turret.adapters.merge import merged_state
+from turret.adapters.lifecycle import merged_state
 from turret.engine.runner import DecodeStep, Prefill
 from turret.errors import AdapterError, BundleError
 from turret.methods.peft.whole import with_modules

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turret.card_kernels import check, lora_programs, operations, programs
+from turret.card_kernels import available, operations, programs
 
 CPU = torch.device("cpu")
 TYPES = {
@@ -49,7 +49,7 @@ def main(*capabilities: int) -> None:
         for dtype in DTYPES:
             launched = Launched(home[f"_{name}"])
             with patch.dict(home, {f"_{name}": launched}):
-                getattr(programs, name)(*check.Case(CPU, dtype).arguments(name))
+                getattr(programs, name)(*available.Case(CPU, dtype).arguments(name))
             ((args, constants),) = launched.calls
             names = [each for each in launched.program.arg_names if each not in constants]
             signature = {each: type_of(value) for each, value in zip(names, args, strict=True)}

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from turret.card_kernels import check, lora_programs, operations, programs
+from turret.card_kernels import available, operations, programs
 
 CPU = torch.device("cpu")
 NATIVE = ("attention", "attention_backward")  # torch's own fused kernels, which have no form for the CPU
@@ -39,7 +39,7 @@ def main() -> None:
         home = vars(lora_programs if "lora" in name else programs)
         with patch.dict(home, {f"_{name}": Counted(f"_{name}", home[f"_{name}"], launches)}):
             far = {
-                kind: check.largest_difference(name, getattr(programs, name), CPU, dtype)
+                kind: available.largest_difference(name, getattr(programs, name), CPU, dtype)
                 for kind, dtype in DTYPES.items()
             }
         found[name] = {"difference": far, "launches": dict(launches)}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from turret.card_kernels import check, operations, usable, why_not
+from turret.card_kernels import available, operations, usable, why_not
 from turret.card_kernels.reference import kept
 
 CPU = torch.device("cpu")
@@ -70,13 +70,13 @@ def test_every_program_compiles_for_cards_since_ampere_within_their_shared_memor
 
 
 def test_control_a_program_with_another_formula_is_noticed() -> None:
-    assert check.largest_difference("swiglu", lambda gate, up: gate * up, CPU, torch.float32) > 0.1
-    assert check.largest_difference("rotate", lambda *arguments: None, CPU, torch.float32) > 0.1
+    assert available.largest_difference("swiglu", lambda gate, up: gate * up, CPU, torch.float32) > 0.1
+    assert available.largest_difference("rotate", lambda *arguments: None, CPU, torch.float32) > 0.1
 
 
 def test_attention_over_packed_rows_is_torchs_attention_of_each_row_and_so_are_its_gradients() -> None:
     """The reference of FlashAttention, whose own form for the CPU there is none."""
-    case = check.Case(CPU, torch.float32)
+    case = available.Case(CPU, torch.float32)
     q, k, v, starts, key_starts, *numbers = case.arguments("attention")
     y, log_sum = torch.ops.turret.attention(q, k, v, starts, key_starts, *numbers)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))

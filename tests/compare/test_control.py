@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from simulated_control import ASPECTS, HOSTILE, KINDS, LABELS, found, written
 
-from turret.compare.control_rates import Written, headline, rated, shares_of_nearest
-from turret.compare.control_report import as_html, as_markdown, write_report
+from turret.compare.control_rates import Written, as_html, as_markdown, headline, rated, shares_of_nearest, write_report
 
 
 def test_the_rate_is_the_share_of_outputs_of_the_asked_aspect_by_either_judge() -> None:

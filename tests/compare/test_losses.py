@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from turret.compare.losses import binned, course, still_falling
+from turret.compare.collapse import binned, course, still_falling
 
 TIME = np.linspace(0, 1, 60)
 

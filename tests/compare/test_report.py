@@ -16,14 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_comparison import made
 
-from turret.compare import control_report
+from turret.compare import control_rates
 from turret.compare.evaluation_page import as_html as evaluation_page
 from turret.compare.evidence import Interval, interval
-from turret.compare.labels import CHARACTER, WIDTH
-from turret.compare.mistakes import Confusions, Details, Mistake
-from turret.compare.plots import Axis, LossCurve, Mark, axis, courses, forest, scatter
+from turret.compare.plots import CHARACTER, WIDTH, Axis, LossCurve, Mark, axis, courses, forest, scatter
 from turret.compare.report import _apart, as_html, as_markdown, headline, write_report
 from turret.compare.report_text import rounded
+from turret.compare.results import Confusions, Details, Mistake
 from turret.compare.verdict import Verdict
 
 HOSTILE = "<script>alert(1)</script> | `x` **b** {{{{ 7*7 }}}} number {}"
@@ -377,8 +376,8 @@ def pages(tmp_path_factory) -> dict[str, str]:
                 composition="legal@3+formal@2",
             )
         ),
-        "control": control_report.as_html(simulated_control.found()),
-        "control of nine": control_report.as_html(simulated_control.found(aspects=NINE)),
+        "control": control_rates.as_html(simulated_control.found()),
+        "control of nine": control_rates.as_html(simulated_control.found(aspects=NINE)),
     }
     for name, page in of.items():
         (folder / f"{name}.html").write_text(page, encoding="utf-8")

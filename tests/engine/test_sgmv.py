@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from turret.engine.adapter_pool import BGMV, sgmv
 from turret.engine.adapter_tensors import AdapterTensors, factor_layout, tensor_layout
-from turret.engine.sgmv import BGMV, sgmv
 
 SIZES = ((24, 40), (40, 24))  # (D_in, D_out) of two layers
 

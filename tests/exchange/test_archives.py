@@ -23,7 +23,7 @@ from exchange.foreign import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from turret.bundles import archive
+from turret.bundles import fetch
 from turret.errors import BundleError
 from turret.workspace import Workspace
 
@@ -191,7 +191,7 @@ def test_a_mangled_archive_is_an_error_and_never_a_crash(
     content = path.read_bytes()
     path.write_bytes(content[:at] + noise + content[at + len(noise) // 2 :])
     with suppress(BundleError):
-        archive.unpack(path, path.parent / "out")
+        fetch.unpack(path, path.parent / "out")
 
 
 NAMES = st.one_of(
@@ -207,7 +207,7 @@ NAMES = st.one_of(
 def test_a_member_name_that_is_taken_stays_below_the_top(name: str) -> None:
     parts: tuple[str, ...] = ()
     with suppress(BundleError):
-        parts = archive.check_name(name, "a.zip")
+        parts = fetch.check_name(name, "a.zip")
     assert ".." not in parts
     assert all(part.isascii() and part.isprintable() and part[0] not in "-~/\\" for part in parts)
     assert Path("/top", *parts).resolve().is_relative_to("/top")
@@ -222,6 +222,6 @@ def test_nothing_is_written_but_the_known_files(
     with suppress(UnicodeEncodeError, ValueError):
         PACK[kind](top / kind, {CONFIG: b"{}", **dict.fromkeys(names, b"x"), WEIGHTS: b"x"})
         with suppress(BundleError):
-            archive.unpack(top / kind, top / "out")
+            fetch.unpack(top / kind, top / "out")
         assert {path.name for path in top.iterdir()} <= {kind, "out"}
         assert {path.name for path in (top / "out").rglob("*")} <= {WEIGHTS, CONFIG, MANIFEST}

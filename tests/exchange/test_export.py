@@ -29,9 +29,9 @@ from small_disk import mounted_disk
 
 import turret
 from turret import adapters, bases, bundles
-from turret.adapters import Adapter, merge
+from turret.adapters import Adapter, lifecycle
 from turret.adapters.lora import merged_weight
-from turret.bundles import vllm
+from turret.bundles import gguf_lora
 from turret.errors import AdapterError, Corrupt, NotFound, StoreError
 from turret.methods import Full, Head, Prefix
 from turret.workspace import Workspace
@@ -150,7 +150,7 @@ def test_merging_makes_new_tensors_and_writes_to_none_of_the_base(
     base = bases.load(str(bert), task="classify", num_labels=3, dtype="float32")
     before = {name: each.clone() for name, each in base.model.state_dict().items()}
     adapter = bundles.read_bundle(bundle)
-    state = merge.merged_state(base.model, adapter)
+    state = lifecycle.merged_state(base.model, adapter)
     assert all(torch.equal(each, before[name]) for name, each in base.model.state_dict().items())
     changed = {name for name, each in state.items() if not torch.equal(each, before[name])}
     layers = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] + ".weight" for name in adapter.tensors}
@@ -292,7 +292,7 @@ def test_what_vllm_does_not_take_is_refused(family, task, changes, text, tmp_pat
     peft_folder(family, task, tmp_path / "peft", **changes)
     adapter = bundles.read_bundle(tmp_path / "peft")
     with pytest.raises(AdapterError, match=text) as caught:
-        vllm.max_lora_rank(replace(adapter, base=replace(adapter.base, family=family)))
+        gguf_lora.max_lora_rank(replace(adapter, base=replace(adapter.base, family=family)))
     assert "\n" not in str(caught.value)
 
 
@@ -302,7 +302,7 @@ def test_a_layer_outside_the_blocks_does_not_go_to_vllm(bundle_of_writer: Adapte
         for name, each in bundle_of_writer.tensors.items()
     }
     with pytest.raises(AdapterError, match="the linear layers of a decoder's blocks, not on lm_head: use --merged"):
-        vllm.max_lora_rank(replace(bundle_of_writer, tensors=tensors))
+        gguf_lora.max_lora_rank(replace(bundle_of_writer, tensors=tensors))
 
 
 def test_a_prefix_does_not_go_to_vllm(workspace, tmp_path) -> None:

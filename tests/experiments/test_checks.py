@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from turret.experiments import decide, discoveries, paired, sample_ratio
+from turret.experiments import analyze, discoveries, paired, validity
 from turret.experiments.evidence import OutcomeTally
 from turret.experiments.validity import NEEDED
 
@@ -20,7 +20,7 @@ UNITS = 0  # the class
 def closed(splits: list[tuple[dict[str, float], dict[str, int]]]) -> float:
     """The reference of the sample ratio: a likelihood ratio in closed form, from the counts of each split."""
     logs = []
-    for k in sample_ratio.CONCENTRATIONS:
+    for k in validity.CONCENTRATIONS:
         log = 0.0
         for pi, n in splits:
             log += math.lgamma(k) - math.lgamma(k + sum(n.values()))
@@ -30,9 +30,9 @@ def closed(splits: list[tuple[dict[str, float], dict[str, int]]]) -> float:
     return float(np.logaddexp.reduce(logs)) - math.log(len(logs))
 
 
-def fallen(*splits: tuple[dict[str, float], list[str]]) -> sample_ratio.SampleRatio:
+def fallen(*splits: tuple[dict[str, float], list[str]]) -> validity.SampleRatio:
     """The arms of units, one split after the other."""
-    found, planned = sample_ratio.SampleRatio(), dict(enumerate(pi for pi, _ in splits))
+    found, planned = validity.SampleRatio(), dict(enumerate(pi for pi, _ in splits))
     for revision, (_, arms) in enumerate(splits):
         found = found.after([((revision, UNITS), arm) for arm in arms], planned)
     return found
@@ -56,7 +56,7 @@ def test_the_ratio_unit_by_unit_is_the_closed_form_however_it_is_cut() -> None:
     generator = np.random.default_rng(0)
     splits = [({"control": 0.8, "candidate": 0.2}, drawn(generator, 0.2, 300)), (HALF, drawn(generator, 0.6, 200))]
     counts = [(pi, {arm: arms.count(arm) for arm in pi}) for pi, arms in splits]
-    whole, pieces = fallen(*splits), sample_ratio.SampleRatio()
+    whole, pieces = fallen(*splits), validity.SampleRatio()
     for revision, (_, arms) in enumerate(splits):
         for start, end in itertools.pairwise((0, 1, 50, 300)):
             seen = [((revision, UNITS), arm) for arm in arms[start:end]]
@@ -150,7 +150,7 @@ def evidence_of(seed: int, place: int) -> list[tuple[float, str | None]]:
     arm = (generator.random(UNITS_EACH) < 0.5).astype(np.int64)
     chance = np.where(arm == 1, 0.45 if place < REAL else 0.3, 0.3)
     y, share = (generator.random(UNITS_EACH) < chance).astype(np.float64), np.full(UNITS_EACH, 0.5)
-    found, known = [], OutcomeTally.empty(binary=True, margin=None, decides=decide.needed(0.05))
+    found, known = [], OutcomeTally.empty(binary=True, margin=None, decides=analyze.needed(0.05))
     for start in range(0, UNITS_EACH, STEP):
         known = known.after(*(part[start : start + STEP] for part in (arm, y, share)))
         found.append((known.equality(), known.verdict))

@@ -10,7 +10,7 @@ from scipy import stats
 
 from turret.errors import BadExperiment
 from turret.experiments import Guards
-from turret.experiments.decide import needed
+from turret.experiments.analyze import needed
 from turret.experiments.evidence import HIDDEN, OutcomeTally
 
 LEVEL, BOUND = 0.05, 0.05

@@ -15,7 +15,7 @@ from turret import Workspace
 from turret.errors import ExperimentError
 from turret.experiments import Guards, Told, outcomes
 from turret.experiments.outcomes import Seen
-from turret.experiments.sample_ratio import SampleRatio
+from turret.experiments.validity import SampleRatio
 from turret.store.catalog import now
 
 DAY = 86400.0

@@ -13,7 +13,7 @@ from experiments.conftest import filled
 from turret import Workspace
 from turret.errors import BadExperiment, ExperimentError, GateFailed, InUse, NotFound, StoreError
 from turret.experiments import Guards
-from turret.experiments.decide import Compared, Health, decide
+from turret.experiments.analyze import Compared, Health, decide
 from turret.workspace import promoting
 
 FEW = Guards(max_errors=0.02)

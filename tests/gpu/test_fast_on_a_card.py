@@ -11,7 +11,7 @@ import torch
 from adapters_at_hand import GENERATES, made
 from batches import without_dropout
 
-from turret.card_kernels import available, check, copied, operations
+from turret.card_kernels import available, copied, operations
 from turret.engine.decode_graphs import DecodeGraphs
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.methods import LoRA
@@ -32,7 +32,7 @@ def ampere() -> None:
 @pytest.mark.parametrize("name", operations.NAMES)
 def test_a_program_gives_what_its_reference_gives(name: str, dtype: torch.dtype) -> None:
     program = getattr(torch.ops.turret, name)
-    assert check.largest_difference(name, program, CARD, dtype) <= check.ALLOWED[dtype]
+    assert available.largest_difference(name, program, CARD, dtype) <= available.ALLOWED[dtype]
 
 
 def stepped(programs: bool) -> tuple[float, torch.Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from turret import kernels
 from turret.adapters import attach, packed
-from turret.adapters.attention_math import attend_plainly
+from turret.adapters.attention import attend_plainly
 from turret.kernels import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 from turret.methods import LoRA, Prefix
 

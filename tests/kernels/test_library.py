@@ -11,8 +11,7 @@ import pytest
 from compiled_kernels import COMPILER, needed
 
 from turret.kernels import build
-from turret.kernels.build import SWITCH, NotBuilt
-from turret.kernels.compiler import LEVELS
+from turret.kernels.build import LEVELS, SWITCH, NotBuilt
 
 
 @needed

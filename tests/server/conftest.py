@@ -20,8 +20,7 @@ from store.bundles import tensors, write_bundle
 from turret.server.engines import Engines
 from turret.server.logs import Log
 from turret.server.run import Server, bind, url_of
-from turret.server.settings import ServerSettings
-from turret.server.state import ServerState
+from turret.server.state import ServerSettings, ServerState
 from turret.store import Version
 from turret.workspace import Workspace
 

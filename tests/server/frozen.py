@@ -19,8 +19,7 @@ from urllib.parse import quote
 import psutil
 from server import walk
 
-from turret.server.limits import RequestLimits
-from turret.server.paths import is_page
+from turret.server.limits import RequestLimits, is_page
 
 PROMISED = 0.3  # seconds until /healthz answers, during any other request
 GROWTH = 1 << 30  # bytes by which the memory of a server may grow meanwhile: a text of a million tokens takes 260 MiB

@@ -20,7 +20,7 @@ from server.echo import FINGERPRINT
 from store.bundles import tensors, write_bundle
 
 from turret.errors import TooLarge
-from turret.server import bodies
+from turret.server import routes
 from turret.server.limits import RequestLimits
 from turret.workspace import Workspace
 
@@ -158,11 +158,11 @@ def test_health_is_told_at_once_while_costly_bodies_are_read(server, name) -> No
 def test_many_keys_and_values_within_a_text_are_none() -> None:
     limits = RequestLimits(body_keys=3, body_values=4)
     for text in ('":,[{' * 9, "\\" * 7 + ":,[{" * 9, '\\":,[{' * 9 + "\\", "\n\t::::\u2028,,,,,"):
-        bodies.check_counts(json.dumps({"model": "a", "input": text}).encode(), limits)
+        routes.check_counts(json.dumps({"model": "a", "input": text}).encode(), limits)
         with pytest.raises(TooLarge, match="more than 3 keys"):
-            bodies.check_counts(json.dumps({"1": text, "2": 0, "3": 0, text: 0}).encode(), limits)
+            routes.check_counts(json.dumps({"1": text, "2": 0, "3": 0, text: 0}).encode(), limits)
         with pytest.raises(TooLarge, match="more than 4 values"):
-            bodies.check_counts(json.dumps([text, "", text, 0, text]).encode(), limits)
+            routes.check_counts(json.dumps([text, "", text, 0, text]).encode(), limits)
 
 
 def test_as_many_as_the_limits_say_are_taken_and_one_more_is_not(serve, put) -> None:
@@ -201,10 +201,10 @@ def sizes(value: object) -> tuple[int, int]:
 def test_the_counts_are_exact_for_whatever_is_json(value, ascii_only) -> None:
     content = json.dumps(value, ensure_ascii=ascii_only).encode()
     keys, values = sizes(value)
-    bodies.check_counts(content, RequestLimits(body_keys=keys, body_values=values))
+    routes.check_counts(content, RequestLimits(body_keys=keys, body_values=values))
     if keys:
         with pytest.raises(TooLarge):
-            bodies.check_counts(content, RequestLimits(body_keys=keys - 1, body_values=values))
+            routes.check_counts(content, RequestLimits(body_keys=keys - 1, body_values=values))
     if values:
         with pytest.raises(TooLarge):
-            bodies.check_counts(content, RequestLimits(body_keys=keys, body_values=values - 1))
+            routes.check_counts(content, RequestLimits(body_keys=keys, body_values=values - 1))

@@ -279,7 +279,7 @@ def test_a_report_is_served_as_it_was_written_and_may_run_nothing(serve, workspa
 def test_a_finding_on_control_is_listed_beside_the_comparisons_and_opened(serve, workspace) -> None:
     from simulated_control import found
 
-    from turret.compare.control_report import write_report as write_control
+    from turret.compare.control_rates import write_report as write_control
 
     folder = workspace.store.root / "controls" / "aspects-0123456789"
     folder.mkdir(parents=True)

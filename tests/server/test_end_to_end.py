@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import turret
 from turret import engine as engine_room
-from turret.server.settings import ServerSettings
+from turret.server.state import ServerSettings
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
 from turret.workspace import Workspace, serving

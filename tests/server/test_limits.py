@@ -11,8 +11,7 @@ from urllib.parse import quote
 
 import pytest
 
-from turret.server.limits import RequestLimits
-from turret.server.paths import is_page
+from turret.server.limits import RequestLimits, is_page
 
 GOOD = {"model": "a", "input": "x"}
 

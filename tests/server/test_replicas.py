@@ -18,11 +18,10 @@ from store.bundles import tensors, write_bundle
 
 from turret.client import AsyncClient
 from turret.errors import Draining, NotFound, QuotaSpent, StoreError, TurretError
-from turret.server.leader import Leader
 from turret.server.metrics import Metrics
 from turret.server.quotas import Quota
+from turret.server.replica import Leader, SharedQuotas
 from turret.server.sessions import COOKIE
-from turret.server.shared_quotas import SharedQuotas
 from turret.server.state import ServerSettings
 from turret.store import Budgets, Store
 from turret.workspace import Workspace

@@ -24,7 +24,7 @@ import turret
 from turret.engine import Embedding, Engine, Limits, MemoryBudget, Options
 from turret.errors import ServeRefused
 from turret.server.engines import Engines
-from turret.server.settings import ServerSettings
+from turret.server.state import ServerSettings
 from turret.workspace import Workspace
 
 PLACES = (("bert", "classify", "labels"), ("qwen3", "generate", "news"), ("llama", "generate", "law"))

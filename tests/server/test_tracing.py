@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from turret.errors import ServeRefused
-from turret.server import tracing
+from turret.server import logs
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -62,4 +62,4 @@ def test_a_collector_receives_a_span_of_each_request_without_its_text(collector,
 def test_without_the_extra_the_server_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(ServeRefused, match=r"pip install 'turret\[otel\]'"):
-        tracing.provider()
+        logs.provider()

@@ -13,12 +13,12 @@ from store.commit_proxy import CommitProxy
 
 from turret.errors import InUse, StoreError, TooLarge
 from turret.server.quotas import Quota
-from turret.server.shared_quotas import SharedQuotas
+from turret.server.replica import SharedQuotas
 from turret.store import Budgets, Store, client_files, client_tables, usage
 from turret.store import batches as store_batches
 from turret.store.batches import Answer, Batch, Batches, Lost
 from turret.store.client_files import ClientFiles
-from turret.store.flushes import flushes
+from turret.store.usage import flushes
 
 ONE, TWO, OTHER = "token x/one", "token x/two", "token y/one"
 

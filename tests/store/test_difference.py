@@ -12,7 +12,7 @@ import pytest
 from store.bundles import safetensors, write_bundle
 
 from turret.errors import Corrupt
-from turret.store.weights import apart
+from turret.store.difference import apart
 
 LAYER = "base_model.model.encoder.layer.{}.query"
 

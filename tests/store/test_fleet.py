@@ -93,7 +93,7 @@ def drain(store: Store, folder: Path) -> None:
     worker = Worker(str(store.location.given), folder, 7)
     for _ in range(2000):
         with store.database().writing() as connection:
-            from turret.store.queue_tables import queue
+            from turret.store.runs import queue
 
             connection.execute(update(queue).values(due=0.0))
         if not [each for each in store.runs(100_000) if each["state"] == "waiting"]:

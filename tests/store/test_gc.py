@@ -19,7 +19,7 @@ from store.by_hand import age, everything, forget_uploads
 
 from turret.database import Database
 from turret.errors import StoreError
-from turret.store import Store, catalog, gc, incoming_bundle, scratch
+from turret.store import Store, artifacts, catalog, gc, scratch
 from turret.store.blobs import Blob, hash_file
 from turret.store.uploads import Upload
 
@@ -152,7 +152,7 @@ def test_a_put_whose_files_are_collected_again_and_again_says_so(store, make_bun
 def test_what_a_killed_put_wrote_goes_once_it_is_old(store, make_bundle, put) -> None:
     put()
     bundle = make_bundle(tensors(503))
-    _, paths = incoming_bundle.read(bundle)
+    _, paths = artifacts.read(bundle)
     Upload(store.database(), store._blobs).write({hash_file(path): path for path in paths.values()})
     assert store.gc().removed == ()
     assert store.verify().orphans == 0
@@ -195,8 +195,8 @@ class Failing:
 def test_a_gc_beside_a_put_that_is_listing_its_files_removes_none(store, make_bundle, put, alone) -> None:
     put()
     bundle = make_bundle(tensors(505))
-    manifest, paths = incoming_bundle.read(bundle)
-    content = incoming_bundle.hashed(manifest, paths)
+    manifest, paths = artifacts.read(bundle)
+    content = artifacts.hashed(manifest, paths)
     upload = Upload(store.database(), store._blobs)
     upload.write({blob: paths[path] for path, blob in content.items()})
     collected: list[list[gc.Removed]] = []
@@ -220,8 +220,8 @@ def test_a_gc_beside_a_put_that_is_listing_its_files_removes_none(store, make_bu
 def test_two_puts_of_one_content_at_once_list_one_copy(store, make_bundle) -> None:
     store.new_run("other", "", "")
     bundle, other = make_bundle(tensors(506)), Store(store.location)
-    manifest, paths = incoming_bundle.read(bundle)
-    content = incoming_bundle.hashed(manifest, paths)
+    manifest, paths = artifacts.read(bundle)
+    content = artifacts.hashed(manifest, paths)
     upload = Upload(store.database(), store._blobs)
     upload.write({blob: paths[path] for path, blob in content.items()})
     assert str(other.put("a", bundle)) == "a@1"
@@ -235,8 +235,8 @@ def test_two_puts_of_one_content_at_once_list_one_copy(store, make_bundle) -> No
 def test_what_was_listed_when_a_put_looked_and_collected_since_is_written(store, make_bundle) -> None:
     bundle = make_bundle(tensors(507))
     store.put("a", bundle)
-    manifest, paths = incoming_bundle.read(bundle)
-    content = incoming_bundle.hashed(manifest, paths)
+    manifest, paths = artifacts.read(bundle)
+    content = artifacts.hashed(manifest, paths)
     upload = Upload(store.database(), store._blobs)
     upload.write({blob: paths[path] for path, blob in content.items()})
     store.delete("a@1")

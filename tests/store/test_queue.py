@@ -12,7 +12,7 @@ from turret.errors import InUse, LeaseLost, NotFound, QueueFull, RecipeError, St
 from turret.store import Store, TrainingQueue, Version, leases, queue
 from turret.store.leases import Lease
 from turret.store.queue import Entry, QueuedRun, choose
-from turret.store.queue_tables import queue as rows
+from turret.store.runs import queue as rows
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from turret.data import Dataset, Labelled
 from turret.errors import LossNotFinite
 from turret.train import evaluate, fit, plan
 from turret.train.batches import Items, Schedule
-from turret.train.cost import measure
 from turret.train.linear_start import PENALTIES, cross_validated, solve
+from turret.train.preflight import measure
 
 FRESH = ("classifier.bias", "classifier.weight")
 METHODS = ("lora", "prefix", "full", "head")

@@ -22,7 +22,7 @@ from turret.train import checkpoint, evaluate, fit, read_curve
 from turret.train.batches import Items
 from turret.train.initialize import attach
 from turret.train.memory import Prediction
-from turret.train.optim import AdamW
+from turret.train.moments import AdamW
 from turret.train.step import explained, loss_of, train_step
 
 

@@ -12,8 +12,7 @@ from batches import without_dropout
 
 from turret.errors import LossNotFinite
 from turret.train import fit
-from turret.train.loss_scale import FIRST, PATIENCE, LossScale
-from turret.train.step import train_step
+from turret.train.step import FIRST, PATIENCE, LossScale, train_step
 
 
 def half() -> Any:

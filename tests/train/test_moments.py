@@ -15,8 +15,7 @@ from torch import nn
 from turret import quantized
 from turret.errors import TrainingError
 from turret.train import fit, require_optimizer
-from turret.train.moments import moment_bytes
-from turret.train.optim import AdamW
+from turret.train.moments import AdamW, moment_bytes
 
 RATES = (1e-2, 3e-2, 1e-2)
 

@@ -20,7 +20,7 @@ from turret.families import FAMILIES
 from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.train.initialize import optimiser_of
-from turret.train.optim import AdamW, learning_rate, warmup_steps
+from turret.train.moments import AdamW, learning_rate, warmup_steps
 from turret.train.step import backward
 
 

@@ -24,10 +24,9 @@ from turret.bases.device import gigabytes
 from turret.data import Labelled, Pair
 from turret.errors import AdapterError, PreflightRefused
 from turret.tasks import Classify
-from turret.train import Check, Plan, checks, memory, plan
+from turret.train import Check, Plan, memory, plan, preflight
 from turret.train.batches import Items
-from turret.train.cost import OtherProcesses
-from turret.train.preflight import fits
+from turret.train.preflight import OtherProcesses, fits
 
 
 def made(
@@ -171,12 +170,12 @@ def test_classes_are_counted_and_typos_get_no_advice_that_would_lift_them() -> N
     assert made(data=data)[1]["labels"].text == "2 classes: good (30), bad (30)"
     rows += [Labelled("dull", "baad"), Labelled("a dull story", "baad"), Labelled("lazy", "N/A")]
     task = Classify(("N/A", "baad", "bad", "good"), small_models.tokenizer("bert"))
-    found = list(checks.labels(task, rows))
+    found = list(preflight.labels(task, rows))
     assert any("'baad' (2) looks like 'bad', 'N/A' (1) looks like no label" in check.text for check in found)
     assert any('data.rename = {"baad" = "bad", "N/A" = ""}' in str(check.remedy) for check in found)
     assert not any("balanced" in str(check) for check in found)
     skewed = [*rows[:60], *(Labelled(f"one line {number}", "weather") for number in range(2))]
-    control = list(checks.labels(Classify(("bad", "good", "weather"), small_models.tokenizer("bert")), skewed))
+    control = list(preflight.labels(Classify(("bad", "good", "weather"), small_models.tokenizer("bert")), skewed))
     assert any("balanced" in str(check) for check in control)
 
 
@@ -191,7 +190,7 @@ def test_texts_in_a_language_that_the_base_hardly_knows_are_warned_of() -> None:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]")
         examples = [Labelled(text, str(good)) for text, good in texts(language)]
         items = Items(Classify(("True", "False"), tokenizer), examples)
-        return list(checks.language(items.take(range(len(items)))))
+        return list(preflight.language(items.take(range(len(items)))))
 
     (foreign,) = rows_of("de", known="en")
     assert foreign.level == "warn"
@@ -207,8 +206,8 @@ def test_texts_in_a_language_that_the_base_hardly_knows_are_warned_of() -> None:
     [("de", "German"), ("fr", "French"), ("en", "English"), ("pl", "Polish"), ("ru", "Cyrillic"), ("es", "Spanish")],
 )
 def test_the_language_of_texts(language: str, name: str) -> None:
-    assert checks.language_of([text for text, _ in texts(language)]) == name
-    assert checks.language_of(["1234 5678"] * 100) is None
+    assert preflight.language_of([text for text, _ in texts(language)]) == name
+    assert preflight.language_of(["1234 5678"] * 100) is None
 
 
 @pytest.mark.parametrize(("method", "needed", "epochs"), [("lora", 500, 100), ("prefix", 600, 120), ("full", 250, 50)])
@@ -310,7 +309,7 @@ def test_resident_and_peak_memory_are_read() -> None:
 def test_other_work_on_the_processors_is_a_warning_where_threads_will_wait_for_it(
     others: float, threads: int, count: int, remedy: str | None
 ) -> None:
-    found = list(checks.processors(others, threads, count))
+    found = list(preflight.processors(others, threads, count))
     assert len(found) == (remedy is not None)
     assert remedy is None or (found[0].level == "warn" and found[0].remedy.startswith(remedy))
 

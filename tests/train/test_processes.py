@@ -23,7 +23,7 @@ from turret.errors import TrainingError
 from turret.train import checkpoint, processes
 from turret.train.batches import Items
 from turret.train.initialize import attach
-from turret.train.optim import AdamW
+from turret.train.moments import AdamW
 from turret.train.processes import Processes
 from turret.train.step import train_step
 

@@ -23,7 +23,7 @@ from turret.errors import NotFound, RecipeError, StoreError, TrainingError
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace import Workspace
-from turret.workspace.comparing import ComparisonRequest, state
+from turret.workspace.comparing import ComparisonRequest, kept_files
 from turret.workspace.comparing.cells import CellRunner
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
@@ -158,7 +158,7 @@ def test_progress_says_the_last_score_and_the_time_left(tmp_path) -> None:
     assert runner.title(cells, 1) == "1 of 4  full, seed 42"
     done = result(cells[0], dataset(20), 0.9, 1)  # of 40 seconds
     runner.results[cells[0].key], runner.last = done, "full 90.0"
-    state.write(tmp_path / "cells" / cells[0].key / "result.json", {})
+    kept_files.write(tmp_path / "cells" / cells[0].key / "result.json", {})
     assert runner.title(cells, 2) == "2 of 4  lora, seed 42; last full 90.0; about 2 min 00 s left"
 
 
@@ -188,19 +188,21 @@ def test_what_is_judged_against_must_be_among_the_methods(tmp_path) -> None:
 
 def test_another_seed_or_method_is_the_same_comparison_and_other_data_is_another(tmp_path) -> None:
     recipe = recipe_in(tmp_path)
-    one = state.folder_of(tmp_path, recipe, "sha256:a")
-    assert one == state.folder_of(tmp_path, recipe.with_overrides({"method": "prefix", "train.lr": "1e-4"}), "sha256:a")
-    assert one != state.folder_of(tmp_path, recipe, "sha256:b")
-    assert one != state.folder_of(tmp_path, recipe.with_overrides({"train.epochs": "7"}), "sha256:a")
+    one = kept_files.folder_of(tmp_path, recipe, "sha256:a")
+    assert one == kept_files.folder_of(
+        tmp_path, recipe.with_overrides({"method": "prefix", "train.lr": "1e-4"}), "sha256:a"
+    )
+    assert one != kept_files.folder_of(tmp_path, recipe, "sha256:b")
+    assert one != kept_files.folder_of(tmp_path, recipe.with_overrides({"train.epochs": "7"}), "sha256:a")
 
 
 def test_a_result_is_whole_or_not_there(tmp_path) -> None:
-    state.write(tmp_path / "a" / "result.json", {"x": 1})
-    assert state.read(tmp_path / "a" / "result.json") == {"x": 1}
-    assert state.read(tmp_path / "none.json") is None
+    kept_files.write(tmp_path / "a" / "result.json", {"x": 1})
+    assert kept_files.read(tmp_path / "a" / "result.json") == {"x": 1}
+    assert kept_files.read(tmp_path / "none.json") is None
     (tmp_path / "half.json").write_text('{"x": ')
     with pytest.raises(StoreError, match="delete it"):
-        state.read(tmp_path / "half.json")
+        kept_files.read(tmp_path / "half.json")
 
 
 @pytest.mark.slow

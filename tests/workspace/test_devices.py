@@ -11,7 +11,7 @@ import tiny_training as tiny
 import torch
 
 from turret import adapters
-from turret.adapters.checkpointed import CheckpointedForward
+from turret.adapters.lifecycle import CheckpointedForward
 from turret.bases.device import CPU, Card, ChosenDevice, Machine
 from turret.errors import DeviceError, PreflightRefused
 from turret.plan_check import Check

@@ -19,8 +19,7 @@ from turret.cli.main import run
 from turret.errors import GateFailed
 from turret.recipe import Recipe
 from turret.workspace import forgetting
-from turret.workspace.forgetting import Increase
-from turret.workspace.neutral_texts import PARAGRAPHS
+from turret.workspace.forgetting import PARAGRAPHS, Increase
 
 
 def bundle_of(name: str, folder: Path, *, size: float, kind: str = "generate", recipe: bool = True) -> Path:

@@ -23,7 +23,7 @@ from turret.data.table_writer import TableWriter, TextForm, harmless
 from turret.errors import AdapterError, DataError
 from turret.recipe import Recipe
 from turret.workspace import RunResult, Workspace
-from turret.workspace.predict_options import PredictOptions
+from turret.workspace.answering import PredictOptions
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v0_1"

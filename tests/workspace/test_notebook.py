@@ -15,7 +15,7 @@ import pytest
 from simulated_comparison import made
 
 from turret import LoRA, Recipe, Workspace
-from turret.compare.mistakes import Details, Mistake
+from turret.compare.results import Details, Mistake
 from turret.errors import NotInstalled
 from turret.plan_check import Check
 from turret.store import Version

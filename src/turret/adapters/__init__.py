@@ -15,9 +15,8 @@ from turret.adapters.attached import (
     trainable_parameters,
 )
 from turret.adapters.batch_context import BARE, BatchContext, set_context
-from turret.adapters.checkpointed import checkpoint_layers
 from turret.adapters.fused.int8 import int8_layers, rounded_bytes
-from turret.adapters.lifecycle import attach, extract, mount, start_from, unmount
+from turret.adapters.lifecycle import attach, checkpoint_layers, extract, mount, start_from, unmount
 from turret.adapters.packed import classify_logits, target_logits
 
 __all__ = [

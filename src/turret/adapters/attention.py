@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from turret.adapters.attention_math import attend
+from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BARE, BatchContext, CachedKV
 from turret.adapters.fused import enabled
 from turret.adapters.fused.blocks import BlockLayout, BlockSide
 from turret.adapters.fused.card_attention import attend_rows
-from turret.adapters.fused.dropout import Masks
+from turret.adapters.fused.dropout import Masks, dropout, keep_rate, masked
 from turret.adapters.fused.flash import flash
 from turret.errors import AdapterError
 from turret.families import Family, Site
@@ -30,6 +30,140 @@ from turret.transformer import Submodule
 
 if TYPE_CHECKING:
     from turret.transformer import Submodule
+
+
+# --- attention math ---------------------------------------------------------------------------------------------------
+# The formula of attention, in plain torch and with its own gradient.
+
+
+LARGEST = 1 << 25  # probabilities of one call; above it torch's fused kernel computes, which saves none of them
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float = 0.0,
+    masks: Masks | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(cap(scaling * q k^T) + bias) v, with dropout at rate p on the probabilities.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, H_kv, S, D), with H a multiple of H_kv.
+        v: (B, H_kv, S, D).
+        bias: broadcasts to (B, H, T, S).
+        scaling: of the scores.
+        p: rate of dropout.
+        masks: dropout masks of the current pass.
+        softcap: largest score; None for no cap.
+
+    Returns:
+        (B, H, T, D).
+
+    Source: Vaswani et al. 2017, "Attention Is All You Need"; grouped keys and values: Ainslie et al. 2023.
+    """
+    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= LARGEST
+    known = softcap is None and (bias is None or not bias.requires_grad)
+    if q.device.type == "cpu" and trains and small and known and enabled("attention_gradient"):
+        mask = None
+        if p > 0.0:
+            mask = (masks or Masks()).like(q.new_empty(()).expand(*q.shape[:3], k.shape[2]), p)
+        return apply(_Attention, q, k, v, bias, scaling, keep_rate(p), mask)
+    return attend_plainly(q, k, v, bias, scaling, p, softcap)
+
+
+def attend_plainly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """`attend` in torch's own operations: the reference of every faster path, and the path of every other device."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
+    if softcap is None and (p == 0.0 or q.device.type == "cuda"):
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling, dropout_p=p)
+    scores = (q * scaling) @ k.mT  # (B, H, T, S); with dropout the fused kernel is slower than this
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if bias is not None:
+        scores = scores + bias
+    return dropout(scores.softmax(dim=-1), p) @ v
+
+
+class _AttentionContext(FunctionContext, Protocol):
+    scaling: float
+    keep: float
+    shapes: tuple[torch.Size, torch.Size]
+
+
+class _Attention(torch.autograd.Function):
+    """P = softmax(scaling q k^T + bias);  y = (P mask / keep) v. The G groups of queries follow one another: G T rows.
+
+    dV = (P mask)^T dy / keep;  dP = (dy v^T) mask / keep;  dS = P (dP - sum(dP P));
+    dq = scaling dS k;  dk = scaling dS^T q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: _AttentionContext,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        keep: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        B, H, T, D = q.shape
+        heads, S = k.shape[1], k.shape[2]
+        queries = (q * scaling).reshape(B * heads, -1, D)  # (B H_kv, G T, D)
+        keys = k.reshape(B * heads, S, D)
+        values = v.reshape(B * heads, S, D)
+        if mask is not None:
+            values = values * (1.0 / keep)
+        scores = torch.bmm(queries, keys.mT)  # (B H_kv, G T, S)
+        if bias is not None:
+            scores.view(B, H, T, S).add_(bias)
+        probabilities = torch.softmax(scores, dim=-1)
+        dropped = probabilities
+        if mask is not None:
+            mask = mask.view(scores.shape)
+            dropped = masked(probabilities, mask)
+        ctx.save_for_backward(queries, keys, values, probabilities, mask)
+        ctx.scaling, ctx.keep, ctx.shapes = scaling, keep, (q.shape, k.shape)
+        return torch.bmm(dropped, values).view(B, H, T, D)
+
+    @staticmethod
+    def backward(ctx: _AttentionContext, *gradients: Tensor) -> Gradients:
+        queries, keys, values, probabilities, mask = ctx.saved_tensors
+        shape, keys_shape = ctx.shapes
+        dy = gradients[0].reshape(queries.shape)
+        dP = torch.bmm(dy, values.mT)
+        dropped = probabilities
+        if mask is not None:
+            dP.view(mask.dtype).bitwise_and_(mask)
+            dropped = masked(probabilities, mask)
+        dv = torch.bmm(dropped.mT, dy)
+        if mask is not None:
+            dv.mul_(1.0 / ctx.keep)
+        dS = torch._softmax_backward_data(dP, probabilities, -1, dP.dtype)
+        dq = torch.bmm(dS, keys).mul_(ctx.scaling)
+        dk = torch.bmm(dS.mT, queries)
+        return dq.view(shape), dk.view(keys_shape), dv.view(keys_shape), None, None, None, None
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
 
 NAME = "turret"
 KeysValues = Callable[[int, Site], tuple[Tensor, Tensor] | None]

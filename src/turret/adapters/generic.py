@@ -10,9 +10,8 @@ from torch import Tensor
 from turret.adapters.attached import detach, hook_model
 from turret.adapters.packed import classify_logits, target_logits
 from turret.errors import AdapterError, UnknownFamily
-from turret.families import Family, generic
+from turret.families import FAMILIES, Family, generic
 from turret.families.family import Kind
-from turret.families.table import FAMILIES
 
 if TYPE_CHECKING:
     from turret.transformer import Model

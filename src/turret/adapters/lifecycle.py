@@ -2,19 +2,219 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from turret.adapters.adapter import Adapter, Extracted, mount_parts, require_base
+from turret import quantized
+from turret.adapters.adapter import Adapter, Extracted, Parts, mount_parts, require_base, shared_names
 from turret.adapters.attached import ATTRIBUTE, Attachment, Beginning, attachment, detach, hook_model
-from turret.adapters.composition import all_parts
+from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused.residual import COMPUTED_FROM
 from turret.arguments import checked
 from turret.errors import AdapterError
+from turret.kernels import usable
 from turret.methods import Method, by_name
 from turret.methods.lookup import numbers_of
 from turret.transformer import Model
+
+# --- checkpointed -----------------------------------------------------------------------------------------------------
+# Layers that save only their inputs for the backward pass, which computes them again: `train.checkpoint_layers`.
+
+
+Forward = Callable[..., Any]  # a layer's: its arguments and results depend on the architecture
+
+
+class CheckpointedForward:
+    """Replaces the forward of a layer."""
+
+    def __init__(self, forward: Forward, context: BatchContext) -> None:
+        self._forward, self._context = forward, context
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # as the layer's own
+        if not torch.is_grad_enabled() or self._context.serves:
+            return self._forward(*args, **kwargs)
+        output = checkpoint(_Twice(self._forward, self._context), *args, use_reentrant=False, **kwargs)
+        _forget_inputs(output)
+        return output
+
+
+class _Twice:
+    """A layer's forward in one pass. The second call sees the batch as it was before the first."""
+
+    def __init__(self, forward: Forward, context: BatchContext) -> None:
+        self._forward, self._context = forward, context
+        self._batch: BatchContext | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._batch is None:
+            self._batch = _copied(self._context)
+            return self._forward(*args, **kwargs)
+        with _as_it_was(self._context, self._batch):
+            return self._forward(*args, **kwargs)
+
+
+def _copied(context: BatchContext) -> BatchContext:
+    """The batch, with the layouts and masks that there are so far."""
+    batch = copy.copy(context)
+    batch.memo = dict(context.memo)
+    batch.masks = None if context.masks is None else context.masks.copy()
+    return batch
+
+
+@contextmanager
+def _as_it_was(context: BatchContext, batch: BatchContext) -> Iterator[None]:
+    before = dict(vars(context))
+    vars(context).update(vars(_copied(batch)))
+    try:
+        yield
+    finally:
+        vars(context).update(before)
+
+
+def _forget_inputs(output: object) -> None:
+    """Drop what a norm attached to a layer's output: it would keep one more tensor of every layer alive.
+
+    output: a tensor, or a tuple with tensors.
+    """
+    for each in output if isinstance(output, tuple) else (output,):
+        if isinstance(each, Tensor):
+            vars(each).pop(COMPUTED_FROM, None)
+
+
+def checkpoint_layers(model: Model) -> None:
+    """Let the layers of an attached model save only their inputs, until `detach`.
+
+    Raises:
+        AdapterError: the model has no list of layers.
+    """
+    attached = attachment(model)
+    layers = _layers(model)
+    if not layers:
+        raise AdapterError(f"{attached.family.name} has no list of layers: leave train.checkpoint_layers off")
+    usable(torch.empty(0))  # loads the kernels and checks them now: inside a layer, the check would save tensors too
+    for layer in layers:
+        attached.undo.append(_replace(layer, attached.context))
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of every stack: what lists of modules hold that are not inside another list."""
+    lists: list[str] = []
+    layers: list[nn.Module] = []
+    for path, module in model.named_modules():
+        inside = path.startswith((f"{ATTRIBUTE}.", *(f"{each}." for each in lists)))
+        if isinstance(module, nn.ModuleList) and not inside:
+            lists.append(path)
+            layers += module
+    return layers
+
+
+def _replace(layer: nn.Module, context: BatchContext) -> Callable[[], None]:
+    """Replace the forward of one layer; returns a function that puts the earlier one back."""
+    before = vars(layer).get("forward")
+    own: nn.Module = layer  # whose forward may be replaced
+    own.forward = CheckpointedForward(layer.forward, context)
+    if before is None:
+        return functools.partial(vars(layer).__delitem__, "forward")
+    return functools.partial(setattr, layer, "forward", before)
+
+
+# --- composition ------------------------------------------------------------------------------------------------------
+# Several adapters on one row: their low-rank changes are added, and the prefix of one is in front.
+
+
+def all_parts(model: Model, adapter: Adapter) -> Parts:
+    """The parts of an adapter together with those that it is composed with.
+
+    Args:
+        model: an attached model.
+
+    Raises:
+        AdapterError: the tensors do not fit the model, or the adapters cannot be composed.
+    """
+    every = (adapter, *adapter.others)
+    if adapter.others and any(each.head for each in every):
+        raise AdapterError("one of the composed adapters has a head: only adapters that generate can be composed")
+    return composed([numbers_of(each.method).parts(model, each) for each in every])
+
+
+def composed(parts: Sequence[Parts]) -> Parts:
+    """The parts of all adapters as those of one. A single one is returned as it is.
+
+    Raises:
+        AdapterError: One of several scales layers or replaces modules, or two have a prefix.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if any(each.layers or each.whole for each in parts):
+        raise AdapterError(
+            "only LoRAs and one prefix can be composed, and one of these scales layers or replaces modules"
+        )
+    prefixes = [each.prefix for each in parts if each.prefix]
+    if len(prefixes) > 1:
+        raise AdapterError(f"{len(prefixes)} of the composed adapters have a prefix: expected at most one")
+    factors = [each for each in parts if each.factors]
+    ranks = [next(iter(each.factors.values()))[0].shape[0] for each in factors]
+    paths = dict.fromkeys(path for each in factors for path in each.factors)
+    return Parts({path: _stacked(path, factors, ranks) for path in paths}, 1.0, prefixes[0] if prefixes else {})
+
+
+def _stacked(path: str, parts: Sequence[Parts], ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A (R, D_in) and B (D_out, R) of one layer, with zeros for adapters that leave it as it is. ranks: of each."""
+    known = next(each.factors[path] for each in parts if path in each.factors)
+    d_in, d_out = known[0].shape[1], known[1].shape[0]
+    A, B = [], []
+    for each, rank in zip(parts, ranks, strict=True):
+        own = each.factors.get(path)
+        A.append(torch.zeros(rank, d_in) if own is None else own[0].float())
+        B.append(torch.zeros(d_out, rank) if own is None else own[1].float() * each.scaling)
+    return torch.cat(A).contiguous(), torch.cat(B, dim=1).contiguous()
+
+
+# --- merge ------------------------------------------------------------------------------------------------------------
+# An adapter merged into the weights of its base, as new tensors; the base keeps its own.
+
+
+def require_mergeable(adapter: Adapter) -> None:
+    """Raise AdapterError for a method that is more than a change of weights."""
+    numbers_of(adapter.method).require_mergeable()
+
+
+@torch.no_grad()
+def merged_state(model: Model, adapter: Adapter) -> dict[str, Tensor]:
+    """The state dict of `model`, which has nothing attached, with the adapter merged into its weights.
+
+    Weights that do not change are the model's own tensors; the others are new.
+
+    Raises:
+        AdapterError: the method cannot be merged, a layer is missing, or another layer shares its weight.
+    """
+    require_mergeable(adapter)
+    if quantized.any_packed(model):
+        raise AdapterError(
+            "this base has quantized weights, so nothing can be merged into it: give the original model as base"
+        )
+    state: dict[str, Tensor] = dict(model.state_dict())
+    new = {**adapter.head, **numbers_of(adapter.method).merged(model, adapter)}
+    shared = shared_names(model)
+    for name, value in new.items():
+        if name not in state or state[name].shape != value.shape:
+            raise AdapterError(
+                f"weight {name!r} of shape {tuple(value.shape)} does not fit this base: load its own base"
+            )
+        for each in shared.get(name, (name,)):
+            state[each] = value.to(state[each].dtype).contiguous()
+    return state
+
+
+# --- lifecycle --------------------------------------------------------------------------------------------------------
+
 
 M = TypeVar("M", bound=nn.Module)  # a model of transformers, by whatever class its user knows it
 

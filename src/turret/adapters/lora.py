@@ -14,7 +14,7 @@ from turret.adapters.batch_context import BARE, BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.dropout import Mask, Masks, dropout
 from turret.adapters.fused.int8 import FrozenProducts, products
-from turret.adapters.fused.norms import RecomputedNorm, restored, to_save
+from turret.adapters.fused.residual import RecomputedNorm, restored, to_save
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError
 from turret.kernels import LARGEST, DropoutArguments, Library, usable

@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import enum
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.peft_packed import require_computable
+from turret import quantized
 from turret.adapters.prefix import Groups
 from turret.errors import AdapterError, RecipeError, TurretError
 from turret.families import Family
@@ -36,6 +36,42 @@ from turret.transformer import Model
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+# --- peft packed ------------------------------------------------------------------------------------------------------
+# Check on one layer, before a training, whether a method of PEFT can compute on a quantized base.
+
+
+REMEDY = "use lora, prefix or head, or base_quantization none"
+
+
+def require_computable(layers: Sequence[BaseTunerLayer], kind: str) -> None:
+    """Raise AdapterError for a method that reads a quantized weight as if it were plain.
+
+    PEFT's first layer with a packed weight computes two tokens and their gradient. All layers of a method are of one
+    kind.
+    """
+    for layer in layers:
+        base = layer.get_base_layer()
+        if not quantized.packed(base):
+            continue
+        weight = next(iter((*base.parameters(), *base.buffers())))
+        dtype = quantized.computes_in(base, base)
+        x = torch.ones(1, 2, base.in_features, dtype=dtype, device=weight.device, requires_grad=True)
+        try:
+            with torch.enable_grad():
+                y = layer(x)
+            torch.autograd.grad(y.float().sum(), x)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise AdapterError(f"PEFT's {kind} cannot compute on a quantized base ({reason}): {REMEDY}") from None
+        if not bool(torch.isfinite(y).all()):
+            raise AdapterError(f"PEFT's {kind} gives no finite numbers on a quantized base: {REMEDY}")
+        return
+
+
+# --- through peft -----------------------------------------------------------------------------------------------------
+
 
 NAME = "default"  # of the adapter inside PEFT
 # Settings that turret makes itself, alike for every method, and those that name code to import, which are refused.

@@ -21,6 +21,40 @@ from turret.families import FAMILIES, Family
 from turret.json_types import JsonMapping
 from turret.tasks import stored_task
 
+# --- vllm -------------------------------------------------------------------------------------------------------------
+# Which adapters vLLM serves, according to its documentation.
+
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_VLLM_LAYER = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)", re.ASCII)
+
+
+def max_lora_rank(adapter: Adapter) -> int:
+    """The smallest `--max-lora-rank` that fits the adapter. Raises AdapterError if vLLM does not serve it."""
+    method, family = adapter.method, adapter.base.family
+    if (r := method.vllm_rank) is None:
+        raise AdapterError(f"vLLM serves only LoRA, and this is a {method.kind}: export it without --vllm")
+    if adapter.head or not stored_task(adapter.task).generates:
+        raise AdapterError(
+            "vLLM serves no adapter with a head (modules_to_save), and this one classifies: use --merged"
+        )
+    served = [name for name, each in FAMILIES.items() if each.vllm_lora]
+    if family not in served:
+        raise AdapterError(f"vLLM serves LoRA on {', '.join(served)}, and this base is a {family}: use --merged")
+    if r > RANKS[-1]:
+        raise AdapterError(f"vLLM serves ranks up to {RANKS[-1]}, and this one has {r}: use --merged")
+    for name in adapter.tensors:
+        path = name.removeprefix(LORA_PREFIX).rsplit(".lora_", 1)[0]
+        if not _VLLM_LAYER.fullmatch(path):
+            raise AdapterError(
+                f"vLLM serves LoRA on the linear layers of a decoder's blocks, not on {path}: use --merged"
+            )
+    return next(rank for rank in RANKS if rank >= r)
+
+
+# --- gguf lora --------------------------------------------------------------------------------------------------------
+
+
 FILE = "adapter.gguf"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.[\w.]+", re.ASCII)
 

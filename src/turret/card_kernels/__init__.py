@@ -6,7 +6,6 @@ operation is one launch and has a reference in plain torch (`reference`).
 
 from turret.card_kernels import operations
 from turret.card_kernels.available import planned, usable, why_not
-from turret.card_kernels.copies import copied, real_card
-from turret.card_kernels.mixed import MixedLoRA
+from turret.card_kernels.mixed import MixedLoRA, copied, real_card
 
 __all__ = ["MixedLoRA", "copied", "operations", "planned", "real_card", "usable", "why_not"]

@@ -8,7 +8,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turret.card_kernels.copies import copied
+# --- copies -----------------------------------------------------------------------------------------------------------
+# Copies of small tensors from the CPU to a device.
+
+
+def real_card(device: torch.device) -> bool:
+    """Whether the device is a card and this torch can use one; a pretended card of the tests is none."""
+    return device.type == "cuda" and (torch.version.cuda or torch.version.hip) is not None
+
+
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. To a card it goes from pinned memory, so the CPU goes on while it travels.
+
+    Later work on the card waits for it by itself, and torch keeps the pinned memory until then.
+    """
+    if real_card(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+# --- mixed ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import typer
 
 from turret.cli import options
 from turret.cli.output import columns, console, emit, many, offer, report, safe, status
-from turret.timestamp import to_minute
+from turret.json_types import to_minute
 
 if TYPE_CHECKING:
     from turret.store import Gate, GateStatus, Golden, Move

@@ -64,7 +64,7 @@ def predict(
     FILE is a .txt file with one input per line, or a table (.csv, .tsv, .jsonl, .json, .xlsx, .parquet; .gz, .zst).
     """
     from turret.workspace import Workspace
-    from turret.workspace.predict_options import PredictOptions, check_options
+    from turret.workspace.answering import PredictOptions, check_options
 
     workspace = Workspace(store)
     named = data_columns(sets, options.columns(text=text, prompt=prompt, messages=messages))
@@ -236,7 +236,7 @@ def data_columns(sets: list[str] | None, named: Mapping[str, str] | None = None)
 
 def _with_top(answer: JsonMapping, top: int) -> JsonObject:
     """An answer, with its most probable labels if more than one is asked for."""
-    from turret.workspace.predict_options import ranked_labels
+    from turret.workspace.answering import ranked_labels
 
     ranked = ranked_labels(answer)[:top]
     more = {"top": [{"label": label, "probability": p} for label, p in ranked]} if top > 1 else {}
@@ -246,7 +246,7 @@ def _with_top(answer: JsonMapping, top: int) -> JsonObject:
 def _print_answers(
     task: type[Task], texts: Sequence[Input], answers: Sequence[JsonMapping], top: int, coverage: float | None
 ) -> None:
-    from turret.workspace.predict_options import ranked_labels
+    from turret.workspace.answering import ranked_labels
 
     for text, answer in zip(texts, answers, strict=True):
         short = cut(plainly(str(text)), 72)

@@ -10,7 +10,7 @@ from turret.cli.output import columns, console, cut, grid, metrics, number, safe
 from turret.errors import DataError, plainly, shown
 
 if TYPE_CHECKING:
-    from turret.compare.mistakes import Details, Mistake
+    from turret.compare.results import Details, Mistake
     from turret.workspace import Evaluation
 
 CLASSES = 12  # at most in the confusion matrix on a screen

@@ -19,7 +19,7 @@ from turret.errors import ServeRefused
 if TYPE_CHECKING:
     from turret.engine import Limits
     from turret.server.oidc import OidcSettings
-    from turret.server.settings import ServerSettings
+    from turret.server.state import ServerSettings
     from turret.workspace import Workspace
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -100,10 +100,10 @@ def serve(
     """
     from turret.engine import Limits, MemoryBudget
     from turret.server.connections import networks
-    from turret.server.cross_origin import origins
+    from turret.server.headers import origins
     from turret.server.limits import RequestLimits
     from turret.server.quotas import Quota
-    from turret.server.settings import ServerSettings
+    from turret.server.state import ServerSettings
     from turret.workspace import Workspace
 
     workspace = Workspace(store)
@@ -138,14 +138,14 @@ def _serve(
     device: str,
     as_json: bool,
 ) -> None:
-    from turret import heap
+    from turret import process
     from turret.engine import Options
     from turret.server.auth import Guard
     from turret.server.engines import Engines
     from turret.server.run import bind, run
     from turret.server.state import ServerState
 
-    heap.share()
+    process.share()
     Guard(settings.host, workspace.tokens.of_all_tenants())  # refuses before the base is loaded
     with bind(settings.host, settings.port) as listening, ExitStack() as opened:
         with status() as show:

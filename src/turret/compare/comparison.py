@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
+from typing import Literal
 
 import numpy as np
 
 from turret.compare.candidates import Candidate
-from turret.compare.claims import Claim, claims
-from turret.compare.collapse import Learnt, learnt
-from turret.compare.costs import costs
+from turret.compare.collapse import FEWEST, Learnt, learnt, still_falling
 from turret.compare.design import Design
 from turret.compare.details import (
     Confusion,
@@ -28,17 +27,178 @@ from turret.compare.details import (
     some_examples,
 )
 from turret.compare.evidence import Array, interval, mcnemar
-from turret.compare.losses import FEWEST, still_falling
 from turret.compare.power import Power
-from turret.compare.promotion import Promotion, not_promoted, promotion
-from turret.compare.results import CellResult, made_with
+from turret.compare.results import CellResult, Costs, costs, made_with
 from turret.compare.rows import ComparisonRow, CurvePoint
 from turret.compare.verdict import Verdict, judge
 from turret.data import Dataset, Example
 from turret.errors import TrainingError
 from turret.json_types import JsonMapping, JsonObject
+from turret.methods import method_named
 from turret.notebook import Cell, Table, as_html
 from turret.tasks import task_of
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+# Common claims about LoRA and prefix tuning against full fine-tuning, each with what was measured here.
+
+
+ClaimAnswer = Literal["yes", "no", "not shown"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim, tested on one row."""
+
+    claim: str
+    spec: str
+    measured: str
+    answer: ClaimAnswer
+
+
+def claims(rows: Sequence[ComparisonRow], against: str) -> tuple[Claim, ...]:
+    """Every claim for every LoRA and prefix row. None if the baseline is not full fine-tuning, or has not run.
+
+    Args:
+        against: spec of the baseline.
+    """
+    full = next((row for row in rows if row.spec == against), None)
+    if full is None or full.costs is None or not method_named(full.kind).every_weight:
+        return ()
+    tested: list[Claim] = []
+    for row in rows:
+        if method_named(row.kind).claimed and row.costs is not None:
+            tested += [
+                _parameters(row.spec, row.costs, full.costs),
+                _memory(row.spec, row.costs, full.costs),
+                _quality(row),
+                _size(row.spec, row.costs),
+                _time(row.spec, row.costs, full.costs),
+            ]
+    return tuple(sorted(tested, key=lambda each: ORDER.index(each.claim)))
+
+
+ORDER = (
+    "more than 99% fewer trainable parameters",
+    "up to 95% less memory",
+    "within 1-2% of full fine-tuning",
+    "adapters of one or two megabytes",
+    "faster training",
+)
+
+
+def _parameters(spec: str, own: Costs, full: Costs) -> Claim:
+    saved = 1 - own.trainable / max(1, full.trainable)
+    measured = f"{100 * saved:.2f}% fewer: {own.trainable:,} of {full.trainable:,}"
+    return Claim(ORDER[0], spec, measured, "yes" if saved > 0.99 else "no")
+
+
+def _memory(spec: str, own: Costs, full: Costs) -> Claim:
+    if not (own.above_base and own.peak and full.above_base and full.peak and full.above_base.mean):
+        return Claim(ORDER[1], spec, "not measured", "not shown")
+    saved, whole = 1 - own.above_base.mean / full.above_base.mean, 1 - own.peak.mean / full.peak.mean
+    measured = f"{100 * saved:.0f}% less above the loaded base, {100 * whole:.0f}% less of the whole process"
+    return Claim(ORDER[1], spec, measured, "yes" if saved >= 0.95 else "no")
+
+
+def _quality(row: ComparisonRow) -> Claim:
+    verdict = row.verdict
+    if verdict is None:
+        return Claim(ORDER[2], row.spec, "not measured", "not shown")
+    span = verdict.span()
+    if verdict.seeds < 2:
+        return Claim(ORDER[2], row.spec, f"{span}, one seed", "not shown")
+    if verdict.collapsed:
+        return Claim(ORDER[2], row.spec, f"{verdict.collapses()}; in the others {span}", "not shown")
+    d = verdict.difference
+    return Claim(ORDER[2], row.spec, span, "yes" if d.low >= -2 else "no" if d.high < -2 else "not shown")
+
+
+def _size(spec: str, own: Costs) -> Claim:
+    size = own.bundle_bytes
+    return Claim(ORDER[3], spec, f"{size / 1e6:.2f} MB on disk", "yes" if size <= 2_000_000 else "no")
+
+
+def _time(spec: str, own: Costs, full: Costs) -> Claim:
+    ratios = [theirs / max(mine, 1e-9) for mine, theirs in zip(own.seconds, full.seconds, strict=False)]
+    if not ratios:
+        return Claim(ORDER[4], spec, "not measured", "not shown")
+    speed = f"{ratios[0]:.2f}x the speed, one seed"
+    if len(ratios) > 1:
+        speed = f"{min(ratios):.2f}x to {max(ratios):.2f}x the speed, over {len(ratios)} seeds"
+    faster, slower = min(ratios) > 1.05, max(ratios) <= 1.05
+    answer: ClaimAnswer = "yes" if faster else "no" if slower else "not shown"
+    return Claim(ORDER[4], spec, f"{speed}, the whole training", answer)
+
+
+# --- promotion --------------------------------------------------------------------------------------------------------
+# Recommends which version to promote after a comparison.
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """The version to promote, or why there is none."""
+
+    spec: str | None
+    version: str | None
+    why: str
+
+
+def promotion(rows: Sequence[ComparisonRow], against: str, results: Sequence[CellResult]) -> Promotion:
+    """The smallest method that is as good as the baseline. The validation split chooses its seed, never the test split.
+
+    If the baseline learnt nothing, only a method that is better than it counts.
+
+    Args:
+        against: spec of the baseline.
+        results: on all training examples, without those that collapsed.
+    """
+    good = [row for row in rows if row.verdict and row.verdict.word in ("within", "better") and row.versions]
+    if any(row.spec == against and row.learnt_nothing for row in rows):
+        good = [row for row in good if row.verdict and row.verdict.word == "better" and not row.learnt_nothing]
+        if not good:
+            return Promotion(None, None, f"{against} learnt nothing here, so being as good as {against} means nothing")
+        chosen = min(good, key=lambda row: (row.costs.bundle_bytes if row.costs else 0, row.spec))
+        why = f"{'the smallest method ' if len(good) > 1 else ''}better than {against}, which learnt nothing"
+    elif good:
+        chosen = min(good, key=lambda row: (row.costs.bundle_bytes if row.costs else 0, row.spec))
+        why = f"the smallest method as good as {against}" if len(good) > 1 else f"as good as {against}, and smaller"
+    else:
+        baseline = next((row for row in rows if row.spec == against and row.score is not None), None)
+        verdicts = [row.verdict for row in rows if row.verdict is not None and row.trains]
+        undecided = [verdict for verdict in verdicts if verdict.word == "undecided"]
+        if baseline is None:
+            return Promotion(None, None, f"{against} has not run, so nothing can be judged yet")
+        if not verdicts:
+            return Promotion(None, None, f"no method but {against} has run yet")
+        if undecided:
+            return Promotion(None, None, f"nothing is shown to be as good as {against} yet: {_advice(undecided)}")
+        if not baseline.versions:
+            return Promotion(None, None, f"every method is worse than {against}, which is no version")
+        chosen, why = baseline, "every other method is worse by more than the margin"
+    own = [each for each in results if each.spec == chosen.spec and each.version is not None]
+    validated = [each for each in own if each.held.get("validation")]
+    if validated:
+        best = max(validated, key=lambda each: _merit(each.held["validation"]))
+        return Promotion(chosen.spec, best.version, f"{why}; of its seeds the best on the validation split")
+    return Promotion(chosen.spec, own[0].version, f"{why}; its first seed, because the test examples must not choose")
+
+
+def not_promoted(composition: str) -> Promotion:
+    """What is said of a composition: it has no number of its own that an alias could name."""
+    why = f"a composition is no version: ask for it by its name, {composition}, or merge its LoRAs into a version"
+    return Promotion(None, None, why)
+
+
+def _merit(metrics: JsonMapping) -> float:
+    return float(metrics.get("accuracy", -metrics["loss"]))
+
+
+def _advice(undecided: Sequence[Verdict]) -> str:
+    by_seeds = [each for each in undecided if each.more_seeds is not None and each.more_examples is None]
+    return min(by_seeds, key=lambda each: each.more_seeds or 0).advice() if by_seeds else undecided[0].advice()
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import numpy as np
 from turret.compare import report_text
 from turret.compare.candidates import is_floor
 from turret.compare.comparison import Comparison
-from turret.compare.costs import MeanRange
 from turret.compare.details import PerClass
-from turret.compare.pages import environment, facts
+from turret.compare.evaluation_page import environment, facts
 from turret.compare.plots import Bar, Line, LossCurve, Mark, courses, curves, forest, scatter, stacks
+from turret.compare.results import MeanRange
 from turret.compare.rows import ComparisonRow
 from turret.json_types import JsonObject
 from turret.methods import method_named

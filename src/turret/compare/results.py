@@ -2,14 +2,141 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from statistics import fmean
 
 import numpy as np
 
 from turret.compare.design import Cell
 from turret.compare.evidence import Array
 from turret.json_types import JsonMapping, JsonObject
+from turret.tasks.calibration import Bin
+from turret.tasks.task import Prediction
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+# What an evaluation found besides its metrics: confusions, calibration, coverage, wrong answers. Loads no torch.
+
+
+SHOWN = 20  # wrong answers in the JSON of an evaluation
+Z = 1.959964  # of a 95% interval
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong answer, or an output that is not its reference.
+
+    Args:
+        row: the line (of a text file) or the number of its row.
+        text: the input.
+        right: the label, the labels or the reference.
+        given: the answer.
+        score: from 0 to 1.
+        confidence: of a classifier, the probability of the answer; with several labels, that of the most confident
+            wrong decision.
+    """
+
+    row: int
+    text: str
+    right: Prediction
+    given: Prediction
+    score: float
+    confidence: float | None
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How well probabilities and frequencies agree.
+
+    Args:
+        ece: the expected calibration error of the answers.
+        raw_ece: the same without the temperature; None if the version has none.
+        temperature: of the version.
+        calibrated_on: number of validation examples of the version's calibration.
+    """
+
+    ece: float
+    bins: tuple[Bin, ...]
+    raw_ece: float | None = None
+    temperature: float | None = None
+    calibrated_on: int | None = None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often the sets of a stated coverage held the right label here."""
+
+    coverage: float  # stated
+    measured: float
+    low: float  # 95% interval of the measured one
+    high: float
+    mean_size: float  # labels in a set
+
+
+@dataclass(frozen=True)
+class Confusions:
+    """How often each class (row) was answered with each class (column)."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    def pairs(self, most: int) -> list[tuple[str, str, int]]:
+        """The most frequent confusions: (right, given, count)."""
+        found = [
+            (right, given, self.counts[row][column])
+            for row, right in enumerate(self.labels)
+            for column, given in enumerate(self.labels)
+            if row != column and self.counts[row][column]
+        ]
+        return sorted(found, key=lambda each: -each[2])[:most]
+
+
+@dataclass(frozen=True)
+class Details:
+    """The details of one evaluation. What a task does not have is None.
+
+    Args:
+        mistakes: the most confident first, or the worst first if answers have no probability.
+        right_or_wrong: whether every score is 0 or 1.
+    """
+
+    mistakes: tuple[Mistake, ...]
+    right_or_wrong: bool
+    confusion: Confusions | None = None
+    reliability: Reliability | None = None
+    coverage: Coverage | None = None
+
+    def as_json(self) -> JsonObject:
+        """The details with the first `SHOWN` mistakes, and the number of all."""
+        return {
+            "confusion": None if self.confusion is None else asdict(self.confusion),
+            "reliability": None if self.reliability is None else asdict(self.reliability),
+            "coverage": None if self.coverage is None else asdict(self.coverage),
+            "wrong": len(self.mistakes),
+            "mistakes": [asdict(each) for each in self.mistakes[:SHOWN]],
+        }
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of `count` trials. Source: Wilson 1927, Probable Inference."""
+    if not count:
+        return 0.0, 1.0
+    middle = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def covered(coverage: float, sets: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> Coverage:
+    """Count how often all right labels are in the set."""
+    held = [set(labels) <= set(found) for found, labels in zip(sets, right, strict=True)]
+    share = sum(held) / len(held)
+    size = sum(map(len, sets)) / len(sets)
+    return Coverage(coverage, share, *wilson(share, len(held)), size)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
 
 Output = str | Sequence[str]  # a text, a label, or the labels of a multi-label task
 
@@ -69,3 +196,90 @@ def made_with(results: Iterable[CellResult]) -> JsonObject:
             values = {repr(each.get(key)): each.get(key) for each in records}
             summary[key] = list(values.values()) if len(values) > 1 else records[0][key]
     return summary
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+# The measured costs of a method over its seeds: weights, memory, time, size and forgetting.
+
+
+@dataclass(frozen=True)
+class MeanRange:
+    """A mean over seeds with its smallest and largest value."""
+
+    mean: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> MeanRange | None:
+        """The span of some values; None if there are none."""
+        values = list(values)
+        return cls(fmean(values), min(values), max(values)) if values else None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The costs of one row."""
+
+    trainable: int
+    total: int
+    bundle_bytes: int
+    above_base: MeanRange | None  # peak bytes of the process above the loaded base; None: nothing is trained
+    peak: MeanRange | None  # bytes of the whole process
+    predicted: Mapping[str, int] | None  # bytes by component, by the preflight
+    measured: Mapping[str, int] | None  # bytes by component
+    train_seconds: MeanRange | None
+    best_seconds: MeanRange | None  # until the best evaluation during training
+    best_split: str | None  # of that evaluation
+    answer_seconds: MeanRange | None  # one answer to one text
+    forgetting: MeanRange | None  # increase of the base's loss on neutral text
+    seconds: tuple[float, ...]  # of training, by seed
+    forgetting_low: float | None = None  # the ends of its 95% interval over texts, means over seeds
+    forgetting_high: float | None = None
+
+    @property
+    def forgot(self) -> str:
+        """`+0.031 (+0.012 to +0.050)`: the increase of the base's loss on neutral text; "–" if it is not measured."""
+        if self.forgetting is None:
+            return "–"
+        if self.forgetting_low is None or self.forgetting_high is None:
+            return f"{self.forgetting.mean:+.3f}"
+        return f"{self.forgetting.mean:+.3f} ({self.forgetting_low:+.3f} to {self.forgetting_high:+.3f})"
+
+    @property
+    def share(self) -> float:
+        """The share of the base's weights that are trained."""
+        return self.trainable / max(1, self.total)
+
+
+def costs(own: Sequence[CellResult]) -> Costs:
+    """The costs of one row from all its results."""
+    first, trained = own[0], [each for each in own if each.timing]
+    forgot = [each.forgetting for each in own if each.forgetting]
+    ends = [(each["low"], each["high"]) for each in forgot if "low" in each]
+    best = [each.best for each in own if each.best]
+    measured = [each.memory["measured"] for each in trained if each.memory]
+    predicted = [each.memory["predicted"] for each in trained if each.memory.get("predicted")]
+    return Costs(
+        trainable=first.parameters["trainable"],
+        total=first.parameters["total"],
+        bundle_bytes=round(fmean(each.bundle_bytes for each in own)),
+        above_base=MeanRange.of(each.memory["above_base_bytes"] for each in trained if each.memory),
+        peak=MeanRange.of(each.memory["peak_bytes"] for each in trained if each.memory),
+        predicted=_means(predicted),
+        measured=_means(measured),
+        train_seconds=MeanRange.of(each.timing["train_seconds"] for each in trained),
+        best_seconds=MeanRange.of(each["seconds"] for each in best),
+        best_split=best[0]["split"] if best else None,
+        answer_seconds=MeanRange.of(each.latency["median_seconds"] for each in own),
+        forgetting=MeanRange.of(each["loss"] - each["base_loss"] for each in forgot),
+        seconds=tuple(each.timing["train_seconds"] for each in trained),
+        forgetting_low=fmean(low for low, _ in ends) if ends else None,
+        forgetting_high=fmean(high for _, high in ends) if ends else None,
+    )
+
+
+def _means(parts: Sequence[Mapping[str, int]]) -> dict[str, int] | None:
+    if not parts:
+        return None
+    return {name: round(fmean(part[name] for part in parts)) for name in parts[0]}

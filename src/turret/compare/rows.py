@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from turret.compare.candidates import UNTRAINED
 from turret.compare.collapse import Collapse
-from turret.compare.costs import Costs
 from turret.compare.evidence import Interval
+from turret.compare.results import Costs
 from turret.compare.verdict import Verdict
 
 

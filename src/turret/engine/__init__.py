@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from turret.engine.embeddings import Embedding
 from turret.engine.options import Options
 from turret.engine.request import (
     Done,
@@ -24,6 +23,7 @@ from turret.engine.request import (
     VersionStats,
 )
 from turret.engine.slots import MemoryBudget
+from turret.engine.text import Embedding
 
 if TYPE_CHECKING:
     from turret.engine.core import Engine

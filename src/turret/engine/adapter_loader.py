@@ -14,10 +14,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
+from turret.adapters import Adapter
 from turret.engine.adapter_pool import AdapterPool
-from turret.engine.adapter_source import AdapterSource
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.request import LoadedAdapter, Named, Request
 from turret.engine.slots import Entry, Slots
@@ -25,6 +25,25 @@ from turret.errors import AdapterError, NoRoom, NotFound, TurretError
 from turret.tasks import task_from_spec
 from turret.transformer import Tokenizer
 from turret.turns import Places, TurnQueue
+
+# --- adapter source ---------------------------------------------------------------------------------------------------
+# The interface that the engine loads adapters through.
+
+
+class AdapterSource(Protocol):
+    """A collection of stored adapters."""
+
+    def resolve(self, reference: str) -> Named:
+        """The version that a reference names now. Raises NotFound."""
+        ...
+
+    def load(self, named: Named) -> Adapter:
+        """The adapter of a version. May block: the loader's thread calls it. Raises TurretError."""
+        ...
+
+
+# --- adapter loader ---------------------------------------------------------------------------------------------------
+
 
 TASKS = 64  # most task objects kept; adapters with equal tasks share one
 SLOT_PATIENCE = 1.0  # seconds; a need that waited longer for a slot goes before needs whose adapter is mounted

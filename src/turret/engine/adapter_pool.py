@@ -7,26 +7,30 @@ With kernels, each layer is one call for all rows (`adapter_spans`); without the
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, groupby
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModelForSequenceClassification
 
 from turret import card_kernels, quantized
 from turret.adapters import require_base
-from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
+from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, head_paths
 from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, routed_whole, target_paths
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
-from turret.adapters.composition import all_parts
 from turret.adapters.fused.frozen import linear
+from turret.adapters.lifecycle import all_parts
 from turret.adapters.lora import sizes
 from turret.adapters.scaled import ScaledLayer
 from turret.bundles.tensors import all_finite
 from turret.card_kernels import MixedLoRA
-from turret.engine.adapter_spans import Span, kernel_spans, spans_of
 from turret.engine.adapter_tensors import (
     AdapterTensors,
     FactorLayout,
@@ -34,13 +38,253 @@ from turret.engine.adapter_tensors import (
     factor_layout,
     tensor_layout,
 )
-from turret.engine.heads import Heads
-from turret.engine.sgmv import BGMV, Segment, mixed_rows, sgmv
 from turret.errors import AdapterError
 from turret.families import Family
 from turret.kernels import AdapterSpans, Library, usable
 from turret.tasks import Task
 from turret.transformer import Model
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+# Classification heads: one set of modules for all adapters, called with the tensors of each adapter, in float32.
+
+
+HeadRows = tuple[Mapping[str, Tensor], int]  # the tensors of an adapter's head, and the number of its rows
+# Calls a module of the body on rows of some adapters: (module, rows (B, ...), numbers of their heads)
+Shared = Callable[[Callable[[Tensor], Tensor], Tensor, Sequence[int]], Tensor]
+
+
+class Heads:
+    """The head's modules by path, without weights, on the meta device.
+
+    They are copies of the model's own. A model without a head gets those of the classifier of its configuration, so a
+    base that was loaded to generate classifies too.
+    """
+
+    def __init__(self, model: Model, family: Family) -> None:
+        self._family, self._body = family, model.base_model
+        owner = model
+        if not all(hasattr(model, name) for name in family.head_modules):
+            with torch.device("meta"):
+                owner = AutoModelForSequenceClassification.from_config(model.config)
+        paths = [name for name in family.head_modules if hasattr(owner, name)]
+        inside = [name for name in family.body_excludes if getattr(owner.base_model, name, None) is not None]
+        self._inside = {name: f"{owner.base_model_prefix}.{name}" for name in inside}
+        paths += self._inside.values()
+        self._modules = {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
+
+    def checked(self, adapter: Adapter, generates: bool) -> dict[str, Tensor]:
+        """The adapter's head by names in the model. Raises AdapterError if it is incomplete or does not fit."""
+        if generates:
+            if adapter.head:
+                raise AdapterError(f"an adapter that generates has no head, given {next(iter(adapter.head))}")
+            return {}
+        paths = head_paths(self._family, adapter.head)
+        for path in paths:
+            if path not in self._modules:
+                raise AdapterError(f"the base has no {path!r}: the adapter belongs to another architecture")
+            check_head(self._modules[path], path, _below(path, adapter.head))
+        if missing := [name for name in self._family.head_modules if name in self._modules and name not in paths]:
+            raise AdapterError(f"the adapter has no head {', '.join(missing)}: a classifier needs one; retrain")
+        return dict(adapter.head)
+
+    def logits(self, heads: Sequence[HeadRows], pooled: Tensor, shared: Shared) -> list[Tensor]:
+        """The outputs of the heads.
+
+        Args:
+            heads: The head and the number of rows of each adapter, in the order of the rows.
+            pooled: (B, D)
+            shared: Calls a module of the body for adapters that store no weights of their own for it.
+
+        Returns:
+            (C,) float32 on the CPU for each row; C may differ.
+        """
+
+        def call(path: str, module: nn.Module | None, x: Tensor) -> Tensor | list[Tensor]:
+            """A module of the head on rows (B, ...). Adapters without weights for it use the body's module."""
+            inputs = torch.split(x, [count for _, count in heads])
+            weights = [_below(path, head) for head, _ in heads]
+            without = [number for number, own in enumerate(weights) if not own]
+            outputs: dict[int, Tensor] = {}
+            if without:
+                assert module is not None
+                joint = torch.cat([inputs[number] for number in without]) if len(without) < len(heads) else x
+                rows = shared(module, joint.to(next(module.parameters()).dtype), without).float()
+                outputs = dict(zip(without, torch.split(rows, [heads[number][1] for number in without]), strict=True))
+            for number, own in enumerate(weights):
+                if own:
+                    wide = {name: value.float() for name, value in own.items()}
+                    outputs[number] = functional_call(self._modules[path], wide, (inputs[number].float(),))
+            return _joined([outputs[number] for number in range(len(heads))])
+
+        parts = {name: functools.partial(call, name, None) for name in self._family.head_modules}
+        modules = {name: getattr(self._body, name, None) for name in self._inside}  # now: LoRA may have replaced one
+        body = {name: functools.partial(call, path, modules[name]) for name, path in self._inside.items()}
+        dropouts = dict.fromkeys(self._family.head_dropouts, _same)
+        # Not a real model: its parts take and give a list of rows where heads differ in classes.
+        model: Any = SimpleNamespace(**parts, **dropouts, base_model=SimpleNamespace(**body))
+        logits: Any = self._family.classify(model, pooled)
+        return [row for rows in (logits if isinstance(logits, list) else [logits]) for row in rows.cpu()]
+
+
+def _below(path: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one module, by names inside it."""
+    return {name[len(path) + 1 :]: value for name, value in head.items() if name.startswith(path + ".")}
+
+
+def _joined(rows: list[Tensor]) -> Tensor | list[Tensor]:
+    """One tensor, or a list if the heads differ in the number of classes."""
+    return torch.cat(rows) if len({each.shape[1:] for each in rows}) == 1 else rows
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+# --- sgmv -------------------------------------------------------------------------------------------------------------
+# LoRA of rows with different adapters, in torch: the reference for the kernel `low_rank`, used where it is missing.
+
+
+# --- adapter spans ----------------------------------------------------------------------------------------------------
+# The adapters of a pass as the kernel `low_rank` reads them: spans of tokens, and the addresses of their factors.
+
+
+Span = tuple[int, int, AdapterTensors]  # first token, one past the last, and their adapter
+
+
+def spans_of(rows: Iterable[tuple[AdapterTensors | None, int]]) -> list[Span]:
+    """The spans of tokens that have a LoRA; neighbouring rows of one adapter are one span.
+
+    Args:
+        rows: The adapter and the number of tokens of each row, in order.
+    """
+    spans: list[Span] = []
+    start = 0
+    for adapter, tokens in rows:
+        end = start + tokens
+        if adapter is not None and adapter.layout is not None and tokens:
+            if spans and spans[-1][2] is adapter and spans[-1][1] == start:
+                spans[-1] = (spans[-1][0], end, adapter)
+            else:
+                spans.append((start, end, adapter))
+        start = end
+    return spans
+
+
+def kernel_spans(spans: Sequence[Span], tokens: int) -> AdapterSpans | None:
+    """The spans of a pass of that many tokens for the kernels; None if there are none.
+
+    The result holds addresses: keep the adapters as long as it is used.
+    """
+    if not spans:
+        return None
+    starts, ends, adapters = zip(*spans, strict=True)
+    offsets = torch.stack([adapter.offsets for adapter in adapters])  # (S, L, 2)
+    addresses = offsets + torch.tensor([adapter.address for adapter in adapters])[:, None, None]
+    return AdapterSpans(
+        torch.tensor(starts),
+        torch.tensor(ends),
+        torch.tensor([adapter.rank for adapter in adapters]),
+        addresses.masked_fill_(offsets < 0, 0),
+        tokens,
+    )
+
+
+# --- sgmv -------------------------------------------------------------------------------------------------------------
+
+
+Segment = tuple[int, int, Mapping[int, Pair]]  # first token, one past the last, and factors by layer
+
+
+def sgmv(y: Tensor, x: Tensor, segments: Iterable[Segment], layer: int) -> None:
+    """Add (x A^T) B to y for each segment of tokens with one adapter. Other tokens stay as they are.
+
+    Args:
+        y: (N, D_out), changed in place.
+        x: (N, D_in).
+        segments: Tokens and their adapter's factors.
+        layer: Number of the linear layer.
+    """
+    for start, end, factors in segments:
+        if layer in factors:
+            A, B = factors[layer]
+            y[start:end].addmm_(x[start:end] @ A.mT, B)
+
+
+def mixed_rows(rows: Sequence[AdapterTensors | None]) -> MixedLoRA | None:
+    """The adapter of each row as a card reads it, or None if no row has factors. No factor is copied."""
+    adapters = list(dict.fromkeys(each for each in rows if each is not None))
+    if not adapters:
+        return None
+    place = {adapter: number for number, adapter in enumerate(adapters)}
+    return MixedLoRA.of(
+        [each.flat for each in adapters],
+        [each.offsets for each in adapters],
+        [each.rank for each in adapters],
+        [-1 if each is None else place[each] for each in rows],
+    )
+
+
+class BGMV:
+    """`sgmv` for rows of one token each: two batched products a layer, whatever the number of adapters.
+
+    The factors of S adapters are copied side by side, A (S, R, D_in) and B (S, R, D_out), smaller ranks filled with
+    zeros. The copies are kept as long as the same adapters decode.
+    """
+
+    def __init__(self) -> None:
+        self._adapters: list[AdapterTensors] = []
+        self._factors: dict[int, Pair] = {}  # by layer
+        self._rows = self._place = self._turn = torch.empty(0, dtype=torch.int64)
+        self._turns = 0
+
+    def arrange(self, rows: Sequence[AdapterTensors | None]) -> None:
+        """Set the adapter of each row for the next calls of `add`; None for a row without factors."""
+        adapters = list(dict.fromkeys(each for each in rows if each is not None))
+        if not set(adapters) <= set(self._adapters) or 2 * len(adapters) < len(self._adapters):
+            self._adapters, self._factors = adapters, _side_by_side(adapters)
+        counts = [0] * len(self._adapters)  # rows of each adapter so far
+        index = []
+        for row, adapter in enumerate(rows):
+            if adapter is not None:
+                place = self._adapters.index(adapter)
+                index.append((row, place, counts[place]))
+                counts[place] += 1
+        device = self._adapters[0].flat.device if self._adapters else None
+        self._rows, self._place, self._turn = torch.tensor(index, device=device).reshape(-1, 3).long().unbind(1)
+        self._turns = max(counts, default=0)
+
+    def add(self, y: Tensor, x: Tensor, layer: int) -> None:
+        """Add (x A^T) B to every row of y that has factors. y: (n, D_out), changed in place; x: (n, D_in)."""
+        if not self._turns or layer not in self._factors:
+            return
+        A, B = self._factors[layer]
+        grouped = x.new_zeros(len(A), self._turns, x.shape[1])  # (S, rows of one adapter, D_in)
+        grouped[self._place, self._turn] = x[self._rows]
+        delta = torch.bmm(torch.bmm(grouped, A.mT), B)
+        y.index_add_(0, self._rows, delta[self._place, self._turn])
+
+    def clear(self) -> None:
+        """Free the copies."""
+        self._adapters, self._factors, self._turns = [], {}, 0
+
+
+def _side_by_side(adapters: Sequence[AdapterTensors]) -> dict[int, Pair]:
+    """By layer, A (S, R, D_in) and B (S, R, D_out)."""
+    factors = [adapter.pairs() for adapter in adapters]
+    rank = max((adapter.rank for adapter in adapters), default=0)
+    stacked: dict[int, Pair] = {}
+    for layer in sorted({layer for own in factors for layer in own}):
+        first, second = next(own[layer] for own in factors if layer in own)
+        A, B = (each.new_zeros(len(adapters), rank, each.shape[1]) for each in (first, second))
+        for place, own in enumerate(factors):
+            if layer in own:
+                A[place, : len(own[layer][0])], B[place, : len(own[layer][1])] = own[layer]
+        stacked[layer] = A, B
+    return stacked
+
+
+# --- adapter pool -----------------------------------------------------------------------------------------------------
+
 
 PIECE = 2**15  # elements that torch sums on one thread
 

@@ -6,6 +6,7 @@ tickets. State that two threads use is guarded by `_wake`. Passes, tokenizers an
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -15,13 +16,11 @@ from types import TracebackType
 
 import torch
 
-from turret import heap
+from turret import process
 from turret.bases import Base
 from turret.data import Input
-from turret.engine.adapter_loader import AdapterLoader, Need, Warm
-from turret.engine.adapter_source import AdapterSource
+from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, Warm
 from turret.engine.adapter_tensors import AdapterTensors
-from turret.engine.calls import answers
 from turret.engine.constraint import Constraint
 from turret.engine.counters import Counters
 from turret.engine.options import Options
@@ -43,8 +42,60 @@ from turret.engine.request import (
 from turret.engine.runner import Runner, pass_tokens
 from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Slots
-from turret.errors import DataError, Draining, EngineError, InUse, NoRoom, TurretError
+from turret.errors import Busy, DataError, Draining, EngineError, InUse, NoRoom, TurretError
 from turret.kernels import rest
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+# Many texts in one call: one request for each text, as many at a time as the queue takes.
+
+
+def answers(
+    submit: Callable[..., Ticket],
+    kind: Kind,
+    texts: Sequence[str],
+    adapter: str | None,
+    options: Options | None,
+    limits: Limits,
+    priority: int,
+    deadline: float | None,
+) -> list[Answer]:
+    """The answers, in the order of the texts. The first error fails the call and cancels the other requests.
+
+    Args:
+        submit: `Engine.submit`; the other arguments are its own.
+
+    Raises:
+        DataError: For one string, or for too few or too many texts.
+        TurretError: The error of the first request that failed.
+    """
+    most = limits.max_inputs
+    if isinstance(texts, str) or not texts or len(texts) > most:
+        given = "one text" if isinstance(texts, str) else f"{len(texts)} texts"
+        raise DataError(f"expected a list of 1 to {most} texts (limit max_inputs), given {given}")
+    ask = functools.partial(submit, kind, adapter=adapter, options=options, priority=priority, deadline=deadline)
+    tickets: list[Ticket] = []
+    try:
+        for text in texts:
+            tickets.append(_submitted(text, ask, tickets))
+        return [ticket.result() for ticket in tickets]
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+
+
+def _submitted(text: str, submit: Callable[[str], Ticket], before: Sequence[Ticket]) -> Ticket:
+    """The ticket of a text. While the queue is full, wait for the earlier texts of this call."""
+    while True:
+        try:
+            return submit(text)
+        except Busy:
+            first = next((each for each in before if not each.done), None)
+            if first is None:
+                raise
+            first.result()
+
+
+# --- core -------------------------------------------------------------------------------------------------------------
 
 
 class Engine:
@@ -365,7 +416,7 @@ class Engine:
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    @heap.keep_freed()
+    @process.keep_freed()
     def _loop(self) -> None:
         reason: TurretError = Draining("the engine was closed before it answered: ask another one")
         try:

@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from turret.engine.card_choice import choose_together
-from turret.engine.choice import Row, added, forced_tokens, hides_eos, would_repeat
+from turret.engine.card_choice import Row, added, choose_together, forced_tokens, hides_eos, would_repeat
 from turret.engine.guide import Guide
 from turret.engine.options import Options
 from turret.engine.request import MAX_TOKENS, GenerationSettings

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from turret.engine.constraint import Constraint
-from turret.engine.embeddings import Embedding
+from turret.engine.text import Embedding
 from turret.errors import DataError
 from turret.tasks.calibration import check_coverage
 

@@ -13,12 +13,12 @@ from dataclasses import replace
 import torch
 
 from turret.engine.decode import choose
-from turret.engine.embeddings import Embedding
 from turret.engine.guide import Guide
 from turret.engine.prompts import Prompts
 from turret.engine.request import Done, Failed, Request, log
 from turret.engine.runner import Prefill, Runner
 from turret.engine.sequence import RunningSequence
+from turret.engine.text import Embedding
 from turret.errors import EngineError, NotFinite, TurretError
 from turret.tasks import has_head
 

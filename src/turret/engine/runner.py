@@ -25,7 +25,7 @@ from turret.card_kernels import copied
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 from turret.engine.decode import TokenLogprobs, token_logprobs
-from turret.engine.recorded_steps import RecordedSteps
+from turret.engine.decode_graphs import RecordedSteps
 from turret.families import Pooling
 from turret.transformer import Model
 

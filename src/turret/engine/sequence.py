@@ -4,16 +4,221 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from turret.engine.answer_text import AnswerText, Decode, TokenTexts, echoed
-from turret.engine.beams import Beams
 from turret.engine.cache import KeyValueCache, KVSlot
-from turret.engine.decode import TokenLogprobs, token_logprobs
+from turret.engine.decode import TokenLogprobs, adjust, token_logprobs
 from turret.engine.guide import Guide
 from turret.engine.request import Answer, GenerationSettings, Request
 from turret.engine.runner import DecodeStep, Prefill
+from turret.engine.text import CONTEXT_TOKENS, IncrementalText, TokenEnds, between
+from turret.json_types import JsonObject
+
+# --- answer text ------------------------------------------------------------------------------------------------------
+# The text of an answer with its tokens: each piece has the logprobs of the tokens that end in it.
+
+
+Decode = Callable[[Sequence[int]], str]
+TokenTexts = Callable[[Sequence[int], Sequence[int]], list[str]]  # `Prompts.token_texts`
+
+
+class AnswerText:
+    """The text of one answer while its tokens come.
+
+    Args:
+        before: The tokens before the answer. A raw text is written as after them, so a leading space is kept.
+    """
+
+    def __init__(self, decode: Decode, settings: GenerationSettings, before: Sequence[int]) -> None:
+        self._near = [] if settings.strip else list(before[-CONTEXT_TOKENS:])
+        self._start = decode(self._near) if self._near else ""
+        self._text = IncrementalText(self._after(decode), settings.stop, strip=settings.strip)
+        self._ends = None if settings.logprobs is None else TokenEnds(decode, self._near)
+        self._sent, self._told = 0, 0  # characters, tokens
+        self._ended = False
+
+    def _after(self, decode: Decode) -> Decode:
+        def after(tokens: Sequence[int]) -> str:
+            whole = decode([*self._near, *tokens])
+            return whole[len(self._start) :] if whole.startswith(self._start) else decode(tokens)
+
+        return after if self._near else decode
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the text has reached a stop string."""
+        return self._text.stopped
+
+    def grow(self, tokens: Sequence[int]) -> None:
+        """Decode the tokens. tokens: all of the answer so far."""
+        self._text.grow(tokens)
+        if self._ends is not None:
+            self._ends.grow(tokens, self._text.decoded)
+
+    def end(self) -> None:
+        """No token follows."""
+        self._text.end()
+        self._ended = True
+
+    def news(
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs], token_texts: TokenTexts
+    ) -> tuple[str, list[JsonObject]]:
+        """The final text that is not told yet, and the tokens that end in it. With logprobs, whole tokens only."""
+        text, reports = self._text.text, list[JsonObject]()
+        until = len(text)
+        if self._ends is not None:
+            ends = [end - self._text.lead for end in self._ends.ends]
+            told = self._told
+            known = len(ends) if self._ended else self._ends.complete
+            while told < known and (ends[told] <= until or self._ended):
+                if self.stopped and max(0, ends[told - 1] if told else 0) >= until:
+                    break  # the rest belongs to the stop string
+                before = [*self._near, *tokens[max(0, told - CONTEXT_TOKENS) : told]][-CONTEXT_TOKENS:]
+                own = between(text, ends, told, whole=self._ended)
+                reports.append(report(own, before, logprobs[told], token_texts))
+                told += 1
+            until = until if self._ended else max(0, ends[told - 1] if told else 0)
+            self._told = told
+        new = text[self._sent : until]
+        self._sent = max(self._sent, until)
+        return new, reports
+
+
+def report(text: str, before: Sequence[int], each: TokenLogprobs, token_texts: TokenTexts) -> JsonObject:
+    """One token with the most probable ones at its position. text: its own; before: the tokens before it."""
+    top = [token for token, _ in each.top]
+    others = [
+        {"token": other, "id": token, "logprob": logprob}
+        for other, (token, logprob) in zip(token_texts(before, top), each.top, strict=True)
+    ]
+    return {"token": text, "id": each.token, "logprob": each.logprob, "top": others}
+
+
+def echoed(
+    ids: Sequence[int],
+    prompt: Sequence[TokenLogprobs],
+    settings: GenerationSettings,
+    decode: Decode,
+    token_texts: TokenTexts,
+) -> tuple[str, list[JsonObject]]:
+    """The text of a prompt, and the report of each of its tokens if logprobs are requested. The first has no logprob.
+
+    Args:
+        ids: Of the prompt.
+        prompt: The logprobs of all tokens but the first.
+    """
+    text = decode(ids)
+    if settings.logprobs is None:
+        return text, []
+    ends = TokenEnds(decode)
+    ends.grow(ids)
+    first: JsonObject = {"token": between(text, ends.ends, 0, whole=True), "id": ids[0], "logprob": None, "top": None}
+    rest = [
+        report(
+            between(text, ends.ends, place, whole=True), ids[max(0, place - CONTEXT_TOKENS) : place], each, token_texts
+        )
+        for place, each in enumerate(prompt, 1)
+    ]
+    return text, [first, *rest]
+
+
+# --- beams ------------------------------------------------------------------------------------------------------------
+# Beam search for one request, step by step, with the results of transformers.
+
+
+NEVER = -1e9  # the score of a text that cannot be chosen, as in transformers
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A text that has ended."""
+
+    score: float
+    tokens: tuple[int, ...]
+
+
+class Beams:
+    """The texts of one search. The first step takes one row of logits, each later step one row per beam."""
+
+    def __init__(self, settings: GenerationSettings, before: Sequence[int]) -> None:
+        self.settings = settings
+        self.random = random.Random(settings.seed)
+        self._before = list(before)  # tokens before the answer that penalties count too
+        self._size = settings.num_beams
+        self.running: list[tuple[int, ...]] = [()] * self._size
+        self._scores = [0.0] + [NEVER] * (self._size - 1)
+        self._best: list[Finished] = []
+        self._improvable = True
+
+    @property
+    def new(self) -> int:
+        return len(self.running[0])
+
+    @property
+    def best(self) -> tuple[int, ...]:
+        """The best finished text, including its end-of-text token; the best unfinished one before any has finished."""
+        return self._best[0].tokens if self._best else self.running[0]
+
+    def advance(self, logits: Tensor) -> list[int] | None:
+        """Take one step of the search.
+
+        Args:
+            logits: (1 or k, V) float32, of the last token of each beam.
+
+        Returns:
+            For each new beam the number of the beam that it continues; None at the end of the search.
+        """
+        k, settings = self._size, self.settings
+        scores = torch.log_softmax(logits, dim=-1)
+        if not settings.plain:
+            for row, tokens in zip(scores, self.running, strict=False):
+                adjust(row, [*self._before, *tokens], len(tokens), settings)
+        scores = scores.expand(k, -1) + torch.tensor(self._scores, device=scores.device)[:, None]
+        V = scores.shape[1]
+        count = max(2, 1 + len(settings.eos)) * k
+        values, places = scores.flatten().topk(min(count, k * V))
+        sources = (places // V).tolist()
+        texts = [(*self.running[source], place % V) for source, place in zip(sources, places.tolist(), strict=True)]
+        length = self.new + 1
+        ended = [text[-1] in settings.eos or length >= settings.max_tokens for text in texts]
+        totals = values.tolist()
+        self._finish(texts, totals, ended, length)
+        going = sorted(range(len(texts)), key=lambda each: -(totals[each] + (NEVER if ended[each] else 0.0)))[:k]
+        self.running = [texts[each] for each in going]
+        self._scores = [totals[each] + (NEVER if ended[each] else 0.0) for each in going]
+        self._improvable = self._improvable and self._could_improve(length)
+        full = len(self._best) == k and settings.early_stopping is True
+        if not self._improvable or full or all(ended):
+            return None
+        return [sources[each] for each in going]
+
+    def _finish(
+        self, texts: Sequence[tuple[int, ...]], totals: Sequence[float], ended: Sequence[bool], length: int
+    ) -> None:
+        """Keep the k best finished texts. Of the texts of this step, only the first k may end."""
+        if not self._improvable or (len(self._best) == self._size and self.settings.early_stopping is True):
+            return
+        new = [
+            Finished(total / length**self.settings.length_penalty, text)
+            for text, total, over in list(zip(texts, totals, ended, strict=True))[: self._size]
+            if over
+        ]
+        self._best = sorted([*self._best, *new], key=lambda each: -each.score)[: self._size]
+
+    def _could_improve(self, length: int) -> bool:
+        """Whether the best unfinished text could still beat the worst of k finished ones."""
+        if len(self._best) < self._size:
+            return True
+        settings = self.settings
+        if settings.early_stopping == "never" and settings.length_penalty > 0.0:
+            length = settings.max_tokens
+        return bool(self._scores[0] / length**settings.length_penalty > self._best[-1].score)
+
+
+# --- sequence ---------------------------------------------------------------------------------------------------------
 
 
 class RunningSequence:

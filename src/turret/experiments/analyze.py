@@ -5,24 +5,106 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from sqlalchemy import Connection
 
-from turret.experiments import arm_health, decide, discoveries, outcomes, rows
+from turret.experiments import arm_health, discoveries, outcomes, rows
 from turret.experiments.arm_health import ArmHealth
-from turret.experiments.decide import Compared, Decision, Health, Verdict
-from turret.experiments.e_process import capped, log_mean
-from turret.experiments.evidence import HIDDEN, OutcomeTally
-from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment
+from turret.experiments.evidence import HIDDEN, OutcomeTally, capped, log_mean
+from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment, Guards, Role
 from turret.experiments.guarding import Detector, Watch
 from turret.experiments.outcomes import CountedOutcome
 from turret.experiments.rows import Event
 from turret.experiments.validity import Validity
 from turret.json_types import JsonMapping, JsonObject
+
+# --- decide -----------------------------------------------------------------------------------------------------------
+# The policy from evidence to a decision, as pure functions.
+
+
+Verdict = Literal["better", "worse", "undecided", "void"]
+Action = Literal["continue", "hold", "drop", "promote"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The evidence of one candidate against the control, as logarithms."""
+
+    arm: str
+    level: float
+    better: float  # highest evidence so far
+    worse: float
+    worse_by: float  # worse by more than the guard's margin
+    verdict: Verdict = "undecided"  # the first that the evidence reached
+    turned: bool = False  # later outcomes have reversed the verdict
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the detectors say about the answers of an arm."""
+
+    arm: str
+    role: Role
+    alarms: tuple[str, ...]  # such as "12 of its last 80 answers were errors, the limit is 2%; ..."
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, and why, on one line."""
+
+    action: Action
+    arm: str | None
+    why: str
+
+
+def needed(level: float) -> float:
+    """The log evidence that decides. Two sides, or two ways to exceed a bound, share the level."""
+    return math.log(2 / level)
+
+
+def decide(
+    compared: Sequence[Compared],
+    health: Sequence[Health],
+    guards: Guards,
+    *,
+    void: str | None,
+    named: bool = True,
+) -> Decision:
+    """The first thing to do. Call it again after it was done.
+
+    Args:
+        void: the check that found that the arms cannot be compared, or None.
+        named: whether the experiment is a discovery among all experiments of the store.
+    """
+    for each in health:
+        if each.alarms:
+            return Decision("drop", each.arm, each.alarms[0])
+    if void is not None:
+        return Decision("hold", None, void)
+    if guards.worse_by is not None:
+        for found in compared:
+            if found.worse_by >= needed(found.level):
+                return Decision("drop", found.arm, f"its outcomes are worse{_margin(guards)}")
+    if guards.promote:
+        winners = [found for found in compared if found.verdict == "better" and not found.turned]
+        if winners and named:
+            best = max(winners, key=lambda found: found.better)
+            return Decision("promote", best.arm, "its outcomes are better")
+    return Decision("continue", None, "the evidence is not decisive yet")
+
+
+def _margin(guards: Guards) -> str:
+    return f" by more than {guards.worse_by:g}" if guards.worse_by else ""
+
+
+# --- analyze ----------------------------------------------------------------------------------------------------------
+
 
 VOID = "void"  # the verb of the event of an alarm
 AT_ONCE = 50_000  # outcomes that are added at once, to bound memory
@@ -66,7 +148,7 @@ class Memory:
             which = np.array([int(row.arm == arm.name) for row in found])
             margin = None if guards.worse_by is None else guards.worse_by / wide
             tally = self.tallies.get(arm.name) or OutcomeTally.empty(
-                binary=metric.kind == "binary", margin=margin, decides=decide.needed(experiment.level), hides=self.hides
+                binary=metric.kind == "binary", margin=margin, decides=needed(experiment.level), hides=self.hides
             )
             self.tallies[arm.name] = tally.after(which[here], y[here], np.array(shares)[here])
         for row in found:
@@ -256,7 +338,7 @@ def analyze(
     other_evidence = others() if won and experiment.state == rows.RUNNING else ()
     discovery = discoveries.needed(other_evidence, experiment.alpha) if other_evidence else None
     named = discovery is None or _equality([each.against for each in arms]) >= discovery
-    decision = decide.decide(live, guarded, experiment.guards, void=alarm, named=named)
+    decision = decide(live, guarded, experiment.guards, void=alarm, named=named)
     checks = {check: capped(peak) for check, peak in memory.validity.peaks().items()}
     return Analysis(experiment, arms, checks, alarm, recorded, discovery, decision, history)
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy.stats import binom
 
-from turret.experiments.e_process import Floats
+from turret.experiments.evidence import Floats
 from turret.json_types import JsonObject
 
 DRAWS, BATCH = 10_000, 500

@@ -1,7 +1,7 @@
 """Checks whether the arms can be compared at all: their numbers of units, of missing outcomes, and of late outcomes.
 
 If the arm has no effect on who comes, on whether an outcome is sent and on how long that takes, then the units of each
-of these classes fall on the arms as planned (`turret.experiments.sample_ratio`):
+of these classes fall on the arms as planned (`turret.experiments.validity`):
 
 - units: all units, when they are first answered
 - outcomes: units with an outcome, and units without one after the time to live
@@ -22,13 +22,69 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import accumulate
 
+import numpy as np
 from sqlalchemy import Connection
 
 from turret.experiments import outcomes
+from turret.experiments.evidence import EProcess, Floats
 from turret.experiments.experiment import Experiment, seconds_between
 from turret.experiments.outcomes import CountedOutcome, MissingOutcome
-from turret.experiments.sample_ratio import Planned, SampleRatio, Stratum
-from turret.timestamp import timestamp
+from turret.json_types import timestamp
+
+# --- sample ratio -----------------------------------------------------------------------------------------------------
+# A sequential test for sample ratio mismatch: whether each arm gets its planned share of the units.
+
+
+CONCENTRATIONS = np.array([10.0, 100.0, 1000.0, 10000.0])
+CERTAIN = 1000.0  # log factor of a unit in an arm that gets no traffic
+
+Stratum = tuple[int, int]  # revision of the split, class
+Planned = Mapping[int, Mapping[str, float]]  # revision -> arm -> probability
+
+
+@dataclass(frozen=True)
+class SampleRatio:
+    """The counts so far, and the evidence that they differ from the plan. Immutable; see `after`."""
+
+    counts: Mapping[Stratum, Mapping[str, int]] = field(default_factory=dict)
+    process: EProcess = field(default_factory=lambda: EProcess.of(len(CONCENTRATIONS)))
+
+    def after(self, seen: Sequence[tuple[Stratum, str]], planned: Planned) -> SampleRatio:
+        """The counts and evidence with more units.
+
+        Args:
+            seen: stratum and arm of each unit, in order.
+        """
+        places: dict[Stratum, list[int]] = {}
+        for place, (stratum, _) in enumerate(seen):
+            places.setdefault(stratum, []).append(place)
+        factors = np.zeros((len(seen), len(CONCENTRATIONS)))
+        counts = dict(self.counts)
+        for stratum, here in places.items():
+            arms = [seen[place][1] for place in here]
+            factors[here], counts[stratum] = _factors(arms, planned[stratum[0]], counts.get(stratum, {}))
+        return SampleRatio(counts, self.process.through(factors))
+
+
+def _factors(
+    arms: Sequence[str], planned: Mapping[str, float], before: Mapping[str, int]
+) -> tuple[Floats, Mapping[str, int]]:
+    """Log factors of units of one stratum, (N, concentrations), and the counts after them."""
+    names = sorted({*planned, *arms})
+    which = np.array([names.index(arm) for arm in arms])
+    share = np.array([planned.get(name, 0.0) for name in names])[which]
+    one = (which[:, None] == np.arange(len(names))).astype(np.float64)  # (N, arms)
+    start = np.array([before.get(name, 0) for name in names], dtype=np.float64)
+    seen = np.cumsum(one, axis=0) - one + start  # before each unit
+    mine, total, pi = seen[np.arange(len(arms)), which][:, None], seen.sum(axis=1)[:, None], share[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors = np.log((CONCENTRATIONS * pi + mine) / ((CONCENTRATIONS + total) * pi))
+    after = start + one.sum(axis=0)
+    return np.where(pi > 0, factors, CERTAIN), {name: int(n) for name, n in zip(names, after, strict=True) if n}
+
+
+# --- validity ---------------------------------------------------------------------------------------------------------
+
 
 LEVEL = 0.001  # the rate of false alarms
 CHECKS = ("units", "outcomes", "delays")

@@ -1,5 +1,18 @@
 """The axis of families: one file for each architecture, and a table of them. Loads no torch."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from turret.errors import UnknownFamily
+from turret.families.albert import ALBERT
+from turret.families.bart import BART
+from turret.families.bert import BERT
+from turret.families.big_bird import BIG_BIRD
+from turret.families.camembert import CAMEMBERT
+from turret.families.deberta_v2 import DEBERTA_V2
+from turret.families.distilbert import DISTILBERT
+from turret.families.electra import ELECTRA
 from turret.families.family import (
     Family,
     FastPaths,
@@ -13,7 +26,57 @@ from turret.families.family import (
     first,
     last,
 )
-from turret.families.table import FAMILIES, family_named, family_of
+from turret.families.gemma2 import GEMMA2
+from turret.families.gemma3 import GEMMA3
+from turret.families.gpt2 import GPT2
+from turret.families.llama import LLAMA
+from turret.families.mbart import MBART
+from turret.families.mistral import MISTRAL
+from turret.families.modernbert import MODERNBERT
+from turret.families.mpnet import MPNET
+from turret.families.mt5 import MT5
+from turret.families.pegasus import PEGASUS
+from turret.families.phi3 import PHI3
+from turret.families.qwen2 import QWEN2
+from turret.families.qwen3 import QWEN3
+from turret.families.roberta import ROBERTA
+from turret.families.t5 import T5
+from turret.families.xlm_roberta import XLM_ROBERTA
+from turret.json_types import JsonValue
+
+if TYPE_CHECKING:
+    from turret.transformer import ModelConfig
+
+
+# --- table ------------------------------------------------------------------------------------------------------------
+# The table of families.
+
+
+ENCODERS = (
+    *(BERT, ROBERTA, XLM_ROBERTA, CAMEMBERT, DISTILBERT, MODERNBERT, ELECTRA, ALBERT, MPNET, DEBERTA_V2),
+    BIG_BIRD,
+)
+ENCODER_DECODERS = (T5, MT5, BART, MBART, PEGASUS)
+DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2)
+FAMILIES: dict[str, Family] = {family.name: family for family in (*ENCODERS, *ENCODER_DECODERS, *DECODERS)}
+
+
+def family_named(name: JsonValue) -> Family:
+    """The family of a `model_type`. Raises UnknownFamily, which lists the supported ones."""
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise UnknownFamily(
+            f"architecture {name!r} is not supported: expected one of {', '.join(sorted(FAMILIES))}; use one of them"
+        )
+    return FAMILIES[name]
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family of a model's configuration. Raises UnknownFamily, which lists the supported ones."""
+    return family_named(getattr(config, "model_type", None))
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
 
 __all__ = [
     "FAMILIES",

@@ -4,7 +4,10 @@
 switches them off.
 """
 
-from turret.kernels.arguments import (
+from turret.kernels.available import int8, library, rest, usable, why, without
+from turret.kernels.compiled import LONGEST_INT8, Library
+from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerMatrix, LayerNorm, Layers
+from turret.kernels.operations import (
     LARGEST,
     NO_DROPOUT,
     AdapterSpans,
@@ -15,10 +18,6 @@ from turret.kernels.arguments import (
     Prefixes,
     Seeds,
 )
-from turret.kernels.available import int8, library, rest, usable, why, without
-from turret.kernels.compiled import Library
-from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerMatrix, LayerNorm, Layers
-from turret.kernels.products import LONGEST_INT8
 
 __all__ = [
     "LARGEST",

@@ -16,7 +16,7 @@ from turret.errors import BadReference, BadRequest, ReplayNeeded
 from turret.json_types import JsonObject
 from turret.reference import Reference
 from turret.server import admin_schemas as schemas
-from turret.server import golden_replay
+from turret.server import experiments
 from turret.server.error_responses import without_paths
 from turret.server.routes import State, router
 from turret.server.state import ServerState
@@ -167,7 +167,7 @@ async def _promoted(state: ServerState, exact: str, body: schemas.PromoteRequest
     if not body.replay:
         with suppress(ReplayNeeded):
             return await state.control(state.workspace.store.promote, exact, body.alias, require=body.require)
-    ask = partial(golden_replay.answers, state)
+    ask = partial(experiments.answers, state)
     return await state.promoting(
         state.workspace.promote, exact, body.alias, require=body.require, replay=body.replay, ask=ask
     )

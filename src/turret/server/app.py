@@ -6,17 +6,19 @@ log and request id -> other origins -> page or API -> ambiguous headers -> token
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Match
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret import __version__
-from turret.errors import TurretError
+from turret.errors import Draining, TurretError
 from turret.json_types import JsonObject
 from turret.server import (
     accounts,
@@ -28,25 +30,79 @@ from turret.server import (
     embeddings,
     experiments,
     files,
-    health,
     models,
     responses,
     runs,
     tokenizer,
 )
 from turret.server.auth import AuthMiddleware, Guard
-from turret.server.cross_origin import allow_origins
+from turret.server.connections import client_of
 from turret.server.error_responses import ErrorResponse, error_response, status_response, validation_response
-from turret.server.headers import HeaderMiddleware
-from turret.server.limits import LimitMiddleware
-from turret.server.logs import LogMiddleware
-from turret.server.session_middleware import SessionMiddleware
+from turret.server.headers import HeaderMiddleware, allow_origins
+from turret.server.limits import LimitMiddleware, is_page
+from turret.server.logs import LogMiddleware, TraceMiddleware
+from turret.server.metrics import CONTENT_TYPE
+from turret.server.routes import State, router
+from turret.server.sessions import session_of
 from turret.server.state import ServerState
-from turret.server.tracing import TraceMiddleware
 from turret.server.web import adapters, comparisons, entry, playground, system
 from turret.server.web import experiments as experiment_pages
 from turret.server.web import runs as run_pages
 from turret.server.web.page_middleware import PageMiddleware
+
+# --- session middleware -----------------------------------------------------------------------------------------------
+# Looks up a session that another server of the store opened, before `turret.server.auth` asks for it.
+
+
+class SessionMiddleware:
+    """Asks the catalog, on a thread, for the session of a page that this server has not seen."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self.app, self.state = app, state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and is_page(scope["path"]):
+            cookies = next((value for name, value in scope["headers"] if name.lower() == b"cookie"), b"")
+            session = session_of(cookies.decode("latin-1"))
+            if session is not None and self.state.guard.sessions.is_strange(session):
+                look_up = self.state.replica.signing.of(client_of(scope.get("client")) or "")
+                with suppress(TurretError):  # then the session is unknown here
+                    await look_up(self.state.guard.sessions.look_up, session)
+        await self.app(scope, receive, send)
+
+
+# --- health -----------------------------------------------------------------------------------------------------------
+# `/healthz`, `/readyz` and `/metrics`.
+
+
+anyone, control = router(""), router("admin or metrics")
+
+
+@anyone.get("/healthz")
+async def healthz() -> dict[str, str]:
+    """200 while the process answers."""
+    return {"status": "ok"}
+
+
+@anyone.get("/readyz")
+async def readyz(state: State) -> Response:
+    """200 once the store was read and adapters are loaded; 503 before that, and while the server shuts down."""
+    if state.load.draining or not state.ready:
+        why = "shutting down" if state.load.draining else "not ready yet: adapters are being loaded"
+        response = error_response(Draining(f"the server is {why}"))
+        return JSONResponse(response.body, response.status, response.headers)
+    return JSONResponse({"status": "ready"})
+
+
+@control.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+async def metrics(state: State) -> Response:
+    """Metrics for Prometheus: of the tenant's adapters; for the tenant `default`, of the server and all tenants too."""
+    read = partial(state.metrics.text, state.engines.sees, operates=state.access.operates)
+    return Response(await state.control(read), media_type=CONTENT_TYPE)
+
+
+# --- app --------------------------------------------------------------------------------------------------------------
+
 
 ROUTERS = (
     models.questions,
@@ -63,8 +119,8 @@ ROUTERS = (
     runs.control,
     experiments.control,
     experiments.outcomes,
-    health.control,
-    health.anyone,
+    control,
+    anyone,
     entry.router,
     adapters.router,
     run_pages.router,

@@ -16,8 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from turret.access import DEFAULT, NOBODY, OPERATOR, Access
 from turret.errors import Forbidden, ServeRefused, TurretError, Unauthorized
 from turret.server.error_responses import send_error
-from turret.server.limits import OPEN
-from turret.server.paths import INFER_PAGES, UNSIGNED, first, is_page
+from turret.server.limits import INFER_PAGES, OPEN, UNSIGNED, first, is_page
 from turret.server.quotas import Quota
 from turret.server.sessions import Sessions, session_of
 from turret.store import AccessToken, acting

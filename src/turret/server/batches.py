@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Path, Query, Request
 
 from turret.errors import BadRequest
-from turret.server import batch_schemas as schemas
+from turret.server import schemas as schemas
 from turret.server.files import BATCH, owner_of
 from turret.server.routes import State, router
 from turret.server.state import ServerState

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from turret.engine.embeddings import Embedding
+from turret.engine.text import Embedding
 from turret.families import Pooling
 from turret.server import limits
 from turret.server.chat_schemas import Message

@@ -10,7 +10,7 @@ from operator import mul
 
 from fastapi import Request, Response
 
-from turret.engine.embeddings import Embedding
+from turret.engine.text import Embedding
 from turret.errors import BadRequest
 from turret.server import embedding_schemas as schemas
 from turret.server.engine_protocol import Answer, Input

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from turret.errors import BadRequest, plainly
 from turret.json_types import JsonObject
-from turret.server import batch_schemas as schemas
+from turret.server import schemas as schemas
 from turret.server.auth import Caller
 from turret.server.routes import State, router
 from turret.server.state import ServerState

@@ -18,8 +18,31 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from turret.errors import Busy, Draining, TooLarge, TooSlow, WrongMediaType
 from turret.server.connections import ClientConnections, subtract
 from turret.server.error_responses import send_error
-from turret.server.paths import is_page
 from turret.turns import Places
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+# Which paths are pages of the console. Every other path belongs to the API.
+
+
+# The first part of a page's path. Pages use a session cookie and forms, and answer in HTML.
+PAGES = frozenset(
+    ("", "adapters", "runs", "comparisons", "playground", "experiments", "store", "sign-in", "sign-out", "static")
+)
+UNSIGNED = frozenset(("sign-in", "static"))  # open without a session
+INFER_PAGES = frozenset(("", "playground", "sign-out"))  # open to the scope infer; admin opens all pages
+
+
+def first(path: str) -> str:
+    """`/adapters/news` -> `adapters`."""
+    return path.lstrip("/").partition("/")[0]
+
+
+def is_page(path: str) -> bool:
+    return first(path) in PAGES
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
 
 # Of the values in one request; the schemas enforce them.
 MOST_INPUTS = 1024

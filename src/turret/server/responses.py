@@ -6,17 +6,180 @@ and the form of an answer work as there.
 
 from __future__ import annotations
 
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
+
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
-from turret.json_types import JsonObject
+from turret.errors import TurretError
+from turret.json_types import JsonObject, JsonValue
 from turret.server import response_schemas as schemas
 from turret.server.chat import ToolCalls, prompt
 from turret.server.chat_schemas import ChatRequest
 from turret.server.completions import EVENTS
+from turret.server.engine_protocol import Answer
+from turret.server.error_responses import error_response
 from turret.server.generation import options_of, stream_events
-from turret.server.response_output import ResponseOutput
+from turret.server.pending_answers import PendingAnswers, Update, generated_tokens, prompt_tokens
 from turret.server.routes import State, Unit, router
+from turret.server.state import ServerState
+
+# --- response output --------------------------------------------------------------------------------------------------
+# The output of `/v1/responses`: a message and calls of tools, whole or as the events of a stream.
+
+
+class ResponseOutput:
+    """The output of one request.
+
+    Args:
+        tools: the calls that the answer may hold; None: no call is looked for.
+    """
+
+    def __init__(self, state: ServerState, body: schemas.ResponseRequest, tools: ToolCalls | None) -> None:
+        self._state, self._body, self._tools = state, body, tools
+        self._number = 0  # of the next event
+
+    def items(self, pending: PendingAnswers, answer: Answer, sent: int = 0) -> list[schemas.OutputItem]:
+        """The message, if there is text or no call, and the calls. sent: characters of its text that were streamed."""
+        text = str(answer["text"])
+        content, calls = (text, []) if self._tools is None else self._tools.read(text)
+        if calls:
+            content = content[: max(sent, len(content.rstrip()))]
+        items: list[schemas.OutputItem] = []
+        if content.strip() or not calls:
+            items.append(_message(pending, _status(answer), content))
+        for call in calls:
+            name, arguments = call.function.name, call.function.arguments
+            items.append(_call(f"fc_{call.id}", "completed", call.id, name, arguments))
+        return items
+
+    def whole(
+        self, pending: PendingAnswers, answer: Answer | None, items: Sequence[schemas.OutputItem]
+    ) -> schemas.ResponseObject:
+        """The response. answer: None while it is being written."""
+        body, usage = self._body, None
+        if answer is not None:
+            read, made = prompt_tokens(answer), generated_tokens(answer)
+            usage = schemas.ResponseUsage(input_tokens=read, output_tokens=made, total_tokens=read + made)
+        status, choice = _status(answer), body.tool_choice or "auto"
+        form = None if body.text is None else body.text.format
+        given = {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
+        return schemas.ResponseObject(
+            id=f"resp_{pending.id}",
+            created_at=self._state.now(),
+            status=status,
+            incomplete_details=schemas.Incomplete(reason="max_output_tokens") if status == "incomplete" else None,
+            instructions=body.instructions,
+            max_output_tokens=body.max_output_tokens,
+            model=pending.model or body.model,
+            output=list(items),
+            temperature=body.temperature,
+            text={"format": given},
+            tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
+            tools=[tool.model_dump() for tool in body.tools or ()],
+            top_p=body.top_p,
+            usage=usage,
+            user=body.user,
+        )
+
+    # --- a stream ----------------------------------------------------------------------------------------------------
+
+    async def events(self, pending: PendingAnswers, updates: AsyncIterator[Update]) -> AsyncIterator[str]:
+        """The events of a stream. Where a call of a tool may begin, the text is held back until the end."""
+        begun = self.whole(pending, None, []).model_dump()
+        yield self._event("response.created", response=begun)
+        yield self._event("response.in_progress", response=begun)
+        text, sent, opened = "", 0, self._tools is None
+        if opened:
+            for each in self._opened(pending):
+                yield each
+        try:
+            async for _, piece in updates:
+                text += "" if piece is None else piece.text
+                end = len(text) if self._tools is None else self._tools.may_begin(text)
+                if not opened and text[:end].strip():
+                    opened = True
+                    for each in self._opened(pending):
+                        yield each
+                if opened and end > sent:
+                    yield self._delta(pending, text[sent:end])
+                    sent = end
+        except TurretError as error:
+            self._state.log.write("stream", "error", error=type(error).__name__, receipt=pending.id)
+            yield self._event("error", **error_response(error).body["error"])
+            return
+        answer = pending.answers[0]
+        assert answer is not None
+        items = self.items(pending, answer, sent)
+        for index, item in enumerate(items):
+            if isinstance(item, schemas.OutputCall):
+                ended = self._called(index, item)
+            else:
+                ended = self._ended(pending, item, sent, opened)
+            for each in ended:
+                yield each
+        last = self.whole(pending, answer, items)
+        yield self._event(f"response.{last.status}", response=last.model_dump())
+
+    def _opened(self, pending: PendingAnswers) -> Iterator[str]:
+        """A message begins. It is the first item."""
+        message = _message(pending, "in_progress").model_dump()
+        yield self._event("response.output_item.added", output_index=0, item=message)
+        part = schemas.OutputText(text="").model_dump()
+        yield self._event("response.content_part.added", **_place(pending), part=part)
+
+    def _delta(self, pending: PendingAnswers, text: str) -> str:
+        return self._event("response.output_text.delta", **_place(pending), delta=text, logprobs=[])
+
+    def _ended(self, pending: PendingAnswers, item: schemas.OutputMessage, sent: int, opened: bool) -> Iterator[str]:
+        """A message ends, with the text that was held back."""
+        text = item.content[0].text
+        if not opened:
+            yield from self._opened(pending)
+        if rest := text[sent:]:
+            yield self._delta(pending, rest)
+        yield self._event("response.output_text.done", **_place(pending), text=text, logprobs=[])
+        yield self._event("response.content_part.done", **_place(pending), part=item.content[0].model_dump())
+        yield self._event("response.output_item.done", output_index=0, item=item.model_dump())
+
+    def _called(self, index: int, item: schemas.OutputCall) -> Iterator[str]:
+        """A call of a tool, whole."""
+        begun = _call(item.id, "in_progress", item.call_id, item.name, "").model_dump()
+        place: JsonObject = {"output_index": index, "item_id": item.id}
+        yield self._event("response.output_item.added", output_index=index, item=begun)
+        yield self._event("response.function_call_arguments.delta", **place, delta=item.arguments)
+        yield self._event("response.function_call_arguments.done", **place, name=item.name, arguments=item.arguments)
+        yield self._event("response.output_item.done", output_index=index, item=item.model_dump())
+
+    def _event(self, kind: str, **fields: JsonValue) -> str:
+        said = {"type": kind, "sequence_number": self._number, **fields}
+        self._number += 1
+        return f"event: {kind}\ndata: {json.dumps(said, ensure_ascii=False)}\n\n"
+
+
+def _status(answer: Answer | None) -> schemas.Status:
+    if answer is None:
+        return "in_progress"
+    return "incomplete" if answer["finish_reason"] == "length" else "completed"
+
+
+def _place(pending: PendingAnswers) -> JsonObject:
+    """Where the text of the message is."""
+    return {"output_index": 0, "item_id": f"msg_{pending.id}", "content_index": 0}
+
+
+def _message(pending: PendingAnswers, status: schemas.Status, text: str | None = None) -> schemas.OutputMessage:
+    content = [] if text is None else [schemas.OutputText(text=text)]
+    return schemas.OutputMessage(id=f"msg_{pending.id}", status=status, content=content)
+
+
+def _call(id: str, status: schemas.Status, call_id: str, name: str, arguments: str) -> schemas.OutputCall:
+    return schemas.OutputCall(id=id, status=status, call_id=call_id, name=name, arguments=arguments)
+
+
+# --- responses --------------------------------------------------------------------------------------------------------
+
 
 questions = router("infer")
 

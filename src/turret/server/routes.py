@@ -3,18 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeAlias
 
-from fastapi import APIRouter, Depends, Header, Request, Response, Security
+from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from pydantic_core import from_json
 
-from turret.server import bodies
+from turret.errors import TooLarge
+from turret.json_types import JsonObject, JsonValue
 from turret.server.engine_protocol import Answer
-from turret.server.limits import MOST_UNIT
+from turret.server.limits import MOST_UNIT, RequestLimits
 from turret.server.pending_answers import generated_tokens, prompt_tokens
 from turret.server.schemas import Error, Usage
 from turret.server.state import ServerState
+
+# --- bodies -----------------------------------------------------------------------------------------------------------
+# Read a JSON body as the model of a route, in bounded time.
+
+
+INLINE = 64 << 10  # bytes; a larger body is read on a thread
+Body: TypeAlias = BaseModel | Sequence[BaseModel]  # what a route receives
+
+
+class Field(Protocol):
+    """FastAPI's field of the body of a route."""
+
+    def validate(
+        self, value: JsonValue, values: JsonObject, *, loc: tuple[int | str, ...] = ()
+    ) -> tuple[Body, list[JsonObject]]: ...
+
+
+def read(content: bytes, field: Field, limits: RequestLimits) -> Body:
+    """The body as the model of its route. Raises TooLarge, HTTPException (not JSON) and RequestValidationError."""
+    check_counts(content, limits)
+    try:
+        value = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise HTTPException(400, f"the body is not JSON: {error}") from None
+    body, errors = field.validate(value, {}, loc=("body",))
+    if errors:
+        raise RequestValidationError(errors)
+    return body
+
+
+def check_counts(content: bytes, limits: RequestLimits) -> None:
+    """Raises TooLarge. Exact for JSON; for anything else, the parser stops before it reads more than was counted."""
+    if _keys(content) <= limits.body_keys and _values(content) <= limits.body_values:
+        return  # the counts include the characters in strings, and are within the limits all the same
+    outside = _outside_strings(content, limit=1 + limits.body_keys + limits.body_values)
+    for name, count, limit in (
+        ("keys", _keys(outside), limits.body_keys),
+        ("values", _values(outside), limits.body_values),
+    ):
+        if count > limit:
+            raise TooLarge(f"the body has more than {limit} {name}: send the inputs in several requests")
+
+
+def _keys(text: bytes) -> int:
+    return text.count(b":")
+
+
+def _values(text: bytes) -> int:
+    """Every value but the first follows a comma, or is the first one in a list or an object."""
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
+
+
+def _outside_strings(content: bytes, limit: int) -> bytes:
+    """The body without its strings. limit: of strings, checked before the body is split at them."""
+    plain = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if plain.count(b'"') > 2 * limit:
+        raise TooLarge(f"the body has more than {limit} strings: send the inputs in several requests")
+    return b"".join(plain.split(b'"')[::2])
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
 
 _BEARER = HTTPBearer(auto_error=False, description="A token of `turret token create`.")
 ERRORS: dict[int | str, dict[str, type[Error] | str]] = {
@@ -72,9 +138,9 @@ class PageRoute(APIRoute):
 class ParsedRequest(PlainRequest):
     """A request whose body is parsed already."""
 
-    body_value: bodies.Body | None = None  # FastAPI uses an instance of the route's model unchanged
+    body_value: Body | None = None  # FastAPI uses an instance of the route's model unchanged
 
-    async def json(self) -> bodies.Body | None:
+    async def json(self) -> Body | None:
         return self.body_value
 
 
@@ -89,10 +155,10 @@ class StrictRoute(APIRoute):
             parsed = ParsedRequest(request.scope, request.receive, request._send)
             if field is not None and (content := await parsed.body()):
                 state = _state(request)
-                if len(content) <= bodies.INLINE:
-                    parsed.body_value = bodies.read(content, field, state.limits)
+                if len(content) <= INLINE:
+                    parsed.body_value = read(content, field, state.limits)
                 else:
-                    parsed.body_value = await state.parsing(bodies.read, content, field, state.limits)
+                    parsed.body_value = await state.parsing(read, content, field, state.limits)
             return await handler(parsed)
 
         return handle

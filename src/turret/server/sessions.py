@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from turret.errors import StoreError
-from turret.store.session_rows import FORMS, SIGN_INS, SessionRows
+from turret.store.access_tokens import FORMS, SIGN_INS, SessionRows
 
 COOKIE = "turret_session"
 HOST = "__Host-"  # of a cookie that a browser sends only over https, and that no other host may have set

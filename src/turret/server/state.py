@@ -12,34 +12,34 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from copy import copy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
+from sqlalchemy import select
 from starlette.requests import Request
 
-from turret import __version__, heap
+from turret import __version__, process
 from turret.access import DEFAULT, OPERATOR, Access
+from turret.database import Database, adapters, versions
 from turret.engine import Options
 from turret.errors import Cancelled, NotFound, TurretError
 from turret.json_types import JsonMapping
-from turret.server import tracing
+from turret.server import logs
 from turret.server.auth import Caller, Guard
-from turret.server.connections import ClientConnections
+from turret.server.connections import ClientConnections, Network
 from turret.server.engine_protocol import EngineProtocol, Input, TicketProtocol, answering_version
 from turret.server.engines import Engines, SeenEngines, ServedBase
-from turret.server.followers import Followers
-from turret.server.limits import Load
+from turret.server.limits import Load, RequestLimits
 from turret.server.logs import Log
 from turret.server.metrics import Metrics, TenantTotals
-from turret.server.missing import missing_model
-from turret.server.oidc import Oidc
+from turret.server.oidc import Oidc, OidcSettings
 from turret.server.pending_answers import PendingAnswers, Submission
+from turret.server.quotas import Quota
 from turret.server.replica import Replica
 from turret.server.routing import Placement
-from turret.server.settings import ServerSettings
 from turret.server.tenants import Tenant, each_tenant
 from turret.server.thread_pool import ThreadPool
 from turret.store.batches import Batches
@@ -47,7 +47,111 @@ from turret.store.client_files import ClientFiles
 from turret.store.usage import BASE, UsageLog
 from turret.store.usage import SECONDS as USAGE_SECONDS
 from turret.tasks.task import RequestKind
+from turret.visibility import seen_adapters, seen_versions
 from turret.workspace import Workspace
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+# The options of `turret serve`.
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The options of `turret serve`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    alias: str = "production"  # what plain names mean; its versions are loaded in advance
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    per_adapter: Quota = field(default_factory=Quota)
+    log_texts: bool = False
+    strict: bool = False  # unknown keys of a request are an error, not a header
+    proxies: Sequence[Network] = ()  # networks without a limit per client
+    origins: Sequence[str] = ()  # of pages that may call the API; "*" for any
+    otel: bool = False  # spans of requests go to OpenTelemetry
+    replica: str | None = None  # the name of this server in metrics
+    oidc: OidcSettings | None = None  # who signs people in to the console, besides access tokens
+
+
+# --- followers --------------------------------------------------------------------------------------------------------
+# Threads that follow the store, one for each part of a server, so that a slow part delays no other.
+
+
+class Followers:
+    """The threads of one server.
+
+    Args:
+        log: Gets one line when a part has lost the store, and one when it is back.
+        failed: Called at each try that fails.
+    """
+
+    def __init__(self, log: Log, failed: Callable[[], None]) -> None:
+        self._log, self._failed = log, failed
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self.failing: set[str] = set()  # names of the parts that could not reach the store
+
+    def start(self, name: str, follow: Callable[[], None], seconds: float) -> None:
+        """Call `follow` again and again, with so many seconds in between, on a thread with this name."""
+        thread = threading.Thread(target=self._repeat, args=[name, follow, seconds], name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def stop(self) -> None:
+        """End all threads."""
+        self._stopping.set()
+        for each in self._threads:
+            each.join(timeout=5)
+
+    def _repeat(self, part: str, follow: Callable[[], None], seconds: float) -> None:
+        while not self._stopping.is_set():
+            try:
+                follow()
+            except Exception as error:  # the store may be back at the next try
+                self._failed()
+                if part not in self.failing:
+                    problem = {"error": type(error).__name__, "message": str(error)}
+                    self._log.write("follow", "error", part=part, following=False, **problem)
+                    self.failing.add(part)
+            else:
+                if part in self.failing:
+                    self._log.write("follow", part=part, following=True)
+                    self.failing.discard(part)
+            self._stopping.wait(seconds)
+
+
+# --- missing ----------------------------------------------------------------------------------------------------------
+# The error for a model that is not here: it lists what the caller may ask on this server's bases.
+
+
+MOST = 8  # names in the error
+
+
+def missing_model(
+    database: Database, fingerprints: Collection[str], bases: Sequence[str], model: str, error: NotFound
+) -> NotFound:
+    """The error for a reference that names nothing.
+
+    Args:
+        fingerprints: Of the server's bases.
+        bases: The names of those that the caller may ask.
+        error: Of the store; kept if the adapter is here, since it then lists its own versions and aliases.
+    """
+    name = model.partition("@")[0]
+    on_base = versions.c.manifest[("base", "fingerprint")].as_string().in_(fingerprints)
+    query = select(adapters.c.name).join(versions, versions.c.adapter_id == adapters.c.id).where(on_base).distinct()
+    with database.reading() as connection:
+        query = query.where(seen_adapters(connection), seen_versions(connection))
+        if connection.execute(query.where(adapters.c.name == name).limit(1)).first() is not None:
+            return error
+        names = connection.execute(query.order_by(adapters.c.name).limit(MOST)).scalars().all()
+    known = [*names, *bases]
+    which = f"expected one of {', '.join(known)}" if known else "you may ask none"
+    where = "this server's base" if len(fingerprints) == 1 else "the bases of this server"
+    return NotFound(f"no adapter named {ascii(name)[:60]} on {where}: {which}")
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
 
 POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
@@ -81,7 +185,7 @@ class ServerState:
         self.options = options
         self.settings = settings or ServerSettings()
         self.limits = limits = self.settings.limits
-        self.spans = tracing.provider() if self.settings.otel else None
+        self.spans = logs.provider() if self.settings.otel else None
         self.log, self.clock = log or Log(), clock
         self.started_at, self.id = int(time.time()), secrets.token_hex(4)
         self.load = Load(limits)
@@ -406,7 +510,7 @@ class ServerState:
 
     def start(self) -> None:
         """Follow the store from now on, each part on its own thread, so that a load delays no revoked token."""
-        trim: Callable[[], None] = heap.Trim()
+        trim: Callable[[], None] = process.Trim()
         for name, follow, seconds in (
             ("turret-follow", self._follow_aliases, POLL_SECONDS),
             ("turret-tokens", self._read_tokens, POLL_SECONDS),

@@ -1,17 +1,15 @@
 """Store adapters: immutable numbered versions, content-addressed files, aliases with gates, and training runs."""
 
-from turret.store.access_tokens import AccessToken, AccessTokens
+from turret.store.access_tokens import AccessToken, AccessTokens, SessionRows
 from turret.store.aliases import Move, Pointing
-from turret.store.budgets import Budgets
 from turret.store.catalog import Compared, Deleted, Version, acting, folded
 from turret.store.core import Store
-from turret.store.gate_status import GateStatus
-from turret.store.gates import Gate
+from turret.store.gates import Gate, GateStatus
 from turret.store.gc import Collected
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet
 from turret.store.queue import TrainingQueue
 from turret.store.runs import HeldRun
-from turret.store.session_rows import SessionRows
+from turret.store.usage import Budgets
 from turret.store.verify import Verified
 
 __all__ = [

@@ -15,7 +15,7 @@ rest is files that no version lists. Content that is already stored under the na
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
@@ -32,28 +32,14 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import (
-    aliases,
-    catalog,
-    gate_status,
-    gc,
-    golden,
-    incoming_bundle,
-    kept_rows,
-    ownership,
-    promotion,
-    runs,
-    scratch,
-)
+from turret.store import aliases, artifacts, catalog, gates, gc, golden, kept_rows, promotion, runs, scratch
 from turret.store import verify as verifying
 from turret.store.access_tokens import AccessTokens
 from turret.store.aliases import Move, Pointing
 from turret.store.artifacts import Artifacts
 from turret.store.blobs import OWNER, Blob, Blobs, Files
 from turret.store.catalog import PRODUCTION, Deleted, Version
-from turret.store.facts import facts_of
-from turret.store.gate_status import GateStatus
-from turret.store.gates import Gate
+from turret.store.gates import Gate, GateStatus
 from turret.store.gc import Collected, Removed
 from turret.store.golden import Golden, GoldenReplay, GoldenSet
 from turret.store.objects import Objects
@@ -65,6 +51,68 @@ from turret.store.verify import Verified
 
 if TYPE_CHECKING:
     from turret.store.difference import Difference
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+# Everything that the store knows about one version, as `turret show --json` prints it.
+
+
+def facts_of(database: Database, version: Version, content: Mapping[str, Blob]) -> JsonObject:
+    """Files, metrics, aliases and their moves, manifest, and the run of a version.
+
+    Args:
+        content: path in the bundle -> its stored copy.
+    """
+    with database.reading() as connection:
+        moves = aliases.moves(connection, version.name)
+        replays = golden.replays_of(connection, version)
+    return {
+        "version": str(version),
+        "digest": version.digest,
+        "created": version.created,
+        "who": version.who,
+        "aliases": list(version.aliases),
+        "bytes": version.bytes,
+        "metrics": dict(version.metrics),
+        "files": {path: {"digest": blob.digest, "bytes": blob.bytes} for path, blob in content.items()},
+        "manifest": dict(version.manifest),
+        "alias_history": moves,
+        "replays": [replay.as_json() for replay in replays.values()],
+        "run": runs.find(database, version.run) if version.run else None,
+        "comparison": version.comparison,
+    }
+
+
+# --- ownership --------------------------------------------------------------------------------------------------------
+# Which catalog owns a place of files.
+
+
+def claim(location: Location, database: Database, files: Files, *, writes: bool) -> None:
+    """Record that the files belong to this catalog.
+
+    Raises:
+        StoreError: they belong to another catalog, this one lost its id, or the user may not write.
+    """
+    if writes and not database.writable():
+        raise StoreError(f"store {location} is read-only for this user: grant INSERT, or connect as another user")
+    identity, owner = database.identity(), files.owner()
+    if identity is None:
+        raise StoreError(
+            f"store {location}: its catalog has lost its id, the comment on the table alembic_version in a dump: "
+            f"set it to the content of {location.files}/{OWNER}"
+        )
+    if owner is None:
+        files.claim(identity)
+        owner = files.owner()
+    if owner != identity:
+        raise StoreError(
+            f"store {location}: {location.files} has the files of another catalog ({owner}, this is {identity}): "
+            f"use another place; if that catalog is gone, delete {location.files}/{OWNER} first"
+        )
+
+
+# --- core -------------------------------------------------------------------------------------------------------------
+
 
 ATTEMPTS = 3  # of a put, if a gc or a delete removes its files while it writes
 
@@ -133,8 +181,8 @@ class Store:
         """
         held, run = (run, run.id) if isinstance(run, HeldRun) else (None, run)
         check_name(name)
-        manifest, paths = incoming_bundle.read(bundle)
-        content = incoming_bundle.hashed(manifest, paths)
+        manifest, paths = artifacts.read(bundle)
+        content = artifacts.hashed(manifest, paths)
         database = self._open_or_create()
         with plain_errors(self._catalog):
             self._claim_files(database)
@@ -192,7 +240,7 @@ class Store:
     def materialize(self, reference: str | Reference, folder: Path) -> Version:
         """Copy the bundle into `folder`, hashing each file on the way; raises Corrupt."""
         version, content = self._look_up(reference)
-        with self._still_listed(version), plain_errors(folder / incoming_bundle.MANIFEST):
+        with self._still_listed(version), plain_errors(folder / artifacts.MANIFEST):
             for path, blob in content.items():
                 target = folder / path
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +338,7 @@ class Store:
         added, removed = [Gate.parse(text, alias or "") for text in add], list(remove)
         if not added and not removed and examples is None:
             with self._existing(reference).reading() as connection:
-                return gate_status.gates_of(connection, name, alias)
+                return gates.gates_of(connection, name, alias)
         if alias is None:
             raise BadReference(f"a gate of {name} needs an alias, such as production")
         with self._existing(reference).writing() as connection:
@@ -300,7 +348,7 @@ class Store:
         """Whether the version that each alias names passes its gates now, gate by gate."""
         reference = Reference(check_name(name), alias=None if alias is None else check_alias(alias))
         with self._existing(reference).reading() as connection:
-            return gate_status.of(connection, name, alias)
+            return gates.gate_statuses(connection, name, alias)
 
     def examples(self, digest: str) -> GoldenSet:
         """The golden examples with this digest; raises Corrupt."""
@@ -471,7 +519,7 @@ class Store:
 
     def _claim_files(self, database: Database, *, writes: bool = True) -> None:
         if not self._owns_files:
-            ownership.claim(self.location, database, self._blobs, writes=writes)
+            claim(self.location, database, self._blobs, writes=writes)
             self._owns_files = writes
 
     def _open(self) -> Database | None:

@@ -11,7 +11,7 @@ from turret import audit
 from turret.database import Database
 from turret.errors import Corrupt
 from turret.reference import Reference, check_alias
-from turret.store import aliases, catalog, gate_status, gates, golden
+from turret.store import aliases, catalog, gates, golden
 from turret.store.aliases import Move
 from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version, now, who
@@ -78,7 +78,7 @@ def change_gates(
     share: float,
 ) -> Sequence[Gate | Golden]:
     """Remove gates and golden examples from an alias, then add gates and examples. Returns those of the alias."""
-    before = gate_status.gates_of(connection, name, alias)
+    before = gates.gates_of(connection, name, alias)
     for text in remove:
         remove_gate = golden.remove if text.strip().startswith(golden.WORD) else gates.remove
         remove_gate(connection, name, alias, text)
@@ -86,7 +86,7 @@ def change_gates(
         gates.add(connection, name, gate)
     if examples is not None:
         golden.add(connection, name, alias, examples, share)
-    after = gate_status.gates_of(connection, name, alias)
+    after = gates.gates_of(connection, name, alias)
     was, now_is = ({"gates": [*map(str, each)]} for each in (before, after))
     audit.record(connection, "gate", f"{name}@{alias}", name, before=was, after=now_is, at=now(), who=who())
     return after

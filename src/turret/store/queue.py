@@ -33,8 +33,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.store import leases
 from turret.store.catalog import now, who
 from turret.store.leases import Lease
-from turret.store.queue_tables import DEFAULT, queue, queue_limits, run_log
-from turret.store.runs import PREFIX, HeldRun, TrainingRuns, plain_error
+from turret.store.runs import DEFAULT, PREFIX, HeldRun, TrainingRuns, plain_error, queue, queue_limits, run_log
 from turret.visibility import seen_runs
 
 if TYPE_CHECKING:

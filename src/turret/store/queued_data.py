@@ -28,7 +28,7 @@ from turret.store import scratch
 from turret.store.artifacts import Artifact, Artifacts
 from turret.store.blobs import Blob
 from turret.store.gc import Removed
-from turret.store.queue_tables import queue
+from turret.store.runs import queue
 
 FOLDER = "queued"
 PLACE = re.compile("[0-9a-f]{32}(?=/)")  # of data, in a recipe

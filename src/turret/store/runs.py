@@ -25,10 +25,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Connection,
+    Float,
+    ForeignKey,
+    Integer,
+    String,
+    Table,
+    Text,
+    delete,
+    insert,
+    select,
+    update,
+)
 
 from turret import audit
-from turret.database import Database, runs
+from turret.database import Database, bytewise, metadata, runs
 from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
 from turret.errors import InUse, LeaseLost, StoreError
 from turret.json_types import JsonMapping, JsonObject
@@ -37,8 +51,48 @@ from turret.store.artifacts import Artifacts
 from turret.store.blobs import Blob, digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Keeper, Lease
-from turret.store.queue_tables import queue, run_log
 from turret.visibility import access_of, seen_runs
+
+# --- queue tables -----------------------------------------------------------------------------------------------------
+# The tables of the queue of trainings. See `turret.store.queue`.
+
+
+DEFAULT = "default"
+
+queue = Table(
+    "queue",
+    metadata,
+    Column("run", ForeignKey(runs.c.id), primary_key=True),
+    Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT, index=True),
+    Column("priority", Integer, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("queued", String(32), nullable=False),
+    Column("started", String(32)),
+    Column("due", Float, nullable=False),
+    Column("cancelled", String(32)),
+    Column("who", String(100)),
+    Column("recipe", Text, nullable=False),
+)
+queue_limits = Table(
+    "queue_limits",
+    metadata,
+    Column("tenant", bytewise(64), primary_key=True, server_default=DEFAULT),
+    Column("running", Integer),
+    Column("waiting", Integer),
+)
+run_log = Table(
+    "run_log",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("run", ForeignKey(runs.c.id), nullable=False, index=True),
+    Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
+    Column("at", String(32), nullable=False),
+    Column("line", String(500), nullable=False),
+)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
 
 State = Literal["interrupted", "failed", "finished"]
 ENDED = ("finished", "failed", "cancelled")  # states after which nothing about a run changes

@@ -35,8 +35,8 @@ from turret.disk import (
     sync,
 )
 from turret.errors import StoreError
-from turret.interrupt import uninterrupted
 from turret.json_types import JsonMapping, JsonValue
+from turret.process import uninterrupted
 
 WHY = "leftover of a killed import or export"
 OLD = 3600  # seconds without a change, after which the process is considered dead

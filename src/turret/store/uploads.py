@@ -43,12 +43,36 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import BigInteger, Column, Connection, String, Table, delete, func, insert, select, update
 
-from turret.database import Database, files, uploads
+from turret.database import Database, bytewise, files, metadata, uploads
 from turret.errors import Corrupt, TurretError
-from turret.store import artifact_table, client_tables
+from turret.store import client_tables
 from turret.store.blobs import Blob, Files
+
+# --- artifact table ---------------------------------------------------------------------------------------------------
+# The table of the files that the store keeps beside its versions. See `turret.store.artifacts`.
+
+
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("path", bytewise(700), primary_key=True),
+    Column("digest", String(80), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("upload", String(32), nullable=False),
+    Column("changed", String(32), nullable=False),
+)
+
+
+def artifact_bytes(connection: Connection) -> set[tuple[str, str]]:
+    """Digest and upload of every content that is in use."""
+    rows = connection.execute(select(artifacts.c.digest, artifacts.c.upload))
+    return {(row.digest, row.upload) for row in rows}
+
+
+# --- uploads ----------------------------------------------------------------------------------------------------------
+
 
 ABANDONED = timedelta(hours=1)  # since the last file was started
 
@@ -174,7 +198,7 @@ def dead(
     living = set(connection.execute(select(uploads.c.id)).scalars()) - set(without)
     used = {(row.digest, row.upload) for row in connection.execute(select(files.c.digest, files.c.upload).distinct())}
     used |= client_tables.used(connection)
-    used |= artifact_table.used(connection)
+    used |= artifact_bytes(connection)
     return [(name, b) for name, b in seen if b.upload not in living and (b.digest, b.upload) not in used]
 
 

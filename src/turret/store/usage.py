@@ -2,23 +2,80 @@
 
 A server adds up what it answers, and writes the sums every `SECONDS`, and when it ends. So a killed server loses what
 it answered in that time, and one that is stopped by SIGTERM nothing. While the store cannot be reached the sums grow.
-A flush that is tried again is counted once (`turret.store.flushes`). A server of a read-only store counts nothing.
+A flush that is tried again is counted once (`turret.store.usage`). A server of a read-only store counts nothing.
 """
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import BigInteger, Column, ColumnElement, Connection, String, Table, and_, insert, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    Connection,
+    Float,
+    Integer,
+    String,
+    Table,
+    and_,
+    delete,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from turret.database import Database, adapters, bytewise, metadata
 from turret.json_types import JsonObject
-from turret.store.flushes import Writer
+from turret.store.leases import clock
 from turret.visibility import access_of, seen_adapters
+
+# --- flushes ----------------------------------------------------------------------------------------------------------
+# Sums that a process adds to the catalog again after an error are added once.
+
+
+OLD = 30 * 86_400.0  # seconds after which the row of a writer is removed
+
+flushes = Table(
+    "flushes",
+    metadata,
+    Column("writer", String(40), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+
+class Writer:
+    """One process that adds sums to the catalog, one flush after the other. The caller serializes them."""
+
+    def __init__(self) -> None:
+        self.id, self.number = secrets.token_hex(16), 0
+
+    def next(self) -> int:
+        """The number of a new flush."""
+        self.number += 1
+        return self.number
+
+    def is_first(self, connection: Connection, number: int) -> bool:
+        """Whether no earlier try of this flush was committed. Call it in the transaction that adds the sums."""
+        mine, now = flushes.c.writer == self.id, clock(connection)
+        found = connection.execute(select(flushes.c.number).where(mine)).scalar()
+        if found is None:
+            connection.execute(delete(flushes).where(flushes.c.at < now - OLD))
+            connection.execute(insert(flushes).values(writer=self.id, number=number, at=now))
+        elif found < number:
+            connection.execute(update(flushes).where(mine).values(number=number, at=now))
+        return found is None or found < number
+
+
+# --- usage ------------------------------------------------------------------------------------------------------------
+
 
 SECONDS = 2.0  # between two writes of a server
 BASE = ""  # the adapter of the bare base
@@ -131,3 +188,76 @@ def _seen(connection: Connection) -> ColumnElement[bool]:
         return own
     seen = usage.c.adapter.in_(select(adapters.c.name).where(seen_adapters(connection)))
     return own & (or_(seen, usage.c.adapter == BASE) if "*" in access.bases else seen)
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+# Quotas that all servers of a store share: token buckets in the catalog, which refill evenly.
+
+
+Amount = tuple[str, str, int, float]  # name, unit, limit per minute, amount
+BATCH = 32  # a batch is at most 1/32 of the requests that are left
+UNUSED_BUCKET = 3600.0  # seconds after which a bucket that nobody used is removed if it is full
+
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("name", bytewise(255), primary_key=True),
+    Column("unit", String(16), primary_key=True),
+    Column("per_minute", Integer, nullable=False),
+    Column("level", Float, nullable=False),
+    Column("at", Float, nullable=False),
+)
+
+
+class Budgets:
+    """The shared quotas of one store. Names are those of a token or an adapter, units are requests and tokens."""
+
+    def __init__(self, database: Database) -> None:
+        self._database, self.writer = database, Writer()
+
+    def take(self, name: str, unit: str, per_minute: int) -> tuple[int, float]:
+        """Take a batch. Returns how many, and if there is none, the seconds until there is one."""
+        with self._database.writing() as connection:
+            level = _level(connection, name, unit, per_minute)
+            if level < 1 - 1e-9:
+                return 0, (1 - level) * 60 / per_minute
+            count = max(1, int(level / BATCH))
+            _change(connection, name, unit, -count)
+            return count, 0.0
+
+    def change(self, amounts: Iterable[Amount], number: int) -> dict[tuple[str, str], float]:
+        """Add amounts, negative ones to charge tokens. Returns the levels after that, by name and unit.
+
+        Args:
+            number: of this flush, from `writer.next()`; the same one adds the amounts once.
+        """
+        levels = {}
+        with self._database.writing() as connection:
+            first = self.writer.is_first(connection, number)
+            for name, unit, per_minute, wanted in amounts:
+                amount = wanted if first else 0.0
+                level = _level(connection, name, unit, per_minute)
+                _change(connection, name, unit, min(amount, per_minute - level))
+                levels[name, unit] = min(level + amount, per_minute)
+            late = (budgets.c.at < clock(connection) - UNUSED_BUCKET) & (budgets.c.level >= 0)
+            connection.execute(delete(budgets).where(late))
+        return levels
+
+
+def _level(connection: Connection, name: str, unit: str, per_minute: int) -> float:
+    """Refill a bucket up to now, and return its level. A new one, or one with another limit, is full."""
+    chosen, now = (budgets.c.name == name) & (budgets.c.unit == unit), clock(connection)
+    row = connection.execute(select(budgets).where(chosen)).first()
+    if row is None or row.per_minute != per_minute:
+        connection.execute(delete(budgets).where(chosen))
+        values = {"name": name, "unit": unit, "per_minute": per_minute, "level": float(per_minute), "at": now}
+        connection.execute(insert(budgets).values(values))
+        return float(per_minute)
+    level: float = min(float(per_minute), row.level + max(0.0, now - row.at) * per_minute / 60)
+    connection.execute(update(budgets).where(chosen).values(level=level, at=now))
+    return level
+
+
+def _change(connection: Connection, name: str, unit: str, amount: float) -> None:
+    chosen = (budgets.c.name == name) & (budgets.c.unit == unit)
+    connection.execute(update(budgets).where(chosen).values(level=budgets.c.level + amount))

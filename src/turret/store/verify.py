@@ -16,11 +16,11 @@ from turret.database import Database
 from turret.errors import Corrupt
 from turret.json_types import JsonObject
 from turret.reference import Reference
-from turret.store import aliases, artifact_table, catalog, golden, uploads
-from turret.store.artifact_table import artifacts
+from turret.store import aliases, catalog, golden, uploads
+from turret.store.artifacts import MANIFEST
 from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version
-from turret.store.incoming_bundle import MANIFEST
+from turret.store.uploads import artifacts
 from turret.visibility import access_of
 
 
@@ -190,7 +190,7 @@ def _of_artifacts(database: Database, blobs: Files) -> Iterator[Damage]:
             blobs.check(Blob(digest, size, upload))
         except Corrupt as error:
             with database.reading() as connection:
-                if (digest, upload) in artifact_table.used(connection):
+                if (digest, upload) in uploads.artifact_bytes(connection):
                     yield Damage(path, None, str(error))
 
 

@@ -8,12 +8,152 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
+from typing import TYPE_CHECKING
 
 from turret.errors import BaseModelError
 from turret.json_types import JsonObject
-from turret.tasks.first_tokens import FirstTokens
 from turret.transformer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+# --- first tokens -----------------------------------------------------------------------------------------------------
+# The first tokens of long texts, computed from the start of each text alone.
+
+
+CHARACTERS = 16  # read first for each token
+SPARE = 64  # tokens that are read first in addition to those that are needed
+GROWTH = 4
+WORDS = 4  # at the end of the characters read, which more characters could change
+
+
+class FirstTokens:
+    """The first tokens of texts, by one tokenizer of transformers."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def ids(self, texts: Sequence[str], count: int, settings: Mapping[str, bool]) -> list[list[int]]:
+        """The ids of each text without special tokens: at least the first `count`, or all if there are fewer.
+
+        settings: further arguments of the tokenizer's call.
+        """
+        found: list[list[int]] = [[]] * len(texts)
+        read, left = CHARACTERS * (count + SPARE), list(range(len(texts)))
+        while left:
+            ends = [_end(texts[i], read) if self._tokenizer.is_fast else len(texts[i]) for i in left]
+            encoded = self._tokenizer(
+                [texts[i][:end] for i, end in zip(left, ends, strict=True)],
+                add_special_tokens=False,
+                verbose=False,
+                padding=False,
+                **settings,
+            )
+            undecided = []
+            for place, (i, end) in enumerate(zip(left, ends, strict=True)):
+                found[i] = list(encoded["input_ids"][place])
+                if end < len(texts[i]):
+                    certain = self._certain(texts[i], end, encoded.encodings[place], count)
+                    if certain is None:
+                        undecided.append(i)
+                    else:
+                        found[i] = certain
+            left, read = undecided, GROWTH * read
+        return found
+
+    def _certain(self, text: str, end: int, encoding: tokenizers.Encoding, count: int) -> list[int] | None:
+        """The first `count` tokens of the text, or None if text[:end] does not determine them."""
+        ids, words = list(encoding.ids), encoding.word_ids
+        if len(ids) >= count and _later(words, count - 1) >= WORDS:
+            # text[:end] may cut a special token, which would take the blanks before it. Digits may be grouped from the
+            # end of their number.
+            after = text[encoding.offsets[count - 1][1] : max(0, end - self._longest_special)]
+            if any(not each.isspace() for each in after) and any(not each.isdigit() for each in after):
+                return ids[:count]
+        first = next((place for place, word in enumerate(words) if word == words[-1]), 0) if ids else 0
+        whole = ids[:first]  # of the words before the last one
+        if first < len(ids) and len(whole) < count and end - encoding.offsets[first][0] > 2 * self._longest:
+            more = self._in_word(text[encoding.offsets[first][0] : end], ids[first:], count - first, len(text))
+            return None if more is None else whole + more
+        return None
+
+    def _in_word(self, text: str, ids: list[int], count: int, budget: int) -> list[int] | None:
+        """The first `count` tokens of the word that begins with `text`, or None if they are uncertain or too costly.
+
+        ids: the tokens of `text`. budget: characters; an eighth of them may be read here.
+        """
+        word = self._word(text, ids)
+        size = CHARACTERS // 4 * count + 2 * self._longest
+        while word is not None and size * self._longest * 8 <= budget:
+            tokens = self._common(word[:size])
+            if len(tokens) >= count:
+                return tokens[:count]
+            if size >= len(word):
+                return None
+            size *= GROWTH
+        return None
+
+    def _common(self, word: str) -> list[int]:
+        """The first tokens of every word that begins with `word`."""
+        model = self._backend.model
+        ends = range(max(1, len(word) - self._longest + 1), len(word) + 1)
+        ways = [[token.id for token in model.tokenize(word[:end])] for end in ends]
+        return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*ways, strict=False))]
+
+    def _word(self, text: str, ids: list[int]) -> str | None:
+        """The normalized text, or None if it is not one word to a model that follows the second rule above."""
+        backend, model = self._backend, self._backend.model
+        plain = not (getattr(model, "dropout", None) or getattr(model, "end_of_word_suffix", None))
+        if type(model).__name__ not in ("BPE", "Unigram") or not plain:
+            return None
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        splitter = backend.pre_tokenizer
+        pieces = [text] if splitter is None else [piece for piece, _ in splitter.pre_tokenize_str(text)]
+        if len(pieces) != 1 or [token.id for token in model.tokenize(pieces[0])] != ids:
+            return None  # it is tokenized differently after the words before it
+        return pieces[0]
+
+    @property
+    def _backend(self) -> tokenizers.Tokenizer:
+        return self._tokenizer.backend_tokenizer
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token, as the model writes it."""
+        return max(map(len, self._backend.get_vocab()), default=1)
+
+    @cached_property
+    def _longest_special(self) -> int:
+        return max((len(token.content) for token in self._backend.get_added_tokens_decoder().values()), default=0)
+
+
+def _later(words: Sequence[int | None], place: int) -> int:
+    """How many words begin after the word of this token."""
+    return len({word for word in words[place:] if word is not None and word != words[place]})
+
+
+def _end(text: str, read: int) -> int:
+    """Where to cut a text after about `read` characters. The text's end if a cut would save little."""
+    if len(text) <= 2 * read:
+        return len(text)
+    end = read
+    while end < 2 * read and _joins(text[end]):
+        end += 1
+    return end if end < 2 * read else len(text)
+
+
+def _joins(character: str) -> bool:
+    """Whether a character can merge with the one before it: accents, and vowels and final consonants of Korean."""
+    return unicodedata.category(character).startswith("M") or "\u1160" <= character <= "\u11ff"
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 class Tokens:

@@ -9,19 +9,17 @@ prove(bundle, base, probe) -> report                a fresh process loads the bu
 """
 
 from turret.plan_check import Check
-from turret.train.batches import pass_tokens
+from turret.train.batches import pass_tokens, splits_of
 from turret.train.checkpoint import step_of
 from turret.train.curve import Curve, RunCurve, StepRecord, parse_curve, read_curve
-from turret.train.defaults import filled
 from turret.train.evaluation import evaluate, generate, head_logits
 from turret.train.initialize import InitialAdapter, require_optimizer
 from turret.train.loop import fit
 from turret.train.preflight import Plan, plan
 from turret.train.proof import Probe, probe, prove
-from turret.train.rates import FoundRate
+from turret.train.rates import FoundRate, find_rate
 from turret.train.run import Fitted
-from turret.train.splits import splits_of
-from turret.train.trials import find_rate
+from turret.train.seeds import filled
 
 __all__ = [
     "Check",

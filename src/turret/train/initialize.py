@@ -14,8 +14,7 @@ from turret.errors import AdapterError, TrainingError
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.tasks import Task, stored_task
-from turret.train.moments import require_eight_bits
-from turret.train.optim import AdamW
+from turret.train.moments import AdamW, require_eight_bits
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,10 @@ from turret.errors import LossNotFinite
 from turret.tasks import HeadTask
 from turret.train.batches import Item, Items, Schedule, by_length, spread
 from turret.train.evaluation import evaluating
-from turret.train.loss_scale import LossScale
-from turret.train.optim import AdamW, learning_rate
+from turret.train.moments import AdamW, learning_rate
 from turret.train.processes import ALONE, Processes
 from turret.train.seeds import Randomness
-from turret.train.step import explained, train_step
+from turret.train.step import LossScale, explained, train_step
 
 if TYPE_CHECKING:
     from turret.recipe import Recipe

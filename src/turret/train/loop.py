@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-from turret import heap
+from turret import process
 from turret.bases import Base
 from turret.bases.sharded import parts_of
 from turret.data import Dataset
 from turret.errors import Interrupted, LossNotFinite
-from turret.interrupt import StopRequest
 from turret.json_types import JsonObject
+from turret.process import StopRequest
 from turret.recipe import Recipe
 from turret.tasks import Task
 from turret.train import memory
 from turret.train.curve import StepRecord
 from turret.train.initialize import InitialAdapter
-from turret.train.optim import learning_rate
+from turret.train.moments import learning_rate
 from turret.train.run import Fitted, TrainingRun
 from turret.train.step import explained, train_step
 
@@ -66,9 +66,9 @@ def fit(
     memory.reset_peak(base.model.device)
     run = TrainingRun.begin(recipe, base, task, dataset, folder, start)
     train, model, here = run.recipe.train, run.model, run.processes
-    heap.release()  # return what loading the tokenizer and the weights freed to the system
+    process.release()  # return what loading the tokenizer and the weights freed to the system
     try:
-        with StopRequest() as stop, heap.keep_freed():
+        with StopRequest() as stop, process.keep_freed():
             saved_at, pause = clock(), SAVE_SECONDS
             for step, batch in run.remaining():
                 rate = learning_rate(

@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from turret import heap
+from turret import process
 from turret.bases.device import card_memory, gigabytes
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the peak to the current resident size
@@ -78,7 +78,7 @@ class Grown:
 @contextmanager
 def grown(device: torch.device = CPU) -> Iterator[Grown]:
     """Measure the growth of `resident` within the block. The result is complete when the block ends."""
-    heap.release()
+    process.release()
     result, before = Grown(), resident(device)
     reset_peak(device)
     was_reset = peak(device) < before + (16 << 20)  # else the peak is an earlier one

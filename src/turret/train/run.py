@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,19 +26,64 @@ from turret.recipe import Recipe
 from turret.tasks import Task, has_head
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, memory, processes
-from turret.train.batches import Item, Items, Schedule, pass_tokens
+from turret.train.batches import Item, Items, Schedule, Splits, pass_tokens, splits_of
 from turret.train.curve import StepRecord
-from turret.train.defaults import filled
 from turret.train.evaluation import evaluate
-from turret.train.flat_loss import WINDOW, FlatLoss, flat_loss
 from turret.train.initialize import InitialAdapter, attach, optimiser_of
 from turret.train.linear_start import head_start
-from turret.train.loss_scale import LossScale
-from turret.train.optim import AdamW, warmup_steps
+from turret.train.moments import AdamW, warmup_steps
 from turret.train.processes import Processes
-from turret.train.seeds import Randomness
-from turret.train.splits import Splits, splits_of
+from turret.train.seeds import Randomness, filled
+from turret.train.step import LossScale
 from turret.transformer import Model
+
+# --- flat loss --------------------------------------------------------------------------------------------------------
+# Tells whether a training has learnt anything, by comparing its latest losses with the loss of guessing.
+
+
+WINDOW, FEWEST = 50, 20  # latest steps that count, and the fewest that are enough to tell
+ERRORS = 2.0  # standard errors; a smaller distance from `guessing` is noise
+SHARE = 0.01  # of `guessing`; a smaller distance is too little
+
+
+@dataclass(frozen=True)
+class FlatLoss:
+    """A training whose latest losses are no better than guessing."""
+
+    loss: float  # mean of the latest steps
+    guessing: float  # the loss of answering with the shares of the classes, whatever the text
+    remedy: str = "use more examples, or another method"
+
+    def __str__(self) -> str:
+        return f"the training loss is {self.loss:.3f}, no better than guessing ({self.guessing:.3f})"
+
+    def warning(self) -> str:
+        """The finding with its remedy, in one line."""
+        return f"nothing was learnt: {self}; {self.remedy}"
+
+    def to_json(self) -> dict[str, float]:
+        return {"loss": self.loss, "guessing": self.guessing}
+
+
+def flat_loss(latest: Sequence[float], guessing: float | None) -> FlatLoss | None:
+    """A `FlatLoss` if the latest losses are no better than guessing, else None.
+
+    Better means a mean that is below `guessing` by more than two standard errors and by more than one percent.
+
+    Args:
+        latest: the losses of the steps so far; the last WINDOW of them count.
+        guessing: the loss of guessing; None if the task has none.
+    """
+    losses = latest[-WINDOW:]
+    if guessing is None or len(losses) < FEWEST:
+        return None
+    mean = statistics.fmean(losses)
+    error = statistics.stdev(losses) / math.sqrt(len(losses))
+    return FlatLoss(mean, guessing) if mean > guessing - max(ERRORS * error, SHARE * guessing) else None
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "turret")
 

@@ -13,6 +13,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from turret import quantized
+from turret.bases import Base
+from turret.methods.method import Defaults, Method
+from turret.recipe import Recipe
+from turret.tasks import task_of
+
+# --- defaults ---------------------------------------------------------------------------------------------------------
+# Fills in the training settings that a recipe leaves out with the method's defaults.
+
+
+def defaults_of(method: Method, base: Base, task_kind: str) -> Defaults:
+    """The method's defaults for a task on a base that nothing is attached to."""
+    parameters = quantized.count(base.model)
+    return method.defaults(base.family.kind, classify=not task_of(task_kind).generates, parameters=parameters)
+
+
+def filled(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:
+    """The recipe with its missing settings filled in, so that later defaults change nothing in this run.
+
+    `lr = "auto"` stays until trials have found the rate.
+
+    Args:
+        base: a base that nothing is attached to.
+        examples: number of training examples.
+    """
+    method, train = recipe.method.on(base.family.kind), recipe.train
+    own = defaults_of(method, base, task_kind)
+    usual = method.epochs(examples, train.batch_size, classify=not task_of(task_kind).generates)
+    ratio = None if isinstance(train.lr, float) else own.head_lr_ratio  # a rate in the recipe is also the head's
+    update = {"lr": train.lr or own.lr, "epochs": train.epochs or usual, "head_lr_ratio": train.head_lr_ratio or ratio}
+    return recipe.model_copy(update={"method": method, "train": train.model_copy(update=update)})
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
 
 class RandomState(NamedTuple):
     """The states of the generators of Python, torch and the GPU on which the run computes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,11 +17,47 @@ from turret.card_kernels import copied
 from turret.errors import LossNotFinite, OutOfMemory
 from turret.tasks import Task, has_head
 from turret.train.batches import Item, micro_batches
-from turret.train.loss_scale import LossScale
 from turret.train.memory import Prediction
-from turret.train.optim import AdamW
+from turret.train.moments import AdamW
 from turret.train.processes import ALONE, Processes
 from turret.transformer import Model
+
+# --- loss scale -------------------------------------------------------------------------------------------------------
+# Scales the loss of a training in float16, where small gradients would become zero.
+
+
+FIRST = 65536.0
+GROWTH, BACKOFF = 2.0, 0.5
+PATIENCE = 2000  # steps without an overflow after which the scale grows
+SMALLEST = 1.0  # below it the loss itself is at fault
+
+
+@dataclass
+class LossScale:
+    """The scale now, and the steps since it last changed."""
+
+    value: float = FIRST
+    good: int = 0
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> LossScale | None:
+        """A new scale if the base computes in float16; other precisions have the range of float32 and need none."""
+        return cls() if dtype == torch.float16 else None
+
+    def lower(self) -> bool:
+        """After an overflow. Returns whether the step is worth computing again."""
+        self.value, self.good = self.value * BACKOFF, 0
+        return self.value >= SMALLEST
+
+    def passed(self) -> None:
+        """After a step without an overflow."""
+        self.good += 1
+        if self.good == PATIENCE:
+            self.value, self.good = self.value * GROWTH, 0
+
+
+# --- step -------------------------------------------------------------------------------------------------------------
+
 
 TARGETS = 32  # target tokens whose logits are in memory at a time
 

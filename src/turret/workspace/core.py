@@ -14,11 +14,10 @@ from turret.access import Access, tenant_access
 from turret.arguments import checked_methods
 from turret.data import Prompt
 from turret.experiments import Router
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonMapping, JsonObject, to_minute
 from turret.location import Location
 from turret.notebook import Cell, Table, as_html
 from turret.store import AccessTokens, Collected, Deleted, Gate, GateStatus, Golden, Move, Store, Verified, Version
-from turret.timestamp import to_minute
 from turret.workspace import experimenting, machine, promoting, reading, training_runs
 from turret.workspace.examples import read_examples
 from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train import RunCurve, StepRecord
-    from turret.workspace.predict_options import PredictOptions
+    from turret.workspace.answering import PredictOptions
     from turret.workspace.reading import Source, Texts
     from turret.workspace.replaying import Replayed
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turret import train as trainer
 from turret.compare.evaluation_page import as_html
-from turret.compare.mistakes import (
+from turret.compare.results import (
     Confusions,
     Coverage,
     Details,
@@ -26,7 +26,7 @@ from turret.store import Store
 from turret.tasks import HeadTask, Prediction, Task, has_head
 from turret.tasks.calibration import Bin, calibration_error, reliability, scores
 from turret.workspace.answering import MOST_TOKENS, Mounted, mounted
-from turret.workspace.comparing.state import write_text
+from turret.workspace.comparing.kept_files import write_text
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import LabelledData
 from turret.workspace.results import Evaluation

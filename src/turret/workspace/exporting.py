@@ -27,18 +27,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from turret import adapters, bases, bundles
-from turret.adapters import Adapter, merge
+from turret.adapters import Adapter, lifecycle
 from turret.bases import Base
 from turret.bases.licence import licence_of
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import TOKENIZER
-from turret.bundles import gguf_lora, vllm
+from turret.bundles import gguf_lora
 from turret.bundles.bundle import FILES, read_config
 from turret.disk import describe_error, errno_of, exclusive_lock, permissions, sync
 from turret.errors import AdapterError, BaseModelError, StoreError
-from turret.interrupt import StopRequest
 from turret.json_types import JsonMapping
 from turret.methods import method_named
+from turret.process import StopRequest
 from turret.store import Store, Version, scratch
 from turret.store.scratch import BESIDE, LOADED, WorkingFolder
 from turret.tasks import stored_task, task_from_spec
@@ -116,7 +116,7 @@ def write_files(
         written.notes += _write_gguf(bundles.read_bundle(stored), version, folder)
     else:
         if form == "vllm":
-            rank = vllm.max_lora_rank(bundles.read_bundle(stored))
+            rank = gguf_lora.max_lora_rank(bundles.read_bundle(stored))
             written.notes.append(
                 f"vLLM serves it with: vllm serve BASE --enable-lora --max-lora-rank {rank} "
                 f"--lora-modules {version.name}=FOLDER"
@@ -180,7 +180,7 @@ def _task_type(folder: Path, *, loaded_by_peft: bool) -> str | None:
 
 def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) -> list[str]:
     """Write the merged model, its tokenizer and configuration; read it back and compare its outputs. Returns notes."""
-    merge.require_mergeable(adapter)
+    lifecycle.require_mergeable(adapter)
     if not adapter.task:
         raise AdapterError(f"{version} does not store its task, so it cannot be merged: import it with --task")
     as_trained = _outputs_as_trained(adapter, say)
@@ -189,7 +189,7 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
     say("merging")
     rows = _probe_rows(adapter, base)
     expected = _adapted_outputs(adapter, base, rows)
-    state = merge.merged_state(base.model, adapter)
+    state = lifecycle.merged_state(base.model, adapter)
     with quiet():
         _set_config(base.model, stored_task(adapter.task).head_config(adapter.task))
         base.model.save_pretrained(folder, state_dict=state)

@@ -13,7 +13,7 @@ from turret.data.table_writer import TableWriter, check_target, form_of
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store, Version
 from turret.tasks import Task, stored_task
-from turret.workspace.predict_options import PredictOptions, check_options, ranked_labels
+from turret.workspace.answering import PredictOptions, check_options, ranked_labels
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_rows
 from turret.workspace.results import Predicted

@@ -11,7 +11,7 @@ from turret.json_types import JsonObject
 from turret.notebook import Cell, Table, as_html, class_table, marked, measured, metrics_table, size, span
 
 if TYPE_CHECKING:
-    from turret.compare.mistakes import Details
+    from turret.compare.results import Details
     from turret.recipe import Recipe
     from turret.train import Plan
 

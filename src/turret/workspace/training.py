@@ -11,43 +11,238 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
+from torch import Tensor
 
-from turret import adapters, bundles, heap
+from turret import adapters, bundles, process
 from turret import train as trainer
 from turret.bases import Base, ChosenDevice
 from turret.bases.device import CPU
-from turret.compare.losses import binned, still_falling
+from turret.compare.collapse import binned, still_falling
 from turret.data import Dataset
 from turret.disk import describe_error
-from turret.errors import CheckpointMismatch, DeviceError, LossNotFinite, PreflightRefused, ProofFailed, StoreError
-from turret.json_types import JsonObject
+from turret.errors import (
+    CheckpointMismatch,
+    DeviceError,
+    Interrupted,
+    LossNotFinite,
+    PreflightRefused,
+    ProofFailed,
+    StoreError,
+)
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods.lookup import numbers_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
 from turret.store.leases import Keeper
 from turret.tasks import has_head, make_task, task_of, writes
+from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.trackers.table import require_installed
-from turret.trackers.tracker import TrackedRun
+from turret.trackers.tracker import State, TrackedRun
+from turret.trackers.tracking import Tracking
 from turret.train import memory, processes
 from turret.train.proof import make_room
-from turret.workspace import sharding
+from turret.workspace import forgetting, sharding
 from turret.workspace.devices import AUTO, checkpoints_for, choose_for, lighter
-from turret.workspace.measuring import measured, uncalibrated
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
 from turret.workspace.ready import Ready
 from turret.workspace.results import Planned, RunResult
 from turret.workspace.stored_adapter import read_adapter
-from turret.workspace.tracked import Followed, follow, settings_of
 from turret.workspace.training_runs import every_step
+
+if TYPE_CHECKING:
+    from turret.train import StepRecord
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+# Every pass of a training after its last step: calibration, metrics, forgetting, and the probe for the proof.
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The results of these passes. `ready` and `fitted` have the calibrated task."""
+
+    ready: Ready
+    fitted: trainer.Fitted
+    metrics: dict[str, JsonObject]  # split -> metrics
+    forgot: JsonObject | None  # on neutral text; None for a classifier
+    probe: trainer.Probe
+    seconds: float
+
+
+def measured(ready: Ready, fitted: trainer.Fitted, say: Say, *, beside_base: bool) -> Measured:
+    """Make the passes on the attached, trained model.
+
+    Args:
+        beside_base: measure the bare base on the held-out examples too.
+    """
+    say("measuring on held-out examples")
+    started = time.perf_counter()
+    ready, fitted, known = _calibrate(ready, fitted)
+    metrics = _measure(ready, known=known)
+    forgot = None
+    if writes(ready.task):
+        say("measuring forgetting")
+        forgot = forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer).as_json()
+    if beside_base:
+        say("measuring the bare base on the same examples")
+        bare = _measure(ready, slot=adapters.BARE)
+        metrics |= {f"{split} bare base": values for split, values in bare.items()}
+    seconds = time.perf_counter() - started
+    examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
+    probe = trainer.probe(ready.base.model, ready.task, examples)
+    return Measured(ready, fitted, metrics, forgot, probe, seconds)
+
+
+def uncalibrated(ready: Ready) -> list[str]:
+    """The sentence of a classifier without enough validation examples for a calibration.
+
+    The linear solution's folds cannot stand for them: an adapter is too sure because it was trained on its examples,
+    and a temperature from folds of its own would cost as many trainings.
+    """
+    task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
+    count = len(splits.watched) if splits.selects and splits.watched else 0
+    if not has_head(task) or not task.calibrates or count >= FEWEST:
+        return []
+    found = f"{count} validation examples" if count else "no validation split"
+    return [
+        f"probabilities are not calibrated ({found}) and are often too sure: set data.validation = 0.1, for "
+        f"{FEWEST_TEMPERATURE} examples or more"
+    ]
+
+
+def _calibrate(ready: Ready, fitted: trainer.Fitted) -> tuple[Ready, trainer.Fitted, Tensor | None]:
+    """Fit the task's calibration on the validation split, if there is one, and put it into the adapter.
+
+    Returns:
+        Both with the calibrated task, and the logits (B, C) of the data set's validation split.
+    """
+    task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
+    if not has_head(task) or not task.calibrates:
+        return ready, fitted, None
+    examples = splits.watched if splits.selects and splits.watched else ()
+    if len(examples) < FEWEST:  # `uncalibrated` says it
+        return ready, fitted, None
+    most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
+    logits = trainer.head_logits(ready.base.model, task, examples, most_tokens=most)
+    train = ready.recipe.train
+    chose = train.keep == "best" or train.early_stopping is not None
+    task = task.calibrated(logits, task.targets(examples), chose_weights=chose)
+    adapter = replace(fitted.adapter, task=task.spec())
+    known = logits if ready.dataset.validation else None
+    return replace(ready, task=task), replace(fitted, adapter=adapter), known
+
+
+def _measure(ready: Ready, slot: int | None = None, known: Tensor | None = None) -> dict[str, JsonObject]:
+    """Metrics on every held-out split. known: the logits (B, C) of the validation split."""
+    most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
+    splits = {"validation": (ready.dataset.validation, known), "test": (ready.dataset.test, None)}
+    return {
+        split: trainer.evaluate(ready.base.model, ready.task, examples, most_tokens=most, slot=slot, known=logits)[0]
+        for split, (examples, logits) in splits.items()
+        if examples
+    }
+
+
+# --- tracked ----------------------------------------------------------------------------------------------------------
+# What the trackers of `[train] trackers` are told about a training: its settings, each step, its result.
+
+
+STEP = ("loss", "lr", "grad_norm", "epoch", "tokens_per_second")  # fields of a record, as train/<field>
+
+
+class Followed:
+    """A training with its trackers; without any, all methods do nothing."""
+
+    def __init__(self, tracking: Tracking | None) -> None:
+        self._tracking = tracking
+        self._result: RunResult | None = None
+
+    def record(self, record: StepRecord) -> None:
+        """A step has ended."""
+        if self._tracking is not None:
+            self._tracking.log(record.step, values_of(record))
+
+    def finished(self, result: RunResult) -> None:
+        """A version is stored."""
+        self._result = result
+
+    @property
+    def warnings(self) -> list[str]:
+        """The outages so far, a line each."""
+        return [] if self._tracking is None else self._tracking.warnings
+
+    def end(self, state: State) -> None:
+        """End the run in all trackers."""
+        if self._tracking is not None:
+            self._tracking.end(state, {} if self._result is None else summary_of(self._result))
+
+
+@contextmanager
+def follow(recipe: Recipe, run: TrackedRun | None, warn: Callable[[str], None]) -> Iterator[Followed]:
+    """Start the trackers that a recipe names, and end them with the state in which the training ends.
+
+    Args:
+        run: None if the recipe names no tracker.
+        warn: gets a line when a tracker fails.
+    """
+    names = recipe.train.trackers or ()
+    followed = Followed(Tracking(names, run, warn) if names and run is not None else None)
+    try:
+        yield followed
+    except BaseException as error:
+        followed.end("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+        raise
+    followed.end("finished")
+
+
+def settings_of(recipe: Recipe, facts: Mapping[str, float | str]) -> dict[str, float | str]:
+    """A recipe's settings by key (train.lr, method.r, ...), and the facts. Settings that are not set are left out."""
+    found: dict[str, float | str] = {}
+    for key, value in recipe.without_trackers().model_dump(mode="json").items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        found |= {f"{key}.{name}".rstrip("."): _plain(each) for name, each in parts if each is not None}
+    return found | dict(facts)
+
+
+def values_of(record: StepRecord) -> dict[str, float]:
+    """The numbers of a step, such as train/loss, and those of an evaluation after it, such as validation/accuracy."""
+    values = {f"train/{name}": float(getattr(record, name)) for name in STEP}
+    return values | {f"{record.split}/{name}": value for name, value in _numbers(record.metrics or {})}
+
+
+def summary_of(result: RunResult) -> dict[str, float | str]:
+    """The final metrics, such as test/accuracy, and the version with its digest."""
+    summary: dict[str, float | str] = {"version": result.version, "digest": result.digest}
+    for split, metrics in result.metrics.items():
+        summary |= {f"{split}/{name}": value for name, value in _numbers(metrics)}
+    summary |= {f"forgetting/{name}": value for name, value in _numbers(result.forgetting or {})}
+    return summary | {"train_seconds": float(result.timing["train_seconds"])}
+
+
+def _numbers(metrics: JsonMapping) -> Iterator[tuple[str, float]]:
+    for name, value in metrics.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, float(value)
+
+
+def _plain(value: JsonValue) -> float | str:
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
 
 NOT_RESUMABLE = (LossNotFinite, ProofFailed)
 PROOF_START = 6.0  # seconds in which a fresh process imports torch and transformers
@@ -99,7 +294,7 @@ def prepare(
     notes = [*base_notes, *dataset.notes, *base.notes, *(task.notes if writes(task) else ())]
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
-    heap.release()
+    process.release()
     resident = memory.resident(device.device)
     return Ready(filled, dataset, base, task, notes, load_seconds, resident, start, device)
 

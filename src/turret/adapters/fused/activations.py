@@ -21,7 +21,7 @@ from turret.adapters.autograd import FunctionContext, Gradients, KernelContext, 
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.int8 import FrozenProducts, products
-from turret.adapters.fused.norms import RecomputedNorm, restored, to_save
+from turret.adapters.fused.residual import RecomputedNorm, restored, to_save
 from turret.kernels import Library, usable
 
 SILU = ("SiLU", "SiLUActivation")

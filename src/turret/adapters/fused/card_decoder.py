@@ -23,8 +23,7 @@ from turret.adapters.batch_context import AdapterPoolProtocol, BatchContext
 from turret.adapters.fused.activations import FrozenGated
 from turret.adapters.fused.card_attention import RowEdges, decodes_heads, row_edges, takes_heads
 from turret.adapters.fused.int8 import FrozenProducts
-from turret.adapters.fused.layer_types import PreNormLayer
-from turret.adapters.fused.norms import FrozenNorm
+from turret.adapters.fused.residual import FrozenNorm, PreNormLayer
 from turret.adapters.fused.trained_layer import has_hooks, trains_one_adapter
 from turret.adapters.lora import BaseProducts, LoRAFactors, RoutedLinear
 from turret.adapters.prefix import GRADIENT_STAYS

@@ -20,8 +20,7 @@ from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused.activations import FrozenGated
 from turret.adapters.fused.flash import pairs_of, prefix_gradients
-from turret.adapters.fused.layer_types import PreNormLayer
-from turret.adapters.fused.norms import FrozenNorm
+from turret.adapters.fused.residual import FrozenNorm, PreNormLayer
 from turret.adapters.fused.trained_layer import (
     Back,
     LayerArguments,

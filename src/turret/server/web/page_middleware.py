@@ -11,7 +11,7 @@ from urllib.parse import quote
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.json_types import JsonMapping
-from turret.server.paths import is_page
+from turret.server.limits import is_page
 from turret.server.web import render
 
 POLICY = (

@@ -28,7 +28,7 @@ from turret.store.leases import Lease
 from turret.train import StepRecord
 from turret.workspace import training
 from turret.workspace.child_process import say_to_parent, stop_with_parent
-from turret.workspace.comparing import measure, state
+from turret.workspace.comparing import kept_files, measure
 from turret.workspace.comparing.kept_files import KeptFiles
 from turret.workspace.reading import read_dataset
 from turret.workspace.results import Planned
@@ -49,7 +49,7 @@ def main(folder: Path) -> int:
     except Interrupted:
         return Interrupted.exit_status
     except TurretError as error:
-        state.write(folder / "failed.json", {"error": str(error), "kind": type(error).__name__})
+        kept_files.write(folder / "failed.json", {"error": str(error), "kind": type(error).__name__})
         return error.exit_status
     return 0
 
@@ -70,7 +70,7 @@ def _carry_out(folder: Path, request: JsonMapping, files: KeptFiles) -> JsonObje
         result = measure.baseline(request["kind"], ready, say_to_parent)
     else:
         run = _finished(folder, store, recipe) or _trained(folder, files, recipe, request["comparison"])
-        result = measure.version(store, recipe, run, state.read(folder / "plan.json") or {}, say_to_parent)
+        result = measure.version(store, recipe, run, kept_files.read(folder / "plan.json") or {}, say_to_parent)
     result["wall_seconds"] = time.perf_counter() - started
     return result
 

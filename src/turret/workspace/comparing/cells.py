@@ -19,7 +19,7 @@ from turret.json_types import JsonObject
 from turret.methods.lookup import numbers_of
 from turret.store import Store
 from turret.workspace.child_process import run_child
-from turret.workspace.comparing import state
+from turret.workspace.comparing import kept_files
 from turret.workspace.comparing.kept_files import KeptFiles
 from turret.workspace.progress import Say
 
@@ -53,7 +53,7 @@ class CellRunner:
         """Run the missing cells in order until the budget ends. Raises TrainingError if there is no result at all."""
         for number, cell in enumerate(cells, 1):
             name, here = cell.candidate.spec, self.folder / "cells" / cell.key
-            result = state.read(here / "result.json") or self._of_another_seed(cell, here)
+            result = kept_files.read(here / "result.json") or self._of_another_seed(cell, here)
             if result is None and name not in self.failures:
                 left = None if self.deadline is None else self.deadline - time.monotonic()
                 if left is not None and left <= (self._expected_seconds(cell, own=True) or 0.0):
@@ -95,7 +95,7 @@ class CellRunner:
             return None
         for key, result in self.results.items():
             if (result.spec, result.fraction) == (cell.candidate.spec, cell.fraction):
-                earlier = state.read(self.folder / "cells" / key / "result.json")
+                earlier = kept_files.read(self.folder / "cells" / key / "result.json")
                 if earlier and earlier.get("seedless"):
                     self.files.write(here / "result.json", earlier)
                     return earlier
@@ -113,17 +113,17 @@ class CellRunner:
             "comparison": f"{self.folder.parent.name}/{self.folder.name}",
             "lease": None if lease is None else lease.as_json(),
         }
-        state.write(here / "request.json", request)
+        kept_files.write(here / "request.json", request)
         self.say(title)
         end = None if left is None else time.monotonic() + max(0.0, left)
         problem = run_child(
             WORKER, str(here.absolute()), here / "stderr.txt", lambda line: self.say(f"{title}: {line}"),
             self.store.location, lambda: end is not None and time.monotonic() > end,
         )  # fmt: skip
-        result = state.read(here / "result.json")
+        result = kept_files.read(here / "result.json")
         if result is not None or problem is None:
             return result
-        failed = state.read(here / "failed.json") or {"error": problem.text, "kind": ""}
+        failed = kept_files.read(here / "failed.json") or {"error": problem.text, "kind": ""}
         if failed["kind"] in EVERYWHERE:
             raise TrainingError(f"{cell}: {failed['error']}")
         self.failures[cell.candidate.spec] = f"seed {cell.seed}: {failed['error']}"

@@ -31,9 +31,9 @@ from turret.reference import parts_of
 from turret.store import Store, Version
 from turret.tasks import stored_task, task_from_spec
 from turret.workspace.answering import Mounted
-from turret.workspace.comparing import measure, state
+from turret.workspace.comparing import kept_files, measure
+from turret.workspace.comparing.command import provenance
 from turret.workspace.comparing.kept_files import KeptFiles, held
-from turret.workspace.comparing.provenance import provenance
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_labelled
 from turret.workspace.serving import StoreSource
@@ -122,9 +122,9 @@ def compare_composition(store: Store, request: CompositionRequest, say: Say) -> 
     with held(store, folder, say) as files:
         keys = [(cell, composed.key(cell.candidate, request.dtype)) for cell in planned.cells()]
         rows = [(cell, folder / "cells" / key / "result.json") for cell, key in keys]
-        if missing := [(cell.candidate.spec, path) for cell, path in rows if state.read(path) is None]:
+        if missing := [(cell.candidate.spec, path) for cell, path in rows if kept_files.read(path) is None]:
             _measure(source.load(composed.whole), composed, missing, data.test, request, files, say)
-        results = [CellResult.of(cell, state.read(path) or {}) for cell, path in rows]
+        results = [CellResult.of(cell, kept_files.read(path) or {}) for cell, path in rows]
         result = comparison(
             planned, data, results, failures={}, missing=0, confidence=request.confidence, budget=None,
             folder=str(folder), command=request.command(str(composed.whole)),
@@ -182,7 +182,7 @@ def _folder(store: Store, composed: _Parts, data_digest: str) -> Path:
     names = "+".join(dict.fromkeys(part.name for part in composed.parts))
     if len(names) > LONGEST:
         raise RecipeError(f"the names of {composed.whole!s:.60} are too long: expected {LONGEST} characters together")
-    digest = hashlib.sha256(f"{state.FORMAT}\n{composed.whole.digest}\n{data_digest}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{kept_files.FORMAT}\n{composed.whole.digest}\n{data_digest}".encode()).hexdigest()
     return store.home / "comparisons" / f"{names}-{digest[:10]}"
 
 

@@ -23,7 +23,7 @@ from turret.errors import RecipeError
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
-from turret.workspace.comparing import state
+from turret.workspace.comparing import kept_files
 from turret.workspace.comparing.cells import CellRunner, require_known
 from turret.workspace.comparing.command import command
 from turret.workspace.comparing.kept_files import held
@@ -118,7 +118,7 @@ def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) 
         train=len(data.train),
         twins=[row.spec for row in rows[len(named) :]],
     )
-    folder = state.folder_of(store.home, recipe, data.digest)
+    folder = kept_files.folder_of(store.home, recipe, data.digest)
     cells = list(design.cells())
     if store.exists():
         store.artifacts.bring(f"{folder.relative_to(store.root).as_posix()}/")
@@ -144,7 +144,7 @@ def _epochs(row: Candidate, data: Dataset) -> int:
 
 def _stored_result(folder: Path, cell: Cell) -> CellResult | None:
     """The result of a cell that an earlier call ran."""
-    stored = state.read(folder / "cells" / cell.key / "result.json")
+    stored = kept_files.read(folder / "cells" / cell.key / "result.json")
     return None if stored is None else CellResult.of(cell, stored)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,12 +12,61 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from turret.database import Database
+from turret.disk import sync
 from turret.errors import StoreError
-from turret.json_types import JsonMapping
+from turret.json_types import JsonMapping, JsonObject
+from turret.recipe import Recipe
 from turret.store import Store, leases
 from turret.store.leases import Keeper, Lease
-from turret.workspace.comparing import state
 from turret.workspace.progress import Say
+
+# --- state ------------------------------------------------------------------------------------------------------------
+# The files of a comparison. A killed comparison resumes from them: each cell's result is complete or missing.
+
+
+FORMAT = 1
+
+
+def folder_of(root: Path, recipe: Recipe, data_digest: str, kind: str = "comparisons") -> Path:
+    """The folder of a comparison. It depends on the recipe's base, data and training settings, not on its method."""
+    same = recipe.with_overrides({"method": "head", "train.lr": "none"})
+    same = same.model_copy(update={"train": same.train.model_copy(update={"init_from": None, "trackers": None})})
+    digest = hashlib.sha256(f"{FORMAT}\n{same.to_toml()}\n{data_digest}".encode()).hexdigest()
+    return root / kind / f"{recipe.name}-{digest[:10]}"
+
+
+def write(path: Path, value: JsonMapping) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Raises StoreError."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StoreError(f"{path.name} cannot be written to {path.parent}: {reason}: free some space there") from None
+
+
+def read(path: Path) -> JsonObject | None:
+    """The contents of a JSON file; None if it does not exist. Raises StoreError if it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({type(error).__name__}): delete it to run that cell again") from None
+    if not isinstance(value, dict):
+        raise StoreError(f"{path} is not a JSON object: delete it to run that cell again")
+    return value
+
+
+# --- kept files -------------------------------------------------------------------------------------------------------
 
 
 class KeptFiles:
@@ -36,7 +87,7 @@ class KeptFiles:
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a text file. Raises LeaseLost if another process conducts the comparison by now."""
-        state.write_text(path, text)
+        write_text(path, text)
         self.store.artifacts.keep([path], self.lease)
 
     def require(self) -> None:

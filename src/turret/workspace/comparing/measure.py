@@ -17,8 +17,8 @@ import torch
 from turret import adapters, quantized
 from turret import train as trainer
 from turret.adapters import packed
+from turret.compare.collapse import binned
 from turret.compare.evidence import Array
-from turret.compare.losses import binned
 from turret.data import Example, Input, inputs_of, references_of
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import LoRA
@@ -30,7 +30,7 @@ from turret.train.evaluation import evaluating
 from turret.train.initialize import attach
 from turret.transformer import Model, Tokenizer
 from turret.workspace import answering
-from turret.workspace.comparing.provenance import provenance
+from turret.workspace.comparing.command import provenance
 from turret.workspace.forgetting import on_neutral_texts
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset
