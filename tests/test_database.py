@@ -22,7 +22,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, insert, select
 
 from turret import database as db
-from turret.database import SCHEMA, Database
+from turret.database import OLDEST, SCHEMA, Database
 from turret.errors import StoreError
 from turret.location import Location
 from turret.store import Store
@@ -30,10 +30,11 @@ from turret.store import Store
 MIGRATIONS = Path(db.__file__).parent / "migrations"
 
 
-def test_the_number_of_the_schema_is_the_newest_migration() -> None:
+def test_the_numbers_of_the_schema_are_the_first_and_the_newest_migration() -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
-    assert ScriptDirectory.from_config(config).get_heads() == [SCHEMA]
+    scripts = ScriptDirectory.from_config(config)
+    assert (scripts.get_bases(), scripts.get_heads()) == ([OLDEST], [SCHEMA])
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -72,16 +73,15 @@ def _upgraded(place: Path | Location, number: str) -> None:
 
 
 def _first_format(place: Path | Location) -> None:
-    """A store in the first format, with a name, two versions and an alias that was moved twice."""
-    _upgraded(place, "0001")
+    """A store in the first format that is read, with a name, two versions and an alias."""
+    _upgraded(place, OLDEST)
     for statement in (
-        "INSERT INTO adapters VALUES (1, 'a', 2, 'then')",
-        "INSERT INTO versions VALUES (1, 1, 1, 'sha256:1', 'then', NULL, 5, '{}', '{}')",
-        "INSERT INTO versions VALUES (2, 1, 2, 'sha256:2', 'then', NULL, 5, '{}', '{}')",
+        "INSERT INTO adapters (id, name, last_number, created) VALUES (1, 'a', 2, 'then')",
+        "INSERT INTO versions VALUES (1, 1, 1, 'sha256:1', 'then', NULL, 5, '{}', '{}', NULL)",
+        "INSERT INTO versions VALUES (2, 1, 2, 'sha256:2', 'then', NULL, 5, '{}', '{}', NULL)",
         "INSERT INTO aliases VALUES (1, 'production', 2, 'then')",
-        "INSERT INTO alias_history VALUES (1, 1, 'production', 1, 'then')",
-        "INSERT INTO alias_history VALUES (2, 1, 'candidate', 1, 'then')",
-        "INSERT INTO alias_history VALUES (3, 1, 'production', 2, 'then')",
+        "INSERT INTO alias_history (id, adapter_id, alias, version_id, moved, number, verb) "
+        "VALUES (1, 1, 'production', 1, 'then', 1, 'promote')",
     ):
         _execute(place, statement)
 
@@ -97,8 +97,7 @@ def test_an_older_store_is_brought_up_to_date_when_it_is_opened(place) -> None:
     assert _execute(place, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
     with Database(place).reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
-    history = _execute(place, "SELECT id, verb, number, before FROM alias_history ORDER BY id")
-    assert history == [(1, "promote", 1, None), (2, "promote", 1, None), (3, "promote", 2, 1)]
+    assert _execute(place, "SELECT id, verb, number FROM alias_history") == [(1, "promote", 1)]
     assert list(store.gate("a")) == []
 
 
@@ -149,9 +148,20 @@ def test_processes_that_open_a_new_or_older_store_at_once_bring_it_up_to_date_on
 def test_an_older_store_that_may_not_be_written_says_what_to_do_and_stays_as_it_was(tmp_path) -> None:
     path = tmp_path / "turret.db"
     _first_format(path)
-    with pytest.raises(StoreError, match=r"has format 0001, this turret reads \d+, and it is read-only here: run"):
+    with pytest.raises(StoreError, match=r"has format 0012, this turret reads \d+, and it is read-only here: run"):
         Database(path, read_only=True)
-    assert _execute(path, "SELECT version_num FROM alembic_version") == [("0001",)]
+    assert _execute(path, "SELECT version_num FROM alembic_version") == [(OLDEST,)]
+
+
+def test_a_store_from_before_the_first_format_says_how_its_adapters_are_brought_here(place) -> None:
+    Database(place)
+    _execute(place, "UPDATE alembic_version SET version_num = '0005'")
+    with pytest.raises(
+        StoreError, match=r"has format 0005, this turret reads 0012 to \d+: export its adapters with"
+    ) as raised:
+        Database(place)
+    assert "\n" not in str(raised.value)
+    assert _execute(place, "SELECT version_num FROM alembic_version") == [("0005",)]
 
 
 def test_the_journal_is_wal(tmp_path) -> None:

@@ -73,7 +73,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-SCHEMA = "0015"  # the newest file in migrations/versions, as a test checks
+OLDEST, SCHEMA = "0012", "0015"  # the first and the newest file in migrations/versions, as a test checks
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(
@@ -393,6 +393,11 @@ class Database:
             raise StoreError(
                 f"store {store} has format {found}, this turret reads up to {SCHEMA}: "
                 "it was written by a newer turret; upgrade turret, or use another --store"
+            )
+        if found is not None and found < OLDEST:
+            raise StoreError(
+                f"store {store} has format {found}, this turret reads {OLDEST} to {SCHEMA}: export its adapters with "
+                "the turret that wrote it (`turret export`), and import them here (`turret import`)"
             )
         if self._server.read_only:
             raise StoreError(
