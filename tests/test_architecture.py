@@ -18,7 +18,6 @@ from turret.methods import METHODS
 from turret.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
-OLD_PATHS = {"turret.engine.engine": "turret.engine"}  # kept for one release: where their names are now
 SOURCES = sorted((ROOT / "src" / "turret").rglob("*.py"))
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "pandas", "sklearn", "numpy")
 QUICK = ("turret", "turret.errors", "turret.reference", "turret.methods", "turret.families", "turret.recipe")
@@ -224,7 +223,7 @@ def shadowing(source: Path) -> list[str]:
 
 
 def test_no_package_hides_one_of_its_modules() -> None:
-    assert shadowing(ROOT / "src") == sorted(OLD_PATHS)
+    assert shadowing(ROOT / "src") == []
 
 
 def test_the_test_of_hidden_modules_sees_both_kinds(tmp_path: Path) -> None:
@@ -241,16 +240,6 @@ def test_the_engine_is_where_one_looks_for_it_and_loads_nothing_before_it_is_use
 
     assert Engine.__name__ == "Engine"
     assert "Engine" in importlib.import_module("turret.engine").__all__
-
-
-@pytest.mark.parametrize(("old", "new"), OLD_PATHS.items())
-def test_an_import_path_that_the_docs_named_works_for_one_release_with_a_warning(old: str, new: str) -> None:
-    module = importlib.import_module(old)
-    with pytest.warns(DeprecationWarning, match=f"import it from {new}$"):
-        value = module.Engine
-    assert value is importlib.import_module(new).Engine
-    with pytest.raises(AttributeError):
-        module.Engines  # noqa: B018
 
 
 def words_of_families() -> set[str]:

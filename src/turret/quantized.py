@@ -13,10 +13,8 @@ import importlib
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
@@ -41,69 +39,39 @@ class State(Protocol):
 
 
 def library() -> ModuleType:
-    """bitsandbytes. Raises ImportError if it is not installed."""
-    known = sys.modules.get("bitsandbytes")
-    return importlib.import_module("bitsandbytes") if known is None else known
-
-
-class _Guard(MetaPathFinder):
-    """Lets bitsandbytes fetch nothing when this module, PEFT or transformers imports it.
+    """bitsandbytes, which may fetch nothing when it is imported here. Raises ImportError if it is not installed.
 
     On a processor with AVX-512 BF16 its import fetches a compiled kernel from the Hub and runs it, if the package
     `kernels` is installed. That package is hidden during the import.
     """
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != "bitsandbytes":
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _GuardedLoader(spec.loader)
-        return spec
+    known = sys.modules.get("bitsandbytes")
+    if known is not None:
+        return known
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of the kernel that it did not fetch
+    with hidden(_FETCHER):
+        return importlib.import_module("bitsandbytes")
 
 
-class _GuardedLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of the kernel that it did not fetch
-        with _hidden(_FETCHER):
-            self._loader.exec_module(module)
-
-
-class _Hidden(MetaPathFinder):
-    """Lets the import of one package fail."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname == self._name:
-            raise ModuleNotFoundError(f"{fullname} is hidden while another package is imported", name=fullname)
-        return None
+def before_peft() -> None:
+    """Call it before PEFT is imported, which imports bitsandbytes if that is installed."""
+    if "peft" not in sys.modules:
+        with suppress(ImportError):
+            library()
 
 
 @contextmanager
-def _hidden(name: str) -> Iterator[None]:
-    finder, loaded = _Hidden(name), sys.modules.pop(name, None)
-    sys.meta_path.insert(0, finder)
+def hidden(name: str) -> Iterator[None]:
+    """Let the import of one package fail, as if it were not installed."""
+    missing = object()
+    before = sys.modules.get(name, missing)
+    sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
-        if loaded is not None:
-            sys.modules[name] = loaded
-
-
-sys.meta_path.insert(0, _Guard())
+        if before is missing:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before  # type: ignore[assignment]
 
 
 # --- what a layer is --------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def test_loading_the_library_fetches_no_kernel(tmp_path: Path) -> None:
 def test_without_the_library_one_line_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = small_models.save_base("bert", tmp_path / "bert")
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    with quantized._hidden("bitsandbytes"), pytest.raises(BaseModelError) as caught:
+    with quantized.hidden("bitsandbytes"), pytest.raises(BaseModelError) as caught:
         bases.load(str(folder), task="classify", quantization="nf4")
     assert "pip install 'turret[quantized]'" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -191,6 +191,7 @@ def _plain(value: JsonValue) -> JsonValue:
 
 
 def _classes() -> dict[str, type[PeftConfig]]:
+    quantized.before_peft()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return {getattr(kind, "value", str(kind)): each for kind, each in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -231,6 +232,7 @@ def invite(model: Model, family: Family, method: Peft, generator: torch.Generato
 
 
 def _wrapped(model: Model, family: Family, config: PeftConfig) -> PeftModel:
+    quantized.before_peft()
     from peft import get_peft_model
 
     targets = getattr(config, "target_modules", ())

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX
 from turret.adapters.peft_config import refuse_code, shortly
 from turret.bundles.bundle import CONFIG, WEIGHTS
@@ -123,6 +124,7 @@ def as_lora(
 @contextmanager
 def _loaded(folder: Path, model: Model, kind: str) -> Iterator[peft.PeftModel]:
     """PEFT's model of a folder. The base is restored after the block."""
+    quantized.before_peft()
     import peft
 
     if kind in NOT_LOW_RANK:

@@ -55,6 +55,7 @@ def combined(
     Raises:
         AdapterError: PEFT does not merge these, such as `linear` of different ranks.
     """
+    quantized.before_peft()
     import peft
 
     kind, prunes = COMBINATIONS[how]

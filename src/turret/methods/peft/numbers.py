@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from turret import quantized
 from turret.adapters import scaled, through_peft
 from turret.adapters.adapter import (
     LORA_PREFIX,
@@ -123,6 +124,7 @@ def _lora(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) ->
 
 def _scaling(settings: JsonMapping, path: str, r: int) -> float:
     """alpha / r or alpha / sqrt(r) of a layer, with PEFT's `alpha_pattern`."""
+    quantized.before_peft()
     from peft.utils.other import get_pattern_key
 
     alphas = settings.get("alpha_pattern") or {}
@@ -239,6 +241,7 @@ class PeftNumbers(MethodNumbers[Peft]):
 
     def owns(self, name: str) -> bool:
         """Whether the name has the substring that PEFT puts into the names of a method's tensors."""
+        quantized.before_peft()
         from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
         config = through_peft.config_of(self.method)
