@@ -20,11 +20,24 @@ C = TypeVar("C", bound=type)
 Check = Callable[[object], bool]
 
 _WORDS = {  # the types of annotations, in the words of an error
-    "str": "text", "int": "a whole number", "float": "a number", "bool": "True or False", "Path": "a path",
-    "Sequence": "a list", "Iterable": "a list", "Mapping": "a dictionary", "JsonMapping": "a dictionary",
-    "JsonObject": "a dictionary", "dict": "a dictionary", "Callable": "a function", "Say": "a function",
-    "Ask": "a function", "None": "None", "tuple": "a tuple", "Messages": "a list of messages",
-}  # fmt: skip
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "True or False",
+    "Path": "a path",
+    "Sequence": "a list",
+    "Iterable": "a list",
+    "Mapping": "a dictionary",
+    "JsonMapping": "a dictionary",
+    "JsonObject": "a dictionary",
+    "dict": "a dictionary",
+    "Callable": "a function",
+    "Say": "a function",
+    "Ask": "a function",
+    "None": "None",
+    "tuple": "a tuple",
+    "Messages": "a list of messages",
+}
 _CHECKS: dict[str, Check] = {
     "str": lambda value: isinstance(value, str),
     "int": lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool),  # numpy's too

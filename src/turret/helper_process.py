@@ -90,9 +90,12 @@ class HelperProcess:
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "turret.helper_process", self._module],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment(),
                 start_new_session=True,  # Ctrl-C is the parent's, which then ends the helper
-            )  # fmt: skip
+            )
         except OSError as error:
             raise EngineError(f"{self._problem}: no process can be started ({error.strerror})") from None
         assert self.process.stdin is not None

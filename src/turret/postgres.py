@@ -194,8 +194,13 @@ _EXPLANATIONS = (  # words of an error -> its explanation and remedy
 
 
 _OUTAGES = {  # a word of each explanation of an error that passes
-    "lock timeout", "the server is silent", "No space left", "too many clients", "server closed", "connection failed",
-}  # fmt: skip
+    "lock timeout",
+    "the server is silent",
+    "No space left",
+    "too many clients",
+    "server closed",
+    "connection failed",
+}
 
 
 def _parameters(url: str, store: str) -> ConnDict:

@@ -245,9 +245,13 @@ def hook_model(model: Model, *, plain: bool = False) -> Attachment:
     bias_modules = _bias_modules(attached)
     for site in attached.sites:
         site.module.turret_hook = attention.Hooked(
-            site, attached.context, attached.keys_values, family, bias_modules.get(site.group),
+            site,
+            attached.context,
+            attached.keys_values,
+            family,
+            bias_modules.get(site.group),
             last=site is attached.sites[-1],
-        )  # fmt: skip
+        )
     handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in family.stacks(model)]
     handles += positions.hook(model, family, attached.context, attached.prefix_length)
     bias_undo = positions.hook_bias(bias_modules.values(), family, attached.context)

@@ -407,10 +407,17 @@ def _rows(
             relative = torch.arange(-zero, int(lengths[1].max()), device=device)
             bias = relative_bias(hooked, relative[None])[0, :, 0].float().contiguous()  # (H, W)
     return AttentionRows(
-        queries[:, 0].contiguous(), lengths[0], keys[:, 0].contiguous(), lengths[1], scaling,
-        causal=site.causal and not cross, window=0 if window is None or cross else window, bias=bias, zero=zero,
+        queries[:, 0].contiguous(),
+        lengths[0],
+        keys[:, 0].contiguous(),
+        lengths[1],
+        scaling,
+        causal=site.causal and not cross,
+        window=0 if window is None or cross else window,
+        bias=bias,
+        zero=zero,
         all_asked=read is None,
-    )  # fmt: skip
+    )
 
 
 def _unpadded_plainly(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:

@@ -82,6 +82,14 @@ class MixedLoRA:
     def add(self, y: Sequence[Tensor], x: Tensor, layers: Sequence[int], plus: Tensor | None = None) -> None:
         """y_g <- y_g + plus + (x A^T) B for layers with one input. x: (N, D_in), y: (N, D_out) each, in place."""
         torch.ops.turret.add_mixed_lora(
-            list(y), x, self.flats, self.adapters, self.places, self.addresses, self.ranks, list(layers), self.most,
+            list(y),
+            x,
+            self.flats,
+            self.adapters,
+            self.places,
+            self.addresses,
+            self.ranks,
+            list(layers),
+            self.most,
             plus,
-        )  # fmt: skip
+        )

@@ -47,9 +47,19 @@ def product(a, b, PRECISE: tl.constexpr):
 
 @triton.jit
 def _shrink(
-    x, A, row, tokens, D_in, rank, threshold, seed,
-    DROPS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    x,
+    A,
+    row,
+    tokens,
+    D_in,
+    rank,
+    threshold,
+    seed,
+    DROPS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     """drop(x) A^T for a block of tokens: (T, R) float32."""
     r = tl.arange(0, R)
     h = tl.zeros((row.shape[0], R), dtype=tl.float32)
@@ -67,9 +77,20 @@ def _shrink(
 
 @triton.jit
 def _expand(
-    y, h, B, plus, row, tokens, D_out, rank, scaling,
-    HAS_PLUS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    y,
+    h,
+    B,
+    plus,
+    row,
+    tokens,
+    D_out,
+    rank,
+    scaling,
+    HAS_PLUS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     """y <- y + plus + scaling h B^T for a block of tokens."""
     r = tl.arange(0, R)
     for start in range(0, D_out, BLOCK):
@@ -93,10 +114,35 @@ def _keep_inner(inner, h, row, tokens, g, rank, G: tl.constexpr, R: tl.constexpr
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def _add_lora(
-    x, y0, y1, y2, A0, A1, A2, B0, B1, B2, plus, inner, tokens, D_in, out0, out1, out2, rank, scaling, threshold, seed,
-    DROPS: tl.constexpr, HAS_PLUS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    x,
+    y0,
+    y1,
+    y2,
+    A0,
+    A1,
+    A2,
+    B0,
+    B1,
+    B2,
+    plus,
+    inner,
+    tokens,
+    D_in,
+    out0,
+    out1,
+    out2,
+    rank,
+    scaling,
+    threshold,
+    seed,
+    DROPS: tl.constexpr,
+    HAS_PLUS: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     row, g = tl.program_id(0) * T + tl.arange(0, T), tl.program_id(1)
     kind = inner.dtype.element_ty
     if g == 0:
@@ -140,17 +186,32 @@ def add_lora(
     G, rank = len(A), A[0].shape[0]
     inner = x.new_empty(len(x), G * rank)
     _add_lora[(triton.cdiv(len(x), ROWS), G)](
-        x, *_three(y), *_three(A), *_three(B), x if plus is None else plus, inner, len(x), x.shape[1],
-        *(each.shape[1] for each in _three(y)), rank, scaling, int(dropout * 2**24), seed, DROPS=dropout > 0.0,
-        HAS_PLUS=plus is not None, G=G, R=_ranks(rank), T=ROWS, BLOCK=WIDE, PRECISE=precise(x),
-    )  # fmt: skip
+        x,
+        *_three(y),
+        *_three(A),
+        *_three(B),
+        x if plus is None else plus,
+        inner,
+        len(x),
+        x.shape[1],
+        *(each.shape[1] for each in _three(y)),
+        rank,
+        scaling,
+        int(dropout * 2**24),
+        seed,
+        DROPS=dropout > 0.0,
+        HAS_PLUS=plus is not None,
+        G=G,
+        R=_ranks(rank),
+        T=ROWS,
+        BLOCK=WIDE,
+        PRECISE=precise(x),
+    )
     return inner
 
 
 @triton.jit
-def _back(
-    dy, B, row, tokens, D_out, rank, scaling, R: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr
-):  # fmt: skip
+def _back(dy, B, row, tokens, D_out, rank, scaling, R: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr):
     """scaling dy B for a block of tokens: (T, R) float32."""
     r = tl.arange(0, R)
     dh = tl.zeros((row.shape[0], R), dtype=tl.float32)
@@ -165,9 +226,19 @@ def _back(
 
 @triton.jit
 def _through(
-    dh, A, row, column, tokens, D_in, rank, threshold, seed,
-    DROPS: tl.constexpr, R: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    dh,
+    A,
+    row,
+    column,
+    tokens,
+    D_in,
+    rank,
+    threshold,
+    seed,
+    DROPS: tl.constexpr,
+    R: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     """drop(dh A) for a block of tokens and some columns, float32."""
     r = tl.arange(0, R)
     a = tl.load(A + r[:, None] * D_in + column[None], mask=(r[:, None] < rank) & (column[None] < D_in), other=0.0)
@@ -180,9 +251,33 @@ def _through(
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def _lora_input_gradient(
-    dx, dy0, dy1, dy2, A0, A1, A2, B0, B1, B2, inner, tokens, D_in, out0, out1, out2, rank, scaling, threshold, seed,
-    DROPS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    dx,
+    dy0,
+    dy1,
+    dy2,
+    A0,
+    A1,
+    A2,
+    B0,
+    B1,
+    B2,
+    inner,
+    tokens,
+    D_in,
+    out0,
+    out1,
+    out2,
+    rank,
+    scaling,
+    threshold,
+    seed,
+    DROPS: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     row = tl.program_id(0) * T + tl.arange(0, T)
     kind = inner.dtype.element_ty
     dh0 = _back(dy0, B0, row, tokens, out0, rank, scaling, R, BLOCK, PRECISE).to(kind)
@@ -213,18 +308,47 @@ def lora_input_gradient(
     G, rank = len(A), A[0].shape[0]
     inner = dx.new_empty(len(dx), G * rank)
     _lora_input_gradient[(triton.cdiv(len(dx), ROWS),)](
-        dx, *_three(dy), *_three(A), *_three(B), inner, len(dx), dx.shape[1], *(each.shape[1] for each in _three(dy)),
-        rank, scaling, int(dropout * 2**24), seed, DROPS=dropout > 0.0, G=G, R=_ranks(rank), T=ROWS, BLOCK=WIDE,
+        dx,
+        *_three(dy),
+        *_three(A),
+        *_three(B),
+        inner,
+        len(dx),
+        dx.shape[1],
+        *(each.shape[1] for each in _three(dy)),
+        rank,
+        scaling,
+        int(dropout * 2**24),
+        seed,
+        DROPS=dropout > 0.0,
+        G=G,
+        R=_ranks(rank),
+        T=ROWS,
+        BLOCK=WIDE,
         PRECISE=precise(dx),
-    )  # fmt: skip
+    )
     return inner
 
 
 @triton.jit
 def _gradient_of_A(
-    dA, x, dh, block, g, tokens, D_in, rank, threshold, seed,
-    DROPS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    dA,
+    x,
+    dh,
+    block,
+    g,
+    tokens,
+    D_in,
+    rank,
+    threshold,
+    seed,
+    DROPS: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     r, column = tl.arange(0, R), block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((R, BLOCK), dtype=tl.float32)
     for start in range(0, tokens, T):
@@ -244,9 +368,21 @@ def _gradient_of_A(
 
 @triton.jit
 def _gradient_of_B(
-    dB, dy, h, block, g, tokens, D_out, rank, scaling,
-    G: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    dB,
+    dy,
+    h,
+    block,
+    g,
+    tokens,
+    D_out,
+    rank,
+    scaling,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     r, column = tl.arange(0, R), block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK, R), dtype=tl.float32)
     for start in range(0, tokens, T):
@@ -263,31 +399,53 @@ def _gradient_of_B(
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def _lora_factor_gradients(
-    dA0, dA1, dA2, dB0, dB1, dB2, x, h, dh, dy0, dy1, dy2, tokens, D_in, out0, out1, out2, rank, scaling, threshold,
-    seed, DROPS: tl.constexpr, G: tl.constexpr, R: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    dA0,
+    dA1,
+    dA2,
+    dB0,
+    dB1,
+    dB2,
+    x,
+    h,
+    dh,
+    dy0,
+    dy1,
+    dy2,
+    tokens,
+    D_in,
+    out0,
+    out1,
+    out2,
+    rank,
+    scaling,
+    threshold,
+    seed,
+    DROPS: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
     PRECISE: tl.constexpr,
-):  # fmt: skip
+):
     block, g = tl.program_id(0), tl.program_id(1)
     of_A = tl.cdiv(D_in, BLOCK)
     if g == 0:
         if block < of_A:
-            _gradient_of_A(
-                dA0, x, dh, block, 0, tokens, D_in, rank, threshold, seed, DROPS, G, R, T, BLOCK, PRECISE
-            )  # fmt: skip
+            _gradient_of_A(dA0, x, dh, block, 0, tokens, D_in, rank, threshold, seed, DROPS, G, R, T, BLOCK, PRECISE)
         else:
             _gradient_of_B(dB0, dy0, h, block - of_A, 0, tokens, out0, rank, scaling, G, R, T, BLOCK, PRECISE)
     elif g == 1:
         if block < of_A:
             _gradient_of_A(
                 dA1, x, dh, block, 1, tokens, D_in, rank, threshold, seed + 1, DROPS, G, R, T, BLOCK, PRECISE
-            )  # fmt: skip
+            )
         else:
             _gradient_of_B(dB1, dy1, h, block - of_A, 1, tokens, out1, rank, scaling, G, R, T, BLOCK, PRECISE)
     else:
         if block < of_A:
             _gradient_of_A(
                 dA2, x, dh, block, 2, tokens, D_in, rank, threshold, seed + 2, DROPS, G, R, T, BLOCK, PRECISE
-            )  # fmt: skip
+            )
         else:
             _gradient_of_B(dB2, dy2, h, block - of_A, 2, tokens, out2, rank, scaling, G, R, T, BLOCK, PRECISE)
 
@@ -306,10 +464,26 @@ def lora_factor_gradients(
     G, (rank, D_in) = len(dA), dA[0].shape
     blocks = triton.cdiv(D_in, WIDE) + triton.cdiv(max(each.shape[1] for each in dy), WIDE)
     _lora_factor_gradients[(blocks, G)](
-        *_three(dA), *_three(dB), x, h, dh, *_three(dy), len(x), D_in, *(each.shape[1] for each in _three(dy)), rank,
-        scaling, int(dropout * 2**24), seed, DROPS=dropout > 0.0, G=G, R=_ranks(rank), T=2 * ROWS, BLOCK=WIDE,
+        *_three(dA),
+        *_three(dB),
+        x,
+        h,
+        dh,
+        *_three(dy),
+        len(x),
+        D_in,
+        *(each.shape[1] for each in _three(dy)),
+        rank,
+        scaling,
+        int(dropout * 2**24),
+        seed,
+        DROPS=dropout > 0.0,
+        G=G,
+        R=_ranks(rank),
+        T=2 * ROWS,
+        BLOCK=WIDE,
         PRECISE=precise(x),
-    )  # fmt: skip
+    )
 
 
 # --- LoRA of rows with different adapters -----------------------------------------------------------------------------
@@ -317,9 +491,21 @@ def lora_factor_gradients(
 
 @triton.jit
 def _mixed(
-    y, x, plus, adapters, addresses, ranks, layer, layers, D_in, D_out,
-    HAS_PLUS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
+    y,
+    x,
+    plus,
+    adapters,
+    addresses,
+    ranks,
+    layer,
+    layers,
+    D_in,
+    D_out,
+    HAS_PLUS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
     """Some outputs of one row. Every program computes x A^T again, which costs less than a second launch."""
     row = tl.program_id(0).to(tl.int64)
     kind = x.dtype.element_ty
@@ -348,9 +534,27 @@ def _mixed(
 
 @triton.jit
 def _add_mixed_lora(
-    y0, y1, y2, x, plus, adapters, addresses, ranks, layer0, layer1, layer2, layers, D_in, out0, out1, out2,
-    HAS_PLUS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
-):  # fmt: skip
+    y0,
+    y1,
+    y2,
+    x,
+    plus,
+    adapters,
+    addresses,
+    ranks,
+    layer0,
+    layer1,
+    layer2,
+    layers,
+    D_in,
+    out0,
+    out1,
+    out2,
+    HAS_PLUS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
     g = tl.program_id(2)
     if g == 0:
         _mixed(y0, x, plus, adapters, addresses, ranks, layer0, layers, D_in, out0, HAS_PLUS, R, BLOCK, PART)
@@ -375,10 +579,21 @@ def add_mixed_lora(
     outputs, R = [each.shape[1] for each in y], int(triton.next_power_of_2(most))
     part = max(64, NUMBERS // R)
     _add_mixed_lora[(len(x), triton.cdiv(max(outputs), part), len(y))](
-        *_three(y), x, x if plus is None else plus, adapters, addresses, ranks, *(layers + layers[:1] * 2)[:3],
-        places.shape[1], x.shape[1], *(each.shape[1] for each in _three(y)), HAS_PLUS=plus is not None, R=R,
-        BLOCK=max(32, NUMBERS // (4 * R)), PART=part,
-    )  # fmt: skip
+        *_three(y),
+        x,
+        x if plus is None else plus,
+        adapters,
+        addresses,
+        ranks,
+        *(layers + layers[:1] * 2)[:3],
+        places.shape[1],
+        x.shape[1],
+        *(each.shape[1] for each in _three(y)),
+        HAS_PLUS=plus is not None,
+        R=R,
+        BLOCK=max(32, NUMBERS // (4 * R)),
+        PART=part,
+    )
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -443,9 +658,16 @@ def _rms_norm_backward(x, weight, dy, plus, dx, eps, D, HAS_PLUS: tl.constexpr, 
 def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor, plus: Tensor | None) -> Tensor:
     dx, D = torch.empty_like(x), x.shape[1]
     _rms_norm_backward[(len(x),)](
-        x, weight, dy, dy if plus is None else plus, dx, eps, D, HAS_PLUS=plus is not None,
+        x,
+        weight,
+        dy,
+        dy if plus is None else plus,
+        dx,
+        eps,
+        D,
+        HAS_PLUS=plus is not None,
         BLOCK=triton.next_power_of_2(D),
-    )  # fmt: skip
+    )
     return dx
 
 
@@ -563,18 +785,53 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed, offset = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # no dropout
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        dy, q, k, v, y, log_sum, starts, key_starts, most, most_keys, 0.0, causal, seed, offset, scale=scaling,
+        dy,
+        q,
+        k,
+        v,
+        y,
+        log_sum,
+        starts,
+        key_starts,
+        most,
+        most_keys,
+        0.0,
+        causal,
+        seed,
+        offset,
+        scale=scaling,
         **_edges(causal, window),
-    )  # fmt: skip
+    )
     return dq, dk, dv
 
 
 @triton.jit
 def _attend_step(
-    q, k, v, cos, sin, keys, values, y, lengths, prefixes, window, scaling, H,
-    row_stride, head_stride, token_stride, v_row_stride, v_head_stride, v_token_stride,
-    GROUPS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    keys,
+    values,
+    y,
+    lengths,
+    prefixes,
+    window,
+    scaling,
+    H,
+    row_stride,
+    head_stride,
+    token_stride,
+    v_row_stride,
+    v_head_stride,
+    v_token_stride,
+    GROUPS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     """One row and one head of keys, with the G heads of queries that share it, padded to GROUPS for a matrix unit."""
     HALF: tl.constexpr = D // 2
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -647,8 +904,25 @@ def attend_step(
 ) -> Tensor:
     (B, H, D), heads, y = q.shape, k.shape[1], torch.empty_like(q)
     _attend_step[(B, heads)](
-        q, k, v, cos, sin, keys, values, y, lengths, prefixes, window, scaling, H, *keys.stride()[:3],
-        *values.stride()[:3], GROUPS=max(16, triton.next_power_of_2(H // heads)), G=H // heads, D=D, BLOCK=KEYS,
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        keys,
+        values,
+        y,
+        lengths,
+        prefixes,
+        window,
+        scaling,
+        H,
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        GROUPS=max(16, triton.next_power_of_2(H // heads)),
+        G=H // heads,
+        D=D,
+        BLOCK=KEYS,
         PRECISE=precise(q),
-    )  # fmt: skip
+    )
     return y

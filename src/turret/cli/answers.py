@@ -25,10 +25,28 @@ if TYPE_CHECKING:
     from turret.workspace.results import Predicted
 
 KEYS = (  # of [data], that say how a table is read
-    "text", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools", "ignore",
-    "encoding", "delimiter", "header", "header_row", "sheet", "bad_lines", "separator", "normalize_labels",
-    "rename", "test",
-)  # fmt: skip
+    "text",
+    "label",
+    "document",
+    "summary",
+    "prompt",
+    "completion",
+    "messages",
+    "input",
+    "system",
+    "tools",
+    "ignore",
+    "encoding",
+    "delimiter",
+    "header",
+    "header_row",
+    "sheet",
+    "bad_lines",
+    "separator",
+    "normalize_labels",
+    "rename",
+    "test",
+)
 
 
 def predict(

@@ -24,8 +24,20 @@ WORDS = {"within": "as good"}
 Texts = Annotated[bool, typer.Option("--texts/--no-texts", help="Whether the report shows texts of the data.")]
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 OF_TRAININGS = (  # options that say how something is trained
-    "methods", "seeds", "budget", "fractions", "lr", "plan", "base", "name", "data", "task", "seed", "text", "label",
-)  # fmt: skip
+    "methods",
+    "seeds",
+    "budget",
+    "fractions",
+    "lr",
+    "plan",
+    "base",
+    "name",
+    "data",
+    "task",
+    "seed",
+    "text",
+    "label",
+)
 
 
 def compare(
@@ -74,9 +86,15 @@ def compare(
         columns = data_columns(sets, options.columns(None, None, prompt, completion, messages))
         with status() as show:
             found = Workspace(store).compare_composition(
-                composition, source, columns=columns, against=against if "against" in given else None, margin=margin,
-                texts=texts, device=device or "auto", on_stage=show,
-            )  # fmt: skip
+                composition,
+                source,
+                columns=columns,
+                against=against if "against" in given else None,
+                margin=margin,
+                texts=texts,
+                device=device or "auto",
+                on_stage=show,
+            )
         report(found, as_json, _print_composition)
         return
     named = options.columns(text, label, prompt, completion, messages)
@@ -86,15 +104,29 @@ def compare(
     with status() as show:
         if plan:
             planned = workspace.plan_comparison(
-                recipe, methods=methods, seeds=seeds, fractions=parts, margin=margin, against=against, lr=rate,
+                recipe,
+                methods=methods,
+                seeds=seeds,
+                fractions=parts,
+                margin=margin,
+                against=against,
+                lr=rate,
                 on_stage=show,
-            )  # fmt: skip
+            )
         else:
             found = workspace.compare(
-                recipe, methods=methods, seeds=seeds, budget=limit, fractions=parts, margin=margin, against=against,
-                lr=rate, texts=texts, on_stage=on_training(show),
+                recipe,
+                methods=methods,
+                seeds=seeds,
+                budget=limit,
+                fractions=parts,
+                margin=margin,
+                against=against,
+                lr=rate,
+                texts=texts,
+                on_stage=on_training(show),
                 on_plan=lambda design: _print_plan(design, stderr=True),
-            )  # fmt: skip
+            )
     if plan:
         report(planned, as_json, _print_plan)
     else:

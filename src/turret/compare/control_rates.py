@@ -99,9 +99,13 @@ class Control:
 
 
 def rated(
-    written: Sequence[Written], aspects: Sequence[str], labels: Mapping[str, str], kinds: Mapping[str, str], seed: int,
+    written: Sequence[Written],
+    aspects: Sequence[str],
+    labels: Mapping[str, str],
+    kinds: Mapping[str, str],
+    seed: int,
     confidence: float = 0.95,
-) -> tuple[Rated, ...]:  # fmt: skip
+) -> tuple[Rated, ...]:
     """The rates of each method, over the seeds with texts for every aspect. Methods without such a seed are left out.
 
     Args:
@@ -122,9 +126,14 @@ def rated(
 
 
 def _rated(
-    spec: str, by_seed: Mapping[int, Mapping[str, Written]], aspects: Sequence[str], label: str, kind: str, seed: int,
+    spec: str,
+    by_seed: Mapping[int, Mapping[str, Written]],
+    aspects: Sequence[str],
+    label: str,
+    kind: str,
+    seed: int,
     confidence: float,
-) -> Rated:  # fmt: skip
+) -> Rated:
     said, near = np.zeros((2, len(aspects), len(aspects)))
     by_classifier, by_rouge, asked, others = [], [], [], []
     for texts in by_seed.values():

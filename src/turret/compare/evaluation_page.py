@@ -37,9 +37,17 @@ def environment(html: bool) -> Environment:
         keep_trailing_newline=True,
     )
     templates.filters |= {
-        "count": count, "mb": megabytes, "ms": milliseconds, "percent": percent, "points": points,
-        "seconds": seconds, "sentence": sentence, "signed": signed, "cell": _cell, "p": chance,
-    }  # fmt: skip
+        "count": count,
+        "mb": megabytes,
+        "ms": milliseconds,
+        "percent": percent,
+        "points": points,
+        "seconds": seconds,
+        "sentence": sentence,
+        "signed": signed,
+        "cell": _cell,
+        "p": chance,
+    }
     return templates
 
 

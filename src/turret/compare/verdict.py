@@ -150,9 +150,19 @@ def judge(
         more = _what_would_settle(100 * d, margin, confidence, fixed)
     share = rate(len(collapsed), trainings, confidence)
     return Verdict(
-        word, difference, margin, seeds, examples, p, *more,
-        collapsed=tuple(collapsed), trainings=trainings, collapse_rate=share, claimed=claimed, fixed=fixed,
-    )  # fmt: skip
+        word,
+        difference,
+        margin,
+        seeds,
+        examples,
+        p,
+        *more,
+        collapsed=tuple(collapsed),
+        trainings=trainings,
+        collapse_rate=share,
+        claimed=claimed,
+        fixed=fixed,
+    )
 
 
 def _word(difference: Interval, margin: float) -> Word:
@@ -246,10 +256,19 @@ class Futures:
         near = mean * whole / (usual + whole) + np.sqrt(usual * whole / (usual + whole)) * rng.standard_normal(FUTURES)
         errors += np.where(second, (near - errors.sum(0)) * variances / whole, 0.0)
         return cls(
-            seeds=seeds, examples=examples, mean=mean, rest=rest, added=max(0.0, of_columns - own) * examples,
-            rows=of_rows * (seeds - 1), columns=own, between_seeds=between_seeds, between_examples=between_examples,
-            by_seeds=errors[0], by_examples=errors[1], by_rest=errors[2],
-        )  # fmt: skip
+            seeds=seeds,
+            examples=examples,
+            mean=mean,
+            rest=rest,
+            added=max(0.0, of_columns - own) * examples,
+            rows=of_rows * (seeds - 1),
+            columns=own,
+            between_seeds=between_seeds,
+            between_examples=between_examples,
+            by_seeds=errors[0],
+            by_examples=errors[1],
+            by_rest=errors[2],
+        )
 
     def intervals(self, more_seeds: int, more_examples: int, confidence: float) -> tuple[Array, Array]:
         """(middles, half widths) (F,) with so many more seeds and examples."""

@@ -537,20 +537,39 @@ class _Shape:
 
 
 _SHAPES = (
-    _Shape("preference", "answers preferred to others", ("chosen", "rejected"),
-           instead="to learn the preferred answers, name --prompt prompt --completion chosen"),
+    _Shape(
+        "preference",
+        "answers preferred to others",
+        ("chosen", "rejected"),
+        instead="to learn the preferred answers, name --prompt prompt --completion chosen",
+    ),
     _Shape("token_classification", "a tag for each word", ("tokens",), ("tags", "ner_tags", "pos_tags", "labels")),
     _Shape("question_answering", "answers inside a context", ("question", "context"), ("answers", "answer")),
     _Shape("regression", "a number for two texts", ("sentence1", "sentence2"), ("score", "similarity")),
-    _Shape("text_pairs", "a label for two texts", ("premise", "hypothesis"), ("label", "labels", "gold_label"),
-           "to classify one of them, name --text hypothesis --label {label}"),
-    _Shape("text_pairs", "a label for two texts", ("sentence1", "sentence2"), ("label", "labels", "gold_label"),
-           "to classify one of them, name --text sentence1 --label {label}"),
-    _Shape("text_pairs", "a label for two texts", ("question1", "question2"), ("label", "is_duplicate"),
-           "to classify one of them, name --text question1 --label {label}"),
+    _Shape(
+        "text_pairs",
+        "a label for two texts",
+        ("premise", "hypothesis"),
+        ("label", "labels", "gold_label"),
+        "to classify one of them, name --text hypothesis --label {label}",
+    ),
+    _Shape(
+        "text_pairs",
+        "a label for two texts",
+        ("sentence1", "sentence2"),
+        ("label", "labels", "gold_label"),
+        "to classify one of them, name --text sentence1 --label {label}",
+    ),
+    _Shape(
+        "text_pairs",
+        "a label for two texts",
+        ("question1", "question2"),
+        ("label", "is_duplicate"),
+        "to classify one of them, name --text question1 --label {label}",
+    ),
     _Shape("embedding", "similar and other texts", ("anchor", "positive")),
     _Shape("embedding", "similar and other texts", ("query", "positive")),
-)  # fmt: skip
+)
 
 
 def later_task_of(columns: Sequence[str], known: Collection[str] = ()) -> str | None:

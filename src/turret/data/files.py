@@ -20,17 +20,33 @@ from turret.errors import DataError, listed, shown
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".xlsx", ".parquet")
 _UNPACKED = (".xlsx", ".parquet")  # compressed inside
 _OTHERS = {  # suffix -> what to do instead
-    ".xls": "save it as .xlsx or .csv", ".ods": "save it as .xlsx or .csv", ".xlsm": "save it as .xlsx",
-    ".zip": "unpack it", ".tar": "unpack it", ".7z": "unpack it", ".rar": "unpack it",
-    ".txt": "name it .csv or .tsv if it has columns", ".tab": "name it .tsv", ".dat": "name it .csv or .tsv",
-    ".feather": "save it as .parquet", ".arrow": "save it as .parquet", ".pkl": "save it as .parquet or .csv",
-    ".pickle": "save it as .parquet or .csv", ".pdf": "export its table as .csv", ".docx": "export its table as .csv",
-}  # fmt: skip
+    ".xls": "save it as .xlsx or .csv",
+    ".ods": "save it as .xlsx or .csv",
+    ".xlsm": "save it as .xlsx",
+    ".zip": "unpack it",
+    ".tar": "unpack it",
+    ".7z": "unpack it",
+    ".rar": "unpack it",
+    ".txt": "name it .csv or .tsv if it has columns",
+    ".tab": "name it .tsv",
+    ".dat": "name it .csv or .tsv",
+    ".feather": "save it as .parquet",
+    ".arrow": "save it as .parquet",
+    ".pkl": "save it as .parquet or .csv",
+    ".pickle": "save it as .parquet or .csv",
+    ".pdf": "export its table as .csv",
+    ".docx": "export its table as .csv",
+}
 _SPLIT_WORDS = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
 
 
 def is_table(path: Path) -> bool:
@@ -85,9 +101,10 @@ def open_folder(folder: Path, form: FileFormat = DETECTED) -> dict[str, Table]:
     paths = sorted(
         path
         for path in folder.rglob("*")
-        if is_table(path) and path.is_file()
+        if is_table(path)
+        and path.is_file()
         and not any(part.startswith((".", "~$")) for part in path.relative_to(folder).parts)
-    )  # fmt: skip
+    )
     if not paths:
         raise DataError(
             f"the folder {shown(str(folder), 100)} has no tables: expected files with {', '.join(SUFFIXES)}"

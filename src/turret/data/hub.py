@@ -91,6 +91,8 @@ def _table(name: str, part: datasets.Dataset) -> Table:
 
 def _classes(features: datasets.Features) -> dict[str, list[str]]:
     """Names of class numbers, by column of classes or of lists of classes."""
-    found = {column: getattr(f, "names", None) or getattr(getattr(f, "feature", None), "names", None)
-             for column, f in features.items()}  # fmt: skip
+    found = {
+        column: getattr(f, "names", None) or getattr(getattr(f, "feature", None), "names", None)
+        for column, f in features.items()
+    }
     return {column: [str(name) for name in names] for column, names in found.items() if names}

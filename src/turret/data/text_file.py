@@ -37,9 +37,11 @@ _SCANNED = 64 << 20  # bytes in which the first byte that is not UTF-8 is looked
 _SAMPLE = 8192  # bytes of lines with letters beyond ASCII, from which an encoding is guessed
 _MARKS = (
     (codecs.BOM_UTF8, UTF8),
-    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
-)  # fmt: skip
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 _FOREIGN = (  # what a file really is, by its first bytes; and what to do
     (b"PK\x03\x04", "an Excel file or a zip archive", "name it .xlsx, or unpack it"),
     (b"\xd0\xcf\x11\xe0", "an old Excel file, or one with a password", "save it as .xlsx or .csv without a password"),
@@ -60,9 +62,14 @@ _WESTERN = frozenset("äöüßÄÖÜéèàâêîôûçëïœÉÀÈÇáíóúñÁ
 _SIGNS = "’‘“”„–—…€£§°«»·\xa0\u0307"  # the last one is a part of a small İ
 _CENTRAL = ("cp1250", "iso8859_2", "cp852")
 _ALPHABETS = (  # letters of languages beyond ASCII, and the codecs in which they are written; the first one wins
-    ("ąćęłńóśźż", _CENTRAL), ("áčďéěíňóřšťúůýžäĺľŕôö", _CENTRAL), ("áéíóöőúüű", _CENTRAL), ("čćđšž", _CENTRAL),
-    ("ăâîşţ", _CENTRAL), ("çğıöşüâîû", ("cp1254", "iso8859_9")), ("ąčęėįšųūžāēģīķļņõäöü", ("cp1257", "iso8859_13")),
-)  # fmt: skip
+    ("ąćęłńóśźż", _CENTRAL),
+    ("áčďéěíňóřšťúůýžäĺľŕôö", _CENTRAL),
+    ("áéíóöőúüű", _CENTRAL),
+    ("čćđšž", _CENTRAL),
+    ("ăâîşţ", _CENTRAL),
+    ("çğıöşüâîû", ("cp1254", "iso8859_9")),
+    ("ąčęėįšųūžāēģīķļņõäöü", ("cp1257", "iso8859_13")),
+)
 _SURE = 0.98  # share of the letters of a sample
 
 

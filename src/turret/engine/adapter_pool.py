@@ -349,8 +349,10 @@ class AdapterPool:
         if hasattr(self._model, self._model.base_model_prefix):
             return adapter
         deeper = LORA_PREFIX + prefix
-        tensors = {LORA_PREFIX + name.removeprefix(deeper) if name.startswith(deeper) else name: tensor
-                   for name, tensor in adapter.tensors.items()}  # fmt: skip
+        tensors = {
+            LORA_PREFIX + name.removeprefix(deeper) if name.startswith(deeper) else name: tensor
+            for name, tensor in adapter.tensors.items()
+        }
         return replace(adapter, tensors=tensors)
 
     def _by_layer(self, parts: Parts, head: Mapping[str, Tensor]) -> dict[str, Pair]:

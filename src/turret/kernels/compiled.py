@@ -111,9 +111,15 @@ class Products(Calls):
         assert bias is None or (bias.is_contiguous() and bias.dtype == x.dtype and bias.shape == (outputs,))
         y = x.new_empty(tokens, outputs)
         arguments = (
-            x.data_ptr(), *addresses, None if bias is None else bias.data_ptr(), y.data_ptr(),
-            tokens, deep, outputs, turned,
-        )  # fmt: skip
+            x.data_ptr(),
+            *addresses,
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            tokens,
+            deep,
+            outputs,
+            turned,
+        )
         count = torch.get_num_threads()
         if (key := (tokens, deep, outputs, turned, x.dtype, rounded, count)) not in self._int8_workspaces:
             self._int8_workspaces[key] = self._workspace("linear_int8", x.dtype, *arguments, None, count)
@@ -208,9 +214,19 @@ class Products(Calls):
         y = x.new_empty(*x.shape[:-1], d_out)
         count = torch.get_num_threads() if helped or tokens * d_in * d_out > WAKING else 1
         self._call(
-            "linear", x.dtype, x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-            tokens, d_in, d_out, at(spans), layer, count,
-        )  # fmt: skip
+            "linear",
+            x.dtype,
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            tokens,
+            d_in,
+            d_out,
+            at(spans),
+            layer,
+            count,
+        )
         return y
 
 
@@ -274,8 +290,21 @@ class Attention(Calls):
             dq.zero_()
         struct = rows_struct(rows, q, k, v, prefixes, dropped)
         dprefixes = torch.zeros(rows.count, 2, k.shape[1], struct.most_prefix, q.shape[2])
-        self._call("attention_backward", q.dtype, _address(struct), p(q), p(k), p(v), p(dy), p(log_sum), p(dq),
-                   p(dk), p(dv), p(dprefixes), threads())  # fmt: skip
+        self._call(
+            "attention_backward",
+            q.dtype,
+            _address(struct),
+            p(q),
+            p(k),
+            p(v),
+            p(dy),
+            p(log_sum),
+            p(dq),
+            p(dk),
+            p(dv),
+            p(dprefixes),
+            threads(),
+        )
         return dq, dk, dv, dprefixes
 
     def keep_step(
@@ -312,9 +341,19 @@ class Attention(Calls):
         assert q.stride(-1) == 1
         y = q.new_empty(q.shape)
         self._call(
-            "attend_step", q.dtype, kept.address, q.data_ptr(), *q.stride()[:2], heads, keys.data_ptr(),
-            values.data_ptr(), scaling, window, y.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+            "attend_step",
+            q.dtype,
+            kept.address,
+            q.data_ptr(),
+            *q.stride()[:2],
+            heads,
+            keys.data_ptr(),
+            values.data_ptr(),
+            scaling,
+            window,
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
         return y
 
 
@@ -350,8 +389,14 @@ class Library(Operations, Attention, Products):
         pointers = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(each) for each in structs))
         y = torch.empty_like(x)
         arguments = (
-            layers.address, ctypes.addressof(pointers), len(layers), tokens, x.data_ptr(), at(spans), y.data_ptr(),
-        )  # fmt: skip
+            layers.address,
+            ctypes.addressof(pointers),
+            len(layers),
+            tokens,
+            x.data_ptr(),
+            at(spans),
+            y.data_ptr(),
+        )
         self._with_workspace("encoder_layers", layers, tokens, arguments)
         return y
 
@@ -397,9 +442,17 @@ class Library(Operations, Attention, Products):
         )
         y = torch.empty_like(x)
         arguments = (
-            layers.address, len(layers), tokens, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), at(spans), count,
-            ctypes.addressof(structs), y.data_ptr(),
-        )  # fmt: skip
+            layers.address,
+            len(layers),
+            tokens,
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            at(spans),
+            count,
+            ctypes.addressof(structs),
+            y.data_ptr(),
+        )
         self._with_workspace("decoder_layers", layers, tokens, arguments)
         return y
 

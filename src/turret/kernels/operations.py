@@ -215,14 +215,29 @@ def rows_struct(
     if rows.bias is not None and rows.zero < most_prefix + rows.longest_query:
         raise ValueError("the bias has no columns for the whole prefix")
     struct = RowsStruct(
-        rows.count, q.shape[1], k.shape[1], q.shape[2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        -(-longest // 32) * 32, most_prefix, longest * q.shape[0] * q.shape[1],
+        rows.count,
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        -(-longest // 32) * 32,
+        most_prefix,
+        longest * q.shape[0] * q.shape[1],
         *(each.data_ptr() for each in (rows.query_starts, rows.query_lengths, rows.key_starts, rows.key_lengths)),
-        lengths.data_ptr(), *(each.data_ptr() for each in addresses),
+        lengths.data_ptr(),
+        *(each.data_ptr() for each in addresses),
         None if rows.bias is None else rows.bias.data_ptr(),
-        0 if rows.bias is None else rows.bias.shape[1], rows.zero, rows.window, int(rows.causal), *dropped.seeds,
-        dropped.threshold, dropped.scale, rows.scaling,
-    )  # fmt: skip
+        0 if rows.bias is None else rows.bias.shape[1],
+        rows.zero,
+        rows.window,
+        int(rows.causal),
+        *dropped.seeds,
+        dropped.threshold,
+        dropped.scale,
+        rows.scaling,
+    )
     struct.tensors = [lengths, *addresses]
     if not varies:
         rows.structs[key] = struct
@@ -355,9 +370,17 @@ class Operations(Calls):
         y, r = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
         rows = ctypes.c_long(r.numel())
         self._call(
-            "rms_norm", x.dtype, rows, ctypes.c_long(width), p(x), p(weight), ctypes.c_float(eps), p(y), p(r),
+            "rms_norm",
+            x.dtype,
+            rows,
+            ctypes.c_long(width),
+            p(x),
+            p(weight),
+            ctypes.c_float(eps),
+            p(y),
+            p(r),
             threads(),
-        )  # fmt: skip
+        )
         return y, r
 
     def rms_norm_backward(self, x: Tensor, weight: Tensor, r: Tensor, dy: Tensor) -> Tensor:
@@ -374,9 +397,16 @@ class Operations(Calls):
         s, y, stats = torch.empty_like(a), torch.empty_like(a), torch.empty(*a.shape[:-1], 2, dtype=torch.float32)
         rows, width = ctypes.c_long(stats.numel() // 2), ctypes.c_long(a.shape[-1])
         self._call(
-            "added_norm", a.dtype, rows, width, *map(p, (a, x, weight, bias)), ctypes.c_float(eps), *_mask(dropped),
-            *map(p, (s, y, stats)), threads(),
-        )  # fmt: skip
+            "added_norm",
+            a.dtype,
+            rows,
+            width,
+            *map(p, (a, x, weight, bias)),
+            ctypes.c_float(eps),
+            *_mask(dropped),
+            *map(p, (s, y, stats)),
+            threads(),
+        )
         return y, s, stats
 
     def added_norm_again(self, s: Tensor, weight: Tensor, bias: Tensor, stats: Tensor) -> Tensor:
@@ -393,9 +423,16 @@ class Operations(Calls):
         da, dx = torch.empty_like(s), torch.empty_like(s)
         rows, width = ctypes.c_long(stats.numel() // 2), ctypes.c_long(s.shape[-1])
         self._call(
-            "added_norm_backward", s.dtype, rows, width, *map(p, (s, weight, stats, dy)), *_mask(dropped), p(da),
-            p(dx), threads(),
-        )  # fmt: skip
+            "added_norm_backward",
+            s.dtype,
+            rows,
+            width,
+            *map(p, (s, weight, stats, dy)),
+            *_mask(dropped),
+            p(da),
+            p(dx),
+            threads(),
+        )
         return da, dx
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -413,9 +450,17 @@ class Operations(Calls):
         tokens, heads, dim = x.shape
         y = x.new_empty(tokens, heads, dim)
         self._call(
-            "rotate", x.dtype, *map(ctypes.c_long, (tokens, heads, dim)), p(x), *map(ctypes.c_long, x.stride()[:2]),
-            p(cos), p(sin), ctypes.c_float(sign), p(y), threads(),
-        )  # fmt: skip
+            "rotate",
+            x.dtype,
+            *map(ctypes.c_long, (tokens, heads, dim)),
+            p(x),
+            *map(ctypes.c_long, x.stride()[:2]),
+            p(cos),
+            p(sin),
+            ctypes.c_float(sign),
+            p(y),
+            threads(),
+        )
         return y
 
 

@@ -17,13 +17,28 @@ KnownKeys = Callable[[str], Iterable[str]]  # kind of method -> every key of a r
 Methods = Mapping[str, type[BaseModel]]  # the class of each kind of method
 
 _OTHER_NAMES = {  # other tools' names for our keys
-    "alpha": "lora_alpha", "dropout": "lora_dropout", "rank": "r", "learning_rate": "lr", "num_train_epochs": "epochs",
-    "num_epochs": "epochs", "per_device_train_batch_size": "batch_size", "warmup_steps": "warmup",
-    "warmup_ratio": "warmup", "lr_scheduler_type": "schedule", "max_grad_norm": "gradient_clip",
-    "early_stopping_patience": "early_stopping", "patience": "early_stopping", "precision": "dtype",
-    "max_length": "max_tokens", "max_source_length": "max_tokens", "max_target_length": "max_target_tokens",
-    "prefix": "prefix_text", "source_prefix": "prefix_text", "model": "base", "dataset": "data",
-}  # fmt: skip
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "rank": "r",
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "schedule",
+    "max_grad_norm": "gradient_clip",
+    "early_stopping_patience": "early_stopping",
+    "patience": "early_stopping",
+    "precision": "dtype",
+    "max_length": "max_tokens",
+    "max_source_length": "max_tokens",
+    "max_target_length": "max_target_tokens",
+    "prefix": "prefix_text",
+    "source_prefix": "prefix_text",
+    "model": "base",
+    "dataset": "data",
+}
 _TYPE_NAMES = {"string": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 _TYPE_NAMES |= {"int_from_float": "a whole number", **dict.fromkeys(("model_attributes", "model", "dict"), "a table")}
 

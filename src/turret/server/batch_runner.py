@@ -248,11 +248,20 @@ class BatchRunner:
             sent.append(message)
 
         scope: Scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-            "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "client": None,
-            "server": None, "headers": [(b"content-type", b"application/json")],
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "client": None,
+            "server": None,
+            "headers": [(b"content-type", b"application/json")],
             "state": {"caller": caller, "priority": LOW_PRIORITY},
-        }  # fmt: skip
+        }
         await self._routes(scope, receive, send)
         start = sent[0]
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in start["headers"]}

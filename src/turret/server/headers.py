@@ -24,8 +24,18 @@ from turret.server.limits import is_page
 
 ANY = "*"
 REMEMBERED = 600  # seconds for which a browser need not ask again
-READ = ("turret-receipt", "turret-adapter", "turret-version", "turret-digest", "turret-base", "turret-experiment",
-        "turret-arm", "turret-probability", "x-request-id", "retry-after")  # fmt: skip
+READ = (
+    "turret-receipt",
+    "turret-adapter",
+    "turret-version",
+    "turret-digest",
+    "turret-base",
+    "turret-experiment",
+    "turret-arm",
+    "turret-probability",
+    "x-request-id",
+    "retry-after",
+)
 _ORIGIN = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-fA-F:]+\])(?::\d{1,5})?")
 
 

@@ -31,8 +31,10 @@ MOST_VERSIONS = 200
 NO_ADAPTER = ("base", "other", "none")  # labels of answers of the bare base, of many adapters, of no experiment
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 # Figures of the engine that only grow; its others are current values.
-COUNTED = {f"engine_{name}" for name in ("passes", "prompt_tokens", "tokens", "answers", "errors", "loads",
-                                         "failed_loads", "evictions")}  # fmt: skip
+COUNTED = {
+    f"engine_{name}"
+    for name in ("passes", "prompt_tokens", "tokens", "answers", "errors", "loads", "failed_loads", "evictions")
+}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 

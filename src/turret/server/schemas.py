@@ -318,9 +318,14 @@ class Error(BaseModel):
 
 
 Endpoint = Literal[
-    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/classify", "/v1/score",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/v1/classify",
+    "/v1/score",
     "/v1/rerank",
-]  # fmt: skip
+]
 Id = Annotated[str, Field(min_length=1, max_length=60)]
 Key = Annotated[str, Field(max_length=64)]
 Value = Annotated[str, Field(max_length=512)]

@@ -251,8 +251,10 @@ class ServerState:
     def _open_tenant(self, name: str) -> Tenant:
         home = self._home.store.access.tenant
         workspace = self._home if name == home else self._home.seen_by(Access(name))
-        build = [{"version": __version__, "base": each.name, "fingerprint": each.fingerprint}
-                 for each in self._all_engines.bases]  # fmt: skip
+        build = [
+            {"version": __version__, "base": each.name, "fingerprint": each.fingerprint}
+            for each in self._all_engines.bases
+        ]
         made = partial(Metrics, replica=self.settings.replica, tenant=name, totals=self._totals)
         metrics = made(self._gauges, self._figures, build) if name == DEFAULT else made(dict)
         engines = SeenEngines(self._all_engines, workspace, home)
@@ -319,9 +321,15 @@ class ServerState:
             self.finish(request, kind, pending)
 
     async def submit(
-        self, request: Request, kind: RequestKind, model: str, inputs: Sequence[Input],
-        options: Sequence[Options] | None = None, *, unit: str | None = None,
-    ) -> PendingAnswers:  # fmt: skip
+        self,
+        request: Request,
+        kind: RequestKind,
+        model: str,
+        inputs: Sequence[Input],
+        options: Sequence[Options] | None = None,
+        *,
+        unit: str | None = None,
+    ) -> PendingAnswers:
         """As `ask`, for a stream. The caller must call `finish`."""
         await self.admit(request)
         request.state.started = started = self.clock()

@@ -36,9 +36,7 @@ from turret.store.client_files import room
 from turret.store.client_tables import ENDED, batch_parts, batch_turns, batches, client_files, tenant_of
 from turret.store.leases import clock
 
-State = Literal[
-    "validating", "in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled", "expired"
-]  # fmt: skip
+State = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled", "expired"]
 CLAIMED = 60.0  # seconds
 LONGEST_ASIDE = 60.0  # seconds for which a batch is put aside
 MOST_TRIES = 3  # of a line, each lost by a server that died while it asked the line
@@ -238,10 +236,14 @@ class Batches:
                     "delete some files, and make the batch again"
                 )
             rows = [
-                {"batch": batch.id, "first": line, "answers": each.text if each.ok else "",
-                 "errors": "" if each.ok else each.text}
+                {
+                    "batch": batch.id,
+                    "first": line,
+                    "answers": each.text if each.ok else "",
+                    "errors": "" if each.ok else each.text,
+                }
                 for line, each in new.items()
-            ]  # fmt: skip
+            ]
             if rows:
                 connection.execute(insert(batch_parts), rows)
             tries = dict.fromkeys((line for line in asking if line >= now.taken), 0) | dict(now.unanswered)

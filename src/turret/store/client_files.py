@@ -90,10 +90,16 @@ class ClientFiles:
             with database.writing() as connection:
                 _require_room(connection, owner, blobs)
                 made = [
-                    ClientFile(f"file-{secrets.token_hex(12)}", owner, name[:255], purpose,
-                               replace(blob, upload=uploads.begin(connection)), int(time.time()))
+                    ClientFile(
+                        f"file-{secrets.token_hex(12)}",
+                        owner,
+                        name[:255],
+                        purpose,
+                        replace(blob, upload=uploads.begin(connection)),
+                        int(time.time()),
+                    )
                     for (name, purpose, _), blob in zip(new, blobs, strict=True)
-                ]  # fmt: skip
+                ]
             try:
                 for (_, _, source), file in zip(new, made, strict=True):
                     self._place.put(source, file.blob)

@@ -73,13 +73,25 @@ def score(given: Prediction, example: Example) -> float:
 
 
 SUMMARIES = (  # column names
-    ("document", "summary"), ("article", "highlights"), ("article", "summary"), ("text", "summary"),
-    ("dialogue", "summary"), ("document", "headline"), ("article", "headline"), ("text", "headline"),
-)  # fmt: skip
+    ("document", "summary"),
+    ("article", "highlights"),
+    ("article", "summary"),
+    ("text", "summary"),
+    ("dialogue", "summary"),
+    ("document", "headline"),
+    ("article", "headline"),
+    ("text", "headline"),
+)
 COMPLETIONS = (
-    ("prompt", "completion"), ("instruction", "response"), ("instruction", "output"), ("question", "answer"),
-    ("input", "output"), ("source", "target"), ("source", "references"), ("prompt", "references"),
-)  # fmt: skip
+    ("prompt", "completion"),
+    ("instruction", "response"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("input", "output"),
+    ("source", "target"),
+    ("source", "references"),
+    ("prompt", "references"),
+)
 NAMES = {SUMMARISED: SUMMARIES, COMPLETED: COMPLETIONS}
 SLOT = "{document}"
 MAX_TARGET_TOKENS = 128

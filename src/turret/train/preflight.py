@@ -513,11 +513,15 @@ _COMMON_WORDS = {  # that no other language of the table uses often
     }.items()
 }
 _SCRIPTS = {
-    "Cyrillic": re.compile("[\u0400-\u04ff]"), "Greek": re.compile("[\u0370-\u03ff]"),
-    "Arabic": re.compile("[\u0600-\u06ff]"), "Hebrew": re.compile("[\u0590-\u05ff]"),
-    "Chinese or Japanese": re.compile("[\u3040-\u30ff\u3400-\u9fff]"), "Korean": re.compile("[\uac00-\ud7af]"),
-    "Devanagari": re.compile("[\u0900-\u097f]"), "Thai": re.compile("[\u0e00-\u0e7f]"),
-}  # fmt: skip
+    "Cyrillic": re.compile("[\u0400-\u04ff]"),
+    "Greek": re.compile("[\u0370-\u03ff]"),
+    "Arabic": re.compile("[\u0600-\u06ff]"),
+    "Hebrew": re.compile("[\u0590-\u05ff]"),
+    "Chinese or Japanese": re.compile("[\u3040-\u30ff\u3400-\u9fff]"),
+    "Korean": re.compile("[\uac00-\ud7af]"),
+    "Devanagari": re.compile("[\u0900-\u097f]"),
+    "Thai": re.compile("[\u0e00-\u0e7f]"),
+}
 
 
 def checkpoints(base: Base) -> Iterator[Check]:

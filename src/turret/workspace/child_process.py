@@ -86,10 +86,16 @@ def run_child(
     with (
         errors.open("w+", encoding="utf-8") as written,
         subprocess.Popen(
-            command, env=variables, stdin=pipe, stdout=pipe, stderr=written, text=True, errors="replace",
+            command,
+            env=variables,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=written,
+            text=True,
+            errors="replace",
             start_new_session=True,
         ) as child,
-    ):  # fmt: skip
+    ):
 
         def watch() -> None:
             polled, end = time.monotonic(), None

@@ -70,10 +70,16 @@ class Workspace:
         found = self.list()
         newest = sorted(found, key=lambda each: each.created, reverse=True)[:SHOWN]
         rows = [
-            (str(each), str(each.part("base").get("id")), str(each.part("method").get("kind")),
-             str(each.part("task").get("kind")), ", ".join(each.aliases), to_minute(each.created))
+            (
+                str(each),
+                str(each.part("base").get("id")),
+                str(each.part("method").get("kind")),
+                str(each.part("task").get("kind")),
+                ", ".join(each.aliases),
+                to_minute(each.created),
+            )
             for each in newest
-        ]  # fmt: skip
+        ]
         facts: dict[str, Cell] = {"versions": len(found)}
         table = Table(("version", "base", "method", "task", "aliases", "stored"), rows)
         more = [f"and {len(found) - SHOWN} older versions: list() has all"] if len(found) > SHOWN else []
@@ -134,9 +140,15 @@ class Workspace:
         return self.store.rollback(name, alias)
 
     def gate(
-        self, name: str, alias: str | None = None, *, add: Iterable[str] = (), remove: Iterable[str] = (),
-        golden: str | Path | None = None, share: float | None = None,
-    ) -> Sequence[Gate | Golden]:  # fmt: skip
+        self,
+        name: str,
+        alias: str | None = None,
+        *,
+        add: Iterable[str] = (),
+        remove: Iterable[str] = (),
+        golden: str | Path | None = None,
+        share: float | None = None,
+    ) -> Sequence[Gate | Golden]:
         """Add and remove gates of an alias, and return its gates. Without an alias, return those of all aliases.
 
         Args:
@@ -209,11 +221,20 @@ class Workspace:
         return training.train(self.store, recipe, callbacks, dataset, fresh=fresh, beside_base=beside_base)
 
     def compare(
-        self, recipe: Recipe, *, methods: str | None = None, seeds: int = 5, budget: float | None = None,
-        fractions: Sequence[float] = (1.0,), margin: float = 1.0, against: str = "full",
-        lr: float | Literal["auto"] | None = None, texts: bool = True,
-        on_plan: Callable[[PlannedDesign], None] | None = None, on_stage: Say | None = None,
-    ) -> Comparison:  # fmt: skip
+        self,
+        recipe: Recipe,
+        *,
+        methods: str | None = None,
+        seeds: int = 5,
+        budget: float | None = None,
+        fractions: Sequence[float] = (1.0,),
+        margin: float = 1.0,
+        against: str = "full",
+        lr: float | Literal["auto"] | None = None,
+        texts: bool = True,
+        on_plan: Callable[[PlannedDesign], None] | None = None,
+        on_stage: Say | None = None,
+    ) -> Comparison:
         """Train several methods on the same data with several seeds, each in its own process, and judge them.
 
         Results of earlier calls are used again. Every training is a version in the store; a plain name never means it
@@ -235,10 +256,17 @@ class Workspace:
         return comparing.compare(self.store, recipe, request, on_stage or silent, on_plan)
 
     def plan_comparison(
-        self, recipe: Recipe, *, methods: str | None = None, seeds: int = 5, fractions: Sequence[float] = (1.0,),
-        margin: float = 1.0, against: str = "full", lr: float | Literal["auto"] | None = None,
+        self,
+        recipe: Recipe,
+        *,
+        methods: str | None = None,
+        seeds: int = 5,
+        fractions: Sequence[float] = (1.0,),
+        margin: float = 1.0,
+        against: str = "full",
+        lr: float | Literal["auto"] | None = None,
         on_stage: Say | None = None,
-    ) -> PlannedDesign:  # fmt: skip
+    ) -> PlannedDesign:
         """What `compare` would train, and which differences it could detect. Trains and writes nothing.
 
         `.power` has the probability that equal methods are judged as good, and which seeds or examples would be enough.
@@ -249,10 +277,18 @@ class Workspace:
         return comparing.prepare(self.store, recipe, request, on_stage or silent).planned
 
     def compare_composition(
-        self, composition: str, data: Source, *, columns: JsonMapping | None = None, against: str | None = None,
-        margin: float = 1.0, texts: bool = True, device: str = "auto",
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto", on_stage: Say | None = None,
-    ) -> Comparison:  # fmt: skip
+        self,
+        composition: str,
+        data: Source,
+        *,
+        columns: JsonMapping | None = None,
+        against: str | None = None,
+        margin: float = 1.0,
+        texts: bool = True,
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        on_stage: Say | None = None,
+    ) -> Comparison:
         """Compare a composition such as "legal@3+formal@2" with its parts and the bare base on labelled examples.
 
         Args:
@@ -270,9 +306,16 @@ class Workspace:
         return composing.compare_composition(self.store, request, on_stage or silent)
 
     def control(
-        self, recipe: Recipe, aspects: Sequence[str], *, methods: str | None = None, seeds: int = 1,
-        judge: str | None = None, texts: bool = True, on_stage: Say | None = None,
-    ) -> Control:  # fmt: skip
+        self,
+        recipe: Recipe,
+        aspects: Sequence[str],
+        *,
+        methods: str | None = None,
+        seeds: int = 1,
+        judge: str | None = None,
+        texts: bool = True,
+        on_stage: Say | None = None,
+    ) -> Control:
         """Train one adapter per aspect, and measure how often an output has the aspect that was asked for.
 
         Results of earlier calls are used again. Every training is a version in the store; a plain name never means it
@@ -322,9 +365,14 @@ class Workspace:
         return reports.read(self.store, key)
 
     def evaluate(
-        self, reference: str, data: Source, *, columns: JsonMapping | None = None, device: str = "auto",
+        self,
+        reference: str,
+        data: Source,
+        *,
+        columns: JsonMapping | None = None,
+        device: str = "auto",
         on_stage: Say | None = None,
-    ) -> Evaluation:  # fmt: skip
+    ) -> Evaluation:
         """Metrics and mistakes of a stored version on other data: its test split, or all of it if it has no splits.
 
         Args:
@@ -339,18 +387,36 @@ class Workspace:
 
     @overload
     def predict(  # type: ignore[overload-overlap] # a text is an iterable of texts too
-        self, reference: str, texts: Input, *, bare: bool = ..., coverage: float | None = ..., device: str = ...,
+        self,
+        reference: str,
+        texts: Input,
+        *,
+        bare: bool = ...,
+        coverage: float | None = ...,
+        device: str = ...,
         on_stage: Say | None = ...,
-    ) -> JsonObject: ...  # fmt: skip
+    ) -> JsonObject: ...
     @overload
     def predict(
-        self, reference: str, texts: Iterable[Input], *, bare: bool = ..., coverage: float | None = ...,
-        device: str = ..., on_stage: Say | None = ...,
-    ) -> Sequence[JsonObject]: ...  # fmt: skip
+        self,
+        reference: str,
+        texts: Iterable[Input],
+        *,
+        bare: bool = ...,
+        coverage: float | None = ...,
+        device: str = ...,
+        on_stage: Say | None = ...,
+    ) -> Sequence[JsonObject]: ...
     def predict(
-        self, reference: str, texts: Texts, *, bare: bool = False, coverage: float | None = None,
-        device: str = "auto", on_stage: Say | None = None,
-    ) -> JsonObject | Sequence[JsonObject]:  # fmt: skip
+        self,
+        reference: str,
+        texts: Texts,
+        *,
+        bare: bool = False,
+        coverage: float | None = None,
+        device: str = "auto",
+        on_stage: Say | None = None,
+    ) -> JsonObject | Sequence[JsonObject]:
         """One answer per text or conversation: a label with probabilities, or a generated text and why it ended.
 
         Args:
@@ -367,9 +433,14 @@ class Workspace:
         return found[0] if isinstance(texts, (str, Prompt)) else found
 
     def predict_file(
-        self, reference: str, source: Source, out: str | Path, options: PredictOptions | None = None, *,
+        self,
+        reference: str,
+        source: Source,
+        out: str | Path,
+        options: PredictOptions | None = None,
+        *,
         on_stage: Say | None = None,
-    ) -> Predicted:  # fmt: skip
+    ) -> Predicted:
         """Answer the rows of a file, and write them with their columns, the answers and flags to a table, `out`."""
         from turret.workspace import predicted_file
 
@@ -378,10 +449,15 @@ class Workspace:
         )
 
     def engine(
-        self, base: str, *, limits: Limits | None = None,
+        self,
+        base: str,
+        *,
+        limits: Limits | None = None,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        base_quantization: Literal["none", "nf4"] = "none", device: str = "auto", on_stage: Say | None = None,
-    ) -> Engine:  # fmt: skip
+        base_quantization: Literal["none", "nf4"] = "none",
+        device: str = "auto",
+        on_stage: Say | None = None,
+    ) -> Engine:
         """Load a base and start an engine that answers with any stored versions in any mixture: a context manager.
 
         Args:
@@ -395,10 +471,19 @@ class Workspace:
         return serving.engine(self.store, base, limits, dtype, say, quantization=base_quantization, device=device)
 
     def import_adapter(
-        self, source: str | Path, name: str, *, base: str | None = None, task: str | None = None,
-        labels: Sequence[str] | None = None, settings: JsonMapping | None = None, rank: int | None = None,
-        base_quantization: Literal["none", "nf4"] = "none", device: str = "auto", on_stage: Say | None = None,
-    ) -> Imported:  # fmt: skip
+        self,
+        source: str | Path,
+        name: str,
+        *,
+        base: str | None = None,
+        task: str | None = None,
+        labels: Sequence[str] | None = None,
+        settings: JsonMapping | None = None,
+        rank: int | None = None,
+        base_quantization: Literal["none", "nf4"] = "none",
+        device: str = "auto",
+        on_stage: Say | None = None,
+    ) -> Imported:
         """Check an adapter from outside on its base and store it as the next version of `name`.
 
         Args:
@@ -419,9 +504,15 @@ class Workspace:
         return importing.import_adapter(self.store, str(source), name, request, on_stage or silent)
 
     def merge(
-        self, references: Sequence[str], name: str, *, how: str = "ties", weights: Sequence[float] | None = None,
-        density: float = 0.5, on_stage: Say | None = None,
-    ) -> Merged:  # fmt: skip
+        self,
+        references: Sequence[str],
+        name: str,
+        *,
+        how: str = "ties",
+        weights: Sequence[float] | None = None,
+        density: float = 0.5,
+        on_stage: Say | None = None,
+    ) -> Merged:
         """Merge LoRA versions of one base into the next version of `name`, by PEFT's `add_weighted_adapter`.
 
         Args:
@@ -478,9 +569,15 @@ class Workspace:
         return Router(self.store.database(make=True), clock)
 
     def replay(
-        self, a: str, b: str, data: Source | None = None, *, columns: JsonMapping | None = None, device: str = "auto",
+        self,
+        a: str,
+        b: str,
+        data: Source | None = None,
+        *,
+        columns: JsonMapping | None = None,
+        device: str = "auto",
         on_stage: Say | None = None,
-    ) -> Replayed:  # fmt: skip
+    ) -> Replayed:
         """Compare two versions on the same labelled examples with a paired test, before an experiment.
 
         Args:

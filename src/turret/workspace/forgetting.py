@@ -178,9 +178,15 @@ class Forgetting:
         found: JsonObject = _numbers("neutral", self.neutral)
         if self.tasks is not None:
             worst = max(self.tasks.values(), key=lambda each: each.increase, default=None)
-            found |= {"tasks": 0.0, "tasks_low": 0.0, "tasks_high": 0.0} if worst is None else {
-                "tasks": worst.increase, "tasks_low": worst.low, "tasks_high": worst.high,
-            }  # fmt: skip
+            found |= (
+                {"tasks": 0.0, "tasks_low": 0.0, "tasks_high": 0.0}
+                if worst is None
+                else {
+                    "tasks": worst.increase,
+                    "tasks_low": worst.low,
+                    "tasks_high": worst.high,
+                }
+            )
             found["against"] = {version: vars(each) for version, each in self.tasks.items()}
             found["skipped"] = dict(self.skipped)
         return found
@@ -188,9 +194,13 @@ class Forgetting:
 
 def _numbers(name: str, each: Increase) -> JsonObject:
     return {
-        name: each.increase, f"{name}_low": each.low, f"{name}_high": each.high, f"{name}_loss": each.loss,
-        f"{name}_base_loss": each.base_loss, f"{name}_texts": each.texts,
-    }  # fmt: skip
+        name: each.increase,
+        f"{name}_low": each.low,
+        f"{name}_high": each.high,
+        f"{name}_loss": each.loss,
+        f"{name}_base_loss": each.base_loss,
+        f"{name}_texts": each.texts,
+    }
 
 
 def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Forgetting:

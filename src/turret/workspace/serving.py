@@ -100,8 +100,11 @@ class StoreSource:
         log.warning(
             "%s was trained on base_quantization %s and is served on %s: its answers differ a little from those that "
             "were measured; for equal ones serve with --base-quantization %s",
-            named, trained, self._quantization, trained,
-        )  # fmt: skip
+            named,
+            trained,
+            self._quantization,
+            trained,
+        )
 
     def _remember(self, reference: str, until: float, named: Named) -> None:
         with self._lock:

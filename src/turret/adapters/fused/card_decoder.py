@@ -115,9 +115,7 @@ class CardGroup:
         if not self.factors:
             return y if plus is None else [each.add_(plus) for each in y], None
         own = [y[place] for place in self.adapted]
-        h: Tensor = torch.ops.turret.add_lora(
-            own, x, self.A, self.B, plus, self._scaling, self._dropout, self._seed
-        )  # fmt: skip
+        h: Tensor = torch.ops.turret.add_lora(own, x, self.A, self.B, plus, self._scaling, self._dropout, self._seed)
         return y, h
 
     def input_gradient(self, dy: Sequence[Tensor], h: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -217,9 +215,7 @@ class _CardLayer(torch.autograd.Function):
         dh = second.backward(h, dm, dy)
         da, out_dh = out.input_gradient([dh], inner[1])
         of_out = out.factor_gradients([dh], lambda: a.view(len(x), -1), inner[1], out_dh)
-        dq, dk, dv = ops.attention_backward(
-            da.view(q.shape), q, k, v, a, log_sum, *call.edges.arguments, call.scaling
-        )  # fmt: skip
+        dq, dk, dv = ops.attention_backward(da.view(q.shape), q, k, v, a, log_sum, *call.edges.arguments, call.scaling)
         ops.rotate(dq, dk, cos, sin, -1.0)
         if call.head_norms is not None:
             dq, dk = call.head_norms[0].backward(q_before, dq), call.head_norms[1].backward(k_before, dk)

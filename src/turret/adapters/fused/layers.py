@@ -206,9 +206,15 @@ class TrainedEncoder:
         first = norm(0)
         matrices += [arguments.matrix(*linears[i]) for i in (UP, DOWN)]
         call = _Pass(
-            library, Matrices(context, matrices), (first, norm(1)), attention.attention_head_size,
-            rows, tuple(prefixes.of_row), dropped, context.read if outputs[0].narrows else None,
-        )  # fmt: skip
+            library,
+            Matrices(context, matrices),
+            (first, norm(1)),
+            attention.attention_head_size,
+            rows,
+            tuple(prefixes.of_row),
+            dropped,
+            context.read if outputs[0].narrows else None,
+        )
         tensors = *arguments.tensors, *(each for pair in prefixes.pairs for each in pair)
         y, t, stats = apply(_EncoderLayer, call, x.contiguous(), *tensors)
         return with_input(y, t[None], RecomputedLayerNorm(norms[1].weight, norms[1].bias, stats, library))

@@ -175,9 +175,15 @@ class TrainedDecoder:
         matrices += [arguments.matrix(*linears[i]) for i in (OUT, GATE, UP, DOWN)]
         first, second, *heads = norms
         call = _Pass(
-            library, Matrices(context, matrices), (first, second), (heads[0], heads[1]) if heads else None,
-            dim, rows, tuple(prefixes.of_row), dropped,
-        )  # fmt: skip
+            library,
+            Matrices(context, matrices),
+            (first, second),
+            (heads[0], heads[1]) if heads else None,
+            dim,
+            rows,
+            tuple(prefixes.of_row),
+            dropped,
+        )
         tensors = *arguments.tensors, *(each for pair in prefixes.pairs for each in pair)
         return apply(_DecoderLayer, call, x.contiguous(), cos[0], sin[0], *tensors)
 

@@ -69,7 +69,7 @@ def _drawn(against: JsonObject) -> JsonObject:
 @router.get("/experiments/{name}/{number}/do/{verb}")
 async def ask(
     request: Request, state: State, name: Name, number: Number, verb: str, arm: str | None = None
-) -> Response:  # fmt: skip
+) -> Response:
     """The dialog that confirms a change."""
     _check_verb(verb)
     values = await _values(state, name, number)

@@ -68,10 +68,24 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "age": age, "bytes": size, "code": code, "count": count, "evidence": evidence, "main_metric": main_metric,
-        "means": means, "method": said, "metric": metric, "ms": milliseconds, "number": number, "percent": percent,
-        "seconds": in_seconds, "share": share, "short": short, "when": when, "whole": whole,
-    }  # fmt: skip
+        "age": age,
+        "bytes": size,
+        "code": code,
+        "count": count,
+        "evidence": evidence,
+        "main_metric": main_metric,
+        "means": means,
+        "method": said,
+        "metric": metric,
+        "ms": milliseconds,
+        "number": number,
+        "percent": percent,
+        "seconds": in_seconds,
+        "share": share,
+        "short": short,
+        "when": when,
+        "whole": whole,
+    }
     environment.globals |= {"digest": digest, "pages": PAGES, "version_of_turret": __version__}
     return environment
 

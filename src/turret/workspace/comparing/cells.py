@@ -117,9 +117,13 @@ class CellRunner:
         self.say(title)
         end = None if left is None else time.monotonic() + max(0.0, left)
         problem = run_child(
-            WORKER, str(here.absolute()), here / "stderr.txt", lambda line: self.say(f"{title}: {line}"),
-            self.store.location, lambda: end is not None and time.monotonic() > end,
-        )  # fmt: skip
+            WORKER,
+            str(here.absolute()),
+            here / "stderr.txt",
+            lambda line: self.say(f"{title}: {line}"),
+            self.store.location,
+            lambda: end is not None and time.monotonic() > end,
+        )
         result = kept_files.read(here / "result.json")
         if result is not None or problem is None:
             return result

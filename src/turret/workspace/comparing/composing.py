@@ -113,9 +113,16 @@ def compare_composition(store: Store, request: CompositionRequest, say: Say) -> 
     first = composed.versions[0]
     labelled = read_labelled(store, first, request.source, request.columns)
     data = Dataset(
-        train=[], validation=[], test=labelled.examples, kind=stored_task(first.part("task")).kind, labels=(),
-        columns={}, notes=(*labelled.notes, *notes), duplicates=0, digest=digest_of({"test": labelled.examples}),
-    )  # fmt: skip
+        train=[],
+        validation=[],
+        test=labelled.examples,
+        kind=stored_task(first.part("task")).kind,
+        labels=(),
+        columns={},
+        notes=(*labelled.notes, *notes),
+        duplicates=0,
+        digest=digest_of({"test": labelled.examples}),
+    )
     recipe = Recipe(name=first.name, base=str(first.part("base").get("id")), data=labelled.data)
     planned = _design(recipe, composed, against, request.margin)
     folder = _folder(store, composed, data.digest)
@@ -126,9 +133,16 @@ def compare_composition(store: Store, request: CompositionRequest, say: Say) -> 
             _measure(source.load(composed.whole), composed, missing, data.test, request, files, say)
         results = [CellResult.of(cell, kept_files.read(path) or {}) for cell, path in rows]
         result = comparison(
-            planned, data, results, failures={}, missing=0, confidence=request.confidence, budget=None,
-            folder=str(folder), command=request.command(str(composed.whole)),
-        )  # fmt: skip
+            planned,
+            data,
+            results,
+            failures={},
+            missing=0,
+            confidence=request.confidence,
+            budget=None,
+            folder=str(folder),
+            command=request.command(str(composed.whole)),
+        )
         result = result if request.texts else result.without_texts()
         write_report(result, folder, files.write_text)
     return result

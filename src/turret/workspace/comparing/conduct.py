@@ -49,12 +49,18 @@ class ComparisonRequest:
         """The command line with the same options."""
         fractions = None if self.fractions == (1.0,) else ",".join(f"{each:g}" for each in self.fractions)
         return command(
-            "compare", recipe,
+            "compare",
+            recipe,
             {
-                "methods": self.methods, "seeds": self.seeds, "fractions": fractions, "margin": f"{self.margin:g}",
-                "against": self.against, "lr": self.lr, "no-texts": not self.texts,
+                "methods": self.methods,
+                "seeds": self.seeds,
+                "fractions": fractions,
+                "margin": f"{self.margin:g}",
+                "against": self.against,
+                "lr": self.lr,
+                "no-texts": not self.texts,
             },
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,17 @@ def compare(
         runner.run(list(ready.design.cells()))
         results = list(runner.results.values())
         result = comparison(
-            ready.design, ready.data, results, failures=runner.failures,
-            missing=len(runner.missing), confidence=request.confidence, budget=request.budget,
-            folder=str(ready.folder), command=request.command(ready.design.recipe),
+            ready.design,
+            ready.data,
+            results,
+            failures=runner.failures,
+            missing=len(runner.missing),
+            confidence=request.confidence,
+            budget=request.budget,
+            folder=str(ready.folder),
+            command=request.command(ready.design.recipe),
             power=_power(ready.design, ready.data, results, request.confidence),  # of the spread that was seen
-        )  # fmt: skip
+        )
         result = result if request.texts else result.without_texts()
         write_report(result, ready.folder, files.write_text)
     return result

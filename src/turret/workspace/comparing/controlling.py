@@ -50,12 +50,16 @@ class ControlRequest:
     def command(self, recipe: Recipe) -> str:
         """The command line with the same options."""
         return command(
-            "control", recipe,
+            "control",
+            recipe,
             {
-                "aspects": ",".join(self.aspects), "methods": self.methods, "seeds": self.seeds,
-                "judge": None if self.judge == JUDGE else self.judge, "no-texts": not self.texts,
+                "aspects": ",".join(self.aspects),
+                "methods": self.methods,
+                "seeds": self.seeds,
+                "judge": None if self.judge == JUDGE else self.judge,
+                "no-texts": not self.texts,
             },
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

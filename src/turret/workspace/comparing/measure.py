@@ -134,14 +134,18 @@ def linear(ready: Ready, say: Say) -> JsonObject:
     answers = task.answers(found)
     result = _scored(task, test, [task.judged(each) for each in answers], task.metrics(found, task.targets(test)))
     count = (known.shape[1] + 1) * len(task.labels)
-    return untrained(ready) | result | {
-        "parameters": {"trainable": count, "stored": count, "total": quantized.count(ready.base.model)},
-        "timing": {"train_seconds": seconds},
-        "latency": _timed(test[:TIMED_LABELS], lambda example: logits([example])),
-        "said": f"linear is scikit-learn's logistic regression on the mean of the frozen base's last hidden states; "
-        f"cross-validation on the training split chose C = {strength:g}",
-        "seedless": True,
-    }  # fmt: skip
+    return (
+        untrained(ready)
+        | result
+        | {
+            "parameters": {"trainable": count, "stored": count, "total": quantized.count(ready.base.model)},
+            "timing": {"train_seconds": seconds},
+            "latency": _timed(test[:TIMED_LABELS], lambda example: logits([example])),
+            "said": f"linear is scikit-learn's logistic regression on the mean of the frozen base's last hidden states; "
+            f"cross-validation on the training split chose C = {strength:g}",
+            "seedless": True,
+        }
+    )
 
 
 def _features(ready: Ready, examples: Sequence[Example]) -> Array:
@@ -268,10 +272,16 @@ def words(ready: Ready, say: Say) -> JsonObject:
     assert has_head(task)
     writer = next(each for each in TASKS.values() if each.generates)
     base = load_base(ready.recipe, writer, (), ready.device)
-    attach(ready.recipe.model_copy(update={"method": LoRA()}), base, make_task(
-        ready.recipe.task.model_copy(update={"kind": writer.kind, "class_weights": None, "multi_label": False}),
-        replace(ready.dataset, kind=writer.kind, labels=()), base.tokenizer, base.family.kind,
-    ))  # fmt: skip
+    attach(
+        ready.recipe.model_copy(update={"method": LoRA()}),
+        base,
+        make_task(
+            ready.recipe.task.model_copy(update={"kind": writer.kind, "class_weights": None, "multi_label": False}),
+            replace(ready.dataset, kind=writer.kind, labels=()),
+            base.tokenizer,
+            base.family.kind,
+        ),
+    )
     tokenizer = base.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     names = [[*tokenizer(f" {label}", add_special_tokens=False)["input_ids"], *end] for label in task.labels]
@@ -293,12 +303,16 @@ def words(ready: Ready, say: Say) -> JsonObject:
     found = logits([example.input for example in test])
     answers = task.answers(found)
     result = _scored(task, test, [task.judged(each) for each in answers], task.metrics(found, task.targets(test)))
-    return untrained(ready) | result | {
-        "latency": _timed(test[:TIMED_TEXTS], lambda example: logits([example.input])),
-        "said": "base answers with the label whose words the bare base makes most probable, compared with a text that "
-        "says nothing",
-        "seedless": True,
-    }  # fmt: skip
+    return (
+        untrained(ready)
+        | result
+        | {
+            "latency": _timed(test[:TIMED_TEXTS], lambda example: logits([example.input])),
+            "said": "base answers with the label whose words the bare base makes most probable, compared with a text that "
+            "says nothing",
+            "seedless": True,
+        }
+    )
 
 
 def _descend(
