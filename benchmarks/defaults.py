@@ -312,12 +312,12 @@ def regression(recipe: Any, base: Any, task: Any, data: Any) -> tuple[Any, list[
     from turret.bases import choose_device
     from turret.methods import Head
     from turret.workspace.comparing import measure
-    from turret.workspace.ready import Ready
+    from turret.workspace.ready import PreparedTraining
 
     recipe = recipe.model_copy(update={"method": Head()})
     device = choose_device("cpu", lambda _: 0)
     tested = replace(data, test=data.validation)
-    found = measure.linear(Ready(recipe, tested, base, task, [], 0.0, 0, None, device), lambda _: None)
+    found = measure.linear(PreparedTraining(recipe, tested, base, task, [], 0.0, 0, None, device), lambda _: None)
     return found["metrics"], [{"label": answer} for answer in found["answers"]]
 
 

@@ -40,7 +40,7 @@ from turret.experiments.evidence import EProcess, OutcomeTally
 from turret.experiments.experiment import MISSING_BOUND, lasting
 from turret.experiments.guarding import Watch
 from turret.experiments.validity import SampleRatio
-from turret.json_types import timestamp
+from turret.timestamp import timestamp
 
 NAME = "experiments"
 CLAIM = "evidence that may be looked at any time keeps its level, and costs units against a test at a fixed end"

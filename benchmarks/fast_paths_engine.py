@@ -117,7 +117,7 @@ def patches(name: str, engine: Any) -> list[Patch]:
         "few-token products": lambda: [(Library, "few", lambda *_: 0)],
         "prefill attention": lambda: [(attention, "_unpadded", attention._unpadded_plainly)],
         "norms, activations, rotary": lambda: [
-            (module, "usable", none) for module in (activations, norms, residual, rotary)
+            (module, "usable", none) for module in (activations, residual, rotary)
         ],
         "lay_out": lambda: [(adapter_pool, "usable", none)],
         "long passes": lambda: [(engine._scheduler, "batch_tokens", runner.SHORT_PASS)],
@@ -198,12 +198,12 @@ def encoder_jobs(engine: Any, seed: int) -> dict[str, Job]:
 
 
 def decoder_jobs(engine: Any, shelf: Shelf, seed: int) -> dict[str, Job]:
-    from turret.engine import Options
+    from turret.engine import SamplingParams
 
     generator = random.Random(seed)
     prompts = [_tokens(generator, 60) for _ in range(PROMPTS)]
     names = [f"a{number}" for number in range(PROMPTS)]
-    sampled = Options(max_tokens=NEW_TOKENS, temperature=1.0, top_p=0.9, seed=seed)
+    sampled = SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, top_p=0.9, seed=seed)
     for number in range(PROMPTS):
         shelf.adapters[f"new{number}"] = shelf.adapters[f"a{number}"]
 

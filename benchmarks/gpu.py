@@ -1,4 +1,4 @@
-"""Claim: on one card Turret trains LoRA and decodes with it as fast as others do, with less memory.
+"""Claim: on one GPU Turret trains LoRA and decodes with it as fast as others do, with less memory.
 
 LoRA of rank 16 on all linear layers. The sides that are installed run one after another, each in its own process:
 Turret and HF Trainer + PEFT, each on a plain base and on one in 4 bits (bitsandbytes), Unsloth, and vLLM, which only
@@ -6,7 +6,7 @@ decodes.
 Training is tokens per second of the steps after the first few, and the peak of `torch.cuda.max_memory_allocated`.
 Decoding is new tokens per second of a batch of prompts through the trained adapter.
 
-    python benchmarks/gpu.py                            on the first card, with SmolLM2-135M (`make bench-gpu`)
+    python benchmarks/gpu.py                            on the first GPU, with SmolLM2-135M (`make bench-gpu`)
     python benchmarks/gpu.py --base Qwen/Qwen3-1.7B --batch 16
     python benchmarks/gpu.py --device cpu --sides turret --steps 2       only that the script works
     python benchmarks/gpu.py --report
@@ -33,7 +33,7 @@ import record
 import rival
 
 NAME = "gpu"
-CLAIM = "on one card Turret trains LoRA and decodes with it as fast as others do, with less memory"
+CLAIM = "on one GPU Turret trains LoRA and decodes with it as fast as others do, with less memory"
 RANK, ALPHA, WARMED = 16, 32, 3  # the first steps are not timed
 SENTENCE = "the quick brown fox jumps over a lazy dog and then it sleeps in the warm sun until the evening comes"
 
@@ -70,7 +70,7 @@ class Job:
 
 def turret(job: Job, nf4: bool) -> dict[str, Any]:
     """Train by a workspace, decode by its engine, and leave the adapter for the others."""
-    from turret.engine import Options
+    from turret.engine import SamplingParams
     from turret.recipe import Recipe
     from turret.workspace import Workspace
 
@@ -94,7 +94,7 @@ def turret(job: Job, nf4: bool) -> dict[str, Any]:
     kept: Any = "nf4" if nf4 else "none"
     with workspace.engine(job.base, base_quantization=kept, device=job.device) as engine:
         engine.warm(trained.version)
-        options = Options(max_tokens=job.new, temperature=0.0)
+        options = SamplingParams(max_tokens=job.new, temperature=0.0)
         texts = [row["prompt"] for row in job.rows[: job.prompts]]
         engine.submit("generate", texts[0], trained.version, options).result()
         began = time.perf_counter()
@@ -176,25 +176,25 @@ def _by_trainer(job: Job, model: Any, tokenizer: Any, device: Any) -> dict[str, 
         target = [*target, tokenizer.eos_token_id]
         ids, labels = [*source, *target], [rival.IGNORED] * len(source) + target
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    clock, on_card = rival.Clock(), device.type == "cuda"
+    clock, on_gpu = rival.Clock(), device.type == "cuda"
 
     def end() -> None:
-        if on_card:
+        if on_gpu:
             torch.cuda.synchronize(device)
         clock.end()
 
     with tempfile.TemporaryDirectory() as temporary:
         arguments = rival.arguments(
             Path(temporary), lr=1e-3, seed=0, max_steps=job.steps, per_device_train_batch_size=job.batch,
-            use_cpu=not on_card, bf16=on_card and _dtype(device) == torch.bfloat16,
-            optim="adamw_torch_fused" if on_card else "adamw_torch", logging_steps=1,
+            use_cpu=not on_gpu, bf16=on_gpu and _dtype(device) == torch.bfloat16,
+            optim="adamw_torch_fused" if on_gpu else "adamw_torch", logging_steps=1,
         )  # fmt: skip
         collate = rival.collator(tokenizer, "generate", None)
         trainer = rival.trainer(model, arguments, rows, collate, rival.callback(clock.begin, end))
-        if on_card:
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         trainer.train()
-    peak = torch.cuda.max_memory_allocated(device) if on_card else None
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
     first = min(WARMED, len(clock.seconds) - 1)
     each = sum(len(row["input_ids"]) for row in rows) / len(rows) * job.batch
     model.config.use_cache = True
@@ -206,7 +206,7 @@ def _by_trainer(job: Job, model: Any, tokenizer: Any, device: Any) -> dict[str, 
         model.generate(**{name: rows[:1] for name, rows in batch.items()}, **settings)
         began = time.perf_counter()
         written = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :].numel()
-        if on_card:
+        if on_gpu:
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
     return {
@@ -236,7 +236,7 @@ class Side:
     run: Callable[[Job, bool], dict[str, Any]]
     nf4: bool = False
     needs: tuple[str, ...] = ()
-    card: bool = False  # it does not run without one
+    gpu: bool = False  # it does not run without one
 
 
 SIDES = {
@@ -244,9 +244,9 @@ SIDES = {
     "turret-nf4": Side(turret, nf4=True, needs=("bitsandbytes",)),
     "hf": Side(hf),
     "hf-nf4": Side(hf, nf4=True, needs=("bitsandbytes",)),
-    "unsloth": Side(unsloth, needs=("unsloth",), card=True),
-    "unsloth-nf4": Side(unsloth, nf4=True, needs=("unsloth", "bitsandbytes"), card=True),
-    "vllm": Side(vllm, needs=("vllm",), card=True),
+    "unsloth": Side(unsloth, needs=("unsloth",), gpu=True),
+    "unsloth-nf4": Side(unsloth, nf4=True, needs=("unsloth", "bitsandbytes"), gpu=True),
+    "vllm": Side(vllm, needs=("vllm",), gpu=True),
 }
 
 
@@ -289,8 +289,8 @@ def _run(options: argparse.Namespace) -> None:
         for name in options.sides:
             side = SIDES[name]
             lacking = [each for each in side.needs if find_spec(each) is None]
-            if lacking or (side.card and options.device == "cpu"):
-                why = f"{', '.join(lacking)} is not installed" if lacking else "it needs a card"
+            if lacking or (side.gpu and options.device == "cpu"):
+                why = f"{', '.join(lacking)} is not installed" if lacking else "it needs a GPU"
                 print(f"{name}: left out, {why}", file=sys.stderr, flush=True)
                 continue
             command = [sys.executable, __file__, "--worker", name, "--job", json.dumps(asdict(job))]
@@ -308,7 +308,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _machine(device: str, side: Side) -> dict[str, Any]:
-    """The machine, with the card as its device."""
+    """The machine, with the GPU as its device."""
     import torch
 
     machine = record.machine(torch.get_num_threads())
@@ -332,9 +332,9 @@ def _cells(run: dict[str, Any]) -> list[str]:
 
 
 def report(runs: Sequence[dict[str, Any]]) -> str:
-    """A row for each side on each card."""
+    """A row for each side on each GPU."""
     if not runs:
-        return "No run is kept yet: `make bench-gpu` makes them, on a card."
+        return "No run is kept yet: `make bench-gpu` makes them, on a GPU."
     newest = record.newest(runs, lambda run: (run["side"], run["base"], run["batch"], run["source"]))
     rows = [[run["machine"]["device"], run["base"], run["side"], *_cells(run)] for run in newest]
     return record.table(["on", "base", "side", "training", "memory", "decoding"], rows)

@@ -174,7 +174,7 @@ def turret(errand: Mapping[str, Any], folder: Path, says: Any) -> None:
     from importlib.metadata import version
 
     from turret import bases
-    from turret.engine import Engine, Limits, Options
+    from turret.engine import Engine, Limits, SamplingParams
 
     base = bases.load(BASES["decoder"], task="generate", dtype=DTYPE)
     base.model.generation_config.min_new_tokens = errand["tokens"]  # as many tokens on every side, whatever they are
@@ -186,7 +186,7 @@ def turret(errand: Mapping[str, Any], folder: Path, says: Any) -> None:
         def way(names: Sequence[str | None]) -> side.Way:
             def generate(given: Sequence[Sequence[int]]) -> list[list[int]]:
                 told = 0 if given is rows["check"] else None  # token ids are told beside probabilities alone
-                options = Options(max_tokens=errand["tokens"], temperature=0.0, logprobs=told)
+                options = SamplingParams(max_tokens=errand["tokens"], temperature=0.0, logprobs=told)
                 tickets = [
                     engine.submit("generate", row, name, options) for row, name in zip(given, names, strict=True)
                 ]

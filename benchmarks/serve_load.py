@@ -106,11 +106,11 @@ def filled(kind: str, folder: Path, count: int, options: argparse.Namespace) -> 
 
 def one_batch(kind: str, folder: Path, asked: Sequence[Asked], options: argparse.Namespace) -> dict[str, float]:
     """The same requests to the engine by itself, all at once, everything loaded."""
-    from turret.engine import Limits, Options
+    from turret.engine import Limits, SamplingParams
     from turret.workspace import Workspace
 
     task = "classify" if kind == "encoder" else "generate"
-    settings = None if kind == "encoder" else Options(max_tokens=TOKENS, temperature=0.0)
+    settings = None if kind == "encoder" else SamplingParams(max_tokens=TOKENS, temperature=0.0)
     limits = Limits(queue_tokens=1 << 24)
     with Workspace(folder / "store").engine(BASES[kind], limits=limits, dtype=options.dtype) as engine:
         for number in range(ADAPTERS):

@@ -67,9 +67,9 @@ def adapters(model: Any, task: str, count: int) -> dict[str, Any]:
 
 def answered(engine: Any, task: str, rows: Sequence[Sequence[int]], names: Sequence[str | None], tokens: int) -> None:
     """All rows by the engine."""
-    from turret.engine import Options
+    from turret.engine import SamplingParams
 
-    options = None if task == "classify" else Options(max_tokens=tokens, temperature=0.0)
+    options = None if task == "classify" else SamplingParams(max_tokens=tokens, temperature=0.0)
     bare = "bare" if task == "classify" else None
     tickets = [engine.submit(task, row, name or bare, options) for row, name in zip(rows, names, strict=True)]
     answers = [ticket.result() for ticket in tickets]

@@ -228,14 +228,14 @@ def thousand(engine: Any, shelf: Shelf, bundle: Path, count: int) -> dict[str, A
 
     from turret import process
 
-    process = psutil.Process()
+    this = psutil.Process()
     process.release()
-    before = process.memory_info().rss
+    before = this.memory_info().rss
     for number in range(count):
         shelf.adapters[f"m{number}"] = bundle
         engine.warm(f"m{number}")
     process.release()
-    return {"adapters": count, "bytes": process.memory_info().rss - before}
+    return {"adapters": count, "bytes": this.memory_info().rss - before}
 
 
 def report(runs: Sequence[Mapping[str, Any]]) -> str:

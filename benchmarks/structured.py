@@ -44,7 +44,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     from turret import bases
-    from turret.engine import Engine, Limits, Options
+    from turret.engine import Engine, Limits, SamplingParams
     from turret.engine.constraint import Constraint
 
     base = bases.load(BASES["decoder"], task="generate", dtype=options.dtype)
@@ -59,7 +59,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 began = time.perf_counter()
                 tickets = [
                     engine.submit(
-                        "generate", row, None, Options(max_tokens=TOKENS, temperature=1.0, seed=seed, constraint=wanted)
+                        "generate",
+                        row,
+                        None,
+                        SamplingParams(max_tokens=TOKENS, temperature=1.0, seed=seed, constraint=wanted),
                     )
                     for seed, row in enumerate(rows)
                 ]
@@ -74,7 +77,7 @@ def mask_seconds(engine: Any, constraint: Any) -> list[float]:
     """Seconds of one mask, again and again at the places of one answer."""
     import torch
 
-    from turret.engine.guide import Guide
+    from turret.engine.structured_output import Guide
 
     constraints = engine._prompts.constraints
     guide = Guide(constraints.compiled(constraint), constraints.eos, constraints.eos)

@@ -1,6 +1,6 @@
-"""Write the table in docs/howto/gpu.md: the memory of a training, and the smallest card for it.
+"""Write the table in docs/howto/gpu.md: the memory of a training, and the smallest GPU for it.
 
-The numbers come from the code that plans a training (`turret.train.card_memory`): it builds a base without weights from
+The numbers come from the code that plans a training (`turret.train.gpu_memory`): it builds a base without weights from
 its configuration, attaches the adapter, and counts the bytes that one pass saves. Nothing is downloaded or measured.
 
     python release/make_gpu_table.py            write the table
@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, LlamaConfig, PretrainedConfig
 
-from turret.bases.skeleton import model_of
+from turret.bases.meta_model import model_of
 from turret.methods import LoRA, Method, Prefix
-from turret.train.card_memory import Work, predict_on_card
+from turret.train.gpu_memory import Work, predict_on_gpu
 from turret.train.memory import Prediction
 
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "gpu.md"
 BLOCK = re.compile(r"(<!-- computed: what-fits -->\n).*?(<!-- end of computed -->)", re.DOTALL)
 CARDS = (8, 12, 16, 24, 48, 80)  # GB
-USABLE = 0.95  # of a card: a screen and the driver have the rest
+USABLE = 0.95  # of a GPU: a screen and the driver have the rest
 TOKENS = (512, 1024)  # of one text, its target included
 TARGET = 64
 METHODS: dict[str, Method] = {
@@ -67,13 +67,13 @@ def predicted(
     generates = not isinstance(config, BertConfig)
     work = Work(1, tokens - TARGET, TARGET) if generates else Work(1, tokens)
     model = model_of(config, "generate" if generates else "classify")
-    return predict_on_card(model, method, work, torch.bfloat16, nf4=nf4, checkpointed=checkpointed)
+    return predict_on_gpu(model, method, work, torch.bfloat16, nf4=nf4, checkpointed=checkpointed)
 
 
 def lines() -> Iterator[str]:
     heads = [f"{tokens:,} tokens" for tokens in TOKENS]
     heads.append(f"{TOKENS[-1]:,}, checkpointed")
-    yield f"| base | method | weights in | weights | {' | '.join(heads)} | smallest card |"
+    yield f"| base | method | weights in | weights | {' | '.join(heads)} | smallest GPU |"
     yield "| --- | --- | --- | ---: | " + "---: | " * len(heads) + "--- |"
     for (base, config), (name, method), (precision, nf4) in product(BASES.items(), METHODS.items(), PRECISIONS.items()):
         if nf4 and isinstance(config, BertConfig):
@@ -92,9 +92,9 @@ def gigabytes(size: int) -> str:
 
 
 def smallest(size: int) -> str:
-    """The smallest card on which so much fits."""
-    card = next((card for card in CARDS if size <= USABLE * card * 1e9), None)
-    return "none of these" if card is None else f"{card} GB"
+    """The smallest GPU on which so much fits."""
+    gpu = next((gpu for gpu in CARDS if size <= USABLE * gpu * 1e9), None)
+    return "none of these" if gpu is None else f"{gpu} GB"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -45,10 +45,10 @@ TARGETS = {
     "alias-history": Target(
         "store/aliases.py", ("store/test_aliases.py", "store/test_tenants.py", "store/test_verify.py"), IN_FOLDER
     ),
-    "e-process": Target("experiments/e_process.py", ("experiments/test_e_process.py", "experiments/test_evidence.py")),
+    "e-process": Target("experiments/evidence.py", ("experiments/test_e_process.py", "experiments/test_evidence.py")),
     "verdicts": Target("compare/verdict.py", ("compare/test_report.py", "compare/test_evidence.py")),
     "quotas": Target("server/quotas.py", ("server/test_quotas.py",)),
-    "shared-quotas": Target("server/shared_quotas.py", ("server/test_replicas.py",), IN_FOLDER),
+    "shared-quotas": Target("server/replica.py", ("server/test_replicas.py",), IN_FOLDER),
     "scopes": Target(
         "server/auth.py", ("server/test_auth.py", "server/test_console_access.py", "server/test_control.py")
     ),

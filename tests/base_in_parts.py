@@ -23,8 +23,8 @@ from turret.bases.sharded import gather_once, load_in_parts, own_part
 from turret.cli.output import complain
 from turret.errors import TurretError
 from turret.recipe import Recipe
-from turret.train import memory, processes
-from turret.train.processes import Processes
+from turret.train import distributed, memory
+from turret.train.distributed import Processes
 from turret.workspace import Workspace
 
 KILLED = 5
@@ -75,7 +75,7 @@ def load(folder: Path, here: Processes) -> None:
         before = memory.resident()
         return make(), memory.peak() - before
 
-    device, mesh = ChosenDevice(CPU, "as asked for"), processes.mesh()
+    device, mesh = ChosenDevice(CPU, "as asked for"), distributed.mesh()
     settings: dict[str, Any] = {"task": "generate", "dtype": "float32"}
     found = []
     for read in (lambda: load_in_parts(str(folder / "wide"), mesh=mesh, device=device, **settings), None):
@@ -90,7 +90,7 @@ def load(folder: Path, here: Processes) -> None:
 
 
 def main(folder: Path, verb: str, *names: str) -> None:
-    here = processes.begin()
+    here = distributed.begin()
     if verb == "load":
         return load(folder, here)
 

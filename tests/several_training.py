@@ -1,4 +1,4 @@
-"""What two processes do together for `tests/train/test_processes.py`.
+"""What two processes do together for `tests/train/test_distributed.py`.
 
 torchrun --standalone --nproc-per-node 2 tests/several_training.py FOLDER
 
@@ -20,7 +20,7 @@ import torch
 from turret import adapters
 from turret.cli.output import complain
 from turret.errors import DataError, TurretError
-from turret.train import fit, processes
+from turret.train import distributed, fit
 
 STILL: dict[str, Any] = {"train__lr": 1e-2, "train__epochs": 2, "train__evaluate": "never", "method__lora_dropout": 0.0}
 BERT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -55,7 +55,7 @@ def finish(steps: Any) -> Any:
 
 
 def main(folder: Path) -> None:
-    here = processes.begin()
+    here = distributed.begin()
     said: dict[str, Any] = {"size": here.size, "counted": sum(here.gather(1))}
 
     def keep(name: str, steps: Any) -> None:

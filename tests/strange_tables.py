@@ -198,7 +198,7 @@ POLISH = {
 TICKETS = {
     "billing": (
         "I was charged twice for my subscription.", "Please send an invoice with our VAT number.",
-        "My card was declined, though there is money on it.", "When will I see the refund?",
+        "My GPU was declined, though there is money on it.", "When will I see the refund?",
     ),
     "access": (
         "I cannot log in since this morning.", "The reset mail never arrives.",
@@ -420,7 +420,7 @@ SWEDISH = {
 ISSUES = {
     "Bug": (
         "The import fails with a stack trace.", "After the update the menu is empty.",
-        "Saving twice loses the second change.", 'The dialog "Options" freezes, see the log.',
+        "Saving twice loses the second change.", 'The dialog "SamplingParams" freezes, see the log.',
     ),
     "Story": (
         "As a user I want to sort the list by date.", "As an editor I want to undo a delete.",

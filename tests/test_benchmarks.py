@@ -56,7 +56,7 @@ def test_the_machine_names_the_processor_by_generation_and_the_commit(record) ->
     assert {"device", "threads", "commit", "versions", "at"} <= set(record.machine(1))
 
 
-# --- on a card --------------------------------------------------------------------------------------------------------
+# --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
     return load(BENCHMARKS / "gpu.py", "benchmark_gpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_the_benchmark_of_cards_is_one_line_and_status_1(gpu, capsys) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_benchmark_of_gpus_is_one_line_and_status_1(gpu, capsys) -> None:
     assert gpu.main([]) == 1
     said = capsys.readouterr()
     assert said.out == ""
@@ -75,7 +75,7 @@ def test_without_a_card_the_benchmark_of_cards_is_one_line_and_status_1(gpu, cap
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_cards_runs_through_on_the_cpu(gpu, tmp_path, capfd) -> None:
+def test_the_benchmark_of_gpus_runs_through_on_the_cpu(gpu, tmp_path, capfd) -> None:
     base = str(small_models.save_base("llama", tmp_path / "llama"))
     sizes = ["--steps", "4", "--batch", "2", "--source", "12", "--target", "4", "--prompts", "3", "--new", "6"]
     assert gpu.main(["--device", "cpu", "--base", base, "--sides", "turret,hf,vllm", *sizes, "--forget"]) == 0

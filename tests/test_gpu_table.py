@@ -1,4 +1,4 @@
-"""The table of what fits on which card is what the plan's own code computes."""
+"""The table of what fits on which GPU is what the plan's own code computes."""
 
 from __future__ import annotations
 
@@ -25,4 +25,4 @@ def test_the_page_has_a_row_for_each_base_and_says_what_was_run() -> None:
     rows = [line for line in table.splitlines() if line.startswith("| ") and "---" not in line][1:]
     assert len(rows) > 20
     assert any("7B" in row and "LoRA" in row and "nf4" in row and "| 8 GB |" in row for row in rows)
-    assert "**On a real card none of this was run yet.**" in PAGE
+    assert "**On a real GPU none of this was run yet.**" in PAGE

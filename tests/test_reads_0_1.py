@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from turret import Recipe, Workspace, adapters, bases, bundles
-from turret.engine.request import Options
+from turret.engine.request import SamplingParams
 from turret.errors import GateFailed, TrainingError
 from turret.store.access_tokens import which
 from turret.train import StepRecord
@@ -92,7 +92,7 @@ def test_what_generates_writes_the_same_tokens_with_the_same_chances(base: str, 
     assert len(names) == 2
     with workspace.engine(f"bases/{base}", dtype="float32") as engine:
         for name in names:
-            options = Options(max_tokens=6, num_beams=1, logprobs=0)
+            options = SamplingParams(max_tokens=6, num_beams=1, logprobs=0)
             found = engine.generate(EXPECTED["texts"], name, options)
             for answer, expected in zip(found, EXPECTED["versions"][name]["answers"], strict=True):
                 assert answer["text"] == expected["text"]

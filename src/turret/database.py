@@ -350,7 +350,7 @@ class Database:
         with plain_errors(self._where), self._server.transaction(writes=False) as connection:
             yield connection.execution_options(**{ACCESS: self.access})
 
-    def seen_by(self, access: Access) -> Database:
+    def with_access(self, access: Access) -> Database:
         """The same database, whose connections see what this access sees."""
         other = copy(self)
         other.access = access

@@ -54,9 +54,8 @@ def library() -> ModuleType:
 
 def before_peft() -> None:
     """Call it before PEFT is imported, which imports bitsandbytes if that is installed."""
-    if "peft" not in sys.modules:
-        with suppress(ImportError):
-            library()
+    with suppress(ImportError):
+        library()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A decoder's layer as a card computes it, on the CPU: its operations are their references there."""
+"""A decoder's layer as a GPU computes it, on the CPU: its operations are their references there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batches import rows, without_dropout
 from four_bits import base_in_four_bits, needs_bitsandbytes
 
 from turret.adapters import attach, detach, lifecycle, packed
-from turret.adapters.fused import card_decoder, layers
+from turret.adapters.fused import gpu_decoder, layers
 from turret.methods import LoRA
 
 SOME = LoRA(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"), init_lora_weights=False)
@@ -22,18 +22,18 @@ ALL = LoRA(r=4, lora_dropout=0.0, target_modules="all-linear", init_lora_weights
 
 
 @contextmanager
-def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Let CPU tensors take a card's layers; gives the number of layers that did."""
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Let CPU tensors take a GPU's layers; gives the number of layers that did."""
     taken: list[int] = []
 
-    def on_card(self: layers.Decoder, x: torch.Tensor, cos_sin: Any) -> torch.Tensor | None:
-        y = self._on_card(x, cos_sin)
+    def on_gpu(self: layers.Decoder, x: torch.Tensor, cos_sin: Any) -> torch.Tensor | None:
+        y = self._on_gpu(x, cos_sin)
         taken.extend([1] * (y is not None))
         return y
 
     with monkeypatch.context() as patched:
-        patched.setattr(card_decoder, "usable", lambda *tensors: True)
-        patched.setattr(layers.Decoder, "__call__", on_card)
+        patched.setattr(gpu_decoder, "usable", lambda *tensors: True)
+        patched.setattr(layers.Decoder, "__call__", on_gpu)
         yield taken
 
 
@@ -61,7 +61,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_its_gradients_are_the_modules(monkeypatch: pytest.MonkeyPatch, family: str, method: LoRA) -> None:
     model = without_dropout(small_models.build(family, "generate"))
-    with as_on_a_card(monkeypatch) as taken:
+    with as_on_a_gpu(monkeypatch) as taken:
         found = gradients(model, method)
     assert len(taken) == 2  # layers
     same(found, gradients(model, method))
@@ -70,7 +70,7 @@ def test_its_gradients_are_the_modules(monkeypatch: pytest.MonkeyPatch, family: 
 def test_its_gradients_are_the_same_if_layers_are_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_models.build("llama", "generate")
     dropped = ALL.model_copy(update={"lora_dropout": 0.2})
-    with as_on_a_card(monkeypatch) as taken:
+    with as_on_a_gpu(monkeypatch) as taken:
         torch.manual_seed(5)
         found = gradients(model, dropped, checkpoint=True)
         assert len(taken) == 2  # the second time ends as soon as all is saved again
@@ -81,7 +81,7 @@ def test_its_gradients_are_the_same_if_layers_are_checkpointed(monkeypatch: pyte
 @needs_bitsandbytes
 def test_its_gradients_are_the_modules_on_a_base_in_4_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = without_dropout(base_in_four_bits("llama", tmp_path, task="generate").model)
-    with as_on_a_card(monkeypatch) as taken:
+    with as_on_a_gpu(monkeypatch) as taken:
         found = gradients(model, ALL)
     assert len(taken) == 2
     same(found, gradients(model, ALL))

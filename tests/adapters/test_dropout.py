@@ -8,8 +8,8 @@ from small_models import build
 from torch import nn
 
 from turret.adapters import attach, detach
-from turret.adapters.attached import RoutedDropout
 from turret.adapters.fused.dropout import Masks, dropout
+from turret.adapters.hooks import RoutedDropout
 from turret.methods import Head
 
 

@@ -22,8 +22,8 @@ from turret.adapters import (
     extract,
     lifecycle,
     mount,
+    peft_backend,
     target_logits,
-    through_peft,
 )
 from turret.bundles import read_bundle, save_bundle
 from turret.errors import AdapterError, RecipeError
@@ -218,15 +218,15 @@ def test_a_recipe_keeps_peft_settings_and_reads_them_again() -> None:
 
 
 def test_every_other_method_is_known_by_name() -> None:
-    assert {"IA3", "DORA", "VERA", "PROMPT_TUNING", "P_TUNING", "LOHA", "OFT"} <= set(through_peft.names())
-    assert not set(through_peft.names()) & set(through_peft.REFUSED)
+    assert {"IA3", "DORA", "VERA", "PROMPT_TUNING", "P_TUNING", "LOHA", "OFT"} <= set(peft_backend.names())
+    assert not set(peft_backend.names()) & set(peft_backend.REFUSED)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [name for name in through_peft.names() if name != "BOFT"])  # it compiles for CUDA
+@pytest.mark.parametrize("kind", [name for name in peft_backend.names() if name != "BOFT"])  # it compiles for CUDA
 def test_whatever_peft_has_works_or_says_why_in_one_line(kind: str, tmp_path: Path) -> None:
     """Every method at its defaults: outputs that come back from disk, or one line."""
-    prompt = {"num_virtual_tokens": 4} if kind in through_peft.PROMPTS else {}
+    prompt = {"num_virtual_tokens": 4} if kind in peft_backend.PROMPTS else {}
     family, task = ("llama", "generate") if prompt else ("bert", "classify")
     try:
         model = attach(build(family, task), Peft(peft_type=kind, **prompt), generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 from server.conftest import Running
 
-from turret.engine import Engine, Options
+from turret.engine import Engine, SamplingParams
 from turret.server.state import ServerSettings
 from turret.workspace import Workspace
 
@@ -73,7 +73,7 @@ def require_one_pass_as_alone(
 @contextmanager
 def served(workspace: Workspace, engine: Engine) -> Iterator[httpx2.Client]:
     """A client of a server with this engine, until the end of the block."""
-    running = Running(workspace, engine, ServerSettings(), options=Options).start()
+    running = Running(workspace, engine, ServerSettings(), options=SamplingParams).start()
     try:
         yield running.client()
     finally:

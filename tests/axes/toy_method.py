@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, linear_at, mount_head
-from turret.adapters.attached import Attachment, Beginning, device_of, routed_linear, target_paths
+from turret.adapters.hooks import AdapterInit, HookedModel, device_of, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
 from turret.errors import AdapterError
 from turret.methods import Method
-from turret.methods.numbers import MethodNumbers
+from turret.methods.tuner import Tuner
 from turret.transformer import Model
 
 RANK = 2
@@ -55,13 +55,13 @@ class Scaled(nn.Module):
         return B[:, :1] / self.B0[:, :1]
 
 
-class ScaleNumbers(MethodNumbers[Scale]):
-    def start(self, model: Model, attached: Attachment, beginning: Beginning) -> None:
+class ScaleNumbers(Tuner[Scale]):
+    def start(self, model: Model, attached: HookedModel, beginning: AdapterInit) -> None:
         super().start(model, attached, beginning)
         for path in target_paths(model, None):
             self._put(model, attached, path, slot=1)
 
-    def tensors(self, attached: Attachment, slot: int) -> dict[str, Tensor]:
+    def tensors(self, attached: HookedModel, slot: int) -> dict[str, Tensor]:
         factors = {path: layer.factors(slot) for path, layer in attached.linears.items()}
         return {f"{LORA_PREFIX}{path}{SUFFIX}": scale_of(each) for path, each in factors.items() if each is not None}
 
@@ -75,7 +75,7 @@ class ScaleNumbers(MethodNumbers[Scale]):
             factors[path] = (A, scale.float() * B0)
         return Parts(factors)
 
-    def mount(self, model: Model, attached: Attachment, adapter: Adapter, slot: int) -> None:
+    def mount(self, model: Model, attached: HookedModel, adapter: Adapter, slot: int) -> None:
         for path in self.parts(model, adapter).factors:
             factors = self._put(model, attached, path, slot)
             scale_of(factors).copy_(adapter.tensors[f"{LORA_PREFIX}{path}{SUFFIX}"])
@@ -89,7 +89,7 @@ class ScaleNumbers(MethodNumbers[Scale]):
         generator, (d_in, d_out) = torch.Generator().manual_seed(self.method.seed), sizes(layer)
         return torch.randn(RANK, d_in, generator=generator), torch.randn(d_out, RANK, generator=generator)
 
-    def _put(self, model: Model, attached: Attachment, path: str, slot: int) -> LoRAFactors:
+    def _put(self, model: Model, attached: HookedModel, path: str, slot: int) -> LoRAFactors:
         A, B0 = self._drawn(linear_at(model, path))
         factors = LoRAFactors(A, torch.zeros_like(B0), 1.0)
         factors.lora_A.requires_grad_(False)

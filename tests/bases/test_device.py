@@ -1,4 +1,4 @@
-"""One decision on the device: names, cards that are there or not, what fits, and why."""
+"""One decision on the device: names, GPUs that are there or not, what fits, and why."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from turret import bases
 from turret.bases import choose_device
 from turret.bases.base import dtype_on
-from turret.bases.device import Card, Machine, default_dtype, this_machine
-from turret.bases.skeleton import CONTEXT, parameters_of, room_to_answer, skeleton
+from turret.bases.device import Gpu, Machine, default_dtype, this_machine
+from turret.bases.meta_model import CONTEXT, parameters_of, room_to_answer, skeleton
 from turret.errors import BaseModelError, DeviceError
 
 GB = 1_000_000_000
-SMALL = Card(torch.device("cuda", 0), "Small", 3 * GB, 8 * GB)
-LARGE = Card(torch.device("cuda", 1), "Large", 20 * GB, 24 * GB)
+SMALL = Gpu(torch.device("cuda", 0), "Small", 3 * GB, 8 * GB)
+LARGE = Gpu(torch.device("cuda", 1), "Large", 20 * GB, 24 * GB)
 TWO = Machine((SMALL, LARGE))
 NONE = Machine(missing="torch is built for CUDA and finds no GPU (Found no NVIDIA driver on your system)")
 
 
-def test_auto_takes_the_emptiest_card_if_what_is_needed_fits_and_says_why() -> None:
+def test_auto_takes_the_emptiest_gpu_if_what_is_needed_fits_and_says_why() -> None:
     chosen = choose_device("auto", lambda at: 6 * GB, TWO)
     assert str(chosen.device) == "cuda:1"
     assert str(chosen) == "cuda:1: cuda:1 (Large, 20.0 GB of 24.0 GB free), about 6.0 GB are needed"
@@ -41,7 +41,7 @@ def test_auto_takes_the_cpu_if_nothing_fits_or_nothing_is_there_and_says_why() -
     assert not chosen.notes  # there was nothing to decide
 
 
-def test_what_is_needed_is_asked_only_of_a_machine_with_a_card() -> None:
+def test_what_is_needed_is_asked_only_of_a_machine_with_a_gpu() -> None:
     def fails(device: torch.device) -> int:
         raise AssertionError("nobody has to know")
 
@@ -77,14 +77,14 @@ def test_a_device_that_is_not_there_is_one_line(name: str, machine: Machine, sai
     assert caught.value.exit_status == 2
 
 
-def test_cuda_without_a_number_is_the_first_card() -> None:
+def test_cuda_without_a_number_is_the_first_gpu() -> None:
     assert str(choose_device("cuda", None, TWO).device) == "cuda:0"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
-def test_this_machine_without_a_card_says_what_is_missing() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_this_machine_without_a_gpu_says_what_is_missing() -> None:
     machine = this_machine()
-    assert machine.cards == ()
+    assert machine.gpus == ()
     assert machine.missing == "this torch is built without CUDA" or "finds no GPU" in machine.missing
     with pytest.raises(DeviceError, match="device cuda:1 is not there"):
         choose_device("cuda:1")
@@ -99,7 +99,7 @@ def test_the_precision_follows_the_device_on_which_the_base_computes() -> None:
         dtype_on(torch.device("mps"), "bfloat16")
 
 
-def test_a_card_without_native_bfloat16_gets_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_native_bfloat16_gets_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index else (8, 0))
     bases.native_bfloat16.cache_clear()
     try:
@@ -145,6 +145,6 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
         bases.load(str(tmp_path), task="classify", num_labels=2, dtype="float16")
 
 
-def test_a_full_card_is_left_to_others() -> None:
+def test_a_full_gpu_is_left_to_others() -> None:
     full = Machine((replace(LARGE, free=1 * GB),))
     assert choose_device("auto", lambda at: 2 * GB, full).device.type == "cpu"

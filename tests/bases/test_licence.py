@@ -24,7 +24,7 @@ def test_a_wheel_states_it_in_its_metadata() -> None:
         ("", None),
     ],
 )
-def test_a_model_card_states_it_in_its_first_lines(text: str, licence: str | None, tmp_path: Path) -> None:
+def test_a_model_gpu_states_it_in_its_first_lines(text: str, licence: str | None, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text)
     assert licence_of(str(tmp_path)) == licence
 

@@ -17,8 +17,8 @@ from turret import adapters, bundles
 from turret.adapters import Adapter, attachment
 from turret.engine.runner import Prefill
 from turret.methods import Peft
-from turret.methods.peft import numbers
-from turret.methods.peft.spec import MIXED
+from turret.methods.peft import tuner
+from turret.methods.peft.config import MIXED
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
 TARGETS = ["query", "value"]
@@ -111,6 +111,6 @@ def test_slots_of_one_model_equal_peft_padded_and_packed(given: dict[str, tuple[
 
 
 def test_what_a_method_says_of_mixing_is_what_is_computed() -> None:
-    assert set(MIXED) == set(numbers.METHODS)
+    assert set(MIXED) == set(tuner.METHODS)
     assert Peft.mixes({"peft_type": "IA3"})
     assert not Peft.mixes({"peft_type": "LOHA"})

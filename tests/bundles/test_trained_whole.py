@@ -17,7 +17,7 @@ from turret.adapters import Adapter, BaseInfo
 from turret.adapters.lifecycle import merged_state
 from turret.engine.runner import DecodeStep, Prefill
 from turret.errors import AdapterError, BundleError
-from turret.methods.peft.whole import with_modules
+from turret.methods.peft.modules_to_save import with_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -12,7 +12,7 @@ from small_tables import films, write_csv
 
 from turret.cli.main import run
 
-WITHOUT_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a card")
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ VERBS = [
 ]
 
 
-@WITHOUT_CARD
+@WITHOUT_GPU
 @pytest.mark.parametrize("words", VERBS, ids=lambda words: words[0])
-def test_a_card_that_is_not_there_is_one_line_without_a_fallback(made: Path, words: tuple[str, ...], capsys) -> None:
+def test_a_gpu_that_is_not_there_is_one_line_without_a_fallback(made: Path, words: tuple[str, ...], capsys) -> None:
     assert run([*said(made, *words), "--device", "cuda:1"]) == 2
     told = capsys.readouterr()
     last = told.err.strip().splitlines()[-1]
@@ -57,16 +57,16 @@ def test_a_word_that_names_no_device_is_one_line(made: Path, words: tuple[str, .
     assert "expected auto, cpu, cuda, cuda:1 or mps" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@WITHOUT_CARD
+@WITHOUT_GPU
 @pytest.mark.slow
-def test_compare_names_the_card_that_its_trainings_lack(made: Path, capsys) -> None:
+def test_compare_names_the_gpu_that_its_trainings_lack(made: Path, capsys) -> None:
     words = ["{folder}/films.csv", "--base", "{folder}/bert", "--methods", "head", "--against", "head", "--seeds", "1"]
     run([*said(made, "compare", *words), "--device", "cuda:1"])
     told = capsys.readouterr()
     assert "device cuda:1 is not there" in " ".join((told.out + told.err).split())
 
 
-@WITHOUT_CARD
+@WITHOUT_GPU
 def test_import_checks_on_the_device_that_is_named(made: Path, tmp_path: Path, capsys) -> None:
     assert run(["export", "films", str(tmp_path / "out"), "--store", str(made / "store")]) == 0
     words = ["import", str(tmp_path / "out"), "--name", "again", "--store", str(made / "store")]

@@ -50,7 +50,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     workspace.store.put("a", bundle(folder / "bundle", base, "qwen3", "generate", 1))
     tokens = [workspace.tokens.create(name, scopes=("infer",))[1] for name in ("one", "two")]
     engine = workspace.engine(str(base), dtype="float32")
-    running = Running(workspace, engine, ServerSettings(), options=engine_room.Options).start()
+    running = Running(workspace, engine, ServerSettings(), options=engine_room.SamplingParams).start()
     yield House(workspace, running, engine, *tokens)
     running.stop()
 
@@ -61,7 +61,7 @@ def scribe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     folder = tmp_path_factory.mktemp("scribe")
     workspace = scribes.build(folder)
     engine = workspace.engine(str(folder / "base"), dtype="float32")
-    running = Running(workspace, engine, ServerSettings(), options=engine_room.Options).start()
+    running = Running(workspace, engine, ServerSettings(), options=engine_room.SamplingParams).start()
     yield {"URL": f"{running.url}/v1", "TOKEN": "none"}
     running.stop()
 

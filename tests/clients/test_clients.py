@@ -11,7 +11,7 @@ import torch
 
 from turret.data.cells import Replacements
 from turret.data.conversations import prompt_of, turns_of
-from turret.engine import Embedding, Options
+from turret.engine import Embedding, SamplingParams
 
 pytestmark = [pytest.mark.slow, pytest.mark.clients]
 TEXT = "the market fell"
@@ -20,12 +20,12 @@ TEXT = "the market fell"
 @pytest.fixture(scope="session")
 def expected(house) -> dict[str, Any]:
     """What the engine answers, without HTTP."""
-    options = Options(max_tokens=8)
+    options = SamplingParams(max_tokens=8)
     turns = turns_of([{"role": "user", "content": TEXT}], Replacements()) or ()
     asked = prompt_of(turns, None, None)
     chat = house.engine.submit("generate", asked if asked.text is None else asked.text, "a", options).result(60)
     completion = house.engine.submit("generate", TEXT, "a", options).result(60)
-    how = Options(embedding=Embedding(dimensions=16))
+    how = SamplingParams(embedding=Embedding(dimensions=16))
     vectors = [house.engine.submit("embed", text, "a", how).result(60)["embedding"] for text in (TEXT, "a film")]
     return {"chat": chat["text"], "completion": completion["text"], "embeddings": vectors}
 

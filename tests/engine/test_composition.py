@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from turret.bundles import read_bundle
-from turret.engine import Options
+from turret.engine import SamplingParams
 from turret.errors import AdapterError, BadReference, NotFound
 from turret.workspace import Workspace
 
@@ -47,7 +47,7 @@ def greedy(model: Any, ids: torch.Tensor) -> list[int]:
 
 
 def asked(house, model: str) -> dict[str, Any]:
-    return house.engine.submit("generate", PROMPT, model, Options(max_tokens=TOKENS, logprobs=3)).result(30)
+    return house.engine.submit("generate", PROMPT, model, SamplingParams(max_tokens=TOKENS, logprobs=3)).result(30)
 
 
 def logprobs_of(answer: dict[str, Any]) -> list[float]:
@@ -106,7 +106,8 @@ def test_compositions_share_a_batch_with_their_parts(house) -> None:
     names = ["x", "y", "x+y", "x+p", "y+z+p", None]
     alone = [asked(house, name) for name in names]
     tickets = [
-        house.engine.submit("generate", PROMPT, name, Options(max_tokens=TOKENS, logprobs=3)) for name in names * 2
+        house.engine.submit("generate", PROMPT, name, SamplingParams(max_tokens=TOKENS, logprobs=3))
+        for name in names * 2
     ]
     for ticket, answer in zip(tickets, alone * 2, strict=True):
         assert ticket.result(30)["text"] == answer["text"]
@@ -114,9 +115,9 @@ def test_compositions_share_a_batch_with_their_parts(house) -> None:
 
 
 def test_a_composition_names_the_versions_that_it_is_of(house) -> None:
-    receipt = house.engine.submit("generate", PROMPT, "x@production+y", Options(max_tokens=1)).receipt
+    receipt = house.engine.submit("generate", PROMPT, "x@production+y", SamplingParams(max_tokens=1)).receipt
     assert f"{receipt.name}@{receipt.number}" == "x@1+y@1"
-    other = house.engine.submit("generate", PROMPT, "y+x", Options(max_tokens=1)).receipt
+    other = house.engine.submit("generate", PROMPT, "y+x", SamplingParams(max_tokens=1)).receipt
     assert receipt.digest != other.digest, "the first one gives the template"
 
 

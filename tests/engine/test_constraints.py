@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from turret import bases
-from turret.engine import Engine, Limits, Options
+from turret.engine import Engine, Limits, SamplingParams
 from turret.engine.constraint import MOST_BYTES, MOST_DEPTH, Constraint
 from turret.engine.constraint_process import ConstraintProcess, Refusal
 from turret.errors import DataError, EngineError, NotFound
@@ -101,7 +101,7 @@ def keeps_to_random_schemas(engine: Engine, seeds: range) -> None:
     asked = []
     for seed in seeds:
         wanted = random_schema(seed)
-        options = Options(max_tokens=160, temperature=1.0, seed=seed, constraint=Constraint.json_schema(wanted))
+        options = SamplingParams(max_tokens=160, temperature=1.0, seed=seed, constraint=Constraint.json_schema(wanted))
         asked.append((wanted, engine.submit("generate", PROMPT, None, options)))
     reasons = []
     for wanted, ticket in asked:
@@ -125,13 +125,13 @@ def test_every_answer_that_stops_is_valid_for_a_thousand_schemas(engine) -> None
 
 
 def test_an_unconstrained_row_breaks_the_schema_and_is_the_same_beside_constrained_ones(base) -> None:
-    options = Options(max_tokens=24, temperature=1.0, seed=9, logprobs=3)
+    options = SamplingParams(max_tokens=24, temperature=1.0, seed=9, logprobs=3)
     with Engine(base, NoAdapters()) as engine:
         alone = engine.submit("generate", PROMPT, None, options).result(30)
     with pytest.raises(ValueError):
         json.loads(alone["text"])
     with Engine(base, NoAdapters()) as engine:
-        one = Options(max_tokens=60, temperature=1.0, constraint=Constraint.json_object())
+        one = SamplingParams(max_tokens=60, temperature=1.0, constraint=Constraint.json_object())
         crowd = [engine.submit("generate", PROMPT, None, one) for _ in range(6)]
         beside = engine.submit("generate", PROMPT, None, options).result(30)
         assert all(ticket.result(30) for ticket in crowd)
@@ -146,8 +146,8 @@ def test_a_masked_row_leaves_the_scores_of_other_rows_bit_equal(base) -> None:
     from decoding_rows import Row
 
     from turret.engine.decode import choose
-    from turret.engine.guide import Constraints, Guide
     from turret.engine.request import GenerationSettings
+    from turret.engine.structured_output import Constraints, Guide
 
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])
     guide = Guide(constraints.compiled(Constraint.choice(["yes", "no"])), constraints.eos, constraints.eos)
@@ -163,7 +163,7 @@ def test_a_masked_row_leaves_the_scores_of_other_rows_bit_equal(base) -> None:
 
 
 def test_the_end_of_an_adapter_that_is_not_the_bases_ends_a_constrained_answer(base) -> None:
-    from turret.engine.guide import Constraints, Guide
+    from turret.engine.structured_output import Constraints, Guide
 
     other, eos = 0, base.tokenizer.eos_token_id
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [eos])
@@ -209,9 +209,9 @@ def _nested(depth: int) -> dict[str, Any]:
 @pytest.mark.parametrize("name", EXPLODING)
 def test_a_constraint_built_to_explode_ends_or_is_refused_in_bounded_time(engine, name) -> None:
     started = time.monotonic()
-    beside = engine.submit("generate", PROMPT, None, Options(max_tokens=8))
+    beside = engine.submit("generate", PROMPT, None, SamplingParams(max_tokens=8))
     with contextlib.suppress(DataError):
-        options = Options(max_tokens=12, temperature=1.0, constraint=EXPLODING[name]())
+        options = SamplingParams(max_tokens=12, temperature=1.0, constraint=EXPLODING[name]())
         answer = engine.submit("generate", PROMPT, None, options).result(60)
         assert answer["finish_reason"] in ("stop", "length")
     assert beside.result(60)["tokens"] > 0
@@ -288,17 +288,17 @@ def test_schemas_and_grammars_that_refer_to_themselves_or_are_deep_but_not_too_d
         Constraint.lark(chain_of_rules(400)),
         Constraint.regex("(" * 100 + "a" + ")" * 100),
     ):
-        answer = engine.submit("generate", PROMPT, None, Options(max_tokens=4, constraint=made)).result(60)
+        answer = engine.submit("generate", PROMPT, None, SamplingParams(max_tokens=4, constraint=made)).result(60)
         assert answer["finish_reason"] in ("stop", "length")
 
 
 def test_a_constraint_that_kills_its_compiler_is_one_line_and_other_answers_go_on(engine) -> None:
-    beside = engine.submit("generate", PROMPT, None, Options(max_tokens=200, temperature=1.0))
+    beside = engine.submit("generate", PROMPT, None, SamplingParams(max_tokens=200, temperature=1.0))
     for _ in range(2):  # the second time it is known
         with pytest.raises(DataError, match="takes more stack") as refused:
-            engine.submit("generate", PROMPT, None, Options(max_tokens=4, constraint=Constraint.lark(HIDDEN)))
+            engine.submit("generate", PROMPT, None, SamplingParams(max_tokens=4, constraint=Constraint.lark(HIDDEN)))
         assert len(str(refused.value)) < 300
-    good = Options(max_tokens=4, constraint=Constraint.choice(["yes", "no"]))
+    good = SamplingParams(max_tokens=4, constraint=Constraint.choice(["yes", "no"]))
     assert engine.submit("generate", PROMPT, None, good).result(60)["text"] in ("yes", "no")
     assert beside.result(60)["tokens"] > 0
 
@@ -396,7 +396,7 @@ def test_the_helper_has_a_limit_of_memory_none_of_the_environments_secrets_and_e
 
 
 def test_a_constraint_that_was_compiled_before_asks_the_helper_nothing(base) -> None:
-    from turret.engine.guide import COMPILED, Constraints
+    from turret.engine.structured_output import COMPILED, Constraints
 
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])
     many = [Constraint.choice([f"yes{number}", "no"]) for number in range(COMPILED + 1)]
@@ -413,7 +413,7 @@ def test_a_constraint_that_was_compiled_before_asks_the_helper_nothing(base) -> 
 
 def test_costly_constraints_that_stay_compiled_take_bounded_memory(base) -> None:
     """Each takes about 6 MiB; 64 of them, which is how many small ones stay, would take 370 MiB."""
-    from turret.engine.guide import COMPILED_BYTES, Constraints
+    from turret.engine.structured_output import COMPILED_BYTES, Constraints
 
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])
     for number in range(40):

@@ -12,7 +12,7 @@ from shelf import TEXTS, Shelf
 from turret.engine import Limits
 from turret.engine.counters import Counters
 from turret.engine.histogram import Histogram
-from turret.engine.request import Options, Receipt, Request, Ticket
+from turret.engine.request import Receipt, Request, SamplingParams, Ticket
 from turret.errors import Busy
 
 
@@ -25,7 +25,7 @@ class Clock:
 
 def request(tokens: int, arrived: float, **more: Any) -> Request:
     ticket = Ticket(Receipt("1", None, 0, None, "sha256:x"), lambda: None)
-    settings = {"kind": "classify", "named": None, "text": None, "options": Options(), **more}
+    settings = {"kind": "classify", "named": None, "text": None, "options": SamplingParams(), **more}
     return Request(ticket=ticket, tokens=tokens, arrived=arrived, **settings)
 
 
@@ -115,7 +115,7 @@ def test_a_histogram_counts_each_value_up_to_its_bound() -> None:
 def test_the_engine_measures_the_queue_the_first_token_and_the_time_between_tokens() -> None:
     shelf = Shelf("llama", "generate")
     with shelf.engine() as engine:
-        answers = engine.generate(TEXTS, None, Options(max_tokens=5))
+        answers = engine.generate(TEXTS, None, SamplingParams(max_tokens=5))
         stats = engine.stats()
     first, queued, between = (
         each.buckets["+Inf"] for each in (stats.first_token_seconds, stats.queue_seconds, stats.between_tokens_seconds)

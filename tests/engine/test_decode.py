@@ -10,9 +10,9 @@ import transformers
 from decoding_rows import Row
 from small_models import build, tokenizer
 
-from turret.engine.card_choice import choose_together
 from turret.engine.decode import adjust, base_settings, choose, draw, resolved
-from turret.engine.request import GenerationSettings, Options
+from turret.engine.request import GenerationSettings, SamplingParams
+from turret.engine.sampling import choose_together
 from turret.errors import BaseModelError, DataError
 
 V = 50
@@ -103,16 +103,16 @@ def test_an_unsupported_generation_setting_of_the_base_is_an_error_that_names_it
 def test_options_override_the_adapters_settings_which_override_the_bases() -> None:
     own = GenerationSettings(128, (5,), repetition_penalty=1.5)
     task = type("Task", (), {"generation": {"max_new_tokens": 30, "num_beams": 2, "eos_token_id": 7}})()
-    plain = resolved(Options(), own, None, room=500, vocabulary=V)
+    plain = resolved(SamplingParams(), own, None, room=500, vocabulary=V)
     assert (plain.max_tokens, plain.num_beams, plain.eos, plain.repetition_penalty) == (128, 1, (5,), 1.5)
-    by_task = resolved(Options(), own, task, room=20, vocabulary=V)
+    by_task = resolved(SamplingParams(), own, task, room=20, vocabulary=V)
     assert (by_task.max_tokens, by_task.num_beams, by_task.eos) == (20, 2, (7,))
-    asked = Options(max_tokens=9, repetition_penalty=1.0, temperature=0.5, seed=4)
+    asked = SamplingParams(max_tokens=9, repetition_penalty=1.0, temperature=0.5, seed=4)
     by_option = resolved(asked, own, task, room=20, vocabulary=V)
     assert (by_option.max_tokens, by_option.num_beams, by_option.repetition_penalty) == (9, 1, 1.0)
     assert (by_option.heat, by_option.seed) == (0.5, 4)
     with pytest.raises(DataError, match="max_tokens = 21: the prompt leaves room for 20"):
-        resolved(Options(max_tokens=21), own, task, room=20, vocabulary=V)
+        resolved(SamplingParams(max_tokens=21), own, task, room=20, vocabulary=V)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +136,17 @@ def test_options_override_the_adapters_settings_which_override_the_bases() -> No
 )
 def test_an_option_out_of_range_is_refused(wrong: dict) -> None:
     with pytest.raises(DataError):
-        Options(**wrong)
+        SamplingParams(**wrong)
 
 
 def test_top_p_or_top_k_without_a_temperature_samples_at_one() -> None:
-    assert Options(top_p=0.5).heat == Options(top_k=3).heat == 1.0
-    assert Options(top_p=1.0).heat == Options(top_k=3, temperature=0).heat == Options(seed=3).heat == 0.0
+    assert SamplingParams(top_p=0.5).heat == SamplingParams(top_k=3).heat == 1.0
+    assert (
+        SamplingParams(top_p=1.0).heat
+        == SamplingParams(top_k=3, temperature=0).heat
+        == SamplingParams(seed=3).heat
+        == 0.0
+    )
 
 
 KINDS: list[dict] = [
@@ -161,7 +166,7 @@ KINDS: list[dict] = [
 
 
 def test_the_tokens_of_all_rows_at_once_are_those_of_each_row_alone() -> None:
-    """A card chooses so, with one wait."""
+    """A GPU chooses so, with one wait."""
     kinds = [KINDS[row % len(KINDS)] for row in range(60)]
     alike = [{"heat": 0.7}] * 8, [{"heat": 0.7, "top_k": 3}] * 8, [{}] * 8
     for number, some in enumerate((kinds, *alike)):

@@ -12,7 +12,7 @@ from peft_twins import lora_twin
 from shelf import TEXTS, Shelf
 from small_models import build
 
-from turret.engine import Embedding, Options
+from turret.engine import Embedding, SamplingParams
 from turret.errors import DataError
 
 
@@ -50,7 +50,9 @@ def test_embeddings_in_a_mixed_batch_equal_the_model_alone(family: str, task: st
         others = [engine.submit(task, text, "a") for text in TEXTS]
         asked = [(name, text, how) for name in (None, "a", "b") for text in TEXTS[:3]
                  for how in (None, "mean", "first", "last")]  # fmt: skip
-        tickets = [engine.submit("embed", text, name, Options(embedding=Embedding(how))) for name, text, how in asked]
+        tickets = [
+            engine.submit("embed", text, name, SamplingParams(embedding=Embedding(how))) for name, text, how in asked
+        ]
         for (name, text, how), ticket in zip(asked, tickets, strict=True):
             answer = ticket.result(60)
             ids = tokens(shelf, text)
@@ -73,8 +75,8 @@ def test_a_prefix_takes_no_place_in_the_embedding() -> None:
     shelf = Shelf("bert")
     shelf.put("p", "prefix", 3)
     with shelf.engine() as engine:
-        one = engine.submit("embed", TEXTS[0], "p", Options(embedding=Embedding("first"))).result(30)
-        whole = engine.submit("embed", TEXTS[0], "p", Options(embedding=Embedding("mean"))).result(30)
+        one = engine.submit("embed", TEXTS[0], "p", SamplingParams(embedding=Embedding("first"))).result(30)
+        whole = engine.submit("embed", TEXTS[0], "p", SamplingParams(embedding=Embedding("mean"))).result(30)
         assert one["prompt_tokens"] == len(tokens(shelf, TEXTS[0]))
         assert math.dist(one["embedding"], whole["embedding"]) > 0.01
 
@@ -85,7 +87,9 @@ def test_a_cut_embedding_is_scaled_again_and_a_raw_one_is_not() -> None:
     with shelf.engine() as engine:
 
         def ask(how: Embedding) -> torch.Tensor:
-            return torch.tensor(engine.submit("embed", TEXTS[0], None, Options(embedding=how)).result(30)["embedding"])
+            return torch.tensor(
+                engine.submit("embed", TEXTS[0], None, SamplingParams(embedding=how)).result(30)["embedding"]
+            )
 
         cut = hidden[:10]
         torch.testing.assert_close(ask(Embedding(dimensions=10)), cut / cut.norm(), atol=1e-5, rtol=1e-5)

@@ -11,7 +11,7 @@ from batches import own_target_logits
 from shelf import Shelf
 from small_models import GENERATORS
 
-from turret.engine import Done, Failed, Options, Piece
+from turret.engine import Done, Failed, Piece, SamplingParams
 from turret.errors import Cancelled, DataError, NoRoom
 from turret.tasks import task_from_spec
 
@@ -48,7 +48,7 @@ def test_greedy_answers_of_a_mixed_batch_equal_each_alone(family: str) -> None:
     made = shelf(family)
     asked = [(name, text) for text in TEXTS for name in ("narrow", "wide", "prefix", None)]
     with made.engine(batch_tokens=64, running=5) as engine:
-        tickets = [engine.submit("generate", text, name, Options(max_tokens=12)) for name, text in asked]
+        tickets = [engine.submit("generate", text, name, SamplingParams(max_tokens=12)) for name, text in asked]
         for (name, text), ticket in zip(asked, tickets, strict=True):
             answer = ticket.result(30)
             got = answer["text"], answer["tokens"], answer["finish_reason"]
@@ -68,7 +68,7 @@ def test_beam_search_equals_transformers(family: str, beams: int) -> None:
     made = shelf(family)
     with made.engine() as engine:
         tickets = [
-            (name, text, engine.submit("generate", text, name, Options(num_beams=beams, max_tokens=9)))
+            (name, text, engine.submit("generate", text, name, SamplingParams(num_beams=beams, max_tokens=9)))
             for name in ("wide", "prefix", "narrow")
             for text in TEXTS[:2]
         ]
@@ -99,7 +99,7 @@ def test_settings_of_the_bases_generation_config_apply(settings: dict[str, Any],
     with made.engine(base) as engine:
         for name in ("narrow", "wide"):
             for text in TEXTS:
-                answer = engine.generate([text], name, Options(num_beams=beams))[0]
+                answer = engine.generate([text], name, SamplingParams(num_beams=beams))[0]
                 if beams == 1:
                     wanted = {k: v for k, v in settings.items() if k not in ("length_penalty", "early_stopping")}
                 else:
@@ -110,7 +110,7 @@ def test_settings_of_the_bases_generation_config_apply(settings: dict[str, Any],
 
 def test_sampled_texts_depend_on_their_seed_and_not_on_other_requests() -> None:
     made = shelf("qwen3")
-    options = {seed: Options(temperature=1.2, top_p=0.9, seed=seed, max_tokens=12) for seed in range(4)}
+    options = {seed: SamplingParams(temperature=1.2, top_p=0.9, seed=seed, max_tokens=12) for seed in range(4)}
     with made.engine() as engine:
         first = {seed: engine.generate([TEXTS[0]], "wide", each)[0] for seed, each in options.items()}
     with made.engine(batch_tokens=40, running=3) as engine:
@@ -125,7 +125,7 @@ def test_sampled_texts_depend_on_their_seed_and_not_on_other_requests() -> None:
 def test_streamed_pieces_join_to_the_answer(family: str) -> None:
     made = shelf(family)
     with made.engine() as engine:
-        for options in (Options(), Options(temperature=1.0, seed=1), Options(num_beams=2)):
+        for options in (SamplingParams(), SamplingParams(temperature=1.0, seed=1), SamplingParams(num_beams=2)):
             ticket = engine.submit("generate", TEXTS[0], "narrow", options)
             pieces = list(ticket.stream())
             assert (
@@ -134,8 +134,10 @@ def test_streamed_pieces_join_to_the_answer(family: str) -> None:
         assert len(pieces) == 1, "beams are decided at the end"
 
 
-@pytest.mark.parametrize("options", [Options(), Options(num_beams=2), Options(stop=("never there",))])
-def test_a_listener_that_comes_after_the_answer_gets_the_whole_text(options: Options) -> None:
+@pytest.mark.parametrize(
+    "options", [SamplingParams(), SamplingParams(num_beams=2), SamplingParams(stop=("never there",))]
+)
+def test_a_listener_that_comes_after_the_answer_gets_the_whole_text(options: SamplingParams) -> None:
     with shelf("llama").engine() as engine:
         ticket = engine.submit("generate", TEXTS[0], "narrow", options)
         answer = ticket.result(30)
@@ -164,11 +166,11 @@ def test_a_stop_string_ends_the_text_before_it_and_frees_its_rows() -> None:
         whole = engine.generate([TEXTS[0]], "narrow")[0]["text"]
         for size in (1, 3, 5):
             stop = whole[4 : 4 + size]
-            ticket = engine.submit("generate", TEXTS[0], "narrow", Options(stop=(stop, "never there")))
+            ticket = engine.submit("generate", TEXTS[0], "narrow", SamplingParams(stop=(stop, "never there")))
             answer = ticket.result(30)
             assert answer["text"] == whole[: whole.index(stop)].strip()
             assert answer["finish_reason"] == "stop"
-            streamed = engine.submit("generate", TEXTS[0], "narrow", Options(stop=(stop,)))
+            streamed = engine.submit("generate", TEXTS[0], "narrow", SamplingParams(stop=(stop,)))
             assert "".join(streamed.stream()) == answer["text"]
         assert engine.stats().running == 0
 
@@ -177,7 +179,7 @@ def test_token_ids_are_used_unchanged() -> None:
     made = shelf("gpt2")
     with made.engine() as engine:
         ids = engine.base.tokenizer("a great film")["input_ids"]
-        options = Options(max_tokens=8)
+        options = SamplingParams(max_tokens=8)
         answer = engine.submit("generate", ids, None, options).result(30)
         assert answer == engine.generate(["a great film"], None, options)[0]
         with pytest.raises(DataError, match="0 to 127"):
@@ -189,7 +191,7 @@ def test_token_ids_are_used_unchanged() -> None:
 def test_a_cancelled_generation_ends_and_frees_its_rows() -> None:
     made = shelf("llama")
     with made.engine(max_tokens=100_000, cache_tokens=200_000) as engine:
-        ticket = engine.submit("generate", TEXTS[0], "narrow", Options(max_tokens=50_000))
+        ticket = engine.submit("generate", TEXTS[0], "narrow", SamplingParams(max_tokens=50_000))
         stream = ticket.stream()
         next(stream)
         ticket.cancel()
@@ -210,7 +212,7 @@ def test_a_request_larger_than_the_cache_is_refused_and_one_that_does_not_fit_no
         tickets = [engine.submit("generate", text, "narrow") for text in TEXTS]  # 64 tokens each
         answers = [ticket.result(30)["text"] for ticket in tickets]
         with pytest.raises(NoRoom, match=r"needs 128 tokens .* limit of cache_tokens is 64"):
-            engine.submit("generate", TEXTS[0], "narrow", Options(max_tokens=90)).result(30)
+            engine.submit("generate", TEXTS[0], "narrow", SamplingParams(max_tokens=90)).result(30)
     with made.engine() as engine:
         assert [each["text"] for each in engine.generate(TEXTS, "narrow")] == answers
 
@@ -219,10 +221,10 @@ def test_a_text_longer_than_the_bases_positions_is_refused() -> None:
     made = shelf("gpt2")
     with made.engine() as engine:
         with pytest.raises(DataError, match="max_tokens = 510: the prompt leaves room for"):
-            engine.submit("generate", TEXTS[0], None, Options(max_tokens=510))
+            engine.submit("generate", TEXTS[0], None, SamplingParams(max_tokens=510))
         with pytest.raises(DataError, match="has 600 tokens or more and this engine takes at most 512"):
             engine.submit("generate", [5] * 600, None)
-        assert engine.generate([TEXTS[0]], None, Options(max_tokens=500))[0]["tokens"] <= 500
+        assert engine.generate([TEXTS[0]], None, SamplingParams(max_tokens=500))[0]["tokens"] <= 500
 
 
 # --- probabilities ----------------------------------------------------------------------------------------------------
@@ -240,12 +242,12 @@ def test_logprobs_are_transformers_own_before_penalties_and_temperature(family: 
         else task_from_spec(adapter.task, base.tokenizer).encode_sources([text])[0].ids
     )
     for options in (
-        Options(max_tokens=6, logprobs=3),
-        Options(max_tokens=6, logprobs=0, temperature=2.0, seed=5),
-        Options(max_tokens=6, logprobs=2, repetition_penalty=3.0),
+        SamplingParams(max_tokens=6, logprobs=3),
+        SamplingParams(max_tokens=6, logprobs=0, temperature=2.0, seed=5),
+        SamplingParams(max_tokens=6, logprobs=2, repetition_penalty=3.0),
     ):
         with made.engine() as engine:
-            beside = engine.submit("generate", TEXTS[0], "wide", Options(max_tokens=9))
+            beside = engine.submit("generate", TEXTS[0], "wide", SamplingParams(max_tokens=9))
             answer = engine.submit("generate", text, name, options).result(30)
             assert "logprobs" not in beside.result(30)
         said = answer["logprobs"]
@@ -265,11 +267,11 @@ def test_logprobs_are_transformers_own_before_penalties_and_temperature(family: 
 
 def test_logprobs_of_beams_and_too_many_logprobs_are_refused() -> None:
     with pytest.raises(DataError, match=r"logprobs = 21: expected a whole number from 0 to 20"):
-        Options(logprobs=21)
+        SamplingParams(logprobs=21)
     with shelf("llama", num_beams=3).engine() as engine:
         with pytest.raises(DataError, match=r"this answer has 3 beams: set num_beams = 1"):
-            engine.submit("generate", TEXTS[0], "narrow", Options(logprobs=1)).result(30)
-        answer = engine.submit("generate", TEXTS[0], "narrow", Options(logprobs=1, num_beams=1, max_tokens=3)).result(
-            30
-        )
+            engine.submit("generate", TEXTS[0], "narrow", SamplingParams(logprobs=1)).result(30)
+        answer = engine.submit(
+            "generate", TEXTS[0], "narrow", SamplingParams(logprobs=1, num_beams=1, max_tokens=3)
+        ).result(30)
         assert len(answer["logprobs"]) == answer["tokens"]

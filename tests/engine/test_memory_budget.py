@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 from shelf import TEXTS, Shelf, agree, reference
 
-from turret.engine import Engine, MemoryBudget, Named, Options
+from turret.engine import Engine, MemoryBudget, Named, SamplingParams
 from turret.errors import DataError, NoRoom
 
-SHORT = Options(max_tokens=4)
+SHORT = SamplingParams(max_tokens=4)
 
 
 class Measured(Shelf):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from shelf import TEXTS, Shelf, agree, reference
 
-from turret.engine import Options
+from turret.engine import SamplingParams
 from turret.errors import (
     Busy,
     Cancelled,
@@ -48,7 +48,7 @@ def test_a_deadline_ends_a_generation() -> None:
     shelf = Shelf("llama", "generate")
     shelf.put("a")
     with shelf.engine(max_tokens=1_000_000, cache_tokens=2_000_000) as engine:
-        ticket = engine.submit("generate", "x", "a", Options(max_tokens=500_000), deadline=0.3)
+        ticket = engine.submit("generate", "x", "a", SamplingParams(max_tokens=500_000), deadline=0.3)
         with pytest.raises(DeadlineExceeded):
             ticket.result(30)
         assert engine.stats().running == 0

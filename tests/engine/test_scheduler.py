@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turret.engine.request import Named, Options, Receipt, Request, Ticket
+from turret.engine.request import Named, Receipt, Request, SamplingParams, Ticket
 from turret.engine.scheduler import Scheduler
 from turret.errors import Cancelled, DeadlineExceeded
 
@@ -17,7 +17,7 @@ _numbers = iter(range(1 << 30))
 def request(adapter: str = "a", tokens: int = 10, kind: Any = "classify", **settings: Any) -> Request:
     named = Named(adapter, 1, f"sha256:{adapter}", 1) if adapter else None
     ticket = Ticket(Receipt(str(next(_numbers)), adapter or None, 1, None, "base"), lambda: None)
-    return Request(kind, ticket, named, "text", Options(), tokens, settings.pop("arrived", 0.0), **settings)
+    return Request(kind, ticket, named, "text", SamplingParams(), tokens, settings.pop("arrived", 0.0), **settings)
 
 
 def scheduler(**settings: Any) -> Scheduler:

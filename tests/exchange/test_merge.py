@@ -16,7 +16,7 @@ from small_disk import read_only
 
 from turret.cli.main import app, run
 from turret.errors import AdapterError, RecipeError
-from turret.methods.lora.numbers import COMBINATIONS
+from turret.methods.lora.tuner import COMBINATIONS
 from turret.workspace import Workspace
 
 CHANGED = {"modules_to_save": None, "task_type": None, "init_lora_weights": True}  # dare draws behind the same start

@@ -12,7 +12,7 @@ from scipy import stats
 
 from turret.experiments import Guards, guarding
 from turret.experiments.guarding import NEEDED, ODDS, START, Detector, Watch, log_over_bound, log_over_control
-from turret.json_types import timestamp
+from turret.timestamp import timestamp
 
 RUNS, BOUND, NORMAL, OUTAGE = 60, 0.02, 0.01, 0.5
 EARLY = 20  # seconds before an outage

@@ -16,7 +16,7 @@ from turret.engine.runner import DecodeStep, Prefill
 from turret.errors import AdapterError
 from turret.families import FAMILIES
 from turret.methods import LoRA, Method, Prefix
-from turret.methods.lookup import numbers_of
+from turret.methods.lookup import tuner_of
 
 GENERATORS = RELATIVE_ENCODER_DECODERS + RELATIVE_DECODERS
 CLASSIFIERS = tuple(family for family in RELATIVES if family != "pegasus")  # transformers has no classifier of it
@@ -130,7 +130,7 @@ def test_a_family_that_computes_attention_itself_refuses_a_prefix_in_one_line(fa
     method = Prefix(num_virtual_tokens=4)
     with pytest.raises(AdapterError, match=f"{family} computes its attention itself.*use method.kind"):
         attach(build(family, "classify"), method)
-    check = numbers_of(method).targets(build(family, "classify"))
+    check = tuner_of(method).targets(build(family, "classify"))
     assert (check.level, check.remedy) == ("refuse", 'use method.kind = "lora"')
 
 

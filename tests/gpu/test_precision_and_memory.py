@@ -1,6 +1,6 @@
-"""On a real card: gradients equal to PEFT's, a base in 4 bits, memory, and the verbs that load a base by the way.
+"""On a real GPU: gradients equal to PEFT's, a base in 4 bits, memory, and the verbs that load a base by the way.
 
-`make test-gpu` runs it. It needs a card that torch can use; some tests need bitsandbytes, one needs two cards.
+`make test-gpu` runs it. It needs a GPU that torch can use; some tests need bitsandbytes, one needs two GPUs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import small_models
 import tiny_training as tiny
 import torch
 from adapters_at_hand import METHODS, alone, made
-from at_a_card import near, write_inputs
+from at_a_gpu import near, write_inputs
 from batches import padded, rows, with_eos, without_dropout
 from four_bits import base_in_four_bits, needs_bitsandbytes
 from peft_twins import lora_twin
@@ -24,9 +24,9 @@ from several_launch import ended, launch
 
 from turret import adapters, bases
 from turret.adapters import attachment
-from turret.bases.skeleton import CONTEXT, room_to_answer
+from turret.bases.meta_model import CONTEXT, room_to_answer
 from turret.cli.main import run
-from turret.engine import Options
+from turret.engine import SamplingParams
 from turret.methods import LoRA, Prefix
 from turret.recipe import Recipe
 from turret.train.step import train_step
@@ -34,7 +34,7 @@ from turret.workspace import Workspace, answering
 from turret.workspace.devices import predicted_for
 
 pytestmark = pytest.mark.gpu
-CARD = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 WIDE: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16,
     "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000,
@@ -59,14 +59,14 @@ def recipe(folder: Path, name: str, base: str, data: str, **changes: Any) -> Rec
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5", "gpt2"])
-def test_gradients_are_pefts_on_the_same_card(family: str) -> None:
+def test_gradients_are_pefts_on_the_same_gpu(family: str) -> None:
     adapter, method = made(family, "classify", METHODS["wide"]), METHODS["wide"]
-    ours = adapters.attach(alone(family, "classify", None).to(CARD), method)
+    ours = adapters.attach(alone(family, "classify", None).to(GPU), method)
     adapters.start_from(ours, adapter)
-    twin = lora_twin(family, "classify", adapter).to(CARD)
+    twin = lora_twin(family, "classify", adapter).to(GPU)
     inputs = with_eos(ours, rows())
-    labels = torch.arange(len(inputs), device=CARD) % 3
-    batches = ({k: v.to(CARD) for k, v in padded([row], twin.config.pad_token_id).items()} for row in inputs)
+    labels = torch.arange(len(inputs), device=GPU) % 3
+    batches = ({k: v.to(GPU) for k, v in padded([row], twin.config.pad_token_id).items()} for row in inputs)
     theirs = torch.cat([twin(**batch).logits for batch in batches])
     torch.nn.functional.cross_entropy(adapters.classify_logits(ours, inputs), labels).backward()
     torch.nn.functional.cross_entropy(theirs, labels).backward()
@@ -83,7 +83,7 @@ def test_checkpointed_layers_have_the_same_gradients(family: str) -> None:
     for checkpointed in (False, True):
         kind = "classify" if family == "bert" else "summarize"
         base: Any = tiny.base(family, "classify" if family == "bert" else "generate")
-        without_dropout(base.model).to(CARD)
+        without_dropout(base.model).to(GPU)
         task, optimiser, items = tiny.started(base, kind, train__checkpoint_layers=checkpointed)
         kept: list[torch.Tensor] = []
         optimiser.step = lambda rate, kept=kept, own=optimiser: kept.append(own.gradients.clone())
@@ -118,7 +118,7 @@ def test_an_adapter_on_4_bits_is_trained_proven_read_again_and_served_in_a_mixtu
     workspace = Workspace(tmp_path / "store")
     for name in ("one", "two"):
         made_of = recipe(folder, name, "llama", "lines", base_quantization="nf4", method=method, seed=len(name))
-        result = workspace.train(made_of)  # the proof has read it back in a fresh process, on the card
+        result = workspace.train(made_of)  # the proof has read it back in a fresh process, on the GPU
         assert result.device == "cuda:0"
     texts = ["great film, number 3", "dull story, number 8"]
     expected = {
@@ -126,7 +126,9 @@ def test_an_adapter_on_4_bits_is_trained_proven_read_again_and_served_in_a_mixtu
     }
     assert expected["one"] == [each["text"] for each in workspace.predict("one", texts, device="cuda")]
     with workspace.engine(str(folder / "llama"), base_quantization="nf4", dtype="float32", device="cuda") as engine:
-        tickets = {name: [engine.submit("generate", text, name, Options()) for text in texts] for name in expected}
+        tickets = {
+            name: [engine.submit("generate", text, name, SamplingParams()) for text in texts] for name in expected
+        }
         assert {name: [each.result(120)["text"] for each in own] for name, own in tickets.items()} == expected
 
 
@@ -146,7 +148,7 @@ def test_a_training_takes_the_memory_that_was_predicted_from_shapes(folder: Path
     )  # fmt: skip
     from turret.tasks import task_of
 
-    predicted = predicted_for(made_of, task_of("summarize"), (), CARD)
+    predicted = predicted_for(made_of, task_of("summarize"), (), GPU)
     torch.cuda.empty_cache()
     memory = Workspace(tmp_path / "store").train(made_of).memory
     assert predicted is not None
@@ -158,11 +160,11 @@ def test_answering_takes_the_room_that_was_predicted(folder: Path, tmp_path: Pat
     workspace = Workspace(tmp_path / "store")
     workspace.train(recipe(folder, "wide", "wide", "lines", train={"dtype": "bfloat16"}))
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(CARD)
-    before = torch.cuda.memory_allocated(CARD)
+    torch.cuda.reset_peak_memory_stats(GPU)
+    before = torch.cuda.memory_allocated(GPU)
     ready = answering.mounted(workspace.store, "wide", device="cuda")
     answering.answers(ready, [f"great film, number {row}" for row in range(16)])
-    peak = torch.cuda.max_memory_allocated(CARD) - before
+    peak = torch.cuda.max_memory_allocated(GPU) - before
     room = room_to_answer(bases.resolve(str(folder / "wide")), ready.model.dtype)
     assert peak + CONTEXT == pytest.approx(room, rel=0.2)
 
@@ -189,16 +191,16 @@ def test_promote_replay_and_pull_take_the_device(folder: Path, tmp_path: Path, c
 
 
 @pytest.mark.slow
-def test_the_demo_runs_on_the_card(tmp_path: Path, capsys: Any) -> None:
+def test_the_demo_runs_on_the_gpu(tmp_path: Path, capsys: Any) -> None:
     assert run(["demo", "--quick", "--device", "cuda", "--store", str(tmp_path / "store")]) == 0, (
         capsys.readouterr().err
     )
     assert re.search("cuda", capsys.readouterr().out)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", ["labels", "lines", "prefix"])
-def test_two_cards_with_parts_make_the_version_that_one_makes(tmp_path: Path, name: str) -> None:
+def test_two_gpus_with_parts_make_the_version_that_one_makes(tmp_path: Path, name: str) -> None:
     from turret.store import Store
     from turret.workspace.stored_adapter import read_adapter
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 from server import patience
-from server.echo import FINGERPRINT, LABELS, Echo, Options
+from server.echo import FINGERPRINT, LABELS, Echo, SamplingParams
 from store.bundles import tensors, write_bundle
 
 from turret.server.engines import Engines
@@ -35,7 +35,7 @@ class Running:
         workspace: Workspace,
         engine: Any,
         settings: ServerSettings,
-        options: Any = Options,
+        options: Any = SamplingParams,
         lines: io.StringIO | None = None,
     ) -> None:
         self.workspace, self.engine = workspace, engine

@@ -96,12 +96,12 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
 @contextmanager
 def serving(workspace: Workspace) -> Iterator[tuple[str, ServerState]]:
     """A server on the bundled base, at a free port."""
-    from turret.engine import Options
+    from turret.engine import SamplingParams
     from turret.server.run import Server, bind, url_of
 
     listening = bind("127.0.0.1", 0)
     with workspace.engine(BASE) as engine:
-        served = ServerState(workspace, engine, Options, log=Log(io.StringIO()))
+        served = ServerState(workspace, engine, SamplingParams, log=Log(io.StringIO()))
         served.refresh()
         server = Server(served)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

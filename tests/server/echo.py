@@ -20,7 +20,7 @@ from typing import Any
 
 from turret.access import Access
 from turret.engine import Done, Embedding, Event, Failed, Named, Piece, Receipt
-from turret.engine import Options as EngineOptions
+from turret.engine import SamplingParams as EngineOptions
 from turret.errors import AdapterError, Busy, Cancelled, DeadlineExceeded, Draining, NotFound, WrongBase
 from turret.store import Store
 
@@ -31,7 +31,7 @@ KILLER = "kill the server"  # a text that does
 
 
 @dataclass(frozen=True)
-class Options(EngineOptions):
+class SamplingParams(EngineOptions):
     """The engine's options, without its checks."""
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class Loaded:
     slot: int = 1
 
 
-def words(digest: str | None, text: Any, options: Options | None = None) -> list[str]:
+def words(digest: str | None, text: Any, options: SamplingParams | None = None) -> list[str]:
     """The generated words: the end of the digest, the words of the text, and the seed."""
     found = [f"<{(digest or 'base')[-8:]}>", *str(text).split()]
     if options is not None and options.seed is not None:
@@ -98,7 +98,13 @@ def label_set(found: dict[str, float], coverage: float) -> list[str]:
 
 class Ticket:
     def __init__(
-        self, engine: Echo, receipt: Receipt, kind: str, text: Any, options: Options | None, deadline: float | None
+        self,
+        engine: Echo,
+        receipt: Receipt,
+        kind: str,
+        text: Any,
+        options: SamplingParams | None,
+        deadline: float | None,
     ) -> None:
         self.receipt, self.kind, self.text = receipt, kind, text
         self.engine, self.options = engine, options
@@ -182,7 +188,7 @@ class Echo:
     longest: int = 4096
     base_id: str = "echo"
     fingerprint: str = FINGERPRINT  # of the base whose adapters it answers with
-    constraints: Any = None  # `turret.engine.guide.Constraints`
+    constraints: Any = None  # `turret.engine.structured_output.Constraints`
 
     def __post_init__(self) -> None:
         self.base = SimpleNamespace(id=self.base_id, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
@@ -207,7 +213,7 @@ class Echo:
         kind: str,
         text: Any,
         adapter: str | None,
-        options: Options | None = None,
+        options: SamplingParams | None = None,
         *,
         priority: int = 0,
         deadline: float | None = None,
@@ -294,7 +300,7 @@ class Echo:
 
     def _resolve(self, reference: str) -> Named:
         tenant, _, own = reference.rpartition("/")
-        found = (self.store.seen_by(Access(tenant)) if tenant else self.store).resolve(own)
+        found = (self.store.with_access(Access(tenant)) if tenant else self.store).resolve(own)
         if (found.manifest.get("base") or {}).get("fingerprint") != self.fingerprint:
             raise WrongBase(f"{found} was trained on another base: start that one")
         return Named(found.name, found.number, found.digest, found.bytes, tenant)

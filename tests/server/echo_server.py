@@ -16,7 +16,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-from server.echo import Echo, Options
+from server.echo import Echo, SamplingParams
 
 from turret.server import batch_runner
 from turret.server.run import bind, run
@@ -44,7 +44,7 @@ def _constraints() -> Any:
         return None
     from tokenizers import Tokenizer
 
-    from turret.engine.guide import Constraints
+    from turret.engine.structured_output import Constraints
 
     backend = Tokenizer.from_file(os.environ["ECHO_TOKENIZER"])
     tokenizer: Any = SimpleNamespace(backend_tokenizer=backend)
@@ -55,7 +55,7 @@ def main(store: str, pace: str, *base: str) -> None:
     workspace, more = Workspace(store), dict[str, Any](zip(("base_id", "fingerprint"), base, strict=False))
     more["constraints"] = _constraints()
     with Echo(workspace.store, pace=float(pace), **more) as engine, bind("127.0.0.1", 0) as listening:
-        run(ServerState(workspace, engine, Options), listening, lambda url: print(url, flush=True))
+        run(ServerState(workspace, engine, SamplingParams), listening, lambda url: print(url, flush=True))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 from server.answer_schemas import PERSON
 from server.storm import Tenant, from_its_version
 
-from turret.engine import Embedding, Engine, Options
+from turret.engine import Embedding, Engine, SamplingParams
 from turret.server.chat import conversation
 from turret.server.chat_schemas import ChatRequest
 
@@ -72,7 +72,7 @@ def alone(engine: Engine, reference: str | None, *, classifies: bool) -> Alone:
     """The answers of the version with this reference of the engine; None: of the base."""
     found = Alone()
     for text in TEXTS:
-        embedded = engine.submit("embed", text, reference, Options(embedding=Embedding())).result(60)
+        embedded = engine.submit("embed", text, reference, SamplingParams(embedding=Embedding())).result(60)
         found.embeddings[text] = embedded["embedding"]
         if classifies and reference is not None:
             found.labels[text] = engine.classify([text], reference)[0]["probabilities"]
@@ -85,7 +85,7 @@ def alone(engine: Engine, reference: str | None, *, classifies: bool) -> Alone:
 
 
 def _said(engine: Engine, reference: str | None, asked: Any, *, strip: bool) -> Said:
-    options = Options(max_tokens=MOST_TOKENS, logprobs=2, strip=strip)
+    options = SamplingParams(max_tokens=MOST_TOKENS, logprobs=2, strip=strip)
     answer = engine.submit("generate", asked, reference, options).result(60)
     for sure, step in enumerate(answer["logprobs"]):
         first, second = (each["logprob"] for each in step["top"][:2])

@@ -35,7 +35,7 @@ def counted(workspace: Workspace) -> dict[str, tuple[int, int, int, int]]:
 def test_usage_is_counted_by_tenant_and_adapter_and_read_by_the_tenant(serve, put, workspace) -> None:
     put("a")
     put("b")
-    other = workspace.seen_by(Access("other"))
+    other = workspace.with_access(Access("other"))
     own, theirs = workspace.tokens.create("t", ALL)[1], other.tokens.create("t", ALL)[1]
     limited = workspace.tokens.create("limited", ALL, adapters=["b"])[1]
     running = serve()
@@ -132,7 +132,7 @@ def test_sigterm_loses_no_usage_and_sigkill_at_most_two_seconds(put, workspace, 
 def test_turret_usage_prints_a_table_csv_and_json(workspace, put) -> None:
     put("a")
     log = usage.UsageLog(workspace.store.database(), clock=lambda: 0.0)
-    workspace.seen_by(Access("legal")).tokens.create("t")
+    workspace.with_access(Access("legal")).tokens.create("t")
     log.add("legal", "tax", 2, 30, 4)
     log.add("default", "", 1, 5, 6)
     log.flush()
@@ -205,7 +205,7 @@ def test_the_audit_log_is_read_in_pages_by_admins_of_the_tenant(serve, put, work
     for name in ("a", "b", "a"):
         put(name)
     own = workspace.tokens.create("t", ALL)[1]
-    theirs = workspace.seen_by(Access("other")).tokens.create("t", ALL)[1]
+    theirs = workspace.with_access(Access("other")).tokens.create("t", ALL)[1]
     limited = workspace.tokens.create("limited", ALL, adapters=["b"])[1]
     running = serve()
     client = running.client(own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
-from server.echo import FINGERPRINT, LABELS, Options, label_set, probabilities, words
+from server.echo import FINGERPRINT, LABELS, SamplingParams, label_set, probabilities, words
 
 from turret.server.generation import generation_options
 from turret.server.schemas import CompletionRequest
@@ -157,7 +157,7 @@ def test_models_are_the_base_and_every_adapter_on_it_by_name_and_by_alias(serve,
     put("b")
     workspace.promote("a@1", "production")
     client = serve().client()
-    found = {card["id"]: card["root"] for card in client.get("/v1/models").json()["data"]}
+    found = {gpu["id"]: gpu["root"] for gpu in client.get("/v1/models").json()["data"]}
     assert found == {"echo": "echo", "a": "a@1", "a@production": "a@1", "b": "b@1"}
     assert client.get("/v1/models/a@2").json()["root"] == "a@2"
     assert client.get("/v1/models/echo").json()["parent"] is None
@@ -174,7 +174,7 @@ def test_a_plain_name_never_means_a_version_of_a_comparison(serve, put, workspac
     ask = {"input": "x"}
     assert client.post("/v1/classify", json=ask | {"model": "a"}).json()["model"] == "a@1"
     assert client.post("/v1/classify", json=ask | {"model": "a@3"}).json()["model"] == "a@3"
-    assert {card["id"]: card["root"] for card in client.get("/v1/models").json()["data"]} == {
+    assert {gpu["id"]: gpu["root"] for gpu in client.get("/v1/models").json()["data"]} == {
         "echo": "echo",
         "a": "a@1",
     }
@@ -183,7 +183,7 @@ def test_a_plain_name_never_means_a_version_of_a_comparison(serve, put, workspac
     assert "only versions of comparisons" in got.text
     workspace.promote("a@3", "candidate")
     workspace.promote("only@1", "production")
-    found = {card["id"]: card["root"] for card in serve().client().get("/v1/models").json()["data"]}
+    found = {gpu["id"]: gpu["root"] for gpu in serve().client().get("/v1/models").json()["data"]}
     expected = {"a": "a@1", "a@candidate": "a@3", "only": "only@1", "only@production": "only@1"}
     assert found == {"echo": "echo"} | expected
 
@@ -244,5 +244,5 @@ def test_what_narrows_the_draws_without_a_temperature_draws_at_1(serve) -> None:
         ({}, None),
     ):
         body = CompletionRequest(model="a", prompt="x", **said)
-        (made,) = generation_options(SimpleNamespace(options=Options), body, None, 1)  # type: ignore[arg-type]
+        (made,) = generation_options(SimpleNamespace(options=SamplingParams), body, None, 1)  # type: ignore[arg-type]
         assert made.temperature == temperature, said

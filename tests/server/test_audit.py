@@ -131,7 +131,7 @@ def unknown() -> set[str]:
 
 def rows(workspace: Workspace, tenant: str) -> dict[int, tuple[str, str | None]]:
     """The rows of a tenant: verb and who, by id."""
-    with workspace.seen_by(Access(tenant)).store.database(make=True).reading() as connection:
+    with workspace.with_access(Access(tenant)).store.database(make=True).reading() as connection:
         return {each.id: (each.verb, each.who) for each in actions(connection, limit=1000)}
 
 
@@ -154,7 +154,7 @@ def test_a_new_route_is_missed_until_it_is_said_what_it_writes(monkeypatch) -> N
 @pytest.mark.parametrize("kind", TOKENS)
 def test_each_route_that_changes_something_leaves_a_row_of_who_did_it(serve, workspace, tmp_path, kind) -> None:
     tenant, words = TOKENS[kind]
-    own = workspace if tenant == "default" else workspace.seen_by(Access(tenant))
+    own = workspace if tenant == "default" else workspace.with_access(Access(tenant))
     said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": "classify", "labels": list(LABELS)}}
     for seed in range(3):
         own.store.put("a", write_bundle(tmp_path / "bundles", tensors(seed), said=said))

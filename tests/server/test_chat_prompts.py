@@ -88,7 +88,7 @@ def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         asked.append(each)
 
     engine._prompts.prepare = seen
-    running = Running(workspace, engine, ServerSettings(), options=engine_room.Options).start()
+    running = Running(workspace, engine, ServerSettings(), options=engine_room.SamplingParams).start()
     yield House(running, task, asked)
     running.stop()
 

@@ -59,7 +59,7 @@ def alone(workspace: Workspace, engine: Any, version: str, kind: str) -> list[di
     """The version's answer to each text; labels are computed without an engine."""
     if kind == "classify":
         return list(workspace.predict(version, TEXTS))
-    raw = engine_room.Options(strip=False)  # as completions give it
+    raw = engine_room.SamplingParams(strip=False)  # as completions give it
     return [engine.generate([text], adapter=version, options=raw)[0] for text in TEXTS]
 
 
@@ -71,7 +71,7 @@ def house(folder: Path, family: str, kind: str) -> House:
     workspace.promote("a@1", "production")
     engine = workspace.engine(str(base), dtype="float32")
     answers = {version: alone(workspace, engine, version, kind) for version in ("a@1", "a@2")}
-    running = Running(workspace, engine, ServerSettings(), options=engine_room.Options)
+    running = Running(workspace, engine, ServerSettings(), options=engine_room.SamplingParams)
     return House(workspace, running.start(), answers)
 
 

@@ -73,7 +73,9 @@ class House:
 
 
 def tokens(workspace: Workspace) -> dict[str, str]:
-    return {name: workspace.seen_by(Access(tenant)).tokens.create(name, SCOPES)[1] for name, tenant in TENANTS.items()}
+    return {
+        name: workspace.with_access(Access(tenant)).tokens.create(name, SCOPES)[1] for name, tenant in TENANTS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     base, workspace = small_models.save_base("qwen3", folder / "qwen3"), Workspace(folder / "store")
     for seed, tenant in enumerate(("quiet", "flood")):
         made = bundle(folder / tenant, base, "qwen3", "generate", seed)
-        workspace.seen_by(Access(tenant)).store.put("a", made)
+        workspace.with_access(Access(tenant)).store.put("a", made)
     secrets = tokens(workspace)
     command = [sys.executable, "-m", "turret", "serve", "--port", "0", "--json", "--connections-per-client", "0"]
     command += ["--store", str(workspace.store.root), "--base", str(base)]
@@ -186,7 +188,7 @@ def running(serve, workspace, tmp_path) -> Any:
             task = {"kind": "classify", "labels": ["no", "yes"]}
             said = {"base": {"id": "echo", "fingerprint": Echo(workspace.store).fingerprint}, "task": task}
             made = write_bundle(tmp_path / "bundles", tensors(seed), said=said)
-            workspace.seen_by(Access(tenant)).store.put("a", made)
+            workspace.with_access(Access(tenant)).store.put("a", made)
     return serve(load_seconds=2.0)
 
 

@@ -13,7 +13,7 @@ from server.mixed_requests import Alone, Mixture, alone
 from server.storm import ADAPTERS, SOAK_SECONDS, OnlyBugs, Tenant, storm
 
 import turret
-from turret.engine import Engine, Limits, Options
+from turret.engine import Engine, Limits, SamplingParams
 from turret.server.state import ServerSettings
 from turret.store import Version
 from turret.workspace import Workspace
@@ -94,7 +94,7 @@ def test_for_minutes_every_answer_is_right_and_nobody_gets_what_is_anothers(tmp_
     house = House(tmp_path)
     engine, mixture = house.engine(), house.mixture()
     house.add_bad(house.tenants[0])
-    running = Running(house.workspace, engine, ServerSettings(), Options, OnlyBugs())
+    running = Running(house.workspace, engine, ServerSettings(), SamplingParams, OnlyBugs())
     try:
         storm(running.start(), house.tenants, mixture, seconds=SOAK_SECONDS)
         stats = engine.stats()

@@ -53,7 +53,7 @@ def sent_back(url: str, sub: str, **form: str) -> dict[str, str]:
     return {name: values[0] for name, values in parse_qs(urlsplit(answer.headers["location"]).query).items()}
 
 
-def come_back(client, sub: str, next: str = "/runs"):
+def oidc_callback(client, sub: str, next: str = "/runs"):
     """Sign in with a browser: to the provider, and back."""
     gone = client.get(PATH, params={"next": next})
     assert gone.status_code == 303
@@ -69,7 +69,7 @@ def running(serve, workspace, issuer):
 def test_a_person_gets_the_rights_of_the_token_with_their_name_until_it_is_revoked(running, workspace) -> None:
     client = running.client()
     assert f'href="{PATH}?next=/runs"' in client.get("/sign-in?next=/runs").text
-    got = come_back(client, "1")
+    got = oidc_callback(client, "1")
     assert got.status_code == 200
     assert 'content="0; url=/runs"' in got.text
     session = next(each for each in got.headers.get_list("set-cookie") if each.startswith(COOKIE))
@@ -77,7 +77,7 @@ def test_a_person_gets_the_rights_of_the_token_with_their_name_until_it_is_revok
     assert client.get("/runs").status_code == 200
     assert post(client, "/sign-out", form_token(client)).status_code == 303
     assert client.get("/runs").status_code == 303
-    come_back(client, "1")
+    oidc_callback(client, "1")
     workspace.tokens.revoke("ann")
     running.served.refresh()
     assert client.get("/runs").status_code == 303
@@ -86,7 +86,7 @@ def test_a_person_gets_the_rights_of_the_token_with_their_name_until_it_is_revok
 @pytest.mark.parametrize(("sub", "why"), [("2", "no token for &#39;bob&#39;"), ("3", "named no preferred_username")])
 def test_a_person_without_a_token_or_a_name_does_not_come_in(running, sub, why) -> None:
     client = running.client()
-    got = come_back(client, sub)
+    got = oidc_callback(client, sub)
     assert got.status_code == 401
     assert why in got.text
     assert client.get("/runs").status_code == 303
@@ -103,7 +103,7 @@ def test_an_answer_counts_once_in_the_browser_that_asked_and_with_its_state(runn
         "refused the sign-in"
         in client.get(BACK, params=sent_back(client.get(PATH).headers["location"], "1", action="deny")).text
     )
-    assert come_back(client, "1").status_code == 200
+    assert oidc_callback(client, "1").status_code == 200
 
 
 def test_the_provider_may_send_the_browser_back_to_another_server_of_the_store(serve, workspace, issuer) -> None:

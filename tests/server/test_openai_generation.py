@@ -16,7 +16,7 @@ from server.conftest import Running
 from transformers import AutoModelForCausalLM
 
 from turret.access import Access
-from turret.engine import Options
+from turret.engine import SamplingParams
 from turret.server.state import ServerSettings
 from turret.workspace import Workspace
 
@@ -38,7 +38,7 @@ def running(tmp_path_factory) -> Iterator[Running]:
     base = byte_level.save_base(folder / "base")
     workspace = Workspace(folder / "store")
     workspace.store.put("a", byte_level.save_adapter(folder / "bundle", base, seed=1))
-    made = Running(workspace, workspace.engine(str(base), dtype="float32"), ServerSettings(), options=Options)
+    made = Running(workspace, workspace.engine(str(base), dtype="float32"), ServerSettings(), options=SamplingParams)
     made.folder = base
     yield made.start()
     made.stop()
@@ -65,7 +65,7 @@ def test_a_completion_is_the_raw_text_and_its_tokens_join_to_it(client, running)
         options = {"max_tokens": 24, "temperature": 1.5, "seed": seed, "logprobs": 2}
         choice = client.completions.create(model="base", prompt=PROMPT, **options).choices[0]
         offsets_hold(choice.text, choice.logprobs)
-        answer = running.engine.submit("generate", PROMPT, None, Options(**options, strip=False)).result(30)
+        answer = running.engine.submit("generate", PROMPT, None, SamplingParams(**options, strip=False)).result(30)
         ids = [*words(PROMPT)["input_ids"], *(each["id"] for each in answer["logprobs"])]
         assert PROMPT + choice.text == words.decode(ids, skip_special_tokens=True)
         with client.completions.create(model="base", prompt=PROMPT, stream=True, **options) as stream:
@@ -394,7 +394,7 @@ def test_a_composition_is_answered_for_those_who_may_use_all_its_adapters(runnin
     workspace.promote("b@1", "production")
     secrets = {"all": workspace.tokens.create("all")[1], "limited": workspace.tokens.create("one", adapters=["a"])[1]}
     engine = workspace.engine(str(running.folder), dtype="float32")
-    made = Running(workspace, engine, ServerSettings(), options=Options).start()
+    made = Running(workspace, engine, ServerSettings(), options=SamplingParams).start()
     try:
         clients = {
             name: openai.OpenAI(base_url=f"{made.url}/v1", api_key=secret, max_retries=0)
@@ -410,6 +410,8 @@ def test_a_composition_is_answered_for_those_who_may_use_all_its_adapters(runnin
         for model in ("a+b", "b+a", "a@1+b@1"):
             with pytest.raises(openai.NotFoundError):
                 clients["limited"].completions.create(model=model, **asked)
-        assert "a@1+b@1" not in [each.version for each in made.served.seen_by(Access(adapters=("a",))).engines.loaded()]
+        assert "a@1+b@1" not in [
+            each.version for each in made.served.with_access(Access(adapters=("a",))).engines.loaded()
+        ]
     finally:
         made.stop()

@@ -16,7 +16,7 @@ import yaml
 from shelf import Shelf
 
 import turret
-from turret.engine import Options
+from turret.engine import SamplingParams
 from turret.server.limits import RequestLimits
 from turret.server.metrics import Metrics
 
@@ -30,7 +30,7 @@ def exposed() -> str:
     shelf = Shelf("llama", "generate")
     shelf.put("g")
     with shelf.engine() as engine:
-        engine.generate(["a great film"], "g", Options(max_tokens=4))
+        engine.generate(["a great film"], "g", SamplingParams(max_tokens=4))
         figures = {"small": asdict(engine.stats())}
     gauges = dict.fromkeys(CURRENT, 1.0)
     return Metrics(lambda: gauges, lambda: figures, [{"version": "1", "base": "small"}]).text().decode()

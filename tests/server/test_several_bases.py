@@ -21,14 +21,14 @@ from server.test_end_to_end import TEXTS, TOLERANCE, bundle
 from store.bundles import tensors, write_bundle
 
 import turret
-from turret.engine import Embedding, Engine, Limits, MemoryBudget, Options
+from turret.engine import Embedding, Engine, Limits, MemoryBudget, SamplingParams
 from turret.errors import ServeRefused
 from turret.server.engines import Engines
 from turret.server.state import ServerSettings
 from turret.workspace import Workspace
 
 PLACES = (("bert", "classify", "labels"), ("qwen3", "generate", "news"), ("llama", "generate", "law"))
-RAW = Options(strip=False, max_tokens=6)
+RAW = SamplingParams(strip=False, max_tokens=6)
 
 
 @dataclass
@@ -55,7 +55,7 @@ def house(tmp_path_factory) -> Iterator[House]:
         engines[family] = workspace.engine(str(base), dtype="float32", limits=Limits(memory=budget))
     far = small_models.save_base("qwen3", folder / "far", seed=7)
     workspace.store.put("far", bundle(folder / "far-1", far, "qwen3", "generate", 1))
-    running = Running(workspace, list(engines.values()), ServerSettings(), options=Options)
+    running = Running(workspace, list(engines.values()), ServerSettings(), options=SamplingParams)
     yield House(workspace, running.start(), engines)
     running.stop()
 
@@ -129,7 +129,7 @@ def test_tokens_are_those_of_the_models_base(house: House) -> None:
 
 
 def test_vectors_are_those_of_the_models_base(house: House) -> None:
-    client, options = house.client(), Options(embedding=Embedding())
+    client, options = house.client(), SamplingParams(embedding=Embedding())
     for model, family, adapter in (("bert", "bert", None), ("labels", "bert", "labels@1"), ("law", "llama", "law@1")):
         got = client.post("/v1/embeddings", json={"model": model, "input": TEXTS}).json()
         engine = house.engines[family]
@@ -170,10 +170,10 @@ def test_an_adapter_of_no_base_of_the_server_is_not_here(house: House) -> None:
 def test_models_status_and_metrics_show_every_base(house: House) -> None:
     client = house.client()
     complete(client, "law")
-    cards = {each["id"]: each for each in client.get("/v1/models").json()["data"]}
-    assert [each for each in cards if cards[each]["parent"] is None] == ["bert", "qwen3", "llama"]
-    assert {name: cards[name]["parent"] for *_, name in PLACES} == {name: family for family, _, name in PLACES}
-    assert "far" not in cards
+    gpus = {each["id"]: each for each in client.get("/v1/models").json()["data"]}
+    assert [each for each in gpus if gpus[each]["parent"] is None] == ["bert", "qwen3", "llama"]
+    assert {name: gpus[name]["parent"] for *_, name in PLACES} == {name: family for family, _, name in PLACES}
+    assert "far" not in gpus
     status = client.get("/api/status").json()
     assert (status["base"], status["engine"]) == (None, None)
     assert [each["id"] for each in status["bases"]] == ["bert", "qwen3", "llama"]

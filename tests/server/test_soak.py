@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from server.conftest import Running
-from server.echo import Echo, Options, probabilities
+from server.echo import Echo, SamplingParams, probabilities
 from server.storm import ADAPTERS, SOAK_SECONDS, OnlyBugs, Tenant, classifies, storm
 
 from turret.server.state import ServerSettings
@@ -36,7 +36,7 @@ def test_for_minutes_no_answer_is_wrong_or_lost_and_memory_does_not_grow(put, wo
     engine = Echo(workspace.store, slots=20, load_seconds=0.002)
     tenant.bad = str(put("bad"))
     engine.broken.add(tenant.bad)
-    running = Running(workspace, engine, ServerSettings(), Options, lines=OnlyBugs())
+    running = Running(workspace, engine, ServerSettings(), SamplingParams, lines=OnlyBugs())
     try:
         storm(running.start(), [tenant], classifies(probabilities), seconds=SOAK_SECONDS / 3)
     finally:

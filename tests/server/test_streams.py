@@ -10,7 +10,7 @@ import time
 
 import httpx2
 import pytest
-from server.echo import Options, words
+from server.echo import SamplingParams, words
 
 from turret.errors import AdapterError
 from turret.server.limits import RequestLimits
@@ -161,7 +161,7 @@ def test_a_request_keeps_the_version_it_started_with(serve, put, workspace) -> N
     chunks = [json.loads(line.removeprefix("data: ")) for line in said if line and "[DONE]" not in line]
     assert {chunk["model"] for chunk in chunks} == {"a@1"}
     text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-    assert text == "".join(words(first.digest, LONG, Options(max_tokens=200)))
+    assert text == "".join(words(first.digest, LONG, SamplingParams(max_tokens=200)))
     assert client.post("/v1/classify", json={"model": "a", "input": "x"}).json()["model"] == "a@2"
 
 
@@ -174,4 +174,4 @@ def test_choices_of_one_stream_are_told_apart_by_their_index(serve, put) -> None
         choice = json.loads(line.removeprefix("data: "))["choices"][0]
         texts[choice["index"]] += choice["text"]
     wanted = [("one two", 1), ("one two", 2), ("three", 1), ("three", 2)]
-    assert texts == ["".join(words(version.digest, text, Options(seed=seed))) for text, seed in wanted]
+    assert texts == ["".join(words(version.digest, text, SamplingParams(seed=seed))) for text, seed in wanted]

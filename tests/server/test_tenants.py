@@ -45,7 +45,7 @@ def put_for(workspace: Workspace, tmp_path):
         task = {"kind": "classify", "labels": list(LABELS)}
         said = {"base": {"id": "echo", "fingerprint": base}, "task": task}
         bundle = write_bundle(tmp_path / "bundles", tensors(seed), said=said)
-        return workspace.seen_by(Access(tenant)).store.put(name, bundle, comparison=comparison)
+        return workspace.with_access(Access(tenant)).store.put(name, bundle, comparison=comparison)
 
     return put
 
@@ -53,7 +53,7 @@ def put_for(workspace: Workspace, tmp_path):
 @pytest.fixture
 def owner(workspace: Workspace, put_for) -> Workspace:
     """A tenant with all that a server shows: versions, aliases, gates, a run, a comparison, an experiment."""
-    owner = workspace.seen_by(Access("owner"))
+    owner = workspace.with_access(Access("owner"))
     for seed in (11, 12, 13):
         put_for("owner", HERE, seed)
     owner.promote(f"{HERE}@2", "production")
@@ -72,10 +72,12 @@ def owner(workspace: Workspace, put_for) -> Workspace:
 def strangers(running, workspace: Workspace) -> dict[str, walk.Stranger]:
     """Callers for whom the owner's things do not exist: by tenant, by adapter, by base."""
     tokens = {
-        "tenant": workspace.seen_by(Access("stranger")).tokens.create("t", ALL)[1],
+        "tenant": workspace.with_access(Access("stranger")).tokens.create("t", ALL)[1],
         "default": workspace.tokens.create("t", ALL)[1],
-        "adapters": workspace.seen_by(Access("owner")).tokens.create("limited", ALL, adapters=["zebra-x*", "ze"])[1],
-        "bases": workspace.seen_by(Access("owner")).tokens.create("elsewhere", ALL, bases=["other*"])[1],
+        "adapters": workspace.with_access(Access("owner")).tokens.create("limited", ALL, adapters=["zebra-x*", "ze"])[
+            1
+        ],
+        "bases": workspace.with_access(Access("owner")).tokens.create("elsewhere", ALL, bases=["other*"])[1],
     }
     return {kind: opened(running, secret) for kind, secret in tokens.items()}
 
@@ -177,7 +179,7 @@ def test_what_others_have_in_flight_and_in_memory_is_not_counted_for_a_tenant(se
     clients = {}
     for seed, tenant in enumerate(("default", "busy", "idle")):
         put_for(tenant, "news", seed)
-        clients[tenant] = running.client(workspace.seen_by(Access(tenant)).tokens.create("t", ALL)[1])
+        clients[tenant] = running.client(workspace.with_access(Access(tenant)).tokens.create("t", ALL)[1])
     running.served.refresh()
     for tenant in ("busy", "default", "idle"):
         assert clients[tenant].post("/v1/classify", json={"model": "news", "input": "x"}).status_code == 200
@@ -196,7 +198,7 @@ def test_one_name_is_another_adapter_for_each_tenant(serve, workspace, put_for) 
     digests = {tenant: put_for(tenant, "news", seed).digest for seed, tenant in enumerate(("default", "a", "b"))}
     clients, running = {}, serve()
     for tenant in digests:
-        clients[tenant] = running.client(workspace.seen_by(Access(tenant)).tokens.create("t", ALL)[1])
+        clients[tenant] = running.client(workspace.with_access(Access(tenant)).tokens.create("t", ALL)[1])
     running.served.refresh()
     for tenant, client in clients.items():
         got = client.post("/v1/classify", json={"model": "news", "input": "x"})
@@ -215,8 +217,8 @@ def test_an_alias_that_moves_moves_for_its_tenant_alone(serve, workspace, put_fo
     for tenant in ("a", "b"):
         for seed in (1, 2):
             put_for(tenant, "news", seed)
-        workspace.seen_by(Access(tenant)).promote("news@1", "production")
-        clients[tenant] = running.client(workspace.seen_by(Access(tenant)).tokens.create("t", ALL)[1])
+        workspace.with_access(Access(tenant)).promote("news@1", "production")
+        clients[tenant] = running.client(workspace.with_access(Access(tenant)).tokens.create("t", ALL)[1])
     running.served.refresh()
     assert clients["a"].post("/api/adapters/news@2/promote", json={"alias": "production"}).status_code == 200
     versions = {}
@@ -229,7 +231,7 @@ def test_equal_bytes_of_two_tenants_are_loaded_pinned_and_unloaded_apart(serve, 
     clients, running = {}, serve()
     for tenant in ("a", "b"):
         put_for(tenant, "news", 7)
-        clients[tenant] = running.client(workspace.seen_by(Access(tenant)).tokens.create("t", ALL)[1])
+        clients[tenant] = running.client(workspace.with_access(Access(tenant)).tokens.create("t", ALL)[1])
     running.served.refresh()
     assert clients["a"].post("/api/adapters/news@1/pin").status_code == 200
     assert clients["b"].get("/api/loaded").json() == {"loaded": []}
@@ -290,7 +292,7 @@ def test_the_figures_of_the_whole_server_are_for_the_tenant_default(serve, works
         put_for(tenant, f"{tenant}-news", 1)
     default = workspace.tokens.create("t", ALL)[1]
     limited = workspace.tokens.create("limited", ALL, adapters=["x*"])[1]
-    tenants = {tenant: workspace.seen_by(Access(tenant)).tokens.create("t", ALL)[1] for tenant in ("a", "b")}
+    tenants = {tenant: workspace.with_access(Access(tenant)).tokens.create("t", ALL)[1] for tenant in ("a", "b")}
     running = serve()
     own, other = running.client(default), running.client(tenants["a"])
     assert own.get("/api/status").json()["engine"] is not None
@@ -340,7 +342,7 @@ def test_a_token_that_expires_and_one_that_is_rotated(serve, workspace, until) -
 def test_the_time_of_an_answer_does_not_tell_a_foreign_name_from_a_missing_one(serve, workspace, owner) -> None:
     """2,000 requests in random order: the 95% intervals of the medians overlap. The control: 20 answers take longer."""
     own = owner.tokens.create("own", ALL)[1]
-    secret = workspace.seen_by(Access("stranger")).tokens.create("t", ALL)[1]
+    secret = workspace.with_access(Access("stranger")).tokens.create("t", ALL)[1]
     running = serve()
     client, mine = running.client(secret), running.client(own)
 

@@ -31,11 +31,11 @@ def test_usage_is_added_up_by_tenant_adapter_and_day(store: Store, put) -> None:
     ]
     assert [each.day for each in usage.read(store.database(), since="1970-01-02")] == ["1970-01-02"]
     assert len(usage.read(store.database(), until="1970-01-01")) == 3
-    limited = store.seen_by(Access(adapters=("b",))).database()
+    limited = store.with_access(Access(adapters=("b",))).database()
     assert [each.adapter for each in usage.read(limited)] == ["", "b"]
-    elsewhere = store.seen_by(Access(bases=("elsewhere",))).database()
+    elsewhere = store.with_access(Access(bases=("elsewhere",))).database()
     assert list(usage.read(elsewhere)) == []
-    (other,) = usage.read(store.seen_by(Access("other")).database())
+    (other,) = usage.read(store.with_access(Access("other")).database())
     assert (other.tenant, other.completion_tokens) == ("other", 1)
 
 
@@ -72,7 +72,7 @@ def test_an_action_that_fails_leaves_no_row(store: Store, put) -> None:
 
 def test_the_numbers_of_actions_tell_nothing_of_those_of_others(store: Store, put) -> None:
     put("a")
-    other = store.seen_by(Access("other"))
+    other = store.with_access(Access("other"))
     for number in range(6):
         for each, what in ((store, "a"), (other, "b"), (store, "c")):
             with each.database().writing() as connection:
@@ -83,7 +83,7 @@ def test_the_numbers_of_actions_tell_nothing_of_those_of_others(store: Store, pu
         rest = actions(connection, below=page[-1].id)
         assert [each.what for each in (*page, *rest)] == [f"b@{number}" for number in (5, 4, 3, 2, 1, 0)]
         assert [each.id for each in actions(connection, since="2026-01-04")] == [6, 5, 4]
-    with store.seen_by(Access(adapters=("a",))).database().reading() as connection:
+    with store.with_access(Access(adapters=("a",))).database().reading() as connection:
         assert [each.id for each in actions(connection)] == [7, 6, 5, 4, 3, 2, 1], "of the adapters that it sees"
     with store.database().reading() as connection:
         assert [each.id for each in actions(connection, limit=3)] == [13, 12, 11], "the control: all of the tenant"

@@ -55,7 +55,7 @@ def check_lines(store: Store, lines: list[str]) -> None:
     assert found == {alias: number for alias, number in ends.items() if number is not None}
 
 
-def broken_off(*arguments: object) -> tuple[Counter[str], set[str]]:
+def unfinished(*arguments: object) -> tuple[Counter[str], set[str]]:
     """The rounds by their end, and the versions that were put. The process kills others and checks the store."""
     process = start(*arguments)
     out, err = process.communicate(timeout=560)
@@ -69,7 +69,7 @@ def beside_readers(where: str, folder: Path, *arguments: object) -> tuple[Counte
     Store(where).put("seen", _bundle(folder))
     readers = [start(where, "read") for _ in range(2)]
     try:
-        ended = broken_off(where, *arguments)
+        ended = unfinished(where, *arguments)
         for reader in readers:
             out, err = reader.communicate("enough\n", timeout=300)
             assert reader.returncode == 0, err
@@ -85,7 +85,7 @@ def beside_readers(where: str, folder: Path, *arguments: object) -> tuple[Counte
 @EVERY_KILL
 def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(where, store, tmp_path) -> None:
     store.new_run("other", "", "")  # the store exists, as is usual
-    ended, acknowledged = broken_off(where, "operations", "put", 1, 500)
+    ended, acknowledged = unfinished(where, "operations", "put", 1, 500)
     assert ended["done"] == 1
     check(store, acknowledged)
     assert str(store.put("a", _bundle(tmp_path))) not in acknowledged
@@ -101,7 +101,7 @@ def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(where,
     indirect=["where"],
 )
 def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(where, verb) -> None:
-    ended, _ = broken_off(where, "operations", verb, 1, 500)
+    ended, _ = unfinished(where, "operations", verb, 1, 500)
     assert ended["killed"] > 1
     assert ended["done"] == 1
 
@@ -117,7 +117,7 @@ def test_killed_within_a_write_of_any_verb_the_store_holds_what_it_must_and_read
 
 def test_a_write_that_fails_within_any_verb_is_said_in_one_line_and_the_verb_not_done(tmp_path) -> None:
     """A file that may not grow, as on a full disk or with a quota, without a disk for the test."""
-    ended, _ = broken_off(tmp_path / "store", "limits", ",".join(QUICK), 260_001, 130_000)
+    ended, _ = unfinished(tmp_path / "store", "limits", ",".join(QUICK), 260_001, 130_000)
     assert ended["said"] >= len(QUICK)
     assert ended["done"]
     assert ended.total() == 3 * len(QUICK)
@@ -125,7 +125,7 @@ def test_a_write_that_fails_within_any_verb_is_said_in_one_line_and_the_verb_not
 
 def _kill_again_and_again(where: str, folder: Path, verb: str, *how: object) -> None:
     if verb == "migrate":  # a reader would migrate the store itself
-        ended, _ = broken_off(where, how[0], verb, *how[1:])
+        ended, _ = unfinished(where, how[0], verb, *how[1:])
     else:
         ended, _ = beside_readers(where, folder, how[0], verb, *how[1:])
     assert ended["killed"]  # the number depends on how far the WAL grew while readers read
@@ -153,7 +153,7 @@ def test_killed_within_writes_of_many_sizes_beside_readers(tmp_path, verb) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [*QUICK, *WITH_TORCH])
 def test_a_write_that_fails_at_many_sizes_is_said_in_one_line_and_the_verb_not_done(tmp_path, verb) -> None:
-    ended, _ = broken_off(tmp_path / "store", "limits", verb, 260_000, 10_400 if verb in WITH_TORCH else 5_200)
+    ended, _ = unfinished(tmp_path / "store", "limits", verb, 260_000, 10_400 if verb in WITH_TORCH else 5_200)
     assert ended.total() >= 25
 
 
@@ -166,7 +166,7 @@ def test_killed_at_file_operations_of_the_first_put_the_store_still_opens(kind, 
     for operation in range(4, 40, step):
         where = new_url() if kind == "url" else str(tmp_path / f"store-{operation}")
         store = Store(where)
-        _, acknowledged = broken_off(where, "operations", "put", operation, operation)
+        _, acknowledged = unfinished(where, "operations", "put", operation, operation)
         check(store, acknowledged)
         store.put("a", _bundle(tmp_path))
 

@@ -17,7 +17,7 @@ from sqlalchemy import select, update
 from turret.database import Database, runs
 from turret.errors import LeaseLost, StoreError
 from turret.store import Store, leases
-from turret.store.leases import Keeper, Lease
+from turret.store.leases import Lease, LeaseRenewer
 
 ANOTHER_MACHINE = "other-boot/4026531836/1/1"
 HOLD = """
@@ -201,14 +201,14 @@ def test_the_owner_on_another_machine_is_awaited_until_its_lease_ends_or_is_rene
     assert 0.5 < time.monotonic() - started < 5
     assert lines == ["waiting up to 1 s to see whether the process on far that has work is alive"]
     elsewhere(database, until=2)
-    with Keeper(database, lease):
+    with LeaseRenewer(database, lease):
         assert not leases.is_free(database, "work", lines.append)
 
 
 def test_a_keeper_renews_and_notices_that_the_lease_is_lost(database, short) -> None:
     lease, lines = take(database), list[str]()
     assert lease is not None
-    with Keeper(database, lease, warn=lines.append) as keeper:
+    with LeaseRenewer(database, lease, warn=lines.append) as keeper:
         time.sleep(1.2)
         assert take(database) is None
         keeper.require()

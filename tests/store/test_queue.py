@@ -21,7 +21,7 @@ def line(store: Store) -> TrainingQueue:
 
 
 def of(store: Store, tenant: str) -> TrainingQueue:
-    return TrainingQueue.of(store.seen_by(Access(tenant)))
+    return TrainingQueue.of(store.with_access(Access(tenant)))
 
 
 def state(store: Store, run: str) -> str:

@@ -239,7 +239,7 @@ def storm(
             words = (tenant, [each for each in tenants if each is not tenant], servers, faults, seed)
             clients += [kind(*words) for kind in (Asker, Operator, *([Killer] if seed < 2 else []))]
             if seed in (1, 2):
-                store = through(address, on(f"putter-{seed}")).seen_by(Access(tenant.word))
+                store = through(address, on(f"putter-{seed}")).with_access(Access(tenant.word))
                 clients.append(Putter(store, base, tmp_path / "bundles", *words))
         clients += [Collector(Store(url), *words), Watcher(*words)]
         yield Storm(Store(url), tenants, programs, clients, proxy, postgres_server, faults, mark)

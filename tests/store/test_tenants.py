@@ -26,7 +26,7 @@ def message(action) -> str:
 
 
 def test_names_are_unique_for_each_tenant_and_versions_count_for_each(store: Store, make_bundle) -> None:
-    a, b = store.seen_by(A), store.seen_by(B)
+    a, b = store.with_access(A), store.with_access(B)
     first = a.put("news", make_bundle(b"one"))
     assert [str(b.put("news", make_bundle(text))) for text in (b"two", b"one")] == ["news@1", "news@2"]
     assert [each.digest for each in a.list()] == [first.digest]
@@ -38,17 +38,17 @@ def test_names_are_unique_for_each_tenant_and_versions_count_for_each(store: Sto
 
 def test_a_put_answers_alike_whether_or_not_another_tenant_has_the_bytes(store: Store, make_bundle) -> None:
     bundle = make_bundle(tensors(1))
-    made = [store.seen_by(access).put("news", bundle) for access in (A, B)]
+    made = [store.with_access(access).put("news", bundle) for access in (A, B)]
     assert made[0].as_json() | {"created": ""} == made[1].as_json() | {"created": ""}
-    copies = {blob for access in (A, B) for blob in store.seen_by(access)._look_up("news")[1].values()}
+    copies = {blob for access in (A, B) for blob in store.with_access(access)._look_up("news")[1].values()}
     assert len(copies) == len(made[0].part("files")) + 1  # each content is kept once
-    store.seen_by(A).delete("news@1")
+    store.with_access(A).delete("news@1")
     assert store.gc().removed == ()
-    assert store.seen_by(B).verify().ok
+    assert store.with_access(B).verify().ok
 
 
 def test_a_foreign_name_is_missed_in_the_words_of_a_missing_one(store: Store, make_bundle) -> None:
-    a, b = store.seen_by(A), store.seen_by(B)
+    a, b = store.with_access(A), store.with_access(B)
     a.put("news", make_bundle())
     a.promote("news@1", "production")
     b.put("own", make_bundle(b"own"))
@@ -60,7 +60,7 @@ def test_a_foreign_name_is_missed_in_the_words_of_a_missing_one(store: Store, ma
         lambda name: b.promote(f"{name}@1", "candidate"),
         lambda name: b.rollback(name),
         lambda name: b.gate(name),
-        lambda name: b.standing(name),
+        lambda name: b.gate_status(name),
         lambda name: b.delete(f"{name}@1", force=True),
         lambda name: b.verify(name),
     ]
@@ -112,7 +112,7 @@ def test_patterns_limit_what_is_seen_within_a_tenant(store: Store, put) -> None:
         (Access(adapters=("legal*",), bases=("base-legal",)), ["legal"]),
         (Access(adapters=("l%", "s_les"), bases=("base_sales",)), []),
     ):
-        limited = store.seen_by(access)
+        limited = store.with_access(access)
         assert [each.name for each in limited.list()] == names
         every = ("legal", "legal-tax", "sales")
         assert [name for name in every if access.sees(name) and access.sees_base(f"base-{name}")] == names
@@ -127,16 +127,16 @@ def test_who_sees_one_base_sees_its_moves_and_removals_alone(store: Store, put) 
     for reference in ("a@1", "a@2", "a@1"):
         store.promote(reference, "production")
     store.delete("a@2")
-    history = store.seen_by(Access(bases=("mine",))).show("a@1")["alias_history"]
+    history = store.with_access(Access(bases=("mine",))).show("a@1")["alias_history"]
     assert [(move["version"], move["deleted"]) for move in history] == [(1, False), (2, True), (1, False)]
     put(said={"base": {"id": "theirs", "fingerprint": "sha256:x"}})
     store.promote("a@3", "production"), store.promote("a@1", "production")
-    history = store.seen_by(Access(bases=("mine",))).show("a@1")["alias_history"]
+    history = store.with_access(Access(bases=("mine",))).show("a@1")["alias_history"]
     assert [move["version"] for move in history] == [1, 2, 1, 1]
 
 
 def test_tokens_belong_to_a_tenant_and_keep_what_they_are_bound_to(store: Store) -> None:
-    a, b = store.seen_by(A).tokens, store.seen_by(B).tokens
+    a, b = store.with_access(A).tokens, store.with_access(B).tokens
     kept, secret = a.create("bot", adapters=["legal-*"], bases=["org/base"], lifetime=90 * 86400)
     b.create("bot")
     assert kept.access == Access("a", ("legal-*",), ("org/base",))
@@ -170,8 +170,8 @@ def test_a_rotation_lets_the_secret_before_it_live_for_the_overlap(store: Store)
 
 def test_an_engine_keeps_equal_bytes_of_two_tenants_apart(store: Store, make_bundle) -> None:
     for access in (A, B):
-        store.seen_by(access).put("news", make_bundle())
-    source = StoreSource(store.seen_by(A))
+        store.with_access(access).put("news", make_bundle())
+    source = StoreSource(store.with_access(A))
     own, other = source.resolve("news@1"), source.resolve("b/news@1")
     assert (own.digest, str(own)) == (other.digest, str(other))
     assert own.key != other.key

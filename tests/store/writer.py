@@ -177,7 +177,7 @@ def errors(where: str, verb: str, first: int, last: int, folder: Path) -> Iterat
             return
 
 
-def broken_off(where: str, mode: str, verbs: list[str], first: int, second: int, folder: Path) -> None:
+def unfinished(where: str, mode: str, verbs: list[str], first: int, second: int, folder: Path) -> None:
     ended: Counter[str] = Counter()
     for verb in verbs:
         if mode == "errors":
@@ -252,7 +252,7 @@ def main(where: str, verb: str, *rest: str) -> None:
         elif verb == "read":
             read(where, folder)
         elif verb in ("operations", "moments", "writes", "limits", "errors"):
-            broken_off(where, verb, rest[0].split(","), int(rest[1]), int(rest[2]), folder)
+            unfinished(where, verb, rest[0].split(","), int(rest[1]), int(rest[2]), folder)
         else:
             for _ in range(int(rest[0])):
                 ready_to_put(where, folder)

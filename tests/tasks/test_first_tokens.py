@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from turret.bases.packaged import PREFIX, WHEELS, find
-from turret.tasks import tokens
+from turret.tasks import tokens as token_answers
 from turret.tasks.classify import Classify
 from turret.tasks.tokens import Tokens
 
@@ -116,8 +116,8 @@ TEXTS = st.lists(st.tuples(PIECES, st.sampled_from([1, 1, 2, 3, 40, 300])), max_
 def test_the_first_tokens_are_those_of_the_whole_text(kind, text, most, literal) -> None:
     known = tokens(kind)
     with pytest.MonkeyPatch.context() as patched:  # so texts of hundreds of characters count as long
-        patched.setattr(tokens, "CHARACTERS", 4)
-        patched.setattr(tokens, "SPARE", 2)
+        patched.setattr(token_answers, "CHARACTERS", 4)
+        patched.setattr(token_answers, "SPARE", 2)
         found = known.plain([text, "short", text[1:]], most=most, literal=literal)
     whole = known.plain([text, "short", text[1:]], literal=literal)
     assert [ids[: most + 1] for ids in found] == [ids[: most + 1] for ids in whole]
@@ -157,7 +157,7 @@ def test_of_900_000_characters_few_are_read_for_32_tokens(kind, text) -> None:
         def __getattr__(self, name):
             return getattr(call, name)
 
-    found = tokens.FirstTokens(Counting()).ids([given], 33, {})[0]
+    found = token_answers.FirstTokens(Counting()).ids([given], 33, {})[0]
     assert sum(read) < LONG // 10
     assert found[:33] == known.plain([given[: LONG // 30]])[0][:33]
 
@@ -210,9 +210,9 @@ def test_control_a_word_cut_too_early_gives_other_tokens() -> None:
         ends = iter([torn])
         count = len(known.plain([text[:torn]])[0])
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(tokens, "WORDS", 0)
-            patched.setattr(tokens, "_end", lambda text, read: next(ends, len(text)))
-            patched.setattr(tokens.FirstTokens, "_longest_special", -1)
+            patched.setattr(token_answers, "WORDS", 0)
+            patched.setattr(token_answers, "_end", lambda text, read: next(ends, len(text)))
+            patched.setattr(token_answers.FirstTokens, "_longest_special", -1)
             return known.plain([text], most=count - 1)[0][:count] != whole[:count]
 
     assert any(differs(torn) for torn in range(20, 60))

@@ -19,10 +19,10 @@ import torch
 from turret import adapters, kernels
 from turret.errors import AdapterError, Interrupted, LossNotFinite, OutOfMemory, RecipeError, TrainingError
 from turret.train import checkpoint, evaluate, fit, read_curve
+from turret.train.adamw import AdamW
 from turret.train.batches import Items
 from turret.train.initialize import attach
 from turret.train.memory import Prediction
-from turret.train.moments import AdamW
 from turret.train.step import explained, loss_of, train_step
 
 

@@ -1,4 +1,4 @@
-"""A base of 7 billion weights in 4 bits trains on a card of 8 GB. No card is needed to count the bytes.
+"""A base of 7 billion weights in 4 bits trains on a GPU of 8 GB. No GPU is needed to count the bytes.
 
 Counted: the packed weights, embeddings and output layer in bfloat16, LoRA with its gradients and moments, the input of
 every layer, what one layer saves for its backward pass (by autograd's own hooks), the largest temporaries, the logits
@@ -19,8 +19,8 @@ from turret import quantized
 from turret.adapters import attach, classify_logits, trainable_parameters
 from turret.adapters.fused import without
 from turret.methods import LoRA
+from turret.train.adamw import moment_bytes
 from turret.train.memory import SavedForBackward
-from turret.train.moments import moment_bytes
 from turret.train.step import TARGETS
 
 GB = 1e9
@@ -42,7 +42,7 @@ class Layer:
 def layer(share: int, packed: bool = True) -> Layer:
     """One layer of Llama 2 7B with a `share`-th of its widths, LoRA of rank 16 on every linear layer, and 1,024 tokens.
 
-    The kernels are off, because a card has none of them.
+    The kernels are off, because a GPU has none of them.
     """
     config = transformers.LlamaConfig(
         vocab_size=128,

@@ -19,8 +19,8 @@ from turret.errors import TrainingError
 from turret.families import FAMILIES
 from turret.methods import LoRA
 from turret.recipe import Recipe
+from turret.train.adamw import AdamW, learning_rate, warmup_steps
 from turret.train.initialize import optimiser_of
-from turret.train.moments import AdamW, learning_rate, warmup_steps
 from turret.train.step import backward
 
 

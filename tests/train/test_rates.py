@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from turret.train.rates import (
+from turret.train.lr_finder import (
     FEWEST_HELD,
     MOST_HELD,
     MOST_STEPS,

@@ -18,12 +18,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from turret import bases
 from turret.bases.device import CPU, ChosenDevice
+from turret.bases.meta_model import model_of
 from turret.bases.sharded import gather_once, load_in_parts, own_part
-from turret.bases.skeleton import model_of
 from turret.errors import BaseModelError, RecipeError, TrainingError
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.train.card_memory import GATHERED, Work, in_parts, predict_on_card
+from turret.train.gpu_memory import GATHERED, Work, in_parts, predict_on_gpu
 from turret.workspace import Workspace
 from turret.workspace.stored_adapter import read_adapter
 
@@ -179,7 +179,7 @@ def test_one_process_is_told_to_start_several(folder: Path, tmp_path: Path) -> N
 def test_the_predicted_memory_of_a_part_has_its_share_of_the_layers_and_a_few_whole_ones() -> None:
     config: Any = small_models.config("llama", num_hidden_layers=8, hidden_size=256, intermediate_size=512)
     model = model_of(config, "generate")
-    whole = predict_on_card(model, parts.recipe(Path(), "lines").method, Work(1, 24, 8), torch.float32)
+    whole = predict_on_gpu(model, parts.recipe(Path(), "lines").method, Work(1, 24, 8), torch.float32)
     half = in_parts(whole, model, 2)
     layer = sum(each.nbytes for each in model.model.layers[0].parameters() if each.ndim == 2)
     assert whole.weights - half.weights == 4 * layer

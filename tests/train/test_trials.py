@@ -18,7 +18,7 @@ from turret.recipe import Recipe
 from turret.train import find_rate, plan
 from turret.train.batches import Items
 from turret.train.evaluation import evaluate, example_losses
-from turret.train.rates import FoundRate, trials
+from turret.train.lr_finder import FoundRate, trials
 from turret.train.run import checksum
 from turret.workspace import Workspace
 

@@ -20,12 +20,12 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace import training
 from turret.workspace.comparing import measure
-from turret.workspace.ready import Ready
+from turret.workspace.ready import PreparedTraining
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 
 
-def ready_in(folder: Path, family: str = "bert", kind: str = "classify", **changes: str) -> Ready:
+def ready_in(folder: Path, family: str = "bert", kind: str = "classify", **changes: str) -> PreparedTraining:
     base = folder / family
     small_models.save_base(family, base)
     heads = ["text", "label"] if kind == "classify" else ["document", "summary"]
@@ -42,7 +42,7 @@ def ready_in(folder: Path, family: str = "bert", kind: str = "classify", **chang
     return training.prepare(Store(folder / "store"), made, training.Callbacks())
 
 
-def asked(kind: str, ready: Ready) -> dict:
+def asked(kind: str, ready: PreparedTraining) -> dict:
     return measure.baseline(kind, ready, lambda _: None)
 
 

@@ -18,7 +18,7 @@ from server.test_end_to_end import bundle
 
 from turret.access import Access
 from turret.data import Pair
-from turret.engine import Options
+from turret.engine import SamplingParams
 from turret.errors import AdapterError, BadReference, NotFound, RecipeError, TurretError, WrongBase
 from turret.tasks.generate import Generate
 from turret.workspace import Workspace
@@ -49,7 +49,7 @@ def house(tmp_path_factory) -> SimpleNamespace:
 
 def text_of(engine: Any, prompt: str, model: str | None) -> str:
     """The engine's greedy answer."""
-    options = Options(temperature=0.0, max_tokens=24)
+    options = SamplingParams(temperature=0.0, max_tokens=24)
     return str(engine.submit("generate", prompt, model, options).result(60)["text"])
 
 
@@ -118,9 +118,9 @@ def test_the_report_is_kept_for_those_who_see_every_part(house) -> None:
     assert "merge its LoRAs" in house.found.promotion.why
     assert house.found.promotion.version is None
     for names, count in ((("x",), 0), (("p",), 0), (("x", "p"), 1)):
-        assert len(house.workspace.seen_by(Access(adapters=names)).comparisons()) == count
+        assert len(house.workspace.with_access(Access(adapters=names)).comparisons()) == count
     with pytest.raises(NotFound):
-        house.workspace.seen_by(Access(adapters=("x",))).report(listed["key"])
+        house.workspace.with_access(Access(adapters=("x",))).report(listed["key"])
 
 
 def test_what_cannot_be_compared_is_refused_before_an_answer(house, tmp_path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from turret import adapters
 from turret.adapters.lifecycle import CheckpointedForward
-from turret.bases.device import CPU, Card, ChosenDevice, Machine
+from turret.bases.device import CPU, ChosenDevice, Gpu, Machine
 from turret.errors import DeviceError, PreflightRefused
 from turret.plan_check import Check
 from turret.recipe import Recipe
@@ -20,7 +20,7 @@ from turret.tasks import task_of
 from turret.train import Plan, plan
 from turret.train.initialize import attach
 from turret.workspace.devices import checkpoints_for, choose_for, lighter, predicted_for
-from turret.workspace.ready import Ready
+from turret.workspace.ready import PreparedTraining
 from turret.workspace.results import Planned
 
 MB = 1_000_000
@@ -32,8 +32,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return Recipe(name="films", base=folder, data="films.csv", train={"dtype": "float32"})
 
 
-def card(free: int, number: int = 0) -> Card:
-    return Card(torch.device("cuda", number), "Small", free, 8_000 * MB)
+def gpu(free: int, number: int = 0) -> Gpu:
+    return Gpu(torch.device("cuda", number), "Small", free, 8_000 * MB)
 
 
 def on(recipe: Recipe, device: str) -> Recipe:
@@ -43,28 +43,28 @@ def on(recipe: Recipe, device: str) -> Recipe:
 CLASSIFY, LABELS = task_of("classify"), ("bad", "good")
 
 
-def test_a_card_takes_a_training_that_is_predicted_to_fit(recipe: Recipe) -> None:
+def test_a_gpu_takes_a_training_that_is_predicted_to_fit(recipe: Recipe) -> None:
     predicted = predicted_for(recipe, CLASSIFY, LABELS, torch.device("cuda", 0))
     assert predicted is not None
     enough, short = predicted.total + MB, predicted.total - MB
-    assert str(choose_for(recipe, CLASSIFY, LABELS, Machine((card(enough),))).device) == "cuda:0"
+    assert str(choose_for(recipe, CLASSIFY, LABELS, Machine((gpu(enough),))).device) == "cuda:0"
     whole = recipe.with_overrides({"train.checkpoint_layers": "false"})
-    chosen = choose_for(whole, CLASSIFY, LABELS, Machine((card(short),)))
+    chosen = choose_for(whole, CLASSIFY, LABELS, Machine((gpu(short),)))
     assert chosen.device.type == "cpu"
     assert "are needed, and the GPU with the most free memory is cuda:0" in chosen.reason
 
 
-def test_a_card_that_is_named_is_refused_if_not_even_the_weights_fit(recipe: Recipe) -> None:
+def test_a_gpu_that_is_named_is_refused_if_not_even_the_weights_fit(recipe: Recipe) -> None:
     with pytest.raises(PreflightRefused, match="does not fit on cuda:0 with 300 MB free: its weights take"):
-        choose_for(on(recipe, "cuda"), CLASSIFY, LABELS, Machine((card(300 * MB),)))
+        choose_for(on(recipe, "cuda"), CLASSIFY, LABELS, Machine((gpu(300 * MB),)))
     tight = predicted_for(recipe, CLASSIFY, LABELS, torch.device("cuda", 0))
     assert tight is not None
     free = tight.total - tight.activations // 2  # a smaller pass may fit: the plan measures it
-    assert str(choose_for(on(recipe, "cuda:0"), CLASSIFY, LABELS, Machine((card(free),))).device) == "cuda:0"
+    assert str(choose_for(on(recipe, "cuda:0"), CLASSIFY, LABELS, Machine((gpu(free),))).device) == "cuda:0"
 
 
-def test_the_cpu_is_taken_as_it_is_named_and_without_a_card(recipe: Recipe) -> None:
-    assert choose_for(on(recipe, "cpu"), CLASSIFY, LABELS, Machine((card(8_000 * MB),))).device.type == "cpu"
+def test_the_cpu_is_taken_as_it_is_named_and_without_a_gpu(recipe: Recipe) -> None:
+    assert choose_for(on(recipe, "cpu"), CLASSIFY, LABELS, Machine((gpu(8_000 * MB),))).device.type == "cpu"
     assert choose_for(recipe, CLASSIFY, LABELS, Machine()).device.type == "cpu"
     with pytest.raises(DeviceError, match="device cuda is not there"):
         choose_for(on(recipe, "cuda"), CLASSIFY, LABELS, Machine())
@@ -91,13 +91,13 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return Recipe(name="lines", base=folder, data="lines.csv", task=task, train={"dtype": "float32"})
 
 
-def test_a_small_card_takes_a_training_with_checkpointed_layers_and_says_why(deep: Recipe) -> None:
+def test_a_small_gpu_takes_a_training_with_checkpointed_layers_and_says_why(deep: Recipe) -> None:
     at, generate = torch.device("cuda", 0), task_of("generate")
     whole, light = (predicted_for(deep, generate, (), at, checkpointed=each) for each in (False, True))
     assert whole is not None
     assert light is not None
     assert light.total + 5 * MB < whole.total
-    small, large = Machine((card((whole.total + light.total) // 2),)), Machine((card(whole.total + MB),))
+    small, large = Machine((gpu((whole.total + light.total) // 2),)), Machine((gpu(whole.total + MB),))
     assert str(choose_for(deep, generate, (), small).device) == "cuda:0"
     why = checkpoints_for(deep, generate, (), at, small)
     assert why is not None
@@ -111,13 +111,13 @@ def test_a_small_card_takes_a_training_with_checkpointed_layers_and_says_why(dee
     assert (
         choose_for(deep.with_overrides({"train.checkpoint_layers": "false"}), generate, (), small).device.type == "cpu"
     )
-    assert choose_for(deep, generate, (), Machine((card(light.total - MB),))).device.type == "cpu"
+    assert choose_for(deep, generate, (), Machine((gpu(light.total - MB),))).device.type == "cpu"
 
 
-def test_a_measured_plan_that_does_not_fit_its_card_is_tried_once_with_checkpointed_layers(deep: Recipe) -> None:
+def test_a_measured_plan_that_does_not_fit_its_gpu_is_tried_once_with_checkpointed_layers(deep: Recipe) -> None:
     data, base = tiny.dataset("summarize"), tiny.base("llama", "generate")
     task, at = tiny.task_of(tiny.recipe(), data, base), ChosenDevice(torch.device("cuda", 0), "as asked for")
-    ready: Any = Ready(tiny.recipe(), data, base, task, [], 0.0, 0, None, at)  # type: ignore[arg-type]
+    ready: Any = PreparedTraining(tiny.recipe(), data, base, task, [], 0.0, 0, None, at)  # type: ignore[arg-type]
     refused = [Check("memory", "refuse", "9.0 GB, 8.0 GB free", "lower it")]
 
     def planned(checks: list[Check]) -> Planned:

@@ -142,7 +142,7 @@ def test_a_gate_measures_a_version_once_and_refuses_the_one_that_forgets(workspa
     stages.clear()
     workspace.promote("quiet", "production", on_stage=stages.append)
     assert stages == []
-    (status,) = workspace.standing("quiet", "production")
+    (status,) = workspace.gate_status("quiet", "production")
     assert status.passes
     assert run(["show", "quiet", "--store", str(workspace.store.root)]) == 0
     assert re.search(r"neutral text [+-]0\.0\d\d \(", capsys.readouterr().out)

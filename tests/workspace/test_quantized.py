@@ -14,7 +14,7 @@ from four_bits import needs_bitsandbytes
 from test_workspace import write_reviews
 
 from turret import quantized
-from turret.engine import Options
+from turret.engine import SamplingParams
 from turret.errors import BaseModelError, RecipeError
 from turret.recipe import Recipe
 from turret.workspace import Workspace
@@ -176,6 +176,6 @@ def test_a_generator_writes_in_4_bits(family: str, tmp_path: Path) -> None:
     (predicted,) = workspace.predict("news", ["article 3"])
     with workspace.engine(recipe.base, base_quantization="nf4") as engine:
         assert (
-            engine.submit("generate", "article 3", "news", Options(max_tokens=4)).result(60)["text"]
+            engine.submit("generate", "article 3", "news", SamplingParams(max_tokens=4)).result(60)["text"]
             == predicted["text"]
         )

@@ -5,7 +5,9 @@ verbs, `packed` runs unpadded rows, `fused` computes the same faster.
 """
 
 from turret.adapters.adapter import Adapter, BaseInfo, require_base
-from turret.adapters.attached import (
+from turret.adapters.batch_context import BARE, BatchContext, set_context
+from turret.adapters.fused.int8 import int8_layers, rounded_bytes
+from turret.adapters.hooks import (
     attachment,
     detach,
     mixed_precision,
@@ -14,8 +16,6 @@ from turret.adapters.attached import (
     target_paths,
     trainable_parameters,
 )
-from turret.adapters.batch_context import BARE, BatchContext, set_context
-from turret.adapters.fused.int8 import int8_layers, rounded_bytes
 from turret.adapters.lifecycle import attach, checkpoint_layers, extract, mount, start_from, unmount
 from turret.adapters.packed import classify_logits, target_logits
 

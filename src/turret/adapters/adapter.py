@@ -12,23 +12,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.attached import (
+from turret.adapters.hooks import (
     ATTRIBUTE,
-    Attachment,
+    HookedModel,
     device_of,
     routed_linear,
     routed_module,
     routed_whole,
 )
 from turret.adapters.lora import LoRAFactors
+from turret.adapters.modules_to_save import twin
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.adapters.scaled import ScaledLayer
-from turret.adapters.whole import twin
 from turret.errors import AdapterError, WrongBase
 from turret.families import FAMILIES, Family
 from turret.json_types import JsonObject
 from turret.methods import Method
-from turret.methods.peft.spec import LORA_PREFIX as LORA_PREFIX
+from turret.methods.peft.config import LORA_PREFIX as LORA_PREFIX
 from turret.transformer import Model
 
 PROMPT = {"decoder": "prompt_embeddings", "encoder": "encoder_prompt_embeddings", "cross": "cross_prompt_embeddings"}
@@ -107,7 +107,7 @@ class Parts:
     whole: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def head_tensors(attached: Attachment, slot: int) -> dict[str, Tensor]:
+def head_tensors(attached: HookedModel, slot: int) -> dict[str, Tensor]:
     """Copies of the head in a slot, by its names in the model."""
     return {
         f"{path}.{name}": copied(value)
@@ -126,7 +126,7 @@ def require_base(adapter: Adapter, fingerprint: str | None) -> None:
         )
 
 
-def mount_parts(model: Model, attached: Attachment, parts: Parts, slot: int) -> None:
+def mount_parts(model: Model, attached: HookedModel, parts: Parts, slot: int) -> None:
     """Put frozen factors and a frozen prefix into a slot."""
     for path, (A, B) in parts.factors.items():
         factors = LoRAFactors(A.float().clone(), B.float().clone(), parts.scaling).requires_grad_(False)
@@ -144,7 +144,7 @@ def mount_parts(model: Model, attached: Attachment, parts: Parts, slot: int) -> 
 
 def linear_at(model: Model, path: str) -> nn.Module:
     """The base's own layer at a path. Raises AdapterError if there is none."""
-    attached: Attachment | None = getattr(model, ATTRIBUTE, None)
+    attached: HookedModel | None = getattr(model, ATTRIBUTE, None)
     if attached is not None and (known := attached.linears.get(path)) is not None:
         return known.base_layer  # faster than get_submodule, which walks the path
     try:
@@ -156,7 +156,7 @@ def linear_at(model: Model, path: str) -> nn.Module:
     return layer
 
 
-def mount_head(model: Model, attached: Attachment, head: dict[str, Tensor], slot: int) -> None:
+def mount_head(model: Model, attached: HookedModel, head: dict[str, Tensor], slot: int) -> None:
     """Put frozen copies of the head's modules into a slot; a classifier needs all of them."""
     required = [name for name in attached.family.head_modules if name in dict(model.named_children())]
     missing = [name for name in required if not any(key.startswith(name + ".") for key in head)]

@@ -20,9 +20,9 @@ from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BARE, BatchContext, CachedKV
 from turret.adapters.fused import enabled
 from turret.adapters.fused.blocks import BlockLayout, BlockSide
-from turret.adapters.fused.card_attention import attend_rows
 from turret.adapters.fused.dropout import Masks, dropout, keep_rate, masked
 from turret.adapters.fused.flash import flash
+from turret.adapters.fused.gpu_attention import attend_rows
 from turret.errors import AdapterError
 from turret.families import Family, Site
 from turret.kernels import AttentionRows, Library, Prefixes, usable
@@ -343,12 +343,12 @@ def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCa
     library = usable(q, k, v) if call.softcap is None and enabled("flash") else None
     if library is not None:
         return _flash(library, hooked, q, k, v, call)
-    on_card = None if q.is_cpu else _on_card(hooked, q, k, v, call)
-    return on_card if on_card is not None else _unpadded_plainly(hooked, q, k, v, call)
+    on_gpu = None if q.is_cpu else _on_gpu(hooked, q, k, v, call)
+    return on_gpu if on_gpu is not None else _unpadded_plainly(hooked, q, k, v, call)
 
 
-def _on_card(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor | None:
-    """The same by a card's fused attention, or None if it does not compute this."""
+def _on_gpu(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor | None:
+    """The same by a GPU's fused attention, or None if it does not compute this."""
     if call.softcap is not None or call.dropout > 0.0 or hooked.bias_module is not None:
         return None
     context, site = hooked.context, hooked.site

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.fused.dropout import Masks
-from turret.card_kernels import MixedLoRA
+from turret.gpu_kernels import MixedLoRA
 from turret.kernels import AdapterSpans, CachedKVArguments, Int8Matrix, Library
 
 BARE = 0  # the slot of the bare base, without an adapter
@@ -93,7 +93,7 @@ class AdapterPoolProtocol(Protocol):
     """The adapters of a pass, if an engine keeps them instead of the modules' slots.
 
     library: the kernels that compute the current pass, or None.
-    mixed: on a card, the LoRA of the decode rows of the current pass, or None.
+    mixed: on a GPU, the LoRA of the decode rows of the current pass, or None.
     """
 
     library: Library | None

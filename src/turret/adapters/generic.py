@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from turret.adapters.attached import detach, hook_model
+from turret.adapters.hooks import detach, hook_model
 from turret.adapters.packed import classify_logits, target_logits
 from turret.errors import AdapterError, UnknownFamily
 from turret.families import FAMILIES, Family, generic

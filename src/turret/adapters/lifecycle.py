@@ -14,14 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from turret import quantized
 from turret.adapters.adapter import Adapter, Extracted, Parts, mount_parts, require_base, shared_names
-from turret.adapters.attached import ATTRIBUTE, Attachment, Beginning, attachment, detach, hook_model
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused.residual import COMPUTED_FROM
+from turret.adapters.hooks import ATTRIBUTE, AdapterInit, HookedModel, attachment, detach, hook_model
 from turret.arguments import checked
 from turret.errors import AdapterError
 from turret.kernels import usable
 from turret.methods import Method, by_name
-from turret.methods.lookup import numbers_of
+from turret.methods.lookup import tuner_of
 from turret.transformer import Model
 
 # --- checkpointed -----------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def all_parts(model: Model, adapter: Adapter) -> Parts:
     every = (adapter, *adapter.others)
     if adapter.others and any(each.head for each in every):
         raise AdapterError("one of the composed adapters has a head: only adapters that generate can be composed")
-    return composed([numbers_of(each.method).parts(model, each) for each in every])
+    return composed([tuner_of(each.method).parts(model, each) for each in every])
 
 
 def composed(parts: Sequence[Parts]) -> Parts:
@@ -183,7 +183,7 @@ def _stacked(path: str, parts: Sequence[Parts], ranks: Sequence[int]) -> tuple[T
 
 def require_mergeable(adapter: Adapter) -> None:
     """Raise AdapterError for a method that is more than a change of weights."""
-    numbers_of(adapter.method).require_mergeable()
+    tuner_of(adapter.method).require_mergeable()
 
 
 @torch.no_grad()
@@ -201,7 +201,7 @@ def merged_state(model: Model, adapter: Adapter) -> dict[str, Tensor]:
             "this base has quantized weights, so nothing can be merged into it: give the original model as base"
         )
     state: dict[str, Tensor] = dict(model.state_dict())
-    new = {**adapter.head, **numbers_of(adapter.method).merged(model, adapter)}
+    new = {**adapter.head, **tuner_of(adapter.method).merged(model, adapter)}
     shared = shared_names(model)
     for name, value in new.items():
         if name not in state or state[name].shape != value.shape:
@@ -249,7 +249,7 @@ def attach(
     attached = hook_model(base, plain=method.wraps_modules)
     attached.methods[1] = method = method.on(attached.family.kind)
     try:
-        numbers_of(method).start(base, attached, Beginning(init_ids, generator, head))
+        tuner_of(method).start(base, attached, AdapterInit(init_ids, generator, head))
     except BaseException:
         detach(model)
         raise
@@ -263,7 +263,7 @@ def require_bare(model: nn.Module) -> Model:
         raise AdapterError(
             f"an adapter goes on a model of transformers, given a {type(model).__name__}: load one with from_pretrained"
         )
-    if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
+    if isinstance(getattr(model, ATTRIBUTE, None), HookedModel):
         raise AdapterError("this model already carries an adapter: call turret.detach(model) first")
     return cast(Model, model)
 
@@ -288,7 +288,7 @@ def start_from(model: Model, adapter: Adapter, generator: torch.Generator | None
         raise AdapterError(
             f"the adapter is a {given.kind} and the recipe trains {method.kind}: set method.kind to {given.kind}"
         )
-    numbers_of(method).fill(model, attached, adapter, generator)
+    tuner_of(method).fill(model, attached, adapter, generator)
 
 
 def extract(model: nn.Module, slot: int = 1) -> Extracted:
@@ -296,7 +296,7 @@ def extract(model: nn.Module, slot: int = 1) -> Extracted:
     attached = attachment(model)
     if slot not in attached.methods:
         raise AdapterError(f"slot {slot} is empty: expected one of {sorted(attached.methods)}")
-    return numbers_of(attached.methods[slot]).extract(attached, slot)
+    return tuner_of(attached.methods[slot]).extract(attached, slot)
 
 
 def mount(model: M, adapter: Adapter, slot: int = 1, *, fingerprint: str | None = None) -> M:
@@ -325,7 +325,7 @@ def mount(model: M, adapter: Adapter, slot: int = 1, *, fingerprint: str | None 
     if adapter.others:
         mount_parts(base, attached, all_parts(base, adapter), slot)
     else:
-        numbers_of(adapter.method).mount(base, attached, adapter, slot)
+        tuner_of(adapter.method).mount(base, attached, adapter, slot)
     attached.methods[slot] = adapter.method
     attached.context.active = slot
     return model

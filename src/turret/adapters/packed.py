@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from turret.adapters.attached import attachment, device_of
 from turret.adapters.batch_context import set_context
 from turret.adapters.fused import enabled
 from turret.adapters.fused.blocks import rounded
 from turret.adapters.fused.frozen import linear
+from turret.adapters.hooks import attachment, device_of
 from turret.adapters.positions import row_positions
-from turret.card_kernels import copied
 from turret.families import Pooling
+from turret.gpu_kernels import copied
 from turret.transformer import Model, ModelConfig
 
 STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # the tokens of all rows are rounded up: to 64 by 8, and so on

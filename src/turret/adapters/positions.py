@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from turret.adapters.batch_context import BatchContext
-from turret.card_kernels import copied
 from turret.families import Family
+from turret.gpu_kernels import copied
 from turret.transformer import Model
 
 Length = Callable[[int], int]  # slot -> P

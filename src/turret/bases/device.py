@@ -1,6 +1,6 @@
 """Choose the device on which a base computes. Every verb makes this one decision; all else asks the loaded model.
 
-`auto` takes the card with the most free memory if what is needed fits there, else the CPU. It never takes `mps`,
+`auto` takes the GPU with the most free memory if what is needed fits there, else the CPU. It never takes `mps`,
 because nothing has been run there.
 """
 
@@ -20,7 +20,7 @@ Needed = Callable[[torch.device], int]  # the bytes that are needed on a device,
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     """A GPU that torch can use, by the name `cuda:N` (NVIDIA's, or AMD's with torch for ROCm)."""
 
     device: torch.device
@@ -36,8 +36,8 @@ class Card:
 class Machine:
     """The devices of a machine besides its CPU."""
 
-    cards: tuple[Card, ...] = ()
-    missing: str = "this machine has no GPU"  # why there is no card
+    gpus: tuple[Gpu, ...] = ()
+    missing: str = "this machine has no GPU"  # why there is no GPU
     mps: bool = False  # whether torch computes on Apple's GPU
 
 
@@ -62,8 +62,8 @@ def choose_device(name: str = "auto", needed: Needed | None = None, machine: Mac
     """The device that a name means here.
 
     Args:
-        name: auto, cpu, cuda (the first card), cuda:N or mps.
-        needed: the bytes that must be free; None: any card will do. It is called only if there is a card.
+        name: auto, cpu, cuda (the first GPU), cuda:N or mps.
+        needed: the bytes that must be free; None: any GPU will do. It is called only if there is a GPU.
         machine: the devices to choose from; None: those of this machine.
 
     Raises:
@@ -79,22 +79,22 @@ def choose_device(name: str = "auto", needed: Needed | None = None, machine: Mac
             raise DeviceError(f"device mps is not there: {_no_mps()}; give --device cpu")
         return ChosenDevice(MPS, "as asked for, in float32")
     if name != "auto":
-        card = _card(name, machine)
-        return ChosenDevice(card.device, f"as asked for, {card}")
-    if not machine.cards:
+        gpu = _gpu(name, machine)
+        return ChosenDevice(gpu.device, f"as asked for, {gpu}")
+    if not machine.gpus:
         apple = "; auto does not take mps, where nothing was run: ask for --device mps" if machine.mps else ""
         return ChosenDevice(CPU, machine.missing + apple, decided=machine.mps)
-    card = max(machine.cards, key=lambda each: each.free)
-    wanted = 0 if needed is None else needed(card.device)
-    if wanted > card.free:
+    gpu = max(machine.gpus, key=lambda each: each.free)
+    wanted = 0 if needed is None else needed(gpu.device)
+    if wanted > gpu.free:
         return ChosenDevice(
-            CPU, f"about {gigabytes(wanted)} are needed, and the GPU with the most free memory is {card}"
+            CPU, f"about {gigabytes(wanted)} are needed, and the GPU with the most free memory is {gpu}"
         )
-    return ChosenDevice(card.device, f"{card}" + (f", about {gigabytes(wanted)} are needed" if wanted else ""))
+    return ChosenDevice(gpu.device, f"{gpu}" + (f", about {gigabytes(wanted)} are needed" if wanted else ""))
 
 
 def this_machine() -> Machine:
-    """The cards that torch can use now. Asking for free memory starts CUDA in this process."""
+    """The GPUs that torch can use now. Asking for free memory starts CUDA in this process."""
     mps = torch.backends.mps.is_available()
     if not torch.cuda.is_available():
         return Machine(missing=_no_cuda(), mps=mps)
@@ -104,7 +104,7 @@ def this_machine() -> Machine:
 def default_dtype(device: torch.device) -> torch.dtype:
     """The precision of `dtype = "auto"`: bfloat16 where the device computes it natively.
 
-    A card that only emulates bfloat16 gets float16, with loss scaling in training. Everything else gets float32.
+    A GPU that only emulates bfloat16 gets float16, with loss scaling in training. Everything else gets float32.
     """
     if device.type == "mps":
         return torch.float32
@@ -121,8 +121,8 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def card_memory(device: torch.device) -> tuple[int, int]:
-    """Free and all bytes of a card. What torch keeps for this process and does not use counts as free."""
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Free and all bytes of a GPU. What torch keeps for this process and does not use counts as free."""
     free, total = torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), int(total)
 
@@ -132,25 +132,25 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _described(number: int) -> Card:
+def _described(number: int) -> Gpu:
     device = torch.device("cuda", number)
     try:
-        free, total = card_memory(device)
+        free, total = gpu_memory(device)
     except RuntimeError as error:
         raise DeviceError(
             f"{device} cannot be used: {one_line(str(error), 120)}; give --device cpu, or end the programs that use it"
         ) from error
-    return Card(device, torch.cuda.get_device_name(device), free, total)
+    return Gpu(device, torch.cuda.get_device_name(device), free, total)
 
 
-def _card(name: str, machine: Machine) -> Card:
-    if not machine.cards:
+def _gpu(name: str, machine: Machine) -> Gpu:
+    if not machine.gpus:
         raise DeviceError(f"device {name} is not there: {machine.missing}; give --device cpu")
     number = int(name.partition(":")[2] or 0)
-    if number >= len(machine.cards):
-        there = " and ".join(f"{card.device} ({card.name})" for card in machine.cards)
+    if number >= len(machine.gpus):
+        there = " and ".join(f"{gpu.device} ({gpu.name})" for gpu in machine.gpus)
         raise DeviceError(f"device {name} is not there: this machine has {there}; give one of them, or auto")
-    return machine.cards[number]
+    return machine.gpus[number]
 
 
 def _no_cuda() -> str:

@@ -23,7 +23,7 @@ SHAPES = ((16, 384, 384), (37, 384, 30), (130, 96, 70), (224, 1536, 384), (512, 
 @cache
 def native_bfloat16(device: torch.device = CPU) -> bool:
     """Whether a device computes bfloat16 natively. Emulation is several times slower than float32."""
-    if device.type == "cuda":  # NVIDIA's cards since Ampere, which has compute capability 8.0; all that ROCm supports
+    if device.type == "cuda":  # NVIDIA's GPUs since Ampere, which has compute capability 8.0; all that ROCm supports
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False

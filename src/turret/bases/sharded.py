@@ -30,9 +30,9 @@ from turret.bases.base import (
     require_task,
 )
 from turret.bases.device import ChosenDevice, gigabytes
+from turret.bases.meta_model import skeleton
 from turret.bases.numerics import use_quick_float32
 from turret.bases.quantized import Checkpoint, checkpoint_fingerprint
-from turret.bases.skeleton import skeleton
 from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError
 from turret.families import Family

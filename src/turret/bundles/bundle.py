@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from turret import quantized
 from turret.adapters.adapter import Adapter, BaseInfo, require_base
-from turret.adapters.attached import ATTRIBUTE, Attachment, attachment, detach
+from turret.adapters.hooks import ATTRIBUTE, HookedModel, attachment, detach
 from turret.adapters.lifecycle import attach, extract, mount, require_bare, start_from
 from turret.adapters.peft_config import check_config, refuse_code, shortly
 from turret.arguments import checked
@@ -31,7 +31,7 @@ from turret.families import FAMILIES
 from turret.fingerprint import fingerprint_of
 from turret.json_types import JsonObject, JsonValue
 from turret.methods import METHODS, Method, method_class
-from turret.methods.lookup import numbers_of
+from turret.methods.lookup import tuner_of
 from turret.tasks import stored_task
 from turret.transformer import Model
 
@@ -81,7 +81,7 @@ def load(folder: str | Path, model: M, *, trainable: bool = False) -> M:
         attach(model, adapter.method)
         start_from(base, adapter)
     except BaseException:
-        if isinstance(getattr(model, ATTRIBUTE, None), Attachment):
+        if isinstance(getattr(model, ATTRIBUTE, None), HookedModel):
             detach(model)
         raise
     return model
@@ -148,7 +148,7 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> JsonObject:
 
 
 def _write(adapter: Adapter, folder: Path) -> JsonObject:
-    stored = numbers_of(adapter.method).stored(adapter)
+    stored = tuner_of(adapter.method).stored(adapter)
     tensors = {name: stored[name].contiguous() for name in sorted(stored)}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -185,7 +185,7 @@ def _config(adapter: Adapter) -> JsonObject:
         "task_type": _task_type(adapter),
         "base_model_name_or_path": adapter.base.id,
         "inference_mode": True,
-        **numbers_of(adapter.method).peft_config(adapter),
+        **tuner_of(adapter.method).peft_config(adapter),
     }
 
 
@@ -219,11 +219,11 @@ def read_bundle(folder: str | Path) -> Adapter:
     if manifest is None:
         method = _method_of(config, tensors)
         base = BaseInfo(str(config.get("base_model_name_or_path") or "unknown"))
-        adapter_tensors, head = numbers_of(method).read(tensors, config)
+        adapter_tensors, head = tuner_of(method).read(tensors, config)
         return Adapter(method, adapter_tensors, head, base)
     method = _method(manifest["method"])
-    numbers_of(method).check_config(config)
-    adapter_tensors, head = numbers_of(method).read(tensors, config)
+    tuner_of(method).check_config(config)
+    adapter_tensors, head = tuner_of(method).read(tensors, config)
     base = BaseInfo(**{key: manifest["base"].get(key) for key in BASE})
     return Adapter(method, adapter_tensors, head, base, manifest["task"], manifest["generation"], manifest["lineage"])
 

@@ -87,7 +87,7 @@ def _usage(workspace: Workspace, since: str | None, until: str | None) -> list[U
 
     store = workspace.store
     tenants = store.tenants() if store.access.operates else [store.access.tenant]
-    stores = [store.seen_by(Access(tenant)) for tenant in tenants]
+    stores = [store.with_access(Access(tenant)) for tenant in tenants]
     return [each for one in stores if one.exists() for each in usage.read(one.database(), since, until)]
 
 

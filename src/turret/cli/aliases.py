@@ -9,7 +9,7 @@ import typer
 
 from turret.cli import options
 from turret.cli.output import columns, console, emit, many, offer, report, safe, status
-from turret.json_types import to_minute
+from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from turret.store import Gate, GateStatus, Golden, Move
@@ -88,7 +88,7 @@ def gate(
 
     workspace = Workspace(store)
     workspace.gate(name, alias, add=add or (), remove=remove or (), golden=golden, share=share)
-    found = workspace.standing(name, alias)
+    found = workspace.gate_status(name, alias)
     if as_json:
         emit({"name": name, "gates": [each.as_json() for each in found]})
     elif found:

@@ -90,7 +90,7 @@ def _processor(processor: JsonMapping) -> str:
 
 
 def _programs(text: str) -> str:
-    return f"{GOOD}compiled for this card" if text == "on" else f"{BAD}{safe(text)}; a card is slower without them"
+    return f"{GOOD}compiled for this GPU" if text == "on" else f"{BAD}{safe(text)}; a GPU is slower without them"
 
 
 def _kernels(text: str, int8: bool) -> str:

@@ -11,7 +11,8 @@ import typer
 from turret.cli import options
 from turret.cli.answers import data_columns
 from turret.cli.output import columns, console, emit, grid, number, report, safe, status
-from turret.json_types import JsonMapping, to_minute
+from turret.json_types import JsonMapping
+from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from turret.experiments.analyze import ArmAnalysis

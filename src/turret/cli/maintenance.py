@@ -28,7 +28,7 @@ def verify(
     if reference is None and workspace.store.access.operates:
         for tenant in workspace.store.tenants():
             if tenant != DEFAULT:
-                found = found.and_of(tenant, workspace.seen_by(Access(tenant)).verify())
+                found = found.and_of(tenant, workspace.with_access(Access(tenant)).verify())
     if as_json:
         emit({"store": str(store), **found.as_json()})
     else:

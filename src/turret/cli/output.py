@@ -93,7 +93,7 @@ def follows() -> bool:
 def complain(message: str) -> None:
     """Print an error as one line on stderr. If several processes of torchrun fail, only one prints."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        from turret.train.processes import reports_error
+        from turret.train.distributed import reports_error
 
         if not reports_error():
             return

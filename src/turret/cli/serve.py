@@ -139,7 +139,7 @@ def _serve(
     as_json: bool,
 ) -> None:
     from turret import process
-    from turret.engine import Options
+    from turret.engine import SamplingParams
     from turret.server.auth import Guard
     from turret.server.engines import Engines
     from turret.server.run import bind, run
@@ -163,7 +163,7 @@ def _serve(
                 for name in names
             ]
         engines = Engines(*loaded)
-        state = ServerState(workspace, engines, Options, settings)
+        state = ServerState(workspace, engines, SamplingParams, settings)
         bases, devices = [each.name for each in engines.bases], {str(each.base.model.device) for each in loaded}
         run(state, listening, lambda url: _announce(url, bases, ", ".join(sorted(devices)), as_json))
         engines.drain(state.limits.drain_seconds)
@@ -195,7 +195,7 @@ def _announce(url: str, bases: Sequence[str], device: str, as_json: bool) -> Non
 
 def only_base(workspace: Workspace) -> str:
     """The base of all adapters in the store, of every tenant. Raises ServeRefused if they have several."""
-    tenants = [workspace.seen_by(Access(tenant)) for tenant in workspace.store.tenants()]
+    tenants = [workspace.with_access(Access(tenant)) for tenant in workspace.store.tenants()]
     found = sorted({str(each.part("base").get("id")) for tenant in tenants for each in tenant.list()})
     if len(found) == 1:
         return found[0]

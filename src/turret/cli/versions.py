@@ -11,7 +11,8 @@ import typer
 from turret.cli import options
 from turret.cli.output import columns, console, emit, grid, main_metric, measured, number, safe, size, span
 from turret.errors import NotFound, counted
-from turret.json_types import JsonMapping, part, to_minute
+from turret.json_types import JsonMapping, part
+from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from rich.table import Table

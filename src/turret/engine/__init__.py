@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from turret.engine.options import Options
 from turret.engine.request import (
     Done,
     Event,
@@ -22,6 +21,7 @@ from turret.engine.request import (
     Ticket,
     VersionStats,
 )
+from turret.engine.sampling_params import SamplingParams
 from turret.engine.slots import MemoryBudget
 from turret.engine.text import Embedding
 
@@ -39,9 +39,9 @@ __all__ = [
     "LoadedAdapter",
     "MemoryBudget",
     "Named",
-    "Options",
     "Piece",
     "Receipt",
+    "SamplingParams",
     "Stats",
     "Ticket",
     "VersionStats",

@@ -20,17 +20,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForSequenceClassification
 
-from turret import card_kernels, quantized
+from turret import gpu_kernels, quantized
 from turret.adapters import require_base
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, head_paths
-from turret.adapters.attached import Attachment, device_of, hook_model, routed_linear, routed_whole, target_paths
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
 from turret.adapters.fused.frozen import linear
+from turret.adapters.hooks import HookedModel, device_of, hook_model, routed_linear, routed_whole, target_paths
 from turret.adapters.lifecycle import all_parts
 from turret.adapters.lora import sizes
 from turret.adapters.scaled import ScaledLayer
 from turret.bundles.tensors import all_finite
-from turret.card_kernels import MixedLoRA
 from turret.engine.adapter_tensors import (
     AdapterTensors,
     FactorLayout,
@@ -40,6 +39,7 @@ from turret.engine.adapter_tensors import (
 )
 from turret.errors import AdapterError
 from turret.families import Family
+from turret.gpu_kernels import MixedLoRA
 from turret.kernels import AdapterSpans, Library, usable
 from turret.tasks import Task
 from turret.transformer import Model
@@ -211,7 +211,7 @@ def sgmv(y: Tensor, x: Tensor, segments: Iterable[Segment], layer: int) -> None:
 
 
 def mixed_rows(rows: Sequence[AdapterTensors | None]) -> MixedLoRA | None:
-    """The adapter of each row as a card reads it, or None if no row has factors. No factor is copied."""
+    """The adapter of each row as a GPU reads it, or None if no row has factors. No factor is copied."""
     adapters = list(dict.fromkeys(each for each in rows if each is not None))
     if not adapters:
         return None
@@ -296,7 +296,7 @@ class AdapterPool:
         self.family, self.fingerprint = family, fingerprint
         self._model = model
         self._heads = Heads(model, family)
-        self.attached: Attachment = hook_model(model)
+        self.attached: HookedModel = hook_model(model)
         linears = [routed_linear(model, self.attached, path) for path in target_paths(model, "all-linear")]
         self._number = {id(linear): number for number, linear in enumerate(linears)}
         self._paths = {path: self._number[id(linear)] for path, linear in self.attached.linears.items()}
@@ -312,7 +312,7 @@ class AdapterPool:
         self._in_use: list[AdapterTensors] = []  # by the kernels in the current pass, even if unmounted meanwhile
         self._segments: dict[str, list[Segment]] = {}  # without kernels, by stream
         self._decoding = BGMV()
-        self.mixed: MixedLoRA | None = None  # on a card, of the decode rows of the current pass
+        self.mixed: MixedLoRA | None = None  # on a GPU, of the decode rows of the current pass
         self._mixed: tuple[Sequence[AdapterTensors | None], MixedLoRA | None] = (), None  # of the latest rows
         self._prefill_tokens = 0
         self._head_rows: list[tuple[int, int]] = []  # while heads are computed: (slot, rows)
@@ -435,7 +435,7 @@ class AdapterPool:
             self._prefill_tokens = sum(lengths.get("decoder", ()))
             adapters = [self.at(slot) for slot in steps]
             own = [None if each is None or each.layout is None else each for each in adapters]
-            if card_kernels.usable(*self._weights):
+            if gpu_kernels.usable(*self._weights):
                 if own != self._mixed[0]:
                     self._mixed = own, mixed_rows(own)
                 self.mixed = self._mixed[1]
@@ -444,8 +444,8 @@ class AdapterPool:
 
     @property
     def by_programs(self) -> bool:
-        """Whether a card's programs compute: then no factor is copied, and a step of this base may be recorded."""
-        return self.family.fast.layout == "pre-norm" and card_kernels.usable(*self._weights)
+        """Whether a GPU's programs compute: then no factor is copied, and a step of this base may be recorded."""
+        return self.family.fast.layout == "pre-norm" and gpu_kernels.usable(*self._weights)
 
     @property
     def scales(self) -> bool:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from turret.adapters.batch_context import AdapterPoolProtocol, CachedKV
 from turret.adapters.fused.blocks import rounded
-from turret.card_kernels import copied
 from turret.families import Site
+from turret.gpu_kernels import copied
 from turret.kernels import CachedKVArguments, usable
 
 SHORTEST = 32  # tokens of the shortest slot

@@ -23,9 +23,7 @@ from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, War
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.constraint import Constraint
 from turret.engine.counters import Counters
-from turret.engine.options import Options
-from turret.engine.passes import Passes
-from turret.engine.prompts import Prompts
+from turret.engine.input_processor import Prompts
 from turret.engine.request import (
     Answer,
     Done,
@@ -40,8 +38,10 @@ from turret.engine.request import (
     log,
 )
 from turret.engine.runner import Runner, pass_tokens
+from turret.engine.sampling_params import SamplingParams
 from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Slots
+from turret.engine.step import Passes
 from turret.errors import Busy, DataError, Draining, EngineError, InUse, NoRoom, TurretError
 from turret.kernels import rest
 
@@ -54,7 +54,7 @@ def answers(
     kind: Kind,
     texts: Sequence[str],
     adapter: str | None,
-    options: Options | None,
+    options: SamplingParams | None,
     limits: Limits,
     priority: int,
     deadline: float | None,
@@ -157,7 +157,7 @@ class Engine:
         kind: Kind,
         text: Input | Sequence[int],
         adapter: str | None,
-        options: Options | None = None,
+        options: SamplingParams | None = None,
         *,
         priority: int = 0,
         deadline: float | None = None,
@@ -186,7 +186,9 @@ class Engine:
         """
         named, now = None if adapter is None else self._source.resolve(adapter), self._clock()
         end = None if deadline is None else now + deadline
-        request = self._prompts.request(kind, text, named, options or Options(), priority, now, end, self._cancel)
+        request = self._prompts.request(
+            kind, text, named, options or SamplingParams(), priority, now, end, self._cancel
+        )
         request.tenant = tenant
         rest()  # leave the processors to the engine's thread
         with self._wake:
@@ -215,14 +217,14 @@ class Engine:
         deadline: float | None = None,
     ) -> list[Answer]:
         """`{"label", "probabilities", "prompt_tokens"}` for each text, in order; with a coverage also `label_set`."""
-        options = None if coverage is None else Options(coverage=coverage)
+        options = None if coverage is None else SamplingParams(coverage=coverage)
         return answers(self.submit, "classify", texts, adapter, options, self.limits, priority, deadline)
 
     def generate(
         self,
         texts: Sequence[str],
         adapter: str | None = None,
-        options: Options | None = None,
+        options: SamplingParams | None = None,
         *,
         priority: int = 0,
         deadline: float | None = None,

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from turret.engine.card_choice import Row, added, choose_together, forced_tokens, hides_eos, would_repeat
-from turret.engine.guide import Guide
-from turret.engine.options import Options
 from turret.engine.request import MAX_TOKENS, GenerationSettings
+from turret.engine.sampling import Row, added, choose_together, forced_tokens, hides_eos, would_repeat
+from turret.engine.sampling_params import SamplingParams
+from turret.engine.structured_output import Guide
 from turret.errors import BaseModelError, ContextLengthExceeded, DataError
 from turret.tasks import TextTask
 from turret.transformer import Model, Tokenizer
@@ -67,7 +67,7 @@ def base_settings(model: Model, tokenizer: Tokenizer) -> GenerationSettings:
 
 
 def resolved(
-    options: Options, own: GenerationSettings, task: TextTask | None, *, room: int, vocabulary: int
+    options: SamplingParams, own: GenerationSettings, task: TextTask | None, *, room: int, vocabulary: int
 ) -> GenerationSettings:
     """The settings of a request: its options, else those of the adapter's task, else those of the base.
 
@@ -109,7 +109,7 @@ def resolved(
         own,
         max_tokens=min(most, room) if options.max_tokens is None else options.max_tokens,
         eos=eos,
-        heat=options.heat,
+        temperature=options.effective_temperature,
         top_k=options.top_k,
         top_p=None if options.top_p is None or options.top_p >= 1.0 else options.top_p,
         seed=random.SystemRandom().getrandbits(63) if options.seed is None else options.seed,
@@ -141,12 +141,14 @@ def choose(scores: Tensor, rows: Sequence[Row], guides: Mapping[int, Guide] | No
     for number, guide in (guides or {}).items():
         guide.mask(scores[number])
     greedy = scores.argmax(-1).tolist()
-    ids = {number: guide.allowed() for number, guide in (guides or {}).items() if rows[number].settings.heat > 0.0}
+    ids = {
+        number: guide.allowed() for number, guide in (guides or {}).items() if rows[number].settings.temperature > 0.0
+    }
     return [
         None
         if not fine
         else token
-        if row.settings.heat == 0.0
+        if row.settings.temperature == 0.0
         else draw(scores[number], row.settings, row.random, ids.get(number))
         for number, (row, fine, token) in enumerate(zip(rows, finite, greedy, strict=True))
     ]
@@ -202,7 +204,7 @@ def draw(scores: Tensor, settings: GenerationSettings, generator: random.Random,
     """
     ids = allowed if allowed is not None and len(allowed) else None
     scores = (scores if ids is None else scores[ids]).double()
-    scores = (scores - scores.max()) / settings.heat
+    scores = (scores - scores.max()) / settings.temperature
     if settings.top_k is not None and settings.top_k < len(scores):
         scores, places = scores.topk(settings.top_k)
         ids = places if ids is None else ids[places]

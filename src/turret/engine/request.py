@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from turret.data import Input
 from turret.engine.histogram import Seconds
-from turret.engine.options import Options
+from turret.engine.sampling_params import SamplingParams
 from turret.engine.slots import Entry, MemoryBudget
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
 from turret.json_types import JsonObject
@@ -34,7 +34,7 @@ class GenerationSettings:
 
     max_tokens: int
     eos: tuple[int, ...]
-    heat: float = 0.0  # temperature; 0: greedy
+    temperature: float = 0.0  # temperature; 0: greedy
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
@@ -284,7 +284,7 @@ class Request:
     ticket: Ticket
     named: Named | None  # None: the bare base
     text: Input | None
-    options: Options
+    options: SamplingParams
     tokens: int  # of the prompt: an estimate until it is `ready`
     arrived: float
     priority: int = 0

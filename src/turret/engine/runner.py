@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from turret.adapters import set_context
-from turret.adapters.attached import detach
 from turret.adapters.batch_context import BARE
 from turret.adapters.fused.blocks import rounded
+from turret.adapters.hooks import detach
 from turret.adapters.packed import STEPS, pool, ready_mask, shift_right, vocabulary_logits
 from turret.bases import Base
-from turret.card_kernels import copied
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
+from turret.engine.cuda_graphs import RecordedSteps
 from turret.engine.decode import TokenLogprobs, token_logprobs
-from turret.engine.decode_graphs import RecordedSteps
 from turret.families import Pooling
+from turret.gpu_kernels import copied
 from turret.transformer import Model
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens

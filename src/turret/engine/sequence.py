@@ -11,9 +11,9 @@ from torch import Tensor
 
 from turret.engine.cache import KeyValueCache, KVSlot
 from turret.engine.decode import TokenLogprobs, adjust, token_logprobs
-from turret.engine.guide import Guide
 from turret.engine.request import Answer, GenerationSettings, Request
 from turret.engine.runner import DecodeStep, Prefill
+from turret.engine.structured_output import Guide
 from turret.engine.text import CONTEXT_TOKENS, IncrementalText, TokenEnds, between
 from turret.json_types import JsonObject
 

@@ -25,7 +25,8 @@ from turret.database import assignments, experiments, outcomes
 from turret.errors import BadExperiment
 from turret.experiments import assign, rows
 from turret.experiments.experiment import Experiment, lasting, seconds_between
-from turret.json_types import JsonObject, JsonValue, to_minute
+from turret.json_types import JsonObject, JsonValue
+from turret.timestamp import to_minute
 from turret.visibility import seen_experiments
 
 Status = Literal["counted", "noted", "repeated", "unknown", "late", "refused"]

@@ -25,8 +25,9 @@ from turret.experiments import arm_health, assign, outcomes, rows
 from turret.experiments.arm_health import ArmHealth
 from turret.experiments.experiment import Experiment
 from turret.experiments.outcomes import Recorded, Seen, check_receipt
-from turret.json_types import JsonValue, timestamp
+from turret.json_types import JsonValue
 from turret.reference import check_name
+from turret.timestamp import timestamp
 from turret.visibility import see_as
 
 REFRESH = 1.0  # seconds between two reads, and between two writes of the log

@@ -17,7 +17,8 @@ from turret.database import adapters, experiment_events, experiment_splits, expe
 from turret.errors import Corrupt, ExperimentError, NotFound
 from turret.experiments import assign
 from turret.experiments.experiment import CONTROL, MISSING_BOUND, Arm, Experiment, Guards, Metric, shares
-from turret.json_types import JsonMapping, to_minute
+from turret.json_types import JsonMapping
+from turret.timestamp import to_minute
 from turret.visibility import seen_adapters
 
 RUNNING, ENDED = "running", "ended"

@@ -29,7 +29,7 @@ from turret.experiments import outcomes
 from turret.experiments.evidence import EProcess, Floats
 from turret.experiments.experiment import Experiment, seconds_between
 from turret.experiments.outcomes import CountedOutcome, MissingOutcome
-from turret.json_types import timestamp
+from turret.timestamp import timestamp
 
 # --- sample ratio -----------------------------------------------------------------------------------------------------
 # A sequential test for sample ratio mismatch: whether each arm gets its planned share of the units.

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from turret.methods.method import Method
 
 if TYPE_CHECKING:
-    from turret.methods.numbers import MethodNumbers
+    from turret.methods.tuner import Tuner
 
 
-def numbers_of(method: Method) -> MethodNumbers[Method]:
+def tuner_of(method: Method) -> Tuner[Method]:
     """The tensors of this method: an instance of the class that `numbers_at` names."""
     module, _, name = method.numbers_at.partition(":")
-    numbers: type[MethodNumbers[Method]] = getattr(import_module(module), name)
+    numbers: type[Tuner[Method]] = getattr(import_module(module), name)
     return numbers(method)

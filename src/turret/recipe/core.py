@@ -490,7 +490,7 @@ class Recipe(_Section):
                 f'{kept}: train.lr = "auto" tries rates in one process; give a number, or leave train.lr out'
             )
         if train.device == "mps":
-            raise RecipeError(f"{kept} needs the CPU or one card a process, given train.device = mps; leave it out")
+            raise RecipeError(f"{kept} needs the CPU or one GPU a process, given train.device = mps; leave it out")
         return self
 
     @field_validator("base", mode="before")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from turret.data import Prompt
-from turret.engine import Event, LoadedAdapter, Named, Options, Receipt, Stats
+from turret.engine import Event, LoadedAdapter, Named, Receipt, SamplingParams, Stats
 from turret.engine.constraint import Constraint
 from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
@@ -56,7 +56,7 @@ class EngineProtocol(Protocol):
         kind: RequestKind,
         text: Input,
         adapter: str | None,
-        options: Options | None = None,
+        options: SamplingParams | None = None,
         *,
         priority: int = 0,
         deadline: float | None = None,

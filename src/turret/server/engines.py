@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from turret.engine import LoadedAdapter, Named, Options, Stats
+from turret.engine import LoadedAdapter, Named, SamplingParams, Stats
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest, NotFound, ServeRefused, TurretError
 from turret.reference import Reference, parts_of
@@ -158,7 +158,7 @@ class SeenEngines:
         kind: RequestKind,
         text: Input,
         model: str,
-        options: Options | None = None,
+        options: SamplingParams | None = None,
         *,
         priority: int = 0,
         deadline: float | None = None,

@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from turret.engine import Options, Piece
+from turret.engine import Piece, SamplingParams
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest, TurretError
 from turret.json_types import JsonObject
@@ -89,7 +89,7 @@ async def options_of(
     times: int | None = None,
     constraint: Constraint | None = None,
     **more: bool | int | None,
-) -> Sequence[Options]:
+) -> Sequence[SamplingParams]:
     """`generation_options`, on a thread if the request has a constraint, which may be long."""
     forms = (body.response_format, body.structured_outputs, body.guided_json, body.guided_regex, body.guided_choice)
     if constraint is None and any(each is not None for each in forms):
@@ -106,13 +106,13 @@ def generation_options(
     times: int | None = None,
     constraint: Constraint | None = None,
     **more: bool | int | None,
-) -> Sequence[Options]:
+) -> Sequence[SamplingParams]:
     """The options of each choice. The choices of one prompt have consecutive seeds.
 
     Args:
         times: Choices of each prompt; `n` if None.
         constraint: What the answer must look like; `options_of` reads it from the request.
-        more: Options that the route sets.
+        more: SamplingParams that the route sets.
     """
     times = times or body.n or 1
     keys = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -134,7 +134,7 @@ async def stream(
     request: Request,
     body: Generation,
     prompts: Sequence[Input],
-    options: Sequence[Options],
+    options: Sequence[SamplingParams],
     unit: str | None,
     chunks: ChunkFormat,
 ) -> StreamingResponse:
@@ -152,7 +152,7 @@ async def stream_events(
     request: Request,
     model: str,
     prompts: Sequence[Input],
-    options: Sequence[Options],
+    options: Sequence[SamplingParams],
     unit: str | None,
     lines: Callable[[PendingAnswers, AsyncIterator[Update]], AsyncIterator[str]],
     headers: dict[str, str] | None = None,

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, TextIO
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.errors import ServeRefused
-from turret.json_types import JsonValue, timestamp
+from turret.json_types import JsonValue
 from turret.server.error_responses import send_error
+from turret.timestamp import timestamp
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

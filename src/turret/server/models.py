@@ -32,7 +32,7 @@ async def show_model(model: Annotated[str, Path(min_length=1, max_length=200)], 
     """The base, or one version of an adapter."""
     if state.is_base(model):
         return _base(state, model)
-    return _card(state, model, await state.control(version_here, state, model))
+    return _gpu(state, model, await state.control(version_here, state, model))
 
 
 def version_here(state: ServerState, model: str) -> Version:
@@ -66,10 +66,10 @@ def _adapters(state: ServerState, versions: Sequence[Version]) -> Iterator[Model
         for model, number in {name: plain, **meanings}.items():
             version = by_number.get(number or 0)
             if version is not None and is_on_base(state, version):
-                yield _card(state, model, version)
+                yield _gpu(state, model, version)
 
 
-def _card(state: ServerState, model: str, version: Version) -> ModelCard:
+def _gpu(state: ServerState, model: str, version: Version) -> ModelCard:
     created = int(datetime.fromisoformat(version.created).timestamp())
     task, base = version.part("task").get("kind"), state.engines.base_of_version(version)
     parent = None if base is None else base.name

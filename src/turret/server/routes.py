@@ -93,7 +93,7 @@ def _state(request: Request) -> ServerState:
     """The server's state as the caller sees it. This is the one place where a route gets it from."""
     state: ServerState = request.app.state.server
     caller = getattr(request.state, "caller", None)
-    return state if caller is None else state.seen_by(caller.access)
+    return state if caller is None else state.with_access(caller.access)
 
 
 State = Annotated[ServerState, Depends(_state)]

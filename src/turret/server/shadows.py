@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from turret.engine import Done, Event, Failed, Options, Piece
+from turret.engine import Done, Event, Failed, Piece, SamplingParams
 from turret.server.engine_protocol import Answer, Input, TicketProtocol
 from turret.server.engines import SeenEngines
 from turret.server.logs import Log
@@ -57,7 +57,7 @@ class Shadows:
         placement: Placement,
         kind: RequestKind,
         inputs: Sequence[Input],
-        options: Sequence[Options] | None,
+        options: Sequence[SamplingParams] | None,
         tickets: Sequence[TicketProtocol],
     ) -> None:
         """Start the shadows of a request if there is room. Returns at once. tickets: of the request."""
@@ -103,7 +103,7 @@ class _Shadow:
         self._ended_at = 0.0
         self._samples = False
 
-    def run(self, version: str, inputs: Sequence[Input], options: Sequence[Options] | None) -> None:
+    def run(self, version: str, inputs: Sequence[Input], options: Sequence[SamplingParams] | None) -> None:
         """Submit the shadow and listen to it, on the shadows' thread. Errors are recorded, never raised."""
         engines, clock = self._shadows.engines, self._shadows.clock
         self._started_at = self._ended_at = clock()

@@ -1,6 +1,7 @@
 """Everything that routes need, in one object: the workspace, the engines, and what follows the store.
 
-`seen_by` gives the state as one access sees it: its workspace, engines, aliases, experiments and metrics have nothing
+`with_access` gives the state as one access sees it: its workspace, engines, aliases, experiments and metrics
+have nothing
 of another tenant. Routes get no other state (`turret.server.routes`).
 
 Questions, the control plane and outcomes have threads of their own, so that many loads delay no answer. Tenants take
@@ -24,7 +25,7 @@ from starlette.requests import Request
 from turret import __version__, process
 from turret.access import DEFAULT, OPERATOR, Access
 from turret.database import Database, adapters, versions
-from turret.engine import Options
+from turret.engine import SamplingParams
 from turret.errors import Cancelled, NotFound, TurretError
 from turret.json_types import JsonMapping
 from turret.server import logs
@@ -169,14 +170,14 @@ class ServerState:
 
     Args:
         engines: One engine, or those of several bases.
-        options: Makes the settings of a generation, as `turret.engine.Options` does.
+        options: Makes the settings of a generation, as `turret.engine.SamplingParams` does.
     """
 
     def __init__(
         self,
         workspace: Workspace,
         engines: EngineProtocol | Engines,
-        options: Callable[..., Options],
+        options: Callable[..., SamplingParams],
         settings: ServerSettings | None = None,
         *,
         log: Log | None = None,
@@ -230,7 +231,7 @@ class ServerState:
 
     # --- tenants ------------------------------------------------------------------------------------------------------
 
-    def seen_by(self, access: Access) -> ServerState:
+    def with_access(self, access: Access) -> ServerState:
         """The state as this access sees it. What it does not see is not there."""
         view = self._views.get(access)
         if view is None:
@@ -250,7 +251,7 @@ class ServerState:
 
     def _open_tenant(self, name: str) -> Tenant:
         home = self._home.store.access.tenant
-        workspace = self._home if name == home else self._home.seen_by(Access(name))
+        workspace = self._home if name == home else self._home.with_access(Access(name))
         build = [
             {"version": __version__, "base": each.name, "fingerprint": each.fingerprint}
             for each in self._all_engines.bases
@@ -268,7 +269,7 @@ class ServerState:
         threads = [each.of(access.tenant) for each in self._threads]
         self._submitting, self.parsing, self.compiling, self.control, self.promoting, self.recording = threads
         if not access.whole:
-            self.workspace = tenant.workspace.seen_by(access)
+            self.workspace = tenant.workspace.with_access(access)
             self.engines = SeenEngines(self._all_engines, self.workspace, self._home.store.access.tenant)
 
     def _open_tenants(self) -> None:
@@ -303,7 +304,7 @@ class ServerState:
         kind: RequestKind,
         model: str,
         inputs: Sequence[Input],
-        options: Sequence[Options] | None = None,
+        options: Sequence[SamplingParams] | None = None,
         *,
         unit: str | None = None,
     ) -> AsyncIterator[PendingAnswers]:
@@ -326,7 +327,7 @@ class ServerState:
         kind: RequestKind,
         model: str,
         inputs: Sequence[Input],
-        options: Sequence[Options] | None = None,
+        options: Sequence[SamplingParams] | None = None,
         *,
         unit: str | None = None,
     ) -> PendingAnswers:
@@ -355,7 +356,7 @@ class ServerState:
             raise
         return pending
 
-    async def _compile(self, model: str, options: Sequence[Options] | None) -> None:
+    async def _compile(self, model: str, options: Sequence[SamplingParams] | None) -> None:
         """Compile a request's constraint, the same for all its inputs, where no request without one waits for it."""
         constraint = options[0].constraint if options else None
         if constraint is not None and not self.engines.is_compiled(constraint):
@@ -424,7 +425,7 @@ class ServerState:
         kind: RequestKind,
         model: str,
         inputs: Sequence[Input],
-        options: Sequence[Options] | None,
+        options: Sequence[SamplingParams] | None,
         unit: str | None,
     ) -> Submission:
         """Submit every input to the version of its unit's arm, or to the version of the reference."""
@@ -452,7 +453,12 @@ class ServerState:
         return Submission(tickets, placement)
 
     def _tickets(
-        self, kind: RequestKind, model: str, inputs: Sequence[Input], options: Sequence[Options] | None, priority: int
+        self,
+        kind: RequestKind,
+        model: str,
+        inputs: Sequence[Input],
+        options: Sequence[SamplingParams] | None,
+        priority: int,
     ) -> Sequence[TicketProtocol]:
         """Submit every input to the version that accepted the first one; all or none."""
         for _ in range(RETRIES):
@@ -472,7 +478,7 @@ class ServerState:
         raise NotFound(f"{ascii(model)[:60]} was deleted several times while the request was submitted: try again")
 
     def _ticket(
-        self, kind: RequestKind, text: Input, model: str, options: Options | None, priority: int
+        self, kind: RequestKind, text: Input, model: str, options: SamplingParams | None, priority: int
     ) -> TicketProtocol:
         exact = model if self.is_base(model) else self.aliases.exact(model)
         seconds = self.limits.answer_seconds

@@ -23,9 +23,10 @@ from turret.access import ANY, DEFAULT, Access, check_patterns
 from turret.arguments import checked_methods
 from turret.database import Database, metadata, tokens
 from turret.errors import BadReference, InUse, NotFound
-from turret.json_types import JsonMapping, JsonObject, timestamp
+from turret.json_types import JsonMapping, JsonObject
 from turret.store.catalog import now, who
 from turret.store.leases import clock
+from turret.timestamp import timestamp
 from turret.visibility import access_of
 
 # --- session rows -----------------------------------------------------------------------------------------------------

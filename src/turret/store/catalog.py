@@ -18,10 +18,11 @@ from sqlalchemy import Connection, RowMapping, Select, Text, cast, delete, func,
 from turret import audit
 from turret.database import adapters, aliases, experiments, files, insert_row, tokens, versions
 from turret.errors import Corrupt, NotFound
-from turret.json_types import JsonMapping, JsonObject, JsonValue, mapping_of, part, timestamp, to_minute
+from turret.json_types import JsonMapping, JsonObject, JsonValue, mapping_of, part
 from turret.notebook import as_html, metrics_table, size
 from turret.reference import Reference
 from turret.store.blobs import Blob
+from turret.timestamp import timestamp, to_minute
 from turret.visibility import access_of, seen_adapters, seen_versions
 
 PRODUCTION = "production"  # the alias that a plain name means, if it exists

@@ -146,10 +146,10 @@ class Store:
         with self._reading() as connection:
             return [] if connection is None else catalog.tenants(connection)
 
-    def seen_by(self, access: Access) -> Store:
+    def with_access(self, access: Access) -> Store:
         """The same store as another tenant, or one of its tokens, sees it."""
         other, database = copy(self), self._open()
-        other.access, other._opened = access, None if database is None else database.seen_by(access)
+        other.access, other._opened = access, None if database is None else database.with_access(access)
         return other
 
     # --- versions -----------------------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ class Store:
         with self._existing(reference).writing() as connection:
             return promotion.change_gates(connection, name, alias, added, removed, examples, least_share)
 
-    def standing(self, name: str, alias: str | None = None) -> Sequence[GateStatus]:
+    def gate_status(self, name: str, alias: str | None = None) -> Sequence[GateStatus]:
         """Whether the version that each alias names passes its gates now, gate by gate."""
         reference = Reference(check_name(name), alias=None if alias is None else check_alias(alias))
         with self._existing(reference).reading() as connection:
@@ -526,7 +526,7 @@ class Store:
         """The database, opened once; None if the store does not exist."""
         if self._opened is None:
             found = Database.found(self._catalog)
-            self._opened = None if found is None else found.seen_by(self.access)
+            self._opened = None if found is None else found.with_access(self.access)
         return self._opened
 
     def _open_or_create(self) -> Database:
@@ -540,5 +540,5 @@ class Store:
                 raise StoreError(f"store {self.root} has the files of a catalog elsewhere: use another --store")
             with plain_errors(self._catalog):
                 make_folder(self.root, PRIVATE)
-        self._opened = Database(self._catalog).seen_by(self.access)
+        self._opened = Database(self._catalog).with_access(self.access)
         return self._opened

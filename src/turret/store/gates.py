@@ -179,5 +179,5 @@ def _holder(connection: Connection, name: str, alias: str) -> Version | None:
 def _status_of(connection: Connection, gate: Gate | Golden, holder: Version | None) -> GateStatus:
     if holder is None:
         return GateStatus(gate, None, None, f"{gate.alias} names no version yet")
-    judged = judged(holder, gate) if isinstance(gate, Gate) else golden.judged(connection, holder, gate)
-    return GateStatus(gate, str(holder), *judged)
+    found = judged(holder, gate) if isinstance(gate, Gate) else golden.judged(connection, holder, gate)
+    return GateStatus(gate, str(holder), *found)

@@ -23,11 +23,12 @@ from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from turret.database import adapters, golden_gates, golden_sets, replays
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
-from turret.json_types import JsonMapping, JsonObject, JsonValue, to_minute
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.store import catalog
 from turret.store.blobs import digest_of
 from turret.store.catalog import Version, now, plain_object
 from turret.tasks import stored_task
+from turret.timestamp import to_minute
 from turret.visibility import access_of, seen_adapters
 
 MOST_EXAMPLES = 10_000

@@ -20,10 +20,10 @@ from turret.data import memory
 from turret.database import Database, runs, versions
 from turret.disk import PRIVATE, describe_error, make_folder, permissions, sync
 from turret.errors import StoreError
-from turret.json_types import timestamp
 from turret.store.artifacts import Artifact, Artifacts
 from turret.store.gc import OLD, Removed
 from turret.store.runs import PREFIX
+from turret.timestamp import timestamp
 
 FOLDER = "data"
 WHY = "rows that no version and no unfinished training names"

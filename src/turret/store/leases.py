@@ -211,7 +211,7 @@ def _until(database: Database, name: str) -> tuple[float, str, str] | None:
     return row.until, row.host, row.process
 
 
-class Keeper:
+class LeaseRenewer:
     """Renews a lease on a thread of its own, for the duration of a `with` block. It does not release it.
 
     Args:
@@ -236,7 +236,7 @@ class Keeper:
         self._threads = [threading.Thread(target=each, name=f"turret {lease.name}", daemon=True) for each in loops]
         self._said = ""
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> LeaseRenewer:
         for thread in self._threads:
             thread.start()
         return self

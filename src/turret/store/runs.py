@@ -50,7 +50,7 @@ from turret.store import leases
 from turret.store.artifacts import Artifacts
 from turret.store.blobs import Blob, digest_of
 from turret.store.catalog import now, plain, who
-from turret.store.leases import Keeper, Lease
+from turret.store.leases import Lease, LeaseRenewer
 from turret.visibility import access_of, seen_runs
 
 # --- queue tables -----------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class TrainingRuns:
             return run
         return None
 
-    def keeper(self, run: HeldRun, warn: Callable[[str], None]) -> Keeper:
+    def keeper(self, run: HeldRun, warn: Callable[[str], None]) -> LeaseRenewer:
         """Renews the lease of the run, and copies its curve and checkpoints to the store, while a `with` block runs."""
         copied: dict[Path, tuple[int, int]] = {}
         last = time.monotonic()
@@ -237,7 +237,7 @@ class TrainingRuns:
         def checkpoint_state(path: Path) -> tuple[int, int] | None:
             return _state(path) if path.exists() else copied.get(path)
 
-        return Keeper(self._database, run.lease, turn=turn if self._artifacts.copies else None, warn=warn)
+        return LeaseRenewer(self._database, run.lease, turn=turn if self._artifacts.copies else None, warn=warn)
 
     def _copy(self, run: HeldRun, paths: Sequence[Path]) -> None:
         """Copy files of the run as they are now; the trainer may replace them in the meantime.

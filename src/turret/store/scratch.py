@@ -115,7 +115,7 @@ class WorkingFolder:
         _write(self.folder / "placing", names)
 
 
-def broken_off(working_folder: Path) -> bool:
+def unfinished(working_folder: Path) -> bool:
     """Whether the export with this working folder ended while it moved its files, before the last one."""
     return (working_folder / "placing").exists() and any((working_folder / "files").glob("*"))
 
@@ -149,7 +149,7 @@ def _of_export(note: Path, dry_run: bool) -> Iterator[tuple[str, int]]:
         with exclusive_lock(own.parent) as locked:
             if not locked:
                 return
-            if broken_off(own):
+            if unfinished(own):
                 _remove_placed(own)
             shutil.rmtree(own)
     if not dry_run:

@@ -15,9 +15,9 @@ from turret.train.curve import Curve, RunCurve, StepRecord, parse_curve, read_cu
 from turret.train.evaluation import evaluate, generate, head_logits
 from turret.train.initialize import InitialAdapter, require_optimizer
 from turret.train.loop import fit
+from turret.train.lr_finder import FoundRate, find_rate
 from turret.train.preflight import Plan, plan
 from turret.train.proof import Probe, probe, prove
-from turret.train.rates import FoundRate, find_rate
 from turret.train.run import Fitted
 from turret.train.seeds import filled
 

@@ -11,10 +11,10 @@ from turret import adapters
 from turret.adapters import Adapter
 from turret.bases import Base
 from turret.errors import AdapterError, TrainingError
-from turret.methods.lookup import numbers_of
+from turret.methods.lookup import tuner_of
 from turret.recipe import Recipe
 from turret.tasks import Task, stored_task
-from turret.train.moments import AdamW, require_eight_bits
+from turret.train.adamw import AdamW, require_eight_bits
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def optimiser_of(recipe: Recipe, base: Base) -> AdamW:
     trained, train = adapters.trainable_parameters(base.model), recipe.train
     heads = tuple(f"{name}." for name in base.family.head_modules)
     ratios = {name: train.head_lr_ratio or 1.0 for name in trained if name.startswith(heads)}
-    ratios |= numbers_of(recipe.method).rate_ratios(trained)
+    ratios |= tuner_of(recipe.method).rate_ratios(trained)
     return AdamW(trained, weight_decay=train.weight_decay, ratios=ratios, kind=train.optimizer or "adamw")
 
 

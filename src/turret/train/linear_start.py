@@ -25,10 +25,10 @@ from turret.bases import Base
 from turret.data import Example
 from turret.errors import LossNotFinite
 from turret.tasks import HeadTask
+from turret.train.adamw import AdamW, learning_rate
 from turret.train.batches import Item, Items, Schedule, by_length, spread
+from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
-from turret.train.moments import AdamW, learning_rate
-from turret.train.processes import ALONE, Processes
 from turret.train.seeds import Randomness
 from turret.train.step import LossScale, explained, train_step
 

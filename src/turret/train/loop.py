@@ -19,9 +19,9 @@ from turret.process import StopRequest
 from turret.recipe import Recipe
 from turret.tasks import Task
 from turret.train import memory
+from turret.train.adamw import learning_rate
 from turret.train.curve import StepRecord
 from turret.train.initialize import InitialAdapter
-from turret.train.moments import learning_rate
 from turret.train.run import Fitted, TrainingRun
 from turret.train.step import explained, train_step
 

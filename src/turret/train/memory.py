@@ -1,6 +1,6 @@
-"""Memory in bytes, of the process or of its tensors on a card, and the predicted memory of a training.
+"""Memory in bytes, of the process or of its tensors on a GPU, and the predicted memory of a training.
 
-On the CPU the memory of a training is that of the whole process. On a card it is that of the tensors there, as torch's
+On the CPU the memory of a training is that of the whole process. On a GPU it is that of the tensors there, as torch's
 allocator counts them; CUDA's context comes on top.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import process
-from turret.bases.device import card_memory, gigabytes
+from turret.bases.device import gigabytes, gpu_memory
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the peak to the current resident size
 
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def resident(device: torch.device = CPU) -> int:
-    """Bytes of this process in physical memory now, or of its tensors on a card."""
+    """Bytes of this process in physical memory now, or of its tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if device.type == "mps":
@@ -35,7 +35,7 @@ def resident(device: torch.device = CPU) -> int:
 
 
 def reset_peak(device: torch.device = CPU) -> None:
-    """Reset the peak on Linux or of a card. Elsewhere it stays the peak since the process started."""
+    """Reset the peak on Linux or of a GPU. Elsewhere it stays the peak since the process started."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -46,7 +46,7 @@ def reset_peak(device: torch.device = CPU) -> None:
 
 
 def peak(device: torch.device = CPU) -> int:
-    """Most bytes of this process in physical memory, or of its tensors on a card, since `reset_peak`.
+    """Most bytes of this process in physical memory, or of its tensors on a GPU, since `reset_peak`.
 
     Metal tells no peak: there it is what the driver has given to this process now.
     """
@@ -90,7 +90,7 @@ def grown(device: torch.device = CPU) -> Iterator[Grown]:
 def available(device: torch.device) -> int:
     """Free bytes of a GPU, or of the machine within its container's limit."""
     if device.type == "cuda":
-        return card_memory(device)[0]
+        return gpu_memory(device)[0]
     free = int(psutil.virtual_memory().available)
     limit = _container_room()
     return free if limit is None else min(free, limit)
@@ -113,14 +113,14 @@ def _container_room() -> int | None:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes that a training will need, by component; `total` is the predicted peak of the process, or on a card."""
+    """Bytes that a training will need, by component; `total` is the predicted peak of the process, or on a GPU."""
 
     weights: int  # of the frozen base
     trainable: int  # adapter, prefix MLP, head, or the copy of full fine-tuning
     gradients: int
     optimiser: int  # two moments
     activations: int  # peak of the passes: saved for backward, temporaries, holes in the heap
-    runtime: int  # Python and its libraries; on a card CUDA's context, if nothing was measured there
+    runtime: int  # Python and its libraries; on a GPU CUDA's context, if nothing was measured there
     rounded: int = 0  # the frozen matrices in 8 bits, with train.int8 and a small base
     prepared: int = 0  # examples and libraries that were loaded after the base, checkpoint and curve
 

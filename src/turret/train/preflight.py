@@ -21,19 +21,19 @@ from turret.data import Dataset, Example, Labelled, cells, texts_of
 from turret.errors import AdapterError, PreflightRefused, one_line
 from turret.json_types import JsonObject
 from turret.methods import Method
-from turret.methods.lookup import numbers_of
+from turret.methods.lookup import tuner_of
 from turret.methods.method import epochs_for
 from turret.notebook import Cell, Table, as_html, marked, size, span
 from turret.plan_check import Check, Level
 from turret.recipe import Recipe, toml
 from turret.tasks import Task, has_head, writes
 from turret.train import memory
+from turret.train.adamw import moment_bytes, warmup_steps
 from turret.train.batches import Item, Items, Schedule, Splits, micro_batches, pass_tokens, splits_of, spread
 from turret.train.evaluation import GENERATED_ROWS, evaluate, generate
 from turret.train.initialize import InitialAdapter, attach
 from turret.train.linear_start import head_start
-from turret.train.moments import moment_bytes, warmup_steps
-from turret.train.rates import MOST_TRIALS, FoundRate, TrialSize, size_of
+from turret.train.lr_finder import MOST_TRIALS, FoundRate, TrialSize, size_of
 from turret.train.seeds import Randomness, defaults_of, filled
 from turret.train.step import backward, loss_of, memory_ran_out
 from turret.transformer import Model, Tokenizer
@@ -46,7 +46,7 @@ LONG = 3.0  # seconds; a step this long is timed once instead of twice
 TIMED = 0.3  # seconds; a shorter span is too short to count, because the system counts hundredths
 BATCHES_SAMPLED = 50  # batches, of which the typical and the largest are measured
 FIRST_TOKENS = (1, 5)  # new tokens of each text in the two timed generations
-CARD_GROWTH = 1.05  # a card's allocator gives back what it has freed, whole
+GPU_GROWTH = 1.05  # a GPU's allocator gives back what it has freed, whole
 HEAP_GROWTH = 1.2  # the heap after hundreds of passes of other sizes, divided by the heap after a few
 BETWEEN_STEPS = 10 << 20  # bytes of the checkpoint and the curve
 SIZES = 5  # sizes of a pass that are tried, because each leaves other holes in the heap
@@ -120,7 +120,7 @@ def measure(
     part counts as `activations`: saved tensors, temporaries, and holes in the heap, because a training keeps freed
     memory. `activations` is at least what the largest piece saved for its backward pass.
 
-    On a card the same is measured of its tensors there.
+    On a GPU the same is measured of its tensors there.
 
     Args:
         before: bytes of the process after the base was loaded; None: now. Growth since then counts as `prepared`.
@@ -133,8 +133,8 @@ def measure(
     most = pass_tokens(recipe.train, model.config)
     typical = sorted(batches, key=_tokens_of_batch)[len(batches) // 2]
     pieces = sorted((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens_of_batch)
-    device, on_card = model.device, model.device.type != "cpu"
-    clock = _synchronized(clock, device) if on_card else clock
+    device, on_gpu = model.device, model.device.type != "cpu"
+    clock = _synchronized(clock, device) if on_gpu else clock
     randomness = Randomness(recipe.seed, device)
     before = memory.resident(device) if before is None else before
     with process.keep_freed(), randomness:
@@ -165,11 +165,9 @@ def measure(
         trainable=trainable,
         gradients=trainable,
         optimiser=moment_bytes(recipe.train.optimizer, trainable // 4),
-        activations=max(
-            round((CARD_GROWTH if on_card else HEAP_GROWTH) * grown.bytes), saved.bytes + 2 * saved.largest
-        ),
+        activations=max(round((GPU_GROWTH if on_gpu else HEAP_GROWTH) * grown.bytes), saved.bytes + 2 * saved.largest),
         rounded=rounded,
-        prepared=(0 if on_card else BETWEEN_STEPS) + max(0, begun - before - 2 * trainable - rounded),
+        prepared=(0 if on_gpu else BETWEEN_STEPS) + max(0, begun - before - 2 * trainable - rounded),
         runtime=max(0, before - base.bytes),
     )
     return Cost(
@@ -525,7 +523,7 @@ _SCRIPTS = {
 
 
 def checkpoints(base: Base) -> Iterator[Check]:
-    """Whether the layers are checkpointed because a card is small."""
+    """Whether the layers are checkpointed because a GPU is small."""
     if base.checkpoints is not None:
         text = f"on, the gradients are the same and a step computes the layers twice: {base.checkpoints}"
         yield Check("checkpoint_layers", "ok", text)
@@ -542,7 +540,7 @@ def precision(recipe: Recipe, base: Base) -> Iterator[Check]:
     if recipe.method.every_weight:
         yield Check("dtype", "warn", f"full fine-tuning starts from weights rounded to {dtype}", remedy)
     if dtype == "bfloat16" and not native_bfloat16(device):
-        where = "this processor" if device.type == "cpu" else f"the card {device}"
+        where = "this processor" if device.type == "cpu" else f"the GPU {device}"
         yield Check("dtype", "warn", f"{where} emulates bfloat16, several times slower than float32", remedy)
     if dtype == "float16":
         slow = "this processor computes float16 slowly; " if device.type == "cpu" else ""
@@ -687,7 +685,7 @@ def plan(
     else:
         rate = recipe.method.rate_check(lr, own.lr)
     rows = [
-        numbers_of(recipe.method).targets(base.model),
+        tuner_of(recipe.method).targets(base.model),
         rate,
         *recipe.method.checks(base.family.kind),
         steps(recipe, schedule, own.steps),

@@ -85,7 +85,7 @@ def tolerance(dtype: torch.dtype, one: torch.device, other: torch.device) -> flo
 
 
 def make_room(model: Model) -> None:
-    """Move a model from its card to the CPU: the fresh process of a proof loads the base on the same card."""
+    """Move a model from its GPU to the CPU: the fresh process of a proof loads the base on the same GPU."""
     if model.device.type != "cpu":
         model.to("cpu")
         torch.cuda.empty_cache()

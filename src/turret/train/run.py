@@ -25,14 +25,14 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.tasks import Task, has_head
 from turret.tasks.tokens import tokenizer_digest
-from turret.train import checkpoint, memory, processes
+from turret.train import checkpoint, distributed, memory
+from turret.train.adamw import AdamW, warmup_steps
 from turret.train.batches import Item, Items, Schedule, Splits, pass_tokens, splits_of
 from turret.train.curve import StepRecord
+from turret.train.distributed import Processes
 from turret.train.evaluation import evaluate
 from turret.train.initialize import InitialAdapter, attach, optimiser_of
 from turret.train.linear_start import head_start
-from turret.train.moments import AdamW, warmup_steps
-from turret.train.processes import Processes
 from turret.train.seeds import Randomness, filled
 from turret.train.step import LossScale
 from turret.transformer import Model
@@ -99,7 +99,7 @@ class Fitted:
     tokens: int
     seconds: float  # of the head's start and all optimiser steps, also those before the run was resumed
     evaluate_seconds: float
-    peak_bytes: int  # of this process, or of its tensors on a card
+    peak_bytes: int  # of this process, or of its tensors on a GPU
     resumed_from: int  # step of the checkpoint that this process resumed; 0 for none
     stopped_early: bool
     best: JsonObject | None  # step and metrics of the best evaluation on the validation split
@@ -164,7 +164,7 @@ class TrainingRun:
         start: InitialAdapter | None = None,
     ) -> TrainingRun:
         """Attach the recipe's adapter and resume the folder's checkpoint if there is one. See `fit`."""
-        here = processes.begin()
+        here = distributed.begin()
         splits = splits_of(recipe, dataset)
         recipe = filled(recipe, base, task.kind, len(splits.train))
         lr = recipe.train.lr

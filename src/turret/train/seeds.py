@@ -54,7 +54,7 @@ class RandomState(NamedTuple):
 
     python: tuple[int, tuple[int, ...], float | None]  # version, words, the pending half of a pair of `random.gauss`
     host: Tensor
-    card: Tensor | None
+    gpu: Tensor | None
 
 
 class Randomness:
@@ -68,22 +68,22 @@ class Randomness:
             torch.manual_seed(seed)
 
     def _take(self) -> RandomState:
-        card = None
+        gpu = None
         if self.device.type == "cuda":
-            card = torch.cuda.get_rng_state(self.device)
+            gpu = torch.cuda.get_rng_state(self.device)
         elif self.device.type == "mps":
-            card = torch.mps.get_rng_state()
-        return RandomState(random.getstate(), torch.get_rng_state(), card)
+            gpu = torch.mps.get_rng_state()
+        return RandomState(random.getstate(), torch.get_rng_state(), gpu)
 
     def _set(self, state: RandomState) -> None:
         random.setstate(state.python)
         torch.set_rng_state(state.host)
-        if state.card is None:
+        if state.gpu is None:
             return
         if self.device.type == "mps":
-            torch.mps.set_rng_state(state.card)
+            torch.mps.set_rng_state(state.gpu)
         else:
-            torch.cuda.set_rng_state(state.card, self.device)
+            torch.cuda.set_rng_state(state.gpu, self.device)
 
     def __enter__(self) -> None:
         assert self._outer is None, "the run's random states are in use already"
@@ -101,12 +101,12 @@ class Randomness:
 
     def tensors(self) -> dict[str, Tensor]:
         """The states as tensors, for a checkpoint."""
-        (version, words, gauss), host, card = self._own
+        (version, words, gauss), host, gpu = self._own
         assert version == 3, f"Python's generator has a new state, version {version}"
         assert gauss is None, "random.gauss was called, whose pending number a checkpoint does not keep"
         state = {"python": torch.tensor(words, dtype=torch.int64), "torch": host}
-        if card is not None:
-            state[self.device.type] = card
+        if gpu is not None:
+            state[self.device.type] = gpu
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:

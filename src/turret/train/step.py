@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from turret.adapters import mixed_precision, packed
 from turret.bases.sharded import parts_of
-from turret.card_kernels import copied
 from turret.errors import LossNotFinite, OutOfMemory
+from turret.gpu_kernels import copied
 from turret.tasks import Task, has_head
+from turret.train.adamw import AdamW
 from turret.train.batches import Item, micro_batches
+from turret.train.distributed import ALONE, Processes
 from turret.train.memory import Prediction
-from turret.train.moments import AdamW
-from turret.train.processes import ALONE, Processes
 from turret.transformer import Model
 
 # --- loss scale -------------------------------------------------------------------------------------------------------

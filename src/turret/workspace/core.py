@@ -14,10 +14,11 @@ from turret.access import Access, tenant_access
 from turret.arguments import checked_methods
 from turret.data import Prompt
 from turret.experiments import Router
-from turret.json_types import JsonMapping, JsonObject, to_minute
+from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
 from turret.notebook import Cell, Table, as_html
 from turret.store import AccessTokens, Collected, Deleted, Gate, GateStatus, Golden, Move, Store, Verified, Version
+from turret.timestamp import to_minute
 from turret.workspace import experimenting, machine, promoting, reading, training_runs
 from turret.workspace.examples import read_examples
 from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
@@ -86,10 +87,10 @@ class Workspace:
         empty = "nothing is stored yet: train(recipe) stores the first version"
         return as_html(f"Workspace {self.store}", facts, table if rows else empty, notes=more)
 
-    def seen_by(self, access: Access) -> Workspace:
+    def with_access(self, access: Access) -> Workspace:
         """The same store as another tenant, or one of its tokens, sees it."""
         other = Workspace(self.store.location)
-        other.store = self.store.seen_by(access)
+        other.store = self.store.with_access(access)
         other.hub = Hub(other.store)
         return other
 
@@ -158,9 +159,9 @@ class Workspace:
         examples = None if golden is None else read_examples(golden)
         return self.store.gate(name, alias, add=add, remove=remove, examples=examples, share=share)
 
-    def standing(self, name: str, alias: str | None = None) -> Sequence[GateStatus]:
+    def gate_status(self, name: str, alias: str | None = None) -> Sequence[GateStatus]:
         """Whether the version that an alias (or each alias) names passes now, per gate."""
-        return self.store.standing(name, alias)
+        return self.store.gate_status(name, alias)
 
     def verify(self, reference: str | None = None) -> Verified:
         """Check the digest and format of every file in the store, or of one version."""

@@ -1,4 +1,4 @@
-"""Choose the device of a training: a card takes it if the predicted memory of the whole training fits there."""
+"""Choose the device of a training: a GPU takes it if the predicted memory of the whole training fits there."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from turret import bases
 from turret.bases import ChosenDevice, choose_device
 from turret.bases.base import dtype_on
-from turret.bases.device import Card, Machine, gigabytes, this_machine
-from turret.bases.skeleton import room_to_answer, skeleton
-from turret.card_kernels import why_not
+from turret.bases.device import Gpu, Machine, gigabytes, this_machine
+from turret.bases.meta_model import room_to_answer, skeleton
 from turret.errors import AdapterError, PreflightRefused, UnknownFamily
+from turret.gpu_kernels import why_not
 from turret.recipe import Recipe
 from turret.tasks import Task
-from turret.train.card_memory import Work, in_parts, predict_on_card, refusal
+from turret.train.gpu_memory import Work, in_parts, predict_on_gpu, refusal
 from turret.train.memory import Prediction
-from turret.workspace.ready import Ready
+from turret.workspace.ready import PreparedTraining
 from turret.workspace.results import Planned
 
 AUTO = "auto"
@@ -36,18 +36,18 @@ def choose_for(recipe: Recipe, task: type[Task], labels: Sequence[str], machine:
 
     Raises:
         DeviceError: the device is not there.
-        PreflightRefused: the weights and the trained states do not fit on the card that the recipe names.
+        PreflightRefused: the weights and the trained states do not fit on the GPU that the recipe names.
     """
     name = recipe.train.device or AUTO
     if name in ("cpu", "mps"):
         return choose_device(name, machine=machine)
     machine = this_machine() if machine is None else machine
-    cards = {card.device: card for card in machine.cards}
-    chosen = choose_device(name, lambda at: _needed(recipe, task, labels, cards[at]), machine)
-    card = cards.get(chosen.device)
-    if card is not None and name != AUTO:
-        predicted = predicted_for(recipe, task, labels, card.device)
-        problem = None if predicted is None else refusal(predicted, card.free, recipe.base, str(card.device))
+    gpus = {gpu.device: gpu for gpu in machine.gpus}
+    chosen = choose_device(name, lambda at: _needed(recipe, task, labels, gpus[at]), machine)
+    gpu = gpus.get(chosen.device)
+    if gpu is not None and name != AUTO:
+        predicted = predicted_for(recipe, task, labels, gpu.device)
+        problem = None if predicted is None else refusal(predicted, gpu.free, recipe.base, str(gpu.device))
         if problem is not None:
             raise PreflightRefused(problem)
     return chosen
@@ -56,7 +56,7 @@ def choose_for(recipe: Recipe, task: type[Task], labels: Sequence[str], machine:
 def checkpoints_for(
     recipe: Recipe, task: type[Task], labels: Sequence[str], device: torch.device, machine: Machine | None = None
 ) -> str | None:
-    """Why the layers of a training on a card are checkpointed, though the recipe leaves it open; None if they are not.
+    """Why the layers of a training on a GPU are checkpointed, though the recipe leaves it open; None if they are not.
 
     Args:
         recipe: `train.checkpoint_layers`, if it is set, decides.
@@ -66,15 +66,15 @@ def checkpoints_for(
     if device.type != "cuda" or recipe.train.checkpoint_layers is not None or recipe.train.shard is not None:
         return None
     machine = this_machine() if machine is None else machine
-    free = next(card.free for card in machine.cards if card.device == device)
+    free = next(gpu.free for gpu in machine.gpus if gpu.device == device)
     whole = predicted_for(recipe, task, labels, device)
     if whole is None or whole.total <= free:
         return None
     return f"about {gigabytes(whole.total)} would be needed without it, and {gigabytes(free)} are free"
 
 
-def lighter(ready: Ready, planned: Planned) -> Ready | None:
-    """The same training with its layers checkpointed, if its plan does not fit its card; None if that is no way out."""
+def lighter(ready: PreparedTraining, planned: Planned) -> PreparedTraining | None:
+    """The same training with its layers checkpointed, if its plan does not fit its GPU; None if that is no way out."""
     refused = [check for check in planned.plan.checks if check.level == "refuse"]
     decided = ready.recipe.train.checkpoint_layers is not None or ready.base.checkpoints is not None
     if ready.device.device.type != "cuda" or decided or [check.name for check in refused] != ["memory"]:
@@ -91,7 +91,7 @@ def predicted_for(
     parts: int = 1,
     checkpointed: bool | None = None,
 ) -> Prediction | None:
-    """The predicted memory of a recipe's training on a card; None if it cannot be told from shapes alone.
+    """The predicted memory of a recipe's training on a GPU; None if it cannot be told from shapes alone.
 
     Args:
         parts: in how many parts the layers of the base lie, with `train.shard`.
@@ -105,7 +105,7 @@ def predicted_for(
         model = skeleton(source, task.request, task.num_labels(labels))
         work = Work.of(recipe, model, generates=task.generates)
         dtype = dtype_on(device, recipe.train.dtype)
-        predicted = predict_on_card(
+        predicted = predict_on_gpu(
             model,
             recipe.method,
             work,
@@ -117,16 +117,16 @@ def predicted_for(
         )
         return predicted if parts == 1 else in_parts(predicted, model, parts)
     except (UnknownFamily, AdapterError, NotImplementedError, RuntimeError, TypeError):
-        return None  # such as a module that needs numbers; the plan measures it on the card
+        return None  # such as a module that needs numbers; the plan measures it on the GPU
 
 
-def _needed(recipe: Recipe, task: type[Task], labels: Sequence[str], card: Card) -> int:
-    """Bytes that a training needs on a card, with its layers checkpointed if it would not fit otherwise."""
-    predicted = predicted_for(recipe, task, labels, card.device)
-    if predicted is not None and predicted.total > card.free and recipe.train.checkpoint_layers is None:
-        predicted = predicted_for(recipe, task, labels, card.device, checkpointed=True) or predicted
+def _needed(recipe: Recipe, task: type[Task], labels: Sequence[str], gpu: Gpu) -> int:
+    """Bytes that a training needs on a GPU, with its layers checkpointed if it would not fit otherwise."""
+    predicted = predicted_for(recipe, task, labels, gpu.device)
+    if predicted is not None and predicted.total > gpu.free and recipe.train.checkpoint_layers is None:
+        predicted = predicted_for(recipe, task, labels, gpu.device, checkpointed=True) or predicted
     if predicted is not None:
         return predicted.total
     packed = recipe.base_quantization is not None
-    room = room_to_answer(bases.resolve(recipe.base), dtype_on(card.device, recipe.train.dtype), packed=packed)
+    room = room_to_answer(bases.resolve(recipe.base), dtype_on(gpu.device, recipe.train.dtype), packed=packed)
     return round(UNPREDICTED * room)

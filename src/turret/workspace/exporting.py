@@ -313,7 +313,7 @@ def _is_occupied(target: Path) -> bool:
     names = {each.name for each in target.iterdir()}
     working = {name for name in names if name.startswith(BESIDE)}
     rest = names - working
-    unfinished = rest <= OURS and not rest & set(LOADED) and any(scratch.broken_off(target / name) for name in working)
+    unfinished = rest <= OURS and not rest & set(LOADED) and any(scratch.unfinished(target / name) for name in working)
     return bool(rest) and not unfinished
 
 

@@ -122,9 +122,9 @@ def _processor() -> JsonObject:
 
 
 def _programs(device: torch.device) -> str | None:
-    """Whether a card computes by Turret's Triton programs: "on", or why not; None without a card."""
+    """Whether a GPU computes by Turret's Triton programs: "on", or why not; None without a GPU."""
     from turret.bases import default_dtype
-    from turret.card_kernels import why_not
+    from turret.gpu_kernels import why_not
 
     return (why_not(device, default_dtype(device)) or "on") if device.type == "cuda" else None
 

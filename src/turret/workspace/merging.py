@@ -12,8 +12,8 @@ from turret import bundles
 from turret.adapters import Adapter, require_base
 from turret.errors import AdapterError, RecipeError
 from turret.json_types import JsonObject
-from turret.methods.lookup import numbers_of
-from turret.methods.lora.spec import COMBINATIONS
+from turret.methods.lookup import tuner_of
+from turret.methods.lora.config import COMBINATIONS
 from turret.reference import check_name
 from turret.store import Store, Version, scratch
 from turret.workspace.importing import check
@@ -56,7 +56,7 @@ def merge(store: Store, references: Sequence[str], name: str, request: MergeRequ
     for adapter in adapters:
         require_base(adapter, base.fingerprint)
     say(f"merging by {request.how}")
-    numbers = numbers_of(first.method)
+    numbers = tuner_of(first.method)
     method, tensors = numbers.combined(base.model, adapters, weights, request.how, request.density, SEED)
     head = _mean([adapter.head for adapter in adapters], weights)
     lineage = {

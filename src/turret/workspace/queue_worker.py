@@ -21,7 +21,7 @@ from turret.access import ANY, Access, check_patterns
 from turret.errors import BadLocation, Interrupted, LeaseLost, StoreError
 from turret.process import stop_on_sigterm
 from turret.store import Store, TrainingQueue, leases
-from turret.store.leases import Keeper
+from turret.store.leases import LeaseRenewer
 from turret.store.queue import QueuedRun
 from turret.workspace.child_process import MACHINE, OUTAGE, Failure, Patience, run_child
 from turret.workspace.progress import Say
@@ -143,7 +143,7 @@ class _Try:
                 "stopping": STOPPING_SECONDS,
                 "bases": list(limits.bases),
             }
-            with Keeper(self._store.database(), taken.lease, turn=self._turn, warn=self._say) as keeper:
+            with LeaseRenewer(self._store.database(), taken.lease, turn=self._turn, warn=self._say) as keeper:
                 errors = Path(folder) / "stderr.txt"
                 stop = lambda: self._asked.is_set() or keeper.lost or self._took_too_long()
                 where = self._store.location
@@ -197,4 +197,4 @@ class _Try:
             state = self._queue.after(taken, text, outage=outage)
         except LeaseLost:
             return "taken over by another worker, or ended"
-        return state or str(self._store.seen_by(Access(taken.tenant)).run(taken.run)["state"])
+        return state or str(self._store.with_access(Access(taken.tenant)).run(taken.run)["state"])

@@ -12,7 +12,7 @@ from turret.tasks import Task
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedTraining:
     """Everything that a training needs, in memory."""
 
     recipe: Recipe  # with every default filled in

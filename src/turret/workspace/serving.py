@@ -88,7 +88,7 @@ class StoreSource:
 
     def _seen_by(self, tenant: str) -> Store:
         if tenant not in self._stores:
-            self._stores[tenant] = self._store.seen_by(Access(tenant))
+            self._stores[tenant] = self._store.with_access(Access(tenant))
         return self._stores[tenant]
 
     def _say_quantization(self, named: Named, adapter: adapters.Adapter) -> None:

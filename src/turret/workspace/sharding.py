@@ -13,13 +13,13 @@ from turret.errors import TrainingError
 from turret.plan_check import Check
 from turret.recipe import Recipe
 from turret.tasks import Task
-from turret.train import Plan, processes
+from turret.train import Plan, distributed
 from turret.train.preflight import fits
 from turret.workspace.devices import predicted_for
-from turret.workspace.ready import Ready
+from turret.workspace.ready import PreparedTraining
 
 
-def begin(recipe: Recipe, here: processes.Processes) -> None:
+def begin(recipe: Recipe, here: distributed.Processes) -> None:
     """Connect the processes for a base in parts, if the recipe asks for it. All must call it at the same time.
 
     Raises:
@@ -30,16 +30,16 @@ def begin(recipe: Recipe, here: processes.Processes) -> None:
     if here.size == 1:
         raise TrainingError(
             f'train.shard = "{recipe.train.shard}" divides a base among several processes, and this is one: start it '
-            f"with `{processes.LAUNCH}`, which prints the plan too, or leave train.shard out"
+            f"with `{distributed.LAUNCH}`, which prints the plan too, or leave train.shard out"
         )
-    processes.mesh()
+    distributed.mesh()
 
 
 def load_base(recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
     """A recipe's base: whole, or this process's part of it."""
     request, outputs, dtype, seed = task.request, task.num_labels(labels), recipe.train.dtype, recipe.seed
     if recipe.train.shard is not None:
-        mesh = processes.mesh()
+        mesh = distributed.mesh()
         return load_in_parts(
             recipe.base, task=request, mesh=mesh, device=device, num_labels=outputs, dtype=dtype, seed=seed
         )
@@ -54,18 +54,18 @@ def load_base(recipe: Recipe, task: type[Task], labels: Sequence[str], device: C
     )
 
 
-def gather(ready: Ready) -> None:
+def gather(ready: PreparedTraining) -> None:
     """Make the first pass of a base in parts, in all processes."""
     if parts_of(ready.base.model) > 1:
         gather_once(ready.base.model)
 
 
-def proof_device(ready: Ready) -> ChosenDevice:
+def proof_device(ready: PreparedTraining) -> ChosenDevice:
     """Where the proof loads the base, whole and in one process: the CPU, if the base is in parts."""
     return ChosenDevice(CPU, "the whole base") if parts_of(ready.base.model) > 1 else ready.device
 
 
-def with_memory(plan: Plan, ready: Ready) -> Plan:
+def with_memory(plan: Plan, ready: PreparedTraining) -> Plan:
     """The plan of a training whose base is in parts: its memory is computed from shapes, not measured."""
     parts, base = parts_of(ready.base.model), ready.base
     text = f"{parts} processes, each keeps {gigabytes(base.bytes)} of the base and gathers one layer after another"

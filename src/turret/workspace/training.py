@@ -38,23 +38,23 @@ from turret.errors import (
     StoreError,
 )
 from turret.json_types import JsonMapping, JsonObject, JsonValue
-from turret.methods.lookup import numbers_of
+from turret.methods.lookup import tuner_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
-from turret.store.leases import Keeper
+from turret.store.leases import LeaseRenewer
 from turret.tasks import has_head, make_task, task_of, writes
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.trackers.table import require_installed
 from turret.trackers.tracker import State, TrackedRun
 from turret.trackers.tracking import Tracking
-from turret.train import memory, processes
+from turret.train import distributed, memory
 from turret.train.proof import make_room
 from turret.workspace import forgetting, sharding
 from turret.workspace.devices import AUTO, checkpoints_for, choose_for, lighter
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
-from turret.workspace.ready import Ready
+from turret.workspace.ready import PreparedTraining
 from turret.workspace.results import Planned, RunResult
 from turret.workspace.stored_adapter import read_adapter
 from turret.workspace.training_runs import every_step
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 class Measured:
     """The results of these passes. `ready` and `fitted` have the calibrated task."""
 
-    ready: Ready
+    ready: PreparedTraining
     fitted: trainer.Fitted
     metrics: dict[str, JsonObject]  # split -> metrics
     forgot: JsonObject | None  # on neutral text; None for a classifier
@@ -79,7 +79,7 @@ class Measured:
     seconds: float
 
 
-def measured(ready: Ready, fitted: trainer.Fitted, say: Say, *, beside_base: bool) -> Measured:
+def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, beside_base: bool) -> Measured:
     """Make the passes on the attached, trained model.
 
     Args:
@@ -103,7 +103,7 @@ def measured(ready: Ready, fitted: trainer.Fitted, say: Say, *, beside_base: boo
     return Measured(ready, fitted, metrics, forgot, probe, seconds)
 
 
-def uncalibrated(ready: Ready) -> list[str]:
+def uncalibrated(ready: PreparedTraining) -> list[str]:
     """The sentence of a classifier without enough validation examples for a calibration.
 
     The linear solution's folds cannot stand for them: an adapter is too sure because it was trained on its examples,
@@ -120,7 +120,9 @@ def uncalibrated(ready: Ready) -> list[str]:
     ]
 
 
-def _calibrate(ready: Ready, fitted: trainer.Fitted) -> tuple[Ready, trainer.Fitted, Tensor | None]:
+def _calibrate(
+    ready: PreparedTraining, fitted: trainer.Fitted
+) -> tuple[PreparedTraining, trainer.Fitted, Tensor | None]:
     """Fit the task's calibration on the validation split, if there is one, and put it into the adapter.
 
     Returns:
@@ -142,7 +144,7 @@ def _calibrate(ready: Ready, fitted: trainer.Fitted) -> tuple[Ready, trainer.Fit
     return replace(ready, task=task), replace(fitted, adapter=adapter), known
 
 
-def _measure(ready: Ready, slot: int | None = None, known: Tensor | None = None) -> dict[str, JsonObject]:
+def _measure(ready: PreparedTraining, slot: int | None = None, known: Tensor | None = None) -> dict[str, JsonObject]:
     """Metrics on every held-out split. known: the logits (B, C) of the validation split."""
     most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
     splits = {"validation": (ready.dataset.validation, known), "test": (ready.dataset.test, None)}
@@ -160,7 +162,7 @@ def _measure(ready: Ready, slot: int | None = None, known: Tensor | None = None)
 STEP = ("loss", "lr", "grad_norm", "epoch", "tokens_per_second")  # fields of a record, as train/<field>
 
 
-class Followed:
+class TrackerSession:
     """A training with its trackers; without any, all methods do nothing."""
 
     def __init__(self, tracking: Tracking | None) -> None:
@@ -188,7 +190,7 @@ class Followed:
 
 
 @contextmanager
-def follow(recipe: Recipe, run: TrackedRun | None, warn: Callable[[str], None]) -> Iterator[Followed]:
+def follow(recipe: Recipe, run: TrackedRun | None, warn: Callable[[str], None]) -> Iterator[TrackerSession]:
     """Start the trackers that a recipe names, and end them with the state in which the training ends.
 
     Args:
@@ -196,7 +198,7 @@ def follow(recipe: Recipe, run: TrackedRun | None, warn: Callable[[str], None]) 
         warn: gets a line when a tracker fails.
     """
     names = recipe.train.trackers or ()
-    followed = Followed(Tracking(names, run, warn) if names and run is not None else None)
+    followed = TrackerSession(Tracking(names, run, warn) if names and run is not None else None)
     try:
         yield followed
     except BaseException as error:
@@ -264,7 +266,7 @@ def prepare(
     callbacks: Callbacks,
     dataset: Dataset | None = None,
     device: ChosenDevice | None = None,
-) -> Ready:
+) -> PreparedTraining:
     """Read the data, load the base, and fill in the recipe's defaults.
 
     Args:
@@ -273,11 +275,11 @@ def prepare(
 
     Raises:
         DeviceError: the device is not there.
-        PreflightRefused: the weights and the trained states do not fit on the card that the recipe names.
+        PreflightRefused: the weights and the trained states do not fit on the GPU that the recipe names.
     """
-    sharding.begin(recipe, processes.begin())
+    sharding.begin(recipe, distributed.begin())
     trainer.require_optimizer(recipe)
-    numbers_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
+    tuner_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     require_installed(recipe.train.trackers or ())
     start = _start(store, recipe, callbacks)
     dataset = dataset or read_dataset(store, recipe, callbacks.stage)
@@ -296,7 +298,7 @@ def prepare(
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
     process.release()
     resident = memory.resident(device.device)
-    return Ready(filled, dataset, base, task, notes, load_seconds, resident, start, device)
+    return PreparedTraining(filled, dataset, base, task, notes, load_seconds, resident, start, device)
 
 
 def _start(store: Store, recipe: Recipe, callbacks: Callbacks) -> trainer.InitialAdapter | None:
@@ -325,8 +327,8 @@ def plan(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | 
     return _planned(store, prepare(store, recipe, callbacks, dataset), callbacks)[1]
 
 
-def _planned(store: Store, ready: Ready, callbacks: Callbacks) -> tuple[Ready, Planned]:
-    """The plan; on the CPU instead if a card was not asked for and the plan does not fit there after all."""
+def _planned(store: Store, ready: PreparedTraining, callbacks: Callbacks) -> tuple[PreparedTraining, Planned]:
+    """The plan; on the CPU instead if a GPU was not asked for and the plan does not fit there after all."""
     planned, asked = _plan(ready, callbacks), ready.recipe.train.device or AUTO
     if (small := lighter(ready, planned)) is not None:
         again = _plan(small, callbacks)
@@ -340,7 +342,7 @@ def _planned(store: Store, ready: Ready, callbacks: Callbacks) -> tuple[Ready, P
     return ready, _plan(ready, callbacks)
 
 
-def _plan(ready: Ready, callbacks: Callbacks) -> Planned:
+def _plan(ready: PreparedTraining, callbacks: Callbacks) -> Planned:
     callbacks.stage("checking the plan")
     seconds = PROOF_START + ready.load_seconds
     whole = ready.recipe.train.shard is None
@@ -348,7 +350,7 @@ def _plan(ready: Ready, callbacks: Callbacks) -> Planned:
     return Planned(ready.recipe, plan if whole else sharding.with_memory(plan, ready), ready.notes)
 
 
-def _with_rate(ready: Ready, planned: Planned, callbacks: Callbacks) -> Planned:
+def _with_rate(ready: PreparedTraining, planned: Planned, callbacks: Callbacks) -> Planned:
     """Run the trials of `lr = "auto"`, unless the plan is refused, and put the rate that they found into the recipe."""
     if planned.plan.refused or ready.recipe.train.lr != "auto":
         return planned
@@ -381,14 +383,14 @@ def train(
         held: the run, from the queue; the caller records an error. It starts over if it cannot resume here.
         comparison: the folder of the comparison that the training is part of. A plain name never means its version.
     """
-    here = processes.begin()
+    here = distributed.begin()
     with here.noticing():
         told = callbacks if here.main else Callbacks()
         return _train(here, store, recipe, told, dataset, fresh, beside_base, held, comparison)
 
 
 def _train(
-    here: processes.Processes,
+    here: distributed.Processes,
     store: Store,
     recipe: Recipe,
     callbacks: Callbacks,
@@ -443,7 +445,7 @@ def _train(
     return here.from_main(lambda: result)
 
 
-def _tracked(run: HeldRun, ready: Ready, planned: Planned) -> TrackedRun:
+def _tracked(run: HeldRun, ready: PreparedTraining, planned: Planned) -> TrackedRun:
     """What the trackers are told at the start."""
     facts: dict[str, float | str] = {
         "base.fingerprint": ready.base.fingerprint,
@@ -460,7 +462,7 @@ def _tracked(run: HeldRun, ready: Ready, planned: Planned) -> TrackedRun:
     return TrackedRun(run.id, ready.recipe.name, folder, after, settings_of(ready.recipe, facts), texts)
 
 
-def _both(callbacks: Callbacks, followed: Followed, keeper: Keeper) -> Callbacks:
+def _both(callbacks: Callbacks, followed: TrackerSession, keeper: LeaseRenewer) -> Callbacks:
     """The callbacks, with every record passed to the trackers too. A step after the lease is lost raises LeaseLost."""
 
     def record(record: trainer.StepRecord) -> None:
@@ -471,7 +473,7 @@ def _both(callbacks: Callbacks, followed: Followed, keeper: Keeper) -> Callbacks
     return replace(callbacks, record=record)
 
 
-def _of_process(here: processes.Processes, recipe: Recipe) -> ChosenDevice | None:
+def _of_process(here: distributed.Processes, recipe: Recipe) -> ChosenDevice | None:
     """The GPU of this process, if it is one of several; each takes its own."""
     if here.size == 1:
         return None
@@ -483,12 +485,12 @@ def _of_process(here: processes.Processes, recipe: Recipe) -> ChosenDevice | Non
     return ChosenDevice(here.device or CPU, f"process {here.rank} of {here.size}")
 
 
-def _noted(ready: Ready, here: processes.Processes) -> Ready:
+def _noted(ready: PreparedTraining, here: distributed.Processes) -> PreparedTraining:
     note = f"{here.size} processes share every batch; the plan's memory is per process, its time is for one process"
     return replace(ready, notes=[*ready.notes, note])
 
 
-def _follow(here: processes.Processes, ready: Ready, beside_base: bool) -> RunResult:
+def _follow(here: distributed.Processes, ready: PreparedTraining, beside_base: bool) -> RunResult:
     """Run the training steps in a process other than the main one. Returns the main process's result.
 
     With a base in parts, make the passes after them too.
@@ -514,12 +516,12 @@ def _no_result() -> RunResult:
 def _carry_out(
     store: Store,
     run: HeldRun,
-    ready: Ready,
+    ready: PreparedTraining,
     planned: Planned,
     callbacks: Callbacks,
     beside_base: bool,
-    keeper: Keeper,
-    followed: Followed,
+    keeper: LeaseRenewer,
+    followed: TrackerSession,
     start_over: Callable[[HeldRun], None] | None,
 ) -> RunResult:
     """Train, measure, and store the version and the result.
@@ -583,14 +585,14 @@ def _carry_out(
         adapters.detach(ready.base.model)
 
 
-def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> trainer.Fitted:
+def _fit(run: HeldRun, ready: PreparedTraining, planned: Planned, callbacks: Callbacks) -> trainer.Fitted:
     """Run the training loop, and write the loss curve next to the checkpoint."""
     after = trainer.step_of(run.checkpoint)
     if after:
         callbacks.stage(f"resuming run {run.id} from step {after}")
     with _disk_errors(run):
         curve = trainer.Curve(run.curve, resume_after=after)
-    processes.begin().from_main(lambda: run.checkpoint)
+    distributed.begin().from_main(lambda: run.checkpoint)
     steps = trainer.fit(*ready.parts, folder=run.checkpoint, predicted=planned.plan.memory, start=ready.start)
     told = False
     if not after and ready.start is None and has_head(ready.task):
@@ -612,7 +614,7 @@ def _fit(run: HeldRun, ready: Ready, planned: Planned, callbacks: Callbacks) -> 
             )
 
 
-def _advice(store: Store, run: HeldRun, ready: Ready, fitted: trainer.Fitted) -> list[str]:
+def _advice(store: Store, run: HeldRun, ready: PreparedTraining, fitted: trainer.Fitted) -> list[str]:
     """What would make a better version: a line each."""
     if (
         fitted.flat_loss is not None
@@ -629,7 +631,7 @@ def _advice(store: Store, run: HeldRun, ready: Ready, fitted: trainer.Fitted) ->
 
 @contextmanager
 def _proved(
-    run: HeldRun, ready: Ready, fitted: trainer.Fitted, probe: trainer.Probe, callbacks: Callbacks
+    run: HeldRun, ready: PreparedTraining, fitted: trainer.Fitted, probe: trainer.Probe, callbacks: Callbacks
 ) -> Iterator[Path]:
     """Write the bundle, and prove it in a fresh process. It is removed after the block."""
     with _disk_errors(run), tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as folder:
@@ -647,7 +649,7 @@ def _proved(
 def _store(
     store: Store,
     run: HeldRun,
-    ready: Ready,
+    ready: PreparedTraining,
     bundle: Path,
     metrics: dict[str, JsonObject],
     result: Callable[[Version], RunResult],

@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turret.json_types import JsonObject, timestamp
+from turret.json_types import JsonObject
 from turret.store import Store
+from turret.timestamp import timestamp
 
 if TYPE_CHECKING:
     from turret.train import RunCurve, StepRecord

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from turret import card_kernels
+from turret import gpu_kernels
 from turret.adapters.autograd import FunctionContext, Gradients, KernelContext, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
@@ -43,7 +43,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _CardSwiGLU(torch.autograd.Function):
-    """The same on a card, in one launch each way."""
+    """The same on a GPU, in one launch each way."""
 
     @staticmethod
     def forward(ctx: FunctionContext, gate: Tensor, up: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class FrozenGated(nn.Module):
             product = library.swiglu(gate.contiguous(), up.contiguous())
         elif (library := _kernels("gated_mlp", gate, up)) is not None:
             product = apply(_SwiGLU, gate.contiguous(), up.contiguous(), library)
-        elif card_kernels.usable(gate, up):
+        elif gpu_kernels.usable(gate, up):
             product = apply(_CardSwiGLU, gate.contiguous(), up.contiguous())
         else:
             product = self.act_fn(gate) * up

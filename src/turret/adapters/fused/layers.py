@@ -24,9 +24,9 @@ from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import AdapterPoolProtocol, BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.activations import FrozenGated, FrozenGELU
-from turret.adapters.fused.card_decoder import CardDecoder
 from turret.adapters.fused.flash import pairs_of, prefix_gradients
 from turret.adapters.fused.frozen import plain
+from turret.adapters.fused.gpu_decoder import GpuDecoder
 from turret.adapters.fused.residual import (
     FrozenNorm,
     FrozenOutput,
@@ -48,7 +48,7 @@ from turret.adapters.fused.trained_layer import (
     trains_one_adapter,
 )
 from turret.adapters.lora import RoutedLinear
-from turret.adapters.whole import unrouted
+from turret.adapters.modules_to_save import unrouted
 from turret.families import FastPaths, Layout
 from turret.kernels import (
     LARGEST,
@@ -377,11 +377,11 @@ class Decoder(OneCall[PreNormLayer]):
 
     def __init__(self, module: PreNormLayer, context: BatchContext, order: list[OneCall[PreNormLayer]]) -> None:
         super().__init__(module, context, order)
-        self._trained, self._on_card = TrainedDecoder(module, context), CardDecoder(module, context)
+        self._trained, self._on_gpu = TrainedDecoder(module, context), GpuDecoder(module, context)
 
     def __call__(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
         if not x.is_cpu:
-            return self._on_card(x, cos_sin)
+            return self._on_gpu(x, cos_sin)
         return self._trained(x, cos_sin) if torch.is_grad_enabled() else super().__call__(x, cos_sin)
 
     @property

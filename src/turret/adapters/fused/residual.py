@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret import card_kernels
+from turret import gpu_kernels
 from turret.adapters.autograd import FunctionContext, Gradients, KernelContext, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.dropout import Masks
-from turret.adapters.whole import current
+from turret.adapters.modules_to_save import current
 from turret.kernels import LARGEST, DropoutArguments, Library, usable
 from turret.transformer import ModelConfig, Submodule
 
@@ -171,7 +171,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _CardNorm(torch.autograd.Function):
-    """The same on a card, in one launch each way; r is computed again."""
+    """The same on a GPU, in one launch each way; r is computed again."""
 
     @staticmethod
     def forward(ctx: _CardNormContext, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -206,7 +206,7 @@ class FrozenNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight
-        if not x.is_cpu and not weight.requires_grad and x.numel() > 0 and card_kernels.usable(x, weight):
+        if not x.is_cpu and not weight.requires_grad and x.numel() > 0 and gpu_kernels.usable(x, weight):
             rows = x.reshape(-1, x.shape[-1])
             return apply(_CardNorm, rows, weight, self.variance_epsilon).view(x.shape)
         trains = torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad

@@ -1,5 +1,5 @@
 """The method `full`."""
 
-from turret.methods.full.spec import Full
+from turret.methods.full.config import Full
 
 __all__ = ["Full"]

@@ -1,5 +1,5 @@
 """The method `lora`."""
 
-from turret.methods.lora.spec import LoRA
+from turret.methods.lora.config import LoRA
 
 __all__ = ["LoRA"]

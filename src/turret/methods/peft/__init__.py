@@ -1,5 +1,5 @@
 """The method `peft`."""
 
-from turret.methods.peft.spec import Peft
+from turret.methods.peft.config import Peft
 
 __all__ = ["Peft"]

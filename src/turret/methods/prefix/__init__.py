@@ -1,5 +1,5 @@
 """The method `prefix`."""
 
-from turret.methods.prefix.spec import Prefix
+from turret.methods.prefix.config import Prefix
 
 __all__ = ["Prefix"]

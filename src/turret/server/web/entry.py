@@ -28,7 +28,7 @@ async def home(request: Request) -> Response:
 
 
 @router.get("/sign-in")
-async def ask_in(request: Request, state: State, next: str = "/") -> Response:
+async def login_form(request: Request, state: State, next: str = "/") -> Response:
     """The form for a token."""
     if state.guard.open:
         return RedirectResponse("/", 303)
@@ -61,7 +61,7 @@ async def ask_provider(request: Request, state: State, next: str = "/") -> Respo
 
 
 @router.get(oidc.BACK)
-async def come_back(request: Request, state: State) -> Response:
+async def oidc_callback(request: Request, state: State) -> Response:
     """Open a session for the person whom the provider sent back.
 
     The answer is a page, not a redirect: the browser comes from another site, and would leave a SameSite=Strict cookie

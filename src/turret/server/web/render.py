@@ -17,10 +17,11 @@ from markupsafe import Markup, escape
 from turret import __version__
 from turret.compare.report_text import count, megabytes, milliseconds, percent
 from turret.compare.report_text import seconds as in_seconds
-from turret.json_types import JsonMapping, JsonValue, to_minute
+from turret.json_types import JsonMapping, JsonValue
 from turret.methods import said
 from turret.server.auth import Caller
 from turret.server.state import ServerState
+from turret.timestamp import to_minute
 
 Context: TypeAlias = Mapping[str, Any]  # what a template shows: Jinja takes values of any type
 FOLDER = Path(__file__).parent

@@ -6,6 +6,6 @@ composing.compare_composition(store, ...)              a composition with its pa
 python -m turret.workspace.comparing.cell_worker FOLDER    one training, or one measurement of the base
 """
 
-from turret.workspace.comparing.conduct import ComparisonRequest, compare, prepare
+from turret.workspace.comparing.run_comparison import ComparisonRequest, compare, prepare
 
 __all__ = ["ComparisonRequest", "compare", "prepare"]

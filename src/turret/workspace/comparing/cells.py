@@ -16,7 +16,7 @@ from turret.compare.report_text import seconds as span
 from turret.compare.results import CellResult
 from turret.errors import RecipeError, TrainingError
 from turret.json_types import JsonObject
-from turret.methods.lookup import numbers_of
+from turret.methods.lookup import tuner_of
 from turret.store import Store
 from turret.workspace.child_process import run_child
 from turret.workspace.comparing import kept_files
@@ -139,6 +139,6 @@ def require_known(rows: Sequence[Candidate]) -> None:
     for row in rows:
         if row.recipe.method.open_settings:
             try:
-                numbers_of(row.recipe.method).require_known()
+                tuner_of(row.recipe.method).require_known()
             except RecipeError as error:
                 raise RecipeError(f"{row.spec}: {error}") from None

@@ -17,7 +17,7 @@ from turret.errors import StoreError
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.store import Store, leases
-from turret.store.leases import Keeper, Lease
+from turret.store.leases import Lease, LeaseRenewer
 from turret.workspace.progress import Say
 
 # --- state ------------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class KeptFiles:
         keeper: renews the lease; None in the process of a cell.
     """
 
-    def __init__(self, store: Store, lease: Lease | None = None, keeper: Keeper | None = None) -> None:
+    def __init__(self, store: Store, lease: Lease | None = None, keeper: LeaseRenewer | None = None) -> None:
         self.store, self.lease, self._keeper = store, lease, keeper
 
     def write(self, path: Path, value: JsonMapping) -> None:
@@ -114,7 +114,7 @@ def held(store: Store, folder: Path, say: Say) -> Iterator[KeptFiles]:
             database, name = store.database(make=True), folder.relative_to(store.root).as_posix()
             lease = _taken(database, name, say)
             try:
-                with Keeper(database, lease, warn=say) as keeper:
+                with LeaseRenewer(database, lease, warn=say) as keeper:
                     store.artifacts.bring(f"{name}/")
                     yield KeptFiles(store, lease, keeper)
             finally:

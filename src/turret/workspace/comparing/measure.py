@@ -34,7 +34,7 @@ from turret.workspace.comparing.command import provenance
 from turret.workspace.forgetting import on_neutral_texts
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset
-from turret.workspace.ready import Ready
+from turret.workspace.ready import PreparedTraining
 from turret.workspace.sharding import load_base
 from turret.workspace.training_runs import every_step
 
@@ -67,7 +67,7 @@ def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping
     }
 
 
-def base(ready: Ready, say: Say) -> JsonObject:
+def base(ready: PreparedTraining, say: Say) -> JsonObject:
     """Measure the base alone. A base that generates classifies by the words of the labels, an encoder by an untrained
     head."""
     if has_head(ready.task) and ready.base.family.generates:
@@ -81,7 +81,7 @@ def base(ready: Ready, say: Say) -> JsonObject:
     return untrained(ready) | result | ({"seedless": True} if bare else {"said": "base has an untrained head"})
 
 
-def untrained(ready: Ready) -> JsonObject:
+def untrained(ready: PreparedTraining) -> JsonObject:
     """What a result says of a row without a version."""
     return {
         "version": None,
@@ -101,12 +101,12 @@ NEVER = -30.0  # the log-probability of a class that no training example has
 UNKNOWN = "N/A"  # the text of a prompt that says nothing
 
 
-def baseline(kind: str, ready: Ready, say: Say) -> JsonObject:
+def baseline(kind: str, ready: PreparedTraining, say: Say) -> JsonObject:
     """Measure the base alone or a baseline, by its kind. The seed changes the base's untrained head alone."""
     return {"base": base, "linear": linear, "lead": lead, "nearest": nearest}[kind](ready, say)
 
 
-def linear(ready: Ready, say: Say) -> JsonObject:
+def linear(ready: PreparedTraining, say: Say) -> JsonObject:
     """scikit-learn's logistic regression on the mean of the frozen base's last hidden states.
 
     The mean is how embeddings are usually made, and predicts more than the token that a head reads. Cross-validation on
@@ -141,14 +141,15 @@ def linear(ready: Ready, say: Say) -> JsonObject:
             "parameters": {"trainable": count, "stored": count, "total": quantized.count(ready.base.model)},
             "timing": {"train_seconds": seconds},
             "latency": _timed(test[:TIMED_LABELS], lambda example: logits([example])),
-            "said": f"linear is scikit-learn's logistic regression on the mean of the frozen base's last hidden states; "
+            "said": f"linear is scikit-learn's logistic regression on the mean of the frozen base's last hidden "
+            f"states; "
             f"cross-validation on the training split chose C = {strength:g}",
             "seedless": True,
         }
     )
 
 
-def _features(ready: Ready, examples: Sequence[Example]) -> Array:
+def _features(ready: PreparedTraining, examples: Sequence[Example]) -> Array:
     """The mean of the bare base's last hidden states of each example: (N, D)."""
     model, items = ready.base.model, Items(ready.task, examples)
     places: list[int] = []
@@ -220,7 +221,7 @@ def _strength(z: Array, targets: Array, by_class: Sequence[float]) -> float:
     return max(STRENGTHS, key=likelihood.__getitem__)
 
 
-def lead(ready: Ready, say: Say) -> JsonObject:
+def lead(ready: PreparedTraining, say: Say) -> JsonObject:
     """Answer each text with its first sentence."""
     say("taking the first sentences")
     answers = [first_sentence(example.input) for example in ready.dataset.test]
@@ -235,7 +236,7 @@ def first_sentence(text: str) -> str:
     return " ".join(text.split()) if found is None else " ".join(found[1].split())
 
 
-def nearest(ready: Ready, say: Say) -> JsonObject:
+def nearest(ready: PreparedTraining, say: Say) -> JsonObject:
     """Answer each text as its nearest training text was answered, by the cosine of TF-IDF vectors."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -261,7 +262,7 @@ def _text(example: Example) -> str:
     return example.output
 
 
-def words(ready: Ready, say: Say) -> JsonObject:
+def words(ready: PreparedTraining, say: Say) -> JsonObject:
     """Classify by the words of the labels: the label that the bare base makes most probable after the text.
 
     The words of all labels form a tree. At each node where labels part, the log-probabilities of the next tokens are
@@ -308,8 +309,8 @@ def words(ready: Ready, say: Say) -> JsonObject:
         | result
         | {
             "latency": _timed(test[:TIMED_TEXTS], lambda example: logits([example.input])),
-            "said": "base answers with the label whose words the bare base makes most probable, compared with a text that "
-            "says nothing",
+            "said": "base answers with the label whose words the bare base makes most probable, "
+            "compared with a text that says nothing",
             "seedless": True,
         }
     )
@@ -349,7 +350,7 @@ def _next_tokens(model: Model, rows: Sequence[torch.Tensor], target: torch.Tenso
     return torch.cat(parts)[torch.tensor(places).argsort()]
 
 
-def _texts(ready: Ready, answers: Sequence[str], answer: Callable[[Example], str]) -> JsonObject:
+def _texts(ready: PreparedTraining, answers: Sequence[str], answer: Callable[[Example], str]) -> JsonObject:
     """The result of a baseline that answers with texts."""
     task, test = ready.task, ready.dataset.test
     assert writes(task)

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from turret.errors import NotFound, StoreError
-from turret.json_types import JsonObject, timestamp
+from turret.json_types import JsonObject
 from turret.store import Store
+from turret.timestamp import timestamp
 
 FOLDERS = {"comparisons": "comparison", "controls": "control"}  # folder in the store -> kind of report
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,220}", re.ASCII)

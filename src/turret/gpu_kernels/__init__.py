@@ -1,0 +1,11 @@
+"""Programs in Triton for a GPU: the small operations of a transformer, LoRA, and a decoding step's attention.
+
+`usable(x)` says whether a GPU takes them; if so a caller takes `torch.ops.turret`, else the base's modules. Each
+operation is one launch and has a reference in plain torch (`reference`).
+"""
+
+from turret.gpu_kernels import operations
+from turret.gpu_kernels.available import planned, usable, why_not
+from turret.gpu_kernels.mixed import MixedLoRA, copied, real_gpu
+
+__all__ = ["MixedLoRA", "copied", "operations", "planned", "real_gpu", "usable", "why_not"]

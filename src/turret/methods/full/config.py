@@ -1,0 +1,44 @@
+"""The settings, rates and checks of full fine-tuning."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from turret.families import Family
+from turret.methods.method import Method, Operation
+
+UNMIXED = (
+    "full fine-tuning replaces every weight, so its base cannot serve other adapters: export it merged and serve it as "
+    "a base"
+)
+
+
+class Full(Method):
+    """Full fine-tuning: every weight is trained, on a copy of the base. The usual baseline of a comparison."""
+
+    numbers_at: ClassVar[str] = "turret.methods.full.tuner:FullNumbers"
+    every_weight: ClassVar[bool] = True
+    shares_base: ClassVar[bool] = False
+    not_int8: ClassVar[str | None] = "trains the weights"
+    not_quantized: ClassVar[str | None] = "trains the weights themselves"
+    high_rate: ClassVar[tuple[int, str]] = (10, "wipes out what the base has learned")
+
+    kind: Literal["full"] = "full"
+
+    @property
+    def not_sharded(self) -> str | None:
+        return "trains a copy of every weight"
+
+    def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
+        return UNMIXED if operation == "mix" else None
+
+    @property
+    def summary(self) -> str:
+        return "every weight, on a copy"
+
+    def rate(self, family_kind: str, large: bool) -> float:
+        """1e-4, and 2e-5 for a large base.
+
+        Devlin et al. (2019) take 2e-5 to 5e-5 for BERT, and far more steps.
+        """
+        return 2e-5 if large else 1e-4

@@ -1,0 +1,167 @@
+"""The settings and rates of a method that PEFT computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from turret.families import Family
+from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.methods.lora import LoRA
+from turret.methods.method import Method, Operation
+
+# IA3 (Liu et al. 2022) and VeRA (Kopiczko et al. 2024) train a few factors, at several times LoRA's rate. Prompt
+# embeddings train at the rate of a prefix without its MLP. Other methods use LoRA's rate.
+RATES = {"IA3": 3e-3, "VERA": 4e-3, "PROMPT_TUNING": 1e-2, "P_TUNING": 1e-3}
+
+MARKS = {  # the methods that share a base with other adapters, see `mixing`, and how PEFT marks their tensors
+    "LORA": "lora_",
+    "DORA": "lora_",
+    "RSLORA": "lora_",
+    "IA3": "ia3_",
+    "VERA": "vera_",
+    "LN_TUNING": "ln_tuning_layers_",  # marks none: all of its tensors replace norms
+}
+MIXED = tuple(MARKS)
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")  # virtual tokens before a decoder's text
+LINEAR_ONLY = ("LOHA", "LOKR", "OFT")  # PEFT has them for nn.Linear, not for GPT-2's Conv1D
+MORE_LORA = ("use_dora", "lora_bias", "trainable_token_indices")  # settings of PEFT's LoRA that `LoRA` does not have
+LORA_PREFIX = "base_model.model."  # PEFT puts it before the name of a layer's tensor
+NORMS = ".ln_tuning_layers."  # in the names of norms that LN tuning trains
+OUTPUT = "lm_head"
+REPEATED = ("original_module", "modules_to_save")  # in the names of what PEFT saves twice with bias = "all"
+# Keys of an `adapter_config.json` that describe the file and the base, or how the adapter started.
+SAID = {
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("modules_to_save", "peft_version", "megatron_config", "megatron_core", "tokenizer_kwargs", "runtime_config"),
+    *("loftq_config", "eva_config", "corda_config", "init_lora_weights"),
+}
+
+
+class Peft(Method):
+    """Any other method of PEFT. `peft_type` is PEFT's name for it; every other key is one of PEFT's configuration.
+
+    The keys are checked by PEFT when the method is attached to a base; here they are plain values.
+
+    Args:
+        peft_type: PEFT's name of the method: `IA3`, `VERA`, `LOHA`, `OFT`, `PROMPT_TUNING`, …; `DORA` is LoRA with
+            `use_dora`, at Turret's own rank, alpha and dropout
+    """
+
+    numbers_at: ClassVar[str] = "turret.methods.peft.tuner:PeftNumbers"
+    wraps_modules: ClassVar[bool] = True
+    shares_base: ClassVar[bool] = False  # except those in `MIXED`
+    open_settings: ClassVar[bool] = True
+    named_by: ClassVar[str | None] = "peft_type"
+    named_as: ClassVar[str] = "method of PEFT by its name, such as peft:IA3 or peft:DORA,r=4"
+    not_int8: ClassVar[str | None] = "is computed by PEFT"
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    kind: Literal["peft"] = "peft"
+    peft_type: str = Field(min_length=1, max_length=60)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, value: JsonValue) -> JsonValue:
+        """Drop keys that are None, and turn tuples into lists."""
+        if not isinstance(value, dict):
+            return value
+        return {key: _listed(each) for key, each in value.items() if each is not None}
+
+    @field_validator("peft_type")
+    @classmethod
+    def _capital(cls, value: str) -> str:
+        return value.strip().upper().replace("-", "_")
+
+    @property
+    def not_sharded(self) -> str | None:
+        return "is computed by PEFT"
+
+    @property
+    def summary(self) -> str:
+        return f"{self.peft_type}, computed by PEFT with its default settings except those given"
+
+    def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
+        """The same as in `Method`. PEFT itself may refuse more when it sees the model."""
+        kind = self.peft_type
+        if kind in PROMPTS and not (generates and family.decoder_only):
+            return f"{kind} puts virtual tokens before the text of a generating decoder: use the method prefix"
+        if kind in LINEAR_ONLY and family.fan_in_fan_out:
+            return f"PEFT has no {kind} for the layers of {family.name}, which are no nn.Linear: use the method lora"
+        told = {"target_modules", "feedforward_modules"} <= self.options.keys()
+        if kind == "IA3" and not told and not family.has_ia3_layers:
+            return (
+                f"PEFT does not know the layers of {family.name} for IA3: set method.target_modules and "
+                "method.feedforward_modules, or use the method lora"
+            )
+        if operation == "mix" and kind not in MIXED:
+            return (
+                f"{kind} is computed by PEFT, one adapter at a time, so its base cannot serve others: if PEFT can "
+                "merge it, export it merged and serve it as a base"
+            )
+        return None
+
+    @classmethod
+    def mixes(cls, settings: JsonMapping) -> bool:
+        return settings.get("peft_type") in MIXED
+
+    @classmethod
+    def reads(cls, config: JsonMapping, names: Iterable[str] = ()) -> bool:
+        """Whether it is a method that mixes, or PEFT's LoRA with settings or tensors that `LoRA` does not have."""
+        kind = config.get("peft_type")
+        if kind == "LORA":
+            more = any(config.get(key) for key in MORE_LORA) or config.get("bias") == "all"
+            return more or bool(beside(names, MARKS["LORA"]))
+        return kind in MIXED
+
+    @classmethod
+    def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        given = {key: value for key, value in config.items() if key not in SAID and value not in (None, {}, [])}
+        return cls(peft_type=config["peft_type"], **given)
+
+    @property
+    def options(self) -> JsonObject:
+        """The settings of PEFT's configuration that are set."""
+        return dict(self.model_extra or {})
+
+    def with_options(self, options: JsonObject) -> Self:
+        return type(self)(peft_type=self.peft_type, **options)
+
+    def rate(self, family_kind: str, large: bool) -> float:
+        return RATES.get(self.peft_type) or LoRA().rate(family_kind, large)
+
+    @property
+    def head_lr_ratio(self) -> float | None:
+        return None if self.peft_type in RATES else LoRA().head_lr_ratio
+
+
+def beside(names: Iterable[str], mark: str) -> set[str]:
+    """The tensors of norms, embeddings, biases and the output layer that are trained whole, besides a method's own.
+
+    Only tensors of the body and the output layer count. The names of the method's own tensors show how names of the
+    body begin. A head does not count, nor does a pooler that is trained whole.
+
+    Args:
+        names: of a file's tensors.
+        mark: of the method's own.
+    """
+    names = [name for name in names if name.startswith(LORA_PREFIX)]
+    own = {name for name in names if any(part.startswith(mark) for part in name.split("."))}
+    norms = {name for name in names if NORMS in name}
+    roots = {name.removeprefix(LORA_PREFIX).partition(".")[0] for name in own | norms} | {OUTPUT}
+    body = {name for name in names if name.removeprefix(LORA_PREFIX).partition(".")[0] in roots}
+    pooler = {name for name in body - own if ".pooler." in name}
+    return body - own - (pooler if any(name.endswith(".weight") for name in pooler) else set())
+
+
+def without_repeated(names: Iterable[str]) -> set[str]:
+    """The names without those that PEFT saves a second time."""
+    return {name for name in names if not any(part in REPEATED for part in name.split("."))}
+
+
+def _listed(value: JsonValue) -> JsonValue:
+    if isinstance(value, dict):
+        return {key: _listed(each) for key, each in value.items()}
+    return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value

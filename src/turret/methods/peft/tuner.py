@@ -1,0 +1,343 @@
+"""The tensors of a method that PEFT computes: PEFT puts its modules into the model and names their tensors."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from turret import quantized
+from turret.adapters import peft_backend, scaled
+from turret.adapters.adapter import (
+    LORA_PREFIX,
+    PROMPT,
+    Adapter,
+    Extracted,
+    Parts,
+    copied,
+    head_tensors,
+    linear_at,
+    mount_head,
+)
+from turret.adapters.batch_context import BARE, set_context
+from turret.adapters.hooks import AdapterInit, HookedModel, device_of
+from turret.adapters.lora import sizes
+from turret.adapters.peft_config import check_agreement, check_config, refuse_code
+from turret.adapters.prefix import Groups
+from turret.adapters.scaled import ScaledLayer
+from turret.errors import AdapterError, RecipeError
+from turret.families import family_of
+from turret.json_types import JsonObject
+from turret.methods.peft.config import MARKS, NORMS, Peft, beside, without_repeated
+from turret.methods.peft.modules_to_save import tunes_linear, with_biases, with_modules
+from turret.methods.tuner import Tuner, fill_parameters, head_parameters
+from turret.transformer import Model
+
+if TYPE_CHECKING:
+    from turret.json_types import JsonMapping
+    from turret.transformer import Model
+
+
+# --- mixing -----------------------------------------------------------------------------------------------------------
+# How PEFT's methods change each layer, computed from the stored tensors, so that they mix with others in a batch.
+
+
+MORE = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}  # setting of LoRA -> mark of its tensor
+Layers = dict[str, ScaledLayer]  # by path
+ByLayer = Mapping[str, Mapping[str, Tensor]]  # layer -> the last part of a tensor's name -> the tensor
+
+
+def parts_of(kind: str, settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Parts | None:
+    """The change of each layer and the modules that are replaced, or None for a method that only PEFT computes.
+
+    Args:
+        kind: PEFT's `peft_type`.
+        settings: of PEFT's configuration.
+        tensors: by PEFT's names.
+
+    Raises:
+        AdapterError: the tensors do not fit the model.
+    """
+    compute = METHODS.get(kind)
+    if compute is None:
+        return None
+    extra = beside(tensors, MARKS[kind])
+    layers = dict(compute(settings, {name: each for name, each in tensors.items() if name not in extra}, model))
+    values = {name.removeprefix(LORA_PREFIX): tensors[name].float() for name in extra}
+    values = with_biases(values, layers, model)
+    whole = with_modules(values, settings, model)
+    if not layers and not whole:
+        raise AdapterError(f"the {kind} holds no tensor of a layer: save it again")
+    return Parts(layers=layers, whole=whole)
+
+
+def _by_layer(tensors: Mapping[str, Tensor]) -> ByLayer:
+    """The tensors by layer and mark: `base_model.model.<path>.<mark>[.weight]`."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(LORA_PREFIX):
+            continue
+        path, mark = _split(name.removeprefix(LORA_PREFIX))
+        layers.setdefault(path, {})[mark] = tensor.float()
+    return layers
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(layer, mark): `a.b.query.lora_A.weight` is (`a.b.query`, `lora_A`)."""
+    if name.endswith(".lora_B.bias"):
+        return name.removesuffix(".lora_B.bias"), "lora_B.bias"
+    path, _, mark = name.removesuffix(".weight").rpartition(".")
+    return path, mark
+
+
+def _layer(model: Model, path: str) -> nn.Module:
+    """A linear layer, or GPT-2's Conv1D. Raises AdapterError for another module."""
+    layer = linear_at(model, path)
+    sizes(layer)
+    return layer
+
+
+def _lora(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
+    """The variants of LoRA that the method `lora` does not have: DoRA, ranks and alphas by pattern, biases."""
+    wanted = {"lora_A", "lora_B"} | {mark for key, mark in MORE.items() if settings.get(key)}
+    for path, parts in _by_layer(tensors).items():
+        layer = _layer(model, path)
+        _require_marks(path, parts, wanted)
+        A, B = parts["lora_A"], parts["lora_B"]
+        d_in, d_out = sizes(layer)
+        if A.shape[1:] != (d_in,) or B.shape != (d_out, len(A)):
+            raise AdapterError(
+                f"LoRA of {path} has shapes {tuple(A.shape)} and {tuple(B.shape)}: expected (r, {d_in}) and "
+                f"({d_out}, r); it belongs to another base"
+            )
+        B = B * _scaling(settings, path, len(A))
+        if (magnitude := parts.get("lora_magnitude_vector")) is not None:
+            yield path, scaled.dora(layer, A, B, magnitude)
+            continue
+        bias = parts.get("lora_B.bias")
+        yield path, ScaledLayer((A, B), shift=None if bias is None else bias * _scaling(settings, path, len(A)))
+
+
+def _scaling(settings: JsonMapping, path: str, r: int) -> float:
+    """alpha / r or alpha / sqrt(r) of a layer, with PEFT's `alpha_pattern`."""
+    quantized.before_peft()
+    from peft.utils.other import get_pattern_key
+
+    alphas = settings.get("alpha_pattern") or {}
+    key = get_pattern_key(alphas, path)
+    alpha = alphas[key] if key in alphas else settings.get("lora_alpha", 8)
+    return float(alpha) / (r**0.5 if settings.get("use_rslora") else r)
+
+
+def _ia3(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
+    """(1, D_in) scales a feed-forward layer's input, (D_out, 1) another layer's output (Liu et al. 2022)."""
+    for path, parts in _by_layer(tensors).items():
+        _require_marks(path, parts, {"ia3_l"})
+        gain, (d_in, _) = parts["ia3_l"], sizes(_layer(model, path))
+        inputs = gain.shape[0] == 1 and gain.shape[1] == d_in
+        yield path, ScaledLayer(input=gain.flatten()) if inputs else ScaledLayer(output=gain.flatten())
+
+
+def _vera(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
+    """diag(b) B diag(d) A, where all layers share A and B (Kopiczko et al. 2024)."""
+    A, B = (tensors.get(f"base_model.{name}") for name in ("vera_A", "vera_B"))
+    if A is None or B is None:
+        raise AdapterError("this VeRA was saved without its projection: save it with save_projection=True")
+    for path, parts in _by_layer(tensors).items():
+        _require_marks(path, parts, {"vera_lambda_d", "vera_lambda_b"})
+        d_in, d_out = sizes(_layer(model, path))
+        down = parts["vera_lambda_d"][:, None] * A[:, :d_in].float()
+        up = parts["vera_lambda_b"][:, None] * B[:d_out].float()
+        yield path, ScaledLayer((down, up))
+
+
+def _ln_tuning(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
+    """Norms alone, which `with_modules` replaces (Zhao et al. 2023)."""
+    yield from ()
+
+
+def _require_marks(path: str, parts: Mapping[str, Tensor], known: set[str]) -> None:
+    """Raises AdapterError unless a layer has these tensors, so that none is left out in silence."""
+    if odd := sorted(set(parts) ^ known):
+        word = "lacks" if odd[0] in known else "has"
+        raise AdapterError(f"{path} {word} {odd[0]}, unlike what its configuration says: save the adapter again")
+
+
+Compute = Callable[["JsonMapping", Mapping[str, Tensor], "Model"], Iterator[tuple[str, ScaledLayer]]]
+METHODS: dict[str, Compute] = {
+    "LORA": _lora,
+    "DORA": _lora,
+    "RSLORA": _lora,
+    "IA3": _ia3,
+    "VERA": _vera,
+    "LN_TUNING": _ln_tuning,
+}
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+# Options of PEFT's LoRA that `mixing` computes and the method `lora` does not.
+COMPUTED = {
+    *("use_dora", "bias", "lora_bias", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
+    "ensure_weight_tying",
+}
+
+
+class PeftNumbers(Tuner[Peft]):
+    """PEFT's modules in slot 1 of a model without other adapters."""
+
+    def require_known(self) -> None:
+        """Raises RecipeError for a method or a setting that PEFT does not know, or that trains the base's weights."""
+        peft_backend.config_of(self.method)
+        options = self.method.options
+        if options.get("bias", "none") != "none":
+            raise RecipeError(
+                f'method.bias = "{options["bias"]}" trains the base\'s own biases, and the base is never written to: '
+                "set method.lora_bias = true, which trains a bias beside them"
+            )
+        if options.get("trainable_token_indices"):
+            raise RecipeError(
+                "method.trainable_token_indices cannot be trained here, only imported, mixed, served and exported: "
+                "leave it out"
+            )
+
+    def start(self, model: Model, attached: HookedModel, beginning: AdapterInit) -> None:
+        self.require_known()
+        _invite(model, attached, self.method, beginning.generator)
+        super().start(model, attached, beginning)
+
+    def extract(self, attached: HookedModel, slot: int) -> Extracted:
+        if slot in attached.stored:
+            return Extracted(dict(attached.stored[slot]), head_tensors(attached, slot), self.method)
+        guest = _guest(attached)
+        tensors = {name: copied(value) for name, value in peft_backend.tensors_of(guest).items()}
+        return Extracted(tensors, head_tensors(attached, slot), peft_backend.finished(guest.method))
+
+    def fill(self, model: Model, attached: HookedModel, adapter: Adapter, generator: torch.Generator | None) -> None:
+        guest = _guest(attached)
+        if adapter.method != peft_backend.finished(guest.method):
+            raise AdapterError("its PEFT settings differ from those of this recipe: set [method] to its values")
+        peft_backend.fill(guest, adapter.tensors)
+        fill_parameters(head_parameters(attached), adapter.head)
+
+    def read(self, tensors: dict[str, Tensor], config: JsonObject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        kind = peft_backend.config_of(self.method).peft_type.value
+        if kind == "LORA":
+            check_config(config, computed=COMPUTED)
+        kept = without_repeated(tensors) if kind in MARKS else set(tensors)
+        extra = self._beside(kept)
+        own, head = super().read({name: each for name, each in tensors.items() if name in kept - extra}, config)
+        return own | {name: tensors[name] for name in extra}, head
+
+    def _beside(self, names: Iterable[str]) -> set[str]:
+        """The tensors of modules that are trained whole, in addition to the method's own tensors."""
+        mark = MARKS.get(self.method.peft_type)
+        return set() if mark is None else beside(names, mark)
+
+    def owns(self, name: str) -> bool:
+        """Whether the name has the substring that PEFT puts into the names of a method's tensors."""
+        quantized.before_peft()
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        config = peft_backend.config_of(self.method)
+        mark = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
+        if config.is_prompt_learning:
+            return name == PROMPT["decoder"]
+        shared = not name.startswith(LORA_PREFIX)  # tensors that all layers use, such as VeRA's matrices
+        return shared or bool(mark and mark in name)
+
+    def peft_words(self) -> JsonObject:
+        config = peft_backend.config_of(self.method)
+        return peft_backend.kept(config) | {"peft_type": config.peft_type.value}
+
+    def peft_config(self, adapter: Adapter) -> JsonObject:
+        """PEFT's own words, and the modules of the head and of the body that are trained whole."""
+        extra = {name.removeprefix(LORA_PREFIX) for name in self._beside(adapter.tensors) if NORMS not in name}
+        body = {name.rpartition(".")[0] for name in extra if not name.endswith((".bias", ".trainable_tokens_delta"))}
+        saved = sorted({*adapter.head_modules, *body})
+        return self.peft_words() | ({"modules_to_save": saved} if saved else {})
+
+    def check_config(self, config: JsonObject) -> None:
+        refuse_code(config)
+        check_agreement(config, self.peft_words())
+
+    def merged(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
+        """The weights that differ after PEFT's own merge, which runs on a copy of the model.
+
+        PEFT's merge leaves out what is trained whole, so such an adapter is merged by its parts.
+        """
+        if self._beside(adapter.tensors):
+            return super().merged(model, adapter)
+        twin = copy.deepcopy(model)
+        guest = peft_backend.invite(twin, family_of(twin.config), self.method)
+        peft_backend.fill(guest, adapter.tensors)
+        before = model.state_dict()
+        whole = peft_backend.merged(guest)
+        if odd := sorted(set(whole) ^ set(before)):
+            raise AdapterError(
+                f"PEFT does not merge {self.method.peft_type} completely ({odd[0]}): export it without --merged"
+            )
+        return {name: each for name, each in whole.items() if not torch.equal(each, before[name])}
+
+    def parts(self, model: Model, adapter: Adapter) -> Parts:
+        """The effect on each layer, for the methods that `mixing` knows."""
+        kind, settings = self.method.peft_type, peft_backend.kept(peft_backend.config_of(self.method))
+        parts = parts_of(kind, settings, adapter.tensors, model)
+        if parts is None:
+            raise AdapterError(str(self.method.refusal("mix", family_of(model.config), generates=True)))
+        return parts
+
+    def mount(self, model: Model, attached: HookedModel, adapter: Adapter, slot: int) -> None:
+        extra = self._beside(adapter.tensors)
+        if attached.methods or slot != 1 or (extra and not tunes_linear(model, extra)):
+            super().mount(model, attached, adapter, slot)
+            attached.stored[slot] = adapter.tensors
+            return
+        _invite(model, attached, peft_backend.finished(self.method))
+        guest = _guest(attached)
+        peft_backend.fill(guest, adapter.tensors)
+        for each in guest.parameters.values():
+            each.requires_grad_(False)
+        for part in (*guest.layers, *attached.prefixes.values()):
+            part.eval()
+        mount_head(model, attached, adapter.head, slot)
+
+
+def _guest(attached: HookedModel) -> peft_backend.PeftBackend:
+    assert attached.guest is not None
+    return attached.guest
+
+
+def _invite(model: Model, attached: HookedModel, method: Peft, generator: torch.Generator | None = None) -> None:
+    """Let PEFT put its modules into a hooked model, in slot 1. `detach` removes them."""
+    guest = peft_backend.invite(model, attached.family, method, generator)
+    attached.guest = guest
+    attached.undo.append(guest.leave)
+    if not guest.layers:
+        prompt = peft_backend.Prompt(guest, functools.partial(_read, model, attached))
+        attached.prefixes["1"] = prompt.to(device_of(model))
+
+
+def _read(model: Model, attached: HookedModel, tokens: Tensor) -> Groups:
+    """The keys and values that the bare base computes for virtual tokens, by group. tokens: (1, P, D)."""
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
+    context = attached.context
+    before = context.active, context.capture
+    context.active, context.capture = BARE, captured
+    try:
+        with set_context(context, None, None):
+            mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+            dtype = model.get_input_embeddings().weight.dtype
+            model.base_model(inputs_embeds=tokens.to(dtype), attention_mask=mask, use_cache=False)
+    finally:
+        context.active, context.capture = before
+    groups: Groups = {}
+    for site in attached.sites:
+        key, value = captured[site.name]
+        groups.setdefault(site.group, []).append((key[0], value[0]))
+    return groups

@@ -1,0 +1,201 @@
+"""The protocol of a method's tensors: how they start on a base, how they are stored, and how they are mounted.
+
+The defaults here are those of `head`; a method overrides what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from turret.adapters.adapter import (
+    LORA_PREFIX,
+    Adapter,
+    Extracted,
+    Parts,
+    copied,
+    head_tensors,
+    mount_head,
+    mount_parts,
+    shared_names,
+)
+from turret.adapters.hooks import AdapterInit, HookedModel, start_head
+from turret.adapters.lora import merged_weight
+from turret.adapters.modules_to_save import merged_values
+from turret.adapters.peft_config import check_agreement, check_config
+from turret.errors import AdapterError, BundleError
+from turret.json_types import JsonObject
+from turret.methods.method import Method
+from turret.plan_check import Check
+from turret.transformer import Model
+
+M = TypeVar("M", bound=Method, covariant=True)
+
+
+class Tuner(Generic[M]):
+    """The tensors of one method on an attached model."""
+
+    def __init__(self, method: M) -> None:
+        self.method = method
+
+    def require_known(self) -> None:
+        """Raises RecipeError for settings that a library does not accept. Only libraries know such settings."""
+
+    def targets(self, model: Model) -> Check:
+        """A row of a plan: what is trained on this base, or that the base has no such layers."""
+        return Check("method", "ok", self.method.summary)
+
+    def start(self, model: Model, attached: HookedModel, beginning: AdapterInit) -> None:
+        """Put a new adapter into slot 1, with requires_grad on what is trained. See `adapters.attach`."""
+        start_head(model, attached, beginning.head)
+
+    def tensors(self, attached: HookedModel, slot: int) -> dict[str, Tensor]:
+        """The tensors in a slot without the head, by the names that are stored."""
+        return {}
+
+    def extract(self, attached: HookedModel, slot: int) -> Extracted:
+        """Copies of the tensors in a slot, on the CPU in float32."""
+        tensors = {name: copied(value) for name, value in self.tensors(attached, slot).items()}
+        return Extracted(tensors, head_tensors(attached, slot), self.method)
+
+    def fill(self, model: Model, attached: HookedModel, adapter: Adapter, generator: torch.Generator | None) -> None:
+        """Replace the values that `start` set by a stored adapter's. Raises AdapterError if they do not fit.
+
+        generator: draws what is not stored, such as a prefix's MLP.
+        """
+        fill_parameters(head_parameters(attached), adapter.head)
+        fill_parameters(self.tensors(attached, 1), adapter.tensors)
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor of a file belongs to the method, not to the head."""
+        return False
+
+    def stored(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The tensors of a bundle by their names in the file."""
+        return {**adapter.tensors, **{f"{LORA_PREFIX}{name}": value for name, value in adapter.head.items()}}
+
+    def read(self, tensors: dict[str, Tensor], config: JsonObject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The inverse of `stored`: (the method's tensors, the head's by their names in the model)."""
+        own: dict[str, Tensor] = {}
+        head: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            if self.owns(name):
+                own[name] = value
+            elif name.startswith(LORA_PREFIX):
+                head[name.removeprefix(LORA_PREFIX)] = value
+            elif name.startswith("base_model."):
+                head[name.removeprefix("base_model.")] = value  # PEFT's name for the head of a prompt-tuned model
+            else:
+                kind = self.method.kind
+                raise BundleError(
+                    f"tensor {name!r} belongs neither to the method {kind} nor to a head: export it again"
+                )
+        return own, head
+
+    def peft_words(self) -> JsonObject:
+        """The keys of PEFT's configuration that must agree with the settings, so that PEFT computes the same."""
+        return {"peft_type": self.method.peft_name}
+
+    def peft_config(self, adapter: Adapter) -> JsonObject:
+        """The method's part of PEFT's configuration."""
+        return self.peft_words()
+
+    def check_config(self, config: JsonObject) -> None:
+        """Raises BundleError if PEFT's configuration in a bundle contradicts the method in its manifest."""
+        check_config(config)
+        check_agreement(config, self.peft_words())
+
+    def rate_ratios(self, names: Iterable[str]) -> dict[str, float]:
+        """Factors on the learning rate, by name of the trained parameter; 1 for those that are not named."""
+        return {}
+
+    def combined(
+        self, model: Model, given: Sequence[Adapter], weights: Sequence[float], how: str, density: float, seed: int
+    ) -> tuple[Method, dict[str, Tensor]]:
+        """Merge several adapters into one.
+
+        Args:
+            weights: one for each adapter.
+            how: see `lora/weighted.py`.
+            density: the share of values that a pruning merge keeps.
+            seed: for the values that are dropped at random.
+
+        Raises:
+            AdapterError: adapters of this method cannot be merged.
+        """
+        kind = self.method.kind
+        raise AdapterError(f"adapters of {kind} cannot be merged with one another: expected LoRA, which PEFT merges")
+
+    def require_mergeable(self) -> None:
+        """Raises AdapterError if the method is not a change of weights."""
+
+    def merged(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
+        """The weights that the adapter changes, merged, by their names in a model with nothing attached."""
+        shared, parts = shared_names(model), self.parts(model, adapter)
+        merged = {}
+        for path, (A, B) in parts.factors.items():
+            if len(shared.get(f"{path}.weight", ())) > 1:
+                raise AdapterError(f"{path} shares its weight with another layer, so the adapter cannot be merged")
+            layer = model.get_submodule(path)
+            transposed = not isinstance(layer, nn.Linear)
+            assert isinstance(layer.weight, Tensor)
+            merged[f"{path}.weight"] = merged_weight(layer.weight, A, B, parts.scaling, transposed=transposed)
+        for path, scaled in parts.layers.items():
+            merged |= {f"{path}.{name}": value for name, value in scaled.merged(model.get_submodule(path)).items()}
+        for path, module in parts.whole.items():
+            base = model.get_submodule(path)
+            own = merged_values(module, base.get_parameter("weight"))
+            for name in shared.get(f"{path}.weight", ()):
+                if (other := name.removesuffix(".weight")) not in parts.whole:
+                    raise AdapterError(f"{path} shares its weight with {other}, so the adapter cannot be merged")
+                if not torch.equal(own["weight"], merged_values(parts.whole[other], own["weight"])["weight"]):
+                    raise AdapterError(f"{path} and {other} share one weight in the base, so they cannot be merged")
+            merged |= {f"{path}.{name}": value for name, value in own.items()}
+        return merged
+
+    def parts(self, model: Model, adapter: Adapter) -> Parts:
+        """The low-rank factors and the prefix with which a batch of many adapters computes this one.
+
+        Raises:
+            AdapterError: the tensors do not fit the model, or the method cannot share a base.
+        """
+        if adapter.tensors:
+            names = ", ".join(sorted(adapter.tensors)[:3])
+            raise AdapterError(f"the method {self.method.kind} has no tensors besides the head, given {names}")
+        return Parts()
+
+    def mount(self, model: Model, attached: HookedModel, adapter: Adapter, slot: int) -> None:
+        """Put a finished adapter into an empty slot."""
+        mount_parts(model, attached, self.parts(model, adapter), slot)
+        mount_head(model, attached, adapter.head, slot)
+
+
+def head_parameters(attached: HookedModel) -> dict[str, Tensor]:
+    """The head in slot 1, by names in the model."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in attached.heads.items()
+        for name, parameter in module.slots["1"].named_parameters()
+    }
+
+
+def fill_parameters(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy the values into the parameters. Raises AdapterError unless names and shapes are equal."""
+    require_same({name: tuple(each.shape) for name, each in parameters.items()}, values)
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def require_same(expected: Mapping[str, tuple[int, ...]], values: Mapping[str, Tensor]) -> None:
+    """Raises AdapterError unless the values have these names and shapes."""
+    if odd := sorted(set(expected) ^ set(values)):
+        has = "has no" if odd[0] in expected else "has"
+        raise AdapterError(f"it {has} {odd[0]}, unlike this recipe: set [method] and the head to its values")
+    for name, shape in expected.items():
+        if tuple(values[name].shape) != shape:
+            raise AdapterError(
+                f"its {name} has shape {tuple(values[name].shape)}, expected {shape}: set [method] to its values"
+            )

@@ -1,0 +1,230 @@
+"""Predicts the memory of a training on a GPU, by component, before a byte of the base is read.
+
+The base is built on torch's meta device, where tensors have shapes and no numbers. The adapter is attached there, and
+one pass runs as in a training: its paths are those that a GPU takes, and saved-tensor hooks count what they save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from turret import adapters, quantized
+from turret.adapters import packed
+from turret.adapters.autograd import FunctionContext, Gradients, apply
+from turret.bases.base import cast
+from turret.bases.device import gigabytes
+from turret.bases.meta_model import CONTEXT
+from turret.bases.sharded import divided, layer_paths
+from turret.families import family_of
+from turret.gpu_kernels import planned
+from turret.methods import Method
+from turret.recipe import Recipe
+from turret.train.adamw import moment_bytes
+from turret.train.batches import MOST_TOKENS, pass_tokens
+from turret.train.evaluation import GENERATED_ROWS
+from turret.train.memory import Prediction, SavedForBackward, trainable_bytes
+from turret.train.step import TARGETS
+from turret.transformer import Model
+
+TARGET = 128  # tokens of a target, unless the recipe says otherwise
+LOGITS = 16  # bytes a logit: in the base's precision, in float32, their softmax, and the gradients of both
+TEMPORARIES = 3  # of the largest tensor: what a backward pass makes besides the saved tensors
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits a block of 64, 32 bits for 256 blocks
+GATHERED = 3  # layers that are whole at a time: the one that computes, the next one, and the buffer of a gather
+FRAGMENTS = 1.1  # an allocator keeps holes
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest pass of a training, and of the evaluation after it.
+
+    Args:
+        rows: texts in a pass.
+        source: tokens of each.
+        target: tokens of each target; 0 for a classifier.
+        written: tokens that each row generates in an evaluation; 0 for none.
+    """
+
+    rows: int
+    source: int
+    target: int = 0
+    written: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: Model, *, generates: bool) -> Work:
+        """The work of a recipe whose texts are all as long as it allows."""
+        limit = family_of(model.config).position_limit(model.config)
+        source = recipe.task.max_tokens if limit is None else min(recipe.task.max_tokens, limit)
+        target = (recipe.task.max_target_tokens or TARGET) if generates else 0
+        rows = pass_tokens(recipe.train, model.config) // (source + target)
+        written = (recipe.task.max_new_tokens or target) if generates else 0
+        return cls(max(1, min(recipe.train.batch_size, rows)), source, target, written)
+
+
+def predict_on_gpu(
+    model: Model,
+    method: Method,
+    work: Work,
+    dtype: torch.dtype,
+    *,
+    nf4: bool = False,
+    optimizer: str | None = None,
+    checkpointed: bool = False,
+    programs: bool = True,
+) -> Prediction:
+    """The memory of a training on a GPU, by component.
+
+    Args:
+        model: a base on the meta device, see `bases.skeleton`. It is cast to `dtype`.
+        method: what is trained.
+        work: the largest pass.
+        dtype: the precision of the base.
+        nf4: whether the linear layers of the body are kept in 4 bits, and unpacked for a product.
+        optimizer: `train.optimizer`, which keeps the moments.
+        checkpointed: whether each layer keeps its input alone and is computed again: `train.checkpoint_layers`.
+        programs: whether the GPU computes by Turret's Triton programs, in a dtype that they take.
+    """
+    cast(model, dtype)
+    weights, unpacked = _weights(model, nf4)
+    with _Shapes():
+        adapters.attach(model, method, generator=torch.Generator().manual_seed(0))
+    try:
+        model.train()
+        trainable = trainable_bytes(adapters.trainable_parameters(model))
+        with _Shapes(), planned(programs):
+            saved, states, outputs = saved_by(model, work)
+        logits = LOGITS * outputs
+        cached = _cached(model, work, dtype)
+    finally:
+        adapters.detach(model)
+        model.eval()
+    kept = saved.bytes
+    if checkpointed:
+        layers, tokens = model.config.num_hidden_layers, work.rows * (work.source + work.target)
+        kept = kept // layers + layers * tokens * model.config.hidden_size * dtype.itemsize
+    backward = kept + max(TEMPORARIES * saved.largest, logits) + states
+    return Prediction(
+        weights=weights,
+        trainable=trainable,
+        gradients=trainable,
+        optimiser=moment_bytes(optimizer, trainable // 4),
+        activations=round(FRAGMENTS * max(backward, cached + logits)) + unpacked,
+        runtime=CONTEXT,
+    )
+
+
+def in_parts(predicted: Prediction, model: Model, parts: int) -> Prediction:
+    """The memory of one of several processes that keep the layers of the base in so many parts.
+
+    Args:
+        predicted: of one process with the whole base.
+        model: the base on the meta device, in its precision.
+    """
+    weights = {path: layer.get_parameter("weight").nbytes for path, layer in divided(model).items()}
+    own = sum(weights.values())
+    layers = [f"{each}." for each in layer_paths(model)]
+    largest = max(sum(size for path, size in weights.items() if path.startswith(layer)) for layer in layers)
+    return replace(
+        predicted,
+        weights=predicted.weights - own + -(-own // parts),
+        activations=predicted.activations + GATHERED * largest,
+    )
+
+
+def refusal(predicted: Prediction, free: int, base: str, device: str) -> str | None:
+    """Why a training cannot start on a GPU, in one line; None if its weights and states fit.
+
+    What a pass needs can be lowered, so it alone does not refuse.
+
+    Args:
+        free: bytes of the GPU.
+    """
+    fixed = predicted.total - predicted.activations
+    if fixed <= free:
+        return None
+    states = predicted.trainable + predicted.gradients + predicted.optimiser
+    return (
+        f"{base} does not fit on {device} with {gigabytes(free)} free: its weights take "
+        f"{gigabytes(predicted.weights)}, the adapter and its states {gigabytes(states)}; give a smaller base, "
+        'set base_quantization to "nf4", or train.device to "cpu"'
+    )
+
+
+def _weights(model: Model, nf4: bool) -> tuple[int, int]:
+    """Bytes of the base's weights, and of the largest one that is unpacked for a product."""
+    whole = quantized.stored_bytes(model)
+    if not nf4:
+        return whole, 0
+    packed_weights = [
+        model.get_submodule(path).get_parameter("weight") for path in adapters.target_paths(model, "all-linear")
+    ]
+    saved = sum(each.nbytes - round(NF4 * each.numel()) for each in packed_weights)
+    return whole - saved, max(each.nbytes for each in packed_weights)
+
+
+def saved_by(model: Model, work: Work) -> tuple[SavedForBackward, int, int]:
+    """One pass with gradients on an attached model, up to the output layer of a generator.
+
+    Returns:
+        What it saved for its backward pass, the bytes of its result, and how many logits are computed at a time.
+    """
+    saved = SavedForBackward(model)
+    sources = [torch.zeros(work.source, dtype=torch.long)] * work.rows
+    with saved.counting():
+        if not work.target:
+            logits = packed.classify_logits(model, sources)  # (B, C)
+            return saved, logits.nbytes, logits.numel()
+        targets = [torch.zeros(work.target, dtype=torch.long)] * work.rows
+        states = packed.target_states(model, sources, targets)  # (N, D)
+    return saved, states.nbytes, min(len(states), TARGETS) * model.get_input_embeddings().weight.shape[0]
+
+
+def _cached(model: Model, work: Work, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of the rows that an evaluation generates at a time."""
+    if not work.written:
+        return 0
+    sites = [site for site in adapters.attachment(model).sites if site.group != "encoder"]
+    each = sum(2 * site.kv_heads * site.head_dim for site in sites) * dtype.itemsize  # of one token
+    tokens = work.source + work.written
+    return max(1, min(GENERATED_ROWS, MOST_TOKENS // tokens)) * tokens * each
+
+
+class _Fused(torch.autograd.Function):
+    """Attention as a GPU's fused kernel saves it: inputs, output, and one number a query instead of its scores."""
+
+    @staticmethod
+    def forward(ctx: FunctionContext, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        y = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, bias, y, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
+        raise AssertionError("only shapes are computed here")
+
+
+class _Shapes(TorchFunctionMode):
+    """Lets a pass run on the meta device as it runs on a GPU.
+
+    Meta tensors would take torch's plain attention, which saves all scores; a GPU takes a fused kernel. A mask is
+    asked whether it hides nothing, and the masks of these passes hide nothing.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor | bool],
+        types: Sequence[type],
+        args: tuple[Tensor, ...] = (),
+        kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor | bool:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return apply(_Fused, args[0], args[1], args[2], kwargs.get("attn_mask"))
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **kwargs)

@@ -1,0 +1,124 @@
+"""Ceilings, counted on a pretend GPU: the kernels that one layer launches, and how often the CPU waits for the GPU.
+
+A layer's launches are the difference between models of one and of three layers, so what a pass does once is left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import tiny_training as tiny
+import torch
+from adapters_at_hand import GENERATES, made
+from decoding_rows import Row
+from pretend_gpu import OnCard, on_cpu, pretend_gpu, to_gpu
+
+from turret.engine.decode import choose
+from turret.engine.request import GenerationSettings
+from turret.engine.runner import DecodeStep, Prefill, Runner
+from turret.methods import LoRA
+from turret.train.step import train_step
+
+ROWS = 32
+SIZES = {"hidden_size": 128, "head_dim": 32}  # heads that a decoding step's program takes
+FULL = {"method": "lora", "method.target_modules": "all-linear", "method.r": 4}
+
+
+def step_counts(
+    layers: int, *, dtype: torch.dtype = torch.float32, programs: bool = True
+) -> tuple[Counter[str], Counter[str]]:
+    """Launches and syncs of one training step on a GPU."""
+    base = tiny.base("llama", "generate", num_hidden_layers=layers)
+    base.model.to(dtype)
+    with pretend_gpu(programs) as gpu:
+        to_gpu(base.model)
+        task, optimiser, items = tiny.started(base, "summarize", **FULL)
+        gpu.clear()
+        train_step(base.model, task, optimiser, items, rate=1e-3, clip=1.0, most_tokens=1024)
+        return Counter(gpu.launches), Counter(gpu.syncs)
+
+
+def layer(one: Counter[str], three: Counter[str]) -> dict[str, float]:
+    return {name: (three[name] - one[name]) / 2 for name in three if three[name] != one[name]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_training_lora_on_all_linears_launches_at_most_40_kernels_a_layer(dtype: torch.dtype) -> None:
+    one, three = (step_counts(layers, dtype=dtype) for layers in (1, 3))
+    own = layer(one[0], three[0])
+    assert sum(own.values()) <= 40, own
+    assert own["mm"] + own["addmm_"] == 14  # seven products forward, seven backward
+    assert sum(three[1].values()) <= 2, three[1]
+
+
+@torch.no_grad()
+def run(runner: Runner, fresh: list[Prefill], steps: Any = ()) -> Any:
+    """A pass without inference mode, in which the pretended tensors cannot be written to."""
+    return Runner.run.__wrapped__(runner, fresh, steps)  # type: ignore[attr-defined]
+
+
+def settings(row: int) -> GenerationSettings:
+    """Greedy rows and sampled ones, and every processor."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"heat": 0.8},
+        {"heat": 1.1, "top_k": 9},
+        {"heat": 0.9, "top_p": 0.7},
+        {"heat": 1.0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2, "min_new_tokens": 5},
+        {"forced_eos": (5,), "max_tokens": 4},
+        {"min_length": 40, "repetition_penalty": 0.8, "heat": 0.5},
+    ]
+    return GenerationSettings(**({"max_tokens": 99, "eos": (5,), "seed": row} | kinds[row % len(kinds)]))
+
+
+def rows_to_decode() -> list[Row]:
+    return [Row(settings(row), [row % 7, 3, 4, 3, 4, 3], new=3) for row in range(ROWS)]
+
+
+def decode_counts(layers: int, *, programs: bool = True) -> tuple[Counter[str], Counter[str], torch.Tensor]:
+    """Launches and syncs of a decoding step of 32 rows with 32 adapters, in steady state, and its logits."""
+    base = tiny.base("llama", "generate", num_hidden_layers=layers, **SIZES)
+    method = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False, target_modules="all-linear")
+    few = [made("llama", "generate", method, seed, num_hidden_layers=layers, **SIZES) for seed in range(3)]
+    with pretend_gpu(programs) as gpu:
+        to_gpu(base.model)
+        runner = Runner(base)  # type: ignore[arg-type]
+        for slot in range(1, ROWS + 1):
+            loaded = runner.adapter_pool.prepare(few[slot % 3], f"sha256:{slot}", GENERATES)  # type: ignore[arg-type]
+            runner.adapter_pool.mount(slot, loaded)
+        slots = range(1, ROWS + 1)
+        places = [runner.kv_slot(4, 8, slot) for slot in slots]
+        run(runner, [Prefill([7, 8, 9 + slot, 10], slot, place) for slot, place in zip(slots, places, strict=True)])
+        steps = [DecodeStep(7 + slot, slot, place) for slot, place in zip(slots, places, strict=True)]
+        run(runner, [], steps)
+        gpu.clear()
+        scores = run(runner, [], steps).vocabulary
+        launches, syncs, logits = Counter(gpu.launches), Counter(gpu.syncs), on_cpu(scores).clone()
+        gpu.clear()
+        rows = rows_to_decode()
+        assert isinstance(scores, OnCard)
+        tokens = choose(scores, rows)
+        syncs += gpu.syncs
+        assert sum(gpu.launches.values()) <= 60, gpu.launches
+    assert tokens == choose(logits.clone(), rows_to_decode())
+    return launches, syncs, logits
+
+
+def test_a_decoding_step_of_32_rows_with_32_adapters_launches_at_most_15_kernels_a_layer_and_waits_once() -> None:
+    one, two = decode_counts(1), decode_counts(2)
+    own = {name: two[0][name] - one[0][name] for name in two[0] if two[0][name] != one[0][name]}
+    assert sum(own.values()) <= 15, own
+    assert own["add_mixed_lora"] == 4
+    assert sum(two[1].values()) == 1, two[1]
+
+
+def test_control_without_the_programs_a_layer_launches_more() -> None:
+    """The same with the base's own modules, which compute where a GPU has no Triton."""
+    one, three = (step_counts(layers, programs=False) for layers in (1, 3))
+    assert sum(layer(one[0], three[0]).values()) > 100
+    one, two = decode_counts(1, programs=False), decode_counts(2, programs=False)
+    assert sum(two[0].values()) - sum(one[0].values()) > 40
+    torch.testing.assert_close(decode_counts(2)[2], two[2], atol=2e-4, rtol=1e-3)
