@@ -61,23 +61,9 @@ PATHS = {
         (LAYERS,),
         ("SGMV: the LoRA of every token of a pass, one call for each layer", "`adapter_pool.sgmv`", "with kernels"),
     ),
-    "BGMV": Path(
-        ("prompts", "one prompt"),
-        (KERNELS,),
-        (
-            "the LoRA of decode rows: two batched products for each layer",
-            "`adapter_pool.sgmv`",
-            "without kernels, on a GPU",
-        ),
-    ),
     "step attention": Path(("prompts", "one prompt"), (LAYERS,)),
     "few-token products": Path(("short texts", "prompts", "one prompt"), (LAYERS,)),
     "prefill attention": Path(("texts", "short texts", "prompts"), (LAYERS,)),
-    "norms, activations, rotary": Path(
-        ("texts", "short texts", "prompts"),
-        (LAYERS,),
-        ("each of these operations in one pass over memory", "the base's modules", "with kernels"),
-    ),
     "lay_out": Path(
         ("load",),
         (),
@@ -102,7 +88,7 @@ PATHS = {
 def patches(name: str, engine: Any) -> list[Patch]:
     """How each path is switched off: the one place that knows."""
     from turret.adapters import attention
-    from turret.adapters.fused import activations, layers, residual, rotary
+    from turret.adapters.fused import layers
     from turret.engine import adapter_pool, cache, decode, runner
     from turret.kernels import Library, available
 
@@ -116,29 +102,11 @@ def patches(name: str, engine: Any) -> list[Patch]:
         "step attention": lambda: [(cache, "usable", none)],
         "few-token products": lambda: [(Library, "few", lambda *_: 0)],
         "prefill attention": lambda: [(attention, "_unpadded", attention._unpadded_plainly)],
-        "norms, activations, rotary": lambda: [
-            (module, "usable", none) for module in (activations, residual, rotary)
-        ],
         "lay_out": lambda: [(adapter_pool, "usable", none)],
         "long passes": lambda: [(engine._scheduler, "batch_tokens", runner.SHORT_PASS)],
         "round passes": lambda: [(runner, "rounded", lambda tokens, _: tokens)],
         "top_p of few": lambda: [(decode, "LOOKED_AT", 1 << 30)],
-        "BGMV": lambda: [(adapter_pool.BGMV, "arrange", _arrange_segments), (adapter_pool.BGMV, "add", _add_segments)],
     }[name]()  # fmt: skip
-
-
-def _arrange_segments(bgmv: Any, rows: Sequence[Any]) -> None:
-    """`BGMV.arrange` for `_add_segments`: each row is a segment of one token."""
-    known = getattr(bgmv, "known", {})
-    bgmv.known = {adapter: known.get(adapter) or adapter.pairs() for adapter in rows if adapter is not None}
-    bgmv.segments = [(row, row + 1, bgmv.known[adapter]) for row, adapter in enumerate(rows) if adapter is not None]
-
-
-def _add_segments(bgmv: Any, y: Any, x: Any, layer: int) -> None:
-    """`BGMV.add` by SGMV."""
-    from turret.engine.adapter_pool import sgmv
-
-    sgmv(y, x, bgmv.segments, layer)
 
 
 @contextlib.contextmanager

@@ -63,13 +63,13 @@ def settings(row: int) -> GenerationSettings:
     """Greedy rows and sampled ones, and every processor."""
     kinds: list[dict[str, Any]] = [
         {},
-        {"heat": 0.8},
-        {"heat": 1.1, "top_k": 9},
-        {"heat": 0.9, "top_p": 0.7},
-        {"heat": 1.0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3},
+        {"temperature": 0.8},
+        {"temperature": 1.1, "top_k": 9},
+        {"temperature": 0.9, "top_p": 0.7},
+        {"temperature": 1.0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3},
         {"no_repeat_ngram_size": 2, "min_new_tokens": 5},
         {"forced_eos": (5,), "max_tokens": 4},
-        {"min_length": 40, "repetition_penalty": 0.8, "heat": 0.5},
+        {"min_length": 40, "repetition_penalty": 0.8, "temperature": 0.5},
     ]
     return GenerationSettings(**({"max_tokens": 99, "eos": (5,), "seed": row} | kinds[row % len(kinds)]))
 

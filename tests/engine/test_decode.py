@@ -47,13 +47,13 @@ def test_adjusted_scores_equal_those_of_transformers_processors(settings: dict, 
 @pytest.mark.parametrize(
     ("settings", "warpers"),
     [
-        ({"heat": 0.7}, [transformers.TemperatureLogitsWarper(0.7)]),
-        ({"heat": 1.0, "top_k": 5}, [transformers.TopKLogitsWarper(5)]),
-        ({"heat": 1.0, "top_p": 0.6}, [transformers.TopPLogitsWarper(0.6)]),
-        ({"heat": 1.3, "top_k": 9, "top_p": 0.7},
+        ({"temperature": 0.7}, [transformers.TemperatureLogitsWarper(0.7)]),
+        ({"temperature": 1.0, "top_k": 5}, [transformers.TopKLogitsWarper(5)]),
+        ({"temperature": 1.0, "top_p": 0.6}, [transformers.TopPLogitsWarper(0.6)]),
+        ({"temperature": 1.3, "top_k": 9, "top_p": 0.7},
          [transformers.TemperatureLogitsWarper(1.3), transformers.TopKLogitsWarper(9),
           transformers.TopPLogitsWarper(0.7)]),
-        ({"heat": 1.0, "top_p": 1e-9}, [transformers.TopPLogitsWarper(1e-9)]),
+        ({"temperature": 1.0, "top_p": 1e-9}, [transformers.TopPLogitsWarper(1e-9)]),
     ],
 )  # fmt: skip
 def test_tokens_are_sampled_with_the_probabilities_of_transformers(settings: dict, warpers: list) -> None:
@@ -70,16 +70,18 @@ def test_tokens_are_sampled_with_the_probabilities_of_transformers(settings: dic
 
 def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
     flat = torch.zeros(4000)
-    drawn = {draw(flat, GenerationSettings(9, (1,), heat=1.0, top_p=0.5), random.Random(seed)) for seed in range(300)}
+    drawn = {
+        draw(flat, GenerationSettings(9, (1,), temperature=1.0, top_p=0.5), random.Random(seed)) for seed in range(300)
+    }
     assert len(drawn) > 200
 
 
 def test_rows_of_a_batch_do_not_affect_each_other() -> None:
     settings = [
         GenerationSettings(9, (1,)),
-        GenerationSettings(9, (1,), heat=1.0, seed=3),
-        GenerationSettings(9, (1,), heat=1.0, seed=3, repetition_penalty=2.0),
-        GenerationSettings(9, (1,), heat=0.5, seed=4, top_k=3),
+        GenerationSettings(9, (1,), temperature=1.0, seed=3),
+        GenerationSettings(9, (1,), temperature=1.0, seed=3, repetition_penalty=2.0),
+        GenerationSettings(9, (1,), temperature=0.5, seed=4, top_k=3),
     ]
     alone = [choose(scores(7)[None], [Row(each, [1, 2])])[0] for each in settings]
     together = choose(scores(7)[None].repeat(4, 1), [Row(each, [1, 2]) for each in settings])
@@ -110,7 +112,7 @@ def test_options_override_the_adapters_settings_which_override_the_bases() -> No
     asked = SamplingParams(max_tokens=9, repetition_penalty=1.0, temperature=0.5, seed=4)
     by_option = resolved(asked, own, task, room=20, vocabulary=V)
     assert (by_option.max_tokens, by_option.num_beams, by_option.repetition_penalty) == (9, 1, 1.0)
-    assert (by_option.heat, by_option.seed) == (0.5, 4)
+    assert (by_option.temperature, by_option.seed) == (0.5, 4)
     with pytest.raises(DataError, match="max_tokens = 21: the prompt leaves room for 20"):
         resolved(SamplingParams(max_tokens=21), own, task, room=20, vocabulary=V)
 
@@ -140,26 +142,26 @@ def test_an_option_out_of_range_is_refused(wrong: dict) -> None:
 
 
 def test_top_p_or_top_k_without_a_temperature_samples_at_one() -> None:
-    assert SamplingParams(top_p=0.5).heat == SamplingParams(top_k=3).heat == 1.0
+    assert SamplingParams(top_p=0.5).effective_temperature == SamplingParams(top_k=3).temperature == 1.0
     assert (
-        SamplingParams(top_p=1.0).heat
-        == SamplingParams(top_k=3, temperature=0).heat
-        == SamplingParams(seed=3).heat
+        SamplingParams(top_p=1.0).effective_temperature
+        == SamplingParams(top_k=3, temperature=0).effective_temperature
+        == SamplingParams(seed=3).effective_temperature
         == 0.0
     )
 
 
 KINDS: list[dict] = [
     {},
-    {"heat": 0.8},
-    {"heat": 1.1, "top_k": 9},
-    {"heat": 0.9, "top_p": 0.7},
-    {"heat": 1.0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3},
+    {"temperature": 0.8},
+    {"temperature": 1.1, "top_k": 9},
+    {"temperature": 0.9, "top_p": 0.7},
+    {"temperature": 1.0, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.3},
     {"no_repeat_ngram_size": 2, "min_new_tokens": 5},
     {"forced_eos": (5,), "max_tokens": 4},
     {"forced_bos": 7},
-    {"min_length": 40, "repetition_penalty": 0.8, "heat": 0.5},
-    {"heat": 1.0, "top_p": 1e-9},
+    {"min_length": 40, "repetition_penalty": 0.8, "temperature": 0.5},
+    {"temperature": 1.0, "top_p": 1e-9},
     {"presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": ((3, 4.0), (11, 6.0)), "repetition_penalty": 1.2},
     {"logit_bias": ((9, 100.0),)},
 ]
@@ -168,7 +170,7 @@ KINDS: list[dict] = [
 def test_the_tokens_of_all_rows_at_once_are_those_of_each_row_alone() -> None:
     """A GPU chooses so, with one wait."""
     kinds = [KINDS[row % len(KINDS)] for row in range(60)]
-    alike = [{"heat": 0.7}] * 8, [{"heat": 0.7, "top_k": 3}] * 8, [{}] * 8
+    alike = [{"temperature": 0.7}] * 8, [{"temperature": 0.7, "top_k": 3}] * 8, [{}] * 8
     for number, some in enumerate((kinds, *alike)):
         given = torch.stack([scores(100 * number + row) for row in range(len(some))])
         given[1] = torch.nan

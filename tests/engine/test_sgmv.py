@@ -1,4 +1,4 @@
-"""SGMV and BGMV in torch: each token gets the product with its own adapter's factors, and no other token changes."""
+"""SGMV in torch: each token gets the product with its own adapter's factors, and no other token changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from turret.engine.adapter_pool import BGMV, sgmv
+from turret.engine.adapter_pool import sgmv
 from turret.engine.adapter_tensors import AdapterTensors, factor_layout, tensor_layout
 
 SIZES = ((24, 40), (40, 24))  # (D_in, D_out) of two layers
@@ -46,26 +46,3 @@ def test_sgmv_adds_the_product_of_each_segment(adapters: list[AdapterTensors], l
     wanted = expected(y, x, rows, layer)
     sgmv(y, x, [(0, 3, a.pairs()), (5, 9, b.pairs()), (9, 10, c.pairs())], layer)
     torch.testing.assert_close(y.double(), wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_bgmv_adds_the_product_of_each_row_while_rows_come_and_go(adapters: list[AdapterTensors]) -> None:
-    a, b, c, d = adapters
-    bgmv = BGMV()
-    for rows in ([a, b, c, d], [a, a, None, b, a], [None], [], [d], [c, None, d, c], [b] * 6):
-        bgmv.arrange(rows)
-        for layer, (d_in, d_out) in enumerate(SIZES):
-            x, y = torch.randn(len(rows), d_in), torch.randn(len(rows), d_out)
-            wanted = expected(y, x, rows, layer)
-            bgmv.add(y, x, layer)
-            torch.testing.assert_close(y.double(), wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_bgmv_frees_the_factors_of_adapters_that_no_longer_decode(adapters: list[AdapterTensors]) -> None:
-    bgmv = BGMV()
-    bgmv.arrange(adapters)
-    bgmv.arrange(adapters[:2])
-    assert len(bgmv._factors[0][0]) == 4  # one may come back soon
-    bgmv.arrange(adapters[:1])
-    assert len(bgmv._factors[0][0]) == 1
-    bgmv.clear()
-    assert not bgmv._factors

@@ -224,65 +224,6 @@ def mixed_rows(rows: Sequence[AdapterTensors | None]) -> MixedLoRA | None:
     )
 
 
-class BGMV:
-    """`sgmv` for rows of one token each: two batched products a layer, whatever the number of adapters.
-
-    The factors of S adapters are copied side by side, A (S, R, D_in) and B (S, R, D_out), smaller ranks filled with
-    zeros. The copies are kept as long as the same adapters decode.
-    """
-
-    def __init__(self) -> None:
-        self._adapters: list[AdapterTensors] = []
-        self._factors: dict[int, Pair] = {}  # by layer
-        self._rows = self._place = self._turn = torch.empty(0, dtype=torch.int64)
-        self._turns = 0
-
-    def arrange(self, rows: Sequence[AdapterTensors | None]) -> None:
-        """Set the adapter of each row for the next calls of `add`; None for a row without factors."""
-        adapters = list(dict.fromkeys(each for each in rows if each is not None))
-        if not set(adapters) <= set(self._adapters) or 2 * len(adapters) < len(self._adapters):
-            self._adapters, self._factors = adapters, _side_by_side(adapters)
-        counts = [0] * len(self._adapters)  # rows of each adapter so far
-        index = []
-        for row, adapter in enumerate(rows):
-            if adapter is not None:
-                place = self._adapters.index(adapter)
-                index.append((row, place, counts[place]))
-                counts[place] += 1
-        device = self._adapters[0].flat.device if self._adapters else None
-        self._rows, self._place, self._turn = torch.tensor(index, device=device).reshape(-1, 3).long().unbind(1)
-        self._turns = max(counts, default=0)
-
-    def add(self, y: Tensor, x: Tensor, layer: int) -> None:
-        """Add (x A^T) B to every row of y that has factors. y: (n, D_out), changed in place; x: (n, D_in)."""
-        if not self._turns or layer not in self._factors:
-            return
-        A, B = self._factors[layer]
-        grouped = x.new_zeros(len(A), self._turns, x.shape[1])  # (S, rows of one adapter, D_in)
-        grouped[self._place, self._turn] = x[self._rows]
-        delta = torch.bmm(torch.bmm(grouped, A.mT), B)
-        y.index_add_(0, self._rows, delta[self._place, self._turn])
-
-    def clear(self) -> None:
-        """Free the copies."""
-        self._adapters, self._factors, self._turns = [], {}, 0
-
-
-def _side_by_side(adapters: Sequence[AdapterTensors]) -> dict[int, Pair]:
-    """By layer, A (S, R, D_in) and B (S, R, D_out)."""
-    factors = [adapter.pairs() for adapter in adapters]
-    rank = max((adapter.rank for adapter in adapters), default=0)
-    stacked: dict[int, Pair] = {}
-    for layer in sorted({layer for own in factors for layer in own}):
-        first, second = next(own[layer] for own in factors if layer in own)
-        A, B = (each.new_zeros(len(adapters), rank, each.shape[1]) for each in (first, second))
-        for place, own in enumerate(factors):
-            if layer in own:
-                A[place, : len(own[layer][0])], B[place, : len(own[layer][1])] = own[layer]
-        stacked[layer] = A, B
-    return stacked
-
-
 # --- adapter pool -----------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +252,6 @@ class AdapterPool:
         self._spans: dict[str, AdapterSpans] = {}  # with kernels, by stream
         self._in_use: list[AdapterTensors] = []  # by the kernels in the current pass, even if unmounted meanwhile
         self._segments: dict[str, list[Segment]] = {}  # without kernels, by stream
-        self._decoding = BGMV()
         self.mixed: MixedLoRA | None = None  # on a GPU, of the decode rows of the current pass
         self._mixed: tuple[Sequence[AdapterTensors | None], MixedLoRA | None] = (), None  # of the latest rows
         self._prefill_tokens = 0
@@ -421,9 +361,10 @@ class AdapterPool:
         if self.family.rows_alone:
             return
         self.library = usable(*self._weights)
+        programs = self.library is None and gpu_kernels.usable(*self._weights)  # a GPU's, for the decode rows
         for stream, counts in lengths.items():
             rows = list(zip(slots, counts, strict=True))
-            if self.library is not None and stream == "decoder":
+            if stream == "decoder" and not programs:
                 rows += [(slot, 1) for slot in steps]
             spans = self._spans_of(rows)
             if self.library is None:
@@ -431,16 +372,13 @@ class AdapterPool:
             elif (found := kernel_spans(spans, sum(count for _, count in rows))) is not None:
                 self._spans[stream] = found
                 self._in_use += [adapter for _, _, adapter in spans]
-        if self.library is None:
+        if programs:
             self._prefill_tokens = sum(lengths.get("decoder", ()))
             adapters = [self.at(slot) for slot in steps]
             own = [None if each is None or each.layout is None else each for each in adapters]
-            if gpu_kernels.usable(*self._weights):
-                if own != self._mixed[0]:
-                    self._mixed = own, mixed_rows(own)
-                self.mixed = self._mixed[1]
-            else:
-                self._decoding.arrange(own)
+            if own != self._mixed[0]:
+                self._mixed = own, mixed_rows(own)
+            self.mixed = self._mixed[1]
 
     @property
     def by_programs(self) -> bool:
@@ -486,8 +424,6 @@ class AdapterPool:
         sgmv(y[0], x[0], self._segments.get(layer.stream, ()), number)
         if layer.stream == "decoder" and self.mixed is not None:
             self.mixed.add([y[0, self._prefill_tokens :]], x[0, self._prefill_tokens :], [number])
-        elif layer.stream == "decoder":
-            self._decoding.add(y[0, self._prefill_tokens :], x[0, self._prefill_tokens :], number)
         return self._with_scaled(layer, number, x, y)
 
     def _with_scaled(self, layer: AdaptedLinear, number: int, x: Tensor, y: Tensor) -> Tensor:
@@ -549,7 +485,6 @@ class AdapterPool:
 
     def free_decoding(self) -> None:
         """Free what is kept from one pass to the next for rows that decode."""
-        self._decoding.clear()
         self._mixed = (), None
 
     def logits(self, slots: Sequence[int], pooled: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ from turret.data.cells import text_of
 from turret.data.columns import COMPLETED
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks import generate
+from turret.tasks import text_answers
 from turret.tasks.chat_template import ChatTemplate, Rendered, Span, Tokenized
 from turret.tasks.task import Encoded, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
@@ -262,12 +262,12 @@ class Chat:
         return Encoded(torch.tensor(ids, dtype=torch.long), cut=cut)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return generate.decoded(self.tokenizer, ids)
+        return text_answers.decoded(self.tokenizer, ids)
 
     # --- logits and texts to numbers -------------------------------------------------------------------------------
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return generate.token_loss(logits, targets)
+        return text_answers.token_loss(logits, targets)
 
     def guessing_loss(self, examples: Sequence[Example]) -> None:
         """None: the loss of a pretrained base starts far below that of any constant answer."""
@@ -286,18 +286,18 @@ class Chat:
 
     @classmethod
     def score(cls, given: Prediction, example: Example) -> float:
-        return generate.score(given, example)
+        return text_answers.score(given, example)
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:
-        return generate.line(answer)
+        return text_answers.line(answer)
 
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
     @property
     def generation(self) -> JsonObject:
         """The arguments of `generate()`. An answer ends with the token that ends a turn."""
-        return generate.arguments(
+        return text_answers.arguments(
             self.tokenizer, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, end=self._end
         )
 

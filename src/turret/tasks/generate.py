@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from turret.data import Dataset, Example, Pair, Prompt, Schema, references_of
+from turret.data import Dataset, Example, Pair, Prompt, Schema
 from turret.data.cells import texts_in
 from turret.data.columns import COMPLETED, SUMMARISED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
+from turret.tasks import text_answers
 from turret.tasks.chat_template import base_prompt, rendered
 from turret.tasks.task import Encoded, Prediction, TaskSettings, register
 from turret.tasks.tokens import Tokens
@@ -23,53 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from turret.families import Kind as FamilyKind
-
-
-# --- text answers -----------------------------------------------------------------------------------------------------
-# The answers of tasks that generate: how they are generated, read, printed and scored.
-
-
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy over target tokens: a scalar. logits: (N, V), targets: (N,) int64."""
-    import torch.nn.functional as F
-
-    return F.cross_entropy(logits.float(), targets)
-
-
-def arguments(tokenizer: Tokenizer, *, max_new_tokens: int, num_beams: int, end: int) -> JsonObject:
-    """The arguments of transformers' `generate()`, whose own default is twenty tokens.
-
-    Args:
-        end: the token that ends an answer.
-    """
-    pad: int | None = tokenizer.pad_token_id
-    return {
-        "max_new_tokens": max_new_tokens,
-        "num_beams": num_beams,
-        "do_sample": False,
-        "eos_token_id": end,
-        "pad_token_id": end if pad is None else int(pad),
-    }
-
-
-def decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of generated tokens, without special tokens and surrounding white space."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
-
-
-def line(answer: JsonMapping) -> str:
-    """The text, with a note if it ends at the length limit."""
-    return str(answer["text"]) + ("" if answer["finish_reason"] == "stop" else "  (cut at the length limit)")
-
-
-def score(given: Prediction, example: Example) -> float:
-    """ROUGE-L of the nearest reference, as a fraction."""
-    from turret.tasks.metrics import rouge_l
-
-    return max(rouge_l(str(given), each) for each in references_of(example))
-
-
-# --- generate ---------------------------------------------------------------------------------------------------------
 
 
 SUMMARIES = (  # column names
@@ -308,12 +262,12 @@ class Generate:
         return rows
 
     def decode(self, ids: Sequence[int]) -> str:
-        return decoded(self.tokenizer, ids)
+        return text_answers.decoded(self.tokenizer, ids)
 
     # --- logits and texts to numbers -------------------------------------------------------------------------------
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return token_loss(logits, targets)
+        return text_answers.token_loss(logits, targets)
 
     def guessing_loss(self, examples: Sequence[Example]) -> None:
         """None: the loss of a pretrained base starts far below that of any constant answer."""
@@ -332,17 +286,19 @@ class Generate:
 
     @classmethod
     def score(cls, given: Prediction, example: Example) -> float:
-        return score(given, example)
+        return text_answers.score(given, example)
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:
-        return line(answer)
+        return text_answers.line(answer)
 
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
     @property
     def generation(self) -> JsonObject:
-        return arguments(self.tokenizer, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, end=self._eos)
+        return text_answers.arguments(
+            self.tokenizer, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, end=self._eos
+        )
 
     def spec(self) -> JsonObject:
         """Everything that prediction needs. The template is stored in full, because defaults may change."""
