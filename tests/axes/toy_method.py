@@ -17,9 +17,9 @@ from torch.nn.utils import parametrize
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, linear_at, mount_head
 from turret.adapters.hooks import AdapterInit, HookedModel, device_of, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
+from turret.adapters.tuners.tuner import Tuner
 from turret.errors import AdapterError
 from turret.methods import Method
-from turret.methods.tuner import Tuner
 from turret.transformer import Model
 
 RANK = 2
@@ -29,7 +29,7 @@ SUFFIX = ".scale"
 class Scale(Method):
     """The settings, and what differs from the protocol's defaults."""
 
-    numbers_at: ClassVar[str] = f"{__name__}:ScaleNumbers"
+    tuner_at: ClassVar[str] = f"{__name__}:ScaleTuner"
     kind: Literal["scale"] = "scale"
     seed: int = Field(default=7, ge=0)  # of A and B
 
@@ -55,7 +55,7 @@ class Scaled(nn.Module):
         return B[:, :1] / self.B0[:, :1]
 
 
-class ScaleNumbers(Tuner[Scale]):
+class ScaleTuner(Tuner[Scale]):
     def start(self, model: Model, attached: HookedModel, beginning: AdapterInit) -> None:
         super().start(model, attached, beginning)
         for path in target_paths(model, None):

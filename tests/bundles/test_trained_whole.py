@@ -15,9 +15,9 @@ from small_models import ENCODER_DECODERS, build
 from turret import adapters, bundles
 from turret.adapters import Adapter, BaseInfo
 from turret.adapters.lifecycle import merged_state
+from turret.adapters.tuners.modules_to_save import with_modules
 from turret.engine.runner import DecodeStep, Prefill
 from turret.errors import AdapterError, BundleError
-from turret.methods.peft.modules_to_save import with_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

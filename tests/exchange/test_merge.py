@@ -14,9 +14,9 @@ from exchange.foreign import CONFIG, LABELS, TEXTS, WEIGHTS, chances, peft_folde
 from safetensors.torch import load_file, save_file
 from small_disk import read_only
 
+from turret.adapters.tuners.lora import COMBINATIONS
 from turret.cli.main import app, run
 from turret.errors import AdapterError, RecipeError
-from turret.methods.lora.tuner import COMBINATIONS
 from turret.workspace import Workspace
 
 CHANGED = {"modules_to_save": None, "task_type": None, "init_lora_weights": True}  # dare draws behind the same start

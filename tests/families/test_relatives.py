@@ -12,11 +12,11 @@ from peft_twins import adapter_from, lora_twin, require_the_same_gradients
 from small_models import RELATIVE_DECODERS, RELATIVE_ENCODER_DECODERS, RELATIVES, build, config
 
 from turret.adapters import attach, attachment, classify_logits, on_slot, target_logits
+from turret.adapters.tuners import tuner_of
 from turret.engine.runner import DecodeStep, Prefill
 from turret.errors import AdapterError
 from turret.families import FAMILIES
 from turret.methods import LoRA, Method, Prefix
-from turret.methods.lookup import tuner_of
 
 GENERATORS = RELATIVE_ENCODER_DECODERS + RELATIVE_DECODERS
 CLASSIFIERS = tuple(family for family in RELATIVES if family != "pegasus")  # transformers has no classifier of it

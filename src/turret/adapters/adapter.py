@@ -28,7 +28,7 @@ from turret.errors import AdapterError, WrongBase
 from turret.families import FAMILIES, Family
 from turret.json_types import JsonObject
 from turret.methods import Method
-from turret.methods.peft.config import LORA_PREFIX as LORA_PREFIX
+from turret.methods.peft import LORA_PREFIX as LORA_PREFIX
 from turret.transformer import Model
 
 PROMPT = {"decoder": "prompt_embeddings", "encoder": "encoder_prompt_embeddings", "cross": "cross_prompt_embeddings"}

@@ -17,11 +17,11 @@ from turret.adapters.adapter import Adapter, Extracted, Parts, mount_parts, requ
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused.layers import COMPUTED_FROM
 from turret.adapters.hooks import ATTRIBUTE, AdapterInit, HookedModel, attachment, detach, hook_model
+from turret.adapters.tuners import tuner_of
 from turret.arguments import checked
 from turret.errors import AdapterError
 from turret.kernels import usable
 from turret.methods import Method, by_name
-from turret.methods.lookup import tuner_of
 from turret.transformer import Model
 
 # --- checkpointed -----------------------------------------------------------------------------------------------------

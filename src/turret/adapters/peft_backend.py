@@ -29,8 +29,8 @@ from turret.errors import AdapterError, RecipeError, TurretError
 from turret.families import Family
 from turret.json_types import JsonObject, JsonValue
 from turret.methods import LoRA, Peft
-from turret.methods.lora.config import require_no_data
-from turret.methods.peft.config import PROMPTS
+from turret.methods.lora import require_no_data
+from turret.methods.peft import PROMPTS
 from turret.transformer import Model
 
 if TYPE_CHECKING:

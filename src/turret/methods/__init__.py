@@ -1,6 +1,6 @@
 """The axis of methods: one class for each method, named as in PEFT, and a table of them. Loads no torch.
 
-A method is a file or a small package: `spec.py` has its settings, rates and checks, `numbers.py` its tensors.
+A method is two files: its settings, rates and checks here, its tensors in `turret/adapters/tuners/`.
 """
 
 from __future__ import annotations

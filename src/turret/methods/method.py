@@ -78,7 +78,7 @@ class Method(BaseModel):
             keys = [*(f"{cls.section}.{name}" for name in cls.model_fields), "train.lr"]  # which many take for one
             raise RecipeError(joined(list(sentences(cls, error, lambda kind: keys, methods)))) from None
 
-    numbers_at: ClassVar[str] = "turret.methods.tuner:Tuner"  # module:class of its tensors
+    tuner_at: ClassVar[str] = "turret.adapters.tuners.tuner:Tuner"  # module:class of its tensors
     title: ClassVar[str] = ""  # its kind at the beginning of a sentence; empty: the kind with a capital
     every_weight: ClassVar[bool] = False  # it trains a copy of every weight of the base
     head_alone: ClassVar[bool] = False  # it trains only the task's head: the baseline of a comparison

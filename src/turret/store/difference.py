@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from turret.errors import Corrupt
 from turret.json_types import JsonMapping, JsonObject, JsonValue
-from turret.methods.lora.config import lora_scaling
+from turret.methods.lora import lora_scaling
 from turret.store.catalog import Version
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from turret import adapters
 from turret.adapters import Adapter
+from turret.adapters.tuners import tuner_of
 from turret.bases import Base
 from turret.errors import AdapterError, TrainingError
-from turret.methods.lookup import tuner_of
 from turret.recipe import Recipe
 from turret.tasks import Task, stored_task
 from turret.train.adamw import AdamW, require_eight_bits

@@ -15,13 +15,13 @@ import torch
 
 from turret import adapters, process, quantized
 from turret.adapters import int8_layers
+from turret.adapters.tuners import tuner_of
 from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
 from turret.bases.device import gigabytes
 from turret.data import Dataset, Example, Labelled, cells, texts_of
 from turret.errors import AdapterError, PreflightRefused, one_line
 from turret.json_types import JsonObject
 from turret.methods import Method
-from turret.methods.lookup import tuner_of
 from turret.methods.method import epochs_for
 from turret.notebook import Cell, Table, as_html, marked, size, span
 from turret.plan_check import Check, Level

@@ -10,10 +10,10 @@ import torch
 
 from turret import bundles
 from turret.adapters import Adapter, require_base
+from turret.adapters.tuners import tuner_of
 from turret.errors import AdapterError, RecipeError
 from turret.json_types import JsonObject
-from turret.methods.lookup import tuner_of
-from turret.methods.lora.config import COMBINATIONS
+from turret.methods.lora import COMBINATIONS
 from turret.reference import check_name
 from turret.store import Store, Version, scratch
 from turret.workspace.importing import check

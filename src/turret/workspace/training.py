@@ -23,6 +23,7 @@ from torch import Tensor
 
 from turret import adapters, bundles, process
 from turret import train as trainer
+from turret.adapters.tuners import tuner_of
 from turret.bases import Base, ChosenDevice
 from turret.bases.device import CPU
 from turret.compare.collapse import binned, still_falling
@@ -38,7 +39,6 @@ from turret.errors import (
     StoreError,
 )
 from turret.json_types import JsonMapping, JsonObject, JsonValue
-from turret.methods.lookup import tuner_of
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING

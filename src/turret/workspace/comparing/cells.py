@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from turret.adapters.tuners import tuner_of
 from turret.compare.candidates import Candidate
 from turret.compare.design import Cell
 from turret.compare.report_text import seconds as span
 from turret.compare.results import CellResult
 from turret.errors import RecipeError, TrainingError
 from turret.json_types import JsonObject
-from turret.methods.lookup import tuner_of
 from turret.store import Store
 from turret.workspace.child_process import run_child
 from turret.workspace.comparing import kept_files

@@ -13,7 +13,7 @@ from turret.adapters.modules_to_save import TokenLogits, TokenRows, unrouted, wi
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError
 from turret.families import family_of
-from turret.methods.peft.config import LORA_PREFIX, NORMS
+from turret.methods.peft import LORA_PREFIX, NORMS
 
 if TYPE_CHECKING:
     from turret.json_types import JsonMapping, JsonValue

@@ -26,7 +26,7 @@ class Prefix(Method):
         encoder: encoder-decoder: a prefix in the encoder and the cross-attention too; false is PEFT's shape
     """
 
-    numbers_at: ClassVar[str] = "turret.methods.prefix.tuner:PrefixNumbers"
+    tuner_at: ClassVar[str] = "turret.adapters.tuners.prefix:PrefixTuner"
     peft_name: ClassVar[str | None] = "PREFIX_TUNING"
     peft_cannot: ClassVar[Mapping[str, str]] = {  # in PEFT 0.21
         "SEQ_CLS": "PEFT does not run a prefix on a classifier.",

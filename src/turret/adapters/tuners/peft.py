@@ -29,12 +29,12 @@ from turret.adapters.lora import sizes
 from turret.adapters.peft_config import check_agreement, check_config, refuse_code
 from turret.adapters.prefix import Groups
 from turret.adapters.scaled import ScaledLayer
+from turret.adapters.tuners.modules_to_save import tunes_linear, with_biases, with_modules
+from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters
 from turret.errors import AdapterError, RecipeError
 from turret.families import family_of
 from turret.json_types import JsonObject
-from turret.methods.peft.config import MARKS, NORMS, Peft, beside, without_repeated
-from turret.methods.peft.modules_to_save import tunes_linear, with_biases, with_modules
-from turret.methods.tuner import Tuner, fill_parameters, head_parameters
+from turret.methods.peft import MARKS, NORMS, Peft, beside, without_repeated
 from turret.transformer import Model
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ COMPUTED = {
 }
 
 
-class PeftNumbers(Tuner[Peft]):
+class PeftTuner(Tuner[Peft]):
     """PEFT's modules in slot 1 of a model without other adapters."""
 
     def require_known(self) -> None:

@@ -16,7 +16,7 @@ UNMIXED = (
 class Full(Method):
     """Full fine-tuning: every weight is trained, on a copy of the base. The usual baseline of a comparison."""
 
-    numbers_at: ClassVar[str] = "turret.methods.full.tuner:FullNumbers"
+    tuner_at: ClassVar[str] = "turret.adapters.tuners.full:FullTuner"
     every_weight: ClassVar[bool] = True
     shares_base: ClassVar[bool] = False
     not_int8: ClassVar[str | None] = "trains the weights"

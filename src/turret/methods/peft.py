@@ -50,7 +50,7 @@ class Peft(Method):
             `use_dora`, at Turret's own rank, alpha and dropout
     """
 
-    numbers_at: ClassVar[str] = "turret.methods.peft.tuner:PeftNumbers"
+    tuner_at: ClassVar[str] = "turret.adapters.tuners.peft:PeftTuner"
     wraps_modules: ClassVar[bool] = True
     shares_base: ClassVar[bool] = False  # except those in `MIXED`
     open_settings: ClassVar[bool] = True

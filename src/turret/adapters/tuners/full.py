@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from turret import quantized
 from turret.adapters.adapter import Adapter, Extracted, Parts, copied
 from turret.adapters.hooks import AdapterInit, HookedModel, put_back
+from turret.adapters.tuners.tuner import Tuner, fill_parameters
 from turret.errors import AdapterError
 from turret.families import family_of
 from turret.json_types import JsonObject
-from turret.methods.full.config import UNMIXED, Full
-from turret.methods.tuner import Tuner, fill_parameters
+from turret.methods.full import UNMIXED, Full
 from turret.transformer import Model
 
 
-class FullNumbers(Tuner[Full]):
+class FullTuner(Tuner[Full]):
     """Trained copies that replace all weights."""
 
     def start(self, model: Model, attached: HookedModel, beginning: AdapterInit) -> None:

@@ -14,12 +14,12 @@ from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts, linear_at
 from turret.adapters.hooks import AdapterInit, HookedModel, device_of, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
+from turret.adapters.tuners import tuner_of
+from turret.adapters.tuners.tuner import Tuner
 from turret.errors import AdapterError
 from turret.families import FAMILIES, family_of
 from turret.json_types import JsonObject
-from turret.methods.lookup import tuner_of
-from turret.methods.lora.config import COMBINATIONS, LoRA
-from turret.methods.tuner import Tuner
+from turret.methods.lora import COMBINATIONS, LoRA
 from turret.plan_check import Check
 from turret.transformer import Model
 
@@ -100,7 +100,7 @@ def combined(
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-class LoRANumbers(Tuner[LoRA]):
+class LoRATuner(Tuner[LoRA]):
     """LoRA on the linear layers that `target_modules` names."""
 
     def targets(self, model: Model) -> Check:

@@ -54,7 +54,7 @@ class LoRA(Method):
             `"loftq"`: those of what 4 bits lose of W
     """
 
-    numbers_at: ClassVar[str] = "turret.methods.lora.tuner:LoRANumbers"
+    tuner_at: ClassVar[str] = "turret.adapters.tuners.lora:LoRATuner"
     title: ClassVar[str] = "LoRA"
     peft_name: ClassVar[str | None] = "LORA"
     claimed: ClassVar[bool] = True

@@ -8,16 +8,16 @@ from torch import Tensor
 from turret.adapters.adapter import PROMPT, Adapter, Parts
 from turret.adapters.hooks import AdapterInit, HookedModel, attachment, device_of
 from turret.adapters.prefix import PrefixGroup, PrefixSlot, from_peft, to_peft
+from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters, require_same
 from turret.errors import AdapterError, BundleError
 from turret.families import Site, family_of
 from turret.json_types import JsonObject
-from turret.methods.prefix.config import Prefix
-from turret.methods.tuner import Tuner, fill_parameters, head_parameters, require_same
+from turret.methods.prefix import Prefix
 from turret.plan_check import Check
 from turret.transformer import Model
 
 
-class PrefixNumbers(Tuner[Prefix]):
+class PrefixTuner(Tuner[Prefix]):
     """A prefix in front of every attention layer."""
 
     def targets(self, model: Model) -> Check:

@@ -1,5 +1,0 @@
-"""The method `lora`."""
-
-from turret.methods.lora.config import LoRA
-
-__all__ = ["LoRA"]

@@ -1,5 +1,0 @@
-"""The method `peft`."""
-
-from turret.methods.peft.config import Peft
-
-__all__ = ["Peft"]
