@@ -30,8 +30,7 @@ from pydantic.fields import FieldInfo
 
 from turret.cli.main import app
 from turret.families import FAMILIES, Family
-from turret.methods import METHODS
-from turret.methods.examples import SHOWN
+from turret.methods import METHODS, SHOWN
 from turret.recipe import core
 from turret.server.app import routes
 from turret.tasks import TASKS

@@ -21,8 +21,7 @@ from turret.engine.runner import Prefill
 from turret.errors import TurretError
 from turret.families import FAMILIES
 from turret.families.family import IA3_BASES
-from turret.methods import METHODS, LoRA, Method, Peft
-from turret.methods.examples import SHOWN
+from turret.methods import METHODS, SHOWN, LoRA, Method, Peft
 from turret.workspace.abilities import kinds, refusals
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")

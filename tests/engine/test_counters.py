@@ -11,8 +11,7 @@ from shelf import TEXTS, Shelf
 
 from turret.engine import Limits
 from turret.engine.counters import Counters
-from turret.engine.histogram import Histogram
-from turret.engine.request import Receipt, Request, SamplingParams, Ticket
+from turret.engine.request import Histogram, Receipt, Request, SamplingParams, Ticket
 from turret.errors import Busy
 
 

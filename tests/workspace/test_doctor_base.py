@@ -9,7 +9,7 @@ import pytest
 import small_models
 
 from turret.cli.main import run
-from turret.methods.examples import SHOWN
+from turret.methods import SHOWN
 
 
 def asked(capsys: pytest.CaptureFixture[str], folder: Path, *more: str) -> str:

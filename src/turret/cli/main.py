@@ -24,11 +24,9 @@ from turret.cli import (
     compare,
     control,
     demo,
-    diff,
     doctor,
     exchange,
     experiment,
-    hub,
     init,
     maintenance,
     merge,
@@ -117,7 +115,7 @@ app.command()(answers.evaluate)
 app.command()(answers.predict)
 app.command("list")(versions.list_)
 app.command()(versions.show)
-app.command()(diff.diff)
+app.command()(versions.diff)
 app.command()(aliases.promote)
 app.command()(aliases.rollback)
 app.command()(aliases.gate)
@@ -126,8 +124,8 @@ app.command()(maintenance.gc)
 app.command()(maintenance.delete)
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
-app.command()(hub.push)
-app.command()(hub.pull)
+app.command()(exchange.push)
+app.command()(exchange.pull)
 app.command()(merge.merge)
 app.add_typer(queue.app, name="runs")
 app.command()(queue.worker)

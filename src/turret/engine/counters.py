@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from turret.engine.histogram import Histogram
-from turret.engine.request import Limits, Request, VersionStats
+from turret.engine.request import Histogram, Limits, Request, VersionStats
 from turret.errors import Busy
 
 HALF_LIFE = 5.0  # seconds of work after which a measurement counts half

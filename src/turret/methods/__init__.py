@@ -72,3 +72,22 @@ def by_name(name: str) -> Method:
 def method_named(kind: str | None) -> type[Method]:
     """The method class of that kind. `Method` itself for an unknown kind, such as the base of a comparison."""
     return METHODS.get(str(kind), Method)
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+# The methods that the reference and `turret doctor --base` show: one of each kind, and some of PEFT's.
+
+
+SHOWN: dict[str, Method] = {  # one of each kind, by the name that `turret compare --methods` takes
+    "lora": LoRA(),
+    "prefix": Prefix(),
+    "head": Head(),
+    "full": Full(),
+    "peft:DORA": Peft(peft_type="DORA"),
+    "peft:IA3": Peft(peft_type="IA3"),
+    "peft:VERA": Peft(peft_type="VERA"),
+    "peft:LN_TUNING": Peft(peft_type="LN_TUNING"),
+    "peft:LOHA": Peft(peft_type="LOHA"),
+    "peft:OFT": Peft(peft_type="OFT"),
+    "peft:PROMPT_TUNING": Peft(peft_type="PROMPT_TUNING"),
+}

@@ -29,7 +29,7 @@ from torch import Tensor
 from turret import adapters, bases, bundles
 from turret.adapters import Adapter, lifecycle
 from turret.bases import Base
-from turret.bases.licence import licence_of
+from turret.bases.packaged import licence_of
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import TOKENIZER
 from turret.bundles import gguf_lora

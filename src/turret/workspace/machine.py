@@ -61,7 +61,7 @@ def base_facts(base: str) -> JsonObject:
     """
     from turret import adapters, bases, quantized
     from turret.families import FAMILIES, generic
-    from turret.methods.examples import SHOWN
+    from turret.methods import SHOWN
     from turret.workspace import abilities
 
     model_type = str(bases.resolve(base).config.get("model_type"))
