@@ -7,11 +7,9 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from typing import Any
 
 from turret.store import Store
-from turret.store import catalog as catalogue
 from turret.store.blobs import Blob, Blobs
 
 
@@ -48,20 +46,6 @@ def remove(store: Store, reference: str, name: str) -> None:
     else:
         with files._system() as system:
             system.rm_file(files._key(blob))
-
-
-def as_format_five(store: Store) -> None:
-    """Rename every listed file as in format 0005, without an upload. The caller changes the catalog."""
-    files = store._blobs
-    with store.database().reading() as connection:
-        blobs = {blob.digest: blob for _, _, blob in catalogue.contents(connection) if blob.upload}
-    for blob in blobs.values():
-        before = replace(blob, upload="")
-        if isinstance(files, Blobs):
-            files.path(blob).rename(files.path(before))
-        else:
-            with files._system() as system:
-                system.mv(files._key(blob), files._key(before))
 
 
 def forget_uploads(store: Store) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from store import by_hand
 from store.bundles import tensors, write_bundle
 
+from turret.database import OLDEST
 from turret.errors import ExperimentError, NotFound
 from turret.experiments import Guards, arm_health, rows
 from turret.experiments.arm_health import ArmHealth
@@ -190,52 +191,24 @@ def ready_to_begin(where: str, folder: Path) -> Hold:
 
 
 def ready_to_migrate(where: str, folder: Path) -> Hold:
-    """The store has the first format, with an alias that was moved."""
+    """The store has the first format that is read, with an alias that was moved."""
     two(where, folder).promote("a@1", "production")
     with by_hand.catalog(Store(where)) as connection:
-        if connection.execute("SELECT version_num FROM alembic_version").fetchone()[0] != "0001":
-            by_hand.as_format_five(Store(where))
-            connection.execute("ALTER TABLE files DROP COLUMN upload")
-            connection.execute("ALTER TABLE versions DROP COLUMN comparison")
-            later = (
-                "uploads",
-                "experiment_health",
-                "outcomes",
-                "assignments",
-                "experiment_events",
-                "experiment_splits",
-            )
-            for table in (*later, "experiments", "tokens", "replays", "golden_gates", "golden_sets", "gates"):
+        if connection.execute("SELECT version_num FROM alembic_version").fetchone()[0] != OLDEST:
+            later = {"versions": ("comparison",), "tokens": ("sign_in",)}
+            later["batches"] = ("taken", "unanswered", "asking", "bytes", "due")
+            for table, columns in later.items():
+                for column in columns:
+                    connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+            for table in ("batch_turns", "flushes"):
                 connection.execute(f"DROP TABLE {table}")
-            for table in ("client_files", "batch_parts", "batches", "queue_limits", "queue", "run_log"):
-                connection.execute(f"DROP TABLE IF EXISTS {table}")
-            for table in (
-                "usage",
-                "audit",
-                "leases",
-                "artifacts",
-                "budgets",
-                "sessions",
-                "server_secrets",
-                "batch_turns",
-                "flushes",
-            ):
-                connection.execute(f"DROP TABLE {table}")
-            connection.execute("ALTER TABLE runs DROP COLUMN tenant")
-            if Store(where).location.catalog is not None:  # SQLite's table of adapters is built anew
-                connection.execute("DROP FUNCTION turret_audit_keeps")
-                connection.execute("ALTER TABLE adapters DROP COLUMN tenant")
-                connection.execute("ALTER TABLE adapters ADD CONSTRAINT uq_adapters_name UNIQUE (name)")
-            for column in ("who", "number", "verb", "before"):
-                connection.execute(f'ALTER TABLE alias_history DROP COLUMN "{column}"')
-            connection.execute("ALTER TABLE versions DROP COLUMN who")
-            connection.execute("UPDATE alembic_version SET version_num = '0001'")
+            connection.execute(f"UPDATE alembic_version SET version_num = '{OLDEST}'")
 
     def hold(_done: bool) -> None:
         store = Store(where)
         assert [str(version) for version in store.list("a")][:2] == ["a@1", "a@2"]
         assert str(store.resolve("a")) == "a@1"
-        for version in store.list("a"):  # the first format had neither gates nor replays
+        for version in store.list("a"):
             store.keep_replay(version, GoldenReplay(keep(store), 1, 1, None, "then"))
 
     return hold
