@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gl
 SCRIPT = """
 import resource, torch
 from shelf import Shelf
-from turret import heap
+from turret import process
 from turret.train import memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -27,11 +27,11 @@ with shelf.engine() as engine:
     engine.classify(["a great film"], "a")
     faults()
     passes = faults()
-with heap.keep_freed():
+with process.keep_freed():
     faults()
     steps = faults()
 held = memory.resident()
-heap.release()
+process.release()
 print(before, passes, steps, held - memory.resident())
 """  # page faults while 24 MB are allocated and freed repeatedly
 
@@ -52,22 +52,22 @@ def test_memory_that_a_pass_or_a_step_frees_is_kept_for_the_next_one_and_given_b
 THREADS = """
 import threading
 import numpy
-from turret import heap
-heap.share()
-trim = heap.Trim()
+from turret import process
+process.share()
+trim = process.Trim()
 def work():
     kept = [numpy.ones(1 << 20, numpy.uint8) for _ in range(96)]
     ends.wait()
     kept.clear()
-before = heap._resident()
-with heap.keep_freed():
+before = process._resident()
+with process.keep_freed():
     ends = threading.Barrier(4)
     threads = [threading.Thread(target=work) for _ in range(4)]
     [each.start() for each in threads]
     [each.join() for each in threads]
-    held = heap._resident() - before
+    held = process._resident() - before
     trim()
-    returned = heap._resident() - before
+    returned = process._resident() - before
     trim()
 print(held, returned)
 """  # four threads, as those of a server, allocate 96 MiB each, and free it

@@ -85,7 +85,8 @@ def encoder_run(openvino: float, dtype: str = "float32") -> dict:
 
 def test_a_goal_holds_the_best_way_of_a_rival_against_the_mixed_batch(module) -> None:
     goals = module("rivals_encoder").goals
-    assert goals(encoder_run(0.4)) == [["32 LoRAs against OpenVINO 2 with the bare base", "1.0", "0.88", "missed"]]
+    goal = ["speed of 32 LoRAs against OpenVINO 2 with the bare base", "at least 1.0x", "0.88x", "missed"]
+    assert goals(encoder_run(0.4)) == [goal]
     assert goals(encoder_run(0.6))[0][-1] == "reached"
     assert goals(encoder_run(0.4, "bfloat16")) == []
 
