@@ -11,6 +11,7 @@ import pytest
 from shelf import TEXTS, Shelf, agree, reference
 
 from turret.engine import Engine, Named
+from turret.engine.slots import Entry, Slots
 from turret.errors import (
     InUse,
     NoRoom,
@@ -199,3 +200,22 @@ def test_a_tenant_that_loads_adapters_all_the_time_neither_keeps_anothers_out_no
                 each.join()
         assert engine.stats().evictions > 10
     assert size < most[0] <= 3 * size
+
+
+def test_a_request_waits_when_its_adapter_turns_out_to_need_more_memory_than_others_leave(
+    tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled, refused = Slots.filled, []
+
+    def full_once(slots: Slots, entry: Entry, size: int) -> list[Entry] | None:
+        if refused:
+            return filled(slots, entry, size)
+        refused.append(size)
+        slots.close(entry)
+        return None
+
+    monkeypatch.setattr(Slots, "filled", full_once)
+    with tenants.engine(slots=2) as engine:
+        assert engine.submit("classify", "x", "quiet/a11", tenant="quiet").result(20)["label"]
+        assert [each.bytes for each in engine.loaded()] == refused
+        assert engine.stats().failed_loads == 0

@@ -8,9 +8,8 @@ from store.test_kill import unfinished
 VERBS = ("start", "ramp", "outcome", "stop", "settle")
 
 
-@pytest.mark.parametrize(
-    "verb", [pytest.param(verb, marks=pytest.mark.slow) for verb in VERBS if verb != "stop"] + ["stop"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
 def test_killed_at_every_file_operation_of_a_verb_it_was_done_or_was_not(tmp_path, verb) -> None:
     ended, _ = unfinished(tmp_path / "store", "operations", verb, 1, 500)
     assert ended["killed"] >= 1

@@ -212,6 +212,7 @@ def test_an_experiment_ramps_and_ends_by_its_buttons(serve, put, workspace) -> N
     assert "has ended" in got.text
 
 
+@pytest.mark.slow
 def test_the_last_point_of_a_course_is_what_the_status_says(put, workspace) -> None:
     put()
     put()

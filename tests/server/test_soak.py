@@ -22,6 +22,7 @@ def filled(put, workspace) -> Tenant:
     return Tenant(workspace, names, put, known, replaced=names)
 
 
+@pytest.mark.slow
 def test_every_answer_is_its_adapters_own_and_none_is_lost_while_everything_moves(serve, put, workspace) -> None:
     tenant = filled(put, workspace)
     running = serve(Echo(workspace.store, slots=20, load_seconds=0.002))

@@ -45,6 +45,7 @@ class AdapterSource(Protocol):
 # --- adapter loader ---------------------------------------------------------------------------------------------------
 
 
+SIZES = 1024  # most sizes kept of tensors that took more than their files
 TASKS = 64  # most task objects kept; adapters with equal tasks share one
 SLOT_PATIENCE = 1.0  # seconds; a need that waited longer for a slot goes before needs whose adapter is mounted
 
@@ -109,6 +110,7 @@ class AdapterLoader:
         self._released = False
         self._names: dict[str, Named] = {}  # by key, as last requested
         self._times: dict[str, float] = {}  # by key, of the last use
+        self._sizes: dict[str, int] = {}  # by key, of tensors that took more than was reserved
         self.loads = self.failed_loads = 0
         slots.on_taken, slots.on_room = self._taken, self._room
 
@@ -247,7 +249,7 @@ class AdapterLoader:
         named = _named(need)
         entry = self._slots.find(named.key)
         if entry is None:
-            entry, evicted = self._slots.open(named.key, named.bytes)
+            entry, evicted = self._slots.open(named.key, self._size(named))
             for each in evicted:
                 self._evict(each)
             if entry is None:
@@ -261,6 +263,10 @@ class AdapterLoader:
         if not entry.ready:
             self._loading[named.key].needs.append(need)
         return entry
+
+    def _size(self, named: Named) -> int:
+        """Bytes to reserve: those of its tensors if they were found to be more than those on disk."""
+        return self._sizes.get(named.key, named.bytes)
 
     def _load_next(self) -> None:
         """Load the adapter whose tenant's turn it is. Runs on the loading thread."""
@@ -304,11 +310,15 @@ class AdapterLoader:
         evicted: list[Entry] | None = []
         if loaded is not None:
             evicted = self._slots.filled(entry, loaded.bytes)
-            if evicted is None:
-                error = NoRoom(
-                    f"{loading.named} takes {loaded.bytes:,} bytes, and adapters in use leave less of the limit of "
-                    f"memory ({self._slots.memory:,}): raise it, or ask again later"
-                )
+            if evicted is None:  # adapters in use leave too little for more than was reserved: the needs wait again
+                self._sizes.pop(loading.named.key, None)
+                self._sizes[loading.named.key] = loaded.bytes
+                for key in list(self._sizes)[:-SIZES]:
+                    del self._sizes[key]
+                for need in loading.needs:
+                    need.entry = None
+                self._waiting.extendleft(reversed(loading.needs))
+                return
         else:
             self._slots.close(entry)
         if error is not None or loaded is None or evicted is None:
@@ -348,7 +358,7 @@ class AdapterLoader:
     def _note_wait(self) -> None:
         """Tell the other engines of the budget since when a need waits for memory here."""
         first = self._waiting[0] if self._waiting else None
-        short = first is not None and self._slots.short_of_memory(_named(first).bytes)
+        short = first is not None and self._slots.short_of_memory(self._size(_named(first)))
         wait = first.arrived if first is not None and short else math.inf
         if wait != self._slots.wait:
             self._slots.wait = wait
