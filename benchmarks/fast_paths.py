@@ -11,7 +11,7 @@ of an engine are measured by `fast_paths_engine.py`.
 - Memory is what autograd saves for the backward pass of a batch, counted by `saved_tensors_hooks`, without weights.
 
     python benchmarks/fast_paths.py                    every path and job; about ten minutes
-    python benchmarks/fast_paths.py --jobs short --paths flash first_token --pairs 4
+    python benchmarks/fast_paths.py --jobs short --paths flash gelu --pairs 4
     python benchmarks/fast_paths.py --report
 """
 

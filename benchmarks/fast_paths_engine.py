@@ -64,6 +64,11 @@ PATHS = {
     "step attention": Path(("prompts", "one prompt"), (LAYERS,)),
     "few-token products": Path(("short texts", "prompts", "one prompt"), (LAYERS,)),
     "prefill attention": Path(("texts", "short texts", "prompts"), (LAYERS,)),
+    "norms, activations, rotary": Path(
+        ("texts", "short texts", "prompts"),
+        (LAYERS,),
+        ("each of these operations in one pass over memory", "the base's modules", "with kernels"),
+    ),
     "lay_out": Path(
         ("load",),
         (),
@@ -88,7 +93,7 @@ PATHS = {
 def patches(name: str, engine: Any) -> list[Patch]:
     """How each path is switched off: the one place that knows."""
     from turret.adapters import attention
-    from turret.adapters.fused import layers
+    from turret.adapters.fused import activations, layers, residual, rotary
     from turret.engine import adapter_pool, cache, decode, runner
     from turret.kernels import Library, available
 
@@ -102,6 +107,9 @@ def patches(name: str, engine: Any) -> list[Patch]:
         "step attention": lambda: [(cache, "usable", none)],
         "few-token products": lambda: [(Library, "few", lambda *_: 0)],
         "prefill attention": lambda: [(attention, "_unpadded", attention._unpadded_plainly)],
+        "norms, activations, rotary": lambda: [
+            (module, "usable", none) for module in (activations, residual, rotary)
+        ],
         "lay_out": lambda: [(adapter_pool, "usable", none)],
         "long passes": lambda: [(engine._scheduler, "batch_tokens", runner.SHORT_PASS)],
         "round passes": lambda: [(runner, "rounded", lambda tokens, _: tokens)],

@@ -1,4 +1,4 @@
-"""The ends of the halves of an encoder's layer: leaving tokens out changes no answer and no gradient."""
+"""Dropout, residual sum and LayerNorm as one operation equal the three; leaving tokens out changes no answer."""
 
 from __future__ import annotations
 
@@ -8,17 +8,71 @@ import pytest
 import torch
 from small_models import build
 from torch import Tensor
+from transformers.models.bert.modeling_bert import BertConfig, BertOutput, BertSelfOutput
 
 from turret.adapters import attach, attachment, classify_logits, detach, trainable_parameters
-from turret.adapters.fused.residual import FrozenOutput
+from turret.adapters.batch_context import BatchContext
+from turret.adapters.fused.residual import FrozenOutput, _AddedNorm
 from turret.families import family_of
-from turret.kernels import without
+from turret.kernels import NO_DROPOUT, DropoutArguments, library, without
 from turret.methods import Full, LoRA, Method, Prefix
 
 METHODS: tuple[Method, ...] = (
     LoRA(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0),
     Prefix(num_virtual_tokens=3),
 )
+
+
+def own_output(kind: Any, width: int, dtype: torch.dtype, p: float = 0.1) -> Any:
+    torch.manual_seed(0)
+    own = kind(BertConfig(hidden_size=width, intermediate_size=width, num_attention_heads=1, hidden_dropout_prob=p))
+    for each in own.parameters():
+        each.data.add_(0.3 * torch.randn_like(each)).requires_grad_(False)
+    return own.requires_grad_(False).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [BertSelfOutput, BertOutput])
+@pytest.mark.parametrize("width", [37, 128, 384])
+def test_it_gives_what_the_base_gives_and_the_same_gradients(kind: Any, dtype: torch.dtype, width: int) -> None:
+    own = own_output(kind, width, dtype).eval()
+    ours = FrozenOutput(own, BatchContext(), narrows=False)
+    h, x = (torch.randn(1, 9, width).to(dtype).requires_grad_() for _ in range(2))
+    close = {"atol": 2e-6, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 0.06, "rtol": 0.05}
+    mine, theirs = ours(h, x), own(h, x)
+    torch.testing.assert_close(mine, theirs, **close)
+    dy = torch.randn_like(mine)
+    for given, wanted in zip(
+        torch.autograd.grad(mine, (h, x), dy), torch.autograd.grad(theirs, (h, x), dy), strict=True
+    ):
+        torch.testing.assert_close(given, wanted, **close)
+    with torch.no_grad():
+        assert torch.equal(ours(h, x), own(h, x))
+
+
+@pytest.mark.skipif(library() is None, reason="no kernels on this machine")
+@pytest.mark.parametrize("width", [37, 200, 384])
+def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
+    """Against the three operations in float64, with the mask that the dropout kernel computes from these seeds."""
+    found, dropped = library(), DropoutArguments.of(0.3, (123, 456))
+    assert found is not None
+    a, x, weight, bias = torch.randn(11, width), torch.randn(11, width), torch.rand(width), torch.randn(width)
+    mask = found.dropout(torch.ones(11, width), dropped).double()
+    assert 0.5 < float((mask > 0).double().mean()) < 0.9
+    wide = [each.double().requires_grad_() for each in (a, x)]
+    expected = torch.nn.functional.layer_norm(wide[0] * mask + wide[1], (width,), weight.double(), bias.double(), 1e-12)
+    given = [each.requires_grad_() for each in (a, x)]
+    y, s, stats = _AddedNorm.apply(*given, weight, bias, 1e-12, dropped, found)  # type: ignore[no-untyped-call]
+    assert not s.requires_grad
+    assert torch.equal(found.added_norm_again(s, weight, bias, stats), y)
+    dy = torch.randn(11, width)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+    for mine, wanted in zip(
+        torch.autograd.grad(y, given, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), wanted, atol=2e-5, rtol=2e-5)
+    plain, *_ = _AddedNorm.apply(*given, weight, bias, 1e-12, NO_DROPOUT, found)  # type: ignore[no-untyped-call]
+    assert not torch.allclose(y, plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

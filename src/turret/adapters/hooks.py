@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from turret import quantized
 from turret.adapters import attention, peft_backend, positions
 from turret.adapters.batch_context import BARE, BatchContext
-from turret.adapters.fused import activations, int8, layers, residual
+from turret.adapters.fused import activations, int8, layers, residual, rotary
 from turret.adapters.fused.dropout import dropout
 from turret.adapters.fused.residual import FrozenNorm
 from turret.adapters.lora import RoutedLinear
@@ -255,7 +255,8 @@ def hook_model(model: Model, *, plain: bool = False) -> HookedModel:
     handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in family.stacks(model)]
     handles += positions.hook(model, family, attached.context, attached.prefix_length)
     bias_undo = positions.hook_bias(bias_modules.values(), family, attached.context)
-    hook_undo = [] if plain else layers.hook(model, family.fast, attached.context)
+    hook_undo = [rotary.hook(site.module, attached.context) for site in attached.sites]
+    hook_undo += [] if plain else layers.hook(model, family.fast, attached.context)
 
     def undo() -> None:
         for handle in handles:
@@ -290,8 +291,8 @@ def _replace_modules(model: nn.Module, attached: HookedModel) -> None:
             ends = path == residual.narrowing(attached.sites[-1].name)
             attached.narrows |= ends
             _replace(model, attached, path, residual.FrozenOutput(module, attached.context, ends))
-        elif activations.is_gated(module, fast.gated_mlps):
-            _replace(model, attached, path, activations.FrozenGated(module))
+        elif (twin := activations.replacement(module, fast.gated_mlps, attached.context)) is not None:
+            _replace(model, attached, path, twin)
 
 
 def multiply_in_int8(model: Model) -> None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from turret import quantized
 from turret.adapters.adapter import Adapter, Extracted, Parts, mount_parts, require_base, shared_names
 from turret.adapters.batch_context import BatchContext
-from turret.adapters.fused.layers import COMPUTED_FROM
+from turret.adapters.fused.residual import COMPUTED_FROM
 from turret.adapters.hooks import ATTRIBUTE, AdapterInit, HookedModel, attachment, detach, hook_model
 from turret.adapters.tuners import tuner_of
 from turret.arguments import checked

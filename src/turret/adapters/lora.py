@@ -14,6 +14,7 @@ from turret.adapters.batch_context import BARE, BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.dropout import Mask, Masks, dropout
 from turret.adapters.fused.int8 import FrozenProducts, products
+from turret.adapters.fused.residual import RecomputedNorm, restored, to_save
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError
 from turret.kernels import LARGEST, DropoutArguments, Library, usable
@@ -204,10 +205,14 @@ class KernelProducts:
 class _AdaptedContext(FunctionContext, Protocol):
     base: BaseProducts
     lora: LoRAProducts
+    norm: RecomputedNorm | None
 
 
 class _Adapted(torch.autograd.Function):
-    """y = W x + b + LoRA's part, with W and b frozen. x: (..., D_in) -> (..., D_out)."""
+    """y = W x + b + LoRA's part, with W and b frozen. x: (..., D_in) -> (..., D_out).
+
+    If x came from a norm, the norm's input is saved instead of x.
+    """
 
     @staticmethod
     def forward(
@@ -223,18 +228,19 @@ class _Adapted(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
         y = base.forward(rows, weight, bias)
         h = lora.forward(rows, A, B, y)
+        saved, ctx.norm = to_save(x)
         ctx.base, ctx.lora = base, lora
-        ctx.save_for_backward(x, weight, A, B, h)
+        ctx.save_for_backward(saved, weight, A, B, h)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: _AdaptedContext, *gradients: Tensor) -> Gradients:
-        x, weight, A, B, h = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1])
+        saved, weight, A, B, h = ctx.saved_tensors
+        rows = restored(saved, ctx.norm).reshape(-1, saved.shape[-1])
         dy = gradients[0].reshape(-1, len(B)).contiguous()
         dx = ctx.base.backward(dy, weight) if ctx.needs_input_grad[0] else None
         dA, dB = ctx.lora.backward(rows, A, B, h, dy, dx)
-        return None if dx is None else dx.view(x.shape), None, None, dA, dB, None, None
+        return None if dx is None else dx.view(saved.shape), None, None, dA, dB, None, None
 
 
 def _kernels(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Library | None:

@@ -23,7 +23,7 @@ from turret.adapters.attention import rows_and_prefixes
 from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import AdapterPoolProtocol, BatchContext
 from turret.adapters.fused import enabled
-from turret.adapters.fused.activations import FrozenGated, is_exact_gelu
+from turret.adapters.fused.activations import FrozenGated, FrozenGELU
 from turret.adapters.fused.flash import pairs_of, prefix_gradients
 from turret.adapters.fused.frozen import plain
 from turret.adapters.fused.gpu_decoder import GpuDecoder
@@ -32,6 +32,11 @@ from turret.adapters.fused.residual import (
     FrozenOutput,
     PostNormLayer,
     PreNormLayer,
+    RecomputedLayerNorm,
+    RecomputedNorm,
+    restored,
+    to_save,
+    with_input,
 )
 from turret.adapters.fused.trained_decoder import TrainedDecoder
 from turret.adapters.fused.trained_layer import (
@@ -63,35 +68,7 @@ from turret.kernels.layers import Layer
 # A whole layer of BERT or RoBERTa as one operation of autograd while an adapter trains (`trained_layer`).
 
 
-COMPUTED_FROM = "turret_computed_from"  # an attribute of a norm's output
 Q, K, V, OUT, UP, DOWN = range(6)  # the order of the matrices
-
-
-class RecomputedLayerNorm(NamedTuple):
-    weight: Tensor
-    bias: Tensor
-    stats: Tensor
-    library: Library
-
-    def of(self, s: Tensor) -> Tensor:
-        return self.library.added_norm_again(s, self.weight, self.bias, self.stats)
-
-
-def with_input(y: Tensor, x: Tensor, norm: RecomputedLayerNorm) -> Tensor:
-    """y, a norm's output, with the norm and its input attached for `to_save`."""
-    setattr(y, COMPUTED_FROM, (y._version, x.detach(), norm))
-    return y
-
-
-def to_save(y: Tensor) -> tuple[Tensor, RecomputedLayerNorm | None]:
-    """The tensor to save for a backward pass that needs y: y itself, or the input of the norm that computed y."""
-    version, x, norm = getattr(y, COMPUTED_FROM, (None, y, None))
-    return (x, norm) if version == y._version else (y, None)  # y may have been changed
-
-
-def restored(saved: Tensor, norm: RecomputedLayerNorm | None) -> Tensor:
-    """y, from the result of `to_save`."""
-    return saved if norm is None else norm.of(saved)
 
 
 class _Norm(NamedTuple):
@@ -116,7 +93,7 @@ class _Pass(NamedTuple):
 
 class _Context(FunctionContext, Protocol):
     call: _Pass
-    norm: RecomputedLayerNorm | None
+    norm: RecomputedNorm | None
     inner: int
 
 
@@ -253,7 +230,7 @@ class TrainedEncoder:
         for norm in (first.LayerNorm, last.LayerNorm):
             if type(norm) is not nn.LayerNorm or norm.bias is None:
                 return None
-        return (first, last) if is_exact_gelu(module.intermediate.intermediate_act_fn) else None
+        return (first, last) if isinstance(module.intermediate.intermediate_act_fn, FrozenGELU) else None
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -381,7 +358,7 @@ class Encoder(OneCall[PostNormLayer]):
     def _layer(self, pool: AdapterPoolProtocol) -> EncoderLayer | None:
         module, attention = self._module, self._module.attention.self
         first, last = module.attention.output, module.output
-        gelu = is_exact_gelu(module.intermediate.intermediate_act_fn)
+        gelu = isinstance(module.intermediate.intermediate_act_fn, FrozenGELU)
         if not gelu or module.is_decoder or not isinstance(first, FrozenOutput) or not isinstance(last, FrozenOutput):
             return None
         projections = attention.query, attention.key, attention.value

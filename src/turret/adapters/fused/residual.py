@@ -1,25 +1,26 @@
-"""The norms of the base: an RMS norm that saves less, and the end of each half of an encoder's layer.
+"""The end of each half of an encoder layer as one operation: dropout, residual sum and LayerNorm.
 
-    n = w x / sqrt(mean(x^2) + eps)                                                     (Zhang and Sennrich 2019)
-    y = LayerNorm(dropout(W h + bias) + x)                                              (Ba et al. 2016)
+    s = dropout(W h + bias) + x,    y = w (s - mean(s)) / sqrt(var(s) + eps) + b        (Ba et al. 2016)
 
-If a classifier reads one token of each row (`BatchContext.read`), the last layer of an encoder computes only these
-tokens after its attention.
+In separate modules these are three passes over memory and three more backward; here one and one. Only s is saved, which
+LayerNorm saves anyway. If a classifier reads one token of each row (`BatchContext.read`), the last layer computes only
+these tokens after its attention.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from turret import gpu_kernels
-from turret.adapters.autograd import FunctionContext, Gradients, apply
+from turret.adapters.autograd import FunctionContext, Gradients, KernelContext, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
+from turret.adapters.fused.dropout import Masks
 from turret.adapters.modules_to_save import current
-from turret.kernels import Library, usable
+from turret.kernels import LARGEST, DropoutArguments, Library, usable
 from turret.transformer import ModelConfig, Submodule
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ class PreNormLayer(nn.Module):
 # RMS norms of the base, with less saved for the backward pass.
 
 
+COMPUTED_FROM = "turret_computed_from"  # an attribute of a norm's output
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """The formula in torch's own operations, in the order of transformers: the reference of the fast path.
 
@@ -101,6 +105,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     wide = x.float()
     n = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * n.to(dtype)
+
+
+class RecomputedNorm(Protocol):
+    """A norm with frozen weights that computes its output again, bit for bit."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """The norm's output, from the input that the norm saves anyway."""
+
+
+class RecomputedRMSNorm(NamedTuple):
+    weight: Tensor
+    eps: float
+    library: Library
+
+    def of(self, x: Tensor) -> Tensor:
+        return self.library.rms_norm(x, self.weight, self.eps)[0]
+
+
+def with_input(y: Tensor, x: Tensor, norm: RecomputedNorm) -> Tensor:
+    """y, a norm's output, with the norm and its input attached for `to_save`."""
+    setattr(y, COMPUTED_FROM, (y._version, x.detach(), norm))
+    return y
+
+
+def to_save(y: Tensor) -> tuple[Tensor, RecomputedNorm | None]:
+    """The tensor to save for a backward pass that needs y: y itself, or the input of the norm that computed y."""
+    version, x, norm = getattr(y, COMPUTED_FROM, (None, y, None))
+    return (x, norm) if version == y._version and enabled("norm_inputs") else (y, None)  # y may have been changed
+
+
+def restored(saved: Tensor, norm: RecomputedNorm | None) -> Tensor:
+    """y, from the result of `to_save`."""
+    return saved if norm is None else norm.of(saved)
 
 
 class _RMSNormContext(FunctionContext, Protocol):
@@ -176,7 +213,10 @@ class FrozenNorm(nn.Module):
         if trains and weight.dtype == x.dtype and enabled("rms_norm"):
             library = usable(x, weight)
             x = x if library is None else x.contiguous()
-            return apply(_RMSNorm, x, weight, self.variance_epsilon, library)
+            y = apply(_RMSNorm, x, weight, self.variance_epsilon, library)
+            if library is None:
+                return y
+            return with_input(y, x, RecomputedRMSNorm(weight, self.variance_epsilon, library))
         if self.context.serves and (library := usable(x, weight)) is not None and x.numel() > 0:
             return library.rms_norm(x.contiguous(), weight, self.variance_epsilon)[0]
         narrows = self.narrows and weight.dtype in (torch.float16, torch.bfloat16)
@@ -184,6 +224,48 @@ class FrozenNorm(nn.Module):
 
 
 # --- residual ---------------------------------------------------------------------------------------------------------
+
+
+class _AddedNormContext(KernelContext, Protocol):
+    dropped: DropoutArguments
+
+
+class _AddedNorm(torch.autograd.Function):
+    """y = LayerNorm(s), s = dropout(a) + x, with frozen weights: (y, s, stats of s). a, x: (..., D)."""
+
+    @staticmethod
+    def forward(
+        ctx: _AddedNormContext,
+        a: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dropped: DropoutArguments,
+        library: Library,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, s, stats = library.added_norm(a, x, weight, bias, eps, dropped)
+        ctx.save_for_backward(s, weight, stats)
+        ctx.mark_non_differentiable(s, stats)
+        ctx.set_materialize_grads(False)
+        ctx.dropped, ctx.library = dropped, library
+        return y, s, stats
+
+    @staticmethod
+    def backward(ctx: _AddedNormContext, *gradients: Tensor) -> Gradients:
+        s, weight, stats = ctx.saved_tensors
+        da, dx = ctx.library.added_norm_backward(s, weight, stats, ctx.dropped, gradients[0].contiguous())
+        return da, dx, None, None, None, None, None
+
+
+class RecomputedLayerNorm(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    stats: Tensor
+    library: Library
+
+    def of(self, s: Tensor) -> Tensor:
+        return self.library.added_norm_again(s, self.weight, self.bias, self.stats)
 
 
 class FrozenOutput(nn.Module):
@@ -203,8 +285,26 @@ class FrozenOutput(nn.Module):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         if self.narrows and self.context.read is not None:  # (1, N, D) -> (1, B, D)
             hidden_states, input_tensor = (x.index_select(1, self.context.read) for x in (hidden_states, input_tensor))
-        y: Tensor = current(self.LayerNorm)(self.dropout(self.dense(hidden_states)) + input_tensor)
-        return y
+        a, x, norm = self.dense(hidden_states), input_tensor, current(self.LayerNorm)
+        library = self._kernels(a, x, norm) if isinstance(norm, nn.LayerNorm) else None
+        if library is None or not isinstance(norm, nn.LayerNorm):
+            y: Tensor = norm(self.dropout(a) + x)
+            return y
+        a, x = a.contiguous(), x.contiguous()
+        p = self.dropout.p if self.dropout.training else 0.0
+        dropped = (self.context.masks or Masks()).arguments(p)
+        if not torch.is_grad_enabled():
+            return library.added_norm(a, x, norm.weight, norm.bias, norm.eps, dropped)[0]
+        y, s, stats = apply(_AddedNorm, a, x, norm.weight, norm.bias, norm.eps, dropped, library)
+        return with_input(y, s, RecomputedLayerNorm(norm.weight, norm.bias, stats, library))
+
+    def _kernels(self, a: Tensor, x: Tensor, norm: nn.LayerNorm) -> Library | None:
+        """The kernels, in an engine and where a gradient passes through frozen weights."""
+        trains = torch.is_grad_enabled() and (a.requires_grad or x.requires_grad) and not norm.weight.requires_grad
+        wanted = trains or (self.context.serves and not torch.is_grad_enabled())
+        if not wanted or a.numel() >= LARGEST or not enabled("added_norm"):
+            return None
+        return usable(a, x, norm.weight, norm.bias)
 
 
 def narrowing(last_attention: str) -> str:
