@@ -142,7 +142,7 @@ def test_an_option_out_of_range_is_refused(wrong: dict) -> None:
 
 
 def test_top_p_or_top_k_without_a_temperature_samples_at_one() -> None:
-    assert SamplingParams(top_p=0.5).effective_temperature == SamplingParams(top_k=3).temperature == 1.0
+    assert SamplingParams(top_p=0.5).effective_temperature == SamplingParams(top_k=3).effective_temperature == 1.0
     assert (
         SamplingParams(top_p=1.0).effective_temperature
         == SamplingParams(top_k=3, temperature=0).effective_temperature
