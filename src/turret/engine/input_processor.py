@@ -228,9 +228,10 @@ class Prompts:
 
     def _check_kind(self, request: Request, loaded: AdapterTensors | None) -> None:
         if request.generates and not self.can_generate:
+            who = f"base {self._base.id} was loaded as" if request.named is None else f"{request.named} is"
             raise AdapterError(
-                f"base {self._base.id} was loaded as a classifier and cannot generate: ask it to classify, or use an "
-                "engine whose base generates"
+                f"{who} a classifier and cannot generate: ask it to classify (POST /v1/classify), or ask a base that "
+                "generates"
             )
         if loaded is None or request.embeds:  # any adapter changes the hidden states
             return
