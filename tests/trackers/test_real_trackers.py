@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from turret.trackers.tracker import TrackedRun
+from turret.trackers.table import TrackedRun
 from turret.trackers.tracker_process import Patience
 from turret.trackers.tracking import Tracking
 

@@ -13,8 +13,7 @@ from trackers.own_trackers import rows, steps
 
 from turret.errors import RecipeError
 from turret.recipe import Recipe
-from turret.trackers.table import TRACKERS, Entry, require_installed
-from turret.trackers.tracker import TrackedRun
+from turret.trackers.table import TRACKERS, Entry, TrackedRun, require_installed
 from turret.trackers.tracker_process import Patience
 from turret.trackers.tracking import Tracking
 

@@ -19,7 +19,7 @@ from typing import TextIO
 
 from turret.errors import one_line
 from turret.json_types import JsonObject
-from turret.trackers.tracker import Point, State, TrackedRun, Tracker
+from turret.trackers.table import Point, State, TrackedRun, Tracker
 
 # --- worker -----------------------------------------------------------------------------------------------------------
 # The process of one tracker: reads messages from stdin, calls the tracker, and answers each one on stdout.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from turret.trackers.table import TRACKERS, Entry
-from turret.trackers.tracker import Point, State, TrackedRun
+from turret.trackers.table import TRACKERS, Entry, Point, State, TrackedRun
 from turret.trackers.tracker_process import Patience, TrackerProcess
 
 

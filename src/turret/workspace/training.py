@@ -45,8 +45,7 @@ from turret.store.gates import FORGETTING
 from turret.store.leases import LeaseRenewer
 from turret.tasks import has_head, make_task, task_of, writes
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
-from turret.trackers.table import require_installed
-from turret.trackers.tracker import State, TrackedRun
+from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
 from turret.train.proof import make_room
