@@ -23,6 +23,7 @@ from turret import adapters, kernels
 from turret.bases.device import gigabytes
 from turret.data import Labelled, Pair
 from turret.errors import AdapterError, PreflightRefused
+from turret.methods.method import MOST_EPOCHS
 from turret.tasks import Classify
 from turret.train import Check, Plan, memory, plan, preflight
 from turret.train.batches import Items
@@ -220,6 +221,8 @@ def test_a_run_that_is_too_short_for_its_method_names_the_epochs_that_are_enough
     assert f"{method} needs about {needed}" in short.text
     assert short.remedy == f"set train.epochs to {epochs}"
     assert made(data=data, method=method, train__epochs=epochs)[1]["steps"].level == "ok"
+    default = made(data=data, method=method, train__epochs=MOST_EPOCHS)[1]["steps"]
+    assert default.level == "ok"  # the most epochs that a default has: no setting is asked for
     cut = made(data=data, method=method, train__epochs=epochs, train__max_steps=30)[1]["steps"]
     assert f"train.max_steps to {needed} or none" in str(cut)
 

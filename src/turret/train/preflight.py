@@ -22,7 +22,7 @@ from turret.data import Dataset, Example, Labelled, cells, texts_of
 from turret.errors import AdapterError, PreflightRefused, one_line
 from turret.json_types import JsonObject
 from turret.methods import Method
-from turret.methods.method import epochs_for
+from turret.methods.method import MOST_EPOCHS, epochs_for
 from turret.notebook import Cell, Table, as_html, marked, size, span
 from turret.plan_check import Check, Level
 from turret.recipe import Recipe, toml
@@ -299,7 +299,10 @@ def steps(recipe: Recipe, schedule: Schedule, enough: int) -> Check:
     text = f"{schedule.steps} steps of {schedule.batch_size} examples, {warmup} of them warm-up"
     if schedule.steps >= enough:
         return Check("steps", "ok", text)
-    remedy = f"set train.epochs to {epochs_for(enough, schedule.examples, schedule.batch_size)}"
+    wanted = epochs_for(enough, schedule.examples, schedule.batch_size)
+    if schedule.max_steps is None and recipe.train.epochs == MOST_EPOCHS < wanted:  # as many as a default is
+        return Check("steps", "ok", f"{text}; {MOST_EPOCHS} epochs are the most that a default has")
+    remedy = f"set train.epochs to {wanted}"
     if schedule.max_steps is not None:
         remedy += f" and train.max_steps to {enough} or none"
     return Check("steps", "warn", f"only {text}, and {recipe.method.kind} needs about {enough}", remedy)
