@@ -10,6 +10,7 @@ import os
 import pty
 import random
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -186,7 +187,8 @@ def test_the_lines_after_a_verb_offer_the_next_step(typed, tmp_path, capsys) -> 
     assert run(["promote", "film-reviews@1", "candidate", "--store", store, "--json"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
     assert run(["plan", *typed.arguments, "--store", store]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "`turret train` with the same words starts it"
+    words = shlex.join(["turret", "train", *typed.arguments, "--store", store])
+    assert capsys.readouterr().out.splitlines()[-1] == f"start it with  {words}"
 
 
 def test_progress_without_a_terminal_says_the_last_score_and_the_time_left(capsys) -> None:

@@ -36,7 +36,7 @@ from turret.cli import (
     train,
     versions,
 )
-from turret.cli.output import complain, follows
+from turret.cli.output import TYPED, complain, follows
 from turret.errors import TurretError
 from turret.process import collect_garbage_rarely, stop_on_sigterm, wait_briefly
 
@@ -198,6 +198,7 @@ def tenant_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _run(arguments: Sequence[str], commands: typer.Typer) -> int:
+    TYPED[:] = arguments
     try:
         literal = len(arguments) - arguments.index("--") - 1 if "--" in arguments else 0
         status = commands(list(arguments), prog_name="turret", standalone_mode=False, obj=literal)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MAIN_METRICS = ("accuracy", "rougeL", "loss")  # the first one that was measured is shown if there is room for one
 
 
+TYPED: list[str] = []  # the words of the command that runs, without `turret`
+
+
 @cache
 def console(*, stderr: bool = False) -> Console:
     """The terminal, made on first use because rich loads slowly. Piped output is not wrapped."""

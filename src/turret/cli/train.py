@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import console, emit, status
+from turret.cli.output import TYPED, console, emit, safe, status
 from turret.cli.queue import queued
 from turret.errors import RecipeError
 
@@ -116,7 +117,9 @@ def plan(
     else:
         print_plan(planned, console(stderr=as_json))
         if not planned.plan.refused:
-            console().print("[dim]`turret train` with the same words starts it[/]")
+            words = list(TYPED)
+            words[words.index("plan")] = "train"
+            console().print(f"start it with  {safe(shlex.join(['turret', *words]))}", soft_wrap=True)
     if planned.plan.refused:
         raise typer.Exit(1)
 
