@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import signal
@@ -15,65 +14,10 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
 
 from turret.errors import one_line
 from turret.json_types import JsonObject
-from turret.trackers.table import Point, State, TrackedRun, Tracker
-
-# --- worker -----------------------------------------------------------------------------------------------------------
-# The process of one tracker: reads messages from stdin, calls the tracker, and answers each one on stdout.
-
-
-def main(at: str, messages: TextIO, answers: TextIO) -> None:
-    """Carry out the messages until `finish`, an error, or the end of the stream."""
-    tracker: Tracker | None = None
-    try:
-        for line in messages:
-            message = json.loads(line)
-            if "start" in message:
-                module, _, name = at.partition(":")
-                tracker = getattr(importlib.import_module(module), name)()
-            assert tracker is not None, "the first message is start"
-            _carry_out(tracker, message)
-            _answer(answers, {})
-            if "finish" in message:
-                return
-        if tracker is not None:
-            tracker.finish("interrupted", {})
-    except Exception as error:  # whatever a tracker's library raises
-        _answer(answers, {"error": one_line(f"{type(error).__name__}: {error}", 160)})
-
-
-def _carry_out(tracker: Tracker, message: JsonObject) -> None:
-    if "start" in message:
-        tracker.start(TrackedRun(**message["start"]))
-    elif "log" in message:
-        tracker.log([Point(step, values) for step, values in message["log"]])
-    else:
-        tracker.finish(message["finish"]["state"], message["finish"]["summary"])
-
-
-def _answer(answers: TextIO, value: JsonObject) -> None:
-    answers.write(json.dumps(value) + "\n")
-    answers.flush()
-
-
-def _own_streams() -> tuple[TextIO, TextIO]:
-    """The streams of messages and answers, moved away from 0 and 1: the library reads nothing and prints to stderr."""
-    messages = os.fdopen(os.dup(0), "r", encoding="utf-8")
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    return messages, answers
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], *_own_streams())
-
-
-# --- tracker process --------------------------------------------------------------------------------------------------
+from turret.trackers.table import Point, State, TrackedRun
 
 
 @dataclass(frozen=True)
@@ -112,7 +56,7 @@ class TrackerProcess:
         try:
             with log.open("ab") as printed:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "turret.trackers.tracker_process", at],
+                    [sys.executable, "-P", "-m", "turret.trackers.worker", at],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=printed,
