@@ -24,7 +24,7 @@ def use_threads(threads: int) -> None:
 
 
 class Shelf:
-    """Adapters by name, in memory or as a bundle on disk (`turret.engine.adapter_loader.Source`)."""
+    """Adapters by name, in memory or as a bundle on disk (`turret.engine.adapter_loader.AdapterSource`)."""
 
     def __init__(self) -> None:
         self.adapters: dict[str, Any] = {}  # an Adapter, or a Path

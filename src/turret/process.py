@@ -65,6 +65,8 @@ def uninterrupted() -> Iterator[None]:
 
 # --- heap -------------------------------------------------------------------------------------------------------------
 # Control whether glibc keeps freed memory for the next allocation or returns it to the system.
+#
+# On other C libraries both functions do nothing.
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # options of mallopt, from malloc.h

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 # --- attention math ---------------------------------------------------------------------------------------------------
 # The formula of attention, in plain torch and with its own gradient.
+#
+#     y = dropout(softmax(cap(scaling q k^T) + bias)) v
+#
+# cap(s) = softcap tanh(s / softcap), if a base caps its scores (Gemma 2, 2024).
+# On the CPU, with short rows and dropout, torch's fused kernel is slower than the products written out. The faster path
+# saves one matrix per layer, the probabilities before dropout, and copies no grouped keys or values.
 
 
 LARGEST = 1 << 25  # probabilities of one call; above it torch's fused kernel computes, which saves none of them

@@ -82,7 +82,7 @@ class AdaptedLinear(Protocol):
 
 
 class ReplacedModule(Protocol):
-    """A module of the base that adapters replace whole (`whole.RoutedWhole`)."""
+    """A module of the base that adapters replace whole (`modules_to_save.RoutedWhole`)."""
 
     base_module: nn.Module
     path: str

@@ -26,6 +26,11 @@ from turret.transformer import Model
 
 # --- checkpointed -----------------------------------------------------------------------------------------------------
 # Layers that save only their inputs for the backward pass, which computes them again: `train.checkpoint_layers`.
+#
+# A step then keeps one input (N, D) of every layer and what one layer saves, instead of what all layers save. It costs
+# a second forward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). torch's own checkpoint
+# does it; here the batch is put back as it was, because the hooks read it, and the dropout masks are those of the
+# first time. So the gradients are the same, bit for bit.
 
 
 Forward = Callable[..., Any]  # a layer's: its arguments and results depend on the architecture
@@ -127,6 +132,11 @@ def _replace(layer: nn.Module, context: BatchContext) -> Callable[[], None]:
 
 # --- composition ------------------------------------------------------------------------------------------------------
 # Several adapters on one row: their low-rank changes are added, and the prefix of one is in front.
+#
+#     y = W x + sum_i s_i B_i A_i x
+#
+# The sum is one adapter of rank R_1 + R_2 + ...: A stacked by rows, and s_i B_i by columns. Source: "cat" of PEFT's
+# `add_weighted_adapter`.
 
 
 def all_parts(model: Model, adapter: Adapter) -> Parts:

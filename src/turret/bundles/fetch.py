@@ -31,6 +31,11 @@ from turret.errors import BundleError, HubError
 
 # --- archive ----------------------------------------------------------------------------------------------------------
 # Unpack a bundle or a PEFT folder from a zip, tar or tar.gz. Only an adapter's three files are unpacked.
+#
+# The name, type and size of every member are checked. The three files are streamed into files that are named here, so
+# an archive cannot choose where they are written.
+#
+# Limits: 1,000 members; names of 200 characters; 16 GiB unpacked, and 100 times the archive's size (beyond 8 MiB).
 
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")

@@ -23,6 +23,16 @@ from turret.tasks import stored_task
 
 # --- vllm -------------------------------------------------------------------------------------------------------------
 # Which adapters vLLM serves, according to its documentation.
+#
+# - `vllm.lora.peft_helper.PEFTHelper` (docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/): a LoRA by `r`,
+#   `lora_alpha`, `target_modules` and `use_rslora`; `bias` is "none", `modules_to_save` is None, no DoRA; one rank for
+#   all layers.
+# - `vllm.config.lora` (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora/): `max_lora_rank` is one of `RANKS`; adapters of
+#   a larger rank are refused.
+# - `vllm.lora.lora_model.LoRAModel`: tensors are called `base_model.model.<layer>.lora_A.weight`, and every layer is a
+#   linear layer of the model.
+# - the LoRA column of the supported models (docs.vllm.ai/en/v0.6.1/models/supported_models.html): Llama, Mistral and
+#   the Qwens have it, GPT-2 has not; encoders and encoder-decoders do not generate there.
 
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -23,6 +23,8 @@ from turret.tasks import task_of
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 # Tells from the losses of a training whether they stayed flat, rose, or were still falling at the end.
+#
+# Losses are means over equal stretches of the training, in order; `binned` makes them.
 
 
 BINS = 60

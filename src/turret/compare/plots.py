@@ -15,6 +15,8 @@ from turret.compare.report_text import plus
 
 # --- labels -----------------------------------------------------------------------------------------------------------
 # Places the names of a plot so that none covers another.
+#
+# The page's font is unknown, so a character counts as CHARACTER wide, which is generous at 12 px.
 
 
 WIDTH = 420

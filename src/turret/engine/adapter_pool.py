@@ -2,7 +2,7 @@
 
 `prepare` may take long and runs on any thread; it changes nothing that a pass reads. `mount` and `unmount` are one
 write to a dictionary. In a pass the tokens of prefill rows are sorted by slot, so the rows of an adapter are a slice.
-With kernels, each layer is one call for all rows (`adapter_spans`); without them `sgmv` multiplies in torch.
+With kernels, each layer is one call for all rows (`AdapterSpans`); without them `sgmv` multiplies in torch.
 """
 
 from __future__ import annotations
@@ -142,10 +142,18 @@ def _same(x: Tensor) -> Tensor:
 
 # --- sgmv -------------------------------------------------------------------------------------------------------------
 # LoRA of rows with different adapters, in torch: the reference for the kernel `low_rank`, used where it is missing.
+#
+#     y_t += (x_t A^T) B    for every token t, with the factors A (R, D_in) and B (R, D_out) of its adapter
+#
+# B contains the scaling. Source: Punica (Chen et al. 2023, arXiv 2310.18547), which calls it segmented gather
+# matrix-vector multiplication (SGMV).
 
 
 # --- adapter spans ----------------------------------------------------------------------------------------------------
 # The adapters of a pass as the kernel `low_rank` reads them: spans of tokens, and the addresses of their factors.
+#
+# They are computed once a pass, so each layer is one call for any mixture of adapters. `sgmv` is the reference in
+# torch.
 
 
 Span = tuple[int, int, AdapterTensors]  # first token, one past the last, and their adapter

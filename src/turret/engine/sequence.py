@@ -19,6 +19,8 @@ from turret.json_types import JsonObject
 
 # --- answer text ------------------------------------------------------------------------------------------------------
 # The text of an answer with its tokens: each piece has the logprobs of the tokens that end in it.
+#
+# The texts of the tokens join to the text, whatever was stripped from it or cut off by a stop string.
 
 
 Decode = Callable[[Sequence[int]], str]
@@ -127,6 +129,9 @@ def echoed(
 
 # --- beams ------------------------------------------------------------------------------------------------------------
 # Beam search for one request, step by step, with the results of transformers.
+#
+# The score of a finished text is the sum of its log probabilities / length ** length_penalty. The search ends when no
+# unfinished text can beat the k finished ones. Source: `GenerationMixin._beam_search` of transformers.
 
 
 NEVER = -1e9  # the score of a text that cannot be chosen, as in transformers

@@ -58,6 +58,9 @@ from numpy.typing import NDArray
 
 # --- e process --------------------------------------------------------------------------------------------------------
 # An e-process: a mean of products, each of which starts at 1 and is not expected to grow under the null hypothesis.
+#
+# By Ville's inequality, under the null P(the mean ever reaches 1/alpha) <= alpha. So it may be looked at after each
+# step, and `peak` does not depend on when that was done.
 
 
 Floats = NDArray[np.float64]

@@ -33,6 +33,16 @@ from turret.timestamp import timestamp
 
 # --- sample ratio -----------------------------------------------------------------------------------------------------
 # A sequential test for sample ratio mismatch: whether each arm gets its planned share of the units.
+#
+# Under the null, a unit of stratum r is in arm a with probability pi[r, a], whatever came before. The alternative is a
+# mixture of shares: for each stratum a Dirichlet with mean pi[r] and concentration k. The likelihood ratio has one
+# factor per unit:
+#
+#     E_n = mean over k of  prod_i  (k pi_a + n_a) / ((k + n) pi_a)      n, n_a: earlier units of the stratum, in arm a
+#
+# Strata may be any classes on which the arm has no effect: revisions of the split, or how late an outcome came.
+#
+# Source: Lindon & Malek, "Anytime-valid inference for multinomial count data", 2022.
 
 
 CONCENTRATIONS = np.array([10.0, 100.0, 1000.0, 10000.0])

@@ -61,7 +61,7 @@ class FastPaths:
     """Class names of modules that have an equal, faster implementation in `adapters/fused/`. All are optional.
 
     Args:
-        rms_norms: RMS norms with `weight` and `variance_epsilon` (`norms.py`).
+        rms_norms: RMS norms with `weight` and `variance_epsilon` (`residual.py`).
         narrow_norms: the output of those norms has the dtype of a 16-bit weight, not of the input (T5).
         gated_mlps: MLPs of gate_proj, up_proj, down_proj and act_fn (`activations.py`).
         added_norms: dense, dropout, residual sum and LayerNorm in one module (`residual.py`).

@@ -15,6 +15,9 @@ from turret.gpu_kernels.reference import FIRST_MIX, OF_COLUMN, OF_ROW, OF_SEED, 
 
 # --- lora programs ----------------------------------------------------------------------------------------------------
 # LoRA on a GPU in Triton: of one adapter that trains, and of rows with different adapters.
+#
+# One program takes up to three layers with one input. Its factors are read in float32 and multiplied in the dtype of
+# the tokens.
 
 
 ROWS = 16  # tokens of one program: the fewest that a GPU's matrix units take

@@ -24,6 +24,8 @@ from turret.kernels.operations import (
 
 # --- check ------------------------------------------------------------------------------------------------------------
 # Compare every kernel with torch when the library is loaded. A wrong kernel costs speed, not correctness.
+#
+# Layers in one call consist of the kernels that are checked here; tests compare them bit by bit.
 
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest element

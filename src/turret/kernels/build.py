@@ -22,6 +22,8 @@ from turret.cache import cache_folder, open_private, private_folder
 
 # --- compiler ---------------------------------------------------------------------------------------------------------
 # The command that compiles the kernels, and the processors that the wheel has libraries for.
+#
+# Standard library only: the package's own build (hatch_build.py) reads this file without importing turret.
 
 
 SOURCES = (

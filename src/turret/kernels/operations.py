@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 # Arguments of the kernels besides tensors, as C structs: rows, prefixes, adapter spans, KV cache, dropout.
+#
+# Each is made once a pass. Axes: B rows, N tokens of all rows, H heads, P prefix, D head size, S spans.
 
 
 Seeds = tuple[int, int]

@@ -25,6 +25,9 @@ from turret.workspace.experimenting import ExperimentStatus
 
 # --- golden replay ----------------------------------------------------------------------------------------------------
 # Ask the serving engines golden examples, so that a promote over HTTP loads no second base.
+#
+# A few examples at a time, with a lower priority than requests: a promote delays no answer, however many examples it
+# has.
 
 
 AT_ONCE = 16

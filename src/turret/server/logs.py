@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # --- tracing ----------------------------------------------------------------------------------------------------------
 # Spans of requests for OpenTelemetry: the extra `turret[otel]`, and `turret serve --otel`. Loaded only then.
+#
+# The spans go where OpenTelemetry's own variables say, such as OTEL_EXPORTER_OTLP_ENDPOINT. A span has no text of a
+# request. If the request names a trace (`traceparent`), its span belongs to that trace.
 
 
 KEPT = ("adapter", "receipt", "inputs", "tokens", "experiment", "arm")  # keys of the log's line about an answer

@@ -22,6 +22,11 @@ from turret.store.usage import Amount, Budgets
 
 # --- shared quotas ----------------------------------------------------------------------------------------------------
 # Quotas that all servers of a store share.
+#
+# A server counts alone first, as `turret.server.quotas` does, so a flood of requests that are refused asks the catalog
+# nothing. Then it takes the request from the catalog (`turret.store.usage`), in small batches. Tokens of answers are
+# charged to the catalog twice a second, and once: a flush that is tried again has the same number. While the catalog
+# does not answer, each server counts alone, and the log says so.
 
 
 IDLE_SECONDS = 1.0  # after which an unused reservation is given back

@@ -31,6 +31,10 @@ from turret.visibility import access_of
 
 # --- session rows -----------------------------------------------------------------------------------------------------
 # Sessions of the console in the catalog, so that every server of the store knows them.
+#
+# A row has the hash of the session's cookie, the hash of the access token that opened it, and its end by the catalog's
+# clock. The cookie itself is stored nowhere. The secrets of form tokens and of sign-ins by a provider are in a table of
+# their own.
 
 
 sessions = Table(

@@ -85,6 +85,10 @@ def facts_of(database: Database, version: Version, content: Mapping[str, Blob]) 
 
 # --- ownership --------------------------------------------------------------------------------------------------------
 # Which catalog owns a place of files.
+#
+# A gc removes what its catalog does not list, so two catalogs must not share a place. A catalog has an id, which the
+# file `catalog` next to `blobs/` holds from the first put on. A folder store needs none, because its database is in
+# the same folder.
 
 
 def claim(location: Location, database: Database, files: Files, *, writes: bool) -> None:

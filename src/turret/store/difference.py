@@ -19,6 +19,13 @@ from turret.store.catalog import Version
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 # The distance between the weights of two bundles, with numpy alone.
+#
+# For a group of tensors, in float64:
+#
+#     distance = sqrt(sum |W_b - W_a|_F^2) / sqrt(sum |W_a|_F^2)
+#
+# over its effective weights W: for LoRA the product `scaling * B A`, for any ranks; otherwise the tensor itself.
+# Tensors that only one bundle has, or whose shapes differ, are named and not compared.
 
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2"}

@@ -55,6 +55,12 @@ from turret.visibility import access_of, seen_runs
 
 # --- queue tables -----------------------------------------------------------------------------------------------------
 # The tables of the queue of trainings. See `turret.store.queue`.
+#
+# - `queue`: a row per queued run: whose it is, how urgent, how often it was tried, and the recipe as it was given;
+#   `due` is the second, by the catalog's clock, from which on it may be tried; `cancelled` is when its end was asked
+#   for
+# - `queue_limits`: how many trainings of a tenant may run and wait; NULL for no limit
+# - `run_log`: lines of progress and errors of queued runs, append-only
 
 
 DEFAULT = "default"

@@ -38,6 +38,10 @@ from turret.visibility import access_of, seen_adapters
 
 # --- flushes ----------------------------------------------------------------------------------------------------------
 # Sums that a process adds to the catalog again after an error are added once.
+#
+# The answer to a COMMIT may be lost, so a process that got an error does not know whether its sums were added. It keeps
+# what it wanted to add under a number, and tries again with the same number. The transaction that adds the sums moves
+# the writer's number on; if it finds that number there, an earlier try was committed.
 
 
 OLD = 30 * 86_400.0  # seconds after which the row of a writer is removed
@@ -192,6 +196,10 @@ def _seen(connection: Connection) -> ColumnElement[bool]:
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
 # Quotas that all servers of a store share: token buckets in the catalog, which refill evenly.
+#
+# A server takes requests in small batches, so that a busy token does not write a row for every request. A batch is at
+# most 1/32 of the remaining requests, so the last ones are taken one by one: over all servers a quota of 10 is 10. A
+# server gives unused requests back after a second.
 
 
 Amount = tuple[str, str, int, float]  # name, unit, limit per minute, amount

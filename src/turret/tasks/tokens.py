@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 
 # --- first tokens -----------------------------------------------------------------------------------------------------
 # The first tokens of long texts, computed from the start of each text alone.
+#
+# A tokenizer normalizes a text, splits it into words, and splits each word into tokens independently. So the tokens of
+# the first characters equal those of the whole text, except in the last few words, which more characters could change.
+# If too few tokens are certain, four times as many characters are read, up to the whole text. That happens if a word
+# is very long, or if many characters make no token (blanks, for example).
+#
+# Within one very long word, BPE and Unigram give a second rule: if the tokens of a word w have a boundary at p, then
+# the tokens before p are those of w[:p]. (BPE: no merge crossed p, so the merges before p are the same. Unigram: a
+# part of the best segmentation is the best segmentation of that part.) No token is longer than L characters, so w has
+# a boundary at one of any L consecutive positions. The tokens that all these w[:p] have in common at their start are
+# therefore the first tokens of w.
 
 
 CHARACTERS = 16  # read first for each token

@@ -162,6 +162,8 @@ def require_eight_bits() -> None:
 
 # --- optim ------------------------------------------------------------------------------------------------------------
 # AdamW over one flat row of float32 weights, gradient clipping, and the learning rate schedule.
+#
+# All trainable parameters become views into one row, so an update, a norm, a checkpoint or an all-reduce is one call.
 
 
 def warmup_steps(warmup: float, total: int) -> int:

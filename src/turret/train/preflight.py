@@ -40,6 +40,8 @@ from turret.transformer import Model, Tokenizer
 
 # --- cost -------------------------------------------------------------------------------------------------------------
 # Measures the time and memory of a training by a few passes on the real model, which is left as it was.
+#
+# On a GPU, which computes while Python goes on, every time is taken after it has computed all.
 
 
 LONG = 3.0  # seconds; a step this long is timed once instead of twice
@@ -584,7 +586,7 @@ def _some(names: Sequence[str]) -> str:
 # --- preflight --------------------------------------------------------------------------------------------------------
 
 
-SAMPLED = 1000  # training examples whose lengths are checked
+EXAMPLES_SAMPLED = 1000  # training examples whose lengths are checked
 EVALUATION = 0.35  # of the time of training on as many tokens, because there is no backward pass
 
 
@@ -677,7 +679,7 @@ def plan(
     recipe = filled(recipe, base, task.kind, len(used.train))
     schedule = Schedule.of(recipe, len(used.train))
     items = Items(task, used.train)
-    sample = items.take(spread(len(items), SAMPLED))
+    sample = items.take(spread(len(items), EXAMPLES_SAMPLED))
     total = quantized.count(base.model)
     own = defaults_of(recipe.method, base, task.kind)
     lr = recipe.train.lr
@@ -708,7 +710,7 @@ def plan(
         cost = _cost(recipe, base, task, items, schedule, total, rows, start, before)
     seconds = None
     if cost is not None:
-        seconds = _seconds(recipe, used, dataset, task, schedule, cost) + proof_seconds
+        seconds = _training_seconds(recipe, used, dataset, task, schedule, cost) + proof_seconds
         rows.insert(1, share(cost.trainable, total))
         rows += [
             fits(cost.memory, base),
@@ -767,26 +769,28 @@ def fits(predicted: memory.Prediction, base: Base) -> Check:
     return Check("memory", "ok", text)
 
 
-def _seconds(recipe: Recipe, used: Splits, dataset: Dataset, task: Task, schedule: Schedule, cost: Cost) -> float:
+def _training_seconds(
+    recipe: Recipe, used: Splits, dataset: Dataset, task: Task, schedule: Schedule, cost: Cost
+) -> float:
     """The time of the head's start and all steps, of evaluations, and of the final one, which also generates texts."""
     each_token = EVALUATION * cost.seconds / cost.step_tokens
     every = recipe.train.evaluate
     during = 0.0
     if used.watched is not None and every != "never":
         times = -(-schedule.steps // (every if isinstance(every, int) else schedule.steps_per_epoch))
-        during = times * _tokens(task, used.watched) * each_token
+        during = times * _estimated_tokens(task, used.watched) * each_token
     splits = [split for split in (dataset.validation, dataset.test) if split]
-    final = sum(_tokens(task, split) for split in splits) * each_token
+    final = sum(_estimated_tokens(task, split) for split in splits) * each_token
     if cost.generation is not None and writes(task):
         new_tokens = int(task.generation["max_new_tokens"])
         final += sum(cost.generation.seconds(len(split), new_tokens) for split in splits)
     return cost.head_start + schedule.steps * cost.seconds + during + final
 
 
-def _tokens(task: Task, examples: Sequence[Example]) -> float:
+def _estimated_tokens(task: Task, examples: Sequence[Example]) -> float:
     """The number of tokens of all examples, estimated from some of them."""
     items = Items(task, examples)
-    sample = items.take(spread(len(items), SAMPLED // 10))
+    sample = items.take(spread(len(items), EXAMPLES_SAMPLED // 10))
     return sum(item.tokens for item in sample) / len(sample) * len(items)
 
 

@@ -24,6 +24,12 @@ from turret.transformer import Model
 
 # --- loss scale -------------------------------------------------------------------------------------------------------
 # Scales the loss of a training in float16, where small gradients would become zero.
+#
+# The gradients are divided by the same number before they are used. If one overflows, the step is computed again with
+# half the scale, so no batch is lost. After 2,000 steps in a row without an overflow the scale doubles.
+#
+# Source: Micikevicius et al. 2018, "Mixed Precision Training"; the numbers are those of `torch.amp.GradScaler`, which
+# leaves out the step that overflows.
 
 
 FIRST = 65536.0

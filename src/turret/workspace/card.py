@@ -19,6 +19,8 @@ from turret.tasks import TASKS, stored_task
 
 # --- card code --------------------------------------------------------------------------------------------------------
 # The Python of a model card: load an export with PEFT or transformers and answer one text as Turret does.
+#
+# Words from outside (labels, templates, names) become Python literals in ASCII, so they cannot become code or markup.
 
 
 AUTO = {  # by PEFT's task_type

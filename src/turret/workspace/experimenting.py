@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 # --- decisions --------------------------------------------------------------------------------------------------------
 # Carry out decisions of experiments: roll an arm back, promote an arm, or declare the evidence void.
+#
+# Ending an experiment and moving its alias is one transaction of the store.
 
 
 def carry_out(store: Store, analysis: Analysis) -> str | None:

@@ -31,6 +31,8 @@ from turret.workspace.reading import read_dataset
 
 # --- neutral texts ----------------------------------------------------------------------------------------------------
 # Neutral paragraphs, written for this package, to measure forgetting.
+#
+# No task is about them. If the base predicts them worse with an adapter than without it, the adapter made it forget.
 
 
 PARAGRAPHS = (

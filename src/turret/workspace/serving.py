@@ -29,7 +29,7 @@ FRESH = 1.0  # seconds for which a resolved `name@3` is used without asking the 
 
 
 class StoreSource:
-    """Gives an engine the versions of a store (`turret.engine.adapter_loader.Source`).
+    """Gives an engine the versions of a store (`turret.engine.adapter_loader.AdapterSource`).
 
     `name@3` is a version of the store's own tenant, `legal/name@3` one of the tenant `legal`: a server writes that.
 

@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 # Every pass of a training after its last step: calibration, metrics, forgetting, and the probe for the proof.
+#
+# With a base in parts all processes make these passes together; otherwise the main one makes them.
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,10 @@ from turret.kernels.layers import Layer
 
 # --- trained encoder --------------------------------------------------------------------------------------------------
 # A whole layer of BERT or RoBERTa as one operation of autograd while an adapter trains (`trained_layer`).
+#
+#     h = norm(dropout(W_o attention(W_q x, W_k x, W_v x)) + x),    y = norm(dropout(W_down gelu(W_up h)) + h)
+#
+# If a layer contains anything else, its modules compute it.
 
 
 Q, K, V, OUT, UP, DOWN = range(6)  # the order of the matrices

@@ -1,4 +1,4 @@
-"""What `trained_encoder` and `trained_decoder` share: layers that train as one operation of autograd.
+"""What `layers.TrainedEncoder` and `trained_decoder` share: layers that train as one operation of autograd.
 
 On short texts the dozen modules of a layer, and what autograd saves for each, take as long as their arithmetic. Here
 the same kernels are called without modules between them, forward and backward, in the modules' order, with their random

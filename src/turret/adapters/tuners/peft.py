@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 # --- mixing -----------------------------------------------------------------------------------------------------------
 # How PEFT's methods change each layer, computed from the stored tensors, so that they mix with others in a batch.
+#
+# PEFT's own modules compute every method that is not in `METHODS`, one adapter at a time (`peft_backend`).
 
 
 MORE = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}  # setting of LoRA -> mark of its tensor

@@ -22,6 +22,21 @@ from turret.workspace.progress import Say
 
 # --- state ------------------------------------------------------------------------------------------------------------
 # The files of a comparison. A killed comparison resumes from them: each cell's result is complete or missing.
+#
+# Under the store's root, `comparisons/<name>-<digest of recipe and data>/`:
+#
+# - `lock`: held by the process that conducts the comparison
+# - `cells/<key>/request.json`: what the process of that cell must do
+# - `cells/<key>/recipe.toml`, `plan.json`: written by that process before its first step
+# - `cells/<key>/result.json`: written atomically, after the version is stored and everything is measured
+# - `cells/<key>/failed.json`: why there is no result; the next call tries again
+# - `report.html`, `report.md`, `report.json`: of all results so far
+#
+# A comparison of a composition with its parts is in `comparisons/<name>+<name>-<digest of versions and data>/`. Its
+# cells are the rows, and have a result only. Measurements of control have the same layout under `controls/`, and the
+# classifier's training data in `references/`.
+#
+# A cell's key depends only on its recipe, so a later call with more methods, seeds or fractions uses the same results.
 
 
 FORMAT = 1
