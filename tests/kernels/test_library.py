@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from compiled_kernels import COMPILER, needed
 
-from turret.kernels import build
-from turret.kernels.build import LEVELS, SWITCH, NotBuilt
+from turret.kernels import build, compiler
+from turret.kernels.build import SWITCH, NotBuilt
+from turret.kernels.compiler import LEVELS
 
 
 @needed
@@ -40,6 +41,16 @@ def test_without_a_working_compiler_there_is_a_reason_and_no_half_library(
     with pytest.raises(NotBuilt, match=expected):
         build.load()
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_build_of_the_wheel_can_read_the_compilers_command_without_the_package() -> None:
+    """`hatch_build.py` runs in an environment that has neither Turret nor torch."""
+    code = f"import runpy, sys; sys.modules['turret'] = None; assert runpy.run_path({compiler.__file__!r})['LEVELS']"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, timeout=60)
+    control = code.replace(repr(compiler.__file__), repr(build.__file__))
+    assert subprocess.run([sys.executable, "-I", "-S", "-c", control], capture_output=True, timeout=60).returncode
+    build_hook = Path(__file__).parents[2] / "hatch_build.py"
+    assert f'"{Path(compiler.__file__).name}"' in build_hook.read_text()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no kernels elsewhere")

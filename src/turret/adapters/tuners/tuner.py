@@ -119,7 +119,7 @@ class Tuner(Generic[M]):
 
         Args:
             weights: one for each adapter.
-            how: see `lora/weighted.py`.
+            how: see `tuners/lora.py`.
             density: the share of values that a pruning merge keeps.
             seed: for the values that are dropped at random.
 
