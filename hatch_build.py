@@ -24,7 +24,7 @@ GLIBC = (2, 28)  # the oldest glibc that torch's own wheels support
 
 
 class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Adds turret/kernels/shipped/*.so to a wheel and sets its platform tag."""
+    """Adds turret/ops/cpu/shipped/*.so to a wheel and sets its platform tag."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable" or sys.platform != "linux" or platform.machine() != "x86_64":
@@ -38,7 +38,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
         if not libraries:
             return
         for library in libraries:
-            build_data["force_include"][str(library)] = f"turret/kernels/shipped/{library.name}"
+            build_data["force_include"][str(library)] = f"turret/ops/cpu/shipped/{library.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform(libraries)}"
 
@@ -47,7 +47,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
             folder.cleanup()
 
     def _compile(self, compiler: str, folder: Path) -> list[Path]:
-        kernels = Path(self.root) / "src" / "turret" / "kernels"
+        kernels = Path(self.root) / "src" / "turret" / "ops" / "cpu"
         recipe = _read(kernels / "compiler.py")
 
         def library(level: Any) -> Path | None:

@@ -95,7 +95,7 @@ def patches(name: str, engine: Any) -> list[Patch]:
     from turret.adapters import attention
     from turret.adapters.fused import activations, layers, residual, rotary
     from turret.engine import adapter_pool, cache, decode, runner
-    from turret.kernels import Library, available
+    from turret.ops.cpu import Library, available
 
     def none(*_: Any) -> None:
         return None

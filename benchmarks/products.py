@@ -46,7 +46,7 @@ def main() -> None:
 def only_avx2() -> None:
     """Before torch is imported: nobody uses wider vectors than a processor with AVX2 has."""
     os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-    from turret.kernels import build
+    from turret.ops.cpu import build
 
     build.NATIVE = ("-march=haswell",)
 
@@ -55,7 +55,7 @@ def measure(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of one product by way, number of tokens and shape: `rounds` of each."""
     import torch
 
-    from turret import kernels
+    from turret.ops import cpu as kernels
 
     library, kind = kernels.library(), getattr(torch, dtype)
     few = 0 if library is None else library.few(kind)

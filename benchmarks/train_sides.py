@@ -84,7 +84,7 @@ SCORED = (RIVAL, TURRET, "turret int8")  # in runs for quality
 
 def possible(side: str) -> bool:
     """Whether this processor can multiply as a side of turret's is told to."""
-    from turret.kernels import int8
+    from turret.ops.cpu import int8
 
     return int8() or not OURS.get(side, {}).get("int8", False)
 

@@ -8,12 +8,12 @@
 What a GPU refuses is refused: an operation that mixes tensors of both devices. What a GPU is slow at is counted:
 
 - launches: every operation of ATen that computes something. A view or an allocation is none. One of torch's fused
-  kernels (attention) and one operation of `turret.gpu_kernels` is one; a call that torch itself takes apart counts
+  kernels (attention) and one operation of `turret.ops.gpu` is one; a call that torch itself takes apart counts
   what is in it, so a matrix that is added to a product in a new tensor is two, and a list of tensors is several.
 - syncs: a wait for a number (`.item()`, `.tolist()`, a copy to the CPU) or for a size (`nonzero`, a mask as index).
 - copies to the GPU.
 
-Not pretended: streams, how a GPU rounds, how much memory it takes, and Triton: `turret.gpu_kernels` computes its
+Not pretended: streams, how a GPU rounds, how much memory it takes, and Triton: `turret.ops.gpu` computes its
 references, in float32 too, which the programs of a real GPU leave to the base's modules.
 """
 
@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from turret import quantized
-from turret.gpu_kernels import available
+from turret.ops.gpu import available
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -318,7 +318,7 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def pretend_gpu(programs: bool = True) -> Iterator[Counts]:
     """A machine with one GPU, for the length of the block.
 
-    programs: whether it takes the operations of `turret.gpu_kernels`; else it has no Triton.
+    programs: whether it takes the operations of `turret.ops.gpu`; else it has no Triton.
     """
     COUNTS.clear()
     if find_spec("bitsandbytes") is not None:

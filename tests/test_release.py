@@ -81,7 +81,7 @@ def test_the_sdist_has_what_a_build_and_the_tests_need(release: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"hatch_build.py", "Makefile", "LICENSE", "requirements/common.txt", "release/make_release.py"}
     assert wanted <= names
-    assert {"src/turret/kernels/kernels.c", "tests/conftest.py"} <= names
+    assert {"src/turret/ops/cpu/kernels.c", "tests/conftest.py"} <= names
     assert not any(name.endswith(".so") for name in names)
 
 
@@ -92,7 +92,7 @@ def test_the_wheel_has_a_library_for_each_kind_of_processor_and_says_so_in_its_t
     assert wheel.name.endswith(("-manylinux_2_28_x86_64.whl", "-linux_x86_64.whl"))
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")}
     kinds = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
-    assert shipped == {f"turret/kernels/shipped/kernels-{kind}.so" for kind in kinds}
+    assert shipped == {f"turret/ops/cpu/shipped/kernels-{kind}.so" for kind in kinds}
 
 
 def test_the_wheel_runs_in_a_new_environment(installed: Path) -> None:
@@ -108,14 +108,14 @@ def test_the_wheel_runs_in_a_new_environment(installed: Path) -> None:
 def test_the_wheels_kernels_need_no_compiler_and_write_nothing(installed: Path, tmp_path: Path) -> None:
     said = run(installed, "python", "-c", WHY, TMPDIR=str(tmp_path))
     assert said.startswith("shipped for"), said
-    assert "turret/kernels/shipped/kernels-" in said  # mapped from the wheel
+    assert "turret/ops/cpu/shipped/kernels-" in said  # mapped from the wheel
     assert not list(tmp_path.iterdir())
     control = run(installed, "python", "-c", WHY, TMPDIR=str(tmp_path), TURRET_KERNELS="compile")
     assert control.startswith("no C compiler"), control
 
 
 WHY = """
-from turret import kernels
+from turret.ops import cpu as kernels
 kernels.library()
 print(kernels.why())
 print([line for line in open("/proc/self/maps") if "kernels-" in line])

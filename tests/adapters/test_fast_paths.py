@@ -15,8 +15,8 @@ import turret.adapters
 from turret.adapters import attach, classify_logits, fused, trainable_parameters
 from turret.adapters.fused import DECODER, ENCODER, FAST_PATHS
 from turret.adapters.packed import target_states
-from turret.kernels import library
 from turret.methods import LoRA
+from turret.ops.cpu import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels on this machine")
 FAMILIES = {ENCODER: "bert", DECODER: "llama"}

@@ -9,12 +9,13 @@ import torch
 from small_models import build
 from torch import Tensor
 
-from turret import adapters, kernels
+from turret import adapters
 from turret.adapters import attach, classify_logits, detach, multiply_in_int8, trainable_parameters
 from turret.adapters.fused import int8
 from turret.adapters.packed import target_states
 from turret.errors import AdapterError
 from turret.methods import LoRA, Method, Prefix
+from turret.ops import cpu as kernels
 
 able = pytest.mark.skipif(not kernels.int8(), reason="no products in 8 bits on this processor")
 EVERYWHERE = LoRA(r=4, target_modules="all-linear", init_lora_weights=False)

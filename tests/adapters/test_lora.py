@@ -13,7 +13,6 @@ from peft_twins import adapter_from, lora_twin, require_the_same_gradients
 from small_models import FAMILIES, build
 from torch import nn
 
-from turret import kernels
 from turret.adapters import (
     attach,
     attachment,
@@ -29,6 +28,7 @@ from turret.adapters.fused.dropout import Masks
 from turret.adapters.lora import KernelProducts, LoRAFactors, TorchProducts, lora_delta
 from turret.errors import AdapterError, RecipeError
 from turret.methods import LoRA, Peft
+from turret.ops import cpu as kernels
 from turret.recipe import Recipe
 
 NOISY = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False)

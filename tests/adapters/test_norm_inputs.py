@@ -14,8 +14,8 @@ from torch import Tensor
 from turret.adapters import attach, classify_logits, fused, trainable_parameters
 from turret.adapters.fused import residual
 from turret.adapters.packed import target_states
-from turret.kernels import Library, library
 from turret.methods import LoRA, Method, Prefix
+from turret.ops.cpu import Library, library
 
 METHODS: tuple[Method, ...] = (
     LoRA(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.2),

@@ -14,8 +14,8 @@ from turret.adapters import attach, attachment, classify_logits, detach, trainab
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused.residual import FrozenOutput, _AddedNorm
 from turret.families import family_of
-from turret.kernels import NO_DROPOUT, DropoutArguments, library, without
 from turret.methods import Full, LoRA, Method, Prefix
+from turret.ops.cpu import NO_DROPOUT, DropoutArguments, library, without
 
 METHODS: tuple[Method, ...] = (
     LoRA(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0),

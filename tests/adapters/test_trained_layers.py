@@ -26,8 +26,8 @@ from turret.adapters.fused import layers
 from turret.adapters.fused.layers import TrainedEncoder
 from turret.adapters.fused.trained_decoder import TrainedDecoder
 from turret.adapters.packed import target_states
-from turret.kernels import Library, int8, library, without
 from turret.methods import LoRA, Method, Prefix
+from turret.ops.cpu import Library, int8, library, without
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels on this machine")
 ENCODERS, DECODERS = ("bert", "roberta"), ("llama", "llama with biases", "mistral", "qwen2", "qwen3")

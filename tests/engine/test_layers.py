@@ -15,7 +15,6 @@ from compiled_kernels import BOTH, compiled, needed
 from tiny_training import Base
 from torch import Tensor
 
-from turret import kernels
 from turret.adapters import Adapter, BaseInfo, attach, detach, extract
 from turret.adapters.fused.layers import OneCall
 from turret.adapters.fused.residual import FrozenNorm
@@ -23,6 +22,7 @@ from turret.engine.adapter_pool import AdapterPool
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.families import family_of
 from turret.methods import Head, LoRA, Method, Prefix
+from turret.ops import cpu as kernels
 
 pytestmark = needed
 SIZES: dict[str, Any] = {

@@ -14,12 +14,12 @@ from batches import padded, rows, with_eos
 from peft_twins import lora_twin
 from small_models import FAMILIES
 
-from turret import kernels
 from turret.adapters import Adapter, attachment, classify_logits
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KVSlot
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.methods import LoRA
+from turret.ops import cpu as kernels
 
 
 @pytest.fixture(params=["kernels", "torch"])

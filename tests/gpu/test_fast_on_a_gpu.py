@@ -13,8 +13,8 @@ from batches import without_dropout
 
 from turret.engine.cuda_graphs import CudaGraphs
 from turret.engine.runner import DecodeStep, Prefill, Runner
-from turret.gpu_kernels import available, copied, operations
 from turret.methods import LoRA
+from turret.ops.gpu import available, copied, operations
 from turret.train.step import train_step
 
 pytestmark = pytest.mark.gpu

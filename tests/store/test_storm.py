@@ -46,9 +46,10 @@ from store.storm_clients import (
     Watcher,
 )
 
-from turret import bases, kernels
+from turret import bases
 from turret.access import Access
 from turret.database import runs
+from turret.ops import cpu as kernels
 from turret.recipe import Recipe
 from turret.store import Store, leases, queued_data, usage
 from turret.store.queue import TRIES

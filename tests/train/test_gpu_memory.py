@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 
 from turret import adapters
 from turret.bases.meta_model import model_of
-from turret.gpu_kernels import planned
 from turret.methods import Full, LoRA, Prefix
+from turret.ops.gpu import planned
 from turret.train import gpu_memory
 from turret.train.gpu_memory import Work, predict_on_gpu, refusal, saved_by
 

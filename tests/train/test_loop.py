@@ -16,8 +16,9 @@ import pytest
 import tiny_training as tiny
 import torch
 
-from turret import adapters, kernels
+from turret import adapters
 from turret.errors import AdapterError, Interrupted, LossNotFinite, OutOfMemory, RecipeError, TrainingError
+from turret.ops import cpu as kernels
 from turret.train import checkpoint, evaluate, fit, read_curve
 from turret.train.adamw import AdamW
 from turret.train.batches import Items

@@ -19,11 +19,12 @@ from foreign_tables import PRAISE, texts
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from turret import adapters, kernels
+from turret import adapters
 from turret.bases.device import gigabytes
 from turret.data import Labelled, Pair
 from turret.errors import AdapterError, PreflightRefused
 from turret.methods.method import MOST_EPOCHS
+from turret.ops import cpu as kernels
 from turret.tasks import Classify
 from turret.train import Check, Plan, memory, plan, preflight
 from turret.train.batches import Items

@@ -19,11 +19,12 @@ from store.s3_proxy import proxied
 from workspace.test_comparing import recipe_in
 from workspace.test_other_machine import forget_machine, until
 
-from turret import audit, kernels
+from turret import audit
 from turret.access import Access
 from turret.cli.main import run as command
 from turret.data.source import open_source
 from turret.errors import DataError, Interrupted, NotFound, QueueFull, RecipeError, StoreError
+from turret.ops import cpu as kernels
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, TrainingQueue, leases
 from turret.store.queue import QueuedRun

@@ -25,7 +25,7 @@ from turret.adapters.fused.flash import flash
 from turret.adapters.fused.gpu_attention import attend_rows
 from turret.errors import AdapterError
 from turret.families import Family, Site
-from turret.kernels import AttentionRows, Library, Prefixes, usable
+from turret.ops.cpu import AttentionRows, Library, Prefixes, usable
 from turret.transformer import Submodule
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 
-from turret.kernels import Library
+from turret.ops.cpu import Library
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)

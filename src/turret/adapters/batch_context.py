@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.fused.dropout import Masks
-from turret.gpu_kernels import MixedLoRA
-from turret.kernels import AdapterSpans, CachedKVArguments, Int8Matrix, Library
+from turret.ops.cpu import AdapterSpans, CachedKVArguments, Int8Matrix, Library
+from turret.ops.gpu import MixedLoRA
 
 BARE = 0  # the slot of the bare base, without an adapter
 

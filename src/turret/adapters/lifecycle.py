@@ -20,8 +20,8 @@ from turret.adapters.hooks import ATTRIBUTE, AdapterInit, HookedModel, attachmen
 from turret.adapters.tuners import tuner_of
 from turret.arguments import checked
 from turret.errors import AdapterError
-from turret.kernels import usable
 from turret.methods import Method, by_name
+from turret.ops.cpu import usable
 from turret.transformer import Model
 
 # --- checkpointed -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from turret.adapters.fused.int8 import FrozenProducts, products
 from turret.adapters.fused.residual import RecomputedNorm, restored, to_save
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError
-from turret.kernels import LARGEST, DropoutArguments, Library, usable
+from turret.ops.cpu import LARGEST, DropoutArguments, Library, usable
 from turret.quantized import FourBitProducts
 
 

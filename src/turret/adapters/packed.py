@@ -19,7 +19,7 @@ from turret.adapters.fused.frozen import linear
 from turret.adapters.hooks import attachment, device_of
 from turret.adapters.positions import row_positions
 from turret.families import Pooling
-from turret.gpu_kernels import copied
+from turret.ops.gpu import copied
 from turret.transformer import Model, ModelConfig
 
 STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # the tokens of all rows are rounded up: to 64 by 8, and so on

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForSequenceClassification
 
-from turret import gpu_kernels, quantized
+from turret import quantized
 from turret.adapters import require_base
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, head_paths
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
@@ -39,8 +39,9 @@ from turret.engine.adapter_tensors import (
 )
 from turret.errors import AdapterError
 from turret.families import Family
-from turret.gpu_kernels import MixedLoRA
-from turret.kernels import AdapterSpans, Library, usable
+from turret.ops import gpu as gpu_kernels
+from turret.ops.cpu import AdapterSpans, Library, usable
+from turret.ops.gpu import MixedLoRA
 from turret.tasks import Task
 from turret.transformer import Model
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from turret.adapters.batch_context import AdapterPoolProtocol, CachedKV
 from turret.adapters.fused.blocks import rounded
 from turret.families import Site
-from turret.gpu_kernels import copied
-from turret.kernels import CachedKVArguments, usable
+from turret.ops.cpu import CachedKVArguments, usable
+from turret.ops.gpu import copied
 
 SHORTEST = 32  # tokens of the shortest slot
 STEPS = ((256, 16), (1024, 64), (1 << 62, 256))  # a step reads S rounded up: to 256 tokens by 16, and so on

@@ -19,7 +19,7 @@ from turret.adapters.fused.gpu_decoder import BY_PROGRAMS
 from turret.adapters.packed import ready_mask
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import PassCache
-from turret.gpu_kernels import real_gpu
+from turret.ops.gpu import real_gpu
 from turret.transformer import Model
 
 log = logging.getLogger("turret")

@@ -26,7 +26,7 @@ from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 from turret.engine.cuda_graphs import RecordedSteps
 from turret.engine.decode import TokenLogprobs, token_logprobs
 from turret.families import Pooling
-from turret.gpu_kernels import copied
+from turret.ops.gpu import copied
 from turret.transformer import Model
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens

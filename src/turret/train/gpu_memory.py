@@ -21,8 +21,8 @@ from turret.bases.device import gigabytes
 from turret.bases.meta_model import CONTEXT
 from turret.bases.sharded import divided, layer_paths
 from turret.families import family_of
-from turret.gpu_kernels import planned
 from turret.methods import Method
+from turret.ops.gpu import planned
 from turret.recipe import Recipe
 from turret.train.adamw import moment_bytes
 from turret.train.batches import MOST_TOKENS, pass_tokens

@@ -13,7 +13,7 @@ from turret.bases.base import dtype_on
 from turret.bases.device import Gpu, Machine, gigabytes, this_machine
 from turret.bases.meta_model import room_to_answer, skeleton
 from turret.errors import AdapterError, PreflightRefused, UnknownFamily
-from turret.gpu_kernels import why_not
+from turret.ops.gpu import why_not
 from turret.recipe import Recipe
 from turret.tasks import Task
 from turret.train.gpu_memory import Work, in_parts, predict_on_gpu, refusal

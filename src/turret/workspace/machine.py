@@ -99,7 +99,7 @@ def _processor() -> JsonObject:
         import torch
 
         from turret.bases import choose_device, default_dtype, float32_products
-        from turret.kernels import int8, why
+        from turret.ops.cpu import int8, why
     except (ImportError, OSError) as error:  # `turret doctor` must also report a broken installation
         return {"problem": f"torch cannot be loaded: {error}"}
     try:
@@ -124,7 +124,7 @@ def _processor() -> JsonObject:
 def _programs(device: torch.device) -> str | None:
     """Whether a GPU computes by Turret's Triton programs: "on", or why not; None without a GPU."""
     from turret.bases import default_dtype
-    from turret.gpu_kernels import why_not
+    from turret.ops.gpu import why_not
 
     return (why_not(device, default_dtype(device)) or "on") if device.type == "cuda" else None
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from turret import kernels
+from turret.ops import cpu as kernels
 
 ENCODER, DECODER = "encoder", "decoder"
 
@@ -44,7 +44,7 @@ _LAYER, _KERNELS = ("trained_layer",), ("kernels",)
 FAST_PATHS: dict[str, FastPath] = {
     "kernels": FastPath(
         "everything below that is written in C",
-        "turret.kernels",
+        "turret.ops.cpu",
         "the same paths in torch's operations",
         "the processor's library loads and passes its check",
     ),

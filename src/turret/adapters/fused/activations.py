@@ -16,13 +16,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from turret import gpu_kernels
 from turret.adapters.autograd import FunctionContext, Gradients, KernelContext, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.int8 import FrozenProducts, products
 from turret.adapters.fused.residual import RecomputedNorm, restored, to_save
-from turret.kernels import Library, usable
+from turret.ops import gpu as gpu_kernels
+from turret.ops.cpu import Library, usable
 
 SILU = ("SiLU", "SiLUActivation")
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.fused import enabled
-from turret.kernels import LARGEST, NO_DROPOUT, DropoutArguments, Library, usable
+from turret.ops.cpu import LARGEST, NO_DROPOUT, DropoutArguments, Library, usable
 
 STEPS = 1 << 16  # a rate is rounded to a multiple of 1 / STEPS
 ALIGNED = 64  # elements; windows begin at multiples of it

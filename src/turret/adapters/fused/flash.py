@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters.autograd import Gradients, KernelContext, apply
-from turret.kernels import AttentionRows, DropoutArguments, Library, Prefixes
+from turret.ops.cpu import AttentionRows, DropoutArguments, Library, Prefixes
 
 
 class _FlashContext(KernelContext, Protocol):

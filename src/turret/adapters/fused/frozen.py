@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.fused import enabled
-from turret.kernels import AdapterSpans, usable
+from turret.ops.cpu import AdapterSpans, usable
 
 
 def linear(

@@ -16,7 +16,7 @@ from torch import Tensor
 from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BatchContext
 from turret.families import Site
-from turret.gpu_kernels import usable
+from turret.ops.gpu import usable
 
 WIDEST = 256  # numbers in a head that FlashAttention takes
 

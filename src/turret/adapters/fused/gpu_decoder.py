@@ -28,7 +28,7 @@ from turret.adapters.fused.trained_layer import has_hooks, trains_one_adapter
 from turret.adapters.lora import BaseProducts, LoRAFactors, RoutedLinear
 from turret.adapters.modules_to_save import unrouted
 from turret.adapters.prefix import GRADIENT_STAYS
-from turret.gpu_kernels import usable
+from turret.ops.gpu import usable
 from turret.quantized import FourBitProducts
 
 SEEDS = 2**31 - 8  # of dropout masks

@@ -19,8 +19,8 @@ from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BatchContext, RoundedMatrix
 from turret.errors import AdapterError
 from turret.families import family_of
-from turret.kernels import LONGEST_INT8, Int8Matrix, Library, usable
-from turret.kernels import int8 as possible
+from turret.ops.cpu import LONGEST_INT8, Int8Matrix, Library, usable
+from turret.ops.cpu import int8 as possible
 from turret.transformer import Model
 
 LEAST = 32  # tokens; with fewer, rounding the weights takes longer than it saves

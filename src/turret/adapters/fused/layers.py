@@ -50,7 +50,7 @@ from turret.adapters.fused.trained_layer import (
 from turret.adapters.lora import RoutedLinear
 from turret.adapters.modules_to_save import unrouted
 from turret.families import FastPaths, Layout
-from turret.kernels import (
+from turret.ops.cpu import (
     LARGEST,
     AttentionRows,
     DecoderLayer,
@@ -62,7 +62,7 @@ from turret.kernels import (
     Library,
     usable,
 )
-from turret.kernels.layers import Layer
+from turret.ops.cpu.layers import Layer
 
 # --- trained encoder --------------------------------------------------------------------------------------------------
 # A whole layer of BERT or RoBERTa as one operation of autograd while an adapter trains (`trained_layer`).

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret import gpu_kernels
 from turret.adapters.autograd import FunctionContext, Gradients, KernelContext, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
 from turret.adapters.fused.dropout import Masks
 from turret.adapters.modules_to_save import current
-from turret.kernels import LARGEST, DropoutArguments, Library, usable
+from turret.ops import gpu as gpu_kernels
+from turret.ops.cpu import LARGEST, DropoutArguments, Library, usable
 from turret.transformer import ModelConfig, Submodule
 
 if TYPE_CHECKING:

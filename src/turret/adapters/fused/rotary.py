@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from turret.adapters.autograd import Gradients, KernelContext, apply
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled
-from turret.kernels import Library, usable
+from turret.ops.cpu import Library, usable
 
 NAME = "apply_rotary_pos_emb"
 Rotary = Callable[..., tuple[Tensor, Tensor]]  # (q, k, cos, sin, further settings) -> q and k, rotated

@@ -29,7 +29,7 @@ from turret.adapters.fused.trained_layer import (
     linears_of,
     trains_one_adapter,
 )
-from turret.kernels import LARGEST, AttentionRows, DropoutArguments, Library, usable
+from turret.ops.cpu import LARGEST, AttentionRows, DropoutArguments, Library, usable
 
 Q, K, V, OUT, GATE, UP, DOWN = range(7)  # the order of the matrices
 

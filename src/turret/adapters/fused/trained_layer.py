@@ -18,7 +18,7 @@ from turret.adapters.batch_context import BatchContext
 from turret.adapters.fused import enabled, int8
 from turret.adapters.fused.dropout import Masks
 from turret.adapters.lora import KernelProducts, LoRAFactors, RoutedLinear
-from turret.kernels import DropoutArguments, Library
+from turret.ops.cpu import DropoutArguments, Library
 
 Linears = list[tuple[nn.Linear, LoRAFactors | None]]  # each frozen layer, and the factors that the slot adds to it
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from small_models import build
 from torch import Tensor
 
-from turret import kernels
 from turret.adapters import attach, packed
 from turret.adapters.attention import attend_plainly
-from turret.kernels import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 from turret.methods import LoRA, Prefix
+from turret.ops import cpu as kernels
+from turret.ops.cpu import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 
 
 def plainly(

@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 from compiled_kernels import COMPILER, needed
 
-from turret.kernels import build, compiler
-from turret.kernels.build import SWITCH, NotBuilt
-from turret.kernels.compiler import LEVELS
+from turret.ops.cpu import build, compiler
+from turret.ops.cpu.build import SWITCH, NotBuilt
+from turret.ops.cpu.compiler import LEVELS
 
 
 @needed
 def test_the_check_at_the_first_use_works_inside_inference_mode() -> None:
-    code = (
-        "import torch; from turret import kernels\nwith torch.inference_mode(): assert kernels.library(), kernels.why()"
-    )
+    code = "import torch; from turret.ops import cpu\nwith torch.inference_mode(): assert cpu.library(), cpu.why()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -49,7 +47,7 @@ def test_the_build_of_the_wheel_can_read_the_compilers_command_without_the_packa
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, timeout=60)
     control = code.replace(repr(compiler.__file__), repr(build.__file__))
     assert subprocess.run([sys.executable, "-I", "-S", "-c", control], capture_output=True, timeout=60).returncode
-    build_hook = Path(__file__).parents[2] / "hatch_build.py"
+    build_hook = Path(__file__).parents[3] / "hatch_build.py"
     assert f'"{Path(compiler.__file__).name}"' in build_hook.read_text()
 
 
@@ -89,9 +87,9 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # The module alone, without torch, which takes seconds to load.
 ALONE = f"""
 import sys, types
-sys.modules["turret.kernels"] = package = types.ModuleType("turret.kernels")
+sys.modules["turret.ops.cpu"] = package = types.ModuleType("turret.ops.cpu")
 package.__path__ = [{str(build.FOLDER)!r}]
-from turret.kernels import build
+from turret.ops.cpu import build
 """
 LOAD = f"{ALONE}\nlibrary, said = build.load(); print(library.mark(), said)"
 
@@ -213,7 +211,7 @@ def test_without_a_private_folder_there_are_no_kernels(quick: Path) -> None:
 def test_rest_ends_the_helpers_of_its_thread_only() -> None:
     script = """
 import os, threading, torch
-from turret import kernels
+from turret.ops import cpu as kernels
 torch.set_num_threads(2)
 def count(): return len(os.listdir("/proc/self/task"))
 def work(): torch.randn(600, 600) @ torch.randn(600, 600); kernels.library().gelu(torch.randn(100_000))

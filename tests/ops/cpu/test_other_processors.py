@@ -37,7 +37,7 @@ def test_the_kernels_of_an_older_processor_pass_the_same_tests(kind: str, tmp_pa
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow"]
     done = subprocess.run(
         [*command, str(HERE), "--ignore", __file__], env=os.environ | settings, capture_output=True, text=True,
-        timeout=600, check=False, cwd=HERE.parents[1],
+        timeout=600, check=False, cwd=HERE.parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     made = [*(tmp_path / "cache").rglob("*.so")]

@@ -10,9 +10,9 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from turret.kernels.build import NotBuilt, load
-from turret.kernels.compiled import Library
-from turret.kernels.operations import (
+from turret.ops.cpu.build import NotBuilt, load
+from turret.ops.cpu.compiled import Library
+from turret.ops.cpu.operations import (
     NAMES,
     NO_DROPOUT,
     AdapterSpans,

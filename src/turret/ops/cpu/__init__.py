@@ -4,10 +4,10 @@
 switches them off.
 """
 
-from turret.kernels.available import int8, library, rest, usable, why, without
-from turret.kernels.compiled import LONGEST_INT8, Library
-from turret.kernels.layers import DecoderLayer, EncoderLayer, LayerMatrix, LayerNorm, Layers
-from turret.kernels.operations import (
+from turret.ops.cpu.available import int8, library, rest, usable, why, without
+from turret.ops.cpu.compiled import LONGEST_INT8, Library
+from turret.ops.cpu.layers import DecoderLayer, EncoderLayer, LayerMatrix, LayerNorm, Layers
+from turret.ops.cpu.operations import (
     LARGEST,
     NO_DROPOUT,
     AdapterSpans,

@@ -1,6 +1,6 @@
 """Compiles every Triton program for a GPU, which needs no GPU, and prints what each takes as JSON.
 
-python tests/gpu_kernels/compiled.py 80 90           the compute capabilities
+python tests/ops/gpu/compiled.py 80 90           the compute capabilities
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from turret.gpu_kernels import available, operations, programs
+from turret.ops.gpu import available, operations, programs
 
 CPU = torch.device("cpu")
 TYPES = {

@@ -41,7 +41,7 @@ def sanitized(folder: Path, kind: str, plant: str, *tests: str) -> subprocess.Co
     return subprocess.run(
         [*command, "-p", "no:faulthandler", "-m", "not slow", *(str(HERE / test) for test in tests)],
         env=os.environ | {name: str(value) for name, value in settings.items()}, capture_output=True, text=True,
-        timeout=1500, check=False, cwd=HERE.parents[1],
+        timeout=1500, check=False, cwd=HERE.parents[2],
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from turret.cache import cache_folder, open_private, private_folder
-from turret.kernels.compiler import FLAGS, LEVELS, NATIVE, SOURCES, CompilerError, compile_library, run
+from turret.ops.cpu.compiler import FLAGS, LEVELS, NATIVE, SOURCES, CompilerError, compile_library, run
 
 SWITCH = "TURRET_KERNELS"  # environment variable: "off" for no kernels, "compile" to ignore those in the wheel
 FOLDER = Path(__file__).parent  # of the source

@@ -1,6 +1,6 @@
 """Runs every Triton program by Triton's interpreter and prints, as JSON, how far it is from its reference.
 
-TRITON_INTERPRET=1 python tests/gpu_kernels/interpreted.py         Triton reads the variable when it is imported
+TRITON_INTERPRET=1 python tests/ops/gpu/interpreted.py         Triton reads the variable when it is imported
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from turret.gpu_kernels import available, operations, programs
+from turret.ops.gpu import available, operations, programs
 
 CPU = torch.device("cpu")
 NATIVE = ("attention", "attention_backward")  # torch's own fused kernels, which have no form for the CPU

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from turret.gpu_kernels import reference, shapes
+from turret.ops.gpu import reference, shapes
 
 R = TypeVar("R")
 CHANGED: dict[str, tuple[str, ...]] = {  # operation -> the arguments that it changes in place
@@ -38,7 +38,7 @@ def _program(name: str) -> Callable[..., R]:
     """What runs on a GPU. Triton is imported at the first call, so a machine without a GPU never loads it."""
 
     def run(*arguments: R) -> R:
-        programs = importlib.import_module("turret.gpu_kernels.programs")
+        programs = importlib.import_module("turret.ops.gpu.programs")
         found: R = getattr(programs, name)(*arguments)
         return found
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turret.gpu_kernels.reference import FIRST_MIX, OF_COLUMN, OF_ROW, OF_SEED, SECOND_MIX
+from turret.ops.gpu.reference import FIRST_MIX, OF_COLUMN, OF_ROW, OF_SEED, SECOND_MIX
 
 # --- lora programs ----------------------------------------------------------------------------------------------------
 # LoRA on a GPU in Triton: of one adapter that trains, and of rows with different adapters.

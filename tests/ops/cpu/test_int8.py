@@ -7,7 +7,7 @@ import torch
 from compiled_kernels import BOTH, compiled, draw
 from torch import Tensor
 
-from turret.kernels import int8
+from turret.ops.cpu import int8
 
 able = pytest.mark.skipif(not int8(), reason="no products in 8 bits on this processor")
 SIZES = [(1, 64, 32), (8, 64, 32), (37, 192, 96), (300, 384, 64), (9, 2048, 192), (33, 4096, 160)]

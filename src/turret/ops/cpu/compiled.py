@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from turret.kernels.layers import DecoderLayer, EncoderLayer, Layer, Layers
-from turret.kernels.operations import (
+from turret.ops.cpu.layers import DecoderLayer, EncoderLayer, Layer, Layers
+from turret.ops.cpu.operations import (
     NO_DROPOUT,
     AdapterSpans,
     AttentionRows,
@@ -475,5 +475,5 @@ class Library(Operations, Attention, Products):
         self._call(name, layers.dtype, *arguments, workspace.data_ptr(), count)
 
     def rest(self) -> None:
-        """See `turret.kernels.rest`."""
+        """See `turret.ops.cpu.rest`."""
         self._loaded.rest()

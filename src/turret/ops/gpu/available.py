@@ -12,8 +12,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from turret.gpu_kernels import reference
-from turret.gpu_kernels.operations import NAMES
+from turret.ops.gpu import reference
+from turret.ops.gpu.operations import NAMES
 
 # --- check ------------------------------------------------------------------------------------------------------------
 # Compares every program of a GPU with its reference in torch, on small random tensors.

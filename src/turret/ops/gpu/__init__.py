@@ -4,8 +4,8 @@
 operation is one launch and has a reference in plain torch (`reference`).
 """
 
-from turret.gpu_kernels import operations
-from turret.gpu_kernels.available import planned, usable, why_not
-from turret.gpu_kernels.mixed import MixedLoRA, copied, real_gpu
+from turret.ops.gpu import operations
+from turret.ops.gpu.available import planned, usable, why_not
+from turret.ops.gpu.mixed import MixedLoRA, copied, real_gpu
 
 __all__ = ["MixedLoRA", "copied", "operations", "planned", "real_gpu", "usable", "why_not"]
