@@ -368,6 +368,9 @@ COSTLY = {  # each with what is wrong with it
     "nested lists": ("a = " + "[" * 50_000, "nested 50000 deep"),
     "nested tables": ("a = {" * 900, "nested 900 deep"),
     "characters": ("#" * 100_001, "100001 characters"),
+    "quotes that nobody closes": ('\\"' * 50_000, "is not TOML"),
+    "long quotes that nobody closes": ('\\"""' * 25_000, "is not TOML"),
+    "long apostrophes that nobody closes": ("\na''" * 25_000, "is not TOML"),
 }
 
 

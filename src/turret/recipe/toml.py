@@ -19,10 +19,11 @@ MOST_KEYS = 1000  # of all tables, and table headers
 MOST_PARTS = 8  # of one key: train.lr has two
 MOST_DEPTH = 16  # of brackets
 
-# Strings and comments, in which dots and brackets mean nothing. Each alternative ends where the next one begins.
+# Strings and comments, in which dots and brackets mean nothing. A string that nobody closes goes to the end: no
+# alternative fails after it has read a part of the text, so no part is read twice.
 _QUOTED = re.compile(
-    r'''"""(?:[^"\\]|\\.|"{1,2}(?!"))*+"{3,5}|'{3}(?:[^']|'{1,2}(?!'))*+'{3,5}'''
-    r"""|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*'|\#[^\n]*""",
+    r'''"""(?:[^"\\]|\\.|"{1,2}(?!"))*+(?:"{3,5})?|'{3}(?:[^']|'{1,2}(?!'))*+(?:'{3,5})?'''
+    r"""|"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|\#[^\n]*+""",
     re.DOTALL,
 )
 _KEY = re.compile(r"[^\s=\[\]{},.]++(?:[ \t]*+\.[ \t]*+[^\s=\[\]{},.]++)*+")
