@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,6 +18,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 from servers import BUCKET, PostgresServer, postgres, s3
+
+# Containers often set PYTHONDONTWRITEBYTECODE. Then every worker rewrites the assertions of all modules anew: 10 s.
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session", autouse=True)
