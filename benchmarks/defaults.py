@@ -312,7 +312,7 @@ def regression(recipe: Any, base: Any, task: Any, data: Any) -> tuple[Any, list[
     from turret.bases import choose_device
     from turret.methods import Head
     from turret.workspace.comparing import measure
-    from turret.workspace.ready import PreparedTraining
+    from turret.workspace.prepared import PreparedTraining
 
     recipe = recipe.model_copy(update={"method": Head()})
     device = choose_device("cpu", lambda _: 0)

@@ -31,7 +31,7 @@ from turret.methods import LoRA, Prefix
 from turret.recipe import Recipe
 from turret.train.step import train_step
 from turret.workspace import Workspace, answering
-from turret.workspace.devices import predicted_for
+from turret.workspace.prepared import predicted_for
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)

@@ -20,7 +20,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace import training
 from turret.workspace.comparing import measure
-from turret.workspace.ready import PreparedTraining
+from turret.workspace.prepared import PreparedTraining
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 

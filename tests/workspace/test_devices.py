@@ -19,9 +19,9 @@ from turret.recipe import Recipe
 from turret.tasks import task_of
 from turret.train import Plan, plan
 from turret.train.initialize import attach
-from turret.workspace.devices import checkpoints_for, choose_for, lighter, predicted_for
-from turret.workspace.ready import PreparedTraining
+from turret.workspace.prepared import PreparedTraining, checkpoints_for, choose_for, predicted_for
 from turret.workspace.results import Planned
+from turret.workspace.training import lighter
 
 MB = 1_000_000
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from turret.plan_check import Check
     from turret.recipe import Recipe
-    from turret.train import StepRecord
+    from turret.train.curve import StepRecord
     from turret.workspace import Planned, RunResult
 
 BAR = 16  # characters of the progress bar

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from typing import Annotated
 
 from fastapi import Path, Query
@@ -16,7 +15,6 @@ from turret.errors import BadReference, BadRequest, ReplayNeeded
 from turret.json_types import JsonObject
 from turret.reference import Reference
 from turret.server import admin_schemas as schemas
-from turret.server import experiments
 from turret.server.error_responses import without_paths
 from turret.server.routes import State, router
 from turret.server.state import ServerState
@@ -167,9 +165,8 @@ async def _promoted(state: ServerState, exact: str, body: schemas.PromoteRequest
     if not body.replay:
         with suppress(ReplayNeeded):
             return await state.control(state.workspace.store.promote, exact, body.alias, require=body.require)
-    ask = partial(experiments.answers, state)
     return await state.promoting(
-        state.workspace.promote, exact, body.alias, require=body.require, replay=body.replay, ask=ask
+        state.workspace.promote, exact, body.alias, require=body.require, replay=body.replay, ask=state.golden_answers
     )
 
 

@@ -21,11 +21,11 @@ from turret.engine.constraint import Constraint
 from turret.errors import BadRequest
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.server import chat_schemas
-from turret.server.completions import EVENTS
 from turret.server.engine_protocol import Input
-from turret.server.generation import Chunk, constraint_of, options_of, repeated, stream, unknown_keys
+from turret.server.generation import EVENTS, Chunk, constraint_of, options_of, repeated, stream, unknown_keys
 from turret.server.limits import MOST_TEXT, MOST_TOOLS
-from turret.server.routes import State, Unit, router, usage
+from turret.server.pending_answers import usage
+from turret.server.routes import State, Unit, router
 from turret.server.state import ServerState
 from turret.tasks.chat_template import ChatTemplate, base_prompt
 from turret.tasks.tool_calls import may_begin, read_calls

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from turret.server.engine_protocol import Answer
-from turret.server.routes import State, Unit, router, usage
+from turret.server.pending_answers import usage
+from turret.server.routes import State, Unit, router
 from turret.server.schemas import Classification, ClassifyData, ClassifyRequest
 
 questions = router("infer")

@@ -11,16 +11,14 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from turret.engine import Piece
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonMapping
 from turret.server.engine_protocol import Answer
-from turret.server.generation import Chunk, options_of, repeated, stream, unknown_keys
-from turret.server.routes import State, Unit, router, usage
+from turret.server.generation import EVENTS, Chunk, options_of, repeated, stream, unknown_keys
+from turret.server.pending_answers import usage
+from turret.server.routes import State, Unit, router
 from turret.server.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 
 questions = router("infer")
-EVENTS: dict[int | str, JsonObject] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or as a stream."}
-}
 
 
 @questions.post("/v1/completions", response_model=Completion, responses=EVENTS)

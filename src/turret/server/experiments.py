@@ -2,69 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated
 
 from fastapi import Body, Path, Query
 
-from turret.errors import Busy, Draining
 from turret.experiments import Guards, Told
 from turret.experiments.outcomes import grouped
 from turret.json_types import JsonObject
 from turret.server import admin_schemas as schemas
-from turret.server.engine_protocol import Answer, TicketProtocol
 from turret.server.error_responses import without_paths
 from turret.server.routes import State, router
-from turret.server.shadows import LOW_PRIORITY
 from turret.server.state import ServerState
-from turret.tasks import stored_task
-from turret.tasks.task import RequestKind
 from turret.workspace.experimenting import ExperimentStatus
-
-# --- golden replay ----------------------------------------------------------------------------------------------------
-# Ask the serving engines golden examples, so that a promote over HTTP loads no second base.
-#
-# A few examples at a time, with a lower priority than requests: a promote delays no answer, however many examples it
-# has.
-
-
-AT_ONCE = 16
-PATIENCE = 60.0  # seconds to wait for room in a full queue
-
-
-def answers(state: ServerState, reference: str, texts: Sequence[str]) -> list[Answer]:
-    """The version's answer to each text, in order. Blocks. Raises what `submit` and its tickets raise."""
-    kind = stored_task(state.workspace.resolve(reference).part("task")).request
-    found: list[Answer] = []
-    for start in range(0, len(texts), AT_ONCE):
-        tickets: list[TicketProtocol] = []
-        try:
-            tickets.extend(_submit(state, kind, reference, text) for text in texts[start : start + AT_ONCE])
-            found += [ticket.result() for ticket in tickets]
-        finally:
-            for ticket in tickets:
-                ticket.cancel()
-    return found
-
-
-def _submit(state: ServerState, kind: RequestKind, reference: str, text: str) -> TicketProtocol:
-    until = time.monotonic() + PATIENCE
-    while True:
-        if state.load.draining:
-            raise Draining("the server is shutting down: not all golden examples were asked, and nothing was moved")
-        try:
-            deadline = state.limits.answer_seconds
-            return state.engines.submit(kind, text, reference, priority=LOW_PRIORITY, deadline=deadline)
-        except Busy as error:
-            if time.monotonic() >= until:
-                raise
-            time.sleep(min(1.0, max(0.01, error.retry_after)))
-
-
-# --- experiments ------------------------------------------------------------------------------------------------------
-
 
 outcomes, control = router("infer or admin"), router("admin")
 Name = Annotated[schemas.AdapterName, Path(description="Of the adapter.")]
@@ -149,7 +99,7 @@ async def end(
     running = (await state.control(experiment.status)).experiment
     arm = running.arm(promote)
     await state.control(_load, state, [running.reference(arm)])
-    return await state.promoting(experiment.stop, promote=arm.name, ask=partial(answers, state))
+    return await state.promoting(experiment.stop, promote=arm.name, ask=state.golden_answers)
 
 
 def _status(state: ServerState, name: str, number: int | None) -> ExperimentStatus:

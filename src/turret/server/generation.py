@@ -18,12 +18,14 @@ from turret.json_types import JsonObject
 from turret.server.engine_protocol import Input
 from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS
-from turret.server.pending_answers import PendingAnswers, Update
-from turret.server.routes import usage
+from turret.server.pending_answers import PendingAnswers, Update, usage
 from turret.server.schemas import Generation
 from turret.server.state import ServerState
 
 Chunk = JsonObject
+EVENTS: dict[int | str, JsonObject] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or as a stream."}
+}
 SHOWN_KEYS = 20  # unknown keys in a header
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,80}", re.ASCII)
 

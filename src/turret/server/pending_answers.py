@@ -18,6 +18,7 @@ from turret.engine import Done, Event, Failed, Piece, Receipt
 from turret.errors import DeadlineExceeded, Disconnected, NotFound
 from turret.server.engine_protocol import Answer, Input, TicketProtocol, answering_version
 from turret.server.routing import Placement
+from turret.server.schemas import Usage
 
 T = TypeVar("T")
 Update = tuple[int, Piece | None]  # (which input, a piece of its text); None once its answer is complete
@@ -221,6 +222,14 @@ def prompt_tokens(answer: Answer) -> int:
 
 def generated_tokens(answer: Answer) -> int:
     return int(answer.get("tokens") or 0)
+
+
+def usage(answers: Sequence[Answer]) -> Usage | None:
+    """OpenAI's `usage`; None if the engine does not count prompts."""
+    if not all("prompt_tokens" in answer for answer in answers):
+        return None
+    read, generated = sum(map(prompt_tokens, answers)), sum(map(generated_tokens, answers))
+    return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)
 
 
 async def unless_disconnected(request: Request, result: Awaitable[T]) -> T:

@@ -14,10 +14,8 @@ from pydantic_core import from_json
 
 from turret.errors import TooLarge
 from turret.json_types import JsonObject, JsonValue
-from turret.server.engine_protocol import Answer
 from turret.server.limits import MOST_UNIT, RequestLimits
-from turret.server.pending_answers import generated_tokens, prompt_tokens
-from turret.server.schemas import Error, Usage
+from turret.server.schemas import Error
 from turret.server.state import ServerState
 
 # --- bodies -----------------------------------------------------------------------------------------------------------
@@ -172,11 +170,3 @@ def router(scope: str) -> APIRouter:
     return APIRouter(
         route_class=StrictRoute, responses=ERRORS, tags=[scope], dependencies=[Security(_BEARER)] if scope else []
     )
-
-
-def usage(answers: Sequence[Answer]) -> Usage | None:
-    """OpenAI's `usage`; None if the engine does not count prompts."""
-    if not all("prompt_tokens" in answer for answer in answers):
-        return None
-    read, generated = sum(map(prompt_tokens, answers)), sum(map(generated_tokens, answers))
-    return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)

@@ -1,8 +1,7 @@
 """Everything that routes need, in one object: the workspace, the engines, and what follows the store.
 
 `with_access` gives the state as one access sees it: its workspace, engines, aliases, experiments and metrics
-have nothing
-of another tenant. Routes get no other state (`turret.server.routes`).
+have nothing of another tenant. Routes get no other state (`turret.server.routes`).
 
 Questions, the control plane and outcomes have threads of their own, so that many loads delay no answer. Tenants take
 turns on them (`turret.server.thread_pool`).
@@ -26,12 +25,13 @@ from turret import __version__, process
 from turret.access import DEFAULT, OPERATOR, Access
 from turret.database import Database, adapters, versions
 from turret.engine import SamplingParams
-from turret.errors import Cancelled, NotFound, TurretError
+from turret.errors import Busy, Cancelled, Draining, NotFound, TurretError
 from turret.json_types import JsonMapping
 from turret.server import logs
+from turret.server.alias_watcher import AliasWatcher
 from turret.server.auth import Caller, Guard
 from turret.server.connections import ClientConnections, Network
-from turret.server.engine_protocol import EngineProtocol, Input, TicketProtocol, answering_version
+from turret.server.engine_protocol import Answer, EngineProtocol, Input, TicketProtocol, answering_version
 from turret.server.engines import Engines, SeenEngines, ServedBase
 from turret.server.limits import Load, RequestLimits
 from turret.server.logs import Log
@@ -40,13 +40,14 @@ from turret.server.oidc import Oidc, OidcSettings
 from turret.server.pending_answers import PendingAnswers, Submission
 from turret.server.quotas import Quota
 from turret.server.replica import Replica
-from turret.server.routing import Placement
-from turret.server.tenants import Tenant, each_tenant
+from turret.server.routing import Placement, Routing
+from turret.server.shadows import LOW_PRIORITY, Shadows
 from turret.server.thread_pool import ThreadPool
 from turret.store.batches import Batches
 from turret.store.client_files import ClientFiles
 from turret.store.usage import BASE, UsageLog
 from turret.store.usage import SECONDS as USAGE_SECONDS
+from turret.tasks import stored_task
 from turret.tasks.task import RequestKind
 from turret.visibility import seen_adapters, seen_versions
 from turret.workspace import Workspace
@@ -151,6 +152,33 @@ def missing_model(
     return NotFound(f"no adapter named {ascii(name)[:60]} on {where}: {which}")
 
 
+# --- tenants ----------------------------------------------------------------------------------------------------------
+# The tenants of a server share its engines, its limits and its threads. Each has its own aliases, experiments, shadows
+# and metrics, so a name means only what it means for its tenant.
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """What a server keeps for one tenant."""
+
+    workspace: Workspace
+    engines: SeenEngines  # as the tenant sees them
+    aliases: AliasWatcher
+    routing: Routing
+    shadows: Shadows
+    metrics: Metrics
+
+    @property
+    def ready(self) -> bool:
+        """Whether the versions to load in advance are loaded, or failed to load."""
+        return self.aliases.ready and self.routing.ready
+
+    def refresh(self) -> None:
+        """Follow aliases and experiments once."""
+        self.aliases.poll()
+        self.routing.refresh()
+
+
 # --- state ------------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +186,8 @@ POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
 SETTLE_SECONDS = 3.0  # between two evaluations of the guards of experiments
 TRIM_SECONDS = 10.0  # between two looks at the memory that is free and not returned to the system
+GOLDEN_AT_ONCE = 16  # golden examples at the engines at the same time
+GOLDEN_PATIENCE = 60.0  # seconds to wait for room in a full queue
 MOST_PROMOTES = 4  # promotes that ask golden examples, running or waiting
 MOST_SIGN_INS = 32  # that wait for the provider
 MOST_VIEWS = 1024  # of accesses that are kept
@@ -259,8 +289,27 @@ class ServerState:
         made = partial(Metrics, replica=self.settings.replica, tenant=name, totals=self._totals)
         metrics = made(self._gauges, self._figures, build) if name == DEFAULT else made(dict)
         engines = SeenEngines(self._all_engines, workspace, home)
-        log = self.log if self.settings.log_texts else None
-        return Tenant.open(workspace, engines, metrics, self.settings.alias, self.limits, self.clock, log)
+        store, bases, clock = workspace.store, engines.fingerprints, self.clock
+        aliases = AliasWatcher(
+            store.last_move,
+            store.pointing,
+            engines.warm,
+            engines.in_memory,
+            bases=bases,
+            alias=self.settings.alias,
+            clock=clock,
+        )
+        routing = Routing(workspace.router(), aliases, engines.warm, workspace.resolve, bases=bases, clock=clock)
+        shadows = Shadows(
+            engines,
+            routing,
+            metrics,
+            limit=self.limits.shadow_inputs,
+            seconds=self.limits.answer_seconds,
+            clock=clock,
+            log=self.log if self.settings.log_texts else None,
+        )
+        return Tenant(workspace, engines, aliases, routing, shadows, metrics)
 
     def _use(self, tenant: Tenant, access: Access) -> None:
         self.access, self.workspace, self.engines = access, tenant.workspace, tenant.engines
@@ -493,6 +542,36 @@ class ServerState:
 
     # --- following the store ------------------------------------------------------------------------------------------
 
+    def golden_answers(self, reference: str, texts: Sequence[str]) -> list[Answer]:
+        """A version's answers to golden examples, in order, so that a promote loads no second base. Blocks.
+
+        A few at a time, after all requests, so they delay none. Raises what `submit` and tickets raise.
+        """
+        kind = stored_task(self.workspace.resolve(reference).part("task")).request
+        found: list[Answer] = []
+        for start in range(0, len(texts), GOLDEN_AT_ONCE):
+            tickets: list[TicketProtocol] = []
+            try:
+                tickets.extend(self._submit_golden(kind, reference, text) for text in texts[start:][:GOLDEN_AT_ONCE])
+                found += [ticket.result() for ticket in tickets]
+            finally:
+                for ticket in tickets:
+                    ticket.cancel()
+        return found
+
+    def _submit_golden(self, kind: RequestKind, reference: str, text: str) -> TicketProtocol:
+        until = time.monotonic() + GOLDEN_PATIENCE
+        while True:
+            if self.load.draining:
+                raise Draining("the server is shutting down: not all golden examples were asked, and nothing was moved")
+            try:
+                deadline = self.limits.answer_seconds
+                return self.engines.submit(kind, text, reference, priority=LOW_PRIORITY, deadline=deadline)
+            except Busy as error:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(min(1.0, max(0.01, error.retry_after)))
+
     def refresh(self) -> None:
         """Follow tokens once, and the aliases and experiments of the tenant."""
         self._read_tokens()
@@ -542,7 +621,19 @@ class ServerState:
         self._each_tenant(lambda tenant: tenant.aliases.poll(newest=newest))()
 
     def _each_tenant(self, follow: Callable[[Tenant], None]) -> Callable[[], None]:
-        return each_tenant(self._all_tenants, follow)
+        """A function that follows the store for every tenant, also if one fails, and then raises the first error."""
+
+        def every() -> None:
+            failed: Exception | None = None
+            for tenant in self._all_tenants():
+                try:
+                    follow(tenant)
+                except Exception as error:
+                    failed = failed or error
+            if failed is not None:
+                raise failed
+
+        return every
 
     def _count_failure(self) -> None:
         self.tenants[DEFAULT].aliases.failures += 1

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 
 from turret import adapters
-from turret import train as trainer
 from turret.data import Input, Prompt
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store, Version
 from turret.tasks import Encoded, HeadTask, Task, has_head, stored_task, task_from_spec, writes
 from turret.tasks.calibration import Calibration, require
+from turret.train import evaluation
 from turret.train.batches import by_length
 from turret.transformer import Model
 from turret.workspace.progress import Say, silent
@@ -159,7 +159,7 @@ def answers_to(
     assert writes(task)
     ready.model.eval()
     with torch.inference_mode(), adapters.on_slot(ready.model, adapters.BARE) if bare else nullcontext():
-        return trainer.generate(ready.model, task, sources, most_tokens=MOST_TOKENS)
+        return evaluation.generate(ready.model, task, sources, most_tokens=MOST_TOKENS)
 
 
 def encoded_inputs(task: Task, inputs: Sequence[Input]) -> list[Encoded]:

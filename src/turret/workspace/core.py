@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from turret.experiments.evidence_history import EvidenceHistory
     from turret.recipe import Recipe
     from turret.store.difference import Difference
-    from turret.train import RunCurve, StepRecord
+    from turret.train.curve import RunCurve, StepRecord
     from turret.workspace.answering import PredictOptions
     from turret.workspace.reading import Source, Texts
     from turret.workspace.replaying import Replayed

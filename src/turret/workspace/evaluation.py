@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from turret import train as trainer
 from turret.compare.evaluation_page import as_html
 from turret.compare.results import (
     Confusions,
@@ -25,6 +24,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store
 from turret.tasks import HeadTask, Prediction, Task, has_head
 from turret.tasks.calibration import Bin, calibration_error, reliability, scores
+from turret.train import evaluation as trained
 from turret.workspace.answering import MOST_TOKENS, Mounted, mounted
 from turret.workspace.comparing.kept_files import write_text
 from turret.workspace.progress import Say, silent
@@ -86,8 +86,8 @@ def write_page(found: Evaluation, path: Path, *, texts: bool = True) -> None:
 def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int]) -> tuple[JsonObject, Details]:
     task, known = ready.task, None
     if has_head(task):
-        known = trainer.head_logits(ready.model, task, examples, most_tokens=MOST_TOKENS)
-    metrics, answers = trainer.evaluate(ready.model, task, examples, most_tokens=MOST_TOKENS, known=known)
+        known = trained.head_logits(ready.model, task, examples, most_tokens=MOST_TOKENS)
+    metrics, answers = trained.evaluate(ready.model, task, examples, most_tokens=MOST_TOKENS, known=known)
     mistakes = _mistakes(task, examples, places, answers)
     if known is None or not has_head(task) or not task.calibrates:
         return metrics, Details(mistakes, task.right_or_wrong)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from turret.notebook import in_notebook, span
 
 if TYPE_CHECKING:
-    from turret.train import StepRecord
+    from turret.train.curve import StepRecord
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)

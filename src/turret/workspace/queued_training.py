@@ -20,7 +20,7 @@ from turret.location import Location
 from turret.recipe import Recipe
 from turret.store import Store, TrainingQueue
 from turret.store.queue import QueuedRun
-from turret.train import StepRecord
+from turret.train.curve import StepRecord
 from turret.workspace import training
 from turret.workspace.child_process import MACHINE, OUTAGE, Alive, say_to_parent, stop_with_parent
 from turret.workspace.queueing import bring_data, require_base

@@ -25,7 +25,8 @@ from turret import adapters, bundles, process
 from turret import train as trainer
 from turret.adapters.tuners import tuner_of
 from turret.bases import Base, ChosenDevice
-from turret.bases.device import CPU
+from turret.bases.device import CPU, gigabytes
+from turret.bases.sharded import parts_of
 from turret.compare.collapse import binned, still_falling
 from turret.data import Dataset
 from turret.disk import describe_error
@@ -39,6 +40,7 @@ from turret.errors import (
     StoreError,
 )
 from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.plan_check import Check
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
@@ -48,18 +50,18 @@ from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
+from turret.train.preflight import Plan, fits
 from turret.train.proof import make_room
-from turret.workspace import forgetting, sharding
-from turret.workspace.devices import AUTO, checkpoints_for, choose_for, lighter
+from turret.workspace import forgetting, prepared
+from turret.workspace.prepared import AUTO, PreparedTraining, checkpoints_for, choose_for, predicted_for
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
-from turret.workspace.ready import PreparedTraining
 from turret.workspace.results import Planned, RunResult
 from turret.workspace.stored_adapter import read_adapter
 from turret.workspace.training_runs import every_step
 
 if TYPE_CHECKING:
-    from turret.train import StepRecord
+    from turret.train.curve import StepRecord
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def prepare(
         DeviceError: the device is not there.
         PreflightRefused: the weights and the trained states do not fit on the GPU that the recipe names.
     """
-    sharding.begin(recipe, distributed.begin())
+    prepared.begin(recipe, distributed.begin())
     trainer.require_optimizer(recipe)
     tuner_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     require_installed(recipe.train.trackers or ())
@@ -289,7 +291,7 @@ def prepare(
     device = choose_for(recipe, task_class, dataset.labels) if device is None else device
     callbacks.stage(f"loading {recipe.base}")
     started = time.perf_counter()
-    base = sharding.load_base(recipe, task_class, dataset.labels, device)
+    base = prepared.load_base(recipe, task_class, dataset.labels, device)
     base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device))
     load_seconds = time.perf_counter() - started
     filled = _filled(recipe, dataset, base, start)
@@ -348,7 +350,29 @@ def _plan(ready: PreparedTraining, callbacks: Callbacks) -> Planned:
     seconds = PROOF_START + ready.load_seconds
     whole = ready.recipe.train.shard is None
     plan = trainer.plan(*ready.parts, measured=whole, start=ready.start, proof_seconds=seconds, device=ready.device)
-    return Planned(ready.recipe, plan if whole else sharding.with_memory(plan, ready), ready.notes)
+    return Planned(ready.recipe, plan if whole else _with_memory(plan, ready), ready.notes)
+
+
+def lighter(ready: PreparedTraining, planned: Planned) -> PreparedTraining | None:
+    """The same training with its layers checkpointed, if its plan does not fit its GPU; None if that is no way out."""
+    refused = [check for check in planned.plan.checks if check.level == "refuse"]
+    decided = ready.recipe.train.checkpoint_layers is not None or ready.base.checkpoints is not None
+    if ready.device.device.type != "cuda" or decided or [check.name for check in refused] != ["memory"]:
+        return None
+    return replace(ready, base=replace(ready.base, checkpoints=f"without it {refused[0].text}"))
+
+
+def _with_memory(plan: Plan, ready: PreparedTraining) -> Plan:
+    """The plan of a training whose base is in parts: its memory is computed from shapes, not measured."""
+    parts, base = parts_of(ready.base.model), ready.base
+    text = f"{parts} processes, each keeps {gigabytes(base.bytes)} of the base and gathers one layer after another"
+    rows = [Check("shard", "ok", text)]
+    predicted = predicted_for(ready.recipe, type(ready.task), ready.task.labels, base.model.device, parts=parts)
+    if predicted is not None:
+        rows.append(fits(predicted, base))
+    rows.append(Check("time", "ok", "not measured for a base in parts: watch the first steps"))
+    trainable = None if predicted is None else predicted.trainable // 4
+    return replace(plan, checks=(*plan.checks, *rows), memory=predicted, trainable=trainable)
 
 
 def _with_rate(ready: PreparedTraining, planned: Planned, callbacks: Callbacks) -> Planned:
@@ -403,9 +427,9 @@ def _train(
 ) -> RunResult:
     here.require_same(recipe=recipe.to_toml())
     own = _of_process(here, recipe)
-    sharding.begin(recipe, here)
+    prepared.begin(recipe, here)
     ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset, own))
-    sharding.gather(ready)
+    prepared.gather(ready)
     if own is None:
         ready, planned = _planned(store, ready, callbacks)
         planned = _with_rate(ready, planned, callbacks)
@@ -639,7 +663,7 @@ def _proved(
         bundle = Path(folder) / "bundle"
         bundles.save_bundle(fitted.adapter, bundle)
         callbacks.stage("proving the bundle in a fresh process")
-        where = sharding.proof_device(ready).device
+        where = prepared.proof_device(ready).device
         if where == ready.device.device:
             make_room(ready.base.model)
         trainer.prove(bundle, ready.base, probe, device=where, taken_on=ready.device.device)

@@ -14,7 +14,7 @@ from turret.store import Store
 from turret.timestamp import timestamp
 
 if TYPE_CHECKING:
-    from turret.train import RunCurve, StepRecord
+    from turret.train.curve import RunCurve, StepRecord
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", re.ASCII)
 
@@ -28,7 +28,7 @@ def run(store: Store, run_id: str) -> JsonObject:
 
 def curve(store: Store, run_id: str, most: int) -> RunCurve:
     """About `most` of the run's steps, evenly spaced, and every step with metrics. Raises NotFound."""
-    from turret.train import RunCurve
+    from turret.train.curve import RunCurve
 
     store.run(run_id)
     records = every_step(store, run_id)
@@ -44,7 +44,7 @@ def curve(store: Store, run_id: str, most: int) -> RunCurve:
 
 def every_step(store: Store, run_id: str) -> list[StepRecord]:
     """All records of the run's curve, so far as they are here or in the store."""
-    from turret.train import parse_curve
+    from turret.train.curve import parse_curve
 
     return list(parse_curve(_file(store, run_id, "curve.jsonl") or b""))
 

@@ -7,7 +7,6 @@ from itertools import groupby
 from typing import Annotated, TypedDict
 
 from fastapi import Path, Request, Response
-from fastapi.responses import RedirectResponse
 
 from turret.errors import BadReference, BadRequest, NotFound
 from turret.json_types import JsonMapping
@@ -75,7 +74,7 @@ async def promote(request: Request, state: State, name: Name, form: Sent) -> Res
     if not number.isdecimal():
         raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
     await admin.promote(f"{name}@{int(number)}", PromoteRequest(alias=alias, replay=False), state)
-    return redirect(request, f"/adapters/{name}?moved={alias}")
+    return render.redirect(request, f"/adapters/{name}?moved={alias}")
 
 
 @router.post("/adapters/{name}/move/rollback")
@@ -83,7 +82,7 @@ async def rollback(request: Request, state: State, name: Name, form: Sent) -> Re
     """Move an alias back to the version that it named before."""
     alias = _alias(form.text("alias"))
     await admin.rollback(name, alias, state)
-    return redirect(request, f"/adapters/{name}?moved={alias}")
+    return render.redirect(request, f"/adapters/{name}?moved={alias}")
 
 
 @router.post("/adapters/{name}/{number}/verify")
@@ -91,11 +90,6 @@ async def verify(request: Request, state: State, name: Name, number: Number) -> 
     """Hash and open all files of a version again."""
     found = await state.control(state.workspace.verify, f"{name}@{number}")
     return render.page(request, state, "verified.html.j2", found=found, what=f"{name}@{number}")
-
-
-def redirect(request: Request, url: str) -> Response:
-    """Go to another page, for htmx or for a browser without scripts."""
-    return Response(headers={"hx-redirect": url}) if render.is_htmx(request) else RedirectResponse(url, 303)
 
 
 class NameValues(TypedDict):

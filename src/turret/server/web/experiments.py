@@ -14,7 +14,6 @@ from turret.server.experiments import end
 from turret.server.routes import State
 from turret.server.state import ServerState
 from turret.server.web import render
-from turret.server.web.adapters import redirect
 from turret.server.web.forms import Form, Sent, pages
 
 router = pages()
@@ -83,7 +82,7 @@ async def act(request: Request, state: State, name: Name, number: Number, verb: 
     _check_verb(verb)
     await _act(state, name, number, verb, form)
     await state.control(state.refresh)
-    return redirect(request, f"/experiments/{name}/{number}")
+    return render.redirect(request, f"/experiments/{name}/{number}")
 
 
 def _check_verb(verb: str) -> None:

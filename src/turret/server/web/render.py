@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fastapi import Request
-from fastapi.responses import HTMLResponse
+from fastapi import Request, Response
+from fastapi.responses import HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, select_autoescape
 from markupsafe import Markup, escape
 
@@ -194,3 +194,8 @@ def code(text: str) -> Markup:
     return Markup("").join(
         escape(part) if index % 2 == 0 else Markup("<code>{}</code>").format(part) for index, part in enumerate(parts)
     )
+
+
+def redirect(request: Request, url: str) -> Response:
+    """Go to another page, for htmx or for a browser without scripts."""
+    return Response(headers={"hx-redirect": url}) if is_htmx(request) else RedirectResponse(url, 303)

@@ -25,7 +25,7 @@ from turret.location import Location
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.store.leases import Lease
-from turret.train import StepRecord
+from turret.train.curve import StepRecord
 from turret.workspace import training
 from turret.workspace.child_process import say_to_parent, stop_with_parent
 from turret.workspace.comparing import kept_files, measure

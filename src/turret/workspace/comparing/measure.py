@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from turret import adapters, quantized
-from turret import train as trainer
 from turret.adapters import packed
 from turret.compare.collapse import binned
 from turret.compare.evidence import Array
@@ -26,16 +25,15 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import TASKS, Prediction, Task, has_head, make_task, writes
 from turret.train.batches import Items, by_length
-from turret.train.evaluation import evaluating
+from turret.train.evaluation import evaluate, evaluating
 from turret.train.initialize import attach
 from turret.transformer import Model, Tokenizer
 from turret.workspace import answering
 from turret.workspace.comparing.command import provenance
 from turret.workspace.forgetting import on_neutral_texts
+from turret.workspace.prepared import PreparedTraining, load_base
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset
-from turret.workspace.ready import PreparedTraining
-from turret.workspace.sharding import load_base
 from turret.workspace.training_runs import every_step
 
 TIMED_LABELS, TIMED_TEXTS = 24, 6  # single answers that are timed: of a classifier, of a task that generates
@@ -379,7 +377,7 @@ def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
     say(f"answering {len(examples)} test examples")
     model, task = ready.model, ready.task
     slot = adapters.BARE if bare else None
-    metrics, answers = trainer.evaluate(model, task, examples, most_tokens=answering.MOST_TOKENS, slot=slot)
+    metrics, answers = evaluate(model, task, examples, most_tokens=answering.MOST_TOKENS, slot=slot)
     say("timing single answers")
     return {
         **_scored(task, examples, [task.judged(each) for each in answers], metrics),

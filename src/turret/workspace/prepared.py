@@ -1,28 +1,54 @@
-"""Choose the device of a training: a GPU takes it if the predicted memory of the whole training fits there."""
+"""What a training has in memory before its first step: its device, and its base, whole or in parts (`train.shard`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 
 import torch
 
 from turret import bases
-from turret.bases import ChosenDevice, choose_device
+from turret.bases import Base, ChosenDevice, choose_device
 from turret.bases.base import dtype_on
-from turret.bases.device import Gpu, Machine, gigabytes, this_machine
+from turret.bases.device import CPU, Gpu, Machine, gigabytes, this_machine
 from turret.bases.meta_model import room_to_answer, skeleton
-from turret.errors import AdapterError, PreflightRefused, UnknownFamily
+from turret.bases.sharded import gather_once, load_in_parts, parts_of
+from turret.data import Dataset
+from turret.errors import AdapterError, PreflightRefused, TrainingError, UnknownFamily
 from turret.ops.gpu import why_not
 from turret.recipe import Recipe
 from turret.tasks import Task
+from turret.train import distributed
 from turret.train.gpu_memory import Work, in_parts, predict_on_gpu, refusal
+from turret.train.initialize import InitialAdapter
 from turret.train.memory import Prediction
-from turret.workspace.ready import PreparedTraining
-from turret.workspace.results import Planned
 
 AUTO = "auto"
 UNPREDICTED = 1.5  # times the room to answer: a training whose memory cannot be predicted from shapes
+
+
+@dataclass(frozen=True)
+class PreparedTraining:
+    """Everything that a training needs, in memory."""
+
+    recipe: Recipe  # with every default filled in
+    dataset: Dataset
+    base: Base
+    task: Task
+    notes: list[str]
+    load_seconds: float
+    resident: int  # bytes of the process after the base was loaded
+    start: InitialAdapter | None  # the version that `train.init_from` names
+    device: ChosenDevice  # where the base is, and why
+
+    @property
+    def parts(self) -> tuple[Recipe, Base, Task, Dataset]:
+        """The positional arguments of `turret.train`'s functions."""
+        return self.recipe, self.base, self.task, self.dataset
+
+
+# --- device -----------------------------------------------------------------------------------------------------------
+# A GPU takes a training if the predicted memory of the whole training fits there.
 
 
 def choose_for(recipe: Recipe, task: type[Task], labels: Sequence[str], machine: Machine | None = None) -> ChosenDevice:
@@ -73,15 +99,6 @@ def checkpoints_for(
     return f"about {gigabytes(whole.total)} would be needed without it, and {gigabytes(free)} are free"
 
 
-def lighter(ready: PreparedTraining, planned: Planned) -> PreparedTraining | None:
-    """The same training with its layers checkpointed, if its plan does not fit its GPU; None if that is no way out."""
-    refused = [check for check in planned.plan.checks if check.level == "refuse"]
-    decided = ready.recipe.train.checkpoint_layers is not None or ready.base.checkpoints is not None
-    if ready.device.device.type != "cuda" or decided or [check.name for check in refused] != ["memory"]:
-        return None
-    return replace(ready, base=replace(ready.base, checkpoints=f"without it {refused[0].text}"))
-
-
 def predicted_for(
     recipe: Recipe,
     task: type[Task],
@@ -130,3 +147,52 @@ def _needed(recipe: Recipe, task: type[Task], labels: Sequence[str], gpu: Gpu) -
     packed = recipe.base_quantization is not None
     room = room_to_answer(bases.resolve(recipe.base), dtype_on(gpu.device, recipe.train.dtype), packed=packed)
     return round(UNPREDICTED * room)
+
+
+# --- base -------------------------------------------------------------------------------------------------------------
+
+
+def begin(recipe: Recipe, here: distributed.Processes) -> None:
+    """Connect the processes for a base in parts, if the recipe asks for it. All must call it at the same time.
+
+    Raises:
+        TrainingError: there is one process.
+    """
+    if recipe.train.shard is None:
+        return
+    if here.size == 1:
+        raise TrainingError(
+            f'train.shard = "{recipe.train.shard}" divides a base among several processes, and this is one: start it '
+            f"with `{distributed.LAUNCH}`, which prints the plan too, or leave train.shard out"
+        )
+    distributed.mesh()
+
+
+def load_base(recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
+    """A recipe's base: whole, or this process's part of it."""
+    request, outputs, dtype, seed = task.request, task.num_labels(labels), recipe.train.dtype, recipe.seed
+    if recipe.train.shard is not None:
+        mesh = distributed.mesh()
+        return load_in_parts(
+            recipe.base, task=request, mesh=mesh, device=device, num_labels=outputs, dtype=dtype, seed=seed
+        )
+    return bases.load(
+        recipe.base,
+        task=request,
+        num_labels=outputs,
+        dtype=dtype,
+        seed=seed,
+        quantization=recipe.base_quantization or "none",
+        device=device,
+    )
+
+
+def gather(ready: PreparedTraining) -> None:
+    """Make the first pass of a base in parts, in all processes."""
+    if parts_of(ready.base.model) > 1:
+        gather_once(ready.base.model)
+
+
+def proof_device(ready: PreparedTraining) -> ChosenDevice:
+    """Where the proof loads the base, whole and in one process: the CPU, if the base is in parts."""
+    return ChosenDevice(CPU, "the whole base") if parts_of(ready.base.model) > 1 else ready.device
