@@ -110,7 +110,7 @@ def _training(
     from turret import adapters, process
     from turret.data.dataset import read
     from turret.tasks import make_task, schemas
-    from turret.train.run import TrainingRun
+    from turret.train.loop import TrainingRun
     from turret.train.step import loss_of, train_step
 
     errand = sides.Errand(

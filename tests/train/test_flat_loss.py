@@ -15,7 +15,7 @@ from turret import adapters
 from turret.data import Labelled
 from turret.tasks.classify import Classify, balanced_weights
 from turret.train import fit
-from turret.train.run import FEWEST, WINDOW, flat_loss
+from turret.train.loop import FEWEST, WINDOW, flat_loss
 
 GUESSING = math.log(2)
 

@@ -7,17 +7,8 @@ import random
 
 import pytest
 
-from turret.train.lr_finder import (
-    FEWEST_HELD,
-    MOST_HELD,
-    MOST_STEPS,
-    MOST_TRIALS,
-    FoundRate,
-    Score,
-    better,
-    search,
-    size_of,
-)
+from turret.train.lr_finder import Score, better, search
+from turret.train.training_plan import FEWEST_HELD, MOST_HELD, MOST_STEPS, MOST_TRIALS, FoundRate, size_of
 
 
 def at(mean: float | None, count: int = 50) -> Score | None:

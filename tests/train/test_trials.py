@@ -18,8 +18,9 @@ from turret.recipe import Recipe
 from turret.train import find_rate, plan
 from turret.train.batches import Items
 from turret.train.evaluation import evaluate, example_losses
-from turret.train.lr_finder import FoundRate, trials
-from turret.train.run import checksum
+from turret.train.loop import checksum
+from turret.train.lr_finder import trials
+from turret.train.training_plan import FoundRate
 from turret.workspace import Workspace
 
 AUTO: dict[str, Any] = {"train__lr": "auto", "train__epochs": 4, "method__lora_dropout": 0.1}  # 60 steps of 8

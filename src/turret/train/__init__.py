@@ -14,12 +14,12 @@ from turret.train.checkpoint import step_of
 from turret.train.curve import Curve, RunCurve, StepRecord, parse_curve, read_curve
 from turret.train.evaluation import evaluate, generate, head_logits
 from turret.train.initialize import InitialAdapter, require_optimizer
-from turret.train.loop import fit
-from turret.train.lr_finder import FoundRate, find_rate
-from turret.train.preflight import Plan, plan
+from turret.train.loop import Fitted, fit
+from turret.train.lr_finder import find_rate
+from turret.train.preflight import plan
 from turret.train.proof import Probe, probe, prove
-from turret.train.run import Fitted
 from turret.train.seeds import filled
+from turret.train.training_plan import FoundRate, Plan
 
 __all__ = [
     "Check",

@@ -1,32 +1,52 @@
 """The training loop: a generator that yields a record after every optimiser step and returns the finished adapter.
 
-The model stays attached, in eval mode, so that the caller can evaluate and probe it before `detach`.
+The model stays attached, in eval mode, so that the caller can evaluate and probe it before `detach`. `TrainingRun` is
+the state of a run: how it starts or resumes, evaluates, saves and finishes. The loop decides when.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import platform
+import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
-from turret import process
+import torch
+from torch import Tensor
+
+from turret import adapters, process, quantized
+from turret.adapters import Adapter
 from turret.bases import Base
-from turret.bases.sharded import parts_of
+from turret.bases.sharded import own_part, parts_of
 from turret.data import Dataset
-from turret.errors import Interrupted, LossNotFinite
-from turret.json_types import JsonObject
+from turret.errors import CheckpointMismatch, Interrupted, LossNotFinite, TrainingError
+from turret.json_types import JsonMapping, JsonObject
 from turret.process import StopRequest
 from turret.recipe import Recipe
-from turret.tasks import Task
-from turret.train import memory
-from turret.train.adamw import learning_rate
+from turret.tasks import Task, has_head
+from turret.tasks.tokens import tokenizer_digest
+from turret.train import checkpoint, distributed, memory
+from turret.train.adamw import AdamW, learning_rate, warmup_steps
+from turret.train.batches import Item, Items, Schedule, Splits, pass_tokens, splits_of
 from turret.train.curve import StepRecord
-from turret.train.initialize import InitialAdapter
-from turret.train.run import Fitted, TrainingRun
-from turret.train.step import explained, train_step
+from turret.train.distributed import Processes
+from turret.train.evaluation import evaluate
+from turret.train.initialize import InitialAdapter, attach, optimiser_of
+from turret.train.linear_start import head_start
+from turret.train.seeds import Randomness, filled
+from turret.train.step import LossScale, explained, train_step
+from turret.transformer import Model
 
 SAVE_SECONDS = 60.0  # between checkpoints, unless the recipe sets the number of steps
 SAVE_SHARE = 0.05  # largest share of the time that such checkpoints may take
+
+
+# --- loop -------------------------------------------------------------------------------------------------------------
 
 
 def fit(
@@ -127,3 +147,496 @@ def _metrics(run: TrainingRun) -> JsonObject:
     with here.noticing():
         metrics = run.evaluate()
     return here.from_main(lambda: metrics)
+
+
+# --- flat loss --------------------------------------------------------------------------------------------------------
+# Tells whether a training has learnt anything, by comparing its latest losses with the loss of guessing.
+
+
+WINDOW, FEWEST = 50, 20  # latest steps that count, and the fewest that are enough to tell
+ERRORS = 2.0  # standard errors; a smaller distance from `guessing` is noise
+SHARE = 0.01  # of `guessing`; a smaller distance is too little
+
+
+@dataclass(frozen=True)
+class FlatLoss:
+    """A training whose latest losses are no better than guessing."""
+
+    loss: float  # mean of the latest steps
+    guessing: float  # the loss of answering with the shares of the classes, whatever the text
+    remedy: str = "use more examples, or another method"
+
+    def __str__(self) -> str:
+        return f"the training loss is {self.loss:.3f}, no better than guessing ({self.guessing:.3f})"
+
+    def warning(self) -> str:
+        """The finding with its remedy, in one line."""
+        return f"nothing was learnt: {self}; {self.remedy}"
+
+    def to_json(self) -> dict[str, float]:
+        return {"loss": self.loss, "guessing": self.guessing}
+
+
+def flat_loss(latest: Sequence[float], guessing: float | None) -> FlatLoss | None:
+    """A `FlatLoss` if the latest losses are no better than guessing, else None.
+
+    Better means a mean that is below `guessing` by more than two standard errors and by more than one percent.
+
+    Args:
+        latest: the losses of the steps so far; the last WINDOW of them count.
+        guessing: the loss of guessing; None if the task has none.
+    """
+    losses = latest[-WINDOW:]
+    if guessing is None or len(losses) < FEWEST:
+        return None
+    mean = statistics.fmean(losses)
+    error = statistics.stdev(losses) / math.sqrt(len(losses))
+    return FlatLoss(mean, guessing) if mean > guessing - max(ERRORS * error, SHARE * guessing) else None
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "turret")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The result of a finished training. `model` is still attached and in eval mode, with the chosen weights."""
+
+    adapter: Adapter
+    model: Model
+    steps: int
+    examples: int
+    tokens: int
+    seconds: float  # of the head's start and all optimiser steps, also those before the run was resumed
+    evaluate_seconds: float
+    peak_bytes: int  # of this process, or of its tensors on a GPU
+    resumed_from: int  # step of the checkpoint that this process resumed; 0 for none
+    stopped_early: bool
+    best: JsonObject | None  # step and metrics of the best evaluation on the validation split
+    parameters: dict[str, int]  # trainable, stored, total
+    flat_loss: FlatLoss | None  # if the training loss ended at the level of guessing
+
+
+@dataclass
+class RunProgress:
+    """The counters of a run, as its checkpoint has them."""
+
+    step: int = 0
+    examples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    best_step: int = 0
+    best_metrics: JsonObject | None = None
+    stale: int = 0  # evaluations since the best one
+    gave_up: bool = False  # early stopping
+    losses: list[float] = field(default_factory=list)  # of the latest WINDOW steps
+    head_start: dict[str, float] | None = None  # how the head began: see `linear_start`
+    scale: list[float] = field(default_factory=list)  # value and good steps of the loss scale; empty without one
+
+
+@dataclass
+class TrainingRun:
+    """A training run in progress."""
+
+    recipe: Recipe
+    base: Base
+    task: Task
+    dataset: Dataset
+    folder: Path | None
+    splits: Splits
+    items: Items
+    watched: Items | None
+    schedule: Schedule
+    optimiser: AdamW
+    randomness: Randomness
+    lr: float
+    warmup: int
+    originals: list[Tensor]  # the base's own weights and buffers
+    unchanged: str  # their checksum before the adapter was attached
+    total: int  # weights of the base
+    guessing: float | None  # the loss of the best answer that ignores the input
+    processes: Processes
+    start: InitialAdapter | None
+    progress: RunProgress = field(default_factory=RunProgress)
+    best_weights: Tensor | None = None
+    resumed_from: int = 0
+    scale: LossScale | None = None  # of the loss, in float16
+
+    @classmethod
+    def begin(
+        cls,
+        recipe: Recipe,
+        base: Base,
+        task: Task,
+        dataset: Dataset,
+        folder: Path | None,
+        start: InitialAdapter | None = None,
+    ) -> TrainingRun:
+        """Attach the recipe's adapter and resume the folder's checkpoint if there is one. See `fit`."""
+        here = distributed.begin()
+        splits = splits_of(recipe, dataset)
+        recipe = filled(recipe, base, task.kind, len(splits.train))
+        lr = recipe.train.lr
+        if lr is None or isinstance(lr, str):
+            raise TrainingError(
+                'train.lr is "auto": find it first (Workspace.train does, or find_rate), or give a number'
+            )
+        schedule = Schedule.of(recipe, len(splits.train))
+        originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
+        unchanged = checksum(originals)
+        total = quantized.count(base.model)
+        randomness = Randomness(recipe.seed, base.model.device)
+        with randomness:
+            attach(recipe, base, task, start)
+        if not here.main:  # all start with the same weights, and each draws its own dropout
+            randomness = Randomness(here.seed(recipe.seed), base.model.device)
+        try:
+            optimiser = optimiser_of(recipe, base)
+            run = cls(
+                recipe=recipe,
+                base=base,
+                task=task,
+                dataset=dataset,
+                folder=folder,
+                splits=splits,
+                items=Items(task, splits.train),
+                watched=None if splits.watched is None else Items(task, splits.watched),
+                schedule=schedule,
+                optimiser=optimiser,
+                randomness=randomness,
+                lr=lr,
+                warmup=warmup_steps(recipe.train.warmup, schedule.steps),
+                originals=originals,
+                unchanged=unchanged,
+                total=total,
+                guessing=task.guessing_loss(splits.train),
+                processes=here,
+                start=start,
+                scale=LossScale.of(base.dtype),
+            )
+            here.require_same(**run._identity())
+            run._resume()
+            run._start_head()
+        except BaseException:
+            adapters.detach(base.model)
+            raise
+        base.model.train()
+        return run
+
+    # --- questions of the loop --------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Model:
+        model: Model = self.base.model
+        return model
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are done, or the run stopped early."""
+        return self.progress.gave_up or self.progress.step >= self.schedule.steps
+
+    def remaining(self) -> Iterator[tuple[int, list[Item]]]:
+        """(step, batch) for every remaining step."""
+        if not self.over:
+            for step, indices in self.schedule.batches(after=self.progress.step):
+                yield step, self.items.take(indices)
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest number of tokens in one pass."""
+        return pass_tokens(self.recipe.train, self.model.config)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the recipe evaluates after this step."""
+        every = self.recipe.train.evaluate
+        if self.watched is None or every == "never":
+            return False
+        each = every if isinstance(every, int) else self.schedule.steps_per_epoch
+        return step % each == 0 or step == self.schedule.steps
+
+    def evaluate(self) -> JsonObject:
+        """Metrics of the present weights on the watched examples."""
+        assert self.watched is not None
+        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=self.most_tokens, texts=False)
+        return metrics
+
+    def saves(self, step: int) -> bool:
+        """Whether the recipe writes a checkpoint after this step."""
+        every = self.recipe.train.checkpoint_every
+        return step % (every or self.schedule.steps_per_epoch) == 0
+
+    # --- results of a step ------------------------------------------------------------------------------------------
+
+    def count(self, step: int, batch: Sequence[Item], loss: float, seconds: float) -> None:
+        """Add a step to the counters."""
+        self.progress.step = step
+        self.progress.losses = [*self.progress.losses, loss][-WINDOW:]
+        self.progress.examples += len(batch)
+        self.progress.tokens += sum(item.tokens for item in batch)
+        self.progress.seconds += seconds
+        self.progress.scale = [] if self.scale is None else [self.scale.value, self.scale.good]
+
+    def judge(self, step: int, metrics: JsonObject, seconds: float) -> None:
+        """Compare an evaluation with the best one so far. Only a validation split chooses, never the test split."""
+        progress, train = self.progress, self.recipe.train
+        progress.evaluate_seconds += seconds
+        if not self.splits.selects:
+            return
+        if progress.best_metrics is None or merit(metrics) > merit(progress.best_metrics):
+            progress.best_step, progress.best_metrics, progress.stale = step, metrics, 0
+            if train.keep == "best":
+                self.best_weights = self.optimiser.weights.clone()
+        else:
+            progress.stale += 1
+            progress.gave_up = train.early_stopping is not None and progress.stale >= train.early_stopping
+
+    def record(
+        self,
+        step: int,
+        batch: Sequence[Item],
+        *,
+        loss: float,
+        rate: float,
+        norm: float,
+        seconds: float,
+        metrics: JsonObject | None,
+    ) -> StepRecord:
+        """The record of a step."""
+        tokens = sum(item.tokens for item in batch)
+        return StepRecord(
+            step=step,
+            steps=self.schedule.steps,
+            epoch=self.schedule.epoch_after(step),
+            loss=loss,
+            lr=rate,
+            grad_norm=norm,
+            examples=len(batch),
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / max(seconds, 1e-9),
+            rss=memory.resident(),
+            metrics=metrics,
+            split=self.splits.watched_name if metrics is not None else None,
+            guessing=None if self.flat_loss() is None else self.guessing,
+        )
+
+    def flat_loss(self) -> FlatLoss | None:
+        """Whether the latest losses are at the level of guessing; None in the first steps of a long run."""
+        progress = self.progress
+        early = progress.step < min(WINDOW, self.schedule.steps)
+        found = None if early else flat_loss(progress.losses, self.guessing)
+        return None if found is None else replace(found, remedy=self._to_learn())
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, str | int]:
+        identity: dict[str, str | int] = {
+            "recipe": hashlib.sha256(self.recipe.to_toml().encode()).hexdigest(),
+            "data": self.dataset.digest,
+            "base": self.base.fingerprint,
+            "tokenizer": tokenizer_digest(self.base.tokenizer),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "world_size": self.processes.size,  # decides the dropout of each example and the order of sums
+        }
+        if self.model.device.type != "cpu":  # another device rounds otherwise, and has random numbers of its own
+            identity["device"] = self.model.device.type
+        return identity if self.start is None else {**identity, "parent": self.start.digest}
+
+    def _lineage(self) -> JsonObject:
+        """Everything the weights depend on, and nothing that differs when the same training is repeated."""
+        lineage: JsonObject = {
+            key: value for key, value in self._identity().items() if key not in ("torch", "transformers")
+        }
+        libraries = {name: version(name) for name in LIBRARIES}
+        libraries["python"] = platform.python_version()
+        lineage |= {"recipe": self.recipe.to_toml(), "seed": self.recipe.seed, "libraries": libraries}
+        lineage |= {"steps": self.progress.step, "lr": self.lr}
+        if self.progress.head_start is not None:
+            lineage |= {"head_start": self.progress.head_start}
+        if (flat := self.flat_loss()) is not None:
+            lineage |= {"flat_loss": flat.to_json()}
+        return lineage if self.best_weights is None else {**lineage, "kept_step": self.progress.best_step}
+
+    def save(self) -> None:
+        """Write the checkpoint, unless a weight is NaN or infinite. The main process writes, the others wait."""
+        ends = torch.stack(torch.aminmax(self.optimiser.weights))  # both are NaN if a weight is; this makes no copy
+        if not bool(torch.isfinite(ends).all()):
+            return  # keep the last good checkpoint; the next loss raises the error
+        tensors = dict(self.optimiser.state())
+        for rank, states in enumerate(self.processes.gather(self.randomness.tensors())):
+            tensors |= {f"{_random_prefix(rank)}{name}": each for name, each in states.items()}
+        if self.best_weights is not None:
+            tensors["best"] = self.best_weights
+        self.processes.from_main(lambda: self._write(tensors))
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        assert self.folder is not None
+        checkpoint.save(
+            self.folder,
+            tensors,
+            identity=self._identity(),
+            layout=self.optimiser.layout,
+            progress=vars(self.progress),
+        )
+
+    def _resume(self) -> None:
+        """Resume the folder's checkpoint if there is one. The main process reads it and sends it to the others."""
+        here, optimiser = self.processes, self.optimiser
+        saved = self._read() if here.main else None
+        states = None
+        if saved is not None:
+            self.progress = RunProgress(**saved.progress)
+            optimiser.load_state(saved.tensors, self.progress.step)
+            best = saved.tensors.get("best")
+            self.best_weights = None if best is None else best.to(optimiser.weights.device)
+            states = [_random_state(saved.tensors, rank) for rank in range(here.size)]
+        progress, states, has_best = here.from_main(
+            lambda: (vars(self.progress), states, self.best_weights is not None)
+        )
+        self.progress = RunProgress(**progress)
+        self.resumed_from = self.progress.step
+        if self.progress.scale:
+            self.scale = LossScale(self.progress.scale[0], round(self.progress.scale[1]))
+        rows = {name: here.take_from_main(row) for name, row in optimiser.state().items()}
+        optimiser.load_state(rows, self.progress.step)
+        if has_best:
+            row = optimiser.weights.clone() if self.best_weights is None else self.best_weights
+            self.best_weights = here.take_from_main(row)
+        if states:
+            self.randomness.load(states[here.rank])
+
+    def _start_head(self) -> None:
+        """Give a new head the linear solution, unless a checkpoint or a finished adapter has given it its weights."""
+        here, task = self.processes, self.task
+        if self.progress.step or self.start is not None or not has_head(task):
+            return
+        begins = head_start(self.recipe, self.base, task, self.items, self.most_tokens)
+        if begins is None:
+            return
+        started = time.perf_counter()
+        try:
+            self.progress.head_start = begins.begin(self.optimiser, self.randomness, self.lr, self.schedule.steps, here)
+        except LossNotFinite as error:
+            raise LossNotFinite(f"{error} at step 0, where the head starts: {self.what_to_change()}") from error
+        self.optimiser.set_weights(here.take_from_main(self.optimiser.weights.clone()))
+        self.progress.seconds += time.perf_counter() - started
+
+    def _read(self) -> checkpoint.Checkpoint | None:
+        saved = None if self.folder is None else checkpoint.load(self.folder, identity=self._identity())
+        if saved is not None and saved.layout != self.optimiser.layout:
+            raise CheckpointMismatch(f"checkpoint in {self.folder} holds other weights than this run trains: delete it")
+        return saved
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def finish(self) -> Fitted:
+        """Choose the last or the best weights, check that the base has not changed, and extract the adapter."""
+        if self.best_weights is not None:
+            self.optimiser.set_weights(self.best_weights)
+        self.optimiser.end()
+        self.model.eval()
+        if checksum(self.originals) != self.unchanged:
+            raise TrainingError(
+                "the base's weights changed while an adapter was trained: load the base again, and report this"
+            )
+        if self.processes.size > 1:
+            self.processes.require_same(weights=checksum([self.optimiser.weights]))
+        progress = self.progress
+        tensors, head, method = adapters.extract(self.model)
+        base, spec = self.base, self.task.spec()
+        adapter = Adapter(
+            method=method,
+            tensors=tensors,
+            head=head,
+            base=base.info,
+            task=spec,
+            generation=dict(spec.get("generation") or {}),
+            lineage=self._lineage(),
+        )
+        stored = sum(each.numel() for each in (*tensors.values(), *head.values()))
+        return Fitted(
+            adapter=adapter,
+            model=self.model,
+            steps=progress.step,
+            examples=progress.examples,
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+            evaluate_seconds=progress.evaluate_seconds,
+            peak_bytes=memory.peak(self.model.device),
+            resumed_from=self.resumed_from,
+            stopped_early=progress.gave_up,
+            best=None if progress.best_metrics is None else {"step": progress.best_step, **progress.best_metrics},
+            parameters={
+                "trainable": self.optimiser.weights.numel(),
+                "stored": stored,
+                "total": self.total,
+            },
+            flat_loss=self.flat_loss(),
+        )
+
+    def abandon(self) -> None:
+        """Restore the base after an error."""
+        adapters.detach(self.model)
+        self.model.eval()
+
+    # --- error texts ------------------------------------------------------------------------------------------------
+
+    def what_to_change(self) -> str:
+        """The remedy for a loss that is not finite, and the last checkpoint."""
+        family, classify = self.base.family.kind, not self.task.generates
+        usual = self.recipe.method.defaults(family, classify=classify, parameters=self.total).lr
+        remedy = f"set train.lr to {min(usual, self.lr / 10):g} (now {self.lr:g})"
+        if str(self.base.dtype).endswith("float16"):  # or bfloat16
+            remedy += ' or train.dtype to "float32"'
+        return f"{remedy}; {self._last_checkpoint()}"
+
+    def _to_learn(self) -> str:
+        """The remedy for a training that learnt nothing. It names a setting only if that is not the usual one."""
+        recipe, examples = self.recipe, len(self.splits.train)
+        family, classify = self.base.family.kind, not self.task.generates
+        rate = recipe.method.defaults(family, classify=classify, parameters=self.total).lr
+        epochs = recipe.method.epochs(examples, recipe.train.batch_size, classify=classify)
+        remedies = []
+        if not math.isclose(self.lr, rate):
+            remedies.append(f"leave train.lr out (it is {self.lr:g}, usual is {rate:g})")
+        if self.schedule.epochs < epochs:
+            remedies.append(f"leave train.epochs out (it is {self.schedule.epochs}, usual are {epochs})")
+        return ", ".join((*remedies, "use more examples, or another method"))
+
+    def how_to_resume(self) -> str:
+        """The remedy for a run that the user stopped."""
+        if self.folder is None:
+            return "nothing is kept, because no folder was given"
+        return f"start the same command again to resume ({self._last_checkpoint()})"
+
+    def _last_checkpoint(self) -> str:
+        step = 0 if self.folder is None else checkpoint.step_of(self.folder)
+        return f"the state after step {step} is kept in {self.folder}" if step else "no checkpoint had been written yet"
+
+
+def _random_prefix(rank: int) -> str:
+    return f"random.{rank}." if rank else "random."
+
+
+def _random_state(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The random states of one process in a checkpoint."""
+    named = {name.removeprefix(_random_prefix(rank)): each for name, each in tensors.items()}
+    return {name: named[name] for name in ("python", "torch", "cuda", "mps") if name in named}
+
+
+def merit(metrics: JsonMapping) -> tuple[float, float]:
+    """The sort key of evaluations, larger is better: accuracy if the task has it, then a lower loss."""
+    loss = float(metrics["loss"])
+    return float(metrics.get("accuracy", 0.0)), -loss if math.isfinite(loss) else -math.inf
+
+
+def checksum(tensors: Sequence[Tensor]) -> str:
+    """SHA-256 of the bytes of some tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(own_part(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

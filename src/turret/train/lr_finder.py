@@ -18,7 +18,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -27,7 +27,6 @@ from turret import adapters
 from turret.bases import Base
 from turret.data import Dataset, Example
 from turret.errors import LossNotFinite
-from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.tasks import Task, has_head
 from turret.train.adamw import AdamW, learning_rate
@@ -37,14 +36,8 @@ from turret.train.initialize import InitialAdapter, attach, optimiser_of
 from turret.train.linear_start import head_start
 from turret.train.seeds import Randomness, defaults_of, filled
 from turret.train.step import LossScale, explained, train_step
+from turret.train.training_plan import DOWNWARD, UPWARD, FoundRate, size_of
 
-UPWARD, DOWNWARD = (3.0, 10.0, 30.0), (1 / 3, 1 / 10, 1 / 30)  # times the default
-MOST_TRIALS = 2 + len(DOWNWARD)  # the default, one above it, all below
-SHARE = 0.2  # of the run's steps in a trial,
-FEWEST_STEPS, MOST_STEPS = 10, 100  # within these bounds; LoRA on 200 snippets starts to learn after about 50
-FEWEST_TIMES = 4  # a run needs this many times FEWEST_STEPS for a search
-HELD_SHARE = 0.2  # of the training examples are held out of a trial and score it,
-FEWEST_HELD, MOST_HELD = 16, 128  # within these bounds
 ERRORS = 2.0  # standard errors; a smaller difference is noise
 
 
@@ -104,65 +97,6 @@ def search(default: float, score: Callable[[float], Score | None]) -> tuple[floa
     if len(up) > 1:
         return (up[-1] if flat else up[-2]), scores
     return (default if flat else climb(DOWNWARD)[0][-1]), scores
-
-
-@dataclass(frozen=True)
-class TrialSize:
-    """The steps of a trial and the number of examples that score it."""
-
-    steps: int
-    held: int
-    reason: str | None = None  # why there are no trials
-
-
-def size_of(examples: int, steps: int) -> TrialSize:
-    """The size of the trials for a run with so many training examples and steps."""
-    held = min(MOST_HELD, int(HELD_SHARE * examples))
-    if steps < FEWEST_TIMES * FEWEST_STEPS:
-        return TrialSize(
-            0, 0, f"{steps} steps are too few to try rates first; at least {FEWEST_TIMES * FEWEST_STEPS} are needed"
-        )
-    if held < FEWEST_HELD:
-        enough = math.ceil(FEWEST_HELD / HELD_SHARE)
-        return TrialSize(
-            0, 0, f"{examples} training examples are too few to compare rates; at least {enough} are needed"
-        )
-    return TrialSize(max(FEWEST_STEPS, min(MOST_STEPS, round(SHARE * steps))), held)
-
-
-@dataclass(frozen=True)
-class FoundRate:
-    """The learning rate to train with, and how it was found."""
-
-    lr: float
-    default: float
-    size: TrialSize
-    losses: dict[float, float | None]  # rate -> loss on held-out examples after its trial, None: diverged; rates rise
-
-    def to_json(self) -> JsonObject:
-        tried = [{"lr": lr, "loss": loss} for lr, loss in self.losses.items()]
-        return {"lr": self.lr, "default": self.default, **asdict(self.size), "tried": tried}
-
-    def __str__(self) -> str:
-        """For the plan: `0.003, found by trying 3 rates for 20 steps each (held-out loss 0.41, 0.47 at ...)`."""
-        if self.size.reason is not None:
-            return f"{self.lr:.3g}, this method's own: {self.size.reason}"
-        tried = f"trying {len(self.losses)} rates for {self.size.steps} steps each"
-        loss = _number(self.losses[self.lr])
-        if self.lr == self.default:
-            return f"{self.lr:.3g}, this method's own: {tried} found no better one (held-out loss {loss})"
-        than = f"{_number(self.losses[self.default])} at the default {self.default:.3g}"
-        return f"{self.lr:.3g}, found by {tried} (held-out loss {loss}, {than})"
-
-    def note(self) -> str:
-        """The whole table in one line."""
-        pairs = ", ".join(f"{lr:.3g}: {_number(loss)}" for lr, loss in self.losses.items())
-        how = f"{self.size.steps} steps each, loss on {self.size.held} held-out training examples"
-        return f"learning rates tried ({how}): {pairs}" if pairs else f"learning rate {self}"
-
-
-def _number(loss: float | None) -> str:
-    return "diverged" if loss is None else f"{loss:.4g}"
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------

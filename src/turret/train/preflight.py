@@ -8,7 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -19,11 +19,9 @@ from turret.adapters.tuners import tuner_of
 from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
 from turret.bases.device import gigabytes
 from turret.data import Dataset, Example, Labelled, cells, texts_of
-from turret.errors import AdapterError, PreflightRefused, one_line
-from turret.json_types import JsonObject
+from turret.errors import AdapterError, one_line
 from turret.methods import Method
 from turret.methods.method import MOST_EPOCHS, epochs_for
-from turret.notebook import Cell, Table, as_html, marked, size, span
 from turret.plan_check import Check, Level
 from turret.recipe import Recipe, toml
 from turret.tasks import Task, has_head, writes
@@ -33,9 +31,9 @@ from turret.train.batches import Item, Items, Schedule, Splits, micro_batches, p
 from turret.train.evaluation import GENERATED_ROWS, evaluate, generate
 from turret.train.initialize import InitialAdapter, attach
 from turret.train.linear_start import head_start
-from turret.train.lr_finder import MOST_TRIALS, FoundRate, TrialSize, size_of
 from turret.train.seeds import Randomness, defaults_of, filled
 from turret.train.step import backward, loss_of, memory_ran_out
+from turret.train.training_plan import MOST_TRIALS, Plan, TrialSize, size_of
 from turret.transformer import Model, Tokenizer
 
 # --- cost -------------------------------------------------------------------------------------------------------------
@@ -588,71 +586,6 @@ def _some(names: Sequence[str]) -> str:
 
 EXAMPLES_SAMPLED = 1000  # training examples whose lengths are checked
 EVALUATION = 0.35  # of the time of training on as many tokens, because there is no backward pass
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a training will do and cost, and what is wrong with it."""
-
-    checks: tuple[Check, ...]
-    memory: memory.Prediction | None  # None: not measured
-    seconds: float | None  # of training, every evaluation, and the proof
-    steps: int
-    lr: float  # the method's own if the recipe says "auto" and no trial has run
-    trainable: int | None
-    total: int
-    found: FoundRate | None = None  # how `lr` was found, if the recipe says "auto"
-
-    @property
-    def refused(self) -> bool:
-        """Whether a check refuses the training."""
-        return any(check.level == "refuse" for check in self.checks)
-
-    def refusal(self) -> str:
-        """All refusals in one line."""
-        return "; ".join(str(check) for check in self.checks if check.level == "refuse")
-
-    def _repr_html_(self) -> str:
-        return as_html("Plan", self.facts(), self.table())
-
-    def facts(self) -> dict[str, Cell]:
-        """What the training will cost, in words."""
-        trained = None if self.trainable is None else f"{self.trainable:,} of {self.total:,} parameters"
-        return {
-            "steps": f"{self.steps:,}",
-            "time": None if self.seconds is None else f"about {span(self.seconds)}",
-            "memory": None if self.memory is None else size(self.memory.total),
-            "learning rate": f"{self.lr:g}",
-            "trains": trained,
-        }
-
-    def table(self) -> Table:
-        """The checks, a row each."""
-        rows = [(marked(each.level, each.name), each.text, each.remedy) for each in self.checks]
-        return Table(("check", "found", "to do"), rows)
-
-    def require(self) -> None:
-        """Raise PreflightRefused if a check refuses."""
-        if self.refused:
-            raise PreflightRefused(self.refusal())
-
-    def with_rate(self, found: FoundRate) -> Plan:
-        """The plan with the rate that trials found for `lr = "auto"`."""
-        row = Check("learning rate", "ok", str(found))
-        rows = tuple(row if check.name == row.name else check for check in self.checks)
-        return replace(self, lr=found.lr, found=found, checks=rows)
-
-    def to_json(self) -> JsonObject:
-        return {
-            "refused": self.refused,
-            "checks": [check.to_json() for check in self.checks],
-            "memory": None if self.memory is None else self.memory.to_json(),
-            "seconds": self.seconds,
-            "steps": self.steps,
-            "lr": self.lr,
-            "rates": None if self.found is None else self.found.to_json(),
-            "parameters": {"trainable": self.trainable, "total": self.total},
-        }
 
 
 def plan(

@@ -13,7 +13,7 @@ from turret.notebook import Cell, Table, as_html, class_table, marked, measured,
 if TYPE_CHECKING:
     from turret.compare.results import Details
     from turret.recipe import Recipe
-    from turret.train.preflight import Plan
+    from turret.train.training_plan import Plan
 
 
 MISTAKES = 5  # that an evaluation shows in a notebook

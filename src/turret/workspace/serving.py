@@ -15,7 +15,8 @@ from turret import adapters, bases
 from turret.access import Access, check_tenant
 from turret.bases.base import Dtype
 from turret.bases.quantized import Quantization
-from turret.engine import Engine, Limits, Named
+from turret.engine.core import Engine
+from turret.engine.request import Limits, Named
 from turret.errors import DeviceError, NotFound
 from turret.families import FAMILIES
 from turret.reference import Reference, parts_of

@@ -50,8 +50,9 @@ from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
-from turret.train.preflight import Plan, fits
+from turret.train.preflight import fits
 from turret.train.proof import make_room
+from turret.train.training_plan import Plan
 from turret.workspace import forgetting, prepared
 from turret.workspace.prepared import AUTO, PreparedTraining, checkpoints_for, choose_for, predicted_for
 from turret.workspace.progress import Say, silent
