@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from turret.trackers.table import TrackedRun
-from turret.trackers.tracker_process import Patience
-from turret.trackers.tracking import Tracking
+from turret.trackers.tracking import Patience, Tracking
 
 pytestmark = pytest.mark.slow
 RUN = "20260102-030405-abcdef"

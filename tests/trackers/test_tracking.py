@@ -14,8 +14,7 @@ from trackers.own_trackers import rows, steps
 from turret.errors import RecipeError
 from turret.recipe import Recipe
 from turret.trackers.table import TRACKERS, Entry, TrackedRun, require_installed
-from turret.trackers.tracker_process import Patience
-from turret.trackers.tracking import Tracking
+from turret.trackers.tracking import Patience, Tracking
 
 ROOT = Path(__file__).parents[2]
 QUICK = Patience(call_seconds=0.5, end_seconds=2.0)

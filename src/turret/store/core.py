@@ -18,11 +18,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 
+from turret import audit
 from turret.access import DEFAULT, OPERATOR, Access
 from turret.data.memory import is_rows_source
 from turret.database import Database, plain_errors
@@ -32,18 +34,17 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import aliases, artifacts, catalog, gates, gc, golden, kept_rows, promotion, runs, scratch
+from turret.store import aliases, artifacts, catalog, gates, gc, golden, kept_rows, runs, scratch
 from turret.store import verify as verifying
 from turret.store.access_tokens import AccessTokens
 from turret.store.aliases import Move, Pointing
 from turret.store.artifacts import Artifacts
 from turret.store.blobs import OWNER, Blob, Blobs, Files
-from turret.store.catalog import PRODUCTION, Deleted, Version
+from turret.store.catalog import PRODUCTION, Deleted, Version, now, who
 from turret.store.gates import Gate, GateStatus
 from turret.store.gc import Collected, Removed
 from turret.store.golden import Golden, GoldenReplay, GoldenSet
 from turret.store.objects import Objects
-from turret.store.promotion import Also
 from turret.store.queued_data import collect as collect_queued
 from turret.store.runs import HeldRun, State, TrainingRuns
 from turret.store.uploads import Upload
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 # Everything that the store knows about one version, as `turret show --json` prints it.
 
 
-def facts_of(database: Database, version: Version, content: Mapping[str, Blob]) -> JsonObject:
+def describe_version(database: Database, version: Version, content: Mapping[str, Blob]) -> JsonObject:
     """Files, metrics, aliases and their moves, manifest, and the run of a version.
 
     Args:
@@ -118,6 +119,7 @@ def claim(location: Location, database: Database, files: Files, *, writes: bool)
 # --- core -------------------------------------------------------------------------------------------------------------
 
 
+Also = Callable[[Connection], None] | None  # further writes in the transaction that moves an alias
 ATTEMPTS = 3  # of a put, if a gc or a delete removes its files while it writes
 
 
@@ -254,7 +256,7 @@ class Store:
     def show(self, reference: str | Reference) -> JsonObject:
         """Everything known about a version: files, metrics, aliases and their moves, manifest, and its run."""
         version, content = self._look_up(reference)
-        return facts_of(self._existing(), version, content)
+        return describe_version(self._existing(), version, content)
 
     def exists(self) -> bool:
         """Whether the store exists; creates nothing."""
@@ -303,12 +305,32 @@ class Store:
             for blob in content.values():
                 self._blobs.check(blob)
         with self._existing(version.reference).writing() as connection:
-            return promotion.promote(connection, catalog.find(connection, version.reference), alias, required, also)
+            version = catalog.find(connection, version.reference)
+            gates.check(version, alias, [*gates.of(connection, version.name, alias), *required])
+            replays = golden.check(connection, version, alias)
+            if also is not None:
+                also(connection)
+            return replace(aliases.promote(connection, version, alias), replays=replays)
 
     def rollback(self, name: str, alias: str = PRODUCTION) -> Move:
-        """Move an alias back to the version it named before; repeated rollbacks go further back."""
-        exact = Reference(check_name(name), alias=check_alias(alias))
-        return promotion.rollback(self._existing(exact), self._blobs, name, alias)
+        """Move an alias back to the version it named before; repeated rollbacks go further back.
+
+        Raises:
+            Corrupt: a file of that version is damaged.
+        """
+        database = self._existing(Reference(check_name(name), alias=check_alias(alias)))
+        while True:  # until no other process moves the alias while this one checks the files
+            with database.writing() as connection:  # fails first if the store is read-only
+                version = catalog.find(connection, Reference(name, version=aliases.back_from(connection, name, alias)))
+                content = catalog.content_of(connection, version)
+            damage = self._damage(version, content)
+            with database.writing() as connection:
+                if aliases.back_from(connection, name, alias) != version.number:
+                    continue
+                move = aliases.rollback(connection, name, alias)
+                if damage:
+                    raise Corrupt(f"{name}@{alias} stays at {move.before}: {damage}")
+                return move
 
     def back_to(self, reference: str, alias: str, *, leaving: Sequence[str], also: Also = None) -> Move | None:
         """Move an alias back to a version if it names one of `leaving` or nothing. Checks no gate and hashes nothing.
@@ -317,7 +339,25 @@ class Store:
             The move, or None if the alias names another version and stays.
         """
         exact = Reference.parse(reference)
-        return promotion.back_to(self._existing(exact), self._blobs, exact, alias, leaving, also)
+        database = self._existing(exact)
+        with database.reading() as connection:
+            version = catalog.find(connection, exact)
+            content = catalog.content_of(connection, version)
+        damage = self._damage(version, content)
+        with database.writing() as connection:
+            if also is not None:
+                also(connection)
+            move = aliases.back_to(connection, catalog.find(connection, exact), check_alias(alias), leaving)
+            if move is not None and damage:
+                raise Corrupt(f"{exact.name}@{alias} stays where it is: {damage}")
+            return move
+
+    def _damage(self, version: Version, content: Mapping[str, Blob]) -> str | None:
+        """A quick check of the files, because a rollback must be quick; loading the version hashes them."""
+        for path, blob in content.items():
+            if problem := self._blobs.glance(blob):
+                return f"{version} is damaged, {path} {problem}"
+        return None
 
     def gate(
         self,
@@ -346,7 +386,18 @@ class Store:
         if alias is None:
             raise BadReference(f"a gate of {name} needs an alias, such as production")
         with self._existing(reference).writing() as connection:
-            return promotion.change_gates(connection, name, alias, added, removed, examples, least_share)
+            before = gates.gates_of(connection, name, alias)
+            for text in removed:
+                remove_gate = golden.remove if text.strip().startswith(golden.WORD) else gates.remove
+                remove_gate(connection, name, alias, text)
+            for gate in added:
+                gates.add(connection, name, gate)
+            if examples is not None:
+                golden.add(connection, name, alias, examples, least_share)
+            after = gates.gates_of(connection, name, alias)
+            was, now_is = ({"gates": [*map(str, each)]} for each in (before, after))
+            audit.record(connection, "gate", f"{name}@{alias}", name, before=was, after=now_is, at=now(), who=who())
+            return after
 
     def gate_status(self, name: str, alias: str | None = None) -> Sequence[GateStatus]:
         """Whether the version that each alias names passes its gates now, gate by gate."""

@@ -16,9 +16,9 @@ from turret.errors import GateFailed, ReplayNeeded
 from turret.json_types import JsonObject
 from turret.store import Gate, Move, Store, Version
 from turret.store.catalog import now
+from turret.store.core import Also
 from turret.store.gates import FORGETTING
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet, misfit, name_of
-from turret.store.promotion import Also
 from turret.tasks import stored_task, writes
 from turret.workspace.progress import Say, silent
 
