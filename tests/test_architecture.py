@@ -57,6 +57,11 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
     assert loaded_by(f"import {module}") == set()
 
 
+def test_what_conducts_a_comparison_loads_no_torch_beside_its_trainings() -> None:
+    assert loaded_by("import turret.workspace.comparing") <= {"numpy"}
+    assert "torch" in loaded_by("import turret.workspace.comparing.measure")  # of a training's own process
+
+
 def test_the_light_names_load_nothing_heavy() -> None:
     light = "turret.Recipe, turret.LoRA, turret.Prefix, turret.Head, turret.Full, turret.TurretError, turret.Workspace"
     assert loaded_by(f"import turret; {light}; turret.LoRA(r=4); dir(turret)") == set()

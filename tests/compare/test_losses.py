@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from turret.compare.collapse import binned, course, still_falling
+from turret.compare.collapse import binned, describe_losses, still_falling
 
 TIME = np.linspace(0, 1, 60)
 
@@ -32,15 +32,15 @@ def test_a_fall_within_the_noise_is_no_fall() -> None:
 
 def test_a_flat_or_risen_loss_is_told_and_never_still_falling() -> None:
     flat, risen = noisy(np.full(60, 0.693)), noisy(0.7 + 2 * TIME)
-    assert course(flat) == "loss flat at 0.69"
-    assert course(risen).startswith("loss rose from 0.7")
-    assert course(noisy(0.7 - 0.5 * TIME)) is None
+    assert describe_losses(flat) == "loss flat at 0.69"
+    assert describe_losses(risen).startswith("loss rose from 0.7")
+    assert describe_losses(noisy(0.7 - 0.5 * TIME)) is None
     assert not still_falling(flat)
     assert not still_falling(risen)
 
 
 def test_a_handful_of_losses_says_nothing() -> None:
-    assert course([0.7] * 5) is None
+    assert describe_losses([0.7] * 5) is None
     assert not still_falling([0.7, 0.5, 0.3, 0.1])
 
 

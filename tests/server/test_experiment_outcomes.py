@@ -106,5 +106,5 @@ def test_a_sample_ratio_mismatch_is_shown_over_http_before_any_verdict(begin, wo
     alarm, taken_back = shown["verdicts"]
     assert alarm.startswith("OUTCOMES MISSING")
     assert taken_back.endswith("was better than control before that: this verdict is taken back")
-    running.served._settle()
+    running.served._apply_guards()
     assert client.get("/api/experiments/a").json()["state"] == "running"

@@ -41,7 +41,7 @@ def test_a_shadow_that_fails_or_dawdles_is_seen_by_its_experiment_and_by_nobody_
     running.served.routing.router.flush()
     assert arms(workspace, "errors") == {"control": 0, "shadow": 12}
     for number in range(12):  # its errors count beside answers of the control that came meanwhile
-        running.served._settle()
+        running.served._apply_guards()
         if status(workspace)["state"] == "ended":
             break
         asked(client, f"bob {number}")

@@ -172,7 +172,7 @@ def test_an_arm_that_cannot_be_loaded_is_an_error_of_the_arm_and_nobody_answers_
     }  # its assignment is logged: no sample-ratio mismatch
     metrics = client.get("/metrics").text
     assert 'turret_experiment_failures_total{adapter="a@2",arm="candidate",experiment="a#1"} 12.0' in metrics
-    running.served._settle()
+    running.served._apply_guards()
     assert "answers were errors" in status(workspace)["verdict"]["why"]
     assert asked(client, bad).json()["model"] == "a@1"
 

@@ -12,7 +12,7 @@ import pytest
 from store.bundles import safetensors, write_bundle
 
 from turret.errors import Corrupt
-from turret.store.difference import apart
+from turret.store.difference import weight_distance
 
 LAYER = "base_model.model.encoder.layer.{}.query"
 
@@ -54,7 +54,7 @@ def test_lora_is_compared_by_its_product_whatever_the_ranks(tmp_path, ranks, rsl
         bundle(tmp_path, each, {"peft_type": "LORA", "r": r, "lora_alpha": 32, "use_rslora": rslora})
         for each, r in zip((a, b), ranks, strict=True)
     ]
-    groups, moved, rest = apart(*map(files, folders))
+    groups, moved, rest = weight_distance(*map(files, folders))
     left, right = multiplied_out(a, scalings[0]), multiplied_out(b, scalings[1])
     assert rest == ()
     assert [(each.group, each.tensors) for each in groups] == [("encoder.layer.*.query", 2)]
@@ -70,11 +70,11 @@ def test_factors_that_differ_with_the_same_product_are_not_apart(tmp_path) -> No
     b = {name: turn @ value if "lora_A" in name else 2 * value @ turn.T for name, value in a.items()}
     config = {"peft_type": "LORA", "r": 4}
     folders = bundle(tmp_path, a, {**config, "lora_alpha": 8}), bundle(tmp_path, b, {**config, "lora_alpha": 4})
-    _, moved, _ = apart(*map(files, folders))
+    _, moved, _ = weight_distance(*map(files, folders))
     assert moved is not None
     assert moved.distance < 1e-12
     spoiled = {name: value * 1.001 if name.endswith("0.query.lora_A.weight") else value for name, value in b.items()}
-    _, moved, _ = apart(files(folders[0]), files(bundle(tmp_path, spoiled, {**config, "lora_alpha": 4})))
+    _, moved, _ = weight_distance(files(folders[0]), files(bundle(tmp_path, spoiled, {**config, "lora_alpha": 4})))
     assert moved is not None
     assert 1e-4 < moved.distance < 1e-3
 
@@ -83,7 +83,7 @@ def test_factors_that_differ_with_the_same_product_are_not_apart(tmp_path) -> No
 def test_other_tensors_are_compared_as_they_are(tmp_path, dtype) -> None:
     draw = np.random.default_rng(0)
     a, b = ({"head.weight": (draw.normal(size=(7, 5)) * 8).astype(dtype)} for _ in range(2))
-    groups, _, _ = apart(files(bundle(tmp_path, a)), files(bundle(tmp_path, b)))
+    groups, _, _ = weight_distance(files(bundle(tmp_path, a)), files(bundle(tmp_path, b)))
     left, right = a["head.weight"].astype(float), b["head.weight"].astype(float)
     assert groups[0].distance == pytest.approx(np.linalg.norm(right - left) / np.linalg.norm(left), rel=1e-12)
 
@@ -92,7 +92,7 @@ def test_bfloat16_is_read(tmp_path) -> None:
     values = np.asarray([1.0, -2.5, 0.125], np.float32)
     bits = (values.view(np.uint32) >> 16).astype(np.uint16)
     zeros = np.zeros(3, np.uint16)
-    _, moved, _ = apart(files(bundle(tmp_path, {"a": bits})), files(bundle(tmp_path, {"a": zeros})))
+    _, moved, _ = weight_distance(files(bundle(tmp_path, {"a": bits})), files(bundle(tmp_path, {"a": zeros})))
     assert moved is not None
     assert (moved.norm, moved.distance) == (np.linalg.norm(values), 1.0)
 
@@ -100,10 +100,10 @@ def test_bfloat16_is_read(tmp_path) -> None:
 def test_equal_versions_are_exactly_not_apart_and_from_zero_there_is_no_share(tmp_path) -> None:
     a, zero, empty = {"a": np.ones(3)}, {"a": np.zeros(3)}, {"a": np.zeros((0, 4))}
     one, nothing, none = (files(bundle(tmp_path, each)) for each in (a, zero, empty))
-    assert apart(one, one)[1].distance == 0.0
-    assert apart(nothing, nothing)[1].distance == 0.0
-    assert apart(nothing, one)[1].distance is None
-    assert apart(none, none)[1].distance == 0.0
+    assert weight_distance(one, one)[1].distance == 0.0
+    assert weight_distance(nothing, nothing)[1].distance == 0.0
+    assert weight_distance(nothing, one)[1].distance is None
+    assert weight_distance(none, none)[1].distance == 0.0
 
 
 def test_what_only_one_has_or_has_another_shape_is_named(tmp_path) -> None:
@@ -111,11 +111,14 @@ def test_what_only_one_has_or_has_another_shape_is_named(tmp_path) -> None:
     b = {"both": np.ones(2), "b": np.ones(2), "shape": np.ones(3)}
     a["layer.lora_B.weight"] = np.ones((2, 1))
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
-    groups, moved, rest = apart(files(bundle(tmp_path, a, config)), files(bundle(tmp_path, b)))
+    groups, moved, rest = weight_distance(files(bundle(tmp_path, a, config)), files(bundle(tmp_path, b)))
     assert [each.group for each in groups] == ["both"]
     assert moved.tensors == 1
     assert rest == ("a", "b", "layer", "shape")
-    assert apart(files(bundle(tmp_path, {"a": np.ones(1)})), files(bundle(tmp_path, {"b": np.ones(1)})))[1] is None
+    assert (
+        weight_distance(files(bundle(tmp_path, {"a": np.ones(1)})), files(bundle(tmp_path, {"b": np.ones(1)})))[1]
+        is None
+    )
 
 
 def test_diff_sets_two_versions_side_by_side(store, tmp_path) -> None:

@@ -40,7 +40,7 @@ def binned(losses: Sequence[float], most: int = BINS) -> list[float]:
     return [float(part.mean()) for part in np.array_split(np.asarray(losses, dtype=float), most)]
 
 
-def course(losses: Sequence[float]) -> str | None:
+def describe_losses(losses: Sequence[float]) -> str | None:
     """`loss flat at 0.69` or `loss rose from 0.70 to 2.31`; None if it fell, or if there are too few losses."""
     values = np.asarray(losses, dtype=float)
     if len(values) < FEWEST:
@@ -58,7 +58,7 @@ def still_falling(losses: Sequence[float]) -> bool:
     help, but a flat end does not prove that they would not.
     """
     values = np.asarray(losses, dtype=float)
-    if len(values) < FEWEST or course(losses) is not None:
+    if len(values) < FEWEST or describe_losses(losses) is not None:
         return False
     quarter = len(values) // 4
     before, after = values[-2 * quarter : -quarter], values[-quarter:]
@@ -149,7 +149,7 @@ def _key(label: Output) -> Hashable:
 def _why(result: CellResult) -> str:
     """The signs of a collapse in losses and answers, in a few words."""
     signs = [f"score {100 * float(result.scores.mean()):.1f}"]
-    signs += filter(None, [course(result.losses)])
+    signs += filter(None, [describe_losses(result.losses)])
     _, times = Counter(map(_key, result.answers)).most_common(1)[0]
     if times > 0.95 * len(result.answers):
         signs.append(f"one answer to {100 * times / len(result.answers):.0f}% of the texts")

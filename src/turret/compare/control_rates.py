@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from turret.compare import report_text
-from turret.compare.evaluation_page import environment, facts
+from turret.compare.evaluation_page import describe_run, environment
 from turret.compare.evidence import Array, Interval, interval
 from turret.compare.plots import Mark, rates
 from turret.json_types import JsonMapping, JsonObject
@@ -249,7 +249,7 @@ def _rendered(template: str, html: bool, result: Control) -> str:
             c=result,
             headline=headline(result),
             labels={each.spec: each.label for each in result.rated},
-            made=list(facts(result.made)),
+            made=list(describe_run(result.made)),
             parts=(),  # of memory, which the style sheet colours
             plot=_plot(result) if html else "",
         )

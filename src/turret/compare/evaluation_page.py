@@ -57,7 +57,7 @@ def _cell(value: JsonValue) -> str:
     return "".join(f"\\{c}" if c in "\\|`*_[]<>#" else c for c in line)
 
 
-def facts(made: JsonMapping) -> Iterator[tuple[str, str]]:
+def describe_run(made: JsonMapping) -> Iterator[tuple[str, str]]:
     """(name, value) of dates, device and versions of the trainings. made: by `results.made_with`."""
     if not made:
         return

@@ -15,7 +15,7 @@ from turret.compare import report_text
 from turret.compare.candidates import is_floor
 from turret.compare.comparison import Comparison
 from turret.compare.details import PerClass
-from turret.compare.evaluation_page import environment, facts
+from turret.compare.evaluation_page import describe_run, environment
 from turret.compare.plots import Bar, Line, LossCurve, Mark, courses, curves, forest, scatter, stacks
 from turret.compare.results import MeanRange
 from turret.compare.rows import ComparisonRow
@@ -119,7 +119,7 @@ def _values(result: Comparison) -> JsonObject:
         "memory": list(_memory(result)),
         "tests": [row for row in result.rows if row.verdict is not None and row.kind != "base"],
         "writes": task_of(result.task).generates,
-        "made": list(facts(result.made)),
+        "made": list(describe_run(result.made)),
         "same_steps": len({row.steps for row in result.rows if row.steps}) < 2,
     }
 

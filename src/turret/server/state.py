@@ -184,7 +184,7 @@ class Tenant:
 
 POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
-SETTLE_SECONDS = 3.0  # between two evaluations of the guards of experiments
+GUARD_SECONDS = 3.0  # between two evaluations of the guards of experiments
 TRIM_SECONDS = 10.0  # between two looks at the memory that is free and not returned to the system
 GOLDEN_AT_ONCE = 16  # golden examples at the engines at the same time
 GOLDEN_PATIENCE = 60.0  # seconds to wait for room in a full queue
@@ -247,7 +247,7 @@ class ServerState:
         self.signing_in = ThreadPool("sign-in", 4, MOST_SIGN_INS, "sign-ins wait for the provider", 5)
         self._use(self.tenant(DEFAULT), OPERATOR)
         self._open_tenants()
-        self._settle_lock = threading.Lock()
+        self._guard_lock = threading.Lock()
         self._followers = Followers(self.log, self._count_failure)
 
     def now(self) -> int:
@@ -585,12 +585,12 @@ class ServerState:
     def _all_tenants(self) -> Sequence[Tenant]:
         return list(self.tenants.values())
 
-    def _settle(self, tenant: Tenant | None = None) -> None:
+    def _apply_guards(self, tenant: Tenant | None = None) -> None:
         """Do what the guards of a tenant's experiments ask, on one server. None: of the tenant of this state."""
         if not self.replica.lead():
             return
         tenant = tenant or self.tenant(self.access.tenant)
-        with self._settle_lock:
+        with self._guard_lock:
             done = [(str(each.experiment), line) for each in tenant.workspace.settle() for line in each.done]
         for experiment, line in done:
             self.log.write("experiment", experiment=experiment, done=line)
@@ -610,7 +610,7 @@ class ServerState:
             ("turret-arms", self._each_tenant(lambda tenant: tenant.routing.prepare()), POLL_SECONDS),
             ("turret-turn", self._each_tenant(lambda tenant: tenant.routing.turn()), TURN_SECONDS),
             ("turret-usage", self.usage.flush, USAGE_SECONDS),
-            ("turret-settle", self._each_tenant(self._settle), SETTLE_SECONDS),
+            ("turret-guards", self._each_tenant(self._apply_guards), GUARD_SECONDS),
             ("turret-heap", trim, TRIM_SECONDS),
             *self.replica.followers(),
         ):

@@ -44,7 +44,9 @@ class Weights:
     distance: float | None  # relative to `norm`; None if only `norm` is 0
 
 
-def apart(a: Mapping[str, Path], b: Mapping[str, Path]) -> tuple[tuple[Weights, ...], Weights | None, tuple[str, ...]]:
+def weight_distance(
+    a: Mapping[str, Path], b: Mapping[str, Path]
+) -> tuple[tuple[Weights, ...], Weights | None, tuple[str, ...]]:
     """Compare the tensors of two bundles, given as files by path.
 
     Returns:
@@ -212,7 +214,7 @@ def difference(a: Version, b: Version, files_a: Mapping[str, Path], files_b: Map
     """Compare two versions, given their files by path."""
     settings_a, settings_b = (dict(_settings(version.manifest)) for version in (a, b))
     keys = list(dict.fromkeys((*settings_a, *settings_b)))
-    groups, moved, rest = apart(files_a, files_b)
+    groups, moved, rest = weight_distance(files_a, files_b)
     return Difference(
         versions=(str(a), str(b)),
         differs={

@@ -559,11 +559,11 @@ class Workspace:
 
     def course(self, name: str, number: int | None = None) -> EvidenceHistory:
         """How the evidence of an experiment grew with its outcomes."""
-        return experimenting.course(self.store, name, number, self._histories)
+        return experimenting.evidence_history(self.store, name, number, self._histories)
 
     def settle(self) -> Sequence[ExperimentStatus]:
         """Apply the guards of all running experiments. A server calls it every few seconds."""
-        return experimenting.settle_all(self.store, self._memories)
+        return experimenting.apply_guards(self.store, self._memories)
 
     def router(self, clock: Callable[[], float] = time.time) -> Router:
         """The object with which a server assigns requests to versions and records outcomes."""
@@ -591,5 +591,5 @@ class Workspace:
 
     def doctor(self, base: str | None = None) -> JsonObject:
         """What this machine can run, and what can be done on a base if one is given."""
-        facts = machine.facts(self.store)
-        return facts if base is None else facts | {"base": machine.base_facts(base)}
+        facts = machine.describe_machine(self.store)
+        return facts if base is None else facts | {"base": machine.describe_base(base)}

@@ -467,7 +467,7 @@ def listed(store: Store, alpha: float) -> list[JsonObject]:
     ]
 
 
-def settle_all(store: Store, memories: dict[int, Memory]) -> list[ExperimentStatus]:
+def apply_guards(store: Store, memories: dict[int, Memory]) -> list[ExperimentStatus]:
     """Settle every running experiment.
 
     Args:
@@ -485,7 +485,7 @@ def settle_all(store: Store, memories: dict[int, Memory]) -> list[ExperimentStat
     ]
 
 
-def course(store: Store, name: str, number: int | None, known: dict[int, EvidenceHistory]) -> EvidenceHistory:
+def evidence_history(store: Store, name: str, number: int | None, known: dict[int, EvidenceHistory]) -> EvidenceHistory:
     """How the evidence of an experiment grew. Raises NotFound.
 
     Args:

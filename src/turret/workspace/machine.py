@@ -27,7 +27,7 @@ BUNDLED = (
 )
 
 
-def facts(store: Store) -> JsonObject:
+def describe_machine(store: Store) -> JsonObject:
     """Everything that `turret doctor` prints, with stable keys."""
     import psutil
 
@@ -52,7 +52,7 @@ def facts(store: Store) -> JsonObject:
     }
 
 
-def base_facts(base: str) -> JsonObject:
+def describe_base(base: str) -> JsonObject:
     """What can be done on a base. It is loaded: an architecture that is not listed is checked against its own outputs.
 
     Raises:

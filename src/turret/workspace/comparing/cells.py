@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from turret.adapters.tuners import tuner_of
 from turret.compare.candidates import Candidate
 from turret.compare.design import Cell
 from turret.compare.report_text import seconds as span
@@ -135,9 +134,11 @@ class CellRunner:
 
 
 def require_known(rows: Sequence[Candidate]) -> None:
-    """Check methods of PEFT and their settings before anything is trained; only this check loads PEFT."""
+    """Check methods of PEFT and their settings before anything is trained; only this check loads torch and PEFT."""
     for row in rows:
         if row.recipe.method.open_settings:
+            from turret.adapters.tuners import tuner_of
+
             try:
                 tuner_of(row.recipe.method).require_known()
             except RecipeError as error:

@@ -23,7 +23,7 @@ from turret.compare.report import write_report
 from turret.compare.results import CellResult
 from turret.data import Dataset, Example
 from turret.data.dataset import digest_of
-from turret.engine import Named
+from turret.engine.request import Named
 from turret.errors import AdapterError, RecipeError, WrongBase
 from turret.json_types import JsonMapping
 from turret.recipe import Recipe
@@ -32,7 +32,6 @@ from turret.store import Store, Version
 from turret.tasks import stored_task, task_from_spec
 from turret.workspace.answering import Mounted
 from turret.workspace.comparing import kept_files, measure
-from turret.workspace.comparing.command import provenance
 from turret.workspace.comparing.kept_files import KeptFiles, held
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_labelled
@@ -244,7 +243,7 @@ def _measure(
                 "parameters": {"trainable": weights, "stored": weights, "total": total},
                 "bundle_bytes": 0 if own is None else composed.rows[spec].bytes,
                 "notes": list(base.notes),
-                "made": provenance(model, int8=False),
+                "made": measure.provenance(model, int8=False),
                 "wall_seconds": time.perf_counter() - started,
             },
         )
