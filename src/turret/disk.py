@@ -152,3 +152,16 @@ def describe_error(error: Exception, where: Path) -> str:
     reason = os.strerror(number) if number else " ".join(str(error).split())[:160]
     failing = f": the disk at {mount_of(path)} fails, look at its health" if number in FAILING else ""
     return f"{reason}: {path}{failing}"
+
+
+def everything_below(folder: Path) -> Iterator[os.stat_result]:
+    """Files and folders below a folder. What another process removes meanwhile is left out, and is no error."""
+    for top, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            with suppress(FileNotFoundError):
+                yield os.lstat(os.path.join(top, name))
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(each.st_size for each in everything_below(folder) if stat.S_ISREG(each.st_mode))

@@ -130,6 +130,32 @@ def test_what_a_killed_gc_has_given_up_goes_with_the_next_one(store, line, submi
     assert store.verify().orphans == 0
 
 
+def test_two_gcs_remove_the_same_folders_at_one_time(store, submit) -> None:
+    submit()
+    failed: list[Exception] = []
+
+    def gc() -> None:
+        try:
+            for _ in range(6):
+                store.gc()
+        except Exception as error:
+            failed.append(error)
+
+    for number in range(60):
+        folder = store.root / "queued" / f"{queued_data.GONE}{number:08x}-{number:032x}"
+        for depth in range(4):
+            folder = folder / f"deeper{depth}"
+            folder.mkdir(parents=True)
+            (folder / "a.csv").write_text("a")
+    threads = [threading.Thread(target=gc) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert failed == []
+    assert not [path for path in (store.root / "queued").iterdir() if path.name.startswith(queued_data.GONE)]
+
+
 def test_what_a_killed_submission_has_written_goes_once_it_is_old(store, line, submit, monkeypatch) -> None:
     class Killed(BaseException):
         pass

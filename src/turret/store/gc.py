@@ -15,14 +15,13 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sqlalchemy import select
 
 from turret.database import Database, runs
-from turret.disk import clock_of
+from turret.disk import bytes_below, clock_of
 from turret.json_types import JsonObject
 from turret.store import uploads
 from turret.store.blobs import Blob, Files
@@ -91,9 +90,9 @@ def of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Remove
         if states.get(folder.name) == "finished":
             for path in (folder / "checkpoint", *folder.glob("bundle-*")):
                 if path.is_dir():
-                    yield from _remove_folder(path, _size(path), "its run is finished", root, dry_run)
+                    yield from _remove_folder(path, bytes_below(path), "its run is finished", root, dry_run)
         elif folder.name not in states and clock_of(folder.parent) - folder.stat().st_mtime > OLD:
-            yield from _remove_folder(folder, _size(folder), "a run that never started", root, dry_run)
+            yield from _remove_folder(folder, bytes_below(folder), "a run that never started", root, dry_run)
 
 
 def _remove_folder(path: Path, size: int, why: str, root: Path, dry_run: bool) -> Iterable[Removed]:
@@ -103,11 +102,3 @@ def _remove_folder(path: Path, size: int, why: str, root: Path, dry_run: bool) -
         except FileNotFoundError:  # another gc removed it
             return []
     return [Removed(path.relative_to(root).as_posix(), size, why)]
-
-
-def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            total += path.lstat().st_size if path.is_file() else 0
-    return total

@@ -23,7 +23,7 @@ from sqlalchemy import Connection, select
 
 from turret.access import DEFAULT
 from turret.database import Database, runs
-from turret.disk import make_folder, sync
+from turret.disk import bytes_below, make_folder, sync
 from turret.store import scratch
 from turret.store.artifacts import Artifact, Artifacts
 from turret.store.blobs import Blob
@@ -85,7 +85,7 @@ def collect(root: Path, database: Database, artifacts: Artifacts, *, dry_run: bo
     yield from (Removed(each.path, each.blob.bytes, WHY) for each in listed)
     gone = [path for _, folder in _folders(root) for path in sorted(folder.glob(f"{GONE}*"))]
     for path in [*(local if dry_run else ()), *gone]:
-        size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+        size = bytes_below(path)
         if not dry_run:
             shutil.rmtree(path, ignore_errors=True)
         yield Removed((path.parent.relative_to(root) / path.name.rpartition("-")[2]).as_posix(), size, WHY)

@@ -25,9 +25,11 @@ from pathlib import Path
 from turret.disk import (
     FAILING,
     PRIVATE,
+    bytes_below,
     clock_of,
     create,
     describe_error,
+    everything_below,
     exclusive_lock,
     flush,
     make_folder,
@@ -214,9 +216,5 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _state(folder: Path) -> tuple[float, int]:
     """Time of the last change, and bytes, of a folder and everything in it."""
-    changed, size = folder.lstat().st_mtime, 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            found = path.lstat()
-            changed, size = max(changed, found.st_mtime), size + (found.st_size if path.is_file() else 0)
-    return changed, size
+    found = list(everything_below(folder))
+    return max(each.st_mtime for each in (folder.lstat(), *found)), bytes_below(folder)
