@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv, stdtrit
+from scipy.special import bdtr, betaincinv, stdtrit
 
 Array = npt.NDArray[np.float64]
 RESAMPLES = 4000
@@ -62,11 +62,6 @@ class Components:
             parts.append((self.between_seeds / seeds + self.rest / (seeds * examples), seeds - 1))
         below = sum(part**2 / max(free, 1) for part, free in parts)
         return max(1.0, sum(part for part, _ in parts) ** 2 / below) if below > 0 else 1e6
-
-    def half_width(self, seeds: int, examples: int, confidence: float) -> float:
-        """Half the width of the interval for so many seeds and examples."""
-        quantile = float(stdtrit(self.freedom(seeds, examples), 0.5 + confidence / 2))
-        return quantile * math.sqrt(self.variance(seeds, examples))
 
 
 def components(d: Array) -> Components:
@@ -179,14 +174,7 @@ def mcnemar(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tupl
 
 def sign_test(wins: int, losses: int) -> float:
     """The exact two-sided p of so many wins and losses if both are equally likely."""
-    total, fewer = wins + losses, min(wins, losses)
-    if total == 0:
-        return 1.0
-    logs = [
-        math.lgamma(total + 1) - math.lgamma(k + 1) - math.lgamma(total - k + 1) - total * math.log(2)
-        for k in range(fewer + 1)
-    ]
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+    return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def rate(times: int, trials: int, confidence: float = 0.95) -> Interval:

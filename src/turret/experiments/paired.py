@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from turret.experiments.evidence import Floats
 from turret.json_types import JsonObject
@@ -84,7 +84,7 @@ def compare(a: Sequence[float], b: Sequence[float], *, level: float = 0.95, seed
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """The exact two-sided p-value."""
-    return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+    return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
 
 
 def _resampled(differences: Floats, generator: np.random.Generator) -> Floats:

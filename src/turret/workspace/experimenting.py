@@ -468,7 +468,7 @@ def listed(store: Store, alpha: float) -> list[JsonObject]:
 
 
 def apply_guards(store: Store, memories: dict[int, Memory]) -> list[ExperimentStatus]:
-    """Settle every running experiment.
+    """Apply the guards of all running experiments.
 
     Args:
         memories: by the id of an experiment; kept by the caller so that the next call reads only new outcomes.
