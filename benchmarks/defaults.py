@@ -565,6 +565,7 @@ def main() -> None:
             for job in STAGES[options.stage]():
                 chosen = not options.sets or job.set in options.sets
                 chosen &= not options.examples or job.examples in options.examples
+                chosen &= not options.methods or job.method[0][1] in options.methods
                 if not chosen or job.set in missing(options.data) or (job.method == LINEAR and seed != options.seed[0]):
                     continue  # the regression has no seed
                 measure(job, seed, options)
@@ -592,6 +593,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--sets", nargs="+", choices=list(SETS), help="only these")
     parser.add_argument("--examples", type=int, nargs="+", help="only these numbers of training examples")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
