@@ -36,7 +36,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -466,24 +466,49 @@ def confirmed(runs: list[dict[str, Any]]) -> str:
 
 
 def missed(runs: list[dict[str, Any]]) -> str:
-    """The goals that the defaults miss, and how much of the study has not run."""
+    """The goals that the defaults miss, the seeds that each number rests on, and what the study has not measured."""
     now = [run for run in runs if run["stage"] == "confirm" and run["code"] == CODES[run["method"]["kind"]]]
     rows: list[list[object]] = []
+    measured, lower = 0, 0
     for examples in (SMALL, MANY):
         found = {(run["set"], run["method"]["kind"], run["seed"]): run for run in now if run["asked"] == examples}
         for name in CLASSIFY:
             for method in METHODS[1:]:
                 table = _differences(found, name, method, "linear")
-                if table is not None and bounds([table])[2] < 0:
-                    rows.append([f"{name}, {examples} examples", f"{method} not below linear", ">= 0", pooled([table])])
-        tables = [table for name in CLASSIFY if (table := _differences(found, name, "lora", "full")) is not None]
-        if tables and bounds(tables)[0] < -1:
-            rows.append([f"all sets with both, {examples} examples", "lora - full, pooled", ">= -1", pooled(tables)])
+                if table is None:
+                    continue
+                measured += 1
+                mean, _, high = bounds([table])
+                goal = [f"{name}, {examples} examples", f"{method} not below linear", ">= 0", pooled([table])]
+                if high < 0:
+                    rows.append([*goal, _seeds(found, method, [name])])
+                elif mean < 0:
+                    lower += 1
+        both = {name: _differences(found, name, "lora", "full") for name in CLASSIFY}
+        tables = {name: table for name, table in both.items() if table is not None}
+        if tables and bounds(list(tables.values()))[0] < -1:
+            goal = [f"{len(tables)} sets, {examples} examples", "lora - full, pooled", ">= -1"]
+            rows.append([*goal, pooled(list(tables.values())), _seeds(found, "full", tables)])
+    below = len([row for row in rows if "not below" in str(row[1])])
+    comparisons = 2 * len(CLASSIFY) * (len(METHODS) - 1)
+    said = f"{below} below, {lower} lower with 0 in the interval, {measured - below - lower} not lower"
+    rows.append(["all sets", "comparisons with linear", comparisons, f"{measured}: {said}", _seeds_of(now)])
     wanted = 2 * len(CLASSIFY) * (SEEDS * (len(METHODS) - 1) + 1)
     have = len({run["key"] for run in now})
     if have < wanted:
-        rows.append(["all sets", f"runs of the study, {SEEDS} seeds", wanted, have])
-    return record.table(["set", "goal", "wanted", "measured, points (95%)"], rows) if rows else "None."
+        rows.append(["all sets", f"runs of the study, {SEEDS} seeds", wanted, have, _seeds_of(now)])
+    return record.table(["set", "goal", "wanted", "measured, points (95%)", "seeds"], rows)
+
+
+def _seeds(found: Found, method: str, names: Iterable[str]) -> str:
+    """The seeds of a method's runs on some sets."""
+    return ", ".join(map(str, sorted({seed for name, kind, seed in found if kind == method and name in names})))
+
+
+def _seeds_of(runs: list[dict[str, Any]]) -> str:
+    """How many runs each seed has; the regression has none."""
+    count = Counter(run["seed"] for run in runs if run["method"]["kind"] != "linear")
+    return ", ".join(f"{seed} ({count[seed]} runs)" for seed in sorted(count))
 
 
 def _accuracies(found: Found, title: str, names: Sequence[str] = CLASSIFY) -> str:
@@ -561,15 +586,22 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(options.threads)
-        for seed in options.seed:
-            for job in STAGES[options.stage]():
-                chosen = not options.sets or job.set in options.sets
-                chosen &= not options.examples or job.examples in options.examples
-                chosen &= not options.methods or job.method[0][1] in options.methods
-                if not chosen or job.set in missing(options.data) or (job.method == LINEAR and seed != options.seed[0]):
-                    continue  # the regression has no seed
+        for seed, job in jobs(options):
+            if job.set not in missing(options.data):
                 measure(job, seed, options)
     print(report(record.load(NAME)))
+
+
+def jobs(options: argparse.Namespace) -> Iterator[tuple[int, Job]]:
+    """(seed, job) of every run that was asked for. The regression has no seed: it runs with the first one only."""
+    for seed in options.seed:
+        for job in STAGES[options.stage]():
+            method = job.method[0][1]
+            chosen = not options.sets or job.set in options.sets
+            chosen &= not options.examples or job.examples in options.examples
+            chosen &= not options.methods or method in options.methods
+            if chosen and (job.method != LINEAR or seed == options.seed[0]):
+                yield seed, job
 
 
 @functools.cache

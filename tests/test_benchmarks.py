@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 import re
@@ -86,3 +87,52 @@ def test_the_benchmark_of_gpus_runs_through_on_the_cpu(gpu, tmp_path, capfd) -> 
         assert len(rates) == 2
         assert min(rates) > 1
     assert "vllm: left out, " in said.err
+
+
+# --- the study of defaults -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def defaults(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return load(BENCHMARKS / "defaults.py", "benchmark_defaults")
+
+
+def asked(stage: str, **chosen: list) -> argparse.Namespace:
+    return argparse.Namespace(
+        **({"stage": stage, "seed": [0], "sets": None, "examples": None, "methods": None} | chosen)
+    )
+
+
+def test_a_study_runs_the_methods_and_sets_that_were_asked_for_and_the_regression_once(defaults) -> None:
+    chosen = list(defaults.jobs(asked("confirm", seed=[0, 1], methods=["linear", "lora"], sets=["spam", "pairs"])))
+    said = [(seed, job.set, job.examples, job.method[0][1]) for seed, job in chosen]
+    assert [each for each in said if each[3] == "linear"] == [
+        (0, name, examples, "linear") for examples in (200, 1000) for name in ("spam", "pairs")
+    ]
+    assert sorted(each[:3] for each in said if each[3] == "lora") == sorted(
+        (seed, name, examples) for seed in (0, 1) for examples in (200, 1000) for name in ("spam", "pairs")
+    )
+    assert len(said) == 12
+    assert len(list(defaults.jobs(asked("confirm", seed=list(range(5)))))) == 448
+
+
+def scored(defaults, name: str, method: str, seed: int, right: str) -> dict:
+    key = defaults.Job(name, 200, (("kind", method),)).key(seed)
+    found = {"key": key, "stage": "confirm", "code": defaults.CODES[method], "set": name, "asked": 200, "seed": seed}
+    return {**found, "method": {"kind": method}, "right": right}
+
+
+def test_a_study_names_what_is_missed_with_its_seeds_and_counts_what_was_not_measured(defaults) -> None:
+    many, few, one_less = "1" * 80 + "0" * 20, "1" * 40 + "0" * 60, "1" * 79 + "0" * 21
+    runs = [scored(defaults, name, "linear", 0, many) for name in ("spam", "news")]
+    runs += [scored(defaults, "spam", "lora", seed, few) for seed in (0, 3)]
+    runs += [scored(defaults, "news", "lora", 0, one_less), scored(defaults, "news", "prefix", 0, many)]
+    table = [[each.strip() for each in line.strip("|").split("|")] for line in defaults.missed(runs).splitlines()]
+    lost, comparisons, left = table[2:]
+    assert lost[:2] == ["spam, 200 examples", "lora not below linear"]
+    assert lost[3].startswith("-40.0 [")
+    assert lost[4] == "0, 3"
+    assert comparisons[2:4] == ["84", "3: 1 below, 1 lower with 0 in the interval, 1 not lower"]
+    assert comparisons[4] == "0 (3 runs), 3 (1 runs)"
+    assert left[2:4] == ["448", "6"]
