@@ -22,7 +22,8 @@ from server import walk
 from turret.server.limits import RequestLimits, is_page
 
 PROMISED = 0.3  # seconds until /healthz answers, during any other request
-GROWTH = 1 << 30  # bytes by which the memory of a server may grow meanwhile: a text of a million tokens takes 260 MiB
+GROWTH = 5 << 28  # bytes by which the memory of a server may grow meanwhile: the walk with any text, 16,528
+# requests, took 1,064 MiB at its highest, of which one text of a million tokens takes 260
 LIMITS = RequestLimits()
 HEADER = LIMITS.header_bytes - 2048  # bytes that one value may have
 PATTERNS = (
