@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from store.s3_proxy import proxied
 from workspace.test_comparing import recipe_in
-from workspace.test_other_machine import forget_machine, until
+from workspace.test_other_machine import SECONDS, forget_machine, until
 
 from turret import audit
 from turret.access import Access
@@ -406,6 +406,7 @@ class TestFleet:
         os.kill(first.pid, signal.SIGKILL)
         time.sleep(3)  # its training ends, because its worker did
         forget_machine(machine("one"))
+        time.sleep(1.5 * float(SECONDS))  # until its lease has ended, nothing is due
         second = start(machine("two"), "--until-empty")
         until(lambda: workspace.run(run)["state"] == "finished", 300)
         _, err = second.communicate(timeout=60)
