@@ -500,7 +500,7 @@ def missed(runs: list[dict[str, Any]]) -> str:
     have = len({run["key"] for run in now})
     if have < wanted:
         rows.append(["all sets", f"runs of the study, {SEEDS} seeds", wanted, have, _seeds_of(now)])
-    return record.table(["set", "goal", "wanted", "measured, points (95%)", "seeds"], rows)
+    return record.table(["set", "goal", "wanted", "measured, points (95%)", "seeds (runs)"], rows)
 
 
 def _seeds(found: Found, method: str, names: Iterable[str]) -> str:
@@ -509,9 +509,9 @@ def _seeds(found: Found, method: str, names: Iterable[str]) -> str:
 
 
 def _seeds_of(runs: list[dict[str, Any]]) -> str:
-    """How many runs each seed has; the regression has none."""
+    """Each seed and how many runs it has; the regression has none."""
     count = Counter(run["seed"] for run in runs if run["method"]["kind"] != "linear")
-    return ", ".join(f"{seed} ({count[seed]} runs)" for seed in sorted(count))
+    return ", ".join(f"{seed} ({count[seed]})" for seed in sorted(count))
 
 
 def _accuracies(found: Found, title: str, names: Sequence[str] = CLASSIFY) -> str:

@@ -159,5 +159,5 @@ def test_a_study_names_what_is_missed_with_its_seeds_and_counts_what_was_not_mea
     assert lost[3].startswith("-40.0 [")
     assert lost[4] == "0, 3"
     assert comparisons[2:4] == ["84", "3: 1 below, 1 lower with 0 in the interval, 1 not lower"]
-    assert comparisons[4] == "0 (3 runs), 3 (1 runs)"
+    assert comparisons[4] == "0 (3), 3 (1)"
     assert left[2:4] == ["448", "6"]

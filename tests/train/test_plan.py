@@ -232,7 +232,7 @@ def test_an_encoders_prefix_through_its_mlp_is_warned_of() -> None:
     assert made(method="prefix", method__reparametrize="true")[1]["reparametrize"].level == "warn"
     plain = made(method="prefix")[1]
     assert "reparametrize" not in plain
-    assert "trails LoRA and full fine-tuning" in plain["prefix"].text
+    assert "trails LoRA and full fine-tuning, most on pairs of texts" in plain["prefix"].text
     assert "reparametrize" not in made("llama", "summarize", method="prefix")[1]
 
 

@@ -73,7 +73,7 @@ class Prefix(Method):
         if family_kind != "encoder":
             return
         if not self.reparametrize:
-            text = "an encoder's prefix trails LoRA and full fine-tuning slightly (docs/measured.md)"
+            text = "an encoder's prefix trails LoRA and full fine-tuning, most on pairs of texts (docs/measured.md)"
             yield Check("prefix", "ok", text)
         else:
             yield Check(
