@@ -1,6 +1,6 @@
 """Claim: every fast path of training makes a step of a real job faster, or saves less memory for its backward pass.
 
-Each path of `turret.adapters.fused.FAST_PATHS` is turned off and on in one process, on the same batches, in the order
+Each path of `turret.ops.table.PATHS` is turned off and on in one process, on the same batches, in the order
 on, off, off, on. One measurement is a block of steps with the path and a block without it. A path that a larger one
 computes too is measured with the larger one off on both sides. Jobs are those of `train_speed.py`: LoRA of
 all-MiniLM-L6 on short texts and on articles, and of SmolLM2-135M on headlines, in the base's own precision. The paths
@@ -37,7 +37,7 @@ CLAIM = "every fast path makes a training step faster or saves less memory for i
 STEPS = {"short": 8, "full": 2, "decoder-lora": 1}  # of a block
 WARM = 2  # blocks of each side before the first one that counts
 SMALLEST = 0.05  # share of the saved memory that is named
-# Paths of `fast_paths_engine.py` by their names in FAST_PATHS.
+# Paths of `fast_paths_engine.py` by their names in PATHS.
 ENGINE = {
     "kernels": "all kernels",
     "layer_calls": "layers in one call",
@@ -59,13 +59,13 @@ def main() -> None:
 
 def measure(job: str, options: argparse.Namespace, folder: Path) -> None:
     """One run is kept for each path of a job."""
-    from turret.adapters.fused import DECODER, ENCODER, FAST_PATHS, without
+    from turret.ops.table import DECODER, ENCODER, PATHS, without
 
     kind = ENCODER if sides.JOBS[job].kind == "classify" else DECODER
-    names = [name for name, path in FAST_PATHS.items() if path.trains and kind in path.bases]
+    names = [name for name, path in PATHS.items() if path.trains and kind in path.bases]
     with _training(job, options, folder) as (dtype, block, saved):
         for name in (each for each in options.paths or names if each in names):
-            larger = FAST_PATHS[name].part_of
+            larger = PATHS[name].part_of
             with_it, alone = lambda larger=larger: without(*larger), lambda name=name: without(name)
             pairs = in_turns(block, with_it, alone, options.pairs)
             memory = [saved(way) for way in (with_it, alone)]
@@ -203,13 +203,13 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def figures(machine: Callable[[Mapping[str, Any]], str]) -> str:
     """Every fast path with what it buys on the newest processor. machine: names the processor of a run."""
-    from turret.adapters.fused import FAST_PATHS
+    from turret.ops.table import PATHS
 
     runs, served = kept(), record.newest(record.load(fast_paths_engine.NAME), lambda run: repr(run["settings"]))
     newest = max([*runs, *served], key=lambda run: run["machine"]["at"], default=None)
     device = newest and newest["machine"]["device"]
     rows = []
-    for name, path in FAST_PATHS.items():
+    for name, path in PATHS.items():
         own = [run for run in runs if run["path"] == name and run["machine"]["device"] == device]
         own.sort(key=lambda run: list(STEPS).index(run["settings"]["job"]))
         buys = [f"{run['settings']['job']} {spread(run)}{_memory(run)}" for run in own]

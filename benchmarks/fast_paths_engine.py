@@ -44,7 +44,7 @@ class Path:
         jobs: Where it may show.
         off: Paths that are off on both sides.
         row: What it computes, its reference, and when it is taken, for the table in ARCHITECTURE.md. None if
-            `turret.adapters.fused.FAST_PATHS` lists it.
+            `turret.ops.table.PATHS` lists it.
     """
 
     jobs: tuple[str, ...]
@@ -59,7 +59,7 @@ PATHS = {
     "low_rank": Path(
         ("texts", "short texts", "prompts", "one prompt"),
         (LAYERS,),
-        ("SGMV: the LoRA of every token of a pass, one call for each layer", "`adapter_pool.sgmv`", "with kernels"),
+        ("SGMV: the LoRA of every token of a pass, one call for each layer", "`ops.mixed_lora.sgmv`", "with kernels"),
     ),
     "step attention": Path(("prompts", "one prompt"), (LAYERS,)),
     "few-token products": Path(("short texts", "prompts", "one prompt"), (LAYERS,)),
@@ -92,10 +92,12 @@ PATHS = {
 
 def patches(name: str, engine: Any) -> list[Patch]:
     """How each path is switched off: the one place that knows."""
-    from turret.adapters import attention
-    from turret.adapters.fused import activations, layers, residual, rotary
-    from turret.engine import adapter_pool, cache, decode, runner
+    from turret.adapters import attention, layers
+    from turret.engine import decode, runner
+    from turret.ops import mixed_lora
+    from turret.ops.core import Ops
     from turret.ops.cpu import Library, available
+    from turret.ops.cpu.ops import CpuOps
 
     def none(*_: Any) -> None:
         return None
@@ -103,14 +105,12 @@ def patches(name: str, engine: Any) -> list[Patch]:
     return {
         KERNELS: lambda: [(available, "library", none)],
         LAYERS: lambda: [(layers.OneCall, "__call__", none)],
-        "low_rank": lambda: [(adapter_pool, "usable", none)],
-        "step attention": lambda: [(cache, "usable", none)],
+        "low_rank": lambda: [(mixed_lora, "CpuRows", lambda _, spans, tokens: mixed_lora.MixedRows(spans))],
+        "step attention": lambda: [(CpuOps, "kv_step", none)],
         "few-token products": lambda: [(Library, "few", lambda *_: 0)],
         "prefill attention": lambda: [(attention, "_unpadded", attention._unpadded_plainly)],
-        "norms, activations, rotary": lambda: [
-            (module, "usable", none) for module in (activations, residual, rotary)
-        ],
-        "lay_out": lambda: [(adapter_pool, "usable", none)],
+        "layer": lambda: [(layers.LayerHook, "_block", none)],
+        "lay_out": lambda: [(CpuOps, "lay_out", Ops.lay_out)],
         "long passes": lambda: [(engine._scheduler, "batch_tokens", runner.SHORT_PASS)],
         "round passes": lambda: [(runner, "rounded", lambda tokens, _: tokens)],
         "top_p of few": lambda: [(decode, "LOOKED_AT", 1 << 30)],

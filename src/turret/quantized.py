@@ -163,6 +163,11 @@ class FourBitProducts(NamedTuple):
         assert state is not None
         return cls(parameter.data, state)
 
+    @property
+    def cheap(self) -> bool:
+        """Whether computing a product again costs less than saving it."""
+        return False
+
     def dense(self) -> Tensor:
         """W, (D_out, D_in)."""
         unpacked: Tensor = library().functional.dequantize_4bit(self.weight, self.state)
@@ -174,9 +179,10 @@ class FourBitProducts(NamedTuple):
         y: Tensor = library().matmul_4bit(x, self.weight, self.state, bias=bias)
         return y
 
-    def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """dy W."""
-        return dy @ self.dense().to(dy.dtype)
+    def backward(self, dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
+        """dy W + plus."""
+        dx = dy @ self.dense().to(dy.dtype)
+        return dx if plus is None else plus.add_(dx)
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype | None = None) -> None:

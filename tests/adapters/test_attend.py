@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from turret.adapters import attention as module
-from turret.adapters.attention import attend, attend_plainly
-from turret.adapters.fused.dropout import Masks
+from turret.ops import attention as module
+from turret.ops.attention import attend, attend_plainly
+from turret.ops.dropout import Masks
 
 BIASES = {"none": None, "padding": (2, 1, 1, 9), "causal": (1, 1, 5, 9), "position": (1, 6, 5, 9), "all": (2, 6, 5, 9)}
 

@@ -12,10 +12,10 @@ from batches import padded, rows, with_eos
 from small_models import FAMILIES, GENERATORS, VOCABULARY, build
 
 from turret.adapters import attach, attachment, classify_logits, set_context
-from turret.adapters.attention import attend, attend_plainly
 from turret.errors import AdapterError
 from turret.families import FAMILIES as TABLE
 from turret.methods import LoRA, Prefix
+from turret.ops.attention import attend, attend_plainly
 
 GEMMA = {
     "vocab_size": VOCABULARY,

@@ -13,10 +13,10 @@ from batches import rows, with_eos
 from small_models import FAMILIES, GENERATORS, RELATIVES, build
 
 from turret.adapters import attach, checkpoint_layers, classify_logits, detach, multiply_in_int8, target_logits
-from turret.adapters.fused import without
 from turret.errors import AdapterError
 from turret.methods import Full, LoRA, Peft, Prefix
 from turret.ops.cpu import int8
+from turret.ops.table import without
 from turret.train.memory import SavedForBackward
 
 METHODS = [LoRA(r=2, lora_dropout=0.2), Prefix(num_virtual_tokens=3), Full(), Peft(peft_type="IA3")]

@@ -8,9 +8,9 @@ from small_models import build
 from torch import nn
 
 from turret.adapters import attach, detach
-from turret.adapters.fused.dropout import Masks, dropout
 from turret.adapters.hooks import RoutedDropout
 from turret.methods import Head
+from turret.ops.dropout import Masks, dropout
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-6, 0.1, 0.5, 0.9])

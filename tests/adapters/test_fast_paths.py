@@ -11,16 +11,18 @@ import torch
 from small_models import build
 from torch import Tensor
 
-import turret.adapters
-from turret.adapters import attach, classify_logits, fused, trainable_parameters
-from turret.adapters.fused import DECODER, ENCODER, FAST_PATHS
+import turret
+from turret.adapters import attach, classify_logits, trainable_parameters
 from turret.adapters.packed import target_states
 from turret.methods import LoRA
+from turret.ops import table
 from turret.ops.cpu import library
+from turret.ops.switches import enabled
+from turret.ops.table import DECODER, ENCODER, PATHS
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels on this machine")
 FAMILIES = {ENCODER: "bert", DECODER: "llama"}
-TRAINED = [(name, base) for name, path in FAST_PATHS.items() if path.trains for base in path.bases]
+TRAINED = [(name, base) for name, path in PATHS.items() if path.trains for base in path.bases]
 ROWS = [torch.tensor([2, *range(5, 5 + n), 3]) for n in (5, 40, 9)]
 
 
@@ -60,7 +62,7 @@ def shape_of(model: Any, base: str) -> tuple[list[str], int, float]:
         if node is not None and node not in nodes:
             nodes.add(node)
             todo += [each for each, _ in node.next_functions]
-    names = sorted(f"{node.name()} {type(getattr(node, 'lora', None)).__name__}" for node in nodes)
+    names = sorted(f"{node.name()} {type(getattr(node, 'ops', None)).__name__}" for node in nodes)
     return names, sum(saved.values()), y.item()
 
 
@@ -68,7 +70,7 @@ def shape_of(model: Any, base: str) -> tuple[list[str], int, float]:
 def test_a_path_gives_the_gradients_of_its_reference(name: str, base: str) -> None:
     model = model_of(base, 0.0)
     given = gradients(model, base)
-    with fused.without(name):
+    with table.without(name):
         reference = gradients(model, base)
     assert given
     for mine, theirs in zip(given, reference, strict=True):
@@ -79,28 +81,29 @@ def test_a_path_gives_the_gradients_of_its_reference(name: str, base: str) -> No
 def test_turning_a_path_off_changes_what_is_computed(name: str, base: str) -> None:
     """The control of the test above."""
     model = model_of(base, 0.2)
-    with fused.without(*FAST_PATHS[name].part_of):
+    with table.without(*PATHS[name].part_of):
         before = shape_of(model, base)
-    with fused.without(name):
+    with table.without(name):
         assert shape_of(model, base) != before
-    with fused.without(*FAST_PATHS[name].part_of):
+    with table.without(*PATHS[name].part_of):
         assert shape_of(model, base) == before
 
 
 def test_the_table_lists_every_path_that_the_code_asks_for() -> None:
     asked = set()
-    for file in Path(turret.adapters.__file__).parent.rglob("*.py"):
-        asked |= set(re.findall(r'(?<![\w.])(?:enabled|_kernels)\("(\w+)"', file.read_text(encoding="utf-8")))
-    assert asked == set(FAST_PATHS) - {"kernels"}  # those are turned off where they are looked up
+    for file in Path(turret.__file__).parent.rglob("*.py"):
+        for arguments in re.findall(r"(?<![\w.])(?:switches\.)?enabled\(([^)]*)\)", file.read_text(encoding="utf-8")):
+            asked |= set(re.findall(r'"(\w+)"', arguments))
+    assert asked == set(PATHS) - {"kernels"}  # those are turned off where they are looked up
 
 
 def test_a_larger_path_is_off_with_its_parts() -> None:
-    with fused.without("flash"):
-        assert not fused.enabled("trained_layer")
-        assert fused.enabled("gelu")
-    assert fused.enabled("trained_layer")
+    with table.without("flash"):
+        assert not enabled("trained_layer")
+        assert enabled("rms_norm")
+    assert enabled("trained_layer")
 
 
 def test_an_unknown_path_is_an_error() -> None:
-    with pytest.raises(KeyError, match="flsh"), fused.without("flsh"):
+    with pytest.raises(KeyError, match="flsh"), table.without("flsh"):
         pass

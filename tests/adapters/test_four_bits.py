@@ -17,13 +17,13 @@ import turret
 from turret import quantized
 from turret.adapters import attach, attachment, classify_logits, detach, extract
 from turret.adapters.batch_context import BatchContext
-from turret.adapters.fused import without
-from turret.adapters.fused.dropout import KeptMask
 from turret.adapters.lifecycle import merged_state
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.scaled import dora
 from turret.errors import AdapterError
 from turret.methods import Full, Head, LoRA, Peft, Prefix
+from turret.ops.dropout import KeptMask
+from turret.ops.table import without
 from turret.train.memory import SavedForBackward
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from turret.adapters.fused.frozen import linear
 from turret.ops import cpu as kernels
+from turret.ops.frozen import linear
 
 needed = pytest.mark.skipif(
     kernels.library() is None or not kernels.library().few(torch.float32),  # type: ignore[union-attr]

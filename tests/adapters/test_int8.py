@@ -10,12 +10,12 @@ from small_models import build
 from torch import Tensor
 
 from turret import adapters
-from turret.adapters import attach, classify_logits, detach, multiply_in_int8, trainable_parameters
-from turret.adapters.fused import int8
+from turret.adapters import attach, classify_logits, detach, hooks, multiply_in_int8, trainable_parameters
 from turret.adapters.packed import target_states
 from turret.errors import AdapterError
 from turret.methods import LoRA, Method, Prefix
 from turret.ops import cpu as kernels
+from turret.ops import frozen
 
 able = pytest.mark.skipif(not kernels.int8(), reason="no products in 8 bits on this processor")
 EVERYWHERE = LoRA(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -59,7 +59,7 @@ def off(given: Tensor, expected: Tensor) -> float:
 
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base that counts as too large to keep its rounded matrices."""
-    monkeypatch.setattr(int8, "SMALL", 0)
+    monkeypatch.setattr(hooks, "SMALL", 0)
 
 
 @able
@@ -123,11 +123,14 @@ def test_what_is_kept_rounded_gives_the_same_numbers_as_what_is_rounded_anew(
     multiply_in_int8(kept)
     large(monkeypatch)
     multiply_in_int8(anew)
-    monkeypatch.setattr(int8, "LEAST", 1)  # as few tokens as are kept for
+    monkeypatch.setattr(frozen, "LEAST", 1)  # as few tokens as are kept for
     assert torch.equal(output(kept), output(anew))
     assert torch.equal(gradients(kept), gradients(anew))
-    assert adapters.attachment(kept).context.rounded
-    assert adapters.attachment(anew).context.rounded is None
+    first, second = (adapters.attachment(each).context.int8 for each in (kept, anew))
+    assert first is not None
+    assert second is not None
+    assert first.rounded
+    assert second.rounded is None
 
 
 @able
@@ -136,8 +139,9 @@ def test_no_more_is_kept_rounded_than_the_layers_matrices_twice() -> None:
     layers = adapters.int8_layers(model)
     multiply_in_int8(model)
     gradients(model)
-    context = adapters.attachment(model).context
-    bytes_, numbers = adapters.rounded_bytes(context), 2 * sum(each.weight.numel() for each in layers)
+    int8 = adapters.attachment(model).context.int8
+    assert int8 is not None
+    bytes_, numbers = int8.bytes, 2 * sum(each.weight.numel() for each in layers)
     assert numbers * 0.9 < bytes_ < numbers * 1.1  # the first layer's queries have nobody to hand a gradient down to
 
 

@@ -24,11 +24,14 @@ from turret.adapters import (
 )
 from turret.adapters.adapter import Adapter
 from turret.adapters.batch_context import BatchContext
-from turret.adapters.fused.dropout import Masks
-from turret.adapters.lora import KernelProducts, LoRAFactors, TorchProducts, lora_delta
+from turret.adapters.lora import LoRAFactors
 from turret.errors import AdapterError, RecipeError
 from turret.methods import LoRA, Peft
 from turret.ops import cpu as kernels
+from turret.ops.core import REFERENCE
+from turret.ops.dropout import Masks
+from turret.ops.lora import lora_delta
+from turret.ops.structs import Lora
 from turret.recipe import Recipe
 
 NOISY = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False)
@@ -214,7 +217,7 @@ def test_the_fast_way_is_the_formula_with_its_gradients(rate: float, sizes: tupl
         torch.manual_seed(1)
         plain = layer(x) + factors(x)
         expected = by_kernels and kernels.library() is not None and d_in % 32 == 0
-        assert type(fast.grad_fn.lora) is (KernelProducts if expected else TorchProducts)
+        assert fast.grad_fn.ops.kernels == expected
         torch.testing.assert_close(fast, plain)
         dy = torch.randn_like(plain)
         given, wanted = (torch.autograd.grad(each, inputs, dy) for each in (fast, plain))
@@ -232,10 +235,10 @@ def test_the_gradients_that_are_written_out_are_those_of_the_formula(p: float) -
     y, dy = torch.zeros(7, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
     dropped = x if mask is None else x * mask.scaled(torch.ones_like(x))
     expected = lora_delta(dropped, A, B, 0.7)
-    products, dx = TorchProducts(0.7, mask), torch.zeros(7, 6, dtype=torch.float64)
+    lora, dx = Lora(A, B, 0.7, p, mask), torch.zeros(7, 6, dtype=torch.float64)
     with torch.no_grad():
-        h = products.forward(x, A, B, y)
-        dA, dB = products.backward(x, A, B, h, dy, dx)
+        inner = REFERENCE.add_lora([y], x, [lora])
+        dA, dB = REFERENCE.lora_backward([lora], lambda: x, inner, [dy], dx)
     torch.testing.assert_close(y, expected)
     for given, wanted in zip((dx, dA, dB), torch.autograd.grad(expected, (x, A, B), dy), strict=True):
         torch.testing.assert_close(given, wanted.to(given.dtype))

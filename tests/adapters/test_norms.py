@@ -15,7 +15,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from turret.adapters import attach, detach
 from turret.adapters.batch_context import BatchContext
-from turret.adapters.fused.residual import FrozenNorm
+from turret.adapters.layers import FrozenNorm
 from turret.families import family_of
 from turret.methods import Full, Head
 

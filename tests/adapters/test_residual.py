@@ -8,46 +8,19 @@ import pytest
 import torch
 from small_models import build
 from torch import Tensor
-from transformers.models.bert.modeling_bert import BertConfig, BertOutput, BertSelfOutput
 
 from turret.adapters import attach, attachment, classify_logits, detach, trainable_parameters
-from turret.adapters.batch_context import BatchContext
-from turret.adapters.fused.residual import FrozenOutput, _AddedNorm
+from turret.adapters.layers import NarrowedOutput
 from turret.families import family_of
 from turret.methods import Full, LoRA, Method, Prefix
-from turret.ops.cpu import NO_DROPOUT, DropoutArguments, library, without
+from turret.ops.cpu import library, without
+from turret.ops.structs import NO_DROPOUT, DropoutArguments, LayerNorm
+from turret.ops.table import of
 
 METHODS: tuple[Method, ...] = (
     LoRA(r=4, target_modules="all-linear", init_lora_weights=False, lora_dropout=0.0),
     Prefix(num_virtual_tokens=3),
 )
-
-
-def own_output(kind: Any, width: int, dtype: torch.dtype, p: float = 0.1) -> Any:
-    torch.manual_seed(0)
-    own = kind(BertConfig(hidden_size=width, intermediate_size=width, num_attention_heads=1, hidden_dropout_prob=p))
-    for each in own.parameters():
-        each.data.add_(0.3 * torch.randn_like(each)).requires_grad_(False)
-    return own.requires_grad_(False).to(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [BertSelfOutput, BertOutput])
-@pytest.mark.parametrize("width", [37, 128, 384])
-def test_it_gives_what_the_base_gives_and_the_same_gradients(kind: Any, dtype: torch.dtype, width: int) -> None:
-    own = own_output(kind, width, dtype).eval()
-    ours = FrozenOutput(own, BatchContext(), narrows=False)
-    h, x = (torch.randn(1, 9, width).to(dtype).requires_grad_() for _ in range(2))
-    close = {"atol": 2e-6, "rtol": 2e-5} if dtype == torch.float32 else {"atol": 0.06, "rtol": 0.05}
-    mine, theirs = ours(h, x), own(h, x)
-    torch.testing.assert_close(mine, theirs, **close)
-    dy = torch.randn_like(mine)
-    for given, wanted in zip(
-        torch.autograd.grad(mine, (h, x), dy), torch.autograd.grad(theirs, (h, x), dy), strict=True
-    ):
-        torch.testing.assert_close(given, wanted, **close)
-    with torch.no_grad():
-        assert torch.equal(ours(h, x), own(h, x))
 
 
 @pytest.mark.skipif(library() is None, reason="no kernels on this machine")
@@ -61,31 +34,28 @@ def test_what_is_dropped_is_dropped_on_the_way_back_too(width: int) -> None:
     assert 0.5 < float((mask > 0).double().mean()) < 0.9
     wide = [each.double().requires_grad_() for each in (a, x)]
     expected = torch.nn.functional.layer_norm(wide[0] * mask + wide[1], (width,), weight.double(), bias.double(), 1e-12)
-    given = [each.requires_grad_() for each in (a, x)]
-    y, s, stats = _AddedNorm.apply(*given, weight, bias, 1e-12, dropped, found)  # type: ignore[no-untyped-call]
-    assert not s.requires_grad
-    assert torch.equal(found.added_norm_again(s, weight, bias, stats), y)
+    ops, norm = of(a), LayerNorm(weight, bias, 1e-12, dropped)
+    y, s, stats = ops.added_norm(a, x, norm)
+    assert torch.equal(ops.added_norm_again(s, norm, stats), y)
     dy = torch.randn(11, width)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
-    for mine, wanted in zip(
-        torch.autograd.grad(y, given, dy), torch.autograd.grad(expected, wide, dy.double()), strict=True
-    ):
-        torch.testing.assert_close(mine.double(), wanted, atol=2e-5, rtol=2e-5)
-    plain, *_ = _AddedNorm.apply(*given, weight, bias, 1e-12, NO_DROPOUT, found)  # type: ignore[no-untyped-call]
+    wanted = torch.autograd.grad(expected, wide, dy.double())
+    for mine, theirs in zip(ops.added_norm_backward(s, norm, stats, dy), wanted, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, atol=2e-5, rtol=2e-5)
+    plain, *_ = ops.added_norm(a, x, norm._replace(dropped=NO_DROPOUT))
     assert not torch.allclose(y, plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_every_output_of_the_family_is_replaced_and_comes_back(family: str) -> None:
+def test_the_end_of_the_last_attention_is_replaced_and_comes_back(family: str) -> None:
     model = build(family, "classify")
     outputs = family_of(model.config).fast.added_norms
     own = {path: module for path, module in model.named_modules() if type(module).__name__ in outputs}
     names = {name for name, _ in model.named_parameters() if ".output." in name}
     attach(model, Prefix(num_virtual_tokens=2))
-    twins = [model.get_submodule(path) for path in own]
-    assert twins
-    assert all(isinstance(each, FrozenOutput) for each in twins)
-    assert [each.narrows for each in twins] == [*[False] * (len(twins) - 2), True, False]
+    assert own
+    replaced = [isinstance(model.get_submodule(path), NarrowedOutput) for path in own]
+    assert replaced == [*[False] * (len(own) - 2), True, False]
     assert names
     assert names <= {name for name, _ in model.named_parameters()}
     detach(model)

@@ -1,9 +1,10 @@
-"""A layer as one operation gives the numbers of its modules, bit for bit, forward and backward."""
+"""A layer as one operation gives the numbers of its modules, forward and backward, and draws the same masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -17,17 +18,16 @@ from turret.adapters import (
     attachment,
     classify_logits,
     detach,
-    fused,
     multiply_in_int8,
     trainable_parameters,
 )
 from turret.adapters.batch_context import set_context
-from turret.adapters.fused import layers
-from turret.adapters.fused.layers import TrainedEncoder
-from turret.adapters.fused.trained_decoder import TrainedDecoder
+from turret.adapters.layers import LayerHook
 from turret.adapters.packed import target_states
 from turret.methods import LoRA, Method, Prefix
+from turret.ops import table
 from turret.ops.cpu import Library, int8, library, without
+from turret.ops.dropout import Masks
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels on this machine")
 ENCODERS, DECODERS = ("bert", "roberta"), ("llama", "llama with biases", "mistral", "qwen2", "qwen3")
@@ -98,26 +98,35 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
         return call
 
-    for kind in (TrainedEncoder, TrainedDecoder):
-        monkeypatch.setattr(kind, "__call__", counting(kind.__call__))
+    monkeypatch.setattr(LayerHook, "trained", counting(LayerHook.trained))
     return found
 
 
 def by_modules(model: Any) -> list[Tensor]:
     """The same, computed by the layers' modules."""
-    with fused.without("trained_layer"):
+    with table.without("trained_layer"):
         return outcome(model)
 
 
-def same(given: list[Tensor], wanted: list[Tensor]) -> bool:
-    return all(torch.equal(mine, theirs) for mine, theirs in zip(given, wanted, strict=True))
+EXACT, HALF, EIGHTS = 1e-4, 0.1, 0.1  # 8 bits fall to the other side for a difference in the last bit
+
+
+def off(given: list[Tensor], wanted: list[Tensor]) -> list[float]:
+    """How far each tensor is from the wanted one, over its norm."""
+    pairs = [(mine.double(), theirs.double()) for mine, theirs in zip(given, wanted, strict=True)]
+    return [float((mine - theirs).norm() / theirs.norm().clamp(min=1e-30)) for mine, theirs in pairs]
+
+
+def same(given: list[Tensor], wanted: list[Tensor], allowed: float = EXACT) -> bool:
+    """Up to the rounding of the dtype."""
+    return max(off(given, wanted)) <= allowed
 
 
 @pytest.mark.parametrize("eights", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", [*METHODS, "LoRA behind attention"])
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
-def test_it_gives_the_modules_numbers_to_the_last_bit(
+def test_it_gives_the_modules_numbers(
     family: str, method: str, dtype: torch.dtype, eights: bool, counted: list[bool]
 ) -> None:
     if eights and not int8():
@@ -126,9 +135,11 @@ def test_it_gives_the_modules_numbers_to_the_last_bit(
     if eights:
         multiply_in_int8(model)
     given = outcome(model)
-    first = family in ENCODERS  # a decoder's first layer is given embeddings, which want no gradient
-    assert counted == [first, *[True] * (model.config.num_hidden_layers - 1)]
-    assert same(given, by_modules(model))
+    assert counted == [True] * model.config.num_hidden_layers
+    assert same(given, by_modules(model), EIGHTS if eights else HALF if dtype == torch.bfloat16 else EXACT)
+    if dtype == torch.bfloat16 and not eights:  # no further from float32 than the modules are
+        exact = by_modules(model_of(family, METHODS.get(method) or BEHIND[family]))
+        assert fmean(off(given, exact)) <= 1.3 * fmean(off(by_modules(model), exact))
 
 
 @pytest.mark.parametrize("tiled", [True, False])
@@ -139,7 +150,7 @@ def test_a_gated_mlp_that_is_made_again_gives_the_same(
     monkeypatch.setattr(Library, "tiled", lambda *_: tiled)
     model = model_of("llama", method, torch.bfloat16)
     given = outcome(model)
-    assert same(given, by_modules(model))
+    assert same(given, by_modules(model), HALF)
 
 
 def test_a_sliding_window_slides(counted: list[bool]) -> None:
@@ -154,8 +165,8 @@ def test_another_order_of_random_words_gives_other_numbers(monkeypatch: pytest.M
     """The control of the tests above."""
     model = model_of("bert", METHODS["LoRA on all"])
     given = outcome(model)
-    monkeypatch.setattr(layers, "Q", 1)
-    monkeypatch.setattr(layers, "K", 0)
+    drawn = Masks.arguments
+    monkeypatch.setattr(Masks, "arguments", lambda self, p: (drawn(self, p), drawn(self, p))[1])
     assert not same(given, outcome(model))
 
 
@@ -175,7 +186,7 @@ def test_no_more_is_saved_than_the_modules_save(family: str, method: Method) -> 
 
     model = model_of(family, method)
     mine = kept()
-    with fused.without("trained_layer"):
+    with table.without("trained_layer"):
         assert mine <= kept()
 
 
@@ -218,7 +229,7 @@ def test_what_it_does_not_know_the_modules_compute(
     change(layers[1])
     given = outcome(model)
     assert not counted[1]
-    assert same(given, by_modules(model))
+    assert same(given, by_modules(model), HALF)
 
 
 def test_rows_of_several_adapters_and_padded_ones_are_the_modules(counted: list[bool]) -> None:

@@ -16,8 +16,7 @@ from tiny_training import Base
 from torch import Tensor
 
 from turret.adapters import Adapter, BaseInfo, attach, detach, extract
-from turret.adapters.fused.layers import OneCall
-from turret.adapters.fused.residual import FrozenNorm
+from turret.adapters.layers import FrozenNorm, OneCall
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.families import family_of
@@ -152,7 +151,7 @@ def test_a_decode_step_is_bit_equal_to_the_modules(
     layers = runner.model.config.num_hidden_layers
     assert calls == [False] * layers + [few(dtype)] * 4 * layers
     require_the_modules_bits(ours, lambda: steps(runner), monkeypatch)
-    monkeypatch.setattr(AdapterPool, "spans", lambda *_: None)  # the control: the adapters change the result
+    monkeypatch.setattr(AdapterPool, "_spans_of", lambda *_: [])  # the control: the adapters change the result
     bare = steps(runner)
     assert not few(dtype) or not torch.allclose(bare[1].float(), ours[1].float(), atol=0.1)
 
@@ -177,7 +176,7 @@ def test_short_texts_are_bit_equal_to_the_modules(
     ours = short_texts(runner)
     assert calls == [compiled().few(dtype) >= 40] * 3
     require_the_modules_bits(ours, lambda: short_texts(runner), monkeypatch)
-    monkeypatch.setattr(AdapterPool, "spans", lambda *_: None)
+    monkeypatch.setattr(AdapterPool, "_spans_of", lambda *_: [])
     bare = short_texts(runner)
     assert not calls[0] or not torch.allclose(bare[0], ours[0], atol=0.02)
     assert torch.equal(bare[2], ours[2])  # only a head

@@ -14,7 +14,8 @@ from batches import without_dropout
 from turret.engine.cuda_graphs import CudaGraphs
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.methods import LoRA
-from turret.ops.gpu import available, copied, operations
+from turret.ops.copies import copied
+from turret.ops.gpu import available, operations
 from turret.train.step import train_step
 
 pytestmark = pytest.mark.gpu

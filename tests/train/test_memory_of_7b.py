@@ -17,8 +17,8 @@ from four_bits import needs_bitsandbytes
 
 from turret import quantized
 from turret.adapters import attach, classify_logits, trainable_parameters
-from turret.adapters.fused import without
 from turret.methods import LoRA
+from turret.ops.table import without
 from turret.train.adamw import moment_bytes
 from turret.train.memory import SavedForBackward
 from turret.train.step import TARGETS

@@ -1,15 +1,15 @@
 """Adapters on a frozen transformer: LoRA and prefix, attached and detached without writing to the base.
 
 There are two hooks: the routed linear layer (`lora`) and the attention function (`attention`). `lifecycle` has the
-verbs, `packed` runs unpadded rows, `fused` computes the same faster.
+verbs, `packed` runs unpadded rows, `layers` lets whole layers compute as one block.
 """
 
 from turret.adapters.adapter import Adapter, BaseInfo, require_base
 from turret.adapters.batch_context import BARE, BatchContext, set_context
-from turret.adapters.fused.int8 import int8_layers, rounded_bytes
 from turret.adapters.hooks import (
     attachment,
     detach,
+    int8_layers,
     mixed_precision,
     multiply_in_int8,
     on_slot,
@@ -36,7 +36,6 @@ __all__ = [
     "multiply_in_int8",
     "on_slot",
     "require_base",
-    "rounded_bytes",
     "set_context",
     "start_from",
     "target_logits",

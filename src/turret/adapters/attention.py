@@ -9,163 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BARE, BatchContext, CachedKV
-from turret.adapters.fused import enabled
-from turret.adapters.fused.blocks import BlockLayout, BlockSide
-from turret.adapters.fused.dropout import Masks, dropout, keep_rate, masked
-from turret.adapters.fused.flash import flash
-from turret.adapters.fused.gpu_attention import attend_rows
 from turret.errors import AdapterError
 from turret.families import Family, Site
-from turret.ops.cpu import AttentionRows, Library, Prefixes, usable
+from turret.ops.attention import attend, attend_rows
+from turret.ops.core import Ops
+from turret.ops.dropout import Masks
+from turret.ops.padded_blocks import BlockLayout, BlockSide
+from turret.ops.structs import AttentionRows, Prefixes
+from turret.ops.table import of
 from turret.transformer import Submodule
 
 if TYPE_CHECKING:
     from turret.transformer import Submodule
-
-
-# --- attention math ---------------------------------------------------------------------------------------------------
-# The formula of attention, in plain torch and with its own gradient.
-#
-#     y = dropout(softmax(cap(scaling q k^T) + bias)) v
-#
-# cap(s) = softcap tanh(s / softcap), if a base caps its scores (Gemma 2, 2024).
-# On the CPU, with short rows and dropout, torch's fused kernel is slower than the products written out. The faster path
-# saves one matrix per layer, the probabilities before dropout, and copies no grouped keys or values.
-
-
-LARGEST = 1 << 25  # probabilities of one call; above it torch's fused kernel computes, which saves none of them
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    p: float = 0.0,
-    masks: Masks | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """softmax(cap(scaling * q k^T) + bias) v, with dropout at rate p on the probabilities.
-
-    Args:
-        q: (B, H, T, D).
-        k: (B, H_kv, S, D), with H a multiple of H_kv.
-        v: (B, H_kv, S, D).
-        bias: broadcasts to (B, H, T, S).
-        scaling: of the scores.
-        p: rate of dropout.
-        masks: dropout masks of the current pass.
-        softcap: largest score; None for no cap.
-
-    Returns:
-        (B, H, T, D).
-
-    Source: Vaswani et al. 2017, "Attention Is All You Need"; grouped keys and values: Ainslie et al. 2023.
-    """
-    trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= LARGEST
-    known = softcap is None and (bias is None or not bias.requires_grad)
-    if q.device.type == "cpu" and trains and small and known and enabled("attention_gradient"):
-        mask = None
-        if p > 0.0:
-            mask = (masks or Masks()).like(q.new_empty(()).expand(*q.shape[:3], k.shape[2]), p)
-        return apply(_Attention, q, k, v, bias, scaling, keep_rate(p), mask)
-    return attend_plainly(q, k, v, bias, scaling, p, softcap)
-
-
-def attend_plainly(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    p: float = 0.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """`attend` in torch's own operations: the reference of every faster path, and the path of every other device."""
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
-    if softcap is None and (p == 0.0 or q.device.type == "cuda"):
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling, dropout_p=p)
-    scores = (q * scaling) @ k.mT  # (B, H, T, S); with dropout the fused kernel is slower than this
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if bias is not None:
-        scores = scores + bias
-    return dropout(scores.softmax(dim=-1), p) @ v
-
-
-class _AttentionContext(FunctionContext, Protocol):
-    scaling: float
-    keep: float
-    shapes: tuple[torch.Size, torch.Size]
-
-
-class _Attention(torch.autograd.Function):
-    """P = softmax(scaling q k^T + bias);  y = (P mask / keep) v. The G groups of queries follow one another: G T rows.
-
-    dV = (P mask)^T dy / keep;  dP = (dy v^T) mask / keep;  dS = P (dP - sum(dP P));
-    dq = scaling dS k;  dk = scaling dS^T q.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: _AttentionContext,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        scaling: float,
-        keep: float,
-        mask: Tensor | None,
-    ) -> Tensor:
-        B, H, T, D = q.shape
-        heads, S = k.shape[1], k.shape[2]
-        queries = (q * scaling).reshape(B * heads, -1, D)  # (B H_kv, G T, D)
-        keys = k.reshape(B * heads, S, D)
-        values = v.reshape(B * heads, S, D)
-        if mask is not None:
-            values = values * (1.0 / keep)
-        scores = torch.bmm(queries, keys.mT)  # (B H_kv, G T, S)
-        if bias is not None:
-            scores.view(B, H, T, S).add_(bias)
-        probabilities = torch.softmax(scores, dim=-1)
-        dropped = probabilities
-        if mask is not None:
-            mask = mask.view(scores.shape)
-            dropped = masked(probabilities, mask)
-        ctx.save_for_backward(queries, keys, values, probabilities, mask)
-        ctx.scaling, ctx.keep, ctx.shapes = scaling, keep, (q.shape, k.shape)
-        return torch.bmm(dropped, values).view(B, H, T, D)
-
-    @staticmethod
-    def backward(ctx: _AttentionContext, *gradients: Tensor) -> Gradients:
-        queries, keys, values, probabilities, mask = ctx.saved_tensors
-        shape, keys_shape = ctx.shapes
-        dy = gradients[0].reshape(queries.shape)
-        dP = torch.bmm(dy, values.mT)
-        dropped = probabilities
-        if mask is not None:
-            dP.view(mask.dtype).bitwise_and_(mask)
-            dropped = masked(probabilities, mask)
-        dv = torch.bmm(dropped.mT, dy)
-        if mask is not None:
-            dv.mul_(1.0 / ctx.keep)
-        dS = torch._softmax_backward_data(dP, probabilities, -1, dP.dtype)
-        dq = torch.bmm(dS, keys).mul_(ctx.scaling)
-        dk = torch.bmm(dS.mT, queries)
-        return dq.view(shape), dk.view(keys_shape), dv.view(keys_shape), None, None, None, None
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -272,8 +135,13 @@ def routed_attention(
             f"{hooked.site.name} adds a position_bias that turret cannot compute for unpadded rows: expected one from "
             "relative_attention_bias; use a base of another family"
         )
-    compute = _cached if context.cache is not None and hooked.site.group != "encoder" else _unpadded
-    return compute(hooked, query, key, value, call).transpose(1, 2).contiguous(), None  # (B, T, H, D)
+    return attend_in_pass(hooked, query, key, value, call).transpose(1, 2).contiguous(), None  # (B, T, H, D)
+
+
+def attend_in_pass(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    """Attention of the rows of an unpadded pass, and of rows that decode. q: (1, H, N, D); k, v: (1, H_kv, M, D)."""
+    compute = _cached if hooked.context.cache is not None and hooked.site.group != "encoder" else _unpadded
+    return compute(hooked, q, k, v, call)
 
 
 def _require_known(site: Site, others: Mapping[str, Any]) -> None:
@@ -346,28 +214,25 @@ def relative_bias(hooked: Hooked, relative: Tensor) -> Tensor:
 
 def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Each row of an unpadded batch attends to itself, or in cross-attention to its source. -> (1, H, N, D)"""
-    library = usable(q, k, v) if call.softcap is None and enabled("flash") else None
-    if library is not None:
-        return _flash(library, hooked, q, k, v, call)
-    on_gpu = None if q.is_cpu else _on_gpu(hooked, q, k, v, call)
-    return on_gpu if on_gpu is not None else _unpadded_plainly(hooked, q, k, v, call)
+    ops = of(q, k, v)
+    if call.softcap is None and ops.attends:
+        rows, prefixes = rows_and_prefixes(hooked, call.scaling, call.window, k.dtype)
+        if takes_rows(ops, rows, prefixes, q.shape[3], call.dropout):
+            dropped = (hooked.context.masks or Masks()).arguments(call.dropout)
+            return attend_rows(ops, rows, q, k, v, prefixes, dropped)
+    return _unpadded_plainly(hooked, q, k, v, call)
 
 
-def _on_gpu(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor | None:
-    """The same by a GPU's fused attention, or None if it does not compute this."""
-    if call.softcap is not None or call.dropout > 0.0 or hooked.bias_module is not None:
-        return None
-    context, site = hooked.context, hooked.site
-    slots = {context.slot_of(row) for row in range(len(next(iter((context.lengths or {}).values()))))}
-    prefixes = {slot: pair for slot in sorted(slots) if slot != BARE and (pair := hooked.prefix(slot, site))}
-    return attend_rows(context, site, prefixes, q, k, v, call.scaling, call.window)
-
-
-def _flash(library: Library, hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """`_unpadded_plainly` by a kernel, with little saved for the backward pass."""
-    rows, prefixes = rows_and_prefixes(hooked, call.scaling, call.window, k.dtype)
-    dropped = (hooked.context.masks or Masks()).arguments(call.dropout)
-    return flash(library, rows, q, k, v, prefixes, dropped)
+def takes_rows(ops: Ops, rows: AttentionRows, prefixes: Prefixes, dim: int, p: float) -> bool:
+    """Whether these operations compute the attention of a batch. dim: of a head. p: rate of dropout."""
+    return ops.takes_attention(
+        dim,
+        p=p,
+        biased=rows.bias is not None,
+        window=rows.window > 0,
+        prefixed=bool(prefixes.pairs),
+        all_asked=rows.all_asked,
+    )
 
 
 def rows_and_prefixes(
@@ -465,13 +330,11 @@ def _step(hooked: Hooked, q: Tensor, cached: CachedKV, call: AttentionCall) -> T
     Queries that share a head of keys are the rows of one product, so no key is copied.
     """
     window, cross = call.window, hooked.site.group == "cross"
-    by_kernel = cached.kept is not None and hooked.bias_module is None and call.softcap is None
-    library = usable(q, cached.keys, cached.values) if by_kernel and enabled("cached_attention") else None
-    if library is not None and cached.kept is not None and q.stride(3) == 1:
+    if cached.kept is not None and hooked.bias_module is None and call.softcap is None:
         near = 0 if window is None or cross else window
-        rows = q[0].transpose(0, 1)  # (B, H, D)
-        y = library.attend_step(cached.kept, rows, cached.keys, cached.values, call.scaling, near)
-        return y.transpose(0, 1)[None]
+        y = cached.kept.attend(q[0].transpose(0, 1), cached.keys, cached.values, call.scaling, near)  # (B, H, D)
+        if y is not None:
+            return y.transpose(0, 1)[None]
     B, heads = cached.keys.shape[:2]
     queries = q[0].transpose(0, 1).reshape(B, heads, -1, q.shape[3])  # (B, H_kv, G, D)
     memo, key = hooked.context.memo, ("cached", hooked.site.group, cached.number, window, id(hooked.bias_module))

@@ -9,27 +9,16 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.fused.dropout import Masks
-from turret.ops.cpu import AdapterSpans, CachedKVArguments, Int8Matrix, Library
-from turret.ops.gpu import MixedLoRA
+from turret.ops.core import AdapterSpans, KVStep
+from turret.ops.dropout import Masks
+from turret.ops.frozen import EightBits
 
 BARE = 0  # the slot of the bare base, without an adapter
-
-
-class RoundedMatrix(NamedTuple):
-    """A frozen matrix rounded to 8 bits.
-
-    matrix: kept alive, so that its address stays its own. version: of its values when it was rounded.
-    """
-
-    matrix: Tensor
-    version: int
-    rounded: Int8Matrix
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class CachedKV:
     lengths: Tensor
     prefixes: Tensor
     full: bool
-    kept: CachedKVArguments | None = None
+    kept: KVStep | None = None
 
 
 class KVCacheProtocol(Protocol):
@@ -90,22 +79,24 @@ class ReplacedModule(Protocol):
 
 
 class AdapterPoolProtocol(Protocol):
-    """The adapters of a pass, if an engine keeps them instead of the modules' slots.
-
-    library: the kernels that compute the current pass, or None.
-    mixed: on a GPU, the LoRA of the decode rows of the current pass, or None.
-    """
-
-    library: Library | None
-    mixed: MixedLoRA | None
+    """The adapters of a pass, if an engine keeps them instead of the modules' slots."""
 
     @property
     def scales(self) -> bool:
         """Whether an adapter of the current pass scales outputs or inputs of layers, or replaces modules."""
         ...
 
+    @property
+    def replaces(self) -> bool:
+        """Whether an adapter of the current pass replaces modules."""
+        ...
+
     def linear(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
         """A linear layer of the base on x, plus delta(x) of every row's adapter."""
+        ...
+
+    def products(self, layers: Sequence[AdaptedLinear], x: Tensor, plus: Tensor | None = None) -> list[Tensor]:
+        """The same for layers with one input (N, D_in), plus a tensor that is added to each result."""
         ...
 
     def whole(self, module: ReplacedModule, x: Tensor) -> Tensor:
@@ -113,11 +104,11 @@ class AdapterPoolProtocol(Protocol):
         ...
 
     def number(self, layer: AdaptedLinear) -> int:
-        """The index of a linear layer in `spans`."""
+        """The index of a linear layer among all that are adapted."""
         ...
 
     def spans(self, stream: str) -> AdapterSpans | None:
-        """The adapters of the current pass as the kernels read them; None if no token has one."""
+        """The adapters of the current pass as the kernels of a CPU read them; None if no token has one."""
         ...
 
     def keys_values(self, slot: int, group: str, layer: int) -> tuple[Tensor, Tensor] | None:
@@ -143,8 +134,7 @@ class BatchContext:
         adapter_pool: the adapters, if an engine keeps them instead of the modules' slots.
         cache: the keys and values of earlier passes, if an engine keeps them.
         read: (B,) int64, the only tokens whose last hidden states are read; None for all.
-        int8: frozen layers multiply in 8 bits while gradients are on.
-        rounded: the 8-bit matrices of a small base, by (address, turned).
+        int8: how frozen layers multiply in 8 bits while gradients are on; None if they do not.
         positions: of every unpadded token, (N,) int64 for each stream, if an engine computed them.
     """
 
@@ -158,8 +148,7 @@ class BatchContext:
     adapter_pool: AdapterPoolProtocol | None = None
     cache: KVCacheProtocol | None = None
     read: Tensor | None = None
-    int8: bool = False
-    rounded: dict[tuple[int, bool], RoundedMatrix] | None = None
+    int8: EightBits | None = None
     positions: Mapping[str, Tensor] | None = None
 
     @property

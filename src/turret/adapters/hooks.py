@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters import attention, peft_backend, positions
+from turret.adapters import attention, layers, peft_backend, positions
 from turret.adapters.batch_context import BARE, BatchContext
-from turret.adapters.fused import activations, int8, layers, residual, rotary
-from turret.adapters.fused.dropout import dropout
-from turret.adapters.fused.residual import FrozenNorm
 from turret.adapters.lora import RoutedLinear
 from turret.adapters.modules_to_save import RoutedWhole
 from turret.adapters.prefix import PrefixSlot
@@ -28,6 +25,9 @@ from turret.arguments import checked
 from turret.errors import AdapterError
 from turret.families import Family, Site, family_of
 from turret.methods import Method
+from turret.ops.dropout import dropout
+from turret.ops.frozen import EightBits, Int8Forward, fits_int8
+from turret.ops.table import int8_products
 from turret.transformer import Model, Submodule
 
 # --- routed -----------------------------------------------------------------------------------------------------------
@@ -78,6 +78,9 @@ class RoutedDropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p, self.context.masks) if self.training else x
+
+
+SMALL = 32 << 20  # bytes of a base's matrices in 8 bits, forward and backward; up to this size they are kept
 
 
 # --- attached ---------------------------------------------------------------------------------------------------------
@@ -255,8 +258,7 @@ def hook_model(model: Model, *, plain: bool = False) -> HookedModel:
     handles = [stack.register_forward_pre_hook(_refresher(attached, groups)) for stack, groups in family.stacks(model)]
     handles += positions.hook(model, family, attached.context, attached.prefix_length)
     bias_undo = positions.hook_bias(bias_modules.values(), family, attached.context)
-    hook_undo = [rotary.hook(site.module, attached.context) for site in attached.sites]
-    hook_undo += [] if plain else layers.hook(model, family.fast, attached.context)
+    hook_undo = [] if plain else layers.hook(model, family.fast, attached.context)
 
     def undo() -> None:
         for handle in handles:
@@ -280,26 +282,47 @@ def hook_model(model: Model, *, plain: bool = False) -> HookedModel:
 
 
 def _replace_modules(model: nn.Module, attached: HookedModel) -> None:
-    """Replace dropout layers, norms and MLPs by faster ones; see `adapters.fused`."""
+    """Replace dropout layers and RMS norms by faster ones, and the module that ends the last attention."""
     fast = attached.family.fast
     for path, module in list(model.named_modules()):
         if type(module) is nn.Dropout and module.p > 0.0:
             _replace(model, attached, path, RoutedDropout(module, attached.context))
         elif type(module).__name__ in fast.rms_norms:
-            _replace(model, attached, path, FrozenNorm(module, attached.context, fast.narrow_norms))
-        elif type(module).__name__ in fast.added_norms:
-            ends = path == residual.narrowing(attached.sites[-1].name)
-            attached.narrows |= ends
-            _replace(model, attached, path, residual.FrozenOutput(module, attached.context, ends))
-        elif (twin := activations.replacement(module, fast.gated_mlps, attached.context)) is not None:
-            _replace(model, attached, path, twin)
+            _replace(model, attached, path, layers.FrozenNorm(module, attached.context, fast.narrow_norms))
+        elif type(module).__name__ in fast.added_norms and path == layers.narrowing(attached.sites[-1].name):
+            attached.narrows = True
+            _replace(model, attached, path, layers.NarrowedOutput(module, attached.context))
 
 
 def multiply_in_int8(model: Model) -> None:
     """Let `int8_layers` of an attached model multiply in 8 bits while gradients are on, until `detach`."""
-    attached, found = attachment(model), int8.int8_layers(model)
-    attached.context.int8, attached.context.rounded = True, {} if int8.small(found) else None
-    attached.undo += [int8.hook(layer, attached.context) for layer in found]
+    attached, found = attachment(model), int8_layers(model)
+    small = 2 * sum(each.weight.numel() for each in found) <= SMALL
+    attached.context.int8 = eight_bits = EightBits({} if small else None)
+    for layer in found:
+        module: nn.Module = layer  # whose forward may be replaced
+        module.forward = Int8Forward(layer, eight_bits)
+        attached.undo.append(functools.partial(vars(module).__delitem__, "forward"))
+
+
+def int8_layers(model: Model) -> list[nn.Linear]:
+    """The linear layers of a model's body that can multiply in 8 bits.
+
+    Raises:
+        AdapterError: there are none, or the machine has no such products.
+    """
+    if not int8_products():
+        raise AdapterError(
+            "this machine cannot multiply in 8 bits (it needs AVX-512 VNNI and a C compiler): leave train.int8 off"
+        )
+    if (device := device_of(model)).type != "cpu":
+        raise AdapterError(f"train.int8 needs a CPU, and this base is on {device}: leave train.int8 off")
+    skipped = family_of(model.config).beside_body
+    linear = [(path, each) for path, each in model.named_modules() if type(each) is nn.Linear]
+    found = [each for path, each in linear if fits_int8(each.weight) and path.split(".")[0] not in skipped]
+    if not found:
+        raise AdapterError("no layer of this base has sizes that are multiples of 64: leave train.int8 off")
+    return found
 
 
 def _bias_modules(attached: HookedModel) -> dict[str, Submodule]:

@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from turret import quantized
 from turret.adapters.adapter import Adapter, Extracted, Parts, mount_parts, require_base, shared_names
 from turret.adapters.batch_context import BatchContext
-from turret.adapters.fused.residual import COMPUTED_FROM
 from turret.adapters.hooks import ATTRIBUTE, AdapterInit, HookedModel, attachment, detach, hook_model
+from turret.adapters.layers import NORMED
 from turret.adapters.tuners import tuner_of
 from turret.arguments import checked
 from turret.errors import AdapterError
 from turret.methods import Method, by_name
-from turret.ops.cpu import usable
+from turret.ops.table import of
 from turret.transformer import Model
 
 # --- checkpointed -----------------------------------------------------------------------------------------------------
@@ -45,9 +45,7 @@ class CheckpointedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # as the layer's own
         if not torch.is_grad_enabled() or self._context.serves:
             return self._forward(*args, **kwargs)
-        output = checkpoint(_Twice(self._forward, self._context), *args, use_reentrant=False, **kwargs)
-        _forget_inputs(output)
-        return output
+        return checkpoint(_Twice(self._forward, self._context), *args, use_reentrant=False, **kwargs)
 
 
 class _Twice:
@@ -59,6 +57,7 @@ class _Twice:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._batch is None:
+            self._context.memo.pop(NORMED, None)  # a tensor of the layer before, which is not to be kept
             self._batch = _copied(self._context)
             return self._forward(*args, **kwargs)
         with _as_it_was(self._context, self._batch):
@@ -83,16 +82,6 @@ def _as_it_was(context: BatchContext, batch: BatchContext) -> Iterator[None]:
         vars(context).update(before)
 
 
-def _forget_inputs(output: object) -> None:
-    """Drop what a norm attached to a layer's output: it would keep one more tensor of every layer alive.
-
-    output: a tensor, or a tuple with tensors.
-    """
-    for each in output if isinstance(output, tuple) else (output,):
-        if isinstance(each, Tensor):
-            vars(each).pop(COMPUTED_FROM, None)
-
-
 def checkpoint_layers(model: Model) -> None:
     """Let the layers of an attached model save only their inputs, until `detach`.
 
@@ -103,7 +92,7 @@ def checkpoint_layers(model: Model) -> None:
     layers = _layers(model)
     if not layers:
         raise AdapterError(f"{attached.family.name} has no list of layers: leave train.checkpoint_layers off")
-    usable(torch.empty(0))  # loads the kernels and checks them now: inside a layer, the check would save tensors too
+    of(torch.empty(0))  # loads the kernels and checks them now: inside a layer, the check would save tensors too
     for layer in layers:
         attached.undo.append(_replace(layer, attached.context))
 

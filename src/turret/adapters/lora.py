@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.adapters.batch_context import BARE, BatchContext
-from turret.adapters.fused import enabled
-from turret.adapters.fused.dropout import Mask, Masks, dropout
-from turret.adapters.fused.int8 import FrozenProducts, products
-from turret.adapters.fused.residual import RecomputedNorm, restored, to_save
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError
-from turret.ops.cpu import LARGEST, DropoutArguments, Library, usable
+from turret.ops import frozen
+from turret.ops.dropout import Masks
+from turret.ops.lora import adapted, lora_delta
+from turret.ops.structs import Lora
 from turret.quantized import FourBitProducts
-
-
-def lora_delta(x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float = 0.0) -> Tensor:
-    """`scaling * B A dropout(x)`: what LoRA adds to `W x`, and the reference of every faster path.
-
-    Args:
-        x: (..., D_in).
-        A: (R, D_in).
-        B: (D_out, R).
-        scaling: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA.
-        p: rate of dropout.
-
-    Returns:
-        (..., D_out).
-
-    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
-    """
-    h = dropout(x, p) @ A.mT  # (..., R)
-    return (h * scaling) @ B.mT  # the smallest tensor is scaled
 
 
 def merged_weight(W: Tensor, A: Tensor, B: Tensor, scaling: float, *, transposed: bool = False) -> Tensor:
@@ -78,31 +54,19 @@ class LoRAFactors(nn.Module):
 
     def with_base(self, layer: nn.Module, x: Tensor, context: BatchContext) -> Tensor:
         """W x + bias + delta(x), in the base's own precision and with little saved for the backward pass."""
-        if quantized.packed(layer):
-            return self._with_packed(layer, x, context)
-        weight, bias = weight_and_bias(layer)
-        A, B = self.lora_A, self.lora_B
-        if self.initial_A is None and self._trains_beside(weight, x):
-            masks, p = context.masks or Masks(), self._rate
-            if (library := _kernels(x, weight, A, B)) is not None:
-                lora = KernelProducts(self.scaling, masks.arguments(p), library)
-                return apply(_Adapted, x, weight, bias, A, B, products(context, x, weight, bias), lora)
-            if enabled("lora_gradient"):
-                mask = masks.mask(x, p) if p > 0.0 else None
-                return apply(_Adapted, x, weight, bias, A, B, FrozenProducts(), TorchProducts(self.scaling, mask))
+        if self.initial_A is None and torch.is_grad_enabled():
+            lora, masks = Lora(self.lora_A, self.lora_B, self.scaling, self._rate), context.masks or Masks()
+            if quantized.in_four_bits(layer):
+                packed = FourBitProducts.of(layer)
+                y = adapted(x, packed.weight, layer._parameters["bias"], packed, lora, masks)
+                return self._beside(layer, x) if y is None else y
+            if x.is_cpu and not quantized.packed(layer):
+                weight, bias = weight_and_bias(layer)
+                products = frozen.products(context.int8, x, weight, bias)
+                if weight.dtype == x.dtype and not weight.requires_grad:
+                    y = adapted(x, weight, bias, products, lora, masks)
+                    return self._beside(layer, x) if y is None else y
         return self._beside(layer, x)
-
-    def _with_packed(self, layer: nn.Module, x: Tensor, context: BatchContext) -> Tensor:
-        """The same for a layer with a quantized weight, on any device; in 4 bits only x and h are saved."""
-        if self.initial_A is not None or not torch.is_grad_enabled() or not quantized.in_four_bits(layer):
-            return self._beside(layer, x)
-        base, masks, p = FourBitProducts.of(layer), context.masks or Masks(), self._rate
-        lora: LoRAProducts
-        if (library := _kernels(x, x, self.lora_A, self.lora_B)) is not None:
-            lora = KernelProducts(self.scaling, masks.arguments(p), library)
-        else:
-            lora = TorchProducts(self.scaling, masks.mask(x, p) if p > 0.0 else None)
-        return apply(_Adapted, x, base.weight, layer._parameters["bias"], self.lora_A, self.lora_B, base, lora)
 
     def _beside(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The layer's own output and delta(x), added up."""
@@ -114,146 +78,12 @@ class LoRAFactors(nn.Module):
     def _rate(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def by_kernels(self, weight: Tensor) -> bool:
-        """Whether the kernels can add these factors to a frozen layer, for x on the CPU in the weight's dtype."""
-        return self.initial_A is None and not weight.requires_grad and _fits(self.lora_A, self.lora_B)
-
-    def _trains_beside(self, weight: Tensor, x: Tensor) -> bool:
-        """Whether base and delta can be one operation: on the CPU, with gradients, the base frozen and in x's dtype."""
-        here = torch.is_grad_enabled() and x.device.type == "cpu"
-        return here and weight.dtype == x.dtype and not weight.requires_grad
-
     def folded(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the plain LoRA with the same output; PiSSA's has twice the rank and the same scaling."""
         A, B = self.lora_A.detach(), self.lora_B.detach()
         if self.initial_A is None or self.initial_B is None:
             return A, B
         return torch.cat([A, self.initial_A]), torch.cat([B, -self.initial_B], dim=1)  # (2R, D_in), (D_out, 2R)
-
-
-class BaseProducts(Protocol):
-    """The products of a frozen matrix W (D_out, D_in) with rows of tokens."""
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x W^T + b: (N, D_in) -> (N, D_out), a new tensor."""
-
-    def backward(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """dy W: (N, D_out) -> (N, D_in), a new tensor."""
-
-
-class LoRAProducts(Protocol):
-    """The products of LoRA on a frozen matrix, and their gradients. x: (N, D_in), y: (N, D_out), h: (N, R).
-
-    s = scaling / (1 - p);  h = (x mask) A^T;  y += s h B^T;
-    dB = s dy^T h;  dh = s dy B;  dA = dh^T (x mask);  dx += (dh A) mask.
-    """
-
-    def forward(self, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
-        """Add to y, and give h."""
-
-    def backward(
-        self, x: Tensor, A: Tensor, B: Tensor, h: Tensor, dy: Tensor, dx: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(dA, dB) in float32; add to dx if it is given."""
-
-
-@dataclass(frozen=True)
-class TorchProducts:
-    """In torch, multiplied in x's precision and added up in float32."""
-
-    scaling: float
-    mask: Mask | None
-
-    @property
-    def _scale(self) -> float:
-        return self.scaling * (1.0 if self.mask is None else self.mask.scale)
-
-    def forward(self, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
-        h = (x if self.mask is None else self.mask.of(x)) @ A.to(x.dtype).mT
-        y.addmm_(h, B.to(x.dtype).mT, alpha=self._scale)
-        return h
-
-    def backward(
-        self, x: Tensor, A: Tensor, B: Tensor, h: Tensor, dy: Tensor, dx: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        A, B, mask = A.to(x.dtype), B.to(x.dtype), self.mask
-        dh = (dy @ B).mul_(self._scale)
-        if dx is not None and mask is None:
-            dx.addmm_(dh, A)
-        elif dx is not None and mask is not None:
-            dx.add_(mask.of(dh @ A))
-        return (dh.mT @ (x if mask is None else mask.of(x))).float(), (dy.mT @ h).float().mul_(self._scale)
-
-
-@dataclass(frozen=True)
-class KernelProducts:
-    """By the kernels, multiplied and added up in float32."""
-
-    scaling: float
-    dropped: DropoutArguments
-    library: Library
-
-    def forward(self, x: Tensor, A: Tensor, B: Tensor, y: Tensor) -> Tensor:
-        return self.library.lora(x, A, B, self.scaling * self.dropped.scale, self.dropped, y)
-
-    def backward(
-        self, x: Tensor, A: Tensor, B: Tensor, h: Tensor, dy: Tensor, dx: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return self.library.lora_backward(x, A, B, self.scaling * self.dropped.scale, self.dropped, h, dy, dx)
-
-
-class _AdaptedContext(FunctionContext, Protocol):
-    base: BaseProducts
-    lora: LoRAProducts
-    norm: RecomputedNorm | None
-
-
-class _Adapted(torch.autograd.Function):
-    """y = W x + b + LoRA's part, with W and b frozen. x: (..., D_in) -> (..., D_out).
-
-    If x came from a norm, the norm's input is saved instead of x.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: _AdaptedContext,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        base: BaseProducts,
-        lora: LoRAProducts,
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
-        y = base.forward(rows, weight, bias)
-        h = lora.forward(rows, A, B, y)
-        saved, ctx.norm = to_save(x)
-        ctx.base, ctx.lora = base, lora
-        ctx.save_for_backward(saved, weight, A, B, h)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: _AdaptedContext, *gradients: Tensor) -> Gradients:
-        saved, weight, A, B, h = ctx.saved_tensors
-        rows = restored(saved, ctx.norm).reshape(-1, saved.shape[-1])
-        dy = gradients[0].reshape(-1, len(B)).contiguous()
-        dx = ctx.base.backward(dy, weight) if ctx.needs_input_grad[0] else None
-        dA, dB = ctx.lora.backward(rows, A, B, h, dy, dx)
-        return None if dx is None else dx.view(saved.shape), None, None, dA, dB, None, None
-
-
-def _kernels(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Library | None:
-    """The kernels, if they take these sizes and layouts."""
-    if x.numel() >= LARGEST or not x.is_contiguous() or not _fits(A, B) or not enabled("lora_kernel"):
-        return None
-    return usable(x, weight)
-
-
-def _fits(A: Tensor, B: Tensor) -> bool:
-    if A.shape[1] % 32 or B.shape[0] % 32 or not A.is_contiguous() or not B.is_contiguous():
-        return False
-    return A.dtype == B.dtype == torch.float32
 
 
 def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

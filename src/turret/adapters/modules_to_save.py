@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.batch_context import BatchContext
-from turret.adapters.fused.frozen import linear
+from turret.ops.frozen import linear
 
 
 class RoutedWhole(nn.Module):

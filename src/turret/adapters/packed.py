@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from turret.adapters.batch_context import set_context
-from turret.adapters.fused import enabled
-from turret.adapters.fused.blocks import rounded
-from turret.adapters.fused.frozen import linear
 from turret.adapters.hooks import attachment, device_of
 from turret.adapters.positions import row_positions
 from turret.families import Pooling
-from turret.ops.gpu import copied
+from turret.ops.copies import copied
+from turret.ops.frozen import linear
+from turret.ops.padded_blocks import rounded
+from turret.ops.table import narrows
 from turret.transformer import Model, ModelConfig
 
 STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # the tokens of all rows are rounded up: to 64 by 8, and so on
@@ -56,7 +56,7 @@ def pooled(model: Model, inputs: Sequence[Tensor], pooling: Pooling, slots: Sequ
         and slots is None
         and pooling == "first"
         and attached.context.adapter_pool is None
-        and enabled("first_token")
+        and narrows()
     ):
         ends = torch.tensor(lengths).cumsum(0)
         hidden = _hidden(model, inputs, slots, read=(ends - torch.tensor(lengths)).to(device_of(model)))

@@ -16,13 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.autograd import FunctionContext, Gradients, apply
+from turret.ops.autograd import FunctionContext, Gradients, apply
+from turret.ops.structs import GRADIENT_STAYS
 
 EMBEDDING_SIZE = 64  # of each virtual token inside the reparametrisation
 Groups = dict[str, list[tuple[Tensor, Tensor]]]  # (key, value) of every layer, each (H, P, D), by group
-
-
-GRADIENT_STAYS = "turret_gradient_stays"  # an attribute of a parameter that keeps its `grad` from step to step
 
 
 class _OuterContext(FunctionContext, Protocol):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from turret import quantized
 from turret.errors import AdapterError
+from turret.ops.lora import low_rank
 
 Factors = tuple[Tensor, Tensor]
 
@@ -47,7 +48,7 @@ class ScaledLayer:
         y = base(scaled)
         if self.factors is not None:
             A, B = self.factors
-            y = y + (scaled @ A.mT.to(x.dtype)) @ B.mT.to(x.dtype)
+            y = y + low_rank(scaled, A.to(x.dtype), B.mT.to(x.dtype))
         if self.output is not None:
             y = y * self.output.to(y.dtype)
         return y if self.shift is None else y + self.shift.to(y.dtype)

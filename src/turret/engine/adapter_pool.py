@@ -24,7 +24,6 @@ from turret import quantized
 from turret.adapters import require_base
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, head_paths
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
-from turret.adapters.fused.frozen import linear
 from turret.adapters.hooks import HookedModel, device_of, hook_model, routed_linear, routed_whole, target_paths
 from turret.adapters.lifecycle import all_parts
 from turret.adapters.lora import sizes
@@ -39,9 +38,10 @@ from turret.engine.adapter_tensors import (
 )
 from turret.errors import AdapterError
 from turret.families import Family
-from turret.ops import gpu as gpu_kernels
-from turret.ops.cpu import AdapterSpans, Library, usable
-from turret.ops.gpu import MixedLoRA
+from turret.ops.core import AdapterSpans
+from turret.ops.frozen import linear
+from turret.ops.mixed_lora import GpuRows, MixedLoRA, MixedRows, mixed_rows, sgmv
+from turret.ops.table import of
 from turret.tasks import Task
 from turret.transformer import Model
 
@@ -141,20 +141,7 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-# --- sgmv -------------------------------------------------------------------------------------------------------------
-# LoRA of rows with different adapters, in torch: the reference for the kernel `low_rank`, used where it is missing.
-#
-#     y_t += (x_t A^T) B    for every token t, with the factors A (R, D_in) and B (R, D_out) of its adapter
-#
-# B contains the scaling. Source: Punica (Chen et al. 2023, arXiv 2310.18547), which calls it segmented gather
-# matrix-vector multiplication (SGMV).
-
-
 # --- adapter spans ----------------------------------------------------------------------------------------------------
-# The adapters of a pass as the kernel `low_rank` reads them: spans of tokens, and the addresses of their factors.
-#
-# They are computed once a pass, so each layer is one call for any mixture of adapters. `sgmv` is the reference in
-# torch.
 
 
 Span = tuple[int, int, AdapterTensors]  # first token, one past the last, and their adapter
@@ -177,60 +164,6 @@ def spans_of(rows: Iterable[tuple[AdapterTensors | None, int]]) -> list[Span]:
                 spans.append((start, end, adapter))
         start = end
     return spans
-
-
-def kernel_spans(spans: Sequence[Span], tokens: int) -> AdapterSpans | None:
-    """The spans of a pass of that many tokens for the kernels; None if there are none.
-
-    The result holds addresses: keep the adapters as long as it is used.
-    """
-    if not spans:
-        return None
-    starts, ends, adapters = zip(*spans, strict=True)
-    offsets = torch.stack([adapter.offsets for adapter in adapters])  # (S, L, 2)
-    addresses = offsets + torch.tensor([adapter.address for adapter in adapters])[:, None, None]
-    return AdapterSpans(
-        torch.tensor(starts),
-        torch.tensor(ends),
-        torch.tensor([adapter.rank for adapter in adapters]),
-        addresses.masked_fill_(offsets < 0, 0),
-        tokens,
-    )
-
-
-# --- sgmv -------------------------------------------------------------------------------------------------------------
-
-
-Segment = tuple[int, int, Mapping[int, Pair]]  # first token, one past the last, and factors by layer
-
-
-def sgmv(y: Tensor, x: Tensor, segments: Iterable[Segment], layer: int) -> None:
-    """Add (x A^T) B to y for each segment of tokens with one adapter. Other tokens stay as they are.
-
-    Args:
-        y: (N, D_out), changed in place.
-        x: (N, D_in).
-        segments: Tokens and their adapter's factors.
-        layer: Number of the linear layer.
-    """
-    for start, end, factors in segments:
-        if layer in factors:
-            A, B = factors[layer]
-            y[start:end].addmm_(x[start:end] @ A.mT, B)
-
-
-def mixed_rows(rows: Sequence[AdapterTensors | None]) -> MixedLoRA | None:
-    """The adapter of each row as a GPU reads it, or None if no row has factors. No factor is copied."""
-    adapters = list(dict.fromkeys(each for each in rows if each is not None))
-    if not adapters:
-        return None
-    place = {adapter: number for number, adapter in enumerate(adapters)}
-    return MixedLoRA.of(
-        [each.flat for each in adapters],
-        [each.offsets for each in adapters],
-        [each.rank for each in adapters],
-        [-1 if each is None else place[each] for each in rows],
-    )
 
 
 # --- adapter pool -----------------------------------------------------------------------------------------------------
@@ -257,13 +190,8 @@ class AdapterPool:
         self._weights = [torch.empty(0, dtype=self.dtype, device=self.device), *plain]
         self.attached.context.adapter_pool = self
         self._slots: dict[int, AdapterTensors] = {}
-        self.library: Library | None = None  # for the current pass
-        self._spans: dict[str, AdapterSpans] = {}  # with kernels, by stream
-        self._in_use: list[AdapterTensors] = []  # by the kernels in the current pass, even if unmounted meanwhile
-        self._segments: dict[str, list[Segment]] = {}  # without kernels, by stream
-        self.mixed: MixedLoRA | None = None  # on a GPU, of the decode rows of the current pass
-        self._mixed: tuple[Sequence[AdapterTensors | None], MixedLoRA | None] = (), None  # of the latest rows
-        self._prefill_tokens = 0
+        self._rows: dict[str, MixedRows] = {}  # of the current pass, by stream
+        self._latest: tuple[Sequence[AdapterTensors | None], MixedLoRA | None] = (), None  # of the latest decode rows
         self._head_rows: list[tuple[int, int]] = []  # while heads are computed: (slot, rows)
         self._scaled: dict[str, list[Span]] = {}  # the adapters of the current pass that scale, by stream
         self._alone: AdapterTensors | None = None  # of the only row, if rows pass one by one
@@ -327,14 +255,7 @@ class AdapterPool:
         parts = [part for pair in factors.values() for part in pair]
         layers = tuple((self._paths[path], A.shape[1], B.shape[0]) for path, (A, B) in factors.items())
         layout = factor_layout(len(parts[0]), layers, len(self.sizes), self.dtype)
-        kernels = usable(flat)
-        if kernels is not None and all(part.dtype == torch.float32 and part.is_contiguous() for part in parts):
-            kernels.lay_out(list(factors.values()), scaling, flat)
-            return layout
-        targets = iter(torch.split(flat, [part.numel() for part in parts]))
-        for A, B in factors.values():
-            next(targets).view(A.shape).copy_(A)
-            torch.mul(B.to(self.device, torch.float32).mT, scaling, out=next(targets).view(B.shape[::-1]))
+        of(flat).lay_out(list(factors.values()), scaling, flat)
         return layout
 
     # --- slots --------------------------------------------------------------------------------------------------------
@@ -369,35 +290,29 @@ class AdapterPool:
         self._alone = self.at(slots[0]) if self.family.rows_alone else None
         if self.family.rows_alone:
             return
-        self.library = usable(*self._weights)
-        programs = self.library is None and gpu_kernels.usable(*self._weights)  # a GPU's, for the decode rows
         for stream, counts in lengths.items():
-            rows = list(zip(slots, counts, strict=True))
-            if stream == "decoder" and not programs:
-                rows += [(slot, 1) for slot in steps]
-            spans = self._spans_of(rows)
-            if self.library is None:
-                self._segments[stream] = _segments(spans)
-            elif (found := kernel_spans(spans, sum(count for _, count in rows))) is not None:
-                self._spans[stream] = found
-                self._in_use += [adapter for _, _, adapter in spans]
-        if programs:
-            self._prefill_tokens = sum(lengths.get("decoder", ()))
-            adapters = [self.at(slot) for slot in steps]
+            spans = self._spans_of(list(zip(slots, counts, strict=True)))
+            adapters = [self.at(slot) for slot in steps] if stream == "decoder" else []
             own = [None if each is None or each.layout is None else each for each in adapters]
-            if own != self._mixed[0]:
-                self._mixed = own, mixed_rows(own)
-            self.mixed = self._mixed[1]
+            latest = self._latest[1] if own and own == self._latest[0] else None
+            self._rows[stream] = rows = mixed_rows(self._weights, spans, sum(counts), own, latest)
+            if own and isinstance(rows, GpuRows):
+                self._latest = own, rows.mixed
 
     @property
     def by_programs(self) -> bool:
         """Whether a GPU's programs compute: then no factor is copied, and a step of this base may be recorded."""
-        return self.family.fast.layout == "pre-norm" and gpu_kernels.usable(*self._weights)
+        return self.family.fast.layout == "pre-norm" and of(*self._weights).recorded
 
     @property
     def scales(self) -> bool:
         """Whether an adapter of the current pass scales outputs or inputs of layers, or replaces modules."""
         return bool(self._scaled)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether an adapter of the current pass replaces modules."""
+        return any(own.whole for spans in self._scaled.values() for _, _, own in spans)
 
     def _scaled_spans(self, rows: Sequence[tuple[int, int]]) -> list[Span]:
         """The tokens of the adapters that scale or replace modules. rows: (slot, tokens)."""
@@ -410,12 +325,16 @@ class AdapterPool:
         return spans_of((self.at(slot), tokens) for slot, tokens in rows)
 
     def number(self, layer: AdaptedLinear) -> int:
-        """The number of a linear layer in `spans`."""
+        """The number of a linear layer among all of the base."""
         return self._number[id(layer)]
 
+    def rows(self, stream: str) -> MixedRows | None:
+        """The LoRA of every token of the current pass."""
+        return self._rows.get(stream)
+
     def spans(self, stream: str) -> AdapterSpans | None:
-        """The adapters of the current pass for the kernels; None if no token has a LoRA."""
-        return self._spans.get(stream)
+        """The same for the kernels of a CPU; None if no token has a LoRA."""
+        return self._rows[stream].spans if stream in self._rows else None
 
     def linear(self, layer: AdaptedLinear, x: Tensor) -> Tensor:
         """W x + bias + (x A^T) B, with the adapter of each row. x: (1, N, D_in) -> (1, N, D_out)."""
@@ -426,21 +345,20 @@ class AdapterPool:
             return x.new_zeros(len(x), self.sizes[number][1])
         if self.family.rows_alone:
             return self._row_alone(layer.base_layer, number, x)
-        if self.library is not None:
-            y = linear(layer.base_layer, x, self._spans.get(layer.stream), number)
-            return self._with_scaled(layer, number, x, y)
-        y = linear(layer.base_layer, x)
-        sgmv(y[0], x[0], self._segments.get(layer.stream, ()), number)
-        if layer.stream == "decoder" and self.mixed is not None:
-            self.mixed.add([y[0, self._prefill_tokens :]], x[0, self._prefill_tokens :], [number])
-        return self._with_scaled(layer, number, x, y)
+        return self.products([layer], x[0])[0][None]
 
-    def _with_scaled(self, layer: AdaptedLinear, number: int, x: Tensor, y: Tensor) -> Tensor:
-        """y with the rows of the adapters that scale. x: (1, N, D_in), y: (1, N, D_out)."""
-        for start, end, own in self._scaled.get(layer.stream, ()):
-            if (scaled := own.scaled.get(number)) is not None:
-                y[0, start:end] = scaled(functools.partial(linear, layer.base_layer), x[0, start:end])
-        return y
+    def products(self, layers: Sequence[AdaptedLinear], x: Tensor, plus: Tensor | None = None) -> list[Tensor]:
+        """The same for layers with one input, plus a tensor that is added to each result. x: (N, D_in)."""
+        numbers, stream = [self.number(each) for each in layers], layers[0].stream
+        scaled = self._scaled.get(stream, ())
+        products = self._rows[stream].products(
+            [each.base_layer for each in layers], numbers, x, None if scaled else plus
+        )
+        for layer, number, y in zip(layers, numbers, products, strict=True):
+            for start, end, own in scaled:
+                if (change := own.scaled.get(number)) is not None:
+                    y[start:end] = change(functools.partial(linear, layer.base_layer), x[start:end])
+        return products if plus is None or not scaled else [each.add_(plus) for each in products]
 
     def _row_alone(self, layer: nn.Module, number: int, x: Tensor) -> Tensor:
         """One row passes: all of x is its own, such as DeBERTa's table of positions. x: (1, M, D_in)."""
@@ -476,12 +394,8 @@ class AdapterPool:
 
     def _head_linear(self, layer: nn.Module, number: int, x: Tensor) -> Tensor:
         """The same for a layer that heads share with the body, such as a pooler. x: (B, D_in) -> (B, D_out)."""
-        spans = self._spans_of(self._head_rows)
-        if usable(x, *layer.parameters()) is not None:
-            y = linear(layer, x, kernel_spans(spans, len(x)), number, helped=False)
-        else:
-            y = linear(layer, x)
-            sgmv(y, x, _segments(spans), number)
+        rows = mixed_rows([x, *layer.parameters()], self._spans_of(self._head_rows), len(x))
+        (y,) = rows.products([layer], [number], x, helped=False)
         for start, end, own in self._scaled_spans(self._head_rows):
             if (scaled := own.scaled.get(number)) is not None:
                 y[start:end] = scaled(functools.partial(linear, layer, helped=False), x[start:end])
@@ -489,12 +403,11 @@ class AdapterPool:
 
     def finish(self) -> None:
         """Forget the layout of the pass."""
-        self.library = self.mixed = None
-        self._spans, self._in_use, self._segments, self._scaled = {}, [], {}, {}
+        self._rows, self._scaled = {}, {}
 
     def free_decoding(self) -> None:
         """Free what is kept from one pass to the next for rows that decode."""
-        self._mixed = (), None
+        self._latest = (), None
 
     def logits(self, slots: Sequence[int], pooled: Tensor) -> list[Tensor]:
         """The outputs of the classification heads.
@@ -534,7 +447,3 @@ class AdapterPool:
 def _fill(views: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         views[name].copy_(value)
-
-
-def _segments(spans: Sequence[Span]) -> list[Segment]:
-    return [(start, end, adapter.pairs()) for start, end, adapter in spans]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from turret.adapters.batch_context import AdapterPoolProtocol, CachedKV
-from turret.adapters.fused.blocks import rounded
 from turret.families import Site
-from turret.ops.cpu import CachedKVArguments, usable
-from turret.ops.gpu import copied
+from turret.ops.copies import copied
+from turret.ops.core import KVStep
+from turret.ops.padded_blocks import rounded
+from turret.ops.table import of
 
 SHORTEST = 32  # tokens of the shortest slot
 STEPS = ((256, 16), (1024, 64), (1 << 62, 256))  # a step reads S rounded up: to 256 tokens by 16, and so on
@@ -244,7 +245,7 @@ class PassCache:
         prefixes = copied(torch.tensor([kv_slot.prefixes[group] for kv_slot in part]), self._device)
         numbers = copied(torch.tensor(lengths), self._device)
         like = part[0].block.stored[group][0][0, : len(part), :, :longest]
-        kept = CachedKVArguments(numbers, prefixes, like) if usable(like) is not None else None
+        kept = of(like).kv_step(numbers, prefixes, like)
         return _Lengths(numbers, prefixes, longest, min(lengths) == longest, kept)
 
 
@@ -260,14 +261,11 @@ class _Lengths:
     prefixes: Tensor
     longest: int
     full: bool
-    kept: CachedKVArguments | None
+    kept: KVStep | None
 
     def keep(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
         """Write the newest token of each row. keys, values: (B, H_kv, S, D); new ones: (B, H_kv, D)."""
-        library = usable(keys, new_keys, new_values)
-        alike = new_keys.stride() == new_values.stride() and new_keys.stride(-1) == 1
-        if library is not None and self.kept is not None and alike:
-            library.keep_step(self.kept, keys, values, new_keys, new_values)
+        if self.kept is not None and self.kept.keep(keys, values, new_keys, new_values):
             return
         rows, newest = torch.arange(len(self.lengths), device=keys.device), self.lengths - 1
         keys[rows, :, newest], values[rows, :, newest] = new_keys, new_values

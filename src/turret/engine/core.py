@@ -43,7 +43,7 @@ from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Slots
 from turret.engine.step import Passes
 from turret.errors import Busy, DataError, Draining, EngineError, InUse, NoRoom, TurretError
-from turret.ops.cpu import rest
+from turret.ops.table import rest
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 # Many texts in one call: one request for each text, as many at a time as the queue takes.

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from turret.adapters.fused.gpu_decoder import BY_PROGRAMS
+from turret.adapters.layers import RECORDED
 from turret.adapters.packed import ready_mask
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import PassCache
-from turret.ops.gpu import real_gpu
+from turret.ops.copies import real_gpu
+from turret.ops.mixed_lora import GpuRows
 from turret.transformer import Model
 
 log = logging.getLogger("turret")
@@ -134,7 +135,8 @@ class RecordedSteps:
     def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The hidden states (B, D) of a decoding step, by a graph if there is one. ids: (1, B); positions: (B,)"""
         pool, context = self._pool, self._pool.attached.context
-        cache, mixed = context.cache, pool.mixed
+        cache, rows = context.cache, pool.rows("decoder")
+        mixed = rows.mixed if isinstance(rows, GpuRows) else None
         assert isinstance(cache, PassCache)
         changing = cache.changing("decoder")
 
@@ -142,7 +144,8 @@ class RecordedSteps:
             ids, positions, *others = inputs
             context.positions = {"decoder": positions}
             cache.use("decoder", others[: len(changing)])
-            pool.mixed = None if mixed is None else mixed.with_changing(others[len(changing) :])
+            if isinstance(rows, GpuRows) and mixed is not None:
+                rows.mixed = mixed.with_changing(others[len(changing) :])
             output = self._model.base_model(
                 input_ids=ids, attention_mask=ready_mask(ids), position_ids=positions[None], use_cache=False
             )
@@ -152,5 +155,5 @@ class RecordedSteps:
         layers = self._model.config.num_hidden_layers
         adapters = None if mixed is None else (len(mixed.flats), mixed.most)
         inputs = [ids, positions, *changing, *([] if mixed is None else mixed.changing)]
-        recordable = lambda: context.memo.get(BY_PROGRAMS) == layers
+        recordable = lambda: context.memo.get(RECORDED) == layers
         return self.graphs.run((cache.places("decoder"), adapters), inputs, body, recordable)

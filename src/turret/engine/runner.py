@@ -17,7 +17,6 @@ from torch import Tensor
 
 from turret.adapters import set_context
 from turret.adapters.batch_context import BARE
-from turret.adapters.fused.blocks import rounded
 from turret.adapters.hooks import detach
 from turret.adapters.packed import STEPS, pool, ready_mask, shift_right, vocabulary_logits
 from turret.bases import Base
@@ -26,7 +25,8 @@ from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 from turret.engine.cuda_graphs import RecordedSteps
 from turret.engine.decode import TokenLogprobs, token_logprobs
 from turret.families import Pooling
-from turret.ops.gpu import copied
+from turret.ops.copies import copied
+from turret.ops.padded_blocks import rounded
 from turret.transformer import Model
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens

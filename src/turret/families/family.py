@@ -58,14 +58,14 @@ class RelativeBias:
 
 @dataclass(frozen=True)
 class FastPaths:
-    """Class names of modules that have an equal, faster implementation in `adapters/fused/`. All are optional.
+    """Class names of modules that have an equal, faster implementation in `adapters/layers.py`. All are optional.
 
     Args:
-        rms_norms: RMS norms with `weight` and `variance_epsilon` (`residual.py`).
+        rms_norms: RMS norms with `weight` and `variance_epsilon`.
         narrow_norms: the output of those norms has the dtype of a 16-bit weight, not of the input (T5).
-        gated_mlps: MLPs of gate_proj, up_proj, down_proj and act_fn (`activations.py`).
-        added_norms: dense, dropout, residual sum and LayerNorm in one module (`residual.py`).
-        layers: whole layers (`layers.py`).
+        gated_mlps: MLPs of gate_proj, up_proj, down_proj and act_fn, in such a layer.
+        added_norms: dense, dropout, residual sum and LayerNorm in one module, which ends each half of such a layer.
+        layers: whole layers.
         layout: order of the norms in such a layer, whose parts are named as in BERT (post-norm) or Llama (pre-norm).
     """
 

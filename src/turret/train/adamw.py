@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.prefix import GRADIENT_STAYS
 from turret.errors import TrainingError
+from turret.ops.structs import GRADIENT_STAYS
 
 BLOCK = 256  # values with one scale, in 8 bits; bitsandbytes has no other size
 

@@ -15,14 +15,14 @@ from torch.overrides import TorchFunctionMode
 
 from turret import adapters, quantized
 from turret.adapters import packed
-from turret.adapters.autograd import FunctionContext, Gradients, apply
 from turret.bases.base import cast
 from turret.bases.device import gigabytes
 from turret.bases.meta_model import CONTEXT
 from turret.bases.sharded import divided, layer_paths
 from turret.families import family_of
 from turret.methods import Method
-from turret.ops.gpu import planned
+from turret.ops.autograd import FunctionContext, Gradients, apply
+from turret.ops.table import planned
 from turret.recipe import Recipe
 from turret.train.adamw import moment_bytes
 from turret.train.batches import MOST_TOKENS, pass_tokens

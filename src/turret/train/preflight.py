@@ -153,7 +153,8 @@ def measure(
                 begun = memory.resident(device)
                 saved = _saved_by(model, task, pieces, 1 if seconds > LONG else SIZES)
                 _evaluate(model, task, items, {place for indices in sampled for place in indices}, most)
-            rounded = adapters.rounded_bytes(adapters.attachment(model).context)
+            int8 = adapters.attachment(model).context.int8
+            rounded = 0 if int8 is None else int8.bytes
             texts = [item for batch in batches for item in batch][:GENERATED_ROWS]  # a step of fewer rows is faster
             generation = _generation_time(model, task, texts, clock)
         finally:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from turret.adapters import mixed_precision, packed
 from turret.bases.sharded import parts_of
 from turret.errors import LossNotFinite, OutOfMemory
-from turret.ops.gpu import copied
+from turret.ops.copies import copied
 from turret.tasks import Task, has_head
 from turret.train.adamw import AdamW
 from turret.train.batches import Item, micro_batches

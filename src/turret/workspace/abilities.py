@@ -34,11 +34,10 @@ def fast_paths(family: Family) -> list[str]:
     fast = family.fast
     taken = {
         "flash": not family.rows_alone,
-        "rotary": family.positions == "rotary" and not family.rows_alone and family.decoder_only,
         "rms_norm": bool(fast.rms_norms),
-        "gated_mlp": bool(fast.gated_mlps),
-        "added_norm": bool(fast.added_norms),
+        "first_token": bool(fast.added_norms),
         "trained_layer": bool(fast.layers),
+        "layer": bool(fast.layers),
         "layer_calls": bool(fast.layers),
     }
     return [name for name, is_taken in taken.items() if is_taken]

@@ -99,7 +99,7 @@ def _processor() -> JsonObject:
         import torch
 
         from turret.bases import choose_device, default_dtype, float32_products
-        from turret.ops.cpu import int8, why
+        from turret.ops.table import int8_products, why_cpu_kernels
     except (ImportError, OSError) as error:  # `turret doctor` must also report a broken installation
         return {"problem": f"torch cannot be loaded: {error}"}
     try:
@@ -115,18 +115,18 @@ def _processor() -> JsonObject:
         "float32_products": str(float32_products()),  # the library that multiplies float32 matrices
         "threads": torch.get_num_threads(),
         "gpu": name,
-        "kernels": why(),
+        "kernels": why_cpu_kernels(),
         "programs": _programs(chosen.device),
-        "int8": int8(),  # whether a recipe can set train.int8
+        "int8": int8_products(),  # whether a recipe can set train.int8
     }
 
 
 def _programs(device: torch.device) -> str | None:
     """Whether a GPU computes by Turret's Triton programs: "on", or why not; None without a GPU."""
     from turret.bases import default_dtype
-    from turret.ops.gpu import why_not
+    from turret.ops.table import why_no_gpu_programs
 
-    return (why_not(device, default_dtype(device)) or "on") if device.type == "cuda" else None
+    return (why_no_gpu_programs(device, default_dtype(device)) or "on") if device.type == "cuda" else None
 
 
 def _store(store: Store) -> JsonObject:

@@ -15,7 +15,7 @@ from turret.bases.meta_model import room_to_answer, skeleton
 from turret.bases.sharded import gather_once, load_in_parts, parts_of
 from turret.data import Dataset
 from turret.errors import AdapterError, PreflightRefused, TrainingError, UnknownFamily
-from turret.ops.gpu import why_not
+from turret.ops.table import why_no_gpu_programs
 from turret.recipe import Recipe
 from turret.tasks import Task
 from turret.train import distributed
@@ -130,7 +130,7 @@ def predicted_for(
             nf4=recipe.base_quantization == "nf4",
             optimizer=recipe.train.optimizer,
             checkpointed=bool(recipe.train.checkpoint_layers) if checkpointed is None else checkpointed,
-            programs=why_not(device, dtype) is None,
+            programs=why_no_gpu_programs(device, dtype) is None,
         )
         return predicted if parts == 1 else in_parts(predicted, model, parts)
     except (UnknownFamily, AdapterError, NotImplementedError, RuntimeError, TypeError):

@@ -14,10 +14,10 @@ from small_models import build
 from torch import Tensor
 
 from turret.adapters import attach, packed
-from turret.adapters.attention import attend_plainly
 from turret.methods import LoRA, Prefix
 from turret.ops import cpu as kernels
-from turret.ops.cpu import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
+from turret.ops.attention import attend_plainly
+from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 
 
 def plainly(

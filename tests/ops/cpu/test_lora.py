@@ -7,7 +7,7 @@ import torch
 from compiled_kernels import BOTH, close, compiled, draw, needed
 from torch import Tensor
 
-from turret.ops.cpu import NO_DROPOUT, DropoutArguments
+from turret.ops.structs import NO_DROPOUT, DropoutArguments
 
 Numbers = tuple[Tensor, ...]
 BY = 1.7

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compiled_kernels import BOTH, TOLERANCES, close, compiled, draw, needed
 
-from turret.ops.cpu import DropoutArguments
+from turret.ops.structs import DropoutArguments
 
 
 @needed

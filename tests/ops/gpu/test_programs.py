@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from turret.ops.formulas import kept
 from turret.ops.gpu import available, operations, usable, why_not
-from turret.ops.gpu.reference import kept
 
 CPU = torch.device("cpu")
 ALLOWED = {"float32": 2e-6, "float16": 3e-3}

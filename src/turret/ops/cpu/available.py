@@ -14,13 +14,10 @@ from turret.ops.cpu.build import NotBuilt, load
 from turret.ops.cpu.compiled import Library
 from turret.ops.cpu.operations import (
     NAMES,
-    NO_DROPOUT,
     AdapterSpans,
-    AttentionRows,
     CachedKVArguments,
-    DropoutArguments,
-    Prefixes,
 )
+from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 
 # --- check ------------------------------------------------------------------------------------------------------------
 # Compare every kernel with torch when the library is loaded. A wrong kernel costs speed, not correctness.

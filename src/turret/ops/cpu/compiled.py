@@ -10,21 +10,18 @@ from torch import Tensor
 
 from turret.ops.cpu.layers import DecoderLayer, EncoderLayer, Layer, Layers
 from turret.ops.cpu.operations import (
-    NO_DROPOUT,
     AdapterSpans,
-    AttentionRows,
     CachedKVArguments,
     Calls,
-    DropoutArguments,
     Int8Matrix,
     Operations,
     PartStruct,
-    Prefixes,
     at,
     p,
     rows_struct,
     threads,
 )
+from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 
 # --- products ---------------------------------------------------------------------------------------------------------
 # Matrix products: LoRA in training, many LoRAs in one batch, frozen layers in 8 bits, frozen layers on few tokens.
@@ -139,7 +136,7 @@ class Products(Calls):
     def low_rank(self, spans: AdapterSpans, layer: int, x: Tensor, y: Tensor) -> None:
         """y += (x A^T) B for each span of tokens with one adapter, summed in float32 (SGMV).
 
-        The reference is `turret.engine.adapter_pool`.
+        The reference is `turret.ops.mixed_lora.sgmv`.
 
         Args:
             spans: Tokens and the factors of their adapters. Other tokens stay as they are.

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from turret.ops.structs import LayerNorm
+
 
 @dataclass(frozen=True)
 class LayerMatrix:
@@ -24,19 +26,6 @@ class LayerMatrix:
     def struct(self) -> _MatrixStruct:
         d_out, d_in = self.weight.shape
         return _MatrixStruct(d_in, d_out, self.number, _address(self.weight), _address(self.bias))
-
-
-@dataclass(frozen=True)
-class LayerNorm:
-    """A LayerNorm. weight, bias: (D,)"""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    @property
-    def struct(self) -> _LayerNormStruct:
-        return _LayerNormStruct(_address(self.weight), _address(self.bias), self.eps)
 
 
 class Layer:
@@ -83,7 +72,7 @@ class EncoderLayer(Layer):
         assert up == down[::-1]
         assert up[1] == o[0] == q[1]
         assert all(each.numel() == self.width for norm in norms for each in (norm.weight, norm.bias))
-        self.struct = _EncoderLayerStruct(*(each.struct for each in matrices), *(each.struct for each in norms))
+        self.struct = _EncoderLayerStruct(*(each.struct for each in matrices), *map(_norm_struct, norms))
 
 
 class DecoderLayer(Layer):
@@ -136,6 +125,10 @@ class Layers:
     @property
     def address(self) -> int:
         return ctypes.addressof(self._addresses)
+
+
+def _norm_struct(norm: LayerNorm) -> _LayerNormStruct:
+    return _LayerNormStruct(_address(norm.weight), _address(norm.bias), norm.eps)
 
 
 def _address(x: Tensor | None) -> int | None:

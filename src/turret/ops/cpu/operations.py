@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
+
+from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 
 if TYPE_CHECKING:
     from ctypes import _NamedFuncPointer
@@ -25,29 +25,6 @@ if TYPE_CHECKING:
 # Each is made once a pass. Axes: B rows, N tokens of all rows, H heads, P prefix, D head size, S spans.
 
 
-Seeds = tuple[int, int]
-STEPS = 1 << 16  # resolution of a dropout rate
-LARGEST = 1 << 32  # most elements that a dropout mask can number
-
-
-@dataclass(frozen=True)
-class DropoutArguments:
-    """Dropout: an element is kept if its random word reaches the threshold."""
-
-    seeds: Seeds
-    threshold: int  # of STEPS
-    scale: float  # 1 / (1 - p)
-
-    @classmethod
-    def of(cls, p: float, seeds: Seeds) -> DropoutArguments:
-        """Dropout with probability p, rounded to 1 / STEPS."""
-        threshold = min(round(p * STEPS), STEPS - 1)
-        return cls(seeds, threshold, 1.0 / (1.0 - threshold / STEPS))
-
-
-NO_DROPOUT = DropoutArguments((0, 0), 0, 1.0)
-
-
 @dataclass(frozen=True)
 class Int8Matrix:
     """A matrix (O, E) in 8 bits, for `linear_int8`: integers, and a scale for each output."""
@@ -56,52 +33,6 @@ class Int8Matrix:
     outputs: int  # O
     deep: int  # E
     dtype: torch.dtype  # of the original matrix
-
-
-@dataclass(frozen=True)
-class AttentionRows:
-    """The place of each row in an unpadded batch, and which keys its queries see.
-
-    The tensors are int64 on the CPU, (B,). window: 0 for none, else |key - query| < window. bias: (H, W) float32 by
-    key - query, whose zero is at column `zero`; the keys of a prefix are at -P … -1.
-    """
-
-    query_starts: Tensor
-    query_lengths: Tensor
-    key_starts: Tensor
-    key_lengths: Tensor
-    scaling: float
-    causal: bool
-    window: int = 0
-    bias: Tensor | None = None
-    zero: int = 0
-    all_asked: bool = True  # False: some tokens are no queries; their y is not written, their dq is zero
-    structs: dict[tuple[tuple[int, ...], ...], RowsStruct] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def count(self) -> int:
-        """B"""
-        return self.query_starts.shape[0]
-
-    @property
-    def longest_query(self) -> int:
-        return int(self.query_lengths.max())
-
-    @functools.cached_property  # every layer of a pass reads it
-    def longest_key(self) -> int:
-        return int(self.key_lengths.max())
-
-    @functools.cached_property
-    def no_prefixes(self) -> Tensor:
-        return torch.zeros(self.count, dtype=torch.int64)
-
-
-@dataclass(frozen=True)
-class Prefixes:
-    """The prefixes of a batch. pairs: keys and values (H_kv, P, D), contiguous; of_row: each row's pair, or None."""
-
-    pairs: Sequence[tuple[Tensor, Tensor]]
-    of_row: Sequence[int | None]
 
 
 class AdapterSpans:
@@ -202,8 +133,9 @@ def rows_struct(
     """The struct for these tensors. It is cached with the rows if it depends on neither prefixes nor dropout."""
     varies = bool(prefixes.pairs) or dropped is not NO_DROPOUT
     key = (q.shape, k.shape, q.stride(), k.stride(), v.stride())
-    if not varies and key in rows.structs:
-        return rows.structs[key]
+    if not varies and key in rows.memo:
+        known: RowsStruct = rows.memo[key]
+        return known
     for each in (q, k, v):
         assert each.stride(-1) == 1
     if prefixes.pairs:
@@ -242,7 +174,7 @@ def rows_struct(
     )
     struct.tensors = [lengths, *addresses]
     if not varies:
-        rows.structs[key] = struct
+        rows.memo[key] = struct
     return struct
 
 

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from turret.ops.gpu import reference
+from turret.ops import formulas as reference
 from turret.ops.gpu.operations import NAMES
 
 # --- check ------------------------------------------------------------------------------------------------------------

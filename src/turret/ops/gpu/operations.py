@@ -13,7 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from turret.ops.gpu import reference, shapes
+from turret.ops import formulas as reference
+from turret.ops.gpu import shapes
 
 R = TypeVar("R")
 CHANGED: dict[str, tuple[str, ...]] = {  # operation -> the arguments that it changes in place

@@ -1,4 +1,4 @@
-"""The operations of a GPU in Triton, one program each; `reference` has the formulas. Imported on a GPU alone.
+"""The operations of a GPU in Triton, one program each; `ops.formulas` has the formulas. Imported on a GPU alone.
 
 Sums are in float32; a product's result is rounded to the dtype of the tensors where the reference rounds it. Attention
 of whole rows is torch's own FlashAttention, the one that `torch.nn.attention.varlen` calls.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turret.ops.gpu.reference import FIRST_MIX, OF_COLUMN, OF_ROW, OF_SEED, SECOND_MIX
+from turret.ops.formulas import FIRST_MIX, OF_COLUMN, OF_ROW, OF_SEED, SECOND_MIX
 
 # --- lora programs ----------------------------------------------------------------------------------------------------
 # LoRA on a GPU in Triton: of one adapter that trains, and of rows with different adapters.
@@ -33,7 +33,7 @@ _FIRST_MIX, _SECOND_MIX = tl.constexpr(FIRST_MIX), tl.constexpr(SECOND_MIX)
 
 @triton.jit
 def _kept(row, column, threshold, seed):
-    """Which elements dropout keeps, as `reference.kept`: row and column of each element, uint32."""
+    """Which elements dropout keeps, as `formulas.kept`: row and column of each element, uint32."""
     word = row * _OF_ROW + column * _OF_COLUMN + seed.to(tl.uint32) * _OF_SEED
     word = (word ^ (word >> 16)) * _FIRST_MIX
     word = (word ^ (word >> 15)) * _SECOND_MIX

@@ -20,11 +20,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from turret.adapters.autograd import FunctionContext, Gradients, apply
-from turret.adapters.fused import enabled
-from turret.ops.cpu import LARGEST, NO_DROPOUT, DropoutArguments, Library, usable
+from turret.ops.autograd import FunctionContext, Gradients, apply
+from turret.ops.core import Ops
+from turret.ops.structs import LARGEST, NO_DROPOUT, STEPS, DropoutArguments, Mask
+from turret.ops.switches import enabled
+from turret.ops.table import of
 
-STEPS = 1 << 16  # a rate is rounded to a multiple of 1 / STEPS
 ALIGNED = 64  # elements; windows begin at multiples of it
 ROOM = 1 << 14  # elements of a run beyond 5/4 of its first window
 SPREAD = 0x9E3779B97F4A7C15  # between the states of two masks (SplitMix64; Steele et al. 2014)
@@ -58,13 +59,12 @@ class Masks:
 
     def mask(self, x: Tensor, p: float) -> Mask:
         """The next mask of this pass for x: hashed by a kernel if it can index all elements, else words."""
+        ops = of(x)
+        if ops.hashes and x.numel() < LARGEST:
+            return HashedMask(ops, self.arguments(p))
         if not x.is_cpu:
-            return KeptMask(
-                torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p), 1.0 / (1.0 - p)
-            )
-        library = usable(x) if x.numel() < LARGEST else None
-        if library is not None:
-            return HashedMask(library, self.arguments(p))
+            kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
+            return KeptMask(kept, 1.0 / (1.0 - p))
         return WordMask(self.like(x, p), 1.0 / keep_rate(p))
 
     def like(self, x: Tensor, p: float) -> Tensor:
@@ -105,26 +105,13 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return (x.view(mask.dtype) & mask).view(x.dtype)
 
 
-class Mask(Protocol):
-    """One mask, which can be applied more than once."""
-
-    @property
-    def scale(self) -> float:
-        """1 / (1 - p), which `of` leaves to the caller."""
-
-    def of(self, x: Tensor) -> Tensor:
-        """x with the dropped elements zero; any shape with as many elements."""
-
-    def scaled(self, x: Tensor) -> Tensor:
-        """The same, times `scale`."""
-
-
 @dataclass(frozen=True)
 class WordMask:
     """words: of x's element size, all ones where an element stays, else zero."""
 
     words: Tensor
     scale: float
+    dropped: DropoutArguments | None = None
 
     def of(self, x: Tensor) -> Tensor:
         return masked(x, self.words.view(x.shape))
@@ -137,7 +124,7 @@ class WordMask:
 class HashedMask:
     """The kernels compute the mask from two seeds whenever it is applied."""
 
-    library: Library
+    ops: Ops
     dropped: DropoutArguments
 
     @property
@@ -145,10 +132,10 @@ class HashedMask:
         return self.dropped.scale
 
     def of(self, x: Tensor) -> Tensor:
-        return self.library.dropout(x.contiguous(), self.dropped, 1.0)
+        return self.ops.dropout(x.contiguous(), self.dropped, 1.0)
 
     def scaled(self, x: Tensor) -> Tensor:
-        return self.library.dropout(x, self.dropped)
+        return self.ops.dropout(x, self.dropped, self.dropped.scale)
 
 
 @dataclass(frozen=True)
@@ -157,6 +144,7 @@ class KeptMask:
 
     kept: Tensor
     scale: float
+    dropped: DropoutArguments | None = None
 
     def of(self, x: Tensor) -> Tensor:
         return x * self.kept.view(x.shape)

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from turret.adapters.autograd import FunctionContext, Gradients, apply
-from turret.adapters.fused import enabled
+from turret.ops.autograd import FunctionContext, Gradients, apply
+from turret.ops.switches import enabled
 
 SHORTER = 0.5  # a row shorter than this share of its block's longest row begins another block,
 SMALL = 1 << 13  # unless the block has at most so many scores per head

@@ -6,8 +6,6 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 
-from turret.ops.cpu import Library
-
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
 Gradients = tuple[Tensor | None, ...]  # one for each argument of `forward`; None for what is not differentiated
@@ -21,14 +19,6 @@ class FunctionContext(Protocol):
     @property
     def needs_input_grad(self) -> tuple[bool, ...]: ...
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
-    def mark_non_differentiable(self, *outputs: Tensor) -> None: ...
-    def set_materialize_grads(self, value: bool) -> None: ...
-
-
-class KernelContext(FunctionContext, Protocol):
-    """The context of a Function whose both directions are kernels."""
-
-    library: Library
 
 
 class _Function(Protocol[P, R]):

@@ -13,11 +13,12 @@ import torch
 from batches import rows, without_dropout
 from four_bits import base_in_four_bits, needs_bitsandbytes
 
-from turret.adapters import attach, detach, lifecycle, packed
-from turret.adapters.fused import gpu_decoder, layers
-from turret.methods import LoRA
+from turret.adapters import attach, detach, layers, lifecycle, packed
+from turret.methods import LoRA, Prefix
+from turret.ops import table
 
 SOME = LoRA(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"), init_lora_weights=False)
+PREFIX = Prefix(num_virtual_tokens=3, reparametrize=False)
 ALL = LoRA(r=4, lora_dropout=0.0, target_modules="all-linear", init_lora_weights=False)
 
 
@@ -25,19 +26,20 @@ ALL = LoRA(r=4, lora_dropout=0.0, target_modules="all-linear", init_lora_weights
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Let CPU tensors take a GPU's layers; gives the number of layers that did."""
     taken: list[int] = []
+    own = layers.LayerHook.trained
 
-    def on_gpu(self: layers.Decoder, x: torch.Tensor, cos_sin: Any) -> torch.Tensor | None:
-        y = self._on_gpu(x, cos_sin)
+    def on_gpu(self: layers.LayerHook[Any], x: torch.Tensor, cos_sin: Any) -> torch.Tensor | None:
+        y = own(self, x, cos_sin)
         taken.extend([1] * (y is not None))
         return y
 
     with monkeypatch.context() as patched:
-        patched.setattr(gpu_decoder, "usable", lambda *tensors: True)
-        patched.setattr(layers.Decoder, "__call__", on_gpu)
+        patched.setattr(layers, "of", lambda *tensors: table.ON_A_GPU)
+        patched.setattr(layers.LayerHook, "trained", on_gpu)
         yield taken
 
 
-def gradients(model: Any, method: LoRA, checkpoint: bool = False) -> dict[str, torch.Tensor]:
+def gradients(model: Any, method: LoRA | Prefix, checkpoint: bool = False) -> dict[str, torch.Tensor]:
     """Of every factor, of a sum over the logits of three rows."""
     attach(model, method, generator=torch.Generator().manual_seed(0))
     if checkpoint:
@@ -57,13 +59,16 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(gradient, other[name], atol=1e-4 * float(other[name].abs().max()), rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", [SOME, ALL], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "method", [SOME, ALL, Prefix(num_virtual_tokens=3, reparametrize=False)], ids=["some", "all", "prefix"]
+)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_its_gradients_are_the_modules(monkeypatch: pytest.MonkeyPatch, family: str, method: LoRA) -> None:
+def test_its_gradients_are_the_modules(monkeypatch: pytest.MonkeyPatch, family: str, method: LoRA | Prefix) -> None:
     model = without_dropout(small_models.build(family, "generate"))
     with as_on_a_gpu(monkeypatch) as taken:
         found = gradients(model, method)
-    assert len(taken) == 2  # layers
+    hides = isinstance(method, Prefix) and family == "mistral"  # a window would hide the prefix
+    assert len(taken) == (0 if hides else 2)  # layers
     same(found, gradients(model, method))
 
 

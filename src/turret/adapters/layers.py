@@ -1,0 +1,648 @@
+"""The layers of a model as blocks of operations: what hooks them, and the checks that they contain nothing else.
+
+A layer of BERT, RoBERTa, Llama, Mistral or Qwen computes as one block (`turret.ops.blocks`) while one adapter trains on
+unpadded rows, and in an engine's passes. Where a pass has few tokens (a short text, or the next token of some rows) one
+call of a kernel computes this layer and those after it, up to the first hook between them; those layers return their
+input. If a layer contains anything else, its modules compute it.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from turret import quantized
+from turret.adapters.attention import AttentionCall, attend_in_pass, rows_and_prefixes, takes_rows
+from turret.adapters.batch_context import AdapterPoolProtocol, BatchContext, KVCacheProtocol
+from turret.adapters.lora import RoutedLinear
+from turret.adapters.modules_to_save import unrouted
+from turret.families import FastPaths, Layout
+from turret.ops import frozen, lora
+from turret.ops.blocks import Normed, PostNorm, PreNorm, Training, train
+from turret.ops.core import Cached, LayerWeights, Ops, WholeLayers
+from turret.ops.dropout import Masks
+from turret.ops.norms import frozen_rms_norm
+from turret.ops.structs import LARGEST, DropoutArguments, Group, LayerNorm, Lora, Matrix, RMSNorm
+from turret.ops.table import of
+from turret.transformer import ModelConfig, Submodule
+
+if TYPE_CHECKING:
+    from turret.adapters.attention import Hooked
+
+CosSin = tuple[Tensor, Tensor]  # of the rotary positions, each (1, N, head size)
+SILU = ("SiLU", "SiLUActivation")
+DONE = ("done",)  # key of a context's memo: the output of the latest call, and the index of the layer after it
+NORMED = ("normed",)  # likewise: the output of the latest layer that trains, its version, and how its norm made it
+RECORDED = ("recorded",)  # likewise: how many layers of this decode step may be recorded as a graph
+
+
+# --- layer types ------------------------------------------------------------------------------------------------------
+# The parts of transformers' layers by their names, for the type checker. No object is of these classes.
+
+
+class PostNormSelf(nn.Module):
+    """`BertSelfAttention` and its like."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    dropout: nn.Dropout
+    attention_head_size: int
+    scaling: float
+    config: ModelConfig
+    turret_hook: Hooked
+
+
+class PostNormAttention(nn.Module):
+    """`BertAttention`."""
+
+    self: PostNormSelf
+    output: nn.Module
+
+
+class PostNormIntermediate(nn.Module):
+    """`BertIntermediate`."""
+
+    dense: nn.Module
+    intermediate_act_fn: nn.Module
+
+
+class PostNormLayer(nn.Module):
+    """A layer of BERT or RoBERTa."""
+
+    attention: PostNormAttention
+    intermediate: PostNormIntermediate
+    output: nn.Module
+    is_decoder: bool
+
+
+class PreNormAttention(Submodule):
+    """`LlamaAttention`. Qwen 3 adds `q_norm` and `k_norm`."""
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    head_dim: int
+    scaling: float
+    attention_dropout: float
+    config: ModelConfig
+    turret_hook: Hooked
+
+
+class PreNormLayer(nn.Module):
+    """A layer of Llama, Mistral or Qwen."""
+
+    self_attn: PreNormAttention
+    mlp: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+
+
+# --- replaced modules -------------------------------------------------------------------------------------------------
+
+
+class FrozenNorm(nn.Module):
+    """Replaces an RMS norm of the base, with the same weight; see `ops.norms`."""
+
+    def __init__(self, replaced: nn.Module, context: BatchContext, narrows: bool = False) -> None:
+        super().__init__()
+        self.context = context
+        self.weight = replaced.get_parameter("weight")
+        self.variance_epsilon: float = vars(replaced)["variance_epsilon"]
+        self.narrows = narrows
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        serves, eps = self.context.serves, self.variance_epsilon
+        return frozen_rms_norm(hidden_states, self.weight, eps, serves=serves, narrows=self.narrows)
+
+
+class NarrowedOutput(nn.Module):
+    """Replaces the module that ends the attention of the last layer; the base's own layers stay inside.
+
+    If a classifier reads one token of each row (`BatchContext.read`), only these tokens go on.
+    """
+
+    def __init__(self, replaced: nn.Module, context: BatchContext) -> None:
+        super().__init__()
+        for name, module in replaced.named_children():
+            self.add_module(name, module)
+        self.context, self._forward = context, type(replaced).forward
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if (read := self.context.read) is not None:  # (1, N, D) -> (1, B, D)
+            hidden_states, input_tensor = (each.index_select(1, read) for each in (hidden_states, input_tensor))
+        y: Tensor = self._forward(self, hidden_states, input_tensor)
+        return y
+
+
+def narrowing(last_attention: str) -> str:
+    """The path of the module that ends the attention at this path."""
+    return f"{last_attention.rpartition('.')[0]}.output"
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module also calls a hook."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def named(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether the module is of one of these classes; FSDP2 gives it a class of its own below its class."""
+    return any(each.__name__ in names for each in type(module).__mro__)
+
+
+def trains_one_adapter(context: BatchContext) -> bool:
+    """Whether this pass trains one adapter on unpadded rows, and layers may be one operation."""
+    if context.serves or context.cache is not None or context.capture is not None:
+        return False
+    if context.lengths is None or context.single() is None:
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
+
+
+def frozen_base(module: nn.Module) -> nn.Module | None:
+    """The frozen linear layer of a module that is a product and nothing else; None for any other."""
+    base = module.base_layer if isinstance(module, RoutedLinear) else module
+    if has_hooks(module) or has_hooks(base):
+        return None
+    if not isinstance(vars(base).get("forward"), frozen.Int8Forward | None):
+        return None
+    if quantized.in_four_bits(base):
+        return base
+    if type(base) is not nn.Linear or base.weight.requires_grad or not base.weight.is_contiguous():
+        return None
+    return base
+
+
+class Matrices:
+    """Makes the matrices of a layer for one training pass."""
+
+    def __init__(self, context: BatchContext, slot: int, x: Tensor, ops: Ops) -> None:
+        self._context, self._slot, self._x, self._ops = context, slot, x, ops
+
+    def group(self, *modules: nn.Module) -> Group | None:
+        """The matrices of layers with one input, or None if the operations do not take them."""
+        found = [self._matrix(each) for each in modules]
+        group = tuple(each for each in found if each is not None)
+        if len(group) < len(found) or not self._ops.takes_lora([each.lora for each in group], self._x):
+            return None
+        return group
+
+    def _matrix(self, module: nn.Module) -> Matrix | None:
+        base, added = frozen_base(module), None
+        if base is None:
+            return None
+        if isinstance(module, RoutedLinear):
+            factors = module.factors(self._slot)
+            if self._slot in module.scaled or (factors is not None and factors.initial_A is not None):
+                return None
+            if factors is not None:
+                p = factors.dropout if factors.training else 0.0
+                added = Lora(factors.lora_A, factors.lora_B, factors.scaling, p)
+        bias = base._parameters["bias"]
+        if bias is not None and (bias.requires_grad or bias.dtype != self._x.dtype):
+            return None
+        if quantized.in_four_bits(base):
+            packed = quantized.FourBitProducts.of(base)
+            return Matrix(packed.weight, bias, packed, added)
+        weight = base.get_parameter("weight")
+        if weight.dtype != self._x.dtype:
+            return None
+        return Matrix(weight, bias, frozen.products(self._context.int8, self._x, weight, bias), added)
+
+
+# --- an engine's pass -------------------------------------------------------------------------------------------------
+
+
+class Serving:
+    """A pass of an engine through a layer: every token takes its row's adapter (`ops.blocks.Pass`).
+
+    Args:
+        ops: of the device.
+        context: of the model.
+        linears: the layer's, by group.
+        hooked: what its attention carries.
+        call: the settings of its attention.
+        cos_sin: of the rotary positions, if it rotates.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        context: BatchContext,
+        linears: Sequence[Sequence[RoutedLinear]],
+        hooked: Hooked,
+        call: AttentionCall,
+        cos_sin: CosSin | None,
+    ) -> None:
+        assert context.adapter_pool is not None
+        self.ops, self._context, self._pool, self._linears = ops, context, context.adapter_pool, linears
+        self._hooked, self._call = hooked, call
+        self._cos_sin = None if cos_sin is None else (cos_sin[0][0].contiguous(), cos_sin[1][0].contiguous())
+
+    def products(self, group: int, x: Tensor, plus: Tensor | None = None) -> list[Tensor]:
+        return self._pool.products(self._linears[group], x, plus)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._cos_sin is not None:
+            cache = self._context.cache
+            if cache is not None and not cache.fresh("decoder") and self.ops.takes_new_token(q.shape[2]):
+                return self._attend_new_tokens(cache, q, k, v, *self._cos_sin)
+            q, k = self.ops.rotate(q, k, *self._cos_sin, 1.0)
+        q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
+        return attend_in_pass(self._hooked, q, k, v, self._call)[0].transpose(0, 1)
+
+    def _attend_new_tokens(
+        self, cache: KVCacheProtocol, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """A decode step in one launch for each block of the cache."""
+        start, parts, memo = 0, [], self._context.memo
+        for part in cache.step("decoder", self._hooked.site.layer, None, None):
+            own = slice(start, start := start + len(part.lengths))
+            cached = Cached(part.keys, part.values, part.lengths, part.prefixes)
+            window, scaling = self._call.window or 0, self._call.scaling
+            y = self.ops.attend_new_token(q[own], k[own], v[own], cos[own], sin[own], cached, window, scaling)
+            parts.append(y)
+        memo[RECORDED] = memo.get(RECORDED, 0) + 1
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def keep(self, **tensors: Tensor | None) -> None:
+        """Nothing: there is no backward pass."""
+
+
+# --- hooks ------------------------------------------------------------------------------------------------------------
+
+
+M = TypeVar("M", bound=nn.Module)
+AnyBlock = PostNorm | PreNorm
+Linears = Sequence[Sequence[nn.Module]]  # by group: q, k, v; out; up, or gate and up; down
+
+
+class LayerHook(ABC, Generic[M]):
+    """Replaces the forward of one layer of a model.
+
+    one_call: computes this layer and those after it, where a kernel does.
+    """
+
+    layout: Layout
+
+    def __init__(self, module: M, fast: FastPaths, context: BatchContext, order: list[OneCall]) -> None:
+        self.module, self.context, self._fast = module, context, fast
+        self._original: Callable[..., Any] = module.forward
+        self.one_call = OneCall(self, order)
+
+    # transformers' arguments pass through; bound to this object, so that a copy of the model uses the copy's weights
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, where no block computes the same."""
+        y = None
+        if hidden_states.dim() == 3 and hidden_states.shape[0] == 1 and hidden_states.numel() > 0:
+            compute = self.trained if torch.is_grad_enabled() else self.served
+            y = compute(hidden_states, kwargs.get("position_embeddings"))
+        return self._original(hidden_states, *args, **kwargs) if y is None else y
+
+    def served(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
+        """The layer in an engine's pass: (1, N, D) -> (1, N, D), or None if its modules must compute it."""
+        if not self.context.serves or self.module.training:
+            return None
+        y = self.one_call(x, cos_sin)
+        return self._block(x, cos_sin) if y is None else y
+
+    def _block(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
+        context, pool = self.context, self.context.adapter_pool
+        if pool is None or pool.replaces or context.lengths is None or context.read is not None:
+            return None
+        ops = of(x, *(cos_sin or ()))
+        if not ops.takes_layer(self.layout, trains=False) or (parts := self.parts()) is None:
+            return None
+        block, linears = parts
+        routed = [[each for each in group if isinstance(each, RoutedLinear)] for group in linears]
+        unfit = any(len(own) < len(group) for own, group in zip(routed, linears, strict=True))
+        if unfit or of(x, *tensors_of(block)) is not ops or not self.fits(x, cos_sin):
+            return None
+        run = Serving(ops, context, routed, self.hooked, self.call(0.0), cos_sin)
+        return block.forward(run, x.contiguous()[0])[None]
+
+    def trained(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
+        """The layer while one adapter trains: (1, N, D) -> (1, N or B, D), or None if its modules must compute it."""
+        context, slot = self.context, self.context.single()
+        if slot is None or not trains_one_adapter(context) or x.numel() >= LARGEST or not self.fits(x, cos_sin):
+            return None
+        ops = of(x, *(cos_sin or ()))
+        if not ops.takes_layer(self.layout, trains=True) or (parts := self.parts()) is None:
+            return None
+        block, linears = parts
+        norms, p = tensors_of(block), self.dropout
+        if of(x, *norms) is not ops or any(each.requires_grad for each in norms):
+            return None
+        call = self.call(p)
+        rows, prefixes = rows_and_prefixes(self.hooked, call.scaling, call.window, x.dtype)
+        if not takes_rows(ops, rows, prefixes, block.dim, p):
+            return None
+        matrices = Matrices(context, slot, x, ops)
+        bare = [found for own in linears if (found := matrices.group(*own)) is not None]
+        if len(bare) < len(linears) or not (x.requires_grad or lora.factors(bare) or prefixes.pairs):
+            return None  # nothing trains in this layer or below it
+        masks, (first, last), groups, dropped = context.masks or Masks(), self.branch_dropout, [], []
+        for group, rate in zip(bare, (p, first, 0.0, last), strict=True):  # masks are drawn in the modules' order
+            adapted = (m if m.lora is None else m._replace(lora=lora.hashed(ops, m.lora, masks)) for m in group)
+            groups.append(tuple(adapted))
+            dropped.append(masks.arguments(rate))
+        flat = None if cos_sin is None else (cos_sin[0][0].contiguous(), cos_sin[1][0].contiguous())
+        run = Training(ops, groups, rows, prefixes.of_row, dropped[0], flat)
+        made: tuple[Tensor, int, Normed] | None = context.memo.get(NORMED)
+        normed = made[2] if made is not None and made[0] is x and made[1] == x._version else None
+        pairs = [each for pair in prefixes.pairs for each in pair]
+        y, normed = train(self.while_training(block, dropped[1], dropped[3]), run, x.contiguous(), pairs, normed)
+        if normed is not None:
+            context.memo[NORMED] = y, y._version, normed
+        return y
+
+    @property
+    @abstractmethod
+    def hooked(self) -> Hooked:
+        """What the layer's attention carries."""
+
+    @property
+    @abstractmethod
+    def dropout(self) -> float:
+        """Of attention's probabilities, in this mode."""
+
+    @property
+    @abstractmethod
+    def branch_dropout(self) -> tuple[float, float]:
+        """Of what is added after attention, and after the MLP, in this mode."""
+
+    @abstractmethod
+    def call(self, p: float) -> AttentionCall:
+        """The settings of its attention. p: rate of dropout."""
+
+    @property
+    @abstractmethod
+    def layer_count(self) -> int:
+        """How many layers the model computes."""
+
+    @abstractmethod
+    def fits(self, x: Tensor, cos_sin: CosSin | None) -> bool:
+        """Whether the rotary positions are those of x's tokens, or none, as the layer needs them."""
+
+    @abstractmethod
+    def parts(self) -> tuple[AnyBlock, Linears] | None:
+        """The layer's norms and linear layers, or None if it contains anything else."""
+
+    @abstractmethod
+    def while_training(self, block: AnyBlock, first: DropoutArguments, last: DropoutArguments) -> AnyBlock:
+        """The block with the dropout of both branches in this pass, and the only tokens that go on."""
+
+    @abstractmethod
+    def call_layers(
+        self, layers: WholeLayers, hooks: Sequence[LayerHook[M]], x: Tensor, cos_sin: CosSin | None
+    ) -> Tensor | None:
+        """Consecutive layers in one call of a kernel, or None if this pass is of another kind."""
+
+
+class PostNormHook(LayerHook[PostNormLayer]):
+    """A layer of BERT or RoBERTa."""
+
+    layout: Layout = "post-norm"
+
+    @property
+    def hooked(self) -> Hooked:
+        return self.module.attention.self.turret_hook
+
+    @property
+    def dropout(self) -> float:
+        attention = self.module.attention.self
+        return attention.dropout.p if attention.training else 0.0
+
+    @property
+    def layer_count(self) -> int:
+        return self.module.attention.self.config.num_hidden_layers
+
+    def call(self, p: float) -> AttentionCall:
+        return AttentionCall(self.module.attention.self.scaling, p)
+
+    def fits(self, x: Tensor, cos_sin: CosSin | None) -> bool:
+        return cos_sin is None
+
+    def parts(self) -> tuple[PostNorm, Linears] | None:
+        module, attention = self.module, self.module.attention.self
+        outputs, intermediate = (module.attention.output, module.output), module.intermediate
+        known = all(named(each, (*self._fast.added_norms, NarrowedOutput.__name__)) for each in outputs)
+        if not known or module.is_decoder or not is_gelu(intermediate.intermediate_act_fn):
+            return None
+        if any(map(has_hooks, (module.attention, attention, intermediate, intermediate.intermediate_act_fn, *outputs))):
+            return None
+        norms = []
+        for output in outputs:
+            own = output.get_submodule("LayerNorm")
+            norm = own if torch.is_grad_enabled() else unrouted(own)
+            if type(norm) is not nn.LayerNorm or norm.bias is None or has_hooks(own) or has_hooks(norm):
+                return None
+            norms.append(LayerNorm(norm.weight, norm.bias, norm.eps))
+        linears = (
+            (attention.query, attention.key, attention.value),
+            (outputs[0].get_submodule("dense"),),
+            (intermediate.dense,),
+            (outputs[1].get_submodule("dense"),),
+        )
+        return PostNorm((norms[0], norms[1]), attention.attention_head_size), linears
+
+    @property
+    def branch_dropout(self) -> tuple[float, float]:
+        found = []
+        for output in (self.module.attention.output, self.module.output):
+            dropout = output.get_submodule("dropout")
+            assert isinstance(dropout, nn.Dropout)
+            found.append(dropout.p if dropout.training else 0.0)
+        return found[0], found[1]
+
+    def while_training(self, block: AnyBlock, first: DropoutArguments, last: DropoutArguments) -> AnyBlock:
+        assert isinstance(block, PostNorm)
+        norms = block.norms[0]._replace(dropped=first), block.norms[1]._replace(dropped=last)
+        narrows = isinstance(self.module.attention.output, NarrowedOutput)
+        return PostNorm(norms, block.dim, self.context.read if narrows else None)
+
+    def call_layers(
+        self, layers: WholeLayers, hooks: Sequence[LayerHook[PostNormLayer]], x: Tensor, cos_sin: CosSin | None
+    ) -> Tensor | None:
+        context, pool = self.context, self.context.adapter_pool
+        if pool is None or context.lengths is None or context.read is not None:
+            return None
+        attentions = [each.module.attention.self for each in hooks]
+        rows = [rows_and_prefixes(each.turret_hook, each.scaling, None, x.dtype) for each in attentions]
+        return layers.encoder(x, pool.spans("encoder"), rows)
+
+
+class PreNormHook(LayerHook[PreNormLayer]):
+    """A layer of Llama, Mistral or Qwen."""
+
+    layout: Layout = "pre-norm"
+
+    @property
+    def hooked(self) -> Hooked:
+        return self.module.self_attn.turret_hook
+
+    @property
+    def dropout(self) -> float:
+        attention = self.module.self_attn
+        return attention.attention_dropout if attention.training else 0.0
+
+    @property
+    def layer_count(self) -> int:
+        return self.module.self_attn.config.num_hidden_layers
+
+    def call(self, p: float) -> AttentionCall:
+        attention = self.module.self_attn
+        return AttentionCall(attention.scaling, p, self.hooked.family.window(attention))
+
+    def fits(self, x: Tensor, cos_sin: CosSin | None) -> bool:
+        shape = (1, x.shape[1], self.module.self_attn.head_dim)
+        return cos_sin is not None and all(each.shape == shape for each in cos_sin)
+
+    def parts(self) -> tuple[PreNorm, Linears] | None:
+        module, attention, mlp = self.module, self.module.self_attn, self.module.mlp
+        gated = named(mlp, self._fast.gated_mlps) and type(getattr(mlp, "act_fn", None)).__name__ in SILU
+        if not gated or any(map(has_hooks, (attention, mlp, mlp.get_submodule("act_fn")))):
+            return None
+        modules = [module.input_layernorm, module.post_attention_layernorm]
+        modules += [own for name in ("q_norm", "k_norm") if (own := getattr(attention, name, None)) is not None]
+        norms = []
+        for own in modules:
+            norm = own if torch.is_grad_enabled() else unrouted(own)
+            if type(norm) is not FrozenNorm or has_hooks(own) or has_hooks(norm):
+                return None
+            norms.append(RMSNorm(norm.weight, norm.variance_epsilon))
+        gate, up, down = (mlp.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,), (gate, up), (down,)
+        heads = (norms[2], norms[3]) if len(norms) > 2 else None
+        return PreNorm((norms[0], norms[1]), attention.head_dim, heads), linears
+
+    @property
+    def branch_dropout(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    def while_training(self, block: AnyBlock, first: DropoutArguments, last: DropoutArguments) -> AnyBlock:
+        return block
+
+    def call_layers(
+        self, layers: WholeLayers, hooks: Sequence[LayerHook[PreNormLayer]], x: Tensor, cos_sin: CosSin | None
+    ) -> Tensor | None:
+        pool, cache = self.context.adapter_pool, self.context.cache
+        if pool is None or cache is None or cos_sin is None or cache.fresh("decoder") or not self.fits(x, cos_sin):
+            return None
+        cos, sin = (each.contiguous() for each in cos_sin)
+        steps = [cache.step("decoder", each.hooked.site.layer, None, None) for each in hooks]
+        if any(part.kept is None for parts in steps for part in parts) or of(x, cos, sin) is not of(x):
+            return None
+        parts = [[(part.kept, part.keys, part.values) for part in own if part.kept is not None] for own in steps]
+        return layers.decoder(x, cos, sin, pool.spans("decoder"), parts)
+
+
+# --- one call ---------------------------------------------------------------------------------------------------------
+
+
+class OneCall:
+    """A layer and those after it in one call. Calling it gives None if the block or the modules must compute.
+
+    order: all layers of the model.
+    """
+
+    def __init__(self, hook: LayerHook[Any], order: list[OneCall]) -> None:
+        self.hook, self._order, self._index = hook, order, len(order)
+        self._weights: tuple[AdapterPoolProtocol, LayerWeights | None] | None = None  # as found in this pool
+        self._runs: dict[int, WholeLayers] = {}  # by the number of layers
+        order.append(self)
+
+    def __call__(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
+        """x: (1, N, D) -> (1, N, D)."""
+        context = self.hook.context
+        done: tuple[Tensor, int] | None = context.memo.get(DONE)
+        if done is not None and done[0] is x and self._index < done[1]:
+            return x
+        pool, ops = context.adapter_pool, of(x)
+        if pool is None or pool.scales or not 0 < x.shape[1] <= ops.few_for_layers():
+            return None
+        run = self._run(pool, ops, x.dtype)
+        if not run:
+            return None
+        if len(run) not in self._runs:
+            own = [found for each in run if (found := each.weights(pool, ops)) is not None]
+            self._runs[len(run)] = ops.whole_layers(own)
+        y = self.hook.call_layers(self._runs[len(run)], [each.hook for each in run], x.contiguous(), cos_sin)
+        if y is not None:
+            context.memo[DONE] = y, self._index + len(run)
+        return y
+
+    def weights(self, pool: AdapterPoolProtocol, ops: Ops) -> LayerWeights | None:
+        """The layer's weights, or None if it contains anything that the kernel does not compute."""
+        if self._weights is None or self._weights[0] is not pool:
+            self._weights, self._runs = (pool, self._found(pool, ops)), {}
+        return self._weights[1]
+
+    def _found(self, pool: AdapterPoolProtocol, ops: Ops) -> LayerWeights | None:
+        if (parts := self.hook.parts()) is None:
+            return None
+        block, groups = parts
+        matrices = []
+        for each in (own for group in groups for own in group):
+            if not isinstance(each, RoutedLinear) or not frozen.plain(each.base_layer):
+                return None
+            matrices.append((pool.number(each), each.weight, each.bias))
+        call, heads = self.hook.call(0.0), block.head_norms if isinstance(block, PreNorm) else None
+        scaling, window = call.scaling, call.window or 0
+        return ops.layer_weights(matrices, block.norms, heads, dim=block.dim, scaling=scaling, window=window)
+
+    def _run(self, pool: AdapterPoolProtocol, ops: Ops, dtype: torch.dtype) -> list[OneCall]:
+        """This layer and those after it that one call computes; empty if it computes none."""
+        run: list[OneCall] = []
+        first = self.weights(pool, ops)
+        for each in self._order[self._index : self.hook.layer_count]:
+            own = each.weights(pool, ops)
+            if own is None or first is None or own.alike != first.alike or own.dtype != dtype:
+                break
+            if run and each.hook.module._forward_pre_hooks:
+                break
+            run.append(each)
+            if each.hook.module._forward_hooks:
+                break
+        return run
+
+
+LAYOUTS: dict[Layout, type[LayerHook[Any]]] = {  # each has its own modules
+    each.layout: each for each in (PostNormHook, PreNormHook)
+}
+
+
+def is_gelu(module: nn.Module) -> bool:
+    """Whether the module is the exact GELU."""
+    exact = type(module) is nn.GELU and module.approximate == "none"
+    return exact or (type(module).__name__ == "GELUActivation" and getattr(module, "act", None) is nn.functional.gelu)
+
+
+def tensors_of(block: AnyBlock) -> list[Tensor]:
+    """The weights of a block's norms."""
+    heads = block.head_norms or () if isinstance(block, PreNorm) else ()
+    biases = [each.bias for each in block.norms if isinstance(each, LayerNorm)]
+    return [*(each.weight for each in (*block.norms, *heads)), *biases]
+
+
+def hook(model: nn.Module, fast: FastPaths, context: BatchContext) -> list[Callable[[], None]]:
+    """Let the layers of a model compute as blocks where they can; returns functions that undo it."""
+    if fast.layout is None:
+        return []
+    kind = LAYOUTS[fast.layout]
+    order: list[OneCall] = []
+    undo: list[Callable[[], None]] = []
+    for module in model.modules():
+        if named(module, fast.layers) and "forward" not in vars(module):
+            module.forward = kind(module, fast, context, order).forward
+            undo.append(functools.partial(vars(module).__delitem__, "forward"))
+    return undo

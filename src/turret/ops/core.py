@@ -1,0 +1,354 @@
+"""The operations of a transformer for tensors of one device and dtype: in plain torch here, faster in the subclasses.
+
+`table.of` chooses the object. `Ops` is the reference: `cpu.CpuOps` and `gpu.GpuOps` compute the same, and replace only
+what their device computes faster. Axes: N tokens of all rows, D width, H heads, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from turret.ops import formulas
+from turret.ops.cpu import AdapterSpans, Library
+from turret.ops.structs import (
+    AttentionRows,
+    DropoutArguments,
+    LayerNorm,
+    Lora,
+    Mask,
+    Prefixes,
+    RMSNorm,
+)
+from turret.ops.switches import enabled
+
+NumberedMatrix = tuple[int, Tensor, Tensor | None]  # a frozen layer's number among those that are adapted, W and b
+
+__all__ = ["REFERENCE", "AdapterSpans", "Cached", "Gradients", "KVStep", "LayerWeights", "Loras", "Ops", "WholeLayers"]
+
+Gradients = list[Tensor | None]
+Loras = Sequence[Lora | None]  # of the matrices of one input, None for one without
+
+
+class Cached(NamedTuple):
+    """The cached keys and values of some rows in one layer, and how many of each row are there.
+
+    keys, values: (B, H_kv, S, D); lengths, with the newest token, and prefixes: (B,) int64.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    prefixes: Tensor
+
+
+class KVStep(Protocol):
+    """The rows of a KV cache that a decode step reads, the same for every layer of a model."""
+
+    def keep(self, keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor) -> bool:
+        """Write the newest token (B, H_kv, D) of each row into (B, H_kv, S, D); False if it was not written."""
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int) -> Tensor | None:
+        """softmax(scaling q K^T) V of one query a row, q: (B, H, D), or None if torch must compute it."""
+
+
+class LayerWeights(Protocol):
+    """The frozen weights of a layer for a kernel that computes whole layers.
+
+    alike: equal for layers that one call computes.
+    """
+
+    @property
+    def alike(self) -> Hashable: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class WholeLayers(Protocol):
+    """Consecutive layers in one call, on few tokens; bit-equal to the operations of their parts."""
+
+    def encoder(self, x: Tensor, spans: AdapterSpans | None, rows: Sequence[tuple[AttentionRows, Prefixes]]) -> Tensor:
+        """Post-norm layers. x: (..., D) -> (..., D). spans: of the adapters. rows: of each layer's attention."""
+
+    def decoder(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        spans: AdapterSpans | None,
+        parts: Sequence[Sequence[tuple[KVStep, Tensor, Tensor]]],
+    ) -> Tensor:
+        """Pre-norm layers on one new token of each row. x: (..., D) -> (..., D); cos, sin: (..., head size).
+
+        parts: for each layer the blocks of the KV cache that hold the rows, in their order: keys and values
+        (B, H_kv, S, head size). The new token is written there.
+        """
+
+
+class Ops:
+    """Every operation in plain torch."""
+
+    kernels = False  # whether anything is faster than torch here
+    layouts: frozenset[str] = frozenset()  # the kinds of layer that are worth computing as one block
+    recorded = False  # whether a decode step of such blocks may be recorded as a graph
+    hashes = False  # whether kernels compute masks of dropout from seeds
+    output_read = False  # whether `attention_backward` reads the output of `attention`
+
+    # --- frozen products ----------------------------------------------------------------------------------------------
+
+    def few(self) -> int:
+        """The most tokens for which `linear` is faster than torch's own product."""
+        return 0
+
+    def linear_few(self, x: Tensor, weight: Tensor, bias: Tensor | None, helped: bool = True) -> Tensor:
+        """x W^T + b on at most `few` tokens, without packing W anew. helped: whether helper threads may be awake."""
+        return F.linear(x, weight, bias)
+
+    def layer_weights(
+        self,
+        matrices: Sequence[NumberedMatrix],
+        norms: tuple[LayerNorm, LayerNorm] | tuple[RMSNorm, RMSNorm],
+        head_norms: tuple[RMSNorm, RMSNorm] | None,
+        *,
+        dim: int,
+        scaling: float,
+        window: int,
+    ) -> LayerWeights | None:
+        """The weights of a layer for `whole_layers`, or None if there is no such kernel for them.
+
+        Args:
+            matrices: in the order of the block's groups.
+            norms: as in the block: it is post-norm if they are LayerNorms.
+            head_norms: of queries and of keys.
+            dim: of a head.
+            scaling: of the attention scores.
+            window: of the attention; 0 for none.
+        """
+        return None
+
+    def whole_layers(self, layers: Sequence[LayerWeights]) -> WholeLayers:
+        """Consecutive layers as one call."""
+        raise NotImplementedError
+
+    @property
+    def int8(self) -> Library | None:
+        """The kernels that multiply integers of 8 bits, if there are any."""
+        return None
+
+    def lay_out(self, factors: Sequence[tuple[Tensor, Tensor]], scaling: float, flat: Tensor) -> None:
+        """Copy A (R, D_in) and scaling B^T of each layer into one buffer, one after another, rounded to its dtype."""
+        targets = iter(torch.split(flat, [each.numel() for pair in factors for each in pair]))
+        for A, B in factors:
+            next(targets).view(A.shape).copy_(A)
+            torch.mul(B.to(flat.device, torch.float32).mT, scaling, out=next(targets).view(B.shape[::-1]))
+
+    def tiled(self) -> bool:
+        """Whether a product costs so little that it is computed again rather than saved."""
+        return False
+
+    # --- LoRA ---------------------------------------------------------------------------------------------------------
+
+    def takes_lora(self, loras: Loras, like: Tensor) -> bool:
+        """Whether these operations compute the LoRA of layers with one input of like's dtype."""
+        return True
+
+    def add_lora(self, y: Sequence[Tensor], x: Tensor, loras: Loras, plus: Tensor | None = None) -> list[Tensor]:
+        """y_g <- y_g + scale_g h_g B_g^T + plus,  h_g = (x mask_g) A_g^T, multiplied in x's precision.
+
+        Args:
+            y: (N, D_out) each, changed in place.
+            x: (N, D_in).
+            loras: of each layer.
+            plus: added to every y.
+
+        Returns:
+            What the backward pass needs: h (N, R) of each LoRA.
+        """
+        inner = []
+        for own, lora in zip(y, loras, strict=True):
+            if lora is not None:
+                h = _masked(x, lora.mask) @ lora.A.to(x.dtype).mT
+                own.addmm_(h, lora.B.to(x.dtype).mT, alpha=lora.scale)
+                inner.append(h)
+            if plus is not None:
+                own.add_(plus)
+        return inner
+
+    def lora_backward(
+        self, loras: Loras, x: Callable[[], Tensor], inner: Sequence[Tensor], dy: Sequence[Tensor], dx: Tensor | None
+    ) -> Gradients:
+        """dB = scale dy^T h;  dh = scale dy B;  dA = dh^T (x mask);  dx <- dx + (dh A) mask.
+
+        Args:
+            loras: of each layer.
+            x: gives the input (N, D_in); called only if a layer has a LoRA.
+            inner: as `add_lora` returned it.
+            dy: (N, D_out) of each layer.
+            dx: (N, D_in), changed in place; None if nobody needs it.
+
+        Returns:
+            dA and dB of each LoRA, float32; None for a gradient that was added where the parameter keeps it.
+        """
+        gradients: Gradients = []
+        hidden = iter(inner)
+        for own, lora in zip(dy, loras, strict=True):
+            if lora is not None:
+                given, A, B = x(), lora.A.to(own.dtype), lora.B.to(own.dtype)
+                dh = (own @ B).mul_(lora.scale)
+                if dx is not None and lora.mask is None:
+                    dx.addmm_(dh, A)
+                elif dx is not None:
+                    dx.add_(_masked(dh @ A, lora.mask))
+                dB = (own.mT @ next(hidden)).float().mul_(lora.scale)
+                gradients += [(dh.mT @ _masked(given, lora.mask)).float(), dB]
+        return gradients
+
+    # --- norms, activations, positions --------------------------------------------------------------------------------
+
+    def rms_norm(self, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor | None]:
+        """(y, 1 / sqrt(mean(x^2) + eps)). x: (..., D). Source: Zhang & Sennrich 2019."""
+        wide = x.float()
+        r = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+        return norm.weight * (wide * r).to(x.dtype), r
+
+    def rms_norm_backward(
+        self, x: Tensor, norm: RMSNorm, r: Tensor | None, dy: Tensor, plus: Tensor | None = None
+    ) -> Tensor:
+        """dx = r (g - n mean(g n)) + plus,  g = w dy,  n = x r. r: as `rms_norm` gave it."""
+        assert r is not None
+        g, n = (dy * norm.weight).float(), x.float() * r
+        dx = g.sub_(n.mul_((g * n).mean(-1, keepdim=True))).mul_(r).to(x.dtype)
+        return dx if plus is None else dx.add_(plus)
+
+    def added_norm(self, a: Tensor, x: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """(LayerNorm(s), s, what the backward pass needs of s), s = dropout(a) + x. Source: Ba et al. 2016."""
+        assert norm.dropped.threshold == 0, "the masks of dropout are the kernels'"
+        s = a + x
+        return F.layer_norm(s, s.shape[-1:], norm.weight, norm.bias, norm.eps), s, s.new_empty(0)
+
+    def added_norm_again(self, s: Tensor, norm: LayerNorm, stats: Tensor) -> Tensor:
+        """LayerNorm(s) once more, from the results of `added_norm`."""
+        return F.layer_norm(s, s.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+    def added_norm_backward(self, s: Tensor, norm: LayerNorm, stats: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """(da, dx)."""
+        wide = s.float()
+        r = torch.rsqrt(wide.var(-1, keepdim=True, correction=0) + norm.eps)
+        n, g = (wide - wide.mean(-1, keepdim=True)) * r, dy.float() * norm.weight.float()
+        dx = (r * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))).to(s.dtype)
+        return dx.clone(), dx
+
+    def dropout(self, x: Tensor, dropped: DropoutArguments, scale: float) -> Tensor:
+        """The elements that a mask keeps times `scale`, zero elsewhere; where kernels hash masks."""
+        raise NotImplementedError
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """x Phi(x), Phi the normal distribution. Source: Hendrycks & Gimpel 2016."""
+        return F.gelu(x)
+
+    def gelu_backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        """dx."""
+        dx: Tensor = torch.ops.aten.gelu_backward(dy, x)
+        return dx
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) up. Source: Shazeer 2020."""
+        return formulas.swiglu(gate, up)
+
+    def swiglu_backward(self, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """(dgate, dup)."""
+        return formulas.swiglu_backward(gate, up, dy)[:2]
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+        """x cos + sign rotate_half(x) sin of q and k (N, H, D); cos, sin: (N, D). Source: Su et al. 2021."""
+        q, k = q.clone(), k.clone()
+        formulas.rotate(q, k, cos, sin, sign)
+        return q, k
+
+    # --- attention ----------------------------------------------------------------------------------------------------
+
+    def takes_layer(self, layout: str, *, trains: bool) -> bool:
+        """Whether layers of this layout are worth computing as one block (`blocks`)."""
+        return layout in self.layouts and enabled("trained_layer" if trains else "layer")
+
+    def few_for_layers(self) -> int:
+        """The most tokens for which `whole_layers` computes."""
+        return self.few() if enabled("layer_calls") else 0
+
+    @property
+    def attends(self) -> bool:
+        """Whether `attention` computes anything."""
+        return self.kernels and enabled("flash")
+
+    def takes_attention(
+        self, dim: int, *, p: float, biased: bool, window: bool, prefixed: bool, all_asked: bool
+    ) -> bool:
+        """Whether `attention` computes heads of that size.
+
+        p: rate of dropout. Whether there are: a bias by position, a window, prefixes, a query for every token.
+        """
+        return False
+
+    def attention(
+        self, rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: DropoutArguments
+    ) -> tuple[Tensor, Tensor]:
+        """y = dropout(softmax(scaling q k^T + bias)) v, for each row of an unpadded batch alone.
+
+        Args:
+            rows: the place of each row.
+            q: (N, H, D), the last axis contiguous.
+            k: (M, H_kv, D), likewise.
+            v: (M, H_kv, D), likewise.
+            prefixes: come before the keys and values of their rows.
+            dropped: dropout of the probabilities.
+
+        Returns:
+            y (N, H, D), and the logarithm of each query's sum of exponentials, for the backward pass.
+        """
+        raise NotImplementedError
+
+    def attention_backward(
+        self,
+        rows: AttentionRows,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefixes: Prefixes,
+        dropped: DropoutArguments,
+        y: Tensor | None,
+        log_sum: Tensor,
+        dy: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """(dq, dk, dv, the gradients of the keys and values of every pair of prefixes).
+
+        y: the output, if `output_read`.
+        """
+        raise NotImplementedError
+
+    def kv_step(self, lengths: Tensor, prefixes: Tensor, like: Tensor) -> KVStep | None:
+        """What a decode step reads of a cache with these lengths, or None if torch computes it; see `KVStep`."""
+        return None
+
+    def takes_new_token(self, dim: int) -> bool:
+        """Whether `attend_new_token` computes heads of that size."""
+        return False
+
+    def attend_new_token(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cached: Cached, window: int, scaling: float
+    ) -> Tensor:
+        """One new token of each row: rotate q and k, write k and v into the cache, attend to all keys of the row.
+
+        q: (B, H, D); k, v: (B, H_kv, D); cos, sin: (B, D). window: 0 for none. Returns (B, H, D).
+        """
+        return formulas.attend_step(q, k, v, cos, sin, *cached, window, scaling)
+
+
+def _masked(x: Tensor, mask: Mask | None) -> Tensor:
+    return x if mask is None else mask.of(x)
+
+
+REFERENCE = Ops()

@@ -1,0 +1,161 @@
+"""What operations take besides tensors: the rows of a batch, prefixes, dropout, and what LoRA adds to a matrix.
+
+Axes: B rows, N tokens of all rows, H heads, P prefix, D head size, R rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+GRADIENT_STAYS = "turret_gradient_stays"  # an attribute of a parameter that keeps its `grad` from step to step
+Seeds = tuple[int, int]
+STEPS = 1 << 16  # resolution of a dropout rate
+LARGEST = 1 << 32  # most elements that a dropout mask can number
+
+
+@dataclass(frozen=True)
+class DropoutArguments:
+    """Dropout: an element is kept if its random word reaches the threshold."""
+
+    seeds: Seeds
+    threshold: int  # of STEPS
+    scale: float  # 1 / (1 - p)
+
+    @classmethod
+    def of(cls, p: float, seeds: Seeds) -> DropoutArguments:
+        """Dropout with probability p, rounded to 1 / STEPS."""
+        threshold = min(round(p * STEPS), STEPS - 1)
+        return cls(seeds, threshold, 1.0 / (1.0 - threshold / STEPS))
+
+
+NO_DROPOUT = DropoutArguments((0, 0), 0, 1.0)
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """The place of each row in an unpadded batch, and which keys its queries see.
+
+    The tensors are int64 on the CPU, (B,). window: 0 for none, else |key - query| < window. bias: (H, W) float32 by
+    key - query, whose zero is at column `zero`; the keys of a prefix are at -P … -1.
+    """
+
+    query_starts: Tensor
+    query_lengths: Tensor
+    key_starts: Tensor
+    key_lengths: Tensor
+    scaling: float
+    causal: bool
+    window: int = 0
+    bias: Tensor | None = None
+    zero: int = 0
+    all_asked: bool = True  # False: some tokens are no queries; their y is not written, their dq is zero
+    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # what a device makes of them
+
+    @property
+    def count(self) -> int:
+        """B"""
+        return self.query_starts.shape[0]
+
+    @property
+    def longest_query(self) -> int:
+        return int(self.query_lengths.max())
+
+    @functools.cached_property  # every layer of a pass reads it
+    def longest_key(self) -> int:
+        return int(self.key_lengths.max())
+
+    @functools.cached_property
+    def no_prefixes(self) -> Tensor:
+        return torch.zeros(self.count, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """The prefixes of a batch. pairs: keys and values (H_kv, P, D), contiguous; of_row: each row's pair, or None."""
+
+    pairs: Sequence[tuple[Tensor, Tensor]]
+    of_row: Sequence[int | None]
+
+
+class Mask(Protocol):
+    """One mask of dropout, which can be applied more than once."""
+
+    @property
+    def scale(self) -> float:
+        """1 / (1 - p), which `of` leaves to the caller."""
+
+    @property
+    def dropped(self) -> DropoutArguments | None:
+        """What a kernel computes the mask from; None if the mask is kept as it is."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """x with the dropped elements zero; any shape with as many elements."""
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """The same, times `scale`."""
+
+
+class BaseProducts(Protocol):
+    """The products of a frozen matrix W (D_out, D_in) with rows of tokens."""
+
+    @property
+    def cheap(self) -> bool:
+        """Whether computing a product again costs less than saving it."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b: (N, D_in) -> (N, D_out), a new tensor."""
+
+    def backward(self, dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
+        """dy W + plus: (N, D_out) -> (N, D_in). plus may be changed in place."""
+
+
+class Lora(NamedTuple):
+    """What LoRA adds to a frozen matrix: scale ((x mask) A^T) B^T. A: (R, D_in), B: (D_out, R), float32.
+
+    p: rate of dropout. mask: of this pass, drawn at that rate.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    p: float = 0.0
+    mask: Mask | None = None
+
+    @property
+    def scale(self) -> float:
+        """With the 1 / (1 - p) of dropout."""
+        return self.scaling * (1.0 if self.mask is None else self.mask.scale)
+
+
+class Matrix(NamedTuple):
+    """A frozen linear layer: W (D_out, D_in), its bias, how it multiplies, and the LoRA of the adapter that trains."""
+
+    weight: Tensor
+    bias: Tensor | None
+    base: BaseProducts
+    lora: Lora | None = None
+
+
+Group = tuple[Matrix, ...]  # the matrices of one input
+
+
+class RMSNorm(NamedTuple):
+    """y = w x / sqrt(mean(x^2) + eps). weight: (D,)"""
+
+    weight: Tensor
+    eps: float
+
+
+class LayerNorm(NamedTuple):
+    """y = w (s - mean(s)) / sqrt(var(s) + eps) + b, s = dropout(a) + x. weight, bias: (D,)"""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    dropped: DropoutArguments = NO_DROPOUT  # of the branch a that is added before the norm
