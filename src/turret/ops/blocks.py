@@ -278,7 +278,7 @@ class _Layer(torch.autograd.Function):
             elif normed is not None:
                 sources, ctx.norm = normed[:2], normed.norm
         ctx.save_for_backward(*sources, *run.taken(), *prefixes)
-        return y.unsqueeze_(0)  # in place: FSDP2 hooks an output, and a view may lose the hook
+        return y[None]
 
     @staticmethod
     def backward(ctx: _Context, *gradients: Tensor) -> Gradients:
