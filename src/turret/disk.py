@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -164,4 +164,9 @@ def everything_below(folder: Path) -> Iterator[os.stat_result]:
 
 def bytes_below(folder: Path) -> int:
     """Bytes of all files below a folder."""
-    return sum(each.st_size for each in everything_below(folder) if stat.S_ISREG(each.st_mode))
+    return file_bytes(everything_below(folder))
+
+
+def file_bytes(found: Iterable[os.stat_result]) -> int:
+    """Bytes of the files among what was found."""
+    return sum(each.st_size for each in found if stat.S_ISREG(each.st_mode))

@@ -25,12 +25,12 @@ from pathlib import Path
 from turret.disk import (
     FAILING,
     PRIVATE,
-    bytes_below,
     clock_of,
     create,
     describe_error,
     everything_below,
     exclusive_lock,
+    file_bytes,
     flush,
     make_folder,
     permissions,
@@ -216,5 +216,5 @@ def _remove_empty(folders: list[Path]) -> None:
 
 def _state(folder: Path) -> tuple[float, int]:
     """Time of the last change, and bytes, of a folder and everything in it."""
-    found = list(everything_below(folder))
-    return max(each.st_mtime for each in (folder.lstat(), *found)), bytes_below(folder)
+    found = [folder.lstat(), *everything_below(folder)]
+    return max(each.st_mtime for each in found), file_bytes(found)
