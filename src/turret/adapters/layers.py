@@ -168,6 +168,11 @@ def trains_one_adapter(context: BatchContext) -> bool:
     return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
 
 
+def flat(cos_sin: CosSin | None) -> CosSin | None:
+    """The rotary positions as operations take them, (N, head size) each."""
+    return None if cos_sin is None else (cos_sin[0][0].contiguous(), cos_sin[1][0].contiguous())
+
+
 def frozen_base(module: nn.Module) -> nn.Module | None:
     """The frozen linear layer of a module that is a product and nothing else; None for any other."""
     base = module.base_layer if isinstance(module, RoutedLinear) else module
@@ -192,7 +197,7 @@ class Matrices:
         """The matrices of layers with one input, or None if the operations do not take them."""
         found = [self._matrix(each) for each in modules]
         group = tuple(each for each in found if each is not None)
-        if len(group) < len(found) or not self._ops.takes_lora([each.lora for each in group], self._x):
+        if len(group) < len(found) or not self._ops.takes_lora([each.lora for each in group]):
             return None
         return group
 
@@ -246,7 +251,7 @@ class Serving:
         assert context.adapter_pool is not None
         self.ops, self._context, self._pool, self._linears = ops, context, context.adapter_pool, linears
         self._hooked, self._call = hooked, call
-        self._cos_sin = None if cos_sin is None else (cos_sin[0][0].contiguous(), cos_sin[1][0].contiguous())
+        self._cos_sin = flat(cos_sin)
 
     def products(self, group: int, x: Tensor, plus: Tensor | None = None) -> list[Tensor]:
         return self._pool.products(self._linears[group], x, plus)
@@ -355,8 +360,7 @@ class LayerHook(ABC, Generic[M]):
             adapted = (m if m.lora is None else m._replace(lora=lora.hashed(ops, m.lora, masks)) for m in group)
             groups.append(tuple(adapted))
             dropped.append(masks.arguments(rate))
-        flat = None if cos_sin is None else (cos_sin[0][0].contiguous(), cos_sin[1][0].contiguous())
-        run = Training(ops, groups, rows, prefixes.of_row, dropped[0], flat)
+        run = Training(ops, groups, rows, prefixes.of_row, dropped[0], flat(cos_sin))
         made: tuple[Tensor, int, Normed] | None = context.memo.get(NORMED)
         normed = made[2] if made is not None and made[0] is x and made[1] == x._version else None
         pairs = [each for pair in prefixes.pairs for each in pair]
@@ -378,7 +382,7 @@ class LayerHook(ABC, Generic[M]):
     @property
     @abstractmethod
     def branch_dropout(self) -> tuple[float, float]:
-        """Of what is added after attention, and after the MLP, in this mode."""
+        """The rates of dropout after attention and after the MLP, in this mode."""
 
     @abstractmethod
     def call(self, p: float) -> AttentionCall:

@@ -27,10 +27,10 @@ from turret.transformer import Model
 # --- checkpointed -----------------------------------------------------------------------------------------------------
 # Layers that save only their inputs for the backward pass, which computes them again: `train.checkpoint_layers`.
 #
-# A step then keeps one input (N, D) of every layer and what one layer saves, instead of what all layers save. It costs
-# a second forward pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). torch's own checkpoint
-# does it; here the batch is put back as it was, because the hooks read it, and the dropout masks are those of the
-# first time. So the gradients are the same, bit for bit.
+# A step then keeps the input (N, D) of every layer. Only one layer at a time keeps the rest. It costs a second forward
+# pass (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"). torch's own checkpoint does it; here the
+# batch is put back as it was, because the hooks read it, and the dropout masks are those of the first time. So the
+# gradients are the same, bit for bit.
 
 
 Forward = Callable[..., Any]  # a layer's: its arguments and results depend on the architecture

@@ -62,8 +62,8 @@ class LoRAFactors(nn.Module):
                 return self._beside(layer, x) if y is None else y
             if x.is_cpu and not quantized.packed(layer):
                 weight, bias = weight_and_bias(layer)
-                products = frozen.products(context.int8, x, weight, bias)
                 if weight.dtype == x.dtype and not weight.requires_grad:
+                    products = frozen.products(context.int8, x, weight, bias)
                     y = adapted(x, weight, bias, products, lora, masks)
                     return self._beside(layer, x) if y is None else y
         return self._beside(layer, x)

@@ -90,7 +90,11 @@ class WholeLayers(Protocol):
 
 
 class Ops:
-    """Every operation in plain torch."""
+    """The reference of every operation, in plain torch.
+
+    What raises NotImplementedError has its reference elsewhere: attention over rows in `adapters.attention`, masks in
+    `dropout`. Nobody calls it while `kernels` is false.
+    """
 
     kernels = False  # whether anything is faster than torch here
     layouts: frozenset[str] = frozenset()  # the kinds of layer that are worth computing as one block
@@ -152,8 +156,8 @@ class Ops:
 
     # --- LoRA ---------------------------------------------------------------------------------------------------------
 
-    def takes_lora(self, loras: Loras, like: Tensor) -> bool:
-        """Whether these operations compute the LoRA of layers with one input of like's dtype."""
+    def takes_lora(self, loras: Loras) -> bool:
+        """Whether these operations compute the LoRA of layers with one input."""
         return True
 
     def add_lora(self, y: Sequence[Tensor], x: Tensor, loras: Loras, plus: Tensor | None = None) -> list[Tensor]:

@@ -136,7 +136,7 @@ def adapted(
     """
     ops = of(x)
     kernels = ops.kernels and x.is_contiguous() and x.numel() < LARGEST and enabled("lora_kernel")
-    if kernels and ops.takes_lora([lora], x):
+    if kernels and ops.takes_lora([lora]):
         own = hashed(ops, lora, masks)
     elif enabled("lora_gradient"):
         ops, own = REFERENCE, lora._replace(mask=masks.mask(x, lora.p)) if lora.p > 0.0 else lora

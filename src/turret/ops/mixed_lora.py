@@ -91,10 +91,14 @@ class MixedRows:
             plus: (N, D_out), added to every result.
             helped: as in `frozen.linear`.
         """
-        y = [linear(each, x, helped=helped) for each in layers]
-        for own, number in zip(y, numbers, strict=True):
-            sgmv(own, x, self._segments, number)
+        y = [self._linear(layer, number, x, helped) for layer, number in zip(layers, numbers, strict=True)]
         return y if plus is None else [each.add_(plus) for each in y]
+
+    def _linear(self, layer: nn.Module, number: int, x: Tensor, helped: bool) -> Tensor:
+        """One layer, with each token's LoRA."""
+        y = linear(layer, x, helped=helped)
+        sgmv(y, x, self._segments, number)
+        return y
 
 
 class CpuRows(MixedRows):
@@ -103,18 +107,6 @@ class CpuRows(MixedRows):
     def __init__(self, ops: CpuOps, spans: Sequence[Span], tokens: int) -> None:
         self._library, self._adapters = ops.library, [adapter for _, _, adapter in spans]  # C reads their memory
         self.spans = kernel_spans(spans, tokens)
-
-    def products(
-        self,
-        layers: Sequence[nn.Module],
-        numbers: Sequence[int],
-        x: Tensor,
-        plus: Tensor | None = None,
-        *,
-        helped: bool = True,
-    ) -> list[Tensor]:
-        y = [self._linear(layer, number, x, helped) for layer, number in zip(layers, numbers, strict=True)]
-        return y if plus is None else [each.add_(plus) for each in y]
 
     def _linear(self, layer: nn.Module, number: int, x: Tensor, helped: bool) -> Tensor:
         if takes_few(layer, x):

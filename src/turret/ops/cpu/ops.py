@@ -86,7 +86,7 @@ class CpuOps(Ops):
 
     # --- LoRA ---------------------------------------------------------------------------------------------------------
 
-    def takes_lora(self, loras: Loras, like: Tensor) -> bool:
+    def takes_lora(self, loras: Loras) -> bool:
         """Widths that are multiples of 32; factors in float32, contiguous."""
         factors = [each for lora in loras if lora is not None for each in (lora.A.mT, lora.B)]
         plain = all(each.dtype == torch.float32 and len(each) % 32 == 0 for each in factors)

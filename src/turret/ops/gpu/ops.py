@@ -97,7 +97,7 @@ class GpuOps(Ops):
 
     # --- LoRA ---------------------------------------------------------------------------------------------------------
 
-    def takes_lora(self, loras: Loras, like: Tensor) -> bool:
+    def takes_lora(self, loras: Loras) -> bool:
         """At most three, of one rank, scaling and dropout."""
         own = [each for each in loras if each is not None]
         kinds = {(len(each.A), each.scaling, each.p) for each in own}
