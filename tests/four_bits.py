@@ -18,4 +18,5 @@ needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reaso
 def base_in_four_bits(family: str, folder: Path, task: Any = "classify", **settings: Any) -> Base:
     """A two-layer base, loaded in nf4 and float32."""
     path = folder / family if (folder / family).exists() else small_models.save_base(family, folder / family)
-    return bases.load(str(path), task=task, num_labels=3, **{"dtype": "float32", "quantization": "nf4"} | settings)
+    usual = {"num_labels": 3, "dtype": "float32", "quantization": "nf4"}
+    return bases.load(str(path), task=task, **usual | settings)

@@ -74,6 +74,7 @@ class Base:
     notes: tuple[str, ...]  # decisions that the user should see
     quantization: Quantization = "none"  # how the weights were packed when they were loaded
     checkpoints: str | None = None  # why trainings checkpoint its layers, though their recipe leaves it open
+    drawn_in: torch.dtype = torch.float32  # the precision of the checkpoint, in which fresh parameters were initialised
 
     @property
     def info(self) -> BaseInfo:
@@ -118,6 +119,7 @@ def load(
     extra = arguments(family, kept)
     model, loading = _read_model(source, family, task, num_labels, seed, extra)
     quantized.compute_in(model)
+    drawn_in = model.dtype
     family, guessed = _recognised(model.eval(), family)
     fresh = fresh_parameters(source, family, model, loading)
     digest = _known_fingerprint(source, model, family, verify, kept != "none")
@@ -150,6 +152,7 @@ def load(
         bytes=quantized.stored_bytes(model),
         notes=tuple(notes_on(source, family, model, loading) + guessed + notes + kept_notes + notes_on_device),
         quantization=quantization,
+        drawn_in=drawn_in,
     )
 
 

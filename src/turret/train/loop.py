@@ -59,6 +59,7 @@ def fit(
     predicted: memory.Prediction | None = None,
     start: InitialAdapter | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    asked: Callable[[], bool] = lambda: False,
 ) -> Generator[StepRecord, None, Fitted]:
     """Train a recipe's adapter on a loaded base, whose own weights do not change.
 
@@ -72,6 +73,7 @@ def fit(
         predicted: the plan's memory prediction, for the error text when memory runs out.
         start: the version that `train.init_from` names, whose tensors the adapter starts with.
         clock: seconds.
+        asked: whether the run shall stop after this step, besides a signal.
 
     Yields:
         A StepRecord per optimiser step.
@@ -119,7 +121,7 @@ def fit(
                 yield run.record(step, batch, loss=loss, rate=rate, norm=norm, seconds=seconds, metrics=metrics)
 
                 due = train.checkpoint_every is None and clock() - saved_at > pause
-                stopping, due = here.any(stop.asked, due)
+                stopping, due = here.any(stop.asked or asked(), due)
                 if folder is not None and (run.over or stopping or due or run.saves(step)):
                     started = clock()
                     run.save()

@@ -1,8 +1,8 @@
-"""The fresh process of `turret.train.proof`: `python -m turret.train.reload FOLDER`.
+"""Reads a bundle back from disk and compares its outputs with a probe's: in a fresh process, or on a base in memory.
 
-It reads request.json and probe.safetensors in FOLDER, loads base and bundle from disk, compares their outputs with the
-probe's, and writes report.json. The report's `problem` is None, or the end of a sentence that begins "read back in a
-fresh process".
+`python -m turret.train.reload FOLDER` is the fresh process of `turret.train.proof`. It reads request.json and
+probe.safetensors in FOLDER, loads base and bundle from disk, compares, and writes report.json. The report's `problem`
+is None, or the end of a sentence that begins "read back in a fresh process".
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from turret import bases, bundles
-from turret.errors import TurretError
+from turret.adapters import Adapter
+from turret.bases import Base
+from turret.errors import ProofFailed, TurretError
 from turret.json_types import JsonMapping, JsonObject
 from turret.train.adapter_effect import effect_of
+from turret.train.proof import Probe, tolerance
 
 
 def main(folder: Path) -> None:
@@ -51,16 +54,39 @@ def examine(request: JsonMapping, probe: dict[str, Tensor]) -> JsonObject:
     if base.fingerprint != request["fingerprint"]:
         given = f"{request['fingerprint'][:19]} became {base.fingerprint[:19]}"
         return {"problem": f"its base had other weights ({given}): something wrote to {request['base']}"}
-    sources, targets = _rows(probe, "source"), _rows(probe, "target")
-    measured = effect_of(base, adapter, sources, targets)
-    expected, largest = probe["outputs"], float(probe["outputs"].abs().max())
-    error = float((measured.outputs - expected).abs().max()) / largest
-    if error <= request["tolerance"]:
+    expected = Probe(_rows(probe, "source"), _rows(probe, "target"), probe["outputs"])
+    return _compared(base, adapter, expected, request["tolerance"])
+
+
+def prove_here(bundle: Path, base: Base, expected: Probe) -> JsonObject:
+    """Read `bundle` from disk onto a base that stays in memory, and compare its outputs with the probe's.
+
+    Args:
+        base: a model with nothing attached, of the weights that the other trainings use.
+
+    Returns:
+        The report of the comparison.
+
+    Raises:
+        ProofFailed: the outputs are not the trained model's or equal the bare base's, or a tensor has no effect.
+    """
+    device = base.model.device
+    report = _compared(base, bundles.read_bundle(bundle), expected, tolerance(base.dtype, device, device))
+    if report["problem"]:
+        raise ProofFailed(f"the bundle was not stored, because read back from disk {report['problem']}")
+    return report
+
+
+def _compared(base: Base, adapter: Adapter, expected: Probe, allowed: float) -> JsonObject:
+    """The report of a comparison. allowed: the largest difference of an output, of the largest output."""
+    measured = effect_of(base, adapter, expected.sources, expected.targets)
+    error = float((measured.outputs - expected.outputs).abs().max()) / float(expected.outputs.abs().max())
+    if error <= allowed:
         problem = measured.problem()
     else:  # or NaN
-        problem = f"its outputs differ by {error:.1e} of the largest, allowed is {request['tolerance']:.0e}"
+        problem = f"its outputs differ by {error:.1e} of the largest, allowed is {allowed:.0e}"
     return {
-        "rows": len(sources),
+        "rows": len(expected.sources),
         "error": error,  # of the largest output
         "effect": measured.effect,
         "tensors": len(adapter.tensors) + len(adapter.head),

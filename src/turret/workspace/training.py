@@ -23,6 +23,7 @@ from torch import Tensor
 
 from turret import adapters, bundles, process
 from turret import train as trainer
+from turret.adapters.hooks import ATTRIBUTE
 from turret.adapters.tuners import tuner_of
 from turret.bases import Base, ChosenDevice
 from turret.bases.device import CPU, gigabytes
@@ -52,11 +53,13 @@ from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
 from turret.train.preflight import fits
 from turret.train.proof import make_room
+from turret.train.reload import prove_here
 from turret.train.training_plan import Plan
 from turret.workspace import forgetting, prepared
 from turret.workspace.prepared import AUTO, PreparedTraining, checkpoints_for, choose_for, predicted_for
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
+from turret.workspace.resident import ALONE, OwnProcess
 from turret.workspace.results import Planned, RunResult
 from turret.workspace.stored_adapter import read_adapter
 from turret.workspace.training_runs import every_step
@@ -270,12 +273,14 @@ def prepare(
     callbacks: Callbacks,
     dataset: Dataset | None = None,
     device: ChosenDevice | None = None,
+    place: OwnProcess = ALONE,
 ) -> PreparedTraining:
     """Read the data, load the base, and fill in the recipe's defaults.
 
     Args:
         dataset: the data, if it is read already.
         device: where the base goes; None: as `train.device` says.
+        place: where the training computes.
 
     Raises:
         DeviceError: the device is not there.
@@ -292,7 +297,7 @@ def prepare(
     device = choose_for(recipe, task_class, dataset.labels) if device is None else device
     callbacks.stage(f"loading {recipe.base}")
     started = time.perf_counter()
-    base = prepared.load_base(recipe, task_class, dataset.labels, device)
+    base = place.model_for(recipe, task_class, dataset.labels, device)
     base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device))
     load_seconds = time.perf_counter() - started
     filled = _filled(recipe, dataset, base, start)
@@ -300,7 +305,8 @@ def prepare(
     notes = [*base_notes, *dataset.notes, *base.notes, *(task.notes if writes(task) else ())]
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
-    process.release()
+    if not place.stays:
+        process.release()
     resident = memory.resident(device.device)
     return PreparedTraining(filled, dataset, base, task, notes, load_seconds, resident, start, device)
 
@@ -346,10 +352,10 @@ def _planned(store: Store, ready: PreparedTraining, callbacks: Callbacks) -> tup
     return ready, _plan(ready, callbacks)
 
 
-def _plan(ready: PreparedTraining, callbacks: Callbacks) -> Planned:
+def _plan(ready: PreparedTraining, callbacks: Callbacks, *, measured: bool = True) -> Planned:
     callbacks.stage("checking the plan")
     seconds = PROOF_START + ready.load_seconds
-    whole = ready.recipe.train.shard is None
+    whole = measured and ready.recipe.train.shard is None
     plan = trainer.plan(*ready.parts, measured=whole, start=ready.start, proof_seconds=seconds, device=ready.device)
     return Planned(ready.recipe, plan if whole else _with_memory(plan, ready), ready.notes)
 
@@ -364,14 +370,16 @@ def lighter(ready: PreparedTraining, planned: Planned) -> PreparedTraining | Non
 
 
 def _with_memory(plan: Plan, ready: PreparedTraining) -> Plan:
-    """The plan of a training whose base is in parts: its memory is computed from shapes, not measured."""
-    parts, base = parts_of(ready.base.model), ready.base
-    text = f"{parts} processes, each keeps {gigabytes(base.bytes)} of the base and gathers one layer after another"
-    rows = [Check("shard", "ok", text)]
+    """The plan of a training whose base is in parts or resident: its memory is computed from shapes, not measured."""
+    parts, base, rows = parts_of(ready.base.model), ready.base, list[Check]()
+    if parts > 1:
+        text = f"{parts} processes, each keeps {gigabytes(base.bytes)} of the base and gathers one layer after another"
+        rows.append(Check("shard", "ok", text))
     predicted = predicted_for(ready.recipe, type(ready.task), ready.task.labels, base.model.device, parts=parts)
     if predicted is not None:
         rows.append(fits(predicted, base))
-    rows.append(Check("time", "ok", "not measured for a base in parts: watch the first steps"))
+    what = "a base in parts" if parts > 1 else "a resident base"
+    rows.append(Check("time", "ok", f"not measured for {what}: watch the first steps"))
     trainable = None if predicted is None else predicted.trainable // 4
     return replace(plan, checks=(*plan.checks, *rows), memory=predicted, trainable=trainable)
 
@@ -399,6 +407,8 @@ def train(
     beside_base: bool = False,
     held: HeldRun | None = None,
     comparison: str | None = None,
+    place: OwnProcess = ALONE,
+    asked: Callable[[], bool] = lambda: False,
 ) -> RunResult:
     """Plan, train, prove and store.
 
@@ -408,11 +418,13 @@ def train(
         beside_base: measure the bare base on the held-out examples too.
         held: the run, from the queue; the caller records an error. It starts over if it cannot resume here.
         comparison: the folder of the comparison that the training is part of. A plain name never means its version.
+        place: where it computes.
+        asked: whether it shall stop after the present step, with a checkpoint.
     """
     here = distributed.begin()
     with here.noticing():
         told = callbacks if here.main else Callbacks()
-        return _train(here, store, recipe, told, dataset, fresh, beside_base, held, comparison)
+        return _train(here, store, recipe, told, dataset, fresh, beside_base, held, comparison, place, asked)
 
 
 def _train(
@@ -425,13 +437,17 @@ def _train(
     beside_base: bool,
     held: HeldRun | None,
     comparison: str | None,
+    place: OwnProcess,
+    asked: Callable[[], bool],
 ) -> RunResult:
     here.require_same(recipe=recipe.to_toml())
     own = _of_process(here, recipe)
     prepared.begin(recipe, here)
-    ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset, own))
+    ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset, own, place))
     prepared.gather(ready)
-    if own is None:
+    if place.stays:
+        planned = _plan(ready, callbacks, measured=False)
+    elif own is None:
         ready, planned = _planned(store, ready, callbacks)
         planned = _with_rate(ready, planned, callbacks)
     else:
@@ -459,7 +475,9 @@ def _train(
         ):
             told = _both(callbacks, followed, keeper)
             start_over = None if held is None else store.training_runs().start_over
-            result = _carry_out(store, run, ready, planned, told, beside_base, keeper, followed, start_over)
+            result = _carry_out(
+                store, run, ready, planned, told, beside_base, keeper, followed, start_over, place, asked
+            )
             followed.finished(result)
         result = replace(result, notes=[*ready.notes, *followed.warnings])
     except BaseException as error:
@@ -549,22 +567,25 @@ def _carry_out(
     keeper: LeaseRenewer,
     followed: TrackerSession,
     start_over: Callable[[HeldRun], None] | None,
+    place: OwnProcess,
+    asked: Callable[[], bool],
 ) -> RunResult:
     """Train, measure, and store the version and the result.
 
     Args:
         start_over: removes a checkpoint from which the run cannot resume here; None: that is an error.
     """
+    tenant = store.access.tenant
     try:
-        fitted = _fit(run, ready, planned, callbacks)
+        fitted = _fit(run, ready, planned, callbacks, place, tenant, asked)
     except CheckpointMismatch as error:
         if start_over is None:
             raise
         callbacks.warning(f"starting over, because this worker cannot resume: {error}")
         start_over(run)
-        fitted = _fit(run, ready, planned, callbacks)
+        fitted = _fit(run, ready, planned, callbacks, place, tenant, asked)
     try:
-        found = measured(ready, fitted, callbacks.stage, beside_base=beside_base)
+        found = place.run(lambda: measured(ready, fitted, callbacks.stage, beside_base=beside_base), tenant)
         ready, fitted, forgot = found.ready, found.fitted, found.forgot
         started = time.perf_counter()
         kept = found.metrics if forgot is None else found.metrics | {FORGETTING: forgot}
@@ -604,14 +625,22 @@ def _carry_out(
                 forgetting=forgot,
             )
 
-        with _proved(run, ready, fitted, found.probe, callbacks) as bundle:
+        with _proved(run, ready, fitted, found.probe, callbacks, place, tenant) as bundle:
             keeper.end_turns()  # curve and checkpoint are in the store before the run ends
             return _store(store, run, ready, bundle, kept, result)
     finally:
         adapters.detach(ready.base.model)
 
 
-def _fit(run: HeldRun, ready: PreparedTraining, planned: Planned, callbacks: Callbacks) -> trainer.Fitted:
+def _fit(
+    run: HeldRun,
+    ready: PreparedTraining,
+    planned: Planned,
+    callbacks: Callbacks,
+    place: OwnProcess,
+    tenant: str,
+    asked: Callable[[], bool],
+) -> trainer.Fitted:
     """Run the training loop, and write the loss curve next to the checkpoint."""
     after = trainer.step_of(run.checkpoint)
     if after:
@@ -619,13 +648,15 @@ def _fit(run: HeldRun, ready: PreparedTraining, planned: Planned, callbacks: Cal
     with _disk_errors(run):
         curve = trainer.Curve(run.curve, resume_after=after)
     distributed.begin().from_main(lambda: run.checkpoint)
-    steps = trainer.fit(*ready.parts, folder=run.checkpoint, predicted=planned.plan.memory, start=ready.start)
+    steps = trainer.fit(
+        *ready.parts, folder=run.checkpoint, predicted=planned.plan.memory, start=ready.start, asked=asked
+    )
     told = False
     if not after and ready.start is None and has_head(ready.task):
         callbacks.stage("computing the linear solution that the head starts with")
     while True:
         try:
-            record = next(steps)
+            record = place.run(lambda: next(steps), tenant)
         except StopIteration as end:
             fitted: trainer.Fitted = end.value
             return fitted
@@ -657,19 +688,39 @@ def _advice(store: Store, run: HeldRun, ready: PreparedTraining, fitted: trainer
 
 @contextmanager
 def _proved(
-    run: HeldRun, ready: PreparedTraining, fitted: trainer.Fitted, probe: trainer.Probe, callbacks: Callbacks
+    run: HeldRun,
+    ready: PreparedTraining,
+    fitted: trainer.Fitted,
+    probe: trainer.Probe,
+    callbacks: Callbacks,
+    place: OwnProcess,
+    tenant: str,
 ) -> Iterator[Path]:
-    """Write the bundle, and prove it in a fresh process. It is removed after the block."""
+    """Write the bundle and prove it, in a fresh process or on the resident base. It is removed after the block."""
     with _disk_errors(run), tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as folder:
         bundle = Path(folder) / "bundle"
         bundles.save_bundle(fitted.adapter, bundle)
-        callbacks.stage("proving the bundle in a fresh process")
-        where = prepared.proof_device(ready).device
-        if where == ready.device.device:
-            make_room(ready.base.model)
-        trainer.prove(bundle, ready.base, probe, device=where, taken_on=ready.device.device)
+        if place.stays:
+            callbacks.stage("proving the bundle on the resident base")
+            place.run(lambda: _prove_here(ready, bundle, probe, place), tenant)
+        else:
+            callbacks.stage("proving the bundle in a fresh process")
+            where = prepared.proof_device(ready).device
+            if where == ready.device.device:
+                make_room(ready.base.model)
+            trainer.prove(bundle, ready.base, probe, device=where, taken_on=ready.device.device)
         callbacks.stage("storing" if fitted.flat_loss is None else f"storing, with a warning: {fitted.flat_loss}")
         yield bundle
+
+
+def _prove_here(ready: PreparedTraining, bundle: Path, probe: trainer.Probe, place: OwnProcess) -> None:
+    """Read the bundle from disk onto another model of the resident base, and compare."""
+    base = place.model_for(ready.recipe, type(ready.task), ready.task.labels, ready.device)
+    try:
+        prove_here(bundle, base, probe)
+    finally:
+        if hasattr(base.model, ATTRIBUTE):
+            adapters.detach(base.model)
 
 
 def _store(

@@ -1,0 +1,177 @@
+"""Trainings that share a base give the versions that each gives alone, bit for bit, and one's error is its own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import ENCODER_DECODERS, ENCODERS, FAMILIES, GENERATORS, save_base
+
+from turret.errors import DataError, Interrupted, LossNotFinite, TrainingError, TurretError
+from turret.recipe import Recipe
+from turret.store import Store
+from turret.train import StepRecord
+from turret.workspace import training
+from turret.workspace.resident import ALONE, ResidentBases, why_alone
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora", "r": 4, "lora_dropout": 0.1},
+    "prefix": {"kind": "prefix", "num_virtual_tokens": 4, "reparametrize": True},
+    "head": {"kind": "head"},
+}
+WORDS = ("the market", "in london", "about the fox", "over the dog", "one line", "it is")
+ENDS = {"good": ("great film", "a pleasure to watch"), "bad": ("dull story", "boring and lazy")}
+
+
+@pytest.fixture
+def place() -> Iterator[ResidentBases]:
+    place = ResidentBases()
+    yield place
+    place.close()
+
+
+def rows(count: int) -> Iterator[dict[str, str]]:
+    for number in range(count):
+        label = ("bad", "good")[number % 2]
+        text = f"{WORDS[number % 6]} {ENDS[label][number // 2 % 2]} {WORDS[number * 5 % 6]} {number}"
+        yield {"text": text, "label": label, "summary": ENDS[label][0]}
+
+
+def recipe(folder: Path, family: str, method: str, seed: int = 0, **train: Any) -> Recipe:
+    base, data = folder / family, folder / "rows.jsonl"
+    if not base.exists():
+        save_base(family, base)
+    if not data.exists():
+        data.write_text("\n".join(map(json.dumps, rows(48))))
+    writes = family in GENERATORS
+    columns = {"document": "text", "summary": "summary"} if writes else {"text": "text", "label": "label"}
+    return Recipe(
+        name=f"{family}-{method}-{seed}",
+        base=str(base),
+        data={"source": str(data), "test": 8, "validation": 8, **columns},
+        task={"kind": "generate", "max_new_tokens": 4} if writes else {"kind": "classify"},
+        method=METHODS[method],
+        train={"max_steps": 4, "batch_size": 8, "lr": 1e-3, "dtype": "float32", "evaluate": 2} | train,
+        seed=seed,
+    )
+
+
+def run(
+    store: Store, recipe: Recipe, place: Any, *, on_record: Callable[[StepRecord], None] = lambda _: None, **how: Any
+) -> str | TurretError:
+    """The digest of the version, or the error."""
+    try:
+        return training.train(store, recipe, training.Callbacks(on_record), fresh=True, place=place, **how).digest
+    except TurretError as error:
+        return error
+
+
+def beside(store: Store, recipes: list[Recipe], place: ResidentBases) -> dict[str, str | TurretError]:
+    """The same of several at once."""
+    results: dict[str, str | TurretError] = {}
+
+    def each(recipe: Recipe) -> None:
+        results[recipe.name] = run(store, recipe, place)
+
+    threads = [threading.Thread(target=each, args=[recipe]) for recipe in recipes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def kinds(family: str) -> list[str]:
+    return ["lora", "prefix", "head"] if family in ENCODERS else ["lora", "prefix"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runs_beside_one_another_equal_the_same_runs_alone(family: str, tmp_path: Path, place: ResidentBases) -> None:
+    """16 runs at once. A digest covers every tensor and the lineage. Controls: another seed, and another neighbour."""
+    recipes = [recipe(tmp_path, family, method, seed) for method in kinds(family) for seed in range(2)]
+    more = [recipe(tmp_path, family, "lora", seed) for seed in range(2, 18 - len(recipes))]
+    alone = {each.name: run(Store(tmp_path / "alone"), each, place) for each in recipes}
+
+    found = beside(Store(tmp_path / "beside"), [*recipes, *more], place)
+
+    assert len(found) == 16
+    assert {name: found[name] for name in alone} == alone
+    assert len(set(found.values())) == 16  # another seed, or another method, gives another version
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", *ENCODER_DECODERS[:1], "llama"])
+def test_a_run_on_a_resident_base_gives_the_version_of_a_process_of_its_own(
+    family: str, tmp_path: Path, place: ResidentBases
+) -> None:
+    for method in ("lora", "prefix"):
+        one = recipe(tmp_path, family, method)
+        assert run(Store(tmp_path / "here"), one, place) == run(Store(tmp_path / "own"), one, ALONE)
+
+
+def test_an_error_in_one_run_is_not_another_ones(tmp_path: Path, place: ResidentBases) -> None:
+    good = [recipe(tmp_path, "bert", "lora", seed) for seed in range(2)]
+    alone = {each.name: run(Store(tmp_path / "alone"), each, place) for each in good}
+    infinite = recipe(tmp_path, "bert", "lora", seed=7, lr=1e30, warmup=0)
+    missing = recipe(tmp_path, "bert", "lora", seed=8)
+    missing = missing.model_copy(update={"data": missing.data.model_copy(update={"source": str(tmp_path / "no.csv")})})
+
+    found = beside(Store(tmp_path / "beside"), [*good, infinite, missing], place)
+
+    assert isinstance(found[infinite.name], LossNotFinite)
+    assert isinstance(found[missing.name], DataError)
+    assert {name: found[name] for name in alone} == alone
+
+
+def test_a_run_that_is_asked_to_stop_resumes_from_its_checkpoint(tmp_path: Path, place: ResidentBases) -> None:
+    one, steps = recipe(tmp_path, "bert", "lora", max_steps=6), list[int]()
+    whole = run(Store(tmp_path / "whole"), one, place)
+    store = Store(tmp_path / "stopped")
+
+    stopped = run(store, one, place, on_record=lambda record: steps.append(record.step), asked=lambda: len(steps) == 1)
+    assert isinstance(stopped, Interrupted)
+    again = training.train(store, one, training.Callbacks(), fresh=False, place=place)
+
+    assert again.resumed_from == 1
+    assert again.digest == whole
+
+
+def test_the_weights_are_in_memory_once(tmp_path: Path, place: ResidentBases) -> None:
+    one = recipe(tmp_path, "bert", "lora")
+    ready = [training.prepare(Store(tmp_path / "s"), one, training.Callbacks(), place=place) for _ in range(3)]
+    body = [each.base.model.get_parameter("bert.embeddings.word_embeddings.weight") for each in ready]
+    assert len({each.data_ptr() for each in body}) == 1
+    assert len({id(each.base.model) for each in ready}) == 3
+
+    with torch.no_grad():
+        weights = next((tmp_path / "bert").glob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes())  # a new file: the base is read again
+    changed = training.prepare(Store(tmp_path / "s"), one, training.Callbacks(), place=place)
+    assert changed.base.model.get_parameter("bert.embeddings.word_embeddings.weight").data_ptr() != body[0].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": {"kind": "full"}}, "every weight"),
+        ({"train": {"lr": "auto"}}, "trials"),
+        ({"train": {"shard": "fsdp2"}}, "divides the base"),
+    ],
+)
+def test_a_training_that_needs_the_base_for_itself_says_so(
+    changes: dict[str, Any], words: str, tmp_path: Path, place: ResidentBases
+) -> None:
+    plain = recipe(tmp_path, "bert", "lora").model_dump()
+    one = Recipe(**plain | {key: plain[key] | value if key == "train" else value for key, value in changes.items()})
+    assert words in str(why_alone(one))
+    assert why_alone(recipe(tmp_path, "bert", "lora")) is None
+    if "shard" not in changes.get("train", {}):  # that one asks for several processes first
+        error = run(Store(tmp_path / "s"), one, place)
+        assert isinstance(error, TrainingError)
+        assert words in str(error)
