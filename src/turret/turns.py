@@ -104,6 +104,11 @@ class TurnQueue(Generic[T]):
         self._turns.join(tenant)
         self._queues.setdefault(tenant, deque()).append(work)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a piece of work waits."""
+        return bool(self._queues)
+
     def take(self) -> tuple[str, T] | None:
         """The piece of work that begins now, with its tenant; None if no place is free, or nothing waits."""
         may_begin = [each for each in self._queues if self._places.has_room(each)]

@@ -12,12 +12,13 @@ import pytest
 import torch
 from small_models import ENCODER_DECODERS, ENCODERS, FAMILIES, GENERATORS, save_base
 
+from turret.engine.sampling_params import SamplingParams
 from turret.errors import DataError, Interrupted, LossNotFinite, TrainingError, TurretError
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.train import StepRecord
-from turret.workspace import training
-from turret.workspace.resident import ALONE, ResidentBases, why_alone
+from turret.workspace import serving, training
+from turret.workspace.resident import ALONE, ResidentBases, ServingBase, why_alone
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4, "lora_dropout": 0.1},
@@ -154,6 +155,55 @@ def test_the_weights_are_in_memory_once(tmp_path: Path, place: ResidentBases) ->
         weights.write_bytes(weights.read_bytes())  # a new file: the base is read again
     changed = training.prepare(Store(tmp_path / "s"), one, training.Callbacks(), place=place)
     assert changed.base.model.get_parameter("bert.embeddings.word_embeddings.weight").data_ptr() != body[0].data_ptr()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
+def test_answers_and_trainings_on_one_base_leave_each_other_as_they_are(family: str, tmp_path: Path) -> None:
+    """Bit for bit, in passes of equal composition: one answer at a time. Control: another version answers otherwise."""
+    store, ones = Store(tmp_path / "store"), [recipe(tmp_path, family, method, 3) for method in ("lora", "prefix")]
+    longer = [one.model_copy(update={"train": one.train.model_copy(update={"max_steps": 12})}) for one in ones]
+    bases = ResidentBases()
+    for one in ones:
+        run(store, one, bases)
+    alone = {each.name: run(Store(tmp_path / "alone"), each, bases) for each in longer}
+    bases.close()
+    kind = "generate" if family in GENERATORS else "classify"
+    texts, answered = [row["text"] for row in rows(3)], list[list[Any]]()
+    versions = [f"{one.name}@1" for one in ones]
+
+    with serving.engine(store, str(tmp_path / family), None, "float32") as engine:
+
+        def ask() -> list[Any]:
+            options = SamplingParams(logprobs=2, seed=1) if kind == "generate" else None
+            asked = [engine.submit(kind, text, name, options).result(60) for name in versions for text in texts]
+            return [{key: value for key, value in answer.items() if key != "id"} for answer in asked]
+
+        before, found = ask(), dict[str, str | TurretError]()
+        place = ServingBase(engine, kind)
+        threads = [
+            threading.Thread(target=lambda one=one: found.update({one.name: run(Store(tmp_path / "b"), one, place)}))
+            for one in longer
+        ]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            answered.append(ask())
+
+    assert len(answered) > 1
+    assert all(each == before for each in answered)
+    assert before[: len(texts)] != before[len(texts) :]  # another version gives other answers
+    assert found == alone
+
+
+def test_a_training_that_needs_another_base_than_the_one_that_serves_says_so(tmp_path: Path) -> None:
+    save_base("bert", tmp_path / "bert")
+    with serving.engine(Store(tmp_path / "store"), str(tmp_path / "bert"), None, "float32") as engine:
+        place = ServingBase(engine, "classify")
+        for one in (recipe(tmp_path, "roberta", "lora"), recipe(tmp_path, "bert", "lora", dtype="bfloat16")):
+            error = run(Store(tmp_path / "store"), one, place)
+            assert isinstance(error, TrainingError)
+            assert "use turret worker" in str(error)
 
 
 @pytest.mark.parametrize(

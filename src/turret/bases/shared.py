@@ -37,7 +37,8 @@ def share(base: Base, *, num_labels: int | None = None, seed: int = 42) -> Base:
     fresh = set(base.fresh)
     if num_labels is not None and num_labels != getattr(own.config, "num_labels", None):
         fresh |= _with_outputs(model, base.family, num_labels, base.drawn_in)
-    _draw(model, fresh, seed, base.drawn_in)
+    if fresh:
+        _draw(model, fresh, seed, base.drawn_in)
     for name in fresh:
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.to(own.device, own.get_parameter(name).dtype)

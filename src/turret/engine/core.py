@@ -13,11 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 
 from turret import process
 from turret.bases import Base
+from turret.bases.shared import share
 from turret.data import Input
 from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, Warm
 from turret.engine.adapter_tensors import AdapterTensors
@@ -42,8 +44,11 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Slots
 from turret.engine.step import Passes
+from turret.engine.training_turns import Part, TrainingTurns, stopped
 from turret.errors import Busy, DataError, Draining, EngineError, InUse, NoRoom, TurretError
 from turret.ops.table import rest
+
+T = TypeVar("T")
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 # Many texts in one call: one request for each text, as many at a time as the queue takes.
@@ -123,9 +128,9 @@ class Engine:
     ) -> None:
         self.base, self.limits = base, limits or Limits()
         self._source, self._clock = source, clock
-        self._runner = Runner(base)
+        self._runner = Runner(share(base))  # the base's own model stays bare, so that trainings can share it too
         try:
-            self._prompts = Prompts(base, self._runner, self.limits)
+            self._prompts = Prompts(self._runner.base, self._runner, self.limits)
         except TurretError:
             self._runner.close()
             raise
@@ -145,6 +150,7 @@ class Engine:
         self._waiting_tokens: Counter[str] = Counter()  # by tenant
         self._passes = Passes(self._runner, self._prompts, self._end, self._freed, self._passed)
         self._counters = Counters(clock)
+        self._trainings = TrainingTurns(self.limits.train_percent / 100)
         self._cancelled = False  # a request was cancelled since the last check
         self._draining = self._closing = False
         self._thread = threading.Thread(target=self._loop, name="turret-engine", daemon=True)
@@ -239,6 +245,31 @@ class Engine:
     def is_compiled(self, constraint: Constraint) -> bool:
         """Whether a request with this constraint is submitted at once."""
         return self._prompts.constraints.is_compiled(constraint)
+
+    # --- trainings ----------------------------------------------------------------------------------------------------
+
+    def run(self, work: Callable[[], T], tenant: str = "") -> T:
+        """Run a part of a training in the engine's thread, between passes of answers. Returns its result.
+
+        While answers wait, trainings get `Limits.train_percent` of the time, and an answer waits for one pass of a
+        training if the part calls `between_passes` after each.
+
+        Args:
+            work: About one optimiser step, on a model of its own (`bases.shared.share`).
+            tenant: Whose training it is. Tenants take turns by seconds.
+
+        Raises:
+            Draining: The engine is being stopped.
+        """
+        if threading.current_thread() is self._thread:
+            return work()
+        part = Part(work)
+        with self._wake:
+            if self._draining:
+                raise stopped()
+            self._trainings.put(tenant, part)
+            self._wake.notify_all()
+        return part.future.result()
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
@@ -422,14 +453,16 @@ class Engine:
     def _loop(self) -> None:
         reason: TurretError = Draining("the engine was closed before it answered: ask another one")
         try:
-            while (begin := self._next()) is not None:
-                self._passes.run(begin)
+            while self._wait():
+                self._answer()
+                self._train()
         except BaseException as error:  # a bug: no ticket may wait forever
             log.exception("the engine's thread failed")
             reason = EngineError(f"the engine failed ({type(error).__name__}: {error}): start it again")
         with self._wake:
             self._draining = True
             requests, needs = list(self._open), self._loader.abandon()
+            self._trainings.abandon()
         for request in requests:
             self._end(request, Failed(reason))
         for need in needs:
@@ -437,27 +470,68 @@ class Engine:
                 need.done.set_exception(reason)
         self._passes.abandon()
 
-    def _next(self) -> list[Request] | None:
-        """Wait for work. Returns the requests that begin in the next pass; None at the end."""
-        while True:
+    def _wait(self) -> bool:
+        """Wait for work. Returns False at the end."""
+        with self._wake:
+            while not (self._closing or self._has_work() or self._trainings.waiting):
+                self._wake.wait(self._until_deadline())
+            return not self._closing
+
+    def _answer(self) -> None:
+        """Run one pass of answers, if there is something to answer."""
+        with self._wake:
+            if not self._has_work():
+                return
+            ready, failed = self._loader.between_passes()
+            for need, _ in ready:
+                if isinstance(need, Warm):
+                    self._warmed(need)
+            overdue = self._overdue()
+        self._take_up(ready, failed, overdue)
+        with self._wake:
+            begin = self._scheduler.next()
+            for request in begin:
+                self._waiting.discard(request)
+                self._count(request, 0)
+        if begin or self._passes.generating:
+            started = time.monotonic()
+            self._passes.run(begin)
             with self._wake:
-                while not (self._closing or self._has_work()):
-                    self._wake.wait(self._until_deadline())
-                if self._closing:
-                    return None
-                ready, failed = self._loader.between_passes()
-                for need, _ in ready:
-                    if isinstance(need, Warm):
-                        self._warmed(need)
-                overdue = self._overdue()
-            self._take_up(ready, failed, overdue)
+                self._trainings.answered(time.monotonic() - started)
+
+    def _train(self) -> None:
+        """Run a part of a training, if it is due."""
+        with self._wake:
+            taken = None if self._closing else self._trainings.take(answers_wait=self._answers_wait())
+        if taken is None:
+            return
+        tenant, part = taken
+        trained, began = 0.0, time.monotonic()
+
+        def pause() -> None:
+            nonlocal trained, began
+            seconds = time.monotonic() - began
+            trained += seconds
             with self._wake:
-                begin = self._scheduler.next()
-                for request in begin:
-                    self._waiting.discard(request)
-                    self._count(request, 0)
-            if begin or self._passes.generating:
-                return begin
+                self._trainings.trained(seconds)
+            while self._answers_first():
+                with torch.inference_mode():
+                    self._answer()
+            began = time.monotonic()
+
+        part.run(pause)
+        trained += (seconds := time.monotonic() - began)
+        with self._wake:
+            self._trainings.trained(seconds)
+            self._trainings.ended(tenant, trained)
+
+    def _answers_wait(self) -> bool:
+        """Whether there is something to answer now. Called with the lock."""
+        return bool(self._passes.generating or len(self._scheduler) or self._loader.pending)
+
+    def _answers_first(self) -> bool:
+        with self._wake:
+            return not self._closing and self._trainings.owes and self._answers_wait()
 
     def _has_work(self) -> bool:
         waits = self._passes.generating or len(self._scheduler) or self._loader.pending or self._cancelled

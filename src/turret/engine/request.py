@@ -148,11 +148,14 @@ class Limits:
     cache_tokens: int = 65_536  # tokens in the KV cache; tenants that hold few find an eighth more
     max_inputs: int = 1024  # texts of one `classify` or `generate` call
     max_tokens: int = 4096  # of a prompt and its answer together
+    train_percent: int = 50  # of the time, for trainings on this base, while answers wait
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not isinstance(value, int | MemoryBudget | None) or (isinstance(value, int) and value < 1):
                 raise DataError(f"limit {name} = {value!r}: expected a whole number of 1 or more")
+        if self.train_percent > 100:
+            raise DataError(f"limit train_percent = {self.train_percent}: expected at most 100")
         if self.memory is None and self.slots > 1 << 20:
             raise DataError(f"limit slots = {self.slots} with no limit of memory: give at most {1 << 20}, or a memory")
 

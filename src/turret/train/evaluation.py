@@ -12,6 +12,7 @@ from torch import Tensor
 from turret.adapters import attachment, on_slot, packed
 from turret.bases.sharded import parts_of
 from turret.data import Example, references_of
+from turret.engine.training_turns import between_passes
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import HeadTask, Task, TextTask, has_head, writes
@@ -113,6 +114,7 @@ def _class_logits(model: Model, items: Items, most_tokens: int) -> Tensor:
     for piece in by_length(items.lengths(), most_tokens):
         parts.append(packed.classify_logits(model, [item.source for item in items.take(piece)]).float().cpu())
         places += piece
+        between_passes()
     return torch.cat(parts)[torch.tensor(places).argsort()]
 
 
@@ -124,6 +126,7 @@ def _target_loss(model: Model, task: Task, items: Items, most_tokens: int) -> fl
         tokens = sum(item.weight for item in taken)
         total += float(loss_of(model, task, taken)) * tokens
         count += tokens
+        between_passes()
     return total / count
 
 

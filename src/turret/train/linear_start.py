@@ -23,6 +23,7 @@ from turret import adapters
 from turret.adapters import packed
 from turret.bases import Base
 from turret.data import Example
+from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite
 from turret.tasks import HeadTask
 from turret.train.adamw import AdamW, learning_rate
@@ -165,6 +166,7 @@ class HeadStart:
                 with torch.no_grad() if dropout else evaluating(model, None):
                     packed.classify_logits(model, rows) if pooled is None else family.classify(model, pooled)
                 places += piece
+                between_passes()
         finally:
             handle.remove()
         return torch.cat([each.flatten(1) for each in read])[torch.tensor(places).argsort()]

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from turret.adapters import mixed_precision, packed
 from turret.bases.sharded import parts_of
+from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite, OutOfMemory
 from turret.ops.copies import copied
 from turret.tasks import Task, has_head
@@ -130,6 +131,7 @@ def _gradients(
         part = loss_of(model, task, piece) * (sum(item.weight for item in piece) / total)
         backward(part if scale is None else part.float() * scale.value)
         losses.append(part.detach())
+        between_passes()
     for _ in range(_passes(model, batch, most_tokens, processes) - len(pieces)):
         backward(loss_of(model, task, batch[:1]) * 0.0)
     # a process has no share of a very small batch

@@ -13,6 +13,7 @@ from turret import bases, process
 from turret.bases import Base, ChosenDevice
 from turret.bases.base import dtype_on
 from turret.bases.shared import share
+from turret.engine.core import Engine
 from turret.engine.pass_thread import PassThread
 from turret.errors import TrainingError
 from turret.recipe import Recipe
@@ -90,3 +91,32 @@ class ResidentBases(OwnProcess):
         """End the thread and free all bases. Trainings that still run raise Draining."""
         self._thread.close()
         self._bases.clear()
+
+
+@dataclass
+class ServingBase(OwnProcess):
+    """The base that an engine serves: trainings take turns with its answers.
+
+    Args:
+        engine: gives the base and the thread.
+        task: that its model was loaded for, "classify" or "generate".
+    """
+
+    engine: Engine
+    task: str
+    stays: ClassVar[bool] = True
+
+    def model_for(self, recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
+        """The engine's base as a model of its own. Raises TrainingError if the recipe needs another one."""
+        base = self.engine.base
+        precision = dtype_on(base.model.device, recipe.train.dtype)
+        wanted = (bases.resolve(recipe.base).folder, task.request, precision, recipe.base_quantization or "none")
+        if (reason := why_alone(recipe)) is None and wanted != (base.folder, self.task, base.dtype, base.quantization):
+            reason = f"it needs {recipe.base} for {task.request}, and {base.id} serves here in {base.dtype}"
+        if reason is not None:
+            raise TrainingError(f"this training cannot run beside these answers: {reason}; use turret worker")
+        return self.run(lambda: share(base, num_labels=task.num_labels(labels), seed=recipe.seed))
+
+    def run(self, work: Callable[[], T], tenant: str = "") -> T:
+        """Run a part of a training between passes of answers."""
+        return self.engine.run(work, tenant)
