@@ -40,6 +40,7 @@ SMALLEST = 0.05  # share of the saved memory that is named
 # Paths of `fast_paths_engine.py` by their names in PATHS.
 ENGINE = {
     "kernels": "all kernels",
+    "layer": "layer",
     "layer_calls": "layers in one call",
     "frozen_linear": "few-token products",
     "cached_attention": "step attention",

@@ -64,11 +64,7 @@ PATHS = {
     "step attention": Path(("prompts", "one prompt"), (LAYERS,)),
     "few-token products": Path(("short texts", "prompts", "one prompt"), (LAYERS,)),
     "prefill attention": Path(("texts", "short texts", "prompts"), (LAYERS,)),
-    "norms, activations, rotary": Path(
-        ("texts", "short texts", "prompts"),
-        (LAYERS,),
-        ("each of these operations in one pass over memory", "the base's modules", "with kernels"),
-    ),
+    "layer": Path(("texts", "short texts", "prompts", "one prompt"), (LAYERS,)),
     "lay_out": Path(
         ("load",),
         (),

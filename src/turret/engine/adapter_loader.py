@@ -42,6 +42,23 @@ class AdapterSource(Protocol):
         ...
 
 
+class WithAdaptersInMemory:
+    """A source, and adapters that are only in memory: those that train. Their names are never looked up."""
+
+    def __init__(self, source: AdapterSource) -> None:
+        self._source = source
+        self.adapters: dict[str, Adapter] = {}  # by digest
+
+    def resolve(self, reference: str | Named) -> Named:
+        """The version that a reference names now; a `Named` is one already."""
+        return reference if isinstance(reference, Named) else self._source.resolve(reference)
+
+    def load(self, named: Named) -> Adapter:
+        """The adapter of a version, or the one in memory."""
+        found = self.adapters.get(named.digest)
+        return self._source.load(named) if found is None else found
+
+
 # --- adapter loader ---------------------------------------------------------------------------------------------------
 
 

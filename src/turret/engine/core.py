@@ -10,18 +10,21 @@ import functools
 import math
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
 
 import torch
 
 from turret import process
+from turret.adapters import Adapter
 from turret.bases import Base
 from turret.bases.shared import share
 from turret.data import Input
-from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, Warm
+from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, Warm, WithAdaptersInMemory
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.constraint import Constraint
 from turret.engine.counters import Counters
@@ -45,7 +48,7 @@ from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Slots
 from turret.engine.step import Passes
 from turret.engine.training_turns import Part, TrainingTurns, stopped
-from turret.errors import Busy, DataError, Draining, EngineError, InUse, NoRoom, TurretError
+from turret.errors import Busy, DataError, Draining, EngineError, InUse, NoRoom, NotFound, TurretError
 from turret.ops.table import rest
 
 T = TypeVar("T")
@@ -127,7 +130,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.base, self.limits = base, limits or Limits()
-        self._source, self._clock = source, clock
+        self._source, self._clock = WithAdaptersInMemory(source), clock
         self._runner = Runner(share(base))  # the base's own model stays bare, so that trainings can share it too
         try:
             self._prompts = Prompts(self._runner.base, self._runner, self.limits)
@@ -138,7 +141,7 @@ class Engine:
         self._slots = Slots(self.limits.slots, self.limits.memory)
         self._wake = threading.Condition(self._slots.budget.lock)
         self._loader = AdapterLoader(
-            self._runner.adapter_pool, self._slots, source, base.tokenizer, self._wake, clock, self._encode
+            self._runner.adapter_pool, self._slots, self._source, base.tokenizer, self._wake, clock, self._encode
         )
         self._scheduler = Scheduler(
             batch_tokens=self.limits.batch_tokens or pass_tokens(base),
@@ -151,6 +154,7 @@ class Engine:
         self._passes = Passes(self._runner, self._prompts, self._end, self._freed, self._passed)
         self._counters = Counters(clock)
         self._trainings = TrainingTurns(self.limits.train_percent / 100)
+        self._retired: set[Named] = set()  # of `hold`, no longer wanted
         self._cancelled = False  # a request was cancelled since the last check
         self._draining = self._closing = False
         self._thread = threading.Thread(target=self._loop, name="turret-engine", daemon=True)
@@ -162,7 +166,7 @@ class Engine:
         self,
         kind: Kind,
         text: Input | Sequence[int],
-        adapter: str | None,
+        adapter: str | Named | None,
         options: SamplingParams | None = None,
         *,
         priority: int = 0,
@@ -176,7 +180,7 @@ class Engine:
         Args:
             kind: "classify", "generate" or "embed".
             text: A text, a conversation, or token ids that are used unchanged.
-            adapter: A reference; None for the bare base, which cannot classify.
+            adapter: A reference, or what `hold` returned; None for the bare base, which cannot classify.
             options: How to answer.
             priority: Higher goes first.
             deadline: Seconds from now.
@@ -270,6 +274,27 @@ class Engine:
             self._trainings.put(tenant, part)
             self._wake.notify_all()
         return part.future.result()
+
+    def hold(self, name: str, number: int, adapter: Adapter) -> Named:
+        """Let requests name an adapter that is in no store, until `let_go`: one that trains, after so many steps."""
+        size = sum(each.nbytes for each in (*adapter.tensors.values(), *adapter.head.values()))
+        named = Named(name, number, f"memory:{uuid.uuid4().hex}", size)
+        self._source.adapters[named.digest] = adapter
+        return named
+
+    def let_go(self, named: Named) -> None:
+        """Forget an adapter of `hold` as soon as no request needs it."""
+        with self._wake:
+            self._retired.add(named)
+            self._forget_retired()
+
+    def _forget_retired(self) -> None:
+        """Called with the lock."""
+        for named in self._retired - {each.named for each in self._open if each.named is not None}:
+            with suppress(NotFound):
+                self._loader.unload(self._loader.entry(named))
+            self._retired.discard(named)
+            self._source.adapters.pop(named.digest, None)
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
@@ -590,6 +615,8 @@ class Engine:
                 self._scheduler.remove([request])
             if request.named is not None:
                 self._loader.release(request)
+                if self._retired:
+                    self._forget_retired()
             self._counters.ended(request, isinstance(end, Done), tokens)
             self._wake.notify_all()
         request.ticket.end(end)

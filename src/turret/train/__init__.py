@@ -6,6 +6,7 @@ fit(recipe, base, task, dataset, folder=...)        a generator: yields a StepRe
 evaluate(model, task, examples)                     (metrics, answers)
 probe(model, task, examples) -> Probe               the trained model's outputs for a few examples
 prove(bundle, base, probe) -> report                a fresh process loads the bundle and must give those outputs
+TrainingSlot(engine, name, method, kind=...)        an adapter that trains on an engine's base, one verb at a time
 """
 
 from turret.plan_check import Check
@@ -19,6 +20,7 @@ from turret.train.lr_finder import find_rate
 from turret.train.preflight import plan
 from turret.train.proof import Probe, probe, prove
 from turret.train.seeds import filled
+from turret.train.slot import TrainingSlot
 from turret.train.training_plan import FoundRate, Plan
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Probe",
     "RunCurve",
     "StepRecord",
+    "TrainingSlot",
     "evaluate",
     "filled",
     "find_rate",

@@ -99,31 +99,36 @@ def train_step(
         LossNotFinite: one of them is NaN or infinite; the weights are not updated.
     """
     while True:
-        loss = _gradients(model, task, optimiser, batch, most_tokens, processes, scale)
+        optimiser.zero_gradients()
+        loss = forward_backward(model, task, optimiser, batch, most_tokens, processes, scale)
         norm = optimiser.clip_gradients(clip)
         overflowed = math.isfinite(loss) and not math.isfinite(norm)
         if scale is None or not overflowed or not scale.lower():
             break
-    for name, value in (("loss", loss), ("norm of the gradients", norm)):
-        if not math.isfinite(value):
-            raise LossNotFinite(f"the {name} became {value}")
+    require_finite(loss, norm)
     if scale is not None:
         scale.passed()
     optimiser.step(rate)
     return loss, norm
 
 
-def _gradients(
+def require_finite(loss: float, norm: float) -> None:
+    """Raise LossNotFinite if a loss or a norm of gradients is NaN or infinite."""
+    for name, value in (("loss", loss), ("norm of the gradients", norm)):
+        if not math.isfinite(value):
+            raise LossNotFinite(f"the {name} became {value}")
+
+
+def forward_backward(
     model: Model,
     task: Task,
     optimiser: AdamW,
     batch: Sequence[Item],
     most_tokens: int,
-    processes: Processes,
-    scale: LossScale | None,
+    processes: Processes = ALONE,
+    scale: LossScale | None = None,
 ) -> float:
-    """Compute the gradients of the mean loss over the whole batch, in all processes, and return that loss."""
-    optimiser.zero_gradients()
+    """Add the gradients of the mean loss over the whole batch, in all processes, and return that loss."""
     total = sum(item.weight for item in batch)
     losses = []
     pieces = micro_batches(processes.share(batch), most_tokens)

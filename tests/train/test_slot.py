@@ -1,0 +1,195 @@
+"""An adapter trains on the base of an engine, verb by verb, and answers after its last step without a file between."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import save_base
+
+from turret import adapters, bases
+from turret.adapters import Adapter
+from turret.data import Example, Labelled, Pair
+from turret.engine import Engine, Limits, Named, SamplingParams
+from turret.errors import AdapterError, LossNotFinite, NotFound, TrainingError
+from turret.methods import Full, LoRA, Prefix
+from turret.train.slot import TrainingSlot
+
+GOOD, BAD = "a great film, a pleasure", "a dull and boring story"
+LABELS = ("good", "bad")
+TEXTS = [(f"{text} {number}", label) for number in range(4) for text, label in ((GOOD, "good"), (BAD, "bad"))]
+LABELLED = [Labelled(text, label) for text, label in TEXTS]
+PAIRS = [Pair(f"{text} {number}", text[:8]) for number in range(4) for text in (GOOD, BAD)]
+
+
+class NoStore:
+    def resolve(self, reference: str) -> Named:
+        raise NotFound(f"no {reference}")
+
+    def load(self, named: Named) -> Adapter:
+        raise NotFound(f"no {named}")
+
+
+def engine_of(family: str, task: Any, folder: Path, **limits: Any) -> Engine:
+    base = bases.load(str(save_base(family, folder / family)), task=task, dtype="float32")
+    return Engine(base, NoStore(), Limits(**limits))
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    with engine_of("bert", "classify", tmp_path) as engine:
+        yield engine
+
+
+def classifier(engine: Engine, name: str = "news", method: Any = "lora", **how: Any) -> TrainingSlot:
+    return TrainingSlot(engine, name, method, kind="classify", labels=LABELS, **how)
+
+
+def steps(slot: TrainingSlot, examples: list[Any], count: int = 30, lr: float = 1e-2) -> list[float]:
+    losses = []
+    for _ in range(count):
+        losses.append(slot.forward_backward(examples))
+        slot.optim_step(lr)
+    return losses
+
+
+def tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return {**adapter.tensors, **adapter.head}
+
+
+def equal(one: Adapter, other: Adapter) -> bool:
+    ours, theirs = tensors(one), tensors(other)
+    return set(ours) == set(theirs) and all(torch.equal(each, theirs[name]) for name, each in ours.items())
+
+
+@pytest.mark.parametrize("method", ["lora", Prefix(num_virtual_tokens=4), "head"])
+def test_a_slot_learns_and_answers_with_what_it_has_learnt(method: Any, engine: Engine) -> None:
+    with classifier(engine, method=method) as slot:
+        texts = [each.text for each in LABELLED]
+        before = slot.ask(texts)
+        losses = steps(slot, LABELLED, 60)
+        after = slot.ask(texts)
+
+        assert losses[-1] < losses[0] / 2
+        assert [each["label"] for each in after] == [each.label for each in LABELLED]
+        assert after != before
+        surprise = [-math.log(answer["probabilities"][label]) for answer, (_, label) in zip(after, TEXTS, strict=True)]
+        assert slot.forward(LABELLED) == pytest.approx(sum(surprise) / len(surprise), rel=1e-3)
+        assert slot.steps == 60
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_slot_that_writes_answers_as_the_stored_adapter_does(family: str, tmp_path: Path) -> None:
+    with engine_of(family, "generate", tmp_path) as engine:
+        slot = TrainingSlot(engine, "short", LoRA(r=4), kind="summarize", settings={"max_target_tokens": 8})
+        steps(slot, PAIRS, 20)
+        options = SamplingParams(temperature=0, max_tokens=6)
+        inputs: list[Any] = [each.source for each in PAIRS[:4]]
+        answers = slot.ask(inputs, options)
+        named = engine.hold("stored", 1, slot.save())
+        assert answers == [engine.submit("generate", each, named, options).result() for each in inputs]
+        assert answers != engine.generate(inputs, None, options)  # the bare base answers otherwise
+        slot.drop()
+
+
+def test_gradients_of_several_batches_add_up(engine: Engine) -> None:
+    """Two halves added are the mean of the two, so twice the whole's with half the loss each. Control: one half."""
+    norms = []
+    for batches in ([LABELLED], [LABELLED[:4], LABELLED[4:]], [LABELLED[:4]]):
+        with classifier(engine, method=LoRA(r=2, lora_dropout=0.0)) as slot:
+            slot._base.model.eval()  # the base's own dropout would draw other masks for other passes
+            for batch in batches:
+                slot.forward_backward(batch)
+            norms.append(slot.optim_step(1e-3, clip=None))
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-4)
+    assert norms[2] != pytest.approx(norms[0], rel=1e-3)
+
+
+def test_slots_beside_one_another_equal_the_same_slots_alone(engine: Engine) -> None:
+    """Bit for bit, with dropout, with answers in between. Control: another seed."""
+
+    def trained(seed: int) -> Adapter:
+        with classifier(engine, method=LoRA(r=4, lora_dropout=0.2), seed=seed) as slot:
+            for _ in range(6):
+                slot.forward_backward(LABELLED)
+                slot.optim_step(1e-2)
+                slot.ask([GOOD])
+            return slot.save()
+
+    alone = {seed: trained(seed) for seed in range(3)}
+    found: dict[int, Adapter] = {}
+    threads = [threading.Thread(target=lambda seed=seed: found.update({seed: trained(seed)})) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(equal(found[seed], alone[seed]) for seed in alone)
+    assert not equal(alone[0], alone[1])
+
+
+def test_a_request_keeps_the_copy_that_it_began_with(tmp_path: Path) -> None:
+    with engine_of("llama", "generate", tmp_path, running=1) as engine:
+        slot = TrainingSlot(engine, "short", LoRA(r=4), kind="summarize", settings={"max_target_tokens": 8})
+        options = SamplingParams(temperature=0, max_tokens=8)
+        steps(slot, PAIRS, 5)
+        alone = slot.ask([GOOD], options)[0]
+        tickets = slot.submit([GOOD] * 4, options)
+        steps(slot, PAIRS, 40)
+        assert [ticket.result() for ticket in tickets] == [alone] * 4
+        later = slot.ask([GOOD], options)[0]
+        assert later != alone
+        assert len(engine._source.adapters) == 1  # stale copies are gone
+        slot.drop()
+        assert not engine._source.adapters
+
+
+def test_a_slot_goes_on_from_an_adapter_and_is_saved_as_one(engine: Engine) -> None:
+    with classifier(engine) as slot:
+        steps(slot, LABELLED, 10)
+        saved = slot.save()
+    with classifier(engine, seed=5) as other:
+        assert not equal(other.save(), saved)
+        other.load(saved)
+        assert equal(other.save(), saved)
+        assert other.steps == 0
+        with pytest.raises(AdapterError, match="this recipe has r 8"):
+            other.load(tensors_of_another_rank(engine))
+
+
+def tensors_of_another_rank(engine: Engine) -> Adapter:
+    with classifier(engine, method=LoRA(r=2)) as slot:
+        return slot.save()
+
+
+def test_the_base_is_left_as_it_was(engine: Engine) -> None:
+    before = {name: each.clone() for name, each in engine.base.model.state_dict().items()}
+    with classifier(engine) as slot:
+        steps(slot, LABELLED, 5)
+    after = engine.base.model.state_dict()
+    assert all(torch.equal(each, after[name]) for name, each in before.items())
+    assert not hasattr(engine.base.model, adapters.hooks.ATTRIBUTE)
+
+
+def test_a_mistake_is_one_line(engine: Engine) -> None:
+    examples: list[Example] = [*LABELLED]
+    with classifier(engine) as slot:
+        with pytest.raises(TrainingError, match="call forward_backward first"):
+            slot.optim_step(1e-3)
+        slot.forward_backward(examples)
+        before = slot.save()
+        slot._optimiser.gradients[0] = float("nan")
+        with pytest.raises(LossNotFinite):
+            slot.optim_step(1e-3)
+        assert equal(slot.save(), before)
+        steps(slot, LABELLED, 1)  # the gradients that were not finite are gone
+    with pytest.raises(TrainingError, match="every weight"):
+        classifier(engine, method=Full())
+    with pytest.raises(TrainingError, match="loaded to classify"):
+        TrainingSlot(engine, "short", "lora", kind="summarize")
+    with pytest.raises(TrainingError, match="no labels"):
+        TrainingSlot(engine, "news", "lora", kind="classify")
