@@ -77,9 +77,6 @@ PATHS = {
     "long passes": Path(
         ("texts",), (), ("passes of 1024 tokens", "passes of 512 tokens", "a small encoder (`runner.SMALL`)")
     ),
-    "round passes": Path(
-        ("texts",), (), ("fills a pass up to a round number of tokens", "no filling", "a pass has prefill rows")
-    ),
     "top_p of few": Path(
         ("prompts with top_p",), (), ("sorts 64 tokens first, more if needed", "sort the vocabulary", "top_p samples")
     ),
@@ -108,7 +105,6 @@ def patches(name: str, engine: Any) -> list[Patch]:
         "layer": lambda: [(layers.LayerHook, "_block", none)],
         "lay_out": lambda: [(CpuOps, "lay_out", Ops.lay_out)],
         "long passes": lambda: [(engine._scheduler, "batch_tokens", runner.SHORT_PASS)],
-        "round passes": lambda: [(runner, "rounded", lambda tokens, _: tokens)],
         "top_p of few": lambda: [(decode, "LOOKED_AT", 1 << 30)],
     }[name]()  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from turret.adapters import set_context
 from turret.adapters.batch_context import BARE
 from turret.adapters.hooks import detach
-from turret.adapters.packed import STEPS, pool, ready_mask, shift_right, vocabulary_logits
+from turret.adapters.packed import pool, ready_mask, shift_right, vocabulary_logits
 from turret.bases import Base
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
@@ -26,7 +26,6 @@ from turret.engine.cuda_graphs import RecordedSteps
 from turret.engine.decode import TokenLogprobs, token_logprobs
 from turret.families import Pooling
 from turret.ops.copies import copied
-from turret.ops.padded_blocks import rounded
 from turret.transformer import Model
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens
@@ -148,16 +147,15 @@ class Runner:
         """An encoder or a decoder."""
         family = self.base.family
         lengths = [len(row.ids) for row in rows]
-        filler = _filler(sum(lengths) + len(steps)) if rows else 0
-        tokens = [token for row in rows for token in row.ids] + [0] * filler + [step.token for step in steps]
+        tokens = [token for row in rows for token in row.ids] + [step.token for step in steps]
         starts = [self._start(row.slot) for row in rows]
         offset = family.position_offset(self.model.config)
-        positions = _positions([*lengths, filler], [*starts, 0], [self._at(step) for step in steps], offset)
+        positions = _positions(lengths, starts, [self._at(step) for step in steps], offset)
         ids = copied(torch.tensor([tokens]), self.device)
         kind = family.kind
         spans = [{"decoder": span} for span in _spans(lengths)]
         call = {"use_cache": False} if family.decoder_only else {}
-        with self._pass(rows, steps, {kind: [*lengths, *([filler] if filler else [])]}, spans, {kind: positions}):
+        with self._pass(rows, steps, {kind: lengths}, spans, {kind: positions}):
             if not rows and self.recorded.possible:
                 hidden = self.recorded.hidden(ids, copied(positions, self.device))
                 return _States(hidden, lengths, hidden, lengths)
@@ -179,26 +177,21 @@ class Runner:
             else shift_right(config, torch.tensor(ids)).tolist()
             for row, ids in zip(rows, sources, strict=True)
         ]
-        counts = {"encoder": [len(each) for each in sources], "decoder": [len(each) for each in targets]}
-        fills = {"encoder": 0, "decoder": 0}
-        if rows:  # filled on both sides, so that both have the same number of rows
-            fills = {"encoder": _filler(sum(counts["encoder"]), always=True)}
-            fills["decoder"] = _filler(sum(counts["decoder"]) + len(steps), always=True)
-        lengths = {stream: [*counts[stream], *([fill] if fill else [])] for stream, fill in fills.items()}
+        lengths = {"encoder": [len(each) for each in sources], "decoder": [len(each) for each in targets]}
         spans = [
             {"encoder": encoder, "decoder": decoder}
-            for encoder, decoder in zip(_spans(counts["encoder"]), _spans(counts["decoder"]), strict=True)
+            for encoder, decoder in zip(_spans(lengths["encoder"]), _spans(lengths["decoder"]), strict=True)
         ]
         starts = [self._start(row.slot) for row in rows]
         positions = {
             "encoder": _positions(lengths["encoder"], [0] * len(lengths["encoder"]), [], 0),
-            "decoder": _positions(lengths["decoder"], [*starts, 0], [self._at(step) for step in steps], 0),
+            "decoder": _positions(lengths["decoder"], starts, [self._at(step) for step in steps], 0),
         }
-        target = [token for row in targets for token in row] + [0] * fills["decoder"] + [s.token for s in steps]
+        target = [token for row in targets for token in row] + [step.token for step in steps]
         ids = torch.tensor([target], device=self.device)
         with self._pass(rows, steps, lengths, spans, positions):
             if rows:
-                tokens = [token for row in sources for token in row] + [0] * fills["encoder"]
+                tokens = [token for row in sources for token in row]
                 source = torch.tensor([tokens], device=self.device)
                 encoded = self.model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]
             else:  # the sources are in the cache, but the decoder still projects an encoder output
@@ -210,7 +203,7 @@ class Runner:
                 encoder_attention_mask=ready_mask(ids),
                 use_cache=False,
             )
-        return _States(output[0][0], counts["decoder"], encoded[0], counts["encoder"])
+        return _States(output[0][0], lengths["decoder"], encoded[0], lengths["encoder"])
 
     @contextmanager
     def _pass(
@@ -222,8 +215,7 @@ class Runner:
         positions: Mapping[str, Tensor],
     ) -> Iterator[None]:
         """Set what the hooks read, for the length of the pass."""
-        count = max((len(each) for each in lengths.values()), default=0)
-        slots = [row.slot for row in rows] + [BARE] * (count - len(rows))
+        slots = [row.slot for row in rows]
         self.adapter_pool.begin(slots, lengths, [step.slot for step in steps])
         tokens = {stream: sum(each) for stream, each in lengths.items()}
         prefill = [(row.kv_slot, row.slot, span) for row, span in zip(rows, spans, strict=True)]
@@ -334,11 +326,6 @@ def pass_tokens(base: Base) -> int:
     return LONG_PASS if small else SHORT_PASS
 
 
-def _filler(tokens: int, always: bool = False) -> int:
-    """Tokens that round a pass up, so that few shapes occur; at least one if `always`."""
-    return rounded(tokens + always, STEPS) - tokens
-
-
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return [(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
 
@@ -346,6 +333,6 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
 def _positions(lengths: Sequence[int], starts: Sequence[int], steps: Sequence[int], offset: int) -> Tensor:
     """Positions of all tokens, (N,) int64: each row counts from its start, then come those of the decode rows."""
     counted = [
-        position for length, start in zip(lengths, starts, strict=False) for position in range(start, start + length)
+        position for length, start in zip(lengths, starts, strict=True) for position in range(start, start + length)
     ]
     return torch.tensor([*counted, *steps], dtype=torch.long) + offset
