@@ -70,10 +70,9 @@ class TrainingSlot:
         chosen = by_name(method) if isinstance(method, str) else method
         if chosen.every_weight:
             raise TrainingError(f"method {chosen.kind} trains every weight and shares no base: use turret train")
-        base, wanted = engine.base, task_of(kind).request
-        loaded = "classify" if base.model.get_output_embeddings() is None else "generate"
-        if wanted != loaded or (wanted == "classify") != bool(labels):
-            given = f"{len(labels)} labels" if labels else "no labels"
+        base, generates = engine.base, engine.base.model.get_output_embeddings() is not None
+        if task_of(kind).generates != generates or generates == bool(labels):
+            given, loaded = f"{len(labels)} labels" if labels else "no labels", "generate" if generates else "classify"
             raise TrainingError(f"{base.id} is loaded to {loaded}: a slot for {kind} with {given} does not fit it")
         data = Dataset((), (), (), kind, tuple(labels), {}, (), 0, "")
         chosen_settings = TaskSettings.model_validate({"kind": kind, **(settings or {})})
