@@ -73,7 +73,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-OLDEST, SCHEMA = "0012", "0015"  # the first and the newest file in migrations/versions, as a test checks
+OLDEST, SCHEMA = "0012", "0016"  # the first and the newest file in migrations/versions, as a test checks
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 PRIVATE = 0o700  # mode of a folder that only its owner may enter
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILING = (errno.EIO, errno.ENXIO, errno.ENODEV)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex digits. It is computed again only if the file has changed since."""
+    state = path.stat()
+    return _sha256(path, state.st_ino, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=16)
+def _sha256(path: Path, *_state: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

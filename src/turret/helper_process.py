@@ -24,6 +24,7 @@ from turret.json_types import JsonObject
 from turret.process import environment
 
 START_SECONDS = 60.0  # until a helper has read its first line
+POLL_SECONDS = 0.2  # between two questions whether to stop
 _KILLED = tuple(-getattr(signal, name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT"))  # by somebody else
 _PIECE = 1 << 16
 
@@ -46,17 +47,23 @@ class HelperProcess:
         seconds: for one question.
         memory: bytes that the helper may allocate beyond those at its start.
         problem: the start of an error: `a constraint cannot be compiled`.
+        store: the helper opens the store, so it needs the credentials of PostgreSQL and S3.
     """
 
-    def __init__(self, module: str, about: JsonObject, seconds: float, memory: int, problem: str) -> None:
-        self._module, self._seconds, self._problem = module, seconds, problem
+    def __init__(
+        self, module: str, about: JsonObject, seconds: float, memory: int, problem: str, *, store: bool = False
+    ) -> None:
+        self._module, self._seconds, self._problem, self._store = module, seconds, problem, store
         self._about = json.dumps({"about": about, "seconds": seconds, "memory": memory}).encode() + b"\n"
         self._lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0  # processes
 
-    def ask(self, question: JsonObject) -> JsonObject | Died:
+    def ask(self, question: JsonObject, stop: Callable[[], bool] = lambda: False) -> JsonObject | Died:
         """The helper's answer, or how it died.
+
+        Args:
+            stop: asked a few times a second; once it is true, the helper is ended.
 
         Raises:
             EngineError: The helper cannot be started, or was killed twice.
@@ -65,9 +72,12 @@ class HelperProcess:
         with self._lock:
             for _ in range(2):
                 process = self._running()
-                answer = self._answer(process, line, self._seconds)
+                answer = self._answer(process, line, self._seconds, stop)
                 if answer is not None:
                     return answer
+                if stop():
+                    self._end()
+                    return Died(late=True)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.2)
                 status = process.returncode
@@ -93,7 +103,7 @@ class HelperProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=environment(),
+                env=environment(store=self._store),
                 start_new_session=True,  # Ctrl-C is the parent's, which then ends the helper
             )
         except OSError as error:
@@ -106,15 +116,17 @@ class HelperProcess:
             raise EngineError(f"{self._problem}: its process ended while it started")
         return self.process
 
-    def _answer(self, process: subprocess.Popen[bytes], line: bytes, seconds: float) -> JsonObject | None:
-        """The helper's answer to a line; None if it died, or did not answer in time."""
+    def _answer(
+        self, process: subprocess.Popen[bytes], line: bytes, seconds: float, stop: Callable[[], bool] = lambda: False
+    ) -> JsonObject | None:
+        """The helper's answer to a line; None if it died, did not answer in time, or was to stop."""
         assert process.stdin is not None
         assert process.stdout is not None
         until = time.monotonic() + seconds
         try:
             if not _sent(process.stdin.fileno(), line, until):
                 return None
-            answer = _line_from(process.stdout.fileno(), until)
+            answer = _line_from(process.stdout.fileno(), until, stop)
             return None if answer is None else json.loads(answer)
         except (OSError, ValueError):
             return None
@@ -142,11 +154,15 @@ def _sent(descriptor: int, line: bytes, until: float) -> bool:
     return True
 
 
-def _line_from(descriptor: int, until: float) -> bytes | None:
-    """A line from a pipe; None if the pipe was closed, or the line did not come in time."""
+def _line_from(descriptor: int, until: float, stop: Callable[[], bool]) -> bytes | None:
+    """A line from a pipe; None if the pipe was closed, the line did not come in time, or the wait was to stop."""
     pieces: list[bytes] = []
     while not (pieces and pieces[-1].endswith(b"\n")):
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, until - time.monotonic()))
+        ready: list[int] = []
+        left = until - time.monotonic()
+        while not ready and left > 0 and not stop():
+            ready, _, _ = select.select([descriptor], [], [], min(POLL_SECONDS, left))
+            left = until - time.monotonic()
         piece = os.read(descriptor, _PIECE) if ready else b""
         if not piece:
             return None

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.data import Example, Labelled, Pair
-from turret.data.example_store import ExampleStore
+from turret.data import Conversation, Dataset, Example, Labelled, Pair, Turn
+from turret.data.example_store import ExampleStore, load_dataset, write_dataset
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
 examples = st.one_of(
@@ -50,3 +50,16 @@ def test_threads_may_read_at_once() -> None:
     kept.done()
     with ThreadPoolExecutor(8) as pool:
         assert [e.label for e in pool.map(kept.__getitem__, list(range(200)) * 5)] == [str(i) for i in range(200)] * 5
+
+
+@pytest.mark.parametrize("memory", [0, 1_000_000])
+def test_a_data_set_passes_to_another_process_unchanged(tmp_path, memory: int) -> None:
+    turns = (Turn("user", "a"), Turn("assistant", "", '[{"a": 1}]'), Turn("tool", "b", name="c", call_id="d"))
+    train = [Labelled("é\ud800\n", "x"), Labelled("b", ("x", "y")), Pair("c", "d", ("e",)), Conversation(turns, "[]")]
+    given = Dataset(train, [], [Pair("", "")], "classify", ("x", "y"), {"text": "t"}, ("a note",), 3, "sha256:a")
+    write_dataset(given, tmp_path / "file")
+    found = load_dataset(tmp_path / "file", memory)
+    assert list(found.train) == train
+    assert (list(found.validation), list(found.test)) == ([], [Pair("", "")])
+    for name in ("kind", "labels", "columns", "notes", "duplicates", "digest"):
+        assert getattr(found, name) == getattr(given, name)

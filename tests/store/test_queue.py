@@ -310,3 +310,38 @@ def test_the_log_is_kept_in_order_and_bounded(store, line, monkeypatch) -> None:
 def test_a_priority_out_of_range_is_refused(line) -> None:
     with pytest.raises(RecipeError, match="priority 101: expected -100 to 100"):
         line.submit("a", "x", priority=101)
+
+
+def test_after_the_death_of_a_process_with_several_runs_no_try_is_counted_and_each_is_tried_alone(store, line) -> None:
+    for recipe in "xyz":
+        line.submit("a", recipe)
+    taken = [line.take() for _ in range(3)]
+    line.set_beside([each.run for each in taken[:2]])
+    lose_workers(store)
+    again = {each.run: each for each in [line.take() for _ in range(3)]}
+    assert [again[each.run].tries for each in taken] == [1, 1, 2]
+    assert [again[each.run].alone for each in taken] == [True, True, False]
+    lose_workers(store)  # the control: those that die alone lose a try
+    again = {each.run: each for each in [line.take() for _ in range(3)]}
+    assert [again[each.run].tries for each in taken] == [2, 2, 3]
+    assert not any(each.alone for each in again.values())
+
+
+def test_a_run_that_went_on_alone_loses_a_try_if_it_dies(store, line) -> None:
+    run = line.submit("a", "x")
+    taken = line.take()
+    line.set_beside([run])
+    line.hold_alone(taken)
+    lose_workers(store)
+    again = line.take()
+    assert (again.tries, again.alone) == (2, False)
+
+
+def test_a_run_is_only_taken_by_who_accepts_it(line) -> None:
+    line.submit("a", "x")
+    seen: list[str] = []
+    assert line.take(lambda entry: bool(seen.append(entry.recipe))) is None
+    assert seen == ["x"]
+    taken = line.take(lambda entry: True)
+    assert taken is not None
+    assert taken.tries == 1

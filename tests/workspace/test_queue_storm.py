@@ -47,7 +47,18 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "turret", "worker", "--silent-minutes", "3", "--store", self.url]
+        command = [
+            sys.executable,
+            "-m",
+            "turret",
+            "worker",
+            "--slots",
+            "2",
+            "--silent-minutes",
+            "3",
+            "--store",
+            self.url,
+        ]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/")
         threading.Thread(target=self._listen, args=[self.process], daemon=True).start()
 
@@ -198,12 +209,13 @@ def test_stopped_killed_and_cancelled_in_every_phase_a_run_ends_once(workers, tm
         assert time.monotonic() < end, [(each["id"], each["state"]) for each in workspace.runs()]
         time.sleep(0.5)
     end = time.monotonic() + 120  # a process of a training needs some time to end on a busy machine
-    while left := [each for worker in workers for each in descendants(worker.process.pid) if is_alive(each)]:
-        assert time.monotonic() < end, f"{left} are left running"
-        time.sleep(0.2)
+    started = [each for worker in workers for each in descendants(worker.process.pid)]  # the kept ones
     for worker in workers:
         worker.process.terminate()
         assert worker.process.wait(60) == 0, worker.errors[-10:]
+    while left := [each for each in started if is_alive(each)]:
+        assert time.monotonic() < end, f"{left} are left running"
+        time.sleep(0.2)
     watch.over.set()
     watch.join()
     watch.look()

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from turret.store.queue import QueuedRun
 from turret.train import StepRecord
 from turret.workspace import Workspace, queue_worker, training
 from turret.workspace.queueing import bring_data, require_base
+from turret.workspace.resident import ResidentBases
 from turret.workspace.results import RunResult
 from turret.workspace.training import Callbacks
 
@@ -323,7 +325,10 @@ def test_a_worker_whose_machine_fails_pauses_so_that_others_take_what_waits(tmp_
 
 def children(parent: int) -> list[int]:
     """The living processes that a process has started."""
-    found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    found: list[str] = []
+    for thread in Path(f"/proc/{parent}/task").iterdir():  # a child belongs to the thread that started it
+        with suppress(OSError):  # the thread has ended
+            found += (thread / "children").read_text().split()
     return [int(each) for each in found if is_there(int(each))]
 
 
@@ -332,6 +337,121 @@ def is_there(number: int) -> bool:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def trained_alone(folder: Path, recipe: Recipe) -> str:
+    """The digest of the tensors that a training gives which is not disturbed."""
+    workspace, place = Workspace(folder / "undisturbed"), ResidentBases()
+    result = training.train(workspace.store, recipe, Callbacks(), fresh=True, place=place)
+    place.close()
+    return tensors_of(workspace, result.version)
+
+
+def tensors_of(workspace: Workspace, version: str) -> str:
+    return str(workspace.show(version)["files"]["adapter_model.safetensors"]["digest"])
+
+
+def stepping(workspace: Workspace, runs: Sequence[str]) -> Callable[[], bool]:
+    """Whether all of these runs have made a step."""
+    return lambda: all(any(each["line"].startswith("step") for each in workspace.queue.log(run)) for run in runs)
+
+
+def descendants(parent: int) -> list[int]:
+    return [each for child in children(parent) for each in (child, *descendants(child))]
+
+
+def reader_of(worker: int) -> int:
+    """The process that reads data for a worker."""
+    (found,) = [each for each in descendants(worker) if b"data_reader" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    return found
+
+
+class TestShared:
+    """Trainings that share a base in one process."""
+
+    pytestmark = pytest.mark.slow
+
+    def test_trainings_of_two_tenants_share_a_process_and_equal_the_same_ones_alone(
+        self, tmp_path, workspace, start
+    ) -> None:
+        recipe = recipe_in(tmp_path, **STEPS)
+        recipes = [recipe.with_overrides({"seed": str(seed)}) for seed in range(2)]
+        whose = [workspace, Workspace(workspace.store.root, "sales")]
+        runs = [mine.queue.submit(each)["id"] for mine, each in zip(whose, recipes, strict=True)]
+        full = workspace.queue.submit(recipe.with_overrides({"method": "full", "train.lr": "1e-4"}))["id"]
+        worker = start(str(workspace.store.root), "--until-empty", "--slots", "3")
+        until(lambda: all(mine.run(run)["state"] == "running" for mine, run in zip(whose, runs, strict=True)), 300)
+        assert len(children(worker.pid)) == 1, "one process trains them"
+        assert workspace.run(full)["state"] == "waiting", "it needs the base for itself"
+        _, err = worker.communicate(timeout=400)
+        assert worker.returncode == 0, err
+        found = [mine.run(run) for mine, run in zip([*whose, workspace], [*runs, full], strict=True)]
+        assert [(each["state"], each["queue"]["tries"]) for each in found] == [("finished", 1)] * 3
+        made = [tensors_of(mine, each["result"]["version"]) for mine, each in zip(whose, found[:2], strict=True)]
+        assert made == [trained_alone(tmp_path, each) for each in recipes]
+        assert made[0] != made[1]
+
+    @pytest.mark.parametrize("victim", ["trainer", "worker"])
+    def test_after_a_death_all_go_on_from_their_checkpoints_alone_and_none_loses_a_try(
+        self, tmp_path, workspace, start, victim
+    ) -> None:
+        recipe = recipe_in(tmp_path, **STEPS | {"train.epochs": "20"})
+        recipes = [recipe.with_overrides({"seed": str(seed)}) for seed in range(2)]
+        runs = [workspace.queue.submit(each)["id"] for each in recipes]
+        worker = start(str(workspace.store.root), "--until-empty")
+        until(stepping(workspace, runs), 300)
+        (trainer,) = children(worker.pid)
+        if victim == "worker":
+            os.kill(worker.pid, signal.SIGKILL)
+        os.kill(trainer, signal.SIGKILL)
+        if victim == "worker":
+            worker = start(str(workspace.store.root), "--until-empty")
+        most = 0
+        while worker.poll() is None:
+            most = max(most, len(children(worker.pid)))
+            time.sleep(0.1)
+        assert worker.returncode == 0
+        assert most == 1, "one at a time"
+        found = [workspace.run(run) for run in runs]
+        assert [(each["state"], each["queue"]["tries"]) for each in found] == [("finished", 1)] * 2
+        assert all(each["result"]["resumed_from"] > 0 for each in found)
+        made = [tensors_of(workspace, each["result"]["version"]) for each in found]
+        assert made == [trained_alone(tmp_path, each) for each in recipes]
+        if victim == "trainer":
+            lines = [each["line"] for run in runs for each in workspace.queue.log(run)]
+            assert sum("it trained others too, so this training goes on alone" in line for line in lines) == 2
+
+    def test_what_happens_to_one_training_does_not_happen_to_its_neighbour(self, tmp_path, workspace, start) -> None:
+        """NaN, a cancel, data that nobody can read in time, and at last the end of the worker."""
+        recipe = recipe_in(tmp_path, **STEPS | {"train.epochs": "100000"})
+        neighbour = workspace.queue.submit(recipe)["id"]
+        worker = start(str(workspace.store.root), "--silent-minutes", "1")
+        until(stepping(workspace, [neighbour]), 300)
+        (trainer,) = children(worker.pid)
+
+        infinite = workspace.queue.submit(recipe.with_overrides({"train.lr": "1e30", "train.warmup": "0"}))["id"]
+        until(lambda: workspace.run(infinite)["state"] == "failed", 200)
+        assert "not finite" in workspace.run(infinite)["error"] or "NaN" in workspace.run(infinite)["error"]
+        cancelled = workspace.queue.submit(recipe.with_overrides({"seed": "1"}))["id"]
+        until(stepping(workspace, [cancelled]), 200)
+        workspace.queue.cancel(cancelled)
+        until(lambda: workspace.run(cancelled)["state"] == "cancelled", 100)
+        reader = reader_of(worker.pid)
+        os.kill(reader, signal.SIGSTOP)
+        hanging = workspace.queue.submit(recipe.with_overrides({"seed": "2"}))["id"]
+        until(lambda: workspace.run(hanging)["state"] == "failed", 200)
+        assert workspace.run(hanging)["error"].startswith("the data was not read: it took longer than 1 minutes")
+        assert not is_there(reader)
+        good = workspace.queue.submit(recipe.with_overrides({"seed": "3", "train.epochs": "1"}))["id"]
+        until(lambda: workspace.run(good)["state"] == "finished", 200)
+
+        assert children(worker.pid) == [trainer]
+        assert workspace.run(neighbour)["state"] == "running"
+        left = descendants(worker.pid)
+        worker.terminate()
+        worker.communicate(timeout=100)
+        assert (workspace.run(neighbour)["state"], workspace.run(neighbour)["queue"]["tries"]) == ("waiting", 0)
+        until(lambda: not any(is_there(each) for each in left), 30)
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.train import StepRecord
 from turret.workspace import serving, training
-from turret.workspace.resident import ALONE, ResidentBases, ServingBase, why_alone
+from turret.workspace.child_process import why_alone
+from turret.workspace.resident import ALONE, ResidentBases, Room, Seat, ServingBase
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4, "lora_dropout": 0.1},
@@ -212,6 +215,7 @@ def test_a_training_that_needs_another_base_than_the_one_that_serves_says_so(tmp
         ({"method": {"kind": "full"}}, "every weight"),
         ({"train": {"lr": "auto"}}, "trials"),
         ({"train": {"shard": "fsdp2"}}, "divides the base"),
+        ({"method": {"kind": "peft", "peft_type": "IA3"}}, "by patterns of its recipe"),
     ],
 )
 def test_a_training_that_needs_the_base_for_itself_says_so(
@@ -225,3 +229,55 @@ def test_a_training_that_needs_the_base_for_itself_says_so(
         error = run(Store(tmp_path / "s"), one, place)
         assert isinstance(error, TrainingError)
         assert words in str(error)
+
+
+def seat_on(
+    place: ResidentBases, room: Room, wanted: Callable[[], Collection[str]] = tuple, stop: bool = False
+) -> Seat:
+    return Seat(place, room, wanted, lambda: stop)
+
+
+def test_a_training_that_does_not_fit_beside_another_begins_when_that_has_ended(place: ResidentBases) -> None:
+    room, cpu, more = Room(), torch.device("cpu"), 1 << 60  # bytes that no machine has
+    first, second, small = (seat_on(place, room) for _ in range(3))
+    began: list[bool] = []
+    with room.taken_by(second), room.taken_by(first):
+        assert not room.wait(first, more, cpu, begins=True), "it is alone, so its plan refuses it"
+        thread = threading.Thread(target=lambda: began.append(room.wait(second, 1, cpu, begins=True)))
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive()
+        assert second.waits
+        first.settle()  # the control: what it needed is no longer promised to it, but in use
+        thread.join(20)
+        assert began == [True]
+        with room.taken_by(small):
+            assert not room.wait(small, 1, cpu, begins=True)
+    stopped = seat_on(place, room, stop=True)
+    with room.taken_by(first), room.taken_by(stopped), pytest.raises(Interrupted):
+        room.wait(stopped, more, cpu, begins=True)
+
+
+def test_a_base_that_nobody_wants_is_let_go_when_another_is_loaded(tmp_path: Path, place: ResidentBases) -> None:
+    room, recipes = Room(), [recipe(tmp_path, family, "lora") for family in ("bert", "t5", "roberta")]
+    loaded = []
+
+    def load(one: Recipe, wanted: list[str]) -> None:
+        ready = training.prepare(
+            Store(tmp_path / "s"), one, training.Callbacks(), place=seat_on(place, room, lambda: wanted)
+        )
+        loaded.append(
+            weakref.ref(ready.base.model.get_parameter(next(iter(dict(ready.base.model.named_parameters())))))
+        )
+
+    load(recipes[0], [])
+    load(recipes[1], [recipes[0].base])
+    gc.collect()
+    assert loaded[0]() is not None, "a queued run wants it"
+    load(recipes[0], [])
+    load(recipes[2], ["auto"])
+    gc.collect()
+    assert all(each() is not None for each in loaded), "a queued run may want any"
+    load(recipe(tmp_path, "distilbert", "lora"), [recipes[2].base])
+    gc.collect()
+    assert [each() is not None for each in loaded] == [False, False, False, True, True]

@@ -6,7 +6,7 @@ transformers would initialise it at random without a warning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,14 @@ class LoadingInfo(TypedDict):
 
 
 @dataclass(frozen=True)
+class Digests:
+    """What each training on a base would hash again."""
+
+    tensors: Mapping[int, str]  # SHA-256 of each parameter and buffer, by address
+    tokenizer: str
+
+
+@dataclass(frozen=True)
 class Base:
     """A loaded base. The model is in eval mode, and none of its parameters requires a gradient."""
 
@@ -75,6 +83,7 @@ class Base:
     quantization: Quantization = "none"  # how the weights were packed when they were loaded
     checkpoints: str | None = None  # why trainings checkpoint its layers, though their recipe leaves it open
     drawn_in: torch.dtype = torch.float32  # the precision of the checkpoint, in which fresh parameters were initialised
+    digests: Digests | None = None  # if it stays in memory for several trainings
 
     @property
     def info(self) -> BaseInfo:

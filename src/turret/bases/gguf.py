@@ -7,7 +7,6 @@ A lock makes a second process wait for the first.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import shutil
@@ -20,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from turret.bases.silence_transformers import quiet
 from turret.cache import cache_folder
-from turret.disk import sync
+from turret.disk import sha256_of, sync
 from turret.errors import BaseModelError
 
 FORMAT = 1  # version of the converted folder
@@ -64,8 +63,7 @@ def _digest(path: Path, name: str) -> str:
                 raise BaseModelError(
                     f"base {name!r} is not a GGUF file: expected it to begin with 'GGUF'; give another file"
                 )
-            file.seek(0)
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise BaseModelError(f"base {name!r} cannot be read: {error.strerror}; give a GGUF file") from error
 

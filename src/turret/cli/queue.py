@@ -102,6 +102,9 @@ def limit(
 
 def worker(
     until_empty: Annotated[bool, typer.Option("--until-empty", help="End once nothing is due.")] = False,
+    slots: Annotated[
+        int, typer.Option("--slots", metavar="N", min=1, help="Trainings at once; those of one base share it.")
+    ] = 4,
     most_hours: Annotated[
         float | None, typer.Option("--most-hours", metavar="H", help="A training that takes longer ends as failed.")
     ] = None,
@@ -114,9 +117,9 @@ def worker(
     ] = None,
     store: options.Store = options.STORE,
 ) -> None:
-    """Take trainings from the queue of the store, one after another.
+    """Take trainings from the queue of the store, several at once.
 
-    Each training is a process of its own. After SIGTERM or Ctrl-C it writes a checkpoint, and another worker continues.
+    Their bases stay in memory. After SIGTERM or Ctrl-C each writes a checkpoint, and another worker continues.
     """
     from turret.workspace import Workspace
 
@@ -124,6 +127,7 @@ def worker(
     err.print(f"working for {safe(store)}  [dim](Ctrl-C ends it)[/]")
     Workspace(store).queue.work(
         until_empty=until_empty,
+        slots=slots,
         most_hours=most_hours,
         silent_minutes=silent_minutes,
         bases=bases or ("*",),

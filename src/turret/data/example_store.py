@@ -1,27 +1,30 @@
 """A sequence of examples that is kept in memory up to `MEMORY` characters, and beyond that in a temporary file.
 
 So a data set larger than memory can be trained on. The file has no name, on systems that allow it, and is deleted with
-the sequence.
+the sequence. `write_dataset` and `load_dataset` pass a data set to another process, as lines of JSON.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from turret.data.examples import Conversation, Example, Labelled, Pair, Turn
+from turret.data.examples import Conversation, Dataset, Example, Labelled, Pair, Turn
 from turret.errors import DataError
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, JsonValue
 
 MEMORY = 256_000_000  # characters
+SPLITS = ("train", "validation", "test")
 
 
 class ExampleStore(Sequence[Example]):
@@ -96,12 +99,7 @@ class ExampleStore(Sequence[Example]):
         with self._lock:
             self._file.seek(offset)
             record = self._file.read(length)
-        first, second = json.loads(record)
-        if isinstance(second, dict) and "turns" in second:
-            return Conversation(tuple(Turn(*turn) for turn in second["turns"]), second["tools"])
-        if isinstance(second, dict):
-            return Pair(first, second["target"], tuple(second.get("others", ())))
-        return Labelled(first, tuple(second) if isinstance(second, list) else second)
+        return _example(*json.loads(record))
 
     def __iter__(self) -> Iterator[Example]:
         for place in range(len(self)):
@@ -126,3 +124,35 @@ def _fields(example: Example) -> tuple[str, str | tuple[str, ...] | JsonObject]:
     if not isinstance(example, Pair):
         return example.input, example.label
     return example.source, {"target": example.target} | ({"others": example.others} if example.others else {})
+
+
+def _example(first: str, second: JsonValue) -> Example:
+    """The example of these fields."""
+    if isinstance(second, dict) and "turns" in second:
+        return Conversation(tuple(Turn(*turn) for turn in second["turns"]), second["tools"])
+    if isinstance(second, dict):
+        return Pair(first, second["target"], tuple(second.get("others", ())))
+    return Labelled(first, tuple(second) if isinstance(second, list) else second)
+
+
+def write_dataset(dataset: Dataset, path: Path) -> None:
+    """Write a data set to a file: a line about it, and a line an example."""
+    about = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset)}
+    about |= {split: len(about[split]) for split in SPLITS}
+    with path.open("w", encoding="ascii") as file:
+        file.write(json.dumps(about) + "\n")
+        for split in SPLITS:
+            for example in getattr(dataset, split):
+                file.write(json.dumps(_fields(example)) + "\n")
+
+
+def load_dataset(path: Path, memory: int = MEMORY) -> Dataset:
+    """The data set in a file of `write_dataset`. memory: characters of examples that are kept in memory."""
+    with path.open(encoding="ascii") as file:
+        about = json.loads(file.readline())
+        for split in SPLITS:
+            examples = ExampleStore(about[split], memory)
+            for place in range(about[split]):
+                examples.put(place, _example(*json.loads(file.readline())))
+            about[split] = examples.done()
+    return Dataset(**about | {"labels": tuple(about["labels"]), "notes": tuple(about["notes"])})

@@ -14,7 +14,8 @@ whose last training started first. Of its runs: the highest priority, then the o
 waiting runs delays the others by one training at most, and priorities order the runs of one tenant only.
 
 A run is tried three times at most. A try that a worker returns, because it was stopped, does not count, nor does one
-that an outage of the store's own places has ended.
+that an outage of the store's own places has ended. If a process dies that trained several runs, nobody knows which of
+them ended it: no try is counted, and each is next tried alone.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class QueuedRun:
     recipe: str  # TOML, as it was submitted
     tries: int  # with this one
     lease: Lease
+    alone: bool = False  # the process that trained it beside others has died
 
     def as_json(self) -> JsonObject:
         return asdict(self)
@@ -175,21 +177,41 @@ class TrainingQueue:
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
-    def take(self) -> QueuedRun | None:
-        """Take the next run, of any tenant; None if none is due."""
+    def take(self, accept: Callable[[Entry], bool] = lambda entry: True) -> QueuedRun | None:
+        """Take the next run, of any tenant; None if none is due, or the next one is not accepted."""
         with self._database.reading() as connection:  # most of the time there is none, and readers wait for nobody
             if not _waits(connection):
                 return None
         with self._database.writing() as connection:
             entry = _next(connection)
-            lease = None if entry is None else leases.take(connection, PREFIX + entry.run)
-            if entry is None or lease is None:
+            if entry is None or not accept(entry):
                 return None
-            started = {"tries": entry.tries + 1, "started": now()}
+            lease = leases.take(connection, PREFIX + entry.run)
+            if lease is None:
+                return None
+            tries = entry.tries + (not entry.died_beside)
+            started = {"tries": tries, "started": now(), "beside": False}
             connection.execute(update(queue).where(queue.c.run == entry.run).values(started))
             running = {"state": "running", "ended": None, "error": None}
             connection.execute(update(runs).where(runs.c.id == entry.run).values(running))
-        return QueuedRun(entry.run, entry.tenant, entry.recipe, entry.tries + 1, lease)
+        return QueuedRun(entry.run, entry.tenant, entry.recipe, tries, lease, entry.died_beside)
+
+    def waiting_recipes(self) -> list[str]:
+        """The recipes, as they were submitted, of all runs that wait."""
+        with self._database.reading() as connection:
+            chosen = select(queue.c.recipe).join(runs, runs.c.id == queue.c.run).where(runs.c.state == "waiting")
+            return list(connection.execute(chosen.distinct()).scalars())
+
+    def set_beside(self, taken: Iterable[str]) -> None:
+        """Record, before it is so, that runs of this worker share a process."""
+        with self._database.writing() as connection:
+            connection.execute(update(queue).where(queue.c.run.in_(list(taken))).values(beside=True))
+
+    def hold_alone(self, taken: QueuedRun) -> None:
+        """Make this process the one that has a run whose process has died. Raises LeaseLost."""
+        with self._database.writing() as connection:
+            leases.adopt(connection, taken.lease)
+            connection.execute(update(queue).where(queue.c.run == taken.run).values(beside=False))
 
     def adopt(self, taken: QueuedRun) -> HeldRun:
         """Hold, in a child process, a run that the parent process has taken. Raises LeaseLost."""
@@ -266,6 +288,12 @@ class Entry:
     who: str | None
     recipe: str
     state: str
+    beside: bool = False
+
+    @property
+    def died_beside(self) -> bool:
+        """Whether, if nobody has it, the process has died that trained it and others."""
+        return self.beside and self.state == "running"
 
 
 def entries(connection: Connection, *conditions: ColumnElement[bool]) -> list[Entry]:
@@ -316,7 +344,7 @@ def _next(connection: Connection) -> Entry | None:
             continue
         elif each.cancelled is not None:
             _end(connection, each.run, "cancelled", "its end was asked for")
-        elif each.tries >= TRIES:
+        elif each.tries >= TRIES and not each.died_beside:
             _end(connection, each.run, "failed", LOST_TRIES)
         elif each.due <= clock:
             waiting.append(each)

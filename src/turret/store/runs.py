@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import (
+    Boolean,
     Column,
     ColumnElement,
     Connection,
@@ -36,6 +37,7 @@ from sqlalchemy import (
     Table,
     Text,
     delete,
+    false,
     insert,
     select,
     update,
@@ -58,7 +60,7 @@ from turret.visibility import access_of, seen_runs
 #
 # - `queue`: a row per queued run: whose it is, how urgent, how often it was tried, and the recipe as it was given;
 #   `due` is the second, by the catalog's clock, from which on it may be tried; `cancelled` is when its end was asked
-#   for
+#   for; `beside` is whether its process trains others too
 # - `queue_limits`: how many trainings of a tenant may run and wait; NULL for no limit
 # - `run_log`: lines of progress and errors of queued runs, append-only
 
@@ -78,6 +80,7 @@ queue = Table(
     Column("cancelled", String(32)),
     Column("who", String(100)),
     Column("recipe", Text, nullable=False),
+    Column("beside", Boolean, nullable=False, server_default=false()),
 )
 queue_limits = Table(
     "queue_limits",

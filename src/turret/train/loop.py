@@ -11,10 +11,12 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -88,9 +90,10 @@ def fit(
     memory.reset_peak(base.model.device)
     run = TrainingRun.begin(recipe, base, task, dataset, folder, start)
     train, model, here = run.recipe.train, run.model, run.processes
-    process.release()  # return what loading the tokenizer and the weights freed to the system
+    if base.digests is None:
+        process.release()  # return what loading the tokenizer and the weights freed to the system
     try:
-        with StopRequest() as stop, process.keep_freed():
+        with StopRequest() as stop, process.keep_freed() if base.digests is None else nullcontext():
             saved_at, pause = clock(), SAVE_SECONDS
             for step, batch in run.remaining():
                 rate = learning_rate(
@@ -258,6 +261,7 @@ class TrainingRun:
     warmup: int
     originals: list[Tensor]  # the base's own weights and buffers
     unchanged: str  # their checksum before the adapter was attached
+    tokenizer: str  # digest of the base's
     total: int  # weights of the base
     guessing: float | None  # the loss of the best answer that ignores the input
     processes: Processes
@@ -288,7 +292,7 @@ class TrainingRun:
             )
         schedule = Schedule.of(recipe, len(splits.train))
         originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
-        unchanged = checksum(originals)
+        unchanged = checksum(originals, base.digests.tensors if base.digests is not None else {})
         total = quantized.count(base.model)
         randomness = Randomness(recipe.seed, base.model.device)
         with randomness:
@@ -313,6 +317,7 @@ class TrainingRun:
                 warmup=warmup_steps(recipe.train.warmup, schedule.steps),
                 originals=originals,
                 unchanged=unchanged,
+                tokenizer=tokenizer_digest(base.tokenizer) if base.digests is None else base.digests.tokenizer,
                 total=total,
                 guessing=task.guessing_loss(splits.train),
                 processes=here,
@@ -439,7 +444,7 @@ class TrainingRun:
             "recipe": hashlib.sha256(self.recipe.to_toml().encode()).hexdigest(),
             "data": self.dataset.digest,
             "base": self.base.fingerprint,
-            "tokenizer": tokenizer_digest(self.base.tokenizer),
+            "tokenizer": self.tokenizer,
             "torch": torch.__version__,
             "transformers": version("transformers"),
             "world_size": self.processes.size,  # decides the dropout of each example and the order of sums
@@ -636,9 +641,15 @@ def merit(metrics: JsonMapping) -> tuple[float, float]:
     return float(metrics.get("accuracy", 0.0)), -loss if math.isfinite(loss) else -math.inf
 
 
-def checksum(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 of the bytes of some tensors."""
+def checksum(tensors: Sequence[Tensor], known: Mapping[int, str] = MappingProxyType({})) -> str:
+    """A hash of the bytes of some tensors. known: the digests of some of them, by address."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(own_part(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update((known.get(tensor.data_ptr()) or digest_of(tensor)).encode())
     return digest.hexdigest()
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor, in hex digits."""
+    data = own_part(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(data).hexdigest()

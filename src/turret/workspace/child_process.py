@@ -19,13 +19,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
-from turret.errors import Interrupted
+from turret.disk import FAILING, NO_ROOM, errno_of
+from turret.errors import DeviceError, HubError, Interrupted, OutOfMemory, StoreError, TurretError
 from turret.json_types import JsonObject
 from turret.location import Location
 from turret.process import environment
+from turret.recipe import Recipe
+from turret.store import Store
 from turret.workspace.progress import Say
 
 OUTAGE = 75  # exit status: the store's own places did not answer
@@ -57,6 +61,19 @@ def never() -> bool:
     return False
 
 
+def why_alone(recipe: Recipe) -> str | None:
+    """Why a training cannot share its base with others; None if it can."""
+    if recipe.train.shard is not None:
+        return f'train.shard = "{recipe.train.shard}" divides the base among processes'
+    if recipe.train.lr == "auto":
+        return 'train.lr = "auto" runs trials first, which are measured alone'
+    if recipe.method.every_weight:
+        return f"method {recipe.method.kind} trains a copy of every weight"
+    if recipe.method.wraps_modules:
+        return f"method {recipe.method.kind} changes the base's modules, by patterns of its recipe"
+    return None
+
+
 def run_child(
     module: str,
     argument: str,
@@ -79,23 +96,9 @@ def run_child(
     Raises:
         Interrupted: the user stopped it.
     """
-    command = [sys.executable, "-P", "-m", module, argument]
     asked, hung, ended = threading.Event(), threading.Event(), threading.Event()
-    variables, pipe = environment(store=True) | {"TURRET_STORE": store.given}, subprocess.PIPE
     heard = [time.monotonic()]  # when the child last printed something
-    with (
-        errors.open("w+", encoding="utf-8") as written,
-        subprocess.Popen(
-            command,
-            env=variables,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=written,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        ) as child,
-    ):
+    with errors.open("w+", encoding="utf-8") as written, start_child(module, argument, written, store) as child:
 
         def watch() -> None:
             polled, end = time.monotonic(), None
@@ -109,10 +112,10 @@ def run_child(
                     child.terminate()  # it finishes the step and writes a checkpoint
                     end = None if patience.stopping is None else time.monotonic() + patience.stopping
                 if end is not None and time.monotonic() > end:
-                    _kill(child)
+                    kill_child(child)
                 elif patience.silent is not None and now - heard[0] > patience.silent:
                     hung.set()
-                    _kill(child)
+                    kill_child(child)
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -129,15 +132,39 @@ def run_child(
             ended.set()
             watcher.join()
             if child.poll() is None:
-                _kill(child)
+                kill_child(child)
         written.seek(0)
         lines: Sequence[str] = [line.strip() for line in written if line.strip()]
     if status == 0 or (asked.is_set() and not hung.is_set()):
         return None
     if hung.is_set():
-        return Failure(f"its process was silent for {_span(patience.silent or 0)}, and was killed: look at its log")
+        return silence(patience.silent or 0)
     if status == Interrupted.exit_status:
         raise Interrupted(STOPPED)
+    return failure_of(status, lines)
+
+
+def start_child(module: str, argument: str, errors: IO[str], store: Location) -> subprocess.Popen[str]:
+    """Start `python -P -m MODULE ARGUMENT`, with pipes to and from it. errors: the file for its stderr."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, argument],
+        env=environment(store=True) | {"TURRET_STORE": store.given},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+
+def silence(seconds: float) -> Failure:
+    """Of a child that was killed because it was silent for so long."""
+    return Failure(f"its process was silent for {_span(seconds)}, and was killed: look at its log")
+
+
+def failure_of(status: int, lines: Sequence[str]) -> Failure:
+    """Of a child that ended by itself, or by somebody else. lines: of its stderr."""
     if hasattr(signal, "SIGKILL") and status == -signal.SIGKILL:
         return Failure(
             "its process was killed, most likely because the machine ran out of memory: lower train.micro_batch_tokens",
@@ -146,7 +173,7 @@ def run_child(
     return Failure(lines[-1] if lines else f"its process ended with status {status}", status)
 
 
-def _kill(child: subprocess.Popen[str]) -> None:
+def kill_child(child: subprocess.Popen[str]) -> None:
     """Kill a child, and what it has started: it leads a session of its own."""
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError, PermissionError):
@@ -173,12 +200,28 @@ def _progress(lines: Iterable[str] | None, heard: list[float]) -> Iterator[str]:
 # --- in the child -----------------------------------------------------------------------------------------------------
 
 
+def parents_store(local: str) -> Store:
+    """The store of the parent process, whose folder on this machine is `local`."""
+    location = Location.parse(os.environ["TURRET_STORE"])
+    return Store(replace(location, local=Path(local)) if location.catalog else Path(local))
+
+
+def status_of(error: TurretError) -> int:
+    """The exit status for an error: that of a mistake, unless another try may succeed."""
+    if isinstance(error, StoreError):
+        return OUTAGE if error.outage else MACHINE
+    cause = error.__cause__
+    disk = isinstance(cause, Exception) and errno_of(cause) in (*NO_ROOM, *FAILING)
+    return MACHINE if disk or isinstance(error, HubError | DeviceError | OutOfMemory) else error.exit_status
+
+
 def say_to_parent(line: str) -> None:
     """Print a line of progress for the parent process."""
-    _print({"stage": line})
+    print_to_parent({"stage": line})
 
 
-def _print(value: JsonObject) -> None:
+def print_to_parent(value: JsonObject) -> None:
+    """Print a line of JSON for the parent process."""
     sys.stdout.write(json.dumps(value) + "\n")  # one write, because several threads print
     sys.stdout.flush()
 
@@ -199,7 +242,7 @@ class Alive:
         now = time.monotonic()
         if now - self._last > ALIVE_SECONDS:
             self._last = now
-            _print({"alive": True})
+            print_to_parent({"alive": True})
             # A thread in C, which does not need Python's lock: a regular expression may hold that for ever.
             faulthandler.dump_traceback_later(self._silent, exit=True)
 
@@ -219,6 +262,11 @@ def _stop_at_end_of_stdin(stopping: float | None) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     if stopping is not None:
         time.sleep(stopping)
-        if hasattr(os, "killpg"):
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
+        end_at_once()
+
+
+def end_at_once() -> None:
+    """Kill this process, with all that it started."""
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -16,7 +18,7 @@ from turret.bases.sharded import gather_once, load_in_parts, parts_of
 from turret.data import Dataset
 from turret.errors import AdapterError, PreflightRefused, TrainingError, UnknownFamily
 from turret.ops.table import why_no_gpu_programs
-from turret.recipe import Recipe
+from turret.recipe import Data, Recipe
 from turret.tasks import Task
 from turret.train import distributed
 from turret.train.gpu_memory import Work, in_parts, predict_on_gpu, refusal
@@ -118,23 +120,40 @@ def predicted_for(
         BaseModelError: the base cannot be found.
     """
     source = bases.resolve(recipe.base)
+    if checkpointed is None:
+        checkpointed = bool(recipe.train.checkpoint_layers)
+    shape = recipe.model_copy(update={"name": "shape", "seed": 0, "data": Data(source="-")})  # the rest decides
     try:
-        model = skeleton(source, task.request, task.num_labels(labels))
-        work = Work.of(recipe, model, generates=task.generates)
-        dtype = dtype_on(device, recipe.train.dtype)
-        predicted = predict_on_gpu(
-            model,
-            recipe.method,
-            work,
-            dtype,
-            nf4=recipe.base_quantization == "nf4",
-            optimizer=recipe.train.optimizer,
-            checkpointed=bool(recipe.train.checkpoint_layers) if checkpointed is None else checkpointed,
-            programs=why_no_gpu_programs(device, dtype) is None,
-        )
-        return predicted if parts == 1 else in_parts(predicted, model, parts)
+        return _predicted(source.folder, shape.to_toml(), task, task.num_labels(labels), device, parts, checkpointed)
     except (UnknownFamily, AdapterError, NotImplementedError, RuntimeError, TypeError):
         return None  # such as a module that needs numbers; the plan measures it on the GPU
+
+
+@lru_cache(maxsize=64)
+def _predicted(
+    _folder: Path,
+    shape: str,
+    task: type[Task],
+    outputs: int | None,
+    device: torch.device,
+    parts: int,
+    checkpointed: bool,
+) -> Prediction:
+    """The predicted memory of a training on the base in a folder. shape: its recipe (TOML), without name and data."""
+    recipe = Recipe.from_toml(shape)
+    model = skeleton(bases.resolve(recipe.base), task.request, outputs)
+    dtype = dtype_on(device, recipe.train.dtype)
+    predicted = predict_on_gpu(
+        model,
+        recipe.method,
+        Work.of(recipe, model, generates=task.generates),
+        dtype,
+        nf4=recipe.base_quantization == "nf4",
+        optimizer=recipe.train.optimizer,
+        checkpointed=checkpointed,
+        programs=why_no_gpu_programs(device, dtype) is None,
+    )
+    return predicted if parts == 1 else in_parts(predicted, model, parts)
 
 
 def _needed(recipe: Recipe, task: type[Task], labels: Sequence[str], gpu: Gpu) -> int:

@@ -1,7 +1,11 @@
-"""A worker: takes trainings from the queue, one after another, and runs each in a process of its own.
+"""A worker: takes trainings from the queue, several at once, and has them trained by other processes.
 
-The worker holds the lease of a run and writes its log. `turret.workspace.queued_training` is the process that trains.
-It ends, with a checkpoint, when the worker ends. If it hangs, or runs for longer than the worker allows, it is killed.
+The worker holds the leases of the runs and writes their logs. `turret.workspace.resident_trainer` is the kept process
+in which trainings share bases; `turret.workspace.queued_training` is the process of one that needs its base for itself.
+Both write checkpoints and end when the worker ends. One that hangs, or a training that runs for longer than the worker
+allows, is killed. If the kept process dies, its trainings go on alone, one after another, so that the one that ended it
+is found.
+
 After a try that failed because of this machine or of the store's own places, the worker pauses, each time for longer,
 so that another machine can take what waits.
 """
@@ -9,30 +13,53 @@ so that another machine can take what waits.
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from turret.access import ANY, Access, check_patterns
-from turret.errors import BadLocation, Interrupted, LeaseLost, StoreError
+from turret.errors import BadLocation, Interrupted, LeaseLost, RecipeError, StoreError
+from turret.json_types import JsonObject
 from turret.process import stop_on_sigterm
+from turret.recipe import Recipe
+from turret.recipe.default_base import AUTO
 from turret.store import Store, TrainingQueue, leases
 from turret.store.leases import LeaseRenewer
-from turret.store.queue import QueuedRun
-from turret.workspace.child_process import MACHINE, OUTAGE, Failure, Patience, run_child
+from turret.store.queue import Entry, QueuedRun
+from turret.workspace.child_process import (
+    MACHINE,
+    OUTAGE,
+    PAUSED_SECONDS,
+    STOPPED,
+    Failure,
+    Patience,
+    failure_of,
+    kill_child,
+    run_child,
+    silence,
+    start_child,
+    status_of,
+    why_alone,
+)
+from turret.workspace.child_process import POLL_SECONDS as CHILD_POLL_SECONDS
 from turret.workspace.progress import Say
 
 CHILD = "turret.workspace.queued_training"
+TRAINER = "turret.workspace.resident_trainer"
+SLOTS = 4
 POLL_SECONDS = 1.0  # between two looks at an empty queue
 OUTAGE_SECONDS = 5.0  # after the store did not answer
 MOST_OUTAGES = 12  # in a row, with `until_empty`
 MOST_UNANSWERED = 6  # trainings in a row that ended in an outage, with `until_empty`
 STOPPING_SECONDS = 60.0  # for the step and the checkpoint of a training that is told to stop
 SILENT_SECONDS = 3600.0  # without a word of a training
+CLOSING_SECONDS = 10.0  # for the kept process, when all of its trainings have ended
 PAUSE_SECONDS, MOST_PAUSE = 5.0, 300.0  # after the first try in a row that this machine failed; at most
 
 
@@ -45,72 +72,338 @@ class WorkerLimits:
     bases: Sequence[str] = ANY  # patterns of the bases on the Hub that recipes may name
 
 
-def work(store: Store, say: Say, *, until_empty: bool, limits: WorkerLimits = WorkerLimits()) -> int:
-    """Take and run trainings until a signal, or until nothing is due. Returns how many were taken."""
+def work(
+    store: Store, say: Say, *, until_empty: bool, slots: int = SLOTS, limits: WorkerLimits = WorkerLimits()
+) -> int:
+    """Take and run trainings until a signal, or until nothing is due. Returns how many were taken.
+
+    Args:
+        slots: trainings at once.
+    """
     stop_on_sigterm()
     check_patterns(["*"], limits.bases)
     if not store.writable():
         raise StoreError(f"store {store} is read-only here: a worker writes to it; give permission, or another --store")
-    queue, count = TrainingQueue.of(store, make=True), 0
-    failures = outages = unanswered = 0  # in a row: tries by this machine; looks at the queue; tries by the store
+    worker = Worker(store, say, slots, limits)
     try:
-        while True:
-            try:
-                if outages:  # owners of leases that have ended in the outage renew them first
-                    store.last_move()
-                    time.sleep(leases.length() / 2)
-                taken, outages = queue.take(), 0
-            except BadLocation:
-                raise
-            except StoreError as error:
-                outages += 1
-                if until_empty and outages >= MOST_OUTAGES:
-                    raise
-                if outages == 1:
-                    say(f"{error}; trying again")
-                time.sleep(OUTAGE_SECONDS)
-                continue
-            if taken is None:
-                if until_empty:
-                    return count
-                time.sleep(POLL_SECONDS)
-                continue
-            count += 1
-            say(f"run {taken.run}, try {taken.tries}")
-            failed = _Try(store, queue, taken, say, limits).run()
-            failures = failures + 1 if failed else 0
-            unanswered = unanswered + 1 if failed == OUTAGE else 0
-            if until_empty and unanswered >= MOST_UNANSWERED:
-                raise StoreError(
-                    f"the store did not answer {unanswered} trainings in a row: see `turret runs`; try later"
-                )
-            if failures:
-                pause = min(MOST_PAUSE, PAUSE_SECONDS * 2 ** (failures - 1))
-                say(f"pausing for {pause:g} s, because this machine or the store failed")
-                time.sleep(pause)
+        worker.work(until_empty)
     except (KeyboardInterrupt, Interrupted):
         say("stopped")
-        return count
+    finally:
+        worker.stop()
+    return worker.count
+
+
+class Worker:
+    """The tries of this process."""
+
+    def __init__(self, store: Store, say: Say, slots: int, limits: WorkerLimits) -> None:
+        self._store, self._say, self._slots, self._limits = store, say, slots, limits
+        self._queue = TrainingQueue.of(store, make=True)
+        self.count = 0  # trainings that were taken
+        self._tries: list[_Try] = []
+        self._failures = self._outages = self._unanswered = 0  # in a row: by this machine; at a look; by the store
+        self._pause_until = 0.0
+        self._stopping, self._changed = threading.Event(), threading.Event()
+        self._trainer = ResidentTrainer(store, self._queue, limits, self._stopping)
+        self._one_alone = threading.Lock()
+
+    def work(self, until_empty: bool) -> None:
+        """Take trainings until nothing is due, or for ever. Raises Interrupted if one of them was interrupted."""
+        while True:
+            self._changed.clear()
+            self._look_at_ended(until_empty)
+            pause = max(0.0, self._pause_until - time.monotonic())
+            if pause or len(self._tries) >= self._slots or any(each.alone for each in self._tries):
+                self._changed.wait(pause or None)
+                continue
+            taken = self._take(until_empty)
+            if taken is not None:
+                self._begin(taken)
+            elif until_empty and not self._tries and not self._outages:
+                return
+            elif not self._outages:
+                self._changed.wait(POLL_SECONDS)
+
+    def stop(self) -> None:
+        """End all trainings with a checkpoint, and return them to the queue."""
+        self._stopping.set()
+        try:
+            for each in self._tries:
+                each.thread.join()
+        finally:
+            self._trainer.close()
+
+    def _take(self, until_empty: bool) -> QueuedRun | None:
+        try:
+            if self._outages:  # owners of leases that have ended in the outage renew them first
+                self._store.last_move()
+                time.sleep(leases.length() / 2)
+            taken, self._outages = self._queue.take(self._accepts), 0
+        except BadLocation:
+            raise
+        except StoreError as error:
+            self._outages += 1
+            if until_empty and self._outages >= MOST_OUTAGES:
+                raise
+            if self._outages == 1:
+                self._say(f"{error}; trying again")
+            time.sleep(OUTAGE_SECONDS)
+            return None
+        return taken
+
+    def _accepts(self, entry: Entry) -> bool:
+        """Whether a run may begin now. One that needs its base for itself waits until nothing else runs here."""
+        return not self._tries or (not entry.died_beside and can_share(entry.recipe))
+
+    def _begin(self, taken: QueuedRun) -> None:
+        self.count += 1
+        self._say(f"run {taken.run}, try {taken.tries}")
+        trainer = None if taken.alone or not can_share(taken.recipe) else self._trainer
+        ended = self._changed.set
+        new = _Try(
+            self._store, self._queue, taken, self._say, self._limits, trainer, self._one_alone, self._stopping, ended
+        )
+        self._tries.append(new)
+        new.thread.start()
+
+    def _look_at_ended(self, until_empty: bool) -> None:
+        """Count the tries that failed because of this machine or the store, and pause after them."""
+        for each in [each for each in self._tries if not each.thread.is_alive()]:
+            self._tries.remove(each)
+            self._failures = self._failures + 1 if each.failed else 0
+            self._unanswered = self._unanswered + 1 if each.failed == OUTAGE else 0
+            if until_empty and self._unanswered >= MOST_UNANSWERED:
+                raise StoreError(
+                    f"the store did not answer {self._unanswered} trainings in a row: see `turret runs`; try later"
+                )
+            if each.failed:
+                pause = min(MOST_PAUSE, PAUSE_SECONDS * 2 ** (self._failures - 1))
+                self._say(f"pausing for {pause:g} s, because this machine or the store failed")
+                self._pause_until = time.monotonic() + pause
+        if self._stopping.is_set():
+            raise Interrupted(STOPPED)
+
+
+def can_share(recipe: str) -> bool:
+    """Whether a training of this recipe (TOML) shares its base. A broken one has a process that says what is wrong."""
+    try:
+        return why_alone(Recipe.from_toml(recipe)) is None
+    except RecipeError:
+        return False
+
+
+# --- the kept process -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Died(Failure):
+    """The kept process died while it trained several. Nobody knows which of them ended it."""
+
+
+@dataclass
+class _Kept:
+    """A kept process."""
+
+    process: subprocess.Popen[str]
+    errors: tempfile.TemporaryDirectory[str]
+    problem: Failure | None = None  # why this process killed it
+
+
+@dataclass
+class _Hosted:
+    """A run in a kept process."""
+
+    kept: _Kept
+    tell: Say
+    heard: float = field(default_factory=time.monotonic)  # when it last gave a sign of life
+    over: threading.Event = field(default_factory=threading.Event)
+    status: int = 0
+    ended: Failure | None = None
+
+
+class ResidentTrainer:
+    """The kept process in which trainings share bases. It starts with the first of them, and again after its death."""
+
+    def __init__(self, store: Store, queue: TrainingQueue, limits: WorkerLimits, stopping: threading.Event) -> None:
+        self._store, self._queue, self._limits, self._stopping = store, queue, limits, stopping
+        self._lock = threading.Lock()
+        self._hosted: dict[str, _Hosted] = {}
+        self._kept: _Kept | None = None
+
+    def run(self, taken: QueuedRun, tell: Say, stop: Callable[[], bool]) -> Failure | None:
+        """Train a run in the kept process.
+
+        Args:
+            stop: asked a few times a second; once it is true, the run shall write a checkpoint and end.
+
+        Returns:
+            Why it failed; None if it succeeded or was told to stop.
+
+        Raises:
+            Interrupted: somebody else stopped the process.
+            StoreError: the run did not begin, because the store does not answer.
+        """
+        queued = list(wanted_bases(self._queue.waiting_recipes()))
+        with self._lock:
+            if self._hosted:  # before it is so: the process may die at any time
+                self._queue.set_beside([*self._hosted, taken.run])
+            hosted = self._hosted[taken.run] = _Hosted(self._running(), tell)
+            self._send(hosted.kept, {"start": taken.as_json(), "queued": queued})
+        if self._wait(taken.run, hosted, stop):
+            return None
+        if hosted.status == Interrupted.exit_status:
+            raise Interrupted(STOPPED)
+        return hosted.ended
+
+    def close(self) -> None:
+        """End the process; one that still trains ends by itself, when its runs have written their checkpoints."""
+        with self._lock:
+            kept, self._kept = self._kept, None
+        if kept is None:
+            return
+        assert kept.process.stdin is not None
+        with suppress(OSError):
+            kept.process.stdin.close()
+        if not self._hosted:
+            try:
+                kept.process.wait(CLOSING_SECONDS)
+            except subprocess.TimeoutExpired:
+                kill_child(kept.process)
+
+    def _running(self) -> _Kept:
+        """The process; a new one if there is none."""
+        if self._kept is None or self._kept.process.poll() is not None:
+            request = {
+                "local": str(self._store.root.absolute()),
+                "silent": self._limits.silent_seconds,
+                "stopping": STOPPING_SECONDS,
+                "bases": list(self._limits.bases),
+            }
+            folder = tempfile.TemporaryDirectory(prefix="turret-")
+            with (Path(folder.name) / "stderr.txt").open("w") as errors:
+                process = start_child(TRAINER, json.dumps(request), errors, self._store.location)
+            self._kept = _Kept(process, folder)
+            threading.Thread(target=self._listen, args=[self._kept], name="turret-trainer", daemon=True).start()
+        return self._kept
+
+    def _send(self, kept: _Kept, line: JsonObject) -> None:
+        assert kept.process.stdin is not None
+        with suppress(OSError, ValueError):  # it has died, which `_listen` finds
+            kept.process.stdin.write(json.dumps(line) + "\n")
+            kept.process.stdin.flush()
+
+    def _wait(self, run: str, hosted: _Hosted, stop: Callable[[], bool]) -> bool:
+        """Wait for the end of a run. Returns whether it was told to stop."""
+        told, polled = None, time.monotonic()
+        while not hosted.over.wait(CHILD_POLL_SECONDS):
+            now = time.monotonic()
+            if now - polled > PAUSED_SECONDS:  # it is given the time in which this process heard nothing
+                hosted.heard += now - polled
+            polled = now
+            if told is None and stop():
+                told = now
+                with self._lock:
+                    self._send(hosted.kept, {"stop": run})
+            late = told is not None and now - told > STOPPING_SECONDS
+            if late and (self._stopping.is_set() or len(self._hosted) == 1):  # else others would be killed too
+                kill_child(hosted.kept.process)
+            elif now - hosted.heard > self._limits.silent_seconds:
+                hosted.kept.problem = silence(self._limits.silent_seconds)
+                kill_child(hosted.kept.process)
+        return told is not None
+
+    def _listen(self, kept: _Kept) -> None:
+        """Pass on what a process says, until it ends; then all of its runs have ended."""
+        assert kept.process.stdout is not None
+        for line in kept.process.stdout:
+            try:
+                said = json.loads(line)
+                hosted = self._hosted.get(said["run"])
+            except (ValueError, TypeError, KeyError):
+                continue
+            if hosted is None:
+                continue
+            hosted.heard = time.monotonic()
+            if "stage" in said:
+                hosted.tell(said["stage"])
+            if "status" in said:
+                hosted.status, text = said["status"], said["text"]
+                if text is not None:
+                    hosted.tell(text)
+                if hosted.status:
+                    hosted.ended = Failure(text or STOPPED, hosted.status)
+                with self._lock:
+                    del self._hosted[said["run"]]
+                hosted.over.set()
+        status = kept.process.wait()
+        with kept.errors:
+            text = (Path(kept.errors.name) / "stderr.txt").read_text(errors="replace")
+        failure = kept.problem or failure_of(status, [each.strip() for each in text.splitlines() if each.strip()])
+        with self._lock:
+            left = {run: each for run, each in self._hosted.items() if each.kept is kept}
+            for run in left:
+                del self._hosted[run]
+        for each in left.values():
+            each.ended = failure if len(left) == 1 else Died(failure.text, failure.status)
+            each.over.set()
+
+
+def wanted_bases(recipes: Iterable[str]) -> set[str]:
+    """The names of the bases in some recipes (TOML); `auto` stands for any."""
+    found = set()
+    for text in recipes:
+        with suppress(tomllib.TOMLDecodeError):
+            found.add(str(tomllib.loads(text).get("base", AUTO)))
+    return found
+
+
+# --- a try ------------------------------------------------------------------------------------------------------------
 
 
 class _Try:
-    """One try of a training."""
+    """One try of a training, in a thread.
 
-    def __init__(self, store: Store, queue: TrainingQueue, taken: QueuedRun, say: Say, limits: WorkerLimits) -> None:
+    Args:
+        trainer: the kept process that trains it; None: it needs a process of its own.
+        one_alone: the lock of those that go on alone.
+        ended: called at the end of the thread.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        queue: TrainingQueue,
+        taken: QueuedRun,
+        say: Say,
+        limits: WorkerLimits,
+        trainer: ResidentTrainer | None,
+        one_alone: threading.Lock,
+        stopping: threading.Event,
+        ended: Callable[[], None],
+    ) -> None:
         self._store, self._queue, self._taken, self._say, self._limits = store, queue, taken, say, limits
+        self._trainer, self._one_alone, self._stopping, self._ended = trainer, one_alone, stopping, ended
         self._lines: list[str] = []  # not yet in the log
         self._lock, self._asked, self._over = threading.Lock(), threading.Event(), threading.Event()
-        self._end = None if limits.most_seconds is None else time.monotonic() + limits.most_seconds
+        self._begun = time.monotonic()
+        self.alone = trainer is None  # nothing else may begin beside it
+        self.failed: int | None = None  # OUTAGE or MACHINE, if it failed because of them
+        self.thread = threading.Thread(target=self._run, name=f"turret try of {taken.run}", daemon=True)
 
-    def run(self) -> int | None:
+    def _run(self) -> None:
+        try:
+            self.failed = self._run_to_end()
+        finally:
+            self._ended()
+
+    def _run_to_end(self) -> int | None:
         """Run the training. Returns OUTAGE or MACHINE if it failed because of them."""
         taken, problem = self._taken, None
         try:
             problem = self._run_child()
-        except (KeyboardInterrupt, Interrupted):
-            with suppress(StoreError):  # otherwise its lease ends
-                self._record(None)
-            raise
+        except Interrupted:
+            self._stopping.set()
         except StoreError as error:  # the last lines of the log
             self._say(f"run {taken.run}: {error}")
         while True:
@@ -118,10 +411,12 @@ class _Try:
                 state = self._record(problem)
                 break
             except StoreError as error:
+                if self._stopping.is_set():
+                    return None  # its lease ends
                 if not error.outage:
                     self._say(f"run {taken.run}: {error}")
                     return MACHINE
-                time.sleep(OUTAGE_SECONDS)  # this worker has the run, until another one takes it
+                self._stopping.wait(OUTAGE_SECONDS)  # this worker has the run, until another one takes it
         self._say(f"run {taken.run} is {state}")
         if problem is None or problem.status is None:
             return None
@@ -130,6 +425,42 @@ class _Try:
         return problem.status if problem.status in (OUTAGE, MACHINE) else None
 
     def _run_child(self) -> Failure | None:
+        with LeaseRenewer(self._store.database(), self._taken.lease, turn=self._turn, warn=self._say) as keeper:
+            stop = lambda: self._stopping.is_set() or self._asked.is_set() or keeper.lost or self._took_too_long()
+            problem = self._run_beside(stop) if self._trainer is not None else self._run_own_process(stop)
+            if isinstance(problem, Died):
+                problem = self._go_on_alone(problem, stop)
+            if problem is not None and (problem.status is None or problem.status < 0):
+                self._tell(problem.text)  # its process was killed, and could not say it
+            return problem
+
+    def _run_beside(self, stop: Callable[[], bool]) -> Failure | None:
+        assert self._trainer is not None
+        try:
+            return self._trainer.run(self._taken, self._tell, stop)
+        except StoreError as error:
+            return Failure(str(error), status_of(error))
+
+    def _go_on_alone(self, died: Died, stop: Callable[[], bool]) -> Failure | None:
+        """Go on in a process of its own, when it is the turn of this run among those whose process has died."""
+        self.alone = True
+        self._tell(f"{died.text}; it trained others too, so this training goes on alone")
+        try:
+            self._queue.hold_alone(self._taken)
+        except LeaseLost:
+            return None
+        except StoreError as error:
+            return Failure(str(error), status_of(error))
+        while not self._one_alone.acquire(timeout=CHILD_POLL_SECONDS):
+            if stop():
+                return None
+        try:
+            self._begun = time.monotonic()
+            return None if stop() else self._run_own_process(stop)
+        finally:
+            self._one_alone.release()
+
+    def _run_own_process(self, stop: Callable[[], bool]) -> Failure | None:
         taken, limits = self._taken, self._limits
         patience = Patience(limits.silent_seconds, STOPPING_SECONDS)
         with tempfile.TemporaryDirectory(prefix="turret-") as folder:
@@ -143,14 +474,8 @@ class _Try:
                 "stopping": STOPPING_SECONDS,
                 "bases": list(limits.bases),
             }
-            with LeaseRenewer(self._store.database(), taken.lease, turn=self._turn, warn=self._say) as keeper:
-                errors = Path(folder) / "stderr.txt"
-                stop = lambda: self._asked.is_set() or keeper.lost or self._took_too_long()
-                where = self._store.location
-                problem = run_child(CHILD, json.dumps(request), errors, self._tell, where, stop, patience)
-                if problem is not None and (problem.status is None or problem.status < 0):
-                    self._tell(problem.text)  # its process was killed, and could not say it
-                return problem
+            errors, where = Path(folder) / "stderr.txt", self._store.location
+            return run_child(CHILD, json.dumps(request), errors, self._tell, where, stop, patience)
 
     def _tell(self, line: str) -> None:
         self._say(f"run {self._taken.run}: {line}")
@@ -171,9 +496,10 @@ class _Try:
 
     def _took_too_long(self) -> bool:
         """End the run if its time is over, before its process is told to stop, which would return it to the queue."""
-        if self._end is None or time.monotonic() < self._end or self._over.is_set():
+        most = self._limits.most_seconds
+        if most is None or time.monotonic() < self._begun + most or self._over.is_set():
             return self._over.is_set()
-        hours = (self._limits.most_seconds or 0) / 3600
+        hours = most / 3600
         line = f"it took more than {hours:g} hours, the limit of its worker (--most-hours): train for fewer steps"
         try:
             self._queue.after(self._taken, line, again=False)

@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from turret.access import Access
-from turret.disk import FAILING, NO_ROOM, errno_of
-from turret.errors import DeviceError, HubError, Interrupted, LeaseLost, OutOfMemory, StoreError, TurretError
-from turret.location import Location
+from turret.errors import Interrupted, LeaseLost, StoreError, TurretError
 from turret.recipe import Recipe
-from turret.store import Store, TrainingQueue
+from turret.store import HeldRun, Store, TrainingQueue
 from turret.store.queue import QueuedRun
 from turret.train.curve import StepRecord
 from turret.workspace import training
-from turret.workspace.child_process import MACHINE, OUTAGE, Alive, say_to_parent, stop_with_parent
+from turret.workspace.child_process import OUTAGE, Alive, parents_store, say_to_parent, status_of, stop_with_parent
+from turret.workspace.progress import Say
 from turret.workspace.queueing import bring_data, require_base
 
 LINES = 20  # of the log for the steps of a training
@@ -34,57 +34,75 @@ def main(request: str) -> int:
     asked = json.loads(request)
     stop_with_parent(asked["stopping"])
     alive = Alive(WATCHED * asked["silent"] + asked["stopping"])
-    taken, local = QueuedRun.of(asked["taken"]), Path(asked["local"])
-    location = Location.parse(os.environ["TURRET_STORE"])
-    store = Store(replace(location, local=local) if location.catalog else local, Access(taken.tenant))
+    taken = QueuedRun.of(asked["taken"])
+    store = parents_store(asked["local"]).with_access(Access(taken.tenant))
+
+    def train(recipe: Recipe, held: HeldRun) -> None:
+        os.chdir(bring_data(store, recipe, Path(asked["folder"])))
+        callbacks = callbacks_for(say_to_parent, lambda _: alive.sign())
+        training.train(store, recipe, callbacks, fresh=False, held=held)
+
+    ended = carry_out(store, taken, asked["bases"], train)
+    if ended.text is not None:
+        say_to_parent(ended.text)
+    return ended.status
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a try ended."""
+
+    status: int  # 0, or that of the error
+    text: str | None = None  # of the error
+
+
+def carry_out(store: Store, taken: QueuedRun, bases: Sequence[str], train: Callable[[Recipe, HeldRun], None]) -> Ended:
+    """Hold a run that the parent process has taken, train it, and record how the try ended.
+
+    Args:
+        bases: patterns of those of the Hub that recipes may name.
+    """
     try:
         queue = TrainingQueue.of(store)
     except StoreError as error:
-        say_to_parent(str(error))
-        return _status(error)
+        return Ended(status_of(error), str(error))
     try:
         held = queue.adopt(taken)
         recipe = Recipe.from_toml(taken.recipe)
-        require_base(recipe, asked["bases"])
-        os.chdir(bring_data(store, recipe, Path(asked["folder"])))
-        training.train(store, recipe, _callbacks(alive), fresh=False, held=held)
+        require_base(recipe, bases)
+        train(recipe, held)
     except (Interrupted, KeyboardInterrupt):
         with suppress(StoreError):  # then the worker records it
             queue.after(taken, None)
-        return Interrupted.exit_status
+        return Ended(Interrupted.exit_status)
     except LeaseLost as error:
-        say_to_parent(str(error))
-        return error.exit_status
+        return Ended(error.exit_status, str(error))
     except TurretError as error:
-        say_to_parent(str(error))
-        status = _status(error)
+        status = status_of(error)
         with suppress(StoreError):
             queue.after(taken, str(error), again=status != error.exit_status, outage=status == OUTAGE)
-        return status
-    return 0
+        return Ended(status, str(error))
+    return Ended(0)
 
 
-def _status(error: TurretError) -> int:
-    """The exit status for an error: that of a mistake, unless another try may succeed."""
-    if isinstance(error, StoreError):
-        return OUTAGE if error.outage else MACHINE
-    cause = error.__cause__
-    disk = isinstance(cause, Exception) and errno_of(cause) in (*NO_ROOM, *FAILING)
-    return MACHINE if disk or isinstance(error, HubError | DeviceError | OutOfMemory) else error.exit_status
+def callbacks_for(say: Say, sign: Callable[[StepRecord | None], None]) -> training.Callbacks:
+    """What a training tells the worker, in lines for the log.
 
+    Args:
+        sign: called at each sign of life; with the record after a step.
+    """
 
-def _callbacks(alive: Alive) -> training.Callbacks:
     def on_record(record: StepRecord) -> None:
-        alive.sign()
+        sign(record)
         if record.step % max(1, record.steps // LINES) == 0 or record.metrics is not None:
             metrics = "" if record.metrics is None else f", {record.split} {_shown(record.metrics)}"
-            say_to_parent(f"step {record.step} of {record.steps}, loss {record.loss:.4f}{metrics}")
+            say(f"step {record.step} of {record.steps}, loss {record.loss:.4f}{metrics}")
 
     def on_stage(line: str) -> None:
-        alive.sign()
-        say_to_parent(line)
+        sign(None)
+        say(line)
 
-    return training.Callbacks(on_record, stage=on_stage, warning=say_to_parent)
+    return training.Callbacks(on_record, stage=on_stage, warning=say)
 
 
 def _shown(metrics: dict[str, float]) -> str:

@@ -121,28 +121,32 @@ class Queue:
         self,
         *,
         until_empty: bool = False,
+        slots: int = 4,
         most_hours: float | None = None,
         silent_minutes: float = 60,
         bases: Sequence[str] = ANY,
         on_stage: Say | None = None,
     ) -> int:
-        """Take trainings from the queue, one after another, each in a process of its own. Returns how many.
+        """Take trainings from the queue, of any tenants. Those of one base share it in memory. Returns how many.
 
         Args:
             until_empty: end once nothing is due; otherwise only Ctrl-C or SIGTERM ends it.
+            slots: how many run at once. One that needs its base for itself runs alone.
             most_hours: a training that takes longer in one try ends as failed; None: any time.
             silent_minutes: a training without a step or a stage for longer is killed, and tried again.
             bases: patterns of the bases on the Hub that recipes may name.
         """
         from turret.workspace import queue_worker
 
+        if slots < 1:
+            raise RecipeError(f"slots {slots}: expected 1 or more")
         for name, value in (("most_hours", most_hours), ("silent_minutes", silent_minutes)):
             if value is not None and not 0 < value < float("inf"):
                 raise RecipeError(f"{name} {value}: expected a number above 0")
         limits = queue_worker.WorkerLimits(
             None if most_hours is None else 3600 * most_hours, 60 * silent_minutes, tuple(bases)
         )
-        return queue_worker.work(self._store, on_stage or silent, until_empty=until_empty, limits=limits)
+        return queue_worker.work(self._store, on_stage or silent, until_empty=until_empty, slots=slots, limits=limits)
 
     def _queue(self) -> TrainingQueue:
         return TrainingQueue.of(self._store)

@@ -5,34 +5,34 @@ Trainings on one resident base share its weights. Each has a model of its own, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeVar
+
+import torch
 
 from turret import bases, process
 from turret.bases import Base, ChosenDevice
-from turret.bases.base import dtype_on
+from turret.bases.base import Digests, dtype_on
+from turret.bases.meta_model import room_to_answer
 from turret.bases.shared import share
 from turret.engine.core import Engine
 from turret.engine.pass_thread import PassThread
-from turret.errors import TrainingError
+from turret.errors import Interrupted, TrainingError
 from turret.recipe import Recipe
+from turret.recipe.default_base import AUTO
 from turret.tasks import Task
+from turret.tasks.tokens import tokenizer_digest
+from turret.train import memory
+from turret.train.loop import digest_of
 from turret.workspace import prepared
+from turret.workspace.child_process import STOPPED, why_alone
+from turret.workspace.results import Planned
 
 T = TypeVar("T")
 Key = tuple[Hashable, ...]  # the base's name first
-
-
-def why_alone(recipe: Recipe) -> str | None:
-    """Why a training cannot share its base with others; None if it can."""
-    if recipe.train.shard is not None:
-        return f'train.shard = "{recipe.train.shard}" divides the base among processes'
-    if recipe.train.lr == "auto":
-        return 'train.lr = "auto" runs trials first, which are measured alone'
-    if recipe.method.every_weight:
-        return f"method {recipe.method.kind} trains a copy of every weight"
-    return None
 
 
 class OwnProcess:
@@ -47,6 +47,10 @@ class OwnProcess:
     def run(self, work: Callable[[], T], tenant: str = "") -> T:
         """Run a part of a training that computes. tenant: whose training it is."""
         return work()
+
+    def admitted(self, plan: Callable[[], Planned]) -> Planned:
+        """The plan of a training that is about to begin."""
+        return plan()
 
 
 ALONE = OwnProcess()
@@ -64,14 +68,25 @@ class ResidentBases(OwnProcess):
         """A recipe's base as a model of its own. Loads the base if it is not in memory, or changed on disk."""
         if (reason := why_alone(recipe)) is not None:
             raise TrainingError(f"this training cannot share its base: {reason}; run it in a process of its own")
+        key = self._key(recipe, task, device)
+        return self.run(lambda: self._model(key, recipe, task, labels, device))
+
+    def has(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> bool:
+        """Whether a recipe's base is in memory."""
+        return self._key(recipe, task, device) in self._bases
+
+    def _key(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> Key:
         files = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in bases.resolve(recipe.base).weights]
         precision = dtype_on(device.device, recipe.train.dtype)
-        key = (recipe.base, task.request, precision, recipe.base_quantization or "none", device.device, *files)
-        return self.run(lambda: self._model(key, recipe, task, labels, device))
+        return (recipe.base, task.request, precision, recipe.base_quantization or "none", device.device, *files)
 
     def _model(self, key: Key, recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
         if key not in self._bases:
-            self._bases[key] = prepared.load_base(recipe, task, (), device)
+            base = prepared.load_base(recipe, task, (), device)
+            own = [*base.model.parameters(), *base.model.buffers()]
+            tensors = {each.data_ptr(): digest_of(each) for each in own}
+            self._bases[key] = replace(base, digests=Digests(tensors, tokenizer_digest(base.tokenizer)))
+            process.release()  # what loading needed; a training does not do it again
         return share(self._bases[key], num_labels=task.num_labels(labels), seed=recipe.seed)
 
     def run(self, work: Callable[[], T], tenant: str = "") -> T:
@@ -120,3 +135,115 @@ class ServingBase(OwnProcess):
     def run(self, work: Callable[[], T], tenant: str = "") -> T:
         """Run a part of a training between passes of answers."""
         return self.engine.run(work, tenant)
+
+
+ROOM_SECONDS = 0.2  # between two looks whether there is room
+
+
+class Room:
+    """The memory that trainings in one process share: a training begins when its plan fits beside the others."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._seats: list[Seat] = []
+
+    @contextmanager
+    def taken_by(self, seat: Seat) -> Iterator[None]:
+        """Count a training among those that run, for the length of the block."""
+        with self._changed:
+            self._seats.append(seat)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._seats.remove(seat)
+                self._changed.notify_all()
+
+    def wait(self, own: Seat, needed: int, device: torch.device, *, begins: bool) -> bool:
+        """Wait until so many bytes are free, or no other training has begun. Returns whether it waited.
+
+        Args:
+            begins: the training begins now, and will use these bytes.
+        """
+        waited = False
+        with self._changed:
+            while True:
+                others = [each for each in self._seats if each is not own and each.begun]
+                if not others or needed <= memory.available(device) - sum(each.promised for each in others):
+                    break
+                waited = own.waits = True
+                self._changed.wait(ROOM_SECONDS)
+                own.require_wanted()
+            own.waits = False
+            if begins:
+                own.begun, own.promised = True, needed
+        return waited
+
+
+@dataclass(eq=False)
+class Seat(OwnProcess):
+    """The place of one training on bases that it shares with others.
+
+    Args:
+        wanted: the names of the bases that queued and running trainings want.
+        stop: whether it shall end.
+    """
+
+    stays: ClassVar[bool] = True
+    shared: ResidentBases
+    room: Room
+    wanted: Callable[[], Collection[str]]
+    stop: Callable[[], bool]
+    base: str = ""  # the name of its own
+    waits: bool = False  # for its turn, for room, or for its data
+    begun: bool = False  # it has a plan that fits
+    promised: int = 0  # bytes that its plan needs and that it does not use yet
+    device: torch.device = memory.CPU
+
+    def model_for(self, recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
+        """As `ResidentBases.model_for`. Before a base is loaded, those that nobody wants are let go."""
+        self.base, self.device = recipe.base, device.device
+        if not self.shared.has(recipe, task, device):
+            self._make_room(recipe, device)
+        return self.run(lambda: self.shared.model_for(recipe, task, labels, device))
+
+    def _make_room(self, recipe: Recipe, device: ChosenDevice) -> None:
+        wanted = self.wanted()
+        if AUTO not in wanted:
+            self.shared.let_go(wanted)
+        packed = recipe.base_quantization is not None
+        dtype = dtype_on(device.device, recipe.train.dtype)
+        needed = room_to_answer(bases.resolve(recipe.base), dtype, packed=packed)
+        if not self.begun:
+            self.room.wait(self, needed, device.device, begins=False)
+        if needed > memory.available(device.device):
+            self.shared.let_go({recipe.base})
+
+    def run(self, work: Callable[[], T], tenant: str = "") -> T:
+        """As `ResidentBases.run`."""
+
+        def begin() -> T:
+            self.waits = False
+            return work()
+
+        self.waits = True
+        try:
+            return self.shared.run(begin, tenant)
+        finally:
+            self.waits = False
+
+    def admitted(self, plan: Callable[[], Planned]) -> Planned:
+        """The plan, once it fits beside the others, or once no other training runs."""
+        planned = plan()
+        needed = 0 if planned.plan.memory is None else planned.plan.memory.above_base
+        waited = self.room.wait(self, needed, self.device, begins=True)
+        return plan() if waited or planned.plan.refused else planned
+
+    def settle(self) -> None:
+        """Its first step is done: the system counts its memory."""
+        self.promised = 0
+
+    def require_wanted(self) -> None:
+        """Raise Interrupted if the training shall end."""
+        if self.stop():
+            raise Interrupted(STOPPED)

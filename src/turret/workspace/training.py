@@ -446,7 +446,7 @@ def _train(
     ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset, own, place))
     prepared.gather(ready)
     if place.stays:
-        planned = _plan(ready, callbacks, measured=False)
+        planned = place.admitted(lambda: _plan(ready, callbacks, measured=False))
     elif own is None:
         ready, planned = _planned(store, ready, callbacks)
         planned = _with_rate(ready, planned, callbacks)

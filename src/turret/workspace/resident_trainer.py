@@ -1,0 +1,239 @@
+"""The kept process in which queued trainings share bases: `python -P -m turret.workspace.resident_trainer REQUEST`.
+
+It hears lines of JSON: `{"start": RUN, ...}`, with what `QueuedRun.as_json` gives, and `{"stop": ID}`. It says for each
+run `{"run": ID}` as a sign of life, with `stage` for a line of its log, with `status` and `text` at its end. Each run
+has a thread; one more thread computes for all of them. When stdin is closed, each run writes a checkpoint and returns
+to the queue.
+
+It opens no file of a tenant: `turret.workspace.data_reader` reads the data, in a process that is killed if it hangs.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from turret import process
+from turret.access import Access
+from turret.data import Dataset
+from turret.data.example_store import load_dataset
+from turret.errors import DataError, EngineError, StoreError, one_line
+from turret.helper_process import Died, HelperProcess
+from turret.json_types import JsonMapping, JsonObject
+from turret.recipe import Recipe
+from turret.store import HeldRun
+from turret.store.queue import QueuedRun
+from turret.train.curve import StepRecord
+from turret.workspace import training
+from turret.workspace.child_process import (
+    ALIVE_SECONDS,
+    MACHINE,
+    OUTAGE,
+    end_at_once,
+    parents_store,
+    print_to_parent,
+)
+from turret.workspace.data_reader import READ
+from turret.workspace.queued_training import WATCHED, Ended, callbacks_for, carry_out
+from turret.workspace.resident import ResidentBases, Room, Seat
+
+DATA_MEMORY = 16 << 30  # bytes that reading the data of a run may take
+
+
+class Trainer:
+    """The runs of this process.
+
+    Args:
+        asked: the request of the worker.
+        folder: a private one, for what the readers of data write.
+    """
+
+    def __init__(self, asked: JsonMapping, folder: Path) -> None:
+        self._asked, self._folder = asked, folder
+        self._store = parents_store(asked["local"])
+        self._bases, self._room = ResidentBases(), Room()
+        self._readers: list[HelperProcess] = []  # that have nothing to do
+        self._queued: Collection[str] = ()  # names of the bases that waiting runs want
+        self._runs: dict[str, _Run] = {}
+        self._changed = threading.Condition()
+        self._stopping = threading.Event()
+
+    def hear(self, asked: JsonMapping) -> None:
+        """Carry out a line of the worker."""
+        if "stop" in asked:
+            with self._changed:
+                run = self._runs.get(str(asked["stop"]))
+            if run is not None:
+                run.stop.set()
+            return
+        taken = QueuedRun.of(asked["start"])
+        self._queued = asked["queued"]
+        run = _Run(taken, self._stopping)
+        run.seat = Seat(self._bases, self._room, self._wanted, run.asked)
+        with self._changed:
+            self._runs[taken.run] = run
+        threading.Thread(target=self._carry_out, args=[run], name=f"turret {taken.run}", daemon=True).start()
+
+    def stop(self, *_: int | FrameType | None) -> None:
+        """Ask all runs to end."""
+        self._stopping.set()
+
+    def wait(self) -> None:
+        """Give signs of life until all runs have ended after `stop`."""
+        while True:
+            with self._changed:
+                runs = list(self._runs.values())
+                if self._stopping.is_set() and not runs:
+                    return
+                self._changed.wait(ALIVE_SECONDS / 4)
+            # A thread in C, which does not need Python's lock: a regular expression may hold that for ever.
+            faulthandler.dump_traceback_later(WATCHED * self._asked["silent"] + self._asked["stopping"], exit=True)
+            for each in runs:
+                if each.waits:
+                    each.sign()
+
+    def _carry_out(self, run: _Run) -> None:
+        taken = run.taken
+        store = self._store.with_access(Access(taken.tenant))
+        try:
+            with self._room.taken_by(run.seat):
+
+                def train(recipe: Recipe, held: HeldRun) -> None:
+                    run.seat.base = recipe.base
+                    callbacks = callbacks_for(run.say, run.heard)
+                    callbacks.stage(f"reading {one_line(recipe.data.source, 100)}")
+                    dataset = self._read(run)
+                    training.train(
+                        store, recipe, callbacks, dataset, fresh=False, held=held, place=run.seat, asked=run.asked
+                    )
+
+                ended = carry_out(store, taken, self._asked["bases"], train)
+        except BaseException as error:  # a mistake of Turret ends one run
+            traceback.print_exc()
+            ended = Ended(1, one_line(f"{type(error).__name__}: {error}"))
+        with self._changed:
+            del self._runs[taken.run]
+            self._changed.notify_all()
+        print_to_parent({"run": taken.run, "status": ended.status, "text": ended.text})
+        process.release()
+
+    def _wanted(self) -> Collection[str]:
+        with self._changed:
+            return {*self._queued, *(each.seat.base for each in self._runs.values())}
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def _read(self, run: _Run) -> Dataset:
+        """The data of a run, which another process reads. Raises the error of the data."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder, self._reader() as reader:
+            asked: JsonObject = {"tenant": run.taken.tenant, "recipe": run.taken.recipe, "folder": folder}
+            run.reads = True
+            try:
+                found = reader.ask(asked, run.asked)
+            except EngineError as error:
+                raise StoreError(str(error)) from None
+            finally:
+                run.reads = False
+            run.seat.require_wanted()
+            if isinstance(found, Died):
+                minutes = self._asked["silent"] / 60
+                why = f"took longer than {minutes:g} minutes" if found.late else "ended its process"
+                raise DataError(f"the data was not read: it {why}: check the file, or give a smaller or simpler one")
+            if found["status"] in (OUTAGE, MACHINE):
+                raise StoreError(str(found["text"]), outage=found["status"] == OUTAGE)
+            if found["status"]:
+                raise DataError(str(found["text"]))
+            return load_dataset(Path(folder) / READ)
+
+    @contextmanager
+    def _reader(self) -> Iterator[HelperProcess]:
+        """A process that reads data. A new one if all are at work."""
+        about = {"local": self._asked["local"]}
+        with self._changed:
+            reader = self._readers.pop() if self._readers else None
+        if reader is None:
+            problem = "the data of the run cannot be read"
+            reader = HelperProcess(
+                "turret.workspace.data_reader", about, self._asked["silent"], DATA_MEMORY, problem, store=True
+            )
+        try:
+            yield reader
+        finally:
+            with self._changed:
+                self._readers.append(reader)
+
+
+class _Run:
+    """A run in this process."""
+
+    def __init__(self, taken: QueuedRun, stopping: threading.Event) -> None:
+        self.taken, self.stop, self._stopping = taken, threading.Event(), stopping
+        self.reads = False  # another process reads its data, for a limited time
+        self.seat: Seat
+        self._signed = 0.0
+
+    @property
+    def waits(self) -> bool:
+        """Whether others must do something before it goes on."""
+        return self.reads or self.seat.waits
+
+    def asked(self) -> bool:
+        """Whether it shall end."""
+        return self.stop.is_set() or self._stopping.is_set()
+
+    def say(self, line: str) -> None:
+        """Say a line for its log."""
+        print_to_parent({"run": self.taken.run, "stage": line})
+
+    def heard(self, record: StepRecord | None) -> None:
+        """It has begun a stage, which raises Interrupted if it shall end, or has made a step."""
+        if record is None:
+            self.seat.require_wanted()
+        else:
+            self.seat.settle()
+        self.sign()
+
+    def sign(self) -> None:
+        """Give a sign of life, but not too often."""
+        now = time.monotonic()
+        if now - self._signed > ALIVE_SECONDS:
+            self._signed = now
+            print_to_parent({"run": self.taken.run})
+
+
+def main(request: str) -> None:
+    """Train what the worker gives, until it ends."""
+    asked = json.loads(request)
+    with tempfile.TemporaryDirectory(prefix="turret-") as folder:
+        os.chdir(folder)
+        trainer = Trainer(asked, Path(folder))
+        signal.signal(signal.SIGTERM, trainer.stop)
+        threading.Thread(target=_listen, args=[trainer, asked["stopping"]], daemon=True).start()
+        trainer.wait()
+
+
+def _listen(trainer: Trainer, stopping: float) -> None:
+    """Carry out each line of stdin. At its end, all runs have so many seconds to end."""
+    left = b""
+    while piece := os.read(sys.stdin.fileno(), 1 << 16):  # not sys.stdin: at exit Python would wait for its lock
+        *lines, left = (left + piece).split(b"\n")
+        for line in lines:
+            trainer.hear(json.loads(line))
+    trainer.stop()
+    time.sleep(stopping)
+    end_at_once()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
