@@ -111,6 +111,7 @@ def _training(
     from turret import adapters, process
     from turret.data.dataset import read
     from turret.tasks import make_task, schemas
+    from turret.train import filled, splits_of
     from turret.train.loop import TrainingRun
     from turret.train.step import loss_of, train_step
 
@@ -122,6 +123,7 @@ def _training(
     dataset = read(recipe.data, schemas(recipe.task), recipe.seed)
     base = sides._base(recipe, dataset)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
+    recipe = filled(recipe, base, task.kind, len(splits_of(recipe, dataset).train))
     run = TrainingRun.begin(recipe, base, task, dataset, None)
     batches = [batch for _, batch in run.remaining()]
 

@@ -93,6 +93,7 @@ def measured(side: str, seed: int, threads: int) -> dict[str, Any]:
     process.release()
     before = memory.resident()
     records: list[Any] = []
+    recipe = trainer.filled(recipe, base, task.kind, len(trainer.splits_of(recipe, dataset).train))
     steps = trainer.fit(recipe, base, task, dataset)
     while True:
         try:

@@ -94,6 +94,7 @@ def measured(case: str, threads: int) -> dict[str, Any]:
     task: Any = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     process.release()
     before = memory.resident()
+    recipe = train.filled(recipe, base, task.kind, len(train.splits_of(recipe, dataset).train))
     plan = train.plan(recipe, base, task, dataset)
     plan.require()
     with tempfile.TemporaryDirectory() as checkpoint:

@@ -276,6 +276,7 @@ def ours(errand: Errand, turns: Turns) -> dict[str, Any]:
     base = _base(recipe, dataset)
     task: Any = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     facts = _facts(base.model, _batches(recipe, Items(task, dataset.train)))
+    recipe = train.filled(recipe, base, task.kind, len(train.splits_of(recipe, dataset).train))
     plan = train.plan(recipe, base, task, dataset)
     plan.require()
     curve: list[list[float]] = []

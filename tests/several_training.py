@@ -16,11 +16,12 @@ from typing import Any
 
 import tiny_training as tiny
 import torch
+from tiny_training import fit
 
 from turret import adapters
 from turret.cli.output import complain
 from turret.errors import DataError, TurretError
-from turret.train import distributed, fit
+from turret.train import distributed
 
 STILL: dict[str, Any] = {"train__lr": 1e-2, "train__epochs": 2, "train__evaluate": "never", "method__lora_dropout": 0.0}
 BERT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

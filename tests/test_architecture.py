@@ -404,3 +404,23 @@ def test_nothing_outside_tasks_compares_a_tasks_kind() -> None:
         imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
         names = {each.name for node in imports for each in node.names}
         assert not names & classes, f"{path}: ask the object, not for its class"
+
+
+# --- one definition --------------------------------------------------------------------------------------------------
+
+PROMOTES = {"cli/aliases.py", "client.py", "store/core.py", "workspace/core.py"}  # a command, a client, and two layers
+
+
+def places_of(function: str, sources: dict[str, str]) -> list[str]:
+    """The files that define a function of this name, one entry for each definition."""
+    nodes = ((name, node) for name, text in sources.items() for node in ast.walk(ast.parse(text)))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return sorted(name for name, node in nodes if isinstance(node, kinds) and node.name == function)
+
+
+def test_promote_is_defined_once_for_each_who_calls_it() -> None:
+    package = ROOT / "src" / "turret"
+    sources = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in SOURCES}
+    assert places_of("promote", sources) == sorted(PROMOTES)
+    more = sources | {"server/admin.py": "async def promote(): ...", "x.py": "class A:\n    def promote(self): ..."}
+    assert len(places_of("promote", more)) == len(PROMOTES) + 2  # the control

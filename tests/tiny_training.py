@@ -18,13 +18,14 @@ from typing import Any
 
 import small_models
 
+from turret import train as trainer
 from turret.adapters import BaseInfo
 from turret.data import Dataset, Labelled, Pair
 from turret.errors import OutOfMemory
 from turret.families import Family, family_of
 from turret.recipe import Recipe
 from turret.tasks import make_task
-from turret.train import Curve, Fitted, StepRecord, fit
+from turret.train import Curve, Fitted, FoundRate, Plan, StepRecord, splits_of
 from turret.train.batches import Item, Items
 from turret.train.checkpoint import step_of
 from turret.train.initialize import attach, optimiser_of
@@ -112,6 +113,26 @@ def started(on: Base, kind: Any = "classify", **overrides: Any) -> tuple[Any, An
     attach(made, on, task)  # type: ignore[arg-type]
     on.model.train()
     return task, optimiser_of(made, on), Items(task, data.train).take(list(range(6)))  # type: ignore[arg-type]
+
+
+def filled(made: Recipe, on: Any, task: Any, data: Dataset) -> Recipe:
+    """The recipe with its defaults, as the functions of `turret.train` take it."""
+    return trainer.filled(made, on, task.kind, len(splits_of(made, data).train))
+
+
+def fit(made: Recipe, on: Any, task: Any, data: Dataset, **how: Any) -> Generator[StepRecord, None, Fitted]:
+    """`turret.train.fit` with the recipe's defaults."""
+    return (yield from trainer.fit(filled(made, on, task, data), on, task, data, **how))
+
+
+def find_rate(made: Recipe, on: Any, task: Any, data: Dataset, **how: Any) -> FoundRate:
+    """`turret.train.find_rate` with the recipe's defaults."""
+    return trainer.find_rate(filled(made, on, task, data), on, task, data, **how)
+
+
+def plan(made: Recipe, on: Any, task: Any, data: Dataset, **how: Any) -> Plan:
+    """`turret.train.plan` with the recipe's defaults."""
+    return trainer.plan(filled(made, on, task, data), on, task, data, **how)
 
 
 def train(steps: Generator[StepRecord, None, Fitted]) -> tuple[list[StepRecord], Fitted]:

@@ -11,6 +11,7 @@ import tiny_training as tiny
 import torch
 from batches import own_target_logits, padded, rows, with_eos
 from small_models import build
+from tiny_training import fit
 
 from turret import adapters
 from turret.adapters import (
@@ -29,7 +30,7 @@ from turret.bundles import read_bundle, save_bundle
 from turret.errors import AdapterError, RecipeError
 from turret.methods import Head, LoRA, Peft
 from turret.recipe import Recipe
-from turret.train import fit, probe
+from turret.train import probe
 
 # PEFT warns, in its own calls that are made here, of versions long past, of position ids, of a compiler it did not find
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -323,13 +323,13 @@ def test_a_stop_that_was_overtaken_by_another_process_changes_nothing(workspace,
     """Another process stops it between the look and the move: the alias stays, and the error is one line."""
     experiment = workspace.experiment("news")
     experiment.start("news@2", share=0.5)
-    promote = promoting.promote
+    promote = promoting.replay_then_promote
 
     def overtaken(*arguments, **settings):
         Workspace(workspace.store.root).experiment("news").stop()
         return promote(*arguments, **settings)
 
-    monkeypatch.setattr(promoting, "promote", overtaken)
+    monkeypatch.setattr(promoting, "replay_then_promote", overtaken)
     with pytest.raises(ExperimentError, match="news#1 has ended"):
         experiment.stop(promote="candidate")
     assert str(workspace.resolve("news")) == "news@1"

@@ -363,7 +363,7 @@ def test_an_alias_that_is_flipped_again_and_again_is_always_one_of_the_two_and_t
     database = store.database()
     for flip in range(flips):
         with database.writing() as connection:
-            aliases.promote(connection, versions[(flip + 1) % 2], "production")
+            aliases.move_alias(connection, versions[(flip + 1) % 2], "production")
     ended.set()
     asking.join(timeout=10)
     assert seen <= {"a@1", "a@2"}

@@ -10,11 +10,12 @@ import pytest
 import tiny_training
 import torch
 from four_bits import needs_bitsandbytes
+from tiny_training import fit
 from torch import nn
 
 from turret import quantized
 from turret.errors import TrainingError
-from turret.train import fit, require_optimizer
+from turret.train import require_optimizer
 from turret.train.adamw import AdamW, moment_bytes
 
 RATES = (1e-2, 3e-2, 1e-2)

@@ -8,15 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import small_models
 import tiny_training as tiny
 import torch
+from entered import watching
+from tiny_training import fit
 
-from turret import adapters
+from turret import Workspace, adapters
+from turret import train as trainer
 from turret.data import Labelled
+from turret.errors import TrainingError
 from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
 from turret.methods.method import FEWEST_EPOCHS, LARGE_BASE, MOST_EPOCHS
 from turret.recipe import Recipe
-from turret.train import evaluate, filled, fit
+from turret.train import Plan, evaluate, filled
 from turret.train.initialize import attach
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "recipe.md"
@@ -118,6 +123,55 @@ def test_the_head_alone_moves_at_its_ratio() -> None:
         adapters.detach(on.model)
     assert moved[1.0] == pytest.approx((1e-3, 1e-3), rel=0.01)
     assert moved[10.0] == pytest.approx((1e-2, 1e-3), rel=0.01)
+
+
+# --- filled in once ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lr", [None, "auto"])
+def test_a_recipe_on_its_way_to_a_version_is_filled_once(tmp_path: Path, lr: str | None) -> None:
+    rows = tiny.labelled(104)
+    table = tmp_path / "reviews.csv"
+    table.write_text("text,label\n" + "".join(f"{each.text} {place},{each.label}\n" for place, each in enumerate(rows)))
+    recipe = Recipe(
+        name="reviews",
+        base=str(small_models.save_base("bert", tmp_path / "bert")),
+        data={"source": str(table), "test": 8},
+        task={"max_tokens": 16},
+        train={"lr": lr, "batch_size": 8, "max_steps": 40 if lr else 2, "evaluate": "never"},
+    )
+    workspace = Workspace(tmp_path / "store")
+    with watching() as entered:
+        entered.on = True
+        result = workspace.train(recipe, fresh=True)
+        times = entered.of(filled)
+        planned = workspace.plan(recipe).recipe
+    assert times == 1
+    assert entered.of(filled) == 2  # the control: a plan on its own fills its recipe too
+    stored = Recipe.from_toml(workspace.run(result.run)["recipe"])
+    assert (stored.train.epochs, stored.train.head_lr_ratio) == (planned.train.epochs, planned.train.head_lr_ratio)
+    assert isinstance(stored.train.lr, float)
+
+
+@pytest.mark.parametrize("missing", ["lr", "epochs"])
+def test_a_recipe_whose_defaults_are_not_filled_in_is_refused(missing: str) -> None:
+    on, data = tiny.base("bert"), tiny.dataset()
+    made = tiny.recipe(train__lr=1e-3)
+    task = tiny.task_of(made, data, on)
+    unfilled = made.model_copy(update={"train": made.train.model_copy(update={missing: None})})
+
+    def plan(recipe: Recipe) -> Plan:
+        return trainer.plan(recipe, on, task, data, measured=False)  # type: ignore[arg-type]
+
+    for function in (
+        lambda: next(trainer.fit(unfilled, on, task, data)),  # type: ignore[arg-type]
+        lambda: trainer.find_rate(unfilled, on, task, data),  # type: ignore[arg-type]
+        lambda: plan(unfilled),
+    ):
+        with pytest.raises(TrainingError, match=rf"^train.{missing} is not set: fill in the recipe's defaults first"):
+            function()
+    assert plan(made).lr == 1e-3  # the control
 
 
 def test_auto_is_left_to_the_trials() -> None:

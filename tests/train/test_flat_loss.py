@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import tiny_training as tiny
 import torch
+from tiny_training import fit
 
 from turret import adapters
 from turret.data import Labelled
 from turret.tasks.classify import Classify, balanced_weights
-from turret.train import fit
 from turret.train.loop import FEWEST, WINDOW, flat_loss
 
 GUESSING = math.log(2)

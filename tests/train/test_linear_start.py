@@ -14,11 +14,12 @@ import tiny_training as tiny
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from tiny_training import fit, plan
 
 from turret import adapters
 from turret.data import Dataset, Labelled
 from turret.errors import LossNotFinite
-from turret.train import evaluate, fit, plan
+from turret.train import evaluate
 from turret.train.batches import Items, Schedule
 from turret.train.linear_start import PENALTIES, cross_validated, solve
 from turret.train.preflight import measure

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import tiny_training as tiny
 import torch
+from tiny_training import fit
 
 from turret import adapters
 from turret.errors import AdapterError, Interrupted, LossNotFinite, OutOfMemory, RecipeError, TrainingError
 from turret.ops import cpu as kernels
-from turret.train import checkpoint, evaluate, fit, read_curve
+from turret.train import checkpoint, evaluate, read_curve
 from turret.train.adamw import AdamW
 from turret.train.batches import Items
 from turret.train.initialize import attach

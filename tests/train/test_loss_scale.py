@@ -9,9 +9,9 @@ import pytest
 import tiny_training as tiny
 import torch
 from batches import without_dropout
+from tiny_training import fit
 
 from turret.errors import LossNotFinite
-from turret.train import fit
 from turret.train.step import FIRST, PATIENCE, LossScale, train_step
 
 

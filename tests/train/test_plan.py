@@ -16,6 +16,7 @@ import small_models
 import tiny_training as tiny
 import torch
 from foreign_tables import PRAISE, texts
+from tiny_training import plan
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,7 +27,7 @@ from turret.errors import AdapterError, PreflightRefused
 from turret.methods.method import MOST_EPOCHS
 from turret.ops import cpu as kernels
 from turret.tasks import Classify
-from turret.train import Check, Plan, memory, plan, preflight
+from turret.train import Check, Plan, memory, preflight
 from turret.train.batches import Items
 from turret.train.preflight import OtherProcesses, fits
 

@@ -10,10 +10,11 @@ import pytest
 import small_models
 import tiny_training as tiny
 import torch
+from tiny_training import fit
 
 from turret import adapters, bases, bundles
 from turret.errors import ProofFailed
-from turret.train import fit, probe, prove, reload
+from turret.train import probe, prove, reload
 from turret.train.proof import Probe, answer
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import tiny_training as tiny
 import torch
+from tiny_training import find_rate, fit, plan
 
 from turret import adapters, bundles
 from turret.errors import AdapterError, TrainingError, WrongBase
-from turret.train import InitialAdapter, find_rate, fit, plan
+from turret.train import InitialAdapter
 from turret.train.checkpoint import step_of
 
 METHODS: dict[str, dict[str, Any]] = {

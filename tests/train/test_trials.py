@@ -10,12 +10,12 @@ import pytest
 import small_models
 import tiny_training as tiny
 import torch
+from tiny_training import find_rate, plan
 
 from turret.data import Labelled
 from turret.methods import LoRA
 from turret.methods.method import Defaults
 from turret.recipe import Recipe
-from turret.train import find_rate, plan
 from turret.train.batches import Items
 from turret.train.evaluation import evaluate, example_losses
 from turret.train.loop import checksum

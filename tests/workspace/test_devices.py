@@ -9,6 +9,7 @@ import pytest
 import small_models
 import tiny_training as tiny
 import torch
+from tiny_training import plan
 
 from turret import adapters
 from turret.adapters.lifecycle import CheckpointedForward
@@ -17,7 +18,7 @@ from turret.errors import DeviceError, PreflightRefused
 from turret.plan_check import Check
 from turret.recipe import Recipe
 from turret.tasks import task_of
-from turret.train import Plan, plan
+from turret.train import Plan
 from turret.train.initialize import attach
 from turret.workspace.prepared import PreparedTraining, checkpoints_for, choose_for, predicted_for
 from turret.workspace.results import Planned

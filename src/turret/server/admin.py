@@ -151,8 +151,8 @@ async def verify(reference: Ref, state: State) -> JsonObject:
     return (await state.control(state.workspace.verify, reference)).as_json()
 
 
-@control.post("/api/adapters/{reference}/promote")
-async def promote(reference: Ref, body: schemas.PromoteRequest, state: State) -> schemas.Moved:
+@control.post("/api/adapters/{reference}/promote", name="promote")
+async def move_alias(reference: Ref, body: schemas.PromoteRequest, state: State) -> schemas.Moved:
     """Move an alias to a version. The version is loaded first; nothing moves if that fails."""
     check_gates(body.require)
     exact = str(await state.control(state.workspace.resolve, reference))

@@ -46,7 +46,7 @@ class Move:
         return {**asdict(self), "skipped": list(self.skipped), "replays": replays}
 
 
-def promote(connection: Connection, version: Version, alias: str) -> Move:
+def move_alias(connection: Connection, version: Version, alias: str) -> Move:
     """Move an alias to a version."""
     adapter_id, version_id = catalog.adapter_of(connection, version.name), catalog.row_of(connection, version)
     current = catalog.pointed_at(connection, adapter_id, alias)

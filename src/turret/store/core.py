@@ -310,7 +310,7 @@ class Store:
             replays = golden.check(connection, version, alias)
             if also is not None:
                 also(connection)
-            return replace(aliases.promote(connection, version, alias), replays=replays)
+            return replace(aliases.move_alias(connection, version, alias), replays=replays)
 
     def rollback(self, name: str, alias: str = PRODUCTION) -> Move:
         """Move an alias back to the version it named before; repeated rollbacks go further back.

@@ -1,5 +1,6 @@
 """Training: the preflight, the training loop, its checkpoints, evaluation, and the proof of a written bundle.
 
+filled(recipe, base, kind, examples) -> Recipe      the recipe with its defaults, which the next three need
 plan(recipe, base, task, dataset) -> Plan           what a run will do and cost, and what is wrong with it
 find_rate(recipe, base, task, dataset) -> FoundRate the learning rate for `lr = "auto"`
 fit(recipe, base, task, dataset, folder=...)        a generator: yields a StepRecord per step, returns Fitted

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from turret.data import Dataset, Example
-from turret.errors import DataError, RecipeError
+from turret.errors import DataError, RecipeError, TrainingError
 from turret.recipe import Recipe, Train
 from turret.tasks import Task
 from turret.transformer import ModelConfig
@@ -177,9 +177,11 @@ class Schedule:
 
     @classmethod
     def of(cls, recipe: Recipe, examples: int) -> Schedule:
-        """The schedule of a recipe whose defaults are filled in, for so many training examples."""
+        """The schedule for so many training examples. Raises TrainingError if a default is not filled in."""
         train = recipe.train
-        assert train.epochs is not None, "fill in the recipe's defaults first"
+        if train.epochs is None or train.lr is None:
+            missing = "epochs" if train.epochs is None else "lr"
+            raise TrainingError(f"train.{missing} is not set: fill in the recipe's defaults first, see train.filled")
         return cls(examples, train.batch_size, train.epochs, recipe.seed, train.max_steps)
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ from turret.train.distributed import Processes
 from turret.train.evaluation import evaluate
 from turret.train.initialize import InitialAdapter, attach, optimiser_of
 from turret.train.linear_start import head_start
-from turret.train.seeds import Randomness, filled
+from turret.train.seeds import Randomness
 from turret.train.step import LossScale, explained, train_step
 from turret.transformer import Model
 
@@ -70,6 +70,7 @@ def fit(
     call with the same folder; only the main process evaluates and writes.
 
     Args:
+        recipe: with its defaults filled in, see `filled`.
         folder: where the checkpoint is kept. A checkpoint in it is resumed, and the rest of the run is bit-equal to an
             uninterrupted one. None: nothing is written.
         predicted: the plan's memory prediction, for the error text when memory runs out.
@@ -85,7 +86,7 @@ def fit(
         LossNotFinite: the loss or the gradient norm became NaN or infinite.
         OutOfMemory: a step needs more memory than there is.
         CheckpointMismatch: the checkpoint belongs to another run.
-        TrainingError: the base's weights changed.
+        TrainingError: the recipe's defaults are not filled in, or the base's weights changed.
     """
     memory.reset_peak(base.model.device)
     run = TrainingRun.begin(recipe, base, task, dataset, folder, start)
@@ -284,13 +285,12 @@ class TrainingRun:
         """Attach the recipe's adapter and resume the folder's checkpoint if there is one. See `fit`."""
         here = distributed.begin()
         splits = splits_of(recipe, dataset)
-        recipe = filled(recipe, base, task.kind, len(splits.train))
+        schedule = Schedule.of(recipe, len(splits.train))
         lr = recipe.train.lr
         if lr is None or isinstance(lr, str):
             raise TrainingError(
                 'train.lr is "auto": find it first (Workspace.train does, or find_rate), or give a number'
             )
-        schedule = Schedule.of(recipe, len(splits.train))
         originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
         unchanged = checksum(originals, base.digests.tensors if base.digests is not None else {})
         total = quantized.count(base.model)

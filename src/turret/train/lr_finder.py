@@ -34,7 +34,7 @@ from turret.train.batches import Items, Schedule, pass_tokens, splits_of
 from turret.train.evaluation import example_losses
 from turret.train.initialize import InitialAdapter, attach, optimiser_of
 from turret.train.linear_start import head_start
-from turret.train.seeds import Randomness, defaults_of, filled
+from turret.train.seeds import Randomness, defaults_of
 from turret.train.step import LossScale, explained, train_step
 from turret.train.training_plan import DOWNWARD, UPWARD, FoundRate, size_of
 
@@ -122,11 +122,11 @@ def find_rate(
     The result depends on recipe, data and base alone, so a run that was killed finds the same rate again.
 
     Args:
+        recipe: with its defaults filled in, see `filled`.
         start: the version that the adapter starts from.
         on_trial: called before each trial with its rate and its number of steps.
     """
     examples = splits_of(recipe, dataset).train
-    recipe = filled(recipe, base, task.kind, len(examples))
     default = defaults_of(recipe.method, base, task.kind).lr
     size = size_of(len(examples), Schedule.of(recipe, len(examples)).steps)
     if size.reason is not None:

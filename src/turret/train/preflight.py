@@ -31,7 +31,7 @@ from turret.train.batches import Item, Items, Schedule, Splits, micro_batches, p
 from turret.train.evaluation import GENERATED_ROWS, evaluate, generate
 from turret.train.initialize import InitialAdapter, attach
 from turret.train.linear_start import head_start
-from turret.train.seeds import Randomness, defaults_of, filled
+from turret.train.seeds import Randomness, defaults_of
 from turret.train.step import backward, loss_of, memory_ran_out
 from turret.train.training_plan import MOST_TRIALS, Plan, TrialSize, size_of
 from turret.transformer import Model, Tokenizer
@@ -603,6 +603,7 @@ def plan(
     """Check a recipe against its base and data. The base is left as it was.
 
     Args:
+        recipe: with its defaults filled in, see `filled`.
         measured: run a few passes on the model for memory and time.
         start: the version that the adapter starts from.
         proof_seconds: time of the proof, which loads the base in a fresh process.
@@ -610,7 +611,6 @@ def plan(
     """
     before = memory.resident(base.model.device)
     used = splits_of(recipe, dataset)
-    recipe = filled(recipe, base, task.kind, len(used.train))
     schedule = Schedule.of(recipe, len(used.train))
     items = Items(task, used.train)
     sample = items.take(spread(len(items), EXAMPLES_SAMPLED))

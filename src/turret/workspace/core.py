@@ -132,7 +132,7 @@ class Workspace:
             GateFailed: the version does not pass.
         """
         say = on_stage or silent
-        return promoting.promote(
+        return promoting.replay_then_promote(
             self.store, reference, alias, list(require), again=replay, say=say, ask=ask, device=device
         )
 

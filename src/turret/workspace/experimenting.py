@@ -380,7 +380,7 @@ class LiveExperiment:
             check_valid(analysis, promote)
             arm = running.arm(promote)
             also = ending(running, verdict | {"how": "promote", "arm": arm.name, "why": "asked for"})
-            promoting.promote(
+            promoting.replay_then_promote(
                 self._store, running.reference(arm), running.alias, (), say=on_stage or silent, ask=ask, also=also
             )
         elif rollback:

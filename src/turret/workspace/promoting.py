@@ -3,8 +3,8 @@
 If a gate asks for forgetting that is not measured yet, it is measured first and kept with the version's metrics.
 
 The store moves an alias only if the version's replays cover the golden sets that the alias requires at that moment;
-otherwise it raises ReplayNeeded. `promote` then replays the missing sets and tries again. So examples that are added
-during a replay are replayed too. Loads torch only to replay or to measure.
+otherwise it raises ReplayNeeded. `replay_then_promote` then replays the missing sets and tries again. So examples that
+are added during a replay are replayed too. Loads torch only to replay or to measure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Ask = Callable[[str, Sequence[str]], Sequence[JsonObject]]  # (version, texts) -
 SHOWN = 500  # characters of a wrong answer that are stored
 
 
-def promote(
+def replay_then_promote(
     store: Store,
     reference: str,
     alias: str,

@@ -274,6 +274,8 @@ def prepare(
     dataset: Dataset | None = None,
     device: ChosenDevice | None = None,
     place: OwnProcess = ALONE,
+    *,
+    filled: bool = False,
 ) -> PreparedTraining:
     """Read the data, load the base, and fill in the recipe's defaults.
 
@@ -281,6 +283,7 @@ def prepare(
         dataset: the data, if it is read already.
         device: where the base goes; None: as `train.device` says.
         place: where the training computes.
+        filled: the recipe's defaults are filled in already.
 
     Raises:
         DeviceError: the device is not there.
@@ -300,15 +303,15 @@ def prepare(
     base = place.model_for(recipe, task_class, dataset.labels, device)
     base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device))
     load_seconds = time.perf_counter() - started
-    filled = _filled(recipe, dataset, base, start)
-    task = make_task(filled.task, dataset, base.tokenizer, base.family.kind)
+    recipe = recipe if filled else _filled(recipe, dataset, base, start)
+    task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     notes = [*base_notes, *dataset.notes, *base.notes, *(task.notes if writes(task) else ())]
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
     if not place.stays:
         process.release()
     resident = memory.resident(device.device)
-    return PreparedTraining(filled, dataset, base, task, notes, load_seconds, resident, start, device)
+    return PreparedTraining(recipe, dataset, base, task, notes, load_seconds, resident, start, device)
 
 
 def _start(store: Store, recipe: Recipe, callbacks: Callbacks) -> trainer.InitialAdapter | None:
@@ -348,7 +351,7 @@ def _planned(store: Store, ready: PreparedTraining, callbacks: Callbacks) -> tup
         return ready, planned
     device = ChosenDevice(CPU, f"{refused[0].text} on {ready.device.device}")
     make_room(ready.base.model)
-    ready = prepare(store, ready.recipe, callbacks, ready.dataset, device)
+    ready = prepare(store, ready.recipe, callbacks, ready.dataset, device, filled=True)
     return ready, _plan(ready, callbacks)
 
 

@@ -68,17 +68,17 @@ async def ask(
 
 
 @router.post("/adapters/{name}/move/promote")
-async def promote(request: Request, state: State, name: Name, form: Sent) -> Response:
+async def post_promote(request: Request, state: State, name: Name, form: Sent) -> Response:
     """Move an alias to a version."""
     number, alias = form.text("version"), _alias(form.text("alias"))
     if not number.isdecimal():
         raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
-    await admin.promote(f"{name}@{int(number)}", PromoteRequest(alias=alias, replay=False), state)
+    await admin.move_alias(f"{name}@{int(number)}", PromoteRequest(alias=alias, replay=False), state)
     return render.redirect(request, f"/adapters/{name}?moved={alias}")
 
 
 @router.post("/adapters/{name}/move/rollback")
-async def rollback(request: Request, state: State, name: Name, form: Sent) -> Response:
+async def post_rollback(request: Request, state: State, name: Name, form: Sent) -> Response:
     """Move an alias back to the version that it named before."""
     alias = _alias(form.text("alias"))
     await admin.rollback(name, alias, state)
