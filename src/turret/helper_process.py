@@ -47,11 +47,11 @@ class HelperProcess:
         seconds: for one question.
         memory: bytes that the helper may allocate beyond those at its start.
         problem: the start of an error: `a constraint cannot be compiled`.
-        store: the helper opens the store, so it needs the credentials of PostgreSQL and S3.
+        store: the store that the helper opens, as TURRET_STORE; None: none, and no credentials of PostgreSQL and S3.
     """
 
     def __init__(
-        self, module: str, about: JsonObject, seconds: float, memory: int, problem: str, *, store: bool = False
+        self, module: str, about: JsonObject, seconds: float, memory: int, problem: str, *, store: str | None = None
     ) -> None:
         self._module, self._seconds, self._problem, self._store = module, seconds, problem, store
         self._about = json.dumps({"about": about, "seconds": seconds, "memory": memory}).encode() + b"\n"
@@ -103,7 +103,7 @@ class HelperProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=environment(store=self._store),
+                env=self._environment(),
                 start_new_session=True,  # Ctrl-C is the parent's, which then ends the helper
             )
         except OSError as error:
@@ -115,6 +115,10 @@ class HelperProcess:
             self._end()
             raise EngineError(f"{self._problem}: its process ended while it started")
         return self.process
+
+    def _environment(self) -> dict[str, str]:
+        own = environment(store=self._store is not None)
+        return own if self._store is None else own | {"TURRET_STORE": self._store}
 
     def _answer(
         self, process: subprocess.Popen[bytes], line: bytes, seconds: float, stop: Callable[[], bool] = lambda: False

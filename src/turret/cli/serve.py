@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from socket import gethostname
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
@@ -88,6 +88,15 @@ def serve(
     public_url: Annotated[
         str | None, typer.Option("--public-url", metavar="URL", help="Where browsers reach this server.")
     ] = None,
+    train: Annotated[bool, typer.Option("--train", help="Train queued runs too, on the bases that serve.")] = False,
+    train_slots: Annotated[int, typer.Option("--train-slots", min=1, help="Trainings at once.")] = 4,
+    train_percent: Annotated[
+        int,
+        typer.Option("--train-percent", min=1, max=100, help="Share of trainings in the time, while answers wait."),
+    ] = 50,
+    train_pass_ms: Annotated[
+        int, typer.Option("--train-pass-ms", min=1, help="Longest pass of a training, about: an answer waits for it.")
+    ] = 250,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse requests with unknown keys.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
@@ -121,11 +130,19 @@ def serve(
         otel=otel,
         replica=replica or f"{gethostname()}:{port or os.getpid()}",
     )
-    limits = Limits(memory=MemoryBudget(size_of(memory)), queue_seconds=queue_seconds)
+    limits = Limits(memory=MemoryBudget(size_of(memory)), queue_seconds=queue_seconds, train_percent=train_percent)
     names = list(base) if base else [only_base(workspace)]
     if twice := next((each for each in names if names.count(each) > 1), None):
         raise ServeRefused(f"--base {twice} is given twice: name each base once")
-    _serve(workspace, names, settings, limits, dtype, base_quantization, device, as_json)
+    training = Training(train_slots, train_pass_ms / 1000) if train else None
+    _serve(workspace, names, settings, limits, dtype, base_quantization, device, training, as_json)
+
+
+class Training(NamedTuple):
+    """What `--train` asks for."""
+
+    slots: int
+    pass_seconds: float
 
 
 def _serve(
@@ -136,6 +153,7 @@ def _serve(
     dtype: Dtype,
     quantization: options.BaseQuantization,
     device: str,
+    training: Training | None,
     as_json: bool,
 ) -> None:
     from turret import process
@@ -165,7 +183,13 @@ def _serve(
         engines = Engines(*loaded)
         state = ServerState(workspace, engines, SamplingParams, settings)
         bases, devices = [each.name for each in engines.bases], {str(each.base.model.device) for each in loaded}
-        run(state, listening, lambda url: _announce(url, bases, ", ".join(sorted(devices)), as_json))
+        with ExitStack() as trains:
+            if training is not None:
+                from turret.workspace.serving_trainer import TrainingWhileServing
+
+                say = lambda line: state.log.write("training", message=line)
+                trains.enter_context(TrainingWhileServing(workspace.store, loaded, **training._asdict(), say=say))
+            run(state, listening, lambda url: _announce(url, bases, ", ".join(sorted(devices)), as_json))
         engines.drain(state.limits.drain_seconds)
 
 

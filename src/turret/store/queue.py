@@ -177,13 +177,20 @@ class TrainingQueue:
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
-    def take(self, accept: Callable[[Entry], bool] = lambda entry: True) -> QueuedRun | None:
-        """Take the next run, of any tenant; None if none is due, or the next one is not accepted."""
+    def take(
+        self, accept: Callable[[Entry], bool] = lambda entry: True, mine: Callable[[Entry], bool] = lambda entry: True
+    ) -> QueuedRun | None:
+        """Take the next run, of any tenant; None if none is due, or the next one is not accepted.
+
+        Args:
+            accept: whether the next run may begin now. If not, later ones wait behind it.
+            mine: whether this worker can train a run at all. Others are left to other workers.
+        """
         with self._database.reading() as connection:  # most of the time there is none, and readers wait for nobody
             if not _waits(connection):
                 return None
         with self._database.writing() as connection:
-            entry = _next(connection)
+            entry = _next(connection, mine)
             if entry is None or not accept(entry):
                 return None
             lease = leases.take(connection, PREFIX + entry.run)
@@ -212,6 +219,12 @@ class TrainingQueue:
         with self._database.writing() as connection:
             leases.adopt(connection, taken.lease)
             connection.execute(update(queue).where(queue.c.run == taken.run).values(beside=False))
+
+    def set_recipe(self, taken: QueuedRun, recipe_toml: str) -> None:
+        """Give a run that this worker has another recipe, for every worker that has it later. Raises LeaseLost."""
+        with self._database.writing() as connection:
+            taken.lease.require_owner(connection)
+            connection.execute(update(queue).where(queue.c.run == taken.run).values(recipe=recipe_toml))
 
     def adopt(self, taken: QueuedRun) -> HeldRun:
         """Hold, in a child process, a run that the parent process has taken. Raises LeaseLost."""
@@ -334,8 +347,8 @@ def _waits(connection: Connection) -> bool:
     return any(row.state == "waiting" or row.id not in held for row in rows)
 
 
-def _next(connection: Connection) -> Entry | None:
-    """The next run; ends those that were cancelled or tried too often while nobody had them."""
+def _next(connection: Connection, mine: Callable[[Entry], bool]) -> Entry | None:
+    """The next run of those that are mine; ends those that were cancelled or tried too often while nobody had them."""
     held, clock, running, waiting = leases.held(connection, PREFIX), leases.clock(connection), Counter[str](), []
     for each in entries(connection, _open()):
         if each.state == "running" and each.run in held:
@@ -351,7 +364,7 @@ def _next(connection: Connection) -> Entry | None:
     last = select(queue.c.tenant, func.max(queue.c.started)).group_by(queue.c.tenant)
     started = {str(tenant): str(when or "") for tenant, when in connection.execute(last)}
     most = {row.tenant: row.running for row in connection.execute(select(queue_limits))}
-    return choose(waiting, running, started, most)
+    return choose([each for each in waiting if mine(each)], running, started, most)
 
 
 def _open() -> ColumnElement[bool]:

@@ -47,6 +47,7 @@ class TrainingSlot:
         labels: The classes of a classifier.
         settings: Further keys of a recipe's `[task]`, such as `{"max_tokens": 64}`.
         seed: Draws the adapter, its head and dropout.
+        most_tokens: Of one pass of a training; None: a number that suits the base.
         tenant: Whose it is. Tenants take turns by seconds.
 
     Raises:
@@ -64,6 +65,7 @@ class TrainingSlot:
         labels: Sequence[str] = (),
         settings: Mapping[str, object] | None = None,
         seed: int = 42,
+        most_tokens: int | None = None,
         tenant: str = "",
     ) -> None:
         self.name, self.tenant, self.steps = name, tenant, 0
@@ -78,6 +80,7 @@ class TrainingSlot:
         chosen_settings = TaskSettings.model_validate({"kind": kind, **(settings or {})})
         self.task = make_task(chosen_settings, data, base.tokenizer, base.family.kind)
         self._engine = engine
+        self._most_tokens = most_tokens or pass_tokens(Train(), base.model.config)
         self._copies: list[Named] = []  # the one that answers, unless it is stale
         self._gradients = 0  # batches whose gradients were added since the last step
         self._run(lambda: self._begin(chosen, len(labels) or None, seed))
@@ -159,10 +162,6 @@ class TrainingSlot:
 
     def _run(self, work: Callable[[], T]) -> T:
         return self._engine.run(work, self.tenant)
-
-    @property
-    def _most_tokens(self) -> int:
-        return pass_tokens(Train(), self._base.model.config)
 
     def _loss(self, examples: Sequence[Example]) -> float:
         with evaluating(self._base.model, None):

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from turret.access import ANY, Access, check_patterns
 from turret.errors import BadLocation, Interrupted, LeaseLost, RecipeError, StoreError
@@ -94,10 +95,33 @@ def work(
     return worker.count
 
 
-class Worker:
-    """The tries of this process."""
+class Trainer(Protocol):
+    """Where a worker has its runs trained, several at once: the kept process, or the process that serves."""
 
-    def __init__(self, store: Store, say: Say, slots: int, limits: WorkerLimits) -> None:
+    def run(self, taken: QueuedRun, tell: Say, stop: Callable[[], bool]) -> Failure | None:
+        """Train a run; see `ResidentTrainer.run`."""
+
+    def close(self) -> None:
+        """End what runs, with checkpoints."""
+
+
+class Worker:
+    """The tries of this process.
+
+    Args:
+        trainer: makes where the runs are trained, for a queue and an event that tells the end; None: a kept process.
+        mine: whether this worker can train a run at all.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        say: Say,
+        slots: int,
+        limits: WorkerLimits,
+        trainer: Callable[[TrainingQueue, threading.Event], Trainer] | None = None,
+        mine: Callable[[Entry], bool] = lambda entry: True,
+    ) -> None:
         self._store, self._say, self._slots, self._limits = store, say, slots, limits
         self._queue = TrainingQueue.of(store, make=True)
         self.count = 0  # trainings that were taken
@@ -105,7 +129,12 @@ class Worker:
         self._failures = self._outages = self._unanswered = 0  # in a row: by this machine; at a look; by the store
         self._pause_until = 0.0
         self._stopping, self._changed = threading.Event(), threading.Event()
-        self._trainer = ResidentTrainer(store, self._queue, limits, self._stopping)
+        self._trainer: Trainer = (
+            ResidentTrainer(store, self._queue, limits, self._stopping)
+            if trainer is None
+            else trainer(self._queue, self._stopping)
+        )
+        self._mine = mine
         self._one_alone = threading.Lock()
 
     def work(self, until_empty: bool) -> None:
@@ -128,6 +157,7 @@ class Worker:
     def stop(self) -> None:
         """End all trainings with a checkpoint, and return them to the queue."""
         self._stopping.set()
+        self._changed.set()
         try:
             for each in self._tries:
                 each.thread.join()
@@ -139,7 +169,7 @@ class Worker:
             if self._outages:  # owners of leases that have ended in the outage renew them first
                 self._store.last_move()
                 time.sleep(leases.length() / 2)
-            taken, self._outages = self._queue.take(self._accepts), 0
+            taken, self._outages = self._queue.take(self._accepts, self._mine), 0
         except BadLocation:
             raise
         except StoreError as error:
@@ -377,7 +407,7 @@ class _Try:
         taken: QueuedRun,
         say: Say,
         limits: WorkerLimits,
-        trainer: ResidentTrainer | None,
+        trainer: Trainer | None,
         one_alone: threading.Lock,
         stopping: threading.Event,
         ended: Callable[[], None],

@@ -132,6 +132,13 @@ class ServingBase(OwnProcess):
             raise TrainingError(f"this training cannot run beside these answers: {reason}; use turret worker")
         return self.run(lambda: share(base, num_labels=task.num_labels(labels), seed=recipe.seed))
 
+    def has(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> bool:
+        """Whether the base is in memory: always."""
+        return True
+
+    def let_go(self, wanted: Collection[str]) -> None:
+        """The base stays: it serves."""
+
     def run(self, work: Callable[[], T], tenant: str = "") -> T:
         """Run a part of a training between passes of answers."""
         return self.engine.run(work, tenant)
@@ -190,7 +197,7 @@ class Seat(OwnProcess):
     """
 
     stays: ClassVar[bool] = True
-    shared: ResidentBases
+    shared: ResidentBases | ServingBase
     room: Room
     wanted: Callable[[], Collection[str]]
     stop: Callable[[], bool]

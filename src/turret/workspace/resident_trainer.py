@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,11 +28,11 @@ from turret import process
 from turret.access import Access
 from turret.data import Dataset
 from turret.data.example_store import load_dataset
-from turret.errors import DataError, EngineError, StoreError, one_line
+from turret.errors import DataError, EngineError, Interrupted, StoreError, one_line
 from turret.helper_process import Died, HelperProcess
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
-from turret.store import HeldRun
+from turret.store import HeldRun, Store
 from turret.store.queue import QueuedRun
 from turret.train.curve import StepRecord
 from turret.workspace import training
@@ -40,6 +40,7 @@ from turret.workspace.child_process import (
     ALIVE_SECONDS,
     MACHINE,
     OUTAGE,
+    STOPPED,
     end_at_once,
     parents_store,
     print_to_parent,
@@ -60,10 +61,10 @@ class Trainer:
     """
 
     def __init__(self, asked: JsonMapping, folder: Path) -> None:
-        self._asked, self._folder = asked, folder
+        self._asked = asked
         self._store = parents_store(asked["local"])
+        self._readers = DataReaders(self._store, folder, asked["silent"])
         self._bases, self._room = ResidentBases(), Room()
-        self._readers: list[HelperProcess] = []  # that have nothing to do
         self._queued: Collection[str] = ()  # names of the bases that waiting runs want
         self._runs: dict[str, _Run] = {}
         self._changed = threading.Condition()
@@ -113,7 +114,11 @@ class Trainer:
                     run.seat.base = recipe.base
                     callbacks = callbacks_for(run.say, run.heard)
                     callbacks.stage(f"reading {one_line(recipe.data.source, 100)}")
-                    dataset = self._read(run)
+                    run.reads = True
+                    try:
+                        dataset = self._readers.read(taken, run.asked)
+                    finally:
+                        run.reads = False
                     training.train(
                         store, recipe, callbacks, dataset, fresh=False, held=held, place=run.seat, asked=run.asked
                     )
@@ -132,23 +137,33 @@ class Trainer:
         with self._changed:
             return {*self._queued, *(each.seat.base for each in self._runs.values())}
 
-    # --- data ---------------------------------------------------------------------------------------------------------
 
-    def _read(self, run: _Run) -> Dataset:
-        """The data of a run, which another process reads. Raises the error of the data."""
+class DataReaders:
+    """Helper processes that read the data of runs: as many as work at a time, each kept for the next run.
+
+    Args:
+        store: whose runs they are.
+        folder: a private one, for what they write.
+        silent: seconds that a reading may take.
+    """
+
+    def __init__(self, store: Store, folder: Path, silent: float) -> None:
+        self._store, self._folder, self._silent = store, folder, silent
+        self._idle: list[HelperProcess] = []
+        self._lock = threading.Lock()
+
+    def read(self, taken: QueuedRun, stop: Callable[[], bool]) -> Dataset:
+        """The data of a run. Raises the error of the data. stop: whether the run shall end."""
         with tempfile.TemporaryDirectory(dir=self._folder) as folder, self._reader() as reader:
-            asked: JsonObject = {"tenant": run.taken.tenant, "recipe": run.taken.recipe, "folder": folder}
-            run.reads = True
+            asked: JsonObject = {"tenant": taken.tenant, "recipe": taken.recipe, "folder": folder}
             try:
-                found = reader.ask(asked, run.asked)
+                found = reader.ask(asked, stop)
             except EngineError as error:
                 raise StoreError(str(error)) from None
-            finally:
-                run.reads = False
-            run.seat.require_wanted()
+            if stop():
+                raise Interrupted(STOPPED)
             if isinstance(found, Died):
-                minutes = self._asked["silent"] / 60
-                why = f"took longer than {minutes:g} minutes" if found.late else "ended its process"
+                why = f"took longer than {self._silent / 60:g} minutes" if found.late else "ended its process"
                 raise DataError(f"the data was not read: it {why}: check the file, or give a smaller or simpler one")
             if found["status"] in (OUTAGE, MACHINE):
                 raise StoreError(str(found["text"]), outage=found["status"] == OUTAGE)
@@ -159,19 +174,19 @@ class Trainer:
     @contextmanager
     def _reader(self) -> Iterator[HelperProcess]:
         """A process that reads data. A new one if all are at work."""
-        about = {"local": self._asked["local"]}
-        with self._changed:
-            reader = self._readers.pop() if self._readers else None
+        with self._lock:
+            reader = self._idle.pop() if self._idle else None
         if reader is None:
             problem = "the data of the run cannot be read"
+            about, where = {"local": str(self._store.root.absolute())}, self._store.location.given
             reader = HelperProcess(
-                "turret.workspace.data_reader", about, self._asked["silent"], DATA_MEMORY, problem, store=True
+                "turret.workspace.data_reader", about, self._silent, DATA_MEMORY, problem, store=where
             )
         try:
             yield reader
         finally:
-            with self._changed:
-                self._readers.append(reader)
+            with self._lock:
+                self._idle.append(reader)
 
 
 class _Run:
