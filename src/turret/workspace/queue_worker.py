@@ -199,7 +199,7 @@ class Worker:
 
     def _look_at_ended(self, until_empty: bool) -> None:
         """Count the tries that failed because of this machine or the store, and pause after them."""
-        for each in [each for each in self._tries if not each.thread.is_alive()]:
+        for each in [each for each in self._tries if each.over]:
             self._tries.remove(each)
             self._failures = self._failures + 1 if each.failed else 0
             self._unanswered = self._unanswered + 1 if each.failed == OUTAGE else 0
@@ -418,6 +418,7 @@ class _Try:
         self._lock, self._asked, self._over = threading.Lock(), threading.Event(), threading.Event()
         self._begun = time.monotonic()
         self.alone = trainer is None  # nothing else may begin beside it
+        self.over = False
         self.failed: int | None = None  # OUTAGE or MACHINE, if it failed because of them
         self.thread = threading.Thread(target=self._run, name=f"turret try of {taken.run}", daemon=True)
 
@@ -425,6 +426,7 @@ class _Try:
         try:
             self.failed = self._run_to_end()
         finally:
+            self.over = True
             self._ended()
 
     def _run_to_end(self) -> int | None:

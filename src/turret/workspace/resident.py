@@ -217,14 +217,14 @@ class Seat(OwnProcess):
     def _make_room(self, recipe: Recipe, device: ChosenDevice) -> None:
         wanted = self.wanted()
         if AUTO not in wanted:
-            self.shared.let_go(wanted)
+            self.run(lambda: self.shared.let_go(wanted))
         packed = recipe.base_quantization is not None
         dtype = dtype_on(device.device, recipe.train.dtype)
         needed = room_to_answer(bases.resolve(recipe.base), dtype, packed=packed)
         if not self.begun:
             self.room.wait(self, needed, device.device, begins=False)
         if needed > memory.available(device.device):
-            self.shared.let_go({recipe.base})
+            self.run(lambda: self.shared.let_go({recipe.base}))
 
     def run(self, work: Callable[[], T], tenant: str = "") -> T:
         """As `ResidentBases.run`."""
