@@ -291,7 +291,7 @@ def measure(job: Job, seed: int, options: argparse.Namespace) -> None:
         steps = list(trainer.fit(recipe, base, task, data))
     seconds = time.perf_counter() - started
     if steps:
-        metrics, answers = trainer.evaluate(base.model, task, data.validation, texts=False)
+        metrics, answers = trainer.evaluate(base.model, task, data.validation)
     score = {name: metrics[name] for name in ("accuracy", "macro_f1", "loss") if name in metrics}
     run: dict[str, Any] = {"key": key, "stage": options.stage, "code": CODES[job.method[0][1]], "set": job.set}
     run |= {"examples": len(data.train), "asked": job.examples, "method": dict(job.method), "train": dict(job.train)}
@@ -321,7 +321,7 @@ def regression(recipe: Any, base: Any, task: Any, data: Any) -> tuple[Any, list[
     recipe = recipe.model_copy(update={"method": Head()})
     device = choose_device("cpu", lambda _: 0)
     tested = replace(data, test=data.validation)
-    found = measure.linear(PreparedTraining(recipe, tested, base, task, [], 0.0, 0, None, device), lambda _: None)
+    found = measure.linear(PreparedTraining(recipe, tested, base, base, task, [], 0.0, 0, None, device), lambda _: None)
     return found["metrics"], [{"label": answer} for answer in found["answers"]]
 
 

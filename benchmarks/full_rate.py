@@ -84,7 +84,7 @@ def measure(name: str, lr: float, options: argparse.Namespace) -> None:
     recipe = trainer.filled(recipe, base, task.kind, len(trainer.splits_of(recipe, dataset).train))
     started, steps = time.perf_counter(), list(trainer.fit(recipe, base, task, dataset))
     seconds = time.perf_counter() - started
-    metrics, _ = trainer.evaluate(base.model, task, dataset.validation, texts=False)
+    metrics, _ = trainer.evaluate(base.model, task, dataset.validation)
     kept = {each: metrics[each] for each in ("accuracy", "loss") if each in metrics}
     run: dict[str, Any] = {"job": name, "lr": lr, "seed": options.seed, "settings": asdict(job), "validation": kept}
     run |= {"curve": [round(each.loss, 4) for each in steps], "seconds": round(seconds, 1)}

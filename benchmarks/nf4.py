@@ -101,8 +101,8 @@ def measured(side: str, seed: int, threads: int) -> dict[str, Any]:
         except StopIteration as end:
             fitted = end.value
             break
-    loss = trainer.evaluate(base.model, task, dataset.test, texts=False)[0]["loss"]
-    bare = trainer.evaluate(base.model, task, dataset.test, texts=False, slot=adapters.BARE)[0]["loss"]
+    loss = trainer.evaluate(base.model, task, dataset.test)[0]["loss"]
+    bare = trainer.evaluate(base.model, task, dataset.test, slot=adapters.BARE)[0]["loss"]
     return {
         "loss": loss,
         "bare": bare,

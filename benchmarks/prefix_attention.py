@@ -41,7 +41,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         losses.append(step.loss)
         if step.step in LOOKED_AT:
             looks.append({"step": step.step, **look(base.model, rows)})
-    metrics, _ = trainer.evaluate(base.model, task, data.validation, texts=False)
+    metrics, _ = trainer.evaluate(base.model, task, data.validation)
     run = {"side": name, "seed": options.seed, "looks": looks, "curve": defaults.thinned(losses)}
     run |= {"accuracy": metrics["accuracy"], "machine": record.machine(options.threads)}
     record.keep(NAME, CLAIM, run)

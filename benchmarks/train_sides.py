@@ -307,7 +307,7 @@ def ours(errand: Errand, turns: Turns) -> dict[str, Any]:
         facts["metric"] = metrics["accuracy"]
         facts["each"] = [int(a["label"] == e.label) for a, e in zip(answers, dataset.test, strict=True)]
     elif errand.scored:
-        each = [train.evaluate(base.model, task, [pair], texts=False)[0]["loss"] for pair in dataset.test]
+        each = [train.evaluate(base.model, task, [pair])[0]["loss"] for pair in dataset.test]
         targets = task.encode_targets([pair.target for pair in dataset.test])
         facts |= _mean(each, [len(target.ids) for target in targets])
     return facts

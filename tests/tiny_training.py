@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import small_models
+import torch
 
 from turret import train as trainer
 from turret.adapters import BaseInfo
@@ -52,6 +53,7 @@ class Base:
     folder: Path | None = None
     quantization: str = "none"
     checkpoints: str | None = None
+    drawn_in: torch.dtype = torch.float32
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -175,6 +175,18 @@ def test_a_stop_string_ends_the_text_before_it_and_frees_its_rows() -> None:
         assert engine.stats().running == 0
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_answer_does_not_end_before_its_fewest_tokens(beams: int) -> None:
+    made = shelf("llama")
+    eos = made.base().tokenizer.eos_token_id
+    with made.engine() as engine:
+        ends = SamplingParams(logit_bias=((eos, 100.0),), max_tokens=9, num_beams=beams)
+        at_once, later = engine.generate([TEXTS[0]], "narrow", ends), SamplingParams(**vars(ends) | {"min_tokens": 5})
+        assert [each["tokens"] for each in (*at_once, *engine.generate([TEXTS[0]], "narrow", later))] == [0, 5]
+    with pytest.raises(DataError, match="min_tokens = -1: expected a whole number from 0"):
+        SamplingParams(min_tokens=-1)
+
+
 def test_token_ids_are_used_unchanged() -> None:
     made = shelf("gpt2")
     with made.engine() as engine:

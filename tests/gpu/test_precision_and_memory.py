@@ -162,8 +162,8 @@ def test_answering_takes_the_room_that_was_predicted(folder: Path, tmp_path: Pat
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(GPU)
     before = torch.cuda.memory_allocated(GPU)
-    ready = answering.mounted(workspace.store, "wide", device="cuda")
-    answering.answers(ready, [f"great film, number {row}" for row in range(16)])
+    with answering.mounted(workspace.store, "wide", device="cuda") as ready:
+        answering.answers(ready, [f"great film, number {row}" for row in range(16)])
     peak = torch.cuda.max_memory_allocated(GPU) - before
     room = room_to_answer(bases.resolve(str(folder / "wide")), ready.model.dtype)
     assert peak + CONTEXT == pytest.approx(room, rel=0.2)

@@ -20,7 +20,7 @@ from tiny_training import fit
 from turret import adapters
 from turret.errors import AdapterError, Interrupted, LossNotFinite, OutOfMemory, RecipeError, TrainingError
 from turret.ops import cpu as kernels
-from turret.train import checkpoint, evaluate, read_curve
+from turret.train import Asking, checkpoint, evaluate, read_curve
 from turret.train.adamw import AdamW
 from turret.train.batches import Items
 from turret.train.initialize import attach
@@ -106,8 +106,9 @@ def test_a_generator_learns_and_evaluates_texts(family: str, method: str) -> Non
     assert records[-1].loss < records[0].loss * (0.95 if family == "t5" else 0.7)
     made = tiny.recipe()
     task = tiny.task_of(made, data, on)
-    metrics, answers = evaluate(fitted.model, task, data.test)
-    bare, _ = evaluate(fitted.model, task, data.test, texts=False, slot=0)
+    with Asking(tiny.base(family, "generate"), fitted.adapter, task) as asking:
+        metrics, answers = evaluate(fitted.model, task, data.test, ask=asking.texts)
+    bare, _ = evaluate(fitted.model, task, data.test, slot=0)
     assert metrics["loss"] < bare["loss"]
     assert {"rougeL", "perplexity"} <= metrics.keys()
     assert [set(answer) for answer in answers] == [{"text", "finish_reason", "tokens"}] * 8

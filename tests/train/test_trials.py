@@ -131,7 +131,7 @@ def test_the_losses_of_the_examples_add_up_to_the_loss(kind: Any, family: str) -
     with trials(made, on, task, data.train, steps=1, held=4):
         items = Items(task, data.train)
         losses, weights = example_losses(on.model, task, items, most_tokens=64)
-        metrics, _ = evaluate(on.model, task, items, texts=False)
+        metrics, _ = evaluate(on.model, task, items)
     assert sum(losses) / sum(weights) == pytest.approx(metrics["loss"], rel=1e-5)
 
 

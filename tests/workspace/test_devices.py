@@ -118,7 +118,7 @@ def test_a_small_gpu_takes_a_training_with_checkpointed_layers_and_says_why(deep
 def test_a_measured_plan_that_does_not_fit_its_gpu_is_tried_once_with_checkpointed_layers(deep: Recipe) -> None:
     data, base = tiny.dataset("summarize"), tiny.base("llama", "generate")
     task, at = tiny.task_of(tiny.recipe(), data, base), ChosenDevice(torch.device("cuda", 0), "as asked for")
-    ready: Any = PreparedTraining(tiny.recipe(), data, base, task, [], 0.0, 0, None, at)  # type: ignore[arg-type]
+    ready: Any = PreparedTraining(tiny.recipe(), data, base, base, task, [], 0.0, 0, None, at)  # type: ignore[arg-type]
     refused = [Check("memory", "refuse", "9.0 GB, 8.0 GB free", "lower it")]
 
     def planned(checks: list[Check]) -> Planned:

@@ -116,6 +116,7 @@ def resolved(
         stop=options.stop,
         num_beams=beams,
         logprobs=options.logprobs,
+        min_new_tokens=own.min_new_tokens if options.min_tokens is None else options.min_tokens,
         repetition_penalty=own.repetition_penalty if penalty is None else penalty,
         presence_penalty=options.presence_penalty or 0.0,
         frequency_penalty=options.frequency_penalty or 0.0,

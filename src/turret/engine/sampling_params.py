@@ -58,10 +58,12 @@ class SamplingParams:
     echo: bool = False
     cut: bool = True
     truncate_prompt_tokens: int | None = None
+    min_tokens: int | None = None  # before which the answer does not end
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _texts(self.stop))  # as frozen dataclasses set a field
         _between("max_tokens", self.max_tokens, 0 if self.echo else 1, 1 << 31, whole=True)
+        _between("min_tokens", self.min_tokens, 0, 1 << 31, whole=True)
         _between("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _between("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, 1 << 31, whole=True)

@@ -1,26 +1,25 @@
-"""Evaluates an attached model: unpadded passes for logits and losses, generation with the KV cache for texts."""
+"""Evaluates an attached model by unpadded passes, for logits and losses. Texts come from `turret.train.asking`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from turret.adapters import attachment, on_slot, packed
-from turret.bases.sharded import parts_of
 from turret.data import Example, references_of
 from turret.engine.training_turns import between_passes
 from turret.errors import DataError
-from turret.json_types import JsonMapping, JsonObject
-from turret.tasks import HeadTask, Task, TextTask, has_head, writes
+from turret.json_types import JsonObject
+from turret.tasks import HeadTask, Task, has_head, writes
 from turret.train.batches import Items, by_length
 from turret.train.step import loss_of
 from turret.transformer import Model
 
-GENERATED_ROWS = 32  # most prompts in one batch of generation
+Ask = Callable[[Sequence[Tensor]], Sequence[JsonObject]]  # token ids (T,) of prompts -> `{"text", ...}` for each
 
 
 def evaluate(
@@ -29,7 +28,7 @@ def evaluate(
     examples: Sequence[Example] | Items,
     *,
     most_tokens: int = 4096,
-    texts: bool = True,
+    ask: Ask | None = None,
     slot: int | None = None,
     known: Tensor | None = None,
 ) -> tuple[JsonObject, list[JsonObject]]:
@@ -37,7 +36,8 @@ def evaluate(
 
     Args:
         most_tokens: of one pass.
-        texts: whether a task that generates is also scored by generated texts, besides the mean loss per target token.
+        ask: generates the texts of a task that generates, to score them too; None: only the mean loss per target
+            token.
         slot: of the adapter that answers (0: the bare base); None: the active one.
         known: the logits (B, C) of the examples if `head_logits` has computed them.
 
@@ -52,13 +52,11 @@ def evaluate(
             logits = known if known is not None else _class_logits(model, items, most_tokens)
             return task.metrics(logits, task.targets(items.examples)), task.answers(logits)
         loss = _target_loss(model, task, items, most_tokens)
-        if not texts or not writes(task):
-            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, []
-        answers = generate(
-            model, task, [item.source for item in items.take(range(len(items)))], most_tokens=most_tokens
-        )
-        references = [references_of(example) for example in items.examples]
-        return task.metrics([answer["text"] for answer in answers], references, loss), answers
+    if ask is None or not writes(task):
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, []
+    answers = list(ask([item.source for item in items.take(range(len(items)))]))
+    references = [references_of(example) for example in items.examples]
+    return task.metrics([answer["text"] for answer in answers], references, loss), answers
 
 
 def head_logits(model: Model, task: HeadTask, examples: Sequence[Example], *, most_tokens: int = 4096) -> Tensor:
@@ -128,54 +126,3 @@ def _target_loss(model: Model, task: Task, items: Items, most_tokens: int) -> fl
         count += tokens
         between_passes()
     return total / count
-
-
-def generate(
-    model: Model, task: TextTask, sources: Sequence[Tensor], *, most_tokens: int = 4096, new_tokens: int | None = None
-) -> list[JsonObject]:
-    """Generate a text per source with the KV cache and the task's settings.
-
-    Args:
-        sources: token ids (T,) of each prompt.
-        most_tokens: of one batch, prompt and new tokens.
-        new_tokens: exactly so many for every text; None: the task's limits.
-
-    Returns:
-        For each source `{"text", "finish_reason", "tokens"}`.
-    """
-    settings = task.generation
-    if new_tokens is not None:
-        settings = {**settings, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    answers: list[JsonObject] = [{} for _ in sources]
-    lengths = [len(source) + int(settings["max_new_tokens"]) for source in sources]
-    for piece in by_length(lengths, max(1, most_tokens // int(settings["num_beams"]))):
-        for start in range(0, len(piece), GENERATED_ROWS):
-            places = piece[start : start + GENERATED_ROWS]
-            rows = [sources[i] for i in places]
-            for place, answer in zip(places, _generate_rows(model, task, rows, settings), strict=True):
-                answers[place] = answer
-    return answers
-
-
-def _generate_rows(model: Model, task: TextTask, rows: Sequence[Tensor], settings: JsonMapping) -> list[JsonObject]:
-    encoder_decoder = model.config.is_encoder_decoder
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), int(settings["pad_token_id"]), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):  # a decoder continues at the right end, so pad it on the left
-        span = slice(0, len(row)) if encoder_decoder else slice(width - len(row), width)
-        ids[place, span], mask[place, span] = row, 1
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        use_cache=True,
-        synced_gpus=parts_of(model) > 1,  # layers in parts need all processes until the last text ends
-        **settings,
-    )
-    eos = settings["eos_token_id"]
-    answers = []
-    for row in output[:, 1 if encoder_decoder else width :].tolist():
-        ended = eos in row
-        ids = row[: row.index(eos)] if ended else row
-        answers.append({"text": task.decode(ids), "finish_reason": "stop" if ended else "length", "tokens": len(ids)})
-    return answers

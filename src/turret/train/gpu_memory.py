@@ -19,14 +19,15 @@ from turret.bases.base import cast
 from turret.bases.device import gigabytes
 from turret.bases.meta_model import CONTEXT
 from turret.bases.sharded import divided, layer_paths
+from turret.engine.cache import capacity
 from turret.families import family_of
 from turret.methods import Method
 from turret.ops.autograd import FunctionContext, Gradients, apply
 from turret.ops.table import planned
 from turret.recipe import Recipe
 from turret.train.adamw import moment_bytes
-from turret.train.batches import MOST_TOKENS, pass_tokens
-from turret.train.evaluation import GENERATED_ROWS
+from turret.train.asking import CACHE_TOKENS, GENERATED_ROWS
+from turret.train.batches import pass_tokens
 from turret.train.memory import Prediction, SavedForBackward, trainable_bytes
 from turret.train.step import TARGETS
 from turret.transformer import Model
@@ -190,8 +191,9 @@ def _cached(model: Model, work: Work, dtype: torch.dtype) -> int:
         return 0
     sites = [site for site in adapters.attachment(model).sites if site.group != "encoder"]
     each = sum(2 * site.kv_heads * site.head_dim for site in sites) * dtype.itemsize  # of one token
-    tokens = work.source + work.written
-    return max(1, min(GENERATED_ROWS, MOST_TOKENS // tokens)) * tokens * each
+    tokens = capacity(work.source + work.written)
+    rows = max(1, min(GENERATED_ROWS, CACHE_TOKENS // tokens))
+    return (1 << (rows - 1).bit_length()) * tokens * each  # a block of the cache has room for a power of two
 
 
 class _Fused(torch.autograd.Function):

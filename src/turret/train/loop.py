@@ -367,7 +367,7 @@ class TrainingRun:
     def evaluate(self) -> JsonObject:
         """Metrics of the present weights on the watched examples."""
         assert self.watched is not None
-        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=self.most_tokens, texts=False)
+        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=self.most_tokens)
         return metrics
 
     def saves(self, step: int) -> bool:

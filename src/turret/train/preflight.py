@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from turret import adapters, process, quantized
-from turret.adapters import int8_layers
+from turret.adapters import Adapter, int8_layers
 from turret.adapters.tuners import tuner_of
 from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
 from turret.bases.device import gigabytes
@@ -27,8 +27,9 @@ from turret.recipe import Recipe, toml
 from turret.tasks import Task, has_head, writes
 from turret.train import memory
 from turret.train.adamw import moment_bytes, warmup_steps
+from turret.train.asking import GENERATED_ROWS, Asking, twin
 from turret.train.batches import Item, Items, Schedule, Splits, micro_batches, pass_tokens, splits_of, spread
-from turret.train.evaluation import GENERATED_ROWS, evaluate, generate
+from turret.train.evaluation import evaluate
 from turret.train.initialize import InitialAdapter, attach
 from turret.train.linear_start import head_start
 from turret.train.seeds import Randomness, defaults_of
@@ -137,13 +138,14 @@ def measure(
     clock = _synchronized(clock, device) if on_gpu else clock
     randomness = Randomness(recipe.seed, device)
     before = memory.resident(device) if before is None else before
+    bare = twin(base) if writes(task) else base
     with process.keep_freed(), randomness:
         attach(recipe, base, task, start)
         try:
             model.train()
             trainable = memory.trainable_bytes(adapters.trainable_parameters(model))
             backward(loss_of(model, task, typical[:1]))  # warm up: the first pass is slow
-            evaluate(model, task, items.examples[:1], texts=False)  # loads the libraries that score
+            evaluate(model, task, items.examples[:1])  # loads the libraries that score
             others = OtherProcesses()
             seconds = _seconds_of_passes(model, task, micro_batches(typical, most), clock)
             busy = others.busy()
@@ -156,7 +158,7 @@ def measure(
             int8 = adapters.attachment(model).context.int8
             rounded = 0 if int8 is None else int8.bytes
             texts = [item for batch in batches for item in batch][:GENERATED_ROWS]  # a step of fewer rows is faster
-            generation = _generation_time(model, task, texts, clock)
+            generation = _generation_time(bare, model, task, texts, clock)
         finally:
             adapters.detach(model)
             model.eval()
@@ -226,22 +228,32 @@ def _evaluate(model: Model, task: Task, items: Items, places: set[int], most_tok
         if room < 0 and chosen:
             break
         chosen.append(items.examples[place])
-    evaluate(model, task, chosen, most_tokens=most_tokens, texts=False)
+    evaluate(model, task, chosen, most_tokens=most_tokens)
 
 
 def _generation_time(
-    model: Model, task: Task, items: Sequence[Item], clock: Callable[[], float]
+    bare: Base, model: Model, task: Task, items: Sequence[Item], clock: Callable[[], float]
 ) -> GenerationTime | None:
-    """Generate a few texts at two lengths: the difference is the time of the further tokens."""
+    """Generate a few texts at two lengths: the difference is the time of the further tokens.
+
+    Args:
+        bare: the base, with nothing attached.
+        model: with the adapter.
+    """
     if not writes(task):
         return None
-    model.eval()
-    seconds = []
-    for new_tokens in FIRST_TOKENS:
-        started = clock()
-        with torch.no_grad():
-            generate(model, task, [item.source for item in items], new_tokens=new_tokens)
-        seconds.append(clock() - started)
+    sources, seconds = [item.source for item in items], []
+    method = adapters.attachment(model).methods[1]
+    adapter = None  # of a method that does not share its base: the base alone is as fast
+    if method.mixes(method.model_dump()):
+        tensors, head, method = adapters.extract(model)
+        adapter = Adapter(method=method, tensors=tensors, head=head, base=bare.info, task=task.spec())
+    with Asking(bare, adapter, task, model) as asking:
+        asking.texts(sources[:1], new_tokens=1)  # starts the engine
+        for new_tokens in FIRST_TOKENS:
+            started = clock()
+            asking.texts(sources, new_tokens=new_tokens)
+            seconds.append(clock() - started)
     step = max(0.0, seconds[1] - seconds[0]) / (FIRST_TOKENS[1] - FIRST_TOKENS[0])
     return GenerationTime(max(0.0, seconds[0] - FIRST_TOKENS[0] * step) / len(items), step)
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import TracebackType
 
-import torch
-
-from turret import adapters
+from turret.adapters.adapter import require_base
 from turret.data import Input, Prompt
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store, Version
-from turret.tasks import Encoded, HeadTask, Task, has_head, stored_task, task_from_spec, writes
+from turret.tasks import Encoded, Task, stored_task, task_from_spec, writes
 from turret.tasks.calibration import Calibration, require
-from turret.train import evaluation
-from turret.train.batches import by_length
+from turret.train.asking import Asking
 from turret.transformer import Model
 from turret.workspace.progress import Say, silent
 from turret.workspace.stored_adapter import load_base, read_adapter
@@ -80,21 +77,35 @@ def ranked_labels(answer: JsonMapping) -> list[tuple[str, float]]:
 # --- answering --------------------------------------------------------------------------------------------------------
 
 
-MOST_TOKENS = 4096  # per pass
-
-
 @dataclass(frozen=True)
 class Mounted:
-    """A stored version on its base, or the base alone."""
+    """A stored version on its base, or the base alone, ready to be asked. A context manager, which ends its engine."""
 
     version: Version | None  # None: the base alone
-    model: Model
-    task: Task
+    asking: Asking
     notes: tuple[str, ...] = ()  # of the base that was loaded
+
+    @property
+    def task(self) -> Task:
+        """How it reads and answers texts."""
+        return self.asking.task
+
+    @property
+    def model(self) -> Model:
+        """With the adapter, for passes that the engine does not make."""
+        return self.asking.model
+
+    def __enter__(self) -> Mounted:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.asking.close()
 
 
 def mounted(store: Store, reference: str, say: Say = silent, device: str = "auto") -> Mounted:
-    """Load a version and its base, and mount the adapter.
+    """Load a version and its base. Closing it ends the engine that answers.
 
     Args:
         device: where the base computes; see `bases.choose_device`.
@@ -109,8 +120,8 @@ def mounted(store: Store, reference: str, say: Say = silent, device: str = "auto
         raise AdapterError(f"{version} does not store its task, so it cannot answer: train it again")
     say(f"loading {adapter.base.id}")
     base = load_base(adapter, device=device)
-    adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
-    return Mounted(version, base.model, task_from_spec(adapter.task, base.tokenizer), base.notes)
+    require_base(adapter, base.fingerprint)
+    return Mounted(version, Asking(base, adapter, task_from_spec(adapter.task, base.tokenizer)), base.notes)
 
 
 def predict(
@@ -128,9 +139,12 @@ def predict(
         raise DataError("nothing to answer: give a text, or a file with at least one line")
     if coverage is not None:
         require_coverage(store.resolve(reference), coverage)
-    ready = mounted(store, reference, say, device)
-    say(f"answering {len(texts)} texts{_where(ready.model)}" if len(texts) > 1 else f"answering{_where(ready.model)}")
-    return answers(ready, texts, bare=bare, coverage=coverage)
+    with mounted(store, reference, say, device) as ready:
+        many = f"{len(texts)} texts" if len(texts) > 1 else ""
+        for note in ready.asking.notes:
+            say(note)
+        say(f"answering {many}".rstrip() + _where(ready))
+        return answers(ready, texts, bare=bare, coverage=coverage)
 
 
 def answers(
@@ -154,12 +168,7 @@ def answers_to(
     if bare and not task.generates:
         raise AdapterError(f"{ready.version} classifies, and the bare base has no head for it: ask without bare")
     sources = [each.ids for each in encoded]
-    if has_head(task):
-        return _labels(ready.model, task, sources, coverage)
-    assert writes(task)
-    ready.model.eval()
-    with torch.inference_mode(), adapters.on_slot(ready.model, adapters.BARE) if bare else nullcontext():
-        return evaluation.generate(ready.model, task, sources, most_tokens=MOST_TOKENS)
+    return ready.asking.texts(sources, bare=bare) if writes(task) else ready.asking.classes(sources, coverage)
 
 
 def encoded_inputs(task: Task, inputs: Sequence[Input]) -> list[Encoded]:
@@ -172,20 +181,7 @@ def encoded_inputs(task: Task, inputs: Sequence[Input]) -> list[Encoded]:
     return task.encode_chats([Prompt.of(each) if isinstance(each, str) else each for each in inputs])
 
 
-def _labels(model: Model, task: HeadTask, rows: Sequence[torch.Tensor], coverage: float | None) -> list[JsonObject]:
-    found: list[JsonObject] = [{} for _ in rows]
-    model.eval()
-    with torch.inference_mode():
-        for places in by_length([len(row) for row in rows], MOST_TOKENS):
-            logits = adapters.classify_logits(model, [rows[place] for place in places])
-            for place, answer in zip(places, task.answers(logits), strict=True):
-                found[place] = answer
-            if coverage is not None:
-                for place, labels in zip(places, task.label_sets(logits, coverage), strict=True):
-                    found[place]["label_set"] = labels
-    return found
-
-
-def _where(model: Model) -> str:
-    """Where a model computes, for a stage's text; empty for the CPU."""
-    return "" if model.device.type == "cpu" else f" on {model.device}"
+def _where(ready: Mounted) -> str:
+    """Where its base computes, for a stage's text; empty for the CPU."""
+    device = ready.asking.base.model.device
+    return "" if device.type == "cpu" else f" on {device}"

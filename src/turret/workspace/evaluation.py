@@ -22,10 +22,11 @@ from turret.data.table_writer import TableWriter
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store
-from turret.tasks import HeadTask, Prediction, Task, has_head
+from turret.tasks import HeadTask, Prediction, Task, has_head, writes
 from turret.tasks.calibration import Bin, calibration_error, reliability, scores
 from turret.train import evaluation as trained
-from turret.workspace.answering import MOST_TOKENS, Mounted, mounted
+from turret.train.asking import MOST_TOKENS
+from turret.workspace.answering import Mounted, mounted
 from turret.workspace.comparing.kept_files import write_text
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import LabelledData
@@ -38,20 +39,22 @@ def evaluate(
     store: Store, reference: str, labelled: LabelledData, say: Say = silent, device: str = "auto"
 ) -> Evaluation:
     """Metrics and mistakes of a version on labelled examples. device: where the base computes."""
-    ready = mounted(store, reference, say, device)
-    assert ready.version is not None
-    say(f"answering {len(labelled.examples)} examples")
-    started = time.perf_counter()
-    metrics, details = _measure(ready, labelled.examples, labelled.places)
-    return Evaluation(
-        version=str(ready.version),
-        digest=ready.version.digest,
-        data={"source": labelled.data.source, "examples": len(labelled.examples)},
-        metrics=metrics,
-        seconds=time.perf_counter() - started,
-        notes=[*labelled.notes, *(note for note in ready.notes if note.startswith("computes on "))],
-        details=details,
-    )
+    with mounted(store, reference, say, device) as ready:
+        assert ready.version is not None
+        say(f"answering {len(labelled.examples)} examples")
+        started = time.perf_counter()
+        metrics, details = _measure(ready, labelled.examples, labelled.places)
+        notes = [note for note in ready.notes if note.startswith("computes on ")]
+        notes += ready.asking.notes if writes(ready.task) else []
+        return Evaluation(
+            version=str(ready.version),
+            digest=ready.version.digest,
+            data={"source": labelled.data.source, "examples": len(labelled.examples)},
+            metrics=metrics,
+            seconds=time.perf_counter() - started,
+            notes=[*labelled.notes, *notes],
+            details=details,
+        )
 
 
 def write_mistakes(found: Evaluation, path: Path) -> TableWriter:
@@ -87,7 +90,8 @@ def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int])
     task, known = ready.task, None
     if has_head(task):
         known = trained.head_logits(ready.model, task, examples, most_tokens=MOST_TOKENS)
-    metrics, answers = trained.evaluate(ready.model, task, examples, most_tokens=MOST_TOKENS, known=known)
+    ask = ready.asking.texts
+    metrics, answers = trained.evaluate(ready.model, task, examples, most_tokens=MOST_TOKENS, ask=ask, known=known)
     mistakes = _mistakes(task, examples, places, answers)
     if known is None or not has_head(task) or not task.calibrates:
         return metrics, Details(mistakes, task.right_or_wrong)

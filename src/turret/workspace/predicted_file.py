@@ -44,9 +44,11 @@ def predict_file(
     form = form_of(source, rows.found, (row.cells for row in first), path)
     names = _names(rows.columns, stored_task(version.part("task")), request)
     new = [key for key in names if key != "row"]
-    ready = _mounted(store, version, say, request.device)
     counts = dict.fromkeys(("rows", BLANK, CUT), 0)
-    with TableWriter(path, [*rows.columns, names["row"], *(names[key] for key in new)], form) as table:
+    with (
+        _mounted(store, version, say, request.device) as ready,
+        TableWriter(path, [*rows.columns, names["row"], *(names[key] for key in new)], form) as table,
+    ):
         reader = rows.read()
         while some := list(islice(reader, ROWS)):
             say(f"answering rows {counts['rows'] + 1} to {counts['rows'] + len(some)}")

@@ -10,6 +10,7 @@ are added during a replay are replayed too. Loads torch only to replay or to mea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from turret.errors import GateFailed, ReplayNeeded
@@ -54,18 +55,19 @@ def replay_then_promote(
         GateFailed: the version does not pass a gate.
     """
     version = store.resolve(reference)  # an alias could move during the replay, so use the number from here on
-    replayer = _Replayer(store, version, say, ask, device)
-    required_here = [gate for gate in store.gate(version.name, alias) if isinstance(gate, Gate)]
-    if forgetting_gates := [gate for gate in (*required_here, *map(Gate.parse, require)) if gate.split == FORGETTING]:
-        replayer.measure_forgetting(forgetting_gates, alias)
-    if again:
-        required = [gate.golden for gate in store.gate(version.name, alias) if isinstance(gate, Golden)]
-        replayer.replay(required, only_fitting=True)
-    while True:
-        try:
-            return store.promote(str(version), alias, require=require, also=also)
-        except ReplayNeeded as needed:
-            replayer.replay(needed.sets)
+    with closing(_Replayer(store, version, say, ask, device)) as replayer:
+        required_here = [gate for gate in store.gate(version.name, alias) if isinstance(gate, Gate)]
+        gates = [gate for gate in (*required_here, *map(Gate.parse, require)) if gate.split == FORGETTING]
+        if gates:
+            replayer.measure_forgetting(gates, alias)
+        if again:
+            required = [gate.golden for gate in store.gate(version.name, alias) if isinstance(gate, Golden)]
+            replayer.replay(required, only_fitting=True)
+        while True:
+            try:
+                return store.promote(str(version), alias, require=require, also=also)
+            except ReplayNeeded as needed:
+                replayer.replay(needed.sets)
 
 
 class _Replayer:
@@ -76,6 +78,11 @@ class _Replayer:
         self._served = ask is not None
         self._ask = ask or self._ask_mounted
         self._mounted: Mounted | None = None
+
+    def close(self) -> None:
+        """Free the base."""
+        if self._mounted is not None:
+            self._mounted.asking.close()
 
     def replay(self, digests: Sequence[str], *, only_fitting: bool = False) -> None:
         """Replay golden sets and store the results.

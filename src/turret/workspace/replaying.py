@@ -65,15 +65,16 @@ def replay(
     scores: list[list[float]] = []
     for version in (first, second):
         labelled = None if source is None else read_labelled(store, version, source, columns)
-        ready = answering.mounted(store, str(version), say, device)
-        if labelled is not None:
-            notes = notes or labelled.notes
-            score = ready.task.metric_label
-            texts, judges = _labelled(ready.task, labelled.examples, texts)
-        say(f"asking {version} {len(texts)} examples")
-        answers = answering.answers(ready, texts)
-        scores.append([judge(answer) for judge, answer in zip(judges, answers, strict=True)])
+        with answering.mounted(store, str(version), say, device) as ready:
+            if labelled is not None:
+                notes = notes or labelled.notes
+                score = ready.task.metric_label
+                texts, judges = _labelled(ready.task, labelled.examples, texts)
+            notes = [*notes, *ready.asking.notes]
+            say(f"asking {version} {len(texts)} examples")
+            answers = answering.answers(ready, texts)
         del ready  # free the first base before the second is loaded
+        scores.append([judge(answer) for judge, answer in zip(judges, answers, strict=True)])
     found = paired.compare(*scores)
     return Replayed(str(first), str(second), source or "golden examples", score, found, tuple(notes))
 

@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -51,6 +51,7 @@ from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
+from turret.train.asking import Asking, twin
 from turret.train.preflight import fits
 from turret.train.proof import make_room
 from turret.train.reload import prove_here
@@ -95,15 +96,18 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
     say("measuring on held-out examples")
     started = time.perf_counter()
     ready, fitted, known = _calibrate(ready, fitted)
-    metrics = _measure(ready, known=known)
+    with Asking(ready.bare, fitted.adapter, ready.task, ready.base.model) as asking:
+        metrics = _measure(ready, asking, known=known)
+        if beside_base:
+            say("measuring the bare base on the same examples")
+            bare = _measure(ready, asking, bare=True)
+            metrics |= {f"{split} bare base": values for split, values in bare.items()}
+        if writes(ready.task):
+            ready = replace(ready, notes=[*ready.notes, *asking.notes])
     forgot = None
     if writes(ready.task):
         say("measuring forgetting")
         forgot = forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer).as_json()
-    if beside_base:
-        say("measuring the bare base on the same examples")
-        bare = _measure(ready, slot=adapters.BARE)
-        metrics |= {f"{split} bare base": values for split, values in bare.items()}
     seconds = time.perf_counter() - started
     examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
     probe = trainer.probe(ready.base.model, ready.task, examples)
@@ -151,12 +155,26 @@ def _calibrate(
     return replace(ready, task=task), replace(fitted, adapter=adapter), known
 
 
-def _measure(ready: PreparedTraining, slot: int | None = None, known: Tensor | None = None) -> dict[str, JsonObject]:
-    """Metrics on every held-out split. known: the logits (B, C) of the validation split."""
+def _measure(
+    ready: PreparedTraining, asking: Asking, *, bare: bool = False, known: Tensor | None = None
+) -> dict[str, JsonObject]:
+    """Metrics on every held-out split.
+
+    Args:
+        bare: of the base alone.
+        known: the logits (B, C) of the validation split.
+    """
     most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
     splits = {"validation": (ready.dataset.validation, known), "test": (ready.dataset.test, None)}
+    slot = adapters.BARE if bare else None
+
+    def ask(sources: Sequence[Tensor]) -> list[JsonObject]:
+        return asking.texts(sources, bare=bare)
+
     return {
-        split: trainer.evaluate(ready.base.model, ready.task, examples, most_tokens=most, slot=slot, known=logits)[0]
+        split: trainer.evaluate(
+            ready.base.model, ready.task, examples, most_tokens=most, ask=ask, slot=slot, known=logits
+        )[0]
         for split, (examples, logits) in splits.items()
         if examples
     }
@@ -301,6 +319,7 @@ def prepare(
     callbacks.stage(f"loading {recipe.base}")
     started = time.perf_counter()
     base = place.model_for(recipe, task_class, dataset.labels, device)
+    bare = place.run(lambda: twin(base), store.access.tenant) if task_class.generates else base
     base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device))
     load_seconds = time.perf_counter() - started
     recipe = recipe if filled else _filled(recipe, dataset, base, start)
@@ -311,7 +330,7 @@ def prepare(
     if not place.stays:
         process.release()
     resident = memory.resident(device.device)
-    return PreparedTraining(recipe, dataset, base, task, notes, load_seconds, resident, start, device)
+    return PreparedTraining(recipe, dataset, base, bare, task, notes, load_seconds, resident, start, device)
 
 
 def _start(store: Store, recipe: Recipe, callbacks: Callbacks) -> trainer.InitialAdapter | None:

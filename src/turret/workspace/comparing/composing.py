@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from turret import adapters, quantized
+from turret import quantized
 from turret.adapters import Adapter
 from turret.bases.base import Dtype
 from turret.compare.candidates import Candidate
@@ -30,6 +30,7 @@ from turret.recipe import Recipe
 from turret.reference import parts_of
 from turret.store import Store, Version
 from turret.tasks import stored_task, task_from_spec
+from turret.train.asking import Asking
 from turret.workspace.answering import Mounted
 from turret.workspace.comparing import kept_files, measure
 from turret.workspace.comparing.kept_files import KeptFiles, held
@@ -218,19 +219,15 @@ def _measure(
     of_row = dict(zip(composed.rows, (adapter, *parts), strict=True))
     say(f"loading {adapter.base.id}")
     base = load_base(adapter, request.dtype, device=request.device)
-    model, total = base.model, quantized.count(base.model)
-    adapters.mount(model, adapter, fingerprint=base.fingerprint)  # refuses parts that cannot be composed
+    total = quantized.count(base.model)
+    _ = Asking(base, adapter, task_from_spec(adapter.task, base.tokenizer)).model  # refuses parts that do not compose
     for spec, path in missing:
         started, own = time.perf_counter(), of_row.get(spec)
-        if own is None:
-            adapters.unmount(model, 1)
-        else:
-            adapters.mount(model, own, fingerprint=base.fingerprint)
-        task = task_from_spec((own or adapter).task, base.tokenizer)
+        asking = Asking(base, own, task_from_spec((own or adapter).task, base.tokenizer))
         files.require()
         say(f"asking {spec}")
-        mounted = Mounted(None, model, task, base.notes)
-        found = measure.answered(mounted, examples, say, bare=own is None)
+        with Mounted(None, asking, base.notes) as mounted:
+            found = measure.answered(mounted, examples, say, bare=own is None)
         weights = _weights(own)
         files.write(
             path,
@@ -242,8 +239,8 @@ def _measure(
                 "base": {"id": base.id, "fingerprint": base.fingerprint},
                 "parameters": {"trainable": weights, "stored": weights, "total": total},
                 "bundle_bytes": 0 if own is None else composed.rows[spec].bytes,
-                "notes": list(base.notes),
-                "made": measure.provenance(model, int8=False),
+                "notes": [*base.notes, *asking.notes],
+                "made": measure.provenance(base.model, int8=False),
                 "wall_seconds": time.perf_counter() - started,
             },
         )

@@ -194,19 +194,21 @@ def _judged(
 
     found = []
     references = _references(prepared)
-    ready = None
-    for aspect, cells in prepared.cells.items():
-        for cell in cells:
-            result = results.get(cell.key)
-            if result is None:
-                continue
-            ready = ready or answering.mounted(store, judge, device=device)
-            texts = [str(text) for text in result.answers]
-            labels = [str(each["label"]) for each in answering.answers(ready, texts)]
-            rouge = np.array(
-                [[rouge_l(text, wanted[place]) for wanted in references.values()] for place, text in enumerate(texts)]
-            )
-            found.append(Written(cell.candidate.spec, aspect, cell.seed, result.version, texts, labels, rouge))
+    with answering.mounted(store, judge, device=device) as ready:
+        for aspect, cells in prepared.cells.items():
+            for cell in cells:
+                result = results.get(cell.key)
+                if result is None:
+                    continue
+                texts = [str(text) for text in result.answers]
+                labels = [str(each["label"]) for each in answering.answers(ready, texts)]
+                rouge = np.array(
+                    [
+                        [rouge_l(text, wanted[place]) for wanted in references.values()]
+                        for place, text in enumerate(texts)
+                    ]
+                )
+                found.append(Written(cell.candidate.spec, aspect, cell.seed, result.version, texts, labels, rouge))
     return found
 
 

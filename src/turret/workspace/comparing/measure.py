@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from turret import adapters, quantized
-from turret.adapters import packed
+from turret.adapters import Adapter, packed
 from turret.compare.collapse import binned
 from turret.compare.evidence import Array
 from turret.data import Example, Input, inputs_of, references_of
@@ -28,6 +28,7 @@ from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import TASKS, Prediction, Task, has_head, make_task, writes
+from turret.train.asking import MOST_TOKENS, Asking
 from turret.train.batches import Items, by_length
 from turret.train.evaluation import evaluate, evaluating
 from turret.train.initialize import attach
@@ -40,6 +41,7 @@ from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset
 from turret.workspace.training_runs import every_step
 
+UNTRAINED = "base has an untrained head"
 TIMED_LABELS, TIMED_TEXTS = 24, 6  # single answers that are timed: of a classifier, of a task that generates
 
 
@@ -51,22 +53,22 @@ def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping
         plan: the plan of the run, as JSON.
     """
     dataset = read_dataset(store, recipe)
-    ready = answering.mounted(store, str(result["version"]), say, recipe.train.device or "auto")
-    return {
-        **{
-            key: result[key]
-            for key in ("version", "digest", "base", "parameters", "timing", "bundle_bytes", "run", "notes")
-        },
-        "method": dict(store.resolve(str(result["version"])).part("method")),
-        "lr": plan.get("lr"),
-        "stored_metrics": result["metrics"],
-        "memory": _memory(result, plan),
-        "best": _best(store, str(result["run"])),
-        "losses": binned([record.loss for record in every_step(store, str(result["run"]))]),
-        "made": provenance(ready.model, recipe.train.int8),
-        "warnings": list(result.get("warnings", ())),
-        **answered(ready, dataset.test, say),
-    }
+    with answering.mounted(store, str(result["version"]), say, recipe.train.device or "auto") as ready:
+        return {
+            **{
+                key: result[key]
+                for key in ("version", "digest", "base", "parameters", "timing", "bundle_bytes", "run", "notes")
+            },
+            "method": dict(store.resolve(str(result["version"])).part("method")),
+            "lr": plan.get("lr"),
+            "stored_metrics": result["metrics"],
+            "memory": _memory(result, plan),
+            "best": _best(store, str(result["run"])),
+            "losses": binned([record.loss for record in every_step(store, str(result["run"]))]),
+            "made": provenance(ready.asking.base.model, recipe.train.int8),
+            "warnings": list(result.get("warnings", ())),
+            **answered(ready, dataset.test, say),
+        }
 
 
 def base(ready: PreparedTraining, say: Say) -> JsonObject:
@@ -74,13 +76,16 @@ def base(ready: PreparedTraining, say: Say) -> JsonObject:
     head."""
     if has_head(ready.task) and ready.base.family.generates:
         return words(ready, say)
-    bare = ready.task.generates
-    # slot 0 answers for the base; attaching a LoRA only makes the slots
-    attach(ready.recipe.model_copy(update={"method": LoRA()}) if bare else ready.recipe, ready.base, ready.task)
-    ready.base.model.eval()
-    mounted = answering.Mounted(None, ready.base.model, ready.task)
-    result = answered(mounted, ready.dataset.test, say, bare=bare)
-    return untrained(ready) | result | ({"seedless": True} if bare else {"said": "base has an untrained head"})
+    task, loaded = ready.task, ready.base
+    adapter = None
+    if has_head(task):
+        attach(ready.recipe, loaded, task)
+        tensors, head, method = adapters.extract(loaded.model)
+        adapters.detach(loaded.model)
+        adapter = Adapter(method=method, tensors=tensors, head=head, base=loaded.info, task=task.spec())
+    with answering.Mounted(None, Asking(loaded, adapter, task)) as mounted:
+        result = answered(mounted, ready.dataset.test, say, bare=adapter is None)
+    return untrained(ready) | result | ({"seedless": True} if adapter is None else {"said": UNTRAINED})
 
 
 def untrained(ready: PreparedTraining) -> JsonObject:
@@ -157,7 +162,7 @@ def _features(ready: PreparedTraining, examples: Sequence[Example]) -> Array:
     places: list[int] = []
     parts = []
     with evaluating(model, adapters.BARE):
-        for piece in by_length(items.lengths(), answering.MOST_TOKENS):
+        for piece in by_length(items.lengths(), MOST_TOKENS):
             rows = [item.source for item in items.take(piece)]
             parts.append(packed.pooled(model, rows, "mean").double().cpu())
             places += piece
@@ -345,7 +350,7 @@ def _next_tokens(model: Model, rows: Sequence[torch.Tensor], target: torch.Tenso
     """The logits that predict the last token of a target after each row: (N, V) float32 on the CPU."""
     places: list[int] = []
     parts = []
-    for piece in by_length([len(row) + len(target) for row in rows], answering.MOST_TOKENS):
+    for piece in by_length([len(row) + len(target) for row in rows], MOST_TOKENS):
         logits = packed.target_logits(model, [rows[place] for place in piece], [target] * len(piece))
         parts.append(logits[len(target) - 1 :: len(target)].float().cpu())
         places += piece
@@ -381,7 +386,11 @@ def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
     say(f"answering {len(examples)} test examples")
     model, task = ready.model, ready.task
     slot = adapters.BARE if bare else None
-    metrics, answers = evaluate(model, task, examples, most_tokens=answering.MOST_TOKENS, slot=slot)
+
+    def ask(sources: Sequence[torch.Tensor]) -> list[JsonObject]:
+        return ready.asking.texts(sources, bare=bare)
+
+    metrics, answers = evaluate(model, task, examples, most_tokens=MOST_TOKENS, ask=ask, slot=slot)
     say("timing single answers")
     return {
         **_scored(task, examples, [task.judged(each) for each in answers], metrics),

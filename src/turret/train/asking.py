@@ -1,0 +1,300 @@
+"""Ask an adapter in memory, or its bare base: the engine that serves answers, on the base's weights in memory.
+
+So a version is judged by the decoder that will serve it. What the engine cannot take is asked by transformers'
+`generate` on an attached model, and `Asking.why_plain` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from turret import adapters
+from turret.adapters import Adapter
+from turret.adapters.adapter import shared_names
+from turret.adapters.hooks import hook_model
+from turret.bases import Base
+from turret.bases.sharded import parts_of
+from turret.bases.shared import share
+from turret.engine import Engine, Limits, Named, SamplingParams
+from turret.engine.cache import capacity
+from turret.engine.decode import base_settings
+from turret.engine.training_turns import between_passes
+from turret.errors import BaseModelError
+from turret.json_types import JsonMapping, JsonObject
+from turret.methods import Head
+from turret.tasks import HeadTask, Task, TextTask, has_head, writes
+from turret.train.batches import by_length
+from turret.train.evaluation import evaluating
+from turret.transformer import Model
+
+GENERATED_ROWS = 32  # most texts that are generated at a time
+CACHE_TOKENS = 8192  # of the KV cache of all these rows, unless one row needs more
+MOST_TOKENS = 4096  # of one pass of an attached model, prompt and new tokens
+PASS_TOKENS = 2048  # of a pass of the engine: nobody waits for a short one here
+UNLIMITED = 1 << 40  # a limit of the engine that is not wanted here
+ADAPTER, BARE = "adapter@1", "bare@1"  # what an engine is asked for
+
+
+class Asking:
+    """An adapter on its base, or the base alone, that answers. A context manager.
+
+    The engine starts with the first question and ends with `close`. Only one thread asks.
+
+    Args:
+        base: nothing is attached to its model, which stays so. Of a base in parts: the trained model.
+        adapter: None for the bare base.
+        task: how texts are read and answered.
+        model: with the adapter attached, for passes that the engine does not make. None: made when it is needed.
+    """
+
+    def __init__(self, base: Base, adapter: Adapter | None, task: Task, model: Model | None = None) -> None:
+        self.base, self.adapter, self.task = base, adapter, task
+        self.why_plain = _why_plain(base, adapter, task.generates)  # why the engine does not answer; None: it does
+        self._model = model
+        self._engine: Engine | None = None
+        self._cache_tokens = 0
+        self._bare: Asking | None = None  # the base without an adapter that does not share it
+
+    @property
+    def model(self) -> Model:
+        """A model with the adapter in the slot that every row takes; of the bare base, with hooks only."""
+        if self._model is None:
+            self._model = share(self.base).model
+            if self.adapter is None:
+                hook_model(self._model)
+            else:
+                adapters.mount(self._model, self.adapter, fingerprint=self.base.fingerprint)
+        return self._model
+
+    @property
+    def notes(self) -> list[str]:
+        """A note for the user if the engine does not answer."""
+        why = self.why_plain
+        return [] if why is None else [f"answered by the trained model itself, not by the engine that serves: {why}"]
+
+    def texts(
+        self, sources: Sequence[Tensor], *, bare: bool = False, new_tokens: int | None = None
+    ) -> list[JsonObject]:
+        """Generate a text for each source, with the task's settings.
+
+        Args:
+            sources: token ids (T,) of each prompt.
+            bare: ask the base without the adapter.
+            new_tokens: exactly so many for every text; None: the task's limits.
+
+        Returns:
+            For each source `{"text", "finish_reason", "tokens"}`.
+        """
+        assert writes(self.task)
+        adapter = self.adapter
+        if bare and adapter is not None and not adapter.method.mixes(adapter.method.model_dump()):
+            self._bare = self._bare or Asking(self.base, None, self.task)
+            return self._bare.texts(sources, new_tokens=new_tokens)
+        bare = bare or adapter is None
+        if self.why_plain is not None:
+            with evaluating(self.model, adapters.BARE if bare else None):
+                return _generated(self.model, self.task, sources, new_tokens)
+        settings = self.task.generation
+        answer = int(settings["max_new_tokens"]) if new_tokens is None else new_tokens
+        needed = int(settings["num_beams"]) * self._cached(max(map(len, sources), default=0), answer)
+        options = SamplingParams(max_tokens=new_tokens, min_tokens=new_tokens)
+        found = self._ask("generate", sources, options, needed, bare)
+        return [{key: each[key] for key in ("text", "finish_reason", "tokens")} for each in found]
+
+    def classes(self, sources: Sequence[Tensor], coverage: float | None = None) -> list[JsonObject]:
+        """The head's answer to each source.
+
+        Args:
+            sources: token ids (T,) of each text.
+            coverage: also give sets of labels.
+        """
+        assert has_head(self.task)
+        if self.why_plain is not None:
+            with evaluating(self.model, None):
+                return _classes(self.model, self.task, sources, coverage)
+        found = self._ask("classify", sources, SamplingParams(coverage=coverage), 1, bare=False)
+        for each in found:
+            del each["prompt_tokens"]
+        return found
+
+    def close(self) -> None:
+        """End the engine. The base stays."""
+        if self._bare is not None:
+            self._bare.close()
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def __enter__(self) -> Asking:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- the engine ---------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        kind: Literal["generate", "classify"],
+        sources: Sequence[Tensor],
+        options: SamplingParams,
+        cache_tokens: int,
+        bare: bool,
+    ) -> list[JsonObject]:
+        """The answers, in order. The first error is raised, and cancels the other questions."""
+        engine, name = self._started(cache_tokens), BARE if bare else ADAPTER
+        with ExitStack() as stack:
+            tickets = []
+            for source in sources:
+                tickets.append(engine.submit(kind, source.tolist(), name, options))
+                stack.callback(tickets[-1].cancel)
+            found = []
+            for ticket in tickets:
+                found.append(ticket.result())
+                between_passes()
+            return found
+
+    def _started(self, cache_tokens: int) -> Engine:
+        """The engine, with a KV cache for at least so many tokens."""
+        if self._engine is None or cache_tokens > self._cache_tokens:
+            self.close()
+            self._cache_tokens = max(CACHE_TOKENS, cache_tokens)
+            beams = int(self.task.generation["num_beams"]) if writes(self.task) else 1
+            limits = Limits(
+                queue_tokens=UNLIMITED,
+                queue_seconds=UNLIMITED,
+                running=max(GENERATED_ROWS, beams),
+                batch_tokens=PASS_TOKENS,
+                cache_tokens=self._cache_tokens,
+                max_tokens=UNLIMITED,
+            )
+            base, adapter = self.base, self.adapter
+            if adapter is not None and adapter.method.every_weight:
+                base, adapter = _with_weights(base, adapter), _nothing(base, self.task, adapter.head)
+            self._engine = Engine(base, _InMemory(adapter, _nothing(self.base, self.task)), limits)
+        return self._engine
+
+    def _cached(self, prompt: int, answer: int) -> int:
+        """The tokens of the KV cache that a row takes, as `Runner.needs` counts them."""
+        every = () if self.adapter is None else (self.adapter, *self.adapter.others)
+        prefixes = (each.shape[3] for adapter in every for each in adapter.tensors.values() if each.dim() == 5)
+        prefix = max(prefixes, default=0)
+        if self.base.family.is_encoder_decoder:
+            return capacity(prefix + answer) + capacity(prefix + prompt)
+        return capacity(prefix + prompt + answer)
+
+
+def twin(base: Base) -> Base:
+    """Another model on a base's weights, to be asked while the base's own one trains. A base in parts has none."""
+    return base if parts_of(base.model) > 1 else share(base)
+
+
+class _InMemory:
+    """Gives an engine an adapter, and one that changes nothing (`turret.engine.adapter_loader.AdapterSource`)."""
+
+    def __init__(self, adapter: Adapter | None, nothing: Adapter) -> None:
+        self._adapters = {BARE: nothing} | ({} if adapter is None else {ADAPTER: adapter})
+
+    def resolve(self, reference: str) -> Named:
+        name, _, number = reference.partition("@")
+        return Named(name, int(number), reference, 1)
+
+    def load(self, named: Named) -> Adapter:
+        return self._adapters[str(named)]
+
+
+def _nothing(base: Base, task: Task, head: dict[str, Tensor] | None = None) -> Adapter:
+    """An adapter that changes nothing in the base: with it the base reads and answers as the task does."""
+    return Adapter(method=Head(), tensors={}, head=head or {}, base=base.info, task=task.spec())
+
+
+def _with_weights(base: Base, adapter: Adapter) -> Base:
+    """The base with the weights of a full fine-tuning, which no other model on it sees."""
+    own = share(base)
+    shared = shared_names(own.model)
+    for name, value in adapter.tensors.items():
+        old = own.model.get_parameter(name)
+        new = nn.Parameter(value.to(old.device, old.dtype), requires_grad=False)
+        for each in shared[name]:
+            path, _, key = each.rpartition(".")
+            setattr(own.model.get_submodule(path), key, new)
+    return own
+
+
+# --- without the engine -----------------------------------------------------------------------------------------------
+
+
+def _why_plain(base: Base, adapter: Adapter | None, generates: bool) -> str | None:
+    """Why an attached model is asked instead of the engine; None if the engine is."""
+    if parts_of(base.model) > 1:
+        return "the base lies in parts, and all processes take part in each pass"
+    if base.model.device.type == "mps":
+        return "the engine does not run on mps"
+    try:
+        base_settings(base.model, base.tokenizer)
+    except BaseModelError as error:
+        return str(error)
+    methods = [] if adapter is None else [each.method for each in (adapter, *adapter.others)]
+    reasons = (each.refusal("mix", base.family, generates) for each in methods if not each.every_weight)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _generated(model: Model, task: TextTask, sources: Sequence[Tensor], new_tokens: int | None) -> list[JsonObject]:
+    """A text for each source by transformers' `generate`. new_tokens: exactly so many for every text."""
+    settings = task.generation
+    if new_tokens is not None:
+        settings = {**settings, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    answers: list[JsonObject] = [{} for _ in sources]
+    lengths = [len(source) + int(settings["max_new_tokens"]) for source in sources]
+    for piece in by_length(lengths, max(1, MOST_TOKENS // int(settings["num_beams"]))):
+        for start in range(0, len(piece), GENERATED_ROWS):
+            places = piece[start : start + GENERATED_ROWS]
+            rows = [sources[i] for i in places]
+            for place, answer in zip(places, _generated_rows(model, task, rows, settings), strict=True):
+                answers[place] = answer
+    return answers
+
+
+def _generated_rows(model: Model, task: TextTask, rows: Sequence[Tensor], settings: JsonMapping) -> list[JsonObject]:
+    encoder_decoder = model.config.is_encoder_decoder
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), int(settings["pad_token_id"]), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):  # a decoder continues at the right end, so pad it on the left
+        span = slice(0, len(row)) if encoder_decoder else slice(width - len(row), width)
+        ids[place, span], mask[place, span] = row, 1
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        use_cache=True,
+        synced_gpus=parts_of(model) > 1,  # layers in parts need all processes until the last text ends
+        **settings,
+    )
+    eos = settings["eos_token_id"]
+    answers = []
+    for row in output[:, 1 if encoder_decoder else width :].tolist():
+        ended = eos in row
+        ids = row[: row.index(eos)] if ended else row
+        answers.append({"text": task.decode(ids), "finish_reason": "stop" if ended else "length", "tokens": len(ids)})
+    return answers
+
+
+def _classes(model: Model, task: HeadTask, sources: Sequence[Tensor], coverage: float | None) -> list[JsonObject]:
+    """The head's answer to each source by an attached model. coverage: also give sets of labels."""
+    found: list[JsonObject] = [{} for _ in sources]
+    for places in by_length([len(row) for row in sources], MOST_TOKENS):
+        logits = adapters.classify_logits(model, [sources[place] for place in places])
+        for place, answer in zip(places, task.answers(logits), strict=True):
+            found[place] = answer
+        if coverage is not None:
+            for place, labels in zip(places, task.label_sets(logits, coverage), strict=True):
+                found[place]["label_set"] = labels
+    return found

@@ -1,0 +1,180 @@
+"""The decoder that judges is the decoder that serves: a version's texts in an evaluation are those of the engine."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+import tiny_training
+import torch
+from adapters_at_hand import METHODS, alone, made
+from shelf import Shelf
+
+from turret import Full, Workspace, adapters, bases, bundles
+from turret.adapters import Adapter, BaseInfo
+from turret.adapters.hooks import attachment
+from turret.engine import SamplingParams
+from turret.errors import AdapterError
+from turret.methods import Peft
+from turret.tasks import task_from_spec
+from turret.tasks.generate import Summarize
+from turret.train import Asking
+
+TEXTS = ["a great film", "why not", "the market in london fell by 12%", "x", "shares of the bank"]
+
+
+def engines() -> list[str]:
+    return [each.name for each in threading.enumerate() if each.name.startswith("turret-engine")]
+
+
+def stored(folder: Path, family: str, method: str, **settings: Any) -> tuple[Workspace, str]:
+    """A store with one version, of random tensors, and the folder of its base."""
+    base = bases.load(str(small_models.save_base(family, folder / family)), task="generate")
+    spec = Summarize(base.tokenizer, base.family.kind, 64, max_target_tokens=10, **settings).spec()
+    info = BaseInfo(base.id, base.fingerprint, base.family.name)
+    adapter = replace(made(family, "generate", METHODS[method], 1, spec=spec), base=info)
+    bundles.save_bundle(adapter, folder / "bundle")
+    workspace = Workspace(folder / "store")
+    workspace.store.put("short", folder / "bundle")
+    return workspace, base.id
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_version_is_judged_by_the_texts_that_it_serves(family: str, method: str, beams: int, tmp_path: Path) -> None:
+    workspace, base = stored(tmp_path, family, method, num_beams=beams)
+    table, said, judged = tmp_path / "pairs.jsonl", list[Any](), list[str]()
+    for text in TEXTS:  # one by one: in bfloat16 the texts of one pass change each other's rounding
+        said += workspace.predict("short", [text])
+        table.write_text(json.dumps({"document": text, "summary": "nothing like it"}))
+        judged += [str(each.given) for each in workspace.evaluate("short", str(table)).details.mistakes]
+    assert engines() == []
+    with workspace.engine(base) as engine:
+        served = [engine.generate([text], "short")[0] for text in TEXTS]
+        other = engine.generate(TEXTS, "short", SamplingParams(num_beams=4 - beams))
+        bare = engine.generate(TEXTS, None, SamplingParams(max_tokens=10))
+    assert said == [{key: each[key] for key in ("text", "finish_reason", "tokens")} for each in served]
+    texts = [each["text"] for each in served]
+    assert judged == texts
+    assert [each["text"] for each in other] != texts, "the control: another number of beams shows"
+    assert [each["text"] for each in bare] != texts, "the control: so does the base alone"
+
+
+def by_transformers(adapter: Adapter | None, family: str, task: Summarize, sources: list[torch.Tensor]) -> list[str]:
+    """The texts of transformers' `generate`, one row at a time."""
+    model, texts = alone(family, "generate", adapter), []
+    for source in sources:
+        ids = source[None]
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **task.generation)
+        texts.append(task.decode(out[0, 1 if model.config.is_encoder_decoder else len(source) :].tolist()))
+    return texts
+
+
+def asked(family: str, adapter: Adapter, **changes: Any) -> tuple[Asking, Summarize, list[torch.Tensor]]:
+    base: Any = tiny_training.base(family, "generate", **changes)
+    task: Any = task_from_spec(adapter.task, base.tokenizer)
+    return Asking(base, adapter, task), task, [each.ids for each in task.encode_sources(TEXTS)]
+
+
+def test_an_answer_at_the_last_position_of_the_base_ends_there_as_when_served() -> None:
+    shelf = Shelf("gpt2", "generate")
+    adapter = shelf.put("a")
+    asking, _, _ = asked("gpt2", adapter)
+    long = torch.arange(5, 5 + 508) % 100 + 5  # of 512 positions
+    with asking, shelf.engine(max_tokens=1 << 30) as engine:
+        (answer,) = asking.texts([long])
+        served = engine.submit("generate", long.tolist(), "a").result(60)
+    assert (answer["text"], answer["tokens"]) == (served["text"], served["tokens"])
+    assert answer["tokens"] <= 4 < asking.task.generation["max_new_tokens"]  # type: ignore[union-attr]
+
+
+def test_an_adapter_in_memory_and_its_bare_base_answer_as_by_transformers() -> None:
+    adapter = Shelf("t5", "generate").put("a", "prefix", num_beams=2)
+    asking, task, sources = asked("t5", adapter)
+    with asking:
+        own, bare = asking.texts(sources), asking.texts(sources, bare=True)
+        longer = asking.texts([sources[0].repeat(400)])  # needs a larger cache, so the engine starts again
+        again, exactly = asking.texts(sources), asking.texts(sources, new_tokens=7)
+    assert asking.why_plain is None
+    assert [each["text"] for each in own] == by_transformers(adapter, "t5", task, sources)
+    assert [each["text"] for each in bare] == by_transformers(None, "t5", task, sources)
+    assert again == own != bare
+    assert len(longer) == 1
+    assert {each["tokens"] for each in exactly} == {7}
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_full_fine_tuning_is_asked_by_the_engine_on_weights_of_its_own(family: str) -> None:
+    model = small_models.build(family, "generate")
+    adapters.attach(model, Full())
+    with torch.no_grad():
+        for place, each in enumerate(attachment(model).full.values()):
+            each.add_(0.02 * torch.randn(each.shape, generator=torch.Generator().manual_seed(place)))
+    tensors, head, method = adapters.extract(model)
+    spec = Shelf(family, "generate").spec()
+    adapter = Adapter(method, tensors, head, BaseInfo("small", "sha256:small"), task=spec)
+    asking, task, sources = asked(family, adapter)
+    before = [each.clone() for each in asking.base.model.parameters()]
+    with asking:
+        own, bare = asking.texts(sources), asking.texts(sources, bare=True)
+    assert engines() == []
+    assert asking.why_plain is None
+    assert [each["text"] for each in own] == by_transformers(adapter, family, task, sources)
+    assert [each["text"] for each in bare] == by_transformers(None, family, task, sources)
+    assert own != bare
+    assert all(torch.equal(*pair) for pair in zip(before, asking.base.model.parameters(), strict=True))
+
+
+def test_what_the_engine_cannot_take_is_asked_of_the_model_and_says_so() -> None:
+    spec = Shelf("llama", "generate").spec()
+    adapter = made("llama", "generate", Peft(peft_type="LOHA", r=2), 1, spec=spec)
+    asking, task, sources = asked("llama", adapter)
+    with asking:
+        found, bare = asking.texts(sources), asking.texts(sources, bare=True)
+    assert asking.notes == [f"answered by the trained model itself, not by the engine that serves: {asking.why_plain}"]
+    assert "LOHA is computed by PEFT" in asking.notes[0]
+    assert [each["text"] for each in found] == by_transformers(adapter, "llama", task, sources)
+    assert [each["text"] for each in bare] == by_transformers(None, "llama", task, sources)
+    plain = made("llama", "generate", METHODS["lora"], 1, spec=spec)
+    base: Any = tiny_training.base("llama", "generate")
+    assert Asking(base, plain, task).notes == [], "the control"
+    base.model.generation_config.bad_words_ids = [[9]]
+    with Asking(base, plain, task) as told:
+        assert len(told.texts(sources)) == len(sources)
+    assert "sets bad_words_ids, which this engine does not support" in str(told.why_plain)
+
+
+def test_an_adapter_that_is_not_finite_is_refused_in_one_line_and_the_engine_ends() -> None:
+    adapter = Shelf("llama", "generate").put("a")
+    name = next(iter(adapter.tensors))
+    broken = replace(adapter, tensors=adapter.tensors | {name: adapter.tensors[name] * float("nan")})
+    asking, _, sources = asked("llama", broken)
+    with pytest.raises(AdapterError, match=r"not finite in torch\.float32: train it again"), asking:
+        asking.texts(sources)
+    assert engines() == []
+    asking, _, sources = asked("llama", adapter)
+    with asking:
+        assert len(asking.texts(sources)) == len(sources), "the control"
+        assert len(engines()) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "head"])
+def test_classes_are_those_of_the_engine(method: str) -> None:
+    shelf = Shelf("bert", "classify")
+    adapter = shelf.put("a", method)
+    base = shelf.base()
+    task: Any = task_from_spec(adapter.task, base.tokenizer)
+    with Asking(base, adapter, task) as asking:
+        found = asking.classes([each.ids for each in task.encode_sources(TEXTS)])
+    with shelf.engine() as engine:
+        served = engine.classify(TEXTS, "a")
+    assert [each["label"] for each in found] == [each["label"] for each in served]
+    for own, other in zip(found, served, strict=True):
+        assert set(own) == {"label", "probabilities"}
+        assert own["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
