@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from turret.errors import BadReference
@@ -54,6 +56,24 @@ class Access:
 
 OPERATOR = Access()
 NOBODY = Access("", (), ())
+
+
+_ACTING: ContextVar[str | None] = ContextVar("acting", default=None)
+
+
+@contextmanager
+def acting(name: str | None) -> Iterator[None]:
+    """Record changes in this block as made by `name`; None: by the user of the process."""
+    before = _ACTING.set(name)
+    try:
+        yield
+    finally:
+        _ACTING.reset(before)
+
+
+def acting_name() -> str | None:
+    """The name in `acting`, if there is one."""
+    return _ACTING.get()
 
 
 def check_tenant(tenant: str) -> str:

@@ -16,8 +16,8 @@ from turret.adapters import attach, classify_logits, trainable_parameters
 from turret.adapters.packed import target_states
 from turret.methods import LoRA
 from turret.ops import table
+from turret.ops.core import enabled
 from turret.ops.cpu import library
-from turret.ops.switches import enabled
 from turret.ops.table import DECODER, ENCODER, PATHS
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels on this machine")

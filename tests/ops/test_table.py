@@ -17,7 +17,7 @@ from turret.ops.table import ON_A_GPU, of, planned, without
 SOURCE = Path(turret.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
 OUTSIDE = [path for path in MODULES if SOURCE / "ops" not in path.parents]
-ASKS = re.compile(r"turret\.ops(?:\.| import )(?:cpu|gpu|switches)\b|\benabled\(|\busable\(|\blibrary\(\)\.(?!f)")
+ASKS = re.compile(r"turret\.ops(?:\.| import )(?:cpu|gpu)\b|\benabled\(|\busable\(|\blibrary\(\)\.(?!f)")
 
 
 def asking(text: str) -> list[str]:
@@ -109,7 +109,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "adapters/prefix.py _Outer.backward",
         "adapters/prefix.py _Outer.forward",
     },
-    "the routed layer, which asks its pool": {"adapters/lora.py RoutedLinear.forward"},
+    "the routed layer, which asks its pool": {"adapters/layers.py RoutedLinear.forward"},
     "a head that is solved": {"train/linear_start.py _logits", "train/linear_start.py solve"},
     "statistics": {
         "compare/evidence.py interval",
@@ -119,7 +119,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "workspace/comparing/measure.py nearest.answer",
     },
     "the check of the kernels, and of a device's speed": {
-        *(f"ops/cpu/available.py {name}" for name in ("_attention", "_int8", "_lora", "_low_rank", "_step")),
+        *(f"ops/cpu/check.py {name}" for name in ("_attention", "_int8", "_lora", "_low_rank", "_step")),
         *(f"bases/numerics.py {name}" for name in ("_speed.seconds", "relative_error")),
     },
 }

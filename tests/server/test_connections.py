@@ -12,8 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 
 from turret.errors import Busy, ServeRefused
-from turret.server.connections import ClientConnections, client_of, networks
-from turret.server.limits import RequestLimits
+from turret.server.limits import ClientConnections, RequestLimits, client_of, networks
 
 GOOD = json.dumps({"model": "a", "input": "x"}).encode()
 POST = b"POST /v1/classify HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from turret.errors import ServeRefused
-from turret.server.headers import origins
+from turret.server.auth import origins
 
 APP, OTHER = "https://app.example", "https://other.example"
 ASKS = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}

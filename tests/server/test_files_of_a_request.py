@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 from entered import Entered, watching
 from server.test_end_to_end import house
 
+from turret.ops import cpu as kernels
 from turret.server.state import Followers
 
-MOST_FILES = 45
+MOST_FILES = 45 if kernels.library() is not None else 46  # torch's operations are in other files than the kernels
 REQUESTS = 5  # of the same kind; what only some of them pass is of something that runs beside them
 
 
@@ -21,6 +23,7 @@ def passed(entered: Entered, send: Any) -> dict[str, list[str]]:
         entered.calls.clear()
         entered.on = True
         send()
+        time.sleep(0.1)  # the engine's thread ends its turn after the answer
         entered.on = False
         files = entered.files()
         found = files if found is None else {name: found[name] for name in found if name in files}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from turret.errors import AdapterError
-from turret.server.alias_watcher import RETRY_SECONDS, AliasWatcher
+from turret.server.routing import RETRY_SECONDS, AliasWatcher
 from turret.store import Pointing, aliases
 
 

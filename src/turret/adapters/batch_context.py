@@ -64,7 +64,7 @@ class KVCacheProtocol(Protocol):
 
 
 class AdaptedLinear(Protocol):
-    """A linear layer of the base that adapters change (`lora.RoutedLinear`)."""
+    """A linear layer of the base that adapters change (`layers.RoutedLinear`)."""
 
     base_layer: nn.Module
     stream: str
@@ -207,7 +207,7 @@ def set_context(
     context.slots = None if slots is None else tuple(slots)
     context.lengths = None if lengths is None else {name: tuple(each) for name, each in lengths.items()}
     context.in_body, context.memo, context.read = in_body, {}, read
-    context.masks = None if lengths is None else Masks()
+    context.masks = None if lengths is None or context.serves else Masks()
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from turret import quantized
 from turret.adapters import attention, layers, peft_backend, positions
 from turret.adapters.batch_context import BARE, BatchContext
-from turret.adapters.lora import RoutedLinear
+from turret.adapters.layers import RoutedLinear
 from turret.adapters.modules_to_save import RoutedWhole
 from turret.adapters.prefix import PrefixSlot
 from turret.arguments import checked

@@ -1,4 +1,4 @@
-"""The layers of a model as blocks of operations: what hooks them, and the checks that they contain nothing else.
+"""The layers of a model: a linear layer with the factors of many slots, and whole layers as blocks of operations.
 
 A layer of BERT, RoBERTa, Llama, Mistral or Qwen computes as one block (`turret.ops.blocks`) while one adapter trains on
 unpadded rows, and in an engine's passes. Where a pass has few tokens (a short text, or the next token of some rows) one
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from turret import quantized
 from turret.adapters.attention import AttentionCall, attend_in_pass, rows_and_prefixes, takes_rows
-from turret.adapters.batch_context import AdapterPoolProtocol, BatchContext, KVCacheProtocol
-from turret.adapters.lora import RoutedLinear
+from turret.adapters.batch_context import BARE, AdapterPoolProtocol, BatchContext, KVCacheProtocol
+from turret.adapters.lora import LoRAFactors
 from turret.adapters.modules_to_save import unrouted
+from turret.adapters.scaled import ScaledLayer
 from turret.families import FastPaths, Layout
 from turret.ops import frozen, lora
 from turret.ops.blocks import Normed, PostNorm, PreNorm, Training, train
@@ -39,6 +40,66 @@ SILU = ("SiLU", "SiLUActivation")
 DONE = ("done",)  # key of a context's memo: the output of the latest call, and the index of the layer after it
 NORMED = ("normed",)  # likewise: the output of the latest layer that trains, its version, and how its norm made it
 RECORDED = ("recorded",)  # likewise: how many layers of this decode step may be recorded as a graph
+
+
+# --- linear layers ----------------------------------------------------------------------------------------------------
+
+
+class RoutedLinear(nn.Module):
+    """`y = W x + delta_slot(row)(x)`: a frozen linear layer, and the factors of any number of slots.
+
+    x: (B, T, D_in) or (B, D_in) padded, with a slot for each row; (1, N, D_in) unpadded, with a slot for each span of
+    tokens. Rows without an adapter here get exactly the base layer's output.
+    """
+
+    def __init__(self, base_layer: nn.Module, context: BatchContext, stream: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.slots = nn.ModuleDict()
+        self.scaled: dict[int, ScaledLayer] = {}  # by slot, for the methods that scale
+        self.context = context
+        self.stream = stream
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's own weight: T5 reads its dtype, GPT-2's initialisation its shape."""
+        weight = self.base_layer._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer._parameters["bias"]
+
+    def factors(self, slot: int) -> LoRAFactors | None:
+        """The factors that a slot adds to this layer, or None."""
+        if slot == BARE or str(slot) not in self.slots:
+            return None
+        factors = self.slots[str(slot)]
+        assert isinstance(factors, LoRAFactors)
+        return factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.context.adapter_pool is not None:
+            return self.context.adapter_pool.linear(self, x)
+        slot = self.context.single()
+        if slot is not None and (scaled := self.scaled.get(slot)) is not None:
+            return scaled(self.base_layer, x)
+        if slot is not None and (factors := self.factors(slot)) is not None:
+            return factors.with_base(self.base_layer, x, self.context)
+        y: Tensor = self.base_layer(x)  # (B, T, D_out)
+        if slot is not None:
+            return y
+        if self.context.lengths is not None and x.dim() == 2:
+            return y  # a pooler inside the body takes unpadded tokens for one row; its output is never used
+        dim, groups = self.context.places_by_slot(self.stream, x.device)
+        for slot, index in groups.items():
+            if (scaled := self.scaled.get(slot)) is not None:
+                y = y.index_copy(dim, index, scaled(self.base_layer, x.index_select(dim, index)).to(y.dtype))
+            elif slot != BARE and str(slot) in self.slots:
+                delta = self.slots[str(slot)](x.index_select(dim, index)).to(y.dtype)
+                y = y.index_add(dim, index, delta)
+        return y
 
 
 # --- layer types ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""LoRA: its formula, the factors of one adapter, and the routed linear layer that adds them to a frozen layer."""
+"""LoRA: its formula, and the factors of one adapter, which `layers.RoutedLinear` adds to a frozen layer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.batch_context import BARE, BatchContext
-from turret.adapters.scaled import ScaledLayer
+from turret.adapters.batch_context import BatchContext
 from turret.errors import AdapterError
 from turret.ops import frozen
 from turret.ops.dropout import Masks
@@ -91,63 +90,6 @@ def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
     assert weight is not None
     return (weight if isinstance(layer, nn.Linear) else weight.mT), bias
-
-
-class RoutedLinear(nn.Module):
-    """`y = W x + delta_slot(row)(x)`: a frozen linear layer, and the factors of any number of slots.
-
-    x: (B, T, D_in) or (B, D_in) padded, with a slot for each row; (1, N, D_in) unpadded, with a slot for each span of
-    tokens. Rows without an adapter here get exactly the base layer's output.
-    """
-
-    def __init__(self, base_layer: nn.Module, context: BatchContext, stream: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.slots = nn.ModuleDict()
-        self.scaled: dict[int, ScaledLayer] = {}  # by slot, for the methods that scale
-        self.context = context
-        self.stream = stream
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's own weight: T5 reads its dtype, GPT-2's initialisation its shape."""
-        weight = self.base_layer._parameters["weight"]
-        assert weight is not None
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer._parameters["bias"]
-
-    def factors(self, slot: int) -> LoRAFactors | None:
-        """The factors that a slot adds to this layer, or None."""
-        if slot == BARE or str(slot) not in self.slots:
-            return None
-        factors = self.slots[str(slot)]
-        assert isinstance(factors, LoRAFactors)
-        return factors
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.context.adapter_pool is not None:
-            return self.context.adapter_pool.linear(self, x)
-        slot = self.context.single()
-        if slot is not None and (scaled := self.scaled.get(slot)) is not None:
-            return scaled(self.base_layer, x)
-        if slot is not None and (factors := self.factors(slot)) is not None:
-            return factors.with_base(self.base_layer, x, self.context)
-        y: Tensor = self.base_layer(x)  # (B, T, D_out)
-        if slot is not None:
-            return y
-        if self.context.lengths is not None and x.dim() == 2:
-            return y  # a pooler inside the body takes unpadded tokens for one row; its output is never used
-        dim, groups = self.context.places_by_slot(self.stream, x.device)
-        for slot, index in groups.items():
-            if (scaled := self.scaled.get(slot)) is not None:
-                y = y.index_copy(dim, index, scaled(self.base_layer, x.index_select(dim, index)).to(y.dtype))
-            elif slot != BARE and str(slot) in self.slots:
-                delta = self.slots[str(slot)](x.index_select(dim, index)).to(y.dtype)
-                y = y.index_add(dim, index, delta)
-        return y
 
 
 def sizes(layer: nn.Module) -> tuple[int, int]:

@@ -108,9 +108,8 @@ def serve(
     After SIGTERM or Ctrl-C running answers finish. A second signal ends the server at once.
     """
     from turret.engine import Limits, MemoryBudget
-    from turret.server.connections import networks
-    from turret.server.headers import origins
-    from turret.server.limits import RequestLimits
+    from turret.server.auth import origins
+    from turret.server.limits import RequestLimits, networks
     from turret.server.quotas import Quota
     from turret.server.state import ServerSettings
     from turret.workspace import Workspace

@@ -38,6 +38,7 @@ class Prompts:
         self._lock = threading.Lock()
         self.can_generate = base.model.get_output_embeddings() is not None and base.family.generates
         self.is_encoder_decoder = base.family.is_encoder_decoder
+        self._last_position = base.family.position_limit(base.model.config)
 
     def request(
         self,
@@ -249,7 +250,7 @@ class Prompts:
     def _most(self, shift: int) -> int:
         """The most tokens of a row: prompt and answer. shift: tokens of its prefix."""
         family, most = self._base.family, self._limits.max_tokens
-        end = family.position_limit(self._base.model.config)
+        end = self._last_position
         if family.positions != "table" or end is None:
             return most
         return min(most, end - shift if family.generates else end)

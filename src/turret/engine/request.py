@@ -170,6 +170,11 @@ class Receipt:
     digest: str | None
     base: str  # fingerprint
 
+    @property
+    def version(self) -> str | None:
+        """`name@3`; None for the bare base."""
+        return f"{self.name}@{self.number}" if self.name else None
+
 
 @dataclass(frozen=True)
 class Piece:

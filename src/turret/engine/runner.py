@@ -92,6 +92,8 @@ class Runner:
         )
         self.device = self.adapter_pool.device
         self._is_encoder_decoder = base.family.is_encoder_decoder
+        self._offset = base.family.position_offset(self.model.config)
+        self._pooling = base.family.pooling(self.model.config)  # of a text to classify
         self.recorded = RecordedSteps(self.model, self.adapter_pool)
 
     def close(self) -> None:
@@ -105,9 +107,10 @@ class Runner:
 
     def reserve(self, rows: Sequence[tuple[int, int, int]]) -> None:
         """Make room for the KV slots of rows that begin next: (prompt, answer, slot) each, as in `kv_slot`."""
-        self.cache.reserve(
-            [self.needs(prompt, answer, self.adapter_pool.prefix_length(slot)) for prompt, answer, slot in rows]
-        )
+        if rows:
+            self.cache.reserve(
+                [self.needs(prompt, answer, self.adapter_pool.prefix_length(slot)) for prompt, answer, slot in rows]
+            )
 
     def needs(self, prompt: int, answer: int, prefix: int = 0) -> dict[str, int]:
         """Tokens in the cache at the end of a row, by group. The last token of an answer is never stored."""
@@ -149,8 +152,7 @@ class Runner:
         lengths = [len(row.ids) for row in rows]
         tokens = [token for row in rows for token in row.ids] + [step.token for step in steps]
         starts = [self._start(row.slot) for row in rows]
-        offset = family.position_offset(self.model.config)
-        positions = _positions(lengths, starts, [self._at(step) for step in steps], offset)
+        positions = _positions(lengths, starts, [self._at(step) for step in steps], self._offset)
         ids = copied(torch.tensor([tokens]), self.device)
         kind = family.kind
         spans = [{"decoder": span} for span in _spans(lengths)]
@@ -221,7 +223,9 @@ class Runner:
         prefill = [(row.kv_slot, row.slot, span) for row, span in zip(rows, spans, strict=True)]
         context = self.adapter_pool.attached.context
         with set_context(context, slots, lengths, in_body=True):
-            context.cache = PassCache(self.adapter_pool, prefill, tokens, [step.kv_slot for step in steps], self.device)
+            if steps or any(kv_slot is not None for kv_slot, _, _ in prefill):
+                own = [step.kv_slot for step in steps]
+                context.cache = PassCache(self.adapter_pool, prefill, tokens, own, self.device)
             context.positions = {stream: copied(each, self.device) for stream, each in positions.items()}
             try:
                 yield
@@ -270,7 +274,7 @@ class Runner:
         classes: dict[int, Tensor] = {}
         places = [place for place, row in enumerate(rows) if row.kv_slot is None and row.pooling is None]
         if places:
-            pooled = pool(self.base.family.pooling(self.model.config), hidden, lengths)  # (prefill rows, D)
+            pooled = pool(self._pooling, hidden, lengths)  # (prefill rows, D)
             logits = self.adapter_pool.logits([rows[place].slot for place in places], pooled[places])
             classes = {order[place]: row for place, row in zip(places, logits, strict=True)}
         vectors = {order[place]: row for place, row in self._embedded(rows, states).items()}

@@ -20,7 +20,6 @@ from turret.engine.sequence import RunningSequence
 from turret.engine.structured_output import Guide
 from turret.engine.text import Embedding
 from turret.errors import EngineError, NotFinite, TurretError
-from turret.tasks import has_head
 
 End = Callable[[Request, Done | Failed, int], None]  # the request, its end, and the number of generated tokens
 
@@ -119,7 +118,7 @@ class Passes:
                 raise self._not_finite(request)
             loaded = self._runner.adapter_pool.at(_slot(request))
             assert loaded is not None
-            assert has_head(loaded.task)
+            assert loaded.task.generates is False
             answer = loaded.task.answers(logits[None])[0]
             if request.options.coverage is not None:
                 answer["label_set"] = loaded.task.label_sets(logits[None], request.options.coverage)[0]

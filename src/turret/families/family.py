@@ -5,6 +5,7 @@ A family is one `Family`, in a file of its own, listed in `table.py`. Loads no t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -36,7 +37,7 @@ class Site:
     kv_heads: int
     head_dim: int
 
-    @property
+    @functools.cached_property
     def causal(self) -> bool:
         return self.group == "decoder"
 
@@ -185,7 +186,7 @@ class Family:
     loaded_with: Mapping[str, str] = field(default_factory=dict)
     guessed: bool = False
 
-    @property
+    @functools.cached_property
     def generates(self) -> bool:
         """Whether it has causal attention and can generate text. A prefix shifts the positions of causal tokens."""
         return self.kind != "encoder"
@@ -195,7 +196,7 @@ class Family:
         """Whether the source and the target go through different stacks."""
         return self.kind == "encoder-decoder"
 
-    @property
+    @functools.cached_property
     def decoder_only(self) -> bool:
         """Whether source and target are one row of tokens."""
         return self.kind == "decoder"

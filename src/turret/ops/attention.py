@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from turret.ops.autograd import FunctionContext, Gradients, apply
-from turret.ops.core import Ops
+from turret.ops.core import Ops, enabled
 from turret.ops.dropout import Masks, dropout, keep_rate, masked
 from turret.ops.structs import AttentionRows, DropoutArguments, Prefixes
-from turret.ops.switches import enabled
 
 LARGEST = 1 << 25  # probabilities of one call; above it torch's fused kernel computes, which saves none of them
 

@@ -7,6 +7,7 @@ what their device computes faster. Axes: N tokens of all rows, D width, H heads,
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextvars import ContextVar
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,7 +25,14 @@ from turret.ops.structs import (
     Prefixes,
     RMSNorm,
 )
-from turret.ops.switches import enabled
+
+switched_off: ContextVar[frozenset[str]] = ContextVar("fast_paths_off", default=frozenset())  # see `table.without`
+
+
+def enabled(name: str) -> bool:
+    """Whether a faster path may be taken: always, except inside `table.without`."""
+    return name not in switched_off.get()
+
 
 NumberedMatrix = tuple[int, Tensor, Tensor | None]  # a frozen layer's number among those that are adapted, W and b
 

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from turret.ops.autograd import FunctionContext, Gradients, apply
-from turret.ops.core import Ops
+from turret.ops.core import Ops, enabled
 from turret.ops.structs import LARGEST, NO_DROPOUT, STEPS, DropoutArguments, Mask
-from turret.ops.switches import enabled
 from turret.ops.table import of
 
 ALIGNED = 64  # elements; windows begin at multiples of it

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from turret.ops.autograd import FunctionContext, Gradients, apply
+from turret.ops.core import enabled
 from turret.ops.cpu import LONGEST_INT8, Int8Matrix, Library
 from turret.ops.structs import BaseProducts
-from turret.ops.switches import enabled
 from turret.ops.table import of
 
 LEAST = 32  # tokens; with fewer, rounding the weights takes longer than it saves

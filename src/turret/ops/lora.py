@@ -13,10 +13,9 @@ from torch import Tensor
 
 from turret.ops.autograd import FunctionContext, apply
 from turret.ops.autograd import Gradients as AllGradients
-from turret.ops.core import REFERENCE, Gradients, Ops
+from turret.ops.core import REFERENCE, Gradients, Ops, enabled
 from turret.ops.dropout import HashedMask, Masks, dropout
 from turret.ops.structs import LARGEST, BaseProducts, Group, Lora, Matrix
-from turret.ops.switches import enabled
 from turret.ops.table import of
 
 

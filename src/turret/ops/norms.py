@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from turret.ops.autograd import FunctionContext, Gradients, apply
-from turret.ops.core import Ops
+from turret.ops.core import Ops, enabled
 from turret.ops.structs import RMSNorm
-from turret.ops.switches import enabled
 from turret.ops.table import of
 
 

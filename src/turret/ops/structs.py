@@ -5,12 +5,10 @@ Axes: B rows, N tokens of all rows, H heads, P prefix, D head size, R rank.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 GRADIENT_STAYS = "turret_gradient_stays"  # an attribute of a parameter that keeps its `grad` from step to step
@@ -56,23 +54,6 @@ class AttentionRows:
     zero: int = 0
     all_asked: bool = True  # False: some tokens are no queries; their y is not written, their dq is zero
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)  # what a device makes of them
-
-    @property
-    def count(self) -> int:
-        """B"""
-        return self.query_starts.shape[0]
-
-    @property
-    def longest_query(self) -> int:
-        return int(self.query_lengths.max())
-
-    @functools.cached_property  # every layer of a pass reads it
-    def longest_key(self) -> int:
-        return int(self.key_lengths.max())
-
-    @functools.cached_property
-    def no_prefixes(self) -> Tensor:
-        return torch.zeros(self.count, dtype=torch.int64)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from turret.ops import cpu, gpu, switches
-from turret.ops.core import REFERENCE, Ops
+from turret.ops import cpu, gpu
+from turret.ops.core import REFERENCE, Ops, enabled, switched_off
 from turret.ops.cpu.ops import ops_of
 from turret.ops.gpu import planned
 from turret.ops.gpu import why_not as why_no_gpu_programs
@@ -50,7 +50,7 @@ def of(*tensors: Tensor) -> Ops:
 
 def narrows() -> bool:
     """Whether the last layer of a classifier computes the first token of each row alone."""
-    return switches.enabled("first_token")
+    return enabled("first_token")
 
 
 def int8_products() -> bool:
@@ -205,11 +205,11 @@ def without(*names: str) -> Iterator[None]:
     Raises KeyError for a name that is not in `PATHS`.
     """
     off = {each for name in names for each in (name, *PATHS[name].part_of)}
-    token = switches.off.set(switches.off.get() | off)
+    token = switched_off.set(switched_off.get() | off)
     try:
         with ExitStack() as stack:
             if "kernels" in off:
                 stack.enter_context(cpu.without())
             yield
     finally:
-        switches.off.reset(token)
+        switched_off.reset(token)

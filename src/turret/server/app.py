@@ -1,12 +1,11 @@
 """The ASGI application: the routes behind the middleware, in the order in which a request meets it.
 
-log and request id -> other origins -> page or API -> ambiguous headers -> token and scope -> limits -> route
+log and request id -> other origins -> token and scope -> limits -> route
 """
 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from functools import partial
 
 from fastapi import FastAPI
@@ -15,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Match
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from turret import __version__
 from turret.errors import Draining, TurretError
@@ -35,41 +34,16 @@ from turret.server import (
     runs,
     tokenizer,
 )
-from turret.server.auth import AuthMiddleware, Guard
-from turret.server.connections import client_of
+from turret.server.auth import AuthMiddleware, Guard, allow_origins
 from turret.server.error_responses import ErrorResponse, error_response, status_response, validation_response
-from turret.server.headers import HeaderMiddleware, allow_origins
-from turret.server.limits import LimitMiddleware, is_page
+from turret.server.limits import LimitMiddleware
 from turret.server.logs import LogMiddleware, TraceMiddleware
 from turret.server.metrics import CONTENT_TYPE
 from turret.server.routes import State, router
-from turret.server.sessions import session_of
 from turret.server.state import ServerState
-from turret.server.web import adapters, comparisons, entry, playground, system
+from turret.server.web import adapters, comparisons, entry, playground, render, system
 from turret.server.web import experiments as experiment_pages
 from turret.server.web import runs as run_pages
-from turret.server.web.page_middleware import PageMiddleware
-
-# --- session middleware -----------------------------------------------------------------------------------------------
-# Looks up a session that another server of the store opened, before `turret.server.auth` asks for it.
-
-
-class SessionMiddleware:
-    """Asks the catalog, on a thread, for the session of a page that this server has not seen."""
-
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
-        self.app, self.state = app, state
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and is_page(scope["path"]):
-            cookies = next((value for name, value in scope["headers"] if name.lower() == b"cookie"), b"")
-            session = session_of(cookies.decode("latin-1"))
-            if session is not None and self.state.guard.sessions.is_strange(session):
-                look_up = self.state.replica.signing.of(client_of(scope.get("client")) or "")
-                with suppress(TurretError):  # then the session is unknown here
-                    await look_up(self.state.guard.sessions.look_up, session)
-        await self.app(scope, receive, send)
-
 
 # --- health -----------------------------------------------------------------------------------------------------------
 # `/healthz`, `/readyz` and `/metrics`.
@@ -135,9 +109,8 @@ def create(state: ServerState, application: FastAPI | None = None) -> ASGIApp:
     """The whole server as an ASGI application. application: the routes, if they are made already."""
     limited = LimitMiddleware(application or routes(state), state.limits, state.load, state.clients)
     origins = state.settings.origins
-    guarded = SessionMiddleware(AuthMiddleware(limited, state.guard, origins), state)
-    pages = PageMiddleware(HeaderMiddleware(guarded))
-    logged = LogMiddleware(allow_origins(pages, origins), state.log, state.metrics.request, state.clock)
+    guarded = AuthMiddleware(limited, state.guard, render.PageResponse, state.replica.look_up_session, origins)
+    logged = LogMiddleware(allow_origins(guarded, origins), state.log, state.metrics.request, state.clock)
     return logged if state.spans is None else TraceMiddleware(logged, state.spans)
 
 

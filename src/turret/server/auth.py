@@ -7,19 +7,21 @@ had a token; once closed it stays closed. The API takes tokens, pages take the s
 from __future__ import annotations
 
 import ipaddress
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from turret.access import DEFAULT, NOBODY, OPERATOR, Access
-from turret.errors import Forbidden, ServeRefused, TurretError, Unauthorized
+from turret.access import DEFAULT, NOBODY, OPERATOR, Access, acting
+from turret.errors import BadRequest, Forbidden, ServeRefused, TurretError, Unauthorized
 from turret.server.error_responses import send_error
-from turret.server.limits import INFER_PAGES, OPEN, UNSIGNED, first, is_page
+from turret.server.limits import INFER_PAGES, OPEN, UNSIGNED, client_of, first, is_page
 from turret.server.quotas import Quota
 from turret.server.sessions import Sessions, session_of
-from turret.store import AccessToken, acting
+from turret.store import AccessToken
 from turret.store.access_tokens import SCOPES, hashed, which
 from turret.store.catalog import now
 
@@ -212,36 +214,131 @@ def _without_port(host: str) -> str:
     return host.rpartition(":")[0] if host.count(":") == 1 else host
 
 
+# --- middleware ------------------------------------------------------------------------------------------------------
+
+
+def require_unambiguous(scope: Scope) -> None:
+    """Refuse a request that a proxy and this server could read in two ways. Raises BadRequest.
+
+    With Content-Length and Transfer-Encoding in one request, a proxy may use one and the server the other. What one of
+    them takes for the body is then the next request of the other (request smuggling, RFC 9112, section 6.3). With two
+    Authorization headers, a proxy may have checked the first one and the server would use the last one; two Cookie
+    headers are refused for the same reason.
+    """
+    names = [name.lower() for name, _ in scope["headers"]]
+    if b"transfer-encoding" in names:
+        if b"content-length" in names:
+            raise BadRequest("the request has both Content-Length and Transfer-Encoding: send one of them")
+        if scope["http_version"] == "1.0":
+            raise BadRequest("the request is HTTP/1.0 and has Transfer-Encoding: send Content-Length")
+    for name in (b"authorization", b"cookie"):
+        if names.count(name) > 1:
+            raise BadRequest(f"the request has two {name.decode().title()} headers: send one")
+
+
 class AuthMiddleware:
-    """Refuses requests without the right token. Routes find the caller in `request.state.caller`.
+    """Refuses requests without the right token, and ambiguous ones. Routes find the caller in `request.state.caller`.
 
     Args:
+        page_response: Sends the responses to a page, so that the errors of this middleware become pages too.
+        look_up: Looks for a session that another server of the store opened: the session, and the client.
         origins: Of pages that may write to the API of a server without tokens.
     """
 
-    def __init__(self, app: ASGIApp, guard: Guard, origins: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        guard: Guard,
+        page_response: Callable[[Scope, Send], Send],
+        look_up: Callable[[str, str], Awaitable[None]],
+        origins: Sequence[str] = (),
+    ) -> None:
         self.app = app
         self.guard = guard
+        self.page_response, self.look_up = page_response, look_up
         self.origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        page = is_page(scope["path"])
+        if page:
+            send = self.page_response(scope, send)
         try:
-            caller = self._caller(scope["path"], scope["method"], headers)
+            require_unambiguous(scope)
+            caller = None if scope["path"] in OPEN else await self._caller(scope, page=page)
         except TurretError as error:
             await send_error(error, scope, receive, send, close=True)
+            return
+        if caller is None:
+            await self.app(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
         with acting(None if caller.name is None else caller.key):
             await self.app(scope, receive, send)
 
-    def _caller(self, path: str, method: str, headers: Mapping[bytes, str]) -> Caller:
-        page, host = is_page(path), headers.get(b"host")
+    async def _caller(self, scope: Scope, *, page: bool) -> Caller:
+        path, headers = scope["path"], {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host")
+        if page and (session := session_of(headers.get(b"cookie"))) is not None:
+            await self.look_up(session, client_of(scope.get("client")) or "")
         if page or (self.guard.open and headers.get(b"origin") not in self.origins):
-            check_origin(method, headers, page=page)
+            check_origin(scope["method"], headers, page=page)
         if page:
             return self.guard.authorize_page(path, session_of(headers.get(b"cookie")), host)
         return self.guard.authorize(path, headers.get(b"authorization"), host)
+
+
+# --- cross origin -----------------------------------------------------------------------------------------------------
+# Pages of other sites that may call the API from a browser (CORS). The console's pages stay closed to them.
+
+
+ANY_ORIGIN = "*"
+REMEMBERED = 600  # seconds for which a browser need not ask again
+READ = (
+    "turret-receipt",
+    "turret-adapter",
+    "turret-version",
+    "turret-digest",
+    "turret-base",
+    "turret-experiment",
+    "turret-arm",
+    "turret-probability",
+    "x-request-id",
+    "retry-after",
+)
+_ORIGIN = re.compile(r"https?://(?:[\w.-]+|\[[0-9a-fA-F:]+\])(?::\d{1,5})?")
+
+
+def origins(texts: Sequence[str]) -> tuple[str, ...]:
+    """Checked origins. Raises ServeRefused for anything that is no origin."""
+    for text in texts:
+        if text != ANY_ORIGIN and not _ORIGIN.fullmatch(text):
+            raise ServeRefused(
+                f"--cors-origin {ascii(text)[:60]}: expected a scheme, a host and perhaps a port, such as "
+                "https://app.example, or * for any"
+            )
+    return tuple(texts)
+
+
+def allow_origins(app: ASGIApp, allowed: Sequence[str]) -> ASGIApp:
+    """The application, whose API pages of these origins may call. A browser's question before a call needs no token."""
+    return _CrossOrigin(app, allowed) if allowed else app
+
+
+class _CrossOrigin:
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self.app = app
+        self.api = CORSMiddleware(
+            app,
+            allow_origins=list(allowed),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=list(READ),
+            max_age=REMEMBERED,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        page = scope["type"] != "http" or is_page(scope["path"])
+        await (self.app if page else self.api)(scope, receive, send)

@@ -26,9 +26,9 @@ from turret.errors import BadRequest, Corrupt, NotFound, StoreError, TooLarge, T
 from turret.server.auth import Caller
 from turret.server.shadows import LOW_PRIORITY
 from turret.server.state import ServerState
-from turret.server.thread_pool import ThreadPool
 from turret.store.batches import MOST_TRIES, WHOLE_FILE, Answer, Batch, Lost, State
 from turret.store.client_files import ClientFile
+from turret.turns import ThreadPool
 
 POLL_SECONDS = 0.5  # between two looks for a batch
 BEAT_SECONDS = 5.0  # between two renewals of a claim

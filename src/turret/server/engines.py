@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from turret.engine import LoadedAdapter, Named, SamplingParams, Stats
 from turret.engine.constraint import Constraint
@@ -114,7 +115,7 @@ class SeenEngines:
         """The base of a server that has one."""
         return self._engines.only
 
-    @property
+    @cached_property
     def askable(self) -> Sequence[ServedBase]:
         """The bases that the access may ask by their own names."""
         return [each for each in self._engines.bases if self.access.sees_base(each.id)]

@@ -1,4 +1,4 @@
-"""Every limit of a server, and the middleware that enforces those of a request.
+"""Every limit of a server: of connections, and the middleware that enforces those of a request.
 
 The middleware reads a body to its end before a route sees it. If a body is too large, the response is sent at once and
 the rest of the body is read and dropped, so that the client gets to read the response.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turret.errors import Busy, Draining, TooLarge, TooSlow, WrongMediaType
-from turret.server.connections import ClientConnections, subtract
+from turret.errors import Busy, Draining, ServeRefused, TooLarge, TooSlow, WrongMediaType
 from turret.server.error_responses import send_error
 from turret.turns import Places
 
@@ -99,6 +99,98 @@ class RequestLimits:
             return self.body_bytes
         known = path.startswith("/api/") or is_page(path)
         return min(self.small_body_bytes if known else self.tiny_body_bytes, self.body_bytes)
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+# The open connections of each client are counted, and those beyond a limit are refused.
+
+
+Network = IPv4Network | IPv6Network
+Peer = Sequence[str | int] | None  # an address of Python's sockets: (host, port, ...), or the path of a Unix socket
+CLIENT_BITS = 64  # an IPv6 client is a network of this prefix length
+
+
+def client_of(peer: Peer) -> str | None:
+    """The client of a connection: an IPv4 address or an IPv6 /64 network; None for a Unix socket."""
+    if not isinstance(peer, tuple | list):
+        return None
+    try:
+        address = ip_address(str(peer[0]).partition("%")[0])
+    except ValueError:
+        return None
+    if not isinstance(address, IPv6Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ip_network((address, CLIENT_BITS), strict=False))
+
+
+def networks(texts: Iterable[str]) -> tuple[Network, ...]:
+    """The addresses and networks of `--proxy`. Raises ServeRefused."""
+    found: list[Network] = []
+    for text in texts:
+        try:
+            found.append(ip_network(text.strip(), strict=False))
+        except ValueError:
+            raise ServeRefused(
+                f"--proxy {ascii(text)[:60]}: expected an address or a network such as 10.0.0.0/8"
+            ) from None
+    return tuple(found)
+
+
+class ClientConnections:
+    """The open connections.
+
+    Args:
+        limit: Of all connections.
+        limit_per_client: Of the connections of one client; None for no limit.
+        proxies: Networks without a limit per client, because their connections belong to many clients.
+    """
+
+    def __init__(self, limit: int, limit_per_client: int | None, proxies: Sequence[Network] = ()) -> None:
+        self.limit, self.limit_per_client = limit, limit_per_client
+        self.open = 0
+        self.open_of: Counter[str] = Counter()
+        self._proxies = proxies
+
+    def limited(self, peer: Peer) -> str | None:
+        """The client of a connection; None if it has no limit of its own."""
+        client = client_of(peer) if self.limit_per_client is not None else None
+        if client is None:
+            return None
+        address = ip_network(client).network_address
+        return None if any(address in network for network in self._proxies) else client
+
+    def enter(self, client: str | None) -> None:
+        """Count one more connection. Raises Busy, and counts nothing, beyond a limit."""
+        limit = self.limit_per_client
+        if client is not None and limit is not None and self.open_of[client] >= limit:
+            raise Busy(
+                f"{limit} connections of {client} are open, which is the limit for one client: "
+                "close some, or try again",
+                1,
+            )
+        if self.open >= self.limit:
+            raise Busy(f"{self.limit} connections are open: try again", 1)
+        self.open += 1
+        if client is not None:
+            self.open_of[client] += 1
+
+    def leave(self, client: str | None) -> None:
+        """Count one connection less."""
+        self.open -= 1
+        subtract(self.open_of, client, 1)
+
+
+def subtract(counts: Counter[str], key: str | None, count: int) -> None:
+    """Lower the count of a key, and drop the key at zero."""
+    if key is not None and key in counts:
+        counts[key] -= count
+        if counts[key] <= 0:
+            del counts[key]
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
 
 
 class Load:

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from turret.data import Prompt
 from turret.engine import Done, Event, Failed, Piece, Receipt
 from turret.errors import DeadlineExceeded, Disconnected, NotFound
-from turret.server.engine_protocol import Answer, Input, TicketProtocol, answering_version
+from turret.server.engine_protocol import Answer, Input, TicketProtocol
 from turret.server.routing import Placement
 from turret.server.schemas import Usage
 
@@ -96,7 +96,7 @@ class PendingAnswers:
     @property
     def model(self) -> str | None:
         """The version that answers, as `name@3`; None for the bare base."""
-        return answering_version(self.receipt)
+        return self.receipt.version
 
     @property
     def headers(self) -> dict[str, str]:

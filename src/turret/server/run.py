@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,15 +22,41 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState as UvicornState
 
-from turret.errors import BadRequest, Busy, ServeRefused, TooSlow, TurretError
+from turret.errors import BadRequest, Busy, HeadersTooLarge, RequestError, ServeRefused, TooSlow, TurretError
 from turret.server.app import create, routes
 from turret.server.batch_runner import BatchRunner
-from turret.server.connections import ClientConnections
 from turret.server.error_responses import error_response
-from turret.server.headers import check_head
-from turret.server.limits import RequestLimits
+from turret.server.limits import ClientConnections, RequestLimits
 from turret.server.logs import LibraryHandler, Log, LogMiddleware
 from turret.server.state import ServerState
+
+# --- head of a request ------------------------------------------------------------------------------------------------
+# Lines that only some servers read as one are refused before the first line and the headers are parsed.
+
+
+_END = b"\r\n\r\n"
+_REFUSED = {  # a CR at the end may get its LF with the next bytes
+    re.compile(rb"(?<!\r)\n|\r(?=[^\n])"): "a line of the headers does not end in CR LF: end each so",
+    re.compile(rb"\n[ \t]"): "a header continues on a second line (folded): send each header on one line",
+    re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"): "the headers have a control character: leave it out",
+}
+
+
+def check_head(received: bytes, most: int) -> RequestError | None:
+    """What is wrong with the first line and the headers of a request, as far as they were received; None if nothing is.
+
+    Parsers read a line that ends in LF alone, and a folded one, in different ways. They also take quadratic time for
+    blanks before a control character.
+
+    Args:
+        most: Bytes of the first line and the headers together.
+    """
+    end = received.find(_END)
+    head = received if end < 0 else received[: end + len(_END)]
+    if len(head) > most:
+        return HeadersTooLarge(f"the headers have more than {most} bytes: send fewer or shorter ones")
+    return next((BadRequest(message) for found, message in _REFUSED.items() if found.search(head)), None)
+
 
 # --- http protocol ----------------------------------------------------------------------------------------------------
 # HTTP/1.1 on a socket: uvicorn's protocol with limits on connections and on the time for headers and for writing.

@@ -223,18 +223,6 @@ class CompletionRequest(Generation):
         return [tokens] if tokens else [each for each in self.prompt if not isinstance(each, int)]
 
 
-class ClassifyRequest(Model):
-    model: Name
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
-    coverage: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="Also answer with sets of labels that hold the right one with at least this probability."
-    )
-    user: User | None = Field(None, description=USER)
-
-    def texts(self) -> list[str]:
-        return [self.input] if isinstance(self.input, str) else self.input
-
-
 # --- responses -------------------------------------------------------------------------------------------------------
 
 
@@ -266,24 +254,6 @@ class Completion(BaseModel):
     created: int
     model: str = Field(description="The version that answered, such as name@3.")
     choices: list[CompletionChoice]
-    usage: Usage | None = None
-
-
-class ClassifyData(BaseModel):
-    index: int
-    label: str | list[str] = Field(description="A list if the task has several labels per text.")
-    probs: list[float]
-    num_classes: int
-    probabilities: dict[str, float] = Field(description="Label to probability, in the order of `probs`.")
-    label_set: list[str] | None = Field(None, description="With `coverage`: the labels, the most probable first.")
-
-
-class Classification(BaseModel):
-    id: str
-    object: Literal["list"] = "list"
-    created: int
-    model: str
-    data: list[ClassifyData]
     usage: Usage | None = None
 
 

@@ -4,7 +4,7 @@
 have nothing of another tenant. Routes get no other state (`turret.server.routes`).
 
 Questions, the control plane and outcomes have threads of their own, so that many loads delay no answer. Tenants take
-turns on them (`turret.server.thread_pool`).
+turns on them (`turret.turns`).
 """
 
 from __future__ import annotations
@@ -28,27 +28,25 @@ from turret.engine import SamplingParams
 from turret.errors import Busy, Cancelled, Draining, NotFound, TurretError
 from turret.json_types import JsonMapping
 from turret.server import logs
-from turret.server.alias_watcher import AliasWatcher
 from turret.server.auth import Caller, Guard
-from turret.server.connections import ClientConnections, Network
-from turret.server.engine_protocol import Answer, EngineProtocol, Input, TicketProtocol, answering_version
+from turret.server.engine_protocol import Answer, EngineProtocol, Input, TicketProtocol
 from turret.server.engines import Engines, SeenEngines, ServedBase
-from turret.server.limits import Load, RequestLimits
+from turret.server.limits import ClientConnections, Load, Network, RequestLimits
 from turret.server.logs import Log
 from turret.server.metrics import Metrics, TenantTotals
 from turret.server.oidc import Oidc, OidcSettings
 from turret.server.pending_answers import PendingAnswers, Submission
 from turret.server.quotas import Quota
 from turret.server.replica import Replica
-from turret.server.routing import Placement, Routing
+from turret.server.routing import AliasWatcher, Placement, Routing
 from turret.server.shadows import LOW_PRIORITY, Shadows
-from turret.server.thread_pool import ThreadPool
 from turret.store.batches import Batches
 from turret.store.client_files import ClientFiles
 from turret.store.usage import BASE, UsageLog
 from turret.store.usage import SECONDS as USAGE_SECONDS
 from turret.tasks import stored_task
 from turret.tasks.task import RequestKind
+from turret.turns import ThreadPool
 from turret.visibility import seen_adapters, seen_versions
 from turret.workspace import Workspace
 
@@ -213,7 +211,7 @@ class ServerState:
         log: Log | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.options = options
+        self.options, self._plain = options, options()
         self.settings = settings or ServerSettings()
         self.limits = limits = self.settings.limits
         self.spans = logs.provider() if self.settings.otel else None
@@ -398,7 +396,7 @@ class ServerState:
         pending = PendingAnswers(submission, inputs, request, seconds, self.id, submit, started, self.clock)
         try:
             if name := pending.receipt.name:
-                await self.replica.admit(self._adapter_key(name), f"adapter {name}", self.settings.per_adapter)
+                await self._take(self._adapter_key(name), f"adapter {name}", self.settings.per_adapter)
         except TurretError as error:
             pending.error = error
             pending.close()
@@ -415,8 +413,13 @@ class ServerState:
         """Take one request from the quota of the caller, once for each request. Raises QuotaSpent."""
         caller: Caller = request.state.caller
         if caller.name is not None and not getattr(request.state, "admitted", False):
-            await self.replica.admit(caller.key, f"token {caller.name}", caller.quota)
+            await self._take(caller.key, f"token {caller.name}", caller.quota)
             request.state.admitted = True
+
+    async def _take(self, key: str, owner: str, quota: Quota) -> None:
+        """Take one request from a quota that all servers share. Raises QuotaSpent."""
+        if not self.quotas.admit(key, owner, quota):
+            await self.replica.reserve(key, owner, quota)
 
     def charge(self, request: Request, tokens: int) -> None:
         """Take tokens from the quota of the caller."""
@@ -515,9 +518,9 @@ class ServerState:
             asked = model
             try:
                 for place, each in enumerate(inputs):
-                    settings = None if options is None else options[place]
+                    settings = self._plain if options is None else options[place]
                     tickets.append(self._ticket(kind, each, asked, settings, priority))
-                    asked = answering_version(tickets[0].receipt) or model
+                    asked = tickets[0].receipt.version or model
                 return tickets
             except BaseException as error:
                 for ticket in tickets:
@@ -527,7 +530,7 @@ class ServerState:
         raise NotFound(f"{ascii(model)[:60]} was deleted several times while the request was submitted: try again")
 
     def _ticket(
-        self, kind: RequestKind, text: Input, model: str, options: SamplingParams | None, priority: int
+        self, kind: RequestKind, text: Input, model: str, options: SamplingParams, priority: int
     ) -> TicketProtocol:
         exact = model if self.is_base(model) else self.aliases.exact(model)
         seconds = self.limits.answer_seconds

@@ -2,7 +2,7 @@
 
 from turret.store.access_tokens import AccessToken, AccessTokens, SessionRows
 from turret.store.aliases import Move, Pointing
-from turret.store.catalog import Compared, Deleted, Version, acting, folded
+from turret.store.catalog import Compared, Deleted, Version, folded
 from turret.store.core import Store
 from turret.store.gates import Gate, GateStatus
 from turret.store.gc import Collected
@@ -33,6 +33,5 @@ __all__ = [
     "TrainingQueue",
     "Verified",
     "Version",
-    "acting",
     "folded",
 ]

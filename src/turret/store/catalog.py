@@ -5,9 +5,7 @@ from __future__ import annotations
 import getpass
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
@@ -16,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, Select, Text, cast, delete, func, insert, or_, select, update
 
 from turret import audit
+from turret.access import acting_name
 from turret.database import adapters, aliases, experiments, files, insert_row, tokens, versions
 from turret.errors import Corrupt, NotFound
 from turret.json_types import JsonMapping, JsonObject, JsonValue, mapping_of, part
@@ -150,23 +149,10 @@ def now() -> str:
     return timestamp(datetime.now(UTC))
 
 
-_ACTING: ContextVar[str | None] = ContextVar("acting", default=None)
-
-
-@contextmanager
-def acting(name: str | None) -> Iterator[None]:
-    """Record changes in this block as made by `name`; None: by the user of the process."""
-    before = _ACTING.set(name)
-    try:
-        yield
-    finally:
-        _ACTING.reset(before)
-
-
 def who() -> str | None:
     """The user of a change: the name in `acting`, else TURRET_USER, else the user name of the system."""
     try:
-        name = _ACTING.get() or os.environ.get("TURRET_USER") or getpass.getuser()
+        name = acting_name() or os.environ.get("TURRET_USER") or getpass.getuser()
     except (OSError, KeyError, ImportError):  # a user without a name, as in a container
         return None
     return "".join(c for c in name if c.isprintable())[:100] or None

@@ -25,7 +25,7 @@ def plainly(
 ) -> Tensor:
     """Attention of each row in float64."""
     parts = []
-    for row in range(rows.count):
+    for row in range(len(rows.query_starts)):
         (t0, t), (s0, s) = (
             (int(rows.query_starts[row]), int(rows.query_lengths[row])),
             (int(rows.key_starts[row]), int(rows.key_lengths[row])),

@@ -4,13 +4,22 @@
 switches them off.
 """
 
-from turret.ops.cpu.available import int8, library, rest, usable, why, without
-from turret.ops.cpu.compiled import LONGEST_INT8, Library
-from turret.ops.cpu.layers import DecoderLayer, EncoderLayer, LayerMatrix, Layers
-from turret.ops.cpu.operations import (
+from turret.ops.cpu.compiled import (
+    LONGEST_INT8,
     AdapterSpans,
     CachedKVArguments,
+    DecoderLayer,
+    EncoderLayer,
     Int8Matrix,
+    LayerMatrix,
+    Layers,
+    Library,
+    int8,
+    library,
+    rest,
+    usable,
+    why,
+    without,
 )
 
 __all__ = [

@@ -9,10 +9,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from turret.ops.core import Gradients, KVStep, LayerWeights, Loras, NumberedMatrix, Ops, WholeLayers
-from turret.ops.cpu.compiled import Library
-from turret.ops.cpu.layers import DecoderLayer, EncoderLayer, Layer, LayerMatrix, Layers
-from turret.ops.cpu.operations import AdapterSpans, CachedKVArguments
+from turret.ops.core import Gradients, KVStep, LayerWeights, Loras, NumberedMatrix, Ops, WholeLayers, enabled
+from turret.ops.cpu.compiled import (
+    AdapterSpans,
+    CachedKVArguments,
+    DecoderLayer,
+    EncoderLayer,
+    Layer,
+    LayerMatrix,
+    Layers,
+    Library,
+)
 from turret.ops.structs import (
     NO_DROPOUT,
     AttentionRows,
@@ -22,7 +29,6 @@ from turret.ops.structs import (
     Prefixes,
     RMSNorm,
 )
-from turret.ops.switches import enabled
 
 
 class CpuOps(Ops):

@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse
 from turret.errors import NotFound, Unauthorized
 from turret.server import oidc
 from turret.server.auth import Caller
-from turret.server.connections import client_of
+from turret.server.limits import client_of
 from turret.server.routes import State
 from turret.server.sessions import cookie, cookie_value
 from turret.server.state import ServerState

@@ -1,29 +1,18 @@
-"""The kernels of this process: loaded or compiled, checked against torch, and switched off on request."""
+"""Compare every kernel with torch when the library is loaded. A wrong kernel costs speed, not correctness.
+
+Layers in one call consist of the kernels that are checked here; tests compare them bit by bit.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from turret.ops.cpu.build import NotBuilt, load
-from turret.ops.cpu.compiled import Library
-from turret.ops.cpu.operations import (
-    NAMES,
-    AdapterSpans,
-    CachedKVArguments,
-)
+from turret.ops.cpu.build import NotBuilt
+from turret.ops.cpu.compiled import AdapterSpans, CachedKVArguments, Library
 from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
-
-# --- check ------------------------------------------------------------------------------------------------------------
-# Compare every kernel with torch when the library is loaded. A wrong kernel costs speed, not correctness.
-#
-# Layers in one call consist of the kernels that are checked here; tests compare them bit by bit.
-
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the largest element
 
@@ -188,67 +177,3 @@ def _step(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tens
     y = torch.einsum("bhs,bhsd->bhd", scores.masked_fill(hidden[:, None], -1e30).softmax(-1), wide[1])
     results["attend_step"] = (library.attend_step(kept, q, keys, values, 0.3, window=4), y)
     return results
-
-
-# --- available --------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _found() -> tuple[Library | None, str]:
-    try:
-        loaded, origin = load()
-        library = Library(loaded)
-        require(library)
-    except (NotBuilt, AttributeError) as error:  # AttributeError: the library lacks a kernel
-        return None, str(error)
-    return library, origin
-
-
-_off: ContextVar[bool] = ContextVar("off", default=False)
-
-
-def library() -> Library | None:
-    """The kernels, compiled if needed and checked at the first call; None if there are none."""
-    return None if _off.get() else _found()[0]
-
-
-@contextmanager
-def without() -> Iterator[None]:
-    """Compute in torch for the length of the block, in this thread: the reference for the kernels."""
-    token = _off.set(True)
-    try:
-        yield
-    finally:
-        _off.reset(token)
-
-
-def int8() -> bool:
-    """Whether the processor has instructions for products of 8-bit integers."""
-    found = library()
-    return found is not None and found.int8
-
-
-def why() -> str:
-    """Where the kernels come from, or why there are none; for messages."""
-    return _found()[1]
-
-
-def rest() -> None:
-    """End the idle OpenMP helper threads of the calling thread.
-
-    If several threads of a process have helpers, GNU's OpenMP puts all of them to sleep between two operations, and a
-    pass over 16 tokens takes up to 2x longer (two cores). The next parallel region creates new helpers.
-    """
-    if (found := _found()[0]) is not None:
-        found.rest()
-
-
-def usable(*tensors: Tensor) -> Library | None:
-    """The kernels, if they support these tensors: on the CPU, all float32 or all bfloat16. Else None."""
-    dtype = tensors[0].dtype
-    if not tensors[0].is_cpu or dtype not in NAMES:
-        return None
-    for each in tensors:  # a loop, faster than any(): this runs hundreds of times per step
-        if each.dtype != dtype:
-            return None
-    return library()
