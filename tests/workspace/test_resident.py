@@ -7,6 +7,7 @@ import json
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 from small_models import ENCODER_DECODERS, ENCODERS, FAMILIES, GENERATORS, save_base
 
+from turret.bases import choose_device
+from turret.bases.device import Gpu, Machine
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import DataError, Interrupted, LossNotFinite, TrainingError, TurretError
 from turret.recipe import Recipe
@@ -21,7 +24,7 @@ from turret.store import Store
 from turret.train import StepRecord
 from turret.workspace import serving, training
 from turret.workspace.child_process import why_alone
-from turret.workspace.resident import ALONE, ResidentBases, Room, Seat, ServingBase
+from turret.workspace.resident import ALONE, ResidentBases, Room, Seat, ServingBase, with_room
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4, "lora_dropout": 0.1},
@@ -281,3 +284,13 @@ def test_a_base_that_nobody_wants_is_let_go_when_another_is_loaded(tmp_path: Pat
     load(recipe(tmp_path, "distilbert", "lora"), [recipes[2].base])
     gc.collect()
     assert [each() is not None for each in loaded] == [False, False, False, True, True]
+
+
+def test_a_gpu_has_room_for_a_training_of_the_base_that_it_holds() -> None:
+    """Without this, a training that fits in a process of its own would go to the CPU beside its own base."""
+    gpu = Gpu(torch.device("cuda:0"), "a GPU", free=3 << 30, total=16 << 30)
+    other = replace(gpu, device=torch.device("cuda:1"))
+    needed = lambda _: 5 << 30
+    assert choose_device("auto", needed, Machine((gpu, other))).device.type == "cpu", "the control"
+    roomy = with_room(Machine((gpu, other)), {other.device: 4 << 30})
+    assert choose_device("auto", needed, roomy).device == other.device

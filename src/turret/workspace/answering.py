@@ -16,6 +16,7 @@ from turret.tasks.calibration import Calibration, require
 from turret.train.asking import Asking
 from turret.transformer import Model
 from turret.workspace.progress import Say, silent
+from turret.workspace.resident import ALONE, OwnProcess
 from turret.workspace.stored_adapter import load_base, read_adapter
 
 # --- predict options --------------------------------------------------------------------------------------------------
@@ -104,11 +105,14 @@ class Mounted:
         self.asking.close()
 
 
-def mounted(store: Store, reference: str, say: Say = silent, device: str = "auto") -> Mounted:
+def mounted(
+    store: Store, reference: str, say: Say = silent, device: str = "auto", place: OwnProcess = ALONE
+) -> Mounted:
     """Load a version and its base. Closing it ends the engine that answers.
 
     Args:
         device: where the base computes; see `bases.choose_device`.
+        place: where the base may be in memory already.
 
     Raises:
         AdapterError: the version does not store its task.
@@ -119,7 +123,7 @@ def mounted(store: Store, reference: str, say: Say = silent, device: str = "auto
     if not adapter.task:
         raise AdapterError(f"{version} does not store its task, so it cannot answer: train it again")
     say(f"loading {adapter.base.id}")
-    base = load_base(adapter, device=device)
+    base = load_base(adapter, device=device, place=place)
     require_base(adapter, base.fingerprint)
     return Mounted(version, Asking(base, adapter, task_from_spec(adapter.task, base.tokenizer)), base.notes)
 

@@ -6,19 +6,21 @@ Trainings on one resident base share its weights. Each has a model of its own, a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import torch
 
 from turret import bases, process
 from turret.bases import Base, ChosenDevice
-from turret.bases.base import Digests, dtype_on
+from turret.bases.base import Digests, Dtype, dtype_on
+from turret.bases.device import Machine, this_machine
 from turret.bases.meta_model import room_to_answer
+from turret.bases.quantized import Quantization
 from turret.bases.shared import share
-from turret.engine.core import Engine
 from turret.engine.pass_thread import PassThread
 from turret.errors import Interrupted, TrainingError
 from turret.recipe import Recipe
@@ -30,6 +32,9 @@ from turret.train.loop import digest_of
 from turret.workspace import prepared
 from turret.workspace.child_process import STOPPED, why_alone
 from turret.workspace.results import Planned
+
+if TYPE_CHECKING:
+    from turret.engine.core import Engine
 
 T = TypeVar("T")
 Key = tuple[Hashable, ...]  # the base's name first
@@ -44,9 +49,29 @@ class OwnProcess:
         """A recipe's base, with nothing attached."""
         return prepared.load_base(recipe, task, labels, device)
 
+    def load(
+        self,
+        base: str,
+        *,
+        task: Literal["classify", "generate"],
+        num_labels: int | None,
+        dtype: Dtype,
+        quantization: Quantization,
+        device: str,
+    ) -> Base:
+        """A base to answer with, with nothing attached: `bases.load`."""
+        return bases.load(base, task=task, num_labels=num_labels, dtype=dtype, quantization=quantization, device=device)
+
+    def machine(self) -> Machine | None:
+        """The devices to choose from, with the memory that is free for a training; None: as they are now."""
+        return None
+
     def run(self, work: Callable[[], T], tenant: str = "") -> T:
         """Run a part of a training that computes. tenant: whose training it is."""
         return work()
+
+    def let_go(self, wanted: Collection[str]) -> None:
+        """Free the bases whose name is not among those that are wanted."""
 
     def admitted(self, plan: Callable[[], Planned]) -> Planned:
         """The plan of a training that is about to begin."""
@@ -58,40 +83,75 @@ ALONE = OwnProcess()
 
 @dataclass
 class ResidentBases(OwnProcess):
-    """The bases that stay in memory, and the thread that computes on them."""
+    """The bases that stay in memory, and the thread that computes on them.
+
+    Args:
+        thread: in which several trainings take turns. None: there is one at a time, and its own thread computes.
+    """
 
     stays: ClassVar[bool] = True
-    _thread: PassThread = field(default_factory=PassThread)
+    thread: PassThread | None = field(default_factory=PassThread)
     _bases: dict[Key, Base] = field(default_factory=dict)
 
     def model_for(self, recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
         """A recipe's base as a model of its own. Loads the base if it is not in memory, or changed on disk."""
         if (reason := why_alone(recipe)) is not None:
             raise TrainingError(f"this training cannot share its base: {reason}; run it in a process of its own")
-        key = self._key(recipe, task, device)
-        return self.run(lambda: self._model(key, recipe, task, labels, device))
+        key, labelled = _key_of(recipe, task, device), task.num_labels(labels)
+
+        def load() -> Base:
+            return prepared.load_base(recipe, task, (), device)
+
+        return self.run(lambda: self._model(key, load, labelled, recipe.seed))
 
     def has(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> bool:
         """Whether a recipe's base is in memory."""
-        return self._key(recipe, task, device) in self._bases
+        return _key_of(recipe, task, device) in self._bases
 
-    def _key(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> Key:
-        files = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in bases.resolve(recipe.base).weights]
-        precision = dtype_on(device.device, recipe.train.dtype)
-        return (recipe.base, task.request, precision, recipe.base_quantization or "none", device.device, *files)
+    def load(
+        self,
+        base: str,
+        *,
+        task: Literal["classify", "generate"],
+        num_labels: int | None,
+        dtype: Dtype,
+        quantization: Quantization,
+        device: str,
+    ) -> Base:
+        """The same as a model of its own. A base that is in memory on a GPU needs no more room there."""
 
-    def _model(self, key: Key, recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
+        def needed(at: torch.device) -> int:
+            if _key(base, task, dtype, quantization, at) in self._bases:
+                return 0
+            return room_to_answer(bases.resolve(base), dtype_on(at, dtype), packed=quantization != "none")
+
+        chosen = bases.choose_device(device, needed, self.machine())
+        key = _key(base, task, dtype, quantization, chosen.device)
+
+        def load() -> Base:
+            return bases.load(base, task=task, dtype=dtype, quantization=quantization, device=chosen)
+
+        return self.run(lambda: self._model(key, load, num_labels))
+
+    def _model(self, key: Key, load: Callable[[], Base], num_labels: int | None, seed: int = 42) -> Base:
         if key not in self._bases:
-            base = prepared.load_base(recipe, task, (), device)
+            base = load()
             own = [*base.model.parameters(), *base.model.buffers()]
             tensors = {each.data_ptr(): digest_of(each) for each in own}
             self._bases[key] = replace(base, digests=Digests(tensors, tokenizer_digest(base.tokenizer)))
             process.release()  # what loading needed; a training does not do it again
-        return share(self._bases[key], num_labels=task.num_labels(labels), seed=recipe.seed)
+        return share(self._bases[key], num_labels=num_labels, seed=seed)
+
+    def machine(self) -> Machine | None:
+        """The devices to choose from: what a base takes that is in memory is free for a training of it."""
+        held = Counter[torch.device]()
+        for base in list(self._bases.values()):
+            held[base.model.device] += base.bytes
+        return None if all(device.type == "cpu" for device in held) else with_room(this_machine(), held)
 
     def run(self, work: Callable[[], T], tenant: str = "") -> T:
         """Run a part of a training in the thread, when its tenant's turn comes."""
-        return self._thread.run(work, tenant)
+        return work() if self.thread is None else self.thread.run(work, tenant)
 
     def let_go(self, wanted: Collection[str]) -> None:
         """Free the bases whose name is not among those that are wanted."""
@@ -104,8 +164,24 @@ class ResidentBases(OwnProcess):
 
     def close(self) -> None:
         """End the thread and free all bases. Trainings that still run raise Draining."""
-        self._thread.close()
+        if self.thread is not None:
+            self.thread.close()
         self._bases.clear()
+
+
+def _key(base: str, task: str, dtype: Dtype, quantization: Quantization, device: torch.device) -> Key:
+    """What a base in memory is known by. A file that changed makes another key."""
+    files = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in bases.resolve(base).weights]
+    return (base, task, dtype_on(device, dtype), quantization, device, *files)
+
+
+def _key_of(recipe: Recipe, task: type[Task], device: ChosenDevice) -> Key:
+    return _key(recipe.base, task.request, recipe.train.dtype, recipe.base_quantization or "none", device.device)
+
+
+def with_room(machine: Machine, held: Mapping[torch.device, int]) -> Machine:
+    """A machine whose GPUs have more free memory. held: how much, in bytes."""
+    return replace(machine, gpus=tuple(replace(gpu, free=gpu.free + held.get(gpu.device, 0)) for gpu in machine.gpus))
 
 
 @dataclass

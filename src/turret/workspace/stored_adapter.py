@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from turret import bases, bundles
+from turret import bundles
 from turret.adapters import Adapter
 from turret.bases import Base
 from turret.bases.base import Dtype
@@ -14,6 +14,7 @@ from turret.errors import AdapterError
 from turret.reference import Reference
 from turret.store import Store, Version
 from turret.tasks import stored_task
+from turret.workspace.resident import ALONE, OwnProcess
 
 
 def read_adapter(store: Store, reference: str | Reference) -> tuple[Version, Adapter]:
@@ -24,14 +25,20 @@ def read_adapter(store: Store, reference: str | Reference) -> tuple[Version, Ada
 
 
 def load_base(
-    adapter: Adapter, dtype: Dtype = "auto", quantization: Quantization | None = None, device: str = "cpu"
+    adapter: Adapter,
+    dtype: Dtype = "auto",
+    quantization: Quantization | None = None,
+    device: str = "cpu",
+    place: OwnProcess = ALONE,
 ) -> Base:
     """Load the base of an adapter that stores its task. The caller checks the base's fingerprint.
 
-    quantization: None: as the adapter was trained.
+    Args:
+        quantization: None: as the adapter was trained.
+        place: where the base may be in memory already.
     """
     task, labels = stored_task(adapter.task), adapter.task.get("labels") or ()
-    return bases.load(
+    return place.load(
         adapter.base.id,
         task=task.request,
         num_labels=task.num_labels(labels),

@@ -315,12 +315,13 @@ def prepare(
     dataset = dataset or read_dataset(store, recipe, callbacks.stage)
     recipe, base_notes = with_base(recipe, dataset.kind)
     task_class = task_of(dataset.kind)
-    device = choose_for(recipe, task_class, dataset.labels) if device is None else device
+    machine = place.machine()
+    device = choose_for(recipe, task_class, dataset.labels, machine) if device is None else device
     callbacks.stage(f"loading {recipe.base}")
     started = time.perf_counter()
     base = place.model_for(recipe, task_class, dataset.labels, device)
     bare = place.run(lambda: twin(base), store.access.tenant) if task_class.generates else base
-    base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device))
+    base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device, machine))
     load_seconds = time.perf_counter() - started
     recipe = recipe if filled else _filled(recipe, dataset, base, start)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
