@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 
 # --- interrupt --------------------------------------------------------------------------------------------------------
@@ -133,6 +134,29 @@ def _resident() -> int:
             return int(read.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def free_memory() -> int:
+    """Free bytes of the machine within its container's limit."""
+    import psutil
+
+    free, limit = int(psutil.virtual_memory().available), _container_room()
+    return free if limit is None else min(free, limit)
+
+
+def _container_room() -> int | None:
+    """Bytes left under the control group's limit; None if there is no limit."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most = Path(limit).read_text(encoding="ascii").strip()
+            if most.isdigit() and int(most) < 1 << 60:
+                return max(0, int(most) - int(Path(used).read_text(encoding="ascii")))
+        except OSError:
+            continue
+    return None
 
 
 def _glibc(name: str) -> Callable[..., int] | None:

@@ -64,7 +64,7 @@ def test_a_verdict_at_equal_steps_stands_beside_the_one_at_own_defaults() -> Non
 
 def test_a_report_says_the_steps_of_each_method_unless_they_are_the_same() -> None:
     several, same = made("full,lora,prefix", steps=STEPS), made("full,lora,prefix")
-    assert "number of steps. Every training" in as_html(several)
+    assert "number of steps. Points are" in as_html(several)
     assert "900 steps" in as_html(several)
     assert "and the same number of steps" in as_html(same)
     assert "and the same number of steps" not in as_html(several)

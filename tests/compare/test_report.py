@@ -14,16 +14,19 @@ import pytest
 import simulated_control
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated_comparison import made
+from simulated_comparison import dataset, made, result
 
 from turret.compare import control_rates
+from turret.compare.candidates import candidates
+from turret.compare.design import Cell
 from turret.compare.evaluation_page import as_html as evaluation_page
 from turret.compare.evidence import Interval, interval
 from turret.compare.plots import CHARACTER, WIDTH, Axis, LossCurve, Mark, axis, courses, forest, scatter
 from turret.compare.report import _apart, as_html, as_markdown, headline, write_report
 from turret.compare.report_text import rounded
-from turret.compare.results import Confusions, Details, Mistake
+from turret.compare.results import Confusions, Details, Mistake, costs
 from turret.compare.verdict import Verdict
+from turret.recipe import Recipe
 
 HOSTILE = "<script>alert(1)</script> | `x` **b** {{{{ 7*7 }}}} number {}"
 VOID = {"meta", "br", "link", "input", "hr", "img"}
@@ -490,3 +493,27 @@ OVERLAPS = """() => {
 
 def test_a_difference_without_width_is_still_drawn() -> None:
     ElementTree.fromstring(forest([Mark("a <b>", "lora", 0.0, 0.0, 0.0, 0.0)], 1.0, unit="points", zero="full"))
+
+
+def test_memory_and_time_are_of_the_first_seed_that_had_a_process_of_its_own() -> None:
+    """Control: the numbers of other seeds, which ran in processes of their own too, would change them."""
+    recipe = Recipe(name="tiny", base="small", data="tiny.csv")
+    (row,) = candidates("lora", recipe, "classify")
+    data = dataset(30)
+    results = [result(Cell(row, seed, 1.0, recipe), data, 0.9, seed) for seed in range(3)]
+    slow = {"train_seconds": 9e9, "steps": 40}
+    beside = [
+        dataclasses.replace(
+            each, timing=slow, memory=each.memory | {"peak_bytes": 9e12}, latency={"median_seconds": 9.0}
+        )
+        for each in results[1:]
+    ]
+    alone, first = costs(results[:1]), costs([results[0], *beside])
+    measured = ("train_seconds", "best_seconds", "answer_seconds", "above_base", "peak", "predicted", "measured")
+    assert [getattr(first, name) for name in measured] == [getattr(alone, name) for name in measured]
+    resident_first = [dataclasses.replace(beside[0], resident=True), results[1]]
+    assert costs(resident_first).train_seconds == costs(results[1:2]).train_seconds
+    assert costs(beside).train_seconds != alone.train_seconds
+    sentence = "Memory and times are those of each method's first seed"
+    for page in (as_html(made("full,lora")), as_markdown(made("full,lora"))):
+        assert sentence in page.replace("&#39;", "'").replace("\\", "")

@@ -167,6 +167,7 @@ class CellResult:
     forgetting: Mapping[str, float] | None
     best: JsonMapping | None = None  # the best evaluation during training
     wall_seconds: float
+    resident: bool = False  # whether it ran beside others on a base in memory: its time and memory are not reported
     notes: Sequence[str]
     losses: Sequence[float] = ()  # of training, means over equal stretches
     guess: float | None = None  # mean score of outputs against the references of other texts
@@ -199,7 +200,7 @@ def made_with(results: Iterable[CellResult]) -> JsonObject:
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
-# The measured costs of a method over its seeds: weights, memory, time, size and forgetting.
+# The measured costs of a method: weights, memory, time, size and forgetting. Memory and time are of the first seed.
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class MeanRange:
 
 @dataclass(frozen=True)
 class Costs:
-    """The costs of one row."""
+    """The costs of one row. Memory and time are of its first seed, which had a process of its own."""
 
     trainable: int
     total: int
@@ -233,7 +234,6 @@ class Costs:
     best_split: str | None  # of that evaluation
     answer_seconds: MeanRange | None  # one answer to one text
     forgetting: MeanRange | None  # increase of the base's loss on neutral text
-    seconds: tuple[float, ...]  # of training, by seed
     forgetting_low: float | None = None  # the ends of its 95% interval over texts, means over seeds
     forgetting_high: float | None = None
 
@@ -254,10 +254,11 @@ class Costs:
 
 def costs(own: Sequence[CellResult]) -> Costs:
     """The costs of one row from all its results."""
-    first, trained = own[0], [each for each in own if each.timing]
+    first, timed = own[0], [each for each in own if not each.resident][:1]
+    trained = [each for each in timed if each.timing]
     forgot = [each.forgetting for each in own if each.forgetting]
     ends = [(each["low"], each["high"]) for each in forgot if "low" in each]
-    best = [each.best for each in own if each.best]
+    best = [each.best for each in timed if each.best]
     measured = [each.memory["measured"] for each in trained if each.memory]
     predicted = [each.memory["predicted"] for each in trained if each.memory.get("predicted")]
     return Costs(
@@ -271,9 +272,8 @@ def costs(own: Sequence[CellResult]) -> Costs:
         train_seconds=MeanRange.of(each.timing["train_seconds"] for each in trained),
         best_seconds=MeanRange.of(each["seconds"] for each in best),
         best_split=best[0]["split"] if best else None,
-        answer_seconds=MeanRange.of(each.latency["median_seconds"] for each in own),
+        answer_seconds=MeanRange.of(each.latency["median_seconds"] for each in timed),
         forgetting=MeanRange.of(each["loss"] - each["base_loss"] for each in forgot),
-        seconds=tuple(each.timing["train_seconds"] for each in trained),
         forgetting_low=fmean(low for low, _ in ends) if ends else None,
         forgetting_high=fmean(high for _, high in ends) if ends else None,
     )

@@ -89,26 +89,7 @@ def grown(device: torch.device = CPU) -> Iterator[Grown]:
 
 def available(device: torch.device) -> int:
     """Free bytes of a GPU, or of the machine within its container's limit."""
-    if device.type == "cuda":
-        return gpu_memory(device)[0]
-    free = int(psutil.virtual_memory().available)
-    limit = _container_room()
-    return free if limit is None else min(free, limit)
-
-
-def _container_room() -> int | None:
-    """Bytes left under the control group's limit; None if there is no limit."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most = Path(limit).read_text(encoding="ascii").strip()
-            if most.isdigit() and int(most) < 1 << 60:
-                return max(0, int(most) - int(Path(used).read_text(encoding="ascii")))
-        except OSError:
-            continue
-    return None
+    return gpu_memory(device)[0] if device.type == "cuda" else process.free_memory()
 
 
 @dataclass(frozen=True)

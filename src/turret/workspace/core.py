@@ -236,10 +236,11 @@ class Workspace:
         on_plan: Callable[[PlannedDesign], None] | None = None,
         on_stage: Say | None = None,
     ) -> Comparison:
-        """Train several methods on the same data with several seeds, each in its own process, and judge them.
+        """Train several methods on the same data with several seeds, and judge them.
 
-        Results of earlier calls are used again. Every training is a version in the store; a plain name never means it
-        until `promote(version, "production")`. The report is in `.folder`.
+        The first seed of each method trains in its own process, further seeds share one. Results of earlier calls are
+        used again. Every training is a version in the store; a plain name never means it until `promote(version,
+        "production")`. The report is in `.folder`.
 
         Args:
             methods: such as "base,linear,full,lora:r=4/16,prefix"; default: all that suit the task.

@@ -1,9 +1,9 @@
-"""Compare methods: run every training of a design in its own process, then judge the results and write the report.
+"""Compare methods: run every training of a design in other processes, then judge the results and write the report.
 
 compare(store, recipe, ComparisonRequest(...), ...)    everything, in the calling process, which loads no torch
 prepare(store, recipe, ComparisonRequest(...), ...)    what would be trained, and which differences it could detect
 composing.compare_composition(store, ...)              a composition with its parts; trains nothing, and loads torch
-python -m turret.workspace.comparing.cell_worker FOLDER    one training, or one measurement of the base
+python -m turret.workspace.comparing.cell_worker [FOLDER]    trainings, or measurements of the base
 """
 
 from turret.workspace.comparing.run_comparison import ComparisonRequest, compare, prepare

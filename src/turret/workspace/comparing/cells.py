@@ -1,6 +1,8 @@
-"""Run cells, each in its own process. A cell is one training of one method with one seed, or one look at the base.
+"""Run cells. A cell is one training of one method with one seed, or one look at the base.
 
-Results of earlier calls are kept in the comparison's folder and used again. Loads no torch.
+A cell whose time and memory are reported has a process of its own, and so has one that cannot share its base. All other
+cells run one after another in one process, which loads their base once. Results of earlier calls are kept in the
+comparison's folder and used again. Loads no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+from turret import process
 from turret.compare.candidates import Candidate
 from turret.compare.design import Cell
 from turret.compare.report_text import seconds as span
@@ -17,12 +20,14 @@ from turret.compare.results import CellResult
 from turret.errors import RecipeError, TrainingError
 from turret.json_types import JsonObject
 from turret.store import Store
-from turret.workspace.child_process import run_child
+from turret.workspace.child_process import KeptChild, run_child, why_alone
 from turret.workspace.comparing import kept_files
 from turret.workspace.comparing.kept_files import KeptFiles
 from turret.workspace.progress import Say
 
 WORKER = "turret.workspace.comparing.cell_worker"
+# A cell that failed so in the shared process is tried in one of its own.
+SHORT_OF_MEMORY = ("PreflightRefused", "OutOfMemory")
 # Errors that every cell would meet, so the next one is not tried.
 EVERYWHERE = ("BaseModelError", "UnknownFamily", "DataError", "StoreError", "LeaseLost", "Corrupt", "RecipeError")
 
@@ -36,13 +41,21 @@ class CellRunner:
         say: called with a line of progress.
         deadline: a value of `time.monotonic` at which the budget ends; None: no budget.
         files: writes the comparison's files; None: those of a folder store.
+        timed: the seed whose cells have processes of their own, because their time and memory are reported.
     """
 
     def __init__(
-        self, store: Store, folder: Path, say: Say, deadline: float | None = None, files: KeptFiles | None = None
+        self,
+        store: Store,
+        folder: Path,
+        say: Say,
+        deadline: float | None = None,
+        files: KeptFiles | None = None,
+        timed: int | None = None,
     ) -> None:
         self.store, self.folder, self.say, self.deadline = store, folder, say, deadline
-        self.files = files or KeptFiles(store)
+        self.files, self.timed = files or KeptFiles(store), timed
+        self._kept: KeptChild | None = None  # the process that cells share
         self.results: dict[str, CellResult] = {}  # by the cell's key
         self.failures: dict[str, str] = {}  # the candidate's spec -> one line
         self.missing: list[Cell] = []
@@ -50,25 +63,30 @@ class CellRunner:
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Run the missing cells in order until the budget ends. Raises TrainingError if there is no result at all."""
-        for number, cell in enumerate(cells, 1):
-            name, here = cell.candidate.spec, self.folder / "cells" / cell.key
-            result = kept_files.read(here / "result.json") or self._of_another_seed(cell, here)
-            if result is None and name not in self.failures:
-                left = None if self.deadline is None else self.deadline - time.monotonic()
-                if left is not None and left <= (self._expected_seconds(cell, own=True) or 0.0):
-                    self.missing.append(cell)
-                    continue
-                result = self._run(cell, here, left, self.title(cells, number))
-            if result is not None:
-                self.results[cell.key] = CellResult.of(cell, result)
-                self.last = f"{cell.candidate.label} {100 * float(self.results[cell.key].scores.mean()):.1f}"
-            else:
-                self.missing.append(cell)
+        try:
+            self._run_missing(cells)
+        finally:
+            self._end_kept()
         kept = [self.folder / "cells" / key / "result.json" for key in self.results]
         self.store.artifacts.keep(kept, self.files.lease)  # a process of a cell may have lost the store at its end
         if not self.results:
             failures = "; ".join(f"{name}: {why}" for name, why in self.failures.items())
             raise TrainingError(f"nothing could be compared: {failures or 'the budget ended before the first run did'}")
+
+    def _run_missing(self, cells: Sequence[Cell]) -> None:
+        for number, cell in enumerate(cells, 1):
+            name, here = cell.candidate.spec, self.folder / "cells" / cell.key
+            result = kept_files.read(here / "result.json") or self._of_another_seed(cell, here)
+            if result is None and name not in self.failures:
+                if self._late(self._expected_seconds(cell, own=True) or 0.0):
+                    self.missing.append(cell)
+                    continue
+                result = self._run(cell, here, self.title(cells, number))
+            if result is not None:
+                self.results[cell.key] = CellResult.of(cell, result)
+                self.last = f"{cell.candidate.label} {100 * float(self.results[cell.key].scores.mean()):.1f}"
+            else:
+                self.missing.append(cell)
 
     def title(self, cells: Sequence[Cell], number: int) -> str:
         """`3 of 25  lora, seed 42; last full 95.2; about 12 min left`."""
@@ -84,6 +102,7 @@ class CellRunner:
         """The mean time of cells of the same method and fraction; if there are none, of all cells, unless `own`."""
         trained = [each for each in self.results.values() if (each.version is None) != cell.candidate.trains]
         alike = [each for each in trained if each.spec == cell.candidate.spec and each.fraction == cell.fraction]
+        alike = [each for each in alike if each.resident == self._shares(cell)] or alike
         if alike or own:
             return fmean(each.wall_seconds for each in alike) if alike else None
         return fmean(each.wall_seconds * cell.fraction / each.fraction for each in trained) if trained else None
@@ -100,8 +119,12 @@ class CellRunner:
                     return earlier
         return None
 
-    def _run(self, cell: Cell, here: Path, left: float | None, title: str) -> JsonObject | None:
-        """Run a cell in a fresh process. None: it failed, or the budget ended first."""
+    def _late(self, seconds: float = 0.0) -> bool:
+        """Whether the budget ends within so many seconds."""
+        return self.deadline is not None and time.monotonic() + seconds >= self.deadline
+
+    def _run(self, cell: Cell, here: Path, title: str) -> JsonObject | None:
+        """Run a cell in a process. None: it failed, or the budget ended first."""
         self.files.require()
         lease = self.files.lease
         request = {
@@ -114,23 +137,57 @@ class CellRunner:
         }
         kept_files.write(here / "request.json", request)
         self.say(title)
-        end = None if left is None else time.monotonic() + max(0.0, left)
-        problem = run_child(
-            WORKER,
-            str(here.absolute()),
-            here / "stderr.txt",
-            lambda line: self.say(f"{title}: {line}"),
-            self.store.location,
-            lambda: end is not None and time.monotonic() > end,
-        )
-        result = kept_files.read(here / "result.json")
-        if result is not None or problem is None:
-            return result
-        failed = kept_files.read(here / "failed.json") or {"error": problem.text, "kind": ""}
+        argument, errors = str(here.absolute()), here / "stderr.txt"
+        tell = lambda line: self.say(f"{title}: {line}")
+        failed: JsonObject = {}
+        for shared in (True, False) if self._shares(cell) else (False,):
+            (here / "failed.json").unlink(missing_ok=True)
+            if shared:
+                problem = self._shared_process().run(argument, tell, self._late)
+            else:
+                self._make_room(cell, again=bool(failed))
+                problem = run_child(WORKER, argument, errors, tell, self.store.location, self._late)
+            result = kept_files.read(here / "result.json")
+            if result is not None or problem is None:
+                return result
+            failed = kept_files.read(here / "failed.json") or {"error": problem.text, "kind": ""}
+            if failed["kind"] and failed["kind"] not in SHORT_OF_MEMORY:  # otherwise the process has died
+                break
         if failed["kind"] in EVERYWHERE:
             raise TrainingError(f"{cell}: {failed['error']}")
         self.failures[cell.candidate.spec] = f"seed {cell.seed}: {failed['error']}"
         return None
+
+    def _shares(self, cell: Cell) -> bool:
+        """Whether a cell runs in the process that loads its base once for all such cells."""
+        return cell.seed != self.timed and why_alone(cell.recipe) is None
+
+    def _shared_process(self) -> KeptChild:
+        if self._kept is not None and not self._kept.lives:
+            self._end_kept()
+        if self._kept is None:
+            self._kept = KeptChild(WORKER, self.folder / "stderr.txt", self.store.location)
+        return self._kept
+
+    def _make_room(self, cell: Cell, *, again: bool) -> None:
+        """End the shared process before a process of one cell, unless there is memory for both.
+
+        Args:
+            again: the cell failed in the shared process.
+        """
+        if self._kept is None:
+            return
+        done = self.results.values()
+        alike = [each.memory for each in done if each.spec == cell.candidate.spec and each.memory and not each.resident]
+        needed = max((each["peak_bytes"] + each["measured"]["weights"] for each in alike), default=None)
+        elsewhere = any(each.made and not str(each.made["device"]).startswith("cpu,") for each in done)
+        if again or needed is None or needed > process.free_memory() or elsewhere:
+            self._end_kept()
+
+    def _end_kept(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+        self._kept = None
 
 
 def require_known(rows: Sequence[Candidate]) -> None:

@@ -1,7 +1,7 @@
 """Measure control: train one adapter per aspect on one base, and a classifier that recognises the aspects.
 
-Every training is a cell like those of a comparison: a process of its own, and a version in the store. The classifier
-learns from the references of the training documents and never sees an output.
+Every training is a cell like those of a comparison, and a version in the store. Cells of one base share a process. The
+classifier learns from the references of the training documents and never sees an output.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from turret.workspace.progress import Say
 # Under the store's root, `comparisons/<name>-<digest of recipe and data>/`:
 #
 # - `lock`: held by the process that conducts the comparison
+# - `stderr.txt`: of the process that cells share; that of a cell's own process is in the cell's folder
 # - `cells/<key>/request.json`: what the process of that cell must do
 # - `cells/<key>/recipe.toml`, `plan.json`: written by that process before its first step
 # - `cells/<key>/result.json`: written atomically, after the version is stored and everything is measured

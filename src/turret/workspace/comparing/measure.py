@@ -39,21 +39,25 @@ from turret.workspace.machine import installed
 from turret.workspace.prepared import PreparedTraining, load_base
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset
+from turret.workspace.resident import OwnProcess
 from turret.workspace.training_runs import every_step
 
 UNTRAINED = "base has an untrained head"
 TIMED_LABELS, TIMED_TEXTS = 24, 6  # single answers that are timed: of a classifier, of a task that generates
 
 
-def version(store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping, say: Say) -> JsonObject:
+def version(
+    store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping, say: Say, place: OwnProcess
+) -> JsonObject:
     """Measure a stored version.
 
     Args:
         result: the run, as `turret train --json` prints it.
         plan: the plan of the run, as JSON.
+        place: where its base may be in memory already.
     """
     dataset = read_dataset(store, recipe)
-    with answering.mounted(store, str(result["version"]), say, recipe.train.device or "auto") as ready:
+    with answering.mounted(store, str(result["version"]), say, recipe.train.device or "auto", place) as ready:
         return {
             **{
                 key: result[key]

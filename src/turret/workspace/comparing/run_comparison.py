@@ -91,7 +91,7 @@ def compare(
     store.keep_rows(recipe.data.source)
     deadline = None if request.budget is None else time.monotonic() + request.budget
     with held(store, ready.folder, say) as files:
-        runner = CellRunner(store, ready.folder, say, deadline, files)
+        runner = CellRunner(store, ready.folder, say, deadline, files, timed=ready.design.seeds[0])
         runner.run(list(ready.design.cells()))
         results = list(runner.results.values())
         result = comparison(
