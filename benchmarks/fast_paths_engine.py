@@ -89,14 +89,14 @@ def patches(name: str, engine: Any) -> list[Patch]:
     from turret.engine import decode, runner
     from turret.ops import mixed_lora
     from turret.ops.core import Ops
-    from turret.ops.cpu import Library, available
+    from turret.ops.cpu import Library, compiled
     from turret.ops.cpu.ops import CpuOps
 
     def none(*_: Any) -> None:
         return None
 
     return {
-        KERNELS: lambda: [(available, "library", none)],
+        KERNELS: lambda: [(compiled, "library", none)],
         LAYERS: lambda: [(layers.OneCall, "__call__", none)],
         "low_rank": lambda: [(mixed_lora, "CpuRows", lambda _, spans, tokens: mixed_lora.MixedRows(spans))],
         "step attention": lambda: [(CpuOps, "kv_step", none)],

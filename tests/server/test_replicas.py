@@ -19,8 +19,8 @@ from store.bundles import tensors, write_bundle
 from turret.client import AsyncClient
 from turret.errors import Draining, NotFound, QuotaSpent, StoreError, TurretError
 from turret.server.metrics import Metrics
-from turret.server.quotas import Quota
-from turret.server.replica import Leader, SharedQuotas
+from turret.server.quotas import Quota, SharedQuotas
+from turret.server.replica import Leader
 from turret.server.sessions import COOKIE
 from turret.server.state import ServerSettings
 from turret.store import Budgets, Store

@@ -12,8 +12,7 @@ from sqlalchemy import func, select, update
 from store.commit_proxy import CommitProxy
 
 from turret.errors import InUse, StoreError, TooLarge
-from turret.server.quotas import Quota
-from turret.server.replica import SharedQuotas
+from turret.server.quotas import Quota, SharedQuotas
 from turret.store import Budgets, Store, client_files, client_tables, usage
 from turret.store import batches as store_batches
 from turret.store.batches import Answer, Batch, Batches, Lost
