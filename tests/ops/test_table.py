@@ -119,7 +119,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "workspace/comparing/measure.py nearest.answer",
     },
     "the check of the kernels, and of a device's speed": {
-        *(f"ops/cpu/check.py {name}" for name in ("_attention", "_int8", "_lora", "_low_rank", "_step")),
+        *(f"ops/cpu/compiled.py _checked_{name}" for name in ("attention", "int8", "lora", "low_rank", "step")),
         *(f"bases/numerics.py {name}" for name in ("_speed.seconds", "relative_error")),
     },
 }
