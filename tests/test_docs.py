@@ -202,9 +202,10 @@ def test_the_reference_has_every_page_and_no_other() -> None:
 
 def test_the_reference_has_every_key_of_every_request() -> None:
     from turret.server import admin_schemas, chat_schemas, schemas
+    from turret.server.classify import ClassifyRequest
 
     text = page("docs/reference/http.md")
-    requests = [schemas.CompletionRequest, chat_schemas.ChatRequest, schemas.ClassifyRequest]
+    requests = [schemas.CompletionRequest, chat_schemas.ChatRequest, ClassifyRequest]
     requests += [admin_schemas.PromoteRequest, admin_schemas.StartRequest, admin_schemas.RampRequest]
     requests += [admin_schemas.StopRequest, admin_schemas.GuardsAsked]
     requests += [admin_schemas.OutcomeOfAnswer, admin_schemas.OutcomeOfUnit]

@@ -23,7 +23,7 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
-def part() -> Part[None]:
+def part() -> Part:
     return Part(lambda: None)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,8 @@ from turret.bases.meta_model import model_of
 from turret.families import Family
 from turret.fingerprint import within
 from turret.transformer import Model
+
+LABELS, INITIALIZED = "num_labels", "_is_hf_initialized"  # attributes of transformers' models, modules and tensors
 
 
 def share(base: Base, *, num_labels: int | None = None, seed: int = 42) -> Base:
@@ -35,7 +36,7 @@ def share(base: Base, *, num_labels: int | None = None, seed: int = 42) -> Base:
     own = require_bare(base.model)
     model = copy.deepcopy(own, _kept(own))
     fresh = set(base.fresh)
-    if num_labels is not None and num_labels != getattr(own.config, "num_labels", None):
+    if num_labels is not None and num_labels != getattr(own.config, LABELS, None):
         fresh |= _with_outputs(model, base.family, num_labels, base.drawn_in)
     if fresh:
         _draw(model, fresh, seed, base.drawn_in)
@@ -46,9 +47,9 @@ def share(base: Base, *, num_labels: int | None = None, seed: int = 42) -> Base:
     return replace(base, model=model, fresh=tuple(sorted(fresh)))
 
 
-def _kept(model: Model) -> dict[int, object]:
+def _kept(model: Model) -> dict[int, Tensor]:
     """What a copy of a model does not copy, by its address: tensors, and the scales of quantized ones."""
-    kept: dict[int, object] = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {id(each): each for each in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) or hasattr(value, "absmax"):  # of bitsandbytes
@@ -58,10 +59,9 @@ def _kept(model: Model) -> dict[int, object]:
 
 def _with_outputs(model: Model, family: Family, num_labels: int, dtype: torch.dtype) -> set[str]:
     """Give the head other outputs. Returns the names of its new parameters, which have no values yet."""
-    labels: list[Any] = [model.config, model]  # some architectures read it here, some there
-    for each in labels:
-        if hasattr(each, "num_labels"):
-            each.num_labels = num_labels
+    for each in (model.config, model):  # some architectures read it here, some there
+        if hasattr(each, LABELS):
+            setattr(each, LABELS, num_labels)
     shapes = {name: each.shape for name, each in model_of(model.config, "classify").named_parameters()}
     head = {name: each for name, each in model.named_parameters() if within(name, family.head_modules)}
     new = {name for name, each in head.items() if each.shape != shapes[name]}
@@ -77,13 +77,13 @@ def _with_outputs(model: Model, family: Family, num_labels: int, dtype: torch.dt
 def _draw(model: Model, fresh: set[str], seed: int, dtype: torch.dtype) -> None:
     """Initialise the fresh parameters as transformers does when it loads a checkpoint without them."""
     for each in (*model.parameters(), *model.buffers()):
-        each._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves such tensors as they are
+        setattr(each, INITIALIZED, True)  # transformers leaves such tensors as they are
     for name in fresh:
         path, _, key = name.rpartition(".")
         owner = model.get_submodule(path)
         setattr(owner, key, nn.Parameter(torch.empty(owner.get_parameter(key).shape, dtype=dtype)))
     for module in model.modules():
-        module._is_hf_initialized = False  # type: ignore[assignment]  # look at each of its tensors
+        setattr(module, INITIALIZED, False)  # look at each of its tensors
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model.initialize_weights()

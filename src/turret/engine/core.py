@@ -267,13 +267,15 @@ class Engine:
         """
         if threading.current_thread() is self._thread:
             return work()
-        part = Part(work)
+        results: list[T] = []
+        part = Part(lambda: results.append(work()))
         with self._wake:
             if self._draining:
                 raise stopped()
             self._trainings.put(tenant, part)
             self._wake.notify_all()
-        return part.future.result()
+        part.future.result()
+        return results[0]
 
     def hold(self, name: str, number: int, adapter: Adapter) -> Named:
         """Let requests name an adapter that is in no store, until `let_go`: one that trains, after so many steps."""

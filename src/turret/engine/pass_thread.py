@@ -37,13 +37,15 @@ class PassThread:
         """
         if threading.current_thread() is self._thread:
             return work()
-        part = Part(work)
+        results: list[T] = []
+        part = Part(lambda: results.append(work()))
         with self._wake:
             if self._closing:
                 raise stopped()
             self._turns.put(tenant, part)
             self._wake.notify_all()
-        return part.future.result()
+        part.future.result()
+        return results[0]
 
     def close(self) -> None:
         """End the thread after the part that runs now. Parts that wait raise Draining."""

@@ -9,14 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
 
 import torch
 
 from turret.errors import Draining
 from turret.turns import Places, TurnQueue
 
-T = TypeVar("T")
 _thread = threading.local()  # `pause`: what the thread of an engine does between two passes of a training
 
 
@@ -27,22 +25,22 @@ def between_passes() -> None:
         pause()
 
 
-class Part(Generic[T]):
-    """A part of a training, and where its result goes."""
+class Part:
+    """A part of a training, and where its end is told."""
 
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work, self.future = work, Future[T]()
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work, self.future = work, Future[None]()
 
     def run(self, pause: Callable[[], None] | None = None) -> None:
         """Run it. pause: called between its passes."""
         _thread.pause = pause
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                result = self._work()
+                self._work()
         except BaseException as error:
             self.future.set_exception(error)
         else:
-            self.future.set_result(result)
+            self.future.set_result(None)
         finally:
             _thread.pause = None
 
@@ -56,13 +54,13 @@ class TrainingTurns:
 
     def __init__(self, share: float) -> None:
         self._share, self._owed = share, 0.0
-        self._queue: TurnQueue[Part[Any]] = TurnQueue(Places(1, guests=0))  # results of any type
+        self._queue: TurnQueue[Part] = TurnQueue(Places(1, guests=0))
 
-    def put(self, tenant: str, part: Part[Any]) -> None:
+    def put(self, tenant: str, part: Part) -> None:
         """Add a part of a tenant's training."""
         self._queue.put(tenant, part)
 
-    def take(self, *, answers_wait: bool) -> tuple[str, Part[Any]] | None:
+    def take(self, *, answers_wait: bool) -> tuple[str, Part] | None:
         """The part that begins now, with its tenant: of the tenant that was given the fewest seconds. None: no part."""
         if not answers_wait:
             self._owed = 0.0

@@ -26,6 +26,7 @@ from turret.engine.cache import capacity
 from turret.engine.decode import base_settings
 from turret.engine.training_turns import between_passes
 from turret.errors import BaseModelError
+from turret.fingerprint import within
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import Head
 from turret.tasks import HeadTask, Task, TextTask, has_head, writes
@@ -178,7 +179,9 @@ class Asking:
             )
             base, adapter = self.base, self.adapter
             if adapter is not None and adapter.method.every_weight:
-                base, adapter = _with_weights(base, adapter), _nothing(base, self.task, adapter.head)
+                weights = {**adapter.tensors, **adapter.head}
+                head = {name: each for name, each in weights.items() if within(name, base.family.head_modules)}
+                base, adapter = _with_weights(base, adapter), _nothing(base, self.task, head)
             self._engine = Engine(base, _InMemory(adapter, _nothing(self.base, self.task)), limits)
         return self._engine
 

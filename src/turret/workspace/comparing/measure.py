@@ -69,7 +69,7 @@ def version(
             "memory": _memory(result, plan),
             "best": _best(store, str(result["run"])),
             "losses": binned([record.loss for record in every_step(store, str(result["run"]))]),
-            "made": provenance(ready.asking.base.model, recipe.train.int8),
+            "made": provenance(ready.asking.model, recipe.train.int8),
             "warnings": list(result.get("warnings", ())),
             **answered(ready, dataset.test, say),
         }
