@@ -47,6 +47,7 @@ def test_a_warm_classification_passes_few_files(tmp_path: Path) -> None:
             classify()
             count()
         files, other = passed(entered, classify), passed(entered, count)
+        client.close()
         made.running.stop()
     print(len(files), sum(map(len, files.values())), "functions")
     for name, functions in files.items():
