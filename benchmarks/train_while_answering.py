@@ -24,7 +24,7 @@ from serve_sides import BASES, Shelf, adapters, use_threads
 
 NAME = "train_while_answering"
 CLAIM = "trainings on the base that answers delay answers as little as the operator says"
-RATES = {"encoder": 20.0, "decoder": 1.5}  # requests a second: about a third of what the engine can answer
+RATES = {"encoder": 20.0, "decoder": 1.5}  # requests a second
 SETTINGS: tuple[int | None, ...] = (None, 20, 50, 80)  # train_percent; None: no training
 SLOTS, TOKENS = 4, 16
 WORDS = (

@@ -78,3 +78,29 @@ def test_memory_that_threads_free_while_an_engine_keeps_its_own_is_returned_too(
     held, returned = map(int, done.stdout.split())
     assert held > 192 << 20, "the control: without the trim it stays"
     assert returned < 48 << 20
+
+
+NESTED = """
+import resource, sys, torch
+from turret import process
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10): [torch.empty(6 << 20).fill_(1.0) for _ in range(5)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+with process.keep_freed():
+    with process.keep_freed():
+        faults()
+    process.release()
+    faults()
+    print(faults())
+process.release()
+faults()
+print(faults())
+"""  # an engine's thread, in which a training begins and ends
+
+
+def test_memory_is_kept_until_the_last_of_those_who_keep_it_has_ended() -> None:
+    done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, check=True)
+    kept, after = map(int, done.stdout.split())
+    assert kept < 100
+    assert after > 10_000, "the control: nobody keeps it"

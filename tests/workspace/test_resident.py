@@ -186,7 +186,7 @@ def test_answers_and_trainings_on_one_base_leave_each_other_as_they_are(family: 
             return [{key: value for key, value in answer.items() if key != "id"} for answer in asked]
 
         before, found = ask(), dict[str, str | TurretError]()
-        place = ServingBase(engine, kind)
+        place = ServingBase(engine)
         threads = [
             threading.Thread(target=lambda one=one: found.update({one.name: run(Store(tmp_path / "b"), one, place)}))
             for one in longer
@@ -205,7 +205,7 @@ def test_answers_and_trainings_on_one_base_leave_each_other_as_they_are(family: 
 def test_a_training_that_needs_another_base_than_the_one_that_serves_says_so(tmp_path: Path) -> None:
     save_base("bert", tmp_path / "bert")
     with serving.engine(Store(tmp_path / "store"), str(tmp_path / "bert"), None, "float32") as engine:
-        place = ServingBase(engine, "classify")
+        place = ServingBase(engine)
         for one in (recipe(tmp_path, "roberta", "lora"), recipe(tmp_path, "bert", "lora", dtype="bfloat16")):
             error = run(Store(tmp_path / "store"), one, place)
             assert isinstance(error, TrainingError)

@@ -86,6 +86,11 @@ class Base:
     digests: Digests | None = None  # if it stays in memory for several trainings
 
     @property
+    def request(self) -> Literal["classify", "generate"]:
+        """What it was loaded for, with that head."""
+        return "classify" if self.model.get_output_embeddings() is None else "generate"
+
+    @property
     def info(self) -> BaseInfo:
         """What the manifest of an adapter says about its base."""
         kept = None if self.quantization == "none" else self.quantization

@@ -12,9 +12,11 @@ from turret.adapters import Adapter
 from turret.adapters.tuners import tuner_of
 from turret.bases import Base
 from turret.errors import AdapterError, TrainingError
+from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.tasks import Task, stored_task
 from turret.train.adamw import AdamW, require_eight_bits
+from turret.transformer import Model
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,12 @@ def attach(recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None 
             f"train.init_from names {recipe.train.init_from}, and no adapter was given: use Workspace.train, or give "
             "fit the adapter as start"
         )
-    head_names = tuple(f"{name}." for name in base.family.head_modules)
-    fresh = {name.rpartition(".")[0] for name in base.fresh if not name.startswith(head_names)}  # such as a pooler
     adapters.attach(
         base.model,
         recipe.method,
         init_ids=starting_words(recipe, base, task),
         generator=torch.Generator().manual_seed(recipe.seed),
-        head=() if task.generates else tuple(sorted(fresh)),
+        head=() if task.generates else fresh_modules(base),
     )
     if recipe.train.int8 and recipe.method.not_int8 is None:  # a comparison may have methods that cannot use int8
         adapters.multiply_in_int8(base.model)
@@ -72,6 +72,19 @@ def attach(recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None 
         except AdapterError as error:
             adapters.detach(base.model)
             raise type(error)(f"training cannot start from {start.version}: {error}") from error
+
+
+def fresh_modules(base: Base) -> tuple[str, ...]:
+    """What a classifier trains besides the family's head: modules that the checkpoint lacks, such as a pooler."""
+    heads = tuple(f"{name}." for name in base.family.head_modules)
+    return tuple(sorted({name.rpartition(".")[0] for name in base.fresh if not name.startswith(heads)}))
+
+
+def extracted(model: Model, base: Base, task: Task, lineage: JsonObject | None = None) -> Adapter:
+    """The adapter that is attached to a model, as it is now, as one that is stored or asked."""
+    tensors, head, method = adapters.extract(model)
+    spec = task.spec()
+    return Adapter(method, tensors, head, base.info, spec, dict(spec.get("generation") or {}), lineage or {})
 
 
 def optimiser_of(recipe: Recipe, base: Base) -> AdamW:

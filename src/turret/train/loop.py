@@ -12,7 +12,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +37,7 @@ from turret.train.batches import Item, Items, Schedule, Splits, pass_tokens, spl
 from turret.train.curve import StepRecord
 from turret.train.distributed import Processes
 from turret.train.evaluation import evaluate
-from turret.train.initialize import InitialAdapter, attach, optimiser_of
+from turret.train.initialize import InitialAdapter, attach, extracted, optimiser_of
 from turret.train.linear_start import head_start
 from turret.train.seeds import Randomness
 from turret.train.step import LossScale, explained, train_step
@@ -94,7 +93,7 @@ def fit(
     if base.digests is None:
         process.release()  # return what loading the tokenizer and the weights freed to the system
     try:
-        with StopRequest() as stop, process.keep_freed() if base.digests is None else nullcontext():
+        with StopRequest() as stop, process.keep_freed():
             saved_at, pause = clock(), SAVE_SECONDS
             for step, batch in run.remaining():
                 rate = learning_rate(
@@ -553,18 +552,8 @@ class TrainingRun:
         if self.processes.size > 1:
             self.processes.require_same(weights=checksum([self.optimiser.weights]))
         progress = self.progress
-        tensors, head, method = adapters.extract(self.model)
-        base, spec = self.base, self.task.spec()
-        adapter = Adapter(
-            method=method,
-            tensors=tensors,
-            head=head,
-            base=base.info,
-            task=spec,
-            generation=dict(spec.get("generation") or {}),
-            lineage=self._lineage(),
-        )
-        stored = sum(each.numel() for each in (*tensors.values(), *head.values()))
+        adapter = extracted(self.model, self.base, self.task, self._lineage())
+        stored = sum(each.numel() for each in (*adapter.tensors.values(), *adapter.head.values()))
         return Fitted(
             adapter=adapter,
             model=self.model,

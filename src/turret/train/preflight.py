@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from turret import adapters, process, quantized
-from turret.adapters import Adapter, int8_layers
+from turret.adapters import int8_layers
 from turret.adapters.tuners import tuner_of
 from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
 from turret.bases.device import gigabytes
@@ -30,7 +30,7 @@ from turret.train.adamw import moment_bytes, warmup_steps
 from turret.train.asking import GENERATED_ROWS, Asking, twin
 from turret.train.batches import Item, Items, Schedule, Splits, micro_batches, pass_tokens, splits_of, spread
 from turret.train.evaluation import evaluate
-from turret.train.initialize import InitialAdapter, attach
+from turret.train.initialize import InitialAdapter, attach, extracted
 from turret.train.linear_start import head_start
 from turret.train.seeds import Randomness, defaults_of
 from turret.train.step import backward, loss_of, memory_ran_out
@@ -246,8 +246,7 @@ def _generation_time(
     method = adapters.attachment(model).methods[1]
     adapter = None  # of a method that does not share its base: the base alone is as fast
     if method.mixes(method.model_dump()):
-        tensors, head, method = adapters.extract(model)
-        adapter = Adapter(method=method, tensors=tensors, head=head, base=bare.info, task=task.spec())
+        adapter = extracted(model, bare, task)
     with Asking(bare, adapter, task, model) as asking:
         asking.texts(sources[:1], new_tokens=1)  # starts the engine
         for new_tokens in FIRST_TOKENS:

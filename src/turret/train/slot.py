@@ -27,6 +27,7 @@ from turret.tasks import make_task, task_of
 from turret.train.adamw import AdamW
 from turret.train.batches import encode, pass_tokens
 from turret.train.evaluation import evaluating
+from turret.train.initialize import extracted, fresh_modules
 from turret.train.seeds import Randomness
 from turret.train.step import LossScale, forward_backward, loss_of, require_finite
 
@@ -72,10 +73,12 @@ class TrainingSlot:
         chosen = by_name(method) if isinstance(method, str) else method
         if chosen.every_weight:
             raise TrainingError(f"method {chosen.kind} trains every weight and shares no base: use turret train")
-        base, generates = engine.base, engine.base.model.get_output_embeddings() is not None
-        if task_of(kind).generates != generates or generates == bool(labels):
-            given, loaded = f"{len(labels)} labels" if labels else "no labels", "generate" if generates else "classify"
-            raise TrainingError(f"{base.id} is loaded to {loaded}: a slot for {kind} with {given} does not fit it")
+        base, task = engine.base, task_of(kind)
+        if task.request != base.request or task.generates == bool(labels):
+            given = f"{len(labels)} labels" if labels else "no labels"
+            raise TrainingError(
+                f"{base.id} is loaded to {base.request}: a slot for {kind} with {given} does not fit it"
+            )
         data = Dataset((), (), (), kind, tuple(labels), {}, (), 0, "")
         chosen_settings = TaskSettings.model_validate({"kind": kind, **(settings or {})})
         self.task = make_task(chosen_settings, data, base.tokenizer, base.family.kind)
@@ -89,9 +92,7 @@ class TrainingSlot:
         self._base = share(self._engine.base, num_labels=num_labels, seed=seed)
         model = self._base.model
         self._randomness = Randomness(seed, model.device)
-        heads = tuple(f"{name}." for name in self._base.family.head_modules)
-        fresh = {name.rpartition(".")[0] for name in self._base.fresh if not name.startswith(heads)}
-        head = tuple(sorted(fresh)) if num_labels else ()
+        head = fresh_modules(self._base) if num_labels else ()
         adapters.attach(model, method, generator=torch.Generator().manual_seed(seed), head=head)
         trained = adapters.trainable_parameters(model)
         self._optimiser = AdamW(trained, ratios=tuner_of(method).rate_ratios(trained))
@@ -194,10 +195,7 @@ class TrainingSlot:
         return self._optimiser.weights.clone()
 
     def _extracted(self) -> Adapter:
-        tensors, head, method = adapters.extract(self._base.model)
-        spec = self.task.spec()
-        generation = dict(spec.get("generation") or {})
-        return Adapter(method, tensors, head, self._base.info, spec, generation, {"steps": self.steps})
+        return extracted(self._base.model, self._base, self.task, {"steps": self.steps})
 
     # --- the copy that answers ----------------------------------------------------------------------------------------
 

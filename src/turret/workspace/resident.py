@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import torch
@@ -135,10 +136,7 @@ class ResidentBases(OwnProcess):
 
     def _model(self, key: Key, load: Callable[[], Base], num_labels: int | None, seed: int = 42) -> Base:
         if key not in self._bases:
-            base = load()
-            own = [*base.model.parameters(), *base.model.buffers()]
-            tensors = {each.data_ptr(): digest_of(each) for each in own}
-            self._bases[key] = replace(base, digests=Digests(tensors, tokenizer_digest(base.tokenizer)))
+            self._bases[key] = with_digests(load())
             process.release()  # what loading needed; a training does not do it again
         return share(self._bases[key], num_labels=num_labels, seed=seed)
 
@@ -169,6 +167,13 @@ class ResidentBases(OwnProcess):
         self._bases.clear()
 
 
+def with_digests(base: Base) -> Base:
+    """A base that stays in memory, with what each training on it would hash again."""
+    own = [*base.model.parameters(), *base.model.buffers()]
+    tensors = {each.data_ptr(): digest_of(each) for each in own}
+    return replace(base, digests=Digests(tensors, tokenizer_digest(base.tokenizer)))
+
+
 def _key(base: str, task: str, dtype: Dtype, quantization: Quantization, device: torch.device) -> Key:
     """What a base in memory is known by. A file that changed makes another key."""
     files = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in bases.resolve(base).weights]
@@ -190,23 +195,28 @@ class ServingBase(OwnProcess):
 
     Args:
         engine: gives the base and the thread.
-        task: that its model was loaded for, "classify" or "generate".
     """
 
     engine: Engine
-    task: str
     stays: ClassVar[bool] = True
+
+    @cached_property
+    def base(self) -> Base:
+        """The engine's base, hashed once for all trainings."""
+        return self.run(lambda: with_digests(self.engine.base))
 
     def model_for(self, recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
         """The engine's base as a model of its own. Raises TrainingError if the recipe needs another one."""
         base = self.engine.base
         precision = dtype_on(base.model.device, recipe.train.dtype)
         wanted = (bases.resolve(recipe.base).folder, task.request, precision, recipe.base_quantization or "none")
-        if (reason := why_alone(recipe)) is None and wanted != (base.folder, self.task, base.dtype, base.quantization):
+        served = (base.folder, base.request, base.dtype, base.quantization)
+        if (reason := why_alone(recipe)) is None and wanted != served:
             reason = f"it needs {recipe.base} for {task.request}, and {base.id} serves here in {base.dtype}"
         if reason is not None:
             raise TrainingError(f"this training cannot run beside these answers: {reason}; use turret worker")
-        return self.run(lambda: share(base, num_labels=task.num_labels(labels), seed=recipe.seed))
+        shared, labelled = self.base, task.num_labels(labels)
+        return self.run(lambda: share(shared, num_labels=labelled, seed=recipe.seed))
 
     def has(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> bool:
         """Whether the base is in memory: always."""

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from turret import adapters, bases
+from turret.access import Access
 from turret.adapters import packed
-from turret.bases import Base
 from turret.bases.shared import share
 from turret.engine.core import Engine
 from turret.errors import BaseModelError, StoreError, TurretError
@@ -45,7 +45,7 @@ class ServingTrainer:
 
     def __init__(self, store: Store, queue: TrainingQueue, engines: Sequence[Engine], pass_seconds: float) -> None:
         self._store, self._queue = store, queue
-        self._places = [ServingBase(each, _request(each.base)) for each in engines]
+        self._places = [ServingBase(each) for each in engines]
         self._most_tokens = {id(each): _most_tokens(each.engine, pass_seconds) for each in self._places}
         self._folder = tempfile.TemporaryDirectory(prefix="turret-")
         self._readers = DataReaders(store, Path(self._folder.name), SILENT_SECONDS)
@@ -56,9 +56,9 @@ class ServingTrainer:
         self._queue.set_beside([taken.run])  # if this process dies, the run is not to blame
         place = self._place_of(taken.recipe)
         if place is None:
-            return Failure("its base does not serve here any more: it stays in the queue for another worker")
+            return Failure("its base does not serve here any more: submit it again for another worker")
         taken = self._with_short_passes(taken, place)
-        store = self._store.with_access(replace(self._store.access, tenant=taken.tenant))
+        store = self._store.with_access(Access(taken.tenant))
         seat = Seat(place, self._room, lambda: (), stop)
 
         def train(recipe: Recipe, held: HeldRun) -> None:
@@ -142,11 +142,6 @@ class TrainingWhileServing:
         """Return all trainings to the queue, with a checkpoint."""
         self._worker.stop()
         self._thread.join()
-
-
-def _request(base: Base) -> str:
-    """What a base was loaded for."""
-    return "classify" if base.model.get_output_embeddings() is None else "generate"
 
 
 def _most_tokens(engine: Engine, seconds: float) -> int:

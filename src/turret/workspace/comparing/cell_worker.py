@@ -8,10 +8,8 @@ memory. Without FOLDER it is a kept child: it carries out one folder after anoth
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,13 +21,12 @@ from turret.compare.candidates import UNTRAINED
 from turret.compare.report_text import seconds as span
 from turret.errors import Interrupted, TurretError
 from turret.json_types import JsonMapping, JsonObject
-from turret.location import Location
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.store.leases import Lease
 from turret.train.curve import StepRecord
 from turret.workspace import training
-from turret.workspace.child_process import requests, say_ended, say_to_parent, stop_with_parent
+from turret.workspace.child_process import parents_store, requests, say_ended, say_to_parent, stop_with_parent
 from turret.workspace.comparing import kept_files, measure
 from turret.workspace.comparing.kept_files import KeptFiles
 from turret.workspace.reading import read_dataset
@@ -71,16 +68,14 @@ def carry_out(folder: Path, place: OwnProcess) -> int:
 
 
 def _files(request: JsonMapping) -> KeptFiles:
-    location = Location.parse(os.environ["TURRET_STORE"])
-    where = replace(location, local=Path(request["local"])) if location.catalog else request["local"]
-    store = _store(where, request["tenant"])
+    store = _store(request["local"], request["tenant"])
     lease = request.get("lease")
     return KeptFiles(store, None if lease is None else Lease.of(lease))
 
 
 @cache
-def _store(where: Location | str, tenant: str) -> Store:
-    return Store(where, Access(tenant))
+def _store(local: str, tenant: str) -> Store:
+    return parents_store(local).with_access(Access(tenant))
 
 
 def _result(folder: Path, request: JsonMapping, files: KeptFiles, place: OwnProcess) -> JsonObject:

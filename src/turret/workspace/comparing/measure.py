@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from turret import adapters, quantized
-from turret.adapters import Adapter, packed
+from turret.adapters import packed
 from turret.compare.collapse import binned
 from turret.compare.evidence import Array
 from turret.data import Example, Input, inputs_of, references_of
@@ -31,7 +31,7 @@ from turret.tasks import TASKS, Prediction, Task, has_head, make_task, writes
 from turret.train.asking import MOST_TOKENS, Asking
 from turret.train.batches import Items, by_length
 from turret.train.evaluation import evaluate, evaluating
-from turret.train.initialize import attach
+from turret.train.initialize import attach, extracted
 from turret.transformer import Model, Tokenizer
 from turret.workspace import answering
 from turret.workspace.forgetting import on_neutral_texts
@@ -84,9 +84,8 @@ def base(ready: PreparedTraining, say: Say) -> JsonObject:
     adapter = None
     if has_head(task):
         attach(ready.recipe, loaded, task)
-        tensors, head, method = adapters.extract(loaded.model)
+        adapter = extracted(loaded.model, loaded, task)
         adapters.detach(loaded.model)
-        adapter = Adapter(method=method, tensors=tensors, head=head, base=loaded.info, task=task.spec())
     with answering.Mounted(None, Asking(loaded, adapter, task)) as mounted:
         result = answered(mounted, ready.dataset.test, say, bare=adapter is None)
     return untrained(ready) | result | ({"seedless": True} if adapter is None else {"said": UNTRAINED})
