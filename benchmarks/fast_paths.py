@@ -129,8 +129,8 @@ def _training(
 
     def step(batch: Any) -> None:
         train_step(
-            base.model, task, run.optimiser, batch, rate=LEARNING_RATE, clip=recipe.train.gradient_clip,
-            most_tokens=run.most_tokens,
+            base.model, task, run.slot.optimiser, batch, rate=LEARNING_RATE, clip=recipe.train.gradient_clip,
+            most_tokens=run.slot.most_tokens,
         )  # fmt: skip
 
     def block() -> float:
@@ -154,7 +154,7 @@ def _training(
         return sum(found.values())
 
     try:
-        with run.randomness, process.keep_freed():
+        with run.slot.randomness, process.keep_freed():
             yield str(base.dtype).removeprefix("torch."), block, saved
     finally:
         adapters.detach(base.model)

@@ -92,6 +92,7 @@ def ask(engine: Any, task: str, rate: float, seconds: float) -> list[float]:
 def training(engine: Any, side: str, trains: bool) -> Iterator[list[int]]:
     """Trainings that step for the length of the block. Yields the steps of each."""
     from turret.data import Labelled, Pair
+    from turret.engine import OptimStep
     from turret.train import TrainingSlot
 
     texts = [" ".join(WORDS[(row * 7 + place) % len(WORDS)] for place in range(50)) for row in range(8)]
@@ -104,7 +105,7 @@ def training(engine: Any, side: str, trains: bool) -> Iterator[list[int]]:
         with TrainingSlot(engine, f"t{place}", "lora", seed=place, most_tokens=512, **kind) as slot:
             while not over.is_set():
                 slot.forward_backward(examples)
-                slot.optim_step(1e-4)
+                slot.optim_step(OptimStep(1e-4))
                 steps[place] += 1
 
     threads = [threading.Thread(target=train, args=[place]) for place in range(SLOTS if trains else 0)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from small_models import save_base
 from turret import adapters, bases
 from turret.adapters import Adapter
 from turret.data import Example, Labelled, Pair
-from turret.engine import Engine, Limits, Named, SamplingParams
+from turret.engine import Engine, Limits, Named, OptimStep, Samples, SamplingParams, TrainsRows
 from turret.errors import AdapterError, LossNotFinite, NotFound, TrainingError
 from turret.methods import Full, LoRA, Prefix
+from turret.train.batches import encode
 from turret.train.slot import TrainingSlot
 
 GOOD, BAD = "a great film, a pleasure", "a dull and boring story"
@@ -54,7 +56,7 @@ def steps(slot: TrainingSlot, examples: list[Any], count: int = 30, lr: float = 
     losses = []
     for _ in range(count):
         losses.append(slot.forward_backward(examples))
-        slot.optim_step(lr)
+        slot.optim_step(OptimStep(lr))
     return losses
 
 
@@ -102,10 +104,10 @@ def test_gradients_of_several_batches_add_up(engine: Engine) -> None:
     norms = []
     for batches in ([LABELLED], [LABELLED[:4], LABELLED[4:]], [LABELLED[:4]]):
         with classifier(engine, method=LoRA(r=2, lora_dropout=0.0)) as slot:
-            slot._base.model.eval()  # the base's own dropout would draw other masks for other passes
+            slot._local.model.eval()  # the base's own dropout would draw other masks for other passes
             for batch in batches:
                 slot.forward_backward(batch)
-            norms.append(slot.optim_step(1e-3, clip=None))
+            norms.append(slot.optim_step(OptimStep(1e-3, clip=None)))
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-4)
     assert norms[2] != pytest.approx(norms[0], rel=1e-3)
 
@@ -117,7 +119,7 @@ def test_slots_beside_one_another_equal_the_same_slots_alone(engine: Engine) -> 
         with classifier(engine, method=LoRA(r=4, lora_dropout=0.2), seed=seed) as slot:
             for _ in range(6):
                 slot.forward_backward(LABELLED)
-                slot.optim_step(1e-2)
+                slot.optim_step(OptimStep(1e-2))
                 slot.ask([GOOD])
             return slot.save()
 
@@ -179,12 +181,12 @@ def test_a_mistake_is_one_line(engine: Engine) -> None:
     examples: list[Example] = [*LABELLED]
     with classifier(engine) as slot:
         with pytest.raises(TrainingError, match="call forward_backward first"):
-            slot.optim_step(1e-3)
+            slot.optim_step(OptimStep(1e-3))
         slot.forward_backward(examples)
         before = slot.save()
-        slot._optimiser.gradients[0] = float("nan")
+        slot._local.optimiser.gradients[0] = float("nan")
         with pytest.raises(LossNotFinite):
-            slot.optim_step(1e-3)
+            slot.optim_step(OptimStep(1e-3))
         assert equal(slot.save(), before)
         steps(slot, LABELLED, 1)  # the gradients that were not finite are gone
     with pytest.raises(TrainingError, match="every weight"):
@@ -193,3 +195,23 @@ def test_a_mistake_is_one_line(engine: Engine) -> None:
         TrainingSlot(engine, "short", "lora", kind="summarize")
     with pytest.raises(TrainingError, match="no labels"):
         TrainingSlot(engine, "news", "lora", kind="classify")
+
+
+def verb_by_verb(slot: TrainsRows[Any], rows: list[Any], step: OptimStep) -> tuple[float, float]:
+    return slot.forward_backward(rows), slot.optim_step(step)
+
+
+def test_the_verbs_one_by_one_are_the_step_of_the_training_loop(engine: Engine) -> None:
+    step = OptimStep(1e-2, weight_decay=0.1, clip=0.5)
+    with classifier(engine) as one, classifier(engine) as other, classifier(engine) as control:
+        rows = encode(one.task, LABELLED)
+        for _ in range(3):
+            together = other._run(lambda: other._local.train(rows, step))
+            assert verb_by_verb(one, LABELLED, step) == together
+            control._run(lambda: control._local.train(rows, replace(step, weight_decay=0.0)))
+        assert verb_by_verb(one._local, rows, step) == other._local.train(rows, step)
+        assert one.steps == other.steps == 4
+        assert equal(one.save(), other.save())
+        assert not equal(one.save(), control.save())
+        asks: Samples = one
+        assert asks.ask([GOOD]) == other.ask([GOOD])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from turret.engine.protocol import OptimStep, Samples, TrainsRows
 from turret.engine.request import (
     Done,
     Event,
@@ -39,11 +40,14 @@ __all__ = [
     "LoadedAdapter",
     "MemoryBudget",
     "Named",
+    "OptimStep",
     "Piece",
     "Receipt",
+    "Samples",
     "SamplingParams",
     "Stats",
     "Ticket",
+    "TrainsRows",
     "VersionStats",
 ]
 

@@ -23,15 +23,15 @@ from turret import adapters
 from turret.adapters import packed
 from turret.bases import Base
 from turret.data import Example
+from turret.engine.protocol import OptimStep
 from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite
 from turret.tasks import HeadTask
-from turret.train.adamw import AdamW, learning_rate
+from turret.train.adamw import learning_rate
 from turret.train.batches import Item, Items, Schedule, by_length, spread
-from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
-from turret.train.seeds import Randomness
-from turret.train.step import LossScale, explained, train_step
+from turret.train.slot import LocalSlot
+from turret.train.step import explained
 
 if TYPE_CHECKING:
     from turret.recipe import Recipe
@@ -74,12 +74,11 @@ class HeadStart:
     most_tokens: int
     layer: nn.Linear
 
-    def begin(
-        self, optimiser: AdamW, randomness: Randomness, lr: float, steps: int, processes: Processes = ALONE
-    ) -> dict[str, float]:
+    def begin(self, slot: LocalSlot, lr: float, steps: int) -> dict[str, float]:
         """Set the last layer to the linear solution. Returns the penalty, and the steps that learnt the mean if any.
 
         Args:
+            slot: trains the adapter.
             lr: the largest rate of those steps.
             steps: of the training; at most twice as many learn the mean.
         """
@@ -92,16 +91,16 @@ class HeadStart:
             _, loss_of_mean = self.tried(mean, targets)
             if loss_of_mean < (1 - BETTER) * loss:
                 taught = min(2 * steps, STEPS)
-                self._learn(mean, some, optimiser, randomness, lr, taught, processes)
+                self._learn(slot, mean, some, lr, taught)
                 said |= {"mean_steps": taught, "mean_loss": float(Teaching(mean).loss(self.features(some), mean))}
         self.base.model.train()
-        with randomness:  # with dropout, as in the steps to come: else it outweighs features that hardly vary
+        with slot.randomness:  # with dropout, as in the steps to come: else it outweighs features that hardly vary
             read = self.features(some, dropout=True)
         if not bool(torch.isfinite(read).all()):
             raise LossNotFinite("what the head reads became infinite")
         penalty, _ = self.tried(read, targets)
         self.set(solve(read, targets, self.task.loss, penalty, len(self.layer.weight)))
-        optimiser.restart(optimiser.weights.clone())
+        slot.restart(slot.optimiser.weights.clone())
         return {"penalty": penalty, **said}
 
     def most_seconds(self, step: float, steps: int, clock: Callable[[], float]) -> float:
@@ -171,40 +170,21 @@ class HeadStart:
             handle.remove()
         return torch.cat([each.flatten(1) for each in read])[torch.tensor(places).argsort()]
 
-    def _learn(
-        self,
-        wanted: Tensor,
-        items: Sequence[Item],
-        optimiser: AdamW,
-        randomness: Randomness,
-        lr: float,
-        steps: int,
-        processes: Processes,
-    ) -> None:
+    def _learn(self, slot: LocalSlot, wanted: Tensor, items: Sequence[Item], lr: float, steps: int) -> None:
         """Train the adapter to give the last layer `wanted` (N, D) for some items."""
-        train, scale = self.recipe.train, LossScale.of(self.base.dtype)
+        train = self.recipe.train
         teaching = cast(HeadTask, Teaching(wanted))
         schedule = Schedule(len(items), train.batch_size, steps, self.recipe.seed, max_steps=steps)
         handle = self.layer.register_forward_hook(lambda _, args, __: args[0].flatten(1))
-        self.base.model.train()
+        slot.model.train()
         try:
             for step, indices in schedule.batches():
                 rate = learning_rate(
                     step, total=steps, peak=lr, warmup=max(1, round(WARMUP * steps)), schedule="linear"
                 )
                 batch = [replace(items[row], example=cast(Example, row)) for row in indices]
-                with randomness, processes.noticing(), explained(self.most_tokens, batch, 0, None):
-                    train_step(
-                        self.base.model,
-                        teaching,
-                        optimiser,
-                        batch,
-                        rate=rate,
-                        clip=train.gradient_clip,
-                        most_tokens=self.most_tokens,
-                        processes=processes,
-                        scale=scale,
-                    )
+                with explained(slot.most_tokens, batch, 0, None):
+                    slot.train(batch, OptimStep(rate, train.weight_decay, clip=train.gradient_clip), teaching)
         finally:
             handle.remove()
 

@@ -20,11 +20,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from turret import adapters, process, quantized
+from turret import process, quantized
 from turret.adapters import Adapter
 from turret.bases import Base
 from turret.bases.sharded import own_part, parts_of
 from turret.data import Dataset
+from turret.engine.protocol import OptimStep
 from turret.errors import CheckpointMismatch, Interrupted, LossNotFinite, TrainingError
 from turret.json_types import JsonMapping, JsonObject
 from turret.process import StopRequest
@@ -32,15 +33,14 @@ from turret.recipe import Recipe
 from turret.tasks import Task, has_head
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, distributed, memory
-from turret.train.adamw import AdamW, learning_rate, warmup_steps
-from turret.train.batches import Item, Items, Schedule, Splits, pass_tokens, splits_of
+from turret.train.adamw import learning_rate, warmup_steps
+from turret.train.batches import Item, Items, Schedule, Splits, splits_of
 from turret.train.curve import StepRecord
-from turret.train.distributed import Processes
 from turret.train.evaluation import evaluate
-from turret.train.initialize import InitialAdapter, attach, extracted, optimiser_of
+from turret.train.initialize import InitialAdapter
 from turret.train.linear_start import head_start
-from turret.train.seeds import Randomness
-from turret.train.step import LossScale, explained, train_step
+from turret.train.slot import LocalSlot
+from turret.train.step import LossScale, explained
 from turret.transformer import Model
 
 SAVE_SECONDS = 60.0  # between checkpoints, unless the recipe sets the number of steps
@@ -89,7 +89,7 @@ def fit(
     """
     memory.reset_peak(base.model.device)
     run = TrainingRun.begin(recipe, base, task, dataset, folder, start)
-    train, model, here = run.recipe.train, run.model, run.processes
+    train, here = run.recipe.train, run.slot.processes
     if base.digests is None:
         process.release()  # return what loading the tokenizer and the weights freed to the system
     try:
@@ -100,18 +100,9 @@ def fit(
                     step, total=run.schedule.steps, peak=run.lr, warmup=run.warmup, schedule=train.schedule
                 )
                 started = clock()
-                with run.randomness, here.noticing(), explained(run.most_tokens, batch, step, predicted):
-                    loss, norm = train_step(
-                        model,
-                        task,
-                        run.optimiser,
-                        batch,
-                        rate=rate,
-                        clip=train.gradient_clip,
-                        most_tokens=run.most_tokens,
-                        processes=here,
-                        scale=run.scale,
-                    )
+                with explained(run.slot.most_tokens, batch, step, predicted):
+                    how = OptimStep(rate, train.weight_decay, clip=train.gradient_clip)
+                    loss, norm = run.slot.train(batch, how)
                 seconds = clock() - started
                 run.count(step, batch, loss, seconds)
 
@@ -146,7 +137,7 @@ def fit(
 
 def _metrics(run: TrainingRun) -> JsonObject:
     """The main process's evaluation. With a base in parts all processes compute it together."""
-    here = run.processes
+    here = run.slot.processes
     if parts_of(run.model) == 1:
         return here.from_main(run.evaluate)
     with here.noticing():
@@ -255,8 +246,7 @@ class TrainingRun:
     items: Items
     watched: Items | None
     schedule: Schedule
-    optimiser: AdamW
-    randomness: Randomness
+    slot: LocalSlot
     lr: float
     warmup: int
     originals: list[Tensor]  # the base's own weights and buffers
@@ -264,12 +254,10 @@ class TrainingRun:
     tokenizer: str  # digest of the base's
     total: int  # weights of the base
     guessing: float | None  # the loss of the best answer that ignores the input
-    processes: Processes
     start: InitialAdapter | None
     progress: RunProgress = field(default_factory=RunProgress)
     best_weights: Tensor | None = None
     resumed_from: int = 0
-    scale: LossScale | None = None  # of the loss, in float16
 
     @classmethod
     def begin(
@@ -293,13 +281,8 @@ class TrainingRun:
         originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
         unchanged = checksum(originals, base.digests.tensors if base.digests is not None else {})
         total = quantized.count(base.model)
-        randomness = Randomness(recipe.seed, base.model.device)
-        with randomness:
-            attach(recipe, base, task, start)
-        if not here.main:  # all start with the same weights, and each draws its own dropout
-            randomness = Randomness(here.seed(recipe.seed), base.model.device)
+        slot = LocalSlot.of_recipe(recipe, base, task, start, here)
         try:
-            optimiser = optimiser_of(recipe, base)
             run = cls(
                 recipe=recipe,
                 base=base,
@@ -310,8 +293,7 @@ class TrainingRun:
                 items=Items(task, splits.train),
                 watched=None if splits.watched is None else Items(task, splits.watched),
                 schedule=schedule,
-                optimiser=optimiser,
-                randomness=randomness,
+                slot=slot,
                 lr=lr,
                 warmup=warmup_steps(recipe.train.warmup, schedule.steps),
                 originals=originals,
@@ -319,15 +301,13 @@ class TrainingRun:
                 tokenizer=tokenizer_digest(base.tokenizer) if base.digests is None else base.digests.tokenizer,
                 total=total,
                 guessing=task.guessing_loss(splits.train),
-                processes=here,
                 start=start,
-                scale=LossScale.of(base.dtype),
             )
             here.require_same(**run._identity())
             run._resume()
             run._start_head()
         except BaseException:
-            adapters.detach(base.model)
+            slot.drop()
             raise
         base.model.train()
         return run
@@ -350,11 +330,6 @@ class TrainingRun:
             for step, indices in self.schedule.batches(after=self.progress.step):
                 yield step, self.items.take(indices)
 
-    @property
-    def most_tokens(self) -> int:
-        """The largest number of tokens in one pass."""
-        return pass_tokens(self.recipe.train, self.model.config)
-
     def evaluates(self, step: int) -> bool:
         """Whether the recipe evaluates after this step."""
         every = self.recipe.train.evaluate
@@ -366,7 +341,7 @@ class TrainingRun:
     def evaluate(self) -> JsonObject:
         """Metrics of the present weights on the watched examples."""
         assert self.watched is not None
-        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=self.most_tokens)
+        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=self.slot.most_tokens)
         return metrics
 
     def saves(self, step: int) -> bool:
@@ -383,7 +358,8 @@ class TrainingRun:
         self.progress.examples += len(batch)
         self.progress.tokens += sum(item.tokens for item in batch)
         self.progress.seconds += seconds
-        self.progress.scale = [] if self.scale is None else [self.scale.value, self.scale.good]
+        scale = self.slot.scale
+        self.progress.scale = [] if scale is None else [scale.value, scale.good]
 
     def judge(self, step: int, metrics: JsonObject, seconds: float) -> None:
         """Compare an evaluation with the best one so far. Only a validation split chooses, never the test split."""
@@ -394,7 +370,7 @@ class TrainingRun:
         if progress.best_metrics is None or merit(metrics) > merit(progress.best_metrics):
             progress.best_step, progress.best_metrics, progress.stale = step, metrics, 0
             if train.keep == "best":
-                self.best_weights = self.optimiser.weights.clone()
+                self.best_weights = self.slot.optimiser.weights.clone()
         else:
             progress.stale += 1
             progress.gave_up = train.early_stopping is not None and progress.stale >= train.early_stopping
@@ -446,7 +422,7 @@ class TrainingRun:
             "tokenizer": self.tokenizer,
             "torch": torch.__version__,
             "transformers": version("transformers"),
-            "world_size": self.processes.size,  # decides the dropout of each example and the order of sums
+            "world_size": self.slot.processes.size,  # decides the dropout of each example and the order of sums
         }
         if self.model.device.type != "cpu":  # another device rounds otherwise, and has random numbers of its own
             identity["device"] = self.model.device.type
@@ -469,15 +445,16 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write the checkpoint, unless a weight is NaN or infinite. The main process writes, the others wait."""
-        ends = torch.stack(torch.aminmax(self.optimiser.weights))  # both are NaN if a weight is; this makes no copy
+        here, optimiser = self.slot.processes, self.slot.optimiser
+        ends = torch.stack(torch.aminmax(optimiser.weights))  # both are NaN if a weight is; this makes no copy
         if not bool(torch.isfinite(ends).all()):
             return  # keep the last good checkpoint; the next loss raises the error
-        tensors = dict(self.optimiser.state())
-        for rank, states in enumerate(self.processes.gather(self.randomness.tensors())):
+        tensors = dict(optimiser.state())
+        for rank, states in enumerate(here.gather(self.slot.randomness.tensors())):
             tensors |= {f"{_random_prefix(rank)}{name}": each for name, each in states.items()}
         if self.best_weights is not None:
             tensors["best"] = self.best_weights
-        self.processes.from_main(lambda: self._write(tensors))
+        here.from_main(lambda: self._write(tensors))
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
         assert self.folder is not None
@@ -485,13 +462,13 @@ class TrainingRun:
             self.folder,
             tensors,
             identity=self._identity(),
-            layout=self.optimiser.layout,
+            layout=self.slot.optimiser.layout,
             progress=vars(self.progress),
         )
 
     def _resume(self) -> None:
         """Resume the folder's checkpoint if there is one. The main process reads it and sends it to the others."""
-        here, optimiser = self.processes, self.optimiser
+        here, optimiser = self.slot.processes, self.slot.optimiser
         saved = self._read() if here.main else None
         states = None
         if saved is not None:
@@ -506,34 +483,34 @@ class TrainingRun:
         self.progress = RunProgress(**progress)
         self.resumed_from = self.progress.step
         if self.progress.scale:
-            self.scale = LossScale(self.progress.scale[0], round(self.progress.scale[1]))
+            self.slot.scale = LossScale(self.progress.scale[0], round(self.progress.scale[1]))
         rows = {name: here.take_from_main(row) for name, row in optimiser.state().items()}
         optimiser.load_state(rows, self.progress.step)
         if has_best:
             row = optimiser.weights.clone() if self.best_weights is None else self.best_weights
             self.best_weights = here.take_from_main(row)
         if states:
-            self.randomness.load(states[here.rank])
+            self.slot.randomness.load(states[here.rank])
 
     def _start_head(self) -> None:
         """Give a new head the linear solution, unless a checkpoint or a finished adapter has given it its weights."""
-        here, task = self.processes, self.task
+        here, task = self.slot.processes, self.task
         if self.progress.step or self.start is not None or not has_head(task):
             return
-        begins = head_start(self.recipe, self.base, task, self.items, self.most_tokens)
+        begins = head_start(self.recipe, self.base, task, self.items, self.slot.most_tokens)
         if begins is None:
             return
         started = time.perf_counter()
         try:
-            self.progress.head_start = begins.begin(self.optimiser, self.randomness, self.lr, self.schedule.steps, here)
+            self.progress.head_start = begins.begin(self.slot, self.lr, self.schedule.steps)
         except LossNotFinite as error:
             raise LossNotFinite(f"{error} at step 0, where the head starts: {self.what_to_change()}") from error
-        self.optimiser.set_weights(here.take_from_main(self.optimiser.weights.clone()))
+        self.slot.optimiser.set_weights(here.take_from_main(self.slot.optimiser.weights.clone()))
         self.progress.seconds += time.perf_counter() - started
 
     def _read(self) -> checkpoint.Checkpoint | None:
         saved = None if self.folder is None else checkpoint.load(self.folder, identity=self._identity())
-        if saved is not None and saved.layout != self.optimiser.layout:
+        if saved is not None and saved.layout != self.slot.optimiser.layout:
             raise CheckpointMismatch(f"checkpoint in {self.folder} holds other weights than this run trains: delete it")
         return saved
 
@@ -541,18 +518,19 @@ class TrainingRun:
 
     def finish(self) -> Fitted:
         """Choose the last or the best weights, check that the base has not changed, and extract the adapter."""
+        here, optimiser = self.slot.processes, self.slot.optimiser
         if self.best_weights is not None:
-            self.optimiser.set_weights(self.best_weights)
-        self.optimiser.end()
+            optimiser.set_weights(self.best_weights)
+        optimiser.end()
         self.model.eval()
         if checksum(self.originals) != self.unchanged:
             raise TrainingError(
                 "the base's weights changed while an adapter was trained: load the base again, and report this"
             )
-        if self.processes.size > 1:
-            self.processes.require_same(weights=checksum([self.optimiser.weights]))
+        if here.size > 1:
+            here.require_same(weights=checksum([optimiser.weights]))
         progress = self.progress
-        adapter = extracted(self.model, self.base, self.task, self._lineage())
+        adapter = self.slot.save(self._lineage())
         stored = sum(each.numel() for each in (*adapter.tensors.values(), *adapter.head.values()))
         return Fitted(
             adapter=adapter,
@@ -567,7 +545,7 @@ class TrainingRun:
             stopped_early=progress.gave_up,
             best=None if progress.best_metrics is None else {"step": progress.best_step, **progress.best_metrics},
             parameters={
-                "trainable": self.optimiser.weights.numel(),
+                "trainable": optimiser.weights.numel(),
                 "stored": stored,
                 "total": self.total,
             },
@@ -576,8 +554,7 @@ class TrainingRun:
 
     def abandon(self) -> None:
         """Restore the base after an error."""
-        adapters.detach(self.model)
-        self.model.eval()
+        self.slot.drop()
 
     # --- error texts ------------------------------------------------------------------------------------------------
 

@@ -23,19 +23,20 @@ from functools import cached_property
 
 import torch
 
-from turret import adapters
 from turret.bases import Base
 from turret.data import Dataset, Example
+from turret.engine.protocol import OptimStep
 from turret.errors import LossNotFinite
 from turret.recipe import Recipe
 from turret.tasks import Task, has_head
-from turret.train.adamw import AdamW, learning_rate
-from turret.train.batches import Items, Schedule, pass_tokens, splits_of
+from turret.train.adamw import learning_rate
+from turret.train.batches import Items, Schedule, splits_of
 from turret.train.evaluation import example_losses
-from turret.train.initialize import InitialAdapter, attach, optimiser_of
+from turret.train.initialize import InitialAdapter
 from turret.train.linear_start import head_start
 from turret.train.seeds import Randomness, defaults_of
-from turret.train.step import LossScale, explained, train_step
+from turret.train.slot import LocalSlot
+from turret.train.step import explained
 from turret.train.training_plan import DOWNWARD, UPWARD, FoundRate, size_of
 
 ERRORS = 2.0  # standard errors; a smaller difference is noise
@@ -148,12 +149,11 @@ class Trials:
     """Short trainings on one attached adapter, each from the same initial weights."""
 
     recipe: Recipe
-    base: Base
     task: Task
+    slot: LocalSlot
     items: Items
     held: Items
     steps: int
-    optimiser: AdamW
     start: torch.Tensor  # (N,) the initial weights
 
     def score(self, lr: float) -> Score | None:
@@ -165,24 +165,13 @@ class Trials:
         self._reset()
         train, warmup = self.recipe.train, max(1, round(WARMUP * self.steps))
         schedule = Schedule(len(self.items), train.batch_size, self.steps, self.recipe.seed, max_steps=self.steps)
-        randomness = Randomness(self.recipe.seed, self.base.model.device)
         losses: list[float] = []
-        scale = LossScale.of(self.base.dtype)
         for step, indices in schedule.batches():
             batch = self.items.take(indices)
             rate = learning_rate(step, total=self.steps, peak=lr, warmup=warmup, schedule="constant")
             try:
-                with randomness, explained(self.most_tokens, batch, step, None):
-                    loss, _ = train_step(
-                        self.base.model,
-                        self.task,
-                        self.optimiser,
-                        batch,
-                        rate=rate,
-                        clip=train.gradient_clip,
-                        most_tokens=self.most_tokens,
-                        scale=scale,
-                    )
+                with explained(self.slot.most_tokens, batch, step, None):
+                    loss, _ = self.slot.train(batch, OptimStep(rate, train.weight_decay, clip=train.gradient_clip))
             except LossNotFinite:
                 return None
             losses.append(loss)
@@ -198,15 +187,11 @@ class Trials:
         return self._held_out().mean
 
     def _reset(self) -> None:
-        self.optimiser.restart(self.start)
+        self.slot.restart(self.start)
+        self.slot.randomness = Randomness(self.recipe.seed, self.slot.model.device)
 
     def _held_out(self) -> Score:
-        return Score(*example_losses(self.base.model, self.task, self.held, most_tokens=self.most_tokens))
-
-    @property
-    def most_tokens(self) -> int:
-        """The largest number of tokens in one pass."""
-        return pass_tokens(self.recipe.train, self.base.model.config)
+        return Score(*example_losses(self.slot.model, self.task, self.held, most_tokens=self.slot.most_tokens))
 
 
 @contextmanager
@@ -224,26 +209,22 @@ def trials(
     default = defaults_of(recipe.method, base, task.kind).lr
     order = list(range(len(examples)))
     random.Random(recipe.seed).shuffle(order)
-    with Randomness(recipe.seed, base.model.device):
-        attach(recipe, base, task, start)
+    slot = LocalSlot.of_recipe(recipe, base, task, start)
     try:
         base.model.train()
-        optimiser = optimiser_of(recipe, base)
         items = Items(task, [examples[place] for place in sorted(order[held:])])
         if start is None and has_head(task):
-            begins = head_start(recipe, base, task, items, pass_tokens(recipe.train, base.model.config))
+            begins = head_start(recipe, base, task, items, slot.most_tokens)
             if begins is not None:
-                begins.begin(optimiser, Randomness(recipe.seed, base.model.device), default, steps)
+                begins.begin(slot, default, steps)
         yield Trials(
             recipe,
-            base,
             task,
+            slot,
             items=items,
             held=Items(task, [examples[place] for place in order[:held]]),
             steps=steps,
-            optimiser=optimiser,
-            start=optimiser.weights.clone(),
+            start=slot.optimiser.weights.clone(),
         )
     finally:
-        adapters.detach(base.model)
-        base.model.eval()
+        slot.drop()

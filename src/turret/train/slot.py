@@ -1,37 +1,168 @@
-"""An adapter that trains on the base of an engine that answers, one verb at a time.
+"""An adapter that trains, one verb at a time: see `turret.engine.protocol`.
 
-The verbs are those of Tinker's API: `forward_backward`, `optim_step`, `ask` (there: sample), `save`, `load`. `fit` is a
-loop over the first two. A recipe's training is `Workspace.train`, which also plans, proves and stores.
+A `LocalSlot` computes in the thread of its caller; the training loop, the search for a learning rate and the start of a
+head are its clients. A `TrainingSlot` has the same verbs on the base of an engine, in whose thread they take turns with
+answers. A recipe's training is `Workspace.train`, which also plans, proves and stores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from turret import adapters
 from turret.adapters import Adapter
 from turret.adapters.tuners import tuner_of
+from turret.bases import Base
 from turret.bases.shared import share
 from turret.data import Dataset, Example, Input
 from turret.engine.core import Engine
+from turret.engine.protocol import OptimStep
 from turret.engine.request import Answer, Named, Ticket
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import TrainingError
+from turret.json_types import JsonObject
 from turret.methods import Method, by_name
+from turret.recipe import Recipe, Train
 from turret.recipe import Task as TaskSettings
-from turret.recipe import Train
-from turret.tasks import make_task, task_of
+from turret.tasks import Task, make_task, task_of
 from turret.train.adamw import AdamW
-from turret.train.batches import encode, pass_tokens
+from turret.train.batches import Item, encode, pass_tokens
+from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
-from turret.train.initialize import extracted, fresh_modules
+from turret.train.initialize import InitialAdapter, attach, extracted, fresh_modules, optimiser_of
 from turret.train.seeds import Randomness
-from turret.train.step import LossScale, forward_backward, loss_of, require_finite
+from turret.train.step import LossScale, forward_backward, loss_of, require_finite, train_step
+from turret.transformer import Model
 
 T = TypeVar("T")
+
+
+@dataclass
+class LocalSlot:
+    """The adapter that is attached to a base, as it trains: its weights in float32, their gradients and moments.
+
+    Args:
+        base: The adapter is attached to its model.
+        task: Gives the loss.
+        optimiser: Of the adapter's weights.
+        randomness: What dropout draws from.
+        most_tokens: Of one pass.
+        processes: Those that share each batch.
+    """
+
+    base: Base
+    task: Task
+    optimiser: AdamW
+    randomness: Randomness
+    most_tokens: int
+    processes: Processes = ALONE
+    scale: LossScale | None = field(init=False)
+    _added: bool = field(default=False, init=False)  # gradients since the last step
+
+    def __post_init__(self) -> None:
+        self.scale = LossScale.of(self.base.dtype)
+
+    @classmethod
+    def of_recipe(
+        cls, recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None = None, processes: Processes = ALONE
+    ) -> LocalSlot:
+        """Attach a recipe's new adapter to a base, with the recipe's optimiser. See `initialize.attach`."""
+        randomness = Randomness(recipe.seed, base.model.device)
+        with randomness:
+            attach(recipe, base, task, start)
+        if not processes.main:  # all start with the same weights, and each draws its own dropout
+            randomness = Randomness(processes.seed(recipe.seed), base.model.device)
+        try:
+            optimiser = optimiser_of(recipe, base)
+        except BaseException:
+            adapters.detach(base.model)
+            raise
+        return cls(base, task, optimiser, randomness, pass_tokens(recipe.train, base.model.config), processes)
+
+    @property
+    def model(self) -> Model:
+        model: Model = self.base.model
+        return model
+
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self.optimiser.steps
+
+    # --- verbs --------------------------------------------------------------------------------------------------------
+
+    def forward(self, rows: Sequence[Item]) -> float:
+        with evaluating(self.model, None):
+            return float(loss_of(self.model, self.task, rows))
+
+    def forward_backward(self, rows: Sequence[Item]) -> float:
+        if not self._added:
+            self.optimiser.zero_gradients()
+        self._added = True
+        with self.randomness, self.processes.noticing():
+            return forward_backward(
+                self.model, self.task, self.optimiser, rows, self.most_tokens, self.processes, self.scale
+            )
+
+    def optim_step(self, step: OptimStep) -> float:
+        if not self._added:
+            raise TrainingError("no gradients were added since the last step: call forward_backward first")
+        self._added = False
+        norm = self._with(step).clip_gradients(step.clip)
+        require_finite(0.0, norm)
+        self.optimiser.step(step.lr)
+        return norm
+
+    def train(self, rows: Sequence[Item], step: OptimStep, task: Task | None = None) -> tuple[float, float]:
+        """Both verbs at once. In float16 gradients that overflow are computed again, with half the loss scale.
+
+        Args:
+            task: Gives the loss instead of the slot's own.
+
+        Returns:
+            The loss and the norm of the gradients before clipping, both before the update.
+
+        Raises:
+            LossNotFinite: One of them is NaN or infinite; the weights stay.
+        """
+        with self.randomness, self.processes.noticing():
+            return train_step(
+                self.model,
+                task or self.task,
+                self._with(step),
+                rows,
+                rate=step.lr,
+                clip=step.clip or 0.0,
+                most_tokens=self.most_tokens,
+                processes=self.processes,
+                scale=self.scale,
+            )
+
+    def save(self, lineage: JsonObject | None = None) -> Adapter:
+        return extracted(self.model, self.base, self.task, lineage or {"steps": self.steps})
+
+    def load(self, adapter: Adapter) -> None:
+        adapters.start_from(self.model, adapter, torch.Generator().manual_seed(0))
+        self.restart(self.optimiser.weights.clone())
+
+    def restart(self, weights: Tensor) -> None:
+        """Begin again from a row (N,), as if no step had been taken."""
+        self.optimiser.restart(weights)
+        self.scale, self._added = LossScale.of(self.base.dtype), False
+
+    def drop(self) -> None:
+        adapters.detach(self.model)
+        self.model.eval()
+
+    def _with(self, step: OptimStep) -> AdamW:
+        optimiser = self.optimiser
+        optimiser.weight_decay, optimiser.betas, optimiser.eps = step.weight_decay, step.betas, step.eps
+        return optimiser
 
 
 class TrainingSlot:
@@ -69,7 +200,7 @@ class TrainingSlot:
         most_tokens: int | None = None,
         tenant: str = "",
     ) -> None:
-        self.name, self.tenant, self.steps = name, tenant, 0
+        self.name, self.tenant = name, tenant
         chosen = by_name(method) if isinstance(method, str) else method
         if chosen.every_weight:
             raise TrainingError(f"method {chosen.kind} trains every weight and shares no base: use turret train")
@@ -83,50 +214,37 @@ class TrainingSlot:
         chosen_settings = TaskSettings.model_validate({"kind": kind, **(settings or {})})
         self.task = make_task(chosen_settings, data, base.tokenizer, base.family.kind)
         self._engine = engine
-        self._most_tokens = most_tokens or pass_tokens(Train(), base.model.config)
         self._copies: list[Named] = []  # the one that answers, unless it is stale
-        self._gradients = 0  # batches whose gradients were added since the last step
-        self._run(lambda: self._begin(chosen, len(labels) or None, seed))
+        most = most_tokens or pass_tokens(Train(), base.model.config)
+        self._local = self._run(lambda: self._begun(chosen, len(labels) or None, seed, most))
 
-    def _begin(self, method: Method, num_labels: int | None, seed: int) -> None:
-        self._base = share(self._engine.base, num_labels=num_labels, seed=seed)
-        model = self._base.model
-        self._randomness = Randomness(seed, model.device)
-        head = fresh_modules(self._base) if num_labels else ()
-        adapters.attach(model, method, generator=torch.Generator().manual_seed(seed), head=head)
-        trained = adapters.trainable_parameters(model)
-        self._optimiser = AdamW(trained, ratios=tuner_of(method).rate_ratios(trained))
-        self._scale = LossScale.of(self._base.dtype)
-        model.train()
+    def _begun(self, method: Method, num_labels: int | None, seed: int, most_tokens: int) -> LocalSlot:
+        base = share(self._engine.base, num_labels=num_labels, seed=seed)
+        randomness = Randomness(seed, base.model.device)
+        head = fresh_modules(base) if num_labels else ()
+        adapters.attach(base.model, method, generator=torch.Generator().manual_seed(seed), head=head)
+        trained = adapters.trainable_parameters(base.model)
+        optimiser = AdamW(trained, ratios=tuner_of(method).rate_ratios(trained))
+        base.model.train()
+        return LocalSlot(base, self.task, optimiser, randomness, most_tokens)
 
     # --- verbs --------------------------------------------------------------------------------------------------------
 
-    def forward(self, examples: Sequence[Example]) -> float:
-        """The task's mean loss over some examples, without gradients and dropout."""
-        return self._run(lambda: self._loss(examples))
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self._local.steps
 
-    def forward_backward(self, examples: Sequence[Example]) -> float:
-        """Add the gradients of the task's mean loss over some examples. Returns that loss."""
-        return self._run(lambda: self._add(examples))
+    def forward(self, rows: Sequence[Example]) -> float:
+        return self._run(lambda: self._local.forward(encode(self.task, rows)))
 
-    def optim_step(
-        self,
-        lr: float,
-        *,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        clip: float | None = 1.0,
-    ) -> float:
-        """One step of AdamW with the gradients that were added. Returns their norm before clipping.
+    def forward_backward(self, rows: Sequence[Example]) -> float:
+        return self._run(lambda: self._local.forward_backward(encode(self.task, rows)))
 
-        Raises:
-            TrainingError: No gradients were added since the last step.
-            LossNotFinite: The norm is NaN or infinite; the weights stay, the gradients are dropped.
-        """
-        if not self._gradients:
-            raise TrainingError("no gradients were added since the last step: call forward_backward first")
-        return self._run(lambda: self._step(lr, weight_decay, betas, eps, clip))
+    def optim_step(self, step: OptimStep) -> float:
+        norm = self._run(lambda: self._local.optim_step(step))
+        self._stale()
+        return norm
 
     def ask(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Answer]:
         """An answer for each input by the adapter as it is now, from the engine that serves."""
@@ -138,20 +256,15 @@ class TrainingSlot:
         return [self._engine.submit(kind, each, named, options, tenant=self.tenant) for each in inputs]
 
     def save(self) -> Adapter:
-        """The adapter as it is now, ready for `bundles.save_bundle`."""
-        return self._run(self._extracted)
+        return self._run(self._local.save)
 
     def load(self, adapter: Adapter) -> None:
-        """Go on from the tensors of a finished adapter. Raises AdapterError if they do not fit."""
-        generator = torch.Generator().manual_seed(0)
-        self._run(lambda: self._optimiser.restart(self._filled(adapter, generator)))
-        self.steps, self._gradients = 0, 0
+        self._run(lambda: self._local.load(adapter))
         self._stale()
 
     def drop(self) -> None:
-        """Free the slot, once its answers have ended."""
         self._stale()
-        self._run(lambda: adapters.detach(self._base.model))
+        self._run(self._local.drop)
 
     def __enter__(self) -> TrainingSlot:
         return self
@@ -159,43 +272,8 @@ class TrainingSlot:
     def __exit__(self, *_: object) -> None:
         self.drop()
 
-    # --- in the engine's thread ---------------------------------------------------------------------------------------
-
     def _run(self, work: Callable[[], T]) -> T:
         return self._engine.run(work, self.tenant)
-
-    def _loss(self, examples: Sequence[Example]) -> float:
-        with evaluating(self._base.model, None):
-            return float(loss_of(self._base.model, self.task, encode(self.task, examples)))
-
-    def _add(self, examples: Sequence[Example]) -> float:
-        if not self._gradients:
-            self._optimiser.zero_gradients()
-        self._gradients += 1
-        items = encode(self.task, examples)
-        with self._randomness:
-            return forward_backward(
-                self._base.model, self.task, self._optimiser, items, self._most_tokens, scale=self._scale
-            )
-
-    def _step(
-        self, lr: float, weight_decay: float, betas: tuple[float, float], eps: float, clip: float | None
-    ) -> float:
-        optimiser, self._gradients = self._optimiser, 0
-        optimiser.weight_decay, optimiser.betas, optimiser.eps = weight_decay, betas, eps
-        norm = optimiser.clip_gradients(clip)
-        require_finite(0.0, norm)
-        optimiser.step(lr)
-        self.steps += 1
-        self._stale()
-        return norm
-
-    def _filled(self, adapter: Adapter, generator: torch.Generator) -> torch.Tensor:
-        adapters.start_from(self._base.model, adapter, generator)
-        return self._optimiser.weights.clone()
-
-    def _extracted(self) -> Adapter:
-        return extracted(self._base.model, self._base, self.task, {"steps": self.steps})
 
     # --- the copy that answers ----------------------------------------------------------------------------------------
 
