@@ -56,7 +56,7 @@ JOBS = {
     "decoder-lora": "LoRA, headlines, SmolLM2-135M",
     "decoder-prefix": "prefix, headlines, SmolLM2-135M",
 }
-FLOAT32, BFLOAT16, INT8 = "turret fp32", "turret", "turret int8"
+FLOAT32, BFLOAT16 = "turret fp32", "turret"
 HF_FLOAT32, HF_BFLOAT16 = "HF dynamic", "HF tuned bf16 weights"
 FLOAT32_RIVALS = (HF_FLOAT32, "HF compiled")  # the faster of them counts
 BFLOAT16_RIVALS = (HF_BFLOAT16, "HF bf16 weights compiled")
@@ -157,7 +157,6 @@ def training_table() -> str:
             step(run, BFLOAT16),
             faster(run, BFLOAT16_RIVALS, BFLOAT16),
             faster(run, FLOAT32_RIVALS, FLOAT32),
-            faster(run, BFLOAT16_RIVALS, INT8),
             memory(run),
             when(run),
         )
@@ -165,13 +164,13 @@ def training_table() -> str:
     ]
     header = [
         "processor", "job", "ms a step", "bfloat16 against bfloat16", "float32 against float32",
-        "`train.int8` against bfloat16", "memory, share of the other side's, bfloat16", "measured",
+        "memory, share of the other side's, bfloat16", "measured",
     ]  # fmt: skip
     return record.table(header, rows)
 
 
 def quality_table() -> str:
-    """Paired differences of held-out quality, Turret minus HF Trainer + PEFT, and 8 bits minus bfloat16."""
+    """Paired differences of held-out quality, Turret minus HF Trainer + PEFT."""
     rows = []
     for job, name in JOBS.items():
         runs = [run for run in record.load("train_speed") if run["what"] == "quality" and run["settings"]["job"] == job]
@@ -186,9 +185,9 @@ def quality_table() -> str:
         points = job in ("short", "full")
         rows.append([
             name, "accuracy, points" if points else "loss per target token",
-            paired(by_side, BFLOAT16, HF_FLOAT32, points), paired(by_side, INT8, BFLOAT16, points),
+            paired(by_side, BFLOAT16, HF_FLOAT32, points),
         ])  # fmt: skip
-    header = ["job", "score", "bfloat16 minus HF + PEFT in float32", "`train.int8` minus bfloat16"]
+    header = ["job", "score", "bfloat16 minus HF + PEFT in float32"]
     return record.table(header, rows)
 
 

@@ -60,7 +60,6 @@ JOBS = {
 TURRET, RIVAL = "turret", "HF dynamic"  # whom the others are compared with; who stands for the rival in quality
 OURS: dict[str, dict[str, Any]] = {
     TURRET: {"dtype": "auto"},
-    "turret int8": {"dtype": "auto", "int8": True},
     "turret fp32": {"dtype": "float32"},
 }
 
@@ -79,14 +78,7 @@ def ways(kind: str) -> dict[str, hf.Way]:
 
 
 SIDES = (*ways("classify"), *OURS)
-SCORED = (RIVAL, TURRET, "turret int8")  # in runs for quality
-
-
-def possible(side: str) -> bool:
-    """Whether this processor can multiply as a side of turret's is told to."""
-    from turret.ops.cpu import int8
-
-    return int8() or not OURS.get(side, {}).get("int8", False)
+SCORED = (RIVAL, TURRET)  # in runs for quality
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def measure_quality(options: argparse.Namespace, folder: Path) -> None:
         job = JOBS[name]
         train, test = options.train or job.train, options.test or job.test
         for seed in options.seeds:
-            for who in (each for each in SCORED if each in options.sides and sides.possible(each)):
+            for who in (each for each in SCORED if each in options.sides):
                 settings = {
                     "job": name, "train": train, "test": test, "epochs": options.epochs, "batch": hf.BATCH,
                     "lr": LEARNING_RATE, "threads": options.threads,

@@ -396,3 +396,12 @@ def test_dots_and_brackets_in_strings_and_comments_are_none() -> None:
     ):
         with pytest.raises(RecipeError, match="unknown key"):  # it was read
             Recipe.from_toml(f"x = {quoted}")
+
+
+def test_steps_in_8_bits_which_were_removed_are_refused_and_their_absence_is_read() -> None:
+    plain = 'name = "a"\nbase = "b"\n\n[data]\nsource = "x.csv"\n\n[train]\nepochs = 2\n'
+    assert Recipe.from_toml(plain + "int8 = false\n") == Recipe.from_toml(plain)
+    with pytest.raises(RecipeError, match=r"train\.int8: steps in 8 bits were removed, .*train\.dtype to bfloat16"):
+        Recipe.from_toml(plain + "int8 = true\n")
+    with pytest.raises(RecipeError, match=r"train\.int8: steps in 8 bits were removed"):
+        Recipe.from_toml(plain).with_overrides({"train.int8": "true"})

@@ -163,11 +163,6 @@ class FourBitProducts(NamedTuple):
         assert state is not None
         return cls(parameter.data, state)
 
-    @property
-    def cheap(self) -> bool:
-        """Whether computing a product again costs less than saving it."""
-        return False
-
     def dense(self) -> Tensor:
         """W, (D_out, D_in)."""
         unpacked: Tensor = library().functional.dequantize_4bit(self.weight, self.state)

@@ -12,10 +12,9 @@ import torch
 from batches import rows, with_eos
 from small_models import FAMILIES, GENERATORS, RELATIVES, build
 
-from turret.adapters import attach, checkpoint_layers, classify_logits, detach, multiply_in_int8, target_logits
+from turret.adapters import attach, checkpoint_layers, classify_logits, detach, target_logits
 from turret.errors import AdapterError
 from turret.methods import Full, LoRA, Peft, Prefix
-from turret.ops.cpu import int8
 from turret.ops.table import without
 from turret.train.memory import SavedForBackward
 
@@ -85,21 +84,6 @@ def test_they_are_the_same_without_kernels(family: str) -> None:
 @pytest.mark.parametrize("family", ["deberta-v2", "mpnet"])
 def test_they_are_the_same_where_rows_pass_alone(family: str) -> None:
     require_the_same(family, "classify", METHODS[0])
-
-
-@pytest.mark.skipif(not int8(), reason="this processor has no products in 8 bits")
-def test_layers_in_8_bits_are_computed_again_in_8_bits() -> None:
-    found = []
-    for again in (False, True):
-        model: Any = build("bert", "classify", hidden_size=64, intermediate_size=128)
-        attach(model, LoRA(r=2, lora_dropout=0.0), generator=torch.Generator().manual_seed(1)).train()
-        multiply_in_int8(model)
-        torch.manual_seed(7)
-        if again:
-            checkpoint_layers(model)
-        classify_logits(model, rows()).float().square().sum().backward()
-        found.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def saved_bytes(layers: int, again: bool) -> int:

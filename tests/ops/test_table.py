@@ -99,7 +99,6 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "ops/mixed_lora.py CpuRows._linear",
         "ops/frozen.py FrozenProducts.backward",
         "ops/frozen.py FrozenProducts.forward",
-        "ops/frozen.py Int8Forward.__call__",
         "quantized.py FourBitProducts.backward",
         "quantized.py FourBitProducts.forward",
         "adapters/modules_to_save.py TokenLogits.forward",
@@ -119,7 +118,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "workspace/comparing/measure.py nearest.answer",
     },
     "the check of the kernels, and of a device's speed": {
-        *(f"ops/cpu/compiled.py _checked_{name}" for name in ("attention", "int8", "lora", "low_rank", "step")),
+        *(f"ops/cpu/compiled.py _checked_{name}" for name in ("attention", "lora", "low_rank", "step")),
         *(f"bases/numerics.py {name}" for name in ("_speed.seconds", "relative_error")),
     },
 }
@@ -127,7 +126,6 @@ IN_C = {  # operation -> the kernels, by file
     "LoRA": {"lora.inc.c", "low_rank.inc.c"},
     "attention": {"attention.inc.c"},
     "a decoding step: a frozen layer with its LoRA, and attention": {"step.inc.c"},
-    "a frozen layer in 8 bits": {"int8.inc.c"},
     "the building blocks of all of them": {"products.inc.c"},
 }
 MULTIPLIES = re.compile(r"\b(?:dot|dot32|_tile_dpbf16ps|_mm\d+_(?:fmadd|dpbf16|dpbusd)_\w+)\(|\bsum\w* \+= [^;]*\*")

@@ -19,7 +19,6 @@ from tiny_training import fit
 
 from turret import adapters
 from turret.errors import AdapterError, Interrupted, LossNotFinite, OutOfMemory, RecipeError, TrainingError
-from turret.ops import cpu as kernels
 from turret.train import Asking, checkpoint, evaluate, read_curve
 from turret.train.adamw import AdamW
 from turret.train.batches import Items
@@ -72,30 +71,6 @@ def test_a_classifier_learns_and_the_base_is_left_as_it_was(
     after = on.model.state_dict()
     assert same(before, after)
     assert not any(module.training for module in on.model.modules())
-
-
-@pytest.mark.skipif(not kernels.int8(), reason="no products in 8 bits on this processor")
-def test_products_in_8_bits_teach_as_much_and_are_of_the_steps_alone() -> None:
-    curves, scores = [], []
-    for int8 in (False, True):
-        on, data = tiny.base("bert", intermediate_size=128), tiny.dataset(train=48, test=16)
-        records, fitted = run(on, data, train__epochs=6, train__lr=1e-2, train__int8=str(int8).lower())
-        curves.append([record.loss for record in records])
-        assert records[-1].metrics is not None
-        scores.append(records[-1].metrics["accuracy"])
-        again = evaluate(fitted.model, tiny.task_of(tiny.recipe(), data, on), data.test)[0]
-        assert again == records[-1].metrics
-        adapters.detach(fitted.model)
-        with torch.no_grad():
-            assert torch.equal(
-                *(
-                    each(torch.tensor([[2, 7, 3]])).logits
-                    for each in (on.model, tiny.base("bert", intermediate_size=128).model)
-                )
-            )
-    assert curves[0] != curves[1]
-    assert curves[1][0] == pytest.approx(curves[0][0], rel=0.05)
-    assert scores[1] >= scores[0] - 1 / 16
 
 
 @pytest.mark.parametrize("family", ["t5", "llama", "gpt2"])

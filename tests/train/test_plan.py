@@ -25,7 +25,6 @@ from turret.bases.device import gigabytes
 from turret.data import Labelled, Pair
 from turret.errors import AdapterError, PreflightRefused
 from turret.methods.method import MOST_EPOCHS
-from turret.ops import cpu as kernels
 from turret.tasks import Classify
 from turret.train import Check, Plan, memory, preflight
 from turret.train.batches import Items
@@ -249,24 +248,6 @@ def test_duplicates_empty_inputs_few_steps_and_splits_are_said() -> None:
     assert "there is nothing to evaluate the adapter on" in rows["splits"].text
     _, rows = made(data=data, train__keep="best")
     assert "4 of the training examples are held back" in rows["splits"].text
-
-
-def test_products_in_8_bits_are_refused_where_they_cannot_be_and_told_of_where_they_are_not_for() -> None:
-    for method, text in (({"method": "full"}, "trains the weights"), (IA3, "is computed by PEFT")):
-        check = made(train__int8="true", **method)[1]["int8"]
-        assert check.level == "warn"
-        assert text in check.text
-    narrow = made("llama", "summarize", train__int8="true")[1]["int8"]  # 48 wide
-    assert (narrow.level, narrow.remedy) == ("refuse", "leave train.int8 off")
-    with kernels.without():
-        assert "cannot multiply in 8 bits" in made(train__int8="true")[1]["int8"].text
-
-
-@pytest.mark.skipif(not kernels.int8(), reason="no products in 8 bits on this processor")
-def test_products_in_8_bits_are_told_of_where_they_can_be() -> None:
-    check = made(train__int8="true", measured=True)[1]["int8"]
-    assert (check.level, check.text) == ("ok", "9 frozen layers multiply in 8 bits during training")
-    assert "int8" not in made()[1]
 
 
 def test_memory_that_is_not_there_is_refused_before_the_first_step() -> None:

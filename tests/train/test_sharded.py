@@ -157,7 +157,6 @@ def test_a_base_that_cannot_be_divided_is_one_line(mesh: Any, tmp_path: Path) ->
         ({"method.kind": "peft", "method.peft_type": "IA3"}, "method peft is computed by PEFT"),
         ({"method.init_lora_weights": "pissa"}, "with init_lora_weights = pissa starts from whole weights"),
         ({"base_quantization": "nf4"}, 'divides plain weights, given base_quantization = "nf4"'),
-        ({"train.int8": "true"}, "train.int8 rounds whole matrices"),
         ({"train.lr": "auto"}, 'train.lr = "auto" tries rates in one process'),
         ({"train.device": "mps"}, "given train.device = mps"),
     ],

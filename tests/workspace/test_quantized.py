@@ -90,8 +90,6 @@ def test_a_recipe_takes_it_as_text_and_refuses_what_cannot_be(trained: Trained) 
     assert Recipe.from_toml('base_quantization = "none"\n' + plain.to_toml()) == plain
     with pytest.raises(RecipeError, match=r'base_quantization = "nf4": method full trains the weights themselves'):
         trained.recipe.with_overrides({"method": "full"})
-    with pytest.raises(RecipeError, match=r"train.int8 multiplies plain weights"):
-        trained.recipe.with_overrides({"train.int8": "true"})
     with pytest.raises(RecipeError, match="base_quantization: expected"):
         trained.recipe.with_overrides({"base_quantization": "int3"})
 

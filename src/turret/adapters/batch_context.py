@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from turret.ops.core import AdapterSpans, KVStep
 from turret.ops.dropout import Masks
-from turret.ops.frozen import EightBits
 
 BARE = 0  # the slot of the bare base, without an adapter
 
@@ -134,7 +133,6 @@ class BatchContext:
         adapter_pool: the adapters, if an engine keeps them instead of the modules' slots.
         cache: the keys and values of earlier passes, if an engine keeps them.
         read: (B,) int64, the only tokens whose last hidden states are read; None for all.
-        int8: how frozen layers multiply in 8 bits while gradients are on; None if they do not.
         positions: of every unpadded token, (N,) int64 for each stream, if an engine computed them.
     """
 
@@ -148,7 +146,6 @@ class BatchContext:
     adapter_pool: AdapterPoolProtocol | None = None
     cache: KVCacheProtocol | None = None
     read: Tensor | None = None
-    int8: EightBits | None = None
     positions: Mapping[str, Tensor] | None = None
 
     @property

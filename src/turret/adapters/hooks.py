@@ -26,8 +26,6 @@ from turret.errors import AdapterError
 from turret.families import Family, Site, family_of
 from turret.methods import Method
 from turret.ops.dropout import dropout
-from turret.ops.frozen import EightBits, Int8Forward, fits_int8
-from turret.ops.table import int8_products
 from turret.transformer import Model, Submodule
 
 # --- routed -----------------------------------------------------------------------------------------------------------
@@ -78,9 +76,6 @@ class RoutedDropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p, self.context.masks) if self.training else x
-
-
-SMALL = 32 << 20  # bytes of a base's matrices in 8 bits, forward and backward; up to this size they are kept
 
 
 # --- attached ---------------------------------------------------------------------------------------------------------
@@ -292,37 +287,6 @@ def _replace_modules(model: nn.Module, attached: HookedModel) -> None:
         elif type(module).__name__ in fast.added_norms and path == layers.narrowing(attached.sites[-1].name):
             attached.narrows = True
             _replace(model, attached, path, layers.NarrowedOutput(module, attached.context))
-
-
-def multiply_in_int8(model: Model) -> None:
-    """Let `int8_layers` of an attached model multiply in 8 bits while gradients are on, until `detach`."""
-    attached, found = attachment(model), int8_layers(model)
-    small = 2 * sum(each.weight.numel() for each in found) <= SMALL
-    attached.context.int8 = eight_bits = EightBits({} if small else None)
-    for layer in found:
-        module: nn.Module = layer  # whose forward may be replaced
-        module.forward = Int8Forward(layer, eight_bits)
-        attached.undo.append(functools.partial(vars(module).__delitem__, "forward"))
-
-
-def int8_layers(model: Model) -> list[nn.Linear]:
-    """The linear layers of a model's body that can multiply in 8 bits.
-
-    Raises:
-        AdapterError: there are none, or the machine has no such products.
-    """
-    if not int8_products():
-        raise AdapterError(
-            "this machine cannot multiply in 8 bits (it needs AVX-512 VNNI and a C compiler): leave train.int8 off"
-        )
-    if (device := device_of(model)).type != "cpu":
-        raise AdapterError(f"train.int8 needs a CPU, and this base is on {device}: leave train.int8 off")
-    skipped = family_of(model.config).beside_body
-    linear = [(path, each) for path, each in model.named_modules() if type(each) is nn.Linear]
-    found = [each for path, each in linear if fits_int8(each.weight) and path.split(".")[0] not in skipped]
-    if not found:
-        raise AdapterError("no layer of this base has sizes that are multiples of 64: leave train.int8 off")
-    return found
 
 
 def _bias_modules(attached: HookedModel) -> dict[str, Submodule]:

@@ -237,9 +237,7 @@ def flat(cos_sin: CosSin | None) -> CosSin | None:
 def frozen_base(module: nn.Module) -> nn.Module | None:
     """The frozen linear layer of a module that is a product and nothing else; None for any other."""
     base = module.base_layer if isinstance(module, RoutedLinear) else module
-    if has_hooks(module) or has_hooks(base):
-        return None
-    if not isinstance(vars(base).get("forward"), frozen.Int8Forward | None):
+    if has_hooks(module) or has_hooks(base) or "forward" in vars(base):
         return None
     if quantized.in_four_bits(base):
         return base
@@ -282,7 +280,7 @@ class Matrices:
         weight = base.get_parameter("weight")
         if weight.dtype != self._x.dtype:
             return None
-        return Matrix(weight, bias, frozen.products(self._context.int8, self._x, weight, bias), added)
+        return Matrix(weight, bias, frozen.FrozenProducts(), added)
 
 
 # --- an engine's pass -------------------------------------------------------------------------------------------------

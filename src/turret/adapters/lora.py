@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from turret import quantized
 from turret.adapters.batch_context import BatchContext
 from turret.errors import AdapterError
-from turret.ops import frozen
 from turret.ops.dropout import Masks
+from turret.ops.frozen import FrozenProducts
 from turret.ops.lora import adapted, lora_delta
 from turret.ops.structs import Lora
 from turret.quantized import FourBitProducts
@@ -62,8 +62,7 @@ class LoRAFactors(nn.Module):
             if x.is_cpu and not quantized.packed(layer):
                 weight, bias = weight_and_bias(layer)
                 if weight.dtype == x.dtype and not weight.requires_grad:
-                    products = frozen.products(context.int8, x, weight, bias)
-                    y = adapted(x, weight, bias, products, lora, masks)
+                    y = adapted(x, weight, bias, FrozenProducts(), lora, masks)
                     return self._beside(layer, x) if y is None else y
         return self._beside(layer, x)
 

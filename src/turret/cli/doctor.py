@@ -46,7 +46,7 @@ def _lines(facts: JsonMapping) -> Iterator[tuple[str, str]]:
     if "float32_products" in facts["processor"]:
         yield "float32", safe(facts["processor"]["float32_products"])
     if "kernels" in facts["processor"]:
-        yield "kernels", _kernels(facts["processor"]["kernels"], facts["processor"]["int8"])
+        yield "kernels", _kernels(facts["processor"]["kernels"])
     for name, version in facts["libraries"].items():
         yield name, GOOD + version if version else f"{BAD}not installed: pip install {name}"
     for package in facts["bundled"]:
@@ -93,13 +93,12 @@ def _programs(text: str) -> str:
     return f"{GOOD}compiled for this GPU" if text == "on" else f"{BAD}{safe(text)}; a GPU is slower without them"
 
 
-def _kernels(text: str, int8: bool) -> str:
+def _kernels(text: str) -> str:
     if not text.startswith(("compiled", "shipped")):
         return f"{BAD}{safe(text)}; training is slower without them"
-    products = "; 8-bit products for train.int8" if int8 else ""
     if text.startswith("compiled as"):
-        return f"{GOOD}compiled for this processor{products}"
-    return f"{GOOD if text.startswith('shipped') else BAD}{safe(text)}{products}"
+        return f"{GOOD}compiled for this processor"
+    return f"{GOOD if text.startswith('shipped') else BAD}{safe(text)}"
 
 
 def _store(store: JsonMapping) -> str:

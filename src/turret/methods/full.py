@@ -19,7 +19,6 @@ class Full(Method):
     tuner_at: ClassVar[str] = "turret.adapters.tuners.full:FullTuner"
     every_weight: ClassVar[bool] = True
     shares_base: ClassVar[bool] = False
-    not_int8: ClassVar[str | None] = "trains the weights"
     not_quantized: ClassVar[str | None] = "trains the weights themselves"
     high_rate: ClassVar[tuple[int, str]] = (10, "wipes out what the base has learned")
 

@@ -91,7 +91,6 @@ class Method(BaseModel):
     open_settings: ClassVar[bool] = False  # a library defines its keys, and checks them when it is loaded
     named_by: ClassVar[str | None] = None  # the setting that `compare --methods` takes after a colon, as in peft:IA3
     named_as: ClassVar[str] = ""  # a description of that setting
-    not_int8: ClassVar[str | None] = None  # why `train.int8` has no effect
     not_quantized: ClassVar[str | None] = None  # why it does not train on a base in 4 bits
     low_rate: ClassVar[str | None] = None  # measured: the result with a rate for full fine-tuning
     high_rate: ClassVar[tuple[int, str]] = (20, "is likely to diverge")  # (times the default, what happens from there)

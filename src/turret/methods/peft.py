@@ -56,7 +56,6 @@ class Peft(Method):
     open_settings: ClassVar[bool] = True
     named_by: ClassVar[str | None] = "peft_type"
     named_as: ClassVar[str] = "method of PEFT by its name, such as peft:IA3 or peft:DORA,r=4"
-    not_int8: ClassVar[str | None] = "is computed by PEFT"
 
     model_config = ConfigDict(frozen=True, extra="allow")
     kind: Literal["peft"] = "peft"

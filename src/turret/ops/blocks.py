@@ -193,7 +193,7 @@ class Training:
             self.kept["a"] = None
         mlp = [each for group in (UP, DOWN) for each in self.groups[group]]
         plain = not any(each.lora is not None or each.bias is not None for each in mlp)
-        if "gate" in self.kept and plain and (mlp[0].base.cheap or self.ops.tiled()):
+        if "gate" in self.kept and plain and self.ops.tiled():
             self.kept["gate"] = self.kept["up"] = None  # a sixth more products for half the memory
         self._names, self._counts = list(self.kept), [len(self.inner[group]) for group in GROUPS]
         taken = [*self.kept.values(), *(each for group in GROUPS for each in self.inner[group])]

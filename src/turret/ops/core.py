@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turret.ops import formulas
-from turret.ops.cpu import AdapterSpans, Library
+from turret.ops.cpu import AdapterSpans
 from turret.ops.structs import (
     AttentionRows,
     DropoutArguments,
@@ -145,11 +145,6 @@ class Ops:
     def whole_layers(self, layers: Sequence[LayerWeights]) -> WholeLayers:
         """Consecutive layers as one call."""
         raise NotImplementedError
-
-    @property
-    def int8(self) -> Library | None:
-        """The kernels that multiply integers of 8 bits, if there are any."""
-        return None
 
     def lay_out(self, factors: Sequence[tuple[Tensor, Tensor]], scaling: float, flat: Tensor) -> None:
         """Copy A (R, D_in) and scaling B^T of each layer into one buffer, one after another, rounded to its dtype."""

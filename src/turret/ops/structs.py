@@ -85,10 +85,6 @@ class Mask(Protocol):
 class BaseProducts(Protocol):
     """The products of a frozen matrix W (D_out, D_in) with rows of tokens."""
 
-    @property
-    def cheap(self) -> bool:
-        """Whether computing a product again costs less than saving it."""
-
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b: (N, D_in) -> (N, D_out), a new tensor."""
 

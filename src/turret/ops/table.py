@@ -22,7 +22,6 @@ from turret.ops.gpu.ops import GpuOps
 
 __all__ = [
     "PATHS",
-    "int8_products",
     "narrows",
     "of",
     "planned",
@@ -51,11 +50,6 @@ def of(*tensors: Tensor) -> Ops:
 def narrows() -> bool:
     """Whether the last layer of a classifier computes the first token of each row alone."""
     return enabled("first_token")
-
-
-def int8_products() -> bool:
-    """Whether the processor has instructions for products of 8-bit integers."""
-    return cpu.int8()
 
 
 def why_cpu_kernels() -> str:

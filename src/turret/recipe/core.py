@@ -313,6 +313,14 @@ def _device(value: JsonValue) -> JsonValue:
     return value
 
 
+def _int8(value: JsonValue) -> JsonValue:
+    if value is not False:
+        raise ValueError(
+            "steps in 8 bits were removed, expected false; leave the key out, or set train.dtype to bfloat16"
+        )
+    return value
+
+
 class Train(_Section):
     """Optimiser, schedule, batches, evaluation and checkpoints.
 
@@ -334,8 +342,7 @@ class Train(_Section):
         device: where it trains: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`; auto is a GPU if the plan fits there
         dtype: dtype of the frozen base; auto is bfloat16 only if the device computes it, else float16 on a GPU.
             Adapters are float32. Full fine-tuning has float32 weights and multiplies in this precision
-        int8: the frozen layers multiply in 8 bits in every training step; needs a processor with AVX-512 VNNI,
-            which `turret doctor` reports
+        int8: removed, only false: stored recipes contain this key
         gradient_clip: maximum norm of the gradient
         checkpoint_every: steps between checkpoints (default: every epoch, and about every minute)
         micro_batch_tokens: maximum tokens in one pass; a larger batch is accumulated, with the same gradient
@@ -365,7 +372,7 @@ class Train(_Section):
     keep: Literal["last", "best"] = "last"
     device: Annotated[str | None, BeforeValidator(_device)] = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    int8: bool = False
+    int8: Annotated[Literal[False], BeforeValidator(_int8)] = False  # removed; stored recipes contain it
     gradient_clip: float = Field(default=1.0, gt=0)
     checkpoint_every: int | None = Field(default=None, ge=1, le=MOST)
     micro_batch_tokens: int | None = Field(default=None, ge=1, le=MOST)
@@ -462,8 +469,6 @@ class Recipe(_Section):
                 f"{kept}: method {self.method.kind} {self.method.not_quantized}, given a base in 4 bits; "
                 "use lora, prefix, head or peft, or base_quantization none"
             )
-        if self.train.int8:
-            raise RecipeError(f"{kept}: train.int8 multiplies plain weights, given 4 bits; leave one of the two out")
         return self
 
     @model_validator(mode="after")
@@ -480,10 +485,6 @@ class Recipe(_Section):
             raise RecipeError(
                 f'{kept} divides plain weights, given base_quantization = "{self.base_quantization}": leave one of the '
                 "two out"
-            )
-        if train.int8:
-            raise RecipeError(
-                f"{kept}: train.int8 rounds whole matrices, given parts of them; leave one of the two out"
             )
         if train.lr == "auto":
             raise RecipeError(

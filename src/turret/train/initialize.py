@@ -61,8 +61,6 @@ def attach(recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None 
         generator=torch.Generator().manual_seed(recipe.seed),
         head=() if task.generates else fresh_modules(base),
     )
-    if recipe.train.int8 and recipe.method.not_int8 is None:  # a comparison may have methods that cannot use int8
-        adapters.multiply_in_int8(base.model)
     if recipe.train.checkpoint_layers or base.checkpoints is not None:
         adapters.checkpoint_layers(base.model)
     if start is not None:

@@ -102,13 +102,12 @@ class Prediction:
     optimiser: int  # two moments
     activations: int  # peak of the passes: saved for backward, temporaries, holes in the heap
     runtime: int  # Python and its libraries; on a GPU CUDA's context, if nothing was measured there
-    rounded: int = 0  # the frozen matrices in 8 bits, with train.int8 and a small base
     prepared: int = 0  # examples and libraries that were loaded after the base, checkpoint and curve
 
     @property
     def above_base(self) -> int:
         """Bytes that the training needs besides the loaded base."""
-        return self.trainable + self.gradients + self.optimiser + self.activations + self.rounded + self.prepared
+        return self.trainable + self.gradients + self.optimiser + self.activations + self.prepared
 
     @property
     def total(self) -> int:
@@ -120,9 +119,7 @@ class Prediction:
 
     def __str__(self) -> str:
         sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        parts = ", ".join(
-            f"{name} {gigabytes(size)}" for name, size in sizes.items() if size or name not in ("rounded", "prepared")
-        )
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items() if size or name != "prepared")
         return f"{gigabytes(self.total)} ({parts})"
 
 

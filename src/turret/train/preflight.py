@@ -14,13 +14,11 @@ import psutil
 import torch
 
 from turret import adapters, process, quantized
-from turret.adapters import int8_layers
 from turret.adapters.tuners import tuner_of
 from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
 from turret.bases.device import gigabytes
 from turret.data import Dataset, Example, Labelled, cells, texts_of
-from turret.errors import AdapterError, one_line
-from turret.methods import Method
+from turret.errors import one_line
 from turret.methods.method import MOST_EPOCHS, epochs_for
 from turret.plan_check import Check, Level
 from turret.recipe import Recipe, toml
@@ -155,8 +153,6 @@ def measure(
                 begun = memory.resident(device)
                 saved = _saved_by(model, task, pieces, 1 if seconds > LONG else SIZES)
                 _evaluate(model, task, items, {place for indices in sampled for place in indices}, most)
-            int8 = adapters.attachment(model).context.int8
-            rounded = 0 if int8 is None else int8.bytes
             texts = [item for batch in batches for item in batch][:GENERATED_ROWS]  # a step of fewer rows is faster
             generation = _generation_time(bare, model, task, texts, clock)
         finally:
@@ -169,8 +165,7 @@ def measure(
         gradients=trainable,
         optimiser=moment_bytes(recipe.train.optimizer, trainable // 4),
         activations=max(round((GPU_GROWTH if on_gpu else HEAP_GROWTH) * grown.bytes), saved.bytes + 2 * saved.largest),
-        rounded=rounded,
-        prepared=(0 if on_gpu else BETWEEN_STEPS) + max(0, begun - before - 2 * trainable - rounded),
+        prepared=(0 if on_gpu else BETWEEN_STEPS) + max(0, begun - before - 2 * trainable),
         runtime=max(0, before - base.bytes),
     )
     return Cost(
@@ -546,8 +541,6 @@ def checkpoints(base: Base) -> Iterator[Check]:
 
 def precision(recipe: Recipe, base: Base) -> Iterator[Check]:
     """Whether the processor and the method suit the precision of the base's weights and products."""
-    if recipe.train.int8:
-        yield _in_8_bits(recipe.method, base.model)
     dtype = str(base.dtype).removeprefix("torch.")
     if dtype == "float32":
         return
@@ -561,17 +554,6 @@ def precision(recipe: Recipe, base: Base) -> Iterator[Check]:
         slow = "this processor computes float16 slowly; " if device.type == "cpu" else ""
         level: Level = "warn" if slow else "ok"
         yield Check("dtype", level, f"{slow}the loss is scaled, because small gradients vanish in float16", remedy)
-
-
-def _in_8_bits(method: Method, model: Model) -> Check:
-    if method.not_int8 is not None:
-        return Check("int8", "warn", f"method {method.kind} {method.not_int8}: products stay in train.dtype")
-    try:
-        layers = int8_layers(model)
-    except AdapterError as error:
-        text, _, remedy = str(error).partition(": ")
-        return Check("int8", "refuse", text, remedy)
-    return Check("int8", "ok", f"{len(layers)} frozen layers multiply in 8 bits during training")
 
 
 def whole_lengths(items: Sequence[Item], tokenizer: Tokenizer, limit: int) -> list[int]:

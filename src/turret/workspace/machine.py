@@ -99,7 +99,7 @@ def _processor() -> JsonObject:
         import torch
 
         from turret.bases import choose_device, default_dtype, float32_products
-        from turret.ops.table import int8_products, why_cpu_kernels
+        from turret.ops.table import why_cpu_kernels
     except (ImportError, OSError) as error:  # `turret doctor` must also report a broken installation
         return {"problem": f"torch cannot be loaded: {error}"}
     try:
@@ -117,7 +117,6 @@ def _processor() -> JsonObject:
         "gpu": name,
         "kernels": why_cpu_kernels(),
         "programs": _programs(chosen.device),
-        "int8": int8_products(),  # whether a recipe can set train.int8
     }
 
 

@@ -5,16 +5,13 @@ switches them off.
 """
 
 from turret.ops.cpu.compiled import (
-    LONGEST_INT8,
     AdapterSpans,
     CachedKVArguments,
     DecoderLayer,
     EncoderLayer,
-    Int8Matrix,
     LayerMatrix,
     Layers,
     Library,
-    int8,
     library,
     rest,
     usable,
@@ -23,16 +20,13 @@ from turret.ops.cpu.compiled import (
 )
 
 __all__ = [
-    "LONGEST_INT8",
     "AdapterSpans",
     "CachedKVArguments",
     "DecoderLayer",
     "EncoderLayer",
-    "Int8Matrix",
     "LayerMatrix",
     "Layers",
     "Library",
-    "int8",
     "library",
     "rest",
     "usable",

@@ -26,16 +26,6 @@ if TYPE_CHECKING:
 # Each is made once a pass. Axes: B rows, N tokens of all rows, H heads, P prefix, D head size, S spans.
 
 
-@dataclass(frozen=True)
-class Int8Matrix:
-    """A matrix (O, E) in 8 bits, for `linear_int8`: integers, and a scale for each output."""
-
-    bytes: Tensor  # (O E + 4 O,) uint8
-    outputs: int  # O
-    deep: int  # E
-    dtype: torch.dtype  # of the original matrix
-
-
 class AdapterSpans:
     """The LoRA factors of each span of tokens in a pass, for every layer.
 
@@ -210,12 +200,10 @@ DECLARED = {  # for kernels that are called once a layer: declared arguments may
     ),
     "lora": (*_LORA, *(_POINTER,) * 3, ctypes.c_int),
     "lora_backward": (*_LORA, *(_POINTER,) * 7, ctypes.c_int),
-    "round_int8": (*(_POINTER,) * 3, _LONG, _LONG, ctypes.c_int, ctypes.c_int),
-    "linear_int8": (*(_POINTER,) * 5, _LONG, _LONG, _LONG, ctypes.c_int, _POINTER, ctypes.c_int),
     "encoder_layers": (_POINTER, _POINTER, _LONG, _LONG, *(_POINTER,) * 4, ctypes.c_int),
     "decoder_layers": (_POINTER, _LONG, _LONG, *(_POINTER,) * 4, _LONG, *(_POINTER,) * 3, ctypes.c_int),
 }
-RETURNED = dict.fromkeys(("linear_int8", "encoder_layers", "decoder_layers"), _LONG)
+RETURNED = dict.fromkeys(("encoder_layers", "decoder_layers"), _LONG)
 
 
 class Calls:
@@ -224,7 +212,6 @@ class Calls:
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
         self._tiles = bool(loaded.tiles())
-        self.int8 = bool(loaded.int8())  # whether there is `linear_int8`
         self._functions: dict[tuple[str, torch.dtype], _NamedFuncPointer] = {}
         self._few = {dtype: int(getattr(loaded, f"linear_up_to_{name}")()) for dtype, name in NAMES.items()}
 
@@ -578,19 +565,14 @@ class _DecoderLayerStruct(ctypes.Structure):
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
-# Matrix products: LoRA in training, many LoRAs in one batch, frozen layers in 8 bits, frozen layers on few tokens.
+# Matrix products: LoRA in training, many LoRAs in one batch, frozen layers on few tokens.
 
 
 WAKING = 1 << 20  # multiplications in 0.1 ms of one thread; a sleeping thread takes 0.05 to 2 ms to wake
-LONGEST_INT8 = 1 << 16  # most products of a sum in 8 bits: 2^16 * 255 * 127 fits 31 bits
 
 
 class Products(Calls):
     """Axes: N tokens, R rank, S spans."""
-
-    def __init__(self, loaded: ctypes.CDLL) -> None:
-        super().__init__(loaded)
-        self._int8_workspaces: dict[tuple[int, int, int, bool, torch.dtype, bool, int], int] = {}  # bytes
 
     def lora(self, x: Tensor, A: Tensor, B: Tensor, by: float, dropped: DropoutArguments, y: Tensor) -> Tensor:
         """y += by (dropout(x) A^T) B^T, where dropout does not scale.
@@ -627,65 +609,6 @@ class Products(Calls):
         arguments = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
         self._call("lora_backward", x.dtype, *arguments, *map(p, (transposed, dh, h, dy, dx, dA, dB)), threads())
         return dA, dB
-
-    def round_int8(self, weight: Tensor, turned: bool = False) -> Int8Matrix:
-        """Round W once for many calls of `linear_int8`. W: (O, E), or (E, O) with `turned`. Requires `int8`."""
-        outputs, deep = self._sizes_int8(weight, turned)
-        rounded = Int8Matrix(torch.empty(outputs * (deep + 4), dtype=torch.uint8), outputs, deep, weight.dtype)
-        count = torch.get_num_threads()
-        workspace = torch.empty(count, 16 * deep, dtype=torch.uint8)
-        addresses = weight.data_ptr(), rounded.bytes.data_ptr(), workspace.data_ptr()
-        self._call("round_int8", weight.dtype, *addresses, deep, outputs, turned, count)
-        return rounded
-
-    def linear_int8(self, x: Tensor, weight: Tensor | Int8Matrix, bias: Tensor | None, turned: bool = False) -> Tensor:
-        """x W^T + b in 8 bits: x is rounded with a scale for each token, W with a scale for each output.
-
-        Args:
-            x: (N, E); E is a multiple of 64.
-            weight: W as (O, E), as (E, O) with `turned`, or rounded before; O is a multiple of 32.
-            bias: (O,) or None.
-            turned: W is stored transposed, so the product is x W.
-
-        Returns:
-            (N, O). Requires `int8`.
-        """
-        addresses: tuple[int | None, int | None]  # of W, and of W rounded
-        if rounded := isinstance(weight, Int8Matrix):
-            (outputs, deep), addresses = (weight.outputs, weight.deep), (None, weight.bytes.data_ptr())
-        else:
-            (outputs, deep), addresses = self._sizes_int8(weight, turned), (weight.data_ptr(), None)
-        tokens, own = x.shape
-        assert own == deep
-        assert x.is_contiguous()
-        assert weight.dtype == x.dtype
-        assert bias is None or (bias.is_contiguous() and bias.dtype == x.dtype and bias.shape == (outputs,))
-        y = x.new_empty(tokens, outputs)
-        arguments = (
-            x.data_ptr(),
-            *addresses,
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            tokens,
-            deep,
-            outputs,
-            turned,
-        )
-        count = torch.get_num_threads()
-        if (key := (tokens, deep, outputs, turned, x.dtype, rounded, count)) not in self._int8_workspaces:
-            self._int8_workspaces[key] = self._workspace("linear_int8", x.dtype, *arguments, None, count)
-        workspace = torch.empty(self._int8_workspaces[key], dtype=torch.uint8)
-        self._call("linear_int8", x.dtype, *arguments, workspace.data_ptr(), count)
-        return y
-
-    def _sizes_int8(self, weight: Tensor, turned: bool) -> tuple[int, int]:
-        """(O, E)"""
-        outputs, deep = weight.shape[::-1] if turned else weight.shape
-        assert self.int8
-        assert deep % 64 == outputs % 32 == 0
-        assert deep <= LONGEST_INT8
-        assert weight.is_contiguous()
-        return outputs, deep
 
     def low_rank(self, spans: AdapterSpans, layer: int, x: Tensor, y: Tensor) -> None:
         """y += (x A^T) B for each span of tokens with one adapter, summed in float32 (SGMV).
@@ -1090,8 +1013,6 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
     ones = library.dropout(torch.ones(40_000, dtype=dtype), DropoutArguments.of(0.25, (12345, 678)))
     kept = float((ones > 0).double().mean())
     results["dropout"] = (ones.max()[None], torch.full((1,), 4 / 3 if abs(kept - 0.75) < 0.02 else 0.0))
-    if library.int8:
-        results |= _checked_int8(draw, library)
     return (
         results
         | _checked_lora(library, draw)
@@ -1110,16 +1031,6 @@ def _checked_lora(library: Library, draw: Callable[..., Tensor]) -> dict[str, tu
     found = library.lora(x, A, B, 0.5, NO_DROPOUT, y)
     given = y, dx, *library.lora_backward(x, A, B, 0.5, NO_DROPOUT, found, dy, dx)
     return {name: (one, each) for one, (name, each) in zip(given, expected.items(), strict=True)}
-
-
-def _checked_int8(draw: Callable[..., Tensor], library: Library) -> dict[str, tuple[Tensor, Tensor]]:
-    """Integers up to 127, which rounding does not change; ten tokens are one block and two more."""
-    x, W, b = (draw(*shape).float().mul(40).round().clamp(-126, 126) for shape in ((10, 64), (64, 64), (64,)))
-    x[:, 0], W[:, 0], W[0] = 127, 127, 127
-    like, wide = draw(1), x.double() @ W.double().mT + b.double()
-    x, W, b = (each.to(like.dtype) for each in (x, W, b))
-    given = library.linear_int8(x, W, b), library.linear_int8(x, W.mT.contiguous(), b, turned=True)
-    return {"linear_int8": (given[0], wide), "linear_int8 turned": (given[1], wide)}
 
 
 def _checked_low_rank(library: Library, draw: Callable[..., Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -1238,12 +1149,6 @@ def without() -> Iterator[None]:
         yield
     finally:
         _off.reset(token)
-
-
-def int8() -> bool:
-    """Whether the processor has instructions for products of 8-bit integers."""
-    found = library()
-    return found is not None and found.int8
 
 
 def why() -> str:

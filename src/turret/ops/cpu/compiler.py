@@ -12,7 +12,7 @@ from pathlib import Path
 
 SOURCES = (
     *("kernels.c", "operations.inc.c", "products.inc.c", "attention.inc.c", "low_rank.inc.c", "step.inc.c"),
-    *("layer.inc.c", "lora.inc.c", "int8.inc.c"),
+    *("layer.inc.c", "lora.inc.c"),
 )
 # No -ffast-math: it would make the whole process flush denormal numbers, and assume that there are no NaNs.
 FLAGS = (

@@ -137,9 +137,6 @@ void wake(int threads);
 #include "step.inc.c"
 #include "layer.inc.c"
 #include "lora.inc.c"
-#define LARGEST largest_of
-#include "int8.inc.c"
-#undef LARGEST
 #undef BY_TOKENS
 #undef T
 #undef LOAD
@@ -209,8 +206,6 @@ void wake(int threads);
 #include "step.inc.c"
 #include "layer.inc.c"
 #include "lora.inc.c"
-#define LARGEST largest_of_bfloats
-#include "int8.inc.c"
 
 /* The most tokens for `linear`, up to FEW; 0 without wide enough vectors. For more tokens a library that packs its matrices is as
    fast. With tiles the limit is lower: products are so fast that only memory traffic can be saved. */
@@ -284,16 +279,6 @@ int ready(void)
     return ask_for_tiles();
 #else
     return 1;
-#endif
-}
-
-/* whether there is linear_int8 */
-int int8(void)
-{
-#ifdef INT8
-    return 1;
-#else
-    return 0;
 #endif
 }
 

@@ -79,10 +79,6 @@ class CpuOps(Ops):
     def whole_layers(self, layers: Sequence[LayerWeights]) -> WholeLayers:
         return CpuLayers(self.library, layers)
 
-    @property
-    def int8(self) -> Library | None:
-        return self.library if self.library.int8 else None
-
     def lay_out(self, factors: Sequence[tuple[Tensor, Tensor]], scaling: float, flat: Tensor) -> None:
         parts = [each for pair in factors for each in pair]
         if all(each.dtype == torch.float32 and each.is_contiguous() and each.is_cpu for each in parts):

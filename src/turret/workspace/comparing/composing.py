@@ -240,7 +240,7 @@ def _measure(
                 "parameters": {"trainable": weights, "stored": weights, "total": total},
                 "bundle_bytes": 0 if own is None else composed.rows[spec].bytes,
                 "notes": [*base.notes, *asking.notes],
-                "made": measure.provenance(base.model, int8=False),
+                "made": measure.provenance(base.model),
                 "wall_seconds": time.perf_counter() - started,
             },
         )

@@ -69,7 +69,7 @@ def version(
             "memory": _memory(result, plan),
             "best": _best(store, str(result["run"])),
             "losses": binned([record.loss for record in every_step(store, str(result["run"]))]),
-            "made": provenance(ready.asking.model, recipe.train.int8),
+            "made": provenance(ready.asking.model),
             "warnings": list(result.get("warnings", ())),
             **answered(ready, dataset.test, say),
         }
@@ -484,12 +484,12 @@ def _best(store: Store, run: str) -> JsonObject | None:
 PACKAGES = ("turret", "torch", "transformers", "peft")
 
 
-def provenance(model: Model, int8: bool) -> JsonObject:
+def provenance(model: Model) -> JsonObject:
     """Date, device, threads, precision, versions and commit."""
     weight = next(model.parameters())
     kinds = sorted({str(each.dtype).removeprefix("torch.") for each in model.parameters() if each.is_floating_point()})
     packed = ", weights in 4 bits" if quantized.any_packed(model) else ""
-    precision = " and ".join(kinds) + packed + (", products in int8" if int8 else "")
+    precision = " and ".join(kinds) + packed
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "device": _device(weight.device),
