@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from small_models import save_base
+from torch import Tensor
 
 from turret import adapters, bases
 from turret.adapters import Adapter
 from turret.data import Example, Labelled, Pair
-from turret.engine import Engine, Limits, Named, OptimStep, Samples, SamplingParams, TrainsRows
+from turret.engine import Engine, Limits, Loss, Named, OptimStep, Samples, SamplingParams, TrainsRows
 from turret.errors import AdapterError, LossNotFinite, NotFound, TrainingError
 from turret.methods import Full, LoRA, Prefix
+from turret.train import step
 from turret.train.batches import encode
 from turret.train.slot import TrainingSlot
 
@@ -73,9 +75,9 @@ def equal(one: Adapter, other: Adapter) -> bool:
 def test_a_slot_learns_and_answers_with_what_it_has_learnt(method: Any, engine: Engine) -> None:
     with classifier(engine, method=method) as slot:
         texts = [each.text for each in LABELLED]
-        before = slot.ask(texts)
+        before = slot.sample(texts)
         losses = steps(slot, LABELLED, 60)
-        after = slot.ask(texts)
+        after = slot.sample(texts)
 
         assert losses[-1] < losses[0] / 2
         assert [each["label"] for each in after] == [each.label for each in LABELLED]
@@ -92,7 +94,7 @@ def test_a_slot_that_writes_answers_as_the_stored_adapter_does(family: str, tmp_
         steps(slot, PAIRS, 20)
         options = SamplingParams(temperature=0, max_tokens=6)
         inputs: list[Any] = [each.source for each in PAIRS[:4]]
-        answers = slot.ask(inputs, options)
+        answers = slot.sample(inputs, options)
         named = engine.hold("stored", 1, slot.save())
         assert answers == [engine.submit("generate", each, named, options).result() for each in inputs]
         assert answers != engine.generate(inputs, None, options)  # the bare base answers otherwise
@@ -120,7 +122,7 @@ def test_slots_beside_one_another_equal_the_same_slots_alone(engine: Engine) -> 
             for _ in range(6):
                 slot.forward_backward(LABELLED)
                 slot.optim_step(OptimStep(1e-2))
-                slot.ask([GOOD])
+                slot.sample([GOOD])
             return slot.save()
 
     alone = {seed: trained(seed) for seed in range(3)}
@@ -139,11 +141,11 @@ def test_a_request_keeps_the_copy_that_it_began_with(tmp_path: Path) -> None:
         slot = TrainingSlot(engine, "short", LoRA(r=4), kind="summarize", settings={"max_target_tokens": 8})
         options = SamplingParams(temperature=0, max_tokens=8)
         steps(slot, PAIRS, 5)
-        alone = slot.ask([GOOD], options)[0]
+        alone = slot.sample([GOOD], options)[0]
         tickets = slot.submit([GOOD] * 4, options)
         steps(slot, PAIRS, 40)
         assert [ticket.result() for ticket in tickets] == [alone] * 4
-        later = slot.ask([GOOD], options)[0]
+        later = slot.sample([GOOD], options)[0]
         assert later != alone
         assert len(engine._source.adapters) == 1  # stale copies are gone
         slot.drop()
@@ -177,6 +179,70 @@ def test_the_base_is_left_as_it_was(engine: Engine) -> None:
     assert not hasattr(engine.base.model, adapters.hooks.ATTRIBUTE)
 
 
+def apart(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss that compares all rows: those with different targets shall be far apart."""
+    x = outputs.float().reshape(len(outputs), -1)
+    return (torch.cdist(x, x) - (targets[:, None] != targets).float()).square().mean()
+
+
+def gradients(slot: TrainingSlot, rows: list[Any], loss: Loss, most_tokens: int) -> tuple[float, Tensor]:
+    slot._local.most_tokens, slot._local._added = most_tokens, False
+    return slot.forward_backward(rows, loss), slot._local.optimiser.gradients.clone()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_a_loss_over_the_batch_is_that_of_all_rows_at_once(family: str, tmp_path: Path) -> None:
+    """Computed in small passes and at once, and by autograd itself. Control: each pass alone."""
+    classify = family == "bert"
+    rows: list[Any] = LABELLED if classify else PAIRS
+    whole, alone = Loss("apart", apart, spans="batch"), Loss("apart", apart)
+    how: dict[str, Any] = {"kind": "classify", "labels": LABELS} if classify else {"kind": "summarize"}
+    with (
+        engine_of(family, "classify" if classify else "generate", tmp_path) as engine,
+        TrainingSlot(engine, "one", LoRA(r=2, lora_dropout=0.0), **how) as slot,
+    ):
+        local = slot._local
+        local.model.eval()
+        loss, found = gradients(slot, rows, whole, most_tokens=20)
+        assert (loss, found) == (pytest.approx(gradients(slot, rows, whole, 4096)[0], rel=1e-5), found)
+        items = encode(slot.task, rows)
+
+        def plain() -> Tensor:
+            local.optimiser.zero_gradients()
+            targets = slot.task.targets(rows) if classify else torch.tensor([each.weight for each in items])
+            apart(step._outputs(local.model, slot.task, items), targets).backward()
+            return local.optimiser.gradients.clone()
+
+        wanted = slot._run(plain)
+        assert float(wanted.norm()) > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+        if classify:
+            each = gradients(slot, rows, alone, most_tokens=20)[1]
+            assert float((each - wanted).norm()) > 0.1 * float(wanted.norm())
+
+
+def test_a_loss_over_the_batch_computes_with_the_same_dropout_again(engine: Engine) -> None:
+    """Other masks would not give the gradients of the first pass. Control: a further call draws others."""
+    loss = Loss("apart", apart, spans="batch")
+    with (
+        classifier(engine, method=LoRA(r=2, lora_dropout=0.5)) as one,
+        classifier(engine, method=LoRA(r=2, lora_dropout=0.5)) as other,
+    ):
+        local = other._local
+        found = gradients(one, LABELLED, loss, 4096)[1]
+
+        def plain() -> Tensor:
+            local.optimiser.zero_gradients()
+            with local.randomness:
+                outputs = step._outputs(local.model, other.task, encode(other.task, LABELLED))
+                apart(outputs, other.task.targets(LABELLED)).backward()
+            return local.optimiser.gradients.clone()
+
+        wanted = other._run(plain)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+        assert float((other._run(plain) - wanted).norm()) > 0.1 * float(wanted.norm())
+
+
 def test_a_mistake_is_one_line(engine: Engine) -> None:
     examples: list[Example] = [*LABELLED]
     with classifier(engine) as slot:
@@ -197,21 +263,21 @@ def test_a_mistake_is_one_line(engine: Engine) -> None:
         TrainingSlot(engine, "news", "lora", kind="classify")
 
 
-def verb_by_verb(slot: TrainsRows[Any], rows: list[Any], step: OptimStep) -> tuple[float, float]:
-    return slot.forward_backward(rows), slot.optim_step(step)
+def verb_by_verb(slot: TrainsRows[Any], rows: list[Any], how: OptimStep) -> tuple[float, float]:
+    return slot.forward_backward(rows), slot.optim_step(how)
 
 
 def test_the_verbs_one_by_one_are_the_step_of_the_training_loop(engine: Engine) -> None:
-    step = OptimStep(1e-2, weight_decay=0.1, clip=0.5)
+    how = OptimStep(1e-2, weight_decay=0.1, clip=0.5)
     with classifier(engine) as one, classifier(engine) as other, classifier(engine) as control:
         rows = encode(one.task, LABELLED)
         for _ in range(3):
-            together = other._run(lambda: other._local.train(rows, step))
-            assert verb_by_verb(one, LABELLED, step) == together
-            control._run(lambda: control._local.train(rows, replace(step, weight_decay=0.0)))
-        assert verb_by_verb(one._local, rows, step) == other._local.train(rows, step)
+            together = other._run(lambda: other._local.train(rows, how))
+            assert verb_by_verb(one, LABELLED, how) == together
+            control._run(lambda: control._local.train(rows, replace(how, weight_decay=0.0)))
+        assert verb_by_verb(one._local, rows, how) == other._local.train(rows, how)
         assert one.steps == other.steps == 4
         assert equal(one.save(), other.save())
         assert not equal(one.save(), control.save())
         asks: Samples = one
-        assert asks.ask([GOOD]) == other.ask([GOOD])
+        assert asks.sample([GOOD]) == other.sample([GOOD])

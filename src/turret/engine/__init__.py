@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from turret.engine.protocol import OptimStep, Samples, TrainsRows
+from turret.engine.protocol import Loss, OptimStep, Samples, TrainsRows
 from turret.engine.request import (
     Done,
     Event,
@@ -38,6 +38,7 @@ __all__ = [
     "Kind",
     "Limits",
     "LoadedAdapter",
+    "Loss",
     "MemoryBudget",
     "Named",
     "OptimStep",

@@ -5,11 +5,13 @@ The verbs are those of Tinker's API. An engine makes the slots; training loops, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from turret.adapters import Adapter
     from turret.data import Input
     from turret.engine.request import Answer, Ticket
@@ -37,6 +39,26 @@ class OptimStep:
     clip: float | None = 1.0
 
 
+@dataclass(frozen=True)
+class Loss:
+    """A loss of your own, instead of the task's: a mean that gradients are computed of.
+
+    Args:
+        name: In errors.
+        function: Takes outputs and targets, gives a scalar. Of a task with a head: the logits (B, C), and what
+            `task.targets` gives. Of a task that generates and a loss that spans a row: the logits (N, V) and the ids
+            (N,) of some target tokens. If it spans the batch: the log-probability of each row's target (B,), and its
+            number of tokens (B,).
+        spans: "row": a mean of what each row gives alone, so micro-batches may be computed one after another. "batch":
+            rows are compared with each other. All outputs are computed first, then each micro-batch again with
+            gradients and the same dropout, so memory is that of one micro-batch.
+    """
+
+    name: str
+    function: Callable[[Tensor, Tensor], Tensor]
+    spans: Literal["row", "batch"] = "row"
+
+
 class TrainsRows(Protocol[Row]):
     """An adapter that trains. A loss is a mean over the rows, or over the tokens that it counts."""
 
@@ -47,8 +69,8 @@ class TrainsRows(Protocol[Row]):
     def forward(self, rows: Sequence[Row]) -> float:
         """The task's loss over some rows, without gradients and dropout."""
 
-    def forward_backward(self, rows: Sequence[Row]) -> float:
-        """Add the gradients of the task's loss over some rows. Returns that loss."""
+    def forward_backward(self, rows: Sequence[Row], loss: Loss | None = None) -> float:
+        """Add the gradients of a loss over some rows. Returns that loss. loss: None: the task's."""
 
     def optim_step(self, step: OptimStep) -> float:
         """One step with the gradients that were added. Returns their norm before clipping.
@@ -71,7 +93,7 @@ class TrainsRows(Protocol[Row]):
 class Samples(Protocol):
     """An adapter that answers as it is now, without a file between. A request keeps the weights that it began with."""
 
-    def ask(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Answer]:
+    def sample(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Answer]:
         """An answer for each input."""
 
     def submit(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Ticket]:

@@ -21,7 +21,7 @@ from turret.bases import Base
 from turret.bases.shared import share
 from turret.data import Dataset, Example, Input
 from turret.engine.core import Engine
-from turret.engine.protocol import OptimStep
+from turret.engine.protocol import Loss, OptimStep
 from turret.engine.request import Answer, Named, Ticket
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import TrainingError
@@ -100,13 +100,13 @@ class LocalSlot:
         with evaluating(self.model, None):
             return float(loss_of(self.model, self.task, rows))
 
-    def forward_backward(self, rows: Sequence[Item]) -> float:
+    def forward_backward(self, rows: Sequence[Item], loss: Loss | None = None) -> float:
         if not self._added:
             self.optimiser.zero_gradients()
         self._added = True
         with self.randomness, self.processes.noticing():
             return forward_backward(
-                self.model, self.task, self.optimiser, rows, self.most_tokens, self.processes, self.scale
+                self.model, self.task, self.optimiser, rows, self.most_tokens, self.processes, self.scale, loss
             )
 
     def optim_step(self, step: OptimStep) -> float:
@@ -168,8 +168,8 @@ class LocalSlot:
 class TrainingSlot:
     """A new adapter on an engine's base. A context manager.
 
-    It trains a float32 row of its own. `ask` answers with a copy in the base's precision, which the engine serves: a
-    step makes the copy stale, the next `ask` makes a new one, and a request keeps the copy that it began with.
+    It trains a float32 row of its own. `sample` answers with a copy in the base's precision, which the engine serves: a
+    step makes the copy stale, the next `sample` makes a new one, and a request keeps the copy that it began with.
 
     Args:
         engine: Answers with stored adapters meanwhile. Passes of trainings and of answers take turns in its thread.
@@ -238,15 +238,15 @@ class TrainingSlot:
     def forward(self, rows: Sequence[Example]) -> float:
         return self._run(lambda: self._local.forward(encode(self.task, rows)))
 
-    def forward_backward(self, rows: Sequence[Example]) -> float:
-        return self._run(lambda: self._local.forward_backward(encode(self.task, rows)))
+    def forward_backward(self, rows: Sequence[Example], loss: Loss | None = None) -> float:
+        return self._run(lambda: self._local.forward_backward(encode(self.task, rows), loss))
 
     def optim_step(self, step: OptimStep) -> float:
         norm = self._run(lambda: self._local.optim_step(step))
         self._stale()
         return norm
 
-    def ask(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Answer]:
+    def sample(self, inputs: Sequence[Input], options: SamplingParams | None = None) -> list[Answer]:
         """An answer for each input by the adapter as it is now, from the engine that serves."""
         return [ticket.result() for ticket in self.submit(inputs, options)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from turret.adapters import mixed_precision, packed
 from turret.bases.sharded import parts_of
+from turret.engine.protocol import Loss
 from turret.engine.training_turns import between_passes
-from turret.errors import LossNotFinite, OutOfMemory
+from turret.errors import LossNotFinite, OutOfMemory, TrainingError
 from turret.ops.copies import copied
 from turret.tasks import Task, has_head
 from turret.train.adamw import AdamW
@@ -127,24 +128,79 @@ def forward_backward(
     most_tokens: int,
     processes: Processes = ALONE,
     scale: LossScale | None = None,
+    loss: Loss | None = None,
 ) -> float:
-    """Add the gradients of the mean loss over the whole batch, in all processes, and return that loss."""
+    """Add the gradients of the mean loss over the whole batch, in all processes, and return that loss.
+
+    Args:
+        loss: instead of the task's.
+    """
+    if loss is not None and loss.spans == "batch":
+        return _over_the_batch(model, task, optimiser, batch, most_tokens, processes, scale, loss)
     total = sum(item.weight for item in batch)
     losses = []
     pieces = micro_batches(processes.share(batch), most_tokens)
     for piece in pieces:
-        part = loss_of(model, task, piece) * (sum(item.weight for item in piece) / total)
+        part = loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total)
         backward(part if scale is None else part.float() * scale.value)
         losses.append(part.detach())
         between_passes()
     for _ in range(_passes(model, batch, most_tokens, processes) - len(pieces)):
-        backward(loss_of(model, task, batch[:1]) * 0.0)
+        backward(loss_of(model, task, batch[:1], loss) * 0.0)
     # a process has no share of a very small batch
     mean = torch.stack(losses).sum().float() if losses else optimiser.gradients.new_zeros(())
     processes.sum(optimiser.gradients, mean)  # the rest is the same in every process
     if scale is not None:
         optimiser.gradients.mul_(1.0 / scale.value)
-    return float(mean)
+    return float(mean.detach())
+
+
+def _over_the_batch(
+    model: Model,
+    task: Task,
+    optimiser: AdamW,
+    batch: Sequence[Item],
+    most_tokens: int,
+    processes: Processes,
+    scale: LossScale | None,
+    loss: Loss,
+) -> float:
+    """Add the gradients of a loss that compares rows. Each micro-batch is computed twice, and saves nothing between.
+
+    Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".
+    """
+    if processes.size > 1:
+        raise TrainingError(f"loss {loss.name} spans the batch: train in one process, not {processes.size}")
+
+    def outputs(*piece: Item) -> Tensor:
+        between_passes()
+        return _outputs(model, task, piece)
+
+    found = [checkpoint(outputs, *piece, use_reentrant=False) for piece in micro_batches(batch, most_tokens)]
+    whole = torch.cat(found)
+    targets = (
+        task.targets([item.example for item in batch])
+        if has_head(task)
+        else torch.tensor([item.weight for item in batch])
+    )
+    mean = loss.function(whole, targets.to(whole.device))
+    backward(mean if scale is None else mean.float() * scale.value)
+    if scale is not None:
+        optimiser.gradients.mul_(1.0 / scale.value)
+    return float(mean.detach())
+
+
+def _outputs(model: Model, task: Task, piece: Sequence[Item]) -> Tensor:
+    """The logits (B, C) of a task with a head, else the log-probability of each target (B,)."""
+    sources = [item.source for item in piece]
+    with mixed_precision(model):
+        if has_head(task):
+            return packed.classify_logits(model, sources)
+        targets = [item.target for item in piece if item.target is not None]
+        logits = packed.target_logits(model, sources, targets, earlier=[item.earlier for item in piece])  # (N, V)
+        ids = copied(torch.cat([item.counted for item in piece]), logits.device)
+        tokens = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        return torch.stack([each.sum() for each in torch.split(tokens, [item.weight for item in piece])])
 
 
 def _passes(model: Model, batch: Sequence[Item], most_tokens: int, processes: Processes) -> int:
@@ -159,19 +215,20 @@ def backward(loss: Tensor) -> None:
     torch.autograd.backward(loss)
 
 
-def loss_of(model: Model, task: Task, piece: Sequence[Item]) -> Tensor:
-    """The task's mean loss over some examples: a scalar with a graph."""
+def loss_of(model: Model, task: Task, piece: Sequence[Item], loss: Loss | None = None) -> Tensor:
+    """The mean loss over some examples: a scalar with a graph. loss: instead of the task's."""
+    function = task.loss if loss is None else loss.function
     sources = [item.source for item in piece]
     with mixed_precision(model):
         if has_head(task):
             logits = packed.classify_logits(model, sources)  # (B, C)
-            return task.loss(logits, task.targets([item.example for item in piece]).to(logits.device))
+            return function(logits, task.targets([item.example for item in piece]).to(logits.device))
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
-        return _loss_of_targets(model, task, states, torch.cat([item.counted for item in piece]))
+        return _loss_of_targets(model, function, states, torch.cat([item.counted for item in piece]))
 
 
-def _loss_of_targets(model: Model, task: Task, states: Tensor, targets: Tensor) -> Tensor:
+def _loss_of_targets(model: Model, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
     """The mean loss over N target tokens, TARGETS at a time.
 
     The backward pass recomputes the logits (N, V), because a large vocabulary's do not fit in memory at once.
@@ -183,7 +240,7 @@ def _loss_of_targets(model: Model, task: Task, states: Tensor, targets: Tensor) 
     targets = copied(targets, states.device)
 
     def part(states: Tensor, ids: Tensor) -> Tensor:
-        return task.loss(packed.vocabulary_logits(model, states), ids) * (len(ids) / len(targets))
+        return loss(packed.vocabulary_logits(model, states), ids) * (len(ids) / len(targets))
 
     parts = list(zip(torch.split(states, TARGETS), torch.split(targets, TARGETS), strict=True))
     if len(parts) == 1:
