@@ -12,21 +12,24 @@ import argparse
 import io
 import json
 import re
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from browser import Page, browser
-from server.console_store import BASE, fill
+from server.console_store import BASE, fill, recipe
 
-from turret import Workspace
+from turret import LoRA, Workspace
 from turret.server.logs import Log
 from turret.server.state import ServerState
 from turret.store import AccessToken
+from turret.workspace.serving_trainer import TrainingWhileServing
 
 Steps = Callable[[Page], Any]
 WORDS = "words.json"  # beside the pictures
@@ -81,6 +84,7 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
     "adapter": ("/adapters/news", nothing, False, False),
     "promote": ("/adapters/news", moving, False, False),
     "version": ("/adapters/news/2", nothing, False, False),
+    "trainings": ("TRAININGS", nothing, False, False),
     "run": ("RUN", settled, False, False),
     "run-phone-dark": ("RUN", settled, True, True),
     "comparisons": ("/comparisons", nothing, False, False),
@@ -94,8 +98,8 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
 
 
 @contextmanager
-def serving(workspace: Workspace) -> Iterator[tuple[str, ServerState]]:
-    """A server on the bundled base, at a free port."""
+def serving(workspace: Workspace, slots: int = 0) -> Iterator[tuple[str, ServerState]]:
+    """A server on the bundled base, at a free port. slots: of trainings beside its answers."""
     from turret.engine import SamplingParams
     from turret.server.run import Server, bind, url_of
 
@@ -108,9 +112,26 @@ def serving(workspace: Workspace) -> Iterator[tuple[str, ServerState]]:
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield url_of(listening), served
+        with ExitStack() as stack:
+            if slots:
+                beside = TrainingWhileServing(workspace.store, [engine], slots=slots, pass_seconds=0.25, say=print)
+                stack.enter_context(beside)
+            yield url_of(listening), served
         server.should_exit = True
         thread.join(timeout=10)
+
+
+@contextmanager
+def training_beside(workspace: Workspace, copy: Path) -> Iterator[str]:
+    """A server on a copy of the store, as `turret serve --train` starts it: three trainings are under way."""
+    shutil.copytree(workspace.store.root, copy)
+    there = Workspace(copy)
+    for name, rank in (("news-r4", 4), ("news-r8", 8), ("news-r16", 16)):
+        there.queue.submit(recipe(name, LoRA(r=rank, lora_alpha=2 * rank), 400, epochs=8))
+    with serving(there, slots=3) as (url, _):
+        while sum(run["state"] == "running" and len(there.curve(run["id"])) > 0 for run in there.runs()) < 3:
+            time.sleep(0.5)
+        yield url
 
 
 def words_of(page: Page) -> list[str]:
@@ -142,12 +163,20 @@ def main(store: Path, folder: Path, wanted: list[str], check: bool) -> int:
     kept = folder / WORDS
     before = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
     now: dict[str, list[str]] = {}
-    with serving(workspace) as (url, served), browser() as chromium:
+    with (
+        tempfile.TemporaryDirectory() as beside,
+        serving(workspace) as (main_url, served),
+        ExitStack() as stack,
+        browser() as chromium,
+    ):
         for name, (path, steps, phone, dark) in PICTURES.items():
             if wanted and name not in wanted:
                 continue
             if path == "SIGN-IN":  # the last: a server that has seen a token stays closed
                 served.guard.set_tokens([AccessToken("me", ("admin",), "", None, None, None, hash="")])
+            url = main_url
+            if path == "TRAININGS":
+                path, url = "/runs", stack.enter_context(training_beside(workspace, Path(beside) / "store"))
             size = {"width": 390, "height": 844} if phone else {"width": 1200, "height": 760}
             page = chromium.new_page(viewport=size, color_scheme="dark" if dark else "light", device_scale_factor=1)
             page.goto(url + special.get(path, path))
@@ -160,6 +189,7 @@ def main(store: Path, folder: Path, wanted: list[str], check: bool) -> int:
                 page.screenshot(path=folder / f"{name}.png")
                 print(name, (folder / f"{name}.png").stat().st_size)
             page.close()
+            stack.close()
     if check:
         lines = differences(before, now)
         print("\n".join(lines) or f"{len(now)} pictures have the words of their pages")
