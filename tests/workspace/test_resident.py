@@ -16,8 +16,9 @@ import torch
 from small_models import ENCODER_DECODERS, ENCODERS, FAMILIES, GENERATORS, save_base
 
 from turret.bases import choose_device
+from turret.bases import load as load_base
 from turret.bases.device import Gpu, Machine
-from turret.engine.sampling_params import SamplingParams
+from turret.engine import Engine, SamplingParams
 from turret.errors import DataError, Interrupted, LossNotFinite, TrainingError, TurretError
 from turret.recipe import Recipe
 from turret.store import Store
@@ -49,13 +50,14 @@ def rows(count: int) -> Iterator[dict[str, str]]:
         yield {"text": text, "label": label, "summary": ENDS[label][0]}
 
 
-def recipe(folder: Path, family: str, method: str, seed: int = 0, **train: Any) -> Recipe:
+def recipe(folder: Path, family: str, method: str, seed: int = 0, task: str | None = None, **train: Any) -> Recipe:
+    """A small training. task: "classify" or "generate"; None: generate if the family can."""
     base, data = folder / family, folder / "rows.jsonl"
     if not base.exists():
         save_base(family, base)
     if not data.exists():
         data.write_text("\n".join(map(json.dumps, rows(48))))
-    writes = family in GENERATORS
+    writes = task == "generate" if task else family in GENERATORS
     columns = {"document": "text", "summary": "summary"} if writes else {"text": "text", "label": "label"}
     return Recipe(
         name=f"{family}-{method}-{seed}",
@@ -78,7 +80,7 @@ def run(
         return error
 
 
-def beside(store: Store, recipes: list[Recipe], place: ResidentBases) -> dict[str, str | TurretError]:
+def beside(store: Store, recipes: list[Recipe], place: ResidentBases | ServingBase) -> dict[str, str | TurretError]:
     """The same of several at once."""
     results: dict[str, str | TurretError] = {}
 
@@ -93,23 +95,67 @@ def beside(store: Store, recipes: list[Recipe], place: ResidentBases) -> dict[st
     return results
 
 
-def kinds(family: str) -> list[str]:
-    return ["lora", "prefix", "head"] if family in ENCODERS else ["lora", "prefix"]
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "task"), [(each, "classify") for each in FAMILIES] + [(each, "generate") for each in GENERATORS]
+)
+def test_runs_beside_one_another_and_beside_answers_equal_the_same_runs_alone(
+    family: str, task: Any, tmp_path: Path, place: ResidentBases
+) -> None:
+    """16 runs and answers on one base, bit for bit. A digest covers every tensor and the lineage.
+
+    Answers are asked one at a time, so that all passes with them have one row. Controls: another seed or another method
+    gives another version, and another version gives other answers.
+    """
+    methods = ["lora", "prefix", "head"] if task == "classify" else ["lora", "prefix"]
+    recipes = [recipe(tmp_path, family, method, seed, task) for method in methods for seed in range(2)]
+    more = [recipe(tmp_path, family, "lora", seed, task) for seed in range(2, 18 - len(recipes))]
+    store, served = Store(tmp_path / "store"), [recipe(tmp_path, family, method, 99, task) for method in methods]
+    for one in served:
+        run(store, one, place)
+    alone = {each.name: run(Store(tmp_path / "alone"), each, place) for each in recipes}
+    texts, meanwhile, found = [row["text"] for row in rows(2)], list[list[Any]](), dict[str, str | TurretError]()
+
+    base = load_base(str(tmp_path / family), task=task, dtype="float32")
+    with Engine(base, serving.StoreSource(store)) as engine:
+
+        def ask(name: str) -> list[Any]:
+            options = SamplingParams(logprobs=2, seed=1) if task == "generate" else None
+            asked = [engine.submit(task, text, f"{name}@1", options).result(60) for text in texts]
+            return [{key: value for key, value in answer.items() if key != "id"} for answer in asked]
+
+        before = [ask(one.name) for one in served]
+        neighbours = [*recipes, *more]
+        thread = threading.Thread(
+            target=lambda: found.update(beside(Store(tmp_path / "beside"), neighbours, ServingBase(engine)))
+        )
+        thread.start()
+        while thread.is_alive():
+            meanwhile.append([ask(one.name) for one in served])
+
+    assert {name: found[name] for name in alone} == alone
+    assert len(found) == len(set(found.values())) == 16
+    assert len(meanwhile) > 1
+    assert all(each == before for each in meanwhile)
+    assert len({json.dumps(each) for each in before}) == len(methods)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_runs_beside_one_another_equal_the_same_runs_alone(family: str, tmp_path: Path, place: ResidentBases) -> None:
-    """16 runs at once. A digest covers every tensor and the lineage. Controls: another seed, and another neighbour."""
-    recipes = [recipe(tmp_path, family, method, seed) for method in kinds(family) for seed in range(2)]
+def test_runs_beside_one_another_on_a_resident_base_equal_the_same_runs_alone(
+    family: str, tmp_path: Path, place: ResidentBases
+) -> None:
+    """Two bases, if the family also generates. Control: another seed, or another method, gives another version."""
+    methods = ["lora", "prefix", *(["head"] if family in ENCODERS else [])]
+    recipes = [recipe(tmp_path, family, method, seed) for method in methods for seed in range(2)]
+    recipes += [recipe(tmp_path, family, "head", 0, "classify")] if family in GENERATORS else []
     more = [recipe(tmp_path, family, "lora", seed) for seed in range(2, 18 - len(recipes))]
     alone = {each.name: run(Store(tmp_path / "alone"), each, place) for each in recipes}
 
     found = beside(Store(tmp_path / "beside"), [*recipes, *more], place)
 
-    assert len(found) == 16
     assert {name: found[name] for name in alone} == alone
-    assert len(set(found.values())) == 16  # another seed, or another method, gives another version
+    assert len(found) == len(set(found.values())) == 16
 
 
 @pytest.mark.slow
@@ -161,45 +207,6 @@ def test_the_weights_are_in_memory_once(tmp_path: Path, place: ResidentBases) ->
         weights.write_bytes(weights.read_bytes())  # a new file: the base is read again
     changed = training.prepare(Store(tmp_path / "s"), one, training.Callbacks(), place=place)
     assert changed.base.model.get_parameter("bert.embeddings.word_embeddings.weight").data_ptr() != body[0].data_ptr()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "t5", "llama"])
-def test_answers_and_trainings_on_one_base_leave_each_other_as_they_are(family: str, tmp_path: Path) -> None:
-    """Bit for bit, in passes of equal composition: one answer at a time. Control: another version answers otherwise."""
-    store, ones = Store(tmp_path / "store"), [recipe(tmp_path, family, method, 3) for method in ("lora", "prefix")]
-    longer = [one.model_copy(update={"train": one.train.model_copy(update={"max_steps": 12})}) for one in ones]
-    bases = ResidentBases()
-    for one in ones:
-        run(store, one, bases)
-    alone = {each.name: run(Store(tmp_path / "alone"), each, bases) for each in longer}
-    bases.close()
-    kind = "generate" if family in GENERATORS else "classify"
-    texts, answered = [row["text"] for row in rows(3)], list[list[Any]]()
-    versions = [f"{one.name}@1" for one in ones]
-
-    with serving.engine(store, str(tmp_path / family), None, "float32") as engine:
-
-        def ask() -> list[Any]:
-            options = SamplingParams(logprobs=2, seed=1) if kind == "generate" else None
-            asked = [engine.submit(kind, text, name, options).result(60) for name in versions for text in texts]
-            return [{key: value for key, value in answer.items() if key != "id"} for answer in asked]
-
-        before, found = ask(), dict[str, str | TurretError]()
-        place = ServingBase(engine)
-        threads = [
-            threading.Thread(target=lambda one=one: found.update({one.name: run(Store(tmp_path / "b"), one, place)}))
-            for one in longer
-        ]
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            answered.append(ask())
-
-    assert len(answered) > 1
-    assert all(each == before for each in answered)
-    assert before[: len(texts)] != before[len(texts) :]  # another version gives other answers
-    assert found == alone
 
 
 def test_a_training_that_needs_another_base_than_the_one_that_serves_says_so(tmp_path: Path) -> None:
