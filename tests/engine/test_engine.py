@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 import time
 from typing import Any
@@ -19,8 +21,10 @@ from turret.errors import (
     DataError,
     Draining,
     EngineError,
+    NoRoom,
     NotFinite,
     NotFound,
+    TurretError,
     WrongBase,
 )
 from turret.methods import Full
@@ -175,6 +179,38 @@ def test_an_exception_in_a_pass_fails_its_requests_and_the_engine_continues() ->
         stats = engine.stats()
         assert (stats.running, stats.cache_tokens, stats.errors) == (0, 0, 1)
         assert len(engine._runner.cache) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "logged"),
+    [
+        (ZeroDivisionError("my secret text"), "a pass failed", r"a pass of 1 requests failed \(ZeroDivisionError at "),
+        (NoRoom("too large"), "^too large$", "^a pass of 1 requests failed: too large$"),
+    ],
+)
+def test_a_failed_pass_is_one_line_of_the_log_and_a_traceback_only_for_debugging(
+    error: Exception, said: str, logged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise error
+
+    def lines(level: str) -> list[logging.LogRecord]:
+        return [each for each in caplog.records if each.name == "turret.engine" and each.levelname == level]
+
+    shelf = Shelf("bert")
+    shelf.put("a")
+    with shelf.engine() as engine, caplog.at_level(logging.DEBUG, "turret.engine"):
+        engine.classify(["a great film"], "a")
+        engine._runner.run = broken  # type: ignore[method-assign]
+        with pytest.raises(TurretError, match=said):
+            engine.classify(["a great film"], "a")
+    (line,) = lines("ERROR")
+    assert re.search(logged, line.getMessage())
+    assert "\n" not in line.getMessage()
+    assert "secret" not in line.getMessage()
+    assert line.exc_info is None
+    unexpected = isinstance(error, ZeroDivisionError)
+    assert [each.exc_info is not None for each in lines("DEBUG")] == [True] * unexpected
 
 
 @pytest.mark.parametrize("kind", ["classify", "generate"])

@@ -15,11 +15,11 @@ import pytest
 import torch
 from small_models import ENCODER_DECODERS, ENCODERS, FAMILIES, GENERATORS, save_base
 
-from turret.bases import choose_device
+from turret.bases import Base, choose_device
 from turret.bases import load as load_base
 from turret.bases.device import Gpu, Machine
 from turret.engine import Engine, SamplingParams
-from turret.errors import DataError, Interrupted, LossNotFinite, TrainingError, TurretError
+from turret.errors import DataError, Interrupted, LossNotFinite, OutOfMemory, TrainingError, TurretError
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.train import StepRecord
@@ -182,6 +182,68 @@ def test_an_error_in_one_run_is_not_another_ones(tmp_path: Path, place: Resident
     assert {name: found[name] for name in alone} == alone
 
 
+class Hungry(ServingBase):
+    """Asks torch for more memory than any machine has, in the passes of its models that train, or in the others."""
+
+    trains: bool
+
+    def model_for(self, *how: Any) -> Base:
+        base = super().model_for(*how)
+
+        def eat(*_: Any) -> None:
+            if base.model.training == self.trains:
+                torch.empty(1 << 60)
+
+        base.model.get_input_embeddings().register_forward_hook(eat)
+        return base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_memory_that_runs_out_in_one_run_and_a_cancel_end_that_run_alone(family: str, tmp_path: Path) -> None:
+    """In a step, or between steps, by a real error of torch. Neighbours and answers stay as they are, bit for bit."""
+    good = [recipe(tmp_path, family, method, 0) for method in ("lora", "prefix")]
+    hungry = {trains: recipe(tmp_path, family, "lora", 7 + trains) for trains in (False, True)}
+    cancelled, steps, found = recipe(tmp_path, family, "lora", 9), list[int](), dict[str, str | TurretError]()
+    alone = {each.name: run(Store(tmp_path / "alone"), each, ALONE) for each in good}
+    store, kind = Store(tmp_path / "beside"), "generate" if family in GENERATORS else "classify"
+    run(store, recipe(tmp_path, family, "lora", 99), ALONE)
+
+    with serving.engine(store, str(tmp_path / family), None, "float32") as engine:
+        place = ServingBase(engine)
+        ask = lambda: [engine.submit(kind, "the film", f"{family}-lora-99@1").result(60) for _ in range(2)]
+
+        def each(one: Recipe, place: ServingBase, **how: Any) -> threading.Thread:
+            thread = threading.Thread(target=lambda: found.update({one.name: run(store, one, place, **how)}))
+            thread.start()
+            return thread
+
+        def stopped(record: StepRecord) -> None:
+            steps.append(record.step)
+
+        before, meanwhile = ask(), list[Any]()
+        threads = [each(one, place) for one in good]
+        for trains, one in hungry.items():
+            eater = Hungry(engine)
+            eater.trains = trains
+            threads.append(each(one, eater))
+        threads.append(each(cancelled, place, on_record=stopped, asked=lambda: len(steps) >= 2))
+        while any(thread.is_alive() for thread in threads):
+            meanwhile.append(ask())
+
+    assert {name: found[name] for name in alone} == alone
+    for trains, one in hungry.items():
+        assert isinstance(found[one.name], OutOfMemory)
+        said = str(found[one.name])
+        assert said.startswith("out of memory at step " if trains else "out of memory in an evaluation")
+        assert "\n" not in said
+        assert len(said) < 300
+    assert isinstance(found[cancelled.name], Interrupted)
+    assert {version.name for version in store.list()} == {f"{family}-lora-99", *alone}
+    assert len(meanwhile) > 1
+    assert all(each == before for each in meanwhile)
+
+
 def test_a_run_that_is_asked_to_stop_resumes_from_its_checkpoint(tmp_path: Path, place: ResidentBases) -> None:
     one, steps = recipe(tmp_path, "bert", "lora", max_steps=6), list[int]()
     whole = run(Store(tmp_path / "whole"), one, place)
@@ -301,3 +363,10 @@ def test_a_gpu_has_room_for_a_training_of_the_base_that_it_holds() -> None:
     assert choose_device("auto", needed, Machine((gpu, other))).device.type == "cpu", "the control"
     roomy = with_room(Machine((gpu, other)), {other.device: 4 << 30})
     assert choose_device("auto", needed, roomy).device == other.device
+
+    class OnGpu(ResidentBases):
+        def machine(self) -> Machine:
+            return roomy
+
+    place = OnGpu(thread=None)
+    assert seat_on(place, Room()).machine() == roomy, "the place of one training knows it too"

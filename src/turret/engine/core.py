@@ -40,7 +40,7 @@ from turret.engine.request import (
     Request,
     Stats,
     Ticket,
-    log,
+    log_failure,
 )
 from turret.engine.runner import Runner, pass_tokens
 from turret.engine.sampling_params import SamplingParams
@@ -48,7 +48,7 @@ from turret.engine.scheduler import Scheduler
 from turret.engine.slots import Slots
 from turret.engine.step import Passes
 from turret.engine.training_turns import Part, TrainingTurns, stopped
-from turret.errors import Busy, DataError, Draining, EngineError, InUse, NoRoom, NotFound, TurretError
+from turret.errors import Busy, DataError, Draining, EngineError, InUse, NoRoom, NotFound, TurretError, one_line
 from turret.ops.table import rest
 
 T = TypeVar("T")
@@ -484,8 +484,8 @@ class Engine:
                 self._answer()
                 self._train()
         except BaseException as error:  # a bug: no ticket may wait forever
-            log.exception("the engine's thread failed")
-            reason = EngineError(f"the engine failed ({type(error).__name__}: {error}): start it again")
+            log_failure("the engine's thread failed", error)
+            reason = EngineError(one_line(f"the engine failed ({type(error).__name__}: {error}): start it again"))
         with self._wake:
             self._draining = True
             requests, needs = list(self._open), self._loader.abandon()

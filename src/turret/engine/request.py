@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from turret.data import Input
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.slots import Entry, MemoryBudget
-from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError
+from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError, one_line
 from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
 
@@ -66,6 +68,20 @@ Answer = JsonObject
 MAX_TOKENS = 128  # default length of an answer, if neither the request nor the adapter sets one
 
 log = logging.getLogger("turret.engine")
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Log an error in one line, and at level debug its traceback.
+
+    The line leaves out the text of an unexpected error, which may repeat a text of a request.
+    """
+    if isinstance(error, TurretError):
+        log.error("%s: %s", what, one_line(str(error)))
+        return
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    log.error("%s (%s%s)", what, type(error).__name__, where, extra={"bug": error})
+    log.debug("%s", what, exc_info=error)
 
 
 @dataclass(frozen=True)
@@ -318,8 +334,8 @@ class Ticket:
     def _call(self, listener: Listener, event: Event) -> bool:
         try:
             listener(event)
-        except Exception:  # an error of a listener must not stop the engine
-            log.exception("a listener of request %s failed and is not called again", self.receipt.id)
+        except Exception as error:  # an error of a listener must not stop the engine
+            log_failure(f"a listener of request {self.receipt.id} failed and is not called again", error)
             return False
         return True
 

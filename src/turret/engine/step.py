@@ -14,12 +14,12 @@ import torch
 
 from turret.engine.decode import choose
 from turret.engine.input_processor import Prompts
-from turret.engine.request import Done, Failed, Request, log
+from turret.engine.request import Done, Failed, Request, log_failure
 from turret.engine.runner import Prefill, Runner
 from turret.engine.sequence import RunningSequence
 from turret.engine.structured_output import Guide
 from turret.engine.text import Embedding
-from turret.errors import EngineError, NotFinite, TurretError
+from turret.errors import EngineError, NotFinite, TurretError, one_line
 
 End = Callable[[Request, Done | Failed, int], None]  # the request, its end, and the number of generated tokens
 
@@ -62,8 +62,9 @@ class Passes:
         try:
             self._run(begin, running, started)
         except Exception as error:
-            reason = EngineError(f"a pass failed ({type(error).__name__}: {error}): ask again, or report it")
-            log.exception("a pass of %d requests failed", len(begin) + len(running))
+            what = f"a pass failed ({type(error).__name__}: {error}): ask again, or report it"
+            reason = error if isinstance(error, TurretError) else EngineError(one_line(what))
+            log_failure(f"a pass of {len(begin) + len(running)} requests failed", error)
             for sequence in [*started, *running]:
                 self._drop(sequence)
             dropped = {sequence.request for sequence in started}
@@ -207,5 +208,6 @@ def _slot(request: Request) -> int:
 
 
 def _unexpected(error: Exception) -> EngineError:
-    log.exception("a request failed", exc_info=error)
-    return EngineError(f"the answer failed ({type(error).__name__}: {error}): report it to the operator of this engine")
+    log_failure("a request failed", error)
+    text = f"the answer failed ({type(error).__name__}: {error}): report it to the operator of this engine"
+    return EngineError(one_line(text))

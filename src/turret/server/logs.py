@@ -127,8 +127,9 @@ class LibraryHandler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] is not None:
-            self._log.bug(record.exc_info[1], logger=record.name)
+        bug = record.exc_info[1] if record.exc_info else getattr(record, "bug", None)
+        if bug is not None:
+            self._log.bug(bug, logger=record.name)
         else:
             self._log.write("library", record.levelname.lower(), logger=record.name, message=record.getMessage())
 

@@ -6,6 +6,7 @@ It alone opens files of tenants. What it read goes to the process that trains as
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from turret.access import Access
@@ -29,8 +30,7 @@ def helper(about: JsonObject) -> Answer:
         folder = Path(asked["folder"])
         try:
             own, recipe = store.with_access(Access(asked["tenant"])), Recipe.from_toml(asked["recipe"])
-            working = folder / "data"
-            working.mkdir()
+            working = Path(tempfile.mkdtemp(prefix="data-", dir=folder))  # a reader that died has left its own
             os.chdir(bring_data(own, recipe, working))
             write_dataset(read_dataset(own, recipe), folder / READ)
         except TurretError as error:

@@ -154,10 +154,14 @@ class Worker:
             elif not self._outages:
                 self._changed.wait(POLL_SECONDS)
 
-    def stop(self) -> None:
-        """End all trainings with a checkpoint, and return them to the queue."""
+    def ask_to_stop(self) -> None:
+        """Let `work` end soon, in its thread."""
         self._stopping.set()
         self._changed.set()
+
+    def stop(self) -> None:
+        """End all trainings with a checkpoint, and return them to the queue. Called when `work` has ended."""
+        self.ask_to_stop()
         try:
             for each in self._tries:
                 each.thread.join()
@@ -168,7 +172,7 @@ class Worker:
         try:
             if self._outages:  # owners of leases that have ended in the outage renew them first
                 self._store.last_move()
-                time.sleep(leases.length() / 2)
+                self._stopping.wait(leases.length() / 2)
             taken, self._outages = self._queue.take(self._accepts, self._mine), 0
         except BadLocation:
             raise
@@ -178,7 +182,7 @@ class Worker:
                 raise
             if self._outages == 1:
                 self._say(f"{error}; trying again")
-            time.sleep(OUTAGE_SECONDS)
+            self._stopping.wait(OUTAGE_SECONDS)
             return None
         return taken
 

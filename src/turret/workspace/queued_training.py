@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from turret.access import Access
-from turret.errors import Interrupted, LeaseLost, StoreError, TurretError
+from turret.errors import Interrupted, LeaseLost, StoreError, TurretError, one_line
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, TrainingQueue
 from turret.store.queue import QueuedRun
@@ -82,7 +83,19 @@ def carry_out(store: Store, taken: QueuedRun, bases: Sequence[str], train: Calla
         with suppress(StoreError):
             queue.after(taken, str(error), again=status != error.exit_status, outage=status == OUTAGE)
         return Ended(status, str(error))
+    except Exception as error:
+        text = mistake_of_turret(error)
+        with suppress(StoreError):
+            queue.after(taken, text)
+        return Ended(1, text)
     return Ended(0)
+
+
+def mistake_of_turret(error: BaseException) -> str:
+    """A line for the log of a run that ended by an error in the code. TURRET_DEBUG=1 prints where it is, on stderr."""
+    if os.environ.get("TURRET_DEBUG") == "1":
+        traceback.print_exception(error)
+    return one_line(f"this is a bug in turret ({type(error).__name__}: {error}): please report it")
 
 
 def callbacks_for(say: Say, sign: Callable[[StepRecord | None], None]) -> training.Callbacks:

@@ -225,6 +225,12 @@ class ServingBase(OwnProcess):
     def let_go(self, wanted: Collection[str]) -> None:
         """The base stays: it serves."""
 
+    def machine(self) -> Machine | None:
+        """The devices to choose from: what the base takes is free for a training of it."""
+        base = self.engine.base
+        device = base.model.device
+        return None if device.type == "cpu" else with_room(this_machine(), {device: base.bytes})
+
     def run(self, work: Callable[[], T], tenant: str = "") -> T:
         """Run a part of a training between passes of answers."""
         return self.engine.run(work, tenant)
@@ -299,6 +305,10 @@ class Seat(OwnProcess):
         if not self.shared.has(recipe, task, device):
             self._make_room(recipe, device)
         return self.run(lambda: self.shared.model_for(recipe, task, labels, device))
+
+    def machine(self) -> Machine | None:
+        """As `ResidentBases.machine`."""
+        return self.shared.machine()
 
     def _make_room(self, recipe: Recipe, device: ChosenDevice) -> None:
         wanted = self.wanted()

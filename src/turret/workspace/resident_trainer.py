@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +45,7 @@ from turret.workspace.child_process import (
     print_to_parent,
 )
 from turret.workspace.data_reader import READ
-from turret.workspace.queued_training import WATCHED, Ended, callbacks_for, carry_out
+from turret.workspace.queued_training import WATCHED, Ended, callbacks_for, carry_out, mistake_of_turret
 from turret.workspace.resident import ResidentBases, Room, Seat
 
 DATA_MEMORY = 16 << 30  # bytes that reading the data of a run may take
@@ -125,8 +124,7 @@ class Trainer:
 
                 ended = carry_out(store, taken, self._asked["bases"], train)
         except BaseException as error:  # a mistake of Turret ends one run
-            traceback.print_exc()
-            ended = Ended(1, one_line(f"{type(error).__name__}: {error}"))
+            ended = Ended(1, mistake_of_turret(error))
         with self._changed:
             del self._runs[taken.run]
             self._changed.notify_all()

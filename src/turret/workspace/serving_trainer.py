@@ -140,8 +140,9 @@ class TrainingWhileServing:
 
     def __exit__(self, *_: object) -> None:
         """Return all trainings to the queue, with a checkpoint."""
+        self._worker.ask_to_stop()
+        self._thread.join()  # first, so that it begins no training that nobody waits for
         self._worker.stop()
-        self._thread.join()
 
 
 def _most_tokens(engine: Engine, seconds: float) -> int:

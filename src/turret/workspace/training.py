@@ -36,6 +36,7 @@ from turret.errors import (
     DeviceError,
     Interrupted,
     LossNotFinite,
+    OutOfMemory,
     PreflightRefused,
     ProofFailed,
     StoreError,
@@ -55,6 +56,7 @@ from turret.train.asking import Asking, twin
 from turret.train.preflight import fits
 from turret.train.proof import make_room
 from turret.train.reload import prove_here
+from turret.train.step import memory_ran_out
 from turret.train.training_plan import Plan
 from turret.workspace import forgetting, prepared
 from turret.workspace.prepared import AUTO, PreparedTraining, checkpoints_for, choose_for, predicted_for
@@ -498,9 +500,10 @@ def _train(
         ):
             told = _both(callbacks, followed, keeper)
             start_over = None if held is None else store.training_runs().start_over
-            result = _carry_out(
-                store, run, ready, planned, told, beside_base, keeper, followed, start_over, place, asked
-            )
+            with _memory_explained():
+                result = _carry_out(
+                    store, run, ready, planned, told, beside_base, keeper, followed, start_over, place, asked
+                )
             followed.finished(result)
         result = replace(result, notes=[*ready.notes, *followed.warnings])
     except BaseException as error:
@@ -763,6 +766,20 @@ def _store(
 
     store.put(ready.recipe.name, bundle, run=run, metrics=metrics, comparison=run.comparison, result=finish)
     return made[-1]
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Turn the errors that torch raises when memory runs out between steps into OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        raise OutOfMemory(
+            "out of memory in an evaluation, or before the first step: lower train.micro_batch_tokens or "
+            "task.max_tokens, or free memory"
+        ) from error
 
 
 @contextmanager
