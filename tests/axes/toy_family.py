@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from turret.families import Family, last
+from turret.families import Family, HeadParts, last, parts_of_head
 
 UNUSED = 2  # rows of the position table
 
@@ -167,11 +167,11 @@ class ToyForSequenceClassification(ToyPreTrained):
     ) -> SequenceClassifierOutput:
         hidden = self.body(input_ids, attention_mask, **kwargs).last_hidden_state
         ends = torch.full((len(hidden),), -1) if attention_mask is None else attention_mask.sum(-1) - 1
-        return SequenceClassifierOutput(logits=classify(self, hidden[torch.arange(len(hidden)), ends]))
+        return SequenceClassifierOutput(logits=classify(parts_of_head(self), hidden[torch.arange(len(hidden)), ends]))
 
 
-def classify(model: nn.Module, pooled: Tensor) -> Tensor:
-    return model.grade(model.rest(pooled))
+def classify(part: HeadParts, pooled: Tensor) -> Tensor:
+    return part("grade")(part("rest")(pooled))
 
 
 def vocabulary(model: nn.Module, hidden: Tensor, output: Callable[[Tensor], Tensor]) -> Tensor:

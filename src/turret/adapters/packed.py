@@ -15,7 +15,7 @@ from torch import Tensor
 from turret.adapters.batch_context import set_context
 from turret.adapters.hooks import attachment, device_of
 from turret.adapters.positions import row_positions
-from turret.families import Pooling
+from turret.families import Pooling, parts_of_head
 from turret.ops.copies import copied
 from turret.ops.frozen import linear
 from turret.ops.padded_blocks import rounded
@@ -40,7 +40,7 @@ def classify_logits(model: Model, inputs: Sequence[Tensor], slots: Sequence[int]
     family = attached.family
     read = pooled(model, inputs, family.pooling(model.config), slots)
     with set_context(attached.context, slots, None):
-        logits: Tensor = family.classify(model, read)
+        logits: Tensor = family.classify(parts_of_head(model), read)
     return logits
 
 

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, groupby
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -117,13 +116,11 @@ class Heads:
                     outputs[number] = functional_call(self._modules[path], wide, (inputs[number].float(),))
             return _joined([outputs[number] for number in range(len(heads))])
 
-        parts = {name: functools.partial(call, name, None) for name in self._family.head_modules}
+        parts: dict[str, Callable[[Tensor], Any]] = dict.fromkeys(self._family.head_dropouts, _same)
+        parts |= {name: functools.partial(call, name, None) for name in self._family.head_modules}
         modules = {name: getattr(self._body, name, None) for name in self._inside}  # now: LoRA may have replaced one
-        body = {name: functools.partial(call, path, modules[name]) for name, path in self._inside.items()}
-        dropouts = dict.fromkeys(self._family.head_dropouts, _same)
-        # Not a real model: its parts take and give a list of rows where heads differ in classes.
-        model: Any = SimpleNamespace(**parts, **dropouts, base_model=SimpleNamespace(**body))
-        logits: Any = self._family.classify(model, pooled)
+        parts |= {name: functools.partial(call, path, modules[name]) for name, path in self._inside.items()}
+        logits: Any = self._family.classify(parts.__getitem__, pooled)  # a list of rows where heads differ in classes
         return [row for rows in (logits if isinstance(logits, list) else [logits]) for row in rows.cpu()]
 
 

@@ -17,6 +17,7 @@ from turret.families.family import (
     Family,
     FastPaths,
     Group,
+    HeadParts,
     Kind,
     Layout,
     Pooling,
@@ -25,6 +26,7 @@ from turret.families.family import (
     Stream,
     first,
     last,
+    parts_of_head,
 )
 from turret.families.gemma2 import GEMMA2
 from turret.families.gemma3 import GEMMA3
@@ -83,6 +85,7 @@ __all__ = [
     "Family",
     "FastPaths",
     "Group",
+    "HeadParts",
     "Kind",
     "Layout",
     "Pooling",
@@ -93,4 +96,5 @@ __all__ = [
     "family_of",
     "first",
     "last",
+    "parts_of_head",
 ]

@@ -11,7 +11,7 @@ DEBERTA_V2 = Family(
     rows_alone=True,
     lora_targets=("query_proj", "value_proj"),
     head_modules=("pooler", "classifier"),
-    classify=lambda model, pooled: model.classifier(model.dropout(model.pooler(pooled[:, None]))),
+    classify=lambda part, pooled: part("classifier")(part("dropout")(part("pooler")(pooled[:, None]))),
     head_dropouts=("dropout",),
     positions="table",
 )

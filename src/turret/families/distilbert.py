@@ -10,7 +10,7 @@ DISTILBERT = Family(
     attention=("DistilBertSelfAttention",),
     lora_targets=("q_lin", "v_lin"),
     head_modules=("pre_classifier", "classifier"),
-    classify=lambda model, pooled: model.classifier(model.dropout(model.pre_classifier(pooled).relu())),
+    classify=lambda part, pooled: part("classifier")(part("dropout")(part("pre_classifier")(pooled).relu())),
     head_dropouts=("dropout",),
     positions="table",
 )

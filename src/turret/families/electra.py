@@ -11,7 +11,7 @@ ELECTRA = Family(
     attention=("ElectraSelfAttention",),
     lora_targets=("query", "value"),
     head_modules=("classifier",),
-    classify=lambda model, pooled: model.classifier(pooled[:, None]),  # its head reads the first token of (B, T, D)
+    classify=lambda part, pooled: part("classifier")(pooled[:, None]),  # its head reads (B, T, D)
     positions="table",
     fast=bert_layers("Electra"),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from turret.errors import AdapterError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from turret.transformer import Model, ModelConfig, Submodule
 
+HeadParts: TypeAlias = "Callable[[str], Callable[[Tensor], Tensor]]"  # a module of the head, or of the body, by name
 Kind = Literal["encoder", "encoder-decoder", "decoder"]
 Group = Literal["encoder", "decoder", "cross"]
 Stream = Literal["encoder", "decoder"]
@@ -106,6 +107,16 @@ def _named(module: Submodule, *names: str) -> int | None:
     return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
 
 
+def parts_of_head(model: Model) -> HeadParts:
+    """The modules that `Family.classify` names: children of a classifier or of its body."""
+
+    def part(name: str) -> Callable[[Tensor], Tensor]:
+        found: Callable[[Tensor], Tensor] = getattr(model if hasattr(model, name) else model.base_model, name)
+        return found
+
+    return part
+
+
 def project(model: Model, hidden: Tensor, output: OutputLayer) -> Tensor:
     """Logits (N, V): the output layer and nothing else. hidden: (N, D)."""
     return output(hidden)
@@ -131,7 +142,7 @@ class Family:
             through the body alone, there is no prefix, and `attention` is empty.
         lora_targets: last part of the paths that LoRA adapts by default: PEFT's defaults, or query and value.
         head_modules: modules of the classification head; trained and stored with every adapter.
-        classify: (model, pooled (B, D)) -> logits (B, C).
+        classify: (parts of the head by name, pooled (B, D)) -> logits (B, C).
         head_dropouts: names of the dropout modules that `classify` calls.
         heads_first: names of norms that get (B, H, T, D), heads before tokens; a row cannot have its own.
         output_layer: name of the layer that computes logits over the vocabulary.
@@ -161,7 +172,7 @@ class Family:
     attention: tuple[str, ...]
     lora_targets: tuple[str, ...]
     head_modules: tuple[str, ...]
-    classify: Callable[[Model, Tensor], Tensor]
+    classify: Callable[[HeadParts, Tensor], Tensor]
     rows_alone: bool = False
     head_dropouts: tuple[str, ...] = ()
     heads_first: tuple[str, ...] = ()

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
-from turret.families.family import Family, Kind, Pooling, first, last, no_offset
+from turret.families.family import Family, HeadParts, Kind, Pooling, first, last, no_offset
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from turret.transformer import Model, ModelConfig
 
-Classify = Callable[["Model", "Tensor"], "Tensor"]
+Classify = Callable[[HeadParts, "Tensor"], "Tensor"]
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # transformers' table of attention functions
 QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q_lin", "v_lin", "query_proj", "value_proj", "q", "v")
 HEADS = (
@@ -144,14 +144,13 @@ def _mean(config: ModelConfig) -> Pooling:
 
 # How transformers' classifiers compute logits from the token that they read.
 CLASSIFY: tuple[Classify, ...] = (
-    lambda model, pooled: model.score(pooled),
-    lambda model, pooled: model.classifier(model.dropout(model.base_model.pooler(pooled[:, None]))),
-    lambda model, pooled: model.classifier(model.dropout(model.pooler(pooled[:, None]))),
-    lambda model, pooled: model.classifier(model.drop(model.head(pooled))),
-    lambda model, pooled: model.classifier(model.dropout(pooled)),
-    lambda model, pooled: model.classifier(pooled[:, None]),
+    lambda part, pooled: part("score")(pooled),
+    lambda part, pooled: part("classifier")(part("dropout")(part("pooler")(pooled[:, None]))),
+    lambda part, pooled: part("classifier")(part("drop")(part("head")(pooled))),
+    lambda part, pooled: part("classifier")(part("dropout")(pooled)),
+    lambda part, pooled: part("classifier")(pooled[:, None]),
 )
 
 
-def _nothing(model: Model, pooled: Tensor) -> Tensor:
+def _nothing(part: HeadParts, pooled: Tensor) -> Tensor:
     raise AttributeError("the model has no classifier")

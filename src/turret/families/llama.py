@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from turret.families.family import Family, FastPaths, last
+from turret.families.family import Family, FastPaths, HeadParts, last
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from turret.transformer import Model
 
-
-def classify(model: Model, pooled: Tensor) -> Tensor:
-    logits: Tensor = model.score(pooled)
-    return logits
+def classify(part: HeadParts, pooled: Tensor) -> Tensor:
+    return part("score")(pooled)
 
 
 def llama_like(name: str, stem: str) -> Family:

@@ -10,7 +10,7 @@ MODERNBERT = Family(
     attention=("ModernBertAttention",),
     lora_targets=("Wqkv",),
     head_modules=("head", "classifier"),
-    classify=lambda model, pooled: model.classifier(model.drop(model.head(pooled))),
+    classify=lambda part, pooled: part("classifier")(part("drop")(part("head")(pooled))),
     head_dropouts=("drop",),
     pooling=lambda config: "mean" if config.classifier_pooling == "mean" else "first",
 )

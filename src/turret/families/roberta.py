@@ -14,7 +14,7 @@ def roberta_like(name: str, stem: str) -> Family:
         attention=(f"{stem}SelfAttention",),
         lora_targets=("query", "value"),
         head_modules=("classifier",),
-        classify=lambda model, pooled: model.classifier(pooled[:, None]),  # its head reads the first token of (B, T, D)
+        classify=lambda part, pooled: part("classifier")(pooled[:, None]),  # its head reads (B, T, D)
         body_excludes=("pooler",),
         positions="table",
         position_offset=lambda config: config.pad_token_id + 1,  # positions begin after the padding index

@@ -26,6 +26,7 @@ from turret.data import Example
 from turret.engine.protocol import OptimStep
 from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite
+from turret.families import parts_of_head
 from turret.tasks import HeadTask
 from turret.train.adamw import learning_rate
 from turret.train.batches import Item, Items, Schedule, by_length, spread
@@ -163,7 +164,9 @@ class HeadStart:
                     with evaluating(model, bare):
                         pooled = packed.pooled(model, rows, "mean")
                 with torch.no_grad() if dropout else evaluating(model, None):
-                    packed.classify_logits(model, rows) if pooled is None else family.classify(model, pooled)
+                    packed.classify_logits(model, rows) if pooled is None else family.classify(
+                        parts_of_head(model), pooled
+                    )
                 places += piece
                 between_passes()
         finally:
