@@ -5,7 +5,7 @@ verbs, `packed` runs unpadded rows, `layers` lets whole layers compute as one bl
 """
 
 from turret.adapters.adapter import Adapter, BaseInfo, require_base
-from turret.adapters.batch_context import BARE, BatchContext, set_context
+from turret.adapters.batch_context import ATTACHED, BARE, BatchContext, set_context
 from turret.adapters.hooks import (
     attachment,
     detach,
@@ -18,6 +18,7 @@ from turret.adapters.lifecycle import attach, checkpoint_layers, extract, mount,
 from turret.adapters.packed import classify_logits, target_logits
 
 __all__ = [
+    "ATTACHED",
     "BARE",
     "Adapter",
     "BaseInfo",

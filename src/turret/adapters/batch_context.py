@@ -18,6 +18,7 @@ from turret.ops.core import AdapterSpans, KVStep
 from turret.ops.dropout import Masks
 
 BARE = 0  # the slot of the bare base, without an adapter
+ATTACHED = 1  # the slot of the adapter that `attach` makes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from turret import quantized
 from turret.adapters import attention, layers, peft_backend, positions
-from turret.adapters.batch_context import BARE, BatchContext
+from turret.adapters.batch_context import ATTACHED, BARE, BatchContext
 from turret.adapters.layers import RoutedLinear
 from turret.adapters.modules_to_save import RoutedWhole
 from turret.adapters.prefix import PrefixSlot
@@ -354,7 +354,7 @@ def start_head(model: Model, attached: HookedModel, extra: tuple[str, ...]) -> N
     """Put trainable copies of the family's head, and of further modules, into slot 1."""
     own = [name for name in attached.family.head_modules if name in dict(model.named_children())]
     for name in own + [name for name in extra if name not in own]:
-        routed_module(model, attached, name).slots["1"] = _trainable_copy(model.get_submodule(name))
+        routed_module(model, attached, name).slots[str(ATTACHED)] = _trainable_copy(model.get_submodule(name))
 
 
 def _trainable_copy(module: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from turret import quantized
 from turret.adapters.adapter import Adapter, Extracted, Parts, mount_parts, require_base, shared_names
-from turret.adapters.batch_context import BatchContext
+from turret.adapters.batch_context import ATTACHED, BatchContext
 from turret.adapters.hooks import ATTRIBUTE, AdapterInit, HookedModel, attachment, detach, hook_model
 from turret.adapters.layers import NORMED
 from turret.adapters.tuners import tuner_of
@@ -227,7 +227,7 @@ def attach(
     generator: torch.Generator | None = None,
     head: tuple[str, ...] = (),
 ) -> M:
-    """Start a new adapter on `model`, in slot 1. Only the adapter and its head require gradients afterwards.
+    """Start a new adapter on `model`. Only the adapter and its head require gradients afterwards.
 
     Args:
         model: a model of transformers without an attachment.
@@ -246,7 +246,7 @@ def attach(
     base = require_bare(model)
     method = by_name(method) if isinstance(method, str) else method
     attached = hook_model(base, plain=method.wraps_modules)
-    attached.methods[1] = method = method.on(attached.family.kind)
+    attached.methods[ATTACHED] = method = method.on(attached.family.kind)
     try:
         tuner_of(method).start(base, attached, AdapterInit(init_ids, generator, head))
     except BaseException:
@@ -282,7 +282,7 @@ def start_from(model: Model, adapter: Adapter, generator: torch.Generator | None
         AdapterError: the adapter does not fit.
     """
     attached = attachment(model)
-    method, given = attached.methods[1], adapter.method
+    method, given = attached.methods[ATTACHED], adapter.method
     if given.kind != method.kind:
         raise AdapterError(
             f"the adapter is a {given.kind} and the recipe trains {method.kind}: set method.kind to {given.kind}"
@@ -290,7 +290,7 @@ def start_from(model: Model, adapter: Adapter, generator: torch.Generator | None
     tuner_of(method).fill(model, attached, adapter, generator)
 
 
-def extract(model: nn.Module, slot: int = 1) -> Extracted:
+def extract(model: nn.Module, slot: int = ATTACHED) -> Extracted:
     """Copies of the tensors in a slot, on the CPU in float32. Raises AdapterError for an empty slot."""
     attached = attachment(model)
     if slot not in attached.methods:
@@ -298,7 +298,7 @@ def extract(model: nn.Module, slot: int = 1) -> Extracted:
     return tuner_of(attached.methods[slot]).extract(attached, slot)
 
 
-def mount(model: M, adapter: Adapter, slot: int = 1, *, fingerprint: str | None = None) -> M:
+def mount(model: M, adapter: Adapter, slot: int = ATTACHED, *, fingerprint: str | None = None) -> M:
     """Put a finished adapter into a slot, and make every row take it.
 
     Args:

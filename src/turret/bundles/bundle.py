@@ -101,7 +101,7 @@ def save(
     The fingerprint in the manifest is that of the model's weights before the adapter was attached.
 
     Args:
-        model: a model of transformers with an adapter in slot 1.
+        model: a model of transformers with an attached adapter.
         base: the base's id. None: the model's name.
         task: the settings that prediction needs, such as {"kind": "classify", "labels": [...]}.
         generation: the arguments of `generate()`.

@@ -42,7 +42,7 @@ class AdapterEffect:
 
 
 def effect_of(base: Base, adapter: Adapter, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> AdapterEffect:
-    """Compare the outputs of a bare base with and without an adapter, which stays mounted in slot 1.
+    """Compare the outputs of a bare base with and without an adapter, which stays mounted.
 
     Args:
         base: a base with no adapter on it.
@@ -97,17 +97,18 @@ def _idle(model: Model, adapter: Adapter, sources: list[Tensor], targets: list[T
 
 
 def _slot_parameters(model: Model) -> dict[str, Tensor]:
-    """The numbers of slot 1, by their path."""
-    attached = adapters.attachment(model)
+    """The numbers of the attached adapter, by their path."""
+    attached, slot = adapters.attachment(model), str(adapters.ATTACHED)
     if attached.guest is not None:
-        heads = {path: each.slots["1"] for path, each in attached.heads.items() if "1" in each.slots}
+        heads = {path: each.slots[slot] for path, each in attached.heads.items() if slot in each.slots}
         own = {f"{path}.{name}": each for path, part in heads.items() for name, each in part.named_parameters()}
         found: dict[str, Tensor] = {**attached.guest.parameters, **own}
         return found
     parts: dict[str, nn.Module] = {f"prefix.{name}": each for name, each in attached.prefixes.items()}
     for routed in (attached.linears, attached.heads, attached.wholes):
-        parts |= {path: each.slots["1"] for path, each in routed.items() if "1" in each.slots}
-    scaled = {path: layer.scaled[1].tensors for path, layer in attached.linears.items() if 1 in layer.scaled}
+        parts |= {path: each.slots[slot] for path, each in routed.items() if slot in each.slots}
+    scaling = {path: layer.scaled.get(adapters.ATTACHED) for path, layer in attached.linears.items()}
+    scaled = {path: layer.tensors for path, layer in scaling.items() if layer is not None}
     return {
         **{f"{path}.{name}": each for path, part in parts.items() for name, each in part.named_parameters()},
         **{f"{path}.{number}": each for path, own in scaled.items() for number, each in enumerate(own)},

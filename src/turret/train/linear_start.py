@@ -46,7 +46,7 @@ BETTER = 0.02  # the share by which the mean's loss must be lower
 STEPS = 600  # most in which the adapter learns the mean
 WARMUP = 0.1  # of those steps
 TIMED = 32  # examples whose features are timed
-SLOT = "slots.1."  # in the names of a head's trained copy
+SLOT = f"slots.{adapters.ATTACHED}."  # in the names of a head's trained copy
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

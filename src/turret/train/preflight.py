@@ -238,7 +238,7 @@ def _generation_time(
     if not writes(task):
         return None
     sources, seconds = [item.source for item in items], []
-    method = adapters.attachment(model).methods[1]
+    method = adapters.attachment(model).methods[adapters.ATTACHED]
     adapter = None  # of a method that does not share its base: the base alone is as fast
     if method.mixes(method.model_dump()):
         adapter = extracted(model, bare, task)

@@ -206,7 +206,7 @@ def _numbers(name: str, each: Increase) -> JsonObject:
 
 
 def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Forgetting:
-    """The forgetting on neutral texts of the adapter in slot 1."""
+    """The forgetting on neutral texts of the attached adapter."""
     sources, targets = [], []
     for paragraph in PARAGRAPHS:
         ids = torch.tensor(tokenizer(paragraph)["input_ids"], dtype=torch.long)[:MOST_TOKENS]
@@ -214,7 +214,7 @@ def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Forgetting:
         sources.append(ids[:lead])
         targets.append(ids[lead:])
     losses: list[Losses] = []
-    for slot in (1, adapters.BARE):
+    for slot in (adapters.ATTACHED, adapters.BARE):
         sums = []
         with evaluating(model, slot):
             for source, target in zip(sources, targets, strict=True):
@@ -227,7 +227,7 @@ def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Forgetting:
 def on_other_tasks(
     store: Store, version: Version, model: Model, task: TextTask, neutral: Increase, say: Say = silent
 ) -> Forgetting:
-    """The forgetting on the other tasks of the store as well. model: with the version's adapter in slot 1."""
+    """The forgetting on the other tasks of the store as well. model: with the version's adapter attached."""
     found, skipped = dict[str, Increase](), dict[str, str]()
     for other in others(store, version):
         say(f"measuring forgetting on {other}")

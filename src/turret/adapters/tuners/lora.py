@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts, linear_at
+from turret.adapters.batch_context import ATTACHED
 from turret.adapters.hooks import AdapterInit, HookedModel, device_of, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
 from turret.adapters.tuners import tuner_of
@@ -134,7 +135,7 @@ class LoRATuner(Tuner[LoRA]):
             raise AdapterError(f"{problem}; leave it out")
         for path in paths:
             factors = _initial(self.method, model.get_submodule(path), beginning.generator).to(device_of(model))
-            routed_linear(model, attached, path).slots["1"] = factors
+            routed_linear(model, attached, path).slots[str(ATTACHED)] = factors
 
     def tensors(self, attached: HookedModel, slot: int) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}

@@ -23,7 +23,7 @@ from turret.adapters.adapter import (
     linear_at,
     mount_head,
 )
-from turret.adapters.batch_context import BARE, set_context
+from turret.adapters.batch_context import ATTACHED, BARE, set_context
 from turret.adapters.hooks import AdapterInit, HookedModel, device_of
 from turret.adapters.lora import sizes
 from turret.adapters.peft_config import check_agreement, check_config, refuse_code
@@ -191,7 +191,7 @@ COMPUTED = {
 
 
 class PeftTuner(Tuner[Peft]):
-    """PEFT's modules in slot 1 of a model without other adapters."""
+    """PEFT's modules of a model without other adapters."""
 
     def require_known(self) -> None:
         """Raises RecipeError for a method or a setting that PEFT does not know, or that trains the base's weights."""
@@ -316,13 +316,13 @@ def _guest(attached: HookedModel) -> peft_backend.PeftBackend:
 
 
 def _invite(model: Model, attached: HookedModel, method: Peft, generator: torch.Generator | None = None) -> None:
-    """Let PEFT put its modules into a hooked model, in slot 1. `detach` removes them."""
+    """Let PEFT put its modules into a hooked model. `detach` removes them."""
     guest = peft_backend.invite(model, attached.family, method, generator)
     attached.guest = guest
     attached.undo.append(guest.leave)
     if not guest.layers:
         prompt = peft_backend.Prompt(guest, functools.partial(_read, model, attached))
-        attached.prefixes["1"] = prompt.to(device_of(model))
+        attached.prefixes[str(ATTACHED)] = prompt.to(device_of(model))
 
 
 def _read(model: Model, attached: HookedModel, tokens: Tensor) -> Groups:

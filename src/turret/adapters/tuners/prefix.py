@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters.adapter import PROMPT, Adapter, Parts
+from turret.adapters.batch_context import ATTACHED
 from turret.adapters.hooks import AdapterInit, HookedModel, attachment, device_of
 from turret.adapters.prefix import PrefixGroup, PrefixSlot, from_peft, to_peft
 from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters, require_same
@@ -109,7 +110,7 @@ class PrefixTuner(Tuner[Prefix]):
         """Put a trainable prefix into slot 1. starts: keys and values (L, 2, H, P, D) by group."""
         hidden = self.method.encoder_hidden_size if self.method.reparametrize else None
         groups = {name: PrefixGroup(start, hidden, generator) for name, start in starts.items()}
-        attached.prefixes["1"] = PrefixSlot(groups).to(device_of(model))
+        attached.prefixes[str(ATTACHED)] = PrefixSlot(groups).to(device_of(model))
 
 
 def _groups(attached: HookedModel, slot: int) -> dict[str, PrefixGroup]:

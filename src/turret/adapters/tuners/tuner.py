@@ -22,6 +22,7 @@ from turret.adapters.adapter import (
     mount_parts,
     shared_names,
 )
+from turret.adapters.batch_context import ATTACHED
 from turret.adapters.hooks import AdapterInit, HookedModel, start_head
 from turret.adapters.lora import merged_weight
 from turret.adapters.modules_to_save import merged_values
@@ -178,7 +179,7 @@ def head_parameters(attached: HookedModel) -> dict[str, Tensor]:
     return {
         f"{path}.{name}": parameter
         for path, module in attached.heads.items()
-        for name, parameter in module.slots["1"].named_parameters()
+        for name, parameter in module.slots[str(ATTACHED)].named_parameters()
     }
 
 

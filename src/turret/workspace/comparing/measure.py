@@ -381,7 +381,7 @@ def _timed(examples: Sequence[Example], answer: Callable[[Example], object]) -> 
 
 
 def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *, bare: bool = False) -> JsonObject:
-    """Metrics, an answer and a score per example, the time of one answer, and the forgetting of slot 1.
+    """Metrics, an answer and a score per example, the time of one answer, and the forgetting of the attached adapter.
 
     Args:
         bare: ask slot 0, the base alone.
