@@ -261,13 +261,13 @@ def ours(errand: Errand, turns: Turns) -> dict[str, Any]:
     from turret.data.dataset import read
     from turret.tasks import make_task, schemas
     from turret.train import memory
-    from turret.train.batches import Items
+    from turret.train.batches import EncodedRows
 
     recipe = errand.recipe
     dataset: Any = read(recipe.data, schemas(recipe.task), recipe.seed)
     base = _base(recipe, dataset)
     task: Any = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
-    facts = _facts(base.model, _batches(recipe, Items(task, dataset.train)))
+    facts = _facts(base.model, _batches(recipe, EncodedRows(task, dataset.train)))
     recipe = train.filled(recipe, base, task.kind, len(train.splits_of(recipe, dataset).train))
     plan = train.plan(recipe, base, task, dataset)
     plan.require()
@@ -345,7 +345,7 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
     from turret.data.dataset import read
     from turret.tasks import make_task, schemas
     from turret.train import memory
-    from turret.train.batches import Items
+    from turret.train.batches import EncodedRows
 
     job, recipe = JOBS[errand.job], errand.recipe
     way = ways(job.kind)[errand.side]
@@ -357,7 +357,7 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     task: Any = make_task(recipe.task, dataset, tokenizer, "encoder" if job.kind == "classify" else "decoder")
-    batches = _batches(recipe, Items(task, dataset.train))
+    batches = _batches(recipe, EncodedRows(task, dataset.train))
     facts = _facts(model, batches)
     memory.reset_peak()
     model = hf.adapt(model, job.kind, job.method)
@@ -389,7 +389,7 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
     }
     if not errand.scored:
         return facts
-    items = Items(task, dataset.test)
+    items = EncodedRows(task, dataset.test)
     held: list[Any] = items.take(range(len(items)))
     if job.kind == "classify":
         logits = hf.class_logits(model, [item.source.tolist() for item in held], hf.collator(tokenizer, job.kind, None))

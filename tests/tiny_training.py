@@ -27,7 +27,7 @@ from turret.families import Family, family_of
 from turret.recipe import Recipe
 from turret.tasks import make_task
 from turret.train import Curve, Fitted, FoundRate, Plan, StepRecord, splits_of
-from turret.train.batches import Item, Items
+from turret.train.batches import EncodedRow, EncodedRows
 from turret.train.checkpoint import step_of
 from turret.train.initialize import attach, optimiser_of
 
@@ -107,7 +107,7 @@ def task_of(made: Recipe, data: Dataset, on: Base) -> Any:
     return make_task(made.task, data, on.tokenizer, on.family.kind)
 
 
-def started(on: Base, kind: Any = "classify", **overrides: Any) -> tuple[Any, Any, list[Item]]:
+def started(on: Base, kind: Any = "classify", **overrides: Any) -> tuple[Any, Any, list[EncodedRow]]:
     """What a step needs: a task and an optimiser, of an adapter that is attached to the base, and six examples."""
     if on.tokenizer.pad_token_id is None:
         on.tokenizer.pad_token = on.tokenizer.eos_token
@@ -115,7 +115,7 @@ def started(on: Base, kind: Any = "classify", **overrides: Any) -> tuple[Any, An
     task = task_of(made, data, on)
     attach(made, on, task)  # type: ignore[arg-type]
     on.model.train()
-    return task, optimiser_of(made, on), Items(task, data.train).take(list(range(6)))  # type: ignore[arg-type]
+    return task, optimiser_of(made, on), EncodedRows(task, data.train).take(list(range(6)))  # type: ignore[arg-type]
 
 
 def filled(made: Recipe, on: Any, task: Any, data: Dataset) -> Recipe:

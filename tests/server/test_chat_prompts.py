@@ -22,7 +22,7 @@ from turret.recipe import Task
 from turret.server.state import ServerSettings
 from turret.tasks import Chat, make_task
 from turret.tasks.generate import Generate
-from turret.train.batches import Items
+from turret.train.batches import EncodedRows
 from turret.workspace import Workspace
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}]
@@ -98,7 +98,7 @@ def trained(task: Chat, row: dict[str, Any], folder: Path) -> list[int]:
     data = load(write_jsonl(folder / "row.jsonl", [row, row]), test=1)
     example = data.train[0]
     assert isinstance(example, Conversation)
-    return list(Items(task, [example]).take([0])[0].source.tolist())
+    return list(EncodedRows(task, [example]).take([0])[0].source.tolist())
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)))

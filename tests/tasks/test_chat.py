@@ -22,7 +22,7 @@ from turret.errors import AdapterError, DataError
 from turret.recipe import Task
 from turret.tasks import Chat, make_task, task_from_spec
 from turret.tasks.chat_template import ChatTemplate, helper, rendered
-from turret.train.batches import Item, Items
+from turret.train.batches import EncodedRow, EncodedRows
 from turret.train.evaluation import example_losses
 from turret.train.step import loss_of
 
@@ -39,12 +39,12 @@ def chat(template: str | None = chats.UNMARKED, max_tokens: int = 400, **setting
     return Chat(chats.tokenizer(template), max_tokens, **settings)
 
 
-def item(task: Chat, *turns: Turn, tools: str = "") -> Item:
-    (found,) = Items(task, [Conversation(turns, tools)]).take([0])
+def item(task: Chat, *turns: Turn, tools: str = "") -> EncodedRow:
+    (found,) = EncodedRows(task, [Conversation(turns, tools)]).take([0])
     return found
 
 
-def ids_and_mask(found: Item) -> tuple[list[int], list[int]]:
+def ids_and_mask(found: EncodedRow) -> tuple[list[int], list[int]]:
     """The tokens of prompt and answer, and which of them the loss counts."""
     assert found.target is not None
     mask = [0] * len(found.source) + [1] * len(found.target)
@@ -110,7 +110,7 @@ def test_one_conversation_in_three_formats_gives_equal_tokens_and_masks(tmp_path
     for name, rows in formats:
         data = load(write_jsonl(tmp_path / f"{name}.jsonl", rows), kind="chat", test=1)
         task = make_task(Task(), data, chats.tokenizer(), "decoder")
-        found[name] = [ids_and_mask(each) for each in Items(task, data.train).take(range(2))]
+        found[name] = [ids_and_mask(each) for each in EncodedRows(task, data.train).take(range(2))]
     assert found["messages"] == found["sharegpt"] == found["pairs"]
     assert found["messages-1"] == found["sharegpt-1"] == found["alpaca-1"] == found["pairs-1"]
     assert found["messages"] != found["messages-1"]
@@ -182,7 +182,7 @@ def test_the_loss_is_that_of_transformers_with_its_mask() -> None:
     turret.attach(model, turret.LoRA(r=2, lora_alpha=4))
     with torch.no_grad():
         assert float(loss_of(model, task, found)) == pytest.approx(sum(losses) / count, rel=1e-5)
-        by_example, weights = example_losses(model, task, Items(task, [each.example for each in found]))
+        by_example, weights = example_losses(model, task, EncodedRows(task, [each.example for each in found]))
         assert by_example == pytest.approx(losses, rel=1e-5)
         assert sum(weights) == count
         last = [replace(each, earlier=None) for each in found]  # control: other tokens have another loss

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from turret.errors import DataError
 from turret.tasks import Encoded
-from turret.train.batches import Item, Items, Schedule, by_length, micro_batches
+from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, micro_batches
 
 
-def item(tokens: int, target: int | None = None) -> Item:
-    return Item(None, torch.zeros(tokens, dtype=torch.long), None if target is None else torch.zeros(target).long())
+def item(tokens: int, target: int | None = None) -> EncodedRow:
+    return EncodedRow(
+        None, torch.zeros(tokens, dtype=torch.long), None if target is None else torch.zeros(target).long()
+    )
 
 
 def test_every_epoch_shows_every_example_once_in_another_order() -> None:
@@ -85,7 +87,7 @@ class Letters:
 
 def test_examples_are_encoded_together_once_while_there_is_room_and_anew_after() -> None:
     task = Letters()
-    items = Items(task, [SimpleNamespace(text=text) for text in ("a", "bb", "ccc")], kept_tokens=3)
+    items = EncodedRows(task, [SimpleNamespace(text=text) for text in ("a", "bb", "ccc")], kept_tokens=3)
     for _ in range(2):
         taken = items.take([2, 0, 1, 0])
         assert [len(each.source) for each in taken] == [3, 1, 2, 1]

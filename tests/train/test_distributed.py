@@ -22,7 +22,7 @@ from several_launch import ended, launch
 from turret.errors import TrainingError
 from turret.train import checkpoint, distributed
 from turret.train.adamw import AdamW
-from turret.train.batches import Items
+from turret.train.batches import EncodedRows
 from turret.train.distributed import Processes
 from turret.train.initialize import attach
 from turret.train.step import train_step
@@ -83,7 +83,7 @@ def test_the_shares_of_a_batch_add_up_to_it_and_one_alone_does_not(kind: Any, co
     task = tiny.task_of(made, data, on)
     attach(made, on, task)
     optimiser = AdamW(several.adapters.trainable_parameters(on.model))
-    batch = Items(task, data.train).take(range(count))
+    batch = EncodedRows(task, data.train).take(range(count))
     parts = []
     for here in (Deaf(0, 1), Deaf(0, 2), Deaf(1, 2)):
         start = optimiser.weights.clone()
@@ -101,7 +101,7 @@ def test_the_shares_of_a_batch_add_up_to_it_and_one_alone_does_not(kind: Any, co
 
 def test_a_share_is_every_other_item_by_length_and_all_of_it_for_one() -> None:
     data, made, on = tiny.dataset(), tiny.recipe(), tiny.base("bert")
-    batch = Items(tiny.task_of(made, data, on), data.train).take(range(7))
+    batch = EncodedRows(tiny.task_of(made, data, on), data.train).take(range(7))
     assert distributed.ALONE.share(batch) is batch
     shares = [Processes(rank, 3).share(batch) for rank in range(3)]
     assert sorted(id(item) for share in shares for item in share) == sorted(map(id, batch))

@@ -20,7 +20,7 @@ from turret import adapters
 from turret.data import Dataset, Labelled
 from turret.errors import LossNotFinite
 from turret.train import evaluate
-from turret.train.batches import Items, Schedule
+from turret.train.batches import EncodedRows, Schedule
 from turret.train.linear_start import PENALTIES, cross_validated, solve
 from turret.train.preflight import measure
 
@@ -210,7 +210,7 @@ def test_a_plan_counts_the_time_of_the_start() -> None:
         on, data = tiny.base("bert"), dataset(hidden=True)
         on.fresh = fresh
         task, schedule = tiny.task_of(made, data, on), Schedule.of(made, len(data.train))
-        cost = measure(made, on, task, Items(task, data.train), schedule, clock=time.process_time)
+        cost = measure(made, on, task, EncodedRows(task, data.train), schedule, clock=time.process_time)
         told.append(cost.head_start)
         row = next(each for each in plan(made, on, task, data).checks if each.name == "time")
         assert ("before the first step, for the start of the head" in row.text) == bool(fresh)

@@ -21,7 +21,7 @@ from turret import adapters
 from turret.errors import AdapterError, Interrupted, LossNotFinite, OutOfMemory, RecipeError, TrainingError
 from turret.train import Asking, checkpoint, evaluate, read_curve
 from turret.train.adamw import AdamW
-from turret.train.batches import Items
+from turret.train.batches import EncodedRows
 from turret.train.initialize import attach
 from turret.train.memory import Prediction
 from turret.train.step import explained, loss_of, train_step
@@ -101,7 +101,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(family: str, kind: s
     attach(made, on, task)
     parameters = adapters.trainable_parameters(on.model)
     optimiser = AdamW(parameters)
-    batch = Items(task, data.train).take(range(8))
+    batch = EncodedRows(task, data.train).take(range(8))
     optimiser.zero_gradients()
     loss = loss_of(on.model, task, batch)
     loss.backward()
@@ -125,7 +125,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(family: str, kind: s
 def test_running_out_of_memory_names_the_setting_and_the_prediction() -> None:
     made = tiny.recipe()
     data, on = tiny.dataset(), tiny.base("bert")
-    batch = Items(tiny.task_of(made, data, on), data.train).take(range(8))
+    batch = EncodedRows(tiny.task_of(made, data, on), data.train).take(range(8))
     predicted = Prediction(10**9, 0, 0, 0, 2 * 10**8, 0)
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")):
         expected = r"step 7.*train.micro_batch_tokens to \d+.*predicted 1.2 GB"

@@ -27,7 +27,7 @@ from turret.errors import AdapterError, PreflightRefused
 from turret.methods.method import MOST_EPOCHS
 from turret.tasks import Classify
 from turret.train import Check, Plan, memory, preflight
-from turret.train.batches import Items
+from turret.train.batches import EncodedRows
 from turret.train.preflight import OtherProcesses, fits
 
 
@@ -191,7 +191,7 @@ def test_texts_in_a_language_that_the_base_hardly_knows_are_warned_of() -> None:
         core.train_from_iterator([text for text, _ in texts(known)], trainer)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]")
         examples = [Labelled(text, str(good)) for text, good in texts(language)]
-        items = Items(Classify(("True", "False"), tokenizer), examples)
+        items = EncodedRows(Classify(("True", "False"), tokenizer), examples)
         return list(preflight.language(items.take(range(len(items)))))
 
     (foreign,) = rows_of("de", known="en")

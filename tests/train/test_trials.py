@@ -16,7 +16,7 @@ from turret.data import Labelled
 from turret.methods import LoRA
 from turret.methods.method import Defaults
 from turret.recipe import Recipe
-from turret.train.batches import Items
+from turret.train.batches import EncodedRows
 from turret.train.evaluation import evaluate, example_losses
 from turret.train.loop import checksum
 from turret.train.lr_finder import trials
@@ -129,7 +129,7 @@ def test_the_losses_of_the_examples_add_up_to_the_loss(kind: Any, family: str) -
     on = tiny.base(family, "classify" if kind == "classify" else "generate")
     task = tiny.task_of(made, data, on)
     with trials(made, on, task, data.train, steps=1, held=4):
-        items = Items(task, data.train)
+        items = EncodedRows(task, data.train)
         losses, weights = example_losses(on.model, task, items, most_tokens=64)
         metrics, _ = evaluate(on.model, task, items)
     assert sum(losses) / sum(weights) == pytest.approx(metrics["loss"], rel=1e-5)

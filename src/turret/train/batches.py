@@ -71,17 +71,24 @@ KEPT_TOKENS = 1 << 26  # tokens kept in memory (256 MB of int32); further exampl
 
 
 @dataclass(frozen=True)
-class Item:
-    """One example as the model reads it."""
+class EncodedRow:
+    """An example as the model reads it, and what its loss is computed with.
+
+    Args:
+        source: (T,) int64, the token ids that are read.
+        target: (T,) int64, the ids of a text that is written; None if a head answers.
+        wanted: What a loss compares the head's output with; None: what the task's `targets` gives for the example.
+    """
 
     example: Example
-    source: Tensor  # (T,) int64
-    target: Tensor | None  # (T,) int64; None for classification
+    source: Tensor
+    target: Tensor | None
     cut: bool = False  # the input was longer than the limit
     target_cut: bool = False
     earlier: Tensor | None = None  # (K,) int64, positions in `source` of further tokens that the loss counts
     left_out: int = 0  # turns of a conversation that was longer than the limit
     whole: int | None = None  # tokens of the source before the cut, if known
+    wanted: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -100,19 +107,19 @@ class Item:
         return self.target if self.earlier is None else torch.cat([self.source[self.earlier], self.target])
 
 
-class Items:
+class EncodedRows:
     """Examples, encoded when first needed and cached as int32 up to `kept_tokens`."""
 
     def __init__(self, task: Task, examples: Sequence[Example], *, kept_tokens: int = KEPT_TOKENS) -> None:
         self.task, self.examples = task, examples
-        self._cached: dict[int, Item] = {}
+        self._cached: dict[int, EncodedRow] = {}
         self._room = kept_tokens
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def take(self, indices: Iterable[int]) -> list[Item]:
-        """The items at these indices, in that order. Items that are not cached are encoded together."""
+    def take(self, indices: Iterable[int]) -> list[EncodedRow]:
+        """The items at these indices, in that order. EncodedRows that are not cached are encoded together."""
         indices = list(indices)
         missing = [index for index in dict.fromkeys(indices) if index not in self._cached]
         encoded = dict(zip(missing, encode(self.task, [self.examples[index] for index in missing]), strict=True))
@@ -131,15 +138,15 @@ class Items:
         ]
 
 
-def _cast(item: Item, dtype: torch.dtype) -> Item:
+def _cast(item: EncodedRow, dtype: torch.dtype) -> EncodedRow:
     target, earlier = (None if each is None else each.to(dtype) for each in (item.target, item.earlier))
     return replace(item, source=item.source.to(dtype), target=target, earlier=earlier)
 
 
-def encode(task: Task, examples: Sequence[Example]) -> list[Item]:
+def encode(task: Task, examples: Sequence[Example]) -> list[EncodedRow]:
     """The examples' token ids, cut at the task's limits."""
     return [
-        Item(
+        EncodedRow(
             example,
             source.ids,
             target.ids if target else None,
@@ -214,7 +221,7 @@ class Schedule:
                 place += 1
 
 
-def micro_batches(items: Sequence[Item], most_tokens: int) -> list[list[Item]]:
+def micro_batches(items: Sequence[EncodedRow], most_tokens: int) -> list[list[EncodedRow]]:
     """The batch in pieces of at most `most_tokens` tokens, in order. A longer example is a piece of its own."""
     pieces = _pieces(range(len(items)), [item.tokens for item in items], most_tokens)
     return [[items[index] for index in piece] for piece in pieces]

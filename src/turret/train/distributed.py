@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from turret.errors import TrainingError, one_line
-from turret.train.batches import Item
+from turret.train.batches import EncodedRow
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store  # torch.distributed exports it, but not to type checkers
@@ -63,14 +63,14 @@ class Processes:
         """This process's seed; in the main process it is the run's."""
         return (seed + self.rank * 0x9E3779B97F4A7C15) % (1 << 63)
 
-    def share(self, batch: Sequence[Item]) -> Sequence[Item]:
+    def share(self, batch: Sequence[EncodedRow]) -> Sequence[EncodedRow]:
         """This process's items of a batch: every size-th in order of length, so that all take equally long.
 
         A small batch may leave it none.
         """
         return self.shares(batch)[self.rank]
 
-    def shares(self, batch: Sequence[Item]) -> list[Sequence[Item]]:
+    def shares(self, batch: Sequence[EncodedRow]) -> list[Sequence[EncodedRow]]:
         """The items of every process, by rank."""
         if self.size == 1:
             return [batch]

@@ -15,7 +15,7 @@ from turret.engine.training_turns import between_passes
 from turret.errors import DataError
 from turret.json_types import JsonObject
 from turret.tasks import HeadTask, Task, has_head, writes
-from turret.train.batches import Items, by_length
+from turret.train.batches import EncodedRows, by_length
 from turret.train.step import loss_of
 from turret.transformer import Model
 
@@ -25,7 +25,7 @@ Ask = Callable[[Sequence[Tensor]], Sequence[JsonObject]]  # token ids (T,) of pr
 def evaluate(
     model: Model,
     task: Task,
-    examples: Sequence[Example] | Items,
+    examples: Sequence[Example] | EncodedRows,
     *,
     most_tokens: int = 4096,
     ask: Ask | None = None,
@@ -46,7 +46,7 @@ def evaluate(
     """
     if not examples:
         raise DataError("nothing to evaluate on: the split is empty; name data.test or data.validation")
-    items = examples if isinstance(examples, Items) else Items(task, examples)
+    items = examples if isinstance(examples, EncodedRows) else EncodedRows(task, examples)
     with evaluating(model, slot):
         if has_head(task):
             logits = known if known is not None else _class_logits(model, items, most_tokens)
@@ -62,11 +62,11 @@ def evaluate(
 def head_logits(model: Model, task: HeadTask, examples: Sequence[Example], *, most_tokens: int = 4096) -> Tensor:
     """The outputs of the head for some examples, as an evaluation reads them: (B, C) float32 on the CPU."""
     with evaluating(model, None):
-        return _class_logits(model, Items(task, examples), most_tokens)
+        return _class_logits(model, EncodedRows(task, examples), most_tokens)
 
 
 def example_losses(
-    model: Model, task: Task, items: Items, *, most_tokens: int = 4096, slot: int | None = None
+    model: Model, task: Task, items: EncodedRows, *, most_tokens: int = 4096, slot: int | None = None
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """The loss of each example, summed over its target tokens, and the number of those tokens (1 for a class).
 
@@ -105,7 +105,7 @@ def evaluating(model: Model, slot: int | None) -> Iterator[None]:
         model.train(training)
 
 
-def _class_logits(model: Model, items: Items, most_tokens: int) -> Tensor:
+def _class_logits(model: Model, items: EncodedRows, most_tokens: int) -> Tensor:
     """(B, C) float32 on the CPU, in the order of the items."""
     places: list[int] = []
     parts = []
@@ -116,7 +116,7 @@ def _class_logits(model: Model, items: Items, most_tokens: int) -> Tensor:
     return torch.cat(parts)[torch.tensor(places).argsort()]
 
 
-def _target_loss(model: Model, task: Task, items: Items, most_tokens: int) -> float:
+def _target_loss(model: Model, task: Task, items: EncodedRows, most_tokens: int) -> float:
     """Mean loss per target token over all items."""
     total, count = 0.0, 0
     for piece in by_length(items.lengths(), most_tokens):

@@ -11,10 +11,11 @@ to give the head what the mean would give it, if cross-validation finds that the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,13 @@ from torch import Tensor, nn
 from turret import adapters
 from turret.adapters import packed
 from turret.bases import Base
-from turret.data import Example
-from turret.engine.protocol import OptimStep
+from turret.engine.protocol import Loss, OptimStep
 from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite
 from turret.families import parts_of_head
 from turret.tasks import HeadTask
 from turret.train.adamw import learning_rate
-from turret.train.batches import Item, Items, Schedule, by_length, spread
+from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, spread
 from turret.train.evaluation import evaluating
 from turret.train.slot import LocalSlot
 from turret.train.step import explained
@@ -47,7 +47,7 @@ STEPS = 600  # most in which the adapter learns the mean
 WARMUP = 0.1  # of those steps
 TIMED = 32  # examples whose features are timed
 SLOT = f"slots.{adapters.ATTACHED}."  # in the names of a head's trained copy
-Loss = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class HeadStart:
     recipe: Recipe
     base: Base
     task: HeadTask
-    items: Items
+    items: EncodedRows
     most_tokens: int
     layer: nn.Linear
 
@@ -93,7 +93,8 @@ class HeadStart:
             if loss_of_mean < (1 - BETTER) * loss:
                 taught = min(2 * steps, STEPS)
                 self._learn(slot, mean, some, lr, taught)
-                said |= {"mean_steps": taught, "mean_loss": float(Teaching(mean).loss(self.features(some), mean))}
+                learnt = distance(self.features(some), mean, mean.var())
+                said |= {"mean_steps": taught, "mean_loss": float(learnt)}
         self.base.model.train()
         with slot.randomness:  # with dropout, as in the steps to come: else it outweighs features that hardly vary
             read = self.features(some, dropout=True)
@@ -144,7 +145,7 @@ class HeadStart:
         if self.layer.bias is not None:
             self.layer.bias.copy_(solution.bias)
 
-    def features(self, items: Sequence[Item], *, mean: bool = False, dropout: bool = False) -> Tensor:
+    def features(self, items: Sequence[EncodedRow], *, mean: bool = False, dropout: bool = False) -> Tensor:
         """What the last layer reads for some items: (N, D) float32 on the CPU.
 
         Args:
@@ -173,10 +174,10 @@ class HeadStart:
             handle.remove()
         return torch.cat([each.flatten(1) for each in read])[torch.tensor(places).argsort()]
 
-    def _learn(self, slot: LocalSlot, wanted: Tensor, items: Sequence[Item], lr: float, steps: int) -> None:
+    def _learn(self, slot: LocalSlot, wanted: Tensor, items: Sequence[EncodedRow], lr: float, steps: int) -> None:
         """Train the adapter to give the last layer `wanted` (N, D) for some items."""
         train = self.recipe.train
-        teaching = cast(HeadTask, Teaching(wanted))
+        teaching = Loss("mean of all tokens", functools.partial(distance, variance=wanted.var()))
         schedule = Schedule(len(items), train.batch_size, steps, self.recipe.seed, max_steps=steps)
         handle = self.layer.register_forward_hook(lambda _, args, __: args[0].flatten(1))
         slot.model.train()
@@ -185,30 +186,19 @@ class HeadStart:
                 rate = learning_rate(
                     step, total=steps, peak=lr, warmup=max(1, round(WARMUP * steps)), schedule="linear"
                 )
-                batch = [replace(items[row], example=cast(Example, row)) for row in indices]
+                batch = [replace(items[row], wanted=wanted[row]) for row in indices]
                 with explained(slot.most_tokens, batch, 0, None):
                     slot.train(batch, OptimStep(rate, train.weight_decay, clip=train.gradient_clip), teaching)
         finally:
             handle.remove()
 
 
-@dataclass(frozen=True)
-class Teaching:
-    """Stands for the task while the adapter learns the mean: an example is a row of `wanted`."""
-
-    wanted: Tensor  # (N, D)
-    generates: ClassVar[bool] = False
-
-    def targets(self, rows: Sequence[int]) -> Tensor:
-        """What the last layer shall read: (B, D)."""
-        return self.wanted[list(rows)]
-
-    def loss(self, read: Tensor, wanted: Tensor) -> Tensor:
-        """The squared distance over the variance of what is wanted: a mean over examples and features."""
-        return (read.float() - wanted).square().mean() / self.wanted.var()
+def distance(read: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
+    """The squared distance of what the last layer reads from what it shall read, over a variance: the mean."""
+    return (read.float() - wanted).square().mean() / variance
 
 
-def head_start(recipe: Recipe, base: Base, task: HeadTask, items: Items, most_tokens: int) -> HeadStart | None:
+def head_start(recipe: Recipe, base: Base, task: HeadTask, items: EncodedRows, most_tokens: int) -> HeadStart | None:
     """The start of the attached adapter's head. None if the checkpoint has a head for these outputs."""
     heads = tuple(f"{each}." for each in base.family.head_modules)
     fresh = {name for name in base.fresh if name.startswith(heads)}
@@ -220,7 +210,7 @@ def head_start(recipe: Recipe, base: Base, task: HeadTask, items: Items, most_to
     return HeadStart(recipe, base, task, items, most_tokens, layers[0]) if layers else None
 
 
-def cross_validated(features: Tensor, targets: Tensor, loss: Loss, outputs: int) -> tuple[float, float]:
+def cross_validated(features: Tensor, targets: Tensor, loss: LossFunction, outputs: int) -> tuple[float, float]:
     """The penalty with the lowest mean loss on held-out rows, and that loss.
 
     A held-out row whose class is not among the other folds' rows is not counted: no penalty can predict it, and a large
@@ -273,7 +263,7 @@ def _are_classes(targets: Tensor) -> bool:
     return targets.ndim == 1 and not targets.is_floating_point()
 
 
-def solve(features: Tensor, targets: Tensor, loss: Loss, penalty: float, outputs: int) -> Solution:
+def solve(features: Tensor, targets: Tensor, loss: LossFunction, penalty: float, outputs: int) -> Solution:
     """The linear map with the lowest penalised loss.
 
     min over W, b of  loss(z W^T + b, y) + penalty / 2 |W|^2,   z: each feature with mean 0 and variance 1
@@ -293,7 +283,7 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _minimise(
-    z: Tensor, targets: Tensor, loss: Loss, penalty: float, begin: Tensor, iterations: int = ITERATIONS
+    z: Tensor, targets: Tensor, loss: LossFunction, penalty: float, begin: Tensor, iterations: int = ITERATIONS
 ) -> Tensor:
     """Weights and biases (C, D + 1) with the lowest penalised loss, from `begin` on, by L-BFGS."""
     row = begin.clone().requires_grad_(True)

@@ -34,7 +34,7 @@ from turret.tasks import Task, has_head
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, distributed, memory
 from turret.train.adamw import learning_rate, warmup_steps
-from turret.train.batches import Item, Items, Schedule, Splits, splits_of
+from turret.train.batches import EncodedRow, EncodedRows, Schedule, Splits, splits_of
 from turret.train.curve import StepRecord
 from turret.train.evaluation import evaluate
 from turret.train.initialize import InitialAdapter
@@ -243,8 +243,8 @@ class TrainingRun:
     dataset: Dataset
     folder: Path | None
     splits: Splits
-    items: Items
-    watched: Items | None
+    items: EncodedRows
+    watched: EncodedRows | None
     schedule: Schedule
     slot: LocalSlot
     lr: float
@@ -290,8 +290,8 @@ class TrainingRun:
                 dataset=dataset,
                 folder=folder,
                 splits=splits,
-                items=Items(task, splits.train),
-                watched=None if splits.watched is None else Items(task, splits.watched),
+                items=EncodedRows(task, splits.train),
+                watched=None if splits.watched is None else EncodedRows(task, splits.watched),
                 schedule=schedule,
                 slot=slot,
                 lr=lr,
@@ -324,7 +324,7 @@ class TrainingRun:
         """Whether all steps are done, or the run stopped early."""
         return self.progress.gave_up or self.progress.step >= self.schedule.steps
 
-    def remaining(self) -> Iterator[tuple[int, list[Item]]]:
+    def remaining(self) -> Iterator[tuple[int, list[EncodedRow]]]:
         """(step, batch) for every remaining step."""
         if not self.over:
             for step, indices in self.schedule.batches(after=self.progress.step):
@@ -351,7 +351,7 @@ class TrainingRun:
 
     # --- results of a step ------------------------------------------------------------------------------------------
 
-    def count(self, step: int, batch: Sequence[Item], loss: float, seconds: float) -> None:
+    def count(self, step: int, batch: Sequence[EncodedRow], loss: float, seconds: float) -> None:
         """Add a step to the counters."""
         self.progress.step = step
         self.progress.losses = [*self.progress.losses, loss][-WINDOW:]
@@ -378,7 +378,7 @@ class TrainingRun:
     def record(
         self,
         step: int,
-        batch: Sequence[Item],
+        batch: Sequence[EncodedRow],
         *,
         loss: float,
         rate: float,

@@ -30,7 +30,7 @@ from turret.errors import LossNotFinite
 from turret.recipe import Recipe
 from turret.tasks import Task, has_head
 from turret.train.adamw import learning_rate
-from turret.train.batches import Items, Schedule, splits_of
+from turret.train.batches import EncodedRows, Schedule, splits_of
 from turret.train.evaluation import example_losses
 from turret.train.initialize import InitialAdapter
 from turret.train.linear_start import head_start
@@ -151,8 +151,8 @@ class Trials:
     recipe: Recipe
     task: Task
     slot: LocalSlot
-    items: Items
-    held: Items
+    items: EncodedRows
+    held: EncodedRows
     steps: int
     start: torch.Tensor  # (N,) the initial weights
 
@@ -212,7 +212,7 @@ def trials(
     slot = LocalSlot.of_recipe(recipe, base, task, start)
     try:
         base.model.train()
-        items = Items(task, [examples[place] for place in sorted(order[held:])])
+        items = EncodedRows(task, [examples[place] for place in sorted(order[held:])])
         if start is None and has_head(task):
             begins = head_start(recipe, base, task, items, slot.most_tokens)
             if begins is not None:
@@ -222,7 +222,7 @@ def trials(
             task,
             slot,
             items=items,
-            held=Items(task, [examples[place] for place in order[:held]]),
+            held=EncodedRows(task, [examples[place] for place in order[:held]]),
             steps=steps,
             start=slot.optimiser.weights.clone(),
         )

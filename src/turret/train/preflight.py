@@ -26,7 +26,16 @@ from turret.tasks import Task, has_head, writes
 from turret.train import memory
 from turret.train.adamw import moment_bytes, warmup_steps
 from turret.train.asking import GENERATED_ROWS, Asking, twin
-from turret.train.batches import Item, Items, Schedule, Splits, micro_batches, pass_tokens, splits_of, spread
+from turret.train.batches import (
+    EncodedRow,
+    EncodedRows,
+    Schedule,
+    Splits,
+    micro_batches,
+    pass_tokens,
+    splits_of,
+    spread,
+)
 from turret.train.evaluation import evaluate
 from turret.train.initialize import InitialAdapter, attach, extracted
 from turret.train.linear_start import head_start
@@ -104,7 +113,7 @@ def measure(
     recipe: Recipe,
     base: Base,
     task: Task,
-    items: Items,
+    items: EncodedRows,
     schedule: Schedule,
     *,
     before: int | None = None,
@@ -189,7 +198,9 @@ def _synchronized(clock: Callable[[], float], device: torch.device) -> Callable[
     return read
 
 
-def _seconds_of_passes(model: Model, task: Task, pieces: Sequence[Sequence[Item]], clock: Callable[[], float]) -> float:
+def _seconds_of_passes(
+    model: Model, task: Task, pieces: Sequence[Sequence[EncodedRow]], clock: Callable[[], float]
+) -> float:
     """Seconds of a step of these pieces: the shorter of two, in case another process was busy during one."""
     seconds = math.inf
     for _ in range(2):
@@ -202,7 +213,7 @@ def _seconds_of_passes(model: Model, task: Task, pieces: Sequence[Sequence[Item]
     return seconds
 
 
-def _saved_by(model: Model, task: Task, pieces: Sequence[Sequence[Item]], sizes: int) -> memory.SavedForBackward:
+def _saved_by(model: Model, task: Task, pieces: Sequence[Sequence[EncodedRow]], sizes: int) -> memory.SavedForBackward:
     """Run pieces of so many sizes, smallest first; returns what the largest saved for its backward pass."""
     for place in range(1, sizes):
         backward(loss_of(model, task, pieces[(len(pieces) - 1) * place // sizes]))
@@ -215,7 +226,7 @@ def _saved_by(model: Model, task: Task, pieces: Sequence[Sequence[Item]], sizes:
     return saved
 
 
-def _evaluate(model: Model, task: Task, items: Items, places: set[int], most_tokens: int) -> None:
+def _evaluate(model: Model, task: Task, items: EncodedRows, places: set[int], most_tokens: int) -> None:
     """An evaluation of the longest of these items: two passes of the size that an evaluation uses."""
     room, chosen = 2 * most_tokens, list[Example]()
     for place, item in sorted(zip(places, items.take(list(places)), strict=True), key=lambda each: -each[1].tokens):
@@ -227,7 +238,7 @@ def _evaluate(model: Model, task: Task, items: Items, places: set[int], most_tok
 
 
 def _generation_time(
-    bare: Base, model: Model, task: Task, items: Sequence[Item], clock: Callable[[], float]
+    bare: Base, model: Model, task: Task, items: Sequence[EncodedRow], clock: Callable[[], float]
 ) -> GenerationTime | None:
     """Generate a few texts at two lengths: the difference is the time of the further tokens.
 
@@ -252,7 +263,7 @@ def _generation_time(
     return GenerationTime(max(0.0, seconds[0] - FIRST_TOKENS[0] * step) / len(items), step)
 
 
-def _tokens_of_batch(batch: Sequence[Item]) -> int:
+def _tokens_of_batch(batch: Sequence[EncodedRow]) -> int:
     return sum(item.tokens for item in batch)
 
 
@@ -346,7 +357,7 @@ def special_tokens(base: Base, task: Task) -> Check:
     return Check("tokens", "ok", f"pad is token {pad}, eos is {'not needed' if eos is None else f'token {eos}'}")
 
 
-def inputs(items: Sequence[Item], task: Task, base: Base) -> Iterator[Check]:
+def inputs(items: Sequence[EncodedRow], task: Task, base: Base) -> Iterator[Check]:
     """How many inputs are cut at the limit, and which limit would keep most of them whole."""
     cut = sum(item.cut for item in items)
     empty = sum(not text.strip() for text in texts_of([item.example for item in items]))
@@ -377,7 +388,7 @@ def inputs(items: Sequence[Item], task: Task, base: Base) -> Iterator[Check]:
         yield Check("inputs", "warn", text, f"set task.max_tokens to {wanted}, {gain}; training takes longer")
 
 
-def outputs(items: Sequence[Item], task: Task) -> Iterator[Check]:
+def outputs(items: Sequence[EncodedRow], task: Task) -> Iterator[Check]:
     """How many targets are cut, and whether generated texts may be as long as the targets."""
     if not writes(task):
         return
@@ -474,7 +485,7 @@ def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(named if len(named) <= 8 else [*named[:5], "...", *named[-2:]])
 
 
-def language(items: Sequence[Item]) -> Iterator[Check]:
+def language(items: Sequence[EncodedRow]) -> Iterator[Check]:
     """Whether the base's tokenizer cuts the words of texts in another language than English into many pieces."""
     texts = [text for text in texts_of([item.example for item in items]) if text.strip()]
     name = language_of(texts)
@@ -556,7 +567,7 @@ def precision(recipe: Recipe, base: Base) -> Iterator[Check]:
         yield Check("dtype", level, f"{slow}the loss is scaled, because small gradients vanish in float16", remedy)
 
 
-def whole_lengths(items: Sequence[Item], tokenizer: Tokenizer, limit: int) -> list[int]:
+def whole_lengths(items: Sequence[EncodedRow], tokenizer: Tokenizer, limit: int) -> list[int]:
     """The tokens of the inputs before they were cut. Texts are read up to 240 characters per token of the limit."""
     most = 40 * 6 * limit  # characters
     cut = [item for item in items if item.cut and item.whole is None]
@@ -605,7 +616,7 @@ def plan(
     before = memory.resident(base.model.device)
     used = splits_of(recipe, dataset)
     schedule = Schedule.of(recipe, len(used.train))
-    items = Items(task, used.train)
+    items = EncodedRows(task, used.train)
     sample = items.take(spread(len(items), EXAMPLES_SAMPLED))
     total = quantized.count(base.model)
     own = defaults_of(recipe.method, base, task.kind)
@@ -659,7 +670,7 @@ def _cost(
     recipe: Recipe,
     base: Base,
     task: Task,
-    items: Items,
+    items: EncodedRows,
     schedule: Schedule,
     total: int,
     rows: list[Check],
@@ -716,7 +727,7 @@ def _training_seconds(
 
 def _estimated_tokens(task: Task, examples: Sequence[Example]) -> float:
     """The number of tokens of all examples, estimated from some of them."""
-    items = Items(task, examples)
+    items = EncodedRows(task, examples)
     sample = items.take(spread(len(items), EXAMPLES_SAMPLED // 10))
     return sum(item.tokens for item in sample) / len(sample) * len(items)
 

@@ -24,7 +24,7 @@ from turret.errors import ProofFailed
 from turret.json_types import JsonObject
 from turret.process import environment
 from turret.tasks import Task
-from turret.train.batches import Items, spread
+from turret.train.batches import EncodedRows, spread
 from turret.transformer import Model
 
 ROWS = 4  # examples in a probe
@@ -53,7 +53,7 @@ class Probe:
 
 def probe(model: Model, task: Task, examples: Sequence[Example], rows: int = ROWS) -> Probe:
     """Record the outputs of the attached, trained model for at most `rows` of the examples."""
-    items = Items(task, examples).take(spread(len(examples), rows))
+    items = EncodedRows(task, examples).take(spread(len(examples), rows))
     sources = [item.source for item in items]
     targets = [item.target[:TARGET_TOKENS] for item in items if item.target is not None]
     training = model.training

@@ -31,7 +31,7 @@ from turret.recipe import Recipe, Train
 from turret.recipe import Task as TaskSettings
 from turret.tasks import Task, make_task, task_of
 from turret.train.adamw import AdamW
-from turret.train.batches import Item, encode, pass_tokens
+from turret.train.batches import EncodedRow, encode, pass_tokens
 from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
 from turret.train.initialize import InitialAdapter, attach, extracted, fresh_modules, optimiser_of
@@ -96,11 +96,11 @@ class LocalSlot:
 
     # --- verbs --------------------------------------------------------------------------------------------------------
 
-    def forward(self, rows: Sequence[Item]) -> float:
+    def forward(self, rows: Sequence[EncodedRow]) -> float:
         with evaluating(self.model, None):
             return float(loss_of(self.model, self.task, rows))
 
-    def forward_backward(self, rows: Sequence[Item], loss: Loss | None = None) -> float:
+    def forward_backward(self, rows: Sequence[EncodedRow], loss: Loss | None = None) -> float:
         if not self._added:
             self.optimiser.zero_gradients()
         self._added = True
@@ -118,11 +118,11 @@ class LocalSlot:
         self.optimiser.step(step.lr)
         return norm
 
-    def train(self, rows: Sequence[Item], step: OptimStep, task: Task | None = None) -> tuple[float, float]:
+    def train(self, rows: Sequence[EncodedRow], step: OptimStep, loss: Loss | None = None) -> tuple[float, float]:
         """Both verbs at once. In float16 gradients that overflow are computed again, with half the loss scale.
 
         Args:
-            task: Gives the loss instead of the slot's own.
+            loss: None: the task's.
 
         Returns:
             The loss and the norm of the gradients before clipping, both before the update.
@@ -133,7 +133,7 @@ class LocalSlot:
         with self.randomness, self.processes.noticing():
             return train_step(
                 self.model,
-                task or self.task,
+                self.task,
                 self._with(step),
                 rows,
                 rate=step.lr,
@@ -141,6 +141,7 @@ class LocalSlot:
                 most_tokens=self.most_tokens,
                 processes=self.processes,
                 scale=self.scale,
+                loss=loss,
             )
 
     def save(self, lineage: JsonObject | None = None) -> Adapter:

@@ -17,9 +17,9 @@ from turret.engine.protocol import Loss
 from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite, OutOfMemory, TrainingError
 from turret.ops.copies import copied
-from turret.tasks import Task, has_head
+from turret.tasks import HeadTask, Task, has_head
 from turret.train.adamw import AdamW
-from turret.train.batches import Item, micro_batches
+from turret.train.batches import EncodedRow, micro_batches
 from turret.train.distributed import ALONE, Processes
 from turret.train.memory import Prediction
 from turret.transformer import Model
@@ -74,13 +74,14 @@ def train_step(
     model: Model,
     task: Task,
     optimiser: AdamW,
-    batch: Sequence[Item],
+    batch: Sequence[EncodedRow],
     *,
     rate: float,
     clip: float,
     most_tokens: int,
     processes: Processes = ALONE,
     scale: LossScale | None = None,
+    loss: Loss | None = None,
 ) -> tuple[float, float]:
     """One update from the gradient of the mean loss over the whole batch, computed in micro-batches.
 
@@ -92,6 +93,7 @@ def train_step(
         clip: largest norm of the gradients.
         most_tokens: of one micro-batch.
         scale: of the loss, if the base computes in float16. A step whose gradients overflow is computed again.
+        loss: instead of the task's.
 
     Returns:
         The loss and the gradient norm before clipping, both before the update.
@@ -101,16 +103,16 @@ def train_step(
     """
     while True:
         optimiser.zero_gradients()
-        loss = forward_backward(model, task, optimiser, batch, most_tokens, processes, scale)
+        value = forward_backward(model, task, optimiser, batch, most_tokens, processes, scale, loss)
         norm = optimiser.clip_gradients(clip)
-        overflowed = math.isfinite(loss) and not math.isfinite(norm)
+        overflowed = math.isfinite(value) and not math.isfinite(norm)
         if scale is None or not overflowed or not scale.lower():
             break
-    require_finite(loss, norm)
+    require_finite(value, norm)
     if scale is not None:
         scale.passed()
     optimiser.step(rate)
-    return loss, norm
+    return value, norm
 
 
 def require_finite(loss: float, norm: float) -> None:
@@ -124,7 +126,7 @@ def forward_backward(
     model: Model,
     task: Task,
     optimiser: AdamW,
-    batch: Sequence[Item],
+    batch: Sequence[EncodedRow],
     most_tokens: int,
     processes: Processes = ALONE,
     scale: LossScale | None = None,
@@ -159,7 +161,7 @@ def _over_the_batch(
     model: Model,
     task: Task,
     optimiser: AdamW,
-    batch: Sequence[Item],
+    batch: Sequence[EncodedRow],
     most_tokens: int,
     processes: Processes,
     scale: LossScale | None,
@@ -172,17 +174,13 @@ def _over_the_batch(
     if processes.size > 1:
         raise TrainingError(f"loss {loss.name} spans the batch: train in one process, not {processes.size}")
 
-    def outputs(*piece: Item) -> Tensor:
+    def outputs(*piece: EncodedRow) -> Tensor:
         between_passes()
         return _outputs(model, task, piece)
 
     found = [checkpoint(outputs, *piece, use_reentrant=False) for piece in micro_batches(batch, most_tokens)]
     whole = torch.cat(found)
-    targets = (
-        task.targets([item.example for item in batch])
-        if has_head(task)
-        else torch.tensor([item.weight for item in batch])
-    )
+    targets = _wanted(task, batch) if has_head(task) else torch.tensor([item.weight for item in batch])
     mean = loss.function(whole, targets.to(whole.device))
     backward(mean if scale is None else mean.float() * scale.value)
     if scale is not None:
@@ -190,7 +188,7 @@ def _over_the_batch(
     return float(mean.detach())
 
 
-def _outputs(model: Model, task: Task, piece: Sequence[Item]) -> Tensor:
+def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
     """The logits (B, C) of a task with a head, else the log-probability of each target (B,)."""
     sources = [item.source for item in piece]
     with mixed_precision(model):
@@ -203,7 +201,7 @@ def _outputs(model: Model, task: Task, piece: Sequence[Item]) -> Tensor:
         return torch.stack([each.sum() for each in torch.split(tokens, [item.weight for item in piece])])
 
 
-def _passes(model: Model, batch: Sequence[Item], most_tokens: int, processes: Processes) -> int:
+def _passes(model: Model, batch: Sequence[EncodedRow], most_tokens: int, processes: Processes) -> int:
     """The passes that every process makes for a batch: layers in parts need all processes in every pass."""
     if parts_of(model) == 1:
         return 0
@@ -215,17 +213,23 @@ def backward(loss: Tensor) -> None:
     torch.autograd.backward(loss)
 
 
-def loss_of(model: Model, task: Task, piece: Sequence[Item], loss: Loss | None = None) -> Tensor:
+def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | None = None) -> Tensor:
     """The mean loss over some examples: a scalar with a graph. loss: instead of the task's."""
     function = task.loss if loss is None else loss.function
     sources = [item.source for item in piece]
     with mixed_precision(model):
         if has_head(task):
             logits = packed.classify_logits(model, sources)  # (B, C)
-            return function(logits, task.targets([item.example for item in piece]).to(logits.device))
+            return function(logits, _wanted(task, piece).to(logits.device))
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
         return _loss_of_targets(model, function, states, torch.cat([item.counted for item in piece]))
+
+
+def _wanted(task: HeadTask, piece: Sequence[EncodedRow]) -> Tensor:
+    """What a loss compares the head's outputs with: (B, ...)."""
+    own = [item.wanted for item in piece if item.wanted is not None]
+    return torch.stack(own) if own else task.targets([item.example for item in piece])
 
 
 def _loss_of_targets(model: Model, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
@@ -258,7 +262,7 @@ def memory_ran_out(error: Exception) -> bool:
 
 
 @contextmanager
-def explained(most_tokens: int, batch: Sequence[Item], step: int, predicted: Prediction | None) -> Iterator[None]:
+def explained(most_tokens: int, batch: Sequence[EncodedRow], step: int, predicted: Prediction | None) -> Iterator[None]:
     """Turn the errors that torch raises when memory runs out into OutOfMemory, which names the setting to lower."""
     try:
         yield

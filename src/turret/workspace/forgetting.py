@@ -23,7 +23,7 @@ from turret.recipe import Recipe
 from turret.reference import Reference
 from turret.store import Store, Version
 from turret.tasks import TextTask, stored_task, task_from_spec, writes
-from turret.train.batches import Items, spread
+from turret.train.batches import EncodedRows, spread
 from turret.train.evaluation import evaluating, example_losses
 from turret.transformer import Model, Tokenizer
 from turret.workspace.progress import Say, silent
@@ -269,6 +269,6 @@ def _on_task(store: Store, other: Version, model: Model, task: TextTask) -> Incr
     examples = dataset.test or dataset.validation or dataset.train
     its_task = task_from_spec(other.part("task"), task.tokenizer)
     assert writes(its_task)
-    items = Items(its_task, [examples[place] for place in spread(len(examples), EXAMPLES)])
+    items = EncodedRows(its_task, [examples[place] for place in spread(len(examples), EXAMPLES)])
     own = example_losses(model, its_task, items)
     return Increase.of(own, example_losses(model, its_task, items, slot=adapters.BARE))

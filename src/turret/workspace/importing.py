@@ -36,7 +36,7 @@ from turret.store import Store, Version, scratch
 from turret.tasks import TASKS, Task, make_task, task_from_spec, task_of
 from turret.tasks.task import kinds
 from turret.train.adapter_effect import AdapterEffect, effect_of
-from turret.train.batches import Item, Items
+from turret.train.batches import EncodedRow, EncodedRows
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Imported
 from turret.workspace.stored_adapter import quantization_of
@@ -311,10 +311,10 @@ def check(base: Base, adapter: Adapter) -> AdapterEffect:
     return effect
 
 
-def probe_items(task: Task) -> list[Item]:
+def probe_items(task: Task) -> list[EncodedRow]:
     """A few texts as tokens, for a comparison of outputs."""
     example = task.schema(multi_label=task.multi_label).example
-    return Items(task, [example(text, WRITTEN) for text in PROBE]).take(range(len(PROBE)))
+    return EncodedRows(task, [example(text, WRITTEN) for text in PROBE]).take(range(len(PROBE)))
 
 
 def _check_task(spec: JsonMapping, base: Base) -> None:

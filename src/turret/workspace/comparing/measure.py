@@ -29,7 +29,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import TASKS, Prediction, Task, has_head, make_task, writes
 from turret.train.asking import MOST_TOKENS, Asking
-from turret.train.batches import Items, by_length
+from turret.train.batches import EncodedRows, by_length
 from turret.train.evaluation import evaluate, evaluating
 from turret.train.initialize import attach, extracted
 from turret.transformer import Model, Tokenizer
@@ -161,7 +161,7 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
 
 def _features(ready: PreparedTraining, examples: Sequence[Example]) -> Array:
     """The mean of the bare base's last hidden states of each example: (N, D)."""
-    model, items = ready.base.model, Items(ready.task, examples)
+    model, items = ready.base.model, EncodedRows(ready.task, examples)
     places: list[int] = []
     parts = []
     with evaluating(model, adapters.BARE):
