@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import precision_recall_fscore_support
 from small_models import FAMILIES, tokenizer
 from torch.nn import functional as F
 
 from turret.data import Labelled
 from turret.errors import AdapterError, DataError
 from turret.recipe import Task
-from turret.tasks import make_task, task_from_spec
+from turret.tasks import make_task, metrics, task_from_spec
 from turret.tasks.classify import Classify, balanced_weights
 
 TOKENIZERS = {family: tokenizer(family) for family in FAMILIES}
@@ -229,3 +231,25 @@ def test_the_task_of_a_recipe_has_its_settings_and_the_datas_labels() -> None:
 def test_one_class_or_a_repeated_class_is_refused(labels: list[str]) -> None:
     with pytest.raises(DataError, match="classes must be different and at least 2"):
         Classify(labels, TOKENIZERS["bert"])
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_the_metrics_of_each_class_are_those_of_scikit_learn(multi_label: bool) -> None:
+    """Bit for bit, also for classes that are never true, never answered, or neither."""
+    draw = random.Random(0)
+    for classes, count in ((2, 1), (2, 40), (5, 7), (7, 60)):
+        numbers, labels = range(classes), [f"class {number}" for number in range(classes)]
+        drawn: list[Any] = []
+        for most in (classes - 1, classes):  # the last class is never true
+            if multi_label:
+                drawn.append([[int(each < most and draw.random() < 0.4) for each in numbers] for _ in range(count)])
+            else:
+                drawn.append([draw.randrange(most) for _ in range(count)])
+        true, answered = drawn
+        measure = metrics.many_classes if multi_label else metrics.one_class
+        found = measure(answered, true, labels, 0.0)
+        columns = precision_recall_fscore_support(true, answered, labels=list(numbers), average=None, zero_division=0)
+        wanted = [{"precision": p, "recall": r, "f1": f, "support": n} for p, r, f, n in zip(*columns, strict=True)]
+        assert list(found["per_class"].values()) == wanted
+        assert list(found["per_class"]) == labels
+    assert len({row["f1"] for row in wanted}) > 3  # the numbers differ

@@ -15,10 +15,15 @@ from transformers import LlamaConfig
 
 from turret import adapters
 from turret.bases.meta_model import model_of
+from turret.data import Labelled
 from turret.methods import Full, LoRA, Prefix
 from turret.ops.gpu import planned
 from turret.train import gpu_memory
+from turret.train.batches import EncodedRow, encode
 from turret.train.gpu_memory import Work, predict_on_gpu, refusal, saved_by
+from turret.train.initialize import attach
+from turret.train.memory import SavedForBackward
+from turret.train.step import backward, loss_of
 
 WORK = Work(rows=2, source=24, target=8, written=8)
 LARGE = LlamaConfig(
@@ -108,3 +113,35 @@ def test_a_prediction_leaves_a_recipes_pass_within_its_limits() -> None:
     recipe = tiny.recipe(train__micro_batch_tokens=100, task__max_tokens=40, task__max_target_tokens=10)
     assert Work.of(recipe, bare("llama", "generate"), generates=True) == Work(2, 40, 10, 10)
     assert Work.of(recipe, bare("bert", "classify"), generates=False) == Work(2, 40, 0, 0)
+
+
+def test_the_work_of_real_batches_is_that_of_their_largest_pass() -> None:
+    recipe = tiny.recipe(task__max_target_tokens=10)
+
+    def item(source: int, target: int | None) -> EncodedRow:
+        ends = None if target is None else torch.zeros(target, dtype=torch.long)
+        return EncodedRow(Labelled("", ""), torch.zeros(source, dtype=torch.long), ends)
+
+    texts = [[item(9, None), item(4, None)], [item(5, None)] * 4, [item(30, None)]]
+    assert Work.of_items(recipe, texts, 20) == Work(1, 30, 0, 0, 30)
+    assert Work.of_items(recipe, texts[:2], 20) == Work(4, 5, 0, 0, 9)
+    assert Work.of_items(recipe, texts[:2], 12) == Work(2, 5, 0, 0, 9), "a batch in two passes"
+    assert Work.of_items(recipe, [[item(6, 3), item(5, 1)]], 20) == Work(2, 6, 2, 10, 6)
+
+
+@pytest.mark.parametrize("task", ["classify", "generate"])
+def test_the_work_of_real_batches_predicts_what_their_largest_pass_saves(task: Any) -> None:
+    """Texts of many lengths. The prediction covers the real pass, and is not many times larger."""
+    on, data = tiny.base("llama", task), tiny.dataset(task, 24)
+    recipe = tiny.recipe()
+    asked = tiny.task_of(recipe, data, on)
+    batch = encode(asked, data.train)
+    work = Work.of_items(recipe, [batch], 10_000)
+    predicted = predict_on_gpu(bare("llama", task), recipe.method, work, torch.float32, programs=False)
+    attach(recipe, on, asked, None)
+    on.model.train()
+    saved = SavedForBackward(on.model)
+    with saved.counting():
+        loss = loss_of(on.model, asked, batch)
+    backward(loss)
+    assert saved.bytes < predicted.activations < 4 * saved.bytes

@@ -22,10 +22,13 @@ from turret.engine import Engine, SamplingParams
 from turret.errors import DataError, Interrupted, LossNotFinite, OutOfMemory, TrainingError, TurretError
 from turret.recipe import Recipe
 from turret.store import Store
+from turret.tasks import task_of
 from turret.train import StepRecord
 from turret.workspace import serving, training
 from turret.workspace.child_process import why_alone
+from turret.workspace.prepared import predicted_for
 from turret.workspace.resident import ALONE, ResidentBases, Room, Seat, ServingBase, with_room
+from turret.workspace.results import Planned
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "r": 4, "lora_dropout": 0.1},
@@ -180,6 +183,35 @@ def test_an_error_in_one_run_is_not_another_ones(tmp_path: Path, place: Resident
     assert isinstance(found[infinite.name], LossNotFinite)
     assert isinstance(found[missing.name], DataError)
     assert {name: found[name] for name in alone} == alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_plan_on_a_resident_base_predicts_memory_from_the_batches_of_the_data(
+    family: str, tmp_path: Path, place: ResidentBases
+) -> None:
+    """The recipe allows much larger batches than the data has, 32 short texts.
+
+    Control: the prediction without the data, and the one for long texts.
+    """
+    planned: list[Planned] = []
+    one = recipe(tmp_path, family, "lora", batch_size=512, micro_batch_tokens=1_000_000, max_steps=1)
+    training.train(Store(tmp_path / "s"), one, training.Callbacks(planned=planned.append), fresh=True, place=place)
+    found = planned[0].plan.memory
+    assert found is not None
+
+    kind = task_of("generate" if family in GENERATORS else "classify")
+    most = predicted_for(planned[0].recipe, kind, ("bad", "good"), torch.device("cpu"))
+    assert most is not None
+    assert most.activations > 20 * found.activations
+
+    short = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(short.replace('"text": "', '"text": "' + "the market in london " * 8))
+    training.train(Store(tmp_path / "s"), one, training.Callbacks(planned=planned.append), fresh=True, place=place)
+    longer = planned[1].plan.memory
+    assert longer is not None
+    assert longer.activations > 2 * found.activations
+    assert longer.trainable == found.trainable
 
 
 class Hungry(ServingBase):

@@ -143,15 +143,37 @@ def test_a_cell_that_fails_ends_its_candidate_and_not_the_shared_process(tmp_pat
     assert len(study.processes) == len(study.shared) == 1, "it was not tried again"
 
 
-def test_a_cell_whose_predicted_memory_is_refused_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """A plan on a resident base is computed from the largest batch; a process of its own measures a real one."""
-    recipe = recipe_in(tmp_path, **{"train.batch_size": "65536", "train.micro_batch_tokens": "2000000000"})
+SHORT_OF_MEMORY = """
+import sys, types
+if sys.orig_argv[-1] == "turret.workspace.comparing.cell_worker":  # the shared process, which has no arguments
+    import psutil
+    psutil.virtual_memory = lambda: types.SimpleNamespace(available=1 << 16, total=1 << 16)
+"""
+
+
+def test_a_cell_whose_predicted_memory_is_refused_is_measured_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells the shared process that almost no memory is free."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SHORT_OF_MEMORY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     study = Study(tmp_path / "study")
-    (result,) = study.run(cells_of(recipe, "lora", [1])).values()
+    (result,) = study.run(cells_of(recipe_in(tmp_path), "lora", [1])).values()
     assert not result["resident"]
     assert not study.runner.failures
     assert len(study.processes) == 2
     assert len(study.shared) == 1
+
+
+def test_a_cell_whose_data_is_smaller_than_its_batch_stays_on_the_resident_base(tmp_path: Path) -> None:
+    """Its memory is predicted from the batches of its data, not from the largest that the recipe allows."""
+    recipe = recipe_in(tmp_path, **{"train.batch_size": "65536", "train.micro_batch_tokens": "2000000000"})
+    study = Study(tmp_path / "study")
+    (result,) = study.run(cells_of(recipe, "lora", [1])).values()
+    assert result["resident"]
+    assert not study.runner.failures
+    assert len(study.processes) == 1
 
 
 def test_a_method_that_cannot_share_keeps_a_process_of_its_own(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from turret.json_types import JsonObject
@@ -52,16 +53,28 @@ def many_classes(
 
 
 def _report(true: ClassNumbers, given: ClassNumbers, labels: Sequence[str]) -> dict[str, dict[str, float | int]]:
+    """Precision, recall and F1 of each class, and how often it is true. scikit-learn would take 100 MB of a process."""
     if not true:
         return {}
-    from sklearn.metrics import precision_recall_fscore_support  # 100 MB: loaded by those who classify only
-
-    numbers = list(range(len(labels)))
-    columns = precision_recall_fscore_support(true, given, labels=numbers, average=None, zero_division=0)
+    hits, answers, support = Counter[int](), Counter[int](), Counter[int]()
+    for given_row, true_row in zip(map(_numbers, given), map(_numbers, true), strict=True):
+        hits.update(given_row & true_row)
+        answers.update(given_row)
+        support.update(true_row)
     return {
-        label: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
-        for label, p, r, f, n in zip(labels, *columns, strict=True)
+        label: {
+            "precision": hits[each] / answers[each] if answers[each] else 0.0,
+            "recall": hits[each] / support[each] if support[each] else 0.0,
+            "f1": 2 * hits[each] / (answers[each] + support[each]) if answers[each] + support[each] else 0.0,
+            "support": support[each],
+        }
+        for each, label in enumerate(labels)
     }
+
+
+def _numbers(classes: int | Sequence[int]) -> set[int]:
+    """The numbers of a text's classes."""
+    return {classes} if isinstance(classes, int) else {number for number, each in enumerate(classes) if each}
 
 
 def _macro(report: dict[str, dict[str, float | int]]) -> float:

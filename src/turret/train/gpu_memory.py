@@ -27,7 +27,7 @@ from turret.ops.table import planned
 from turret.recipe import Recipe
 from turret.train.adamw import moment_bytes
 from turret.train.asking import CACHE_TOKENS, GENERATED_ROWS
-from turret.train.batches import pass_tokens
+from turret.train.batches import EncodedRow, micro_batches, pass_tokens
 from turret.train.memory import Prediction, SavedForBackward, trainable_bytes
 from turret.train.step import TARGETS
 from turret.transformer import Model
@@ -49,12 +49,14 @@ class Work:
         source: tokens of each.
         target: tokens of each target; 0 for a classifier.
         written: tokens that each row generates in an evaluation; 0 for none.
+        longest: tokens of the longest text that an evaluation continues, if it is longer than `source`.
     """
 
     rows: int
     source: int
     target: int = 0
     written: int = 0
+    longest: int = 0
 
     @classmethod
     def of(cls, recipe: Recipe, model: Model, *, generates: bool) -> Work:
@@ -65,6 +67,21 @@ class Work:
         rows = pass_tokens(recipe.train, model.config) // (source + target)
         written = (recipe.task.max_new_tokens or target) if generates else 0
         return cls(max(1, min(recipe.train.batch_size, rows)), source, target, written)
+
+    @classmethod
+    def of_items(cls, recipe: Recipe, batches: Sequence[Sequence[EncodedRow]], most_tokens: int) -> Work:
+        """The work of real batches: its largest pass, with texts of the same mean length.
+
+        Args:
+            most_tokens: of one pass.
+        """
+        pieces = [piece for batch in batches for piece in micro_batches(batch, most_tokens)]
+        piece = max(pieces, key=lambda items: sum(item.tokens for item in items))
+        rows, sources = len(piece), sum(len(item.source) for item in piece)
+        target = -(-sum(len(item.target) for item in piece if item.target is not None) // rows)
+        longest = max(len(item.source) for batch in batches for item in batch)
+        written = (recipe.task.max_new_tokens or recipe.task.max_target_tokens or TARGET) if target else 0
+        return cls(rows, -(-sources // rows), target, written, longest)
 
 
 def predict_on_gpu(
@@ -191,7 +208,7 @@ def _cached(model: Model, work: Work, dtype: torch.dtype) -> int:
         return 0
     sites = [site for site in adapters.attachment(model).sites if site.group != "encoder"]
     each = sum(2 * site.kv_heads * site.head_dim for site in sites) * dtype.itemsize  # of one token
-    tokens = capacity(work.source + work.written)
+    tokens = capacity(max(work.source, work.longest) + work.written)
     rows = max(1, min(GENERATED_ROWS, CACHE_TOKENS // tokens))
     return (1 << (rows - 1).bit_length()) * tokens * each  # a block of the cache has room for a power of two
 

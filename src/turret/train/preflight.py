@@ -135,7 +135,7 @@ def measure(
         start: the adapter to continue from.
         clock: seconds.
     """
-    sampled = [indices for (_, indices), _ in zip(schedule.batches(), range(BATCHES_SAMPLED), strict=False)]
+    sampled = _sampled(schedule)
     batches = [items.take(indices) for indices in sampled]
     model: Model = base.model
     most = pass_tokens(recipe.train, model.config)
@@ -186,6 +186,16 @@ def measure(
         busy,
         generation,
     )
+
+
+def sampled_batches(used: Splits, recipe: Recipe, task: Task) -> list[list[EncodedRow]]:
+    """The batches of a training among which its largest pass is looked for."""
+    items = EncodedRows(task, used.train)
+    return [items.take(indices) for indices in _sampled(Schedule.of(recipe, len(items)))]
+
+
+def _sampled(schedule: Schedule) -> list[list[int]]:
+    return [indices for (_, indices), _ in zip(schedule.batches(), range(BATCHES_SAMPLED), strict=False)]
 
 
 def _synchronized(clock: Callable[[], float], device: torch.device) -> Callable[[], float]:

@@ -110,12 +110,14 @@ def predicted_for(
     *,
     parts: int = 1,
     checkpointed: bool | None = None,
+    work: Work | None = None,
 ) -> Prediction | None:
     """The predicted memory of a recipe's training on a GPU; None if it cannot be told from shapes alone.
 
     Args:
         parts: in how many parts the layers of the base lie, with `train.shard`.
         checkpointed: whether its layers are checkpointed; None: as the recipe says.
+        work: its largest pass; None: of texts that are all as long as the recipe allows.
 
     Raises:
         BaseModelError: the base cannot be found.
@@ -125,7 +127,8 @@ def predicted_for(
         checkpointed = bool(recipe.train.checkpoint_layers)
     shape = recipe.model_copy(update={"name": "shape", "seed": 0, "data": Data(source="-")})  # the rest decides
     try:
-        return _predicted(source.folder, shape.to_toml(), task, task.num_labels(labels), device, parts, checkpointed)
+        outputs = task.num_labels(labels)
+        return _predicted(source.folder, shape.to_toml(), task, outputs, device, parts, checkpointed, work)
     except (UnknownFamily, AdapterError, NotImplementedError, RuntimeError, TypeError):
         return None  # such as a module that needs numbers; the plan measures it on the GPU
 
@@ -139,6 +142,7 @@ def _predicted(
     device: torch.device,
     parts: int,
     checkpointed: bool,
+    work: Work | None,
 ) -> Prediction:
     """The predicted memory of a training on the base in a folder. shape: its recipe (TOML), without name and data."""
     recipe = Recipe.from_toml(shape)
@@ -147,7 +151,7 @@ def _predicted(
     predicted = predict_on_gpu(
         model,
         recipe.method,
-        Work.of(recipe, model, generates=task.generates),
+        work or Work.of(recipe, model, generates=task.generates),
         dtype,
         nf4=recipe.base_quantization == "nf4",
         optimizer=recipe.train.optimizer,

@@ -227,6 +227,7 @@ class _Run:
 
 def main(request: str) -> None:
     """Train what the worker gives, until it ends."""
+    process.share()  # one heap for the threads of all runs: what one frees, another uses
     asked = json.loads(request)
     with tempfile.TemporaryDirectory(prefix="turret-") as folder:
         os.chdir(folder)

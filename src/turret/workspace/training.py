@@ -53,7 +53,9 @@ from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
 from turret.train.asking import Asking, twin
-from turret.train.preflight import fits
+from turret.train.batches import pass_tokens
+from turret.train.gpu_memory import Work
+from turret.train.preflight import fits, sampled_batches
 from turret.train.proof import make_room
 from turret.train.reload import prove_here
 from turret.train.step import memory_ran_out
@@ -395,12 +397,19 @@ def lighter(ready: PreparedTraining, planned: Planned) -> PreparedTraining | Non
 
 
 def _with_memory(plan: Plan, ready: PreparedTraining) -> Plan:
-    """The plan of a training whose base is in parts or resident: its memory is computed from shapes, not measured."""
+    """The plan of a training whose base is in parts or resident: its memory is computed from shapes, not measured.
+
+    On a resident base from the shapes of its real batches.
+    """
     parts, base, rows = parts_of(ready.base.model), ready.base, list[Check]()
     if parts > 1:
         text = f"{parts} processes, each keeps {gigabytes(base.bytes)} of the base and gathers one layer after another"
         rows.append(Check("shard", "ok", text))
-    predicted = predicted_for(ready.recipe, type(ready.task), ready.task.labels, base.model.device, parts=parts)
+    kind, labels, work = type(ready.task), ready.task.labels, None
+    if parts == 1:
+        batches = sampled_batches(trainer.splits_of(ready.recipe, ready.dataset), ready.recipe, ready.task)
+        work = Work.of_items(ready.recipe, batches, pass_tokens(ready.recipe.train, base.model.config))
+    predicted = predicted_for(ready.recipe, kind, labels, base.model.device, parts=parts, work=work)
     if predicted is not None:
         rows.append(fits(predicted, base))
     what = "a base in parts" if parts > 1 else "a resident base"
