@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from turret.ops import cpu as kernels
-from turret.ops.cpu import AdapterSpans, Library
+from turret.ops.cpu import Library
+from turret.ops.structs import AdapterSpans
 
 TOLERANCES = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 3e-2}}
 BOTH = pytest.mark.parametrize("dtype", list(TOLERANCES))

@@ -34,7 +34,7 @@ QUICK += (
     "turret.engine",
     "turret.engine.scheduler",
 )
-QUICK += ("turret.client", "turret.server.app", "turret.server.run")
+QUICK += ("turret.client", "turret.server.app", "turret.server.app")
 
 
 def loaded_by(statement: str) -> set[str]:

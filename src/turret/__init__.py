@@ -22,6 +22,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from turret.version import __version__
+
 if TYPE_CHECKING:
     from turret.adapters import attach, detach
     from turret.bundles import load, save
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from turret.methods import Full, Head, LoRA, Peft, Prefix
     from turret.recipe import Recipe
     from turret.workspace import Workspace
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AsyncClient",

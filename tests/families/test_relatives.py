@@ -12,7 +12,7 @@ from peft_twins import adapter_from, lora_twin, require_the_same_gradients
 from small_models import RELATIVE_DECODERS, RELATIVE_ENCODER_DECODERS, RELATIVES, build, config
 
 from turret.adapters import attach, attachment, classify_logits, on_slot, target_logits
-from turret.adapters.tuners import tuner_of
+from turret.adapters.tuners.tuner import tuner_of
 from turret.engine.runner import DecodeStep, Prefill
 from turret.errors import AdapterError
 from turret.families import FAMILIES

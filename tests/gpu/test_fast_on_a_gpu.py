@@ -11,8 +11,7 @@ import torch
 from adapters_at_hand import GENERATES, made
 from batches import without_dropout
 
-from turret.engine.cuda_graphs import CudaGraphs
-from turret.engine.runner import DecodeStep, Prefill, Runner
+from turret.engine.runner import CudaGraphs, DecodeStep, Prefill, Runner
 from turret.methods import LoRA
 from turret.ops.copies import copied
 from turret.ops.gpu import available, operations

@@ -17,9 +17,9 @@ from server import patience
 from server.echo import FINGERPRINT, LABELS, Echo, SamplingParams
 from store.bundles import tensors, write_bundle
 
+from turret.server.app import Server, bind, url_of
 from turret.server.engines import Engines
 from turret.server.logs import Log
-from turret.server.run import Server, bind, url_of
 from turret.server.state import ServerSettings, ServerState
 from turret.store import Version
 from turret.workspace import Workspace

@@ -101,7 +101,7 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
 def serving(workspace: Workspace, slots: int = 0) -> Iterator[tuple[str, ServerState]]:
     """A server on the bundled base, at a free port. slots: of trainings beside its answers."""
     from turret.engine import SamplingParams
-    from turret.server.run import Server, bind, url_of
+    from turret.server.app import Server, bind, url_of
 
     listening = bind("127.0.0.1", 0)
     with workspace.engine(BASE) as engine:

@@ -19,7 +19,7 @@ from typing import Any
 from server.echo import Echo, SamplingParams
 
 from turret.server import batch_runner
-from turret.server.run import bind, run
+from turret.server.app import bind, run
 from turret.server.state import ServerState
 from turret.store import batches
 from turret.workspace import Workspace

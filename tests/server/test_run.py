@@ -18,7 +18,7 @@ import pytest
 from turret.cli.main import run
 from turret.cli.serve import only_base, size_of
 from turret.errors import ServeRefused
-from turret.server.run import bind, url_of
+from turret.server.app import bind, url_of
 
 TESTS = Path(__file__).parents[1]
 

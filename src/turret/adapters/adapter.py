@@ -25,7 +25,8 @@ from turret.adapters.modules_to_save import twin
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError, WrongBase
-from turret.families import FAMILIES, Family
+from turret.families import FAMILIES
+from turret.families.family import Family
 from turret.json_types import JsonObject
 from turret.methods import Method
 from turret.methods.peft import LORA_PREFIX as LORA_PREFIX

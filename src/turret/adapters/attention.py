@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from turret.adapters.batch_context import BARE, BatchContext, CachedKV
 from turret.errors import AdapterError
-from turret.families import Family, Site
+from turret.families.family import Family, Site
 from turret.ops.attention import attend, attend_rows
 from turret.ops.core import Ops
 from turret.ops.dropout import Masks

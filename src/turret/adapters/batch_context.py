@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.ops.core import AdapterSpans, KVStep
+from turret.ops.core import KVStep
 from turret.ops.dropout import Masks
+from turret.ops.structs import AdapterSpans
 
 BARE = 0  # the slot of the bare base, without an adapter
 ATTACHED = 1  # the slot of the adapter that `attach` makes

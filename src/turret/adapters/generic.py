@@ -10,8 +10,8 @@ from torch import Tensor
 from turret.adapters.hooks import detach, hook_model
 from turret.adapters.packed import classify_logits, target_logits
 from turret.errors import AdapterError, UnknownFamily
-from turret.families import FAMILIES, Family, generic
-from turret.families.family import Kind
+from turret.families import FAMILIES, generic
+from turret.families.family import Family, Kind
 
 if TYPE_CHECKING:
     from turret.transformer import Model

@@ -23,7 +23,8 @@ from turret.adapters.modules_to_save import RoutedWhole
 from turret.adapters.prefix import PrefixSlot
 from turret.arguments import checked
 from turret.errors import AdapterError
-from turret.families import Family, Site, family_of
+from turret.families import family_of
+from turret.families.family import Family, Site
 from turret.methods import Method
 from turret.ops.dropout import dropout
 from turret.transformer import Model, Submodule

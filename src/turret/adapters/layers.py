@@ -22,7 +22,7 @@ from turret.adapters.batch_context import BARE, AdapterPoolProtocol, BatchContex
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.modules_to_save import unrouted
 from turret.adapters.scaled import ScaledLayer
-from turret.families import FastPaths, Layout
+from turret.families.family import FastPaths, Layout
 from turret.ops import frozen, lora
 from turret.ops.blocks import Normed, PostNorm, PreNorm, Training, train
 from turret.ops.core import Cached, LayerWeights, Ops, WholeLayers

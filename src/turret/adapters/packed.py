@@ -15,7 +15,7 @@ from torch import Tensor
 from turret.adapters.batch_context import set_context
 from turret.adapters.hooks import attachment, device_of
 from turret.adapters.positions import row_positions
-from turret.families import Pooling, parts_of_head
+from turret.families.family import Pooling, parts_of_head
 from turret.ops.copies import copied
 from turret.ops.frozen import linear
 from turret.ops.padded_blocks import rounded

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from turret import quantized
 from turret.adapters.prefix import Groups
 from turret.errors import AdapterError, RecipeError, TurretError
-from turret.families import Family
+from turret.families.family import Family
 from turret.json_types import JsonObject, JsonValue
 from turret.methods import LoRA, Peft
 from turret.methods.lora import require_no_data

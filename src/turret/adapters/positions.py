@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from turret.adapters.batch_context import BatchContext
-from turret.families import Family
+from turret.families.family import Family
 from turret.ops.copies import copied
 from turret.transformer import Model
 

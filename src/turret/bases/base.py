@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from turret import quantized
-from turret.adapters import BaseInfo
+from turret.adapters.adapter import BaseInfo
 from turret.bases import fingerprint_cache
 from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes
 from turret.bases.meta_model import auto_class, room_to_answer

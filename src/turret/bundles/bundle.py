@@ -23,7 +23,7 @@ from turret.adapters.adapter import Adapter, BaseInfo, require_base
 from turret.adapters.hooks import ATTRIBUTE, HookedModel, attachment, detach
 from turret.adapters.lifecycle import attach, extract, mount, require_bare, start_from
 from turret.adapters.peft_config import check_config, refuse_code, shortly
-from turret.adapters.tuners import tuner_of
+from turret.adapters.tuners.tuner import tuner_of
 from turret.arguments import checked
 from turret.bundles.tensors import Content, read_tensors, visible
 from turret.disk import describe_error, make_folder, permissions, sync

@@ -157,9 +157,9 @@ def _serve(
 ) -> None:
     from turret import process
     from turret.engine import SamplingParams
+    from turret.server.app import bind, run
     from turret.server.auth import Guard
     from turret.server.engines import Engines
-    from turret.server.run import bind, run
     from turret.server.state import ServerState
 
     process.share()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from threading import Condition
 from typing import Protocol, TypeAlias
 
-from turret.adapters import Adapter
+from turret.adapters.adapter import Adapter
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.request import LoadedAdapter, Named, Request

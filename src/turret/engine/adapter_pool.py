@@ -20,13 +20,12 @@ from torch.func import functional_call
 from transformers import AutoModelForSequenceClassification
 
 from turret import quantized
-from turret.adapters import require_base
-from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, head_paths
+from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, head_paths, require_base
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
 from turret.adapters.hooks import HookedModel, device_of, hook_model, routed_linear, routed_whole, target_paths
-from turret.adapters.lifecycle import all_parts
 from turret.adapters.lora import sizes
 from turret.adapters.scaled import ScaledLayer
+from turret.adapters.tuners.tuner import all_parts
 from turret.bundles.tensors import all_finite
 from turret.engine.adapter_tensors import (
     AdapterTensors,
@@ -36,10 +35,10 @@ from turret.engine.adapter_tensors import (
     tensor_layout,
 )
 from turret.errors import AdapterError
-from turret.families import Family
-from turret.ops.core import AdapterSpans
+from turret.families.family import Family
 from turret.ops.frozen import linear
 from turret.ops.mixed_lora import GpuRows, MixedLoRA, MixedRows, mixed_rows, sgmv
+from turret.ops.structs import AdapterSpans
 from turret.ops.table import of
 from turret.tasks import Task
 from turret.transformer import Model

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters.batch_context import AdapterPoolProtocol, CachedKV
-from turret.families import Site
+from turret.families.family import Site
 from turret.ops.copies import copied
 from turret.ops.core import KVStep
 from turret.ops.padded_blocks import rounded

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from turret.bases import Base
+from turret.bases.base import Base
 from turret.data import Input, Prompt
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.cache import capacity

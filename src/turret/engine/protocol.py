@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from turret.adapters import Adapter
+    from turret.adapters.adapter import Adapter
     from turret.data import Input
     from turret.engine.request import Answer, Ticket
     from turret.engine.sampling_params import SamplingParams

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 from turret.errors import DataError
-from turret.families import Pooling
+from turret.families.family import Pooling
 
 if TYPE_CHECKING:
     from torch import Tensor

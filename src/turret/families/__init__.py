@@ -9,7 +9,6 @@ from turret.families.albert import ALBERT
 from turret.families.bart import BART
 from turret.families.bert import BERT
 from turret.families.big_bird import BIG_BIRD
-from turret.families.camembert import CAMEMBERT
 from turret.families.deberta_v2 import DEBERTA_V2
 from turret.families.distilbert import DISTILBERT
 from turret.families.electra import ELECTRA
@@ -28,8 +27,7 @@ from turret.families.family import (
     last,
     parts_of_head,
 )
-from turret.families.gemma2 import GEMMA2
-from turret.families.gemma3 import GEMMA3
+from turret.families.gemma2 import GEMMA2, GEMMA3
 from turret.families.gpt2 import GPT2
 from turret.families.llama import LLAMA
 from turret.families.mbart import MBART
@@ -41,9 +39,8 @@ from turret.families.pegasus import PEGASUS
 from turret.families.phi3 import PHI3
 from turret.families.qwen2 import QWEN2
 from turret.families.qwen3 import QWEN3
-from turret.families.roberta import ROBERTA
+from turret.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from turret.families.t5 import T5
-from turret.families.xlm_roberta import XLM_ROBERTA
 from turret.json_types import JsonValue
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from turret.families import Family
+from turret.families.family import Family
 from turret.methods.method import Method, Operation
 
 

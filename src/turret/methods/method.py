@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 
 from turret.errors import RecipeError, joined, shown
-from turret.families import Family
+from turret.families.family import Family
 from turret.json_types import JsonMapping, JsonValue
 from turret.methods.messages import sentences
 from turret.plan_check import Check

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from turret.families import Family
+from turret.families.family import Family
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods.lora import LoRA
 from turret.methods.method import Method, Operation

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 
 from turret.errors import BundleError
-from turret.families import Family
+from turret.families.family import Family
 from turret.json_types import JsonMapping
 from turret.methods.method import Method, Operation
 from turret.plan_check import Check

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from turret.ops import formulas
-from turret.ops.cpu import AdapterSpans
 from turret.ops.structs import (
+    AdapterSpans,
     AttentionRows,
     DropoutArguments,
     LayerNorm,

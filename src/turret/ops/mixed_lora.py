@@ -14,11 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.ops.cpu import AdapterSpans
 from turret.ops.cpu.ops import CpuOps
 from turret.ops.frozen import linear, takes_few
-from turret.ops.gpu import MixedLoRA as MixedLoRA
+from turret.ops.gpu.mixed import MixedLoRA as MixedLoRA
 from turret.ops.gpu.ops import GpuOps
+from turret.ops.structs import AdapterSpans
 from turret.ops.table import of
 
 Pair = tuple[Tensor, Tensor]

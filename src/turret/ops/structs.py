@@ -5,6 +5,7 @@ Axes: B rows, N tokens of all rows, H heads, P prefix, D head size, R rank.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -90,6 +91,37 @@ class BaseProducts(Protocol):
 
     def backward(self, dy: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
         """dy W + plus: (N, D_out) -> (N, D_in). plus may be changed in place."""
+
+
+class AdapterSpans:
+    """The LoRA factors of each span of tokens in a pass, for every layer.
+
+    Args:
+        starts: (S,) int64, the first token of each span.
+        ends: (S,) int64, one past the last token.
+        ranks: (S,) int64.
+        factors: (S, L, 2) int64, addresses of A (R, D_in) and of the scaled B (R, D_out), contiguous; zeros for a
+            layer without factors. The caller keeps these tensors alive.
+        tokens: N.
+    """
+
+    def __init__(self, starts: Tensor, ends: Tensor, ranks: Tensor, factors: Tensor, tokens: int) -> None:
+        assert factors.is_contiguous()
+        assert len(factors) == len(starts) == len(ends) == len(ranks)
+        self._tensors = (starts, ends, ranks, factors)  # C reads their memory
+        self.tokens, self.layers = tokens, factors.shape[1]
+        addresses = (each.data_ptr() for each in self._tensors)
+        self._struct = _SpansStruct(len(starts), self.layers, tokens, *addresses)
+        self.address = ctypes.addressof(self._struct)
+
+
+class _SpansStruct(ctypes.Structure):
+    """`struct spans` of products.inc.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("count", "layers", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("starts", "ends", "ranks", "factors")),
+    )
 
 
 class Lora(NamedTuple):

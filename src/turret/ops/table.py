@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from turret.ops import cpu, gpu
 from turret.ops.core import REFERENCE, Ops, enabled, switched_off
+from turret.ops.cpu import compiled as cpu
 from turret.ops.cpu.ops import ops_of
-from turret.ops.gpu import planned
-from turret.ops.gpu import why_not as why_no_gpu_programs
+from turret.ops.gpu import available as gpu
+from turret.ops.gpu.available import planned
+from turret.ops.gpu.available import why_not as why_no_gpu_programs
 from turret.ops.gpu.ops import GpuOps
 
 __all__ = [

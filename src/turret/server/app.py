@@ -5,9 +5,19 @@ log and request id -> other origins -> token and scope -> limits -> route
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from types import FrameType
+from typing import Any
 
+import h11
+import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -15,9 +25,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Match
 from starlette.types import ASGIApp
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.server import ServerState as UvicornState
 
-from turret import __version__
-from turret.errors import Draining, TurretError
+from turret.errors import BadRequest, Busy, Draining, HeadersTooLarge, RequestError, ServeRefused, TooSlow, TurretError
 from turret.json_types import JsonObject
 from turret.server import (
     accounts,
@@ -35,15 +47,17 @@ from turret.server import (
     tokenizer,
 )
 from turret.server.auth import AuthMiddleware, Guard, allow_origins
+from turret.server.batch_runner import BatchRunner
 from turret.server.error_responses import ErrorResponse, error_response, status_response, validation_response
-from turret.server.limits import LimitMiddleware
-from turret.server.logs import LogMiddleware, TraceMiddleware
+from turret.server.limits import ClientConnections, LimitMiddleware, RequestLimits
+from turret.server.logs import LibraryHandler, Log, LogMiddleware, TraceMiddleware
 from turret.server.metrics import CONTENT_TYPE
 from turret.server.routes import State, router
 from turret.server.state import ServerState
 from turret.server.web import adapters, comparisons, entry, playground, render, system
 from turret.server.web import experiments as experiment_pages
 from turret.server.web import runs as run_pages
+from turret.version import __version__
 
 # --- health -----------------------------------------------------------------------------------------------------------
 # `/healthz`, `/readyz` and `/metrics`.
@@ -175,3 +189,295 @@ def routes(state: ServerState) -> FastAPI:
 
 def _encoded(response: ErrorResponse, headers: dict[str, str] | None = None) -> Response:
     return Response(response.encoded(), response.status, {**response.headers, **(headers or {})})
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+# Serve the application on a socket until SIGTERM or Ctrl-C.
+
+
+# --- head of a request ------------------------------------------------------------------------------------------------
+# Lines that only some servers read as one are refused before the first line and the headers are parsed.
+
+
+_END = b"\r\n\r\n"
+_REFUSED = {  # a CR at the end may get its LF with the next bytes
+    re.compile(rb"(?<!\r)\n|\r(?=[^\n])"): "a line of the headers does not end in CR LF: end each so",
+    re.compile(rb"\n[ \t]"): "a header continues on a second line (folded): send each header on one line",
+    re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"): "the headers have a control character: leave it out",
+}
+
+
+def check_head(received: bytes, most: int) -> RequestError | None:
+    """What is wrong with the first line and the headers of a request, as far as they were received; None if nothing is.
+
+    Parsers read a line that ends in LF alone, and a folded one, in different ways. They also take quadratic time for
+    blanks before a control character.
+
+    Args:
+        most: Bytes of the first line and the headers together.
+    """
+    end = received.find(_END)
+    head = received if end < 0 else received[: end + len(_END)]
+    if len(head) > most:
+        return HeadersTooLarge(f"the headers have more than {most} bytes: send fewer or shorter ones")
+    return next((BadRequest(message) for found, message in _REFUSED.items() if found.search(head)), None)
+
+
+# --- http protocol ----------------------------------------------------------------------------------------------------
+# HTTP/1.1 on a socket: uvicorn's protocol with limits on connections and on the time for headers and for writing.
+
+
+REFUSED_SECONDS = 1.0  # in which the rest of a refused request is dropped, so that the client gets to read why
+
+
+def protocol(limits: RequestLimits, connections: ClientConnections) -> type[asyncio.Protocol]:
+    """The protocol with these limits, as the class that uvicorn expects."""
+
+    class Bound(HttpProtocol):
+        header_seconds, write_seconds = limits.header_seconds, limits.write_seconds
+        header_bytes = limits.header_bytes
+        clients = connections
+
+    return Bound
+
+
+class HeadCheckingConnection(h11.Connection):
+    """h11, which parses the head of a request only if `check_head` accepts it. `problem` says why it did not."""
+
+    def __init__(self, most_head: int) -> None:
+        super().__init__(h11.SERVER, most_head)
+        self._most_head = most_head
+        self.problem: TurretError | None = None
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        if self.their_state is h11.IDLE and self.problem is None:
+            self.problem = check_head(self.trailing_data[0], self._most_head)
+        if self.problem is not None:
+            raise h11.RemoteProtocolError(str(self.problem))
+        return super().next_event()
+
+
+class HttpProtocol(H11Protocol):
+    """One connection."""
+
+    conn: HeadCheckingConnection
+    header_bytes = 32 << 10
+    header_seconds = 10.0
+    write_seconds = 30.0
+    clients: ClientConnections
+    _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _leave: Callable[[], None] | None = None  # counts the connection out, if it was counted in
+    _refused = False
+
+    def __init__(  # Any: as in H11Protocol
+        self,
+        config: Config,
+        server_state: UvicornState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.conn = HeadCheckingConnection(self.header_bytes)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in H11Protocol
+        super().connection_made(transport)
+        opened = transport.get_extra_info("socket")
+        if opened is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # ends a closed connection that nobody reads
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.write_seconds * 1000))
+        client = self.clients.limited(transport.get_extra_info("peername"))
+        try:
+            self.clients.enter(client)
+        except Busy as error:
+            self._refuse(error)
+        else:
+            self._leave = partial(self.clients.leave, client)
+            self._start_header_timer()
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self._start_header_timer()  # part of the next request's headers; its first byte started the timer
+        else:
+            self._stop_header_timer()
+
+    def eof_received(self) -> None:
+        if self._refused:
+            self.transport.close()
+        elif self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete:
+            self._refuse(BadRequest("the body ended before its announced length: send all of it"))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self._write_timer or self.loop.call_later(self.write_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._leave is not None:
+            self._leave()
+        self._stop_header_timer()
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what cannot be parsed in the format of all other errors, and drop the rest of it."""
+        error = self.conn.problem or BadRequest(f"this is not HTTP/1.1: {msg.lower()}")
+        self._refuse(error, linger=True)
+
+    def _start_header_timer(self) -> None:
+        if self._header_timer is None:
+            self._header_timer = self.loop.call_later(self.header_seconds, self._headers_late)
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _headers_late(self) -> None:
+        self._header_timer = None
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if not answering and not self.transport.is_closing():
+            self._refuse(TooSlow(f"the headers did not arrive within {self.header_seconds:g} seconds"))
+
+    def _refuse(self, error: TurretError, *, linger: bool = False) -> None:
+        """Answer with an error, unless an answer has begun, and close the connection."""
+        if self._refused:
+            return
+        self._refused = True
+        self._stop_header_timer()
+        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
+            response = error_response(error)
+            body = response.encoded()
+            headers = {**response.headers, "content-length": str(len(body)), "connection": "close"}
+            lines = [f"HTTP/1.1 {response.status} {STATUS_PHRASES[response.status].decode()}"]
+            lines += [f"{name}: {value}" for name, value in headers.items()]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+            if self.cycle is not None:
+                self.cycle.disconnected = True
+            if linger and self.transport.can_write_eof():
+                self.transport.write_eof()
+                self.transport.resume_reading()
+                self.loop.call_later(REFUSED_SECONDS, self.transport.close)
+                return
+        self.transport.close()
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+LIBRARIES = ("uvicorn", "asyncio", "turret.serving")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at that address that does not listen yet. Port 0 takes a free port. Raises ServeRefused."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, proto)  # asyncio sets TCP_NODELAY only if the protocol is given
+    except OSError as error:
+        raise ServeRefused(f"serve on {host}: {error.strerror or error}: give an address of this machine") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise ServeRefused(f"serve on {host} port {port}: {error.strerror}: give another --port or --host") from None
+    return bound
+
+
+def url_of(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn with an end that drains. announce: called once the socket listens."""
+
+    def __init__(self, state: ServerState, announce: Callable[[], None] = lambda: None) -> None:
+        limits, application = state.limits, routes(state)
+        super().__init__(
+            uvicorn.Config(
+                create(state, application),
+                http=protocol(limits, state.clients),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self.state = state
+        logged = LogMiddleware(application, state.log, state.metrics.request, state.clock)
+        self._runner = BatchRunner(state, logged)
+        self._announce = announce
+        self._until = float("inf")
+
+    def drain(self) -> None:
+        """Accept no new requests, and end once the running ones are answered."""
+        state = self.state
+        if not state.load.draining:
+            state.load.draining = True
+            self._until = state.clock() + state.limits.drain_seconds
+            state.log.write("draining", in_flight=state.load.requests)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.state.load.draining:
+            self.should_exit = self.force_exit = True
+        self.drain()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._batches = asyncio.create_task(self._runner.run())
+        self._announce()
+
+    async def on_tick(self, counter: int) -> bool:
+        load = self.state.load
+        answered = not load.requests and not self._runner.working
+        drained = load.draining and (answered or self.state.clock() >= self._until)
+        return await super().on_tick(counter) or drained
+
+
+def run(state: ServerState, listening: socket.socket, announce: Callable[[str], None] = lambda url: None) -> None:
+    """Serve until a signal. Closes everything but the engine. announce: called with the URL once it answers."""
+    url = url_of(listening)
+
+    def serving() -> None:
+        names = ", ".join(each.name for each in state.engines.bases)
+        state.log.write("serving", url=url, base=names, guarded=not state.guard.open)
+        announce(url)
+
+    with _library_logs(state.log):
+        state.start()
+        try:
+            Server(state, serving).run(sockets=[listening])
+        finally:
+            state.load.draining = True
+            state.stop()
+            listening.close()
+            state.log.write("ended", in_flight=state.load.requests)
+
+
+@contextmanager
+def _library_logs(log: Log) -> Iterator[None]:
+    """Write the log records of libraries to this server's log."""
+    handler = LibraryHandler(log)
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)

@@ -24,8 +24,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 from turret.errors import BadRequest, Corrupt, NotFound, StoreError, TooLarge, TurretError, shown
 from turret.server.auth import Caller
-from turret.server.shadows import LOW_PRIORITY
-from turret.server.state import ServerState
+from turret.server.state import LOW_PRIORITY, ServerState
 from turret.store.batches import MOST_TRIES, WHOLE_FILE, Answer, Batch, Lost, State
 from turret.store.client_files import ClientFile
 from turret.turns import ThreadPool

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from turret.engine.text import Embedding
-from turret.families import Pooling
+from turret.families.family import Pooling
 from turret.server import limits
 from turret.server.chat_schemas import Message
 from turret.server.schemas import USER, WHOLE, Model, Name, Text, Tokens, User

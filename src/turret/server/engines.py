@@ -19,7 +19,7 @@ from turret.server.engine_protocol import EngineProtocol, Input, TicketProtocol
 from turret.store import Version
 from turret.tasks.task import RequestKind
 from turret.transformer import Tokenizer
-from turret.workspace import Workspace
+from turret.workspace.core import Workspace
 
 REMEMBERED = 4096  # versions whose base is known
 

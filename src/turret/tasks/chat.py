@@ -24,7 +24,7 @@ from turret.transformer import Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from turret.families import Kind as FamilyKind
+    from turret.families.family import Kind as FamilyKind
 
 LossOn = Literal["assistant", "last"]
 MAX_TARGET_TOKENS = 256

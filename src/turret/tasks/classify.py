@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from turret.families import Kind as FamilyKind
+    from turret.families.family import Kind as FamilyKind
 
 TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")  # column names of inputs
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")  # column names of classes

@@ -23,7 +23,7 @@ from turret.transformer import Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from turret.families import Kind as FamilyKind
+    from turret.families.family import Kind as FamilyKind
 
 
 SUMMARIES = (  # column names

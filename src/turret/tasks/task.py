@@ -15,7 +15,7 @@ from turret.transformer import Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from turret.families import Kind as FamilyKind
+    from turret.families.family import Kind as FamilyKind
 
 RequestKind = Literal["classify", "generate", "embed"]  # what an engine answers with: a head, a text, or a vector
 Prediction: TypeAlias = str | list[str]  # the part of an answer that is scored: a label, labels or a text

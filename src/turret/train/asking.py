@@ -21,21 +21,21 @@ from turret.adapters.hooks import hook_model
 from turret.bases import Base
 from turret.bases.sharded import parts_of
 from turret.bases.shared import share
-from turret.engine import Engine, Limits, Named, SamplingParams
 from turret.engine.cache import capacity
+from turret.engine.core import Engine
 from turret.engine.decode import base_settings
+from turret.engine.request import Limits, Named
+from turret.engine.sampling_params import SamplingParams
 from turret.engine.training_turns import between_passes
 from turret.errors import BaseModelError
 from turret.fingerprint import within
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import Head
 from turret.tasks import HeadTask, Task, TextTask, has_head, writes
-from turret.train.batches import by_length
+from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, by_length
 from turret.train.evaluation import evaluating
 from turret.transformer import Model
 
-GENERATED_ROWS = 32  # most texts that are generated at a time
-CACHE_TOKENS = 8192  # of the KV cache of all these rows, unless one row needs more
 MOST_TOKENS = 4096  # of one pass of an attached model, prompt and new tokens
 PASS_TOKENS = 2048  # of a pass of the engine: nobody waits for a short one here
 UNLIMITED = 1 << 40  # a limit of the engine that is not wanted here

@@ -15,6 +15,9 @@ from turret.recipe import Recipe, Train
 from turret.tasks import Task
 from turret.transformer import ModelConfig
 
+GENERATED_ROWS = 32  # most texts that are generated at a time
+CACHE_TOKENS = 8192  # of the KV cache of all these rows, unless one row needs more
+
 # --- splits -----------------------------------------------------------------------------------------------------------
 # The splits of a training: the examples to train on, and those that evaluations during training use.
 

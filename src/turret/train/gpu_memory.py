@@ -26,8 +26,7 @@ from turret.ops.autograd import FunctionContext, Gradients, apply
 from turret.ops.table import planned
 from turret.recipe import Recipe
 from turret.train.adamw import moment_bytes
-from turret.train.asking import CACHE_TOKENS, GENERATED_ROWS
-from turret.train.batches import EncodedRow, micro_batches, pass_tokens
+from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRow, micro_batches, pass_tokens
 from turret.train.memory import Prediction, SavedForBackward, trainable_bytes
 from turret.train.step import TARGETS
 from turret.transformer import Model

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from turret import adapters
 from turret.adapters import Adapter
-from turret.adapters.tuners import tuner_of
+from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
 from turret.errors import AdapterError, TrainingError
 from turret.json_types import JsonObject

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from turret import adapters, process, quantized
-from turret.adapters.tuners import tuner_of
+from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
 from turret.bases.device import gigabytes
 from turret.data import Dataset, Example, Labelled, cells, texts_of
@@ -25,8 +25,9 @@ from turret.recipe import Recipe, toml
 from turret.tasks import Task, has_head, writes
 from turret.train import memory
 from turret.train.adamw import moment_bytes, warmup_steps
-from turret.train.asking import GENERATED_ROWS, Asking, twin
+from turret.train.asking import Asking, twin
 from turret.train.batches import (
+    GENERATED_ROWS,
     EncodedRow,
     EncodedRows,
     Schedule,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from turret import adapters
 from turret.adapters import Adapter
-from turret.adapters.tuners import tuner_of
+from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
 from turret.bases.shared import share
 from turret.data import Dataset, Example, Input

@@ -10,7 +10,7 @@ import torch
 
 from turret import bundles
 from turret.adapters import Adapter, require_base
-from turret.adapters.tuners import tuner_of
+from turret.adapters.tuners.tuner import tuner_of
 from turret.errors import AdapterError, RecipeError
 from turret.json_types import JsonObject
 from turret.methods.lora import COMBINATIONS

@@ -24,7 +24,7 @@ from torch import Tensor
 from turret import adapters, bundles, process
 from turret import train as trainer
 from turret.adapters.hooks import ATTRIBUTE
-from turret.adapters.tuners import tuner_of
+from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base, ChosenDevice
 from turret.bases.device import CPU, gigabytes
 from turret.bases.sharded import parts_of

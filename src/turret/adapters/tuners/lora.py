@@ -15,8 +15,7 @@ from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts, line
 from turret.adapters.batch_context import ATTACHED
 from turret.adapters.hooks import AdapterInit, HookedModel, device_of, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
-from turret.adapters.tuners import tuner_of
-from turret.adapters.tuners.tuner import Tuner
+from turret.adapters.tuners.tuner import Tuner, tuner_of
 from turret.errors import AdapterError
 from turret.families import FAMILIES, family_of
 from turret.json_types import JsonObject

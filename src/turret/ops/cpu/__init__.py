@@ -5,7 +5,6 @@ switches them off.
 """
 
 from turret.ops.cpu.compiled import (
-    AdapterSpans,
     CachedKVArguments,
     DecoderLayer,
     EncoderLayer,
@@ -20,7 +19,6 @@ from turret.ops.cpu.compiled import (
 )
 
 __all__ = [
-    "AdapterSpans",
     "CachedKVArguments",
     "DecoderLayer",
     "EncoderLayer",

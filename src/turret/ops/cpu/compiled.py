@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from turret.ops.cpu.build import NotBuilt, load
-from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, LayerNorm, Prefixes
+from turret.ops.structs import NO_DROPOUT, AdapterSpans, AttentionRows, DropoutArguments, LayerNorm, Prefixes
 
 if TYPE_CHECKING:
     from ctypes import _NamedFuncPointer
@@ -24,28 +24,6 @@ if TYPE_CHECKING:
 # Arguments of the kernels besides tensors, as C structs: rows, prefixes, adapter spans, KV cache, dropout.
 #
 # Each is made once a pass. Axes: B rows, N tokens of all rows, H heads, P prefix, D head size, S spans.
-
-
-class AdapterSpans:
-    """The LoRA factors of each span of tokens in a pass, for every layer.
-
-    Args:
-        starts: (S,) int64, the first token of each span.
-        ends: (S,) int64, one past the last token.
-        ranks: (S,) int64.
-        factors: (S, L, 2) int64, addresses of A (R, D_in) and of the scaled B (R, D_out), contiguous; zeros for a
-            layer without factors. The caller keeps these tensors alive.
-        tokens: N.
-    """
-
-    def __init__(self, starts: Tensor, ends: Tensor, ranks: Tensor, factors: Tensor, tokens: int) -> None:
-        assert factors.is_contiguous()
-        assert len(factors) == len(starts) == len(ends) == len(ranks)
-        self._tensors = (starts, ends, ranks, factors)  # C reads their memory
-        self.tokens, self.layers = tokens, factors.shape[1]
-        addresses = (each.data_ptr() for each in self._tensors)
-        self._struct = _SpansStruct(len(starts), self.layers, tokens, *addresses)
-        self.address = ctypes.addressof(self._struct)
 
 
 class CachedKVArguments:
@@ -80,15 +58,6 @@ class PartStruct(ctypes.Structure):
     """`struct part` of products.inc.c."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("held", "keys", "values"))
-
-
-class _SpansStruct(ctypes.Structure):
-    """`struct spans` of products.inc.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_long) for name in ("count", "layers", "tokens")),
-        *((name, ctypes.c_void_p) for name in ("starts", "ends", "ranks", "factors")),
-    )
 
 
 class _CachedStruct(ctypes.Structure):

@@ -46,7 +46,6 @@ def _levels() -> tuple[Level, ...]:
     for name, title, more, needed in (
         ("avx2", "AVX2", "-march=x86-64-v3", "avx avx2 bmi1 bmi2 f16c fma abm movbe"),
         ("avx512", "AVX-512", "-march=x86-64-v4", "avx512f avx512bw avx512cd avx512dq avx512vl"),
-        ("avx512_vnni", "AVX-512 with VNNI", "-mavx512vnni", "avx512_vnni"),
         ("avx512_bf16", "AVX-512 with bfloat16", "-mavx512bf16", "avx512_bf16"),
         ("amx", "matrix tiles", "-mamx-tile -mamx-bf16", "amx_tile amx_bf16"),
     ):

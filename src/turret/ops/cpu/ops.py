@@ -11,7 +11,6 @@ from torch import Tensor
 
 from turret.ops.core import Gradients, KVStep, LayerWeights, Loras, NumberedMatrix, Ops, WholeLayers, enabled
 from turret.ops.cpu.compiled import (
-    AdapterSpans,
     CachedKVArguments,
     DecoderLayer,
     EncoderLayer,
@@ -22,6 +21,7 @@ from turret.ops.cpu.compiled import (
 )
 from turret.ops.structs import (
     NO_DROPOUT,
+    AdapterSpans,
     AttentionRows,
     DropoutArguments,
     LayerNorm,

@@ -17,7 +17,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, sel
 from markupsafe import Markup, escape
 from starlette.types import Message, Scope, Send
 
-from turret import __version__
 from turret.compare.report_text import count, megabytes, milliseconds, percent
 from turret.compare.report_text import seconds as in_seconds
 from turret.json_types import JsonMapping, JsonValue
@@ -25,6 +24,7 @@ from turret.methods import said
 from turret.server.auth import Caller
 from turret.server.state import ServerState
 from turret.timestamp import to_minute
+from turret.version import __version__
 
 Context: TypeAlias = Mapping[str, Any]  # what a template shows: Jinja takes values of any type
 FOLDER = Path(__file__).parent

@@ -194,7 +194,7 @@ def require_known(rows: Sequence[Candidate]) -> None:
     """Check methods of PEFT and their settings before anything is trained; only this check loads torch and PEFT."""
     for row in rows:
         if row.recipe.method.open_settings:
-            from turret.adapters.tuners import tuner_of
+            from turret.adapters.tuners.tuner import tuner_of
 
             try:
                 tuner_of(row.recipe.method).require_known()
