@@ -171,7 +171,7 @@ void wake(int threads);
 #define RIGHT_OF_TRANSPOSED right_of_transposed_pairs
 #define RIGHT_OF right_of_pairs
 #define RIGHT_OF_FLOAT right_of_float_pairs
-#ifndef TILES
+#if !TILES
 #define PRODUCT product_pairs
 #else
 #define PRODUCT product_tiles
@@ -195,11 +195,10 @@ void wake(int threads);
 #define WIDTH 32
 #define TAKE take32
 #define DOT dot32
-#define PAIRS
 #else
 #define TAKE load_bfloats
 #endif
-#ifdef TILES
+#if TILES
 #define MANY low_rank_tiles
 #endif
 #include "low_rank.inc.c"
@@ -209,25 +208,8 @@ void wake(int threads);
 
 /* The most tokens for `linear`, up to FEW; 0 without wide enough vectors. For more tokens a library that packs its matrices is as
    fast. With tiles the limit is lower: products are so fast that only memory traffic can be saved. */
-long linear_up_to_float32(void)
-{
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-    return FEW;
-#else
-    return 0;
-#endif
-}
-
-long linear_up_to_bfloat16(void)
-{
-#if defined(TILES)
-    return 16;
-#elif defined(__AVX512BF16__)
-    return 64;
-#else
-    return 0;
-#endif
-}
+long linear_up_to_float32(void) { return ACROSS > 4 ? FEW : 0; }
+long linear_up_to_bfloat16(void) { return TILES ? 16 : WIDTH == 32 ? 64 : 0; }
 
 /* Ends the helper threads of the calling thread. GNU's runtime counts all helpers of a process: if there are more than
    processors, none of them waits awake, and every parallel region begins with a system call that wakes them. */
@@ -273,20 +255,6 @@ void wake(int threads)
 }
 
 /* 0 if the library uses matrix tiles and the system does not permit them */
-int ready(void)
-{
-#ifdef TILES
-    return ask_for_tiles();
-#else
-    return 1;
-#endif
-}
+int ready(void) { return ask_for_tiles(); }
 
-int tiles(void)
-{
-#ifdef TILES
-    return 1;
-#else
-    return 0;
-#endif
-}
+int tiles(void) { return TILES; }

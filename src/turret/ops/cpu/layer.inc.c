@@ -17,10 +17,8 @@ static void NAME(sum)(long n, const T *x, const T *a, T *to, int threads)
    `parts`: the `count` blocks of the KV cache that hold the rows, in order.
 
      h = x + W_o attention(rotate(W_q n), rotate(W_k n), W_v n),    n = rms_norm(x)
-     y = h + W_down (silu(W_gate m) * W_up m),                      m = rms_norm(h)
-
-   `next_layer`: the next layer, or none */
-static long NAME(decoder_layer)(const struct decoder_layer *l, const struct decoder_layer *next_layer, long tokens, const T *x,
+     y = h + W_down (silu(W_gate m) * W_up m),                      m = rms_norm(h) */
+static long NAME(decoder_layer)(const struct decoder_layer *l, long tokens, const T *x,
                                 const T *cosine, const T *sine, const struct spans *spans, long count,
                                 const struct part *parts, T *y, void *room, int threads)
 {
@@ -33,11 +31,10 @@ static long NAME(decoder_layer)(const struct decoder_layer *l, const struct deco
     T *gate = CUT(T, tokens * inner), *up = CUT(T, tokens * inner), *both = CUT(T, tokens * inner);
     if (!room) return next - start;
     struct NAME(products) in = {3, {&l->q, &l->k, &l->v}, {q, k, v}}, out = {1, {&l->o}, {added}};
-    struct NAME(products) wider = {2, {&l->gate, &l->up}, {gate, up}}, down = {1, {&l->down}, {added}}, following = {0};
-    if (next_layer) following = (struct NAME(products)){3, {&next_layer->q, &next_layer->k, &next_layer->v}, {0}};
+    struct NAME(products) wider = {2, {&l->gate, &l->up}, {gate, up}}, down = {1, {&l->down}, {added}};
 
     NAME(rms_norm)(tokens, width, x, l->norm, l->eps, normed, r, threads);
-    NAME(multiply)(&in, &out, normed, tokens, spans, threads);
+    NAME(multiply)(&in, normed, tokens, spans, threads);
     if (l->q_norm) NAME(rms_norm)(tokens * heads, dim, q, l->q_norm, l->eps, q, r, threads);
     if (l->k_norm) NAME(rms_norm)(tokens * kv_heads, dim, k, l->k_norm, l->eps, k, r, threads);
     NAME(rotate)(tokens, heads, dim, q, heads * dim, dim, cosine, sine, 1.0f, turned_q, threads);
@@ -48,29 +45,32 @@ static long NAME(decoder_layer)(const struct decoder_layer *l, const struct deco
         NAME(attend_step)(p->cached, turned_q + from * heads * dim, heads * dim, dim, heads, p->keys, p->values, l->scaling, l->window,
                           seen + from * heads * dim, threads);
     }
-    NAME(multiply)(&out, &wider, seen, tokens, spans, threads);
+    NAME(multiply)(&out, seen, tokens, spans, threads);
     NAME(sum)(tokens * width, x, added, h, threads);
 
     NAME(rms_norm)(tokens, width, h, l->norm_after, l->eps_after, normed, r, threads);
-    NAME(multiply)(&wider, &down, normed, tokens, spans, threads);
+    NAME(multiply)(&wider, normed, tokens, spans, threads);
     NAME(swiglu)(tokens * inner, gate, up, both, threads);
-    NAME(multiply)(&down, &following, both, tokens, spans, threads);
+    NAME(multiply)(&down, both, tokens, spans, threads);
     NAME(sum)(tokens * width, h, added, y, threads);
     return 0;
 }
 
-/* `layers` consecutive layers. parts: `count` for each layer */
+/* The body of a function that calls ONE for each of `layers` consecutive layers: y of one is x of the next */
+#define ALL_LAYERS(ONE) \
+    long most = 0; \
+    if (room) wake(threads); /* or a helper that slept may share this thread's processor for the whole call */ \
+    for (long i = 0; i < layers; i++, x = y) { \
+        long bytes = ONE; \
+        most = bytes > most ? bytes : most; \
+    } \
+    return most;
+
+/* parts: `count` for each layer */
 long NAME(decoder_layers)(const struct decoder_layer *const *l, long layers, long tokens, const T *x, const T *cosine, const T *sine,
                           const struct spans *spans, long count, const struct part *parts, T *y, void *room, int threads)
 {
-    long most = 0;
-    if (room) wake(threads); /* or a helper that slept may share this thread's processor for the whole call */
-    for (long i = 0; i < layers; i++, x = y) {
-        const struct decoder_layer *next_layer = i + 1 < layers ? l[i + 1] : 0;
-        long bytes = NAME(decoder_layer)(l[i], next_layer, tokens, x, cosine, sine, spans, count, parts + i * count, y, room, threads);
-        most = bytes > most ? bytes : most;
-    }
-    return most;
+    ALL_LAYERS(NAME(decoder_layer)(l[i], tokens, x, cosine, sine, spans, count, parts + i * count, y, room, threads))
 }
 
 /* y = LayerNorm(a + x) */
@@ -82,7 +82,7 @@ static void NAME(normed_sum)(const struct layer_norm *norm, long tokens, long wi
 /* A layer of an encoder (BERT, RoBERTa) on all tokens of a pass, without dropout. x, y: (N, D)
 
      h = norm(W_o attention(W_q x, W_k x, W_v x) + x),    y = norm(W_down gelu(W_up h) + h) */
-static long NAME(encoder_layer)(const struct encoder_layer *l, const struct encoder_layer *next_layer, const struct rows *rows, long tokens, const T *x, const struct spans *spans, T *y,
+static long NAME(encoder_layer)(const struct encoder_layer *l, const struct rows *rows, long tokens, const T *x, const struct spans *spans, T *y,
                          void *room, int threads)
 {
     long width = l->q.d_in, inner = l->up.d_out, all = l->q.d_out;
@@ -93,29 +93,23 @@ static long NAME(encoder_layer)(const struct encoder_layer *l, const struct enco
     T *up = CUT(T, tokens * inner), *active = CUT(T, tokens * inner);
     if (!room) return next - start;
     struct NAME(products) in = {3, {&l->q, &l->k, &l->v}, {q, k, v}}, out = {1, {&l->o}, {added}};
-    struct NAME(products) wider = {1, {&l->up}, {up}}, down = {1, {&l->down}, {added}}, following = {0};
-    if (next_layer) following = (struct NAME(products)){3, {&next_layer->q, &next_layer->k, &next_layer->v}, {0}};
+    struct NAME(products) wider = {1, {&l->up}, {up}}, down = {1, {&l->down}, {added}};
 
-    NAME(multiply)(&in, &out, x, tokens, spans, threads);
+    NAME(multiply)(&in, x, tokens, spans, threads);
     NAME(attention)(rows, q, k, v, seen, log_sum, threads);
-    NAME(multiply)(&out, &wider, seen, tokens, spans, threads);
+    NAME(multiply)(&out, seen, tokens, spans, threads);
     NAME(normed_sum)(&l->norm, tokens, width, added, x, sum, h, stats, threads);
-    NAME(multiply)(&wider, &down, h, tokens, spans, threads);
+    NAME(multiply)(&wider, h, tokens, spans, threads);
     NAME(gelu)(tokens * inner, up, active, threads);
-    NAME(multiply)(&down, &following, active, tokens, spans, threads);
+    NAME(multiply)(&down, active, tokens, spans, threads);
     NAME(normed_sum)(&l->norm_after, tokens, width, added, h, sum, y, stats, threads);
     return 0;
 }
 
-/* `layers` consecutive layers. rows: one struct for each layer */
+/* rows: one struct for each layer */
 long NAME(encoder_layers)(const struct encoder_layer *const *l, const struct rows *const *rows, long layers, long tokens, const T *x,
                           const struct spans *spans, T *y, void *room, int threads)
 {
-    long most = 0;
-    if (room) wake(threads); /* or a helper that slept may share this thread's processor for the whole call */
-    for (long i = 0; i < layers; i++, x = y) {
-        long bytes = NAME(encoder_layer)(l[i], i + 1 < layers ? l[i + 1] : 0, rows[i], tokens, x, spans, y, room, threads);
-        most = bytes > most ? bytes : most;
-    }
-    return most;
+    ALL_LAYERS(NAME(encoder_layer)(l[i], rows[i], tokens, x, spans, y, room, threads))
 }
+#undef ALL_LAYERS

@@ -1,10 +1,9 @@
 /* SGMV: y += (x A^T) B for spans of tokens, each with the factors of one adapter. Included by kernels.c for each dtype.
-   The reference in torch is engine/sgmv.py.
+   The reference in torch is `sgmv` in ops/mixed_lora.py.
 
    x: (N, D_in), y: (N, D_out), A: (R, D_in), B: (R, D_out) including the scaling; all contiguous. h = x A^T and y are summed in
-   float, and y is rounded once. In between, processors with bfloat16 products round h to bfloat16. With AVX-512 or AVX2 the
-   result of a token is bit-equal whatever the other tokens are, except in spans of at least TILED tokens on processors with
-   tiles. Without these vectors the compiler chooses the order of some additions. */
+   float, and y is rounded once. With AVX-512 or AVX2 the result of a token is bit-equal whatever the other tokens are, except in
+   spans of at least TILED tokens on processors with tiles, which round h to bfloat16. Without these vectors the compiler chooses the order of some additions. */
 
 /* --- vectors: h of a few tokens and ranks, y of a few tokens and columns ------------------------------------------ */
 
@@ -59,40 +58,7 @@ static inline __attribute__((always_inline)) void NAME(inner)(float *h, const T 
 }
 
 /* 32 columns of y (high, D_out) += h (high, R) B */
-#ifdef PAIRS
-/* ... for processors that multiply pairs of bfloat16: a step takes two ranks, and a word of h2 has two of them. Unpacking interleaves
-   rows of B within each eighth of a vector. So it does with y: the low half has columns 0-3 of every 8, the high half 4-7. */
-#define H uint32_t
-static inline __attribute__((always_inline)) void NAME(block)(T *y, long ldy, const H *h2, const T *b, long ldb, long rank, const int high)
-{
-    const __m512i none = _mm512_setzero_si512(), order = _mm512_loadu_si512(unwoven);
-    long pairs = (rank + 1) / 2;
-    __m512 sum[ROWS][2];
-    for (int t = 0; t < high; t++) {
-        __m512i own = _mm512_loadu_si512(y + t * ldy);
-        sum[t][0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(none, own));
-        sum[t][1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, own));
-    }
-    for (long p = 0; p < pairs; p++) {
-        __m512i one = _mm512_loadu_si512(b + 2 * p * ldb);
-        __m512i two = 2 * p + 1 < rank ? _mm512_loadu_si512(b + (2 * p + 1) * ldb) : none;
-        STAY(one);
-        STAY(two);
-        __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, two), above = (__m512bh)_mm512_unpackhi_epi16(one, two);
-        for (int t = 0; t < high; t++) {
-            __m512bh by = (__m512bh)_mm512_set1_epi32((int)h2[t * pairs + p]);
-            sum[t][0] = _mm512_dpbf16_ps(sum[t][0], by, low);
-            sum[t][1] = _mm512_dpbf16_ps(sum[t][1], by, above);
-        }
-    }
-    for (int t = 0; t < high; t++) {
-        __m512i narrowed = (__m512i)_mm512_cvtne2ps_pbh(sum[t][1], sum[t][0]);
-        _mm512_storeu_si512(y + t * ldy, _mm512_permutexvar_epi16(order, narrowed));
-    }
-}
-#else
-#define H float
-static inline __attribute__((always_inline)) void NAME(block)(T *y, long ldy, const H *h, const T *b, long ldb, long rank, const int high)
+static inline __attribute__((always_inline)) void NAME(block)(T *y, long ldy, const float *h, const T *b, long ldb, long rank, const int high)
 {
     vector sum[ROWS][COLUMNS];
     for (int t = 0; t < high; t++)
@@ -111,23 +77,11 @@ static inline __attribute__((always_inline)) void NAME(block)(T *y, long ldy, co
     for (int t = 0; t < high; t++)
         for (int w = 0; w < COLUMNS; w++) STORES(y + t * ldy + ACROSS * w, sum[t][w]);
 }
-#endif
 
 static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float *h, const T *b, long d_out, long rank, const int high)
 {
-#ifdef PAIRS
-    long pairs = (rank + 1) / 2;
-    H ready[ROWS * pairs];
-    for (int t = 0; t < high; t++)
-        for (long p = 0; p < pairs; p++) {
-            uint32_t second = 2 * p + 1 < rank ? narrow(h[t * rank + 2 * p + 1]) : 0;
-            ready[t * pairs + p] = narrow(h[t * rank + 2 * p]) | second << 16;
-        }
-#else
-    const H *ready = h;
-#endif
     long at = 0;
-    for (; at + 32 <= d_out; at += 32) NAME(block)(y + at, d_out, ready, b + at, d_out, rank, high);
+    for (; at + 32 <= d_out; at += 32) NAME(block)(y + at, d_out, h, b + at, d_out, rank, high);
     if (at == d_out) return;
     long left = d_out - at; /* one more block, of which only the columns that are there come back */
     T own[ROWS * 32], factors[32 * rank];
@@ -135,28 +89,30 @@ static inline __attribute__((always_inline)) void NAME(outer)(T *y, const float 
     memset(factors, 0, sizeof(T) * 32 * rank);
     for (int t = 0; t < high; t++) memcpy(own + 32 * t, y + t * d_out + at, sizeof(T) * left);
     for (long r = 0; r < rank; r++) memcpy(factors + 32 * r, b + r * d_out + at, sizeof(T) * left);
-    NAME(block)(own, 32, ready, factors, 32, rank, high);
+    NAME(block)(own, 32, h, factors, 32, rank, high);
     for (int t = 0; t < high; t++) memcpy(y + t * d_out + at, own + 32 * t, sizeof(T) * left);
 }
-#undef H
 
-/* h (tokens, ldh) of a span: ROWS tokens at a time, the rest one by one; with the first of them `soon`, A of the next span, is asked for */
-static inline __attribute__((always_inline)) void NAME(hidden)(float *h, long ldh, const T *x, const T *a, long tokens, long d_in, long rank, const T *soon)
+/* h (tokens, ldh) of a span: ROWS tokens at a time, the rest one by one */
+static inline __attribute__((always_inline)) void NAME(hidden)(float *h, long ldh, const T *x, const T *a, long tokens, long d_in, long rank)
 {
-    for (long t = 0; t < tokens; soon = 0) {
+    for (long t = 0; t < tokens;) {
         const T *from = x + t * d_in;
         float *to = h + t * ldh;
-        long r = 0, on = soon ? 1 : 0;
+        long r = 0;
+#define OF(high, broad) \
+    for (; r + broad <= rank; r += broad) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, high, broad, 0, 0)
         if (tokens - t >= ROWS) {
-            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, ROWS, RANKS, soon + r * d_in, on * RANKS);
-            for (; r < rank; r++) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, ROWS, 1, soon + r * d_in, on);
+            OF(ROWS, RANKS);
+            OF(ROWS, 1);
             t += ROWS;
         } else {
-            for (; r + ALONE <= rank; r += ALONE) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, 1, ALONE, soon + r * d_in, on * ALONE);
-            for (; r + RANKS <= rank; r += RANKS) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, 1, RANKS, soon + r * d_in, on * RANKS);
-            for (; r < rank; r++) NAME(inner)(to + r, from, a + r * d_in, d_in, ldh, 1, 1, soon + r * d_in, on);
+            OF(1, ALONE);
+            OF(1, RANKS);
+            OF(1, 1);
             t += 1;
         }
+#undef OF
     }
 }
 
@@ -166,7 +122,7 @@ static void NAME(few)(const T *x, T *y, const T *a, const T *b, long tokens, lon
     ahead(b, sizeof(T) * rank * d_out);
     for (long t = 0; t < tokens;) {
         long some = tokens - t >= ROWS ? ROWS : 1;
-        NAME(hidden)(h, rank, x + t * d_in, a, some, d_in, rank, 0);
+        NAME(hidden)(h, rank, x + t * d_in, a, some, d_in, rank);
         if (some == ROWS) NAME(outer)(y + t * d_out, h, b, d_out, rank, ROWS);
         else NAME(outer)(y + t * d_out, h, b, d_out, rank, 1);
         t += some;

@@ -1,7 +1,7 @@
 /* The small operations between matrix products, each in one pass over memory. Included by kernels.c for each dtype T; sums and
    products are float. It is plain C, because compilers vectorize these loops well.
 
-   Every function has a reference in torch next to its caller, and check.py compares the two when the library is loaded.
+   Every function has a reference in torch next to its caller, and compiled.py compares the two when the library is loaded.
    Axes: N tokens, H heads, D head size. All tensors are contiguous unless strides are given. */
 
 /* --- gated and plain activations --------------------------------------------------------------------------------- */

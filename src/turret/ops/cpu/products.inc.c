@@ -43,41 +43,6 @@ typedef float in_memory __attribute__((vector_size(4 * ACROSS), aligned(4))); /*
 static inline vector load_floats(const float *from) { return *(const in_memory *)from; }
 static inline void store_floats(float *to, vector from) { *(in_memory *)to = from; }
 
-static inline __attribute__((always_inline)) void sums_float(float *c, long ldc, const float *a, long lda, const float *b, long ldb, long k, int add, const int high)
-{
-    vector sum[HIGH][2];
-    for (int r = 0; r < high; r++)
-        for (int w = 0; w < 2; w++) {
-            if (add) sum[r][w] = load_floats(c + r * ldc + ACROSS * w);
-            else memset(&sum[r][w], 0, sizeof(vector));
-        }
-    for (long e = 0; e < k; e++) {
-        vector first = load_floats(b + e * ldb), second = load_floats(b + e * ldb + ACROSS);
-#pragma GCC unroll 8
-        for (int r = 0; r < high; r++) {
-            float x = a[r * lda + e];
-            sum[r][0] += x * first;
-            sum[r][1] += x * second;
-        }
-    }
-    for (int r = 0; r < high; r++)
-        for (int w = 0; w < 2; w++) store_floats(c + r * ldc + ACROSS * w, sum[r][w]);
-}
-
-static void product_float(float *c, long ldc, const float *a, long lda, const float *b, long ldb, long m, long n, long k, int add)
-{
-    for (long j = 0; j < n; j += 2 * ACROSS)
-        for (long i = 0, left = m; left; left = m - i) {
-            if (left == HIGH || left > 2 * LAST) {
-                sums_float(c + i * ldc + j, ldc, a + i * lda, lda, b + j, ldb, k, add, HIGH);
-                i += HIGH;
-            } else {
-                sums_float(c + i * ldc + j, ldc, a + i * lda, lda, b + j, ldb, k, add, LAST);
-                i += LAST;
-            }
-        }
-}
-
 #ifdef __AVX512F__
 /* The transpose of 16 x 16 words whose rows are `line` words apart. */
 static inline __attribute__((always_inline)) void turned(const void *from, long line, __m512i column[16])
@@ -251,9 +216,6 @@ static inline __m512bh take32(const bfloat16 *from)
 }
 static inline vector dot32(vector sum, __m512bh a, __m512bh b) { return (vector)_mm512_dpbf16_ps((__m512)sum, a, b); }
 
-/* Restores the order of columns: each half has columns 0-3 or 4-7 of every 8. */
-static const uint16_t unwoven[32] = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23,
-                                     8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
 #endif
 
 /* A block of ROWS tokens by RANKS ranks keeps its sums in registers; for one token it has ALONE ranks. */
@@ -266,34 +228,52 @@ static const uint16_t unwoven[32] = {0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20,
 #define ALONE 8
 #define COLUMNS (32 / ACROSS) /* vectors */
 
+/* --- C (m, n) = A (m, k) B (k, n), plus C if `add`: of floats, and of pairs of bfloat16 -------------------------------------
+
+   STEP: rows of A's line and of B that DOT multiplies at a time */
+
+#define PRODUCT_OF(KIND, TYPE, LANES, STEP, TAKE, SPREAD, DOT) \
+    static inline __attribute__((always_inline)) void sums_##KIND(float *c, long ldc, const TYPE *a, long lda, const TYPE *b, long ldb, long k, int add, const int high) \
+    { \
+        vector sum[HIGH][2]; \
+        for (int r = 0; r < high; r++) \
+            for (int w = 0; w < 2; w++) sum[r][w] = add ? load_floats(c + r * ldc + ACROSS * w) : spread(0.0f); \
+        for (long e = 0; e < k; e += STEP) { \
+            LANES first = TAKE(b + e * ldb), second = TAKE(b + e * ldb + STEP * ACROSS); \
+            PRAGMA(GCC unroll 8) \
+            for (int r = 0; r < high; r++) { \
+                LANES x = SPREAD(a + r * lda + e); \
+                sum[r][0] = DOT(sum[r][0], x, first); \
+                sum[r][1] = DOT(sum[r][1], x, second); \
+            } \
+        } \
+        for (int r = 0; r < high; r++) \
+            for (int w = 0; w < 2; w++) store_floats(c + r * ldc + ACROSS * w, sum[r][w]); \
+    } \
+    static void product_##KIND(float *c, long ldc, const TYPE *a, long lda, const TYPE *b, long ldb, long m, long n, long k, int add) \
+    { \
+        for (long j = 0; j < n; j += 2 * ACROSS) \
+            for (long i = 0, left = m; left; left = m - i) { \
+                int high = left == HIGH || left > 2 * LAST ? HIGH : LAST; \
+                if (high == HIGH) sums_##KIND(c + i * ldc + j, ldc, a + i * lda, lda, b + STEP * j, ldb, k, add, HIGH); \
+                else sums_##KIND(c + i * ldc + j, ldc, a + i * lda, lda, b + STEP * j, ldb, k, add, LAST); \
+                i += high; \
+            } \
+    }
+
+static inline vector spread_float(const float *x) { return spread(*x); }
+PRODUCT_OF(float, float, vector, 1, load_floats, spread_float, dot)
+
 /* --- pairs of bfloat16: two interleaved rows of B, for vectors and for tiles ------------------------------------------ */
 
 #ifdef __AVX512BF16__
-static void product_pairs(float *c, long ldc, const bfloat16 *a, long lda, const bfloat16 *b, long ldb, long m, long n, long k, int add)
+static inline __m512bh spread_pair(const bfloat16 *x)
 {
-    for (long j = 0; j < n; j += 32)
-        for (long i = 0; i < m; i += 8) {
-            __m512 sum[8][2];
-            for (int r = 0; r < 8; r++)
-                for (int w = 0; w < 2; w++)
-                    sum[r][w] = add ? _mm512_loadu_ps(c + (i + r) * ldc + j + 16 * w) : _mm512_setzero_ps();
-            for (long e = 0; e < k; e += 2) {
-                __m512bh first, second;
-                memcpy(&first, b + e * ldb + 2 * j, 64);
-                memcpy(&second, b + e * ldb + 2 * j + 32, 64);
-#pragma GCC unroll 8
-                for (int r = 0; r < 8; r++) {
-                    int32_t both;
-                    memcpy(&both, a + (i + r) * lda + e, 4);
-                    __m512bh x = (__m512bh)_mm512_set1_epi32(both);
-                    sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x, first);
-                    sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, second);
-                }
-            }
-            for (int r = 0; r < 8; r++)
-                for (int w = 0; w < 2; w++) _mm512_storeu_ps(c + (i + r) * ldc + j + 16 * w, sum[r][w]);
-        }
+    int32_t both;
+    memcpy(&both, x, 4);
+    return (__m512bh)_mm512_set1_epi32(both);
 }
+PRODUCT_OF(pairs, bfloat16, __m512bh, 2, take32, spread_pair, dot32)
 
 static void pack_row_pairs(bfloat16 *to, const float *from, long n)
 {
@@ -465,6 +445,9 @@ static int low_rank_tiles(const bfloat16 *x, bfloat16 *y, const bfloat16 *a, con
     free(memory);
     return 1;
 }
+#else
+#define TILES 0
+static int ask_for_tiles(void) { return 1; }
 #endif
 
 /* Spans of tokens with one adapter each. factors: (count, layers, 2), addresses of A and B, 0 for none. */

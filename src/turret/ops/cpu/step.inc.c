@@ -9,10 +9,8 @@
 
 #ifdef BY_TOKENS
 #define OUTPUTS 48 /* outputs of a block */
-#define STEPS 6    /* at least so many loops for a block */
 #else
 #define OUTPUTS 32
-#define STEPS (OUTPUTS / RANKS)
 #endif
 
 /* `broad` outputs of each token. Prefetches the following rows of W, `lines` rows per ROWS tokens. */
@@ -120,38 +118,16 @@ static inline long NAME(blocks_of)(const struct matrix *m)
     return (m->d_out + OUTPUTS - 1) / OUTPUTS;
 }
 
-/* Prefetches A of a thread's spans for the next products, a few cache lines at a time. */
-struct NAME(coming) {
-    const struct spans *spans;
-    const struct NAME(products) *next;
-    long first, last, product, span, line; /* spans `first` to `last`; the next line, span and product */
-};
-
-static inline void NAME(ask)(struct NAME(coming) *own, long lines)
-{
-    while (lines > 0 && own->product < own->next->count && own->first < own->last) {
-        const T *a, *b;
-        const struct matrix *m = own->next->of[own->product];
-        long rank = NAME(factors)(own->spans, own->span, m->number, &a, &b) ? own->spans->ranks[own->span] : 0;
-        long all = (long)(sizeof(T) * rank * m->d_in + 63) / 64;
-        for (; lines > 0 && own->line < all; own->line++, lines--) __builtin_prefetch((const char *)a + 64 * own->line, 0, 2);
-        if (own->line < all) return;
-        own->line = 0;
-        if (++own->span == own->last) own->span = own->first, own->product++;
-    }
-}
-
-/* All products in one parallel region, because every region ends with a wait. next: the products that follow, with the same spans */
-static void NAME(multiply)(const struct NAME(products) *now, const struct NAME(products) *next, const T *x, long tokens,
-                           const struct spans *spans, int threads)
+/* All products in one parallel region, because every region ends with a wait. */
+static void NAME(multiply)(const struct NAME(products) *now, const T *x, long tokens, const struct spans *spans, int threads)
 {
     long d_in = now->of[0]->d_in, blocks = 0, outputs = 0;
     for (long p = 0; p < now->count; p++) blocks += NAME(blocks_of)(now->of[p]), outputs += now->of[p]->d_out;
-    long share = blocks / (8 * threads) + 1;                               /* small shares, so that a delayed thread delays the others little */
-    long most = 0, each = spans ? (spans->count + threads - 1) / threads : 0; /* spans per thread */
+    long share = blocks / (8 * threads) + 1; /* small shares, so that a delayed thread delays the others little */
+    long most = 0;
     for (long i = 0; spans && i < spans->count; i++) most = spans->ranks[i] > most ? spans->ranks[i] : most;
     float *h = most ? (float *)scratch(sizeof(float) * now->count * tokens * most) : 0; /* (products, N, most) */
-    int later = most && !h;                                                             /* no memory: add the adapters afterwards */
+    int later = most && !h; /* no memory: add the adapters afterwards */
 #ifdef BY_TOKENS
     float *turned = (float *)scratch(sizeof(float) * (tokens + 2 * ACROSS) * d_in);
 #endif
@@ -163,27 +139,15 @@ static void NAME(multiply)(const struct NAME(products) *now, const struct NAME(p
             if (turned) NAME(turned)(turned, x, tokens, d_in, k, k + 64 < d_in ? k + 64 : d_in);
 #endif
         if (h) {
-#pragma omp for schedule(static, each)
+#pragma omp for schedule(static)
             for (long i = 0; i < spans->count; i++) {
                 for (long p = 0; p < now->count; p++) {
-                    const T *a, *b, *following = 0;
-                    long after = p + 1 < now->count ? i : i + 1, number = now->of[p + 1 < now->count ? p + 1 : 0]->number;
-                    if (after < spans->count) NAME(factors)(spans, after, number, &following, &b);
+                    const T *a, *b;
                     if (!NAME(factors)(spans, i, now->of[p]->number, &a, &b)) continue;
                     NAME(hidden)(h + (p * tokens + spans->starts[i]) * most, most, x + spans->starts[i] * d_in, a,
-                                 spans->ends[i] - spans->starts[i], d_in, spans->ranks[i], following);
+                                 spans->ends[i] - spans->starts[i], d_in, spans->ranks[i]);
                 }
             }
-        }
-        struct NAME(coming) coming = {spans, next, 0, 0, 0, 0, 0};
-        long lines = 0; /* to prefetch at every step */
-        if (h && next->count) {
-            long ranks = 0, wide = 0;
-            coming.first = coming.span = each * omp_get_thread_num();
-            coming.last = coming.first + each < spans->count ? coming.first + each : spans->count;
-            for (long i = coming.first; i < coming.last; i++) ranks += spans->ranks[i];
-            for (long p = 0; p < next->count; p++) wide += next->of[p]->d_in;
-            lines = (long)sizeof(T) * ranks * wide / 64 * threads / (blocks * STEPS) + 1;
         }
 #pragma omp for schedule(dynamic, share)
         for (long block = 0; block < blocks; block++) {
@@ -197,7 +161,6 @@ static void NAME(multiply)(const struct NAME(products) *now, const struct NAME(p
             for (long r = 0; r < own;) {
                 const T *rows = w + (first + r) * d_in, *a, *b;
                 float *to = &sums[0][r];
-                NAME(ask)(&coming, lines);
                 for (long i = r / RANKS; h && i < spans->count; i += OUTPUTS / RANKS) /* prefetch B of some spans for the end of the block */
                     if (NAME(factors)(spans, i, m->number, &a, &b))
                         for (long e = 0; e < spans->ranks[i]; e++) ahead(b + e * d_out + first, sizeof(T) * own);
@@ -244,11 +207,10 @@ void NAME(linear)(const T *x, const T *w, const T *bias, T *y, long tokens, long
                   int threads)
 {
     const struct matrix m = {.weight = w, .bias = bias, .d_in = d_in, .d_out = d_out, .number = layer};
-    const struct NAME(products) now = {1, {&m}, {y}}, none = {0};
-    NAME(multiply)(&now, &none, x, tokens, spans, threads);
+    const struct NAME(products) now = {1, {&m}, {y}};
+    NAME(multiply)(&now, x, tokens, spans, threads);
 }
 #undef OUTPUTS
-#undef STEPS
 
 /* --- attention of one query per row over the KV cache --------------------------------------------------------------------
 
@@ -267,20 +229,16 @@ static inline __attribute__((always_inline)) vector NAME(lanes_of)(const T *q, c
 static void NAME(weighed)(T *y, const float *weights, const T *values, long length, long dim)
 {
     long at = 0;
-    for (; at + 4 * ACROSS <= dim; at += 4 * ACROSS) {
-        vector sum[4];
-        for (int w = 0; w < 4; w++) memset(&sum[w], 0, sizeof(vector));
-        for (long s = 0; s < length; s++) {
-            vector by = spread(weights[s]);
-            for (int w = 0; w < 4; w++) sum[w] = dot(sum[w], by, LOADS(values + s * dim + at + ACROSS * w));
-        }
-        for (int w = 0; w < 4; w++) STORES(y + at + ACROSS * w, sum[w]);
+#define OF(vectors) \
+    for (; at + vectors * ACROSS <= dim; at += vectors * ACROSS) { \
+        vector sum[vectors]; \
+        memset(sum, 0, sizeof(sum)); \
+        for (long s = 0; s < length; s++) \
+            for (int w = 0; w < vectors; w++) sum[w] = dot(sum[w], spread(weights[s]), LOADS(values + s * dim + at + ACROSS * w)); \
+        for (int w = 0; w < vectors; w++) STORES(y + at + ACROSS * w, sum[w]); \
     }
-    for (; at + ACROSS <= dim; at += ACROSS) {
-        vector sum = spread(0.0f);
-        for (long s = 0; s < length; s++) sum = dot(sum, spread(weights[s]), LOADS(values + s * dim + at));
-        STORES(y + at, sum);
-    }
+    OF(4) OF(1)
+#undef OF
     for (; at < dim; at++) {
         float sum = 0.0f;
         for (long s = 0; s < length; s++) sum += weights[s] * LOAD(values[s * dim + at]);
