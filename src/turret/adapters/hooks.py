@@ -352,7 +352,7 @@ def _replace(model: nn.Module, attached: HookedModel, path: str, module: nn.Modu
 
 
 def start_head(model: Model, attached: HookedModel, extra: tuple[str, ...]) -> None:
-    """Put trainable copies of the family's head, and of further modules, into slot 1."""
+    """Put trainable copies of the family's head, and of further modules, on it."""
     own = [name for name in attached.family.head_modules if name in dict(model.named_children())]
     for name in own + [name for name in extra if name not in own]:
         routed_module(model, attached, name).slots[str(ATTACHED)] = _trainable_copy(model.get_submodule(name))

@@ -195,7 +195,7 @@ def attach(
     except BaseException:
         detach(model)
         raise
-    attached.context.active = 1
+    attached.context.active = ATTACHED
     return model
 
 

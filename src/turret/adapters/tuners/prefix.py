@@ -46,7 +46,7 @@ class PrefixTuner(Tuner[Prefix]):
     def fill(self, model: Model, attached: HookedModel, adapter: Adapter, generator: torch.Generator | None) -> None:
         """Start a new prefix from the stored keys and values. Its MLP, if it has one, is drawn by `generator`."""
         fill_parameters(head_parameters(attached), adapter.head)
-        groups = _groups(attached, 1)
+        groups = _groups(attached, ATTACHED)
         names = prompt_names(list(groups))
         require_same({names[name]: group.shape for name, group in groups.items()}, adapter.tensors)
         self._put(model, attached, {name: adapter.tensors[names[name]] for name in groups}, generator)
@@ -107,7 +107,7 @@ class PrefixTuner(Tuner[Prefix]):
     def _put(
         self, model: Model, attached: HookedModel, starts: dict[str, Tensor], generator: torch.Generator | None
     ) -> None:
-        """Put a trainable prefix into slot 1. starts: keys and values (L, 2, H, P, D) by group."""
+        """Put a trainable prefix on a hooked model. starts: keys and values (L, 2, H, P, D) by group."""
         hidden = self.method.encoder_hidden_size if self.method.reparametrize else None
         groups = {name: PrefixGroup(start, hidden, generator) for name, start in starts.items()}
         attached.prefixes[str(ATTACHED)] = PrefixSlot(groups).to(device_of(model))

@@ -51,7 +51,7 @@ class Tuner(Generic[M]):
         return Check("method", "ok", self.method.summary)
 
     def start(self, model: Model, attached: HookedModel, beginning: AdapterInit) -> None:
-        """Put a new adapter into slot 1, with requires_grad on what is trained. See `adapters.attach`."""
+        """Put a new adapter on a hooked model, with requires_grad on what is trained. See `adapters.attach`."""
         start_head(model, attached, beginning.head)
 
     def tensors(self, attached: HookedModel, slot: int) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ class Tuner(Generic[M]):
 
 
 def head_parameters(attached: HookedModel) -> dict[str, Tensor]:
-    """The head in slot 1, by names in the model."""
+    """The trained head, by names in the model."""
     return {
         f"{path}.{name}": parameter
         for path, module in attached.heads.items()
