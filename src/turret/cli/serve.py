@@ -188,7 +188,7 @@ def _serve(
 
                 say = lambda line: state.log.write("training", message=line)
                 trains.enter_context(TrainingWhileServing(workspace.store, loaded, **training._asdict(), say=say))
-            run(state, listening, lambda url: _announce(url, bases, ", ".join(sorted(devices)), as_json))
+            run(state, listening, lambda url: _announce(url, bases, ", ".join(sorted(devices)), as_json, training))
         engines.drain(state.limits.drain_seconds)
 
 
@@ -206,7 +206,7 @@ def _provider(
     return OidcSettings(issuer, client, secret, public_url, claim, tenant_claim)
 
 
-def _announce(url: str, bases: Sequence[str], device: str, as_json: bool) -> None:
+def _announce(url: str, bases: Sequence[str], device: str, as_json: bool, training: Training | None) -> None:
     several = len(bases) > 1
     if as_json:
         emit({"url": url, "base": bases[0], **({"bases": bases} if several else {}), "device": device})
@@ -214,6 +214,8 @@ def _announce(url: str, bases: Sequence[str], device: str, as_json: bool) -> Non
         where, verb = "" if device == "cpu" else f" on {device}", "answer" if several else "answers"
         names = " and ".join(f"[green]{safe(each)}[/]" for each in bases)
         console().print(f"{names}{where} {verb} at [bold]{safe(url)}[/]  [dim](Ctrl-C ends it)[/]")
+        if training is not None:
+            console().print(f"[dim]it trains what is in the queue, at most {training.slots} at once[/]")
 
 
 def only_base(workspace: Workspace) -> str:

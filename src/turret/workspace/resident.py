@@ -50,6 +50,10 @@ class OwnProcess:
         """A recipe's base, with nothing attached."""
         return prepared.load_base(recipe, task, labels, device)
 
+    def has(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> bool:
+        """Whether a recipe's base is in memory."""
+        return False
+
     def load(
         self,
         base: str,
@@ -309,6 +313,10 @@ class Seat(OwnProcess):
     def machine(self) -> Machine | None:
         """As `ResidentBases.machine`."""
         return self.shared.machine()
+
+    def has(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> bool:
+        """As `ResidentBases.has`."""
+        return self.shared.has(recipe, task, device)
 
     def _make_room(self, recipe: Recipe, device: ChosenDevice) -> None:
         wanted = self.wanted()

@@ -321,7 +321,8 @@ def prepare(
     task_class = task_of(dataset.kind)
     machine = place.machine()
     device = choose_for(recipe, task_class, dataset.labels, machine) if device is None else device
-    callbacks.stage(f"loading {recipe.base}")
+    kept = place.has(recipe, task_class, device)
+    callbacks.stage(f"{recipe.base} is in memory" if kept else f"loading {recipe.base}")
     started = time.perf_counter()
     base = place.model_for(recipe, task_class, dataset.labels, device)
     bare = place.run(lambda: twin(base), store.access.tenant) if task_class.generates else base
