@@ -89,7 +89,8 @@ def patches(name: str, engine: Any) -> list[Patch]:
     from turret.engine import decode, runner
     from turret.ops import mixed_lora
     from turret.ops.core import Ops
-    from turret.ops.cpu import Library, compiled
+    from turret.ops.cpu import compiled
+    from turret.ops.cpu.compiled import Library
     from turret.ops.cpu.ops import CpuOps
 
     def none(*_: Any) -> None:

@@ -55,7 +55,7 @@ def measure(dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of one product by way, number of tokens and shape: `rounds` of each."""
     import torch
 
-    from turret.ops import cpu as kernels
+    from turret.ops.cpu import compiled as kernels
 
     library, kind = kernels.library(), getattr(torch, dtype)
     few = 0 if library is None else library.few(kind)

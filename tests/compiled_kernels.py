@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from turret.ops import cpu as kernels
-from turret.ops.cpu import Library
+from turret.ops.cpu import compiled as kernels
+from turret.ops.cpu.compiled import Library
 from turret.ops.structs import AdapterSpans
 
 TOLERANCES = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 3e-2}}

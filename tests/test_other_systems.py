@@ -25,7 +25,7 @@ for name in ("SIGKILL", "SIGHUP", "SIGALRM"): delattr(signal, name)
 platform.system = lambda: SYSTEM
 import turret
 for name in every(): importlib.import_module(name)
-from turret.ops import cpu as kernels
+from turret.ops.cpu import compiled as kernels
 from turret.cli.main import run
 assert kernels.library() is None
 print(kernels.why())

@@ -115,7 +115,7 @@ def test_the_wheels_kernels_need_no_compiler_and_write_nothing(installed: Path, 
 
 
 WHY = """
-from turret.ops import cpu as kernels
+from turret.ops.cpu import compiled as kernels
 kernels.library()
 print(kernels.why())
 print([line for line in open("/proc/self/maps") if "kernels-" in line])

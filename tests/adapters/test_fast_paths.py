@@ -17,7 +17,7 @@ from turret.adapters.packed import target_states
 from turret.methods import LoRA
 from turret.ops import table
 from turret.ops.core import enabled
-from turret.ops.cpu import library
+from turret.ops.cpu.compiled import library
 from turret.ops.table import DECODER, ENCODER, PATHS
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels on this machine")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from turret.ops import cpu as kernels
+from turret.ops.cpu import compiled as kernels
 from turret.ops.frozen import linear
 
 needed = pytest.mark.skipif(

@@ -27,8 +27,8 @@ from turret.adapters.batch_context import BatchContext
 from turret.adapters.lora import LoRAFactors
 from turret.errors import AdapterError, RecipeError
 from turret.methods import LoRA, Peft
-from turret.ops import cpu as kernels
 from turret.ops.core import REFERENCE
+from turret.ops.cpu import compiled as kernels
 from turret.ops.dropout import Masks
 from turret.ops.lora import lora_delta
 from turret.ops.structs import Lora

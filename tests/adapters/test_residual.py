@@ -13,7 +13,7 @@ from turret.adapters import attach, attachment, classify_logits, detach, trainab
 from turret.adapters.layers import NarrowedOutput
 from turret.families import family_of
 from turret.methods import Full, LoRA, Method, Prefix
-from turret.ops.cpu import library, without
+from turret.ops.cpu.compiled import library, without
 from turret.ops.structs import NO_DROPOUT, DropoutArguments, LayerNorm
 from turret.ops.table import of
 

@@ -25,7 +25,7 @@ from turret.adapters.layers import LayerHook
 from turret.adapters.packed import target_states
 from turret.methods import LoRA, Method, Prefix
 from turret.ops import table
-from turret.ops.cpu import Library, library, without
+from turret.ops.cpu.compiled import Library, library, without
 from turret.ops.dropout import Masks
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels on this machine")

@@ -21,7 +21,7 @@ from turret.engine.adapter_pool import AdapterPool
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.families import family_of
 from turret.methods import Head, LoRA, Method, Prefix
-from turret.ops import cpu as kernels
+from turret.ops.cpu import compiled as kernels
 
 pytestmark = needed
 SIZES: dict[str, Any] = {

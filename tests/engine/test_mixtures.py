@@ -19,7 +19,7 @@ from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KVSlot
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.methods import LoRA
-from turret.ops import cpu as kernels
+from turret.ops.cpu import compiled as kernels
 
 
 @pytest.fixture(params=["kernels", "torch"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from turret.ops.core import REFERENCE, Ops
-from turret.ops.cpu import library
+from turret.ops.cpu.compiled import library
 from turret.ops.structs import LayerNorm, Lora, RMSNorm
 from turret.ops.table import ON_A_GPU, of
 

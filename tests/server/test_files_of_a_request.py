@@ -9,7 +9,7 @@ from typing import Any
 from entered import Entered, watching
 from server.test_end_to_end import house
 
-from turret.ops import cpu as kernels
+from turret.ops.cpu import compiled as kernels
 from turret.server.state import Followers
 
 MOST_FILES = 45 if kernels.library() is not None else 46  # torch's operations are in other files than the kernels

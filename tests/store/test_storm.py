@@ -49,7 +49,7 @@ from store.storm_clients import (
 from turret import bases
 from turret.access import Access
 from turret.database import runs
-from turret.ops import cpu as kernels
+from turret.ops.cpu import compiled as kernels
 from turret.recipe import Recipe
 from turret.store import Store, leases, queued_data, usage
 from turret.store.queue import TRIES

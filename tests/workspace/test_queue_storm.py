@@ -24,7 +24,7 @@ from workspace.test_comparing import recipe_in
 
 from turret.database import runs
 from turret.errors import InUse, StoreError
-from turret.ops import cpu as kernels
+from turret.ops.cpu import compiled as kernels
 from turret.store import TrainingQueue, leases
 from turret.store.queue import TRIES
 from turret.store.runs import ENDED

@@ -25,7 +25,7 @@ from turret.access import Access
 from turret.cli.main import run as command
 from turret.data.source import open_source
 from turret.errors import DataError, Interrupted, NotFound, QueueFull, RecipeError, StoreError
-from turret.ops import cpu as kernels
+from turret.ops.cpu import compiled as kernels
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, TrainingQueue, leases
 from turret.store.queue import QueuedRun

@@ -1,4 +1,4 @@
-"""The axis of families: one file for each architecture, and a table of them. Loads no torch."""
+"""The axis of families: one file for each architecture and its near relatives, and a table of them. Loads no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from turret.errors import UnknownFamily
 from turret.families.albert import ALBERT
-from turret.families.bart import BART
+from turret.families.bart import BART, MBART, PEGASUS
 from turret.families.bert import BERT
 from turret.families.big_bird import BIG_BIRD
 from turret.families.deberta_v2 import DEBERTA_V2
@@ -29,18 +29,13 @@ from turret.families.family import (
 )
 from turret.families.gemma2 import GEMMA2, GEMMA3
 from turret.families.gpt2 import GPT2
-from turret.families.llama import LLAMA
-from turret.families.mbart import MBART
+from turret.families.llama import LLAMA, QWEN2, QWEN3
 from turret.families.mistral import MISTRAL
 from turret.families.modernbert import MODERNBERT
 from turret.families.mpnet import MPNET
-from turret.families.mt5 import MT5
-from turret.families.pegasus import PEGASUS
 from turret.families.phi3 import PHI3
-from turret.families.qwen2 import QWEN2
-from turret.families.qwen3 import QWEN3
 from turret.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
-from turret.families.t5 import T5
+from turret.families.t5 import MT5, T5
 from turret.json_types import JsonValue
 
 if TYPE_CHECKING:

@@ -24,3 +24,9 @@ def bart_like(name: str, stem: str, *, head_modules: tuple[str, ...] = ("classif
 
 
 BART = bart_like("bart", "Bart")
+
+# mBART (Liu et al. 2020): BART in many languages.
+MBART = bart_like("mbart", "MBart")
+
+# Pegasus (Zhang et al. 2020): an encoder-decoder that was trained to summarize. It has no classifier.
+PEGASUS = bart_like("pegasus", "Pegasus", head_modules=())

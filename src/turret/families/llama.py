@@ -37,3 +37,9 @@ def llama_like(name: str, stem: str) -> Family:
 
 # llama.cpp rotates neighbouring pairs, transformers the two halves of a head, so the rows of q and k change places.
 LLAMA = replace(llama_like("llama", "Llama"), gguf="llama", gguf_rotary=("q_proj", "k_proj"))
+
+# Qwen 2 (Yang et al. 2024).
+QWEN2 = replace(llama_like("qwen2", "Qwen2"), gguf="qwen2")
+
+# Qwen 3 (Yang et al. 2025).
+QWEN3 = replace(llama_like("qwen3", "Qwen3"), gguf="qwen3")

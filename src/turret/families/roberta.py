@@ -24,16 +24,8 @@ def roberta_like(name: str, stem: str) -> Family:
 
 ROBERTA = roberta_like("roberta", "Roberta")
 
-
-# --- camembert --------------------------------------------------------------------------------------------------------
 # CamemBERT (Martin et al. 2020): RoBERTa in French.
-
-
 CAMEMBERT = roberta_like("camembert", "Camembert")
 
-
-# --- xlm roberta ------------------------------------------------------------------------------------------------------
 # XLM-RoBERTa (Conneau et al. 2020): RoBERTa in a hundred languages.
-
-
 XLM_ROBERTA = roberta_like("xlm-roberta", "XLMRoberta")

@@ -53,3 +53,6 @@ def t5_like(name: str, stem: str, *, vocabulary: Vocabulary = project) -> Family
 
 
 T5 = t5_like("t5", "T5", vocabulary=scaled_vocabulary)
+
+# mT5 (Xue et al. 2021): T5 in a hundred languages.
+MT5 = t5_like("mt5", "MT5")

@@ -59,7 +59,7 @@ def why_cpu_kernels() -> str:
 
 
 def rest() -> None:
-    """End the idle helper threads of the calling thread; see `cpu.rest`."""
+    """End the idle helper threads of the calling thread; see `cpu.compiled.rest`."""
     cpu.rest()
 
 

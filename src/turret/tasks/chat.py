@@ -16,14 +16,12 @@ from turret.data.cells import text_of
 from turret.data.columns import COMPLETED
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks import text_answers
 from turret.tasks.chat_template import ChatTemplate, Rendered, Span, Tokenized
-from turret.tasks.task import Encoded, Prediction, TaskSettings, register
+from turret.tasks.task import Encoded, TaskSettings, register
+from turret.tasks.text_answers import TextAnswers
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from turret.families.family import Kind as FamilyKind
 
 LossOn = Literal["assistant", "last"]
@@ -45,20 +43,11 @@ class _Fitted:
 
 
 @register
-class Chat:
+class Chat(TextAnswers):
     """Turns conversations into prompts and answers, by the template of a decoder."""
 
     kind: ClassVar[str] = "chat"
-    request: ClassVar[Literal["generate"]] = "generate"
-    generates: ClassVar[Literal[True]] = True
-    pipeline_tag: ClassVar[str] = "text-generation"
-    metric: ClassVar[str] = "rougeL"
-    metric_label: ClassVar[str] = "ROUGE-L"
-    right_or_wrong: ClassVar[bool] = False
-    baselines: ClassVar[tuple[str, ...]] = ("nearest",)
     order: ClassVar[str] = "You are a helpful assistant. Answer the user."
-    labels: tuple[str, ...] = ()
-    multi_label = False
 
     def __init__(
         self,
@@ -79,7 +68,7 @@ class Chat:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, plain=plain)
         self.notes: tuple[str, ...] = ()  # decisions that a user should see
-        self._end = self.template.end
+        self.end = self.template.end
         needed = len(self._ids(self.template.tokenize(self.template.render(Prompt.of("a"), answering=True))))
         if max_tokens < needed:
             raise DataError(
@@ -136,14 +125,6 @@ class Chat:
             raise DataError('the loss on every answer needs a fast tokenizer: set task.loss_on = "last"')
         said = Prompt((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")))
         self.template.answers(said, self.template.render(said, answering=True))
-
-    @classmethod
-    def num_labels(cls, labels: Sequence[str]) -> int | None:
-        return None
-
-    @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
-        return {}
 
     @property
     def instruction(self) -> str:
@@ -235,10 +216,10 @@ class Chat:
         for place, (first, last) in enumerate(tokens.spans):
             if last > span[0] and first < span[1]:
                 places.append(place)
-                if tokens.ids[place] == self._end:
+                if tokens.ids[place] == self.end:
                     return places
         after = places[-1] + 1 if places else len(tokens.ids)
-        if after < len(tokens.ids) and tokens.ids[after] == self._end:
+        if after < len(tokens.ids) and tokens.ids[after] == self.end:
             places.append(after)
         return places
 
@@ -256,50 +237,12 @@ class Chat:
         together, count = self.template.tokenize(whole).ids, len(fitted.tokens.ids)
         merged = together[:count] != fitted.tokens.ids
         ids = self.template.tokenize(whole, start).ids if merged else together[count:]
-        ids = ids[: ids.index(self._end)] if self._end in ids else ids
+        ids = ids[: ids.index(self.end)] if self.end in ids else ids
         cut = len(ids) > self.max_target_tokens - 1
-        ids = ids[: self.max_target_tokens] if cut else [*ids, self._end]
+        ids = ids[: self.max_target_tokens] if cut else [*ids, self.end]
         return Encoded(torch.tensor(ids, dtype=torch.long), cut=cut)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return text_answers.decoded(self.tokenizer, ids)
-
-    # --- logits and texts to numbers -------------------------------------------------------------------------------
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return text_answers.token_loss(logits, targets)
-
-    def guessing_loss(self, examples: Sequence[Example]) -> None:
-        """None: the loss of a pretrained base starts far below that of any constant answer."""
-
-    def metrics(
-        self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
-    ) -> dict[str, float]:
-        """rouge1, rouge2, rougeL and bleu of the last answers; loss and perplexity if a mean loss is given."""
-        from turret.tasks import metrics
-
-        return metrics.texts(texts, references, mean_loss)
-
-    @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
-        return str(answer["text"])
-
-    @classmethod
-    def score(cls, given: Prediction, example: Example) -> float:
-        return text_answers.score(given, example)
-
-    @classmethod
-    def line(cls, answer: JsonMapping) -> str:
-        return text_answers.line(answer)
-
     # --- stored with the adapter -----------------------------------------------------------------------------------
-
-    @property
-    def generation(self) -> JsonObject:
-        """The arguments of `generate()`. An answer ends with the token that ends a turn."""
-        return text_answers.arguments(
-            self.tokenizer, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, end=self._end
-        )
 
     def spec(self) -> JsonObject:
         """Everything that prediction needs. A template is a program, so its digest is stored and not its text."""

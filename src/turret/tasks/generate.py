@@ -14,15 +14,13 @@ from turret.data.cells import texts_in
 from turret.data.columns import COMPLETED, SUMMARISED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks import text_answers
 from turret.tasks.chat_template import base_prompt, rendered
-from turret.tasks.task import Encoded, Prediction, TaskSettings, register
+from turret.tasks.task import Encoded, TaskSettings, register
+from turret.tasks.text_answers import TextAnswers
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from turret.families.family import Kind as FamilyKind
 
 
@@ -52,7 +50,7 @@ MAX_TARGET_TOKENS = 128
 _MARK = "DOCUMENT-4F1C9A"  # placeholder for the document while a chat template is rendered
 
 
-class Generate:
+class Generate(TextAnswers):
     """Turns documents into prompts and targets into labels, for encoder-decoders and decoders.
 
     `prefix_text` goes before the document; if it contains `{document}`, it is the whole template. An encoder-decoder
@@ -60,18 +58,9 @@ class Generate:
     """
 
     kind: ClassVar[str] = "generate"
-    request: ClassVar[Literal["generate"]] = "generate"
-    generates: ClassVar[Literal[True]] = True
-    pipeline_tag: ClassVar[str] = "text-generation"
-    metric: ClassVar[str] = "rougeL"
-    metric_label: ClassVar[str] = "ROUGE-L"
-    right_or_wrong: ClassVar[bool] = False
-    baselines: ClassVar[tuple[str, ...]] = ("nearest",)
     usual: ClassVar[tuple[str, str]] = COMPLETED  # the roles of its columns
     ending: ClassVar[str] = "\n"  # between the document and the target of a decoder
     order: ClassVar[str] = "Write the answer to the following text."
-    labels: tuple[str, ...] = ()
-    multi_label = False
     notes: tuple[str, ...] = ()
 
     def __init__(
@@ -126,14 +115,6 @@ class Generate:
             settings.max_new_tokens,
         )
 
-    @classmethod
-    def num_labels(cls, labels: Sequence[str]) -> int | None:
-        return None
-
-    @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
-        return {}
-
     @property
     def instruction(self) -> str:
         return self.prefix_text.replace(SLOT, " ").strip() or self.order
@@ -168,7 +149,7 @@ class Generate:
         """Tokenize the template, and check that it leaves room for a document and a target."""
         self._head, _, self._tail = self.template.partition(SLOT)
         tokens, decoder = self._tokens, self.family_kind == "decoder"
-        self._eos = tokens.eos
+        self.end = tokens.eos
         before = list(tokens.before)
         head = tokens.plain([self._head])[0] if self._head else []
         if before and head[: len(before)] == before:
@@ -240,7 +221,7 @@ class Generate:
         room = self.max_target_tokens - len(first) - 1
         encoded = []
         for ids in self._target_ids([text.strip() for text in texts], room):
-            row = [*first, *ids[:room], self._eos]
+            row = [*first, *ids[:room], self.end]
             encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
         return encoded
 
@@ -261,44 +242,7 @@ class Generate:
             rows[i] = ids
         return rows
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return text_answers.decoded(self.tokenizer, ids)
-
-    # --- logits and texts to numbers -------------------------------------------------------------------------------
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return text_answers.token_loss(logits, targets)
-
-    def guessing_loss(self, examples: Sequence[Example]) -> None:
-        """None: the loss of a pretrained base starts far below that of any constant answer."""
-
-    def metrics(
-        self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
-    ) -> dict[str, float]:
-        """rouge1, rouge2, rougeL and bleu; loss and perplexity if a mean loss is given."""
-        from turret.tasks import metrics
-
-        return metrics.texts(texts, references, mean_loss)
-
-    @classmethod
-    def judged(cls, answer: JsonMapping) -> str:
-        return str(answer["text"])
-
-    @classmethod
-    def score(cls, given: Prediction, example: Example) -> float:
-        return text_answers.score(given, example)
-
-    @classmethod
-    def line(cls, answer: JsonMapping) -> str:
-        return text_answers.line(answer)
-
     # --- stored with the adapter -----------------------------------------------------------------------------------
-
-    @property
-    def generation(self) -> JsonObject:
-        return text_answers.arguments(
-            self.tokenizer, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams, end=self._eos
-        )
 
     def spec(self) -> JsonObject:
         """Everything that prediction needs. The template is stored in full, because defaults may change."""

@@ -1,4 +1,4 @@
-"""The answers of tasks that generate: how they are generated, read, printed and scored.
+"""What tasks that generate share: how their answers are generated, read, printed and scored.
 
 Axes: N target tokens, V vocabulary.
 """
@@ -6,7 +6,7 @@ Axes: N target tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from turret.data import Example, references_of
 from turret.json_types import JsonMapping, JsonObject
@@ -17,41 +17,77 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy over target tokens: a scalar. logits: (N, V), targets: (N,) int64."""
-    import torch.nn.functional as F
+class TextAnswers(Protocol):
+    """The part of `TextTask` that every task has whose answers are texts. end: the token that ends an answer."""
 
-    return F.cross_entropy(logits.float(), targets)
+    request: ClassVar[Literal["generate"]] = "generate"
+    generates: ClassVar[Literal[True]] = True
+    pipeline_tag: ClassVar[str] = "text-generation"
+    metric: ClassVar[str] = "rougeL"
+    metric_label: ClassVar[str] = "ROUGE-L"
+    right_or_wrong: ClassVar[bool] = False
+    baselines: ClassVar[tuple[str, ...]] = ("nearest",)
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    tokenizer: Tokenizer
+    num_beams: int
+    max_new_tokens: int
+    end: int
 
+    @classmethod
+    def num_labels(cls, labels: Sequence[str]) -> int | None:
+        return None
 
-def arguments(tokenizer: Tokenizer, *, max_new_tokens: int, num_beams: int, end: int) -> JsonObject:
-    """The arguments of transformers' `generate()`, whose own default is twenty tokens.
+    @classmethod
+    def head_config(cls, spec: JsonMapping) -> JsonObject:
+        return {}
 
-    Args:
-        end: the token that ends an answer.
-    """
-    pad: int | None = tokenizer.pad_token_id
-    return {
-        "max_new_tokens": max_new_tokens,
-        "num_beams": num_beams,
-        "do_sample": False,
-        "eos_token_id": end,
-        "pad_token_id": end if pad is None else int(pad),
-    }
+    @classmethod
+    def judged(cls, answer: JsonMapping) -> Prediction:
+        return str(answer["text"])
 
+    @classmethod
+    def score(cls, given: Prediction, example: Example) -> float:
+        """ROUGE-L of the nearest reference, as a fraction."""
+        from turret.tasks.metrics import rouge_l
 
-def decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of generated tokens, without special tokens and surrounding white space."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return max(rouge_l(str(given), each) for each in references_of(example))
 
+    @classmethod
+    def line(cls, answer: JsonMapping) -> str:
+        """The text, with a note if it ends at the length limit."""
+        return str(answer["text"]) + ("" if answer["finish_reason"] == "stop" else "  (cut at the length limit)")
 
-def line(answer: JsonMapping) -> str:
-    """The text, with a note if it ends at the length limit."""
-    return str(answer["text"]) + ("" if answer["finish_reason"] == "stop" else "  (cut at the length limit)")
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated tokens, without special tokens and surrounding white space."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy over target tokens: a scalar. logits: (N, V), targets: (N,) int64."""
+        import torch.nn.functional as F
 
-def score(given: Prediction, example: Example) -> float:
-    """ROUGE-L of the nearest reference, as a fraction."""
-    from turret.tasks.metrics import rouge_l
+        return F.cross_entropy(logits.float(), targets)
 
-    return max(rouge_l(str(given), each) for each in references_of(example))
+    def guessing_loss(self, examples: Sequence[Example]) -> float | None:
+        """None: the loss of a pretrained base starts far below that of any constant answer."""
+        return None
+
+    def metrics(
+        self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
+    ) -> JsonObject:
+        """rouge1, rouge2, rougeL and bleu; loss and perplexity if a mean loss is given."""
+        from turret.tasks import metrics
+
+        return metrics.texts(texts, references, mean_loss)
+
+    @property
+    def generation(self) -> JsonObject:
+        """The arguments of transformers' `generate()`, whose own default is twenty tokens."""
+        pad: int | None = self.tokenizer.pad_token_id
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "do_sample": False,
+            "eos_token_id": self.end,
+            "pad_token_id": self.end if pad is None else int(pad),
+        }

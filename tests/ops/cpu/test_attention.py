@@ -15,8 +15,8 @@ from torch import Tensor
 
 from turret.adapters import attach, packed
 from turret.methods import LoRA, Prefix
-from turret.ops import cpu as kernels
 from turret.ops.attention import attend_plainly
+from turret.ops.cpu import compiled as kernels
 from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 
 

@@ -17,7 +17,8 @@ from turret.ops.cpu.compiler import LEVELS
 
 @needed
 def test_the_check_at_the_first_use_works_inside_inference_mode() -> None:
-    code = "import torch; from turret.ops import cpu\nwith torch.inference_mode(): assert cpu.library(), cpu.why()"
+    use = "with torch.inference_mode(): assert compiled.library(), compiled.why()"
+    code = f"import torch; from turret.ops.cpu import compiled\n{use}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
@@ -211,7 +212,7 @@ def test_without_a_private_folder_there_are_no_kernels(quick: Path) -> None:
 def test_rest_ends_the_helpers_of_its_thread_only() -> None:
     script = """
 import os, threading, torch
-from turret.ops import cpu as kernels
+from turret.ops.cpu import compiled as kernels
 torch.set_num_threads(2)
 def count(): return len(os.listdir("/proc/self/task"))
 def work(): torch.randn(600, 600) @ torch.randn(600, 600); kernels.library().gelu(torch.randn(100_000))

@@ -7,7 +7,7 @@ import torch
 from compiled_kernels import BOTH, adapted, close, compiled, draw, needed, spans_of
 from torch import Tensor
 
-from turret.ops.cpu import CachedKVArguments
+from turret.ops.cpu.compiled import CachedKVArguments
 
 
 @needed

@@ -918,7 +918,7 @@ class Library(Operations, Attention, Products):
         self._call(name, layers.dtype, *arguments, workspace.data_ptr(), count)
 
     def rest(self) -> None:
-        """See `turret.ops.cpu.rest`."""
+        """See `rest` below."""
         self._loaded.rest()
 
 

@@ -24,8 +24,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
 from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import CellRunner, require_known
-from turret.workspace.comparing.command import command
+from turret.workspace.comparing.cells import CellRunner, command, require_known
 from turret.workspace.comparing.kept_files import held
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset, with_base
