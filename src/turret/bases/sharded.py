@@ -9,6 +9,7 @@ Gathering needs all processes: they must make the same passes in the same order.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -56,6 +57,12 @@ def own_part(tensor: Tensor) -> Tensor:
     """This process's rows of a divided tensor, or a whole tensor as it is."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of the bytes that this process has of a tensor, in hex digits."""
+    data = own_part(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(data).hexdigest()
 
 
 def layer_paths(model: nn.Module) -> list[str]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from turret import process, quantized
 from turret.adapters import Adapter
 from turret.bases import Base
-from turret.bases.sharded import own_part, parts_of
+from turret.bases.sharded import digest_of, parts_of
 from turret.data import Dataset
 from turret.engine.protocol import OptimStep
 from turret.errors import CheckpointMismatch, Interrupted, LossNotFinite, TrainingError
@@ -613,9 +613,3 @@ def checksum(tensors: Sequence[Tensor], known: Mapping[int, str] = MappingProxyT
     for tensor in tensors:
         digest.update((known.get(tensor.data_ptr()) or digest_of(tensor)).encode())
     return digest.hexdigest()
-
-
-def digest_of(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of a tensor, in hex digits."""
-    data = own_part(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return hashlib.sha256(data).hexdigest()

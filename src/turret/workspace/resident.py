@@ -21,6 +21,7 @@ from turret.bases.base import Digests, Dtype, dtype_on
 from turret.bases.device import Machine, this_machine
 from turret.bases.meta_model import room_to_answer
 from turret.bases.quantized import Quantization
+from turret.bases.sharded import digest_of
 from turret.bases.shared import share
 from turret.engine.pass_thread import PassThread
 from turret.errors import Interrupted, TrainingError
@@ -29,7 +30,6 @@ from turret.recipe.default_base import AUTO
 from turret.tasks import Task
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import memory
-from turret.train.loop import digest_of
 from turret.workspace import prepared
 from turret.workspace.child_process import STOPPED, why_alone
 from turret.workspace.results import Planned
