@@ -158,7 +158,18 @@ Argument: TypeAlias = (
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 _LORA = (*(_LONG,) * 4, *(_POINTER,) * 3, ctypes.c_float, *(ctypes.c_uint32,) * 3)
-DECLARED = {  # for kernels that are called once a layer: declared arguments may be plain Python numbers
+_ROWS = (_LONG, _LONG)  # and their width
+DECLARED = {  # declared arguments may be plain Python numbers, and tensors
+    "swiglu": (_LONG, *(_POINTER,) * 3, ctypes.c_int),
+    "swiglu_backward": (_LONG, *(_POINTER,) * 5, ctypes.c_int),
+    "gelu": (_LONG, *(_POINTER,) * 2, ctypes.c_int),
+    "gelu_backward": (_LONG, *(_POINTER,) * 3, ctypes.c_int),
+    "rms_norm": (*_ROWS, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, ctypes.c_int),
+    "rms_norm_backward": (*_ROWS, *(_POINTER,) * 5, ctypes.c_int),
+    "added_norm_again": (*_ROWS, *(_POINTER,) * 5, ctypes.c_int),
+    "rotate": (*(_LONG,) * 3, _POINTER, *(_LONG,) * 2, *(_POINTER,) * 2, ctypes.c_float, _POINTER, ctypes.c_int),
+    "attention": (*(_POINTER,) * 6, ctypes.c_int),
+    "attention_backward": (*(_POINTER,) * 10, ctypes.c_int),
     "low_rank": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, ctypes.c_int),
     "lay_out": (_POINTER, _POINTER, _LONG, _LONG, ctypes.c_float, _POINTER),
     "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _LONG, _POINTER, _LONG, ctypes.c_int),
@@ -188,9 +199,10 @@ class Calls:
         """Whether products use the processor's matrix tiles (AMX), which are about 8x faster."""
         return self._tiles and dtype == torch.bfloat16
 
-    def _call(self, name: str, dtype: torch.dtype, *arguments: Argument) -> None:
-        """Call a kernel."""
-        self._function(name, dtype)(*arguments)
+    def _call(self, name: str, dtype: torch.dtype, *arguments: Argument | Tensor) -> None:
+        """Call a kernel. A tensor is passed as its address."""
+        addresses = [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
+        self._function(name, dtype)(*addresses)
 
     def _workspace(self, name: str, dtype: torch.dtype, *arguments: Argument) -> int:
         """Call a kernel without a workspace: it computes nothing and returns the bytes that it needs."""
@@ -235,25 +247,25 @@ class Operations(Calls):
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up."""
         y = torch.empty_like(gate)
-        self._call("swiglu", gate.dtype, n(gate), p(gate), p(up), p(y), threads())
+        self._call("swiglu", gate.dtype, gate.numel(), gate, up, y, threads())
         return y
 
     def swiglu_backward(self, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """(dgate, dup)."""
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        self._call("swiglu_backward", gate.dtype, n(gate), p(gate), p(up), p(dy), p(dgate), p(dup), threads())
+        self._call("swiglu_backward", gate.dtype, gate.numel(), gate, up, dy, dgate, dup, threads())
         return dgate, dup
 
     def gelu(self, x: Tensor) -> Tensor:
         """x Phi(x), where Phi is the cumulative normal distribution."""
         y = torch.empty_like(x)
-        self._call("gelu", x.dtype, n(x), p(x), p(y), threads())
+        self._call("gelu", x.dtype, x.numel(), x, y, threads())
         return y
 
     def gelu_backward(self, x: Tensor, dy: Tensor) -> Tensor:
         """dx."""
         dx = torch.empty_like(x)
-        self._call("gelu_backward", x.dtype, n(x), p(x), p(dy), p(dx), threads())
+        self._call("gelu_backward", x.dtype, x.numel(), x, dy, dx, threads())
         return dx
 
     def dropout(self, x: Tensor, dropped: DropoutArguments, scale: float | None = None) -> Tensor:
@@ -268,28 +280,14 @@ class Operations(Calls):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(weight * x r, r), r = 1 / sqrt(mean(x^2) + eps). x: (..., D), r: (...) float32."""
-        width = x.shape[-1]
         y, r = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-        rows = ctypes.c_long(r.numel())
-        self._call(
-            "rms_norm",
-            x.dtype,
-            rows,
-            ctypes.c_long(width),
-            p(x),
-            p(weight),
-            ctypes.c_float(eps),
-            p(y),
-            p(r),
-            threads(),
-        )
+        self._call("rms_norm", x.dtype, r.numel(), x.shape[-1], x, weight, eps, y, r, threads())
         return y, r
 
     def rms_norm_backward(self, x: Tensor, weight: Tensor, r: Tensor, dy: Tensor) -> Tensor:
         """dx."""
         dx = torch.empty_like(x)
-        rows, width = ctypes.c_long(r.numel()), ctypes.c_long(x.shape[-1])
-        self._call("rms_norm_backward", x.dtype, rows, width, p(x), p(weight), p(r), p(dy), p(dx), threads())
+        self._call("rms_norm_backward", x.dtype, r.numel(), x.shape[-1], x, weight, r, dy, dx, threads())
         return dx
 
     def added_norm(
@@ -314,8 +312,7 @@ class Operations(Calls):
     def added_norm_again(self, s: Tensor, weight: Tensor, bias: Tensor, stats: Tensor) -> Tensor:
         """LayerNorm(s) again, bit-equal to the result of `added_norm`, from its s and stats."""
         y = torch.empty_like(s)
-        rows, width = ctypes.c_long(stats.numel() // 2), ctypes.c_long(s.shape[-1])
-        self._call("added_norm_again", s.dtype, rows, width, *map(p, (s, weight, bias, stats, y)), threads())
+        self._call("added_norm_again", s.dtype, stats.numel() // 2, s.shape[-1], s, weight, bias, stats, y, threads())
         return y
 
     def added_norm_backward(
@@ -351,18 +348,7 @@ class Operations(Calls):
         """
         tokens, heads, dim = x.shape
         y = x.new_empty(tokens, heads, dim)
-        self._call(
-            "rotate",
-            x.dtype,
-            *map(ctypes.c_long, (tokens, heads, dim)),
-            p(x),
-            *map(ctypes.c_long, x.stride()[:2]),
-            p(cos),
-            p(sin),
-            ctypes.c_float(sign),
-            p(y),
-            threads(),
-        )
+        self._call("rotate", x.dtype, tokens, heads, dim, x, *x.stride()[:2], cos, sin, sign, y, threads())
         return y
 
 
@@ -596,8 +582,7 @@ class Products(Calls):
         assert layer < spans.layers
         assert x.numel() == spans.tokens * d_in
         assert y.numel() == spans.tokens * d_out
-        arguments = spans.address, layer, x.data_ptr(), y.data_ptr(), d_in, d_out
-        self._call("low_rank", x.dtype, *arguments, torch.get_num_threads())
+        self._call("low_rank", x.dtype, spans.address, layer, x, y, d_in, d_out, threads())
 
     def lay_out(self, factors: Sequence[tuple[Tensor, Tensor]], by: float, run: Tensor) -> None:
         """Copy A and by B^T of each layer into one buffer, one after another, rounded to its dtype.
@@ -617,8 +602,7 @@ class Products(Calls):
         assert run.numel() == sum(A.numel() + B.numel() for A, B in factors)
         addresses = torch.tensor([(A.data_ptr(), B.data_ptr()) for A, B in factors])
         sizes = torch.tensor([(A.shape[1], len(B)) for A, B in factors])
-        arguments = addresses.data_ptr(), sizes.data_ptr(), len(factors), rank, by, run.data_ptr()
-        self._call("lay_out", run.dtype, *arguments)
+        self._call("lay_out", run.dtype, addresses, sizes, len(factors), rank, by, run)
 
     def few(self, dtype: torch.dtype) -> int:
         """The most tokens for `linear`; 0 if torch's own product is as fast for any number."""
@@ -656,20 +640,7 @@ class Products(Calls):
         assert spans is None or (spans.tokens == tokens and layer < spans.layers)
         y = x.new_empty(*x.shape[:-1], d_out)
         count = torch.get_num_threads() if helped or tokens * d_in * d_out > WAKING else 1
-        self._call(
-            "linear",
-            x.dtype,
-            x.data_ptr(),
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            tokens,
-            d_in,
-            d_out,
-            at(spans),
-            layer,
-            count,
-        )
+        self._call("linear", x.dtype, x, weight, bias, y, tokens, d_in, d_out, at(spans), layer, count)
         return y
 
 
@@ -710,7 +681,7 @@ class Attention(Calls):
         """
         y, log_sum = q.new_empty(q.shape), torch.empty(q.shape[:2], dtype=torch.float32)
         struct = rows_struct(rows, q, k, v, prefixes, dropped)
-        self._call("attention", q.dtype, _address(struct), p(q), p(k), p(v), p(y), p(log_sum), threads())
+        self._call("attention", q.dtype, ctypes.addressof(struct), q, k, v, y, log_sum, threads())
         return y, log_sum
 
     def attention_backward(
@@ -733,21 +704,8 @@ class Attention(Calls):
             dq.zero_()
         struct = rows_struct(rows, q, k, v, prefixes, dropped)
         dprefixes = torch.zeros(len(rows.query_starts), 2, k.shape[1], struct.most_prefix, q.shape[2])
-        self._call(
-            "attention_backward",
-            q.dtype,
-            _address(struct),
-            p(q),
-            p(k),
-            p(v),
-            p(dy),
-            p(log_sum),
-            p(dq),
-            p(dk),
-            p(dv),
-            p(dprefixes),
-            threads(),
-        )
+        tensors = q, k, v, dy, log_sum, dq, dk, dv, dprefixes
+        self._call("attention_backward", q.dtype, ctypes.addressof(struct), *tensors, threads())
         return dq, dk, dv, dprefixes
 
     def keep_step(
@@ -758,8 +716,8 @@ class Attention(Calls):
         assert new_keys.shape == new_values.shape == kept.shape
         assert new_keys.stride() == new_values.stride()
         assert new_keys.stride(-1) == 1
-        new = new_keys.data_ptr(), new_values.data_ptr(), *new_keys.stride()[:2]
-        self._call("keep_step", keys.dtype, kept.address, *new, keys.data_ptr(), values.data_ptr())
+        strides = new_keys.stride()[:2]
+        self._call("keep_step", keys.dtype, kept.address, new_keys, new_values, *strides, keys, values)
 
     def attend_step(
         self, kept: CachedKVArguments, q: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int = 0
@@ -783,25 +741,11 @@ class Attention(Calls):
         assert heads % kept.shape[1] == 0
         assert q.stride(-1) == 1
         y = q.new_empty(q.shape)
+        strides = q.stride()[:2]
         self._call(
-            "attend_step",
-            q.dtype,
-            kept.address,
-            q.data_ptr(),
-            *q.stride()[:2],
-            heads,
-            keys.data_ptr(),
-            values.data_ptr(),
-            scaling,
-            window,
-            y.data_ptr(),
-            torch.get_num_threads(),
+            "attend_step", q.dtype, kept.address, q, *strides, heads, keys, values, scaling, window, y, threads()
         )
         return y
-
-
-def _address(struct: ctypes.Structure) -> ctypes.c_void_p:
-    return ctypes.c_void_p(ctypes.addressof(struct))
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
@@ -831,15 +775,8 @@ class Library(Operations, Attention, Products):
         structs = [rows_struct(rows, qkv, qkv, qkv, prefixes, NO_DROPOUT) for rows, prefixes in told]
         pointers = (ctypes.c_void_p * len(layers))(*(ctypes.addressof(each) for each in structs))
         y = torch.empty_like(x)
-        arguments = (
-            layers.address,
-            ctypes.addressof(pointers),
-            len(layers),
-            tokens,
-            x.data_ptr(),
-            at(spans),
-            y.data_ptr(),
-        )
+        rows = ctypes.addressof(pointers)
+        arguments = layers.address, rows, len(layers), tokens, x.data_ptr(), at(spans), y.data_ptr()
         self._with_workspace("encoder_layers", layers, tokens, arguments)
         return y
 
@@ -884,18 +821,8 @@ class Library(Operations, Attention, Products):
             *(PartStruct(kept.address, k.data_ptr(), v.data_ptr()) for layer in parts for kept, k, v in layer)
         )
         y = torch.empty_like(x)
-        arguments = (
-            layers.address,
-            len(layers),
-            tokens,
-            x.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            at(spans),
-            count,
-            ctypes.addressof(structs),
-            y.data_ptr(),
-        )
+        places = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), at(spans), count, ctypes.addressof(structs), y.data_ptr()
+        arguments = layers.address, len(layers), tokens, *places
         self._with_workspace("decoder_layers", layers, tokens, arguments)
         return y
 
