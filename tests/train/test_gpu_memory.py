@@ -123,10 +123,10 @@ def test_the_work_of_real_batches_is_that_of_their_largest_pass() -> None:
         return EncodedRow(Labelled("", ""), torch.zeros(source, dtype=torch.long), ends)
 
     texts = [[item(9, None), item(4, None)], [item(5, None)] * 4, [item(30, None)]]
-    assert Work.of_items(recipe, texts, 20) == Work(1, 30, 0, 0, 30)
-    assert Work.of_items(recipe, texts[:2], 20) == Work(4, 5, 0, 0, 9)
-    assert Work.of_items(recipe, texts[:2], 12) == Work(2, 5, 0, 0, 9), "a batch in two passes"
-    assert Work.of_items(recipe, [[item(6, 3), item(5, 1)]], 20) == Work(2, 6, 2, 10, 6)
+    assert Work.of_items(recipe, texts, 20) == Work(1, 32, 0, 0, 32)
+    assert Work.of_items(recipe, texts[:2], 20) == Work(4, 8, 0, 0, 16)
+    assert Work.of_items(recipe, texts[:2], 12) == Work(2, 8, 0, 0, 16), "a batch in two passes"
+    assert Work.of_items(recipe, [[item(6, 3), item(5, 1)]], 20) == Work(2, 8, 8, 10, 8)
 
 
 @pytest.mark.parametrize("task", ["classify", "generate"])

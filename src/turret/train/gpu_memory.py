@@ -36,6 +36,7 @@ LOGITS = 16  # bytes a logit: in the base's precision, in float32, their softmax
 TEMPORARIES = 3  # of the largest tensor: what a backward pass makes besides the saved tensors
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits a block of 64, 32 bits for 256 blocks
 GATHERED = 3  # layers that are whole at a time: the one that computes, the next one, and the buffer of a gather
+ROUNDED = 8  # tokens: lengths of real batches are rounded up to a multiple
 FRAGMENTS = 1.1  # an allocator keeps holes
 
 
@@ -71,16 +72,25 @@ class Work:
     def of_items(cls, recipe: Recipe, batches: Sequence[Sequence[EncodedRow]], most_tokens: int) -> Work:
         """The work of real batches: its largest pass, with texts of the same mean length.
 
+        Lengths are rounded up, so that trainings on the same data share a prediction.
+
         Args:
             most_tokens: of one pass.
         """
         pieces = [piece for batch in batches for piece in micro_batches(batch, most_tokens)]
         piece = max(pieces, key=lambda items: sum(item.tokens for item in items))
-        rows, sources = len(piece), sum(len(item.source) for item in piece)
-        target = -(-sum(len(item.target) for item in piece if item.target is not None) // rows)
-        longest = max(len(item.source) for batch in batches for item in batch)
+        rows = len(piece)
+        source = _rounded(sum(len(item.source) for item in piece), rows)
+        targets = [len(item.target) for item in piece if item.target is not None]
+        target = max(ROUNDED, _rounded(sum(targets), rows)) if targets else 0
+        longest = _rounded(max(len(item.source) for batch in batches for item in batch), 1)
         written = (recipe.task.max_new_tokens or recipe.task.max_target_tokens or TARGET) if target else 0
-        return cls(rows, -(-sources // rows), target, written, longest)
+        return cls(rows, source, target, written, longest)
+
+
+def _rounded(tokens: int, rows: int) -> int:
+    """The mean length of rows, rounded up."""
+    return -(-tokens // (rows * ROUNDED)) * ROUNDED
 
 
 def predict_on_gpu(
