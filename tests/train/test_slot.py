@@ -18,7 +18,7 @@ from turret import adapters, bases
 from turret.adapters import Adapter
 from turret.data import Example, Labelled, Pair
 from turret.engine import Engine, Limits, Loss, Named, OptimStep, Samples, SamplingParams, TrainsRows
-from turret.errors import AdapterError, LossNotFinite, NotFound, TrainingError
+from turret.errors import AdapterError, LossNotFinite, NotFound, OutOfMemory, TrainingError
 from turret.methods import Full, LoRA, Prefix
 from turret.train import step
 from turret.train.batches import encode
@@ -261,6 +261,31 @@ def test_a_mistake_is_one_line(engine: Engine) -> None:
         TrainingSlot(engine, "short", "lora", kind="summarize")
     with pytest.raises(TrainingError, match="no labels"):
         TrainingSlot(engine, "news", "lora", kind="classify")
+
+
+def test_memory_that_runs_out_drops_the_gradients_of_half_a_batch(engine: Engine) -> None:
+    """By a real error of torch, in the second pass of a batch. Control: the slot goes on as one that had no error."""
+    with classifier(engine, most_tokens=16) as slot, classifier(engine, most_tokens=16) as other:
+        for each in (slot, other):
+            each._local.model.eval()  # the failed passes draw no dropout
+        passes: list[int] = []
+
+        def eat(*_: Any) -> None:
+            passes.append(1)
+            if len(passes) == 2:
+                torch.empty(1 << 60)
+
+        hook = slot._local.model.get_input_embeddings().register_forward_hook(eat)
+        with pytest.raises(OutOfMemory, match="out of memory at step 1, in a pass of"):
+            slot.forward_backward(LABELLED)
+        hook.remove()
+        assert float(slot._local.optimiser.gradients.abs().max()) > 0
+        with pytest.raises(TrainingError, match="call forward_backward first"):
+            slot.optim_step(OptimStep(1e-2))
+        for each in (slot, other):
+            each.forward_backward(LABELLED)
+            each.optim_step(OptimStep(1e-2))
+        assert equal(slot.save(), other.save())
 
 
 def verb_by_verb(slot: TrainsRows[Any], rows: list[Any], how: OptimStep) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from small_models import save_base
 
 from turret import adapters
 from turret.data import Example, texts_of
-from turret.engine import Engine, SamplingParams
+from turret.engine import Engine, OptimStep, SamplingParams
 from turret.errors import NotFound
 from turret.recipe import Recipe
 from turret.store import Store
@@ -165,11 +165,11 @@ def test_the_job_trains_verb_by_verb_beside_a_training_and_leaves_its_curve_as_i
 
     def learn(engine: Engine, seed: int) -> tuple[list[float], list[Any]]:
         with TrainingSlot(engine, "job", recipe.method, kind=kind, labels=labels, settings=settings, seed=seed) as slot:
-            before, losses = slot.ask(asked, options), list[float]()
+            before, losses = slot.sample(asked, options), list[float]()
             for _ in range(40):
                 losses.append(slot.forward_backward(rows))
-                slot.optim_step(1e-2)
-                answers = slot.ask(asked, options)
+                slot.optim_step(OptimStep(1e-2))
+                answers = slot.sample(asked, options)
             assert answers != before
             assert losses[-1] < losses[0] * (0.5 if job is LORA else 0.95)
             return losses, answers

@@ -36,7 +36,7 @@ from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
 from turret.train.initialize import InitialAdapter, attach, extracted, fresh_modules, optimiser_of
 from turret.train.seeds import Randomness
-from turret.train.step import LossScale, forward_backward, loss_of, require_finite, train_step
+from turret.train.step import LossScale, explained, forward_backward, loss_of, require_finite, train_step
 from turret.transformer import Model
 
 T = TypeVar("T")
@@ -104,10 +104,15 @@ class LocalSlot:
         if not self._added:
             self.optimiser.zero_gradients()
         self._added = True
-        with self.randomness, self.processes.noticing():
-            return forward_backward(
-                self.model, self.task, self.optimiser, rows, self.most_tokens, self.processes, self.scale, loss
-            )
+        memory = explained(self.most_tokens, rows, self.steps + 1, None)
+        try:
+            with self.randomness, self.processes.noticing(), memory:
+                return forward_backward(
+                    self.model, self.task, self.optimiser, rows, self.most_tokens, self.processes, self.scale, loss
+                )
+        except BaseException:
+            self._added = False  # no step is taken with the gradients of half a batch
+            raise
 
     def optim_step(self, step: OptimStep) -> float:
         if not self._added:
