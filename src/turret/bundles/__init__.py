@@ -3,6 +3,6 @@
 A bundle is a folder of JSON and safetensors, readable by PEFT where the method is PEFT's. No code in it is executed.
 """
 
-from turret.bundles.bundle import load, read_bundle, read_manifest, save, save_bundle
+from turret.bundles.bundle import load, read_bundle, save, save_bundle
 
-__all__ = ["load", "read_bundle", "read_manifest", "save", "save_bundle"]
+__all__ = ["load", "read_bundle", "save", "save_bundle"]

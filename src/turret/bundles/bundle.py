@@ -214,7 +214,7 @@ def read_bundle(folder: str | Path) -> Adapter:
     config = read_config(folder)
     path = folder / WEIGHTS
     content = np.fromfile(path, np.uint8) if path.stat().st_size <= AT_ONCE else None
-    manifest = _checked_manifest(folder, content) if (folder / MANIFEST).exists() else None
+    manifest = read_manifest(folder, content) if (folder / MANIFEST).exists() else None
     tensors = read_tensors(path, content)
     if manifest is None:
         method = _method_of(config, tensors)
@@ -233,13 +233,11 @@ def read_config(folder: Path) -> JsonObject:
     return _json(folder / CONFIG)
 
 
-def read_manifest(folder: Path) -> JsonObject:
-    """The manifest of a bundle, checked against its own digest and the files."""
-    return _checked_manifest(folder, None)
+def read_manifest(folder: Path, weights: Content | None) -> JsonObject:
+    """The manifest of a bundle, checked against its own digest and the files.
 
-
-def _checked_manifest(folder: Path, weights: Content | None) -> JsonObject:
-    """The same. weights: the content of that file, if it is in memory already."""
+    weights: the content of that file, if it is in memory already.
+    """
     manifest = _json(folder / MANIFEST)
     version = manifest.get("format")
     if type(version) is not int or not 1 <= version <= FORMAT:
