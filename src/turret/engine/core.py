@@ -51,7 +51,7 @@ from turret.engine.sequence import RunningSequence
 from turret.engine.slots import Slots
 from turret.engine.structured_output import Guide
 from turret.engine.text import Embedding
-from turret.engine.training_turns import Part, TrainingTurns, stopped
+from turret.engine.training_turns import TrainingTurns
 from turret.errors import (
     Busy,
     DataError,
@@ -481,15 +481,7 @@ class Engine:
         """
         if threading.current_thread() is self._thread:
             return work()
-        results: list[T] = []
-        part = Part(lambda: results.append(work()))
-        with self._wake:
-            if self._draining:
-                raise stopped()
-            self._trainings.put(tenant, part)
-            self._wake.notify_all()
-        part.future.result()
-        return results[0]
+        return self._trainings.run(work, tenant, self._wake, lambda: self._draining)
 
     def hold(self, name: str, number: int, adapter: Adapter) -> Named:
         """Let requests name an adapter that is in no store, until `let_go`: one that trains, after so many steps."""

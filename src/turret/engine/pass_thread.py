@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from turret import process
-from turret.engine.training_turns import Part, TrainingTurns, stopped
+from turret.engine.training_turns import TrainingTurns
 
 T = TypeVar("T")
 
@@ -37,15 +37,7 @@ class PassThread:
         """
         if threading.current_thread() is self._thread:
             return work()
-        results: list[T] = []
-        part = Part(lambda: results.append(work()))
-        with self._wake:
-            if self._closing:
-                raise stopped()
-            self._turns.put(tenant, part)
-            self._wake.notify_all()
-        part.future.result()
-        return results[0]
+        return self._turns.run(work, tenant, self._wake, lambda: self._closing)
 
     def close(self) -> None:
         """End the thread after the part that runs now. Parts that wait raise Draining."""

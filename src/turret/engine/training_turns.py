@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import TypeVar
 
 import torch
 
 from turret.errors import Draining
 from turret.turns import Places, TurnQueue
 
+T = TypeVar("T")
 _thread = threading.local()  # `pause`: what the thread of an engine does between two passes of a training
 
 
@@ -46,7 +48,7 @@ class Part:
 
 
 class TrainingTurns:
-    """The parts that wait, and what is owed to answers. Not thread-safe: the caller has a lock.
+    """The parts that wait, and what is owed to answers. Only `run` is thread-safe: the caller has a lock.
 
     Args:
         share: Of the time, for trainings, while answers wait. Between 0 and 1.
@@ -55,6 +57,26 @@ class TrainingTurns:
     def __init__(self, share: float) -> None:
         self._share, self._owed = share, 0.0
         self._queue: TurnQueue[Part] = TurnQueue(Places(1, guests=0))
+
+    def run(self, work: Callable[[], T], tenant: str, wake: threading.Condition, ends: Callable[[], bool]) -> T:
+        """Queue a part, wake the thread that takes it, and wait for its result, or raise its error.
+
+        Args:
+            wake: The caller's lock, which that thread waits on.
+            ends: Whether the thread takes no more parts.
+
+        Raises:
+            Draining: It takes no more.
+        """
+        results: list[T] = []
+        part = Part(lambda: results.append(work()))
+        with wake:
+            if ends():
+                raise stopped()
+            self.put(tenant, part)
+            wake.notify_all()
+        part.future.result()
+        return results[0]
 
     def put(self, tenant: str, part: Part) -> None:
         """Add a part of a tenant's training."""
