@@ -84,10 +84,11 @@ def example_losses(
             taken = items.take(piece)
             targets = [item.target for item in taken if item.target is not None]
             earlier = [item.earlier for item in taken]
-            logits = packed.target_logits(model, [item.source for item in taken], targets, earlier=earlier)  # (N, V)
-            rows = torch.split(logits, [item.weight for item in taken])
+            states = packed.target_states(model, [item.source for item in taken], targets, earlier=earlier)  # (N, D)
+            rows = torch.split(states, [item.weight for item in taken])
             for place, row, item in zip(piece, rows, taken, strict=True):
-                losses[place] = float(task.loss(row, item.counted.to(row.device))) * item.weight
+                logits = packed.vocabulary_logits(model, row)  # of one text: those of all take much memory
+                losses[place] = float(task.loss(logits, item.counted.to(row.device))) * item.weight
                 weights[place] = item.weight
         return tuple(losses), tuple(weights)
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from turret import adapters
+from turret.adapters import packed
 from turret.errors import TurretError
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
@@ -25,6 +27,7 @@ from turret.store import Store, Version
 from turret.tasks import TextTask, stored_task, task_from_spec, writes
 from turret.train.batches import EncodedRows, spread
 from turret.train.evaluation import evaluating, example_losses
+from turret.train.step import TARGETS
 from turret.transformer import Model, Tokenizer
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset
@@ -218,10 +221,23 @@ def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Forgetting:
         sums = []
         with evaluating(model, slot):
             for source, target in zip(sources, targets, strict=True):
-                logits = adapters.target_logits(model, [source], [target]).float()  # (T, V)
-                sums.append(float(torch.nn.functional.cross_entropy(logits, target.to(logits.device), reduction="sum")))
+                sums.append(_summed_loss(packed.target_states(model, [source], [target]), target, model))
         losses.append((sums, [len(target) for target in targets]))
     return Forgetting(Increase.of(*losses))
+
+
+def _summed_loss(states: Tensor, target: Tensor, model: Model) -> float:
+    """The loss of a text, summed over its T tokens. The logits of a large vocabulary are not in memory at once.
+
+    Args:
+        states: (T, D), each before its target token.
+        target: (T,) int64.
+    """
+    parts = zip(torch.split(states, TARGETS), torch.split(target.to(states.device), TARGETS), strict=True)
+    entropy = torch.nn.functional.cross_entropy
+    return sum(
+        float(entropy(packed.vocabulary_logits(model, each).float(), ids, reduction="sum")) for each, ids in parts
+    )
 
 
 def on_other_tasks(
