@@ -110,6 +110,7 @@ def _training(
 
     from turret import adapters, process
     from turret.data.dataset import read
+    from turret.ops.dropout import Draws
     from turret.tasks import make_task, schemas
     from turret.train import filled, splits_of
     from turret.train.loop import TrainingRun
@@ -130,7 +131,7 @@ def _training(
     def step(batch: Any) -> None:
         train_step(
             base.model, task, run.slot.optimiser, batch, rate=LEARNING_RATE, clip=recipe.train.gradient_clip,
-            most_tokens=run.slot.most_tokens,
+            most_tokens=run.slot.most_tokens, draws=Draws(options.seed, 1),
         )  # fmt: skip
 
     def block() -> float:
@@ -154,7 +155,7 @@ def _training(
         return sum(found.values())
 
     try:
-        with run.slot.randomness, process.keep_freed():
+        with process.keep_freed():
             yield str(base.dtype).removeprefix("torch."), block, saved
     finally:
         adapters.detach(base.model)

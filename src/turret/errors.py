@@ -21,6 +21,7 @@ TurretError                 base of all; its text is one line: what failed, expe
 │   ├── OutOfMemory         a training step did not fit into memory
 │   ├── Interrupted         stopped by the user; resumable
 │   ├── CheckpointMismatch  a checkpoint of another recipe, data, base, library or device
+│   │   └── CheckpointTooOld  a checkpoint of an older turret; the run starts over
 │   └── ProofFailed         the stored bundle did not reproduce the trained model
 ├── ExperimentError         an experiment that cannot be started, changed or settled as requested
 │   └── BadExperiment       invalid settings of an experiment
@@ -233,6 +234,10 @@ class Interrupted(TrainingError):
 
 class CheckpointMismatch(TrainingError):
     """A checkpoint belongs to another recipe, data, base, library or device, so the run cannot resume from it."""
+
+
+class CheckpointTooOld(CheckpointMismatch):
+    """A checkpoint has the format of an older turret, whose steps were others, so the run starts over."""
 
 
 class ProofFailed(TrainingError):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turret.ops import attention as module
 from turret.ops.attention import attend, attend_plainly
-from turret.ops.dropout import Masks
+from turret.ops.structs import DropoutArguments
 
 BIASES = {"none": None, "padding": (2, 1, 1, 9), "causal": (1, 1, 5, 9), "position": (1, 6, 5, 9), "all": (2, 6, 5, 9)}
 
@@ -41,19 +41,19 @@ def test_it_equals_the_plain_way_with_its_gradients(kv_heads: int, shape: tuple[
 
 
 def test_dropout_is_the_formula_with_the_mask_it_drew_forward_and_backward() -> None:
-    inputs, p = tensors(2), 0.4
-    torch.manual_seed(5)
-    fast = run(lambda *each: attend(*each, None, 0.3, p, Masks()), inputs)
-    torch.manual_seed(5)
-    keep = Masks().like(torch.empty(2, 6, 5, 9), p) != 0
+    inputs, dropped = tensors(2), DropoutArguments.of(0.4, 5, torch.arange(10).view(2, 5))
+    fast = run(lambda *each: attend(*each, None, 0.3, dropped), inputs)
+    plain = run(lambda *each: attend_plainly(*each, None, 0.3, dropped), inputs)
+    keep = dropped.kept(torch.Size((2, 6, 5, 9)))
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1)
         P = (0.3 * q @ k.mT).softmax(-1)
         return (P * keep / 0.6) @ v
 
-    for ours, theirs in zip(fast, run(formula, inputs), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    for ours, theirs, wanted in zip(fast, plain, run(formula, inputs), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(theirs, wanted, atol=1e-5, rtol=1e-4)
     assert 0.2 < (~keep).float().mean() < 0.6
 
 

@@ -16,6 +16,7 @@ from turret.errors import AdapterError
 from turret.families import FAMILIES as TABLE
 from turret.methods import LoRA, Prefix
 from turret.ops.attention import attend, attend_plainly
+from turret.ops.structs import NO_DROPOUT, DropoutArguments
 
 GEMMA = {
     "vocab_size": VOCABULARY,
@@ -107,10 +108,8 @@ def test_the_reference_caps_scores_before_the_mask_and_the_fast_way_declines(p: 
     q = torch.randn(2, 4, 5, 8, generator=generator).requires_grad_()
     k, v = (torch.randn(2, 2, 9, 8, generator=generator) for _ in range(2))
     bias = torch.randn(1, 1, 5, 9, generator=generator)
-    outputs = []
-    for function in (attend, attend_plainly):
-        torch.manual_seed(1)
-        outputs.append(function(q, k, v, bias, 0.9, p, softcap=1.5))
+    dropped = DropoutArguments.of(p, 1, torch.arange(10).view(2, 5)) if p else NO_DROPOUT
+    outputs = [function(q, k, v, bias, 0.9, dropped, softcap=1.5) for function in (attend, attend_plainly)]
     assert torch.equal(outputs[0], outputs[1])
     if p == 0.0:
         keys, values = (each.repeat_interleave(2, dim=1) for each in (k, v))

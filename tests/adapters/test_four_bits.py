@@ -22,7 +22,6 @@ from turret.adapters.lora import LoRAFactors
 from turret.adapters.scaled import dora
 from turret.errors import AdapterError
 from turret.methods import Full, Head, LoRA, Peft, Prefix
-from turret.ops.dropout import KeptMask
 from turret.ops.table import without
 from turret.train.memory import SavedForBackward
 
@@ -175,14 +174,6 @@ def test_nothing_is_merged_into_four_bits(tmp_path: Path) -> None:
     detach(model)
     with pytest.raises(AdapterError, match="nothing can be merged into it"):
         merged_state(model, adapter)
-
-
-def test_a_mask_on_another_device_keeps_its_share_and_scales_it() -> None:
-    kept = KeptMask(torch.empty(1000, 10, dtype=torch.bool).bernoulli_(0.7), 1 / 0.7)
-    x = torch.ones(1000, 10)
-    assert float(kept.of(x).mean()) == pytest.approx(0.7, abs=0.03)
-    assert float(kept.scaled(x).mean()) == pytest.approx(1.0, abs=0.05)
-    assert torch.equal(kept.of(x), kept.of(x))
 
 
 @needs_bitsandbytes

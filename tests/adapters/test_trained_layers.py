@@ -74,7 +74,7 @@ def model_of(family: str, method: Method, dtype: torch.dtype = torch.float32, **
 
 def outcome(model: Any) -> list[Tensor]:
     """The output, all gradients, and the next random number."""
-    torch.manual_seed(3)
+    torch.manual_seed(5)
     if hasattr(model, "classifier"):
         y = classify_logits(model, ROWS)
     else:
@@ -158,7 +158,7 @@ def test_another_order_of_random_words_gives_other_numbers(monkeypatch: pytest.M
     model = model_of("bert", METHODS["LoRA on all"])
     given = outcome(model)
     drawn = Masks.arguments
-    monkeypatch.setattr(Masks, "arguments", lambda self, p: (drawn(self, p), drawn(self, p))[1])
+    monkeypatch.setattr(Masks, "arguments", lambda self, p, keys: (drawn(self, p, keys), drawn(self, p, keys))[1])
     assert not same(given, outcome(model))
 
 

@@ -17,6 +17,7 @@ from turret import adapters
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.families import family_named
 from turret.methods import Method, Peft
+from turret.ops.dropout import Draws
 from turret.train.proof import answer
 from turret.train.step import train_step
 
@@ -68,7 +69,9 @@ def stepped(family: str, method: str, on_gpu: bool, dtype: torch.dtype = torch.f
         kept: list[torch.Tensor] = []
         update = optimiser.step
         optimiser.step = lambda rate: (kept.append(on_cpu(optimiser.gradients).clone()), update(rate))[1]  # type: ignore[method-assign]
-        loss, norm = train_step(base.model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256)
+        loss, norm = train_step(
+            base.model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, draws=Draws(42, 1)
+        )
         base.model.eval()
         targets = [] if kind == "classify" else [item.target for item in items[:3]]
         with torch.no_grad():

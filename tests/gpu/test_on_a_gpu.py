@@ -28,6 +28,7 @@ from turret.cli.main import run
 from turret.engine import SamplingParams
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.methods import LoRA, Prefix
+from turret.ops.dropout import Draws
 from turret.recipe import Recipe
 from turret.train.gpu_memory import Work, predict_on_gpu, refusal
 from turret.train.proof import tolerance
@@ -139,7 +140,7 @@ def stepped(family: str, method: dict[str, Any], device: torch.device) -> tuple[
     task, optimiser, items = tiny.started(base, kind, **method)
     kept: list[torch.Tensor] = []
     optimiser.step = lambda rate: kept.append(optimiser.gradients.clone())
-    loss, _ = train_step(base.model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256)
+    loss, _ = train_step(base.model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, draws=Draws(42, 1))
     return loss, kept[0]
 
 

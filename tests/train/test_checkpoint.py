@@ -16,14 +16,14 @@ import failing_disk
 import pytest
 import torch
 
-from turret.errors import CheckpointMismatch, TrainingError
+from turret.errors import CheckpointMismatch, CheckpointTooOld, TrainingError
 from turret.train import checkpoint
 
 IDENTITY = {"recipe": "r1", "data": "d1"}
 
 
 def save(folder: Path, step: int = 3, identity: dict[str, Any] = IDENTITY) -> dict[str, torch.Tensor]:
-    tensors = {"weights": torch.arange(5.0) + step, "random.torch": torch.get_rng_state()}
+    tensors = {"weights": torch.arange(5.0) + step, "exp_avg": torch.arange(5.0)}
     checkpoint.save(folder, tensors, identity=identity, layout={"a": [5]}, progress={"step": step})
     return tensors
 
@@ -57,6 +57,19 @@ def test_a_checkpoint_of_a_device_is_refused_where_the_run_names_none(tmp_path: 
     with pytest.raises(CheckpointMismatch, match="its device is none, this run's is cuda"):
         checkpoint.load(tmp_path, identity={**IDENTITY, "device": "cuda"})
     assert checkpoint.load(tmp_path, identity=IDENTITY) is not None
+
+
+def test_a_checkpoint_of_an_older_turret_is_told_from_a_foreign_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, kind, resumes in ((1, CheckpointTooOld, 0), (3, TrainingError, 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "FORMAT", number)
+            save(tmp_path)
+        with pytest.raises(TrainingError, match=f"has format {number}, expected 2: delete it to start over") as caught:
+            checkpoint.load(tmp_path, identity=IDENTITY)
+        assert type(caught.value) is kind
+        assert checkpoint.step_of(tmp_path) == resumes
 
 
 @pytest.mark.parametrize("damage", ["cut", "not ours", "empty"])

@@ -16,11 +16,11 @@ import small_models
 import tiny_training as tiny
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from several_launch import ended, launch
 
 from turret.errors import TrainingError
-from turret.train import checkpoint, distributed
+from turret.ops.dropout import Draws
+from turret.train import distributed
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRows
 from turret.train.distributed import Processes
@@ -68,6 +68,20 @@ def test_two_processes_make_the_adapter_that_one_makes(together: Any, kind: str)
         assert (two["examples"], two["tokens"]) == (one["examples"], one["tokens"])
 
 
+def test_two_processes_draw_the_dropout_that_one_draws(together: Any) -> None:
+    """Within 1e-4; the control has other masks and is a hundred times further."""
+    got = torch.load(together[0] / "whole.pt")
+    alone = several.finish(several.drawn(together[0] / "alone")[1])
+    assert far(got["weights"], alone["weights"]) < 1e-4
+    assert [each["loss"] for each in got["records"]] == pytest.approx([each["loss"] for each in alone["records"]], 1e-4)
+    on, data, made = tiny.base("bert"), tiny.dataset(train=25, validation=8), tiny.recipe(**several.DRAWN)
+    steps = tiny.fit(made, on, tiny.task_of(made, data, on), data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Draws, "key", property(lambda self: 77 + self.step))
+        other = several.finish(steps)
+    assert far(other["weights"], alone["weights"]) > 1e-2
+
+
 class Deaf(Processes):
     """One of two processes that never receives the other's gradients."""
 
@@ -87,7 +101,9 @@ def test_the_shares_of_a_batch_add_up_to_it_and_one_alone_does_not(kind: Any, co
     parts = []
     for here in (Deaf(0, 1), Deaf(0, 2), Deaf(1, 2)):
         start = optimiser.weights.clone()
-        train_step(on.model, task, optimiser, batch, rate=0.0, clip=0.0, most_tokens=30, processes=here)
+        train_step(
+            on.model, task, optimiser, batch, rate=0.0, clip=0.0, most_tokens=30, draws=Draws(42, 1), processes=here
+        )
         optimiser.set_weights(start)
         parts.append(here.__dict__["kept"][0])
     whole, first, second = ([gradient, loss] for gradient, loss in parts)
@@ -109,12 +125,6 @@ def test_a_share_is_every_other_item_by_length_and_all_of_it_for_one() -> None:
     assert Processes(2, 3).share(batch[:2]) == []
 
 
-def test_every_process_draws_its_own_dropout_and_the_main_one_what_one_alone_draws() -> None:
-    seeds = [Processes(rank, 4).seed(42) for rank in range(4)]
-    assert seeds[0] == distributed.ALONE.seed(42) == 42
-    assert len(set(seeds)) == 4
-
-
 # --- stop, resume, drift ----------------------------------------------------------------------------------------------
 
 
@@ -132,10 +142,6 @@ def test_a_checkpoint_of_two_processes_is_refused_by_one(together: Any) -> None:
     _, steps = several.drawn(together[0] / "stopped")
     with pytest.raises(TrainingError, match="its world_size is 2, this run's is 1; resume with the same world_size"):
         next(steps)
-    file = together[0] / "whole" / checkpoint.NAME
-    with safe_open(file, framework="pt") as kept:
-        states = [kept.get_tensor(name) for name in ("random.torch", "random.1.torch")]
-    assert not torch.equal(*states)
 
 
 def test_processes_that_came_apart_are_noticed(said: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from batches import without_dropout
 from tiny_training import fit
 
 from turret.errors import LossNotFinite
+from turret.ops.dropout import Draws
 from turret.train.step import FIRST, PATIENCE, LossScale, train_step
 
 
@@ -34,7 +35,7 @@ def gradients(scale: LossScale | None, loss_factor: float = 1.0) -> torch.Tensor
     optimiser.step = lambda rate: kept.append(optimiser.gradients.clone())
     whole = task.loss
     task.loss = lambda logits, targets: whole(logits, targets) * loss_factor
-    train_step(model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, scale=scale)
+    train_step(model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, draws=Draws(42, 1), scale=scale)
     return kept[0] / loss_factor
 
 
@@ -86,7 +87,9 @@ def test_gradients_that_no_scale_makes_finite_end_the_training() -> None:
     clip = optimiser.clip_gradients
     optimiser.clip_gradients = lambda largest: (clip(largest), torch.inf)[1]
     with pytest.raises(LossNotFinite, match="norm of the gradients became inf"):
-        train_step(model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, scale=LossScale())
+        train_step(
+            model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, draws=Draws(42, 1), scale=LossScale()
+        )
 
 
 def test_a_run_in_float16_learns_and_resumes_with_its_scale(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from small_models import save_base
 from torch import Tensor
 
 from turret import adapters, bases
-from turret.adapters import Adapter
+from turret.adapters import Adapter, drawing
 from turret.data import Example, Labelled, Pair
 from turret.engine import Engine, Limits, Loss, Named, OptimStep, Samples, SamplingParams, TrainsRows
 from turret.errors import AdapterError, LossNotFinite, NotFound, OutOfMemory, TrainingError
 from turret.methods import Full, LoRA, Prefix
+from turret.ops.dropout import Draws
 from turret.train import step
 from turret.train.batches import encode
 from turret.train.slot import TrainingSlot
@@ -222,7 +223,7 @@ def test_a_loss_over_the_batch_is_that_of_all_rows_at_once(family: str, tmp_path
 
 
 def test_a_loss_over_the_batch_computes_with_the_same_dropout_again(engine: Engine) -> None:
-    """Other masks would not give the gradients of the first pass. Control: a further call draws others."""
+    """Other masks would not give the gradients of the first pass. Control: those of the next step are others."""
     loss = Loss("apart", apart, spans="batch")
     with (
         classifier(engine, method=LoRA(r=2, lora_dropout=0.5)) as one,
@@ -231,16 +232,16 @@ def test_a_loss_over_the_batch_computes_with_the_same_dropout_again(engine: Engi
         local = other._local
         found = gradients(one, LABELLED, loss, 4096)[1]
 
-        def plain() -> Tensor:
+        def plain(number: int = 1) -> Tensor:
             local.optimiser.zero_gradients()
-            with local.randomness:
+            with drawing(local.model, Draws(local.seed, number), range(len(LABELLED))):
                 outputs = step._outputs(local.model, other.task, encode(other.task, LABELLED))
                 apart(outputs, other.task.targets(LABELLED)).backward()
             return local.optimiser.gradients.clone()
 
         wanted = other._run(plain)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
-        assert float((other._run(plain) - wanted).norm()) > 0.1 * float(wanted.norm())
+        assert float((other._run(lambda: plain(2)) - wanted).norm()) > 0.1 * float(wanted.norm())
 
 
 def test_a_mistake_is_one_line(engine: Engine) -> None:

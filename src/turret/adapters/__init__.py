@@ -9,6 +9,7 @@ from turret.adapters.batch_context import ATTACHED, BARE, BatchContext, set_cont
 from turret.adapters.hooks import (
     attachment,
     detach,
+    drawing,
     mixed_precision,
     on_slot,
     target_paths,
@@ -28,6 +29,7 @@ __all__ = [
     "checkpoint_layers",
     "classify_logits",
     "detach",
+    "drawing",
     "extract",
     "mixed_precision",
     "mount",

@@ -8,7 +8,7 @@ enters the key-value cache. An argument that is neither computed here nor in `HA
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from turret.ops.attention import attend, attend_rows
 from turret.ops.core import Ops
 from turret.ops.dropout import Masks
 from turret.ops.padded_blocks import BlockLayout, BlockSide
-from turret.ops.structs import AttentionRows, Prefixes
+from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 from turret.ops.table import of
 from turret.transformer import Submodule
 
@@ -165,20 +165,29 @@ def _padded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
         )
     if bias is not None:
         bias = bias[..., : k.shape[2]].to(q.dtype)
-    slot = context.single()
+    slot, masks = context.single(), context.masks or Masks()
+    dropped = masks.arguments(call.dropout, lambda: masks.keys_of(q[:, 0]).view(q.shape[0], q.shape[2]))
     if slot is not None:
-        return _one_slot(hooked, slot, q, k, v, bias, call)
+        return _one_slot(hooked, slot, q, k, v, bias, call, dropped)
     output = torch.empty_like(q)
     for slot, rows in context.rows_by_slot().items():
         index = torch.tensor(rows, device=q.device)
         rows_bias = bias[index] if bias is not None and bias.shape[0] > 1 else bias
-        part = _one_slot(hooked, slot, q[index], k[index], v[index], rows_bias, call)
+        own = dropped if dropped.keys is None else replace(dropped, keys=dropped.keys[index], memo={})
+        part = _one_slot(hooked, slot, q[index], k[index], v[index], rows_bias, call, own)
         output = output.index_copy(0, index, part)
     return output
 
 
 def _one_slot(
-    hooked: Hooked, slot: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: AttentionCall
+    hooked: Hooked,
+    slot: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    call: AttentionCall,
+    dropped: DropoutArguments,
 ) -> Tensor:
     """Attention of rows with one slot to [prefix; keys], with a bias widened by the prefix's columns."""
     prefix = hooked.prefix(slot, hooked.site) if slot != BARE else None
@@ -193,7 +202,7 @@ def _one_slot(
             bias = torch.cat([columns.expand(*shape, -1), bias.expand(*shape, -1)], dim=-1)  # (., ., T, P + S)
         k = torch.cat([prefix[0].to(k.dtype).expand(rows, -1, -1, -1), k], dim=2)  # (B, H_kv, P + S, D)
         v = torch.cat([prefix[1].to(v.dtype).expand(rows, -1, -1, -1), v], dim=2)
-    return attend(q, k, v, bias, call.scaling, call.dropout, hooked.context.masks, call.softcap)
+    return attend(q, k, v, bias, call.scaling, dropped, call.softcap)
 
 
 def _prefix_bias(hooked: Hooked, tokens: int, q: Tensor, past: int) -> Tensor:
@@ -214,13 +223,14 @@ def relative_bias(hooked: Hooked, relative: Tensor) -> Tensor:
 
 def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Each row of an unpadded batch attends to itself, or in cross-attention to its source. -> (1, H, N, D)"""
-    ops = of(q, k, v)
+    ops, masks = of(q, k, v), hooked.context.masks or Masks()
+    stream = "encoder" if hooked.site.group == "encoder" else "decoder"
+    dropped = masks.arguments(call.dropout, lambda: masks.tokens(stream, q.device))
     if call.softcap is None and ops.attends:
         rows, prefixes = rows_and_prefixes(hooked, call.scaling, call.window, k.dtype)
         if takes_rows(ops, rows, prefixes, q.shape[3], call.dropout):
-            dropped = (hooked.context.masks or Masks()).arguments(call.dropout)
             return attend_rows(ops, rows, q, k, v, prefixes, dropped)
-    return _unpadded_plainly(hooked, q, k, v, call)
+    return _unpadded_plainly(hooked, q, k, v, call, dropped)
 
 
 def takes_rows(ops: Ops, rows: AttentionRows, prefixes: Prefixes, dim: int, p: float) -> bool:
@@ -291,14 +301,20 @@ def _rows(
     )
 
 
-def _unpadded_plainly(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+def _unpadded_plainly(
+    hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, dropped: DropoutArguments = NO_DROPOUT
+) -> Tensor:
     """The same block by block in torch's operations: the reference of the kernels, and the path without them."""
     layout = _layout(hooked, q.device)
     parts = []
     for block in layout.blocks:
         bias = _block_bias(hooked, block.queries, block.keys, call.window, q)
         queries, keys, values = block.queries.block(q), block.keys.block(k), block.keys.block(v)
-        output = _one_slot(hooked, block.kind, queries, keys, values, bias, call)
+        own = dropped
+        if dropped.keys is not None:
+            of_block = dropped.keys.index_select(0, block.queries.places).view(queries.shape[0], -1)
+            own = replace(dropped, keys=of_block, memo={})
+        output = _one_slot(hooked, block.kind, queries, keys, values, bias, call, own)
         parts.append(block.queries.unblock(output))
     return layout.join(parts)
 

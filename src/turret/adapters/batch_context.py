@@ -6,7 +6,7 @@ A context belongs to one attached model, not to the process.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.ops.core import KVStep
-from turret.ops.dropout import Masks
+from turret.ops.dropout import Draws, HashedDraws, Masks
 from turret.ops.structs import AdapterSpans
 
 BARE = 0  # the slot of the bare base, without an adapter
@@ -131,7 +131,9 @@ class BatchContext:
         capture: if a dictionary, the attention hook puts each site's keys and values into it.
         in_body: an unpadded pass through the body runs, so that a pooler sees all tokens as one row.
         memo: layouts and biases of this batch, shared by its layers.
-        masks: dropout masks of the current unpadded pass.
+        masks: dropout masks of the current pass.
+        draws: of the training step that runs, and the numbers of the pass's examples in it; None outside of a step.
+        draws_alone: whether modules draw random numbers that no hook replaced; see `HashedDraws`.
         adapter_pool: the adapters, if an engine keeps them instead of the modules' slots.
         cache: the keys and values of earlier passes, if an engine keeps them.
         read: (B,) int64, the only tokens whose last hidden states are read; None for all.
@@ -145,6 +147,8 @@ class BatchContext:
     in_body: bool = False
     memo: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)  # values of several types, each by its own key
     masks: Masks | None = None
+    draws: tuple[Draws, Sequence[int]] | None = None
+    draws_alone: bool = True
     adapter_pool: AdapterPoolProtocol | None = None
     cache: KVCacheProtocol | None = None
     read: Tensor | None = None
@@ -193,6 +197,13 @@ class BatchContext:
         return 0, {slot: torch.tensor(rows, device=device) for slot, rows in self.rows_by_slot().items()}
 
 
+def drawing_alone(context: BatchContext) -> AbstractContextManager[HashedDraws | None]:
+    """Inside, modules that draw by themselves draw what the pass's masks say, if a training step runs."""
+    if context.draws is None or context.masks is None or not context.draws_alone:
+        return nullcontext()
+    return HashedDraws(context.masks)
+
+
 @contextmanager
 def set_context(
     context: BatchContext,
@@ -200,14 +211,31 @@ def set_context(
     lengths: Mapping[str, Sequence[int]] | None,
     in_body: bool = False,
     read: Tensor | None = None,
+    *,
+    masked: Mapping[str, Sequence[int]] | None = None,
+    examples: Sequence[int] | None = None,
 ) -> Iterator[None]:
-    """Describe another batch for the length of the block. The arguments are fields of `BatchContext`."""
+    """Describe another batch for the length of the block.
+
+    Args:
+        context: is changed; the next four arguments are its fields.
+        masked: tokens of each row, for the dropout masks of a pass without `lengths`.
+        examples: which examples of `context.draws` the rows are; None: all, in order.
+    """
     before = context.slots, context.lengths, context.in_body, context.memo, context.masks, context.read
     context.slots = None if slots is None else tuple(slots)
     context.lengths = None if lengths is None else {name: tuple(each) for name, each in lengths.items()}
     context.in_body, context.memo, context.read = in_body, {}, read
-    context.masks = None if lengths is None or context.serves else Masks()
+    context.masks = None
+    if not context.serves and (rows := masked or lengths) is not None:
+        own = range(len(next(iter(rows.values())))) if examples is None else examples
+        if context.draws is None:
+            context.masks = Masks(None, own, rows, read)
+        else:
+            draws, numbers = context.draws
+            context.masks = Masks(draws.key, [numbers[each] for each in own if each < len(numbers)], rows, read)
     try:
-        yield
+        with drawing_alone(context):
+            yield
     finally:
         context.slots, context.lengths, context.in_body, context.memo, context.masks, context.read = before

@@ -26,7 +26,7 @@ from turret.errors import AdapterError
 from turret.families import family_of
 from turret.families.family import Family, Site
 from turret.methods import Method
-from turret.ops.dropout import dropout
+from turret.ops.dropout import Draws, dropout
 from turret.transformer import Model, Submodule
 
 # --- routed -----------------------------------------------------------------------------------------------------------
@@ -70,13 +70,13 @@ class RoutedModule(nn.Module):
 class RoutedDropout(nn.Dropout):
     """Replaces a dropout layer of the base: the same, with the masks of the pass."""
 
-    def __init__(self, replaced: nn.Dropout, context: BatchContext) -> None:
+    def __init__(self, replaced: nn.Dropout, context: BatchContext, stream: str) -> None:
         super().__init__(replaced.p)
         self.replaced = replaced  # follows train() and eval() with this one
-        self.context = context
+        self.context, self.stream = context, stream
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.context.masks) if self.training else x
+        return dropout(x, self.p, self.context.masks, self.stream) if self.training else x
 
 
 # --- attached ---------------------------------------------------------------------------------------------------------
@@ -172,6 +172,23 @@ def mixed_precision(model: nn.Module) -> torch.autocast:
 
 
 @contextmanager
+def drawing(model: nn.Module, draws: Draws, examples: Sequence[int]) -> Iterator[None]:
+    """A training pass and its backward pass, whose random numbers depend on the step and on each example alone.
+
+    Args:
+        model: an attached model.
+        draws: the run's seed, and the step.
+        examples: the number of each row of the pass in the step.
+    """
+    context = attachment(model).context
+    before, context.draws = context.draws, (draws, examples)
+    try:
+        yield
+    finally:
+        context.draws = before
+
+
+@contextmanager
 def on_slot(model: nn.Module, slot: int) -> Iterator[None]:
     """Make every row take `slot` for the length of the block; with 0 the model answers as the bare base.
 
@@ -255,6 +272,7 @@ def hook_model(model: Model, *, plain: bool = False) -> HookedModel:
     handles += positions.hook(model, family, attached.context, attached.prefix_length)
     bias_undo = positions.hook_bias(bias_modules.values(), family, attached.context)
     hook_undo = [] if plain else layers.hook(model, family.fast, attached.context)
+    attached.context.draws_alone = plain or family.fast.layout is None
 
     def undo() -> None:
         for handle in handles:
@@ -282,7 +300,7 @@ def _replace_modules(model: nn.Module, attached: HookedModel) -> None:
     fast = attached.family.fast
     for path, module in list(model.named_modules()):
         if type(module) is nn.Dropout and module.p > 0.0:
-            _replace(model, attached, path, RoutedDropout(module, attached.context))
+            _replace(model, attached, path, RoutedDropout(module, attached.context, attached.family.stream(path)))
         elif type(module).__name__ in fast.rms_norms:
             _replace(model, attached, path, layers.FrozenNorm(module, attached.context, fast.narrow_norms))
         elif type(module).__name__ in fast.added_norms and path == layers.narrowing(attached.sites[-1].name):
@@ -355,13 +373,14 @@ def start_head(model: Model, attached: HookedModel, extra: tuple[str, ...]) -> N
     """Put trainable copies of the family's head, and of further modules, on it."""
     own = [name for name in attached.family.head_modules if name in dict(model.named_children())]
     for name in own + [name for name in extra if name not in own]:
-        routed_module(model, attached, name).slots[str(ATTACHED)] = _trainable_copy(model.get_submodule(name))
+        twin = _trainable_copy(model.get_submodule(name), attached.context)
+        routed_module(model, attached, name).slots[str(ATTACHED)] = twin
 
 
-def _trainable_copy(module: nn.Module) -> nn.Module:
+def _trainable_copy(module: nn.Module, context: BatchContext) -> nn.Module:
     if isinstance(module, RoutedModule):
         module = module.base_module
-    twin = copy.deepcopy(module).float()
+    twin = copy.deepcopy(module, {id(context): context}).float()  # its dropout reads the same context
     for each in twin.parameters():
         each.requires_grad_(True)
     return twin

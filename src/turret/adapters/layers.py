@@ -28,7 +28,7 @@ from turret.ops.blocks import Normed, PostNorm, PreNorm, Training, train
 from turret.ops.core import Cached, LayerWeights, Ops, WholeLayers
 from turret.ops.dropout import Masks
 from turret.ops.norms import frozen_rms_norm
-from turret.ops.structs import LARGEST, DropoutArguments, Group, LayerNorm, Lora, Matrix, RMSNorm
+from turret.ops.structs import DropoutArguments, Group, LayerNorm, Lora, Matrix, RMSNorm
 from turret.ops.table import of
 from turret.transformer import ModelConfig, Submodule
 
@@ -86,7 +86,7 @@ class RoutedLinear(nn.Module):
         if slot is not None and (scaled := self.scaled.get(slot)) is not None:
             return scaled(self.base_layer, x)
         if slot is not None and (factors := self.factors(slot)) is not None:
-            return factors.with_base(self.base_layer, x, self.context)
+            return factors.with_base(self.base_layer, x, self.context, self.stream)
         y: Tensor = self.base_layer(x)  # (B, T, D_out)
         if slot is not None:
             return y
@@ -397,7 +397,7 @@ class LayerHook(ABC, Generic[M]):
     def trained(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
         """The layer while one adapter trains: (1, N, D) -> (1, N or B, D), or None if its modules must compute it."""
         context, slot = self.context, self.context.single()
-        if slot is None or not trains_one_adapter(context) or x.numel() >= LARGEST or not self.fits(x, cos_sin):
+        if slot is None or not trains_one_adapter(context) or not self.fits(x, cos_sin):
             return None
         ops = of(x, *(cos_sin or ()))
         if not ops.takes_layer(self.layout, trains=True) or (parts := self.parts()) is None:
@@ -414,11 +414,14 @@ class LayerHook(ABC, Generic[M]):
         bare = [found for own in linears if (found := matrices.group(*own)) is not None]
         if len(bare) < len(linears) or not (x.requires_grad or lora.factors(bare) or prefixes.pairs):
             return None  # nothing trains in this layer or below it
-        masks, (first, last), groups, dropped = context.masks or Masks(), self.branch_dropout, [], []
+        masks, (first, last) = context.masks or Masks(), self.branch_dropout
+        groups: list[Group] = []
+        dropped: list[DropoutArguments] = []
         for group, rate in zip(bare, (p, first, 0.0, last), strict=True):  # masks are drawn in the modules' order
-            adapted = (m if m.lora is None else m._replace(lora=lora.hashed(ops, m.lora, masks)) for m in group)
+            keys = functools.partial(masks.tokens, self.hooked.site.group, x.device, read=bool(groups) and self.narrows)
+            adapted = (m if m.lora is None else m._replace(lora=lora.hashed(ops, m.lora, masks, keys)) for m in group)
             groups.append(tuple(adapted))
-            dropped.append(masks.arguments(rate))
+            dropped.append(masks.arguments(rate, keys))
         run = Training(ops, groups, rows, prefixes.of_row, dropped[0], flat(cos_sin))
         made: tuple[Tensor, int, Normed] | None = context.memo.get(NORMED)
         normed = made[2] if made is not None and made[0] is x and made[1] == x._version else None
@@ -437,6 +440,11 @@ class LayerHook(ABC, Generic[M]):
     @abstractmethod
     def dropout(self) -> float:
         """Of attention's probabilities, in this mode."""
+
+    @property
+    def narrows(self) -> bool:
+        """Whether only some tokens go on after attention."""
+        return False
 
     @property
     @abstractmethod
@@ -530,8 +538,11 @@ class PostNormHook(LayerHook[PostNormLayer]):
     def while_training(self, block: AnyBlock, first: DropoutArguments, last: DropoutArguments) -> AnyBlock:
         assert isinstance(block, PostNorm)
         norms = block.norms[0]._replace(dropped=first), block.norms[1]._replace(dropped=last)
-        narrows = isinstance(self.module.attention.output, NarrowedOutput)
-        return PostNorm(norms, block.dim, self.context.read if narrows else None)
+        return PostNorm(norms, block.dim, self.context.read if self.narrows else None)
+
+    @property
+    def narrows(self) -> bool:
+        return isinstance(self.module.attention.output, NarrowedOutput)
 
     def call_layers(
         self, layers: WholeLayers, hooks: Sequence[LayerHook[PostNormLayer]], x: Tensor, cos_sin: CosSin | None

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from turret import quantized
 from turret.adapters.adapter import Adapter, Extracted, mount_parts, require_base, shared_names
-from turret.adapters.batch_context import ATTACHED, BatchContext
+from turret.adapters.batch_context import ATTACHED, BatchContext, drawing_alone
 from turret.adapters.hooks import ATTRIBUTE, AdapterInit, HookedModel, attachment, detach, hook_model
 from turret.adapters.layers import NORMED
 from turret.adapters.tuners.tuner import all_parts, tuner_of
@@ -45,7 +45,8 @@ class CheckpointedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # as the layer's own
         if not torch.is_grad_enabled() or self._context.serves:
             return self._forward(*args, **kwargs)
-        return checkpoint(_Twice(self._forward, self._context), *args, use_reentrant=False, **kwargs)
+        twice = _Twice(self._forward, self._context)
+        return checkpoint(twice, *args, use_reentrant=False, preserve_rng_state=self._context.draws is None, **kwargs)
 
 
 class _Twice:
@@ -60,7 +61,7 @@ class _Twice:
             self._context.memo.pop(NORMED, None)  # a tensor of the layer before, which is not to be kept
             self._batch = _copied(self._context)
             return self._forward(*args, **kwargs)
-        with _as_it_was(self._context, self._batch):
+        with _as_it_was(self._context, self._batch), drawing_alone(self._context):
             return self._forward(*args, **kwargs)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from turret import quantized
 from turret.adapters.batch_context import BatchContext
 from turret.errors import AdapterError
-from turret.ops.dropout import Masks
+from turret.ops.dropout import Masks, dropout
 from turret.ops.frozen import FrozenProducts
 from turret.ops.lora import adapted, lora_delta
 from turret.ops.structs import Lora
@@ -44,32 +44,33 @@ class LoRAFactors(nn.Module):
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, masks: Masks | None = None, stream: str | None = None) -> Tensor:
         x = x.to(self.lora_A.dtype)
-        y = lora_delta(x, self.lora_A, self.lora_B, self.scaling, self._rate)
+        y = lora_delta(dropout(x, self._rate, masks, stream), self.lora_A, self.lora_B, self.scaling)
         if self.initial_A is not None and self.initial_B is not None:
             y = y - lora_delta(x, self.initial_A, self.initial_B, self.scaling)
         return y
 
-    def with_base(self, layer: nn.Module, x: Tensor, context: BatchContext) -> Tensor:
+    def with_base(self, layer: nn.Module, x: Tensor, context: BatchContext, stream: str | None = None) -> Tensor:
         """W x + bias + delta(x), in the base's own precision and with little saved for the backward pass."""
+        masks = context.masks or Masks()
         if self.initial_A is None and torch.is_grad_enabled():
-            lora, masks = Lora(self.lora_A, self.lora_B, self.scaling, self._rate), context.masks or Masks()
+            lora = Lora(self.lora_A, self.lora_B, self.scaling, self._rate)
             if quantized.in_four_bits(layer):
                 packed = FourBitProducts.of(layer)
-                y = adapted(x, packed.weight, layer._parameters["bias"], packed, lora, masks)
-                return self._beside(layer, x) if y is None else y
+                y = adapted(x, packed.weight, layer._parameters["bias"], packed, lora, masks, stream)
+                return self._beside(layer, x, masks, stream) if y is None else y
             if x.is_cpu and not quantized.packed(layer):
                 weight, bias = weight_and_bias(layer)
                 if weight.dtype == x.dtype and not weight.requires_grad:
-                    y = adapted(x, weight, bias, FrozenProducts(), lora, masks)
-                    return self._beside(layer, x) if y is None else y
-        return self._beside(layer, x)
+                    y = adapted(x, weight, bias, FrozenProducts(), lora, masks, stream)
+                    return self._beside(layer, x, masks, stream) if y is None else y
+        return self._beside(layer, x, masks, stream)
 
-    def _beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def _beside(self, layer: nn.Module, x: Tensor, masks: Masks, stream: str | None) -> Tensor:
         """The layer's own output and delta(x), added up."""
         y: Tensor = layer(x)
-        delta: Tensor = self(x)
+        delta: Tensor = self(x, masks, stream)
         return y + delta.to(y.dtype)
 
     @property

@@ -39,7 +39,7 @@ def classify_logits(model: Model, inputs: Sequence[Tensor], slots: Sequence[int]
     attached = attachment(model)
     family = attached.family
     read = pooled(model, inputs, family.pooling(model.config), slots)
-    with set_context(attached.context, slots, None):
+    with set_context(attached.context, slots, None, masked={"head": [1] * len(inputs)}):
         logits: Tensor = family.classify(parts_of_head(model), read)
     return logits
 
@@ -133,7 +133,7 @@ def vocabulary_logits(model: Model, hidden: Tensor, slots: Sequence[int] | None 
     layer = model.get_output_embeddings()
     assert layer is not None
     output = functools.partial(linear, layer)
-    with set_context(attached.context, slots, None):
+    with set_context(attached.context, slots, None, masked={"output": [1] * len(hidden)}):
         logits: Tensor = attached.family.vocabulary(model, hidden, output)
     return logits
 
@@ -164,7 +164,8 @@ def _one_by_one(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | Non
     attached, parts = attachment(model), []
     for place, row in enumerate(rows):
         ids = row[None].to(device_of(model))  # (1, T)
-        with set_context(attached.context, None if slots is None else [slots[place]], None, in_body=True):
+        own, kind = None if slots is None else [slots[place]], attached.family.kind
+        with set_context(attached.context, own, None, in_body=True, masked={kind: [len(row)]}, examples=[place]):
             parts.append(model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0][0])
     return torch.cat(parts)
 
@@ -179,6 +180,8 @@ def _encoder_decoder_hidden(
     source, target = (copied(torch.cat(list(rows))[None], device_of(model)) for rows in (sources, targets))
     with set_context(attached.context, slots, lengths, in_body=True):
         encoded = model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]  # (1, N, D)
+        if attached.context.masks is not None:
+            attached.context.masks.stream = "decoder"
         output = model.get_decoder()(
             input_ids=target,
             attention_mask=ready_mask(target),

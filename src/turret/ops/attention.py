@@ -2,9 +2,8 @@
 
     y = dropout(softmax(cap(scaling q k^T) + bias)) v
 
-cap(s) = softcap tanh(s / softcap), if a base caps its scores (Gemma 2, 2024). On the CPU, with short rows and dropout,
-torch's fused kernel is slower than the products written out. The faster path saves one matrix per layer, the
-probabilities before dropout, and copies no grouped keys or values.
+cap(s) = softcap tanh(s / softcap), if a base caps its scores (Gemma 2, 2024). Dropout needs the products written out.
+The faster path saves one matrix per layer, the probabilities before dropout, and copies no grouped keys or values.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from turret.ops.autograd import FunctionContext, Gradients, apply
 from turret.ops.core import Ops, enabled
-from turret.ops.dropout import Masks, dropout, keep_rate, masked
-from turret.ops.structs import AttentionRows, DropoutArguments, Prefixes
+from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 
 LARGEST = 1 << 25  # probabilities of one call; above it torch's fused kernel computes, which saves none of them
 
@@ -29,11 +27,10 @@ def attend(
     v: Tensor,
     bias: Tensor | None,
     scaling: float,
-    p: float = 0.0,
-    masks: Masks | None = None,
+    dropped: DropoutArguments = NO_DROPOUT,
     softcap: float | None = None,
 ) -> Tensor:
-    """softmax(cap(scaling * q k^T) + bias) v, with dropout at rate p on the probabilities.
+    """softmax(cap(scaling * q k^T) + bias) v, with dropout of the probabilities.
 
     Args:
         q: (B, H, T, D).
@@ -41,8 +38,7 @@ def attend(
         v: (B, H_kv, S, D).
         bias: broadcasts to (B, H, T, S).
         scaling: of the scores.
-        p: rate of dropout.
-        masks: dropout masks of the current pass.
+        dropped: the mask, with a key for each query (B, T).
         softcap: largest score; None for no cap.
 
     Returns:
@@ -54,11 +50,8 @@ def attend(
     small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= LARGEST
     known = softcap is None and (bias is None or not bias.requires_grad)
     if q.device.type == "cpu" and trains and small and known and enabled("attention_gradient"):
-        mask = None
-        if p > 0.0:
-            mask = (masks or Masks()).like(q.new_empty(()).expand(*q.shape[:3], k.shape[2]), p)
-        return apply(_Attention, q, k, v, bias, scaling, keep_rate(p), mask)
-    return attend_plainly(q, k, v, bias, scaling, p, softcap)
+        return apply(_Attention, q, k, v, bias, scaling, dropped)
+    return attend_plainly(q, k, v, bias, scaling, dropped, softcap)
 
 
 def attend_plainly(
@@ -67,33 +60,36 @@ def attend_plainly(
     v: Tensor,
     bias: Tensor | None,
     scaling: float,
-    p: float = 0.0,
+    dropped: DropoutArguments = NO_DROPOUT,
     softcap: float | None = None,
 ) -> Tensor:
     """`attend` in torch's own operations: the reference of every faster path, and the path of every other device."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
-    if softcap is None and (p == 0.0 or q.device.type == "cuda"):
-        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling, dropout_p=p)
-    scores = (q * scaling) @ k.mT  # (B, H, T, S); with dropout the fused kernel is slower than this
+    if softcap is None and dropped is NO_DROPOUT:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling)
+    scores = (q * scaling) @ k.mT  # (B, H, T, S)
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if bias is not None:
         scores = scores + bias
-    return dropout(scores.softmax(dim=-1), p) @ v
+    probabilities = scores.softmax(dim=-1)
+    if dropped is NO_DROPOUT:
+        return probabilities @ v
+    return probabilities * dropped.kept(scores.shape) @ (v * dropped.scale)
 
 
 class _AttentionContext(FunctionContext, Protocol):
     scaling: float
-    keep: float
+    dropped: DropoutArguments
     shapes: tuple[torch.Size, torch.Size]
 
 
 class _Attention(torch.autograd.Function):
-    """P = softmax(scaling q k^T + bias);  y = (P mask / keep) v. The G groups of queries follow one another: G T rows.
+    """P = softmax(scaling q k^T + bias);  y = scale (P mask) v. The G groups of queries follow one another: G T rows.
 
-    dV = (P mask)^T dy / keep;  dP = (dy v^T) mask / keep;  dS = P (dP - sum(dP P));
+    dV = scale (P mask)^T dy;  dP = scale (dy v^T) mask;  dS = P (dP - sum(dP P));
     dq = scaling dS k;  dk = scaling dS^T q.
     """
 
@@ -105,27 +101,23 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         scaling: float,
-        keep: float,
-        mask: Tensor | None,
+        dropped: DropoutArguments,
     ) -> Tensor:
         B, H, T, D = q.shape
         heads, S = k.shape[1], k.shape[2]
         queries = (q * scaling).reshape(B * heads, -1, D)  # (B H_kv, G T, D)
         keys = k.reshape(B * heads, S, D)
         values = v.reshape(B * heads, S, D)
-        if mask is not None:
-            values = values * (1.0 / keep)
+        if dropped.threshold:
+            values = values * dropped.scale
         scores = torch.bmm(queries, keys.mT)  # (B H_kv, G T, S)
         if bias is not None:
             scores.view(B, H, T, S).add_(bias)
         probabilities = torch.softmax(scores, dim=-1)
-        dropped = probabilities
-        if mask is not None:
-            mask = mask.view(scores.shape)
-            dropped = masked(probabilities, mask)
+        mask = dropped.kept(torch.Size((B, H, T, S))).view(scores.shape) if dropped.threshold else None
         ctx.save_for_backward(queries, keys, values, probabilities, mask)
-        ctx.scaling, ctx.keep, ctx.shapes = scaling, keep, (q.shape, k.shape)
-        return torch.bmm(dropped, values).view(B, H, T, D)
+        ctx.scaling, ctx.dropped, ctx.shapes = scaling, dropped, (q.shape, k.shape)
+        return torch.bmm(probabilities if mask is None else probabilities * mask, values).view(B, H, T, D)
 
     @staticmethod
     def backward(ctx: _AttentionContext, *gradients: Tensor) -> Gradients:
@@ -133,17 +125,15 @@ class _Attention(torch.autograd.Function):
         shape, keys_shape = ctx.shapes
         dy = gradients[0].reshape(queries.shape)
         dP = torch.bmm(dy, values.mT)
-        dropped = probabilities
-        if mask is not None:
-            dP.view(mask.dtype).bitwise_and_(mask)
-            dropped = masked(probabilities, mask)
-        dv = torch.bmm(dropped.mT, dy)
-        if mask is not None:
-            dv.mul_(1.0 / ctx.keep)
+        if ctx.dropped.threshold:
+            dP.mul_(mask)
+            dv = torch.bmm((probabilities * mask).mT, dy).mul_(ctx.dropped.scale)
+        else:
+            dv = torch.bmm(probabilities.mT, dy)
         dS = torch._softmax_backward_data(dP, probabilities, -1, dP.dtype)
         dq = torch.bmm(dS, keys).mul_(ctx.scaling)
         dk = torch.bmm(dS.mT, queries)
-        return dq.view(shape), dk.view(keys_shape), dv.view(keys_shape), None, None, None, None
+        return dq.view(shape), dk.view(keys_shape), dv.view(keys_shape), None, None, None
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -100,14 +100,13 @@ class WholeLayers(Protocol):
 class Ops:
     """The reference of every operation, in plain torch.
 
-    What raises NotImplementedError has its reference elsewhere: attention over rows in `adapters.attention`, masks in
-    `dropout`. Nobody calls it while `kernels` is false.
+    What raises NotImplementedError has its reference in `adapters.attention`: attention over rows. Nobody calls
+    it while `kernels` is false.
     """
 
     kernels = False  # whether anything is faster than torch here
     layouts: frozenset[str] = frozenset()  # the kinds of layer that are worth computing as one block
     recorded = False  # whether a decode step of such blocks may be recorded as a graph
-    hashes = False  # whether kernels compute masks of dropout from seeds
     output_read = False  # whether `attention_backward` reads the output of `attention`
 
     # --- frozen products ----------------------------------------------------------------------------------------------
@@ -233,8 +232,7 @@ class Ops:
 
     def added_norm(self, a: Tensor, x: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
         """(LayerNorm(s), s, what the backward pass needs of s), s = dropout(a) + x. Source: Ba et al. 2016."""
-        assert norm.dropped.threshold == 0, "the masks of dropout are the kernels'"
-        s = a + x
+        s = (a if norm.dropped.threshold == 0 else self.dropout(a, norm.dropped, norm.dropped.scale)) + x
         return F.layer_norm(s, s.shape[-1:], norm.weight, norm.bias, norm.eps), s, s.new_empty(0)
 
     def added_norm_again(self, s: Tensor, norm: LayerNorm, stats: Tensor) -> Tensor:
@@ -247,11 +245,12 @@ class Ops:
         r = torch.rsqrt(wide.var(-1, keepdim=True, correction=0) + norm.eps)
         n, g = (wide - wide.mean(-1, keepdim=True)) * r, dy.float() * norm.weight.float()
         dx = (r * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))).to(s.dtype)
-        return dx.clone(), dx
+        return (dx.clone() if norm.dropped.threshold == 0 else self.dropout(dx, norm.dropped, norm.dropped.scale)), dx
 
     def dropout(self, x: Tensor, dropped: DropoutArguments, scale: float) -> Tensor:
-        """The elements that a mask keeps times `scale`, zero elsewhere; where kernels hash masks."""
-        raise NotImplementedError
+        """The elements of x (..., D) that a mask keeps times `scale`, zero elsewhere."""
+        y = x * dropped.kept(x.shape)
+        return y if scale == 1.0 else y.mul_(scale)
 
     def gelu(self, x: Tensor) -> Tensor:
         """x Phi(x), Phi the normal distribution. Source: Hendrycks & Gimpel 2016."""

@@ -1,155 +1,171 @@
-"""Dropout that costs less than the layer it guards.
+"""Dropout whose masks are hashes, on every device.
 
-    y = x * mask / (1 - p),    mask ~ Bernoulli(1 - p) an element, p rounded to 1/65536
+    y = x * mask / (1 - p),    mask = hash(seed, step, site, example, element) >= p,  p rounded to 1/65536
 
-On the CPU torch draws one double for each element, which in attention takes longer than the two matrix products beside
-it. Here 16 random bits decide an element.
+A site is the nth use of dropout in a pass. So an example has the same mask alone and among any neighbours, in any
+micro-batch and any process, and a training step draws from no generator. 16 bits of the hash decide an element.
 
-- With kernels no mask is saved: an element's bits are a hash of its index and two seeds, computed again in the backward
-  pass.
-- Else a mask is a word of all ones or all zeros for each element, as wide as the element, applied by one bitwise `and`.
-  The masks of one pass are windows into one run of such words, at random places, so no layer saves a mask of its own.
-  Two masks are independent at every element unless they start at the same place, which is avoided.
+A kernel computes the hash whenever it needs the mask; `formulas.kept` is the same in torch, and its result is kept for
+the backward pass. Modules that a hook cannot replace draw inside `HashedDraws`.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from turret.ops.attention import attend_plainly
 from turret.ops.autograd import FunctionContext, Gradients, apply
-from turret.ops.core import Ops, enabled
-from turret.ops.structs import LARGEST, NO_DROPOUT, STEPS, DropoutArguments, Mask
+from turret.ops.copies import copied
+from turret.ops.core import Ops
+from turret.ops.formulas import OF_SITE, WORD
+from turret.ops.structs import NO_DROPOUT, STEPS, DropoutArguments, Mask
 from turret.ops.table import of
 
-ALIGNED = 64  # elements; windows begin at multiples of it
-ROOM = 1 << 14  # elements of a run beyond 5/4 of its first window
-SPREAD = 0x9E3779B97F4A7C15  # between the states of two masks (SplitMix64; Steele et al. 2014)
-WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
+SPREAD = 0x9E3779B97F4A7C15  # between the states of a generator (SplitMix64; Steele et al. 2014)
+TOKEN, HEAD = 0xD1342543DE82EF95, 0xAF251AF3B0F025B5  # odd: between the keys of an example's tokens, and of heads
+PLACES = ("encoder", "decoder", "head", "output")  # where an example's tokens are masked apart from each other
+LONG = 1 << 64
+R = TypeVar("R")
+
+
+def mixed(state: int) -> int:
+    """SplitMix64's output for a state: 64 bits."""
+    z = state % LONG
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % LONG
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % LONG
+    return z ^ (z >> 31)
+
+
+class Draws(NamedTuple):
+    """What decides the random numbers of a step. step: 1 for the first of a training."""
+
+    seed: int
+    step: int
+
+    @property
+    def key(self) -> int:
+        return mixed(mixed(self.seed + SPREAD) + self.step * SPREAD)
 
 
 class Masks:
-    """The masks of one pass: one run of words for each rate and width, and windows into it."""
+    """The masks of one pass.
 
-    def __init__(self) -> None:
-        self._runs: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._used: set[tuple[int, torch.dtype, int]] = set()
-        self._seed: int | None = None
-        self._drawn = 0
+    Args:
+        key: of the step; None: drawn from torch's generator when first needed, for a pass outside of a training.
+        numbers: of the pass's examples in the step. Rows beyond them fill the pass up.
+        lengths: tokens of each row, by stream; empty: the pass is padded, and its rows are told apart by their place.
+        read: (B,) the only tokens that the end of the last layer computes; None for all.
+    """
+
+    def __init__(
+        self,
+        key: int | None = None,
+        numbers: Sequence[int] = (),
+        lengths: Mapping[str, Sequence[int]] | None = None,
+        read: Tensor | None = None,
+    ) -> None:
+        self.stream = next(iter(lengths), "") if lengths else ""  # whose tokens pass now
+        self._key, self._numbers, self._lengths, self._read = key, numbers, lengths or {}, read
+        self._keys: dict[tuple[str, int], Tensor] = {}
+        self._sites = 0
 
     def copy(self) -> Masks:
-        """The same state: both draw the same masks from here on."""
-        twin = Masks()
-        twin._runs, twin._used = dict(self._runs), set(self._used)
-        twin._seed, twin._drawn = self._seed, self._drawn
+        """The same state: both draw the same masks from here on, from the same state of torch's generator."""
+        twin = Masks(self._key, self._numbers, self._lengths, self._read)
+        twin.stream, twin._keys, twin._sites = self.stream, self._keys, self._sites
         return twin
 
-    def arguments(self, p: float) -> DropoutArguments:
-        """The next mask of this pass for a kernel, which computes it from two seeds whenever it needs it."""
-        if p <= 0.0:
-            return NO_DROPOUT
-        if self._seed is None:
-            self._seed = int(torch.randint(1 << 62, ()))
-        self._drawn += 1
-        return DropoutArguments.of(p, _mixed(self._seed + self._drawn * SPREAD))
+    @property
+    def key(self) -> int:
+        if self._key is None:
+            self._key = int(torch.randint(1 << 62, ()))
+        return self._key
 
-    def mask(self, x: Tensor, p: float) -> Mask:
-        """The next mask of this pass for x: hashed by a kernel if it can index all elements, else words."""
-        ops = of(x)
-        if ops.hashes and x.numel() < LARGEST:
-            return HashedMask(ops, self.arguments(p))
-        if not x.is_cpu:
-            kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - p)
-            return KeptMask(kept, 1.0 / (1.0 - p))
-        return WordMask(self.like(x, p), 1.0 / keep_rate(p))
+    def next_seed(self) -> int:
+        """The seed of the next site, below 2^32."""
+        self._sites += 1
+        return (self.key + self._sites * OF_SITE) & WORD
 
-    def like(self, x: Tensor, p: float) -> Tensor:
-        """Words of x's element size and shape: all ones with probability 1 - p, else zero."""
-        key = (round(p * STEPS), WORDS[x.element_size()])
-        if not enabled("dropout"):
-            return torch.empty(x.shape, dtype=key[1]).bernoulli_(keep_rate(p)).neg_()
-        run, size = self._runs.get(key), x.numel()
-        if run is None or run.numel() < size + size // 8 + ALIGNED:
-            self._used = {used for used in self._used if used[:2] != key}
-            run = self._runs[key] = _run(size + size // 4 + ROOM, *key)
-        places = (run.numel() - size) // ALIGNED
-        place = int(torch.randint(places, ()))
-        while len(self._used) < places and (*key, place) in self._used:
-            place = (place + 1) % places
-        self._used.add((*key, place))
-        return run[place * ALIGNED : place * ALIGNED + size].view(x.shape)
+    def arguments(self, p: float, keys: Callable[[], Tensor]) -> DropoutArguments:
+        """The next mask of this pass. keys: of its tokens, such as `tokens` or `keys_of`."""
+        return DropoutArguments.of(p, self.next_seed(), keys()) if round(p * STEPS) else NO_DROPOUT
+
+    def mask(self, x: Tensor, p: float, stream: str | None = None) -> Mask:
+        """The next mask of this pass for x (..., D). stream: whose tokens x has; None: those that pass now."""
+        return HashedMask(of(x), self.arguments(p, lambda: self.keys_of(x, stream)))
+
+    def tokens(self, stream: str, device: torch.device, *, read: bool = False) -> Tensor:
+        """The keys of a stream's tokens, (N,), or (B,) of those that are read."""
+        if (stream, -read) not in self._keys:
+            if read:
+                found = self.tokens(stream, device)
+                found = found if self._read is None else found.index_select(0, self._read)
+            else:
+                found = copied(self._of_tokens(stream), device)
+            self._keys[stream, -read] = found
+        return self._keys[stream, -read]
+
+    def keys_of(self, x: Tensor, stream: str | None = None) -> Tensor:
+        """A key for each row of x (..., D), as many as x has without its last axis.
+
+        If these are tokens, or heads of attention by tokens, each gets its token's key. Anything else, such as a table
+        of positions, is the same for every example, and so is its mask.
+        """
+        count = x.numel() // max(1, x.shape[-1])
+        if self._lengths:
+            name = self.stream if stream is None or stream not in self._lengths else stream
+            if stream is None and sum(self._lengths[name]) != count:
+                name = next((other for other, each in self._lengths.items() if sum(each) == count), name)
+            keys = self.tokens(name, x.device)
+            if len(keys) == count:
+                return keys
+            if self._read is not None and len(self._read) == count:
+                return self.tokens(name, x.device, read=True)
+            if x.dim() > 2 and x.shape[-2] == len(keys):
+                heads = count // len(keys)
+                if (name, heads) not in self._keys:
+                    apart = torch.arange(heads, device=x.device)[:, None] * _signed(HEAD)
+                    self._keys[name, heads] = (keys + apart).flatten()
+                return self._keys[name, heads]
+        return torch.arange(count, device=x.device) * _signed(TOKEN) + _signed(mixed(self.key))
+
+    def _of_tokens(self, stream: str) -> Tensor:
+        """Key of an example + TOKEN times the place of the token in it."""
+        lengths, starts = self._lengths[stream], []
+        place = mixed(self.key + PLACES.index(stream) + 1)
+        for row, end in enumerate(accumulate(lengths)):
+            number = self._numbers[row] if row < len(self._numbers) else -1
+            starts.append(_signed(mixed(place + (number + 2) * SPREAD) - (end - lengths[row]) * TOKEN))
+        keys = torch.tensor(starts).repeat_interleave(torch.tensor(lengths), output_size=sum(lengths))
+        return keys.add_(torch.arange(len(keys)), alpha=_signed(TOKEN))
 
 
-def _run(size: int, threshold: int, word: torch.dtype) -> Tensor:
-    draws = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)  # four elements a draw
-    words = draws.view(torch.int16)[:size]
-    first_kept = threshold - STEPS // 2
-    return words.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1).neg_().to(word)  # 0 or 1, then 0 or -1
-
-
-def _mixed(state: int) -> tuple[int, int]:
-    """SplitMix64's output for a state, as two seeds of 32 bits."""
-    z = state % (1 << 64)
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % (1 << 64)
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % (1 << 64)
-    z ^= z >> 31
-    return z >> 32, z % (1 << 32)
-
-
-def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """x where the mask's words are all ones, zero elsewhere. Not differentiable by itself."""
-    return (x.view(mask.dtype) & mask).view(x.dtype)
-
-
-@dataclass(frozen=True)
-class WordMask:
-    """words: of x's element size, all ones where an element stays, else zero."""
-
-    words: Tensor
-    scale: float
-    dropped: DropoutArguments | None = None
-
-    def of(self, x: Tensor) -> Tensor:
-        return masked(x, self.words.view(x.shape))
-
-    def scaled(self, x: Tensor) -> Tensor:
-        return self.of(x).mul_(self.scale)
+def _signed(word: int) -> int:
+    """64 bits as a number of int64."""
+    return (word + LONG // 2) % LONG - LONG // 2
 
 
 @dataclass(frozen=True)
 class HashedMask:
-    """The kernels compute the mask from two seeds whenever it is applied."""
+    """The mask that `dropped` describes, by the operations of one device."""
 
     ops: Ops
     dropped: DropoutArguments
-
-    @property
-    def scale(self) -> float:
-        return self.dropped.scale
 
     def of(self, x: Tensor) -> Tensor:
         return self.ops.dropout(x.contiguous(), self.dropped, 1.0)
 
     def scaled(self, x: Tensor) -> Tensor:
         return self.ops.dropout(x, self.dropped, self.dropped.scale)
-
-
-@dataclass(frozen=True)
-class KeptMask:
-    """On another device than the CPU. kept: whether an element stays; its size is a byte."""
-
-    kept: Tensor
-    scale: float
-    dropped: DropoutArguments | None = None
-
-    def of(self, x: Tensor) -> Tensor:
-        return x * self.kept.view(x.shape)
-
-    def scaled(self, x: Tensor) -> Tensor:
-        return self.of(x).mul_(self.scale)
 
 
 class _DropoutContext(FunctionContext, Protocol):
@@ -169,15 +185,75 @@ class _Dropout(torch.autograd.Function):
         return ctx.mask.scaled(gradients[0].contiguous()), None
 
 
-def keep_rate(p: float) -> float:
-    """1 - p, after rounding."""
-    return 1.0 - round(p * STEPS) / STEPS
-
-
-def dropout(x: Tensor, p: float, masks: Masks | None = None) -> Tensor:
-    """x * mask / (1 - p). masks: those of the current pass; None draws new ones."""
-    if round(p * STEPS) == 0:
+def dropout(x: Tensor, p: float, masks: Masks | None = None, stream: str | None = None) -> Tensor:
+    """x * mask / (1 - p). masks: those of the current pass; None draws new ones. stream: whose tokens x has."""
+    if round(p * STEPS) == 0 or x.numel() == 0:
         return x
-    if x.device.type != "cpu" or round(p * STEPS) == STEPS:
-        return torch.nn.functional.dropout(x, p)
-    return apply(_Dropout, x.contiguous(), (masks or Masks()).mask(x, p))
+    if round(p * STEPS) == STEPS:
+        return x * 0.0
+    return apply(_Dropout, x.contiguous(), (masks or Masks()).mask(x, p, stream))
+
+
+# --- modules that draw by themselves ----------------------------------------------------------------------------------
+
+
+FROM_A_GENERATOR = frozenset(
+    (torch.rand, torch.randn, torch.randint, torch.randperm, torch.bernoulli, torch.normal, torch.multinomial)
+)
+LIKE = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
+IN_PLACE = frozenset((Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.random_, Tensor.exponential_))
+
+
+class HashedDraws(TorchFunctionMode):
+    """Inside the block torch's dropout is `dropout`, and other random numbers come from the seed, step and site alone.
+
+    Some modules call `torch.nn.functional.dropout` (BART), or draw whether a layer or a rank of an adapter is left
+    out. Such a draw is for the whole pass, so it is the same in every pass of a step.
+    """
+
+    def __init__(self, masks: Masks) -> None:
+        super().__init__()
+        self._masks = masks
+
+    def __torch_function__(
+        self, func: Callable[..., R], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> R | Tensor:  # as torch declares it: arguments of any of torch's functions
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0.0) > 0.0:
+            return self._attention(*args, **kwargs)
+        if func in LIKE:
+            like, plain = args[0], next(each for known, each in LIKE.items() if known is func)
+            return self._drawn(plain, like.device)(like.shape, dtype=like.dtype, device=like.device)
+        if (func in FROM_A_GENERATOR or func in IN_PLACE) and kwargs.get("generator") is None:
+            tensors = [each for each in args if isinstance(each, Tensor)]
+            device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
+            return self._drawn(func, device)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return dropout(input, p, self._masks) if training else input
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        shape, rows = (query.shape[2], key.shape[2]), (query.shape[0], query.shape[2])
+        seen = torch.ones(shape, dtype=torch.bool, device=query.device).tril() if is_causal else attn_mask
+        if seen is not None and seen.dtype == torch.bool:
+            seen = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(~seen, -torch.inf)
+        dropped = self._masks.arguments(dropout_p, lambda: self._masks.keys_of(query[:, 0]).view(rows))
+        return attend_plainly(query, key, value, seen, query.shape[-1] ** -0.5 if scale is None else scale, dropped)
+
+    def _drawn(self, func: Callable[..., R], device: torch.device) -> Callable[..., R]:
+        """A function of torch with a generator of its own."""
+        generator = torch.Generator(device).manual_seed(mixed(self._masks.key + self._masks.next_seed()) % (LONG // 2))
+        return functools.partial(func, generator=generator)

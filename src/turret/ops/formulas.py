@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 WORD = 0xFFFFFFFF
-OF_ROW, OF_COLUMN, OF_SEED = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D  # odd numbers, so that all bits of each count
+OF_SITE, OF_SEED, OF_HEAD = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D  # odd numbers, so that all bits of each count
 FIRST_MIX, SECOND_MIX = 0x7FEB352D, 0x846CA68B
 
 
@@ -52,19 +52,54 @@ def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tenso
     return dgate.to(gate.dtype), dup.to(gate.dtype), F.silu(gate) * up
 
 
-def kept(shape: Sequence[int], dropout: float, seed: int, device: torch.device) -> Tensor:
-    """Which elements of a matrix dropout keeps: (N, D) bool, by a hash of the element's place and the seed."""
-    row = torch.arange(shape[0], device=device)[:, None] * OF_ROW
-    word = (row + torch.arange(shape[1], device=device)[None] * OF_COLUMN + seed * OF_SEED) & WORD
-    word = ((word ^ (word >> 16)) * FIRST_MIX) & WORD
-    word = ((word ^ (word >> 15)) * SECOND_MIX) & WORD
-    word = word ^ (word >> 16)
-    return (word >> 8) >= int(dropout * 2**24)
+def kept(keys: Tensor, seed: int, threshold: int, width: int, heads: int = 0) -> Tensor:
+    """Which elements dropout keeps: those whose hash of 16 bits reaches the threshold. The same as the kernels' mask.
+
+        x = ((key mod 2^32) xor seed) + OF_HEAD head + word,    y = key / 2^32 + OF_SEED seed,    all modulo 2^32
+        x <- FIRST_MIX (x xor x / 2^16);    x <- SECOND_MIX (x xor x / 2^15 xor y);    x <- x xor x / 2^16
+
+    Word 16 i + j decides the columns 32 i + j, by its low half, and 32 i + j + 16.
+
+    Args:
+        keys: (..., T) int64.
+        seed: of the site, below 2^32.
+        threshold: p 2^16.
+        width: D, the columns.
+        heads: H of attention; 0 for none.
+
+    Returns:
+        (..., T, D) bool, or (..., H, T, D).
+    """
+    blocks, device = -(-width // 32), keys.device
+    x = (keys ^ seed).to(torch.int32)  # the low half; products and sums of int32 wrap around
+    y = (keys >> 32).to(torch.int32) + _int32(seed * OF_SEED)
+    if heads:
+        x = x[..., None, :] + (torch.arange(heads, device=device) * OF_HEAD).to(torch.int32)[:, None]
+        y = y[..., None, :]
+    x = x[..., None] + torch.arange(16 * blocks, dtype=torch.int32, device=device)
+    x.bitwise_xor_(_behind(x, 16)).mul_(_int32(FIRST_MIX))
+    x.bitwise_xor_(_behind(x, 15).bitwise_xor_(y[..., None])).mul_(_int32(SECOND_MIX))
+    high = _behind(x, 16)
+    halves = torch.empty(*x.shape[:-1], blocks, 2, 16, dtype=torch.bool, device=device)
+    words = (*x.shape[:-1], blocks, 16)
+    torch.ge(x.bitwise_xor_(high).bitwise_and_(WORD >> 16).view(words), threshold, out=halves[..., 0, :])
+    torch.ge(high.view(words), threshold, out=halves[..., 1, :])
+    return halves.flatten(-3)[..., :width]
 
 
-def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
+def _int32(word: int) -> int:
+    """32 bits as a number of int32."""
+    return (word + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def _behind(x: Tensor, bits: int) -> Tensor:
+    """x / 2^bits of 32 bits without a sign."""
+    return (x >> bits).bitwise_and_(WORD >> bits)
+
+
+def _dropped(x: Tensor, keys: Tensor | None, seed: int, threshold: int) -> Tensor:
     """x with zeros where dropout drops; the others keep their size."""
-    return x * kept(x.shape, dropout, seed, x.device) if dropout > 0.0 else x
+    return x if keys is None else x * kept(keys, seed & WORD, threshold, x.shape[-1])
 
 
 def add_lora(
@@ -74,8 +109,9 @@ def add_lora(
     B: Sequence[Tensor],
     plus: Tensor | None,
     scaling: float,
-    dropout: float,
+    keys: Tensor | None,
     seed: int,
+    threshold: int,
 ) -> Tensor:
     """y_g <- y_g + plus + scaling h_g B_g^T,  h_g = drop_g(x) A_g^T, for G layers with one input.
 
@@ -85,16 +121,17 @@ def add_lora(
         A: (R, D_in) each.
         B: (D_out, R) each.
         plus: (N, D_out) or None, the same for every y.
-        scaling: of the product; with dropout it includes 1 / (1 - dropout).
-        dropout: rate; layer g draws with `seed + g`.
-        seed: below 2^31.
+        scaling: of the product; with dropout it includes 1 / (1 - p).
+        keys: (N,) int64 of dropout, or None for none; see `kept`.
+        seed: of the first layer's site, as int32; the next layers are the next sites.
+        threshold: p 2^16.
 
     Returns:
         h: (N, G R), in the dtype of x.
     """
     inner = []
     for g, (own, a, b) in enumerate(zip(y, A, B, strict=True)):
-        h = _dropped(x, dropout, seed + g) @ a.to(x.dtype).mT
+        h = _dropped(x, keys, seed + g * OF_SITE, threshold) @ a.to(x.dtype).mT
         delta = scaling * (h.float() @ b.to(x.dtype).float().mT)
         own.copy_(own.float() + (delta if plus is None else delta + plus.float()))
         inner.append(h)
@@ -107,14 +144,15 @@ def lora_input_gradient(
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     scaling: float,
-    dropout: float,
+    keys: Tensor | None,
     seed: int,
+    threshold: int,
 ) -> Tensor:
     """dx <- dx + sum_g drop_g(dh_g A_g),  dh_g = scaling dy_g B_g; gives dh (N, G R). dx: (N, D_in), in place."""
     inner = []
     for g, (own, a, b) in enumerate(zip(dy, A, B, strict=True)):
         dh = (scaling * (own.float() @ b.to(dx.dtype).float())).to(dx.dtype)
-        dx.copy_(dx.float() + _dropped((dh @ a.to(dx.dtype)).float(), dropout, seed + g))
+        dx.copy_(dx.float() + _dropped((dh @ a.to(dx.dtype)).float(), keys, seed + g * OF_SITE, threshold))
         inner.append(dh)
     return torch.cat(inner, dim=1)
 
@@ -127,14 +165,15 @@ def lora_factor_gradients(
     dh: Tensor,
     dy: Sequence[Tensor],
     scaling: float,
-    dropout: float,
+    keys: Tensor | None,
     seed: int,
+    threshold: int,
 ) -> None:
     """dA_g <- dA_g + dh_g^T drop_g(x),  dB_g <- dB_g + scaling dy_g^T h_g, float32, in place."""
     R = dA[0].shape[0]
     for g, (a, b, own) in enumerate(zip(dA, dB, dy, strict=True)):
         part = slice(g * R, (g + 1) * R)
-        a += dh[:, part].float().mT @ _dropped(x, dropout, seed + g).float()
+        a += dh[:, part].float().mT @ _dropped(x, keys, seed + g * OF_SITE, threshold).float()
         b += scaling * (own.float().mT @ h[:, part].float())
 
 

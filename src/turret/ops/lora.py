@@ -14,27 +14,26 @@ from torch import Tensor
 from turret.ops.autograd import FunctionContext, apply
 from turret.ops.autograd import Gradients as AllGradients
 from turret.ops.core import REFERENCE, Gradients, Ops, enabled
-from turret.ops.dropout import HashedMask, Masks, dropout
-from turret.ops.structs import LARGEST, BaseProducts, Group, Lora, Matrix
+from turret.ops.dropout import HashedMask, Masks
+from turret.ops.structs import BaseProducts, Group, Lora, Matrix
 from turret.ops.table import of
 
 
-def lora_delta(x: Tensor, A: Tensor, B: Tensor, scaling: float, p: float = 0.0) -> Tensor:
-    """`scaling * B A dropout(x)`: what LoRA adds to `W x`, and the reference of every faster path.
+def lora_delta(x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """`scaling * B A x`: what LoRA adds to `W x`, after dropout of x; the reference of every faster path.
 
     Args:
         x: (..., D_in).
         A: (R, D_in).
         B: (D_out, R).
         scaling: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA.
-        p: rate of dropout.
 
     Returns:
         (..., D_out).
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
-    return low_rank(dropout(x, p), A, B.mT, scaling)
+    return low_rank(x, A, B.mT, scaling)
 
 
 def low_rank(x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
@@ -83,9 +82,10 @@ def factors(groups: Iterable[Group]) -> list[Tensor]:
     return [each for group in groups for m in group if m.lora is not None for each in (m.lora.A, m.lora.B)]
 
 
-def hashed(ops: Ops, lora: Lora, masks: Masks) -> Lora:
-    """The LoRA with the next mask of a pass, which kernels compute from seeds."""
-    return lora._replace(mask=HashedMask(ops, masks.arguments(lora.p))) if lora.p > 0.0 else lora
+def hashed(ops: Ops, lora: Lora, masks: Masks, keys: Callable[[], Tensor]) -> Lora:
+    """The LoRA with the next mask of a pass. keys: of the tokens of its input."""
+    dropped = masks.arguments(lora.p, keys)
+    return lora._replace(mask=HashedMask(ops, dropped)) if dropped.threshold else lora
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------
@@ -122,6 +122,7 @@ def adapted(
     base: BaseProducts,
     lora: Lora,
     masks: Masks,
+    stream: str | None,
 ) -> Tensor | None:
     """A frozen layer and its LoRA on a CPU, with little saved for the backward pass; None if torch must compute them.
 
@@ -132,13 +133,12 @@ def adapted(
         base: the products of the weight.
         lora: without a mask.
         masks: of the pass.
+        stream: whose tokens x has.
     """
     ops = of(x)
-    kernels = ops.kernels and x.is_contiguous() and x.numel() < LARGEST and enabled("lora_kernel")
-    if kernels and ops.takes_lora([lora]):
-        own = hashed(ops, lora, masks)
-    elif enabled("lora_gradient"):
-        ops, own = REFERENCE, lora._replace(mask=masks.mask(x, lora.p)) if lora.p > 0.0 else lora
-    else:
-        return None
+    if not (ops.kernels and x.is_contiguous() and enabled("lora_kernel") and ops.takes_lora([lora])):
+        if not enabled("lora_gradient"):
+            return None
+        ops = REFERENCE
+    own = hashed(of(x), lora, masks, lambda: masks.keys_of(x, stream))
     return apply(_Adapted, ops, Matrix(weight, bias, base, own), x, lora.A, lora.B)

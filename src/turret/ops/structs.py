@@ -10,30 +10,49 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from turret.ops.formulas import kept
+
 GRADIENT_STAYS = "turret_gradient_stays"  # an attribute of a parameter that keeps its `grad` from step to step
-Seeds = tuple[int, int]
 STEPS = 1 << 16  # resolution of a dropout rate
-LARGEST = 1 << 32  # most elements that a dropout mask can number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DropoutArguments:
-    """Dropout: an element is kept if its random word reaches the threshold."""
+    """The mask of one site in one pass: an element is kept if the hash of its place reaches the threshold.
 
-    seeds: Seeds
+    keys: (N,) int64 of each token, or of each example. They name the example and the token in it, so a mask does not
+    depend on the rest of the pass. scale: 1 / (1 - p).
+    """
+
+    seed: int  # of the site, below 2^32
     threshold: int  # of STEPS
-    scale: float  # 1 / (1 - p)
+    scale: float
+    keys: Tensor | None
+    memo: dict[torch.Size, Tensor] = field(default_factory=dict, repr=False)  # for the backward pass
 
     @classmethod
-    def of(cls, p: float, seeds: Seeds) -> DropoutArguments:
+    def of(cls, p: float, seed: int, keys: Tensor) -> DropoutArguments:
         """Dropout with probability p, rounded to 1 / STEPS."""
         threshold = min(round(p * STEPS), STEPS - 1)
-        return cls(seeds, threshold, 1.0 / (1.0 - threshold / STEPS))
+        return cls(seed, threshold, 1.0 / (1.0 - threshold / STEPS), keys)
+
+    def kept(self, shape: torch.Size) -> Tensor:
+        """The mask in torch: (..., D) bool, with a key for each row of `shape`, or for each (B, T) of (B, H, T, D)."""
+        if shape not in self.memo:
+            keys, rows = self.keys, shape[:-1].numel()
+            assert keys is not None
+            if keys.numel() == rows:
+                self.memo[shape] = kept(keys.flatten(), self.seed, self.threshold, shape[-1]).view(shape)
+            else:
+                keys = keys.view(shape[0], shape[2])
+                self.memo[shape] = kept(keys, self.seed, self.threshold, shape[3], heads=shape[1])
+        return self.memo[shape]
 
 
-NO_DROPOUT = DropoutArguments((0, 0), 0, 1.0)
+NO_DROPOUT = DropoutArguments(0, 0, 1.0, None)
 
 
 @dataclass(frozen=True)
@@ -69,12 +88,8 @@ class Mask(Protocol):
     """One mask of dropout, which can be applied more than once."""
 
     @property
-    def scale(self) -> float:
-        """1 / (1 - p), which `of` leaves to the caller."""
-
-    @property
-    def dropped(self) -> DropoutArguments | None:
-        """What a kernel computes the mask from; None if the mask is kept as it is."""
+    def dropped(self) -> DropoutArguments:
+        """What a kernel computes the mask from. Its `scale` is left to the caller of `of`."""
 
     def of(self, x: Tensor) -> Tensor:
         """x with the dropped elements zero; any shape with as many elements."""
@@ -139,7 +154,7 @@ class Lora(NamedTuple):
     @property
     def scale(self) -> float:
         """With the 1 / (1 - p) of dropout."""
-        return self.scaling * (1.0 if self.mask is None else self.mask.scale)
+        return self.scaling * (1.0 if self.mask is None else self.mask.dropped.scale)
 
 
 class Matrix(NamedTuple):

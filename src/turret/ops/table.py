@@ -151,13 +151,6 @@ PATHS: dict[str, Path] = {
         "an unpadded batch where `flash` is not taken",
         part_of=_KERNELS,
     ),
-    "dropout": Path(
-        "dropout masks from 16 random bits an element",
-        "ops.dropout",
-        "`torch.Tensor.bernoulli_`",
-        "dropout on a CPU where no kernel hashes the mask",
-        part_of=_KERNELS,
-    ),
     "layer": Path(
         "such a layer in an engine's pass, for any mixture of adapters",
         "ops.blocks",

@@ -92,6 +92,7 @@ class EncodedRow:
     left_out: int = 0  # turns of a conversation that was longer than the limit
     whole: int | None = None  # tokens of the source before the cut, if known
     wanted: Tensor | None = None
+    number: int = 0  # in its step, which decides its dropout
 
     @property
     def tokens(self) -> int:

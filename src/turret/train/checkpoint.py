@@ -1,14 +1,15 @@
-"""Checkpoints of a training run: weights, optimiser state, random states and counters in one file, without pickle.
+"""Checkpoints of a training run: weights, optimiser state and counters in one file, without pickle.
 
-Format 1 is one safetensors file, `checkpoint.safetensors`, in the run's folder:
+Format 2 is one safetensors file, `checkpoint.safetensors`, in the run's folder:
 
 - metadata `turret`: a JSON object with `format`, `identity`, `layout` and `progress`
 - `identity`: recipe, data, base, versions and world size; a run with another identity does not resume from it
 - `layout`: the shape of each trained parameter, in the order in which they lie in `weights`
 - tensors `weights`, `exp_avg`, `exp_avg_sq`: (N,) float32; `best`: (N,), if the best weights are kept. With
   `adamw8bit` the moments are (N,) uint8, and `exp_avg_absmax`, `exp_avg_sq_absmax` are their scales
-- tensors `random.python`, `random.torch`, `random.cuda` (or `random.mps`): states of the random generators;
-  `random.1.python` and so on for processes 1, 2, ... of several
+
+A step's random numbers follow from the recipe's seed and its number, so no state of a generator is kept. Format 1 kept
+them: a run with such a checkpoint starts over.
 
 A checkpoint is written to a new file, synced and renamed, so after a kill or on a full disk the previous one remains.
 """
@@ -28,10 +29,11 @@ from torch import Tensor
 
 from turret.bases.device import gigabytes
 from turret.disk import NO_ROOM, describe_error, errno_of, make_folder, mount_of, sync
-from turret.errors import CheckpointMismatch, TrainingError, one_line
+from turret.errors import CheckpointMismatch, CheckpointTooOld, TrainingError, one_line
 from turret.json_types import JsonMapping, JsonObject
 
-FORMAT = 1
+FORMAT = 2
+OLDER = (1,)
 NAME = "checkpoint.safetensors"
 
 
@@ -75,7 +77,7 @@ def load(folder: Path, *, identity: JsonMapping) -> Checkpoint | None:
     """The folder's checkpoint; None if there is none.
 
     Raises:
-        CheckpointMismatch: it belongs to another run.
+        CheckpointMismatch: it belongs to another run, or to an older turret (CheckpointTooOld).
         TrainingError: it is broken.
     """
     path = folder / NAME
@@ -90,9 +92,8 @@ def load(folder: Path, *, identity: JsonMapping) -> Checkpoint | None:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"checkpoint {path} cannot be read ({error}): delete it to start over") from error
     if head.get("format") != FORMAT:
-        raise TrainingError(
-            f"checkpoint {path} has format {head.get('format')}, expected {FORMAT}: delete it to start over"
-        )
+        kind = CheckpointTooOld if head.get("format") in OLDER else TrainingError
+        raise kind(f"checkpoint {path} has format {head.get('format')}, expected {FORMAT}: delete it to start over")
     expected = json.loads(json.dumps(identity))
     for key in {**expected, **written}:  # each may have one that the other lacks: a device, a parent
         theirs, ours = written.get(key), expected.get(key)
@@ -111,7 +112,8 @@ def step_of(folder: Path) -> int:
         return 0
     try:
         with safe_open(path, framework="pt") as file:
-            return int(json.loads(file.metadata()["turret"])["progress"]["step"])
+            head = json.loads(file.metadata()["turret"])
+            return 0 if head.get("format") in OLDER else int(head["progress"]["step"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"checkpoint {path} cannot be read ({error}): delete it to start over") from error
 

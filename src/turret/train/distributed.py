@@ -59,10 +59,6 @@ class Processes:
     def main(self) -> bool:
         return self.rank == 0
 
-    def seed(self, seed: int) -> int:
-        """This process's seed; in the main process it is the run's."""
-        return (seed + self.rank * 0x9E3779B97F4A7C15) % (1 << 63)
-
     def share(self, batch: Sequence[EncodedRow]) -> Sequence[EncodedRow]:
         """This process's items of a batch: every size-th in order of length, so that all take equally long.
 

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from turret import adapters
-from turret.adapters import packed
+from turret.adapters import drawing, packed
 from turret.bases import Base
 from turret.engine.protocol import Loss, OptimStep
 from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite
 from turret.families import parts_of_head
+from turret.ops.dropout import Draws
 from turret.tasks import HeadTask
 from turret.train.adamw import learning_rate
 from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, spread
@@ -96,8 +97,8 @@ class HeadStart:
                 learnt = distance(self.features(some), mean, mean.var())
                 said |= {"mean_steps": taught, "mean_loss": float(learnt)}
         self.base.model.train()
-        with slot.randomness:  # with dropout, as in the steps to come: else it outweighs features that hardly vary
-            read = self.features(some, dropout=True)
+        # with dropout, as in the steps to come: else it outweighs features that hardly vary
+        read = self.features(some, dropout=Draws(slot.seed, 0))
         if not bool(torch.isfinite(read).all()):
             raise LossNotFinite("what the head reads became infinite")
         penalty, _ = self.tried(read, targets)
@@ -145,12 +146,12 @@ class HeadStart:
         if self.layer.bias is not None:
             self.layer.bias.copy_(solution.bias)
 
-    def features(self, items: Sequence[EncodedRow], *, mean: bool = False, dropout: bool = False) -> Tensor:
+    def features(self, items: Sequence[EncodedRow], *, mean: bool = False, dropout: Draws | None = None) -> Tensor:
         """What the last layer reads for some items: (N, D) float32 on the CPU.
 
         Args:
             mean: if the head were given the mean of the bare base's tokens.
-            dropout: as in a training step, in the mode that the model is in.
+            dropout: as in this step of a training; None for none.
         """
         read: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: read.append(args[0].float().cpu()))
@@ -164,7 +165,8 @@ class HeadStart:
                 if mean:
                     with evaluating(model, bare):
                         pooled = packed.pooled(model, rows, "mean")
-                with torch.no_grad() if dropout else evaluating(model, None):
+                own = drawing(model, dropout, piece) if dropout else evaluating(model, None)
+                with torch.no_grad(), own:
                     packed.classify_logits(model, rows) if pooled is None else family.classify(
                         parts_of_head(model), pooled
                     )

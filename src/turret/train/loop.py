@@ -422,9 +422,9 @@ class TrainingRun:
             "tokenizer": self.tokenizer,
             "torch": torch.__version__,
             "transformers": version("transformers"),
-            "world_size": self.slot.processes.size,  # decides the dropout of each example and the order of sums
+            "world_size": self.slot.processes.size,  # decides the order of sums
         }
-        if self.model.device.type != "cpu":  # another device rounds otherwise, and has random numbers of its own
+        if self.model.device.type != "cpu":  # another device rounds otherwise
             identity["device"] = self.model.device.type
         return identity if self.start is None else {**identity, "parent": self.start.digest}
 
@@ -450,8 +450,6 @@ class TrainingRun:
         if not bool(torch.isfinite(ends).all()):
             return  # keep the last good checkpoint; the next loss raises the error
         tensors = dict(optimiser.state())
-        for rank, states in enumerate(here.gather(self.slot.randomness.tensors())):
-            tensors |= {f"{_random_prefix(rank)}{name}": each for name, each in states.items()}
         if self.best_weights is not None:
             tensors["best"] = self.best_weights
         here.from_main(lambda: self._write(tensors))
@@ -470,16 +468,12 @@ class TrainingRun:
         """Resume the folder's checkpoint if there is one. The main process reads it and sends it to the others."""
         here, optimiser = self.slot.processes, self.slot.optimiser
         saved = self._read() if here.main else None
-        states = None
         if saved is not None:
             self.progress = RunProgress(**saved.progress)
             optimiser.load_state(saved.tensors, self.progress.step)
             best = saved.tensors.get("best")
             self.best_weights = None if best is None else best.to(optimiser.weights.device)
-            states = [_random_state(saved.tensors, rank) for rank in range(here.size)]
-        progress, states, has_best = here.from_main(
-            lambda: (vars(self.progress), states, self.best_weights is not None)
-        )
+        progress, has_best = here.from_main(lambda: (vars(self.progress), self.best_weights is not None))
         self.progress = RunProgress(**progress)
         self.resumed_from = self.progress.step
         if self.progress.scale:
@@ -489,8 +483,6 @@ class TrainingRun:
         if has_best:
             row = optimiser.weights.clone() if self.best_weights is None else self.best_weights
             self.best_weights = here.take_from_main(row)
-        if states:
-            self.slot.randomness.load(states[here.rank])
 
     def _start_head(self) -> None:
         """Give a new head the linear solution, unless a checkpoint or a finished adapter has given it its weights."""
@@ -589,16 +581,6 @@ class TrainingRun:
     def _last_checkpoint(self) -> str:
         step = 0 if self.folder is None else checkpoint.step_of(self.folder)
         return f"the state after step {step} is kept in {self.folder}" if step else "no checkpoint had been written yet"
-
-
-def _random_prefix(rank: int) -> str:
-    return f"random.{rank}." if rank else "random."
-
-
-def _random_state(tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The random states of one process in a checkpoint."""
-    named = {name.removeprefix(_random_prefix(rank)): each for name, each in tensors.items()}
-    return {name: named[name] for name in ("python", "torch", "cuda", "mps") if name in named}
 
 
 def merit(metrics: JsonMapping) -> tuple[float, float]:

@@ -34,7 +34,7 @@ from turret.train.batches import EncodedRows, Schedule, splits_of
 from turret.train.evaluation import example_losses
 from turret.train.initialize import InitialAdapter
 from turret.train.linear_start import head_start
-from turret.train.seeds import Randomness, defaults_of
+from turret.train.seeds import defaults_of
 from turret.train.slot import LocalSlot
 from turret.train.step import explained
 from turret.train.training_plan import DOWNWARD, UPWARD, FoundRate, size_of
@@ -188,7 +188,6 @@ class Trials:
 
     def _reset(self) -> None:
         self.slot.restart(self.start)
-        self.slot.randomness = Randomness(self.recipe.seed, self.slot.model.device)
 
     def _held_out(self) -> Score:
         return Score(*example_losses(self.slot.model, self.task, self.held, most_tokens=self.slot.most_tokens))

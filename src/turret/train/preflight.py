@@ -40,7 +40,7 @@ from turret.train.batches import (
 from turret.train.evaluation import evaluate
 from turret.train.initialize import InitialAdapter, attach, extracted
 from turret.train.linear_start import head_start
-from turret.train.seeds import Randomness, defaults_of
+from turret.train.seeds import defaults_of, seeded
 from turret.train.step import backward, loss_of, memory_ran_out
 from turret.train.training_plan import MOST_TRIALS, Plan, TrialSize, size_of
 from turret.transformer import Model, Tokenizer
@@ -144,10 +144,9 @@ def measure(
     pieces = sorted((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens_of_batch)
     device, on_gpu = model.device, model.device.type != "cpu"
     clock = _synchronized(clock, device) if on_gpu else clock
-    randomness = Randomness(recipe.seed, device)
     before = memory.resident(device) if before is None else before
     bare = twin(base) if writes(task) else base
-    with process.keep_freed(), randomness:
+    with process.keep_freed(), seeded(recipe.seed, device):
         attach(recipe, base, task, start)
         try:
             model.train()

@@ -27,6 +27,7 @@ from turret.engine.sampling_params import SamplingParams
 from turret.errors import TrainingError
 from turret.json_types import JsonObject
 from turret.methods import Method, by_name
+from turret.ops.dropout import Draws
 from turret.recipe import Recipe, Train
 from turret.recipe import Task as TaskSettings
 from turret.tasks import Task, make_task, task_of
@@ -35,7 +36,7 @@ from turret.train.batches import EncodedRow, encode, pass_tokens
 from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
 from turret.train.initialize import InitialAdapter, attach, extracted, fresh_modules, optimiser_of
-from turret.train.seeds import Randomness
+from turret.train.seeds import seeded
 from turret.train.step import LossScale, explained, forward_backward, loss_of, require_finite, train_step
 from turret.transformer import Model
 
@@ -50,7 +51,7 @@ class LocalSlot:
         base: The adapter is attached to its model.
         task: Gives the loss.
         optimiser: Of the adapter's weights.
-        randomness: What dropout draws from.
+        seed: Of dropout.
         most_tokens: Of one pass.
         processes: Those that share each batch.
     """
@@ -58,11 +59,11 @@ class LocalSlot:
     base: Base
     task: Task
     optimiser: AdamW
-    randomness: Randomness
+    seed: int
     most_tokens: int
     processes: Processes = ALONE
     scale: LossScale | None = field(init=False)
-    _added: bool = field(default=False, init=False)  # gradients since the last step
+    _added: int = field(default=0, init=False)  # examples whose gradients were added since the last step
 
     def __post_init__(self) -> None:
         self.scale = LossScale.of(self.base.dtype)
@@ -72,17 +73,14 @@ class LocalSlot:
         cls, recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None = None, processes: Processes = ALONE
     ) -> LocalSlot:
         """Attach a recipe's new adapter to a base, with the recipe's optimiser. See `initialize.attach`."""
-        randomness = Randomness(recipe.seed, base.model.device)
-        with randomness:
+        with seeded(recipe.seed, base.model.device):
             attach(recipe, base, task, start)
-        if not processes.main:  # all start with the same weights, and each draws its own dropout
-            randomness = Randomness(processes.seed(recipe.seed), base.model.device)
         try:
             optimiser = optimiser_of(recipe, base)
         except BaseException:
             adapters.detach(base.model)
             raise
-        return cls(base, task, optimiser, randomness, pass_tokens(recipe.train, base.model.config), processes)
+        return cls(base, task, optimiser, recipe.seed, pass_tokens(recipe.train, base.model.config), processes)
 
     @property
     def model(self) -> Model:
@@ -103,21 +101,30 @@ class LocalSlot:
     def forward_backward(self, rows: Sequence[EncodedRow], loss: Loss | None = None) -> float:
         if not self._added:
             self.optimiser.zero_gradients()
-        self._added = True
+        first, self._added = self._added, self._added + len(rows)
         memory = explained(self.most_tokens, rows, self.steps + 1, None)
         try:
-            with self.randomness, self.processes.noticing(), memory:
+            with self.processes.noticing(), memory:
                 return forward_backward(
-                    self.model, self.task, self.optimiser, rows, self.most_tokens, self.processes, self.scale, loss
+                    self.model,
+                    self.task,
+                    self.optimiser,
+                    rows,
+                    self.most_tokens,
+                    self._draws,
+                    self.processes,
+                    self.scale,
+                    loss,
+                    first,
                 )
         except BaseException:
-            self._added = False  # no step is taken with the gradients of half a batch
+            self._added = 0  # no step is taken with the gradients of half a batch
             raise
 
     def optim_step(self, step: OptimStep) -> float:
         if not self._added:
             raise TrainingError("no gradients were added since the last step: call forward_backward first")
-        self._added = False
+        self._added = 0
         norm = self._with(step).clip_gradients(step.clip)
         require_finite(0.0, norm)
         self.optimiser.step(step.lr)
@@ -135,7 +142,7 @@ class LocalSlot:
         Raises:
             LossNotFinite: One of them is NaN or infinite; the weights stay.
         """
-        with self.randomness, self.processes.noticing():
+        with self.processes.noticing():
             return train_step(
                 self.model,
                 self.task,
@@ -144,6 +151,7 @@ class LocalSlot:
                 rate=step.lr,
                 clip=step.clip or 0.0,
                 most_tokens=self.most_tokens,
+                draws=self._draws,
                 processes=self.processes,
                 scale=self.scale,
                 loss=loss,
@@ -159,11 +167,15 @@ class LocalSlot:
     def restart(self, weights: Tensor) -> None:
         """Begin again from a row (N,), as if no step had been taken."""
         self.optimiser.restart(weights)
-        self.scale, self._added = LossScale.of(self.base.dtype), False
+        self.scale, self._added = LossScale.of(self.base.dtype), 0
 
     def drop(self) -> None:
         adapters.detach(self.model)
         self.model.eval()
+
+    @property
+    def _draws(self) -> Draws:
+        return Draws(self.seed, self.steps + 1)
 
     def _with(self, step: OptimStep) -> AdamW:
         optimiser = self.optimiser
@@ -226,13 +238,12 @@ class TrainingSlot:
 
     def _begun(self, method: Method, num_labels: int | None, seed: int, most_tokens: int) -> LocalSlot:
         base = share(self._engine.base, num_labels=num_labels, seed=seed)
-        randomness = Randomness(seed, base.model.device)
         head = fresh_modules(base) if num_labels else ()
         adapters.attach(base.model, method, generator=torch.Generator().manual_seed(seed), head=head)
         trained = adapters.trainable_parameters(base.model)
         optimiser = AdamW(trained, ratios=tuner_of(method).rate_ratios(trained))
         base.model.train()
-        return LocalSlot(base, self.task, optimiser, randomness, most_tokens)
+        return LocalSlot(base, self.task, optimiser, seed, most_tokens)
 
     # --- verbs --------------------------------------------------------------------------------------------------------
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from turret.adapters import mixed_precision, packed
+from turret.adapters import attachment, drawing, mixed_precision, packed
 from turret.bases.sharded import parts_of
 from turret.engine.protocol import Loss
 from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite, OutOfMemory, TrainingError
 from turret.ops.copies import copied
+from turret.ops.dropout import Draws
 from turret.tasks import HeadTask, Task, has_head
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, micro_batches
@@ -79,6 +80,7 @@ def train_step(
     rate: float,
     clip: float,
     most_tokens: int,
+    draws: Draws,
     processes: Processes = ALONE,
     scale: LossScale | None = None,
     loss: Loss | None = None,
@@ -92,6 +94,7 @@ def train_step(
         rate: learning rate of this step.
         clip: largest norm of the gradients.
         most_tokens: of one micro-batch.
+        draws: the run's seed, and this step.
         scale: of the loss, if the base computes in float16. A step whose gradients overflow is computed again.
         loss: instead of the task's.
 
@@ -103,7 +106,7 @@ def train_step(
     """
     while True:
         optimiser.zero_gradients()
-        value = forward_backward(model, task, optimiser, batch, most_tokens, processes, scale, loss)
+        value = forward_backward(model, task, optimiser, batch, most_tokens, draws, processes, scale, loss)
         norm = optimiser.clip_gradients(clip)
         overflowed = math.isfinite(value) and not math.isfinite(norm)
         if scale is None or not overflowed or not scale.lower():
@@ -128,27 +131,34 @@ def forward_backward(
     optimiser: AdamW,
     batch: Sequence[EncodedRow],
     most_tokens: int,
+    draws: Draws,
     processes: Processes = ALONE,
     scale: LossScale | None = None,
     loss: Loss | None = None,
+    first: int = 0,
 ) -> float:
     """Add the gradients of the mean loss over the whole batch, in all processes, and return that loss.
 
     Args:
+        draws: the run's seed, and the step.
         loss: instead of the task's.
+        first: number of the batch's first example in its step.
     """
+    batch = [replace(item, number=number) for number, item in enumerate(batch, first)]
     if loss is not None and loss.spans == "batch":
-        return _over_the_batch(model, task, optimiser, batch, most_tokens, processes, scale, loss)
+        return _over_the_batch(model, task, optimiser, batch, most_tokens, draws, processes, scale, loss)
     total = sum(item.weight for item in batch)
     losses = []
     pieces = micro_batches(processes.share(batch), most_tokens)
     for piece in pieces:
-        part = loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total)
-        backward(part if scale is None else part.float() * scale.value)
+        with drawing(model, draws, [item.number for item in piece]):
+            part = loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total)
+            backward(part if scale is None else part.float() * scale.value)
         losses.append(part.detach())
         between_passes()
     for _ in range(_passes(model, batch, most_tokens, processes) - len(pieces)):
-        backward(loss_of(model, task, batch[:1], loss) * 0.0)
+        with drawing(model, draws, [first]):
+            backward(loss_of(model, task, batch[:1], loss) * 0.0)
     # a process has no share of a very small batch
     mean = torch.stack(losses).sum().float() if losses else optimiser.gradients.new_zeros(())
     processes.sum(optimiser.gradients, mean)  # the rest is the same in every process
@@ -163,6 +173,7 @@ def _over_the_batch(
     optimiser: AdamW,
     batch: Sequence[EncodedRow],
     most_tokens: int,
+    draws: Draws,
     processes: Processes,
     scale: LossScale | None,
     loss: Loss,
@@ -176,9 +187,11 @@ def _over_the_batch(
 
     def outputs(*piece: EncodedRow) -> Tensor:
         between_passes()
-        return _outputs(model, task, piece)
+        with drawing(model, draws, [item.number for item in piece]):
+            return _outputs(model, task, piece)
 
-    found = [checkpoint(outputs, *piece, use_reentrant=False) for piece in micro_batches(batch, most_tokens)]
+    pieces = micro_batches(batch, most_tokens)
+    found = [checkpoint(outputs, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     whole = torch.cat(found)
     targets = _wanted(task, batch) if has_head(task) else torch.tensor([item.weight for item in batch])
     mean = loss.function(whole, targets.to(whole.device))
@@ -195,7 +208,8 @@ def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
         if has_head(task):
             return packed.classify_logits(model, sources)
         targets = [item.target for item in piece if item.target is not None]
-        logits = packed.target_logits(model, sources, targets, earlier=[item.earlier for item in piece])  # (N, V)
+        states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
+        logits = _vocabulary_logits(model, states, _token_numbers(model, piece))  # (N, V)
         ids = copied(torch.cat([item.counted for item in piece]), logits.device)
         tokens = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
         return torch.stack([each.sum() for each in torch.split(tokens, [item.weight for item in piece])])
@@ -223,7 +237,21 @@ def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | 
             return function(logits, _wanted(task, piece).to(logits.device))
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
-        return _loss_of_targets(model, function, states, torch.cat([item.counted for item in piece]))
+        return _loss_of_targets(model, function, states, piece)
+
+
+def _token_numbers(model: Model, piece: Sequence[EncodedRow]) -> list[int]:
+    """A number in the step for each target token of the pass, as each example has one."""
+    draws = attachment(model).context.draws
+    numbers = [] if draws is None else draws[1]
+    return [n << 32 | place for n, item in zip(numbers, piece, strict=False) for place in range(item.weight)]
+
+
+def _vocabulary_logits(model: Model, states: Tensor, numbers: Sequence[int]) -> Tensor:
+    """(N, D) -> (N, V). numbers: of the tokens."""
+    draws = attachment(model).context.draws
+    with nullcontext() if draws is None else drawing(model, draws[0], numbers):
+        return packed.vocabulary_logits(model, states)
 
 
 def _wanted(task: HeadTask, piece: Sequence[EncodedRow]) -> Tensor:
@@ -232,24 +260,28 @@ def _wanted(task: HeadTask, piece: Sequence[EncodedRow]) -> Tensor:
     return torch.stack(own) if own else task.targets([item.example for item in piece])
 
 
-def _loss_of_targets(model: Model, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
+def _loss_of_targets(
+    model: Model, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, piece: Sequence[EncodedRow]
+) -> Tensor:
     """The mean loss over N target tokens, TARGETS at a time.
 
     The backward pass recomputes the logits (N, V), because a large vocabulary's do not fit in memory at once.
 
     Args:
         states: (N, D), each before its target token.
-        targets: (N,) int64.
+        piece: the examples.
     """
-    targets = copied(targets, states.device)
+    targets = copied(torch.cat([item.counted for item in piece]), states.device)
+    numbers, places = _token_numbers(model, piece), range(0, len(targets), TARGETS)
 
-    def part(states: Tensor, ids: Tensor) -> Tensor:
-        return loss(packed.vocabulary_logits(model, states), ids) * (len(ids) / len(targets))
+    def part(states: Tensor, ids: Tensor, place: int) -> Tensor:
+        logits = _vocabulary_logits(model, states, numbers[place : place + TARGETS])
+        return loss(logits, ids) * (len(ids) / len(targets))
 
-    parts = list(zip(torch.split(states, TARGETS), torch.split(targets, TARGETS), strict=True))
+    parts = list(zip(torch.split(states, TARGETS), torch.split(targets, TARGETS), places, strict=True))
     if len(parts) == 1:
         return part(*parts[0])
-    losses: list[Tensor] = [checkpoint(part, *each, use_reentrant=False) for each in parts]
+    losses: list[Tensor] = [checkpoint(part, *each, use_reentrant=False, preserve_rng_state=False) for each in parts]
     return torch.stack(losses).sum()
 
 

@@ -33,6 +33,7 @@ from turret.data import Dataset
 from turret.disk import describe_error
 from turret.errors import (
     CheckpointMismatch,
+    CheckpointTooOld,
     DeviceError,
     Interrupted,
     LossNotFinite,
@@ -509,10 +510,10 @@ def _train(
             follow(planned.recipe, tracked, callbacks.warning) as followed,
         ):
             told = _both(callbacks, followed, keeper)
-            start_over = None if held is None else store.training_runs().start_over
+            start_over, moves = store.training_runs().start_over, held is not None
             with _memory_explained():
                 result = _carry_out(
-                    store, run, ready, planned, told, beside_base, keeper, followed, start_over, place, asked
+                    store, run, ready, planned, told, beside_base, keeper, followed, start_over, moves, place, asked
                 )
             followed.finished(result)
         result = replace(result, notes=[*ready.notes, *followed.warnings])
@@ -602,22 +603,25 @@ def _carry_out(
     beside_base: bool,
     keeper: LeaseRenewer,
     followed: TrackerSession,
-    start_over: Callable[[HeldRun], None] | None,
+    start_over: Callable[[HeldRun], None],
+    moves: bool,
     place: OwnProcess,
     asked: Callable[[], bool],
 ) -> RunResult:
     """Train, measure, and store the version and the result.
 
     Args:
-        start_over: removes a checkpoint from which the run cannot resume here; None: that is an error.
+        start_over: removes a checkpoint from which the run cannot resume.
+        moves: whether the run may come from another machine, where it could resume; else only one of an older turret
+            starts over.
     """
     tenant = store.access.tenant
     try:
         fitted = _fit(run, ready, planned, callbacks, place, tenant, asked)
     except CheckpointMismatch as error:
-        if start_over is None:
+        if not (moves or isinstance(error, CheckpointTooOld)):
             raise
-        callbacks.warning(f"starting over, because this worker cannot resume: {error}")
+        callbacks.warning(f"starting over, because this {'worker' if moves else 'version'} cannot resume: {error}")
         start_over(run)
         fitted = _fit(run, ready, planned, callbacks, place, tenant, asked)
     try:

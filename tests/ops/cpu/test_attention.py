@@ -115,7 +115,7 @@ def test_attention_drops_the_same_probabilities_forward_and_backward(dtype: torc
     """A forward pass whose values are the identity shows the mask; the expected results use that mask."""
     T, dim, p = 64, 64, 0.25
     rows = AttentionRows(torch.tensor([0]), torch.tensor([T]), torch.tensor([0]), torch.tensor([T]), 0.1, causal=False)
-    none, dropped = Prefixes([], [None]), DropoutArguments.of(p, (3, 4))
+    none, dropped = Prefixes([], [None]), DropoutArguments.of(p, 3, torch.arange(T))
     q, k, v, dy = (draw(T, 2, dim, dtype=dtype) for _ in range(4))
     identity = torch.eye(T, dtype=dtype)[:, None].expand(T, 2, T).contiguous()
     seen = compiled().attention(rows, q, k, identity, none, dropped)[0]  # (T, 2, S): the dropped probabilities

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from turret.ops.formulas import kept
+from turret.ops.formulas import OF_SITE, kept
 from turret.ops.gpu import available, operations, usable, why_not
+from turret.ops.structs import STEPS
 
 CPU = torch.device("cpu")
 ALLOWED = {"float32": 2e-6, "float16": 3e-3}
@@ -99,7 +100,8 @@ def test_attention_over_packed_rows_is_torchs_attention_of_each_row_and_so_are_i
 
 
 def test_dropout_drops_the_share_that_was_asked_for_and_other_elements_for_another_seed() -> None:
-    one, other = kept((500, 400), 0.1, 7, CPU), kept((500, 400), 0.1, 8, CPU)
+    keys, threshold = torch.randint(1 << 62, (500,), generator=torch.Generator().manual_seed(0)), round(0.1 * STEPS)
+    one, other = kept(keys, 7, threshold, 400), kept(keys, 8, threshold, 400)
     assert float(one.float().mean()) == pytest.approx(0.9, abs=0.003)
     assert float((one == other).float().mean()) == pytest.approx(0.82, abs=0.01)
     for dim in (0, 1):  # neither a row nor a column is favoured
@@ -113,21 +115,22 @@ def test_a_cpu_and_what_flash_attention_does_not_take_are_left_to_the_modules() 
 
 def test_the_gradients_of_lora_with_dropout_are_autograds() -> None:
     generator = torch.Generator().manual_seed(0)
-    N, R, d_in, sizes, scaling, p, seed = 11, 3, 7, (5, 6, 4), 0.7, 0.4, 99
+    N, R, d_in, sizes, scaling, threshold, seed = 11, 3, 7, (5, 6, 4), 0.7, 26_000, 99
+    keys = torch.randint(1 << 62, (N,), generator=generator)
     x = torch.randn(N, d_in, generator=generator, requires_grad=True)
     A = [torch.randn(R, d_in, generator=generator, requires_grad=True) for _ in sizes]
     B = [torch.randn(size, R, generator=generator, requires_grad=True) for size in sizes]
     dy = [torch.randn(N, size, generator=generator) for size in sizes]
-    masks = [kept(x.shape, p, seed + g, CPU) for g in range(3)]
+    masks = [kept(keys, (seed + g * OF_SITE) % (1 << 32), threshold, d_in) for g in range(3)]
     expected = [scaling * ((x * mask) @ a.mT @ b.mT) for mask, a, b in zip(masks, A, B, strict=True)]
     gradients = torch.autograd.grad(expected, [x, *A, *B], dy)
 
     ops, plain = torch.ops.turret, [each.detach() for each in (x, *A, *B)]
     x, A, B = plain[0], plain[1:4], plain[4:]
     y, plus = [torch.zeros(N, size) for size in sizes], None
-    h = ops.add_lora(y, x, A, B, plus, scaling, p, seed)
+    h = ops.add_lora(y, x, A, B, plus, scaling, keys, seed, threshold)
     dx, into = torch.zeros_like(x), [torch.zeros_like(each) for each in (*A, *B)]
-    dh = ops.lora_input_gradient(dx, dy, A, B, scaling, p, seed)
-    ops.lora_factor_gradients(into[:3], into[3:], x, h, dh, dy, scaling, p, seed)
+    dh = ops.lora_input_gradient(dx, dy, A, B, scaling, keys, seed, threshold)
+    ops.lora_factor_gradients(into[:3], into[3:], x, h, dh, dy, scaling, keys, seed, threshold)
     for one, other in zip((*y, dx, *into), (*expected, *gradients), strict=True):
         torch.testing.assert_close(one, other)

@@ -24,7 +24,7 @@ from turret.adapters.adapter import (
     mount_head,
 )
 from turret.adapters.batch_context import ATTACHED, BARE, set_context
-from turret.adapters.hooks import AdapterInit, HookedModel, device_of
+from turret.adapters.hooks import AdapterInit, HookedModel, RoutedDropout, device_of
 from turret.adapters.lora import sizes
 from turret.adapters.peft_config import check_agreement, check_config, refuse_code
 from turret.adapters.prefix import Groups
@@ -33,6 +33,7 @@ from turret.adapters.tuners.modules_to_save import tunes_linear, with_biases, wi
 from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters
 from turret.errors import AdapterError, RecipeError
 from turret.families import family_of
+from turret.families.family import Stream
 from turret.json_types import JsonObject
 from turret.methods.peft import MARKS, NORMS, Peft, beside, without_repeated
 from turret.transformer import Model
@@ -319,10 +320,22 @@ def _invite(model: Model, attached: HookedModel, method: Peft, generator: torch.
     """Let PEFT put its modules into a hooked model. `detach` removes them."""
     guest = peft_backend.invite(model, attached.family, method, generator)
     attached.guest = guest
+    attached.context.draws_alone = True
+    for path, layer in model.named_modules():
+        if layer in guest.layers:
+            _hash_masks(layer, attached, attached.family.stream(path))
     attached.undo.append(guest.leave)
     if not guest.layers:
         prompt = peft_backend.Prompt(guest, functools.partial(_read, model, attached))
         attached.prefixes[str(ATTACHED)] = prompt.to(device_of(model))
+
+
+def _hash_masks(layer: nn.Module, attached: HookedModel, stream: Stream) -> None:
+    """Replace dropout of one of PEFT's layers by one with the masks of the pass; `guest.leave` takes both away."""
+    for owner in list(layer.modules()):
+        for name, each in list(owner.named_children()):
+            if type(each) is nn.Dropout:
+                setattr(owner, name, RoutedDropout(each, attached.context, stream))
 
 
 def _read(model: Model, attached: HookedModel, tokens: Tensor) -> Groups:
@@ -332,7 +345,8 @@ def _read(model: Model, attached: HookedModel, tokens: Tensor) -> Groups:
     before = context.active, context.capture
     context.active, context.capture = BARE, captured
     try:
-        with set_context(context, None, None):
+        kind, P = attached.family.kind, tokens.shape[1]
+        with set_context(context, None, None, masked={kind: [P]}, examples=()):  # the same in every pass of a step
             mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
             dtype = model.get_input_embeddings().weight.dtype
             model.base_model(inputs_embeds=tokens.to(dtype), attention_mask=mask, use_cache=False)

@@ -52,7 +52,7 @@ static inline long NAME(columns)(const struct rows *r, long t, long P, long leng
 void NAME(attention)(const struct rows *r, const T *q, const T *k, const T *v, T *y, float *log_sum, int threads)
 {
     const long D = r->dim, Dp = ROUND(D), H = r->heads, G = H / r->kv_heads;
-    const uint32_t seed = r->seed, other = r->other, threshold = r->threshold;
+    const uint32_t threshold = r->mask.threshold;
     const float scale = r->scale;
 #pragma omp parallel num_threads(threads) if (r->work * r->dim > 8 * SERIAL)
     {
@@ -89,15 +89,8 @@ void NAME(attention)(const struct rows *r, const T *q, const T *k, const T *v, T
                             for (long j = 0; j < n; j++) sum += p[j] = exponential(p[j] - high);
                             log_sum[(first + i) * H + h] = high + logf(sum);
                             float by = scale / sum;
-                            if (threshold) {
-                                uint32_t place = (uint32_t)(((first + i) * H + h) * (r->most / 2));
-#pragma omp simd
-                                for (long j = 0; j < n / 2; j++) {
-                                    uint32_t word = random_word(place + (uint32_t)j, seed, other);
-                                    p[j] = bits_of(p[j] * by, every_bit((word & 0xffffu) >= threshold), 0);
-                                    p[j + n / 2] = bits_of(p[j + n / 2] * by, every_bit((word >> 16) >= threshold), 0);
-                                }
-                            } else
+                            if (threshold) drop(p, n, first + i, FIRST(&r->mask, first + i) + OF_HEAD(h), &r->mask, by);
+                            else
                                 for (long j = 0; j < n; j++) p[j] *= by;
                             PACK_ROW(weights + i * most, p, n);
                         }
@@ -116,7 +109,7 @@ void NAME(attention_backward)(const struct rows *r, const T *q, const T *k, cons
                               T *dq, T *dk, T *dv, float *dprefix, int threads)
 {
     const long D = r->dim, Dp = ROUND(D), H = r->heads, K = r->kv_heads, G = H / K;
-    const uint32_t seed = r->seed, other = r->other, threshold = r->threshold;
+    const uint32_t threshold = r->mask.threshold;
     const float scale = r->scale;
 #pragma omp parallel num_threads(threads) if (r->work * r->dim > 8 * SERIAL)
     {
@@ -168,18 +161,21 @@ void NAME(attention_backward)(const struct rows *r, const T *q, const T *k, cons
                             NAME(mask)(r, p, t + i, n, P, length, bias);
                             for (long j = 0; j < n; j++) p[j] = exponential(p[j] - less);
                             if (threshold) {
-                                uint32_t place = (uint32_t)(((first + i) * H + h) * (r->most / 2));
-#pragma omp simd reduction(+ : sum)
-                                for (long j = 0; j < n / 2; j++) {
-                                    uint32_t word = random_word(place + (uint32_t)j, seed, other);
-                                    uint32_t keep = every_bit((word & 0xffffu) >= threshold), kept = every_bit((word >> 16) >= threshold);
-                                    float a = p[j], b = p[j + n / 2];
-                                    d[j] = bits_of(d[j] * scale, keep, 0);
-                                    d[j + n / 2] = bits_of(d[j + n / 2] * scale, kept, 0);
-                                    p[j] = bits_of(a, ~0u, ~keep & SIGN); /* the sign marks dropped elements */
-                                    p[j + n / 2] = bits_of(b, ~0u, ~kept & SIGN);
-                                    sum += a * d[j] + b * d[j + n / 2];
-                                }
+                                const uint32_t place = FIRST(&r->mask, first + i) + OF_HEAD(h), second = SECOND(&r->mask, first + i);
+                                float sums[16] = {0};
+                                for (long at = 0; at < n; at += 32)
+#pragma omp simd
+                                    for (long j = at; j < at + 16; j++) {
+                                        uint32_t word = random_word(place + (uint32_t)(j - at / 2), second);
+                                        uint32_t keep = every_bit((word & 0xffffu) >= threshold), kept = every_bit((word >> 16) >= threshold);
+                                        float a = p[j], b = p[j + 16];
+                                        d[j] = bits_of(d[j] * scale, keep, 0);
+                                        d[j + 16] = bits_of(d[j + 16] * scale, kept, 0);
+                                        p[j] = bits_of(a, ~0u, ~keep & SIGN); /* the sign marks dropped elements */
+                                        p[j + 16] = bits_of(b, ~0u, ~kept & SIGN);
+                                        sums[j - at] += a * d[j] + b * d[j + 16];
+                                    }
+                                for (int j = 0; j < 16; j++) sum += sums[j];
                                 for (long j = 0; j < n; j++) {
                                     d[j] = fabsf(p[j]) * (d[j] - sum);
                                     p[j] = p[j] > 0.0f ? p[j] * scale : 0.0f;

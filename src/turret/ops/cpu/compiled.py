@@ -69,6 +69,15 @@ class _CachedStruct(ctypes.Structure):
     )
 
 
+class _MaskStruct(ctypes.Structure):
+    """`struct mask` of kernels.c."""
+
+    _fields_ = (("keys", ctypes.c_void_p), ("seed", ctypes.c_uint32), ("threshold", ctypes.c_uint32))
+
+
+_Mask: TypeAlias = "ctypes._Pointer[_MaskStruct]"
+
+
 class RowsStruct(ctypes.Structure):
     """`struct rows` of products.inc.c."""
 
@@ -82,7 +91,7 @@ class RowsStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("prefix_lengths", "prefix_keys", "prefix_values", "bias")),
         *((name, ctypes.c_long) for name in ("bias_width", "bias_zero", "window")),
         ("causal", ctypes.c_int),
-        *((name, ctypes.c_uint32) for name in ("seed", "other", "threshold")),
+        ("mask", _MaskStruct),
         *((name, ctypes.c_float) for name in ("scale", "scaling")),
     )
 
@@ -127,8 +136,7 @@ def rows_struct(
         rows.zero,
         rows.window,
         int(rows.causal),
-        *dropped.seeds,
-        dropped.threshold,
+        _mask_struct(dropped, len(q)),
         dropped.scale,
         rows.scaling,
     )
@@ -136,6 +144,19 @@ def rows_struct(
     if not varies:
         rows.memo[key] = struct
     return struct
+
+
+def _mask_struct(dropped: DropoutArguments, tokens: int) -> _MaskStruct:
+    keys = dropped.keys
+    if keys is None:
+        return _MaskStruct(None, 0, 0)
+    assert keys.shape == (tokens,), "dropout has a key for each token"
+    return _MaskStruct(keys.data_ptr(), dropped.seed, dropped.threshold)
+
+
+def _mask(dropped: DropoutArguments, x: Tensor) -> _Mask | None:
+    """The mask of x (..., D), or None if there is no dropout."""
+    return ctypes.pointer(_mask_struct(dropped, x.numel() // x.shape[-1])) if dropped.threshold else None
 
 
 def _without_prefixes(rows: AttentionRows) -> tuple[int, Tensor]:
@@ -151,13 +172,11 @@ def _without_prefixes(rows: AttentionRows) -> tuple[int, Tensor]:
 # Call a kernel of the loaded library: argument types, and the addresses of tensors.
 
 
-Argument: TypeAlias = (
-    "int | float | ctypes.c_void_p | ctypes.c_long | ctypes.c_int | ctypes.c_uint32 | ctypes.c_float | None"
-)
+Argument: TypeAlias = "int | float | ctypes.c_void_p | ctypes.c_long | ctypes.c_int | ctypes.c_float | _Mask | None"
 
 NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
-_LORA = (*(_LONG,) * 4, *(_POINTER,) * 3, ctypes.c_float, *(ctypes.c_uint32,) * 3)
+_LORA = (*(_LONG,) * 4, *(_POINTER,) * 3, ctypes.c_float, _POINTER)
 _ROWS = (_LONG, _LONG)  # and their width
 DECLARED = {  # declared arguments may be plain Python numbers, and tensors
     "swiglu": (_LONG, *(_POINTER,) * 3, ctypes.c_int),
@@ -270,12 +289,10 @@ class Operations(Calls):
 
     def dropout(self, x: Tensor, dropped: DropoutArguments, scale: float | None = None) -> Tensor:
         """Kept elements times `scale` (default: 1 / (1 - p)), zero elsewhere."""
-        y = torch.empty_like(x)
+        y, width = torch.empty_like(x), x.shape[-1]
         by = ctypes.c_float(dropped.scale if scale is None else scale)
-        first, second = (ctypes.c_uint32(seed) for seed in dropped.seeds)
-        self._call(
-            "dropout", x.dtype, n(x), p(x), p(y), first, second, ctypes.c_uint32(dropped.threshold), by, threads()
-        )
+        sizes = map(ctypes.c_long, (x.numel() // width, width))
+        self._call("dropout", x.dtype, *sizes, p(x), p(y), _mask(dropped, x), by, threads())
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -303,7 +320,8 @@ class Operations(Calls):
             width,
             *map(p, (a, x, weight, bias)),
             ctypes.c_float(eps),
-            *_mask(dropped),
+            _mask(dropped, a),
+            ctypes.c_float(dropped.scale),
             *map(p, (s, y, stats)),
             threads(),
         )
@@ -327,7 +345,8 @@ class Operations(Calls):
             rows,
             width,
             *map(p, (s, weight, stats, dy)),
-            *_mask(dropped),
+            _mask(dropped, s),
+            ctypes.c_float(dropped.scale),
             p(da),
             p(dx),
             threads(),
@@ -350,11 +369,6 @@ class Operations(Calls):
         y = x.new_empty(tokens, heads, dim)
         self._call("rotate", x.dtype, tokens, heads, dim, x, *x.stride()[:2], cos, sin, sign, y, threads())
         return y
-
-
-def _mask(dropped: DropoutArguments) -> tuple[ctypes.c_uint32 | ctypes.c_float, ...]:
-    """(seed, other seed, threshold, scale)."""
-    return *map(ctypes.c_uint32, (*dropped.seeds, dropped.threshold)), ctypes.c_float(dropped.scale)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -544,7 +558,7 @@ class Products(Calls):
             h = dropout(x) A^T, (N, R) float32, for the backward pass.
         """
         transposed, h = torch.empty_like(B), torch.empty(x.shape[0], A.shape[0])
-        arguments = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
+        arguments = *_lora(x, A, B), by, _mask(dropped, x)
         self._call("lora", x.dtype, *arguments, *map(p, (transposed, h, y)), threads())
         return h
 
@@ -561,7 +575,7 @@ class Products(Calls):
     ) -> tuple[Tensor, Tensor]:
         """(dA, dB) of `lora`. dx, if given, holds dy W and gets the gradient through the factors added."""
         dA, dB, transposed, dh = (torch.empty_like(each) for each in (A, B, B, h))
-        arguments = *_lora(x, A, B), by, *dropped.seeds, dropped.threshold
+        arguments = *_lora(x, A, B), by, _mask(dropped, x)
         self._call("lora_backward", x.dtype, *arguments, *map(p, (transposed, dh, h, dy, dx, dA, dB)), threads())
         return dA, dB
 
@@ -906,7 +920,7 @@ def _results(library: Library, dtype: torch.dtype, generator: torch.Generator) -
         library.rotate(x, cos, sin, 1.0),
         x.double() * cos.double()[:, None] + turned * sin.double()[:, None],
     )
-    ones = library.dropout(torch.ones(40_000, dtype=dtype), DropoutArguments.of(0.25, (12345, 678)))
+    ones = library.dropout(torch.ones(400, 100, dtype=dtype), DropoutArguments.of(0.25, 12345, torch.arange(400)))
     kept = float((ones > 0).double().mean())
     results["dropout"] = (ones.max()[None], torch.full((1,), 4 / 3 if abs(kept - 0.75) < 0.02 else 0.0))
     return (

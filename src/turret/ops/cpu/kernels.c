@@ -70,7 +70,7 @@ static inline float bits_of(float x, uint32_t kept, uint32_t flipped)
     return x;
 }
 
-/* Two rounds of multiply and shift, for an integer or a vector of them. */
+/* Two rounds of multiply and shift, for an integer or a vector of them: `formulas.kept` is the same in torch. */
 #define SCRAMBLE(x, other) \
     do { \
         (x) ^= (x) >> 16; \
@@ -80,11 +80,31 @@ static inline float bits_of(float x, uint32_t kept, uint32_t flipped)
         (x) ^= (x) >> 16; \
     } while (0)
 
-static inline uint32_t random_word(uint32_t i, uint32_t seed, uint32_t other)
+/* Dropout of one site in one pass. keys: of each token, so that no token's mask depends on its neighbours; threshold: p 2^16.
+   One random word decides two elements of a token, 16 apart: WORD(c) is the number of the word for column c. */
+struct mask { const uint64_t *keys; uint32_t seed, threshold; };
+#define WORD(c) ((uint32_t)((c) / 32 * 16 + (c) % 16))
+#define FIRST(mask, t) ((uint32_t)(mask)->keys[t] ^ (mask)->seed)
+#define SECOND(mask, t) ((uint32_t)((mask)->keys[t] >> 32) + (mask)->seed * 0x85ebca77u)
+#define OF_HEAD(h) ((uint32_t)(h) * 0xc2b2ae3du) /* apart from the other heads of attention, whose columns begin with the prefix */
+
+static inline uint32_t random_word(uint32_t x, uint32_t other)
 {
-    uint32_t x = i + seed;
     SCRAMBLE(x, other);
     return x;
+}
+
+/* z (size, rounded up to 32) of token t: zero where the mask drops, else times scale. first: of the first column's word. */
+static inline void drop(float *z, long size, long t, uint32_t first, const struct mask *mask, float scale)
+{
+    const uint32_t second = SECOND(mask, t), threshold = mask->threshold;
+    for (long at = 0; at < size; at += 32)
+#pragma omp simd
+        for (long i = at; i < at + 16; i++) {
+            uint32_t word = random_word(first + (uint32_t)(i - at / 2), second);
+            z[i] = bits_of(z[i] * scale, every_bit((word & 0xffffu) >= threshold), 0);
+            z[i + 16] = bits_of(z[i + 16] * scale, every_bit((word >> 16) >= threshold), 0);
+        }
 }
 
 /* A parallel loop over n elements in chunks: EACH(n) y[i] = ...; DONE put(to + at, y, size); END. `at` is the first element of

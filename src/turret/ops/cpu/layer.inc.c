@@ -76,7 +76,7 @@ long NAME(decoder_layers)(const struct decoder_layer *const *l, long layers, lon
 /* y = LayerNorm(a + x) */
 static void NAME(normed_sum)(const struct layer_norm *norm, long tokens, long width, const T *a, const T *x, T *sum, T *y, float *stats, int threads)
 {
-    NAME(added_norm)(tokens, width, a, x, norm->weight, norm->bias, norm->eps, 0, 0, 0, 1.0f, sum, y, stats, threads);
+    NAME(added_norm)(tokens, width, a, x, norm->weight, norm->bias, norm->eps, 0, 1.0f, sum, y, stats, threads);
 }
 
 /* A layer of an encoder (BERT, RoBERTa) on all tokens of a pass, without dropout. x, y: (N, D)

@@ -20,7 +20,7 @@
 static inline __attribute__((always_inline)) vector NAME(left_of)(const T *x, long d, long t, long at, const struct mask *mask)
 {
     vector from = LOADS(x + t * d + at);
-    return mask ? left((uint32_t)(t * d + at), from, mask) : from;
+    return mask ? left(t, at, from, mask) : from;
 }
 
 /* h (tokens from t on, ranks from r on) = drop(x) A^T, `high` tokens by `broad` ranks */
@@ -71,7 +71,7 @@ static inline __attribute__((always_inline)) void NAME(lora_add)(T *y, const flo
         for (int i = 0; i < high; i++)
             for (int w = 0; w < 2; w++) {
                 long place = (t + i) * d + at + w * ACROSS;
-                if (mask) sum[i][w] = left((uint32_t)place, sum[i][w], mask);
+                if (mask) sum[i][w] = left(t + i, at + w * ACROSS, sum[i][w], mask);
                 STORES(y + place, LOADS(y + place) + sum[i][w]);
             }
     }
@@ -118,10 +118,10 @@ static void NAME(lora_turned)(float *turned, const float *b, float by, long d_ou
         for (long r = 0; r < rank; r++) turned[r * d_out + d] = by * b[d * rank + r];
 }
 
+/* mask: of x, or none */
 void NAME(lora)(long tokens, long d_in, long d_out, long rank, const T *x, const float *a, const float *b, float by,
-                uint32_t seed, uint32_t other, uint32_t threshold, float *turned, float *h, T *y, int threads)
+                const struct mask *mask, float *turned, float *h, T *y, int threads)
 {
-    const struct mask own = {seed, other, threshold}, *mask = threshold ? &own : NULL;
     NAME(lora_turned)(turned, b, by, d_out, rank);
 #pragma omp parallel for num_threads(threads) schedule(static) if (tokens * (d_in + d_out) > SERIAL)
     for (long t = 0; t < tokens; t += 2) {
@@ -134,10 +134,9 @@ void NAME(lora)(long tokens, long d_in, long d_out, long rank, const T *x, const
 
 /* dx: holds dy W, or none */
 void NAME(lora_backward)(long tokens, long d_in, long d_out, long rank, const T *x, const float *a, const float *b, float by,
-                         uint32_t seed, uint32_t other, uint32_t threshold, float *turned, float *dh, const float *h,
-                         const T *dy, T *dx, float *da, float *db, int threads)
+                         const struct mask *mask, float *turned, float *dh, const float *h, const T *dy, T *dx,
+                         float *da, float *db, int threads)
 {
-    const struct mask own = {seed, other, threshold}, *mask = threshold ? &own : NULL;
     NAME(lora_turned)(turned, b, by, d_out, rank);
 #pragma omp parallel num_threads(threads) if (tokens * (d_in + d_out) > SERIAL)
     {

@@ -65,20 +65,18 @@ void NAME(gelu_backward)(long n, const T *x, const T *dy, T *dx, int threads)
 
 /* --- dropout ----------------------------------------------------------------------------------------------------- */
 
-/* y_i = keep(i) ? scale x_i : 0. keep(i) depends only on the seeds and i, so no mask is stored. One random word decides two
-   elements, half a chunk apart. threshold: p 2^16 */
-void NAME(dropout)(long n, const T *x, T *to, uint32_t seed, uint32_t other, uint32_t threshold, float scale, int threads)
+/* y = drop(x): (rows, width). The hash of an element is computed again whenever it is needed, so no mask is stored. */
+void NAME(dropout)(long rows, long width, const T *x, T *y, const struct mask *mask, float scale, int threads)
 {
-    EACH(n)
-        y[i] = LOAD(x[at + i]) * scale;
-    DONE
-        for (long i = 0; i < CHUNK / 2; i++) {
-            uint32_t word = random_word((uint32_t)(at / 2 + i), seed, other);
-            z[i] = (word & 0xffffu) >= threshold ? y[i] : 0.0f;
-            z[i + CHUNK / 2] = (word >> 16) >= threshold ? y[i + CHUNK / 2] : 0.0f;
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > SERIAL)
+    for (long row = 0; row < rows; row++)
+        for (long at = 0; at < width; at += CHUNK) {
+            float z[CHUNK] = {0};
+            long size = width - at < CHUNK ? width - at : CHUNK, to = row * width + at;
+            for (long i = 0; i < size; i++) z[i] = LOAD(x[to + i]);
+            drop(z, size, row, FIRST(mask, row) + WORD(at), mask, scale);
+            NAME(put)(y + to, z, size);
         }
-        NAME(put)(to + at, z, size);
-    END
 }
 
 /* --- RMS norm ---------------------------------------------------------------------------------------------------- */
@@ -126,13 +124,6 @@ void NAME(rms_norm_backward)(long rows, long width, const T *x, const T *w, cons
 
 /* --- dropout, residual sum and LayerNorm -------------------------------------------------------------------------- */
 
-/* The factor of element f in `dropout`. */
-static inline float NAME(kept)(uint32_t f, uint32_t seed, uint32_t other, uint32_t threshold, float scale)
-{
-    uint32_t word = random_word(f / CHUNK * (CHUNK / 2) + f % (CHUNK / 2), seed, other);
-    return ((f & (CHUNK / 2)) ? word >> 16 : word & 0xffffu) >= threshold ? scale : 0.0f;
-}
-
 /* y (width,) = w (s - mean) r + b. Not inlined: the compiler might choose another order of operations for each caller. */
 static __attribute__((noinline)) void NAME(normed)(long width, const T *s, const T *w, const T *b, float mean, float r, T *y)
 {
@@ -153,8 +144,8 @@ void NAME(added_norm_again)(long rows, long width, const T *s, const T *w, const
 }
 
 /* s = drop(a) + x,  y = w (s - mean) r + b,  r = 1 / sqrt(var + eps), of the rounded s;  stats: (rows, 2) mean and r */
-void NAME(added_norm)(long rows, long width, const T *a, const T *x, const T *w, const T *b, float eps, uint32_t seed,
-                      uint32_t other, uint32_t threshold, float scale, T *s, T *y, float *stats, int threads)
+void NAME(added_norm)(long rows, long width, const T *a, const T *x, const T *w, const T *b, float eps,
+                      const struct mask *mask, float scale, T *s, T *y, float *stats, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > SERIAL)
     for (long row = 0; row < rows; row++) {
@@ -162,14 +153,11 @@ void NAME(added_norm)(long rows, long width, const T *a, const T *x, const T *w,
         T *to = s + row * width;
         float sum = 0.0f, squares = 0.0f;
         for (long at = 0; at < width; at += CHUNK) {
-            float z[CHUNK];
+            float z[CHUNK] = {0};
             long size = width - at < CHUNK ? width - at : CHUNK;
-            uint32_t first = (uint32_t)(row * width + at);
-            if (threshold)
-                for (long i = 0; i < size; i++)
-                    z[i] = LOAD(u[at + i]) * NAME(kept)(first + (uint32_t)i, seed, other, threshold, scale) + LOAD(v[at + i]);
-            else
-                for (long i = 0; i < size; i++) z[i] = LOAD(u[at + i]) + LOAD(v[at + i]);
+            for (long i = 0; i < size; i++) z[i] = LOAD(u[at + i]);
+            if (mask) drop(z, size, row, FIRST(mask, row) + WORD(at), mask, scale);
+            for (long i = 0; i < size; i++) z[i] += LOAD(v[at + i]);
             NAME(put)(to + at, z, size);
             for (long i = 0; i < size; i++) sum += LOAD(to[at + i]);
         }
@@ -183,8 +171,8 @@ void NAME(added_norm)(long rows, long width, const T *a, const T *x, const T *w,
 }
 
 /* dx = r (g - mean(g) - n mean(g n)),  g = w dy,  n = (s - mean) r;  da = drop(dx) */
-void NAME(added_norm_backward)(long rows, long width, const T *s, const T *w, const float *stats, const T *dy, uint32_t seed,
-                               uint32_t other, uint32_t threshold, float scale, T *da, T *dx, int threads)
+void NAME(added_norm_backward)(long rows, long width, const T *s, const T *w, const float *stats, const T *dy,
+                               const struct mask *mask, float scale, T *da, T *dx, int threads)
 {
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows * width > SERIAL)
     for (long row = 0; row < rows; row++) {
@@ -198,13 +186,12 @@ void NAME(added_norm_backward)(long rows, long width, const T *s, const T *w, co
         first /= (float)width;
         second /= (float)width;
         for (long at = 0; at < width; at += CHUNK) {
-            float z[CHUNK];
+            float z[CHUNK] = {0};
             long size = width - at < CHUNK ? width - at : CHUNK, to = row * width + at;
             for (long i = 0; i < size; i++)
                 z[i] = r * (LOAD(w[at + i]) * LOAD(d[at + i]) - first - (LOAD(from[at + i]) - mean) * r * second);
             NAME(put)(dx + to, z, size);
-            if (threshold)
-                for (long i = 0; i < size; i++) z[i] *= NAME(kept)((uint32_t)(to + i), seed, other, threshold, scale);
+            if (mask) drop(z, size, row, FIRST(mask, row) + WORD(at), mask, scale);
             NAME(put)(da + to, z, size);
         }
     }

@@ -36,7 +36,6 @@ class CpuOps(Ops):
 
     kernels = True
     layouts = frozenset({"post-norm", "pre-norm"})
-    hashes = True
 
     def __init__(self, library: Library, dtype: torch.dtype) -> None:
         self.library, self.dtype = library, dtype
@@ -230,9 +229,7 @@ class CpuLayers(Layers):
 
 
 def _dropped(lora: Lora) -> DropoutArguments:
-    dropped = None if lora.mask is None else lora.mask.dropped
-    assert lora.mask is None or dropped is not None, "a kernel computes the mask from its seeds"
-    return NO_DROPOUT if dropped is None else dropped
+    return NO_DROPOUT if lora.mask is None else lora.mask.dropped
 
 
 def _of_prefixes(all_rows: Tensor, prefixes: Prefixes) -> Iterator[Tensor]:

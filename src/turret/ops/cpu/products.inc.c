@@ -118,18 +118,16 @@ static inline void store_bfloats(bfloat16 *to, vector from)
 #endif
 }
 
-/* ACROSS elements after dropout, without its scale. first: the number of the first element, a multiple of ACROSS. */
+/* ACROSS elements of token t from column c on, a multiple of ACROSS, after dropout without its scale. */
 typedef uint32_t words __attribute__((vector_size(4 * ACROSS)));
 
-struct mask { uint32_t seed, other, threshold; }; /* threshold: p 2^16 */
-
-static inline __attribute__((always_inline)) vector left(uint32_t first, vector x, const struct mask *mask)
+static inline __attribute__((always_inline)) vector left(long t, long c, vector x, const struct mask *mask)
 {
     words at;
     for (int i = 0; i < ACROSS; i++) at[i] = (uint32_t)i;
-    at += first / CHUNK * (CHUNK / 2) + first % (CHUNK / 2) + mask->seed;
-    SCRAMBLE(at, mask->other);
-    at = first & (CHUNK / 2) ? at >> 16 : at & 0xffffu;
+    at += WORD(c) + FIRST(mask, t);
+    SCRAMBLE(at, SECOND(mask, t));
+    at = c & 16 ? at >> 16 : at & 0xffffu;
     return (vector)((words)x & (words)(at >= mask->threshold));
 }
 
@@ -475,7 +473,7 @@ struct rows {
     const float *bias; /* (H, bias_width) by key - query, with zero at column bias_zero; or none */
     long bias_width, bias_zero, window;
     int causal;
-    uint32_t seed, other, threshold; /* threshold: p 2^16; 0: no dropout */
+    struct mask mask; /* threshold 0: no dropout */
     float scale, scaling;
 };
 

@@ -22,7 +22,7 @@ from turret.ops.gpu.operations import NAMES
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}  # of the largest number
 Argument = Tensor | list[Tensor] | list[int] | float | None
 N, R, D_IN, D_OUT, HEADS, KV_HEADS, DIM = 37, 8, 96, 160, 4, 2, 32  # no multiples of a program's block
-SEED, SCALING, DROPOUT = 1234, 0.5, 0.25
+SEED, SCALING, THRESHOLD = -1234, 0.5, 1 << 14  # of dropout, p = 0.25
 
 
 class Case:
@@ -65,19 +65,22 @@ class Case:
     def _outputs(self) -> list[Tensor]:
         return [self._random(N, D_OUT), self._random(N, D_OUT)]
 
+    def _keys(self) -> Tensor:
+        return torch.randint(-(1 << 62), 1 << 62, (N,), generator=self._generator).to(self._device)
+
     def _add_lora(self) -> list[Argument]:
         A, B = self._factors((R, D_IN)), self._factors((D_OUT, R))
         plus = self._random(N, D_OUT)
-        return [self._outputs(), self._random(N, D_IN), A, B, plus, SCALING, DROPOUT, SEED]
+        return [self._outputs(), self._random(N, D_IN), A, B, plus, SCALING, self._keys(), SEED, THRESHOLD]
 
     def _lora_input_gradient(self) -> list[Argument]:
         A, B = self._factors((R, D_IN)), self._factors((D_OUT, R))
-        return [self._random(N, D_IN), self._outputs(), A, B, SCALING, DROPOUT, SEED]
+        return [self._random(N, D_IN), self._outputs(), A, B, SCALING, self._keys(), SEED, THRESHOLD]
 
     def _lora_factor_gradients(self) -> list[Argument]:
         A, B = self._factors((R, D_IN)), self._factors((D_OUT, R))
         inner = self._random(N, 2 * R), self._random(N, 2 * R)
-        return [A, B, self._random(N, D_IN), *inner, self._outputs(), SCALING, DROPOUT, SEED]
+        return [A, B, self._random(N, D_IN), *inner, self._outputs(), SCALING, self._keys(), SEED, THRESHOLD]
 
     def _add_mixed_lora(self) -> list[Argument]:
         flats, places = [], []

@@ -20,7 +20,6 @@ from turret.ops.structs import (
 )
 
 WIDEST = 256  # numbers in a head that FlashAttention takes
-SEEDS = 2**31 - 8  # of dropout masks
 MOST = 3  # LoRAs that one launch adds
 
 
@@ -214,13 +213,13 @@ def _sides(prefixes: Prefixes) -> tuple[list[Tensor], list[Tensor]]:
     return [key for key, _ in prefixes.pairs], [value for _, value in prefixes.pairs]
 
 
-def _settings(loras: Sequence[Lora]) -> tuple[float, float, int]:
-    """(scale, rate of dropout, seed) of LoRAs that are alike; layer g draws with seed + g."""
+def _settings(loras: Sequence[Lora]) -> tuple[float, Tensor | None, int, int]:
+    """(scale, and of dropout the keys, first seed and threshold) of LoRAs that are alike, at consecutive sites."""
     first = loras[0]
-    dropped = None if first.mask is None else first.mask.dropped
-    if dropped is None:
-        return first.scaling, 0.0, 0
-    return first.scale, 1.0 - 1.0 / dropped.scale, dropped.seeds[0] % SEEDS
+    if first.mask is None:
+        return first.scaling, None, 0, 0
+    dropped = first.mask.dropped
+    return first.scale, dropped.keys, (dropped.seed ^ 1 << 31) - (1 << 31), dropped.threshold
 
 
 def _target(parameter: Tensor) -> tuple[Tensor, bool]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turret.ops.formulas import FIRST_MIX, OF_COLUMN, OF_ROW, OF_SEED, SECOND_MIX
+from turret.ops.formulas import FIRST_MIX, OF_SEED, OF_SITE, SECOND_MIX
 
 # --- lora programs ----------------------------------------------------------------------------------------------------
 # LoRA on a GPU in Triton: of one adapter that trains, and of rows with different adapters.
@@ -24,7 +24,7 @@ ROWS = 16  # tokens of one program: the fewest that a GPU's matrix units take
 WIDE = 64  # columns that it reads at a time
 NUMBERS = 8192  # of factors that one program of mixed LoRA holds at a time: more would not fit its registers
 
-_OF_ROW, _OF_COLUMN, _OF_SEED = tl.constexpr(OF_ROW), tl.constexpr(OF_COLUMN), tl.constexpr(OF_SEED)
+_OF_SITE, _OF_SEED = tl.constexpr(OF_SITE), tl.constexpr(OF_SEED)
 _FIRST_MIX, _SECOND_MIX = tl.constexpr(FIRST_MIX), tl.constexpr(SECOND_MIX)
 
 
@@ -32,13 +32,15 @@ _FIRST_MIX, _SECOND_MIX = tl.constexpr(FIRST_MIX), tl.constexpr(SECOND_MIX)
 
 
 @triton.jit
-def _kept(row, column, threshold, seed):
-    """Which elements dropout keeps, as `formulas.kept`: row and column of each element, uint32."""
-    word = row * _OF_ROW + column * _OF_COLUMN + seed.to(tl.uint32) * _OF_SEED
+def _kept(keys, row, column, tokens, threshold, seed, g):
+    """Which elements dropout keeps at the g-th site after a seed's, as `formulas.kept`: row (T, 1), column (1, D)."""
+    key = tl.load(keys + row, mask=row < tokens, other=0)
+    seed = seed.to(tl.uint32) + ((_OF_SITE * g) & 0xFFFFFFFF)
+    word = (key.to(tl.uint32) ^ seed) + (column // 32 * 16 + column % 16).to(tl.uint32)
     word = (word ^ (word >> 16)) * _FIRST_MIX
-    word = (word ^ (word >> 15)) * _SECOND_MIX
+    word = (word ^ (word >> 15) ^ ((key >> 32).to(tl.uint32) + seed * _OF_SEED)) * _SECOND_MIX
     word = word ^ (word >> 16)
-    return (word >> 8) >= threshold
+    return tl.where(column // 16 % 2 == 0, word & 0xFFFF, word >> 16) >= threshold
 
 
 @triton.jit
@@ -56,8 +58,10 @@ def _shrink(
     tokens,
     D_in,
     rank,
+    keys,
     threshold,
     seed,
+    g,
     DROPS: tl.constexpr,
     R: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,7 +75,7 @@ def _shrink(
         inside = (row[:, None] < tokens) & (column[None] < D_in)
         own = tl.load(x + row[:, None].to(tl.int64) * D_in + column[None], mask=inside, other=0.0)
         if DROPS:
-            keeps = _kept(row[:, None].to(tl.uint32), column[None].to(tl.uint32), threshold, seed)
+            keeps = _kept(keys, row[:, None], column[None], tokens, threshold, seed, g)
             own = tl.where(keeps, own, tl.zeros_like(own))
         a = tl.load(A + r[None] * D_in + column[:, None], mask=(r[None] < rank) & (column[:, None] < D_in), other=0.0)
         h += product(own, a.to(own.dtype), PRECISE)
@@ -136,6 +140,7 @@ def _add_lora(
     out2,
     rank,
     scaling,
+    keys,
     threshold,
     seed,
     DROPS: tl.constexpr,
@@ -149,15 +154,15 @@ def _add_lora(
     row, g = tl.program_id(0) * T + tl.arange(0, T), tl.program_id(1)
     kind = inner.dtype.element_ty
     if g == 0:
-        h = _shrink(x, A0, row, tokens, D_in, rank, threshold, seed, DROPS, R, BLOCK, PRECISE).to(kind)
+        h = _shrink(x, A0, row, tokens, D_in, rank, keys, threshold, seed, 0, DROPS, R, BLOCK, PRECISE).to(kind)
         _keep_inner(inner, h, row, tokens, 0, rank, G, R)
         _expand(y0, h, B0, plus, row, tokens, out0, rank, scaling, HAS_PLUS, R, BLOCK, PRECISE)
     elif g == 1:
-        h = _shrink(x, A1, row, tokens, D_in, rank, threshold, seed + 1, DROPS, R, BLOCK, PRECISE).to(kind)
+        h = _shrink(x, A1, row, tokens, D_in, rank, keys, threshold, seed, 1, DROPS, R, BLOCK, PRECISE).to(kind)
         _keep_inner(inner, h, row, tokens, 1, rank, G, R)
         _expand(y1, h, B1, plus, row, tokens, out1, rank, scaling, HAS_PLUS, R, BLOCK, PRECISE)
     else:
-        h = _shrink(x, A2, row, tokens, D_in, rank, threshold, seed + 2, DROPS, R, BLOCK, PRECISE).to(kind)
+        h = _shrink(x, A2, row, tokens, D_in, rank, keys, threshold, seed, 2, DROPS, R, BLOCK, PRECISE).to(kind)
         _keep_inner(inner, h, row, tokens, 2, rank, G, R)
         _expand(y2, h, B2, plus, row, tokens, out2, rank, scaling, HAS_PLUS, R, BLOCK, PRECISE)
 
@@ -183,8 +188,9 @@ def add_lora(
     B: list[Tensor],
     plus: Tensor | None,
     scaling: float,
-    dropout: float,
+    keys: Tensor | None,
     seed: int,
+    threshold: int,
 ) -> Tensor:
     G, rank = len(A), A[0].shape[0]
     inner = x.new_empty(len(x), G * rank)
@@ -200,9 +206,10 @@ def add_lora(
         *(each.shape[1] for each in _three(y)),
         rank,
         scaling,
-        int(dropout * 2**24),
+        x if keys is None else keys,
+        threshold,
         seed,
-        DROPS=dropout > 0.0,
+        DROPS=keys is not None,
         HAS_PLUS=plus is not None,
         G=G,
         R=_ranks(rank),
@@ -236,8 +243,10 @@ def _through(
     tokens,
     D_in,
     rank,
+    keys,
     threshold,
     seed,
+    g,
     DROPS: tl.constexpr,
     R: tl.constexpr,
     PRECISE: tl.constexpr,
@@ -247,7 +256,7 @@ def _through(
     a = tl.load(A + r[:, None] * D_in + column[None], mask=(r[:, None] < rank) & (column[None] < D_in), other=0.0)
     part = product(dh, a.to(dh.dtype), PRECISE)
     if DROPS:
-        keeps = _kept(row[:, None].to(tl.uint32), column[None].to(tl.uint32), threshold, seed)
+        keeps = _kept(keys, row[:, None], column[None], tokens, threshold, seed, g)
         part = tl.where(keeps, part, 0.0)
     return part
 
@@ -272,6 +281,7 @@ def _lora_input_gradient(
     out2,
     rank,
     scaling,
+    keys,
     threshold,
     seed,
     DROPS: tl.constexpr,
@@ -297,16 +307,23 @@ def _lora_input_gradient(
         inside = (row[:, None] < tokens) & (column[None] < D_in)
         at = row[:, None].to(tl.int64) * D_in + column[None]
         total = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32)
-        total += _through(dh0, A0, row, column, tokens, D_in, rank, threshold, seed, DROPS, R, PRECISE)
+        total += _through(dh0, A0, row, column, tokens, D_in, rank, keys, threshold, seed, 0, DROPS, R, PRECISE)
         if G > 1:
-            total += _through(dh1, A1, row, column, tokens, D_in, rank, threshold, seed + 1, DROPS, R, PRECISE)
+            total += _through(dh1, A1, row, column, tokens, D_in, rank, keys, threshold, seed, 1, DROPS, R, PRECISE)
         if G > 2:
-            total += _through(dh2, A2, row, column, tokens, D_in, rank, threshold, seed + 2, DROPS, R, PRECISE)
+            total += _through(dh2, A2, row, column, tokens, D_in, rank, keys, threshold, seed, 2, DROPS, R, PRECISE)
         tl.store(dx + at, total.to(kind), mask=inside)
 
 
 def lora_input_gradient(
-    dx: Tensor, dy: list[Tensor], A: list[Tensor], B: list[Tensor], scaling: float, dropout: float, seed: int
+    dx: Tensor,
+    dy: list[Tensor],
+    A: list[Tensor],
+    B: list[Tensor],
+    scaling: float,
+    keys: Tensor | None,
+    seed: int,
+    threshold: int,
 ) -> Tensor:
     G, rank = len(A), A[0].shape[0]
     inner = dx.new_empty(len(dx), G * rank)
@@ -321,9 +338,10 @@ def lora_input_gradient(
         *(each.shape[1] for each in _three(dy)),
         rank,
         scaling,
-        int(dropout * 2**24),
+        dx if keys is None else keys,
+        threshold,
         seed,
-        DROPS=dropout > 0.0,
+        DROPS=keys is not None,
         G=G,
         R=_ranks(rank),
         T=ROWS,
@@ -343,6 +361,7 @@ def _gradient_of_A(
     tokens,
     D_in,
     rank,
+    keys,
     threshold,
     seed,
     DROPS: tl.constexpr,
@@ -359,7 +378,7 @@ def _gradient_of_A(
         inside = (row[:, None] < tokens) & (column[None] < D_in)
         own = tl.load(x + row[:, None].to(tl.int64) * D_in + column[None], mask=inside, other=0.0)
         if DROPS:
-            keeps = _kept(row[:, None].to(tl.uint32), column[None].to(tl.uint32), threshold, seed)
+            keeps = _kept(keys, row[:, None], column[None], tokens, threshold, seed, g)
             own = tl.where(keeps, own, tl.zeros_like(own))
         at = row[None].to(tl.int64) * (G * rank) + g * rank + r[:, None]
         d = tl.load(dh + at, mask=(row[None] < tokens) & (r[:, None] < rank), other=0.0)
@@ -421,6 +440,7 @@ def _lora_factor_gradients(
     out2,
     rank,
     scaling,
+    keys,
     threshold,
     seed,
     DROPS: tl.constexpr,
@@ -434,20 +454,22 @@ def _lora_factor_gradients(
     of_A = tl.cdiv(D_in, BLOCK)
     if g == 0:
         if block < of_A:
-            _gradient_of_A(dA0, x, dh, block, 0, tokens, D_in, rank, threshold, seed, DROPS, G, R, T, BLOCK, PRECISE)
+            _gradient_of_A(
+                dA0, x, dh, block, 0, tokens, D_in, rank, keys, threshold, seed, DROPS, G, R, T, BLOCK, PRECISE
+            )
         else:
             _gradient_of_B(dB0, dy0, h, block - of_A, 0, tokens, out0, rank, scaling, G, R, T, BLOCK, PRECISE)
     elif g == 1:
         if block < of_A:
             _gradient_of_A(
-                dA1, x, dh, block, 1, tokens, D_in, rank, threshold, seed + 1, DROPS, G, R, T, BLOCK, PRECISE
+                dA1, x, dh, block, 1, tokens, D_in, rank, keys, threshold, seed, DROPS, G, R, T, BLOCK, PRECISE
             )
         else:
             _gradient_of_B(dB1, dy1, h, block - of_A, 1, tokens, out1, rank, scaling, G, R, T, BLOCK, PRECISE)
     else:
         if block < of_A:
             _gradient_of_A(
-                dA2, x, dh, block, 2, tokens, D_in, rank, threshold, seed + 2, DROPS, G, R, T, BLOCK, PRECISE
+                dA2, x, dh, block, 2, tokens, D_in, rank, keys, threshold, seed, DROPS, G, R, T, BLOCK, PRECISE
             )
         else:
             _gradient_of_B(dB2, dy2, h, block - of_A, 2, tokens, out2, rank, scaling, G, R, T, BLOCK, PRECISE)
@@ -461,8 +483,9 @@ def lora_factor_gradients(
     dh: Tensor,
     dy: list[Tensor],
     scaling: float,
-    dropout: float,
+    keys: Tensor | None,
     seed: int,
+    threshold: int,
 ) -> None:
     G, (rank, D_in) = len(dA), dA[0].shape
     blocks = triton.cdiv(D_in, WIDE) + triton.cdiv(max(each.shape[1] for each in dy), WIDE)
@@ -478,9 +501,10 @@ def lora_factor_gradients(
         *(each.shape[1] for each in _three(dy)),
         rank,
         scaling,
-        int(dropout * 2**24),
+        x if keys is None else keys,
+        threshold,
         seed,
-        DROPS=dropout > 0.0,
+        DROPS=keys is not None,
         G=G,
         R=_ranks(rank),
         T=2 * ROWS,

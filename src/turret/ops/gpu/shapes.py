@@ -27,8 +27,9 @@ def add_lora(
     B: Sequence[Tensor],
     plus: Tensor | None,
     scaling: float,
-    dropout: float,
+    keys: Tensor | None,
     seed: int,
+    threshold: int,
 ) -> Tensor:
     return x.new_empty(len(x), sum(each.shape[0] for each in A))
 
