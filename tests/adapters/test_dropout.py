@@ -28,14 +28,14 @@ def test_a_rate_of_one_leaves_nothing() -> None:
     assert not dropout(torch.ones(100), 1.0).any()
 
 
-def test_the_four_elements_of_one_draw_are_independent() -> None:
+def test_neighbouring_elements_are_independent() -> None:
     torch.manual_seed(0)
     kept = (dropout(torch.ones(400_000), 0.3) != 0).float().view(-1, 4)
     correlation = torch.corrcoef(kept.mT) - torch.eye(4)
     assert correlation.abs().max() < 0.01
 
 
-def test_the_layers_of_a_pass_share_random_words_and_yet_differ_at_every_element() -> None:
+def test_the_layers_of_a_pass_have_independent_masks() -> None:
     torch.manual_seed(0)
     masks, x = Masks(), torch.ones(20_000)
     kept = torch.stack([(dropout(x, 0.5, masks) != 0).float() for _ in range(40)])
