@@ -28,10 +28,13 @@ import nf4
 import plan_memory
 import prefix_attention
 import record
+import resident
 import rivals_decoder
 import rivals_encoder
 import serve_speed
 import store_scale
+import train_while_answering
+import two_trees
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -379,6 +382,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fast-paths": lambda: fast_paths.figures(machine),
     "fast-paths-engine": lambda: fast_paths_engine.figures(machine),
     "plan-memory": lambda: plan_memory.report(record.load("plan_memory")),
+    "resident": lambda: resident.report(record.load("resident")),
+    "train-while-answering": lambda: train_while_answering.report(record.load("train_while_answering")),
+    "two-trees": lambda: two_trees.latest(record.load("two_trees")),
     "lora-plus": lambda: lora_plus.report(record.load("lora_plus")),
     "nf4": lambda: nf4.report(record.load("nf4")),
     "store": store_scale.report,

@@ -262,6 +262,12 @@ def report(runs: list[dict[str, Any]]) -> str:
     return record.table(["trees", "job", "pairs", "median ratio", "its 95% interval", "memory"], rows)
 
 
+def latest(runs: list[dict[str, Any]]) -> str:
+    """The report of the comparison that was run last."""
+    newer = runs[-1]["newer"]["commit"]
+    return report([run for run in runs if run["newer"]["commit"] == newer])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", type=Path, nargs="*", metavar="TREE", help="the older and the newer checkout")
