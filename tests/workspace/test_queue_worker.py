@@ -423,7 +423,8 @@ class TestShared:
 
     def test_what_happens_to_one_training_does_not_happen_to_its_neighbour(self, tmp_path, workspace, start) -> None:
         """NaN, a cancel, data that nobody can read in time, and at last the end of the worker."""
-        recipe = recipe_in(tmp_path, **STEPS | {"train.epochs": "100000"})
+        long = {"train.epochs": "100000", "train.evaluate": "never"}  # a line for each evaluation would fill the pipe
+        recipe = recipe_in(tmp_path, **STEPS | long)
         neighbour = workspace.queue.submit(recipe)["id"]
         worker = start(str(workspace.store.root), "--silent-minutes", "2")
         until(stepping(workspace, [neighbour]), 600)
