@@ -122,7 +122,7 @@ def test_data_whose_reader_is_killed_is_read_again_and_a_crash_ends_its_run_alon
     assert isinstance(twice, StoreError), "another try may succeed"
     assert "its process was killed twice; try again" in str(twice)
     assert readers.read(taken, lambda: False).digest == whole.digest
-    assert not list(readers._folder.iterdir()), "nothing is left of what the dead ones wrote"
+    assert not list(readers._folder.iterdir()), "the files of the dead readers are removed"
 
 
 # --- falling asleep ---------------------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ class Loss:
             `task.targets` gives. Of a task that generates and a loss that spans a row: the logits (N, V) and the ids
             (N,) of some target tokens. If it spans the batch: the log-probability of each row's target (B,), and its
             number of tokens (B,).
-        spans: "row": a mean of what each row gives alone, so micro-batches may be computed one after another. "batch":
-            rows are compared with each other. All outputs are computed first, then each micro-batch again with
+        spans: "row": the mean of a loss that each row has alone. Micro-batches are computed one after another. "batch":
+            a loss that compares rows with each other. All outputs are computed first, then each micro-batch again with
             gradients and the same dropout, so memory is that of one micro-batch.
     """
 

@@ -123,7 +123,7 @@ class EncodedRows:
         return len(self.examples)
 
     def take(self, indices: Iterable[int]) -> list[EncodedRow]:
-        """The items at these indices, in that order. EncodedRows that are not cached are encoded together."""
+        """The items at these indices, in that order. Rows that are not cached are encoded together."""
         indices = list(indices)
         missing = [index for index in dict.fromkeys(indices) if index not in self._cached]
         encoded = dict(zip(missing, encode(self.task, [self.examples[index] for index in missing]), strict=True))

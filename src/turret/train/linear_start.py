@@ -196,7 +196,7 @@ class HeadStart:
 
 
 def distance(read: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
-    """The squared distance of what the last layer reads from what it shall read, over a variance: the mean."""
+    """The mean squared distance between what the last layer reads and what is wanted, divided by a variance."""
     return (read.float() - wanted).square().mean() / variance
 
 

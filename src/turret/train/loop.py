@@ -138,7 +138,7 @@ def fit(
 def _metrics(run: TrainingRun) -> JsonObject:
     """The main process's evaluation. With a base in parts all processes compute it together."""
     here = run.slot.processes
-    if parts_of(run.model) == 1:
+    if parts_of(run.slot.model) == 1:
         return here.from_main(run.evaluate)
     with here.noticing():
         metrics = run.evaluate()
@@ -315,11 +315,6 @@ class TrainingRun:
     # --- questions of the loop --------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> Model:
-        model: Model = self.base.model
-        return model
-
-    @property
     def over(self) -> bool:
         """Whether all steps are done, or the run stopped early."""
         return self.progress.gave_up or self.progress.step >= self.schedule.steps
@@ -341,7 +336,7 @@ class TrainingRun:
     def evaluate(self) -> JsonObject:
         """Metrics of the present weights on the watched examples."""
         assert self.watched is not None
-        metrics, _ = evaluate(self.model, self.task, self.watched, most_tokens=self.slot.most_tokens)
+        metrics, _ = evaluate(self.slot.model, self.task, self.watched, most_tokens=self.slot.most_tokens)
         return metrics
 
     def saves(self, step: int) -> bool:
@@ -424,8 +419,8 @@ class TrainingRun:
             "transformers": version("transformers"),
             "world_size": self.slot.processes.size,  # decides the order of sums
         }
-        if self.model.device.type != "cpu":  # another device rounds otherwise
-            identity["device"] = self.model.device.type
+        if self.slot.model.device.type != "cpu":  # another device rounds otherwise
+            identity["device"] = self.slot.model.device.type
         return identity if self.start is None else {**identity, "parent": self.start.digest}
 
     def _lineage(self) -> JsonObject:
@@ -514,7 +509,7 @@ class TrainingRun:
         if self.best_weights is not None:
             optimiser.set_weights(self.best_weights)
         optimiser.end()
-        self.model.eval()
+        self.slot.model.eval()
         if checksum(self.originals) != self.unchanged:
             raise TrainingError(
                 "the base's weights changed while an adapter was trained: load the base again, and report this"
@@ -526,13 +521,13 @@ class TrainingRun:
         stored = sum(each.numel() for each in (*adapter.tensors.values(), *adapter.head.values()))
         return Fitted(
             adapter=adapter,
-            model=self.model,
+            model=self.slot.model,
             steps=progress.step,
             examples=progress.examples,
             tokens=progress.tokens,
             seconds=progress.seconds,
             evaluate_seconds=progress.evaluate_seconds,
-            peak_bytes=memory.peak(self.model.device),
+            peak_bytes=memory.peak(self.slot.model.device),
             resumed_from=self.resumed_from,
             stopped_early=progress.gave_up,
             best=None if progress.best_metrics is None else {"step": progress.best_step, **progress.best_metrics},

@@ -145,17 +145,23 @@ def forward_backward(
         first: number of the batch's first example in its step.
     """
     batch = [replace(item, number=number) for number, item in enumerate(batch, first)]
-    if loss is not None and loss.spans == "batch":
-        return _over_the_batch(model, task, optimiser, batch, most_tokens, draws, processes, scale, loss)
     total = sum(item.weight for item in batch)
     losses = []
-    pieces = micro_batches(processes.share(batch), most_tokens)
-    for piece in pieces:
-        with drawing(model, draws, [item.number for item in piece]):
-            part = loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total)
-            backward(part if scale is None else part.float() * scale.value)
+
+    def add(part: Tensor) -> None:
+        backward(part if scale is None else part.float() * scale.value)
         losses.append(part.detach())
-        between_passes()
+
+    pieces = micro_batches(processes.share(batch), most_tokens)
+    if loss is not None and loss.spans == "batch":
+        if processes.size > 1:
+            raise TrainingError(f"loss {loss.name} spans the batch: train in one process, not {processes.size}")
+        add(_loss_over_the_batch(model, task, pieces, draws, loss))
+    else:
+        for piece in pieces:
+            with drawing(model, draws, [item.number for item in piece]):
+                add(loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total))
+            between_passes()
     for _ in range(_passes(model, batch, most_tokens, processes) - len(pieces)):
         with drawing(model, draws, [first]):
             backward(loss_of(model, task, batch[:1], loss) * 0.0)
@@ -164,41 +170,27 @@ def forward_backward(
     processes.sum(optimiser.gradients, mean)  # the rest is the same in every process
     if scale is not None:
         optimiser.gradients.mul_(1.0 / scale.value)
-    return float(mean.detach())
+    return float(mean)
 
 
-def _over_the_batch(
-    model: Model,
-    task: Task,
-    optimiser: AdamW,
-    batch: Sequence[EncodedRow],
-    most_tokens: int,
-    draws: Draws,
-    processes: Processes,
-    scale: LossScale | None,
-    loss: Loss,
-) -> float:
-    """Add the gradients of a loss that compares rows. Each micro-batch is computed twice, and saves nothing between.
+def _loss_over_the_batch(
+    model: Model, task: Task, pieces: Sequence[Sequence[EncodedRow]], draws: Draws, loss: Loss
+) -> Tensor:
+    """A loss that compares the rows of all pieces. Each piece is computed again for its gradients, and saves nothing.
 
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".
     """
-    if processes.size > 1:
-        raise TrainingError(f"loss {loss.name} spans the batch: train in one process, not {processes.size}")
 
     def outputs(*piece: EncodedRow) -> Tensor:
         between_passes()
         with drawing(model, draws, [item.number for item in piece]):
             return _outputs(model, task, piece)
 
-    pieces = micro_batches(batch, most_tokens)
+    batch = [item for piece in pieces for item in piece]
     found = [checkpoint(outputs, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     whole = torch.cat(found)
     targets = _wanted(task, batch) if has_head(task) else torch.tensor([item.weight for item in batch])
-    mean = loss.function(whole, targets.to(whole.device))
-    backward(mean if scale is None else mean.float() * scale.value)
-    if scale is not None:
-        optimiser.gradients.mul_(1.0 / scale.value)
-    return float(mean.detach())
+    return loss.function(whole, targets.to(whole.device))
 
 
 def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
@@ -209,7 +201,7 @@ def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
             return packed.classify_logits(model, sources)
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
-        logits = _vocabulary_logits(model, states, _token_numbers(model, piece))  # (N, V)
+        logits = _vocabulary_logits(model, states, _token_numbers(piece))  # (N, V)
         ids = copied(torch.cat([item.counted for item in piece]), logits.device)
         tokens = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
         return torch.stack([each.sum() for each in torch.split(tokens, [item.weight for item in piece])])
@@ -240,11 +232,9 @@ def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | 
         return _loss_of_targets(model, function, states, piece)
 
 
-def _token_numbers(model: Model, piece: Sequence[EncodedRow]) -> list[int]:
+def _token_numbers(piece: Sequence[EncodedRow]) -> list[int]:
     """A number in the step for each target token of the pass, as each example has one."""
-    draws = attachment(model).context.draws
-    numbers = [] if draws is None else draws[1]
-    return [n << 32 | place for n, item in zip(numbers, piece, strict=False) for place in range(item.weight)]
+    return [item.number << 32 | place for item in piece for place in range(item.weight)]
 
 
 def _vocabulary_logits(model: Model, states: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -272,7 +262,7 @@ def _loss_of_targets(
         piece: the examples.
     """
     targets = copied(torch.cat([item.counted for item in piece]), states.device)
-    numbers, places = _token_numbers(model, piece), range(0, len(targets), TARGETS)
+    numbers, places = _token_numbers(piece), range(0, len(targets), TARGETS)
 
     def part(states: Tensor, ids: Tensor, place: int) -> Tensor:
         logits = _vocabulary_logits(model, states, numbers[place : place + TARGETS])
