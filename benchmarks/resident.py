@@ -201,7 +201,7 @@ def beginning(lines: Sequence[tuple[float, str]], run: str, first_step: float) -
     """
     at = [(when, line) for when, line in lines if line.startswith(f"run {run}")]
     when = lambda text: next((when for when, line in at if text in line), None)
-    claimed, reading, loading = when(", try "), when(": reading "), when(": loading ")
+    claimed, reading, loading = when(", try "), when(": reading "), when(": loading ") or when(" is in memory")
     begins = when(": computing the linear solution")
     if begins is None:
         begins = when(": step 1 of ") - first_step
