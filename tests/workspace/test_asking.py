@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,18 @@ from shelf import Shelf
 from turret import Full, Workspace, adapters, bases, bundles
 from turret.adapters import Adapter, BaseInfo
 from turret.adapters.hooks import attachment
-from turret.engine import SamplingParams
+from turret.data import Labelled
+from turret.engine import Engine, Limits, SamplingParams
 from turret.errors import AdapterError
 from turret.methods import Peft
+from turret.recipe import Recipe
 from turret.tasks import task_from_spec
 from turret.tasks.generate import Summarize
-from turret.train import Asking
+from turret.train import Asking, evaluation
+from turret.train.loop import fit
+from turret.workspace import training
+from turret.workspace.progress import silent
+from turret.workspace.resident import ResidentBases
 
 TEXTS = ["a great film", "why not", "the market in london fell by 12%", "x", "shares of the bank"]
 
@@ -178,3 +185,71 @@ def test_classes_are_those_of_the_engine(method: str) -> None:
     for own, other in zip(found, served, strict=True):
         assert set(own) == {"label", "probabilities"}
         assert own["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
+
+
+LABELLED = [
+    Labelled(f"{('a great film', 'dull and boring', 'the market fell')[n % 3]} {n} {'and on ' * (n % 7)}", str(n % 3))
+    for n in range(100)
+]
+TRAINED, CHECKED, TESTED = LABELLED[:20], LABELLED[20:60], LABELLED[60:]
+
+
+def served(engine: Engine, task: Any, examples: Sequence[Any]) -> torch.Tensor:
+    """The logits (B, C) of the stored version `c` for some texts in one pass."""
+    ids = [each.ids.tolist() for each in task.encode_sources([each.input for each in examples])]
+    order, before = sorted(range(len(ids)), key=lambda place: len(ids[place])), engine.stats().passes
+    with engine.together():
+        tickets = [engine.submit("classify", ids[place], "c", SamplingParams(logits=True)) for place in order]
+    found = torch.tensor([each.result(60)["logits"] for each in tickets])[torch.tensor(order).argsort()]
+    assert engine.stats().passes == before + 1
+    one = engine.submit("classify", ids[0], "c").result(60)
+    assert one["probabilities"] == pytest.approx(task.answers(found)[0]["probabilities"], abs=1e-2)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("lora", "bfloat16")]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("lora", "float32"), ("prefix", "float32"), ("head", "bfloat16"))
+    ],
+)
+def test_a_classifier_is_measured_by_the_logits_that_it_serves(method: str, dtype: Any, tmp_path: Path) -> None:
+    """Bit for bit, in passes of equal composition: by a training, its calibration, and `turret evaluate`."""
+    base, data = str(small_models.save_base("bert", tmp_path / "bert")), tmp_path / "data"
+    data.mkdir()
+    for split, part in (("train", TRAINED), ("validation", CHECKED), ("test", TESTED)):
+        rows = [json.dumps({"text": each.text, "label": each.label}) for each in part]
+        (data / f"{split}.jsonl").write_text("\n".join(rows))
+    train = {"epochs": 4, "lr": 1e-2, "dtype": dtype, "evaluate": "never"}
+    recipe = Recipe(name="c", base=base, data={"source": str(data)}, method={"kind": method}, train=train)
+    workspace = Workspace(tmp_path / "store")
+    ready = training.prepare(workspace.store, recipe, training.Callbacks(), place=ResidentBases(thread=None))
+    _, fitted = tiny_training.train(fit(*ready.parts))
+    checks, tests = ready.dataset.validation, ready.dataset.test
+
+    def on_the_slot(examples: Sequence[Any]) -> torch.Tensor:
+        sources = [each.ids for each in ready.task.encode_sources([each.input for each in examples])]
+        with evaluation.evaluating(fitted.model, None):
+            return evaluation.class_logits(fitted.model, sources, 2048)
+
+    trained = on_the_slot(checks), on_the_slot(tests)
+    found = training.measured(ready, fitted, silent, beside_base=False)
+    bundles.save_bundle(found.fitted.adapter, tmp_path / "bundle")
+    workspace.store.put("c", tmp_path / "bundle")
+
+    with workspace.engine(base, dtype=dtype, limits=Limits(batch_tokens=2048)) as engine:
+        task: Any = task_from_spec(workspace.resolve("c").part("task"), engine.base.tokenizer)
+        checked, tested = served(engine, task, checks), served(engine, task, tests)
+    right = task.targets(checks), task.targets(tests)
+    assert found.metrics == {"validation": task.metrics(checked, right[0]), "test": task.metrics(tested, right[1])}
+    assert task.calibration == task.calibrated(checked, right[0], chose_weights=False).calibration
+    with workspace.engine(base, limits=Limits(batch_tokens=2048)) as engine:  # in the precision that suits the machine
+        later = served(engine, task, TESTED)
+    assert workspace.evaluate("c", str(data / "test.jsonl")).metrics == task.metrics(later, task.targets(TESTED))
+
+    torch.testing.assert_close(trained, (checked, tested), atol=0.02, rtol=0.02)
+    assert not torch.equal(trained[1], tested), "the control: the weights that train give other logits"
+    assert task.metrics(trained[1], right[1]) != found.metrics["test"], "which shows in the metrics"
+    assert task.calibrated(trained[0], right[0], chose_weights=False).calibration != task.calibration

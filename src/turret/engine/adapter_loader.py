@@ -43,20 +43,26 @@ class AdapterSource(Protocol):
 
 
 class WithAdaptersInMemory:
-    """A source, and adapters that are only in memory: those that train. Their names are never looked up."""
+    """A source, or none, and adapters that are only in memory. Their names are never looked up."""
 
-    def __init__(self, source: AdapterSource) -> None:
+    def __init__(self, source: AdapterSource | None) -> None:
         self._source = source
         self.adapters: dict[str, Adapter] = {}  # by digest
 
     def resolve(self, reference: str | Named) -> Named:
         """The version that a reference names now; a `Named` is one already."""
-        return reference if isinstance(reference, Named) else self._source.resolve(reference)
+        return reference if isinstance(reference, Named) else self._stored.resolve(reference)
 
     def load(self, named: Named) -> Adapter:
         """The adapter of a version, or the one in memory."""
         found = self.adapters.get(named.digest)
-        return self._source.load(named) if found is None else found
+        return self._stored.load(named) if found is None else found
+
+    @property
+    def _stored(self) -> AdapterSource:
+        if self._source is None:
+            raise NotFound("this engine has no store: name an adapter that it holds in memory")
+        return self._source
 
 
 # --- adapter loader ---------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
@@ -169,7 +169,7 @@ class Passes:
             loaded = self._runner.adapter_pool.at(_slot(request))
             assert loaded is not None
             assert loaded.task.generates is False
-            answer = loaded.task.answers(logits[None])[0]
+            answer = {"logits": logits.tolist()} if request.options.logits else loaded.task.answers(logits[None])[0]
             if request.options.coverage is not None:
                 answer["label_set"] = loaded.task.label_sets(logits[None], request.options.coverage)[0]
             self._end(request, Done({**answer, "prompt_tokens": len(request.ids or ())}), 0)
@@ -327,7 +327,7 @@ class Engine:
 
     Args:
         base: A loaded base.
-        source: Loads adapters by reference.
+        source: Loads adapters by reference. None: there are only those of `hold`.
         limits: Limits of memory, queue, batch and cache.
         clock: Seconds that only grow; for tests.
 
@@ -338,7 +338,7 @@ class Engine:
     def __init__(
         self,
         base: Base,
-        source: AdapterSource,
+        source: AdapterSource | None,
         limits: Limits | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -431,6 +431,12 @@ class Engine:
             self._schedule(request)
         return request.ticket
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Begin no pass in the block: its requests are in the queue at once, so their passes are the same each time."""
+        with self._wake:
+            yield
+
     def classify(
         self,
         texts: Sequence[str],
@@ -484,7 +490,7 @@ class Engine:
         return self._trainings.run(work, tenant, self._wake, lambda: self._draining)
 
     def hold(self, name: str, number: int, adapter: Adapter) -> Named:
-        """Let requests name an adapter that is in no store, until `let_go`: one that trains, after so many steps."""
+        """Let requests name an adapter that is in no store, until `let_go`."""
         size = sum(each.nbytes for each in (*adapter.tensors.values(), *adapter.head.values()))
         named = Named(name, number, f"memory:{uuid.uuid4().hex}", size)
         self._source.adapters[named.digest] = adapter

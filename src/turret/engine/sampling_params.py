@@ -22,10 +22,10 @@ BIASES = 1024  # most tokens with a bias of their own
 class SamplingParams:
     """How a text is answered. None takes the adapter's own setting, else the base's, else greedy and `MAX_TOKENS`.
 
-    `coverage` is for a text that is classified: the answer gets a `label_set` with this coverage. All else is for a
-    text that is generated. A temperature above 0 samples. top_p or top_k without a temperature sample at temperature 1.
-    logprobs is the number of most probable tokens to report with each token of the answer; 0 reports only the token's
-    own probability.
+    `coverage` and `logits` are for a text that is classified: the answer gets a `label_set` with this coverage, or is
+    the outputs of the head. All else is for a text that is generated. A temperature above 0 samples. top_p or top_k
+    without a temperature sample at temperature 1. logprobs is the number of most probable tokens to report with each
+    token of the answer; 0 reports only the token's own probability.
 
     Attributes:
         presence_penalty, frequency_penalty: Subtracted from the score of a token of the answer so far: once, and once
@@ -49,6 +49,7 @@ class SamplingParams:
     num_beams: int | None = None
     logprobs: int | None = None
     coverage: float | None = None  # of a text that is classified
+    logits: bool = False  # of a text that is classified: answer with `logits` (C,), instead of a label
     embedding: Embedding | None = None  # of a text that is embedded
     presence_penalty: float | None = None
     frequency_penalty: float | None = None

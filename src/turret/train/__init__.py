@@ -4,8 +4,8 @@ filled(recipe, base, kind, examples) -> Recipe      the recipe with its defaults
 plan(recipe, base, task, dataset) -> Plan           what a run will do and cost, and what is wrong with it
 find_rate(recipe, base, task, dataset) -> FoundRate the learning rate for `lr = "auto"`
 fit(recipe, base, task, dataset, folder=...)        a generator: yields a StepRecord per step, returns Fitted
-evaluate(model, task, examples, ask=...)            (metrics, answers)
-Asking(base, adapter, task)                         texts and classes by the engine that serves
+Asking(base, adapter, task)                         metrics, texts and logits by the engine that serves
+evaluate(model, task, examples)                     (metrics, answers) of an attached model, as it trains
 probe(model, task, examples) -> Probe               the trained model's outputs for a few examples
 prove(bundle, base, probe) -> report                a fresh process loads the bundle and must give those outputs
 TrainingSlot(engine, name, method, kind=...)        an adapter that trains on an engine's base, one verb at a time
@@ -16,7 +16,7 @@ from turret.train.asking import Asking
 from turret.train.batches import pass_tokens, splits_of
 from turret.train.checkpoint import step_of
 from turret.train.curve import Curve, RunCurve, StepRecord, parse_curve, read_curve
-from turret.train.evaluation import evaluate, head_logits
+from turret.train.evaluation import evaluate
 from turret.train.initialize import InitialAdapter, require_optimizer
 from turret.train.loop import Fitted, fit
 from turret.train.lr_finder import find_rate
@@ -42,7 +42,6 @@ __all__ = [
     "filled",
     "find_rate",
     "fit",
-    "head_logits",
     "parse_curve",
     "pass_tokens",
     "plan",

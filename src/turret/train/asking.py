@@ -1,7 +1,7 @@
 """Ask an adapter in memory, or its bare base: the engine that serves answers, on the base's weights in memory.
 
-So a version is judged by the decoder that will serve it. What the engine cannot take is asked by transformers'
-`generate` on an attached model, and `Asking.why_plain` says why.
+So a version is judged by what will serve it. What the engine cannot take is asked of an attached model, whose texts are
+those of transformers' `generate`, and `Asking.why_plain` says why.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from turret.adapters.hooks import hook_model
 from turret.bases import Base
 from turret.bases.sharded import parts_of
 from turret.bases.shared import share
+from turret.data import Example, references_of
 from turret.engine.cache import capacity
 from turret.engine.core import Engine
 from turret.engine.decode import base_settings
@@ -31,15 +32,14 @@ from turret.errors import BaseModelError
 from turret.fingerprint import within
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import Head
-from turret.tasks import HeadTask, Task, TextTask, has_head, writes
-from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, by_length
-from turret.train.evaluation import evaluating
+from turret.tasks import Task, TextTask, has_head, writes
+from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRows, by_length
+from turret.train.evaluation import class_logits, evaluate, evaluating
 from turret.transformer import Model
 
-MOST_TOKENS = 4096  # of one pass of an attached model, prompt and new tokens
-PASS_TOKENS = 2048  # of a pass of the engine: nobody waits for a short one here
+MOST_TOKENS = 4096  # of one pass of an attached model that generates, prompt and new tokens
+PASS_TOKENS = 2048  # of any other pass: nobody waits for a short one here
 UNLIMITED = 1 << 40  # a limit of the engine that is not wanted here
-ADAPTER, BARE = "adapter@1", "bare@1"  # what an engine is asked for
 
 
 class Asking:
@@ -52,13 +52,22 @@ class Asking:
         adapter: None for the bare base.
         task: how texts are read and answered.
         model: with the adapter attached, for passes that the engine does not make. None: made when it is needed.
+        most_tokens: of one pass.
     """
 
-    def __init__(self, base: Base, adapter: Adapter | None, task: Task, model: Model | None = None) -> None:
-        self.base, self.adapter, self.task = base, adapter, task
+    def __init__(
+        self,
+        base: Base,
+        adapter: Adapter | None,
+        task: Task,
+        model: Model | None = None,
+        most_tokens: int = PASS_TOKENS,
+    ) -> None:
+        self.base, self.adapter, self.task, self.most_tokens = base, adapter, task, most_tokens
         self.why_plain = _why_plain(base, adapter, task.generates)  # why the engine does not answer; None: it does
         self._model = model
         self._engine: Engine | None = None
+        self._held: list[Named] = []  # by the engine: what answers without the adapter, and with it
         self._cache_tokens = 0
         self._bare: Asking | None = None  # the base without an adapter that does not share it
 
@@ -78,6 +87,37 @@ class Asking:
         """A note for the user if the engine does not answer."""
         why = self.why_plain
         return [] if why is None else [f"answered by the trained model itself, not by the engine that serves: {why}"]
+
+    def evaluate(
+        self, examples: Sequence[Example], *, bare: bool = False, logits: Tensor | None = None
+    ) -> tuple[JsonObject, list[JsonObject]]:
+        """The metrics on some examples, and an answer for each.
+
+        Args:
+            bare: of the base without the adapter; a head is as it was before the training.
+            logits: (B, C) of the examples, if they are known.
+        """
+        task, slot = self.task, adapters.BARE if bare else None
+        items = EncodedRows(task, examples)
+        sources = [item.source for item in items.take(range(len(items)))]
+        if has_head(task) and not bare:
+            found = self.logits(sources) if logits is None else logits
+            return task.metrics(found, task.targets(examples)), task.answers(found)
+        losses, answers = evaluate(self.model, task, items, most_tokens=self.most_tokens, slot=slot)
+        if not writes(task):
+            return losses, answers
+        answers = self.texts(sources, bare=bare)
+        references = [references_of(example) for example in examples]
+        return task.metrics([answer["text"] for answer in answers], references, losses["loss"]), answers
+
+    def logits(self, sources: Sequence[Tensor]) -> Tensor:
+        """The outputs of the head for each source: (B, C) float32 on the CPU. sources: token ids (T,) of each text."""
+        if self.why_plain is not None:
+            with evaluating(self.model, None):
+                return class_logits(self.model, sources, self.most_tokens)
+        order = sorted(range(len(sources)), key=lambda place: len(sources[place]))
+        answers = self._ask("classify", [sources[place] for place in order], SamplingParams(logits=True), 1, bare=False)
+        return torch.tensor([answer["logits"] for answer in answers])[torch.tensor(order).argsort()]
 
     def texts(
         self, sources: Sequence[Tensor], *, bare: bool = False, new_tokens: int | None = None
@@ -116,12 +156,11 @@ class Asking:
             coverage: also give sets of labels.
         """
         assert has_head(self.task)
-        if self.why_plain is not None:
-            with evaluating(self.model, None):
-                return _classes(self.model, self.task, sources, coverage)
-        found = self._ask("classify", sources, SamplingParams(coverage=coverage), 1, bare=False)
-        for each in found:
-            del each["prompt_tokens"]
+        logits = self.logits(sources)
+        found = self.task.answers(logits)
+        if coverage is not None:
+            for answer, labels in zip(found, self.task.label_sets(logits, coverage), strict=True):
+                answer["label_set"] = labels
         return found
 
     def close(self) -> None:
@@ -130,7 +169,7 @@ class Asking:
             self._bare.close()
         if self._engine is not None:
             self._engine.close()
-            self._engine = None
+            self._engine, self._held = None, []
 
     def __enter__(self) -> Asking:
         return self
@@ -151,13 +190,14 @@ class Asking:
         bare: bool,
     ) -> list[JsonObject]:
         """The answers, in order. The first error is raised, and cancels the other questions."""
-        engine, name = self._started(cache_tokens), BARE if bare else ADAPTER
+        engine = self._started(cache_tokens)
+        named = self._held[0 if bare else -1]
         with ExitStack() as stack:
-            tickets = []
-            for source in sources:
-                tickets.append(engine.submit(kind, source.tolist(), name, options))
-                stack.callback(tickets[-1].cancel)
-            found = []
+            tickets, found = [], []
+            with engine.together():
+                for source in sources:
+                    tickets.append(engine.submit(kind, source.tolist(), named, options))
+                    stack.callback(tickets[-1].cancel)
             for ticket in tickets:
                 found.append(ticket.result())
                 between_passes()
@@ -173,7 +213,7 @@ class Asking:
                 queue_tokens=UNLIMITED,
                 queue_seconds=UNLIMITED,
                 running=max(GENERATED_ROWS, beams),
-                batch_tokens=PASS_TOKENS,
+                batch_tokens=self.most_tokens,
                 cache_tokens=self._cache_tokens,
                 max_tokens=UNLIMITED,
             )
@@ -182,7 +222,9 @@ class Asking:
                 weights = {**adapter.tensors, **adapter.head}
                 head = {name: each for name, each in weights.items() if within(name, base.family.head_modules)}
                 base, adapter = _with_weights(base, adapter), _nothing(base, self.task, head)
-            self._engine = Engine(base, _InMemory(adapter, _nothing(self.base, self.task)), limits)
+            self._engine = Engine(base, None, limits)
+            answering = [_nothing(self.base, self.task), *([] if adapter is None else [adapter])]
+            self._held = [self._engine.hold(each.method.kind, 1, each) for each in answering]
         return self._engine
 
     def _cached(self, prompt: int, answer: int) -> int:
@@ -198,20 +240,6 @@ class Asking:
 def twin(base: Base) -> Base:
     """Another model on a base's weights, to be asked while the base's own one trains. A base in parts has none."""
     return base if parts_of(base.model) > 1 else share(base)
-
-
-class _InMemory:
-    """Gives an engine an adapter, and one that changes nothing (`turret.engine.adapter_loader.AdapterSource`)."""
-
-    def __init__(self, adapter: Adapter | None, nothing: Adapter) -> None:
-        self._adapters = {BARE: nothing} | ({} if adapter is None else {ADAPTER: adapter})
-
-    def resolve(self, reference: str) -> Named:
-        name, _, number = reference.partition("@")
-        return Named(name, int(number), reference, 1)
-
-    def load(self, named: Named) -> Adapter:
-        return self._adapters[str(named)]
 
 
 def _nothing(base: Base, task: Task, head: dict[str, Tensor] | None = None) -> Adapter:
@@ -288,16 +316,3 @@ def _generated_rows(model: Model, task: TextTask, rows: Sequence[Tensor], settin
         ids = row[: row.index(eos)] if ended else row
         answers.append({"text": task.decode(ids), "finish_reason": "stop" if ended else "length", "tokens": len(ids)})
     return answers
-
-
-def _classes(model: Model, task: HeadTask, sources: Sequence[Tensor], coverage: float | None) -> list[JsonObject]:
-    """The head's answer to each source by an attached model. coverage: also give sets of labels."""
-    found: list[JsonObject] = [{} for _ in sources]
-    for places in by_length([len(row) for row in sources], MOST_TOKENS):
-        logits = adapters.classify_logits(model, [sources[place] for place in places])
-        for place, answer in zip(places, task.answers(logits), strict=True):
-            found[place] = answer
-        if coverage is not None:
-            for place, labels in zip(places, task.label_sets(logits, coverage), strict=True):
-                found[place]["label_set"] = labels
-    return found

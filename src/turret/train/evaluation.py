@@ -1,25 +1,23 @@
-"""Evaluates an attached model by unpadded passes, for logits and losses. Texts come from `turret.train.asking`."""
+"""Evaluates an attached model by unpadded passes, as a training does. `turret.train.asking` asks what will serve."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from turret.adapters import attachment, on_slot, packed
-from turret.data import Example, references_of
+from turret.data import Example
 from turret.engine.training_turns import between_passes
 from turret.errors import DataError
 from turret.json_types import JsonObject
-from turret.tasks import HeadTask, Task, has_head, writes
+from turret.tasks import Task, has_head
 from turret.train.batches import EncodedRows, by_length
 from turret.train.step import loss_of
 from turret.transformer import Model
-
-Ask = Callable[[Sequence[Tensor]], Sequence[JsonObject]]  # token ids (T,) of prompts -> `{"text", ...}` for each
 
 
 def evaluate(
@@ -28,41 +26,26 @@ def evaluate(
     examples: Sequence[Example] | EncodedRows,
     *,
     most_tokens: int = 4096,
-    ask: Ask | None = None,
     slot: int | None = None,
-    known: Tensor | None = None,
 ) -> tuple[JsonObject, list[JsonObject]]:
     """Score an attached model on some examples. Weights, random states and the model's mode do not change.
 
     Args:
         most_tokens: of one pass.
-        ask: generates the texts of a task that generates, to score them too; None: only the mean loss per target
-            token.
         slot: of the adapter that answers (0: the bare base); None: the active one.
-        known: the logits (B, C) of the examples if `head_logits` has computed them.
 
     Returns:
-        The metrics, and an answer per example; no answers if nothing was generated.
+        The metrics, and an answer per example. Of a task that generates, the loss per target token and no answers.
     """
     if not examples:
         raise DataError("nothing to evaluate on: the split is empty; name data.test or data.validation")
     items = examples if isinstance(examples, EncodedRows) else EncodedRows(task, examples)
     with evaluating(model, slot):
         if has_head(task):
-            logits = known if known is not None else _class_logits(model, items, most_tokens)
+            logits = class_logits(model, [item.source for item in items.take(range(len(items)))], most_tokens)
             return task.metrics(logits, task.targets(items.examples)), task.answers(logits)
         loss = _target_loss(model, task, items, most_tokens)
-    if ask is None or not writes(task):
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, []
-    answers = list(ask([item.source for item in items.take(range(len(items)))]))
-    references = [references_of(example) for example in items.examples]
-    return task.metrics([answer["text"] for answer in answers], references, loss), answers
-
-
-def head_logits(model: Model, task: HeadTask, examples: Sequence[Example], *, most_tokens: int = 4096) -> Tensor:
-    """The outputs of the head for some examples, as an evaluation reads them: (B, C) float32 on the CPU."""
-    with evaluating(model, None):
-        return _class_logits(model, EncodedRows(task, examples), most_tokens)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, []
 
 
 def example_losses(
@@ -76,7 +59,8 @@ def example_losses(
     count = len(items)
     with evaluating(model, slot):
         if has_head(task):
-            logits, wanted = _class_logits(model, items, most_tokens), task.targets(items.examples)
+            sources, wanted = [item.source for item in items.take(range(count))], task.targets(items.examples)
+            logits = class_logits(model, sources, most_tokens)
             each = [float(task.loss(logits[row : row + 1], wanted[row : row + 1])) for row in range(count)]
             return tuple(each), (1,) * count
         losses, weights = [0.0] * count, [0] * count
@@ -106,12 +90,12 @@ def evaluating(model: Model, slot: int | None) -> Iterator[None]:
         model.train(training)
 
 
-def _class_logits(model: Model, items: EncodedRows, most_tokens: int) -> Tensor:
-    """(B, C) float32 on the CPU, in the order of the items."""
+def class_logits(model: Model, sources: Sequence[Tensor], most_tokens: int) -> Tensor:
+    """The outputs of the head for each source, in `evaluating`: (B, C) float32 on the CPU."""
     places: list[int] = []
     parts = []
-    for piece in by_length(items.lengths(), most_tokens):
-        parts.append(packed.classify_logits(model, [item.source for item in items.take(piece)]).float().cpu())
+    for piece in by_length([len(source) for source in sources], most_tokens):
+        parts.append(packed.classify_logits(model, [sources[place] for place in piece]).float().cpu())
         places += piece
         between_passes()
     return torch.cat(parts)[torch.tensor(places).argsort()]

@@ -22,10 +22,9 @@ from turret.data.table_writer import TableWriter
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store
-from turret.tasks import HeadTask, Prediction, Task, has_head, writes
+from turret.tasks import HeadTask, Prediction, Task, has_head
 from turret.tasks.calibration import Bin, calibration_error, reliability, scores
-from turret.train import evaluation as trained
-from turret.train.asking import MOST_TOKENS
+from turret.train.batches import encode
 from turret.workspace.answering import Mounted, mounted
 from turret.workspace.comparing.kept_files import write_text
 from turret.workspace.progress import Say, silent
@@ -45,7 +44,7 @@ def evaluate(
         started = time.perf_counter()
         metrics, details = _measure(ready, labelled.examples, labelled.places)
         notes = [note for note in ready.notes if note.startswith("computes on ")]
-        notes += ready.asking.notes if writes(ready.task) else []
+        notes += ready.asking.notes
         return Evaluation(
             version=str(ready.version),
             digest=ready.version.digest,
@@ -89,9 +88,8 @@ def write_page(found: Evaluation, path: Path, *, texts: bool = True) -> None:
 def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int]) -> tuple[JsonObject, Details]:
     task, known = ready.task, None
     if has_head(task):
-        known = trained.head_logits(ready.model, task, examples, most_tokens=MOST_TOKENS)
-    ask = ready.asking.texts
-    metrics, answers = trained.evaluate(ready.model, task, examples, most_tokens=MOST_TOKENS, ask=ask, known=known)
+        known = ready.asking.logits([row.source for row in encode(task, examples)])
+    metrics, answers = ready.asking.evaluate(examples, logits=known)
     mistakes = _mistakes(task, examples, places, answers)
     if known is None or not has_head(task) or not task.calibrates:
         return metrics, Details(mistakes, task.right_or_wrong)

@@ -36,7 +36,7 @@ class PreparedTraining:
     recipe: Recipe  # with every default filled in
     dataset: Dataset
     base: Base
-    bare: Base  # with nothing attached while `base` trains, to be asked for texts; `base` itself if nobody will
+    bare: Base  # with nothing attached while `base` trains, to be asked; `base` itself if it lies in parts
     task: Task
     notes: list[str]
     load_seconds: float

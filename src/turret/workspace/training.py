@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -54,7 +54,7 @@ from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
 from turret.train.asking import Asking, twin
-from turret.train.batches import pass_tokens
+from turret.train.batches import encode, pass_tokens
 from turret.train.gpu_memory import Work
 from turret.train.preflight import fits, sampled_batches
 from turret.train.proof import make_room
@@ -100,15 +100,15 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
     """
     say("measuring on held-out examples")
     started = time.perf_counter()
-    ready, fitted, known = _calibrate(ready, fitted)
-    with Asking(ready.bare, fitted.adapter, ready.task, ready.base.model) as asking:
+    most = pass_tokens(ready.recipe.train, ready.base.model.config)
+    with Asking(ready.bare, fitted.adapter, ready.task, ready.base.model, most) as asking:
+        ready, fitted, known = _calibrate(ready, fitted, asking)
         metrics = _measure(ready, asking, known=known)
         if beside_base:
             say("measuring the bare base on the same examples")
             bare = _measure(ready, asking, bare=True)
             metrics |= {f"{split} bare base": values for split, values in bare.items()}
-        if writes(ready.task):
-            ready = replace(ready, notes=[*ready.notes, *asking.notes])
+        ready = replace(ready, notes=[*ready.notes, *asking.notes])
     forgot = None
     if writes(ready.task):
         say("measuring forgetting")
@@ -137,9 +137,9 @@ def uncalibrated(ready: PreparedTraining) -> list[str]:
 
 
 def _calibrate(
-    ready: PreparedTraining, fitted: trainer.Fitted
+    ready: PreparedTraining, fitted: trainer.Fitted, asking: Asking
 ) -> tuple[PreparedTraining, trainer.Fitted, Tensor | None]:
-    """Fit the task's calibration on the validation split, if there is one, and put it into the adapter.
+    """Fit the task's calibration on the validation split, if there is one; give it to the adapter and to `asking`.
 
     Returns:
         Both with the calibrated task, and the logits (B, C) of the data set's validation split.
@@ -150,11 +150,10 @@ def _calibrate(
     examples = splits.watched if splits.selects and splits.watched else ()
     if len(examples) < FEWEST:  # `uncalibrated` says it
         return ready, fitted, None
-    most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
-    logits = trainer.head_logits(ready.base.model, task, examples, most_tokens=most)
+    logits = asking.logits([row.source for row in encode(task, examples)])
     train = ready.recipe.train
     chose = train.keep == "best" or train.early_stopping is not None
-    task = task.calibrated(logits, task.targets(examples), chose_weights=chose)
+    asking.task = task = task.calibrated(logits, task.targets(examples), chose_weights=chose)
     adapter = replace(fitted.adapter, task=task.spec())
     known = logits if ready.dataset.validation else None
     return replace(ready, task=task), replace(fitted, adapter=adapter), known
@@ -169,17 +168,9 @@ def _measure(
         bare: of the base alone.
         known: the logits (B, C) of the validation split.
     """
-    most = trainer.pass_tokens(ready.recipe.train, ready.base.model.config)
     splits = {"validation": (ready.dataset.validation, known), "test": (ready.dataset.test, None)}
-    slot = adapters.BARE if bare else None
-
-    def ask(sources: Sequence[Tensor]) -> list[JsonObject]:
-        return asking.texts(sources, bare=bare)
-
     return {
-        split: trainer.evaluate(
-            ready.base.model, ready.task, examples, most_tokens=most, ask=ask, slot=slot, known=logits
-        )[0]
+        split: asking.evaluate(examples, bare=bare, logits=logits)[0]
         for split, (examples, logits) in splits.items()
         if examples
     }
@@ -326,7 +317,7 @@ def prepare(
     callbacks.stage(f"{recipe.base} is in memory" if kept else f"loading {recipe.base}")
     started = time.perf_counter()
     base = place.model_for(recipe, task_class, dataset.labels, device)
-    bare = place.run(lambda: twin(base), store.access.tenant) if task_class.generates else base
+    bare = place.run(lambda: twin(base), store.access.tenant)
     base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device, machine))
     load_seconds = time.perf_counter() - started
     recipe = recipe if filled else _filled(recipe, dataset, base, start)

@@ -30,7 +30,7 @@ from turret.store import Store
 from turret.tasks import TASKS, Prediction, Task, has_head, make_task, writes
 from turret.train.asking import MOST_TOKENS, Asking
 from turret.train.batches import EncodedRows, by_length
-from turret.train.evaluation import evaluate, evaluating
+from turret.train.evaluation import evaluating
 from turret.train.initialize import attach, extracted
 from turret.transformer import Model, Tokenizer
 from turret.workspace import answering
@@ -387,18 +387,13 @@ def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
         bare: ask slot 0, the base alone.
     """
     say(f"answering {len(examples)} test examples")
-    model, task = ready.model, ready.task
-    slot = adapters.BARE if bare else None
-
-    def ask(sources: Sequence[torch.Tensor]) -> list[JsonObject]:
-        return ready.asking.texts(sources, bare=bare)
-
-    metrics, answers = evaluate(model, task, examples, most_tokens=MOST_TOKENS, ask=ask, slot=slot)
+    task = ready.task
+    metrics, answers = ready.asking.evaluate(examples, bare=bare)
     say("timing single answers")
     return {
         **_scored(task, examples, [task.judged(each) for each in answers], metrics),
         "latency": _latency(ready, inputs_of(examples), bare),
-        "forgetting": _forgetting(model, task.tokenizer) if writes(task) else None,
+        "forgetting": _forgetting(ready.model, task.tokenizer) if writes(task) else None,
     }
 
 
