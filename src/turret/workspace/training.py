@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -72,6 +72,8 @@ from turret.workspace.training_runs import every_step
 
 if TYPE_CHECKING:
     from turret.train.curve import StepRecord
+
+T = TypeVar("T")
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -500,12 +502,9 @@ def _train(
             store.training_runs().keeper(run, callbacks.warning) as keeper,
             follow(planned.recipe, tracked, callbacks.warning) as followed,
         ):
-            told = _both(callbacks, followed, keeper)
-            start_over, moves = store.training_runs().start_over, held is not None
+            begun = _Run(store, run, planned, _both(callbacks, followed, keeper), place, asked)
             with _memory_explained():
-                result = _carry_out(
-                    store, run, ready, planned, told, beside_base, keeper, followed, start_over, moves, place, asked
-                )
+                result = begun.carry_out(ready, keeper, followed, beside_base=beside_base, moves=held is not None)
             followed.finished(result)
         result = replace(result, notes=[*ready.notes, *followed.warnings])
     except BaseException as error:
@@ -585,163 +584,167 @@ def _no_result() -> RunResult:
     raise AssertionError("only the main process makes the result")
 
 
-def _carry_out(
-    store: Store,
-    run: HeldRun,
-    ready: PreparedTraining,
-    planned: Planned,
-    callbacks: Callbacks,
-    beside_base: bool,
-    keeper: LeaseRenewer,
-    followed: TrackerSession,
-    start_over: Callable[[HeldRun], None],
-    moves: bool,
-    place: OwnProcess,
-    asked: Callable[[], bool],
-) -> RunResult:
-    """Train, measure, and store the version and the result.
+@dataclass(frozen=True)
+class _Run:
+    """A run that trains now. Its parts that compute take turns with others at its place."""
 
-    Args:
-        start_over: removes a checkpoint from which the run cannot resume.
-        moves: whether the run may come from another machine, where it could resume; else only one of an older turret
-            starts over.
-    """
-    tenant = store.access.tenant
-    try:
-        fitted = _fit(run, ready, planned, callbacks, place, tenant, asked)
-    except CheckpointMismatch as error:
-        if not (moves or isinstance(error, CheckpointTooOld)):
-            raise
-        callbacks.warning(f"starting over, because this {'worker' if moves else 'version'} cannot resume: {error}")
-        start_over(run)
-        fitted = _fit(run, ready, planned, callbacks, place, tenant, asked)
-    try:
-        found = place.run(lambda: measured(ready, fitted, callbacks.stage, beside_base=beside_base), tenant)
-        ready, fitted, forgot = found.ready, found.fitted, found.forgot
-        started = time.perf_counter()
-        kept = found.metrics if forgot is None else found.metrics | {FORGETTING: forgot}
-        advice = [*_advice(store, run, ready, fitted), *uncalibrated(ready)]
+    store: Store
+    run: HeldRun
+    planned: Planned
+    callbacks: Callbacks
+    place: OwnProcess
+    asked: Callable[[], bool]
 
-        def result(version: Version) -> RunResult:
-            return RunResult(
-                version=str(version),
-                digest=version.digest,
-                base={"id": ready.base.id, "fingerprint": ready.base.fingerprint},
-                metrics=found.metrics,
-                parameters=fitted.parameters,
-                timing={
-                    "load_seconds": ready.load_seconds,
-                    "train_seconds": fitted.seconds,
-                    "evaluate_seconds": fitted.evaluate_seconds + found.seconds,
-                    "proof_seconds": time.perf_counter() - started,
-                    "steps": fitted.steps,
-                    "examples_per_second": fitted.examples / max(fitted.seconds, 1e-9),
-                    "tokens_per_second": fitted.tokens / max(fitted.seconds, 1e-9),
-                },
-                memory={
-                    "base_bytes": ready.base.bytes,
-                    "peak_bytes": fitted.peak_bytes,
-                    "above_base_bytes": max(0, fitted.peak_bytes - ready.resident),
-                    "predicted_bytes": planned.plan.memory.total if planned.plan.memory else None,
-                },
-                bundle_bytes=version.bytes,
-                run=run.id,
-                resumed_from=fitted.resumed_from,
-                stopped_early=fitted.stopped_early,
-                flat_loss=None if fitted.flat_loss is None else fitted.flat_loss.to_json(),
-                warnings=[] if fitted.flat_loss is None else [fitted.flat_loss.warning()],
-                advice=advice,
-                notes=[*ready.notes, *followed.warnings],
-                device=str(ready.device.device),
-                forgetting=forgot,
-            )
+    def carry_out(
+        self,
+        ready: PreparedTraining,
+        keeper: LeaseRenewer,
+        followed: TrackerSession,
+        *,
+        beside_base: bool,
+        moves: bool,
+    ) -> RunResult:
+        """Train, measure, and store the version and the result.
 
-        with _proved(run, ready, fitted, found.probe, callbacks, place, tenant) as bundle:
-            keeper.end_turns()  # curve and checkpoint are in the store before the run ends
-            return _store(store, run, ready, bundle, kept, result)
-    finally:
-        adapters.detach(ready.base.model)
-
-
-def _fit(
-    run: HeldRun,
-    ready: PreparedTraining,
-    planned: Planned,
-    callbacks: Callbacks,
-    place: OwnProcess,
-    tenant: str,
-    asked: Callable[[], bool],
-) -> trainer.Fitted:
-    """Run the training loop, and write the loss curve next to the checkpoint."""
-    after = trainer.step_of(run.checkpoint)
-    if after:
-        callbacks.stage(f"resuming run {run.id} from step {after}")
-    with _disk_errors(run):
-        curve = trainer.Curve(run.curve, resume_after=after)
-    distributed.begin().from_main(lambda: run.checkpoint)
-    steps = trainer.fit(
-        *ready.parts, folder=run.checkpoint, predicted=planned.plan.memory, start=ready.start, asked=asked
-    )
-    told = False
-    if not after and ready.start is None and has_head(ready.task):
-        callbacks.stage("computing the linear solution that the head starts with")
-    while True:
+        Args:
+            moves: whether the run may come from another machine, where it could resume; else only one of an older
+                turret starts over.
+        """
         try:
-            record = place.run(lambda: next(steps), tenant)
-        except StopIteration as end:
-            fitted: trainer.Fitted = end.value
-            return fitted
+            fitted = self._fit(ready)
+        except CheckpointMismatch as error:
+            if not (moves or isinstance(error, CheckpointTooOld)):
+                raise
+            who = "worker" if moves else "version"
+            self.callbacks.warning(f"starting over, because this {who} cannot resume: {error}")
+            self.store.training_runs().start_over(self.run)
+            fitted = self._fit(ready)
+        try:
+            found = self._computed(lambda: measured(ready, fitted, self.callbacks.stage, beside_base=beside_base))
+            ready, fitted = found.ready, found.fitted
+            started = time.perf_counter()
+            advice = [*self._advice(ready, fitted), *uncalibrated(ready)]
+
+            def result(version: Version) -> RunResult:
+                return RunResult(
+                    version=str(version),
+                    digest=version.digest,
+                    base={"id": ready.base.id, "fingerprint": ready.base.fingerprint},
+                    metrics=found.metrics,
+                    parameters=fitted.parameters,
+                    timing={
+                        "load_seconds": ready.load_seconds,
+                        "train_seconds": fitted.seconds,
+                        "evaluate_seconds": fitted.evaluate_seconds + found.seconds,
+                        "proof_seconds": time.perf_counter() - started,
+                        "steps": fitted.steps,
+                        "examples_per_second": fitted.examples / max(fitted.seconds, 1e-9),
+                        "tokens_per_second": fitted.tokens / max(fitted.seconds, 1e-9),
+                    },
+                    memory={
+                        "base_bytes": ready.base.bytes,
+                        "peak_bytes": fitted.peak_bytes,
+                        "above_base_bytes": max(0, fitted.peak_bytes - ready.resident),
+                        "predicted_bytes": self.planned.plan.memory.total if self.planned.plan.memory else None,
+                    },
+                    bundle_bytes=version.bytes,
+                    run=self.run.id,
+                    resumed_from=fitted.resumed_from,
+                    stopped_early=fitted.stopped_early,
+                    flat_loss=None if fitted.flat_loss is None else fitted.flat_loss.to_json(),
+                    warnings=[] if fitted.flat_loss is None else [fitted.flat_loss.warning()],
+                    advice=advice,
+                    notes=[*ready.notes, *followed.warnings],
+                    device=str(ready.device.device),
+                    forgetting=found.forgot,
+                )
+
+            with self._proved(found) as bundle:
+                keeper.end_turns()  # curve and checkpoint are in the store before the run ends
+                return self._stored(found, bundle, result)
+        finally:
+            adapters.detach(ready.base.model)
+
+    def _computed(self, work: Callable[[], T]) -> T:
+        return self.place.run(work, self.store.access.tenant)
+
+    def _fit(self, ready: PreparedTraining) -> trainer.Fitted:
+        """Run the training loop, and write the loss curve next to the checkpoint."""
+        run, callbacks = self.run, self.callbacks
+        after = trainer.step_of(run.checkpoint)
+        if after:
+            callbacks.stage(f"resuming run {run.id} from step {after}")
         with _disk_errors(run):
-            curve.append(record)
-        callbacks.record(record)
-        if record.guessing is not None and not told:
-            told = True
-            callbacks.warning(
-                f"after step {record.step} the loss is no better than guessing ({record.guessing:.3f}): the training "
-                "has learnt nothing yet, or has lost it"
-            )
+            curve = trainer.Curve(run.curve, resume_after=after)
+        distributed.begin().from_main(lambda: run.checkpoint)
+        predicted = self.planned.plan.memory
+        steps = trainer.fit(
+            *ready.parts, folder=run.checkpoint, predicted=predicted, start=ready.start, asked=self.asked
+        )
+        told = False
+        if not after and ready.start is None and has_head(ready.task):
+            callbacks.stage("computing the linear solution that the head starts with")
+        while True:
+            try:
+                record = self._computed(lambda: next(steps))
+            except StopIteration as end:
+                fitted: trainer.Fitted = end.value
+                return fitted
+            with _disk_errors(run):
+                curve.append(record)
+            callbacks.record(record)
+            if record.guessing is not None and not told:
+                told = True
+                callbacks.warning(
+                    f"after step {record.step} the loss is no better than guessing ({record.guessing:.3f}): the "
+                    "training has learnt nothing yet, or has lost it"
+                )
 
+    def _advice(self, ready: PreparedTraining, fitted: trainer.Fitted) -> list[str]:
+        """What would make a better version: a line each."""
+        if (
+            fitted.flat_loss is not None
+            or fitted.stopped_early
+            or not still_falling(binned([record.loss for record in every_step(self.store, self.run.id)]))
+        ):
+            return []
+        train = ready.recipe.train
+        longer = f"train.epochs to {2 * (train.epochs or 1)} (now {train.epochs})"
+        if train.max_steps is not None and fitted.steps >= train.max_steps:
+            longer = f"train.max_steps to {2 * train.max_steps} (now {train.max_steps})"
+        return [f"the training loss still fell at the last step, so longer training would help: set {longer}"]
 
-def _advice(store: Store, run: HeldRun, ready: PreparedTraining, fitted: trainer.Fitted) -> list[str]:
-    """What would make a better version: a line each."""
-    if (
-        fitted.flat_loss is not None
-        or fitted.stopped_early
-        or not still_falling(binned([record.loss for record in every_step(store, run.id)]))
-    ):
-        return []
-    train = ready.recipe.train
-    longer = f"train.epochs to {2 * (train.epochs or 1)} (now {train.epochs})"
-    if train.max_steps is not None and fitted.steps >= train.max_steps:
-        longer = f"train.max_steps to {2 * train.max_steps} (now {train.max_steps})"
-    return [f"the training loss still fell at the last step, so longer training would help: set {longer}"]
+    @contextmanager
+    def _proved(self, found: Measured) -> Iterator[Path]:
+        """Write the bundle and prove it, in a fresh process or on the resident base. It is removed after the block."""
+        ready, fitted, run, stage = found.ready, found.fitted, self.run, self.callbacks.stage
+        with _disk_errors(run), tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as folder:
+            bundle = Path(folder) / "bundle"
+            bundles.save_bundle(fitted.adapter, bundle)
+            if self.place.stays:
+                stage("proving the bundle on the resident base")
+                self._computed(lambda: _prove_here(ready, bundle, found.probe, self.place))
+            else:
+                stage("proving the bundle in a fresh process")
+                where = prepared.proof_device(ready).device
+                if where == ready.device.device:
+                    make_room(ready.base.model)
+                trainer.prove(bundle, ready.base, found.probe, device=where, taken_on=ready.device.device)
+            stage("storing" if fitted.flat_loss is None else f"storing, with a warning: {fitted.flat_loss}")
+            yield bundle
 
+    def _stored(self, found: Measured, bundle: Path, result: Callable[[Version], RunResult]) -> RunResult:
+        """Store the version and finish the run, in one transaction."""
+        run, made = self.run, list[RunResult]()
 
-@contextmanager
-def _proved(
-    run: HeldRun,
-    ready: PreparedTraining,
-    fitted: trainer.Fitted,
-    probe: trainer.Probe,
-    callbacks: Callbacks,
-    place: OwnProcess,
-    tenant: str,
-) -> Iterator[Path]:
-    """Write the bundle and prove it, in a fresh process or on the resident base. It is removed after the block."""
-    with _disk_errors(run), tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as folder:
-        bundle = Path(folder) / "bundle"
-        bundles.save_bundle(fitted.adapter, bundle)
-        if place.stays:
-            callbacks.stage("proving the bundle on the resident base")
-            place.run(lambda: _prove_here(ready, bundle, probe, place), tenant)
-        else:
-            callbacks.stage("proving the bundle in a fresh process")
-            where = prepared.proof_device(ready).device
-            if where == ready.device.device:
-                make_room(ready.base.model)
-            trainer.prove(bundle, ready.base, probe, device=where, taken_on=ready.device.device)
-        callbacks.stage("storing" if fitted.flat_loss is None else f"storing, with a warning: {fitted.flat_loss}")
-        yield bundle
+        def finish(version: Version) -> JsonObject:
+            made.append(result(version))
+            return made[-1].as_json()
+
+        metrics = found.metrics if found.forgot is None else found.metrics | {FORGETTING: found.forgot}
+        name = found.ready.recipe.name
+        self.store.put(name, bundle, run=run, metrics=metrics, comparison=run.comparison, result=finish)
+        return made[-1]
 
 
 def _prove_here(ready: PreparedTraining, bundle: Path, probe: trainer.Probe, place: OwnProcess) -> None:
@@ -752,25 +755,6 @@ def _prove_here(ready: PreparedTraining, bundle: Path, probe: trainer.Probe, pla
     finally:
         if hasattr(base.model, ATTRIBUTE):
             adapters.detach(base.model)
-
-
-def _store(
-    store: Store,
-    run: HeldRun,
-    ready: PreparedTraining,
-    bundle: Path,
-    metrics: dict[str, JsonObject],
-    result: Callable[[Version], RunResult],
-) -> RunResult:
-    """Store the version and finish the run, in one transaction."""
-    made: list[RunResult] = []
-
-    def finish(version: Version) -> JsonObject:
-        made.append(result(version))
-        return made[-1].as_json()
-
-    store.put(ready.recipe.name, bundle, run=run, metrics=metrics, comparison=run.comparison, result=finish)
-    return made[-1]
 
 
 @contextmanager
