@@ -110,6 +110,7 @@ def _training(
 
     from turret import adapters, process
     from turret.data.dataset import read
+    from turret.engine import OptimStep
     from turret.ops.dropout import Draws
     from turret.tasks import make_task, schemas
     from turret.train import filled, splits_of
@@ -130,7 +131,7 @@ def _training(
 
     def step(batch: Any) -> None:
         train_step(
-            base.model, task, run.slot.optimiser, batch, rate=LEARNING_RATE, clip=recipe.train.gradient_clip,
+            base.model, task, run.slot.optimiser, batch, OptimStep(LEARNING_RATE, clip=recipe.train.gradient_clip),
             most_tokens=run.slot.most_tokens, draws=Draws(options.seed, 1),
         )  # fmt: skip
 

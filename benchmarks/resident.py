@@ -170,6 +170,7 @@ def slot_need(name: str, path: Path) -> dict[str, float]:
 
     from turret import Recipe, adapters, bases, process
     from turret.bases.shared import share
+    from turret.engine import OptimStep
     from turret.train.adamw import AdamW
 
     recipe, task = Recipe.load(path), BASES[name]
@@ -180,7 +181,7 @@ def slot_need(name: str, path: Path) -> dict[str, float]:
         adapters.attach(model, recipe.method, generator=torch.Generator().manual_seed(0))
         trained = adapters.trainable_parameters(model)
         optimiser = AdamW(trained)
-        optimiser.step(0.0)  # memory that nobody has written to is not counted
+        optimiser.step(OptimStep(0.0))  # memory that nobody has written to is not counted
         kept.append((model, optimiser, share(base) if task == "generate" else None))  # the last is asked for texts
         return sum(each.numel() for each in trained.values())
 

@@ -16,6 +16,7 @@ from decoding_rows import Row
 from pretend_gpu import OnCard, on_cpu, pretend_gpu, to_gpu
 
 from turret.engine.decode import choose
+from turret.engine.protocol import OptimStep
 from turret.engine.request import GenerationSettings
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.methods import LoRA
@@ -37,7 +38,7 @@ def step_counts(
         to_gpu(base.model)
         task, optimiser, items = tiny.started(base, "summarize", **FULL)
         gpu.clear()
-        train_step(base.model, task, optimiser, items, rate=1e-3, clip=1.0, most_tokens=1024, draws=Draws(42, 1))
+        train_step(base.model, task, optimiser, items, OptimStep(1e-3, clip=1.0), most_tokens=1024, draws=Draws(42, 1))
         return Counter(gpu.launches), Counter(gpu.syncs)
 
 

@@ -14,6 +14,7 @@ from batches import rows, with_eos, without_dropout
 from pretend_gpu import GPU, OnCard, on_cpu, pretend_gpu, to_gpu
 
 from turret import adapters
+from turret.engine.protocol import OptimStep
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.families import family_named
 from turret.methods import Method, Peft
@@ -70,7 +71,7 @@ def stepped(family: str, method: str, on_gpu: bool, dtype: torch.dtype = torch.f
         update = optimiser.step
         optimiser.step = lambda rate: (kept.append(on_cpu(optimiser.gradients).clone()), update(rate))[1]  # type: ignore[method-assign]
         loss, norm = train_step(
-            base.model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, draws=Draws(42, 1)
+            base.model, task, optimiser, items, OptimStep(1e-3, clip=0.0), most_tokens=256, draws=Draws(42, 1)
         )
         base.model.eval()
         targets = [] if kind == "classify" else [item.target for item in items[:3]]

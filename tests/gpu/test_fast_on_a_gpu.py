@@ -11,6 +11,7 @@ import torch
 from adapters_at_hand import GENERATES, made
 from batches import without_dropout
 
+from turret.engine.protocol import OptimStep
 from turret.engine.runner import CudaGraphs, DecodeStep, Prefill, Runner
 from turret.methods import LoRA
 from turret.ops.copies import copied
@@ -48,7 +49,7 @@ def stepped(programs: bool) -> tuple[float, torch.Tensor]:
         update = optimiser.step
         optimiser.step = lambda rate: (kept.append(optimiser.gradients.clone()), update(rate))[1]  # type: ignore[method-assign]
         loss, _ = train_step(
-            base.model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, draws=Draws(42, 1)
+            base.model, task, optimiser, items, OptimStep(1e-3, clip=0.0), most_tokens=256, draws=Draws(42, 1)
         )
     return loss, kept[0].cpu()
 

@@ -26,6 +26,7 @@ from turret.bases import choose_device, default_dtype, synchronize
 from turret.bases.meta_model import CONTEXT, model_of
 from turret.cli.main import run
 from turret.engine import SamplingParams
+from turret.engine.protocol import OptimStep
 from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.methods import LoRA, Prefix
 from turret.ops.dropout import Draws
@@ -140,7 +141,9 @@ def stepped(family: str, method: dict[str, Any], device: torch.device) -> tuple[
     task, optimiser, items = tiny.started(base, kind, **method)
     kept: list[torch.Tensor] = []
     optimiser.step = lambda rate: kept.append(optimiser.gradients.clone())
-    loss, _ = train_step(base.model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, draws=Draws(42, 1))
+    loss, _ = train_step(
+        base.model, task, optimiser, items, OptimStep(1e-3, clip=0.0), most_tokens=256, draws=Draws(42, 1)
+    )
     return loss, kept[0]
 
 

@@ -14,6 +14,7 @@ from tiny_training import fit
 from torch import nn
 
 from turret import quantized
+from turret.engine.protocol import OptimStep
 from turret.errors import TrainingError
 from turret.train import require_optimizer
 from turret.train.adamw import AdamW, moment_bytes
@@ -29,12 +30,12 @@ def module() -> nn.Linear:
 def stepped(kind: str, ratios: dict[str, float] | None = None, decay: float = 0.0) -> tuple[nn.Linear, AdamW]:
     """A layer after three steps with given gradients."""
     layer = module()
-    optimiser = AdamW(dict(layer.named_parameters()), weight_decay=decay, ratios=ratios, kind=kind)
+    optimiser = AdamW(dict(layer.named_parameters()), ratios=ratios, kind=kind)
     for place, rate in enumerate(RATES):
         for each in layer.parameters():
             assert each.grad is not None
             each.grad.copy_(torch.randn(each.shape, generator=torch.Generator().manual_seed(place)))
-        optimiser.step(rate)
+        optimiser.step(OptimStep(rate, decay))
     return layer, optimiser
 
 

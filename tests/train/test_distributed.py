@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from several_launch import ended, launch
 
+from turret.engine.protocol import OptimStep
 from turret.errors import TrainingError
 from turret.ops.dropout import Draws
 from turret.train import distributed
@@ -101,9 +102,8 @@ def test_the_shares_of_a_batch_add_up_to_it_and_one_alone_does_not(kind: Any, co
     parts = []
     for here in (Deaf(0, 1), Deaf(0, 2), Deaf(1, 2)):
         start = optimiser.weights.clone()
-        train_step(
-            on.model, task, optimiser, batch, rate=0.0, clip=0.0, most_tokens=30, draws=Draws(42, 1), processes=here
-        )
+        how = OptimStep(0.0, clip=None)
+        train_step(on.model, task, optimiser, batch, how, most_tokens=30, draws=Draws(42, 1), processes=here)
         optimiser.set_weights(start)
         parts.append(here.__dict__["kept"][0])
     whole, first, second = ([gradient, loss] for gradient, loss in parts)

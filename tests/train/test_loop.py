@@ -18,6 +18,7 @@ import torch
 from tiny_training import fit
 
 from turret import adapters
+from turret.engine.protocol import OptimStep
 from turret.errors import AdapterError, Interrupted, LossNotFinite, OutOfMemory, RecipeError, TrainingError
 from turret.ops.dropout import Draws
 from turret.train import Asking, checkpoint, evaluate, read_curve
@@ -83,7 +84,7 @@ def test_a_generator_learns_and_evaluates_texts(family: str, method: str) -> Non
     made = tiny.recipe()
     task = tiny.task_of(made, data, on)
     with Asking(tiny.base(family, "generate"), fitted.adapter, task) as asking:
-        metrics, answers = evaluate(fitted.model, task, data.test, ask=asking.texts)
+        metrics, answers = asking.evaluate(data.test)
     bare, _ = evaluate(fitted.model, task, data.test, slot=0)
     assert metrics["loss"] < bare["loss"]
     assert {"rougeL", "perplexity"} <= metrics.keys()
@@ -112,7 +113,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(family: str, kind: s
     for most in (1, 20, 45, 10_000):
         kept = optimiser.weights.clone()
         got, norm = train_step(
-            on.model, task, optimiser, batch, rate=0.0, clip=None, most_tokens=most, draws=Draws(42, 1)
+            on.model, task, optimiser, batch, OptimStep(0.0, clip=None), most_tokens=most, draws=Draws(42, 1)
         )
         assert got == pytest.approx(float(loss.detach()), rel=1e-5)
         assert norm == pytest.approx(float(whole.norm()), rel=1e-4)

@@ -11,9 +11,12 @@ import torch
 from batches import without_dropout
 from tiny_training import fit
 
+from turret.engine.protocol import OptimStep
 from turret.errors import LossNotFinite
 from turret.ops.dropout import Draws
 from turret.train.step import FIRST, PATIENCE, LossScale, train_step
+
+STEP = OptimStep(1e-3, clip=None)
 
 
 def half() -> Any:
@@ -32,10 +35,10 @@ def gradients(scale: LossScale | None, loss_factor: float = 1.0) -> torch.Tensor
     """The gradients that an update would use, with the loss made smaller and the gradients larger by a factor."""
     model, task, optimiser, items = started()
     kept = []
-    optimiser.step = lambda rate: kept.append(optimiser.gradients.clone())
+    optimiser.step = lambda how: kept.append(optimiser.gradients.clone())
     whole = task.loss
     task.loss = lambda logits, targets: whole(logits, targets) * loss_factor
-    train_step(model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, draws=Draws(42, 1), scale=scale)
+    train_step(model, task, optimiser, items, STEP, most_tokens=256, draws=Draws(42, 1), scale=scale)
     return kept[0] / loss_factor
 
 
@@ -88,7 +91,14 @@ def test_gradients_that_no_scale_makes_finite_end_the_training() -> None:
     optimiser.clip_gradients = lambda largest: (clip(largest), torch.inf)[1]
     with pytest.raises(LossNotFinite, match="norm of the gradients became inf"):
         train_step(
-            model, task, optimiser, items, rate=1e-3, clip=0.0, most_tokens=256, draws=Draws(42, 1), scale=LossScale()
+            model,
+            task,
+            optimiser,
+            items,
+            STEP,
+            most_tokens=256,
+            draws=Draws(42, 1),
+            scale=LossScale(),
         )
 
 

@@ -14,6 +14,7 @@ from small_models import FAMILIES, GENERATORS, RELATIVES, config
 from torch import Tensor
 
 from turret.adapters import attach, attachment, checkpoint_layers, drawing, trainable_parameters
+from turret.engine.protocol import OptimStep
 from turret.errors import AdapterError, RecipeError
 from turret.methods import Full, Head, LoRA, Method, Peft, Prefix
 from turret.ops.dropout import Draws
@@ -84,7 +85,7 @@ def gradients(model: Any, task: Any, items: Sequence[EncodedRow], program: int, 
         optimiser.zero_gradients()
         forward_backward(model, task, optimiser, items, most_tokens=60, draws=draws)
         made = optimiser.gradients.clone()
-        optimiser.step(0.0)
+        optimiser.step(OptimStep(0.0))
     optimiser.end()
     return made
 

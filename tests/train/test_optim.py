@@ -15,6 +15,7 @@ from torch import nn
 
 from turret.adapters import attach, extract
 from turret.adapters.prefix import GRADIENT_STAYS, PrefixGroup
+from turret.engine.protocol import OptimStep
 from turret.errors import TrainingError
 from turret.families import FAMILIES
 from turret.methods import LoRA
@@ -35,7 +36,7 @@ def twins() -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_ten_updates_equal_those_of_torch(decay: float) -> None:
     ours, theirs = twins()
-    mine = AdamW(dict(ours.named_parameters()), weight_decay=decay)
+    mine = AdamW(dict(ours.named_parameters()))
     matrices = [each for each in theirs.parameters() if each.ndim >= 2]
     vectors = [each for each in theirs.parameters() if each.ndim < 2]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -46,7 +47,7 @@ def test_ten_updates_equal_those_of_torch(decay: float) -> None:
         mine.zero_gradients()
         ours(x).square().mean().backward()
         norm = mine.clip_gradients(0.5)
-        mine.step(rate)
+        mine.step(OptimStep(rate, decay))
 
         reference.zero_grad()
         theirs(x).square().mean().backward()
@@ -67,11 +68,11 @@ def test_a_state_that_is_put_back_goes_on_to_the_same_bits() -> None:
         for _ in range(steps):
             optimiser.zero_gradients()
             model(x).square().mean().backward()
-            optimiser.step(1e-2)
+            optimiser.step(OptimStep(1e-2, weight_decay=0.1))
 
-    first = AdamW(dict(one.named_parameters()), weight_decay=0.1)
+    first = AdamW(dict(one.named_parameters()))
     go(one, first, 3)
-    second = AdamW(dict(other.named_parameters()), weight_decay=0.1)
+    second = AdamW(dict(other.named_parameters()))
     second.load_state({name: row.clone() for name, row in first.state().items()}, first.steps)
     go(one, first, 3)
     go(other, second, 3)
@@ -91,7 +92,7 @@ def test_its_end_gives_back_all_but_the_weights() -> None:
     parameter = nn.Parameter(torch.randn(3, 4))
     optimiser = AdamW({"a": parameter})
     optimiser.gradients.fill_(1.0)
-    optimiser.step(0.1)
+    optimiser.step(OptimStep(0.1))
     before = parameter.detach().clone()
     optimiser.end()
     assert torch.equal(parameter, before)
@@ -176,7 +177,7 @@ def test_lora_plus_moves_a_and_b_at_pefts_rates(ratio: float | None) -> None:
     before = extract(model).tensors
     mine.zero_gradients()
     nn.functional.cross_entropy(model(**padded(rows(), 0)).logits, torch.tensor([0, 2, 1, 0])).backward()
-    mine.step(1e-3)
+    mine.step(OptimStep(1e-3))
     for name, value in extract(model).tensors.items():
         (rate,) = expected["lora_A" if "lora_A" in name else "lora_B"]
         assert float((value - before[name]).abs().max()) == pytest.approx(rate, rel=1e-2)

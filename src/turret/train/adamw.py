@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import quantized
+from turret.engine.protocol import OptimStep
 from turret.errors import TrainingError
 from turret.ops.structs import GRADIENT_STAYS
 
@@ -28,21 +29,11 @@ class Part(NamedTuple):
     ratio: float
 
 
-class Update(NamedTuple):
-    """One step. rate: learning rate. steps: how many there are with this one."""
-
-    rate: float
-    steps: int
-    weight_decay: float
-    betas: tuple[float, float]
-    eps: float
-
-
 class Moments(Protocol):
     """The moments of a row of N weights."""
 
-    def step(self, weights: Tensor, gradients: Tensor, update: Update) -> None:
-        """Update moments and weights (N,) float32. The gradients are scratch space."""
+    def step(self, weights: Tensor, gradients: Tensor, how: OptimStep, steps: int) -> None:
+        """Update moments and weights (N,) float32. The gradients are scratch space. steps: with this one."""
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint keeps. They are not copies."""
@@ -61,15 +52,15 @@ class Float32Moments:
         self._decayed = max((part.where.stop for part in parts if part.decays), default=0)
         self._faster = [part for part in parts if part.ratio != 1.0]
 
-    def step(self, weights: Tensor, gradients: Tensor, update: Update) -> None:
-        beta1, beta2 = update.betas
+    def step(self, weights: Tensor, gradients: Tensor, how: OptimStep, steps: int) -> None:
+        beta1, beta2 = how.betas
         self.exp_avg.lerp_(gradients, 1 - beta1)
         self.exp_avg_sq.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
-        if update.weight_decay:
-            weights[: self._decayed].mul_(1 - update.rate * update.weight_decay)
+        if how.weight_decay:
+            weights[: self._decayed].mul_(1 - how.lr * how.weight_decay)
         torch.sqrt(self.exp_avg_sq, out=gradients)
-        gradients.div_(math.sqrt(1 - beta2**update.steps)).add_(update.eps)
-        value = -update.rate / (1 - beta1**update.steps)
+        gradients.div_(math.sqrt(1 - beta2**steps)).add_(how.eps)
+        value = -how.lr / (1 - beta1**steps)
         weights.addcdiv_(self.exp_avg, gradients, value=value)
         for where, _, ratio in self._faster:
             weights[where].addcdiv_(self.exp_avg[where], gradients[where], value=value * (ratio - 1))
@@ -108,8 +99,8 @@ class EightBitMoments:
         self._moments = [torch.zeros_like(weights, dtype=torch.uint8) for _ in range(2)]
         self._absmax = [weights.new_zeros(blocks) for _ in range(2)]
 
-    def step(self, weights: Tensor, gradients: Tensor, update: Update) -> None:
-        (m, v), (m_scale, v_scale), (beta1, beta2) = self._moments, self._absmax, update.betas
+    def step(self, weights: Tensor, gradients: Tensor, how: OptimStep, steps: int) -> None:
+        (m, v), (m_scale, v_scale), (beta1, beta2) = self._moments, self._absmax, how.betas
         for (where, decays, ratio), blocks in zip(self._parts, self._scales, strict=True):
             self._update(
                 "adam",
@@ -121,13 +112,13 @@ class EightBitMoments:
                 beta2,
                 0.0,  # of other optimisers
                 0.0,
-                update.eps,
-                update.steps,
-                update.rate * ratio,
+                how.eps,
+                steps,
+                how.lr * ratio,
                 *self._maps,
                 m_scale[blocks],
                 v_scale[blocks],
-                weight_decay=update.weight_decay / ratio if decays else 0.0,  # a ratio does not change the decay
+                weight_decay=how.weight_decay / ratio if decays else 0.0,  # a ratio does not change the decay
             )
 
     def state(self) -> dict[str, Tensor]:
@@ -209,10 +200,7 @@ class AdamW:
         self,
         parameters: Mapping[str, nn.Parameter],
         *,
-        weight_decay: float = 0.0,
         ratios: Mapping[str, float] | None = None,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
         kind: str = "adamw",
     ) -> None:
         if not parameters:
@@ -221,7 +209,6 @@ class AdamW:
             if parameter.dtype != torch.float32:
                 given = str(parameter.dtype).removeprefix("torch.")
                 raise TrainingError(f"{name} is {given}, trained weights must be float32: set train.dtype to float32")
-        self.weight_decay, self.betas, self.eps = weight_decay, betas, eps
         self.steps = 0
         ordered = sorted(parameters.items(), key=lambda item: item[1].ndim < 2)  # those that decay come first
         size = sum(parameter.numel() for _, parameter in ordered)
@@ -259,11 +246,10 @@ class AdamW:
         return norm
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """One update. It overwrites the gradients, whose row is its scratch space."""
+    def step(self, how: OptimStep) -> None:
+        """One update; nothing is clipped. It overwrites the gradients, whose row is its scratch space."""
         self.steps += 1
-        update = Update(rate, self.steps, self.weight_decay, self.betas, self.eps)
-        self._moments.step(self.weights, self.gradients, update)
+        self._moments.step(self.weights, self.gradients, how, self.steps)
         self._changed()
 
     def state(self) -> dict[str, Tensor]:

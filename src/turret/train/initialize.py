@@ -11,9 +11,10 @@ from turret import adapters
 from turret.adapters import Adapter
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
+from turret.engine.protocol import OptimStep
 from turret.errors import AdapterError, TrainingError
 from turret.json_types import JsonObject
-from turret.recipe import Recipe
+from turret.recipe import Recipe, Train
 from turret.tasks import Task, stored_task
 from turret.train.adamw import AdamW, require_eight_bits
 from turret.transformer import Model
@@ -94,7 +95,12 @@ def optimiser_of(recipe: Recipe, base: Base) -> AdamW:
     heads = tuple(f"{name}." for name in base.family.head_modules)
     ratios = {name: train.head_lr_ratio or 1.0 for name in trained if name.startswith(heads)}
     ratios |= tuner_of(recipe.method).rate_ratios(trained)
-    return AdamW(trained, weight_decay=train.weight_decay, ratios=ratios, kind=train.optimizer or "adamw")
+    return AdamW(trained, ratios=ratios, kind=train.optimizer or "adamw")
+
+
+def recipe_step(train: Train, lr: float) -> OptimStep:
+    """A step as a recipe takes it, at a learning rate."""
+    return OptimStep(lr, train.weight_decay, clip=train.gradient_clip)
 
 
 def require_optimizer(recipe: Recipe) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from turret import adapters
 from turret.adapters import drawing, packed
 from turret.bases import Base
-from turret.engine.protocol import Loss, OptimStep
+from turret.engine.protocol import Loss
 from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite
 from turret.families import parts_of_head
@@ -32,6 +32,7 @@ from turret.tasks import HeadTask
 from turret.train.adamw import learning_rate
 from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, spread
 from turret.train.evaluation import evaluating
+from turret.train.initialize import recipe_step
 from turret.train.slot import LocalSlot
 from turret.train.step import explained
 
@@ -190,7 +191,7 @@ class HeadStart:
                 )
                 batch = [replace(items[row], wanted=wanted[row]) for row in indices]
                 with explained(slot.most_tokens, batch, 0, None):
-                    slot.train(batch, OptimStep(rate, train.weight_decay, clip=train.gradient_clip), teaching)
+                    slot.train(batch, recipe_step(train, rate), teaching)
         finally:
             handle.remove()
 

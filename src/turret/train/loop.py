@@ -25,7 +25,6 @@ from turret.adapters import Adapter
 from turret.bases import Base
 from turret.bases.sharded import digest_of, parts_of
 from turret.data import Dataset
-from turret.engine.protocol import OptimStep
 from turret.errors import CheckpointMismatch, Interrupted, LossNotFinite, TrainingError
 from turret.json_types import JsonMapping, JsonObject
 from turret.process import StopRequest
@@ -37,7 +36,7 @@ from turret.train.adamw import learning_rate, warmup_steps
 from turret.train.batches import EncodedRow, EncodedRows, Schedule, Splits, splits_of
 from turret.train.curve import StepRecord
 from turret.train.evaluation import evaluate
-from turret.train.initialize import InitialAdapter
+from turret.train.initialize import InitialAdapter, recipe_step
 from turret.train.linear_start import head_start
 from turret.train.slot import LocalSlot
 from turret.train.step import LossScale, explained
@@ -101,8 +100,7 @@ def fit(
                 )
                 started = clock()
                 with explained(run.slot.most_tokens, batch, step, predicted):
-                    how = OptimStep(rate, train.weight_decay, clip=train.gradient_clip)
-                    loss, norm = run.slot.train(batch, how)
+                    loss, norm = run.slot.train(batch, recipe_step(train, rate))
                 seconds = clock() - started
                 run.count(step, batch, loss, seconds)
 

@@ -25,14 +25,13 @@ import torch
 
 from turret.bases import Base
 from turret.data import Dataset, Example
-from turret.engine.protocol import OptimStep
 from turret.errors import LossNotFinite
 from turret.recipe import Recipe
 from turret.tasks import Task, has_head
 from turret.train.adamw import learning_rate
 from turret.train.batches import EncodedRows, Schedule, splits_of
 from turret.train.evaluation import example_losses
-from turret.train.initialize import InitialAdapter
+from turret.train.initialize import InitialAdapter, recipe_step
 from turret.train.linear_start import head_start
 from turret.train.seeds import defaults_of
 from turret.train.slot import LocalSlot
@@ -171,7 +170,7 @@ class Trials:
             rate = learning_rate(step, total=self.steps, peak=lr, warmup=warmup, schedule="constant")
             try:
                 with explained(self.slot.most_tokens, batch, step, None):
-                    loss, _ = self.slot.train(batch, OptimStep(rate, train.weight_decay, clip=train.gradient_clip))
+                    loss, _ = self.slot.train(batch, recipe_step(train, rate))
             except LossNotFinite:
                 return None
             losses.append(loss)

@@ -37,7 +37,7 @@ from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
 from turret.train.initialize import InitialAdapter, attach, extracted, fresh_modules, optimiser_of
 from turret.train.seeds import seeded
-from turret.train.step import LossScale, explained, forward_backward, loss_of, require_finite, train_step
+from turret.train.step import LossScale, clip_and_step, explained, forward_backward, loss_of, train_step
 from turret.transformer import Model
 
 T = TypeVar("T")
@@ -125,10 +125,7 @@ class LocalSlot:
         if not self._added:
             raise TrainingError("no gradients were added since the last step: call forward_backward first")
         self._added = 0
-        norm = self._with(step).clip_gradients(step.clip)
-        require_finite(0.0, norm)
-        self.optimiser.step(step.lr)
-        return norm
+        return clip_and_step(self.optimiser, step)
 
     def train(self, rows: Sequence[EncodedRow], step: OptimStep, loss: Loss | None = None) -> tuple[float, float]:
         """Both verbs at once. In float16 gradients that overflow are computed again, with half the loss scale.
@@ -146,10 +143,9 @@ class LocalSlot:
             return train_step(
                 self.model,
                 self.task,
-                self._with(step),
+                self.optimiser,
                 rows,
-                rate=step.lr,
-                clip=step.clip or 0.0,
+                step,
                 most_tokens=self.most_tokens,
                 draws=self._draws,
                 processes=self.processes,
@@ -176,11 +172,6 @@ class LocalSlot:
     @property
     def _draws(self) -> Draws:
         return Draws(self.seed, self.steps + 1)
-
-    def _with(self, step: OptimStep) -> AdamW:
-        optimiser = self.optimiser
-        optimiser.weight_decay, optimiser.betas, optimiser.eps = step.weight_decay, step.betas, step.eps
-        return optimiser
 
 
 class TrainingSlot:

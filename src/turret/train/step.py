@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from turret.adapters import attachment, drawing, mixed_precision, packed
 from turret.bases.sharded import parts_of
-from turret.engine.protocol import Loss
+from turret.engine.protocol import Loss, OptimStep
 from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite, OutOfMemory, TrainingError
 from turret.ops.copies import copied
@@ -76,9 +76,8 @@ def train_step(
     task: Task,
     optimiser: AdamW,
     batch: Sequence[EncodedRow],
+    how: OptimStep,
     *,
-    rate: float,
-    clip: float,
     most_tokens: int,
     draws: Draws,
     processes: Processes = ALONE,
@@ -91,8 +90,6 @@ def train_step(
     into micro-batches, or among processes, changes only the order of summation.
 
     Args:
-        rate: learning rate of this step.
-        clip: largest norm of the gradients.
         most_tokens: of one micro-batch.
         draws: the run's seed, and this step.
         scale: of the loss, if the base computes in float16. A step whose gradients overflow is computed again.
@@ -107,22 +104,29 @@ def train_step(
     while True:
         optimiser.zero_gradients()
         value = forward_backward(model, task, optimiser, batch, most_tokens, draws, processes, scale, loss)
-        norm = optimiser.clip_gradients(clip)
-        overflowed = math.isfinite(value) and not math.isfinite(norm)
-        if scale is None or not overflowed or not scale.lower():
+        try:
+            norm = clip_and_step(optimiser, how, value)
             break
-    require_finite(value, norm)
+        except LossNotFinite:
+            if scale is None or not math.isfinite(value) or not scale.lower():
+                raise
     if scale is not None:
         scale.passed()
-    optimiser.step(rate)
     return value, norm
 
 
-def require_finite(loss: float, norm: float) -> None:
-    """Raise LossNotFinite if a loss or a norm of gradients is NaN or infinite."""
+def clip_and_step(optimiser: AdamW, how: OptimStep, loss: float = 0.0) -> float:
+    """One update. Returns the norm of the gradients before clipping.
+
+    Raises:
+        LossNotFinite: the loss or the norm is NaN or infinite; the weights stay.
+    """
+    norm = optimiser.clip_gradients(how.clip)
     for name, value in (("loss", loss), ("norm of the gradients", norm)):
         if not math.isfinite(value):
             raise LossNotFinite(f"the {name} became {value}")
+    optimiser.step(how)
+    return norm
 
 
 def forward_backward(
