@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_gpu import GPU, pretend_gpu, to_gpu
+from shelf import Shelf
 from small_models import ENCODER_DECODERS, ENCODERS, FAMILIES, GENERATORS, save_base
 
 from turret.bases import Base, choose_device
@@ -24,7 +26,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
 from turret.train import StepRecord
-from turret.workspace import serving, training
+from turret.workspace import resident, serving, training
 from turret.workspace.child_process import why_alone
 from turret.workspace.prepared import predicted_for
 from turret.workspace.resident import ALONE, ResidentBases, Room, Seat, ServingBase, with_room
@@ -336,7 +338,7 @@ def test_a_training_that_needs_the_base_for_itself_says_so(
 
 
 def seat_on(
-    place: ResidentBases, room: Room, wanted: Callable[[], Collection[str]] = tuple, stop: bool = False
+    place: ResidentBases | ServingBase, room: Room, wanted: Callable[[], Collection[str]] = tuple, stop: bool = False
 ) -> Seat:
     return Seat(place, room, wanted, lambda: stop)
 
@@ -402,3 +404,24 @@ def test_a_gpu_has_room_for_a_training_of_the_base_that_it_holds() -> None:
 
     place = OnGpu(thread=None)
     assert seat_on(place, Room()).machine() == roomy, "the place of one training knows it too"
+
+
+def test_a_training_beside_answers_finds_room_where_the_base_that_serves_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU, what the base takes is free for a training of it; on a CPU nothing is said."""
+    gpu = Gpu(GPU, "a GPU", free=1000, total=16 << 30)
+    monkeypatch.setattr(resident, "this_machine", lambda: Machine((gpu, replace(gpu, device=torch.device("cuda:1")))))
+    shelf = Shelf("bert")
+    shelf.put("a")
+    with shelf.engine() as engine:
+        place = ServingBase(engine)
+        needed = lambda _: 1000 + engine.base.bytes
+        assert engine.base.bytes > 0
+        assert place.machine() is None, "the control: nothing is held on a GPU"
+        assert choose_device("auto", needed, resident.this_machine()).device.type == "cpu", "the control"
+        with pretend_gpu():
+            to_gpu(engine.base.model)
+            found = place.machine()
+            assert found is not None
+            assert [each.free for each in found.gpus] == [1000 + engine.base.bytes, 1000], "of its own GPU alone"
+            assert choose_device("auto", needed, found).device == GPU
+            assert seat_on(place, Room()).machine() == found, "the place of one training knows it too"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 
@@ -41,31 +41,41 @@ T = TypeVar("T")
 Key = tuple[Hashable, ...]  # the base's name first
 
 
+class TrainingBase(NamedTuple):
+    """The base that a training needs: the recipe's, for a task with these labels."""
+
+    recipe: Recipe
+    task: type[Task]
+    labels: Sequence[str]
+    device: ChosenDevice
+
+
+class ToAnswer(TypedDict):
+    """How a base is loaded to answer with, as `bases.load` takes it."""
+
+    task: Literal["classify", "generate"]
+    num_labels: int | None
+    dtype: Dtype
+    quantization: Quantization
+    device: str
+
+
 class OwnProcess:
     """A process for one training: it loads its base, measures the plan, and proves the bundle in a fresh process."""
 
     stays: ClassVar[bool] = False  # whether the base stays in memory for others
 
-    def model_for(self, recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
-        """A recipe's base, with nothing attached."""
-        return prepared.load_base(recipe, task, labels, device)
+    def model_for(self, needed: TrainingBase) -> Base:
+        """A training's base, with nothing attached."""
+        return prepared.load_base(*needed)
 
-    def has(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> bool:
-        """Whether a recipe's base is in memory."""
+    def has(self, needed: TrainingBase) -> bool:
+        """Whether a training's base is in memory."""
         return False
 
-    def load(
-        self,
-        base: str,
-        *,
-        task: Literal["classify", "generate"],
-        num_labels: int | None,
-        dtype: Dtype,
-        quantization: Quantization,
-        device: str,
-    ) -> Base:
-        """A base to answer with, with nothing attached: `bases.load`."""
-        return bases.load(base, task=task, num_labels=num_labels, dtype=dtype, quantization=quantization, device=device)
+    def load(self, base: str, **how: Unpack[ToAnswer]) -> Base:
+        """A base to answer with, with nothing attached."""
+        return bases.load(base, **how)
 
     def machine(self) -> Machine | None:
         """The devices to choose from, with the memory that is free for a training; None: as they are now."""
@@ -98,45 +108,31 @@ class ResidentBases(OwnProcess):
     thread: PassThread | None = field(default_factory=PassThread)
     _bases: dict[Key, Base] = field(default_factory=dict)
 
-    def model_for(self, recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
-        """A recipe's base as a model of its own. Loads the base if it is not in memory, or changed on disk."""
+    def model_for(self, needed: TrainingBase) -> Base:
+        """A training's base as a model of its own. Loads the base if it is not in memory, or changed on disk."""
+        recipe, task, labels, _ = needed
         if (reason := why_alone(recipe)) is not None:
             raise TrainingError(f"this training cannot share its base: {reason}; run it in a process of its own")
-        key, labelled = _key_of(recipe, task, device), task.num_labels(labels)
+        load = lambda: prepared.load_base(*needed._replace(labels=()))
+        return self.run(lambda: self._model(_key_of(needed), load, task.num_labels(labels), recipe.seed))
 
-        def load() -> Base:
-            return prepared.load_base(recipe, task, (), device)
+    def has(self, needed: TrainingBase) -> bool:
+        """Whether a training's base is in memory."""
+        return _key_of(needed) in self._bases
 
-        return self.run(lambda: self._model(key, load, labelled, recipe.seed))
-
-    def has(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> bool:
-        """Whether a recipe's base is in memory."""
-        return _key_of(recipe, task, device) in self._bases
-
-    def load(
-        self,
-        base: str,
-        *,
-        task: Literal["classify", "generate"],
-        num_labels: int | None,
-        dtype: Dtype,
-        quantization: Quantization,
-        device: str,
-    ) -> Base:
+    def load(self, base: str, **how: Unpack[ToAnswer]) -> Base:
         """The same as a model of its own. A base that is in memory on a GPU needs no more room there."""
+        task, dtype, quantization = how["task"], how["dtype"], how["quantization"]
 
         def needed(at: torch.device) -> int:
             if _key(base, task, dtype, quantization, at) in self._bases:
                 return 0
             return room_to_answer(bases.resolve(base), dtype_on(at, dtype), packed=quantization != "none")
 
-        chosen = bases.choose_device(device, needed, self.machine())
+        chosen = bases.choose_device(how["device"], needed, self.machine())
         key = _key(base, task, dtype, quantization, chosen.device)
-
-        def load() -> Base:
-            return bases.load(base, task=task, dtype=dtype, quantization=quantization, device=chosen)
-
-        return self.run(lambda: self._model(key, load, num_labels))
+        load = lambda: bases.load(base, task=task, dtype=dtype, quantization=quantization, device=chosen)
+        return self.run(lambda: self._model(key, load, how["num_labels"]))
 
     def _model(self, key: Key, load: Callable[[], Base], num_labels: int | None, seed: int = 42) -> Base:
         if key not in self._bases:
@@ -145,11 +141,7 @@ class ResidentBases(OwnProcess):
         return share(self._bases[key], num_labels=num_labels, seed=seed)
 
     def machine(self) -> Machine | None:
-        """The devices to choose from: what a base takes that is in memory is free for a training of it."""
-        held = Counter[torch.device]()
-        for base in list(self._bases.values()):
-            held[base.model.device] += base.bytes
-        return None if all(device.type == "cpu" for device in held) else with_room(this_machine(), held)
+        return machine_of(list(self._bases.values()))
 
     def run(self, work: Callable[[], T], tenant: str = "") -> T:
         """Run a part of a training in the thread, when its tenant's turn comes."""
@@ -184,8 +176,17 @@ def _key(base: str, task: str, dtype: Dtype, quantization: Quantization, device:
     return (base, task, dtype_on(device, dtype), quantization, device, *files)
 
 
-def _key_of(recipe: Recipe, task: type[Task], device: ChosenDevice) -> Key:
+def _key_of(needed: TrainingBase) -> Key:
+    recipe, task, _, device = needed
     return _key(recipe.base, task.request, recipe.train.dtype, recipe.base_quantization or "none", device.device)
+
+
+def machine_of(bases: Iterable[Base]) -> Machine | None:
+    """The devices to choose from: what these bases take is free for a training of them. None: as they are now."""
+    held = Counter[torch.device]()
+    for base in bases:
+        held[base.model.device] += base.bytes
+    return None if all(device.type == "cpu" for device in held) else with_room(this_machine(), held)
 
 
 def with_room(machine: Machine, held: Mapping[torch.device, int]) -> Machine:
@@ -209,9 +210,9 @@ class ServingBase(OwnProcess):
         """The engine's base, hashed once for all trainings."""
         return self.run(lambda: with_digests(self.engine.base))
 
-    def model_for(self, recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
-        """The engine's base as a model of its own. Raises TrainingError if the recipe needs another one."""
-        base = self.engine.base
+    def model_for(self, needed: TrainingBase) -> Base:
+        """The engine's base as a model of its own. Raises TrainingError if the training needs another one."""
+        base, (recipe, task, labels, _) = self.engine.base, needed
         precision = dtype_on(base.model.device, recipe.train.dtype)
         wanted = (bases.resolve(recipe.base).folder, task.request, precision, recipe.base_quantization or "none")
         served = (base.folder, base.request, base.dtype, base.quantization)
@@ -222,7 +223,7 @@ class ServingBase(OwnProcess):
         shared, labelled = self.base, task.num_labels(labels)
         return self.run(lambda: share(shared, num_labels=labelled, seed=recipe.seed))
 
-    def has(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> bool:
+    def has(self, needed: TrainingBase) -> bool:
         """Whether the base is in memory: always."""
         return True
 
@@ -230,10 +231,7 @@ class ServingBase(OwnProcess):
         """The base stays: it serves."""
 
     def machine(self) -> Machine | None:
-        """The devices to choose from: what the base takes is free for a training of it."""
-        base = self.engine.base
-        device = base.model.device
-        return None if device.type == "cpu" else with_room(this_machine(), {device: base.bytes})
+        return machine_of([self.engine.base])
 
     def run(self, work: Callable[[], T], tenant: str = "") -> T:
         """Run a part of a training between passes of answers."""
@@ -303,20 +301,20 @@ class Seat(OwnProcess):
     promised: int = 0  # bytes that its plan needs and that it does not use yet
     device: torch.device = memory.CPU
 
-    def model_for(self, recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
+    def model_for(self, needed: TrainingBase) -> Base:
         """As `ResidentBases.model_for`. Before a base is loaded, those that nobody wants are let go."""
-        self.base, self.device = recipe.base, device.device
-        if not self.shared.has(recipe, task, device):
-            self._make_room(recipe, device)
-        return self.run(lambda: self.shared.model_for(recipe, task, labels, device))
+        self.base, self.device = needed.recipe.base, needed.device.device
+        if not self.shared.has(needed):
+            self._make_room(needed.recipe, needed.device)
+        return self.run(lambda: self.shared.model_for(needed))
 
     def machine(self) -> Machine | None:
         """As `ResidentBases.machine`."""
         return self.shared.machine()
 
-    def has(self, recipe: Recipe, task: type[Task], device: ChosenDevice) -> bool:
+    def has(self, needed: TrainingBase) -> bool:
         """As `ResidentBases.has`."""
-        return self.shared.has(recipe, task, device)
+        return self.shared.has(needed)
 
     def _make_room(self, recipe: Recipe, device: ChosenDevice) -> None:
         wanted = self.wanted()

@@ -65,7 +65,7 @@ from turret.workspace import forgetting, prepared
 from turret.workspace.prepared import AUTO, PreparedTraining, checkpoints_for, choose_for, predicted_for
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
-from turret.workspace.resident import ALONE, OwnProcess
+from turret.workspace.resident import ALONE, OwnProcess, TrainingBase
 from turret.workspace.results import Planned, RunResult
 from turret.workspace.stored_adapter import read_adapter
 from turret.workspace.training_runs import every_step
@@ -315,10 +315,10 @@ def prepare(
     task_class = task_of(dataset.kind)
     machine = place.machine()
     device = choose_for(recipe, task_class, dataset.labels, machine) if device is None else device
-    kept = place.has(recipe, task_class, device)
-    callbacks.stage(f"{recipe.base} is in memory" if kept else f"loading {recipe.base}")
+    needed = TrainingBase(recipe, task_class, dataset.labels, device)
+    callbacks.stage(f"{recipe.base} is in memory" if place.has(needed) else f"loading {recipe.base}")
     started = time.perf_counter()
-    base = place.model_for(recipe, task_class, dataset.labels, device)
+    base = place.model_for(needed)
     bare = place.run(lambda: twin(base), store.access.tenant)
     base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device, machine))
     load_seconds = time.perf_counter() - started
@@ -749,7 +749,7 @@ class _Run:
 
 def _prove_here(ready: PreparedTraining, bundle: Path, probe: trainer.Probe, place: OwnProcess) -> None:
     """Read the bundle from disk onto another model of the resident base, and compare."""
-    base = place.model_for(ready.recipe, type(ready.task), ready.task.labels, ready.device)
+    base = place.model_for(TrainingBase(ready.recipe, type(ready.task), ready.task.labels, ready.device))
     try:
         prove_here(bundle, base, probe)
     finally:
