@@ -154,3 +154,28 @@ def test_passes_are_as_short_as_asked_for_and_another_worker_goes_on_with_them(t
     until(lambda: states(workspace, [run]) == ["finished"])
     stored = workspace.run(run)["recipe"]
     assert "micro_batch_tokens = 64" in str(stored)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+def test_a_server_that_ends_while_a_training_begins_leaves_it_in_the_queue_and_it_is_published_once(
+    how: signal.Signals, tmp_path: Path, start: Start
+) -> None:
+    """At several moments after the server has taken the run, before its first step."""
+    workspace, runs, begun = Workspace(tmp_path / "store"), list[str](), list[bool]()
+    for seed, pause in enumerate((0.0, 0.1, 0.5)):
+        runs.append(str(workspace.queue.submit(recipe(tmp_path, seed))["id"]))
+        start("--train-pass-ms", "60000")
+        until(lambda: states(workspace, runs[-1:]) == ["running"])
+        time.sleep(pause)
+        begun.append(not (workspace.store.root / "runs" / runs[-1] / "curve.jsonl").exists())
+        start.process.send_signal(how)  # type: ignore[attr-defined]
+        status = start.process.wait(120)  # type: ignore[attr-defined]
+        if how == signal.SIGTERM:
+            assert status == 0
+            assert set(states(workspace, runs)) <= {"waiting", "finished"}, "none stays running"
+            assert states(workspace, runs[-1:]) == ["waiting"] or not begun[-1]
+    assert any(begun), "the control: a stop came before the first step"
+    command = [sys.executable, "-m", "turret", "worker", "--until-empty", "--store", str(tmp_path / "store")]
+    until(lambda: subprocess.run(command, check=True) and states(workspace, runs) == ["finished"] * 3)
+    assert [len(workspace.list(f"news-{seed}")) for seed in range(3)] == [1, 1, 1]
+    assert all(int(workspace.run(run)["queue"]["tries"]) <= 2 for run in runs)
