@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from tiny_training import base
 
 from turret.adapters import Adapter, classify_logits
 from turret.engine.runner import DecodeStep, Prefill, Runner, pass_tokens
-from turret.methods import Method, Prefix
+from turret.methods import Method, Peft, Prefix
+from turret.ops.table import without
 
 PATTERNS = {  # the adapter of each row; number 7 of every set is only a head, so its body is the bare base
     "identical": [2] * 8,
@@ -70,6 +72,30 @@ def test_a_mixed_pass_of_classifiers_equals_each_row_alone(family: str, methods:
         for row, slot, logits in zip(inputs, slots, outcome.classes, strict=True):
             expected = classify_logits(models[slot - 1], [row])[0]
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("without_kernels", [False, True])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@torch.no_grad()
+def test_the_last_layer_computes_only_what_a_long_pass_of_classifiers_reads(family: str, without_kernels: bool) -> None:
+    """The first token of each row. A short pass is one call for all layers, which is faster: the control."""
+    adapters, models = set_of(family, "classify", "all")
+    adapters.append(made(family, "classify", Peft(peft_type="IA3"), 3, 2))
+    models.append(alone(family, "classify", adapters[-1], 2))
+    runner, computed = runner_of(family, "classify", adapters), list[int]()
+    runner.model.base_model.encoder.register_forward_hook(lambda _, __, output: computed.append(output[0].shape[1]))
+    inputs = with_eos(runner.model, rows(lengths=[40, 3, 25, 33, 9, 40, 17, 28, 30]))
+    slots = [7, 1, 3, 2, 9, 3, 4, 6, 9]
+    with without("kernels") if without_kernels else nullcontext():
+        for few in (9, 1):
+            prefill = [Prefill(row.tolist(), slot) for row, slot in zip(inputs[:few], slots, strict=False)]
+            for row, slot, logits in zip(inputs, slots, runner.run(prefill).classes, strict=False):
+                expected = classify_logits(models[slot - 1], [row])[0]
+                torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        with without("first_token"):
+            runner.run([Prefill(row.tolist(), slot) for row, slot in zip(inputs, slots, strict=True)])
+        runner.run([Prefill(row.tolist(), slot, pooling="mean") for row, slot in zip(inputs, slots, strict=True)])
+    assert computed == [9, 1 if without_kernels else 40, 225, 225]
 
 
 @pytest.mark.parametrize("methods", SETS)

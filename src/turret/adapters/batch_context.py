@@ -82,6 +82,10 @@ class ReplacedModule(Protocol):
 class AdapterPoolProtocol(Protocol):
     """The adapters of a pass, if an engine keeps them instead of the modules' slots."""
 
+    def begin(self, slots: Sequence[int], lengths: Mapping[str, Sequence[int]], steps: Sequence[int]) -> None:
+        """Lay out a pass, or what is left of it: see `engine.adapter_pool`."""
+        ...
+
     @property
     def scales(self) -> bool:
         """Whether an adapter of the current pass scales outputs or inputs of layers, or replaces modules."""
@@ -158,6 +162,13 @@ class BatchContext:
     def serves(self) -> bool:
         """Whether an engine uses this model: then kernels compute what they can, for the bare base too."""
         return self.adapter_pool is not None
+
+    def narrow(self) -> None:
+        """From here to its end the pass has one token of each row, those of `read`: tell an engine's adapters."""
+        if self.adapter_pool is not None and self.read is not None and self.lengths is not None:
+            assert self.slots is not None
+            ones = {stream: [1] * len(self.read) for stream in self.lengths}
+            self.adapter_pool.begin(self.slots, ones, ())
 
     def slot_of(self, row: int) -> int:
         return self.active if self.slots is None else self.slots[row]

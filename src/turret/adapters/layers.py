@@ -24,7 +24,7 @@ from turret.adapters.modules_to_save import unrouted
 from turret.adapters.scaled import ScaledLayer
 from turret.families.family import FastPaths, Layout
 from turret.ops import frozen, lora
-from turret.ops.blocks import Normed, PostNorm, PreNorm, Training, train
+from turret.ops.blocks import OUT, Normed, PostNorm, PreNorm, Training, train
 from turret.ops.core import Cached, LayerWeights, Ops, WholeLayers
 from turret.ops.dropout import Masks
 from turret.ops.norms import frozen_rms_norm
@@ -197,6 +197,7 @@ class NarrowedOutput(nn.Module):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         if (read := self.context.read) is not None:  # (1, N, D) -> (1, B, D)
+            self.context.narrow()
             hidden_states, input_tensor = (each.index_select(1, read) for each in (hidden_states, input_tensor))
         y: Tensor = self._forward(self, hidden_states, input_tensor)
         return y
@@ -313,6 +314,8 @@ class Serving:
         self._cos_sin = flat(cos_sin)
 
     def products(self, group: int, x: Tensor, plus: Tensor | None = None) -> list[Tensor]:
+        if group == OUT and self._hooked.last:
+            self._context.narrow()
         return self._pool.products(self._linears[group], x, plus)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -381,7 +384,7 @@ class LayerHook(ABC, Generic[M]):
 
     def _block(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
         context, pool = self.context, self.context.adapter_pool
-        if pool is None or pool.replaces or context.lengths is None or context.read is not None:
+        if pool is None or pool.replaces or context.lengths is None:
             return None
         ops = of(x, *(cos_sin or ()))
         if not ops.takes_layer(self.layout, trains=False) or (parts := self.parts()) is None:
@@ -392,6 +395,8 @@ class LayerHook(ABC, Generic[M]):
         if unfit or of(x, *tensors_of(block)) is not ops or not self.fits(x, cos_sin):
             return None
         run = Serving(ops, context, routed, self.hooked, self.call(0.0), cos_sin)
+        if self.narrows and isinstance(block, PostNorm):
+            block = block._replace(read=context.read)
         return block.forward(run, x.contiguous()[0])[None]
 
     def trained(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:

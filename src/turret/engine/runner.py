@@ -28,6 +28,7 @@ from turret.engine.decode import TokenLogprobs, token_logprobs
 from turret.families.family import Pooling
 from turret.ops.copies import copied, real_gpu
 from turret.ops.mixed_lora import GpuRows
+from turret.ops.table import narrows, of
 from turret.transformer import Model
 
 # --- cuda graphs ------------------------------------------------------------------------------------------------------
@@ -301,8 +302,9 @@ class Runner:
         ids = copied(torch.tensor([tokens]), self.device)
         kind = family.kind
         spans = [{"decoder": span} for span in _spans(lengths)]
+        read = self._read(rows, steps, lengths)
         call = {"use_cache": False} if family.decoder_only else {}
-        with self._pass(rows, steps, {kind: lengths}, spans, {kind: positions}):
+        with self._pass(rows, steps, {kind: lengths}, spans, {kind: positions}, read):
             if not rows and self.recorded.possible:
                 hidden = self.recorded.hidden(ids, copied(positions, self.device))
                 return _States(hidden, lengths, hidden, lengths)
@@ -312,7 +314,17 @@ class Runner:
                 position_ids=positions.to(self.device)[None],
                 **call,
             )
+        lengths = lengths if read is None else [1] * len(lengths)
         return _States(output[0][0], lengths, output[0][0], lengths)
+
+    def _read(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep], lengths: Sequence[int]) -> Tensor | None:
+        """(B,) int64, the only tokens that a pass of texts to classify reads, if its last layer computes them alone."""
+        others = any(row.kv_slot is not None or row.pooling is not None for row in rows)
+        if steps or others or self._pooling != "first" or not self.adapter_pool.attached.narrows or not narrows():
+            return None
+        if sum(lengths) <= of(self.model.get_input_embeddings().weight).few_for_layers():
+            return None  # one call of a kernel computes all layers
+        return copied(torch.tensor([start for start, _ in _spans(lengths)]), self.device)
 
     def _encoder_decoder(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
         """The decoder reads a text to classify again, shifted right. For any other row it starts with one token."""
@@ -360,6 +372,7 @@ class Runner:
         lengths: Mapping[str, Sequence[int]],
         spans: Sequence[Mapping[str, tuple[int, int]]],
         positions: Mapping[str, Tensor],
+        read: Tensor | None = None,
     ) -> Iterator[None]:
         """Set what the hooks read, for the length of the pass."""
         slots = [row.slot for row in rows]
@@ -367,7 +380,7 @@ class Runner:
         tokens = {stream: sum(each) for stream, each in lengths.items()}
         prefill = [(row.kv_slot, row.slot, span) for row, span in zip(rows, spans, strict=True)]
         context = self.adapter_pool.attached.context
-        with set_context(context, slots, lengths, in_body=True):
+        with set_context(context, slots, lengths, in_body=True, read=read):
             if steps or any(kv_slot is not None for kv_slot, _, _ in prefill):
                 own = [step.kv_slot for step in steps]
                 context.cache = PassCache(self.adapter_pool, prefill, tokens, own, self.device)

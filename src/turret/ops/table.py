@@ -127,7 +127,7 @@ PATHS: dict[str, Path] = {
         "the last layer of a classifier, for the first token of each row alone",
         "adapters.packed",
         "the same layer for all tokens",
-        "the classifier reads the first token only (BERT, RoBERTa)",
+        "the classifier reads the first token only (BERT, RoBERTa), in training and in long passes of an engine",
         bases=(ENCODER,),
     ),
     "lora_gradient": Path(
