@@ -48,6 +48,9 @@ def made(
         for head in attachment(model).heads.values():
             for each in head.slots.parameters():
                 each.copy_(torch.randn(each.shape, generator=generator) * 0.3)
+        guest = attachment(model).guest
+        for each in guest.parameters.values() if guest is not None and guest.layers else ():
+            each.add_(torch.randn(each.shape, generator=generator) * 0.2)
         for prefix in attachment(model).prefixes.parameters():
             prefix.add_(torch.randn(prefix.shape, generator=generator) * 0.3)
         for linear in attachment(model).linears.values():

@@ -80,7 +80,6 @@ class TextEncoding(Protocol):
     """One text as tokens."""
 
     def __getitem__(self, name: str) -> list[int]: ...
-    def get(self, name: str, default: list[int]) -> list[int]: ...
 
 
 class AddedToken(Protocol):
@@ -106,9 +105,6 @@ class Tokenizer(Protocol):
 
     @overload
     def __call__(self, texts: str, **options: bool) -> TextEncoding: ...
-
-    @overload
-    def __call__(self, texts: str, text_pair: str, **options: bool) -> TextEncoding: ...
 
     @overload
     def __call__(self, texts: list[str], **options: bool) -> BatchEncoding: ...

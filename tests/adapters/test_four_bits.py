@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapters_at_hand import CLASSIFIES
 from batches import rows
 from four_bits import base_in_four_bits, needs_bitsandbytes
 from small_models import build
@@ -15,11 +16,12 @@ from torch import nn
 
 import turret
 from turret import quantized
-from turret.adapters import attach, attachment, classify_logits, detach, extract
+from turret.adapters import Adapter, BaseInfo, attach, attachment, classify_logits, detach, extract, mount
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.lifecycle import merged_state
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.scaled import dora
+from turret.engine.runner import Prefill, Runner
 from turret.errors import AdapterError
 from turret.methods import Full, Head, LoRA, Peft, Prefix
 from turret.ops.table import without
@@ -126,6 +128,39 @@ def test_a_method_trains_on_four_bits_and_leaves_them_as_they_were(method: Any, 
     assert any(each.grad is not None and each.grad.abs().sum() > 0 for each in trained)
     detach(model)
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["OFT", "ROAD"])
+def test_a_method_of_peft_on_four_bits_is_mounted_and_answered_by_the_engine(kind: str, tmp_path: Path) -> None:
+    base, options = base_in_four_bits("bert", tmp_path), {"oft_block_size": 8} if kind == "OFT" else {"group_size": 8}
+    model = base.model
+    attach(model, Peft(peft_type=kind, **options), generator=torch.Generator().manual_seed(1))
+    for place, each in enumerate(guest_parameters(model)):
+        each.data.add_(0.2 * torch.randn(each.shape, generator=torch.Generator().manual_seed(place)))
+    tensors, head, method = extract(model)
+    adapter = Adapter(method, tensors, head, BaseInfo("small", None, "bert"))
+    detach(model)
+    with torch.no_grad():
+        expected = classify_logits(mount(model, adapter), rows())
+    detach(model)
+    runner = Runner(base)
+    runner.adapter_pool.mount(1, runner.adapter_pool.prepare(adapter, "sha256:1", CLASSIFIES))
+    left_out = Adapter(Head(), {}, head, adapter.base)
+    runner.adapter_pool.mount(2, runner.adapter_pool.prepare(left_out, "sha256:2", CLASSIFIES))
+    found, without_it = (torch.stack(runner.run(each).classes) for each in prefills((1, 2)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (without_it - expected).abs().max() > 1e-3, "the control"
+
+
+def guest_parameters(model: Any) -> list[nn.Parameter]:
+    guest = attachment(model).guest
+    assert guest is not None
+    return list(guest.parameters.values())
+
+
+def prefills(slots: tuple[int, ...]) -> list[list[Prefill]]:
+    return [[Prefill(row.tolist(), slot) for row in rows()] for slot in slots]
 
 
 @needs_bitsandbytes

@@ -18,7 +18,7 @@ from turret.adapters import Adapter, attachment
 from turret.adapters.tuners import peft as peft_tuner
 from turret.engine.runner import Prefill
 from turret.methods import Peft
-from turret.methods.peft import MIXED
+from turret.methods.peft import MARKS, MIXED, PROMPTS, SLOW, WRAPPED
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
 TARGETS = ["query", "value"]
@@ -111,6 +111,7 @@ def test_slots_of_one_model_equal_peft_padded_and_packed(given: dict[str, tuple[
 
 
 def test_what_a_method_says_of_mixing_is_what_is_computed() -> None:
-    assert set(MIXED) == set(peft_tuner.METHODS)
+    assert set(MARKS) == set(peft_tuner.METHODS)
+    assert set(MIXED) == {*MARKS, *WRAPPED, *PROMPTS} - set(SLOW)
     assert Peft.mixes({"peft_type": "IA3"})
-    assert not Peft.mixes({"peft_type": "LOHA"})
+    assert not Peft.mixes({"peft_type": "ADAMSS"})

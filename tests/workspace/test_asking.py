@@ -19,10 +19,11 @@ from shelf import Shelf
 from turret import Full, Workspace, adapters, bases, bundles
 from turret.adapters import Adapter, BaseInfo
 from turret.adapters.hooks import attachment
+from turret.cli.main import run
 from turret.data import Labelled
 from turret.engine import Engine, Limits, SamplingParams
 from turret.errors import AdapterError
-from turret.methods import Peft
+from turret.methods import Method, Peft
 from turret.recipe import Recipe
 from turret.tasks import task_from_spec
 from turret.tasks.generate import Summarize
@@ -39,12 +40,13 @@ def engines() -> list[str]:
     return [each.name for each in threading.enumerate() if each.name.startswith("turret-engine")]
 
 
-def stored(folder: Path, family: str, method: str, **settings: Any) -> tuple[Workspace, str]:
+def stored(folder: Path, family: str, method: str | Method, **settings: Any) -> tuple[Workspace, str]:
     """A store with one version, of random tensors, and the folder of its base."""
     base = bases.load(str(small_models.save_base(family, folder / family)), task="generate")
     spec = Summarize(base.tokenizer, base.family.kind, 64, max_target_tokens=10, **settings).spec()
     info = BaseInfo(base.id, base.fingerprint, base.family.name)
-    adapter = replace(made(family, "generate", METHODS[method], 1, spec=spec), base=info)
+    chosen = METHODS[method] if isinstance(method, str) else method
+    adapter = replace(made(family, "generate", chosen, 1, spec=spec), base=info)
     bundles.save_bundle(adapter, folder / "bundle")
     workspace = Workspace(folder / "store")
     workspace.store.put("short", folder / "bundle")
@@ -71,6 +73,28 @@ def test_a_version_is_judged_by_the_texts_that_it_serves(family: str, method: st
     assert judged == texts
     assert [each["text"] for each in other] != texts, "the control: another number of beams shows"
     assert [each["text"] for each in bare] != texts, "the control: so does the base alone"
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING", "HRA"])
+def test_a_version_of_peft_is_judged_by_the_engine_and_served_unless_it_is_slow(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"num_virtual_tokens": 5} if kind == "PROMPT_TUNING" else {"r": 4}
+    workspace, base = stored(tmp_path, "llama", Peft(peft_type=kind, **options))
+    said = [workspace.predict("short", [text])[0] for text in TEXTS]
+    capsys.readouterr()
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"document": TEXTS[0], "summary": said[0]["text"]}))
+    assert run(["evaluate", "short", str(tmp_path / "pairs.jsonl"), "--store", str(tmp_path / "store")]) == 0
+    assert "answered by the trained model itself" not in "".join(capsys.readouterr())
+    with workspace.engine(base) as engine:
+        bare = engine.generate(TEXTS, None, SamplingParams(max_tokens=10))
+        if kind == "HRA":
+            with pytest.raises(AdapterError, match="r products of the whole weight in every pass, which would hold up"):
+                engine.generate(TEXTS, "short")
+            return
+        served = [engine.generate([text], "short")[0]["text"] for text in TEXTS]
+    assert [each["text"] for each in said] == served
+    assert [each["text"] for each in bare] != served, "the control: the base alone shows"
 
 
 def by_transformers(adapter: Adapter | None, family: str, task: Summarize, sources: list[torch.Tensor]) -> list[str]:
@@ -140,12 +164,12 @@ def test_a_full_fine_tuning_is_asked_by_the_engine_on_weights_of_its_own(family:
 
 def test_what_the_engine_cannot_take_is_asked_of_the_model_and_says_so() -> None:
     spec = Shelf("llama", "generate").spec()
-    adapter = made("llama", "generate", Peft(peft_type="LOHA", r=2), 1, spec=spec)
+    adapter = made("llama", "generate", Peft(peft_type="ADAMSS", r=4), 1, spec=spec)
     asking, task, sources = asked("llama", adapter)
     with asking:
         found, bare = asking.texts(sources), asking.texts(sources, bare=True)
     assert asking.notes == [f"answered by the trained model itself, not by the engine that serves: {asking.why_plain}"]
-    assert "LOHA is computed by PEFT" in asking.notes[0]
+    assert "ADAMSS is computed by PEFT" in asking.notes[0]
     assert [each["text"] for each in found] == by_transformers(adapter, "llama", task, sources)
     assert [each["text"] for each in bare] == by_transformers(None, "llama", task, sources)
     plain = made("llama", "generate", METHODS["lora"], 1, spec=spec)

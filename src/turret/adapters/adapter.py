@@ -23,7 +23,7 @@ from turret.adapters.hooks import (
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.modules_to_save import twin
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
-from turret.adapters.scaled import ScaledLayer
+from turret.adapters.scaled import LayerChange
 from turret.errors import AdapterError, WrongBase
 from turret.families import FAMILIES
 from turret.families.family import Family
@@ -97,14 +97,14 @@ class Parts:
         factors: A (R, D_in) and B (D_out, R), all of one rank, by the path of a linear layer.
         scaling: of all factors.
         prefix: keys and values (L, 2, H, P, D), by group of attention layers.
-        layers: what a method that also scales does to a linear layer, by its path.
+        layers: what a method that does more than add low-rank factors does to a linear layer, by its path.
         whole: modules that replace norms, embeddings or the output layer, by path.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     scaling: float = 1.0
     prefix: dict[str, Tensor] = field(default_factory=dict)
-    layers: dict[str, ScaledLayer] = field(default_factory=dict)
+    layers: Mapping[str, LayerChange] = field(default_factory=dict)
     whole: dict[str, nn.Module] = field(default_factory=dict)
 
 

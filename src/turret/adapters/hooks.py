@@ -104,6 +104,7 @@ class HookedModel(nn.Module):
         self.full: dict[str, nn.Parameter] = {}  # the trained copies of a full adapter, by name
         self.swapped: list[Swapped] = []
         self.guest: peft_backend.PeftBackend | None = None  # a method that PEFT itself put on the model
+        self.spare: Callable[[], Model] | None = None  # another model on its weights, with nothing attached
         self.undo: list[Callable[[], None]] = []
         self.originals = dict(model.named_parameters())  # the base's own, before any was replaced
         self.sites = family.sites(model)

@@ -21,7 +21,7 @@ from turret.adapters.attention import AttentionCall, attend_in_pass, rows_and_pr
 from turret.adapters.batch_context import BARE, AdapterPoolProtocol, BatchContext, KVCacheProtocol
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.modules_to_save import unrouted
-from turret.adapters.scaled import ScaledLayer
+from turret.adapters.scaled import LayerChange
 from turret.families.family import FastPaths, Layout
 from turret.ops import frozen, lora
 from turret.ops.blocks import OUT, Normed, PostNorm, PreNorm, Training, train
@@ -56,7 +56,7 @@ class RoutedLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.slots = nn.ModuleDict()
-        self.scaled: dict[int, ScaledLayer] = {}  # by slot, for the methods that scale
+        self.scaled: dict[int, LayerChange] = {}  # by slot, for the methods that do more than add low-rank factors
         self.context = context
         self.stream = stream
 

@@ -8,6 +8,8 @@ PEFT's own classes are used in two ways:
   module gives the tokens, one pass of the base over P tokens gives the prefix, and every row reads that.
 
 A method that works in neither way is refused in one line.
+
+A finished adapter that replaces linear layers is served beside others: `changes` gives PEFT's module of each layer.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from turret import quantized
+from turret.adapters.lora import sizes
 from turret.adapters.prefix import Groups
 from turret.errors import AdapterError, RecipeError, TurretError
 from turret.families.family import Family
 from turret.json_types import JsonObject, JsonValue
 from turret.methods import LoRA, Peft
 from turret.methods.lora import require_no_data
-from turret.methods.peft import PROMPTS
+from turret.methods.peft import CHOOSING, PROMPTS
+from turret.methods.peft import LORA_PREFIX as LAYER_PREFIX
 from turret.transformer import Model
 
 if TYPE_CHECKING:
@@ -45,11 +49,11 @@ if TYPE_CHECKING:
 REMEDY = "use lora, prefix or head, or base_quantization none"
 
 
-def require_computable(layers: Sequence[BaseTunerLayer], kind: str) -> None:
+def require_computable(layers: Sequence[BaseTunerLayer], kind: str, *, trains: bool = True) -> None:
     """Raise AdapterError for a method that reads a quantized weight as if it were plain.
 
-    PEFT's first layer with a packed weight computes two tokens and their gradient. All layers of a method are of one
-    kind.
+    PEFT's first layer with a packed weight computes two tokens, and their gradient if it trains. All layers of a method
+    are of one kind.
     """
     for layer in layers:
         base = layer.get_base_layer()
@@ -57,11 +61,12 @@ def require_computable(layers: Sequence[BaseTunerLayer], kind: str) -> None:
             continue
         weight = next(iter((*base.parameters(), *base.buffers())))
         dtype = quantized.computes_in(base, base)
-        x = torch.ones(1, 2, base.in_features, dtype=dtype, device=weight.device, requires_grad=True)
+        x = torch.ones(1, 2, base.in_features, dtype=dtype, device=weight.device, requires_grad=trains)
         try:
-            with torch.enable_grad():
+            with torch.set_grad_enabled(trains):
                 y = layer(x)
-            torch.autograd.grad(y.float().sum(), x)
+            if trains:
+                torch.autograd.grad(y.float().sum(), x)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise AdapterError(f"PEFT's {kind} cannot compute on a quantized base ({reason}): {REMEDY}") from None
@@ -90,6 +95,7 @@ REFUSED = {
     "ADAPTION_PROMPT": "it replaces the base's attention by its own",
     "CARTRIDGE": "it starts from a cache of keys and values that must be distilled first",
     "CPT": "it needs the part of the prompt that each token belongs to, which a recipe cannot give",
+    "LILY": "its router averages over all texts of a batch, so that a text's answer would depend on its neighbours",
     "MULTITASK_PROMPT_TUNING": "it needs a task's number for every text, and a recipe has one task",
     "OSF": "it rewrites the base's weights, and turret never writes to the base",
     "POLY": "it needs a task's number for every text, and a recipe has one task",
@@ -200,7 +206,9 @@ def _classes() -> dict[str, type[PeftConfig]]:
 # --- on a model -------------------------------------------------------------------------------------------------------
 
 
-def invite(model: Model, family: Family, method: Peft, generator: torch.Generator | None = None) -> PeftBackend:
+def invite(
+    model: Model, family: Family, method: Peft, generator: torch.Generator | None = None, *, trains: bool = True
+) -> PeftBackend:
     """Let PEFT put the method on a model that has turret's hooks. Raises AdapterError if it cannot."""
     config = config_of(method)
     prompt = bool(config.is_prompt_learning)
@@ -216,7 +224,7 @@ def invite(model: Model, family: Family, method: Peft, generator: torch.Generato
             torch.manual_seed(seed)
             wrapped = _wrapped(model, family, config)
         layers = () if prompt else _layers(model)
-        require_computable(layers, config.peft_type.value)
+        require_computable(layers, config.peft_type.value, trains=trains)
         _require_sound(model, family, config, before, layers, sums)
     except (TurretError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, StopIteration) as error:
         leave()
@@ -348,6 +356,96 @@ def switch(guest: PeftBackend, on: bool) -> None:
         layer._disable_adapters = not on
 
 
+# --- beside other adapters --------------------------------------------------------------------------------------------
+
+
+class PeftLayer:
+    """PEFT's own module of one linear layer, frozen: a `scaled.LayerChange`.
+
+    Args:
+        module: it calls the base's layer, or reads its weight.
+    """
+
+    def __init__(self, module: BaseTunerLayer) -> None:
+        self._module = module.eval()
+        base = module.get_base_layer()
+        others = {id(each) for each in (*base.parameters(), *base.buffers())}
+        every = (*module.parameters(), *module.buffers())
+        self.tensors = tuple(each for each in every if id(each) not in others)
+        for each in self.tensors:
+            each.requires_grad_(False)
+
+    def __call__(self, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """x: (..., D_in) -> (..., D_out), in x's precision."""
+        y: Tensor = self._module(x if x.dim() > 2 else x[None])
+        return (y if x.dim() > 2 else y[0]).to(x.dtype)
+
+    def to(self, device: torch.device) -> PeftLayer:
+        """Itself: PEFT puts it on the device of the base's layer."""
+        return self
+
+
+def changes(method: Peft, tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, PeftLayer]:
+    """PEFT's modules for a finished adapter, by path. Nothing is put on the base.
+
+    PEFT sees the layers alone, in a module with nothing else. It first builds on the meta device: so settings that do
+    not belong to the tensors are refused before they take memory.
+
+    Args:
+        tensors: the adapter's, by PEFT's names.
+        layers: the base's own that it changes, by path, in the base's order.
+
+    Raises:
+        AdapterError: the tensors do not fit, or PEFT cannot compute on these layers.
+    """
+    own = {f"{LAYER_PREFIX}{path}.{name}" for path, layer in layers.items() for name, _ in layer.named_parameters()}
+    if odd := next((name for name in tensors if name.replace(".base_layer.", ".") in own), None):
+        raise AdapterError(f"this {method.peft_type} holds {odd}, the base's own: it cannot share a base with others")
+    require_equal(_alone(method, {path: _meta(layer) for path, layer in layers.items()}, "meta"), tensors)
+    guest = _alone(method, layers, "cpu")
+    require_computable(guest.layers, method.peft_type, trains=False)
+    fill(guest, tensors)
+    owner = guest.wrapped.base_model.model
+    return {path: PeftLayer(owner.get_submodule(path)) for path in layers}
+
+
+def _alone(method: Peft, layers: Mapping[str, nn.Module], device: str) -> PeftBackend:
+    """PEFT's modules on linear layers outside any model. device: where new tensors are made, before PEFT moves them."""
+    options = {key: each for key, each in method.options.items() if key not in CHOOSING}
+    config = config_of(method.with_options(options))
+    config.target_modules = list(layers)
+    root = nn.Module()
+    for path, layer in layers.items():
+        *parents, name = path.split(".")
+        owner = root
+        for each in parents:
+            if each not in owner._modules:
+                owner.add_module(each, nn.Module())
+            owner = owner.get_submodule(each)
+        owner.add_module(name, layer)
+    vars(root)["is_loaded_in_4bit"] = any(map(quantized.in_four_bits, layers.values()))  # PEFT asks a model for it
+    quantized.before_peft()
+    from peft import get_peft_model
+
+    try:
+        with torch.random.fork_rng(devices=[]), _quiet(), torch.device(device):
+            wrapped = get_peft_model(root, config, adapter_name=NAME)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise AdapterError(f"PEFT cannot build this {method.peft_type}: {_line(error)}") from None
+    if len(found := _layers(root)) != len(layers):
+        raise AdapterError(f"PEFT's {method.peft_type} changes {len(found)} layers, and its tensors {len(layers)}")
+    return PeftBackend(wrapped, method, found, {}, lambda: None)
+
+
+def _meta(layer: nn.Module) -> nn.Module:
+    """A layer of the same shape and class without weights."""
+    d_in, d_out = sizes(layer)
+    with torch.device("meta"):
+        if type(layer).__name__ == "Conv1D":
+            return type(layer)(d_out, d_in)
+        return nn.Linear(d_in, d_out, bias=layer._parameters.get("bias") is not None)
+
+
 # --- its tensors ------------------------------------------------------------------------------------------------------
 
 
@@ -365,8 +463,8 @@ def tensors_of(guest: PeftBackend) -> dict[str, Tensor]:
     return found
 
 
-def fill(guest: PeftBackend, tensors: Mapping[str, Tensor]) -> None:
-    """Copy stored tensors into the model. Raises AdapterError unless names and shapes are the same."""
+def require_equal(guest: PeftBackend, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError unless stored tensors have the names and shapes of those in the model."""
     expected = {name: tuple(each.shape) for name, each in tensors_of(guest).items()}
     kind = guest.method.peft_type
     if odd := sorted(set(expected) ^ set(tensors)):
@@ -375,6 +473,11 @@ def fill(guest: PeftBackend, tensors: Mapping[str, Tensor]) -> None:
     for name, each in tensors.items():
         if tuple(each.shape) != expected[name]:
             raise AdapterError(f"{name} has shape {tuple(each.shape)}: expected {expected[name]}; load its own base")
+
+
+def fill(guest: PeftBackend, tensors: Mapping[str, Tensor]) -> None:
+    """Copy stored tensors into the model. Raises AdapterError unless names and shapes are the same."""
+    require_equal(guest, tensors)
     if not guest.layers:
         module = guest.wrapped.prompt_encoder[NAME]
         with torch.no_grad():

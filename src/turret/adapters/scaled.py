@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,23 @@ from turret.errors import AdapterError
 from turret.ops.lora import low_rank
 
 Factors = tuple[Tensor, Tensor]
+
+
+class LayerChange(Protocol):
+    """What one adapter does to one linear layer, beyond adding low-rank factors."""
+
+    def __call__(self, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """x: (..., D_in) -> (..., D_out), in x's precision; base computes W x + b."""
+        ...
+
+    def to(self, device: torch.device) -> LayerChange:
+        """The same on a device."""
+        ...
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of its numbers."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ def share(base: Base, *, num_labels: int | None = None, seed: int = 42) -> Base:
     Raises:
         AdapterError: something is attached to the base.
     """
-    own = require_bare(base.model)
-    model = copy.deepcopy(own, _kept(own))
+    own, model = base.model, spare(base.model)
     fresh = set(base.fresh)
     if num_labels is not None and num_labels != getattr(own.config, LABELS, None):
         fresh |= _with_outputs(model, base.family, num_labels, base.drawn_in)
@@ -45,6 +44,11 @@ def share(base: Base, *, num_labels: int | None = None, seed: int = 42) -> Base:
         parameter.data = parameter.data.to(own.device, own.get_parameter(name).dtype)
     model.requires_grad_(False).eval()
     return replace(base, model=model, fresh=tuple(sorted(fresh)))
+
+
+def spare(model: Model) -> Model:
+    """Modules of its own with the same weights in memory. Raises AdapterError if something is attached to the model."""
+    return copy.deepcopy(require_bare(model), _kept(model))
 
 
 def _kept(model: Model) -> dict[int, Tensor]:

@@ -13,9 +13,11 @@ from turret.data.examples import (
     Labelled,
     Pair,
     Prompt,
-    Scored,
-    TextPair,
     Turn,
+    inputs_of,
+    labels_of,
+    references_of,
+    texts_of,
 )
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "Pair",
     "Prompt",
     "Schema",
-    "Scored",
-    "TextPair",
     "Turn",
+    "inputs_of",
+    "labels_of",
+    "references_of",
+    "texts_of",
 ]

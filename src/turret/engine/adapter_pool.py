@@ -24,7 +24,7 @@ from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, hea
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
 from turret.adapters.hooks import HookedModel, device_of, hook_model, routed_linear, routed_whole, target_paths
 from turret.adapters.lora import sizes
-from turret.adapters.scaled import ScaledLayer
+from turret.adapters.scaled import LayerChange
 from turret.adapters.tuners.tuner import all_parts
 from turret.bundles.tensors import all_finite
 from turret.engine.adapter_tensors import (
@@ -238,8 +238,8 @@ class AdapterPool:
             raise AdapterError(f"{both} is both trained whole and adapted by LoRA: train one of them")
         return dict(sorted(parts.factors.items(), key=lambda each: self._paths[each[0]]))
 
-    def _scaled_layers(self, parts: Parts) -> dict[int, ScaledLayer]:
-        """What a method that also scales does, by number of the layer."""
+    def _scaled_layers(self, parts: Parts) -> dict[int, LayerChange]:
+        """What a method that does more than add low-rank factors does, by number of the layer."""
         if other := next((path for path in parts.layers if path not in self._paths), None):
             raise AdapterError(
                 f"{other} is outside the base, and the engine adapts only layers inside: remove it from target_modules"

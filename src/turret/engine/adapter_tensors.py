@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.scaled import ScaledLayer
+from turret.adapters.scaled import LayerChange
 from turret.tasks import Task
 
 Pair = tuple[Tensor, Tensor]  # the factors of a linear layer, A (R, D_in) and the scaled B (R, D_out); or keys, values
@@ -74,7 +74,7 @@ class AdapterTensors:
     layout: FactorLayout | None  # None without a LoRA
     prefix: Mapping[str, Tensor]  # by group: (L, 2, H, P, D), views of `flat`
     head_layout: TensorLayout  # of the end of `flat`, by names in the model
-    scaled: Mapping[int, ScaledLayer] = field(default_factory=dict)  # by layer, of a method that also scales
+    scaled: Mapping[int, LayerChange] = field(default_factory=dict)  # by layer, of a method that does more than LoRA
     whole: Mapping[str, nn.Module] = field(default_factory=dict)  # by path, in place of the base's own
 
     @property
@@ -83,9 +83,10 @@ class AdapterTensors:
 
     @property
     def beside(self) -> list[Tensor]:
-        """The tensors that are not in the buffer."""
+        """The tensors that are not in the buffer, each once."""
         scaled = [tensor for layer in self.scaled.values() for tensor in layer.tensors]
-        return [*scaled, *(each for module in self.whole.values() for each in module.parameters())]
+        every = [*scaled, *(each for module in self.whole.values() for each in module.parameters())]
+        return list({id(tensor): tensor for tensor in every}.values())
 
     @property
     def rank(self) -> int:

@@ -40,7 +40,6 @@ from turret.engine.request import (
     LoadedAdapter,
     Named,
     Request,
-    Row,
     Stats,
     Ticket,
     log_failure,
@@ -148,7 +147,7 @@ class Passes:
         if request.embeds:
             return Prefill(request.ids, _slot(request), pooling=self._embedding(request).pooling)
         if not request.generates:
-            return Prefill(request.ids, _slot(request), segments=request.segments)
+            return Prefill(request.ids, _slot(request))
         kv_slot, slot = self._runner.kv_slot(*self._row(request)), _slot(request)
         before = self._prompts.before(request)
         assert request.settings is not None
@@ -380,7 +379,7 @@ class Engine:
     def submit(
         self,
         kind: Kind,
-        text: Input | Row,
+        text: Input | Sequence[int],
         adapter: str | Named | None,
         options: SamplingParams | None = None,
         *,
@@ -394,7 +393,7 @@ class Engine:
 
         Args:
             kind: "classify", "generate" or "embed".
-            text: A text, two texts, a conversation, or token ids that are used unchanged.
+            text: A text, a conversation, or token ids that are used unchanged.
             adapter: A reference, or what `hold` returned; None for the bare base, which cannot classify.
             options: How to answer.
             priority: Higher goes first.

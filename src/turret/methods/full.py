@@ -31,6 +31,9 @@ class Full(Method):
     def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
         return UNMIXED if operation == "mix" else None
 
+    def unanswered(self, family: Family, generates: bool) -> str | None:
+        return None  # on a base with its weights
+
     @property
     def summary(self) -> str:
         return "every weight, on a copy"

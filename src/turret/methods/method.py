@@ -158,6 +158,10 @@ class Method(BaseModel):
         """
         return None
 
+    def unanswered(self, family: Family, generates: bool) -> str | None:
+        """Why no engine answers with it, not even with it alone on its base, in one line; None if one does."""
+        return self.refusal("mix", family, generates)
+
     def starting_text(self, instruction: str) -> str | None:
         """The text that it starts from, if it starts from a text. instruction: the task's own."""
         return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -16,7 +17,7 @@ from turret.methods.method import Method, Operation
 # embeddings train at the rate of a prefix without its MLP. Other methods use LoRA's rate.
 RATES = {"IA3": 3e-3, "VERA": 4e-3, "PROMPT_TUNING": 1e-2, "P_TUNING": 1e-3}
 
-MARKS = {  # the methods that share a base with other adapters, see `mixing`, and how PEFT marks their tensors
+MARKS = {  # the methods that are computed from their stored tensors, and how PEFT marks these
     "LORA": "lora_",
     "DORA": "lora_",
     "RSLORA": "lora_",
@@ -24,8 +25,19 @@ MARKS = {  # the methods that share a base with other adapters, see `mixing`, an
     "VERA": "vera_",
     "LN_TUNING": "ln_tuning_layers_",  # marks none: all of its tensors replace norms
 }
-MIXED = tuple(MARKS)
 PROMPTS = ("PROMPT_TUNING", "P_TUNING")  # virtual tokens before a decoder's text
+WRAPPED = (  # an engine calls PEFT's own module in each linear layer; all that it needs is in the stored tensors
+    *("BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "LOHA", "LOKR", "MISS"),
+    *("OFT", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "TINYLORA", "VBLORA", "WAVEFT"),
+)
+SLOW = {"HRA": "r products of the whole weight in every pass"}  # asked alone on a base
+MIXED = (*MARKS, *(kind for kind in WRAPPED if kind not in SLOW), *PROMPTS)  # share a base with other adapters
+REMEDY = "if PEFT can merge it, export it merged and serve it as a base"
+# The largest values of settings that cost time in every pass, or draw at random: they would hold up others.
+MOST = {"r": 256, "num_cayley_neumann_terms": 32, "psoft_svd_lowrank_niter": 32, "sample_at_inference": 0}
+# Settings that choose layers by patterns. An engine reads the layers from the names of the stored tensors instead.
+CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+PLAIN = re.compile(r"[\w. -]*")  # a name, which PEFT may read as a pattern
 LINEAR_ONLY = ("LOHA", "LOKR", "OFT")  # PEFT has them for nn.Linear, not for GPT-2's Conv1D
 MORE_LORA = ("use_dora", "lora_bias", "trainable_token_indices")  # settings of PEFT's LoRA that `LoRA` does not have
 LORA_PREFIX = "base_model.model."  # PEFT puts it before the name of a layer's tensor
@@ -95,11 +107,25 @@ class Peft(Method):
                 f"PEFT does not know the layers of {family.name} for IA3: set method.target_modules and "
                 "method.feedforward_modules, or use the method lora"
             )
-        if operation == "mix" and kind not in MIXED:
-            return (
-                f"{kind} is computed by PEFT, one adapter at a time, so its base cannot serve others: if PEFT can "
-                "merge it, export it merged and serve it as a base"
-            )
+        if operation != "mix":
+            return None
+        if kind in SLOW:
+            return f"{kind} computes {SLOW[kind]}, which would hold up others on its base: {REMEDY}"
+        return self.unanswered(family, generates)
+
+    def unanswered(self, family: Family, generates: bool) -> str | None:
+        kind = self.peft_type
+        if (reason := self.refusal("train", family, generates)) is not None:
+            return reason
+        if kind not in (*MIXED, *SLOW):
+            return f"{kind} is computed by PEFT, one adapter at a time, so its base cannot serve others: {REMEDY}"
+        for key, value in self.options.items() if kind in WRAPPED else ():
+            if isinstance(value, (int, float)) and value > MOST.get(key, value):
+                return f"{kind} with {key} = {value} would hold up others on its base (at most {MOST[key]}): {REMEDY}"
+            if key not in CHOOSING and not all(map(PLAIN.fullmatch, _texts(value))):
+                return f"method.{key} of this {kind} is a pattern, and a base that serves others takes names: {REMEDY}"
+            if key == "bias" and value != "none":
+                return f"{kind} with bias = {str(value)[:20]!a} trains the base's own biases: {REMEDY}"
         return None
 
     @classmethod
@@ -108,12 +134,12 @@ class Peft(Method):
 
     @classmethod
     def reads(cls, config: JsonMapping, names: Iterable[str] = ()) -> bool:
-        """Whether it is a method that mixes, or PEFT's LoRA with settings or tensors that `LoRA` does not have."""
+        """Whether `MARKS` has it, or it is PEFT's LoRA with settings or tensors that `LoRA` does not have."""
         kind = config.get("peft_type")
         if kind == "LORA":
             more = any(config.get(key) for key in MORE_LORA) or config.get("bias") == "all"
             return more or bool(beside(names, MARKS["LORA"]))
-        return kind in MIXED
+        return kind in MARKS
 
     @classmethod
     def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:
@@ -164,3 +190,16 @@ def _listed(value: JsonValue) -> JsonValue:
     if isinstance(value, dict):
         return {key: _listed(each) for key, each in value.items()}
     return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _texts(value: JsonValue) -> Iterator[str]:
+    """The texts in a setting, the keys of tables among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield key
+            yield from _texts(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _texts(each)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from turret import adapters
 from turret.adapters import Adapter
-from turret.adapters.adapter import shared_names
+from turret.adapters.adapter import PROMPT, shared_names
 from turret.adapters.hooks import hook_model
+from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
 from turret.bases.sharded import parts_of
 from turret.bases.shared import share
-from turret.data import Example
+from turret.data import Example, references_of
 from turret.engine.cache import capacity
 from turret.engine.core import Engine
 from turret.engine.decode import base_settings
@@ -107,7 +108,7 @@ class Asking:
         if not writes(task):
             return losses, answers
         answers = self.texts(sources, bare=bare)
-        references = [example.references for example in examples]
+        references = [references_of(example) for example in examples]
         return task.metrics([answer["text"] for answer in answers], references, losses["loss"]), answers
 
     def logits(self, sources: Sequence[Tensor]) -> Tensor:
@@ -230,7 +231,9 @@ class Asking:
     def _cached(self, prompt: int, answer: int) -> int:
         """The tokens of the KV cache that a row takes, as `Runner.needs` counts them."""
         every = () if self.adapter is None else (self.adapter, *self.adapter.others)
-        prefixes = (each.shape[3] for adapter in every for each in adapter.tensors.values() if each.dim() == 5)
+        tensors = [item for adapter in every for item in adapter.tensors.items()]
+        prefixes = [each.shape[3] for _, each in tensors if each.dim() == 5]  # (L, 2, H, P, D)
+        prefixes += [len(each) for name, each in tensors if name in PROMPT.values() and each.dim() == 2]  # (P, D)
         prefix = max(prefixes, default=0)
         if self.base.family.is_encoder_decoder:
             return capacity(prefix + answer) + capacity(prefix + prompt)
@@ -273,9 +276,11 @@ def _why_plain(base: Base, adapter: Adapter | None, generates: bool) -> str | No
         base_settings(base.model, base.tokenizer)
     except BaseModelError as error:
         return str(error)
-    methods = [] if adapter is None else [each.method for each in (adapter, *adapter.others)]
-    reasons = (each.refusal("mix", base.family, generates) for each in methods if not each.every_weight)
-    return next((reason for reason in reasons if reason is not None), None)
+    for each in () if adapter is None else (adapter, *adapter.others):
+        reason = each.method.unanswered(base.family, generates)
+        if (reason := reason or tuner_of(each.method).unserved(base.model, each)) is not None:
+            return reason
+    return None
 
 
 def _generated(model: Model, task: TextTask, sources: Sequence[Tensor], new_tokens: int | None) -> list[JsonObject]:

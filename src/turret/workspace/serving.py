@@ -17,7 +17,7 @@ from turret.bases.base import Dtype
 from turret.bases.quantized import Quantization
 from turret.engine.core import Engine
 from turret.engine.request import Limits, Named
-from turret.errors import DeviceError, NotFound
+from turret.errors import AdapterError, DeviceError, NotFound
 from turret.families import FAMILIES
 from turret.reference import Reference, parts_of
 from turret.store import Store
@@ -84,6 +84,9 @@ class StoreSource:
         except NotFound:
             self._forget(f"{named.tenant}/{named}" if named.tenant else str(named))
             raise
+        method, family = adapter.method, FAMILIES.get(adapter.base.family or "")
+        if family is not None and not method.mixes(method.model_dump()):
+            raise AdapterError(str(method.refusal("mix", family, not adapter.head)))
         self._say_quantization(named, adapter)
         return adapter
 

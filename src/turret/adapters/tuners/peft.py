@@ -24,7 +24,16 @@ from turret.adapters.adapter import (
     mount_head,
 )
 from turret.adapters.batch_context import ATTACHED, BARE, set_context
-from turret.adapters.hooks import AdapterInit, HookedModel, RoutedDropout, device_of
+from turret.adapters.hooks import (
+    AdapterInit,
+    HookedModel,
+    RoutedDropout,
+    attachment,
+    detach,
+    device_of,
+    hook_model,
+    target_paths,
+)
 from turret.adapters.lora import sizes
 from turret.adapters.peft_config import check_agreement, check_config, refuse_code
 from turret.adapters.prefix import Groups
@@ -35,7 +44,7 @@ from turret.errors import AdapterError, RecipeError
 from turret.families import family_of
 from turret.families.family import Stream
 from turret.json_types import JsonObject
-from turret.methods.peft import MARKS, NORMS, Peft, beside, without_repeated
+from turret.methods.peft import MARKS, NORMS, PROMPTS, WRAPPED, Peft, beside, without_repeated
 from turret.transformer import Model
 
 if TYPE_CHECKING:
@@ -44,9 +53,8 @@ if TYPE_CHECKING:
 
 
 # --- mixing -----------------------------------------------------------------------------------------------------------
-# How PEFT's methods change each layer, computed from the stored tensors, so that they mix with others in a batch.
-#
-# PEFT's own modules compute every method that is not in `METHODS`, one adapter at a time (`peft_backend`).
+# How PEFT's methods change each layer, so that they mix with others in a batch. Those in `METHODS` are computed from
+# the stored tensors. For the others, PEFT's own module of each layer is called (`peft_backend.changes`).
 
 
 MORE = {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}  # setting of LoRA -> mark of its tensor
@@ -54,8 +62,8 @@ Layers = dict[str, ScaledLayer]  # by path
 ByLayer = Mapping[str, Mapping[str, Tensor]]  # layer -> the last part of a tensor's name -> the tensor
 
 
-def parts_of(kind: str, settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Parts | None:
-    """The change of each layer and the modules that are replaced, or None for a method that only PEFT computes.
+def parts_of(kind: str, settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Parts:
+    """The change of each layer and the modules that are replaced, for a method in `METHODS`.
 
     Args:
         kind: PEFT's `peft_type`.
@@ -65,11 +73,8 @@ def parts_of(kind: str, settings: JsonMapping, tensors: Mapping[str, Tensor], mo
     Raises:
         AdapterError: the tensors do not fit the model.
     """
-    compute = METHODS.get(kind)
-    if compute is None:
-        return None
     extra = beside(tensors, MARKS[kind])
-    layers = dict(compute(settings, {name: each for name, each in tensors.items() if name not in extra}, model))
+    layers = dict(METHODS[kind](settings, {name: each for name, each in tensors.items() if name not in extra}, model))
     values = {name.removeprefix(LORA_PREFIX): tensors[name].float() for name in extra}
     values = with_biases(values, layers, model)
     whole = with_modules(values, settings, model)
@@ -288,12 +293,26 @@ class PeftTuner(Tuner[Peft]):
         return {name: each for name, each in whole.items() if not torch.equal(each, before[name])}
 
     def parts(self, model: Model, adapter: Adapter) -> Parts:
-        """The effect on each layer, for the methods that `mixing` knows."""
-        kind, settings = self.method.peft_type, peft_backend.kept(peft_backend.config_of(self.method))
-        parts = parts_of(kind, settings, adapter.tensors, model)
-        if parts is None:
-            raise AdapterError(str(self.method.refusal("mix", family_of(model.config), generates=True)))
-        return parts
+        """The effect on each layer, or the prefix that the bare base computes for virtual tokens."""
+        kind, method = self.method.peft_type, self.method
+        if kind in METHODS:
+            return parts_of(kind, peft_backend.kept(peft_backend.config_of(method)), adapter.tensors, model)
+        family = family_of(model.config)
+        if (reason := method.unanswered(family, hasattr(model, family.output_layer))) is not None:
+            raise AdapterError(reason)
+        if kind in PROMPTS:
+            return Parts(prefix=_prefix(model, adapter.tensors))
+        return Parts(layers=peft_backend.changes(method, adapter.tensors, _changed(model, adapter.tensors)))
+
+    def unserved(self, model: Model, adapter: Adapter) -> str | None:
+        if self.method.peft_type not in WRAPPED:
+            return None
+        try:
+            paths = _changed(model, adapter.tensors)
+        except AdapterError as error:
+            return str(error)
+        outside = sorted(set(paths) - set(target_paths(model, "all-linear")))
+        return f"{outside[0]} is outside the base, and the engine adapts only layers inside" if outside else None
 
     def mount(self, model: Model, attached: HookedModel, adapter: Adapter, slot: int) -> None:
         extra = self._beside(adapter.tensors)
@@ -301,7 +320,7 @@ class PeftTuner(Tuner[Peft]):
             super().mount(model, attached, adapter, slot)
             attached.stored[slot] = adapter.tensors
             return
-        _invite(model, attached, peft_backend.finished(self.method))
+        _invite(model, attached, peft_backend.finished(self.method), trains=False)
         guest = _guest(attached)
         peft_backend.fill(guest, adapter.tensors)
         for each in guest.parameters.values():
@@ -311,14 +330,59 @@ class PeftTuner(Tuner[Peft]):
         mount_head(model, attached, adapter.head, slot)
 
 
+def _changed(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """The base's own layers that the tensors' names name, by path, in the base's order."""
+    known, found = dict(model.named_modules()), set[str]()
+    for name in tensors:
+        path = name.removeprefix(LORA_PREFIX) if name.startswith(LORA_PREFIX) else ""
+        while path and path not in known:
+            path = path.rpartition(".")[0]
+        found |= {path} if path else set()
+    if not found:
+        raise AdapterError("the adapter holds no tensor of a layer of this base: load its own base")
+    return {path: _layer(model, path) for path in known if path in found}
+
+
+def _prefix(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys and values (L, 2, H, P, D) by group, which the bare base computes for virtual tokens (P, D).
+
+    The hooked model may be in use, so its spare computes them.
+    """
+    attached = attachment(model)
+    tokens, width = tensors.get(PROMPT["decoder"]), model.get_input_embeddings().weight.shape[1]
+    if tokens is None or len(tensors) > 1 or tokens.dim() != 2 or tokens.shape[1] != width or not len(tokens):
+        shapes = ", ".join(f"{name} {tuple(each.shape)}" for name, each in sorted(tensors.items()))[:120]
+        raise AdapterError(f"expected {PROMPT['decoder']} of shape (virtual tokens, {width}), given {shapes or 'none'}")
+    if (most := getattr(model.config, "max_position_embeddings", None) or len(tokens)) < len(tokens):
+        raise AdapterError(f"{len(tokens)} virtual tokens do not fit this base, which has {most} positions: retrain")
+    if attached.spare is None:
+        raise AdapterError("virtual tokens share a model with other adapters in an engine only: mount them alone")
+    spare = attached.spare()
+    try:
+        with torch.no_grad():
+            groups = _read(spare, hook_model(spare), tokens[None].to(device_of(spare)))
+    finally:
+        detach(spare)
+    return {
+        name: torch.stack([torch.stack(both) for both in layers]).float() for name, layers in groups.items()
+    }  # each (L, 2, H, P, D)
+
+
 def _guest(attached: HookedModel) -> peft_backend.PeftBackend:
     assert attached.guest is not None
     return attached.guest
 
 
-def _invite(model: Model, attached: HookedModel, method: Peft, generator: torch.Generator | None = None) -> None:
+def _invite(
+    model: Model,
+    attached: HookedModel,
+    method: Peft,
+    generator: torch.Generator | None = None,
+    *,
+    trains: bool = True,
+) -> None:
     """Let PEFT put its modules into a hooked model. `detach` removes them."""
-    guest = peft_backend.invite(model, attached.family, method, generator)
+    guest = peft_backend.invite(model, attached.family, method, generator, trains=trains)
     attached.guest = guest
     attached.context.draws_alone = True
     for path, layer in model.named_modules():

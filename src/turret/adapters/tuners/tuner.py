@@ -28,6 +28,7 @@ from turret.adapters.hooks import AdapterInit, HookedModel, start_head
 from turret.adapters.lora import merged_weight
 from turret.adapters.modules_to_save import merged_values
 from turret.adapters.peft_config import check_agreement, check_config
+from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError, BundleError
 from turret.json_types import JsonObject
 from turret.methods.method import Method
@@ -146,6 +147,7 @@ class Tuner(Generic[M]):
             assert isinstance(layer.weight, Tensor)
             merged[f"{path}.weight"] = merged_weight(layer.weight, A, B, parts.scaling, transposed=transposed)
         for path, scaled in parts.layers.items():
+            assert isinstance(scaled, ScaledLayer)  # PEFT merges its own modules
             merged |= {f"{path}.{name}": value for name, value in scaled.merged(model.get_submodule(path)).items()}
         for path, module in parts.whole.items():
             base = model.get_submodule(path)
@@ -168,6 +170,10 @@ class Tuner(Generic[M]):
             names = ", ".join(sorted(adapter.tensors)[:3])
             raise AdapterError(f"the method {self.method.kind} has no tensors besides the head, given {names}")
         return Parts()
+
+    def unserved(self, model: Model, adapter: Adapter) -> str | None:
+        """Why an engine cannot take the adapter, if only its tensors show that; None if it can. model: the base."""
+        return None
 
     def mount(self, model: Model, attached: HookedModel, adapter: Adapter, slot: int) -> None:
         """Put a finished adapter into an empty slot."""
