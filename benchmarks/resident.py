@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,7 @@ def memory(store: Path, first: Path, recipes: Sequence[Path]) -> dict[str, int]:
     worker = Worker(store, len(recipes), [first])
     try:
         base = worker.finished(worker.runs)[0]["memory"]["base_bytes"]
-        time.sleep(1)
-        alone = worker.trainer_bytes()
+        alone = min(worker.bytes_of_seconds(3))  # the trainer frees memory after the result is stored
         runs, seen = [worker.submit(path) for path in recipes], [alone]
         worker.finished(runs, lambda: seen.append(worker.trainer_bytes()))
     finally:
@@ -153,6 +152,12 @@ class Worker:
         children = [int(child) for task in tasks for child in task.read_text().split()]
         trainers = [each for each in children if b"resident_trainer" in Path(f"/proc/{each}/cmdline").read_bytes()]
         return sum(map(_own_bytes, trainers))
+
+    def bytes_of_seconds(self, seconds: int) -> Iterator[int]:
+        """`trainer_bytes`, ten times a second."""
+        for _ in range(10 * seconds):
+            time.sleep(0.1)
+            yield self.trainer_bytes()
 
     def end(self) -> None:
         self.process.terminate()

@@ -218,6 +218,15 @@ def collect_garbage_rarely() -> None:
     gc.set_threshold(young, middle, max(old, FULL_COLLECTION_EVERY))
 
 
+def exempt_loaded() -> None:
+    """Exempt all objects that live now from garbage collection, for ever: those of libraries.
+
+    A full collection then takes 10 milliseconds instead of 480, and Python makes one as soon as the other objects have
+    grown by a quarter, so that less garbage waits.
+    """
+    gc.freeze()
+
+
 def stop_on_sigterm() -> None:
     """Make SIGTERM raise KeyboardInterrupt like Ctrl-C, so that cleanup runs, unless SIGTERM is ignored or handled."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

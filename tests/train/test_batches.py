@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -98,3 +99,45 @@ def test_examples_are_encoded_together_once_while_there_is_room_and_anew_after()
     assert item(5).weight == 1
     assert item(5, 2).weight == 2
     assert item(5, 2).tokens == 7
+
+
+class Alternating:
+    """A task of one encoded example, with every optional tensor or none."""
+
+    def __init__(self) -> None:
+        ids = [torch.arange(300_000, 300_007), torch.tensor([5, 1 << 30]), torch.tensor([2, 4])]
+        self.sides = {
+            "all": (Encoded(ids[0], cut=True, earlier=ids[2], left_out=3, whole=9), Encoded(ids[1], cut=True)),
+            "one": (Encoded(ids[0], cut=False), None),
+        }
+
+    def encode_examples(self, examples: Sequence[Any]) -> list[tuple[Encoded, Encoded | None]]:
+        return [self.sides[each] for each in examples]
+
+
+def test_a_row_from_memory_equals_the_encoded_one_and_keeps_no_tensor() -> None:
+    items = EncodedRows(Alternating(), ["all", "one"] * 50)  # type: ignore[arg-type, list-item]
+    first = items.take(range(100))
+    second = items.take(range(100))
+    for new, kept in zip(first, second, strict=True):
+        for name in ("source", "target", "earlier"):
+            ids, found = getattr(new, name), getattr(kept, name)
+            assert found is None if ids is None else torch.equal(ids, found) and found.dtype == torch.long
+        for name in ("example", "cut", "target_cut", "left_out", "whole", "tokens", "weight"):
+            assert getattr(new, name) == getattr(kept, name), name
+    assert len(tensors_in(second)) >= 200  # the count would notice them
+    assert len(tensors_in(items._cached)) <= 1
+
+
+def tensors_in(root: object) -> dict[int, torch.Tensor]:
+    """The tensors that an object holds, by their number."""
+    found: dict[int, torch.Tensor] = {}
+    seen, left = set[int](), [root]
+    while left:
+        each = left.pop()
+        if isinstance(each, torch.Tensor):
+            found[id(each)] = each
+        elif id(each) not in seen and not isinstance(each, type):
+            seen.add(id(each))
+            left += gc.get_referents(each)
+    return found

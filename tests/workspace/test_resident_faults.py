@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +25,14 @@ from turret.errors import DataError, StoreError
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, TrainingQueue
 from turret.store.queue import QueuedRun
+from turret.train.curve import StepRecord
 from turret.workspace import Workspace, queue_worker
 from turret.workspace.child_process import Failure
 from turret.workspace.progress import Say
 from turret.workspace.queue_worker import Worker, WorkerLimits
 from turret.workspace.queued_training import carry_out
-from turret.workspace.resident_trainer import DataReaders
+from turret.workspace.resident import ResidentBases, Room, Seat
+from turret.workspace.resident_trainer import DataReaders, _Run
 
 ROWS = 40_000  # take a second to read
 
@@ -230,3 +236,57 @@ def test_an_unexpected_error_ends_a_queued_run_in_one_line(
         assert ("Traceback" in capfd.readouterr().err) == (debug == "1")
         run = store.run(taken.run)
         assert (run["state"], run["error"]) == ("waiting", ended.text)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Cycle:
+    """Refers to itself, so only a collection frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_the_first_step_of_a_run_frees_what_its_preparation_left(tmp_path: Path) -> None:
+    taken = queued(tmp_path, 4)
+    run = _Run(taken, threading.Event())
+    run.seat = Seat(ResidentBases(thread=None), Room(), list, run.asked)
+    step = StepRecord(7, 9, 0.5, 1.25, 1e-3, 0.3, 8, 100, 0.5, 200.0, 1000)  # the first one here: it was resumed
+    gc.disable()
+    try:
+        left = weakref.ref(Cycle())
+        run.heard(None)
+        assert left() is not None  # a stage frees nothing
+        run.heard(step)
+        assert left() is None
+        later = weakref.ref(Cycle())
+        run.heard(step)
+        assert later() is not None  # further steps are not delayed
+    finally:
+        gc.enable()
+
+
+TRAINER = """
+import gc, json
+from turret.workspace import resident_trainer
+asked = {"local": "store", "silent": 60.0, "stopping": 60.0, "bases": ["*"]}
+resident_trainer.main(json.dumps(asked))
+print(gc.get_freeze_count(), len(gc.get_objects()))
+"""
+
+
+@pytest.mark.slow
+def test_the_process_of_resident_trainings_collects_no_objects_of_libraries(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINER],
+        stdin=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env=os.environ | {"TURRET_STORE": str(tmp_path / "store")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    exempt, others = map(int, done.stdout.split())
+    assert exempt > 100_000  # torch and transformers are loaded
+    assert others < exempt / 10

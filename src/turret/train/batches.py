@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +75,7 @@ ENCODED_AT_ONCE = 1024  # examples
 KEPT_TOKENS = 1 << 26  # tokens kept in memory (256 MB of int32); further examples are encoded again each time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class EncodedRow:
     """An example as the model reads it, and what its loss is computed with.
 
@@ -116,7 +118,7 @@ class EncodedRows:
 
     def __init__(self, task: Task, examples: Sequence[Example], *, kept_tokens: int = KEPT_TOKENS) -> None:
         self.task, self.examples = task, examples
-        self._cached: dict[int, EncodedRow] = {}
+        self._cached: dict[int, _KeptRow] = {}
         self._room = kept_tokens
 
     def __len__(self) -> int:
@@ -130,8 +132,8 @@ class EncodedRows:
         for index, item in encoded.items():
             if item.tokens <= self._room:
                 self._room -= item.tokens
-                self._cached[index] = _cast(item, torch.int32)
-        return [encoded[i] if i in encoded else _cast(self._cached[i], torch.int64) for i in indices]
+                self._cached[index] = _KeptRow.of(item)
+        return [encoded[i] if i in encoded else self._cached[i].row() for i in indices]
 
     def lengths(self) -> list[int]:
         """The tokens of every item."""
@@ -142,9 +144,35 @@ class EncodedRows:
         ]
 
 
-def _cast(item: EncodedRow, dtype: torch.dtype) -> EncodedRow:
-    target, earlier = (None if each is None else each.to(dtype) for each in (item.target, item.earlier))
-    return replace(item, source=item.source.to(dtype), target=target, earlier=earlier)
+_NO_IDS = torch.empty(0, dtype=torch.long)
+
+
+class _KeptRow(NamedTuple):
+    """A row in the cache. Its ids are bytes of int32: a tensor takes 500 bytes beside its numbers."""
+
+    bare: EncodedRow  # without ids
+    source: bytes
+    target: bytes | None
+    earlier: bytes | None
+
+    @classmethod
+    def of(cls, item: EncodedRow) -> _KeptRow:
+        bare = replace(item, source=_NO_IDS, target=None, earlier=None)
+        target, earlier = (None if each is None else _bytes_of(each) for each in (item.target, item.earlier))
+        return cls(bare, _bytes_of(item.source), target, earlier)
+
+    def row(self) -> EncodedRow:
+        target, earlier = (None if each is None else _ids_in(each) for each in (self.target, self.earlier))
+        return replace(self.bare, source=_ids_in(self.source), target=target, earlier=earlier)
+
+
+def _bytes_of(ids: Tensor) -> bytes:
+    return ids.to(torch.int32).numpy().tobytes()
+
+
+def _ids_in(kept: bytes) -> Tensor:
+    """(T,) int64."""
+    return torch.from_numpy(np.frombuffer(kept, dtype=np.int32).astype(np.int64))
 
 
 def encode(task: Task, examples: Sequence[Example]) -> list[EncodedRow]:

@@ -276,7 +276,7 @@ class TrainingRun:
             raise TrainingError(
                 'train.lr is "auto": find it first (Workspace.train does, or find_rate), or give a number'
             )
-        originals = [each.detach() for each in (*base.model.parameters(), *base.model.buffers())]
+        originals = [*base.model.parameters(), *base.model.buffers()]
         unchanged = checksum(originals, base.digests.tensors if base.digests is not None else {})
         total = quantized.count(base.model)
         slot = LocalSlot.of_recipe(recipe, base, task, start, here)

@@ -194,6 +194,7 @@ class _Run:
         self.taken, self.stop, self._stopping = taken, threading.Event(), stopping
         self.reads = False  # another process reads its data, for a limited time
         self.seat: Seat
+        self._trains = False  # it has made a step here
         self._signed = 0.0
 
     @property
@@ -215,6 +216,9 @@ class _Run:
             self.seat.require_wanted()
         else:
             self.seat.settle()
+            if not self._trains:
+                self._trains = True
+                process.release()  # what its data and the start of its head needed
         self.sign()
 
     def sign(self) -> None:
@@ -228,6 +232,7 @@ class _Run:
 def main(request: str) -> None:
     """Train what the worker gives, until it ends."""
     process.share()  # one heap for the threads of all runs: what one frees, another uses
+    process.exempt_loaded()  # a collection for each run then looks at runs and bases alone
     asked = json.loads(request)
     with tempfile.TemporaryDirectory(prefix="turret-") as folder:
         os.chdir(folder)
