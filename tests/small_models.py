@@ -82,6 +82,8 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
     names = {f"{role}_token": token for role, token in specials.items() if role != "start"}
     if "bos" in specials and "mask" in specials:
         names |= {"cls_token": specials["bos"], "sep_token": specials["eos"]}
+    if _LIKE.get(family, family) == "bert":
+        names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     wrapped = PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=512, **names)
     if family == "qwen3":
         wrapped.chat_template = _CHAT
@@ -100,7 +102,8 @@ def _add_template(core: Tokenizer, family: str) -> None:
         return
     first, last = around[family]
     single = " ".join(part for part in (first, "$A", last) if part)
-    pair = " ".join(part for part in (first, "$A", last, "$B", last) if part)
+    segment = ":1" if family == "bert" else ""
+    pair = " ".join(part for part in (first, "$A", last, f"$B{segment}", last and f"{last}{segment}") if part)
     core.post_processor = processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=[(t, core.token_to_id(t)) for t in (first, last) if t]
     )

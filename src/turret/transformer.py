@@ -80,6 +80,7 @@ class TextEncoding(Protocol):
     """One text as tokens."""
 
     def __getitem__(self, name: str) -> list[int]: ...
+    def get(self, name: str, default: list[int]) -> list[int]: ...
 
 
 class AddedToken(Protocol):
@@ -105,6 +106,9 @@ class Tokenizer(Protocol):
 
     @overload
     def __call__(self, texts: str, **options: bool) -> TextEncoding: ...
+
+    @overload
+    def __call__(self, texts: str, text_pair: str, **options: bool) -> TextEncoding: ...
 
     @overload
     def __call__(self, texts: list[str], **options: bool) -> BatchEncoding: ...

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from turret.data import Dataset, Example, Labelled, Schema
-from turret.data.cells import label_of
 from turret.data.columns import LABELLED
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Encoded, Prediction
@@ -35,6 +34,7 @@ class Rate:
     right_or_wrong: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ()
     multi_label = False
+    pairs = False
     instruction = "Say how good the following text is."
 
     def __init__(self, labels: Sequence[str], tokenizer: Tokenizer, max_tokens: int = 64) -> None:
@@ -43,9 +43,8 @@ class Rate:
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
         names = {LABELLED: [("text", "grade"), ("review", "grade")]}
-        return Schema(
-            cls.kind, names, ("text", "review"), lambda cell, _, __: label_of(cell, (), False), Labelled, classes=True
-        )
+        example = lambda row: Labelled(row.text("text"), row.label("label"))
+        return Schema(cls.kind, names, ("text", "review"), example, classes=True)
 
     @classmethod
     def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: str) -> Rate:

@@ -74,7 +74,7 @@ def _taught(folder: Path, base: Path, answer: dict[str, Any], steps: int, seed: 
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     for step in range(steps):
-        prompt = task.encode_chats([_prompt(step, tools, draw)])[0].ids  # (P,)
+        prompt = task.encode_sources([_prompt(step, tools, draw)])[0].ids  # (P,)
         logits = model(torch.cat([prompt, said])[None]).logits[0, len(prompt) - 1 : -1]  # (A, V)
         loss = torch.nn.functional.cross_entropy(logits, said)
         loss.backward()

@@ -120,7 +120,7 @@ def test_one_conversation_in_three_formats_gives_equal_tokens_and_masks(tmp_path
 def test_the_prompt_of_an_answer_is_the_one_that_was_trained(template: str | None) -> None:
     task = chat(template)
     trained = item(task, *TURNS)
-    (served,) = task.encode_chats([Prompt(TURNS[:-1])])
+    (served,) = task.encode_sources([Prompt(TURNS[:-1])])
     assert served.ids.tolist() == trained.source.tolist()
     assert task.encode_sources([TURNS[0].content])[0].ids.tolist() == item(task, *TURNS[:2]).source.tolist()
 
@@ -128,7 +128,7 @@ def test_the_prompt_of_an_answer_is_the_one_that_was_trained(template: str | Non
 def test_a_tokenizer_that_merges_the_prompts_end_with_the_answer_keeps_the_prompt() -> None:
     task = Chat(small_models.tokenizer("qwen3"), 200)  # its template ends with a space, which joins the next word
     trained = item(task, *TURNS)
-    assert task.encode_chats([Prompt(TURNS[:-1])])[0].ids.tolist() == trained.source.tolist()
+    assert task.encode_sources([Prompt(TURNS[:-1])])[0].ids.tolist() == trained.source.tolist()
     assert trained.target is not None
     assert task.decode(trained.target.tolist()) == "lima, of course"
     assert trained.target[-1] == task.tokenizer.eos_token_id
@@ -201,7 +201,7 @@ def test_a_long_conversation_loses_its_oldest_turns_as_a_whole() -> None:
     assert (cut.left_out, cut.cut, cut.whole) == (8, True, len(whole.source))
     assert ids_and_mask(cut) == ids_and_mask(short)
     assert whole.left_out == 0
-    (served,) = chat(max_tokens=limit).encode_chats([Prompt(turns[:-1])])
+    (served,) = chat(max_tokens=limit).encode_sources([Prompt(turns[:-1])])
     assert served.ids.tolist() == cut.source.tolist()
 
 
@@ -266,7 +266,7 @@ def test_a_template_that_knows_only_users_and_assistants_takes_results_as_user_t
     task = chat(chats.STRICT)
     text = task.tokenizer.decode(item(task, *WITH_TOOLS.turns).source.tolist())
     assert "<|im_start|>user\nmild<|im_end|>" in text
-    assert "results of tools are user turns" in str(task.template.note([WITH_TOOLS.prompt]))
+    assert "results of tools are user turns" in str(task.template.note([WITH_TOOLS.asked]))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -218,6 +218,7 @@ def test_a_broken_spec_is_refused(spec: dict[str, Any]) -> None:
 def test_the_task_of_a_recipe_has_its_settings_and_the_datas_labels() -> None:
     class Data:
         kind = "classify"
+        columns: ClassVar = {"text": "text", "label": "label"}
         labels = LABELS
         train = (Labelled("x", "bad"), Labelled("y", "bad"), Labelled("z", "good"))
 

@@ -17,7 +17,7 @@ import torch
 from small_models import save_base
 
 from turret import adapters
-from turret.data import Example, texts_of
+from turret.data import Example
 from turret.engine import Engine, OptimStep, SamplingParams
 from turret.errors import NotFound
 from turret.recipe import Recipe
@@ -107,7 +107,7 @@ def test_the_job_trains_beside_answers_as_it_trains_alone_and_is_attached_and_de
 ) -> None:
     """Losses, norms and digest bit for bit. Control: another seed has another curve and other answers."""
     recipe, other = job.recipe(tmp_path, 1), job.recipe(tmp_path, 2)
-    texts = texts_of(examples(tmp_path, recipe)[:3])
+    texts = [each.input for each in examples(tmp_path, recipe)[:3]]
     store = Store(tmp_path / "store")
     _, digest, alone = train(Store(tmp_path / "alone"), recipe, ALONE)
     first, _, unlike = train(store, other, ALONE)
@@ -157,7 +157,7 @@ def test_the_job_trains_verb_by_verb_beside_a_training_and_leaves_its_curve_as_i
     recipe = job.recipe(tmp_path, 1)
     store, rows = Store(tmp_path / "store"), examples(tmp_path, recipe)[:8]
     labels = ("neg", "pos") if job is LORA else ()
-    asked = texts_of(rows)
+    asked = [each.input for each in rows]
     settings = recipe.task.model_dump(include={"prefix_text", "max_tokens", "max_target_tokens"}, exclude_none=True)
     kind = str(recipe.task.kind)
     options = SamplingParams(temperature=0, max_tokens=6) if job is PREFIX else None

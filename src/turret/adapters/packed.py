@@ -30,7 +30,7 @@ def classify_logits(model: Model, inputs: Sequence[Tensor], slots: Sequence[int]
 
     Args:
         model: a classifier with an attachment.
-        inputs: B rows of token ids, each (T_i,) int64.
+        inputs: B rows of token ids, each (T_i,) int64, or (T_i, 2) with the segment of each token.
         slots: a slot for each row; None: all rows take the attached adapter.
 
     Returns:
@@ -145,9 +145,10 @@ def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, r
         return _one_by_one(model, rows, slots)
     rows, slots = _filled(rows, slots)
     lengths = [len(row) for row in rows]
-    ids = copied(torch.cat(list(rows))[None], device_of(model))  # (1, N)
+    ids, settings = tokens(model, rows)
     offset = attached.family.position_offset(model.config)
-    settings: dict[str, bool] = {"use_cache": False} if attached.family.decoder_only else {}
+    if attached.family.decoder_only:
+        settings["use_cache"] = False
     with set_context(attached.context, slots, {attached.family.kind: lengths}, in_body=True, read=read):
         output = model.base_model(
             input_ids=ids,
@@ -159,14 +160,24 @@ def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, r
     return hidden
 
 
+def tokens(model: Model, rows: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor | bool]]:
+    """The token ids (1, N) of rows, and the argument `token_type_ids` if one has segments and the base embeds them."""
+    device = device_of(model)
+    ids = copied(torch.cat([row if row.ndim == 1 else row[:, 0] for row in rows])[None], device)
+    if all(row.ndim == 1 for row in rows) or getattr(model.config, "type_vocab_size", 0) < 2:
+        return ids, {}
+    types = torch.cat([torch.zeros_like(row) if row.ndim == 1 else row[:, 1] for row in rows])
+    return ids, {"token_type_ids": copied(types[None], device)}
+
+
 def _one_by_one(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None) -> Tensor:
     """Last hidden states of an encoder that keeps packed rows apart by nothing: (N, D)."""
     attached, parts = attachment(model), []
     for place, row in enumerate(rows):
-        ids = row[None].to(device_of(model))  # (1, T)
+        ids, settings = tokens(model, [row])  # (1, T)
         own, kind = None if slots is None else [slots[place]], attached.family.kind
         with set_context(attached.context, own, None, in_body=True, masked={kind: [len(row)]}, examples=[place]):
-            parts.append(model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0][0])
+            parts.append(model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0][0])
     return torch.cat(parts)
 
 

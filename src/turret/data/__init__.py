@@ -13,11 +13,9 @@ from turret.data.examples import (
     Labelled,
     Pair,
     Prompt,
+    Scored,
+    TextPair,
     Turn,
-    inputs_of,
-    labels_of,
-    references_of,
-    texts_of,
 )
 
 __all__ = [
@@ -29,9 +27,7 @@ __all__ = [
     "Pair",
     "Prompt",
     "Schema",
+    "Scored",
+    "TextPair",
     "Turn",
-    "inputs_of",
-    "labels_of",
-    "references_of",
-    "texts_of",
 ]

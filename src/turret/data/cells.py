@@ -17,8 +17,11 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date, time
+from typing import TypeVar
 
+from turret.data.examples import TextPair
 from turret.data.table import FIELD_LIMIT, CellValue, trimmed
 from turret.errors import DataError, listed, shown
 
@@ -31,6 +34,7 @@ _JOINS = ("|", ";", ",", "/", "+", "&")  # what people put between several label
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 Label = str | tuple[str, ...]
+T = TypeVar("T")
 
 NO_VALUES = frozenset((  # what people and programs write into a cell that has no value
     "n/a", "#n/a", "na", "n.a.", "n. a.", "nan", "null", "none", "nil", "-", "--", "---", "–", "—", "?", "??", "tbd",
@@ -40,6 +44,10 @@ NO_VALUES = frozenset((  # what people and programs write into a cell that has n
     "brak danych",
     "(blank)", "(leer)", "(vide)", "#ref!", "#value!",
 ))  # fmt: skip
+
+
+class Missing(Exception):
+    """A row lacks a value that an example needs."""
 
 
 class Replacements:
@@ -77,6 +85,24 @@ def text_of(cell: CellValue, replaced: Replacements) -> str | None:
         text = _SURROGATE.sub("\ufffd", text)
         replaced.counts["had half characters, which became U+FFFD"] += 1
     return text if text.strip() else None
+
+
+def number_of(cell: CellValue) -> float | None:
+    """The number in a cell, also with a decimal comma; None if it is missing. Raises DataError."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    text = trimmed(cell) if isinstance(cell, str) else cell
+    if text == "" or (isinstance(text, str) and key_of(text) in NO_VALUES):
+        return None
+    try:
+        if isinstance(text, bool) or not isinstance(text, (int, float, str)):
+            raise ValueError
+        number = float(text.replace(",", ".") if isinstance(text, str) and text.count(",") == 1 else text)
+        if not math.isfinite(number) or (isinstance(text, str) and "_" in text):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise DataError(f"expected a number such as 3.5, found {shown(str(cell), 40)}") from None
+    return number
 
 
 def texts_in(cell: CellValue, replaced: Replacements) -> str | tuple[str, ...] | None:
@@ -314,3 +340,77 @@ def check_classes(counts: Mapping[str, int], rows: int, column: str, multi_label
             f"column {shown(column)} has {len(counts)} different labels in {rows} rows: "
             "is it a column of texts or numbers? name the right one in data.label"
         )
+
+
+# --- the cells of a row -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RowReader:
+    """Reads one row after another, a cell by the role of its column. What is missing raises Missing.
+
+    Args:
+        roles: of the columns, in the order of a row's cells.
+        names: the names of class numbers, if the table has them.
+        separator: between the labels of a cell.
+        rename: label -> the class that is meant; "": rows with it are left out.
+        replaced: counts replaced characters.
+        renamed: counts the labels that `rename` changes.
+    """
+
+    roles: Sequence[str]
+    names: Sequence[str] = ()
+    separator: str | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+    replaced: Replacements = field(default_factory=Replacements)
+    renamed: Counter[str] = field(default_factory=Counter)
+    role: str = ""  # that is being read
+    _cells: Mapping[str, CellValue] = field(default_factory=dict)
+
+    def begin(self, cells: Sequence[CellValue]) -> None:
+        """Go on to a row; cells behind those of the roles are ignored."""
+        self._cells = dict(zip(self.roles, cells, strict=False))
+
+    def has(self, role: str) -> bool:
+        """Whether there is a column of that role."""
+        return role in self._cells
+
+    def cell(self, role: str) -> CellValue:
+        """A cell as it is; None without its column."""
+        self.role = role
+        return self._cells.get(role)
+
+    def text(self, role: str) -> str:
+        return self._there(text_of(self.cell(role), self.replaced))
+
+    def texts(self, role: str) -> str | tuple[str, ...]:
+        """A text, or the texts of a list."""
+        found = texts_in(self.cell(role), self.replaced)
+        if found is None:
+            raise Missing
+        return found
+
+    def number(self, role: str) -> float:
+        return self._there(number_of(self.cell(role)))
+
+    def label(self, role: str, *, many: bool = False) -> Label:
+        """A class, or with `many` a sorted tuple of classes."""
+        cell = self.cell(role)
+        found = label_of(split_labels(cell, self.separator) if many else cell, self.names, many)
+        if self.rename and found is not None:
+            labels = (found,) if isinstance(found, str) else found
+            self.renamed.update(label for label in labels if label in self.rename)
+            found = renamed(found, self.rename)
+        if found is None:
+            raise Missing
+        return found
+
+    def asked(self) -> str | TextPair:
+        """The text to read, or two if there is a column of second texts."""
+        text = self.text("text")
+        return TextPair(text, self.text("text_pair")) if self.has("text_pair") else text
+
+    def _there(self, value: T | None) -> T:
+        if value is None:
+            raise Missing
+        return value

@@ -11,24 +11,22 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from turret.data.cells import Label, Replacements, text_of
+from turret.data.cells import Replacements, RowReader, text_of
 from turret.data.conversations import conversation_of, from_question, prompt_of, question, turns_of
 from turret.data.examples import Conversation, Example, Prompt, Turn
 from turret.data.table import CellValue, DataSettings, Table, name_key
 from turret.errors import DataError, listed, shown
 
-# the keys of a recipe's [data] for an input and its output
 _LISTED = 12  # columns that an error names
-PAIR_ROLES = ("text", "label", "document", "summary", "prompt", "completion")
 
-Roles = tuple[str, str]  # the keys of a recipe's [data] for the input and the output
+Roles = tuple[str, ...]  # keys of a recipe's [data]: those of what is asked, then those of the right answer
 LABELLED: Roles = ("text", "label")
+PAIRED: Roles = ("text", "text_pair", "label")
 SUMMARISED: Roles = ("document", "summary")
 COMPLETED: Roles = ("prompt", "completion")
-OPTIONS = ("text", "label", "prompt", "completion", "messages")  # roles that the command line has an option for
-PAIRS = (LABELLED, SUMMARISED, COMPLETED)
+OPTIONS = ("text", "text_pair", "label", "prompt", "completion", "messages")  # with an option of the command line
+PLAIN_ROLES = ("text", "text_pair", "label", "document", "summary", "prompt", "completion")  # one cell, one text
 
 WHOLE = ("messages", "conversations")  # column names of all turns
 MORE_WHOLE = ("conversation", "chat", "dialog")  # obvious only if the task is known
@@ -47,23 +45,23 @@ class Schema:
 
     Args:
         kind: of the task.
-        names: by pair of roles, the usual pair first, pairs of column names that are obvious for it.
-        inputs: column names that are obvious if only inputs are read.
-        output: (cell, names of class numbers, counter of replaced characters) -> label or text; None: missing.
-        example: (text, output) -> the example.
-        classes: whether outputs are classes, which are counted, checked and listed.
+        names: by roles, the usual ones first, column names that are obvious for them.
+        inputs: column names that are obvious if only one text is asked.
+        example: makes the example of a row. Raises DataError for a wrong cell, Missing for one without a value.
+        classes: whether answers are classes, which are counted, checked and listed.
         many: whether an example has any number of classes.
         conversations: whether the examples are conversations, whose columns are found by `named_layout`.
+        show: how many of `names` show the task; others need the task's name.
     """
 
     kind: str
-    names: Mapping[Roles, Sequence[tuple[str, str]]]
+    names: Mapping[Roles, Sequence[tuple[str, ...]]]
     inputs: Sequence[str]
-    output: Callable[[CellValue, Sequence[str], Replacements], Label | None]
-    example: Callable[[str, Any], Example]  # Any: the result of `output`, a text for one task and labels for another
+    example: Callable[[RowReader], Example]
     classes: bool = False
     many: bool = False
     conversations: bool = False
+    show: int = 1
 
     @property
     def usual(self) -> Roles:
@@ -73,7 +71,7 @@ class Schema:
 
 @dataclass(frozen=True)
 class Columns:
-    """The input and output columns of a table, by their roles."""
+    """The columns of a table that a task reads, by their roles."""
 
     schema: Schema
     roles: dict[str, str]  # ("text", "label"), ("document", "summary") or ("prompt", "completion") -> column
@@ -81,10 +79,9 @@ class Columns:
     layout: Layout | None = None  # of conversations, with the same roles
 
     @property
-    def pair(self) -> tuple[str, str]:
-        """The names of the input and the output column."""
-        first, second = self.roles.values()
-        return first, second
+    def answer(self) -> str:
+        """The column of the right answer."""
+        return list(self.roles.values())[-1]
 
 
 def find_columns(
@@ -107,29 +104,30 @@ def find_columns(
     if (conversations := _conversations(data, columns, schemas, trained)) is not None:
         return conversations
     schemas = [schema for schema in schemas if not schema.conversations]
-    given = found_columns(named_columns(data, PAIR_ROLES), columns)
+    given = found_columns(named_columns(data, PLAIN_ROLES), columns)
     note = None
     if trained:
         known, lacks = trained_columns(trained, columns)
         if not given:
             given, note = known, lacks
-        else:  # one column is named: the version knows the other
-            pair_of: Sequence[str] = next((pair for pair in schemas[0].names if given.keys() & set(pair)), ())
-            given |= {role: name for role, name in known.items() if role in pair_of and role not in given}
+        else:  # some columns are named: the version knows the others
+            own: Roles = next((roles for roles in schemas[0].names if given.keys() & set(roles)), ())
+            given |= {role: name for role, name in known.items() if role in own and role not in given}
     only = schemas[0] if len(schemas) == 1 else None
-    pairs = _named_pairs(given, only)
+    _check_named(given, only)
     found = []
     for schema in schemas:
-        for pair in schema.names if only else (schema.usual,):  # other pairs do not help to choose a task
-            if (not pairs or pair in pairs) and (guess := _guess(schema, pair, given, columns)):
-                found.append(Columns(schema, dict(zip(pair, guess, strict=True)), note))
+        for roles in list(schema.names) if only else list(schema.names)[: schema.show]:
+            if given.keys() <= set(roles) and (guess := _guess(schema, roles, given, columns)):
+                found.append(Columns(schema, dict(zip(roles, guess, strict=True)), note))
                 break
     if not found:
         if not given:
             refuse_later(columns, [schema.kind for schema in schemas])
         raise DataError(_not_found(given, columns, only))
-    if len(found) > 1 and not given:
-        both = " and ".join(f"{f.schema.kind} ({listed(f.pair, 60)})" for f in found[:2])
+    found.sort(key=lambda each: (each.roles.keys() != given.keys(), -len(each.roles)))
+    if len(found) > 1 and not given and len(found[0].roles) == len(found[1].roles):
+        both = " and ".join(f"{f.schema.kind} ({listed(f.roles.values(), 60)})" for f in found[:2])
         raise DataError(
             f"the columns {listed(columns, 80)} fit {both}: set task.kind (--task), or name the columns under [data]"
         )
@@ -137,7 +135,7 @@ def find_columns(
     if all(role in given for role in best.roles):
         return best
     guessed = ", ".join(f"{role} is column {name!r}" for role, name in best.roles.items() if role not in given)
-    others = [name for name in columns if name not in best.pair]
+    others = [name for name in columns if name not in best.roles.values()]
     guess_note = f"guessed: {best.schema.kind}, {guessed}" + (f"; not used: {', '.join(others)}" if others else "")
     return Columns(best.schema, best.roles, f"{note}; {guess_note}" if note else guess_note)
 
@@ -156,30 +154,48 @@ def _conversations(
     return Columns(schema, layout.roles, layout_note(data, schema.kind, layout, columns, trained), layout)
 
 
-def find_input(
+def find_inputs(
     data: DataSettings, columns: Sequence[str], schema: Schema, *, trained: Mapping[str, str] | None = None
-) -> str:
-    """The column of inputs in a table that may have no outputs. Raises DataError.
+) -> dict[str, str]:
+    """The columns of what is asked, by role, in a table that may have no answers. Raises DataError.
 
     Args:
         trained: role -> column of the table that a version was trained on; used if the table has it.
     """
     columns = kept_columns(data, columns)
-    role, given = schema.usual[0], named_columns(data, PAIR_ROLES)
-    firsts = [first for first, _ in schema.names]
-    named = next((first for first in firsts if first in given), None)
-    if named is not None:
-        return found_columns({named: given[named]}, columns)[named]
-    known, _ = trained_columns({role: name for role, name in (trained or {}).items() if role in firsts}, columns)
-    low = {name_key(name): name for name in reversed(columns)}
-    found = [*known.values(), *(low[name] for name in dict.fromkeys((role, *schema.inputs)) if name in low)]
-    if found or len(columns) == 1:
-        return found[0] if found else columns[0]
-    option = "--text" if role == LABELLED[0] else "--prompt"
-    raise DataError(
-        f"cannot tell which column has the inputs; the columns are {listed_columns(columns)}: "
-        f"name one with {option} COLUMN"
+    asked = [roles[:-1] for roles in schema.names]
+    given = found_columns(
+        {role: n for role, n in named_columns(data, PLAIN_ROLES).items() if _in(role, asked)}, columns
     )
+    known, _ = trained_columns({role: name for role, name in (trained or {}).items() if _in(role, asked)}, columns)
+    if given or not trained:
+        fitting = [roles for roles in asked if given.keys() <= set(roles)]
+    else:
+        fitting = [roles for roles in asked if known.keys() == set(roles)]
+    for roles in sorted(fitting, key=len, reverse=True):
+        if len(roles) > 1 and (guess := _guess(schema, (*roles, ""), {**known, **given}, columns)):
+            return dict(zip(roles, guess, strict=True))
+    single = [roles[0] for roles in asked if len(roles) == 1]
+    if role := next((role for role in single if role in given), None):
+        return {role: given[role]}
+    low = {name_key(name): name for name in reversed(columns)}
+    first = schema.usual[0]
+    if single:
+        names = [name for role, name in known.items() if role in single]
+        names += [low[name] for name in dict.fromkeys((first, *schema.inputs)) if name in low]
+        if names or len(columns) == 1:
+            return {single[0]: names[0] if names else columns[0]}
+    roles = asked[0]
+    options = " ".join(f"--{role.replace('_', '-')} COLUMN" for role in roles) if first == "text" else "--prompt COLUMN"
+    which = "which column has the inputs" if len(roles) == 1 else "which columns have the two texts"
+    raise DataError(
+        f"cannot tell {which}; the columns are {listed_columns(columns)}: name "
+        f"{'one' if len(roles) == 1 else 'them'} with {options}"
+    )
+
+
+def _in(role: str, every: Sequence[Roles]) -> bool:
+    return any(role in roles for roles in every)
 
 
 def aligned(table: Table, names: Sequence[str]) -> Table:
@@ -206,39 +222,43 @@ def find_group(data: DataSettings, columns: Sequence[str]) -> str | None:
     return None if data.group is None else found_columns({"group": data.group}, columns)["group"]
 
 
-def _named_pairs(given: dict[str, str], only: Schema | None) -> list[Roles]:
-    """The pairs of roles of the columns that the recipe names."""
-    pairs = [pair for pair in PAIRS if given.keys() & set(pair)]
-    if len(pairs) > 1:
+def _check_named(given: dict[str, str], only: Schema | None) -> None:
+    """Raise DataError if no task has all the columns that the recipe names."""
+    of_a_task = [set(roles) for roles in (LABELLED, PAIRED, SUMMARISED, COMPLETED)]
+    if not any(given.keys() <= roles for roles in of_a_task):
         raise DataError(f"data names {' and '.join(given)}, which belong to different tasks: name one pair of columns")
-    if pairs and only and pairs[0] not in only.names:
-        raise DataError(f"data.{next(iter(given))} does not belong to {only.kind}: name {' and '.join(only.usual)}")
-    return pairs
+    if only and not any(given.keys() <= set(roles) for roles in only.names):
+        strange = next(role for role in given if not _in(role, list(only.names)) or len(given) > 1)
+        raise DataError(f"data.{strange} does not belong to {only.kind}: name {' and '.join(only.usual)}")
 
 
-def _guess(schema: Schema, roles: Roles, given: dict[str, str], columns: Sequence[str]) -> tuple[str, str] | None:
+def _guess(schema: Schema, roles: Roles, given: dict[str, str], columns: Sequence[str]) -> tuple[str, ...] | None:
+    """A column for each role, by the names that are obvious for the task. A last role of "" wants no column."""
     low = {name_key(name): name for name in reversed(columns)}
-    first, second = given.get(roles[0]), given.get(roles[1])
-    if first and second:
-        return first, second
-    for a, b in schema.names[roles]:
-        pair = first or low.get(a), second or low.get(b)
-        if pair[0] and pair[1] and pair[0] != pair[1]:
-            return pair[0], pair[1]
+    wanted = roles if roles[-1] else roles[:-1]
+    every = [names for own, names in schema.names.items() if own[: len(wanted)] == wanted and len(own) == len(roles)]
+    for names in [(), *(each for own in every for each in own)]:
+        obvious = names or ("",) * len(roles)
+        guess = [given.get(role) or low.get(name) for role, name in zip(wanted, obvious, strict=False)]
+        if all(guess) and len(set(guess)) == len(guess):
+            return tuple(name for name in guess if name is not None)
     return None
 
 
 def _not_found(given: dict[str, str], columns: Sequence[str], only: Schema | None) -> str:
-    pairs = [pair for pair in PAIRS if given.keys() & set(pair)] or [only.usual if only else LABELLED]
+    known = [LABELLED, SUMMARISED, COMPLETED, PAIRED] if only is None else list(only.names)
+    roles = next((roles for roles in known if given.keys() <= set(roles)), known[0]) if given else known[0]
     if given:
-        role = next((role for role in pairs[0] if role not in given), pairs[0][1])
+        role = next((role for role in roles if role not in given), roles[-1])
         named = f" beside {listed(given.values(), 40)}"
         what = f"the {role}{named} is" if role in OPTIONS else f"data.{role}{named} is"
-        remedy = f"add --{role} COLUMN" if role in OPTIONS else f"set data.{role}"
+        remedy = f"add --{role.replace('_', '-')} COLUMN" if role in OPTIONS else f"set data.{role}"
         return f"cannot tell which column {what}; the columns are {listed_columns(columns)}: {remedy}"
     if only:
-        first, second = LABELLED if pairs[0] == LABELLED else COMPLETED
-        remedy = f"set data.{first} and data.{second} (--{first} COLUMN --{second} COLUMN)"
+        roles = COMPLETED if roles == SUMMARISED else roles
+        keys = [f"data.{role}" for role in roles]
+        options = " ".join(f"--{role.replace('_', '-')} COLUMN" for role in roles)
+        remedy = f"set {', '.join(keys[:-1])} and {keys[-1]} ({options})"
     else:
         remedy = "set data.text and data.label (--text, --label) to classify, or --prompt and --completion to write"
     return f"cannot tell which columns to use; the columns are {listed_columns(columns)}: {remedy}"
@@ -422,7 +442,7 @@ def find_layout(given: Mapping[str, str], columns: Sequence[str], *, known: bool
 def kept_columns(data: DataSettings, columns: Sequence[str]) -> list[str]:
     """The columns that `data.ignore` leaves. Raises DataError if it names one that is not there, or that is used."""
     ignored = found_columns({name: name for name in data.ignore or ()}, columns)
-    named = named_columns(data, (*PAIR_ROLES, *CHAT_ROLES))
+    named = named_columns(data, (*PLAIN_ROLES, *CHAT_ROLES))
     if used := next((role for role, name in named.items() if find_column(name, list(ignored.values()))), None):
         raise DataError(f"data.ignore and data.{used} both name the column {shown(named[used], 40)}: keep one of them")
     return [name for name in columns if name not in ignored.values()]
@@ -443,8 +463,8 @@ def named_layout(
         DataError: a column that the recipe names is not there, or they do not belong together.
     """
     given = named_columns(data, CHAT_ROLES)
-    own = [role for role in given if role not in PAIR_ROLES]  # roles that no other task has
-    foreign = [role for role in named_columns(data, PAIR_ROLES) if role not in CHAT_ROLES]
+    own = [role for role in given if role not in PLAIN_ROLES]  # roles that no other task has
+    foreign = [role for role in named_columns(data, PLAIN_ROLES) if role not in CHAT_ROLES]
     if known and foreign:
         raise DataError(f"data.{foreign[0]} does not belong to {kind}: name data.messages, or prompt and completion")
     if not known and (foreign or (given and not own)):
@@ -461,7 +481,7 @@ def named_layout(
 
 def require_no_layout(data: DataSettings, kind: str) -> None:
     """Raise DataError if the recipe names a column that only conversations have, and asks for another task."""
-    if own := next((role for role in named_columns(data, CHAT_ROLES) if role not in PAIR_ROLES), None):
+    if own := next((role for role in named_columns(data, CHAT_ROLES) if role not in PLAIN_ROLES), None):
         raise DataError(f'data.{own} does not belong to {kind}: set task.kind = "chat", or leave it out')
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from turret.data import cells
 from turret.data.columns import Columns, Layout, Schema, aligned, check_unused, find_columns, find_group
 from turret.data.example_store import MEMORY, ExampleStore
-from turret.data.examples import Dataset, Example, Labelled, Pair, labels_of
+from turret.data.examples import Dataset, Example
 from turret.data.profile import columns_of, rivals_note
 from turret.data.rows import numbered
 from turret.data.source import open_source
@@ -162,7 +162,7 @@ def read_test(
             f"it knows {listed(labels, 60)}" + ("" if data.normalize_labels else _offer(unknown, labels))
         )
     problems.require()
-    examples = [_respelt(example, spelling) for example in rows]
+    examples = [example.respelt(spelling) for example in rows]
     notes = [*table.notes, *([columns.note] if columns.note else []), *scan.notes(table)]
     if data.test is not None and not isinstance(data.test, str):
         numbers = shuffled(len(examples), seed)[: taken("test", data.test, len(examples), len(examples), notes)]
@@ -231,7 +231,7 @@ def _check_labels(
     spelling: Mapping[str, str],
 ) -> None:
     """Raise DataError if the labels are no classes, or another split has more of them than the training table."""
-    train, column, many = sources.split["train"], columns.pair[1], columns.schema.many
+    train, column, many = sources.split["train"], columns.answer, columns.schema.many
     problems = Problems()
     alike: set[str] = set()  # keys of labels that are complained of already
     if not data.normalize_labels:
@@ -329,7 +329,8 @@ def _read_chosen(
         for example in examples_of(table, columns, wanted, Scan()):
             if seen < len(owner) and owner[seen]:
                 role = ROLES[owner[seen] - 1]
-                for step, each in enumerate(_examples_of_row(_respelt(example, spelling), role)):
+                own = example.respelt(spelling)
+                for step, each in enumerate(own.in_training() if role == "train" else (own,)):
                     stores[role].put(int(place[seen]) + step, each)
             seen += 1
         if seen != len(owner):
@@ -346,27 +347,11 @@ def _spread(scans: Mapping[str, Scan], sources: Sources, chosen: Chosen, role: S
     return scan.references[scan.kept[rows]]
 
 
-def _examples_of_row(example: Example, role: SplitRole) -> list[Example]:
-    if role == "train" and isinstance(example, Pair) and example.others:
-        return [Pair(example.source, reference) for reference in example.references]
-    return [example]
-
-
-def _respelt(example: Example, spelling: Mapping[str, str]) -> Example:
-    """The example with the classes that its labels mean."""
-    if not isinstance(example, Labelled):
-        return example
-    if isinstance(example.label, tuple):
-        return Labelled(example.text, tuple(sorted({spelling[label] for label in example.label})))
-    return Labelled(example.text, spelling[example.label])
-
-
 def _class_notes(labels: Sequence[str], train: Sequence[Example], many: bool) -> list[str]:
     """Notes on classes with no or one training example. Raises DataError if there is only one class."""
     counts: Counter[str] = Counter()
     for example in train:
-        if isinstance(example, Labelled):
-            counts.update(example.labels)
+        counts.update(example.labels)
     if not many and len(counts) == 1:
         raise DataError(
             f"all {len(train)} training examples have the label {shown(next(iter(counts)))}: raise data.train"
@@ -420,10 +405,8 @@ def digest_of(examples: Mapping[SplitRole, Sequence[Example]]) -> str:
     for role in ROLES:
         digest.update(f"{role} {len(examples.get(role, ()))}\n".encode())
         for example in examples.get(role, ()):
-            output = example.output
-            others = example.others if isinstance(example, Pair) else ()
-            for value in (example.input, *(output if isinstance(output, tuple) else (output,)), *others):
-                raw = str(value).encode()
+            for value in example.parts():
+                raw = value.encode()
                 digest.update(f"{len(raw)}:".encode() + raw)
             digest.update(b"\n")
     return f"sha256:{digest.hexdigest()}"
@@ -502,21 +485,16 @@ class Scan:
     def remember(self, wanted: Wanted, example: Example, group: CellValue) -> None:
         """Count a usable row."""
         self.usable += 1
-        others = len(example.others) if isinstance(example, Pair) else 0
-        self.several += others > 0
-        self._references.append(1 + others)
+        count = len(example.in_training())
+        self.several += count > 1
+        self._references.append(count)
         if wanted.group:
             self._groups.append(self._group(group))
         if wanted.duplicates:
             self._inputs.append(hash_of(example.input.strip()))
             self._pairs.append(hash_of(f"{example.input.strip()}\0{example.output}"))
         if wanted.stratify:
-            self._outputs.append(self._combinations.setdefault(labels_of(example), len(self._combinations)))
-
-    def rename(self, output: cells.Label, rename: Mapping[str, str]) -> cells.Label | None:
-        """The label that `data.rename` gives; None if the row is left out."""
-        self.renamed.update(label for label in ((output,) if isinstance(output, str) else output) if label in rename)
-        return cells.renamed(output, rename)
+            self._outputs.append(self._combinations.setdefault(example.labels, len(self._combinations)))
 
     def _group(self, cell: CellValue) -> int:
         text = "" if cell is None else str(cell).strip()
@@ -604,7 +582,7 @@ def scan_of(table: Table, columns: Columns, wanted: Wanted, problems: Problems) 
     scan = Scan()
     for _ in examples_of(table, columns, wanted, scan, collect=True):
         if len(scan.labels) > cells.MOST_CLASSES:
-            cells.check_classes(scan.labels, scan.rows, columns.pair[1], columns.schema.many)
+            cells.check_classes(scan.labels, scan.rows, columns.answer, columns.schema.many)
     scan.report(table, problems)
     return scan
 
@@ -620,32 +598,26 @@ def examples_of(
     if columns.layout is not None:
         yield from _conversations_of(table, columns.layout, wanted, scan, collect)
         return
-    schema, (first, second) = columns.schema, columns.pair
-    names = table.classes.get(second, ())
-    for place, (a, b, *group) in table.read(wanted.columns):
+    schema, count = columns.schema, len(columns.roles)
+    names = table.classes.get(columns.answer, ())
+    reader = cells.RowReader(tuple(columns.roles), names, wanted.separator, wanted.rename, scan.replaced, scan.renamed)
+    for place, row in table.read(wanted.columns):
         scan.rows += 1
-        column = first
+        reader.begin(row)
         try:
-            source = cells.text_of(a, scan.replaced)
-            column = second
-            cell = cells.split_labels(b, wanted.separator) if schema.many else b
-            output = schema.output(cell, names, scan.replaced)
-            if wanted.rename and output is not None:
-                output = scan.rename(output, wanted.rename)
+            example = schema.example(reader)
+        except cells.Missing:
+            scan.without[repr(columns.roles[reader.role])] += 1
         except DataError as error:
+            column = columns.roles[reader.role]
             text = f"{table.name} {table.unit} {place}, column {shown(column, 40)}: {error}"
             if not collect:
                 raise DataError(text) from None
             scan.wrong.setdefault(column, text)
             scan.wrong_rows[column] += 1
-            continue
-        if source is None or output is None:
-            scan.without[repr(first if source is None else second)] += 1
         else:
-            if schema.classes:
-                scan.labels.update(output if isinstance(output, tuple) else (output,))
-            example = schema.example(source, output)
-            scan.remember(wanted, example, group[0] if group else None)
+            scan.labels.update(example.labels)
+            scan.remember(wanted, example, row[count] if len(row) > count else None)
             yield example
 
 

@@ -19,9 +19,8 @@ from typing import IO, overload
 import numpy as np
 import numpy.typing as npt
 
-from turret.data.examples import Conversation, Dataset, Example, Labelled, Pair, Turn
+from turret.data.examples import EXAMPLES, Dataset, Example
 from turret.errors import DataError
-from turret.json_types import JsonObject, JsonValue
 
 MEMORY = 256_000_000  # characters
 SPLITS = ("train", "validation", "test")
@@ -64,7 +63,7 @@ class ExampleStore(Sequence[Example]):
                 self._write(self._file, place, example)
 
     def _write(self, file: IO[bytes], place: int, example: Example) -> None:
-        record = json.dumps(_fields(example)).encode()
+        record = _record(example).encode()
         with _disk_errors():
             self._places[place] = (file.tell(), len(record))
             file.write(record)
@@ -99,7 +98,7 @@ class ExampleStore(Sequence[Example]):
         with self._lock:
             self._file.seek(offset)
             record = self._file.read(length)
-        return _example(*json.loads(record))
+        return _example(record)
 
     def __iter__(self) -> Iterator[Example]:
         for place in range(len(self)):
@@ -117,22 +116,15 @@ def _disk_errors() -> Iterator[None]:
         ) from None
 
 
-def _fields(example: Example) -> tuple[str, str | tuple[str, ...] | JsonObject]:
-    if isinstance(example, Conversation):
-        turns = [(turn.role, turn.content, turn.tool_calls, turn.name, turn.call_id) for turn in example.turns]
-        return "", {"turns": turns, "tools": example.tools}
-    if not isinstance(example, Pair):
-        return example.input, example.label
-    return example.source, {"target": example.target} | ({"others": example.others} if example.others else {})
+def _record(example: Example) -> str:
+    """A line of JSON: the name of the example's class and its fields."""
+    return json.dumps([type(example).__name__, *dataclasses.astuple(example)])
 
 
-def _example(first: str, second: JsonValue) -> Example:
-    """The example of these fields."""
-    if isinstance(second, dict) and "turns" in second:
-        return Conversation(tuple(Turn(*turn) for turn in second["turns"]), second["tools"])
-    if isinstance(second, dict):
-        return Pair(first, second["target"], tuple(second.get("others", ())))
-    return Labelled(first, tuple(second) if isinstance(second, list) else second)
+def _example(record: str | bytes) -> Example:
+    """The example of such a line."""
+    kind, *fields = json.loads(record)
+    return EXAMPLES[kind].from_json(fields)
 
 
 def write_dataset(dataset: Dataset, path: Path) -> None:
@@ -143,7 +135,7 @@ def write_dataset(dataset: Dataset, path: Path) -> None:
         file.write(json.dumps(about) + "\n")
         for split in SPLITS:
             for example in getattr(dataset, split):
-                file.write(json.dumps(_fields(example)) + "\n")
+                file.write(_record(example) + "\n")
 
 
 def load_dataset(path: Path, memory: int = MEMORY) -> Dataset:
@@ -153,6 +145,6 @@ def load_dataset(path: Path, memory: int = MEMORY) -> Dataset:
         for split in SPLITS:
             examples = ExampleStore(about[split], memory)
             for place in range(about[split]):
-                examples.put(place, _example(*json.loads(file.readline())))
+                examples.put(place, _example(file.readline()))
             about[split] = examples.done()
     return Dataset(**about | {"labels": tuple(about["labels"]), "notes": tuple(about["notes"])})

@@ -3,22 +3,98 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, JsonValue
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
-    """A text and its class; with `multi_label` a sorted tuple of any number of different classes."""
+class TextPair:
+    """Two texts that are read together: a premise and a hypothesis, a query and a passage."""
 
     text: str
-    label: str | tuple[str, ...]
+    text_pair: str
+
+    def __str__(self) -> str:
+        """Both as one text."""
+        return f"{self.text}\n{self.text_pair}"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What a task learns from one row: a question, and the right answer to it. Each kind is a frozen dataclass."""
+
+    @property
+    def asked(self) -> Input:
+        """What the model is asked."""
+        raise NotImplementedError
+
+    @property
+    def output(self) -> str | tuple[str, ...]:
+        """The right answer in words."""
+        raise NotImplementedError
 
     @property
     def input(self) -> str:
+        """What the model is asked, as one text."""
+        return str(self.asked)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes in the right answer."""
+        return ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The texts that an answer is compared with."""
+        return (str(self.output),)
+
+    def respelt(self, spelling: Mapping[str, str]) -> Example:
+        """The example with the classes that its labels mean."""
+        return self
+
+    def in_training(self) -> Sequence[Example]:
+        """The examples that it is in training."""
+        return (self,)
+
+    def parts(self) -> tuple[str, ...]:
+        """All that it says, for the digest of a data set."""
+        output = self.output
+        return (self.input, *(output if isinstance(output, tuple) else (output,)))
+
+    @classmethod
+    def from_json(cls, fields: Sequence[JsonValue]) -> Example:
+        """The example whose fields were written as JSON, in their order: an object is a list there."""
+        return cls(*fields)
+
+
+EXAMPLES: dict[str, type[Example]] = {}  # by the name of the class, for files of examples
+Registered = TypeVar("Registered", bound="type[Example]")
+
+
+def register_example(kind: Registered) -> Registered:
+    """Let examples of this kind pass to files and other processes: a decorator of their class."""
+    EXAMPLES[kind.__name__] = kind
+    return kind
+
+
+def asked_from_json(value: JsonValue) -> str | TextPair:
+    """One text, or two in a list."""
+    return value if isinstance(value, str) else TextPair(*value)
+
+
+@register_example
+@dataclass(frozen=True, slots=True)
+class Labelled(Example):
+    """A text, or two, and its class; with `multi_label` a sorted tuple of any number of different classes."""
+
+    text: str | TextPair
+    label: str | tuple[str, ...]
+
+    @property
+    def asked(self) -> str | TextPair:
         return self.text
 
     @property
@@ -27,12 +103,48 @@ class Labelled:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Its classes, one or many."""
         return self.label if isinstance(self.label, tuple) else (self.label,)
 
+    def respelt(self, spelling: Mapping[str, str]) -> Labelled:
+        if isinstance(self.label, tuple):
+            return Labelled(self.text, tuple(sorted({spelling[label] for label in self.label})))
+        return Labelled(self.text, spelling[self.label])
 
+    def parts(self) -> tuple[str, ...]:
+        both = (self.text,) if isinstance(self.text, str) else (self.text.text, self.text.text_pair)
+        return (*both, *self.labels)
+
+    @classmethod
+    def from_json(cls, fields: Sequence[JsonValue]) -> Labelled:
+        text, label = fields
+        return cls(asked_from_json(text), tuple(label) if isinstance(label, list) else label)
+
+
+@register_example
 @dataclass(frozen=True, slots=True)
-class Pair:
+class Scored(Example):
+    """A text, or two, and a number."""
+
+    text: str | TextPair
+    value: float
+
+    @property
+    def asked(self) -> str | TextPair:
+        return self.text
+
+    @property
+    def output(self) -> str:
+        return repr(self.value)
+
+    @classmethod
+    def from_json(cls, fields: Sequence[JsonValue]) -> Scored:
+        text, value = fields
+        return cls(asked_from_json(text), value)
+
+
+@register_example
+@dataclass(frozen=True, slots=True)
+class Pair(Example):
     """A text and the text to generate from it, or several such texts."""
 
     source: str
@@ -40,17 +152,27 @@ class Pair:
     others: tuple[str, ...] = ()  # further texts that are as good as the target
 
     @property
-    def references(self) -> tuple[str, ...]:
-        """All texts that the answer may be compared with."""
-        return (self.target, *self.others)
-
-    @property
-    def input(self) -> str:
+    def asked(self) -> str:
         return self.source
 
     @property
     def output(self) -> str:
         return self.target
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.target, *self.others)
+
+    def in_training(self) -> Sequence[Pair]:
+        return [Pair(self.source, reference) for reference in self.references] if self.others else (self,)
+
+    def parts(self) -> tuple[str, ...]:
+        return (self.source, *self.references)
+
+    @classmethod
+    def from_json(cls, fields: Sequence[JsonValue]) -> Pair:
+        source, target, others = fields
+        return cls(source, target, tuple(others))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,30 +224,31 @@ class Prompt:
         return json.dumps(found, ensure_ascii=False)
 
 
+@register_example
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(Example):
     """Turns that end with an answer of the assistant, which follows from the turns before it."""
 
     turns: tuple[Turn, ...]
     tools: str = ""  # as in `Prompt`
 
     @property
-    def prompt(self) -> Prompt:
+    def asked(self) -> Prompt:
         """Everything before the last answer."""
         return Prompt(self.turns[:-1], self.tools)
-
-    @property
-    def input(self) -> str:
-        return str(self.prompt)
 
     @property
     def output(self) -> str:
         """The text of the last answer; its tool calls as JSON if it has no text."""
         return self.turns[-1].content or self.turns[-1].tool_calls
 
+    @classmethod
+    def from_json(cls, fields: Sequence[JsonValue]) -> Conversation:
+        turns, tools = fields
+        return cls(tuple(Turn(*turn) for turn in turns), tools)
 
-Input: TypeAlias = str | Prompt  # what a model is asked
-Example = Labelled | Pair | Conversation
+
+Input: TypeAlias = str | TextPair | Prompt  # what a model is asked
 
 
 @dataclass(frozen=True)
@@ -141,23 +264,3 @@ class Dataset:
     notes: tuple[str, ...]  # guesses, left out rows, duplicates: a sentence each, for the user
     duplicates: int  # test examples whose input is also a training input
     digest: str  # "sha256:..." of the examples in their splits and order
-
-
-def inputs_of(examples: Sequence[Example]) -> list[Input]:
-    """What a model is asked in some examples: a text, or the turns of a conversation before its last answer."""
-    return [example.prompt if isinstance(example, Conversation) else example.input for example in examples]
-
-
-def texts_of(examples: Sequence[Example]) -> list[str]:
-    """The inputs of some examples as texts; those of conversations as JSON."""
-    return [example.input for example in examples]
-
-
-def labels_of(example: Example) -> tuple[str, ...]:
-    """The labels of a classified example: one, or any number if its task takes several."""
-    return example.output if isinstance(example.output, tuple) else (example.output,)
-
-
-def references_of(example: Example) -> tuple[str, ...]:
-    """The texts that an answer to an example is compared with: several if its row has several."""
-    return example.references if isinstance(example, Pair) else (str(example.output),)

@@ -19,7 +19,7 @@ from turret.data import cells
 from turret.data.columns import (
     COMPLETED,
     LABELLED,
-    PAIR_ROLES,
+    PLAIN_ROLES,
     Columns,
     Schema,
     find_columns,
@@ -246,7 +246,7 @@ def columns_of(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> C
     try:
         return find_columns(data, table.columns, schemas)
     except DataError:
-        named = named_columns(data, PAIR_ROLES)
+        named = named_columns(data, PLAIN_ROLES)
         schema = _classifier(schemas)
         if len(named) != 1 or not named.keys() <= set(LABELLED) or schema is None:
             raise
@@ -274,7 +274,7 @@ def rivals_note(table: Table, data: DataSettings, columns: Columns) -> list[str]
         return []
     more = f" and {len(rivals) - 3} more" if len(rivals) > 3 else ""
     named = ", ".join(each.described() for each in rivals[:3])
-    return [f"label is column {columns.pair[1]!r}; other columns with classes: {named}{more}"]
+    return [f"label is column {columns.answer!r}; other columns with classes: {named}{more}"]
 
 
 def _looked_at(table: Table, columns: Sequence[str], most: int = LOOKED_AT) -> tuple[dict[str, ColumnFacts], int]:
@@ -300,7 +300,7 @@ def _columns(
     table: Table, data: DataSettings, schemas: Sequence[Schema], facts: dict[str, ColumnFacts]
 ) -> tuple[Columns, list[Candidate], bool]:
     """The columns by their names, else by their content; the columns that may be the label; whether it was content."""
-    named = named_columns(data, PAIR_ROLES)
+    named = named_columns(data, PLAIN_ROLES)
     by_name: Columns | None = None
     try:
         by_name = find_columns(data, table.columns, schemas)
@@ -311,10 +311,9 @@ def _columns(
                 raise DataError(f"{error}{_hint(table)}") from None
         else:
             found_columns(named, table.columns)
-    labelled = by_name.schema if by_name is not None and by_name.schema.classes else None
-    if by_name is not None and labelled is None:
+    if by_name is not None and not (by_name.schema.classes and tuple(by_name.roles) == LABELLED):
         return by_name, [], False
-    schema = labelled or _classifier(schemas)
+    schema = _classifier(schemas) if by_name is None else by_name.schema
     found = None if schema is None else _labelled(table, data, schema, facts, by_name)
     if found is not None:
         columns, ranked = found
@@ -513,7 +512,7 @@ def _groups(found: Profile) -> tuple[str, ...]:
 
 
 def _with_labels(found: Profile, data: DataSettings, columns: Columns) -> Profile:
-    facts = found.facts[columns.pair[1]]
+    facts = found.facts[columns.answer]
     counts = Counter({label: count for label, count in facts.values.items() if label.strip()})
     many, separator = facts.several > 0, data.separator
     if not many and separator is None and (joined := cells.joined_by(counts)) is not None:

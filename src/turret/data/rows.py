@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turret.data import cells
-from turret.data.columns import Schema, find_input, prompt_layout
-from turret.data.examples import Input
+from turret.data.columns import Schema, find_inputs, prompt_layout
+from turret.data.examples import Input, TextPair
 from turret.data.source import open_source
 from turret.data.splits import test_split
 from turret.data.table import DETECTED, CellValue, DataSettings, FileFormat, Table, TableRow, format_of
@@ -107,8 +107,15 @@ def _question(
     if schema.conversations:
         layout = prompt_layout(data, table.columns, trained)
         return tuple(layout.roles.values()), layout.prompt
-    column = find_input(data, table.columns, schema, trained=trained)
-    return (column,), lambda row, replaced: cells.text_of(row[0], replaced)
+    found = find_inputs(data, table.columns, schema, trained=trained)
+
+    def ask(row: Sequence[CellValue], replaced: cells.Replacements) -> Input | None:
+        texts = [text for cell in row if (text := cells.text_of(cell, replaced)) is not None]
+        if len(texts) < len(row):
+            return None
+        return texts[0] if len(texts) == 1 else TextPair(*texts)
+
+    return tuple(found.values()), ask
 
 
 def _lines(path: Path, encoding: str | None) -> Iterator[Row]:

@@ -25,7 +25,7 @@ _DESCRIBING = 3  # rows, at most, that describe columns
 _VALUES = 8  # numbers or dates that show what a column holds
 FOOT = 5  # last rows of a table among which sums are looked for
 ROLES = (  # keys of a recipe's [data] that name a column
-    "text", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools",
+    "text", "text_pair", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools",
 )  # fmt: skip
 NUMBER = re.compile(r"[+-]?[0-9]+([.,\u00a0 ][0-9]+)*\s?[%€$£]?")
 DATE = re.compile(r"[0-9]{1,4}[-./][0-9]{1,2}[-./][0-9]{1,4}([ T].*)?|[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?")
@@ -73,6 +73,7 @@ class DataSettings(Protocol):
     bad_lines: Literal["skip"] | None
     rename: dict[str, str] | None
     text: str | None
+    text_pair: str | None
     label: str | None
     document: str | None
     summary: str | None

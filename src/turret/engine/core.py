@@ -40,6 +40,7 @@ from turret.engine.request import (
     LoadedAdapter,
     Named,
     Request,
+    Row,
     Stats,
     Ticket,
     log_failure,
@@ -147,7 +148,7 @@ class Passes:
         if request.embeds:
             return Prefill(request.ids, _slot(request), pooling=self._embedding(request).pooling)
         if not request.generates:
-            return Prefill(request.ids, _slot(request))
+            return Prefill(request.ids, _slot(request), segments=request.segments)
         kv_slot, slot = self._runner.kv_slot(*self._row(request)), _slot(request)
         before = self._prompts.before(request)
         assert request.settings is not None
@@ -379,7 +380,7 @@ class Engine:
     def submit(
         self,
         kind: Kind,
-        text: Input | Sequence[int],
+        text: Input | Row,
         adapter: str | Named | None,
         options: SamplingParams | None = None,
         *,
@@ -393,7 +394,7 @@ class Engine:
 
         Args:
             kind: "classify", "generate" or "embed".
-            text: A text, a conversation, or token ids that are used unchanged.
+            text: A text, two texts, a conversation, or token ids that are used unchanged.
             adapter: A reference, or what `hold` returned; None for the bare base, which cannot classify.
             options: How to answer.
             priority: Higher goes first.

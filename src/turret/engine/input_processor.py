@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from turret.bases.base import Base
-from turret.data import Input, Prompt
+from turret.data import Input, Prompt, TextPair
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.cache import capacity
 from turret.engine.decode import base_settings, resolved
-from turret.engine.request import MAX_TOKENS, Kind, Limits, Named, Receipt, Request, Ticket
+from turret.engine.request import MAX_TOKENS, Kind, Limits, Named, Receipt, Request, Row, Ticket
 from turret.engine.runner import Runner
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Constraints
@@ -21,7 +21,6 @@ from turret.errors import AdapterError, ContextLengthExceeded, DataError, NoRoom
 from turret.tasks import has_head, writes
 from turret.tasks.calibration import require
 from turret.tasks.chat_template import base_prompt
-from turret.tasks.task import Encoded
 from turret.tasks.tokens import Tokens
 
 CHARACTERS_PER_TOKEN = 3  # an estimate, used until the adapter is loaded and its template encodes the text
@@ -43,7 +42,7 @@ class Prompts:
     def request(
         self,
         kind: Kind,
-        text: Input | Sequence[int],
+        text: Input | Row,
         named: Named | None,
         options: SamplingParams,
         priority: int,
@@ -66,8 +65,11 @@ class Prompts:
             raise DataError(f"kind {kind!r}: expected classify, generate or embed")
         if kind == "classify" and named is None:
             raise AdapterError("the bare base has no head to classify with: name an adapter")
-        written = text if isinstance(text, (str, Prompt)) else None
-        ids = None if isinstance(text, (str, Prompt)) else self.check_ids(text)
+        written, ids, segments = None, None, None
+        if isinstance(text, (str, TextPair, Prompt)):
+            written = text
+        else:
+            ids, segments = self.check_row(text)
         if ids is not None and (kind != "generate" or options.truncate_prompt_tokens is None):
             self._check_length(len(ids), self._limits.max_tokens)
         matcher = None if options.constraint is None else self.constraints.compiled(options.constraint)
@@ -89,6 +91,7 @@ class Prompts:
             priority=priority,
             deadline=deadline,
             ids=ids,
+            segments=segments,
             matcher=matcher,
         )
         return request
@@ -113,6 +116,14 @@ class Prompts:
             raise DataError(f"a prompt of token ids needs one or more integers from 0 to {self._vocabulary - 1}")
         return checked
 
+    def check_row(self, row: Row) -> tuple[list[int], list[int] | None]:
+        """The token ids of a row and its segments, if it has any. Raises DataError."""
+        pairs = [each for each in row if not isinstance(each, int)]
+        if not pairs:
+            return self.check_ids([each for each in row if isinstance(each, int)]), None
+        ids, segments = map(list, zip(*pairs, strict=True))
+        return self.check_ids(ids), segments
+
     def prepare(self, request: Request, loaded: AdapterTensors | None) -> None:
         """Encode the request for its adapter, complete its settings, and count the rows and KV cache it needs.
 
@@ -127,7 +138,8 @@ class Prompts:
             assert request.text is not None
             with self._lock:
                 own = None if request.embeds else loaded
-                request.ids, request.ticket.cut = self._encoded(request.text, own, request.options)
+                row, request.ticket.cut = self._encoded(request.text, own, request.options)
+                request.ids, request.segments = self.check_row(row)
         shift = 0 if loaded is None else loaded.prefix_length
         most = self._most(shift)
         self._truncate(request, most)
@@ -181,33 +193,26 @@ class Prompts:
                 for whole, token in zip(wholes, tokens, strict=True)
             ]
 
-    def _encoded(
-        self, text: Input, loaded: AdapterTensors | None, options: SamplingParams
-    ) -> tuple[Sequence[int], bool]:
-        """(ids, whether the adapter's task cut the text). Raises ContextLengthExceeded if that is not wanted."""
+    def _encoded(self, text: Input, loaded: AdapterTensors | None, options: SamplingParams) -> tuple[Row, bool]:
+        """(row, whether the adapter's task cut the text). Raises ContextLengthExceeded if that is not wanted."""
         if loaded is not None:
-            encoded = self._by_task(text, loaded)
+            encoded = loaded.task.encode_sources([text])[0]
             if encoded.cut and not options.cut:
                 raise ContextLengthExceeded(
                     f"the prompt has more tokens than the {len(encoded.ids)} that this adapter reads: shorten it, or "
                     "send truncate_prompt_tokens to have it cut"
                 )
-            return [int(token) for token in encoded.ids.tolist()], encoded.cut
+            return encoded.ids.tolist(), encoded.cut
         if isinstance(text, Prompt):
             return base_prompt(self._base.tokenizer, text), False
+        if isinstance(text, TextPair):
+            raise DataError("two texts are asked of an adapter that reads pairs, and none was named: give one text")
         tokens = self._tokens
         limit = None if options.truncate_prompt_tokens is not None else self._limits.max_tokens
         ids = [*tokens.before, *tokens.plain([text], most=limit)[0], *tokens.after]
         if not ids:
             raise DataError("the text has no tokens: give at least one character")
         return ids, False
-
-    def _by_task(self, text: Input, loaded: AdapterTensors) -> Encoded:
-        if not isinstance(text, Prompt):
-            return loaded.task.encode_sources([text])[0]
-        if not writes(loaded.task):
-            raise DataError("a conversation is asked of an adapter that generates: give this one a text")
-        return loaded.task.encode_chats([text])[0]
 
     def _truncate(self, request: Request, most: int) -> None:
         """Keep the last tokens of a prompt, as many as the request allows. An adapter has cut a text itself."""

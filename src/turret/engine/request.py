@@ -63,6 +63,7 @@ class Histogram:
 
 
 Kind = RequestKind
+Row = Sequence[int] | Sequence[Sequence[int]]  # token ids, or [id, segment] of each token
 Answer = JsonObject
 
 MAX_TOKENS = 128  # default length of an answer, if neither the request nor the adapter sets one
@@ -354,6 +355,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None  # on the engine's clock
     ids: Sequence[int] | None = None  # the prompt
+    segments: Sequence[int] | None = None  # of its tokens; None: all are in the first
     rows: int = 1  # beams
     cache_tokens: int = 0  # of the KV cache, all rows together
     cancelled: bool = False

@@ -20,7 +20,7 @@ from torch import Tensor
 from turret.adapters.batch_context import BARE, set_context
 from turret.adapters.hooks import detach
 from turret.adapters.layers import RECORDED
-from turret.adapters.packed import pool, ready_mask, shift_right, vocabulary_logits
+from turret.adapters.packed import pool, ready_mask, shift_right, tokens, vocabulary_logits
 from turret.bases.base import Base
 from turret.bases.shared import spare
 from turret.engine.adapter_pool import AdapterPool
@@ -189,6 +189,13 @@ class Prefill:
     kv_slot: KVSlot | None = None  # for a row that generates; None for a text to classify or to embed
     pooling: Pooling | None = None  # for a text to embed
     logprobs: int | None = None  # alternatives to report with each token of the prompt; None: report nothing
+    segments: Sequence[int] | None = None  # of each token; None: all are in the first
+
+    @property
+    def row(self) -> Tensor:
+        """The ids (T,), or (T, 2) with the segments."""
+        ids = torch.tensor(self.ids)
+        return ids if self.segments is None else torch.stack([ids, torch.tensor(self.segments)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -289,9 +296,11 @@ class Runner:
         """An encoder that computes its attention itself: one call of the body for each row."""
         parts, kind = [], self.base.family.kind
         for row in rows:
-            ids = torch.tensor([row.ids], device=self.device)  # (1, T)
+            ids, settings = tokens(self.model, [row.row])  # (1, T)
             with self._pass([row], [], {kind: [len(row.ids)]}, [{}], {}):
-                parts.append(self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))[0][0])
+                parts.append(
+                    self.model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0][0]
+                )
         hidden, lengths = torch.cat(parts), [len(row.ids) for row in rows]
         return _States(hidden, lengths, hidden, lengths)
 
@@ -299,14 +308,14 @@ class Runner:
         """An encoder or a decoder."""
         family = self.base.family
         lengths = [len(row.ids) for row in rows]
-        tokens = [token for row in rows for token in row.ids] + [step.token for step in steps]
+        ids, call = self._tokens(rows, steps)
         starts = [self._start(row.slot) for row in rows]
         positions = _positions(lengths, starts, [self._at(step) for step in steps], self._offset)
-        ids = copied(torch.tensor([tokens]), self.device)
         kind = family.kind
         spans = [{"decoder": span} for span in _spans(lengths)]
         read = self._read(rows, steps, lengths)
-        call = {"use_cache": False} if family.decoder_only else {}
+        if family.decoder_only:
+            call["use_cache"] = False
         with self._pass(rows, steps, {kind: lengths}, spans, {kind: positions}, read):
             if not rows and self.recorded.possible:
                 hidden = self.recorded.hidden(ids, copied(positions, self.device))
@@ -328,6 +337,13 @@ class Runner:
         if sum(lengths) <= of(self.model.get_input_embeddings().weight).few_for_layers():
             return None  # one call of a kernel computes all layers
         return copied(torch.tensor([start for start, _ in _spans(lengths)]), self.device)
+
+    def _tokens(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> tuple[Tensor, dict[str, Tensor | bool]]:
+        """The ids (1, N) of a pass, and the argument of its segments if it has any."""
+        new = [step.token for step in steps]
+        if all(row.segments is None for row in rows):
+            return copied(torch.tensor([[token for row in rows for token in row.ids] + new]), self.device), {}
+        return tokens(self.model, [*[row.row for row in rows], torch.tensor(new, dtype=torch.long)])
 
     def _encoder_decoder(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
         """The decoder reads a text to classify again, shifted right. For any other row it starts with one token."""
@@ -353,8 +369,7 @@ class Runner:
         ids = torch.tensor([target], device=self.device)
         with self._pass(rows, steps, lengths, spans, positions):
             if rows:
-                tokens = [token for row in sources for token in row]
-                source = torch.tensor([tokens], device=self.device)
+                source = torch.tensor([[token for row in sources for token in row]], device=self.device)
                 encoded = self.model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]
             else:  # the sources are in the cache, but the decoder still projects an encoder output
                 encoded = torch.zeros(1, 1, config.hidden_size, dtype=self.adapter_pool.dtype, device=self.device)
@@ -380,13 +395,13 @@ class Runner:
         """Set what the hooks read, for the length of the pass."""
         slots = [row.slot for row in rows]
         self.adapter_pool.begin(slots, lengths, [step.slot for step in steps])
-        tokens = {stream: sum(each) for stream, each in lengths.items()}
+        counts = {stream: sum(each) for stream, each in lengths.items()}
         prefill = [(row.kv_slot, row.slot, span) for row, span in zip(rows, spans, strict=True)]
         context = self.adapter_pool.attached.context
         with set_context(context, slots, lengths, in_body=True, read=read):
             if steps or any(kv_slot is not None for kv_slot, _, _ in prefill):
                 own = [step.kv_slot for step in steps]
-                context.cache = PassCache(self.adapter_pool, prefill, tokens, own, self.device)
+                context.cache = PassCache(self.adapter_pool, prefill, counts, own, self.device)
             context.positions = {stream: copied(each, self.device) for stream, each in positions.items()}
             try:
                 yield

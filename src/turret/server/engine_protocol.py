@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from turret.data import Prompt
+from turret import data
 from turret.engine import Event, LoadedAdapter, Named, Receipt, SamplingParams, Stats
 from turret.engine.constraint import Constraint
 from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
 from turret.transformer import Tokenizer
 
-Input: TypeAlias = str | Prompt | Sequence[int]  # a text, a conversation, or token ids that are used unchanged
+Input: TypeAlias = data.Input | Sequence[int]  # a text, two, a conversation, or token ids that are used unchanged
 # `label` and `probabilities`; `text`, `finish_reason` and `tokens`; or `embedding`
 Answer: TypeAlias = JsonObject
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from starlette.requests import Request
 
-from turret.data import Prompt
+from turret.data import Prompt, TextPair
 from turret.engine import Done, Event, Failed, Piece, Receipt
 from turret.errors import DeadlineExceeded, Disconnected, NotFound
 from turret.server.engine_protocol import Answer, Input, TicketProtocol
@@ -65,8 +65,8 @@ class PendingAnswers:
         self._guesses: list[int] = []
         self._charges: list[int] = []
         for each in inputs:
-            if isinstance(each, (str, Prompt)):
-                characters = len(each) if isinstance(each, str) else each.characters
+            if isinstance(each, (str, TextPair, Prompt)):
+                characters = each.characters if isinstance(each, Prompt) else len(str(each))
                 self._guesses.append(characters // CHARACTERS_PER_TOKEN + 1)
                 self._charges.append(characters // CHARACTERS_PER_CHARGED_TOKEN)
             else:  # token ids

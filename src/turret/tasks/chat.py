@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from turret.data import Conversation, Dataset, Example, Prompt, Schema, Turn
-from turret.data.cells import text_of
+from turret.data import Conversation, Dataset, Example, Input, Prompt, Schema, Turn
 from turret.data.columns import COMPLETED
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.chat_template import ChatTemplate, Rendered, Span, Tokenized
 from turret.tasks.task import Encoded, TaskSettings, register
-from turret.tasks.text_answers import TextAnswers
+from turret.tasks.text_answers import TextAnswers, conversations
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -81,7 +80,11 @@ class Chat(TextAnswers):
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
         return Schema(
-            cls.kind, {COMPLETED: ()}, (), lambda cell, _, mended: text_of(cell, mended), _pair, conversations=True
+            cls.kind,
+            {COMPLETED: ()},
+            (),
+            lambda row: _pair(row.text("prompt"), row.text("completion")),
+            conversations=True,
         )
 
     @classmethod
@@ -112,7 +115,7 @@ class Chat(TextAnswers):
 
     def _notes(self, dataset: Dataset) -> list[str]:
         """Decisions about the template that a user should see. Raises DataError if the template does not fit."""
-        prompts = [_conversation(example).prompt for example in dataset.train[:SAMPLED]]
+        prompts = [_conversation(example).asked for example in dataset.train[:SAMPLED]]
         if self.loss_on == "assistant" and any(turn.role == "assistant" for each in prompts for turn in each.turns):
             self._check_answers()
         plain = "this base has no chat template: conversations are written as '### User: … ### Assistant: …'"
@@ -132,20 +135,16 @@ class Chat(TextAnswers):
 
     # --- conversations to tokens -----------------------------------------------------------------------------------
 
-    def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
-        """Each text as the one user turn of a conversation."""
-        return self.encode_chats([Prompt.of(text) for text in texts])
-
-    def encode_chats(self, prompts: Sequence[Prompt]) -> list[Encoded]:
-        """The prompts: at most `max_tokens`. One that is too long loses its oldest turns."""
-        return [self._encoded(self._fitted(prompt)) for prompt in prompts]
+    def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]:
+        """The prompts: at most `max_tokens`. One that is too long loses its oldest turns. A text is one user turn."""
+        return [self._encoded(self._fitted(prompt)) for prompt in conversations(inputs, self.kind)]
 
     def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
         """The prompts, with the positions of earlier answers, and the last answers."""
         encoded: list[tuple[Encoded, Encoded | None]] = []
         for example in examples:
             conversation = _conversation(example)
-            fitted = self._fitted(conversation.prompt)
+            fitted = self._fitted(conversation.asked)
             earlier = self._earlier(fitted) if self.loss_on == "assistant" and not fitted.cut else []
             encoded.append((self._encoded(fitted, earlier), self._answer(fitted, conversation.turns[-1])))
         return encoded

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from turret.data import Dataset, Example, Labelled, Schema, labels_of
-from turret.data.cells import label_of
+from turret.data import Dataset, Example, Labelled, Schema
 from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration, calibration_error, fit, label_sets, reliability
-from turret.tasks.task import Encoded, Prediction, TaskSettings, register
-from turret.tasks.tokens import Tokens
+from turret.tasks.head_answers import HeadAnswers, TextInputs
+from turret.tasks.task import Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,14 +30,11 @@ THRESHOLD = 0.5  # multi-label: a class is predicted from this probability on
 
 
 @register
-class Classify:
+class Classify(HeadAnswers):
     """A classifier's labels, in the order of the logits, and how it encodes a text."""
 
     kind: ClassVar[str] = "classify"
-    request: ClassVar[Literal["classify"]] = "classify"
-    generates: ClassVar[Literal[False]] = False
     calibrates: ClassVar[bool] = True
-    pipeline_tag: ClassVar[str] = "text-classification"
     metric: ClassVar[str] = "accuracy"
     metric_label: ClassVar[str] = "accuracy"
     right_or_wrong: ClassVar[bool] = True
@@ -54,6 +50,7 @@ class Classify:
         class_weights: Mapping[str, float] | None = None,
         prefix_text: str = "",
         calibration: Calibration | None = None,
+        pairs: bool = False,
     ) -> None:
         if len(set(labels)) != len(labels) or len(labels) < (1 if multi_label else 2):
             raise DataError(f"classes must be different and at least {1 if multi_label else 2}, given {list(labels)}")
@@ -64,19 +61,11 @@ class Classify:
             )
         self.labels = tuple(labels)
         self.multi_label = multi_label
-        self.max_tokens = max_tokens
         self.prefix_text = prefix_text
         self.calibration = calibration
         self.class_weights = None if class_weights is None else {name: float(w) for name, w in class_weights.items()}
-        self._tokens = Tokens(tokenizer)
         self._index = {label: i for i, label in enumerate(self.labels)}
-        self._instruction = len(self._tokens.plain([prefix_text])[0]) if prefix_text else 0
-        needed = len(self._tokens.before) + self._instruction + 1 + len(self._tokens.after)
-        if max_tokens < needed:
-            raise DataError(
-                f"task.max_tokens = {max_tokens} leaves no room for the text: the special tokens and prefix_text "
-                f"take {needed - 1}, so set it to {needed} or more"
-            )
+        self.inputs = TextInputs(self.kind, tokenizer, max_tokens, prefix_text, pairs=pairs)
 
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
@@ -84,14 +73,13 @@ class Classify:
             cls.kind,
             {LABELLED: [(text, label) for text in TEXTS for label in LABELS]},
             TEXTS,
-            lambda cell, names, _: label_of(cell, names, multi_label),
-            Labelled,
+            lambda row: Labelled(row.asked(), row.label("label", many=multi_label)),
             classes=True,
             many=multi_label,
         )
 
     @classmethod
-    def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Classify:
+    def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
         weights = settings.class_weights
         if weights == "balanced":
             weights = balanced_weights(dataset.labels, dataset.train, multi_label=settings.multi_label)
@@ -102,6 +90,7 @@ class Classify:
             multi_label=settings.multi_label,
             class_weights=weights,
             prefix_text=settings.prefix_text,
+            pairs="text_pair" in dataset.columns,
         )
 
     @classmethod
@@ -118,23 +107,6 @@ class Classify:
     def instruction(self) -> str:
         return f"Classify the following text as {', '.join(self.labels)}."
 
-    # --- texts to tokens -------------------------------------------------------------------------------------------
-
-    def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
-        """The first tokens of each text between the special tokens: at most `max_tokens`, at least one."""
-        import torch
-
-        tokens = self._tokens
-        room = self.max_tokens - len(tokens.before) - len(tokens.after)
-        encoded = []
-        for ids in tokens.plain([self.prefix_text + text for text in texts], most=room):
-            row = [*tokens.before, *ids[:room], *tokens.after] or [tokens.filler]
-            encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
-        return encoded
-
-    def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
-        return [(source, None) for source in self.encode_sources([example.input for example in examples])]
-
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """Class numbers (B,) int64. With `multi_label`, ones and zeros (B, C) float32."""
         import torch
@@ -144,7 +116,7 @@ class Classify:
                 return torch.tensor([self._index[str(example.output)] for example in examples], dtype=torch.long)
             many = torch.zeros(len(examples), len(self.labels))
             for row, example in enumerate(examples):
-                for label in labels_of(example):
+                for label in example.labels:
                     many[row, self._index[label]] = 1.0
             return many
         except KeyError as error:
@@ -198,6 +170,11 @@ class Classify:
             return None
         return torch.tensor([self.class_weights.get(label, 1.0) for label in self.labels], device=device)  # (C,)
 
+    def chosen(self, logits: Tensor) -> list[int]:
+        """The number of the answered class of each row."""
+        found: list[int] = logits.argmax(-1).tolist()
+        return found
+
     def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
         """accuracy, macro_f1, loss, ece and a report for each class. loss and ece are of the answers' probabilities.
 
@@ -212,13 +189,16 @@ class Classify:
             found = metrics.many_classes(given.tolist(), targets.long().tolist(), self.labels, loss)
             confidence, right = chances.flatten(), targets.flatten() > 0  # of every label of every text
         else:
-            found = metrics.one_class(logits.argmax(-1).tolist(), targets.tolist(), self.labels, loss)
-            confidence, right = chances.amax(-1), logits.argmax(-1) == targets
+            chosen = targets.new_tensor(self.chosen(logits))
+            found = metrics.one_class(chosen.tolist(), targets.tolist(), self.labels, loss)
+            confidence, right = chances.gather(1, chosen[:, None].cpu())[:, 0], chosen == targets
         return found | {"ece": calibration_error(reliability(confidence.tolist(), right.tolist()))}
 
-    def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Classify:
+    def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
         task = copy.copy(self)
-        task.calibration = fit(logits, targets, multi_label=self.multi_label, chose_weights=chose_weights)
+        task.calibration = fit(
+            self.class_scores(logits), targets, multi_label=self.multi_label, chose_weights=chose_weights
+        )
         return task
 
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
@@ -226,7 +206,7 @@ class Classify:
             raise DataError(f"coverage {coverage:g} needs a calibration, and this classifier has none: train it again")
         predicted = [_listed(answer["label"]) for answer in self.answers(logits)]
         threshold = self.calibration.threshold(coverage)
-        return label_sets(logits, self.labels, predicted, threshold, multi_label=self.multi_label)
+        return label_sets(self.class_scores(logits), self.labels, predicted, threshold, multi_label=self.multi_label)
 
     @property
     def _temperature(self) -> float:
@@ -234,7 +214,7 @@ class Classify:
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         """(B, C) float64, with the temperature."""
-        logits = logits.detach().double() / self._temperature
+        logits = self.class_scores(logits).detach().double() / self._temperature
         return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
     def answers(self, logits: Tensor) -> list[JsonObject]:
@@ -242,16 +222,15 @@ class Classify:
         rows = [dict(zip(self.labels, row, strict=True)) for row in self._probabilities(logits).tolist()]
         if self.multi_label:
             return [{"label": [k for k, p in row.items() if p >= THRESHOLD], "probabilities": row} for row in rows]
-        best = logits.argmax(-1).tolist()
-        return [{"label": self.labels[i], "probabilities": row} for i, row in zip(best, rows, strict=True)]
+        chosen = self.chosen(logits)
+        return [{"label": self.labels[i], "probabilities": row} for i, row in zip(chosen, rows, strict=True)]
 
     @classmethod
     def judged(cls, answer: JsonMapping) -> Prediction:
         label: Prediction = answer["label"]
         return label
 
-    @classmethod
-    def score(cls, given: Prediction, example: Example) -> float:
+    def score(self, given: Prediction, example: Example) -> float:
         right = example.output
         return float(sorted(given) == sorted(right) if isinstance(given, list) else given == right)
 
@@ -264,8 +243,10 @@ class Classify:
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
     def spec(self) -> JsonObject:
-        fitted: JsonObject = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
-        return fitted | {
+        more: JsonObject = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
+        if self.pairs:
+            more["pairs"] = True
+        return more | {
             "kind": self.kind,
             "labels": list(self.labels),
             "max_tokens": self.max_tokens,
@@ -275,7 +256,7 @@ class Classify:
         }
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Classify:
+    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
         settings = {key: value for key, value in spec.items() if key not in ("kind", "labels")}
         if "calibration" in settings:
             settings["calibration"] = Calibration.from_json(settings["calibration"])
@@ -290,7 +271,7 @@ def balanced_weights(labels: Sequence[str], examples: Sequence[Example], *, mult
     """`n / (C n_c)` for each class, 1 for a class without examples. With `multi_label`, `(n - n_c) / n_c`."""
     counts = dict.fromkeys(labels, 0)
     for example in examples:
-        for label in labels_of(example):
+        for label in example.labels:
             counts[label] += 1
     n = len(examples)
     if multi_label:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from turret.data import Dataset, Example, Pair, Prompt, Schema
-from turret.data.cells import texts_in
-from turret.data.columns import COMPLETED, SUMMARISED
+from turret.data import Dataset, Example, Input, Pair, Schema
+from turret.data.cells import RowReader
+from turret.data.columns import COMPLETED, SUMMARISED, Roles
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.chat_template import base_prompt, rendered
 from turret.tasks.task import Encoded, TaskSettings, register
-from turret.tasks.text_answers import TextAnswers
+from turret.tasks.text_answers import TextAnswers, conversations
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
 
@@ -58,7 +58,7 @@ class Generate(TextAnswers):
     """
 
     kind: ClassVar[str] = "generate"
-    usual: ClassVar[tuple[str, str]] = COMPLETED  # the roles of its columns
+    usual: ClassVar[Roles] = COMPLETED  # the roles of its columns
     ending: ClassVar[str] = "\n"  # between the document and the target of a decoder
     order: ClassVar[str] = "Write the answer to the following text."
     notes: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class Generate(TextAnswers):
     def schema(cls, *, multi_label: bool = False) -> Schema:
         names = {cls.usual: NAMES[cls.usual], **NAMES}
         inputs = [first for first, _ in (*SUMMARIES, *COMPLETIONS)]
-        return Schema(cls.kind, names, inputs, lambda cell, _, mended: texts_in(cell, mended), _pair)
+        return Schema(cls.kind, names, inputs, _pair)
 
     @classmethod
     def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
@@ -169,8 +169,25 @@ class Generate(TextAnswers):
 
     # --- texts to tokens -------------------------------------------------------------------------------------------
 
-    def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
-        """The prompts: at most `max_tokens`, at least one. A document that is too long loses its end."""
+    def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]:
+        """The prompts. A text, or a single user turn, in the task's template; other conversations in the base's own.
+
+        A prompt in the task's template has at most `max_tokens`, and at least one; a document that is too long loses
+        its end. Raises DataError for a conversation if the base has no chat template.
+        """
+        import torch
+
+        prompts = conversations(inputs, self.kind)
+        texts = [prompt.text for prompt in prompts if prompt.text is not None]
+        encoded = iter(self._in_template(texts))
+        return [
+            next(encoded)
+            if prompt.text is not None
+            else Encoded(torch.tensor(base_prompt(self.tokenizer, prompt), dtype=torch.long), cut=False)
+            for prompt in prompts
+        ]
+
+    def _in_template(self, texts: Sequence[str]) -> list[Encoded]:
         import torch
 
         room = self.max_tokens - len(self._before) - len(self._after)
@@ -187,21 +204,6 @@ class Generate(TextAnswers):
         for ids in rows:
             row = [*self._before, *ids[:room], *self._after] or [self._tokens.filler]
             encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
-        return encoded
-
-    def encode_chats(self, prompts: Sequence[Prompt]) -> list[Encoded]:
-        """A single user turn by the task's template, like a document; other conversations by the base's chat template.
-
-        Raises DataError for those if the base has no chat template.
-        """
-        import torch
-
-        encoded = []
-        for prompt in prompts:
-            if prompt.text is not None:
-                encoded += self.encode_sources([prompt.text])
-            else:
-                encoded.append(Encoded(torch.tensor(base_prompt(self.tokenizer, prompt), dtype=torch.long), cut=False))
         return encoded
 
     def _user_words(self) -> str:
@@ -266,8 +268,10 @@ class Generate(TextAnswers):
         )
 
 
-def _pair(source: str, output: str | tuple[str, ...]) -> Pair:
-    return Pair(source, output) if isinstance(output, str) else Pair(source, output[0], output[1:])
+def _pair(row: RowReader) -> Pair:
+    source, output = SUMMARISED if row.has("document") else COMPLETED
+    target = row.text(source), row.texts(output)
+    return Pair(target[0], target[1]) if isinstance(target[1], str) else Pair(target[0], target[1][0], target[1][1:])
 
 
 @register

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, TypeGuard, TypeVar
 
-from turret.data import Dataset, Example, Prompt, Schema
+from turret.data import Dataset, Example, Input, Schema
 from turret.errors import AdapterError, DataError, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from turret.families.family import Kind as FamilyKind
 
 RequestKind = Literal["classify", "generate", "embed"]  # what an engine answers with: a head, a text, or a vector
-Prediction: TypeAlias = str | list[str]  # the part of an answer that is scored: a label, labels or a text
+Prediction: TypeAlias = str | list[str]  # the part of an answer that is scored: a label, labels, a text, a number
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """The token ids of a text, special tokens included."""
 
-    ids: Tensor  # (T,) int64, T >= 1
+    ids: Tensor  # (T,) int64, T >= 1; or (T, 2) with the segment of each token
     cut: bool  # whether the text was longer than the limit
     earlier: Tensor | None = None  # (K,) int64, positions > 0 in `ids` of further tokens that the loss counts
     left_out: int = 0  # turns of a conversation that was longer than the limit
@@ -41,6 +41,7 @@ class TaskSettings(Protocol):
     prefix_text: str
     multi_label: bool
     class_weights: Literal["balanced"] | dict[str, float] | None
+    levels: list[str] | None
     chat_template: bool
     loss_on: Literal["assistant", "last"] | None
     num_beams: int
@@ -84,11 +85,7 @@ class CommonTask(Protocol):
 
     @classmethod
     def judged(cls, answer: JsonMapping) -> Prediction:
-        """The part of an answer that is scored: its label, its labels or its text."""
-
-    @classmethod
-    def score(cls, given: Prediction, example: Example) -> float:
-        """How well a prediction fits the example, from 0 to 1."""
+        """The part of an answer that is scored: its label, its labels, its text or its number."""
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:
@@ -101,6 +98,8 @@ class CommonTask(Protocol):
     @property
     def multi_label(self) -> bool: ...
     @property
+    def pairs(self) -> bool: ...  # whether two texts are read together
+    @property
     def max_tokens(self) -> int: ...
     @property
     def instruction(self) -> str: ...  # the task in words; a prefix starts from them
@@ -108,11 +107,14 @@ class CommonTask(Protocol):
     def spec(self) -> JsonObject:
         """Everything that prediction needs, as JSON. `task_from_spec` makes an equal task from it."""
 
-    def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
-        """Inputs as tokens."""
+    def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]:
+        """Inputs as tokens. Raises DataError for an input that the task does not read."""
 
     def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
         """Inputs and targets as tokens; None where the target is not a text."""
+
+    def score(self, given: Prediction, example: Example) -> float:
+        """How well a prediction fits the example, from 0 to 1."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean over examples, or over target tokens if the task generates: a scalar."""
@@ -133,6 +135,9 @@ class HeadTask(CommonTask, Protocol):
 
     def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
         """The same task with a calibration. logits, targets: of validation examples, as `metrics` takes them."""
+
+    def class_scores(self, logits: Tensor) -> Tensor:
+        """What the probabilities of the labels are computed from: (B, C). logits: as the head gives them."""
 
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
         """The labels of each row that together have this coverage, the most probable first. Raises DataError."""
@@ -156,9 +161,6 @@ class TextTask(CommonTask, Protocol):
     max_target_tokens: int
     max_new_tokens: int
     notes: tuple[str, ...]  # decisions that a user should see
-
-    def encode_chats(self, prompts: Sequence[Prompt]) -> list[Encoded]:
-        """Conversations that wait for an answer, as tokens."""
 
     @property
     def generation(self) -> JsonObject: ...  # the arguments of transformers' `generate()`

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from turret.data import Example, references_of
+from turret.data import Example, Input, Prompt, TextPair
+from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.task import Prediction
 from turret.transformer import Tokenizer
@@ -29,6 +30,7 @@ class TextAnswers(Protocol):
     baselines: ClassVar[tuple[str, ...]] = ("nearest",)
     labels: tuple[str, ...] = ()
     multi_label: bool = False
+    pairs: bool = False
     tokenizer: Tokenizer
     num_beams: int
     max_new_tokens: int
@@ -51,7 +53,7 @@ class TextAnswers(Protocol):
         """ROUGE-L of the nearest reference, as a fraction."""
         from turret.tasks.metrics import rouge_l
 
-        return max(rouge_l(str(given), each) for each in references_of(example))
+        return max(rouge_l(str(given), each) for each in example.references)
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:
@@ -91,3 +93,10 @@ class TextAnswers(Protocol):
             "eos_token_id": self.end,
             "pad_token_id": self.end if pad is None else int(pad),
         }
+
+
+def conversations(inputs: Sequence[Input], kind: str) -> list[Prompt]:
+    """Texts as conversations of one user turn, and conversations as they are. Raises DataError for two texts."""
+    if any(isinstance(each, TextPair) for each in inputs):
+        raise DataError(f"two texts were given, and this one is {kind}: give one text")
+    return [Prompt.of(each) if isinstance(each, str) else each for each in inputs if not isinstance(each, TextPair)]

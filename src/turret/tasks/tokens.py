@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from turret.errors import BaseModelError
 from turret.json_types import JsonObject
-from turret.transformer import Tokenizer
+from turret.transformer import TextEncoding, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -209,6 +209,25 @@ class Tokens:
         if not self.tokenizer.is_fast:
             return ids, [(0, len(text))] * len(ids)
         return ids, [(int(first), int(last)) for first, last in coded.encodings[0].offsets]
+
+    @cached_property
+    def around_pair(self) -> tuple[list[int], list[int], list[int]]:
+        """The tokens before, between and after two texts. A tokenizer without any between them gets a line break."""
+        a, b = self._ids(["a"])[0], self._ids(["b"])[0]
+        around = list(self._pair["input_ids"])
+        first = _find(around, a)
+        rest = around[first + len(a) :]
+        second = _find(rest, b)
+        return around[:first], rest[:second] or self._ids(["\n"])[0], rest[second + len(b) :]
+
+    @cached_property
+    def segments(self) -> bool:
+        """Whether the tokenizer gives a second text another segment than the first."""
+        return 1 in self._pair.get("token_type_ids", [])
+
+    @cached_property
+    def _pair(self) -> TextEncoding:
+        return self.tokenizer("a", "b", verbose=False)
 
     @property
     def eos(self) -> int:

@@ -22,7 +22,7 @@ from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
 from turret.bases.sharded import parts_of
 from turret.bases.shared import share
-from turret.data import Example, references_of
+from turret.data import Example
 from turret.engine.cache import capacity
 from turret.engine.core import Engine
 from turret.engine.decode import base_settings
@@ -108,7 +108,7 @@ class Asking:
         if not writes(task):
             return losses, answers
         answers = self.texts(sources, bare=bare)
-        references = [references_of(example) for example in examples]
+        references = [example.references for example in examples]
         return task.metrics([answer["text"] for answer in answers], references, losses["loss"]), answers
 
     def logits(self, sources: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from turret.adapters.adapter import require_base
-from turret.data import Input, Prompt
+from turret.data import Input
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store, Version
@@ -161,7 +161,7 @@ def answers(
         bare: ask the base without the adapter; only for a task that generates.
         coverage: also give sets of labels; only for a version that `require_coverage` accepts.
     """
-    return answers_to(ready, encoded_inputs(ready.task, texts), bare=bare, coverage=coverage)
+    return answers_to(ready, ready.task.encode_sources(texts), bare=bare, coverage=coverage)
 
 
 def answers_to(
@@ -173,16 +173,6 @@ def answers_to(
         raise AdapterError(f"{ready.version} classifies, and the bare base has no head for it: ask without bare")
     sources = [each.ids for each in encoded]
     return ready.asking.texts(sources, bare=bare) if writes(task) else ready.asking.classes(sources, coverage)
-
-
-def encoded_inputs(task: Task, inputs: Sequence[Input]) -> list[Encoded]:
-    """Texts and conversations as tokens."""
-    texts = [each for each in inputs if isinstance(each, str)]
-    if len(texts) == len(inputs):
-        return task.encode_sources(texts)
-    if not writes(task):
-        raise DataError(f"a conversation is asked of a task that generates, and this one is {task.kind}: give a text")
-    return task.encode_chats([Prompt.of(each) if isinstance(each, str) else each for each in inputs])
 
 
 def _where(ready: Mounted) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from turret.access import Access, tenant_access
 from turret.arguments import checked_methods
-from turret.data import Prompt
+from turret.data import Prompt, TextPair
 from turret.experiments import Router
 from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
@@ -432,7 +432,7 @@ class Workspace:
 
         say = on_stage or silent
         found = answering.predict(self.store, reference, asked, say, bare=bare, coverage=coverage, device=device)
-        return found[0] if isinstance(texts, (str, Prompt)) else found
+        return found[0] if isinstance(texts, (str, TextPair, Prompt)) else found
 
     def predict_file(
         self,

@@ -91,7 +91,7 @@ def _write_data(text: _Lines, table: Table, recipe: Recipe, seen: Profile, asked
         text.option("label", each.column, False, _candidate_comment(each))
     if seen.others:
         text.say(f"not used: {one_line(', '.join(map(repr, seen.others)), 120)}")
-    if not task_of(seen.kind).generates:
+    if seen.classes:
         if seen.separator:
             text.set("separator", seen.separator, "between the labels of a cell")
         if meant := cells.renaming(seen.classes):
@@ -189,7 +189,7 @@ def _write_format(text: _Lines, table: Table, data: DataSettings) -> None:
 
 def _column_comment(seen: Profile, column: str) -> str:
     facts = seen.facts[column]
-    if column == seen.roles.get("label"):
+    if seen.classes and column == seen.roles.get("label"):
         listed = ", ".join(f"{label} ({count})" for label, count in list(seen.classes.items())[:6])
         more = f" and {len(seen.classes) - 6} more" if len(seen.classes) > 6 else ""
         return one_line(f"{len(seen.classes)} classes: {listed}{more}", 120)

@@ -17,7 +17,7 @@ from turret.compare.results import (
     Reliability,
     covered,
 )
-from turret.data import Example, labels_of
+from turret.data import Example
 from turret.data.table_writer import TableWriter
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
@@ -93,7 +93,7 @@ def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int])
     mistakes = _mistakes(task, examples, places, answers)
     if known is None or not has_head(task) or not task.calibrates:
         return metrics, Details(mistakes, task.right_or_wrong)
-    right = [labels_of(example) for example in examples]
+    right = [example.labels for example in examples]
     return metrics, Details(
         mistakes,
         task.right_or_wrong,
@@ -143,7 +143,7 @@ def _reliability(
     bins = _bins(task, own, answers, right)
     if task.calibration is None:
         return Reliability(calibration_error(bins), bins)
-    without = (-scores(logits, multi_label=task.multi_label)).exp().tolist()
+    without = (-scores(task.class_scores(logits), multi_label=task.multi_label)).exp().tolist()
     raw = [dict(zip(task.labels, row, strict=True)) for row in without]
     return Reliability(
         calibration_error(bins),

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from turret import adapters, bases, bundles
-from turret.adapters import Adapter, lifecycle
+from turret.adapters import Adapter, lifecycle, packed
 from turret.bases import Base
 from turret.bases.packaged import licence_of
 from turret.bases.silence_transformers import quiet
@@ -54,7 +54,7 @@ BUNDLES: tuple[Form, ...] = ("peft", "vllm")  # the forms that are the stored bu
 CARD = "README.md"
 MODEL = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
 OURS = {*FILES, CARD, gguf_lora.FILE, *MODEL, *TOKENIZER}  # every file that an export can write
-Rows = list[tuple[Tensor, Tensor | None]]  # (token ids (1, T), target ids (1, T) or None)
+Rows = list[dict[str, Tensor | bool]]  # the arguments of a pass, for each row
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # largest difference of an output / the largest output
 
 
@@ -273,10 +273,15 @@ def _set_config(model: Model, changes: JsonMapping) -> None:
 def _probe_rows(adapter: Adapter, base: Base) -> Rows:
     """A few texts as tokens."""
     items = probe_items(task_from_spec(adapter.task, base.tokenizer))
-    pairs = [(item.source[None], None if item.target is None else item.target[None]) for item in items]
-    if base.family.is_encoder_decoder:
-        return pairs
-    return [(source if target is None else torch.cat([source, target], dim=1), None) for source, target in pairs]
+    rows: Rows = []
+    for item in items:
+        ids, settings = packed.tokens(base.model, [item.source])
+        if item.target is not None and base.family.is_encoder_decoder:
+            settings["labels"] = item.target[None]
+        elif item.target is not None:
+            ids = torch.cat([ids, item.target[None]], dim=1)
+        rows.append({"input_ids": ids, **settings})
+    return rows
 
 
 @torch.no_grad()
@@ -284,7 +289,7 @@ def _outputs(model: Model, rows: Rows) -> Tensor:
     """All logits in one float32 vector."""
     model.eval()
     with quiet():
-        logits = [model(input_ids=ids, **({} if target is None else {"labels": target})).logits for ids, target in rows]
+        logits = [model(**row).logits for row in rows]
     return torch.cat([each.float().reshape(-1) for each in logits])
 
 

@@ -25,7 +25,7 @@ from turret.bases import Base
 from turret.bases.quantized import Quantization
 from turret.bundles import conversion, fetch
 from turret.bundles.bundle import CONFIG, WEIGHTS, read_config
-from turret.data import Dataset
+from turret.data import Dataset, Labelled, TextPair
 from turret.disk import describe_error
 from turret.errors import AdapterError, BaseModelError, RecipeError, StoreError
 from turret.json_types import JsonMapping, JsonObject, JsonValue
@@ -313,8 +313,8 @@ def check(base: Base, adapter: Adapter) -> AdapterEffect:
 
 def probe_items(task: Task) -> list[EncodedRow]:
     """A few texts as tokens, for a comparison of outputs."""
-    example = task.schema(multi_label=task.multi_label).example
-    return EncodedRows(task, [example(text, WRITTEN) for text in PROBE]).take(range(len(PROBE)))
+    examples = [Labelled(TextPair(text, text) if task.pairs else text, WRITTEN) for text in PROBE]
+    return EncodedRows(task, examples).take(range(len(PROBE)))
 
 
 def _check_task(spec: JsonMapping, base: Base) -> None:

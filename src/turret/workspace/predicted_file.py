@@ -82,7 +82,7 @@ def _answered(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> I
     from turret.workspace import answering
 
     asked = [place for place, row in enumerate(rows) if str(row.input).strip()]
-    encoded = answering.encoded_inputs(ready.task, [rows[place].input for place in asked])
+    encoded = ready.task.encode_sources([rows[place].input for place in asked])
     answers = answering.answers_to(ready, encoded, bare=request.bare, coverage=request.coverage) if asked else []
     by_row = dict(zip(asked, zip(encoded, answers, strict=True), strict=True))
     for place in range(len(rows)):
@@ -95,7 +95,7 @@ def _answered(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> I
 
 def _values(task: Task, answer: JsonMapping, top: int) -> JsonObject:
     given = task.judged(answer)
-    values: JsonObject = {"predicted": given, "finish_reason": answer.get("finish_reason")}
+    values: JsonObject = {"predicted": answer.get("value", given), "finish_reason": answer.get("finish_reason")}
     values["label_set"] = answer.get("label_set")
     if ranked := ranked_labels(answer):
         chances = dict(ranked)

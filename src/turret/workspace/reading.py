@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from turret.data import Dataset, Example, Input, Prompt, memory
+from turret.data import Dataset, Example, Input, Prompt, TextPair, memory
 from turret.data.table import ROLES
 from turret.errors import DataError, RecipeError, one_line, shown
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.store import Store, Version
 from turret.tasks import schemas, stored_task, task_of
 from turret.trackers.table import require_installed
@@ -33,12 +33,14 @@ Source: TypeAlias = str | Path | memory.RowsInMemory  # of data: what `data.sour
 
 
 def inputs_in(texts: Texts) -> list[Input]:
-    """The inputs in one text or conversation, or in a list, a Series, an array or a column of them.
+    """The inputs in one text, pair or conversation, or in a list, a Series, an array or a column of them.
+
+    A pair of texts is a `TextPair`, a tuple of two texts, or `{"text": …, "text_pair": …}`.
 
     Raises:
         DataError: there are none, or one of them is no text.
     """
-    if isinstance(texts, (str, Prompt)):
+    if isinstance(texts, (str, TextPair, Prompt)):
         return [texts]
     if hasattr(texts, "columns") or hasattr(texts, "column_names"):
         raise DataError(
@@ -48,14 +50,24 @@ def inputs_in(texts: Texts) -> list[Input]:
     if isinstance(listed, (bytes, Mapping)) or not isinstance(listed, Iterable):
         raise DataError(f"expected a text, or a list or a Series of texts, given a {type(texts).__name__}")
     found = [listed] if isinstance(listed, str) else list(listed)
+    found = [_paired(each) for each in found]
     for place, each in enumerate(found, 1):
-        if not isinstance(each, (str, Prompt)):
+        if not isinstance(each, (str, TextPair, Prompt)):
             raise DataError(
                 f"text {place} of {len(found)}: expected a text, given {shown(each)}: drop it, or make it a text"
             )
     if not found:
         raise DataError("nothing to answer: give a text, or a file with at least one line")
     return [str(each) if isinstance(each, str) else each for each in found]
+
+
+def _paired(value: Input | JsonValue) -> Input | JsonValue:
+    """A tuple of two texts, or an object with the keys of a pair, as a `TextPair`; anything else as it is."""
+    if isinstance(value, Mapping) and value.keys() == {"text", "text_pair"}:
+        value = (value["text"], value["text_pair"])
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(each, str) for each in value):
+        return TextPair(*value)
+    return value
 
 
 def source_of(data: Source) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from turret.data import Example, Input, inputs_of
+from turret.data import Example, Input
 from turret.errors import DataError
 from turret.experiments import paired, status_text
 from turret.experiments.paired import Paired
@@ -85,7 +85,7 @@ def _labelled(task: Task, examples: Sequence[Example], before: Sequence[Input]) 
     Args:
         before: the texts that the other version was asked; they must be equal.
     """
-    texts = inputs_of(examples)
+    texts = [each.asked for each in examples]
     if before and list(before) != texts:
         raise DataError("the two versions read this data as different tasks: compare versions of one kind")
     return texts, [_judge(task, example) for example in examples]

@@ -18,7 +18,7 @@ from turret.compare.candidates import Candidate, candidates
 from turret.compare.control_rates import Control, Written, rated, shown, write_report
 from turret.compare.design import Cell
 from turret.compare.results import CellResult, made_with
-from turret.data import Dataset, texts_of
+from turret.data import Dataset
 from turret.errors import DataError, RecipeError, TrainingError
 from turret.recipe import Recipe
 from turret.reference import check_name
@@ -147,9 +147,9 @@ def _cell(candidate: Candidate, recipe: Recipe, place: int) -> Cell:
 def _require_shared(data: Mapping[str, Dataset]) -> None:
     """Raise DataError unless all aspects have the same test documents, so that their references can be compared."""
     names = list(data)
-    first = texts_of(data[names[0]].test)
+    first = [each.input for each in data[names[0]].test]
     for name in names[1:]:
-        if texts_of(data[name].test) != first:
+        if [each.input for each in data[name].test] != first:
             raise DataError(
                 f"the test documents of {names[0]} and {name} are not the same in the same order: expected one row per "
                 "document in each, and a reference in each row"
@@ -253,7 +253,7 @@ def _control(
             "references": len(judge.scores),
         },
         rated=rated(written, aspects, labels, kinds, recipe.split_seed),
-        shown=shown(written, texts_of(first.test), _references(prepared)),
+        shown=shown(written, [each.input for each in first.test], _references(prepared)),
         failures=dict(runner.failures),
         recipes=recipes,
         notes=tuple(dict.fromkeys(note for data in prepared.data.values() for note in data.notes)),

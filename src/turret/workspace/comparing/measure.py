@@ -22,7 +22,7 @@ from turret import adapters, quantized
 from turret.adapters import packed
 from turret.compare.collapse import binned
 from turret.compare.evidence import Array
-from turret.data import Example, Input, inputs_of, references_of
+from turret.data import Example, Input
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import LoRA
 from turret.recipe import Recipe
@@ -364,7 +364,7 @@ def _texts(ready: PreparedTraining, answers: Sequence[str], answer: Callable[[Ex
     """The result of a baseline that answers with texts."""
     task, test = ready.task, ready.dataset.test
     assert writes(task)
-    metrics = task.metrics(answers, [references_of(example) for example in test], None)
+    metrics = task.metrics(answers, [example.references for example in test], None)
     latency = _timed(test[:TIMED_TEXTS], answer)
     return untrained(ready) | _scored(task, test, answers, metrics) | {"latency": latency, "seedless": True}
 
@@ -392,7 +392,7 @@ def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
     say("timing single answers")
     return {
         **_scored(task, examples, [task.judged(each) for each in answers], metrics),
-        "latency": _latency(ready, inputs_of(examples), bare),
+        "latency": _latency(ready, [each.asked for each in examples], bare),
         "forgetting": _forgetting(ready.model, task.tokenizer) if writes(task) else None,
     }
 
