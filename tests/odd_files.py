@@ -344,21 +344,23 @@ def odd_files() -> list[Odd]:
             repaired=TABLE,
         ),
         Odd("table.txt", "a table named .txt", TABLE, said="name it .csv or .tsv", renamed="table.csv"),
-        # --- tables of later tasks
-        Odd(
-            "pairs.jsonl",
-            "two texts and a label",
-            jsonl(PAIRS),
-            said="the task text_pairs",
-            remedy={"text": "hypothesis", "label": "label"},
-        ),
+        # --- two texts in a row
+        Odd("pairs.jsonl", "two texts and a label", jsonl(PAIRS), note="guessed: text_pairs, text is column 'premise'"),
         Odd(
             "similar.jsonl",
             "two texts and a number",
-            jsonl([{"sentence1": "a", "sentence2": "b", "score": 2.5}] * 12),
-            said="the task regression",
-            final=True,
+            jsonl([{"sentence1": f"a {i}", "sentence2": "b", "score": i / 4} for i in range(12)]),
+            note="guessed: regression",
         ),
+        Odd(
+            "strange.jsonl",
+            "two texts whose names are not known, and a label",
+            jsonl([{"eins": f"a {i}", "zwei": "b", "label": "xy"[i % 2]} for i in range(12)]),
+            settings={"kind": "text_pairs"},
+            said="set data.text, data.text_pair and data.label",
+            remedy={"text": "eins", "text_pair": "zwei", "label": "label"},
+        ),
+        # --- tables of later tasks
         Odd(
             "tags.jsonl",
             "a tag for each word",

@@ -73,9 +73,11 @@ def house(registered: None, tmp_path_factory: pytest.TempPathFactory) -> House:
 
 def test_without_the_file_the_task_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(TASKS, "rate", raising=False)
-    with pytest.raises(DataError, match="there is no task 'rate': expected chat, classify, summarize or generate"):
+    known = list(TASKS)
+    said = f"there is no task 'rate': expected {', '.join(known[:-1])} or {known[-1]}"
+    with pytest.raises(DataError, match=said):
         task_of("rate")
-    kinds = "'chat', 'classify', 'summarize' or 'generate'"
+    kinds = f"{', '.join(map(repr, known[:-1]))} or {known[-1]!r}"
     with pytest.raises(RecipeError, match=rf"task\.kind: expected {kinds}, given 'rate'"):
         Recipe(name="a", base="b", data="c", task={"kind": "rate"})
 

@@ -14,6 +14,7 @@ import typer
 
 from turret.cli import options
 from turret.cli.output import columns, console, cut, emit, grid, metrics, number, offer, report, safe, span, status
+from turret.data import TextPair
 from turret.errors import DataError, RecipeError, counted, plainly, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task
@@ -167,6 +168,7 @@ def predict(
         ),
     ],
     text: options.Text = None,
+    text_pair: options.TextPair = None,
     prompt: options.Prompt = None,
     messages: options.Messages = None,
     column: Annotated[str | None, typer.Option("--column", hidden=True, help="Old: --text or --prompt.")] = None,
@@ -193,7 +195,7 @@ def predict(
     from turret.workspace.answering import PredictOptions, check_options
 
     workspace = Workspace(store)
-    named = data_columns(sets, options.columns(text=text, prompt=prompt, messages=messages))
+    named = data_columns(sets, options.columns(text=text, text_pair=text_pair, prompt=prompt, messages=messages))
     if column is not None:
         named |= _old_column(workspace, reference, column)
     if out is not None:
@@ -204,6 +206,8 @@ def predict(
         return
     literal = min(context.obj or 0, len(inputs))  # inputs after `--`
     texts = inputs if literal == len(inputs) and not named else _texts(workspace, reference, inputs, named, literal)
+    if workspace.resolve(reference).part("task").get("pairs") and texts is inputs:
+        texts = _in_twos(inputs)
     check_options(workspace.resolve(reference), top, coverage)
     with status() as say:
         answers = workspace.predict(reference, texts, bare=bare, coverage=coverage, device=device, on_stage=say)
@@ -218,6 +222,7 @@ def evaluate(
     reference: options.Ref,
     data: Annotated[str, typer.Argument(metavar="DATA", help="File, folder, Hub id, pypi: package, or - for stdin.")],
     text: options.Text = None,
+    text_pair: options.TextPair = None,
     label: options.Label = None,
     prompt: options.Prompt = None,
     completion: options.Completion = None,
@@ -241,7 +246,7 @@ def evaluate(
     """
     from turret.workspace import Workspace
 
-    columns = data_columns(sets, options.columns(text, label, prompt, completion, messages))
+    columns = data_columns(sets, options.columns(text, text_pair, label, prompt, completion, messages))
     check_targets(out, page)
     with status() as say:
         found = Workspace(store).evaluate(reference, data, columns=columns, device=device, on_stage=say)
@@ -286,6 +291,13 @@ def _texts(
             f"a column is named, which needs one table, given {len(inputs)} texts: give a table, or name none"
         )
     return inputs
+
+
+def _in_twos(texts: Sequence[str]) -> list[TextPair]:
+    """Texts on the command line, for a version that reads two together."""
+    if len(texts) % 2:
+        raise DataError(f"this version reads two texts together, given {len(texts)}: give the second after the first")
+    return [TextPair(*texts[place : place + 2]) for place in range(0, len(texts), 2)]
 
 
 def _names_a_file(word: str) -> bool:

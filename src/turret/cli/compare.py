@@ -57,6 +57,7 @@ def compare(
     texts: Texts = True,
     plan: Annotated[bool, typer.Option("--plan", help="Show what this design can decide, without training.")] = False,
     text: options.Text = None,
+    text_pair: options.TextPair = None,
     label: options.Label = None,
     prompt: options.Prompt = None,
     completion: options.Completion = None,
@@ -83,7 +84,7 @@ def compare(
         given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
         if wrong := next((name for name in given if name in OF_TRAININGS), None):
             raise RecipeError(f"--composition compares stored versions and trains nothing: leave out --{wrong}")
-        columns = data_columns(sets, options.columns(None, None, prompt, completion, messages))
+        columns = data_columns(sets, options.columns(prompt=prompt, completion=completion, messages=messages))
         with status() as show:
             found = Workspace(store).compare_composition(
                 composition,
@@ -97,7 +98,7 @@ def compare(
             )
         report(found, as_json, _print_composition)
         return
-    named = options.columns(text, label, prompt, completion, messages)
+    named = options.columns(text, text_pair, label, prompt, completion, messages)
     recipe = read_recipe(source, base, name, data, task, None, None, seed, sets, named, device)
     workspace = Workspace(store)
     limit, parts, rate = None if budget is None else duration(budget), shares(fractions), _rate(lr)

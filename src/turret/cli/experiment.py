@@ -214,6 +214,7 @@ def replay(
         str | None, typer.Argument(metavar="DATA", help="Labelled examples; default: A's golden examples.")
     ] = None,
     text: options.Text = None,
+    text_pair: options.TextPair = None,
     label: options.Label = None,
     prompt: options.Prompt = None,
     completion: options.Completion = None,
@@ -226,7 +227,7 @@ def replay(
     """Compare two versions on labelled examples, without live traffic."""
     from turret.workspace import Workspace
 
-    named = data_columns(sets, options.columns(text, label, prompt, completion, messages))
+    named = data_columns(sets, options.columns(text, text_pair, label, prompt, completion, messages))
     with status() as say:
         found = Workspace(store).replay(a, b, data, columns=named, device=device, on_stage=say)
     if as_json:

@@ -20,6 +20,7 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that exists.")] = False,
     text: options.Text = None,
+    text_pair: options.TextPair = None,
     label: options.Label = None,
     prompt: options.Prompt = None,
     completion: options.Completion = None,
@@ -38,7 +39,7 @@ def init(
 
     if source == "-":
         raise RecipeError("turret init needs a file, because the recipe names it: save stdin to a file")
-    columns = options.columns(text, label, prompt, completion, messages)
+    columns = options.columns(text, text_pair, label, prompt, completion, messages)
     named = {"base": base, "name": name, "task.kind": task}
     settings = {f"data.{role}": column for role, column in columns.items()}
     settings |= {key: value for key, value in named.items() if value is not None} | options.overrides(sets)

@@ -25,7 +25,10 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, such as train.lr=1e-3; repeatable."),
 ]
 Text = Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="Column of the texts to classify.")]
-Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="Column of their classes.")]
+TextPair = Annotated[
+    str | None, typer.Option("--text-pair", metavar="COLUMN", help="Column of a second text, read with the first.")
+]
+Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="Column of their classes or numbers.")]
 Prompt = Annotated[str | None, typer.Option("--prompt", metavar="COLUMN", help="Column of the texts to answer.")]
 Completion = Annotated[str | None, typer.Option("--completion", metavar="COLUMN", help="Column of the answers.")]
 Messages = Annotated[str | None, typer.Option("--messages", metavar="COLUMN", help="Column of conversations.")]
@@ -49,13 +52,15 @@ STORE = Location.parse(".turret")
 
 def columns(
     text: str | None = None,
+    text_pair: str | None = None,
     label: str | None = None,
     prompt: str | None = None,
     completion: str | None = None,
     messages: str | None = None,
 ) -> dict[str, str]:
     """Role -> column for each option that is given: keys of a recipe's `[data]`."""
-    given = {"text": text, "label": label, "prompt": prompt, "completion": completion, "messages": messages}
+    given = {"text": text, "text_pair": text_pair, "label": label}
+    given |= {"prompt": prompt, "completion": completion, "messages": messages}
     return {role: column for role, column in given.items() if column is not None}
 
 

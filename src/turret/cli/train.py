@@ -13,6 +13,7 @@ from turret.cli import options
 from turret.cli.output import TYPED, console, emit, safe, status
 from turret.cli.queue import queued
 from turret.errors import RecipeError
+from turret.tasks.task import kinds
 
 if TYPE_CHECKING:
     from turret.recipe import Recipe
@@ -28,7 +29,7 @@ Base = Annotated[
 ]
 Name = Annotated[str | None, typer.Option("--name", help="Name of the adapter in the store.")]
 Data = Annotated[str | None, typer.Option("--data", help="Data that replaces the recipe's.")]
-Kind = Annotated[str | None, typer.Option("--task", help="classify, summarize, generate or chat.")]
+Kind = Annotated[str | None, typer.Option("--task", help=f"{kinds()}.")]
 Method = Annotated[str | None, typer.Option("--method", help="lora, prefix, head, full or peft.")]
 Rate = Annotated[str | None, typer.Option("--lr", help="Peak learning rate, or auto to find it by short trials.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random numbers.")]
@@ -37,6 +38,7 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random num
 def train(
     source: Source,
     text: options.Text = None,
+    text_pair: options.TextPair = None,
     label: options.Label = None,
     prompt: options.Prompt = None,
     completion: options.Completion = None,
@@ -64,7 +66,7 @@ def train(
     from turret.cli.progress import Progress
     from turret.workspace import Workspace
 
-    columns = options.columns(text, label, prompt, completion, messages)
+    columns = options.columns(text, text_pair, label, prompt, completion, messages)
     recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets, columns, device)
     if queue:
         run = Workspace(store).queue.submit(recipe, priority=priority)
@@ -85,6 +87,7 @@ def train(
 def plan(
     source: Source,
     text: options.Text = None,
+    text_pair: options.TextPair = None,
     label: options.Label = None,
     prompt: options.Prompt = None,
     completion: options.Completion = None,
@@ -108,7 +111,7 @@ def plan(
     from turret.cli.progress import print_plan
     from turret.workspace import Workspace
 
-    columns = options.columns(text, label, prompt, completion, messages)
+    columns = options.columns(text, text_pair, label, prompt, completion, messages)
     recipe = read_recipe(source, base, name, data, task, method, lr, seed, sets, columns, device)
     with status() as show:
         planned = Workspace(store).plan(recipe, on_stage=show)

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
+from turret.data import TextPair
 from turret.server import limits
-from turret.server.engine_protocol import Answer
+from turret.server.engine_protocol import Answer, Input
 from turret.server.pending_answers import usage
 from turret.server.routes import State, Unit, router
 from turret.server.schemas import USER, Model, Name, Text, Usage, User
@@ -16,25 +17,41 @@ from turret.server.schemas import USER, Model, Name, Text, Usage, User
 questions = router("infer")
 
 
+class Pair(Model):
+    """Two texts that are read together."""
+
+    text: Text
+    text_pair: Text
+
+
+Asked = Text | Pair
+
+
 class ClassifyRequest(Model):
     model: Name
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
+    input: Asked | Annotated[list[Asked], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
     coverage: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Also answer with sets of labels that hold the right one with at least this probability."
     )
     user: User | None = Field(None, description=USER)
 
-    def texts(self) -> list[str]:
-        return [self.input] if isinstance(self.input, str) else self.input
+    def inputs(self) -> list[Input]:
+        asked = self.input if isinstance(self.input, list) else [self.input]
+        return [each if isinstance(each, str) else TextPair(each.text, each.text_pair) for each in asked]
 
 
 class ClassifyData(BaseModel):
     index: int
-    label: str | list[str] = Field(description="A list if the task has several labels per text.")
-    probs: list[float]
-    num_classes: int
-    probabilities: dict[str, float] = Field(description="Label to probability, in the order of `probs`.")
-    label_set: list[str] | None = Field(None, description="With `coverage`: the labels, the most probable first.")
+    label: str | list[str] | None = Field(default=None, description="A list if the task has several labels per text.")
+    probs: list[float] | None = None
+    num_classes: int | None = None
+    probabilities: dict[str, float] | None = Field(
+        default=None, description="Label to probability, in the order of `probs`."
+    )
+    value: float | None = Field(default=None, description="The number, if the task is regression.")
+    label_set: list[str] | None = Field(
+        default=None, description="With `coverage`: the labels, the most probable first."
+    )
 
 
 class Classification(BaseModel):
@@ -50,13 +67,15 @@ class Classification(BaseModel):
 async def classify(
     body: ClassifyRequest, state: State, unit: Unit, request: Request, response: Response
 ) -> Classification:
-    """Classify one text or many: a label for each, and the probabilities of all labels.
+    """Classify one text or many: a label for each, and the probabilities of all labels; or a number for each.
+
+    A version that reads pairs takes `{"text": …, "text_pair": …}` where others take a text.
 
     With `coverage`, also a set of labels for each. A version without a calibration answers that with 409.
     """
-    texts = body.texts()
-    options = None if body.coverage is None else [state.options(coverage=body.coverage)] * len(texts)
-    async with state.ask(request, "classify", body.model, texts, options, unit=unit or body.user) as pending:
+    inputs = body.inputs()
+    options = None if body.coverage is None else [state.options(coverage=body.coverage)] * len(inputs)
+    async with state.ask(request, "classify", body.model, inputs, options, unit=unit or body.user) as pending:
         answers = await pending.all()
     response.headers.update(pending.headers)
     return Classification(
@@ -69,6 +88,8 @@ async def classify(
 
 
 def _data(index: int, answer: Answer) -> ClassifyData:
+    if "value" in answer:
+        return ClassifyData(index=index, value=answer["value"])
     probabilities = answer["probabilities"]
     return ClassifyData(
         index=index,

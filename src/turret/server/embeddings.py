@@ -1,4 +1,8 @@
-"""`POST /v1/embeddings`, `/v1/score` and `/v1/rerank`: vectors of texts, and the cosines between them."""
+"""`POST /v1/embeddings`, `/v1/score` and `/v1/rerank`: vectors of texts, and what two texts have to do with each other.
+
+That is the number of an adapter which reads two texts together, such as one of the task `rerank`; else the cosine of
+their vectors.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,10 @@ from operator import mul
 
 from fastapi import Request, Response
 
+from turret.data import TextPair
 from turret.engine.text import Embedding
-from turret.errors import BadRequest
+from turret.errors import BadRequest, TurretError
+from turret.families.family import Pooling
 from turret.server import embedding_schemas as schemas
 from turret.server.engine_protocol import Answer, Input
 from turret.server.pending_answers import PendingAnswers, prompt_tokens
@@ -19,6 +25,7 @@ from turret.server.routes import State, Unit, router
 from turret.server.state import ServerState
 
 questions = router("infer")
+Scores = tuple[list[float], PendingAnswers, schemas.EmbeddingUsage]
 Vectors = tuple[list[list[float]], PendingAnswers, schemas.EmbeddingUsage]
 
 
@@ -46,17 +53,14 @@ async def embed(
 async def score(
     body: schemas.ScoreRequest, state: State, unit: Unit, request: Request, response: Response
 ) -> schemas.Scores:
-    """How alike the texts of each pair are: the cosine of their embeddings, from -1 to 1."""
+    """How alike the texts of each pair are: the cosine of their embeddings, from -1 to 1, or an adapter's number."""
     first, second = body.pairs()
     if len(first) not in (1, len(second)):
         raise BadRequest(
             f"text_1 has {len(first)} texts and text_2 has {len(second)}: expected one text_1, or as many as text_2"
         )
-    vectors, pending, usage = await _vectors(
-        state, request, response, body.model, [*first, *second], Embedding(body.pooling), unit or body.user
-    )
-    ours, others = vectors[: len(first)], vectors[len(first) :]
-    scores = await state.parsing(cosines, ours if len(ours) > 1 else ours * len(others), others)
+    pairs = list(zip(first if len(first) > 1 else first * len(second), second, strict=True))
+    scores, pending, usage = await _scores(state, request, response, body.model, pairs, body.pooling, unit or body.user)
     return schemas.Scores(
         id=f"score-{pending.id}",
         created=state.now(),
@@ -70,12 +74,9 @@ async def score(
 async def rerank(
     body: schemas.RerankRequest, state: State, unit: Unit, request: Request, response: Response
 ) -> schemas.Ranking:
-    """The documents by their cosine with the query, the most alike first."""
-    vectors, pending, usage = await _vectors(
-        state, request, response, body.model, [body.query, *body.documents], Embedding(body.pooling), unit or body.user
-    )
-    query, *documents = vectors
-    scores = await state.parsing(cosines, [query] * len(documents), documents)
+    """The documents by their cosine with the query, or by an adapter's number for both; the highest first."""
+    pairs = [(body.query, each) for each in body.documents]
+    scores, pending, usage = await _scores(state, request, response, body.model, pairs, body.pooling, unit or body.user)
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
     return schemas.Ranking(
         id=f"rerank-{pending.id}",
@@ -88,6 +89,44 @@ async def rerank(
         ],
         usage=usage,
     )
+
+
+async def _scores(
+    state: ServerState,
+    request: Request,
+    response: Response,
+    model: str,
+    pairs: Sequence[tuple[str, str]],
+    pooling: Pooling | None,
+    unit: str | None,
+) -> Scores:
+    """A number for each pair."""
+    if await state.parsing(_gives_numbers, state, model):
+        inputs = [TextPair(*pair) for pair in pairs]
+        async with state.ask(request, "classify", model, inputs, unit=unit) as pending:
+            answers: list[Answer] = await pending.all()
+        response.headers.update(pending.headers)
+        return [float(each["value"]) for each in answers], pending, _usage(answers)
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    vectors, pending, usage = await _vectors(state, request, response, model, texts, Embedding(pooling), unit)
+    of = dict(zip(texts, vectors, strict=True))
+    return await state.parsing(cosines, [of[a] for a, _ in pairs], [of[b] for _, b in pairs]), pending, usage
+
+
+def _gives_numbers(state: ServerState, model: str) -> bool:
+    """Whether a model is a version that reads two texts together and answers with a number."""
+    if state.is_base(model):
+        return False
+    try:
+        spec = state.workspace.resolve(model).part("task")
+    except TurretError:  # several adapters, or none of that name: asking says it
+        return False
+    return bool(spec.get("pairs")) and not spec.get("labels")
+
+
+def _usage(answers: Sequence[Answer]) -> schemas.EmbeddingUsage:
+    read = sum(map(prompt_tokens, answers))
+    return schemas.EmbeddingUsage(prompt_tokens=read, total_tokens=read)
 
 
 async def _vectors(
@@ -103,9 +142,7 @@ async def _vectors(
     async with state.ask(request, "embed", model, inputs, options, unit=unit) as pending:
         answers: list[Answer] = await pending.all()
     response.headers.update(pending.headers)
-    read = sum(map(prompt_tokens, answers))
-    usage = schemas.EmbeddingUsage(prompt_tokens=read, total_tokens=read)
-    return [answer["embedding"] for answer in answers], pending, usage
+    return [answer["embedding"] for answer in answers], pending, _usage(answers)
 
 
 def cosines(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:

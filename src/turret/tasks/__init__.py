@@ -6,6 +6,9 @@ A new task is a class with the methods of `HeadTask` or `TextTask`, decorated wi
 from turret.tasks.chat import Chat
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate, Summarize
+from turret.tasks.regression import Regression
+from turret.tasks.rerank import Rerank
+from turret.tasks.score import Score
 from turret.tasks.task import (
     TASKS,
     CommonTask,
@@ -23,6 +26,7 @@ from turret.tasks.task import (
     task_of,
     writes,
 )
+from turret.tasks.text_pairs import TextPairs
 
 __all__ = [
     "TASKS",
@@ -33,8 +37,12 @@ __all__ = [
     "Generate",
     "HeadTask",
     "Prediction",
+    "Regression",
+    "Rerank",
+    "Score",
     "Summarize",
     "Task",
+    "TextPairs",
     "TextTask",
     "has_head",
     "make_task",

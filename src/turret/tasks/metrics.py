@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -111,6 +112,82 @@ def texts(given: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss
     if mean_loss is not None:
         values |= {"loss": float(mean_loss), "perplexity": perplexity(mean_loss)}
     return values
+
+
+def numbers(given: Sequence[float], true: Sequence[float]) -> dict[str, float]:
+    """Mean absolute error, root of the mean squared error, and the correlations of Pearson and Spearman.
+
+    A correlation with numbers that are all equal is 0. Spearman's is Pearson's of the ranks; equal numbers share one.
+    """
+    count = max(1, len(true))
+    errors = [g - t for g, t in zip(given, true, strict=True)]
+    return {
+        "mae": math.fsum(map(abs, errors)) / count,
+        "rmse": math.sqrt(math.fsum(each * each for each in errors) / count),
+        "pearson": pearson(given, true),
+        "spearman": pearson(ranks(given), ranks(true)),
+    }
+
+
+def pearson(one: Sequence[float], other: Sequence[float]) -> float:
+    """Pearson's correlation; 0 if either does not vary."""
+    count = max(1, len(one))
+    a, b = ([each - math.fsum(values) / count for each in values] for values in (one, other))
+    norm = math.sqrt(math.fsum(each * each for each in a)) * math.sqrt(math.fsum(each * each for each in b))
+    return max(-1.0, min(1.0, math.fsum(x * y for x, y in zip(a, b, strict=True)) / norm)) if norm else 0.0
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """The rank of each value, from 1; equal values have the mean of theirs."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    found = [0.0] * len(values)
+    for _, group in itertools.groupby(enumerate(order, 1), key=lambda each: values[each[1]]):
+        places = list(group)
+        mean = sum(rank for rank, _ in places) / len(places)
+        for _, place in places:
+            found[place] = mean
+    return found
+
+
+def quadratic_kappa(given: Sequence[int], true: Sequence[int], levels: int) -> float:
+    """Cohen's kappa with squared weights of ordered levels, numbered from 0: 1 is perfect, 0 is chance.
+
+    1 - sum_ij w_ij O_ij / sum_ij w_ij E_ij with w_ij = (i - j)^2; E is what independent answers would give.
+    Source: Cohen 1968, Weighted kappa.
+    """
+    seen = sum((g - t) ** 2 for g, t in zip(given, true, strict=True))
+    a, b = Counter(given), Counter(true)
+    chance = sum(a[i] * b[j] * (i - j) ** 2 for i in range(levels) for j in range(levels)) / max(1, len(true))
+    return 1 - seen / chance if chance else 0.0
+
+
+def rankings(given: Sequence[float], true: Sequence[float], queries: Sequence[int], most: int = 10) -> dict[str, float]:
+    """MRR and nDCG at `most`: means over the queries with a passage that is relevant, 0 if there is none.
+
+    Equal scores keep the order of the rows. nDCG has the gain `true` and the discount log2(1 + rank).
+    Source: Jarvelin and Kekalainen 2002, Cumulated gain-based evaluation of IR techniques.
+
+    Args:
+        given, true: the relevance of each row, as answered and as it is.
+        queries: the number of each row's query.
+    """
+    rows: dict[int, list[int]] = {}
+    for place, query in enumerate(queries):
+        rows.setdefault(query, []).append(place)
+
+    def gain(order: Sequence[int]) -> float:
+        return sum(true[place] / math.log2(rank + 1) for rank, place in enumerate(order[:most], 1))
+
+    reciprocal, discounted = list[float](), list[float]()
+    for places in rows.values():
+        if not any(true[place] > 0 for place in places):
+            continue
+        order = sorted(places, key=lambda place: -given[place])
+        first = next(rank for rank, place in enumerate(order, 1) if true[place] > 0)
+        reciprocal.append(1 / first if first <= most else 0.0)
+        discounted.append(gain(order) / gain(sorted(places, key=lambda place: -true[place])))
+    count = max(1, len(reciprocal))
+    return {"mrr": math.fsum(reciprocal) / count, "ndcg": math.fsum(discounted) / count}
 
 
 def rouge_l(given: str, reference: str) -> float:

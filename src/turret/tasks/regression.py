@@ -1,0 +1,165 @@
+"""Regression: a number for a text, or for two texts, such as how similar they are.
+
+Axes: B examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from turret.data import Dataset, Example, Schema, Scored
+from turret.data.columns import LABELLED, PAIRED, Roles
+from turret.errors import DataError
+from turret.json_types import JsonMapping, JsonObject
+from turret.tasks.classify import TEXTS
+from turret.tasks.head_answers import HeadAnswers, TextInputs
+from turret.tasks.task import Prediction, TaskSettings, register
+from turret.tasks.text_pairs import named
+from turret.transformer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from turret.families.family import Kind as FamilyKind
+
+VALUES = ("score", "value", "similarity", "similarity_score", "relatedness_score")  # column names of numbers
+
+
+@register
+class Regression(HeadAnswers):
+    """The head's one output is the number in units of the training values: (y - mean) / deviation.
+
+    Args:
+        mean, deviation: of the training values.
+        low, high: the lowest and the highest of them, which `nearness` divides by.
+        pairs: whether two texts are read together.
+    """
+
+    kind: ClassVar[str] = "regression"
+    metric: ClassVar[str] = "nearness"
+    metric_label: ClassVar[str] = "1 - MAE / range"
+    right_or_wrong: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
+    baselines: ClassVar[tuple[str, ...]] = ("linear",)
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int = 256,
+        *,
+        mean: float,
+        deviation: float,
+        low: float,
+        high: float,
+        pairs: bool,
+        prefix_text: str = "",
+    ) -> None:
+        if not (deviation > 0 and math.isfinite(mean) and math.isfinite(deviation) and low < high):
+            raise DataError("all training values are equal, so nothing can be learnt: name another column of numbers")
+        self.mean, self.deviation, self.low, self.high = mean, deviation, low, high
+        self.inputs = TextInputs(self.kind, tokenizer, max_tokens, prefix_text, pairs=pairs)
+
+    @classmethod
+    def schema(cls, *, multi_label: bool = False) -> Schema:
+        names: dict[Roles, list[tuple[str, ...]]] = {PAIRED: named(VALUES)}
+        names[LABELLED] = [(text, value) for text in TEXTS for value in VALUES]
+        return Schema(cls.kind, names, TEXTS, lambda row: Scored(row.asked(), row.number("label")), show=2)
+
+    @classmethod
+    def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
+        values = [_value(example) for example in dataset.train]
+        mean = math.fsum(values) / max(1, len(values))
+        deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in values) / max(1, len(values)))
+        return cls(
+            tokenizer,
+            settings.max_tokens,
+            mean=mean,
+            deviation=deviation,
+            low=min(values, default=0.0),
+            high=max(values, default=0.0),
+            pairs="text_pair" in dataset.columns,
+            prefix_text=settings.prefix_text,
+        )
+
+    @classmethod
+    def num_labels(cls, labels: Sequence[str]) -> int | None:
+        return 1
+
+    @classmethod
+    def head_config(cls, spec: JsonMapping) -> JsonObject:
+        return {"problem_type": "regression", "id2label": {0: "value"}, "label2id": {"value": 0}}
+
+    @property
+    def instruction(self) -> str:
+        return f"Give {'these two texts' if self.pairs else 'this text'} a number from {self.low:g} to {self.high:g}."
+
+    def targets(self, examples: Sequence[Example]) -> Tensor:
+        """(B,) float32, in units of the training values."""
+        import torch
+
+        values = torch.tensor([_value(example) for example in examples], dtype=torch.float64)
+        return ((values - self.mean) / self.deviation).float()
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """mean_b (z_b - y_b)^2: a scalar. logits: (B, 1), targets: (B,)."""
+        import torch.nn.functional as F
+
+        return F.mse_loss(logits.float()[:, 0], targets.float())
+
+    def guessing_loss(self, examples: Sequence[Example]) -> float:
+        """The variance of the targets: the loss of their mean."""
+        return float(self.targets(examples).var(correction=0))
+
+    def values(self, logits: Tensor) -> list[float]:
+        """The numbers (B,). logits: (B, 1)."""
+        found: list[float] = (logits.detach().double()[:, 0] * self.deviation + self.mean).tolist()
+        return found
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+        """nearness, mae, rmse, pearson and spearman in units of the data; loss in units of the training values."""
+        from turret.tasks import metrics
+
+        true = (targets.double() * self.deviation + self.mean).tolist()
+        found = metrics.numbers(self.values(logits), true)
+        nearness = 1 - found["mae"] / (self.high - self.low)
+        return {"nearness": nearness, **found, "loss": float(self.loss(logits, targets))}
+
+    def answers(self, logits: Tensor) -> list[JsonObject]:
+        """`{"value"}` for each row."""
+        return [{"value": value} for value in self.values(logits)]
+
+    @classmethod
+    def judged(cls, answer: JsonMapping) -> Prediction:
+        return f"{float(answer['value']):.6g}"
+
+    def score(self, given: Prediction, example: Example) -> float:
+        """1 - |error| / range of the training values, at least 0."""
+        return max(0.0, 1 - abs(float(str(given)) - _value(example)) / (self.high - self.low))
+
+    @classmethod
+    def line(cls, answer: JsonMapping) -> str:
+        return f"{float(answer['value']):.4g}"
+
+    def spec(self) -> JsonObject:
+        return {
+            "kind": self.kind,
+            "max_tokens": self.max_tokens,
+            "prefix_text": self.inputs.prefix_text,
+            "mean": self.mean,
+            "deviation": self.deviation,
+            "low": self.low,
+            "high": self.high,
+            "pairs": self.pairs,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+        return cls(tokenizer, **{key: value for key, value in spec.items() if key != "kind"})
+
+
+def _value(example: Example) -> float:
+    return example.value if isinstance(example, Scored) else float(str(example.output))

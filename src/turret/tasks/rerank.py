@@ -1,0 +1,154 @@
+"""Reranking: how relevant a passage is to a query.
+
+Axes: B examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from turret.data import Dataset, Example, Schema, Scored
+from turret.data.columns import PAIRED
+from turret.errors import DataError
+from turret.json_types import JsonMapping, JsonObject
+from turret.tasks.head_answers import HeadAnswers, TextInputs
+from turret.tasks.task import Prediction, TaskSettings, register
+from turret.transformer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from turret.families.family import Kind as FamilyKind
+
+QUERIES = ("query", "question", "search", "anchor")  # column names
+PASSAGES = ("passage", "document", "text", "candidate", "answer")
+RELEVANCE = ("label", "relevance", "relevant", "score")
+RIGHT = 0.5  # a passage counts as relevant from this share of the highest relevance on
+
+
+@register
+class Rerank(HeadAnswers):
+    """The head's one output is a logit; its sigmoid is the relevance as a share of the highest in the training table.
+
+    Args:
+        highest: relevance in the training table, such as 1, or 3 for grades.
+    """
+
+    kind: ClassVar[str] = "rerank"
+    pipeline_tag: ClassVar[str] = "text-ranking"
+    metric: ClassVar[str] = "accuracy"
+    metric_label: ClassVar[str] = "accuracy"
+    right_or_wrong: ClassVar[bool] = True
+    calibrates: ClassVar[bool] = False
+    baselines: ClassVar[tuple[str, ...]] = ()
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+
+    def __init__(
+        self, tokenizer: Tokenizer, max_tokens: int = 256, *, highest: float = 1.0, prefix_text: str = ""
+    ) -> None:
+        if not highest > 0:
+            raise DataError("no passage of the training table is relevant: give the relevant ones a label above 0")
+        self.highest = highest
+        self.inputs = TextInputs(self.kind, tokenizer, max_tokens, prefix_text, pairs=True)
+
+    @classmethod
+    def schema(cls, *, multi_label: bool = False) -> Schema:
+        names = [(query, passage, label) for query in QUERIES for passage in PASSAGES for label in RELEVANCE]
+        return Schema(cls.kind, {PAIRED: names}, (), lambda row: Scored(row.asked(), row.number("label")))
+
+    @classmethod
+    def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
+        highest = max((_relevance(example) for example in dataset.train), default=1.0)
+        return cls(tokenizer, settings.max_tokens, highest=highest, prefix_text=settings.prefix_text)
+
+    @classmethod
+    def num_labels(cls, labels: Sequence[str]) -> int | None:
+        return 1
+
+    @classmethod
+    def head_config(cls, spec: JsonMapping) -> JsonObject:
+        return {"id2label": {0: "relevance"}, "label2id": {"relevance": 0}}
+
+    @property
+    def instruction(self) -> str:
+        return "Judge how relevant the second text is to the first."
+
+    def targets(self, examples: Sequence[Example]) -> Tensor:
+        """Relevance from 0 to 1, and the number of the query among these examples: (B, 2) float32."""
+        import torch
+
+        queries = dict[str, int]()
+        rows = [
+            (min(1.0, _relevance(example) / self.highest), float(queries.setdefault(_query(example), len(queries))))
+            for example in examples
+        ]
+        return torch.tensor(rows).reshape(-1, 2)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """mean_b of the binary cross-entropy: a scalar. logits: (B, 1), targets: (B, 2)."""
+        import torch.nn.functional as F
+
+        return F.binary_cross_entropy_with_logits(logits.float()[:, 0], targets[:, 0].float())
+
+    def guessing_loss(self, examples: Sequence[Example]) -> float:
+        """The entropy of the mean relevance."""
+        import torch
+
+        mean = self.targets(examples)[:, 0].double().mean()
+        return float(torch.special.entr(mean) + torch.special.entr(1 - mean))
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+        """accuracy and loss; mrr and ndcg, at 10, means over the queries that have a relevant passage here."""
+        from turret.tasks import metrics
+
+        given, true = self._values(logits), targets[:, 0].tolist()
+        right = sum((g >= RIGHT) == (t >= RIGHT) for g, t in zip(given, true, strict=True))
+        found = {"accuracy": right / max(1, len(true)), "loss": float(self.loss(logits, targets))}
+        return found | metrics.rankings(given, true, [int(each) for each in targets[:, 1].tolist()])
+
+    def _values(self, logits: Tensor) -> list[float]:
+        values: list[float] = logits.detach().double()[:, 0].sigmoid().tolist()
+        return values
+
+    def answers(self, logits: Tensor) -> list[JsonObject]:
+        """`{"value"}` for each row: the relevance from 0 to 1."""
+        return [{"value": value} for value in self._values(logits)]
+
+    @classmethod
+    def judged(cls, answer: JsonMapping) -> Prediction:
+        return f"{float(answer['value']):.6g}"
+
+    def score(self, given: Prediction, example: Example) -> float:
+        """1 if both say relevant, or both say not."""
+        return float((float(str(given)) >= RIGHT) == (_relevance(example) / self.highest >= RIGHT))
+
+    @classmethod
+    def line(cls, answer: JsonMapping) -> str:
+        return f"{float(answer['value']):.3f}"
+
+    def spec(self) -> JsonObject:
+        return {
+            "kind": self.kind,
+            "max_tokens": self.max_tokens,
+            "prefix_text": self.inputs.prefix_text,
+            "highest": self.highest,
+            "pairs": True,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+        return cls(tokenizer, **{key: value for key, value in spec.items() if key not in ("kind", "pairs")})
+
+
+def _relevance(example: Example) -> float:
+    value = example.value if isinstance(example, Scored) else float(str(example.output))
+    if value < 0:
+        raise DataError(f"the relevance {value:g} is below 0: expected 0 for a passage that is not relevant, else more")
+    return value
+
+
+def _query(example: Example) -> str:
+    asked = example.asked
+    return asked if isinstance(asked, str) else getattr(asked, "text", str(asked))

@@ -1,0 +1,222 @@
+"""Tasks of a head, of one text or two, go through everything: columns, training, proof, answers, server, exchange."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_models
+import torch
+from axes.points import answered_together, served
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from turret.cli.main import run
+from turret.recipe import Recipe
+from turret.workspace import Workspace
+
+pytestmark = pytest.mark.slow
+
+WORDS = ("dull boring story", "lazy bank story", "a story", "a quick pleasure", "great film")
+TABLES: dict[str, tuple[tuple[str, ...], Any]] = {  # task -> the names of its columns, and a row's cells by number
+    "text_pairs": (
+        ("premise", "hypothesis", "label"),
+        lambda n: (WORDS[n % 5], WORDS[n * 3 % 5], "same" if n % 5 == n * 3 % 5 else "other"),
+    ),
+    "regression": (("sentence1", "sentence2", "score"), lambda n: (WORDS[n % 5], WORDS[n * 3 % 5], (n * 3 % 5) / 2)),
+    "score": (("text", "stars"), lambda n: (WORDS[n % 5], 1 + n % 5)),
+    "rerank": (("query", "passage", "label"), lambda n: (WORDS[n % 5], WORDS[n % 7 % 5], int(n % 5 == n % 7 % 5))),
+}
+METRICS = {
+    "text_pairs": {"accuracy", "macro_f1", "loss", "ece", "per_class"},
+    "regression": {"nearness", "mae", "rmse", "pearson", "spearman", "loss"},
+    "score": {"nearness", "mae", "quadratic_kappa", "spearman", "accuracy", "macro_f1", "loss", "ece", "per_class"},
+    "rerank": {"accuracy", "loss", "mrr", "ndcg"},
+}
+PAIRS = [("a great film", "a dull story about the bank"), ("quick", "a lazy fox")]
+
+
+@dataclass
+class House:
+    """A store with a version of each task on one base."""
+
+    folder: Path
+    base: Path
+    workspace: Workspace
+    recipes: dict[str, Recipe]
+    metrics: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> House:
+    folder = tmp_path_factory.mktemp("house")
+    base = small_models.save_base("bert", folder / "bert")
+    workspace, recipes, metrics = Workspace(folder / "store"), dict[str, Recipe](), dict[str, Any]()
+    for kind, (names, cells) in TABLES.items():
+        text = io.StringIO()
+        table = csv.writer(text)
+        table.writerow(names)
+        table.writerows(cells(row) for row in range(70))
+        (folder / f"{kind}.csv").write_text(text.getvalue())
+        task = {"kind": kind} if kind == "score" else {}
+        recipes[kind] = Recipe(
+            name=kind.replace("_", "-"),
+            base=str(base),
+            data={"source": str(folder / f"{kind}.csv"), "validation": 20},
+            task=task,
+            train={"epochs": 3, "lr": 1e-3, "batch_size": 8},
+        )
+        result = workspace.train(recipes[kind])
+        assert result.timing["proof_seconds"] > 0  # what fails it is not stored
+        metrics[kind] = result.metrics["test"]
+    return House(folder, base, workspace, recipes, metrics)
+
+
+def asked(kind: str) -> list[Any]:
+    return [first for first, _ in PAIRS] if kind == "score" else list(PAIRS)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_columns_are_recognised_and_the_version_knows_its_task(house: House, kind: str) -> None:
+    spec = house.workspace.resolve(house.recipes[kind].name).part("task")
+    assert spec["kind"] == kind
+    assert bool(spec.get("pairs")) == (kind != "score")
+    assert set(house.metrics[kind]) == METRICS[kind]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_answers_equal_those_of_transformers_on_the_merged_model(house: House, kind: str, tmp_path: Path) -> None:
+    name = house.recipes[kind].name
+    house.workspace.export(name, tmp_path / "merged", form="merged")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    known = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    task = house.workspace.resolve(name).part("task")
+    answers = house.workspace.predict(name, asked(kind))
+    for text, answer in zip(asked(kind), answers, strict=True):
+        inputs = known(*text, return_tensors="pt") if isinstance(text, tuple) else known(text, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**inputs).logits[0].double()
+        if kind == "text_pairs":
+            logits = logits / task.get("calibration", {"temperature": 1.0})["temperature"]
+            expected = dict(zip(task["labels"], logits.softmax(-1).tolist(), strict=True))
+            assert answer["probabilities"] == pytest.approx(expected, abs=2e-2)
+        elif kind == "regression":
+            assert answer["value"] == pytest.approx(float(logits[0]) * task["deviation"] + task["mean"], abs=2e-2)
+        elif kind == "rerank":
+            assert answer["value"] == pytest.approx(float(logits[0].sigmoid()), abs=2e-2)
+        else:
+            assert answer["label"] in task["labels"]
+            assert sum(answer["probabilities"].values()) == pytest.approx(1.0)
+
+
+def test_one_mixed_pass_answers_as_each_version_alone_and_segments_matter(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = house.workspace.engine(str(house.base), dtype="float32")
+    names = [recipe.name for recipe in house.recipes.values()]
+    for name in names:
+        engine.warm(name)
+    questions = [
+        ("classify", each, name) for kind, name in zip(house.recipes, names, strict=True) for each in inputs(kind)
+    ]
+    together, sizes = answered_together(engine, questions, monkeypatch)
+    assert sizes == [len(questions)]
+    alone = [engine.submit(*each).result() for each in questions]
+    for one, other in zip(together, alone, strict=True):
+        if "value" in one:
+            assert one["value"] == pytest.approx(other["value"], abs=1e-5)
+        else:
+            assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+    row = engine._prompts._base.tokenizer(*PAIRS[0])
+    ids, types = row["input_ids"], row["token_type_ids"]
+    with_types = engine.submit("classify", list(zip(ids, types, strict=True)), names[0]).result()
+    without = engine.submit("classify", ids, names[0]).result()
+    assert with_types["probabilities"] == pytest.approx(together[0]["probabilities"], abs=1e-5)
+    assert without["probabilities"] != pytest.approx(together[0]["probabilities"], abs=1e-4)
+    engine.close()
+
+
+def inputs(kind: str) -> list[Any]:
+    from turret.workspace.reading import inputs_in
+
+    return inputs_in(asked(kind))
+
+
+def test_the_server_answers_labels_numbers_and_relevances(house: House) -> None:
+    engine = house.workspace.engine(str(house.base), dtype="float32")
+    pairs = [{"text": first, "text_pair": second} for first, second in PAIRS]
+    with served(house.workspace, engine) as client:
+        ask = lambda model, given: client.post("/v1/classify", json={"model": model, "input": given})
+        said = ask("text-pairs", pairs).json()["data"]
+        expected = house.workspace.predict("text-pairs", PAIRS)
+        assert [each["label"] for each in said] == [each["label"] for each in expected]
+        (number,) = ask("regression", pairs[0]).json()["data"]
+        assert number["value"] == pytest.approx(house.workspace.predict("regression", PAIRS[:1])[0]["value"], abs=2e-2)
+        assert "label" not in number or number["label"] is None
+        scores = {"model": "rerank", "text_1": PAIRS[0][0], "text_2": [PAIRS[0][1], "a great film"]}
+        found = client.post("/v1/score", json=scores).json()["data"]
+        own = house.workspace.predict("rerank", [PAIRS[0], (PAIRS[0][0], "a great film")])
+        assert [each["score"] for each in found] == pytest.approx([each["value"] for each in own], abs=2e-2)
+        ranked = client.post(
+            "/v1/rerank", json={"model": "rerank", "query": PAIRS[0][0], "documents": scores["text_2"]}
+        ).json()["results"]
+        best = max(range(2), key=lambda place: found[place]["score"])
+        assert ranked[0]["index"] == best
+        assert ranked[0]["relevance_score"] == pytest.approx(found[best]["score"])
+        cosine = client.post("/v1/score", json=scores | {"model": "text-pairs"}).json()[
+            "data"
+        ]  # classes give no number
+        assert [each["score"] for each in cosine] != [each["score"] for each in found]
+        refused = ask("text-pairs", ["one text"])
+        assert (refused.status_code, "reads two texts, and one was given" in refused.text) == (400, True), refused.text
+        refused = ask("score", pairs)
+        assert (refused.status_code, "give one text" in refused.text) == (400, True), refused.text
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_the_command_line_answers_evaluates_and_writes_a_file(
+    house: House, kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    name, store = house.recipes[kind].name, ["--store", str(house.workspace.store.root)]
+    texts = [text for pair in PAIRS for text in pair]
+    assert run(["predict", name, *texts, *store, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    assert len(answers) == (4 if kind == "score" else 2)
+    source = str(house.recipes[kind].data.source)
+    page = tmp_path / "page.html"
+    assert run(["evaluate", name, source, *store, "--json", "--report", str(page)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["metrics"]) == METRICS[kind]
+    assert page.stat().st_size > 1000
+    assert run(["predict", name, source, "--out", str(tmp_path / "out.jsonl"), *store]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(rows) == 70
+    number = isinstance(rows[0]["predicted"], float)
+    assert number == (kind in ("regression", "rerank"))
+    if kind != "score":
+        capsys.readouterr()
+        assert run(["predict", name, "one text", *store]) == 1
+        assert "this version reads two texts together, given 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_comparison_judges_each_tasks_own_score(house: House, kind: str) -> None:
+    methods = "linear,lora" if kind == "text_pairs" else "base,lora"
+    found = house.workspace.compare(house.recipes[kind], methods=methods, against="lora", seeds=1)
+    assert found.task == kind
+    row = next(row for row in found.rows if row.spec == "lora")
+    metrics = house.workspace.resolve(row.versions[0]).metrics["test"]
+    assert row.score.mean == pytest.approx(100 * metrics[found.metric], abs=0.6)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_export_and_import_give_the_same_version(house: House, kind: str, tmp_path: Path) -> None:
+    name = house.recipes[kind].name
+    house.workspace.export(name, tmp_path / "peft")
+    again = Workspace(tmp_path / "store")
+    assert again.import_adapter(tmp_path / "peft", name).digest == house.workspace.resolve(name).digest
+    assert again.predict(name, asked(kind)) == house.workspace.predict(name, asked(kind))
