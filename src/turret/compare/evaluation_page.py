@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from turret.compare.plots import Mark, reliability
+from turret.compare.plots import Mark, agreement, reliability
 from turret.compare.report_text import (
     chance,
     count,
@@ -77,6 +77,7 @@ def describe_run(made: JsonMapping) -> Iterator[tuple[str, str]]:
 MOST_CLASSES = 20  # in the confusion matrix; of more, the most frequent confusions are listed
 PAIRS = 20
 MISTAKES = 60
+MOST_DOTS = 400
 FIRST_MISTAKES = 8  # the others are folded
 NAMES = {  # of metrics: for a reader, and what they mean
     "accuracy": ("accuracy", "the share of right answers"),
@@ -87,6 +88,17 @@ NAMES = {  # of metrics: for a reader, and what they mean
         "calibration error",
         "ECE: how far probabilities are from how often answers are right, on average",
     ),
+    "nearness": (
+        "1 - MAE / range",
+        "how near answers are, as a share of the range of the training values; 1 is perfect",
+    ),
+    "mae": ("MAE", "the mean distance of an answer from the right one"),
+    "rmse": ("RMSE", "the root of the mean squared distance, so that large errors count more"),
+    "pearson": ("Pearson", "the correlation of answers and right numbers; 1 is a straight line upwards"),
+    "spearman": ("Spearman", "the correlation of their ranks; 1 is the same order"),
+    "quadratic_kappa": ("quadratic kappa", "agreement beyond chance, where far levels count more; 1 is perfect"),
+    "mrr": ("MRR at 10", "1 / the rank of the first relevant passage, as a mean over queries"),
+    "ndcg": ("nDCG at 10", "how high relevant passages are ranked, as a share of the best order"),
     "rouge1": ("ROUGE-1", "the share of words in common with the reference, as F1"),
     "rouge2": ("ROUGE-2", "the share of pairs of words in common with the reference, as F1"),
     "rougeL": ("ROUGE-L", "the longest common sequence of words with the reference, as F1"),
@@ -126,6 +138,7 @@ def as_html(
         matrix=confusion if confusion is not None and len(confusion.labels) <= MOST_CLASSES else None,
         pairs=[] if confusion is None else confusion.pairs(PAIRS),
         plot=_plot(details.reliability),
+        residuals=_residuals(details.numbers),
         mistakes=[_shown(each) for each in details.mistakes[:MISTAKES]] if texts else [],
         first=FIRST_MISTAKES,
         texts=texts,
@@ -139,7 +152,8 @@ def headline(version: str, examples: int, metrics: JsonMapping, details: Details
     wrong = len(details.mistakes)
     if details.right_or_wrong:
         return f"{version} is {'right on all' if not wrong else f'wrong on {wrong} of'} {examples} examples"
-    name, value = next(((key, metrics[key]) for key in ("rougeL", "loss") if key in metrics), ("examples", examples))
+    shown = ((key, metrics[key]) for key in ("rougeL", "nearness", "loss") if key in metrics)
+    name, value = next(shown, ("examples", examples))
     return f"{version}: {name} {_formatted(name, value)} on {examples} examples"
 
 
@@ -148,6 +162,8 @@ def _numbers(metrics: JsonMapping) -> Iterator[tuple[str, str, str]]:
     for name, value in metrics.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             title, says = NAMES.get(name, (name.replace("_", " "), ""))
+            if name == "loss" and "accuracy" not in metrics and "mae" in metrics:
+                title, says = "loss", "the mean squared error, in deviations of the training values"
             yield title, _formatted(name, value), says
 
 
@@ -171,6 +187,11 @@ def _plot(found: Reliability | None) -> str:
     ]
     shares = [each.count / total for each in found.bins]
     return reliability(marks, shares, x_label="probability of the answer", y_label="share that is right")
+
+
+def _residuals(numbers: Sequence[tuple[float, float]]) -> str:
+    some = numbers[:: max(1, len(numbers) // MOST_DOTS)]
+    return agreement(some, x_label="right", y_label="answered") if len(set(some)) > 1 else ""
 
 
 def _shown(each: Mistake) -> JsonMapping:

@@ -402,6 +402,17 @@ def reliability(points: Sequence[Mark], shares: Sequence[float], *, x_label: str
     return _svg(340, parts, f"{y_label} by {x_label}")
 
 
+def agreement(points: Sequence[tuple[float, float]], *, x_label: str, y_label: str) -> str:
+    """A small dot for each pair of numbers, and the diagonal on which both are equal."""
+    values = [each for point in points for each in point]
+    x, y = axis(values, LEFT, WIDTH - RIGHT), axis(values, 340 - BOTTOM, TOP + 10)
+    parts = _grid(x, y, y.start, x_label, y_label, plain)
+    low, high = min(values), max(values)
+    parts.append(_line(x.at(low), y.at(low), x.at(high), y.at(high), "axis dashed"))
+    parts += [_dot(x.at(a), y.at(b), "lora", f"{plain(a)}: {plain(b)}", radius=2.5) for a, b in points]
+    return _svg(340, parts, f"{y_label} by {x_label}")
+
+
 def _grid(x: Axis, y: Axis, foot: float, x_label: str, y_label: str, number: NUMBER) -> list[str]:
     parts = []
     for value in y.ticks():

@@ -99,6 +99,7 @@ class Details:
     Args:
         mistakes: the most confident first, or the worst first if answers have no probability.
         right_or_wrong: whether every score is 0 or 1.
+        numbers: what is right and what was answered, of each example whose answer is a number.
     """
 
     mistakes: tuple[Mistake, ...]
@@ -106,6 +107,7 @@ class Details:
     confusion: Confusions | None = None
     reliability: Reliability | None = None
     coverage: Coverage | None = None
+    numbers: tuple[tuple[float, float], ...] = ()
 
     def as_json(self) -> JsonObject:
         """The details with the first `SHOWN` mistakes, and the number of all."""

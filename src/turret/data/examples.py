@@ -19,7 +19,7 @@ class TextPair:
 
     def __str__(self) -> str:
         """Both as one text."""
-        return f"{self.text}\n{self.text_pair}"
+        return f"{self.text} | {self.text_pair}"
 
 
 @dataclass(frozen=True, slots=True)

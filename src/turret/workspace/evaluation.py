@@ -17,7 +17,7 @@ from turret.compare.results import (
     Reliability,
     covered,
 )
-from turret.data import Example
+from turret.data import Example, Scored
 from turret.data.table_writer import TableWriter
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
@@ -92,7 +92,7 @@ def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int])
     metrics, answers = ready.asking.evaluate(examples, logits=known)
     mistakes = _mistakes(task, examples, places, answers)
     if known is None or not has_head(task) or not task.calibrates:
-        return metrics, Details(mistakes, task.right_or_wrong)
+        return metrics, Details(mistakes, task.right_or_wrong, numbers=_numbers(examples, answers))
     right = [example.labels for example in examples]
     return metrics, Details(
         mistakes,
@@ -101,6 +101,12 @@ def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int])
         reliability=_reliability(task, answers, known, right),
         coverage=None if task.calibration is None else _coverage(task, known, right),
     )
+
+
+def _numbers(examples: Sequence[Example], answers: Sequence[JsonMapping]) -> tuple[tuple[float, float], ...]:
+    """What is right and what was answered, of a task whose answers are numbers."""
+    both = zip(examples, answers, strict=True)
+    return tuple((each.value, float(answer["value"])) for each, answer in both if isinstance(each, Scored))
 
 
 def _mistakes(
