@@ -27,6 +27,7 @@ from turret.tasks import make_task, metrics, task_from_spec
 from turret.tasks.regression import Regression
 from turret.tasks.score import Score
 from turret.tasks.text_pairs import TextPairs
+from turret.train.batches import EncodedRows
 
 TOKENIZERS = {family: tokenizer(family) for family in FAMILIES}
 LABELS = ("no", "yes")
@@ -92,6 +93,16 @@ def test_an_instruction_is_before_the_first_text_and_never_cut() -> None:
     assert TOKENIZERS["bert"].decode(encoded.ids[:, 0].tolist()).startswith("[CLS] a dull story ")
     with pytest.raises(DataError, match="max_tokens = 12 leaves no room"):
         pairs(max_tokens=12, prefix_text="a dull story ")
+
+
+def test_rows_with_segments_come_out_of_the_cache_as_they_went_in() -> None:
+    texts = [TextPair("a fox", "a lazy dog"), TextPair("great", "a film")]
+    rows = EncodedRows(pairs(), [Labelled(each, "no") for each in texts])
+    first, again = rows.take([0, 1]), rows.take([1, 0])
+    assert first[0].source.ndim == 2
+    for one, other in zip(first, reversed(again), strict=True):
+        assert torch.equal(one.source, other.source)
+        assert one.source.dtype == other.source.dtype == torch.long
 
 
 def test_an_input_of_another_kind_is_one_line() -> None:

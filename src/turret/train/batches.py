@@ -144,7 +144,7 @@ class EncodedRows:
         ]
 
 
-_NO_IDS = torch.empty(0, dtype=torch.long)
+_NO_IDS = {1: torch.empty(0, dtype=torch.long), 2: torch.empty(0, 2, dtype=torch.long)}  # with segments
 
 
 class _KeptRow(NamedTuple):
@@ -157,13 +157,14 @@ class _KeptRow(NamedTuple):
 
     @classmethod
     def of(cls, item: EncodedRow) -> _KeptRow:
-        bare = replace(item, source=_NO_IDS, target=None, earlier=None)
+        bare = replace(item, source=_NO_IDS[item.source.ndim], target=None, earlier=None)
         target, earlier = (None if each is None else _bytes_of(each) for each in (item.target, item.earlier))
         return cls(bare, _bytes_of(item.source), target, earlier)
 
     def row(self) -> EncodedRow:
         target, earlier = (None if each is None else _ids_in(each) for each in (self.target, self.earlier))
-        return replace(self.bare, source=_ids_in(self.source), target=target, earlier=earlier)
+        source = _ids_in(self.source).reshape(-1, *self.bare.source.shape[1:])
+        return replace(self.bare, source=source, target=target, earlier=earlier)
 
 
 def _bytes_of(ids: Tensor) -> bytes:
