@@ -50,7 +50,7 @@ def stored(folder: Path, store: str, name: str) -> tuple[Any, dict[str, torch.Te
 def trained(folder: Path) -> Path:
     """Two processes have trained all cases but `drawn`, in one start."""
     status, _, err = ended(
-        launch(parts.__file__, str(folder), "train", *(each for each in parts.CASES if each != "drawn"))
+        launch(parts.__file__, str(folder), "train", *(each for each in parts.CASES if each != "drawn")), 400
     )
     assert status == 0, err
     return folder
@@ -59,12 +59,21 @@ def trained(folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STILL)
 def test_two_processes_with_parts_make_the_version_that_one_with_the_whole_base_makes(trained: Path, name: str) -> None:
-    """The same adapter within 1e-5 of its largest value, and the same metrics. Each was proven on the whole base."""
-    Workspace(trained / "whole").train(parts.recipe(trained, name, shard=False))
-    (one, expected), (two, got) = (stored(trained, store, name) for store in ("whole", "parts"))
+    """The same adapter but for rounding, and the same metrics. Each was proven on the whole base.
+
+    Two processes add the gradients of a batch in another order than one does. AdamW divides each gradient by its own
+    size, so rounding of a gradient near zero grows to a visible part of a step. How far that goes is measured: the
+    whole base also trains with its batches in two or more pieces.
+    """
+    whole = parts.recipe(trained, name, shard=False)
+    Workspace(trained / "whole").train(whole)
+    Workspace(trained / "pieces").train(whole.with_overrides({"train.micro_batch_tokens": "40"}))
+    (one, expected), (two, got), (_, pieces) = (stored(trained, store, name) for store in ("whole", "parts", "pieces"))
     assert got.keys() == expected.keys()
     for key, value in expected.items():
-        assert float((got[key] - value).abs().max()) < 1e-5 * max(1.0, float(value.abs().max())), key
+        rounding = float((pieces[key] - value).abs().max())
+        assert rounding < 1e-3 * max(1.0, float(value.abs().max())), "the measure is of rounding"
+        assert float((got[key] - value).abs().max()) < max(rounding, 1e-5 * max(1.0, float(value.abs().max()))), key
     assert max(float(each.abs().max()) for key, each in got.items() if "lora_A" not in key) > 1e-2
     for split in ("validation", "test"):
         numbers = [
