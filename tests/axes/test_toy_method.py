@@ -161,7 +161,7 @@ def test_export_import_and_a_merged_model_work_and_peft_and_vllm_refuse(house: H
 
 
 def test_the_protocol_has_defaults_for_what_it_leaves_out() -> None:
-    assert (Scale().defaults("encoder", classify=True).steps, Scale().head_lr_ratio) == (250, None)
+    assert (Scale().defaults("encoder", "classify").steps, Scale().head_lr_ratio) == (250, None)
     assert Scale.shares_base
     assert not Full.shares_base
     assert LoRA(r=4).vllm_rank == 4

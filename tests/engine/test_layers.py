@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import small_models
 import torch
 import transformers
+from adapters_at_hand import CLASSIFIES, GENERATES
 from compiled_kernels import BOTH, compiled, needed
 from tiny_training import Base
 from torch import Tensor
@@ -91,7 +91,7 @@ def runner_of(name: str, dtype: torch.dtype) -> Runner:
     adapters = [made(model, method) for method in (*METHODS, *([Head()] if name in ENCODERS else []))]
     runner = Runner(Base(model, small_models.tokenizer("llama"), family_of(model.config), bytes=1))
     for slot, adapter in enumerate(adapters, 1):
-        task = SimpleNamespace(generates=name not in ENCODERS)
+        task = CLASSIFIES if name in ENCODERS else GENERATES
         runner.adapter_pool.mount(slot, runner.adapter_pool.prepare(adapter, f"sha256:{slot}", task))
     return runner
 

@@ -42,11 +42,11 @@ def test_the_documented_defaults_are_those_of_the_code() -> None:
     said = {name.strip(): tuple(map(float, numbers)) for name, *numbers in rows}
     known = {
         name: (
-            method.defaults(kind, classify=True).lr,
-            method.defaults(kind, classify=True, parameters=LARGE_BASE).lr,
-            method.defaults(kind, classify=True).head_lr_ratio or 1,
-            method.defaults(kind, classify=True).steps,
-            method.defaults(kind, classify=False).steps,
+            method.defaults(kind, "classify").lr,
+            method.defaults(kind, "classify", parameters=LARGE_BASE).lr,
+            method.defaults(kind, "classify").head_lr_ratio or 1,
+            method.defaults(kind, "classify").steps,
+            method.defaults(kind, "generate").steps,
         )
         for name, (method, kind) in DOCUMENTED.items()
     }
@@ -55,14 +55,14 @@ def test_the_documented_defaults_are_those_of_the_code() -> None:
 
 
 def test_some_of_pefts_methods_have_a_rate_of_their_own() -> None:
-    lora, ia3, vera = (Peft(peft_type=each).defaults("encoder", classify=True).lr for each in ("DORA", "IA3", "VERA"))
+    lora, ia3, vera = (Peft(peft_type=each).defaults("encoder", "classify").lr for each in ("DORA", "IA3", "VERA"))
     assert (lora, ia3, vera) == (1e-3, 3e-3, 4e-3)
 
 
 def test_a_prefix_without_its_mlp_has_a_rate_of_its_own_by_family() -> None:
     flat, through = Prefix(reparametrize=False), Prefix(reparametrize=True)
-    assert [flat.defaults(kind, classify=True).lr for kind in ("encoder", "decoder")] == [3e-2, 1e-2]
-    assert [through.defaults(kind, classify=True).lr for kind in ("encoder", "decoder")] == [1e-3, 1e-3]
+    assert [flat.defaults(kind, "classify").lr for kind in ("encoder", "decoder")] == [3e-2, 1e-2]
+    assert [through.defaults(kind, "classify").lr for kind in ("encoder", "decoder")] == [1e-3, 1e-3]
 
 
 @pytest.mark.parametrize(

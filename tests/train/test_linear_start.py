@@ -204,7 +204,7 @@ def test_where_the_first_token_tells_as_much_the_adapter_begins_at_once() -> Non
 @pytest.mark.slow
 def test_a_plan_counts_the_time_of_the_start() -> None:
     """In processor time: other programs run on this machine."""
-    made = tiny.recipe(train__epochs=20, train__evaluate="never")
+    made = tiny.recipe(train__epochs=20, train__lr=2e-3, train__evaluate="never")
     told, spent = [], 0.0
     for fresh in (FRESH, ()):
         on, data = tiny.base("bert"), dataset(hidden=True)

@@ -32,11 +32,11 @@ from turret.families import FAMILIES
 from turret.fingerprint import fingerprint_of
 from turret.json_types import JsonObject, JsonValue
 from turret.methods import METHODS, Method, method_class
-from turret.tasks import stored_task
+from turret.tasks import TASKS, stored_task
+from turret.tasks.text_answers import WRITERS
 from turret.transformer import Model
 
 M = TypeVar("M", bound=nn.Module)
-TASK_TYPES = {"classify": "SEQ_CLS", "encoder-decoder": "SEQ_2_SEQ_LM", "decoder": "CAUSAL_LM"}
 FORMAT = 1
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 KEYS = {"format", "method", "task", "generation", "base", "lineage", "files", "digest"}
@@ -182,21 +182,19 @@ def _config(adapter: Adapter) -> JsonObject:
     """PEFT's configuration."""
     return {
         "peft_type": None,
-        "task_type": _task_type(adapter),
+        "task_type": task_type(adapter),
         "base_model_name_or_path": adapter.base.id,
         "inference_mode": True,
         **tuner_of(adapter.method).peft_config(adapter),
     }
 
 
-def _task_type(adapter: Adapter) -> str | None:
-    if adapter.head or not stored_task(adapter.task).generates:
-        return TASK_TYPES["classify"]
-    family = adapter.base.family
-    if family is None:
-        return None
-    known = FAMILIES.get(family)
-    return TASK_TYPES["encoder-decoder" if known is not None and known.is_encoder_decoder else "decoder"]
+def task_type(adapter: Adapter) -> str | None:
+    """PEFT's `task_type` of an adapter; None if its family is not known."""
+    known = FAMILIES.get(adapter.base.family or "")
+    task = TASKS["classify"] if adapter.head and not adapter.task else stored_task(adapter.task)
+    found = task.peft_type(encoder_decoder=known is not None and known.is_encoder_decoder)
+    return None if adapter.base.family is None and found in WRITERS else found
 
 
 def read_bundle(folder: str | Path) -> Adapter:

@@ -71,9 +71,13 @@ class Heads:
         paths += self._inside.values()
         self._modules = {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
 
-    def checked(self, adapter: Adapter, generates: bool) -> dict[str, Tensor]:
-        """The adapter's head by names in the model. Raises AdapterError if it is incomplete or does not fit."""
-        if generates:
+    def checked(self, adapter: Adapter, outputs: int | None) -> dict[str, Tensor]:
+        """The adapter's head by names in the model. Raises AdapterError if it is incomplete or does not fit.
+
+        Args:
+            outputs: of the head that the task needs; None: it needs none.
+        """
+        if outputs is None:
             if adapter.head:
                 raise AdapterError(f"an adapter that generates has no head, given {next(iter(adapter.head))}")
             return {}
@@ -201,7 +205,7 @@ class AdapterPool:
         others = tuple(map(self._with_own_names, adapter.others))
         adapter = replace(self._with_own_names(adapter), others=others)
         parts = all_parts(self._model, adapter)
-        head = self._heads.checked(adapter, task.generates)
+        head = self._heads.checked(adapter, task.num_labels(task.labels))
         factors, prefix, ends = self._by_layer(parts, head), tensor_layout(parts.prefix), tensor_layout(head)
         count = sum(part.numel() for pair in factors.values() for part in pair)
         flat = torch.empty(count + prefix.count + ends.count, dtype=self.dtype, device=self.device)

@@ -18,7 +18,7 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Constraints
 from turret.engine.text import CONTEXT_TOKENS
 from turret.errors import AdapterError, ContextLengthExceeded, DataError, NoRoom
-from turret.tasks import has_head, writes
+from turret.tasks import writes
 from turret.tasks.calibration import require
 from turret.tasks.chat_template import base_prompt
 from turret.tasks.tokens import Tokens
@@ -270,6 +270,6 @@ class Prompts:
 def _check_coverage(request: Request, coverage: float, loaded: AdapterTensors | None) -> None:
     """Raise AdapterError for an adapter without a calibration, DataError if that is too small for this coverage."""
     task = None if loaded is None else loaded.task
-    if task is None or not has_head(task) or not task.calibrates:
+    if task is None or not task.calibrates:
         raise AdapterError(f"{request.named or 'the base'} gives no probability of labels: ask it without coverage")
     require(task.calibration, str(request.named)).threshold(coverage)

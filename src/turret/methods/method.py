@@ -19,6 +19,7 @@ from turret.methods.messages import sentences
 from turret.plan_check import Check
 
 LARGE_BASE = 1_000_000_000  # parameters; the published LoRA rates hold from here on, the measured ones below
+CLASSIFY = "classify"  # a request that a head answers
 FEWEST_STEPS = 20  # no method learns much in fewer
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
 Operation = Literal["train", "mix", "import", "export"]
@@ -119,19 +120,25 @@ class Method(BaseModel):
         """The learning rate of a new classifier's head over `rate`; None: 1."""
         return None
 
-    def defaults(self, family_kind: str, *, classify: bool, parameters: int = 0) -> Defaults:
-        """The defaults on an encoder, a decoder or an encoder-decoder with that many parameters."""
-        steps = self.classify_steps if classify else FEWEST_STEPS
-        ratio = self.head_lr_ratio if classify else None
-        return Defaults(self.rate(family_kind, parameters >= LARGE_BASE), steps, ratio)
+    def defaults(self, family_kind: str, request: str, *, parameters: int = 0) -> Defaults:
+        """The defaults on an encoder, a decoder or an encoder-decoder with that many parameters.
 
-    def epochs(self, examples: int, batch_size: int, *, classify: bool) -> int:
+        Args:
+            request: what the base is asked for, as `Task.request`.
+        """
+        ratio = self.head_lr_ratio if request == CLASSIFY else None
+        return Defaults(self.rate(family_kind, parameters >= LARGE_BASE), self.steps(request), ratio)
+
+    def steps(self, request: str) -> int:
+        """Steps until the loss levels off."""
+        return self.classify_steps if request == CLASSIFY else FEWEST_STEPS
+
+    def epochs(self, examples: int, batch_size: int, request: str) -> int:
         """The epochs that give its steps on so many training examples, within bounds.
 
         They do not depend on the base, so that a comparison knows them before anything is loaded.
         """
-        steps = self.classify_steps if classify else FEWEST_STEPS
-        return min(MOST_EPOCHS, max(FEWEST_EPOCHS, epochs_for(steps, max(1, examples), batch_size)))
+        return min(MOST_EPOCHS, max(FEWEST_EPOCHS, epochs_for(self.steps(request), max(1, examples), batch_size)))
 
     def rate_check(self, rate: float, default: float) -> Check:
         """A warning for rates that suit another method; what they cost was measured."""

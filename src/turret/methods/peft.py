@@ -139,7 +139,7 @@ class Peft(Method):
         if kind == "LORA":
             more = any(config.get(key) for key in MORE_LORA) or config.get("bias") == "all"
             return more or bool(beside(names, MARKS["LORA"]))
-        return kind in MARKS
+        return isinstance(kind, str) and kind in MARKS
 
     @classmethod
     def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:

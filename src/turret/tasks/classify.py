@@ -103,6 +103,14 @@ class Classify(HeadAnswers):
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         return names | ({"problem_type": "multi_label_classification"} if spec.get("multi_label") else {})
 
+    @classmethod
+    def printed(cls, spec: JsonMapping) -> str:
+        if not spec.get("labels"):
+            return super().printed(spec)
+        if spec.get("multi_label"):
+            return "print([label for label, chance in zip(labels, logits.sigmoid().tolist()) if chance >= 0.5])"
+        return "print(labels[int(logits.argmax())], float(logits.softmax(-1).max()))"
+
     @property
     def instruction(self) -> str:
         return f"Classify the following text as {', '.join(self.labels)}."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from turret.data import Example, Input, TextPair
 from turret.errors import DataError
+from turret.json_types import JsonMapping
 from turret.tasks.calibration import Calibration
 from turret.tasks.task import Encoded
 from turret.tasks.tokens import Tokens
@@ -105,6 +106,14 @@ class HeadAnswers(Protocol):
     pipeline_tag: ClassVar[str] = "text-classification"
     calibration: Calibration | None = None
     inputs: TextInputs
+
+    @classmethod
+    def printed(cls, spec: JsonMapping) -> str:
+        return "print(logits.tolist())"
+
+    @classmethod
+    def peft_type(cls, *, encoder_decoder: bool) -> str:
+        return "SEQ_CLS"
 
     @property
     def pairs(self) -> bool:

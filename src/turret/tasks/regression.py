@@ -93,6 +93,10 @@ class Regression(HeadAnswers):
     def head_config(cls, spec: JsonMapping) -> JsonObject:
         return {"problem_type": "regression", "id2label": {0: "value"}, "label2id": {"value": 0}}
 
+    @classmethod
+    def printed(cls, spec: JsonMapping) -> str:
+        return f"print(float(logits[0]) * {float(spec['deviation'])!r} + {float(spec['mean'])!r})"
+
     @property
     def instruction(self) -> str:
         return f"Give {'these two texts' if self.pairs else 'this text'} a number from {self.low:g} to {self.high:g}."

@@ -71,6 +71,10 @@ class Rerank(HeadAnswers):
     def head_config(cls, spec: JsonMapping) -> JsonObject:
         return {"id2label": {0: "relevance"}, "label2id": {"relevance": 0}}
 
+    @classmethod
+    def printed(cls, spec: JsonMapping) -> str:
+        return "print(float(logits[0].sigmoid()))"
+
     @property
     def instruction(self) -> str:
         return "Judge how relevant the second text is to the first."

@@ -69,6 +69,10 @@ class Score(Classify):
         names = [f"above {label}" for label in spec["labels"][:-1]]
         return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
+    @classmethod
+    def printed(cls, spec: JsonMapping) -> str:
+        return f"print({list(spec['labels'])!a}[int((logits.sigmoid().cummin(-1).values >= 0.5).sum())])"
+
     @property
     def instruction(self) -> str:
         texts = "these two texts" if self.pairs else "this text"

@@ -59,6 +59,7 @@ class CommonTask(Protocol):
     metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`
     metric_label: ClassVar[str]  # the metric's name in tables and reports
     right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
+    calibrates: ClassVar[bool]  # whether an answer has the probability of each label
     baselines: ClassVar[tuple[str, ...]]  # of `compare`, that train nothing: linear, lead, nearest
 
     # --- class methods -----------------------------------------------------------------------------------------------
@@ -74,6 +75,14 @@ class CommonTask(Protocol):
     @classmethod
     def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
         """The task that `spec()` described."""
+
+    @classmethod
+    def printed(cls, spec: JsonMapping) -> str:
+        """Python for a card: a line that prints the answer in `logits` (C,), with `labels` if there are any."""
+
+    @classmethod
+    def peft_type(cls, *, encoder_decoder: bool) -> str:
+        """PEFT's `task_type` on a base of that kind."""
 
     @classmethod
     def num_labels(cls, labels: Sequence[str]) -> int | None:
@@ -103,6 +112,8 @@ class CommonTask(Protocol):
     def max_tokens(self) -> int: ...
     @property
     def instruction(self) -> str: ...  # the task in words; a prefix starts from them
+    @property
+    def calibration(self) -> Calibration | None: ...  # fitted on validation examples; only if the task calibrates
 
     def spec(self) -> JsonObject:
         """Everything that prediction needs, as JSON. `task_from_spec` makes an equal task from it."""
@@ -128,10 +139,6 @@ class HeadTask(CommonTask, Protocol):
 
     request: ClassVar[Literal["classify"]]  # the route that answers it, and the head that its base is loaded with
     generates: ClassVar[Literal[False]]
-    calibrates: ClassVar[bool]  # whether an answer has the probability of each label; else the next three are not used
-
-    @property
-    def calibration(self) -> Calibration | None: ...  # fitted on validation examples
 
     def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
         """The same task with a calibration. logits, targets: of validation examples, as `metrics` takes them."""
@@ -185,6 +192,11 @@ def has_head(task: Task) -> TypeGuard[HeadTask]:
 def writes(task: Task) -> TypeGuard[TextTask]:
     """Whether the task generates text."""
     return task.generates
+
+
+def calibrates(task: Task) -> TypeGuard[HeadTask]:
+    """Whether an answer has the probability of each label, which a calibration improves."""
+    return task.calibrates
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 from turret.data import Example, Input, Prompt, TextPair
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
+from turret.tasks.calibration import Calibration
 from turret.tasks.task import Prediction
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+WRITERS = ("SEQ_2_SEQ_LM", "CAUSAL_LM")  # what PEFT calls the tasks that generate
 
 
 class TextAnswers(Protocol):
@@ -27,14 +31,24 @@ class TextAnswers(Protocol):
     metric: ClassVar[str] = "rougeL"
     metric_label: ClassVar[str] = "ROUGE-L"
     right_or_wrong: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ("nearest",)
     labels: tuple[str, ...] = ()
     multi_label: bool = False
+    calibration: Calibration | None = None
     pairs: bool = False
     tokenizer: Tokenizer
     num_beams: int
     max_new_tokens: int
     end: int
+
+    @classmethod
+    def printed(cls, spec: JsonMapping) -> str:
+        return ""  # its card decodes tokens
+
+    @classmethod
+    def peft_type(cls, *, encoder_decoder: bool) -> str:
+        return WRITERS[0] if encoder_decoder else WRITERS[1]
 
     @classmethod
     def num_labels(cls, labels: Sequence[str]) -> int | None:

@@ -29,7 +29,7 @@ from turret.engine.decode import base_settings
 from turret.engine.request import Limits, Named
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.training_turns import between_passes
-from turret.errors import BaseModelError
+from turret.errors import AdapterError, BaseModelError
 from turret.fingerprint import within
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import Head
@@ -163,6 +163,16 @@ class Asking:
             for answer, labels in zip(found, self.task.label_sets(logits, coverage), strict=True):
                 answer["label_set"] = labels
         return found
+
+    def answers(
+        self, sources: Sequence[Tensor], *, bare: bool = False, coverage: float | None = None
+    ) -> list[JsonObject]:
+        """The answer to each source: `classes`, or `texts`. Raises AdapterError if the bare base cannot give it."""
+        if writes(self.task):
+            return self.texts(sources, bare=bare)
+        if bare:
+            raise AdapterError("this version classifies, and the bare base has no head for it: ask without bare")
+        return self.classes(sources, coverage)
 
     def close(self) -> None:
         """End the engine. The base stays."""

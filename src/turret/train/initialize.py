@@ -60,7 +60,7 @@ def attach(recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None 
         recipe.method,
         init_ids=starting_words(recipe, base, task),
         generator=torch.Generator().manual_seed(recipe.seed),
-        head=() if task.generates else fresh_modules(base),
+        head=fresh_modules(base),
     )
     if recipe.train.checkpoint_layers or base.checkpoints is not None:
         adapters.checkpoint_layers(base.model)

@@ -29,7 +29,7 @@ from turret.errors import CheckpointMismatch, Interrupted, LossNotFinite, Traini
 from turret.json_types import JsonMapping, JsonObject
 from turret.process import StopRequest
 from turret.recipe import Recipe
-from turret.tasks import Task, has_head
+from turret.tasks import Task
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, distributed, memory
 from turret.train.adamw import learning_rate, warmup_steps
@@ -480,7 +480,7 @@ class TrainingRun:
     def _start_head(self) -> None:
         """Give a new head the linear solution, unless a checkpoint or a finished adapter has given it its weights."""
         here, task = self.slot.processes, self.task
-        if self.progress.step or self.start is not None or not has_head(task):
+        if self.progress.step or self.start is not None:
             return
         begins = head_start(self.recipe, self.base, task, self.items, self.slot.most_tokens)
         if begins is None:
@@ -545,8 +545,7 @@ class TrainingRun:
 
     def what_to_change(self) -> str:
         """The remedy for a loss that is not finite, and the last checkpoint."""
-        family, classify = self.base.family.kind, not self.task.generates
-        usual = self.recipe.method.defaults(family, classify=classify, parameters=self.total).lr
+        usual = self.recipe.method.defaults(self.base.family.kind, self.task.request, parameters=self.total).lr
         remedy = f"set train.lr to {min(usual, self.lr / 10):g} (now {self.lr:g})"
         if str(self.base.dtype).endswith("float16"):  # or bfloat16
             remedy += ' or train.dtype to "float32"'
@@ -555,9 +554,9 @@ class TrainingRun:
     def _to_learn(self) -> str:
         """The remedy for a training that learnt nothing. It names a setting only if that is not the usual one."""
         recipe, examples = self.recipe, len(self.splits.train)
-        family, classify = self.base.family.kind, not self.task.generates
-        rate = recipe.method.defaults(family, classify=classify, parameters=self.total).lr
-        epochs = recipe.method.epochs(examples, recipe.train.batch_size, classify=classify)
+        request = self.task.request
+        rate = recipe.method.defaults(self.base.family.kind, request, parameters=self.total).lr
+        epochs = recipe.method.epochs(examples, recipe.train.batch_size, request)
         remedies = []
         if not math.isclose(self.lr, rate):
             remedies.append(f"leave train.lr out (it is {self.lr:g}, usual is {rate:g})")

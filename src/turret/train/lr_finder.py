@@ -27,7 +27,7 @@ from turret.bases import Base
 from turret.data import Dataset, Example
 from turret.errors import LossNotFinite
 from turret.recipe import Recipe
-from turret.tasks import Task, has_head
+from turret.tasks import Task
 from turret.train.adamw import learning_rate
 from turret.train.batches import EncodedRows, Schedule, splits_of
 from turret.train.evaluation import example_losses
@@ -211,7 +211,7 @@ def trials(
     try:
         base.model.train()
         items = EncodedRows(task, [examples[place] for place in sorted(order[held:])])
-        if start is None and has_head(task):
+        if start is None:
             begins = head_start(recipe, base, task, items, slot.most_tokens)
             if begins is not None:
                 begins.begin(slot, default, steps)

@@ -22,7 +22,7 @@ from turret.errors import one_line
 from turret.methods.method import MOST_EPOCHS, epochs_for
 from turret.plan_check import Check, Level
 from turret.recipe import Recipe, toml
-from turret.tasks import Task, has_head, writes
+from turret.tasks import Task, writes
 from turret.train import memory
 from turret.train.adamw import moment_bytes, warmup_steps
 from turret.train.asking import Asking, twin
@@ -156,7 +156,7 @@ def measure(
             others = OtherProcesses()
             seconds = _seconds_of_passes(model, task, micro_batches(typical, most), clock)
             busy = others.busy()
-            begins = head_start(recipe, base, task, items, most) if start is None and has_head(task) else None
+            begins = head_start(recipe, base, task, items, most) if start is None else None
             before_steps = 0.0 if begins is None else begins.most_seconds(seconds, schedule.steps, clock)
             with memory.grown(device) as grown:  # from the state in which a training starts: libraries, a trimmed heap
                 begun = memory.resident(device)

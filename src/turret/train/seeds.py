@@ -24,7 +24,7 @@ from turret.tasks import task_of
 def defaults_of(method: Method, base: Base, task_kind: str) -> Defaults:
     """The method's defaults for a task on a base that nothing is attached to."""
     parameters = quantized.count(base.model)
-    return method.defaults(base.family.kind, classify=not task_of(task_kind).generates, parameters=parameters)
+    return method.defaults(base.family.kind, task_of(task_kind).request, parameters=parameters)
 
 
 def filled(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:
@@ -38,7 +38,7 @@ def filled(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:
     """
     method, train = recipe.method.on(base.family.kind), recipe.train
     own = defaults_of(method, base, task_kind)
-    usual = method.epochs(examples, train.batch_size, classify=not task_of(task_kind).generates)
+    usual = method.epochs(examples, train.batch_size, task_of(task_kind).request)
     ratio = None if isinstance(train.lr, float) else own.head_lr_ratio  # a rate in the recipe is also the head's
     update = {"lr": train.lr or own.lr, "epochs": train.epochs or usual, "head_lr_ratio": train.head_lr_ratio or ratio}
     return recipe.model_copy(update={"method": method, "train": train.model_copy(update=update)})

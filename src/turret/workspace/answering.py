@@ -11,7 +11,7 @@ from turret.data import Input
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store, Version
-from turret.tasks import Encoded, Task, stored_task, task_from_spec, writes
+from turret.tasks import Encoded, Task, stored_task, task_from_spec
 from turret.tasks.calibration import Calibration, require
 from turret.train.asking import Asking
 from turret.transformer import Model
@@ -47,7 +47,7 @@ def check_options(version: Version, top: int, coverage: float | None) -> None:
     if top < 1:
         raise DataError(f"--top {top}: expected 1 or more")
     task = stored_task(version.part("task"))
-    if top > 1 and (task.generates or not task.calibrates):
+    if top > 1 and not task.calibrates:
         raise AdapterError(f"{version} gives no probability of labels, which --top {top} needs: ask it without --top")
     if coverage is not None:
         require_coverage(version, coverage)
@@ -62,7 +62,7 @@ def require_coverage(version: Version, coverage: float) -> None:
     """
     spec = version.part("task")
     task, fitted = stored_task(spec), spec.get("calibration")
-    if task.generates or not task.calibrates:
+    if not task.calibrates:
         raise AdapterError(f"{version} gives no probability of labels: ask it without coverage")
     require(None if fitted is None else Calibration.from_json(fitted), str(version)).threshold(coverage)
 
@@ -168,11 +168,7 @@ def answers_to(
     ready: Mounted, encoded: Sequence[Encoded], *, bare: bool = False, coverage: float | None = None
 ) -> list[JsonObject]:
     """The same for texts that are token ids already."""
-    task = ready.task
-    if bare and not task.generates:
-        raise AdapterError(f"{ready.version} classifies, and the bare base has no head for it: ask without bare")
-    sources = [each.ids for each in encoded]
-    return ready.asking.texts(sources, bare=bare) if writes(task) else ready.asking.classes(sources, coverage)
+    return ready.asking.answers([each.ids for each in encoded], bare=bare, coverage=coverage)
 
 
 def _where(ready: Mounted) -> str:

@@ -16,6 +16,7 @@ from turret.errors import plainly
 from turret.json_types import JsonMapping, JsonValue, part
 from turret.methods import method_named
 from turret.tasks import TASKS, stored_task
+from turret.tasks.text_answers import WRITERS
 
 # --- card code --------------------------------------------------------------------------------------------------------
 # The Python of a model card: load an export with PEFT or transformers and answer one text as Turret does.
@@ -58,22 +59,21 @@ def inference(place: Place, task: JsonMapping, task_type: str | None, *, token_b
         token_by_token: PEFT's `generate()` does not use the adapter, so the model is called for each token.
     """
     auto = AUTO.get(str(task_type), "AutoModel")
-    writes = stored_task(task).generates
     lines = ["import torch"]
     lines += [] if place.merged else ["from peft import PeftModel"]
     four_bits = place.four_bits and not place.merged
     lines += [f"from transformers import {auto}, AutoTokenizer{', BitsAndBytesConfig' if four_bits else ''}", ""]
     lines += [FOUR_BITS] if four_bits else []
     labels = task.get("labels")
-    names = [str(label) for label in labels] if isinstance(labels, list) and not writes else []
+    names = [str(label) for label in labels] if isinstance(labels, list) else []
     outputs = stored_task(task).num_labels(names)  # of the head; None: there is none
     named = len(names) == outputs  # every output is the score of a label
     lines += [f"labels = {names!a}"] if named else []
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({place.tokenizer!a})"]
     lines += _model(place, auto, outputs, named)
     lines += ['text = "a text of your own"']
-    if not writes:
-        lines += _classify(task, named)
+    if outputs is not None or task_type == "SEQ_CLS":
+        lines += _classify(task)
     elif task.get("family_kind") == "encoder-decoder":
         lines += _encoder_decoder(task)
     else:
@@ -127,17 +127,15 @@ def _model(place: Place, auto: str, outputs: int | None, named: bool) -> Iterato
     yield f"model = PeftModel.from_pretrained(base, {place.adapter!a}).eval()"
 
 
-def _classify(task: JsonMapping, named: bool) -> Iterator[str]:
+def _classify(task: JsonMapping) -> Iterator[str]:
     text = f"{_text(task, 'prefix_text')!a} + text" if _text(task, "prefix_text") else "text"
-    yield f'ids = tokenizer({text}, truncation=True, max_length={_most(task)})["input_ids"]'
+    if task.get("pairs"):
+        yield 'text_pair = "a second text"'
+        text += ", text_pair"
+    yield f'inputs = tokenizer({text}, truncation=True, max_length={_most(task)}, return_tensors="pt")'
     yield "with torch.no_grad():"
-    yield "    logits = model(input_ids=torch.tensor([ids])).logits[0]"
-    if not named:
-        yield "print(logits.tolist())"
-    elif task.get("multi_label"):
-        yield "print([label for label, chance in zip(labels, logits.sigmoid().tolist()) if chance >= 0.5])"
-    else:
-        yield "print(labels[int(logits.argmax())], float(logits.softmax(-1).max()))"
+    yield "    logits = model(**inputs).logits[0]"
+    yield stored_task(task).printed(task)
 
 
 def _decoder(task: JsonMapping, token_by_token: bool) -> Iterator[str]:
@@ -364,7 +362,7 @@ def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *
     if limitation := method.peft_cannot.get(task_type):
         yield limitation
         return
-    dropped = method.peft_generate if stored_task(task).generates else None
+    dropped = method.peft_generate if task_type in WRITERS else None
     yield "With PEFT, which does not check the base:"
     if files.base == "BASE":
         yield f"(BASE is a folder or a Hub id that has the weights of {_code(base.get('id'))}.)"

@@ -19,7 +19,8 @@ from turret.tasks import schemas, task_of
 CHARACTERS_PER_TOKEN = 3.5  # of Western texts, roughly
 LENGTHS = (64, 128, 256, 512)  # of inputs, in tokens; 512 is the most that common encoders read
 LONGER = (*LENGTHS, 1024, 2048)  # for a base that writes
-OUTPUTS = ("label", "summary", "completion")  # roles of columns
+TARGETS = ("summary", "completion")  # roles of columns with texts to write
+OUTPUTS = ("label", *TARGETS)
 MOST_CANDIDATES = 8  # other columns that may be the label, which are listed
 SKEWED = 5  # times as many rows in the largest class as in the smallest
 
@@ -114,9 +115,10 @@ def _write_task(text: _Lines, seen: Profile, asked: JsonMapping) -> None:
     if seen.multi_label:
         text.set("multi_label", True, "any number of classes per text")
     inputs = sum(seen.facts[name].usual_length for role, name in seen.roles.items() if role not in OUTPUTS)
-    lengths = LONGER if task_of(seen.kind).generates else LENGTHS
+    targets = [name for role, name in seen.roles.items() if role in TARGETS or role == "messages"]
+    lengths = LONGER if targets else LENGTHS
     text.option("max_tokens", _tokens(inputs, lengths), True, "longer inputs are cut")
-    for target in (name for role, name in seen.roles.items() if role in OUTPUTS and task_of(seen.kind).generates):
+    for target in (seen.roles[role] for role in TARGETS if role in seen.roles):
         tokens = _tokens(seen.facts[target].usual_length, lengths)
         text.option("max_target_tokens", tokens, True, "longer answers are cut")
     sure = [count for label, count in seen.classes.items() if label not in cells.renaming(seen.classes)]
@@ -171,7 +173,7 @@ class _Lines:
 
 def _base_comment(kind: str) -> str:
     try:
-        base = default_base(task_of(kind).generates)[0]
+        base = default_base(task_of(kind).request)[0]
     except BaseModelError:
         return "a Hub id, folder, .gguf file or pypi: package; auto finds none here"
     return f"here {base}; or a Hub id, folder, .gguf file or pypi: package"

@@ -22,7 +22,7 @@ from turret.data.table_writer import TableWriter
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store
-from turret.tasks import HeadTask, Prediction, Task, has_head
+from turret.tasks import HeadTask, Prediction, Task, calibrates
 from turret.tasks.calibration import Bin, calibration_error, reliability, scores
 from turret.train.batches import encode
 from turret.workspace.answering import Mounted, mounted
@@ -86,12 +86,11 @@ def write_page(found: Evaluation, path: Path, *, texts: bool = True) -> None:
 
 
 def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int]) -> tuple[JsonObject, Details]:
-    task, known = ready.task, None
-    if has_head(task):
-        known = ready.asking.logits([row.source for row in encode(task, examples)])
+    task = ready.task
+    known = ready.asking.logits([row.source for row in encode(task, examples)]) if calibrates(task) else None
     metrics, answers = ready.asking.evaluate(examples, logits=known)
     mistakes = _mistakes(task, examples, places, answers)
-    if known is None or not has_head(task) or not task.calibrates:
+    if known is None or not calibrates(task):
         return metrics, Details(mistakes, task.right_or_wrong, numbers=_numbers(examples, answers))
     right = [example.labels for example in examples]
     return metrics, Details(

@@ -48,7 +48,7 @@ from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
 from turret.store.leases import LeaseRenewer
-from turret.tasks import has_head, make_task, task_of, writes
+from turret.tasks import calibrates, has_head, make_task, task_of, writes
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
@@ -129,7 +129,7 @@ def uncalibrated(ready: PreparedTraining) -> list[str]:
     """
     task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
     count = len(splits.watched) if splits.selects and splits.watched else 0
-    if not has_head(task) or not task.calibrates or count >= FEWEST:
+    if not calibrates(task) or count >= FEWEST:
         return []
     found = f"{count} validation examples" if count else "no validation split"
     return [
@@ -147,7 +147,7 @@ def _calibrate(
         Both with the calibrated task, and the logits (B, C) of the data set's validation split.
     """
     task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
-    if not has_head(task) or not task.calibrates:
+    if not calibrates(task):
         return ready, fitted, None
     examples = splits.watched if splits.selects and splits.watched else ()
     if len(examples) < FEWEST:  # `uncalibrated` says it

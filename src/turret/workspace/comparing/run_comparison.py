@@ -149,8 +149,7 @@ def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) 
 def _epochs(row: Candidate, data: Dataset) -> int:
     """The epochs of a row's trainings on all training examples: the recipe's, or the method's own."""
     train = row.recipe.train
-    classify = not task_of(data.kind).generates
-    return train.epochs or row.recipe.method.epochs(len(data.train), train.batch_size, classify=classify)
+    return train.epochs or row.recipe.method.epochs(len(data.train), train.batch_size, task_of(data.kind).request)
 
 
 def _stored_result(folder: Path, cell: Cell) -> CellResult | None:
