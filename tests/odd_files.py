@@ -372,8 +372,7 @@ def odd_files() -> list[Odd]:
             "preferred.jsonl",
             "answers preferred to others",
             jsonl([{"prompt": f"q {i}", "chosen": f"yes {i}", "rejected": "no"} for i in range(12)]),
-            said="the task preference",
-            remedy={"prompt": "prompt", "completion": "chosen"},
+            note="guessed: preference",
         ),
     ]
 

@@ -25,8 +25,9 @@ LABELLED: Roles = ("text", "label")
 PAIRED: Roles = ("text", "text_pair", "label")
 SUMMARISED: Roles = ("document", "summary")
 COMPLETED: Roles = ("prompt", "completion")
+COMPARED: Roles = ("prompt", "chosen", "rejected")
 OPTIONS = ("text", "text_pair", "label", "prompt", "completion", "messages")  # with an option of the command line
-PLAIN_ROLES = ("text", "text_pair", "label", "document", "summary", "prompt", "completion")  # one cell, one text
+PLAIN_ROLES = ("text", "text_pair", "label", "document", "summary", "prompt", "completion", "chosen", "rejected")
 
 WHOLE = ("messages", "conversations")  # column names of all turns
 MORE_WHOLE = ("conversation", "chat", "dialog")  # obvious only if the task is known
@@ -52,6 +53,8 @@ class Schema:
         many: whether an example has any number of classes.
         conversations: whether the examples are conversations, whose columns are found by `named_layout`.
         show: how many of `names` show the task; others need the task's name.
+        answers: how many of the roles, at the end, are answers.
+        converses: whether what is asked is a conversation.
     """
 
     kind: str
@@ -62,6 +65,8 @@ class Schema:
     many: bool = False
     conversations: bool = False
     show: int = 1
+    answers: int = 1
+    converses: bool = False
 
     @property
     def usual(self) -> Roles:
@@ -104,20 +109,22 @@ def find_columns(
     if (conversations := _conversations(data, columns, schemas, trained)) is not None:
         return conversations
     schemas = [schema for schema in schemas if not schema.conversations]
-    given = found_columns(named_columns(data, PLAIN_ROLES), columns)
+    own = [role for schema in schemas for roles in schema.names for role in roles]
+    given = found_columns(named_columns(data, dict.fromkeys((*PLAIN_ROLES, *own))), columns)
     note = None
     if trained:
         known, lacks = trained_columns(trained, columns)
         if not given:
             given, note = known, lacks
         else:  # some columns are named: the version knows the others
-            own: Roles = next((roles for roles in schemas[0].names if given.keys() & set(roles)), ())
-            given |= {role: name for role, name in known.items() if role in own and role not in given}
+            of_it: Roles = next((roles for roles in schemas[0].names if given.keys() & set(roles)), ())
+            given |= {role: name for role, name in known.items() if role in of_it and role not in given}
     only = schemas[0] if len(schemas) == 1 else None
     _check_named(given, only)
     found = []
     for schema in schemas:
-        for roles in list(schema.names) if only else list(schema.names)[: schema.show]:
+        shown = list(schema.names) if only else list(schema.names)[: schema.show]
+        for roles in sorted(shown, key=len, reverse=True):
             if given.keys() <= set(roles) and (guess := _guess(schema, roles, given, columns)):
                 found.append(Columns(schema, dict(zip(roles, guess, strict=True)), note))
                 break
@@ -146,7 +153,7 @@ def _conversations(
     schema, known = next((schema for schema in schemas if schema.conversations), None), len(schemas) == 1
     if schema is None:
         if known:
-            require_no_layout(data, schemas[0].kind)
+            require_no_layout(data, schemas[0])
         return None
     layout = named_layout(data, columns, schema.kind, known=known, trained=trained)
     if layout is None:
@@ -163,7 +170,7 @@ def find_inputs(
         trained: role -> column of the table that a version was trained on; used if the table has it.
     """
     columns = kept_columns(data, columns)
-    asked = [roles[:-1] for roles in schema.names]
+    asked = [roles[: -schema.answers] for roles in schema.names]
     given = found_columns(
         {role: n for role, n in named_columns(data, PLAIN_ROLES).items() if _in(role, asked)}, columns
     )
@@ -224,7 +231,7 @@ def find_group(data: DataSettings, columns: Sequence[str]) -> str | None:
 
 def _check_named(given: dict[str, str], only: Schema | None) -> None:
     """Raise DataError if no task has all the columns that the recipe names."""
-    of_a_task = [set(roles) for roles in (LABELLED, PAIRED, SUMMARISED, COMPLETED)]
+    of_a_task = [set(roles) for roles in (LABELLED, PAIRED, SUMMARISED, COMPLETED, ("system", *COMPARED))]
     if not any(given.keys() <= roles for roles in of_a_task):
         raise DataError(f"data names {' and '.join(given)}, which belong to different tasks: name one pair of columns")
     if only and not any(given.keys() <= set(roles) for roles in only.names):
@@ -479,10 +486,11 @@ def named_layout(
     return layout
 
 
-def require_no_layout(data: DataSettings, kind: str) -> None:
+def require_no_layout(data: DataSettings, schema: Schema) -> None:
     """Raise DataError if the recipe names a column that only conversations have, and asks for another task."""
-    if own := next((role for role in named_columns(data, CHAT_ROLES) if role not in PLAIN_ROLES), None):
-        raise DataError(f'data.{own} does not belong to {kind}: set task.kind = "chat", or leave it out')
+    known = {*PLAIN_ROLES, *(role for roles in schema.names for role in roles)}
+    if own := next((role for role in named_columns(data, CHAT_ROLES) if role not in known), None):
+        raise DataError(f'data.{own} does not belong to {schema.kind}: set task.kind = "chat", or leave it out')
 
 
 def prompt_layout(data: DataSettings, columns: Sequence[str], trained: Mapping[str, str] | None = None) -> Layout:
@@ -557,36 +565,8 @@ class _Shape:
 
 
 _SHAPES = (
-    _Shape(
-        "preference",
-        "answers preferred to others",
-        ("chosen", "rejected"),
-        instead="to learn the preferred answers, name --prompt prompt --completion chosen",
-    ),
     _Shape("token_classification", "a tag for each word", ("tokens",), ("tags", "ner_tags", "pos_tags", "labels")),
     _Shape("question_answering", "answers inside a context", ("question", "context"), ("answers", "answer")),
-    _Shape("regression", "a number for two texts", ("sentence1", "sentence2"), ("score", "similarity")),
-    _Shape(
-        "text_pairs",
-        "a label for two texts",
-        ("premise", "hypothesis"),
-        ("label", "labels", "gold_label"),
-        "to classify one of them, name --text hypothesis --label {label}",
-    ),
-    _Shape(
-        "text_pairs",
-        "a label for two texts",
-        ("sentence1", "sentence2"),
-        ("label", "labels", "gold_label"),
-        "to classify one of them, name --text sentence1 --label {label}",
-    ),
-    _Shape(
-        "text_pairs",
-        "a label for two texts",
-        ("question1", "question2"),
-        ("label", "is_duplicate"),
-        "to classify one of them, name --text question1 --label {label}",
-    ),
     _Shape("embedding", "similar and other texts", ("anchor", "positive")),
     _Shape("embedding", "similar and other texts", ("query", "positive")),
 )

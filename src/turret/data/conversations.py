@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from turret.data.cells import Replacements, text_of
-from turret.data.examples import Conversation, Prompt, Turn
+from turret.data.cells import Missing, Replacements, RowReader, text_of
+from turret.data.examples import Conversation, Preferred, Prompt, Turn
 from turret.data.table import CellValue
 from turret.errors import DataError, shown
 from turret.json_types import JsonObject, JsonValue
@@ -74,6 +74,33 @@ def conversation_of(
         changes["turns after the last answer are left out"] += 1
     prompt = prompt_of(turns[:end], tools, system)
     return Conversation(prompt.turns, prompt.tools)
+
+
+def preferred_of(row: RowReader) -> Preferred:
+    """The prompt and the two answers in the cells of a row: texts, or lists of turns. Raises DataError, Missing."""
+    asked = _turns_in(row, "prompt", "user")
+    system = text_of(row.cell("system"), row.replaced)
+    chosen, rejected = (_turns_in(row, role, "assistant") for role in ("chosen", "rejected"))
+    common = 0  # turns that both lists repeat before their answers
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
+        common += 1
+    asked = [*asked, *chosen[:common]] if chosen[:common] != asked else asked
+    answers = []
+    for role, turns in (("chosen", chosen[common:]), ("rejected", rejected[common:])):
+        row.role = role
+        if len(turns) != 1 or not turns[0].content or turns[0].role != "assistant":
+            raise DataError(f"expected one answer of the assistant, found {len(turns)} turns: keep the last one")
+        answers.append(turns[0].content)
+    return Preferred(prompt_of(asked, None, system).turns, *answers)
+
+
+def _turns_in(row: RowReader, role: str, speaker: str) -> list[Turn]:
+    """A cell with a text, or with turns. Raises Missing."""
+    cell = row.cell(role)
+    turns = turns_of(cell, row.replaced) if isinstance(cell, (list, tuple)) else [Turn(speaker, row.text(role))]
+    if not turns:
+        raise Missing
+    return turns
 
 
 def from_question(turns: Sequence[Turn]) -> Sequence[Turn]:

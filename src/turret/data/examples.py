@@ -248,6 +248,32 @@ class Conversation(Example):
         return cls(tuple(Turn(*turn) for turn in turns), tools)
 
 
+@register_example
+@dataclass(frozen=True, slots=True)
+class Preferred(Example):
+    """A conversation with two next answers, of which one is preferred."""
+
+    turns: tuple[Turn, ...]  # before the answer
+    chosen: str
+    rejected: str
+
+    @property
+    def asked(self) -> Prompt:
+        return Prompt(self.turns)
+
+    @property
+    def output(self) -> str:
+        return self.chosen
+
+    def parts(self) -> tuple[str, ...]:
+        return (self.input, self.chosen, self.rejected)
+
+    @classmethod
+    def from_json(cls, fields: Sequence[JsonValue]) -> Preferred:
+        turns, chosen, rejected = fields
+        return cls(tuple(Turn(*turn) for turn in turns), chosen, rejected)
+
+
 Input: TypeAlias = str | TextPair | Prompt  # what a model is asked
 
 

@@ -104,7 +104,7 @@ def _question(
     data: DataSettings, table: Table, schema: Schema, trained: Mapping[str, str] | None
 ) -> tuple[tuple[str, ...], Ask]:
     """The columns of the input, and what makes it of their cells."""
-    if schema.conversations:
+    if schema.conversations or schema.converses:
         layout = prompt_layout(data, table.columns, trained)
         return tuple(layout.roles.values()), layout.prompt
     found = find_inputs(data, table.columns, schema, trained=trained)

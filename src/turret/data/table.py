@@ -25,8 +25,9 @@ _DESCRIBING = 3  # rows, at most, that describe columns
 _VALUES = 8  # numbers or dates that show what a column holds
 FOOT = 5  # last rows of a table among which sums are looked for
 ROLES = (  # keys of a recipe's [data] that name a column
-    "text", "text_pair", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools",
-)  # fmt: skip
+    *("text", "text_pair", "label", "document", "summary", "prompt", "completion", "chosen", "rejected"),
+    *("messages", "input", "system", "tools"),
+)
 NUMBER = re.compile(r"[+-]?[0-9]+([.,\u00a0 ][0-9]+)*\s?[%€$£]?")
 DATE = re.compile(r"[0-9]{1,4}[-./][0-9]{1,2}[-./][0-9]{1,4}([ T].*)?|[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?")
 _SUMS = frozenset((
@@ -79,6 +80,8 @@ class DataSettings(Protocol):
     summary: str | None
     prompt: str | None
     completion: str | None
+    chosen: str | None
+    rejected: str | None
     messages: str | None
     input: str | None
     system: str | None

@@ -168,6 +168,8 @@ class Data(_Section):
         summary: column of the outputs of a pair (default: guessed)
         prompt: another word for `document` (default: guessed)
         completion: another word for `summary` (default: guessed)
+        chosen: preference: column of the preferred answers to `prompt` (default: guessed)
+        rejected: preference: column of the other answers (default: guessed)
         messages: column of conversations: a list of turns with role and content, or from and value (default:
             guessed)
         input: conversations in columns: text that follows the prompt in the user's turn (default: guessed)
@@ -210,6 +212,8 @@ class Data(_Section):
     summary: str | None = None
     prompt: str | None = None
     completion: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
     messages: str | None = None
     input: str | None = None
     system: str | None = None
@@ -281,6 +285,8 @@ class Task(_Section):
         class_weights: weight of each class in the loss: with `{spam = 4.0}` all other classes have weight 1
             (default: none)
         levels: score: the levels from the lowest to the highest (default: numbers by size)
+        loss: preference: `dpo`, against the bare base, or `orpo`, without a reference
+        beta: preference: the weight of the reference in `dpo`, of the odds ratio in `orpo`
         loss_on: chat: with `assistant` the loss counts every answer, with `last` only the last one
         chat_template: decoder: put the input into the tokenizer's own chat template
         num_beams: number of beams in generation; 1 is greedy
@@ -296,6 +302,8 @@ class Task(_Section):
     multi_label: bool = False
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     levels: list[str] | None = Field(default=None, min_length=2, max_length=1000)
+    loss: Literal["dpo", "orpo"] = "dpo"
+    beta: float = Field(default=0.1, gt=0, le=100)
     loss_on: Literal["assistant", "last"] | None = None
     chat_template: bool = False
     num_beams: int = Field(default=1, ge=1, le=64)

@@ -6,6 +6,7 @@ A new task is a class with the methods of `HeadTask` or `TextTask`, decorated wi
 from turret.tasks.chat import Chat
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate, Summarize
+from turret.tasks.preference import Preference
 from turret.tasks.regression import Regression
 from turret.tasks.rerank import Rerank
 from turret.tasks.score import Score
@@ -38,6 +39,7 @@ __all__ = [
     "Generate",
     "HeadTask",
     "Prediction",
+    "Preference",
     "Regression",
     "Rerank",
     "Score",

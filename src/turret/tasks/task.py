@@ -30,6 +30,7 @@ class Encoded:
     earlier: Tensor | None = None  # (K,) int64, positions > 0 in `ids` of further tokens that the loss counts
     left_out: int = 0  # turns of a conversation that was longer than the limit
     whole: int | None = None  # tokens before the cut, if known
+    rival: Tensor | None = None  # (R,) int64, of a target: another one that is worse
 
 
 class TaskSettings(Protocol):
@@ -43,6 +44,8 @@ class TaskSettings(Protocol):
     class_weights: Literal["balanced"] | dict[str, float] | None
     levels: list[str] | None
     chat_template: bool
+    loss: Literal["dpo", "orpo"]
+    beta: float
     loss_on: Literal["assistant", "last"] | None
     num_beams: int
     max_new_tokens: int | None
@@ -60,6 +63,7 @@ class CommonTask(Protocol):
     metric_label: ClassVar[str]  # the metric's name in tables and reports
     right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
     calibrates: ClassVar[bool]  # whether an answer has the probability of each label
+    rate_ratio: ClassVar[float]  # of its usual learning rate to the method's
     baselines: ClassVar[tuple[str, ...]]  # of `compare`, that train nothing: linear, lead, nearest
 
     # --- class methods -----------------------------------------------------------------------------------------------

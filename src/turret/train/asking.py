@@ -105,7 +105,7 @@ class Asking:
             found = self.logits(sources) if logits is None else logits
             return task.metrics(found, task.targets(examples)), task.answers(found)
         losses, answers = evaluate(self.model, task, items, most_tokens=self.most_tokens, slot=slot)
-        if not writes(task):
+        if not writes(task) or answers:  # a preference is judged by these passes
             return losses, answers
         answers = self.texts(sources, bare=bare)
         references = [example.references for example in examples]

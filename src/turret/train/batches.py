@@ -94,17 +94,23 @@ class EncodedRow:
     left_out: int = 0  # turns of a conversation that was longer than the limit
     whole: int | None = None  # tokens of the source before the cut, if known
     wanted: Tensor | None = None
+    rival: Tensor | None = None  # (R,) int64, the ids of a text that is worse than the target
     number: int = 0  # in its step, which decides its dropout
 
     @property
     def tokens(self) -> int:
         """Tokens of source and target."""
-        return len(self.source) + (0 if self.target is None else len(self.target))
+        written = 0 if self.target is None else len(self.target)
+        if self.rival is not None:  # two rows
+            return 2 * len(self.source) + written + len(self.rival)
+        return len(self.source) + written
 
     @property
     def weight(self) -> int:
         """The number of terms that the example has in the mean loss: 1, or the tokens in `counted`."""
-        return 1 if self.target is None else len(self.target) + (0 if self.earlier is None else len(self.earlier))
+        if self.target is None or self.rival is not None:
+            return 1
+        return len(self.target) + (0 if self.earlier is None else len(self.earlier))
 
     @property
     def counted(self) -> Tensor:
@@ -154,17 +160,19 @@ class _KeptRow(NamedTuple):
     source: bytes
     target: bytes | None
     earlier: bytes | None
+    rival: bytes | None
 
     @classmethod
     def of(cls, item: EncodedRow) -> _KeptRow:
-        bare = replace(item, source=_NO_IDS[item.source.ndim], target=None, earlier=None)
-        target, earlier = (None if each is None else _bytes_of(each) for each in (item.target, item.earlier))
-        return cls(bare, _bytes_of(item.source), target, earlier)
+        bare = replace(item, source=_NO_IDS[item.source.ndim], target=None, earlier=None, rival=None)
+        others = (None if each is None else _bytes_of(each) for each in (item.target, item.earlier, item.rival))
+        return cls(bare, _bytes_of(item.source), *others)
 
     def row(self) -> EncodedRow:
-        target, earlier = (None if each is None else _ids_in(each) for each in (self.target, self.earlier))
+        kept = (self.target, self.earlier, self.rival)
+        target, earlier, rival = (None if each is None else _ids_in(each) for each in kept)
         source = _ids_in(self.source).reshape(-1, *self.bare.source.shape[1:])
-        return replace(self.bare, source=source, target=target, earlier=earlier)
+        return replace(self.bare, source=source, target=target, earlier=earlier, rival=rival)
 
 
 def _bytes_of(ids: Tensor) -> bytes:
@@ -188,6 +196,7 @@ def encode(task: Task, examples: Sequence[Example]) -> list[EncodedRow]:
             source.earlier,
             source.left_out,
             source.whole,
+            rival=target.rival if target else None,
         )
         for example, (source, target) in zip(examples, task.encode_examples(examples), strict=True)
     ]

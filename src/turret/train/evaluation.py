@@ -9,13 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from turret.adapters import attachment, on_slot, packed
+from turret.adapters import BARE, attachment, on_slot, packed
 from turret.data import Example
 from turret.engine.training_turns import between_passes
 from turret.errors import DataError
 from turret.json_types import JsonObject
-from turret.tasks import Task, has_head
+from turret.tasks import Preference, Task, has_head
 from turret.train.batches import EncodedRows, by_length
+from turret.train.preferences import compare_answers
 from turret.train.step import loss_of
 from turret.transformer import Model
 
@@ -44,6 +45,8 @@ def evaluate(
         if has_head(task):
             logits = class_logits(model, [item.source for item in items.take(range(len(items)))], most_tokens)
             return task.metrics(logits, task.targets(items.examples)), task.answers(logits)
+        if isinstance(task, Preference):
+            return _preferences(model, task, items, most_tokens, bare=slot == BARE)
         loss = _target_loss(model, task, items, most_tokens)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, []
 
@@ -99,6 +102,24 @@ def class_logits(model: Model, sources: Sequence[Tensor], most_tokens: int) -> T
         places += piece
         between_passes()
     return torch.cat(parts)[torch.tensor(places).argsort()]
+
+
+def _preferences(
+    model: Model, task: Preference, items: EncodedRows, most_tokens: int, *, bare: bool
+) -> tuple[JsonObject, list[JsonObject]]:
+    """The metrics of a task that compares two answers, and which of them is more likely in each example.
+
+    The bare base is its own reference, so its answers are compared by themselves.
+    """
+    margins, total = [0.0] * len(items), 0.0
+    for piece in by_length(items.lengths(), most_tokens):
+        found = compare_answers(model, task, items.take(piece))
+        total += float(task.preference_loss(found.scores, found.reference, found.counts, found.loss)) * len(piece)
+        each = task.margins(found.scores, None if bare else found.reference, found.counts).tolist()
+        for place, margin in zip(piece, each, strict=True):
+            margins[place] = margin
+        between_passes()
+    return task.compared(margins, total / len(items))
 
 
 def _target_loss(model: Model, task: Task, items: EncodedRows, most_tokens: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -24,7 +25,9 @@ from turret.tasks import task_of
 def defaults_of(method: Method, base: Base, task_kind: str) -> Defaults:
     """The method's defaults for a task on a base that nothing is attached to."""
     parameters = quantized.count(base.model)
-    return method.defaults(base.family.kind, task_of(task_kind).request, parameters=parameters)
+    task = task_of(task_kind)
+    own = method.defaults(base.family.kind, task.request, parameters=parameters)
+    return replace(own, lr=own.lr * task.rate_ratio)
 
 
 def filled(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:

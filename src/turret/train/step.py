@@ -18,11 +18,12 @@ from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite, OutOfMemory, TrainingError
 from turret.ops.copies import copied
 from turret.ops.dropout import Draws
-from turret.tasks import HeadTask, Task, has_head
+from turret.tasks import HeadTask, Preference, Task, has_head
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, micro_batches
 from turret.train.distributed import ALONE, Processes
 from turret.train.memory import Prediction
+from turret.train.preferences import preference_loss, still
 from turret.transformer import Model
 
 # --- loss scale -------------------------------------------------------------------------------------------------------
@@ -162,10 +163,11 @@ def forward_backward(
             raise TrainingError(f"loss {loss.name} spans the batch: train in one process, not {processes.size}")
         add(_loss_over_the_batch(model, task, pieces, draws, loss))
     else:
-        for piece in pieces:
-            with drawing(model, draws, [item.number for item in piece]):
-                add(loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total))
-            between_passes()
+        with still(model) if batch[0].rival is not None else nullcontext():
+            for piece in pieces:
+                with drawing(model, draws, [item.number for item in piece]):
+                    add(loss_of(model, task, piece, loss) * (sum(item.weight for item in piece) / total))
+                between_passes()
     for _ in range(_passes(model, batch, most_tokens, processes) - len(pieces)):
         with drawing(model, draws, [first]):
             backward(loss_of(model, task, batch[:1], loss) * 0.0)
@@ -225,6 +227,8 @@ def backward(loss: Tensor) -> None:
 
 def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | None = None) -> Tensor:
     """The mean loss over some examples: a scalar with a graph. loss: instead of the task's."""
+    if isinstance(task, Preference):
+        return preference_loss(model, task, piece)
     function = task.loss if loss is None else loss.function
     sources = [item.source for item in piece]
     with mixed_precision(model):

@@ -19,7 +19,7 @@ from turret.tasks import schemas, task_of
 CHARACTERS_PER_TOKEN = 3.5  # of Western texts, roughly
 LENGTHS = (64, 128, 256, 512)  # of inputs, in tokens; 512 is the most that common encoders read
 LONGER = (*LENGTHS, 1024, 2048)  # for a base that writes
-TARGETS = ("summary", "completion")  # roles of columns with texts to write
+TARGETS = ("summary", "completion", "chosen", "rejected")  # roles of columns with texts to write
 OUTPUTS = ("label", *TARGETS)
 MOST_CANDIDATES = 8  # other columns that may be the label, which are listed
 SKEWED = 5  # times as many rows in the largest class as in the smallest
@@ -118,8 +118,9 @@ def _write_task(text: _Lines, seen: Profile, asked: JsonMapping) -> None:
     targets = [name for role, name in seen.roles.items() if role in TARGETS or role == "messages"]
     lengths = LONGER if targets else LENGTHS
     text.option("max_tokens", _tokens(inputs, lengths), True, "longer inputs are cut")
-    for target in (seen.roles[role] for role in TARGETS if role in seen.roles):
-        tokens = _tokens(seen.facts[target].usual_length, lengths)
+    written = [seen.facts[seen.roles[role]].usual_length for role in TARGETS if role in seen.roles]
+    if written:
+        tokens = _tokens(max(written), lengths)
         text.option("max_target_tokens", tokens, True, "longer answers are cut")
     sure = [count for label, count in seen.classes.items() if label not in cells.renaming(seen.classes)]
     if sure and max(sure) > SKEWED * min(sure):

@@ -37,6 +37,7 @@ from turret.errors import (
     DeviceError,
     Interrupted,
     LossNotFinite,
+    NotFinite,
     OutOfMemory,
     PreflightRefused,
     ProofFailed,
@@ -269,7 +270,7 @@ def _plain(value: JsonValue) -> float | str:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-NOT_RESUMABLE = (LossNotFinite, ProofFailed)
+NOT_RESUMABLE = (LossNotFinite, NotFinite, ProofFailed)
 PROOF_START = 6.0  # seconds in which a fresh process imports torch and transformers
 
 

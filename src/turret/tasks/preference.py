@@ -1,0 +1,137 @@
+"""Preferences: of two answers to a conversation, the better one is made more likely, by DPO or ORPO.
+
+Axes: B examples; of two answers the first is the chosen one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from turret.data import Dataset, Example, Preferred, Schema, Turn
+from turret.data.columns import COMPARED
+from turret.data.conversations import preferred_of
+from turret.errors import DataError
+from turret.json_types import JsonMapping, JsonObject
+from turret.tasks.chat import Chat
+from turret.tasks.task import Encoded, Prediction, TaskSettings, register
+from turret.transformer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from turret.families.family import Kind as FamilyKind
+
+CHOSEN, REJECTED = "chosen", "rejected"
+NAMES = (("prompt", CHOSEN, REJECTED), ("question", CHOSEN, REJECTED), ("instruction", CHOSEN, REJECTED))
+
+
+@register
+class Preference(Chat):
+    """`Chat` that learns from two answers. It trains without dropout, and answers as a chat does."""
+
+    kind: ClassVar[str] = "preference"
+    metric: ClassVar[str] = "accuracy"
+    metric_label: ClassVar[str] = "chosen answers that are more likely"
+    right_or_wrong: ClassVar[bool] = True
+    baselines: ClassVar[tuple[str, ...]] = ()
+    rate_ratio: ClassVar[float] = 0.1
+    objective: Literal["dpo", "orpo"] = "dpo"
+    beta: float = 0.1
+
+    @classmethod
+    def schema(cls, *, multi_label: bool = False) -> Schema:
+        names = {("system", *COMPARED): [("system", *each) for each in NAMES], COMPARED: NAMES}
+        return Schema(cls.kind, names, (), preferred_of, show=2, answers=2, converses=True)
+
+    @classmethod
+    def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
+        if settings.loss_on == "assistant":
+            raise DataError("a preference compares last answers: leave task.loss_on out")
+        made = super().make(settings, dataset, tokenizer, family_kind)
+        made.loss_on, made.objective, made.beta = "last", settings.loss, settings.beta
+        return made
+
+    def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
+        """The prompts, and both answers. For ORPO the loss counts the tokens of the prompt too, as TRL does.
+
+        Examples with one answer are encoded as those of a chat.
+        """
+        import torch
+
+        if not all(isinstance(example, Preferred) for example in examples):
+            return super().encode_examples(examples)
+        encoded: list[tuple[Encoded, Encoded | None]] = []
+        for example in examples:
+            assert isinstance(example, Preferred)
+            fitted = self._fitted(example.asked)
+            better, worse = (
+                self._answer(fitted, Turn("assistant", text)) for text in (example.chosen, example.rejected)
+            )
+            source = self._encoded(fitted)
+            if self.objective == "orpo":
+                source = dataclasses.replace(source, earlier=torch.arange(1, len(source.ids)))
+            cut = better.cut or worse.cut
+            encoded.append((source, dataclasses.replace(better, rival=worse.ids, cut=cut)))
+        return encoded
+
+    def preference_loss(self, scores: Tensor, reference: Tensor | None, counts: Tensor, loss: Tensor | None) -> Tensor:
+        """The mean over examples: a scalar.
+
+        DPO: -log sigmoid(beta ((s_1 - r_1) - (s_2 - r_2))), where s and r are log-probabilities of the two answers with
+        the adapter and without it.
+        ORPO: loss - beta log sigmoid(log odds(p_1) - log odds(p_2)), where log p is the mean of a token and
+        odds(p) = p / (1 - p).
+
+        Source: Rafailov et al. 2023, "Direct Preference Optimization"; Hong et al. 2024, "ORPO".
+
+        Args:
+            scores: the log-probabilities of both answers (B, 2).
+            reference: those of the bare base, for DPO.
+            counts: the tokens of both answers (B, 2).
+            loss: the mean of -log p over the tokens of chosen conversations, for ORPO.
+        """
+        import torch
+        import torch.nn.functional as F
+
+        if reference is not None:
+            margins = (scores - reference)[:, 0] - (scores - reference)[:, 1]
+            return -F.logsigmoid(self.beta * margins).mean()
+        assert loss is not None
+        mean = scores / counts
+        odds = mean - torch.log(-torch.expm1(mean.clamp(max=-1e-6)))
+        return loss - self.beta * F.logsigmoid(odds[:, 0] - odds[:, 1]).mean()
+
+    def margins(self, scores: Tensor, reference: Tensor | None, counts: Tensor) -> Tensor:
+        """How much more likely the chosen answer is (B,): against the bare base for DPO, by a token's mean else."""
+        rewards = self.beta * (scores / counts if reference is None else scores - reference)
+        return rewards[:, 0] - rewards[:, 1]
+
+    def guessing_loss(self, examples: Sequence[Example]) -> float | None:
+        return math.log(2) if self.objective == "dpo" else None
+
+    def compared(self, margins: Sequence[float], loss: float) -> tuple[JsonObject, list[JsonObject]]:
+        """The metrics of some margins, and an answer for each: the answer that is more likely."""
+        right = sum(each > 0 for each in margins)
+        count = max(1, len(margins))
+        metrics = {"accuracy": right / count, "margin": math.fsum(margins) / count, "loss": loss}
+        return metrics, [{"label": CHOSEN if each > 0 else REJECTED, "margin": each} for each in margins]
+
+    @classmethod
+    def judged(cls, answer: JsonMapping) -> Prediction:
+        return str(answer["label"] if "label" in answer else answer["text"])
+
+    @classmethod
+    def score(cls, given: Prediction, example: Example) -> float:
+        return float(given == CHOSEN)
+
+    def spec(self) -> JsonObject:
+        return super().spec() | {"objective": self.objective, "beta": self.beta}
+
+    @classmethod
+    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+        made = super().from_spec(spec, tokenizer)
+        made.objective, made.beta = spec["objective"], float(spec["beta"])
+        return made
