@@ -12,33 +12,29 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from turret.data import Dataset, Example, Labelled, Schema
 from turret.data.columns import LABELLED
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks import Encoded, Prediction
+from turret.tasks import Prediction
+from turret.tasks.head_answers import HeadAnswers, TextInputs
 from turret.tasks.task import TaskSettings
-from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Rate:
+class Rate(HeadAnswers):
     """Gives a text one of a list of grades, such as 1 to 5."""
 
     kind: ClassVar[str] = "rate"
-    request: ClassVar[Literal["classify"]] = "classify"
-    generates: ClassVar[Literal[False]] = False
-    calibrates: ClassVar[bool] = False
-    pipeline_tag: ClassVar[str] = "text-classification"
     metric: ClassVar[str] = "closeness"
     metric_label: ClassVar[str] = "closeness"
     right_or_wrong: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ()
     multi_label = False
-    pairs = False
     instruction = "Say how good the following text is."
 
     def __init__(self, labels: Sequence[str], tokenizer: Tokenizer, max_tokens: int = 64) -> None:
-        self.labels, self.max_tokens, self._tokens = tuple(labels), max_tokens, Tokens(tokenizer)
+        self.labels, self.inputs = tuple(labels), TextInputs(self.kind, tokenizer, max_tokens, "", pairs=False)
 
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
@@ -64,17 +60,6 @@ class Rate:
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
         return {"problem_type": "regression"}
-
-    def encode_sources(self, texts: Sequence[str]) -> list[Encoded]:
-        import torch
-
-        before, after = self._tokens.before, self._tokens.after
-        room = self.max_tokens - len(before) - len(after)
-        rows = self._tokens.plain(texts, most=room)
-        return [Encoded(torch.tensor([*before, *ids[:room], *after]), len(ids) > room) for ids in rows]
-
-    def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
-        return [(source, None) for source in self.encode_sources([example.input for example in examples])]
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
         import torch
@@ -112,3 +97,30 @@ class Rate:
     @classmethod
     def line(cls, answer: JsonMapping) -> str:
         return f"grade {answer['label']}"
+
+
+class Order(Rate):
+    """The same with a loss over the batch: of two texts the better one gets the higher number.
+
+    The mean over pairs with y_i > y_j of log(1 + exp(z_j - z_i)), and a hundredth of the squared error for the scale.
+    Source: Burges et al. 2005, "Learning to Rank using Gradient Descent".
+    """
+
+    kind: ClassVar[str] = "order"
+    spans: ClassVar[Literal["row", "batch"]] = "batch"
+
+    @classmethod
+    def schema(cls, *, multi_label: bool = False) -> Schema:
+        example = lambda row: Labelled(row.text("text"), row.label("label"))
+        return Schema(cls.kind, {LABELLED: [("text", "rank")]}, ("text",), example, classes=True)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
+        given, wanted = logits.float()[:, 0], targets
+        better = wanted[:, None] > wanted  # (B, B)
+        pairs = F.softplus(given - given[:, None])[better].sum() / max(1, int(better.sum()))
+        return pairs + super().loss(logits, targets) / 100
+
+    def guessing_loss(self, examples: Sequence[Example]) -> None:
+        return None

@@ -104,6 +104,7 @@ class HeadAnswers(Protocol):
     request: ClassVar[Literal["classify"]] = "classify"
     generates: ClassVar[Literal[False]] = False
     pipeline_tag: ClassVar[str] = "text-classification"
+    spans: ClassVar[Literal["row", "batch"]] = "row"
     rate_ratio: ClassVar[float] = 1.0
     calibration: Calibration | None = None
     inputs: TextInputs

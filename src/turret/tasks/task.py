@@ -63,6 +63,7 @@ class CommonTask(Protocol):
     metric_label: ClassVar[str]  # the metric's name in tables and reports
     right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
     calibrates: ClassVar[bool]  # whether an answer has the probability of each label
+    spans: ClassVar[Literal["row", "batch"]]  # whether its loss is a mean over rows, or compares the rows of a batch
     rate_ratio: ClassVar[float]  # of its usual learning rate to the method's
     baselines: ClassVar[tuple[str, ...]]  # of `compare`, that train nothing: linear, lead, nearest
 

@@ -32,6 +32,7 @@ class TextAnswers(Protocol):
     metric_label: ClassVar[str] = "ROUGE-L"
     right_or_wrong: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
+    spans: ClassVar[Literal["row", "batch"]] = "row"
     rate_ratio: ClassVar[float] = 1.0
     baselines: ClassVar[tuple[str, ...]] = ("nearest",)
     labels: tuple[str, ...] = ()

@@ -158,6 +158,8 @@ def forward_backward(
         losses.append(part.detach())
 
     pieces = micro_batches(processes.share(batch), most_tokens)
+    if loss is None and task.spans == "batch":
+        loss = Loss(task.kind, task.loss, "batch")
     if loss is not None and loss.spans == "batch":
         if processes.size > 1:
             raise TrainingError(f"loss {loss.name} spans the batch: train in one process, not {processes.size}")
