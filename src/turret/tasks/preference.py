@@ -37,6 +37,7 @@ class Preference(Chat):
     metric_label: ClassVar[str] = "chosen answers that are more likely"
     right_or_wrong: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = ()
+    two_answers: ClassVar[bool] = True
     rate_ratio: ClassVar[float] = 0.1
     objective: Literal["dpo", "orpo"] = "dpo"
     beta: float = 0.1

@@ -64,6 +64,7 @@ class CommonTask(Protocol):
     right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
     calibrates: ClassVar[bool]  # whether an answer has the probability of each label
     spans: ClassVar[Literal["row", "batch"]]  # whether its loss is a mean over rows, or compares the rows of a batch
+    two_answers: ClassVar[bool]  # whether a row has a better and a worse answer, see `Preference`
     rate_ratio: ClassVar[float]  # of its usual learning rate to the method's
     baselines: ClassVar[tuple[str, ...]]  # of `compare`, that train nothing: linear, lead, nearest
 
@@ -186,6 +187,21 @@ class TextTask(CommonTask, Protocol):
         """The metrics of generated texts by name, each with its references. mean_loss: over target tokens, if known."""
 
 
+class ComparingTask(TextTask, Protocol):
+    """A task whose rows have a better and a worse answer. Axes: B examples; the first of two answers is the better."""
+
+    objective: Literal["dpo", "orpo"]
+
+    def preference_loss(self, scores: Tensor, reference: Tensor | None, counts: Tensor, loss: Tensor | None) -> Tensor:
+        """The mean over examples, of the log-probabilities of both answers (B, 2) and those of the bare base."""
+
+    def margins(self, scores: Tensor, reference: Tensor | None, counts: Tensor) -> Tensor:
+        """How much more likely the better answer is (B,)."""
+
+    def compared(self, margins: Sequence[float], loss: float) -> tuple[JsonObject, list[JsonObject]]:
+        """The metrics of some margins, and an answer for each."""
+
+
 Task: TypeAlias = HeadTask | TextTask  # `if task.generates:` tells mypy which one it is
 
 
@@ -202,6 +218,11 @@ def writes(task: Task) -> TypeGuard[TextTask]:
 def calibrates(task: Task) -> TypeGuard[HeadTask]:
     """Whether an answer has the probability of each label, which a calibration improves."""
     return task.calibrates
+
+
+def compares(task: Task) -> TypeGuard[ComparingTask]:
+    """Whether the task learns from two answers."""
+    return task.two_answers
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class TextAnswers(Protocol):
     right_or_wrong: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
     spans: ClassVar[Literal["row", "batch"]] = "row"
+    two_answers: ClassVar[bool] = False
     rate_ratio: ClassVar[float] = 1.0
     baselines: ClassVar[tuple[str, ...]] = ("nearest",)
     labels: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from turret.data import Example
 from turret.engine.training_turns import between_passes
 from turret.errors import DataError
 from turret.json_types import JsonObject
-from turret.tasks import Preference, Task, has_head
+from turret.tasks import ComparingTask, Task, compares, has_head
 from turret.train.batches import EncodedRows, by_length
 from turret.train.preferences import compare_answers
 from turret.train.step import loss_of
@@ -45,7 +45,7 @@ def evaluate(
         if has_head(task):
             logits = class_logits(model, [item.source for item in items.take(range(len(items)))], most_tokens)
             return task.metrics(logits, task.targets(items.examples)), task.answers(logits)
-        if isinstance(task, Preference):
+        if compares(task):
             return _preferences(model, task, items, most_tokens, bare=slot == BARE)
         loss = _target_loss(model, task, items, most_tokens)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}, []
@@ -105,7 +105,7 @@ def class_logits(model: Model, sources: Sequence[Tensor], most_tokens: int) -> T
 
 
 def _preferences(
-    model: Model, task: Preference, items: EncodedRows, most_tokens: int, *, bare: bool
+    model: Model, task: ComparingTask, items: EncodedRows, most_tokens: int, *, bare: bool
 ) -> tuple[JsonObject, list[JsonObject]]:
     """The metrics of a task that compares two answers, and which of them is more likely in each example.
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from turret.adapters import BARE, attachment, on_slot, packed
 from turret.ops.copies import copied
-from turret.tasks.preference import Preference
+from turret.tasks import ComparingTask
 from turret.train.batches import EncodedRow
 from turret.transformer import Model
 
@@ -32,7 +32,7 @@ class Compared:
     loss: Tensor | None
 
 
-def compare_answers(model: Model, task: Preference, piece: Sequence[EncodedRow]) -> Compared:
+def compare_answers(model: Model, task: ComparingTask, piece: Sequence[EncodedRow]) -> Compared:
     """Score both answers of some examples by the adapter, and by the bare base if the objective has a reference."""
     orpo = task.objective == "orpo"
     scores, loss = _scored(model, piece, prompts=orpo)
@@ -44,7 +44,7 @@ def compare_answers(model: Model, task: Preference, piece: Sequence[EncodedRow])
     return Compared(scores, reference, counts, loss)
 
 
-def preference_loss(model: Model, task: Preference, piece: Sequence[EncodedRow]) -> Tensor:
+def preference_loss(model: Model, task: ComparingTask, piece: Sequence[EncodedRow]) -> Tensor:
     """The mean loss over some examples: a scalar with a graph."""
     found = compare_answers(model, task, piece)
     return task.preference_loss(found.scores, found.reference, found.counts, found.loss)

@@ -18,7 +18,7 @@ from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite, OutOfMemory, TrainingError
 from turret.ops.copies import copied
 from turret.ops.dropout import Draws
-from turret.tasks import HeadTask, Preference, Task, has_head
+from turret.tasks import HeadTask, Task, compares, has_head
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, micro_batches
 from turret.train.distributed import ALONE, Processes
@@ -229,7 +229,7 @@ def backward(loss: Tensor) -> None:
 
 def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | None = None) -> Tensor:
     """The mean loss over some examples: a scalar with a graph. loss: instead of the task's."""
-    if isinstance(task, Preference):
+    if compares(task):
         return preference_loss(model, task, piece)
     function = task.loss if loss is None else loss.function
     sources = [item.source for item in piece]
