@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-MAIN_METRICS = ("accuracy", "rougeL", "loss")  # the first one that was measured is shown if there is room for one
+MAIN_METRICS = ("nearness", "accuracy", "rougeL", "loss")  # the first one that was measured is shown alone
 
 
 TYPED: list[str] = []  # the words of the command that runs, without `turret`

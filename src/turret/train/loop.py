@@ -576,9 +576,9 @@ class TrainingRun:
 
 
 def merit(metrics: JsonMapping) -> tuple[float, float]:
-    """The sort key of evaluations, larger is better: accuracy if the task has it, then a lower loss."""
+    """The sort key of evaluations, larger is better: nearness or accuracy if the task has one, then a lower loss."""
     loss = float(metrics["loss"])
-    return float(metrics.get("accuracy", 0.0)), -loss if math.isfinite(loss) else -math.inf
+    return float(metrics.get("nearness", metrics.get("accuracy", 0.0))), -loss if math.isfinite(loss) else -math.inf
 
 
 def checksum(tensors: Sequence[Tensor], known: Mapping[int, str] = MappingProxyType({})) -> str:

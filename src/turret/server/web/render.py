@@ -28,14 +28,23 @@ from turret.version import __version__
 
 Context: TypeAlias = Mapping[str, Any]  # what a template shows: Jinja takes values of any type
 FOLDER = Path(__file__).parent
-MAIN_METRICS = ("accuracy", "rougeL", "loss")  # the first one that was measured is shown if there is room for one
+MAIN_METRICS = ("nearness", "accuracy", "rougeL", "loss")  # the first one that was measured is shown alone
 SHARES = ("accuracy", "f1", "precision", "recall", "rouge", "micro", "macro")
 METRICS = {  # key -> name, and what it measures
     "accuracy": ("accuracy", "share of the examples that are answered right"),
+    "nearness": ("1 - MAE / range", "how near answers are, as a share of the training values' range"),
+    "mae": ("MAE", "mean distance of an answer from the right number or level"),
+    "rmse": ("RMSE", "root of the mean squared distance"),
+    "pearson": ("Pearson", "correlation of answers and right numbers"),
+    "spearman": ("Spearman", "correlation of their ranks"),
+    "quadratic_kappa": ("quadratic kappa", "agreement beyond chance, where far levels count more"),
+    "mrr": ("MRR at 10", "1 / rank of the first relevant passage, mean over queries"),
+    "ndcg": ("nDCG at 10", "how high relevant passages are ranked, as a share of the best order"),
+    "margin": ("margin", "how much more likely the chosen answer is, times beta"),
     "micro_f1": ("F1, micro", "F1 of all labels of all examples together"),
     "macro_f1": ("F1, macro", "mean F1 of the classes; each class counts the same"),
     "ece": ("calibration error", "mean distance between the probability and the share that is right, 0 to 1"),
-    "loss": ("loss", "mean cross-entropy in nats, of an example or a token"),
+    "loss": ("loss", "what the training minimises: mean cross-entropy in nats, or a mean squared error"),
     "perplexity": ("perplexity", "exp of the loss of a token; 1 is the best"),
     "rouge1": ("ROUGE-1", "overlap of words with the reference, F1"),
     "rouge2": ("ROUGE-2", "overlap of pairs of words with the reference, F1"),

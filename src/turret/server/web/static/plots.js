@@ -81,7 +81,7 @@
 
   // --- a run ---
 
-  const NAMES = { accuracy: "accuracy", rougeL: "ROUGE-L" };
+  const NAMES = { nearness: "1 - MAE / range", accuracy: "accuracy", rougeL: "ROUGE-L" };
 
   function smooth(values) {
     let mean = null;
@@ -93,7 +93,7 @@
     const goes = document.querySelector("[data-running]") !== null;
     const none = goes ? "no step yet" : "no step was made";
     const steps = run.steps, x = steps.map((each) => each.step);
-    const chief = ["accuracy", "rougeL"].find((name) => steps.some((each) => each.metrics?.[name] != null));
+    const chief = ["nearness", "accuracy", "rougeL"].find((name) => steps.some((each) => each.metrics?.[name] != null));
     const held = steps.find((each) => each.split)?.split || "held out";
     const loss = steps.map((each) => each.loss);
     const measured = chief ? steps.filter((each) => each.metrics?.[chief] != null) : [];
