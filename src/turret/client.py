@@ -66,6 +66,11 @@ class Answer:
         return [each["probabilities"] for each in self.body["data"]]
 
     @property
+    def values(self) -> list[float]:
+        """The number of each text of `classify`, from an adapter whose answers are numbers."""
+        return [each["value"] for each in self.body["data"]]
+
+    @property
     def label_sets(self) -> list[list[str]]:
         """The labels for each text of `classify` with `coverage`, the most probable first."""
         return [each["label_set"] for each in self.body["data"]]
@@ -128,16 +133,26 @@ class AsyncClient:
     # --- questions --------------------------------------------------------------------------------------------------
 
     async def classify(
-        self, texts: str | Sequence[str], model: str, *, unit: str | None = None, coverage: float | None = None
+        self,
+        texts: str | JsonMapping | Sequence[str | JsonMapping],
+        model: str,
+        *,
+        unit: str | None = None,
+        coverage: float | None = None,
     ) -> Answer:
         """Classify one text or many.
 
         Args:
+            texts: A text, or `{"text": …, "text_pair": …}` for an adapter that reads two; or a list of them.
             model: An adapter: name, name@3 or name@production.
             unit: The unit of an experiment, such as a user's id.
             coverage: Also ask for sets that contain the right label with at least this probability.
         """
-        body: JsonObject = {"model": model, "input": texts if isinstance(texts, str) else list(texts), **_user(unit)}
+        body: JsonObject = {
+            "model": model,
+            "input": texts if isinstance(texts, (str, Mapping)) else list(texts),
+            **_user(unit),
+        }
         if coverage is not None:
             body["coverage"] = coverage
         return _answer(await self._send("POST", "/v1/classify", body))

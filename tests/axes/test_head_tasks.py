@@ -158,7 +158,8 @@ def test_the_server_answers_labels_numbers_and_relevances(house: House) -> None:
         assert number["value"] == pytest.approx(house.workspace.predict("regression", PAIRS[:1])[0]["value"], abs=2e-2)
         assert "label" not in number or number["label"] is None
         scores = {"model": "rerank", "text_1": PAIRS[0][0], "text_2": [PAIRS[0][1], "a great film"]}
-        found = client.post("/v1/score", json=scores).json()["data"]
+        whole = client.post("/v1/score", json=scores).json()
+        found = whole["data"]
         own = house.workspace.predict("rerank", [PAIRS[0], (PAIRS[0][0], "a great film")])
         assert [each["score"] for each in found] == pytest.approx([each["value"] for each in own], abs=2e-2)
         ranked = client.post(
@@ -167,9 +168,9 @@ def test_the_server_answers_labels_numbers_and_relevances(house: House) -> None:
         best = max(range(2), key=lambda place: found[place]["score"])
         assert ranked[0]["index"] == best
         assert ranked[0]["relevance_score"] == pytest.approx(found[best]["score"])
-        cosine = client.post("/v1/score", json=scores | {"model": "text-pairs"}).json()[
-            "data"
-        ]  # classes give no number
+        alike = client.post("/v1/score", json=scores | {"model": "text-pairs"}).json()  # classes give no number
+        assert (alike["scoring"], whole["scoring"]) == ("cosine", "adapter")
+        cosine = alike["data"]
         assert [each["score"] for each in cosine] != [each["score"] for each in found]
         refused = ask("text-pairs", ["one text"])
         assert (refused.status_code, "reads two texts, and one was given" in refused.text) == (400, True), refused.text

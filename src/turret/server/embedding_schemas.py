@@ -16,6 +16,11 @@ Texts = Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS,
 POOLING = "The mean of all tokens, or the first or last one; default: mean, or last for a decoder."
 Pooled = Annotated[Pooling | None, Field(description=POOLING)]
 
+Scoring = Annotated[
+    Literal["cosine", "adapter"],
+    Field(description="What a score is: the cosine of two embeddings, or the number of an adapter that reads both."),
+]
+
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
@@ -123,9 +128,7 @@ class Scores(BaseModel):
     object: Literal["list"] = "list"
     created: int
     model: str
-    scoring: Annotated[Literal["cosine"], Field(description="What a score is: the cosine of two embeddings.")] = (
-        "cosine"
-    )
+    scoring: Scoring
     data: list[Score]
     usage: EmbeddingUsage
 
@@ -143,7 +146,7 @@ class Ranked(BaseModel):
 class Ranking(BaseModel):
     id: str
     model: str
-    scoring: Literal["cosine"] = "cosine"
+    scoring: Scoring
     results: list[Ranked] = Field(description="The best first.")
     usage: EmbeddingUsage
 

@@ -25,7 +25,7 @@ from turret.server.routes import State, Unit, router
 from turret.server.state import ServerState
 
 questions = router("infer")
-Scores = tuple[list[float], PendingAnswers, schemas.EmbeddingUsage]
+Scores = tuple[list[float], schemas.Scoring, PendingAnswers, schemas.EmbeddingUsage]
 Vectors = tuple[list[list[float]], PendingAnswers, schemas.EmbeddingUsage]
 
 
@@ -60,11 +60,14 @@ async def score(
             f"text_1 has {len(first)} texts and text_2 has {len(second)}: expected one text_1, or as many as text_2"
         )
     pairs = list(zip(first if len(first) > 1 else first * len(second), second, strict=True))
-    scores, pending, usage = await _scores(state, request, response, body.model, pairs, body.pooling, unit or body.user)
+    scores, scoring, pending, usage = await _scores(
+        state, request, response, body.model, pairs, body.pooling, unit or body.user
+    )
     return schemas.Scores(
         id=f"score-{pending.id}",
         created=state.now(),
         model=pending.model or body.model,
+        scoring=scoring,
         data=[schemas.Score(index=index, score=each) for index, each in enumerate(scores)],
         usage=usage,
     )
@@ -76,11 +79,14 @@ async def rerank(
 ) -> schemas.Ranking:
     """The documents by their cosine with the query, or by an adapter's number for both; the highest first."""
     pairs = [(body.query, each) for each in body.documents]
-    scores, pending, usage = await _scores(state, request, response, body.model, pairs, body.pooling, unit or body.user)
+    scores, scoring, pending, usage = await _scores(
+        state, request, response, body.model, pairs, body.pooling, unit or body.user
+    )
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
     return schemas.Ranking(
         id=f"rerank-{pending.id}",
         model=pending.model or body.model,
+        scoring=scoring,
         results=[
             schemas.Ranked(
                 index=index, document=schemas.Document(text=body.documents[index]), relevance_score=scores[index]
@@ -106,11 +112,12 @@ async def _scores(
         async with state.ask(request, "classify", model, inputs, unit=unit) as pending:
             answers: list[Answer] = await pending.all()
         response.headers.update(pending.headers)
-        return [float(each["value"]) for each in answers], pending, _usage(answers)
+        return [float(each["value"]) for each in answers], "adapter", pending, _usage(answers)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     vectors, pending, usage = await _vectors(state, request, response, model, texts, Embedding(pooling), unit)
     of = dict(zip(texts, vectors, strict=True))
-    return await state.parsing(cosines, [of[a] for a, _ in pairs], [of[b] for _, b in pairs]), pending, usage
+    scores = await state.parsing(cosines, [of[a] for a, _ in pairs], [of[b] for _, b in pairs])
+    return scores, "cosine", pending, usage
 
 
 def _gives_numbers(state: ServerState, model: str) -> bool:
