@@ -13,7 +13,7 @@ from turret.data import Dataset, Example, Labelled, Schema
 from turret.data.columns import LABELLED
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Prediction
-from turret.tasks.head_answers import HeadAnswers, TextInputs
+from turret.tasks.classify import HeadAnswers, TextInputs
 from turret.tasks.task import TaskSettings
 from turret.transformer import Tokenizer
 

@@ -285,8 +285,8 @@ class Task(_Section):
         class_weights: weight of each class in the loss: with `{spam = 4.0}` all other classes have weight 1
             (default: none)
         levels: score: the levels from the lowest to the highest (default: numbers by size)
-        loss: preference: `dpo`, against the bare base, or `orpo`, without a reference
-        beta: preference: the weight of the reference in `dpo`, of the odds ratio in `orpo`
+        loss: preference: `dpo`, against the bare base, or `orpo`, without a reference (default: dpo)
+        beta: preference: the weight of the reference in `dpo`, of the odds ratio in `orpo` (default: 0.1)
         loss_on: chat: with `assistant` the loss counts every answer, with `last` only the last one
         chat_template: decoder: put the input into the tokenizer's own chat template
         num_beams: number of beams in generation; 1 is greedy
@@ -302,8 +302,8 @@ class Task(_Section):
     multi_label: bool = False
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     levels: list[str] | None = Field(default=None, min_length=2, max_length=1000)
-    loss: Literal["dpo", "orpo"] = "dpo"
-    beta: float = Field(default=0.1, gt=0, le=100)
+    loss: Literal["dpo", "orpo"] | None = None
+    beta: float | None = Field(default=None, gt=0, le=100)
     loss_on: Literal["assistant", "last"] | None = None
     chat_template: bool = False
     num_beams: int = Field(default=1, ge=1, le=64)

@@ -52,7 +52,7 @@ class Preference(Chat):
         if settings.loss_on == "assistant":
             raise DataError("a preference compares last answers: leave task.loss_on out")
         made = super().make(settings, dataset, tokenizer, family_kind)
-        made.loss_on, made.objective, made.beta = "last", settings.loss, settings.beta
+        made.loss_on, made.objective, made.beta = "last", settings.loss or "dpo", settings.beta or 0.1
         return made
 
     def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:

@@ -13,8 +13,7 @@ from turret.data import Dataset, Example, Schema, Scored
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import TEXTS
-from turret.tasks.head_answers import HeadAnswers, TextInputs
+from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs
 from turret.tasks.task import Prediction, TaskSettings, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer

@@ -12,7 +12,7 @@ from turret.data import Dataset, Example, Schema, Scored
 from turret.data.columns import PAIRED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.head_answers import HeadAnswers, TextInputs
+from turret.tasks.classify import HeadAnswers, TextInputs
 from turret.tasks.task import Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
 

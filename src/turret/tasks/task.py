@@ -44,8 +44,8 @@ class TaskSettings(Protocol):
     class_weights: Literal["balanced"] | dict[str, float] | None
     levels: list[str] | None
     chat_template: bool
-    loss: Literal["dpo", "orpo"]
-    beta: float
+    loss: Literal["dpo", "orpo"] | None
+    beta: float | None
     loss_on: Literal["assistant", "last"] | None
     num_beams: int
     max_new_tokens: int | None
