@@ -33,7 +33,6 @@ from turret.fingerprint import fingerprint_of
 from turret.json_types import JsonObject, JsonValue
 from turret.methods import METHODS, Method, method_class
 from turret.tasks import TASKS, stored_task
-from turret.tasks.text_answers import WRITERS
 from turret.transformer import Model
 
 M = TypeVar("M", bound=nn.Module)
@@ -194,7 +193,7 @@ def task_type(adapter: Adapter) -> str | None:
     known = FAMILIES.get(adapter.base.family or "")
     task = TASKS["classify"] if adapter.head and not adapter.task else stored_task(adapter.task)
     found = task.peft_type(encoder_decoder=known is not None and known.is_encoder_decoder)
-    return None if adapter.base.family is None and found in WRITERS else found
+    return None if adapter.base.family is None and task.generates else found
 
 
 def read_bundle(folder: str | Path) -> Adapter:

@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turret.adapters.adapter import LORA_PREFIX, Adapter
-from turret.bundles.bundle import task_type
 from turret.errors import AdapterError
 from turret.families import FAMILIES, Family
 from turret.json_types import JsonMapping
-from turret.tasks.text_answers import WRITERS
+from turret.tasks import stored_task
 
 # --- vllm -------------------------------------------------------------------------------------------------------------
 # Which adapters vLLM serves, according to its documentation.
@@ -45,7 +44,7 @@ def max_lora_rank(adapter: Adapter) -> int:
     method, family = adapter.method, adapter.base.family
     if (r := method.vllm_rank) is None:
         raise AdapterError(f"vLLM serves only LoRA, and this is a {method.kind}: export it without --vllm")
-    if adapter.head or task_type(adapter) not in (*WRITERS, None):
+    if adapter.head or not stored_task(adapter.task).generates:
         raise AdapterError(
             "vLLM serves no adapter with a head (modules_to_save), and this one classifies: use --merged"
         )
@@ -77,7 +76,7 @@ def require_llama_cpp(adapter: Adapter) -> Family:
     family = FAMILIES.get(adapter.base.family or "")
     if adapter.method.gguf_alpha is None:
         raise AdapterError(f"llama.cpp runs only LoRA, and this is a {adapter.method.kind}: export it without --gguf")
-    if adapter.head or task_type(adapter) not in (*WRITERS, None):
+    if adapter.head or not stored_task(adapter.task).generates:
         raise AdapterError("llama.cpp runs no adapter with a head, and this one classifies: export it without --gguf")
     if family is None or family.gguf is None:
         known = [name for name, each in FAMILIES.items() if each.gguf]

@@ -206,16 +206,16 @@ def predict(
         return
     literal = min(context.obj or 0, len(inputs))  # inputs after `--`
     texts = inputs if literal == len(inputs) and not named else _texts(workspace, reference, inputs, named, literal)
-    if workspace.resolve(reference).part("task").get("pairs") and texts is inputs:
+    version = workspace.resolve(reference)
+    if version.part("task").get("pairs") and texts is inputs:
         texts = _in_twos(inputs)
-    check_options(workspace.resolve(reference), top, coverage)
+    check_options(version, top, coverage)
     with status() as say:
         answers = workspace.predict(reference, texts, bare=bare, coverage=coverage, device=device, on_stage=say)
     if as_json:
         emit([_with_top(answer, top) for answer in answers])
     else:
-        task = stored_task(workspace.resolve(reference).part("task"))
-        _print_answers(task, texts, answers, top, coverage)
+        _print_answers(stored_task(version.part("task")), texts, answers, top, coverage)
 
 
 def evaluate(

@@ -173,11 +173,15 @@ def run(arguments: Sequence[str], commands: typer.Typer = app) -> int:
     """Run one command. Prints errors, and returns the exit status."""
     before = os.environ.get("TURRET_TENANT")
     try:
-        return _run(tenant_first(arguments) if commands is app else list(arguments), commands)
-    finally:
-        os.environ.pop("TURRET_TENANT", None)
-        if before is not None:
-            os.environ["TURRET_TENANT"] = before
+        try:
+            return _run(tenant_first(arguments) if commands is app else list(arguments), commands)
+        finally:
+            os.environ.pop("TURRET_TENANT", None)
+            if before is not None:
+                os.environ["TURRET_TENANT"] = before
+    except KeyboardInterrupt:  # after the command, before its end
+        complain("stopped")
+        return 130
 
 
 def tenant_first(arguments: Sequence[str]) -> list[str]:

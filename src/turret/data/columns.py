@@ -20,7 +20,7 @@ from turret.errors import DataError, listed, shown
 
 _LISTED = 12  # columns that an error names
 
-Roles = tuple[str, ...]  # keys of a recipe's [data]: those of what is asked, then those of the right answer
+Roles = tuple[str, ...]  # keys of a recipe's [data]: the input columns, then the answer columns
 LABELLED: Roles = ("text", "label")
 PAIRED: Roles = ("text", "text_pair", "label")
 SUMMARISED: Roles = ("document", "summary")
@@ -125,7 +125,7 @@ def find_columns(
     for schema in schemas:
         shown = list(schema.names) if only else list(schema.names)[: schema.show]
         for roles in sorted(shown, key=len, reverse=True):
-            if given.keys() <= set(roles) and (guess := _guess(schema, roles, given, columns)):
+            if given.keys() <= set(roles) and (guess := _guess(roles, schema.names[roles], given, columns)):
                 found.append(Columns(schema, dict(zip(roles, guess, strict=True)), note))
                 break
     if not found:
@@ -164,7 +164,7 @@ def _conversations(
 def find_inputs(
     data: DataSettings, columns: Sequence[str], schema: Schema, *, trained: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The columns of what is asked, by role, in a table that may have no answers. Raises DataError.
+    """The input columns of a table by role. The table may have no answers. Raises DataError.
 
     Args:
         trained: role -> column of the table that a version was trained on; used if the table has it.
@@ -180,7 +180,11 @@ def find_inputs(
     else:
         fitting = [roles for roles in asked if known.keys() == set(roles)]
     for roles in sorted(fitting, key=len, reverse=True):
-        if len(roles) > 1 and (guess := _guess(schema, (*roles, ""), {**known, **given}, columns)):
+        if len(roles) < 2:
+            continue
+        every = [names for own, names in schema.names.items() if own[: -schema.answers] == roles]
+        obvious = [each[: len(roles)] for names in every for each in names]
+        if guess := _guess(roles, obvious, {**known, **given}, columns):
             return dict(zip(roles, guess, strict=True))
     single = [roles[0] for roles in asked if len(roles) == 1]
     if role := next((role for role in single if role in given), None):
@@ -239,14 +243,13 @@ def _check_named(given: dict[str, str], only: Schema | None) -> None:
         raise DataError(f"data.{strange} does not belong to {only.kind}: name {' and '.join(only.usual)}")
 
 
-def _guess(schema: Schema, roles: Roles, given: dict[str, str], columns: Sequence[str]) -> tuple[str, ...] | None:
-    """A column for each role, by the names that are obvious for the task. A last role of "" wants no column."""
+def _guess(
+    roles: Roles, obvious: Sequence[tuple[str, ...]], given: dict[str, str], columns: Sequence[str]
+) -> tuple[str, ...] | None:
+    """A column for each role: the given one, else the one with an obvious name."""
     low = {name_key(name): name for name in reversed(columns)}
-    wanted = roles if roles[-1] else roles[:-1]
-    every = [names for own, names in schema.names.items() if own[: len(wanted)] == wanted and len(own) == len(roles)]
-    for names in [(), *(each for own in every for each in own)]:
-        obvious = names or ("",) * len(roles)
-        guess = [given.get(role) or low.get(name) for role, name in zip(wanted, obvious, strict=False)]
+    for names in [("",) * len(roles), *obvious]:
+        guess = [given.get(role) or low.get(name) for role, name in zip(roles, names, strict=True)]
         if all(guess) and len(set(guess)) == len(guess):
             return tuple(name for name in guess if name is not None)
     return None

@@ -6,6 +6,7 @@ Axes: B examples.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -26,8 +27,32 @@ if TYPE_CHECKING:
 VALUES = ("score", "value", "similarity", "similarity_score", "relatedness_score")  # column names of numbers
 
 
+class NumberAnswers(HeadAnswers):
+    """Answers of one number each, from the head's one output."""
+
+    calibrates: ClassVar[bool] = False
+    labels: tuple[str, ...] = ()
+    multi_label: bool = False
+
+    @abstractmethod
+    def values(self, logits: Tensor) -> list[float]:
+        """The numbers (B,). logits: (B, 1)."""
+
+    @classmethod
+    def num_labels(cls, labels: Sequence[str]) -> int | None:
+        return 1
+
+    def answers(self, logits: Tensor) -> list[JsonObject]:
+        """`{"value"}` for each row."""
+        return [{"value": value} for value in self.values(logits)]
+
+    @classmethod
+    def judged(cls, answer: JsonMapping) -> Prediction:
+        return f"{float(answer['value']):.6g}"
+
+
 @register
-class Regression(HeadAnswers):
+class Regression(NumberAnswers):
     """The head's one output is the number in units of the training values: (y - mean) / deviation.
 
     Args:
@@ -40,10 +65,7 @@ class Regression(HeadAnswers):
     metric: ClassVar[str] = "nearness"
     metric_label: ClassVar[str] = "1 - MAE / range"
     right_or_wrong: ClassVar[bool] = False
-    calibrates: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ("linear",)
-    labels: tuple[str, ...] = ()
-    multi_label: bool = False
 
     def __init__(
         self,
@@ -70,7 +92,7 @@ class Regression(HeadAnswers):
 
     @classmethod
     def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
-        values = [_value(example) for example in dataset.train]
+        values = [value_of(example) for example in dataset.train]
         mean = math.fsum(values) / max(1, len(values))
         deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in values) / max(1, len(values)))
         return cls(
@@ -83,10 +105,6 @@ class Regression(HeadAnswers):
             pairs="text_pair" in dataset.columns,
             prefix_text=settings.prefix_text,
         )
-
-    @classmethod
-    def num_labels(cls, labels: Sequence[str]) -> int | None:
-        return 1
 
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
@@ -104,7 +122,7 @@ class Regression(HeadAnswers):
         """(B,) float32, in units of the training values."""
         import torch
 
-        values = torch.tensor([_value(example) for example in examples], dtype=torch.float64)
+        values = torch.tensor([value_of(example) for example in examples], dtype=torch.float64)
         return ((values - self.mean) / self.deviation).float()
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -118,7 +136,6 @@ class Regression(HeadAnswers):
         return float(self.targets(examples).var(correction=0))
 
     def values(self, logits: Tensor) -> list[float]:
-        """The numbers (B,). logits: (B, 1)."""
         found: list[float] = (logits.detach().double()[:, 0] * self.deviation + self.mean).tolist()
         return found
 
@@ -131,17 +148,9 @@ class Regression(HeadAnswers):
         nearness = 1 - found["mae"] / (self.high - self.low)
         return {"nearness": nearness, **found, "loss": float(self.loss(logits, targets))}
 
-    def answers(self, logits: Tensor) -> list[JsonObject]:
-        """`{"value"}` for each row."""
-        return [{"value": value} for value in self.values(logits)]
-
-    @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
-        return f"{float(answer['value']):.6g}"
-
     def score(self, given: Prediction, example: Example) -> float:
         """1 - |error| / range of the training values, at least 0."""
-        return max(0.0, 1 - abs(float(str(given)) - _value(example)) / (self.high - self.low))
+        return max(0.0, 1 - abs(float(str(given)) - value_of(example)) / (self.high - self.low))
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:
@@ -164,5 +173,6 @@ class Regression(HeadAnswers):
         return cls(tokenizer, **{key: value for key, value in spec.items() if key != "kind"})
 
 
-def _value(example: Example) -> float:
+def value_of(example: Example) -> float:
+    """The right number of an example."""
     return example.value if isinstance(example, Scored) else float(str(example.output))

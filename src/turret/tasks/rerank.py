@@ -12,7 +12,8 @@ from turret.data import Dataset, Example, Schema, Scored
 from turret.data.columns import PAIRED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import HeadAnswers, TextInputs
+from turret.tasks.classify import TextInputs
+from turret.tasks.regression import NumberAnswers, value_of
 from turret.tasks.task import Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
 
@@ -28,7 +29,7 @@ RIGHT = 0.5  # a passage counts as relevant from this share of the highest relev
 
 
 @register
-class Rerank(HeadAnswers):
+class Rerank(NumberAnswers):
     """The head's one output is a logit; its sigmoid is the relevance as a share of the highest in the training table.
 
     Args:
@@ -40,10 +41,7 @@ class Rerank(HeadAnswers):
     metric: ClassVar[str] = "accuracy"
     metric_label: ClassVar[str] = "accuracy"
     right_or_wrong: ClassVar[bool] = True
-    calibrates: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ()
-    labels: tuple[str, ...] = ()
-    multi_label: bool = False
 
     def __init__(
         self, tokenizer: Tokenizer, max_tokens: int = 256, *, highest: float = 1.0, prefix_text: str = ""
@@ -62,10 +60,6 @@ class Rerank(HeadAnswers):
     def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
         highest = max((_relevance(example) for example in dataset.train), default=1.0)
         return cls(tokenizer, settings.max_tokens, highest=highest, prefix_text=settings.prefix_text)
-
-    @classmethod
-    def num_labels(cls, labels: Sequence[str]) -> int | None:
-        return 1
 
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
@@ -107,22 +101,15 @@ class Rerank(HeadAnswers):
         """accuracy and loss; mrr and ndcg, at 10, means over the queries that have a relevant passage here."""
         from turret.tasks import metrics
 
-        given, true = self._values(logits), targets[:, 0].tolist()
+        given, true = self.values(logits), targets[:, 0].tolist()
         right = sum((g >= RIGHT) == (t >= RIGHT) for g, t in zip(given, true, strict=True))
         found = {"accuracy": right / max(1, len(true)), "loss": float(self.loss(logits, targets))}
         return found | metrics.rankings(given, true, [int(each) for each in targets[:, 1].tolist()])
 
-    def _values(self, logits: Tensor) -> list[float]:
+    def values(self, logits: Tensor) -> list[float]:
+        """The relevance of each row from 0 to 1."""
         values: list[float] = logits.detach().double()[:, 0].sigmoid().tolist()
         return values
-
-    def answers(self, logits: Tensor) -> list[JsonObject]:
-        """`{"value"}` for each row: the relevance from 0 to 1."""
-        return [{"value": value} for value in self._values(logits)]
-
-    @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
-        return f"{float(answer['value']):.6g}"
 
     def score(self, given: Prediction, example: Example) -> float:
         """1 if both say relevant, or both say not."""
@@ -147,7 +134,7 @@ class Rerank(HeadAnswers):
 
 
 def _relevance(example: Example) -> float:
-    value = example.value if isinstance(example, Scored) else float(str(example.output))
+    value = value_of(example)
     if value < 0:
         raise DataError(f"the relevance {value:g} is below 0: expected 0 for a passage that is not relevant, else more")
     return value

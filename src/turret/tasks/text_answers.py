@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-WRITERS = ("SEQ_2_SEQ_LM", "CAUSAL_LM")  # what PEFT calls the tasks that generate
-
-
 class TextAnswers(Protocol):
     """The part of `TextTask` that every task has whose answers are texts. end: the token that ends an answer."""
 
@@ -51,7 +48,7 @@ class TextAnswers(Protocol):
 
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool) -> str:
-        return WRITERS[0] if encoder_decoder else WRITERS[1]
+        return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
 
     @classmethod
     def num_labels(cls, labels: Sequence[str]) -> int | None:

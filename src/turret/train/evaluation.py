@@ -16,7 +16,7 @@ from turret.errors import DataError
 from turret.json_types import JsonObject
 from turret.tasks import ComparingTask, Task, compares, has_head
 from turret.train.batches import EncodedRows, by_length
-from turret.train.preferences import compare_answers
+from turret.train.preferences import compare_answers, still
 from turret.train.step import loss_of
 from turret.transformer import Model
 
@@ -83,14 +83,10 @@ def example_losses(
 @contextmanager
 def evaluating(model: Model, slot: int | None) -> Iterator[None]:
     """Eval mode, no gradients, and all rows on one slot, for the length of the block."""
-    training = model.training
-    model.eval()
-    try:
-        # no_grad, not inference_mode: a later forward pass with gradients may use tensors that the model caches here
-        with on_slot(model, attachment(model).context.active if slot is None else slot), torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+    slot = attachment(model).context.active if slot is None else slot
+    # no_grad, not inference_mode: a later forward pass with gradients may use tensors that the model caches here
+    with still(model), on_slot(model, slot), torch.no_grad():
+        yield
 
 
 def class_logits(model: Model, sources: Sequence[Tensor], most_tokens: int) -> Tensor:

@@ -38,6 +38,7 @@ from turret.train.curve import StepRecord
 from turret.train.evaluation import evaluate
 from turret.train.initialize import InitialAdapter, recipe_step
 from turret.train.linear_start import head_start
+from turret.train.seeds import defaults_of
 from turret.train.slot import LocalSlot
 from turret.train.step import LossScale, explained
 from turret.transformer import Model
@@ -545,8 +546,7 @@ class TrainingRun:
 
     def what_to_change(self) -> str:
         """The remedy for a loss that is not finite, and the last checkpoint."""
-        usual = self.recipe.method.defaults(self.base.family.kind, self.task.request, parameters=self.total).lr
-        remedy = f"set train.lr to {min(usual, self.lr / 10):g} (now {self.lr:g})"
+        remedy = f"set train.lr to {min(self._usual_rate(), self.lr / 10):g} (now {self.lr:g})"
         if str(self.base.dtype).endswith("float16"):  # or bfloat16
             remedy += ' or train.dtype to "float32"'
         return f"{remedy}; {self._last_checkpoint()}"
@@ -554,15 +554,17 @@ class TrainingRun:
     def _to_learn(self) -> str:
         """The remedy for a training that learnt nothing. It names a setting only if that is not the usual one."""
         recipe, examples = self.recipe, len(self.splits.train)
-        request = self.task.request
-        rate = recipe.method.defaults(self.base.family.kind, request, parameters=self.total).lr
-        epochs = recipe.method.epochs(examples, recipe.train.batch_size, request)
+        rate = self._usual_rate()
+        epochs = recipe.method.epochs(examples, recipe.train.batch_size, self.task.request)
         remedies = []
         if not math.isclose(self.lr, rate):
             remedies.append(f"leave train.lr out (it is {self.lr:g}, usual is {rate:g})")
         if self.schedule.epochs < epochs:
             remedies.append(f"leave train.epochs out (it is {self.schedule.epochs}, usual are {epochs})")
         return ", ".join((*remedies, "use more examples, or another method"))
+
+    def _usual_rate(self) -> float:
+        return defaults_of(self.recipe.method, self.base, self.task.kind, parameters=self.total).lr
 
     def how_to_resume(self) -> str:
         """The remedy for a run that the user stopped."""

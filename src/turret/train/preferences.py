@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from turret.adapters import BARE, attachment, on_slot, packed
+from turret.adapters import BARE, on_slot, packed
 from turret.ops.copies import copied
 from turret.tasks import ComparingTask
 from turret.train.batches import EncodedRow
@@ -52,14 +52,12 @@ def preference_loss(model: Model, task: ComparingTask, piece: Sequence[EncodedRo
 
 @contextmanager
 def still(model: Model) -> Iterator[None]:
-    """No dropout for the length of the block, in which gradients may be computed."""
-    context, training = attachment(model).context, model.training
-    before, context.draws = context.draws, None
+    """Eval mode, so without dropout, for the length of the block. Gradients may be computed."""
+    training = model.training
     model.eval()
     try:
         yield
     finally:
-        context.draws = before
         model.train(training)
 
 

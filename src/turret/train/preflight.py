@@ -370,7 +370,7 @@ def special_tokens(base: Base, task: Task) -> Check:
 def inputs(items: Sequence[EncodedRow], task: Task, base: Base) -> Iterator[Check]:
     """How many inputs are cut at the limit, and which limit would keep most of them whole."""
     cut = sum(item.cut for item in items)
-    empty = sum(not text.strip() for text in [item.example.input for item in items])
+    empty = sum(not item.example.input.strip() for item in items)
     if empty:
         yield Check("inputs", "warn", f"{empty} of {len(items)} inputs are empty", "remove these rows")
     longest = max(len(item.source) for item in items)
@@ -497,12 +497,12 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 def language(items: Sequence[EncodedRow]) -> Iterator[Check]:
     """Whether the base's tokenizer cuts the words of texts in another language than English into many pieces."""
-    texts = [text for text in [item.example.input for item in items] if text.strip()]
+    texts = [item.example.input for item in items if item.example.input.strip()]
     name = language_of(texts)
     if name is None or name == "English":
         return
     whole = [item for item in items if not item.cut]
-    words = sum(len(text.split()) for text in [item.example.input for item in whole])
+    words = sum(len(item.example.input.split()) for item in whole)
     pieces = sum(len(item.source) for item in whole) / max(1, words)
     text = f"the texts look {name}, and the base reads {pieces:.1f} tokens for each of their words"
     if pieces > MANY_PIECES:
@@ -581,7 +581,7 @@ def whole_lengths(items: Sequence[EncodedRow], tokenizer: Tokenizer, limit: int)
     """The tokens of the inputs before they were cut. Texts are read up to 240 characters per token of the limit."""
     most = 40 * 6 * limit  # characters
     cut = [item for item in items if item.cut and item.whole is None]
-    texts = [text[:most] for text in [item.example.input for item in cut]]
+    texts = [item.example.input[:most] for item in cut]
     whole = tokenizer(texts, verbose=False)["input_ids"] if cut else []
     lengths = [item.whole or len(item.source) for item in items if not item.cut or item.whole is not None]
     return lengths + [max(limit + 1, len(ids)) for ids in whole]

@@ -22,11 +22,15 @@ from turret.tasks import task_of
 # Fills in the training settings that a recipe leaves out with the method's defaults.
 
 
-def defaults_of(method: Method, base: Base, task_kind: str) -> Defaults:
-    """The method's defaults for a task on a base that nothing is attached to."""
-    parameters = quantized.count(base.model)
+def defaults_of(method: Method, base: Base, task_kind: str, *, parameters: int | None = None) -> Defaults:
+    """The method's defaults for a task.
+
+    Args:
+        parameters: of the base without adapters; None: of a base that nothing is attached to, counted here.
+    """
     task = task_of(task_kind)
-    own = method.defaults(base.family.kind, task.request, parameters=parameters)
+    count = quantized.count(base.model) if parameters is None else parameters
+    own = method.defaults(base.family.kind, task.request, parameters=count)
     return replace(own, lr=own.lr * task.rate_ratio)
 
 

@@ -16,7 +16,6 @@ from turret.errors import plainly
 from turret.json_types import JsonMapping, JsonValue, part
 from turret.methods import method_named
 from turret.tasks import TASKS, stored_task
-from turret.tasks.text_answers import WRITERS
 
 # --- card code --------------------------------------------------------------------------------------------------------
 # The Python of a model card: load an export with PEFT or transformers and answer one text as Turret does.
@@ -362,7 +361,7 @@ def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *
     if limitation := method.peft_cannot.get(task_type):
         yield limitation
         return
-    dropped = method.peft_generate if task_type in WRITERS else None
+    dropped = method.peft_generate if stored_task(task).generates else None
     yield "With PEFT, which does not check the base:"
     if files.base == "BASE":
         yield f"(BASE is a folder or a Hub id that has the weights of {_code(base.get('id'))}.)"

@@ -42,7 +42,6 @@ from turret.process import StopRequest
 from turret.store import Store, Version, scratch
 from turret.store.scratch import BESIDE, LOADED, WorkingFolder
 from turret.tasks import stored_task, task_from_spec
-from turret.tasks.text_answers import WRITERS
 from turret.transformer import Model
 from turret.workspace.card import FOLDER, card
 from turret.workspace.importing import probe_items
@@ -142,7 +141,7 @@ def _complete_bundle(version: Version, folder: Path, written: Written) -> None:
     written.tokenizer = problem is None
     written.warnings += [problem] if problem else []
     dropped = method_named(version.part("method").get("kind")).peft_generate
-    if dropped and _task_type(folder, loaded_by_peft=False) in WRITERS:
+    if dropped and stored_task(version.part("task")).generates:
         written.warnings.append(dropped)
 
 
