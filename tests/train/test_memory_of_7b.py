@@ -17,11 +17,11 @@ from four_bits import needs_bitsandbytes
 
 from turret import quantized
 from turret.adapters import attach, classify_logits, trainable_parameters
+from turret.adapters.packed import TARGETS
 from turret.methods import LoRA
 from turret.ops.table import without
 from turret.train.adamw import moment_bytes
 from turret.train.memory import SavedForBackward
-from turret.train.step import TARGETS
 
 GB = 1e9
 CONTEXT = 0.6 * GB  # of CUDA and its libraries

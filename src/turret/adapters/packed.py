@@ -22,6 +22,8 @@ from turret.ops.padded_blocks import rounded
 from turret.ops.table import narrows
 from turret.transformer import Model, ModelConfig
 
+TARGETS = 32  # target tokens whose logits a CPU has in memory at a time
+GPU_LOGITS = 1 << 25  # logits that a GPU has in memory at a time: enough to read the output layer rarely
 STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # the tokens of all rows are rounded up: to 64 by 8, and so on
 
 
@@ -136,6 +138,12 @@ def vocabulary_logits(model: Model, hidden: Tensor, slots: Sequence[int] | None 
     with set_context(attached.context, slots, None, masked={"output": [1] * len(hidden)}):
         logits: Tensor = attached.family.vocabulary(model, hidden, output)
     return logits
+
+
+def targets_at_once(model: Model) -> int:
+    """Target tokens whose logits are in memory at a time."""
+    weight = model.get_input_embeddings().weight
+    return TARGETS if weight.is_cpu else max(TARGETS, GPU_LOGITS // weight.shape[0])
 
 
 def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, read: Tensor | None = None) -> Tensor:

@@ -28,7 +28,6 @@ from turret.recipe import Recipe
 from turret.train.adamw import moment_bytes
 from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRow, micro_batches, pass_tokens
 from turret.train.memory import Prediction, SavedForBackward, trainable_bytes
-from turret.train.step import TARGETS
 from turret.transformer import Model
 
 TARGET = 128  # tokens of a target, unless the recipe says otherwise
@@ -208,7 +207,8 @@ def saved_by(model: Model, work: Work) -> tuple[SavedForBackward, int, int]:
             return saved, logits.nbytes, logits.numel()
         targets = [torch.zeros(work.target, dtype=torch.long)] * work.rows
         states = packed.target_states(model, sources, targets)  # (N, D)
-    return saved, states.nbytes, min(len(states), TARGETS) * model.get_input_embeddings().weight.shape[0]
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    return saved, states.nbytes, min(len(states), packed.targets_at_once(model)) * vocabulary
 
 
 def _cached(model: Model, work: Work, dtype: torch.dtype) -> int:

@@ -19,8 +19,6 @@ from turret.tasks import ComparingTask
 from turret.train.batches import EncodedRow
 from turret.transformer import Model
 
-TOKENS = 32  # whose logits are in memory at a time
-
 
 @dataclass(frozen=True)
 class Compared:
@@ -84,7 +82,8 @@ def _log_probabilities(model: Model, states: Tensor, ids: Tensor) -> Tensor:
         logits = packed.vocabulary_logits(model, states).float()  # (n, V)
         return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
-    pieces = zip(torch.split(states, TOKENS), torch.split(ids, TOKENS), strict=True)
+    most = packed.targets_at_once(model)
+    pieces = zip(torch.split(states, most), torch.split(ids, most), strict=True)
     found = [checkpoint(part, *each, use_reentrant=False, preserve_rng_state=False) for each in pieces]
     return torch.cat(found)
 

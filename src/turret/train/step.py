@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from turret.adapters import attachment, drawing, mixed_precision, packed
@@ -16,9 +16,12 @@ from turret.bases.sharded import parts_of
 from turret.engine.protocol import Loss, OptimStep
 from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite, OutOfMemory, TrainingError
+from turret.families.family import project
 from turret.ops.copies import copied
 from turret.ops.dropout import Draws
+from turret.ops.frozen import plain
 from turret.tasks import HeadTask, Task, compares, has_head
+from turret.tasks.text_answers import TextAnswers
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, micro_batches
 from turret.train.distributed import ALONE, Processes
@@ -69,7 +72,7 @@ class LossScale:
 # --- step -------------------------------------------------------------------------------------------------------------
 
 
-TARGETS = 32  # target tokens whose logits are in memory at a time
+FUSED = hasattr(torch.nn.functional, "linear_cross_entropy")  # since torch 2.13
 
 
 def train_step(
@@ -263,7 +266,7 @@ def _wanted(task: HeadTask, piece: Sequence[EncodedRow]) -> Tensor:
 def _loss_of_targets(
     model: Model, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, piece: Sequence[EncodedRow]
 ) -> Tensor:
-    """The mean loss over N target tokens, TARGETS at a time.
+    """The mean loss over N target tokens, some at a time.
 
     The backward pass recomputes the logits (N, V), because a large vocabulary's do not fit in memory at once.
 
@@ -272,17 +275,40 @@ def _loss_of_targets(
         piece: the examples.
     """
     targets = copied(torch.cat([item.counted for item in piece]), states.device)
-    numbers, places = _token_numbers(piece), range(0, len(targets), TARGETS)
+    most = packed.targets_at_once(model)
+    if getattr(loss, "__func__", None) is TextAnswers.loss and (layer := _output_of_torch(model, states)) is not None:
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=most, acc_policy="compact")
+        options = replace(options, acc_dtype=torch.float32)
+        return (
+            torch.nn.functional.linear_cross_entropy(  # of each token: the mean would be rounded to states' dtype
+                states, layer.weight, targets, linear_bias=layer.bias, reduction="none", options=options
+            )
+            .float()
+            .mean()
+        )
+    numbers, places = _token_numbers(piece), range(0, len(targets), most)
 
     def part(states: Tensor, ids: Tensor, place: int) -> Tensor:
-        logits = _vocabulary_logits(model, states, numbers[place : place + TARGETS])
+        logits = _vocabulary_logits(model, states, numbers[place : place + most])
         return loss(logits, ids) * (len(ids) / len(targets))
 
-    parts = list(zip(torch.split(states, TARGETS), torch.split(targets, TARGETS), places, strict=True))
+    parts = list(zip(torch.split(states, most), torch.split(targets, most), places, strict=True))
     if len(parts) == 1:
         return part(*parts[0])
     losses: list[Tensor] = [checkpoint(part, *each, use_reentrant=False, preserve_rng_state=False) for each in parts]
     return torch.stack(losses).sum()
+
+
+def _output_of_torch(model: Model, states: Tensor) -> nn.Linear | None:
+    """The output layer, if torch computes it and the cross-entropy as one: on a GPU, and nothing else is in between.
+
+    In float16 torch would keep the logits in float16.
+    """
+    layer = model.get_output_embeddings()
+    fits = FUSED and states.device.type == "cuda" and states.dtype in (torch.bfloat16, torch.float32)
+    if not fits or attachment(model).family.vocabulary is not project or torch.is_autocast_enabled(states.device.type):
+        return None
+    return layer if isinstance(layer, nn.Linear) and plain(layer) and layer.weight.dtype == states.dtype else None
 
 
 _NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "DefaultCPUAllocator", "bad_alloc")

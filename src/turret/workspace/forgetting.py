@@ -27,7 +27,6 @@ from turret.store import Store, Version
 from turret.tasks import TextTask, stored_task, task_from_spec, writes
 from turret.train.batches import EncodedRows, spread
 from turret.train.evaluation import evaluating, example_losses
-from turret.train.step import TARGETS
 from turret.transformer import Model, Tokenizer
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset
@@ -233,7 +232,8 @@ def _summed_loss(states: Tensor, target: Tensor, model: Model) -> float:
         states: (T, D), each before its target token.
         target: (T,) int64.
     """
-    parts = zip(torch.split(states, TARGETS), torch.split(target.to(states.device), TARGETS), strict=True)
+    most = packed.targets_at_once(model)
+    parts = zip(torch.split(states, most), torch.split(target.to(states.device), most), strict=True)
     entropy = torch.nn.functional.cross_entropy
     return sum(
         float(entropy(packed.vocabulary_logits(model, each).float(), ids, reduction="sum")) for each, ids in parts
