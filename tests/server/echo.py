@@ -43,6 +43,7 @@ class Stats:
     queue_length: int
     loads: int
     versions: dict[str, Any]
+    waiting_adapters: tuple[str, ...] = ()
 
 
 @dataclass

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 import small_models
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 from server.conftest import Running
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -160,6 +162,47 @@ def test_the_control_plane_shows_and_unloads_what_the_engine_holds(classifier) -
     assert "a@2" not in {each["version"] for each in client.get("/api/loaded").json()["loaded"]}
     assert client.get("/api/status").json()["base"]["id"] == "bert"
     assert "turret_engine_" in client.get("/metrics").text
+
+
+def routed(client: httpx2.Client) -> dict[str, tuple[dict[str, str], float]]:
+    """What a router of replicas reads: vLLM's series, with their labels."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    found = [sample for family in families for sample in family.samples if sample.name.startswith("vllm:")]
+    return {sample.name: (sample.labels, sample.value) for sample in found}
+
+
+def test_a_router_reads_under_vllms_names_which_adapters_are_in_memory_and_which_wait(generator, until) -> None:
+    """By protocol 003 of the Gateway API Inference Extension. A name stands there as clients write it in `model`."""
+    client, started = generator.running.client(), time.time()
+    for version in ("a@1", "a@2"):
+        assert client.post("/v1/completions", json={"model": version, "prompt": "x"}).status_code == 200
+    generator.running.served.refresh()
+    labels, read_at = routed(client)["vllm:lora_requests_info"]
+    assert labels["running_lora_adapters"].split(",") == ["a@2", "a@1", "a"]  # a means a@1
+    assert (labels["waiting_lora_adapters"], labels["max_lora"]) == ("", "1024")
+    assert started <= read_at <= time.time()
+    idle = routed(client)
+    names = "num_requests_waiting", "num_requests_running", "gpu_cache_usage_perc", "kv_cache_usage_perc"
+    assert [idle[f"vllm:{name}"][1] for name in names] == [0, 0, 0, 0]
+
+    limits = engine_room.Limits(running=1)
+    engine = generator.workspace.engine(generator.running.engine.base.id, dtype="float32", limits=limits)
+    running = Running(generator.workspace, engine, ServerSettings(), options=engine_room.SamplingParams).start()
+    try:
+        client = running.client()
+        endless = ((engine.base.tokenizer.eos_token_id, -100.0),)
+        long = engine_room.SamplingParams(max_tokens=100, logit_bias=endless)
+        tickets = [engine.submit("generate", "the market", "a@2", long)]
+        until(lambda: routed(client)["vllm:num_requests_running"][1] == 1, seconds=20)
+        tickets += [engine.submit("generate", "the market", "a@1", long) for _ in range(2)]
+        busy = routed(client)
+        assert busy["vllm:num_requests_waiting"][1] == 2
+        assert busy["vllm:lora_requests_info"][0]["waiting_lora_adapters"] == "a@1,a"
+        assert 0 < busy["vllm:gpu_cache_usage_perc"][1] < 1
+        for each in tickets:
+            each.cancel()
+    finally:
+        running.stop()
 
 
 def test_a_version_that_is_deleted_while_it_waits_to_be_loaded_loses_no_request(classifier, tmp_path, until) -> None:

@@ -311,10 +311,11 @@ def test_the_figures_of_the_whole_server_are_for_the_tenant_default(serve, works
                  'answers_total{tenant="default"} 1.0', 'failures_total{tenant="b"} 0.0'):  # fmt: skip
         assert f"turret_tenant_{line}" in whole
     assert "-news" not in whole, "names of adapters are their tenant's"
+    assert "vllm:lora_requests_info{max_lora=" in whole
     for tenant, secret in tenants.items():
         told = metrics(secret)
         assert f'turret_adapter_answers_total{{adapter="{tenant}-news@1",kind="classify"}}' in told
-        for word in ("turret_in_flight", "turret_tenant", "turret_requests", "tenant="):
+        for word in ("turret_in_flight", "turret_tenant", "turret_requests", "tenant=", "vllm:"):
             assert word not in told
         assert f"{'b' if tenant == 'a' else 'a'}-news" not in told
     samples = [line for line in metrics(limited).splitlines() if not line.startswith("#")]

@@ -583,6 +583,9 @@ class Engine:
                 queue_seconds=self._counters.queue.now(),
                 first_token_seconds=self._counters.first_token.now(),
                 between_tokens_seconds=self._counters.between_tokens.now(),
+                most_adapters=self.limits.slots,
+                most_cache_tokens=self.limits.cache_tokens,
+                waiting_adapters=sorted({each.named.of_tenant for each in self._waiting if each.named is not None}),
             )
 
     # --- the end ------------------------------------------------------------------------------------------------------

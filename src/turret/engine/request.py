@@ -146,6 +146,11 @@ class Named:
         """What it is kept under in memory."""
         return f"{self.tenant}/{self.digest}" if self.tenant else self.digest
 
+    @property
+    def of_tenant(self) -> str:
+        """`tenant/name@3`, or `name@3` for the engine's own tenant."""
+        return f"{self.tenant}/{self}" if self.tenant else str(self)
+
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
 
@@ -443,3 +448,6 @@ class Stats:
     queue_seconds: Seconds  # from submission to the first pass
     first_token_seconds: Seconds  # from submission to the first token
     between_tokens_seconds: Seconds  # between two tokens of one row
+    most_adapters: int  # in memory at a time
+    most_cache_tokens: int  # in the KV cache
+    waiting_adapters: Sequence[str]  # versions that requests wait for, as `tenant/name@3`; without the engine's tenant

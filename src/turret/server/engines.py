@@ -220,7 +220,12 @@ class SeenEngines:
             for key, each in stats.versions.items()
             if key.rpartition("/")[0] == self._tenant and sees_base and self._sees_names(each.version)
         }
-        return replace(stats, versions=versions)
+        waiting = [
+            key.removeprefix(start)
+            for key in stats.waiting_adapters
+            if key.rpartition("/")[0] == self._tenant and sees_base and self._sees_names(key.removeprefix(start))
+        ]
+        return replace(stats, versions=versions, waiting_adapters=waiting)
 
     def _sees_names(self, reference: str) -> bool:
         return all(self.access.sees(part.partition("@")[0]) for part in reference.split("+"))

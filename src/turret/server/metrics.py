@@ -10,6 +10,7 @@ several engines.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class Metrics:
         engines: The figures of the engine of each base, likewise. A histogram has `buckets` and `sum`.
         replica: The name of this server, which becomes a label of every series; None for no such label.
         build: What is served on each base, and by which version; empty leaves it out, and the process too.
+        adapters: What clients may call the adapters in memory, and those that requests wait for; for routers.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Metrics:
         replica: str | None = None,
         tenant: str = DEFAULT,
         totals: TenantTotals | None = None,
+        adapters: Callable[[], tuple[Sequence[str], Sequence[str]]] | None = None,
     ) -> None:
         self._tenant, self._totals = tenant, totals or TenantTotals()
         self._registry, self._replica = CollectorRegistry(), {} if replica is None else {"replica": replica}
@@ -119,6 +122,8 @@ class Metrics:
         self._shadows = self._counter("turret_experiment_shadows", "Results of shadows", *arm, "what")
         self._outcomes = self._counter("turret_experiment_outcomes", "Outcomes received", "experiment", "status")
         self._registry.register(_Engines(gauges, engines))
+        if adapters is not None:
+            self._registry.register(_Routed(engines, adapters))
 
     def request(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, str(status)).inc()
@@ -278,6 +283,41 @@ class _Engines(Collector):
             for base, each in figures.items():
                 shown.add_metric((base,)[: len(labels)], list(each[name]["buckets"].items()), each[name]["sum"])
             yield shown
+
+    def describe(self) -> list[Metric]:
+        return []
+
+
+class _Routed(Collector):
+    """What routers choose a replica by, under vLLM's names and summed over all bases.
+
+    The Gateway API Inference Extension (protocol 003) and llm-d read them. A name of an adapter that is in memory is
+    one that a client may give as `model`.
+    """
+
+    def __init__(
+        self,
+        engines: Callable[[], Mapping[str, JsonMapping]],
+        adapters: Callable[[], tuple[Sequence[str], Sequence[str]]],
+    ) -> None:
+        self._engines, self._adapters = engines, adapters
+
+    def collect(self) -> Iterator[Metric]:
+        figures = list(self._engines().values())
+
+        def total(key: str) -> float:
+            return float(sum(each.get(key, 0) for each in figures))
+
+        yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests that have not begun", total("waiting"))
+        yield GaugeMetricFamily("vllm:num_requests_running", "Rows that generate", total("running"))
+        used = min(1.0, total("cache_tokens") / max(1.0, total("most_cache_tokens")))
+        for name in ("vllm:gpu_cache_usage_perc", "vllm:kv_cache_usage_perc"):  # vLLM has renamed it
+            yield GaugeMetricFamily(name, "Part of the KV cache in use, from 0 to 1", used)
+        labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+        family = GaugeMetricFamily("vllm:lora_requests_info", "Seconds since 1970 when this was read", labels=labels)
+        loaded, waiting = (",".join(each) for each in self._adapters())
+        family.add_metric((str(int(total("most_adapters"))), loaded, waiting), time.time())
+        yield family
 
     def describe(self) -> list[Metric]:
         return []

@@ -34,7 +34,7 @@ from turret.server.engine_protocol import Answer, EngineProtocol, Input, TicketP
 from turret.server.engines import Engines, SeenEngines, ServedBase
 from turret.server.limits import ClientConnections, Load, Network, RequestLimits
 from turret.server.logs import Log
-from turret.server.metrics import Metrics, TenantTotals
+from turret.server.metrics import MOST_VERSIONS, Metrics, TenantTotals
 from turret.server.oidc import Oidc, OidcSettings
 from turret.server.pending_answers import PendingAnswers, Submission
 from turret.server.quotas import Quota
@@ -453,7 +453,6 @@ class ServerState:
             for each in self._all_engines.bases
         ]
         made = partial(Metrics, replica=self.settings.replica, tenant=name, totals=self._totals)
-        metrics = made(self._gauges, self._figures, build) if name == DEFAULT else made(dict)
         engines = SeenEngines(self._all_engines, workspace, home)
         store, bases, clock = workspace.store, engines.fingerprints, self.clock
         aliases = AliasWatcher(
@@ -465,6 +464,8 @@ class ServerState:
             alias=self.settings.alias,
             clock=clock,
         )
+        routed = partial(_callable, aliases, engines)
+        metrics = made(self._gauges, self._figures, build, adapters=routed) if name == DEFAULT else made(dict)
         routing = Routing(workspace.router(), aliases, engines.warm, workspace.resolve, bases=bases, clock=clock)
         shadows = Shadows(
             engines,
@@ -855,6 +856,17 @@ class ServerState:
     def _figures(self) -> dict[str, JsonMapping]:
         """The figures of the engine of each base."""
         return {each.name: asdict(each.engine.stats()) for each in self._all_engines.bases}
+
+
+def _callable(aliases: AliasWatcher, engines: SeenEngines) -> tuple[Sequence[str], Sequence[str]]:
+    """What clients may call the adapters in memory, and those that requests wait for: `news@3`, and `news` if it is."""
+
+    def names(versions: Sequence[str]) -> list[str]:
+        plain = [each.partition("@")[0] for each in versions]
+        return [*versions, *(name for name, each in zip(plain, versions, strict=True) if aliases.exact(name) == each)]
+
+    waiting = [each for stats in engines.stats().values() for each in stats.waiting_adapters]
+    return names([each.version for each in engines.loaded()][:MOST_VERSIONS]), names(waiting[:MOST_VERSIONS])
 
 
 def _version_headers(reference: str) -> dict[str, str]:
