@@ -360,13 +360,12 @@ def odd_files() -> list[Odd]:
             said="set data.text, data.text_pair and data.label",
             remedy={"text": "eins", "text_pair": "zwei", "label": "label"},
         ),
-        # --- tables of later tasks
+        # --- tables of tasks with columns of their own
         Odd(
             "tags.jsonl",
             "a tag for each word",
-            jsonl([{"tokens": ["a"], "tags": ["O"]}] * 12),
-            said="the task token_classification",
-            final=True,
+            jsonl([{"tokens": ["Anna", f"a{i}"], "tags": ["B-PER", "O"]} for i in range(12)]),
+            note="guessed: token_classification",
         ),
         Odd(
             "preferred.jsonl",

@@ -13,7 +13,7 @@ import pytest
 import small_models
 import torch
 from axes.points import answered_together, served
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from turret.cli.main import run
 from turret.recipe import Recipe
@@ -29,14 +29,26 @@ TABLES: dict[str, tuple[tuple[str, ...], Any]] = {  # task -> the names of its c
     ),
     "regression": (("sentence1", "sentence2", "score"), lambda n: (WORDS[n % 5], WORDS[n * 3 % 5], (n * 3 % 5) / 2)),
     "score": (("text", "stars"), lambda n: (WORDS[n % 5], 1 + n % 5)),
+    "token_classification": (("tokens", "tags"), lambda n: tagged(WORDS[n % 5], WORDS[n % 3])),
     "rerank": (("query", "passage", "label"), lambda n: (WORDS[n % 5], WORDS[n % 7 % 5], int(n % 5 == n % 7 % 5))),
 }
+
+
+def tagged(before: str, after: str) -> tuple[str, str]:
+    """Words and their tags: a bank between others."""
+    tags = ["O"] * len(before.split()) + ["O", "B-ORG"] + ["O"] * len(after.split())
+    return f"{before} by bank {after}", " ".join(tags)
+
+
 METRICS = {
     "text_pairs": {"accuracy", "macro_f1", "loss", "ece", "per_class"},
     "regression": {"nearness", "mae", "rmse", "pearson", "spearman", "loss"},
     "score": {"nearness", "mae", "quadratic_kappa", "spearman", "accuracy", "macro_f1", "loss", "ece", "per_class"},
+    "token_classification": {"text_f1", "precision", "recall", "f1", "loss", "per_class"},
     "rerank": {"accuracy", "loss", "mrr", "ndcg"},
 }
+ONE_TEXT = ("score", "token_classification")
+TRAINED = {"token_classification": {"epochs": 12, "lr": 1e-2}}  # until it marks a bank
 PAIRS = [("a great film", "a dull story about the bank"), ("quick", "a lazy fox")]
 
 
@@ -68,7 +80,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
             base=str(base),
             data={"source": str(folder / f"{kind}.csv"), "validation": 20},
             task=task,
-            train={"epochs": 3, "lr": 1e-3, "batch_size": 8},
+            train={"epochs": 3, "lr": 1e-3, "batch_size": 8} | TRAINED.get(kind, {}),
         )
         result = workspace.train(recipes[kind])
         assert result.timing["proof_seconds"] > 0  # what fails it is not stored
@@ -77,14 +89,14 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
 
 
 def asked(kind: str) -> list[Any]:
-    return [first for first, _ in PAIRS] if kind == "score" else list(PAIRS)
+    return [first for first, _ in PAIRS] if kind in ONE_TEXT else list(PAIRS)
 
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_columns_are_recognised_and_the_version_knows_its_task(house: House, kind: str) -> None:
     spec = house.workspace.resolve(house.recipes[kind].name).part("task")
     assert spec["kind"] == kind
-    assert bool(spec.get("pairs")) == (kind != "score")
+    assert bool(spec.get("pairs")) == (kind not in ONE_TEXT)
     assert set(house.metrics[kind]) == METRICS[kind]
 
 
@@ -92,7 +104,8 @@ def test_columns_are_recognised_and_the_version_knows_its_task(house: House, kin
 def test_answers_equal_those_of_transformers_on_the_merged_model(house: House, kind: str, tmp_path: Path) -> None:
     name = house.recipes[kind].name
     house.workspace.export(name, tmp_path / "merged", form="merged")
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    auto = AutoModelForTokenClassification if kind == "token_classification" else AutoModelForSequenceClassification
+    model = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     known = AutoTokenizer.from_pretrained(tmp_path / "merged")
     task = house.workspace.resolve(name).part("task")
     answers = house.workspace.predict(name, asked(kind))
@@ -100,6 +113,9 @@ def test_answers_equal_those_of_transformers_on_the_merged_model(house: House, k
         inputs = known(*text, return_tensors="pt") if isinstance(text, tuple) else known(text, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits[0].double()
+        if kind == "token_classification":
+            require_the_spans_of(logits, known(text, return_offsets_mapping=True)["offset_mapping"], answer, text)
+            continue
         if kind == "text_pairs":
             logits = logits / task.get("calibration", {"temperature": 1.0})["temperature"]
             expected = dict(zip(task["labels"], logits.softmax(-1).tolist(), strict=True))
@@ -111,6 +127,19 @@ def test_answers_equal_those_of_transformers_on_the_merged_model(house: House, k
         else:
             assert answer["label"] in task["labels"]
             assert sum(answer["probabilities"].values()) == pytest.approx(1.0)
+
+
+def require_the_spans_of(logits: torch.Tensor, offsets: list[tuple[int, int]], answer: Any, text: str) -> None:
+    """The tags of the first token of each word, O, B-ORG and I-ORG, as the answer has them."""
+    begins = {0} | {place + 1 for place, letter in enumerate(text) if letter == " "}
+    words = {start: place for place, (start, end) in enumerate(offsets) if start in begins and end > start}
+    tags = {start: int(logits[place].argmax()) for start, place in words.items()}
+    inside = {start for each in answer["spans"] for start in tags if each["start"] <= start < each["end"]}
+    assert {start for start, tag in tags.items() if tag} == inside
+    for each in answer["spans"]:
+        own = [words[start] for start in tags if each["start"] <= start < each["end"]]
+        chances = [float(logits[place].softmax(-1).max()) for place in own]
+        assert each["probability"] == pytest.approx(sum(chances) / len(chances), abs=2e-2)
 
 
 def test_one_mixed_pass_answers_as_each_version_alone_and_segments_matter(
@@ -129,6 +158,8 @@ def test_one_mixed_pass_answers_as_each_version_alone_and_segments_matter(
     for one, other in zip(together, alone, strict=True):
         if "value" in one:
             assert one["value"] == pytest.approx(other["value"], abs=1e-5)
+        elif "spans" in one:
+            assert [each["start"] for each in one["spans"]] == [each["start"] for each in other["spans"]]
         else:
             assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
     row = engine._prompts._base.tokenizer(*PAIRS[0])
@@ -174,6 +205,10 @@ def test_the_server_answers_labels_numbers_and_relevances(house: House) -> None:
         assert [each["score"] for each in cosine] != [each["score"] for each in found]
         refused = ask("text-pairs", ["one text"])
         assert (refused.status_code, "reads two texts, and one was given" in refused.text) == (400, True), refused.text
+        (marked,) = ask("token-classification", "a story by bank a story").json()["data"]
+        (own,) = house.workspace.predict("token-classification", ["a story by bank a story"])
+        assert [(each["start"], each["end"]) for each in marked["spans"]] == [(11, 15)]
+        assert [each["label"] for each in own["spans"]] == ["ORG"]
         refused = ask("score", pairs)
         assert (refused.status_code, "give one text" in refused.text) == (400, True), refused.text
 
@@ -186,7 +221,7 @@ def test_the_command_line_answers_evaluates_and_writes_a_file(
     texts = [text for pair in PAIRS for text in pair]
     assert run(["predict", name, *texts, *store, "--json"]) == 0
     answers = json.loads(capsys.readouterr().out)
-    assert len(answers) == (4 if kind == "score" else 2)
+    assert len(answers) == (4 if kind in ONE_TEXT else 2)
     source = str(house.recipes[kind].data.source)
     page = tmp_path / "page.html"
     assert run(["evaluate", name, source, *store, "--json", "--report", str(page)]) == 0
@@ -199,7 +234,7 @@ def test_the_command_line_answers_evaluates_and_writes_a_file(
     assert len(rows) == 70
     number = isinstance(rows[0]["predicted"], float)
     assert number == (kind in ("regression", "rerank"))
-    if kind != "score":
+    if kind not in ONE_TEXT:
         capsys.readouterr()
         assert run(["predict", name, "one text", *store]) == 1
         assert "this version reads two texts together, given 1" in capsys.readouterr().err

@@ -170,7 +170,7 @@ def test_classes_of_a_version_are_those_of_peft(tmp_path: Path) -> None:
     task: Any = task_from_spec(adapter.task, shelf.base().tokenizer)
     sources = [each.ids for each in task.encode_sources(TEXTS)]
     with Asking(shelf.base(), adapter, task) as asking:
-        found = asking.classes(sources)
+        found = asking.answers(TEXTS)
     assert asking.notes == []
     for row, each in zip(sources, found, strict=True):
         expected = by_peft("bert", folder, row, WRITTEN).softmax(-1)[0]

@@ -38,6 +38,7 @@ def trained(folder: Path, to: Path, kind: str = "classify", **overrides: Any) ->
 def examine(on: bases.Base, bundle: Path, asked: Probe, **changes: Any) -> dict[str, Any]:
     """The work of the fresh process, in this process."""
     request = {
+        "head": on.head,
         "bundle": str(bundle),
         "base": on.id,
         "fingerprint": on.fingerprint,

@@ -202,7 +202,7 @@ def test_classes_are_those_of_the_engine(method: str) -> None:
     base = shelf.base()
     task: Any = task_from_spec(adapter.task, base.tokenizer)
     with Asking(base, adapter, task) as asking:
-        found = asking.classes([each.ids for each in task.encode_sources(TEXTS)])
+        found = asking.answers(TEXTS)
     with shelf.engine() as engine:
         served = engine.classify(TEXTS, "a")
     assert [each["label"] for each in found] == [each["label"] for each in served]
@@ -224,7 +224,7 @@ def served(engine: Engine, task: Any, examples: Sequence[Any]) -> torch.Tensor:
     order, before = sorted(range(len(ids)), key=lambda place: len(ids[place])), engine.stats().passes
     with engine.together():
         tickets = [engine.submit("classify", ids[place], "c", SamplingParams(logits=True)) for place in order]
-    found = torch.tensor([each.result(60)["logits"] for each in tickets])[torch.tensor(order).argsort()]
+    found = torch.tensor([each.result(60)["logits"][0] for each in tickets])[torch.tensor(order).argsort()]
     assert engine.stats().passes == before + 1
     one = engine.submit("classify", ids[0], "c").result(60)
     assert one["probabilities"] == pytest.approx(task.answers(found)[0]["probabilities"], abs=1e-2)
@@ -256,7 +256,7 @@ def test_a_classifier_is_measured_by_the_logits_that_it_serves(method: str, dtyp
     def on_the_slot(examples: Sequence[Any]) -> torch.Tensor:
         sources = [each.ids for each in ready.task.encode_sources([each.input for each in examples])]
         with evaluation.evaluating(fitted.model, None):
-            return evaluation.class_logits(fitted.model, sources, 2048)
+            return torch.cat(evaluation.class_logits(fitted.model, [(each, None) for each in sources], 2048))
 
     trained = on_the_slot(checks), on_the_slot(tests)
     found = training.measured(ready, fitted, silent, beside_base=False)

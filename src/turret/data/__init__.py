@@ -15,6 +15,7 @@ from turret.data.examples import (
     Preferred,
     Prompt,
     Scored,
+    Tagged,
     TextPair,
     Turn,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Prompt",
     "Schema",
     "Scored",
+    "Tagged",
     "TextPair",
     "Turn",
 ]

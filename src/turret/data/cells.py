@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import date, time
 from typing import TypeVar
 
-from turret.data.examples import TextPair
+from turret.data.examples import Span, TextPair
 from turret.data.table import FIELD_LIMIT, CellValue, trimmed
 from turret.errors import DataError, listed, shown
 
@@ -105,6 +106,42 @@ def number_of(cell: CellValue) -> float | None:
     return number
 
 
+def words_of(cell: CellValue, replaced: Replacements) -> str | None:
+    """The words in a cell with blanks between them; None if there are none. Raises DataError."""
+    words = _words(cell, replaced)
+    return " ".join(filter(None, words)) or None
+
+
+def _words(cell: CellValue, replaced: Replacements) -> list[str]:
+    """The words of a list, of a JSON list, or between blanks; "" for one that is missing."""
+    found = _listed(cell)
+    if found is None:
+        return []
+    return ["_".join((text_of(each, replaced) or "").split()) for each in found]
+
+
+def _listed(cell: CellValue) -> Sequence[CellValue] | None:
+    """The items of a list, of a text that is a JSON list, or between blanks; None if the cell is missing."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    if isinstance(cell, str):
+        if not cell.strip():
+            return None
+        found = _json_list(cell) if cell.lstrip().startswith("[") else cell.split()
+    else:
+        found = cell
+    if not isinstance(found, (list, tuple)):
+        raise DataError(f"expected a list, found {type(found).__name__}")
+    return found
+
+
+def _json_list(text: str) -> CellValue:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise DataError(f"{shown(text, 40)} starts like a JSON list, but is not one") from None
+
+
 def texts_in(cell: CellValue, replaced: Replacements) -> str | tuple[str, ...] | None:
     """The text in a cell, or the texts of a list of references; None if it is missing. Raises DataError."""
     if not isinstance(cell, (list, tuple)):
@@ -136,10 +173,7 @@ def _several(text: str) -> CellValue:
     if not text.strip():
         return None
     if text.lstrip().startswith("["):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            raise DataError(f"the label {shown(text, 40)} starts like a JSON list, but is not one") from None
+        return _json_list(text)
     return [part.strip() for part in text.split("|")]
 
 
@@ -342,6 +376,79 @@ def check_classes(counts: Mapping[str, int], rows: int, column: str, multi_label
         )
 
 
+# --- spans ------------------------------------------------------------------------------------------------------------
+
+
+_TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)
+_NO_TAG = frozenset(("O", "o", "_", ""))
+_KEYS = (("start", "start_offset"), ("end", "end_offset"), ("label", "type", "entity", "tag", "entity_group"))
+
+
+def _tag(cell: CellValue, names: Sequence[str]) -> str:
+    """The tag in a cell, or the name of its number. Raises DataError."""
+    if isinstance(cell, str):
+        return trimmed(cell)
+    if isinstance(cell, int) and not isinstance(cell, bool) and 0 <= cell < len(names):
+        return names[cell]
+    if isinstance(cell, (int, float)) and not names:
+        raise DataError(f"the tag {shown(cell, 20)} is a number that the table does not name: write tags such as B-PER")
+    raise DataError(f"expected a tag such as B-PER, found {shown(cell, 40)}")
+
+
+def spans_of_tags(words: Sequence[str], tags: Sequence[str]) -> tuple[str, list[Span]]:
+    """The text of words, with blanks between them, and its spans.
+
+    B begins a span, I and E continue one of the same label, E ends it, and S is one word: IOB, IOB2 and BIOES, also
+    with L and U. A tag without such a letter continues a span of its label.
+    """
+    text, spans, open_label = "", list[Span](), ""
+    for word, tag in zip(words, tags, strict=True):
+        if not word:
+            continue
+        text += f" {word}" if text else word
+        parts = _TAG.fullmatch(tag)
+        letter, label = (parts[1], parts[2]) if parts else ("I", "" if tag in _NO_TAG else tag)
+        if label:
+            _no_longer_than_a_label(label)
+            start = len(text) - len(word)
+            if letter in "IELM" and label == open_label:
+                spans[-1] = (spans[-1][0], len(text), label)
+            else:
+                spans.append((start, len(text), label))
+        open_label = "" if letter in "ESLU" else label
+    return text, spans
+
+
+def spans_in(items: Sequence[CellValue], text: str) -> list[Span]:
+    """The spans of a list, in order: `{start, end, label}`, or start, end and label. Raises DataError.
+
+    Blanks at their ends do not belong to them.
+    """
+    spans = []
+    for item in items:
+        if isinstance(item, Mapping):
+            parts = [next((item[key] for key in keys if key in item), None) for keys in _KEYS]
+        else:
+            parts = list(item) if isinstance(item, (list, tuple)) else []
+        if len(parts) < 3 or not all(isinstance(each, int) and not isinstance(each, bool) for each in parts[:2]):
+            raise DataError(f"expected a span with start, end and label, found {shown(item, 60)}")
+        start, end, label = int(str(parts[0])), int(str(parts[1])), _one_label(parts[2], ())
+        if not 0 <= start < end <= len(text) or not label:
+            raise DataError(
+                f"the span {shown(item, 60)} has no label, or is outside its text of {len(text)} characters"
+            )
+        inside = text[start:end]
+        start, end = start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
+        if start < end:
+            spans.append((start, end, label))
+    spans.sort()
+    for before, after in itertools.pairwise(spans):
+        if after[0] < before[1]:
+            both = f"{before[0]}-{before[1]} {before[2]} and {after[0]}-{after[1]} {after[2]}"
+            raise DataError(f"the spans {both} overlap, and a character has one label: leave one of them out")
+    return spans
+
+
 # --- the cells of a row -----------------------------------------------------------------------------------------------
 
 
@@ -409,6 +516,23 @@ class RowReader:
         """The text to read, or two if there is a column of second texts."""
         text = self.text("text")
         return TextPair(text, self.text("text_pair")) if self.has("text_pair") else text
+
+    def tagged(self) -> tuple[str, tuple[Span, ...]]:
+        """A text and its spans: from words with a tag each, or from a text with a list of spans."""
+        if self.has("tokens"):
+            words = _words(self.cell("tokens"), self.replaced)
+            if not any(words):
+                raise Missing
+            tags = self._there(_listed(self.cell("tags")))
+            if len(tags) != len(words):
+                raise DataError(f"{len(tags)} tags for {len(words)} words: give a tag for each word")
+            text, spans = spans_of_tags(words, [_tag(each, self.names) for each in tags])
+        else:
+            text = self.text("text")
+            spans = spans_in(self._there(_listed(self.cell("spans"))), text)
+        kept = [(start, end, self.rename.get(label, label)) for start, end, label in spans]
+        self.renamed.update({label for _, _, label in spans if label in self.rename})
+        return text, tuple(span for span in kept if span[2])
 
     def _there(self, value: T | None) -> T:
         if value is None:

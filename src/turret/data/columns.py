@@ -26,8 +26,13 @@ PAIRED: Roles = ("text", "text_pair", "label")
 SUMMARISED: Roles = ("document", "summary")
 COMPLETED: Roles = ("prompt", "completion")
 COMPARED: Roles = ("prompt", "chosen", "rejected")
+TAGGED: Roles = ("tokens", "tags")
+SPANNED: Roles = ("text", "spans")
 OPTIONS = ("text", "text_pair", "label", "prompt", "completion", "messages")  # with an option of the command line
-PLAIN_ROLES = ("text", "text_pair", "label", "document", "summary", "prompt", "completion", "chosen", "rejected")
+PLAIN_ROLES = (
+    *("text", "text_pair", "label", "document", "summary", "prompt", "completion", "chosen", "rejected"),
+    *("tokens", "tags", "spans"),
+)
 
 WHOLE = ("messages", "conversations")  # column names of all turns
 MORE_WHOLE = ("conversation", "chat", "dialog")  # obvious only if the task is known
@@ -55,6 +60,7 @@ class Schema:
         show: how many of `names` show the task; others need the task's name.
         answers: how many of the roles, at the end, are answers.
         converses: whether what is asked is a conversation.
+        spans: whether an answer is spans of the text, each with a class.
     """
 
     kind: str
@@ -67,6 +73,7 @@ class Schema:
     show: int = 1
     answers: int = 1
     converses: bool = False
+    spans: bool = False
 
     @property
     def usual(self) -> Roles:
@@ -235,7 +242,8 @@ def find_group(data: DataSettings, columns: Sequence[str]) -> str | None:
 
 def _check_named(given: dict[str, str], only: Schema | None) -> None:
     """Raise DataError if no task has all the columns that the recipe names."""
-    of_a_task = [set(roles) for roles in (LABELLED, PAIRED, SUMMARISED, COMPLETED, ("system", *COMPARED))]
+    every = (LABELLED, PAIRED, SUMMARISED, COMPLETED, ("system", *COMPARED), TAGGED, SPANNED)
+    of_a_task = [set(roles) for roles in every]
     if not any(given.keys() <= roles for roles in of_a_task):
         raise DataError(f"data names {' and '.join(given)}, which belong to different tasks: name one pair of columns")
     if only and not any(given.keys() <= set(roles) for roles in only.names):
@@ -568,7 +576,6 @@ class _Shape:
 
 
 _SHAPES = (
-    _Shape("token_classification", "a tag for each word", ("tokens",), ("tags", "ner_tags", "pos_tags", "labels")),
     _Shape("question_answering", "answers inside a context", ("question", "context"), ("answers", "answer")),
     _Shape("embedding", "similar and other texts", ("anchor", "positive")),
     _Shape("embedding", "similar and other texts", ("query", "positive")),

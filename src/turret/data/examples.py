@@ -142,6 +142,44 @@ class Scored(Example):
         return cls(asked_from_json(text), value)
 
 
+Span: TypeAlias = tuple[int, int, str]  # first character, one past the last, label
+
+
+@register_example
+@dataclass(frozen=True, slots=True)
+class Tagged(Example):
+    """A text and its spans, in order, none of which overlap."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+    @property
+    def asked(self) -> str:
+        return self.text
+
+    @property
+    def output(self) -> tuple[str, ...]:
+        return tuple(written_span(self.text, span) for span in self.spans)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(label for _, _, label in self.spans)
+
+    def respelt(self, spelling: Mapping[str, str]) -> Tagged:
+        return Tagged(self.text, tuple((start, end, spelling[label]) for start, end, label in self.spans))
+
+    @classmethod
+    def from_json(cls, fields: Sequence[JsonValue]) -> Tagged:
+        text, spans = fields
+        return cls(text, tuple((start, end, label) for start, end, label in spans))
+
+
+def written_span(text: str, span: Span) -> str:
+    """A span in words: `0-4 PER: Anna`."""
+    start, end, label = span
+    return f"{start}-{end} {label}: {' '.join(text[start:end].split())}"
+
+
 @register_example
 @dataclass(frozen=True, slots=True)
 class Pair(Example):

@@ -233,7 +233,8 @@ def profile(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> Prof
         kappa=None if best is None else best.kappa,
     )
     found = replace(found, repeated=_repeated(table, columns), groups=_groups(found))
-    return _with_labels(found, data, columns) if columns.schema.classes else found
+    own = columns.schema.classes and not columns.schema.spans
+    return _with_labels(found, data, columns) if own else found
 
 
 def columns_of(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> Columns:
@@ -261,7 +262,7 @@ def columns_of(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> C
 
 def rivals_note(table: Table, data: DataSettings, columns: Columns) -> list[str]:
     """A note on the other columns that may be the label, if there are any."""
-    if not columns.schema.classes:
+    if not columns.schema.classes or columns.schema.spans:
         return []
     others = [name for name in kept_columns(data, table.columns) if name not in columns.roles.values()]
     try:

@@ -110,7 +110,9 @@ def _question(
     found = find_inputs(data, table.columns, schema, trained=trained)
 
     def ask(row: Sequence[CellValue], replaced: cells.Replacements) -> Input | None:
-        texts = [text for cell in row if (text := cells.text_of(cell, replaced)) is not None]
+        read = {"tokens": cells.words_of}
+        every = [read.get(role, cells.text_of)(cell, replaced) for role, cell in zip(found, row, strict=True)]
+        texts = [text for text in every if text is not None]
         if len(texts) < len(row):
             return None
         return texts[0] if len(texts) == 1 else TextPair(*texts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, groupby
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForSequenceClassification
 
 from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, head_paths, require_base
@@ -26,6 +26,7 @@ from turret.adapters.hooks import HookedModel, device_of, hook_model, routed_lin
 from turret.adapters.lora import sizes
 from turret.adapters.scaled import LayerChange
 from turret.adapters.tuners.tuner import all_parts
+from turret.bases.meta_model import model_of
 from turret.bundles.tensors import all_finite
 from turret.engine.adapter_tensors import (
     AdapterTensors,
@@ -35,7 +36,7 @@ from turret.engine.adapter_tensors import (
     tensor_layout,
 )
 from turret.errors import AdapterError
-from turret.families.family import Family
+from turret.families.family import Family, HeadKind, head_of
 from turret.ops.frozen import linear
 from turret.ops.mixed_lora import GpuRows, MixedLoRA, MixedRows, mixed_rows, sgmv
 from turret.ops.structs import AdapterSpans
@@ -53,20 +54,24 @@ Shared = Callable[[Callable[[Tensor], Tensor], Tensor, Sequence[int]], Tensor]
 
 
 class Heads:
-    """The head's modules by path, without weights, on the meta device.
+    """The modules of one kind of head by path, without weights, on the meta device.
 
-    They are copies of the model's own. A model without a head gets those of the classifier of its configuration, so a
-    base that was loaded to generate classifies too.
+    They are copies of the model's own. A model without such a head gets those of the classifier of its configuration,
+    so a base that was loaded to generate classifies too.
     """
 
-    def __init__(self, model: Model, family: Family) -> None:
+    def __init__(self, model: Model, family: Family, kind: HeadKind) -> None:
+        tags = kind == "tag"
         self._family, self._body = family, model.base_model
+        self._names = family.tag_modules if tags else family.head_modules
+        self._compute = family.tag if tags else family.classify
         owner = model
-        if not all(hasattr(model, name) for name in family.head_modules):
-            with torch.device("meta"):
-                owner = AutoModelForSequenceClassification.from_config(model.config)
-        paths = [name for name in family.head_modules if hasattr(owner, name)]
-        inside = [name for name in family.body_excludes if getattr(owner.base_model, name, None) is not None]
+        if head_of(model) != kind and (tags or not all(hasattr(model, name) for name in self._names)):
+            owner = model_of(model.config, kind)
+        paths = [name for name in self._names if hasattr(owner, name)]
+        inside = [
+            name for name in family.body_excludes if not tags and getattr(owner.base_model, name, None) is not None
+        ]
         self._inside = {name: f"{owner.base_model_prefix}.{name}" for name in inside}
         paths += self._inside.values()
         self._modules = {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
@@ -86,7 +91,7 @@ class Heads:
             if path not in self._modules:
                 raise AdapterError(f"the base has no {path!r}: the adapter belongs to another architecture")
             check_head(self._modules[path], path, _below(path, adapter.head))
-        if missing := [name for name in self._family.head_modules if name in self._modules and name not in paths]:
+        if missing := [name for name in self._names if name in self._modules and name not in paths]:
             raise AdapterError(f"the adapter has no head {', '.join(missing)}: a classifier needs one; retrain")
         return dict(adapter.head)
 
@@ -95,11 +100,11 @@ class Heads:
 
         Args:
             heads: The head and the number of rows of each adapter, in the order of the rows.
-            pooled: (B, D)
+            pooled: (B, D), vectors of texts or of tokens.
             shared: Calls a module of the body for adapters that store no weights of their own for it.
 
         Returns:
-            (C,) float32 on the CPU for each row; C may differ.
+            (rows, C) float32 on the CPU for each adapter; C may differ.
         """
 
         def call(path: str, module: nn.Module | None, x: Tensor) -> Tensor | list[Tensor]:
@@ -119,12 +124,15 @@ class Heads:
                     outputs[number] = functional_call(self._modules[path], wide, (inputs[number].float(),))
             return _joined([outputs[number] for number in range(len(heads))])
 
-        parts: dict[str, Callable[[Tensor], Any]] = dict.fromkeys(self._family.head_dropouts, _same)
-        parts |= {name: functools.partial(call, name, None) for name in self._family.head_modules}
+        dropouts = ("dropout", "drop", *self._family.head_dropouts)
+        parts: dict[str, Callable[[Tensor], Any]] = dict.fromkeys(dropouts, _same)
+        parts |= {name: functools.partial(call, name, None) for name in self._names}
         modules = {name: getattr(self._body, name, None) for name in self._inside}  # now: LoRA may have replaced one
         parts |= {name: functools.partial(call, path, modules[name]) for name, path in self._inside.items()}
-        logits: Any = self._family.classify(parts.__getitem__, pooled)  # a list of rows where heads differ in classes
-        return [row for rows in (logits if isinstance(logits, list) else [logits]) for row in rows.cpu()]
+        logits: Any = self._compute(parts.__getitem__, pooled)  # a list where heads differ in classes
+        if isinstance(logits, list):
+            return [rows.cpu() for rows in logits]
+        return list(torch.split(logits.cpu(), [count for _, count in heads]))
 
 
 def _below(path: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,7 +186,8 @@ class AdapterPool:
     def __init__(self, model: Model, family: Family, fingerprint: str | None) -> None:
         self.family, self.fingerprint = family, fingerprint
         self._model = model
-        self._heads = Heads(model, family)
+        self._heads: dict[HeadKind, Heads] = {}
+        self._head("classify")
         self.attached: HookedModel = hook_model(model)
         linears = [routed_linear(model, self.attached, path) for path in target_paths(model, "all-linear")]
         self._number = {id(linear): number for number, linear in enumerate(linears)}
@@ -205,7 +214,7 @@ class AdapterPool:
         others = tuple(map(self._with_own_names, adapter.others))
         adapter = replace(self._with_own_names(adapter), others=others)
         parts = all_parts(self._model, adapter)
-        head = self._heads.checked(adapter, task.num_labels(task.labels))
+        head = self._head("tag" if task.head == "tag" else "classify").checked(adapter, task.num_labels(task.labels))
         factors, prefix, ends = self._by_layer(parts, head), tensor_layout(parts.prefix), tensor_layout(head)
         count = sum(part.numel() for pair in factors.values() for part in pair)
         flat = torch.empty(count + prefix.count + ends.count, dtype=self.dtype, device=self.device)
@@ -409,17 +418,19 @@ class AdapterPool:
         """Free what is kept from one pass to the next for rows that decode."""
         self._latest = (), None
 
-    def logits(self, slots: Sequence[int], pooled: Tensor) -> list[Tensor]:
-        """The outputs of the classification heads.
+    def logits(self, kind: HeadKind, slots: Sequence[int], counts: Sequence[int], read: Tensor) -> list[Tensor]:
+        """The outputs of the heads of one kind.
 
         Args:
             slots: The slot of each row, sorted.
-            pooled: (B, D), the vector of each row that its head reads.
+            counts: How many vectors of each row its head reads.
+            read: (sum of counts, D), these vectors.
 
         Returns:
-            (C,) float32 on the CPU for each row; C may differ.
+            (count, C) float32 on the CPU for each row; C may differ.
         """
-        rows = [(slot, len(list(own))) for slot, own in groupby(slots)]
+        own = [list(each) for _, each in groupby(zip(slots, counts, strict=True), key=operator.itemgetter(0))]
+        rows = [(each[0][0], sum(count for _, count in each)) for each in own]
 
         def shared(module: Callable[[Tensor], Tensor], x: Tensor, heads: Sequence[int]) -> Tensor:
             self._head_rows = [rows[each] for each in heads]
@@ -428,7 +439,15 @@ class AdapterPool:
             finally:
                 self._head_rows = []
 
-        return self._heads.logits([(self._slots[slot].head, count) for slot, count in rows], pooled, shared)
+        found = self._head(kind).logits([(self._slots[slot].head, count) for slot, count in rows], read, shared)
+        split = [torch.split(part, [count for _, count in each]) for part, each in zip(found, own, strict=True)]
+        return [logits for each in split for logits in each]
+
+    def _head(self, kind: HeadKind) -> Heads:
+        """The modules of one kind of head."""
+        if kind not in self._heads:
+            self._heads[kind] = Heads(self._model, self.family, kind)
+        return self._heads[kind]
 
     def keys_values(self, slot: int, group: str, layer: int) -> Pair | None:
         """A slot's prefix in one attention layer: keys and values, each (H_kv, P, D); None without one."""

@@ -65,6 +65,7 @@ from turret.errors import (
     TurretError,
     one_line,
 )
+from turret.json_types import JsonObject
 from turret.ops.table import rest
 
 # --- step -------------------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ class Passes:
     ) -> None:
         began = time.monotonic()
         self._runner.reserve([self._row(request) for request in begin if request.generates])
-        prefill = [self._prefill(request, started) for request in begin]
+        prefill = [row for request in begin for row in self._prefill(request, started)]
         steps = [step for sequence in running for step in sequence.steps()]
         outcome = self._runner.run(prefill, steps)
         self.generating += started
@@ -137,25 +138,29 @@ class Passes:
         for request, pooled in zip([each for each in begin if each.embeds], outcome.embeddings, strict=True):
             self._embedded(request, pooled)
         classify = [request for request in begin if not (request.generates or request.embeds)]
-        for request, logits in zip(classify, outcome.classes, strict=True):
-            self._classified(request, logits)
+        classes = iter(outcome.classes)
+        for request in classify:
+            rows = [next(classes) for _ in request.windows] or [next(classes)[None]]
+            self._classified(request, torch.cat(rows))
         for row, sequence in enumerate(started):
             sequence.read(outcome.prompts.get(row, ()))
         self._take_tokens([*started, *running], outcome.vocabulary)
 
-    def _prefill(self, request: Request, started: list[RunningSequence]) -> Prefill:
+    def _prefill(self, request: Request, started: list[RunningSequence]) -> list[Prefill]:
         assert request.ids is not None
         if request.embeds:
-            return Prefill(request.ids, _slot(request), pooling=self._embedding(request).pooling)
+            return [Prefill(request.ids, _slot(request), pooling=self._embedding(request).pooling)]
+        if request.windows:
+            return [Prefill(ids, _slot(request), read=read) for ids, read in request.windows]
         if not request.generates:
-            return Prefill(request.ids, _slot(request), segments=request.segments)
+            return [Prefill(request.ids, _slot(request), segments=request.segments)]
         kv_slot, slot = self._runner.kv_slot(*self._row(request)), _slot(request)
         before = self._prompts.before(request)
         assert request.settings is not None
         matcher, eos = request.matcher, request.settings.eos
         guide = None if matcher is None else Guide(matcher, self._prompts.constraints.eos, eos)
         started.append(RunningSequence(request, request.settings, slot, kv_slot, before, guide))
-        return started[-1].first()
+        return [started[-1].first()]
 
     def _row(self, request: Request) -> tuple[int, int, int]:
         """(tokens of the prompt, most tokens of the answer, slot), as `Runner.kv_slot` takes them."""
@@ -170,10 +175,13 @@ class Passes:
             loaded = self._runner.adapter_pool.at(_slot(request))
             assert loaded is not None
             assert loaded.task.generates is False
-            answer = {"logits": logits.tolist()} if request.options.logits else loaded.task.answers(logits[None])[0]
+            if request.options.logits:
+                answer: JsonObject = {"logits": logits.tolist()}
+            else:
+                answer = loaded.task.answers(logits, () if request.text is None else [request.text])[0]
             if request.options.coverage is not None:
-                answer["label_set"] = loaded.task.label_sets(logits[None], request.options.coverage)[0]
-            self._end(request, Done({**answer, "prompt_tokens": len(request.ids or ())}), 0)
+                answer["label_set"] = loaded.task.label_sets(logits, request.options.coverage)[0]
+            self._end(request, Done({**answer, "prompt_tokens": request.tokens}), 0)
         except Exception as error:
             self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
 

@@ -18,7 +18,7 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Constraints
 from turret.engine.text import CONTEXT_TOKENS
 from turret.errors import AdapterError, ContextLengthExceeded, DataError, NoRoom
-from turret.tasks import writes
+from turret.tasks import Encoded, Task, has_head, writes
 from turret.tasks.calibration import require
 from turret.tasks.chat_template import base_prompt
 from turret.tasks.tokens import Tokens
@@ -138,14 +138,22 @@ class Prompts:
             assert request.text is not None
             with self._lock:
                 own = None if request.embeds else loaded
-                row, request.ticket.cut = self._encoded(request.text, own, request.options)
-                request.ids, request.segments = self.check_row(row)
+                rows = None if own is None else self._windows(request.text, own.task)
+                if rows is not None:
+                    request.windows = [(each.ids.tolist(), read) for each, read in rows]
+                    request.ids = request.windows[0][0]
+                else:
+                    row, request.ticket.cut = self._encoded(request.text, own, request.options)
+                    request.ids, request.segments = self.check_row(row)
+        elif request.options.read is not None:
+            request.windows = [(request.ids, request.options.read)]
         shift = 0 if loaded is None else loaded.prefix_length
         most = self._most(shift)
         self._truncate(request, most)
         length = len(request.ids)
         self._check_length(length, most)
-        request.tokens = length
+        request.tokens = sum(len(ids) for ids, _ in request.windows) or length
+        self._check_length(request.tokens, self._limits.max_tokens)
         if not request.generates:
             return
         task = None if loaded is None else loaded.task
@@ -213,6 +221,14 @@ class Prompts:
         if not ids:
             raise DataError("the text has no tokens: give at least one character")
         return ids, False
+
+    @staticmethod
+    def _windows(text: Input, task: Task) -> list[tuple[Encoded, list[int]]] | None:
+        """The rows of a text whose tokens are read, and the places that are read; None if its tokens are not."""
+        if task.head != "tag":
+            return None
+        assert has_head(task)
+        return [(each, each.read.tolist()) for each in task.windows([text])[0] if each.read is not None]
 
     def _truncate(self, request: Request, most: int) -> None:
         """Keep the last tokens of a prompt, as many as the request allows. An adapter has cut a text itself."""

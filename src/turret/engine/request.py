@@ -346,6 +346,9 @@ class Ticket:
         return True
 
 
+Window = tuple[Sequence[int], Sequence[int]]  # token ids, and the places among them that a head reads
+
+
 @dataclass(eq=False)
 class Request:
     """One text on its way through the engine."""
@@ -361,6 +364,7 @@ class Request:
     deadline: float | None = None  # on the engine's clock
     ids: Sequence[int] | None = None  # the prompt
     segments: Sequence[int] | None = None  # of its tokens; None: all are in the first
+    windows: Sequence[Window] = ()  # the rows of a text whose tokens are read; `ids` is the first
     rows: int = 1  # beams
     cache_tokens: int = 0  # of the KV cache, all rows together
     cancelled: bool = False

@@ -190,6 +190,7 @@ class Prefill:
     pooling: Pooling | None = None  # for a text to embed
     logprobs: int | None = None  # alternatives to report with each token of the prompt; None: report nothing
     segments: Sequence[int] | None = None  # of each token; None: all are in the first
+    read: Sequence[int] | None = None  # the tokens that a head for tokens reads; None: a head reads the text
 
     @property
     def row(self) -> Tensor:
@@ -211,7 +212,7 @@ class DecodeStep:
 class Outcome:
     """The outputs of a pass, in the order of its inputs."""
 
-    classes: list[Tensor]  # (C,) float32 on the CPU for each text to classify
+    classes: list[Tensor]  # (C,) float32 on the CPU for each text to classify, or (K, C) of its tokens that are read
     embeddings: list[Tensor]  # (D,) float32 on the CPU for each text to embed
     vocabulary: Tensor  # (prefill rows with a KV slot + decode rows, V) float32
     prompts: dict[int, list[TokenLogprobs]]  # by place among the prefill rows with a KV slot: tokens after the first
@@ -331,7 +332,7 @@ class Runner:
 
     def _read(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep], lengths: Sequence[int]) -> Tensor | None:
         """(B,) int64, the only tokens that a pass of texts to classify reads, if its last layer computes them alone."""
-        others = any(row.kv_slot is not None or row.pooling is not None for row in rows)
+        others = any(row.kv_slot is not None or row.pooling is not None or row.read is not None for row in rows)
         if steps or others or self._pooling != "first" or not self.adapter_pool.attached.narrows or not narrows():
             return None
         if sum(lengths) <= of(self.model.get_input_embeddings().weight).few_for_layers():
@@ -449,10 +450,17 @@ class Runner:
         hidden, lengths = states.hidden, states.lengths
         classes: dict[int, Tensor] = {}
         places = [place for place, row in enumerate(rows) if row.kv_slot is None and row.pooling is None]
-        if places:
+        if texts := [place for place in places if rows[place].read is None]:
             pooled = pool(self._pooling, hidden, lengths)  # (prefill rows, D)
-            logits = self.adapter_pool.logits([rows[place].slot for place in places], pooled[places])
-            classes = {order[place]: row for place, row in zip(places, logits, strict=True)}
+            slots, counts = [rows[place].slot for place in texts], [1] * len(texts)
+            logits = self.adapter_pool.logits("classify", slots, counts, pooled[texts])
+            classes = {order[place]: row[0] for place, row in zip(texts, logits, strict=True)}
+        if tagged := [(place, own) for place in places if (own := rows[place].read) is not None]:
+            begins = [0, *accumulate(lengths)]
+            index = [begins[place] + token for place, taken in tagged for token in taken]
+            slots, counts = [rows[place].slot for place, _ in tagged], [len(taken) for _, taken in tagged]
+            logits = self.adapter_pool.logits("tag", slots, counts, hidden[torch.tensor(index, device=hidden.device)])
+            classes |= {order[place]: row for (place, _), row in zip(tagged, logits, strict=True)}
         vectors = {order[place]: row for place, row in self._embedded(rows, states).items()}
         ends = list(accumulate(lengths))
         last = {order[place]: ends[place] - 1 for place, row in enumerate(rows) if row.kv_slot is not None}

@@ -49,7 +49,8 @@ class SamplingParams:
     num_beams: int | None = None
     logprobs: int | None = None
     coverage: float | None = None  # of a text that is classified
-    logits: bool = False  # of a text that is classified: answer with `logits` (C,), instead of a label
+    logits: bool = False  # of a text that is classified: answer with `logits` (K, C), instead of a label
+    read: tuple[int, ...] | None = None  # of a row of token ids: the places that a head for tokens reads
     embedding: Embedding | None = None  # of a text that is embedded
     presence_penalty: float | None = None
     frequency_penalty: float | None = None

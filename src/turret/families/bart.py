@@ -13,6 +13,7 @@ def bart_like(name: str, stem: str, *, head_modules: tuple[str, ...] = ("classif
         attention=(f"{stem}Attention",),
         lora_targets=("q_proj", "v_proj"),
         head_modules=head_modules,
+        tag_modules=(),
         classify=lambda part, pooled: part("classification_head")(pooled),
         pooling=last,
         positions="table",

@@ -23,6 +23,7 @@ Group = Literal["encoder", "decoder", "cross"]
 Stream = Literal["encoder", "decoder"]
 Pooling = Literal["first", "last", "mean"]
 Layout = Literal["post-norm", "pre-norm"]
+HeadKind = Literal["classify", "tag", "generate"]  # of a model: for a text, for each token, or over the vocabulary
 OutputLayer = Callable[["Tensor"], "Tensor"]  # hidden states (N, D) -> (N, V)
 Vocabulary = Callable[["Model", "Tensor", OutputLayer], "Tensor"]  # (model, hidden (N, D), output layer) -> (N, V)
 
@@ -107,6 +108,13 @@ def _named(module: Submodule, *names: str) -> int | None:
     return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
 
 
+def head_of(model: Model) -> HeadKind:
+    """The head that a model was loaded with."""
+    if model.get_output_embeddings() is not None:
+        return "generate"
+    return "tag" if "ForTokenClassification" in type(model).__name__ else "classify"
+
+
 def parts_of_head(model: Model) -> HeadParts:
     """The modules that `Family.classify` names: children of a classifier or of its body."""
 
@@ -120,6 +128,11 @@ def parts_of_head(model: Model) -> HeadParts:
 def project(model: Model, hidden: Tensor, output: OutputLayer) -> Tensor:
     """Logits (N, V): the output layer and nothing else. hidden: (N, D)."""
     return output(hidden)
+
+
+def tag(part: HeadParts, hidden: Tensor) -> Tensor:
+    """Logits of each token: dropout and one linear layer."""
+    return part("classifier")(part("dropout")(hidden))
 
 
 # Model types whose layers PEFT knows for IA3; a test compares them with PEFT's own.
@@ -144,6 +157,8 @@ class Family:
         head_modules: modules of the classification head; trained and stored with every adapter.
         classify: (parts of the head by name, pooled (B, D)) -> logits (B, C).
         head_dropouts: names of the dropout modules that `classify` calls.
+        tag_modules: modules of the head of transformers' token classifier; () if turret attaches none.
+        tag: (parts of that head by name, hidden (N, D)) -> logits (N, C) of each token.
         heads_first: names of norms that get (B, H, T, D), heads before tokens; a row cannot have its own.
         output_layer: name of the layer that computes logits over the vocabulary.
         pooling: (config) -> which token of a row a classifier reads, or the mean of all.
@@ -175,6 +190,8 @@ class Family:
     classify: Callable[[HeadParts, Tensor], Tensor]
     rows_alone: bool = False
     head_dropouts: tuple[str, ...] = ()
+    tag_modules: tuple[str, ...] = ("classifier",)
+    tag: Callable[[HeadParts, Tensor], Tensor] = tag
     heads_first: tuple[str, ...] = ()
     output_layer: str = "lm_head"
     pooling: Callable[[ModelConfig], Pooling] = first

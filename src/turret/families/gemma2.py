@@ -28,4 +28,4 @@ def gemma_like(name: str, stem: str) -> Family:
 GEMMA2 = replace(gemma_like("gemma2", "Gemma2"), gguf="gemma2")
 
 # Gemma 3 (Gemma Team 2025): the models that read text alone.
-GEMMA3 = replace(gemma_like("gemma3_text", "Gemma3"), gguf="gemma3", heads_first=("q_norm", "k_norm"))
+GEMMA3 = replace(gemma_like("gemma3_text", "Gemma3"), gguf="gemma3", tag_modules=(), heads_first=("q_norm", "k_norm"))

@@ -58,6 +58,7 @@ def stand_in(model_type: str, kind: Kind) -> Family:
         rows_alone=True,
         lora_targets=(),
         head_modules=HEADS,
+        tag_modules=(),
         classify=_nothing,
         body_excludes=("pooler",),
         guessed=True,
@@ -84,6 +85,7 @@ def guesses(model: Model, kind: Kind) -> Iterator[Family]:
             rows_alone=rows_alone,
             lora_targets=_targets(model),
             head_modules=heads,
+            tag_modules=(),
             classify=classify,
             head_dropouts=tuple(name for name in ("dropout", "drop") if hasattr(model, name)),
             heads_first=("q_norm", "k_norm"),  # some are, and nothing tells which

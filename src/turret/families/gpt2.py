@@ -12,6 +12,7 @@ GPT2 = Family(
     lora_targets=("c_attn",),
     head_modules=("score",),
     classify=classify,
+    tag_modules=(),
     pooling=last,
     positions="table",
     fan_in_fan_out=True,

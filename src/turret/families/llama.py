@@ -24,6 +24,8 @@ def llama_like(name: str, stem: str) -> Family:
         lora_targets=("q_proj", "v_proj"),
         head_modules=("score",),
         classify=classify,
+        tag_modules=("score",),
+        tag=lambda part, hidden: part("score")(part("dropout")(hidden)),
         pooling=last,
         vllm_lora=True,
         fast=FastPaths(

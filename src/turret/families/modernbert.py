@@ -12,5 +12,7 @@ MODERNBERT = Family(
     head_modules=("head", "classifier"),
     classify=lambda part, pooled: part("classifier")(part("drop")(part("head")(pooled))),
     head_dropouts=("drop",),
+    tag_modules=("head", "classifier"),
+    tag=lambda part, hidden: part("classifier")(part("drop")(part("head")(hidden))),
     pooling=lambda config: "mean" if config.classifier_pooling == "mean" else "first",
 )

@@ -41,6 +41,7 @@ def t5_like(name: str, stem: str, *, vocabulary: Vocabulary = project) -> Family
         attention=(f"{stem}Attention",),
         lora_targets=("q", "v"),
         head_modules=("classification_head",),
+        tag_modules=(),
         classify=lambda part, pooled: part("classification_head")(pooled),
         pooling=last,
         positions="relative",

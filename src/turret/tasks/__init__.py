@@ -31,6 +31,7 @@ from turret.tasks.task import (
     writes,
 )
 from turret.tasks.text_pairs import TextPairs
+from turret.tasks.token_classification import TokenClassification
 
 __all__ = [
     "TASKS",
@@ -50,6 +51,7 @@ __all__ = [
     "Task",
     "TextPairs",
     "TextTask",
+    "TokenClassification",
     "calibrates",
     "compares",
     "has_head",

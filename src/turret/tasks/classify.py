@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from turret.families.family import HeadKind
     from turret.families.family import Kind as FamilyKind
 
 TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")  # column names of inputs
@@ -52,7 +53,8 @@ class TextInputs:
         self._tokens = Tokens(tokenizer)
         around = self._tokens.around_pair if pairs else None
         self._before, self._between, self._after = around or (self._tokens.before, [], self._tokens.after)
-        self._instruction = len(self._tokens.plain([prefix_text])[0]) if prefix_text else 0
+        self._prefix = self._tokens.plain([prefix_text])[0] if prefix_text else []
+        self._instruction = len(self._prefix)
         special = len(self._before) + len(self._between) + len(self._after) + self._instruction
         needed = special + 1 + pairs
         if max_tokens < needed:
@@ -64,6 +66,24 @@ class TextInputs:
     def encode(self, inputs: Sequence[Input]) -> list[Encoded]:
         """The tokens of each input: at most `max_tokens`, at least one. Raises DataError for one of another kind."""
         return self._two(self._checked_pairs(inputs)) if self.pairs else self._one(self._checked_texts(inputs))
+
+    @property
+    def room(self) -> int:
+        """Tokens of a text, without special tokens and `prefix_text`."""
+        return self.max_tokens - len(self._before) - len(self._between) - len(self._after) - self._instruction
+
+    def texts(self, inputs: Sequence[Input]) -> list[str]:
+        """The inputs, each of which is one text. Raises DataError for another."""
+        return self._checked_texts(inputs)
+
+    def placed(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of a whole text, and the characters of each, without `prefix_text`."""
+        return self._tokens.placed(text)
+
+    def row(self, ids: Sequence[int]) -> tuple[list[int], int]:
+        """Tokens of a text with the special tokens and `prefix_text` around them, and the place of the first."""
+        before = [*self._before, *self._prefix]
+        return [*before, *ids, *self._after] or [self._tokens.filler], len(before)
 
     def _one(self, texts: Sequence[str]) -> list[Encoded]:
         """The first tokens of each text."""
@@ -115,8 +135,10 @@ class TextInputs:
 class HeadAnswers(Protocol):
     """The part of `HeadTask` that every task has which reads texts and is answered by a head."""
 
+    head: ClassVar[HeadKind] = "classify"
     request: ClassVar[Literal["classify"]] = "classify"
     generates: ClassVar[Literal[False]] = False
+    solved: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "text-classification"
     spans: ClassVar[Literal["row", "batch"]] = "row"
     two_answers: ClassVar[bool] = False
@@ -127,6 +149,10 @@ class HeadAnswers(Protocol):
     @classmethod
     def printed(cls, spec: JsonMapping) -> str:
         return "print(logits.tolist())"
+
+    @classmethod
+    def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(names)
 
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool) -> str:
@@ -145,6 +171,22 @@ class HeadAnswers(Protocol):
 
     def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
         return [(source, None) for source in self.encode_sources([example.asked for example in examples])]
+
+    def windows(self, inputs: Sequence[Input]) -> list[list[Encoded]]:
+        return [[each] for each in self.encode_sources(inputs)]
+
+    def pieces(self, examples: Sequence[Example]) -> Sequence[Example]:
+        return examples
+
+    def targets(self, examples: Sequence[Example]) -> Tensor: ...
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]: ...
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+        """The metrics of a data set by name, `loss` among them. logits: (B, num_labels)."""
+
+    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
+        answers = self.answers(logits, [example.asked for example in examples])
+        return self.metrics(logits, self.targets(examples)), answers
 
     def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
         return self
@@ -365,7 +407,7 @@ class Classify(HeadAnswers):
         logits = self.class_scores(logits).detach().double() / self._temperature
         return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
-    def answers(self, logits: Tensor) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
         """`{"label", "probabilities"}` for each row. With `multi_label` the label is a list. logits: (B, C)."""
         rows = [dict(zip(self.labels, row, strict=True)) for row in self._probabilities(logits).tolist()]
         if self.multi_label:

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from turret.data import Dataset, Example, Schema, Scored
+from turret.data import Dataset, Example, Input, Schema, Scored
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
@@ -42,7 +42,7 @@ class NumberAnswers(HeadAnswers):
     def num_labels(cls, labels: Sequence[str]) -> int | None:
         return 1
 
-    def answers(self, logits: Tensor) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
         """`{"value"}` for each row."""
         return [{"value": value} for value in self.values(logits)]
 

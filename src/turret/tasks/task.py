@@ -15,6 +15,7 @@ from turret.transformer import Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from turret.families.family import HeadKind
     from turret.families.family import Kind as FamilyKind
 
 RequestKind = Literal["classify", "generate", "embed"]  # what an engine answers with: a head, a text, or a vector
@@ -31,6 +32,7 @@ class Encoded:
     left_out: int = 0  # turns of a conversation that was longer than the limit
     whole: int | None = None  # tokens before the cut, if known
     rival: Tensor | None = None  # (R,) int64, of a target: another one that is worse
+    read: Tensor | None = None  # (K,) int64, the positions in `ids` that a head for tokens reads
 
 
 class TaskSettings(Protocol):
@@ -58,6 +60,7 @@ class CommonTask(Protocol):
     """
 
     kind: ClassVar[str]  # its name in a recipe
+    head: ClassVar[HeadKind]  # that its base is loaded with
     pipeline_tag: ClassVar[str]  # the Hub's name of it
     metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`
     metric_label: ClassVar[str]  # the metric's name in tables and reports
@@ -95,6 +98,10 @@ class CommonTask(Protocol):
         """Outputs of the head for these labels; None if the base needs no new head."""
 
     @classmethod
+    def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
+        """The labels of a head whose outputs have these names, in order. Raises DataError if the task has no such."""
+
+    @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
         """The head's keys in the configuration of a merged model, as transformers names them."""
 
@@ -127,6 +134,9 @@ class CommonTask(Protocol):
     def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]:
         """Inputs as tokens. Raises DataError for an input that the task does not read."""
 
+    def pieces(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The examples to train on: a long one may become several."""
+
     def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
         """Inputs and targets as tokens; None where the target is not a text."""
 
@@ -143,11 +153,15 @@ class CommonTask(Protocol):
 class HeadTask(CommonTask, Protocol):
     """A task that is answered by a head on the base, in one pass."""
 
-    request: ClassVar[Literal["classify"]]  # the route that answers it, and the head that its base is loaded with
+    request: ClassVar[Literal["classify"]]  # the route that answers it
     generates: ClassVar[Literal[False]]
+    solved: ClassVar[bool]  # whether a new head starts at the linear solution
+
+    def windows(self, inputs: Sequence[Input]) -> list[list[Encoded]]:
+        """Inputs as tokens, where a long one may be read in several rows, one after another. Raises DataError."""
 
     def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
-        """The same task with a calibration. logits, targets: of validation examples, as `metrics` takes them."""
+        """The same task with a calibration. logits, targets: of validation examples, as `loss` takes them."""
 
     def class_scores(self, logits: Tensor) -> Tensor:
         """What the probabilities of the labels are computed from: (B, C). logits: as the head gives them."""
@@ -156,13 +170,13 @@ class HeadTask(CommonTask, Protocol):
         """The labels of each row that together have this coverage, the most probable first. Raises DataError."""
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
-        """What `loss` and `metrics` take for these examples: (B, ...)."""
+        """What `loss` takes for these examples: (B, ...), or of all tokens that are read (N,)."""
 
-    def answers(self, logits: Tensor) -> list[JsonObject]:
-        """One answer for each row. logits: (B, num_labels)."""
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+        """One answer for each input. logits: (B, num_labels), or of all tokens that are read (N, num_labels)."""
 
-    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
-        """The metrics of a data set by name, `loss` among them. logits: (B, num_labels)."""
+    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
+        """The metrics of some examples by name, `loss` among them, and an answer for each. logits: as for `answers`."""
 
 
 class TextTask(CommonTask, Protocol):

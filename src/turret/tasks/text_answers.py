@@ -18,12 +18,15 @@ from turret.transformer import Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from turret.families.family import HeadKind
+
 
 class TextAnswers(Protocol):
     """The part of `TextTask` that every task has whose answers are texts. end: the token that ends an answer."""
 
     request: ClassVar[Literal["generate"]] = "generate"
     generates: ClassVar[Literal[True]] = True
+    head: ClassVar[HeadKind] = "generate"
     pipeline_tag: ClassVar[str] = "text-generation"
     metric: ClassVar[str] = "rougeL"
     metric_label: ClassVar[str] = "ROUGE-L"
@@ -53,6 +56,13 @@ class TextAnswers(Protocol):
     @classmethod
     def num_labels(cls, labels: Sequence[str]) -> int | None:
         return None
+
+    @classmethod
+    def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
+        return ()
+
+    def pieces(self, examples: Sequence[Example]) -> Sequence[Example]:
+        return examples
 
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:

@@ -18,11 +18,12 @@ from turret import adapters
 from turret.adapters import Adapter
 from turret.adapters.adapter import PROMPT, shared_names
 from turret.adapters.hooks import hook_model
+from turret.adapters.packed import HeadRow
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
 from turret.bases.sharded import parts_of
 from turret.bases.shared import share
-from turret.data import Example
+from turret.data import Example, Input
 from turret.engine.cache import capacity
 from turret.engine.core import Engine
 from turret.engine.decode import base_settings
@@ -100,25 +101,27 @@ class Asking:
         """
         task, slot = self.task, adapters.BARE if bare else None
         items = EncodedRows(task, examples)
-        sources = [item.source for item in items.take(range(len(items)))]
+        rows = items.windows()
         if has_head(task) and not bare:
-            found = self.logits(sources) if logits is None else logits
-            return task.metrics(found, task.targets(examples)), task.answers(found)
+            return task.judge(self.logits(rows) if logits is None else logits, examples)
         losses, answers = evaluate(self.model, task, items, most_tokens=self.most_tokens, slot=slot)
         if not writes(task) or answers:  # a preference is judged by these passes
             return losses, answers
-        answers = self.texts(sources, bare=bare)
+        answers = self.texts([source for source, _ in rows], bare=bare)
         references = [example.references for example in examples]
         return task.metrics([answer["text"] for answer in answers], references, losses["loss"]), answers
 
-    def logits(self, sources: Sequence[Tensor]) -> Tensor:
-        """The outputs of the head for each source: (B, C) float32 on the CPU. sources: token ids (T,) of each text."""
+    def logits(self, rows: Sequence[HeadRow]) -> Tensor:
+        """The outputs of the head for each row: (B, C) float32 on the CPU, or of all tokens that are read (N, C)."""
         if self.why_plain is not None:
             with evaluating(self.model, None):
-                return class_logits(self.model, sources, self.most_tokens)
-        order = sorted(range(len(sources)), key=lambda place: len(sources[place]))
-        answers = self._ask("classify", [sources[place] for place in order], SamplingParams(logits=True), 1, bare=False)
-        return torch.tensor([answer["logits"] for answer in answers])[torch.tensor(order).argsort()]
+                return torch.cat(class_logits(self.model, rows, self.most_tokens))
+        order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]))
+        options = [SamplingParams(logits=True, read=_places(rows[place][1])) for place in order]
+        answers = self._ask("classify", [rows[place][0] for place in order], options, 1, bare=False)
+        found = dict(zip(order, answers, strict=True))
+        outputs = self.task.num_labels(self.task.labels) or 1
+        return torch.cat([torch.tensor(found[place]["logits"]).reshape(-1, outputs) for place in range(len(rows))])
 
     def texts(
         self, sources: Sequence[Tensor], *, bare: bool = False, new_tokens: int | None = None
@@ -146,33 +149,41 @@ class Asking:
         answer = int(settings["max_new_tokens"]) if new_tokens is None else new_tokens
         needed = int(settings["num_beams"]) * self._cached(max(map(len, sources), default=0), answer)
         options = SamplingParams(max_tokens=new_tokens, min_tokens=new_tokens)
-        found = self._ask("generate", sources, options, needed, bare)
+        found = self._ask("generate", sources, [options] * len(sources), needed, bare)
         return [{key: each[key] for key in ("text", "finish_reason", "tokens")} for each in found]
 
-    def classes(self, sources: Sequence[Tensor], coverage: float | None = None) -> list[JsonObject]:
-        """The head's answer to each source.
+    def answers(
+        self, inputs: Sequence[Input], *, bare: bool = False, coverage: float | None = None
+    ) -> list[JsonObject]:
+        """The answer to each input; see `answers_and_cuts`."""
+        return [answer for answer, _ in self.answers_and_cuts(inputs, bare=bare, coverage=coverage)]
+
+    def answers_and_cuts(
+        self, inputs: Sequence[Input], *, bare: bool = False, coverage: float | None = None
+    ) -> list[tuple[JsonObject, bool]]:
+        """The answer to each input, and whether the input was cut because it is longer than the task's limit.
 
         Args:
-            sources: token ids (T,) of each text.
-            coverage: also give sets of labels.
-        """
-        assert has_head(self.task)
-        logits = self.logits(sources)
-        found = self.task.answers(logits)
-        if coverage is not None:
-            for answer, labels in zip(found, self.task.label_sets(logits, coverage), strict=True):
-                answer["label_set"] = labels
-        return found
+            coverage: also give sets of labels, of a task that calibrates.
 
-    def answers(
-        self, sources: Sequence[Tensor], *, bare: bool = False, coverage: float | None = None
-    ) -> list[JsonObject]:
-        """The answer to each source: `classes`, or `texts`. Raises AdapterError if the bare base cannot give it."""
-        if writes(self.task):
-            return self.texts(sources, bare=bare)
+        Raises:
+            AdapterError: the bare base cannot answer.
+        """
+        task = self.task
+        if writes(task):
+            encoded = task.encode_sources(inputs)
+            texts = self.texts([each.ids for each in encoded], bare=bare)
+            return [(text, each.cut) for text, each in zip(texts, encoded, strict=True)]
         if bare:
             raise AdapterError("this version classifies, and the bare base has no head for it: ask without bare")
-        return self.classes(sources, coverage)
+        assert has_head(task)
+        windows = task.windows(inputs)
+        logits = self.logits([(row.ids, row.read) for rows in windows for row in rows])
+        found = task.answers(logits, inputs)
+        if coverage is not None:
+            for answer, labels in zip(found, task.label_sets(logits, coverage), strict=True):
+                answer["label_set"] = labels
+        return [(answer, rows[0].cut) for answer, rows in zip(found, windows, strict=True)]
 
     def close(self) -> None:
         """End the engine. The base stays."""
@@ -196,7 +207,7 @@ class Asking:
         self,
         kind: Literal["generate", "classify"],
         sources: Sequence[Tensor],
-        options: SamplingParams,
+        options: Sequence[SamplingParams],
         cache_tokens: int,
         bare: bool,
     ) -> list[JsonObject]:
@@ -206,8 +217,8 @@ class Asking:
         with ExitStack() as stack:
             tickets, found = [], []
             with engine.together():
-                for source in sources:
-                    tickets.append(engine.submit(kind, source.tolist(), named, options))
+                for source, own in zip(sources, options, strict=True):
+                    tickets.append(engine.submit(kind, source.tolist(), named, own))
                     stack.callback(tickets[-1].cancel)
             for ticket in tickets:
                 found.append(ticket.result())
@@ -248,6 +259,10 @@ class Asking:
         if self.base.family.is_encoder_decoder:
             return capacity(prefix + answer) + capacity(prefix + prompt)
         return capacity(prefix + prompt + answer)
+
+
+def _places(read: Tensor | None) -> tuple[int, ...] | None:
+    return None if read is None else tuple(read.tolist())
 
 
 def twin(base: Base) -> Base:

@@ -14,7 +14,7 @@ from torch import Tensor
 from turret.data import Dataset, Example
 from turret.errors import DataError, RecipeError, TrainingError
 from turret.recipe import Recipe, Train
-from turret.tasks import Task
+from turret.tasks import Task, has_head
 from turret.transformer import ModelConfig
 
 GENERATED_ROWS = 32  # most texts that are generated at a time
@@ -95,6 +95,7 @@ class EncodedRow:
     whole: int | None = None  # tokens of the source before the cut, if known
     wanted: Tensor | None = None
     rival: Tensor | None = None  # (R,) int64, the ids of a text that is worse than the target
+    read: Tensor | None = None  # (K,) int64, the positions in `source` that a head for tokens reads
     number: int = 0  # in its step, which decides its dropout
 
     @property
@@ -107,7 +108,9 @@ class EncodedRow:
 
     @property
     def weight(self) -> int:
-        """The number of terms that the example has in the mean loss: 1, or the tokens in `counted`."""
+        """The number of terms that the example has in the mean loss: 1, or the tokens in `counted` or `read`."""
+        if self.read is not None:
+            return len(self.read)
         if self.target is None or self.rival is not None:
             return 1
         return len(self.target) + (0 if self.earlier is None else len(self.earlier))
@@ -141,6 +144,13 @@ class EncodedRows:
                 self._cached[index] = _KeptRow.of(item)
         return [encoded[i] if i in encoded else self._cached[i].row() for i in indices]
 
+    def windows(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The rows that a head reads for all examples, in order: the ids of each, and the positions that are read."""
+        if has_head(self.task) and self.task.head == "tag":
+            every = self.task.windows([example.asked for example in self.examples])
+            return [(row.ids, row.read) for rows in every for row in rows]
+        return [(item.source, None) for item in self.take(range(len(self)))]
+
     def lengths(self) -> list[int]:
         """The tokens of every item."""
         return [
@@ -161,18 +171,19 @@ class _KeptRow(NamedTuple):
     target: bytes | None
     earlier: bytes | None
     rival: bytes | None
+    read: bytes | None
 
     @classmethod
     def of(cls, item: EncodedRow) -> _KeptRow:
-        bare = replace(item, source=_NO_IDS[item.source.ndim], target=None, earlier=None, rival=None)
-        others = (None if each is None else _bytes_of(each) for each in (item.target, item.earlier, item.rival))
-        return cls(bare, _bytes_of(item.source), *others)
+        bare = replace(item, source=_NO_IDS[item.source.ndim], target=None, earlier=None, rival=None, read=None)
+        others = (item.target, item.earlier, item.rival, item.read)
+        return cls(bare, _bytes_of(item.source), *(None if each is None else _bytes_of(each) for each in others))
 
     def row(self) -> EncodedRow:
-        kept = (self.target, self.earlier, self.rival)
-        target, earlier, rival = (None if each is None else _ids_in(each) for each in kept)
+        kept = (self.target, self.earlier, self.rival, self.read)
+        target, earlier, rival, read = (None if each is None else _ids_in(each) for each in kept)
         source = _ids_in(self.source).reshape(-1, *self.bare.source.shape[1:])
-        return replace(self.bare, source=source, target=target, earlier=earlier, rival=rival)
+        return replace(self.bare, source=source, target=target, earlier=earlier, rival=rival, read=read)
 
 
 def _bytes_of(ids: Tensor) -> bytes:
@@ -197,6 +208,7 @@ def encode(task: Task, examples: Sequence[Example]) -> list[EncodedRow]:
             source.left_out,
             source.whole,
             rival=target.rival if target else None,
+            read=source.read,
         )
         for example, (source, target) in zip(examples, task.encode_examples(examples), strict=True)
     ]

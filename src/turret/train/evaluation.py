@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters import BARE, attachment, on_slot, packed
+from turret.adapters.packed import HeadRow, read_in
 from turret.data import Example
 from turret.engine.training_turns import between_passes
 from turret.errors import DataError
@@ -43,8 +44,7 @@ def evaluate(
     items = examples if isinstance(examples, EncodedRows) else EncodedRows(task, examples)
     with evaluating(model, slot):
         if has_head(task):
-            logits = class_logits(model, [item.source for item in items.take(range(len(items)))], most_tokens)
-            return task.metrics(logits, task.targets(items.examples)), task.answers(logits)
+            return task.judge(torch.cat(class_logits(model, items.windows(), most_tokens)), items.examples)
         if compares(task):
             return _preferences(model, task, items, most_tokens, bare=slot == BARE)
         loss = _target_loss(model, task, items, most_tokens)
@@ -62,10 +62,12 @@ def example_losses(
     count = len(items)
     with evaluating(model, slot):
         if has_head(task):
-            sources, wanted = [item.source for item in items.take(range(count))], task.targets(items.examples)
-            logits = class_logits(model, sources, most_tokens)
-            each = [float(task.loss(logits[row : row + 1], wanted[row : row + 1])) for row in range(count)]
-            return tuple(each), (1,) * count
+            taken = items.take(range(count))
+            outputs = class_logits(model, [(item.source, item.read) for item in taken], most_tokens)
+            counts = [item.weight for item in taken]
+            wanted = torch.split(task.targets(items.examples), counts)
+            each = [float(task.loss(*both)) * both[0].shape[0] for both in zip(outputs, wanted, strict=True)]
+            return tuple(each), tuple(counts)
         losses, weights = [0.0] * count, [0] * count
         for piece in by_length(items.lengths(), most_tokens):
             taken = items.take(piece)
@@ -89,15 +91,18 @@ def evaluating(model: Model, slot: int | None) -> Iterator[None]:
         yield
 
 
-def class_logits(model: Model, sources: Sequence[Tensor], most_tokens: int) -> Tensor:
-    """The outputs of the head for each source, in `evaluating`: (B, C) float32 on the CPU."""
-    places: list[int] = []
-    parts = []
-    for piece in by_length([len(source) for source in sources], most_tokens):
-        parts.append(packed.classify_logits(model, [sources[place] for place in piece]).float().cpu())
-        places += piece
+def class_logits(model: Model, rows: Sequence[HeadRow], most_tokens: int) -> list[Tensor]:
+    """The outputs of the head for each row, in `evaluating`: (1, C), or (K, C) of the tokens that are read.
+
+    Each is float32 on the CPU.
+    """
+    found: dict[int, Tensor] = {}
+    for piece in by_length([len(source) for source, _ in rows], most_tokens):
+        logits = packed.head_logits(model, [rows[place] for place in piece]).float().cpu()
+        counts = [read_in(rows[place]) for place in piece]
+        found |= dict(zip(piece, torch.split(logits, counts), strict=True))
         between_passes()
-    return torch.cat(parts)[torch.tensor(places).argsort()]
+    return [found[place] for place in range(len(rows))]
 
 
 def _preferences(

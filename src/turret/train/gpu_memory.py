@@ -203,7 +203,7 @@ def saved_by(model: Model, work: Work) -> tuple[SavedForBackward, int, int]:
     sources = [torch.zeros(work.source, dtype=torch.long)] * work.rows
     with saved.counting():
         if not work.target:
-            logits = packed.classify_logits(model, sources)  # (B, C)
+            logits = packed.head_logits(model, [(source, torch.arange(len(source))) for source in sources])  # (B, C)
             return saved, logits.nbytes, logits.numel()
         targets = [torch.zeros(work.target, dtype=torch.long)] * work.rows
         states = packed.target_states(model, sources, targets)  # (N, D)

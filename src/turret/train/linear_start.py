@@ -203,7 +203,7 @@ def distance(read: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
 
 def head_start(recipe: Recipe, base: Base, task: Task, items: EncodedRows, most_tokens: int) -> HeadStart | None:
     """The start of the attached adapter's head. None without a head, or if the checkpoint has one for these outputs."""
-    if not has_head(task):
+    if not has_head(task) or not task.solved:
         return None
     heads = tuple(f"{each}." for each in base.family.head_modules)
     fresh = {name for name in base.fresh if name.startswith(heads)}

@@ -17,7 +17,7 @@ from turret import adapters, process, quantized
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
 from turret.bases.device import gigabytes
-from turret.data import Dataset, Example, Labelled, cells
+from turret.data import Dataset, Example, cells
 from turret.errors import one_line
 from turret.methods.method import MOST_EPOCHS, epochs_for
 from turret.plan_check import Check, Level
@@ -459,7 +459,7 @@ def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
     """Classes without examples, with one example, or with far fewer than others."""
     if not task.labels:
         return
-    counts = Counter(label for example in examples if isinstance(example, Labelled) for label in example.labels)
+    counts = Counter(label for example in examples for label in example.labels)
     missing = [label for label in task.labels if not counts[label]]
     single = [label for label in task.labels if counts[label] == 1]
     if missing:

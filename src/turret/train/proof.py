@@ -66,11 +66,15 @@ def probe(model: Model, task: Task, examples: Sequence[Example], rows: int = ROW
 
 
 def answer(model: Model, sources: list[Tensor], targets: list[Tensor], slot: int | None = None) -> Tensor:
-    """The outputs of one slot (None: the active one): (B, C), or (N, V) with targets. float32 on the CPU."""
+    """The outputs of one slot (None: the active one): (B, C) or of all tokens (N, C), or (N, V) with targets.
+
+    They are float32 on the CPU.
+    """
     slots = None if slot is None else [slot] * len(sources)
     if targets:
         return packed.target_logits(model, sources, targets, slots).float().cpu()
-    return packed.classify_logits(model, sources, slots).float().cpu()
+    read = [torch.arange(len(source)) for source in sources]
+    return packed.head_logits(model, list(zip(sources, read, strict=True)), slots).float().cpu()
 
 
 def tolerance(dtype: torch.dtype, one: torch.device, other: torch.device) -> float:
@@ -125,6 +129,7 @@ def prove(
             "fingerprint": base.fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
             "quantization": base.quantization,
+            "head": base.head,
             "labels": None if expected.targets else int(expected.outputs.shape[1]),
             "device": str(device),
             "tolerance": tolerance(base.dtype, device, taken_on or device),

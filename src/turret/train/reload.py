@@ -44,7 +44,7 @@ def examine(request: JsonMapping, probe: dict[str, Tensor]) -> JsonObject:
     adapter = bundles.read_bundle(Path(request["bundle"]))
     base = bases.load(
         request["base"],
-        task="generate" if request["labels"] is None else "classify",
+        task=request["head"],
         num_labels=request["labels"],
         dtype=request["dtype"],
         quantization=request.get("quantization", "none"),

@@ -214,11 +214,9 @@ class TrainingSlot:
         if chosen.every_weight:
             raise TrainingError(f"method {chosen.kind} trains every weight and shares no base: use turret train")
         base, task = engine.base, task_of(kind)
-        if task.request != base.request or task.generates == bool(labels):
+        if task.head != base.head or task.generates == bool(labels):
             given = f"{len(labels)} labels" if labels else "no labels"
-            raise TrainingError(
-                f"{base.id} is loaded to {base.request}: a slot for {kind} with {given} does not fit it"
-            )
+            raise TrainingError(f"{base.id} is loaded to {base.head}: a slot for {kind} with {given} does not fit it")
         data = Dataset((), (), (), kind, tuple(labels), {}, (), 0, "")
         chosen_settings = TaskSettings.model_validate({"kind": kind, **(settings or {})})
         self.task = make_task(chosen_settings, data, base.tokenizer, base.family.kind)

@@ -209,7 +209,7 @@ def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
     sources = [item.source for item in piece]
     with mixed_precision(model):
         if has_head(task):
-            return packed.classify_logits(model, sources)
+            return packed.head_logits(model, [(item.source, item.read) for item in piece])
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
         logits = _vocabulary_logits(model, states, _token_numbers(piece))  # (N, V)
@@ -238,7 +238,7 @@ def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | 
     sources = [item.source for item in piece]
     with mixed_precision(model):
         if has_head(task):
-            logits = packed.classify_logits(model, sources)  # (B, C)
+            logits = packed.head_logits(model, [(item.source, item.read) for item in piece])  # (B, C)
             return function(logits, _wanted(task, piece).to(logits.device))
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])

@@ -11,7 +11,7 @@ from turret.data import Input
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store, Version
-from turret.tasks import Encoded, Task, stored_task, task_from_spec
+from turret.tasks import Task, stored_task, task_from_spec
 from turret.tasks.calibration import Calibration, require
 from turret.train.asking import Asking
 from turret.transformer import Model
@@ -161,14 +161,7 @@ def answers(
         bare: ask the base without the adapter; only for a task that generates.
         coverage: also give sets of labels; only for a version that `require_coverage` accepts.
     """
-    return answers_to(ready, ready.task.encode_sources(texts), bare=bare, coverage=coverage)
-
-
-def answers_to(
-    ready: Mounted, encoded: Sequence[Encoded], *, bare: bool = False, coverage: float | None = None
-) -> list[JsonObject]:
-    """The same for texts that are token ids already."""
-    return ready.asking.answers([each.ids for each in encoded], bare=bare, coverage=coverage)
+    return ready.asking.answers(texts, bare=bare, coverage=coverage)
 
 
 def _where(ready: Mounted) -> str:

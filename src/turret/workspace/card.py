@@ -25,6 +25,7 @@ from turret.tasks import TASKS, stored_task
 
 AUTO = {  # by PEFT's task_type
     "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }

@@ -117,7 +117,10 @@ def _write_task(text: _Lines, seen: Profile, asked: JsonMapping) -> None:
     inputs = sum(seen.facts[name].usual_length for role, name in seen.roles.items() if role not in OUTPUTS)
     targets = [name for role, name in seen.roles.items() if role in TARGETS or role == "messages"]
     lengths = LONGER if targets else LENGTHS
-    text.option("max_tokens", _tokens(inputs, lengths), True, "longer inputs are cut")
+    if "tags" in seen.roles or "spans" in seen.roles:
+        text.option("max_tokens", 256, False, "of a window; longer texts are read in several")
+    else:
+        text.option("max_tokens", _tokens(inputs, lengths), True, "longer inputs are cut")
     written = [seen.facts[seen.roles[role]].usual_length for role in TARGETS if role in seen.roles]
     if written:
         tokens = _tokens(max(written), lengths)
@@ -174,7 +177,7 @@ class _Lines:
 
 def _base_comment(kind: str) -> str:
     try:
-        base = default_base(task_of(kind).request)[0]
+        base = default_base(task_of(kind).head)[0]
     except BaseModelError:
         return "a Hub id, folder, .gguf file or pypi: package; auto finds none here"
     return f"here {base}; or a Hub id, folder, .gguf file or pypi: package"

@@ -24,7 +24,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store
 from turret.tasks import HeadTask, Prediction, Task, calibrates
 from turret.tasks.calibration import Bin, calibration_error, reliability, scores
-from turret.train.batches import encode
+from turret.train.batches import EncodedRows
 from turret.workspace.answering import Mounted, mounted
 from turret.workspace.comparing.kept_files import write_text
 from turret.workspace.progress import Say, silent
@@ -87,7 +87,7 @@ def write_page(found: Evaluation, path: Path, *, texts: bool = True) -> None:
 
 def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int]) -> tuple[JsonObject, Details]:
     task = ready.task
-    known = ready.asking.logits([row.source for row in encode(task, examples)]) if calibrates(task) else None
+    known = ready.asking.logits(EncodedRows(task, examples).windows()) if calibrates(task) else None
     metrics, answers = ready.asking.evaluate(examples, logits=known)
     mistakes = _mistakes(task, examples, places, answers)
     if known is None or not calibrates(task):

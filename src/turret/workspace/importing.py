@@ -41,7 +41,12 @@ from turret.workspace.progress import Say, silent
 from turret.workspace.results import Imported
 from turret.workspace.stored_adapter import quantization_of
 
-TASK_TYPES = {"SEQ_CLS": "classify", "CAUSAL_LM": "generate", "SEQ_2_SEQ_LM": "generate"}  # PEFT's task_type -> kind
+TASK_TYPES = {  # PEFT's task_type -> kind
+    "SEQ_CLS": "classify",
+    "TOKEN_CLS": "token_classification",
+    "CAUSAL_LM": "generate",
+    "SEQ_2_SEQ_LM": "generate",
+}
 PROBE = (  # inputs of the check; any text works, because only the difference from the bare base counts
     "The quick brown fox jumps over the lazy dog.",
     "Shares of the bank fell by 12% in London, and nobody said why!",
@@ -133,7 +138,7 @@ def _convert(
         raise AdapterError("a conversion to LoRA needs its base and task: give --base and --task")
     say(f"converting {config.get('peft_type')} to LoRA on {base_id}")
     labels = request.labels or ()
-    base = bases.load(base_id, task=task_of(kind).request, num_labels=task_of(kind).num_labels(labels), dtype="float32")
+    base = bases.load(base_id, task=task_of(kind).head, num_labels=task_of(kind).num_labels(labels), dtype="float32")
     ids = _same_length(base.tokenizer(list(PROBE))["input_ids"])
     found = conversion.as_lora(brought.folder, working / "lora", base.model, base.family, ids, request.rank)
     return replace(brought, folder=working / "lora"), (
@@ -185,7 +190,7 @@ def _kind(adapter: Adapter, config: JsonMapping, request: ImportRequest) -> str:
 
 def _load(base_id: str, kind: str, request: ImportRequest, quantization: Quantization) -> Base:
     try:
-        return bases.load(base_id, task=task_of(kind).request, quantization=quantization, device=request.device)
+        return bases.load(base_id, task=task_of(kind).head, quantization=quantization, device=request.device)
     except BaseModelError as error:
         if request.base is not None:
             raise
@@ -270,18 +275,20 @@ def _labels(
     if request.labels:
         if not all(label.strip() for label in request.labels):
             raise RecipeError(f"a label is empty: expected {size} names with commas between them, in order")
-        if task_of(kind).num_labels(request.labels) != size:
+        given = tuple(request.labels)
+        given = task_of(kind).labels_of_outputs(given) if len(given) == size else given
+        if task_of(kind).num_labels(given) != size:
             raise AdapterError(
                 f"the head has {size} outputs, and {len(request.labels)} labels are given: name every output, in order"
             )
-        return tuple(request.labels)
+        return given
     names_by_number = json.loads((base.folder / "config.json").read_text(encoding="utf-8")).get("id2label")
     names_by_number = names_by_number if isinstance(names_by_number, dict) else {}
     labels = tuple(str(names_by_number.get(str(number), "LABEL_")) for number in range(size))
     if len(names_by_number) != size or any(label.startswith("LABEL_") for label in labels):
         raise AdapterError(f"nothing names the {size} outputs of the head: give --labels with {size} names, in order")
     notes.append(f"the labels are those of the base's configuration: {', '.join(labels)}")
-    return labels
+    return task_of(kind).labels_of_outputs(labels)
 
 
 def check(base: Base, adapter: Adapter) -> AdapterEffect:

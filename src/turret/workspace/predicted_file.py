@@ -79,18 +79,16 @@ def _mounted(store: Store, version: Version, say: Say, device: str) -> Mounted:
 
 def _answered(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> Iterator[JsonObject]:
     """The values of the new columns, by key, and the flags. A blank input is not answered."""
-    from turret.workspace import answering
-
     asked = [place for place, row in enumerate(rows) if str(row.input).strip()]
-    encoded = ready.task.encode_sources([rows[place].input for place in asked])
-    answers = answering.answers_to(ready, encoded, bare=request.bare, coverage=request.coverage) if asked else []
-    by_row = dict(zip(asked, zip(encoded, answers, strict=True), strict=True))
+    inputs = [rows[place].input for place in asked]
+    found = ready.asking.answers_and_cuts(inputs, bare=request.bare, coverage=request.coverage) if asked else []
+    by_row = dict(zip(asked, found, strict=True))
     for place in range(len(rows)):
         if place not in by_row:
             yield {"flags": [BLANK]}
             continue
-        source, answer = by_row[place]
-        yield _values(ready.task, answer, request.top) | {"flags": [CUT] if source.cut else []}
+        answer, cut = by_row[place]
+        yield _values(ready.task, answer, request.top) | {"flags": [CUT] if cut else []}
 
 
 def _values(task: Task, answer: JsonMapping, top: int) -> JsonObject:

@@ -146,7 +146,7 @@ def _predicted(
 ) -> Prediction:
     """The predicted memory of a training on the base in a folder. shape: its recipe (TOML), without name and data."""
     recipe = Recipe.from_toml(shape)
-    model = skeleton(bases.resolve(recipe.base), task.request, outputs)
+    model = skeleton(bases.resolve(recipe.base), task.head, outputs)
     dtype = dtype_on(device, recipe.train.dtype)
     predicted = predict_on_gpu(
         model,
@@ -194,15 +194,15 @@ def begin(recipe: Recipe, here: distributed.Processes) -> None:
 
 def load_base(recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
     """A recipe's base: whole, or this process's part of it."""
-    request, outputs, dtype, seed = task.request, task.num_labels(labels), recipe.train.dtype, recipe.seed
+    head, outputs, dtype, seed = task.head, task.num_labels(labels), recipe.train.dtype, recipe.seed
     if recipe.train.shard is not None:
         mesh = distributed.mesh()
         return load_in_parts(
-            recipe.base, task=request, mesh=mesh, device=device, num_labels=outputs, dtype=dtype, seed=seed
+            recipe.base, task=head, mesh=mesh, device=device, num_labels=outputs, dtype=dtype, seed=seed
         )
     return bases.load(
         recipe.base,
-        task=request,
+        task=head,
         num_labels=outputs,
         dtype=dtype,
         seed=seed,

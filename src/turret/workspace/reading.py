@@ -114,7 +114,7 @@ def with_base(recipe: Recipe, kind: str) -> tuple[Recipe, list[str]]:
 
     if recipe.base != AUTO:
         return recipe, []
-    base, note = default_base(task_of(kind).request)
+    base, note = default_base(task_of(kind).head)
     return recipe.model_copy(update={"base": base}), [note]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 
@@ -25,6 +25,7 @@ from turret.bases.sharded import digest_of
 from turret.bases.shared import share
 from turret.engine.pass_thread import PassThread
 from turret.errors import Interrupted, TrainingError
+from turret.families.family import HeadKind
 from turret.recipe import Recipe
 from turret.recipe.default_base import AUTO
 from turret.tasks import Task
@@ -53,7 +54,7 @@ class TrainingBase(NamedTuple):
 class ToAnswer(TypedDict):
     """How a base is loaded to answer with, as `bases.load` takes it."""
 
-    task: Literal["classify", "generate"]
+    task: HeadKind
     num_labels: int | None
     dtype: Dtype
     quantization: Quantization
@@ -178,7 +179,7 @@ def _key(base: str, task: str, dtype: Dtype, quantization: Quantization, device:
 
 def _key_of(needed: TrainingBase) -> Key:
     recipe, task, _, device = needed
-    return _key(recipe.base, task.request, recipe.train.dtype, recipe.base_quantization or "none", device.device)
+    return _key(recipe.base, task.head, recipe.train.dtype, recipe.base_quantization or "none", device.device)
 
 
 def machine_of(bases: Iterable[Base]) -> Machine | None:
@@ -214,10 +215,10 @@ class ServingBase(OwnProcess):
         """The engine's base as a model of its own. Raises TrainingError if the training needs another one."""
         base, (recipe, task, labels, _) = self.engine.base, needed
         precision = dtype_on(base.model.device, recipe.train.dtype)
-        wanted = (bases.resolve(recipe.base).folder, task.request, precision, recipe.base_quantization or "none")
-        served = (base.folder, base.request, base.dtype, base.quantization)
+        wanted = (bases.resolve(recipe.base).folder, task.head, precision, recipe.base_quantization or "none")
+        served = (base.folder, base.head, base.dtype, base.quantization)
         if (reason := why_alone(recipe)) is None and wanted != served:
-            reason = f"it needs {recipe.base} for {task.request}, and {base.id} serves here in {base.dtype}"
+            reason = f"it needs {recipe.base} for {task.head}, and {base.id} serves here in {base.dtype}"
         if reason is not None:
             raise TrainingError(f"this training cannot run beside these answers: {reason}; use turret worker")
         shared, labelled = self.base, task.num_labels(labels)

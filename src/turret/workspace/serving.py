@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
-from typing import Literal
 
 from turret import adapters, bases
 from turret.access import Access, check_tenant
@@ -19,6 +18,7 @@ from turret.engine.core import Engine
 from turret.engine.request import Limits, Named
 from turret.errors import AdapterError, DeviceError, NotFound
 from turret.families import FAMILIES
+from turret.families.family import HeadKind
 from turret.reference import Reference, parts_of
 from turret.store import Store
 from turret.workspace.progress import Say, silent
@@ -142,7 +142,7 @@ def engine(
     say(f"loading {base}")
     family = FAMILIES.get(str(bases.resolve(base).config.get("model_type")))
     generates = family is not None and family.generates  # `load` raises for an unknown family
-    task: Literal["classify", "generate"] = "generate" if generates else "classify"
+    task: HeadKind = "generate" if generates else "classify"
     loaded = bases.load(base, task=task, dtype=dtype, quantization=quantization, device=device)
     for text in loaded.notes:
         say(text)

@@ -40,7 +40,7 @@ def load_base(
     task, labels = stored_task(adapter.task), adapter.task.get("labels") or ()
     return place.load(
         adapter.base.id,
-        task=task.request,
+        task=task.head,
         num_labels=task.num_labels(labels),
         dtype=dtype,
         quantization=quantization_of(adapter) if quantization is None else quantization,

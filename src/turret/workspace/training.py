@@ -55,7 +55,7 @@ from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
 from turret.train.asking import Asking, twin
-from turret.train.batches import encode, pass_tokens
+from turret.train.batches import EncodedRows, pass_tokens
 from turret.train.gpu_memory import Work
 from turret.train.preflight import fits, sampled_batches
 from turret.train.proof import make_room
@@ -153,7 +153,7 @@ def _calibrate(
     examples = splits.watched if splits.selects and splits.watched else ()
     if len(examples) < FEWEST:  # `uncalibrated` says it
         return ready, fitted, None
-    logits = asking.logits([row.source for row in encode(task, examples)])
+    logits = asking.logits(EncodedRows(task, examples).windows())
     train = ready.recipe.train
     chose = train.keep == "best" or train.early_stopping is not None
     asking.task = task = task.calibrated(logits, task.targets(examples), chose_weights=chose)
@@ -325,7 +325,10 @@ def prepare(
     load_seconds = time.perf_counter() - started
     recipe = recipe if filled else _filled(recipe, dataset, base, start)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
+    whole, dataset = dataset.train, replace(dataset, train=task.pieces(dataset.train))
     notes = [*base_notes, *dataset.notes, *base.notes, *(task.notes if writes(task) else ())]
+    if len(dataset.train) > len(whole):
+        notes.append(f"texts of more than {task.max_tokens} tokens train in pieces: {len(dataset.train)} examples")
     if start is not None:
         notes.append(f"starts from {start.version} ({start.digest[:19]}), its parent in the lineage")
     if not place.stays:
@@ -683,7 +686,7 @@ class _Run:
             *ready.parts, folder=run.checkpoint, predicted=predicted, start=ready.start, asked=self.asked
         )
         told = False
-        if not after and ready.start is None and has_head(ready.task):
+        if not after and ready.start is None and has_head(ready.task) and ready.task.solved:
             callbacks.stage("computing the linear solution that the head starts with")
         while True:
             try:

@@ -141,8 +141,8 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
         return torch.tensor(fitted((_features(ready, examples) - middle) / scale))
 
     found = logits(test)
-    answers = task.answers(found)
-    result = _scored(task, test, [task.judged(each) for each in answers], task.metrics(found, task.targets(test)))
+    metrics, answers = task.judge(found, test)
+    result = _scored(task, test, [task.judged(each) for each in answers], metrics)
     count = (known.shape[1] + 1) * len(task.labels)
     return (
         untrained(ready)
@@ -312,8 +312,8 @@ def words(ready: PreparedTraining, say: Say) -> JsonObject:
         return (found[:-1] - found[-1]).double()
 
     found = logits([example.input for example in test])
-    answers = task.answers(found)
-    result = _scored(task, test, [task.judged(each) for each in answers], task.metrics(found, task.targets(test)))
+    metrics, answers = task.judge(found, test)
+    result = _scored(task, test, [task.judged(each) for each in answers], metrics)
     return (
         untrained(ready)
         | result
