@@ -8,13 +8,15 @@
 What a GPU refuses is refused: an operation that mixes tensors of both devices. What a GPU is slow at is counted:
 
 - launches: every operation of ATen that computes something. A view or an allocation is none. One of torch's fused
-  kernels (attention) and one operation of `turret.ops.gpu` is one; a call that torch itself takes apart counts
-  what is in it, so a matrix that is added to a product in a new tensor is two, and a list of tensors is several.
-- syncs: a wait for a number (`.item()`, `.tolist()`, a copy to the CPU) or for a size (`nonzero`, a mask as index).
-- copies to the GPU.
+  kernels (attention) and one program (`turret.ops.gpu.liger` and `.programs`) is one; a call that torch itself takes
+  apart counts what is in it, so a matrix that is added to a product in a new tensor is two, and a list is several.
+- syncs: a wait for a number (`.item()`, `.tolist()`, a copy to the CPU), for a size (`nonzero`, a mask as index), or
+  for numbers on their way to the GPU from memory that is not pinned (`torch.tensor(list, device=...)`).
+- copies to the GPU: all of them.
+- allocations: new tensors on the GPU, and their bytes by operation.
 
-Not pretended: streams, how a GPU rounds, how much memory it takes, and Triton: `turret.ops.gpu` computes its
-references, in float32 too, which the programs of a real GPU leave to the base's modules.
+Not pretended: streams, how a GPU rounds, and the programs themselves: torch's plain operations compute what they do, in
+float32 too. `tests/ops/gpu` runs the programs by Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from turret import quantized
+from turret.ops import copies
+from turret.ops.core import REFERENCE
 from turret.ops.gpu import available
+from turret.ops.gpu import ops as gpu_ops
+from turret.ops.structs import AttentionRows, DropoutArguments, RMSNorm
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -48,6 +54,7 @@ WITHOUT_LAUNCH = {
     *("unfold", "unsqueeze", "view", "view_as", "_reshape_alias", "_unsafe_view", "_local_scalar_dense"),
 }
 SEES_HOW_MANY = {"nonzero", "masked_select", "unique", "_unique2", "unique_dim", "bincount", "equal"}
+MAKES_ROOM = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 AT_ONCE = 64  # tensors that one launch of a `_foreach_` operation takes
 
 
@@ -58,15 +65,21 @@ class Counts:
         self.launches: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()  # to the GPU
+        self.allocations: Counter[str] = Counter()  # new tensors
+        self.allocated: Counter[str] = Counter()  # bytes of new tensors
         self.silent = 0
 
     def clear(self) -> None:
-        for each in (self.launches, self.syncs, self.copies):
+        for each in (self.launches, self.syncs, self.copies, self.allocations, self.allocated):
             each.clear()
 
     def add(self, kind: Counter[str], name: str, count: int = 1) -> None:
         if not self.silent:
             kind[name] += count
+
+    def allocates(self, name: str, tensor: Tensor) -> None:
+        self.add(self.allocations, name)
+        self.add(self.allocated, name, tensor.nbytes)
 
     def __enter__(self) -> None:
         self.silent += 1
@@ -188,7 +201,102 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return result
     if name == "_to_copy" and gpus and result is gpus[0].numbers:
         result = result.view_as(result)
+    if name in MAKES_ROOM or (name not in WITHOUT_LAUNCH and not name.endswith("_")):
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                COUNTS.allocates(name, each)
     return tree_map(_on_gpu, result)
+
+
+def _rows(starts: Tensor, key_starts: Tensor, causal: bool, settings: dict[str, Any]) -> AttentionRows:
+    window = settings.get("window_size_left")
+    bounds = (starts[:-1], starts.diff(), key_starts[:-1], key_starts.diff())
+    return AttentionRows(*bounds, settings["scale"], causal, 0 if window is None else window + 1)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, *rest: Any, **settings: Any) -> Any:
+    """Torch's fused attention over rows. Its sums stay zero: the backward pass below computes the scores again."""
+    _, _, p, causal, _ = rest
+    assert p == 0.0
+    y = available.attention_by_rows(_rows(starts, key_starts, causal, settings), q.float(), k.float(), v.float())
+    return y.to(q.dtype), torch.zeros(q.shape[1], q.shape[0]), torch.zeros(2), torch.zeros(0), torch.zeros(0)
+
+
+def _flash_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, sums: Tensor, *rest: Any, **settings: Any
+) -> Any:
+    starts, key_starts, _, _, p, causal, *_ = rest
+    assert p == 0.0
+    rows, groups = _rows(starts, key_starts, causal, settings), q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.zeros(each.shape) for each in (q, k, v))
+    bounds = (rows.query_starts, rows.query_lengths, rows.key_starts, rows.key_lengths)
+    for start, T, key_start, S in zip(*(each.tolist() for each in bounds), strict=True):
+        here, there = slice(start, start + T), slice(key_start, key_start + S)
+        queries, own = (each[here].float().transpose(0, 1) for each in (q, dy))  # (H, T, D)
+        keys, values = (each[there].float().repeat_interleave(groups, 1).transpose(0, 1) for each in (k, v))
+        scores = rows.scaling * queries @ keys.mT
+        P = scores.masked_fill(~available.visible(rows, T, S), -torch.inf).softmax(-1)  # (H, T, S)
+        dP = own @ values.mT
+        dS = rows.scaling * P * (dP - (dP * P).sum(-1, keepdim=True))
+        dq[here] = (dS @ keys).transpose(0, 1)
+        for whole, part in ((dk, dS.mT @ queries), (dv, P.mT @ own)):  # summed over the queries that share keys
+            whole[there] = part.view(-1, groups, *part.shape[1:]).sum(1).transpose(0, 1)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+_on_a_cpu = torch.library.Library("aten", "IMPL")  # torch has these two for GPUs alone
+_on_a_cpu.impl("_flash_attention_forward", _flash, "CPU")
+_on_a_cpu.impl("_flash_attention_backward", _flash_backward, "CPU")
+
+
+class _Programs:
+    """The programs of `turret.ops.gpu`: one launch each, by torch's operations on the CPU, in the same memory."""
+
+    @staticmethod
+    def rms_norm(x: Any, weight: Any, eps: float) -> Any:
+        return _Programs._one("rms_norm", REFERENCE.rms_norm(x.numbers, RMSNorm(weight.numbers, eps)))
+
+    @staticmethod
+    def rms_norm_backward(x: Any, weight: Any, r: Any, dy: Any) -> Any:
+        return _Programs._one(
+            "rms_norm_backward",
+            REFERENCE.rms_norm_backward(x.numbers, RMSNorm(weight.numbers, 0.0), r.numbers, dy.numbers),
+        )
+
+    @staticmethod
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, sign: float) -> Any:
+        turned = REFERENCE.rotate(q.numbers, k.numbers, cos.numbers, sin.numbers, sign)
+        assert all(torch.equal(*each.chunk(2, dim=-1)) for each in (cos.numbers, sin.numbers)), "both halves are alike"
+        _Programs._one("rotate", ())
+        return tuple(_Programs._into(each, new) for each, new in zip((q, k), turned, strict=True))
+
+    @staticmethod
+    def swiglu(gate: Any, up: Any) -> Any:
+        return _Programs._one("swiglu", REFERENCE.swiglu(gate.numbers, up.numbers))
+
+    @staticmethod
+    def swiglu_backward(gate: Any, up: Any, dy: Any) -> Any:
+        found = REFERENCE.swiglu_backward(gate.numbers, up.numbers, dy.numbers)
+        _Programs._one("swiglu_backward", ())
+        return tuple(_Programs._into(each, new) for each, new in zip((gate, up), found, strict=True))
+
+    @staticmethod
+    def dropout(x: Any, keys: Any, seed: int, threshold: int, scale: float) -> Any:
+        dropped = DropoutArguments(seed, threshold, scale, keys.numbers)
+        return _Programs._one("dropout", REFERENCE.dropout(x.numbers, dropped, scale))
+
+    @staticmethod
+    def _one(name: str, results: Any) -> Any:
+        COUNTS.add(COUNTS.launches, name)
+        for each in tree_leaves(results):
+            COUNTS.allocates(name, each)
+        return tree_map(_on_gpu, results)
+
+    @staticmethod
+    def _into(place: Any, new: Tensor) -> Any:
+        assert place.numbers.is_contiguous()
+        place.numbers.copy_(new)
+        return place
 
 
 def _count(name: str, args: Any, has_gpu: bool, asked: Any, to_gpu: bool) -> None:
@@ -277,13 +385,19 @@ class _Functions(TorchFunctionMode):
             return args[0].numbers.tolist()
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return _moved(func, args, kwargs)
+        if func is Tensor.pin_memory:
+            return args[0]
         device = kwargs.get("device")
         makes = device is not None and torch.device(device).type == "cuda"
         if makes and not any(isinstance(each, OnCard) for each in args):
             made = func(*args, **{**kwargs, "device": CPU})
             if isinstance(made, Tensor) and not isinstance(made, OnCard):
                 kind = func.__name__
-                COUNTS.add(COUNTS.copies if kind in ("tensor", "as_tensor") else COUNTS.launches, kind)
+                given = kind in ("tensor", "as_tensor")
+                COUNTS.add(COUNTS.copies if given else COUNTS.launches, kind)
+                if given:
+                    COUNTS.add(COUNTS.syncs, "numbers that are not pinned")
+                COUNTS.allocates(kind, made)
                 return OnCard(made)
             return made
         return func(*args, **kwargs)
@@ -311,6 +425,8 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(x, *rest, **kwargs) if dtypes else x
     assert not (torch.is_grad_enabled() and x.requires_grad and not x.is_leaf), "a copy across devices with a gradient"
     COUNTS.add(COUNTS.syncs if there else COUNTS.copies, "to the CPU" if there else "_to_copy")
+    if not there and not kwargs.get("non_blocking"):
+        COUNTS.add(COUNTS.syncs, "numbers that are not pinned")
     if there:
         moved = func(x.numbers.detach(), *rest, **kwargs)
         return moved.clone() if moved is x.numbers else moved
@@ -321,7 +437,7 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def pretend_gpu(programs: bool = True) -> Iterator[Counts]:
     """A machine with one GPU, for the length of the block.
 
-    programs: whether it takes the operations of `turret.ops.gpu`; else it has no Triton.
+    programs: whether it has every feature of `turret.ops.gpu`; else torch's plain operations compute all.
     """
     COUNTS.clear()
     if find_spec("bitsandbytes") is not None:
@@ -348,9 +464,19 @@ def pretend_gpu(programs: bool = True) -> Iterator[Counts]:
         "reset_peak_memory_stats": lambda device=None: None,
     }
     try:
-        reason = None if programs else "triton is not installed"
-        told = patch.object(available, "why_not", lambda device, dtype: reason)  # their references compute here
-        with patch.multiple(torch.cuda, **driver), told, _Operations(), _Functions():
+        reason, has = (None, gpu_ops.FEATURES) if programs else ("triton is not installed", ())
+        told = {
+            "why_not": lambda feature, device, dtype: reason,
+            "_ops_on": lambda device, dtype: available.ops_with(frozenset(has)),
+        }
+        with (
+            patch.multiple(torch.cuda, **driver),
+            patch.multiple(available, **told),
+            patch.object(gpu_ops, "_module", lambda name: _Programs),
+            patch.object(copies, "real_gpu", lambda device: device.type == "cuda"),
+            _Operations(),
+            _Functions(),
+        ):
             yield COUNTS
     finally:
         torch._C._set_only_lift_cpu_tensors(lift)

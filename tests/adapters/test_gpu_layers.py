@@ -1,4 +1,4 @@
-"""A decoder's layer as a GPU computes it, on the CPU: its operations are their references there."""
+"""A decoder's layer as a GPU computes it, on the CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pretend_gpu
 import pytest
 import small_models
 import torch
@@ -15,7 +16,8 @@ from four_bits import base_in_four_bits, needs_bitsandbytes
 
 from turret.adapters import attach, detach, layers, lifecycle, packed
 from turret.methods import LoRA, Prefix
-from turret.ops import table
+from turret.ops.gpu.available import ops_with
+from turret.ops.gpu.ops import ATTENTION, GpuOps
 
 SOME = LoRA(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"), init_lora_weights=False)
 PREFIX = Prefix(num_virtual_tokens=3, reparametrize=False)
@@ -25,7 +27,9 @@ ALL = LoRA(r=4, lora_dropout=0.0, target_modules="all-linear", init_lora_weights
 @contextmanager
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Let CPU tensors take a GPU's layers; gives the number of layers that did."""
+    assert pretend_gpu._on_a_cpu, "its attention over rows computes on a CPU too"
     taken: list[int] = []
+    ops: GpuOps = ops_with(frozenset({ATTENTION}))
     own = layers.LayerHook.trained
 
     def on_gpu(self: layers.LayerHook[Any], x: torch.Tensor, cos_sin: Any) -> torch.Tensor | None:
@@ -34,7 +38,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return y
 
     with monkeypatch.context() as patched:
-        patched.setattr(layers, "of", lambda *tensors: table.ON_A_GPU)
+        patched.setattr(layers, "of", lambda *tensors: ops)
         patched.setattr(layers.LayerHook, "trained", on_gpu)
         yield taken
 

@@ -29,14 +29,15 @@ FULL = {"method": "lora", "method.target_modules": "all-linear", "method.r": 4}
 
 
 def step_counts(
-    layers: int, *, dtype: torch.dtype = torch.float32, programs: bool = True
+    layers: int, *, dtype: torch.dtype = torch.float32, programs: bool = True, dropout: float = 0.1
 ) -> tuple[Counter[str], Counter[str]]:
     """Launches and syncs of one training step on a GPU."""
     base = tiny.base("llama", "generate", num_hidden_layers=layers)
     base.model.to(dtype)
     with pretend_gpu(programs) as gpu:
         to_gpu(base.model)
-        task, optimiser, items = tiny.started(base, "summarize", **FULL)
+        settings = {**FULL, "method.lora_dropout": dropout}
+        task, optimiser, items = tiny.started(base, "summarize", **settings)
         gpu.clear()
         train_step(base.model, task, optimiser, items, OptimStep(1e-3, clip=1.0), most_tokens=1024, draws=Draws(42, 1))
         return Counter(gpu.launches), Counter(gpu.syncs)
@@ -46,12 +47,25 @@ def layer(one: Counter[str], three: Counter[str]) -> dict[str, float]:
     return {name: (three[name] - one[name]) / 2 for name in three if three[name] != one[name]}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_training_lora_on_all_linears_launches_at_most_40_kernels_a_layer(dtype: torch.dtype) -> None:
-    one, three = (step_counts(layers, dtype=dtype) for layers in (1, 3))
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "most", "products"),
+    [
+        (torch.float32, 0.0, 82, 14 + 33),
+        (torch.bfloat16, 0.0, 104, 14 + 33),
+        (torch.float32, 0.1, 119, 14 + 42),
+        (torch.bfloat16, 0.1, 141, 14 + 42),
+    ],
+)
+def test_training_lora_on_all_linears_launches_at_most_so_many_kernels_a_layer(
+    dtype: torch.dtype, dropout: float, most: int, products: int
+) -> None:
+    """Seven products of the base forward and seven backward; LoRA's; a cast of each factor in 16 bits."""
+    one, three = (step_counts(layers, dtype=dtype, dropout=dropout) for layers in (1, 3))
     own = layer(one[0], three[0])
-    assert sum(own.values()) <= 40, own
-    assert own["mm"] + own["addmm_"] == 14  # seven products forward, seven backward
+    assert sum(own.values()) <= most, own
+    assert own["mm"] + own["addmm_"] == products
+    assert own["rms_norm"] + own["rms_norm_backward"] + own["rotate"] + own["swiglu"] + own["swiglu_backward"] == 11
+    assert own.get("dropout", 0) == (21 if dropout else 0)
     assert sum(three[1].values()) <= 2, three[1]
 
 
@@ -109,11 +123,11 @@ def decode_counts(layers: int, *, programs: bool = True) -> tuple[Counter[str], 
     return launches, syncs, logits
 
 
-def test_a_decoding_step_of_32_rows_with_32_adapters_launches_at_most_15_kernels_a_layer_and_waits_once() -> None:
+def test_a_decoding_step_of_32_rows_with_32_adapters_launches_at_most_32_kernels_a_layer_and_waits_once() -> None:
     one, two = decode_counts(1), decode_counts(2)
     own = {name: two[0][name] - one[0][name] for name in two[0] if two[0][name] != one[0][name]}
-    assert sum(own.values()) <= 15, own
-    assert own["add_mixed_lora"] == 4
+    assert sum(own.values()) <= 32, own
+    assert own["bmm"] + own["baddbmm_"] == 14  # the LoRAs of all rows, two products for each linear layer
     assert sum(two[1].values()) == 1, two[1]
 
 

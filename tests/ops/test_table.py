@@ -12,7 +12,8 @@ import torch
 
 import turret
 from turret.ops.core import REFERENCE
-from turret.ops.table import ON_A_GPU, of, planned, without
+from turret.ops.gpu.ops import GpuOps
+from turret.ops.table import of, planned, without
 
 SOURCE = Path(turret.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -50,7 +51,7 @@ def test_the_operations_are_those_of_device_and_dtype() -> None:
     assert of(x.double()) is REFERENCE
     assert of(gpu) is REFERENCE
     with planned(True):
-        assert of(gpu) is ON_A_GPU
+        assert isinstance(of(gpu), GpuOps)
     with without("kernels"):
         assert of(x) is REFERENCE
 
@@ -68,12 +69,11 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "ops/lora.py low_rank",  # of one adapter; the reference
         "ops/mixed_lora.py sgmv",  # of rows with several
     },
-    "LoRA, on a GPU": {  # a program each, and its formula
-        "ops/formulas.py add_lora",
-        "ops/formulas.py add_mixed_lora",
-        "ops/formulas.py lora_factor_gradients",
-        "ops/formulas.py lora_input_gradient",
-        "ops/gpu/programs.py product",
+    "LoRA, on a GPU": {
+        "ops/gpu/ops.py GpuOps.add_lora",  # of one adapter that trains
+        "ops/gpu/ops.py GpuOps.lora_backward",
+        "ops/mixed_lora.py Stack._put",  # of rows that decode, with several
+        "ops/mixed_lora.py Stack.add",
     },
     "LoRA, merged": {
         "adapters/lora.py merged_weight",
@@ -86,12 +86,9 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "ops/attention.py attend_plainly",
     },
     "attention, on a GPU": {
-        "ops/formulas.py _row",
-        "ops/formulas.py _scores",
-        "ops/formulas.py attend_step",
-        "ops/formulas.py attention_backward",
-        "ops/gpu/programs.py attention",
-        "ops/gpu/programs.py attention_backward",
+        "ops/gpu/available.py attention_by_rows",  # its reference, for the check
+        "ops/gpu/ops.py GpuOps.attention",
+        "ops/gpu/ops.py GpuOps.attention_backward",
     },
     "a frozen layer": {
         "ops/core.py Ops.linear_few",

@@ -17,7 +17,7 @@ from turret import adapters
 from turret.bases.meta_model import model_of
 from turret.data import Labelled
 from turret.methods import Full, LoRA, Prefix
-from turret.ops.gpu import planned
+from turret.ops.gpu.available import planned
 from turret.train import gpu_memory
 from turret.train.batches import EncodedRow, encode
 from turret.train.gpu_memory import Work, predict_on_gpu, refusal, saved_by
@@ -137,7 +137,7 @@ def test_the_work_of_real_batches_predicts_what_their_largest_pass_saves(task: A
     asked = tiny.task_of(recipe, data, on)
     batch = encode(asked, data.train)
     work = Work.of_items(recipe, [batch], 10_000)
-    predicted = predict_on_gpu(bare("llama", task), recipe.method, work, torch.float32, programs=False)
+    predicted = predict_on_gpu(bare("llama", task), recipe.method, work, torch.float32, attention=False)
     attach(recipe, on, asked, None)
     on.model.train()
     saved = SavedForBackward(on.model)

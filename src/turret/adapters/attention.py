@@ -20,6 +20,7 @@ from turret.adapters.batch_context import BARE, BatchContext, CachedKV
 from turret.errors import AdapterError
 from turret.families.family import Family, Site
 from turret.ops.attention import attend, attend_rows
+from turret.ops.copies import copied
 from turret.ops.core import Ops
 from turret.ops.dropout import Masks
 from turret.ops.padded_blocks import BlockLayout, BlockSide
@@ -171,7 +172,7 @@ def _padded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
         return _one_slot(hooked, slot, q, k, v, bias, call, dropped)
     output = torch.empty_like(q)
     for slot, rows in context.rows_by_slot().items():
-        index = torch.tensor(rows, device=q.device)
+        index = copied(torch.tensor(rows), q.device)
         rows_bias = bias[index] if bias is not None and bias.shape[0] > 1 else bias
         own = dropped if dropped.keys is None else replace(dropped, keys=dropped.keys[index], memo={})
         part = _one_slot(hooked, slot, q[index], k[index], v[index], rows_bias, call, own)
@@ -408,7 +409,7 @@ def _block_bias(hooked: Hooked, queries: BlockSide, keys: BlockSide, window: int
         return bias
     memo, key = hooked.context.memo, ("padding", keys.lengths)
     if key not in memo:
-        hidden = torch.arange(keys.longest, device=q.device) >= torch.tensor(keys.lengths, device=q.device)[:, None]
+        hidden = torch.arange(keys.longest, device=q.device) >= copied(torch.tensor(keys.lengths), q.device)[:, None]
         memo[key] = _hiding(hidden, q)[:, None, None]  # (B, 1, 1, S)
     padding: Tensor = memo[key]
     return padding if bias is None else bias + padding

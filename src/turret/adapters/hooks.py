@@ -26,6 +26,7 @@ from turret.errors import AdapterError
 from turret.families import family_of
 from turret.families.family import Family, Site
 from turret.methods import Method
+from turret.ops.copies import copied
 from turret.ops.dropout import Draws, dropout
 from turret.transformer import Model, Submodule
 
@@ -54,7 +55,7 @@ class RoutedModule(nn.Module):
         if slot is not None or self.context.in_body:  # inside a body, a pooler's output on unpadded tokens is not used
             return run(self.context.active if slot is None else slot, x)
         parts = {
-            slot: ((index := torch.tensor(rows, device=x.device)), run(slot, x[index]))
+            slot: ((index := copied(torch.tensor(rows), x.device)), run(slot, x[index]))
             for slot, rows in self.context.rows_by_slot().items()
         }
         widths = {part.shape[-1] for _, part in parts.values()}

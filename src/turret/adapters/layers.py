@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from turret import quantized
 from turret.adapters.attention import AttentionCall, attend_in_pass, rows_and_prefixes, takes_rows
-from turret.adapters.batch_context import BARE, AdapterPoolProtocol, BatchContext, KVCacheProtocol
+from turret.adapters.batch_context import BARE, AdapterPoolProtocol, BatchContext
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.modules_to_save import unrouted
 from turret.adapters.scaled import LayerChange
 from turret.families.family import FastPaths, Layout
 from turret.ops import frozen, lora
 from turret.ops.blocks import OUT, Normed, PostNorm, PreNorm, Training, train
-from turret.ops.core import Cached, LayerWeights, Ops, WholeLayers
+from turret.ops.core import LayerWeights, Ops, WholeLayers
 from turret.ops.dropout import Masks
 from turret.ops.norms import frozen_rms_norm
 from turret.ops.structs import DropoutArguments, Group, LayerNorm, Lora, Matrix, RMSNorm
@@ -39,7 +39,6 @@ CosSin = tuple[Tensor, Tensor]  # of the rotary positions, each (1, N, head size
 SILU = ("SiLU", "SiLUActivation")
 DONE = ("done",)  # key of a context's memo: the output of the latest call, and the index of the layer after it
 NORMED = ("normed",)  # likewise: the output of the latest layer that trains, its version, and how its norm made it
-RECORDED = ("recorded",)  # likewise: how many layers of this decode step may be recorded as a graph
 
 
 # --- linear layers ----------------------------------------------------------------------------------------------------
@@ -320,26 +319,9 @@ class Serving:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._cos_sin is not None:
-            cache = self._context.cache
-            if cache is not None and not cache.fresh("decoder") and self.ops.takes_new_token(q.shape[2]):
-                return self._attend_new_tokens(cache, q, k, v, *self._cos_sin)
             q, k = self.ops.rotate(q, k, *self._cos_sin, 1.0)
         q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
         return attend_in_pass(self._hooked, q, k, v, self._call)[0].transpose(0, 1)
-
-    def _attend_new_tokens(
-        self, cache: KVCacheProtocol, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        """A decode step in one launch for each block of the cache."""
-        start, parts, memo = 0, [], self._context.memo
-        for part in cache.step("decoder", self._hooked.site.layer, None, None):
-            own = slice(start, start := start + len(part.lengths))
-            cached = Cached(part.keys, part.values, part.lengths, part.prefixes)
-            window, scaling = self._call.window or 0, self._call.scaling
-            y = self.ops.attend_new_token(q[own], k[own], v[own], cos[own], sin[own], cached, window, scaling)
-            parts.append(y)
-        memo[RECORDED] = memo.get(RECORDED, 0) + 1
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def keep(self, **tensors: Tensor | None) -> None:
         """Nothing: there is no backward pass."""

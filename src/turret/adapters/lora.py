@@ -60,7 +60,7 @@ class LoRAFactors(nn.Module):
                 packed = FourBitProducts.of(layer)
                 y = adapted(x, packed.weight, layer._parameters["bias"], packed, lora, masks, stream)
                 return self._beside(layer, x, masks, stream) if y is None else y
-            if x.is_cpu and not quantized.packed(layer):
+            if not quantized.packed(layer):
                 weight, bias = weight_and_bias(layer)
                 if weight.dtype == x.dtype and not weight.requires_grad:
                     y = adapted(x, weight, bias, FrozenProducts(), lora, masks, stream)

@@ -88,7 +88,7 @@ def pooled(model: Model, inputs: Sequence[Tensor], pooling: Pooling, slots: Sequ
         and narrows()
     ):
         ends = torch.tensor(lengths).cumsum(0)
-        hidden = _hidden(model, inputs, slots, read=(ends - torch.tensor(lengths)).to(device_of(model)))
+        hidden = _hidden(model, inputs, slots, read=copied(ends - torch.tensor(lengths), device_of(model)))
         lengths = [1] * len(lengths)  # the body gives (B, D)
     else:
         hidden = _hidden(model, inputs, slots)
@@ -260,13 +260,13 @@ def ready_mask(ids: Tensor) -> Tensor:
 
 def pool(pooling: Pooling, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
     """The vector of each row that a classifier reads: hidden (N, D) -> (B, D)."""
-    ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
+    ends = copied(torch.tensor(lengths), hidden.device).cumsum(0)
     hidden = hidden[: sum(lengths)]
     if pooling == "last":
         return hidden[ends - 1]
     if pooling == "mean":
         return torch.stack([row.mean(0) for row in torch.split(hidden, list(lengths))])
-    return hidden[ends - torch.tensor(lengths, device=hidden.device)]
+    return hidden[ends - copied(torch.tensor(lengths), hidden.device)]
 
 
 def shift_right(config: ModelConfig, row: Tensor) -> Tensor:

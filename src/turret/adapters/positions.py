@@ -85,12 +85,12 @@ def _shift(context: BatchContext, prefix_length: Length, rows: int, stream: str,
         P = prefix_length(slot)
         return torch.full((1, 1), P, device=device) if P else None
     assert context.slots is not None
-    lengths = torch.tensor([prefix_length(each) for each in context.slots], device=device)
+    lengths = copied(torch.tensor([prefix_length(each) for each in context.slots]), device)
     if not lengths.any():
         return None
     if context.lengths is None:
         return lengths[:rows, None]
-    return lengths.repeat_interleave(torch.tensor(context.lengths[stream], device=device))[None]
+    return lengths.repeat_interleave(copied(torch.tensor(context.lengths[stream]), device))[None]
 
 
 def _decoder_hook(names: list[str], offset: int, context: BatchContext, prefix_length: Length) -> PreHook:

@@ -41,8 +41,8 @@ def _lines(facts: JsonMapping) -> Iterator[tuple[str, str]]:
     yield "processor", _processor(facts["processor"])
     if "device" in facts["processor"]:
         yield "device", f"{facts['processor']['device']}  [dim]{safe(facts['processor']['device_reason'])}[/]"
-    if facts["processor"].get("programs"):
-        yield "programs", _programs(facts["processor"]["programs"])
+    for name, text in facts["processor"].get("features", {}).items():
+        yield f"fast {name}", _feature(text)
     if "float32_products" in facts["processor"]:
         yield "float32", safe(facts["processor"]["float32_products"])
     if "kernels" in facts["processor"]:
@@ -89,8 +89,8 @@ def _processor(processor: JsonMapping) -> str:
     return f"{processor['instructions']}, {processor['threads']} threads, {gpu}{dtype}"
 
 
-def _programs(text: str) -> str:
-    return f"{GOOD}compiled for this GPU" if text == "on" else f"{BAD}{safe(text)}; a GPU is slower without them"
+def _feature(text: str) -> str:
+    return f"{GOOD}as torch computes it, on this GPU" if text == "on" else f"{BAD}{safe(text)}; a GPU is slower without"
 
 
 def _kernels(text: str) -> str:

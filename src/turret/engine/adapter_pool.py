@@ -38,7 +38,7 @@ from turret.engine.adapter_tensors import (
 from turret.errors import AdapterError
 from turret.families.family import Family, HeadKind, head_of
 from turret.ops.frozen import linear
-from turret.ops.mixed_lora import GpuRows, MixedLoRA, MixedRows, mixed_rows, sgmv
+from turret.ops.mixed_lora import GpuRows, MixedRows, Stack, mixed_rows, sgmv
 from turret.ops.structs import AdapterSpans
 from turret.ops.table import of
 from turret.tasks import Task
@@ -200,7 +200,7 @@ class AdapterPool:
         self.attached.context.adapter_pool = self
         self._slots: dict[int, AdapterTensors] = {}
         self._rows: dict[str, MixedRows] = {}  # of the current pass, by stream
-        self._latest: tuple[Sequence[AdapterTensors | None], MixedLoRA | None] = (), None  # of the latest decode rows
+        self._latest: tuple[Sequence[AdapterTensors | None], Sequence[Stack] | None] = (), None  # of the decode rows
         self._head_rows: list[tuple[int, int]] = []  # while heads are computed: (slot, rows)
         self._scaled: dict[str, list[Span]] = {}  # the adapters of the current pass that scale, by stream
         self._alone: AdapterTensors | None = None  # of the only row, if rows pass one by one
@@ -306,12 +306,7 @@ class AdapterPool:
             latest = self._latest[1] if own and own == self._latest[0] else None
             self._rows[stream] = rows = mixed_rows(self._weights, spans, sum(counts), own, latest)
             if own and isinstance(rows, GpuRows):
-                self._latest = own, rows.mixed
-
-    @property
-    def by_programs(self) -> bool:
-        """Whether a GPU's programs compute: then no factor is copied, and a step of this base may be recorded."""
-        return self.family.fast.layout == "pre-norm" and of(*self._weights).recorded
+                self._latest = own, rows.stacks
 
     @property
     def scales(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -92,8 +92,7 @@ class KVBlock:
         if not moved:
             return
         device = next(iter(self.stored.values()))[0].device
-        to = torch.tensor([kv_slot.index for kv_slot, _ in moved], device=device)
-        of = torch.tensor([source.index for _, source in moved], device=device)
+        to, of = (copied(torch.tensor([each.index for each in own]), device) for own in zip(*moved, strict=True))
         for group, layers in self.stored.items():
             used = max(source.lengths[group] for _, source in moved)
             for stored in layers:
@@ -202,24 +201,6 @@ class PassCache:
                 stored[0, kv_slot.index, :, :at], stored[1, kv_slot.index, :, :at] = prefix
             stored[0, kv_slot.index, :, at : at + end - start] = keys[0, :, start:end]
             stored[1, kv_slot.index, :, at : at + end - start] = values[0, :, start:end]
-
-    def places(self, group: str) -> tuple[tuple[int, ...], ...]:
-        """Where the decode rows' keys and values are: rows, shape and addresses of each block."""
-        blocks = [(len(part), part[0].block) for part in self._parts]
-        return tuple(
-            (count, block.room, block.sizes[group], *(stored.data_ptr() for stored in block.stored[group]))
-            for count, block in blocks
-        )
-
-    def changing(self, group: str) -> list[Tensor]:
-        """What differs between two steps of the same rows: lengths and prefixes, for each block."""
-        self._measure(group)
-        return [each for own in self._lengths[group] for each in (own.lengths, own.prefixes)]
-
-    def use(self, group: str, tensors: Sequence[Tensor]) -> None:
-        """Read these instead of `changing`."""
-        pairs = zip(self._lengths[group], tensors[::2], tensors[1::2], strict=True)
-        self._lengths[group] = [replace(own, lengths=lengths, prefixes=prefixes) for own, lengths, prefixes in pairs]
 
     def _measure(self, group: str) -> None:
         if group not in self._lengths:

@@ -16,6 +16,7 @@ from turret.engine.runner import DecodeStep, Prefill
 from turret.engine.structured_output import Guide
 from turret.engine.text import CONTEXT_TOKENS, IncrementalText, TokenEnds, between
 from turret.json_types import JsonObject
+from turret.ops.copies import copied
 
 # --- answer text ------------------------------------------------------------------------------------------------------
 # The text of an answer with its tokens: each piece has the logprobs of the tokens that end in it.
@@ -181,7 +182,7 @@ class Beams:
         if not settings.plain:
             for row, tokens in zip(scores, self.running, strict=False):
                 adjust(row, [*self._before, *tokens], len(tokens), settings)
-        scores = scores.expand(k, -1) + torch.tensor(self._scores, device=scores.device)[:, None]
+        scores = scores.expand(k, -1) + copied(torch.tensor(self._scores), scores.device)[:, None]
         V = scores.shape[1]
         count = max(2, 1 + len(settings.eos)) * k
         values, places = scores.flatten().topk(min(count, k * V))

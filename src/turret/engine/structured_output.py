@@ -23,6 +23,7 @@ from torch import Tensor
 from turret.engine.constraint import Constraint
 from turret.engine.constraint_process import STACK, ConstraintProcess, Refusal, matcher_of, tokenizer_of, with_stack
 from turret.errors import DataError, one_line
+from turret.ops.copies import copied
 from turret.transformer import Tokenizer
 
 COMPILED = 64  # constraints that stay compiled
@@ -148,7 +149,7 @@ class Guide:
         denied[8 * len(bits) :] = True
         denied[self._other_eos] = True
         denied[self._eos] = not self._matcher.is_accepting()
-        scores.masked_fill_(torch.from_numpy(denied).to(scores.device), -torch.inf)
+        scores.masked_fill_(copied(torch.from_numpy(denied), scores.device), -torch.inf)
         self._denied = denied
 
     def allowed(self) -> Tensor:

@@ -16,6 +16,6 @@ def copied(tensor: Tensor, device: torch.device) -> Tensor:
 
     Later work on the GPU waits for it by itself, and torch keeps the pinned memory until then.
     """
-    if real_gpu(device):
+    if real_gpu(device) and tensor.is_cpu:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,22 +36,10 @@ def enabled(name: str) -> bool:
 
 NumberedMatrix = tuple[int, Tensor, Tensor | None]  # a frozen layer's number among those that are adapted, W and b
 
-__all__ = ["REFERENCE", "AdapterSpans", "Cached", "Gradients", "KVStep", "LayerWeights", "Loras", "Ops", "WholeLayers"]
+__all__ = ["REFERENCE", "AdapterSpans", "Gradients", "KVStep", "LayerWeights", "Loras", "Ops", "WholeLayers"]
 
 Gradients = list[Tensor | None]
 Loras = Sequence[Lora | None]  # of the matrices of one input, None for one without
-
-
-class Cached(NamedTuple):
-    """The cached keys and values of some rows in one layer, and how many of each row are there.
-
-    keys, values: (B, H_kv, S, D); lengths, with the newest token, and prefixes: (B,) int64.
-    """
-
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor
-    prefixes: Tensor
 
 
 class KVStep(Protocol):
@@ -106,7 +94,6 @@ class Ops:
 
     kernels = False  # whether anything is faster than torch here
     layouts: frozenset[str] = frozenset()  # the kinds of layer that are worth computing as one block
-    recorded = False  # whether a decode step of such blocks may be recorded as a graph
     output_read = False  # whether `attention_backward` reads the output of `attention`
 
     # --- frozen products ----------------------------------------------------------------------------------------------
@@ -267,7 +254,7 @@ class Ops:
 
     def swiglu_backward(self, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
         """(dgate, dup)."""
-        return formulas.swiglu_backward(gate, up, dy)[:2]
+        return formulas.swiglu_backward(gate, up, dy)
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
         """x cos + sign rotate_half(x) sin of q and k (N, H, D); cos, sin: (N, D). Source: Su et al. 2021."""
@@ -338,19 +325,6 @@ class Ops:
     def kv_step(self, lengths: Tensor, prefixes: Tensor, like: Tensor) -> KVStep | None:
         """What a decode step reads of a cache with these lengths, or None if torch computes it; see `KVStep`."""
         return None
-
-    def takes_new_token(self, dim: int) -> bool:
-        """Whether `attend_new_token` computes heads of that size."""
-        return False
-
-    def attend_new_token(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cached: Cached, window: int, scaling: float
-    ) -> Tensor:
-        """One new token of each row: rotate q and k, write k and v into the cache, attend to all keys of the row.
-
-        q: (B, H, D); k, v: (B, H_kv, D); cos, sin: (B, D). window: 0 for none. Returns (B, H, D).
-        """
-        return formulas.attend_step(q, k, v, cos, sin, *cached, window, scaling)
 
 
 def _masked(x: Tensor, mask: Mask | None) -> Tensor:

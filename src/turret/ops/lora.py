@@ -124,7 +124,7 @@ def adapted(
     masks: Masks,
     stream: str | None,
 ) -> Tensor | None:
-    """A frozen layer and its LoRA on a CPU, with little saved for the backward pass; None if torch must compute them.
+    """A frozen layer and its LoRA, with little saved for the backward pass; None if torch must compute them.
 
     Args:
         x: (..., D_in).

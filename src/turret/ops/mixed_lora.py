@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from turret.ops.copies import copied
 from turret.ops.cpu.ops import CpuOps
 from turret.ops.frozen import linear, takes_few
-from turret.ops.gpu.mixed import MixedLoRA as MixedLoRA
 from turret.ops.gpu.ops import GpuOps
 from turret.ops.structs import AdapterSpans
 from turret.ops.table import of
@@ -119,35 +119,81 @@ class CpuRows(MixedRows):
         return y
 
 
-class GpuRows(MixedRows):
-    """On a GPU: `sgmv` for the tokens of prefill rows, one launch for those of decode rows, which come after them.
+class Stack:
+    """The factors of decode rows with adapters of one shape, for batched products: one copy for a mixture.
 
-    mixed: the LoRA of the decode rows, None without any. It may be replaced by one that reads other places of memory.
+    Args:
+        adapters: of these rows, all of one layout.
+        rows: (B,) int64, the places of these rows among all decode rows; None: they are all.
     """
 
-    def __init__(self, spans: Sequence[Span], prefill_tokens: int, mixed: MixedLoRA | None) -> None:
-        super().__init__(spans)
-        self._prefill_tokens, self.mixed = prefill_tokens, mixed
+    def __init__(self, adapters: Sequence[LoadedFactors], rows: Sequence[int] | None) -> None:
+        number = {adapter: place for place, adapter in enumerate(dict.fromkeys(adapters))}
+        first, mixed, device = adapters[0], len(number) > 1, adapters[0].flat.device
+        self._pairs = first.pairs()
+        self._starts = (first.offsets // first.flat.element_size()).tolist()
+        count = sum(part.numel() for pair in self._pairs.values() for part in pair)  # the factors come first
+        self._flat = torch.stack([each.flat[:count] for each in number]) if mixed else None
+        shared = mixed and len(number) < len(adapters)
+        self._of_row = copied(torch.tensor([number[each] for each in adapters]), device) if shared else None
+        self._rows = None if rows is None else copied(torch.tensor(rows), device)
 
-    def products(
-        self,
-        layers: Sequence[nn.Module],
-        numbers: Sequence[int],
-        x: Tensor,
-        plus: Tensor | None = None,
-        *,
-        helped: bool = True,
-    ) -> list[Tensor]:
-        if self.mixed is None:
-            return super().products(layers, numbers, x, plus, helped=helped)
-        start = self._prefill_tokens
-        if start == 0:
-            y = [linear(each, x) for each in layers]
-            self.mixed.add(y, x, numbers, plus)
-            return y
-        y = super().products(layers, numbers, x, plus, helped=helped)
-        self.mixed.add([each[start:] for each in y], x[start:], numbers)
+    def add(self, y: Tensor, x: Tensor, layer: int) -> None:
+        """y_t += (x_t A^T) B of each row's adapter. y: (N, D_out), in place; x: (N, D_in), of all decode rows."""
+        if layer not in self._pairs:
+            return
+        own = x if self._rows is None else x.index_select(0, self._rows)
+        if self._flat is None:
+            A, B = self._pairs[layer]
+            self._put(y, own @ A.mT, B)
+        else:
+            A, B = (
+                self._stacked(self._flat, *each) for each in zip(self._starts[layer], self._pairs[layer], strict=True)
+            )
+            self._put(y, torch.bmm(own[:, None], A.mT), B)  # (B, 1, R)
+
+    def _stacked(self, flat: Tensor, first: int, like: Tensor) -> Tensor:
+        """A factor of each row's adapter, (B, R, D). first: its place in `flat`."""
+        every = flat[:, first : first + like.numel()].view(-1, *like.shape)
+        return every if self._of_row is None else every.index_select(0, self._of_row)
+
+    def _put(self, y: Tensor, h: Tensor, B: Tensor) -> None:
+        if self._rows is not None:
+            y.index_add_(0, self._rows, (h @ B).view(len(self._rows), -1))
+        elif h.ndim == 2:
+            y.addmm_(h, B)
+        else:
+            y[:, None].baddbmm_(h, B)
+
+
+class GpuRows(MixedRows):
+    """On a GPU: `sgmv` for the tokens of prefill rows, batched products for those of decode rows, which come after.
+
+    stacks: the factors of the decode rows.
+    """
+
+    def __init__(self, spans: Sequence[Span], prefill_tokens: int, stacks: Sequence[Stack]) -> None:
+        super().__init__(spans)
+        self._prefill_tokens, self.stacks = prefill_tokens, stacks
+
+    def _linear(self, layer: nn.Module, number: int, x: Tensor, helped: bool) -> Tensor:
+        y = super()._linear(layer, number, x, helped)
+        for stack in self.stacks:
+            stack.add(y[self._prefill_tokens :], x[self._prefill_tokens :], number)
         return y
+
+
+def stacks_of(steps: Sequence[LoadedFactors | None]) -> list[Stack]:
+    """The factors of decode rows, those of one layout together."""
+    groups: dict[int, list[int]] = {}
+    for row, own in enumerate(steps):
+        if own is not None:
+            groups.setdefault(id(own.offsets), []).append(row)
+    found = []
+    for rows in groups.values():
+        adapters = [own for row in rows if (own := steps[row]) is not None]
+        found.append(Stack(adapters, None if len(rows) == len(steps) else rows))
+    return found
 
 
 def mixed_rows(
@@ -155,7 +201,7 @@ def mixed_rows(
     spans: Sequence[Span],
     tokens: int,
     steps: Sequence[LoadedFactors | None] = (),
-    latest: MixedLoRA | None = None,
+    latest: Sequence[Stack] | None = None,
 ) -> MixedRows:
     """The LoRA of every token of a pass, as the device reads it.
 
@@ -168,7 +214,7 @@ def mixed_rows(
     """
     ops = of(*weights)
     if isinstance(ops, GpuOps):
-        return GpuRows(spans, tokens, latest or mixed_lora(steps))
+        return GpuRows(spans, tokens, stacks_of(steps) if latest is None else latest)
     following = ((tokens + row, tokens + row + 1, own) for row, own in enumerate(steps) if own is not None)
     every = [*spans, *following]
     return CpuRows(ops, every, tokens + len(steps)) if isinstance(ops, CpuOps) else MixedRows(every)
@@ -190,18 +236,4 @@ def kernel_spans(spans: Sequence[Span], tokens: int) -> AdapterSpans | None:
         torch.tensor([adapter.rank for adapter in adapters]),
         addresses.masked_fill_(offsets < 0, 0),
         tokens,
-    )
-
-
-def mixed_lora(rows: Sequence[LoadedFactors | None]) -> MixedLoRA | None:
-    """The adapter of each row as a GPU reads it, or None if no row has factors. No factor is copied."""
-    adapters = list(dict.fromkeys(each for each in rows if each is not None))
-    if not adapters:
-        return None
-    place = {adapter: number for number, adapter in enumerate(adapters)}
-    return MixedLoRA.of(
-        [each.flat for each in adapters],
-        [each.offsets for each in adapters],
-        [each.rank for each in adapters],
-        [-1 if each is None else place[each] for each in rows],
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from turret.ops.autograd import FunctionContext, Gradients, apply
+from turret.ops.copies import copied
 from turret.ops.core import enabled
 
 SHORTER = 0.5  # a row shorter than this share of its block's longest row begins another block,
@@ -68,9 +69,9 @@ class BlockSide:
         return cls(
             lengths,
             longest,
-            places.flatten().to(device),
-            back.to(device),
-            places[inside].to(device),
+            copied(places.flatten(), device),
+            copied(back, device),
+            copied(places[inside], device),
             spans[0][0] if consecutive else None,
         )
 

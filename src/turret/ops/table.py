@@ -18,22 +18,22 @@ from turret.ops.cpu import compiled as cpu
 from turret.ops.cpu.ops import ops_of
 from turret.ops.gpu import available as gpu
 from turret.ops.gpu.available import planned
-from turret.ops.gpu.available import why_not as why_no_gpu_programs
-from turret.ops.gpu.ops import GpuOps
+from turret.ops.gpu.available import why_not as why_no_gpu_feature
+from turret.ops.gpu.ops import FEATURES as GPU_FEATURES
 
 __all__ = [
+    "GPU_FEATURES",
     "PATHS",
     "narrows",
     "of",
     "planned",
     "rest",
     "why_cpu_kernels",
-    "why_no_gpu_programs",
+    "why_no_gpu_feature",
     "without",
 ]
 
 ENCODER, DECODER = "encoder", "decoder"
-ON_A_GPU = GpuOps()
 
 
 def of(*tensors: Tensor) -> Ops:
@@ -45,7 +45,7 @@ def of(*tensors: Tensor) -> Ops:
     if first.is_cpu:
         library = cpu.usable(first)
         return REFERENCE if library is None else ops_of(library, first.dtype)
-    return ON_A_GPU if gpu.usable(first) else REFERENCE
+    return gpu.ops_of(first)
 
 
 def narrows() -> bool:

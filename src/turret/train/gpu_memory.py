@@ -101,7 +101,7 @@ def predict_on_gpu(
     nf4: bool = False,
     optimizer: str | None = None,
     checkpointed: bool = False,
-    programs: bool = True,
+    attention: bool = True,
 ) -> Prediction:
     """The memory of a training on a GPU, by component.
 
@@ -113,7 +113,7 @@ def predict_on_gpu(
         nf4: whether the linear layers of the body are kept in 4 bits, and unpacked for a product.
         optimizer: `train.optimizer`, which keeps the moments.
         checkpointed: whether each layer keeps its input alone and is computed again: `train.checkpoint_layers`.
-        programs: whether the GPU computes by Turret's Triton programs, in a dtype that they take.
+        attention: whether the GPU has attention over rows in this dtype.
     """
     cast(model, dtype)
     weights, unpacked = _weights(model, nf4)
@@ -122,7 +122,7 @@ def predict_on_gpu(
     try:
         model.train()
         trainable = trainable_bytes(adapters.trainable_parameters(model))
-        with _Shapes(), planned(programs):
+        with _Shapes(), planned(attention):
             saved, states, outputs = saved_by(model, work)
         logits = LOGITS * outputs
         cached = _cached(model, work, dtype)

@@ -38,7 +38,7 @@ def compare_answers(model: Model, task: ComparingTask, piece: Sequence[EncodedRo
     if not orpo:
         with on_slot(model, BARE), torch.no_grad():
             reference, _ = _scored(model, piece, prompts=False)
-    counts = torch.tensor([[len(_target(item)), len(_rival(item))] for item in piece], device=scores.device)
+    counts = copied(torch.tensor([[len(_target(item)), len(_rival(item))] for item in piece]), scores.device)
     return Compared(scores, reference, counts, loss)
 
 

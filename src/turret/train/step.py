@@ -201,7 +201,7 @@ def _loss_over_the_batch(
     found = [checkpoint(outputs, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     whole = torch.cat(found)
     targets = _wanted(task, batch) if has_head(task) else torch.tensor([item.weight for item in batch])
-    return loss.function(whole, targets.to(whole.device))
+    return loss.function(whole, copied(targets, whole.device))
 
 
 def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
@@ -239,7 +239,7 @@ def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | 
     with mixed_precision(model):
         if has_head(task):
             logits = packed.head_logits(model, [(item.source, item.read) for item in piece])  # (B, C)
-            return function(logits, _wanted(task, piece).to(logits.device))
+            return function(logits, copied(_wanted(task, piece), logits.device))
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
         return _loss_of_targets(model, function, states, piece)

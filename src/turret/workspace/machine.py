@@ -116,16 +116,18 @@ def _processor() -> JsonObject:
         "threads": torch.get_num_threads(),
         "gpu": name,
         "kernels": why_cpu_kernels(),
-        "programs": _programs(chosen.device),
+        "features": _features(chosen.device),
     }
 
 
-def _programs(device: torch.device) -> str | None:
-    """Whether a GPU computes by Turret's Triton programs: "on", or why not; None without a GPU."""
+def _features(device: torch.device) -> JsonObject:
+    """What a GPU has beside torch's plain operations: for each feature "on", or why not; empty without a GPU."""
     from turret.bases import default_dtype
-    from turret.ops.table import why_no_gpu_programs
+    from turret.ops.table import GPU_FEATURES, why_no_gpu_feature
 
-    return (why_no_gpu_programs(device, default_dtype(device)) or "on") if device.type == "cuda" else None
+    if device.type != "cuda":
+        return {}
+    return {each: why_no_gpu_feature(each, device, default_dtype(device)) or "on" for each in GPU_FEATURES}
 
 
 def _store(store: Store) -> JsonObject:

@@ -17,7 +17,7 @@ from turret.bases.meta_model import room_to_answer, skeleton
 from turret.bases.sharded import gather_once, load_in_parts, parts_of
 from turret.data import Dataset
 from turret.errors import AdapterError, PreflightRefused, TrainingError, UnknownFamily
-from turret.ops.table import why_no_gpu_programs
+from turret.ops.table import why_no_gpu_feature
 from turret.recipe import Data, Recipe
 from turret.tasks import Task
 from turret.train import distributed
@@ -156,7 +156,7 @@ def _predicted(
         nf4=recipe.base_quantization == "nf4",
         optimizer=recipe.train.optimizer,
         checkpointed=checkpointed,
-        programs=why_no_gpu_programs(device, dtype) is None,
+        attention=why_no_gpu_feature("attention", device, dtype) is None,
     )
     return predicted if parts == 1 else in_parts(predicted, model, parts)
 

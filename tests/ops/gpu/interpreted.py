@@ -1,4 +1,4 @@
-"""Runs every Triton program by Triton's interpreter and prints, as JSON, how far it is from its reference.
+"""Runs the programs of a GPU by Triton's interpreter and prints, as JSON, how far each is from torch.
 
 TRITON_INTERPRET=1 python tests/ops/gpu/interpreted.py         Triton reads the variable when it is imported
 """
@@ -10,13 +10,36 @@ from collections import Counter
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
+import triton.language as tl
+from liger_kernel.ops import rms_norm, rope, swiglu
+from triton.runtime.interpreter import TensorHandle
 
-from turret.ops.gpu import available, operations, programs
+from turret.ops.gpu import available, programs
+from turret.ops.gpu.ops import DROPOUT, LIGER
 
 CPU = torch.device("cpu")
-NATIVE = ("attention", "attention_backward")  # torch's own fused kernels, which have no form for the CPU
-DTYPES = {"float32": torch.float32, "float16": torch.float16}  # the interpreter multiplies no bfloat16
+DTYPES = {"float32": torch.float32, "float16": torch.float16}  # the interpreter has no bfloat16
+KERNELS = {
+    LIGER: [
+        (rms_norm, "_rms_norm_forward_kernel"),
+        (rms_norm, "_rms_norm_backward_kernel"),
+        (rope, "_triton_rope"),
+        (swiglu, "_swiglu_forward_kernel"),
+        (swiglu, "_swiglu_backward_kernel"),
+    ],
+    DROPOUT: [(programs, "_dropout")],
+}
+
+
+def given(value: Any) -> Any:
+    """An argument as a compiled program has it: the interpreter leaves numbers and None of Python as they are."""
+    if value is None:
+        return torch.zeros(1)  # that the program does not read
+    if not isinstance(value, float):
+        return value
+    return tl.tensor(TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
 
 
 class Counted:
@@ -27,22 +50,23 @@ class Counted:
 
     def __getitem__(self, grid: Any) -> Any:
         self.launches[self.name] += 1
-        return self.program[grid]
+        return lambda *args, **kwargs: self.program[grid](*map(given, args), **kwargs)
 
 
 def main() -> None:
     found: dict[str, Any] = {}
-    for name in operations.NAMES:
-        if name in NATIVE:
-            continue
+    for feature, kernels in KERNELS.items():
         launches: Counter[str] = Counter()
-        home = vars(programs)
-        with patch.dict(home, {f"_{name}": Counted(f"_{name}", home[f"_{name}"], launches)}):
-            far = {
-                kind: available.largest_difference(name, getattr(programs, name), CPU, dtype)
-                for kind, dtype in DTYPES.items()
-            }
-        found[name] = {"difference": far, "launches": dict(launches)}
+        rsqrt = lambda x: 1.0 / tl.sqrt(x)  # CUDA's own has no form for the interpreter
+        patches: list[Any] = [patch.object(rms_norm, "rsqrt", rsqrt)]
+        patches += [patch.object(home, name, Counted(name, getattr(home, name), launches)) for home, name in kernels]
+        for each in patches:
+            each.start()
+        ops = available.ops_with(frozenset({feature}))
+        far = {kind: available.largest_difference(feature, ops, CPU, dtype) for kind, dtype in DTYPES.items()}
+        for each in patches:
+            each.stop()
+        found[feature] = {"difference": far, "launches": dict(launches)}
     print(json.dumps(found))
 
 

@@ -1,4 +1,4 @@
-"""The Triton programs of a GPU, run by Triton's interpreter on the CPU, against their references in torch."""
+"""The programs of a GPU, run by Triton's interpreter on the CPU, against torch; and compiled at real sizes."""
 
 from __future__ import annotations
 
@@ -12,91 +12,80 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_gpu import GPU, OnCard, on_cpu, pretend_gpu
 
-from turret.ops.formulas import OF_SITE, kept
-from turret.ops.gpu import available, operations, usable, why_not
-from turret.ops.structs import STEPS
+from turret.ops.core import REFERENCE
+from turret.ops.dropout import HashedMask
+from turret.ops.formulas import kept
+from turret.ops.gpu import available
+from turret.ops.gpu.ops import ATTENTION, DROPOUT, FEATURES, LIGER
+from turret.ops.structs import STEPS, DropoutArguments, Lora, Mask
 
 CPU = torch.device("cpu")
 ALLOWED = {"float32": 2e-6, "float16": 3e-3}
-PROGRAMS = [name for name in operations.NAMES if name not in ("attention", "attention_backward")]  # those are torch's
+HERE = Path(__file__)
+missing = [each for each in ("triton", "liger_kernel") if importlib.util.find_spec(each) is None]
+needs_programs = pytest.mark.skipif(bool(missing), reason=f"not installed: {' and '.join(missing)}")
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> Any:
-    """By operation, the largest difference from its reference in each dtype, and the launches of both calls."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed: it has wheels for Linux only")
-    script = Path(__file__).with_name("interpreted.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+def said_by(script: str, *arguments: str, **variables: str) -> Any:
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(HERE.with_name(script)), *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=550,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_gives_what_its_reference_gives(interpreted: Any, name: str) -> None:
-    for dtype, difference in interpreted[name]["difference"].items():
-        assert difference <= ALLOWED[dtype], dtype
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_an_operation_is_one_launch(interpreted: Any, name: str) -> None:
-    """The ceilings count an operation as one."""
-    assert interpreted[name]["launches"] == {f"_{name}": 2}  # called in two dtypes
-
-
+@needs_programs
 @pytest.mark.slow
-def test_every_program_compiles_for_gpus_since_ampere_within_their_shared_memory(tmp_path: Path) -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed: it has wheels for Linux only")
-    script = Path(__file__).with_name("compiled.py")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, str(script), "80", "90"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 2 * 3 * len(PROGRAMS)
+def test_the_programs_give_what_torch_gives_in_one_launch_each() -> None:
+    found = said_by("interpreted.py", TRITON_INTERPRET="1")
+    for feature in (LIGER, DROPOUT):
+        for dtype, difference in found[feature]["difference"].items():
+            assert difference <= ALLOWED[dtype], (feature, dtype)
+    # in two dtypes: both norms and both of SwiGLU, two rotations, two masks
+    one = {"_rms_norm_forward_kernel", "_rms_norm_backward_kernel", "_swiglu_forward_kernel", "_swiglu_backward_kernel"}
+    assert found[LIGER]["launches"] == {**dict.fromkeys(one, 2), "_triton_rope": 4}
+    assert found[DROPOUT]["launches"] == {"_dropout": 4}
+
+
+@needs_programs
+@pytest.mark.slow
+def test_every_program_compiles_at_the_sizes_of_real_bases_for_gpus_since_ampere(tmp_path: Path) -> None:
+    found = said_by("compiled.py", "80", "89", "90", TRITON_CACHE_DIR=str(tmp_path))
+    assert len(found) == 6 * 4 * 3
     for name, made in found.items():
         assert made["bytes"] > 1000, name
         assert made["shared"] <= 99 * 1024, name  # of a GPU for desktops
 
 
-def test_control_a_program_with_another_formula_is_noticed() -> None:
-    assert available.largest_difference("swiglu", lambda gate, up: gate * up, CPU, torch.float32) > 0.1
-    assert available.largest_difference("rotate", lambda *arguments: None, CPU, torch.float32) > 0.1
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_of_a_gpu_gives_what_torch_gives_on_the_pretend_one(feature: str) -> None:
+    """The whole way but the programs: views, memory that is changed, what is returned."""
+    with pretend_gpu() as gpu:
+        gpu.clear()
+        ops = available.ops_with(frozenset({feature}))
+        assert available.largest_difference(feature, ops, GPU, torch.float32) <= 1e-5
+        names = {ATTENTION: "_flash_attention_forward", LIGER: "rotate", DROPOUT: "dropout"}
+        assert gpu.launches[names[feature]] == 2
 
 
-def test_attention_over_packed_rows_is_torchs_attention_of_each_row_and_so_are_its_gradients() -> None:
-    """The reference of FlashAttention, whose own form for the CPU there is none."""
-    case = available.Case(CPU, torch.float32)
-    q, k, v, starts, key_starts, *numbers = case.arguments("attention")
-    y, log_sum = torch.ops.turret.attention(q, k, v, starts, key_starts, *numbers)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    found = torch.ops.turret.attention_backward(dy, q, k, v, y, log_sum, starts, key_starts, *numbers)
-    inputs = [each.clone().requires_grad_() for each in (q, k, v)]
-    parts = []
-    for here, there in (((0, 20), (0, 23)), ((20, 37), (23, 43))):
-        own = [inputs[0][slice(*here)], *(each[slice(*there)] for each in inputs[1:])]
-        T, S = here[1] - here[0], there[1] - there[0]
-        behind = torch.arange(T)[:, None] + (S - T) - torch.arange(S)[None]
-        seen = (behind >= 0) & (behind < 9)
-        row = torch.nn.functional.scaled_dot_product_attention(
-            *(each.transpose(0, 1)[None] for each in own), attn_mask=seen, scale=numbers[-1], enable_gqa=True
-        )
-        parts.append(row[0].transpose(0, 1))
-    expected = torch.cat(parts)
-    torch.testing.assert_close(y, expected)
-    for one, other in zip(found, torch.autograd.grad(expected, inputs, dy), strict=True):
-        torch.testing.assert_close(one, other)
+def test_control_another_formula_is_noticed() -> None:
+    class Wrong(available.GpuOps):
+        def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            return gate * up
+
+        def dropout(self, x: torch.Tensor, dropped: DropoutArguments, scale: float) -> torch.Tensor:
+            return x * scale
+
+    for feature in (LIGER, DROPOUT):
+        assert available.largest_difference(feature, Wrong(frozenset()), CPU, torch.float32) > 0.1
+        assert available.largest_difference(feature, available.ops_with(frozenset()), CPU, torch.float32) == 0
 
 
 def test_dropout_drops_the_share_that_was_asked_for_and_other_elements_for_another_seed() -> None:
@@ -108,29 +97,62 @@ def test_dropout_drops_the_share_that_was_asked_for_and_other_elements_for_anoth
         assert float(one.float().mean(dim).sub(0.9).abs().max()) < 0.09
 
 
-def test_a_cpu_and_what_flash_attention_does_not_take_are_left_to_the_modules() -> None:
-    assert not usable(torch.ones(2))
-    assert "float32" in str(why_not(torch.device("cuda", 0), torch.float32))
+def test_a_gpu_without_one_feature_keeps_the_others_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """An AMD GPU without attention over rows, a GPU of 2018, a machine without the extra."""
+    asked = available._why_not.__wrapped__
+    monkeypatch.setattr(available, "_why_not", asked)  # nothing is remembered
+    monkeypatch.setattr(available, "largest_difference", lambda *arguments: 0.0)
+    monkeypatch.setattr(available, "find_spec", lambda name: None if name == "liger_kernel" else object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    half = torch.float16
+    assert available.why_not(ATTENTION, GPU, half) == "the GPU is older than Ampere"
+    assert "pip install 'turret[gpu]'" in str(available.why_not(LIGER, GPU, half))
+    assert available.why_not(DROPOUT, GPU, half) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert available.why_not(ATTENTION, GPU, half) is None, "AMD's are tried"
+    monkeypatch.setattr(available, "largest_difference", lambda *arguments: 0.5)
+    assert "differs from torch by 5.0e-01" in str(available.why_not(ATTENTION, GPU, half))
+
+    def refuses(*arguments: object) -> float:
+        raise RuntimeError("no kernel image is available\nand more lines")
+
+    monkeypatch.setattr(available, "largest_difference", refuses)
+    assert available.why_not(DROPOUT, GPU, half) == "RuntimeError: no kernel image is available"
+    assert all("\n" not in each.getMessage() for each in caplog.records)
 
 
-def test_the_gradients_of_lora_with_dropout_are_autograds() -> None:
+def test_what_flash_attention_does_not_take_is_left_to_torch() -> None:
+    assert "float32" in str(available.why_not(ATTENTION, GPU, torch.float32))
+    assert "no GPU" in str(available.why_not(DROPOUT, CPU, torch.float32))
+    assert available.ops_of(torch.ones(2)) is REFERENCE
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("rank", [3, 128, 256])
+def test_the_gradients_of_lora_on_a_gpu_are_autograds(p: float, rank: int) -> None:
+    """Three layers with one input, of which one has no LoRA, or another rank; any rank fits."""
     generator = torch.Generator().manual_seed(0)
-    N, R, d_in, sizes, scaling, threshold, seed = 11, 3, 7, (5, 6, 4), 0.7, 26_000, 99
+    N, d_in, sizes, ranks, ops = 11, 70, (50, 60, 40), (rank, 2, rank), available.ops_with(frozenset({DROPOUT}))
     keys = torch.randint(1 << 62, (N,), generator=generator)
-    x = torch.randn(N, d_in, generator=generator, requires_grad=True)
-    A = [torch.randn(R, d_in, generator=generator, requires_grad=True) for _ in sizes]
-    B = [torch.randn(size, R, generator=generator, requires_grad=True) for size in sizes]
-    dy = [torch.randn(N, size, generator=generator) for size in sizes]
-    masks = [kept(keys, (seed + g * OF_SITE) % (1 << 32), threshold, d_in) for g in range(3)]
-    expected = [scaling * ((x * mask) @ a.mT @ b.mT) for mask, a, b in zip(masks, A, B, strict=True)]
+    draw = lambda *shape: torch.randn(*shape, generator=generator) / 4
+    x = draw(N, d_in).requires_grad_()
+    A = [draw(r, d_in).requires_grad_() for r in ranks]
+    B = [draw(size, r).requires_grad_() for size, r in zip(sizes, ranks, strict=True)]
+    dy, plus = [draw(N, size) for size in sizes], None
+    dropped = [DropoutArguments.of(p, seed, keys) for seed in (7, 8, 9)]
+    masks = [kept(each.keys, each.seed, each.threshold, d_in) if p else torch.ones(1) for each in dropped]
+    scales = [0.7 * (each.scale if p else 1.0) for each in dropped]
+    expected = [s * ((x * mask) @ a.mT @ b.mT) for s, mask, a, b in zip(scales, masks, A, B, strict=True)]
     gradients = torch.autograd.grad(expected, [x, *A, *B], dy)
-
-    ops, plain = torch.ops.turret, [each.detach() for each in (x, *A, *B)]
-    x, A, B = plain[0], plain[1:4], plain[4:]
-    y, plus = [torch.zeros(N, size) for size in sizes], None
-    h = ops.add_lora(y, x, A, B, plus, scaling, keys, seed, threshold)
-    dx, into = torch.zeros_like(x), [torch.zeros_like(each) for each in (*A, *B)]
-    dh = ops.lora_input_gradient(dx, dy, A, B, scaling, keys, seed, threshold)
-    ops.lora_factor_gradients(into[:3], into[3:], x, h, dh, dy, scaling, keys, seed, threshold)
-    for one, other in zip((*y, dx, *into), (*expected, *gradients), strict=True):
-        torch.testing.assert_close(one, other)
+    with pretend_gpu(), torch.no_grad():
+        card = lambda given: OnCard(given.detach().clone())
+        own = [DropoutArguments(each.seed, each.threshold, each.scale, card(keys)) for each in dropped]
+        drawn: list[Mask | None] = [HashedMask(ops, each) if p else None for each in own]
+        loras = [Lora(card(a), card(b), 0.7, p, mask) for a, b, mask in zip(A, B, drawn, strict=True)]
+        y, given = [OnCard(torch.zeros(N, size)) for size in sizes], card(x)
+        inner = ops.add_lora(y, given, loras, plus)
+        dx = OnCard(torch.zeros(N, d_in))
+        found = ops.lora_backward(loras, lambda: given, inner, [card(each) for each in dy], dx)
+        results = [on_cpu(each) for each in (*y, dx, *found[::2], *found[1::2])]
+    for one, other in zip(results, (*expected, *gradients), strict=True):
+        torch.testing.assert_close(one, other.detach(), atol=1e-4, rtol=1e-4)

@@ -1,26 +1,23 @@
-"""The operations of a GPU: each is one launch, of a program in Triton or of torch's fused attention."""
+"""The operations of a GPU: cuBLAS for all products, torch's FlashAttention, and one launch for each small operation."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from turret.ops.core import Cached, Gradients, Loras, Ops
-from turret.ops.structs import (
-    GRADIENT_STAYS,
-    AttentionRows,
-    DropoutArguments,
-    Lora,
-    Prefixes,
-    RMSNorm,
-)
+from turret.ops.copies import copied
+from turret.ops.core import Gradients, Loras, Ops
+from turret.ops.structs import GRADIENT_STAYS, AttentionRows, DropoutArguments, Lora, Prefixes, RMSNorm
 
+ATTENTION, LIGER, DROPOUT = FEATURES = ("attention", "liger", "dropout")  # what a GPU may have
 WIDEST = 256  # numbers in a head that FlashAttention takes
-MOST = 3  # LoRAs that one launch adds
 
 
 class RowEdges(NamedTuple):
@@ -34,8 +31,6 @@ class RowEdges(NamedTuple):
     key_starts: Tensor
     most: int
     most_keys: int
-    causal: bool
-    window: int
     order: Tensor | None = None
 
     @classmethod
@@ -55,13 +50,11 @@ class RowEdges(NamedTuple):
                 order += range(own + start, own + start + count)
                 counts.append(P + count)
             rows.memo[key] = cls(
-                torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=device),
-                torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device),
+                copied(torch.tensor([0, *accumulate(queries)], dtype=torch.int32), device),
+                copied(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device),
                 max(queries),
                 max(counts),
-                rows.causal,
-                rows.window,
-                torch.tensor(order, device=device) if sizes else None,
+                copied(torch.tensor(order), device) if sizes else None,
             )
         edges: RowEdges = rows.memo[key]
         return edges
@@ -83,81 +76,115 @@ class RowEdges(NamedTuple):
         return own, [part.transpose(0, 1).to(each.dtype) for part, each in zip(parts, prefixes, strict=True)]
 
     @property
-    def arguments(self) -> tuple[Tensor, Tensor, int, int, bool, int]:
-        return self[:6]
+    def sizes(self) -> tuple[Tensor, Tensor, int, int]:
+        return self[:4]
 
 
 class GpuOps(Ops):
-    """By the programs of `turret.ops.gpu`; on another device than a GPU these are their formulas in torch."""
+    """By the features that a GPU has (`available.features`); torch's plain operations compute the rest.
+
+    Args:
+        features: some of `FEATURES`.
+    """
 
     kernels = True
     layouts = frozenset({"pre-norm"})
-    recorded = output_read = True
+    output_read = True
+
+    def __init__(self, features: frozenset[str]) -> None:
+        self.features = features
+
+    def _liger(self, x: Tensor) -> ModuleType | None:
+        """liger-kernel's programs, if they compute x."""
+        return _module("liger") if LIGER in self.features and x.numel() else None
 
     # --- LoRA ---------------------------------------------------------------------------------------------------------
 
-    def takes_lora(self, loras: Loras) -> bool:
-        """At most three, of one rank, scaling and dropout."""
-        own = [each for each in loras if each is not None]
-        kinds = {(len(each.A), each.scaling, each.p) for each in own}
-        factors = [each for lora in own for each in (lora.A, lora.B)]
-        plain = all(each.dtype == torch.float32 and each.is_contiguous() for each in factors)
-        return plain and len(kinds) < 2 and len(own) <= MOST
-
     def add_lora(self, y: Sequence[Tensor], x: Tensor, loras: Loras, plus: Tensor | None = None) -> list[Tensor]:
-        """In one launch; h is one tensor (N, G R)."""
-        places = [place for place, each in enumerate(loras) if each is not None]
+        """Layers with one input share a product: h = x [A_1; A_2; ...]^T, unless each has a mask of its own."""
+        own = [(out, lora) for out, lora in zip(y, loras, strict=True) if lora is not None]
         if plus is not None:
-            for place in set(range(len(y))) - set(places):
-                y[place].add_(plus)
-        if not places:
+            for out in y:
+                out.add_(plus)
+        if not own:
             return []
-        own = [each for each in loras if each is not None]
-        A, B = [each.A for each in own], [each.B for each in own]
-        return [torch.ops.turret.add_lora([y[place] for place in places], x, A, B, plus, *_settings(own))]
+        every = _stacked([lora for _, lora in own], x.dtype)
+        if _masked(loras):
+            factors = _parts(every.mT, loras)
+            inner = [_dropped(x, lora) @ A for (_, lora), A in zip(own, factors, strict=True)]  # (N, R) each
+        else:
+            inner = [x @ every.mT]  # (N, G R)
+        for (out, lora), part in zip(own, _hidden(inner, loras), strict=True):
+            out.addmm_(part, lora.B.to(x.dtype).mT, alpha=lora.scale)
+        return inner
 
     def lora_backward(
         self, loras: Loras, x: Callable[[], Tensor], inner: Sequence[Tensor], dy: Sequence[Tensor], dx: Tensor | None
     ) -> Gradients:
-        """In two launches."""
-        places = [place for place, each in enumerate(loras) if each is not None]
-        if not places:
+        """Gradients are added in the precision of the parameters where these keep them."""
+        own = [(d, lora) for d, lora in zip(dy, loras, strict=True) if lora is not None]
+        if not own:
             return []
-        own, (h,) = [each for each in loras if each is not None], inner
-        A, B, own_dy = [each.A for each in own], [each.B for each in own], [dy[place] for place in places]
-        into = dy[0].new_zeros(len(dy[0]), A[0].shape[1]) if dx is None else dx
-        dh = torch.ops.turret.lora_input_gradient(into, own_dy, A, B, *_settings(own))
-        targets = [_target(each) for pair in zip(A, B, strict=True) for each in pair]
-        sums = [target for target, _ in targets]
-        torch.ops.turret.lora_factor_gradients(sums[::2], sums[1::2], x(), h, dh, own_dy, *_settings(own))
-        return [None if stays else target for target, stays in targets]
+        given, every = x(), _stacked([lora for _, lora in own], own[0][0].dtype)
+        dh = every.new_empty(len(given), len(every))  # (N, G R)
+        parts = _parts(dh, loras)
+        for part, (d, lora) in zip(parts, own, strict=True):
+            part.addmm_(d, lora.B.to(d.dtype), beta=0.0, alpha=lora.scale)
+        if not _masked(loras):
+            if dx is not None:
+                dx.addmm_(dh, every)
+            of_A = torch.split(dh.mT @ given, [len(lora.A) for _, lora in own])
+        else:
+            for (_, lora), part, A in zip(own, parts, _parts(every.mT, loras), strict=True):
+                if dx is not None:
+                    dx.add_(_dropped(part @ A.mT, lora))
+            of_A = tuple(part.mT @ _dropped(given, lora) for (_, lora), part in zip(own, parts, strict=True))
+        found: Gradients = []
+        for (d, lora), h, gradient in zip(own, _hidden(inner, loras), of_A, strict=True):
+            found += [_added(lora.A, gradient, 1.0), _added(lora.B, d.mT @ h, lora.scale)]
+        return found
 
-    # --- norms, activations, positions --------------------------------------------------------------------------------
+    # --- norms, activations, positions, dropout -----------------------------------------------------------------------
 
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor | None]:
-        y: Tensor = torch.ops.turret.rms_norm(x.reshape(-1, x.shape[-1]), *norm)
-        return y.view(x.shape), None
+        if (liger := self._liger(x)) is None:
+            return super().rms_norm(x, norm)
+        found: tuple[Tensor, Tensor] = liger.rms_norm(x.contiguous(), *norm)
+        return found
 
     def rms_norm_backward(
         self, x: Tensor, norm: RMSNorm, r: Tensor | None, dy: Tensor, plus: Tensor | None = None
     ) -> Tensor:
-        """r is computed again."""
-        rows, own = (each.reshape(-1, x.shape[-1]) for each in (x, dy))
-        dx: Tensor = torch.ops.turret.rms_norm_backward(rows, *norm, own, plus)
-        return dx.view(x.shape)
+        if (liger := self._liger(x)) is None:
+            return super().rms_norm_backward(x, norm, r, dy, plus)
+        dx: Tensor = liger.rms_norm_backward(x.contiguous(), norm.weight, r, dy.contiguous())
+        return dx if plus is None else dx.add_(plus)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        y: Tensor = torch.ops.turret.swiglu(gate, up)
+        if (liger := self._liger(gate)) is None:
+            return super().swiglu(gate, up)
+        y: Tensor = liger.swiglu(gate, up)
         return y
 
     def swiglu_backward(self, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        dgate, dup, _ = torch.ops.turret.swiglu_backward(gate, up, dy)
-        return dgate, dup
+        if (liger := self._liger(gate)) is None:
+            return super().swiglu_backward(gate, up, dy)
+        found: tuple[Tensor, Tensor] = liger.swiglu_backward(gate, up, dy.contiguous())
+        return found
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-        """In place."""
-        torch.ops.turret.rotate(q, k, cos, sin, sign)
-        return q, k
+        if (liger := self._liger(q)) is None:
+            return super().rotate(q, k, cos, sin, sign)
+        found: tuple[Tensor, Tensor] = liger.rotate(q, k, cos, sin, sign)
+        return found
+
+    def dropout(self, x: Tensor, dropped: DropoutArguments, scale: float) -> Tensor:
+        keys = dropped.keys
+        if DROPOUT not in self.features or keys is None or not x.numel() or keys.numel() * x.shape[-1] != x.numel():
+            return super().dropout(x, dropped, scale)
+        rows = x.contiguous().view(-1, x.shape[-1])
+        y: Tensor = _module("programs").dropout(rows, keys.flatten(), dropped.seed, dropped.threshold, scale)
+        return y.view(x.shape)
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
@@ -165,15 +192,19 @@ class GpuOps(Ops):
         self, dim: int, *, p: float, biased: bool, window: bool, prefixed: bool, all_asked: bool
     ) -> bool:
         """No dropout, no bias, no window that would hide a prefix."""
-        fits = self.attends and dim % 8 == 0 and dim <= WIDEST
+        fits = self.attends and ATTENTION in self.features and dim % 8 == 0 and dim <= WIDEST
         return fits and p == 0.0 and not biased and not (window and prefixed) and all_asked
 
     def attention(
         self, rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes, dropped: DropoutArguments
     ) -> tuple[Tensor, Tensor]:
+        if q.is_meta:  # a plan
+            return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
         edges = RowEdges.of(rows, prefixes, q.device)
         keys, values = (edges.packed(each, own) for each, own in zip((k, v), _sides(prefixes), strict=True))
-        y, log_sum = torch.ops.turret.attention(q.contiguous(), keys, values, *edges.arguments, rows.scaling)
+        y, log_sum, *_ = torch.ops.aten._flash_attention_forward(
+            q.contiguous(), keys, values, *edges.sizes, 0.0, rows.causal, False, scale=rows.scaling, **_window(rows)
+        )
         return y, log_sum
 
     def attention_backward(
@@ -190,22 +221,14 @@ class GpuOps(Ops):
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         edges, sides = RowEdges.of(rows, prefixes, q.device), _sides(prefixes)
         keys, values = (edges.packed(each, own) for each, own in zip((k, v), sides, strict=True))
-        dq, dkeys, dvalues = torch.ops.turret.attention_backward(
-            dy, q.contiguous(), keys, values, y, log_sum, *edges.arguments, rows.scaling
+        none = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # of dropout
+        settings = (0.0, rows.causal, *none)
+        dq, dkeys, dvalues = torch.ops.aten._flash_attention_backward(
+            dy, q.contiguous(), keys, values, y, log_sum, *edges.sizes, *settings, scale=rows.scaling, **_window(rows)
         )
         dk, of_keys = edges.unpacked(dkeys, k, sides[0])
         dv, of_values = edges.unpacked(dvalues, v, sides[1])
         return dq, dk, dv, [each for pair in zip(of_keys, of_values, strict=True) for each in pair]
-
-    def takes_new_token(self, dim: int) -> bool:
-        """Powers of two, for its matrix units."""
-        return 32 <= dim <= WIDEST and dim & (dim - 1) == 0
-
-    def attend_new_token(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cached: Cached, window: int, scaling: float
-    ) -> Tensor:
-        y: Tensor = torch.ops.turret.attend_step(q, k, v, cos, sin, *cached, window, scaling)
-        return y
 
 
 def _sides(prefixes: Prefixes) -> tuple[list[Tensor], list[Tensor]]:
@@ -213,17 +236,45 @@ def _sides(prefixes: Prefixes) -> tuple[list[Tensor], list[Tensor]]:
     return [key for key, _ in prefixes.pairs], [value for _, value in prefixes.pairs]
 
 
-def _settings(loras: Sequence[Lora]) -> tuple[float, Tensor | None, int, int]:
-    """(scale, and of dropout the keys, first seed and threshold) of LoRAs that are alike, at consecutive sites."""
-    first = loras[0]
-    if first.mask is None:
-        return first.scaling, None, 0, 0
-    dropped = first.mask.dropped
-    return first.scale, dropped.keys, (dropped.seed ^ 1 << 31) - (1 << 31), dropped.threshold
+def _window(rows: AttentionRows) -> dict[str, int]:
+    if not rows.window:
+        return {}
+    return {"window_size_left": rows.window - 1, "window_size_right": 0 if rows.causal else rows.window - 1}
 
 
-def _target(parameter: Tensor) -> tuple[Tensor, bool]:
-    """Where a gradient is added up, and whether that is the parameter's own `grad`."""
-    if getattr(parameter, GRADIENT_STAYS, False) and (grad := parameter.grad) is not None:
-        return grad, True
-    return torch.zeros_like(parameter, requires_grad=False), False
+@functools.cache
+def _module(name: str) -> ModuleType:
+    """A module that needs Triton: a machine without a GPU never loads it."""
+    return importlib.import_module(f"turret.ops.gpu.{name}")
+
+
+def _masked(loras: Loras) -> bool:
+    return any(lora is not None and lora.mask is not None for lora in loras)
+
+
+def _stacked(loras: Sequence[Lora], dtype: torch.dtype) -> Tensor:
+    """The A of all, (G R, D_in)."""
+    return (loras[0].A if len(loras) == 1 else torch.cat([lora.A for lora in loras])).to(dtype)
+
+
+def _dropped(x: Tensor, lora: Lora) -> Tensor:
+    return x if lora.mask is None else lora.mask.of(x)
+
+
+def _hidden(inner: Sequence[Tensor], loras: Loras) -> Sequence[Tensor]:
+    """h (N, R) of each LoRA, as `add_lora` returned it."""
+    return inner if _masked(loras) else _parts(inner[0], loras)
+
+
+def _parts(h: Tensor, loras: Loras) -> tuple[Tensor, ...]:
+    """(..., R) of each LoRA."""
+    return torch.split(h, [len(lora.A) for lora in loras if lora is not None], dim=1)
+
+
+def _added(parameter: Tensor, gradient: Tensor, scale: float) -> Tensor | None:
+    """Add a gradient where the parameter keeps it, else return it in the parameter's precision."""
+    if getattr(parameter, GRADIENT_STAYS, False) and (kept := parameter.grad) is not None:
+        kept.add_(gradient, alpha=scale)
+        return None
+    gradient = gradient.to(parameter.dtype)
+    return gradient if scale == 1.0 else gradient.mul_(scale)
