@@ -21,13 +21,14 @@ float32 too. `tests/ops/gpu` runs the programs by Triton's interpreter.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,7 @@ class Counts:
         self.copies: Counter[str] = Counter()  # to the GPU
         self.allocations: Counter[str] = Counter()  # new tensors
         self.allocated: Counter[str] = Counter()  # bytes of new tensors
+        self.devices: set[tuple[str, str]] = set()  # that a thread has made its own
         self.silent = 0
 
     def clear(self) -> None:
@@ -387,6 +389,7 @@ class _Functions(TorchFunctionMode):
             return _moved(func, args, kwargs)
         if func is Tensor.pin_memory:
             return args[0]
+        kwargs = {name: each for name, each in kwargs.items() if name != "pin_memory"}
         device = kwargs.get("device")
         makes = device is not None and torch.device(device).type == "cuda"
         if makes and not any(isinstance(each, OnCard) for each in args):
@@ -394,7 +397,8 @@ class _Functions(TorchFunctionMode):
             if isinstance(made, Tensor) and not isinstance(made, OnCard):
                 kind = func.__name__
                 given = kind in ("tensor", "as_tensor")
-                COUNTS.add(COUNTS.copies if given else COUNTS.launches, kind)
+                if kind not in MAKES_ROOM:
+                    COUNTS.add(COUNTS.copies if given else COUNTS.launches, kind)
                 if given:
                     COUNTS.add(COUNTS.syncs, "numbers that are not pinned")
                 COUNTS.allocates(kind, made)
@@ -454,6 +458,10 @@ def pretend_gpu(programs: bool = True) -> Iterator[Counts]:
         "get_device_name": lambda device=None: "a pretend GPU",
         "get_device_capability": lambda device=None: (8, 0),
         "synchronize": lambda device=None: None,
+        "set_device": lambda device: COUNTS.devices.add((threading.current_thread().name, str(device))),
+        "Stream": lambda device=None: MagicMock(spec=["wait_stream", "synchronize"]),
+        "current_stream": lambda device=None: None,
+        "stream": lambda stream: nullcontext(),
         "empty_cache": lambda: None,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,

@@ -62,3 +62,12 @@ def test_the_credentials_of_a_store_reach_only_processes_that_open_it(monkeypatc
         monkeypatch.setenv(name, value)
     assert given.items() <= environment(store=True).items()
     assert not given.keys() & environment().keys()
+
+
+def test_the_variables_of_a_gpu_reach_the_processes_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"CUDA_VISIBLE_DEVICES": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True", "TRITON_CACHE_DIR": "/t"}
+    given |= {"NCCL_DEBUG": "INFO", "BNB_CUDA_VERSION": "128", "HIP_VISIBLE_DEVICES": "0", "CC": "gcc-13"}
+    for name, value in {**given, "CCACHE": "x", "SECRET": "y"}.items():
+        monkeypatch.setenv(name, value)
+    assert given.items() <= environment().items()
+    assert not {"CCACHE", "SECRET"} & environment().keys()

@@ -53,6 +53,7 @@ class Base:
     folder: Path | None = None
     quantization: str = "none"
     checkpoints: str | None = None
+    pass_tokens: int | None = None
     digests: Any = None
     drawn_in: torch.dtype = torch.float32
     extra: dict[str, Any] = field(default_factory=dict)

@@ -384,3 +384,11 @@ class QuotaSpent(RequestError):
     def __init__(self, text: str, retry_after: float) -> None:
         super().__init__(text)
         self.retry_after = retry_after
+
+
+_NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "DefaultCPUAllocator", "bad_alloc")
+
+
+def memory_ran_out(error: Exception) -> bool:
+    """Whether an error of Python or torch means that memory ran out."""
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)

@@ -189,8 +189,12 @@ PASSED = (
     "SYSTEMROOT",
     "USERPROFILE",
     "VIRTUAL_ENV",
+    "CC",  # Triton compiles with it
 )
-PASSED_PREFIXES = ("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "CUDA_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME")
+PASSED_PREFIXES = (
+    *("HF_", "XDG_", "TURRET_", "OMP_", "GOMP_", "MKL_", "LD_LIBRARY", "PYTHONPATH", "PYTHONHOME"),
+    *("CUDA_", "PYTORCH_", "TORCH_", "TRITON_", "NCCL_", "BNB_", "LIGER_", "HIP_", "ROCR_", "HSA_"),  # of a GPU
+)
 STORE_PREFIXES = ("AWS_", "PG")  # addresses and credentials of a store by URL
 SPIN = "10000"  # iterations of an OpenMP thread's busy wait: less than a millisecond
 FULL_COLLECTION_EVERY = 100  # collections of the middle generation per full collection; Python's default is 10

@@ -19,6 +19,7 @@ from turret.engine.decode import choose
 from turret.engine.protocol import OptimStep
 from turret.engine.request import GenerationSettings
 from turret.engine.runner import DecodeStep, Prefill, Runner
+from turret.errors import AdapterError
 from turret.methods import LoRA
 from turret.ops.dropout import Draws
 from turret.train.step import train_step
@@ -138,3 +139,93 @@ def test_control_without_the_programs_a_layer_launches_more() -> None:
     one, two = decode_counts(1, programs=False), decode_counts(2, programs=False)
     assert sum(two[0].values()) - sum(one[0].values()) > 40
     torch.testing.assert_close(decode_counts(2)[2], two[2], atol=2e-4, rtol=1e-3)
+
+
+def decoding(layers: int, adapters: int, gpu: Any) -> tuple[Runner, list[DecodeStep]]:
+    """A runner on the pretend GPU with so many adapters, and a step of a row for each after its prompt."""
+    base = to_gpu(tiny.base("llama", "generate", num_hidden_layers=layers, **SIZES).model)
+    method = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False, target_modules="all-linear")
+    few = [made("llama", "generate", method, seed, num_hidden_layers=layers, **SIZES) for seed in range(3)]
+    on = tiny.base("llama", "generate", num_hidden_layers=layers, **SIZES)
+    on.model = base
+    runner = Runner(on)  # type: ignore[arg-type]
+    for slot in range(1, adapters + 1):
+        loaded = runner.adapter_pool.prepare(few[slot % 3], f"sha256:{slot}", GENERATES)  # type: ignore[arg-type]
+        runner.adapter_pool.mount(slot, loaded)
+    slots = range(1, adapters + 1)
+    places = [runner.kv_slot(4, 8, slot) for slot in slots]
+    run(runner, [Prefill([7, 8, 9 + slot, 10], slot, place) for slot, place in zip(slots, places, strict=True)])
+    return runner, [DecodeStep(7 + slot, slot, place) for slot, place in zip(slots, places, strict=True)]
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_load_beside_decoding_is_one_copy_and_launches_nothing(layers: int) -> None:
+    """It would take its turn among the passes; and each wait would wait for them."""
+    method = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False, target_modules="all-linear")
+    adapter = made("llama", "generate", method, 3, num_hidden_layers=layers, **SIZES)
+    with pretend_gpu() as gpu:
+        runner, _ = decoding(layers, 1, gpu)
+        gpu.clear()
+        loaded = runner.adapter_pool.prepare(adapter, "sha256:new", GENERATES)  # type: ignore[arg-type]
+        assert dict(gpu.copies) == {"copy_": 1}
+        assert not gpu.launches
+        assert not gpu.syncs
+        assert sum(gpu.allocated.values()) == loaded.bytes == loaded.flat.nbytes
+        assert isinstance(loaded.flat, OnCard)
+        runner.adapter_pool.mount(2, loaded)
+    here = Runner(tiny.base("llama", "generate", num_hidden_layers=layers, **SIZES))  # type: ignore[arg-type]
+    same = here.adapter_pool.prepare(adapter, "sha256:new", GENERATES)  # type: ignore[arg-type]
+    assert torch.equal(on_cpu(loaded.flat), same.flat)
+
+
+def test_a_load_of_numbers_that_are_not_finite_is_refused_before_they_reach_the_gpu() -> None:
+    method = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False, target_modules="all-linear")
+    adapter = made("llama", "generate", method, 3, num_hidden_layers=1, **SIZES)
+    next(iter(adapter.tensors.values()))[0, 0] = float("nan")
+    with pretend_gpu() as gpu:
+        runner, _ = decoding(1, 1, gpu)
+        with pytest.raises(AdapterError, match="not finite"):
+            runner.adapter_pool.prepare(adapter, "sha256:new", GENERATES)  # type: ignore[arg-type]
+
+
+def test_a_row_that_joins_costs_one_copy_of_the_mixture_for_all_layers() -> None:
+    found: list[dict[str, int]] = []
+    for layers in (1, 3):
+        with pretend_gpu() as gpu:
+            runner, steps = decoding(layers, 8, gpu)
+            run(runner, [], steps[:7])
+            gpu.clear()
+            run(runner, [], steps[:7])
+            steady = Counter(gpu.launches), Counter(gpu.copies), Counter(gpu.syncs)
+            gpu.clear()
+            run(runner, [], steps)
+            joined = Counter(gpu.launches), Counter(gpu.copies), Counter(gpu.syncs)
+            found.append(dict(joined[0] - steady[0]))
+            assert joined[1] == steady[1]
+            assert not joined[2]
+            assert sum(steady[1].values()) <= 6, steady[1]  # ids, positions, lengths, prefixes, tokens to read
+    assert found == [{"stack": 1}, {"stack": 1}]
+
+
+def test_a_decoding_step_allocates_activations_alone() -> None:
+    """Nothing that grows with the length of the cache but its bias and its scores, and no copy of a factor."""
+    with pretend_gpu() as gpu:
+        runner, steps = decoding(1, 8, gpu)
+        run(runner, [], steps)
+        gpu.clear()
+        run(runner, [], steps)
+        largest = max(gpu.allocated.items(), key=lambda each: each[1])
+        assert largest[1] <= 8 * 4 * 4 * SIZES["hidden_size"] * 8, largest
+        assert not gpu.allocations["stack"]
+
+
+def test_a_training_step_waits_for_two_numbers_and_copies_what_it_reads() -> None:
+    base = tiny.base("llama", "generate", num_hidden_layers=2)
+    with pretend_gpu() as gpu:
+        to_gpu(base.model)
+        task, optimiser, items = tiny.started(base, "summarize", **FULL)
+        gpu.clear()
+        train_step(base.model, task, optimiser, items, OptimStep(1e-3, clip=1.0), most_tokens=1024, draws=Draws(42, 1))
+        assert dict(gpu.syncs) == {"a number": 2}, gpu.syncs  # the loss, and the norm of the gradients
+        assert sum(gpu.copies.values()) <= 10, gpu.copies
+        assert ("MainThread", "cuda:0") in gpu.devices, "programs start on the base's own GPU"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import small_models
 import torch
 
 from turret import bases
-from turret.bases import choose_device
+from turret.bases import choose_device, device
 from turret.bases.base import dtype_on
 from turret.bases.device import Gpu, Machine, default_dtype, this_machine
 from turret.bases.meta_model import CONTEXT, parameters_of, room_to_answer, skeleton
@@ -148,3 +151,42 @@ def test_weights_beyond_float16_are_refused(tmp_path: Path) -> None:
 def test_a_full_gpu_is_left_to_others() -> None:
     full = Machine((replace(LARGE, free=1 * GB),))
     assert choose_device("auto", lambda at: 2 * GB, full).device.type == "cpu"
+
+
+class Driver(ModuleType):
+    """NVIDIA's library as `pynvml` shows it, with two GPUs; a third one it does not know."""
+
+    NVMLError = RuntimeError
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        if uuid == "GPU-2":
+            raise self.NVMLError("not found")
+        return uuid
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
+        return SimpleNamespace(free=5 * GB if handle == "GPU-0" else 7 * GB, total=8 * GB)
+
+
+def test_the_free_memory_of_a_gpu_is_asked_without_starting_cuda_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    touched: list[str] = []
+    monkeypatch.setitem(sys.modules, "pynvml", Driver("pynvml"))
+    monkeypatch.setattr(device, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    cuda: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 3,
+        "get_device_properties": lambda at: SimpleNamespace(uuid=at.index),
+        "get_device_name": lambda at: "Small",
+        "memory_reserved": lambda at: 0,
+        "memory_allocated": lambda at: 0,
+        "mem_get_info": lambda at: (touched.append(str(at)), (GB, 8 * GB))[1],
+    }
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert [gpu.free for gpu in this_machine().gpus] == [5 * GB, 7 * GB, GB]
+    assert touched == ["cuda:2"], "only where the driver cannot say"
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    assert {gpu.free for gpu in this_machine().gpus} == {GB}
+    assert len(touched) == 4, "the control: without the library each is touched"

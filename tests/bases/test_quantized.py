@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from small_models import FAMILIES
 
 from turret import bases, quantized
+from turret.bases.quantized import arguments
 from turret.errors import BaseModelError
+from turret.families import Family, family_named
 from turret.fingerprint import within
 
 pytestmark = needs_bitsandbytes
@@ -169,3 +172,15 @@ def test_a_checkpoint_in_four_bits_loads_as_it_is_and_is_another_base(tmp_path: 
     assert again.info.quantization is None  # the checkpoint itself says it
     with pytest.raises(BaseModelError, match="quantized already"):
         bases.load(str(kept), task="generate", quantization="nf4")
+
+
+def test_a_gpu_packs_the_weights_itself_unless_the_family_is_a_guess() -> None:
+    def packs(family: Family, device: str, kept: str = "nf4") -> str:
+        return arguments(family, kept, torch.device(device))["device_map"][""]
+
+    llama = family_named("llama")
+    assert packs(llama, "cuda:1") == "cuda:1"
+    assert packs(llama, "cpu") == "cpu"
+    assert packs(replace(llama, guessed=True), "cuda:0") == "cpu", "its outputs are checked on the CPU first"
+    assert packs(llama, "cuda:0", "gptq") == "cpu"
+    assert arguments(llama, "none", torch.device("cuda:0")) == {}

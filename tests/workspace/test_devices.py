@@ -19,8 +19,10 @@ from turret.plan_check import Check
 from turret.recipe import Recipe
 from turret.tasks import task_of
 from turret.train import Plan
+from turret.train.batches import pass_tokens
 from turret.train.initialize import attach
-from turret.workspace.prepared import PreparedTraining, checkpoints_for, choose_for, predicted_for
+from turret.train.slot import LocalSlot
+from turret.workspace.prepared import PreparedTraining, checkpoints_for, choose_for, pass_tokens_for, predicted_for
 from turret.workspace.results import Planned
 from turret.workspace.training import lighter
 
@@ -139,3 +141,45 @@ def test_a_measured_plan_that_does_not_fit_its_gpu_is_tried_once_with_checkpoint
         layer = each.base.model.model.layers[0]
         assert isinstance(vars(layer).get("forward"), CheckpointedForward) == checkpointed
         adapters.detach(each.base.model)
+
+
+# --- tokens of a pass -------------------------------------------------------------------------------------------------
+
+
+def test_a_pass_on_a_gpu_has_as_many_tokens_as_fit_and_a_cpu_keeps_its_own_number(deep: Recipe) -> None:
+    at, generate = torch.device("cuda", 0), task_of("generate")
+    wide = deep.with_overrides({"train.batch_size": "128"})
+
+    def most(machine: Machine | None, recipe: Recipe = wide, device: torch.device = at) -> int | None:
+        return pass_tokens_for(recipe, generate, (), device, machine)
+
+    assert most(Machine((gpu(80_000 * MB),))) == 16384
+    fixed, predicted = 0, None
+    for tokens in (8192, 4096):
+        predicted = predicted_for(wide.with_overrides({"train.micro_batch_tokens": str(tokens)}), generate, (), at)
+        assert predicted is not None
+        fixed = predicted.total - predicted.activations
+        fitting = Machine((gpu(fixed + round(predicted.activations / 0.59)),))
+        assert most(fitting) == tokens
+    assert predicted is not None
+    assert most(Machine((gpu(fixed + predicted.activations),))) is None, "the control: a share stays free"
+    assert most(None, device=torch.device("cpu")) is None
+    assert most(Machine((gpu(80_000 * MB),)), wide.with_overrides({"train.micro_batch_tokens": "700"})) is None
+    config = tiny.base("llama", "generate", num_hidden_layers=8).model.config
+    assert pass_tokens(wide.train, config, on_gpu=8192) == 8192
+    assert pass_tokens(wide.train, config) <= 2048
+    assert pass_tokens(wide.with_overrides({"train.micro_batch_tokens": "700"}).train, config, on_gpu=8192) == 700
+
+
+def test_a_training_makes_its_passes_of_so_many_tokens_and_the_plan_says_so(recipe: Recipe) -> None:
+    on, data = tiny.base("bert", "classify"), tiny.dataset("classify")
+    task = tiny.task_of(recipe, data, on)
+    filled = tiny.filled(recipe, on, task, data)
+    usual = LocalSlot.of_recipe(filled, on, task).most_tokens
+    adapters.detach(on.model)
+    assert usual <= 2048
+    on.pass_tokens = 8192
+    assert LocalSlot.of_recipe(filled, on, task).most_tokens == 8192
+    adapters.detach(on.model)
+    (row,) = [check for check in plan(recipe, on, task, data).checks if check.name == "passes"]
+    assert "8,192 tokens" in row.text

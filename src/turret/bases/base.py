@@ -37,6 +37,7 @@ from turret.errors import BaseModelError, DeviceError
 from turret.families import FAMILIES, Family, family_named, generic
 from turret.families.family import HeadKind, head_of
 from turret.fingerprint import OF_CHECKPOINT, fingerprint, within
+from turret.ops.copies import use_device
 from turret.transformer import Model, Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -83,6 +84,7 @@ class Base:
     notes: tuple[str, ...]  # decisions that the user should see
     quantization: Quantization = "none"  # how the weights were packed when they were loaded
     checkpoints: str | None = None  # why trainings checkpoint its layers, though their recipe leaves it open
+    pass_tokens: int | None = None  # that a training pass has room for on this GPU; None: not told from shapes
     drawn_in: torch.dtype = torch.float32  # the precision of the checkpoint, in which fresh parameters were initialised
     digests: Digests | None = None  # if it stays in memory for several trainings
 
@@ -131,7 +133,8 @@ def load(
     require_task(source, family, task)
     kept = checked(source, quantization)
     chosen, notes_on_device = _chosen(device, source, dtype, kept)
-    extra = arguments(family, kept)
+    use_device(chosen.device)
+    extra = arguments(family, kept, chosen.device)
     model, loading = _read_model(source, family, task, num_labels, seed, extra)
     quantized.compute_in(model)
     drawn_in = model.dtype

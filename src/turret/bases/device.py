@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -94,7 +95,11 @@ def choose_device(name: str = "auto", needed: Needed | None = None, machine: Mac
 
 
 def this_machine() -> Machine:
-    """The GPUs that torch can use now. Asking for free memory starts CUDA in this process."""
+    """The GPUs that torch can use now.
+
+    Where NVIDIA's library of the driver can be asked (`pynvml`, of `turret[gpu]`), no GPU is touched. Else asking for
+    free memory starts CUDA in this process on every one, which takes some hundred MB of each.
+    """
     mps = torch.backends.mps.is_available()
     if not torch.cuda.is_available():
         return Machine(missing=_no_cuda(), mps=mps)
@@ -123,8 +128,23 @@ def synchronize(device: torch.device) -> None:
 
 def gpu_memory(device: torch.device) -> tuple[int, int]:
     """Free and all bytes of a GPU. What torch keeps for this process and does not use counts as free."""
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = _told_by_the_driver(device) or torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), int(total)
+
+
+def _told_by_the_driver(device: torch.device) -> tuple[int, int] | None:
+    """Free and all bytes of a GPU without starting CUDA on it; None if that is not possible, such as on AMD's."""
+    if torch.version.cuda is None or find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError:  # such as of a part of a GPU
+        return None
+    return int(memory.free), int(memory.total)
 
 
 def gigabytes(size: float) -> str:

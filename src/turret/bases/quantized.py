@@ -71,8 +71,12 @@ def _require_library(source: BaseSource, kind: str) -> None:
         ) from None
 
 
-def arguments(family: Family, kept: str) -> Loading:
-    """Further arguments of transformers' `from_pretrained`."""
+def arguments(family: Family, kept: str, device: torch.device) -> Loading:
+    """Further arguments of transformers' `from_pretrained`. device: of the base.
+
+    A GPU packs the weights itself, one after another as they are read: seconds for what takes a CPU minutes. Weights of
+    a family that is not listed are packed on the CPU, where its outputs are checked first.
+    """
     if kept == "none":
         return {}
     if kept != "nf4":
@@ -84,7 +88,8 @@ def arguments(family: Family, kept: str) -> Loading:
         bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=[*family.beside_body, *inside],
     )
-    return {"quantization_config": config, "device_map": {"": "cpu"}}
+    packs = "cpu" if family.guessed or device.type != "cuda" else str(device)
+    return {"quantization_config": config, "device_map": {"": packs}}
 
 
 def note(model: Model, kept: str) -> str:

@@ -22,6 +22,7 @@ from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.request import LoadedAdapter, Named, Request
 from turret.engine.slots import Entry, Slots
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
+from turret.ops.copies import use_device
 from turret.tasks import task_from_spec
 from turret.transformer import Tokenizer
 from turret.turns import Places, TurnQueue
@@ -124,7 +125,7 @@ class AdapterLoader:
         self._pool, self._slots, self._source = adapter_pool, slots, source
         self._task = functools.lru_cache(TASKS)(lambda spec: task_from_spec(json.loads(spec), tokenizer))
         self._wake, self._clock, self._encode = wake, clock, encode
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="turret-loader")
+        self._executor = ThreadPoolExecutor(1, "turret-loader", use_device, (adapter_pool.device,))
         self._to_load: TurnQueue[_Loading] = TurnQueue(Places(1, guests=0))
         self._waiting: deque[Need] = deque()  # for a slot
         self._loading: dict[str, _Loading] = {}

@@ -37,6 +37,7 @@ from turret.engine.adapter_tensors import (
 )
 from turret.errors import AdapterError
 from turret.families.family import Family, HeadKind, head_of
+from turret.ops.copies import real_gpu, uploaded
 from turret.ops.frozen import linear
 from turret.ops.mixed_lora import GpuRows, MixedRows, Stack, mixed_rows, sgmv
 from turret.ops.structs import AdapterSpans
@@ -217,15 +218,18 @@ class AdapterPool:
         head = self._head("tag" if task.head == "tag" else "classify").checked(adapter, task.num_labels(task.labels))
         factors, prefix, ends = self._by_layer(parts, head), tensor_layout(parts.prefix), tensor_layout(head)
         count = sum(part.numel() for pair in factors.values() for part in pair)
-        flat = torch.empty(count + prefix.count + ends.count, dtype=self.dtype, device=self.device)
-        layout = self._lay_out(factors, parts.scaling, flat[:count]) if factors else None
-        prefixes = prefix.views(flat[count : count + prefix.count])
+        room = prefix.count + ends.count
+        host = torch.empty(count + room, dtype=self.dtype, pin_memory=real_gpu(self.device))
+        layout = self._lay_out(factors, parts.scaling, host[:count]) if factors else None
+        _fill(prefix.views(host[count : count + prefix.count]), parts.prefix)
+        _fill(ends.views(host[count + prefix.count :]), head)
         for path in parts.whole:  # computes the same as before for the adapters that are mounted
             routed_whole(self._model, self.attached, path)
-        loaded = AdapterTensors(digest, task, flat, layout, prefixes, ends, self._scaled_layers(parts), parts.whole)
-        _fill(loaded.prefix, parts.prefix)
-        _fill(loaded.head, head)
-        if not all(all_finite(part) for part in (*torch.split(flat, PIECE), *loaded.beside)):
+        scaled, finite = self._scaled_layers(parts), all(map(all_finite, torch.split(host, PIECE)))
+        flat = uploaded(host, self.device)
+        prefixes = prefix.views(flat[count : count + prefix.count])
+        loaded = AdapterTensors(digest, task, flat, layout, prefixes, ends, scaled, parts.whole)
+        if not finite or not all(map(all_finite, loaded.beside)):
             raise AdapterError(f"the adapter holds numbers that are not finite in {self.dtype}: train it again")
         return loaded
 

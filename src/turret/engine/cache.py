@@ -131,6 +131,12 @@ class KeyValueCache:
         every = [each for block in self._blocks.values() for layers in block.stored.values() for each in layers]
         return sum(each.numel() * each.element_size() for each in every)
 
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token in all layers."""
+        every = [site for sites in self._sites.values() for site in sites]
+        return sum(2 * site.kv_heads * site.head_dim for site in every) * self._like.element_size()
+
     def reserve(self, needs: Sequence[Mapping[str, int]]) -> None:
         """Make room for slots that will be opened next. needs: tokens by group of each."""
         counts = Counter(map(self._sizes, needs))
@@ -141,6 +147,10 @@ class KeyValueCache:
                 named = dict(zip(self._sites, sizes, strict=True))
                 self._blocks[sizes] = KVBlock(self._sites, named, self._like)
             self._blocks[sizes].reserve(count)
+
+    def free_empty(self) -> None:
+        """Free the blocks without a slot in use."""
+        self._blocks = {sizes: block for sizes, block in self._blocks.items() if block.kv_slots}
 
     def open(self, tokens: Mapping[str, int]) -> KVSlot:
         """A new, empty slot for at most so many tokens of each group."""

@@ -45,7 +45,7 @@ from turret.engine.request import (
     Ticket,
     log_failure,
 )
-from turret.engine.runner import Prefill, Runner, pass_tokens
+from turret.engine.runner import Outcome, Prefill, Runner, pass_tokens
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.scheduler import Scheduler
 from turret.engine.sequence import RunningSequence
@@ -63,9 +63,11 @@ from turret.errors import (
     NotFinite,
     NotFound,
     TurretError,
+    memory_ran_out,
     one_line,
 )
 from turret.json_types import JsonObject
+from turret.ops.copies import use_device
 from turret.ops.table import rest
 
 # --- step -------------------------------------------------------------------------------------------------------------
@@ -108,33 +110,81 @@ class Passes:
         self.generating.clear()
 
     def run(self, begin: Sequence[Request]) -> None:
-        """Run one pass: prefill `begin`, and take a step of every request that generates. An error ends all of them."""
-        running, started = list(self.generating), list[RunningSequence]()
-        try:
-            self._run(begin, running, started)
-        except Exception as error:
-            what = f"a pass failed ({type(error).__name__}: {error}): ask again, or report it"
-            reason = error if isinstance(error, TurretError) else EngineError(one_line(what))
-            log_failure(f"a pass of {len(begin) + len(running)} requests failed", error)
-            for sequence in [*started, *running]:
-                self._drop(sequence)
-            dropped = {sequence.request for sequence in started}
-            for request in begin:
-                if request.generates and request not in dropped:
-                    self._freed(request)
-            for request in [*begin, *(each.request for each in running)]:
-                self._end(request, Failed(reason), 0)
+        """Run one pass: prefill `begin`, and take a step of every request that generates.
 
-    def _run(
+        An error ends all of them. If memory runs out, what does not fit ends, and the others go on.
+        """
+        running, started, began = list(self.generating), list[RunningSequence](), time.monotonic()
+        outcome: Outcome | None = None
+        try:
+            outcome = self._computed(begin, running, started)
+        except Exception as error:
+            for sequence in started:
+                sequence.close(self._runner.cache)
+            if not memory_ran_out(error):
+                self._failed(begin, running, error)
+                return
+        if outcome is None:  # here the error is gone, which held the tensors of the pass
+            self._run_in_parts(begin, running)
+            return
+        try:
+            self.generating += started
+            steps = sum(len(sequence.kv_slots) for sequence in running)
+            self._passed(begin, steps, time.monotonic() - began)
+            self._read(begin, running, started, outcome)
+        except Exception as error:
+            self._failed(begin, [*started, *running], error)
+
+    def _failed(self, begin: Sequence[Request], sequences: Sequence[RunningSequence], error: Exception) -> None:
+        """End all requests of a pass."""
+        what = f"a pass failed ({type(error).__name__}: {error}): ask again, or report it"
+        reason = error if isinstance(error, TurretError) else EngineError(one_line(what))
+        dropped = {sequence.request for sequence in sequences}
+        log_failure(f"a pass of {len({*begin, *dropped})} requests failed", error)
+        for sequence in sequences:
+            self._drop(sequence)
+        for request in begin:
+            if request.generates and request not in dropped:
+                self._freed(request)
+        for request in {**dict.fromkeys(begin), **dict.fromkeys(sequence.request for sequence in sequences)}:
+            self._end(request, Failed(reason), 0)
+
+    def _run_in_parts(self, begin: Sequence[Request], running: Sequence[RunningSequence]) -> None:
+        """Run a pass again after memory ran out: what begins by halves. A single one that does not fit ends."""
+        self._runner.make_room()
+        if len(begin) > 1:
+            middle = len(begin) // 2
+            self.run(begin[:middle])
+            self.run(begin[middle:])
+            return
+        last = begin[0] if begin else running[-1].request
+        reason = Busy(
+            f"memory ran out for a text of {last.tokens} tokens beside {len(running)} others: ask again later, or for "
+            "less; if it happens often, lower the limits cache_tokens and memory",
+            retry_after=1,
+        )
+        if not begin:
+            self._drop(running[-1])
+        elif last.generates:
+            self._freed(last)
+        self._end(last, Failed(reason), 0)
+        if self.generating:
+            self.run(())
+
+    def _computed(
         self, begin: Sequence[Request], running: Sequence[RunningSequence], started: list[RunningSequence]
-    ) -> None:
-        began = time.monotonic()
+    ) -> Outcome:
         self._runner.reserve([self._row(request) for request in begin if request.generates])
         prefill = [row for request in begin for row in self._prefill(request, started)]
-        steps = [step for sequence in running for step in sequence.steps()]
-        outcome = self._runner.run(prefill, steps)
-        self.generating += started
-        self._passed(begin, len(steps), time.monotonic() - began)
+        return self._runner.run(prefill, [step for sequence in running for step in sequence.steps()])
+
+    def _read(
+        self,
+        begin: Sequence[Request],
+        running: Sequence[RunningSequence],
+        started: Sequence[RunningSequence],
+        outcome: Outcome,
+    ) -> None:
         for request, pooled in zip([each for each in begin if each.embeds], outcome.embeddings, strict=True):
             self._embedded(request, pooled)
         classify = [request for request in begin if not (request.generates or request.embeds)]
@@ -361,6 +411,7 @@ class Engine:
             self._runner.close()
             raise
         self.longest = self._prompts.longest  # tokens of a prompt and its answer together
+        self.limits = self._runner.within(self.limits)
         self._slots = Slots(self.limits.slots, self.limits.memory)
         self._wake = threading.Condition(self._slots.budget.lock)
         self._loader = AdapterLoader(
@@ -703,6 +754,7 @@ class Engine:
     @process.keep_freed()
     def _loop(self) -> None:
         reason: TurretError = Draining("the engine was closed before it answered: ask another one")
+        use_device(self._runner.device)
         try:
             while self._wait():
                 self._answer()

@@ -8,7 +8,7 @@ import threading
 import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -180,6 +180,25 @@ class Limits:
             raise DataError(f"limit train_percent = {self.train_percent}: expected at most 100")
         if self.memory is None and self.slots > 1 << 20:
             raise DataError(f"limit slots = {self.slots} with no limit of memory: give at most {1 << 20}, or a memory")
+
+
+GPU_SHARE = 0.85  # of the free memory of a GPU: the rest is for what nobody counts
+ROOM = 3  # times the keys and values of a token: slots and blocks of the cache grow by doubling
+
+
+def limits_within(limits: Limits, free: int, token_bytes: int, pass_bytes: int) -> Limits:
+    """The limits that fit into the free memory of a GPU, less what a pass takes: half for keys, half for adapters.
+
+    Args:
+        limits: `cache_tokens` is lowered to what fits; `memory` is set if it is open.
+        free: bytes.
+        token_bytes: of the keys and values of a token.
+        pass_bytes: of the largest pass.
+    """
+    half = max(0, round(GPU_SHARE * free) - pass_bytes) // 2
+    cache_tokens = max(1, min(limits.cache_tokens, half // (ROOM * max(1, token_bytes))))
+    memory = max(1, half // 2) if limits.memory is None else limits.memory  # rows that decode have a copy of theirs
+    return replace(limits, cache_tokens=cache_tokens, memory=memory)
 
 
 @dataclass(frozen=True)

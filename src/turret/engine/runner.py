@@ -19,16 +19,21 @@ from turret.adapters.batch_context import BARE, set_context
 from turret.adapters.hooks import detach
 from turret.adapters.packed import pool, ready_mask, shift_right, tokens, vocabulary_logits
 from turret.bases.base import Base
+from turret.bases.device import gpu_memory
 from turret.bases.shared import spare
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 from turret.engine.decode import TokenLogprobs, token_logprobs
+from turret.engine.request import Limits, limits_within
 from turret.families.family import Pooling
 from turret.ops.copies import copied
 from turret.ops.table import narrows, of
 from turret.transformer import Model
 
 SHORT_PASS, LONG_PASS = 512, 1024  # tokens
+WIDTHS = 32  # of the base: what one token of a pass has in memory at a time
+SCORES = 4  # of each row that decodes: the logits, and what choosing makes of them
+GPU_PASS = 4096  # tokens: fewer leave a GPU waiting for launches
 PROMPT_ROWS = 128  # tokens of a prompt whose scores are in memory at a time
 SMALL = 5000  # layers times width of an encoder that gets long passes
 
@@ -108,6 +113,23 @@ class Runner:
     def close(self) -> None:
         """Remove the hooks from the base."""
         detach(self.model)
+
+    def within(self, limits: Limits) -> Limits:
+        """The limits that this base's GPU has memory for; on a CPU as they are."""
+        if self.device.type != "cuda":
+            return limits
+        config, size = self.model.config, self.adapter_pool.dtype.itemsize
+        tokens = limits.batch_tokens or pass_tokens(self.base)
+        scores = SCORES * 4 * limits.running * self.model.get_input_embeddings().weight.shape[0]
+        pass_bytes = WIDTHS * config.hidden_size * size * tokens + scores
+        return limits_within(limits, gpu_memory(self.device)[0], self.cache.token_bytes, pass_bytes)
+
+    def make_room(self) -> None:
+        """Free what no row needs now: memory ran out."""
+        self.adapter_pool.free_decoding()
+        self.cache.free_empty()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def kv_slot(self, prompt: int, answer: int, slot: int) -> KVSlot:
         """A KV slot for a prompt of so many tokens and an answer of at most so many. slot: of the adapter."""
@@ -358,6 +380,8 @@ class Runner:
 def pass_tokens(base: Base) -> int:
     """The default `batch_tokens`: enough to use the processor well, and no more, because other requests wait."""
     config = base.model.config
+    if base.model.device.type == "cuda":
+        return GPU_PASS
     small = not base.family.generates and config.num_hidden_layers * config.hidden_size <= SMALL
     return LONG_PASS if small else SHORT_PASS
 

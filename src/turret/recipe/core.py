@@ -364,7 +364,7 @@ class Train(_Section):
         gradient_clip: maximum norm of the gradient
         checkpoint_every: steps between checkpoints (default: every epoch, and about every minute)
         micro_batch_tokens: maximum tokens in one pass; a larger batch is accumulated, with the same gradient
-            (default: by the size of the base, 512 to 2048)
+            (default: by the size of the base, 512 to 2048; on a GPU 4096 to 16384 if they fit)
         checkpoint_layers: save only the input of every layer, and compute the layer again in the backward pass
             (default: on a GPU: only if it would not fit)
         optimizer: adamw8bit keeps AdamW's two moments in 8 bits each; needs `turret[quantized]`

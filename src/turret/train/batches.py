@@ -281,14 +281,19 @@ def micro_batches(items: Sequence[EncodedRow], most_tokens: int) -> list[list[En
     return [[items[index] for index in piece] for piece in pieces]
 
 
-def pass_tokens(train: Train, config: ModelConfig) -> int:
+def pass_tokens(train: Train, config: ModelConfig, on_gpu: int | None = None) -> int:
     """The largest number of tokens in one pass: the recipe's `micro_batch_tokens`, else a number that suits the base.
 
     Larger passes use the processor better. They also save more for the backward pass, in proportion to layers times
     hidden size.
+
+    Args:
+        on_gpu: `Base.pass_tokens`.
     """
     if train.micro_batch_tokens is not None:
         return train.micro_batch_tokens
+    if on_gpu is not None:
+        return on_gpu
     fitting = KEPT_STATES // (config.num_hidden_layers * config.hidden_size)
     return min(max(fitting // 64 * 64, FEWEST_TOKENS), MOST_TOKENS)
 

@@ -18,7 +18,7 @@ from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
 from turret.bases.device import gigabytes
 from turret.data import Dataset, Example, cells
-from turret.errors import one_line
+from turret.errors import memory_ran_out, one_line
 from turret.methods.method import MOST_EPOCHS, epochs_for
 from turret.plan_check import Check, Level
 from turret.recipe import Recipe, toml
@@ -41,7 +41,7 @@ from turret.train.evaluation import evaluate
 from turret.train.initialize import InitialAdapter, attach, extracted
 from turret.train.linear_start import head_start
 from turret.train.seeds import defaults_of, seeded
-from turret.train.step import backward, loss_of, memory_ran_out
+from turret.train.step import backward, loss_of
 from turret.train.training_plan import MOST_TRIALS, Plan, TrialSize, size_of
 from turret.transformer import Model, Tokenizer
 
@@ -139,7 +139,7 @@ def measure(
     sampled = _sampled(schedule)
     batches = [items.take(indices) for indices in sampled]
     model: Model = base.model
-    most = pass_tokens(recipe.train, model.config)
+    most = pass_tokens(recipe.train, model.config, base.pass_tokens)
     typical = sorted(batches, key=_tokens_of_batch)[len(batches) // 2]
     pieces = sorted((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens_of_batch)
     device, on_gpu = model.device, model.device.type != "cpu"
@@ -560,6 +560,12 @@ def checkpoints(base: Base) -> Iterator[Check]:
         yield Check("checkpoint_layers", "ok", text)
 
 
+def passes(base: Base) -> Iterator[Check]:
+    """The tokens of a pass, if a GPU decides them."""
+    if base.pass_tokens is not None:
+        yield Check("passes", "ok", f"of at most {base.pass_tokens:,} tokens: as many as the GPU has memory for")
+
+
 def precision(recipe: Recipe, base: Base) -> Iterator[Check]:
     """Whether the processor and the method suit the precision of the base's weights and products."""
     dtype = str(base.dtype).removeprefix("torch.")
@@ -652,6 +658,7 @@ def plan(
         *precision(recipe, base),
         *([] if device is None else [Check("device", "ok", str(device))]),
         *checkpoints(base),
+        *passes(base),
     ]
     cost = None
     if measured and not any(check.level == "refuse" for check in rows):

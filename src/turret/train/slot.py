@@ -80,7 +80,14 @@ class LocalSlot:
         except BaseException:
             adapters.detach(base.model)
             raise
-        return cls(base, task, optimiser, recipe.seed, pass_tokens(recipe.train, base.model.config), processes)
+        return cls(
+            base,
+            task,
+            optimiser,
+            recipe.seed,
+            pass_tokens(recipe.train, base.model.config, base.pass_tokens),
+            processes,
+        )
 
     @property
     def model(self) -> Model:

@@ -15,9 +15,9 @@ from turret.adapters import attachment, drawing, mixed_precision, packed
 from turret.bases.sharded import parts_of
 from turret.engine.protocol import Loss, OptimStep
 from turret.engine.training_turns import between_passes
-from turret.errors import LossNotFinite, OutOfMemory, TrainingError
+from turret.errors import LossNotFinite, OutOfMemory, TrainingError, memory_ran_out
 from turret.families.family import project
-from turret.ops.copies import copied
+from turret.ops.copies import copied, use_device
 from turret.ops.dropout import Draws
 from turret.ops.frozen import plain
 from turret.tasks import HeadTask, Task, compares, has_head
@@ -152,6 +152,7 @@ def forward_backward(
         loss: instead of the task's.
         first: number of the batch's first example in its step.
     """
+    use_device(model.device)
     batch = [replace(item, number=number) for number, item in enumerate(batch, first)]
     total = sum(item.weight for item in batch)
     losses = []
@@ -309,14 +310,6 @@ def _output_of_torch(model: Model, states: Tensor) -> nn.Linear | None:
     if not fits or attachment(model).family.vocabulary is not project or torch.is_autocast_enabled(states.device.type):
         return None
     return layer if isinstance(layer, nn.Linear) and plain(layer) and layer.weight.dtype == states.dtype else None
-
-
-_NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "DefaultCPUAllocator", "bad_alloc")
-
-
-def memory_ran_out(error: Exception) -> bool:
-    """Whether an error of Python or torch means that memory ran out."""
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from turret.train.initialize import InitialAdapter
 from turret.train.memory import Prediction
 
 AUTO = "auto"
+GPU_PASSES = (16384, 8192, 4096)  # tokens of a training pass on a GPU, the most that fit
+GPU_SHARE = 0.6  # of what weights and states leave free: lengths differ, and an allocator keeps holes
 UNPREDICTED = 1.5  # times the room to answer: a training whose memory cannot be predicted from shapes
 
 
@@ -100,6 +102,41 @@ def checkpoints_for(
     if whole is None or whole.total <= free:
         return None
     return f"about {gigabytes(whole.total)} would be needed without it, and {gigabytes(free)} are free"
+
+
+def pass_tokens_for(
+    recipe: Recipe,
+    task: type[Task],
+    labels: Sequence[str],
+    device: torch.device,
+    machine: Machine | None = None,
+    *,
+    checkpointed: bool = False,
+) -> int | None:
+    """Tokens of a training pass on a GPU: the most that take a share of its free memory, as the plan predicts them.
+
+    A pass of the few hundred tokens that suit a CPU would leave a GPU waiting for launches.
+
+    Args:
+        device: the one that `choose_for` chose.
+        machine: its devices; None: those of this machine.
+        checkpointed: whether its layers are.
+
+    Returns:
+        None if the recipe decides, on a CPU, for a base in parts, and if not even the fewest tokens fit.
+    """
+    if device.type != "cuda" or recipe.train.micro_batch_tokens is not None or recipe.train.shard is not None:
+        return None
+    machine = this_machine() if machine is None else machine
+    free = next(gpu.free for gpu in machine.gpus if gpu.device == device)
+    for most in GPU_PASSES:
+        asked = recipe.with_overrides({"train.micro_batch_tokens": str(most)})
+        predicted = predicted_for(asked, task, labels, device, checkpointed=checkpointed)
+        if predicted is None:
+            return None
+        if predicted.activations <= GPU_SHARE * (free - (predicted.total - predicted.activations)):
+            return most
+    return None
 
 
 def predicted_for(

@@ -42,6 +42,7 @@ from turret.errors import (
     PreflightRefused,
     ProofFailed,
     StoreError,
+    memory_ran_out,
 )
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.plan_check import Check
@@ -60,10 +61,16 @@ from turret.train.gpu_memory import Work
 from turret.train.preflight import fits, sampled_batches
 from turret.train.proof import make_room
 from turret.train.reload import prove_here
-from turret.train.step import memory_ran_out
 from turret.train.training_plan import Plan
 from turret.workspace import forgetting, prepared
-from turret.workspace.prepared import AUTO, PreparedTraining, checkpoints_for, choose_for, predicted_for
+from turret.workspace.prepared import (
+    AUTO,
+    PreparedTraining,
+    checkpoints_for,
+    choose_for,
+    pass_tokens_for,
+    predicted_for,
+)
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
 from turret.workspace.resident import ALONE, OwnProcess, TrainingBase
@@ -103,7 +110,7 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
     """
     say("measuring on held-out examples")
     started = time.perf_counter()
-    most = pass_tokens(ready.recipe.train, ready.base.model.config)
+    most = pass_tokens(ready.recipe.train, ready.base.model.config, ready.base.pass_tokens)
     with Asking(ready.bare, fitted.adapter, ready.task, ready.base.model, most) as asking:
         ready, fitted, known = _calibrate(ready, fitted, asking)
         metrics = _measure(ready, asking, known=known)
@@ -322,6 +329,9 @@ def prepare(
     base = place.model_for(needed)
     bare = place.run(lambda: twin(base), store.access.tenant)
     base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device, machine))
+    light = recipe.train.checkpoint_layers or base.checkpoints is not None
+    most = pass_tokens_for(recipe, task_class, dataset.labels, device.device, machine, checkpointed=light)
+    base = replace(base, pass_tokens=most)
     load_seconds = time.perf_counter() - started
     recipe = recipe if filled else _filled(recipe, dataset, base, start)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
@@ -392,7 +402,7 @@ def lighter(ready: PreparedTraining, planned: Planned) -> PreparedTraining | Non
     decided = ready.recipe.train.checkpoint_layers is not None or ready.base.checkpoints is not None
     if ready.device.device.type != "cuda" or decided or [check.name for check in refused] != ["memory"]:
         return None
-    return replace(ready, base=replace(ready.base, checkpoints=f"without it {refused[0].text}"))
+    return replace(ready, base=replace(ready.base, checkpoints=f"without it {refused[0].text}", pass_tokens=None))
 
 
 def _with_memory(plan: Plan, ready: PreparedTraining) -> Plan:
@@ -407,7 +417,9 @@ def _with_memory(plan: Plan, ready: PreparedTraining) -> Plan:
     kind, labels, work = type(ready.task), ready.task.labels, None
     if parts == 1:
         batches = sampled_batches(trainer.splits_of(ready.recipe, ready.dataset), ready.recipe, ready.task)
-        work = Work.of_items(ready.recipe, batches, pass_tokens(ready.recipe.train, base.model.config))
+        work = Work.of_items(
+            ready.recipe, batches, pass_tokens(ready.recipe.train, base.model.config, base.pass_tokens)
+        )
     predicted = predicted_for(ready.recipe, kind, labels, base.model.device, parts=parts, work=work)
     if predicted is not None:
         rows.append(fits(predicted, base))
