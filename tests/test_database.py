@@ -22,10 +22,12 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, insert, select
 
 from turret import database as db
+from turret.access import Access
 from turret.database import OLDEST, SCHEMA, Database
 from turret.errors import StoreError
 from turret.location import Location
-from turret.store import Store
+from turret.store import JobQueue, Store
+from turret.store.batches import WHOLE_FILE, Batches
 
 MIGRATIONS = Path(db.__file__).parent / "migrations"
 
@@ -238,3 +240,43 @@ def _execute(place: Path | Location, statement: str) -> list[tuple[object, ...]]
             return connection.execute(statement).fetchall()
     finally:
         connection.close()
+
+
+@pytest.mark.parametrize("state", ["waiting", "running", "failed"])
+def test_what_waits_in_the_queue_of_an_earlier_format_goes_on_in_its_turn(place, state) -> None:
+    """Trainings and batches, with their priorities, tries and logs. Who had a turn last comes last."""
+    _upgraded(place, "0016")
+    run = "INSERT INTO runs (id, name, state, recipe_digest, data_digest, created, tenant) VALUES"
+    entry = "INSERT INTO queue (run, tenant, priority, tries, queued, started, due, who, recipe, beside) VALUES"
+    for id, tenant, started in (("one", "legal", "'2'"), ("two", "sales", "'1'"), ("three", "sales", "NULL")):
+        _execute(place, f"{run} ('{id}', 'a', '{state}', '', '', '{id}', '{tenant}')")
+        _execute(place, f"{entry} ('{id}', '{tenant}', 3, 1, '{id}', {started}, 0, 'me', 'name = ''{id}''', false)")
+    _execute(place, f"{run} ('direct', 'a', 'interrupted', '', '', '', 'legal')")
+    _execute(place, "INSERT INTO run_log (run, tenant, at, line) VALUES ('one', 'legal', '', 'step 1')")
+    _execute(
+        place, "INSERT INTO leases (name, owner, process, host, fence, until) VALUES ('runs/one', 'x', '', '', 7, 0)"
+    )
+    worker = "'w'" if state == "running" else "NULL"
+    batch = "INSERT INTO batches (id, owner, state, endpoint, input_file, created, times, total, done, failed, worker)"
+    _execute(
+        place, f"{batch} VALUES ('batch_1', 'token legal/x', 'in_progress', '/', 'f', 9, '{{}}', 2, 0, 0, {worker})"
+    )
+    _execute(place, "INSERT INTO batch_turns (name, turn) VALUES ('tenant legal', 5)")
+    store = _store(place)
+    queue, batches = JobQueue.of(store), Batches.of(store)
+    assert store.with_access(Access("legal")).run("one")["queue"]["priority"] == 3
+    assert store.with_access(Access("legal")).run("direct")["queue"] is None
+    assert [each["line"] for each in JobQueue.of(store.with_access(Access("legal"))).log("one")] == ["step 1"]
+    taken = [queue.take() for _ in range(3)]
+    if state == "failed":
+        assert taken == [None, None, None]
+    else:
+        assert [each and (each.id, each.tries, each.lease.fence) for each in taken] == [
+            ("three", 2, 1),
+            ("one", 2, 8),
+            ("two", 2, 1),
+        ]
+    claimed = batches.claim()
+    assert claimed is not None
+    assert claimed.owner == "token legal/x"
+    assert claimed.unanswered.get(WHOLE_FILE, 0) == (state == "running"), "its server died"

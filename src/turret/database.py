@@ -25,9 +25,10 @@ The schema has the number `SCHEMA`; each change of it is a new Alembic file in `
 - `assignments`: answers: the unit (hashed), its arm and probability; `first` is 1 for the unit's first; append-only
 - `outcomes`: outcomes of answers; `counted` is 1 for the first of a unit, which the evidence uses; append-only
 - `experiment_health`: what an arm answered in about one second, and how often a shadow agreed; append-only
-- `runs`: a row per training, with its `state`; its version has the id in `run`
-- described in `turret.store`: `leases`, `artifacts`, `queue`, `queue_limits`, `run_log`, `budgets`, `sessions`,
-  `client_files`, `batches`, `batch_parts`, `batch_turns`, `usage`, `flushes`
+- `jobs`: a row per training, cell of a comparison and batch of requests (`turret.store.jobs`), with its `state`; the
+  version of a training has the id in `run`
+- described in `turret.store`: `leases`, `artifacts`, `job_turns`, `queue_limits`, `run_log`, `budgets`, `sessions`,
+  `client_files`, `batches`, `batch_parts`, `usage`, `flushes`
 
 A connection carries an `Access`; `turret.visibility` limits queries to it. Times are text, ISO 8601 in UTC. `who` is
 the user of the change, NULL if unknown. Names are ordered by their bytes, on PostgreSQL too (`bytewise`).
@@ -58,6 +59,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     insert,
     inspect,
     text,
@@ -73,7 +75,8 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-OLDEST, SCHEMA = "0012", "0016"  # the first and the newest file in migrations/versions, as a test checks
+OLDEST, SCHEMA = "0012", "0017"  # the first and the newest file in migrations/versions, as a test checks
+TRAINING, CELL, BATCH = "training", "cell", "batch"  # kinds of jobs
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(
@@ -215,10 +218,11 @@ tokens = Table(
     Column("sign_in", Boolean, nullable=False, server_default=true()),
     UniqueConstraint("tenant", "name"),
 )
-runs = Table(
-    "runs",
+jobs = Table(
+    "jobs",
     metadata,
     Column("id", String(40), primary_key=True),
+    Column("kind", String(16), nullable=False, server_default="training"),
     Column("name", String(100), nullable=False),
     Column("state", String(16), nullable=False),
     Column("recipe_digest", String(80), nullable=False, index=True),
@@ -228,6 +232,17 @@ runs = Table(
     Column("error", Text),
     Column("result", JSON),
     Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
+    Column("owner", bytewise(200), nullable=False, server_default=""),
+    Column("queued", String(32)),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("tries", Integer, nullable=False, server_default="0"),
+    Column("due", Float, nullable=False, server_default="0"),
+    Column("cancelled", String(32)),
+    Column("who", String(100)),
+    Column("recipe", Text),
+    Column("spec", JSON),
+    Column("beside", Boolean, nullable=False, server_default=false()),
+    Index(None, "state", "kind"),
 )
 experiments = Table(
     "experiments",

@@ -12,7 +12,7 @@ from functools import lru_cache
 from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, true
 
 from turret.access import Access
-from turret.database import ACCESS, adapters, experiments, runs, versions
+from turret.database import ACCESS, TRAINING, adapters, experiments, jobs, versions
 
 KEPT = 1024  # accesses whose conditions are kept
 
@@ -62,12 +62,12 @@ def seen_experiments(connection: Connection) -> ColumnElement[bool]:
 
 
 def seen_runs(connection: Connection) -> ColumnElement[bool]:
-    """Rows of `runs` that may be seen, by the name that they train; with limited bases only if that has a version."""
+    """Trainings that may be seen, by the name that they train; with limited bases only if that has a version."""
     access = access_of(connection)
-    own = and_(runs.c.tenant == access.tenant, _like(runs.c.name, access.adapters))
+    own = and_(jobs.c.kind == TRAINING, jobs.c.tenant == access.tenant, _like(jobs.c.name, access.adapters))
     if "*" in access.bases:
         return own
-    return own & runs.c.name.in_(select(adapters.c.name).where(seen_adapters(connection)))
+    return own & jobs.c.name.in_(select(adapters.c.name).where(seen_adapters(connection)))
 
 
 def _like(column: ColumnElement[str], patterns: Iterable[str]) -> ColumnElement[bool]:

@@ -3,9 +3,8 @@
     python tests/server/echo_server.py STORE PACE [BASE FINGERPRINT]
 
 The echo answers with the adapters of the base with this fingerprint; BASE is the id of that base. Words of the
-environment: ECHO_CLAIMED has the seconds of the claim of a batch, and with ECHO_DIES_IN_FINISH the server is killed in
-the transaction that ends a batch. ECHO_TOKENIZER names a `tokenizer.json`: constraints are then compiled for it, as the
-engine compiles them, in a helper process first.
+environment: with ECHO_DIES_IN_FINISH the server is killed in the transaction that ends a batch. ECHO_TOKENIZER names a
+`tokenizer.json`: constraints are then compiled for it, as the engine compiles them, in a helper process first.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ from turret.workspace import Workspace
 
 
 def _prepare() -> None:
-    batches.CLAIMED = float(os.environ.get("ECHO_CLAIMED", batches.CLAIMED))
-    batch_runner.BEAT_SECONDS = min(batch_runner.BEAT_SECONDS, batches.CLAIMED / 4)
     batch_runner.POLL_SECONDS = 0.05
     if "ECHO_DIES_IN_FINISH" in os.environ:
         end = batches.Batches.end_in

@@ -18,13 +18,12 @@ import openai
 import psutil
 import pytest
 from server.echo import FINGERPRINT, KILLER, LABELS, words
-from sqlalchemy import update
 from store.bundles import tensors, write_bundle
 
 from turret.errors import StoreError
 from turret.server import batch_runner
 from turret.server.limits import RequestLimits
-from turret.store import client_files, client_tables, usage
+from turret.store import client_files, usage
 from turret.store.batches import MOST_TRIES, Batches
 from turret.workspace import Workspace
 
@@ -268,8 +267,6 @@ def test_a_batch_goes_on_after_a_kill(workspace, put, until) -> None:
     with killed(workspace.store.root) as client:
         batch = sent(client, [line(number) for number in range(150)])
         until(lambda: client.batches.retrieve(batch.id).request_counts.completed > 20, seconds=20)
-    with workspace.store.database(make=True).writing() as connection:  # as after a minute
-        connection.execute(update(client_tables.batches).values(until=0.0))
     with killed(workspace.store.root) as client:
         done = ended(client, batch, seconds=30)
         assert (done.status, done.request_counts.completed) == ("completed", 150)
@@ -318,7 +315,7 @@ def test_a_line_that_kills_the_server_fails_after_three_tries_and_the_others_are
     lines[7] = line(7, body={"model": "a", "prompt": KILLER})
     batch, deaths = None, 0
     for _ in range(6):
-        with started(anywhere.store, "0.01", ECHO_CLAIMED="1.0") as (client, process):
+        with started(anywhere.store, "0.01", TURRET_LEASE_SECONDS="1.0") as (client, process):
             batch = batch or sent(client, lines)
             until(lambda: process.poll() is not None or client_says_ended(client, batch), seconds=60)  # noqa: B023
             if process.poll() is None:
@@ -343,11 +340,11 @@ def client_says_ended(client: openai.OpenAI, batch: Any) -> bool:
 @pytest.mark.slow
 def test_a_server_killed_while_it_ends_a_batch_leaves_one_file_of_answers(anywhere, until) -> None:
     for _ in range(2):
-        with started(anywhere.store, "0", ECHO_CLAIMED="1.0", ECHO_DIES_IN_FINISH="1") as (client, process):
+        with started(anywhere.store, "0", TURRET_LEASE_SECONDS="1.0", ECHO_DIES_IN_FINISH="1") as (client, process):
             if _ == 0:
                 batch = sent(client, [line(1), line(2, body={"model": "a", "prompt": "x", "max_tokens": -1})])
             until(lambda: process.poll() is not None, seconds=30)
-    with started(anywhere.store, "0", ECHO_CLAIMED="1.0") as (client, _process):
+    with started(anywhere.store, "0", TURRET_LEASE_SECONDS="1.0") as (client, _process):
         done = ended(client, batch, seconds=30)
         purposes = sorted(each.purpose for each in client.files.list())
     assert (done.status, purposes) == ("completed", ["batch", "batch_error", "batch_output"])
@@ -433,7 +430,7 @@ def test_the_claim_of_a_batch_is_renewed_after_a_store_that_did_not_answer(
             raise StoreError("the store does not answer")
         renew(self, batch)
 
-    monkeypatch.setattr(batch_runner, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(batch_runner, "BEATS", 30.0 / 0.05)
     monkeypatch.setattr(Batches, "renew", fails_at_first)
     client = clients(serve(pace=0.05))
     batch = sent(client, [line(number, body={"model": "a", "prompt": "x " * 30}) for number in range(20)])

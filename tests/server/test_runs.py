@@ -8,7 +8,7 @@ import pytest
 
 import turret
 from turret.errors import DataError, InUse, NotFound, QueueFull
-from turret.store import TrainingQueue
+from turret.store import JobQueue
 
 RECIPE = 'name = "reviews"\nbase = "echo/base"\n[data]\nsource = "reviews.csv"\n'
 FILES = {"reviews.csv": "text,label\ngood,1\nbad,0\n"}
@@ -25,9 +25,9 @@ def test_a_client_submits_watches_and_cancels_a_training(serve, workspace) -> No
             assert (await client.run(run["id"]))["place"] == {"place": 1, "of": 1}
             with pytest.raises(InUse):
                 await client.delete_run(run["id"])
-            taken = TrainingQueue.of(workspace.store).take()
+            taken = JobQueue.of(workspace.store).take()
             assert taken is not None
-            TrainingQueue.of(workspace.store).write_log(taken, ["reading /home/me/reviews.csv"])
+            JobQueue.of(workspace.store).write_log(taken, ["reading /home/me/reviews.csv"])
             shown = await client.run(run["id"])
             assert shown["state"] == "running"
             assert [each["line"] for each in shown["log"]] == ["reading (a file)"]

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from turret.errors import InUse, LeaseLost, NotFound, QueueFull, StoreError
-from turret.store import Store, TrainingQueue, leases, queued_data
-from turret.store.queue import QueuedRun
+from turret.store import JobQueue, Store, leases, queued_data
+from turret.store.jobs import Job
 
 NAMES = ("sentiment", "topics")
 DATA = {f"{number:032x}": f"text,label\n{number},good\n" for number in range(3)}  # place -> content of a table
@@ -31,7 +31,7 @@ class Worker:
 
     def __init__(self, where: str, folder: Path, seed: int) -> None:
         self.store, self.folder, self.draw = Store(where), folder, random.Random(seed)
-        self.queue = TrainingQueue.of(self.store, make=True)
+        self.queue = JobQueue.of(self.store, make=True)
         self._said = os.open(folder / "said", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def say(self, what: str, **more: object) -> None:
@@ -61,13 +61,13 @@ class Worker:
         removed = self.store.gc().removed
         self.say("collected", data=sum(each.why == queued_data.WHY for each in removed))
 
-    def require_data(self, taken: QueuedRun) -> None:
+    def require_data(self, taken: Job) -> None:
         """What a running training needs is there, whatever was removed."""
         (place,) = queued_data.PLACE.findall(taken.recipe)
         self.store.artifacts.bring(f"{queued_data.FOLDER}/{place}/")
         table = self.store.root / queued_data.FOLDER / place / "a.csv"
         if not table.exists() or table.read_text() != DATA[place]:
-            self.say("error", text=f"the data of {taken.run} is gone")
+            self.say("error", text=f"the data of {taken.id} is gone")
 
     def cancel(self) -> None:
         waiting = [each for each in self.store.runs(50) if each["state"] in ("waiting", "running") and each["queue"]]
@@ -80,10 +80,10 @@ class Worker:
         """A training of a few steps, each with a checkpoint; it may be returned, fail, or be resumed."""
         if (taken := self.queue.take()) is None:
             return
-        held = self.queue.adopt(taken)
+        held = self.queue.adopt_training(taken)
         self.require_data(taken)
         step = int(held.curve.read_text() or 0) if held.curve.exists() else 0
-        self.say("taken", run=taken.run, fence=taken.lease.fence, step=step)
+        self.say("taken", run=taken.id, fence=taken.lease.fence, step=step)
         with self.store.training_runs().keeper(held, lambda line: None) as keeper:
             for _ in range(3):
                 step += 1
@@ -91,18 +91,18 @@ class Worker:
                 beside.write_text(str(step))
                 os.replace(beside, held.curve)
                 self.store.artifacts.keep([held.curve], taken.lease)
-                self.say("kept", run=taken.run, step=step, fence=taken.lease.fence)
+                self.say("kept", run=taken.id, step=step, fence=taken.lease.fence)
                 keeper.require()
             if self.queue.write_log(taken, [f"step {step}"]):
-                self.say("ended", run=taken.run, state=self.queue.after(taken, None))
+                self.say("ended", run=taken.id, state=self.queue.after(taken, None))
                 return
-            self.say("logged", run=taken.run, line=f"step {step}")
+            self.say("logged", run=taken.id, line=f"step {step}")
         if step >= 3 and self.draw.random() < 0.8:
             result = {"step": step, "fence": taken.lease.fence}
             self.store.end_run(held, "finished", result=result)
-            self.say("finished", run=taken.run, result=result)
+            self.say("finished", run=taken.id, result=result)
         else:
-            self.say("ended", run=taken.run, state=self.queue.after(taken, self.draw.choice((None, "an outage"))))
+            self.say("ended", run=taken.id, state=self.queue.after(taken, self.draw.choice((None, "an outage"))))
 
     def compare(self) -> None:
         """One cell of a comparison that all workers want to conduct."""

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import Table, func, select, update
 from store.commit_proxy import CommitProxy
 
-from turret.errors import InUse, StoreError, TooLarge
+from turret.database import jobs
+from turret.errors import InUse, LeaseLost, StoreError, TooLarge
 from turret.server.quotas import Quota, SharedQuotas
-from turret.store import Budgets, Store, client_files, client_tables, usage
-from turret.store import batches as store_batches
-from turret.store.batches import Answer, Batch, Batches, Lost
+from turret.store import Budgets, Store, client_files, client_tables, leases, usage
+from turret.store.batches import Answer, Batch, Batches
 from turret.store.client_files import ClientFiles
 from turret.store.usage import flushes
 
@@ -28,18 +28,23 @@ def made(store: Store, owner: str = ONE, *, lines: int = 4) -> Batch:
         sent.write(b"line\n" * lines)
         sent.flush()
         file = ClientFiles.of(store).add(owner, "sent", "batch", Path(sent.name))
-    batch = Batches(store.database(make=True)).add(owner, "/v1/completions", file.id, None)
-    change(store, state="in_progress", total=lines)
+    batch = Batches.of(store).add(owner, "/v1/completions", file.id, None)
+    change(store, client_tables.batches, state="in_progress", total=lines)
     return batch
 
 
-def change(store: Store, **values: object) -> None:
+def change(store: Store, table: Table, **values: object) -> None:
     with store.database().writing() as connection:
-        connection.execute(update(client_tables.batches).values(values))
+        connection.execute(update(table).values(values))
+
+
+def lose_workers(store: Store) -> None:
+    """As a lease's time after the death of all servers, which were on other machines."""
+    change(store, leases.leases, process="other-boot/1/1/1", until=1.0)
 
 
 def worker(store: Store) -> Batches:
-    return Batches(store.database(make=True))
+    return Batches.of(store)
 
 
 def claimed(one: Batches) -> Batch:
@@ -75,7 +80,7 @@ def test_a_batch_that_is_put_aside_holds_up_no_other_and_comes_back(store: Store
     assert not one.others_wait(batch)
     one.release(batch, aside=30.0)
     assert one.claim() is None
-    change(store, due=1.0)  # as after that time
+    change(store, jobs, due=1.0)  # as after that time
     assert claimed(one).id == first.id
 
 
@@ -108,31 +113,32 @@ def test_lines_in_flight_lose_a_try_when_their_server_dies_and_at_no_other_time(
     batch = claimed(one)
     assert set(batch.unanswered.values()) == {0}
     batch = one.keep(batch, [answer(0)], asking=[1])
-    change(store, until=1.0)  # as a minute after its death
+    lose_workers(store)
     batch = claimed(two)
     assert batch.unanswered[1] == 1
-    with pytest.raises(Lost):
+    with pytest.raises(LeaseLost):
         one.keep(batch, [answer(1)])
     two.release(batch)
     assert claimed(one).unanswered[1] == 1
 
 
-def test_a_claim_ends_though_the_clock_was_set_back(store: Store, monkeypatch) -> None:
+def test_a_lease_ends_though_the_clock_was_set_back(store: Store, monkeypatch) -> None:
     made(store)
-    monkeypatch.setattr(store_batches, "CLAIMED", 0.4)
+    monkeypatch.setenv(leases.VARIABLE, "0.5")
     dead, living = worker(store), worker(store)
-    claimed(dead)
-    change(store, until=time.time() + 86_400.0)  # as if the clock had been set back by a day since
+    batch = claimed(dead)
+    later = time.time() + 86_400.0  # as if the clock had been set back by a day since
+    change(store, leases.leases, process="other-boot/1/1/1", until=later)
     assert living.claim() is None
-    time.sleep(0.6)
-    batch = claimed(living)
-    with pytest.raises(Lost):
+    time.sleep(0.8)
+    assert claimed(living).id == batch.id
+    with pytest.raises(LeaseLost):
         dead.renew(batch)
 
 
-def test_a_claim_that_is_renewed_is_kept_by_any_clock(store: Store, monkeypatch) -> None:
+def test_a_lease_that_is_renewed_is_kept_by_any_clock(store: Store, monkeypatch) -> None:
     made(store)
-    monkeypatch.setattr(store_batches, "CLAIMED", 0.6)
+    monkeypatch.setenv(leases.VARIABLE, "0.6")
     one, other = worker(store), worker(store)
     batch = claimed(one)
     for _ in range(6):
@@ -145,8 +151,21 @@ def test_a_time_aside_ends_though_the_clock_was_set_back(store: Store) -> None:
     made(store)
     one = worker(store)
     one.release(claimed(one), aside=30.0)
-    change(store, due=time.time() + 86_400.0)
+    change(store, jobs, due=time.time() + 86_400.0)
     assert claimed(one)
+
+
+def test_a_batch_that_was_given_up_in_an_outage_has_lost_no_try(store: Store) -> None:
+    """The control is a server that died."""
+    made(store)
+    one = worker(store)
+    batch = one.keep(claimed(one), asking=[0])
+    leases.give_up(one._taken[batch.id].lease)
+    assert claimed(one).unanswered == {0: 0}
+    lose_workers(store)
+    one.keep(claimed(one), asking=[0])
+    lose_workers(store)
+    assert claimed(worker(store)).unanswered[0] == 1
 
 
 def test_a_deleted_file_gives_its_space_back_on_the_disk_and_in_the_quota(store: Store, tmp_path, monkeypatch) -> None:
@@ -169,7 +188,7 @@ def test_a_file_is_not_deleted_while_a_batch_reads_it(store: Store) -> None:
     batch, files = made(store), ClientFiles.of(store)
     with pytest.raises(InUse, match="read by a batch"):
         files.delete(ONE, batch.input_file)
-    change(store, state="failed")
+    change(store, client_tables.batches, state="failed")
     files.delete(ONE, batch.input_file)
     assert list(store._blobs.walk()) == []
 

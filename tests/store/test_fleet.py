@@ -22,9 +22,10 @@ from sqlalchemy import update
 from store.fleet_worker import Worker
 from store.s3_proxy import DEEDS, proxied, through
 
+from turret.database import jobs
 from turret.errors import StoreError, TurretError
-from turret.store import Store, TrainingQueue, leases
-from turret.store.queue import TRIES
+from turret.store import JobQueue, Store, leases
+from turret.store.jobs import TRIES
 
 pytestmark = [pytest.mark.slow, pytest.mark.fleet]
 WORKER = Path(__file__).with_name("fleet_worker.py")
@@ -68,7 +69,7 @@ def check(store: Store, lines: list[dict[str, Any]]) -> None:
         assert [step for _, step in by_fence] == sorted(step for _, step in kept), "an earlier owner wrote later"
     for run in {line["run"] for line in by_what["logged"]}:
         written = [line["line"] for line in by_what["logged"] if line["run"] == run]
-        log = [each["line"] for each in TrainingQueue.of(store).log(run)]
+        log = [each["line"] for each in JobQueue.of(store).log(run)]
         assert set(written) <= set(log)
     cells = {each.path for each in store.artifacts.listed("comparisons/")}
     assert {line["path"] for line in by_what["cell"]} <= cells
@@ -93,9 +94,7 @@ def drain(store: Store, folder: Path) -> None:
     worker = Worker(str(store.location.given), folder, 7)
     for _ in range(2000):
         with store.database().writing() as connection:
-            from turret.store.runs import queue
-
-            connection.execute(update(queue).values(due=0.0))
+            connection.execute(update(jobs).values(due=0.0))
         if not [each for each in store.runs(100_000) if each["state"] == "waiting"]:
             return
         with suppress(TurretError):
@@ -247,7 +246,7 @@ def test_a_silent_s3_delays_neither_the_lease_nor_another_writer(new_url, s3_ser
             with ours.training_runs().keeper(run, warnings.append) as keeper:
                 while time.monotonic() - began < 6:
                     keeper.require()
-                    TrainingQueue.of(other).submit("b", "x")
+                    JobQueue.of(other).submit("b", "x")
                     time.sleep(0.2)
 
         with pytest.raises(StoreError, match="does not answer"):
@@ -264,11 +263,12 @@ def test_a_worker_that_was_stopped_and_wakes_up_writes_nothing(new_url, tmp_path
     """SIGSTOP for longer than its lease, and SIGCONT once another worker has its training."""
     url = new_url(str(tmp_path / "files"))
     store = Store(url)
-    queue = TrainingQueue.of(store, make=True)
+    queue = JobQueue.of(store, make=True)
     run = queue.submit("a", "x")
     code = (
-        "import sys, time; from turret.store import Store, TrainingQueue\n"
-        "store = Store(sys.argv[1]); queue = TrainingQueue.of(store); taken = queue.take(); held = queue.adopt(taken)\n"
+        "import sys, time; from turret.store import Store, JobQueue\n"
+        "store = Store(sys.argv[1]); queue = JobQueue.of(store); taken = queue.take()\n"
+        "held = queue.adopt_training(taken)\n"
         "print('taken', flush=True)\n"
         "for number in range(10_000):\n"
         "    queue.write_log(taken, [f'slow {number}']); time.sleep(0.05)\n"
@@ -297,7 +297,7 @@ def test_a_worker_that_was_stopped_and_wakes_up_writes_nothing(new_url, tmp_path
 taken_over: list[Any] = []
 
 
-def can_take(queue: TrainingQueue, found: list[Any]) -> bool:
+def can_take(queue: JobQueue, found: list[Any]) -> bool:
     if (taken := queue.take()) is not None:
         found.append(taken)
     return bool(found)

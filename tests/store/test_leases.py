@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
-from turret.database import Database, runs
+from turret.database import Database, jobs
 from turret.errors import LeaseLost, StoreError
 from turret.store import Store, leases
 from turret.store.leases import Lease, LeaseRenewer
@@ -239,7 +239,7 @@ def test_a_run_that_was_taken_over_is_ended_by_its_new_owner_alone(store, make_b
     quick = store.unfinished_run("x", "y")
     assert quick is not None
     assert quick.id == slow.id
-    with pytest.raises(LeaseLost, match=rf"runs/{slow.id} was taken over"):
+    with pytest.raises(LeaseLost, match=rf"jobs/{slow.id} was taken over"):
         store.put("a", make_bundle(b"late"), run=slow)
     with pytest.raises(LeaseLost):
         store.end_run(slow, "failed")
@@ -256,7 +256,7 @@ def test_no_run_stays_running_without_a_process(store) -> None:
     elsewhere(store.database(), until=-1)
     assert [(each["state"], "goes on" in each["error"]) for each in store.runs()] == [("interrupted", True)]
     with store.database().reading() as connection:
-        assert connection.execute(select(runs.c.state)).scalar() == "running", "nothing had to be written"
+        assert connection.execute(select(jobs.c.state)).scalar() == "running", "nothing had to be written"
 
 
 def on_another_machine(store: Store, folder: Path) -> Store:

@@ -8,20 +8,20 @@ import pytest
 from sqlalchemy import select, update
 
 from turret.access import Access
+from turret.database import jobs as rows
 from turret.errors import InUse, LeaseLost, NotFound, QueueFull, RecipeError, StoreError
-from turret.store import Store, TrainingQueue, Version, leases, queue
+from turret.store import JobQueue, Store, Version, jobs, leases
+from turret.store.jobs import CELL, Entry, Job, NewCell, cell_id, in_turn
 from turret.store.leases import Lease
-from turret.store.queue import Entry, QueuedRun, choose
-from turret.store.runs import queue as rows
 
 
 @pytest.fixture
-def line(store: Store) -> TrainingQueue:
-    return TrainingQueue.of(store, make=True)
+def line(store: Store) -> JobQueue:
+    return JobQueue.of(store, make=True)
 
 
-def of(store: Store, tenant: str) -> TrainingQueue:
-    return TrainingQueue.of(store.with_access(Access(tenant)))
+def of(store: Store, tenant: str) -> JobQueue:
+    return JobQueue.of(store.with_access(Access(tenant)))
 
 
 def state(store: Store, run: str) -> str:
@@ -39,37 +39,40 @@ def make_due(store: Store) -> None:
 
 
 def entry(run: str, tenant: str = "a", priority: int = 0, queued: str = "1") -> Entry:
-    return Entry(run, tenant, priority, 0, queued, None, 0.0, None, None, "", "waiting")
+    return Entry(run, tenant, priority, queued=queued)
 
 
 def test_within_a_tenant_the_highest_priority_is_next_then_the_oldest() -> None:
     waiting = [entry("1", queued="1"), entry("2", priority=5, queued="3"), entry("3", priority=5, queued="2")]
-    found = choose(waiting, {}, {}, {})
-    assert found is not None
-    assert found.run == "3"
+    assert [each.id for each in in_turn(waiting, {}, {}, {})] == ["3", "2", "1"]
 
 
 def test_between_tenants_the_one_with_the_fewest_running_is_next_then_who_waited_longest() -> None:
     waiting = [entry("1", "big", priority=100), entry("2", "small"), entry("3", "new")]
     order = [
-        ({"big": 1}, {"big": "1", "small": "2"}, "3"),  # new has never had a turn
-        ({"big": 1, "new": 1}, {"big": "1", "small": "2", "new": "3"}, "2"),
-        ({}, {"big": "1", "small": "2", "new": "3"}, "1"),
+        ({"big": 1}, {"big": 1, "small": 2}, "3"),  # new has never had a turn
+        ({"big": 1, "new": 1}, {"big": 1, "small": 2, "new": 3}, "2"),
+        ({}, {"big": 1, "small": 2, "new": 3}, "1"),
     ]
-    for running, started, run in order:
-        found = choose(waiting, running, started, {})
-        assert found is not None
-        assert found.run == run
+    for running, turns, run in order:
+        found = in_turn(waiting, running, {f"tenant {tenant}": turn for tenant, turn in turns.items()}, {})
+        assert found[0].id == run
+
+
+def test_the_owners_of_a_tenant_take_turns_before_priorities_count() -> None:
+    """Owners are tokens, whose batches wait."""
+    waiting = [Entry("1", "a", 5, queued="1", owner="one"), Entry("2", "a", queued="2", owner="two")]
+    for turns, first in (({}, "1"), ({"owner one": 2, "owner two": 1}, "2"), ({"owner one": 1, "owner two": 2}, "1")):
+        assert in_turn(waiting, {}, turns, {})[0].id == first
 
 
 def test_a_tenant_with_a_thousand_trainings_delays_another_by_one() -> None:
     waiting = [entry(f"{number:04}", "big", priority=100) for number in range(1000)] + [entry("x", "small")]
-    started, taken = {"big": "0000", "small": "0001"}, []
+    turns, taken = {"tenant big": 0, "tenant small": 1}, []
     for number in range(3):
-        found = choose(waiting, {}, started, {})
-        assert found is not None
+        found = in_turn(waiting, {}, turns, {})[0]
         waiting.remove(found)
-        started[found.tenant] = f"{number + 2:04}"
+        turns[f"tenant {found.tenant}"] = number + 2
         taken.append(found.tenant)
     assert taken == ["big", "small", "big"]
 
@@ -79,15 +82,15 @@ def test_a_tenant_at_its_limit_waits(store, line) -> None:
     first, second = line.submit("a", "x"), line.submit("a", "y")
     taken = line.take()
     assert taken is not None
-    assert taken.run == first
+    assert taken.id == first
     assert line.take() is None
     assert of(store, "other").take() is None, "the limit is the tenant's, whoever works"
-    held = line.adopt(taken)
+    held = line.adopt_training(taken)
     assert not held.resumed
     store.training_runs().end(held, "finished", error=None, result=None)
     again = line.take()
     assert again is not None
-    assert again.run == second
+    assert again.id == second
 
 
 def test_a_full_queue_of_one_tenant_takes_no_more_of_it_and_all_of_others(store, line) -> None:
@@ -105,9 +108,9 @@ def test_workers_at_once_take_every_training_once(store, line) -> None:
     taken: list[str] = []
 
     def work() -> None:
-        own = TrainingQueue.of(Store(store.location))
+        own = JobQueue.of(Store(store.location))
         while (found := own.take()) is not None:
-            taken.append(found.run)
+            taken.append(found.id)
 
     workers = [threading.Thread(target=work) for _ in range(4)]
     for each in workers:
@@ -131,9 +134,9 @@ def test_a_training_is_tried_three_times_with_pauses_and_then_failed(store, line
 
 
 def test_an_outage_of_the_stores_own_places_costs_no_try(store, line, monkeypatch) -> None:
-    monkeypatch.setattr(queue, "RETRY_SECONDS", 600.0)  # longer than a busy machine takes to ask again
+    monkeypatch.setattr(jobs, "RETRY_SECONDS", 60.0)  # longer than a busy machine takes to ask again
     run = line.submit("a", "x")
-    for _ in range(queue.TRIES + 2):
+    for _ in range(jobs.TRIES + 2):
         taken = line.take()
         assert taken is not None
         assert taken.tries == 1
@@ -164,16 +167,20 @@ def test_a_killed_workers_training_is_taken_over_and_the_worker_cannot_write(sto
     assert state(store, run) == "waiting", "nobody has it"
     quick = line.take()
     assert quick is not None
-    assert (quick.run, quick.tries) == (run, 2)
-    for act in (lambda: line.after(slow, "late"), lambda: line.write_log(slow, ["late"]), lambda: line.adopt(slow)):
+    assert (quick.id, quick.tries) == (run, 2)
+    for act in (
+        lambda: line.after(slow, "late"),
+        lambda: line.write_log(slow, ["late"]),
+        lambda: line.adopt_training(slow),
+    ):
         with pytest.raises(LeaseLost):
             act()
     assert line.log(run) == []
-    assert line.adopt(quick).resumed, "it goes on from the last checkpoint"
+    assert line.adopt_training(quick).resumed, "it goes on from the last checkpoint"
     for _ in range(2):
         lose_workers(store)
         line.take()
-    assert (state(store, run), store.run(run)["error"]) == ("failed", queue.LOST_TRIES)
+    assert (state(store, run), store.run(run)["error"]) == ("failed", jobs.LOST_TRIES)
 
 
 def test_cancelled_while_it_waits_runs_or_has_lost_its_worker_it_ends(store, line) -> None:
@@ -181,7 +188,7 @@ def test_cancelled_while_it_waits_runs_or_has_lost_its_worker_it_ends(store, lin
     assert line.cancel(waiting) == "cancelled"
     taken = line.take()
     assert taken is not None
-    assert taken.run == running
+    assert taken.id == running
     assert line.cancel(running) == "running"
     assert line.write_log(taken, ["a line"]), "its worker hears of it"
     assert line.after(taken, None) == "cancelled"
@@ -196,23 +203,23 @@ def test_cancelled_while_it_waits_runs_or_has_lost_its_worker_it_ends(store, lin
         line.cancel(waiting)
 
 
-def cancelled(store: Store, line: TrainingQueue, run: str) -> None:
+def cancelled(store: Store, line: JobQueue, run: str) -> None:
     lose_workers(store)
     line.cancel(run)
 
 
-def tried_too_often(store: Store, line: TrainingQueue, run: str) -> None:
+def tried_too_often(store: Store, line: JobQueue, run: str) -> None:
     with store.database().writing() as connection:
         connection.execute(update(rows).values(tries=3))
     lose_workers(store)
     assert line.take() is None
 
 
-def returned(store: Store, line: TrainingQueue, run: str) -> None:
+def returned(store: Store, line: JobQueue, run: str) -> None:
     """By the parent of the process that trains, while that one sleeps."""
     with store.database().reading() as connection:
         row = connection.execute(select(leases.leases)).one()
-    line.after(QueuedRun(run, "default", "x", 1, Lease(row.name, row.owner, row.fence, 30.0)), None)
+    line.after(Job(run, "default", "x", 1, Lease(row.name, row.owner, row.fence, 30.0)), None)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +229,7 @@ def test_a_worker_that_wakes_up_after_its_run_was_ended_publishes_nothing(store,
     run = line.submit("a", "x")
     taken = line.take()
     assert taken is not None
-    held = line.adopt(taken)
+    held = line.adopt_training(taken)
     held.curve.write_text("1\n")
     end(store, line, run)
     ended = store.run(run)
@@ -251,7 +258,7 @@ def test_a_worker_that_wakes_up_and_whose_run_nobody_ended_publishes(store, line
     run = line.submit("a", "x")
     taken = line.take()
     assert taken is not None
-    held = line.adopt(taken)
+    held = line.adopt_training(taken)
     lose_workers(store)
     version = store.put("a", make_bundle(b"late"), run=held, result=lambda version: {"version": str(version)})
     found = store.run(run)
@@ -266,7 +273,7 @@ def test_a_version_and_the_end_of_its_run_are_one_transaction(store, line, make_
     run = line.submit("a", "x")
     taken = line.take()
     assert taken is not None
-    held = line.adopt(taken)
+    held = line.adopt_training(taken)
 
     def lost(version: Version) -> dict[str, str]:
         raise StoreError("the connection was lost")
@@ -277,7 +284,7 @@ def test_a_version_and_the_end_of_its_run_are_one_transaction(store, line, make_
     assert state(store, run) == "running"
     store.put("a", make_bundle(b"one"), run=held, result=lambda version: {"version": str(version)})
     for again in (b"one", b"two"):
-        with pytest.raises(LeaseLost, match=f"runs/{run} has ended"):
+        with pytest.raises(LeaseLost, match=f"jobs/{run} has ended"):
             store.put("a", make_bundle(again), run=held, result=lambda version: {})
     with pytest.raises(LeaseLost):
         store.end_run(held, "failed", error="S3 did not answer")
@@ -296,7 +303,7 @@ def test_a_run_of_another_tenant_or_of_none_is_not_there(store, line) -> None:
 
 
 def test_the_log_is_kept_in_order_and_bounded(store, line, monkeypatch) -> None:
-    monkeypatch.setattr(queue, "MOST_LINES", 5)
+    monkeypatch.setattr(jobs, "MOST_LINES", 5)
     run, taken = line.submit("a", "x"), line.take()
     assert taken is not None
     line.write_log(taken, ["one", "two\0\ud800", "3" * 900])
@@ -316,14 +323,14 @@ def test_after_the_death_of_a_process_with_several_runs_no_try_is_counted_and_ea
     for recipe in "xyz":
         line.submit("a", recipe)
     taken = [line.take() for _ in range(3)]
-    line.set_beside([each.run for each in taken[:2]])
+    line.set_beside([each.id for each in taken[:2]])
     lose_workers(store)
-    again = {each.run: each for each in [line.take() for _ in range(3)]}
-    assert [again[each.run].tries for each in taken] == [1, 1, 2]
-    assert [again[each.run].alone for each in taken] == [True, True, False]
+    again = {each.id: each for each in [line.take() for _ in range(3)]}
+    assert [again[each.id].tries for each in taken] == [1, 1, 2]
+    assert [again[each.id].alone for each in taken] == [True, True, False]
     lose_workers(store)  # the control: those that die alone lose a try
-    again = {each.run: each for each in [line.take() for _ in range(3)]}
-    assert [again[each.run].tries for each in taken] == [2, 2, 3]
+    again = {each.id: each for each in [line.take() for _ in range(3)]}
+    assert [again[each.id].tries for each in taken] == [2, 2, 3]
     assert not any(each.alone for each in again.values())
 
 
@@ -345,3 +352,88 @@ def test_a_run_is_only_taken_by_who_accepts_it(line) -> None:
     taken = line.take(lambda entry: True)
     assert taken is not None
     assert taken.tries == 1
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+STUDY = "comparisons/reviews-0123456789"
+
+
+def cell(key: str, **spec: object) -> NewCell:
+    return NewCell(key, "reviews", f"name = '{key}'", spec)
+
+
+def test_a_cell_is_submitted_once_and_takes_its_turn_among_trainings(line: JobQueue) -> None:
+    training = line.submit("a", "x")
+    for _ in range(2):
+        ids = line.submit_cells(STUDY, [cell("one"), cell("two", alone=True)])
+    taken = [line.take() for _ in range(4)]
+    found = [(each.id, each.kind) for each in taken if each is not None]
+    assert found[0] == (training, "training"), "the oldest one"
+    assert sorted(found[1:]) == sorted((id, CELL) for id in ids)
+    assert ids == [cell_id("default", STUDY, key) for key in ("one", "two")]
+
+
+def test_a_cell_that_failed_is_tried_again_when_it_is_submitted_again(line: JobQueue) -> None:
+    (id,) = line.submit_cells(STUDY, [cell("one")])
+    taken = line.take()
+    assert taken is not None
+    assert line.after(taken, "no column text", again=False, result={"kind": "DataError"}) == "failed"
+    assert line.states([id])[id]["result"] == {"kind": "DataError"}
+    assert line.submit_cells(STUDY, [cell("one")]) == [id]
+    again = line.take()
+    assert again is not None
+    assert (again.tries, again.lease.fence > taken.lease.fence) == (1, True)
+    line.finish(again)
+    assert line.states([id])[id]["state"] == "finished"
+    for late in (taken, again):
+        with pytest.raises(LeaseLost):
+            line.finish(late)
+
+
+def test_the_cells_of_this_process_are_in_no_queue_and_go_on_after_its_death(line: JobQueue, store: Store) -> None:
+    (id,) = line.submit_cells(STUDY, [cell("one")], here=True)
+    assert line.take() is None
+    taken = line.take_one(id)
+    assert taken is not None
+    with pytest.raises(InUse, match="another process runs the cell one"):
+        line.submit_cells(STUDY, [cell("one")], here=True)
+    with store.database().writing() as connection:
+        connection.execute(leases.leases.update().values(process="other-boot/1/1/1", until=1.0))
+    assert line.submit_cells(STUDY, [cell("one")], here=True) == [id]
+    again = line.take_one(id)
+    assert again is not None
+    with pytest.raises(LeaseLost):
+        line.finish(taken)
+    assert line.after(again, None) == "interrupted"
+
+
+def test_the_queue_takes_as_many_cells_as_its_limit_allows(line: JobQueue) -> None:
+    line.limit("default", running=None, waiting=2)
+    cells = [cell(str(number)) for number in range(3)]
+    assert len(line.submit_cells(STUDY, cells)) == 2
+    assert len(line.submit_cells(STUDY, cells)) == 2, "those that wait stay"
+    with pytest.raises(QueueFull):
+        line.submit_cells(STUDY, cells[2:])
+    assert line.take() is not None
+    assert len(line.submit_cells(STUDY, cells)) == 3
+
+
+def test_a_tenant_cancels_its_own_cells_alone(line: JobQueue, store: Store) -> None:
+    (id,) = line.submit_cells(STUDY, [cell("one")])
+    JobQueue.of(store.with_access(Access("other"))).cancel_cells([id])
+    assert line.states([id])[id]["state"] == "waiting"
+    line.cancel_cells([id])
+    assert line.states([id])[id]["state"] == "cancelled"
+    assert line.take() is None
+
+
+def test_a_cell_that_was_short_of_memory_beside_others_waits_for_a_process_of_its_own(line: JobQueue) -> None:
+    line.submit_cells(STUDY, [cell("one")])
+    taken = line.take()
+    assert taken is not None
+    line.return_alone(taken, "too little memory")
+    again = line.take()
+    assert again is not None
+    assert (again.tries, again.spec) == (1, {"alone": True})

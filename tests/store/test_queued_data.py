@@ -11,7 +11,7 @@ import pytest
 from store.by_hand import everything, forget_uploads
 
 from turret.errors import QueueFull
-from turret.store import Store, TrainingQueue, queued_data
+from turret.store import JobQueue, Store, queued_data
 from turret.store.artifacts import Artifacts
 
 PLACE, OTHER = "a" * 32, "b" * 32
@@ -19,12 +19,12 @@ Submit = Callable[..., str]
 
 
 @pytest.fixture
-def line(store: Store) -> TrainingQueue:
-    return TrainingQueue.of(store, make=True)
+def line(store: Store) -> JobQueue:
+    return JobQueue.of(store, make=True)
 
 
 @pytest.fixture
-def submit(store: Store, line: TrainingQueue, tmp_path: Path) -> Submit:
+def submit(store: Store, line: JobQueue, tmp_path: Path) -> Submit:
     """Queues a training of the data at a place."""
     table = tmp_path / "table.csv"
     table.write_text("text,label\n")
@@ -55,7 +55,7 @@ def test_data_goes_when_its_last_training_has_ended(store, line, submit, end) ->
     line.cancel(first)
     taken = line.take()
     assert taken is not None
-    assert taken.run == second
+    assert taken.id == second
     assert collected(store) == [], "one runs"
     if end == "cancelled":
         line.cancel(second)
@@ -63,7 +63,7 @@ def test_data_goes_when_its_last_training_has_ended(store, line, submit, end) ->
     elif end == "failed":
         line.after(taken, "a missing column", again=False)
     else:
-        store.end_run(line.adopt(taken), "finished", result={})
+        store.end_run(line.adopt_training(taken), "finished", result={})
     assert store.run(second)["state"] == end
     would = collected(store, dry_run=True)
     assert would

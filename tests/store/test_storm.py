@@ -48,11 +48,11 @@ from store.storm_clients import (
 
 from turret import bases
 from turret.access import Access
-from turret.database import runs
+from turret.database import jobs
 from turret.ops.cpu import compiled as kernels
 from turret.recipe import Recipe
 from turret.store import Store, leases, queued_data, usage
-from turret.store.queue import TRIES
+from turret.store.jobs import TRIES
 from turret.workspace import Workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.fleet]
@@ -187,7 +187,7 @@ class Storm:
     def look(self) -> None:
         """A run that has ended stays as it is."""
         with self.store.database().reading() as connection:
-            rows = connection.execute(select(runs.c.id, runs.c.state, runs.c.result, runs.c.error)).all()
+            rows = connection.execute(select(jobs.c.id, jobs.c.state, jobs.c.result, jobs.c.error)).all()
         for row in rows:
             if row.state in ENDED:
                 found = (str(row.state), str(row.result), str(row.error))
@@ -323,13 +323,13 @@ def wait_for(check: Callable[[], object], seconds: float, problem: str | Callabl
 def finished(store: Store) -> int:
     """How many trainings of all tenants are finished."""
     with store.database().reading() as connection:
-        return int(connection.execute(select(func.count()).where(runs.c.state == "finished")).scalar_one())
+        return int(connection.execute(select(func.count()).where(jobs.c.state == "finished")).scalar_one())
 
 
 def states(store: Store) -> set[str]:
     """The states of the runs of all tenants, as the table has them."""
     with store.database().reading() as connection:
-        return set(connection.execute(select(runs.c.state)).scalars())
+        return set(connection.execute(select(jobs.c.state)).scalars())
 
 
 # --- what must be true at the end -------------------------------------------------------------------------------------

@@ -5,13 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from turret.location import Location
-from turret.workspace.child_process import Failure, KeptChild, Patience, run_child
+from turret.workspace.child_process import Failure, Patience, run_child
 
 WORDS = """
 import json, os, re, signal, subprocess, sys, time
@@ -89,65 +88,6 @@ def test_a_child_that_stops_in_time_is_not_killed(run) -> None:
     ended, lines, _ = run(code, Patience(stopping=20.0), stop_after=0.5)
     assert ended is None
     assert lines[1:] == ["ready", "saved"]
-
-
-KEPT = """
-import os, signal, sys, time
-from turret.workspace.child_process import requests, say_ended, say_to_parent
-for each in requests():
-    say_to_parent(f"{os.getpid()} {each}")
-    if each == "dies":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if each == "works":
-        time.sleep(600)
-    if each == "is deaf":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.stderr.write(f"about {each}\\n")
-    sys.stderr.flush()
-    say_ended(1 if each == "fails" else 0)
-"""
-
-
-@pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeptChild]:
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (tmp_path / "a_kept_child.py").write_text(KEPT)
-    child = KeptChild("a_kept_child", tmp_path / "errors", Location.parse(tmp_path))
-    yield child
-    child.close()
-
-
-def test_a_kept_child_carries_out_one_request_after_another(kept: KeptChild) -> None:
-    lines = list[str]()
-    assert kept.run("begins", lines.append) is None
-    failed = kept.run("fails", lines.append)
-    assert failed == Failure("about fails", 1), "its own words, not those of the request before"
-    assert kept.run("goes on, in\ntwo lines", lines.append) is None
-    assert len({line.split()[0] for line in lines}) == 1
-    assert [line.partition(" ")[2] for line in lines] == ["begins", "fails", "goes on, in\ntwo lines"]
-    assert kept.lives
-    kept.close()
-    assert not kept.lives
-
-
-def test_a_kept_child_that_dies_or_is_stopped_lives_no_more(kept: KeptChild, tmp_path: Path) -> None:
-    lines = list[str]()
-    stopped = KeptChild("a_kept_child", tmp_path / "other errors", Location.parse(tmp_path))
-    failed = kept.run("dies", lines.append)
-    assert failed is not None
-    assert "was killed" in failed.text
-    assert stopped.run("works", lines.append, lambda: len(lines) > 1) is None
-    assert not kept.lives
-    assert not stopped.lives
-    assert kept.run("begins", lines.append) is not None, "an error, not a wait for ever"
-    stopped.close()
-
-
-def test_a_kept_child_that_is_deaf_is_killed_when_it_is_closed(kept: KeptChild) -> None:
-    lines = list[str]()
-    assert kept.run("is deaf", lines.append) is None
-    kept.close()
-    assert not is_there(lines[0].split()[0])
 
 
 ORPHAN = """

@@ -22,11 +22,11 @@ import pytest
 from sqlalchemy import select
 from workspace.test_comparing import recipe_in
 
-from turret.database import runs
+from turret.database import jobs
 from turret.errors import InUse, StoreError
 from turret.ops.cpu import compiled as kernels
-from turret.store import TrainingQueue, leases
-from turret.store.queue import TRIES
+from turret.store import JobQueue, leases
+from turret.store.jobs import TRIES
 from turret.store.runs import ENDED
 from turret.workspace import Workspace
 
@@ -130,7 +130,7 @@ class Watch(threading.Thread):
 
     def look(self) -> None:
         with self.workspace.store.database().reading() as connection:
-            rows = connection.execute(select(runs.c.id, runs.c.state, runs.c.result, runs.c.error)).all()
+            rows = connection.execute(select(jobs.c.id, jobs.c.state, jobs.c.result, jobs.c.error)).all()
             versions = Counter(str(each.run) for each in self.workspace.list())
         for row in rows:
             found = (str(row.state), str(row.result))
@@ -247,7 +247,7 @@ def check(workspace: Workspace, submitted: int) -> None:
     assert states["cancelled"] > 0
     assert workspace.store.verify().problems == ()
     with workspace.store.database().reading() as connection:
-        assert leases.held(connection, "runs/") == set()
+        assert leases.held(connection, "jobs/") == set()
 
 
 def cancel(workspace: Workspace, run: str) -> None:
@@ -257,12 +257,12 @@ def cancel(workspace: Workspace, run: str) -> None:
 
 def use_up_tries(workspace: Workspace, run: str) -> None:
     """As a third worker of the fleet that takes the run, and dies, until it fails."""
-    queue = TrainingQueue.of(workspace.store)
+    queue = JobQueue.of(workspace.store)
     for _ in range(2 * TRIES):
         taken = queue.take()
         if taken is not None:
-            queue.after(taken, "another machine failed", again=taken.run != run)
-            if taken.run == run:
+            queue.after(taken, "another machine failed", again=taken.id != run)
+            if taken.id == run:
                 return
         time.sleep(0.2)
 

@@ -27,8 +27,8 @@ from turret.data.source import open_source
 from turret.errors import DataError, Interrupted, NotFound, QueueFull, RecipeError, StoreError
 from turret.ops.cpu import compiled as kernels
 from turret.recipe import Recipe
-from turret.store import HeldRun, Store, TrainingQueue, leases
-from turret.store.queue import QueuedRun
+from turret.store import HeldRun, JobQueue, Store, leases
+from turret.store.jobs import Job
 from turret.train import StepRecord
 from turret.workspace import Workspace, queue_worker, training
 from turret.workspace.queueing import bring_data, require_base
@@ -469,7 +469,7 @@ def test_a_takeover_by_other_libraries_starts_over_and_says_so(tmp_path, workspa
 
         with pytest.raises(Interrupted):
             train_queued(store, held, Callbacks(stop_after_two))
-        TrainingQueue.of(store).after(held[0], None)
+        JobQueue.of(store).after(held[0], None)
         if key is not None:
             forge(held[1].checkpoint, key)
         held = taken_up(store)
@@ -486,14 +486,14 @@ def test_a_takeover_by_other_libraries_starts_over_and_says_so(tmp_path, workspa
         assert steps == list(range(1, result.timing["steps"] + 1))
 
 
-def taken_up(store: Store) -> tuple[QueuedRun, HeldRun]:
-    queue = TrainingQueue.of(store)
+def taken_up(store: Store) -> tuple[Job, HeldRun]:
+    queue = JobQueue.of(store)
     taken = queue.take()
     assert taken is not None
-    return taken, queue.adopt(taken)
+    return taken, queue.adopt_training(taken)
 
 
-def train_queued(store: Store, held: tuple[QueuedRun, HeldRun], callbacks: Callbacks) -> RunResult:
+def train_queued(store: Store, held: tuple[Job, HeldRun], callbacks: Callbacks) -> RunResult:
     recipe = Recipe.from_toml(held[0].recipe)
     source = str(store.root / "queued" / recipe.data.source)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})

@@ -60,8 +60,11 @@ class Study:
     def _said(self, line: str) -> None:
         for each in psutil.Process().children():
             words = each.cmdline()
-            if "turret.workspace.comparing.cell_worker" in words:
-                self.processes.setdefault(each.pid, set()).update(Path(word).name for word in words[4:])
+            if "turret.workspace.resident_trainer" in words:
+                self.processes.setdefault(each.pid, set())
+            if "turret.workspace.job_process" in words:
+                spec = json.loads(words[4])["taken"]["spec"]
+                self.processes.setdefault(each.pid, set()).add(spec["key"])
         self.when(line)
 
     @property
@@ -145,7 +148,7 @@ def test_a_cell_that_fails_ends_its_candidate_and_not_the_shared_process(tmp_pat
 
 SHORT_OF_MEMORY = """
 import sys, types
-if sys.orig_argv[-1] == "turret.workspace.comparing.cell_worker":  # the shared process, which has no arguments
+if "turret.workspace.resident_trainer" in sys.orig_argv:  # the process that cells share
     import psutil
     psutil.virtual_memory = lambda: types.SimpleNamespace(available=1 << 16, total=1 << 16)
 """

@@ -19,20 +19,22 @@ import pytest
 from shelf import Shelf
 from workspace.test_comparing import recipe_in
 
+from turret.data import Dataset
 from turret.engine.core import Engine
 from turret.engine.pass_thread import PassThread
 from turret.errors import DataError, StoreError
 from turret.recipe import Recipe
-from turret.store import HeldRun, Store, TrainingQueue
-from turret.store.queue import QueuedRun
+from turret.store import JobQueue, Store
+from turret.store.jobs import Job
 from turret.train.curve import StepRecord
 from turret.workspace import Workspace, queue_worker
 from turret.workspace.child_process import Failure
+from turret.workspace.job_process import Trial, carry_out
 from turret.workspace.progress import Say
 from turret.workspace.queue_worker import Worker, WorkerLimits
-from turret.workspace.queued_training import carry_out
 from turret.workspace.resident import ResidentBases, Room, Seat
 from turret.workspace.resident_trainer import DataReaders, _Run
+from turret.workspace.training import Callbacks
 
 ROWS = 40_000  # take a second to read
 
@@ -56,13 +58,13 @@ def readers(tmp_path: Path) -> Iterator[DataReaders]:
         each.close()
 
 
-def queued(folder: Path, rows: int) -> QueuedRun:
+def queued(folder: Path, rows: int) -> Job:
     """A run whose data has so many rows, taken from the queue."""
     recipe, lines = recipe_in(folder), ["text,label", *(f"a great film {row},good" for row in range(rows - 2))]
     (folder / "reviews.csv").write_text("\n".join([*lines, "a dull film,bad", "boring,bad"]))
     workspace = Workspace(folder / "store")
     workspace.queue.submit(recipe)
-    taken = TrainingQueue.of(workspace.store).take()
+    taken = JobQueue.of(workspace.store).take()
     assert taken is not None
     return taken
 
@@ -70,7 +72,7 @@ def queued(folder: Path, rows: int) -> QueuedRun:
 class Reading(threading.Thread):
     """A reading in a thread, with the files that its process has begun to write."""
 
-    def __init__(self, readers: DataReaders, taken: QueuedRun) -> None:
+    def __init__(self, readers: DataReaders, taken: Job) -> None:
         super().__init__(daemon=True)
         self._readers, self._taken = readers, taken
         self.found: Any = None
@@ -171,10 +173,10 @@ def test_a_part_that_is_queued_while_the_thread_falls_asleep_is_started(kind: st
 class Instant:
     """Ends every run at once."""
 
-    def __init__(self, queue: TrainingQueue, ended: Callable[[], None]) -> None:
+    def __init__(self, queue: JobQueue, ended: Callable[[], None]) -> None:
         self._queue, self._ended, self._pauses = queue, ended, random.Random(0)
 
-    def run(self, taken: QueuedRun, tell: Say, stop: Callable[[], bool]) -> Failure | None:
+    def run(self, taken: Job, tell: Say, stop: Callable[[], bool]) -> Failure | None:
         time.sleep(self._pauses.choice((0.0, 1e-3, 5e-3)))
         self._queue.after(taken, "done", again=False)
         self._ended()
@@ -217,7 +219,7 @@ def test_an_unexpected_error_ends_a_queued_run_in_one_line(
 ) -> None:
     """It is recorded, so that the run is tried again. The traceback is for TURRET_DEBUG=1 alone."""
 
-    def broken(recipe: Recipe, held: HeldRun) -> None:
+    def broken(recipe: Recipe) -> Dataset:
         raise ZeroDivisionError("first line\nsecond line " + "x" * 1000)
 
     for debug in ("", "1"):
@@ -227,14 +229,14 @@ def test_an_unexpected_error_ends_a_queued_run_in_one_line(
         taken = queued(folder, 10)
         store = Store(folder / "store")
         capfd.readouterr()
-        ended = carry_out(store, taken, ("*",), broken)
+        ended = carry_out(store, taken, ("*",), Trial(Callbacks(), broken))
         assert ended.status == 1
         assert ended.text is not None
         assert ended.text.startswith("this is a bug in turret (ZeroDivisionError: first line second line")
         assert "\n" not in ended.text
         assert len(ended.text) <= 300
         assert ("Traceback" in capfd.readouterr().err) == (debug == "1")
-        run = store.run(taken.run)
+        run = store.run(taken.id)
         assert (run["state"], run["error"]) == ("waiting", ended.text)
 
 
@@ -270,7 +272,7 @@ def test_the_first_step_of_a_run_frees_what_its_preparation_left(tmp_path: Path)
 TRAINER = """
 import gc, json
 from turret.workspace import resident_trainer
-asked = {"local": "store", "silent": 60.0, "stopping": 60.0, "bases": ["*"]}
+asked = {"local": "store", "silent": 60.0, "stopping": 60.0, "bases": ["*"], "own": False}
 resident_trainer.main(json.dumps(asked))
 print(gc.get_freeze_count(), len(gc.get_objects()))
 """

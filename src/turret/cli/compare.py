@@ -29,6 +29,7 @@ OF_TRAININGS = (  # options that say how something is trained
     "budget",
     "fractions",
     "lr",
+    "on",
     "plan",
     "base",
     "name",
@@ -55,6 +56,7 @@ def compare(
     against: Annotated[str, typer.Option("--against", help="The baseline.")] = "full",
     lr: Annotated[str | None, typer.Option("--lr", help="One rate for all methods, or auto.")] = None,
     texts: Texts = True,
+    on: options.On = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show what this design can decide, without training.")] = False,
     text: options.Text = None,
     text_pair: options.TextPair = None,
@@ -125,6 +127,7 @@ def compare(
                 against=against,
                 lr=rate,
                 texts=texts,
+                on=on,
                 on_stage=on_training(show),
                 on_plan=lambda design: _print_plan(design, stderr=True),
             )

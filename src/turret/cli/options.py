@@ -24,6 +24,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, such as train.lr=1e-3; repeatable."),
 ]
+On = Annotated[
+    str | None, typer.Option("--on", metavar="WHERE", help="Who trains: workers of the store; default: this process.")
+]
 Text = Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="Column of the texts to classify.")]
 TextPair = Annotated[
     str | None, typer.Option("--text-pair", metavar="COLUMN", help="Column of a second text, read with the first.")

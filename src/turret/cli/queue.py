@@ -8,8 +8,10 @@ import typer
 
 from turret.cli import options
 from turret.cli.output import columns, console, emit, safe
+from turret.errors import RecipeError
 from turret.json_types import JsonObject
 
+EXIT_STATUS = {"finished": 0, "waiting": 75}  # of a worker that did one job, by the job's state
 STYLES = {"finished": "green", "failed": "red", "running": "bold", "waiting": "yellow"}
 app = typer.Typer(help="Trainings: list, show, cancel, delete.", rich_markup_mode=None)
 Most = Annotated[int, typer.Option("--most", min=1, help="How many, newest first.")]
@@ -115,23 +117,39 @@ def worker(
         list[str] | None,
         typer.Option("--bases", metavar="PATTERN", help="Bases of the Hub that recipes may name; default: any."),
     ] = None,
+    job: Annotated[
+        str | None, typer.Option("--job", metavar="ID", help="Do this training or cell alone; with --exit.")
+    ] = None,
+    exit_: Annotated[bool, typer.Option("--exit", help="End after one job, of this ID or the next one.")] = False,
     store: options.Store = options.STORE,
 ) -> None:
-    """Take trainings from the queue of the store, several at once.
+    """Take trainings and cells of comparisons from the queue of the store, several at once.
 
     Their bases stay in memory. After SIGTERM or Ctrl-C each writes a checkpoint, and another worker continues.
+    With --exit the status is 0 if the job is finished or there is none, 1 if it failed, 75 if it waits for another try.
     """
     from turret.workspace import Workspace
 
-    err = console(stderr=True)
+    err, queue = console(stderr=True), Workspace(store).queue
+
+    def say(line: str) -> None:
+        err.print(safe(line))
+
+    if job is not None and not exit_:
+        raise RecipeError("--job does one job and ends: give --exit too")
+    if exit_:
+        patterns = bases or ("*",)
+        state = queue.work_one(job, most_hours=most_hours, silent_minutes=silent_minutes, bases=patterns, on_stage=say)
+        say(f"job {job or ''} is {state}" if state else "nothing is due")
+        raise typer.Exit(EXIT_STATUS.get(state or "finished", 1))
     err.print(f"working for {safe(store)}  [dim](Ctrl-C ends it)[/]")
-    Workspace(store).queue.work(
+    queue.work(
         until_empty=until_empty,
         slots=slots,
         most_hours=most_hours,
         silent_minutes=silent_minutes,
         bases=bases or ("*",),
-        on_stage=lambda line: err.print(safe(line)),
+        on_stage=say,
     )
 
 

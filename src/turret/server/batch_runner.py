@@ -22,15 +22,16 @@ from pathlib import Path
 from sqlalchemy import Connection
 from starlette.types import ASGIApp, Message, Scope
 
-from turret.errors import BadRequest, Corrupt, NotFound, StoreError, TooLarge, TurretError, shown
+from turret.errors import BadRequest, Corrupt, LeaseLost, NotFound, StoreError, TooLarge, TurretError, shown
 from turret.server.auth import Caller
 from turret.server.state import LOW_PRIORITY, ServerState
-from turret.store.batches import MOST_TRIES, WHOLE_FILE, Answer, Batch, Lost, State
+from turret.store import leases
+from turret.store.batches import MOST_TRIES, WHOLE_FILE, Answer, Batch, State
 from turret.store.client_files import ClientFile
 from turret.turns import ThreadPool
 
 POLL_SECONDS = 0.5  # between two looks for a batch
-BEAT_SECONDS = 5.0  # between two renewals of a claim
+BEATS = 4  # renewals of a lease while it lasts
 AT_ONCE = 16  # lines that are answered at a time
 AT_ONCE_BYTES = 8 << 20  # of these lines together
 MOST_LINES = 50_000  # of a file
@@ -100,11 +101,11 @@ class BatchRunner:
 
     async def _work(self, batch: Batch) -> None:
         """Work on a claimed batch until it ends or steps aside, another process takes it, or the server drains."""
-        beat, aside = asyncio.create_task(self._beat(batch)), None
+        beat, aside = asyncio.create_task(self._beat(batch)), 0.0
         try:
             aside = await self._answer(batch)
             self._failing = False
-        except Lost:
+        except LeaseLost:
             self._state.log.write("batch", batch=batch.id, lost=True)
         except (TurretError, OSError) as error:  # the batch continues later, and the others now
             self._report(error)
@@ -115,7 +116,7 @@ class BatchRunner:
             raise
         except Exception as error:  # a bug must not end the other batches, nor ask these lines for ever
             self._state.log.bug(error, batch=batch.id)
-            with suppress(Lost, TurretError):
+            with suppress(TurretError):
                 await self._fail(batch, "a bug in turret: the server's log has the batch")
         finally:
             beat.cancel()
@@ -123,15 +124,18 @@ class BatchRunner:
             await self._pool(self._batches.release, batch, aside)
 
     async def _beat(self, batch: Batch) -> None:
-        with suppress(Lost):  # `_answer` finds that too
-            while True:
-                await asyncio.sleep(BEAT_SECONDS)
-                with suppress(TurretError):
-                    await self._pool(self._batches.renew, batch)
+        while True:
+            await asyncio.sleep(leases.length() / BEATS)
+            try:
+                await self._pool(self._batches.renew, batch)
+            except LeaseLost:  # `_answer` finds that too
+                return
+            except TurretError:
+                continue
 
-    async def _answer(self, batch: Batch) -> float | None:
+    async def _answer(self, batch: Batch) -> float:
         """Answer lines of a batch. Returns the seconds for which it must step aside."""
-        deaths, aside, problem = batch.unanswered.get(WHOLE_FILE, 0), None, None
+        deaths, aside, problem = batch.unanswered.get(WHOLE_FILE, 0), 0.0, None
         try:
             if deaths >= (MOST_TRIES if batch.state == "validating" else MOST_DEATHS):
                 problem = f"servers died {deaths} times while they worked on this batch: send its lines one by one"
@@ -140,7 +144,8 @@ class BatchRunner:
                 if batch.state == "validating":
                     total = await self._pool(validated, lines.path, batch.endpoint, self._state.limits.body_bytes)
                     batch = await self._pool(self._batches.begin, batch, total)
-                batch, aside = await self._answer_lines(batch, lines)
+                batch, again = await self._answer_lines(batch, lines)
+                aside = again or 0.0
             if problem or _is_over(batch):
                 self._close(batch.id)
                 await self._pool(self._finish, batch, problem)
@@ -149,7 +154,7 @@ class BatchRunner:
             await self._fail(batch, str(error))
         except Corrupt:
             await self._fail(batch, "the stored bytes of the batch's file are damaged: send the file again")
-        return None
+        return 0.0
 
     async def _fail(self, batch: Batch, problem: str) -> None:
         self._close(batch.id)
@@ -200,7 +205,7 @@ class BatchRunner:
         except asyncio.CancelledError:  # the server's time to drain is over
             done = [each.result() for each in asked if each.done() and not each.cancelled() and not each.exception()]
             answers = [*ready, *(each for each in done if isinstance(each, Answer))]
-            with suppress(TurretError, Lost):
+            with suppress(TurretError):
                 self._batches.keep(batch, answers)  # the loop ends here, so without a thread
             raise
         finally:
@@ -214,7 +219,7 @@ class BatchRunner:
             try:
                 return await self._pool(self._batches.keep, batch, list(answers), asking)
             except StoreError as error:
-                if time.monotonic() > until:
+                if isinstance(error, LeaseLost) or time.monotonic() > until:
                     raise
                 self._report(error)
                 await asyncio.sleep(POLL_SECONDS)

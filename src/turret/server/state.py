@@ -394,7 +394,7 @@ class ServerState:
         self.usage = UsageLog(workspace.store.database(make=True))
         if not self.usage.counts:
             self.log.write("usage", "warning", message="nothing is counted: the store is read-only here")
-        self.files, self.batches = ClientFiles.of(workspace.store), Batches(workspace.store.database(make=True))
+        self.files, self.batches = ClientFiles.of(workspace.store), Batches.of(workspace.store)
         self._home, self._all_engines = workspace, engines if isinstance(engines, Engines) else Engines(engines)
         self._tenants_lock = threading.Lock()
         self.tenants: dict[str, Tenant] = {}

@@ -7,7 +7,7 @@ from turret.store.core import Store
 from turret.store.gates import Gate, GateStatus
 from turret.store.gc import Collected
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet
-from turret.store.queue import TrainingQueue
+from turret.store.jobs import JobQueue
 from turret.store.runs import HeldRun
 from turret.store.usage import Budgets
 from turret.store.verify import Verified
@@ -26,11 +26,11 @@ __all__ = [
     "GoldenReplay",
     "GoldenSet",
     "HeldRun",
+    "JobQueue",
     "Move",
     "Pointing",
     "SessionRows",
     "Store",
-    "TrainingQueue",
     "Verified",
     "Version",
     "folded",

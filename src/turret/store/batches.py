@@ -3,12 +3,10 @@
     validating -> in_progress -> finalizing -> completed
     validating -> failed                in_progress -> cancelling -> cancelled, or expired
 
-One process works on a batch: it claims it for `CLAIMED` seconds by the catalog's clock. Every write of it renews the
-claim, or finds that another process has taken over. A claim that nobody renews for that long by a server's own clock
-has ended too, so a clock that is set back keeps no batch.
+A batch is a job (`turret.store.jobs`): one process has its lease and works on it, and every write of it checks that
+lease. Tenants take turns, and so do the tokens of a tenant. A batch that cannot go on is put aside until a time, so it
+holds up no other one.
 
-- Tenants take turns, and the tokens of a tenant take turns among each other. A batch that cannot go on is put aside
-  until a time, so it holds up no other one.
 - Lines are taken from the file in order. `unanswered` has those that were taken and have no answer; an answer is kept
   in the transaction that removes its line there. So no line is kept twice, also if the answer of a COMMIT is lost.
 - `asking` has the lines in flight. If their server dies, each has lost a try. A line that has lost one is asked alone,
@@ -21,24 +19,27 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, get_args
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from turret import audit
-from turret.database import Database
-from turret.errors import BadRequest, InUse, NotFound, TooLarge
+from turret.access import DEFAULT
+from turret.database import BATCH, Database, jobs
+from turret.errors import BadRequest, InUse, LeaseLost, NotFound, TooLarge
 from turret.json_types import JsonMapping, JsonObject
+from turret.store import leases
 from turret.store.catalog import now as at
 from turret.store.catalog import who
 from turret.store.client_files import room
-from turret.store.client_tables import ENDED, batch_parts, batch_turns, batches, client_files, tenant_of
-from turret.store.leases import clock
+from turret.store.client_tables import ENDED, batch_parts, batches, client_files, tenant_of
+from turret.store.jobs import Ended, Job, JobQueue, add_job, end_job
+
+if TYPE_CHECKING:
+    from turret.store.core import Store
 
 State = Literal["validating", "in_progress", "finalizing", "completed", "failed", "cancelling", "cancelled", "expired"]
-CLAIMED = 60.0  # seconds
-LONGEST_ASIDE = 60.0  # seconds for which a batch is put aside
 MOST_TRIES = 3  # of a line, each lost by a server that died while it asked the line
 WHOLE_FILE = -1  # stands for the batch itself, among the lines that have lost tries
 LASTS = 24 * 3600  # seconds until a batch expires
@@ -87,17 +88,18 @@ class Answer:
     ok: bool
 
 
-class Lost(Exception):
-    """Another process works on the batch now."""
-
-
 @dataclass
 class Batches:
-    """The batches of all owners. worker: this process."""
+    """The batches of all owners, and those that this process has."""
 
     database: Database
-    worker: str = field(default_factory=lambda: secrets.token_hex(8))
-    _claims: dict[str, tuple[str, float, float]] = field(default_factory=dict)  # id -> worker, end, when it was seen
+    queue: JobQueue
+    _taken: dict[str, Job] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, store: Store) -> Batches:
+        """The batches of a store, which is made if it does not exist."""
+        return cls(store.database(make=True), JobQueue.of(store))
 
     # --- owners -------------------------------------------------------------------------------------------------------
 
@@ -114,6 +116,7 @@ class Batches:
             row: JsonObject = {"id": id, "owner": owner, "state": "validating", "endpoint": endpoint, "notes": notes}
             row |= {"input_file": input_file, "created": now, "times": {}, "total": 0, "done": 0, "failed": 0}
             connection.execute(insert(batches).values(row))
+            add_job(connection, BATCH, id, tenant_of(owner) or DEFAULT, owner=owner)
             after = {"endpoint": endpoint, "input_file": input_file}
             audit.record(connection, "batch", id, None, at=at(), who=who(), after=after, tenant=tenant_of(owner))
         return self.find(owner, id)
@@ -146,6 +149,7 @@ class Batches:
             changed = connection.execute(update(batches).where(open_).values(state="cancelling"))
             if changed.rowcount:
                 _note_time(connection, found.id, "cancelling")
+                connection.execute(update(jobs).where(jobs.c.id == found.id).values(cancelled=at(), due=0.0))
                 tenant, before = tenant_of(owner), {"state": found.state}
                 audit.record(connection, "cancel batch", id, None, at=at(), who=who(), before=before, tenant=tenant)
             elif found.state != "cancelling":
@@ -155,59 +159,54 @@ class Batches:
     # --- the process that works ---------------------------------------------------------------------------------------
 
     def claim(self) -> Batch | None:
-        """A batch that can go on and that no living process works on; None if there is none.
+        """Take a batch that can go on and that no living process works on; None if there is none."""
+        found: list[Batch] = []
 
-        It is the oldest one of the tenant, and of its token, that waits for its turn longest.
-        """
-        with self.database.reading() as connection:  # most often there is none: then nobody waits for a writer
-            stale = self._stale(connection)
-            if not self._free(connection, stale):
-                return None
-        with self.database.writing() as connection:
-            free = self._free(connection, stale)
-            if not free:
-                return None
-            turns = {row.name: row.turn for row in connection.execute(select(batch_turns))}
-            owner = min(
-                free, key=lambda each: (turns.get(_tenant(each), 0), turns.get(_token(each), 0), free[each], each)
-            )
-            mine = select(batches).where(self._open(connection, stale), batches.c.owner == owner)
-            row = connection.execute(mine.order_by(batches.c.created, batches.c.id).limit(1)).one()
-            tries = Counter(_lines(row.unanswered))
-            if row.worker not in (None, self.worker):  # that process died
+        def read(connection: Connection, taken: Job) -> None:
+            row = _batch(connection.execute(select(batches).where(batches.c.id == taken.id)).one())
+            tries = Counter(row.unanswered)
+            if taken.died:
                 tries.update([WHOLE_FILE, *row.asking])
-            for name in (_tenant(owner), _token(owner)):
-                connection.execute(delete(batch_turns).where(batch_turns.c.name == name))
-                connection.execute(insert(batch_turns).values(name=name, turn=max(turns.values(), default=0) + 1))
-            values = {"worker": self.worker, "until": clock(connection) + CLAIMED, "due": None, "asking": []}
-            values["unanswered"] = _texts(tries)
-            connection.execute(update(batches).where(batches.c.id == row.id).values(values))
-            return _batch(connection.execute(select(batches).where(batches.c.id == row.id)).one())
+            values = {"unanswered": _texts(tries), "asking": []}
+            connection.execute(update(batches).where(batches.c.id == taken.id).values(values))
+            found[:] = [replace(row, unanswered=dict(tries), asking=[])]
+
+        if (taken := self.queue.take(kinds=(BATCH,), also=read)) is None:
+            return None
+        self._taken[taken.id] = taken
+        return found[0]
 
     def others_wait(self, batch: Batch) -> bool:
         """Whether a batch of another owner could be claimed."""
-        with self.database.reading() as connection:
-            return any(owner != batch.owner for owner in self._free(connection, self._stale(connection)))
+        return self.queue.others_wait((BATCH,), batch.owner)
 
     def renew(self, batch: Batch) -> Batch:
-        """Keep the claim. Returns the batch as it is now. Raises Lost."""
+        """Renew the lease. Returns the batch as it is now. Raises LeaseLost."""
         with self.database.writing() as connection:
             self._hold(connection, batch)
+            leases.renew(connection, self._taken[batch.id].lease)
             return _batch(connection.execute(select(batches).where(batches.c.id == batch.id)).one())
 
-    def release(self, batch: Batch, aside: float | None = None) -> None:
+    def release(self, batch: Batch, aside: float = 0.0) -> None:
         """Let a process continue: at once, or after that many seconds. Nothing of the batch may be in flight."""
-        mine = (batches.c.id == batch.id) & (batches.c.worker == self.worker)
-        with self.database.writing() as connection:
-            due = None if aside is None else clock(connection) + min(aside, LONGEST_ASIDE)
-            free: JsonObject = {"worker": None, "until": None, "due": due, "asking": []}
-            connection.execute(update(batches).where(mine).values(free))
+        if (taken := self._taken.pop(batch.id, None)) is None:
+            return
+        try:
+            with self.database.writing() as connection:
+                taken.lease.require_owner(connection)
+                connection.execute(update(batches).where(batches.c.id == batch.id).values(asking=[]))
+            self.queue.put_aside(taken, aside)
+        except LeaseLost:
+            return
+        except BaseException:  # an outage
+            leases.give_up(taken.lease)
+            raise
 
     def begin(self, batch: Batch, total: int) -> Batch:
-        """Go from validating to in_progress; a batch that was cancelled meanwhile stays so. Raises Lost."""
+        """Go from validating to in_progress; a batch that was cancelled meanwhile stays so. Raises LeaseLost."""
         with self.database.writing() as connection:
-            self._hold(connection, batch, total=total)
-            connection.execute(update(batches).where(batches.c.id == batch.id).values(unanswered={}))
+            self._hold(connection, batch)
+            connection.execute(update(batches).where(batches.c.id == batch.id).values(total=total, unanswered={}))
             waiting = (batches.c.id == batch.id) & (batches.c.state == "validating")
             if connection.execute(update(batches).where(waiting).values(state="in_progress")).rowcount:
                 _note_time(connection, batch.id, "in_progress")
@@ -219,7 +218,7 @@ class Batches:
         An answer is kept once: a line that is not unanswered was kept by an earlier try of the same call.
 
         Raises:
-            Lost: another process works on the batch.
+            LeaseLost: another process works on the batch.
             TooLarge: the answers do not fit the owner's space.
         """
         with self.database.writing() as connection:
@@ -283,65 +282,32 @@ class Batches:
         error_file: str | None = None,
         error: str | None = None,
     ) -> None:
-        """End a batch, and drop the parts that its files hold now. Raises Lost."""
+        """End a batch, and drop the parts that its files hold now. Raises LeaseLost."""
         with self.database.writing() as connection:
             self.end_in(connection, batch, state, output_file=output_file, error_file=error_file, error=error)
 
     def end_in(self, connection: Connection, batch: Batch, state: State, **values: str | None) -> None:
         """As `end`, in a transaction that also lists the files."""
         assert state in get_args(State)
-        self._hold(connection, batch, state=state, **values)
-        free: JsonObject = {"worker": None, "until": None, "unanswered": {}, "asking": []}
-        connection.execute(update(batches).where(batches.c.id == batch.id).values(free))
+        self._hold(connection, batch)
+        row: JsonObject = {"state": state, "unanswered": {}, "asking": [], **values}
+        connection.execute(update(batches).where(batches.c.id == batch.id).values(row))
         connection.execute(delete(batch_parts).where(batch_parts.c.batch == batch.id))
         _note_time(connection, batch.id, state)
+        ended: Ended = "failed" if state == "failed" else "cancelled" if state == "cancelled" else "finished"
+        end_job(connection, batch.id, ended, values.get("error"), self._taken[batch.id].lease)
 
-    def _stale(self, connection: Connection) -> list[str]:
-        """The open batches whose claim nobody has renewed for `CLAIMED` seconds of this process's own clock."""
-        held = select(batches.c.id, batches.c.worker, batches.c.until).where(
-            batches.c.state.not_in(ENDED), batches.c.worker.is_not(None), batches.c.worker != self.worker
-        )
-        now, found = time.monotonic(), {}
-        for row in connection.execute(held):
-            seen = self._claims.get(row.id)
-            same = seen is not None and seen[:2] == (row.worker, row.until)
-            found[row.id] = seen if seen is not None and same else (row.worker, row.until, now)
-        self._claims = found
-        return [id for id, (_, _, seen) in found.items() if now - seen > CLAIMED]
-
-    def _open(self, connection: Connection, stale: Sequence[str]) -> ColumnElement[bool]:
-        """The batches that may be claimed now."""
-        now, c = clock(connection), batches.c
-        free: ColumnElement[bool] = or_(c.worker.is_(None), c.worker == self.worker, c.until < now, c.id.in_(stale))
-        # A time that is further away than any batch is put aside is from before the clock was set back.
-        due = or_(c.due.is_(None), c.due <= now, c.due > now + LONGEST_ASIDE + 1, c.state == "cancelling")
-        return c.state.not_in(ENDED) & free & due
-
-    def _free(self, connection: Connection, stale: Sequence[str]) -> dict[str, int]:
-        """The owners of batches that may be claimed -> when the oldest one was made."""
-        query = select(batches.c.owner, func.min(batches.c.created).label("created")).group_by(batches.c.owner)
-        return {row.owner: row.created for row in connection.execute(query.where(self._open(connection, stale)))}
-
-    def _hold(self, connection: Connection, batch: Batch, **values: str | int | None) -> None:
-        mine = (batches.c.id == batch.id) & (batches.c.worker == self.worker)
-        renewed = update(batches).where(mine).values(until=clock(connection) + CLAIMED, **values)
-        if connection.execute(renewed).rowcount != 1:
-            raise Lost(batch.id)
+    def _hold(self, connection: Connection, batch: Batch) -> None:
+        taken = self._taken.get(batch.id)
+        if taken is None:
+            raise LeaseLost(f"batch {batch.id} has ended, or another process works on it")
+        taken.lease.require(connection)
 
 
 def _note_time(connection: Connection, id: str, state: State) -> None:
     times = dict(connection.execute(select(batches.c.times).where(batches.c.id == id)).scalar_one())
     times[state] = int(time.time())
     connection.execute(update(batches).where(batches.c.id == id).values(times=times))
-
-
-def _tenant(owner: str) -> str:
-    """The name of the turns of an owner's tenant."""
-    return f"tenant {tenant_of(owner)}"
-
-
-def _token(owner: str) -> str:
-    return f"owner {owner}"
 
 
 def _lines(kept: JsonMapping) -> dict[int, int]:
@@ -354,5 +320,4 @@ def _texts(lines: Mapping[int, int]) -> dict[str, int]:
 
 
 def _batch(row: Row[tuple[str, ...]]) -> Batch:
-    kept = {name: value for name, value in row._mapping.items() if name not in ("worker", "until", "due")}
-    return Batch(**kept | {"unanswered": _lines(kept["unanswered"])})
+    return Batch(**dict(row._mapping) | {"unanswered": _lines(row.unanswered)})

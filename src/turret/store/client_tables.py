@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Column, Connection, Float, Integer, String, Table, Text, select
+from sqlalchemy import JSON, BigInteger, Column, Connection, Integer, String, Table, Text, select
 
 from turret.access import DEFAULT
 from turret.database import bytewise, metadata
@@ -36,13 +36,10 @@ batches = Table(
     Column("total", Integer, nullable=False),
     Column("done", Integer, nullable=False),
     Column("failed", Integer, nullable=False),
-    Column("worker", String(32)),
-    Column("until", Float),
     Column("taken", Integer, nullable=False, server_default="0"),
     Column("unanswered", JSON, nullable=False, server_default="{}"),
     Column("asking", JSON, nullable=False, server_default="[]"),
     Column("bytes", BigInteger, nullable=False, server_default="0"),
-    Column("due", Float),
 )
 batch_parts = Table(
     "batch_parts",
@@ -51,12 +48,6 @@ batch_parts = Table(
     Column("first", Integer, primary_key=True),
     Column("answers", Text, nullable=False),
     Column("errors", Text, nullable=False),
-)
-batch_turns = Table(
-    "batch_turns",
-    metadata,
-    Column("name", bytewise(200), primary_key=True),
-    Column("turn", BigInteger, nullable=False),
 )
 ENDED = ("completed", "failed", "cancelled", "expired")  # states of a batch
 

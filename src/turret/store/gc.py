@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from turret.database import Database, runs
+from turret.database import Database, jobs
 from turret.disk import bytes_below, clock_of
 from turret.json_types import JsonObject
 from turret.store import uploads
@@ -85,7 +85,7 @@ def of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Remove
     """Remove what finished and unlisted runs left on this machine."""
     folders = [path for path in sorted((root / "runs").glob("*")) if _RUN.fullmatch(path.name) and path.is_dir()]
     with database.reading() as connection:
-        states = {row.id: row.state for row in connection.execute(select(runs.c.id, runs.c.state))}
+        states = {row.id: row.state for row in connection.execute(select(jobs.c.id, jobs.c.state))}
     for folder in folders:
         if states.get(folder.name) == "finished":
             for path in (folder / "checkpoint", *folder.glob("bundle-*")):

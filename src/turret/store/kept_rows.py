@@ -17,7 +17,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Text, cast, select
 
 from turret.data import memory
-from turret.database import Database, runs, versions
+from turret.database import TRAINING, Database, jobs, versions
 from turret.disk import PRIVATE, describe_error, make_folder, permissions, sync
 from turret.errors import StoreError
 from turret.store.artifacts import Artifact, Artifacts
@@ -117,8 +117,8 @@ def _needed(connection: Connection, root: Path, artifacts: Artifacts) -> set[str
     """The digests of rows that a version or an unfinished training names."""
     text = cast(versions.c.manifest, Text)
     texts = list(connection.execute(select(text).where(text.contains("rows:"))).scalars())
-    unfinished = connection.execute(select(runs.c.id).where(runs.c.state.in_(("running", "interrupted")))).scalars()
-    for run in unfinished:
+    unfinished = (jobs.c.kind == TRAINING) & jobs.c.state.in_(("running", "interrupted"))
+    for run in connection.execute(select(jobs.c.id).where(unfinished)).scalars():
         path = f"{PREFIX}{run}/recipe.toml"
         content = artifacts.read(path) if artifacts.copies else None
         if content is None and (root / path).exists():

@@ -8,6 +8,8 @@ A lease has a name, an owner, an end, and a fence: a number that grows with ever
   transaction (`Lease.require`), so it writes nothing any more.
 - Whoever ends the work raises the fence in the same transaction (`close`). So it ends once, whoever held the lease.
 - An owner whose lease has ended keeps it as long as nobody has taken it: after an outage of the catalog all go on.
+- A lease that nobody renews for its `seconds`, by the clock of a process that watches it, has ended too: a catalog's
+  clock that is set back keeps nothing.
 
 `TURRET_LEASE_SECONDS` changes the length of the leases that a process takes.
 """
@@ -25,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from sqlalchemy import Column, Connection, Float, Integer, String, Table, insert, select, update
+from sqlalchemy import Column, Connection, Float, Integer, Row, String, Table, insert, select, update
 
 from turret.database import Database, bytewise, metadata
 from turret.errors import LeaseLost, StoreError, TurretError
@@ -36,6 +38,7 @@ VARIABLE = "TURRET_LEASE_SECONDS"
 POLL_SECONDS = 0.25  # while waiting for a lease
 TURN_SECONDS = 0.5  # between two turns of a keeper
 _given_up: set[str] = set()  # owners of leases of this process
+_seen: dict[str, tuple[str, float, float]] = {}  # lease -> its owner, its end, and when this process first saw that
 
 leases = Table(
     "leases",
@@ -46,6 +49,7 @@ leases = Table(
     Column("host", String(255), nullable=False),
     Column("fence", Integer, nullable=False),
     Column("until", Float, nullable=False),
+    Column("seconds", Float, nullable=False, server_default="30"),
 )
 
 
@@ -109,11 +113,11 @@ def take(connection: Connection, name: str) -> Lease | None:
     """Take a lease that nobody holds, or whose owner is dead; None if it is held. In a writing transaction."""
     row = connection.execute(select(leases).where(leases.c.name == name)).first()
     now, seconds = clock(connection), length()
-    if row is not None and row.until > now and not _is_left(row.owner, row.process):
+    if row is not None and row.until > now and not _is_over(row, now):
         return None
     lease = Lease(name, uuid.uuid4().hex, 1 if row is None else row.fence + 1, seconds)
     place = {"process": _this_process(), "host": socket.gethostname()[:255]}
-    values = {"owner": lease.owner, **place, "fence": lease.fence, "until": now + seconds}
+    values = {"owner": lease.owner, **place, "fence": lease.fence, "until": now + seconds, "seconds": seconds}
     if row is None:
         connection.execute(insert(leases).values(name=name, **values))
     else:
@@ -165,13 +169,17 @@ def held(connection: Connection, prefix: str, *, late: bool = False) -> set[str]
     """
     named = leases.c.name.startswith(prefix, autoescape=True) & (leases.c.until > 0)
     now = clock(connection)
-    rows = connection.execute(select(leases.c.name, leases.c.owner, leases.c.process, leases.c.until).where(named))
-    living = (
-        row
-        for row in rows
-        if not _is_left(row.owner, row.process) and (row.until > now or (late and _is_here(row.process)))
-    )
+    rows = connection.execute(select(leases).where(named)).all()
+    names = {row.name for row in rows}
+    for name in [name for name in list(_seen) if name.startswith(prefix) and name not in names]:
+        _seen.pop(name, None)
+    living = (row for row in rows if not _is_over(row, now) and (row.until > now or (late and _is_here(row.process))))
     return {row.name.removeprefix(prefix) for row in living}
+
+
+def was_ours(connection: Connection, name: str) -> bool:
+    """Whether this process has given a lease up that nobody has taken since."""
+    return connection.execute(select(leases.c.owner).where(leases.c.name == name)).scalar() in _given_up
 
 
 def is_taken(connection: Connection, name: str) -> bool:
@@ -204,9 +212,8 @@ def is_free(database: Database, name: str, say: Callable[[str], None]) -> bool:
 def _until(database: Database, name: str) -> tuple[float, str, str] | None:
     """The end, host and process of a lease; None if nobody holds it."""
     with database.reading() as connection:
-        query = select(leases.c.until, leases.c.host, leases.c.process, leases.c.owner).where(leases.c.name == name)
-        row = connection.execute(query).first()
-        if row is None or row.until <= clock(connection) or _is_left(row.owner, row.process):
+        row = connection.execute(select(leases).where(leases.c.name == name)).first()
+        if row is None or row.until <= (now := clock(connection)) or _is_over(row, now):
             return None
     return row.until, row.host, row.process
 
@@ -303,9 +310,18 @@ class LeaseRenewer:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def _is_left(owner: str, process: str) -> bool:
-    """Whether the owner of a lease is dead, or this process has given it up."""
-    return owner in _given_up or is_dead(process)
+def _is_over(row: Row[tuple[str | float, ...]], now: float) -> bool:
+    """Whether the owner of a lease is dead, or silent while it lasts, or this process has given it up.
+
+    Args:
+        now: by the catalog's clock.
+    """
+    if row.owner in _given_up or is_dead(row.process):
+        return True
+    seen, moment = _seen.get(row.name), time.monotonic()
+    if seen is None or seen[:2] != (row.owner, row.until):
+        seen = _seen[row.name] = (row.owner, row.until, moment)
+    return bool(row.until > now and moment - seen[2] > row.seconds)
 
 
 def is_dead(process: str) -> bool:

@@ -1,4 +1,4 @@
-"""The data of trainings in the queue: files in `queued/<32 hex digits>/`, which the recipe of a run names.
+"""The data of jobs in the queue: files in `queued/<32 hex digits>/`, which the recipe of a run names.
 
 Those of a tenant are in `tenants/<tenant>/queued/`; the tenant `default` has the folder at the top. The digits are a
 hash of the content, so trainings of the same data share one copy. In a folder store the files are there; a store by URL
@@ -22,13 +22,12 @@ from pathlib import Path
 from sqlalchemy import Connection, select
 
 from turret.access import DEFAULT
-from turret.database import Database, runs
+from turret.database import Database, jobs
 from turret.disk import bytes_below, make_folder, sync
 from turret.store import scratch
 from turret.store.artifacts import Artifact, Artifacts
 from turret.store.blobs import Blob
 from turret.store.gc import Removed
-from turret.store.runs import queue
 
 FOLDER = "queued"
 PLACE = re.compile("[0-9a-f]{32}(?=/)")  # of data, in a recipe
@@ -99,9 +98,10 @@ def _folders(root: Path) -> list[tuple[str, Path]]:
 
 def _unneeded(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Path], list[Artifact]]:
     """The folders of this machine, and the files of the store, whose data no waiting or running training names."""
-    chosen = select(queue.c.tenant, queue.c.recipe).join(runs, runs.c.id == queue.c.run)
-    rows = connection.execute(chosen.where(runs.c.state.in_(("waiting", "running")))).all()
-    needed = {(row.tenant, place) for row in rows for place in PLACE.findall(row.recipe)}
+    open_ = jobs.c.queued.is_not(None) & jobs.c.state.in_(("waiting", "running"))
+    rows = connection.execute(select(jobs.c.tenant, jobs.c.recipe, jobs.c.spec).where(open_)).all()
+    texts = [(row.tenant, text) for row in rows for text in (row.recipe, (row.spec or {}).get("source")) if text]
+    needed = {(tenant, place) for tenant, text in texts for place in PLACE.findall(text)}
     local = [
         path
         for tenant, folder in _folders(root)

@@ -7,7 +7,7 @@ A folder per run, under the store's root on this machine. A store by URL has cop
 - `runs/<id>/fence`: the fence of the last lease under which the files of this folder were written
 - the id is the start time in UTC and six random hex digits, so ids sort by age
 
-The process of a run holds the lease `runs/<id>` (`turret.store.leases`). A run whose lease has ended is taken up by the
+The process of a run holds the lease `jobs/<id>` (`turret.store.leases`). A run whose lease has ended is taken up by the
 same command on any machine, and until then it is listed as interrupted. A run ends once: every write of its process
 asks lease and state (`HeldRun.require`), and its version is listed in the transaction that makes it `finished`.
 """
@@ -26,28 +26,25 @@ from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import (
-    Boolean,
     Column,
     ColumnElement,
     Connection,
-    Float,
     ForeignKey,
     Integer,
+    Select,
     String,
     Table,
-    Text,
     delete,
-    false,
     insert,
     select,
     update,
 )
 
 from turret import audit
-from turret.database import Database, bytewise, metadata, runs
+from turret.database import TRAINING, Database, bytewise, jobs, metadata
 from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
 from turret.errors import InUse, LeaseLost, StoreError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.store import leases
 from turret.store.artifacts import Artifacts
 from turret.store.blobs import Blob, digest_of
@@ -55,33 +52,15 @@ from turret.store.catalog import now, plain, who
 from turret.store.leases import Lease, LeaseRenewer
 from turret.visibility import access_of, seen_runs
 
-# --- queue tables -----------------------------------------------------------------------------------------------------
-# The tables of the queue of trainings. See `turret.store.queue`.
+# --- tables of the queue ----------------------------------------------------------------------------------------------
+# See `turret.store.jobs`.
 #
-# - `queue`: a row per queued run: whose it is, how urgent, how often it was tried, and the recipe as it was given;
-#   `due` is the second, by the catalog's clock, from which on it may be tried; `cancelled` is when its end was asked
-#   for; `beside` is whether its process trains others too
-# - `queue_limits`: how many trainings of a tenant may run and wait; NULL for no limit
-# - `run_log`: lines of progress and errors of queued runs, append-only
+# - `queue_limits`: how many trainings and cells of a tenant may run and wait; NULL for no limit
+# - `run_log`: lines of progress and errors of jobs, append-only
 
 
 DEFAULT = "default"
 
-queue = Table(
-    "queue",
-    metadata,
-    Column("run", ForeignKey(runs.c.id), primary_key=True),
-    Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT, index=True),
-    Column("priority", Integer, nullable=False),
-    Column("tries", Integer, nullable=False),
-    Column("queued", String(32), nullable=False),
-    Column("started", String(32)),
-    Column("due", Float, nullable=False),
-    Column("cancelled", String(32)),
-    Column("who", String(100)),
-    Column("recipe", Text, nullable=False),
-    Column("beside", Boolean, nullable=False, server_default=false()),
-)
 queue_limits = Table(
     "queue_limits",
     metadata,
@@ -93,7 +72,7 @@ run_log = Table(
     "run_log",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("run", ForeignKey(runs.c.id), nullable=False, index=True),
+    Column("run", ForeignKey(jobs.c.id), nullable=False, index=True),
     Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
     Column("at", String(32), nullable=False),
     Column("line", String(500), nullable=False),
@@ -105,9 +84,13 @@ run_log = Table(
 
 State = Literal["interrupted", "failed", "finished"]
 ENDED = ("finished", "failed", "cancelled")  # states after which nothing about a run changes
-PREFIX = "runs/"
+PREFIX = "runs/"  # of the files of runs
+HELD = "jobs/"  # of the leases of jobs
 CHECKPOINT = "checkpoint.safetensors"
 CURVE_SECONDS = 10.0  # between copies of the curve of a running training to the store
+OF_QUEUE = ("priority", "tries", "queued", "who")  # what a run from the queue shows as its `queue`
+OF_RUN = ("id", "name", "state", "recipe_digest", "data_digest", "created", "ended", "error", "result", "tenant")
+SHOWN = [jobs.c[name] for name in (*OF_RUN, *OF_QUEUE)]
 NEXT = "its worker ended without a word: another one goes on from the last checkpoint"
 LOST = "its process ended without a word, or lost the store: the same command goes on from the last checkpoint"
 
@@ -125,7 +108,7 @@ class HeldRun:
     def require(self, connection: Connection) -> None:
         """Raise LeaseLost unless this process still has the run and the run has not ended, in a write that needs it."""
         self.lease.require(connection)
-        state = connection.execute(select(runs.c.state).where(runs.c.id == self.id)).scalar()
+        state = connection.execute(select(jobs.c.state).where(jobs.c.id == self.id)).scalar()
         if state != "running":
             raise LeaseLost(f"run {self.id} is {state}: nothing that this process does after that is kept")
 
@@ -154,26 +137,18 @@ class TrainingRuns:
 
     def begin(self, name: str, recipe_toml: str, data_digest: str) -> HeldRun:
         """Start a run, which this process then holds."""
-        run_id = _new_id()
+        run_id = new_id()
         own = self._make_folder(run_id)
         _write(own / "recipe.toml", recipe_toml)
         row = {"id": run_id, "name": name, "state": "running"}
         row |= {"recipe_digest": digest_of(recipe_toml), "data_digest": data_digest, "created": now()}
         with self._database.writing() as connection:
-            lease = leases.take(connection, PREFIX + run_id)
+            lease = leases.take(connection, HELD + run_id)
             if lease is None:
                 raise StoreError(f"run {run_id} is held by another process: try again")
-            connection.execute(insert(runs).values(tenant=access_of(connection).tenant, **row))
+            connection.execute(insert(jobs).values(tenant=access_of(connection).tenant, **row))
         _write(own / "fence", str(lease.fence))
         return HeldRun(run_id, own, False, lease)
-
-    def add_waiting(self, connection: Connection, name: str, recipe_toml: str) -> str:
-        """Add a run that waits in the queue, and return its id. A worker fills the defaults of its recipe in."""
-        run_id = _new_id()
-        row = {"id": run_id, "name": name, "state": "waiting"}
-        row |= {"recipe_digest": digest_of(recipe_toml), "data_digest": "", "created": now()}
-        connection.execute(insert(runs).values(tenant=access_of(connection).tenant, **row))
-        return run_id
 
     def hold(self, run_id: str, recipe_toml: str, lease: Lease, *, resumed: bool) -> HeldRun:
         """Hold a run whose lease was taken from the queue, with the newest of its files."""
@@ -192,7 +167,7 @@ class TrainingRuns:
         row = {"recipe_digest": digest_of(recipe_toml), "data_digest": data_digest}
         with self._database.writing() as connection:
             run.require(connection)
-            connection.execute(update(runs).where(runs.c.id == run.id).values(row))
+            connection.execute(update(jobs).where(jobs.c.id == run.id).values(row))
 
     def take_up(self, recipe_toml: str, data_digest: str, say: Callable[[str], None]) -> HeldRun | None:
         """The newest unfinished run of this recipe and data that no living process holds; this process then holds it.
@@ -200,19 +175,19 @@ class TrainingRuns:
         Args:
             say: called with a line before this process waits for the end of a lease.
         """
-        unfinished = _same(recipe_toml, data_digest) & runs.c.state.in_(("running", "interrupted"))
+        unfinished = _same(recipe_toml, data_digest) & jobs.c.state.in_(("running", "interrupted"))
         with self._database.reading() as connection:
-            query = select(runs.c.id).where(unfinished, seen_runs(connection)).order_by(runs.c.id.desc())
+            query = select(jobs.c.id).where(unfinished, seen_runs(connection)).order_by(jobs.c.id.desc())
             candidates = connection.execute(query).scalars().all()
         for run_id in candidates:
-            if not self._is_here(run_id) or not leases.is_free(self._database, PREFIX + run_id, say):
+            if not self._is_here(run_id) or not leases.is_free(self._database, HELD + run_id, say):
                 continue
             with self._database.writing() as connection:
-                lease = leases.take(connection, PREFIX + run_id)
+                lease = leases.take(connection, HELD + run_id)
                 if lease is None:
                     continue
-                chosen = (runs.c.id == run_id) & unfinished
-                resume = update(runs).where(chosen).values(state="running", ended=None, error=None)
+                chosen = (jobs.c.id == run_id) & unfinished
+                resume = update(jobs).where(chosen).values(state="running", ended=None, error=None)
                 if connection.execute(resume).rowcount != 1:  # another process ended it in the meantime
                     leases.release(connection, lease)
                     continue
@@ -272,9 +247,9 @@ class TrainingRuns:
 
     def finished(self, recipe_toml: str, data_digest: str) -> JsonObject | None:
         """The result of the newest finished run of this recipe and data; None if there is none."""
-        query = select(runs.c.result).where(_same(recipe_toml, data_digest), runs.c.state == "finished")
+        query = select(jobs.c.result).where(_same(recipe_toml, data_digest), jobs.c.state == "finished")
         with self._database.reading() as connection:
-            row = connection.execute(query.where(seen_runs(connection)).order_by(runs.c.id.desc())).first()
+            row = connection.execute(query.where(seen_runs(connection)).order_by(jobs.c.id.desc())).first()
         return dict(row.result) if row is not None and row.result else None
 
     def end(self, run: HeldRun, state: State, *, error: str | None, result: JsonMapping | None) -> None:
@@ -294,7 +269,7 @@ class TrainingRuns:
         run.require(connection)
         error = None if error is None else plain_error(error)
         row = {"state": state, "ended": now(), "error": error, "result": plain(result) if result is not None else None}
-        connection.execute(update(runs).where(runs.c.id == run.id).values(row))
+        connection.execute(update(jobs).where(jobs.c.id == run.id).values(row))
         if state == "interrupted":  # another process may go on
             leases.release(connection, run.lease)
         else:
@@ -315,17 +290,16 @@ class TrainingRuns:
     def delete(self, run_id: str) -> None:
         """Remove a run that has ended, with its files and its log. Raises InUse if it waits or runs."""
         with self._database.writing() as connection:
-            this = (runs.c.id == run_id) & seen_runs(connection)
-            name, state = connection.execute(select(runs.c.name, runs.c.state).where(this)).one()
-            if state == "waiting" or run_id in leases.held(connection, PREFIX):
+            this = (jobs.c.id == run_id) & seen_runs(connection)
+            name, state = connection.execute(select(jobs.c.name, jobs.c.state).where(this)).one()
+            if state == "waiting" or run_id in leases.held(connection, HELD):
                 raise InUse(
                     f"run {run_id} is not deleted, because it {'waits' if state == 'waiting' else 'runs'}: "
                     f"`turret runs cancel {run_id}` ends one of the queue"
                 )
-            for table in (run_log, queue):
-                connection.execute(delete(table).where(table.c.run == run_id))
-            connection.execute(delete(runs).where(this))
-            leases.close(connection, PREFIX + run_id)
+            connection.execute(delete(run_log).where(run_log.c.run == run_id))
+            connection.execute(delete(jobs).where(this))
+            leases.close(connection, HELD + run_id)
             audit.record(connection, "delete", f"run {run_id}", name, before={"state": state}, at=now(), who=who())
             dead = self._artifacts.drop(connection, f"{PREFIX}{run_id}/")
         self._artifacts.discard(dead)
@@ -349,7 +323,7 @@ class TrainingRuns:
         if content is not None:
             return content.decode("utf-8", "replace")
         with self._database.reading() as connection:
-            return connection.execute(select(queue.c.recipe).where(queue.c.run == run_id)).scalar()
+            return connection.execute(select(jobs.c.recipe).where(jobs.c.id == run_id)).scalar()
 
     # --- private ------------------------------------------------------------------------------------------------------
 
@@ -358,9 +332,9 @@ class TrainingRuns:
         return self._artifacts.copies or (self._root / PREFIX / run_id).is_dir()
 
     def _is_newest(self, run_id: str) -> bool:
-        query = select(leases.leases.c.fence, runs.c.state).join(runs, leases.leases.c.name == PREFIX + runs.c.id)
+        query = select(leases.leases.c.fence, jobs.c.state).join(jobs, leases.leases.c.name == HELD + jobs.c.id)
         with self._database.reading() as connection:
-            row = connection.execute(query.where(runs.c.id == run_id)).first()
+            row = connection.execute(query.where(jobs.c.id == run_id)).first()
         last = None if row is None else row.fence - (row.state in ENDED)  # its end has raised the fence
         return last == _fence(self._root / PREFIX / run_id)
 
@@ -393,7 +367,8 @@ def _link(path: Path, name: Path) -> None:
         shutil.copyfile(path, name)
 
 
-def _new_id() -> str:
+def new_id() -> str:
+    """The id of a run that is made now."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
 
 
@@ -405,24 +380,23 @@ def plain_error(text: str) -> str:
 def find(database: Database, run_id: str) -> JsonObject | None:
     """One run as a row of the table; None if there is none."""
     with database.reading() as connection:
-        row = connection.execute(select(runs).where(runs.c.id == run_id, seen_runs(connection))).first()
-        return None if row is None else _shown(connection, [dict(row._mapping)])[0]
+        return next(iter(_shown(connection, select(*SHOWN).where(jobs.c.id == run_id, seen_runs(connection)))), None)
 
 
 def listed(database: Database, most: int) -> list[JsonObject]:
     """The newest runs, newest first."""
     with database.reading() as connection:
-        newest = select(runs).where(seen_runs(connection)).order_by(runs.c.id.desc()).limit(most)
-        rows = connection.execute(newest).all()
-        return _shown(connection, [dict(row._mapping) for row in rows])
+        newest = select(*SHOWN).where(seen_runs(connection)).order_by(jobs.c.id.desc()).limit(most)
+        return _shown(connection, newest)
 
 
-def _shown(connection: Connection, rows: list[JsonObject]) -> list[JsonObject]:
+def _shown(connection: Connection, query: Select[tuple[JsonValue, ...]]) -> list[JsonObject]:
     """The rows, with `queue` for a run from the queue. A run without a living process is not shown as running."""
-    queued = _of_queue(connection, [str(row["id"]) for row in rows])
-    living = leases.held(connection, PREFIX, late=True) if any(row["state"] == "running" for row in rows) else set()
+    rows = [dict(row) for row in connection.execute(query).mappings()]
+    living = leases.held(connection, HELD, late=True) if any(row["state"] == "running" for row in rows) else set()
     for row in rows:
-        row["queue"] = queued.get(str(row["id"]))
+        queue = {name: row.pop(name) for name in OF_QUEUE}
+        row["queue"] = None if queue["queued"] is None else queue
         if row["state"] == "running" and row["id"] not in living:
             row |= (
                 {"state": "interrupted", "error": LOST} if row["queue"] is None else {"state": "waiting", "error": NEXT}
@@ -430,15 +404,13 @@ def _shown(connection: Connection, rows: list[JsonObject]) -> list[JsonObject]:
     return rows
 
 
-def _of_queue(connection: Connection, ids: Sequence[str]) -> dict[str, JsonObject]:
-    columns = (queue.c.run, queue.c.priority, queue.c.tries, queue.c.queued, queue.c.who)
-    rows = connection.execute(select(*columns).where(queue.c.run.in_(ids))).mappings()
-    return {str(row["run"]): {key: row[key] for key in row if key != "run"} for row in rows}
-
-
 def _same(recipe_toml: str, data_digest: str) -> ColumnElement[bool]:
     """Runs of this recipe on this data."""
-    return (runs.c.recipe_digest == digest_of(recipe_toml)) & (runs.c.data_digest == data_digest)
+    return (
+        (jobs.c.kind == TRAINING)
+        & (jobs.c.recipe_digest == digest_of(recipe_toml))
+        & (jobs.c.data_digest == data_digest)
+    )
 
 
 def _fence(folder: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""Run a training in a process of its own, or several in one that is kept: pass on the progress, and stop it when asked.
+"""Run a job in a process of its own: pass on the progress, and stop it when asked.
 
 The child prints its progress on stdout, one JSON object per line. Its environment has none of torchrun's variables. It
 finds the store in TURRET_STORE, because a URL may have a password and arguments are visible. Its stdin closes when the
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import IO
 
 from turret.disk import FAILING, NO_ROOM, errno_of
@@ -34,11 +33,11 @@ from turret.store import Store
 from turret.workspace.progress import Say
 
 OUTAGE = 75  # exit status: the store's own places did not answer
+SHORT = 72  # exit status: there is too little memory beside others
 MACHINE = 71  # exit status: this machine failed, or the Hub: another try, or another machine, may succeed
 STOPPED = "stopped; run the same command again to continue"
 POLL_SECONDS = 0.2
 PAUSED_SECONDS = 5.0  # between two polls: this process was stopped itself
-CLOSING_SECONDS = 5.0  # in which a kept child ends once its stdin is closed
 ALIVE_SECONDS = 1.0  # at least, between two signs of life of a child
 
 
@@ -99,60 +98,19 @@ def run_child(
         Interrupted: the user stopped it.
     """
     with errors.open("wb") as written, start_child(module, argument, written, store) as child:
-        return _followed(child, errors, 0, say, stop, patience)
-
-
-class KeptChild:
-    """A child that carries out one request after another: `python -P -m MODULE`. It takes them from `requests`.
-
-    Args:
-        errors: the file for its stderr.
-    """
-
-    def __init__(self, module: str, errors: Path, store: Location) -> None:
-        self._errors = errors
-        with errors.open("wb") as written:
-            self._child = start_child(module, None, written, store)
-
-    @property
-    def lives(self) -> bool:
-        """Whether the process has not ended."""
-        return self._child.poll() is None
-
-    def run(self, argument: str, say: Say, stop: Callable[[], bool] = never) -> Failure | None:
-        """Have a request carried out; arguments, result and errors are those of `run_child`. A stop ends the child."""
-        assert self._child.stdin is not None
-        begins = self._errors.stat().st_size
-        with suppress(OSError):  # it has ended, which `_followed` tells
-            self._child.stdin.write(f"{json.dumps(argument)}\n")
-            self._child.stdin.flush()
-        return _followed(self._child, self._errors, begins, say, stop, Patience())
-
-    def close(self) -> None:
-        """End the child, which carries out nothing now."""
-        with self._child:
-            try:
-                self._child.communicate(timeout=CLOSING_SECONDS)  # closes its stdin, which ends it
-            except subprocess.TimeoutExpired:
-                kill_child(self._child)
+        return _followed(child, errors, say, stop, patience)
 
 
 def _followed(
     child: subprocess.Popen[str],
     errors: Path,
-    begins: int,
     say: Say,
     stop: Callable[[], bool],
     patience: Patience,
 ) -> Failure | None:
-    """Follow a child until it ends, or has carried out a request.
-
-    Args:
-        begins: the bytes of `errors` that are of earlier requests.
-    """
+    """Follow a child until it ends."""
     asked, hung, ended = threading.Event(), threading.Event(), threading.Event()
     heard = [time.monotonic()]  # when the child last printed something
-    status: int | None = None
 
     def watch() -> None:
         polled, end = time.monotonic(), None
@@ -177,11 +135,7 @@ def _followed(
         for value in _printed(child.stdout, heard):
             if isinstance(value.get("stage"), str):
                 say(value["stage"])
-            elif isinstance(value.get("ended"), int):
-                status = value["ended"]
-                break
-        if status is None:
-            status = child.wait()
+        status = child.wait()
     except KeyboardInterrupt:
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -190,7 +144,7 @@ def _followed(
     finally:
         ended.set()
         watcher.join()
-        if status is None and child.poll() is None:
+        if child.poll() is None:
             kill_child(child)
     if status == 0 or (asked.is_set() and not hung.is_set()):
         return None
@@ -198,18 +152,14 @@ def _followed(
         return silence(patience.silent or 0)
     if status == Interrupted.exit_status:
         raise Interrupted(STOPPED)
-    with errors.open("rb") as written:
-        written.seek(begins)
-        lines = [line.strip() for line in written.read().decode(errors="replace").splitlines() if line.strip()]
-    return failure_of(status, lines)
+    text = errors.read_text(errors="replace")
+    return failure_of(status, [line.strip() for line in text.splitlines() if line.strip()])
 
 
-def start_child(
-    module: str, argument: str | None, errors: IO[str] | IO[bytes], store: Location
-) -> subprocess.Popen[str]:
+def start_child(module: str, argument: str, errors: IO[str] | IO[bytes], store: Location) -> subprocess.Popen[str]:
     """Start `python -P -m MODULE ARGUMENT`, with pipes to and from it. errors: the file for its stderr."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", module, *([] if argument is None else [argument])],
+        [sys.executable, "-P", "-m", module, argument],
         env=environment(store=True) | {"TURRET_STORE": store.given},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -282,22 +232,6 @@ def say_to_parent(line: str) -> None:
     print_to_parent({"stage": line})
 
 
-def requests() -> Iterator[str]:
-    """What the parent asks of a child that it keeps, one request after another. It answers each by `say_ended`.
-
-    Once the parent has ended or closed our stdin, this process is asked to stop, as with `stop_with_parent`.
-    """
-    asked = SimpleQueue[bytes]()
-    threading.Thread(target=_read_stdin, args=[asked.put], daemon=True).start()
-    while True:
-        yield str(json.loads(asked.get()))
-
-
-def say_ended(status: int) -> None:
-    """Tell the parent process that a request was carried out. status: what a process of its own would exit with."""
-    print_to_parent({"ended": status})
-
-
 def print_to_parent(value: JsonObject) -> None:
     """Print a line of JSON for the parent process."""
     sys.stdout.write(json.dumps(value) + "\n")  # one write, because several threads print
@@ -331,15 +265,12 @@ def stop_with_parent(stopping: float | None = None) -> None:
     Args:
         stopping: seconds after which it is killed, with all that it started; None: never.
     """
-    threading.Thread(target=_read_stdin, args=[lambda _: None, stopping], daemon=True).start()
+    threading.Thread(target=_watch_stdin, args=[stopping], daemon=True).start()
 
 
-def _read_stdin(ask: Callable[[bytes], None], stopping: float | None = None) -> None:
-    rest = b""
-    while read := os.read(sys.stdin.fileno(), 4096):  # not sys.stdin: at exit Python would wait for its lock and abort
-        *lines, rest = (rest + read).split(b"\n")
-        for line in lines:
-            ask(line)
+def _watch_stdin(stopping: float | None) -> None:
+    while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin: at exit Python would wait for its lock and abort
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
     if stopping is not None:
         time.sleep(stopping)

@@ -233,6 +233,7 @@ class Workspace:
         against: str = "full",
         lr: float | Literal["auto"] | None = None,
         texts: bool = True,
+        on: str | None = None,
         on_plan: Callable[[PlannedDesign], None] | None = None,
         on_stage: Say | None = None,
     ) -> Comparison:
@@ -250,12 +251,13 @@ class Workspace:
             against: the method that all others are compared with.
             lr: one rate for all methods, or "auto"; default: each method's own.
             texts: whether the report shows examples.
+            on: "workers": those of the store (`turret worker`) train, on any machine; default: this process does.
             on_plan: called once, before the first training.
         """
         from turret.workspace import comparing
 
         request = comparing.ComparisonRequest(methods, seeds, budget, tuple(fractions), margin, against, lr, texts)
-        return comparing.compare(self.store, recipe, request, on_stage or silent, on_plan)
+        return comparing.compare(self.store, recipe, request, on_stage or silent, on_plan, on)
 
     def plan_comparison(
         self,

@@ -1,10 +1,11 @@
-"""A worker: takes trainings from the queue, several at once, and has them trained by other processes.
+"""A worker: takes trainings and cells from the queue, several at once, and has them done by other processes.
 
-The worker holds the leases of the runs and writes their logs. `turret.workspace.resident_trainer` is the kept process
-in which trainings share bases; `turret.workspace.queued_training` is the process of one that needs its base for itself.
-Both write checkpoints and end when the worker ends. One that hangs, or a training that runs for longer than the worker
-allows, is killed. If the kept process dies, its trainings go on alone, one after another, so that the one that ended it
-is found.
+The worker holds the leases of the jobs and writes their logs. `turret.workspace.resident_trainer` is the kept process
+in which jobs share bases; `turret.workspace.job_process` is the process of one that needs its base for itself. Both
+write checkpoints and end when the worker ends. One that hangs, or a job that runs for longer than the worker allows, is
+killed. If the kept process dies, its jobs go on alone, one after another, so that the one that ended it is found.
+
+A comparison has a worker of its own, in its process, that takes the comparison's cells one by one (`Worker.run_one`).
 
 After a try that failed because of this machine or of the store's own places, the worker pauses, each time for longer,
 so that another machine can take what waits.
@@ -22,26 +23,31 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
-from turret.access import ANY, Access, check_patterns
-from turret.errors import BadLocation, Interrupted, LeaseLost, RecipeError, StoreError
-from turret.json_types import JsonObject
+from turret import process
+from turret.access import ANY, check_patterns
+from turret.database import CELL
+from turret.errors import BadLocation, Interrupted, LeaseLost, NotFound, RecipeError, StoreError
+from turret.json_types import JsonMapping, JsonObject
 from turret.process import stop_on_sigterm
 from turret.recipe import Recipe
 from turret.recipe.default_base import AUTO
-from turret.store import Store, TrainingQueue, leases
+from turret.store import JobQueue, Store, leases
+from turret.store.jobs import Entry, Job
 from turret.store.leases import LeaseRenewer
-from turret.store.queue import Entry, QueuedRun
 from turret.workspace.child_process import (
     MACHINE,
     OUTAGE,
     PAUSED_SECONDS,
+    SHORT,
     STOPPED,
     Failure,
     Patience,
     failure_of,
     kill_child,
+    never,
     run_child,
     silence,
     start_child,
@@ -49,16 +55,16 @@ from turret.workspace.child_process import (
     why_alone,
 )
 from turret.workspace.child_process import POLL_SECONDS as CHILD_POLL_SECONDS
-from turret.workspace.progress import Say
+from turret.workspace.progress import Say, silent
 
-CHILD = "turret.workspace.queued_training"
+CHILD = "turret.workspace.job_process"
 TRAINER = "turret.workspace.resident_trainer"
 SLOTS = 4
 POLL_SECONDS = 1.0  # between two looks at an empty queue
 OUTAGE_SECONDS = 5.0  # after the store did not answer
 MOST_OUTAGES = 12  # in a row, with `until_empty`
 MOST_UNANSWERED = 6  # trainings in a row that ended in an outage, with `until_empty`
-STOPPING_SECONDS = 60.0  # for the step and the checkpoint of a training that is told to stop
+STOPPING_SECONDS = 60.0
 SILENT_SECONDS = 3600.0  # without a word of a training
 CLOSING_SECONDS = 10.0  # for the kept process, when all of its trainings have ended
 PAUSE_SECONDS, MOST_PAUSE = 5.0, 300.0  # after the first try in a row that this machine failed; at most
@@ -71,6 +77,8 @@ class WorkerLimits:
     most_seconds: float | None = None  # of one try; None: any time
     silent_seconds: float = SILENT_SECONDS  # without a step or a stage
     bases: Sequence[str] = ANY  # patterns of the bases on the Hub that recipes may name
+    stopping_seconds: float = STOPPING_SECONDS  # for the step and the checkpoint of a job that is told to stop
+    own: bool = False  # the jobs are of this process: they read its files, as its current folder names them
 
 
 def work(
@@ -95,10 +103,34 @@ def work(
     return worker.count
 
 
-class Trainer(Protocol):
-    """Where a worker has its runs trained, several at once: the kept process, or the process that serves."""
+def work_one(store: Store, say: Say, job: str | None, limits: WorkerLimits) -> str | None:
+    """Do one job, the next one if `job` is None, and return its state then; None if nothing is due.
 
-    def run(self, taken: QueuedRun, tell: Say, stop: Callable[[], bool]) -> Failure | None:
+    A process that has the job is waited for, as its machine may be lost.
+    """
+    stop_on_sigterm()
+    check_patterns(["*"], limits.bases)
+    worker, queue = Worker(store, say, 1, limits), JobQueue.of(store, make=True)
+    try:
+        if job is None:
+            return worker.run_next()
+        while True:
+            found = queue.states([job]).get(job)
+            if found is None:
+                raise NotFound(f"no job {ascii(job)[:60]}: `turret runs` lists trainings")
+            if found["state"] not in ("waiting", "running"):
+                return str(found["state"])
+            if worker.run_one(job, say):
+                return str(queue.states([job])[job]["state"])
+            worker.pause()
+    finally:
+        worker.stop()
+
+
+class Trainer(Protocol):
+    """Where a worker has its jobs done, several at once: the kept process, or the process that serves."""
+
+    def run(self, taken: Job, tell: Say, stop: Callable[[], bool]) -> Failure | None:
         """Train a run; see `ResidentTrainer.run`."""
 
     def close(self) -> None:
@@ -119,11 +151,11 @@ class Worker:
         say: Say,
         slots: int,
         limits: WorkerLimits,
-        trainer: Callable[[TrainingQueue, threading.Event], Trainer] | None = None,
+        trainer: Callable[[JobQueue, threading.Event], Trainer] | None = None,
         mine: Callable[[Entry], bool] = lambda entry: True,
     ) -> None:
         self._store, self._say, self._slots, self._limits = store, say, slots, limits
-        self._queue = TrainingQueue.of(store, make=True)
+        self._queue = JobQueue.of(store, make=True)
         self.count = 0  # trainings that were taken
         self._tries: list[_Try] = []
         self._failures = self._outages = self._unanswered = 0  # in a row: by this machine; at a look; by the store
@@ -168,7 +200,46 @@ class Worker:
         finally:
             self._trainer.close()
 
-    def _take(self, until_empty: bool) -> QueuedRun | None:
+    def pause(self) -> None:
+        """Wait until another look may find something. Raises Interrupted if this worker was told to stop."""
+        if self._stopping.wait(POLL_SECONDS):
+            raise Interrupted(STOPPED)
+
+    def run_next(self) -> str | None:
+        """Do the next job. Returns its state then; None if nothing is due."""
+        if (taken := self._queue.take()) is None:
+            return None
+        self._run_here(taken, self._say, never)
+        return str(self._queue.states([taken.id])[taken.id]["state"])
+
+    def run_one(self, id: str, say: Say, stop: Callable[[], bool] = never) -> bool:
+        """Do one job, if it is due and nobody has it. It ends, or waits for another try. Returns whether it was done.
+
+        Args:
+            say: called with a line of progress, in this thread.
+            stop: asked a few times a second; once it is true, the job writes a checkpoint and ends.
+
+        Raises:
+            Interrupted: it was interrupted.
+        """
+        if stop() or (taken := self._queue.take_one(id)) is None:
+            return False
+        self._run_here(taken, say, stop)
+        return True
+
+    def _run_here(self, taken: Job, say: Say, stop: Callable[[], bool]) -> None:
+        lines = SimpleQueue[str]()
+        attempt = self._begin(taken, lines.put, stop)
+        while attempt.thread.is_alive() or not lines.empty():
+            with suppress(Empty):
+                say(lines.get(timeout=CHILD_POLL_SECONDS))
+        self._tries.remove(attempt)
+        if self._stopping.is_set():
+            raise Interrupted(STOPPED)
+        if attempt.again_alone and not stop() and (again := self._queue.take_one(taken.id)) is not None:
+            self._run_here(again, say, stop)
+
+    def _take(self, until_empty: bool) -> Job | None:
         try:
             if self._outages:  # owners of leases that have ended in the outage renew them first
                 self._store.last_move()
@@ -187,19 +258,29 @@ class Worker:
         return taken
 
     def _accepts(self, entry: Entry) -> bool:
-        """Whether a run may begin now. One that needs its base for itself waits until nothing else runs here."""
-        return not self._tries or (not entry.died_beside and can_share(entry.recipe))
+        """Whether a job may begin now. One that needs its base for itself waits until nothing else runs here."""
+        return not self._tries or (not entry.died_beside and can_share(entry.recipe, entry.spec))
 
-    def _begin(self, taken: QueuedRun) -> None:
+    def _begin(self, taken: Job, say: Say | None = None, stop: Callable[[], bool] = never) -> _Try:
+        """Begin a try. say: called with its lines; None: the worker says them with its id."""
         self.count += 1
-        self._say(f"run {taken.run}, try {taken.tries}")
-        trainer = None if taken.alone or not can_share(taken.recipe) else self._trainer
-        ended = self._changed.set
-        new = _Try(
-            self._store, self._queue, taken, self._say, self._limits, trainer, self._one_alone, self._stopping, ended
-        )
+        tell = silent if say is not None else self._say
+        tell(f"run {taken.id}, try {taken.tries}")
+        trainer = None if taken.alone or not can_share(taken.recipe, taken.spec) else self._trainer
+        if trainer is None:
+            self._make_room(taken)
+        line = say or (lambda line: self._say(f"run {taken.id}: {line}"))
+        new = _Try(self, taken, tell, line, stop, trainer)
         self._tries.append(new)
         new.thread.start()
+        return new
+
+    def _make_room(self, taken: Job) -> None:
+        """End the kept process before a cell that is measured, unless there is memory for both."""
+        if taken.spec is not None:
+            needed = taken.spec.get("needs")
+            if needed is None or needed > process.free_memory():
+                self._trainer.close()
 
     def _look_at_ended(self, until_empty: bool) -> None:
         """Count the tries that failed because of this machine or the store, and pause after them."""
@@ -219,10 +300,14 @@ class Worker:
             raise Interrupted(STOPPED)
 
 
-def can_share(recipe: str) -> bool:
-    """Whether a training of this recipe (TOML) shares its base. A broken one has a process that says what is wrong."""
+def can_share(recipe: str, spec: JsonMapping | None = None) -> bool:
+    """Whether a training of this recipe (TOML) shares its base. A broken one has a process that says what is wrong.
+
+    Args:
+        spec: of a cell, which may have to be alone.
+    """
     try:
-        return why_alone(Recipe.from_toml(recipe)) is None
+        return not (spec or {}).get("alone") and why_alone(Recipe.from_toml(recipe)) is None
     except RecipeError:
         return False
 
@@ -259,13 +344,13 @@ class _Hosted:
 class ResidentTrainer:
     """The kept process in which trainings share bases. It starts with the first of them, and again after its death."""
 
-    def __init__(self, store: Store, queue: TrainingQueue, limits: WorkerLimits, stopping: threading.Event) -> None:
+    def __init__(self, store: Store, queue: JobQueue, limits: WorkerLimits, stopping: threading.Event) -> None:
         self._store, self._queue, self._limits, self._stopping = store, queue, limits, stopping
         self._lock = threading.Lock()
         self._hosted: dict[str, _Hosted] = {}
         self._kept: _Kept | None = None
 
-    def run(self, taken: QueuedRun, tell: Say, stop: Callable[[], bool]) -> Failure | None:
+    def run(self, taken: Job, tell: Say, stop: Callable[[], bool]) -> Failure | None:
         """Train a run in the kept process.
 
         Args:
@@ -281,10 +366,10 @@ class ResidentTrainer:
         queued = list(wanted_bases(self._queue.waiting_recipes()))
         with self._lock:
             if self._hosted:  # before it is so: the process may die at any time
-                self._queue.set_beside([*self._hosted, taken.run])
-            hosted = self._hosted[taken.run] = _Hosted(self._running(), tell)
+                self._queue.set_beside([*self._hosted, taken.id])
+            hosted = self._hosted[taken.id] = _Hosted(self._running(), tell)
             self._send(hosted.kept, {"start": taken.as_json(), "queued": queued})
-        if self._wait(taken.run, hosted, stop):
+        if self._wait(taken.id, hosted, stop):
             return None
         if hosted.status == Interrupted.exit_status:
             raise Interrupted(STOPPED)
@@ -311,8 +396,9 @@ class ResidentTrainer:
             request = {
                 "local": str(self._store.root.absolute()),
                 "silent": self._limits.silent_seconds,
-                "stopping": STOPPING_SECONDS,
+                "stopping": self._limits.stopping_seconds,
                 "bases": list(self._limits.bases),
+                "own": self._limits.own,
             }
             folder = tempfile.TemporaryDirectory(prefix="turret-")
             with (Path(folder.name) / "stderr.txt").open("w") as errors:
@@ -339,7 +425,7 @@ class ResidentTrainer:
                 told = now
                 with self._lock:
                     self._send(hosted.kept, {"stop": run})
-            late = told is not None and now - told > STOPPING_SECONDS
+            late = told is not None and now - told > self._limits.stopping_seconds
             if late and (self._stopping.is_set() or len(self._hosted) == 1):  # else others would be killed too
                 kill_child(hosted.kept.process)
             elif now - hosted.heard > self._limits.silent_seconds:
@@ -370,6 +456,7 @@ class ResidentTrainer:
                 with self._lock:
                     del self._hosted[said["run"]]
                 hosted.over.set()
+        kept.process.stdout.close()
         status = kept.process.wait()
         with kept.errors:
             text = (Path(kept.errors.name) / "stderr.txt").read_text(errors="replace")
@@ -396,35 +483,29 @@ def wanted_bases(recipes: Iterable[str]) -> set[str]:
 
 
 class _Try:
-    """One try of a training, in a thread.
+    """One try of a job, in a thread.
 
     Args:
-        trainer: the kept process that trains it; None: it needs a process of its own.
-        one_alone: the lock of those that go on alone.
-        ended: called at the end of the thread.
+        tell: called with what becomes of it.
+        say: called with its lines.
+        stop: asked a few times a second; once it is true, the job shall write a checkpoint and end.
+        trainer: the kept process that does it; None: it needs a process of its own.
     """
 
     def __init__(
-        self,
-        store: Store,
-        queue: TrainingQueue,
-        taken: QueuedRun,
-        say: Say,
-        limits: WorkerLimits,
-        trainer: Trainer | None,
-        one_alone: threading.Lock,
-        stopping: threading.Event,
-        ended: Callable[[], None],
+        self, worker: Worker, taken: Job, tell: Say, say: Say, stop: Callable[[], bool], trainer: Trainer | None
     ) -> None:
-        self._store, self._queue, self._taken, self._say, self._limits = store, queue, taken, say, limits
-        self._trainer, self._one_alone, self._stopping, self._ended = trainer, one_alone, stopping, ended
+        self._store, self._queue, self._limits = worker._store, worker._queue, worker._limits
+        self._one_alone, self._stopping, self._ended = worker._one_alone, worker._stopping, worker._changed.set
+        self._taken, self._told, self._say, self._stop, self._trainer = taken, tell, say, stop, trainer
         self._lines: list[str] = []  # not yet in the log
         self._lock, self._asked, self._over = threading.Lock(), threading.Event(), threading.Event()
         self._begun = time.monotonic()
         self.alone = trainer is None  # nothing else may begin beside it
         self.over = False
+        self.again_alone = False  # it is a cell that waits for a process of its own
         self.failed: int | None = None  # OUTAGE or MACHINE, if it failed because of them
-        self.thread = threading.Thread(target=self._run, name=f"turret try of {taken.run}", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"turret try of {taken.id}", daemon=True)
 
     def _run(self) -> None:
         try:
@@ -441,7 +522,7 @@ class _Try:
         except Interrupted:
             self._stopping.set()
         except StoreError as error:  # the last lines of the log
-            self._say(f"run {taken.run}: {error}")
+            self._told(f"run {taken.id}: {error}")
         while True:
             try:
                 state = self._record(problem)
@@ -450,22 +531,29 @@ class _Try:
                 if self._stopping.is_set():
                     return None  # its lease ends
                 if not error.outage:
-                    self._say(f"run {taken.run}: {error}")
+                    self._told(f"run {taken.id}: {error}")
                     return MACHINE
                 self._stopping.wait(OUTAGE_SECONDS)  # this worker has the run, until another one takes it
-        self._say(f"run {taken.run} is {state}")
-        if problem is None or problem.status is None:
+        self._told(f"run {taken.id} is {state}")
+        if problem is None or problem.status is None or self.again_alone:
             return None
         if problem.status < 0:  # the system killed it
             return MACHINE
         return problem.status if problem.status in (OUTAGE, MACHINE) else None
 
     def _run_child(self) -> Failure | None:
-        with LeaseRenewer(self._store.database(), self._taken.lease, turn=self._turn, warn=self._say) as keeper:
-            stop = lambda: self._stopping.is_set() or self._asked.is_set() or keeper.lost or self._took_too_long()
+        with LeaseRenewer(self._store.database(), self._taken.lease, turn=self._turn, warn=self._told) as keeper:
+
+            def stop() -> bool:
+                asked = self._stopping.is_set() or self._asked.is_set() or keeper.lost or self._stop()
+                return asked or self._took_too_long()
+
             problem = self._run_beside(stop) if self._trainer is not None else self._run_own_process(stop)
             if isinstance(problem, Died):
                 problem = self._go_on_alone(problem, stop)
+            killed = problem is not None and problem.status is not None and problem.status < 0
+            shared = self._trainer is not None and not self.alone and self._taken.kind == CELL
+            self.again_alone = shared and problem is not None and (killed or problem.status == SHORT)
             if problem is not None and (problem.status is None or problem.status < 0):
                 self._tell(problem.text)  # its process was killed, and could not say it
             return problem
@@ -498,23 +586,23 @@ class _Try:
 
     def _run_own_process(self, stop: Callable[[], bool]) -> Failure | None:
         taken, limits = self._taken, self._limits
-        patience = Patience(limits.silent_seconds, STOPPING_SECONDS)
+        patience = Patience(limits.silent_seconds, limits.stopping_seconds)
         with tempfile.TemporaryDirectory(prefix="turret-") as folder:
             alone = Path(folder) / "training"
             alone.mkdir()
             request = {
                 "taken": taken.as_json(),
                 "local": str(self._store.root.absolute()),
-                "folder": str(alone),
+                "folder": None if limits.own else str(alone),
                 "silent": limits.silent_seconds,
-                "stopping": STOPPING_SECONDS,
+                "stopping": limits.stopping_seconds,
                 "bases": list(limits.bases),
             }
             errors, where = Path(folder) / "stderr.txt", self._store.location
             return run_child(CHILD, json.dumps(request), errors, self._tell, where, stop, patience)
 
     def _tell(self, line: str) -> None:
-        self._say(f"run {self._taken.run}: {line}")
+        self._say(f"run {self._taken.id}: {line}")
         with self._lock:
             self._lines.append(line)
 
@@ -556,7 +644,10 @@ class _Try:
         text, taken = None if problem is None else problem.text, self._taken
         outage = problem is not None and problem.status == OUTAGE
         try:
+            if self.again_alone:
+                self._queue.return_alone(taken, text)
+                return "waiting for a process of its own"
             state = self._queue.after(taken, text, outage=outage)
         except LeaseLost:
             return "taken over by another worker, or ended"
-        return state or str(self._store.with_access(Access(taken.tenant)).run(taken.run)["state"])
+        return state or str(self._queue.states([taken.id])[taken.id]["state"])

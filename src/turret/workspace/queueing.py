@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection
 
 from turret.access import ANY, Access
 from turret.arguments import checked_methods
@@ -22,10 +25,13 @@ from turret.errors import DataError, NotFound, RecipeError, StoreError
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.recipe.default_base import AUTO
-from turret.store import Store, TrainingQueue, queued_data
+from turret.store import JobQueue, Store, queued_data
 from turret.store.blobs import hash_file
 from turret.store.queued_data import PLACE
 from turret.workspace.progress import Say, silent
+
+if TYPE_CHECKING:
+    from turret.workspace.queue_worker import WorkerLimits
 
 MOST_FILES = 1000  # in a folder of data
 MOST_NAME = 200  # bytes of the name of a file that a client sends
@@ -48,7 +54,7 @@ class Queue:
         Raises:
             QueueFull: too many trainings of the tenant wait.
         """
-        return self._submit(_with_absolute_base(recipe), self._local_files(recipe.data.source), priority)
+        return self._submit(with_absolute_base(recipe), _files_of(self._store, recipe.data.source), priority)
 
     def submit_texts(
         self, recipe: Recipe, files: Mapping[str, bytes], *, priority: int = 0, own_base: str | None = None
@@ -115,7 +121,7 @@ class Queue:
 
     def limit(self, tenant: str, *, running: int | None = None, waiting: int | None = None) -> None:
         """Set how many trainings of a tenant may run and wait; None for no limit."""
-        TrainingQueue.of(self._store, make=True).limit(tenant, running=running, waiting=waiting)
+        JobQueue.of(self._store, make=True).limit(tenant, running=running, waiting=waiting)
 
     def work(
         self,
@@ -140,40 +146,45 @@ class Queue:
 
         if slots < 1:
             raise RecipeError(f"slots {slots}: expected 1 or more")
-        for name, value in (("most_hours", most_hours), ("silent_minutes", silent_minutes)):
-            if value is not None and not 0 < value < float("inf"):
-                raise RecipeError(f"{name} {value}: expected a number above 0")
-        limits = queue_worker.WorkerLimits(
-            None if most_hours is None else 3600 * most_hours, 60 * silent_minutes, tuple(bases)
-        )
+        limits = _limits(most_hours, silent_minutes, bases)
         return queue_worker.work(self._store, on_stage or silent, until_empty=until_empty, slots=slots, limits=limits)
 
-    def _queue(self) -> TrainingQueue:
-        return TrainingQueue.of(self._store)
+    def work_one(
+        self,
+        job: str | None = None,
+        *,
+        most_hours: float | None = None,
+        silent_minutes: float = 60,
+        bases: Sequence[str] = ANY,
+        on_stage: Say | None = None,
+    ) -> str | None:
+        """Do one job of the queue: this one, or the next. Returns its state then; None if there was none to do.
+
+        If another process has the job, this one waits until that ends it or is lost.
+
+        Args:
+            job: the id of a training or a cell, of any tenant. One that has ended is not done again.
+
+        Raises:
+            NotFound: no such job.
+        """
+        from turret.workspace import queue_worker
+
+        limits = _limits(most_hours, silent_minutes, bases)
+        return queue_worker.work_one(self._store, on_stage or silent, job, limits)
+
+    def _queue(self) -> JobQueue:
+        return JobQueue.of(self._store)
 
     def _submit(self, recipe: Recipe, files: Mapping[str, Path], priority: int) -> JsonObject:
         """files: path under the data -> file; a single one is the data itself."""
-        queue = TrainingQueue.of(self._store, make=True)
+        queue = JobQueue.of(self._store, make=True)
         self._require_seen(recipe)
         if not files and PLACE.match(recipe.data.source):
             raise DataError(f"data.source {ascii(recipe.data.source)[:60]} is not a file here: give its path")
-        if files:
-            given = recipe.data.source
-            name = memory.name_of_rows(given) if memory.is_rows_source(given) else Path(given).name
-            source = _place(files, name or "data")
-            files = {source if name == given else f"{source}/{name}": path for name, path in files.items()}
-            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
-        store = self._store
-        place = partial(queued_data.submit, store.root, store.database(make=True), store.artifacts, files)
+        source, place = _placed(self._store, recipe.data.source, files)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
         return self._store.run(queue.submit(recipe.name, recipe.to_toml(), priority=priority, place=place))
-
-    def _local_files(self, source: str) -> Mapping[str, Path]:
-        """The files of local data; empty for data of the Hub or of a package. Raises DataError."""
-        if not memory.is_rows_source(source):
-            return _local_files(source)
-        self._store.bring_rows(source)
-        memory.open_rows(source)  # an error if they are nowhere
-        return dict(_of_folder(memory.place(source)))
 
     def _require_seen(self, recipe: Recipe) -> None:
         """Raise NotFound if this caller does not see the adapter, the base or the first version of a recipe."""
@@ -184,6 +195,41 @@ class Queue:
             raise NotFound(f"no base {ascii(recipe.base)[:60]} for this token: give a base that it may use")
         if recipe.train.init_from is not None:
             self._store.resolve(recipe.train.init_from)
+
+
+def _limits(most_hours: float | None, silent_minutes: float, bases: Sequence[str]) -> WorkerLimits:
+    from turret.workspace.queue_worker import WorkerLimits
+
+    for name, value in (("most_hours", most_hours), ("silent_minutes", silent_minutes)):
+        if value is not None and not 0 < value < float("inf"):
+            raise RecipeError(f"{name} {value}: expected a number above 0")
+    return WorkerLimits(None if most_hours is None else 3600 * most_hours, 60 * silent_minutes, bases=tuple(bases))
+
+
+Place = Callable[[Callable[[Connection], str]], str]  # makes sure of data, for `JobQueue`
+
+
+def placed_data(store: Store, source: str) -> tuple[str, Place]:
+    """The source under which workers find some data, and what copies local files there. Raises DataError."""
+    return _placed(store, source, _files_of(store, source))
+
+
+def _placed(store: Store, source: str, files: Mapping[str, Path]) -> tuple[str, Place]:
+    if files:
+        given = source
+        name = memory.name_of_rows(given) if memory.is_rows_source(given) else Path(given).name
+        source = _place(files, name or "data")
+        files = {source if name == given else f"{source}/{name}": path for name, path in files.items()}
+    return source, partial(queued_data.submit, store.root, store.database(make=True), store.artifacts, files)
+
+
+def _files_of(store: Store, source: str) -> Mapping[str, Path]:
+    """The files of local data; empty for data of the Hub or of a package. Raises DataError."""
+    if not memory.is_rows_source(source):
+        return _local_files(source)
+    store.bring_rows(source)
+    memory.open_rows(source)  # an error if they are nowhere
+    return dict(_of_folder(memory.place(source)))
 
 
 def _place(files: Mapping[str, Path], name: str) -> str:
@@ -243,7 +289,7 @@ def require_base(recipe: Recipe, patterns: Sequence[str]) -> None:
         )
 
 
-def _with_absolute_base(recipe: Recipe) -> Recipe:
+def with_absolute_base(recipe: Recipe) -> Recipe:
     """A base in a folder keeps its place when the worker's current folder is another one."""
     base = Path(recipe.base).expanduser()
     if not recipe.base.startswith("pypi:") and base.exists():

@@ -1,11 +1,12 @@
-"""The kept process in which queued trainings share bases: `python -P -m turret.workspace.resident_trainer REQUEST`.
+"""The kept process in which jobs share bases: `python -P -m turret.workspace.resident_trainer REQUEST`.
 
-It hears lines of JSON: `{"start": RUN, ...}`, with what `QueuedRun.as_json` gives, and `{"stop": ID}`. It says for each
-run `{"run": ID}` as a sign of life, with `stage` for a line of its log, with `status` and `text` at its end. Each run
-has a thread; one more thread computes for all of them. When stdin is closed, each run writes a checkpoint and returns
-to the queue.
+It hears lines of JSON: `{"start": JOB, ...}`, with what `Job.as_json` gives, and `{"stop": ID}`. It says for each job
+`{"run": ID}` as a sign of life, with `stage` for a line of its log, with `status` and `text` at its end. Each job has a
+thread; one more thread computes for all of them. When stdin is closed, each job writes a checkpoint and returns to the
+queue.
 
 It opens no file of a tenant: `turret.workspace.data_reader` reads the data, in a process that is killed if it hangs.
+Only the cells of a comparison that its parent runs read their own data, from the same folder as the parent.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -31,10 +33,9 @@ from turret.errors import DataError, EngineError, Interrupted, StoreError, one_l
 from turret.helper_process import Died, HelperProcess
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
-from turret.store import HeldRun, Store
-from turret.store.queue import QueuedRun
+from turret.store import Store
+from turret.store.jobs import Job
 from turret.train.curve import StepRecord
-from turret.workspace import training
 from turret.workspace.child_process import (
     ALIVE_SECONDS,
     MACHINE,
@@ -45,7 +46,8 @@ from turret.workspace.child_process import (
     print_to_parent,
 )
 from turret.workspace.data_reader import READ
-from turret.workspace.queued_training import WATCHED, Ended, callbacks_for, carry_out, mistake_of_turret
+from turret.workspace.job_process import WATCHED, Ended, Trial, callbacks_for, carry_out, mistake_of_turret
+from turret.workspace.reading import read_dataset
 from turret.workspace.resident import ResidentBases, Room, Seat
 
 DATA_MEMORY = 16 << 30  # bytes that reading the data of a run may take
@@ -77,13 +79,13 @@ class Trainer:
             if run is not None:
                 run.stop.set()
             return
-        taken = QueuedRun.of(asked["start"])
+        taken = Job.of(asked["start"])
         self._queued = asked["queued"]
         run = _Run(taken, self._stopping)
         run.seat = Seat(self._bases, self._room, self._wanted, run.asked)
         with self._changed:
-            self._runs[taken.run] = run
-        threading.Thread(target=self._carry_out, args=[run], name=f"turret {taken.run}", daemon=True).start()
+            self._runs[taken.id] = run
+        threading.Thread(target=self._carry_out, args=[run], name=f"turret {taken.id}", daemon=True).start()
 
     def stop(self, *_: int | FrameType | None) -> None:
         """Ask all runs to end."""
@@ -108,27 +110,27 @@ class Trainer:
         store = self._store.with_access(Access(taken.tenant))
         try:
             with self._room.taken_by(run.seat):
+                callbacks = callbacks_for(run.say, run.heard)
 
-                def train(recipe: Recipe, held: HeldRun) -> None:
+                def read(recipe: Recipe) -> Dataset:
                     run.seat.base = recipe.base
-                    callbacks = callbacks_for(run.say, run.heard)
+                    if self._asked["own"]:
+                        return read_dataset(store, recipe, callbacks.stage)
                     callbacks.stage(f"reading {one_line(recipe.data.source, 100)}")
                     run.reads = True
                     try:
-                        dataset = self._readers.read(taken, run.asked)
+                        return self._readers.read(replace(taken, recipe=recipe.to_toml()), run.asked)
                     finally:
                         run.reads = False
-                    training.train(
-                        store, recipe, callbacks, dataset, fresh=False, held=held, place=run.seat, asked=run.asked
-                    )
 
-                ended = carry_out(store, taken, self._asked["bases"], train)
+                trial = Trial(callbacks, read, run.seat, run.asked)
+                ended = carry_out(store, taken, self._asked["bases"], trial)
         except BaseException as error:  # a mistake of Turret ends one run
             ended = Ended(1, mistake_of_turret(error))
         with self._changed:
-            del self._runs[taken.run]
+            del self._runs[taken.id]
             self._changed.notify_all()
-        print_to_parent({"run": taken.run, "status": ended.status, "text": ended.text})
+        print_to_parent({"run": taken.id, "status": ended.status, "text": ended.text})
         process.release()
 
     def _wanted(self) -> Collection[str]:
@@ -150,7 +152,7 @@ class DataReaders:
         self._idle: list[HelperProcess] = []
         self._lock = threading.Lock()
 
-    def read(self, taken: QueuedRun, stop: Callable[[], bool]) -> Dataset:
+    def read(self, taken: Job, stop: Callable[[], bool]) -> Dataset:
         """The data of a run. Raises the error of the data. stop: whether the run shall end."""
         with tempfile.TemporaryDirectory(dir=self._folder) as folder, self._reader() as reader:
             asked: JsonObject = {"tenant": taken.tenant, "recipe": taken.recipe, "folder": folder}
@@ -190,7 +192,7 @@ class DataReaders:
 class _Run:
     """A run in this process."""
 
-    def __init__(self, taken: QueuedRun, stopping: threading.Event) -> None:
+    def __init__(self, taken: Job, stopping: threading.Event) -> None:
         self.taken, self.stop, self._stopping = taken, threading.Event(), stopping
         self.reads = False  # another process reads its data, for a limited time
         self.seat: Seat
@@ -208,7 +210,7 @@ class _Run:
 
     def say(self, line: str) -> None:
         """Say a line for its log."""
-        print_to_parent({"run": self.taken.run, "stage": line})
+        print_to_parent({"run": self.taken.id, "stage": line})
 
     def heard(self, record: StepRecord | None) -> None:
         """It has begun a stage, which raises Interrupted if it shall end, or has made a step."""
@@ -226,7 +228,7 @@ class _Run:
         now = time.monotonic()
         if now - self._signed > ALIVE_SECONDS:
             self._signed = now
-            print_to_parent({"run": self.taken.run})
+            print_to_parent({"run": self.taken.id})
 
 
 def main(request: str) -> None:
@@ -235,7 +237,8 @@ def main(request: str) -> None:
     process.exempt_loaded()  # a collection for each run then looks at runs and bases alone
     asked = json.loads(request)
     with tempfile.TemporaryDirectory(prefix="turret-") as folder:
-        os.chdir(folder)
+        if not asked["own"]:
+            os.chdir(folder)
         trainer = Trainer(asked, Path(folder))
         signal.signal(signal.SIGTERM, trainer.stop)
         threading.Thread(target=_listen, args=[trainer, asked["stopping"]], daemon=True).start()

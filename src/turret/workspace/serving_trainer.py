@@ -16,18 +16,19 @@ from turret import adapters, bases
 from turret.access import Access
 from turret.adapters import packed
 from turret.bases.shared import share
+from turret.data import Dataset
+from turret.database import TRAINING
 from turret.engine.core import Engine
 from turret.errors import BaseModelError, StoreError, TurretError
 from turret.methods import LoRA
 from turret.recipe import Recipe
-from turret.store import HeldRun, Store, TrainingQueue
-from turret.store.queue import Entry, QueuedRun
+from turret.store import JobQueue, Store
+from turret.store.jobs import Entry, Job
 from turret.train.batches import pass_tokens
-from turret.workspace import training
 from turret.workspace.child_process import Failure
+from turret.workspace.job_process import Trial, callbacks_for, carry_out
 from turret.workspace.progress import Say
 from turret.workspace.queue_worker import SILENT_SECONDS, Worker, WorkerLimits, can_share
-from turret.workspace.queued_training import callbacks_for, carry_out
 from turret.workspace.resident import Room, Seat, ServingBase
 from turret.workspace.resident_trainer import DataReaders
 
@@ -43,7 +44,7 @@ class ServingTrainer:
         pass_seconds: Of the longest pass of a training, about: an answer that arrives waits for it.
     """
 
-    def __init__(self, store: Store, queue: TrainingQueue, engines: Sequence[Engine], pass_seconds: float) -> None:
+    def __init__(self, store: Store, queue: JobQueue, engines: Sequence[Engine], pass_seconds: float) -> None:
         self._store, self._queue = store, queue
         self._places = [ServingBase(each) for each in engines]
         self._most_tokens = {id(each): _most_tokens(each.engine, pass_seconds) for each in self._places}
@@ -51,9 +52,9 @@ class ServingTrainer:
         self._readers = DataReaders(store, Path(self._folder.name), SILENT_SECONDS)
         self._room = Room()
 
-    def run(self, taken: QueuedRun, tell: Say, stop: Callable[[], bool]) -> Failure | None:
+    def run(self, taken: Job, tell: Say, stop: Callable[[], bool]) -> Failure | None:
         """Train a run. Returns why it failed; None if it succeeded or was told to stop."""
-        self._queue.set_beside([taken.run])  # if this process dies, the run is not to blame
+        self._queue.set_beside([taken.id])  # if this process dies, the run is not to blame
         place = self._place_of(taken.recipe)
         if place is None:
             return Failure("its base does not serve here any more: submit it again for another worker")
@@ -61,14 +62,14 @@ class ServingTrainer:
         store = self._store.with_access(Access(taken.tenant))
         seat = Seat(place, self._room, lambda: (), stop)
 
-        def train(recipe: Recipe, held: HeldRun) -> None:
-            callbacks = callbacks_for(tell, lambda record: None if record is None else seat.settle())
+        callbacks = callbacks_for(tell, lambda record: None if record is None else seat.settle())
+
+        def read(recipe: Recipe) -> Dataset:
             callbacks.stage(f"training beside the answers of {place.engine.base.id}")
-            dataset = self._readers.read(taken, stop)
-            training.train(store, recipe, callbacks, dataset, fresh=False, held=held, place=seat, asked=stop)
+            return self._readers.read(taken, stop)
 
         with self._room.taken_by(seat):
-            ended = carry_out(store, taken, ("*",), train)
+            ended = carry_out(store, taken, ("*",), Trial(callbacks, read, seat, stop))
         if ended.text is not None:
             tell(ended.text)
         return None if ended.status == 0 or stop() else Failure(ended.text or "it was interrupted", ended.status)
@@ -88,7 +89,7 @@ class ServingTrainer:
             return None
         return next((each for each in self._places if each.engine.base.folder == wanted), None)
 
-    def _with_short_passes(self, taken: QueuedRun, place: ServingBase) -> QueuedRun:
+    def _with_short_passes(self, taken: Job, place: ServingBase) -> Job:
         """The run with passes that are short enough, so that every worker that takes it over computes the same."""
         recipe = Recipe.from_toml(taken.recipe)
         usual = pass_tokens(recipe.train, place.engine.base.model.config)
@@ -113,12 +114,12 @@ class TrainingWhileServing:
     def __init__(self, store: Store, engines: Sequence[Engine], *, slots: int, pass_seconds: float, say: Say) -> None:
         trainers: list[ServingTrainer] = []
 
-        def trainer(queue: TrainingQueue, _: threading.Event) -> ServingTrainer:
+        def trainer(queue: JobQueue, _: threading.Event) -> ServingTrainer:
             trainers.append(ServingTrainer(store, queue, engines, pass_seconds))
             return trainers[0]
 
         def mine(entry: Entry) -> bool:
-            return not entry.died_beside and trainers[0].serves(entry.recipe)
+            return entry.kind == TRAINING and not entry.died_beside and trainers[0].serves(entry.recipe)
 
         self._worker = Worker(store, say, slots, WorkerLimits(), trainer, mine)
         self._say = say

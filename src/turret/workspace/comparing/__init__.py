@@ -3,7 +3,7 @@
 compare(store, recipe, ComparisonRequest(...), ...)    everything, in the calling process, which loads no torch
 prepare(store, recipe, ComparisonRequest(...), ...)    what would be trained, and which differences it could detect
 composing.compare_composition(store, ...)              a composition with its parts; trains nothing, and loads torch
-python -m turret.workspace.comparing.cell_worker [FOLDER]    trainings, or measurements of the base
+cells.CellRunner                                       its trainings and measurements, as jobs
 """
 
 from turret.workspace.comparing.run_comparison import ComparisonRequest, compare, prepare

@@ -1,12 +1,14 @@
 """Run cells. A cell is one training of one method with one seed, or one look at the base.
 
-A cell whose time and memory are reported has a process of its own, and so has one that cannot share its base. All other
-cells run one after another in one process, which loads their base once. Results of earlier calls are kept in the
-comparison's folder and used again. Loads no torch.
+Each is a job (`turret.store.jobs`). A worker in this process does them one after another, or workers anywhere take them
+from the queue. A cell whose time and memory are reported has a process of its own, and so has one that cannot share its
+base. All other cells of a worker share one process, which loads their base once. Results of earlier calls are kept in
+the comparison's folder and used again. Loads no torch.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import time
@@ -14,19 +16,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from turret import process
 from turret.compare.candidates import Candidate
 from turret.compare.design import Cell
 from turret.compare.report_text import seconds as span
 from turret.compare.results import CellResult
-from turret.errors import RecipeError, TrainingError
-from turret.json_types import JsonObject, JsonValue
+from turret.errors import Interrupted, InUse, QueueFull, RecipeError, TrainingError
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.recipe import Data, Recipe
-from turret.store import Store
-from turret.workspace.child_process import KeptChild, run_child, why_alone
+from turret.store import JobQueue, Store
+from turret.store.jobs import NewCell
+from turret.workspace.child_process import STOPPED, why_alone
 from turret.workspace.comparing import kept_files
 from turret.workspace.comparing.kept_files import KeptFiles
 from turret.workspace.progress import Say
+from turret.workspace.queue_worker import Worker, WorkerLimits
+from turret.workspace.queueing import placed_data
 
 # --- command ----------------------------------------------------------------------------------------------------------
 # The command line that makes a report again: every setting of the recipe and of the request that is not a default.
@@ -82,9 +86,9 @@ def _texts(key: str, value: JsonValue) -> Iterator[tuple[str, str]]:
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-WORKER = "turret.workspace.comparing.cell_worker"
-# A cell that failed so in the shared process is tried in one of its own.
-SHORT_OF_MEMORY = ("PreflightRefused", "OutOfMemory")
+POLL_SECONDS = 1.0  # between two looks at the cells of workers
+LONG = 7 * 24 * 3600.0  # seconds: a cell of this process is not killed for its silence, as its user sees it
+OWN = WorkerLimits(silent_seconds=LONG, stopping_seconds=LONG, own=True)
 # Errors that every cell would meet, so the next one is not tried.
 EVERYWHERE = ("BaseModelError", "UnknownFamily", "DataError", "StoreError", "LeaseLost", "Corrupt", "RecipeError")
 
@@ -99,6 +103,7 @@ class CellRunner:
         deadline: a value of `time.monotonic` at which the budget ends; None: no budget.
         files: writes the comparison's files; None: those of a folder store.
         timed: the seed whose cells have processes of their own, because their time and memory are reported.
+        on: `workers`: those of the store run the cells; None: this process does.
     """
 
     def __init__(
@@ -109,10 +114,12 @@ class CellRunner:
         deadline: float | None = None,
         files: KeptFiles | None = None,
         timed: int | None = None,
+        on: str | None = None,
     ) -> None:
         self.store, self.folder, self.say, self.deadline = store, folder, say, deadline
         self.files, self.timed = files or KeptFiles(store), timed
-        self._kept: KeptChild | None = None  # the process that cells share
+        self._on, self._queue = on, JobQueue.of(store, make=True)
+        self._worker: Worker | None = None  # of this process
         self.results: dict[str, CellResult] = {}  # by the cell's key
         self.failures: dict[str, str] = {}  # the candidate's spec -> one line
         self.missing: list[Cell] = []
@@ -121,11 +128,17 @@ class CellRunner:
     def run(self, cells: Sequence[Cell]) -> None:
         """Run the missing cells in order until the budget ends. Raises TrainingError if there is no result at all."""
         try:
-            self._run_missing(cells)
+            if self._on is None:
+                self._run_missing(cells)
+            else:
+                self._wait_for_workers(cells)
+        except KeyboardInterrupt:
+            raise Interrupted(STOPPED) from None
         finally:
-            self._end_kept()
+            if self._worker is not None:
+                self._worker.stop()
         kept = [self.folder / "cells" / key / "result.json" for key in self.results]
-        self.store.artifacts.keep(kept, self.files.lease)  # a process of a cell may have lost the store at its end
+        self.store.artifacts.keep(kept, self.files.lease)  # a result may be a copy of another seed's
         if not self.results:
             failures = "; ".join(f"{name}: {why}" for name, why in self.failures.items())
             raise TrainingError(f"nothing could be compared: {failures or 'the budget ended before the first run did'}")
@@ -139,11 +152,76 @@ class CellRunner:
                     self.missing.append(cell)
                     continue
                 result = self._run(cell, here, self.title(cells, number))
-            if result is not None:
-                self.results[cell.key] = CellResult.of(cell, result)
-                self.last = f"{cell.candidate.label} {100 * float(self.results[cell.key].scores.mean()):.1f}"
+            self._note_result(cell, result)
+
+    def _note_result(self, cell: Cell, result: JsonObject | None) -> None:
+        if result is not None:
+            self.results[cell.key] = CellResult.of(cell, result)
+            self.last = f"{cell.candidate.label} {100 * float(self.results[cell.key].scores.mean()):.1f}"
+        else:
+            self.missing.append(cell)
+
+    def _wait_for_workers(self, cells: Sequence[Cell]) -> None:
+        """Put the missing cells into the queue, and wait until workers have done them, or the budget ends."""
+        left, waiting, said = list(cells), dict[str, Cell](), ""
+        while left or waiting:
+            self.files.require()
+            left = self._submit(left, waiting)
+            states = self._queue.states(waiting)
+            for id in [id for id in waiting if states[id]["state"] not in ("waiting", "running")]:
+                try:
+                    self._collect(waiting.pop(id), states[id])
+                except TrainingError:
+                    self._queue.cancel_cells(waiting)
+                    raise
+            self._queue.cancel_cells(id for id, each in waiting.items() if each.candidate.spec in self.failures)
+            if self._late():
+                self._queue.cancel_cells(waiting)
+                self.missing += [*left, *waiting.values()]
+                return
+            running = sum(each["state"] == "running" for each in states.values())
+            line = f"{len(self.results)} of {len(cells)} done, {running} on workers"
+            line += f"; last {self.last}" if self.last else ""
+            if line != said:
+                self.say(line)
+            said = line
+            if waiting:
+                time.sleep(POLL_SECONDS)
+
+    def _submit(self, cells: Sequence[Cell], waiting: dict[str, Cell]) -> list[Cell]:
+        """Submit cells that have no result, as many as the queue takes. Returns the others."""
+        new, later = dict[str, list[Cell]](), list[Cell]()
+        for cell in cells:
+            here, alike = self.folder / "cells" / cell.key, (cell.candidate.spec, cell.fraction)
+            result = kept_files.read(here / "result.json") or self._of_another_seed(cell, here)
+            if result is not None or cell.candidate.spec in self.failures:
+                self._note_result(cell, result)
+            elif not cell.candidate.trains and any(
+                alike == (each.candidate.spec, each.fraction)
+                for each in (*waiting.values(), *itertools.chain(*new.values()))
+            ):
+                later.append(cell)  # one seed may tell for all
             else:
-                self.missing.append(cell)
+                new.setdefault(cell.recipe.data.source, []).append(cell)
+        for source, group in new.items():
+            at, place = placed_data(self.store, source)
+            try:
+                ids = self._queue.submit_cells(self._study, [self._new(each, at) for each in group], place=place)
+            except QueueFull:
+                if not waiting:
+                    raise
+                ids = []
+            waiting |= dict(zip(ids, group, strict=False))
+            later += group[len(ids) :]
+        return later
+
+    def _collect(self, cell: Cell, ended: JsonMapping) -> None:
+        """Take the result of a cell that a worker has ended."""
+        self.store.artifacts.bring(f"{self._study}/cells/{cell.key}/")
+        result = kept_files.read(self.folder / "cells" / cell.key / "result.json")
+        if result is None and ended["state"] != "cancelled":
+            self._note_failure(cell, ended)
+        self._note_result(cell, result)
 
     def title(self, cells: Sequence[Cell], number: int) -> str:
         """`3 of 25  lora, seed 42; last full 95.2; about 12 min left`."""
@@ -183,68 +261,68 @@ class CellRunner:
     def _run(self, cell: Cell, here: Path, title: str) -> JsonObject | None:
         """Run a cell in a process. None: it failed, or the budget ended first."""
         self.files.require()
-        lease = self.files.lease
-        request = {
-            "kind": cell.candidate.kind,
-            "recipe": cell.recipe.to_toml(),
-            "local": str(self.store.root.absolute()),
-            "tenant": self.store.access.tenant,
-            "comparison": f"{self.folder.parent.name}/{self.folder.name}",
-            "lease": None if lease is None else lease.as_json(),
-        }
-        kept_files.write(here / "request.json", request)
         self.say(title)
-        argument, errors = str(here.absolute()), here / "stderr.txt"
-        tell = lambda line: self.say(f"{title}: {line}")
-        failed: JsonObject = {}
-        for shared in (True, False) if self._shares(cell) else (False,):
-            (here / "failed.json").unlink(missing_ok=True)
-            if shared:
-                problem = self._shared_process().run(argument, tell, self._late)
-            else:
-                self._make_room(cell, again=bool(failed))
-                problem = run_child(WORKER, argument, errors, tell, self.store.location, self._late)
-            result = kept_files.read(here / "result.json")
-            if result is not None or problem is None:
-                return result
-            failed = kept_files.read(here / "failed.json") or {"error": problem.text, "kind": ""}
-            if failed["kind"] and failed["kind"] not in SHORT_OF_MEMORY:  # otherwise the process has died
-                break
-        if failed["kind"] in EVERYWHERE:
-            raise TrainingError(f"{cell}: {failed['error']}")
-        self.failures[cell.candidate.spec] = f"seed {cell.seed}: {failed['error']}"
-        return None
+        id, waits = "", False
+        while not id:
+            try:
+                (id,) = self._queue.submit_cells(self._study, [self._new(cell, None)], here=True)
+            except InUse as error:  # a process of an earlier call that saves its checkpoint, or a worker
+                if self._late():
+                    return None
+                if not waits:
+                    self.say(f"{title}: {error}")
+                waits = True
+                time.sleep(POLL_SECONDS)
+        if self._worker is None:
+            self._worker = Worker(self.store, self.say, 1, OWN)
+        self._worker.run_one(id, lambda line: self.say(f"{title}: {line}"), self._late)
+        result = kept_files.read(here / "result.json")
+        ended = self._queue.states([id])[id]
+        if result is None and ended["state"] == "failed":
+            self._note_failure(cell, ended)
+        return result
+
+    def _new(self, cell: Cell, source: str | None) -> NewCell:
+        """A cell as a job. source: of its data, if it is not that of the recipe."""
+        spec = {
+            "kind": cell.candidate.kind,
+            "study": self._study,
+            "key": cell.key,
+            "comparison": f"{self.folder.parent.name}/{self.folder.name}",
+            "alone": not self._shares(cell),
+            "needs": self._needed(cell),
+            "source": source,
+        }
+        return NewCell(cell.key, cell.recipe.name, cell.recipe.to_toml(), spec)
+
+    @property
+    def _study(self) -> str:
+        return self.folder.relative_to(self.store.root).as_posix()
+
+    def _note_failure(self, cell: Cell, ended: JsonMapping) -> None:
+        """Raises TrainingError for an error that every cell would meet."""
+        if (ended["result"] or {}).get("kind") in EVERYWHERE:
+            raise TrainingError(f"{cell}: {ended['error']}")
+        why = ended["error"] or "its result is not in the store"
+        self.failures.setdefault(cell.candidate.spec, f"seed {cell.seed}: {why}")
 
     def _shares(self, cell: Cell) -> bool:
         """Whether a cell runs in the process that loads its base once for all such cells."""
         return cell.seed != self.timed and why_alone(cell.recipe) is None
 
-    def _shared_process(self) -> KeptChild:
-        if self._kept is not None and not self._kept.lives:
-            self._end_kept()
-        if self._kept is None:
-            self._kept = KeptChild(WORKER, self.folder / "stderr.txt", self.store.location)
-        return self._kept
-
-    def _make_room(self, cell: Cell, *, again: bool) -> None:
-        """End the shared process before a process of one cell, unless there is memory for both.
-
-        Args:
-            again: the cell failed in the shared process.
-        """
-        if self._kept is None:
-            return
+    def _needed(self, cell: Cell) -> int | None:
+        """The bytes that a process of its own needed for such a cell. None: unknown, or on a GPU."""
         done = self.results.values()
         alike = [each.memory for each in done if each.spec == cell.candidate.spec and each.memory and not each.resident]
-        needed = max((each["peak_bytes"] + each["measured"]["weights"] for each in alike), default=None)
         elsewhere = any(each.made and not str(each.made["device"]).startswith("cpu,") for each in done)
-        if again or needed is None or needed > process.free_memory() or elsewhere:
-            self._end_kept()
+        needed = [int(each["peak_bytes"] + each["measured"]["weights"]) for each in alike]
+        return None if elsewhere else max(needed, default=None)
 
-    def _end_kept(self) -> None:
-        if self._kept is not None:
-            self._kept.close()
-        self._kept = None
+
+def require_executor(on: str | None) -> None:
+    """Raise RecipeError unless `on` names who can run cells."""
+    if on not in (None, "workers"):
+        raise RecipeError(f"--on {on[:60]}: expected workers, which `turret worker` starts; leave it out to train here")
 
 
 def require_known(rows: Sequence[Candidate]) -> None:

@@ -26,12 +26,11 @@ from turret.workspace.progress import Say
 # Under the store's root, `comparisons/<name>-<digest of recipe and data>/`:
 #
 # - `lock`: held by the process that conducts the comparison
-# - `stderr.txt`: of the process that cells share; that of a cell's own process is in the cell's folder
-# - `cells/<key>/request.json`: what the process of that cell must do
 # - `cells/<key>/recipe.toml`, `plan.json`: written by that process before its first step
 # - `cells/<key>/result.json`: written atomically, after the version is stored and everything is measured
-# - `cells/<key>/failed.json`: why there is no result; the next call tries again
 # - `report.html`, `report.md`, `report.json`: of all results so far
+#
+# Why a cell has no result is in its job (`turret.store.jobs`); the next call tries again.
 #
 # A comparison of a composition with its parts is in `comparisons/<name>+<name>-<digest of versions and data>/`. Its
 # cells are the rows, and have a result only. Measurements of control have the same layout under `controls/`, and the

@@ -22,7 +22,7 @@ from turret import adapters, quantized
 from turret.adapters import packed
 from turret.compare.collapse import binned
 from turret.compare.evidence import Array
-from turret.data import Example, Input
+from turret.data import Dataset, Example, Input
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import LoRA
 from turret.recipe import Recipe
@@ -38,7 +38,6 @@ from turret.workspace.forgetting import on_neutral_texts
 from turret.workspace.machine import installed
 from turret.workspace.prepared import PreparedTraining, load_base
 from turret.workspace.progress import Say
-from turret.workspace.reading import read_dataset
 from turret.workspace.resident import OwnProcess
 from turret.workspace.training_runs import every_step
 
@@ -47,16 +46,22 @@ TIMED_LABELS, TIMED_TEXTS = 24, 6  # single answers that are timed: of a classif
 
 
 def version(
-    store: Store, recipe: Recipe, result: JsonMapping, plan: JsonMapping, say: Say, place: OwnProcess
+    store: Store,
+    recipe: Recipe,
+    dataset: Dataset,
+    result: JsonMapping,
+    plan: JsonMapping,
+    say: Say,
+    place: OwnProcess,
 ) -> JsonObject:
     """Measure a stored version.
 
     Args:
+        dataset: of the recipe.
         result: the run, as `turret train --json` prints it.
         plan: the plan of the run, as JSON.
         place: where its base may be in memory already.
     """
-    dataset = read_dataset(store, recipe)
     with answering.mounted(store, str(result["version"]), say, recipe.train.device or "auto", place) as ready:
         return {
             **{

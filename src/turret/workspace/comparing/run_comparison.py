@@ -24,9 +24,10 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
 from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import CellRunner, command, require_known
+from turret.workspace.comparing.cells import CellRunner, command, require_executor, require_known
 from turret.workspace.comparing.kept_files import held
 from turret.workspace.progress import Say
+from turret.workspace.queueing import with_absolute_base
 from turret.workspace.reading import read_dataset, with_base
 
 
@@ -78,19 +79,24 @@ def compare(
     request: ComparisonRequest,
     say: Say,
     on_plan: Callable[[PlannedDesign], None] | None = None,
+    on: str | None = None,
 ) -> Comparison:
     """Run the missing cells, judge all results, and write the report.
 
     Args:
         on_plan: called before the first training.
+        on: who runs the cells; see `CellRunner`.
     """
+    require_executor(on)
+    if on is not None:
+        recipe = with_absolute_base(recipe)
     ready = prepare(store, recipe, request, say)
     if on_plan is not None:
         on_plan(ready.planned)
     store.keep_rows(recipe.data.source)
     deadline = None if request.budget is None else time.monotonic() + request.budget
     with held(store, ready.folder, say) as files:
-        runner = CellRunner(store, ready.folder, say, deadline, files, timed=ready.design.seeds[0])
+        runner = CellRunner(store, ready.folder, say, deadline, files, timed=ready.design.seeds[0], on=on)
         runner.run(list(ready.design.cells()))
         results = list(runner.results.values())
         result = comparison(

@@ -1,0 +1,128 @@
+"""Cells that `turret worker`s take from the queue: killed workers, a killed driver, and one job at a time."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from workspace.test_comparing import recipe_in
+from workspace.test_other_machine import until
+
+from turret.errors import RecipeError
+from turret.recipe import Recipe
+from turret.store import leases
+from turret.workspace import Workspace
+
+# What differs between two comparisons that do the same; the numbers of versions tell which training ended first.
+MEASURED = {"versions", "made", "folder", "report", "command", "costs", "created", "wall_seconds"}
+
+
+@pytest.fixture
+def worker() -> Iterator[Any]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(where: str, *more: str) -> subprocess.Popen[str]:
+        command, pipe = [sys.executable, "-m", "turret", "worker", "--store", where, *more], subprocess.PIPE
+        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd="/"))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """A machine that is lost: the worker and all that it started."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        each.kill()
+
+
+def judged(value: Any) -> Any:
+    """What a comparison says, without times and memory."""
+    if isinstance(value, dict):
+        return {key: judged(each) for key, each in value.items() if key not in MEASURED and not key.endswith("seconds")}
+    return [judged(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+@pytest.mark.slow
+def test_a_comparison_on_workers_says_what_a_local_one_says_and_trains_each_cell_once(
+    tmp_path: Path, worker: Any
+) -> None:
+    """One of two workers is killed in a training, and so is the driver."""
+    recipe = recipe_in(tmp_path, **{"train.max_steps": "40", "train.epochs": "20", "train.checkpoint_every": "1"})
+    how = {"methods": "base,lora,head", "against": "lora", "seeds": 2}
+    local = Workspace(tmp_path / "local")
+    expected = local.compare(recipe, **how)
+    there = Workspace(tmp_path / "there")
+    command = [sys.executable, "-m", "turret", "compare", str(tmp_path / "recipe.toml"), "--on", "workers"]
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    command += ["--methods", how["methods"], "--against", "lora", "--seeds", "2", "--store", str(tmp_path / "there")]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    lost, other = (worker(str(tmp_path / "there"), "--slots", "1") for _ in range(2))
+    until(lambda: any(len(list(there.curve(each["id"]))) > 1 for each in there.runs() if lives(there, each, lost)), 400)
+    kill_all(lost)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    found = there.compare(recipe, **how, on="workers")
+    other.terminate()
+    other.communicate(timeout=100)
+    assert judged(found.as_json()) == judged(expected.as_json())
+    assert digests(Path(found.folder)) == digests(Path(expected.folder))
+    assert len(there.list()) == 4
+    runs = there.runs()
+    assert [each["state"] for each in runs] == ["finished"] * 4
+    assert any(each["result"]["resumed_from"] for each in runs), "the killed worker's cell went on"
+
+
+def digests(folder: Path) -> dict[str, str | None]:
+    """Cell -> the digest of its version."""
+    results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("cells/*/result.json")}
+    return {key: each["digest"] if each["version"] else None for key, each in results.items()}
+
+
+def lives(workspace: Workspace, run: Any, process: subprocess.Popen[str]) -> bool:
+    """Whether a process, or one that it started, has a run."""
+    ours = {process.pid, *(each.pid for each in psutil.Process(process.pid).children(recursive=True))}
+    with workspace.store.database().reading() as connection:
+        rows = connection.execute(leases.leases.select().where(leases.leases.c.name == f"jobs/{run['id']}")).all()
+    return any(int(row.process.split("/")[2]) in ours for row in rows)
+
+
+@pytest.mark.slow
+def test_a_worker_does_one_job_and_ends_with_its_state(tmp_path: Path, worker: Any) -> None:
+    recipe, workspace = recipe_in(tmp_path), Workspace(tmp_path / "store")
+    where = str(tmp_path / "store")
+    good, other = (
+        workspace.queue.submit(recipe)["id"],
+        workspace.queue.submit(recipe.with_overrides({"seed": "2"}))["id"],
+    )
+    bad = workspace.queue.submit(recipe.with_overrides({"data.text": "nothing"}))["id"]
+
+    def ended(*words: str) -> tuple[int, str]:
+        process = worker(where, *words)
+        _, err = process.communicate(timeout=300)
+        return process.returncode, err
+
+    for _ in range(2):  # idempotent
+        assert ended("--job", other, "--exit")[0] == 0
+    assert [workspace.run(each)["state"] for each in (good, other, bad)] == ["waiting", "finished", "waiting"]
+    assert ended("--job", bad, "--exit")[0] == 1
+    assert ended("--exit")[0] == 0
+    assert [workspace.run(each)["state"] for each in (good, bad)] == ["finished", "failed"]
+    assert len(workspace.list()) == 2
+    status, err = ended("--job", "nothing", "--exit")
+    assert (status, err.strip().splitlines()[-1][:25]) == (1, "turret: no job 'nothing':")
+    assert ended("--exit")[0] == 0, "nothing is due"
+
+
+def test_who_can_run_cells_is_checked_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--on somewhere: expected workers"):
+        Workspace(tmp_path / "store").compare(Recipe(name="a", base="b", data="c.csv"), on="somewhere")
