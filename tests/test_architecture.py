@@ -296,7 +296,7 @@ def test_nothing_outside_families_asks_which_family_it_is() -> None:
 )
 def test_the_test_of_family_names_sees_one(text: str) -> None:
     assert asks_which_family(text, words_of_families()) == [1]
-    assert asks_which_family("if base.family.generates: pass", words_of_families()) == []
+    assert asks_which_family("if base.family.causal: pass", words_of_families()) == []
 
 
 # --- the axis of methods ---------------------------------------------------------------------------------------------

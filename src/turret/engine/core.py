@@ -69,6 +69,7 @@ from turret.errors import (
 from turret.json_types import JsonObject
 from turret.ops.copies import use_device
 from turret.ops.table import rest
+from turret.tasks import has_head
 
 # --- step -------------------------------------------------------------------------------------------------------------
 # One forward pass after another: requests become rows, and outputs become tokens and answers.
@@ -144,7 +145,7 @@ class Passes:
         for sequence in sequences:
             self._drop(sequence)
         for request in begin:
-            if request.generates and request not in dropped:
+            if request.rows and request not in dropped:
                 self._freed(request)
         for request in {**dict.fromkeys(begin), **dict.fromkeys(sequence.request for sequence in sequences)}:
             self._end(request, Failed(reason), 0)
@@ -165,7 +166,7 @@ class Passes:
         )
         if not begin:
             self._drop(running[-1])
-        elif last.generates:
+        elif last.rows:
             self._freed(last)
         self._end(last, Failed(reason), 0)
         if self.generating:
@@ -174,7 +175,7 @@ class Passes:
     def _computed(
         self, begin: Sequence[Request], running: Sequence[RunningSequence], started: list[RunningSequence]
     ) -> Outcome:
-        self._runner.reserve([self._row(request) for request in begin if request.generates])
+        self._runner.reserve([self._row(request) for request in begin if request.rows])
         prefill = [row for request in begin for row in self._prefill(request, started)]
         return self._runner.run(prefill, [step for sequence in running for step in sequence.steps()])
 
@@ -187,7 +188,7 @@ class Passes:
     ) -> None:
         for request, pooled in zip([each for each in begin if each.embeds], outcome.embeddings, strict=True):
             self._embedded(request, pooled)
-        classify = [request for request in begin if not (request.generates or request.embeds)]
+        classify = [request for request in begin if not (request.rows or request.embeds)]
         classes = iter(outcome.classes)
         for request in classify:
             rows = [next(classes) for _ in request.windows] or [next(classes)[None]]
@@ -202,7 +203,7 @@ class Passes:
             return [Prefill(request.ids, _slot(request), pooling=self._embedding(request).pooling)]
         if request.windows:
             return [Prefill(ids, _slot(request), read=read) for ids, read in request.windows]
-        if not request.generates:
+        if not request.rows:
             return [Prefill(request.ids, _slot(request), segments=request.segments)]
         kv_slot, slot = self._runner.kv_slot(*self._row(request)), _slot(request)
         before = self._prompts.before(request)
@@ -224,7 +225,7 @@ class Passes:
                 raise self._not_finite(request)
             loaded = self._runner.adapter_pool.at(_slot(request))
             assert loaded is not None
-            assert loaded.task.generates is False
+            assert has_head(loaded.task)
             if request.options.logits:
                 answer: JsonObject = {"logits": logits.tolist()}
             else:

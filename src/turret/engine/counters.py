@@ -49,10 +49,10 @@ class Counters:
         read = sum(request.tokens for request in begin)
         self.passes += 1
         self.prompt_tokens += read
-        self.tokens += steps + sum(request.generates for request in begin)
+        self.tokens += steps + sum(request.rows > 0 for request in begin)
         for request in begin:
             self.queue.observe(max(0.0, now - seconds - request.arrived))
-            if request.generates:
+            if request.rows:
                 self.first_token.observe(max(0.0, now - request.arrived))
         if steps:  # their token before this one came at the end of the last pass
             self.between_tokens.observe(max(0.0, now - self._last), steps)

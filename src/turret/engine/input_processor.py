@@ -35,7 +35,7 @@ class Prompts:
         self._vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
         self.constraints = Constraints(base.tokenizer, self._vocabulary, self._settings.eos)
         self._lock = threading.Lock()
-        self.can_generate = base.model.get_output_embeddings() is not None and base.family.generates
+        self.can_generate = base.model.get_output_embeddings() is not None and base.family.causal
         self.is_encoder_decoder = base.family.is_encoder_decoder
         self._last_position = base.family.position_limit(base.model.config)
 
@@ -154,7 +154,7 @@ class Prompts:
         self._check_length(length, most)
         request.tokens = sum(len(ids) for ids, _ in request.windows) or length
         self._check_length(request.tokens, self._limits.max_tokens)
-        if not request.generates:
+        if not request.rows:
             return
         task = None if loaded is None else loaded.task
         assert task is None or writes(task)
@@ -234,7 +234,7 @@ class Prompts:
         """Keep the last tokens of a prompt, as many as the request allows. An adapter has cut a text itself."""
         wanted, ids = request.options.truncate_prompt_tokens, request.ids
         assert ids is not None
-        if wanted is None or not request.generates:
+        if wanted is None or not request.rows:
             return
         answer = MAX_TOKENS if request.options.max_tokens is None else request.options.max_tokens
         keep = most if self.is_encoder_decoder else max(1, most - max(1, answer))
@@ -249,7 +249,7 @@ class Prompts:
         request.ids, request.ticket.cut = ids[len(ids) - keep :], True
 
     def _check_kind(self, request: Request, loaded: AdapterTensors | None) -> None:
-        if request.generates and not self.can_generate:
+        if request.rows and not self.can_generate:
             who = f"base {self._base.id} was loaded as" if request.named is None else f"{request.named} is"
             raise AdapterError(
                 f"{who} a classifier and cannot generate: ask it to classify (POST /v1/classify), or ask a base that "
@@ -274,7 +274,7 @@ class Prompts:
         end = self._last_position
         if family.positions != "table" or end is None:
             return most
-        return min(most, end - shift if family.generates else end)
+        return min(most, end - shift if family.causal else end)
 
     def _check_length(self, length: int, most: int) -> None:
         if length > most:

@@ -384,7 +384,7 @@ class Request:
     ids: Sequence[int] | None = None  # the prompt
     segments: Sequence[int] | None = None  # of its tokens; None: all are in the first
     windows: Sequence[Window] = ()  # the rows of a text whose tokens are read; `ids` is the first
-    rows: int = 1  # beams
+    rows: int = 0  # of the KV cache, which it holds until its end: its beams; 0 if one pass answers it
     cache_tokens: int = 0  # of the KV cache, all rows together
     cancelled: bool = False
     joined: int = 0  # passes before it was scheduled
@@ -396,10 +396,9 @@ class Request:
     error: TurretError | None = None  # why it cannot be answered
     tenant: str = ""  # who asks: the scheduler takes turns between tenants
 
-    @property
-    def generates(self) -> bool:
-        """Whether it is answered token by token, and holds rows and the KV cache until its end."""
-        return self.kind == "generate"
+    def __post_init__(self) -> None:
+        if self.kind == "generate":
+            self.rows = max(1, self.rows)
 
     @property
     def embeds(self) -> bool:

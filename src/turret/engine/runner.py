@@ -282,7 +282,7 @@ class Runner:
 
     def _start(self, slot: int) -> int:
         """The position of a row's first token: after its prefix in a causal model, 0 in an encoder."""
-        return self.adapter_pool.prefix_length(slot) if self.base.family.generates else 0
+        return self.adapter_pool.prefix_length(slot) if self.base.family.causal else 0
 
     def _at(self, step: DecodeStep) -> int:
         """The position of a row's next token."""
@@ -382,7 +382,7 @@ def pass_tokens(base: Base) -> int:
     config = base.model.config
     if base.model.device.type == "cuda":
         return GPU_PASS
-    small = not base.family.generates and config.num_hidden_layers * config.hidden_size <= SMALL
+    small = not base.family.causal and config.num_hidden_layers * config.hidden_size <= SMALL
     return LONG_PASS if small else SHORT_PASS
 
 

@@ -118,7 +118,7 @@ class Scheduler:
             request = line.head(full)
             if request is None:
                 del lines[tenant]
-            elif request.generates and (closed or not self._holds(request)):
+            elif request.rows and (closed or not self._holds(request)):
                 closed = closed or line.impatient
                 line.stop()
             elif chosen and request.tokens > room:
@@ -162,7 +162,7 @@ class Scheduler:
         assert taken is request
         self._left(request)
         self._turns.charge(request.tenant, request.tokens)
-        if request.generates:
+        if request.rows:
             self._rows.take(request.tenant, request.rows)
             self._cache.take(request.tenant, request.cache_tokens)
         else:

@@ -215,9 +215,19 @@ class Family:
     guessed: bool = False
 
     @functools.cached_property
-    def generates(self) -> bool:
-        """Whether it has causal attention and can generate text. A prefix shifts the positions of causal tokens."""
+    def causal(self) -> bool:
+        """Whether its last stack attends to earlier tokens only. A prefix shifts the positions of such tokens."""
         return self.kind != "encoder"
+
+    @functools.cached_property
+    def head_kinds(self) -> tuple[HeadKind, ...]:
+        """The heads that its models have, the one that serves most first: a base that generates also classifies."""
+        there: dict[HeadKind, bool] = {
+            "generate": self.causal,
+            "classify": bool(self.head_modules),
+            "tag": bool(self.tag_modules),
+        }
+        return tuple(kind for kind, has in there.items() if has)
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import get_args
 
 from turret.families import Family
+from turret.families.family import HeadKind
 from turret.methods import Method
 from turret.methods.method import Operation
 
@@ -23,10 +24,10 @@ def refusals(method: Method, family: Family) -> dict[Operation, dict[str, str]]:
     return found
 
 
-def kinds(family: Family) -> dict[str, bool]:
+def kinds(family: Family) -> dict[HeadKind, bool]:
     """What bases of a family are asked to do, and whether it generates text."""
-    classifies = {"classify": False} if family.head_modules else {}
-    return classifies | ({"generate": True} if family.generates else {})
+    writes: dict[HeadKind, bool] = {"classify": False, "generate": True}
+    return {kind: text for kind, text in writes.items() if kind in family.head_kinds}
 
 
 def fast_paths(family: Family) -> list[str]:

@@ -60,14 +60,10 @@ def describe_base(base: str) -> JsonObject:
         UnknownFamily: the architecture is neither listed nor one that the plain hooks serve.
     """
     from turret import adapters, bases, quantized
-    from turret.families import FAMILIES, generic
     from turret.methods import SHOWN
     from turret.workspace import abilities
 
-    model_type = str(bases.resolve(base).config.get("model_type"))
-    known = FAMILIES.get(model_type)
-    writes = generic.kind_of(model_type) == "decoder" if known is None else known.generates
-    loaded = bases.load(base, task="generate" if writes else "classify")
+    loaded = bases.load(base)
     family = loaded.family
     refused = {
         name: {operation: sorted(set(why.values())) for operation, why in found.items() if why}

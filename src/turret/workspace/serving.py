@@ -18,7 +18,6 @@ from turret.engine.core import Engine
 from turret.engine.request import Limits, Named
 from turret.errors import AdapterError, DeviceError, NotFound
 from turret.families import FAMILIES
-from turret.families.family import HeadKind
 from turret.reference import Reference, parts_of
 from turret.store import Store
 from turret.workspace.progress import Say, silent
@@ -140,10 +139,7 @@ def engine(
     if device == "mps":
         raise DeviceError("an engine does not run on mps: expected cpu or cuda; mps trains and predicts only")
     say(f"loading {base}")
-    family = FAMILIES.get(str(bases.resolve(base).config.get("model_type")))
-    generates = family is not None and family.generates  # `load` raises for an unknown family
-    task: HeadKind = "generate" if generates else "classify"
-    loaded = bases.load(base, task=task, dtype=dtype, quantization=quantization, device=device)
+    loaded = bases.load(base, dtype=dtype, quantization=quantization, device=device)
     for text in loaded.notes:
         say(text)
     return Engine(loaded, StoreSource(store, quantization=quantization), limits)

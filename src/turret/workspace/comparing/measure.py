@@ -83,7 +83,7 @@ def version(
 def base(ready: PreparedTraining, say: Say) -> JsonObject:
     """Measure the base alone. A base that generates classifies by the words of the labels, an encoder by an untrained
     head."""
-    if has_head(ready.task) and ready.base.family.generates:
+    if has_head(ready.task) and ready.base.family.causal:
         return words(ready, say)
     task, loaded = ready.task, ready.base
     adapter = None
