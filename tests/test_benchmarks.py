@@ -6,10 +6,11 @@ import argparse
 import math
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import small_models
 import torch
 from scripts import load
 
@@ -76,17 +77,57 @@ def test_without_a_gpu_the_benchmark_of_gpus_is_one_line_and_status_1(gpu, capsy
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_gpus_runs_through_on_the_cpu(gpu, tmp_path, capfd) -> None:
-    base = str(small_models.save_base("llama", tmp_path / "llama"))
-    sizes = ["--steps", "4", "--batch", "2", "--source", "12", "--target", "4", "--prompts", "3", "--new", "6"]
-    assert gpu.main(["--device", "cpu", "--base", base, "--sides", "turret,hf,vllm", *sizes, "--forget"]) == 0
+def test_the_benchmark_of_gpus_runs_through_on_the_cpu_with_the_same_loss_on_every_side(gpu, capfd) -> None:
+    sizes = [
+        "--steps",
+        "4",
+        "--rows",
+        "2",
+        "--length",
+        "32",
+        "--tokens",
+        "64",
+        "--decode",
+        "3",
+        "--prompt",
+        "8",
+        "--new",
+        "12",
+        "--forget",
+    ]
+    assert gpu.main(["--device", "cpu", "--base", "tiny", "--sides", "turret,hf,vllm", *sizes]) == 0
     said = capfd.readouterr()
-    assert [line.partition(":")[0] for line in said.out.splitlines() if line] == ["turret", "hf"], said.err
-    for line in said.out.splitlines()[:2]:
-        rates = [float(each.replace(",", "")) for each in re.findall(r"([\d,]+) tokens/s", line)]
-        assert len(rates) == 2
-        assert min(rates) > 1
-    assert "vllm: left out, " in said.err
+    lines = [line for line in said.out.splitlines() if line]
+    names = ["turret, trains", "hf, trains", "turret, decodes 3 rows", "hf, decodes 3 rows"]
+    assert [line.partition(":")[0] for line in lines] == names, said.err
+    for line in lines:
+        (rate,) = re.findall(r"([\d,]+) tokens/s", line)
+        assert float(rate.replace(",", "")) > 1
+    losses = [re.findall(r"first loss ([\d.]+)$", line) for line in lines[:2]]
+    assert float(losses[0][0]) == pytest.approx(float(losses[1][0]), rel=gpu.SAME)
+    assert "vllm, decodes 3 rows: left out, it needs a GPU" in said.err
+
+
+def test_a_side_of_the_benchmark_of_gpus_has_its_own_interpreter_and_imports_no_turret(gpu, tmp_path) -> None:
+    asked = gpu._options(["--python", f"vllm={sys.executable}", "--python", f"hf={sys.executable}"])
+    assert asked.python == {"vllm": sys.executable, "hf": sys.executable}
+    for wrong in ("vllm=/no/python", "someone=/bin/sh", "vllm"):
+        with pytest.raises(SystemExit):
+            gpu._options(["--python", wrong])
+    code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu_side; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"turret", "torch", "transformers", "numpy"} & set(loaded), "only Python's own library at the top"
+    source = (BENCHMARKS / "gpu_side.py").read_text()
+    rivals = source.partition("# --- others ---")[2]
+    assert rivals
+    assert "import turret" not in rivals
+    assert "from turret" not in rivals
+    assert source.count("lora_dropout=0.0") + source.count('"lora_dropout": 0.0') == 3, "no side drops anything"
+
+
+def test_a_side_whose_first_loss_is_another_is_noticed(gpu) -> None:
+    losses = {"turret": 6.21, "hf": 6.20, "unsloth": 6.5}
+    assert [gpu.agrees(losses, side) for side in losses] == [True, True, False]
 
 
 # --- the study of defaults -------------------------------------------------------------------------------------------

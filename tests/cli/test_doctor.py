@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
+import pytest
 from store.bundles import write_bundle
 
 from turret.cli.main import run
 from turret.store import Store
-from turret.workspace.machine import python_problems
+from turret.workspace.machine import GpuFacts, driver_version, python_problems
 
 
 def test_doctor_fits_one_screen(tmp_path, capsys) -> None:
@@ -60,3 +62,40 @@ def test_doctor_says_what_is_wrong_with_a_store_that_does_not_open(tmp_path, cap
     (tmp_path / "turret.db").write_bytes(b"something else" * 999)
     assert run(["doctor", "--store", str(tmp_path)]) == 0
     assert "is damaged" in capsys.readouterr().out
+
+
+GOOD_GPU = GpuFacts("Linux", "13.0", "580.65.06", (8, 9))
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (GOOD_GPU, []),
+        (GpuFacts("Linux"), []),
+        (GpuFacts("Linux", compiler=False, headers=False), []),
+        (
+            replace(GOOD_GPU, driver="570.86.15", capability=None),
+            ["570.86.15, and torch for CUDA 13.0 needs 580 or newer"],
+        ),
+        (replace(GOOD_GPU, cuda="12.8", driver="550.54.14"), []),
+        (replace(GOOD_GPU, capability=(7, 0)), ["such as Volta's): install a build of torch for CUDA 12"]),
+        (replace(GOOD_GPU, cuda="12.8", capability=(7, 0)), []),
+        (replace(GOOD_GPU, compiler=False, headers=False), ["install gcc, or name one in CC", "install python3-dev"]),
+        (GpuFacts("Windows", driver="unknown"), ["use WSL 2"]),
+    ],
+)
+def test_doctor_says_what_a_gpu_lacks_and_what_to_do(facts: GpuFacts, said: list[str]) -> None:
+    found = facts.problems()
+    assert len(found) == len(said)
+    for line, part in zip(found, said, strict=True):
+        assert part in line
+        assert len(line) < 300
+
+
+def test_doctor_reads_the_driver_in_the_file_that_the_driver_writes() -> None:
+    text = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (dvs-builder)\n"
+        "GCC version:  gcc version 13.3.0 (Ubuntu 13.3.0-6ubuntu2~24.04)\n"
+    )
+    assert driver_version(text) == "580.65.06"
+    assert driver_version("nothing") is None

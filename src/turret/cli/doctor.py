@@ -41,6 +41,8 @@ def _lines(facts: JsonMapping) -> Iterator[tuple[str, str]]:
     yield "processor", _processor(facts["processor"])
     if "device" in facts["processor"]:
         yield "device", f"{facts['processor']['device']}  [dim]{safe(facts['processor']['device_reason'])}[/]"
+    for problem in facts["processor"].get("gpu_problems", ()):
+        yield "", f"[yellow]{safe(problem)}[/]"
     for name, text in facts["processor"].get("features", {}).items():
         yield f"fast {name}", _feature(text)
     if "float32_products" in facts["processor"]:

@@ -70,8 +70,8 @@ def fit(
 
     Args:
         recipe: with its defaults filled in, see `filled`.
-        folder: where the checkpoint is kept. A checkpoint in it is resumed, and the rest of the run is bit-equal to an
-            uninterrupted one. None: nothing is written.
+        folder: of the checkpoint. A checkpoint in it is resumed. On a CPU the rest of the run is bit-equal to
+            one that was not interrupted, on a GPU near it. None: nothing is written.
         predicted: the plan's memory prediction, for the error text when memory runs out.
         start: the version that `train.init_from` names, whose tensors the adapter starts with.
         clock: seconds.

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
+import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,7 +116,78 @@ def _processor() -> JsonObject:
         "gpu": name,
         "kernels": why_cpu_kernels(),
         "features": _features(chosen.device),
+        "gpu_problems": gpu_facts().problems(),
     }
+
+
+DRIVERS = {"13": 580, "12": 525}  # CUDA of torch -> the oldest driver of NVIDIA that runs it
+OLDEST = {"13": (7, 5), "12": (5, 0)}  # the oldest compute capability that it has programs for: Turing; Maxwell
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """What decides whether torch and Triton can use a GPU of this machine.
+
+    Args:
+        cuda: the version of CUDA that torch is built for.
+        driver: the version of NVIDIA's driver.
+        capability: compute capability of the GPU that torch sees.
+        compiler: whether there is a C compiler.
+        headers: whether Python's headers are there.
+    """
+
+    system: str
+    cuda: str | None = None
+    driver: str | None = None
+    capability: tuple[int, int] | None = None
+    compiler: bool = True
+    headers: bool = True
+
+    def problems(self) -> list[str]:
+        """Lines that say what is missing and what to do; none without a GPU."""
+        if self.driver is None and self.capability is None:
+            return []
+        if self.system == "Windows" and self.cuda is None:
+            return ["torch is built without CUDA; requirements/ has no build with it for Windows: use WSL 2"]
+        found, major = [], (self.cuda or "").partition(".")[0]
+        oldest = DRIVERS.get(major, 0)
+        if self.driver is not None and self.driver[0].isdigit() and int(self.driver.partition(".")[0]) < oldest:
+            needs = f"torch for CUDA {self.cuda} needs {oldest} or newer"
+            found.append(f"NVIDIA's driver is {self.driver}, and {needs}: update it")
+        if self.capability is not None and major in OLDEST and self.capability < OLDEST[major]:
+            found.append(
+                f"torch for CUDA {self.cuda} has no programs for this GPU (compute capability "
+                f"{'.'.join(map(str, self.capability))}, such as Volta's): install a build of torch for CUDA 12"
+            )
+        if not self.compiler:
+            found.append("Triton needs a C compiler: install gcc, or name one in CC")
+        if not self.headers:
+            found.append("Triton needs Python.h: install python3-dev")
+        return found
+
+
+def gpu_facts() -> GpuFacts:
+    """The facts of this machine."""
+    import torch
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    smi = "unknown" if shutil.which("nvidia-smi") else None
+    driver = driver_version(DRIVER_FILE.read_text()) if DRIVER_FILE.exists() else smi
+    return GpuFacts(
+        platform.system(),
+        torch.version.cuda,
+        driver if driver is None or driver[0].isdigit() or platform.system() == "Windows" else None,
+        None if torch.version.hip is not None else capability,
+        any(shutil.which(each) for each in (os.environ.get("CC") or "cc", "gcc", "clang")),
+        (Path(sysconfig.get_path("include")) / "Python.h").exists(),
+    )
+
+
+def driver_version(text: str) -> str | None:
+    """The version in the file that NVIDIA's driver writes, such as `580.65.06`."""
+    found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", text)
+    return found[1] if found else None
 
 
 def _features(device: torch.device) -> JsonObject:
