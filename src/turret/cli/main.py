@@ -32,6 +32,7 @@ from turret.cli import (
     merge,
     queue,
     serve,
+    sweep,
     tokens,
     train,
     versions,
@@ -50,6 +51,7 @@ GROUPS = {  # of `turret --help`: every command once, as an example
         "plan reviews.csv",
         "train reviews.csv",
         "compare reviews.csv --seeds 5",
+        "sweep reviews.csv --set train.lr=1e-4..1e-2 --trials 40",
         "control films.csv --aspects short,long",
         "runs list",
         "worker",
@@ -110,6 +112,7 @@ app.command()(init.init)
 app.command()(train.train)
 app.command()(train.plan)
 app.command()(compare.compare)
+app.command()(sweep.sweep)
 app.command()(control.control)
 app.command()(answers.evaluate)
 app.command()(answers.predict)

@@ -6,7 +6,7 @@ Modules that load torch or numpy are imported inside the methods that need them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from turret.workspace.answering import PredictOptions
     from turret.workspace.reading import Source, Texts
     from turret.workspace.replaying import Replayed
+    from turret.workspace.sweeping import Sweep
 
 
 SHOWN = 20  # versions that a workspace shows in a notebook
@@ -258,6 +259,34 @@ class Workspace:
 
         request = comparing.ComparisonRequest(methods, seeds, budget, tuple(fractions), margin, against, lr, texts)
         return comparing.compare(self.store, recipe, request, on_stage or silent, on_plan, on)
+
+    def sweep(
+        self,
+        recipe: Recipe,
+        settings: Mapping[str, str],
+        *,
+        trials: int | None = None,
+        at_once: int = 4,
+        budget: float | None = None,
+        on: str | None = None,
+        on_stage: Say | None = None,
+    ) -> Sweep:
+        """Search settings of a recipe by trainings that the validation split judges. The test split is never used.
+
+        A later call with the same arguments continues. Train `.best`, the recipe of the best trial, to get a version.
+
+        Args:
+            settings: by key, such as {"train.lr": "1e-4..1e-2", "method.r": "4,8,16"}.
+            trials: at most; default: all combinations of lists, or 20 with a range.
+            at_once: trials that wait or run at a time, if workers train.
+            budget: seconds for this call; a later call continues.
+            on: who trains, as for `compare`.
+        """
+        from turret.workspace import sweeping
+
+        fixed, searched = sweeping.parse_settings(settings)
+        request = sweeping.SweepRequest(searched, trials, at_once, budget, on)
+        return sweeping.sweep(self.store, recipe.with_overrides(fixed), request, on_stage or silent)
 
     def plan_comparison(
         self,

@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -41,7 +41,7 @@ from turret.workspace.child_process import (
     stop_with_parent,
 )
 from turret.workspace.comparing import kept_files, measure
-from turret.workspace.comparing.kept_files import KeptFiles
+from turret.workspace.comparing.kept_files import TRIAL, KeptFiles
 from turret.workspace.progress import Say
 from turret.workspace.queueing import bring_data, require_base
 from turret.workspace.reading import read_dataset
@@ -202,7 +202,11 @@ def _result_of(
     source = spec["source"] or recipe.data.source
     data = trial.read(recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})}))
     place, stage, tenant = trial.place, trial.callbacks.stage, store.access.tenant
-    if spec["kind"] in UNTRAINED:
+    if spec["kind"] == TRIAL:  # chosen on the validation split, so nothing of the test split is measured
+        data = replace(data, test=())
+        run = _finished(folder, store, recipe, data) or _trained(store, spec, folder, recipe, data, files, trial)
+        result = {key: run[key] for key in ("version", "digest", "run", "metrics")}
+    elif spec["kind"] in UNTRAINED:
         ready = training.prepare(store, recipe, training.Callbacks(stage=stage), data, place=place)
         result = place.run(lambda: measure.baseline(spec["kind"], ready, stage), tenant)
     else:
@@ -233,7 +237,15 @@ def _trained(
         files.write_text(folder / "recipe.toml", planned.recipe.without_trackers().to_toml())
         files.write(folder / "plan.json", planned.plan.to_json())
 
-    callbacks = training.Callbacks(trial.callbacks.record, on_plan, trial.callbacks.stage)
+    def on_record(record: StepRecord) -> None:
+        trial.callbacks.record(record)
+        if spec["kind"] == TRIAL and record.metrics is not None:
+            known = (kept_files.read(folder / "evaluations.json") or {"evaluations": []})["evaluations"]
+            value = record.metrics.get(spec["metric"], -record.metrics["loss"])
+            new = [*(each for each in known if each[0] < record.step), [record.step, value]]
+            files.write(folder / "evaluations.json", {"evaluations": new})
+
+    callbacks = training.Callbacks(on_record, on_plan, trial.callbacks.stage)
     comparison, place = str(spec["comparison"]), trial.place
     result = training.train(
         store, recipe, callbacks, data, fresh=False, comparison=comparison, place=place, asked=trial.asked

@@ -40,6 +40,7 @@ from turret.workspace.progress import Say
 
 
 FORMAT = 1
+TRIAL = "trial"  # the kind of a cell of a sweep
 
 
 def folder_of(root: Path, recipe: Recipe, data_digest: str, kind: str = "comparisons") -> Path:

@@ -1,0 +1,520 @@
+"""Search settings of a recipe by several trainings: `turret sweep`. Loads no torch.
+
+Each trial is a job of kind `cell` (`turret.store.jobs`) that trains without the test split and is judged by the
+validation split. Settings that are lists are tried in all combinations, if there are as many trials; otherwise Optuna
+proposes them (TPE), and ends trials whose curve is worse than the median of the others at that step.
+
+A folder per sweep under the store's root, `sweeps/<name>-<digest of recipe, settings and data>/`:
+
+- `cells/<key>/trial.json`: the settings of a trial, and how it ended, as the process of the sweep wrote it
+- `cells/<key>/evaluations.json`: (step, value) of each evaluation on the validation split, as the training goes on
+- `cells/<key>/result.json`: the version and its metrics
+- `best.toml`: the recipe of the best trial
+
+Optuna's study is in memory only: a sweep that was killed makes it again from these files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from turret.errors import QueueFull, RecipeError, TrainingError
+from turret.json_types import JsonMapping, JsonObject
+from turret.recipe import Recipe
+from turret.store import JobQueue, Store
+from turret.store.jobs import NewCell
+from turret.tasks import task_of
+from turret.workspace.child_process import why_alone
+from turret.workspace.comparing import kept_files
+from turret.workspace.comparing.cells import OWN, POLL_SECONDS, require_executor
+from turret.workspace.comparing.kept_files import TRIAL, KeptFiles, held
+from turret.workspace.progress import Say
+from turret.workspace.queue_worker import Worker
+from turret.workspace.queueing import Place, placed_data, with_absolute_base
+from turret.workspace.reading import read_dataset, with_base
+
+if TYPE_CHECKING:
+    import optuna
+
+TRIALS = 20  # unless --trials says otherwise, or all settings are lists
+MOST_TRIALS = 1000
+AT_ONCE = 4  # trials that wait or run at a time on workers
+WIDE = 10.0  # a range whose ends are so many times apart is searched on a logarithmic scale
+State = Literal["finished", "pruned", "failed"]
+Setting = str | float | int
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A setting that takes one of some values, as `--set` reads them."""
+
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A setting that takes a number of a range."""
+
+    low: float
+    high: float
+    whole: bool  # numbers without a fraction alone
+
+    @property
+    def log(self) -> bool:
+        return self.low > 0 and self.high / self.low >= WIDE
+
+
+def parse_settings(sets: Mapping[str, str]) -> tuple[dict[str, str], dict[str, Choices | Range]]:
+    """The settings that are fixed, and those that are searched: `1e-4..1e-2` or `4,8,16`. Raises RecipeError."""
+    fixed, searched = dict[str, str](), dict[str, Choices | Range]()
+    for key, value in sets.items():
+        low, dots, high = value.partition("..")
+        if dots:
+            searched[key] = _range(key, low, high)
+        elif "," in value:
+            values = tuple(dict.fromkeys(each.strip() for each in value.split(",") if each.strip()))
+            if len(values) < 2:
+                raise RecipeError(f"--set {key}={value[:60]}: expected at least two values with commas between them")
+            searched[key] = Choices(values)
+        else:
+            fixed[key] = value
+    if not searched:
+        raise RecipeError("nothing to search: give --set train.lr=1e-4..1e-2 or --set method.r=4,8,16")
+    return fixed, searched
+
+
+def _range(key: str, low: str, high: str) -> Range:
+    try:
+        ends = float(low), float(high)
+        if not (math.isfinite(ends[0]) and ends[0] < ends[1] < math.inf):
+            raise ValueError
+    except ValueError:
+        raise RecipeError(f"--set {key}={low[:30]}..{high[:30]}: expected two numbers, the lower one first") from None
+    return Range(*ends, whole=low.strip().lstrip("-").isdigit() and high.strip().lstrip("-").isdigit())
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """The options of a sweep."""
+
+    settings: Mapping[str, Choices | Range]
+    trials: int | None = None
+    at_once: int = AT_ONCE
+    budget: float | None = None  # seconds; None: until all trials have run
+    on: str | None = None  # who trains; see `CellRunner`
+
+    @property
+    def combinations(self) -> int | None:
+        """How many there are; None with a range."""
+        lists = [each.values for each in self.settings.values() if isinstance(each, Choices)]
+        return math.prod(map(len, lists)) if len(lists) == len(self.settings) else None
+
+    @property
+    def count(self) -> int:
+        """The number of trials."""
+        most = self.combinations
+        return min(self.trials or most or TRIALS, most or MOST_TRIALS)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trial:
+    """One training of a sweep."""
+
+    number: int
+    settings: dict[str, Setting]
+    key: str
+    recipe: Recipe
+    state: State | None = None  # None: it waits or runs
+    value: float | None = None  # the metric on the validation split
+    version: str | None = None
+    error: str | None = None
+    evaluations: list[tuple[int, float]] = field(default_factory=list)  # step and value
+
+    def as_json(self) -> JsonObject:
+        """The trial as JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("recipe", "key")}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep found.
+
+    Args:
+        metric: on the validation split; higher is better.
+        best: the recipe of the best trial.
+        file: where the recipe is.
+        missing: trials that have not run.
+    """
+
+    name: str
+    metric: str
+    trials: tuple[Trial, ...]
+    best: Recipe
+    file: str
+    folder: str
+    missing: int
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """The finished trials, the best one first."""
+        done = [each for each in self.trials if each.state == "finished" and each.value is not None]
+        return sorted(done, key=lambda each: (-(each.value or 0.0), each.number))
+
+    def as_json(self) -> JsonObject:
+        """The sweep as JSON."""
+        return {
+            "name": self.name,
+            "metric": self.metric,
+            "trials": [each.as_json() for each in self.trials],
+            "best": self.ranked[0].as_json(),
+            "recipe": self.file,
+            "folder": self.folder,
+            "missing": self.missing,
+        }
+
+
+# --- who proposes -----------------------------------------------------------------------------------------------------
+
+
+class Listed:
+    """Proposes all combinations, in order. Ends no trial."""
+
+    def __init__(self, settings: Mapping[str, Choices | Range]) -> None:
+        values = [each.values for each in settings.values() if isinstance(each, Choices)]
+        self._left = [dict(zip(settings, each, strict=True)) for each in itertools.product(*values)]
+
+    def propose(self) -> dict[str, Setting]:
+        """The settings of a new trial."""
+        return dict(self._left.pop(0))
+
+    def know(self, trial: Trial) -> None:
+        """Learn of a trial of an earlier call."""
+        self._left = [each for each in self._left if each != trial.settings]
+
+    def ends(self, trial: Trial) -> bool:
+        """Whether a trial that runs is not worth its end."""
+        return False
+
+    def tell(self, trial: Trial) -> None:
+        """Learn how a trial has ended."""
+
+
+class Proposed:
+    """Optuna proposes, and ends trials early."""
+
+    def __init__(self, settings: Mapping[str, Choices | Range], seed: int) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise RecipeError(
+                f"a sweep over a range, or over a part of all combinations, needs Optuna ({error}): "
+                "pip install 'turret[sweep]', or give lists and as many trials"
+            ) from None
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._optuna = optuna
+        self._space: dict[str, optuna.distributions.BaseDistribution] = {
+            key: self._distribution(each) for key, each in settings.items()
+        }
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
+        self._asked: dict[int, optuna.trial.Trial] = {}  # by the number of our trial
+
+    def _distribution(self, setting: Choices | Range) -> optuna.distributions.BaseDistribution:
+        kinds = self._optuna.distributions
+        if isinstance(setting, Choices):
+            return kinds.CategoricalDistribution(setting.values)
+        if setting.whole:
+            return kinds.IntDistribution(int(setting.low), int(setting.high), log=setting.log)
+        return kinds.FloatDistribution(setting.low, setting.high, log=setting.log)
+
+    def propose(self) -> dict[str, Setting]:
+        """The settings of a new trial."""
+        self._new = self._study.ask(self._space)
+        return dict(self._new.params)
+
+    def begin(self, trial: Trial) -> None:
+        """The trial that was just proposed has this number."""
+        self._asked[trial.number] = self._new
+
+    def know(self, trial: Trial) -> None:
+        """Learn of a trial of an earlier call that has ended."""
+        states = self._optuna.trial.TrialState
+        state = {"finished": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[str(trial.state)]
+        if trial.state == "pruned" and not trial.evaluations:
+            state = states.FAIL
+        made = self._optuna.trial.create_trial(
+            state=state,
+            params=dict(trial.settings),
+            distributions=self._space,
+            value=trial.value if trial.state == "finished" else None,
+            intermediate_values=dict(trial.evaluations),
+        )
+        self._study.add_trial(made)
+
+    def ends(self, trial: Trial) -> bool:
+        """Whether a trial that runs is not worth its end."""
+        asked = self._asked.get(trial.number)
+        if asked is None:  # of an earlier call
+            return False
+        known = self._study.trials[asked.number].intermediate_values
+        for step, value in trial.evaluations:
+            if step not in known:
+                asked.report(value, step)
+        return bool(trial.evaluations) and asked.should_prune()
+
+    def tell(self, trial: Trial) -> None:
+        """Learn how a trial has ended."""
+        asked = self._asked.pop(trial.number, None)
+        if asked is None:
+            self.know(trial)
+            return
+        self.ends(replace(trial))  # its last evaluations
+        states = self._optuna.trial.TrialState
+        if trial.state == "finished":
+            self._study.tell(asked, trial.value)
+        else:
+            self._study.tell(asked, state=states.PRUNED if trial.state == "pruned" else states.FAIL)
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def sweep(store: Store, recipe: Recipe, request: SweepRequest, say: Say) -> Sweep:
+    """Run the missing trials. Raises TrainingError if none has a value."""
+    require_executor(request.on)
+    if not 1 <= request.count <= MOST_TRIALS:
+        raise RecipeError(f"--trials {request.count}: expected 1 to {MOST_TRIALS}")
+    if not 1 <= request.at_once <= 100:
+        raise RecipeError(f"--at-once {request.at_once}: expected 1 to 100")
+    listed = request.combinations is not None and request.count == request.combinations
+    proposes = Listed(request.settings) if listed else Proposed(request.settings, recipe.seed)
+    if request.on is not None:
+        recipe = with_absolute_base(recipe)
+    data = read_dataset(store, recipe, say)
+    recipe, _ = with_base(recipe, data.kind)
+    if not data.validation:
+        raise RecipeError("a sweep is judged by validation examples, and the data has none: give data.validation = 0.1")
+    text = f"{recipe.without_trackers().to_toml()}\n{sorted(request.settings.items())}\n{data.digest}"
+    folder = store.home / "sweeps" / f"{recipe.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+    store.keep_rows(recipe.data.source)
+    with held(store, folder, say) as files:
+        running = _Running(store, recipe, request, proposes, task_of(data.kind).metric, folder, files, say)
+        running.run()
+        return running.result()
+
+
+class _Running:
+    """A sweep that runs now."""
+
+    def __init__(
+        self,
+        store: Store,
+        recipe: Recipe,
+        request: SweepRequest,
+        proposes: Listed | Proposed,
+        metric: str,
+        folder: Path,
+        files: KeptFiles,
+        say: Say,
+    ) -> None:
+        self._store, self._recipe, self._request, self._proposes = store, recipe, request, proposes
+        self._metric, self._folder, self._files, self._say = metric, folder, files, say
+        self._queue, self._study = JobQueue.of(store, make=True), folder.relative_to(store.root).as_posix()
+        self._deadline = math.inf if request.budget is None else time.monotonic() + request.budget
+        self._trials: list[Trial] = []
+        self._open: dict[str, Trial] = {}  # by the id of their job
+        self._data: tuple[str, Place] | None = None
+        self._worker: Worker | None = None
+        self._said = ""
+
+    def run(self) -> None:
+        """Run trials until there are enough, or the budget ends."""
+        self._know_earlier()
+        left = [each for each in self._trials if each.state is None]
+        try:
+            if self._request.on is None:
+                for trial in itertools.chain(left, self._proposals()):
+                    if self._late() or not self._train_here(trial):
+                        break
+            else:
+                self._train_on_workers(left)
+        finally:
+            if self._worker is not None:
+                self._worker.stop()
+
+    def result(self) -> Sweep:
+        """What was found. Writes the best recipe."""
+        missing = self._request.count - sum(each.state is not None for each in self._trials)
+        found = Sweep(
+            self._recipe.name,
+            self._metric,
+            tuple(self._trials),
+            self._recipe,
+            str(self._folder / "best.toml"),
+            str(self._folder),
+            missing,
+        )
+        if not found.ranked:
+            errors = [each.error for each in self._trials if each.error]
+            raise TrainingError(f"no trial was finished: {errors[0] if errors else 'the budget ended before'}")
+        best = found.ranked[0].recipe
+        self._files.write_text(self._folder / "best.toml", best.to_toml())
+        return replace(found, best=best)
+
+    # --- trials -------------------------------------------------------------------------------------------------------
+
+    def _know_earlier(self) -> None:
+        """Read the trials of earlier calls."""
+        for path in sorted(self._folder.glob("cells/*/trial.json")):
+            kept = kept_files.read(path) or {}
+            trial = self._trial(int(kept["number"]), kept["settings"])
+            self._trials.append(trial)
+            self._look_at(trial)
+            if kept["state"] is not None:
+                trial.state, trial.error = kept["state"], kept["error"]
+                self._proposes.know(trial)
+            elif trial.value is not None:  # it has ended after the earlier call
+                self._end(trial, "finished")
+            elif isinstance(self._proposes, Listed):
+                self._proposes.know(trial)
+
+    def _proposals(self) -> Iterator[Trial]:
+        while len(self._trials) < self._request.count:
+            trial = self._trial(len(self._trials), self._proposes.propose())
+            if isinstance(self._proposes, Proposed):
+                self._proposes.begin(trial)
+            self._trials.append(trial)
+            yield trial
+
+    def _trial(self, number: int, settings: Mapping[str, Setting]) -> Trial:
+        shown = {key: f"{each:.4g}" if isinstance(each, float) else str(each) for key, each in settings.items()}
+        recipe = self._recipe.with_overrides(shown)
+        digest = hashlib.sha256(recipe.to_toml().encode()).hexdigest()
+        return Trial(number, dict(settings), f"trial{number:04}-{digest[:8]}", recipe)
+
+    def _end(self, trial: Trial, state: State, error: str | None = None) -> None:
+        trial.state, trial.error = state, error
+        self._write(trial)
+        self._proposes.tell(trial)
+        shown = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in trial.settings.items()
+        )
+        value = f"{self._metric} {trial.value:.4f}" if state == "finished" else error or state
+        self._say(f"trial {trial.number + 1} of {self._request.count}  {shown}: {value}")
+
+    def _write(self, trial: Trial) -> None:
+        kept = {"number": trial.number, "settings": trial.settings, "state": trial.state, "error": trial.error}
+        self._files.write(self._folder / "cells" / trial.key / "trial.json", kept)
+
+    def _look_at(self, trial: Trial) -> None:
+        """Read how far a trial is, and its value if it is finished."""
+        here = self._folder / "cells" / trial.key
+        self._store.artifacts.bring(f"{self._study}/cells/{trial.key}/")
+        known = kept_files.read(here / "evaluations.json") or {}
+        trial.evaluations = [(int(step), float(value)) for step, value in known.get("evaluations", ())]
+        result = kept_files.read(here / "result.json")
+        if result is not None:
+            trial.value = float(result["metrics"]["validation"][self._metric])
+            trial.version = str(result["version"])
+
+    def _new(self, trial: Trial, source: str | None) -> NewCell:
+        comparison = f"{self._folder.parent.name}/{self._folder.name}"
+        spec: JsonObject = {"kind": TRIAL, "study": self._study, "key": trial.key, "comparison": comparison}
+        spec |= {"alone": why_alone(trial.recipe) is not None, "needs": None, "source": source, "metric": self._metric}
+        return NewCell(trial.key, trial.recipe.name, trial.recipe.to_toml(), spec)
+
+    def _late(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    # --- this process -------------------------------------------------------------------------------------------------
+
+    def _train_here(self, trial: Trial) -> bool:
+        """Run a trial. Returns whether the sweep goes on."""
+        self._files.require()
+        self._write(trial)
+        (id,) = self._queue.submit_cells(self._study, [self._new(trial, None)], here=True)
+        if self._worker is None:
+            self._worker = Worker(self._store, self._say, 1, OWN)
+        ended, looked = False, time.monotonic()
+
+        def stop() -> bool:
+            nonlocal ended, looked
+            if not ended and time.monotonic() > looked + POLL_SECONDS:
+                self._look_at(trial)
+                ended, looked = self._proposes.ends(trial), time.monotonic()
+            return ended or self._late()
+
+        self._worker.run_one(id, lambda line: self._say(f"trial {trial.number + 1}: {line}"), stop)
+        self._look_at(trial)
+        state = self._queue.states([id])[id]
+        if trial.value is not None:
+            self._end(trial, "finished")
+        elif ended:
+            self._end(trial, "pruned")
+        elif state["state"] == "failed":
+            self._end(trial, "failed", str(state["error"]))
+        return trial.state is not None
+
+    # --- workers ------------------------------------------------------------------------------------------------------
+
+    def _train_on_workers(self, left: Sequence[Trial]) -> None:
+        new, stopped = itertools.chain(left, self._proposals()), set[str]()
+        waits: Trial | None = None  # the queue was full
+        while True:
+            self._files.require()
+            while len(self._open) < self._request.at_once and (waits := waits or next(new, None)) is not None:
+                if not self._submit(waits):
+                    break
+                waits = None
+            if not self._open:
+                return
+            states = self._queue.states(self._open)
+            for id, trial in list(self._open.items()):
+                self._look_at(trial)
+                if states[id]["state"] not in ("waiting", "running"):
+                    del self._open[id]
+                    self._note_end(trial, states[id], pruned=id in stopped)
+                elif id not in stopped and self._proposes.ends(trial):
+                    stopped.add(id)
+                    self._queue.cancel_cells([id])
+            if self._late():
+                self._queue.cancel_cells(self._open)
+                return
+            time.sleep(POLL_SECONDS)
+
+    def _submit(self, trial: Trial) -> bool:
+        """Returns whether the queue took it."""
+        self._data = self._data or placed_data(self._store, self._recipe.data.source)
+        source, place = self._data
+        self._write(trial)
+        try:
+            (id,) = self._queue.submit_cells(self._study, [self._new(trial, source)], place=place)
+        except QueueFull:
+            if not self._open:
+                raise
+            return False
+        self._open[id] = trial
+        return True
+
+    def _note_end(self, trial: Trial, state: JsonMapping, *, pruned: bool) -> None:
+        if trial.value is not None:
+            self._end(trial, "finished")
+        elif pruned:
+            self._end(trial, "pruned")
+        else:
+            self._end(trial, "failed", str(state["error"]))
