@@ -22,7 +22,7 @@ from turret.engine.runner import DecodeStep, Prefill, Runner
 from turret.errors import AdapterError
 from turret.methods import LoRA
 from turret.ops.dropout import Draws
-from turret.train.step import train_step
+from turret.train.step import loss_of, train_step
 
 ROWS = 32
 SIZES = {"hidden_size": 128, "head_dim": 32}  # heads that a decoding step's program takes
@@ -229,3 +229,15 @@ def test_a_training_step_waits_for_two_numbers_and_copies_what_it_reads() -> Non
         assert dict(gpu.syncs) == {"a number": 2}, gpu.syncs  # the loss, and the norm of the gradients
         assert sum(gpu.copies.values()) <= 10, gpu.copies
         assert ("MainThread", "cuda:0") in gpu.devices, "programs start on the base's own GPU"
+
+
+def test_a_second_backward_pass_of_one_graph_is_an_error_and_not_a_wrong_sum() -> None:
+    """liger-kernel writes the gradients of SwiGLU over its inputs, which the graph keeps."""
+    base = tiny.base("llama", "generate", num_hidden_layers=1)
+    with pretend_gpu():
+        to_gpu(base.model)
+        task, _, items = tiny.started(base, "summarize", **FULL)
+        loss = loss_of(base.model, task, items[:2])
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()  # type: ignore[no-untyped-call]

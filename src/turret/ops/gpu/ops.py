@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from turret.ops.copies import copied
 from turret.ops.core import Gradients, Loras, Ops
@@ -170,6 +171,9 @@ class GpuOps(Ops):
         if (liger := self._liger(gate)) is None:
             return super().swiglu_backward(gate, up, dy)
         found: tuple[Tensor, Tensor] = liger.swiglu_backward(gate, up, dy.contiguous())
+        increment_version(
+            [gate, up]
+        )  # written to: a second backward pass of the same graph is an error, not a wrong sum
         return found
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
