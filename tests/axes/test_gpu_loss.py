@@ -58,6 +58,11 @@ def test_the_output_layer_is_read_for_all_targets_at_once(
     assert sum(more.values()) > 50, "the control: in pieces of 32 it is read ten times"
 
 
+def test_an_amd_gpu_takes_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert passed("llama", True, torch.float32)[2]["_linear_cross_entropy_batch_chunked_no_reduction"] == 0
+
+
 def test_a_task_with_a_loss_of_its_own_and_a_capped_vocabulary_are_not_given_to_torchs_operation() -> None:
     name = "_linear_cross_entropy_batch_chunked_no_reduction"
     assert passed("gemma2", True, torch.float32)[2][name] == 0

@@ -15,12 +15,15 @@ import torch
 import torch.distributed as dist
 from several_launch import ended, launch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from turret import bases
+from turret.adapters import layers
 from turret.bases.device import CPU, ChosenDevice
 from turret.bases.meta_model import model_of
 from turret.bases.sharded import gather_once, load_in_parts, own_part
 from turret.errors import BaseModelError, RecipeError, TrainingError
+from turret.families import family_of
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.train.gpu_memory import GATHERED, Work, in_parts, predict_on_gpu
@@ -193,3 +196,17 @@ def test_the_predicted_memory_of_a_part_has_its_share_of_the_layers_and_a_few_wh
     assert whole.weights - half.weights == 4 * layer
     assert half.activations - whole.activations == GATHERED * layer
     assert half.trainable == whole.trainable
+
+
+def test_fsdp2_renames_a_layers_class_and_the_layer_still_computes_as_one_operation() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = small_models.build("llama", "generate")
+        layer, names = model.model.layers[0], family_of(model.config).fast.layers
+        assert layers.named(layer, names)
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+        assert type(layer).__name__ not in names, "the control: it has a class of its own now"
+        assert layers.named(layer, names)
+        assert not layers.named(model.model.norm, names)
+    finally:
+        dist.destroy_process_group()

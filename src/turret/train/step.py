@@ -303,10 +303,15 @@ def _loss_of_targets(
 def _output_of_torch(model: Model, states: Tensor) -> nn.Linear | None:
     """The output layer, if torch computes it and the cross-entropy as one: on a GPU, and nothing else is in between.
 
-    In float16 torch would keep the logits in float16.
+    In float16 torch would keep the logits in float16; on AMD's GPUs it has no product of 16 bits into float32.
     """
     layer = model.get_output_embeddings()
-    fits = FUSED and states.device.type == "cuda" and states.dtype in (torch.bfloat16, torch.float32)
+    fits = (
+        FUSED
+        and states.device.type == "cuda"
+        and torch.version.hip is None
+        and states.dtype in (torch.bfloat16, torch.float32)
+    )
     if not fits or attachment(model).family.vocabulary is not project or torch.is_autocast_enabled(states.device.type):
         return None
     return layer if isinstance(layer, nn.Linear) and plain(layer) and layer.weight.dtype == states.dtype else None
