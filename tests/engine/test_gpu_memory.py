@@ -100,6 +100,10 @@ def test_the_limits_of_an_engine_fit_into_what_a_gpu_has_free() -> None:
     assert limits_within(asked, 80 * GB, TOKEN, GB).cache_tokens == asked.cache_tokens
     given = Limits(memory=MemoryBudget(5), cache_tokens=100)
     assert limits_within(given, 7 * GB, TOKEN, GB) == given, "what is set and fits stays"
+    served = [
+        limits_within(Limits(memory=MemoryBudget(each)), 7 * GB, TOKEN, GB).cache_tokens for each in (GB // 2, 2 * GB)
+    ]
+    assert served[0] > 3 * served[1] > 0, "what adapters may take, keys may not"
     assert limits_within(asked, GB, TOKEN, 2 * GB).cache_tokens == 1, "every request is refused in one line"
 
 

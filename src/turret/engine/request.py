@@ -187,17 +187,19 @@ ROOM = 3  # times the keys and values of a token: slots and blocks of the cache 
 
 
 def limits_within(limits: Limits, free: int, token_bytes: int, pass_bytes: int) -> Limits:
-    """The limits that fit into the free memory of a GPU, less what a pass takes: half for keys, half for adapters.
+    """The limits that fit into the free memory of a GPU, less what a pass takes, shared by keys and adapters.
 
     Args:
-        limits: `cache_tokens` is lowered to what fits; `memory` is set if it is open.
+        limits: `cache_tokens` is lowered to what `memory` leaves; if `memory` is open, adapters get half.
         free: bytes.
         token_bytes: of the keys and values of a token.
         pass_bytes: of the largest pass.
     """
-    half = max(0, round(GPU_SHARE * free) - pass_bytes) // 2
-    cache_tokens = max(1, min(limits.cache_tokens, half // (ROOM * max(1, token_bytes))))
-    memory = max(1, half // 2) if limits.memory is None else limits.memory  # rows that decode have a copy of theirs
+    room = max(0, round(GPU_SHARE * free) - pass_bytes)
+    given = limits.memory if isinstance(limits.memory, (int, type(None))) else limits.memory.limit
+    adapters = room // 2 if given is None else 2 * given  # rows that decode have a copy of theirs
+    cache_tokens = max(1, min(limits.cache_tokens, (room - adapters) // (ROOM * max(1, token_bytes))))
+    memory = max(1, adapters // 2) if limits.memory is None else limits.memory
     return replace(limits, cache_tokens=cache_tokens, memory=memory)
 
 

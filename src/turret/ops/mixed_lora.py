@@ -122,6 +122,8 @@ class CpuRows(MixedRows):
 class Stack:
     """The factors of decode rows with adapters of one shape, for batched products: one copy for a mixture.
 
+    What it buys over PEFT's `adapter_names`: two products for all rows of a layer, not two for each adapter.
+
     Args:
         adapters: of these rows, all of one layout.
         rows: (B,) int64, the places of these rows among all decode rows; None: they are all.

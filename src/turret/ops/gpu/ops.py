@@ -1,4 +1,8 @@
-"""The operations of a GPU: cuBLAS for all products, torch's FlashAttention, and one launch for each small operation."""
+"""The operations of a GPU: cuBLAS for all products, torch's FlashAttention, and one launch for each small operation.
+
+What it buys over the libraries' own modules: a layer saves less, LoRA of layers with one input shares a product, rows
+need no padding, and a row's prefix needs no mask.
+"""
 
 from __future__ import annotations
 
