@@ -1,4 +1,4 @@
-"""`turret predict` and `turret evaluate`: use a stored version."""
+"""`turret predict`, `turret evaluate` and `turret suggest`: use a stored version."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from turret.compare.results import Details, Mistake
     from turret.data import Input
     from turret.workspace import Evaluation, Workspace
-    from turret.workspace.results import Predicted
+    from turret.workspace.results import Predicted, Suggested
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -259,6 +259,64 @@ def evaluate(
             else f"evaluate {reference} {shlex.quote(data)} --out wrong.csv --report page.html"
         )
         offer(filter(None, (files, f"promote {found.version} production")), store)
+
+
+def suggest(
+    reference: options.Ref,
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A table or a .txt file without labels.")],
+    most: Annotated[int, typer.Option("--most", metavar="N", help="Rows to suggest.")] = 50,
+    text: options.Text = None,
+    text_pair: options.TextPair = None,
+    sets: options.Set = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the rows to label to a .csv, .tsv, .jsonl or .xlsx."),
+    ] = None,
+    device: options.Device = "auto",
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """Choose the rows of a table to label next.
+
+    Those are the rows that a version is least sure of, and they are not near-duplicates of each other.
+    """
+    from turret.workspace import Workspace
+
+    named = data_columns(sets, options.columns(text, text_pair))
+    check_targets(out, None)
+    with status() as say:
+        found = Workspace(store).suggest(reference, source, most=most, columns=named, device=device, on_stage=say)
+    notes = []
+    if out is not None:
+        from turret.workspace.suggesting import write_suggestions
+
+        table = write_suggestions(found, out)
+        notes.append(f"{counted(len(found.suggestions), 'row')} to label in {out}: fill in the column {found.label}")
+        if table.guarded:
+            notes.append(f"{table.guarded} cells begin like a formula and have a ' in front")
+    report(found, as_json, lambda each: _print_suggested(each, notes))
+    if not as_json and out is None:
+        offer([f"suggest {reference} {shlex.quote(source)} --most {most} --out to-label.csv"], store)
+
+
+def _print_suggested(found: Suggested, notes: Sequence[str]) -> None:
+    out = console()
+    left_out = [f"{count} {word}" for count, word in ((found.blank, "blank"), (found.repeated, "repeated")) if count]
+    read = f"{counted(found.rows, 'row')} read" + (f" ({', '.join(left_out)})" if left_out else "")
+    out.print(f"[bold]{safe(found.version)}[/] is least sure of these; {read} in {span(found.seconds)}")
+    rows = [
+        (
+            str(each.row),
+            f"{each.confidence:.2f}",
+            safe(_short(each.predicted, 30)),
+            *(safe(cut(plainly(text), 100 // len(each.texts))) for text in each.texts),
+        )
+        for each in found.suggestions
+    ]
+    heads = ("row", "confidence", "predicted", *map(safe, found.columns))
+    out.print(columns(heads, rows, right=("row", "confidence")))
+    for note in [*found.notes, *notes]:
+        out.print(f"[dim]{safe(note)}[/]")
 
 
 def _old_column(workspace: Workspace, reference: str, column: str) -> JsonObject:

@@ -56,7 +56,7 @@ GROUPS = {  # of `turret --help`: every command once, as an example
         "runs list",
         "worker",
     ),
-    "Ask": ('predict reviews "a text"', "evaluate reviews other.csv", "serve"),
+    "Ask": ('predict reviews "a text"', "evaluate reviews other.csv", "suggest reviews new.csv --most 50", "serve"),
     "Versions": (
         "list",
         "show reviews@2",
@@ -116,6 +116,7 @@ app.command()(sweep.sweep)
 app.command()(control.control)
 app.command()(answers.evaluate)
 app.command()(answers.predict)
+app.command()(answers.suggest)
 app.command("list")(versions.list_)
 app.command()(versions.show)
 app.command()(versions.diff)

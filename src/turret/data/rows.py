@@ -42,6 +42,7 @@ class Rows:
     Args:
         name: for messages.
         columns: all of them.
+        asked: those that hold the input.
         read: the rows, from the start.
         notes: for the user.
         found: how the file is read, as far as it had to be found out.
@@ -50,6 +51,7 @@ class Rows:
 
     name: str
     columns: tuple[str, ...]
+    asked: tuple[str, ...]
     read: Callable[[], Iterator[Row]]
     notes: tuple[str, ...] = ()
     found: FileFormat = DETECTED
@@ -82,7 +84,7 @@ def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | No
     """
     path = Path(os.path.expanduser(data.source))
     if path.suffix.lower() == ".txt" and os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        return Rows(path.name, (LINES,), lambda: _lines(path, data.encoding))
+        return Rows(path.name, (LINES,), (LINES,), lambda: _lines(path, data.encoding))
     tables = open_source(data.source, format_of(data, trained))
     table = tables[test_split(data, list(tables))]
     try:
@@ -93,6 +95,7 @@ def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | No
     return Rows(
         table.name,
         columns,
+        asked,
         lambda: _rows(table, columns, asked, ask),
         table.notes,
         table.found,

@@ -197,6 +197,10 @@ class HeadAnswers(Protocol):
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
         raise DataError("coverage needs probabilities of labels, and this task gives none: leave it out")
 
+    @classmethod
+    def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
+        raise DataError("this task gives no probabilities, so no answer is surer than another")
+
 
 def _kept(first: int, second: int, room: int) -> tuple[int, int]:
     """How many tokens of two texts fit: the longer one is cut, or both to equal lengths."""
@@ -423,6 +427,18 @@ class Classify(HeadAnswers):
     def score(self, given: Prediction, example: Example) -> float:
         right = example.output
         return float(sorted(given) == sorted(right) if isinstance(given, list) else given == right)
+
+    @classmethod
+    def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
+        """The difference of the two highest probabilities, and that of the answer. With `multi_label`, of the label
+        that is nearest to its threshold.
+        """
+        label, chances = answer["label"], answer["probabilities"]
+        if isinstance(label, list):
+            surer = min(max(each, 1 - each) for each in chances.values())
+            return 2 * surer - 1, surer
+        first, second = sorted(chances.values(), reverse=True)[:2]
+        return first - second, float(chances[label])
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:

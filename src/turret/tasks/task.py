@@ -169,6 +169,10 @@ class HeadTask(CommonTask, Protocol):
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
         """The labels of each row that together have this coverage, the most probable first. Raises DataError."""
 
+    @classmethod
+    def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
+        """The margin of an answer, from 0 (as unsure as possible) to 1, and its probability. Raises DataError."""
+
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """What `loss` takes for these examples: (B, ...), or of all tokens that are read (N,)."""
 

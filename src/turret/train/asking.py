@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import adapters
-from turret.adapters import Adapter
+from turret.adapters import Adapter, packed
 from turret.adapters.adapter import PROMPT, shared_names
 from turret.adapters.hooks import hook_model
 from turret.adapters.packed import HeadRow
@@ -123,6 +123,25 @@ class Asking:
         outputs = self.task.num_labels(self.task.labels) or 1
         return torch.cat([torch.tensor(found[place]["logits"]).reshape(-1, outputs) for place in range(len(rows))])
 
+    def embeddings(self, sources: Sequence[Tensor]) -> Tensor:
+        """A vector of length 1 of the bare base for each source: (B, D) float32 on the CPU.
+
+        Args:
+            sources: token ids (T,) of each text; segments are not read.
+        """
+        rows = [source if source.ndim == 1 else source[:, 0] for source in sources]
+        if self.why_plain is None:
+            found = self._ask("embed", rows, SamplingParams(), 1, bare=True)
+            return torch.tensor([answer["embedding"] for answer in found])
+        pieces = by_length([len(row) for row in rows], self.most_tokens)
+        with evaluating(self.model, adapters.BARE):
+            parts = [
+                packed.pooled(self.model, [rows[place] for place in piece], self.base.family.embedding).float().cpu()
+                for piece in pieces
+            ]
+        order = torch.tensor([place for piece in pieces for place in piece])
+        return torch.nn.functional.normalize(torch.cat(parts)[order.argsort()])
+
     def texts(
         self, sources: Sequence[Tensor], *, bare: bool = False, new_tokens: int | None = None
     ) -> list[JsonObject]:
@@ -205,7 +224,7 @@ class Asking:
 
     def _ask(
         self,
-        kind: Literal["generate", "classify"],
+        kind: Literal["generate", "classify", "embed"],
         sources: Sequence[Tensor],
         options: Sequence[SamplingParams],
         cache_tokens: int,
@@ -213,7 +232,7 @@ class Asking:
     ) -> list[JsonObject]:
         """The answers, in order. The first error is raised, and cancels the other questions."""
         engine = self._started(cache_tokens)
-        named = self._held[0 if bare else -1]
+        named = None if kind == "embed" else self._held[0 if bare else -1]
         with ExitStack() as stack:
             tickets, found = [], []
             with engine.together():

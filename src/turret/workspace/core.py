@@ -26,7 +26,7 @@ from turret.workspace.hub import Hub
 from turret.workspace.progress import Say, shown_in_notebooks, silent
 from turret.workspace.promoting import Ask
 from turret.workspace.queueing import Queue
-from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, Predicted, RunResult
+from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, Predicted, RunResult, Suggested
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
@@ -480,6 +480,31 @@ class Workspace:
         return predicted_file.predict_file(
             self.store, reference, reading.source_of(source), out, options, on_stage or silent
         )
+
+    def suggest(
+        self,
+        reference: str,
+        source: Source,
+        *,
+        most: int = 50,
+        columns: JsonMapping | None = None,
+        device: str = "auto",
+        on_stage: Say | None = None,
+    ) -> Suggested:
+        """The rows of an unlabelled table to label next: the least sure ones, without near-duplicates.
+
+        Args:
+            source: a table or a .txt file, as for `predict_file`.
+            most: rows to suggest.
+            columns: as for `evaluate`.
+
+        Raises:
+            AdapterError: the answers of the version have no probabilities.
+        """
+        from turret.workspace import suggesting
+
+        rows = reading.source_of(source)
+        return suggesting.suggest(self.store, reference, rows, columns or {}, most, device, on_stage or silent)
 
     def engine(
         self,

@@ -105,7 +105,7 @@ def _values(task: Task, answer: JsonMapping, top: int) -> JsonObject:
 
 
 def _names(columns: Sequence[str], task: type[Task], request: PredictOptions) -> dict[str, str]:
-    """The new columns by key; with `turret_` in front if the table has a column of that name."""
+    """The new columns by key."""
     keys = ["predicted"]
     if task.generates:
         keys.append("finish_reason")
@@ -113,8 +113,13 @@ def _names(columns: Sequence[str], task: type[Task], request: PredictOptions) ->
         keys.append("probability")
         keys += [f"{name}_{number}" for number in range(2, request.top + 1) for name in ("predicted", "probability")]
         keys += ["label_set"] if request.coverage is not None else []
+    return unused(["row", *keys, "flags"], columns)
+
+
+def unused(keys: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
+    """The name of a new column for each key; with `turret_` in front if the table has a column of that name."""
     names = dict[str, str]()
-    for key in ["row", *keys, "flags"]:
+    for key in keys:
         names[key] = key
         while names[key] in columns:
             names[key] = f"turret_{names[key]}"

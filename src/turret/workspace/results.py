@@ -115,6 +115,42 @@ class Predicted:
 
 
 @dataclass(frozen=True)
+class Suggestion:
+    """A row to label next, and what the version answers now."""
+
+    row: int  # the line of a text file, or the number in the table
+    texts: tuple[str, ...]  # one, or two that are read together
+    predicted: str | list[str]
+    confidence: float  # the probability of the answer; with several labels, of the least sure decision
+
+
+@dataclass(frozen=True)
+class Suggested:
+    """The rows of a table to label next."""
+
+    version: str
+    rows: int  # that were read
+    blank: int  # without a text
+    repeated: int  # whose text an earlier row has
+    suggestions: list[Suggestion]  # the least sure first
+    seconds: float
+    columns: tuple[str, ...]  # of the table, that hold the texts
+    label: str  # the column of the labels that the version was trained on
+    notes: list[str] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (each.row, _short(each.predicted), f"{each.confidence:.3f}", *(_short(text, 160) for text in each.texts))
+            for each in self.suggestions
+        ]
+        table = Table(("row", "predicted", "confidence", *self.columns), rows)
+        return as_html(self.version, {"rows": f"{self.rows:,}", "time": span(self.seconds)}, table, notes=self.notes)
+
+    def as_json(self) -> JsonObject:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Planned:
     """A recipe with every guess filled in, and the plan of its run."""
 
