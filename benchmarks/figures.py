@@ -33,6 +33,7 @@ import rivals_decoder
 import rivals_encoder
 import serve_speed
 import store_scale
+import suggest
 import train_while_answering
 import two_trees
 
@@ -41,6 +42,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "measured.md",
     ROOT / "docs" / "howto" / "quantized.md",
+    ROOT / "docs" / "howto" / "suggest.md",
     ROOT / "docs" / "reference" / "methods.md",
     ROOT / "ARCHITECTURE.md",
 )
@@ -388,6 +390,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "lora-plus": lambda: lora_plus.report(record.load("lora_plus")),
     "nf4": lambda: nf4.report(record.load("nf4")),
     "store": store_scale.report,
+    "suggest": lambda: suggest.report(record.load("suggest")),
     "experiments": experiments.verdicts,
     "discoveries": experiments.named,
     "outages": experiments.guarded,

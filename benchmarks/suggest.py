@@ -160,8 +160,8 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
             ]
             found = record.student([100 * (each["suggested"][metric] - each["random"][metric]) for each in own])
             numbers = [f"{mean:.1f}" for mean in means]
-            between = f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
-            lines.append([name, str(len(own)), metric.replace("_", " "), *numbers, between])
+            between = f"{found.mean:+.1f}" + (f" [{found.low:+.1f}, {found.high:+.1f}]" if len(own) > 1 else "")
+            lines.append([name, str(len(own)), metric.replace("_f1", " F1"), *numbers, between])
     header = [
         "set",
         "seeds",

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from turret.cli.main import run
 from turret.recipe import Recipe
 from turret.workspace import Workspace
+from turret.workspace.suggesting import write_suggestions
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +50,13 @@ METRICS = {
 }
 ONE_TEXT = ("score", "token_classification")
 TRAINED = {"token_classification": {"epochs": 12, "lr": 1e-2}}  # until it marks a bank
+ERRORS = {
+    "text_pairs": "The most confident wrong answers",
+    "regression": "The largest residuals",
+    "score": "The largest errors",
+    "rerank": "The worst pairs",
+    "token_classification": "The texts with the most wrong spans",
+}
 PAIRS = [("a great film", "a dull story about the bank"), ("quick", "a lazy fox")]
 
 
@@ -214,6 +222,23 @@ def test_the_server_answers_labels_numbers_and_relevances(house: House) -> None:
 
 
 @pytest.mark.parametrize("kind", TABLES)
+def test_rows_to_label_are_suggested_where_answers_have_probabilities(
+    house: House, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, source = house.recipes[kind].name, str(house.recipes[kind].data.source)
+    if kind not in ("text_pairs", "score"):
+        assert run(["suggest", name, source, "--store", str(house.workspace.store.root)]) == 1
+        assert f"has the task {kind}, whose answers have no probability" in capsys.readouterr().err
+        return
+    found = house.workspace.suggest(name, source, most=2)
+    texts = TABLES[kind][0][:-1]
+    assert (found.columns, found.label) == (texts, TABLES[kind][0][-1])
+    assert [len(each.texts) for each in found.suggestions] == [len(texts)] * 2
+    written = write_suggestions(found, tmp_path / "label.jsonl")
+    assert written.columns == ("row", *texts, found.label, "predicted", "confidence")
+
+
+@pytest.mark.parametrize("kind", TABLES)
 def test_the_command_line_answers_evaluates_and_writes_a_file(
     house: House, kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -227,8 +252,18 @@ def test_the_command_line_answers_evaluates_and_writes_a_file(
     assert run(["evaluate", name, source, *store, "--json", "--report", str(page)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["metrics"]) == METRICS[kind]
-    drawn = "On the dashed line the answer is right" in page.read_text()
-    assert drawn == (kind in ("regression", "rerank"))
+    html = page.read_text()
+    assert ("On the dashed line the answer is right" in html) == (kind in ("regression", "rerank"))
+    assert ERRORS[kind] in html
+    mistakes = found["details"]["mistakes"]
+    assert mistakes
+    assert all(("text_pair" in each) == (kind not in ONE_TEXT) for each in mistakes)
+    for called in {"rerank": ("query", "passage")}.get(kind, () if kind in ONE_TEXT else ("first text", "second text")):
+        assert f"<dt>{called}</dt>" in html
+    assert run(["evaluate", house.recipes[kind].name, source, *store]) == 0
+    assert (
+        f"{ERRORS[kind][0].lower()}{ERRORS[kind][1:]}, {min(5, found['details']['wrong'])}" in capsys.readouterr().out
+    )
     assert run(["predict", name, source, "--out", str(tmp_path / "out.jsonl"), *store]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(rows) == 70

@@ -24,9 +24,10 @@ from turret.compare.evidence import Interval, interval
 from turret.compare.plots import CHARACTER, WIDTH, Axis, LossCurve, Mark, axis, courses, forest, scatter
 from turret.compare.report import _apart, as_html, as_markdown, headline, write_report
 from turret.compare.report_text import rounded
-from turret.compare.results import Confusions, Details, Mistake, costs
+from turret.compare.results import Confusions, Details, costs
 from turret.compare.verdict import Verdict
 from turret.recipe import Recipe
+from turret.tasks import Mistake
 
 HOSTILE = "<script>alert(1)</script> | `x` **b** {{{{ 7*7 }}}} number {}"
 VOID = {"meta", "br", "link", "input", "hr", "img"}
@@ -395,7 +396,7 @@ def evaluation(classes: int) -> str:
     return evaluation_page(
         version="mails@3", digest="sha256:ab", source="mails.csv", examples=400, notes=[], texts=True,
         metrics={"accuracy": 0.85, "macro_f1": 0.8, "loss": 0.4, "per_class": dict.fromkeys(labels, each)},
-        details=Details(wrong, True, Confusions(labels, rows)),
+        details=Details(wrong, "classify", Confusions(labels, rows)),
     )  # fmt: skip
 
 

@@ -240,18 +240,23 @@ def test_a_run_shows_its_curve_while_it_trains(serve, workspace) -> None:
     step = StepRecord(1, 4, 0.5, 0.7, 1e-3, 1.0, 8, 80, 0.1, 800.0, 10**8)
     curve = Curve(run.curve)
     client = serve().client()
-    assert client.get(f"/runs/{run.id}/curve").json() == {"steps": [], "of": None}
+    assert client.get(f"/runs/{run.id}/curve").json() == {"steps": [], "of": None, "metric": None}
     curve.append(step)
     curve.append(replace(step, step=2, loss=0.5, metrics={"accuracy": 0.75, "loss": 0.6}, split="test"))
     said = client.get(f"/runs/{run.id}/curve").json()
     assert [each["loss"] for each in said["steps"]] == [0.7, 0.5]
     assert said["of"] == 4
+    assert said["metric"] == {"key": "accuracy", "name": "accuracy"}
     page = client.get(f"/runs/{run.id}").text
     assert 'hx-trigger="every 2s"' in page
     assert "step 2 of 4" in page
     workspace.store.end_run(run, "finished", result={"version": "a@1"})
     assert "hx-trigger" not in client.get(f"/runs/{run.id}/state").text
     assert len(workspace.curve(run.id, most=1)) == 2  # the last step, and the one that was evaluated
+    numbers = workspace.store.new_run("b", 'name = "b"\n', "sha256:x")
+    Curve(numbers.curve).append(replace(step, metrics={"nearness": 0.8, "mae": 0.3, "loss": 0.6}, split="test"))
+    found = client.get(f"/runs/{numbers.id}/curve").json()
+    assert found["metric"] == {"key": "nearness", "name": "1 - MAE / range"}
 
 
 def test_a_report_is_served_as_it_was_written_and_may_run_nothing(serve, workspace, tmp_path) -> None:
@@ -372,6 +377,12 @@ def test_a_method_is_named_first_and_a_metric_has_a_name_and_a_unit(serve, works
     assert '>BLEU</dt><dd>12.3<span class="soft"> of 100</span></dd>' in page
     assert '>loss</dt><dd>0.7<span class="soft"> nats</span></dd>' in page
     assert '<dt title="key: own_score">own score</dt><dd>3</dd>' in page
+    numbers = write_bundle(tmp_path / "numbers", tensors(2), said={"method": method, "task": {"kind": "regression"}})
+    workspace.store.put("b", numbers, metrics={"test": {"nearness": 0.9, "mae": 0.2, "loss": 0.7}})
+    page = " ".join(serve().client().get("/adapters/b/1").text.split())
+    assert '>loss</dt><dd>0.7<span class="soft"> × variance</span></dd>' in page
+    assert "nats" not in page
+    assert ">1 - MAE / range</dt><dd>90.0%</dd>" in page
 
 
 def test_the_store_is_verified_on_demand_and_gc_is_only_asked(serve, put, workspace) -> None:

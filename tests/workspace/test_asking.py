@@ -140,6 +140,25 @@ def test_an_adapter_in_memory_and_its_bare_base_answer_as_by_transformers() -> N
     assert {each["tokens"] for each in exactly} == {7}
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_vectors_of_texts_are_those_of_the_bare_base(family: str) -> None:
+    task = "classify" if family == "bert" else "generate"
+    adapter = Shelf(family, task).put("a")
+    base: Any = tiny_training.base(family, task)
+    sources = [torch.arange(5, 5 + count) for count in (3, 9, 4)]
+    read: Any = task_from_spec(adapter.task, base.tokenizer)
+    with Asking(base, adapter, read) as asking, Asking(base, adapter, read) as attached:
+        attached.why_plain = "as on a device where no engine runs"
+        by_engine, by_model = asking.embeddings(sources), attached.embeddings(sources)
+    model = small_models.build(family, task, num_labels=2).eval()
+    with torch.no_grad():
+        states = [model.base_model(input_ids=each[None])[0][0] for each in sources]
+    pooled = torch.stack([each.mean(0) if base.family.embedding == "mean" else each[-1] for each in states])
+    expected = torch.nn.functional.normalize(pooled)
+    assert torch.allclose(by_engine, expected, atol=1e-4)
+    assert torch.allclose(by_model, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_a_full_fine_tuning_is_asked_by_the_engine_on_weights_of_its_own(family: str) -> None:
     model = small_models.build(family, "generate")

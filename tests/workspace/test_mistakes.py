@@ -184,7 +184,7 @@ def test_evaluate_prints_what_is_wrong_and_writes_a_table_and_a_page(trained, tm
     arguments = ["evaluate", "reviews", str(trained.data), *trained.store]
     assert run([*arguments, "--out", str(errors), "--report", str(page)]) == 0
     out = capsys.readouterr().out
-    for words in ("precision", "right \\ answered", "ECE", "90% sets hold the right label in", "is right", str(page)):
+    for words in ("precision", "right \\ answered", "ECE", "90% sets hold the right label in", "right is", str(page)):
         assert words in out
     assert run([*arguments, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

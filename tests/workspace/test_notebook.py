@@ -15,10 +15,11 @@ import pytest
 from simulated_comparison import made
 
 from turret import LoRA, Recipe, Workspace
-from turret.compare.results import Details, Mistake
+from turret.compare.results import Details
 from turret.errors import NotInstalled
 from turret.plan_check import Check
 from turret.store import Version
+from turret.tasks import Mistake
 from turret.train import Plan, RunCurve, StepRecord
 from turret.workspace import Planned, RunResult
 from turret.workspace.progress import NotebookLine
@@ -44,7 +45,9 @@ def result() -> RunResult:
 
 def evaluation() -> Evaluation:
     mistakes = (Mistake(3, EVIL * 40, "good", EVIL, 0.0, 0.91),)
-    return Evaluation("news@1", "sha256:x", {"source": EVIL, "examples": 20}, METRICS, 1.5, Details(mistakes, True))
+    return Evaluation(
+        "news@1", "sha256:x", {"source": EVIL, "examples": 20}, METRICS, 1.5, Details(mistakes, "classify")
+    )
 
 
 def version() -> Version:

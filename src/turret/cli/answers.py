@@ -17,10 +17,10 @@ from turret.cli.output import columns, console, cut, emit, grid, metrics, number
 from turret.data import TextPair
 from turret.errors import DataError, RecipeError, counted, plainly, shown
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks import Task, stored_task
+from turret.tasks import Task, stored_task, task_of
 
 if TYPE_CHECKING:
-    from turret.compare.results import Details, Mistake
+    from turret.compare.results import Details
     from turret.data import Input
     from turret.workspace import Evaluation, Workspace
     from turret.workspace.results import Predicted, Suggested
@@ -113,17 +113,16 @@ def _print_mistakes(details: Details) -> None:
         return
     out, count = console(), len(details.mistakes)
     shown = details.mistakes[:MISTAKES]
-    words = "the most confident wrong answers" if details.right_or_wrong else "the worst outputs"
+    task = task_of(details.task)
     more = f" of {count}" if count > len(shown) else ""
-    out.print(f"\n[dim]{words}, {len(shown)}{more}[/]")
+    out.print(f"\n[dim]{task.errors}, {len(shown)}{more}[/]")
     for each in shown:
-        sure = f" {each.confidence:.2f}" if each.confidence is not None else f" {each.score:.2f}"
-        out.print(f"  [dim]row {each.row}[/]  [red]{safe(_short(each.given, 40))}[/]{sure}  {_right(each)}")
-        out.print(f"    [dim]{safe(_short(each.text, 100))}[/]")
-
-
-def _right(each: Mistake) -> str:
-    return f"[green]{safe(_short(each.right, 40))}[/] [dim]is right[/]"
+        sides = ((task.sides[1], each.given, "red"), (task.sides[0], each.right, "green"))
+        given, right = (f"[dim]{name}[/] [{hue}]{safe(_short(text, 60))}[/]" for name, text, hue in sides)
+        out.print(f"  [dim]row {each.row}[/]  {given} {safe(each.error)}  {right}")
+        texts = (each.asked.text, each.asked.text_pair) if isinstance(each.asked, TextPair) else (each.text,)
+        for text in texts:
+            out.print(f"    [dim]{safe(_short(text, 100))}[/]")
 
 
 def _short(value: str | list[str], most: int) -> str:

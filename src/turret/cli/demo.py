@@ -18,7 +18,6 @@ from turret.cli.output import (
     console,
     emit,
     grid,
-    main_metric,
     many,
     metrics,
     number,
@@ -26,6 +25,7 @@ from turret.cli.output import (
     size,
     span,
 )
+from turret.tasks import main_metric
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,8 +155,9 @@ def _costs(results: Sequence[RunResult], out: Console) -> None:
 
 
 def _main_metric(result: RunResult) -> str:
-    best = main_metric(result.metrics["test"])
-    return f"{best[0]} {number(best[1])}" if best else ""
+    values = result.metrics["test"]
+    name = main_metric(values)
+    return f"{name} {number(values[name])}" if name else ""
 
 
 def _next(news: RunResult, headline: RunResult, store: Location, out: Console) -> None:

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-MAIN_METRICS = ("nearness", "accuracy", "rougeL", "loss")  # the first one that was measured is shown alone
-
-
 TYPED: list[str] = []  # the words of the command that runs, without `turret`
 
 
@@ -184,11 +181,6 @@ def number(value: JsonValue) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "?" if value is None else safe(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
-
-
-def main_metric(values: JsonMapping) -> tuple[str, JsonValue] | None:
-    """Name and value of the metric to show if there is room for one."""
-    return next(((name, values[name]) for name in MAIN_METRICS if name in values), None)
 
 
 def metrics(values: JsonMapping, *, most: int = 8) -> str:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from turret.cli.output import console, grid, main_metric, many, measured, number, offer, rows, safe, size, span
+from turret.cli.output import console, grid, many, measured, number, offer, rows, safe, size, span
 from turret.json_types import JsonValue
+from turret.tasks import main_metric
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,8 +79,8 @@ class Progress:
         self._loss = record.loss if self._loss is None else 0.9 * self._loss + 0.1 * record.loss
         self._seconds, self._steps = self._seconds + record.seconds, self._steps + 1
         if record.metrics:
-            best = main_metric(record.metrics)
-            self._metric = f"{record.split} {best[0]} {number(best[1])}" if best else ""
+            name = main_metric(record.metrics)
+            self._metric = f"{record.split} {name} {number(record.metrics[name])}" if name else ""
         if self._live:
             self._draw(record)
         elif record.metrics or record.step * 10 // record.steps > self._printed:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from turret.cli import options
-from turret.cli.output import columns, console, cut, emit, grid, main_metric, measured, number, report, safe, size, span
+from turret.cli.output import columns, console, cut, emit, grid, measured, number, report, safe, size, span
 from turret.errors import NotFound, counted
 from turret.json_types import JsonMapping, JsonValue, part
+from turret.tasks import main_metric
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
@@ -156,7 +157,9 @@ def _print_list(found: Sequence[Version], compared: Sequence[Compared], more: in
 
 def _row(version: Version) -> tuple[str, ...]:
     shown = version.as_json()
-    best = main_metric(version.metrics.get("test") or {}) or main_metric(version.metrics.get("validation") or {})
+    splits = (version.metrics.get(split) or {} for split in ("test", "validation"))
+    kind = version.part("task").get("kind")
+    best = next(((name, values[name]) for values in splits if (name := main_metric(values, kind))), None)
     return (
         f"[bold]{safe(version)}[/]",
         f"[green]{safe(' '.join(version.aliases))}[/]",

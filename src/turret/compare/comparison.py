@@ -36,7 +36,7 @@ from turret.errors import TrainingError
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import method_named
 from turret.notebook import Cell, Table, as_html
-from turret.tasks import task_of
+from turret.tasks import main_metric, task_of
 
 # --- claims -----------------------------------------------------------------------------------------------------------
 # Common claims about LoRA and prefix tuning against full fine-tuning, each with what was measured here.
@@ -187,7 +187,8 @@ def not_promoted(composition: str) -> Promotion:
 
 
 def _merit(metrics: JsonMapping) -> float:
-    return float(metrics.get("accuracy", -metrics["loss"]))
+    name = main_metric(metrics) or "loss"
+    return float(metrics[name]) * (-1 if name == "loss" else 1)
 
 
 def _advice(undecided: Sequence[Verdict]) -> str:

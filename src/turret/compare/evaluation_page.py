@@ -19,8 +19,10 @@ from turret.compare.report_text import (
     shortened,
     signed,
 )
-from turret.compare.results import Details, Mistake, Reliability, wilson
+from turret.compare.results import Details, Reliability, wilson
+from turret.data import Input, Prompt, TextPair
 from turret.json_types import JsonMapping, JsonValue
+from turret.tasks import Measure, Mistake, Task, main_metric, measure_of, measuring
 
 # --- pages ------------------------------------------------------------------------------------------------------------
 # The template environment of the reports: the templates of this package, escaping, and number formats.
@@ -78,34 +80,10 @@ MOST_CLASSES = 20  # in the confusion matrix; of more, the most frequent confusi
 PAIRS = 20
 MISTAKES = 60
 MOST_DOTS = 400
+INLINE = 80  # characters of an answer that has no lines of its own
 FIRST_MISTAKES = 8  # the others are folded
-NAMES = {  # of metrics: for a reader, and what they mean
-    "accuracy": ("accuracy", "the share of right answers"),
-    "macro_f1": ("macro F1", "the mean of the F1 of all classes, so that a rare class counts as much as a common one"),
-    "micro_f1": ("micro F1", "the F1 over all decisions, so that a common label counts more"),
-    "loss": ("loss (nats)", "the mean of minus the logarithm of the right answer's probability; 0 is perfect"),
-    "ece": (
-        "calibration error",
-        "ECE: how far probabilities are from how often answers are right, on average",
-    ),
-    "nearness": (
-        "1 - MAE / range",
-        "how near answers are, as a share of the range of the training values; 1 is perfect",
-    ),
-    "mae": ("MAE", "the mean distance of an answer from the right one"),
-    "rmse": ("RMSE", "the root of the mean squared distance, so that large errors count more"),
-    "pearson": ("Pearson", "the correlation of answers and right numbers; 1 is a straight line upwards"),
-    "spearman": ("Spearman", "the correlation of their ranks; 1 is the same order"),
-    "quadratic_kappa": ("quadratic kappa", "agreement beyond chance, where far levels count more; 1 is perfect"),
-    "mrr": ("MRR at 10", "1 / the rank of the first relevant passage, as a mean over queries"),
-    "ndcg": ("nDCG at 10", "how high relevant passages are ranked, as a share of the best order"),
-    "rouge1": ("ROUGE-1", "the share of words in common with the reference, as F1"),
-    "rouge2": ("ROUGE-2", "the share of pairs of words in common with the reference, as F1"),
-    "rougeL": ("ROUGE-L", "the longest common sequence of words with the reference, as F1"),
-    "bleu": ("BLEU, 0 to 100", "the precision of runs of one to four words against the reference"),
-}
+REMARK = "The worst answers are often wrong in the data and not in the version: read them first."
 TEXT = 600  # characters of a text
-FRACTIONS = ("accuracy", "macro_f1", "micro_f1", "rouge1", "rouge2", "rougeL")  # shown in points
 
 
 def as_html(
@@ -124,7 +102,7 @@ def as_html(
     Args:
         texts: whether it shows texts of the data and outputs.
     """
-    confusion = details.confusion
+    confusion, task = details.confusion, measuring(metrics, details.task)
     page = environment(html=True).get_template("evaluation.html.j2")
     return page.render(
         version=version,
@@ -132,15 +110,18 @@ def as_html(
         source=source,
         examples=examples,
         headline=headline(version, examples, metrics, details),
-        numbers=list(_numbers(metrics)),
+        numbers=list(_numbers(metrics, details.task)),
         classes=dict(metrics.get("per_class") or {}),
         details=details,
         matrix=confusion if confusion is not None and len(confusion.labels) <= MOST_CLASSES else None,
         pairs=[] if confusion is None else confusion.pairs(PAIRS),
         plot=_plot(details.reliability),
         residuals=_residuals(details.numbers),
-        mistakes=[_shown(each) for each in details.mistakes[:MISTAKES]] if texts else [],
+        mistakes=[_shown(each, task) for each in details.mistakes[:MISTAKES]] if texts else [],
         first=FIRST_MISTAKES,
+        title=task.errors,
+        levels=not task.right_or_wrong,
+        remark=REMARK if task.right_or_wrong or details.numbers else "",
         texts=texts,
         notes=notes,
         parts=(),  # of memory, which the style sheet colours
@@ -150,25 +131,28 @@ def as_html(
 def headline(version: str, examples: int, metrics: JsonMapping, details: Details) -> str:
     """`news@1 is wrong on 12 of 200 examples`."""
     wrong = len(details.mistakes)
-    if details.right_or_wrong:
+    if measuring(metrics, details.task).right_or_wrong:
         return f"{version} is {'right on all' if not wrong else f'wrong on {wrong} of'} {examples} examples"
-    shown = ((key, metrics[key]) for key in ("rougeL", "nearness", "loss") if key in metrics)
-    name, value = next(shown, ("examples", examples))
-    return f"{version}: {name} {_formatted(name, value)} on {examples} examples"
+    name = main_metric(metrics, details.task)
+    if name is None:
+        return f"{version} on {examples} examples"
+    measure = measure_of(name, metrics, details.task)
+    return f"{version}: {measure.name} {_formatted(measure, metrics[name])} on {examples} examples"
 
 
-def _numbers(metrics: JsonMapping) -> Iterator[tuple[str, str, str]]:
+def _numbers(metrics: JsonMapping, kind: str) -> Iterator[tuple[str, str, str]]:
     """(name, value, what it means) of each metric."""
     for name, value in metrics.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            title, says = NAMES.get(name, (name.replace("_", " "), ""))
-            if name == "loss" and "accuracy" not in metrics and "mae" in metrics:
-                title, says = "loss", "the mean squared error, in deviations of the training values"
-            yield title, _formatted(name, value), says
+            measure = measure_of(name, metrics, kind)
+            title = f"{measure.name} ({measure.unit})" if measure.unit else measure.name
+            yield title, _formatted(measure, value), measure.says
 
 
-def _formatted(name: str, value: float) -> str:
-    return f"{100 * value:.1f}%" if name in FRACTIONS else f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+def _formatted(measure: Measure, value: float) -> str:
+    if measure.share:
+        return f"{100 * value:.1f}%"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
 def _plot(found: Reliability | None) -> str:
@@ -194,15 +178,26 @@ def _residuals(numbers: Sequence[tuple[float, float]]) -> str:
     return agreement(some, x_label="right", y_label="answered") if len(set(some)) > 1 else ""
 
 
-def _shown(each: Mistake) -> JsonMapping:
+def _shown(each: Mistake, task: type[Task]) -> JsonMapping:
+    """A mistake as the template shows it. long: whether an answer takes lines of its own."""
+    right, given = _words(each.right), _words(each.given)
     return {
         "row": each.row,
-        "text": shortened(each.text, TEXT),
-        "right": _words(each.right),
-        "given": _words(each.given),
-        "confidence": each.confidence,
-        "score": each.score,
+        "error": each.error,
+        "asked": [(name, shortened(text, TEXT)) for name, text in _asked(each.asked, task)],
+        "answers": [(task.sides[1], given or "(nothing)", "given"), (task.sides[0], right, "right")],
+        "long": max(len(right), len(given)) > INLINE,
     }
+
+
+def _asked(asked: Input, task: type[Task]) -> list[tuple[str, str]]:
+    """The texts that were asked, with their names where there are several."""
+    if isinstance(asked, TextPair):
+        return list(zip(task.texts, (asked.text, asked.text_pair), strict=True))
+    if isinstance(asked, Prompt):
+        turns = [(turn.role, turn.content or turn.tool_calls) for turn in asked.turns]
+        return turns if len(turns) > 1 else [("", turns[0][1])]
+    return [("", asked)]
 
 
 def _words(value: str | list[str]) -> str:

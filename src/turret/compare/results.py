@@ -12,8 +12,8 @@ import numpy as np
 from turret.compare.design import Cell
 from turret.compare.evidence import Array
 from turret.json_types import JsonMapping, JsonObject
+from turret.tasks import Mistake
 from turret.tasks.calibration import Bin
-from turret.tasks.task import Prediction
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 # What an evaluation found besides its metrics: confusions, calibration, coverage, wrong answers. Loads no torch.
@@ -21,28 +21,6 @@ from turret.tasks.task import Prediction
 
 SHOWN = 20  # wrong answers in the JSON of an evaluation
 Z = 1.959964  # of a 95% interval
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A wrong answer, or an output that is not its reference.
-
-    Args:
-        row: the line (of a text file) or the number of its row.
-        text: the input.
-        right: the label, the labels or the reference.
-        given: the answer.
-        score: from 0 to 1.
-        confidence: of a classifier, the probability of the answer; with several labels, that of the most confident
-            wrong decision.
-    """
-
-    row: int
-    text: str
-    right: Prediction
-    given: Prediction
-    score: float
-    confidence: float | None
 
 
 @dataclass(frozen=True)
@@ -97,13 +75,13 @@ class Details:
     """The details of one evaluation. What a task does not have is None.
 
     Args:
-        mistakes: the most confident first, or the worst first if answers have no probability.
-        right_or_wrong: whether every score is 0 or 1.
+        mistakes: the worst first.
+        task: the kind, which says what a mistake is.
         numbers: what is right and what was answered, of each example whose answer is a number.
     """
 
     mistakes: tuple[Mistake, ...]
-    right_or_wrong: bool
+    task: str
     confusion: Confusions | None = None
     reliability: Reliability | None = None
     coverage: Coverage | None = None
@@ -116,7 +94,7 @@ class Details:
             "reliability": None if self.reliability is None else asdict(self.reliability),
             "coverage": None if self.coverage is None else asdict(self.coverage),
             "wrong": len(self.mistakes),
-            "mistakes": [asdict(each) for each in self.mistakes[:SHOWN]],
+            "mistakes": [each.as_json() for each in self.mistakes[:SHOWN]],
         }
 
 

@@ -8,6 +8,8 @@ Axes: B examples, C classes, T tokens.
 from __future__ import annotations
 
 import copy
+import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
@@ -16,7 +18,7 @@ from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration, calibration_error, fit, label_sets, reliability
-from turret.tasks.task import Encoded, Prediction, TaskSettings, register
+from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")  # column names of inputs
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")  # column names of classes
+LOSS = Measure("loss", "the mean of minus the logarithm of the right answer's probability; 0 is perfect", "nats")
 THRESHOLD = 0.5  # multi-label: a class is predicted from this probability on
 
 
@@ -143,6 +146,11 @@ class HeadAnswers(Protocol):
     spans: ClassVar[Literal["row", "batch"]] = "row"
     two_answers: ClassVar[bool] = False
     rate_ratio: ClassVar[float] = 1.0
+    metric_label: ClassVar[str]
+    measures: ClassVar[Mapping[str, Measure]] = {"loss": LOSS}
+    errors: ClassVar[str] = "the worst answers"
+    texts: ClassVar[tuple[str, str]] = ("first text", "second text")
+    sides: ClassVar[tuple[str, str]] = ("right is", "answered")
     calibration: Calibration | None = None
     inputs: TextInputs
 
@@ -198,6 +206,19 @@ class HeadAnswers(Protocol):
         raise DataError("coverage needs probabilities of labels, and this task gives none: leave it out")
 
     @classmethod
+    @abstractmethod
+    def judged(cls, answer: JsonMapping) -> Prediction: ...
+
+    @abstractmethod
+    def score(self, given: Prediction, example: Example) -> float: ...
+
+    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+        return by_score(self, examples, answers)
+
+    def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
+        return []
+
+    @classmethod
     def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
         raise DataError("this task gives no probabilities, so no answer is surer than another")
 
@@ -225,6 +246,14 @@ class Classify(HeadAnswers):
     metric_label: ClassVar[str] = "accuracy"
     right_or_wrong: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = ("linear",)
+    measures: ClassVar[Mapping[str, Measure]] = {
+        "accuracy": Measure("accuracy", "the share of examples that are answered right", share=True),
+        "micro_f1": Measure("micro F1", "F1 over all decisions, so that a common label counts more", share=True),
+        "macro_f1": Measure("macro F1", "the mean of the F1 of all classes; each class counts the same", share=True),
+        "loss": LOSS,
+        "ece": Measure("calibration error", "ECE: the mean distance of a probability from the share that is right"),
+    }
+    errors: ClassVar[str] = "the most confident wrong answers"
 
     def __init__(
         self,
@@ -428,6 +457,14 @@ class Classify(HeadAnswers):
         right = example.output
         return float(sorted(given) == sorted(right) if isinstance(given, list) else given == right)
 
+    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+        """The wrong answers, the most confident first."""
+        found = []
+        for each in by_score(self, examples, answers):
+            sure = _surest(answers[each.row]["probabilities"], each.given, each.right)
+            found.append(dataclasses.replace(each, confidence=sure, error=f"{sure:.2f}"))
+        return sorted(found, key=lambda each: -(each.confidence or 0.0))
+
     @classmethod
     def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
         """The difference of the two highest probabilities, and that of the answer. With `multi_label`, of the label
@@ -467,6 +504,14 @@ class Classify(HeadAnswers):
         if "calibration" in settings:
             settings["calibration"] = Calibration.from_json(settings["calibration"])
         return cls(spec["labels"], tokenizer, **settings)
+
+
+def _surest(probabilities: Mapping[str, float], given: Prediction, right: Prediction) -> float:
+    """The probability of the answer; of several labels, that of the most confident wrong decision."""
+    if isinstance(given, str):
+        return float(probabilities[given])
+    wrong = [float(probabilities[label]) for label in given if label not in right]
+    return max([*wrong, *(1 - float(probabilities[label]) for label in right if label not in given)])
 
 
 def _listed(label: Prediction) -> list[str]:

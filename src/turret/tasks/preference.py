@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from turret.data import Dataset, Example, Preferred, Schema, Turn
@@ -16,7 +16,7 @@ from turret.data.conversations import preferred_of
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.chat import Chat
-from turret.tasks.task import Encoded, Prediction, TaskSettings, register
+from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,6 +37,13 @@ class Preference(Chat):
     metric_label: ClassVar[str] = "chosen answers that are more likely"
     right_or_wrong: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = ()
+    measures: ClassVar[Mapping[str, Measure]] = {
+        "accuracy": Measure("accuracy", "the share of pairs whose chosen answer is more likely", share=True),
+        "margin": Measure("margin", "how much more likely the chosen answer is, times beta"),
+        "loss": Measure("loss", "what the training minimises: DPO, or ORPO with the cross-entropy of a token", "nats"),
+    }
+    errors: ClassVar[str] = "the pairs with the most wrong margin"
+    sides: ClassVar[tuple[str, str]] = ("chosen", "more likely")
     two_answers: ClassVar[bool] = True
     rate_ratio: ClassVar[float] = 0.1
     objective: Literal["dpo", "orpo"] = "dpo"
@@ -119,6 +126,15 @@ class Preference(Chat):
         count = max(1, len(margins))
         metrics = {"accuracy": right / count, "margin": math.fsum(margins) / count, "loss": loss}
         return metrics, [{"label": CHOSEN if each > 0 else REJECTED, "margin": each} for each in margins]
+
+    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+        """The pairs whose rejected answer is more likely, the lowest margin first."""
+        found = []
+        for row, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+            if isinstance(example, Preferred) and answer["margin"] <= 0:
+                error = f"margin {answer['margin']:.3g}"
+                found.append(Mistake(row, example.asked, example.chosen, example.rejected, 0.0, error=error))
+        return sorted(found, key=lambda each: float(answers[each.row]["margin"]))
 
     @classmethod
     def judged(cls, answer: JsonMapping) -> Prediction:

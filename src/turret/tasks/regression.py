@@ -5,9 +5,11 @@ Axes: B examples.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import operator
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from turret.data import Dataset, Example, Input, Schema, Scored
@@ -15,7 +17,7 @@ from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs
-from turret.tasks.task import Prediction, TaskSettings, register
+from turret.tasks.task import Measure, Mistake, Prediction, TaskSettings, by_score, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
     from turret.families.family import Kind as FamilyKind
 
+NEARNESS = Measure("1 - MAE / range", "how near answers are, as a share of the range; 1 is perfect", share=True)
+MAE = Measure("MAE", "the mean distance of an answer from the right one")
+SPEARMAN = Measure("Spearman", "the correlation of the ranks of answers and right ones; 1 is the same order")
 VALUES = ("score", "value", "similarity", "similarity_score", "relatedness_score")  # column names of numbers
 
 
@@ -31,6 +36,7 @@ class NumberAnswers(HeadAnswers):
     """Answers of one number each, from the head's one output."""
 
     calibrates: ClassVar[bool] = False
+    errors: ClassVar[str] = "the largest residuals"
     labels: tuple[str, ...] = ()
     multi_label: bool = False
 
@@ -50,6 +56,20 @@ class NumberAnswers(HeadAnswers):
     def judged(cls, answer: JsonMapping) -> Prediction:
         return f"{float(answer['value']):.6g}"
 
+    def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
+        both = zip(examples, answers, strict=True)
+        return [(value_of(example), float(answer["value"])) for example, answer in both]
+
+    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+        """The answers that are not right, by the size of their residuals: answered less right."""
+        found = []
+        pairs = self.numbers(examples, answers)
+        for each in by_score(self, examples, answers):
+            right, given = pairs[each.row]
+            error = f"{given - right:+.3g}"
+            found.append(dataclasses.replace(each, right=f"{right:.4g}", given=f"{given:.4g}", error=error))
+        return sorted(found, key=lambda each: -abs(operator.sub(*pairs[each.row])))
+
 
 @register
 class Regression(NumberAnswers):
@@ -66,6 +86,16 @@ class Regression(NumberAnswers):
     metric_label: ClassVar[str] = "1 - MAE / range"
     right_or_wrong: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ("linear",)
+    measures: ClassVar[Mapping[str, Measure]] = {
+        "nearness": NEARNESS,
+        "mae": MAE,
+        "rmse": Measure("RMSE", "the root of the mean squared distance, so that large errors count more"),
+        "pearson": Measure("Pearson", "the correlation of answers and right numbers; 1 is a straight line upwards"),
+        "spearman": SPEARMAN,
+        "loss": Measure(
+            "loss", "the mean squared error; 1 is what the mean of the training values gives", "× variance"
+        ),
+    }
 
     def __init__(
         self,

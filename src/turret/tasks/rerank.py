@@ -5,16 +5,16 @@ Axes: B examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from turret.data import Dataset, Example, Schema, Scored
 from turret.data.columns import PAIRED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import TextInputs
+from turret.tasks.classify import LOSS, TextInputs
 from turret.tasks.regression import NumberAnswers, value_of
-from turret.tasks.task import Prediction, TaskSettings, register
+from turret.tasks.task import Measure, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,6 +42,14 @@ class Rerank(NumberAnswers):
     metric_label: ClassVar[str] = "accuracy"
     right_or_wrong: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = ()
+    measures: ClassVar[Mapping[str, Measure]] = {
+        "accuracy": Measure("accuracy", "the share of pairs that are rightly taken for relevant or not", share=True),
+        "loss": LOSS,
+        "mrr": Measure("MRR at 10", "1 / the rank of the first relevant passage, as a mean over queries"),
+        "ndcg": Measure("nDCG at 10", "how high relevant passages are ranked, as a share of the best order"),
+    }
+    errors: ClassVar[str] = "the worst pairs"
+    texts: ClassVar[tuple[str, str]] = ("query", "passage")
 
     def __init__(
         self, tokenizer: Tokenizer, max_tokens: int = 256, *, highest: float = 1.0, prefix_text: str = ""
@@ -110,6 +118,10 @@ class Rerank(NumberAnswers):
         """The relevance of each row from 0 to 1."""
         values: list[float] = logits.detach().double()[:, 0].sigmoid().tolist()
         return values
+
+    def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
+        """Both as shares of the highest relevance."""
+        return [(right / self.highest, given) for right, given in super().numbers(examples, answers)]
 
     def score(self, given: Prediction, example: Example) -> float:
         """1 if both say relevant, or both say not."""

@@ -5,15 +5,17 @@ Axes: B examples, K levels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from turret.data import Dataset, Example, Labelled, Schema
 from turret.data.columns import LABELLED, PAIRED, Roles
-from turret.errors import DataError, listed, shown
+from turret.errors import DataError, counted, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.classify import TEXTS, Classify
-from turret.tasks.task import Prediction, TaskSettings, register
+from turret.tasks.regression import MAE, NEARNESS, SPEARMAN
+from turret.tasks.task import Measure, Mistake, Prediction, TaskSettings, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
 
@@ -40,6 +42,17 @@ class Score(Classify):
     metric_label: ClassVar[str] = "1 - MAE / range"
     right_or_wrong: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ("linear",)
+    measures: ClassVar[Mapping[str, Measure]] = {
+        "nearness": NEARNESS,
+        "mae": MAE,
+        "quadratic_kappa": Measure(
+            "quadratic kappa", "agreement beyond chance, where far levels count more; 1 is perfect"
+        ),
+        "spearman": SPEARMAN,
+        **Classify.measures,
+        "loss": Measure("loss", "the mean cross-entropy of whether the level is above each one; 0 is perfect", "nats"),
+    }
+    errors: ClassVar[str] = "the largest errors"
 
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
@@ -126,6 +139,16 @@ class Score(Classify):
             "spearman": errors["spearman"],
             **super().metrics(logits, targets),
         }
+
+    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+        """The wrong answers, by the number of levels between; of equal ones the most confident first."""
+        found = []
+        for each in super().worst(examples, answers):
+            given, right = (self.labels.index(str(level)) for level in (each.given, each.right))
+            far = counted(abs(given - right), "level")
+            error = f"{far} too {'high' if given > right else 'low'}"
+            found.append(dataclasses.replace(each, error=error))
+        return sorted(found, key=lambda each: each.score)
 
     def score(self, given: Prediction, example: Example) -> float:
         """1 - |difference of the levels| / (K - 1)."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, TypeGuard, TypeVar
 
-from turret.data import Dataset, Example, Input, Schema
+from turret.data import Dataset, Example, Input, Schema, TextPair
 from turret.errors import AdapterError, DataError, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration
@@ -33,6 +33,58 @@ class Encoded:
     whole: int | None = None  # tokens before the cut, if known
     rival: Tensor | None = None  # (R,) int64, of a target: another one that is worse
     read: Tensor | None = None  # (K,) int64, the positions in `ids` that a head for tokens reads
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A metric as a reader meets it.
+
+    Args:
+        name: in tables and on pages.
+        says: what it measures, as a sentence without a full stop.
+        unit: after a value, such as "nats".
+        share: of 0 to 1, and shown in percent.
+    """
+
+    name: str
+    says: str = ""
+    unit: str = ""
+    share: bool = False
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong answer, or one that is not what it should be.
+
+    Args:
+        row: the number of the example, from 0; of a table, the line (of a text file) or the number of its row.
+        asked: what was asked.
+        right: the label, the labels, the number or the reference.
+        given: the answer in the same form.
+        score: from 0 to 1.
+        confidence: the probability of the answer; with several labels, that of the most confident wrong decision.
+        error: how wrong it is, in the task's own words.
+    """
+
+    row: int
+    asked: Input
+    right: Prediction
+    given: Prediction
+    score: float
+    confidence: float | None = None
+    error: str = ""
+
+    @property
+    def text(self) -> str:
+        """What was asked, as one text."""
+        return str(self.asked)
+
+    def as_json(self) -> JsonObject:
+        """The fields; two texts are `text` and `text_pair`."""
+        texts = {"text": self.text}
+        if isinstance(self.asked, TextPair):
+            texts = {"text": self.asked.text, "text_pair": self.asked.text_pair}
+        return {key: value for key, value in vars(self).items() if key != "asked"} | texts
 
 
 class TaskSettings(Protocol):
@@ -64,6 +116,10 @@ class CommonTask(Protocol):
     pipeline_tag: ClassVar[str]  # the Hub's name of it
     metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`
     metric_label: ClassVar[str]  # the metric's name in tables and reports
+    measures: ClassVar[Mapping[str, Measure]]  # every metric that `metrics` gives, by its key
+    errors: ClassVar[str]  # what `worst` lists, as a title
+    texts: ClassVar[tuple[str, str]]  # what its two texts are called, where two are read together
+    sides: ClassVar[tuple[str, str]]  # what stands before the right answer of a mistake, and before the given one
     right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
     calibrates: ClassVar[bool]  # whether an answer has the probability of each label
     spans: ClassVar[Literal["row", "batch"]]  # whether its loss is a mean over rows, or compares the rows of a batch
@@ -142,6 +198,12 @@ class CommonTask(Protocol):
 
     def score(self, given: Prediction, example: Example) -> float:
         """How well a prediction fits the example, from 0 to 1."""
+
+    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+        """What is wrong in these answers, the worst first."""
+
+    def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
+        """The right number and the answered one of each example, for a plot; none if answers are no numbers."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean over examples, or over target tokens if the task generates: a scalar."""
@@ -271,6 +333,52 @@ def task_of(kind: str) -> type[Task]:
 def stored_task(spec: JsonMapping) -> type[Task]:
     """The task that a stored adapter's manifest names; `generate` if it names none, as PEFT's adapters do not."""
     return TASKS.get(str(spec.get("kind")), TASKS["generate"])
+
+
+def measuring(values: JsonMapping, kind: str | None = None) -> type[Task]:
+    """The task that these metrics are of: the one of that kind, or else the first one that has all of them."""
+    if kind in TASKS:
+        return TASKS[kind]
+    keys = {key for key, value in values.items() if isinstance(value, int | float)}
+    return next((task for task in TASKS.values() if keys <= task.measures.keys()), TASKS["generate"])
+
+
+def main_metric(values: JsonMapping, kind: str | None = None) -> str | None:
+    """The metric to show if there is room for one: the task's own, or else the loss; None if neither was measured."""
+    return next((name for name in (measuring(values, kind).metric, "loss") if name in values), None)
+
+
+def measure_of(name: str, values: JsonMapping, kind: str | None = None) -> Measure:
+    """How to show one of these metrics."""
+    return measuring(values, kind).measures.get(name) or Measure(name.replace("_", " "))
+
+
+class Scoring(Protocol):
+    """What `by_score` asks of a task."""
+
+    metric_label: ClassVar[str]
+
+    @classmethod
+    def judged(cls, answer: JsonMapping) -> Prediction: ...
+
+    def score(self, given: Prediction, example: Example) -> float: ...
+
+
+def by_score(task: Scoring, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+    """The answers with a score below 1, the lowest first: `worst` of a task that has no better order."""
+    found = []
+    for row, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+        given = task.judged(answer)
+        score = task.score(given, example)
+        if score < 1:
+            error = f"{task.metric_label} {score:.2f}"
+            found.append(Mistake(row, example.asked, right_of(example), given, score, error=error))
+    return sorted(found, key=lambda each: each.score)
+
+
+def right_of(example: Example) -> Prediction:
+    """The right answer, as a prediction is given."""
+    return list(example.output) if isinstance(example.output, tuple) else example.output
 
 
 def schemas(settings: TaskSettings) -> list[Schema]:

@@ -5,14 +5,14 @@ Axes: N target tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from turret.data import Example, Input, Prompt, TextPair
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration
-from turret.tasks.task import Prediction
+from turret.tasks.task import Measure, Mistake, Prediction, by_score
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +36,17 @@ class TextAnswers(Protocol):
     two_answers: ClassVar[bool] = False
     rate_ratio: ClassVar[float] = 1.0
     baselines: ClassVar[tuple[str, ...]] = ("nearest",)
+    measures: ClassVar[Mapping[str, Measure]] = {
+        "rouge1": Measure("ROUGE-1", "the share of words in common with the reference, as F1", share=True),
+        "rouge2": Measure("ROUGE-2", "the share of pairs of words in common with the reference, as F1", share=True),
+        "rougeL": Measure("ROUGE-L", "the longest common sequence of words with the reference, as F1", share=True),
+        "bleu": Measure("BLEU", "the precision of runs of one to four words against the reference", "of 100"),
+        "loss": Measure("loss", "the mean of minus the logarithm of a reference's token; 0 is perfect", "nats"),
+        "perplexity": Measure("perplexity", "exp of the loss; 1 is perfect"),
+    }
+    errors: ClassVar[str] = "the worst outputs"
+    texts: ClassVar[tuple[str, str]] = ("first text", "second text")
+    sides: ClassVar[tuple[str, str]] = ("reference", "answered")
     labels: tuple[str, ...] = ()
     multi_label: bool = False
     calibration: Calibration | None = None
@@ -78,6 +89,12 @@ class TextAnswers(Protocol):
         from turret.tasks.metrics import rouge_l
 
         return max(rouge_l(str(given), each) for each in example.references)
+
+    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+        return by_score(self, examples, answers)
+
+    def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
+        return []
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:

@@ -9,11 +9,12 @@ Axes: N words of all texts, C tags, T tokens of a row.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -23,7 +24,7 @@ from turret.data.examples import Span
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs
-from turret.tasks.task import Encoded, Prediction, TaskSettings, register
+from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -73,6 +74,17 @@ class TokenClassification(HeadAnswers):
     metric_label: ClassVar[str] = "F1 of the spans of a text"
     right_or_wrong: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ()
+    measures: ClassVar[Mapping[str, Measure]] = {
+        "text_f1": Measure("F1 by text", "the F1 of the spans of a text, as a mean over texts", share=True),
+        "precision": Measure(
+            "precision", "the share of answered spans that are right: start, end and label", share=True
+        ),
+        "recall": Measure("recall", "the share of right spans that are answered", share=True),
+        "f1": Measure("F1", "the F1 of all spans", share=True),
+        "loss": Measure("loss", "the mean of minus the logarithm of a word's right tag; 0 is perfect", "nats"),
+    }
+    errors: ClassVar[str] = "the texts with the most wrong spans"
+    sides: ClassVar[tuple[str, str]] = ("missed", "wrong")
     multi_label: bool = True
 
     def __init__(
@@ -348,6 +360,16 @@ class TokenClassification(HeadAnswers):
         """F1 of a text's spans; 1 where there are none and none are given."""
         own, right = set(given), set(example.output)
         return _f1(len(own & right), len(own), len(right))
+
+    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+        """The texts whose spans are not all right, the most wrong spans first: missed ones and wrong ones."""
+        found = []
+        for each in by_score(self, examples, answers):
+            missed = [span for span in each.right if span not in each.given]
+            wrong = [span for span in each.given if span not in each.right]
+            error = f"F1 {each.score:.2f}"
+            found.append(dataclasses.replace(each, right=missed, given=wrong, error=error))
+        return sorted(found, key=lambda each: -len(each.right) - len(each.given))
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:

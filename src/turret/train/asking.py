@@ -131,7 +131,7 @@ class Asking:
         """
         rows = [source if source.ndim == 1 else source[:, 0] for source in sources]
         if self.why_plain is None:
-            found = self._ask("embed", rows, SamplingParams(), 1, bare=True)
+            found = self._ask("embed", rows, [SamplingParams()] * len(rows), 1, bare=True)
             return torch.tensor([answer["embedding"] for answer in found])
         pieces = by_length([len(row) for row in rows], self.most_tokens)
         with evaluating(self.model, adapters.BARE):

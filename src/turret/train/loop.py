@@ -29,7 +29,7 @@ from turret.errors import CheckpointMismatch, Interrupted, LossNotFinite, Traini
 from turret.json_types import JsonMapping, JsonObject
 from turret.process import StopRequest
 from turret.recipe import Recipe
-from turret.tasks import Task
+from turret.tasks import Task, measuring
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, distributed, memory
 from turret.train.adamw import learning_rate, warmup_steps
@@ -578,9 +578,9 @@ class TrainingRun:
 
 
 def merit(metrics: JsonMapping) -> tuple[float, float]:
-    """The sort key of evaluations, larger is better: nearness or accuracy if the task has one, then a lower loss."""
+    """The sort key of evaluations, larger is better: the task's own metric if it was measured, then a lower loss."""
     loss = float(metrics["loss"])
-    return float(metrics.get("nearness", metrics.get("accuracy", 0.0))), -loss if math.isfinite(loss) else -math.inf
+    return float(metrics.get(measuring(metrics).metric, 0.0)), -loss if math.isfinite(loss) else -math.inf
 
 
 def checksum(tensors: Sequence[Tensor], known: Mapping[int, str] = MappingProxyType({})) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,16 +14,15 @@ from turret.compare.results import (
     Confusions,
     Coverage,
     Details,
-    Mistake,
     Reliability,
     covered,
 )
-from turret.data import Example, Scored
+from turret.data import Example
 from turret.data.table_writer import TableWriter
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store
-from turret.tasks import HeadTask, Prediction, Task, calibrates
+from turret.tasks import HeadTask, calibrates
 from turret.tasks.calibration import Bin, calibration_error, reliability, scores
 from turret.train.batches import EncodedRows
 from turret.workspace.answering import Mounted, mounted
@@ -58,11 +58,13 @@ def evaluate(
 
 def write_mistakes(found: Evaluation, path: Path) -> TableWriter:
     """Write every wrong answer of an evaluation into a table, a row each, and return its writer."""
-    columns = ["row", "right", "given", "confidence", "score", "text"]
-    with TableWriter(path, columns) as table:
-        for each in found.details.mistakes:
-            confidence = None if each.confidence is None else round(each.confidence, 6)
-            table.write(vars(each) | {"confidence": confidence, "score": round(each.score, 6)})
+    rows = [each.as_json() for each in found.details.mistakes]
+    says = [] if any(row["confidence"] is not None for row in rows) else ["error"]  # else it is the confidence
+    texts = ["text", "text_pair"] if any("text_pair" in row for row in rows) else ["text"]
+    with TableWriter(path, ["row", "right", "given", "confidence", "score", *says, *texts]) as table:
+        for row in rows:
+            confidence = None if row["confidence"] is None else round(row["confidence"], 6)
+            table.write(row | {"confidence": confidence, "score": round(row["score"], 6)})
     return table
 
 
@@ -89,47 +91,19 @@ def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int])
     task = ready.task
     known = ready.asking.logits(EncodedRows(task, examples).windows()) if calibrates(task) else None
     metrics, answers = ready.asking.evaluate(examples, logits=known)
-    mistakes = _mistakes(task, examples, places, answers)
+    mistakes = tuple(replace(each, row=places[each.row]) for each in task.worst(examples, answers))
+    numbers = tuple(task.numbers(examples, answers))
     if known is None or not calibrates(task):
-        return metrics, Details(mistakes, task.right_or_wrong, numbers=_numbers(examples, answers))
+        return metrics, Details(mistakes, task.kind, numbers=numbers)
     right = [example.labels for example in examples]
     return metrics, Details(
         mistakes,
-        task.right_or_wrong,
+        task.kind,
+        numbers=numbers,
         confusion=None if task.multi_label else _confusion(task, answers, right),
         reliability=_reliability(task, answers, known, right),
         coverage=None if task.calibration is None else _coverage(task, known, right),
     )
-
-
-def _numbers(examples: Sequence[Example], answers: Sequence[JsonMapping]) -> tuple[tuple[float, float], ...]:
-    """What is right and what was answered, of a task whose answers are numbers."""
-    both = zip(examples, answers, strict=True)
-    return tuple((each.value, float(answer["value"])) for each, answer in both if isinstance(each, Scored))
-
-
-def _mistakes(
-    task: Task, examples: Sequence[Example], places: Sequence[int], answers: Sequence[JsonMapping]
-) -> tuple[Mistake, ...]:
-    found = []
-    for example, place, answer in zip(examples, places, answers, strict=True):
-        given = task.judged(answer)
-        score = task.score(given, example)
-        if score < 1:
-            right = list(example.output) if isinstance(example.output, tuple) else example.output
-            surest = _surest(answer.get("probabilities"), given, right)
-            found.append(Mistake(place, example.input, right, given, score, surest))
-    return tuple(sorted(found, key=lambda each: each.score if each.confidence is None else -each.confidence))
-
-
-def _surest(probabilities: JsonMapping | None, given: Prediction, right: Prediction) -> float | None:
-    """The probability of the answer; of several labels, that of the most confident wrong decision."""
-    if not isinstance(probabilities, Mapping):
-        return None
-    if isinstance(given, str):
-        return float(probabilities[given])
-    wrong = [float(probabilities[label]) for label in given if label not in right]
-    return max([*wrong, *(1 - float(probabilities[label]) for label in right if label not in given)])
 
 
 def _confusion(task: HeadTask, answers: Sequence[JsonMapping], right: Sequence[Sequence[str]]) -> Confusions:

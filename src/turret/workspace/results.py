@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from turret.data.memory import shortly
 from turret.errors import one_line
 from turret.json_types import JsonObject
-from turret.notebook import Cell, Table, as_html, class_table, marked, measured, metrics_table, size, span
+from turret.notebook import Cell, Table, as_html, class_table, marked, metrics_table, size, span
 
 if TYPE_CHECKING:
     from turret.compare.results import Details
@@ -78,18 +78,12 @@ class Evaluation:
             "wrong": f"{len(self.details.mistakes):,}",
             "time": span(self.seconds),
         }
+        shown = self.details.mistakes[:MISTAKES]
         wrong = [
-            (
-                each.row,
-                _short(each.right),
-                _short(each.given),
-                measured("share", each.confidence),
-                _short(each.text, 160),
-            )
-            for each in self.details.mistakes[:MISTAKES]
+            (each.row, _short(each.right), _short(each.given), each.error, _short(each.text, 160)) for each in shown
         ]
         tables = [metrics_table({"": self.metrics}), class_table(self.metrics)]
-        tables += [Table(("row", "right", "given", "confidence", "text"), wrong)] if wrong else []
+        tables += [Table(("row", "right", "given", "error", "text"), wrong)] if wrong else []
         return as_html(self.version, facts, *(each for each in tables if each is not None), notes=self.notes)
 
     def as_json(self) -> JsonObject:
@@ -139,7 +133,7 @@ class Suggested:
     notes: list[str] = field(default_factory=list)
 
     def _repr_html_(self) -> str:
-        rows = [
+        rows: list[tuple[Cell, ...]] = [
             (each.row, _short(each.predicted), f"{each.confidence:.3f}", *(_short(text, 160) for text in each.texts))
             for each in self.suggestions
         ]

@@ -131,8 +131,8 @@ def _require_probabilities(version: Version) -> None:
     if not task.calibrates:
         able = ", ".join(each.kind for each in TASKS.values() if each.calibrates)
         raise AdapterError(
-            f"{version} is a {task.kind}, whose answers have no probability to compare rows by: give a version of "
-            f"{able}, or label rows that you draw by chance"
+            f"{version} has the task {task.kind}, whose answers have no probability to compare rows by: give a version "
+            f"of {able}, or label rows that you draw by chance"
         )
 
 
@@ -156,15 +156,14 @@ def _least_sure(ready: Mounted, rows: Rows, most: int, say: Say) -> tuple[list[C
             else:
                 seen.add(digest)
                 new.append((number, row.input))
-        sources = [each.ids for each in task.encode_sources([asked for _, asked in new])] if new else []
-        answers = ready.asking.classes(sources) if sources else []
-        for (number, _), ids, answer in zip(new, sources, answers, strict=True):
+        answers = ready.asking.answers([asked for _, asked in new]) if new else []
+        for (number, asked), answer in zip(new, answers, strict=True):
             margin, confidence = task.certainty(answer)
-            entry = (-margin, -number, Candidate(number, ids, task.judged(answer), margin, confidence))
-            if len(kept) < most:
-                heapq.heappush(kept, entry)
-            else:
-                heapq.heappushpop(kept, entry)
+            if len(kept) == most and kept[0][:2] > (-margin, -number):
+                continue
+            (read,) = task.encode_sources([asked])
+            entry = (-margin, -number, Candidate(number, read.ids, task.judged(answer), margin, confidence))
+            heapq.heappush(kept, entry) if len(kept) < most else heapq.heapreplace(kept, entry)
     return [each for _, _, each in sorted(kept, reverse=True)], counts
 
 

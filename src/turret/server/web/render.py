@@ -17,44 +17,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, sel
 from markupsafe import Markup, escape
 from starlette.types import Message, Scope, Send
 
+from turret import tasks
 from turret.compare.report_text import count, megabytes, milliseconds, percent
 from turret.compare.report_text import seconds as in_seconds
 from turret.json_types import JsonMapping, JsonValue
 from turret.methods import said
 from turret.server.auth import Caller
 from turret.server.state import ServerState
+from turret.tasks import Measure
 from turret.timestamp import to_minute
 from turret.version import __version__
 
 Context: TypeAlias = Mapping[str, Any]  # what a template shows: Jinja takes values of any type
 FOLDER = Path(__file__).parent
-MAIN_METRICS = ("nearness", "accuracy", "rougeL", "loss")  # the first one that was measured is shown alone
-SHARES = ("accuracy", "f1", "precision", "recall", "rouge", "micro", "macro")
-METRICS = {  # key -> name, and what it measures
-    "accuracy": ("accuracy", "share of the examples that are answered right"),
-    "nearness": ("1 - MAE / range", "how near answers are, as a share of the training values' range"),
-    "mae": ("MAE", "mean distance of an answer from the right number or level"),
-    "rmse": ("RMSE", "root of the mean squared distance"),
-    "pearson": ("Pearson", "correlation of answers and right numbers"),
-    "spearman": ("Spearman", "correlation of their ranks"),
-    "quadratic_kappa": ("quadratic kappa", "agreement beyond chance, where far levels count more"),
-    "mrr": ("MRR at 10", "1 / rank of the first relevant passage, mean over queries"),
-    "ndcg": ("nDCG at 10", "how high relevant passages are ranked, as a share of the best order"),
-    "margin": ("margin", "how much more likely the chosen answer is, times beta"),
-    "micro_f1": ("F1, micro", "F1 of all labels of all examples together"),
-    "macro_f1": ("F1, macro", "mean F1 of the classes; each class counts the same"),
-    "ece": ("calibration error", "mean distance between the probability and the share that is right, 0 to 1"),
-    "loss": ("loss", "what the training minimises: mean cross-entropy in nats, or a mean squared error"),
-    "perplexity": ("perplexity", "exp of the loss of a token; 1 is the best"),
-    "rouge1": ("ROUGE-1", "overlap of words with the reference, F1"),
-    "rouge2": ("ROUGE-2", "overlap of pairs of words with the reference, F1"),
-    "rougeL": ("ROUGE-L", "longest common sequence of words with the reference, F1"),
-    "bleu": ("BLEU", "overlap of up to four words with the reference, 0 to 100"),
-    "neutral": ("neutral text", "increase of the loss of a token on neutral text, in nats"),
-    "neutral_low": ("neutral text, from", "lower end of the 95% interval, in nats"),
-    "neutral_high": ("neutral text, to", "upper end of the 95% interval, in nats"),
+FORGETTING = {  # of a version that generates: what it costs on other texts
+    "neutral": Measure("neutral text", "increase of the loss of a token on neutral text", "nats"),
+    "neutral_low": Measure("neutral text, from", "lower end of the 95% interval", "nats"),
+    "neutral_high": Measure("neutral text, to", "upper end of the 95% interval", "nats"),
 }
-UNITS = {"loss": " nats", "bleu": " of 100", "neutral": " nats", "neutral_low": " nats", "neutral_high": " nats"}
 PAGES = (
     ("adapters", "Adapters"),
     ("runs", "Runs"),
@@ -93,6 +73,7 @@ def _environment() -> Environment:
         "ms": milliseconds,
         "number": number,
         "percent": percent,
+        "points": points,
         "seconds": in_seconds,
         "share": share,
         "short": short,
@@ -177,27 +158,29 @@ def short(digest: str | None) -> str:
     return (digest or "").removeprefix("sha256:")[:12]
 
 
-def main_metric(measured: JsonMapping) -> tuple[str, str, str] | None:
-    """(metric, value, split) of the metric to show if there is room for one."""
+def main_metric(measured: JsonMapping, kind: str | None = None) -> tuple[str, str, str] | None:
+    """(metric, value, split) of the metric to show if there is room for one. kind: of the task, if it is known."""
     for split in ("test", "validation"):
         values = measured.get(split) or {}
-        for name in MAIN_METRICS:
-            if name in values:
-                return name, metric(values[name], name), split
+        if (name := tasks.main_metric(values, kind)) is not None:
+            return name, metric(values[name], tasks.measure_of(name, values, kind)), split
     return None
 
 
-def metric(value: JsonValue, name: str = "") -> str:
-    """A metric: shares as percent, other values as numbers."""
-    if isinstance(value, float) and 0 <= value <= 1 and name.lower().startswith(SHARES) and not name.endswith("loss"):
-        return f"{100 * value:.1f}%"
-    return number(value)
+def metric(value: JsonValue, measure: Measure) -> str:
+    """A metric: a share in percent, another value as a number."""
+    return points(value) if isinstance(value, float) and measure.share else number(value)
 
 
-def means(key: str) -> tuple[str, str, str]:
-    """The name of a metric, what it measures with the key that a gate takes, and the unit after its value."""
-    name, text = METRICS.get(key, (key.replace("_", " "), ""))
-    return name, f"{text} (key: {key})" if text else f"key: {key}", UNITS.get(key, "")
+def points(value: JsonValue) -> str:
+    """`91.3%`, of a share; nothing for what is no number."""
+    return f"{100 * value:.1f}%" if isinstance(value, int | float) else ""
+
+
+def means(key: str, values: JsonMapping, kind: str | None = None) -> tuple[Measure, str]:
+    """How to show a metric, and what it measures with the key that a gate takes."""
+    measure = FORGETTING.get(key) or tasks.measure_of(key, values, kind)
+    return measure, f"{measure.says} (key: {key})" if measure.says else f"key: {key}"
 
 
 def code(text: str) -> Markup:

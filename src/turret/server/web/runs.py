@@ -14,6 +14,7 @@ from turret.server.routes import State
 from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import pages
+from turret.tasks import main_metric, measure_of
 
 router = pages()
 RunId = Annotated[str, Path(min_length=1, max_length=100)]
@@ -43,10 +44,13 @@ async def show_state(request: Request, state: State, run_id: RunId) -> Response:
 
 @router.get("/runs/{run_id}/curve")
 async def curve(state: State, run_id: RunId) -> Response:
-    """The steps so far, for the plots."""
+    """The steps so far, for the plots, and which metric is drawn."""
     found = await state.control(state.workspace.curve, run_id, most=1000)
     steps = [{key: value for key, value in asdict(each).items() if key in PLOTTED} for each in found]
-    return JSONResponse({"steps": steps, "of": found[-1].steps if found else None})
+    values = next((each.metrics for each in reversed(found) if each.metrics), {})
+    key = main_metric(values)
+    metric = None if key in (None, "loss") else {"key": key, "name": measure_of(key, values).name}
+    return JSONResponse({"steps": steps, "of": found[-1].steps if found else None, "metric": metric})
 
 
 async def _values(state: ServerState, run_id: str) -> render.Context:

@@ -81,8 +81,6 @@
 
   // --- a run ---
 
-  const NAMES = { nearness: "1 - MAE / range", accuracy: "accuracy", rougeL: "ROUGE-L" };
-
   function smooth(values) {
     let mean = null;
     const keep = 1 - 1 / Math.max(2, Math.min(40, values.length / 15));
@@ -93,7 +91,7 @@
     const goes = document.querySelector("[data-running]") !== null;
     const none = goes ? "no step yet" : "no step was made";
     const steps = run.steps, x = steps.map((each) => each.step);
-    const chief = ["nearness", "accuracy", "rougeL"].find((name) => steps.some((each) => each.metrics?.[name] != null));
+    const chief = run.metric?.key;
     const held = steps.find((each) => each.split)?.split || "held out";
     const loss = steps.map((each) => each.loss);
     const measured = chief ? steps.filter((each) => each.metrics?.[chief] != null) : [];
@@ -110,7 +108,7 @@
       metric: {
         x: "step", none: goes ? "no evaluation yet" : "no evaluation was made during the training", say: (value) => (value == null ? "–" : `${(100 * value).toFixed(1)}%`),
         data: [measured.map((each) => each.step), measured.map((each) => each.metrics[chief])],
-        lines: [{ label: `${NAMES[chief] || chief}, ${held}`, colour: "second", dots: true }],
+        lines: [{ label: `${run.metric?.name}, ${held}`, colour: "second", dots: true }],
       },
       lr: { x: "step", none, data: [x, steps.map((each) => each.lr)], lines: [{ label: "learning rate", colour: "third" }] },
       memory: {
