@@ -194,7 +194,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return result
     if isinstance(kwargs.get("out"), OnCard):
         return kwargs["out"]
-    if name.endswith("_") and args and isinstance(args[0], OnCard) and isinstance(result, Tensor):
+    in_place = name.endswith("_") and func._schema.is_mutable  # `__rshift__` is not
+    if in_place and args and isinstance(args[0], OnCard) and isinstance(result, Tensor):
         return args[0]
     stays = to_gpu or (bool(gpus) and asked is None)
     if name == "copy_":
@@ -203,7 +204,7 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return result
     if name == "_to_copy" and gpus and result is gpus[0].numbers:
         result = result.view_as(result)
-    if name in MAKES_ROOM or (name not in WITHOUT_LAUNCH and not name.endswith("_")):
+    if name in MAKES_ROOM or (name not in WITHOUT_LAUNCH and not in_place):
         for each in tree_leaves(result):
             if isinstance(each, Tensor):
                 COUNTS.allocates(name, each)

@@ -97,6 +97,16 @@ def test_dropout_drops_the_share_that_was_asked_for_and_other_elements_for_anoth
         assert float(one.float().mean(dim).sub(0.9).abs().max()) < 0.09
 
 
+def test_the_plain_mask_on_a_gpu_is_the_cpus() -> None:
+    """Where Triton is missing, and in attention; a shift of bits is no operation in place."""
+    keys = torch.randint(-(1 << 62), 1 << 62, (2, 7), generator=torch.Generator().manual_seed(0))
+    for heads in (0, 4):
+        with pretend_gpu():
+            there = on_cpu(kept(OnCard(keys), 99, 6553, 40, heads=heads))
+        assert torch.equal(there, kept(keys, 99, 6553, 40, heads=heads))
+        assert 0.8 < float(there.float().mean()) < 0.98
+
+
 def test_a_gpu_without_one_feature_keeps_the_others_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """An AMD GPU without attention over rows, a GPU of 2018, a machine without the extra."""
     asked = available._why_not.__wrapped__
