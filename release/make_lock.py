@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 LOCKS = ROOT / "requirements"
 TORCH = "2.13.0"
 BUILD = ("setuptools", "wheel")
-CUDA = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)==")
+CUDA = re.compile(r"(torch|triton|nvidia-(?!ml-py).*|cuda-.*)==")
 NOTE = "# Made by `make lock`. Install with: pip install --no-deps --require-hashes -r FILE\n"
 
 
