@@ -1,9 +1,9 @@
 """Claim: each task gets what the field's own tool gets on the same data, base, method and steps.
 
 One side is `Workspace.train` with its defaults. The other is HF Trainer with PEFT's LoRA, or sentence-transformers'
-CrossEncoder with it, of the same rank, modules, rate, batch and number of steps. Both read the same training rows and
-are scored on the same test rows, which nothing chose. The difference has an interval: a bootstrap over seeds and,
-within each, over test rows.
+CrossEncoder or SentenceTransformer with it, of the same rank, modules, rate, batch and number of steps. Both read the
+same training rows and are scored on the same test rows, which nothing chose. The difference has an interval: a
+bootstrap over seeds and, within each, over test rows.
 
     python benchmarks/tasks.py --data DATA --tasks text_pairs regression --seed 0 1 2 3 4
     python benchmarks/tasks.py --report
@@ -50,6 +50,10 @@ def levels(rows: Rows) -> Rows:
     return [{name: each[name] for name in names} | {"grade": str(round(each["score"]))} for each in rows]
 
 
+def scored(rows: Rows) -> Rows:
+    return [{name: each[name] for name in ("sentence1", "sentence2", "score")} for each in rows]
+
+
 def words(rows: Rows) -> Rows:
     return [{name: each[name] for name in ("tokens", "tags")} for each in rows]
 
@@ -73,6 +77,12 @@ def accuracy(given: Sequence[Any], true: Sequence[Any]) -> float:
 
 def pearson(given: Sequence[Any], true: Sequence[Any]) -> float:
     return 100 * float(np.corrcoef(np.asarray(given, float), np.asarray(true, float))[0, 1])
+
+
+def spearman(given: Sequence[Any], true: Sequence[Any]) -> float:
+    import scipy.stats
+
+    return 100 * float(scipy.stats.spearmanr(np.asarray(given, float), np.asarray(true, float)).statistic)
 
 
 def kappa(given: Sequence[Any], true: Sequence[Any]) -> float:
@@ -110,6 +120,8 @@ class Job:
     tool: str = "HF Trainer"
     rival: str = "trainer"  # the function that is the other side
     group: int = 1  # rows that are one unit
+    epochs: int = EPOCHS
+    batch: int = BATCH
 
 
 def two(first: str, second: str) -> Callable[[Row], Any]:
@@ -126,6 +138,18 @@ JOBS = {
     "score": Job("stsb", levels, two("sentence1", "sentence2"), "grade", lambda answer: answer["label"], kappa),
     "token_classification": Job(
         "ner", words, lambda row: " ".join(row["tokens"]), "tags", spans_said, f1, rival="tagger"
+    ),
+    "embedding": Job(
+        "stsb",
+        scored,
+        two("sentence1", "sentence2"),
+        "score",
+        lambda answer: answer["value"],
+        spearman,
+        tool="SentenceTransformer",
+        rival="embedder",
+        epochs=1,
+        batch=32,
     ),
     "rerank": Job(
         "alpaca",
@@ -156,7 +180,7 @@ def measured(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any
     train, test = (job.rows(read(options.data / job.folder / f"{split}.jsonl")) for split in ("train", "test"))
     true = [right(row) if kind == "token_classification" else row[job.answer] for row in test]
     found = {"turret": ours(kind, job, train, test, seed), job.tool: RIVALS[job.rival](job, train, test, seed)}
-    settings = {"task": kind, "seed": seed, "base": BASE, "epochs": EPOCHS, "batch": BATCH, "rate": RATE}
+    settings = {"task": kind, "seed": seed, "base": BASE, "epochs": job.epochs, "batch": job.batch, "rate": RATE}
     return {"settings": settings, "true": true, "answers": found, "machine": record.machine(options.threads)}
 
 
@@ -186,7 +210,7 @@ def ours(kind: str, job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
                 "seed": seed,
                 "data": {"source": str(source)} | ({"label": "grade"} if kind == "score" else {}),
                 "task": {"kind": kind, "max_tokens": TOKENS},
-                "train": {"epochs": EPOCHS, "batch_size": BATCH, "lr": RATE, "evaluate": "never"},
+                "train": {"epochs": job.epochs, "batch_size": job.batch, "lr": RATE, "evaluate": "never"},
             }
         )
         workspace.train(recipe)
@@ -305,7 +329,40 @@ def cross_encoder(job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
         return [float(each) for each in model.predict([job.asked(row) for row in test])]
 
 
-RIVALS = {"trainer": trainer, "tagger": tagger, "cross_encoder": cross_encoder}
+def embedder(job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
+    """CoSENT on the mean of the last hidden states."""
+    import peft
+    import sentence_transformers as encoders
+    import transformers
+    from datasets import Dataset
+    from sentence_transformers.sentence_transformer import losses, modules
+
+    from turret import bases
+    from turret.methods import LoRA
+
+    transformers.set_seed(seed)
+    method, body = LoRA(), modules.Transformer(str(bases.resolve(BASE).folder), max_seq_length=TOKENS)
+    config = peft.LoraConfig(
+        task_type="FEATURE_EXTRACTION", r=method.r, lora_alpha=method.lora_alpha, lora_dropout=method.lora_dropout,
+        target_modules=["query", "value"],
+    )  # fmt: skip
+    pooling = modules.Pooling(body.get_embedding_dimension(), "mean")
+    body.model = peft.get_peft_model(body.model, config)
+    model = encoders.SentenceTransformer(modules=[body, pooling, modules.Normalize()], device="cpu")
+    table = {name: [row[name] for row in train] for name in ("sentence1", "sentence2", "score")}
+    with tempfile.TemporaryDirectory() as place:
+        arguments = encoders.SentenceTransformerTrainingArguments(
+            output_dir=place, num_train_epochs=job.epochs, per_device_train_batch_size=job.batch, learning_rate=RATE,
+            seed=seed, report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        encoders.SentenceTransformerTrainer(
+            model, arguments, Dataset.from_dict(table), loss=losses.CoSENTLoss(model)
+        ).train()
+    first, second = (model.encode([row[name] for row in test]) for name in ("sentence1", "sentence2"))
+    return [float(each) for each in (first * second).sum(1)]
+
+
+RIVALS = {"trainer": trainer, "tagger": tagger, "cross_encoder": cross_encoder, "embedder": embedder}
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
