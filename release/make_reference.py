@@ -160,7 +160,8 @@ def type_words(kind: Any, metadata: Sequence[Any]) -> list[str]:
     if get_origin(kind) is Literal:
         return [f"`{toml(each)}`" for each in get_args(kind)]
     if get_origin(kind) in (tuple, list):
-        return ["list of names"]
+        inner = get_args(get_args(kind)[0])[:1] or get_args(kind)[:1]
+        return ["list of whole numbers" if inner == (int,) else "list of names"]
     if get_origin(kind) is dict:
         return ["table"]
     if kind is bool:

@@ -87,7 +87,7 @@ def vector(digest: str | None, text: Any, how: Embedding = PLAIN) -> list[float]
     """Eight numbers that depend on the version, the text and the pooling."""
     raw = hashlib.sha256(f"{digest}\0{text}\0{how.pooling}".encode()).digest()[:8]
     found = [byte - 127.5 for byte in raw][: how.dimensions]
-    length = sum(each * each for each in found) ** 0.5 if how.normalize else 1.0
+    length = sum(each * each for each in found) ** 0.5 if how.normalize is not False else 1.0
     return [each / length for each in found]
 
 

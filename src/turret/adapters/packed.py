@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters.batch_context import set_context
-from turret.adapters.hooks import attachment, device_of
+from turret.adapters.hooks import attachment, device_of, drawing
 from turret.adapters.positions import row_positions
 from turret.families.family import Pooling, head_of, parts_of_head
 from turret.ops.copies import copied
@@ -24,7 +24,8 @@ from turret.transformer import Model, ModelConfig
 
 TARGETS = 32  # target tokens whose logits a CPU has in memory at a time
 GPU_LOGITS = 1 << 25  # logits that a GPU has in memory at a time: enough to read the output layer rarely
-HeadRow = tuple[Tensor, Tensor | None]  # token ids (T,) or (T, 2), and the positions (K,) that a head for tokens reads
+# Token ids (T,) or (T, 2), and positions (K,): those that a head for tokens reads, or the last token of each text.
+HeadRow = tuple[Tensor, Tensor | None]
 STEPS = ((64, 8), (512, 32), (1 << 62, 64))  # the tokens of all rows are rounded up: to 64 by 8, and so on
 
 
@@ -61,15 +62,37 @@ def tag_logits(model: Model, rows: Sequence[HeadRow], slots: Sequence[int] | Non
     return logits
 
 
-def head_logits(model: Model, rows: Sequence[HeadRow], slots: Sequence[int] | None = None) -> Tensor:
-    """The outputs of a head of either kind."""
+def text_vectors(model: Model, rows: Sequence[HeadRow], pooling: Pooling, slots: Sequence[int] | None = None) -> Tensor:
+    """A vector for each text of each row, row after row: (sum of K_i, D). The texts of a row are read apart."""
+    counts, draws = [read_in(row) for row in rows], attachment(model).context.draws
+    texts = [text for row in rows for text in texts_in(row)]
+    own = None if slots is None else [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
+    if draws is None:
+        return pooled(model, texts, pooling, own)
+    numbers = [number << 32 | place for number, count in zip(draws[1], counts, strict=True) for place in range(count)]
+    with drawing(model, draws[0], numbers):
+        return pooled(model, texts, pooling, own)
+
+
+def texts_in(row: HeadRow) -> Sequence[Tensor]:
+    """The token ids of each text of a row."""
+    source, ends = row
+    return [source] if ends is None else torch.tensor_split(source, ends[:-1] + 1)
+
+
+def head_logits(
+    model: Model, rows: Sequence[HeadRow], slots: Sequence[int] | None = None, pooling: Pooling | None = None
+) -> Tensor:
+    """The outputs of a head of either kind. pooling: of a task without a head, whose outputs are vectors."""
+    if pooling is not None:
+        return text_vectors(model, rows, pooling, slots)
     if head_of(model) == "tag":
         return tag_logits(model, rows, slots)
     return classify_logits(model, [source for source, _ in rows], slots)
 
 
 def read_in(row: HeadRow) -> int:
-    """The number of outputs that a head has for a row."""
+    """The number of outputs that a task has for a row."""
     return 1 if row[1] is None else len(row[1])
 
 

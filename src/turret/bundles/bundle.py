@@ -10,6 +10,7 @@ import json
 import shutil
 import stat
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.adapter import Adapter, BaseInfo, require_base
+from turret.adapters.adapter import LORA_PREFIX, Adapter, BaseInfo, require_base
 from turret.adapters.hooks import ATTRIBUTE, HookedModel, attachment, detach
 from turret.adapters.lifecycle import attach, extract, mount, require_bare, start_from
 from turret.adapters.peft_config import check_config, refuse_code, shortly
@@ -64,7 +65,7 @@ def load(folder: str | Path, model: M, *, trainable: bool = False) -> M:
         AdapterError: the model has an adapter already, or a tensor does not fit it.
     """
     base = require_bare(model)
-    adapter = read_bundle(folder)
+    adapter = named_for(read_bundle(folder), base)
     if adapter.base.fingerprint is not None:
         require_base(adapter, fingerprint_of(base.named_parameters(), base))
     own = {name: each.shape for name, each in base.named_parameters()}
@@ -147,7 +148,7 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> JsonObject:
 
 
 def _write(adapter: Adapter, folder: Path) -> JsonObject:
-    stored = tuner_of(adapter.method).stored(adapter)
+    stored = _renamed(tuner_of(adapter.method).stored(adapter), _body(adapter.task, adapter.base.family), "")
     tensors = {name: stored[name].contiguous() for name in sorted(stored)}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -179,13 +180,56 @@ def _base(base: BaseInfo) -> JsonObject:
 
 def _config(adapter: Adapter) -> JsonObject:
     """PEFT's configuration."""
+    own, body = tuner_of(adapter.method).peft_config(adapter), _body(adapter.task, adapter.base.family)
+    if isinstance(paths := own.get("target_modules"), list):
+        own["target_modules"] = [path.removeprefix(body) for path in paths]
     return {
         "peft_type": None,
         "task_type": task_type(adapter),
         "base_model_name_or_path": adapter.base.id,
         "inference_mode": True,
-        **tuner_of(adapter.method).peft_config(adapter),
+        **own,
     }
+
+
+# --- names in a model without a head ----------------------------------------------------------------------------------
+# An adapter for vectors is one of transformers' `AutoModel`, whose modules are those of the body of a model with a
+# head: `encoder.layer.0`, and not `bert.encoder.layer.0`. In memory all adapters have the names of the latter.
+
+HEADLESS = "FEATURE_EXTRACTION"  # PEFT's task_type
+
+
+def named_for(adapter: Adapter, model: Model) -> Adapter:
+    """The adapter with the names that its tensors have in a model, which may have a head or none."""
+    first = {
+        name.removeprefix(LORA_PREFIX).partition(".")[0] for name in adapter.tensors if name.startswith(LORA_PREFIX)
+    }
+    body, outside = f"{model.base_model_prefix}.", {each for each in first if not hasattr(model, each)}
+    if outside == {model.base_model_prefix}:
+        return replace(adapter, tensors=_renamed(adapter.tensors, body, ""))
+    if outside and outside == first and all(hasattr(model.base_model, each) for each in outside):
+        return replace(adapter, tensors=_renamed(adapter.tensors, "", body))
+    return adapter
+
+
+def _renamed(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    """The same tensors, where paths in the model begin with `new` in place of `old`."""
+    start = f"{LORA_PREFIX}{old}"
+    return {
+        f"{LORA_PREFIX}{new}{name.removeprefix(start)}" if name.startswith(start) else name: value
+        for name, value in tensors.items()
+    }
+
+
+def _body(task: JsonObject, family: str | None) -> str:
+    """Where the body is in a model with a head, such as `bert.`; "" if the adapter is stored with that name."""
+    if not task or stored_task(task).peft_type(encoder_decoder=False) != HEADLESS or family is None:
+        return ""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    named = MODEL_MAPPING_NAMES.get(family)
+    return "" if not isinstance(named, str) else f"{getattr(transformers, named).base_model_prefix}."
 
 
 def task_type(adapter: Adapter) -> str | None:
@@ -220,6 +264,7 @@ def read_bundle(folder: str | Path) -> Adapter:
         return Adapter(method, adapter_tensors, head, base)
     method = _method(manifest["method"])
     tuner_of(method).check_config(config)
+    tensors = _renamed(tensors, "", _body(manifest["task"], manifest["base"].get("family")))
     adapter_tensors, head = tuner_of(method).read(tensors, config)
     base = BaseInfo(**{key: manifest["base"].get(key) for key in BASE})
     return Adapter(method, adapter_tensors, head, base, manifest["task"], manifest["generation"], manifest["lineage"])

@@ -206,8 +206,8 @@ def predict(
     literal = min(context.obj or 0, len(inputs))  # inputs after `--`
     texts = inputs if literal == len(inputs) and not named else _texts(workspace, reference, inputs, named, literal)
     version = workspace.resolve(reference)
-    if version.part("task").get("pairs") and texts is inputs:
-        texts = _in_twos(inputs)
+    if texts is inputs:
+        texts = stored_task(version.part("task")).from_words(version.part("task"), inputs)
     check_options(version, top, coverage)
     with status() as say:
         answers = workspace.predict(reference, texts, bare=bare, coverage=coverage, device=device, on_stage=say)
@@ -348,13 +348,6 @@ def _texts(
             f"a column is named, which needs one table, given {len(inputs)} texts: give a table, or name none"
         )
     return inputs
-
-
-def _in_twos(texts: Sequence[str]) -> list[TextPair]:
-    """Texts on the command line, for a version that reads two together."""
-    if len(texts) % 2:
-        raise DataError(f"this version reads two texts together, given {len(texts)}: give the second after the first")
-    return [TextPair(*texts[place : place + 2]) for place in range(0, len(texts), 2)]
 
 
 def _names_a_file(word: str) -> bool:

@@ -28,10 +28,11 @@ COMPLETED: Roles = ("prompt", "completion")
 COMPARED: Roles = ("prompt", "chosen", "rejected")
 TAGGED: Roles = ("tokens", "tags")
 SPANNED: Roles = ("text", "spans")
+TRIPLE: Roles = ("anchor", "positive", "negative")
 OPTIONS = ("text", "text_pair", "label", "prompt", "completion", "messages")  # with an option of the command line
 PLAIN_ROLES = (
     *("text", "text_pair", "label", "document", "summary", "prompt", "completion", "chosen", "rejected"),
-    *("tokens", "tags", "spans"),
+    *("tokens", "tags", "spans", "anchor", "positive", "negative"),
 )
 
 WHOLE = ("messages", "conversations")  # column names of all turns
@@ -242,7 +243,7 @@ def find_group(data: DataSettings, columns: Sequence[str]) -> str | None:
 
 def _check_named(given: dict[str, str], only: Schema | None) -> None:
     """Raise DataError if no task has all the columns that the recipe names."""
-    every = (LABELLED, PAIRED, SUMMARISED, COMPLETED, ("system", *COMPARED), TAGGED, SPANNED)
+    every = (LABELLED, PAIRED, SUMMARISED, COMPLETED, ("system", *COMPARED), TAGGED, SPANNED, TRIPLE)
     of_a_task = [set(roles) for roles in every]
     if not any(given.keys() <= roles for roles in of_a_task):
         raise DataError(f"data names {' and '.join(given)}, which belong to different tasks: name one pair of columns")
@@ -575,11 +576,7 @@ class _Shape:
     instead: str = ""  # what this version can do with the table
 
 
-_SHAPES = (
-    _Shape("question_answering", "answers inside a context", ("question", "context"), ("answers", "answer")),
-    _Shape("embedding", "similar and other texts", ("anchor", "positive")),
-    _Shape("embedding", "similar and other texts", ("query", "positive")),
-)
+_SHAPES = (_Shape("question_answering", "answers inside a context", ("question", "context"), ("answers", "answer")),)
 
 
 def later_task_of(columns: Sequence[str], known: Collection[str] = ()) -> str | None:

@@ -312,6 +312,40 @@ class Preferred(Example):
         return cls(tuple(Turn(*turn) for turn in turns), chosen, rejected)
 
 
+@register_example
+@dataclass(frozen=True, slots=True)
+class Related(Example):
+    """A text, one that belongs to it, and texts that do not."""
+
+    anchor: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()  # further texts that belong to the anchor
+
+    @property
+    def asked(self) -> str:
+        return self.anchor
+
+    @property
+    def output(self) -> str:
+        return self.positive
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.positive, *self.others)
+
+    def in_training(self) -> Sequence[Related]:
+        return [Related(self.anchor, each, self.negatives) for each in self.references] if self.others else (self,)
+
+    def parts(self) -> tuple[str, ...]:
+        return (self.anchor, *self.references, *self.negatives)
+
+    @classmethod
+    def from_json(cls, fields: Sequence[JsonValue]) -> Related:
+        anchor, positive, negatives, others = fields
+        return cls(anchor, positive, tuple(negatives), tuple(others))
+
+
 Input: TypeAlias = str | TextPair | Prompt  # what a model is asked
 
 

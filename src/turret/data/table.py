@@ -26,7 +26,7 @@ _VALUES = 8  # numbers or dates that show what a column holds
 FOOT = 5  # last rows of a table among which sums are looked for
 ROLES = (  # keys of a recipe's [data] that name a column
     *("text", "text_pair", "label", "document", "summary", "prompt", "completion", "chosen", "rejected"),
-    *("tokens", "tags", "spans"),
+    *("tokens", "tags", "spans", "anchor", "positive", "negative"),
     *("messages", "input", "system", "tools"),
 )
 NUMBER = re.compile(r"[+-]?[0-9]+([.,\u00a0 ][0-9]+)*\s?[%€$£]?")
@@ -86,6 +86,9 @@ class DataSettings(Protocol):
     tokens: str | None
     tags: str | None
     spans: str | None
+    anchor: str | None
+    positive: str | None
+    negative: str | None
     messages: str | None
     input: str | None
     system: str | None

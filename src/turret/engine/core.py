@@ -14,9 +14,8 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -29,7 +28,7 @@ from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, War
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.constraint import Constraint
 from turret.engine.counters import Counters
-from turret.engine.decode import choose, token_logprobs
+from turret.engine.decode import choose
 from turret.engine.input_processor import Prompts
 from turret.engine.request import (
     Answer,
@@ -51,7 +50,6 @@ from turret.engine.scheduler import Scheduler
 from turret.engine.sequence import RunningSequence
 from turret.engine.slots import Slots
 from turret.engine.structured_output import Guide
-from turret.engine.text import Embedding
 from turret.engine.training_turns import TrainingTurns
 from turret.errors import (
     Busy,
@@ -69,10 +67,7 @@ from turret.errors import (
 from turret.json_types import JsonObject
 from turret.ops.copies import use_device
 from turret.ops.table import rest
-from turret.tasks import has_head
-
-if TYPE_CHECKING:
-    from turret.engine.vllm import Vllm, VllmPasses
+from turret.tasks import Embedding, has_head
 
 # --- step -------------------------------------------------------------------------------------------------------------
 # One forward pass after another: requests become rows, and outputs become tokens and answers.
@@ -240,14 +235,16 @@ class Passes:
             self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
 
     def _embedding(self, request: Request) -> Embedding:
-        asked = request.options.embedding or Embedding()
-        return replace(asked, pooling=asked.pooling or self._runner.base.family.embedding)
+        """How the text becomes a vector: as the request says, else as the adapter was trained."""
+        asked, loaded = request.options.embedding or Embedding(), self._runner.adapter_pool.at(_slot(request))
+        trained = None if loaded is None else loaded.task.embedding
+        return asked.over(trained or Embedding(self._runner.base.family.embedding))
 
     def _embedded(self, request: Request, pooled: torch.Tensor) -> None:
         try:
             if not bool(torch.isfinite(pooled).all()):
                 raise self._not_finite(request, "a vector that is")
-            vector = self._embedding(request).vector(pooled)
+            vector = self._embedding(request).vectors(pooled).tolist()
             self._end(request, Done({"embedding": vector, "prompt_tokens": len(request.ids or ())}), 0)
         except Exception as error:
             self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
@@ -280,11 +277,7 @@ class Passes:
         if token is None:
             raise self._not_finite(sequence.request)
         if sequence.reason is None:  # else only its prompt was to be read
-            count = sequence.settings.logprobs or 0
-            found = (
-                None if logprobs is None or token in sequence.settings.eos else token_logprobs(logprobs, token, count)
-            )
-            sequence.take(token, self._prompts.decode, self._prompts.token_texts, found)
+            sequence.take(token, self._prompts.decode, self._prompts.token_texts, logprobs)
 
     def _search(self, sequence: RunningSequence, scores: torch.Tensor) -> None:
         if not bool(torch.isfinite(scores.sum(-1)).all()):
@@ -333,7 +326,6 @@ def _unexpected(error: Exception) -> EngineError:
 
 
 T = TypeVar("T")
-VLLM_TOKENS = 65_536  # of prompts that begin at once, if vLLM computes: it divides them into passes itself
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 # Many texts in one call: one request for each text, as many at a time as the queue takes.
@@ -398,7 +390,6 @@ class Engine:
         source: Loads adapters by reference. None: there are only those of `hold`.
         limits: Limits of memory, queue, batch and cache.
         clock: Seconds that only grow; for tests.
-        vllm: A server that computes the answers; None: this process does. The base then has no weights.
 
     Raises:
         BaseModelError: The base's generation_config.json has an unsupported setting.
@@ -411,14 +402,12 @@ class Engine:
         limits: Limits | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
-        vllm: Vllm | None = None,
     ) -> None:
         self.base, self.limits = base, limits or Limits()
         self._source, self._clock = WithAdaptersInMemory(source), clock
-        # The base's own model stays bare, so that trainings can share it too.
-        self._runner: Runner | Vllm = Runner(share(base)) if vllm is None else vllm
+        self._runner = Runner(share(base))  # the base's own model stays bare, so that trainings can share it too
         try:
-            self._prompts = Prompts(self._runner.base, self._runner.needs, self.limits)
+            self._prompts = Prompts(self._runner.base, self._runner, self.limits)
         except TurretError:
             self._runner.close()
             raise
@@ -430,20 +419,15 @@ class Engine:
             self._runner.adapter_pool, self._slots, self._source, base.tokenizer, self._wake, clock, self._encode
         )
         self._scheduler = Scheduler(
-            batch_tokens=self.limits.batch_tokens or (pass_tokens(base) if vllm is None else VLLM_TOKENS),
+            batch_tokens=self.limits.batch_tokens or pass_tokens(base),
             running=self.limits.running,
             cache_tokens=self.limits.cache_tokens,
         )
         self._open: set[Request] = set()  # not ended
         self._waiting: set[Request] = set()  # not begun
         self._waiting_tokens: Counter[str] = Counter()  # by tenant
+        self._passes = Passes(self._runner, self._prompts, self._end, self._freed, self._passed)
         self._counters = Counters(clock)
-        ways = self._end, self._freed, self._passed
-        self._passes: Passes | VllmPasses
-        if isinstance(self._runner, Runner):
-            self._passes = Passes(self._runner, self._prompts, *ways)
-        else:
-            self._passes = self._runner.passes(self._prompts, *ways, self._stepped, self._wake)
         self._trainings = TrainingTurns(self.limits.train_percent / 100)
         self._retired: set[Named] = set()  # of `hold`, no longer wanted
         self._cancelled = False  # a request was cancelled since the last check
@@ -923,8 +907,3 @@ class Engine:
     def _passed(self, begin: Sequence[Request], steps: int, seconds: float) -> None:
         with self._wake:
             self._counters.passed(begin, steps, seconds, bool(self._waiting))
-
-    def _stepped(self, tokens: int, seconds: float) -> None:
-        """Count further tokens of one row, with so many seconds between two of them."""
-        with self._wake:
-            self._counters.stepped(tokens, seconds)

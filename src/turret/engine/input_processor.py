@@ -13,6 +13,7 @@ from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.cache import capacity
 from turret.engine.decode import base_settings, resolved
 from turret.engine.request import MAX_TOKENS, Kind, Limits, Named, Receipt, Request, Row, Ticket
+from turret.engine.runner import Runner
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Constraints
 from turret.engine.text import CONTEXT_TOKENS
@@ -28,9 +29,8 @@ CHARACTERS_PER_TOKEN = 3  # an estimate, used until the adapter is loaded and it
 class Prompts:
     """Encodes and decodes for one base. A lock guards the tokenizer, which is not thread-safe."""
 
-    def __init__(self, base: Base, needs: Callable[[int, int, int], dict[str, int]], limits: Limits) -> None:
-        """needs: as `Runner.needs`."""
-        self._base, self._needs, self._limits = base, needs, limits
+    def __init__(self, base: Base, runner: Runner, limits: Limits) -> None:
+        self._base, self._runner, self._limits = base, runner, limits
         self._settings = base_settings(base.model, base.tokenizer)
         self._vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
         self.constraints = Constraints(base.tokenizer, self._vocabulary, self._settings.eos)
@@ -137,7 +137,9 @@ class Prompts:
         if request.ids is None:
             assert request.text is not None
             with self._lock:
-                own = None if request.embeds else loaded
+                if request.embeds and isinstance(request.text, TextPair):
+                    raise DataError("a vector is that of one text, and two were given: ask for each text")
+                own = loaded if loaded is not None and loaded.task.request == request.kind else None
                 rows = None if own is None else self._windows(request.text, own.task)
                 if rows is not None:
                     request.windows = [(each.ids.tolist(), read) for each, read in rows]
@@ -169,7 +171,7 @@ class Prompts:
         )
         if self.is_encoder_decoder and request.options.echo:
             raise DataError("echo needs a decoder, which continues its prompt: leave it out")
-        needs = self._needs(length, max(1, request.settings.max_tokens), shift)
+        needs = self._runner.needs(length, max(1, request.settings.max_tokens), shift)
         request.rows = request.settings.num_beams
         request.cache_tokens = request.rows * sum(map(capacity, needs.values()))
         if request.rows > self._limits.running:
@@ -259,7 +261,7 @@ class Prompts:
             return
         kind = loaded.task.request
         if kind != request.kind:
-            verbs = {"classify": "classifies", "generate": "generates"}
+            verbs = {"classify": "classifies", "generate": "generates", "embed": "embeds"}
             raise AdapterError(f"{request.named} {verbs[kind]} and was asked to {request.kind}: ask it to {kind}")
 
     def _check_dimensions(self, request: Request) -> None:

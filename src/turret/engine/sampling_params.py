@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from turret.engine.constraint import Constraint
-from turret.engine.text import Embedding
 from turret.errors import DataError
+from turret.tasks import Embedding
 from turret.tasks.calibration import check_coverage
 
 STOPS = 16  # most stop strings of one request

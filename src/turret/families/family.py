@@ -23,7 +23,8 @@ Group = Literal["encoder", "decoder", "cross"]
 Stream = Literal["encoder", "decoder"]
 Pooling = Literal["first", "last", "mean"]
 Layout = Literal["post-norm", "pre-norm"]
-HeadKind = Literal["classify", "tag", "generate"]  # of a model: for a text, for each token, or over the vocabulary
+# of a model: for a text, for each token, none for vectors of texts, or over the vocabulary
+HeadKind = Literal["classify", "tag", "embed", "generate"]
 OutputLayer = Callable[["Tensor"], "Tensor"]  # hidden states (N, D) -> (N, V)
 Vocabulary = Callable[["Model", "Tensor", OutputLayer], "Tensor"]  # (model, hidden (N, D), output layer) -> (N, V)
 
@@ -108,10 +109,26 @@ def _named(module: Submodule, *names: str) -> int | None:
     return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
 
 
+HEADLESS = "turret_headless"  # attribute of a model whose head was taken off
+
+
+def take_head_off(model: Model, family: Family) -> None:
+    """Take the head off a classifier, and the poolers of its body: a vector of a text is read from hidden states."""
+    for name in family.head_modules:
+        if hasattr(model, name):
+            delattr(model, name)
+    for name in () if family.guessed else family.body_excludes:
+        if getattr(model.base_model, name, None) is not None:
+            setattr(model.base_model, name, None)
+    setattr(model, HEADLESS, True)
+
+
 def head_of(model: Model) -> HeadKind:
     """The head that a model was loaded with."""
     if model.get_output_embeddings() is not None:
         return "generate"
+    if getattr(model, HEADLESS, False):
+        return "embed"
     return "tag" if "ForTokenClassification" in type(model).__name__ else "classify"
 
 
@@ -226,6 +243,7 @@ class Family:
             "generate": self.causal,
             "classify": bool(self.head_modules),
             "tag": bool(self.tag_modules),
+            "embed": not self.is_encoder_decoder,
         }
         return tuple(kind for kind, has in there.items() if has)
 
@@ -248,6 +266,10 @@ class Family:
     def beside_body(self) -> tuple[str, ...]:
         """The modules outside the body: the classification head and the output layer."""
         return (*self.head_modules, self.output_layer)
+
+    def head_for(self, wanted: HeadKind) -> HeadKind:
+        """The head that a base is loaded with. A generator gives vectors as it is, so that it serves both."""
+        return "generate" if wanted == "embed" and self.causal else wanted
 
     @property
     def embedding(self) -> Pooling:

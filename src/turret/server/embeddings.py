@@ -15,7 +15,6 @@ from operator import mul
 from fastapi import Request, Response
 
 from turret.data import TextPair
-from turret.engine.text import Embedding
 from turret.errors import BadRequest, TurretError
 from turret.families.family import Pooling
 from turret.server import embedding_schemas as schemas
@@ -23,6 +22,7 @@ from turret.server.engine_protocol import Answer, Input
 from turret.server.pending_answers import PendingAnswers, prompt_tokens
 from turret.server.routes import State, Unit, router
 from turret.server.state import ServerState
+from turret.tasks import Embedding
 
 questions = router("infer")
 Scores = tuple[list[float], schemas.Scoring, PendingAnswers, schemas.EmbeddingUsage]
@@ -114,7 +114,9 @@ async def _scores(
         response.headers.update(pending.headers)
         return [float(each["value"]) for each in answers], "adapter", pending, _usage(answers)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    vectors, pending, usage = await _vectors(state, request, response, model, texts, Embedding(pooling), unit)
+    vectors, pending, usage = await _vectors(
+        state, request, response, model, texts, Embedding(pooling, normalize=True), unit
+    )
     of = dict(zip(texts, vectors, strict=True))
     scores = await state.parsing(cosines, [of[a] for a, _ in pairs], [of[b] for _, b in pairs])
     return scores, "cosine", pending, usage

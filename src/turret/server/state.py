@@ -42,7 +42,6 @@ from turret.server.replica import Replica
 from turret.server.routing import AliasWatcher, Placement, Routing
 from turret.store.batches import Batches
 from turret.store.client_files import ClientFiles
-from turret.store.jobs import count_waiting
 from turret.store.usage import BASE, UsageLog
 from turret.store.usage import SECONDS as USAGE_SECONDS
 from turret.tasks import stored_task
@@ -837,11 +836,9 @@ class ServerState:
     # --- metrics ------------------------------------------------------------------------------------------------------
 
     def _gauges(self) -> dict[str, float]:
-        tenants, jobs = self._all_tenants(), dict[str, float]()
-        with suppress(TurretError):  # the other figures do not need the store
-            jobs["jobs_waiting"] = float(count_waiting(self._home.store.database(make=True)))
+        tenants = self._all_tenants()
         with suppress(TurretError):
-            return jobs | {
+            return {
                 "in_flight": float(self.load.requests),
                 "body_bytes": float(self.load.bytes),
                 "draining": float(self.load.draining),

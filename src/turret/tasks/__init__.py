@@ -5,6 +5,7 @@ A new task is a class with the methods of `HeadTask` or `TextTask`, decorated wi
 
 from turret.tasks.chat import Chat
 from turret.tasks.classify import Classify
+from turret.tasks.embedding import Embedding, TextEmbedding
 from turret.tasks.generate import Generate, Summarize
 from turret.tasks.preference import Preference
 from turret.tasks.regression import Regression
@@ -44,6 +45,7 @@ __all__ = [
     "Classify",
     "CommonTask",
     "ComparingTask",
+    "Embedding",
     "Encoded",
     "Generate",
     "HeadTask",
@@ -56,6 +58,7 @@ __all__ = [
     "Score",
     "Summarize",
     "Task",
+    "TextEmbedding",
     "TextPairs",
     "TextTask",
     "TokenClassification",

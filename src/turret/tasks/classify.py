@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from turret.families.family import HeadKind
+    from turret.families.family import HeadKind, Pooling
     from turret.families.family import Kind as FamilyKind
+    from turret.tasks.embedding import Embedding
 
 TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")  # column names of inputs
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")  # column names of classes
@@ -139,7 +140,7 @@ class HeadAnswers(Protocol):
     """The part of `HeadTask` that every task has which reads texts and is answered by a head."""
 
     head: ClassVar[HeadKind] = "classify"
-    request: ClassVar[Literal["classify"]] = "classify"
+    request: ClassVar[Literal["classify", "embed"]] = "classify"
     generates: ClassVar[Literal[False]] = False
     solved: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "text-classification"
@@ -151,6 +152,9 @@ class HeadAnswers(Protocol):
     errors: ClassVar[str] = "the worst answers"
     texts: ClassVar[tuple[str, str]] = ("first text", "second text")
     sides: ClassVar[tuple[str, str]] = ("right is", "answered")
+    bare: ClassVar[bool] = False
+    embedding: Embedding | None = None
+    pooling: Pooling | None = None
     calibration: Calibration | None = None
     inputs: TextInputs
 
@@ -165,6 +169,16 @@ class HeadAnswers(Protocol):
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool) -> str:
         return "SEQ_CLS"
+
+    @classmethod
+    def from_words(cls, spec: JsonMapping, texts: Sequence[str]) -> Sequence[Input]:
+        if not spec.get("pairs"):
+            return texts
+        if len(texts) % 2:
+            raise DataError(
+                f"this version reads two texts together, given {len(texts)}: give the second after the first"
+            )
+        return [TextPair(*texts[place : place + 2]) for place in range(0, len(texts), 2)]
 
     @property
     def pairs(self) -> bool:
@@ -195,6 +209,9 @@ class HeadAnswers(Protocol):
     def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
         answers = self.answers(logits, [example.asked for example in examples])
         return self.metrics(logits, self.targets(examples)), answers
+
+    def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]:
+        return [self.score(each, example) for each, example in zip(given, examples, strict=True)]
 
     def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
         return self

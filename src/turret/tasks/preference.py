@@ -58,8 +58,11 @@ class Preference(Chat):
     def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
         if settings.loss_on == "assistant":
             raise DataError("a preference compares last answers: leave task.loss_on out")
+        if settings.loss not in (None, "dpo", "orpo"):
+            raise DataError(f"task.loss = {settings.loss!r} does not fit preferences: expected dpo or orpo")
         made = super().make(settings, dataset, tokenizer, family_kind)
-        made.loss_on, made.objective, made.beta = "last", settings.loss or "dpo", settings.beta or 0.1
+        made.objective = "orpo" if settings.loss == "orpo" else "dpo"
+        made.loss_on, made.beta = "last", settings.beta or 0.1
         return made
 
     def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:

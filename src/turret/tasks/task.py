@@ -15,8 +15,9 @@ from turret.transformer import Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from turret.families.family import HeadKind
+    from turret.families.family import HeadKind, Pooling
     from turret.families.family import Kind as FamilyKind
+    from turret.tasks.embedding import Embedding
 
 RequestKind = Literal["classify", "generate", "embed"]  # what an engine answers with: a head, a text, or a vector
 Prediction: TypeAlias = str | list[str]  # the part of an answer that is scored: a label, labels, a text, a number
@@ -32,7 +33,7 @@ class Encoded:
     left_out: int = 0  # turns of a conversation that was longer than the limit
     whole: int | None = None  # tokens before the cut, if known
     rival: Tensor | None = None  # (R,) int64, of a target: another one that is worse
-    read: Tensor | None = None  # (K,) int64, the positions in `ids` that a head for tokens reads
+    read: Tensor | None = None  # (K,) int64, positions in `ids`: that a head for tokens reads, or the end of each text
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,11 @@ class TaskSettings(Protocol):
     class_weights: Literal["balanced"] | dict[str, float] | None
     levels: list[str] | None
     chat_template: bool
-    loss: Literal["dpo", "orpo"] | None
+    loss: Literal["dpo", "orpo", "multiple_negatives", "cosent", "triplet"] | None
     beta: float | None
+    pooling: Pooling | None
+    normalize: bool
+    dimensions: list[int] | None
     loss_on: Literal["assistant", "last"] | None
     num_beams: int
     max_new_tokens: int | None
@@ -126,6 +130,7 @@ class CommonTask(Protocol):
     two_answers: ClassVar[bool]  # whether a row has a better and a worse answer, see `Preference`
     rate_ratio: ClassVar[float]  # of its usual learning rate to the method's
     baselines: ClassVar[tuple[str, ...]]  # of `compare`, that train nothing: linear, lead, nearest
+    bare: ClassVar[bool]  # whether a base without an adapter answers it
 
     # --- class methods -----------------------------------------------------------------------------------------------
 
@@ -169,6 +174,10 @@ class CommonTask(Protocol):
     def line(cls, answer: JsonMapping) -> str:
         """An answer as one line on a screen."""
 
+    @classmethod
+    def from_words(cls, spec: JsonMapping, texts: Sequence[str]) -> Sequence[Input]:
+        """What is asked by texts that follow one another on a command line. Raises DataError."""
+
     # --- an instance -------------------------------------------------------------------------------------------------
 
     @property
@@ -181,6 +190,10 @@ class CommonTask(Protocol):
     def max_tokens(self) -> int: ...
     @property
     def instruction(self) -> str: ...  # the task in words; a prefix starts from them
+    @property
+    def embedding(self) -> Embedding | None: ...  # how a text becomes a vector, if that is the answer
+    @property
+    def pooling(self) -> Pooling | None: ...  # which hidden states make that vector
     @property
     def calibration(self) -> Calibration | None: ...  # fitted on validation examples; only if the task calibrates
 
@@ -205,6 +218,9 @@ class CommonTask(Protocol):
     def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
         """The right number and the answered one of each example, for a plot; none if answers are no numbers."""
 
+    def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]:
+        """How well each prediction fits its example, where that may depend on the others too."""
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean over examples, or over target tokens if the task generates: a scalar."""
 
@@ -215,7 +231,7 @@ class CommonTask(Protocol):
 class HeadTask(CommonTask, Protocol):
     """A task that is answered by a head on the base, in one pass."""
 
-    request: ClassVar[Literal["classify"]]  # the route that answers it
+    request: ClassVar[Literal["classify", "embed"]]  # the route that answers it
     generates: ClassVar[Literal[False]]
     solved: ClassVar[bool]  # whether a new head starts at the linear solution
 
@@ -361,15 +377,14 @@ class Scoring(Protocol):
     @classmethod
     def judged(cls, answer: JsonMapping) -> Prediction: ...
 
-    def score(self, given: Prediction, example: Example) -> float: ...
+    def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]: ...
 
 
 def by_score(task: Scoring, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
     """The answers with a score below 1, the lowest first: `worst` of a task that has no better order."""
-    found = []
-    for row, (example, answer) in enumerate(zip(examples, answers, strict=True)):
-        given = task.judged(answer)
-        score = task.score(given, example)
+    found, every = [], [task.judged(answer) for answer in answers]
+    both = zip(examples, every, task.scores(every, examples), strict=True)
+    for row, (example, given, score) in enumerate(both):
         if score < 1:
             error = f"{task.metric_label} {score:.2f}"
             found.append(Mistake(row, example.asked, right_of(example), given, score, error=error))

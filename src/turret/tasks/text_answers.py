@@ -47,8 +47,11 @@ class TextAnswers(Protocol):
     errors: ClassVar[str] = "the worst outputs"
     texts: ClassVar[tuple[str, str]] = ("first text", "second text")
     sides: ClassVar[tuple[str, str]] = ("reference", "answered")
+    bare: ClassVar[bool] = True
     labels: tuple[str, ...] = ()
     multi_label: bool = False
+    embedding: None = None
+    pooling: None = None
     calibration: Calibration | None = None
     pairs: bool = False
     tokenizer: Tokenizer
@@ -95,6 +98,13 @@ class TextAnswers(Protocol):
 
     def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
         return []
+
+    def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]:
+        return [self.score(each, example) for each, example in zip(given, examples, strict=True)]
+
+    @classmethod
+    def from_words(cls, spec: JsonMapping, texts: Sequence[str]) -> Sequence[Input]:
+        return texts
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from turret import adapters
 from turret.adapters import Adapter
 from turret.bases import Base
+from turret.families.family import Pooling
 from turret.methods import Head
 from turret.train.proof import answer
 from turret.transformer import Model
@@ -59,7 +60,8 @@ def effect_of(base: Base, adapter: Adapter, sources: Sequence[Tensor], targets: 
         with torch.no_grad():
             bare = _bare_outputs(model, adapter, sources, targets)
             adapters.mount(model, adapter, fingerprint=base.fingerprint)
-            outputs = answer(model, sources, targets, 1)  # name the slot, as for the bare base: both round alike
+            # name the slot, as for the bare base: both round alike
+            outputs = answer(model, sources, targets, 1, _pooling(adapter))
         effect = float((outputs - bare).abs().max()) / float(outputs.abs().max().clamp_min(1e-30))
         return AdapterEffect(outputs, effect, _idle(model, adapter, sources, targets))
 
@@ -73,7 +75,7 @@ def _bare_outputs(model: Model, adapter: Adapter, sources: list[Tensor], targets
         adapters.attach(model, Head())
         slot = 0
     try:
-        return answer(model, sources, targets, slot)
+        return answer(model, sources, targets, slot, _pooling(adapter))
     finally:
         adapters.detach(model)
         model.eval()
@@ -91,9 +93,15 @@ def _idle(model: Model, adapter: Adapter, sources: list[Tensor], targets: list[T
     owned = _slot_parameters(model)
     for parameter in owned.values():
         parameter.requires_grad_(True)
-    total = answer(model, sources, targets).square().sum()
+    total = answer(model, sources, targets, pooling=_pooling(adapter)).square().sum()
     gradients = torch.autograd.grad(total, list(owned.values()), allow_unused=True)
     return [name for name, gradient in zip(owned, gradients, strict=True) if gradient is None]
+
+
+def _pooling(adapter: Adapter) -> Pooling | None:
+    """Of an adapter whose outputs are vectors."""
+    found: Pooling | None = adapter.task.get("pooling")
+    return found
 
 
 def _slot_parameters(model: Model) -> dict[str, Tensor]:

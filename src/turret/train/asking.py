@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from turret import adapters
 from turret.adapters import Adapter, packed
 from turret.adapters.adapter import PROMPT, shared_names
 from turret.adapters.hooks import hook_model
-from turret.adapters.packed import HeadRow
+from turret.adapters.packed import HeadRow, texts_in
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
 from turret.bases.sharded import parts_of
@@ -31,10 +30,12 @@ from turret.engine.request import Limits, Named
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.training_turns import between_passes
 from turret.errors import AdapterError, BaseModelError
+from turret.families.family import Pooling
 from turret.fingerprint import within
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import Head
-from turret.tasks import Task, TextTask, has_head, writes
+from turret.tasks import Embedding, Task, TextTask, has_head, writes
+from turret.tasks.task import RequestKind
 from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRows, by_length
 from turret.train.evaluation import class_logits, evaluate, evaluating
 from turret.transformer import Model
@@ -102,8 +103,8 @@ class Asking:
         task, slot = self.task, adapters.BARE if bare else None
         items = EncodedRows(task, examples)
         rows = items.windows()
-        if has_head(task) and not bare:
-            return task.judge(self.logits(rows) if logits is None else logits, examples)
+        if has_head(task) and (task.bare or not bare):
+            return task.judge(self.logits(rows, bare=bare) if logits is None else logits, examples)
         losses, answers = evaluate(self.model, task, items, most_tokens=self.most_tokens, slot=slot)
         if not writes(task) or answers:  # a preference is judged by these passes
             return losses, answers
@@ -111,11 +112,17 @@ class Asking:
         references = [example.references for example in examples]
         return task.metrics([answer["text"] for answer in answers], references, losses["loss"]), answers
 
-    def logits(self, rows: Sequence[HeadRow]) -> Tensor:
-        """The outputs of the head for each row: (B, C) float32 on the CPU, or of all tokens that are read (N, C)."""
+    def logits(self, rows: Sequence[HeadRow], *, bare: bool = False) -> Tensor:
+        """The outputs of the head for each row: (B, C) float32 on the CPU, or of all tokens that are read (N, C).
+
+        Of a task without a head they are the vectors of all texts (N, D), before they are cut and normalized.
+        """
+        pooling = self.task.pooling
         if self.why_plain is not None:
-            with evaluating(self.model, None):
-                return torch.cat(class_logits(self.model, rows, self.most_tokens))
+            with evaluating(self.model, adapters.BARE if bare else None):
+                return torch.cat(class_logits(self.model, rows, self.most_tokens, pooling))
+        if pooling is not None:
+            return self._vectors([text for row in rows for text in texts_in(row)], pooling, bare=bare)
         order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]))
         options = [SamplingParams(logits=True, read=_places(rows[place][1])) for place in order]
         answers = self._ask("classify", [rows[place][0] for place in order], options, 1, bare=False)
@@ -141,6 +148,20 @@ class Asking:
             ]
         order = torch.tensor([place for piece in pieces for place in piece])
         return torch.nn.functional.normalize(torch.cat(parts)[order.argsort()])
+
+    def _vectors(self, texts: Sequence[Tensor], pooling: Pooling, *, bare: bool) -> Tensor:
+        """The pooled hidden states of each text (N, D). Equal texts are read once."""
+        places = dict[tuple[int, ...], list[int]]()
+        for place, ids in enumerate(texts):
+            places.setdefault(tuple(ids.tolist()), []).append(place)
+        order = sorted(places, key=len)
+        whole = Embedding(pooling, int(self.base.model.config.hidden_size), normalize=False)
+        options = [SamplingParams(embedding=whole)] * len(order)
+        answers = self._ask("embed", [torch.tensor(ids) for ids in order], options, 1, bare=bare)
+        found = torch.empty(len(texts), int(self.base.model.config.hidden_size))
+        for each, answer in zip(order, answers, strict=True):
+            found[places[each]] = torch.tensor(answer["embedding"])
+        return found
 
     def texts(
         self, sources: Sequence[Tensor], *, bare: bool = False, new_tokens: int | None = None
@@ -193,11 +214,11 @@ class Asking:
             encoded = task.encode_sources(inputs)
             texts = self.texts([each.ids for each in encoded], bare=bare)
             return [(text, each.cut) for text, each in zip(texts, encoded, strict=True)]
-        if bare:
+        if bare and not task.bare:
             raise AdapterError("this version classifies, and the bare base has no head for it: ask without bare")
         assert has_head(task)
         windows = task.windows(inputs)
-        logits = self.logits([(row.ids, row.read) for rows in windows for row in rows])
+        logits = self.logits([(row.ids, row.read) for rows in windows for row in rows], bare=bare)
         found = task.answers(logits, inputs)
         if coverage is not None:
             for answer, labels in zip(found, task.label_sets(logits, coverage), strict=True):
@@ -224,7 +245,7 @@ class Asking:
 
     def _ask(
         self,
-        kind: Literal["generate", "classify", "embed"],
+        kind: RequestKind,
         sources: Sequence[Tensor],
         options: Sequence[SamplingParams],
         cache_tokens: int,

@@ -95,7 +95,7 @@ class EncodedRow:
     whole: int | None = None  # tokens of the source before the cut, if known
     wanted: Tensor | None = None
     rival: Tensor | None = None  # (R,) int64, the ids of a text that is worse than the target
-    read: Tensor | None = None  # (K,) int64, the positions in `source` that a head for tokens reads
+    read: Tensor | None = None  # (K,) int64, positions in `source`, as in `Encoded`
     number: int = 0  # in its step, which decides its dropout
 
     @property
@@ -145,11 +145,11 @@ class EncodedRows:
         return [encoded[i] if i in encoded else self._cached[i].row() for i in indices]
 
     def windows(self) -> list[tuple[Tensor, Tensor | None]]:
-        """The rows that a head reads for all examples, in order: the ids of each, and the positions that are read."""
+        """The rows that a head reads for all examples, in order: the ids of each, and the positions of `HeadRow`."""
         if has_head(self.task) and self.task.head == "tag":
             every = self.task.windows([example.asked for example in self.examples])
             return [(row.ids, row.read) for rows in every for row in rows]
-        return [(item.source, None) for item in self.take(range(len(self)))]
+        return [(item.source, item.read) for item in self.take(range(len(self)))]
 
     def lengths(self) -> list[int]:
         """The tokens of every item."""

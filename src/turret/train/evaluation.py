@@ -14,12 +14,15 @@ from turret.adapters.packed import HeadRow, read_in
 from turret.data import Example
 from turret.engine.training_turns import between_passes
 from turret.errors import DataError
+from turret.families.family import Pooling
 from turret.json_types import JsonObject
-from turret.tasks import ComparingTask, Task, compares, has_head
+from turret.tasks import ComparingTask, HeadTask, Task, compares, has_head
 from turret.train.batches import EncodedRows, by_length
 from turret.train.preferences import compare_answers, still
 from turret.train.step import loss_of
 from turret.transformer import Model
+
+TOGETHER = 64  # examples whose loss is computed together, if the loss compares the examples of a batch
 
 
 def evaluate(
@@ -44,7 +47,9 @@ def evaluate(
     items = examples if isinstance(examples, EncodedRows) else EncodedRows(task, examples)
     with evaluating(model, slot):
         if has_head(task):
-            return task.judge(torch.cat(class_logits(model, items.windows(), most_tokens)), items.examples)
+            return task.judge(
+                torch.cat(class_logits(model, items.windows(), most_tokens, task.pooling)), items.examples
+            )
         if compares(task):
             return _preferences(model, task, items, most_tokens, bare=slot == BARE)
         loss = _target_loss(model, task, items, most_tokens)
@@ -63,7 +68,9 @@ def example_losses(
     with evaluating(model, slot):
         if has_head(task):
             taken = items.take(range(count))
-            outputs = class_logits(model, [(item.source, item.read) for item in taken], most_tokens)
+            outputs = class_logits(model, [(item.source, item.read) for item in taken], most_tokens, task.pooling)
+            if task.spans == "batch":
+                return _shared_losses(task, outputs, items.examples), (1,) * count
             counts = [item.weight for item in taken]
             wanted = torch.split(task.targets(items.examples), counts)
             each = [float(task.loss(*both)) * both[0].shape[0] for both in zip(outputs, wanted, strict=True)]
@@ -82,6 +89,16 @@ def example_losses(
         return tuple(losses), tuple(weights)
 
 
+def _shared_losses(task: HeadTask, outputs: Sequence[Tensor], examples: Sequence[Example]) -> tuple[float, ...]:
+    """Of a loss that compares the examples of a batch: for each example that of its batch, of `TOGETHER` examples."""
+    losses: list[float] = []
+    for start in range(0, len(examples), TOGETHER):
+        part = examples[start : start + TOGETHER]
+        found = float(task.loss(torch.cat(list(outputs[start : start + TOGETHER])), task.targets(part)))
+        losses += [found] * len(part)
+    return tuple(losses)
+
+
 @contextmanager
 def evaluating(model: Model, slot: int | None) -> Iterator[None]:
     """Eval mode, no gradients, and all rows on one slot, for the length of the block."""
@@ -91,14 +108,16 @@ def evaluating(model: Model, slot: int | None) -> Iterator[None]:
         yield
 
 
-def class_logits(model: Model, rows: Sequence[HeadRow], most_tokens: int) -> list[Tensor]:
-    """The outputs of the head for each row, in `evaluating`: (1, C), or (K, C) of the tokens that are read.
+def class_logits(
+    model: Model, rows: Sequence[HeadRow], most_tokens: int, pooling: Pooling | None = None
+) -> list[Tensor]:
+    """The outputs for each row, in `evaluating`: of a head (1, C), or (K, C) of the tokens that are read; or vectors.
 
     Each is float32 on the CPU.
     """
     found: dict[int, Tensor] = {}
     for piece in by_length([len(source) for source, _ in rows], most_tokens):
-        logits = packed.head_logits(model, [rows[place] for place in piece]).float().cpu()
+        logits = packed.head_logits(model, [rows[place] for place in piece], pooling=pooling).float().cpu()
         counts = [read_in(rows[place]) for place in piece]
         found |= dict(zip(piece, torch.split(logits, counts), strict=True))
         between_passes()

@@ -21,6 +21,7 @@ from turret.bases.meta_model import CONTEXT
 from turret.bases.sharded import divided, layer_paths
 from turret.engine.cache import capacity
 from turret.families import family_of
+from turret.families.family import head_of
 from turret.methods import Method
 from turret.ops.autograd import FunctionContext, Gradients, apply
 from turret.ops.table import planned
@@ -203,7 +204,11 @@ def saved_by(model: Model, work: Work) -> tuple[SavedForBackward, int, int]:
     sources = [torch.zeros(work.source, dtype=torch.long)] * work.rows
     with saved.counting():
         if not work.target:
-            logits = packed.head_logits(model, [(source, torch.arange(len(source))) for source in sources])  # (B, C)
+            rows = [(source, torch.arange(len(source))) for source in sources]
+            if head_of(model) in ("embed", "generate"):
+                logits = packed.pooled(model, sources, "mean")  # (B, D)
+            else:
+                logits = packed.head_logits(model, rows)  # (B, C)
             return saved, logits.nbytes, logits.numel()
         targets = [torch.zeros(work.target, dtype=torch.long)] * work.rows
         states = packed.target_states(model, sources, targets)  # (N, D)

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from turret import adapters, process, quantized
+from turret.adapters.packed import texts_in
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
 from turret.bases.device import gigabytes
@@ -373,7 +374,8 @@ def inputs(items: Sequence[EncodedRow], task: Task, base: Base) -> Iterator[Chec
     empty = sum(not item.example.input.strip() for item in items)
     if empty:
         yield Check("inputs", "warn", f"{empty} of {len(items)} inputs are empty", "remove these rows")
-    longest = max(len(item.source) for item in items)
+    rows = [(item.source, None if task.pooling is None else item.read) for item in items]
+    longest = max(len(text) for row in rows for text in texts_in(row))
     turns, shortened = sum(item.left_out for item in items), sum(item.left_out > 0 for item in items)
     if turns:
         yield Check(
@@ -453,6 +455,23 @@ def positions(recipe: Recipe, task: Task, base: Base) -> Iterator[Check]:
         f"{parts} need {needed} positions, and {base.id} has {limit}",
         f"set task.max_tokens to {fits} or less" if fits > 0 else "use a base with more positions",
     )
+
+
+def vectors(recipe: Recipe, task: Task, base: Base) -> Iterator[Check]:
+    """What the vectors of texts are, and whether they have as many numbers as the recipe asks for."""
+    if task.embedding is None:
+        return
+    size, wanted = int(base.model.config.hidden_size), task.embedding.dimensions
+    how = "" if task.embedding.normalize is False else ", of length 1"
+    found = f"{wanted or size} numbers{how}: {task.embedding.pooling} of the last hidden states"
+    if wanted is not None and wanted > size:
+        found = f"task.dimensions has {wanted}, and a vector of {base.id} has {size} numbers"
+        yield Check("vectors", "refuse", found, f"set task.dimensions to at most {size}")
+    elif recipe.method.head_alone:
+        found = f"{recipe.method.kind} trains a head, and a task of vectors has none"
+        yield Check("vectors", "refuse", found, 'set method.kind to "lora"')
+    else:
+        yield Check("vectors", "ok", found)
 
 
 def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
@@ -655,6 +674,7 @@ def plan(
         *language(sample),
         *outputs(sample, task),
         *positions(recipe, task, base),
+        *vectors(recipe, task, base),
         *precision(recipe, base),
         *([] if device is None else [Check("device", "ok", str(device))]),
         *checkpoints(base),

@@ -21,6 +21,7 @@ from turret.adapters import packed
 from turret.bases import Base
 from turret.data import Example
 from turret.errors import ProofFailed
+from turret.families.family import Pooling
 from turret.json_types import JsonObject
 from turret.process import environment
 from turret.tasks import Task
@@ -55,24 +56,36 @@ def probe(model: Model, task: Task, examples: Sequence[Example], rows: int = ROW
     """Record the outputs of the attached, trained model for at most `rows` of the examples."""
     items = EncodedRows(task, examples).take(spread(len(examples), rows))
     sources = [item.source for item in items]
+    if task.pooling is not None:
+        sources = [text.clone() for item in items for text in packed.texts_in((item.source, item.read))]
     targets = [item.target[:TARGET_TOKENS] for item in items if item.target is not None]
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return Probe(sources, targets, answer(model, sources, targets))
+            return Probe(sources, targets, answer(model, sources, targets, pooling=task.pooling))
     finally:
         model.train(training)
 
 
-def answer(model: Model, sources: list[Tensor], targets: list[Tensor], slot: int | None = None) -> Tensor:
+def answer(
+    model: Model,
+    sources: list[Tensor],
+    targets: list[Tensor],
+    slot: int | None = None,
+    pooling: Pooling | None = None,
+) -> Tensor:
     """The outputs of one slot (None: the active one): (B, C) or of all tokens (N, C), or (N, V) with targets.
+
+    With a pooling they are vectors (B, D).
 
     They are float32 on the CPU.
     """
     slots = None if slot is None else [slot] * len(sources)
     if targets:
         return packed.target_logits(model, sources, targets, slots).float().cpu()
+    if pooling is not None:
+        return packed.pooled(model, sources, pooling, slots).float().cpu()
     read = [torch.arange(len(source)) for source in sources]
     return packed.head_logits(model, list(zip(sources, read, strict=True)), slots).float().cpu()
 

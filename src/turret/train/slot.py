@@ -221,7 +221,9 @@ class TrainingSlot:
         if chosen.every_weight:
             raise TrainingError(f"method {chosen.kind} trains every weight and shares no base: use turret train")
         base, task = engine.base, task_of(kind)
-        if task.head != base.head or task.generates == bool(labels):
+        head = base.family.head_for(task.head)
+        self._headless = head == "embed"
+        if not (head == base.head or self._headless) or task.bare == bool(labels):
             given = f"{len(labels)} labels" if labels else "no labels"
             raise TrainingError(f"{base.id} is loaded to {base.head}: a slot for {kind} with {given} does not fit it")
         data = Dataset((), (), (), kind, tuple(labels), {}, (), 0, "")
@@ -233,7 +235,7 @@ class TrainingSlot:
         self._local = self._run(lambda: self._begun(chosen, len(labels) or None, seed, most))
 
     def _begun(self, method: Method, num_labels: int | None, seed: int, most_tokens: int) -> LocalSlot:
-        base = share(self._engine.base, num_labels=num_labels, seed=seed)
+        base = share(self._engine.base, num_labels=num_labels, seed=seed, headless=self._headless)
         head = fresh_modules(base) if num_labels else ()
         adapters.attach(base.model, method, generator=torch.Generator().manual_seed(seed), head=head)
         trained = adapters.trainable_parameters(base.model)

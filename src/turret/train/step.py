@@ -210,7 +210,7 @@ def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
     sources = [item.source for item in piece]
     with mixed_precision(model):
         if has_head(task):
-            return packed.head_logits(model, [(item.source, item.read) for item in piece])
+            return packed.head_logits(model, [(item.source, item.read) for item in piece], pooling=task.pooling)
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
         logits = _vocabulary_logits(model, states, _token_numbers(piece))  # (N, V)
@@ -239,7 +239,8 @@ def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | 
     sources = [item.source for item in piece]
     with mixed_precision(model):
         if has_head(task):
-            logits = packed.head_logits(model, [(item.source, item.read) for item in piece])  # (B, C)
+            rows = [(item.source, item.read) for item in piece]
+            logits = packed.head_logits(model, rows, pooling=task.pooling)  # (B, C), or of each text (N, D)
             return function(logits, copied(_wanted(task, piece), logits.device))
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])

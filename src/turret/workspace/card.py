@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from turret.bundles import gguf_lora
+from turret.bundles.bundle import HEADLESS
 from turret.errors import plainly
 from turret.json_types import JsonMapping, JsonValue, part
 from turret.methods import method_named
@@ -72,7 +73,7 @@ def inference(place: Place, task: JsonMapping, task_type: str | None, *, token_b
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({place.tokenizer!a})"]
     lines += _model(place, auto, outputs, named)
     lines += ['text = "a text of your own"']
-    if outputs is not None or task_type == "SEQ_CLS":
+    if outputs is not None or task_type in ("SEQ_CLS", HEADLESS):
         lines += _classify(task)
     elif task.get("family_kind") == "encoder-decoder":
         lines += _encoder_decoder(task)
@@ -134,7 +135,8 @@ def _classify(task: JsonMapping) -> Iterator[str]:
         text += ", text_pair"
     yield f'inputs = tokenizer({text}, truncation=True, max_length={_most(task)}, return_tensors="pt")'
     yield "with torch.no_grad():"
-    yield "    logits = model(**inputs).logits[0]"
+    headless = stored_task(task).peft_type(encoder_decoder=False) == HEADLESS
+    yield f"    {'states = model(**inputs).last_hidden_state[0]' if headless else 'logits = model(**inputs).logits[0]'}"
     yield stored_task(task).printed(task)
 
 

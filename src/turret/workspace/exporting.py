@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -189,14 +189,17 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
     say("merging")
     rows = _probe_rows(adapter, base)
     expected = _adapted_outputs(adapter, base, rows)
-    state = lifecycle.merged_state(base.model, adapter)
+    state, model = lifecycle.merged_state(base.model, adapter), _exported(adapter, base.model)
+    if model is not base.model:
+        body = f"{base.model.base_model_prefix}."
+        state = {name.removeprefix(body): value for name, value in state.items() if name.startswith(body)}
     with quiet():
-        _set_config(base.model, stored_task(adapter.task).head_config(adapter.task))
-        base.model.save_pretrained(folder, state_dict=state)
+        _set_config(model, stored_task(adapter.task).head_config(adapter.task))
+        model.save_pretrained(folder, state_dict=state)
         with _tokenizer_errors(folder):
             base.tokenizer.save_pretrained(folder)
-    model_class, precision = type(base.model), base.dtype
-    del base, state
+    model_class, precision = type(model), base.dtype
+    del base, model, state
     say("reading it back")
     with quiet():
         again = model_class.from_pretrained(folder, dtype=precision, local_files_only=True, use_safetensors=True).eval()
@@ -241,7 +244,7 @@ def _adapted_outputs(adapter: Adapter, base: Base, rows: Rows) -> Tensor:
     """The adapter's outputs on a base, which is left as it was."""
     adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
     try:
-        return _outputs(base.model, rows)
+        return _outputs(_exported(adapter, base.model), rows)
     finally:
         adapters.detach(base.model)
 
@@ -286,11 +289,17 @@ def _probe_rows(adapter: Adapter, base: Base) -> Rows:
 
 @torch.no_grad()
 def _outputs(model: Model, rows: Rows) -> Tensor:
-    """All logits in one float32 vector."""
+    """All logits, or hidden states of a model without a head, in one float32 vector."""
     model.eval()
     with quiet():
-        logits = [model(**row).logits for row in rows]
-    return torch.cat([each.float().reshape(-1) for each in logits])
+        found = [model(**row) for row in rows]
+    every = [each.logits if "logits" in each else each.last_hidden_state for each in found]
+    return torch.cat([each.float().reshape(-1) for each in every])
+
+
+def _exported(adapter: Adapter, model: Model) -> Model:
+    """The part of a model that is written: all of it, or its body if the task has no head."""
+    return cast(Model, model.base_model) if stored_task(adapter.task).head == "embed" else model
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

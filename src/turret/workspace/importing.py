@@ -24,7 +24,7 @@ from turret.adapters.adapter import head_paths
 from turret.bases import Base
 from turret.bases.quantized import Quantization
 from turret.bundles import conversion, fetch
-from turret.bundles.bundle import CONFIG, WEIGHTS, read_config
+from turret.bundles.bundle import CONFIG, HEADLESS, WEIGHTS, named_for, read_config
 from turret.data import Dataset, Labelled, TextPair
 from turret.disk import describe_error
 from turret.errors import AdapterError, BaseModelError, RecipeError, StoreError
@@ -46,6 +46,7 @@ TASK_TYPES = {  # PEFT's task_type -> kind
     "TOKEN_CLS": "token_classification",
     "CAUSAL_LM": "generate",
     "SEQ_2_SEQ_LM": "generate",
+    HEADLESS: "embedding",
 }
 PROBE = (  # inputs of the check; any text works, because only the difference from the bare base counts
     "The quick brown fox jumps over the lazy dog.",
@@ -105,7 +106,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
         if not given.task:
             if request.base is None:
                 notes.append(f"the base is the one that its configuration names: {base_id}")
-            adapter = _completed(given, kind, base, name, request, notes)
+            adapter = _completed(named_for(given, base.model), kind, base, name, request, notes)
             adapter = replace(adapter, lineage=adapter.lineage or _origin(brought, config))
         elif base_id != given.base.id:
             notes.append(f"its base is called {base_id} here and {given.base.id} where it was made: the digest is new")
@@ -213,7 +214,7 @@ def _completed(given: Adapter, kind: str, base: Base, name: str, request: Import
     overrides = {f"task.{key}": each if isinstance(each, str) else json.dumps(each) for key, each in _settings(request)}
     settings = recipe.with_overrides(overrides).task
     head, labels = given.head, tuple[str, ...]()
-    if not task_of(kind).generates:
+    if not task_of(kind).bare:
         head = _head(given, base, notes)
         labels = _labels(kind, head, base, request, notes)
     elif request.labels:

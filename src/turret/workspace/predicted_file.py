@@ -93,7 +93,8 @@ def _answered(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> I
 
 def _values(task: Task, answer: JsonMapping, top: int) -> JsonObject:
     given = task.judged(answer)
-    values: JsonObject = {"predicted": answer.get("value", given), "finish_reason": answer.get("finish_reason")}
+    whole = next((answer[key] for key in ("value", "embedding") if key in answer), given)
+    values: JsonObject = {"predicted": whole, "finish_reason": answer.get("finish_reason")}
     values["label_set"] = answer.get("label_set")
     if ranked := ranked_labels(answer):
         chances = dict(ranked)

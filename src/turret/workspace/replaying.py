@@ -12,7 +12,6 @@ from turret.experiments.paired import Paired
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Golden, Store, golden
 from turret.store.catalog import PRODUCTION
-from turret.tasks import Task
 from turret.workspace import answering
 from turret.workspace.progress import Say, silent
 from turret.workspace.promoting import fails
@@ -66,33 +65,32 @@ def replay(
     for version in (first, second):
         labelled = None if source is None else read_labelled(store, version, source, columns)
         with answering.mounted(store, str(version), say, device) as ready:
+            notes = [*(notes or (labelled.notes if labelled else ())), *ready.asking.notes]
+            say(f"asking {version} {len(labelled.examples if labelled else texts)} examples")
             if labelled is not None:
-                notes = notes or labelled.notes
                 score = ready.task.metric_label
-                texts, judges = _labelled(ready.task, labelled.examples, texts)
-            notes = [*notes, *ready.asking.notes]
-            say(f"asking {version} {len(texts)} examples")
-            answers = answering.answers(ready, texts)
+                texts = _asked(labelled.examples, texts)
+                scores.append(_scores(ready, labelled.examples))
+            else:
+                answers = answering.answers(ready, texts)
+                scores.append([judge(answer) for judge, answer in zip(judges, answers, strict=True)])
         del ready  # free the first base before the second is loaded
-        scores.append([judge(answer) for judge, answer in zip(judges, answers, strict=True)])
     found = paired.compare(*scores)
     return Replayed(str(first), str(second), source or "golden examples", score, found, tuple(notes))
 
 
-def _labelled(task: Task, examples: Sequence[Example], before: Sequence[Input]) -> tuple[list[Input], list[Judge]]:
-    """The texts and a judge per text.
-
-    Args:
-        before: the texts that the other version was asked; they must be equal.
-    """
+def _asked(examples: Sequence[Example], before: Sequence[Input]) -> list[Input]:
+    """The texts of some examples. before: those that the other version was asked; they must be equal."""
     texts = [each.asked for each in examples]
     if before and list(before) != texts:
         raise DataError("the two versions read this data as different tasks: compare versions of one kind")
-    return texts, [_judge(task, example) for example in examples]
+    return texts
 
 
-def _judge(task: Task, example: Example) -> Judge:
-    return lambda answer: float(task.score(task.judged(answer), example))
+def _scores(ready: answering.Mounted, examples: Sequence[Example]) -> list[float]:
+    """How well a version answers each example."""
+    _, answers = ready.asking.evaluate(examples)
+    return ready.task.scores([ready.task.judged(each) for each in answers], examples)
 
 
 def _golden(store: Store, name: str) -> tuple[list[Input], list[Judge]]:

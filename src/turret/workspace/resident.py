@@ -215,14 +215,16 @@ class ServingBase(OwnProcess):
         """The engine's base as a model of its own. Raises TrainingError if the training needs another one."""
         base, (recipe, task, labels, _) = self.engine.base, needed
         precision = dtype_on(base.model.device, recipe.train.dtype)
-        wanted = (bases.resolve(recipe.base).folder, task.head, precision, recipe.base_quantization or "none")
-        served = (base.folder, base.head, base.dtype, base.quantization)
-        if (reason := why_alone(recipe)) is None and wanted != served:
+        head = base.family.head_for(task.head)
+        headless = head == "embed"  # whatever head the base has can be taken off
+        wanted = (bases.resolve(recipe.base).folder, precision, recipe.base_quantization or "none")
+        served = (base.folder, base.dtype, base.quantization)
+        if (reason := why_alone(recipe)) is None and (wanted != served or not (headless or head == base.head)):
             reason = f"it needs {recipe.base} for {task.head}, and {base.id} serves here in {base.dtype}"
         if reason is not None:
             raise TrainingError(f"this training cannot run beside these answers: {reason}; use turret worker")
         shared, labelled = self.base, task.num_labels(labels)
-        return self.run(lambda: share(shared, num_labels=labelled, seed=recipe.seed))
+        return self.run(lambda: share(shared, num_labels=labelled, seed=recipe.seed, headless=headless))
 
     def has(self, needed: TrainingBase) -> bool:
         """Whether the base is in memory: always."""

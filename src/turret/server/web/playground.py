@@ -113,11 +113,16 @@ async def _load(state: ServerState, model: str) -> float | None:
 
 
 async def _versions(state: ServerState) -> list[Version]:
-    """The versions that the engine can load: those with an alias first, those of comparisons last; the newest first."""
+    """The versions that the engine can load and that answer in words.
+
+    Those with an alias are first, those of comparisons last, and the newest first among equals.
+    """
     found = [
         each
         for each in await state.control(state.workspace.list)
-        if is_on_base(state, each) and method_named(each.part("method").get("kind")).mixes(each.part("method"))
+        if is_on_base(state, each)
+        and method_named(each.part("method").get("kind")).mixes(each.part("method"))
+        and stored_task(each.part("task")).request != "embed"
     ]
     return sorted(found, key=lambda each: (not each.aliases, each.comparison is not None, each.name, -each.number))
 

@@ -73,8 +73,9 @@ def _example(request: Request, state: ServerState, versions: Sequence[Version]) 
     if chosen is not None:
         plain = state.aliases.version_of(chosen.name, None) == chosen.number
         body["model"] = chosen.name if plain else str(chosen)
-        if not stored_task(chosen.part("task")).generates:
-            route, body = "classify", {"model": body["model"], "input": "a text of your own"}
+        routes = {"classify": "classify", "embed": "embeddings"}
+        if (kind := stored_task(chosen.part("task")).request) in routes:
+            route, body = routes[kind], {"model": body["model"], "input": "a text of your own"}
     asked = f"curl {str(request.base_url).rstrip('/')}/v1/{route} -H 'content-type: application/json'"
     sent = f"-d {shlex.quote(json.dumps(body))}"
     if state.guard.open:

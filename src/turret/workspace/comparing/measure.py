@@ -83,11 +83,11 @@ def version(
 def base(ready: PreparedTraining, say: Say) -> JsonObject:
     """Measure the base alone. A base that generates classifies by the words of the labels, an encoder by an untrained
     head."""
-    if has_head(ready.task) and ready.base.family.causal:
+    if not ready.task.bare and ready.base.family.causal:
         return words(ready, say)
     task, loaded = ready.task, ready.base
     adapter = None
-    if has_head(task):
+    if not task.bare:
         attach(ready.recipe, loaded, task)
         adapter = extracted(loaded.model, loaded, task)
         adapters.detach(loaded.model)
@@ -406,10 +406,11 @@ def _scored(
     task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], metrics: JsonMapping
 ) -> JsonObject:
     """The scores of some predictions, by the task's own metric."""
-    scores = [task.score(each, example) for each, example in zip(predictions, examples, strict=True)]
+    scores = task.scores(predictions, examples)
     guess = None  # of a classifier, the class shares give the chance level
     if not task.right_or_wrong:  # the mean score against the references of other examples
-        guess = statistics.fmean(task.score(each, examples[place - 1]) for place, each in enumerate(predictions))
+        others = [examples[place - 1] for place in range(len(examples))]
+        guess = statistics.fmean(task.scores(predictions, others))
     return {
         "kind": task.kind,
         "metrics": dict(metrics),
