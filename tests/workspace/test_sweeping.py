@@ -119,6 +119,16 @@ def test_a_study_that_is_made_again_knows_what_the_trials_of_the_killed_one_show
     assert means[0] < means[1] / 2
 
 
+def test_a_study_that_is_made_again_proposes_nothing_that_was_proposed() -> None:
+    pytest.importorskip("optuna", reason="needs turret[sweep]")
+    first, again = Proposed(RATE, 1), Proposed(RATE, 1)
+    rates = [first.propose()["train.lr"] for _ in range(3)]
+    assert Proposed(RATE, 1).propose()["train.lr"] == rates[0], "the control: proposals depend on the seed"
+    for number, rate in enumerate(rates):
+        again.know(trial(number, {"train.lr": rate}, 0.5))
+    assert not {again.propose()["train.lr"] for _ in range(3)} & set(rates)
+
+
 def test_a_trial_whose_curve_is_below_the_median_of_the_others_is_ended() -> None:
     pytest.importorskip("optuna", reason="needs turret[sweep]")
     study = Proposed(RATE, 1)

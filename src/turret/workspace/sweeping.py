@@ -228,10 +228,14 @@ class Proposed:
         self._space: dict[str, optuna.distributions.BaseDistribution] = {
             key: self._distribution(each) for key, each in settings.items()
         }
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        self._seed = seed
         pruner = optuna.pruners.MedianPruner(n_startup_trials=5)
-        self._study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
+        self._study = optuna.create_study(direction="maximize", sampler=self._sampler(0), pruner=pruner)
         self._asked: dict[int, optuna.trial.Trial] = {}  # by the number of our trial
+
+    def _sampler(self, known: int) -> optuna.samplers.TPESampler:
+        """It draws other numbers than the one that proposed so many known trials."""
+        return self._optuna.samplers.TPESampler(seed=(self._seed + known) % 2**32, constant_liar=True)
 
     def _distribution(self, setting: Choices | Range) -> optuna.distributions.BaseDistribution:
         kinds = self._optuna.distributions
@@ -264,6 +268,7 @@ class Proposed:
             intermediate_values=dict(trial.evaluations),
         )
         self._study.add_trial(made)
+        self._study.sampler = self._sampler(len(self._study.trials))
 
     def ends(self, trial: Trial) -> bool:
         """Whether a trial that runs is not worth its end."""
