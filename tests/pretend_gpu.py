@@ -160,6 +160,8 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         with _Operations():  # inference mode does not take such operations apart
             return func.decompose(*args, **kwargs)
     name = func._schema.name.partition("::")[2]
+    if name in ("pin_memory", "_pin_memory"):  # in a backward pass, where no mode sees the call of a method
+        return args[0]
     asked = kwargs.get("device")
     if asked is not None and torch.device(asked).type == "meta" and torch._C._current_graph_task_id() != -1:
         asked = GPU  # a backward pass makes zeros like a tensor whose shape alone autograd knows

@@ -37,6 +37,7 @@ ROWS: dict[str, Any] = {  # task -> a row by its number
     "score": lambda n: {"text": f"{WORDS[n % 5]} {n}", "stars": 1 + n % 5},
     "token_classification": lambda n: {"tokens": f"{WORDS[n % 5]} bank {n}".split(), "tags": tags(WORDS[n % 5])},
     "rerank": lambda n: {"query": f"{WORDS[n % 5]} {n}", "passage": WORDS[n % 7 % 5], "label": n % 2},
+    "embedding": lambda n: {"anchor": f"{WORDS[n % 5]} {n}", "positive": f"{WORDS[n % 5]} again {n}"},
     "summarize": lambda n: {"document": f"{WORDS[n % 5]} {n}", "summary": WORDS[n * 3 % 5]},
     "generate": lambda n: {"prompt": f"{WORDS[n % 5]} {n}", "completion": WORDS[n * 3 % 5]},
     "chat": lambda n: {"messages": asked(n)},
