@@ -35,6 +35,7 @@ VERBS = [
     ("plan", "{folder}/films.csv", "--base", "{folder}/bert"),
     ("predict", "films", "a great film"),
     ("evaluate", "films", "{folder}/films.csv"),
+    ("suggest", "films", "{folder}/films.csv"),
     ("serve", "--port", "0"),
 ]
 
