@@ -71,6 +71,11 @@ class Answer:
         return [each["value"] for each in self.body["data"]]
 
     @property
+    def answers(self) -> list[JsonObject]:
+        """The answer to each question, by its column, for each text of `classify`, from an adapter for several."""
+        return [each["answers"] for each in self.body["data"]]
+
+    @property
     def label_sets(self) -> list[list[str]]:
         """The labels for each text of `classify` with `coverage`, the most probable first."""
         return [each["label_set"] for each in self.body["data"]]

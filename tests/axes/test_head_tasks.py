@@ -31,8 +31,14 @@ TABLES: dict[str, tuple[tuple[str, ...], Any]] = {  # task -> the names of its c
     "regression": (("sentence1", "sentence2", "score"), lambda n: (WORDS[n % 5], WORDS[n * 3 % 5], (n * 3 % 5) / 2)),
     "score": (("text", "stars"), lambda n: (WORDS[n % 5], 1 + n % 5)),
     "token_classification": (("tokens", "tags"), lambda n: tagged(WORDS[n % 5], WORDS[n % 3])),
+    "questions": (("text", "topic", "urgent"), lambda n: (WORDS[n % 5], *answered(n % 5, n))),
     "rerank": (("query", "passage", "label"), lambda n: (WORDS[n % 5], WORDS[n % 7 % 5], int(n % 5 == n % 7 % 5))),
 }
+
+
+def answered(text: int, row: int) -> tuple[str, str]:
+    """What a text is about and whether it is urgent, which some rows do not say."""
+    return ("bank", "film")[text in (2, 3, 4)], ("", "yes", "no")[row % 7 and 1 + text % 2]
 
 
 def tagged(before: str, after: str) -> tuple[str, str]:
@@ -46,9 +52,11 @@ METRICS = {
     "regression": {"nearness", "mae", "rmse", "pearson", "spearman", "loss"},
     "score": {"nearness", "mae", "quadratic_kappa", "spearman", "accuracy", "macro_f1", "loss", "ece", "per_class"},
     "token_classification": {"text_f1", "precision", "recall", "f1", "loss", "per_class"},
+    "questions": {"accuracy", "macro_f1", "loss", "per_question", "per_class"},
     "rerank": {"accuracy", "loss", "mrr", "ndcg"},
 }
-ONE_TEXT = ("score", "token_classification")
+ONE_TEXT = ("score", "token_classification", "questions")
+DATA = {"questions": {"label": ["topic", "urgent"]}}  # what no name of a column says
 TRAINED = {"token_classification": {"epochs": 12, "lr": 1e-2}}  # until it marks a bank
 ERRORS = {
     "text_pairs": "The most confident wrong answers",
@@ -56,6 +64,7 @@ ERRORS = {
     "score": "The largest errors",
     "rerank": "The worst pairs",
     "token_classification": "The texts with the most wrong spans",
+    "questions": "The texts with the most wrong answers",
 }
 PAIRS = [("a great film", "a dull story about the bank"), ("quick", "a lazy fox")]
 
@@ -86,7 +95,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
         recipes[kind] = Recipe(
             name=kind.replace("_", "-"),
             base=str(base),
-            data={"source": str(folder / f"{kind}.csv"), "validation": 20},
+            data={"source": str(folder / f"{kind}.csv"), "validation": 20} | DATA.get(kind, {}),
             task=task,
             train={"epochs": 3, "lr": 1e-3, "batch_size": 8} | TRAINED.get(kind, {}),
         )
@@ -130,6 +139,17 @@ def test_answers_equal_those_of_transformers_on_the_merged_model(house: House, k
             assert answer["probabilities"] == pytest.approx(expected, abs=2e-2)
         elif kind == "regression":
             assert answer["value"] == pytest.approx(float(logits[0]) * task["deviation"] + task["mean"], abs=2e-2)
+        elif kind == "questions":
+            for question, ends in {"topic": slice(0, 2), "urgent": slice(2, 4)}.items():
+                expected = dict(
+                    zip(
+                        (each.partition(": ")[2] for each in task["labels"][ends]),
+                        logits[ends].softmax(-1).tolist(),
+                        strict=True,
+                    )
+                )
+                assert answer["answers"][question]["probabilities"] == pytest.approx(expected, abs=2e-2)
+                assert answer["answers"][question]["label"] == max(expected, key=expected.__getitem__)
         elif kind == "rerank":
             assert answer["value"] == pytest.approx(float(logits[0].sigmoid()), abs=2e-2)
         else:
@@ -166,6 +186,9 @@ def test_one_mixed_pass_answers_as_each_version_alone_and_segments_matter(
     for one, other in zip(together, alone, strict=True):
         if "value" in one:
             assert one["value"] == pytest.approx(other["value"], abs=1e-5)
+        elif "answers" in one:
+            for question, own in one["answers"].items():
+                assert own["probabilities"] == pytest.approx(other["answers"][question]["probabilities"], abs=1e-5)
         elif "spans" in one:
             assert [each["start"] for each in one["spans"]] == [each["start"] for each in other["spans"]]
         else:
@@ -217,6 +240,12 @@ def test_the_server_answers_labels_numbers_and_relevances(house: House) -> None:
         (own,) = house.workspace.predict("token-classification", ["a story by bank a story"])
         assert [(each["start"], each["end"]) for each in marked["spans"]] == [(11, 15)]
         assert [each["label"] for each in own["spans"]] == ["ORG"]
+        (said,) = ask("questions", "a great film").json()["data"]
+        (own,) = house.workspace.predict("questions", ["a great film"])
+        assert {question: each["label"] for question, each in said["answers"].items()} == {
+            question: each["label"] for question, each in own["answers"].items()
+        }
+        assert list(said["answers"]) == ["topic", "urgent"]
         refused = ask("score", pairs)
         assert (refused.status_code, "give one text" in refused.text) == (400, True), refused.text
 
@@ -267,8 +296,11 @@ def test_the_command_line_answers_evaluates_and_writes_a_file(
     assert run(["predict", name, source, "--out", str(tmp_path / "out.jsonl"), *store]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(rows) == 70
-    number = isinstance(rows[0]["predicted"], float)
+    number = isinstance(rows[0].get("predicted"), float)
     assert number == (kind in ("regression", "rerank"))
+    if kind == "questions":
+        assert {row["predicted_topic"] for row in rows} == {"bank", "film"}
+        assert all(0.5 <= row["probability_urgent"] <= 1 for row in rows)
     if kind not in ONE_TEXT:
         capsys.readouterr()
         assert run(["predict", name, "one text", *store]) == 1

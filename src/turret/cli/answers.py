@@ -407,7 +407,7 @@ def _one_file(inputs: Sequence[str]) -> str:
     return inputs[0]
 
 
-def data_columns(sets: list[str] | None, named: Mapping[str, str] | None = None) -> JsonObject:
+def data_columns(sets: list[str] | None, named: Mapping[str, str | list[str]] | None = None) -> JsonObject:
     """The keys of a recipe's `[data]` among the `--set` options, and those of `options.columns`. Raises RecipeError."""
     from turret.recipe import Recipe
 

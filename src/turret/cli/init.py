@@ -35,13 +35,14 @@ def init(
 
     Finds the columns, the encoding, the separator and the classes. Then try `turret plan` and `turret train` with it.
     """
+    from turret.recipe.toml import written
     from turret.workspace.drafting import draft
 
     if source == "-":
         raise RecipeError("turret init needs a file, because the recipe names it: save stdin to a file")
     columns = options.columns(text, text_pair, label, prompt, completion, messages)
     named = {"base": base, "name": name, "task.kind": task}
-    settings = {f"data.{role}": column for role, column in columns.items()}
+    settings = {f"data.{role}": each if isinstance(each, str) else written(each) for role, each in columns.items()}
     settings |= {key: value for key, value in named.items() if value is not None} | options.overrides(sets)
     try:
         found = draft(source, settings=settings)

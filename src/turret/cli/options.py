@@ -31,7 +31,10 @@ Text = Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="Colu
 TextPair = Annotated[
     str | None, typer.Option("--text-pair", metavar="COLUMN", help="Column of a second text, read with the first.")
 ]
-Label = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="Column of their classes or numbers.")]
+Label = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="COLUMN", help="Column of their classes or numbers; repeatable for classes."),
+]
 Prompt = Annotated[str | None, typer.Option("--prompt", metavar="COLUMN", help="Column of the texts to answer.")]
 Completion = Annotated[str | None, typer.Option("--completion", metavar="COLUMN", help="Column of the answers.")]
 Messages = Annotated[str | None, typer.Option("--messages", metavar="COLUMN", help="Column of conversations.")]
@@ -56,15 +59,16 @@ STORE = Location.parse(".turret")
 def columns(
     text: str | None = None,
     text_pair: str | None = None,
-    label: str | None = None,
+    label: list[str] | None = None,
     prompt: str | None = None,
     completion: str | None = None,
     messages: str | None = None,
-) -> dict[str, str]:
-    """Role -> column for each option that is given: keys of a recipe's `[data]`."""
-    given = {"text": text, "text_pair": text_pair, "label": label}
+) -> dict[str, str | list[str]]:
+    """Role -> column for each option that is given: keys of a recipe's `[data]`. Several labels are a list."""
+    given: dict[str, str | list[str] | None] = {"text": text, "text_pair": text_pair}
+    given["label"] = label[0] if label and len(label) == 1 else label
     given |= {"prompt": prompt, "completion": completion, "messages": messages}
-    return {role: column for role, column in given.items() if column is not None}
+    return {role: column for role, column in given.items() if column}
 
 
 def overrides(pairs: list[str] | None) -> dict[str, str]:

@@ -137,7 +137,7 @@ def read_recipe(
     lr: str | None,
     seed: int | None,
     sets: list[str] | None,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str | list[str]] | None = None,
     device: str | None = None,
 ) -> Recipe:
     """The recipe of a file, a preset or data, with the options and then `--set` applied. Raises RecipeError.
@@ -160,7 +160,7 @@ def read_recipe(
     return _with_columns(Recipe.model_validate(start).with_overrides(changes), columns)
 
 
-def _with_columns(recipe: Recipe, columns: Mapping[str, str] | None) -> Recipe:
+def _with_columns(recipe: Recipe, columns: Mapping[str, str | list[str]] | None) -> Recipe:
     """The recipe with other columns. Their names are taken as they are, so that one may be called `none` or `1`."""
     if not columns:
         return recipe

@@ -23,7 +23,7 @@ from datetime import date, time
 from typing import TypeVar
 
 from turret.data.examples import Span, TextPair
-from turret.data.table import FIELD_LIMIT, CellValue, trimmed
+from turret.data.table import FIELD_LIMIT, Answers, CellValue, trimmed
 from turret.errors import DataError, listed, shown
 
 MOST_CLASSES = 10_000
@@ -376,6 +376,30 @@ def check_classes(counts: Mapping[str, int], rows: int, column: str, multi_label
         )
 
 
+# --- several questions ------------------------------------------------------------------------------------------------
+
+
+BETWEEN = ": "  # a column and its class
+
+
+def answer_to(column: str, label: str) -> str:
+    """The class of one of several columns."""
+    return f"{column}{BETWEEN}{label}"
+
+
+def question_in(label: str) -> str:
+    """The column in `column: class`; "" if there is none."""
+    return label.partition(BETWEEN)[0] if BETWEEN in label else ""
+
+
+def by_column(counts: Mapping[str, int], columns: Iterable[str]) -> dict[str, Counter[str]]:
+    """The counts of the classes `column: class` by column, there by class alone."""
+    found = {column: Counter[str]() for column in columns}
+    for label, count in counts.items():
+        found[question_in(label)][label.partition(BETWEEN)[2]] += count
+    return found
+
+
 # --- spans ------------------------------------------------------------------------------------------------------------
 
 
@@ -511,6 +535,34 @@ class RowReader:
         if found is None:
             raise Missing
         return found
+
+    def answers(self, role: str) -> tuple[str, ...]:
+        """The classes that several columns have, sorted, each as `column: class`. A column may have none."""
+        cell = self.cell(role)
+        if not isinstance(cell, Answers):
+            raise DataError(f"expected the answers of several columns, found {shown(cell, 40)}")
+        found = {column: self._answer(column, each) for column, each in cell.items()}
+        if not any(found.values()):
+            raise Missing
+        self.replaced.counts.update(f"had no {column!r}, which is not counted" for column in found if not found[column])
+        return tuple(sorted(filter(None, found.values())))
+
+    def _answer(self, column: str, cell: CellValue) -> str:
+        """`column: class`; "" if the cell is missing, or `rename` leaves its class out."""
+        try:
+            label = label_of(cell, (), multi_label=False)
+        except DataError as error:
+            raise DataError(f"{column}: {error}") from None
+        if label is None:
+            return ""
+        given = answer_to(column, str(label))
+        meant = self.rename.get(given, given)
+        self.renamed.update([given] if given in self.rename else [])
+        if meant and question_in(meant) != column:
+            raise DataError(
+                f"data.rename makes {shown(meant, 40)} of {shown(given, 40)}: keep {column + ': '!r} in front"
+            )
+        return meant
 
     def asked(self) -> str | TextPair:
         """The text to read, or two if there is a column of second texts."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from turret.data.cells import Replacements, RowReader, text_of
+from turret.data.cells import Replacements, RowReader, label_of, text_of
 from turret.data.conversations import conversation_of, from_question, prompt_of, question, turns_of
 from turret.data.examples import Conversation, Example, Prompt, Turn
-from turret.data.table import CellValue, DataSettings, Table, name_key
+from turret.data.table import Answers, CellValue, DataSettings, Table, TableRow, name_key
 from turret.errors import DataError, listed, shown
 
 _LISTED = 12  # columns that an error names
@@ -62,6 +62,7 @@ class Schema:
         answers: how many of the roles, at the end, are answers.
         converses: whether what is asked is a conversation.
         spans: whether an answer is spans of the text, each with a class.
+        several: whether several columns have an answer each: `data.label` is a list.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class Schema:
     answers: int = 1
     converses: bool = False
     spans: bool = False
+    several: bool = False
 
     @property
     def usual(self) -> Roles:
@@ -117,15 +119,16 @@ def find_columns(
     if (conversations := _conversations(data, columns, schemas, trained)) is not None:
         return conversations
     schemas = [schema for schema in schemas if not schema.conversations]
-    own = [role for schema in schemas for roles in schema.names for role in roles]
-    given = found_columns(named_columns(data, dict.fromkeys((*PLAIN_ROLES, *own))), columns)
+    every = [role for schema in schemas for roles in schema.names for role in roles]
+    given = found_columns(named_columns(data, dict.fromkeys((*PLAIN_ROLES, *every))), columns)
     note = None
     if trained:
         known, lacks = trained_columns(trained, columns)
         if not given:
             given, note = known, lacks
         else:  # some columns are named: the version knows the others
-            of_it: Roles = next((roles for roles in schemas[0].names if given.keys() & set(roles)), ())
+            own = [roles for roles in schemas[0].names if given.keys() & set(roles)]
+            of_it: Roles = next((roles for roles in own if known.keys() <= set(roles)), next(iter(own), ()))
             given |= {role: name for role, name in known.items() if role in of_it and role not in given}
     only = schemas[0] if len(schemas) == 1 else None
     _check_named(given, only)
@@ -236,6 +239,42 @@ def aligned(table: Table, names: Sequence[str]) -> Table:
     )
 
 
+def fitting(data: DataSettings, schemas: Sequence[Schema]) -> list[Schema]:
+    """The schemas that read as many columns of answers as `data.label` names. Raises DataError without any."""
+    several = isinstance(data.label, list)
+    found = [schema for schema in schemas if schema.several == several]
+    if not found:
+        kind = schemas[0].kind
+        raise DataError(
+            f"{kind} reads one column of answers, and data.label is a list: name one column, or leave task.kind out"
+            if several
+            else f'{kind} answers several questions: name their columns, such as data.label = ["topic", "urgent"]'
+        )
+    return found
+
+
+def with_answers(table: Table, names: Sequence[str]) -> Table:
+    """The table with some columns as one, whose cells are `Answers`; as it is if it lacks one of them."""
+    found = {name: column for name in names if (column := find_column(name, table.columns)) is not None}
+    if len(found) < len(names):
+        return table
+    whole = column_of(names)
+
+    def answer(name: str, cell: CellValue) -> CellValue:
+        classes = table.classes.get(found[name])
+        return cell if classes is None else label_of(cell, classes, multi_label=False)
+
+    def read(columns: Sequence[str]) -> Iterator[TableRow]:
+        own = [each for column in columns for each in (found.values() if column == whole else [column])]
+        for place, row in table.read(own):
+            cells = dict(zip(own, row, strict=True))
+            answers = Answers((name, answer(name, cells.get(column))) for name, column in found.items())
+            yield place, tuple(answers if column == whole else cells[column] for column in columns)
+
+    others = tuple(column for column in table.columns if column not in found.values())
+    return replace(table, columns=(*others, whole), read=read)
+
+
 def find_group(data: DataSettings, columns: Sequence[str]) -> str | None:
     """The column of `data.group`. Raises DataError if the table lacks it."""
     return None if data.group is None else found_columns({"group": data.group}, columns)["group"]
@@ -288,7 +327,12 @@ def _not_found(given: dict[str, str], columns: Sequence[str], only: Schema | Non
 
 def named_columns(data: DataSettings, roles: Iterable[str]) -> dict[str, str]:
     """The columns that the recipe names for some roles, by role."""
-    return {role: name for role in roles if (name := getattr(data, role)) is not None}
+    return {role: column_of(name) for role in roles if (name := getattr(data, role)) is not None}
+
+
+def column_of(name: str | Sequence[str]) -> str:
+    """The column of a name; several names are the columns that `with_answers` makes one of."""
+    return name if isinstance(name, str) else ", ".join(name)
 
 
 def find_column(name: str, columns: Sequence[str]) -> str | None:

@@ -14,19 +14,19 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from turret.data import cells
-from turret.data.columns import Columns, Layout, Schema, aligned, check_unused, find_columns, find_group
+from turret.data.columns import Columns, Layout, Schema, aligned, check_unused, find_columns, find_group, fitting
 from turret.data.example_store import MEMORY, ExampleStore
 from turret.data.examples import Dataset, Example
 from turret.data.profile import columns_of, rivals_note
 from turret.data.rows import numbered
-from turret.data.source import open_source
+from turret.data.source import open_labelled
 from turret.data.splits import (
     ROLES,
     Chosen,
@@ -61,7 +61,7 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
     Raises:
         DataError: the source, a column, a cell or a split cannot be used. It names the first problems that were found.
     """
-    tables = open_source(data.source, format_of(data))
+    tables, schemas = open_labelled(data, format_of(data)), fitting(data, schemas)
     problems = Problems()
     sources = problems.note(lambda: find_sources(data, list(tables)))
     train = tables[sources.split["train"] if sources else next(iter(tables))]
@@ -96,7 +96,7 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
     chosen, leak_notes = _without_leaks(chosen, sources, scans) if data.drop_duplicates else (chosen, [])
     examples = _read_chosen(used, sources, chosen, columns, wanted, scans, spelling, memory)
     if schema.classes:
-        notes += _class_notes(labels, examples["train"], schema.many)
+        notes += _class_notes(labels, examples["train"], schema)
     inputs, both = {role: _hashes(examples[role]) for role in ROLES}, _hashes(examples["train"], outputs=True)
     check_varied(inputs["train"], both, columns)
     duplicates, duplicate_notes = _duplicates(inputs, both, schema)
@@ -139,7 +139,8 @@ def read_test(
         labels: the classes that the adapter knows.
         trained: role -> column of the table that the adapter was trained on.
     """
-    tables = open_source(data.source, format_of(data, trained))
+    fitting(data, [schema])
+    tables = open_labelled(data, format_of(data, trained))
     problems = Problems()
     split = problems.note(lambda: test_split(data, list(tables)))
     table, last_place = numbered(tables[split] if split is not None else next(iter(tables.values())))
@@ -242,10 +243,14 @@ def _check_labels(
     counts: Counter[str] = Counter()
     for label, count in scans[train].labels.items():
         counts[spelling[label]] += count
-    if not scans[train].wrong:  # rows that are wrong would be missing in the counts
-        cells.check_classes(counts, scans[train].rows, column, many)
-    if data.separator is None:
-        problems.note(lambda: cells.check_joined(counts, column, many))
+    own, rows = {column: counts}, scans[train].rows
+    if isinstance(data.label, list):  # each of them is as a column of its own
+        own, many = cells.by_column(counts, data.label), False
+    for name, classes in own.items():
+        if not scans[train].wrong:  # rows that are wrong would be missing in the counts
+            cells.check_classes(classes, rows, name, many)
+        if data.separator is None:
+            problems.note(partial(cells.check_joined, classes, name, many))
     for split, scan in scans.items():
         unknown = [x for x in scan.labels if spelling[x] not in counts and cells.key_of(x) not in alike]
         if unknown:
@@ -347,17 +352,17 @@ def _spread(scans: Mapping[str, Scan], sources: Sources, chosen: Chosen, role: S
     return scan.references[scan.kept[rows]]
 
 
-def _class_notes(labels: Sequence[str], train: Sequence[Example], many: bool) -> list[str]:
+def _class_notes(labels: Sequence[str], train: Sequence[Example], schema: Schema) -> list[str]:
     """Notes on classes with no or one training example. Raises DataError if there is only one class."""
     counts: Counter[str] = Counter()
     for example in train:
         counts.update(example.labels)
-    if not many and len(counts) == 1:
+    if not schema.many and len(counts) == 1:
         raise DataError(
             f"all {len(train)} training examples have the label {shown(next(iter(counts)))}: raise data.train"
         )
     notes = []
-    if many and any("," in label for label in labels):
+    if schema.many and not (schema.spans or schema.several) and any("," in label for label in labels):
         notes.append("labels have commas in them: if a comma separates labels, set data.separator")
     for number, word in ((0, "no training example"), (1, "only one training example")):
         found = [label for label in labels if counts[label] == number]

@@ -29,7 +29,7 @@ from turret.data.columns import (
     named_columns,
     refuse_later,
 )
-from turret.data.table import DATE, NUMBER, CellValue, DataSettings, Table, is_unnamed, trimmed
+from turret.data.table import DATE, NUMBER, Answers, CellValue, DataSettings, Table, is_empty, is_unnamed, trimmed
 from turret.errors import DataError, SeveralLabels, shown
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class ColumnFacts:
     lengths: list[int] = field(default_factory=list)
 
     def add(self, cell: CellValue) -> None:
+        if isinstance(cell, Answers):
+            cell = [cells.answer_to(name, trimmed(str(each))) for name, each in cell.items() if not is_empty(each)]
         if isinstance(cell, (list, tuple)):
             self.filled += bool(cell)
             self.lists += 1
@@ -513,10 +515,10 @@ def _groups(found: Profile) -> tuple[str, ...]:
 
 
 def _with_labels(found: Profile, data: DataSettings, columns: Columns) -> Profile:
-    facts = found.facts[columns.answer]
+    facts, several = found.facts[columns.answer], columns.schema.several
     counts = Counter({label: count for label, count in facts.values.items() if label.strip()})
-    many, separator = facts.several > 0, data.separator
-    if not many and separator is None and (joined := cells.joined_by(counts)) is not None:
+    many, separator = facts.several > 0 and not several, data.separator
+    if not (many or several) and separator is None and (joined := cells.joined_by(counts)) is not None:
         separator, many = joined[0], True
     if separator:
         parts: Counter[str] = Counter()

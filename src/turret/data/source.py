@@ -14,8 +14,9 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from turret.data import hub, memory
+from turret.data.columns import found_columns, with_answers
 from turret.data.files import is_table, open_folder, open_table
-from turret.data.table import DETECTED, FileFormat, Table, TableRow, from_rows
+from turret.data.table import DETECTED, DataSettings, FileFormat, Table, TableRow, from_rows
 from turret.errors import DataError, shown
 
 # --- packaged ---------------------------------------------------------------------------------------------------------
@@ -137,6 +138,17 @@ def open_source(source: str, form: FileFormat = DETECTED) -> dict[str, Table]:
     if is_table(path) or source.startswith((".", "/", "~")) or not hub.looks_like_id(source):
         raise DataError(f"there is no file or folder {shown(source, 100)}{_near(path)}")
     return hub.load(source)
+
+
+def open_labelled(data: DataSettings, form: FileFormat) -> dict[str, Table]:
+    """The tables of `data.source`. If `data.label` names several columns, they are one. Raises DataError."""
+    tables, names = open_source(data.source, form), data.label
+    if not isinstance(names, list):
+        return tables
+    found = {split: with_answers(table, names) for split, table in tables.items()}
+    if all(found[split] is table for split, table in tables.items()):
+        found_columns({name: name for name in names}, next(iter(tables.values())).columns)
+    return found
 
 
 @functools.cache

@@ -63,6 +63,10 @@ class FileFormat:
 DETECTED = FileFormat()  # everything is found out
 
 
+class Answers(dict[str, CellValue]):
+    """The cells of a row in several columns, by column: its answers to several questions."""
+
+
 class DataSettings(Protocol):
     """The fields of `turret.recipe.Data`. `turret.recipe` imports this package, so it cannot be imported here."""
 
@@ -76,7 +80,7 @@ class DataSettings(Protocol):
     rename: dict[str, str] | None
     text: str | None
     text_pair: str | None
-    label: str | None
+    label: str | list[str] | None
     document: str | None
     summary: str | None
     prompt: str | None
@@ -111,7 +115,8 @@ def format_of(data: DataSettings, trained: Mapping[str, str] | None = None) -> F
         trained: role -> column of the table that a version was trained on, if the recipe names none.
     """
     named = {role: name for role in ROLES if (name := getattr(data, role)) is not None}
-    columns = tuple(named.values() if named or not trained else trained.values())
+    every = named.values() if named or not trained else trained.values()
+    columns = tuple(each for name in every for each in ([name] if isinstance(name, str) else name))
     return FileFormat(
         data.encoding, data.delimiter, data.header, data.sheet, data.header_row, data.bad_lines == "skip", columns
     )

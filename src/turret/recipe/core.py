@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,8 +29,10 @@ from pydantic_core import PydanticCustomError
 
 from turret.arguments import checked
 from turret.data import memory
+from turret.data.cells import BETWEEN
+from turret.data.table import name_key
 from turret.device_name import DEVICES, is_device
-from turret.errors import BadReference, RecipeError, joined, one_line, shown
+from turret.errors import BadReference, RecipeError, joined, listed, one_line, shown
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods import METHODS, LoRA, Method, method_class
 from turret.methods.messages import KnownKeys, complaint, sentences, unknown_key
@@ -118,6 +121,7 @@ def _comma_words(text: str) -> list[str]:
 # --- core -------------------------------------------------------------------------------------------------------------
 
 
+MOST_ANSWERS = 64  # columns
 MOST = 10**12  # steps, epochs, examples: a larger number is a mistake
 
 
@@ -153,6 +157,18 @@ def _size(value: JsonValue) -> JsonValue:
     )
 
 
+def _several(value: str | list[str] | None) -> str | list[str] | None:
+    if not isinstance(value, list):
+        return value
+    if not 2 <= len(value) <= MOST_ANSWERS:
+        raise ValueError(f"expected the name of one column, or a list of 2 to {MOST_ANSWERS}, given {len(value)}")
+    if wrong := next((name for name in value if not name.strip() or BETWEEN in name), None):
+        raise ValueError(f"a class is written `column: class`, so rename the column {shown(wrong, 40)}")
+    if len(set(map(name_key, value))) < len(value):
+        raise ValueError(f"expected different columns, given {listed(value, 60)}")
+    return value
+
+
 Size = Annotated[int | float | str | None, BeforeValidator(_size)]
 
 
@@ -164,7 +180,8 @@ class Data(_Section):
             also a DataFrame, a list of dictionaries or a `datasets.Dataset`
         text: column of the texts to classify (default: guessed)
         text_pair: column of a second text that is read with the first (default: guessed)
-        label: column of the right answers: classes, levels or numbers (default: guessed)
+        label: column of the right answers: classes, levels or numbers; a list of columns of classes for
+            `questions` (default: guessed)
         document: column of the inputs of a pair (default: guessed)
         summary: column of the outputs of a pair (default: guessed)
         prompt: another word for `document` (default: guessed)
@@ -214,7 +231,7 @@ class Data(_Section):
     source: str = Field(min_length=1)
     text: str | None = None
     text_pair: str | None = None
-    label: str | None = None
+    label: Annotated[str | list[str] | None, AfterValidator(_several)] = None
     document: str | None = None
     summary: str | None = None
     prompt: str | None = None

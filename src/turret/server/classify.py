@@ -48,6 +48,11 @@ class SpanData(BaseModel):
     probability: float = Field(description="The mean of those of its words.")
 
 
+class AnswerData(BaseModel):
+    label: str
+    probabilities: dict[str, float]
+
+
 class ClassifyData(BaseModel):
     index: int
     label: str | list[str] | None = Field(default=None, description="A list if the task has several labels per text.")
@@ -59,6 +64,9 @@ class ClassifyData(BaseModel):
     value: float | None = Field(default=None, description="The number, if the task is regression.")
     spans: list[SpanData] | None = Field(
         default=None, description="The marked parts, if the task is token_classification."
+    )
+    answers: dict[str, AnswerData] | None = Field(
+        default=None, description="The answer to each question, by its column, if the task is questions."
     )
     label_set: list[str] | None = Field(
         default=None, description="With `coverage`: the labels, the most probable first."
@@ -78,7 +86,9 @@ class Classification(BaseModel):
 async def classify(
     body: ClassifyRequest, state: State, unit: Unit, request: Request, response: Response
 ) -> Classification:
-    """Classify one text or many: a label for each, and the probabilities of all labels; or a number, or spans.
+    """Classify one text or many: a label for each, and the probabilities of all labels.
+
+    Versions of other tasks answer with a number, with spans, or with an answer to each of several questions.
 
     A version that reads pairs takes `{"text": …, "text_pair": …}` where others take a text.
 
@@ -103,6 +113,8 @@ def _data(index: int, answer: Answer) -> ClassifyData:
         return ClassifyData(index=index, value=answer["value"])
     if "spans" in answer:
         return ClassifyData(index=index, spans=answer["spans"])
+    if "answers" in answer:
+        return ClassifyData(index=index, answers=answer["answers"])
     probabilities = answer["probabilities"]
     return ClassifyData(
         index=index,

@@ -8,6 +8,7 @@ from turret.tasks.classify import Classify
 from turret.tasks.embedding import Embedding, TextEmbedding
 from turret.tasks.generate import Generate, Summarize
 from turret.tasks.preference import Preference
+from turret.tasks.questions import Questions
 from turret.tasks.regression import Regression
 from turret.tasks.rerank import Rerank
 from turret.tasks.score import Score
@@ -53,6 +54,7 @@ __all__ = [
     "Mistake",
     "Prediction",
     "Preference",
+    "Questions",
     "Regression",
     "Rerank",
     "Score",

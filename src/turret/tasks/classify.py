@@ -167,6 +167,10 @@ class HeadAnswers(Protocol):
         return tuple(names)
 
     @classmethod
+    def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
+        return ()
+
+    @classmethod
     def peft_type(cls, *, encoder_decoder: bool) -> str:
         return "SEQ_CLS"
 
@@ -399,9 +403,9 @@ class Classify(HeadAnswers):
         if self.multi_label:
             yes = targets.mean(0)  # (C,)
             parts = torch.stack([yes if weight is None else yes * weight, 1 - yes])  # (2, C)
-            return float(_constant_loss(parts).mean())
+            return float(constant_loss(parts).mean())
         shares = torch.bincount(targets, minlength=len(self.labels)) / len(targets)  # (C,)
-        return float(_constant_loss(shares if weight is None else shares * weight))
+        return float(constant_loss(shares if weight is None else shares * weight))
 
     def _weight(self, device: torch.device) -> Tensor | None:
         import torch
@@ -548,8 +552,8 @@ def balanced_weights(labels: Sequence[str], examples: Sequence[Example], *, mult
     return {label: n / (seen * k) if k else 1.0 for label, k in counts.items()}
 
 
-def _constant_loss(parts: Tensor) -> Tensor:
-    """sum_c a_c log(sum(a) / a_c) over the first axis, where 0 log 0 = 0."""
+def constant_loss(parts: Tensor) -> Tensor:
+    """The loss of the best constant answer: sum_c a_c log(sum(a) / a_c) over the first axis, where 0 log 0 = 0."""
     import torch
 
     loss: Tensor = torch.xlogy(parts, parts.sum(0)).sum(0) - torch.xlogy(parts, parts).sum(0)

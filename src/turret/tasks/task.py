@@ -178,6 +178,10 @@ class CommonTask(Protocol):
     def from_words(cls, spec: JsonMapping, texts: Sequence[str]) -> Sequence[Input]:
         """What is asked by texts that follow one another on a command line. Raises DataError."""
 
+    @classmethod
+    def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
+        """The questions that an answer answers, each with columns of its own in a table; empty if there is only one."""
+
     # --- an instance -------------------------------------------------------------------------------------------------
 
     @property

@@ -64,6 +64,10 @@ class TextAnswers(Protocol):
         return ""  # its card decodes tokens
 
     @classmethod
+    def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
+        return ()
+
+    @classmethod
     def peft_type(cls, *, encoder_decoder: bool) -> str:
         return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
 

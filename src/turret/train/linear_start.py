@@ -252,7 +252,7 @@ def _folds(targets: Tensor) -> Tensor:
     """The fold of each row: (N,). Of rows with class numbers, each class is shared out among the folds."""
     count = len(targets)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    if _are_classes(targets):
+    if targets.ndim == 1 and not targets.is_floating_point():
         order = order[targets[order].argsort(stable=True)]
     folds = torch.empty(count, dtype=torch.long)
     folds[order] = torch.arange(count) % min(FOLDS, count)
@@ -260,12 +260,11 @@ def _folds(targets: Tensor) -> Tensor:
 
 
 def _known(targets: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-    """Which of the rows `out` have a class that is among `rows`: masks (N,)."""
-    return out & torch.isin(targets, targets[rows]) if _are_classes(targets) else out
-
-
-def _are_classes(targets: Tensor) -> bool:
-    return targets.ndim == 1 and not targets.is_floating_point()
+    """Which of the rows `out` have a class that is among `rows`, or all their classes: masks (N,)."""
+    if targets.is_floating_point():
+        return out
+    columns = targets.reshape(len(targets), -1).unbind(1)
+    return out & torch.stack([torch.isin(each, each[rows]) for each in columns]).all(0)
 
 
 def solve(features: Tensor, targets: Tensor, loss: LossFunction, penalty: float, outputs: int) -> Solution:

@@ -329,7 +329,7 @@ def _examples(values: JsonMapping) -> str:
     if isinstance(values.get("examples"), int):
         return str(values["examples"])
     classes = values.get("per_class")
-    if isinstance(classes, Mapping) and classes and "micro_f1" not in values:
+    if isinstance(classes, Mapping) and classes and not {"micro_f1", "per_question"} & values.keys():
         return str(sum(int(row.get("support") or 0) for row in classes.values() if isinstance(row, Mapping)))
     return "not stored"
 

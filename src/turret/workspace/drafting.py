@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from turret.data import cells
+from turret.data.columns import fitting
 from turret.data.profile import Candidate, Profile, profile
-from turret.data.source import open_source
+from turret.data.source import open_labelled
 from turret.data.splits import find_sources
 from turret.data.table import DataSettings, Table, format_of
 from turret.errors import BaseModelError, NoHeader, counted, one_line
@@ -51,11 +52,11 @@ def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
     recipe = Recipe.model_validate({"data": {"source": source}}).with_overrides(settings)
     form = format_of(recipe.data)
     try:
-        tables = open_source(source, form)
+        tables = open_labelled(recipe.data, form)
     except NoHeader:
-        tables = open_source(source, replace(form, header=False))
+        tables = open_labelled(recipe.data, replace(form, header=False))
     table = tables[find_sources(recipe.data, list(tables)).split["train"]]
-    seen = profile(table, recipe.data, schemas(recipe.task))
+    seen = profile(table, recipe.data, fitting(recipe.data, schemas(recipe.task)))
     text = _Lines()
     text.say(f"Made by `turret init`: what {one_line(table.name, 60)} shows, and what can be changed.")
     text.say(f"{seen.rows}{' rows were looked at' if seen.more else ' rows'}; {len(table.columns)} columns.")
@@ -87,7 +88,8 @@ def _write_data(text: _Lines, table: Table, recipe: Recipe, seen: Profile, asked
     text.set("source", recipe.data.source)
     _write_format(text, table, recipe.data)
     for role, column in seen.roles.items():
-        text.set(role, column, _column_comment(seen, column))
+        names = recipe.data.label if role == "label" and isinstance(recipe.data.label, list) else column
+        text.set(role, names, _column_comment(seen, column))
     for each in seen.candidates[:MOST_CANDIDATES]:
         text.option("label", each.column, False, _candidate_comment(each))
     if seen.others:

@@ -42,7 +42,7 @@ def predict_file(
     rows = read_rows(store, version, source, request.columns)
     first = list(islice(rows.read(), SAMPLED))  # an error in a column or in these rows costs no load of the base
     form = form_of(source, rows.found, (row.cells for row in first), path)
-    names = _names(rows.columns, stored_task(version.part("task")), request)
+    names = _names(rows.columns, version.part("task"), request)
     new = [key for key in names if key != "row"]
     counts = dict.fromkeys(("rows", BLANK, CUT), 0)
     with (
@@ -102,12 +102,17 @@ def _values(task: Task, answer: JsonMapping, top: int) -> JsonObject:
         values["probability"] = own if isinstance(given, list) else own[0]
         for number, (label, chance) in enumerate(ranked[1:top], 2):
             values |= {f"predicted_{number}": label, f"probability_{number}": round(chance, 6)}
+    for question, each in answer.get("answers", {}).items():
+        values[f"predicted_{question}"] = each["label"]
+        values[f"probability_{question}"] = round(each["probabilities"][each["label"]], 6)
     return values
 
 
-def _names(columns: Sequence[str], task: type[Task], request: PredictOptions) -> dict[str, str]:
+def _names(columns: Sequence[str], spec: JsonMapping, request: PredictOptions) -> dict[str, str]:
     """The new columns by key."""
-    keys = ["predicted"]
+    task = stored_task(spec)
+    asked = task.questions(spec.get("labels") or ())
+    keys = [f"{name}_{question}" for question in asked for name in ("predicted", "probability")] or ["predicted"]
     if task.generates:
         keys.append("finish_reason")
     elif task.calibrates:

@@ -20,7 +20,7 @@ from turret.store.catalog import now
 from turret.store.core import Also
 from turret.store.gates import FORGETTING
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet, misfit, name_of
-from turret.tasks import stored_task, writes
+from turret.tasks import Prediction, stored_task, writes
 from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ class _Replayer:
                 continue
             self._say(f"asking {len(golden_set.examples)} golden examples ({name_of(digest)})")
             answers = self._ask(str(self._version), [example.text for example in golden_set.examples])
-            self._store.keep_replay(self._version, judged(digest, golden_set, answers))
+            task = stored_task(self._version.part("task"))
+            self._store.keep_replay(self._version, judged(digest, golden_set, list(map(task.judged, answers))))
 
     def measure_forgetting(self, gates: Sequence[Gate], alias: str) -> None:
         """Measure what the gates ask for, unless it is stored and covers the present tasks of the store.
@@ -140,11 +141,10 @@ class _Replayer:
         return answering.answers(self._mounted, texts)
 
 
-def judged(digest: str, golden_set: GoldenSet, answers: Sequence[JsonObject]) -> GoldenReplay:
+def judged(digest: str, golden_set: GoldenSet, answers: Sequence[Prediction]) -> GoldenReplay:
     """How many answers passed, and the first that failed."""
     first, passed = None, 0
-    for place, (example, answer) in enumerate(zip(golden_set.examples, answers, strict=True), start=1):
-        given = answer["label"] if example.check == "label" else answer["text"]
+    for place, (example, given) in enumerate(zip(golden_set.examples, answers, strict=True), start=1):
         failure = fails(example, given)
         if failure is None:
             passed += 1

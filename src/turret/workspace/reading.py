@@ -129,6 +129,8 @@ def read_labelled(store: Store, version: Version, source: str, columns: JsonMapp
     spec = version.part("task")
     schema = stored_task(spec).schema(multi_label=bool(spec.get("multi_label")))
     trained = trained_on(version)
+    if isinstance(trained.get("label"), list):
+        columns = {"label": trained["label"], **columns}
     data = _data(store, source, trained, columns)
     rows = read_test(data, schema, labels=tuple(spec.get("labels") or ()), trained=_roles(trained))
     return LabelledData(data, rows.examples, rows.places, rows.notes)
@@ -165,7 +167,7 @@ def trained_on(version: Version) -> JsonObject:
 
 
 def _roles(trained: JsonMapping) -> dict[str, str]:
-    return {role: str(trained[role]) for role in ROLES if trained.get(role) is not None}
+    return {role: trained[role] for role in ROLES if isinstance(trained.get(role), str)}
 
 
 def _data(store: Store, source: str, trained: JsonMapping, columns: JsonMapping) -> Data:

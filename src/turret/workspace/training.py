@@ -358,9 +358,12 @@ def _start(store: Store, recipe: Recipe, callbacks: Callbacks) -> trainer.Initia
 
 def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: trainer.InitialAdapter | None) -> Recipe:
     """The recipe with every guess written out, so that later defaults and guesses do not change it."""
+    found = {
+        role: column for role, column in dataset.columns.items() if not isinstance(getattr(recipe.data, role), list)
+    }
     guessed = recipe.model_copy(
         update={
-            "data": recipe.data.model_copy(update=dataset.columns),
+            "data": recipe.data.model_copy(update=found),
             "task": recipe.task.model_copy(update={"kind": dataset.kind}),
             "train": recipe.train.model_copy(update={"init_from": None if start is None else start.version}),
         }

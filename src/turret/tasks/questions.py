@@ -1,0 +1,282 @@
+"""Several questions on one text, or on two: a class for each of several columns, from one adapter.
+
+The outputs of its one head are the classes of all columns, one column after another.
+
+Axes: B examples, C classes of all questions, Q questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from turret.data import Dataset, Example, Input, Labelled, Schema
+from turret.data.cells import answer_to, by_column, in_order, question_in
+from turret.data.columns import LABELLED, PAIRED, Roles
+from turret.errors import DataError, listed, shown
+from turret.json_types import JsonMapping, JsonObject
+from turret.tasks.classify import LOSS, TEXTS, HeadAnswers, TextInputs, balanced_weights, constant_loss
+from turret.tasks.task import Measure, Prediction, TaskSettings, register
+from turret.tasks.text_pairs import named
+from turret.transformer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from turret.families.family import Kind as FamilyKind
+
+NONE = -1  # the target of a question that a text has no answer to
+
+
+@register
+class Questions(HeadAnswers):
+    """The classes of each question, in the order of the logits, and how a text is encoded.
+
+    Args:
+        labels: each `question: class`; those of a question follow one another.
+        pairs: whether two texts are read together.
+        class_weights: of classes in the loss, by `question: class`; 1 for the others.
+    """
+
+    kind: ClassVar[str] = "questions"
+    calibrates: ClassVar[bool] = False
+    metric: ClassVar[str] = "accuracy"
+    metric_label: ClassVar[str] = "accuracy"
+    right_or_wrong: ClassVar[bool] = False
+    baselines: ClassVar[tuple[str, ...]] = ()
+    measures: ClassVar[Mapping[str, Measure]] = {
+        "accuracy": Measure("accuracy", "the share of its questions that a text has right, as a mean", share=True),
+        "macro_f1": Measure("macro F1", "the mean over questions of the mean of the F1 of all classes", share=True),
+        "loss": LOSS,
+    }
+    errors: ClassVar[str] = "the texts with the most wrong answers"
+    multi_label: bool = True
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        tokenizer: Tokenizer,
+        max_tokens: int = 256,
+        *,
+        pairs: bool = False,
+        prefix_text: str = "",
+        class_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        if unknown := sorted(set(class_weights or {}) - set(labels)):
+            raise DataError(
+                f"task.class_weights names {shown(unknown[0])}, which is no answer: the answers are {listed(labels)}"
+            )
+        self.labels = tuple(labels)
+        self.parts = _parts(labels)
+        self.class_weights = None if class_weights is None else dict(class_weights)
+        self.inputs = TextInputs(self.kind, tokenizer, max_tokens, prefix_text, pairs=pairs)
+
+    @classmethod
+    def schema(cls, *, multi_label: bool = False) -> Schema:
+        names: dict[Roles, list[tuple[str, ...]]] = {PAIRED: named(("label",))}
+        names[LABELLED] = [(text, "label") for text in TEXTS]
+        example = lambda row: Labelled(row.asked(), row.answers("label"))
+        return Schema(cls.kind, names, TEXTS, example, classes=True, many=True, show=2, several=True)
+
+    @classmethod
+    def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
+        if settings.multi_label:
+            raise DataError("each of several questions has one class: leave task.multi_label out")
+        weights = settings.class_weights
+        if weights == "balanced":
+            weights = {}
+            for own in (dataset.labels[part] for part in _parts(dataset.labels).values()):
+                given = [Labelled("", label) for example in dataset.train for label in example.labels if label in own]
+                weights |= balanced_weights(own, given, multi_label=False)
+        return cls(
+            _ordered(dataset),
+            tokenizer,
+            settings.max_tokens,
+            pairs="text_pair" in dataset.columns,
+            prefix_text=settings.prefix_text,
+            class_weights=weights,
+        )
+
+    @classmethod
+    def num_labels(cls, labels: Sequence[str]) -> int | None:
+        return len(labels) or None
+
+    @classmethod
+    def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
+        """The names, each `question: class`. Raises DataError for others."""
+        _parts(names)
+        return tuple(names)
+
+    @classmethod
+    def head_config(cls, spec: JsonMapping) -> JsonObject:
+        labels = spec["labels"]
+        return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+    @classmethod
+    def printed(cls, spec: JsonMapping) -> str:
+        ends = [(part.start, part.stop) for part in _parts(spec["labels"]).values()]
+        return f"print([labels[start + int(logits[start:end].argmax())] for start, end in {ends}])"
+
+    @property
+    def instruction(self) -> str:
+        return f"Classify the following text by {', '.join(self.parts)}."
+
+    def targets(self, examples: Sequence[Example]) -> Tensor:
+        """The number of the class among those of its question, NONE without an answer: (B, Q) int64."""
+        import torch
+
+        rows = torch.full((len(examples), len(self.parts)), NONE)
+        place = {label: number for number, label in enumerate(self.labels)}
+        column = {question: number for number, question in enumerate(self.parts)}
+        for row, example in enumerate(examples):
+            for label in example.labels:
+                if label not in place:
+                    raise DataError(f"answer {shown(label)} is unknown to this version: it knows {listed(self.labels)}")
+                question = question_in(label)
+                rows[row, column[question]] = place[label] - self.parts[question].start
+        return rows
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """mean_b mean_q w[y_bq] cross_entropy_bq over the questions that example b answers: a scalar.
+
+        Args:
+            logits: (B, C).
+            targets: (B, Q) int64.
+        """
+        return (self._losses(logits, targets).sum(1) / _answered(targets)).mean()
+
+    def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(B, Q), 0 without an answer."""
+        import torch
+        import torch.nn.functional as F
+
+        logits = logits.float()
+        weights = logits.new_tensor([(self.class_weights or {}).get(label, 1.0) for label in self.labels])  # (C,)
+        return torch.stack(
+            [
+                F.cross_entropy(logits[:, part], own, weights[part], ignore_index=NONE, reduction="none")
+                for part, own in zip(self.parts.values(), targets.unbind(1), strict=True)
+            ],
+            dim=1,
+        )
+
+    def guessing_loss(self, examples: Sequence[Example]) -> float:
+        """The loss of the best constant answers: the sum over questions of what `Classify` has for one.
+
+        A text with few answers counts more for each of them.
+        """
+        import torch
+
+        targets = self.targets(examples)
+        share = 1 / _answered(targets).double()  # (B,)
+        found = 0.0
+        for part, own in zip(self.parts.values(), targets.unbind(1), strict=True):
+            there = own != NONE
+            weights = torch.tensor([(self.class_weights or {}).get(label, 1.0) for label in self.labels[part]])
+            counts = torch.bincount(own[there], share[there], minlength=len(weights)) * weights
+            found += float(constant_loss(counts / len(targets)))
+        return found
+
+    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+        """accuracy, the mean over texts of the share of right answers; macro_f1, the mean over questions; loss.
+
+        And by question accuracy, macro_f1, loss and the number of answers, and a report for each class.
+        """
+        from turret.tasks import metrics
+
+        losses, right = self._losses(logits, targets), targets.new_zeros(targets.shape)
+        by_question, classes = dict[str, JsonObject](), JsonObject()
+        for place, (question, part) in enumerate(self.parts.items()):
+            there = targets[:, place] != NONE
+            given, true = logits[there, part].argmax(-1), targets[there, place]
+            right[there, place] = (given == true).long()
+            loss = float(losses[there, place].sum() / there.sum().clamp(min=1))
+            found = metrics.one_class(given.tolist(), true.tolist(), self.labels[part], loss)
+            classes |= found.pop("per_class")
+            by_question[question] = found | {"examples": len(true)}
+        return {
+            "accuracy": float((right.sum(1) / _answered(targets)).mean()),
+            "macro_f1": sum(each["macro_f1"] for each in by_question.values()) / len(by_question),
+            "loss": float((losses.sum(1) / _answered(targets)).mean()),
+            "per_question": by_question,
+            "per_class": classes,
+        }
+
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+        """`{"answers": {question: {"label", "probabilities"}}}` for each row. logits: (B, C)."""
+        rows: list[JsonObject] = [{"answers": {}} for _ in range(len(logits))]
+        for question, part in self.parts.items():
+            names = [label.removeprefix(answer_to(question, "")) for label in self.labels[part]]
+            chances = logits[:, part].detach().double().softmax(-1)
+            for row, chosen, own in zip(rows, chances.argmax(-1).tolist(), chances.tolist(), strict=True):
+                row["answers"][question] = {
+                    "label": names[chosen],
+                    "probabilities": dict(zip(names, own, strict=True)),
+                }
+        return rows
+
+    @classmethod
+    def judged(cls, answer: JsonMapping) -> Prediction:
+        """Each answer as `question: class`."""
+        return [answer_to(question, each["label"]) for question, each in answer["answers"].items()]
+
+    def score(self, given: Prediction, example: Example) -> float:
+        """The share of the example's answers that are given."""
+        return sum(label in given for label in example.labels) / len(example.labels)
+
+    @classmethod
+    def line(cls, answer: JsonMapping) -> str:
+        """`topic: sport 0.93  urgent: no 0.81`."""
+        answers = answer["answers"].items()
+        return "  ".join(
+            f"{answer_to(question, each['label'])} {each['probabilities'][each['label']]:.2f}"
+            for question, each in answers
+        )
+
+    @classmethod
+    def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
+        return tuple(_parts(labels))
+
+    def spec(self) -> JsonObject:
+        return {
+            "kind": self.kind,
+            "labels": list(self.labels),
+            "max_tokens": self.max_tokens,
+            "prefix_text": self.inputs.prefix_text,
+            "pairs": self.pairs,
+            "multi_label": True,
+            "class_weights": self.class_weights,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+        settings = {key: value for key, value in spec.items() if key not in ("kind", "labels", "multi_label")}
+        return cls(spec["labels"], tokenizer, **settings)
+
+
+def _parts(labels: Sequence[str]) -> dict[str, slice]:
+    """The outputs of each question. Raises DataError if they are not two or more, one after another."""
+    questions = [question_in(label) for label in labels]
+    parts = {each: slice(questions.index(each), questions.index(each) + questions.count(each)) for each in questions}
+    for question, part in parts.items():
+        if not question or part.stop - part.start < 2 or set(questions[part]) != {question}:
+            raise DataError(
+                f"the answers are {listed(labels, 80)}: expected `question: class`, and two classes or more of a "
+                "question after one another"
+            )
+    if len(set(labels)) < len(labels) or not parts:
+        raise DataError(f"the answers are {listed(labels, 80)}: expected different ones")
+    return parts
+
+
+def _ordered(dataset: Dataset) -> tuple[str, ...]:
+    """The classes of a data set, questions as the recipe names them and numbers by size."""
+    found, names = _parts(dataset.labels), dataset.columns.get("label", "")
+    classes = by_column(dict.fromkeys(dataset.labels, 1), found)
+    asked = sorted(found, key=lambda question: (names.find(question), -len(question)))
+    return tuple(answer_to(question, each) for question in asked for each in in_order(classes[question]))
+
+
+def _answered(targets: Tensor) -> Tensor:
+    """How many questions each example answers, at least 1: (B,)."""
+    return (targets != NONE).sum(1).clamp(min=1)
