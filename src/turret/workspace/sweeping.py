@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from turret.errors import QueueFull, RecipeError, TrainingError
+from turret.errors import QueueFull, RecipeError, TrainingError, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
@@ -78,6 +78,8 @@ def parse_settings(sets: Mapping[str, str]) -> tuple[dict[str, str], dict[str, C
     """The settings that are fixed, and those that are searched: `1e-4..1e-2` or `4,8,16`. Raises RecipeError."""
     fixed, searched = dict[str, str](), dict[str, Choices | Range]()
     for key, value in sets.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise RecipeError(f"settings: expected texts such as 'train.lr': '1e-4..1e-2', given {shown(key)}")
         low, dots, high = value.partition("..")
         if dots:
             searched[key] = _range(key, low, high)
@@ -406,8 +408,8 @@ class _Running:
             yield trial
 
     def _trial(self, number: int, settings: Mapping[str, Setting]) -> Trial:
-        shown = {key: f"{each:.4g}" if isinstance(each, float) else str(each) for key, each in settings.items()}
-        recipe = self._recipe.with_overrides(shown)
+        texts = {key: f"{each:.4g}" if isinstance(each, float) else str(each) for key, each in settings.items()}
+        recipe = self._recipe.with_overrides(texts)
         digest = hashlib.sha256(recipe.to_toml().encode()).hexdigest()
         return Trial(number, dict(settings), f"trial{number:04}-{digest[:8]}", recipe)
 
@@ -415,12 +417,12 @@ class _Running:
         trial.state, trial.error = state, error
         self._write(trial)
         self._proposes.tell(trial)
-        shown = ", ".join(
+        settings = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in trial.settings.items()
         )
         value = f"{self._metric} {trial.value:.4f}" if state == "finished" else error or state
-        self._say(f"trial {trial.number + 1} of {self._request.count}  {shown}: {value}")
+        self._say(f"trial {trial.number + 1} of {self._request.count}  {settings}: {value}")
 
     def _write(self, trial: Trial) -> None:
         kept = {"number": trial.number, "settings": trial.settings, "state": trial.state, "error": trial.error}
