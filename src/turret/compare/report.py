@@ -166,8 +166,8 @@ def _plots(result: Comparison) -> Iterator[tuple[str, str]]:
         )
     losses = list(_courses(trained))
     if losses:
-        unit = task_of(result.task).measures["loss"].unit
-        yield "losses", courses(losses, x_label="% of the training", y_label=f"loss on the training examples, {unit}")
+        label = ", ".join(filter(None, ("loss on the training examples", task_of(result.task).measures["loss"].unit)))
+        yield "losses", courses(losses, x_label="% of the training", y_label=label)
     if result.curves:
         yield "curves", curves(list(_lines(result)), x_label="training examples", y_label=metric)
 
