@@ -25,6 +25,7 @@ Pooling = Literal["first", "last", "mean"]
 Layout = Literal["post-norm", "pre-norm"]
 # of a model: for a text, for each token, none for vectors of texts, or over the vocabulary
 HeadKind = Literal["classify", "tag", "embed", "generate"]
+VECTORS: tuple[HeadKind, ...] = ("embed", "generate")  # of bases that give vectors
 OutputLayer = Callable[["Tensor"], "Tensor"]  # hidden states (N, D) -> (N, V)
 Vocabulary = Callable[["Model", "Tensor", OutputLayer], "Tensor"]  # (model, hidden (N, D), output layer) -> (N, V)
 

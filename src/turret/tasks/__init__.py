@@ -5,7 +5,7 @@ A new task is a class with the methods of `HeadTask` or `TextTask`, decorated wi
 
 from turret.tasks.chat import Chat
 from turret.tasks.classify import Classify
-from turret.tasks.embedding import Embedding, TextEmbedding
+from turret.tasks.embedding import TextEmbedding
 from turret.tasks.generate import Generate, Summarize
 from turret.tasks.preference import Preference
 from turret.tasks.questions import Questions
@@ -16,6 +16,7 @@ from turret.tasks.task import (
     TASKS,
     CommonTask,
     ComparingTask,
+    Embedding,
     Encoded,
     HeadTask,
     Measure,

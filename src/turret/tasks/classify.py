@@ -18,7 +18,7 @@ from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration, calibration_error, fit, label_sets, reliability
-from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
+from turret.tasks.task import Embedding, Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from turret.families.family import HeadKind, Pooling
     from turret.families.family import Kind as FamilyKind
-    from turret.tasks.embedding import Embedding
 
 TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")  # column names of inputs
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")  # column names of classes

@@ -8,25 +8,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from turret.data import Dataset, Example, Input, Related, Schema, Scored, TextPair
 from turret.data.cells import RowReader
 from turret.data.columns import PAIRED, TRIPLE, Roles
 from turret.errors import DataError
-from turret.families.family import Pooling
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.classify import HeadAnswers, TextInputs
 from turret.tasks.regression import SPEARMAN, VALUES
-from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
+from turret.tasks.task import Embedding, Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from turret.families.family import HeadKind
+    from turret.families.family import HeadKind, Pooling
     from turret.families.family import Kind as FamilyKind
 
 Objective = Literal["multiple_negatives", "cosent", "triplet"]
@@ -42,46 +41,6 @@ MARGIN = 5.0  # by which a negative should be further away than the positive
 AT_ONCE = 128  # examples whose loss is computed together in an evaluation: it compares the rows of a batch
 RANKED = 1024  # anchors whose candidates are ranked together
 MOST_RANKED = 10  # places that count for the mean reciprocal rank
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """How a text becomes a vector, from the hidden states of the base's last layer. None: as usual.
-
-    Args:
-        pooling: The mean of all tokens, or the first or the last token.
-        dimensions: Keep only the first numbers of the vector.
-        normalize: Scale the vector to length 1, after it was cut; usual.
-
-    Raises:
-        DataError: For a value that does not exist.
-    """
-
-    pooling: Pooling | None = None
-    dimensions: int | None = None
-    normalize: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.pooling is not None and self.pooling not in get_args(Pooling):
-            raise DataError(f"pooling {self.pooling!r}: expected {', '.join(get_args(Pooling))}")
-        if self.dimensions is not None and (not isinstance(self.dimensions, int) or self.dimensions < 1):
-            raise DataError(f"dimensions = {self.dimensions!r}: expected a whole number of 1 or more")
-
-    def over(self, usual: Embedding) -> Embedding:
-        """The same, with what is None here as in another one."""
-        return Embedding(
-            self.pooling or usual.pooling,
-            self.dimensions or usual.dimensions,
-            usual.normalize if self.normalize is None else self.normalize,
-        )
-
-    def vectors(self, pooled: Tensor) -> Tensor:
-        """e = h[:dimensions], divided by |e| if `normalize`: (..., D) -> (..., d)."""
-        import torch
-        import torch.nn.functional as F
-
-        cut = pooled.to(torch.promote_types(pooled.dtype, torch.float32))[..., : self.dimensions]
-        return cut if self.normalize is False else F.normalize(cut, dim=-1)
 
 
 @register

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, TypeGuard, TypeVar, get_args
 
 from turret.data import Dataset, Example, Input, Schema, TextPair
 from turret.errors import AdapterError, DataError, shown
+from turret.families.family import Pooling
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration
 from turret.transformer import Tokenizer
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from turret.families.family import HeadKind, Pooling
     from turret.families.family import Kind as FamilyKind
-    from turret.tasks.embedding import Embedding
 
 RequestKind = Literal["classify", "generate", "embed"]  # what an engine answers with: a head, a text, or a vector
 Prediction: TypeAlias = str | list[str]  # the part of an answer that is scored: a label, labels, a text, a number
@@ -34,6 +34,46 @@ class Encoded:
     whole: int | None = None  # tokens before the cut, if known
     rival: Tensor | None = None  # (R,) int64, of a target: another one that is worse
     read: Tensor | None = None  # (K,) int64, positions in `ids`: that a head for tokens reads, or the end of each text
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How a text becomes a vector, from the hidden states of the base's last layer. None: as usual.
+
+    Args:
+        pooling: The mean of all tokens, or the first or the last token.
+        dimensions: Keep only the first numbers of the vector.
+        normalize: Scale the vector to length 1, after it was cut; usual.
+
+    Raises:
+        DataError: For a value that does not exist.
+    """
+
+    pooling: Pooling | None = None
+    dimensions: int | None = None
+    normalize: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.pooling is not None and self.pooling not in get_args(Pooling):
+            raise DataError(f"pooling {self.pooling!r}: expected {', '.join(get_args(Pooling))}")
+        if self.dimensions is not None and (not isinstance(self.dimensions, int) or self.dimensions < 1):
+            raise DataError(f"dimensions = {self.dimensions!r}: expected a whole number of 1 or more")
+
+    def over(self, usual: Embedding) -> Embedding:
+        """The same, with what is None here as in another one."""
+        return Embedding(
+            self.pooling or usual.pooling,
+            self.dimensions or usual.dimensions,
+            usual.normalize if self.normalize is None else self.normalize,
+        )
+
+    def vectors(self, pooled: Tensor) -> Tensor:
+        """e = h[:dimensions], divided by |e| if `normalize`: (..., D) -> (..., d)."""
+        import torch
+        import torch.nn.functional as F
+
+        cut = pooled.to(torch.promote_types(pooled.dtype, torch.float32))[..., : self.dimensions]
+        return cut if self.normalize is False else F.normalize(cut, dim=-1)
 
 
 @dataclass(frozen=True, slots=True)

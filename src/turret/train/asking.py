@@ -253,7 +253,7 @@ class Asking:
     ) -> list[JsonObject]:
         """The answers, in order. The first error is raised, and cancels the other questions."""
         engine = self._started(cache_tokens)
-        named = None if kind == "embed" else self._held[0 if bare else -1]
+        named = None if kind == "embed" and bare else self._held[0 if bare else -1]
         with ExitStack() as stack:
             tickets, found = [], []
             with engine.together():

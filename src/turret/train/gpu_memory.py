@@ -21,7 +21,7 @@ from turret.bases.meta_model import CONTEXT
 from turret.bases.sharded import divided, layer_paths
 from turret.engine.cache import capacity
 from turret.families import family_of
-from turret.families.family import head_of
+from turret.families.family import VECTORS, head_of
 from turret.methods import Method
 from turret.ops.autograd import FunctionContext, Gradients, apply
 from turret.ops.table import planned
@@ -205,7 +205,7 @@ def saved_by(model: Model, work: Work) -> tuple[SavedForBackward, int, int]:
     with saved.counting():
         if not work.target:
             rows = [(source, torch.arange(len(source))) for source in sources]
-            if head_of(model) in ("embed", "generate"):
+            if head_of(model) in VECTORS:
                 logits = packed.pooled(model, sources, "mean")  # (B, D)
             else:
                 logits = packed.head_logits(model, rows)  # (B, C)
