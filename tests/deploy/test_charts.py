@@ -81,6 +81,7 @@ def test_the_containers_of_compose_run_without_rights_and_with_a_read_only_root(
     for each in ours.values():
         assert (each["read_only"], each["cap_drop"], each["init"]) == (True, ["ALL"], True)
         assert "ports" not in each
+        assert ("healthcheck" in each) == (each["command"] == ["worker"])
     published = [port for each in compose()["services"].values() for port in each.get("ports", ())]
     assert published
     assert all(port.startswith("127.0.0.1:") for port in published)
