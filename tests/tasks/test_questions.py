@@ -266,10 +266,10 @@ def test_the_manifest_makes_an_equal_task_and_other_names_of_outputs_are_refused
 
 @pytest.mark.slow
 def test_two_questions_learnt_together_are_answered_as_well_as_by_an_adapter_each(tmp_path: Path) -> None:
-    words = ("bank", "film", "fox", "dog")
+    words = ("bank", "film", "story", "fox")
     rows = [
         {
-            "text": f"{words[n % 4]} {('a', 'the')[n % 3 % 2]} {('quick', 'lazy')[n * 7 % 11 % 2]} story",
+            "text": f"{words[n % 4]} {('quick', 'lazy')[n * 7 % 11 % 2]}",
             "topic": words[n % 4],
             "speed": ("quick", "lazy")[n * 7 % 11 % 2],
         }
