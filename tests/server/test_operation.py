@@ -16,12 +16,14 @@ import yaml
 from shelf import Shelf
 
 import turret
+from turret.access import Access
 from turret.engine import SamplingParams
 from turret.server.limits import RequestLimits
 from turret.server.metrics import Metrics
+from turret.store.jobs import JobQueue
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-CURRENT = ("ready", "draining", "following", "follow_trouble")  # set by the server's state
+CURRENT = ("ready", "draining", "following", "follow_trouble", "jobs_waiting")  # set by the server's state
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +71,32 @@ def test_the_build_and_the_process_are_there(serve) -> None:
         assert f"# TYPE {name}" in text
 
 
+def test_the_jobs_that_wait_are_counted_for_who_scales_workers(serve, workspace) -> None:
+    queue = JobQueue.of(workspace.store, make=True)
+    client = serve().client()
+
+    def waiting() -> float:
+        (found,) = re.findall(r"^turret_jobs_waiting (\S+)$", client.get("/metrics").text, re.MULTILINE)
+        return float(found)
+
+    assert waiting() == 0
+    runs = [queue.submit("a", "x"), queue.submit("a", "y")]
+    JobQueue.of(workspace.with_access(Access("legal")).store).submit("b", "z")
+    assert waiting() == 3
+    queue.cancel(runs[0])
+    assert waiting() == 2
+
+
 def test_the_dashboard_and_the_alerts_read_metrics_that_are_exposed(exposed: str) -> None:
     board = json.loads((DEPLOY / "grafana-dashboard.json").read_text(encoding="utf-8"))
     rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text(encoding="utf-8"))
     drawn = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     drawn += [each["query"]["query"] for each in board["templating"]["list"] if each["type"] == "query"]
     alerts = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    for chart in sorted((DEPLOY / "helm" / "templates").glob("*.yaml")):
+        alerts += re.findall(r"printf `(.*)`", chart.read_text(encoding="utf-8"))
     assert len(drawn) > 20
-    assert len(alerts) > 8
+    assert len(alerts) > 10
     for expression in drawn + alerts:
         assert read_by(expression) <= names(exposed), expression
         assert read_by(expression) or "up{" in expression, expression

@@ -42,6 +42,7 @@ from turret.server.replica import Replica
 from turret.server.routing import AliasWatcher, Placement, Routing
 from turret.store.batches import Batches
 from turret.store.client_files import ClientFiles
+from turret.store.jobs import count_waiting
 from turret.store.usage import BASE, UsageLog
 from turret.store.usage import SECONDS as USAGE_SECONDS
 from turret.tasks import stored_task
@@ -836,9 +837,11 @@ class ServerState:
     # --- metrics ------------------------------------------------------------------------------------------------------
 
     def _gauges(self) -> dict[str, float]:
-        tenants = self._all_tenants()
+        tenants, jobs = self._all_tenants(), dict[str, float]()
+        with suppress(TurretError):  # the other figures do not need the store
+            jobs["jobs_waiting"] = float(count_waiting(self._home.store.database(make=True)))
         with suppress(TurretError):
-            return {
+            return jobs | {
                 "in_flight": float(self.load.requests),
                 "body_bytes": float(self.load.bytes),
                 "draining": float(self.load.draining),

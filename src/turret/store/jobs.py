@@ -543,6 +543,13 @@ def in_turn(
     return sorted((each for each in waiting if each.tenant not in limits), key=turn)
 
 
+def count_waiting(database: Database, kinds: Sequence[str] = (TRAINING, CELL)) -> int:
+    """Jobs of all tenants that wait for a worker."""
+    waiting = (jobs.c.state == "waiting") & jobs.c.kind.in_(kinds) & jobs.c.queued.is_not(None)
+    with database.reading() as connection:
+        return int(connection.execute(select(func.count()).select_from(jobs).where(waiting)).scalar_one())
+
+
 # --- private ----------------------------------------------------------------------------------------------------------
 
 _LIGHT = [
