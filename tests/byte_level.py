@@ -65,12 +65,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def save_base(folder: Path, seed: int = 0) -> Path:
+def save_base(folder: Path, seed: int = 0, **changes: int) -> Path:
     """A base as a user has it on disk."""
     words = tokenizer()
     ids = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": None}
     model = small_models.build(
-        "qwen3", "generate", seed=seed, vocab_size=VOCABULARY, max_position_embeddings=2048, **ids
+        "qwen3", "generate", seed=seed, vocab_size=VOCABULARY, max_position_embeddings=2048, **ids, **changes
     )
     model.save_pretrained(folder)
     words.save_pretrained(folder)

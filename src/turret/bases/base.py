@@ -145,7 +145,7 @@ def load(
     if family.head_for(task) == "embed":
         take_head_off(model, family)
         fresh = ()
-    digest = _known_fingerprint(source, model, family, verify, kept != "none")
+    digest = known_fingerprint(source, model, family, verify, kept != "none")
     torch_dtype = model.dtype if kept in PACKAGES else dtype_on(chosen.device, dtype)  # their kernels chose a dtype
     if torch_dtype == torch.float32 and chosen.device.type == "cpu":
         use_quick_float32()
@@ -273,7 +273,7 @@ def fresh_parameters(source: BaseSource, family: Family, model: Model, loading: 
     )
 
 
-def _known_fingerprint(source: BaseSource, model: Model, family: Family, verify: bool, packed: bool) -> str:
+def known_fingerprint(source: BaseSource, model: Model, family: Family, verify: bool, packed: bool) -> str:
     """The fingerprint of the checkpoint. packed: the model's weights are not the checkpoint's."""
     digest = None if verify else fingerprint_cache.read(source.weights)
     if digest is None:

@@ -25,6 +25,7 @@ from turret.bases.base import (
     dtype_on,
     fitting,
     fresh_parameters,
+    known_fingerprint,
     listed,
     notes_on,
     read_tokenizer,
@@ -156,6 +157,39 @@ def load_in_parts(
         fresh=fresh,
         bytes=size,
         notes=tuple(notes_on(source, family, model, loading) + notes + list(device.notes)),
+    )
+
+
+def load_without_weights(base: str) -> Base:
+    """A base that another program computes: tokenizer, configuration and fingerprint, and a model on the meta device.
+
+    Raises:
+        BaseModelError: the base is not listed, generates no text, or has no tokenizer.
+    """
+    source = resolve(base)
+    family = listed(source)
+    if family is None:
+        kind = source.config.get("model_type")
+        raise BaseModelError(f"base {base!r} cannot be served by another engine: its architecture {kind} is not listed")
+    require_task(source, family, "generate")
+    model = skeleton(source, "generate")
+    stored = _stored_dtype(source, Checkpoint(source.weights))
+    cast(model, stored)
+    digest = known_fingerprint(source, model, family, verify=False, packed=True)
+    tokenizer, notes = read_tokenizer(source, model)
+    _read_generation(source, model)
+    return Base(
+        id=base,
+        revision=source.revision,
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        fingerprint=digest,
+        dtype=stored,
+        folder=source.folder,
+        fresh=(),
+        bytes=0,
+        notes=tuple(notes),
     )
 
 

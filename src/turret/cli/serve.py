@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -18,6 +20,7 @@ from turret.errors import ServeRefused
 
 if TYPE_CHECKING:
     from turret.engine import Limits
+    from turret.engine.request import VllmServer
     from turret.server.oidc import OidcSettings
     from turret.server.state import ServerSettings
     from turret.workspace import Workspace
@@ -97,6 +100,16 @@ def serve(
     train_pass_ms: Annotated[
         int, typer.Option("--train-pass-ms", min=1, help="Longest pass of a training, about: an answer waits for it.")
     ] = 250,
+    engine: Annotated[
+        Literal["turret", "vllm"], typer.Option("--engine", help="Who computes: this process, or a vLLM server.")
+    ] = "turret",
+    engine_url: Annotated[
+        str | None, typer.Option("--engine-url", metavar="URL", help="Where the vLLM server listens.")
+    ] = None,
+    engine_folder: Annotated[
+        Path | None,
+        typer.Option("--engine-folder", help="Where adapters are written for vLLM, which sees it under the same path."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse requests with unknown keys.")] = False,
     store: options.Store = options.STORE,
     as_json: options.Json = False,
@@ -134,7 +147,28 @@ def serve(
     if twice := next((each for each in names if names.count(each) > 1), None):
         raise ServeRefused(f"--base {twice} is given twice: name each base once")
     training = Training(train_slots, train_pass_ms / 1000) if train else None
-    _serve(workspace, names, settings, limits, dtype, base_quantization, device, training, as_json)
+    given = {"--train": train, "--base-quantization": base_quantization != "none", "--dtype": dtype != "auto"}
+    vllm = None if engine == "turret" else _vllm(engine_url, engine_folder, names, given)
+    if vllm is None and (engine_url or engine_folder):
+        raise ServeRefused("--engine-url and --engine-folder belong to --engine vllm: add it, or leave them out")
+    _serve(workspace, names, settings, limits, dtype, base_quantization, device, training, vllm, as_json)
+
+
+def _vllm(url: str | None, folder: Path | None, bases: Sequence[str], given: Mapping[str, bool]) -> VllmServer:
+    """The server of `--engine vllm`. Raises ServeRefused. given: whether options are given that it does not take."""
+    from turret.engine.request import VllmServer
+
+    if url is None:
+        raise ServeRefused("--engine vllm needs the address of the vLLM server: add --engine-url http://HOST:PORT")
+    if not url.startswith(("http://", "https://")):
+        raise ServeRefused(f"--engine-url {ascii(url)[:80]}: expected a URL such as http://127.0.0.1:8001")
+    if len(bases) > 1:
+        raise ServeRefused(f"--engine vllm serves one base, and {len(bases)} are given: start a server for each")
+    if wrong := [name for name, each in given.items() if each]:
+        raise ServeRefused(f"{wrong[0]} does not go with --engine vllm, which loads no weights here: leave it out")
+    if folder is not None and not folder.is_dir():
+        raise ServeRefused(f"--engine-folder {folder} is not a folder: make it, on a disk that vLLM sees too")
+    return VllmServer(url, folder, os.environ.get("TURRET_ENGINE_KEY"))
 
 
 class Training(NamedTuple):
@@ -153,6 +187,7 @@ def _serve(
     quantization: options.BaseQuantization,
     device: str,
     training: Training | None,
+    vllm: VllmServer | None,
     as_json: bool,
 ) -> None:
     from turret import process
@@ -166,22 +201,17 @@ def _serve(
     Guard(settings.host, workspace.tokens.of_all_tenants())  # refuses before the base is loaded
     with bind(settings.host, settings.port) as listening, ExitStack() as opened:
         with status() as show:
-            loaded = [
-                opened.enter_context(
-                    workspace.engine(
-                        name,
-                        limits=limits,
-                        dtype=dtype,
-                        base_quantization=quantization,
-                        device=device,
-                        on_stage=show,
-                    )
-                )
-                for name in names
-            ]
+            if vllm is None:
+                start = partial(workspace.engine, dtype=dtype, base_quantization=quantization, device=device)
+            else:
+                from turret.workspace.serving import vllm_engine
+
+                start = partial(vllm_engine, workspace.store, server=vllm)
+            loaded = [opened.enter_context(start(name, limits=limits, on_stage=show)) for name in names]
         engines = Engines(*loaded)
         state = ServerState(workspace, engines, SamplingParams, settings)
         bases, devices = [each.name for each in engines.bases], {str(each.base.model.device) for each in loaded}
+        devices = devices if vllm is None else {f"vLLM at {vllm.url}"}
         with ExitStack() as trains:
             if training is not None:
                 from turret.workspace.serving_trainer import TrainingWhileServing

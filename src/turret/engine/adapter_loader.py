@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from turret.adapters.adapter import Adapter
 from turret.engine.adapter_pool import AdapterPool
@@ -26,6 +26,9 @@ from turret.ops.copies import use_device
 from turret.tasks import task_from_spec
 from turret.transformer import Tokenizer
 from turret.turns import Places, TurnQueue
+
+if TYPE_CHECKING:
+    from turret.engine.vllm import VllmAdapters
 
 # --- adapter source ---------------------------------------------------------------------------------------------------
 # The interface that the engine loads adapters through.
@@ -114,7 +117,7 @@ class AdapterLoader:
 
     def __init__(
         self,
-        adapter_pool: AdapterPool,
+        adapter_pool: AdapterPool | VllmAdapters,
         slots: Slots,
         source: AdapterSource,
         tokenizer: Tokenizer,
@@ -311,7 +314,7 @@ class AdapterLoader:
             if not adapter.task:
                 raise AdapterError(f"{loading.named} stores no task, so it cannot answer: train it again")
             task = self._task(json.dumps(adapter.task))
-            loading.loaded = self._pool.prepare(adapter, loading.named.digest, task)
+            loading.loaded = self._pool.prepare(adapter, loading.named.key, task)
             with self._wake:
                 needs = list(loading.needs)
             for need in needs:  # on this thread, so that passes do not wait for a tokenizer

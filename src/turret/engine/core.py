@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -28,7 +28,7 @@ from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, War
 from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.constraint import Constraint
 from turret.engine.counters import Counters
-from turret.engine.decode import choose
+from turret.engine.decode import choose, token_logprobs
 from turret.engine.input_processor import Prompts
 from turret.engine.request import (
     Answer,
@@ -68,6 +68,9 @@ from turret.json_types import JsonObject
 from turret.ops.copies import use_device
 from turret.ops.table import rest
 from turret.tasks import Embedding, has_head
+
+if TYPE_CHECKING:
+    from turret.engine.vllm import Vllm, VllmPasses
 
 # --- step -------------------------------------------------------------------------------------------------------------
 # One forward pass after another: requests become rows, and outputs become tokens and answers.
@@ -277,7 +280,11 @@ class Passes:
         if token is None:
             raise self._not_finite(sequence.request)
         if sequence.reason is None:  # else only its prompt was to be read
-            sequence.take(token, self._prompts.decode, self._prompts.token_texts, logprobs)
+            count = sequence.settings.logprobs or 0
+            found = (
+                None if logprobs is None or token in sequence.settings.eos else token_logprobs(logprobs, token, count)
+            )
+            sequence.take(token, self._prompts.decode, self._prompts.token_texts, found)
 
     def _search(self, sequence: RunningSequence, scores: torch.Tensor) -> None:
         if not bool(torch.isfinite(scores.sum(-1)).all()):
@@ -326,6 +333,7 @@ def _unexpected(error: Exception) -> EngineError:
 
 
 T = TypeVar("T")
+VLLM_TOKENS = 65_536  # of prompts that begin at once, if vLLM computes: it divides them into passes itself
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 # Many texts in one call: one request for each text, as many at a time as the queue takes.
@@ -390,6 +398,7 @@ class Engine:
         source: Loads adapters by reference. None: there are only those of `hold`.
         limits: Limits of memory, queue, batch and cache.
         clock: Seconds that only grow; for tests.
+        vllm: A server that computes the answers; None: this process does. The base then has no weights.
 
     Raises:
         BaseModelError: The base's generation_config.json has an unsupported setting.
@@ -402,12 +411,14 @@ class Engine:
         limits: Limits | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        vllm: Vllm | None = None,
     ) -> None:
         self.base, self.limits = base, limits or Limits()
         self._source, self._clock = WithAdaptersInMemory(source), clock
-        self._runner = Runner(share(base))  # the base's own model stays bare, so that trainings can share it too
+        # The base's own model stays bare, so that trainings can share it too.
+        self._runner: Runner | Vllm = Runner(share(base)) if vllm is None else vllm
         try:
-            self._prompts = Prompts(self._runner.base, self._runner, self.limits)
+            self._prompts = Prompts(self._runner.base, self._runner.needs, self.limits)
         except TurretError:
             self._runner.close()
             raise
@@ -419,15 +430,20 @@ class Engine:
             self._runner.adapter_pool, self._slots, self._source, base.tokenizer, self._wake, clock, self._encode
         )
         self._scheduler = Scheduler(
-            batch_tokens=self.limits.batch_tokens or pass_tokens(base),
+            batch_tokens=self.limits.batch_tokens or (pass_tokens(base) if vllm is None else VLLM_TOKENS),
             running=self.limits.running,
             cache_tokens=self.limits.cache_tokens,
         )
         self._open: set[Request] = set()  # not ended
         self._waiting: set[Request] = set()  # not begun
         self._waiting_tokens: Counter[str] = Counter()  # by tenant
-        self._passes = Passes(self._runner, self._prompts, self._end, self._freed, self._passed)
         self._counters = Counters(clock)
+        ways = self._end, self._freed, self._passed
+        self._passes: Passes | VllmPasses
+        if isinstance(self._runner, Runner):
+            self._passes = Passes(self._runner, self._prompts, *ways)
+        else:
+            self._passes = self._runner.passes(self._prompts, *ways, self._stepped, self._wake)
         self._trainings = TrainingTurns(self.limits.train_percent / 100)
         self._retired: set[Named] = set()  # of `hold`, no longer wanted
         self._cancelled = False  # a request was cancelled since the last check
@@ -907,3 +923,8 @@ class Engine:
     def _passed(self, begin: Sequence[Request], steps: int, seconds: float) -> None:
         with self._wake:
             self._counters.passed(begin, steps, seconds, bool(self._waiting))
+
+    def _stepped(self, tokens: int, seconds: float) -> None:
+        """Count further tokens of one row, with so many seconds between two of them."""
+        with self._wake:
+            self._counters.stepped(tokens, seconds)

@@ -60,6 +60,11 @@ class Counters:
             self._serve(read, max(now - self._last, seconds) if self._waited else seconds)
         self._last, self._waited = now, waits
 
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """Count further tokens of one row. seconds: between two of them."""
+        self.tokens += tokens
+        self.between_tokens.observe(max(0.0, seconds), tokens)
+
     def _serve(self, tokens: int, seconds: float) -> None:
         """Measure how fast the queue is served: tokens that began in these seconds."""
         decay = 0.5 ** (seconds / HALF_LIFE)

@@ -13,7 +13,6 @@ from turret.engine.adapter_tensors import AdapterTensors
 from turret.engine.cache import capacity
 from turret.engine.decode import base_settings, resolved
 from turret.engine.request import MAX_TOKENS, Kind, Limits, Named, Receipt, Request, Row, Ticket
-from turret.engine.runner import Runner
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Constraints
 from turret.engine.text import CONTEXT_TOKENS
@@ -29,8 +28,9 @@ CHARACTERS_PER_TOKEN = 3  # an estimate, used until the adapter is loaded and it
 class Prompts:
     """Encodes and decodes for one base. A lock guards the tokenizer, which is not thread-safe."""
 
-    def __init__(self, base: Base, runner: Runner, limits: Limits) -> None:
-        self._base, self._runner, self._limits = base, runner, limits
+    def __init__(self, base: Base, needs: Callable[[int, int, int], dict[str, int]], limits: Limits) -> None:
+        """needs: as `Runner.needs`."""
+        self._base, self._needs, self._limits = base, needs, limits
         self._settings = base_settings(base.model, base.tokenizer)
         self._vocabulary = int(base.model.get_input_embeddings().weight.shape[0])
         self.constraints = Constraints(base.tokenizer, self._vocabulary, self._settings.eos)
@@ -171,7 +171,7 @@ class Prompts:
         )
         if self.is_encoder_decoder and request.options.echo:
             raise DataError("echo needs a decoder, which continues its prompt: leave it out")
-        needs = self._runner.needs(length, max(1, request.settings.max_tokens), shift)
+        needs = self._needs(length, max(1, request.settings.max_tokens), shift)
         request.rows = request.settings.num_beams
         request.cache_tokens = request.rows * sum(map(capacity, needs.values()))
         if request.rows > self._limits.running:

@@ -8,7 +8,7 @@ import threading
 import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -201,6 +201,21 @@ def limits_within(limits: Limits, free: int, token_bytes: int, pass_bytes: int) 
     cache_tokens = max(1, min(limits.cache_tokens, (room - adapters) // (ROOM * max(1, token_bytes))))
     memory = max(1, adapters // 2) if limits.memory is None else limits.memory
     return replace(limits, cache_tokens=cache_tokens, memory=memory)
+
+
+@dataclass(frozen=True)
+class VllmServer:
+    """A vLLM server that computes answers.
+
+    Args:
+        url: Where it listens.
+        folder: Where adapters are written for it, under the same path there; None: a folder for temporary files.
+        key: Its API key.
+    """
+
+    url: str
+    folder: Path | None = None
+    key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

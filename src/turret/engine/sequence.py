@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from turret.engine.cache import KeyValueCache, KVSlot
-from turret.engine.decode import TokenLogprobs, adjust, token_logprobs
+from turret.engine.decode import TokenLogprobs, adjust
 from turret.engine.request import Answer, GenerationSettings, Request
 from turret.engine.runner import DecodeStep, Prefill
 from turret.engine.structured_output import Guide
@@ -235,14 +235,14 @@ class RunningSequence:
         request: Request,
         settings: GenerationSettings,
         slot: int,
-        kv_slot: KVSlot,
+        kv_slot: KVSlot | None,
         before: Sequence[int],
         guide: Guide | None = None,
     ) -> None:
         assert request.ids is not None
         self.request, self.settings, self.slot = request, settings, slot
         self.random = random.Random(settings.seed)
-        self.kv_slots = [kv_slot]
+        self.kv_slots = [] if kv_slot is None else [kv_slot]  # none, if another program has the cache
         self.tokens: list[int] = []
         self.beams = Beams(settings, before) if settings.num_beams > 1 else None
         self.reason: str | None = None  # `finish_reason`, at the end
@@ -287,14 +287,14 @@ class RunningSequence:
         if self.settings.max_tokens == 0:
             self.reason = "length"
 
-    def take(self, token: int, decode: Decode, token_texts: TokenTexts, logprobs: Tensor | None = None) -> None:
-        """Add a token. Sets `reason` if it is the last one. logprobs: (V,), if they are requested."""
+    def take(self, token: int, decode: Decode, token_texts: TokenTexts, logprobs: TokenLogprobs | None = None) -> None:
+        """Add a token. Sets `reason` if it is the last one. logprobs: its own, if they are requested."""
         if token in self.settings.eos:
             self.reason = "stop"
         else:
             self.tokens.append(token)
             if logprobs is not None:
-                self._logprobs.append(token_logprobs(logprobs, token, self.settings.logprobs or 0))
+                self._logprobs.append(logprobs)
             if self.guide is not None:
                 self.guide.take(token)
             if self.guide is not None and self.guide.ended:

@@ -14,8 +14,10 @@ from turret import adapters, bases
 from turret.access import Access, check_tenant
 from turret.bases.base import Dtype
 from turret.bases.quantized import Quantization
+from turret.bases.sharded import load_without_weights
 from turret.engine.core import Engine
-from turret.engine.request import Limits, Named
+from turret.engine.request import Limits, Named, VllmServer
+from turret.engine.vllm import Vllm
 from turret.errors import AdapterError, DeviceError, NotFound
 from turret.families import FAMILIES
 from turret.reference import Reference, parts_of
@@ -25,6 +27,7 @@ from turret.workspace.stored_adapter import read_adapter
 
 log = logging.getLogger("turret.serving")
 REMEMBERED = 4096  # versions
+VLLM_ROWS = 256  # that a vLLM server answers at a time: more wait here, in turns of tenants
 FRESH = 1.0  # seconds for which a resolved `name@3` is used without asking the store again
 
 
@@ -143,3 +146,21 @@ def engine(
     for text in loaded.notes:
         say(text)
     return Engine(loaded, StoreSource(store, quantization=quantization), limits)
+
+
+def vllm_engine(
+    store: Store, base: str, *, server: VllmServer, limits: Limits | None = None, on_stage: Say = silent
+) -> Engine:
+    """Start an engine whose answers a vLLM server computes. The base's weights are not loaded here.
+
+    Raises:
+        BaseModelError: the base is not listed, or generates no text.
+        ServeRefused: vLLM does not answer, or serves another base.
+    """
+    on_stage(f"reading {base}")
+    loaded = load_without_weights(base)
+    for text in loaded.notes:
+        on_stage(text)
+    vllm = Vllm(loaded, server)
+    limits = replace(limits or Limits(), max_tokens=vllm.longest, running=VLLM_ROWS)
+    return Engine(loaded, StoreSource(store), limits, vllm=vllm)
