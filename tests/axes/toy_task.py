@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from turret.data import Dataset, Example, Labelled, Schema
+from turret.data import Dataset, Example, Input, Labelled, Schema
 from turret.data.columns import LABELLED
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Prediction
@@ -78,7 +78,7 @@ class Rate(HeadAnswers):
         scores = [self.score(grade, example) for grade, example in zip(grades, examples, strict=True)]
         return {self.metric: sum(scores) / len(scores), "loss": float(self.loss(logits, targets))}
 
-    def answers(self, logits: Tensor) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
         import torch
 
         grades = torch.tensor([float(label) for label in self.labels]).double()  # (G,)

@@ -195,16 +195,16 @@ def test_the_loss_of_a_decoder_is_the_models_own_with_the_source_masked() -> Non
 
 def test_metrics_are_rouge_bleu_loss_and_perplexity() -> None:
     task = generator("gpt2")
-    same = task.metrics(["the cat sat on the mat"], [("the cat sat on the mat",)], 2.0)
+    same = task.judge_texts(["the cat sat on the mat"], [("the cat sat on the mat",)], 2.0)
     assert same["rouge1"] == same["rouge2"] == same["rougeL"] == 1.0
     assert same["bleu"] == pytest.approx(100)
     assert same["perplexity"] == pytest.approx(7.389, abs=1e-3)
-    none = task.metrics(["", "x"], [("the cat",), ("y",)], None)
+    none = task.judge_texts(["", "x"], [("the cat",), ("y",)], None)
     assert none == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0, "bleu": 0.0}
-    stemmed = task.metrics(["cats running"], [("cat runs",)], 1e9)
+    stemmed = task.judge_texts(["cats running"], [("cat runs",)], 1e9)
     assert stemmed["rouge1"] == 1.0
     json.dumps(stemmed, allow_nan=False)
-    assert task.metrics([], [], None)["rouge1"] == 0.0
+    assert task.judge_texts([], [], None)["rouge1"] == 0.0
 
 
 # --- generation and the spec -----------------------------------------------------------------------------------------

@@ -87,6 +87,14 @@ def of_trl(objective: str, folder: Path, work: Path) -> list[float]:
         }
         for row in ROWS
     ]
+    if objective == "orpo":  # it ends a conversation's answer twice, and a text once
+        written = [
+            known.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in table
+        ]
+        table = [
+            {"prompt": prompt, "chosen": row.chosen, "rejected": row.rejected}
+            for prompt, row in zip(written, ROWS, strict=True)
+        ]
     arguments = config(
         output_dir=str(work), beta=0.1, learning_rate=RATE, lr_scheduler_type="constant", weight_decay=0.0,
         per_device_train_batch_size=BATCH, max_steps=STEPS, logging_steps=1, max_grad_norm=0.0, use_cpu=True,

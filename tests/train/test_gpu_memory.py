@@ -111,8 +111,8 @@ def test_full_fine_tuning_keeps_16_bytes_a_weight_besides_the_base() -> None:
 
 def test_a_prediction_leaves_a_recipes_pass_within_its_limits() -> None:
     recipe = tiny.recipe(train__micro_batch_tokens=100, task__max_tokens=40, task__max_target_tokens=10)
-    assert Work.of(recipe, bare("llama", "generate"), generates=True) == Work(2, 40, 10, 10)
-    assert Work.of(recipe, bare("bert", "classify"), generates=False) == Work(2, 40, 0, 0)
+    assert Work.of(recipe, bare("llama", "generate")) == Work(2, 40, 10, 10)
+    assert Work.of(recipe, bare("bert", "classify")) == Work(2, 40, 0, 0)
 
 
 def test_the_work_of_real_batches_is_that_of_their_largest_pass() -> None:

@@ -236,8 +236,9 @@ def task_type(adapter: Adapter) -> str | None:
     """PEFT's `task_type` of an adapter; None if its family is not known."""
     known = FAMILIES.get(adapter.base.family or "")
     task = TASKS["classify"] if adapter.head and not adapter.task else stored_task(adapter.task)
-    found = task.peft_type(encoder_decoder=known is not None and known.is_encoder_decoder)
-    return None if adapter.base.family is None and task.generates else found
+    return task.peft_type(
+        encoder_decoder=None if adapter.base.family is None else known is not None and known.is_encoder_decoder
+    )
 
 
 def read_bundle(folder: str | Path) -> Adapter:

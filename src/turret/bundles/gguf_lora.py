@@ -39,12 +39,17 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_LAYER = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)", re.ASCII)
 
 
+def _classifies(adapter: Adapter) -> bool:
+    """Whether a head answers."""
+    return bool(adapter.head) or not stored_task(adapter.task).generates
+
+
 def max_lora_rank(adapter: Adapter) -> int:
     """The smallest `--max-lora-rank` that fits the adapter. Raises AdapterError if vLLM does not serve it."""
     method, family = adapter.method, adapter.base.family
     if (r := method.vllm_rank) is None:
         raise AdapterError(f"vLLM serves only LoRA, and this is a {method.kind}: export it without --vllm")
-    if adapter.head or not stored_task(adapter.task).generates:
+    if _classifies(adapter):
         raise AdapterError(
             "vLLM serves no adapter with a head (modules_to_save), and this one classifies: use --merged"
         )
@@ -76,7 +81,7 @@ def require_llama_cpp(adapter: Adapter) -> Family:
     family = FAMILIES.get(adapter.base.family or "")
     if adapter.method.gguf_alpha is None:
         raise AdapterError(f"llama.cpp runs only LoRA, and this is a {adapter.method.kind}: export it without --gguf")
-    if adapter.head or not stored_task(adapter.task).generates:
+    if _classifies(adapter):
         raise AdapterError("llama.cpp runs no adapter with a head, and this one classifies: export it without --gguf")
     if family is None or family.gguf is None:
         known = [name for name, each in FAMILIES.items() if each.gguf]

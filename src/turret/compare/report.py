@@ -118,7 +118,8 @@ def _values(result: Comparison) -> JsonObject:
         "classes": _by_class(result),
         "memory": list(_memory(result)),
         "tests": [row for row in result.rows if row.verdict is not None and row.kind != "base"],
-        "writes": task_of(result.task).generates,
+        "forgets": any(row.costs is not None and row.costs.forgetting is not None for row in result.rows),
+        "right_or_wrong": task_of(result.task).right_or_wrong,
         "made": list(describe_run(result.made)),
         "same_steps": len({row.steps for row in result.rows if row.steps}) < 2,
     }

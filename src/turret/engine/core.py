@@ -67,7 +67,7 @@ from turret.errors import (
 from turret.json_types import JsonObject
 from turret.ops.copies import use_device
 from turret.ops.table import rest
-from turret.tasks import Embedding, has_head
+from turret.tasks import Embedding
 
 if TYPE_CHECKING:
     from turret.engine.vllm import Vllm, VllmPasses
@@ -226,7 +226,6 @@ class Passes:
                 raise self._not_finite(request)
             loaded = self._runner.adapter_pool.at(_slot(request))
             assert loaded is not None
-            assert has_head(loaded.task)
             if request.options.logits:
                 answer: JsonObject = {"logits": logits.tolist()}
             else:

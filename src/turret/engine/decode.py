@@ -23,7 +23,7 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Guide
 from turret.errors import BaseModelError, ContextLengthExceeded, DataError
 from turret.ops.copies import copied
-from turret.tasks import TextTask
+from turret.tasks import Task
 from turret.transformer import Model, Tokenizer
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def base_settings(model: Model, tokenizer: Tokenizer) -> GenerationSettings:
 
 
 def resolved(
-    options: SamplingParams, own: GenerationSettings, task: TextTask | None, *, room: int, vocabulary: int
+    options: SamplingParams, own: GenerationSettings, task: Task | None, *, room: int, vocabulary: int
 ) -> GenerationSettings:
     """The settings of a request: its options, else those of the adapter's task, else those of the base.
 

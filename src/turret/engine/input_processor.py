@@ -17,7 +17,7 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Constraints
 from turret.engine.text import CONTEXT_TOKENS
 from turret.errors import AdapterError, ContextLengthExceeded, DataError, NoRoom
-from turret.tasks import Encoded, Task, has_head, writes
+from turret.tasks import Encoded, Task
 from turret.tasks.calibration import require
 from turret.tasks.chat_template import base_prompt
 from turret.tasks.tokens import Tokens
@@ -159,7 +159,6 @@ class Prompts:
         if not request.rows:
             return
         task = None if loaded is None else loaded.task
-        assert task is None or writes(task)
         # the positions of an encoder-decoder's answer start at 0
         room = most if self.is_encoder_decoder else most - length
         request.settings = resolved(
@@ -229,7 +228,6 @@ class Prompts:
         """The rows of a text whose tokens are read, and the places that are read; None if its tokens are not."""
         if task.head != "tag":
             return None
-        assert has_head(task)
         return [(each, each.read.tolist()) for each in task.windows([text])[0] if each.read is not None]
 
     def _truncate(self, request: Request, most: int) -> None:

@@ -1,6 +1,6 @@
 """The axis of tasks: one class for each, and a table of them. Loads no torch.
 
-A new task is a class with the methods of `HeadTask` or `TextTask`, decorated with `@register`.
+A new task is a class with the methods of `Task`, decorated with `@register`.
 """
 
 from turret.tasks.chat import Chat
@@ -14,19 +14,14 @@ from turret.tasks.rerank import Rerank
 from turret.tasks.score import Score
 from turret.tasks.task import (
     TASKS,
-    CommonTask,
     ComparingTask,
     Embedding,
     Encoded,
-    HeadTask,
     Measure,
     Mistake,
     Prediction,
     Task,
-    TextTask,
-    calibrates,
     compares,
-    has_head,
     main_metric,
     make_task,
     measure_of,
@@ -36,7 +31,6 @@ from turret.tasks.task import (
     stored_task,
     task_from_spec,
     task_of,
-    writes,
 )
 from turret.tasks.text_pairs import TextPairs
 from turret.tasks.token_classification import TokenClassification
@@ -45,12 +39,10 @@ __all__ = [
     "TASKS",
     "Chat",
     "Classify",
-    "CommonTask",
     "ComparingTask",
     "Embedding",
     "Encoded",
     "Generate",
-    "HeadTask",
     "Measure",
     "Mistake",
     "Prediction",
@@ -63,11 +55,8 @@ __all__ = [
     "Task",
     "TextEmbedding",
     "TextPairs",
-    "TextTask",
     "TokenClassification",
-    "calibrates",
     "compares",
-    "has_head",
     "main_metric",
     "make_task",
     "measure_of",
@@ -77,5 +66,4 @@ __all__ = [
     "stored_task",
     "task_from_spec",
     "task_of",
-    "writes",
 ]

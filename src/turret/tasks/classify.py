@@ -18,7 +18,17 @@ from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration, calibration_error, fit, label_sets, reliability
-from turret.tasks.task import Embedding, Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
+from turret.tasks.task import (
+    Embedding,
+    Encoded,
+    Measure,
+    Mistake,
+    Prediction,
+    RequestKind,
+    TaskSettings,
+    by_score,
+    register,
+)
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
 
@@ -53,7 +63,7 @@ class TextInputs:
 
     def __init__(self, kind: str, tokenizer: Tokenizer, max_tokens: int, prefix_text: str, *, pairs: bool) -> None:
         self.kind, self.max_tokens, self.prefix_text, self.pairs = kind, max_tokens, prefix_text, pairs
-        self._tokens = Tokens(tokenizer)
+        self.tokenizer, self._tokens = tokenizer, Tokens(tokenizer)
         around = self._tokens.around_pair if pairs else None
         self._before, self._between, self._after = around or (self._tokens.before, [], self._tokens.after)
         self._prefix = self._tokens.plain([prefix_text])[0] if prefix_text else []
@@ -136,11 +146,11 @@ class TextInputs:
 
 
 class HeadAnswers(Protocol):
-    """The part of `HeadTask` that every task has which reads texts and is answered by a head."""
+    """The part of `Task` that every task has which reads texts and is answered by a head."""
 
     head: ClassVar[HeadKind] = "classify"
-    request: ClassVar[Literal["classify", "embed"]] = "classify"
-    generates: ClassVar[Literal[False]] = False
+    request: ClassVar[RequestKind] = "classify"
+    generates: ClassVar[bool] = False
     solved: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "text-classification"
     spans: ClassVar[Literal["row", "batch"]] = "row"
@@ -155,6 +165,9 @@ class HeadAnswers(Protocol):
     embedding: Embedding | None = None
     pooling: Pooling | None = None
     calibration: Calibration | None = None
+    notes: tuple[str, ...] = ()
+    max_target_tokens: int = 0
+    max_new_tokens: int = 0
     inputs: TextInputs
 
     @classmethod
@@ -170,7 +183,7 @@ class HeadAnswers(Protocol):
         return ()
 
     @classmethod
-    def peft_type(cls, *, encoder_decoder: bool) -> str:
+    def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
         return "SEQ_CLS"
 
     @classmethod
@@ -218,6 +231,22 @@ class HeadAnswers(Protocol):
 
     def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
         return self
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.inputs.tokenizer
+
+    @property
+    def generation(self) -> JsonObject:
+        return {}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        raise TypeError(f"{type(self).__name__} writes no text")
+
+    def judge_texts(
+        self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
+    ) -> JsonObject:
+        raise TypeError(f"{type(self).__name__} writes no text")
 
     def class_scores(self, logits: Tensor) -> Tensor:
         return logits

@@ -18,7 +18,17 @@ from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.classify import HeadAnswers, TextInputs
 from turret.tasks.regression import SPEARMAN, VALUES
-from turret.tasks.task import Embedding, Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
+from turret.tasks.task import (
+    Embedding,
+    Encoded,
+    Measure,
+    Mistake,
+    Prediction,
+    RequestKind,
+    TaskSettings,
+    by_score,
+    register,
+)
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
 
@@ -56,7 +66,7 @@ class TextEmbedding(HeadAnswers):
 
     kind: ClassVar[str] = "embedding"
     head: ClassVar[HeadKind] = "embed"
-    request: ClassVar[Literal["classify", "embed"]] = "embed"
+    request: ClassVar[RequestKind] = "embed"
     pipeline_tag: ClassVar[str] = "sentence-similarity"
     metric: ClassVar[str] = "main_score"
     metric_label: ClassVar[str] = "main score"
@@ -141,7 +151,7 @@ class TextEmbedding(HeadAnswers):
         return {}
 
     @classmethod
-    def peft_type(cls, *, encoder_decoder: bool) -> str:
+    def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
         return "FEATURE_EXTRACTION"
 
     @classmethod

@@ -149,13 +149,17 @@ class TaskSettings(Protocol):
     max_new_tokens: int | None
 
 
-class CommonTask(Protocol):
-    """The part of the protocol that all tasks share.
+class Task(Protocol):
+    """What every task says of itself, for all who train, ask, judge and store its adapters.
 
-    The class methods work before a base is loaded. An instance has labels and a tokenizer.
+    The class methods work before a base is loaded. An instance has labels and a tokenizer. A method that belongs to the
+    other way of answering than the task's own is not called: `HeadAnswers` and `TextAnswers` have the defaults.
     """
 
     kind: ClassVar[str]  # its name in a recipe
+    request: ClassVar[RequestKind]  # the route that answers it
+    generates: ClassVar[bool]  # whether its answers are texts that the base writes
+    solved: ClassVar[bool]  # whether a new head starts at the linear solution
     head: ClassVar[HeadKind]  # that its base is loaded with
     pipeline_tag: ClassVar[str]  # the Hub's name of it
     metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`
@@ -191,8 +195,8 @@ class CommonTask(Protocol):
         """Python for a card: a line that prints the answer in `logits` (C,), with `labels` if there are any."""
 
     @classmethod
-    def peft_type(cls, *, encoder_decoder: bool) -> str:
-        """PEFT's `task_type` on a base of that kind."""
+    def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
+        """PEFT's `task_type` on a base of that kind; None if its kind is not known and decides it."""
 
     @classmethod
     def num_labels(cls, labels: Sequence[str]) -> int | None:
@@ -224,6 +228,12 @@ class CommonTask(Protocol):
 
     # --- an instance -------------------------------------------------------------------------------------------------
 
+    notes: tuple[str, ...]  # decisions that a user should see
+    max_target_tokens: int  # of a text that it learns to write; 0 if it learns none
+    max_new_tokens: int  # of a text that it writes; 0 if it writes none
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
     @property
     def labels(self) -> tuple[str, ...]: ...  # empty where answers are texts
     @property
@@ -271,13 +281,7 @@ class CommonTask(Protocol):
     def guessing_loss(self, examples: Sequence[Example]) -> float | None:
         """The lowest loss of an answer that ignores the input; None if the task defines none."""
 
-
-class HeadTask(CommonTask, Protocol):
-    """A task that is answered by a head on the base, in one pass."""
-
-    request: ClassVar[Literal["classify", "embed"]]  # the route that answers it
-    generates: ClassVar[Literal[False]]
-    solved: ClassVar[bool]  # whether a new head starts at the linear solution
+    # --- a task that is answered by the outputs of one pass: of a head -----------------------------------------------
 
     def windows(self, inputs: Sequence[Input]) -> list[list[Encoded]]:
         """Inputs as tokens, where a long one may be read in several rows, one after another. Raises DataError."""
@@ -304,30 +308,21 @@ class HeadTask(CommonTask, Protocol):
     def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
         """The metrics of some examples by name, `loss` among them, and an answer for each. logits: as for `answers`."""
 
-
-class TextTask(CommonTask, Protocol):
-    """A task that is answered by a text, which the base generates token by token."""
-
-    request: ClassVar[Literal["generate"]]
-    generates: ClassVar[Literal[True]]
-    tokenizer: Tokenizer
-    max_target_tokens: int
-    max_new_tokens: int
-    notes: tuple[str, ...]  # decisions that a user should see
+    # --- a task that is answered by a text, which the base generates token by token ----------------------------------
 
     @property
-    def generation(self) -> JsonObject: ...  # the arguments of transformers' `generate()`
+    def generation(self) -> JsonObject: ...  # the arguments of transformers' `generate()`; empty if it generates none
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, without special tokens."""
 
-    def metrics(
+    def judge_texts(
         self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
     ) -> JsonObject:
         """The metrics of generated texts by name, each with its references. mean_loss: over target tokens, if known."""
 
 
-class ComparingTask(TextTask, Protocol):
+class ComparingTask(Task, Protocol):
     """A task whose rows have a better and a worse answer. Axes: B examples; the first of two answers is the better."""
 
     objective: Literal["dpo", "orpo"]
@@ -340,24 +335,6 @@ class ComparingTask(TextTask, Protocol):
 
     def compared(self, margins: Sequence[float], loss: float) -> tuple[JsonObject, list[JsonObject]]:
         """The metrics of some margins, and an answer for each."""
-
-
-Task: TypeAlias = HeadTask | TextTask  # `if task.generates:` tells mypy which one it is
-
-
-def has_head(task: Task) -> TypeGuard[HeadTask]:
-    """Whether a head answers the task."""
-    return not task.generates
-
-
-def writes(task: Task) -> TypeGuard[TextTask]:
-    """Whether the task generates text."""
-    return task.generates
-
-
-def calibrates(task: Task) -> TypeGuard[HeadTask]:
-    """Whether an answer has the probability of each label, which a calibration improves."""
-    return task.calibrates
 
 
 def compares(task: Task) -> TypeGuard[ComparingTask]:

@@ -6,13 +6,13 @@ Axes: N target tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from turret.data import Example, Input, Prompt, TextPair
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration
-from turret.tasks.task import Measure, Mistake, Prediction, by_score
+from turret.tasks.task import Encoded, Measure, Mistake, Prediction, RequestKind, by_score
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 class TextAnswers(Protocol):
-    """The part of `TextTask` that every task has whose answers are texts. end: the token that ends an answer."""
+    """The part of `Task` that every task has whose answers are texts. end: the token that ends an answer."""
 
-    request: ClassVar[Literal["generate"]] = "generate"
-    generates: ClassVar[Literal[True]] = True
+    request: ClassVar[RequestKind] = "generate"
+    generates: ClassVar[bool] = True
+    solved: ClassVar[bool] = False
     head: ClassVar[HeadKind] = "generate"
     pipeline_tag: ClassVar[str] = "text-generation"
     metric: ClassVar[str] = "rougeL"
@@ -68,7 +69,9 @@ class TextAnswers(Protocol):
         return ()
 
     @classmethod
-    def peft_type(cls, *, encoder_decoder: bool) -> str:
+    def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
+        if encoder_decoder is None:
+            return None
         return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
 
     @classmethod
@@ -81,6 +84,33 @@ class TextAnswers(Protocol):
 
     def pieces(self, examples: Sequence[Example]) -> Sequence[Example]:
         return examples
+
+    def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]: ...
+
+    def windows(self, inputs: Sequence[Input]) -> list[list[Encoded]]:
+        return [[each] for each in self.encode_sources(inputs)]
+
+    def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
+        return self
+
+    def class_scores(self, logits: Tensor) -> Tensor:
+        raise _no_head(self)
+
+    @classmethod
+    def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
+        raise DataError("a text has no probability, so no answer is surer than another")
+
+    def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
+        raise _no_head(self)
+
+    def targets(self, examples: Sequence[Example]) -> Tensor:
+        raise _no_head(self)
+
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+        raise _no_head(self)
+
+    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
+        raise _no_head(self)
 
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
@@ -129,7 +159,7 @@ class TextAnswers(Protocol):
         """None: the loss of a pretrained base starts far below that of any constant answer."""
         return None
 
-    def metrics(
+    def judge_texts(
         self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
     ) -> JsonObject:
         """rouge1, rouge2, rougeL and bleu; loss and perplexity if a mean loss is given."""
@@ -148,6 +178,10 @@ class TextAnswers(Protocol):
             "eos_token_id": self.end,
             "pad_token_id": self.end if pad is None else int(pad),
         }
+
+
+def _no_head(task: TextAnswers) -> TypeError:
+    return TypeError(f"{type(task).__name__} is answered by a text, not by a head")
 
 
 def conversations(inputs: Sequence[Input], kind: str) -> list[Prompt]:

@@ -149,7 +149,7 @@ class TokenClassification(HeadAnswers):
         return "print(logits.argmax(-1).tolist())"
 
     @classmethod
-    def peft_type(cls, *, encoder_decoder: bool) -> str:
+    def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
         return "TOKEN_CLS"
 
     @property

@@ -34,7 +34,7 @@ from turret.families.family import Pooling
 from turret.fingerprint import within
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import Head
-from turret.tasks import Embedding, Task, TextTask, has_head, writes
+from turret.tasks import Embedding, Task
 from turret.tasks.task import RequestKind
 from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRows, by_length
 from turret.train.evaluation import class_logits, evaluate, evaluating
@@ -103,14 +103,14 @@ class Asking:
         task, slot = self.task, adapters.BARE if bare else None
         items = EncodedRows(task, examples)
         rows = items.windows()
-        if has_head(task) and (task.bare or not bare):
+        if not task.generates and (task.bare or not bare):
             return task.judge(self.logits(rows, bare=bare) if logits is None else logits, examples)
         losses, answers = evaluate(self.model, task, items, most_tokens=self.most_tokens, slot=slot)
-        if not writes(task) or answers:  # a preference is judged by these passes
+        if answers:  # a head's, or of a preference, which is judged by these passes
             return losses, answers
         answers = self.texts([source for source, _ in rows], bare=bare)
         references = [example.references for example in examples]
-        return task.metrics([answer["text"] for answer in answers], references, losses["loss"]), answers
+        return task.judge_texts([answer["text"] for answer in answers], references, losses["loss"]), answers
 
     def logits(self, rows: Sequence[HeadRow], *, bare: bool = False) -> Tensor:
         """The outputs of the head for each row: (B, C) float32 on the CPU, or of all tokens that are read (N, C).
@@ -176,7 +176,6 @@ class Asking:
         Returns:
             For each source `{"text", "finish_reason", "tokens"}`.
         """
-        assert writes(self.task)
         adapter = self.adapter
         if bare and adapter is not None and not adapter.method.mixes(adapter.method.model_dump()):
             self._bare = self._bare or Asking(self.base, None, self.task)
@@ -210,13 +209,12 @@ class Asking:
             AdapterError: the bare base cannot answer.
         """
         task = self.task
-        if writes(task):
+        if task.generates:
             encoded = task.encode_sources(inputs)
             texts = self.texts([each.ids for each in encoded], bare=bare)
             return [(text, each.cut) for text, each in zip(texts, encoded, strict=True)]
         if bare and not task.bare:
             raise AdapterError("this version classifies, and the bare base has no head for it: ask without bare")
-        assert has_head(task)
         windows = task.windows(inputs)
         logits = self.logits([(row.ids, row.read) for rows in windows for row in rows], bare=bare)
         found = task.answers(logits, inputs)
@@ -270,7 +268,7 @@ class Asking:
         if self._engine is None or cache_tokens > self._cache_tokens:
             self.close()
             self._cache_tokens = max(CACHE_TOKENS, cache_tokens)
-            beams = int(self.task.generation["num_beams"]) if writes(self.task) else 1
+            beams = int(self.task.generation.get("num_beams", 1))
             limits = Limits(
                 queue_tokens=UNLIMITED,
                 queue_seconds=UNLIMITED,
@@ -348,7 +346,7 @@ def _why_plain(base: Base, adapter: Adapter | None, generates: bool) -> str | No
     return None
 
 
-def _generated(model: Model, task: TextTask, sources: Sequence[Tensor], new_tokens: int | None) -> list[JsonObject]:
+def _generated(model: Model, task: Task, sources: Sequence[Tensor], new_tokens: int | None) -> list[JsonObject]:
     """A text for each source by transformers' `generate`. new_tokens: exactly so many for every text."""
     settings = task.generation
     if new_tokens is not None:
@@ -364,7 +362,7 @@ def _generated(model: Model, task: TextTask, sources: Sequence[Tensor], new_toke
     return answers
 
 
-def _generated_rows(model: Model, task: TextTask, rows: Sequence[Tensor], settings: JsonMapping) -> list[JsonObject]:
+def _generated_rows(model: Model, task: Task, rows: Sequence[Tensor], settings: JsonMapping) -> list[JsonObject]:
     encoder_decoder = model.config.is_encoder_decoder
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), int(settings["pad_token_id"]), dtype=torch.long)

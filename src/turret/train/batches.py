@@ -14,7 +14,7 @@ from torch import Tensor
 from turret.data import Dataset, Example
 from turret.errors import DataError, RecipeError, TrainingError
 from turret.recipe import Recipe, Train
-from turret.tasks import Task, has_head
+from turret.tasks import Task
 from turret.transformer import ModelConfig
 
 GENERATED_ROWS = 32  # most texts that are generated at a time
@@ -146,7 +146,7 @@ class EncodedRows:
 
     def windows(self) -> list[tuple[Tensor, Tensor | None]]:
         """The rows that a head reads for all examples, in order: the ids of each, and the positions of `HeadRow`."""
-        if has_head(self.task) and self.task.head == "tag":
+        if self.task.head == "tag":
             every = self.task.windows([example.asked for example in self.examples])
             return [(row.ids, row.read) for rows in every for row in rows]
         return [(item.source, item.read) for item in self.take(range(len(self)))]

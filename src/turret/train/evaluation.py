@@ -16,7 +16,7 @@ from turret.engine.training_turns import between_passes
 from turret.errors import DataError
 from turret.families.family import Pooling
 from turret.json_types import JsonObject
-from turret.tasks import ComparingTask, HeadTask, Task, compares, has_head
+from turret.tasks import ComparingTask, Task, compares
 from turret.train.batches import EncodedRows, by_length
 from turret.train.preferences import compare_answers, still
 from turret.train.step import loss_of
@@ -46,10 +46,9 @@ def evaluate(
         raise DataError("nothing to evaluate on: the split is empty; name data.test or data.validation")
     items = examples if isinstance(examples, EncodedRows) else EncodedRows(task, examples)
     with evaluating(model, slot):
-        if has_head(task):
-            return task.judge(
-                torch.cat(class_logits(model, items.windows(), most_tokens, task.pooling)), items.examples
-            )
+        if items.take([0])[0].target is None:  # a head answers
+            outputs = class_logits(model, items.windows(), most_tokens, task.pooling)
+            return task.judge(torch.cat(outputs), items.examples)
         if compares(task):
             return _preferences(model, task, items, most_tokens, bare=slot == BARE)
         loss = _target_loss(model, task, items, most_tokens)
@@ -66,8 +65,8 @@ def example_losses(
     """
     count = len(items)
     with evaluating(model, slot):
-        if has_head(task):
-            taken = items.take(range(count))
+        taken = items.take(range(count))
+        if taken[0].target is None:  # a head answers
             outputs = class_logits(model, [(item.source, item.read) for item in taken], most_tokens, task.pooling)
             if task.spans == "batch":
                 return _shared_losses(task, outputs, items.examples), (1,) * count
@@ -89,7 +88,7 @@ def example_losses(
         return tuple(losses), tuple(weights)
 
 
-def _shared_losses(task: HeadTask, outputs: Sequence[Tensor], examples: Sequence[Example]) -> tuple[float, ...]:
+def _shared_losses(task: Task, outputs: Sequence[Tensor], examples: Sequence[Example]) -> tuple[float, ...]:
     """Of a loss that compares the examples of a batch: for each example that of its batch, of `TOGETHER` examples."""
     losses: list[float] = []
     for start in range(0, len(examples), TOGETHER):

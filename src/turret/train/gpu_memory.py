@@ -59,10 +59,11 @@ class Work:
     longest: int = 0
 
     @classmethod
-    def of(cls, recipe: Recipe, model: Model, *, generates: bool) -> Work:
+    def of(cls, recipe: Recipe, model: Model) -> Work:
         """The work of a recipe whose texts are all as long as it allows."""
         limit = family_of(model.config).position_limit(model.config)
         source = recipe.task.max_tokens if limit is None else min(recipe.task.max_tokens, limit)
+        generates = model.get_output_embeddings() is not None
         target = (recipe.task.max_target_tokens or TARGET) if generates else 0
         rows = pass_tokens(recipe.train, model.config) // (source + target)
         written = (recipe.task.max_new_tokens or target) if generates else 0

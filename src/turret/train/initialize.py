@@ -34,7 +34,7 @@ class InitialAdapter:
         stored = self.adapter.task
         if not stored:
             return
-        if stored_task(stored).generates != task.generates:
+        if stored_task(stored).head != task.head:
             raise AdapterError(f"its task is {stored.get('kind')}, this one's {task.kind}: train from the base instead")
         labels = list(stored.get("labels") or ())
         if labels != list(task.labels):

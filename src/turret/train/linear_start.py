@@ -28,7 +28,7 @@ from turret.engine.training_turns import between_passes
 from turret.errors import LossNotFinite
 from turret.families import parts_of_head
 from turret.ops.dropout import Draws
-from turret.tasks import HeadTask, Task, has_head
+from turret.tasks import Task
 from turret.train.adamw import learning_rate
 from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, spread
 from turret.train.evaluation import evaluating
@@ -72,7 +72,7 @@ class HeadStart:
 
     recipe: Recipe
     base: Base
-    task: HeadTask
+    task: Task
     items: EncodedRows
     most_tokens: int
     layer: nn.Linear
@@ -203,7 +203,7 @@ def distance(read: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
 
 def head_start(recipe: Recipe, base: Base, task: Task, items: EncodedRows, most_tokens: int) -> HeadStart | None:
     """The start of the attached adapter's head. None without a head, or if the checkpoint has one for these outputs."""
-    if not has_head(task) or not task.solved:
+    if not task.solved:
         return None
     heads = tuple(f"{each}." for each in base.family.head_modules)
     fresh = {name for name in base.fresh if name.startswith(heads)}

@@ -23,7 +23,7 @@ from turret.errors import memory_ran_out, one_line
 from turret.methods.method import MOST_EPOCHS, epochs_for
 from turret.plan_check import Check, Level
 from turret.recipe import Recipe, toml
-from turret.tasks import Task, writes
+from turret.tasks import Task
 from turret.train import memory
 from turret.train.adamw import moment_bytes, warmup_steps
 from turret.train.asking import Asking, twin
@@ -146,7 +146,7 @@ def measure(
     device, on_gpu = model.device, model.device.type != "cpu"
     clock = _synchronized(clock, device) if on_gpu else clock
     before = memory.resident(device) if before is None else before
-    bare = twin(base) if writes(task) else base
+    bare = twin(base) if task.max_new_tokens else base
     with process.keep_freed(), seeded(recipe.seed, device):
         attach(recipe, base, task, start)
         try:
@@ -257,7 +257,7 @@ def _generation_time(
         bare: the base, with nothing attached.
         model: with the adapter.
     """
-    if not writes(task):
+    if not task.max_new_tokens:
         return None
     sources, seconds = [item.source for item in items], []
     method = adapters.attachment(model).methods[adapters.ATTACHED]
@@ -361,7 +361,7 @@ def splits(used: Splits, dataset: Dataset) -> Iterator[Check]:
 def special_tokens(base: Base, task: Task) -> Check:
     """The pad and eos tokens."""
     pad, eos = base.tokenizer.pad_token_id, base.tokenizer.eos_token_id
-    if task.generates and pad == eos:
+    if task.max_target_tokens and pad == eos:
         return Check(
             "tokens", "ok", f"pad is eos (token {eos}); the loss never sees padding, every target ends with eos"
         )
@@ -402,7 +402,7 @@ def inputs(items: Sequence[EncodedRow], task: Task, base: Base) -> Iterator[Chec
 
 def outputs(items: Sequence[EncodedRow], task: Task) -> Iterator[Check]:
     """How many targets are cut, and whether generated texts may be as long as the targets."""
-    if not writes(task):
+    if not task.max_target_tokens:
         return
     lengths = [0 if item.target is None else len(item.target) for item in items]
     counted = sum(item.weight for item in items)
@@ -438,8 +438,8 @@ def positions(recipe: Recipe, task: Task, base: Base) -> Iterator[Check]:
         return
     needed, parts = task.max_tokens, f"task.max_tokens = {task.max_tokens}"
     if base.family.decoder_only:
-        if writes(task):
-            needed += max(task.max_target_tokens, int(task.generation["max_new_tokens"]))
+        if written := max(task.max_target_tokens, task.max_new_tokens):
+            needed += written
             parts += " and the target"
         virtual = getattr(recipe.method, "num_virtual_tokens", None)
         if isinstance(virtual, int):
@@ -756,9 +756,8 @@ def _training_seconds(
         during = times * _estimated_tokens(task, used.watched) * each_token
     splits = [split for split in (dataset.validation, dataset.test) if split]
     final = sum(_estimated_tokens(task, split) for split in splits) * each_token
-    if cost.generation is not None and writes(task):
-        new_tokens = int(task.generation["max_new_tokens"])
-        final += sum(cost.generation.seconds(len(split), new_tokens) for split in splits)
+    if cost.generation is not None:
+        final += sum(cost.generation.seconds(len(split), task.max_new_tokens) for split in splits)
     return cost.head_start + schedule.steps * cost.seconds + during + final
 
 

@@ -223,7 +223,8 @@ class TrainingSlot:
         base, task = engine.base, task_of(kind)
         head = base.family.head_for(task.head)
         self._headless = head == "embed"
-        if not (head == base.head or self._headless) or task.bare == bool(labels):
+        outputs = task.num_labels(labels)
+        if not (head == base.head or self._headless) or (outputs is None and not task.bare) or (task.bare and labels):
             given = f"{len(labels)} labels" if labels else "no labels"
             raise TrainingError(f"{base.id} is loaded to {base.head}: a slot for {kind} with {given} does not fit it")
         data = Dataset((), (), (), kind, tuple(labels), {}, (), 0, "")
@@ -232,7 +233,7 @@ class TrainingSlot:
         self._engine = engine
         self._copies: list[Named] = []  # the one that answers, unless it is stale
         most = most_tokens or pass_tokens(Train(), base.model.config)
-        self._local = self._run(lambda: self._begun(chosen, len(labels) or None, seed, most))
+        self._local = self._run(lambda: self._begun(chosen, outputs, seed, most))
 
     def _begun(self, method: Method, num_labels: int | None, seed: int, most_tokens: int) -> LocalSlot:
         base = share(self._engine.base, num_labels=num_labels, seed=seed, headless=self._headless)

@@ -20,7 +20,7 @@ from turret.families.family import project
 from turret.ops.copies import copied, use_device
 from turret.ops.dropout import Draws
 from turret.ops.frozen import plain
-from turret.tasks import HeadTask, Task, compares, has_head
+from turret.tasks import Task, compares
 from turret.tasks.text_answers import TextAnswers
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, micro_batches
@@ -201,7 +201,8 @@ def _loss_over_the_batch(
     batch = [item for piece in pieces for item in piece]
     found = [checkpoint(outputs, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     whole = torch.cat(found)
-    targets = _wanted(task, batch) if has_head(task) else torch.tensor([item.weight for item in batch])
+    heads = batch[0].target is None
+    targets = _wanted(task, batch) if heads else torch.tensor([item.weight for item in batch])
     return loss.function(whole, copied(targets, whole.device))
 
 
@@ -209,7 +210,7 @@ def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
     """The logits (B, C) of a task with a head, else the log-probability of each target (B,)."""
     sources = [item.source for item in piece]
     with mixed_precision(model):
-        if has_head(task):
+        if piece[0].target is None:  # a head answers
             return packed.head_logits(model, [(item.source, item.read) for item in piece], pooling=task.pooling)
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
@@ -238,7 +239,7 @@ def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | 
     function = task.loss if loss is None else loss.function
     sources = [item.source for item in piece]
     with mixed_precision(model):
-        if has_head(task):
+        if piece[0].target is None:  # a head answers
             rows = [(item.source, item.read) for item in piece]
             logits = packed.head_logits(model, rows, pooling=task.pooling)  # (B, C), or of each text (N, D)
             return function(logits, copied(_wanted(task, piece), logits.device))
@@ -259,7 +260,7 @@ def _vocabulary_logits(model: Model, states: Tensor, numbers: Sequence[int]) -> 
         return packed.vocabulary_logits(model, states)
 
 
-def _wanted(task: HeadTask, piece: Sequence[EncodedRow]) -> Tensor:
+def _wanted(task: Task, piece: Sequence[EncodedRow]) -> Tensor:
     """What a loss compares the head's outputs with: (B, ...)."""
     own = [item.wanted for item in piece if item.wanted is not None]
     return torch.stack(own) if own else task.targets([item.example for item in piece])

@@ -15,7 +15,7 @@ from turret.bundles import gguf_lora
 from turret.bundles.bundle import HEADLESS
 from turret.errors import plainly
 from turret.json_types import JsonMapping, JsonValue, part
-from turret.methods import method_named
+from turret.methods import Method, method_named
 from turret.tasks import TASKS, stored_task
 
 # --- card code --------------------------------------------------------------------------------------------------------
@@ -364,13 +364,18 @@ def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *
     if limitation := method.peft_cannot.get(task_type):
         yield limitation
         return
-    dropped = method.peft_generate if stored_task(task).generates else None
+    dropped = dropped_by_peft(method, task)
     yield "With PEFT, which does not check the base:"
     if files.base == "BASE":
         yield f"(BASE is a folder or a Hub id that has the weights of {_code(base.get('id'))}.)"
     if dropped:
         yield dropped
     yield _block("python", inference(files, task, task_type, token_by_token=dropped is not None))
+
+
+def dropped_by_peft(method: type[Method], task: JsonMapping) -> str | None:
+    """What PEFT's `generate()` leaves out of an adapter, in a sentence; None if it uses all of it."""
+    return method.peft_generate if stored_task(task).generates else None
 
 
 def _on_hub(base: JsonMapping) -> str | None:

@@ -22,7 +22,7 @@ from turret.data.table_writer import TableWriter
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store
-from turret.tasks import HeadTask, calibrates
+from turret.tasks import Task
 from turret.tasks.calibration import Bin, calibration_error, reliability, scores
 from turret.train.batches import EncodedRows
 from turret.workspace.answering import Mounted, mounted
@@ -89,11 +89,11 @@ def write_page(found: Evaluation, path: Path, *, texts: bool = True) -> None:
 
 def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int]) -> tuple[JsonObject, Details]:
     task = ready.task
-    known = ready.asking.logits(EncodedRows(task, examples).windows()) if calibrates(task) else None
+    known = ready.asking.logits(EncodedRows(task, examples).windows()) if task.calibrates else None
     metrics, answers = ready.asking.evaluate(examples, logits=known)
     mistakes = tuple(replace(each, row=places[each.row]) for each in task.worst(examples, answers))
     numbers = tuple(task.numbers(examples, answers))
-    if known is None or not calibrates(task):
+    if known is None or not task.calibrates:
         return metrics, Details(mistakes, task.kind, numbers=numbers)
     right = [example.labels for example in examples]
     return metrics, Details(
@@ -106,7 +106,7 @@ def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int])
     )
 
 
-def _confusion(task: HeadTask, answers: Sequence[JsonMapping], right: Sequence[Sequence[str]]) -> Confusions:
+def _confusion(task: Task, answers: Sequence[JsonMapping], right: Sequence[Sequence[str]]) -> Confusions:
     from turret.tasks import metrics
 
     given = [str(task.judged(answer)) for answer in answers]
@@ -115,7 +115,7 @@ def _confusion(task: HeadTask, answers: Sequence[JsonMapping], right: Sequence[S
 
 
 def _reliability(
-    task: HeadTask, answers: Sequence[JsonMapping], logits: Tensor, right: Sequence[Sequence[str]]
+    task: Task, answers: Sequence[JsonMapping], logits: Tensor, right: Sequence[Sequence[str]]
 ) -> Reliability:
     """The reliability of the answer's probability; with several labels per text, that of every label."""
     own = [answer["probabilities"] for answer in answers]
@@ -134,7 +134,7 @@ def _reliability(
 
 
 def _bins(
-    task: HeadTask, rows: Sequence[JsonMapping], answers: Sequence[JsonMapping], right: Sequence[Sequence[str]]
+    task: Task, rows: Sequence[JsonMapping], answers: Sequence[JsonMapping], right: Sequence[Sequence[str]]
 ) -> tuple[Bin, ...]:
     """The bins of these probabilities. rows: label to probability, of each answer."""
     confidence, hits = list[float](), list[bool]()
@@ -145,7 +145,7 @@ def _bins(
     return reliability(confidence, hits)
 
 
-def _coverage(task: HeadTask, logits: Tensor, right: Sequence[Sequence[str]]) -> Coverage | None:
+def _coverage(task: Task, logits: Tensor, right: Sequence[Sequence[str]]) -> Coverage | None:
     """The measured coverage of label sets for `COVERAGE`; None if its calibration has too few examples."""
     try:
         return covered(COVERAGE, task.label_sets(logits, COVERAGE), right)

@@ -43,7 +43,7 @@ from turret.store import Store, Version, scratch
 from turret.store.scratch import BESIDE, LOADED, WorkingFolder
 from turret.tasks import stored_task, task_from_spec
 from turret.transformer import Model
-from turret.workspace.card import FOLDER, card
+from turret.workspace.card import FOLDER, card, dropped_by_peft
 from turret.workspace.importing import probe_items
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Exported
@@ -140,8 +140,7 @@ def _complete_bundle(version: Version, folder: Path, written: Written) -> None:
     problem = _copy_tokenizer(version.part("base"), folder)
     written.tokenizer = problem is None
     written.warnings += [problem] if problem else []
-    dropped = method_named(version.part("method").get("kind")).peft_generate
-    if dropped and stored_task(version.part("task")).generates:
+    if dropped := dropped_by_peft(method_named(version.part("method").get("kind")), version.part("task")):
         written.warnings.append(dropped)
 
 

@@ -24,7 +24,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.reference import Reference
 from turret.store import Store, Version
-from turret.tasks import TextTask, stored_task, task_from_spec, writes
+from turret.tasks import stored_task, task_from_spec
 from turret.train.batches import EncodedRows, spread
 from turret.train.evaluation import evaluating, example_losses
 from turret.transformer import Model, Tokenizer
@@ -207,6 +207,11 @@ def _numbers(name: str, each: Increase) -> JsonObject:
     }
 
 
+def is_defined(version: Version) -> bool:
+    """Whether a version has forgetting: one that classifies answers through a head of its own."""
+    return stored_task(version.part("task")).generates
+
+
 def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Forgetting:
     """The forgetting on neutral texts of the attached adapter."""
     sources, targets = [], []
@@ -241,14 +246,14 @@ def _summed_loss(states: Tensor, target: Tensor, model: Model) -> float:
 
 
 def on_other_tasks(
-    store: Store, version: Version, model: Model, task: TextTask, neutral: Increase, say: Say = silent
+    store: Store, version: Version, model: Model, tokenizer: Tokenizer, neutral: Increase, say: Say = silent
 ) -> Forgetting:
     """The forgetting on the other tasks of the store as well. model: with the version's adapter attached."""
     found, skipped = dict[str, Increase](), dict[str, str]()
     for other in others(store, version):
         say(f"measuring forgetting on {other}")
         try:
-            found[str(other)] = _on_task(store, other, model, task)
+            found[str(other)] = _on_task(store, other, model, tokenizer)
         except TurretError as error:  # its data may be gone, and then nothing can be measured on it
             skipped[str(other)] = str(error)
     return Forgetting(neutral, found, skipped)
@@ -266,7 +271,7 @@ def others(store: Store, version: Version) -> list[Version]:
         each
         for each in sorted(found, key=lambda each: not each.aliases)
         if each.part("base").get("fingerprint") == base
-        and stored_task(each.part("task")).generates
+        and is_defined(each)
         and isinstance(each.part("lineage").get("recipe"), str)
     ]
     return fitting[:MOST_TASKS]
@@ -278,13 +283,12 @@ def is_current(measured: JsonMapping, expected: Sequence[Version]) -> bool:
     return "tasks" in measured and set(seen) == {str(each) for each in expected}
 
 
-def _on_task(store: Store, other: Version, model: Model, task: TextTask) -> Increase:
+def _on_task(store: Store, other: Version, model: Model, tokenizer: Tokenizer) -> Increase:
     """On test examples of another version's task, as that task writes its prompts."""
     recipe = Recipe.from_toml(str(other.part("lineage")["recipe"]))
     dataset = read_dataset(store, recipe)
     examples = dataset.test or dataset.validation or dataset.train
-    its_task = task_from_spec(other.part("task"), task.tokenizer)
-    assert writes(its_task)
+    its_task = task_from_spec(other.part("task"), tokenizer)
     items = EncodedRows(its_task, [examples[place] for place in spread(len(examples), EXAMPLES)])
     own = example_losses(model, its_task, items)
     return Increase.of(own, example_losses(model, its_task, items, slot=adapters.BARE))

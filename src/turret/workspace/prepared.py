@@ -188,7 +188,7 @@ def _predicted(
     predicted = predict_on_gpu(
         model,
         recipe.method,
-        work or Work.of(recipe, model, generates=task.generates),
+        work or Work.of(recipe, model),
         dtype,
         nf4=recipe.base_quantization == "nf4",
         optimizer=recipe.train.optimizer,

@@ -20,7 +20,7 @@ from turret.store.catalog import now
 from turret.store.core import Also
 from turret.store.gates import FORGETTING
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet, misfit, name_of
-from turret.tasks import Prediction, stored_task, writes
+from turret.tasks import Prediction, stored_task
 from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
@@ -106,7 +106,9 @@ class _Replayer:
             GateFailed: the version classifies, or the base is in a server, which measures nothing.
         """
         version, first = self._version, gates[0]
-        if not stored_task(version.part("task")).generates:
+        from turret.workspace import answering, forgetting
+
+        if not forgetting.is_defined(version):
             raise GateFailed(
                 f"{version} may not become {version.name}@{alias}: {first} is required, and forgetting is not defined "
                 f"for a version that classifies, because it answers through its own head: remove the gate with "
@@ -116,8 +118,6 @@ class _Replayer:
         on_tasks = any(gate.metric.startswith(("tasks", "against")) for gate in gates)
         if "neutral" in measured and not on_tasks:
             return
-        from turret.workspace import answering, forgetting
-
         if on_tasks and forgetting.is_current(measured, forgetting.others(self._store, version)):
             return
         if self._served:
@@ -126,11 +126,12 @@ class _Replayer:
                 f"run `turret promote {version} {alias}`, which measures it"
             )
         ready = self._mounted = self._mounted or answering.mounted(self._store, str(version), self._say, self._device)
-        assert writes(ready.task)
         self._say("measuring forgetting")
         found = forgetting.on_neutral_texts(ready.model, ready.task.tokenizer)
         if on_tasks:
-            found = forgetting.on_other_tasks(self._store, version, ready.model, ready.task, found.neutral, self._say)
+            found = forgetting.on_other_tasks(
+                self._store, version, ready.model, ready.task.tokenizer, found.neutral, self._say
+            )
         self._store.keep_metrics(version, FORGETTING, found.as_json())
 
     def _ask_mounted(self, version: str, texts: Sequence[str]) -> Sequence[JsonObject]:

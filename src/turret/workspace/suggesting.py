@@ -18,7 +18,7 @@ from turret.data.table_writer import TableWriter
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping
 from turret.store import Store, Version
-from turret.tasks import TASKS, Prediction, calibrates, stored_task
+from turret.tasks import TASKS, Prediction, stored_task
 from turret.workspace.predicted_file import ROWS, unused
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_rows, trained_on
@@ -139,7 +139,7 @@ def _require_probabilities(version: Version) -> None:
 def _least_sure(ready: Mounted, rows: Rows, most: int, say: Say) -> tuple[list[Candidate], dict[str, int]]:
     """The rows with the smallest margins, by rising margin, and the numbers of rows read, blank and repeated."""
     task = ready.task
-    assert calibrates(task)
+    assert task.calibrates
     kept: list[tuple[float, int, Candidate]] = []  # a heap: the surest first
     counts, seen, numbered = dict.fromkeys(("rows", "blank", "repeated"), 0), set[bytes](), enumerate(rows.read())
     while some := list(islice(numbered, ROWS)):

@@ -50,7 +50,7 @@ from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
 from turret.store.leases import LeaseRenewer
-from turret.tasks import calibrates, has_head, make_task, task_of, writes
+from turret.tasks import make_task, task_of
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
@@ -120,7 +120,7 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
             metrics |= {f"{split} bare base": values for split, values in bare.items()}
         ready = replace(ready, notes=[*ready.notes, *asking.notes])
     forgot = None
-    if writes(ready.task):
+    if ready.base.model.get_output_embeddings() is not None:
         say("measuring forgetting")
         forgot = forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer).as_json()
     seconds = time.perf_counter() - started
@@ -137,7 +137,7 @@ def uncalibrated(ready: PreparedTraining) -> list[str]:
     """
     task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
     count = len(splits.watched) if splits.selects and splits.watched else 0
-    if not calibrates(task) or count >= FEWEST:
+    if not task.calibrates or count >= FEWEST:
         return []
     found = f"{count} validation examples" if count else "no validation split"
     return [
@@ -155,7 +155,7 @@ def _calibrate(
         Both with the calibrated task, and the logits (B, C) of the data set's validation split.
     """
     task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
-    if not calibrates(task):
+    if not task.calibrates:
         return ready, fitted, None
     examples = splits.watched if splits.selects and splits.watched else ()
     if len(examples) < FEWEST:  # `uncalibrated` says it
@@ -336,7 +336,7 @@ def prepare(
     recipe = recipe if filled else _filled(recipe, dataset, base, start)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     whole, dataset = dataset.train, replace(dataset, train=task.pieces(dataset.train))
-    notes = [*base_notes, *dataset.notes, *base.notes, *(task.notes if writes(task) else ())]
+    notes = [*base_notes, *dataset.notes, *base.notes, *task.notes]
     if len(dataset.train) > len(whole):
         notes.append(f"texts of more than {task.max_tokens} tokens train in pieces: {len(dataset.train)} examples")
     if start is not None:
@@ -701,7 +701,7 @@ class _Run:
             *ready.parts, folder=run.checkpoint, predicted=predicted, start=ready.start, asked=self.asked
         )
         told = False
-        if not after and ready.start is None and has_head(ready.task) and ready.task.solved:
+        if not after and ready.start is None and ready.task.solved:
             callbacks.stage("computing the linear solution that the head starts with")
         while True:
             try:

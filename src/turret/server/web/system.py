@@ -20,6 +20,12 @@ from turret.server.web.forms import pages
 from turret.store import Version
 from turret.tasks import stored_task
 
+EXAMPLES: dict[str, tuple[str, JsonObject]] = {  # by request: a route, and the body without its model
+    "generate": ("completions", {"prompt": "Once", "max_tokens": 20}),
+    "classify": ("classify", {"input": "a text of your own"}),
+    "embed": ("embeddings", {"input": "a text of your own"}),
+}
+
 router = pages()
 
 
@@ -69,13 +75,13 @@ def _example(request: Request, state: ServerState, versions: Sequence[Version]) 
     """A request to a version of this server, as a shell takes it: whole, with the token where one is needed."""
     here = [each for each in versions if is_on_base(state, each)]
     chosen = next((each for each in here if each.aliases or each.comparison is None), here[0] if here else None)
-    route, body = "completions", JsonObject({"model": state.engines.bases[0].name, "prompt": "Once", "max_tokens": 20})
+    route, more = EXAMPLES["generate"]
+    body: JsonObject = {"model": state.engines.bases[0].name, **more}
     if chosen is not None:
         plain = state.aliases.version_of(chosen.name, None) == chosen.number
         body["model"] = chosen.name if plain else str(chosen)
-        routes = {"classify": "classify", "embed": "embeddings"}
-        if (kind := stored_task(chosen.part("task")).request) in routes:
-            route, body = routes[kind], {"model": body["model"], "input": "a text of your own"}
+        route, more = EXAMPLES[stored_task(chosen.part("task")).request]
+        body = {"model": body["model"], **more}
     asked = f"curl {str(request.base_url).rstrip('/')}/v1/{route} -H 'content-type: application/json'"
     sent = f"-d {shlex.quote(json.dumps(body))}"
     if state.guard.open:

@@ -237,7 +237,7 @@ def _control(
     }
     return Control(
         name=recipe.name,
-        base=next(each.base for each in runner.results.values() if task_of(each.kind).generates),
+        base=next(each.base for each in runner.results.values() if each.kind == first.kind),
         source=recipe.data.source,
         aspects=aspects,
         documents=len(first.test),

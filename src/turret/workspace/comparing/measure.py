@@ -27,12 +27,12 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.tasks import TASKS, Prediction, Task, has_head, make_task, writes
+from turret.tasks import Prediction, Task, make_task, stored_task
 from turret.train.asking import MOST_TOKENS, Asking
 from turret.train.batches import EncodedRows, by_length
 from turret.train.evaluation import evaluating
 from turret.train.initialize import attach, extracted
-from turret.transformer import Model, Tokenizer
+from turret.transformer import Model
 from turret.workspace import answering
 from turret.workspace.forgetting import on_neutral_texts
 from turret.workspace.machine import installed
@@ -83,11 +83,11 @@ def version(
 def base(ready: PreparedTraining, say: Say) -> JsonObject:
     """Measure the base alone. A base that generates classifies by the words of the labels, an encoder by an untrained
     head."""
-    if not ready.task.bare and ready.base.family.causal:
-        return words(ready, say)
     task, loaded = ready.task, ready.base
     adapter = None
     if not task.bare:
+        if loaded.family.causal:
+            return words(ready, say)
         attach(ready.recipe, loaded, task)
         adapter = extracted(loaded.model, loaded, task)
         adapters.detach(loaded.model)
@@ -128,7 +128,6 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
     the training split chooses the strength of the regularisation.
     """
     task, train, test = ready.task, ready.dataset.train, ready.dataset.test
-    assert has_head(task)
     started = time.perf_counter()
     attach(ready.recipe, ready.base, task)
     say(f"computing the features of {len(train) + len(test)} texts once")
@@ -285,8 +284,7 @@ def words(ready: PreparedTraining, say: Say) -> JsonObject:
     Use".
     """
     task, test = ready.task, ready.dataset.test
-    assert has_head(task)
-    writer = next(each for each in TASKS.values() if each.generates)
+    writer = stored_task({})  # of an adapter that names no task
     base = load_base(ready.recipe, writer, (), ready.device)
     attach(
         ready.recipe.model_copy(update={"method": LoRA()}),
@@ -368,8 +366,7 @@ def _next_tokens(model: Model, rows: Sequence[torch.Tensor], target: torch.Tenso
 def _texts(ready: PreparedTraining, answers: Sequence[str], answer: Callable[[Example], str]) -> JsonObject:
     """The result of a baseline that answers with texts."""
     task, test = ready.task, ready.dataset.test
-    assert writes(task)
-    metrics = task.metrics(answers, [example.references for example in test], None)
+    metrics = task.judge_texts(answers, [example.references for example in test], None)
     latency = _timed(test[:TIMED_TEXTS], answer)
     return untrained(ready) | _scored(task, test, answers, metrics) | {"latency": latency, "seedless": True}
 
@@ -398,7 +395,7 @@ def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
     return {
         **_scored(task, examples, [task.judged(each) for each in answers], metrics),
         "latency": _latency(ready, [each.asked for each in examples], bare),
-        "forgetting": _forgetting(ready.model, task.tokenizer) if writes(task) else None,
+        "forgetting": _forgetting(ready),
     }
 
 
@@ -423,7 +420,7 @@ def _scored(
 
 def _latency(ready: answering.Mounted, texts: Sequence[Input], bare: bool) -> dict[str, float]:
     """Seconds per answer to one text at a time, after one answer to warm up."""
-    count = min(len(texts), TIMED_TEXTS if ready.task.generates else TIMED_LABELS)
+    count = min(len(texts), TIMED_TEXTS if ready.task.max_new_tokens else TIMED_LABELS)
     sample = [texts[place * len(texts) // count] for place in range(count)]
     answering.answers(ready, sample[:1], bare=bare)
     seconds = []
@@ -438,9 +435,14 @@ def _latency(ready: answering.Mounted, texts: Sequence[Input], bare: bool) -> di
     }
 
 
-def _forgetting(model: Model, tokenizer: Tokenizer) -> dict[str, float]:
-    """The loss per token of neutral texts with the adapter and without it, and the interval of its increase."""
-    found = on_neutral_texts(model, tokenizer).neutral
+def _forgetting(ready: answering.Mounted) -> dict[str, float] | None:
+    """The loss per token of neutral texts with the adapter and without it, and the interval of its increase.
+
+    None of a base that was loaded with another head than its output layer.
+    """
+    if ready.asking.base.model.get_output_embeddings() is None:
+        return None
+    found = on_neutral_texts(ready.model, ready.task.tokenizer).neutral
     return {"loss": found.loss, "base_loss": found.base_loss, "low": found.low, "high": found.high}
 
 
