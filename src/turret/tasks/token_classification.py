@@ -212,8 +212,8 @@ class TokenClassification(HeadAnswers):
         found = list[Example]()
         for example in examples:
             assert isinstance(example, Tagged)
-            text = self._read(example.text) if len(example.text) > self.inputs.room else None
-            found += [example] if text is None or len(text.windows) == 1 else self._cut(example, text)
+            text = self._read(example.text)
+            found += [example] if len(text.windows) == 1 else self._cut(example, text)
         return found
 
     def _cut(self, example: Tagged, text: _Text) -> list[Tagged]:
