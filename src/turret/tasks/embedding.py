@@ -251,7 +251,8 @@ class TextEmbedding(HeadAnswers):
         from turret.tasks import metrics
 
         unit = F.normalize(outputs[..., :dimensions], dim=-1)  # (B, K, d)
-        similar = (unit[:, 0] * unit[:, 1]).sum(-1).tolist()
+        exact = (unit[:, 0] * unit[:, 1]).sum(-1).tolist()
+        similar = [float(f"{each:.6g}") for each in exact]  # as `judged` gives them: equal texts have equal ranks
         if all(isinstance(example, Scored) for example in examples):
             true = [_score_of(example) for example in examples]
             spearman = metrics.pearson(metrics.ranks(similar), metrics.ranks(true))
