@@ -237,8 +237,8 @@ def test_ten_thousand_examples_are_read_and_one_more_is_not(tmp_path) -> None:
 def test_labels_of_many_at_once_are_compared_as_a_set(tmp_path) -> None:
     (tmp_path / "g.jsonl").write_text('{"text": "x", "label": ["b", "a"]}\n{"text": "y", "label": "b | a"}\n')
     wanted = read_examples(tmp_path / "g.jsonl")
-    assert promoting.judged("d", wanted, [{"label": ["a", "b"]}] * 2).passed == 2
-    found = promoting.judged("d", wanted, [{"label": ["a", "b"]}, {"label": ["a"]}])
+    assert promoting.judged("d", wanted, [["a", "b"]] * 2).passed == 2
+    found = promoting.judged("d", wanted, [["a", "b"], ["a"]])
     assert (found.passed, found.first["example"], found.first["given"]) == (1, 2, ["a"])
 
 
