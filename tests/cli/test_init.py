@@ -131,7 +131,7 @@ def test_named_columns_win_over_guesses(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ("a,b\n1,2\n3,4\n", "shows no column of texts"),
         ("text,label\n", "has columns and no rows"),
-        ("tokens,tags\na b,c d\n", "the task token_classification"),
+        ("question,context,answers\na,b,c\n", "the task question_answering"),
     ],
 )
 def test_a_table_with_nothing_to_learn_from_is_one_line(content: str, said: str, tmp_path: Path) -> None:
