@@ -34,6 +34,7 @@ import rivals_encoder
 import serve_speed
 import store_scale
 import suggest
+import tasks
 import train_while_answering
 import two_trees
 
@@ -43,6 +44,7 @@ PAGES = (
     ROOT / "docs" / "measured.md",
     ROOT / "docs" / "howto" / "quantized.md",
     ROOT / "docs" / "howto" / "suggest.md",
+    ROOT / "docs" / "tasks.md",
     ROOT / "docs" / "reference" / "methods.md",
     ROOT / "ARCHITECTURE.md",
 )
@@ -391,6 +393,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "nf4": lambda: nf4.report(record.load("nf4")),
     "store": store_scale.report,
     "suggest": lambda: suggest.report(record.load("suggest")),
+    "tasks": lambda: tasks.report(record.load("tasks")),
     "experiments": experiments.verdicts,
     "discoveries": experiments.named,
     "outages": experiments.guarded,

@@ -369,13 +369,27 @@ RIVALS = {"trainer": trainer, "tagger": tagger, "cross_encoder": cross_encoder, 
 
 
 def report(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A table; first what is worse beyond its interval."""
     newest = record.newest(runs, lambda run: f"{run['settings']['task']} {run['settings']['seed']}")
     lines = []
     for kind, job in JOBS.items():
         if own := [run for run in newest if run["settings"]["task"] == kind]:
             lines.append(_line(kind, job, own))
-    header = ["task", "data", "seeds", "metric", "Turret", "the tool", "its", "difference, its 95% interval"]
-    return record.table(header, lines)
+    lines.sort(key=lambda line: line[0])
+    verdicts = ("worse", "the same within the interval", "better")
+    shown = [[*line, verdicts[place]] for place, line in lines]
+    header = [
+        "task",
+        "data",
+        "seeds",
+        "metric",
+        "Turret",
+        "the tool",
+        "its",
+        "difference, its 95% interval",
+        "Turret is",
+    ]
+    return record.table(header, shown)
 
 
 def _units(values: Sequence[Any], size: int) -> list[Any]:
@@ -383,7 +397,8 @@ def _units(values: Sequence[Any], size: int) -> list[Any]:
     return list(values) if size == 1 else [values[at : at + size] for at in range(0, len(values), size)]
 
 
-def _line(kind: str, job: Job, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def _line(kind: str, job: Job, runs: Sequence[Mapping[str, Any]]) -> tuple[int, list[str]]:
+    """0 if Turret is worse beyond the interval, 1 within it, 2 better; and the cells."""
     draw = np.random.default_rng(0)
     sides = ("turret", job.tool)
     units = [
@@ -402,7 +417,7 @@ def _line(kind: str, job: Job, runs: Sequence[Mapping[str, Any]]) -> list[str]:
         differences.append(np.mean(each))
     low, high = np.percentile(differences, [2.5, 97.5])
     difference = means["turret"] - means[job.tool]
-    return [
+    return int(high >= 0) + int(low > 0), [
         f"`{kind}`", job.folder, str(len(runs)), job.metric.__name__, f"{means['turret']:.1f}", job.tool,
         f"{means[job.tool]:.1f}", f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]",
     ]  # fmt: skip
