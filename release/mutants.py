@@ -56,7 +56,7 @@ TARGETS = {
     "resume": Target("train/checkpoint.py", ("train/test_checkpoint.py",)),
     "gc": Target("store/gc.py", ("store/test_gc.py",), IN_FOLDER),
     "leases": Target("store/leases.py", ("store/test_leases.py",), IN_FOLDER),
-    "queue": Target("store/queue.py", ("store/test_queue.py",), IN_FOLDER),
+    "jobs": Target("store/jobs.py", ("store/test_queue.py",), IN_FOLDER),
     "admission": Target("server/limits.py", ("server/test_limits.py",)),
 }
 

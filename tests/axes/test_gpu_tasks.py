@@ -35,6 +35,7 @@ ROWS: dict[str, Any] = {  # task -> a row by its number
     "text_pairs": lambda n: {"premise": f"{WORDS[n % 5]} {n}", "hypothesis": WORDS[n * 3 % 5], "label": "ab"[n % 2]},
     "regression": lambda n: {"sentence1": f"{WORDS[n % 5]} {n}", "sentence2": WORDS[n * 3 % 5], "score": n * 3 % 5 / 2},
     "score": lambda n: {"text": f"{WORDS[n % 5]} {n}", "stars": 1 + n % 5},
+    "questions": lambda n: {"text": f"{WORDS[n % 5]} {n}", "topic": "ab"[n % 2], "urgent": ("yes", "no")[n % 3 // 2]},
     "token_classification": lambda n: {"tokens": f"{WORDS[n % 5]} bank {n}".split(), "tags": tags(WORDS[n % 5])},
     "rerank": lambda n: {"query": f"{WORDS[n % 5]} {n}", "passage": WORDS[n % 7 % 5], "label": n % 2},
     "embedding": lambda n: {"anchor": f"{WORDS[n % 5]} {n}", "positive": f"{WORDS[n % 5]} again {n}"},
@@ -43,6 +44,9 @@ ROWS: dict[str, Any] = {  # task -> a row by its number
     "chat": lambda n: {"messages": asked(n)},
     "preference": lambda n: {"prompt": f"{WORDS[n % 5]} {n}", "chosen": WORDS[n * 3 % 5], "rejected": "dull"},
 }
+
+
+COLUMNS = {"questions": {"label": ["topic", "urgent"]}}  # that no name of a column shows
 
 
 def tags(before: str) -> list[str]:
@@ -66,7 +70,7 @@ def stepped(folder: Path, kind: str, dropout: float, on_gpu: bool) -> tuple[floa
         {
             "name": "tiny",
             "base": str(folder / ("llama" if task_class.generates else "bert")),
-            "data": {"source": str(folder / f"{kind}.jsonl")},
+            "data": {"source": str(folder / f"{kind}.jsonl"), **COLUMNS.get(kind, {})},
             "task": {"kind": kind},
             "method": {"kind": "lora", "r": 4, "lora_dropout": dropout, "target_modules": "all-linear"},
         }

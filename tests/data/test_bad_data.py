@@ -166,7 +166,7 @@ def test_any_cells_are_examples_or_one_error(rows: Any, names: list[str], monkey
     given_names = Table(table.name, table.columns, table.read, {"label": names}, (), "row")
     for each in (table, given_names):
         with monkeypatch.context() as patch:
-            for module in ("dataset", "rows"):
+            for module in ("source", "rows"):
                 patch.setattr(f"turret.data.{module}.open_source", lambda _source, _form, each=each: {"": each})
             read("t", text="text", label="label")
             read("t", document="text", summary="label")

@@ -106,6 +106,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "adapters/prefix.py _Outer.forward",
     },
     "the routed layer, which asks its pool": {"adapters/layers.py RoutedLinear.forward"},
+    "cosines of vectors": {"tasks/embedding.py _ranked", "tasks/embedding.py multiple_negatives"},
     "a head that is solved": {"train/linear_start.py _logits", "train/linear_start.py solve"},
     "statistics": {
         "compare/evidence.py interval",

@@ -190,18 +190,38 @@ def ready_to_begin(where: str, folder: Path) -> Hold:
     return hold
 
 
+EARLIER = (  # the tables of the first format that later ones replaced
+    "CREATE TABLE runs (id VARCHAR(40) NOT NULL, name VARCHAR(100) NOT NULL, state VARCHAR(16) NOT NULL, "
+    "recipe_digest VARCHAR(80) NOT NULL, data_digest VARCHAR(80) NOT NULL, created VARCHAR(32) NOT NULL, "
+    "ended VARCHAR(32), error TEXT, result JSON, tenant VARCHAR(64) DEFAULT 'default' NOT NULL, "
+    "CONSTRAINT pk_runs PRIMARY KEY (id))",
+    "CREATE INDEX ix_runs_recipe_digest ON runs (recipe_digest)",
+    "CREATE TABLE queue (run VARCHAR(40) NOT NULL, tenant VARCHAR(64) DEFAULT 'default' NOT NULL, "
+    "priority INTEGER NOT NULL, tries INTEGER NOT NULL, queued VARCHAR(32) NOT NULL, started VARCHAR(32), "
+    "due FLOAT NOT NULL, cancelled VARCHAR(32), who VARCHAR(100), recipe TEXT NOT NULL, "
+    "CONSTRAINT fk_queue_run FOREIGN KEY(run) REFERENCES runs (id), CONSTRAINT pk_queue PRIMARY KEY (run))",
+    "CREATE INDEX ix_queue_tenant ON queue (tenant)",
+    "CREATE TABLE batches (id VARCHAR(40) NOT NULL, owner VARCHAR(200) NOT NULL, state VARCHAR(16) NOT NULL, "
+    "endpoint VARCHAR(64) NOT NULL, input_file VARCHAR(40) NOT NULL, output_file VARCHAR(40), error_file VARCHAR(40), "
+    "notes JSON, error TEXT, created INTEGER NOT NULL, times JSON NOT NULL, total INTEGER NOT NULL, "
+    "done INTEGER NOT NULL, failed INTEGER NOT NULL, worker VARCHAR(32), until FLOAT, "
+    "CONSTRAINT pk_batches PRIMARY KEY (id))",
+    "CREATE INDEX ix_batches_owner ON batches (owner)",
+    "CREATE INDEX ix_batches_state ON batches (state)",
+)
+
+
 def ready_to_migrate(where: str, folder: Path) -> Hold:
     """The store has the first format that is read, with an alias that was moved."""
     two(where, folder).promote("a@1", "production")
     with by_hand.catalog(Store(where)) as connection:
         if connection.execute("SELECT version_num FROM alembic_version").fetchone()[0] != OLDEST:
-            later = {"versions": ("comparison",), "tokens": ("sign_in",)}
-            later["batches"] = ("taken", "unanswered", "asking", "bytes", "due")
-            for table, columns in later.items():
-                for column in columns:
-                    connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-            for table in ("batch_turns", "flushes"):
+            for table, column in (("versions", "comparison"), ("tokens", "sign_in"), ("leases", "seconds")):
+                connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+            for table in ("jobs", "job_turns", "batches", "flushes"):  # all empty
                 connection.execute(f"DROP TABLE {table}")
+            for made in EARLIER:
+                connection.execute(made)
             connection.execute(f"UPDATE alembic_version SET version_num = '{OLDEST}'")
 
     def hold(_done: bool) -> None:

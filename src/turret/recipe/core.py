@@ -320,7 +320,7 @@ class Task(_Section):
         beta: preference: the weight of the reference in `dpo`, of the odds ratio in `orpo` (default: 0.1)
         pooling: embedding: the vector of a text is the mean of its tokens, or that of the first or the last one
             (default: mean, or last for a decoder)
-        normalize: embedding: vectors have length 1
+        normalize: embedding: vectors have length 1 (default: yes)
         dimensions: embedding: the first so many numbers of a vector are trained to be enough, for each number in
             the list; the largest is the length of a vector (default: the base's)
         loss_on: chat: with `assistant` the loss counts every answer, with `last` only the last one
@@ -341,7 +341,7 @@ class Task(_Section):
     loss: Literal["dpo", "orpo", "multiple_negatives", "cosent", "triplet"] | None = None
     beta: float | None = Field(default=None, gt=0, le=100)
     pooling: Literal["mean", "first", "last"] | None = None
-    normalize: bool = True
+    normalize: bool | None = None
     dimensions: list[Annotated[int, Field(ge=1, le=65536)]] | None = Field(default=None, min_length=1, max_length=32)
     loss_on: Literal["assistant", "last"] | None = None
     chat_template: bool = False

@@ -137,7 +137,7 @@ class TextEmbedding(HeadAnswers):
             settings.max_tokens,
             objective=given,
             pooling=settings.pooling or ("last" if family_kind == "decoder" else "mean"),
-            normalize=settings.normalize,
+            normalize=settings.normalize is not False,
             dimensions=settings.dimensions or (),
             prefix_text=settings.prefix_text,
         )

@@ -142,7 +142,7 @@ class TaskSettings(Protocol):
     loss: Literal["dpo", "orpo", "multiple_negatives", "cosent", "triplet"] | None
     beta: float | None
     pooling: Pooling | None
-    normalize: bool
+    normalize: bool | None
     dimensions: list[int] | None
     loss_on: Literal["assistant", "last"] | None
     num_beams: int
