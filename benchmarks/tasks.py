@@ -308,12 +308,11 @@ def cross_encoder(job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
     transformers.set_seed(seed)
     folder, method = bases.resolve(BASE).folder, LoRA()
     model = encoders.CrossEncoder(str(folder), num_labels=1, max_length=TOKENS, device="cpu")
-    model.add_adapter(
-        peft.LoraConfig(
-            task_type="SEQ_CLS", r=method.r, lora_alpha=method.lora_alpha, lora_dropout=method.lora_dropout,
-            target_modules=["query", "value"], modules_to_save=["classifier"],
-        )
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=method.r, lora_alpha=method.lora_alpha, lora_dropout=method.lora_dropout,
+        target_modules=["query", "value"],
     )  # fmt: skip
+    model[0].model = peft.get_peft_model(model[0].model, config)
     table = {"query": [], "passage": [], "label": []}
     for row in train:
         for name, cells in table.items():
