@@ -209,7 +209,7 @@ def ours(kind: str, job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
                 "base": BASE,
                 "seed": seed,
                 "data": {"source": str(source)} | ({"label": "grade"} if kind == "score" else {}),
-                "task": {"kind": kind, "max_tokens": TOKENS},
+                "task": {"kind": kind, "max_tokens": 256 if kind == "token_classification" else TOKENS},
                 "train": {"epochs": job.epochs, "batch_size": job.batch, "lr": RATE, "evaluate": "never"},
             }
         )

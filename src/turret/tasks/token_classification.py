@@ -38,7 +38,8 @@ KEPT = 1024  # texts whose tokens and words are kept
 OVERLAP = 0.25  # share of a window that the next one repeats
 MARGIN = 2  # tokens more that a piece of a text may have, since it begins and ends elsewhere
 _ONE_BY_ONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts without blanks between words
-WORD = re.compile(rf"[{_ONE_BY_ONE}]|[^\W{_ONE_BY_ONE}]+|[^\w\s]")
+_LETTERS = rf"[^\W{_ONE_BY_ONE}]+"
+WORD = re.compile(rf"[{_ONE_BY_ONE}]|{_LETTERS}(?:[^\w\s]+{_LETTERS})*|[^\w\s]")  # U.S and b/c are one
 
 
 @dataclass(frozen=True)
