@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import adapters
-from turret.adapters import Adapter, packed
+from turret.adapters import Adapter
 from turret.adapters.adapter import PROMPT, shared_names
 from turret.adapters.hooks import hook_model
 from turret.adapters.packed import HeadRow, texts_in
@@ -117,12 +117,11 @@ class Asking:
 
         Of a task without a head they are the vectors of all texts (N, D), before they are cut and normalized.
         """
-        pooling = self.task.pooling
+        if self.task.pooling is not None:
+            return self._vectors([text for row in rows for text in texts_in(row)], self.task.pooling, bare=bare)
         if self.why_plain is not None:
             with evaluating(self.model, adapters.BARE if bare else None):
-                return torch.cat(class_logits(self.model, rows, self.most_tokens, pooling))
-        if pooling is not None:
-            return self._vectors([text for row in rows for text in texts_in(row)], pooling, bare=bare)
+                return torch.cat(class_logits(self.model, rows, self.most_tokens))
         order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]))
         options = [SamplingParams(logits=True, read=_places(rows[place][1])) for place in order]
         answers = self._ask("classify", [rows[place][0] for place in order], options, 1, bare=False)
@@ -137,20 +136,13 @@ class Asking:
             sources: token ids (T,) of each text; segments are not read.
         """
         rows = [source if source.ndim == 1 else source[:, 0] for source in sources]
-        if self.why_plain is None:
-            found = self._ask("embed", rows, [SamplingParams()] * len(rows), 1, bare=True)
-            return torch.tensor([answer["embedding"] for answer in found])
-        pieces = by_length([len(row) for row in rows], self.most_tokens)
-        with evaluating(self.model, adapters.BARE):
-            parts = [
-                packed.pooled(self.model, [rows[place] for place in piece], self.base.family.embedding).float().cpu()
-                for piece in pieces
-            ]
-        order = torch.tensor([place for piece in pieces for place in piece])
-        return torch.nn.functional.normalize(torch.cat(parts)[order.argsort()])
+        return nn.functional.normalize(self._vectors(rows, self.base.family.embedding, bare=True))
 
     def _vectors(self, texts: Sequence[Tensor], pooling: Pooling, *, bare: bool) -> Tensor:
-        """The pooled hidden states of each text (N, D). Equal texts are read once."""
+        """The pooled hidden states of each text: (N, D) float32 on the CPU. The engine reads equal texts once."""
+        if self.why_plain is not None:
+            with evaluating(self.model, adapters.BARE if bare else None):
+                return torch.cat(class_logits(self.model, [(ids, None) for ids in texts], self.most_tokens, pooling))
         places = dict[tuple[int, ...], list[int]]()
         for place, ids in enumerate(texts):
             places.setdefault(tuple(ids.tolist()), []).append(place)
