@@ -317,22 +317,22 @@ class Runner:
         step_order: Sequence[int],
         states: _States,
     ) -> Outcome:
-        hidden, lengths = states.hidden, states.lengths
+        hidden, ends = states.hidden, list(accumulate(states.lengths))
+        starts = [0, *ends]
         classes: dict[int, Tensor] = {}
         places = [place for place, row in enumerate(rows) if row.kv_slot is None and row.pooling is None]
         if texts := [place for place in places if rows[place].read is None]:
-            pooled = pool(self._pooling, hidden, lengths)  # (prefill rows, D)
+            pooled = pool(self._pooling, hidden, states.lengths)  # (prefill rows, D)
             slots, counts = [rows[place].slot for place in texts], [1] * len(texts)
             logits = self.adapter_pool.logits("classify", slots, counts, pooled[texts])
             classes = {order[place]: row[0] for place, row in zip(texts, logits, strict=True)}
         if tagged := [(place, own) for place in places if (own := rows[place].read) is not None]:
-            begins = [0, *accumulate(lengths)]
-            index = [begins[place] + token for place, taken in tagged for token in taken]
+            index = [starts[place] + token for place, taken in tagged for token in taken]
             slots, counts = [rows[place].slot for place, _ in tagged], [len(taken) for _, taken in tagged]
-            logits = self.adapter_pool.logits("tag", slots, counts, hidden[torch.tensor(index, device=hidden.device)])
+            read = hidden[copied(torch.tensor(index), hidden.device)]
+            logits = self.adapter_pool.logits("tag", slots, counts, read)
             classes |= {order[place]: row for (place, _), row in zip(tagged, logits, strict=True)}
         vectors = {order[place]: row for place, row in self._embedded(rows, states).items()}
-        ends = list(accumulate(lengths))
         last = {order[place]: ends[place] - 1 for place, row in enumerate(rows) if row.kv_slot is not None}
         tokens = [last[row] for row in sorted(last)]
         first_step = hidden.shape[0] - len(step_order)
@@ -343,9 +343,9 @@ class Runner:
         if tokens:
             read = hidden[copied(torch.tensor(tokens), hidden.device)]
             vocabulary = vocabulary_logits(self.model, read, slots).float()
-        starts = dict(zip(order, [0, *ends], strict=False))
+        first = dict(zip(order, starts, strict=False))
         prompts = {
-            place: self._prompt_logprobs(prefill[row], hidden[starts[row] : last[row]], count)
+            place: self._prompt_logprobs(prefill[row], hidden[first[row] : last[row]], count)
             for place, row in enumerate(sorted(last))
             if (count := prefill[row].logprobs) is not None
         }
