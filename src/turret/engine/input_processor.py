@@ -17,7 +17,7 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Constraints
 from turret.engine.text import CONTEXT_TOKENS
 from turret.errors import AdapterError, ContextLengthExceeded, DataError, NoRoom
-from turret.tasks import Encoded, Task
+from turret.tasks import Task
 from turret.tasks.calibration import require
 from turret.tasks.chat_template import base_prompt
 from turret.tasks.tokens import Tokens
@@ -142,8 +142,7 @@ class Prompts:
                 own = loaded if loaded is not None and loaded.task.request == request.kind else None
                 rows = None if own is None else self._windows(request.text, own.task)
                 if rows is not None:
-                    request.windows = [(each.ids.tolist(), read) for each, read in rows]
-                    request.ids = request.windows[0][0]
+                    request.windows, request.ids = rows, rows[0][0]
                 else:
                     row, request.ticket.cut = self._encoded(request.text, own, request.options)
                     request.ids, request.segments = self.check_row(row)
@@ -224,11 +223,11 @@ class Prompts:
         return ids, False
 
     @staticmethod
-    def _windows(text: Input, task: Task) -> list[tuple[Encoded, list[int]]] | None:
-        """The rows of a text whose tokens are read, and the places that are read; None if its tokens are not."""
+    def _windows(text: Input, task: Task) -> list[tuple[list[int], list[int]]] | None:
+        """The `Window`s of a text, of a task whose head reads tokens; None of any other."""
         if task.head != "tag":
             return None
-        return [(each, each.read.tolist()) for each in task.windows([text])[0] if each.read is not None]
+        return [(each.ids.tolist(), each.read.tolist()) for each in task.windows([text])[0] if each.read is not None]
 
     def _truncate(self, request: Request, most: int) -> None:
         """Keep the last tokens of a prompt, as many as the request allows. An adapter has cut a text itself."""
