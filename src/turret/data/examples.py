@@ -159,7 +159,7 @@ class Tagged(Example):
 
     @property
     def output(self) -> tuple[str, ...]:
-        return tuple(written_span(self.text, span) for span in self.spans)
+        return tuple(written_span(span, self.text[span[0] : span[1]]) for span in self.spans)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -174,10 +174,10 @@ class Tagged(Example):
         return cls(text, tuple((start, end, label) for start, end, label in spans))
 
 
-def written_span(text: str, span: Span) -> str:
-    """A span in words: `0-4 PER: Anna`."""
+def written_span(span: Span, text: str) -> str:
+    """A span in words: `0-4 PER: Anna`. text: of the span."""
     start, end, label = span
-    return f"{start}-{end} {label}: {' '.join(text[start:end].split())}"
+    return f"{start}-{end} {label}: {' '.join(text.split())}"
 
 
 @register_example

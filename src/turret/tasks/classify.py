@@ -67,8 +67,8 @@ class TextInputs:
         around = self._tokens.around_pair if pairs else None
         self._before, self._between, self._after = around or (self._tokens.before, [], self._tokens.after)
         self._prefix = self._tokens.plain([prefix_text])[0] if prefix_text else []
-        self._instruction = len(self._prefix)
-        special = len(self._before) + len(self._between) + len(self._after) + self._instruction
+        special = len(self._before) + len(self._between) + len(self._after) + len(self._prefix)
+        self.room = max_tokens - special  # tokens of a text, without special tokens and `prefix_text`
         needed = special + 1 + pairs
         if max_tokens < needed:
             raise DataError(
@@ -78,16 +78,16 @@ class TextInputs:
 
     def encode(self, inputs: Sequence[Input]) -> list[Encoded]:
         """The tokens of each input: at most `max_tokens`, at least one. Raises DataError for one of another kind."""
-        return self._two(self._checked_pairs(inputs)) if self.pairs else self._one(self._checked_texts(inputs))
-
-    @property
-    def room(self) -> int:
-        """Tokens of a text, without special tokens and `prefix_text`."""
-        return self.max_tokens - len(self._before) - len(self._between) - len(self._after) - self._instruction
+        return self._two(self._checked_pairs(inputs)) if self.pairs else self._one(self.texts(inputs))
 
     def texts(self, inputs: Sequence[Input]) -> list[str]:
         """The inputs, each of which is one text. Raises DataError for another."""
-        return self._checked_texts(inputs)
+        texts = [each for each in inputs if isinstance(each, str)]
+        if len(texts) < len(inputs):
+            two = any(isinstance(each, TextPair) for each in inputs)
+            given = "two texts were given" if two else "a conversation is asked of a task that generates"
+            raise DataError(f"{given}, and this one is {self.kind}: give one text")
+        return texts
 
     def placed(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The tokens of a whole text, and the characters of each, without `prefix_text`."""
@@ -102,7 +102,7 @@ class TextInputs:
         """The first tokens of each text."""
         import torch
 
-        room = self.max_tokens - len(self._before) - len(self._after)
+        room = self.room + len(self._prefix)
         encoded = []
         for ids in self._tokens.plain([self.prefix_text + text for text in texts], most=room):
             row = [*self._before, *ids[:room], *self._after] or [self._tokens.filler]
@@ -113,13 +113,13 @@ class TextInputs:
         """Both texts of each pair; the longer one loses its end first, as transformers' `longest_first`."""
         import torch
 
-        room = self.max_tokens - len(self._before) - len(self._between) - len(self._after)
+        own = len(self._prefix)
+        room = self.room + own
         firsts = self._tokens.plain([self.prefix_text + pair.text for pair in pairs], most=room)
         seconds = self._tokens.plain([pair.text_pair for pair in pairs], most=room)
         encoded = []
         for first, second in zip(firsts, seconds, strict=True):
-            own = self._instruction
-            kept = _kept(len(first) - own, len(second), room - own)
+            kept = _kept(len(first) - own, len(second), self.room)
             kept = kept[0] + own, kept[1]
             start = [*self._before, *first[: kept[0]], *self._between]
             row = [*start, *second[: kept[1]], *self._after] or [self._tokens.filler]
@@ -129,14 +129,6 @@ class TextInputs:
                 ids = torch.stack([ids, (torch.arange(len(row)) >= len(start)).long()], dim=1)
             encoded.append(Encoded(ids, cut=cut))
         return encoded
-
-    def _checked_texts(self, inputs: Sequence[Input]) -> list[str]:
-        texts = [each for each in inputs if isinstance(each, str)]
-        if len(texts) < len(inputs):
-            two = any(isinstance(each, TextPair) for each in inputs)
-            given = "two texts were given" if two else "a conversation is asked of a task that generates"
-            raise DataError(f"{given}, and this one is {self.kind}: give one text")
-        return texts
 
     def _checked_pairs(self, inputs: Sequence[Input]) -> list[TextPair]:
         pairs = [each for each in inputs if isinstance(each, TextPair)]
@@ -272,6 +264,11 @@ class HeadAnswers(Protocol):
         raise DataError("this task gives no probabilities, so no answer is surer than another")
 
 
+def output_names(names: Sequence[str]) -> JsonObject:
+    """The entries of transformers' configuration that name the outputs of a head."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+
+
 def _kept(first: int, second: int, room: int) -> tuple[int, int]:
     """How many tokens of two texts fit: the longer one is cut, or both to equal lengths."""
     if first + second <= room:
@@ -363,8 +360,7 @@ class Classify(HeadAnswers):
 
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
-        labels = spec["labels"]
-        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        names = output_names(spec["labels"])
         return names | ({"problem_type": "multi_label_classification"} if spec.get("multi_label") else {})
 
     @classmethod

@@ -15,7 +15,7 @@ from turret.data.cells import answer_to, by_column, in_order, question_in
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import LOSS, TEXTS, HeadAnswers, TextInputs, balanced_weights, constant_loss
+from turret.tasks.classify import LOSS, TEXTS, HeadAnswers, TextInputs, balanced_weights, constant_loss, output_names
 from turret.tasks.task import Measure, Prediction, TaskSettings, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
@@ -109,8 +109,7 @@ class Questions(HeadAnswers):
 
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
-        labels = spec["labels"]
-        return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        return output_names(spec["labels"])
 
     @classmethod
     def printed(cls, spec: JsonMapping) -> str:

@@ -16,7 +16,7 @@ from turret.data import Dataset, Example, Input, Schema, Scored
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs
+from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs, output_names
 from turret.tasks.task import Measure, Mistake, Prediction, TaskSettings, by_score, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
@@ -138,7 +138,7 @@ class Regression(NumberAnswers):
 
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
-        return {"problem_type": "regression", "id2label": {0: "value"}, "label2id": {"value": 0}}
+        return {"problem_type": "regression"} | output_names(["value"])
 
     @classmethod
     def printed(cls, spec: JsonMapping) -> str:

@@ -12,7 +12,7 @@ from turret.data import Dataset, Example, Schema, Scored
 from turret.data.columns import PAIRED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import LOSS, TextInputs
+from turret.tasks.classify import LOSS, TextInputs, output_names
 from turret.tasks.regression import NumberAnswers, value_of
 from turret.tasks.task import Measure, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
@@ -71,7 +71,7 @@ class Rerank(NumberAnswers):
 
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
-        return {"id2label": {0: "relevance"}, "label2id": {"relevance": 0}}
+        return output_names(["relevance"])
 
     @classmethod
     def printed(cls, spec: JsonMapping) -> str:

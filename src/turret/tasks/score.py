@@ -13,7 +13,7 @@ from turret.data import Dataset, Example, Labelled, Schema
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError, counted, listed, shown
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import TEXTS, Classify
+from turret.tasks.classify import TEXTS, Classify, output_names
 from turret.tasks.regression import MAE, NEARNESS, SPEARMAN
 from turret.tasks.task import Measure, Mistake, Prediction, TaskSettings, register
 from turret.tasks.text_pairs import named
@@ -80,7 +80,7 @@ class Score(Classify):
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
         names = [f"above {label}" for label in spec["labels"][:-1]]
-        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        return output_names(names)
 
     @classmethod
     def printed(cls, spec: JsonMapping) -> str:

@@ -16,7 +16,7 @@ from turret.transformer import Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from turret.families.family import HeadKind, Pooling
+    from turret.families.family import HeadKind
     from turret.families.family import Kind as FamilyKind
 
 RequestKind = Literal["classify", "generate", "embed"]  # what an engine answers with: a head, a text, or a vector

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from turret.data import Dataset, Example, Input, Schema, Tagged
 from turret.data.columns import SPANNED, TAGGED
-from turret.data.examples import Span
+from turret.data.examples import Span, written_span
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs
+from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs, output_names
 from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
 from turret.transformer import Tokenizer
 
@@ -98,7 +98,7 @@ class TokenClassification(HeadAnswers):
                 "token_classification needs a fast tokenizer, which tells the place of each token: use another base"
             )
         self.labels = tuple(labels)
-        self.tags = (OUTSIDE, *(f"{letter}-{label}" for label in self.labels for letter in "BI"))
+        self.tags = _tags_of(self.labels)
         self._number = {tag: number for number, tag in enumerate(self.tags)}
         self.inputs = TextInputs(self.kind, tokenizer, max_tokens, prefix_text, pairs=False)
         self._read = functools.lru_cache(KEPT)(self._reading)
@@ -134,7 +134,7 @@ class TokenClassification(HeadAnswers):
     def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
         """The labels whose tags, in order, are the names of a head's outputs. Raises DataError."""
         found = tuple(dict.fromkeys(name[2:] for name in names if name != OUTSIDE))
-        if tuple(names) != (OUTSIDE, *(f"{letter}-{label}" for label in found for letter in "BI")):
+        if tuple(names) != _tags_of(found):
             raise DataError(
                 f"the head's outputs are {listed(names, 80)}: expected O, then B- and I- of each label; train it again"
             )
@@ -142,8 +142,7 @@ class TokenClassification(HeadAnswers):
 
     @classmethod
     def head_config(cls, spec: JsonMapping) -> JsonObject:
-        tags = [OUTSIDE, *(f"{letter}-{label}" for label in spec["labels"] for letter in "BI")]
-        return {"id2label": dict(enumerate(tags)), "label2id": {tag: number for number, tag in enumerate(tags)}}
+        return output_names(_tags_of(spec["labels"]))
 
     @classmethod
     def printed(cls, spec: JsonMapping) -> str:
@@ -247,8 +246,7 @@ class TokenClassification(HeadAnswers):
         for example in examples:
             assert isinstance(example, Tagged)
             text = self._read(example.text)
-            count = text.windows[0][1].stop if example.text and len(text.windows) > 1 else len(text.words)
-            numbers += self._tags(example, text.words[:count])
+            numbers += self._tags(example, text.words[: text.windows[0][1].stop])
         return torch.tensor(numbers, dtype=torch.long)
 
     def _tags(self, example: Tagged, words: Sequence[tuple[int, int]]) -> list[int]:
@@ -333,7 +331,7 @@ class TokenClassification(HeadAnswers):
         scores = list[float]()
         for answer, example in zip(answers, examples, strict=True):
             assert isinstance(example, Tagged)
-            own, right = _spans_in(answer), set(example.spans)
+            own, right = {_span(each) for each in answer["spans"]}, set(example.spans)
             given.update(label for _, _, label in own)
             true.update(label for _, _, label in right)
             hits.update(label for _, _, label in own & right)
@@ -353,8 +351,7 @@ class TokenClassification(HeadAnswers):
     @classmethod
     def judged(cls, answer: JsonMapping) -> Prediction:
         """Every span in words, as `Tagged.output` writes it."""
-        spans = answer["spans"]
-        return [f"{each['start']}-{each['end']} {each['label']}: {' '.join(each['text'].split())}" for each in spans]
+        return [written_span(_span(each), each["text"]) for each in answer["spans"]]
 
     @classmethod
     def score(cls, given: Prediction, example: Example) -> float:
@@ -390,8 +387,12 @@ class TokenClassification(HeadAnswers):
         return cls(spec["labels"], tokenizer, spec["max_tokens"], spec["prefix_text"])
 
 
-def _spans_in(answer: JsonMapping) -> set[Span]:
-    return {(each["start"], each["end"], each["label"]) for each in answer["spans"]}
+def _tags_of(labels: Sequence[str]) -> tuple[str, ...]:
+    return (OUTSIDE, *(f"{letter}-{label}" for label in labels for letter in "BI"))
+
+
+def _span(answered: JsonMapping) -> Span:
+    return answered["start"], answered["end"], answered["label"]
 
 
 def _f1(hits: int, given: int, true: int) -> float:
