@@ -469,13 +469,10 @@ class _Running:
         self._worker.run_one(id, lambda line: self._say(f"trial {trial.number + 1}: {line}"), stop)
         self._look_at(trial)
         state = self._queue.states([id])[id]
-        if trial.value is not None:
-            self._end(trial, "finished")
-        elif ended:
-            self._end(trial, "pruned")
-        elif state["state"] == "failed":
-            self._end(trial, "failed", str(state["error"]))
-        return trial.state is not None
+        if trial.value is None and not ended and state["state"] != "failed":  # the budget has ended
+            return False
+        self._note_end(trial, state, pruned=ended)
+        return True
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
