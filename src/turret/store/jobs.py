@@ -448,26 +448,23 @@ class JobQueue:
             return end_job(connection, taken.id, "waiting" if row.queued is not None else "interrupted", problem)
 
     def return_alone(self, taken: Job, problem: str | None) -> None:
-        """Return a cell that shared a process, for a process of its own; the try does not count. Raises LeaseLost."""
-        with self._database.writing() as connection:
-            taken.lease.require_owner(connection)
-            leases.release(connection, taken.lease)
-            values = {"spec": {**(taken.spec or {}), "alone": True}, "tries": jobs.c.tries - 1, "state": "waiting"}
-            running = (jobs.c.id == taken.id) & (jobs.c.state == "running")
-            connection.execute(update(jobs).where(running).values(**values, error=problem))
+        """As `put_aside`, of a cell that shared a process and is next tried in a process of its own."""
+        self._put_aside(taken, 0.0, {"spec": {**(taken.spec or {}), "alone": True}, "error": problem})
 
     def put_aside(self, taken: Job, seconds: float = 0.0) -> None:
         """Return a job whose worker lives, for others or for later; the try does not count. Raises LeaseLost."""
+        self._put_aside(taken, seconds, {})
+
+    def _put_aside(self, taken: Job, seconds: float, values: JsonMapping) -> None:
         with self._database.writing() as connection:
             taken.lease.require_owner(connection)
             leases.release(connection, taken.lease)
             due = leases.clock(connection) + min(seconds, LONGEST_PAUSE) if seconds else 0.0
-            running = (jobs.c.id == taken.id) & (jobs.c.state == "running")
-            connection.execute(update(jobs).where(running).values(state="waiting", due=due, tries=jobs.c.tries - 1))
+            waits = {"state": "waiting", "due": due, "tries": jobs.c.tries - 1, **values}
+            connection.execute(update(jobs).where(jobs.c.id == taken.id, jobs.c.state == "running").values(waits))
 
     def _require_room(self, connection: Connection) -> None:
-        mine = (jobs.c.tenant == self._tenant) & (jobs.c.state == "waiting") & _open(WORK)
-        waiting = int(connection.execute(select(func.count()).where(mine)).scalar_one())
+        waiting = _count_waiting(connection, WORK, jobs.c.tenant == self._tenant)
         row = connection.execute(select(queue_limits.c.waiting).where(queue_limits.c.tenant == self._tenant)).first()
         most = MOST_WAITING if row is None else row.waiting
         if most is not None and waiting >= most:
@@ -543,11 +540,10 @@ def in_turn(
     return sorted((each for each in waiting if each.tenant not in limits), key=turn)
 
 
-def count_waiting(database: Database, kinds: Sequence[str] = (TRAINING, CELL)) -> int:
+def count_waiting(database: Database, kinds: Sequence[str] = WORK) -> int:
     """Jobs of all tenants that wait for a worker."""
-    waiting = (jobs.c.state == "waiting") & jobs.c.kind.in_(kinds) & jobs.c.queued.is_not(None)
     with database.reading() as connection:
-        return int(connection.execute(select(func.count()).select_from(jobs).where(waiting)).scalar_one())
+        return _count_waiting(connection, kinds)
 
 
 # --- private ----------------------------------------------------------------------------------------------------------
@@ -562,6 +558,11 @@ _WHOLE = [*_LIGHT, jobs.c.recipe, jobs.c.spec]
 def _open(kinds: Sequence[str]) -> ColumnElement[bool]:
     """The jobs of some kinds that wait or run, and are from the queue."""
     return jobs.c.state.in_(("waiting", "running")) & jobs.c.kind.in_(kinds) & jobs.c.queued.is_not(None)
+
+
+def _count_waiting(connection: Connection, kinds: Sequence[str], *conditions: ColumnElement[bool]) -> int:
+    waiting = select(func.count()).where(_open(kinds), jobs.c.state == "waiting", *conditions)
+    return int(connection.execute(waiting).scalar_one())
 
 
 def _entries(connection: Connection, *conditions: ColumnElement[bool]) -> list[Entry]:
