@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,6 @@ from turret.workspace import Workspace
 MEASURED = {"versions", "made", "folder", "report", "command", "costs", "created", "wall_seconds"}
 
 
-@pytest.fixture
-def worker() -> Iterator[Any]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(where: str, *more: str) -> subprocess.Popen[str]:
-        command, pipe = [sys.executable, "-m", "turret", "worker", "--store", where, *more], subprocess.PIPE
-        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd="/"))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.kill()
-        each.communicate()
-
-
 def kill_all(process: subprocess.Popen[str]) -> None:
     """A machine that is lost: the worker and all that it started."""
     for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
@@ -54,7 +38,7 @@ def judged(value: Any) -> Any:
 
 @pytest.mark.slow
 def test_a_comparison_on_workers_says_what_a_local_one_says_and_trains_each_cell_once(
-    tmp_path: Path, worker: Any
+    tmp_path: Path, start: Any
 ) -> None:
     """One of two workers is killed in a training, and so is the driver."""
     recipe = recipe_in(tmp_path, **{"train.max_steps": "40", "train.epochs": "20", "train.checkpoint_every": "1"})
@@ -66,7 +50,7 @@ def test_a_comparison_on_workers_says_what_a_local_one_says_and_trains_each_cell
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     command += ["--methods", how["methods"], "--against", "lora", "--seeds", "2", "--store", str(tmp_path / "there")]
     driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
-    lost, other = (worker(str(tmp_path / "there"), "--slots", "1") for _ in range(2))
+    lost, other = (start(str(tmp_path / "there"), "--slots", "1") for _ in range(2))
     until(lambda: any(len(list(there.curve(each["id"]))) > 1 for each in there.runs() if lives(there, each, lost)), 400)
     kill_all(lost)
     driver.send_signal(signal.SIGKILL)
@@ -97,7 +81,7 @@ def lives(workspace: Workspace, run: Any, process: subprocess.Popen[str]) -> boo
 
 
 @pytest.mark.slow
-def test_a_worker_does_one_job_and_ends_with_its_state(tmp_path: Path, worker: Any) -> None:
+def test_a_worker_does_one_job_and_ends_with_its_state(tmp_path: Path, start: Any) -> None:
     recipe, workspace = recipe_in(tmp_path), Workspace(tmp_path / "store")
     where = str(tmp_path / "store")
     good, other = (
@@ -107,7 +91,7 @@ def test_a_worker_does_one_job_and_ends_with_its_state(tmp_path: Path, worker: A
     bad = workspace.queue.submit(recipe.with_overrides({"data.text": "nothing"}))["id"]
 
     def ended(*words: str) -> tuple[int, str]:
-        process = worker(where, *words)
+        process = start(where, *words)
         _, err = process.communicate(timeout=300)
         return process.returncode, err
 

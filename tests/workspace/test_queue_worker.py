@@ -6,10 +6,8 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -214,21 +212,6 @@ def machine(new_url: Callable[..., str], tmp_path: Path, monkeypatch: pytest.Mon
     kernels.library()  # compiled before the workers start, which would each compile them
     url = new_url()
     return lambda name: url.replace(str(tmp_path / "local"), str(tmp_path / name))
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def start(url: str, *more: str) -> subprocess.Popen[str]:
-        command, pipe = [sys.executable, "-m", "turret", "worker", "--store", url, *more], subprocess.PIPE
-        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd="/"))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.kill()
-        each.communicate()
 
 
 def test_a_worker_until_empty_does_not_try_for_ever(workspace, monkeypatch) -> None:
