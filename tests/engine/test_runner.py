@@ -14,6 +14,7 @@ from small_models import FAMILIES, GENERATORS
 from tiny_training import base
 
 from turret.adapters import Adapter, classify_logits
+from turret.engine import runner as runner_module
 from turret.engine.runner import DecodeStep, Prefill, Runner, pass_tokens
 from turret.methods import Method, Peft, Prefix
 from turret.ops.table import without
@@ -163,6 +164,66 @@ def hf_greedy(model: Any, prompt: Any, count: int) -> list[int]:
         pad_token_id=0,
     )
     return out[0, 1 if model.config.is_encoder_decoder else len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+@torch.no_grad()
+def test_a_prompt_in_several_passes_gives_the_same_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside short prompts and rows that decode, with LoRA, prefixes and the bare base; also after a failed pass."""
+    adapters, models = set_of(family, "generate", "all")
+    runner = runner_of(family, "generate", adapters)
+    models = [alone(family, "generate", None), *models]
+    inputs = with_eos(runner.model, rows(lengths=[23, 4, 11, 16, 3]))
+    slots, target = [3, 1, 0, 6, 2], torch.tensor([17, 23])
+    sizes: list[int] = []
+    runner.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+
+    def both(failing: bool = False) -> list[torch.Tensor]:
+        """The logits after each prompt and after one more token. The first row decodes while the others begin."""
+        kv_slots = [runner.kv_slot(len(row), 2, slot) for row, slot in zip(inputs, slots, strict=True)]
+        fresh = [Prefill(r.tolist(), slot, kv_slot) for r, slot, kv_slot in zip(inputs, slots, kv_slots, strict=True)]
+        if failing:
+            with monkeypatch.context() as broken:
+                broken.setattr(Runner, "_outcome", lambda *_: (_ for _ in ()).throw(MemoryError))
+                with pytest.raises(MemoryError):
+                    runner.run(fresh[:1])
+        first = [runner.run(fresh[:1]).vocabulary[0]]
+        begun = runner.run(fresh[1:], [DecodeStep(17, slots[0], kv_slots[0])]).vocabulary
+        steps = [DecodeStep(17, slot, kv_slot) for slot, kv_slot in zip(slots[1:], kv_slots[1:], strict=True)]
+        runner.cache.close(kv_slots[0])
+        second = [begun[-1], *runner.run([], steps).vocabulary]
+        first += begun[:-1]
+        for kv_slot in kv_slots[1:]:
+            runner.cache.close(kv_slot)
+        return [torch.stack(each) for each in zip(first, second, strict=True)]
+
+    whole = both()
+    assert max(sizes) == 35, "the control: four prompts and a token in one pass"
+    monkeypatch.setattr(runner_module, "PROMPT_PASS", 7)
+    sizes.clear()
+    for failing in (False, True):
+        cut = both(failing)
+        for row, slot in enumerate(slots):
+            wanted = own_target_logits(models[slot], [inputs[row]], [target])
+            torch.testing.assert_close(cut[row], wanted, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(cut[row], whole[row], atol=1e-5, rtol=1e-5)
+    assert sizes[:4] == [7, 7, 7, 2], "the prompt of 23 tokens"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral"])
+@torch.no_grad()
+def test_a_prompt_under_a_sliding_window_stays_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier keys would be seen from beyond the window, as a prefix is."""
+    runner = runner_of(family, "generate", [])
+    monkeypatch.setattr(runner_module, "PROMPT_PASS", 7)
+    sizes: list[int] = []
+    runner.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    runner.run([Prefill(list(range(2, 25)), 0, runner.kv_slot(23, 1, 0))])
+    assert sizes == [23]
 
 
 @pytest.mark.parametrize("family", GENERATORS)

@@ -35,6 +35,7 @@ from turret.engine.adapter_tensors import (
     factor_layout,
     tensor_layout,
 )
+from turret.engine.cache import KVSlot
 from turret.errors import AdapterError
 from turret.families.family import Family, HeadKind, head_of
 from turret.ops.copies import real_gpu, uploaded
@@ -204,6 +205,7 @@ class AdapterPool:
         self._latest: tuple[Sequence[AdapterTensors | None], Sequence[Stack] | None] = (), None  # of the decode rows
         self._head_rows: list[tuple[int, int]] = []  # while heads are computed: (slot, rows)
         self._scaled: dict[str, list[Span]] = {}  # the adapters of the current pass that scale, by stream
+        self._begun: Mapping[int, KVSlot] = {}  # see `begin`
         self._alone: AdapterTensors | None = None  # of the only row, if rows pass one by one
 
     # --- loading ------------------------------------------------------------------------------------------------------
@@ -287,14 +289,23 @@ class AdapterPool:
 
     # --- a pass -------------------------------------------------------------------------------------------------------
 
-    def begin(self, slots: Sequence[int], lengths: Mapping[str, Sequence[int]], steps: Sequence[int]) -> None:
+    def begin(
+        self,
+        slots: Sequence[int],
+        lengths: Mapping[str, Sequence[int]],
+        steps: Sequence[int],
+        begun: Mapping[int, KVSlot] | None = None,
+    ) -> None:
         """Lay out a pass.
 
         Args:
             slots: The slot of each prefill row, sorted.
             lengths: Tokens of each prefill row, by stream ("encoder", "decoder").
             steps: The slot of each decode row; their tokens follow those of the prefill rows.
+            begun: KV slots of prompts whose earlier tokens were read, by a number below 0: `keys_values` of that number
+                are those of the earlier tokens, so the attention sees them as it sees a prefix.
         """
+        self._begun = begun or {}
         rows_of = {stream: list(zip(slots, counts, strict=True)) for stream, counts in lengths.items()}
         if "decoder" in rows_of:
             rows_of["decoder"] += [(slot, 1) for slot in steps]
@@ -411,7 +422,7 @@ class AdapterPool:
 
     def finish(self) -> None:
         """Forget the layout of the pass."""
-        self._rows, self._scaled = {}, {}
+        self._rows, self._scaled, self._begun = {}, {}, {}
 
     def free_decoding(self) -> None:
         """Free what is kept from one pass to the next for rows that decode."""
@@ -449,7 +460,15 @@ class AdapterPool:
         return self._heads[kind]
 
     def keys_values(self, slot: int, group: str, layer: int) -> Pair | None:
-        """A slot's prefix in one attention layer: keys and values, each (H_kv, P, D); None without one."""
+        """What a slot's rows see before their own tokens in one attention layer: see `begin`.
+
+        Returns:
+            Keys and values, each (H_kv, P, D); None without a prefix.
+        """
+        if slot < 0:
+            kv_slot = self._begun[slot]
+            keys, values = kv_slot.block.stored[group][layer][:, kv_slot.index, :, : kv_slot.lengths[group]]
+            return keys, values
         loaded = self.at(slot)
         if loaded is None or group not in loaded.prefix:
             return None

@@ -205,8 +205,9 @@ class PassCache:
             if kv_slot is None:
                 continue
             stored, (start, end), at = kv_slot.block.stored[group][layer], spans[stream], 0
-            prefix = self._pool.keys_values(slot, group, layer)
-            if prefix is not None:
+            if slot < 0:  # the earlier part of the prompt is here
+                at = kv_slot.lengths[group]
+            elif (prefix := self._pool.keys_values(slot, group, layer)) is not None:
                 at = prefix[0].shape[1]
                 stored[0, kv_slot.index, :, :at], stored[1, kv_slot.index, :, :at] = prefix
             stored[0, kv_slot.index, :, at : at + end - start] = keys[0, :, start:end]

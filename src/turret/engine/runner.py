@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ SHORT_PASS, LONG_PASS = 512, 1024  # tokens
 WIDTHS = 32  # of the base: what one token of a pass has in memory at a time
 SCORES = 4  # of each row that decodes: the logits, and what choosing makes of them
 GPU_PASS = 4096  # tokens: fewer leave a GPU waiting for launches
+PROMPT_PASS = 4096  # tokens of one prompt in a pass: its memory grows with them
 PROMPT_ROWS = 128  # tokens of a prompt whose scores are in memory at a time
 SMALL = 5000  # layers times width of an encoder that gets long passes
 
@@ -49,6 +50,7 @@ class Prefill:
     logprobs: int | None = None  # alternatives to report with each token of the prompt; None: report nothing
     segments: Sequence[int] | None = None  # of each token; None: all are in the first
     read: Sequence[int] | None = None  # the tokens that a head for tokens reads; None: a head reads the text
+    earlier: int = 0  # tokens of the prompt that earlier passes have read; they are in the KV slot
 
     @property
     def row(self) -> Tensor:
@@ -109,6 +111,8 @@ class Runner:
         self._is_encoder_decoder = base.family.is_encoder_decoder
         self._offset = base.family.position_offset(self.model.config)
         self._pooling = base.family.pooling(self.model.config)  # of a text to classify
+        windowed = any(base.family.window(site.module) is not None for site in self.adapter_pool.attached.sites)
+        self._cuts = base.family.decoder_only and not windowed  # whether a prompt may take several passes
 
     def close(self) -> None:
         """Remove the hooks from the base."""
@@ -150,7 +154,11 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, prefill: Sequence[Prefill], steps: Sequence[DecodeStep] = ()) -> Outcome:
-        """Run one pass. The lengths of the KV slots grow by their new tokens, unless the pass fails."""
+        """Run one pass. The lengths of the KV slots grow by their new tokens, unless the pass fails.
+
+        A prompt beyond PROMPT_PASS takes several passes: the last of them is this one.
+        """
+        prefill = [self._begun(row) for row in prefill]
         order = sorted(range(len(prefill)), key=lambda row: prefill[row].slot)
         rows = [prefill[row] for row in order]
         step_order = sorted(range(len(steps)), key=lambda row: (id(steps[row].kv_slot.block), steps[row].kv_slot.index))
@@ -158,6 +166,20 @@ class Runner:
         states = self._body(rows, sorted_steps)
         self._grow(rows, sorted_steps)
         return self._outcome(prefill, steps, rows, order, step_order, states)
+
+    def _begun(self, row: Prefill) -> Prefill:
+        """What is left of a prompt for its last pass. The passes before it run here, each of one part of the prompt."""
+        if not self._cuts or row.kv_slot is None or row.logprobs is not None or len(row.ids) <= PROMPT_PASS:
+            return row
+        row.kv_slot.lengths = dict.fromkeys(row.kv_slot.lengths, 0)  # this may be another try
+        parts = [
+            replace(row, ids=row.ids[start : start + PROMPT_PASS], earlier=start)
+            for start in range(0, len(row.ids), PROMPT_PASS)
+        ]
+        for part in parts[:-1]:
+            self._body([part], [])
+            self._grow([part], [])
+        return parts[-1]
 
     # --- the body -----------------------------------------------------------------------------------------------------
 
@@ -183,7 +205,7 @@ class Runner:
         family = self.base.family
         lengths = [len(row.ids) for row in rows]
         ids, call = self._tokens(rows, steps)
-        starts = [self._start(row.slot) for row in rows]
+        starts = [self._start(row.slot) + row.earlier for row in rows]
         positions = _positions(lengths, starts, [self._at(step) for step in steps], self._offset)
         kind = family.kind
         spans = [{"decoder": span} for span in _spans(lengths)]
@@ -264,10 +286,11 @@ class Runner:
         read: Tensor | None = None,
     ) -> Iterator[None]:
         """Set what the hooks read, for the length of the pass."""
-        slots = [row.slot for row in rows]
-        self.adapter_pool.begin(slots, lengths, [step.slot for step in steps])
         counts = {stream: sum(each) for stream, each in lengths.items()}
-        prefill = [(row.kv_slot, row.slot, span) for row, span in zip(rows, spans, strict=True)]
+        begun = {-1 - place: row.kv_slot for place, row in enumerate(rows) if row.earlier and row.kv_slot is not None}
+        slots = [-1 - place if row.earlier else row.slot for place, row in enumerate(rows)]
+        prefill = [(row.kv_slot, slot, span) for row, slot, span in zip(rows, slots, spans, strict=True)]
+        self.adapter_pool.begin([row.slot for row in rows], lengths, [step.slot for step in steps], begun)
         context = self.adapter_pool.attached.context
         with set_context(context, slots, lengths, in_body=True, read=read):
             if steps or any(kv_slot is not None for kv_slot, _, _ in prefill):
@@ -295,9 +318,11 @@ class Runner:
             if row.kv_slot is None:
                 continue
             for group in row.kv_slot.lengths:
-                P = self._prefix(row.slot, group)
+                P = row.kv_slot.lengths[group] if row.earlier else self._prefix(row.slot, group)
                 tokens = len(row.ids) if group == "cross" or not self._is_encoder_decoder else 1
-                row.kv_slot.prefixes[group], row.kv_slot.lengths[group] = P, P + tokens
+                row.kv_slot.lengths[group] = P + tokens
+                if not row.earlier:
+                    row.kv_slot.prefixes[group] = P
         for step in steps:
             step.kv_slot.lengths["decoder"] += 1
 
