@@ -39,7 +39,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -65,6 +65,7 @@ from sqlalchemy import (
     text,
     true,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 
 from turret.access import DEFAULT, OPERATOR, Access
@@ -77,6 +78,7 @@ from turret.sqlite import Sqlite
 
 OLDEST, SCHEMA = "0012", "0017"  # the first and the newest file in migrations/versions, as a test checks
 TRAINING, CELL, BATCH = "training", "cell", "batch"  # kinds of jobs
+UPSERTED = 500  # rows of a statement
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 
 metadata = MetaData(
@@ -430,6 +432,21 @@ def insert_row(connection: Connection, table: Table, row: JsonMapping) -> int:
     key = connection.execute(insert(table).values(row)).inserted_primary_key
     assert key is not None
     return int(key[0])
+
+
+def upsert(connection: Connection, table: Table, rows: Sequence[JsonMapping], *, add: bool = False) -> None:
+    """Insert rows with different primary keys, many by one statement. Where one is there, its other columns change.
+
+    Args:
+        add: the new numbers are added to those that are there.
+    """
+    insert_into = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    for start in range(0, len(rows), UPSERTED):
+        new = insert_into(table).values(rows[start : start + UPSERTED])
+        changed = {each.name: new.excluded[each.name] for each in table.c if not each.primary_key}
+        if add:
+            changed = {name: table.c[name] + value for name, value in changed.items()}
+        connection.execute(new.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed))
 
 
 def _schema_of(connection: Connection) -> str | None:

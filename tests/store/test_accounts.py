@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Engine, event, text
 
 from turret.access import Access
 from turret.audit import read as actions
@@ -46,6 +46,27 @@ def test_the_database_refuses_to_change_or_remove_an_action(store: Store, put, s
         connection.execute(text(statement))
     with store.database().reading() as connection:
         assert [(each.verb, each.what) for each in actions(connection)] == [("put", "a@1")]
+
+
+def test_the_sums_of_many_adapters_and_quotas_are_written_by_few_statements(store: Store) -> None:
+    """All servers of a store share one writer, so what each of them writes must be short."""
+    database, said = store.database(make=True), list[str]()
+    log, budgets = usage.UsageLog(database), usage.Budgets(database)
+    hear = lambda connection, cursor, statement, *more: said.append(statement)
+    for _ in range(2):  # new rows, and the same again
+        for number in range(700):
+            log.add("default", f"a{number}", 1, number, 2)
+        event.listen(Engine, "before_cursor_execute", hear)
+        try:
+            log.flush()
+            charged = [(f"token {number}", "tokens", 1000, -float(number)) for number in range(700)]
+            levels = budgets.change(charged, budgets.writer.next())
+        finally:
+            event.remove(Engine, "before_cursor_execute", hear)
+    assert len(said) < 2 * 2 * 20
+    kept = {each.adapter: (each.requests, each.prompt_tokens, each.completion_tokens) for each in usage.read(database)}
+    assert (len(kept), kept["a0"], kept["a699"]) == (700, (2, 0, 4), (2, 1398, 4))
+    assert 0 <= levels["token 500", "tokens"] < 500 < levels["token 1", "tokens"] < 1000
 
 
 def test_a_name_of_several_adapters_that_is_too_long_is_cut(store: Store, put) -> None:

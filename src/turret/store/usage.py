@@ -1,8 +1,9 @@
 """Usage: requests and tokens by tenant, adapter and UTC day.
 
-A server adds up what it answers, and writes the sums every `SECONDS`, and when it ends. So a killed server loses what
-it answered in that time, and one that is stopped by SIGTERM nothing. While the store cannot be reached the sums grow.
-A flush that is tried again is counted once (`turret.store.usage`). A server of a read-only store counts nothing.
+A server adds up what it answers, and writes the sums every `SECONDS`, less often while the store is busy, and when it
+ends. So a killed server loses what it answered in that time, and one that is stopped by SIGTERM nothing. While the
+store cannot be reached the sums grow. A flush that is tried again is counted once (`turret.store.usage`). A server of a
+read-only store counts nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -23,15 +24,15 @@ from sqlalchemy import (
     Integer,
     String,
     Table,
-    and_,
     delete,
     insert,
     or_,
     select,
+    tuple_,
     update,
 )
 
-from turret.database import Database, adapters, bytewise, metadata
+from turret.database import UPSERTED, Database, adapters, bytewise, metadata, upsert
 from turret.json_types import JsonObject
 from turret.store.leases import clock
 from turret.visibility import access_of, seen_adapters
@@ -151,22 +152,15 @@ class UsageLog:
     def _write(self, number: int) -> None:
         with self._database.writing() as connection:
             if self._writer.is_first(connection, number):
-                for key, counts in sorted(self._unsure.items()):
-                    _count(connection, key, counts)
+                sums = [
+                    dict(zip(COLUMNS, (*key, *counts), strict=True)) for key, counts in sorted(self._unsure.items())
+                ]
+                upsert(connection, usage, sums, add=True)
         self._unsure = {}
 
     def _add(self, key: tuple[str, str, str], counts: list[int]) -> None:
         known = self._sums.setdefault(key, [0] * len(COUNTS))
         self._sums[key] = [a + b for a, b in zip(known, counts, strict=True)]
-
-
-def _count(connection: Connection, key: tuple[str, str, str], counts: list[int]) -> None:
-    """Add to a row, in a transaction that is the only writer."""
-    named, values = dict(zip(COLUMNS, key, strict=False)), dict(zip(COUNTS, counts, strict=True))
-    row = and_(*(usage.c[column] == value for column, value in named.items()))
-    more = {column: usage.c[column] + value for column, value in values.items()}
-    if connection.execute(update(usage).where(row).values(more)).rowcount == 0:
-        connection.execute(insert(usage).values(named | values))
 
 
 def read(database: Database, since: str | None = None, until: str | None = None) -> Sequence[Usage]:
@@ -202,6 +196,7 @@ def _seen(connection: Connection) -> ColumnElement[bool]:
 # server gives unused requests back after a second.
 
 
+Key = tuple[str, str]  # name, unit
 Amount = tuple[str, str, int, float]  # name, unit, limit per minute, amount
 BATCH = 32  # a batch is at most 1/32 of the requests that are left
 UNUSED_BUCKET = 3600.0  # seconds after which a bucket that nobody used is removed if it is full
@@ -225,47 +220,50 @@ class Budgets:
 
     def take(self, name: str, unit: str, per_minute: int) -> tuple[int, float]:
         """Take a batch. Returns how many, and if there is none, the seconds until there is one."""
+        key = name, unit
         with self._database.writing() as connection:
-            level = _level(connection, name, unit, per_minute)
+            now = clock(connection)
+            level = _levels(connection, {key: per_minute}, now)[key]
             if level < 1 - 1e-9:
                 return 0, (1 - level) * 60 / per_minute
             count = max(1, int(level / BATCH))
-            _change(connection, name, unit, -count)
+            _set_levels(connection, {key: level - count}, {key: per_minute}, now)
             return count, 0.0
 
-    def change(self, amounts: Iterable[Amount], number: int) -> dict[tuple[str, str], float]:
-        """Add amounts, negative ones to charge tokens. Returns the levels after that, by name and unit.
+    def change(self, amounts: Iterable[Amount], number: int) -> dict[Key, float]:
+        """Add amounts, negative ones to charge tokens. Returns the levels after that.
 
         Args:
             number: of this flush, from `writer.next()`; the same one adds the amounts once.
         """
-        levels = {}
+        wanted = list(amounts)
+        limits = {(name, unit): per_minute for name, unit, per_minute, _ in wanted}
         with self._database.writing() as connection:
-            first = self.writer.is_first(connection, number)
-            for name, unit, per_minute, wanted in amounts:
-                amount = wanted if first else 0.0
-                level = _level(connection, name, unit, per_minute)
-                _change(connection, name, unit, min(amount, per_minute - level))
-                levels[name, unit] = min(level + amount, per_minute)
-            late = (budgets.c.at < clock(connection) - UNUSED_BUCKET) & (budgets.c.level >= 0)
+            now, first = clock(connection), self.writer.is_first(connection, number)
+            levels = _levels(connection, limits, now)
+            if first:
+                for name, unit, per_minute, amount in wanted:
+                    levels[name, unit] = min(levels[name, unit] + amount, per_minute)
+            _set_levels(connection, levels, limits, now)
+            late = (budgets.c.at < now - UNUSED_BUCKET) & (budgets.c.level >= 0)
             connection.execute(delete(budgets).where(late))
         return levels
 
 
-def _level(connection: Connection, name: str, unit: str, per_minute: int) -> float:
-    """Refill a bucket up to now, and return its level. A new one, or one with another limit, is full."""
-    chosen, now = (budgets.c.name == name) & (budgets.c.unit == unit), clock(connection)
-    row = connection.execute(select(budgets).where(chosen)).first()
-    if row is None or row.per_minute != per_minute:
-        connection.execute(delete(budgets).where(chosen))
-        values = {"name": name, "unit": unit, "per_minute": per_minute, "level": float(per_minute), "at": now}
-        connection.execute(insert(budgets).values(values))
-        return float(per_minute)
-    level: float = min(float(per_minute), row.level + max(0.0, now - row.at) * per_minute / 60)
-    connection.execute(update(budgets).where(chosen).values(level=level, at=now))
-    return level
+def _levels(connection: Connection, limits: Mapping[Key, int], now: float) -> dict[Key, float]:
+    """The levels of buckets, refilled up to now. A new one, or one with another limit per minute, is full."""
+    levels = {key: float(limit) for key, limit in limits.items()}
+    keys = sorted(limits)
+    for start in range(0, len(keys), UPSERTED):
+        chosen = tuple_(budgets.c.name, budgets.c.unit).in_(keys[start : start + UPSERTED])
+        for row in connection.execute(select(budgets).where(chosen)):
+            limit = limits[row.name, row.unit]
+            if row.per_minute == limit:
+                levels[row.name, row.unit] = min(limit, row.level + max(0.0, now - row.at) * limit / 60)
+    return levels
 
 
-def _change(connection: Connection, name: str, unit: str, amount: float) -> None:
-    chosen = (budgets.c.name == name) & (budgets.c.unit == unit)
-    connection.execute(update(budgets).where(chosen).values(level=budgets.c.level + amount))
+def _set_levels(connection: Connection, levels: Mapping[Key, float], limits: Mapping[Key, int], now: float) -> None:
+    columns = ("name", "unit", "per_minute", "level", "at")
+    rows = [dict(zip(columns, (*key, limits[key], level, now), strict=True)) for key, level in sorted(levels.items())]
+    upsert(connection, budgets, rows)
