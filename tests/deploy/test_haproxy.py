@@ -27,7 +27,7 @@ from turret.workspace import Workspace
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 HAPROXY = shutil.which("haproxy")
-NAMES = "abcdefgh"
+NAMES = "abdfhimq"  # HAProxy gives each of its servers some of them
 CLIENTS = 8
 
 pytestmark = [
@@ -201,12 +201,16 @@ class Load:
         return None
 
 
-def killed_under_load(servers: list[Server], proxy: Proxy, load: Load) -> int:
-    """Kill a server that is answering; the number of requests that were in flight there, or more."""
+def killed_under_load(servers: list[Server], proxy: Proxy, load: Load, victim: int | None = None) -> int:
+    """Kill a server that is answering; the number of requests that were in flight there, or more.
+
+    Args:
+        victim: its place; None: the one that answers most.
+    """
     with load.running():
         until(lambda: sum(load.answered.values()) > 3 * CLIENTS, 120)
         until(lambda: max(each.in_flight() for each in servers) > 0, 60)
-        busiest = max(servers, key=Server.in_flight)
+        busiest = max(servers, key=Server.in_flight) if victim is None else servers[victim]
         before = Counter(load.answered)
         busiest.signal(signal.SIGKILL)
         assert busiest.process is not None
@@ -249,16 +253,26 @@ def test_an_adapter_that_many_ask_is_answered_by_more_than_one_server(servers, t
 
 
 def test_control_without_the_bound_one_server_would_answer_alone(servers, tmp_path) -> None:
-    with proxied(servers, tmp_path, lambda text: text.replace("hash-balance-factor 125", "")) as proxy:
+    with proxied(servers, tmp_path, lambda text: text.replace("hash-balance-factor 200", "")) as proxy:
         assert len(asked_at_once(proxy, "a")) == 1
 
 
-def test_no_question_fails_when_one_of_three_servers_is_killed_under_eight_clients(servers, tmp_path) -> None:
+@pytest.mark.parametrize("victim", [0, 1, 2], ids=["one", "two", "three"])
+def test_no_question_fails_when_one_of_three_servers_is_killed_under_eight_clients(servers, tmp_path, victim) -> None:
     with proxied(servers, tmp_path) as proxy:
         load = Load(proxy)
-        killed_under_load(servers, proxy, load)
+        killed_under_load(servers, proxy, load, victim)
         assert load.failures == []
         assert len(load.answered) == 3
+
+
+def test_control_with_too_little_room_at_the_others_a_second_try_goes_to_the_dead_server(servers, tmp_path) -> None:
+    """`two` is the server at the end of HAProxy's ring, where its search ends if no server has room."""
+    tight = lambda text: text.replace("hash-balance-factor 200", "hash-balance-factor 125")
+    with proxied(servers, tmp_path, tight) as proxy:
+        load = Load(proxy)
+        killed_under_load(servers, proxy, load, 1)
+        assert any(each.startswith("503") for each in load.failures)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
