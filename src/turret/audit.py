@@ -7,12 +7,15 @@ process, or the token of a request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from sqlalchemy import JSON, Column, ColumnElement, Connection, Integer, String, Table, func, insert, select, true
 
-from turret.database import adapters, bytewise, metadata
+from turret.database import Database, adapters, bytewise, metadata
+from turret.errors import StoreError
 from turret.json_types import JsonMapping, JsonObject
 from turret.visibility import access_of, seen_adapters
 
@@ -98,3 +101,73 @@ def _seen(connection: Connection) -> ColumnElement[bool]:
     if access_of(connection).whole:
         return true()
     return audit.c.adapter.in_(select(adapters.c.name).where(seen_adapters(connection)))
+
+
+# --- following --------------------------------------------------------------------------------------------------------
+# A server follows what all tenants do by the audit log: one statement at each look, however many tenants there are.
+
+
+Subject = Literal["aliases", "experiments", "tokens"]
+Mark = tuple[int, int]
+LOOK_SECONDS = 0.2  # between two looks of a process
+_SUBJECTS: dict[str, Subject] = {  # the first word of a verb -> what the action may change
+    "promote": "aliases",
+    "rollback": "aliases",
+    "delete": "aliases",
+    "experiment": "experiments",
+    "token": "tokens",
+}
+
+
+class NewestActions:
+    """The newest action of each tenant on its aliases, experiments and tokens. Safe to use from several threads.
+
+    The log is append-only and has one writer at a time, so its ids are in the order of the commits. A look reads the
+    last known row again, and what came after it. If that row is another one now, the catalog was restored from a copy,
+    and every mark changes.
+    """
+
+    def __init__(self, database: Database, clock: Callable[[], float], seconds: float = LOOK_SECONDS) -> None:
+        self._database, self._clock, self._seconds = database, clock, seconds
+        self._lock = threading.Lock()
+        self._looked_at = float("-inf")
+        self._problem: StoreError | None = None
+        self._last: tuple[int, str] | None = None  # id and time of the newest row
+        self._restored = 0  # how often the log did not continue
+        self._newest: dict[tuple[Subject, str | None], int] = {}
+
+    def mark(self, subject: Subject, tenant: str | None = None) -> Mark:
+        """What differs after any action on the subject, of one tenant or of all. Look before you read the subject.
+
+        Raises:
+            StoreError: the catalog cannot be reached. It is asked again after `seconds`.
+        """
+        with self._lock:
+            if self._clock() - self._looked_at >= self._seconds:
+                try:
+                    self._look()
+                    self._problem = None
+                except StoreError as error:
+                    self._problem = error
+                self._looked_at = self._clock()
+            if self._problem is not None:
+                raise self._problem
+            return self._restored, self._newest.get((subject, tenant), 0)
+
+    def _look(self) -> None:
+        rows, last = (
+            select(audit.c.id, audit.c.at, audit.c.tenant, audit.c.verb).order_by(audit.c.id.desc()),
+            self._last,
+        )
+        with self._database.reading() as connection:
+            found = [] if last is None else connection.execute(rows.where(audit.c.id >= last[0])).all()
+            continues = bool(found) and (found[-1].id, found[-1].at) == last
+            if not continues:
+                found = connection.execute(rows.limit(1)).all()
+        if continues:
+            for row in reversed(found[:-1]):
+                if subject := _SUBJECTS.get(row.verb.partition(" ")[0]):
+                    self._newest[subject, row.tenant] = self._newest[subject, None] = row.id
+        elif last is not None or found:
+            self._restored += 1
+        self._last = (found[0].id, found[0].at) if found else None

@@ -109,6 +109,21 @@ def test_the_adapter_that_was_not_used_for_longest_leaves_whichever_engine_has_i
     assert (first.stats().evictions, second.stats().evictions) == (0, 1)
 
 
+def test_an_adapter_that_nobody_asks_is_loaded_only_where_it_evicts_none(
+    two, shelf: Measured, writer: Measured
+) -> None:
+    first, second, budget = two
+    budget.limit = shelf.sizes["a@1"] + writer.sizes["w@1"] + min(shelf.sizes.values()) - 1
+    assert second.warm_ahead("w")
+    assert first.warm_ahead("a")
+    assert not any(first.warm_ahead(name) for name in "bcde")
+    assert not second.warm_ahead("x")
+    assert first.warm_ahead("a"), "it is in memory"
+    assert [{each.version for each in engine.loaded()} for engine in two[:2]] == [{"a@1"}, {"w@1"}]
+    first.warm("e")
+    assert first.stats().evictions + second.stats().evictions > 0, "the control"
+
+
 def test_an_adapter_waits_for_one_of_the_other_engine_that_is_in_use(two, shelf: Measured, writer: Measured) -> None:
     first, second, budget = two
     budget.limit = largest(shelf, writer)

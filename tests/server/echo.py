@@ -256,6 +256,10 @@ class Echo:
         self._load(named).pinned |= pin
         return named
 
+    def warm_ahead(self, reference: str) -> bool:
+        self.warm(reference)
+        return True
+
     def unload(self, reference: str) -> None:
         named = self._resolve(reference)
         with self._lock:

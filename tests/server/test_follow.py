@@ -21,6 +21,7 @@ class World:
     points: dict[tuple[str, str], Pointing] = field(default_factory=dict)
     memory: set[str] = field(default_factory=set)
     bad: set[str] = field(default_factory=set)
+    room: int = 100  # adapters
     now: float = 0.0
     looks: int = 0
 
@@ -41,11 +42,18 @@ class World:
             raise AdapterError(f"{reference} cannot be mounted")
         self.memory.add(f"sha256:{reference}")
 
+    def warm_ahead(self, reference: str) -> bool:
+        if len(self.memory) >= self.room:
+            return False
+        self.warm(reference)
+        return True
+
     def follow(self) -> AliasWatcher:
         return AliasWatcher(
             lambda: self.number,
             self.pointing,
             self.warm,
+            self.warm_ahead,
             self.memory.__contains__,
             bases={"ours"},
             alias="production",
@@ -116,16 +124,34 @@ def test_loading_ahead_takes_a_little_time_of_each_look() -> None:
         world.move(f"n{number}@1", name=f"n{number}")
     follow = world.follow()
 
-    def slow(reference: str) -> None:
+    def slow(reference: str) -> bool:
         world.now += 0.4
         world.memory.add(reference)
+        return True
 
-    follow._warm = slow
+    follow._warm_ahead = slow
     follow.poll(0.5)
     assert (len(world.memory), follow.ready) == (2, False)
     follow.poll(0.5)
     follow.poll(0.5)
     assert (len(world.memory), follow.ready) == (5, True)
+
+
+def test_what_nobody_asks_yet_is_loaded_as_long_as_there_is_room_and_evicts_nothing() -> None:
+    world = World(room=2)
+    for name in "abcd":
+        world.move(f"{name}@1", name=name)
+    follow = world.follow()
+    follow.poll()
+    assert follow.ready
+    assert world.memory == {"sha256:a@1", "sha256:b@1"}
+    assert [follow.version_of(name, None) for name in "abcd"] == [1, 1, 1, 1]
+    for name in "ad":
+        world.move(f"{name}@2", name=name)
+    follow.poll()
+    assert world.memory == {"sha256:a@1", "sha256:b@1", "sha256:a@2"}, "the one that replaces one in memory alone"
+    assert (follow.version_of("a", None), follow.version_of("d", None)) == (2, 2)
+    assert (follow.failures, follow.failed_moves) == (0, {})
 
 
 def test_nothing_is_read_while_no_alias_moves() -> None:
@@ -237,7 +263,14 @@ def test_plain_names_mean_the_followed_alias() -> None:
     world.move("a@2", alias="candidate")
     world.move("b@1", name="b")
     follow = AliasWatcher(
-        lambda: world.number, world.pointing, world.warm, bool, bases={"ours"}, alias="candidate", clock=lambda: 0.0
+        lambda: world.number,
+        world.pointing,
+        world.warm,
+        world.warm_ahead,
+        bool,
+        bases={"ours"},
+        alias="candidate",
+        clock=lambda: 0.0,
     )
     follow.poll()
     assert [follow.exact(each) for each in ("a", "a@production", "b")] == ["a@2", "a@1", "b"]

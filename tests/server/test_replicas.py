@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import itertools
 import json
 import threading
 import time
@@ -16,13 +18,16 @@ from server.echo import FINGERPRINT, LABELS, Echo
 from server.patience import until
 from store.bundles import tensors, write_bundle
 
+from turret.access import Access
+from turret.audit import LOOK_SECONDS, NewestActions
 from turret.client import AsyncClient
 from turret.errors import Draining, NotFound, QuotaSpent, StoreError, TurretError
+from turret.server.logs import Log
 from turret.server.metrics import Metrics
 from turret.server.quotas import Quota, SharedQuotas
 from turret.server.replica import Leader
 from turret.server.sessions import COOKIE
-from turret.server.state import ServerSettings
+from turret.server.state import REST, Followers, ServerSettings
 from turret.store import Budgets, Store
 from turret.workspace import Workspace
 
@@ -178,6 +183,62 @@ def metrics(servers: list[Running]) -> list[str]:
     return [line for each in servers for line in each.client(secret).get("/metrics").text.splitlines()]
 
 
+def test_a_server_knows_by_one_look_which_tenants_changed_what(where, tmp_path) -> None:
+    store, now = Store(where), [0.0]
+    database = store.database(make=True)
+    newest = NewestActions(database, lambda: now[0])
+    subjects = [("tokens", None), ("tokens", "one"), ("tokens", "other"), ("aliases", "one"), ("experiments", "one")]
+
+    def changed(act: Callable[[], object]) -> list[int]:
+        before = [newest.mark(*each) for each in subjects]
+        act()
+        assert [newest.mark(*each) for each in subjects] == before, "it has looked again at once"
+        now[0] += 2 * LOOK_SECONDS
+        after = [newest.mark(*each) for each in subjects]
+        return [place for place, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+
+    one = Workspace(where).with_access(Access("one"))
+    assert changed(lambda: one.tokens.create("first")) == [0, 1, 2, 3, 4], "nothing was known before the first row"
+    assert changed(lambda: None) == []
+    assert changed(lambda: one.tokens.create("t")) == [0, 1]
+    assert changed(lambda: one.tokens.revoke("t")) == [0, 1]
+    assert changed(lambda: Workspace(where).tokens.create("another")) == [0]
+    one.store.put("a", write_bundle(tmp_path, tensors(1)))
+    assert changed(lambda: one.promote("a@1", "production")) == [3]
+    one.store.put("a", write_bundle(tmp_path, tensors(2)))
+    assert changed(lambda: one.experiment("a").start(["a@2"], unit="request")) == [4]
+
+    def restore() -> None:
+        """As an older copy of the catalog has it, and with one more action since."""
+        how = "audit_keeps ON audit" if "://" in where else "audit_keeps_delete"
+        with database.writing() as connection:
+            connection.exec_driver_sql(f"DROP TRIGGER {how}")
+            connection.exec_driver_sql("DELETE FROM audit WHERE id > 1")
+
+    assert changed(restore) == [0, 1, 2, 3, 4]
+    assert changed(lambda: one.tokens.create("again")) == [0, 1]
+
+
+def test_without_its_catalog_a_server_asks_for_changes_no_more_often_than_before(where, monkeypatch) -> None:
+    database, now, looks = Store(where).database(make=True), [0.0], []
+    newest = NewestActions(database, lambda: now[0])
+    newest.mark("tokens")
+
+    def away() -> object:
+        looks.append(now[0])
+        raise StoreError("the server is away")
+
+    monkeypatch.setattr(database, "reading", away)
+    now[0] += 2 * LOOK_SECONDS
+    for tenant in range(1000):
+        with pytest.raises(StoreError, match="away"):
+            newest.mark("aliases", f"tenant{tenant}")
+    assert looks == [2 * LOOK_SECONDS]
+    monkeypatch.undo()
+    now[0] += 2 * LOOK_SECONDS
+    assert newest.mark("aliases", "tenant1") is not None
+
+
 def test_metrics_carry_the_name_of_the_server(two) -> None:
     lines = [line for line in metrics(two) if not line.startswith("#")]
     assert lines
@@ -303,3 +364,21 @@ def test_a_mistake_is_not_sent_again() -> None:
     with Counting(404, code="not_found") as server, pytest.raises(NotFound):
         ask([server.url, server.url])
     assert server.requests == ["GET"]
+
+
+def test_a_thread_that_adds_sums_rests_longer_after_a_write_that_took_long() -> None:
+    """So a thousand servers that share one writer leave room for a promote."""
+    calls: dict[str, list[float]] = {"sums": [], "others": []}
+    followers = Followers(Log(io.StringIO()), lambda: None)
+
+    def work(name: str) -> None:
+        calls[name].append(time.monotonic())
+        time.sleep(0.1)
+
+    followers.start("sums", lambda: work("sums"), 0.05, rest=REST)
+    followers.start("others", lambda: work("others"), 0.05)
+    time.sleep(3)
+    followers.stop()
+    assert len(calls["sums"]) <= 3
+    assert min(b - a for a, b in itertools.pairwise(calls["sums"])) >= 0.1 * (1 + REST)
+    assert len(calls["others"]) > len(calls["sums"]), "the control"

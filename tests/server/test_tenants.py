@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastapi import APIRouter
 from server import walk
 from server.console_forms import form_token, signed_in
 from server.echo import FINGERPRINT, LABELS, Echo
+from sqlalchemy import Engine, event
 from store.bundles import tensors, write_bundle
 
 from turret.access import Access
@@ -225,6 +226,49 @@ def test_an_alias_that_moves_moves_for_its_tenant_alone(serve, workspace, put_fo
     for tenant, client in clients.items():
         versions[tenant] = client.post("/v1/classify", json={"model": "news", "input": "x"}).json()["model"]
     assert versions == {"a": "news@2", "b": "news@1"}
+
+
+@pytest.fixture
+def statements() -> Iterator[list[str]]:
+    """Every statement of this process to a database."""
+    said: list[str] = []
+
+    def hear(connection, cursor, statement: str, *more: object) -> None:
+        said.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", hear)
+    yield said
+    event.remove(Engine, "before_cursor_execute", hear)
+
+
+@pytest.mark.slow
+def test_a_server_asks_its_store_no_more_for_many_tenants_than_for_one(
+    serve, workspace, put_for, until, statements
+) -> None:
+    workspace.tokens.create("operator", ["admin"])
+    served, many = serve().served, [f"tenant{number}" for number in range(40)]
+
+    def in_three_seconds() -> int:
+        statements.clear()
+        time.sleep(3)
+        return len(statements)
+
+    alone = in_three_seconds()
+    for tenant in many:
+        put_for(tenant, "news", 41)
+        workspace.with_access(Access(tenant)).tokens.create("t")
+    until(lambda: all(tenant in served.tenants and served.tenants[tenant].ready for tenant in many))
+    assert in_three_seconds() < 2 * alone
+    moved, others = served.tenants["tenant7"], [served.tenants[each] for each in many if each != "tenant7"]
+    put_for("tenant7", "news", 42)
+    owner = workspace.with_access(Access("tenant7"))
+    statements.clear()
+    owner.promote("news@1", "production")
+    until(lambda: moved.aliases.version_of("news", None) == 1)
+    owner.experiment("news").start(["news@2"], unit="request")
+    until(lambda: [str(each) for each in moved.routing.router.all_running()] == ["news#1"])
+    assert len(statements) < 2 * alone + len(many), "a move of one tenant is read for all"
+    assert not any(each.routing.router.all_running() or each.aliases.version_of("news", None) for each in others)
 
 
 def test_equal_bytes_of_two_tenants_are_loaded_pinned_and_unloaded_apart(serve, workspace, put_for) -> None:

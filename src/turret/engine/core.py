@@ -588,7 +588,7 @@ class Engine:
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
-    def warm(self, reference: str, *, pin: bool = False) -> Named:
+    def warm(self, reference: str | Named, *, pin: bool = False) -> Named:
         """Load a version and wait until it is mounted. `pin` keeps it in memory until `unpin`.
 
         Raises:
@@ -607,6 +607,15 @@ class Engine:
                 self._warmed(warm)
         warm.done.result()
         return named
+
+    def warm_ahead(self, reference: str) -> bool:
+        """As `warm`, for a version that nobody asks yet. False, and nothing is loaded, if it would evict another."""
+        named = self._source.resolve(reference)
+        with self._wake:
+            if self._slots.find(named.key) is None and not self._slots.has_room(named.bytes):
+                return False
+        self.warm(named)
+        return True
 
     def unpin(self, reference: str) -> Named:
         """Let a version be evicted again. Raises NotFound if it is not loaded."""

@@ -178,6 +178,10 @@ class Slots:
             self.budget.changed(self)
         return evicted
 
+    def has_room(self, size: int) -> bool:
+        """Whether an adapter of that many bytes fits beside those in memory, without evicting one."""
+        return bool(self._free) and (self.memory is None or self.budget.bytes + size <= self.memory)
+
     def pin(self, entry: Entry) -> None:
         """Keep an adapter until it is unpinned.
 

@@ -1,8 +1,9 @@
 """Assign requests to versions in a server process, and log answers and outcomes.
 
-This is cheap enough for every request. Running experiments are read once a second, an assignment is a hash and a
-look-up, and the log is written in one transaction per second. Both happen in `turn`, which a server calls from its own
-thread; otherwise `assign` does it if the last read is older than a second. Safe to use from several threads.
+This is cheap enough for every request. Once a second running experiments are read, if one may have changed. An
+assignment is a hash and a look-up, and the log is written in one transaction per second. Both happen in `turn`, which a
+server calls from its own thread; otherwise `assign` does it if the last read is older than a second. Safe to use from
+several threads.
 
 A killed process loses the log of its last second. It loses no assignment, because that follows from the unit. While the
 store cannot be reached, known experiments continue, and up to `MOST_KEPT` answers of the log are kept; `problem` has
@@ -63,10 +64,12 @@ class Router:
 
     Args:
         clock: returns seconds since 1970; its time is logged.
+        mark: returns what differs after a change of an experiment; without it they are read every second.
     """
 
-    def __init__(self, database: Database, clock: Callable[[], float]) -> None:
-        self._database, self._clock = database, clock
+    def __init__(self, database: Database, clock: Callable[[], float], mark: Callable[[], object] = object) -> None:
+        self._database, self._clock, self._mark = database, clock, mark
+        self._read_mark: object = None  # of the last read
         self._lock = threading.Lock()  # for the fields below
         self._reading, self._writing = threading.Lock(), threading.Lock()  # held while the store is read or written
         self._known: dict[str, Experiment] | None = None
@@ -170,7 +173,7 @@ class Router:
     def look(self) -> None:
         """Read running experiments now."""
         with self._lock:
-            self._read_at = float("-inf")
+            self._read_at, self._read_mark = float("-inf"), None
         self._refresh(wait=True)
 
     def flush(self) -> None:
@@ -204,10 +207,12 @@ class Router:
             if now - self._read_at < REFRESH and self._known is not None:
                 return
             self._read_at = now
-            with self._database.reading() as connection:
-                running = rows.all_running(connection)
-            self._max_seconds |= {each.id: each.guards.max_seconds for each in running}
-            self._known = {each.adapter: each for each in running}
+            mark = self._mark()
+            if mark != self._read_mark:
+                with self._database.reading() as connection:
+                    running = rows.all_running(connection)
+                self._max_seconds |= {each.id: each.guards.max_seconds for each in running}
+                self._known, self._read_mark = {each.adapter: each for each in running}, mark
             self.problem = None
         except StoreError as error:
             self.problem = str(error)

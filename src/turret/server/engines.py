@@ -187,6 +187,10 @@ class SeenEngines:
     def warm(self, reference: str, *, pin: bool = False) -> Named:
         return self._adapters_base(reference).engine.warm(self._within(reference), pin=pin)
 
+    def warm_ahead(self, reference: str) -> bool:
+        """Load a version unless it would evict another; whether it is in memory now."""
+        return self._adapters_base(reference).engine.warm_ahead(self._within(reference))
+
     def unload(self, reference: str) -> Named:
         return self._adapters_base(reference).engine.unload(self._within(reference))
 

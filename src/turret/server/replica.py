@@ -84,8 +84,6 @@ QUOTA_SECONDS = 0.5  # between two writes of charges to the catalog
 SESSION_SECONDS = 1.0  # between two looks for sessions that ended on another server
 MOST_SESSIONS = 64  # that are looked up in the catalog, or wait for it
 
-Follower = tuple[str, Callable[[], None], float]  # name, what it does, seconds between two times
-
 
 class Replica:
     """One server of several on one store.
@@ -135,13 +133,6 @@ class Replica:
     def lead(self) -> bool:
         """Whether this server applies the guards of experiments now. Raises StoreError."""
         return self._database.writable() and self._guards.lead()
-
-    def followers(self) -> list[Follower]:
-        """What threads of the server do again and again."""
-        return [
-            ("turret-quotas", self.quotas.turn, QUOTA_SECONDS),
-            ("turret-sessions", self._sessions.refresh, SESSION_SECONDS),
-        ]
 
     def close(self) -> None:
         """Give back what this server holds, and stop the threads."""

@@ -27,10 +27,10 @@ from turret.tasks.task import RequestKind
 # --- aliases ----------------------------------------------------------------------------------------------------------
 # Which version each alias means on this server: the one in the store, once it is loaded.
 #
-# Any process may move an alias in the store at any time. `poll` compares the number of the newest move. If the new
-# version replaces one in memory, it is loaded first, so that no request waits for a load. If the load fails, the old
-# version stays in force, and `failed_moves` says why. An alias whose version is not in memory moves at once. Plain
-# names mean the followed alias (`production`); its versions are loaded in advance.
+# Any process may move an alias in the store at any time. `poll` compares a mark of the newest move. If the new version
+# replaces one in memory, it is loaded first, so that no request waits for a load. If the load fails, the old version
+# stays in force, and `failed_moves` says why. An alias whose version is not in memory moves at once. Plain names mean
+# the followed alias (`production`); its versions are loaded in advance, as many as memory holds.
 
 
 RETRY_SECONDS = 30.0  # until a version that could not be loaded is tried again
@@ -53,6 +53,7 @@ class AliasWatcher:
         last_move: The number of the newest move in the store.
         pointing: That number, and where every alias in the store points.
         warm: Loads a version.
+        warm_ahead: Loads a version unless it would evict another; whether it has.
         in_memory: Whether the version of a digest is loaded.
         bases: The fingerprints of the server's bases.
         alias: What plain names mean.
@@ -63,6 +64,7 @@ class AliasWatcher:
         last_move: Callable[[], int],
         pointing: Callable[[], tuple[int, Sequence[Pointing]]],
         warm: Callable[[str], Named],
+        warm_ahead: Callable[[str], bool],
         in_memory: Callable[[str], bool],
         *,
         bases: Collection[str],
@@ -70,10 +72,10 @@ class AliasWatcher:
         clock: Callable[[], float],
     ) -> None:
         self._last_move, self._pointing = last_move, pointing
-        self._warm, self._in_memory = warm, in_memory
+        self._warm, self._warm_ahead, self._in_memory = warm, warm_ahead, in_memory
         self._bases, self.alias = bases, alias
         self._clock = clock
-        self._move = -1  # the newest move that `poll` has seen
+        self._move: object = None  # the mark of the newest move that `poll` has seen
         self._stored: Mapping[Key, Pointing] = {}
         self._to_load: list[str] = []
         self._lock = threading.Lock()
@@ -84,7 +86,7 @@ class AliasWatcher:
     @property
     def ready(self) -> bool:
         """Whether the store was read and every version to load in advance was loaded, or failed to load."""
-        return self._move >= 0 and not self._to_load
+        return self._move is not None and not self._to_load
 
     def version_of(self, name: str, alias: str | None) -> int | None:
         """The version in force; None if this server does not follow the alias."""
@@ -112,23 +114,23 @@ class AliasWatcher:
         ]
         return "+".join(parts)
 
-    def poll(self, seconds: float = 0.5, newest: int | None = None) -> None:
+    def poll(self, seconds: float = 0.5, mark: object = None) -> None:
         """Follow the store once, and then load versions in advance for about that many seconds.
 
-        newest: The number of the newest move, if it was just read, for example for many tenants.
+        mark: What differs after a move, if it was just read, for example for many tenants.
         """
         with self._lock:
-            if (self._last_move() if newest is None else newest) != self._move or self._retry_due():
+            if (self._last_move() if mark is None else mark) != self._move or self._retry_due():
                 move, found = self._pointing()
                 failed = self._follow_all(found)
-                self._move = move  # at the end: until then this server is not ready
+                self._move = move if mark is None else mark  # at the end: until then this server is not ready
                 if failed is not None:
                     raise failed
             self._load_ahead(self._clock() + seconds)
 
     def _follow_all(self, found: Sequence[Pointing]) -> Exception | None:
         """Follow every alias, also if one of them fails: it is tried again later. Returns the first error."""
-        first, failed = self._move < 0, None
+        first, failed = self._move is None, None
         self._stored = {(each.name, each.alias): each for each in found}
         for key in self._in_force.keys() - self._stored.keys():
             del self._in_force[key]
@@ -161,9 +163,9 @@ class AliasWatcher:
         followed = new.alias == self.alias
         if first and followed:
             self._to_load.append(version)
-        elif followed or (old is not None and self._in_memory(old.digest)):
+        elif (replaces := old is not None and self._in_memory(old.digest)) or followed:
             try:
-                self._warm(version)
+                (self._warm if replaces else self._warm_ahead)(version)
             except errors.TurretError as error:
                 if old is not None:
                     self._fail(key, version, str(error))
@@ -179,7 +181,9 @@ class AliasWatcher:
     def _load_ahead(self, until: float) -> None:
         while self._to_load and self._clock() < until:
             try:
-                self._warm(self._to_load[0])
+                if not self._warm_ahead(self._to_load[0]):
+                    self._to_load = []  # memory is full: requests load what they ask
+                    return
             except errors.TurretError:
                 self.failures += 1  # a request for the version gets the error
             self._to_load.pop(0)

@@ -24,6 +24,7 @@ from starlette.requests import Request
 
 from turret import process
 from turret.access import DEFAULT, OPERATOR, Access
+from turret.audit import Mark, NewestActions
 from turret.database import Database, adapters, versions
 from turret.engine import Done, Event, Failed, Piece, SamplingParams
 from turret.errors import Busy, Cancelled, Draining, NotFound, TurretError
@@ -38,7 +39,7 @@ from turret.server.metrics import MOST_VERSIONS, Metrics, TenantTotals
 from turret.server.oidc import Oidc, OidcSettings
 from turret.server.pending_answers import PendingAnswers, Submission
 from turret.server.quotas import Quota
-from turret.server.replica import Replica
+from turret.server.replica import QUOTA_SECONDS, SESSION_SECONDS, Replica
 from turret.server.routing import AliasWatcher, Placement, Routing
 from turret.store.batches import Batches
 from turret.store.client_files import ClientFiles
@@ -259,9 +260,13 @@ class Followers:
         self._threads: list[threading.Thread] = []
         self.failing: set[str] = set()  # names of the parts that could not reach the store
 
-    def start(self, name: str, follow: Callable[[], None], seconds: float) -> None:
-        """Call `follow` again and again, with so many seconds in between, on a thread with this name."""
-        thread = threading.Thread(target=self._repeat, args=[name, follow, seconds], name=name, daemon=True)
+    def start(self, name: str, follow: Callable[[], None], seconds: float, rest: float = 0.0) -> None:
+        """Call `follow` again and again, with so many seconds in between, on a thread with this name.
+
+        Args:
+            rest: the pause is that many times as long as the call took, if that is longer, and MOST_REST at most.
+        """
+        thread = threading.Thread(target=self._repeat, args=[name, follow, seconds, rest], name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -271,8 +276,9 @@ class Followers:
         for each in self._threads:
             each.join(timeout=5)
 
-    def _repeat(self, part: str, follow: Callable[[], None], seconds: float) -> None:
+    def _repeat(self, part: str, follow: Callable[[], None], seconds: float, rest: float) -> None:
         while not self._stopping.is_set():
+            began = time.monotonic()
             try:
                 follow()
             except Exception as error:  # the store may be back at the next try
@@ -285,7 +291,7 @@ class Followers:
                 if part in self.failing:
                     self._log.write("follow", part=part, following=True)
                     self.failing.discard(part)
-            self._stopping.wait(seconds)
+            self._stopping.wait(max(seconds, min(MOST_REST, rest * (time.monotonic() - began))))
 
 
 # --- missing ----------------------------------------------------------------------------------------------------------
@@ -352,6 +358,7 @@ class Tenant:
 POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
 GUARD_SECONDS = 3.0  # between two evaluations of the guards of experiments
+REST, MOST_REST = 10.0, 10.0  # times as long as it wrote, a thread rests that adds sums to the store; seconds
 TRIM_SECONDS = 10.0  # between two looks at the memory that is free and not returned to the system
 GOLDEN_AT_ONCE = 16  # golden examples at the engines at the same time
 GOLDEN_PATIENCE = 60.0  # seconds to wait for room in a full queue
@@ -397,6 +404,8 @@ class ServerState:
             self.log.write("usage", "warning", message="nothing is counted: the store is read-only here")
         self.files, self.batches = ClientFiles.of(workspace.store), Batches.of(workspace.store)
         self._home, self._all_engines = workspace, engines if isinstance(engines, Engines) else Engines(engines)
+        self._newest = NewestActions(workspace.store.database(make=True), time.monotonic)
+        self._tokens_mark: Mark | None = None  # of the tokens that are known here
         self._tenants_lock = threading.Lock()
         self.tenants: dict[str, Tenant] = {}
         self._views: dict[Access, ServerState] = {}
@@ -460,6 +469,7 @@ class ServerState:
             store.last_move,
             store.pointing,
             engines.warm,
+            engines.warm_ahead,
             engines.in_memory,
             bases=bases,
             alias=self.settings.alias,
@@ -467,7 +477,8 @@ class ServerState:
         )
         routed = partial(_callable, aliases, engines)
         metrics = made(self._gauges, self._figures, build, adapters=routed) if name == DEFAULT else made(dict)
-        routing = Routing(workspace.router(), aliases, engines.warm, workspace.resolve, bases=bases, clock=clock)
+        router = workspace.router(mark=partial(self._newest.mark, "experiments", store.access.tenant))
+        routing = Routing(router, aliases, engines.warm, workspace.resolve, bases=bases, clock=clock)
         shadows = Shadows(
             engines,
             routing,
@@ -758,11 +769,14 @@ class ServerState:
     def _all_tenants(self) -> Sequence[Tenant]:
         return list(self.tenants.values())
 
-    def _apply_guards(self, tenant: Tenant | None = None) -> None:
-        """Do what the guards of a tenant's experiments ask, on one server. None: of the tenant of this state."""
-        if not self.replica.lead():
+    def _apply_guards(self) -> None:
+        """Do what the guards of experiments ask, on one server."""
+        if self.replica.lead():
+            self._each_tenant(self._apply_guards_of)()
+
+    def _apply_guards_of(self, tenant: Tenant) -> None:
+        if not (tenant.routing.router.all_running() or tenant.workspace.settles) or not self.replica.lead():
             return
-        tenant = tenant or self.tenant(self.access.tenant)
         with self._guard_lock:
             done = [(str(each.experiment), line) for each in tenant.workspace.settle() for line in each.done]
         for experiment, line in done:
@@ -774,24 +788,31 @@ class ServerState:
         self.guard.set_tokens(self._home.tokens.of_all_tenants())
         self._open_tenants()
 
+    def _follow_tokens(self) -> None:
+        mark = self._newest.mark("tokens")
+        if mark != self._tokens_mark:
+            self._read_tokens()
+            self._tokens_mark = mark
+
     def start(self) -> None:
         """Follow the store from now on, each part on its own thread, so that a load delays no revoked token."""
         trim: Callable[[], None] = process.Trim()
         for name, follow, seconds in (
-            ("turret-follow", self._follow_aliases, POLL_SECONDS),
-            ("turret-tokens", self._read_tokens, POLL_SECONDS),
+            ("turret-follow", self._each_tenant(self._follow_aliases), POLL_SECONDS),
+            ("turret-tokens", self._follow_tokens, POLL_SECONDS),
             ("turret-arms", self._each_tenant(lambda tenant: tenant.routing.prepare()), POLL_SECONDS),
             ("turret-turn", self._each_tenant(lambda tenant: tenant.routing.turn()), TURN_SECONDS),
-            ("turret-usage", self.usage.flush, USAGE_SECONDS),
-            ("turret-guards", self._each_tenant(self._apply_guards), GUARD_SECONDS),
+            ("turret-guards", self._apply_guards, GUARD_SECONDS),
+            ("turret-sessions", self.guard.sessions.refresh, SESSION_SECONDS),
             ("turret-heap", trim, TRIM_SECONDS),
-            *self.replica.followers(),
         ):
             self._followers.start(name, follow, seconds)
+        # All servers share one writer. What adds sums rests longer while it is busy, so a promote waits for few others.
+        self._followers.start("turret-usage", self.usage.flush, USAGE_SECONDS, REST)
+        self._followers.start("turret-quotas", self.quotas.turn, QUOTA_SECONDS, REST)
 
-    def _follow_aliases(self) -> None:
-        newest = self._home.store.last_move()
-        self._each_tenant(lambda tenant: tenant.aliases.poll(newest=newest))()
+    def _follow_aliases(self, tenant: Tenant) -> None:
+        tenant.aliases.poll(mark=self._newest.mark("aliases", tenant.workspace.store.access.tenant))
 
     def _each_tenant(self, follow: Callable[[Tenant], None]) -> Callable[[], None]:
         """A function that follows the store for every tenant, also if one fails, and then raises the first error."""

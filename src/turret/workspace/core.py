@@ -622,9 +622,18 @@ class Workspace:
         """Apply the guards of all running experiments. A server calls it every few seconds."""
         return experimenting.apply_guards(self.store, self._memories)
 
-    def router(self, clock: Callable[[], float] = time.time) -> Router:
-        """The object with which a server assigns requests to versions and records outcomes."""
-        return Router(self.store.database(make=True), clock)
+    @property
+    def settles(self) -> bool:
+        """Whether the last `settle` found a running experiment."""
+        return bool(self._memories)
+
+    def router(self, clock: Callable[[], float] = time.time, mark: Callable[[], object] = object) -> Router:
+        """The object with which a server assigns requests to versions and records outcomes.
+
+        Args:
+            mark: returns what differs after a change of an experiment; without it they are read every second.
+        """
+        return Router(self.store.database(make=True), clock, mark)
 
     def replay(
         self,
