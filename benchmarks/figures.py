@@ -22,6 +22,7 @@ import defaults
 import experiments
 import fast_paths
 import fast_paths_engine
+import fleet
 import float32_products
 import lora_plus
 import nf4
@@ -392,6 +393,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "lora-plus": lambda: lora_plus.report(record.load("lora_plus")),
     "nf4": lambda: nf4.report(record.load("nf4")),
     "store": store_scale.report,
+    "fleet": fleet.simulated,
+    "fleet-validated": fleet.validated,
+    "fleet-jobs": fleet.jobs_table,
     "suggest": lambda: suggest.report(record.load("suggest")),
     "tasks": lambda: tasks.report(record.load("tasks")),
     "experiments": experiments.verdicts,

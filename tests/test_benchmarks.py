@@ -202,3 +202,47 @@ def test_a_study_names_what_is_missed_with_its_seeds_and_counts_what_was_not_mea
     assert comparisons[2:4] == ["84", "3: 1 below, 1 lower with 0 in the interval, 1 not lower"]
     assert comparisons[4] == "0 (3), 3 (1)"
     assert left[2:4] == ["448", "6"]
+
+
+# --- the fleet --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fleet():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return load(BENCHMARKS / "fleet.py", "benchmark_fleet")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def simulated(fleet, **more):
+    names = ("look", "resolve", "load", "aliases of a tenant", "experiments of a tenant", "newest move", "tokens")
+    costs = {name: fleet.Cost(5, 0.2, 1.0) for name in (*names, "guards", "no job waits", *fleet.WRITES)}
+    small = {"replicas": 4, "tenants": 10, "adapters": 60, "slots": 20, "requests": 40.0, "workers": 1, "jobs": 0.1}
+    settings = {**small, "promotes": 0.2, "seconds": 20.0, "warm_up": 5.0, **more}
+    return fleet.Simulation(fleet.Fleet(**settings), costs, 20.0, 10.0).run()
+
+
+def test_the_simulation_of_a_fleet_is_the_same_for_the_same_seed(fleet) -> None:
+    assert simulated(fleet, seed=1) == simulated(fleet, seed=1) != simulated(fleet, seed=2)
+
+
+def test_the_simulated_load_is_what_the_rates_say(fleet) -> None:
+    """Four servers look four times a second; without a request nothing is written but promotes and jobs."""
+    idle = simulated(fleet, requests=0.0, promotes=0.0, jobs=0.0, workers=0)
+    assert idle["by_transaction"]["look"] == pytest.approx(4 * 4 * 5, rel=0.02)
+    assert (idle["lock_use"], idle["hit_rate"]) == (0.0, 1.0)
+    each = simulated(fleet, design="tenant", requests=0.0, promotes=0.0, jobs=0.0, workers=0)
+    assert each["by_transaction"]["experiments of a tenant"] == pytest.approx(4 * 10 * 5, rel=0.02)
+    assert simulated(fleet, slots=60, adapters=40, promotes=0.0)["hit_rate"] > simulated(fleet, slots=5)["hit_rate"]
+
+
+def test_a_full_server_gives_a_request_to_its_neighbour(fleet) -> None:
+    ring, loads = fleet.Ring(3, 200), [0, 0, 0]
+    own = ring.choose("a", loads.__getitem__, 0)
+    assert {ring.choose("a@1"[:1], loads.__getitem__, 0) for _ in range(5)} == {own}
+    loads[own] = 6
+    assert ring.choose("a", loads.__getitem__, 6) != own
+    loads[:] = [6, 6, 6]
+    assert ring.choose("a", loads.__getitem__, 18) == own, "all have room"
