@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,47 @@ def test_a_comparison_on_workers_says_what_a_local_one_says_and_trains_each_cell
     runs = there.runs()
     assert [each["state"] for each in runs] == ["finished"] * 4
     assert any(each["result"]["resumed_from"] for each in runs), "the killed worker's cell went on"
+
+
+@pytest.mark.slow
+@pytest.mark.fleet
+def test_a_comparison_and_a_sweep_through_three_workers_in_a_storm_say_what_local_ones_say(
+    tmp_path: Path, start: Any, new_url: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One PostgreSQL and S3, a folder for each machine; a worker that has a job is lost again and again."""
+    monkeypatch.setenv(leases.VARIABLE, "3")
+    url, draw, lost = new_url(), random.Random(42), 0
+    machine = lambda name: url.replace(str(tmp_path / "local"), str(tmp_path / name))
+    recipe = recipe_in(tmp_path, **{"train.max_steps": "60", "train.epochs": "20", "train.checkpoint_every": "2"})
+    how, settings = {"methods": "base,lora,head", "against": "lora", "seeds": 2}, {"train.lr": "1e-5,1e-3,1e-2"}
+    alone = Workspace(tmp_path / "alone")
+    expected, searched = alone.compare(recipe, **how), alone.sweep(recipe, settings)
+    there = Workspace(machine("desk"))
+    assert not there.list()
+    workers = [start(machine(f"worker{place}"), "--slots", "1") for place in range(3)]
+    with ThreadPoolExecutor(2) as drivers:
+        compared = drivers.submit(there.compare, recipe, **how, on="workers")
+        swept = drivers.submit(Workspace(machine("other desk")).sweep, recipe, settings, on="workers")
+        while not (compared.done() and swept.done()):
+            time.sleep(draw.uniform(1, 3))
+            place = draw.randrange(3)
+            runs = [each for each in there.runs() if each["state"] == "running"]
+            mine = [each for each in runs if lives(there, each, workers[place])]
+            if lost < 6 and mine and all(each["queue"]["tries"] == 1 for each in mine):
+                kill_all(workers[place])
+                workers[place], lost = start(machine(f"worker{place}{lost}"), "--slots", "1"), lost + 1
+        found, again = compared.result(), swept.result()
+    for each in workers:
+        each.terminate()
+        each.communicate(timeout=100)
+    assert lost >= 3
+    assert judged(found.as_json()) == judged(expected.as_json())
+    assert digests(Path(found.folder)) == digests(Path(expected.folder))
+    assert [each.value for each in again.trials] == [each.value for each in searched.trials]
+    assert again.ranked[0].settings == searched.ranked[0].settings
+    assert [each["state"] for each in there.runs()] == ["finished"] * 7, "4 trainings and 3 trials, each once"
+    assert len(there.list()) == 7
+    assert there.store.verify().problems == ()
 
 
 def digests(folder: Path) -> dict[str, str | None]:
