@@ -443,9 +443,8 @@ def upsert(connection: Connection, table: Table, rows: Sequence[JsonMapping], *,
     insert_into = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     for start in range(0, len(rows), UPSERTED):
         new = insert_into(table).values(rows[start : start + UPSERTED])
-        changed = {each.name: new.excluded[each.name] for each in table.c if not each.primary_key}
-        if add:
-            changed = {name: table.c[name] + value for name, value in changed.items()}
+        others = [each for each in table.c if not each.primary_key]
+        changed = {each.name: each + new.excluded[each.name] if add else new.excluded[each.name] for each in others}
         connection.execute(new.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed))
 
 
