@@ -55,6 +55,7 @@ class Base:
     checkpoints: str | None = None
     pass_tokens: int | None = None
     digests: Any = None
+    reference: Any = None
     drawn_in: torch.dtype = torch.float32
     extra: dict[str, Any] = field(default_factory=dict)
 

@@ -1,7 +1,8 @@
-"""Preferences: rows, losses against formulas and PEFT's model, the reference is the bare base, no dropout."""
+"""Preferences: rows, losses against formulas and PEFT's model, their reference, no dropout."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -17,15 +18,15 @@ from torch.nn import functional as F
 
 from turret import adapters
 from turret.data import Preferred, Prompt, Turn
-from turret.errors import DataError
-from turret.methods import LoRA
+from turret.errors import AdapterError, DataError
+from turret.methods import Full, LoRA
 from turret.ops.dropout import Draws
 from turret.recipe import Recipe, Task
 from turret.tasks import Preference, make_task, task_from_spec
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRows, encode
 from turret.train.evaluation import evaluate
-from turret.train.preferences import compare_answers, still
+from turret.train.preferences import compare_answers, mount_reference, still
 from turret.train.step import forward_backward, loss_of
 from turret.workspace import Workspace
 
@@ -151,6 +152,69 @@ def test_dpo_is_its_formula_on_pefts_model_with_the_adapter_on_and_off(beta: flo
     assert abs(found - math.log(2)) > 1e-4, "the control: the adapter changes the loss"
 
 
+def test_a_stored_version_is_the_reference_as_pefts_second_adapter_is() -> None:
+    base, method = attached(), LoRA(r=2, lora_alpha=8, init_lora_weights=False)
+    other = tiny.base("llama", "generate")
+    adapters.attach(other.model, method, generator=torch.Generator().manual_seed(5))
+    second = adapters.Adapter(method, *adapters.extract(other.model)[:2], base.info)
+    base = dataclasses.replace(base, reference=adapters.StoredAdapter("helper@3", "sha256:0", second))
+    task, rows = task_on(base, reference="helper@3"), encode(task_on(base), ROWS)
+    with pytest.raises(AdapterError, match="the reference helper@3 is not in memory"):
+        loss_of(base.model, task, rows)
+    trained = set(adapters.trainable_parameters(base.model))
+    mount_reference(base, base.model)
+    assert set(adapters.trainable_parameters(base.model)) == trained, "the reference does not train"
+    assert base.model.training
+    with still(base.model), torch.no_grad():
+        compared = compare_answers(base.model, task, rows)
+        against_base = compare_answers(base.model, task_on(base), rows)
+    model = other.model
+    with torch.no_grad(), still(model):
+        for place, row in enumerate(rows):
+            expected = [float(log_probabilities(model, row.source, each).sum()) for each in (row.target, row.rival)]
+            assert compared.reference[place].tolist() == pytest.approx(expected, abs=1e-4)
+    assert torch.equal(compared.scores, against_base.scores)
+    assert not torch.allclose(compared.reference, against_base.reference, atol=1e-3), "the control: it is another one"
+
+
+def test_the_reference_of_a_training_of_all_weights_is_on_the_bases_own() -> None:
+    base, method = tiny.base("llama", "generate"), LoRA(r=2, lora_alpha=8, init_lora_weights=False)
+    adapters.attach(base.model, method, generator=torch.Generator().manual_seed(5))
+    second = adapters.Adapter(method, *adapters.extract(base.model)[:2], base.info)
+    rows = encode(task_on(base), ROWS)
+    with still(base.model), torch.no_grad():
+        expected = compare_answers(base.model, task_on(base), rows).scores
+    adapters.detach(base.model)
+    adapters.attach(base.model, Full())
+    base = dataclasses.replace(base, reference=adapters.StoredAdapter("helper@3", "sha256:0", second))
+    mount_reference(base, base.model)
+    with torch.no_grad():
+        for weight in adapters.trainable_parameters(base.model).values():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    with still(base.model), torch.no_grad():
+        found = compare_answers(base.model, task_on(base, reference="helper@3"), rows)
+    assert torch.allclose(found.reference, expected, atol=1e-4)
+    assert not torch.allclose(found.scores, expected, atol=1e-2), "the control: the trained weights are others"
+
+
+def test_a_training_that_begins_as_its_reference_begins_at_ln_2() -> None:
+    base = attached(dropout=0.0)
+    own = adapters.Adapter(LoRA(r=4, lora_alpha=8, lora_dropout=0.0), *adapters.extract(base.model)[:2], base.info)
+    base = dataclasses.replace(base, reference=adapters.StoredAdapter("helper@3", "sha256:0", own))
+    mount_reference(base, base.model)
+    rows = encode(task_on(base), ROWS)
+    with still(base.model), torch.no_grad():
+        found = float(loss_of(base.model, task_on(base, reference="helper@3"), rows))
+        bare = float(loss_of(base.model, task_on(base), rows))
+    assert found == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(bare - math.log(2)) > 1e-4, "the control: the bare base is another reference"
+
+
+def test_orpo_has_no_reference() -> None:
+    with pytest.raises(DataError, match=r"orpo compares with nothing: leave task\.reference out"):
+        task_on(tiny.base("llama", "generate"), loss="orpo", reference="helper@3")
+
+
 def test_orpo_is_its_formula() -> None:
     base = attached()
     task = task_on(base, loss="orpo", beta=0.4)
@@ -247,3 +311,50 @@ def test_a_preference_goes_from_a_table_to_answers(loss: str, tmp_path: Path) ->
 
 def store_recipe(base: Path, source: Path, loss: Any, train: Any) -> Recipe:
     return Recipe(name="better", base=str(base), data=str(source), task={"loss": loss}, train=train)
+
+
+@pytest.mark.slow
+def test_a_preference_is_compared_with_a_stored_version(tmp_path: Path) -> None:
+    base = small_models.save_base("llama", tmp_path / "llama")
+    rows = [{"prompt": f"a fox {i}", "chosen": "a great film", "rejected": "a dull story"} for i in range(40)]
+    source, store = write(tmp_path / "a.jsonl", rows), Workspace(tmp_path / "store")
+    turns = [
+        [{"role": "user", "content": f"a fox {i}"}, {"role": "assistant", "content": "a lazy dog"}] for i in range(40)
+    ]
+    chats = write(tmp_path / "chats.jsonl", [{"messages": each} for each in turns])
+    helper = store.train(Recipe(name="helper", base=str(base), data=str(chats), train={"epochs": 2, "lr": 1e-2}))
+    train: Any = {"epochs": 1, "lr": 1e-2, "batch_size": 4, "init_from": "helper", "dtype": "float32"}
+    recipe = store_recipe(base, source, "dpo", train)
+
+    def row(recipe: Recipe) -> Any:
+        return next(check for check in store.plan(recipe).plan.checks if check.name == "reference")
+
+    beside = row(recipe)
+    assert (beside.level, beside.remedy) == ("warn", 'set task.reference = "helper@1"')
+    assert "the bare base, and the training starts from helper@1, so the first loss is not ln 2" in beside.text
+    recipe = recipe.with_overrides({"task.reference": "helper"})
+    assert (row(recipe).level, row(recipe).text.split(" (")[0]) == ("ok", "helper@1")
+    assert "the first loss is ln 2" in row(recipe).text
+    result = store.train(recipe)
+    version = store.resolve("better")
+    assert version.part("task")["reference"] == "helper@1"
+    assert version.part("lineage")["reference"] == version.part("lineage")["parent"] == helper.digest
+    assert 'reference = "helper@1"' in version.part("lineage")["recipe"]
+    assert store.curve(result)[0].loss == pytest.approx(math.log(2), abs=1e-4)
+
+    found = store.evaluate("better", str(source))
+    assert found.metrics["margin"] == pytest.approx(result.metrics["test"]["margin"], rel=0.2)
+    assert store.predict("better", ["a fox 3"])[0]["text"]
+    again = Workspace(tmp_path / "again")
+    store.export("better", tmp_path / "peft")
+    again.import_adapter(tmp_path / "peft", "better")
+    with pytest.raises(AdapterError, match="better@1 learnt by comparing with helper@1, which measuring it needs"):
+        again.evaluate("better", str(source))
+    assert again.predict("better", ["a fox 3"]), "answering needs no reference"
+
+    other = small_models.save_base("llama", tmp_path / "other", seed=9)
+    elsewhere = recipe.with_overrides({"base": str(other), "train.init_from": "none"})
+    refused = row(elsewhere)
+    assert (refused.level, "helper@1 was trained on another base" in refused.text) == ("refuse", True)
+    with pytest.raises(DataError, match=r"task\.reference is of a preference, and this is chat"):
+        store.plan(Recipe(name="x", base=str(base), data=str(chats), task={"reference": "helper"}))

@@ -6,6 +6,7 @@ Needs TRL, which nothing else here does: `pip install --no-deps trl`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from turret.tasks import make_task
 from turret.train.adamw import AdamW
 from turret.train.batches import encode
 from turret.train.initialize import extracted
+from turret.train.preferences import mount_reference
 from turret.train.step import forward_backward
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
@@ -41,13 +43,37 @@ ROWS = [
 ]  # of one turn and of several
 
 
-def turrets(objective: str, folder: Path) -> list[float]:
-    """The losses of Turret's steps. The new adapter is stored in the folder."""
+METHOD = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+
+
+def reference_of(base: Any) -> adapters.StoredAdapter:
+    """An adapter that changes the base: B is not zero."""
+    adapters.attach(
+        base.model,
+        METHOD.model_copy(update={"init_lora_weights": False}),
+        generator=torch.Generator().manual_seed(7),
+    )
+    tensors, head, _ = adapters.extract(base.model)
+    adapters.detach(base.model)
+    return adapters.StoredAdapter("helper@1", "sha256:0", adapters.Adapter(METHOD, tensors, head, base.info))
+
+
+def turrets(objective: str, folder: Path, *, referred: bool = False, from_reference: bool = False) -> list[float]:
+    """The losses of Turret's steps. The adapter as it begins is stored in the folder.
+
+    referred: compared with a stored version. from_reference: and started from it.
+    """
     base = bases.load(BASE, task="generate", dtype="float32")
     data: Any = type("Data", (), {"kind": "preference", "labels": (), "train": ROWS, "columns": {}})()
-    task = make_task(Task(kind="preference", loss=objective), data, base.tokenizer, "decoder")
-    method = LoRA(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
-    adapters.attach(base.model, method, generator=torch.Generator().manual_seed(0))
+    settings = Task(kind="preference", loss=objective, reference="helper@1" if referred else None)
+    task = make_task(settings, data, base.tokenizer, "decoder")
+    if referred:
+        base = replace(base, reference=reference_of(base))
+    adapters.attach(base.model, METHOD, generator=torch.Generator().manual_seed(0))
+    if from_reference:
+        assert base.reference is not None
+        adapters.start_from(base.model, base.reference.adapter)
+    mount_reference(base, base.model)
     bundles.save_bundle(extracted(base.model, base, task, {}), folder)
     base.model.train()
     optimiser, losses = AdamW(adapters.trainable_parameters(base.model)), []
@@ -59,8 +85,12 @@ def turrets(objective: str, folder: Path) -> list[float]:
     return losses
 
 
-def of_trl(objective: str, folder: Path, work: Path) -> list[float]:
-    """The losses that TRL logs, with the same adapter on PEFT's model, and the reference with that adapter off."""
+def of_trl(objective: str, folder: Path, work: Path, *, referred: bool = False) -> list[float]:
+    """The losses that TRL logs, with the same adapter on PEFT's model.
+
+    TRL's reference is an adapter "ref" of that model, at first a copy of the one that trains. referred: it gets the
+    tensors of `reference_of`.
+    """
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
 
@@ -102,6 +132,11 @@ def of_trl(objective: str, folder: Path, work: Path) -> list[float]:
         **settings,
     )  # fmt: skip
     told = InOrder(model=model, args=arguments, train_dataset=Dataset.from_list(table), processing_class=known)
+    if referred:
+        given = reference_of(bases.load(BASE, task="generate", dtype="float32")).adapter.tensors
+        own = dict(told.model.named_parameters())
+        for name, tensor in given.items():
+            own[f"{name.removesuffix('.weight')}.ref.weight"].data.copy_(tensor)
     told.train()
     return [float(each["loss"]) for each in told.state.log_history if "loss" in each]
 
@@ -114,3 +149,15 @@ def test_losses_are_those_of_trl(objective: str, tmp_path: Path) -> None:
     if objective == "dpo":
         assert own[0] == pytest.approx(math.log(2), abs=1e-6)
         assert abs(own[-1] - own[0]) > 1e-3, "the control: steps change the loss"
+
+
+@pytest.mark.parametrize("from_reference", [True, False])
+def test_losses_against_a_stored_version_are_those_of_trl_with_its_reference_adapter(
+    from_reference: bool, tmp_path: Path
+) -> None:
+    own = turrets("dpo", tmp_path / "bundle", referred=True, from_reference=from_reference)
+    theirs = of_trl("dpo", tmp_path / "bundle", tmp_path / "work", referred=not from_reference)
+    assert own == pytest.approx(theirs, abs=1e-4)
+    assert (abs(own[0] - math.log(2)) < 1e-6) == from_reference, "only where the adapter begins as the reference"
+    bare = turrets("dpo", tmp_path / "bare")
+    assert max(abs(one - other) for one, other in zip(own, bare, strict=True)) > 1e-3, "the control: it is compared"

@@ -4,8 +4,8 @@ There are two hooks: the routed linear layer (`lora`) and the attention function
 verbs, `packed` runs unpadded rows, `layers` lets whole layers compute as one block.
 """
 
-from turret.adapters.adapter import Adapter, BaseInfo, require_base
-from turret.adapters.batch_context import ATTACHED, BARE, BatchContext, set_context
+from turret.adapters.adapter import Adapter, BaseInfo, StoredAdapter, require_base
+from turret.adapters.batch_context import ATTACHED, BARE, REFERENCE, BatchContext, set_context
 from turret.adapters.hooks import (
     attachment,
     detach,
@@ -21,9 +21,11 @@ from turret.adapters.packed import classify_logits, target_logits
 __all__ = [
     "ATTACHED",
     "BARE",
+    "REFERENCE",
     "Adapter",
     "BaseInfo",
     "BatchContext",
+    "StoredAdapter",
     "attach",
     "attachment",
     "checkpoint_layers",

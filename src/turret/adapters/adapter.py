@@ -81,6 +81,15 @@ class Adapter:
         return sorted(paths)
 
 
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A stored version in memory."""
+
+    version: str  # "sentiment@2"
+    digest: str  # of its content
+    adapter: Adapter
+
+
 class Extracted(NamedTuple):
     """The tensors of one slot, and the method as it is stored: PiSSA becomes plain LoRA of twice the rank."""
 

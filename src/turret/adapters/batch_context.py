@@ -21,6 +21,7 @@ from turret.ops.structs import AdapterSpans
 
 BARE = 0  # the slot of the bare base, without an adapter
 ATTACHED = 1  # the slot of the adapter that `attach` makes
+REFERENCE = 2  # the slot of the adapter that a training compares its own with, if that is not the bare base
 
 
 @dataclass(frozen=True)

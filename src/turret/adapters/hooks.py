@@ -194,10 +194,10 @@ def drawing(model: nn.Module, draws: Draws, examples: Sequence[int]) -> Iterator
 def on_slot(model: nn.Module, slot: int) -> Iterator[None]:
     """Make every row take `slot` for the length of the block; with 0 the model answers as the bare base.
 
-    With 0, the copies of a full fine-tuning are replaced by the base's own weights.
+    With another slot than the trained one, the base's own weights replace the copies of a full fine-tuning.
     """
     attached = attachment(model)
-    context, bare = attached.context, attached.swapped if slot == BARE else []
+    context, bare = attached.context, attached.swapped if slot != ATTACHED else []
     before, context.active = context.active, slot
     put_back(bare)
     try:
@@ -326,7 +326,7 @@ def _refresher(attached: HookedModel, groups: tuple[str, ...]) -> Callable[[nn.M
             slot = attached.context.single()
             if slot is None:
                 raise AdapterError("an adapter of PEFT needs a batch of its own: put other rows into another batch")
-            peft_backend.switch(attached.guest, slot != BARE)
+            peft_backend.switch(attached.guest, slot == ATTACHED)
         for module in attached.prefixes.values():
             assert isinstance(module, PREFIXES)
             for group in groups:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer
 
 from turret import quantized
-from turret.adapters.adapter import BaseInfo
+from turret.adapters.adapter import BaseInfo, StoredAdapter
 from turret.bases import fingerprint_cache
 from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes
 from turret.bases.meta_model import auto_class, room_to_answer
@@ -87,6 +87,7 @@ class Base:
     pass_tokens: int | None = None  # that a training pass has room for on this GPU; None: not told from shapes
     drawn_in: torch.dtype = torch.float32  # the precision of the checkpoint, in which fresh parameters were initialised
     digests: Digests | None = None  # if it stays in memory for several trainings
+    reference: StoredAdapter | None = None  # that a preference compares its answers with; None: the bare base
 
     @property
     def head(self) -> HeadKind:

@@ -315,9 +315,11 @@ class Task(_Section):
         class_weights: weight of each class in the loss: with `{spam = 4.0}` all other classes have weight 1
             (default: none)
         levels: score: the levels from the lowest to the highest (default: numbers by size)
-        loss: preference: `dpo`, against the bare base, or `orpo`, without a reference (default: dpo); embedding:
+        loss: preference: `dpo`, against a reference, or `orpo`, without a reference (default: dpo); embedding:
             `multiple_negatives`, `cosent` or `triplet` (default: cosent for texts with a score)
         beta: preference: the weight of the reference in `dpo`, of the odds ratio in `orpo` (default: 0.1)
+        reference: preference: the stored version that `dpo` compares with, such as `"helper@3"` (default: the bare
+            base)
         pooling: embedding: the vector of a text is the mean of its tokens, or that of the first or the last one
             (default: mean, or last for a decoder)
         normalize: embedding: vectors have length 1 (default: yes)
@@ -340,6 +342,7 @@ class Task(_Section):
     levels: list[str] | None = Field(default=None, min_length=2, max_length=1000)
     loss: Literal["dpo", "orpo", "multiple_negatives", "cosent", "triplet"] | None = None
     beta: float | None = Field(default=None, gt=0, le=100)
+    reference: str | None = Field(default=None, min_length=1)
     pooling: Literal["mean", "first", "last"] | None = None
     normalize: bool | None = None
     dimensions: list[Annotated[int, Field(ge=1, le=65536)]] | None = Field(default=None, min_length=1, max_length=32)

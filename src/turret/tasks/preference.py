@@ -48,6 +48,7 @@ class Preference(Chat):
     rate_ratio: ClassVar[float] = 0.1
     objective: Literal["dpo", "orpo"] = "dpo"
     beta: float = 0.1
+    reference: str | None = None
 
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
@@ -60,7 +61,10 @@ class Preference(Chat):
             raise DataError("a preference compares last answers: leave task.loss_on out")
         if settings.loss not in (None, "dpo", "orpo"):
             raise DataError(f"task.loss = {settings.loss!r} does not fit preferences: expected dpo or orpo")
+        if settings.loss == "orpo" and settings.reference is not None:
+            raise DataError("orpo compares with nothing: leave task.reference out, or set task.loss to dpo")
         made = super().make(settings, dataset, tokenizer, family_kind)
+        made.reference = settings.reference
         made.objective = "orpo" if settings.loss == "orpo" else "dpo"
         made.loss_on, made.beta = "last", settings.beta or 0.1
         return made
@@ -92,7 +96,7 @@ class Preference(Chat):
         """The mean over examples: a scalar.
 
         DPO: -log sigmoid(beta ((s_1 - r_1) - (s_2 - r_2))), where s and r are log-probabilities of the two answers with
-        the adapter and without it.
+        the adapter and with the reference: the bare base or a stored version.
         ORPO: loss - beta log sigmoid(log odds(p_1) - log odds(p_2)), where log p is the mean of a token and
         odds(p) = p / (1 - p).
 
@@ -100,7 +104,7 @@ class Preference(Chat):
 
         Args:
             scores: the log-probabilities of both answers (B, 2).
-            reference: those of the bare base, for DPO.
+            reference: those of the reference, for DPO.
             counts: the tokens of both answers (B, 2).
             loss: the mean of -log p over the tokens of chosen conversations, for ORPO.
         """
@@ -116,7 +120,7 @@ class Preference(Chat):
         return loss - self.beta * F.logsigmoid(odds[:, 0] - odds[:, 1]).mean()
 
     def margins(self, scores: Tensor, reference: Tensor | None, counts: Tensor) -> Tensor:
-        """How much more likely the chosen answer is (B,): against the bare base for DPO, by a token's mean else."""
+        """How much more likely the chosen answer is (B,): against the reference for DPO, by a token's mean else."""
         rewards = self.beta * (scores / counts if reference is None else scores - reference)
         return rewards[:, 0] - rewards[:, 1]
 
@@ -148,10 +152,11 @@ class Preference(Chat):
         return float(given == CHOSEN)
 
     def spec(self) -> JsonObject:
-        return super().spec() | {"objective": self.objective, "beta": self.beta}
+        own = {} if self.reference is None else {"reference": self.reference}
+        return super().spec() | {"objective": self.objective, "beta": self.beta} | own
 
     @classmethod
     def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
         made = super().from_spec(spec, tokenizer)
-        made.objective, made.beta = spec["objective"], float(spec["beta"])
+        made.objective, made.beta, made.reference = spec["objective"], float(spec["beta"]), spec.get("reference")
         return made

@@ -141,6 +141,7 @@ class TaskSettings(Protocol):
     chat_template: bool
     loss: Literal["dpo", "orpo", "multiple_negatives", "cosent", "triplet"] | None
     beta: float | None
+    reference: str | None
     pooling: Pooling | None
     normalize: bool | None
     dimensions: list[int] | None
@@ -326,9 +327,10 @@ class ComparingTask(Task, Protocol):
     """A task whose rows have a better and a worse answer. Axes: B examples; the first of two answers is the better."""
 
     objective: Literal["dpo", "orpo"]
+    reference: str | None  # the version that answers are compared with; None: the bare base
 
     def preference_loss(self, scores: Tensor, reference: Tensor | None, counts: Tensor, loss: Tensor | None) -> Tensor:
-        """The mean over examples, of the log-probabilities of both answers (B, 2) and those of the bare base."""
+        """The mean over examples, of the log-probabilities of both answers (B, 2) and those of the reference."""
 
     def margins(self, scores: Tensor, reference: Tensor | None, counts: Tensor) -> Tensor:
         """How much more likely the better answer is (B,)."""

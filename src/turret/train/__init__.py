@@ -17,7 +17,7 @@ from turret.train.batches import pass_tokens, splits_of
 from turret.train.checkpoint import step_of
 from turret.train.curve import Curve, RunCurve, StepRecord, parse_curve, read_curve
 from turret.train.evaluation import evaluate
-from turret.train.initialize import InitialAdapter, require_optimizer
+from turret.train.initialize import require_optimizer
 from turret.train.loop import Fitted, fit
 from turret.train.lr_finder import find_rate
 from turret.train.preflight import plan
@@ -32,7 +32,6 @@ __all__ = [
     "Curve",
     "Fitted",
     "FoundRate",
-    "InitialAdapter",
     "Plan",
     "Probe",
     "RunCurve",

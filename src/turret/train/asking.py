@@ -38,6 +38,7 @@ from turret.tasks import Embedding, Task
 from turret.tasks.task import RequestKind
 from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRows, by_length
 from turret.train.evaluation import class_logits, evaluate, evaluating
+from turret.train.preferences import mount_reference
 from turret.transformer import Model
 
 MOST_TOKENS = 4096  # of one pass of an attached model that generates, prompt and new tokens
@@ -83,6 +84,7 @@ class Asking:
                 hook_model(self._model)
             else:
                 adapters.mount(self._model, self.adapter, fingerprint=self.base.fingerprint)
+            mount_reference(self.base, self._model)
         return self._model
 
     @property

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from turret import adapters
-from turret.adapters import Adapter
+from turret.adapters import Adapter, StoredAdapter
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
 from turret.engine.protocol import OptimStep
@@ -17,38 +15,34 @@ from turret.json_types import JsonObject
 from turret.recipe import Recipe, Train
 from turret.tasks import Task, stored_task
 from turret.train.adamw import AdamW, require_eight_bits
+from turret.train.preferences import mount_reference
 from turret.transformer import Model
 
 
-@dataclass(frozen=True)
-class InitialAdapter:
-    """The version that `train.init_from` names, in memory: the parent of the trained adapter."""
-
-    version: str  # "sentiment@2"
-    digest: str  # of its content, which the lineage names
-    adapter: Adapter
-
-    def require_fits(self, base: Base, task: Task) -> None:
-        """Require the same base and, of a classifier, the same labels. Raises AdapterError or WrongBase."""
-        adapters.require_base(self.adapter, base.fingerprint)
-        stored = self.adapter.task
-        if not stored:
-            return
-        if stored_task(stored).head != task.head:
-            raise AdapterError(f"its task is {stored.get('kind')}, this one's {task.kind}: train from the base instead")
-        labels = list(stored.get("labels") or ())
-        if labels != list(task.labels):
-            own, wanted = (", ".join(map(str, names[:8])) for names in (labels, task.labels))
-            raise AdapterError(f"its labels are {own}, this task's {wanted}: train from the base instead")
+def require_fits(adapter: Adapter, base: Base, task: Task) -> None:
+    """Require the same base and, of a classifier, the same labels. Raises AdapterError or WrongBase."""
+    adapters.require_base(adapter, base.fingerprint)
+    stored = adapter.task
+    if not stored:
+        return
+    if stored_task(stored).head != task.head:
+        raise AdapterError(f"its task is {stored.get('kind')}, this one's {task.kind}: train from the base instead")
+    labels = list(stored.get("labels") or ())
+    if labels != list(task.labels):
+        own, wanted = (", ".join(map(str, names[:8])) for names in (labels, task.labels))
+        raise AdapterError(f"its labels are {own}, this task's {wanted}: train from the base instead")
 
 
-def attach(recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None = None) -> None:
-    """Put the recipe's new adapter and the trainable head on the base.
+def attach(recipe: Recipe, base: Base, task: Task, start: StoredAdapter | None = None) -> None:
+    """Put the recipe's new adapter and the trainable head on the base, and the base's reference beside it.
 
     LoRA factors are drawn from the recipe's seed and a prefix starts from real words, unless `start` gives the tensors.
 
+    Args:
+        start: the version that `train.init_from` names: the parent of the trained adapter.
+
     Raises:
-        AdapterError: the start does not fit the method, the base or the task.
+        AdapterError: the start or the reference does not fit the method, the base or the task.
     """
     if start is None and recipe.train.init_from is not None:
         raise TrainingError(
@@ -66,11 +60,12 @@ def attach(recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None 
         adapters.checkpoint_layers(base.model)
     if start is not None:
         try:
-            start.require_fits(base, task)
+            require_fits(start.adapter, base, task)
             adapters.start_from(base.model, start.adapter, torch.Generator().manual_seed(recipe.seed))
         except AdapterError as error:
             adapters.detach(base.model)
             raise type(error)(f"training cannot start from {start.version}: {error}") from error
+    mount_reference(base, base.model)
 
 
 def fresh_modules(base: Base) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from turret import process, quantized
-from turret.adapters import Adapter
+from turret.adapters import Adapter, StoredAdapter
 from turret.bases import Base
 from turret.bases.sharded import digest_of, parts_of
 from turret.data import Dataset
@@ -36,7 +36,7 @@ from turret.train.adamw import learning_rate, warmup_steps
 from turret.train.batches import EncodedRow, EncodedRows, Schedule, Splits, splits_of
 from turret.train.curve import StepRecord
 from turret.train.evaluation import evaluate
-from turret.train.initialize import InitialAdapter, recipe_step
+from turret.train.initialize import recipe_step
 from turret.train.linear_start import head_start
 from turret.train.seeds import defaults_of
 from turret.train.slot import LocalSlot
@@ -58,7 +58,7 @@ def fit(
     *,
     folder: Path | None = None,
     predicted: memory.Prediction | None = None,
-    start: InitialAdapter | None = None,
+    start: StoredAdapter | None = None,
     clock: Callable[[], float] = time.perf_counter,
     asked: Callable[[], bool] = lambda: False,
 ) -> Generator[StepRecord, None, Fitted]:
@@ -253,7 +253,7 @@ class TrainingRun:
     tokenizer: str  # digest of the base's
     total: int  # weights of the base
     guessing: float | None  # the loss of the best answer that ignores the input
-    start: InitialAdapter | None
+    start: StoredAdapter | None
     progress: RunProgress = field(default_factory=RunProgress)
     best_weights: Tensor | None = None
     resumed_from: int = 0
@@ -266,7 +266,7 @@ class TrainingRun:
         task: Task,
         dataset: Dataset,
         folder: Path | None,
-        start: InitialAdapter | None = None,
+        start: StoredAdapter | None = None,
     ) -> TrainingRun:
         """Attach the recipe's adapter and resume the folder's checkpoint if there is one. See `fit`."""
         here = distributed.begin()
@@ -420,7 +420,8 @@ class TrainingRun:
         }
         if self.slot.model.device.type != "cpu":  # another device rounds otherwise
             identity["device"] = self.slot.model.device.type
-        return identity if self.start is None else {**identity, "parent": self.start.digest}
+        stored = {"parent": self.start, "reference": self.base.reference}
+        return identity | {role: each.digest for role, each in stored.items() if each is not None}
 
     def _lineage(self) -> JsonObject:
         """Everything the weights depend on, and nothing that differs when the same training is repeated."""

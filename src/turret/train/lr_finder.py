@@ -23,6 +23,7 @@ from functools import cached_property
 
 import torch
 
+from turret.adapters import StoredAdapter
 from turret.bases import Base
 from turret.data import Dataset, Example
 from turret.errors import LossNotFinite
@@ -31,7 +32,7 @@ from turret.tasks import Task
 from turret.train.adamw import learning_rate
 from turret.train.batches import EncodedRows, Schedule, splits_of
 from turret.train.evaluation import example_losses
-from turret.train.initialize import InitialAdapter, recipe_step
+from turret.train.initialize import recipe_step
 from turret.train.linear_start import head_start
 from turret.train.seeds import defaults_of
 from turret.train.slot import LocalSlot
@@ -114,7 +115,7 @@ def find_rate(
     task: Task,
     dataset: Dataset,
     *,
-    start: InitialAdapter | None = None,
+    start: StoredAdapter | None = None,
     on_trial: Callable[[float, int], None] | None = None,
 ) -> FoundRate:
     """Find the learning rate for a recipe on a loaded base, from the training split alone. The base is left as it was.
@@ -201,7 +202,7 @@ def trials(
     *,
     steps: int,
     held: int,
-    start: InitialAdapter | None = None,
+    start: StoredAdapter | None = None,
 ) -> Iterator[Trials]:
     """Trials with the recipe's adapter, which is detached after the block. `held` of the examples only score."""
     default = defaults_of(recipe.method, base, task.kind).lr

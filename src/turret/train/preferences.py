@@ -1,4 +1,4 @@
-"""Passes over two answers to each prompt: their log-probabilities with the adapter, and with the bare base.
+"""Passes over two answers to each prompt: their log-probabilities with the adapter, and with the reference.
 
 Axes: B examples, N tokens, R = 2 B rows.
 """
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from turret.adapters import BARE, on_slot, packed
+from turret.adapters import BARE, REFERENCE, attachment, detach, mount, on_slot, packed
+from turret.bases import Base
+from turret.errors import AdapterError
 from turret.ops.copies import copied
 from turret.tasks import ComparingTask
 from turret.train.batches import EncodedRow
@@ -31,12 +33,12 @@ class Compared:
 
 
 def compare_answers(model: Model, task: ComparingTask, piece: Sequence[EncodedRow]) -> Compared:
-    """Score both answers of some examples by the adapter, and by the bare base if the objective has a reference."""
+    """Score both answers of some examples by the adapter, and by the reference if the objective has one."""
     orpo = task.objective == "orpo"
     scores, loss = _scored(model, piece, prompts=orpo)
     reference = None
     if not orpo:
-        with on_slot(model, BARE), torch.no_grad():
+        with on_slot(model, _slot_of_reference(model, task)), torch.no_grad():
             reference, _ = _scored(model, piece, prompts=False)
     counts = copied(torch.tensor([[len(_target(item)), len(_rival(item))] for item in piece]), scores.device)
     return Compared(scores, reference, counts, loss)
@@ -46,6 +48,32 @@ def preference_loss(model: Model, task: ComparingTask, piece: Sequence[EncodedRo
     """The mean loss over some examples: a scalar with a graph."""
     found = compare_answers(model, task, piece)
     return task.preference_loss(found.scores, found.reference, found.counts, found.loss)
+
+
+def mount_reference(base: Base, model: Model) -> None:
+    """Put the base's reference into a slot of its own of an attached model. None: the bare base is the reference.
+
+    Raises:
+        AdapterError: it is of another base, or its method needs a model of its own.
+    """
+    if base.reference is None:
+        return
+    context = attachment(model).context
+    active = context.active
+    try:
+        mount(model, base.reference.adapter, REFERENCE, fingerprint=base.fingerprint)
+    except AdapterError as error:
+        detach(model)
+        raise type(error)(f"task.reference {base.reference.version}: {error}") from error
+    context.active = active
+
+
+def _slot_of_reference(model: Model, task: ComparingTask) -> int:
+    if task.reference is None:
+        return BARE
+    if REFERENCE not in attachment(model).methods:
+        raise AdapterError(f"the reference {task.reference} is not in memory: train or evaluate in its workspace")
+    return REFERENCE
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from turret import adapters, process, quantized
+from turret.adapters import StoredAdapter
 from turret.adapters.packed import texts_in
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
@@ -23,7 +24,7 @@ from turret.errors import memory_ran_out, one_line
 from turret.methods.method import MOST_EPOCHS, epochs_for
 from turret.plan_check import Check, Level
 from turret.recipe import Recipe, toml
-from turret.tasks import Task
+from turret.tasks import Task, compares
 from turret.train import memory
 from turret.train.adamw import moment_bytes, warmup_steps
 from turret.train.asking import Asking, twin
@@ -39,7 +40,7 @@ from turret.train.batches import (
     spread,
 )
 from turret.train.evaluation import evaluate
-from turret.train.initialize import InitialAdapter, attach, extracted
+from turret.train.initialize import attach, extracted
 from turret.train.linear_start import head_start
 from turret.train.seeds import defaults_of, seeded
 from turret.train.step import backward, loss_of
@@ -119,7 +120,7 @@ def measure(
     schedule: Schedule,
     *,
     before: int | None = None,
-    start: InitialAdapter | None = None,
+    start: StoredAdapter | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
     """Attach the recipe's adapter, run passes on real batches as a training does, and detach it.
@@ -585,6 +586,30 @@ def passes(base: Base) -> Iterator[Check]:
         yield Check("passes", "ok", f"of at most {base.pass_tokens:,} tokens: as many as the GPU has memory for")
 
 
+def reference(recipe: Recipe, base: Base, task: Task, start: StoredAdapter | None) -> Iterator[Check]:
+    """What a preference compares its answers with, and whether its first loss is ln 2."""
+    if not compares(task) or task.objective != "dpo":
+        return
+    given = base.reference
+    if given is not None and given.adapter.base.fingerprint not in (None, base.fingerprint):
+        text = f"{given.version} was trained on another base ({given.adapter.base.id})"
+        yield Check("reference", "refuse", text, "name a version on this base in task.reference, or leave it out")
+        return
+    if given is not None and (recipe.method.wraps_modules or given.adapter.method.every_weight):
+        odd = recipe.method if recipe.method.wraps_modules else given.adapter.method
+        text = f"the method {odd.kind} shares no model with another adapter"
+        yield Check("reference", "refuse", text, "leave task.reference out, or use lora or prefix")
+        return
+    name = "the bare base" if given is None else f"{given.version} ({given.digest[:19]})"
+    if (None if start is None else start.digest) == (None if given is None else given.digest):
+        yield Check("reference", "ok", f"{name}, from which the training starts: the first loss is ln 2")
+        return
+    begins = "the bare base" if start is None else start.version
+    text = f"{name}, and the training starts from {begins}, so the first loss is not ln 2"
+    remedy = "set train.init_from to it too" if start is None else f'set task.reference = "{begins}"'
+    yield Check("reference", "warn", text, remedy)
+
+
 def precision(recipe: Recipe, base: Base) -> Iterator[Check]:
     """Whether the processor and the method suit the precision of the base's weights and products."""
     dtype = str(base.dtype).removeprefix("torch.")
@@ -635,7 +660,7 @@ def plan(
     dataset: Dataset,
     *,
     measured: bool = True,
-    start: InitialAdapter | None = None,
+    start: StoredAdapter | None = None,
     proof_seconds: float = 0.0,
     device: ChosenDevice | None = None,
 ) -> Plan:
@@ -675,6 +700,7 @@ def plan(
         *outputs(sample, task),
         *positions(recipe, task, base),
         *vectors(recipe, task, base),
+        *reference(recipe, base, task, start),
         *precision(recipe, base),
         *([] if device is None else [Check("device", "ok", str(device))]),
         *checkpoints(base),
@@ -711,7 +737,7 @@ def _cost(
     schedule: Schedule,
     total: int,
     rows: list[Check],
-    start: InitialAdapter | None,
+    start: StoredAdapter | None,
     before: int,
 ) -> Cost | None:
     """The measured cost; None, and a refusal in `rows`, if there is too little memory to measure it."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from turret import adapters
-from turret.adapters import Adapter
+from turret.adapters import Adapter, StoredAdapter
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
 from turret.bases.shared import share
@@ -35,7 +35,7 @@ from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, encode, pass_tokens
 from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
-from turret.train.initialize import InitialAdapter, attach, extracted, fresh_modules, optimiser_of
+from turret.train.initialize import attach, extracted, fresh_modules, optimiser_of
 from turret.train.seeds import seeded
 from turret.train.step import LossScale, clip_and_step, explained, forward_backward, loss_of, train_step
 from turret.transformer import Model
@@ -70,7 +70,7 @@ class LocalSlot:
 
     @classmethod
     def of_recipe(
-        cls, recipe: Recipe, base: Base, task: Task, start: InitialAdapter | None = None, processes: Processes = ALONE
+        cls, recipe: Recipe, base: Base, task: Task, start: StoredAdapter | None = None, processes: Processes = ALONE
     ) -> LocalSlot:
         """Attach a recipe's new adapter to a base, with the recipe's optimiser. See `initialize.attach`."""
         with seeded(recipe.seed, base.model.device):

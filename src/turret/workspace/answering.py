@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from turret.adapters.adapter import require_base
+from turret.adapters import Adapter, StoredAdapter, require_base
 from turret.data import Input
-from turret.errors import AdapterError, DataError
+from turret.errors import AdapterError, DataError, NotFound
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store, Version
 from turret.tasks import Task, stored_task, task_from_spec
@@ -106,13 +107,20 @@ class Mounted:
 
 
 def mounted(
-    store: Store, reference: str, say: Say = silent, device: str = "auto", place: OwnProcess = ALONE
+    store: Store,
+    reference: str,
+    say: Say = silent,
+    device: str = "auto",
+    place: OwnProcess = ALONE,
+    *,
+    judged: bool = False,
 ) -> Mounted:
     """Load a version and its base. Closing it ends the engine that answers.
 
     Args:
         device: where the base computes; see `bases.choose_device`.
         place: where the base may be in memory already.
+        judged: whether it is measured, which needs the version that a preference is compared with.
 
     Raises:
         AdapterError: the version does not store its task.
@@ -125,7 +133,26 @@ def mounted(
     say(f"loading {adapter.base.id}")
     base = load_base(adapter, device=device, place=place)
     require_base(adapter, base.fingerprint)
+    if judged:
+        base = dataclasses.replace(base, reference=_compared_with(store, version, adapter))
     return Mounted(version, Asking(base, adapter, task_from_spec(adapter.task, base.tokenizer)), base.notes)
+
+
+def _compared_with(store: Store, version: Version, adapter: Adapter) -> StoredAdapter | None:
+    """The version that a preference was compared with in its training; None: no version."""
+    name = adapter.task.get("reference")
+    if name is None:
+        return None
+    try:
+        found, reference = read_adapter(store, str(name))
+    except NotFound as error:
+        raise AdapterError(f"{version} learnt by comparing with {name}, which measuring it needs: {error}") from error
+    if found.digest != (learnt := adapter.lineage.get("reference")):
+        raise AdapterError(
+            f"{version} learnt by comparing with {name} ({str(learnt)[:19]}), and {name} here is another version "
+            f"({found.digest[:19]}): measure it in the store where it was trained"
+        )
+    return StoredAdapter(str(found), found.digest, reference)
 
 
 def predict(

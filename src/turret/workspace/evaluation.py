@@ -38,7 +38,7 @@ def evaluate(
     store: Store, reference: str, labelled: LabelledData, say: Say = silent, device: str = "auto"
 ) -> Evaluation:
     """Metrics and mistakes of a version on labelled examples. device: where the base computes."""
-    with mounted(store, reference, say, device) as ready:
+    with mounted(store, reference, say, device, judged=True) as ready:
         assert ready.version is not None
         say(f"answering {len(labelled.examples)} examples")
         started = time.perf_counter()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from turret import bases
+from turret.adapters import StoredAdapter
 from turret.bases import Base, ChosenDevice, choose_device
 from turret.bases.base import dtype_on
 from turret.bases.device import CPU, Gpu, Machine, gigabytes, this_machine
@@ -22,7 +23,6 @@ from turret.recipe import Data, Recipe
 from turret.tasks import Task
 from turret.train import distributed
 from turret.train.gpu_memory import Work, in_parts, predict_on_gpu, refusal
-from turret.train.initialize import InitialAdapter
 from turret.train.memory import Prediction
 
 AUTO = "auto"
@@ -43,7 +43,7 @@ class PreparedTraining:
     notes: list[str]
     load_seconds: float
     resident: int  # bytes of the process after the base was loaded
-    start: InitialAdapter | None  # the version that `train.init_from` names
+    start: StoredAdapter | None  # the version that `train.init_from` names
     device: ChosenDevice  # where the base is, and why
 
     @property

@@ -193,8 +193,9 @@ class Queue:
             raise NotFound(f"no adapter {recipe.name} can be trained with this token: give a name that it may see")
         if "*" not in access.bases and not access.sees_base(recipe.base):
             raise NotFound(f"no base {ascii(recipe.base)[:60]} for this token: give a base that it may use")
-        if recipe.train.init_from is not None:
-            self._store.resolve(recipe.train.init_from)
+        for version in (recipe.train.init_from, recipe.task.reference):
+            if version is not None:
+                self._store.resolve(version)
 
 
 def _limits(most_hours: float | None, silent_minutes: float, bases: Sequence[str]) -> WorkerLimits:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from turret import adapters, bundles, process
 from turret import train as trainer
+from turret.adapters import StoredAdapter
 from turret.adapters.hooks import ATTRIBUTE
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base, ChosenDevice
@@ -34,6 +35,7 @@ from turret.disk import describe_error
 from turret.errors import (
     CheckpointMismatch,
     CheckpointTooOld,
+    DataError,
     DeviceError,
     Interrupted,
     LossNotFinite,
@@ -317,16 +319,19 @@ def prepare(
     trainer.require_optimizer(recipe)
     tuner_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     require_installed(recipe.train.trackers or ())
-    start = _start(store, recipe, callbacks)
+    start = _stored(store, recipe.train.init_from, callbacks)
+    reference = _stored(store, recipe.task.reference, callbacks)
     dataset = dataset or read_dataset(store, recipe, callbacks.stage)
     recipe, base_notes = with_base(recipe, dataset.kind)
     task_class = task_of(dataset.kind)
+    if reference is not None and not task_class.two_answers:
+        raise DataError(f"task.reference is of a preference, and this is {dataset.kind}: leave it out")
     machine = place.machine()
     device = choose_for(recipe, task_class, dataset.labels, machine) if device is None else device
     needed = TrainingBase(recipe, task_class, dataset.labels, device)
     callbacks.stage(f"{recipe.base} is in memory" if place.has(needed) else f"loading {recipe.base}")
     started = time.perf_counter()
-    base = place.model_for(needed)
+    base = replace(place.model_for(needed), reference=reference)
     bare = place.run(lambda: twin(base), store.access.tenant)
     base = replace(base, checkpoints=checkpoints_for(recipe, task_class, dataset.labels, device.device, machine))
     light = recipe.train.checkpoint_layers or base.checkpoints is not None
@@ -347,16 +352,16 @@ def prepare(
     return PreparedTraining(recipe, dataset, base, bare, task, notes, load_seconds, resident, start, device)
 
 
-def _start(store: Store, recipe: Recipe, callbacks: Callbacks) -> trainer.InitialAdapter | None:
-    """Read the version that `train.init_from` names."""
-    if recipe.train.init_from is None:
+def _stored(store: Store, reference: str | None, callbacks: Callbacks) -> StoredAdapter | None:
+    """Read a version that a recipe names."""
+    if reference is None:
         return None
-    callbacks.stage(f"reading {recipe.train.init_from}")
-    version, adapter = read_adapter(store, recipe.train.init_from)
-    return trainer.InitialAdapter(str(version), version.digest, adapter)
+    callbacks.stage(f"reading {reference}")
+    version, adapter = read_adapter(store, reference)
+    return StoredAdapter(str(version), version.digest, adapter)
 
 
-def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: trainer.InitialAdapter | None) -> Recipe:
+def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: StoredAdapter | None) -> Recipe:
     """The recipe with every guess written out, so that later defaults and guesses do not change it."""
     found = {
         role: column for role, column in dataset.columns.items() if not isinstance(getattr(recipe.data, role), list)
@@ -364,7 +369,12 @@ def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: trainer.Initial
     guessed = recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update=found),
-            "task": recipe.task.model_copy(update={"kind": dataset.kind}),
+            "task": recipe.task.model_copy(
+                update={
+                    "kind": dataset.kind,
+                    "reference": None if base.reference is None else base.reference.version,
+                }
+            ),
             "train": recipe.train.model_copy(update={"init_from": None if start is None else start.version}),
         }
     )

@@ -62,7 +62,8 @@ def version(
         plan: the plan of the run, as JSON.
         place: where its base may be in memory already.
     """
-    with answering.mounted(store, str(result["version"]), say, recipe.train.device or "auto", place) as ready:
+    device = recipe.train.device or "auto"
+    with answering.mounted(store, str(result["version"]), say, device, place, judged=True) as ready:
         return {
             **{
                 key: result[key]
