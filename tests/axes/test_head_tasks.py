@@ -51,8 +51,8 @@ METRICS = {
     "text_pairs": {"accuracy", "macro_f1", "loss", "ece", "per_class"},
     "regression": {"nearness", "mae", "rmse", "pearson", "spearman", "loss"},
     "score": {"nearness", "mae", "quadratic_kappa", "spearman", "accuracy", "macro_f1", "loss", "ece", "per_class"},
-    "token_classification": {"text_f1", "precision", "recall", "f1", "loss", "per_class"},
-    "questions": {"accuracy", "macro_f1", "loss", "per_question", "per_class"},
+    "token_classification": {"text_f1", "precision", "recall", "f1", "loss", "ece", "per_class"},
+    "questions": {"accuracy", "macro_f1", "loss", "ece", "per_question", "per_class"},
     "rerank": {"accuracy", "loss", "mrr", "ndcg"},
 }
 ONE_TEXT = ("score", "token_classification", "questions")

@@ -28,7 +28,6 @@ class Rate(HeadAnswers):
     metric: ClassVar[str] = "closeness"
     metric_label: ClassVar[str] = "closeness"
     right_or_wrong: ClassVar[bool] = False
-    calibrates: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ()
     multi_label = False
     instruction = "Say how good the following text is."

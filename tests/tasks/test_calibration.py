@@ -50,6 +50,16 @@ def classifier(**settings: Any) -> Classify:
     return Classify(LABELS, tokenizer("bert"), 16, **settings)
 
 
+def tempered(task: Classify, known: tuple[torch.Tensor, torch.Tensor], *, chose_weights: bool = False) -> Classify:
+    """The task, calibrated on logits (B, C) and classes (B,); with `multi_label` ones and zeros (B, C)."""
+    logits, targets = known
+    if targets.ndim == 1:
+        examples = [Labelled("", LABELS[place]) for place in targets.tolist()]
+    else:
+        examples = [Labelled("", tuple(LABELS[place] for place in row.nonzero()[:, 0].tolist())) for row in targets]
+    return task.calibrated(logits, examples, chose_weights=chose_weights)
+
+
 # --- the temperature --------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +97,7 @@ def test_a_classifier_that_is_always_right_gets_a_finite_temperature() -> None:
 def test_a_calibrated_task_answers_with_the_same_labels_and_a_lower_ece() -> None:
     task = classifier()
     held, test = drawn(2000, seed=3), drawn(4000, seed=4)
-    calibrated = task.calibrated(*held, chose_weights=False)
+    calibrated = tempered(task, held)
     before, after = task.metrics(*test), calibrated.metrics(*test)
     assert before["ece"] > 0.15
     assert after["ece"] < 0.03
@@ -106,7 +116,7 @@ def test_a_temperature_from_few_examples_seldom_makes_the_ece_worse(sure: float)
     for count in (20, 50, 100):
         worse = 0
         for seed in range(30):
-            calibrated = classifier().calibrated(*drawn(count, seed=100 + seed, sure=sure), chose_weights=False)
+            calibrated = tempered(classifier(), drawn(count, seed=100 + seed, sure=sure))
             worse += calibrated.metrics(*test)["ece"] > raw + 1e-9
         assert worse <= 5, f"{count} examples: worse in {worse} of 30"
         assert count > 20 or worse == 0  # of 20 examples none is taken
@@ -117,7 +127,7 @@ def test_control_without_evidence_and_a_least_number_it_would_be_worse_in_most_d
     monkeypatch.setattr(calibration, "FEWEST_TEMPERATURE", 0)
     test = drawn(3000, seed=8, sure=1.0)
     raw = classifier().metrics(*test)["ece"]
-    fitted = [classifier().calibrated(*drawn(20, seed=100 + seed, sure=1.0), chose_weights=False) for seed in range(20)]
+    fitted = [tempered(classifier(), drawn(20, seed=100 + seed, sure=1.0)) for seed in range(20)]
     assert sum(each.metrics(*test)["ece"] > raw for each in fitted) > 12
 
 
@@ -160,7 +170,7 @@ def coverages(calibrate_on: int, coverage: float, *, multi_label: bool = False, 
     for seed in range(200):
         logits, targets = make(calibrate_on, 2 * seed)
         new, right = make(200, 2 * seed + 1)
-        sets = task.calibrated(logits, targets, chose_weights=False).label_sets(shift * new, coverage)
+        sets = tempered(task, (logits, targets)).label_sets(shift * new, coverage)
         examples = right.tolist()
         if multi_label:
             wanted = [{LABELS[place] for place, has in enumerate(row) if has} for row in examples]
@@ -209,7 +219,7 @@ def test_control_a_plain_quantile_of_few_examples_covers_less_than_stated() -> N
 
 
 def test_a_set_has_the_answer_and_the_most_probable_labels_first() -> None:
-    task = classifier().calibrated(*drawn(200, seed=6), chose_weights=False)
+    task = tempered(classifier(), drawn(200, seed=6))
     logits, _ = drawn(50, seed=7)
     for answer, small, large in zip(
         task.answers(logits), task.label_sets(logits, 0.05), task.label_sets(logits, 0.99), strict=True
@@ -253,7 +263,7 @@ def test_of_many_examples_the_scores_that_are_kept_never_lower_the_coverage() ->
 
 
 def test_a_calibration_goes_through_the_spec() -> None:
-    task = classifier().calibrated(*drawn(30, seed=9), chose_weights=True)
+    task = tempered(classifier(), drawn(30, seed=9), chose_weights=True)
     again = task_from_spec(json.loads(json.dumps(task.spec())), tokenizer("bert"))
     assert isinstance(again, Classify)
     assert again.calibration == task.calibration

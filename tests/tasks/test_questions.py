@@ -8,10 +8,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small_models
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch.nn import functional as F
 
 from turret.cli.main import run
@@ -240,6 +241,56 @@ def test_an_answer_names_a_class_and_the_probabilities_of_each_question() -> Non
     exec(task.printed(task.spec()).replace("print(", "said = ("), {"logits": z[0], "labels": LABELS}, printed)
     assert printed["said"] == task.judged(answer)
     assert task.line(answer).startswith(f"{printed['said'][0]} ")
+
+
+def drawn(count: int, seed: int, *, sure: float) -> tuple[torch.Tensor, list[Labelled]]:
+    """Logits of a head that is too sure of the topic, and of the urgency rightly sure; a third lack the urgency."""
+    generator = torch.Generator().manual_seed(seed)
+    true = 1.6 * torch.randn(count, len(LABELS), generator=generator)
+    topics = torch.multinomial(true[:, TOPICS].softmax(-1), 1, generator=generator)[:, 0].tolist()
+    urgent = torch.multinomial(true[:, URGENT].softmax(-1), 1, generator=generator)[:, 0].tolist()
+    both = [(LABELS[topic], LABELS[3 + own]) for topic, own in zip(topics, urgent, strict=True)]
+    examples = [Labelled("", labels if place % 3 else labels[:1]) for place, labels in enumerate(both)]
+    return torch.cat([sure * true[:, TOPICS], true[:, URGENT]], dim=1), examples
+
+
+def test_each_question_has_a_temperature_of_its_own() -> None:
+    known, test = drawn(2000, 1, sure=2.5), drawn(3000, 2, sure=2.5)
+    task = questions().calibrated(*known, chose_weights=False)
+    assert task.calibrations["topic"].temperature == pytest.approx(2.5, rel=0.1)
+    assert task.calibrations["urgent"].temperature == pytest.approx(1.0, abs=0.1), "the control: it was right before"
+    assert [each.examples for each in task.calibrations.values()] == [2000, 1333]
+    before, (after, answers) = questions().judge(*test)[0], task.judge(*test)
+    assert before["per_question"]["topic"]["ece"] > 0.1
+    for question, part in (("topic", TOPICS), ("urgent", URGENT)):
+        own = after["per_question"][question]
+        there = [place for place, example in enumerate(test[1]) if any(question in each for each in example.label)]
+        rows = [answers[place]["answers"][question] for place in there]
+        names = [label.removeprefix(f"{question}: ") for label in LABELS[part]]
+        right = [next(e for e in test[1][p].label if e.startswith(question)).partition(": ")[2] for p in there]
+        chances = np.array([[row["probabilities"][name] for name in names] for row in rows])
+        assert own["loss"] == pytest.approx(log_loss(right, chances, labels=names), abs=1e-6)
+        hits = np.array([row["label"] == each for row, each in zip(rows, right, strict=True)])
+        assert own["ece"] == pytest.approx(binned_error(chances.max(1), hits), abs=1e-9)
+        assert own["ece"] < 0.03
+        assert own["accuracy"] == before["per_question"][question]["accuracy"]
+    assert after["ece"] == pytest.approx(sum(each["ece"] for each in after["per_question"].values()) / 2)
+    again = task_from_spec(json.loads(json.dumps(task.spec())), small_models.tokenizer("bert"))
+    assert again.answers(test[0]) == task.answers(test[0])
+    assert "calibration" not in questions().spec()
+
+
+def test_a_question_with_few_answers_has_no_temperature() -> None:
+    logits, examples = drawn(50, 1, sure=2.5)
+    few = [each if place < 25 else Labelled("", each.label[:1]) for place, each in enumerate(examples)]
+    assert set(questions().calibrated(logits, few, chose_weights=False).calibrations) == {"topic"}
+
+
+def binned_error(sure: np.ndarray, right: np.ndarray) -> float:
+    """ECE in 15 bins."""
+    places = np.clip(np.ceil(sure * 15).astype(int) - 1, 0, 14)
+    inside = [places == place for place in range(15)]
+    return float(sum(abs(sure[own].sum() - right[own].sum()) for own in inside) / len(sure))
 
 
 def test_a_golden_example_names_every_answer() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small_models
 import torch
@@ -21,7 +22,7 @@ from turret.errors import BaseModelError, DataError
 from turret.families import FAMILIES
 from turret.methods import LoRA
 from turret.recipe import Data
-from turret.tasks import TokenClassification
+from turret.tasks import TokenClassification, task_from_spec
 
 WORDS = ["Anna", "Lee", "met", "Bo", "in", "Rome", "."]
 TAGGED = [family for family in (*small_models.FAMILIES, *small_models.RELATIVES) if FAMILIES[family].tag_modules]
@@ -234,6 +235,50 @@ def test_metrics_count_whole_spans() -> None:
     assert metrics["text_f1"] == pytest.approx((0.5 + 1 + 1) / 3)
     scores = [task.score(task.judged(answer), each) for answer, each in zip(answers, examples, strict=True)]
     assert sum(scores) / 3 == pytest.approx(metrics["text_f1"])
+
+
+def drawn(texts: int, words: int, *, sure: float, seed: int = 0) -> tuple[torch.Tensor, list[Tagged]]:
+    """Logits (N, C) of a tagger that is too sure, and texts whose words are spans as often as they say without that."""
+    generator, task = torch.Generator().manual_seed(seed), tagger()
+    true = 1.5 * torch.randn(texts * words, len(task.tags), generator=generator)
+    true[:, 2::2] = -30.0  # no tag I
+    tags = torch.multinomial(true.softmax(-1), 1, generator=generator)[:, 0].reshape(texts, words).tolist()
+    spans = [
+        tuple((5 * place, 5 * place + 4, task.labels[(tag - 1) // 2]) for place, tag in enumerate(own) if tag)
+        for own in tags
+    ]
+    return sure * true, [Tagged(" ".join(["anna"] * words), each) for each in spans]
+
+
+def test_one_temperature_for_all_words_makes_spans_as_probable_as_they_are() -> None:
+    known, test = drawn(200, 10, sure=2.5), drawn(300, 10, sure=2.5, seed=1)
+    task = tagger().calibrated(*known, chose_weights=False)
+    assert task.calibration is not None
+    assert task.calibration.temperature == pytest.approx(2.5, rel=0.1), "the control: the head is too sure"
+    assert task.calibration.examples == 200, "a text counts once"
+    before, (after, answers) = tagger().judge(*test)[0], task.judge(*test)
+    assert (before["f1"], before["text_f1"]) == (after["f1"], after["text_f1"])
+    assert before["ece"] > 0.15
+    assert after["ece"] < 0.04
+    spans = [(each, span) for answer, each in zip(answers, test[1], strict=True) for span in answer["spans"]]
+    sure = np.array([span["probability"] for _, span in spans])
+    right = np.array([(span["start"], span["end"], span["label"]) in each.spans for each, span in spans])
+    bins = np.clip(np.ceil(sure * 15).astype(int) - 1, 0, 14)
+    expected = sum(abs(sure[bins == place].sum() - right[bins == place].sum()) for place in range(15)) / len(sure)
+    assert after["ece"] == pytest.approx(expected, abs=1e-9)
+    chances = (test[0].double() / task.calibration.temperature).softmax(-1)
+    own = chances[torch.arange(len(chances)), task.targets(test[1])]
+    assert after["loss"] == pytest.approx(float(-own.log().mean()), abs=1e-5)
+    assert after["loss"] < before["loss"]
+    again = task_from_spec(json.loads(json.dumps(task.spec())), small_models.tokenizer("bert"))
+    assert again.answers(test[0], [each.text for each in test[1]]) == answers
+
+
+def test_many_words_of_few_texts_are_no_evidence_for_a_temperature() -> None:
+    task = tagger().calibrated(*drawn(40, 60, sure=2.5), chose_weights=False)
+    assert task.calibration is not None
+    assert (task.calibration.temperature, task.calibration.examples) == (1.0, 40)
+    assert tagger().calibrated(*drawn(19, 60, sure=2.5), chose_weights=False).calibration is None
 
 
 def test_targets_are_the_tags_of_the_words_that_are_read() -> None:

@@ -290,7 +290,8 @@ def test_levels_are_calibrated_and_their_sets_hold_the_answer() -> None:
     generator = torch.Generator().manual_seed(0)
     task, wanted = levels(), torch.randint(0, 3, (400,), generator=generator)
     logits = 4.0 * (wanted[:, None] - torch.tensor([0.5, 1.5]) + torch.randn(400, 1, generator=generator))
-    fitted = task.calibrated(logits, wanted, chose_weights=False)
+    examples = [Labelled("", task.labels[place]) for place in wanted.tolist()]
+    fitted = task.calibrated(logits, examples, chose_weights=False)
     before, after = task.metrics(logits, wanted)["ece"], fitted.metrics(logits, wanted)["ece"]
     assert after < before
     sets = fitted.label_sets(logits, 0.9)

@@ -287,7 +287,7 @@ def test_a_classifier_is_measured_by_the_logits_that_it_serves(method: str, dtyp
         checked, tested = served(engine, task, checks), served(engine, task, tests)
     right = task.targets(checks), task.targets(tests)
     assert found.metrics == {"validation": task.metrics(checked, right[0]), "test": task.metrics(tested, right[1])}
-    assert task.calibration == task.calibrated(checked, right[0], chose_weights=False).calibration
+    assert task.calibration == task.calibrated(checked, checks, chose_weights=False).calibration
     with workspace.engine(base, limits=Limits(batch_tokens=2048)) as engine:  # in the precision that suits the machine
         later = served(engine, task, TESTED)
     assert workspace.evaluate("c", str(data / "test.jsonl")).metrics == task.metrics(later, task.targets(TESTED))
@@ -295,4 +295,4 @@ def test_a_classifier_is_measured_by_the_logits_that_it_serves(method: str, dtyp
     torch.testing.assert_close(trained, (checked, tested), atol=0.02, rtol=0.02)
     assert not torch.equal(trained[1], tested), "the control: the weights that train give other logits"
     assert task.metrics(trained[1], right[1]) != found.metrics["test"], "which shows in the metrics"
-    assert task.calibrated(trained[0], right[0], chose_weights=False).calibration != task.calibration
+    assert task.calibrated(trained[0], checks, chose_weights=False).calibration != task.calibration

@@ -6,6 +6,7 @@ import codecs
 import csv
 import json
 import math
+import random
 import re
 import shutil
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from turret.cli.main import run
 from turret.data.table_writer import TableWriter, TextForm, harmless
 from turret.errors import AdapterError, DataError
 from turret.recipe import Recipe
+from turret.tasks.calibration import stored_by_question
 from turret.workspace import RunResult, Workspace
 from turret.workspace.answering import PredictOptions
 
@@ -170,13 +172,80 @@ def test_mistakes_have_their_text_and_the_line_of_their_row_the_surest_first(tra
 
 def test_evaluate_measures_the_calibration_and_the_coverage(trained) -> None:
     details = trained.workspace.evaluate("reviews", str(trained.data)).details
-    assert details.reliability is not None
-    assert details.reliability.calibrated_on == 40
-    assert sum(each.count for each in details.reliability.bins) == 30
-    assert details.reliability.raw_ece is not None
+    (sure,) = details.reliability.values()
+    assert sure.calibrated_on == 40
+    assert sum(each.count for each in sure.bins) == 30
+    assert sure.raw_ece is not None
     assert details.coverage is not None
     assert details.coverage.low < details.coverage.measured <= details.coverage.high
     assert 1 <= details.coverage.mean_size <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["questions", "token_classification"])
+def test_questions_and_tags_that_are_too_sure_are_calibrated_everywhere(kind: str, tmp_path, capsys) -> None:
+    """A model is trained on labels that the text tells, and held against labels of which a third is drawn by chance."""
+    base, draw = small_models.save_base("bert", tmp_path / "bert"), random.Random(3)
+
+    def row(number: int, by_chance: float) -> dict[str, Any]:
+        topic, urgent = ("film", "bank")[number % 2], ("quick", "lazy")[number // 2 % 2]
+        noisy = lambda right, other: draw.choice((right, other)) if draw.random() < by_chance else right
+        words = [urgent, topic, "fox", "dog", "story", "market"]
+        if kind == "questions":
+            answers = {"topic": noisy(topic, "bank"), "urgent": noisy(urgent, "lazy")}
+            return {"text": f"{' '.join(words)} {number}", **answers}
+        tags = [noisy("B-SPEED", "O"), noisy("B-TOPIC", "O"), "O", "O", "O", "O", "O"]
+        return {"tokens": [*words, str(number)], "tags": tags}
+
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 120), ("validation", 150), ("test", 100)):
+        lines = [json.dumps(row(number, 0.0 if split == "train" else 0.3)) for number in range(count)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    data = {"source": str(tmp_path / "data")} | ({"label": ["topic", "urgent"]} if kind == "questions" else {})
+    workspace = Workspace(tmp_path / "store")
+    train = {"epochs": 6, "lr": 1e-2, "evaluate": "never", "dtype": "float32"}
+    result = workspace.train(Recipe(name="sure", base=str(base), data=data, task={"kind": kind}, train=train))
+    version = workspace.resolve("sure")
+    fitted = stored_by_question(version.part("task")["calibration"])
+    assert list(fitted) == (["topic", "urgent"] if kind == "questions" else [""])
+    assert max(each["temperature"] for each in fitted.values()) > 1.2, "it is too sure"
+    test = str(tmp_path / "data" / "test.jsonl")
+    found = workspace.evaluate("sure", test)
+    assert found.metrics["ece"] == pytest.approx(result.metrics["test"]["ece"], abs=0.02)
+    for question, sure in found.details.reliability.items():
+        assert (sure.temperature, sure.calibrated_on) == (fitted[question]["temperature"], 150)
+        assert sure.temperature == 1 or sure.ece < sure.raw_ece
+
+    texts = ["quick film fox dog", "lazy bank story"]
+    expected = workspace.predict("sure", texts)
+    with workspace.engine(str(base), dtype="float32") as engine:
+        answers = engine.classify(texts, "sure")
+    for one, other in zip(answers, expected, strict=True):
+        for key, value in numbers_in(one).items():
+            assert value == pytest.approx(numbers_in(other)[key], abs=0.01)
+    assert (
+        run(["evaluate", "sure", test, "--store", str(workspace.store.root), "--report", str(tmp_path / "p.html")]) == 0
+    )
+    out, page = capsys.readouterr().out, (tmp_path / "p.html").read_text()
+    assert len(re.findall(r"ECE 0\.\d+ with temperature", out)) == len(fitted)
+    assert page.count("that was fitted on 150 validation examples") == page.count("Bars: the share") == len(fitted)
+    assert run(["show", "sure", "--store", str(workspace.store.root)]) == 0
+    assert len(re.findall(r"temperature [\d.]+, from 150 validation examples", capsys.readouterr().out)) == len(fitted)
+    workspace.export("sure", tmp_path / "peft")
+    card = (tmp_path / "peft" / "README.md").read_text()
+    for each in fitted.values():
+        assert f"{each['temperature']:.4g}" in " ".join(card.split())
+    again = Workspace(tmp_path / "again")
+    assert again.import_adapter(str(tmp_path / "peft"), "sure").digest == version.digest
+
+
+def numbers_in(answer: Any, name: str = "") -> dict[str, float]:
+    """Every number of an answer by its place in it."""
+    if isinstance(answer, dict):
+        return {key: value for k, each in answer.items() for key, value in numbers_in(each, f"{name}.{k}").items()}
+    if isinstance(answer, list):
+        return {key: value for n, each in enumerate(answer) for key, value in numbers_in(each, f"{name}.{n}").items()}
+    return {name: answer} if isinstance(answer, float) else {}
 
 
 def test_evaluate_prints_what_is_wrong_and_writes_a_table_and_a_page(trained, tmp_path, capsys) -> None:

@@ -78,12 +78,13 @@ def print_evaluation(found: Evaluation, notes: list[str]) -> None:
 
 
 def _calibration(details: Details) -> Iterator[tuple[str, str]]:
-    found = details.reliability
-    if found is not None and found.temperature is not None and found.raw_ece is not None:
-        without = f"{found.raw_ece:.3f} without it"
-        yield "calibration", f"ECE {found.ece:.3f} with temperature {found.temperature:.3g}, {without}"
-    elif found is not None:
-        yield "calibration", f"ECE {found.ece:.3f}; none is stored, because no validation split was there in training"
+    for question, found in details.reliability.items():
+        of = f"{question}: " if question else ""
+        if found.temperature is not None and found.raw_ece is not None:
+            text = f"ECE {found.ece:.3f} with temperature {found.temperature:.3g}, {found.raw_ece:.3f} without it"
+        else:
+            text = f"ECE {found.ece:.3f}; none is stored, because no validation split was there in training"
+        yield "calibration", of + text
     if details.coverage is not None:
         c = details.coverage
         span = f"{c.measured:.1%} ({c.low:.1%} to {c.high:.1%})"

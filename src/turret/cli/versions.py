@@ -13,6 +13,7 @@ from turret.cli.output import columns, console, cut, emit, grid, measured, numbe
 from turret.errors import NotFound, counted
 from turret.json_types import JsonMapping, JsonValue, part
 from turret.tasks import main_metric
+from turret.tasks.calibration import stored_by_question
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
@@ -220,8 +221,8 @@ def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
     kind, settings = said(method)
     yield "method", safe(" ".join([kind, *(f"{key}={value}" for key, value in settings.items())]))
     yield "task", safe(f"{task.get('kind')}  {', '.join(map(str, task.get('labels') or ()))}")
-    if (fitted := task.get("calibration")) is not None:
-        yield "calibration", safe(_calibration(fitted))
+    for question, fitted in stored_by_question(task.get("calibration")).items():
+        yield "calibration", safe((f"{question}: " if question else "") + _calibration(fitted))
     for split, values in shown["metrics"].items():
         yield safe(split), measured(split, values)
     yield "size", size(shown["bytes"])

@@ -115,7 +115,7 @@ def as_html(
         details=details,
         matrix=confusion if confusion is not None and len(confusion.labels) <= MOST_CLASSES else None,
         pairs=[] if confusion is None else confusion.pairs(PAIRS),
-        plot=_plot(details.reliability),
+        plots=[(question, each, plot) for question, each in details.reliability.items() if (plot := _plot(each))],
         residuals=_residuals(details.numbers),
         mistakes=[_shown(each, task) for each in details.mistakes[:MISTAKES]] if texts else [],
         first=FIRST_MISTAKES,
@@ -155,8 +155,8 @@ def _formatted(measure: Measure, value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
-def _plot(found: Reliability | None) -> str:
-    if found is None or not found.bins:
+def _plot(found: Reliability) -> str:
+    if not found.bins:
         return ""
     total = sum(each.count for each in found.bins)
     marks = [

@@ -77,21 +77,26 @@ class Details:
     Args:
         mistakes: the worst first.
         task: the kind, which says what a mistake is.
+        reliability: by question; the question is "" where there is only one.
         numbers: what is right and what was answered, of each example whose answer is a number.
     """
 
     mistakes: tuple[Mistake, ...]
     task: str
     confusion: Confusions | None = None
-    reliability: Reliability | None = None
+    reliability: Mapping[str, Reliability] = field(default_factory=dict)
     coverage: Coverage | None = None
     numbers: tuple[tuple[float, float], ...] = ()
 
     def as_json(self) -> JsonObject:
-        """The details with the first `SHOWN` mistakes, and the number of all."""
+        """The details with the first `SHOWN` mistakes, and the number of all.
+
+        `reliability` is one object, or one by question.
+        """
+        sure = {question: asdict(each) for question, each in self.reliability.items()}
         return {
             "confusion": None if self.confusion is None else asdict(self.confusion),
-            "reliability": None if self.reliability is None else asdict(self.reliability),
+            "reliability": sure.get("", sure or None),
             "coverage": None if self.coverage is None else asdict(self.coverage),
             "wrong": len(self.mistakes),
             "mistakes": [each.as_json() for each in self.mistakes[:SHOWN]],

@@ -285,6 +285,6 @@ class Prompts:
 def _check_coverage(request: Request, coverage: float, loaded: AdapterTensors | None) -> None:
     """Raise AdapterError for an adapter without a calibration, DataError if that is too small for this coverage."""
     task = None if loaded is None else loaded.task
-    if task is None or not task.calibrates:
+    if task is None or not task.ranks_labels:
         raise AdapterError(f"{request.named or 'the base'} gives no probability of labels: ask it without coverage")
     require(task.calibration, str(request.named)).threshold(coverage)

@@ -1,5 +1,7 @@
 """Calibration of a classifier: its error, a temperature for its probabilities, and sets of labels with a coverage.
 
+Each of several questions on a text has a calibration of its own. Words of a text share one; a text counts once.
+
 Temperature and sets are fitted on validation examples, which no weight was trained on, and are stored with the task.
 
 Temperature. The probabilities are `softmax(z / T)`; T has the lowest loss on the validation examples. Each target gives
@@ -29,7 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from turret.errors import AdapterError, DataError
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,24 +116,35 @@ def require(calibration: Calibration | None, version: str) -> Calibration:
     return calibration
 
 
-def fit(logits: Tensor, targets: Tensor, *, multi_label: bool, chose_weights: bool) -> Calibration:
+def fit(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    multi_label: bool = False,
+    chose_weights: bool = False,
+    rows: Sequence[int] | None = None,
+) -> Calibration:
     """The temperature and the scores of some validation examples.
 
     Args:
         logits: (B, C).
         targets: class numbers (B,) int64; with `multi_label` ones and zeros (B, C).
         chose_weights: whether the same examples chose the weights.
+        rows: how many rows each example has, such as the words of a text, whose answers are alike; None: one.
     """
     import torch
 
     z = logits.detach().double().cpu()
     y = targets.double().cpu() if multi_label else torch.nn.functional.one_hot(targets.cpu(), z.shape[1]).double()
     temperature = _temperature(_binary_slope(z, y) if multi_label else _slope(z, y))
-    if len(z) < FEWEST_TEMPERATURE or _evidence(z, y, temperature, multi_label=multi_label) < EVIDENT:
+    every = scores(z, multi_label=multi_label)  # (B, C)
+    right = torch.where(y > 0, every, torch.zeros_like(every)).amax(1)  # (B,)
+    parts = torch.split(right, 1 if rows is None else [count for count in rows if count])
+    worst = [float(part.max()) for part in parts]  # all right labels of an example are in the set
+    evidence = len(worst) * _gain(z, y, temperature, multi_label=multi_label)
+    if len(worst) < FEWEST_TEMPERATURE or evidence < EVIDENT:
         temperature = 1.0
-    rows = scores(z, multi_label=multi_label)  # (B, C)
-    worst = torch.where(y > 0, rows, torch.zeros_like(rows)).amax(1)  # (B,): all right labels are in the set
-    rising = sorted(math.ceil(1e6 * score) / 1e6 for score in worst.tolist())  # rounded up, so sets only grow
+    rising = sorted(math.ceil(1e6 * score) / 1e6 for score in worst)  # rounded up, so sets only grow
     n, kept = len(rising), min(len(rising), MOST_SCORES)
     order = [rising[math.ceil((place + 1) * n / kept) - 1] for place in range(kept)]
     return Calibration(float(f"{temperature:.6g}"), n, tuple(order), chose_weights)
@@ -193,6 +206,40 @@ def reliability(confidence: Sequence[float], right: Sequence[bool]) -> tuple[Bin
     )
 
 
+@dataclass(frozen=True)
+class Confidences:
+    """How sure the answers to one question are.
+
+    Args:
+        sure: the probability of each answer.
+        raw: the same without the temperature.
+        right: whether each answer is right.
+        calibration: whose temperature it is; None: there is none.
+    """
+
+    sure: Sequence[float]
+    raw: Sequence[float]
+    right: Sequence[bool]
+    calibration: Calibration | None = None
+
+    @property
+    def error(self) -> float:
+        """ECE."""
+        return calibration_error(reliability(self.sure, self.right))
+
+
+def stored_by_question(fitted: JsonValue) -> dict[str, JsonMapping]:
+    """The calibrations in a task's spec, by question; the question is "" where there is only one."""
+    if not isinstance(fitted, dict):
+        return {}
+    return {"": fitted} if not isinstance(fitted.get("temperature", {}), dict) else fitted
+
+
+def temperature_of(calibration: Calibration | None) -> float:
+    """T, 1 without a calibration."""
+    return 1.0 if calibration is None else calibration.temperature
+
+
 def calibration_error(bins: Sequence[Bin]) -> float:
     """ECE: `sum_b (n_b / n) |accuracy_b - confidence_b|`; 0 without answers."""
     count = sum(each.count for each in bins)
@@ -208,8 +255,8 @@ def _temperature(slope: Callable[[float], float]) -> float:
     return math.exp(-(low + high) / 2)
 
 
-def _evidence(z: Tensor, y: Tensor, temperature: float, *, multi_label: bool) -> float:
-    """`2 n (loss(1) - loss(T))`: how much more likely T makes the right labels. A text counts once."""
+def _gain(z: Tensor, y: Tensor, temperature: float, *, multi_label: bool) -> float:
+    """`2 (loss(1) - loss(T))`, a mean: how much more likely T makes the right labels. A text counts once."""
     from torch.nn import functional as F
 
     def loss(at: float) -> float:
@@ -217,7 +264,7 @@ def _evidence(z: Tensor, y: Tensor, temperature: float, *, multi_label: bool) ->
             return float(F.binary_cross_entropy_with_logits(z / at, y))
         return float(F.cross_entropy(z / at, y))
 
-    return 2 * len(z) * (loss(1.0) - loss(temperature))
+    return 2 * (loss(1.0) - loss(temperature))
 
 
 def _slope(z: Tensor, y: Tensor) -> Callable[[float], float]:

@@ -17,7 +17,7 @@ from turret.data import Dataset, Example, Input, Labelled, Schema, TextPair
 from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.calibration import Calibration, calibration_error, fit, label_sets, reliability
+from turret.tasks.calibration import Calibration, Confidences, fit, label_sets, temperature_of
 from turret.tasks.task import (
     Embedding,
     Encoded,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")  # column names of inputs
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")  # column names of classes
 LOSS = Measure("loss", "the mean of minus the logarithm of the right answer's probability; 0 is perfect", "nats")
+ECE = Measure("calibration error", "ECE: the mean distance of a probability from the share that is right")
 THRESHOLD = 0.5  # multi-label: a class is predicted from this probability on
 
 
@@ -151,6 +152,8 @@ class HeadAnswers(Protocol):
     metric_label: ClassVar[str]
     measures: ClassVar[Mapping[str, Measure]] = {"loss": LOSS}
     errors: ClassVar[str] = "the worst answers"
+    ranks_labels: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     texts: ClassVar[tuple[str, str]] = ("first text", "second text")
     sides: ClassVar[tuple[str, str]] = ("right is", "answered")
     bare: ClassVar[bool] = False
@@ -221,8 +224,11 @@ class HeadAnswers(Protocol):
     def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]:
         return [self.score(each, example) for each, example in zip(given, examples, strict=True)]
 
-    def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
+    def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
         return self
+
+    def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
+        return {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -287,6 +293,7 @@ class Classify(HeadAnswers):
     """A classifier's labels, in the order of the logits, and how it encodes a text."""
 
     kind: ClassVar[str] = "classify"
+    ranks_labels: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
     metric: ClassVar[str] = "accuracy"
     metric_label: ClassVar[str] = "accuracy"
@@ -297,7 +304,7 @@ class Classify(HeadAnswers):
         "micro_f1": Measure("micro F1", "F1 over all decisions, so that a common label counts more", share=True),
         "macro_f1": Measure("macro F1", "the mean of the F1 of all classes; each class counts the same", share=True),
         "loss": LOSS,
-        "ece": Measure("calibration error", "ECE: the mean distance of a probability from the share that is right"),
+        "ece": ECE,
     }
     errors: ClassVar[str] = "the most confident wrong answers"
 
@@ -451,19 +458,31 @@ class Classify(HeadAnswers):
         """
         from turret.tasks import metrics
 
-        loss, chances = float(self.loss(logits / self._temperature, targets)), self._probabilities(logits)
+        loss = float(self.loss(logits / temperature_of(self.calibration), targets))
         if self.multi_label:
             given = (logits.float().sigmoid() >= THRESHOLD).long()  # (B, C)
             found = metrics.many_classes(given.tolist(), targets.long().tolist(), self.labels, loss)
-            confidence, right = chances.flatten(), targets.flatten() > 0  # of every label of every text
+        else:
+            found = metrics.one_class(self.chosen(logits), targets.tolist(), self.labels, loss)
+        return found | {"ece": self._sure(logits, targets).error}
+
+    def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
+        """Of the answered class; with `multi_label` of every label of every text."""
+        return {"": self._sure(logits, self.targets(examples))}
+
+    def _sure(self, logits: Tensor, targets: Tensor) -> Confidences:
+        chances = self._probabilities(logits), self._probabilities(logits, 1.0)
+        if self.multi_label:
+            right = targets.flatten() > 0
+            sure, raw = (each.flatten() for each in chances)
         else:
             chosen = targets.new_tensor(self.chosen(logits))
-            found = metrics.one_class(chosen.tolist(), targets.tolist(), self.labels, loss)
-            confidence, right = chances.gather(1, chosen[:, None].cpu())[:, 0], chosen == targets
-        return found | {"ece": calibration_error(reliability(confidence.tolist(), right.tolist()))}
+            right = chosen == targets
+            sure, raw = (each.gather(1, chosen[:, None].cpu())[:, 0] for each in chances)
+        return Confidences(sure.tolist(), raw.tolist(), right.tolist(), self.calibration)
 
-    def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
-        task = copy.copy(self)
+    def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
+        task, targets = copy.copy(self), self.targets(examples)
         task.calibration = fit(
             self.class_scores(logits), targets, multi_label=self.multi_label, chose_weights=chose_weights
         )
@@ -476,13 +495,10 @@ class Classify(HeadAnswers):
         threshold = self.calibration.threshold(coverage)
         return label_sets(self.class_scores(logits), self.labels, predicted, threshold, multi_label=self.multi_label)
 
-    @property
-    def _temperature(self) -> float:
-        return 1.0 if self.calibration is None else self.calibration.temperature
-
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        """(B, C) float64, with the temperature."""
-        logits = self.class_scores(logits).detach().double() / self._temperature
+    def _probabilities(self, logits: Tensor, temperature: float | None = None) -> Tensor:
+        """(B, C) float64. temperature: None: the calibration's."""
+        temperature = temperature_of(self.calibration) if temperature is None else temperature
+        logits = self.class_scores(logits).detach().double() / temperature
         return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
     def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:

@@ -71,7 +71,6 @@ class TextEmbedding(HeadAnswers):
     metric: ClassVar[str] = "main_score"
     metric_label: ClassVar[str] = "main score"
     right_or_wrong: ClassVar[bool] = False
-    calibrates: ClassVar[bool] = False
     spans: ClassVar[Literal["row", "batch"]] = "batch"
     bare: ClassVar[bool] = True
     solved: ClassVar[bool] = False

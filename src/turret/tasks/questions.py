@@ -7,6 +7,7 @@ Axes: B examples, C classes of all questions, Q questions.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -15,7 +16,17 @@ from turret.data.cells import answer_to, by_column, in_order, question_in
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import LOSS, TEXTS, HeadAnswers, TextInputs, balanced_weights, constant_loss, output_names
+from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, stored_by_question, temperature_of
+from turret.tasks.classify import (
+    ECE,
+    LOSS,
+    TEXTS,
+    HeadAnswers,
+    TextInputs,
+    balanced_weights,
+    constant_loss,
+    output_names,
+)
 from turret.tasks.task import Measure, Prediction, TaskSettings, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
@@ -36,10 +47,11 @@ class Questions(HeadAnswers):
         labels: each `question: class`; those of a question follow one another.
         pairs: whether two texts are read together.
         class_weights: of classes in the loss, by `question: class`; 1 for the others.
+        calibrations: of each question that had enough validation examples with an answer.
     """
 
     kind: ClassVar[str] = "questions"
-    calibrates: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = True
     metric: ClassVar[str] = "accuracy"
     metric_label: ClassVar[str] = "accuracy"
     right_or_wrong: ClassVar[bool] = False
@@ -48,6 +60,7 @@ class Questions(HeadAnswers):
         "accuracy": Measure("accuracy", "the share of its questions that a text has right, as a mean", share=True),
         "macro_f1": Measure("macro F1", "the mean over questions of the mean of the F1 of all classes", share=True),
         "loss": LOSS,
+        "ece": ECE,
     }
     errors: ClassVar[str] = "the texts with the most wrong answers"
     multi_label: bool = True
@@ -61,6 +74,7 @@ class Questions(HeadAnswers):
         pairs: bool = False,
         prefix_text: str = "",
         class_weights: Mapping[str, float] | None = None,
+        calibrations: Mapping[str, Calibration] | None = None,
     ) -> None:
         if unknown := sorted(set(class_weights or {}) - set(labels)):
             raise DataError(
@@ -69,6 +83,7 @@ class Questions(HeadAnswers):
         self.labels = tuple(labels)
         self.parts = _parts(labels)
         self.class_weights = None if class_weights is None else dict(class_weights)
+        self.calibrations = dict(calibrations or {})
         self.inputs = TextInputs(self.kind, tokenizer, max_tokens, prefix_text, pairs=pairs)
 
     @classmethod
@@ -177,13 +192,15 @@ class Questions(HeadAnswers):
         return found
 
     def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
-        """accuracy, the mean over texts of the share of right answers; macro_f1, the mean over questions; loss.
+        """accuracy, the mean over texts of the share of right answers; macro_f1 and ece, means over questions; loss.
 
-        And by question accuracy, macro_f1, loss and the number of answers, and a report for each class.
+        And by question accuracy, macro_f1, loss, ece and the number of answers, and a report for each class. loss and
+        ece are of the answers' probabilities.
         """
         from turret.tasks import metrics
 
-        losses, right = self._losses(logits, targets), targets.new_zeros(targets.shape)
+        losses, right = self._losses(self._tempered(logits), targets), targets.new_zeros(targets.shape)
+        sure = self._sure(logits, targets)
         by_question, classes = dict[str, JsonObject](), JsonObject()
         for place, (question, part) in enumerate(self.parts.items()):
             there = targets[:, place] != NONE
@@ -192,21 +209,55 @@ class Questions(HeadAnswers):
             loss = float(losses[there, place].sum() / there.sum().clamp(min=1))
             found = metrics.one_class(given.tolist(), true.tolist(), self.labels[part], loss)
             classes |= found.pop("per_class")
-            by_question[question] = found | {"examples": len(true)}
+            by_question[question] = found | {"ece": sure[question].error, "examples": len(true)}
         return {
             "accuracy": float((right.sum(1) / _answered(targets)).mean()),
             "macro_f1": sum(each["macro_f1"] for each in by_question.values()) / len(by_question),
             "loss": float((losses.sum(1) / _answered(targets)).mean()),
+            "ece": sum(each["ece"] for each in by_question.values()) / len(by_question),
             "per_question": by_question,
             "per_class": classes,
         }
 
+    def _tempered(self, logits: Tensor) -> Tensor:
+        """The logits of each question divided by its temperature: (B, C) float64."""
+        import torch
+
+        temperatures = torch.ones(len(self.labels), dtype=torch.float64)
+        for question, part in self.parts.items():
+            temperatures[part] = temperature_of(self.calibrations.get(question))
+        return logits.detach().double() / temperatures.to(logits.device)
+
+    def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
+        return self._sure(logits, self.targets(examples))
+
+    def _sure(self, logits: Tensor, targets: Tensor) -> dict[str, Confidences]:
+        """Of the texts that answer each question."""
+        found, tempered = dict[str, Confidences](), self._tempered(logits)
+        for place, (question, part) in enumerate(self.parts.items()):
+            there = targets[:, place] != NONE
+            sure, chosen = tempered[there, part].softmax(-1).max(-1)
+            raw = logits[there, part].detach().double().softmax(-1).amax(-1)
+            right = chosen == targets[there, place]
+            found[question] = Confidences(sure.tolist(), raw.tolist(), right.tolist(), self.calibrations.get(question))
+        return found
+
+    def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
+        task, targets = copy.copy(self), self.targets(examples)
+        task.calibrations = {
+            question: fit(logits[there, part], targets[there, place], chose_weights=chose_weights)
+            for place, (question, part) in enumerate(self.parts.items())
+            if int((there := targets[:, place] != NONE).sum()) >= FEWEST
+        }
+        return task
+
     def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
         """`{"answers": {question: {"label", "probabilities"}}}` for each row. logits: (B, C)."""
         rows: list[JsonObject] = [{"answers": {}} for _ in range(len(logits))]
+        tempered = self._tempered(logits)
         for question, part in self.parts.items():
             names = [label.removeprefix(answer_to(question, "")) for label in self.labels[part]]
-            chances = logits[:, part].detach().double().softmax(-1)
+            chances = tempered[:, part].softmax(-1)
             for row, chosen, own in zip(rows, chances.argmax(-1).tolist(), chances.tolist(), strict=True):
                 row["answers"][question] = {
                     "label": names[chosen],
@@ -237,7 +288,8 @@ class Questions(HeadAnswers):
         return tuple(_parts(labels))
 
     def spec(self) -> JsonObject:
-        return {
+        fitted = {question: each.to_json() for question, each in self.calibrations.items()}
+        return ({"calibration": fitted} if fitted else {}) | {
             "kind": self.kind,
             "labels": list(self.labels),
             "max_tokens": self.max_tokens,
@@ -249,8 +301,11 @@ class Questions(HeadAnswers):
 
     @classmethod
     def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
-        settings = {key: value for key, value in spec.items() if key not in ("kind", "labels", "multi_label")}
-        return cls(spec["labels"], tokenizer, **settings)
+        other = ("kind", "labels", "multi_label", "calibration")
+        settings = {key: value for key, value in spec.items() if key not in other}
+        stored = stored_by_question(spec.get("calibration")).items()
+        fitted = {question: Calibration.from_json(each) for question, each in stored}
+        return cls(spec["labels"], tokenizer, **settings, calibrations=fitted)
 
 
 def _parts(labels: Sequence[str]) -> dict[str, slice]:

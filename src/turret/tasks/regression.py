@@ -35,7 +35,6 @@ VALUES = ("score", "value", "similarity", "similarity_score", "relatedness_score
 class NumberAnswers(HeadAnswers):
     """Answers of one number each, from the head's one output."""
 
-    calibrates: ClassVar[bool] = False
     errors: ClassVar[str] = "the largest residuals"
     labels: tuple[str, ...] = ()
     multi_label: bool = False

@@ -10,7 +10,7 @@ from turret.data import Dataset, Example, Input, Schema, TextPair
 from turret.errors import AdapterError, DataError, shown
 from turret.families.family import Pooling
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.calibration import Calibration
+from turret.tasks.calibration import Calibration, Confidences
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -170,7 +170,8 @@ class Task(Protocol):
     texts: ClassVar[tuple[str, str]]  # what its two texts are called, where two are read together
     sides: ClassVar[tuple[str, str]]  # what stands before the right answer of a mistake, and before the given one
     right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
-    calibrates: ClassVar[bool]  # whether an answer has the probability of each label
+    ranks_labels: ClassVar[bool]  # whether an answer has the probability of each label
+    calibrates: ClassVar[bool]  # whether a temperature is fitted to the probabilities of its answers
     spans: ClassVar[Literal["row", "batch"]]  # whether its loss is a mean over rows, or compares the rows of a batch
     two_answers: ClassVar[bool]  # whether a row has a better and a worse answer, see `Preference`
     rate_ratio: ClassVar[float]  # of its usual learning rate to the method's
@@ -250,7 +251,7 @@ class Task(Protocol):
     @property
     def pooling(self) -> Pooling | None: ...  # which hidden states make that vector
     @property
-    def calibration(self) -> Calibration | None: ...  # fitted on validation examples; only if the task calibrates
+    def calibration(self) -> Calibration | None: ...  # of all its probabilities, fitted on validation examples
 
     def spec(self) -> JsonObject:
         """Everything that prediction needs, as JSON. `task_from_spec` makes an equal task from it."""
@@ -287,8 +288,11 @@ class Task(Protocol):
     def windows(self, inputs: Sequence[Input]) -> list[list[Encoded]]:
         """Inputs as tokens, where a long one may be read in several rows, one after another. Raises DataError."""
 
-    def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
-        """The same task with a calibration. logits, targets: of validation examples, as `loss` takes them."""
+    def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
+        """The same task with a calibration. logits: of validation examples, as for `answers`."""
+
+    def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
+        """How sure the answers are, by question; the question is "" if there is only one. Empty if none is sure."""
 
     def class_scores(self, logits: Tensor) -> Tensor:
         """What the probabilities of the labels are computed from: (B, C). logits: as the head gives them."""

@@ -32,6 +32,7 @@ class TextAnswers(Protocol):
     metric: ClassVar[str] = "rougeL"
     metric_label: ClassVar[str] = "ROUGE-L"
     right_or_wrong: ClassVar[bool] = False
+    ranks_labels: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
     spans: ClassVar[Literal["row", "batch"]] = "row"
     two_answers: ClassVar[bool] = False

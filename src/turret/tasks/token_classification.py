@@ -9,6 +9,7 @@ Axes: N words of all texts, C tags, T tokens of a row.
 from __future__ import annotations
 
 import bisect
+import copy
 import dataclasses
 import functools
 import itertools
@@ -23,7 +24,8 @@ from turret.data.columns import SPANNED, TAGGED
 from turret.data.examples import Span, written_span
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs, output_names
+from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, temperature_of
+from turret.tasks.classify import ECE, TEXTS, HeadAnswers, TextInputs, output_names
 from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
 from turret.transformer import Tokenizer
 
@@ -69,7 +71,7 @@ class TokenClassification(HeadAnswers):
     kind: ClassVar[str] = "token_classification"
     head: ClassVar[HeadKind] = "tag"
     pipeline_tag: ClassVar[str] = "token-classification"
-    calibrates: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = True
     solved: ClassVar[bool] = False
     metric: ClassVar[str] = "text_f1"
     metric_label: ClassVar[str] = "F1 of the spans of a text"
@@ -83,6 +85,7 @@ class TokenClassification(HeadAnswers):
         "recall": Measure("recall", "the share of right spans that are answered", share=True),
         "f1": Measure("F1", "the F1 of all spans", share=True),
         "loss": Measure("loss", "the mean of minus the logarithm of a word's right tag; 0 is perfect", "nats"),
+        "ece": ECE,
     }
     errors: ClassVar[str] = "the texts with the most wrong spans"
     sides: ClassVar[tuple[str, str]] = ("missed", "wrong")
@@ -283,8 +286,10 @@ class TokenClassification(HeadAnswers):
         """
         if not inputs:
             raise DataError("spans are places in a text: ask with the text, not with token ids")
-        chances = logits.float().softmax(-1)
-        best = chances.max(-1)
+        return self._answers(logits, inputs, temperature_of(self.calibration))
+
+    def _answers(self, logits: Tensor, inputs: Sequence[Input], temperature: float) -> list[JsonObject]:
+        best = (logits.float() / temperature).softmax(-1).max(-1)
         chosen, sure = best.indices.tolist(), best.values.tolist()
         answers, at = list[JsonObject](), 0
         for text in self.inputs.texts(inputs):
@@ -320,13 +325,13 @@ class TokenClassification(HeadAnswers):
         ]
 
     def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
-        """text_f1, precision, recall and F1 of all spans and by label, as seqeval counts them, and loss.
+        """text_f1, precision, recall and F1 of all spans and by label, as seqeval counts them, loss and ece.
 
-        A span is right if start, end and label are. logits: (N, C) of all words.
+        A span is right if start, end and label are. loss is of the words, ece of the spans that are answered, both with
+        the temperature. logits: (N, C) of all words.
         """
         answers = self.answers(logits, [example.asked for example in examples])
-        words = [self._tags(each, self._read(each.text).words) for each in examples if isinstance(each, Tagged)]
-        targets = logits.new_tensor([tag for tags in words for tag in tags]).long()
+        targets = logits.new_tensor([tag for tags in self._every_tag(examples) for tag in tags]).long()
         hits, given, true = Counter[str](), Counter[str](), Counter[str]()
         scores = list[float]()
         for answer, example in zip(answers, examples, strict=True):
@@ -340,13 +345,37 @@ class TokenClassification(HeadAnswers):
         metrics = {
             "text_f1": sum(scores) / max(1, len(scores)),
             **every,
-            "loss": float(self.loss(logits, targets)),
+            "loss": float(self.loss(logits / temperature_of(self.calibration), targets)),
+            "ece": self.confidences(logits, examples)[""].error,
             "per_class": {
                 label: _scores(hits[label], given[label], true[label]) | {"support": true[label]}
                 for label in self.labels
             },
         }
         return metrics, answers
+
+    def _every_tag(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The right tags of all words of each text."""
+        return [self._tags(each, self._read(each.text).words) for each in examples if isinstance(each, Tagged)]
+
+    def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
+        """Of each span that is answered."""
+        asked = [example.asked for example in examples]
+        answers, raw = self.answers(logits, asked), self._answers(logits, asked, 1.0)
+        right = list[bool]()
+        for answer, example in zip(answers, examples, strict=True):
+            assert isinstance(example, Tagged)
+            right += [_span(span) in example.spans for span in answer["spans"]]
+        sure, less = ([span["probability"] for answer in some for span in answer["spans"]] for some in (answers, raw))
+        return {"": Confidences(sure, less, right, self.calibration)}
+
+    def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
+        """One temperature for the tags of all words."""
+        task, tags = copy.copy(self), self._every_tag(examples)
+        if sum(map(bool, tags)) >= FEWEST:
+            targets = logits.new_tensor([tag for own in tags for tag in own]).long()
+            task.calibration = fit(logits, targets, chose_weights=chose_weights, rows=[len(own) for own in tags])
+        return task
 
     @classmethod
     def judged(cls, answer: JsonMapping) -> Prediction:
@@ -375,7 +404,7 @@ class TokenClassification(HeadAnswers):
         return "; ".join(spans) or "no spans"
 
     def spec(self) -> JsonObject:
-        return {
+        return ({} if self.calibration is None else {"calibration": self.calibration.to_json()}) | {
             "kind": self.kind,
             "labels": list(self.labels),
             "max_tokens": self.max_tokens,
@@ -384,7 +413,10 @@ class TokenClassification(HeadAnswers):
 
     @classmethod
     def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
-        return cls(spec["labels"], tokenizer, spec["max_tokens"], spec["prefix_text"])
+        made = cls(spec["labels"], tokenizer, spec["max_tokens"], spec["prefix_text"])
+        if "calibration" in spec:
+            made.calibration = Calibration.from_json(spec["calibration"])
+        return made
 
 
 def _tags_of(labels: Sequence[str]) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def check_options(version: Version, top: int, coverage: float | None) -> None:
     if top < 1:
         raise DataError(f"--top {top}: expected 1 or more")
     task = stored_task(version.part("task"))
-    if top > 1 and not task.calibrates:
+    if top > 1 and not task.ranks_labels:
         raise AdapterError(f"{version} gives no probability of labels, which --top {top} needs: ask it without --top")
     if coverage is not None:
         require_coverage(version, coverage)
@@ -63,7 +63,7 @@ def require_coverage(version: Version, coverage: float) -> None:
     """
     spec = version.part("task")
     task, fitted = stored_task(spec), spec.get("calibration")
-    if not task.calibrates:
+    if not task.ranks_labels:
         raise AdapterError(f"{version} gives no probability of labels: ask it without coverage")
     require(None if fitted is None else Calibration.from_json(fitted), str(version)).threshold(coverage)
 

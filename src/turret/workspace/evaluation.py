@@ -23,7 +23,7 @@ from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store
 from turret.tasks import Task
-from turret.tasks.calibration import Bin, calibration_error, reliability, scores
+from turret.tasks.calibration import Confidences, calibration_error, reliability
 from turret.train.batches import EncodedRows
 from turret.workspace.answering import Mounted, mounted
 from turret.workspace.comparing.kept_files import write_text
@@ -93,15 +93,17 @@ def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int])
     metrics, answers = ready.asking.evaluate(examples, logits=known)
     mistakes = tuple(replace(each, row=places[each.row]) for each in task.worst(examples, answers))
     numbers = tuple(task.numbers(examples, answers))
-    if known is None or not task.calibrates:
-        return metrics, Details(mistakes, task.kind, numbers=numbers)
+    details = Details(mistakes, task.kind, numbers=numbers)
+    if known is None:
+        return metrics, details
+    sure = task.confidences(known, examples)
+    details = replace(details, reliability={question: _reliability(each) for question, each in sure.items()})
+    if not task.ranks_labels:
+        return metrics, details
     right = [example.labels for example in examples]
-    return metrics, Details(
-        mistakes,
-        task.kind,
-        numbers=numbers,
+    return metrics, replace(
+        details,
         confusion=None if task.multi_label else _confusion(task, answers, right),
-        reliability=_reliability(task, answers, known, right),
         coverage=None if task.calibration is None else _coverage(task, known, right),
     )
 
@@ -114,35 +116,12 @@ def _confusion(task: Task, answers: Sequence[JsonMapping], right: Sequence[Seque
     return Confusions(task.labels, tuple(map(tuple, counts)))
 
 
-def _reliability(
-    task: Task, answers: Sequence[JsonMapping], logits: Tensor, right: Sequence[Sequence[str]]
-) -> Reliability:
-    """The reliability of the answer's probability; with several labels per text, that of every label."""
-    own = [answer["probabilities"] for answer in answers]
-    bins = _bins(task, own, answers, right)
-    if task.calibration is None:
+def _reliability(found: Confidences) -> Reliability:
+    bins, fitted = reliability(found.sure, found.right), found.calibration
+    if fitted is None:
         return Reliability(calibration_error(bins), bins)
-    without = (-scores(task.class_scores(logits), multi_label=task.multi_label)).exp().tolist()
-    raw = [dict(zip(task.labels, row, strict=True)) for row in without]
-    return Reliability(
-        calibration_error(bins),
-        bins,
-        raw_ece=calibration_error(_bins(task, raw, answers, right)),
-        temperature=task.calibration.temperature,
-        calibrated_on=task.calibration.examples,
-    )
-
-
-def _bins(
-    task: Task, rows: Sequence[JsonMapping], answers: Sequence[JsonMapping], right: Sequence[Sequence[str]]
-) -> tuple[Bin, ...]:
-    """The bins of these probabilities. rows: label to probability, of each answer."""
-    confidence, hits = list[float](), list[bool]()
-    for row, answer, labels in zip(rows, answers, right, strict=True):
-        for label in task.labels if task.multi_label else [str(task.judged(answer))]:
-            confidence.append(float(row[label]))
-            hits.append(label in labels)
-    return reliability(confidence, hits)
+    raw = calibration_error(reliability(found.raw, found.right))
+    return Reliability(calibration_error(bins), bins, raw, fitted.temperature, fitted.examples)
 
 
 def _coverage(task: Task, logits: Tensor, right: Sequence[Sequence[str]]) -> Coverage | None:

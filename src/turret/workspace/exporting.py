@@ -42,6 +42,7 @@ from turret.process import StopRequest
 from turret.store import Store, Version, scratch
 from turret.store.scratch import BESIDE, LOADED, WorkingFolder
 from turret.tasks import stored_task, task_from_spec
+from turret.tasks.calibration import stored_by_question
 from turret.transformer import Model
 from turret.workspace.card import FOLDER, card, dropped_by_peft
 from turret.workspace.importing import probe_items
@@ -122,10 +123,11 @@ def write_files(
                 f"--lora-modules {version.name}=FOLDER"
             )
         _complete_bundle(version, folder, written)
-    if fitted := version.part("task").get("calibration"):
+    fitted = stored_by_question(version.part("task").get("calibration"))
+    hot = [f"{float(each['temperature']):.4g}{f' ({name})' if name else ''}" for name, each in fitted.items()]
+    if hot:
         written.notes.append(
-            "other libraries give its probabilities without the temperature: divide the logits by "
-            f"{float(fitted['temperature']):.4g}"
+            "other libraries give its probabilities without the temperature: divide the logits by " + ", ".join(hot)
         )
     shown = store.show(str(version))
     licence = licence_of(str(version.part("base").get("id") or ""))

@@ -115,7 +115,7 @@ def _names(columns: Sequence[str], spec: JsonMapping, request: PredictOptions) -
     keys = [f"{name}_{question}" for question in asked for name in ("predicted", "probability")] or ["predicted"]
     if task.generates:
         keys.append("finish_reason")
-    elif task.calibrates:
+    elif task.ranks_labels:
         keys.append("probability")
         keys += [f"{name}_{number}" for number in range(2, request.top + 1) for name in ("predicted", "probability")]
         keys += ["label_set"] if request.coverage is not None else []

@@ -128,8 +128,8 @@ def spread(vectors: NDArray[np.float32], margins: Sequence[float], most: int) ->
 def _require_probabilities(version: Version) -> None:
     """Raise AdapterError unless the answers of a version have probabilities."""
     task = stored_task(version.part("task"))
-    if not task.calibrates:
-        able = ", ".join(each.kind for each in TASKS.values() if each.calibrates)
+    if not task.ranks_labels:
+        able = ", ".join(each.kind for each in TASKS.values() if each.ranks_labels)
         raise AdapterError(
             f"{version} has the task {task.kind}, whose answers have no probability to compare rows by: give a version "
             f"of {able}, or label rows that you draw by chance"
@@ -139,7 +139,7 @@ def _require_probabilities(version: Version) -> None:
 def _least_sure(ready: Mounted, rows: Rows, most: int, say: Say) -> tuple[list[Candidate], dict[str, int]]:
     """The rows with the smallest margins, by rising margin, and the numbers of rows read, blank and repeated."""
     task = ready.task
-    assert task.calibrates
+    assert task.ranks_labels
     kept: list[tuple[float, int, Candidate]] = []  # a heap: the surest first
     counts, seen, numbered = dict.fromkeys(("rows", "blank", "repeated"), 0), set[bytes](), enumerate(rows.read())
     while some := list(islice(numbered, ROWS)):

@@ -165,7 +165,7 @@ def _calibrate(
     logits = asking.logits(EncodedRows(task, examples).windows())
     train = ready.recipe.train
     chose = train.keep == "best" or train.early_stopping is not None
-    asking.task = task = task.calibrated(logits, task.targets(examples), chose_weights=chose)
+    asking.task = task = task.calibrated(logits, examples, chose_weights=chose)
     adapter = replace(fitted.adapter, task=task.spec())
     known = logits if ready.dataset.validation else None
     return replace(ready, task=task), replace(fitted, adapter=adapter), known
