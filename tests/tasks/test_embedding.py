@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import scipy.stats
+import tiny_training as tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,12 +17,16 @@ from small_tables import load
 from torch import Tensor
 from torch.nn import functional as F
 
+from turret import adapters
 from turret.adapters.packed import texts_in
 from turret.data import Example, Prompt, Related, Scored, TextPair
 from turret.errors import DataError
+from turret.methods import LoRA
 from turret.recipe import Task
 from turret.tasks import TextEmbedding, make_task, task_from_spec
+from turret.tasks.task import TOGETHER
 from turret.train.batches import EncodedRows, micro_batches
+from turret.train.evaluation import evaluate, example_losses
 
 BERT = tokenizer("bert")
 TEXTS = st.text(st.sampled_from("abc xyz,.!"), min_size=1, max_size=40)
@@ -219,6 +224,20 @@ def test_pairs_with_scores_are_judged_by_the_correlations_of_scipy() -> None:
     scores = task.scores([task.judged(each) for each in answers], examples)
     assert sum(scores) / len(scores) == pytest.approx(metrics["spearman"]), "compare judges what evaluate reports"
     assert metrics["loss"] == pytest.approx(loss_of(task, vectors.float(), examples).item(), rel=1e-5)
+
+
+def test_every_evaluation_divides_examples_into_the_same_batches() -> None:
+    """The loss compares the examples of a batch, so other batches would give another loss."""
+    base, task = tiny.base("bert"), embedding(max_tokens=16)
+    adapters.attach(base.model, LoRA(r=2), generator=torch.Generator().manual_seed(0))
+    examples = [Related(f"a fox {n}", f"a great film {n}") for n in range(TOGETHER + 40)]
+    metrics, _ = evaluate(base.model, task, examples)
+    losses, weights = example_losses(base.model, task, EncodedRows(task, examples))
+    assert (len(losses), set(weights)) == (len(examples), {1})
+    assert metrics["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert len(set(losses)) == 2
+    halves = [evaluate(base.model, task, examples[part])[0]["loss"] for part in (slice(0, 84), slice(84, None))]
+    assert abs(metrics["loss"] - sum(halves) / 2) > 1e-2, "the control: other batches"
 
 
 def test_anchors_are_judged_by_the_place_of_a_right_text_among_all() -> None:

@@ -217,7 +217,7 @@ class AdapterPool:
         others = tuple(map(self._with_own_names, adapter.others))
         adapter = replace(self._with_own_names(adapter), others=others)
         parts = all_parts(self._model, adapter)
-        head = self._head("tag" if task.head == "tag" else "classify").checked(adapter, task.num_labels(task.labels))
+        head = self._head("tag" if task.reads_tokens else "classify").checked(adapter, task.num_labels(task.labels))
         factors, prefix, ends = self._by_layer(parts, head), tensor_layout(parts.prefix), tensor_layout(head)
         count = sum(part.numel() for pair in factors.values() for part in pair)
         room = prefix.count + ends.count

@@ -225,7 +225,7 @@ class Prompts:
     @staticmethod
     def _windows(text: Input, task: Task) -> list[tuple[list[int], list[int]]] | None:
         """The `Window`s of a text, of a task whose head reads tokens; None of any other."""
-        if task.head != "tag":
+        if not task.reads_tokens:
             return None
         return [(each.ids.tolist(), each.read.tolist()) for each in task.windows([text])[0] if each.read is not None]
 

@@ -152,6 +152,7 @@ class HeadAnswers(Protocol):
     metric_label: ClassVar[str]
     measures: ClassVar[Mapping[str, Measure]] = {"loss": LOSS}
     errors: ClassVar[str] = "the worst answers"
+    reads_tokens: ClassVar[bool] = False
     ranks_labels: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
     texts: ClassVar[tuple[str, str]] = ("first text", "second text")

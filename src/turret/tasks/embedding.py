@@ -28,6 +28,7 @@ from turret.tasks.task import (
     TaskSettings,
     by_score,
     register,
+    shared_losses,
 )
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
@@ -48,7 +49,6 @@ PAIRS = (  # column names of two texts that belong together, if the recipe names
 )
 SCALE = 20.0  # of a cosine, before it is an exponent
 MARGIN = 5.0  # by which a negative should be further away than the positive
-AT_ONCE = 128  # examples whose loss is computed together in an evaluation: it compares the rows of a batch
 RANKED = 1024  # anchors whose candidates are ranked together
 MOST_RANKED = 10  # places that count for the mean reciprocal rank
 
@@ -229,10 +229,8 @@ class TextEmbedding(HeadAnswers):
         if len(found) > 1:
             metrics |= {f"main_score_{d}": each["main_score"] for d, (each, _) in found.items()}
         if self._learns_from(examples):
-            parts = [examples[start : start + AT_ONCE] for start in range(0, len(examples), AT_ONCE)]
-            losses = zip(torch.split(logits, AT_ONCE * texts), parts, strict=True)
-            total = math.fsum(float(self.loss(own, self.targets(part))) * len(part) for own, part in losses)
-            metrics |= {"loss": total / max(1, len(examples))}
+            losses = shared_losses(self, torch.split(logits, texts), examples)
+            metrics |= {"loss": math.fsum(losses) / max(1, len(losses))}
         return metrics, answers
 
     def _learns_from(self, examples: Sequence[Example]) -> bool:

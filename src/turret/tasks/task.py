@@ -170,6 +170,7 @@ class Task(Protocol):
     texts: ClassVar[tuple[str, str]]  # what its two texts are called, where two are read together
     sides: ClassVar[tuple[str, str]]  # what stands before the right answer of a mistake, and before the given one
     right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
+    reads_tokens: ClassVar[bool]  # whether its head reads the tokens of a text, which may be in several rows: `windows`
     ranks_labels: ClassVar[bool]  # whether an answer has the probability of each label
     calibrates: ClassVar[bool]  # whether a temperature is fitted to the probabilities of its answers
     spans: ClassVar[Literal["row", "batch"]]  # whether its loss is a mean over rows, or compares the rows of a batch
@@ -416,6 +417,28 @@ def by_score(task: Scoring, examples: Sequence[Example], answers: Sequence[JsonM
             error = f"{task.metric_label} {score:.2f}"
             found.append(Mistake(row, example.asked, right_of(example), given, score, error=error))
     return sorted(found, key=lambda each: each.score)
+
+
+TOGETHER = 128  # examples whose loss is computed together in an evaluation, if it compares the examples of a batch
+
+
+class Comparing(Protocol):
+    """What `shared_losses` asks of a task."""
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor: ...
+    def targets(self, examples: Sequence[Example]) -> Tensor: ...
+
+
+def shared_losses(task: Comparing, outputs: Sequence[Tensor], examples: Sequence[Example]) -> list[float]:
+    """For each example the loss of its batch, of `TOGETHER` examples. outputs: of each example."""
+    import torch
+
+    losses: list[float] = []
+    for start in range(0, len(examples), TOGETHER):
+        part = examples[start : start + TOGETHER]
+        found = float(task.loss(torch.cat(list(outputs[start : start + TOGETHER])), task.targets(part)))
+        losses += [found] * len(part)
+    return losses
 
 
 def right_of(example: Example) -> Prediction:

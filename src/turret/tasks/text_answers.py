@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 from turret.data import Example, Input, Prompt, TextPair
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.calibration import Calibration
+from turret.tasks.calibration import Calibration, Confidences
 from turret.tasks.task import Encoded, Measure, Mistake, Prediction, RequestKind, by_score
 from turret.transformer import Tokenizer
 
@@ -32,6 +32,7 @@ class TextAnswers(Protocol):
     metric: ClassVar[str] = "rougeL"
     metric_label: ClassVar[str] = "ROUGE-L"
     right_or_wrong: ClassVar[bool] = False
+    reads_tokens: ClassVar[bool] = False
     ranks_labels: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
     spans: ClassVar[Literal["row", "batch"]] = "row"
@@ -91,8 +92,11 @@ class TextAnswers(Protocol):
     def windows(self, inputs: Sequence[Input]) -> list[list[Encoded]]:
         return [[each] for each in self.encode_sources(inputs)]
 
-    def calibrated(self, logits: Tensor, targets: Tensor, *, chose_weights: bool) -> Self:
+    def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
         return self
+
+    def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
+        return {}
 
     def class_scores(self, logits: Tensor) -> Tensor:
         raise _no_head(self)

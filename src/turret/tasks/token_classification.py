@@ -70,6 +70,7 @@ class TokenClassification(HeadAnswers):
 
     kind: ClassVar[str] = "token_classification"
     head: ClassVar[HeadKind] = "tag"
+    reads_tokens: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "token-classification"
     calibrates: ClassVar[bool] = True
     solved: ClassVar[bool] = False

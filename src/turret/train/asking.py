@@ -197,7 +197,7 @@ class Asking:
         """The answer to each input, and whether the input was cut because it is longer than the task's limit.
 
         Args:
-            coverage: also give sets of labels, of a task that calibrates.
+            coverage: also give sets of labels, of a task that ranks them.
 
         Raises:
             AdapterError: the bare base cannot answer.

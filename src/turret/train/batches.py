@@ -146,7 +146,7 @@ class EncodedRows:
 
     def windows(self) -> list[tuple[Tensor, Tensor | None]]:
         """The rows that a head reads for all examples, in order: the ids of each, and the positions of `HeadRow`."""
-        if self.task.head == "tag":
+        if self.task.reads_tokens:
             every = self.task.windows([example.asked for example in self.examples])
             return [(row.ids, row.read) for rows in every for row in rows]
         return [(item.source, item.read) for item in self.take(range(len(self)))]

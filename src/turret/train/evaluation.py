@@ -17,12 +17,11 @@ from turret.errors import DataError
 from turret.families.family import Pooling
 from turret.json_types import JsonObject
 from turret.tasks import ComparingTask, Task, compares
+from turret.tasks.task import shared_losses
 from turret.train.batches import EncodedRows, by_length
 from turret.train.preferences import compare_answers, still
 from turret.train.step import loss_of
 from turret.transformer import Model
-
-TOGETHER = 64  # examples whose loss is computed together, if the loss compares the examples of a batch
 
 
 def evaluate(
@@ -69,7 +68,7 @@ def example_losses(
         if taken[0].target is None:  # a head answers
             outputs = class_logits(model, [(item.source, item.read) for item in taken], most_tokens, task.pooling)
             if task.spans == "batch":
-                return _shared_losses(task, outputs, items.examples), (1,) * count
+                return tuple(shared_losses(task, outputs, items.examples)), (1,) * count
             counts = [item.weight for item in taken]
             wanted = torch.split(task.targets(items.examples), counts)
             each = [float(task.loss(*both)) * both[0].shape[0] for both in zip(outputs, wanted, strict=True)]
@@ -86,16 +85,6 @@ def example_losses(
                 losses[place] = float(task.loss(logits, item.counted.to(row.device))) * item.weight
                 weights[place] = item.weight
         return tuple(losses), tuple(weights)
-
-
-def _shared_losses(task: Task, outputs: Sequence[Tensor], examples: Sequence[Example]) -> tuple[float, ...]:
-    """Of a loss that compares the examples of a batch: for each example that of its batch, of `TOGETHER` examples."""
-    losses: list[float] = []
-    for start in range(0, len(examples), TOGETHER):
-        part = examples[start : start + TOGETHER]
-        found = float(task.loss(torch.cat(list(outputs[start : start + TOGETHER])), task.targets(part)))
-        losses += [found] * len(part)
-    return tuple(losses)
 
 
 @contextmanager
