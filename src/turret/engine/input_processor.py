@@ -167,8 +167,10 @@ class Prompts:
             room=min(room, self._limits.max_tokens - length),
             vocabulary=self._vocabulary,
         )
-        if self.is_encoder_decoder and request.options.echo:
-            raise DataError("echo needs a decoder, which continues its prompt: leave it out")
+        if self.is_encoder_decoder and (request.options.echo or request.options.scored is not None):
+            raise DataError("echo and scored need a decoder, which continues its prompt: leave them out")
+        if (request.options.scored or 0) >= length or (request.options.scored and request.text is not None):
+            raise DataError(f"scored needs a prompt of token ids that is longer, given {length}: give all tokens")
         needs = self._needs(length, max(1, request.settings.max_tokens), shift)
         request.rows = request.settings.num_beams
         request.cache_tokens = request.rows * sum(map(capacity, needs.values()))

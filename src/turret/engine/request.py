@@ -111,6 +111,7 @@ class GenerationSettings:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
     strip: bool = True  # white space around the answer
     echo: bool = False  # the text and the logprobs begin with the prompt's
+    scored: int = 0  # the last tokens of the prompt whose log-probability is the answer; 0: it is generated
 
     @property
     def plain(self) -> bool:

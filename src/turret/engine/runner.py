@@ -48,6 +48,7 @@ class Prefill:
     kv_slot: KVSlot | None = None  # for a row that generates; None for a text to classify or to embed
     pooling: Pooling | None = None  # for a text to embed
     logprobs: int | None = None  # alternatives to report with each token of the prompt; None: report nothing
+    scored: int | None = None  # report only so many of its last tokens; None: all
     segments: Sequence[int] | None = None  # of each token; None: all are in the first
     read: Sequence[int] | None = None  # the tokens that a head for tokens reads; None: a head reads the text
     earlier: int = 0  # tokens of the prompt that earlier passes have read; they are in the KV slot
@@ -394,7 +395,7 @@ class Runner:
     def _prompt_logprobs(self, row: Prefill, hidden: Tensor, count: int) -> list[TokenLogprobs]:
         """The logprobs of a prompt's tokens after the first. hidden: (T - 1, D), before each of them."""
         found: list[TokenLogprobs] = []
-        for start in range(0, len(hidden), PROMPT_ROWS):
+        for start in range(0 if row.scored is None else len(hidden) - row.scored, len(hidden), PROMPT_ROWS):
             part = hidden[start : start + PROMPT_ROWS]
             logprobs = vocabulary_logits(self.model, part, [row.slot] * len(part)).float().log_softmax(-1)
             tokens = row.ids[start + 1 : start + 1 + len(part)]

@@ -436,6 +436,7 @@ def _check_settings(settings: GenerationSettings) -> None:
     wrong = {
         "num_beams": settings.num_beams > 1,
         "echo": settings.echo,
+        "scored": settings.scored > 0,
         "no_repeat_ngram_size": settings.no_repeat_ngram_size > 0,
         "min_length": settings.min_length > 0,
         "forced_bos_token_id": settings.forced_bos is not None,

@@ -16,7 +16,7 @@ from turret.data.columns import COMPLETED
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.chat_template import ChatTemplate, Rendered, Span, Tokenized
-from turret.tasks.task import Encoded, TaskSettings, register
+from turret.tasks.task import Encoded, Task, TaskSettings, register
 from turret.tasks.text_answers import TextAnswers, conversations
 from turret.transformer import Tokenizer
 
@@ -275,6 +275,11 @@ class Chat(TextAnswers):
                 "use the tokenizer of the training, or train again"
             )
         return made
+
+
+def bare_chat(tokenizer: Tokenizer, max_tokens: int, max_target_tokens: int) -> Task:
+    """A chat with a base that no adapter changes. Its limits are of a prompt and of an answer."""
+    return Chat(tokenizer, max_tokens, max_target_tokens)
 
 
 def _pair(text: str, output: str) -> Conversation:

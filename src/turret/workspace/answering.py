@@ -7,10 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from turret import bases
 from turret.adapters import Adapter, StoredAdapter, require_base
 from turret.data import Input
-from turret.errors import AdapterError, DataError, NotFound
+from turret.engine import untrained
+from turret.engine.core import Engine
+from turret.engine.untrained import Question, Untrained
+from turret.errors import AdapterError, BadReference, DataError, NotFound
 from turret.json_types import JsonMapping, JsonObject
+from turret.reference import Reference
 from turret.store import Store, Version
 from turret.tasks import Task, stored_task, task_from_spec
 from turret.tasks.calibration import Calibration, require
@@ -195,3 +200,54 @@ def _where(ready: Mounted) -> str:
     """Where its base computes, for a stage's text; empty for the CPU."""
     device = ready.asking.base.model.device
     return "" if device.type == "cpu" else f" on {device}"
+
+
+# --- questions without training ---------------------------------------------------------------------------------------
+
+
+def decide(
+    store: Store,
+    model: str,
+    texts: Sequence[str],
+    question: Question,
+    say: Say = silent,
+    *,
+    prior: bool = False,
+    device: str = "auto",
+) -> list[Untrained]:
+    """What a base, alone or with a version that was not trained for the question, answers about each text.
+
+    Args:
+        model: a stored version, or else a base.
+
+    Raises:
+        AdapterError: the version was trained to classify.
+    """
+    if not texts:
+        raise DataError("nothing to answer: give a text")
+    adapter, task, base = None, None, None
+    if (version := _stored(store, model)) is not None:
+        version, adapter = read_adapter(store, str(version))
+        own = stored_task(adapter.task)
+        if not own.generates and own.request != "embed":
+            raise AdapterError(f"{version} was trained for its own question ({own.kind}): ask it by turret predict")
+        say(f"loading {adapter.base.id}")
+        base = load_base(adapter, device=device)
+        require_base(adapter, base.fingerprint)
+        task = task_from_spec(adapter.task, base.tokenizer)
+    else:
+        say(f"loading {model}")
+        base = bases.load(model, device=device)
+    with Engine(base, None) as engine:
+        named = None if adapter is None else engine.hold(model, 1, adapter)
+        say(f"answering {len(texts)} texts")
+        return untrained.decide(engine, question, texts, named, task, prior=prior)
+
+
+def _stored(store: Store, model: str) -> Version | None:
+    """The version that a name means; None if it is no name of a version."""
+    try:
+        reference = Reference.parse(model)
+    except BadReference:
+        return None
+    return store.resolve(reference)

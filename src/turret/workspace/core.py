@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from turret.compare.design import PlannedDesign
     from turret.data import Input
     from turret.engine import Engine, Limits
+    from turret.engine.untrained import Untrained
     from turret.experiments.analyze import Memory
     from turret.experiments.evidence_history import EvidenceHistory
     from turret.recipe import Recipe
@@ -480,6 +481,40 @@ class Workspace:
         return predicted_file.predict_file(
             self.store, reference, reading.source_of(source), out, options, on_stage or silent
         )
+
+    def decide(
+        self,
+        model: str,
+        texts: Sequence[str],
+        labels: Sequence[str],
+        *,
+        instructions: str = "",
+        descriptions: Mapping[str, str] | None = None,
+        prior: bool = False,
+        device: str = "auto",
+        on_stage: Say | None = None,
+    ) -> Sequence[Untrained]:
+        """Answer a question that nothing was trained for: the probability of each label, for each text.
+
+        A decoder answers by the words of the labels in its chat template, an encoder by the similarity to their
+        descriptions. Such probabilities are not calibrated: measure them before you rely on them.
+
+        Args:
+            model: a base; or a version that generates, or one that embeds.
+            labels: two or more.
+            instructions: what to decide; of a decoder.
+            descriptions: of labels, by label.
+            prior: divide out what is answered about an empty text.
+
+        Raises:
+            AdapterError: the version was trained for a question of its own.
+        """
+        from turret.engine.untrained import Question
+        from turret.workspace import answering
+
+        question = Question(labels, instructions, descriptions or {})
+        asked = [str(each) for each in reading.inputs_in(texts)]
+        return answering.decide(self.store, model, asked, question, on_stage or silent, prior=prior, device=device)
 
     def suggest(
         self,
