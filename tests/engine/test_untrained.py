@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from turret import adapters, bases
 from turret.cli.main import run
+from turret.data.dataset import read
 from turret.engine import Engine
 from turret.engine.request import Limits
 from turret.engine.sampling_params import SamplingParams
@@ -22,6 +23,7 @@ from turret.engine.untrained import SCALE, Question, decide
 from turret.errors import AdapterError, BaseModelError, DataError, NotFound
 from turret.methods import LoRA
 from turret.recipe import Recipe
+from turret.tasks import schemas
 from turret.tasks.chat import Chat
 from turret.workspace import Workspace
 
@@ -182,3 +184,16 @@ def test_the_command_and_python_give_one_answer(llama: Path, bert: Path, tmp_pat
     assert own.probabilities["film"] > bare.probabilities["film"], "it has learnt to say film"
     with pytest.raises(NotFound):
         workspace.decide("nothing", TEXTS[:1], ["film", "fox"])
+
+
+@pytest.mark.slow
+def test_the_base_of_a_comparison_is_asked_in_the_same_way(llama: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(30) for word in ("film", "fox")]
+    workspace = Workspace(tmp_path)
+    recipe = Recipe(name="c", base=str(llama), data={"source": rows, "test": 20}, train={"epochs": 1, "lr": 1e-3})
+    found = workspace.compare(recipe, methods="base,head", against="head", seeds=1)
+    (base,) = [row for row in found.rows if row.spec == "base"]
+    test = read(recipe.data, schemas(recipe.task)).test
+    own = workspace.decide(str(llama), [each.input for each in test], ["film", "fox"], prior=True)
+    right = [each.label == example.label for each, example in zip(own, test, strict=True)]
+    assert base.score.mean == pytest.approx(100 * sum(right) / len(right))

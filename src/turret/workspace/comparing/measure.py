@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,11 +22,13 @@ from turret.adapters import packed
 from turret.compare.collapse import binned
 from turret.compare.evidence import Array
 from turret.data import Dataset, Example, Input
+from turret.engine import untrained
+from turret.engine.core import Engine
+from turret.engine.untrained import Question
 from turret.json_types import JsonMapping, JsonObject
-from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.tasks import Prediction, Task, make_task, stored_task
+from turret.tasks import Prediction, Task, stored_task
 from turret.train.asking import MOST_TOKENS, Asking
 from turret.train.batches import EncodedRows, by_length
 from turret.train.evaluation import evaluating
@@ -82,22 +83,21 @@ def version(
 
 
 def base(ready: PreparedTraining, say: Say) -> JsonObject:
-    """Measure the base alone. A base that generates classifies by the words of the labels, an encoder by an untrained
-    head."""
+    """Measure the base alone. A decoder classifies by the words of the labels, another base by an untrained head."""
     task, loaded = ready.task, ready.base
     adapter = None
     if not task.bare:
-        if loaded.family.causal:
+        if loaded.family.decoder_only and 1 < len(task.labels) == task.num_labels(task.labels):
             return words(ready, say)
         attach(ready.recipe, loaded, task)
         adapter = extracted(loaded.model, loaded, task)
         adapters.detach(loaded.model)
     with answering.Mounted(None, Asking(loaded, adapter, task)) as mounted:
         result = answered(mounted, ready.dataset.test, say, bare=adapter is None)
-    return untrained(ready) | result | ({"seedless": True} if adapter is None else {"said": UNTRAINED})
+    return of_no_version(ready) | result | ({"seedless": True} if adapter is None else {"said": UNTRAINED})
 
 
-def untrained(ready: PreparedTraining) -> JsonObject:
+def of_no_version(ready: PreparedTraining) -> JsonObject:
     """What a result says of a row without a version."""
     return {
         "version": None,
@@ -114,7 +114,6 @@ FOLDS = 5  # of the cross-validation
 STRENGTHS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)  # C of the regression, tried in this order
 MOST_ITERATIONS = 300
 NEVER = -30.0  # the log-probability of a class that no training example has
-UNKNOWN = "N/A"  # the text of a prompt that says nothing
 
 
 def baseline(kind: str, ready: PreparedTraining, say: Say) -> JsonObject:
@@ -150,7 +149,7 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
     result = _scored(task, test, [task.judged(each) for each in answers], metrics)
     count = (known.shape[1] + 1) * len(task.labels)
     return (
-        untrained(ready)
+        of_no_version(ready)
         | result
         | {
             "parameters": {"trainable": count, "stored": count, "total": quantized.count(ready.base.model)},
@@ -278,90 +277,31 @@ def _text(example: Example) -> str:
 
 
 def words(ready: PreparedTraining, say: Say) -> JsonObject:
-    """Classify by the words of the labels: the label that the bare base makes most probable after the text.
-
-    The words of all labels form a tree. At each node where labels part, the log-probabilities of the next tokens are
-    normalised, and those after a text that says nothing are taken away. Source: Zhao et al. 2021, "Calibrate Before
-    Use".
-    """
+    """Classify by the words of the labels, compared with an empty text: see `turret.engine.untrained`."""
     task, test = ready.task, ready.dataset.test
-    writer = stored_task({})  # of an adapter that names no task
-    base = load_base(ready.recipe, writer, (), ready.device)
-    attach(
-        ready.recipe.model_copy(update={"method": LoRA()}),
-        base,
-        make_task(
-            ready.recipe.task.model_copy(update={"kind": writer.kind, "class_weights": None, "multi_label": False}),
-            replace(ready.dataset, kind=writer.kind, labels=()),
-            base.tokenizer,
-            base.family.kind,
-        ),
-    )
-    tokenizer = base.tokenizer
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    names = [[*tokenizer(f" {label}", add_special_tokens=False)["input_ids"], *end] for label in task.labels]
-    before = tokenizer(f"{task.instruction}\n\n")["input_ids"]
-    after = tokenizer("\n\nAnswer:", add_special_tokens=False)["input_ids"]
+    base = load_base(ready.recipe, stored_task({}), (), ready.device)
+    question, count = Question(task.labels), len(task.labels)
     say(f"reading {len(test)} texts")
+    with Engine(base, None) as engine:
 
-    def asked(text: str) -> torch.Tensor:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: task.max_tokens]
-        return torch.tensor([*before, *ids, *after])
+        def logits(examples: Sequence[Example]) -> torch.Tensor:
+            """The logarithm of each label's probability, as a multiple of an equal share: (B, C)."""
+            found = untrained.decide(engine, question, [example.input for example in examples], prior=True)
+            shares = [[max(each.probabilities[label], 1e-30) * count for label in task.labels] for each in found]
+            return torch.tensor(shares, dtype=torch.float64).log()
 
-    def logits(texts: Sequence[str]) -> torch.Tensor:
-        rows = [asked(text) for text in (*texts, UNKNOWN)]
-        found = torch.zeros(len(rows), len(names))
-        with evaluating(base.model, adapters.BARE):
-            _descend(base.model, rows, names, list(range(len(names))), 0, found)
-        return (found[:-1] - found[-1]).double()
-
-    found = logits([example.input for example in test])
-    metrics, answers = task.judge(found, test)
-    result = _scored(task, test, [task.judged(each) for each in answers], metrics)
+        metrics, answers = task.judge(logits(test), test)
+        latency = _timed(test[:TIMED_TEXTS], lambda example: logits([example]))
     return (
-        untrained(ready)
-        | result
+        of_no_version(ready)
+        | _scored(task, test, [task.judged(each) for each in answers], metrics)
         | {
-            "latency": _timed(test[:TIMED_TEXTS], lambda example: logits([example.input])),
+            "latency": latency,
             "said": "base answers with the label whose words the bare base makes most probable, "
-            "compared with a text that says nothing",
+            "compared with an empty text",
             "seedless": True,
         }
     )
-
-
-def _descend(
-    model: Model,
-    rows: Sequence[torch.Tensor],
-    names: Sequence[Sequence[int]],
-    alike: list[int],
-    depth: int,
-    found: torch.Tensor,
-) -> None:
-    """Add to `found` (N, C) the log-probabilities of the labels that are alike in their first `depth` tokens."""
-    nexts = sorted({names[each][depth] for each in alike})
-    if len(nexts) > 1:
-        before = torch.tensor([*names[alike[0]][:depth], nexts[0]])
-        chances = _next_tokens(model, rows, before)[:, nexts].log_softmax(-1)  # (N, nexts)
-        for place, token in enumerate(nexts):
-            for each in alike:
-                if names[each][depth] == token:
-                    found[:, each] += chances[:, place]
-    for token in nexts:
-        rest = [each for each in alike if names[each][depth] == token]
-        if len(rest) > 1 and depth + 1 < min(len(names[each]) for each in rest):
-            _descend(model, rows, names, rest, depth + 1, found)
-
-
-def _next_tokens(model: Model, rows: Sequence[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
-    """The logits that predict the last token of a target after each row: (N, V) float32 on the CPU."""
-    places: list[int] = []
-    parts = []
-    for piece in by_length([len(row) + len(target) for row in rows], MOST_TOKENS):
-        logits = packed.target_logits(model, [rows[place] for place in piece], [target] * len(piece))
-        parts.append(logits[len(target) - 1 :: len(target)].float().cpu())
-        places += piece
-    return torch.cat(parts)[torch.tensor(places).argsort()]
 
 
 def _texts(ready: PreparedTraining, answers: Sequence[str], answer: Callable[[Example], str]) -> JsonObject:
@@ -369,7 +309,7 @@ def _texts(ready: PreparedTraining, answers: Sequence[str], answer: Callable[[Ex
     task, test = ready.task, ready.dataset.test
     metrics = task.judge_texts(answers, [example.references for example in test], None)
     latency = _timed(test[:TIMED_TEXTS], answer)
-    return untrained(ready) | _scored(task, test, answers, metrics) | {"latency": latency, "seedless": True}
+    return of_no_version(ready) | _scored(task, test, answers, metrics) | {"latency": latency, "seedless": True}
 
 
 def _timed(examples: Sequence[Example], answer: Callable[[Example], object]) -> dict[str, float]:
