@@ -34,7 +34,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import aliases, artifacts, catalog, gates, gc, golden, kept_rows, runs, scratch
+from turret.store import aliases, artifacts, catalog, gates, gc, golden, kept_rows, promises, runs, scratch
 from turret.store import verify as verifying
 from turret.store.access_tokens import AccessTokens
 from turret.store.aliases import Move, Pointing
@@ -67,6 +67,7 @@ def describe_version(database: Database, version: Version, content: Mapping[str,
     with database.reading() as connection:
         moves = aliases.moves(connection, version.name)
         replays = golden.replays_of(connection, version)
+        promise = promises.of_digest(connection, version.digest)
     return {
         "version": str(version),
         "digest": version.digest,
@@ -81,6 +82,7 @@ def describe_version(database: Database, version: Version, content: Mapping[str,
         "replays": [replay.as_json() for replay in replays.values()],
         "run": runs.find(database, version.run) if version.run else None,
         "comparison": version.comparison,
+        "promise": None if promise is None else promise.as_json(),
     }
 
 
@@ -207,6 +209,7 @@ class Store:
                         connection, name, manifest, stored, run=run, metrics=metrics or {}, comparison=comparison
                     )
                     made = catalog.find(connection, Reference(name, version=number))
+                    promises.take_from_bundle(connection, made)
                     if held is not None and result is not None:
                         ending = self.training_runs(database).end_in
                         dead = ending(connection, held, "finished", error=None, result=result(made))

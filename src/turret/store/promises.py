@@ -1,0 +1,417 @@
+"""Promises about the errors of versions: the bound, the threshold that keeps it, the answers and their outcomes.
+
+A promise is bound to the digest of a version; the newest of a digest is in force. `promise_answers` has every answer
+that it covers, by receipt, and no text; `promise_outcomes` has what became of them. Both are append-only. An outcome
+names the right label, or says whether the answer was right (1) or wrong (0):
+
+| status | meaning | stored | counted |
+| --- | --- | --- | --- |
+| counted | of an answer that the bound is about | yes | yes |
+| noted | of another one, such as an answer that was not decided | yes | no |
+| repeated | this answer already has an outcome | no | no |
+| unknown | no answer of a promise has this receipt | no | no |
+| late | a newer promise is in force, or the time to live of outcomes has passed | no | no |
+| refused | the value is no label of the version, and neither 0 nor 1 | no | no |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    ColumnElement,
+    Connection,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    Select,
+    String,
+    Table,
+    Text,
+    case,
+    func,
+    insert,
+    select,
+    true,
+    update,
+)
+
+from turret import audit
+from turret.database import adapters, bytewise, insert_row, metadata, versions
+from turret.errors import BundleError, NotFound
+from turret.json_types import JsonMapping, JsonObject, JsonValue, part
+from turret.store.catalog import Version, now, who
+from turret.tasks import Task, stored_task
+from turret.timestamp import timestamp
+from turret.visibility import access_of, seen_adapters, seen_versions
+
+ALARM, STRICTER, ROLLBACK = "alarm", "stricter", "rollback"
+WHEN_BROKEN = (ALARM, STRICTER, ROLLBACK)
+NEVER = 2.0  # a threshold that no probability reaches
+LONGEST_RECEIPT = 120
+AT_ONCE = 500  # values in one query
+
+promises = Table(
+    "promises",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("tenant", bytewise(64), nullable=False),
+    Column("digest", String(80), nullable=False),
+    Column("metric", Text, nullable=False),
+    Column("error", Float, nullable=False),
+    Column("confidence", Float, nullable=False),
+    Column("threshold", Float, nullable=False),
+    Column("examples", Integer, nullable=False),
+    Column("counted", Integer, nullable=False),
+    Column("wrong", Integer, nullable=False),
+    Column("decided", Integer, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("split", String(100), nullable=False),
+    Column("data_digest", String(80), nullable=False),
+    Column("when_broken", String(16), nullable=False),
+    Column("outcome_ttl", Float, nullable=False),
+    Column("missing_bound", Float, nullable=False),
+    Column("created", String(32), nullable=False),
+    Column("who", String(100)),
+    Column("broken", String(32)),
+    Column("verdict", JSON),
+    Index(None, "tenant", "digest"),
+)
+answers = Table(
+    "promise_answers",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("promise_id", ForeignKey(promises.c.id), nullable=False, index=True),
+    Column("receipt", String(LONGEST_RECEIPT), nullable=False, unique=True),
+    Column("label", Text, nullable=False),
+    Column("probability", Float, nullable=False),
+    Column("decided", Integer, nullable=False),
+    Column("at", String(32), nullable=False),
+)
+outcomes = Table(
+    "promise_outcomes",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("promise_id", ForeignKey(promises.c.id), nullable=False, index=True),
+    Column("answer_id", ForeignKey(answers.c.id), nullable=False, unique=True),
+    Column("wrong", Integer, nullable=False),
+    Column("right_label", Text),
+    Column("at", String(32), nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a promise says, as a bundle and the catalog keep it.
+
+    Args:
+        metric: what the bound is about: error, misses:LABEL or precision:LABEL.
+        error: the largest share of it that is wrong.
+        confidence: of the bound.
+        threshold: the least probability of an answer that is decided.
+        examples: that the threshold was chosen on.
+        counted: how many of them the bound is about, at this threshold.
+        wrong: how many of these.
+        decided: how many of all examples.
+        source, split, data_digest: where the examples are from.
+        when_broken: alarm, stricter or rollback.
+        outcome_ttl: seconds after an answer in which its outcome counts.
+        missing_bound: the share of the answers whose outcome may be missing because of what it is.
+    """
+
+    metric: str
+    error: float
+    confidence: float
+    threshold: float
+    examples: int
+    counted: int
+    wrong: int
+    decided: int
+    source: str
+    split: str
+    data_digest: str
+    when_broken: str
+    outcome_ttl: float
+    missing_bound: float
+
+    @property
+    def label(self) -> str | None:
+        """The label that the bound is about; None for all."""
+        return self.metric.partition(":")[2] or None
+
+    def abstains(self, task: type[Task], answer: JsonMapping) -> bool:
+        """Whether an answer is not decided, because its probability is below the threshold."""
+        decision = task.decision(answer)
+        return decision is not None and decision[1] < self.threshold
+
+    @classmethod
+    def from_json(cls, value: JsonValue) -> Terms:
+        """The promise in a manifest. Raises BundleError for one that no training writes."""
+        try:
+            kept = {each.name: value[each.name] for each in fields(cls)}
+            numbers = [kept[name] for name in ("error", "confidence", "threshold", "outcome_ttl", "missing_bound")]
+            if value.keys() != kept.keys() or not all(isinstance(each, int | float) for each in numbers):
+                raise ValueError
+            found = cls(**kept)
+            if not (0 < found.error <= 0.5 and 0 <= found.threshold <= NEVER and found.when_broken in WHEN_BROKEN):
+                raise ValueError
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise BundleError("the bundle's promise cannot be read: train it again, or remove it") from None
+        return found
+
+
+@dataclass(frozen=True)
+class Promise(Terms):
+    """A promise in force. `broken` is when its outcomes broke it, and `verdict` what they said then."""
+
+    id: int
+    digest: str
+    created: str
+    who: str | None
+    broken: str | None
+    verdict: JsonMapping | None
+
+    def as_json(self) -> JsonObject:
+        return asdict(self)
+
+
+class LoggedAnswer(NamedTuple):
+    """An answer that a promise covers."""
+
+    promise_id: int
+    receipt: str
+    label: str
+    probability: float
+    decided: int
+    at: str
+
+
+class Told(NamedTuple):
+    """An outcome that counts."""
+
+    id: int
+    probability: float
+    label: str
+    decided: int
+    wrong: int
+    right_label: str | None
+
+
+Status = Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
+
+
+class Counts(NamedTuple):
+    """Answers that the bound is about: all, those without an outcome, those whose time to live is over, and both."""
+
+    answers: int
+    silent: int
+    due: int
+    missing: int
+
+
+def make(connection: Connection, version: Version, terms: Terms, *, why: JsonMapping | None = None) -> Promise:
+    """Store a promise of a version. It replaces an earlier one, whose answers and outcomes stay.
+
+    Args:
+        why: further facts for the audit log.
+    """
+    before = of_digest(connection, version.digest)
+    row = asdict(terms) | {"tenant": access_of(connection).tenant, "digest": version.digest, "created": now()}
+    insert_row(connection, promises, row | {"who": who()})
+    after = {"metric": terms.metric, "error": terms.error, "confidence": terms.confidence, "threshold": terms.threshold}
+    earlier = None if before is None else {key: getattr(before, key) for key in after}
+    audit.record(
+        connection,
+        "promise",
+        str(version),
+        version.name,
+        before=earlier,
+        after=after | dict(why or {}),
+        at=row["created"],
+        who=who(),
+    )
+    made = of_digest(connection, version.digest)
+    assert made is not None
+    return made
+
+
+def take_from_bundle(connection: Connection, version: Version) -> None:
+    """Store the promise that a version's bundle has, unless the version has one. Raises BundleError."""
+    found = part(version.manifest, "lineage").get("promise")
+    if found is not None and of_digest(connection, version.digest) is None:
+        make(connection, version, Terms.from_json(found))
+
+
+def of_digest(connection: Connection, digest: str) -> Promise | None:
+    """The promise in force of a version with this digest; None without one."""
+    found = in_force(connection, promises.c.digest == digest)
+    return found[0] if found else None
+
+
+def in_force(connection: Connection, condition: ColumnElement[bool] | None = None) -> list[Promise]:
+    """The newest promise of each digest that may be seen, the oldest first."""
+    own = promises.c.tenant == access_of(connection).tenant
+    seen = select(versions.c.digest).join(adapters, versions.c.adapter_id == adapters.c.id)
+    seen = seen.where(seen_adapters(connection), seen_versions(connection))
+    newest = select(func.max(promises.c.id)).where(own).group_by(promises.c.digest)
+    query = select(*(promises.c[each.name] for each in fields(Promise)))
+    query = query.where(own, promises.c.id.in_(newest), promises.c.digest.in_(seen))
+    query = query.where(true() if condition is None else condition).order_by(promises.c.id)
+    return [Promise(**row._mapping) for row in connection.execute(query)]
+
+
+def of_version(connection: Connection, version: Version) -> Promise:
+    """The promise of a version; raises NotFound."""
+    found = of_digest(connection, version.digest)
+    if found is None:
+        raise NotFound(f"{version} has no promise: `turret promise {version} --error 2% --confidence 95%` makes one")
+    return found
+
+
+def versions_of(connection: Connection, promise: Promise) -> list[str]:
+    """The versions with the digest of a promise, as references."""
+    query = select(adapters.c.name, versions.c.number).join(adapters, versions.c.adapter_id == adapters.c.id)
+    query = query.where(versions.c.digest == promise.digest, seen_adapters(connection), seen_versions(connection))
+    return [f"{row.name}@{row.number}" for row in connection.execute(query.order_by(adapters.c.name))]
+
+
+def task_of(connection: Connection, promise: Promise) -> type[Task]:
+    """The task of the promise's version."""
+    return stored_task(_spec(connection, promise))
+
+
+def log(connection: Connection, seen: Sequence[LoggedAnswer]) -> None:
+    """Store answers in order; a receipt that is already stored is skipped."""
+    known = set[str]()
+    for start in range(0, len(seen), AT_ONCE):
+        some = [each.receipt for each in seen[start : start + AT_ONCE]]
+        known |= set(connection.execute(select(answers.c.receipt).where(answers.c.receipt.in_(some))).scalars())
+    new = {each.receipt: each._asdict() for each in seen if each.receipt not in known}
+    if new:
+        connection.execute(insert(answers), list(new.values()))
+
+
+def record(connection: Connection, receipt: str, value: JsonValue) -> tuple[Status, str]:
+    """Record the outcome of the answer with this receipt. Returns its status, and a line for people."""
+    row = None
+    if 0 < len(receipt) <= LONGEST_RECEIPT and receipt.isprintable():
+        query = select(answers, promises.c.digest).join(promises, answers.c.promise_id == promises.c.id)
+        own = promises.c.tenant == access_of(connection).tenant
+        row = connection.execute(query.where(answers.c.receipt == receipt, own)).first()
+    promise = None if row is None else of_digest(connection, row.digest)
+    if row is None or promise is None:
+        hint = "check the id; an answer of the last second may not be logged yet, so try again"
+        return "unknown", f"no answer of an experiment or a promise has receipt {ascii(receipt)[:60]}: {hint}"
+    version = next(iter(versions_of(connection, promise)), None)
+    if promise.id != row.promise_id:
+        return "late", f"{version} has a newer promise since {promise.created}: this outcome is not counted"
+    if connection.execute(select(outcomes.c.id).where(outcomes.c.answer_id == row.id)).first() is not None:
+        return "repeated", "this answer already has an outcome, which stays"
+    if row.at < _before(promise):
+        hours = promise.outcome_ttl / 3600
+        return "late", f"the outcomes of {version} count for {hours:.3g} hours after an answer: not counted"
+    read = _read(value, row.label, list(_spec(connection, promise).get("labels") or ()))
+    if isinstance(read, str):
+        return "refused", f"{read}; nothing is recorded"
+    wrong, right = read
+    kept = {"promise_id": promise.id, "answer_id": row.id, "wrong": int(wrong), "right_label": right, "at": now()}
+    new = insert_row(connection, outcomes, kept)
+    if connection.execute(_told(promise).where(outcomes.c.id == new)).first() is None:
+        return "noted", f"stored, not counted: the promise of {version} is not about this answer"
+    return "counted", f"counted for the promise of {version}"
+
+
+def told(connection: Connection, promise: Promise, after: int = 0) -> list[Told]:
+    """The outcomes that count, in the order in which they came, with an id above `after`."""
+    query = _told(promise).where(outcomes.c.id > after).order_by(outcomes.c.id)
+    return [Told(*row) for row in connection.execute(query)]
+
+
+def counts(connection: Connection, promise: Promise) -> Counts:
+    """How many answers the bound is about, and how many of them have no outcome."""
+    silent = case((outcomes.c.id.is_(None), 1), else_=0)
+    due = case((answers.c.at < _before(promise), 1), else_=0)
+    query = select(func.count(), func.sum(silent), func.sum(due), func.sum(silent * due))
+    query = query.select_from(answers).outerjoin(outcomes, outcomes.c.answer_id == answers.c.id)
+    row = connection.execute(query.where(answers.c.promise_id == promise.id, _about(promise))).one()
+    return Counts(*(int(each or 0) for each in row))
+
+
+def decided(connection: Connection, promise: Promise) -> tuple[int, int]:
+    """How many answers the promise covers, and how many of them were decided."""
+    query = select(func.count(), func.sum(answers.c.decided)).where(answers.c.promise_id == promise.id)
+    row = connection.execute(query).one()
+    return int(row[0]), int(row[1] or 0)
+
+
+def breaks(connection: Connection, promise: Promise) -> int:
+    """How many promises of the same version outcomes have broken."""
+    own = (promises.c.tenant == access_of(connection).tenant) & (promises.c.digest == promise.digest)
+    query = select(func.count()).select_from(promises).where(own, promises.c.broken.is_not(None))
+    return int(connection.execute(query).scalar_one())
+
+
+def mark_broken(connection: Connection, promise: Promise, verdict: JsonMapping) -> bool:
+    """Record once that outcomes have broken a promise, also in the audit log; False if it was recorded already."""
+    mine = (promises.c.id == promise.id) & promises.c.broken.is_(None)
+    done = connection.execute(update(promises).where(mine).values(broken=now(), verdict=dict(verdict)))
+    if not done.rowcount:
+        return False
+    for version in versions_of(connection, promise):
+        audit.record(
+            connection,
+            "promise broken",
+            version,
+            version.partition("@")[0],
+            after=dict(verdict),
+            at=now(),
+            who=who(),
+        )
+    return True
+
+
+# --- private ----------------------------------------------------------------------------------------------------------
+
+
+def _told(promise: Promise) -> Select[Any]:  # Any: SQLAlchemy does not know the types of a table's columns
+    columns = (outcomes.c.id, answers.c.probability, answers.c.label, answers.c.decided, outcomes.c.wrong)
+    query = select(*columns, outcomes.c.right_label).join(answers, outcomes.c.answer_id == answers.c.id)
+    known = outcomes.c.right_label == promise.label if promise.metric.startswith("misses") else true()
+    return query.where(outcomes.c.promise_id == promise.id, _about(promise), known)
+
+
+def _about(promise: Promise) -> ColumnElement[bool]:
+    """The answers that the bound may be about, as far as they show it themselves."""
+    if promise.metric.startswith("misses"):
+        return true()
+    return (answers.c.decided == 1) & (true() if promise.label is None else answers.c.label == promise.label)
+
+
+def _before(promise: Promise) -> str:
+    """Answers before this time are too old for an outcome."""
+    return timestamp(datetime.now(UTC) - timedelta(seconds=promise.outcome_ttl))
+
+
+def _spec(connection: Connection, promise: Promise) -> JsonMapping:
+    """The task in the manifest of the promise's version."""
+    query = select(versions.c.manifest).where(versions.c.digest == promise.digest).limit(1)
+    manifest: JsonMapping = connection.execute(query).scalar_one()
+    return part(manifest, "task")
+
+
+def _read(value: JsonValue, given: str, labels: Sequence[str]) -> tuple[bool, str | None] | str:
+    """Whether the answer was wrong, and the right label if it is known; or why the value is no outcome."""
+    if isinstance(value, str) and value in labels:
+        return value != given, value
+    text = str(value).strip().lower()
+    if text in ("1", "1.0", "true", "yes"):
+        return False, given
+    if text in ("0", "0.0", "false", "no"):
+        return True, None
+    return f"outcome {ascii(value)[:40]}: expected the right label, or 1 if the answer was right and 0 if not"
