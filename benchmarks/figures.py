@@ -28,6 +28,7 @@ import lora_plus
 import nf4
 import plan_memory
 import prefix_attention
+import promises
 import record
 import resident
 import rivals_decoder
@@ -398,6 +399,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fleet-jobs": fleet.jobs_table,
     "suggest": lambda: suggest.report(record.load("suggest")),
     "tasks": lambda: tasks.report(record.load("tasks")),
+    "promises-chosen": lambda: promises.chosen_report(record.load("promises")),
+    "promises-watched": lambda: promises.watched_report(record.load("promises")),
     "experiments": experiments.verdicts,
     "discoveries": experiments.named,
     "outages": experiments.guarded,

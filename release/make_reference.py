@@ -107,7 +107,12 @@ def keys(section: str, written: str) -> str:
     Names, types, bounds and defaults come from the classes. The meaning of a key, and what a missing value means, stand
     on the page (`written`) and stay.
     """
-    models: dict[str, type[BaseModel]] = {"data": core.Data, "task": core.Task, "train": core.Train}
+    models: dict[str, type[BaseModel]] = {
+        "data": core.Data,
+        "task": core.Task,
+        "train": core.Train,
+        "promise": core.Promise,
+    }
     models |= {"recipe": core.Recipe} | {f"method {kind}": each for kind, each in METHODS.items()}
     fields = {name: each for name, each in models[section].model_fields.items() if not is_table(each)}
     if section.startswith("method "):
@@ -119,7 +124,8 @@ def keys(section: str, written: str) -> str:
 
 def is_table(field: FieldInfo) -> bool:
     """Whether a key of the recipe is a table of its own, such as `data`."""
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    kinds = alternatives(field.annotation)
+    return any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds)
 
 
 def row(name: str, field: FieldInfo, default: str, meaning: str) -> tuple[str, str, str, str]:

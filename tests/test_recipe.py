@@ -202,7 +202,7 @@ def test_a_name_made_from_any_source_is_a_name(source: str) -> None:
         ({"lr": 1e-3}, r"did you mean 'train.lr'\?"),
         (
             {"xyzzy": 1},
-            "unknown key 'xyzzy': known are name, base, base_quantization, seed, data, task, method, train$",
+            "unknown key 'xyzzy': known are name, base, base_quantization, seed, data, task, method, train, promise$",
         ),
         ({"data": {"source": "x", "lable": "y"}}, r"did you mean 'data.label'\?"),
         ({"method": {"kind": "lora", "alpha": 4}}, r"did you mean 'method.lora_alpha'\?"),

@@ -107,7 +107,7 @@ def _seen(connection: Connection) -> ColumnElement[bool]:
 # A server follows what all tenants do by the audit log: one statement at each look, however many tenants there are.
 
 
-Subject = Literal["aliases", "experiments", "tokens"]
+Subject = Literal["aliases", "experiments", "promises", "tokens"]
 Mark = tuple[int, int]
 LOOK_SECONDS = 0.2  # between two looks of a process
 _SUBJECTS: dict[str, Subject] = {  # the first word of a verb -> what the action may change
@@ -115,12 +115,13 @@ _SUBJECTS: dict[str, Subject] = {  # the first word of a verb -> what the action
     "rollback": "aliases",
     "delete": "aliases",
     "experiment": "experiments",
+    "promise": "promises",
     "token": "tokens",
 }
 
 
 class NewestActions:
-    """The newest action of each tenant on its aliases, experiments and tokens. Safe to use from several threads.
+    """The newest action of each tenant on each subject. Safe to use from several threads.
 
     The log is append-only and has one writer at a time, so its ids are in the order of the commits. A look reads the
     last known row again, and what came after it. If that row is another one now, the catalog was restored from a copy,

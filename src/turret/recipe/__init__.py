@@ -4,6 +4,6 @@ It checks types and ranges, not whether a file or a column exists. Relative path
 directory, so that the recipe stored with a run can be run again unchanged. Importing it loads no torch.
 """
 
-from turret.recipe.core import Data, Recipe, Size, Task, Train, keys, name_from, preset_text, presets
+from turret.recipe.core import Data, Promise, Recipe, Size, Task, Train, keys, name_from, preset_text, presets
 
-__all__ = ["Data", "Recipe", "Size", "Task", "Train", "keys", "name_from", "preset_text", "presets"]
+__all__ = ["Data", "Promise", "Recipe", "Size", "Task", "Train", "keys", "name_from", "preset_text", "presets"]

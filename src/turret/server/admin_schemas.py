@@ -110,10 +110,16 @@ Value = bool | Annotated[float, Field(ge=-1e15, le=1e15)]
 _METRIC = r"^(binary|-?[0-9]{1,9}(\.[0-9]{1,9})?\.\.-?[0-9]{1,9}(\.[0-9]{1,9})?)$"
 
 
+RightLabel = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
 class OutcomeOfAnswer(Model):
     """The outcome of one answer."""
 
-    value: Value = Field(description="0 or 1, or a number within the bounds of the experiment's metric.")
+    value: Value | RightLabel = Field(
+        description="0 or 1, or a number within the bounds of the experiment's metric; of an answer that a promise "
+        "covers, also the right label."
+    )
     receipt: Annotated[str, Field(min_length=1, max_length=200)] = Field(
         description="The answer's `turret-receipt`, or the `id` in its body."
     )

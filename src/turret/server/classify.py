@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import Request, Response
@@ -71,6 +72,11 @@ class ClassifyData(BaseModel):
     label_set: list[str] | None = Field(
         default=None, description="With `coverage`: the labels, the most probable first."
     )
+    abstain: bool | None = Field(
+        default=None,
+        description="Whether the probability is below the threshold of the version's promise, so a person decides. "
+        "Null without a promise.",
+    )
 
 
 class Classification(BaseModel):
@@ -98,17 +104,18 @@ async def classify(
     options = None if body.coverage is None else [state.options(coverage=body.coverage)] * len(inputs)
     async with state.ask(request, "classify", body.model, inputs, options, unit=unit or body.user) as pending:
         answers = await pending.all()
+        abstains = await state.abstaining(pending, answers)
     response.headers.update(pending.headers)
     return Classification(
         id=f"classify-{pending.id}",
         created=state.now(),
         model=pending.model or body.model,
-        data=[_data(index, answer) for index, answer in enumerate(answers)],
+        data=[_data(index, answer, abstains) for index, answer in enumerate(answers)],
         usage=usage(answers),
     )
 
 
-def _data(index: int, answer: Answer) -> ClassifyData:
+def _data(index: int, answer: Answer, abstains: Sequence[bool] | None) -> ClassifyData:
     if "value" in answer:
         return ClassifyData(index=index, value=answer["value"])
     if "spans" in answer:
@@ -123,4 +130,5 @@ def _data(index: int, answer: Answer) -> ClassifyData:
         num_classes=len(probabilities),
         probabilities=probabilities,
         label_set=answer.get("label_set"),
+        abstain=None if abstains is None else abstains[index],
     )

@@ -23,9 +23,13 @@ PREFIXES = ("cmpl-", "chatcmpl-", "classify-")  # of a receipt, in the id of a b
 
 @outcomes.post("/api/outcomes")
 async def tell(body: Annotated[schemas.Told, Body()], state: State) -> schemas.Outcomes:
-    """Record the outcome of one answer, or of many. The response has the result of each, in the same order."""
+    """Record the outcome of one answer, or of many. The response has the result of each, in the same order.
+
+    An answer of an experiment takes the values of its metric. One that a promise covers takes the right label, or 1 if
+    the answer was right and 0 if not.
+    """
     many = body if isinstance(body, list) else [body]
-    results = await state.recording(state.routing.router.outcomes, [_told(each) for each in many], state.access)
+    results = await state.recording(state.record, [_told(each) for each in many])
     for result in results:
         state.metrics.outcome(result.experiment, result.status)
     return schemas.Outcomes(

@@ -14,8 +14,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -27,7 +28,9 @@ from prometheus_client.registry import Collector
 
 from turret.access import DEFAULT
 from turret.json_types import JsonMapping
+from turret.workspace.promising import PromiseStatus
 
+STATES = ("holds so far", "broken", "cannot be known")  # of a promise
 MOST_VERSIONS = 200
 NO_ADAPTER = ("base", "other", "none")  # labels of answers of the bare base, of many adapters, of no experiment
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -121,6 +124,10 @@ class Metrics:
         self._uncounted = self._counter("turret_experiment_uncounted", "Requests without a unit", "experiment")
         self._shadows = self._counter("turret_experiment_shadows", "Results of shadows", *arm, "what")
         self._outcomes = self._counter("turret_experiment_outcomes", "Outcomes received", "experiment", "status")
+        self._promised = self._counter("turret_promise_answers", "Answers that a promise covers", "adapter", "what")
+        gauge = partial(Gauge, registry=self._registry)
+        self._promise_states = gauge("turret_promise_state", "1 for the state of a promise", ("adapter", "state"))
+        self._promise_breaks = gauge("turret_promise_breaks", "Promises of a version that broke", ("adapter",))
         self._registry.register(_Engines(gauges, engines))
         if adapters is not None:
             self._registry.register(_Routed(engines, adapters))
@@ -156,6 +163,22 @@ class Metrics:
     def outcome(self, experiment: str | None, status: str) -> None:
         """An outcome, and its result."""
         self._outcomes.labels(self._label(experiment) if experiment else "none", status).inc()
+
+    def abstained(self, version: str, answers: int, abstained: int) -> None:
+        """Answers of a version with a promise."""
+        label = self._label(version)
+        self._promised.labels(label, "decided").inc(answers - abstained)
+        self._promised.labels(label, "abstained").inc(abstained)
+
+    def promises(self, found: Sequence[PromiseStatus]) -> None:
+        """How all promises stand; of the server that applies the guards."""
+        self._promise_states.clear()
+        self._promise_breaks.clear()
+        for each in found:
+            label = self._label(each.version)
+            self._promise_breaks.labels(label).set(each.breaks)
+            for state in STATES:
+                self._promise_states.labels(label, state).set(float(each.standing.state == state))
 
     def text(self, sees: Callable[[str], bool] = _every_name, *, operates: bool = True) -> bytes:
         """All metrics in Prometheus' format.

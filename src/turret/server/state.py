@@ -19,7 +19,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 from starlette.requests import Request
 
 from turret import process
@@ -28,6 +28,7 @@ from turret.audit import Mark, NewestActions
 from turret.database import Database, adapters, versions
 from turret.engine import Done, Event, Failed, Piece, SamplingParams
 from turret.errors import Busy, Cancelled, Draining, NotFound, TurretError
+from turret.experiments import Recorded, Told
 from turret.json_types import JsonMapping
 from turret.server import logs
 from turret.server.auth import Caller, Guard
@@ -41,13 +42,16 @@ from turret.server.pending_answers import PendingAnswers, Submission
 from turret.server.quotas import Quota
 from turret.server.replica import QUOTA_SECONDS, SESSION_SECONDS, Replica
 from turret.server.routing import AliasWatcher, Placement, Routing
+from turret.store import promises
 from turret.store.batches import Batches
 from turret.store.client_files import ClientFiles
 from turret.store.jobs import count_waiting
+from turret.store.promises import LONGEST_RECEIPT, LoggedAnswer, Promise
 from turret.store.usage import BASE, UsageLog
 from turret.store.usage import SECONDS as USAGE_SECONDS
-from turret.tasks import stored_task
+from turret.tasks import Task, stored_task
 from turret.tasks.task import RequestKind
+from turret.timestamp import timestamp
 from turret.turns import ThreadPool
 from turret.version import __version__
 from turret.visibility import seen_adapters, seen_versions
@@ -220,6 +224,112 @@ class _Shadow:
         return all(task.judged(shadow) == task.judged(answer) for shadow, answer in both)
 
 
+# --- promises ---------------------------------------------------------------------------------------------------------
+# Which answers of a version abstain, and a log of the answers that a promise covers.
+#
+# The promises of a tenant are read when one has changed. A version that was never asked for is looked up before its
+# first answer is sent, so no answer slips past a promise while a new version follows an alias. A killed process loses
+# the log of its last second.
+
+
+MOST_KEPT = 100_000  # unwritten answers, while the store cannot be reached
+MOST_KNOWN = 10_000  # versions
+
+
+@dataclass(frozen=True)
+class Covered:
+    """A version's promise, and the task that its answers are of."""
+
+    promise: Promise
+    task: type[Task]
+
+
+class LivePromises:
+    """The promises of one tenant. `turn` has a thread of its own; any thread calls the rest.
+
+    Args:
+        mark: Returns what differs after a change of a promise; without it they are read at every turn.
+    """
+
+    def __init__(
+        self, database: Database, mark: Callable[[], object] = object, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._database, self._mark, self._clock = database, mark, clock
+        self._read_mark: object = None  # of the last read
+        self._known: dict[str, Covered | None] = {}  # by the digest of a version
+        self._unwritten: list[LoggedAnswer] = []
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self.lost = 0  # answers that were not logged
+
+    @property
+    def has_any(self) -> bool:
+        """Whether the tenant had a promise at the last read."""
+        return any(each is not None for each in self._known.values())
+
+    def knows(self, digest: str) -> bool:
+        """Whether `of` reads nothing."""
+        return digest in self._known
+
+    def of(self, digest: str) -> Covered | None:
+        """The promise of a version; None without one. Reads the store for a version that is not known yet."""
+        if digest not in self._known:
+            with self._database.reading() as connection:
+                found = promises.of_digest(connection, digest)
+                self._known[digest] = None if found is None else _covered(connection, found)
+        return self._known[digest]
+
+    def answered(self, covered: Covered, receipt: str, answers: Sequence[Answer]) -> list[bool]:
+        """Whether each answer abstains; logs all of them.
+
+        Args:
+            receipt: the id of the request; each of several answers has `RECEIPT#0`, `RECEIPT#1` and so on.
+        """
+        promise, at = covered.promise, timestamp(self._clock())
+        found, logged = [], list[LoggedAnswer]()
+        for place, answer in enumerate(answers):
+            abstains = promise.abstains(covered.task, answer)
+            found.append(abstains)
+            if (decision := covered.task.decision(answer)) is not None:
+                own = (receipt if len(answers) == 1 else f"{receipt}#{place}")[:LONGEST_RECEIPT]
+                logged.append(LoggedAnswer(promise.id, own, *decision, int(not abstains), at))
+        with self._lock:
+            room = max(MOST_KEPT - len(self._unwritten), 0)
+            self._unwritten += logged[:room]
+            self.lost += len(logged) - min(room, len(logged))
+        return found
+
+    def turn(self) -> None:
+        """Write the log, and read the promises in force if one may have changed. Raises StoreError."""
+        self.flush()
+        mark = self._mark()
+        if mark == self._read_mark:
+            return
+        with self._database.reading() as connection:
+            new = {each.digest: _covered(connection, each) for each in promises.in_force(connection)}
+        known = list(self._known) if len(self._known) < MOST_KNOWN else []
+        self._known = {**{digest: new.get(digest) for digest in known}, **new}
+        self._read_mark = mark
+
+    def flush(self) -> None:
+        """Write the log now. If that fails, the log is kept. Raises StoreError."""
+        with self._writing:
+            with self._lock:
+                logged, self._unwritten = self._unwritten, []
+            if not logged:
+                return
+            try:
+                with self._database.writing() as connection:
+                    promises.log(connection, logged)
+            except BaseException:
+                with self._lock:
+                    self._unwritten = [*logged, *self._unwritten]
+                raise
+
+
+def _covered(connection: Connection, promise: Promise) -> Covered:
+    return Covered(promise, promises.task_of(connection, promise))
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 # The options of `turret serve`.
 
@@ -339,6 +449,7 @@ class Tenant:
     aliases: AliasWatcher
     routing: Routing
     shadows: Shadows
+    promises: LivePromises
     metrics: Metrics
 
     @property
@@ -350,6 +461,12 @@ class Tenant:
         """Follow aliases and experiments once."""
         self.aliases.poll()
         self.routing.refresh()
+        self.promises.turn()
+
+    def turn(self) -> None:
+        """Write the logs, and read experiments and promises."""
+        self.routing.turn()
+        self.promises.turn()
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
@@ -488,12 +605,13 @@ class ServerState:
             clock=clock,
             log=self.log if self.settings.log_texts else None,
         )
-        return Tenant(workspace, engines, aliases, routing, shadows, metrics)
+        live = LivePromises(store.database(make=True), partial(self._newest.mark, "promises", store.access.tenant))
+        return Tenant(workspace, engines, aliases, routing, shadows, live, metrics)
 
     def _use(self, tenant: Tenant, access: Access) -> None:
         self.access, self.workspace, self.engines = access, tenant.workspace, tenant.engines
         self.aliases, self.routing = tenant.aliases, tenant.routing
-        self.shadows, self.metrics = tenant.shadows, tenant.metrics
+        self.shadows, self.promises, self.metrics = tenant.shadows, tenant.promises, tenant.metrics
         threads = [each.of(access.tenant) for each in self._threads]
         self._submitting, self.parsing, self.compiling, self.control, self.promoting, self.recording = threads
         if not access.whole:
@@ -630,6 +748,35 @@ class ServerState:
             self._count_placement(pending.placement, kind, pending)
             fields |= {"experiment": str(pending.placement.experiment), "arm": pending.placement.arm}
         request.state.log_fields = fields
+
+    async def abstaining(self, pending: PendingAnswers, answers: Sequence[Answer]) -> list[bool] | None:
+        """Whether each answer is below the threshold of its version's promise; None without a promise. Logs them."""
+        digest = pending.receipt.digest
+        if digest is None:
+            return None
+        if not self.promises.knows(digest):
+            await self._submitting(self.promises.of, digest)
+        covered = self.promises.of(digest)
+        if covered is None:
+            return None
+        found = self.promises.answered(covered, pending.id, answers)
+        self.metrics.abstained(pending.model or "base", len(found), sum(found))
+        return found
+
+    def record(self, told: Sequence[Told]) -> list[Recorded]:
+        """Record outcomes, of an experiment if it covers the answer and takes the value, else of a promise. Blocks."""
+        results = self.routing.router.outcomes(told, self.access)
+        rest = [
+            place
+            for place, each in enumerate(told)
+            if each.receipt is not None and results[place].status in ("unknown", "refused")
+        ]
+        if rest:
+            self.promises.flush()
+            values = [(str(told[place].receipt), told[place].value) for place in rest]
+            for place, result in zip(rest, self.workspace.promise_outcomes(values), strict=True):
+                results[place] = results[place] if result.status == "unknown" else result
+        return results
 
     def _adapter_key(self, name: str) -> str:
         return f"adapter {name}" if self.access.tenant == DEFAULT else f"adapter {self.access.tenant}/{name}"
@@ -775,13 +922,19 @@ class ServerState:
             self._each_tenant(self._apply_guards_of)()
 
     def _apply_guards_of(self, tenant: Tenant) -> None:
-        if not (tenant.routing.router.all_running() or tenant.workspace.settles) or not self.replica.lead():
+        acts = tenant.routing.router.all_running() or tenant.workspace.settles or tenant.promises.has_any
+        if not acts or not self.replica.lead():
             return
         with self._guard_lock:
             done = [(str(each.experiment), line) for each in tenant.workspace.settle() for line in each.done]
+            promised = tenant.workspace.settle_promises()
         for experiment, line in done:
             self.log.write("experiment", experiment=experiment, done=line)
-        if done:
+        for promise in promised:
+            for line in promise.done:
+                self.log.write("promise", "warning", version=promise.version, done=line)
+        tenant.metrics.promises(promised)
+        if done or any(each.done for each in promised):
             tenant.refresh()
 
     def _read_tokens(self) -> None:
@@ -801,7 +954,7 @@ class ServerState:
             ("turret-follow", self._each_tenant(self._follow_aliases), POLL_SECONDS),
             ("turret-tokens", self._follow_tokens, POLL_SECONDS),
             ("turret-arms", self._each_tenant(lambda tenant: tenant.routing.prepare()), POLL_SECONDS),
-            ("turret-turn", self._each_tenant(lambda tenant: tenant.routing.turn()), TURN_SECONDS),
+            ("turret-turn", self._each_tenant(lambda tenant: tenant.turn()), TURN_SECONDS),
             ("turret-guards", self._apply_guards, GUARD_SECONDS),
             ("turret-sessions", self.guard.sessions.refresh, SESSION_SECONDS),
             ("turret-heap", trim, TRIM_SECONDS),
@@ -840,6 +993,7 @@ class ServerState:
             tenant.shadows.close()
             try:
                 tenant.routing.router.flush()
+                tenant.promises.flush()
             except TurretError as error:
                 message = f"the last log is lost: {error}"
                 self.log.write("experiments", "error", error=type(error).__name__, message=message)

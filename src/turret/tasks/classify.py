@@ -270,6 +270,10 @@ class HeadAnswers(Protocol):
     def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
         raise DataError("this task gives no probabilities, so no answer is surer than another")
 
+    @classmethod
+    def decision(cls, answer: JsonMapping) -> tuple[str, float] | None:
+        return None
+
 
 def output_names(names: Sequence[str]) -> JsonObject:
     """The entries of transformers' configuration that name the outputs of a head."""
@@ -538,6 +542,11 @@ class Classify(HeadAnswers):
             return 2 * surer - 1, surer
         first, second = sorted(chances.values(), reverse=True)[:2]
         return first - second, float(chances[label])
+
+    @classmethod
+    def decision(cls, answer: JsonMapping) -> tuple[str, float] | None:
+        label = answer["label"]
+        return None if isinstance(label, list) else (label, float(answer["probabilities"][label]))
 
     @classmethod
     def line(cls, answer: JsonMapping) -> str:

@@ -305,6 +305,10 @@ class Task(Protocol):
     def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
         """The margin of an answer, from 0 (as unsure as possible) to 1, and its probability. Raises DataError."""
 
+    @classmethod
+    def decision(cls, answer: JsonMapping) -> tuple[str, float] | None:
+        """The one label of an answer and its probability, which a promise is about; None for other answers."""
+
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """What `loss` takes for these examples: (B, ...), or of all tokens that are read (N,)."""
 

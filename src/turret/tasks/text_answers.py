@@ -105,6 +105,10 @@ class TextAnswers(Protocol):
     def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
         raise DataError("a text has no probability, so no answer is surer than another")
 
+    @classmethod
+    def decision(cls, answer: JsonMapping) -> tuple[str, float] | None:
+        return None
+
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
         raise _no_head(self)
 

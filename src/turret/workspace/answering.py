@@ -16,7 +16,8 @@ from turret.engine.untrained import Question, Untrained
 from turret.errors import AdapterError, BadReference, DataError, NotFound
 from turret.json_types import JsonMapping, JsonObject
 from turret.reference import Reference
-from turret.store import Store, Version
+from turret.store import Store, Version, promises
+from turret.store.promises import Promise
 from turret.tasks import Task, stored_task, task_from_spec
 from turret.tasks.calibration import Calibration, require
 from turret.train.asking import Asking
@@ -91,6 +92,13 @@ class Mounted:
     version: Version | None  # None: the base alone
     asking: Asking
     notes: tuple[str, ...] = ()  # of the base that was loaded
+    promise: Promise | None = None  # of the version
+
+    def decided(self, answer: JsonObject) -> JsonObject:
+        """The answer, with `abstain` if the version has a promise."""
+        if self.promise is None:
+            return answer
+        return answer | {"abstain": self.promise.abstains(type(self.task), answer)}
 
     @property
     def task(self) -> Task:
@@ -140,7 +148,9 @@ def mounted(
     require_base(adapter, base.fingerprint)
     if judged:
         base = dataclasses.replace(base, reference=_compared_with(store, version, adapter))
-    return Mounted(version, Asking(base, adapter, task_from_spec(adapter.task, base.tokenizer)), base.notes)
+    with store.database().reading() as connection:
+        promise = promises.of_digest(connection, version.digest)
+    return Mounted(version, Asking(base, adapter, task_from_spec(adapter.task, base.tokenizer)), base.notes, promise)
 
 
 def _compared_with(store: Store, version: Version, adapter: Adapter) -> StoredAdapter | None:
@@ -193,7 +203,8 @@ def answers(
         bare: ask the base without the adapter; only for a task that generates.
         coverage: also give sets of labels; only for a version that `require_coverage` accepts.
     """
-    return ready.asking.answers(texts, bare=bare, coverage=coverage)
+    found = ready.asking.answers(texts, bare=bare, coverage=coverage)
+    return found if bare else [ready.decided(each) for each in found]
 
 
 def _where(ready: Mounted) -> str:

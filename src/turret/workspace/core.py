@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Literal, overload
 from turret.access import Access, tenant_access
 from turret.arguments import checked_methods
 from turret.data import Prompt, TextPair
-from turret.experiments import Router
-from turret.json_types import JsonMapping, JsonObject
+from turret.experiments import Recorded, Router
+from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.location import Location
 from turret.notebook import Cell, Table, as_html
 from turret.store import AccessTokens, Collected, Deleted, Gate, GateStatus, Golden, Move, Store, Verified, Version
 from turret.timestamp import to_minute
-from turret.workspace import experimenting, machine, promoting, reading, training_runs
+from turret.workspace import experimenting, machine, promising, promoting, reading, training_runs
 from turret.workspace.examples import read_examples
 from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
 from turret.workspace.hub import Hub
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from turret.store.difference import Difference
     from turret.train.curve import RunCurve, StepRecord
     from turret.workspace.answering import PredictOptions
+    from turret.workspace.promising import PromiseMemory, PromiseStatus
     from turret.workspace.reading import Source, Texts
     from turret.workspace.replaying import Replayed
     from turret.workspace.sweeping import Sweep
@@ -67,6 +69,7 @@ class Workspace:
         self.store = Store(path, tenant_access(tenant))
         self.hub = Hub(self.store)  # push(reference, hub_id) and pull(hub_id)
         self._memories: dict[int, Memory] = {}  # of `settle`, by the id of an experiment
+        self._promises: dict[int, PromiseMemory] = {}  # of `settle_promises`, by the id of a promise
         self._histories: dict[int, EvidenceHistory] = {}  # of `course`, by the id of an experiment
 
     def _repr_html_(self) -> str:
@@ -540,6 +543,53 @@ class Workspace:
 
         rows = reading.source_of(source)
         return suggesting.suggest(self.store, reference, rows, columns or {}, most, device, on_stage or silent)
+
+    def promise(
+        self,
+        reference: str,
+        error: float | None = None,
+        *,
+        confidence: float = 0.95,
+        metric: str = "error",
+        data: Source | None = None,
+        columns: JsonMapping | None = None,
+        when_broken: str = "alarm",
+        outcome_ttl: float = OUTCOME_TTL,
+        missing_bound: float = MISSING_BOUND,
+        device: str = "auto",
+        on_stage: Say | None = None,
+    ) -> PromiseStatus:
+        """Promise a bound on the errors of what a version decides; without `error`, its promise and how it stands.
+
+        Answers below the promise's threshold abstain: `predict`, `predict_file` and a server say so.
+
+        Args:
+            error: at most this share is wrong, such as 0.02.
+            metric: what the share is of: "error" (the decided answers), "misses:LABEL" or "precision:LABEL".
+            data, columns: labelled examples, as for `evaluate`; default: those that the version's training held out.
+            when_broken: "alarm", "stricter" or "rollback".
+            outcome_ttl: seconds after an answer in which its outcome counts.
+            missing_bound: the share of the answers whose outcome may be missing because of what it is.
+
+        Raises:
+            DataError: the examples cannot carry the bound; the error says about how many would.
+            NotFound: without `error`: the version has no promise.
+        """
+        if error is None:
+            return promising.status(self.store, reference)
+        source = None if data is None else reading.source_of(data)
+        request = promising.PromiseRequest(
+            error, confidence, metric, source, columns or {}, when_broken, outcome_ttl, missing_bound, device
+        )
+        return promising.make(self.store, reference, request, on_stage or silent)
+
+    def promise_outcomes(self, outcomes: Iterable[tuple[str, JsonValue]]) -> Sequence[Recorded]:
+        """Record outcomes of answers that promises cover: the receipt, and the right label or 1 or 0, of each."""
+        return promising.record(self.store, outcomes)
+
+    def settle_promises(self) -> Sequence[PromiseStatus]:
+        """How all promises stand. Does what broken ones ask. A server calls it every few seconds."""
+        return promising.settle(self.store, self._promises)
 
     def engine(
         self,

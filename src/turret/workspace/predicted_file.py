@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from turret.data.rows import Row, Rows
 from turret.data.table_writer import TableWriter, check_target, form_of
 from turret.json_types import JsonMapping, JsonObject
-from turret.store import Store, Version
+from turret.store import Store, Version, promises
 from turret.tasks import Task, stored_task
 from turret.workspace.answering import PredictOptions, check_options, ranked_labels
 from turret.workspace.progress import Say
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ROWS = 512  # that are answered at a time
 SAMPLED = 100  # rows that show how the table writes numbers
 BLANK, CUT = "blank", "cut"
+PERSON = "to a person"  # the column of answers that abstain
 
 
 def predict_file(
@@ -42,9 +43,11 @@ def predict_file(
     rows = read_rows(store, version, source, request.columns)
     first = list(islice(rows.read(), SAMPLED))  # an error in a column or in these rows costs no load of the base
     form = form_of(source, rows.found, (row.cells for row in first), path)
-    names = _names(rows.columns, version.part("task"), request)
+    with store.database().reading() as connection:
+        promised = promises.of_digest(connection, version.digest) is not None and not request.bare
+    names = _names(rows.columns, version.part("task"), request, promised=promised)
     new = [key for key in names if key != "row"]
-    counts = dict.fromkeys(("rows", BLANK, CUT), 0)
+    counts = dict.fromkeys(("rows", BLANK, CUT, PERSON), 0)
     with (
         _mounted(store, version, say, request.device) as ready,
         TableWriter(path, [*rows.columns, names["row"], *(names[key] for key in new)], form) as table,
@@ -54,6 +57,7 @@ def predict_file(
             say(f"answering rows {counts['rows'] + 1} to {counts['rows'] + len(some)}")
             for row, answer in zip(some, _answered(ready, some, request), strict=True):
                 counts["rows"] += 1
+                counts[PERSON] += PERSON in answer
                 for flag in answer["flags"]:
                     counts[flag] += 1
                 own = dict(zip(rows.columns, row.cells, strict=True))
@@ -65,6 +69,7 @@ def predict_file(
         rows=counts["rows"],
         blank=counts[BLANK],
         cut=counts[CUT],
+        to_a_person=counts[PERSON] if promised else None,
         guarded=table.guarded,
         seconds=time.perf_counter() - started,
         notes=_notes(rows, table),
@@ -88,7 +93,8 @@ def _answered(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> I
             yield {"flags": [BLANK]}
             continue
         answer, cut = by_row[place]
-        yield _values(ready.task, answer, request.top) | {"flags": [CUT] if cut else []}
+        person = {} if ready.promise is None or not ready.decided(answer)["abstain"] else {PERSON: "yes"}
+        yield _values(ready.task, answer, request.top) | {"flags": [CUT] if cut else []} | person
 
 
 def _values(task: Task, answer: JsonMapping, top: int) -> JsonObject:
@@ -108,8 +114,8 @@ def _values(task: Task, answer: JsonMapping, top: int) -> JsonObject:
     return values
 
 
-def _names(columns: Sequence[str], spec: JsonMapping, request: PredictOptions) -> dict[str, str]:
-    """The new columns by key."""
+def _names(columns: Sequence[str], spec: JsonMapping, request: PredictOptions, *, promised: bool) -> dict[str, str]:
+    """The new columns by key. promised: whether the version has a promise."""
     task = stored_task(spec)
     asked = task.questions(spec.get("labels") or ())
     keys = [f"{name}_{question}" for question in asked for name in ("predicted", "probability")] or ["predicted"]
@@ -119,6 +125,7 @@ def _names(columns: Sequence[str], spec: JsonMapping, request: PredictOptions) -
         keys.append("probability")
         keys += [f"{name}_{number}" for number in range(2, request.top + 1) for name in ("predicted", "probability")]
         keys += ["label_set"] if request.coverage is not None else []
+        keys += [PERSON] if promised else []
     return unused(["row", *keys, "flags"], columns)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,12 +29,7 @@ class Telling:
 
     @property
     def lines(self) -> list[str]:
-        if len(self.recorded) == 1:
-            return [self.recorded[0].text]
-        counts = ", ".join(f"{count} {status}" for status, count in grouped(self.recorded).items())
-        rejected = [each.text for each in self.recorded if not each.kept]
-        more = [f"... and {len(rejected) - SHOWN} more"] if len(rejected) > SHOWN else []
-        return [f"{len(self.recorded)} outcomes: {counts}", *rejected[:SHOWN], *more]
+        return lines_of(self.recorded)
 
     def as_json(self) -> JsonObject:
         return {
@@ -42,6 +37,16 @@ class Telling:
             "counts": dict(grouped(self.recorded)),
             "done": list(self.settled.done),
         }
+
+
+def lines_of(recorded: Sequence[Recorded]) -> list[str]:
+    """What became of outcomes, for people."""
+    if len(recorded) == 1:
+        return [recorded[0].text]
+    counts = ", ".join(f"{count} {status}" for status, count in grouped(recorded).items())
+    rejected = [each.text for each in recorded if not each.kept]
+    more = [f"... and {len(rejected) - SHOWN} more"] if len(rejected) > SHOWN else []
+    return [f"{len(recorded)} outcomes: {counts}", *rejected[:SHOWN], *more]
 
 
 def tell(

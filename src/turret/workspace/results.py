@@ -103,6 +103,7 @@ class Predicted:
     guarded: int  # cells that got a ' in front, so that no spreadsheet runs them
     seconds: float
     notes: list[str] = field(default_factory=list)
+    to_a_person: int | None = None  # answers below the threshold of the version's promise; None without a promise
 
     def as_json(self) -> JsonObject:
         return asdict(self)

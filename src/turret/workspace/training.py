@@ -64,7 +64,7 @@ from turret.train.preflight import fits, sampled_batches
 from turret.train.proof import make_room
 from turret.train.reload import prove_here
 from turret.train.training_plan import Plan
-from turret.workspace import forgetting, prepared
+from turret.workspace import forgetting, prepared, promising
 from turret.workspace.prepared import (
     AUTO,
     PreparedTraining,
@@ -102,6 +102,7 @@ class Measured:
     forgot: JsonObject | None  # on neutral text; None for a classifier
     probe: trainer.Probe
     seconds: float
+    warnings: list[str]  # of a promise that the examples cannot carry
 
 
 def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, beside_base: bool) -> Measured:
@@ -120,6 +121,10 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
             say("measuring the bare base on the same examples")
             bare = _measure(ready, asking, bare=True)
             metrics |= {f"{split} bare base": values for split, values in bare.items()}
+        promise, warnings = promising.trained(ready.recipe, ready.dataset, ready.task, asking)
+        if promise is not None:
+            lineage = fitted.adapter.lineage | {"promise": promise}
+            fitted = replace(fitted, adapter=replace(fitted.adapter, lineage=lineage))
         ready = replace(ready, notes=[*ready.notes, *asking.notes])
     forgot = None
     if ready.base.model.get_output_embeddings() is not None:
@@ -128,7 +133,7 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
     seconds = time.perf_counter() - started
     examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
     probe = trainer.probe(ready.base.model, ready.task, examples)
-    return Measured(ready, fitted, metrics, forgot, probe, seconds)
+    return Measured(ready, fitted, metrics, forgot, probe, seconds, warnings)
 
 
 def uncalibrated(ready: PreparedTraining) -> list[str]:
@@ -340,6 +345,7 @@ def prepare(
     load_seconds = time.perf_counter() - started
     recipe = recipe if filled else _filled(recipe, dataset, base, start)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
+    promising.require_carried(recipe, dataset, task)
     whole, dataset = dataset.train, replace(dataset, train=task.pieces(dataset.train))
     notes = [*base_notes, *dataset.notes, *base.notes, *task.notes]
     if len(dataset.train) > len(whole):
@@ -681,7 +687,7 @@ class _Run:
                     resumed_from=fitted.resumed_from,
                     stopped_early=fitted.stopped_early,
                     flat_loss=None if fitted.flat_loss is None else fitted.flat_loss.to_json(),
-                    warnings=[] if fitted.flat_loss is None else [fitted.flat_loss.warning()],
+                    warnings=[*([] if fitted.flat_loss is None else [fitted.flat_loss.warning()]), *found.warnings],
                     advice=advice,
                     notes=[*ready.notes, *followed.warnings],
                     device=str(ready.device.device),

@@ -19,6 +19,7 @@ from turret.server.web import render
 from turret.server.web.forms import Sent, pages
 from turret.store import Compared, Gate, Golden, Version, folded
 from turret.store.catalog import PRODUCTION
+from turret.workspace import promising
 
 router = pages()
 Name = Annotated[str, Path(min_length=1, max_length=200)]
@@ -49,6 +50,9 @@ async def version(request: Request, state: State, name: Name, number: Number) ->
     shown = await state.control(state.workspace.show, f"{name}@{number}")
     known = _by_digest(await state.control(state.workspace.list))
     values = {"name": name, "number": number, "shown": shown, "loaded": state.engines.in_memory(shown["digest"])}
+    has = shown["promise"] is not None
+    values["promised"] = await state.control(state.workspace.promise, str(shown["version"])) if has else None
+    values["text"] = promising
     return render.page(request, state, "version.html.j2", **values, parent=_parent(shown["manifest"], known))
 
 

@@ -1,0 +1,479 @@
+"""Promises: choose a threshold that bounds the errors of a version, say how it stands, and act if it broke.
+
+A promise that breaks is recorded once. A stricter threshold replaces it in the same transaction. A rollback comes
+before the record, so a kill between them repeats a step that changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING
+
+from turret.data import Dataset, Example
+from turret.data.memory import shortly
+from turret.errors import AdapterError, Corrupt, DataError, NotFound, TurretError, counted
+from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL, check_missing, check_ttl
+from turret.experiments.outcomes import Recorded
+from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.reference import Reference
+from turret.store import Store, Version, promises
+from turret.store.catalog import PRODUCTION, now
+from turret.store.promises import ALARM, NEVER, ROLLBACK, STRICTER, WHEN_BROKEN, Promise, Terms
+from turret.tasks import Task, stored_task
+from turret.workspace.progress import Say
+from turret.workspace.reading import read_dataset, read_labelled
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from turret.experiments.risk_control import Bound, Choice, Standing, Watch
+    from turret.recipe import Recipe
+    from turret.train.asking import Asking
+
+VALIDATION = (
+    "this version has no test split, so its validation split was used, on which its temperature was fitted: the "
+    "promise is optimistic; give fresh examples with --data"
+)
+
+
+# --- making -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromiseRequest:
+    """What is asked of a promise.
+
+    Args:
+        error, confidence: shares, such as 0.02 and 0.95.
+        metric: error, misses:LABEL or precision:LABEL.
+        data: labelled examples; None: those that the version's training held out.
+        columns: keys of a recipe's `[data]`; only with `data`.
+    """
+
+    error: float
+    confidence: float = 0.95
+    metric: str = "error"
+    data: str | None = None
+    columns: JsonMapping = field(default_factory=dict)
+    when_broken: str = ALARM
+    outcome_ttl: float = OUTCOME_TTL
+    missing_bound: float = MISSING_BOUND
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.when_broken not in WHEN_BROKEN:
+            raise DataError(f"when_broken {self.when_broken[:40]!r}: expected {', '.join(WHEN_BROKEN)}")
+        check_ttl(self.outcome_ttl)
+        check_missing(self.missing_bound)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The examples that a threshold is chosen on."""
+
+    examples: Sequence[Example]
+    source: str
+    split: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Of what is asked and what is right."""
+        found = hashlib.sha256()
+        for each in self.examples:
+            found.update(json.dumps(each.parts(), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        return f"sha256:{found.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class PromiseStatus:
+    """A promise of a version, what its outcomes say, and what was done just now."""
+
+    version: str
+    promise: Promise
+    standing: Standing
+    answers: int  # of a server, that it covers
+    decided: int  # of those
+    breaks: int = 0  # promises of the version that outcomes have broken, this one included
+    all_wrong: float | None = None  # share of all examples that is wrong without a threshold; known when it is made
+    notes: tuple[str, ...] = ()
+    done: tuple[str, ...] = ()
+
+    def as_json(self) -> JsonObject:
+        return {
+            "version": self.version,
+            **self.promise.as_json(),
+            "standing": self.standing.as_json(),
+            "live_answers": self.answers,
+            "live_decided": self.decided,
+            "breaks": self.breaks,
+            "all_wrong": self.all_wrong,
+            "notes": list(self.notes),
+            "done": list(self.done),
+        }
+
+
+def make(store: Store, reference: str, request: PromiseRequest, say: Say) -> PromiseStatus:
+    """Choose a threshold and store the promise.
+
+    Raises:
+        AdapterError: the answers of the version are not one label with a probability.
+        DataError: the examples cannot carry the bound; the error says about how many would.
+    """
+    from turret.experiments.risk_control import Bound
+
+    version = store.resolve(reference)
+    spec = version.part("task")
+    labels = [str(each) for each in spec.get("labels") or ()]
+    require_decisions(stored_task(spec), spec, str(version))
+    bound = Bound.parse(request.metric, request.error, request.confidence, labels)
+    held = _given(store, version, request, say) if request.data is not None else _kept(store, version, say)
+    from turret.workspace import answering  # loads torch
+
+    with answering.mounted(store, str(version), say, request.device) as ready:
+        say(f"answering {counted(len(held.examples), 'held-out example')}")
+        found = ready.asking.answers([each.asked for each in held.examples])
+        terms, wrong = chosen(bound, held, ready.task, found, request, str(version))
+    with store.database().writing() as connection:
+        promises.make(connection, version, terms)
+    done = status(store, str(version))
+    return replace(done, all_wrong=wrong, notes=held.notes)
+
+
+def require_decisions(task: type[Task], spec: JsonMapping, version: str) -> None:
+    """Raise AdapterError unless the answers of a version are one label with a probability."""
+    labels = [str(each) for each in spec.get("labels") or ()]
+    label: JsonValue = labels if spec.get("multi_label") else next(iter(labels), "")
+    sample = {"label": label, "probabilities": dict.fromkeys(labels, 1.0)}
+    if not task.calibrates or task.decision(sample) is None:
+        raise AdapterError(
+            f"{version} cannot make a promise: its answers are not one label with a probability, as those of classify, "
+            "text_pairs and score are"
+        )
+
+
+def chosen(
+    bound: Bound,
+    held: HeldOut,
+    task: Task,
+    answers: Sequence[JsonMapping],
+    request: PromiseRequest,
+    version: str,
+) -> tuple[Terms, float]:
+    """What a promise says, and the share of all examples that is wrong. Raises DataError if no threshold passes."""
+    import numpy as np
+
+    from turret.experiments.risk_control import choose
+
+    decisions = [decision for answer in answers if (decision := task.decision(answer)) is not None]
+    given, right = [label for label, _ in decisions], [str(each.output) for each in held.examples]
+    found = choose(bound, given, right, np.array([probability for _, probability in decisions]))
+    if found.threshold is None:
+        raise DataError(refusal(bound, found, version))
+    terms = Terms(
+        metric=bound.metric,
+        error=bound.error,
+        confidence=bound.confidence,
+        threshold=found.threshold,
+        examples=found.examples,
+        counted=found.counted,
+        wrong=found.wrong,
+        decided=found.decided,
+        source=held.source,
+        split=held.split,
+        data_digest=held.digest,
+        when_broken=request.when_broken,
+        outcome_ttl=request.outcome_ttl,
+        missing_bound=request.missing_bound,
+    )
+    return terms, sum(a != b for a, b in zip(given, right, strict=True)) / max(len(given), 1)
+
+
+def require_carried(recipe: Recipe, dataset: Dataset, task: Task) -> None:
+    """Raise an error, before a training begins, for a promise that its version could not make."""
+    from turret.experiments.risk_control import Bound
+
+    if recipe.promise is None:
+        return
+    require_decisions(type(task), task.spec(), recipe.name)
+    Bound.parse(recipe.promise.metric, recipe.promise.error, recipe.promise.confidence, task.labels)
+    _held_out(dataset, recipe)
+
+
+def trained(recipe: Recipe, dataset: Dataset, task: Task, asking: Asking) -> tuple[JsonObject | None, list[str]]:
+    """The promise of a version that was just trained, for its bundle, and warnings."""
+    from turret.experiments.risk_control import Bound
+
+    wanted = recipe.promise
+    if wanted is None:
+        return None, []
+    bound = Bound.parse(wanted.metric, wanted.error, wanted.confidence, task.labels)
+    held = _held_out(dataset, recipe)
+    request = PromiseRequest(wanted.error, wanted.confidence, wanted.metric, when_broken=wanted.when_broken)
+    found = asking.answers([each.asked for each in held.examples])
+    try:
+        terms, _ = chosen(bound, held, task, found, request, recipe.name)
+    except DataError as error:
+        return None, [f"the version makes no promise: {error}"]
+    return asdict(terms), list(held.notes)
+
+
+def refusal(bound: Bound, found: Choice, version: str) -> str:
+    """Why the examples cannot carry a bound, and how many would."""
+    few = f"{version}: {found.examples} held-out examples cannot carry {sentence(bound)}"
+    if found.needed is None:
+        return (
+            f"{few}, and more of them would not: even the surest answers err too often; train longer, or promise less"
+        )
+    return f"{few}; about {found.needed:,} would: give more with --data, hold out more (data.test), or promise less"
+
+
+def _kept(store: Store, version: Version, say: Say) -> HeldOut:
+    """The examples that the version's training held out: the test split, which chose nothing."""
+    from turret.recipe import Recipe
+
+    lineage = version.part("lineage")
+    if not lineage.get("recipe"):
+        raise DataError(
+            f"{version} has no recipe that names held-out examples: give labelled examples with --data FILE"
+        )
+    recipe = Recipe.from_toml(str(lineage["recipe"]))
+    try:
+        dataset = read_dataset(store, recipe, say)
+    except TurretError as error:
+        raise DataError(f"the training data of {version} cannot be read ({error}): give --data FILE") from None
+    if dataset.digest != lineage.get("data"):
+        raise DataError(
+            f"{recipe.data.source} is not what {version} was trained on, so its held-out rows are not known: give "
+            "labelled examples with --data FILE"
+        )
+    return _held_out(dataset, recipe)
+
+
+def _held_out(dataset: Dataset, recipe: Recipe) -> HeldOut:
+    """The test split, which chose nothing; without one the validation split."""
+    if dataset.test:
+        return _unseen(dataset.test, (*dataset.train, *dataset.validation), recipe.data.source, "test")
+    if dataset.validation:
+        return _unseen(dataset.validation, dataset.train, recipe.data.source, "validation", VALIDATION)
+    raise DataError(f"{recipe.name} holds no examples out, which a promise needs: set data.test, or give --data FILE")
+
+
+def _given(store: Store, version: Version, request: PromiseRequest, say: Say) -> HeldOut:
+    """The examples of a file, without those that were trained on."""
+    from turret.recipe import Recipe
+
+    labelled = read_labelled(store, version, str(request.data), request.columns)
+    notes, examples = list(labelled.notes), list(labelled.examples)
+    recipe = version.part("lineage").get("recipe")
+    try:
+        dataset = read_dataset(store, Recipe.from_toml(str(recipe)), say) if recipe else None
+    except TurretError:
+        dataset = None
+    if dataset is None or dataset.digest != version.part("lineage").get("data"):
+        notes.append(f"the training data of {version} is not here: nothing says whether these examples are in it")
+    else:
+        used = (*dataset.train, *dataset.validation)
+        return _unseen(examples, used, labelled.data.source, "given", *notes)
+    return HeldOut(examples, labelled.data.source, "given", tuple(notes))
+
+
+def _unseen(examples: Sequence[Example], used: Sequence[Example], source: str, split: str, *notes: str) -> HeldOut:
+    """The examples whose texts training did not use. Raises DataError if there are none."""
+    seen = {str(each.asked) for each in used}
+    fresh = [each for each in examples if str(each.asked) not in seen]
+    if not fresh:
+        raise DataError(f"{source[:80]} has no example that training did not use: give other labelled examples")
+    if len(fresh) < len(examples):
+        left_out = f"{counted(len(examples) - len(fresh), 'example')} left out, because training used the same texts"
+        notes = (*notes, left_out)
+    return HeldOut(fresh, source, split, notes)
+
+
+# --- watching ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PromiseMemory:
+    """The evidence of the outcomes of one promise that were read so far."""
+
+    watch: Watch
+    last: int = 0  # id of the last outcome
+
+
+def status(store: Store, reference: str) -> PromiseStatus:
+    """The promise of a version, and what its outcomes say. Changes nothing. Raises NotFound."""
+    version = store.resolve(reference)
+    with store.database().reading() as connection:
+        promise = promises.of_version(connection, version)
+    return _status(store, promise, str(version), {})
+
+
+def listed(store: Store, memories: dict[int, PromiseMemory]) -> list[PromiseStatus]:
+    """Every promise in force, with what its outcomes say.
+
+    Args:
+        memories: by the id of a promise; kept by the caller so that the next call reads only new outcomes.
+    """
+    with store.database().reading() as connection:
+        found = [(each, promises.versions_of(connection, each)) for each in promises.in_force(connection)]
+    for gone in set(memories) - {promise.id for promise, _ in found}:
+        del memories[gone]
+    return [_status(store, promise, versions[0], memories) for promise, versions in found if versions]
+
+
+def settle(store: Store, memories: dict[int, PromiseMemory]) -> list[PromiseStatus]:
+    """Look at all promises in force, and do what those ask that outcomes have broken. Returns all of them."""
+    return [_settled(store, each, memories) for each in listed(store, memories)]
+
+
+def record(store: Store, told: Iterable[tuple[str, JsonValue]]) -> list[Recorded]:
+    """Record outcomes of answers that promises cover: (receipt, value) each."""
+    with store.database(make=True).writing() as connection:
+        return [Recorded(*promises.record(connection, receipt, value)) for receipt, value in told]
+
+
+def _status(store: Store, promise: Promise, version: str, memories: dict[int, PromiseMemory]) -> PromiseStatus:
+    from turret.experiments.risk_control import Watch, standing
+
+    memory = memories.setdefault(promise.id, PromiseMemory(Watch(bound_of(promise))))
+    with store.database().reading() as connection:
+        new = promises.told(connection, promise, memory.last)
+        counts = promises.counts(connection, promise)
+        answers, decided = promises.decided(connection, promise)
+        breaks = promises.breaks(connection, promise)
+    memory.watch, memory.last = memory.watch.after(wrong_of(new)), new[-1].id if new else memory.last
+    found = standing(
+        memory.watch,
+        silent=counts.silent / max(counts.answers, 1),
+        missing=counts.missing / max(counts.due, 1),
+        missing_bound=promise.missing_bound,
+    )
+    if promise.broken is not None:
+        found = replace(found, state="broken", why=str((promise.verdict or {}).get("why", found.why)))
+    return PromiseStatus(version, promise, found, answers, decided, breaks=breaks)
+
+
+def bound_of(promise: Promise) -> Bound:
+    from turret.experiments.risk_control import Bound
+
+    labels = [] if promise.label is None else [promise.label]
+    return Bound.parse(promise.metric, promise.error, promise.confidence, labels)
+
+
+def wrong_of(told: Sequence[promises.Told]) -> NDArray[np.bool_]:
+    """Which of these outcomes are of answers that were decided wrongly: (N,)."""
+    import numpy as np
+
+    return np.array([bool(each.wrong and each.decided) for each in told], dtype=bool)
+
+
+# --- acting -----------------------------------------------------------------------------------------------------------
+
+
+def _settled(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseMemory]) -> PromiseStatus:
+    """Do what a promise asks for, if outcomes have broken it and this was not done yet."""
+    promise = found.promise
+    if found.standing.state != "broken" or promise.broken is not None:
+        return found
+    why = f"the promise of {found.version} is broken: {found.standing.why}"
+    rolled = _rolled_back(store, promise) if promise.when_broken == ROLLBACK else ""
+    with store.database().writing() as connection:
+        current = promises.of_digest(connection, promise.digest)
+        if current is None or current.id != promise.id:
+            return found
+        stricter = _stricter(promise, memories[promise.id], promises.told(connection, promise), found.version)
+        did = rolled or (_says(stricter) if stricter is not None else "")
+        verdict = {"why": why, "did": did or "nothing but this alarm", "standing": found.standing.as_json()}
+        if not promises.mark_broken(connection, promise, verdict):
+            return found
+        if stricter is not None:
+            version = store.resolve(found.version)
+            promises.make(connection, version, stricter, why={"why": why})
+    return replace(found, promise=replace(promise, broken=now(), verdict=verdict), done=tuple(filter(None, (why, did))))
+
+
+def _stricter(promise: Promise, memory: PromiseMemory, told: Sequence[promises.Told], version: str) -> Terms | None:
+    """A promise with a stricter threshold, from the outcomes since the old one probably broke."""
+    import numpy as np
+
+    from turret.experiments.risk_control import choose
+
+    if promise.when_broken != STRICTER:
+        return None
+    recent = told[memory.watch.since :]
+    given, right = [each.label for each in recent], [each.right_label or "" for each in recent]
+    found = choose(bound_of(promise), given, right, np.array([each.probability for each in recent]))
+    threshold = NEVER if found.threshold is None else max(found.threshold, promise.threshold)
+    terms = {each.name: getattr(promise, each.name) for each in fields(Terms)}
+    return Terms(
+        **terms
+        | {
+            "threshold": threshold,
+            "examples": found.examples,
+            "counted": found.counted,
+            "wrong": found.wrong,
+            "decided": found.decided,
+            "source": f"outcomes of {version}",
+            "split": "outcomes",
+        }
+    )
+
+
+def _says(stricter: Terms) -> str:
+    if stricter.threshold >= NEVER:
+        return f"its {counted(stricter.examples, 'outcome')} carry no threshold, so every answer goes to a person now"
+    return f"its threshold is {stricter.threshold:.4g} now, chosen from {counted(stricter.examples, 'outcome')}"
+
+
+def _rolled_back(store: Store, promise: Promise) -> str:
+    """Move `production` back, of each name where it names the version. Says what was done or why not."""
+    with store.database().reading() as connection:
+        references = promises.versions_of(connection, promise)
+    said = []
+    for reference in references:
+        name = reference.partition("@")[0]
+        try:
+            if str(store.resolve(Reference(name, alias=PRODUCTION))) == reference:
+                said.append(f"{name}@{PRODUCTION} names {store.rollback(name).version} again")
+        except (NotFound, Corrupt) as error:
+            said.append(f"not rolled back: {error}")
+    return "; ".join(said) or f"not rolled back: {PRODUCTION} does not name it"
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def sentence(promise: Terms | Bound) -> str:
+    """What a promise says: `at most 2% wrong among what it decides, at 95% confidence`."""
+    of = {
+        "error": "wrong among what it decides",
+        "precision": f"wrong among what it decides as {promise.label}",
+        "misses": f"of the texts of {promise.label} decided as something else",
+    }
+    kind = promise.metric.partition(":")[0]
+    return f"at most {100 * promise.error:g}% {of[kind]}, at {100 * promise.confidence:g}% confidence"
+
+
+def threshold(promise: Terms) -> str:
+    if promise.threshold >= NEVER:
+        return "none passes: every answer goes to a person"
+    if promise.threshold <= 0:
+        return "none needed: every answer is decided"
+    return f"{promise.threshold:.4g}: an answer with a lower probability goes to a person"
+
+
+def cost(promise: Terms) -> str:
+    """The share of the examples that is decided, and what was wrong."""
+    share = promise.decided / max(promise.examples, 1)
+    return f"{share:.1%} of {promise.examples:,} examples; {promise.wrong} of {promise.counted:,} that count were wrong"
+
+
+def chosen_on(promise: Terms) -> str:
+    """Where the examples are from."""
+    which = {"test": "the test split of ", "validation": "the validation split of "}.get(promise.split, "")
+    return f"{which}{shortly(promise.source)} ({promise.data_digest[:19]})"
