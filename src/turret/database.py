@@ -25,6 +25,9 @@ The schema has the number `SCHEMA`; each change of it is a new Alembic file in `
 - `assignments`: answers: the unit (hashed), its arm and probability; `first` is 1 for the unit's first; append-only
 - `outcomes`: outcomes of answers; `counted` is 1 for the first of a unit, which the evidence uses; append-only
 - `experiment_health`: what an arm answered in about one second, and how often a shadow agreed; append-only
+- `panels`: a row per tenant and name of a list of questions; `production` is the number that the plain name means
+- `panel_versions`: the questions of a panel's version as JSON, never changed
+- `panel_moves`: all moves of `production` of panels, append-only, as `alias_history`
 - `jobs`: a row per training, cell of a comparison and batch of requests (`turret.store.jobs`), with its `state`; the
   version of a training has the id in `run`
 - described in `turret.store`: `leases`, `artifacts`, `job_turns`, `queue_limits`, `run_log`, `budgets`, `sessions`,
@@ -322,6 +325,37 @@ experiment_health = Table(
     Column("compared", Integer, nullable=False),
     Column("agreed", Integer, nullable=False),
     Column("at", String(32), nullable=False),
+)
+panels = Table(
+    "panels",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("tenant", bytewise(64), nullable=False, server_default=DEFAULT),
+    Column("name", bytewise(100), nullable=False),
+    Column("last_number", Integer, nullable=False),
+    Column("production", Integer),
+    Column("created", String(32), nullable=False),
+    UniqueConstraint("tenant", "name"),
+)
+panel_versions = Table(
+    "panel_versions",
+    metadata,
+    Column("panel_id", ForeignKey(panels.c.id), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("questions", JSON, nullable=False),
+    Column("created", String(32), nullable=False),
+    Column("who", String(100)),
+)
+panel_moves = Table(
+    "panel_moves",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("panel_id", ForeignKey(panels.c.id), nullable=False, index=True),
+    Column("verb", String(16), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("before", Integer),
+    Column("moved", String(32), nullable=False),
+    Column("who", String(100)),
 )
 
 

@@ -8,6 +8,7 @@ from turret.store.gates import Gate, GateStatus
 from turret.store.gc import Collected
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet
 from turret.store.jobs import JobQueue
+from turret.store.panels import Panel, PanelMove, Panels, Question
 from turret.store.runs import HeldRun
 from turret.store.usage import Budgets
 from turret.store.verify import Verified
@@ -28,7 +29,11 @@ __all__ = [
     "HeldRun",
     "JobQueue",
     "Move",
+    "Panel",
+    "PanelMove",
+    "Panels",
     "Pointing",
+    "Question",
     "SessionRows",
     "Store",
     "Verified",

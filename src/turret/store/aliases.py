@@ -21,7 +21,7 @@ from turret.database import adapters, alias_history, aliases, versions
 from turret.errors import InUse, NotFound
 from turret.json_types import JsonObject
 from turret.reference import Reference
-from turret.store import catalog
+from turret.store import catalog, panels
 from turret.store.catalog import PRODUCTION, Deleted, Version, now, who
 from turret.store.golden import GoldenReplay
 from turret.visibility import access_of, seen_adapters, seen_versions
@@ -140,10 +140,11 @@ def delete_version(connection: Connection, reference: Reference, *, force: bool)
     version = catalog.find(connection, reference)
     if catalog.in_experiment(connection, version):
         raise InUse(f"{version} is not deleted: an experiment runs with it; `turret experiment stop {version.name}`")
-    children = catalog.children(connection, version)
-    if not force and (version.aliases or children):
+    children, asking = catalog.children(connection, version), panels.naming(connection, version)
+    if not force and (version.aliases or children or asking):
         uses = [f"{version.name}@{alias} names it" for alias in version.aliases]
         uses += [f"{child} was made from it" for child in children]
+        uses += [f"panel {panel} asks it" for panel in asking]
         raise InUse(f"{version} is not deleted: {', '.join(uses)}: promote another version first, or --force")
     forget(connection, catalog.row_of(connection, version))
     return catalog.remove(connection, version)

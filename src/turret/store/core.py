@@ -45,6 +45,7 @@ from turret.store.gates import Gate, GateStatus
 from turret.store.gc import Collected, Removed
 from turret.store.golden import Golden, GoldenReplay, GoldenSet
 from turret.store.objects import Objects
+from turret.store.panels import Panels
 from turret.store.queued_data import collect as collect_queued
 from turret.store.runs import HeldRun, State, TrainingRuns
 from turret.store.uploads import Upload
@@ -437,6 +438,11 @@ class Store:
     def tokens(self) -> AccessTokens:
         """Access tokens for a server of this store."""
         return AccessTokens(self._open, self._open_or_create)
+
+    @property
+    def panels(self) -> Panels:
+        """Lists of questions that adapters answer."""
+        return Panels(self._open, self._open_or_create)
 
     def database(self, *, make: bool = False) -> Database:
         """The catalog, for tables of other packages; raises NotFound unless the store exists or `make` is set."""

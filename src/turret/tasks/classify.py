@@ -19,6 +19,7 @@ from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration, Confidences, fit, label_sets, temperature_of
 from turret.tasks.task import (
+    Decision,
     Embedding,
     Encoded,
     Measure,
@@ -43,6 +44,7 @@ TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")  # column names of classes
 LOSS = Measure("loss", "the mean of minus the logarithm of the right answer's probability; 0 is perfect", "nats")
 ECE = Measure("calibration error", "ECE: the mean distance of a probability from the share that is right")
+SIDES = ("no", "yes")  # multi-label: of the decision for one label
 THRESHOLD = 0.5  # multi-label: a class is predicted from this probability on
 
 
@@ -177,6 +179,14 @@ class HeadAnswers(Protocol):
     @classmethod
     def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
         return ()
+
+    @classmethod
+    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+        return {}
+
+    @classmethod
+    def chances(cls, answer: JsonMapping, decision: str) -> Mapping[str, float]:
+        raise DataError("this answer has no probabilities of labels: ask a version that classifies")
 
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
@@ -513,6 +523,18 @@ class Classify(HeadAnswers):
             return [{"label": [k for k, p in row.items() if p >= THRESHOLD], "probabilities": row} for row in rows]
         chosen = self.chosen(logits)
         return [{"label": self.labels[i], "probabilities": row} for i, row in zip(chosen, rows, strict=True)]
+
+    @classmethod
+    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+        """The class; with `multi_label` a predicate for each label, by its name."""
+        if spec.get("multi_label"):
+            return {str(label): Decision.among(SIDES) for label in spec["labels"]}
+        return {"": Decision.among(spec["labels"])}
+
+    @classmethod
+    def chances(cls, answer: JsonMapping, decision: str) -> Mapping[str, float]:
+        found: Mapping[str, float] = answer["probabilities"]
+        return dict(zip(SIDES, (1 - found[decision], found[decision]), strict=True)) if decision else found
 
     @classmethod
     def judged(cls, answer: JsonMapping) -> Prediction:

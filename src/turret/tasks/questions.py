@@ -27,7 +27,7 @@ from turret.tasks.classify import (
     constant_loss,
     output_names,
 )
-from turret.tasks.task import Measure, Prediction, TaskSettings, register
+from turret.tasks.task import Decision, Measure, Prediction, TaskSettings, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
 
@@ -286,6 +286,19 @@ class Questions(HeadAnswers):
     @classmethod
     def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
         return tuple(_parts(labels))
+
+    @classmethod
+    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+        parts = _parts(spec["labels"]).items()
+        return {
+            question: Decision.among([label.removeprefix(answer_to(question, "")) for label in spec["labels"][part]])
+            for question, part in parts
+        }
+
+    @classmethod
+    def chances(cls, answer: JsonMapping, decision: str) -> Mapping[str, float]:
+        found: Mapping[str, float] = answer["answers"][decision]["probabilities"]
+        return found
 
     def spec(self) -> JsonObject:
         fitted = {question: each.to_json() for question, each in self.calibrations.items()}

@@ -15,7 +15,7 @@ from turret.errors import DataError, counted, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.classify import TEXTS, Classify, output_names
 from turret.tasks.regression import MAE, NEARNESS, SPEARMAN
-from turret.tasks.task import Measure, Mistake, Prediction, TaskSettings, register
+from turret.tasks.task import Decision, Measure, Mistake, Prediction, TaskSettings, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
 
@@ -85,6 +85,10 @@ class Score(Classify):
     @classmethod
     def printed(cls, spec: JsonMapping) -> str:
         return f"print({list(spec['labels'])!a}[int((logits.sigmoid().cummin(-1).values >= 0.5).sum())])"
+
+    @classmethod
+    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+        return {"": Decision("score", tuple(spec["labels"]))}
 
     @property
     def instruction(self) -> str:

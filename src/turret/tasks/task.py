@@ -93,6 +93,30 @@ class Measure:
     share: bool = False
 
 
+QuestionType = Literal["predicate", "choice", "score"]
+FALSE, TRUE = ("no", "false", "0"), ("yes", "true", "1")  # labels of a predicate that need no explanation
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A question that an adapter decides by the probabilities of labels.
+
+    Args:
+        labels: of a predicate false and true, of a score from the lowest to the highest.
+    """
+
+    type: QuestionType
+    labels: tuple[str, ...]
+
+    @classmethod
+    def among(cls, labels: Sequence[str]) -> Decision:
+        """A predicate if the labels are yes and no, true and false, or 1 and 0; else a choice."""
+        ordered = sorted(labels, key=lambda label: label.casefold() in TRUE)
+        if len(ordered) == 2 and (ordered[0].casefold(), ordered[1].casefold()) in zip(FALSE, TRUE, strict=True):
+            return cls("predicate", tuple(ordered))
+        return cls("choice", tuple(labels))
+
+
 @dataclass(frozen=True)
 class Mistake:
     """A wrong answer, or one that is not what it should be.
@@ -228,6 +252,14 @@ class Task(Protocol):
     @classmethod
     def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
         """The questions that an answer answers, each with columns of its own in a table; empty if there is only one."""
+
+    @classmethod
+    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+        """What an answer decides by probabilities of labels, by name; the only one has an empty name. May be empty."""
+
+    @classmethod
+    def chances(cls, answer: JsonMapping, decision: str) -> Mapping[str, float]:
+        """The probability of each label of one of `decisions`."""
 
     # --- an instance -------------------------------------------------------------------------------------------------
 

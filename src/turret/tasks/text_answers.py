@@ -12,7 +12,7 @@ from turret.data import Example, Input, Prompt, TextPair
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration, Confidences
-from turret.tasks.task import Encoded, Measure, Mistake, Prediction, RequestKind, by_score
+from turret.tasks.task import Decision, Encoded, Measure, Mistake, Prediction, RequestKind, by_score
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -69,6 +69,14 @@ class TextAnswers(Protocol):
     @classmethod
     def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
         return ()
+
+    @classmethod
+    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+        return {}
+
+    @classmethod
+    def chances(cls, answer: JsonMapping, decision: str) -> Mapping[str, float]:
+        raise DataError("a text has no probabilities of labels: ask a version that classifies")
 
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:

@@ -3,7 +3,19 @@
 Importing it loads no torch: each method imports what it needs.
 """
 
+from turret.store import Panel, Question
 from turret.workspace.core import Workspace
 from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, Pushed, RunResult
 
-__all__ = ["Evaluation", "Exported", "Imported", "Merged", "Planned", "Pushed", "RunResult", "Workspace"]
+__all__ = [
+    "Evaluation",
+    "Exported",
+    "Imported",
+    "Merged",
+    "Panel",
+    "Planned",
+    "Pushed",
+    "Question",
+    "RunResult",
+    "Workspace",
+]

@@ -18,7 +18,19 @@ from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.location import Location
 from turret.notebook import Cell, Table, as_html
-from turret.store import AccessTokens, Collected, Deleted, Gate, GateStatus, Golden, Move, Store, Verified, Version
+from turret.store import (
+    AccessTokens,
+    Collected,
+    Deleted,
+    Gate,
+    GateStatus,
+    Golden,
+    Move,
+    Panels,
+    Store,
+    Verified,
+    Version,
+)
 from turret.timestamp import to_minute
 from turret.workspace import experimenting, machine, promising, promoting, reading, training_runs
 from turret.workspace.examples import read_examples
@@ -188,6 +200,11 @@ class Workspace:
     def tokens(self) -> AccessTokens:
         """The tokens of a server's clients: `create(name, scopes)`, `list()`, `revoke(name)`."""
         return self.store.tokens
+
+    @property
+    def panels(self) -> Panels:
+        """Lists of questions, each answered by an adapter: `create(name, questions)`, `promote(reference)`, …"""
+        return self.store.panels
 
     def plan(self, recipe: Recipe, *, on_stage: Say | None = None) -> Planned:
         """Load base and data, fill in the recipe's defaults and check the recipe, without training."""

@@ -1,0 +1,388 @@
+"""Panels: named, versioned lists of questions about a text, each answered by an adapter.
+
+A version of a panel never changes. The plain name means `production`, which `promote` moves and `rollback` moves back,
+or the newest version while nothing was promoted. A question keeps its reference as it was given, so the alias in
+`urgency@production` moves on its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+from sqlalchemy import Connection, RowMapping, Select, insert, select, update
+
+from turret import audit
+from turret.database import Database, adapters, insert_row, panel_moves, panel_versions, panels
+from turret.errors import AdapterError, BadArgument, BadReference, DataError, InUse, NotFound, listed, shown
+from turret.json_types import JsonMapping, JsonObject
+from turret.reference import Reference, check_name
+from turret.store import catalog
+from turret.store.catalog import PRODUCTION, now, who
+from turret.tasks import Decision, QuestionType, stored_task
+from turret.visibility import access_of, seen_adapters
+
+MOST_QUESTIONS = 400
+MOST_LABELS = 255
+TYPES = ("predicate", "choice", "score")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of a panel.
+
+    Args:
+        reference: the adapter, such as `urgency@production`; `tickets@3#topic` is one question of an adapter that
+            answers several, or one label of an adapter that gives several.
+        type: default: as the adapter was trained.
+        labels: of a choice in any order, of a score from the lowest to the highest, of a predicate false and true;
+            default: those of the adapter.
+        threshold: the least probability of an answer; below it the question is not decided.
+    """
+
+    name: str
+    reference: str
+    type: QuestionType | None = None
+    labels: tuple[str, ...] = ()
+    threshold: float | None = None
+
+    @property
+    def adapter(self) -> str:
+        """The reference of the adapter alone."""
+        return self.reference.partition("#")[0]
+
+    @property
+    def part(self) -> str:
+        """The question of the adapter that is meant; empty if it answers only one."""
+        return self.reference.partition("#")[2]
+
+    def as_json(self) -> JsonObject:
+        return {**asdict(self), "labels": list(self.labels)}
+
+
+Asked = Mapping[str, str] | Sequence[Question]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One version of a panel. It never changes, except for `production`."""
+
+    name: str
+    number: int
+    questions: tuple[Question, ...]
+    created: str  # ISO 8601, UTC
+    who: str | None
+    production: bool  # whether it was promoted and the plain name means it
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.number}"
+
+    def question(self, name: str | None) -> Question:
+        """The question of this name; without a name the only one. Raises BadArgument, which lists them."""
+        found = next((each for each in self.questions if each.name == name), None)
+        if found is None and name is None and len(self.questions) == 1:
+            return self.questions[0]
+        if found is None:
+            names = [each.name for each in self.questions]
+            what = "a question has no name" if name is None else f"no question {shown(name, 40)}"
+            raise BadArgument(f"{what}: panel {self} asks {listed(names, 160)}")
+        return found
+
+    def as_json(self) -> JsonObject:
+        return {
+            "panel": str(self),
+            "created": self.created,
+            "who": self.who,
+            "production": self.production,
+            "questions": [each.as_json() for each in self.questions],
+        }
+
+
+@dataclass(frozen=True)
+class PanelMove:
+    """A move of a panel's `production`."""
+
+    panel: str  # the version that the plain name means now, such as "tickets@2"
+    before: str | None
+    changed: bool
+
+    def as_json(self) -> JsonObject:
+        return asdict(self)
+
+
+class Panels:
+    """The panels of a store, as one access sees them.
+
+    A token with limits sees a panel only if it sees every adapter of all its questions.
+
+    Args:
+        found: the catalog; None if the store does not exist.
+        made: the catalog, made if it does not exist.
+    """
+
+    def __init__(self, found: Callable[[], Database | None], made: Callable[[], Database]) -> None:
+        self._found, self._made = found, made
+
+    def create(self, name: str, questions: Asked) -> Panel:
+        """Store the next version of a panel; the version that has these questions already, if there is one.
+
+        Args:
+            questions: references by the names of their questions, or questions.
+
+        Raises:
+            NotFound: a reference names no version.
+            InUse: an adapter has the name.
+            AdapterError: a version decides nothing.
+            DataError: a question does not fit its version.
+        """
+        check_name(name)
+        asked = [Question(*pair) for pair in questions.items()] if isinstance(questions, Mapping) else list(questions)
+        _check_names(asked)
+        with self._made().writing() as connection:
+            return _create(connection, name, [_completed(connection, each) for each in asked])
+
+    def list(self) -> Sequence[Panel]:
+        """All versions that may be seen, by name and number."""
+        database = self._found()
+        if database is None:
+            return []
+        with database.reading() as connection:
+            rows = connection.execute(_rows(connection).order_by(panels.c.name, panel_versions.c.number)).mappings()
+            return [found for row in rows if (found := _seen(connection, _panel(row))) is not None]
+
+    def show(self, reference: str) -> Panel:
+        """The version that a reference means now: `tickets`, `tickets@2` or `tickets@production`. Raises NotFound."""
+        found = self.find(reference)
+        if found is not None:
+            return found
+        names = list(dict.fromkeys(each.name for each in self.list()))
+        name = reference.partition("@")[0]
+        known = f"there are {listed(names, 120)}" if names else "there is none: `turret panel create` makes one"
+        if name in names:
+            known = f"it has {listed([str(each.number) for each in self.list() if each.name == name], 80)}"
+        raise NotFound(f"no panel {ascii(reference)[:60]}: {known}")
+
+    def find(self, reference: str) -> Panel | None:
+        """As `show`; None if there is no such panel, or if the reference is none."""
+        try:
+            parsed = Reference.parse(reference)
+        except BadReference:
+            return None
+        database = self._found()
+        if database is None or parsed.alias not in (None, PRODUCTION):
+            return None
+        with database.reading() as connection:
+            return _find(connection, parsed)
+
+    def promote(self, reference: str) -> PanelMove:
+        """Make a version the one that the plain name means.
+
+        Raises:
+            NotFound: an adapter of a question is gone.
+            DataError: a question does not fit what its reference means now.
+        """
+        panel = self.show(reference)
+        with self._made().writing() as connection:
+            for each in panel.questions:
+                _completed(connection, each)
+            return _promote(connection, panel)
+
+    def rollback(self, name: str) -> PanelMove:
+        """Go back to the version that was promoted before. Repeated rollbacks go further back. Raises NotFound."""
+        panel = self.show(check_name(name))
+        with self._made().writing() as connection:
+            return _rollback(connection, panel.name)
+
+    def moves(self, name: str) -> Sequence[JsonObject]:
+        """All moves of a panel's `production`, the oldest first."""
+        panel = self.show(check_name(name))
+        with self._made().reading() as connection:
+            query = select(panel_moves).where(panel_moves.c.panel_id == _row(connection, panel.name).id)
+            rows = connection.execute(query.order_by(panel_moves.c.id)).mappings()
+            return [{key: row[key] for key in ("verb", "number", "moved", "who")} for row in rows]
+
+
+def naming(connection: Connection, version: catalog.Version) -> Sequence[str]:
+    """The panels with a question for exactly this version, whatever the access sees."""
+    query = _rows(connection)
+    found = [_panel(row) for row in connection.execute(query).mappings()]
+    return [str(each) for each in found if any(one.adapter == str(version) for one in each.questions)]
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def _check_names(asked: Sequence[Question]) -> None:
+    if not 1 <= len(asked) <= MOST_QUESTIONS:
+        raise DataError(f"a panel of {len(asked)} questions: expected 1 to {MOST_QUESTIONS}")
+    names = [each.name for each in asked]
+    for name in names:
+        if not 1 <= len(name) <= 100 or not name.isprintable() or name != name.strip():
+            raise DataError(f"question {ascii(name)[:60]}: expected 1 to 100 printable characters")
+        if names.count(name) > 1:
+            raise DataError(f"question {shown(name, 40)} is there twice: name each once")
+
+
+def decision_of(version: catalog.Version, part: str) -> Decision:
+    """What a version decides.
+
+    Args:
+        part: the question, or the label, that is meant; empty for the only one.
+
+    Raises:
+        AdapterError: it decides nothing, or reads two texts.
+        DataError: it decides no such part.
+    """
+    spec = version.part("task")
+    found = stored_task(spec).decisions(spec)
+    if not found or spec.get("pairs"):
+        why = "reads two texts together" if found else "gives no probabilities of labels"
+        raise AdapterError(f"{version} {why}: a question needs a version that classifies one text")
+    if part not in found:
+        parts = [each for each in found if each]
+        if not parts:
+            raise DataError(f"{version} answers one question: leave #{part[:40]} out")
+        example = f"{version}#{parts[0][:40]}"
+        raise DataError(f"{version} answers {listed(parts, 120)}: name one of them, such as {example}")
+    return found[part]
+
+
+def _completed(connection: Connection, question: Question) -> Question:
+    """The question with the type and the labels of its adapter where it has none."""
+    version = catalog.find(connection, Reference.parse(question.adapter))
+    own = decision_of(version, question.part)
+    type_, labels, known = question.type or own.type, tuple(question.labels), set(own.labels)
+    name = shown(question.name, 40)
+    if type_ not in TYPES:
+        raise DataError(f"type of question {name} is {shown(type_, 40)}: expected {', '.join(TYPES)}")
+    for label in labels:
+        if label not in known:
+            raise DataError(f"question {name}: no label {shown(label, 40)}, {version} has {listed(own.labels, 120)}")
+    if len(set(labels)) < len(labels) or len(labels or own.labels) > MOST_LABELS:
+        raise DataError(f"question {name}: expected different labels, at most {MOST_LABELS}")
+    if labels and set(labels) != known:
+        raise DataError(
+            f"question {name}: the labels lack {shown(min(known - set(labels)), 40)}: name all of {version}"
+        )
+    if type_ != own.type and type_ != "choice" and not labels:
+        order = "false and true" if type_ == "predicate" else "the lowest to the highest"
+        raise DataError(f"question {name} is a {type_}: give the labels of {version} from {order}")
+    if type_ == "predicate" and len(known) != 2:
+        raise DataError(f"question {name} is a predicate and {version} has {len(known)} labels: expected 2")
+    if question.threshold is not None and not (math.isfinite(question.threshold) and 0 < question.threshold < 1):
+        raise DataError(f"threshold of question {name} is {question.threshold}: expected a number between 0 and 1")
+    return replace(question, type=type_, labels=labels or own.labels)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+class _Row(NamedTuple):
+    id: int
+    last_number: int
+    production: int | None
+
+
+def _row(connection: Connection, name: str) -> _Row:
+    own = (panels.c.tenant == access_of(connection).tenant) & (panels.c.name == name)
+    row = connection.execute(select(panels.c.id, panels.c.last_number, panels.c.production).where(own)).first()
+    if row is None:
+        raise NotFound(f"no panel {ascii(name)[:60]}: see `turret panel list`")
+    return _Row(*row)
+
+
+def _rows(connection: Connection) -> Select[tuple[object, ...]]:
+    columns = panel_versions.c.number, panel_versions.c.questions, panel_versions.c.created, panel_versions.c.who
+    query = select(panels.c.name, panels.c.production, *columns).join(panels, panel_versions.c.panel_id == panels.c.id)
+    return query.where(panels.c.tenant == access_of(connection).tenant)
+
+
+def _panel(row: RowMapping) -> Panel:
+    questions = tuple(Question(**{**each, "labels": tuple(each["labels"])}) for each in row["questions"])
+    used = row["production"] == row["number"]
+    return Panel(row["name"], row["number"], questions, row["created"], row["who"], production=used)
+
+
+def _find(connection: Connection, reference: Reference) -> Panel | None:
+    query = _rows(connection).where(panels.c.name == reference.name)
+    if reference.version is not None:
+        query = query.where(panel_versions.c.number == reference.version)
+    elif reference.alias is not None:
+        query = query.where(panel_versions.c.number == panels.c.production)
+    else:
+        meant = panels.c.production.is_(None) | (panel_versions.c.number == panels.c.production)
+        query = query.where(meant).order_by(panel_versions.c.number.desc()).limit(1)
+    row = connection.execute(query).mappings().first()
+    return None if row is None else _seen(connection, _panel(row))
+
+
+def _seen(connection: Connection, panel: Panel) -> Panel | None:
+    """The panel, if its name and all its adapters may be seen."""
+    access = access_of(connection)
+    if access.whole:
+        return panel
+    if not access.sees(panel.name):
+        return None
+    names = {each.adapter.partition("@")[0] for each in panel.questions}
+    query = select(adapters.c.name).where(adapters.c.name.in_(names), seen_adapters(connection))
+    return panel if names == set(connection.execute(query).scalars()) else None
+
+
+def _create(connection: Connection, name: str, questions: Sequence[Question]) -> Panel:
+    tenant, at = access_of(connection).tenant, now()
+    taken = select(adapters.c.id).where(adapters.c.tenant == tenant, adapters.c.name == name)
+    if connection.execute(taken).first() is not None:
+        raise InUse(f"an adapter is called {name}: give the panel another name, such as {name}-panel")
+    own = (panels.c.tenant == tenant) & (panels.c.name == name)
+    known = connection.execute(select(panels.c.id, panels.c.last_number).where(own)).first()
+    if known is None:
+        row: JsonMapping = {"tenant": tenant, "name": name, "last_number": 0, "created": at}
+        panel_id, last = insert_row(connection, panels, row), 0
+    else:
+        panel_id, last = known
+    content = [each.as_json() for each in questions]
+    for row in connection.execute(_rows(connection).where(panels.c.name == name)).mappings():
+        if row["questions"] == content and (same := _seen(connection, _panel(row))) is not None:
+            return same
+    values = {"panel_id": panel_id, "number": last + 1, "questions": content, "created": at, "who": who()}
+    connection.execute(insert(panel_versions).values(values))
+    connection.execute(update(panels).where(panels.c.id == panel_id).values(last_number=last + 1))
+    after = {"questions": {each.name: each.reference for each in questions}}
+    audit.record(connection, "panel", f"{name}@{last + 1}", name, after=after, at=at, who=who())
+    return Panel(name, last + 1, tuple(questions), at, who(), production=False)
+
+
+def _promote(connection: Connection, panel: Panel) -> PanelMove:
+    row = _row(connection, panel.name)
+    before = None if row.production is None else f"{panel.name}@{row.production}"
+    if row.production == panel.number:
+        return PanelMove(str(panel), before, changed=False)
+    query = select(panel_moves.c.id).where(panel_moves.c.panel_id == row.id).order_by(panel_moves.c.id.desc())
+    last = connection.execute(query.limit(1)).scalar()
+    _move(connection, panel.name, row, "promote", panel.number, last)
+    return PanelMove(str(panel), before, changed=True)
+
+
+def _rollback(connection: Connection, name: str) -> PanelMove:
+    row = _row(connection, name)
+    query = select(panel_moves).where(panel_moves.c.panel_id == row.id).order_by(panel_moves.c.id.desc())
+    target = connection.execute(query.limit(1)).first()
+    while target is not None and target.number == row.production:
+        earlier = select(panel_moves).where(panel_moves.c.id == target.before)
+        target = None if target.before is None else connection.execute(earlier).one()
+    if target is None:
+        meant = "nothing was promoted" if row.production is None else f"{name}@{row.production} was the first"
+        raise NotFound(f"nothing to roll back to: {meant}; `turret panel promote {name}@NUMBER` chooses a version")
+    _move(connection, name, row, "rollback", target.number, target.before)
+    return PanelMove(f"{name}@{target.number}", f"{name}@{row.production}", changed=True)
+
+
+def _move(connection: Connection, name: str, row: _Row, verb: str, number: int, before: int | None) -> None:
+    at = now()
+    was, is_now = {"version": row.production}, {"version": number}
+    audit.record(connection, verb, f"{name}@{PRODUCTION}", name, before=was, after=is_now, at=at, who=who())
+    connection.execute(update(panels).where(panels.c.id == row.id).values(production=number))
+    values = {"panel_id": row.id, "verb": verb, "number": number, "before": before, "moved": at, "who": who()}
+    connection.execute(insert(panel_moves).values(values))
