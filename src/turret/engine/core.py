@@ -34,6 +34,7 @@ from turret.engine.request import (
     Answer,
     Done,
     Failed,
+    Group,
     Kind,
     Limits,
     LoadedAdapter,
@@ -443,6 +444,7 @@ class Engine:
             self._passes = Passes(self._runner, self._prompts, *ways)
         else:
             self._passes = self._runner.passes(self._prompts, *ways, self._stepped, self._wake)
+        self._submitting = threading.local()  # the group of a thread
         self._trainings = TrainingTurns(self.limits.train_percent / 100)
         self._retired: set[Named] = set()  # of `hold`, no longer wanted
         self._cancelled = False  # a request was cancelled since the last check
@@ -489,7 +491,7 @@ class Engine:
         request = self._prompts.request(
             kind, text, named, options or SamplingParams(), priority, now, end, self._cancel
         )
-        request.tenant = tenant
+        request.tenant, request.group = tenant, getattr(self._submitting, "group", None)
         rest()  # leave the processors to the engine's thread
         with self._wake:
             if self._draining:
@@ -509,9 +511,21 @@ class Engine:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Begin no pass in the block: its requests are in the queue at once, so their passes are the same each time."""
-        with self._wake:
+        """The requests that this thread submits in the block enter the queue at once, at its end.
+
+        So one pass takes as many of them as fit, and their passes are the same each time. Adapters that read a text
+        alike share its tokens. The queue needs room for the first request only. Other threads are not kept waiting.
+        """
+        before, group = getattr(self._submitting, "group", None), Group()
+        self._submitting.group = group
+        try:
             yield
+        finally:
+            self._submitting.group = before
+            with self._wake:
+                group.closed = True
+                for request in group.ready:
+                    self._schedule(request)
 
     def classify(
         self,
@@ -711,8 +725,11 @@ class Engine:
     # --- requests coming in -------------------------------------------------------------------------------------------
 
     def _check_queue(self, request: Request) -> None:
-        if self._waiting:
+        admitted = request.group is not None and request.group.admitted
+        if self._waiting and not admitted:
             self._counters.admit(request, self._waiting_tokens, self.limits)
+        if request.group is not None:
+            request.group.admitted = True
 
     def _admit(self, request: Request) -> None:
         self._open.add(request)
@@ -745,8 +762,10 @@ class Engine:
             need.ready = need.error is None
 
     def _schedule(self, request: Request) -> None:
-        """Give a request to the scheduler, unless it has ended. Called with the lock."""
-        if request in self._waiting:
+        """Give a request to the scheduler, unless it has ended or its group is not complete. Called with the lock."""
+        if request.group is not None and not request.group.closed:
+            request.group.ready.append(request)
+        elif request in self._waiting:
             self._scheduler.add(request)
             self._cancelled = self._cancelled or request.cancelled
             self._wake.notify_all()

@@ -144,8 +144,7 @@ class Prompts:
                 if rows is not None:
                     request.windows, request.ids = rows, rows[0][0]
                 else:
-                    row, request.ticket.cut = self._encoded(request.text, own, request.options)
-                    request.ids, request.segments = self.check_row(row)
+                    request.ids, request.segments, request.ticket.cut = self._shared(request, request.text, own)
         elif request.options.read is not None:
             request.windows = [(request.ids, request.options.read)]
         shift = 0 if loaded is None else loaded.prefix_length
@@ -202,6 +201,21 @@ class Prompts:
                 whole[len(start) :] if whole.startswith(start) else str(decode([token]))
                 for whole, token in zip(wholes, tokens, strict=True)
             ]
+
+    def _shared(
+        self, request: Request, text: Input, loaded: AdapterTensors | None
+    ) -> tuple[list[int], list[int] | None, bool]:
+        """Ids, segments, and whether the text was cut; as encoded for another of its group that reads it alike."""
+        known = None if request.group is None else request.group.encoded
+        alike = None if loaded is None else loaded.task.reads_like
+        key = (text, alike, request.options.cut)
+        if known is not None and alike is not None and key in known:
+            return known[key]
+        row, cut = self._encoded(text, loaded, request.options)
+        found = (*self.check_row(row), cut)
+        if known is not None and alike is not None:
+            known[key] = found
+        return found
 
     def _encoded(self, text: Input, loaded: AdapterTensors | None, options: SamplingParams) -> tuple[Row, bool]:
         """(row, whether the adapter's task cut the text). Raises ContextLengthExceeded if that is not wanted."""

@@ -7,7 +7,7 @@ import queue
 import threading
 import traceback
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -387,6 +387,16 @@ Window = tuple[Sequence[int], Sequence[int]]  # token ids, and the places among 
 
 
 @dataclass(eq=False)
+class Group:
+    """Requests that enter the queue at once. The engine's lock guards it, that of the tokenizer `encoded`."""
+
+    closed: bool = False  # all are submitted
+    admitted: bool = False  # the queue had room for the first one
+    ready: list[Request] = field(default_factory=list)  # encoded before it was closed
+    encoded: dict[Hashable, tuple[list[int], list[int] | None, bool]] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
 class Request:
     """One text on its way through the engine."""
 
@@ -413,6 +423,7 @@ class Request:
     counted: int = 0  # its share of the engine's `waiting_tokens`
     error: TurretError | None = None  # why it cannot be answered
     tenant: str = ""  # who asks: the scheduler takes turns between tenants
+    group: Group | None = None
 
     def __post_init__(self) -> None:
         if self.kind == "generate":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from turret.data import Dataset, Example, Input, Labelled, Schema, TextPair
@@ -209,6 +209,10 @@ class HeadAnswers(Protocol):
     @property
     def max_tokens(self) -> int:
         return self.inputs.max_tokens
+
+    @property
+    def reads_like(self) -> Hashable:
+        return self.inputs.max_tokens, self.inputs.prefix_text, self.inputs.pairs
 
     def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]:
         return self.inputs.encode(inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, TypeGuard, TypeVar, get_args
 
@@ -263,6 +263,7 @@ class Task(Protocol):
 
     # --- an instance -------------------------------------------------------------------------------------------------
 
+    reads_like: Hashable  # tasks for which it is equal give a text the same tokens; None: no other does
     notes: tuple[str, ...]  # decisions that a user should see
     max_target_tokens: int  # of a text that it learns to write; 0 if it learns none
     max_new_tokens: int  # of a text that it writes; 0 if it writes none

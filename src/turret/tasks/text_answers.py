@@ -57,6 +57,7 @@ class TextAnswers(Protocol):
     pooling: None = None
     calibration: Calibration | None = None
     pairs: bool = False
+    reads_like: None = None
     tokenizer: Tokenizer
     num_beams: int
     max_new_tokens: int
