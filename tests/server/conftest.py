@@ -92,8 +92,10 @@ def workspace(tmp_path: Path) -> Workspace:
 def put(workspace: Workspace, tmp_path: Path) -> Callable[..., Version]:
     """Stores one more version of a name, by default on the echo's base."""
 
-    def put(name: str = "a", base: str = FINGERPRINT, comparison: str | None = None, **test: Any) -> Version:
-        task = {"kind": "classify", "labels": list(LABELS)}
+    def put(
+        name: str = "a", base: str = FINGERPRINT, comparison: str | None = None, labels: Any = LABELS, **test: Any
+    ) -> Version:
+        task = {"kind": "classify", "labels": list(labels)}
         said = {"base": {"id": "echo", "fingerprint": base}, "task": task}
         bundle = write_bundle(tmp_path / "bundles", tensors(next(SEEDS)), said=said)
         return workspace.store.put(name, bundle, metrics={"test": test} if test else {}, comparison=comparison)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -76,11 +77,11 @@ def logprobs(tokens: Sequence[str], count: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def probabilities(digest: str, text: str) -> dict[str, float]:
-    """Three probabilities that depend on the version and the text."""
-    raw = hashlib.sha256(f"{digest}\0{text}".encode()).digest()[:3]
+def probabilities(digest: str, text: str, labels: Sequence[str] = LABELS) -> dict[str, float]:
+    """A probability of each label that depends on the version and the text."""
+    raw = hashlib.sha256(f"{digest}\0{text}".encode()).digest()[: len(labels)]
     parts = [byte + 1 for byte in raw]
-    return {label: part / sum(parts) for label, part in zip(LABELS, parts, strict=True)}
+    return {label: part / sum(parts) for label, part in zip(labels, parts, strict=True)}
 
 
 def vector(digest: str | None, text: Any, how: Embedding = PLAIN) -> list[float]:
@@ -159,7 +160,7 @@ class Ticket:
         self.over = True
         count = len(str(self.text).split())
         if self.kind == "classify":
-            found = probabilities(str(self.receipt.digest), self.text)
+            found = probabilities(str(self.receipt.digest), self.text, self.engine.labels)
             label = max(found, key=lambda key: found[key])
             wanted = None if self.options is None else self.options.coverage
             more = {} if wanted is None else {"label_set": label_set(found, wanted)}
@@ -188,6 +189,7 @@ class Echo:
     tokenizer: Any = None
     longest: int = 4096
     base_id: str = "echo"
+    labels: Sequence[str] = LABELS
     fingerprint: str = FINGERPRINT  # of the base whose adapters it answers with
     constraints: Any = None  # `turret.engine.structured_output.Constraints`
 
@@ -242,6 +244,10 @@ class Echo:
             self.priorities.append(priority)
             self._work.notify()
         return ticket
+
+    def together(self) -> Any:
+        """It has no passes to share."""
+        return nullcontext()
 
     def compile(self, constraint: Any) -> None:
         """It compiles nothing, unless it has `constraints`; its answers do not keep to one."""

@@ -7,6 +7,7 @@ a text, and at the end with one `Done` or `Failed`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeAlias
 
 from turret import data
@@ -62,6 +63,7 @@ class EngineProtocol(Protocol):
         deadline: float | None = None,
         tenant: str = "",
     ) -> TicketProtocol: ...
+    def together(self) -> AbstractContextManager[None]: ...  # what the thread submits in it is queued at once
     def compile(self, constraint: Constraint) -> None: ...  # may take seconds
     def is_compiled(self, constraint: Constraint) -> bool: ...
     def warm(self, reference: str, *, pin: bool = False) -> Named: ...

@@ -7,7 +7,8 @@ reference is looked up here.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -173,6 +174,14 @@ class SeenEngines:
         base, reference = (bare, None) if bare is not None else (self._adapters_base(model), self._within(model))
         tenant = self.access.tenant
         return base.engine.submit(kind, text, reference, options, priority=priority, deadline=deadline, tenant=tenant)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread submits in the block is queued at once at its end, on each base."""
+        with ExitStack() as stack:
+            for each in self._engines.bases:
+                stack.enter_context(each.engine.together())
+            yield
 
     def compile(self, model: str, constraint: Constraint) -> None:
         """Compile a constraint for the base of a model. May take seconds. Raises as `submit`, and DataError."""

@@ -18,7 +18,7 @@ from turret.workspace.experimenting import ExperimentStatus
 
 outcomes, control = router("infer or admin"), router("admin")
 Name = Annotated[schemas.AdapterName, Path(description="Of the adapter.")]
-PREFIXES = ("cmpl-", "chatcmpl-", "classify-")  # of a receipt, in the id of a body
+PREFIXES = ("cmpl-", "chatcmpl-", "classify-", "decision-")  # of a receipt, in the id of a body
 
 
 @outcomes.post("/api/outcomes")

@@ -143,10 +143,16 @@ class PendingAnswers:
 
     async def all(self) -> list[Answer]:
         """An answer for each input, or the first error. Raises Disconnected if the client leaves first."""
-        await unless_disconnected(self._request, self._drain())
+        await unless_disconnected(self._request, self.drain())
+        return self.complete
+
+    @property
+    def complete(self) -> list[Answer]:
+        """The answers that have come, in the order of the inputs."""
         return [answer for answer in self.answers if answer is not None]
 
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
+        """Wait for all answers. Raises the first error."""
         async for _ in self.events():
             pass
 
@@ -230,6 +236,16 @@ def usage(answers: Sequence[Answer]) -> Usage | None:
         return None
     read, generated = sum(map(prompt_tokens, answers)), sum(map(generated_tokens, answers))
     return Usage(prompt_tokens=read, completion_tokens=generated, total_tokens=read + generated)
+
+
+async def wait_for_all(pending: Sequence[PendingAnswers]) -> None:
+    """Wait for the answers of every one. Raises the first error."""
+    waiting = [asyncio.ensure_future(each.drain()) for each in pending]
+    try:
+        await asyncio.gather(*waiting)
+    finally:
+        for each in waiting:
+            each.cancel()
 
 
 async def unless_disconnected(request: Request, result: Awaitable[T]) -> T:

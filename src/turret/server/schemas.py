@@ -293,6 +293,8 @@ Endpoint = Literal[
     "/v1/responses",
     "/v1/embeddings",
     "/v1/classify",
+    "/v1/decisions",
+    "/v1/systemone",
     "/v1/score",
     "/v1/rerank",
 ]

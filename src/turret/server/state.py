@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -38,7 +38,7 @@ from turret.server.limits import ClientConnections, Load, Network, RequestLimits
 from turret.server.logs import Log
 from turret.server.metrics import MOST_VERSIONS, Metrics, TenantTotals
 from turret.server.oidc import Oidc, OidcSettings
-from turret.server.pending_answers import PendingAnswers, Submission
+from turret.server.pending_answers import PendingAnswers, Submission, unless_disconnected, wait_for_all
 from turret.server.quotas import Quota
 from turret.server.replica import QUOTA_SECONDS, SESSION_SECONDS, Replica
 from turret.server.routing import AliasWatcher, Placement, Routing
@@ -483,6 +483,7 @@ MOST_PROMOTES = 4  # promotes that ask golden examples, running or waiting
 MOST_SIGN_INS = 32  # that wait for the provider
 MOST_VIEWS = 1024  # of accesses that are kept
 LAST_TRIES = 3  # of the flush when a server ends
+MOST_LOGGED = 32  # versions of one request that its line in the log names
 RETRIES = 5  # of a request whose version is deleted while its inputs are submitted
 
 
@@ -613,7 +614,7 @@ class ServerState:
         self.aliases, self.routing = tenant.aliases, tenant.routing
         self.shadows, self.promises, self.metrics = tenant.shadows, tenant.promises, tenant.metrics
         threads = [each.of(access.tenant) for each in self._threads]
-        self._submitting, self.parsing, self.compiling, self.control, self.promoting, self.recording = threads
+        self.asking, self.parsing, self.compiling, self.control, self.promoting, self.recording = threads
         if not access.whole:
             self.workspace = tenant.workspace.with_access(access)
             self.engines = SeenEngines(self._all_engines, self.workspace, self._home.store.access.tenant)
@@ -678,29 +679,76 @@ class ServerState:
         unit: str | None = None,
     ) -> PendingAnswers:
         """As `ask`, for a stream. The caller must call `finish`."""
+        return (await self._submit_to(request, kind, [model], inputs, options, unit))[0]
+
+    @asynccontextmanager
+    async def ask_each(
+        self, request: Request, kind: RequestKind, models: Sequence[str], input: Input, *, unit: str | None = None
+    ) -> AsyncIterator[Sequence[PendingAnswers]]:
+        """Submit one input to several versions, together; as `ask` for each of them.
+
+        Every version is placed, counted, charged and logged as if it had been asked alone. The block begins when all
+        have answered. Raises the first error.
+        """
+        pending = await self._submit_to(request, kind, models, [input], None, unit)
+        try:
+            await unless_disconnected(request, wait_for_all(pending))
+            yield pending
+        finally:
+            self.finish(request, kind, *pending)
+
+    async def _submit_to(
+        self,
+        request: Request,
+        kind: RequestKind,
+        models: Sequence[str],
+        inputs: Sequence[Input],
+        options: Sequence[SamplingParams] | None,
+        unit: str | None,
+    ) -> list[PendingAnswers]:
+        """Submit the inputs to every model; all or none."""
         await self.admit(request)
         request.state.started = started = self.clock()
         if self.settings.log_texts:
-            self.log.write("texts", request=request.state.request_id, model=model, texts=list(inputs))
-
-        async def submit() -> Submission:
-            return await self._submitting(self._submit, request, kind, model, inputs, options, unit)
-
-        seconds = self.limits.answer_seconds + 1  # the engine's own deadline comes first
+            named = ", ".join(models)
+            self.log.write("texts", request=request.state.request_id, model=named, texts=list(inputs))
+        again = partial(self._submit, request, kind, inputs=inputs, options=options, unit=unit)
         try:
-            await self._compile(model, options)
-            submission = await submit()
+            await self._compile(models[0], options)
         except NotFound as error:
-            raise await self.control(self.missing_model, model, error) from None
-        pending = PendingAnswers(submission, inputs, request, seconds, self.id, submit, started, self.clock)
+            raise await self.control(self.missing_model, models[0], error) from None
+        submissions = await self.asking(self._submit_all, again, models)
+        seconds = self.limits.answer_seconds + 1  # the engine's own deadline comes first
+        pending = []
+        for model, submission in zip(models, submissions, strict=True):
+            submit = partial(self.asking, again, model=model)
+            pending.append(PendingAnswers(submission, inputs, request, seconds, self.id, submit, started, self.clock))
         try:
-            if name := pending.receipt.name:
+            for name in filter(None, (each.receipt.name for each in pending)):
                 await self._take(self._adapter_key(name), f"adapter {name}", self.settings.per_adapter)
         except TurretError as error:
-            pending.error = error
-            pending.close()
+            for each in pending:
+                each.error = error
+                each.close()
             raise
         return pending
+
+    def _submit_all(self, submit: Callable[..., Submission], models: Sequence[str]) -> list[Submission]:
+        """Submit to every model, so that their passes are shared. Raises NotFound, which lists what may be asked."""
+        found: list[Submission] = []
+        try:
+            with self.engines.together() if len(models) > 1 else nullcontext():
+                for model in models:
+                    try:
+                        found.append(submit(model=model))
+                    except NotFound as error:
+                        raise self.missing_model(model, error) from None
+        except BaseException:
+            for each in found:
+                for ticket in each.tickets:
+                    ticket.cancel()
+            raise
+        return found
 
     async def _compile(self, model: str, options: Sequence[SamplingParams] | None) -> None:
         """Compile a request's constraint, the same for all its inputs, where no request without one waits for it."""
@@ -730,8 +778,22 @@ class ServerState:
         self.charge(request, tokens)
         self.usage.add(self.access.tenant, BASE, 1, tokens, 0)
 
-    def finish(self, request: Request, kind: RequestKind, pending: PendingAnswers) -> None:
+    def finish(self, request: Request, kind: RequestKind, *pending: PendingAnswers) -> None:
         """Cancel what is unfinished, and count what was answered."""
+        for each in pending:
+            self._finish(request, kind, each)
+        if len(pending) > 1:
+            request.state.left = any(None in each.answers and each.error is None for each in pending)
+            names = [str(each.model) for each in pending]
+            request.state.log_fields = {
+                "adapters": names[:MOST_LOGGED],
+                "receipt": pending[0].id,
+                "inputs": len(pending),
+                "tokens": sum(each.tokens for each in pending),
+            }
+
+    def _finish(self, request: Request, kind: RequestKind, pending: PendingAnswers) -> None:
+        """As `finish`, for one version."""
         pending.close()
         version, tokens, inputs = pending.model or "base", pending.tokens, len(pending.tickets)
         unanswered = sum(answer is None for answer in pending.answers)

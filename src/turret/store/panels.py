@@ -225,34 +225,31 @@ def _check_names(asked: Sequence[Question]) -> None:
             raise DataError(f"question {shown(name, 40)} is there twice: name each once")
 
 
-def decision_of(version: catalog.Version, part: str) -> Decision:
-    """What a version decides.
-
-    Args:
-        part: the question, or the label, that is meant; empty for the only one.
+def decisions_of(version: catalog.Version) -> Mapping[str, Decision]:
+    """What a version decides, by the names of its questions or labels; the only question has an empty name.
 
     Raises:
         AdapterError: it decides nothing, or reads two texts.
-        DataError: it decides no such part.
     """
     spec = version.part("task")
     found = stored_task(spec).decisions(spec)
     if not found or spec.get("pairs"):
         why = "reads two texts together" if found else "gives no probabilities of labels"
         raise AdapterError(f"{version} {why}: a question needs a version that classifies one text")
-    if part not in found:
-        parts = [each for each in found if each]
-        if not parts:
-            raise DataError(f"{version} answers one question: leave #{part[:40]} out")
-        example = f"{version}#{parts[0][:40]}"
-        raise DataError(f"{version} answers {listed(parts, 120)}: name one of them, such as {example}")
-    return found[part]
+    return found
 
 
 def _completed(connection: Connection, question: Question) -> Question:
     """The question with the type and the labels of its adapter where it has none."""
     version = catalog.find(connection, Reference.parse(question.adapter))
-    own = decision_of(version, question.part)
+    every = decisions_of(version)
+    if question.part not in every:
+        parts = [each for each in every if each]
+        if not parts:
+            raise DataError(f"{version} answers one question: leave #{question.part[:40]} out")
+        example = f"{version}#{parts[0][:40]}"
+        raise DataError(f"{version} answers {listed(parts, 120)}: name one of them, such as {example}")
+    own = every[question.part]
     type_, labels, known = question.type or own.type, tuple(question.labels), set(own.labels)
     name = shown(question.name, 40)
     if type_ not in TYPES:

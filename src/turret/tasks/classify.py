@@ -19,6 +19,7 @@ from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration, Confidences, fit, label_sets, temperature_of
 from turret.tasks.task import (
+    SIDES,
     Decision,
     Embedding,
     Encoded,
@@ -44,7 +45,6 @@ TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "topic")  # column names of classes
 LOSS = Measure("loss", "the mean of minus the logarithm of the right answer's probability; 0 is perfect", "nats")
 ECE = Measure("calibration error", "ECE: the mean distance of a probability from the share that is right")
-SIDES = ("no", "yes")  # multi-label: of the decision for one label
 THRESHOLD = 0.5  # multi-label: a class is predicted from this probability on
 
 
@@ -183,10 +183,6 @@ class HeadAnswers(Protocol):
     @classmethod
     def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
         return {}
-
-    @classmethod
-    def chances(cls, answer: JsonMapping, decision: str) -> Mapping[str, float]:
-        raise DataError("this answer has no probabilities of labels: ask a version that classifies")
 
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
@@ -534,11 +530,6 @@ class Classify(HeadAnswers):
         if spec.get("multi_label"):
             return {str(label): Decision.among(SIDES) for label in spec["labels"]}
         return {"": Decision.among(spec["labels"])}
-
-    @classmethod
-    def chances(cls, answer: JsonMapping, decision: str) -> Mapping[str, float]:
-        found: Mapping[str, float] = answer["probabilities"]
-        return dict(zip(SIDES, (1 - found[decision], found[decision]), strict=True)) if decision else found
 
     @classmethod
     def judged(cls, answer: JsonMapping) -> Prediction:

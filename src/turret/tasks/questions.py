@@ -295,11 +295,6 @@ class Questions(HeadAnswers):
             for question, part in parts
         }
 
-    @classmethod
-    def chances(cls, answer: JsonMapping, decision: str) -> Mapping[str, float]:
-        found: Mapping[str, float] = answer["answers"][decision]["probabilities"]
-        return found
-
     def spec(self) -> JsonObject:
         fitted = {question: each.to_json() for question, each in self.calibrations.items()}
         return ({"calibration": fitted} if fitted else {}) | {

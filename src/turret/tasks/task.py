@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, 
 from turret.data import Dataset, Example, Input, Schema, TextPair
 from turret.errors import AdapterError, DataError, shown
 from turret.families.family import Pooling
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonMapping, JsonObject, mapping_of
 from turret.tasks.calibration import Calibration, Confidences
 from turret.transformer import Tokenizer
 
@@ -94,6 +94,7 @@ class Measure:
 
 
 QuestionType = Literal["predicate", "choice", "score"]
+SIDES = ("no", "yes")  # of the decision for one label, where a text has several
 FALSE, TRUE = ("no", "false", "0"), ("yes", "true", "1")  # labels of a predicate that need no explanation
 
 
@@ -115,6 +116,21 @@ class Decision:
         if len(ordered) == 2 and (ordered[0].casefold(), ordered[1].casefold()) in zip(FALSE, TRUE, strict=True):
             return cls("predicate", tuple(ordered))
         return cls("choice", tuple(labels))
+
+
+def chances(answer: JsonMapping, decision: str) -> Mapping[str, float]:
+    """The probability of each label of one decision in an answer. decision: a key of `Task.decisions`.
+
+    Raises:
+        AdapterError: The answer has no such decision.
+    """
+    try:
+        if "answers" in answer:
+            return mapping_of(answer["answers"][decision]["probabilities"])
+        found = mapping_of(answer["probabilities"])
+        return dict(zip(SIDES, (1 - found[decision], found[decision]), strict=True)) if decision else found
+    except KeyError:
+        raise AdapterError(f"the answer decides no {shown(decision, 40)}: ask a version that does") from None
 
 
 @dataclass(frozen=True)
@@ -256,10 +272,6 @@ class Task(Protocol):
     @classmethod
     def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
         """What an answer decides by probabilities of labels, by name; the only one has an empty name. May be empty."""
-
-    @classmethod
-    def chances(cls, answer: JsonMapping, decision: str) -> Mapping[str, float]:
-        """The probability of each label of one of `decisions`."""
 
     # --- an instance -------------------------------------------------------------------------------------------------
 

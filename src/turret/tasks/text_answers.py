@@ -76,10 +76,6 @@ class TextAnswers(Protocol):
         return {}
 
     @classmethod
-    def chances(cls, answer: JsonMapping, decision: str) -> Mapping[str, float]:
-        raise DataError("a text has no probabilities of labels: ask a version that classifies")
-
-    @classmethod
     def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
         if encoder_decoder is None:
             return None

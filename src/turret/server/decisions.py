@@ -1,0 +1,571 @@
+"""`POST /v1/decisions` and `POST /v1/systemone`: many questions about one text, in OpenAI's and in vLLM's format.
+
+`model` is a panel, whose questions each name an adapter, or one adapter. Every adapter reads the text once, and all of
+them share passes. Both formats become `Asked`, and each `Verdict` is written in the format that asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fastapi import Request, Response
+from pydantic import BaseModel, Field
+
+from turret.errors import AdapterError, BadRequest, NotFound, listed, shown
+from turret.json_types import JsonObject
+from turret.server import limits
+from turret.server.pending_answers import PendingAnswers, prompt_tokens
+from turret.server.routes import State, Unit, router
+from turret.server.schemas import NO_EFFECT, USER, Model, Name, Text, User
+from turret.server.state import ServerState
+from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Panel, decisions_of
+from turret.tasks import Decision, QuestionType, chances
+
+questions = router("infer")
+
+# --- policy -----------------------------------------------------------------------------------------------------------
+# Which adapter answers a question, how the values of a request are those of its labels, and what is decided.
+
+
+Value = str | bool
+ASKED_AS: dict[QuestionType, tuple[QuestionType, ...]] = {  # how a question of this type may be asked
+    "predicate": ("predicate", "choice"),
+    "choice": ("choice",),
+    "score": ("score", "choice"),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of a request. values: the choices or levels, in its order; none for a predicate."""
+
+    name: str | None
+    type: QuestionType
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A question with the adapter that answers it.
+
+    Args:
+        model: the reference of the adapter.
+        part: which of the adapter's questions it is; empty if the adapter answers one.
+        labels: of the adapter, for each of the values; of a predicate false and true.
+        threshold: the least probability of an answer; None: it is always decided.
+    """
+
+    asked: Asked
+    model: str
+    part: str
+    labels: tuple[str, ...]
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to one question.
+
+    Args:
+        probabilities: of each of the values, renormalised to a sum of 1.
+        label_mass: the probability of the labels that were asked for, before that.
+        complete: whether all labels of the adapter were asked for.
+        best: the number of the most probable value.
+        confidence: the probability that the adapter gave to it.
+        decided: whether that reaches the threshold.
+        first: whether no label that was not asked for is more probable.
+    """
+
+    planned: Planned
+    probabilities: tuple[float, ...]
+    label_mass: float
+    complete: bool
+    best: int
+    confidence: float
+    decided: bool
+    first: bool
+    version: str
+    receipt: str
+
+
+def plan(state: ServerState, model: str, asked: Sequence[Asked]) -> tuple[Panel | None, list[Planned]]:
+    """The panel, if the model is one, and the plan of every question. Reads the store.
+
+    Raises:
+        NotFound: The model is neither a panel nor an adapter.
+        AdapterError: The adapter decides nothing.
+        BadRequest: A question does not fit; the error lists what would.
+    """
+    panel = state.workspace.panels.find(model)
+    if panel is not None:
+        return panel, [_of_panel(panel, each) for each in asked]
+    if state.is_base(model):
+        raise AdapterError(f"the bare base {model} decides nothing: name a panel or an adapter")
+    try:
+        version = state.workspace.resolve(state.aliases.exact(model))
+    except NotFound as error:
+        raise state.missing_model(model, error) from None
+    found, planned = decisions_of(version), []
+    for each in asked:
+        part = "" if "" in found else each.name
+        if part not in found:
+            what = "a question has no name" if part is None else f"no question {shown(part, 40)}"
+            raise BadRequest(f"{what}: {version} answers {listed(found, 160)}")
+        decision = found[part]
+        labels = _matched(each, decision, decision.type if decision.type != "choice" else None, str(version))
+        planned.append(Planned(each, model, part, labels, None))
+    return None, planned
+
+
+def _of_panel(panel: Panel, asked: Asked) -> Planned:
+    question = panel.question(asked.name)
+    assert question.type is not None
+    decision = Decision(question.type, question.labels)
+    labels = _matched(asked, decision, question.type, f"panel {panel}")
+    return Planned(asked, question.adapter, question.part, labels, question.threshold)
+
+
+def _matched(asked: Asked, decision: Decision, type_: QuestionType | None, who: str) -> tuple[str, ...]:
+    """The labels of the values of a question. type_: how it may be asked; None: in any way that its labels allow."""
+    what = f"question {shown(asked.name, 40)}" if asked.name is not None else "the question"
+    known = listed(decision.labels, 120)
+    if type_ is not None and asked.type not in ASKED_AS[type_]:
+        raise BadRequest(f"{what} is a {asked.type} here and a {type_} in {who}: ask it as one; its labels are {known}")
+    if asked.type == "predicate":
+        if decision.type != "predicate":
+            raise BadRequest(
+                f"{what} is a predicate, and {who} does not say which label is true: ask for a choice of {known}"
+            )
+        return decision.labels
+    labels = []
+    for value in asked.values:
+        label = decision.labels[value] if isinstance(value, bool) and decision.type == "predicate" else value
+        if not isinstance(label, str) or label not in decision.labels:
+            raise BadRequest(f"{what}: no label {shown(value, 40)}, {who} has {known}")
+        if label in labels:
+            raise BadRequest(f"{what}: {shown(label, 40)} is asked for twice: give each value once")
+        labels.append(label)
+    if asked.type == "score" and decision.type == "score":
+        places = [decision.labels.index(label) for label in labels]
+        if places != sorted(places):
+            raise BadRequest(f"{what}: the levels are not in their order, from the lowest to the highest: {known}")
+    return tuple(labels)
+
+
+def judge(planned: Planned, found: Mapping[str, float], version: str, receipt: str) -> Verdict:
+    """What an answer decides. found: the probability of each label. Raises AdapterError if a label is missing."""
+    missing = [label for label in planned.labels if label not in found]
+    if missing:
+        raise AdapterError(
+            f"{version} has no label {shown(missing[0], 40)}, it has {listed(found, 100)}: make a new version of the "
+            "panel, or ask for its labels"
+        )
+    own = [float(found[label]) for label in planned.labels]
+    mass = sum(own)
+    best = max(range(len(own)), key=own.__getitem__)
+    threshold = planned.threshold
+    return Verdict(
+        planned,
+        tuple(each / mass for each in own) if mass > 0 else tuple(0.0 for _ in own),
+        min(1.0, mass),
+        len(own) == len(found),
+        best,
+        own[best],
+        mass > 0 and (threshold is None or own[best] >= threshold),
+        own[best] >= max(found.values()),
+        version,
+        receipt,
+    )
+
+
+async def decide(
+    state: ServerState,
+    request: Request,
+    response: Response,
+    model: str,
+    text: str,
+    asked: Sequence[Asked],
+    unit: str | None,
+) -> tuple[str, int, list[Verdict]]:
+    """The name of the panel or of the version, the tokens that were read, and a verdict for each question."""
+    panel, planned = await state.asking(plan, state, model, asked)
+    models = list(dict.fromkeys(each.model for each in planned))
+    async with state.ask_each(request, "classify", models, text, unit=unit) as pending:
+        by_model = dict(zip(models, pending, strict=True))
+        verdicts = [_verdict(each, by_model[each.model]) for each in planned]
+    response.headers.update(_headers(panel, pending))
+    tokens = sum(prompt_tokens(answer) for each in pending for answer in each.complete)
+    name = str(panel) if panel is not None else pending[0].model or model
+    return name, tokens, verdicts
+
+
+def _verdict(planned: Planned, pending: PendingAnswers) -> Verdict:
+    (answer,) = pending.complete
+    return judge(planned, chances(answer, planned.part), str(pending.model), pending.id)
+
+
+def _headers(panel: Panel | None, pending: Sequence[PendingAnswers]) -> dict[str, str]:
+    """The receipt of the only adapter; of several the panel, the bases, and how many of them cut the text."""
+    if panel is None:
+        return pending[0].headers
+    headers = {"turret-panel": str(panel)}
+    if cut := sum(ticket.cut for each in pending for ticket in each.tickets):
+        headers["turret-truncated"] = str(cut)
+    return headers
+
+
+# --- OpenAI's format --------------------------------------------------------------------------------------------------
+
+
+Short = Annotated[str, Field(max_length=1000)]
+QuestionName = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class InputText(Model):
+    type: Literal["input_text", "output_text"]
+    text: Text
+    prompt_cache_breakpoint: JsonObject | None = Field(None, description=NO_EFFECT)
+
+
+class InputJson(Model):
+    type: Literal["input_json"]
+    data: JsonObject | Annotated[list[JsonObject], Field(max_length=limits.MOST_INPUTS, fail_fast=True)]
+
+
+class InputRefusal(Model):
+    type: Literal["refusal"]
+    refusal: Text
+
+
+Part = Annotated[InputText | InputJson | InputRefusal, Field(discriminator="type")]
+Parts = Text | Annotated[list[Part], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
+CallId = Annotated[str, Field(max_length=256)]
+
+
+class InputMessage(Model):
+    role: Literal["user", "developer", "system", "assistant"]
+    content: Parts
+    type: Literal["message"] | None = None
+    phase: Literal["commentary", "final_answer"] | None = Field(None, description=NO_EFFECT)
+
+
+class InputItem(Model):
+    call_id: CallId
+    id: CallId | None = Field(None, description=NO_EFFECT)
+    namespace: CallId | None = Field(None, description=NO_EFFECT)
+    status: Literal["in_progress", "completed", "incomplete"] | None = Field(None, description=NO_EFFECT)
+
+
+class InputCall(InputItem):
+    type: Literal["function_call"]
+    name: Short
+    arguments: Text
+
+
+class InputCustomCall(InputItem):
+    type: Literal["custom_tool_call"]
+    name: Short
+    input: Text
+
+
+class InputOutput(InputItem):
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    output: Parts
+
+
+Item = InputMessage | InputCall | InputCustomCall | InputOutput
+Instructions = Text | Annotated[list[Part], Field(max_length=limits.MOST_MESSAGES, fail_fast=True)]
+UNREAD = "The adapter was trained for its question: it does not read this."
+
+
+class AskedQuestion(Model):
+    name: QuestionName | None = Field(None, description="The question of the panel, or of an adapter for several.")
+    instructions: Instructions = Field(description=UNREAD)
+
+
+class AskedPredicate(AskedQuestion):
+    type: Literal["predicate"]
+
+    def asked(self) -> Asked:
+        return Asked(self.name, self.type, ())
+
+
+class Choice(Model):
+    value: Short | bool = Field(description="A label; of a predicate also true or false.")
+    description: Text | None = Field(None, description=UNREAD)
+
+
+class AskedChoice(AskedQuestion):
+    type: Literal["choice"]
+    choices: Annotated[list[Choice], Field(min_length=2, max_length=MOST_LABELS, fail_fast=True)]
+
+    def asked(self) -> Asked:
+        return Asked(self.name, self.type, tuple(each.value for each in self.choices))
+
+
+class Level(Model):
+    label: Short
+    description: Text | None = Field(None, description=UNREAD)
+
+
+class AskedScore(AskedQuestion):
+    type: Literal["score"]
+    levels: Annotated[list[Level], Field(min_length=2, max_length=MOST_LABELS, fail_fast=True)]
+
+    def asked(self) -> Asked:
+        return Asked(self.name, self.type, tuple(each.label for each in self.levels))
+
+
+AnyQuestion = Annotated[AskedPredicate | AskedChoice | AskedScore, Field(discriminator="type")]
+
+
+class DecisionRequest(Model):
+    model: Name = Field(description="A panel: name or name@3; or an adapter.")
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
+    questions: Annotated[list[AnyQuestion], Field(min_length=1, max_length=MOST_QUESTIONS, fail_fast=True)]
+    user: User | None = Field(None, description=USER)
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = Field(None, description=NO_EFFECT)
+    prompt_cache_options: JsonObject | None = Field(None, description=NO_EFFECT)
+    safety_identifier: Annotated[str, Field(max_length=1024)] | None = Field(None, description=NO_EFFECT)
+
+    def text(self) -> str:
+        """The texts of users' messages; if there are other items, all of them, each after who wrote it."""
+        if isinstance(self.input, str):
+            return self.input
+        plain = all(isinstance(each, InputMessage) and each.role == "user" for each in self.input)
+        return "\n\n".join(_item_text(each) if plain else f"{_writer(each)}: {_item_text(each)}" for each in self.input)
+
+
+def _writer(item: Item) -> str:
+    return item.role if isinstance(item, InputMessage) else item.type
+
+
+def _item_text(item: Item) -> str:
+    if isinstance(item, InputCall):
+        return f"{item.name} {item.arguments}"
+    if isinstance(item, InputCustomCall):
+        return f"{item.name} {item.input}"
+    content = item.content if isinstance(item, InputMessage) else item.output
+    return content if isinstance(content, str) else "".join(map(_part_text, content))
+
+
+def _part_text(part: InputText | InputJson | InputRefusal) -> str:
+    if isinstance(part, InputJson):
+        return json_text(part.data)
+    return part.text if isinstance(part, InputText) else part.refusal
+
+
+def json_text(value: JsonObject | Sequence[JsonObject]) -> str:
+    """The text of an object that has one text and nothing else; any other value as compact JSON."""
+    if isinstance(value, dict) and len(value) == 1 and isinstance(text := next(iter(value.values())), str):
+        return text
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class Answered(BaseModel):
+    name: str | None = None
+    version: str = Field(description="The version that answered, such as urgency@3.")
+    receipt: str = Field(description="Of this answer, for `POST /api/outcomes`.")
+    label_mass: float | None = Field(
+        None, description="If only some labels were asked for: their probability, before it was made 1."
+    )
+
+
+class PredicateAnswer(Answered):
+    type: Literal["predicate"] = "predicate"
+    probability: float
+
+
+class ChoiceProbability(BaseModel):
+    value: Value
+    probability: float
+
+
+class ChoiceAnswer(Answered):
+    type: Literal["choice"] = "choice"
+    choice: Value
+    confidence: float = Field(description="The probability that the adapter gave to the choice.")
+    probabilities: list[ChoiceProbability]
+
+
+class LevelProbability(BaseModel):
+    label: str
+    value: int
+    probability: float
+
+
+class ScoreAnswer(Answered):
+    type: Literal["score"] = "score"
+    score: float = Field(description="The mean of the levels' numbers, from 0, by their probabilities.")
+    confidence: float = Field(description="The probability that the adapter gave to the most probable level.")
+    probabilities: list[LevelProbability]
+
+
+class RefusalAnswer(Answered):
+    type: Literal["refusal"] = "refusal"
+    confidence: float = Field(description="Of the most probable answer.")
+    threshold: float | None = Field(description="That it does not reach.")
+
+
+class CacheDetails(BaseModel):
+    cache_write_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class ReasoningDetails(BaseModel):
+    reasoning_tokens: int = 0
+
+
+class DecisionUsage(BaseModel):
+    input_tokens: int = Field(description="Of the text, once for each adapter that read it.")
+    input_tokens_details: CacheDetails = CacheDetails()
+    output_tokens: int = 0
+    output_tokens_details: ReasoningDetails = ReasoningDetails()
+    total_tokens: int
+
+
+class Decided(BaseModel):
+    answers: list[PredicateAnswer | ChoiceAnswer | ScoreAnswer | RefusalAnswer]
+    model: str = Field(description="The version of the panel, or of the adapter.")
+    usage: DecisionUsage
+
+
+@questions.post("/v1/decisions")
+async def decisions(body: DecisionRequest, state: State, unit: Unit, request: Request, response: Response) -> Decided:
+    """Answer questions about a text: predicates, choices and scores, by probabilities. In OpenAI's format.
+
+    A question whose answer does not reach its threshold gets a refusal.
+    """
+    asked = [each.asked() for each in body.questions]
+    name, read, verdicts = await decide(state, request, response, body.model, body.text(), asked, unit or body.user)
+    usage = DecisionUsage(input_tokens=read, total_tokens=read)
+    return Decided(answers=[_answer(each) for each in verdicts], model=name, usage=usage)
+
+
+def _answer(verdict: Verdict) -> PredicateAnswer | ChoiceAnswer | ScoreAnswer | RefusalAnswer:
+    asked, found = verdict.planned.asked, verdict.probabilities
+    mass = None if verdict.complete else verdict.label_mass
+    common: JsonObject = {"name": asked.name, "version": verdict.version, "receipt": verdict.receipt}
+    if not verdict.decided:
+        return RefusalAnswer(**common, confidence=verdict.confidence, threshold=verdict.planned.threshold)
+    if asked.type == "predicate":
+        return PredicateAnswer(**common, probability=found[1])
+    common |= {"label_mass": mass, "confidence": verdict.confidence}
+    if asked.type == "choice":
+        pairs = zip(asked.values, found, strict=True)
+        return ChoiceAnswer(
+            **common,
+            choice=asked.values[verdict.best],
+            probabilities=[ChoiceProbability(value=value, probability=each) for value, each in pairs],
+        )
+    return ScoreAnswer(
+        **common,
+        score=sum(place * each for place, each in enumerate(found)),
+        probabilities=[
+            LevelProbability(label=str(label), value=place, probability=each)
+            for place, (label, each) in enumerate(zip(asked.values, found, strict=True))
+        ],
+    )
+
+
+# --- vLLM's format ----------------------------------------------------------------------------------------------------
+
+
+class SystemQuestion(Model):
+    type: Literal["noul", "choice", "score"]
+    instructions: Text | JsonObject | list[JsonObject | Text] | None = Field(None, description=UNREAD)
+    criteria: dict[Short, Text | JsonObject | list[JsonObject | Text] | None] | list[Short] | None = Field(
+        None,
+        description="Of a choice: its labels, with descriptions or null; of a score: its levels, the lowest first.",
+    )
+
+    def asked(self, name: str) -> Asked:
+        """Raises BadRequest."""
+        if self.type == "noul":
+            return Asked(name, "predicate", ())
+        form = dict if self.type == "choice" else list
+        if not isinstance(self.criteria, form) or not 1 <= len(self.criteria) <= MOST_LABELS:
+            what = "an object from its labels" if form is dict else "a list of its levels"
+            raise BadRequest(f"question {shown(name, 40)}: criteria must be {what}, 1 to {MOST_LABELS}")
+        return Asked(name, self.type, tuple(self.criteria))
+
+
+class SystemRequest(Model):
+    model: Name = Field(description="A panel: name or name@3; or an adapter.")
+    state: Text | JsonObject | Annotated[list[JsonObject | Text], Field(max_length=limits.MOST_INPUTS)]
+    questions: Annotated[dict[QuestionName, SystemQuestion], Field(min_length=1, max_length=MOST_QUESTIONS)]
+    user: User | None = Field(None, description=USER)
+    instructions: Text | None = Field(None, description=UNREAD)
+    chat_template_kwargs: JsonObject | None = Field(None, description=NO_EFFECT)
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = Field(None, description=NO_EFFECT)
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(None, description=NO_EFFECT)
+    request_id: Annotated[str, Field(max_length=256)] | None = Field(None, description=NO_EFFECT)
+
+
+class SystemUsage(BaseModel):
+    input_tokens: int = Field(description="Of the text, once for each adapter that read it.")
+    output_tokens: int = 0
+
+
+class Diagnostics(BaseModel):
+    label_mass: float = Field(description="The probability of the labels that were asked for, before it was made 1.")
+    argmax_is_label: bool = Field(description="Whether no other label of the adapter is more probable.")
+    version: str
+    receipt: str
+
+
+class SystemDecided(BaseModel):
+    id: str
+    object: Literal["structured_decision"] = "structured_decision"
+    created: int
+    model: str
+    answers: dict[str, JsonObject]
+    usage: SystemUsage
+    diagnostics: dict[str, Diagnostics]
+
+
+@questions.post("/v1/systemone")
+async def systemone(
+    body: SystemRequest, state: State, unit: Unit, request: Request, response: Response
+) -> SystemDecided:
+    """Answer questions about a text: yes or no, choices and scores, by probabilities. In vLLM's and TypeSafe's format.
+
+    A question whose answer does not reach its threshold gets an answer of the type `refusal`.
+    """
+    asked = [each.asked(name) for name, each in body.questions.items()]
+    text = body.state if isinstance(body.state, str) else json_text(body.state)
+    name, read, verdicts = await decide(state, request, response, body.model, text, asked, unit or body.user)
+    return SystemDecided(
+        id=f"decision-{verdicts[0].receipt}",
+        created=state.now(),
+        model=name,
+        answers={str(each.planned.asked.name): _system_answer(each) for each in verdicts},
+        usage=SystemUsage(input_tokens=read),
+        diagnostics={
+            str(each.planned.asked.name): Diagnostics(
+                label_mass=each.label_mass, argmax_is_label=each.first, version=each.version, receipt=each.receipt
+            )
+            for each in verdicts
+        },
+    )
+
+
+def _system_answer(verdict: Verdict) -> JsonObject:
+    asked, found, sure = verdict.planned.asked, verdict.probabilities, {"confidence": verdict.confidence}
+    if not verdict.decided:
+        return {"type": "refusal", **sure, "threshold": verdict.planned.threshold}
+    if asked.type == "predicate":
+        return {"type": "noul", "noul": found[1], "probabilities": {"yes": found[1], "no": found[0]}, **sure}
+    if asked.type == "choice":
+        named = dict(zip(map(str, asked.values), found, strict=True))
+        return {"type": "choice", "choice": asked.values[verdict.best], "probabilities": named, **sure}
+    return {
+        "type": "score",
+        "score": sum(place * each for place, each in enumerate(found)),
+        "legend": {str(place): label for place, label in enumerate(asked.values)},
+        "probabilities": {str(place): each for place, each in enumerate(found)},
+        **sure,
+    }
