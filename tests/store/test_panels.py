@@ -51,6 +51,16 @@ def test_type_labels_and_threshold_are_kept_as_they_were_given(store, known) -> 
     assert Store(store.location).panels.show("tickets@1").questions == (asked,)
 
 
+def test_an_adapter_without_a_name_of_a_question_asks_all_that_it_decides(store, known) -> None:
+    panel = store.panels.create("tickets", [Question("", "heads@1"), Question("", "grade"), Question("", "many#spam")])
+    assert [(each.name, each.reference) for each in panel.questions] == [
+        ("topic", "heads@1#topic"),
+        ("urgent", "heads@1#urgent"),
+        ("grade", "grade"),
+        ("spam", "many#spam"),
+    ]
+
+
 def test_the_same_questions_keep_their_version_and_others_get_the_next(store, known) -> None:
     first = store.panels.create("tickets", {"topic": "topic"})
     assert store.panels.create("tickets", {"topic": "topic"}) == first
@@ -108,7 +118,7 @@ def test_every_change_is_in_the_audit_log(store, known) -> None:
     [
         ({}, DataError, "a panel of 0 questions: expected 1 to 400"),
         ([Question("a", "topic"), Question("a", "grade")], DataError, "question 'a' is there twice"),
-        ({" a": "topic"}, DataError, "expected 1 to 100 printable characters"),
+        ({" a": "topic"}, DataError, "expected at most 100 printable characters"),
         ({"a": "nobody"}, NotFound, "no adapter named 'nobody'"),
         ({"a": "topic@7"}, NotFound, "no topic@7"),
         ({"a": "../topic"}, BadReference, "bad adapter name"),

@@ -30,6 +30,7 @@ from turret.cli import (
     init,
     maintenance,
     merge,
+    panels,
     promise,
     queue,
     serve,
@@ -72,6 +73,7 @@ GROUPS = {  # of `turret --help`: every command once, as an example
         "promote reviews@2 production",
         "rollback reviews",
         'gate reviews production "accuracy>=0.9"',
+        "panel create tickets --ask topic=topic@production",
         "delete reviews@1",
     ),
     "Exchange": (
@@ -147,6 +149,7 @@ app.command()(serve.serve)
 app.add_typer(tokens.token, name="token")
 app.command()(accounts.usage)
 app.command()(accounts.audit)
+app.add_typer(panels.app, name="panel")
 app.add_typer(experiment.app, name="experiment")
 app.command()(doctor.doctor)
 

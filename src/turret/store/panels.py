@@ -34,6 +34,7 @@ class Question:
     """A question of a panel.
 
     Args:
+        name: when a panel is created, an empty one stands for every question of the adapter, by its own name.
         reference: the adapter, such as `urgency@production`; `tickets@3#topic` is one question of an adapter that
             answers several, or one label of an adapter that gives several.
         type: default: as the adapter was trained.
@@ -139,9 +140,10 @@ class Panels:
         """
         check_name(name)
         asked = [Question(*pair) for pair in questions.items()] if isinstance(questions, Mapping) else list(questions)
-        _check_names(asked)
         with self._made().writing() as connection:
-            return _create(connection, name, [_completed(connection, each) for each in asked])
+            every = [one for each in asked for one in _expanded(connection, each)]
+            _check_names(every)
+            return _create(connection, name, [_completed(connection, each) for each in every])
 
     def list(self) -> Sequence[Panel]:
         """All versions that may be seen, by name and number."""
@@ -219,8 +221,8 @@ def _check_names(asked: Sequence[Question]) -> None:
         raise DataError(f"a panel of {len(asked)} questions: expected 1 to {MOST_QUESTIONS}")
     names = [each.name for each in asked]
     for name in names:
-        if not 1 <= len(name) <= 100 or not name.isprintable() or name != name.strip():
-            raise DataError(f"question {ascii(name)[:60]}: expected 1 to 100 printable characters")
+        if len(name) > 100 or not name.isprintable() or name != name.strip():
+            raise DataError(f"question {ascii(name)[:60]}: expected at most 100 printable characters")
         if names.count(name) > 1:
             raise DataError(f"question {shown(name, 40)} is there twice: name each once")
 
@@ -237,6 +239,20 @@ def decisions_of(version: catalog.Version) -> Mapping[str, Decision]:
         why = "reads two texts together" if found else "gives no probabilities of labels"
         raise AdapterError(f"{version} {why}: a question needs a version that classifies one text")
     return found
+
+
+def _expanded(connection: Connection, question: Question) -> list[Question]:
+    """The question; if it has no name, one for everything that its adapter decides."""
+    if question.name:
+        return [question]
+    version = catalog.find(connection, Reference.parse(question.adapter))
+    parts = [question.part] if question.part else list(decisions_of(version))
+    return [
+        replace(
+            question, name=part or version.name, reference=f"{question.adapter}#{part}" if part else question.adapter
+        )
+        for part in parts
+    ]
 
 
 def _completed(connection: Connection, question: Question) -> Question:

@@ -1,0 +1,180 @@
+"""`turret panel ...`: named lists of questions about a text, each answered by an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from turret.cli import options
+from turret.cli.output import columns, console, emit, offer, report, safe
+from turret.errors import BadArgument
+from turret.timestamp import to_minute
+
+if TYPE_CHECKING:
+    from turret.store import Panel, PanelMove
+
+Name = Annotated[str, typer.Argument(help="Name of the panel.", show_default=False)]
+PanelRef = Annotated[str, typer.Argument(metavar="PANEL", help="A version of a panel: name or name@2.")]
+
+app = typer.Typer(
+    name="panel",
+    help="Lists of questions about a text, each answered by an adapter, for /v1/decisions.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def create(
+    name: Name,
+    ask: Annotated[
+        list[str],
+        typer.Option(
+            "--ask",
+            metavar="QUESTION=REF",
+            help="A question and its adapter; repeatable. REF#COLUMN is one of several questions of an adapter, "
+            "REF alone all of them.",
+        ),
+    ],
+    type_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--type", metavar="QUESTION=TYPE", help="predicate, choice or score; default: as the adapter was trained."
+        ),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--labels",
+            metavar="QUESTION=A,B",
+            help="The labels of a score from the lowest to the highest, of a predicate false,true.",
+        ),
+    ] = None,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option("--threshold", metavar="QUESTION=0.9", help="Give no answer whose probability is lower."),
+    ] = None,
+    store: options.Store = options.STORE,
+    as_json: options.Json = False,
+) -> None:
+    """Store the next version of a panel.
+
+    The plain name means the newest version until one is promoted.
+    """
+    from turret.store import Question
+    from turret.workspace import Workspace
+
+    pairs = [each.rpartition("=")[::2] for each in ask]
+    more = {key: _pairs(key, given) for key, given in (("type", type_), ("labels", labels), ("threshold", threshold))}
+    names = [question for question, _ in pairs]
+    for key, found in more.items():
+        for question in found:
+            if question not in names:
+                raise BadArgument(f"--{key} {question}=…: no --ask {question}=REF, which must name the question first")
+    questions = [
+        Question(
+            question,
+            reference,
+            more["type"].get(question),  # type: ignore[arg-type]  # the store checks it
+            tuple(each.strip() for each in more["labels"][question].split(",")) if question in more["labels"] else (),
+            _number(question, more["threshold"].get(question)),
+        )
+        for question, reference in pairs
+    ]
+    made = Workspace(store).panels.create(name, questions)
+    report(made, as_json, _print)
+    if not as_json:
+        offer([f"panel promote {made}", "serve"], store)
+
+
+@app.command("list")
+def list_(store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+    """List panels and their versions."""
+    from turret.workspace import Workspace
+
+    found = Workspace(store).panels.list()
+    if as_json:
+        emit({"panels": [each.as_json() for each in found]})
+    elif not found:
+        console().print("no panels yet: [bold]turret panel create NAME --ask QUESTION=REF[/] makes one")
+    else:
+        rows = [
+            (
+                f"[bold]{safe(each)}[/]",
+                "[green]production[/]" if each.production else "",
+                str(len(each.questions)),
+                safe(", ".join(one.name for one in each.questions[:6])),
+                safe(to_minute(each.created)),
+            )
+            for each in found
+        ]
+        console().print(columns(("panel", "alias", "questions", "", "stored"), rows, right=("questions",)))
+
+
+@app.command()
+def show(panel: PanelRef, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+    """Show one version: its questions, with adapters, labels and thresholds."""
+    from turret.workspace import Workspace
+
+    report(Workspace(store).panels.show(panel), as_json, _print)
+
+
+@app.command()
+def promote(panel: PanelRef, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+    """Make a version the one that the plain name means. Every adapter must still fit its question."""
+    from turret.workspace import Workspace
+
+    report(Workspace(store).panels.promote(panel), as_json, _print_move)
+
+
+@app.command()
+def rollback(name: Name, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+    """Go back to the version that was promoted before. Another rollback goes further back."""
+    from turret.workspace import Workspace
+
+    report(Workspace(store).panels.rollback(name), as_json, _print_move)
+
+
+def _pairs(key: str, given: Sequence[str] | None) -> dict[str, str]:
+    found = {}
+    for each in given or ():
+        question, equals, value = each.rpartition("=")
+        if not equals:
+            raise BadArgument(f"--{key} {each[:60]!r}: expected QUESTION=VALUE, such as --{key} urgent=…")
+        found[question] = value
+    return found
+
+
+def _number(question: str, text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        raise BadArgument(f"--threshold {question}={text[:40]}: expected a number such as 0.9") from None
+
+
+def _print(panel: Panel) -> None:
+    used = "  [green]production[/]" if panel.production else ""
+    by = f" by {safe(panel.who)}" if panel.who else ""
+    console().print(f"[bold]{safe(panel)}[/]{used}  [dim]{safe(to_minute(panel.created))}{by}[/]")
+    rows = [
+        (
+            f"  [bold]{safe(each.name)}[/]",
+            safe(each.reference),
+            safe(each.type),
+            safe(", ".join(each.labels)),
+            "" if each.threshold is None else f"{each.threshold:g}",
+        )
+        for each in panel.questions
+    ]
+    console().print(columns(("question", "adapter", "type", "labels", "threshold"), rows, right=("threshold",)))
+
+
+def _print_move(move: PanelMove) -> None:
+    name, _, _ = move.panel.partition("@")
+    if not move.changed:
+        console().print(f"[green]{safe(name)}[/] means [bold]{safe(move.panel)}[/] already: nothing moved")
+        return
+    before = move.before or "the newest version"
+    console().print(f"[green]{safe(name)}[/] means [bold]{safe(move.panel)}[/] now; it meant {safe(before)} before")
