@@ -21,7 +21,9 @@ from server.test_end_to_end import bundle
 
 from turret import engine as engine_room
 from turret.server.state import ServerSettings
-from turret.workspace import Workspace
+from turret.tasks.classify import Classify
+from turret.tasks.score import Score
+from turret.workspace import Question, Workspace
 
 put, serve, workspace = servers.put, servers.serve, servers.workspace  # fixtures
 PROGRAMS = Path(__file__).parent / "programs"
@@ -48,6 +50,28 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     base = small_models.save_base("qwen3", folder / "qwen3")
     workspace = Workspace(folder / "store")
     workspace.store.put("a", bundle(folder / "bundle", base, "qwen3", "generate", 1))
+    tokens = [workspace.tokens.create(name, scopes=("infer",))[1] for name in ("one", "two")]
+    engine = workspace.engine(str(base), dtype="float32")
+    running = Running(workspace, engine, ServerSettings(), options=engine_room.SamplingParams).start()
+    yield House(workspace, running, engine, *tokens)
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def deciders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A server with a panel `tickets` of adapters that decide: `topic`, `urgent` and `stars`."""
+    folder = tmp_path_factory.mktemp("deciders")
+    base, words = small_models.save_base("bert", folder / "bert"), small_models.tokenizer("bert")
+    workspace = Workspace(folder / "store")
+    tasks = {
+        "topic": Classify(("bank", "film"), words, 32),
+        "urgent": Classify(("no", "yes"), words, 32),
+        "stars": Score(("1", "2", "3"), words, 32),
+    }
+    for seed, (name, task) in enumerate(tasks.items(), 1):
+        workspace.store.put(name, bundle(folder / name, base, "bert", "classify", seed, task))
+    asked = [Question(name, name) for name in tasks]
+    workspace.panels.create("tickets", [*asked, Question("sure", "topic", threshold=0.999999)])
     tokens = [workspace.tokens.create(name, scopes=("infer",))[1] for name in ("one", "two")]
     engine = workspace.engine(str(base), dtype="float32")
     running = Running(workspace, engine, ServerSettings(), options=engine_room.SamplingParams).start()

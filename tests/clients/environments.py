@@ -45,6 +45,7 @@ CLIENTS = {
     "llama_index": Client(("llama-index-llms-openai-like==0.8.1",)),
     "instructor": Client(("instructor==1.17.0",)),
     "lm_eval": Client(("lm-eval[api]==0.4.13",), ours=True),
+    "typesafe": Client(("typesafe-sdk==0.7.5",)),
     "schemathesis": Client(("schemathesis==4.32.5",)),
     # Helm's own engine, the schemas of Kubernetes, and a linter of Dockerfiles: for tests/deploy.
     "charts": Client(

@@ -76,6 +76,84 @@ def test_llama_index(run, expected) -> None:
     agree(told, expected, "chat", "chat_stream", "completion", "completion_stream")
 
 
+# --- decisions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def decided(deciders) -> dict[str, dict[str, float]]:
+    """The probability of each label by adapter, as the engine gives it without HTTP."""
+    asked = {name: deciders.engine.submit("classify", TEXT, name) for name in ("topic", "urgent", "stars")}
+    return {name: ticket.result(60)["probabilities"] for name, ticket in asked.items()}
+
+
+def near(value: Any) -> Any:
+    return pytest.approx(value, abs=1e-5)
+
+
+def test_openai_for_python_asks_a_panel(run, deciders, decided) -> None:
+    told = run("openai", "openai_decisions.py", URL=deciders.url, TOKEN=deciders.token)
+    kinds = ["Score", "Predicate", "Choice", "Choice", "Refusal"]
+    assert told["types"] == [f"AnswerAnswerResource{kind}" for kind in kinds]
+    assert (told["model"], told["panel"], told["typed"]) == ("tickets@1", "tickets@1", ["bool", "str"])
+    stars, urgent, typed, topic, sure = told["sync"]
+    assert [each["name"] for each in told["sync"]] == ["stars", "urgent", "urgent", "topic", "sure"]
+    assert [(each["label"], each["value"]) for each in stars["probabilities"]] == [("1", 0), ("2", 1), ("3", 2)]
+    assert [each["probability"] for each in stars["probabilities"]] == near(list(decided["stars"].values()))
+    assert stars["score"] == near(decided["stars"]["2"] + 2 * decided["stars"]["3"])
+    assert urgent["probability"] == near(decided["urgent"]["yes"])
+    assert typed["choice"] is (decided["urgent"]["yes"] > decided["urgent"]["no"])
+    assert {each["value"]: each["probability"] for each in topic["probabilities"]} == near(decided["topic"])
+    assert topic["confidence"] == near(max(decided["topic"].values()))
+    assert sure["type"] == "refusal"
+    for other in (told["messages"], told["raw"], *told["async"]):
+        assert alike(other) == alike(told["sync"])
+    assert told["usage"]["total_tokens"] == told["usage"]["input_tokens"] > 0
+    assert told["not_found"][0] == "NotFoundError"
+    assert told["bad_request"][0] == "BadRequestError"
+    assert "no label 'x', panel tickets@1 has 'bank', 'film'" in told["bad_request"][1]
+
+
+def alike(answers: Any) -> Any:
+    """The same without receipts, and with five digits: a pass of other rows may round otherwise."""
+    if isinstance(answers, dict):
+        return {key: alike(value) for key, value in answers.items() if key != "receipt"}
+    if isinstance(answers, list):
+        return [alike(each) for each in answers]
+    return round(answers, 5) if isinstance(answers, float) else answers
+
+
+def test_langchain_asks_a_panel(run, deciders, decided) -> None:
+    told = run("langchain", "langchain_decisions.py", URL=deciders.url, TOKEN=deciders.token)
+    assert told["model"] == "tickets@1"
+    assert told["refusals"] == ["sure"]
+    found = told["sync"]
+    assert found["topic"]["probabilities"] == near(decided["topic"])
+    assert found["urgent"]["probability"] == near(decided["urgent"]["yes"])
+    assert found["stars"]["legend"] == {"0": "1", "1": "2", "2": "3"}
+    assert list(found["stars"]["probabilities"].values()) == near(list(decided["stars"].values()))
+    names = ["stars", "urgent", "topic"]
+    for other in (told["message"], told["async"], *told["batch"]):
+        assert alike([other[name] for name in names]) == alike([found[name] for name in names])
+    assert told["conversation"] == ["stars", "urgent", "topic", "sure"]
+    assert told["tokens"] > 0
+
+
+def test_typesafe_asks_a_panel(run, deciders, decided) -> None:
+    told = run("typesafe", "typesafe_decisions.py", URL=deciders.url, TOKEN=deciders.token)
+    found = told["sync"]
+    assert told["model"] == "tickets@1"
+    assert list(found) == ["stars", "urgent", "topic"], "its client leaves a refusal out"
+    assert told["raw"]["answers"]["sure"]["type"] == "refusal"
+    assert found["topic"]["probabilities"] == near(decided["topic"])
+    assert found["urgent"]["noul"] == near(decided["urgent"]["yes"])
+    assert found["stars"]["score"] == near(decided["stars"]["2"] + 2 * decided["stars"]["3"])
+    assert list(found["stars"]["probabilities"].values()) == near(list(decided["stars"].values()))
+    assert alike(told["json"]) == alike(told["async"]) == alike(found)
+    assert told["tokens"] > 0
+    assert told["bad_request"][0] == "TypeSafeBadRequestError"
+    assert "no label 'x'" in told["bad_request"][1]
+
+
 # --- structured output -----------------------------------------------------------------------------------------------
 
 CALM, LOUD = {"good": True, "tone": "calm"}, {"good": False, "tone": "loud"}

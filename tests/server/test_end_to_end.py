@@ -37,8 +37,8 @@ class House:
     answers: dict[str, list[dict[str, Any]]]  # version -> its answers to TEXTS without a server
 
 
-def bundle(folder: Path, base: Path, family: str, kind: str, seed: int) -> Path:
-    """An adapter of this base with random numbers in every tensor."""
+def bundle(folder: Path, base: Path, family: str, kind: str, seed: int, task: Any = None) -> Path:
+    """An adapter of this base with random numbers in every tensor. task: of a classifier with two outputs."""
     model = AutoModelForSequenceClassification.from_pretrained(base) if kind == "classify" else None
     model = model or AutoModelForCausalLM.from_pretrained(base)
     tokenizer = small_models.tokenizer(family)
@@ -49,7 +49,7 @@ def bundle(folder: Path, base: Path, family: str, kind: str, seed: int) -> Path:
             if each.requires_grad:
                 each.add_(torch.randn(each.shape, generator=draw) * 0.2)
     if kind == "classify":
-        task = Classify(("bad", "good"), tokenizer, max_tokens=32)
+        task = task or Classify(("bad", "good"), tokenizer, max_tokens=32)
         turret.save(model, folder, base=str(base), task=task.spec())
     else:
         said = Generate(tokenizer, "decoder", max_tokens=32, max_target_tokens=12)
