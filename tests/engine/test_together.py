@@ -111,7 +111,8 @@ def test_an_error_in_the_block_leaves_nothing_behind(shelf) -> None:
                 tickets.append(engine.submit("classify", TEXT, "a"))
                 raise ZeroDivisionError
 
-        pytest.raises(ZeroDivisionError, fail)
+        with pytest.raises(ZeroDivisionError):
+            fail()
         assert tickets[0].result(30)["label"]
         assert engine.submit("classify", TEXT, "a").result(30)["label"]
 
@@ -138,6 +139,19 @@ def _error(engine: Any) -> BaseException | None:
     except Busy as error:
         return error
     return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1024, 32])
+def test_400_adapters_answer_one_text(shelf, slots: int) -> None:
+    names = [f"n{number}" for number in range(400)]
+    for number, name in enumerate(names):
+        shelf.put(name, "lora", number)
+    with shelf.engine(slots=slots) as engine:
+        found = [each.result(120) for each in asked(engine, names)]
+    for number in range(0, 400, 40):
+        agree([found[number]], reference(shelf, names[number], [TEXT]))
+    assert len({each["probabilities"]["good"] for each in found}) > 390, "each answers by itself"
 
 
 def test_more_adapters_than_slots_are_answered_in_several_passes(shelf) -> None:

@@ -14,6 +14,7 @@ from store.bundles import tensors, write_bundle
 
 import turret
 from turret.compare.report import write_report
+from turret.store import Question
 
 # --- every page ------------------------------------------------------------------------------------------------------
 
@@ -90,6 +91,7 @@ def test_words_of_others_are_escaped_wherever_they_stand(serve, workspace, tmp_p
         ("/comparisons", "turret compare"),
         ("/playground", "turret train"),
         ("/experiments", "turret experiment start"),
+        ("/panels", "turret panel create"),
     ],
 )
 def test_an_empty_page_says_what_to_run(serve, path, command) -> None:
@@ -109,6 +111,7 @@ def test_what_is_not_there_is_one_line_in_a_page(serve, put) -> None:
         ("/comparisons/none", "no comparison"),
         ("/comparisons/none/report", "no comparison"),
         ("/experiments/a/1", "no experiment"),
+        ("/panels/none", "no panel"),
         ("/static/none.js", "no such file"),
         ("/static/../app.py", ""),
     ):
@@ -184,6 +187,40 @@ def test_the_versions_of_a_comparison_are_one_line_and_promoting_one_keeps_it(se
     assert 'value="a@1" checked' in client.get("/playground").text
     workspace.promote("a@2", "production")
     assert "<summary>a@3 to @4</summary>" in client.get("/adapters/a").text
+
+
+def test_a_panel_shows_its_questions_and_is_moved_by_its_buttons(serve, put, workspace) -> None:
+    put("topic", ece=0.034, accuracy=0.9), put("other")
+    asked = [Question("what", "topic@1", threshold=0.75), Question("how", "other", "score", ("bad", "so-so", "good"))]
+    for questions in (asked, asked[:1]):
+        workspace.panels.create("tickets", questions)
+    client = serve().client()
+    assert "tickets@2" in client.get("/panels").text
+    first = html.unescape(client.get("/panels/tickets?version=1").text)
+    for words in (
+        "topic@1",
+        "0.75",
+        "3.4%",
+        "bad < so-so < good",
+        "90.0%",
+        "Promote tickets@1",
+        "tickets means tickets@2",
+    ):
+        assert words in re.sub(r"</?b>", "", first), words
+    assert post(client, "/panels/tickets/promote", version="1").status_code == 303
+    assert str(workspace.panels.show("tickets")) == "tickets@1"
+    assert "Promote tickets@1" not in client.get("/panels/tickets").text
+    post(client, "/panels/tickets/promote", version="2")
+    assert post(client, "/panels/tickets/rollback").status_code == 303
+    assert str(workspace.panels.show("tickets")) == "tickets@1"
+    assert client.get("/panels/tickets").text.count("promoted to <b>tickets@") == 2
+    assert post(client, "/panels/tickets/promote", version="x").status_code == 400
+    assert post(client, "/panels/tickets/promote", "forged", version="2").status_code == 403
+    assert str(workspace.panels.show("tickets")) == "tickets@1"
+    workspace.delete("topic@1", force=True)
+    gone = client.get("/panels/tickets")
+    assert gone.status_code == 200
+    assert "no topic@1" in gone.text or "no adapter named" in gone.text
 
 
 def test_an_experiment_ramps_and_ends_by_its_buttons(serve, put, workspace) -> None:

@@ -58,6 +58,7 @@ from turret.server.routes import State, router
 from turret.server.state import ServerState
 from turret.server.web import adapters, comparisons, entry, playground, render, system
 from turret.server.web import experiments as experiment_pages
+from turret.server.web import panels as panel_pages
 from turret.server.web import runs as run_pages
 from turret.version import __version__
 
@@ -118,6 +119,7 @@ ROUTERS = (
     run_pages.router,
     comparisons.router,
     playground.router,
+    panel_pages.router,
     experiment_pages.router,
     system.router,
 )

@@ -26,7 +26,19 @@ from turret.turns import Places
 
 # The first part of a page's path. Pages use a session cookie and forms, and answer in HTML.
 PAGES = frozenset(
-    ("", "adapters", "runs", "comparisons", "playground", "experiments", "store", "sign-in", "sign-out", "static")
+    (
+        "",
+        "adapters",
+        "runs",
+        "comparisons",
+        "playground",
+        "panels",
+        "experiments",
+        "store",
+        "sign-in",
+        "sign-out",
+        "static",
+    )
 )
 UNSIGNED = frozenset(("sign-in", "static"))  # open without a session
 INFER_PAGES = frozenset(("", "playground", "sign-out"))  # open to the scope infer; admin opens all pages

@@ -48,7 +48,9 @@ async def panels(request: Request, state: State, form: Sent) -> Response:
     known = {str(each): each for each in await _versions(state)}
     generates = {model: model not in known or _generates(known[model]) for model in models}  # else it is the base
     settings = {"text": text, "max_tokens": form.text("max_tokens"), "temperature": form.text("temperature")}
-    return render.page(request, state, "panels.html.j2", models=models, generates=generates, settings=settings)
+    return render.page(
+        request, state, "playground_answers.html.j2", models=models, generates=generates, settings=settings
+    )
 
 
 @router.post("/playground/answer")

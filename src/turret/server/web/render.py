@@ -40,6 +40,7 @@ PAGES = (
     ("runs", "Runs"),
     ("comparisons", "Comparisons"),
     ("playground", "Playground"),
+    ("panels", "Panels"),
     ("experiments", "Experiments"),
     ("store", "Store"),
 )

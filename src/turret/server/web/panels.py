@@ -1,0 +1,97 @@
+"""The pages of panels: all of them, and one with its questions, versions and moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Annotated
+
+from fastapi import Path, Request, Response
+
+from turret.errors import BadRequest, TurretError
+from turret.server.routes import State
+from turret.server.state import ServerState
+from turret.server.web import render
+from turret.server.web.forms import Sent, pages
+from turret.store import Panel, Question, Version
+
+router = pages()
+Name = Annotated[str, Path(min_length=1, max_length=200)]
+
+
+@dataclass(frozen=True)
+class AskedNow:
+    """A question of a panel, and the version that answers it now."""
+
+    question: Question
+    version: Version | None
+    problem: str | None  # why there is none
+
+    @property
+    def measured(self) -> str:
+        """The calibration error of its test or validation split, if it was measured."""
+        if self.version is not None:
+            for split in ("test", "validation"):
+                if "ece" in (values := self.version.metrics.get(split) or {}):
+                    return render.points(values["ece"])
+        return ""
+
+
+@router.get("/panels")
+async def listing(request: Request, state: State) -> Response:
+    """All names, each with the version that it means."""
+    every = await state.control(state.workspace.panels.list)
+    names = [_meant(list(versions)) for _, versions in groupby(every, key=lambda each: each.name)]
+    return render.page(request, state, "panels.html.j2", names=names)
+
+
+@router.get("/panels/{name}")
+async def show(request: Request, state: State, name: Name, version: int | None = None) -> Response:
+    """One panel: the questions of a version, all versions, and the moves of the plain name."""
+    reference = name if version is None else f"{name}@{version}"
+    values = await state.control(_values, state, reference)
+    return render.page(request, state, "panel.html.j2", **values)
+
+
+@router.post("/panels/{name}/promote")
+async def post_promote(request: Request, state: State, name: Name, form: Sent) -> Response:
+    """Make a version the one that the plain name means."""
+    number = form.text("version")
+    if not number.isdecimal():
+        raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
+    await state.control(state.workspace.panels.promote, f"{name}@{int(number)}")
+    return render.redirect(request, f"/panels/{name}")
+
+
+@router.post("/panels/{name}/rollback")
+async def post_rollback(request: Request, state: State, name: Name, form: Sent) -> Response:
+    """Go back to the version that was promoted before."""
+    await state.control(state.workspace.panels.rollback, name)
+    return render.redirect(request, f"/panels/{name}")
+
+
+def _meant(versions: Sequence[Panel]) -> tuple[Panel, int]:
+    """What the plain name means, and how many versions it has."""
+    return next((each for each in versions if each.production), versions[-1]), len(versions)
+
+
+def _values(state: ServerState, reference: str) -> render.Context:
+    panels = state.workspace.panels
+    panel = panels.show(reference)
+    own = [each for each in panels.list() if each.name == panel.name]
+    moves = panels.moves(panel.name)
+    return {
+        "panel": panel,
+        "meant": _meant(own)[0],
+        "versions": own[::-1],
+        "moves": moves[::-1],
+        "asked": [_asked(state, each) for each in panel.questions],
+    }
+
+
+def _asked(state: ServerState, question: Question) -> AskedNow:
+    try:
+        return AskedNow(question, state.workspace.resolve(state.aliases.exact(question.adapter)), None)
+    except TurretError as error:
+        return AskedNow(question, None, str(error))
