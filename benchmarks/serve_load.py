@@ -23,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,14 @@ def measure(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     count = options.requests if kind == "encoder" else options.requests // 4
     asked = filled(kind, folder, count, options)
     offline = one_batch(kind, folder, asked, options)
+    with serving(kind, folder, options) as url:
+        found = asyncio.run(all_clients(url, kind, asked, options))
+    return {"requests": len(found["seconds"]), "asked": count, "offline": offline, **found}
+
+
+@contextmanager
+def serving(kind: str, folder: Path, options: argparse.Namespace) -> Iterator[str]:
+    """A server in a process of its own; its URL."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     command = [sys.executable, "-m", "turret", "serve", "--base", BASES[kind], "--dtype", options.dtype, "--port", "0",
                "--store", str(folder / "store"), "--json"]  # fmt: skip
@@ -68,14 +77,13 @@ def measure(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, A
             line = server.stdout.readline()
             if not line:
                 raise SystemExit(f"the server did not start: {(folder / 'log').read_text()[-500:]}")
-            found = asyncio.run(all_clients(json.loads(line)["url"], kind, asked, options))
+            yield json.loads(line)["url"]
         finally:
             server.send_signal(signal.SIGTERM)
             try:
                 server.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 server.kill()
-    return {"requests": len(found["seconds"]), "asked": count, "offline": offline, **found}
 
 
 def filled(kind: str, folder: Path, count: int, options: argparse.Namespace) -> list[Asked]:

@@ -167,6 +167,23 @@ class AsyncClient:
             body["coverage"] = coverage
         return _answer(await self._send("POST", "/v1/classify", body))
 
+    async def decide(
+        self, text: str | Messages, questions: Sequence[JsonMapping], model: str, *, unit: str | None = None
+    ) -> JsonMapping:
+        """Ask questions about a text: `answers` in their order, each with its `version` and `receipt`, and `usage`.
+
+        Args:
+            text: A text, or messages.
+            questions: As OpenAI's `/v1/decisions` takes them; `instructions` may be left out.
+            model: A panel: name or name@3; or an adapter.
+            unit: The unit of an experiment.
+        """
+        asked = [{"instructions": "", **each} for each in questions]
+        given = text if isinstance(text, str) else [dict(each) for each in text]
+        body = {"model": model, "input": given, "questions": asked, **_user(unit)}
+        found: JsonMapping = (await self._send("POST", "/v1/decisions", body)).json()
+        return found
+
     async def complete(
         self,
         prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
