@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from server.conftest import Running
 from server.echo import FINGERPRINT, LABELS, Echo, probabilities
 from store.bundles import tensors, write_bundle
 
+from turret import AsyncClient
+from turret.errors import BadRequest
 from turret.experiments import Guards
 from turret.server.limits import RequestLimits
 from turret.server.quotas import Quota
@@ -363,6 +366,24 @@ def test_a_question_of_systemone_that_does_not_fit_is_one_line(house, question, 
     got = one(house.client, TEXT, {"topic": question})
     assert got.status_code == 400
     assert says in got.json()["error"]["message"]
+
+
+# --- the client -------------------------------------------------------------------------------------------------------
+
+
+def test_turrets_own_client_asks_a_panel(house) -> None:
+    async def decide() -> Any:
+        async with AsyncClient(house.running.url) as client:
+            with pytest.raises(BadRequest, match="no label 'odd'"):
+                await client.decide(TEXT, [choice("topic", "good", "odd")], "tickets")
+            asked = [{"type": "choice", "name": "topic", "choices": [{"value": label} for label in LABELS]}]
+            texts = (TEXT, [{"role": "user", "content": TEXT}])
+            return [await client.decide(text, asked, "tickets", unit="ann") for text in texts]
+
+    for found in asyncio.run(decide()):
+        assert found["model"] == "tickets@1"
+        given = {each["value"]: each["probability"] for each in found["answers"][0]["probabilities"]}
+        assert given == pytest.approx(said(house.versions["topic"]))
 
 
 # --- as for /v1/classify ----------------------------------------------------------------------------------------------
