@@ -22,7 +22,9 @@ from turret import engine as engine_room
 from turret.server.state import ServerSettings
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
-from turret.workspace import Workspace, serving
+from turret.tasks.questions import Questions
+from turret.tasks.score import Score
+from turret.workspace import Question, Workspace, serving
 
 TOLERANCE = 2e-2  # of a probability: the base is bfloat16 if the processor supports it
 TEXTS = ["a great film", "a dull story about the bank", "quick"]
@@ -37,9 +39,10 @@ class House:
     answers: dict[str, list[dict[str, Any]]]  # version -> its answers to TEXTS without a server
 
 
-def bundle(folder: Path, base: Path, family: str, kind: str, seed: int, task: Any = None) -> Path:
-    """An adapter of this base with random numbers in every tensor. task: of a classifier with two outputs."""
-    model = AutoModelForSequenceClassification.from_pretrained(base) if kind == "classify" else None
+def bundle(folder: Path, base: Path, family: str, kind: str, seed: int, task: Any = None, outputs: int = 2) -> Path:
+    """An adapter of this base with random numbers in every tensor. task: of a classifier with so many outputs."""
+    classifies = kind == "classify"
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs) if classifies else None
     model = model or AutoModelForCausalLM.from_pretrained(base)
     tokenizer = small_models.tokenizer(family)
     draw = torch.Generator().manual_seed(seed)
@@ -48,7 +51,7 @@ def bundle(folder: Path, base: Path, family: str, kind: str, seed: int, task: An
         for each in model.parameters():
             if each.requires_grad:
                 each.add_(torch.randn(each.shape, generator=draw) * 0.2)
-    if kind == "classify":
+    if classifies:
         task = task or Classify(("bad", "good"), tokenizer, max_tokens=32)
         turret.save(model, folder, base=str(base), task=task.spec())
     else:
@@ -85,6 +88,30 @@ def classifier(tmp_path_factory) -> Iterator[House]:
 
 
 @pytest.fixture(scope="module")
+def deciders(tmp_path_factory) -> Iterator[House]:
+    """Adapters that decide, of different methods of answering, and a panel `tickets` of all of them."""
+    folder = tmp_path_factory.mktemp("deciders")
+    base, words = small_models.save_base("bert", folder / "bert"), small_models.tokenizer("bert")
+    workspace = Workspace(folder / "store")
+    heads = ("tone: calm", "tone: angry", "urgent: no", "urgent: yes")
+    tasks = {
+        "topic": (Classify(("bank", "film", "story"), words, 32), 3),
+        "stars": (Score(("1", "2", "3"), words, 32), 2),
+        "heads": (Questions(heads, words, 32), 4),
+        "many": (Classify(("rude", "spam"), words, 32, multi_label=True), 2),
+    }
+    for seed, (name, (task, outputs)) in enumerate(tasks.items(), 1):
+        made = bundle(folder / name, base, "bert", "classify", seed, task, outputs)
+        workspace.store.put(name, made)
+    parts = ("topic", "stars", "heads", "many#spam")
+    workspace.panels.create("tickets", [Question("", reference) for reference in parts])
+    engine = workspace.engine(str(base), dtype="float32")
+    running = Running(workspace, engine, ServerSettings(), options=engine_room.SamplingParams)
+    yield House(workspace, running.start(), {})
+    running.stop()
+
+
+@pytest.fixture(scope="module")
 def generator(tmp_path_factory) -> Iterator[House]:
     made = house(tmp_path_factory.mktemp("generator"), "qwen3", "generate")
     yield made
@@ -114,6 +141,42 @@ def test_a_promote_by_another_process_is_followed(classifier, until) -> None:
     until(lambda: version() == "a@2", seconds=5)
     Workspace(classifier.workspace.store.root).rollback("a")
     until(lambda: version() == "a@1", seconds=5)
+
+
+def test_a_panel_answers_in_one_pass_with_what_each_adapter_says_alone(deciders) -> None:
+    client = deciders.running.client()
+    sent = [{"model": name, "input": TEXTS[1]} for name in ("topic", "stars", "heads", "many")]
+    topic, stars, heads, many = (client.post("/v1/classify", json=each).json()["data"][0] for each in sent)
+    choices = {
+        "topic": ("story", "bank", "film"),
+        "tone": ("angry", "calm"),
+        "urgent": (True, False),
+    }
+    questions: list[dict[str, Any]] = [
+        {"type": "choice", "name": name, "instructions": "", "choices": [{"value": each} for each in values]}
+        for name, values in choices.items()
+    ]
+    levels = [{"label": each} for each in "123"]
+    questions += [
+        {"type": "score", "name": "stars", "instructions": "", "levels": levels},
+        {"type": "predicate", "name": "spam", "instructions": ""},
+    ]
+    before = deciders.running.engine.stats()
+    got = client.post("/v1/decisions", json={"model": "tickets", "input": TEXTS[1], "questions": questions})
+    assert got.status_code == 200, got.text
+    after = deciders.running.engine.stats()
+    assert (after.passes, after.answers) == (before.passes + 1, before.answers + 4), "one pass of four rows"
+    *chosen, graded, spam = got.json()["answers"]
+    found = [{each["value"]: each["probability"] for each in answer["probabilities"]} for answer in chosen]
+    assert found[0] == pytest.approx(topic["probabilities"], abs=1e-5)
+    assert found[1] == pytest.approx(heads["answers"]["tone"]["probabilities"], abs=1e-5)
+    urgent = heads["answers"]["urgent"]["probabilities"]
+    assert found[2] == pytest.approx({True: urgent["yes"], False: urgent["no"]}, abs=1e-5)
+    assert [each["probability"] for each in graded["probabilities"]] == pytest.approx(
+        list(stars["probabilities"].values()), abs=1e-5
+    )
+    assert spam["probability"] == pytest.approx(many["probabilities"]["spam"], abs=1e-5)
+    assert len({answer["receipt"] for answer in got.json()["answers"]}) == 4
 
 
 def test_a_text_over_http_whole_and_in_pieces_is_that_of_the_stored_version(generator) -> None:
