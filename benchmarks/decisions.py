@@ -1,11 +1,11 @@
 """Claim: many questions about one text in one request take much less time than as many requests to `/v1/classify`.
 
-A `turret serve` process on loopback with 32 different LoRAs that classify, on one base, and panels of 1, 8 and 32 of
-them. The same adapters are asked in three ways that take turns, text by text: one request to `/v1/decisions`; as many
-requests to `/v1/classify` at once; as many one after another. Then the first two by 8 clients at once, for the
-throughput. Answers of all ways are compared.
+A `turret serve` process on loopback with 32 different adapters that classify, on one base, and panels of 1, 8 and 32
+of them: LoRAs, and heads alone, for which the base reads a text once. The same adapters are asked in three ways that
+take turns, text by text: one request to `/v1/decisions`; as many requests to `/v1/classify` at once; as many one
+after another. Then the first two by 8 clients at once, for the throughput. Answers of all ways are compared.
 
-    python benchmarks/decisions.py              about two minutes
+    python benchmarks/decisions.py              a few minutes
     python benchmarks/decisions.py --report
 """
 
@@ -18,18 +18,21 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import record
-from serve_load import filled, serving
+from serve_load import ADAPTERS, filled, serving
 
 import turret
+from turret.bundles import read_bundle, save_bundle
 from turret.workspace import Workspace
 
 NAME = "decisions"
 CLAIM = "8 questions about one text in one request take less than half the time of 8 requests at once"
 COUNTS = (1, 8, 32)  # questions
+METHODS = {"lora": "a", "head": "h"}  # the letter of their names
 WAYS = ("one request", "requests at once", "requests in turn")
 Ask = Callable[[str, int], Awaitable[list[dict[str, float]]]]  # text, questions -> probabilities by adapter
 
@@ -49,30 +52,37 @@ def main() -> None:
     print(report(record.newest(record.load(NAME), lambda run: repr(run["settings"]))))
 
 
-def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     texts = [text for _, text in filled("encoder", folder, options.texts, options)]
     workspace = Workspace(folder / "store")
-    for count in COUNTS:
-        workspace.panels.create(f"p{count}", {f"a{number}": f"a{number}" for number in range(count)})
+    for number in range(ADAPTERS):
+        with_lora = read_bundle(folder / f"a{number}")
+        save_bundle(replace(with_lora, method=turret.Head(), tensors={}), folder / f"h{number}")
+        workspace.store.put(f"h{number}", folder / f"h{number}")
+        workspace.promote(f"h{number}@1", "production")
+    for letter in METHODS.values():
+        for count in COUNTS:
+            names = [f"{letter}{number}" for number in range(count)]
+            workspace.panels.create(f"p{letter}{count}", {name: name for name in names})
     labels = workspace.resolve("a0").part("task")["labels"]
     with serving("encoder", folder, options) as url:
-        return asyncio.run(all_ways(url, texts, labels, options))
+        return {each: asyncio.run(all_ways(url, letter, texts, labels, options)) for each, letter in METHODS.items()}
 
 
 async def all_ways(
-    url: str, texts: Sequence[str], labels: Sequence[str], options: argparse.Namespace
+    url: str, letter: str, texts: Sequence[str], labels: Sequence[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     choices = [{"value": label} for label in labels]
 
     async with turret.AsyncClient(url) as client:
 
         async def one_request(text: str, count: int) -> list[dict[str, float]]:
-            questions = [{"type": "choice", "name": f"a{number}", "choices": choices} for number in range(count)]
-            found = await client.decide(text, questions, f"p{count}")
+            questions = [{"type": "choice", "name": f"{letter}{number}", "choices": choices} for number in range(count)]
+            found = await client.decide(text, questions, f"p{letter}{count}")
             return [{each["value"]: each["probability"] for each in one["probabilities"]} for one in found["answers"]]
 
         async def classified(text: str, number: int) -> dict[str, float]:
-            return (await client.classify(text, f"a{number}")).probabilities[0]
+            return (await client.classify(text, f"{letter}{number}")).probabilities[0]
 
         async def at_once(text: str, count: int) -> list[dict[str, float]]:
             return await asyncio.gather(*(classified(text, number) for number in range(count)))
@@ -130,7 +140,7 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
             one, once, turn = (seconds[way] for way in WAYS)
             rates = run["texts_per_second"][count]
             rows.append([
-                f"{count} questions, {settings['dtype']}, {settings['threads']} threads",
+                f"{count} questions, {settings['method']}, {settings['dtype']}, {settings['threads']} threads",
                 *(f"{1e3 * statistics.median(each):.1f}" for each in (one, once, turn)),
                 record.shown(record.ratio(once, one)), record.shown(record.ratio(turn, one)),
                 *(f"{rates[way]:.1f}" for way in WAYS[:2]),

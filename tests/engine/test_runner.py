@@ -245,3 +245,26 @@ def test_a_small_encoder_takes_longer_passes_than_others() -> None:
     assert (pass_tokens(encoder), pass_tokens(decoder)) == (1024, 512)
     encoder.model.config.num_hidden_layers = 400
     assert pass_tokens(encoder) == 512
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@torch.no_grad()
+def test_heads_on_the_bare_base_share_the_body_of_rows_with_the_same_tokens(family: str) -> None:
+    kinds = ["head", "head", "lora", "head", "head"]
+    adapters, models = zip(
+        *(adapter_of(family, "classify", kind, seed) for seed, kind in enumerate(kinds, 1)), strict=True
+    )
+    runner = runner_of(family, "classify", list(adapters))
+    same, other = with_eos(runner.model, rows(lengths=(9, 7)))
+    asked = [(same, 1), (same, 2), (same, 3), (same, 4), (other, 5), (same, 1)]
+    passed: list[int] = []
+    hook = runner.model.base_model.register_forward_pre_hook(
+        lambda _, __, given: passed.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        outcome = runner.run([Prefill(row.tolist(), slot) for row, slot in asked])
+    finally:
+        hook.remove()
+    assert passed == [2 * len(same) + len(other)], "one body for the heads, one for the LoRA, one for the other text"
+    for (row, slot), logits in zip(asked, outcome.classes, strict=True):
+        torch.testing.assert_close(logits, classify_logits(models[slot - 1], [row])[0], atol=1e-5, rtol=1e-5)

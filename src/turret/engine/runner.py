@@ -164,9 +164,10 @@ class Runner:
         rows = [prefill[row] for row in order]
         step_order = sorted(range(len(steps)), key=lambda row: (id(steps[row].kv_slot.block), steps[row].kv_slot.index))
         sorted_steps = [steps[row] for row in step_order]
-        states = self._body(rows, sorted_steps)
+        bodies, body = self._bodies(rows)
+        states = self._body(bodies, sorted_steps)
         self._grow(rows, sorted_steps)
-        return self._outcome(prefill, steps, rows, order, step_order, states)
+        return self._outcome(prefill, steps, rows, order, step_order, states, body)
 
     def _begun(self, row: Prefill) -> Prefill:
         """What is left of a prompt for its last pass. The passes before it run here, each of one part of the prompt."""
@@ -183,6 +184,25 @@ class Runner:
         return parts[-1]
 
     # --- the body -----------------------------------------------------------------------------------------------------
+
+    def _bodies(self, rows: Sequence[Prefill]) -> tuple[list[Prefill], list[int]]:
+        """The rows that pass through the body, and for each row which of them it is.
+
+        Rows with the same tokens share one if their adapters have only a head, which reads the bare base.
+        """
+        bodies: list[Prefill] = []
+        body: list[int] = []
+        known: dict[tuple[Sequence[int], ...], int] = {}
+        for row in rows:
+            place = len(bodies)
+            if row.kv_slot is None and row.pooling is None and row.read is None:
+                loaded = self.adapter_pool.at(row.slot)
+                if loaded is not None and loaded.bare_body:
+                    place = known.setdefault((tuple(row.ids), tuple(row.segments or ())), place)
+            if place == len(bodies):
+                bodies.append(row)
+            body.append(place)
+        return bodies, body
 
     def _body(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
         if self.base.family.rows_alone:
@@ -342,24 +362,25 @@ class Runner:
         order: Sequence[int],
         step_order: Sequence[int],
         states: _States,
+        body: Sequence[int],
     ) -> Outcome:
         hidden, ends = states.hidden, list(accumulate(states.lengths))
         starts = [0, *ends]
         classes: dict[int, Tensor] = {}
         places = [place for place, row in enumerate(rows) if row.kv_slot is None and row.pooling is None]
         if texts := [place for place in places if rows[place].read is None]:
-            pooled = pool(self._pooling, hidden, states.lengths)  # (prefill rows, D)
+            pooled = pool(self._pooling, hidden, states.lengths)  # (bodies, D)
             slots, counts = [rows[place].slot for place in texts], [1] * len(texts)
-            logits = self.adapter_pool.logits("classify", slots, counts, pooled[texts])
+            logits = self.adapter_pool.logits("classify", slots, counts, pooled[[body[place] for place in texts]])
             classes = {order[place]: row[0] for place, row in zip(texts, logits, strict=True)}
         if tagged := [(place, own) for place in places if (own := rows[place].read) is not None]:
-            index = [starts[place] + token for place, taken in tagged for token in taken]
+            index = [starts[body[place]] + token for place, taken in tagged for token in taken]
             slots, counts = [rows[place].slot for place, _ in tagged], [len(taken) for _, taken in tagged]
             read = hidden[copied(torch.tensor(index), hidden.device)]
             logits = self.adapter_pool.logits("tag", slots, counts, read)
             classes |= {order[place]: row for (place, _), row in zip(tagged, logits, strict=True)}
-        vectors = {order[place]: row for place, row in self._embedded(rows, states).items()}
-        last = {order[place]: ends[place] - 1 for place, row in enumerate(rows) if row.kv_slot is not None}
+        vectors = {order[place]: row for place, row in self._embedded(rows, states, body).items()}
+        last = {order[place]: ends[body[place]] - 1 for place, row in enumerate(rows) if row.kv_slot is not None}
         tokens = [last[row] for row in sorted(last)]
         first_step = hidden.shape[0] - len(step_order)
         step_token = {row: first_step + place for place, row in enumerate(step_order)}
@@ -369,7 +390,7 @@ class Runner:
         if tokens:
             read = hidden[copied(torch.tensor(tokens), hidden.device)]
             vocabulary = vocabulary_logits(self.model, read, slots).float()
-        first = dict(zip(order, starts, strict=False))
+        first = {row: starts[own] for row, own in zip(order, body, strict=True)}
         prompts = {
             place: self._prompt_logprobs(prefill[row], hidden[first[row] : last[row]], count)
             for place, row in enumerate(sorted(last))
@@ -383,12 +404,13 @@ class Runner:
             prompts,
         )
 
-    def _embedded(self, rows: Sequence[Prefill], states: _States) -> dict[int, Tensor]:
+    def _embedded(self, rows: Sequence[Prefill], states: _States, body: Sequence[int]) -> dict[int, Tensor]:
         """The pooled hidden states (D,) of each row to embed, by its place, float32 on the CPU."""
         found: dict[int, Tensor] = {}
         for pooling in {row.pooling for row in rows if row.pooling is not None}:
             places = [place for place, row in enumerate(rows) if row.pooling == pooling]
-            pooled = pool(pooling, states.read.float(), states.read_lengths)[places].cpu()  # (B, D)
+            own = [body[place] for place in places]
+            pooled = pool(pooling, states.read.float(), states.read_lengths)[own].cpu()  # (B, D)
             found |= dict(zip(places, pooled, strict=True))
         return found
 
