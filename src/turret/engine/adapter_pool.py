@@ -23,6 +23,7 @@ from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, head_paths, require_base
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
 from turret.adapters.hooks import HookedModel, device_of, hook_model, routed_linear, routed_whole, target_paths
+from turret.adapters.layers import named
 from turret.adapters.lora import sizes
 from turret.adapters.scaled import LayerChange
 from turret.adapters.tuners.tuner import all_parts
@@ -200,6 +201,12 @@ class AdapterPool:
         plain = [linear.weight for linear in linears if not quantized.packed(linear.base_layer)]
         self._weights = [torch.empty(0, dtype=self.dtype, device=self.device), *plain]
         self.attached.context.adapter_pool = self
+        fast = family.fast  # only where a layer gets nothing but the output of the one before it
+        self.layers = [each for each in model.modules() if fast.layout == "post-norm" and named(each, fast.layers)]
+        numbers = (
+            (layer, self._number.get(id(each))) for layer, own in enumerate(self.layers) for each in own.modules()
+        )
+        self._layer_of = {number: layer for layer, number in numbers if number is not None}
         self._slots: dict[int, AdapterTensors] = {}
         self._rows: dict[str, MixedRows] = {}  # of the current pass, by stream
         self._latest: tuple[Sequence[AdapterTensors | None], Sequence[Stack] | None] = (), None  # of the decode rows
@@ -286,6 +293,20 @@ class AdapterPool:
     def at(self, slot: int) -> AdapterTensors | None:
         """The adapter in a slot; None for the bare base."""
         return None if slot == BARE else self._slots[slot]
+
+    def is_bare(self, slot: int) -> bool:
+        """Whether the body computes for a slot what the bare base does: its adapter has only a head."""
+        own = self.at(slot)
+        return own is None or (own.layout is None and not (own.prefix or own.scaled or own.whole))
+
+    def first_layer(self, slot: int) -> int:
+        """The number of the first of `layers` that an adapter changes; `len(layers)` if it changes none."""
+        own = self.at(slot)
+        if own is None or self.is_bare(slot):
+            return len(self.layers)
+        if own.layout is None or own.prefix or own.scaled or own.whole:
+            return 0
+        return min(self._layer_of.get(place.layer, 0) for place in own.layout.places)
 
     # --- a pass -------------------------------------------------------------------------------------------------------
 

@@ -89,11 +89,6 @@ class AdapterTensors:
         return list({id(tensor): tensor for tensor in every}.values())
 
     @property
-    def bare_body(self) -> bool:
-        """Whether it has only a head, so that the body computes what the bare base does."""
-        return self.layout is None and not (self.prefix or self.scaled or self.whole)
-
-    @property
     def rank(self) -> int:
         """The rank of its LoRA; 0 without one."""
         return 0 if self.layout is None else self.layout.rank

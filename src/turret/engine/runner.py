@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turret.adapters.batch_context import BARE, set_context
 from turret.adapters.hooks import detach
@@ -39,6 +39,9 @@ PROMPT_ROWS = 128  # tokens of a prompt whose scores are in memory at a time
 SMALL = 5000  # layers times width of an encoder that gets long passes
 
 
+_Text = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens of a row and their segments
+
+
 @dataclass(frozen=True)
 class Prefill:
     """A row that begins."""
@@ -52,6 +55,16 @@ class Prefill:
     segments: Sequence[int] | None = None  # of each token; None: all are in the first
     read: Sequence[int] | None = None  # the tokens that a head for tokens reads; None: a head reads the text
     earlier: int = 0  # tokens of the prompt that earlier passes have read; they are in the KV slot
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a head reads the whole text."""
+        return self.kv_slot is None and self.pooling is None and self.read is None
+
+    @property
+    def text(self) -> _Text:
+        """What rows have in common that the bare base computes once."""
+        return tuple(self.ids), tuple(self.segments or ())
 
     @property
     def row(self) -> Tensor:
@@ -77,6 +90,16 @@ class Outcome:
     embeddings: list[Tensor]  # (D,) float32 on the CPU for each text to embed
     vocabulary: Tensor  # (prefill rows with a KV slot + decode rows, V) float32
     prompts: dict[int, list[TokenLogprobs]]  # by place among the prefill rows with a KV slot: tokens after the first
+
+
+class _Shared(NamedTuple):
+    """The rows that pass through the lower layers, for each row of the pass which of them it is, and the first layer
+    that all rows pass through.
+    """
+
+    rows: list[Prefill]
+    row: list[int]
+    layers: int
 
 
 class _States(NamedTuple):
@@ -192,17 +215,35 @@ class Runner:
         """
         bodies: list[Prefill] = []
         body: list[int] = []
-        known: dict[tuple[Sequence[int], ...], int] = {}
+        known: dict[_Text, int] = {}
         for row in rows:
             place = len(bodies)
-            if row.kv_slot is None and row.pooling is None and row.read is None:
-                loaded = self.adapter_pool.at(row.slot)
-                if loaded is not None and loaded.bare_body:
-                    place = known.setdefault((tuple(row.ids), tuple(row.segments or ())), place)
+            if row.classifies and self.adapter_pool.is_bare(row.slot):
+                place = known.setdefault(row.text, place)
             if place == len(bodies):
                 bodies.append(row)
             body.append(place)
         return bodies, body
+
+    def _shared(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _Shared | None:
+        """What rows with the same tokens share, because their adapters change only layers above."""
+        pool, groups = self.adapter_pool, dict[_Text, list[int]]()
+        if steps or not pool.layers or any(not row.classifies for row in rows):
+            return None
+        for place, row in enumerate(rows):
+            if pool.first_layer(row.slot) > 0:
+                groups.setdefault(row.text, []).append(place)
+        several = [places for places in groups.values() if len(places) > 1]
+        if not several:
+            return None
+        number = {place: own for own, places in enumerate(several) for place in places}
+        lower = [replace(rows[places[0]], slot=BARE) for places in several]
+        for place, row in enumerate(rows):
+            if place not in number:
+                number[place] = len(lower)
+                lower.append(row)
+        first = min(pool.first_layer(rows[place].slot) for places in several for place in places)
+        return _Shared(lower, [number[place] for place in range(len(rows))], first)
 
     def _body(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
         if self.base.family.rows_alone:
@@ -224,16 +265,18 @@ class Runner:
     def _single_stack(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
         """An encoder or a decoder."""
         family = self.base.family
+        kind, shared = family.kind, self._shared(rows, steps)
+        lower = rows if shared is None else shared.rows
+        ids, call = self._tokens(lower, steps)
         lengths = [len(row.ids) for row in rows]
-        ids, call = self._tokens(rows, steps)
-        starts = [self._start(row.slot) + row.earlier for row in rows]
-        positions = _positions(lengths, starts, [self._at(step) for step in steps], self._offset)
-        kind = family.kind
-        spans = [{"decoder": span} for span in _spans(lengths)]
         read = self._read(rows, steps, lengths)
         if family.decoder_only:
             call["use_cache"] = False
-        with self._pass(rows, steps, {kind: lengths}, spans, {kind: positions}, read):
+        counts = [len(row.ids) for row in lower]
+        starts = [self._start(row.slot) + row.earlier for row in lower]
+        positions = _positions(counts, starts, [self._at(step) for step in steps], self._offset)
+        spans = [{"decoder": span} for span in _spans(counts)]
+        with self._pass(lower, steps, {kind: counts}, spans, {kind: positions}, read), self._widening(rows, shared):
             output = self.model.base_model(
                 input_ids=ids,
                 attention_mask=ready_mask(ids),
@@ -242,6 +285,29 @@ class Runner:
             )
         lengths = lengths if read is None else [1] * len(lengths)
         return _States(output[0][0], lengths, output[0][0], lengths)
+
+    @contextmanager
+    def _widening(self, rows: Sequence[Prefill], shared: _Shared | None) -> Iterator[None]:
+        """From the first layer that rows do not share, the pass has all of them."""
+        if shared is None:
+            yield
+            return
+        spans = _spans([len(row.ids) for row in shared.rows])
+        index = copied(torch.tensor([token for own in shared.row for token in range(*spans[own])]), self.device)
+        pool, slots = self.adapter_pool, [row.slot for row in rows]
+        lengths = {self.base.family.kind: tuple(len(row.ids) for row in rows)}
+
+        def widen(layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            context = pool.attached.context
+            context.slots, context.lengths, context.memo = tuple(slots), lengths, {}
+            pool.begin(slots, lengths, [])
+            return given[0].index_select(1, index), *given[1:]  # (1, tokens of the shared rows, D) -> (1, N, D)
+
+        hook = pool.layers[shared.layers].register_forward_pre_hook(widen)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _read(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep], lengths: Sequence[int]) -> Tensor | None:
         """(B,) int64, the only tokens that a pass of texts to classify reads, if its last layer computes them alone."""
