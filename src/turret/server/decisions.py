@@ -44,7 +44,12 @@ class Asked:
 
     name: str | None
     type: QuestionType
-    values: tuple[Value, ...]
+    values: tuple[Value, ...] = ()
+
+    @property
+    def decision(self) -> Decision:
+        """The question as it was asked."""
+        return Decision(self.type, tuple(map(str, self.values)))
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ def _matched(asked: Asked, decision: Decision, type_: QuestionType | None, who: 
         if label in labels:
             raise BadRequest(f"{what}: {shown(label, 40)} is asked for twice: give each value once")
         labels.append(label)
-    if asked.type == "score" and decision.type == "score":
+    if asked.decision.ordered and decision.ordered:
         places = [decision.labels.index(label) for label in labels]
         if places != sorted(places):
             raise BadRequest(f"{what}: the levels are not in their order, from the lowest to the highest: {known}")
@@ -290,7 +295,7 @@ class AskedPredicate(AskedQuestion):
     type: Literal["predicate"]
 
     def asked(self) -> Asked:
-        return Asked(self.name, self.type, ())
+        return Asked(self.name, self.type)
 
 
 class Choice(Model):
@@ -485,7 +490,7 @@ class SystemQuestion(Model):
     def asked(self, name: str) -> Asked:
         """Raises BadRequest."""
         if self.type == "noul":
-            return Asked(name, "predicate", ())
+            return Asked(name, "predicate")
         form = dict if self.type == "choice" else list
         if not isinstance(self.criteria, form) or not 1 <= len(self.criteria) <= MOST_LABELS:
             what = "an object from its labels" if form is dict else "a list of its levels"

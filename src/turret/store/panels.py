@@ -355,10 +355,11 @@ def _create(connection: Connection, name: str, questions: Sequence[Question]) ->
         panel_id, last = insert_row(connection, panels, row), 0
     else:
         panel_id, last = known
-    content = [each.as_json() for each in questions]
     for row in connection.execute(_rows(connection).where(panels.c.name == name)).mappings():
-        if row["questions"] == content and (same := _seen(connection, _panel(row))) is not None:
+        same = _seen(connection, _panel(row))
+        if same is not None and same.questions == tuple(questions):
             return same
+    content = [each.as_json() for each in questions]
     values = {"panel_id": panel_id, "number": last + 1, "questions": content, "created": at, "who": who()}
     connection.execute(insert(panel_versions).values(values))
     connection.execute(update(panels).where(panels.c.id == panel_id).values(last_number=last + 1))

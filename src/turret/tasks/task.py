@@ -109,6 +109,11 @@ class Decision:
     type: QuestionType
     labels: tuple[str, ...]
 
+    @property
+    def ordered(self) -> bool:
+        """Whether the labels are levels, from the lowest to the highest."""
+        return self.type == "score"
+
     @classmethod
     def among(cls, labels: Sequence[str]) -> Decision:
         """A predicate if the labels are yes and no, true and false, or 1 and 0; else a choice."""
