@@ -148,8 +148,10 @@ def _pairs(key: str, given: Sequence[str] | None) -> dict[str, str]:
 
 
 def _number(question: str, text: str | None) -> float | None:
+    if text is None:
+        return None
     try:
-        return None if text is None else float(text)
+        return float(text)
     except ValueError:
         raise BadArgument(f"--threshold {question}={text[:40]}: expected a number such as 0.9") from None
 

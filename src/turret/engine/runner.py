@@ -295,7 +295,7 @@ class Runner:
         spans = _spans([len(row.ids) for row in shared.rows])
         index = copied(torch.tensor([token for own in shared.row for token in range(*spans[own])]), self.device)
         pool, slots = self.adapter_pool, [row.slot for row in rows]
-        lengths = {self.base.family.kind: tuple(len(row.ids) for row in rows)}
+        lengths: dict[str, tuple[int, ...]] = {self.base.family.kind: tuple(len(row.ids) for row in rows)}
 
         def widen(layer: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             context = pool.attached.context

@@ -115,9 +115,9 @@ def plan(state: ServerState, model: str, asked: Sequence[Asked]) -> tuple[Panel 
         raise state.missing_model(model, error) from None
     found, planned = decisions_of(version), []
     for each in asked:
-        part = "" if "" in found else each.name
+        part = "" if "" in found else each.name or ""
         if part not in found:
-            what = "a question has no name" if part is None else f"no question {shown(part, 40)}"
+            what = f"no question {shown(part, 40)}" if part else "a question has no name"
             raise BadRequest(f"{what}: {version} answers {listed(found, 160)}")
         decision = found[part]
         labels = _matched(each, decision, decision.type if decision.type != "choice" else None, str(version))
@@ -363,7 +363,7 @@ def _part_text(part: InputText | InputJson | InputRefusal) -> str:
     return part.text if isinstance(part, InputText) else part.refusal
 
 
-def json_text(value: JsonObject | Sequence[JsonObject]) -> str:
+def json_text(value: JsonObject | Sequence[JsonObject | str]) -> str:
     """The text of an object that has one text and nothing else; any other value as compact JSON."""
     if isinstance(value, dict) and len(value) == 1 and isinstance(text := next(iter(value.values())), str):
         return text

@@ -351,8 +351,8 @@ def _create(connection: Connection, name: str, questions: Sequence[Question]) ->
     own = (panels.c.tenant == tenant) & (panels.c.name == name)
     known = connection.execute(select(panels.c.id, panels.c.last_number).where(own)).first()
     if known is None:
-        row: JsonMapping = {"tenant": tenant, "name": name, "last_number": 0, "created": at}
-        panel_id, last = insert_row(connection, panels, row), 0
+        first: JsonMapping = {"tenant": tenant, "name": name, "last_number": 0, "created": at}
+        panel_id, last = insert_row(connection, panels, first), 0
     else:
         panel_id, last = known
     for row in connection.execute(_rows(connection).where(panels.c.name == name)).mappings():

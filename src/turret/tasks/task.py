@@ -280,7 +280,10 @@ class Task(Protocol):
 
     # --- an instance -------------------------------------------------------------------------------------------------
 
-    reads_like: Hashable  # tasks for which it is equal give a text the same tokens; None: no other does
+    @property
+    def reads_like(self) -> Hashable:
+        """Tasks for which it is equal give a text the same tokens; None: no other does."""
+
     notes: tuple[str, ...]  # decisions that a user should see
     max_target_tokens: int  # of a text that it learns to write; 0 if it learns none
     max_new_tokens: int  # of a text that it writes; 0 if it writes none
