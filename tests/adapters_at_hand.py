@@ -17,8 +17,8 @@ from turret.adapters import Adapter, BaseInfo, attach, attachment, extract, moun
 from turret.engine.runner import Runner
 from turret.methods import Head, LoRA, Method, Prefix
 
-CLASSIFIES = SimpleNamespace(labels=("a", "b"), num_labels=len, head="classify")  # what a runner reads of a task
-GENERATES = SimpleNamespace(labels=(), num_labels=lambda _: None, head="generate")
+CLASSIFIES = SimpleNamespace(labels=("a", "b"), num_labels=len, reads_tokens=False)  # what a runner reads of a task
+GENERATES = SimpleNamespace(labels=(), num_labels=lambda _: None, reads_tokens=False)
 LENGTHS = (9, 3, 14, 1, 20, 6, 6, 11)  # of the rows of a batch
 METHODS: dict[str, Method] = {
     "lora": LoRA(r=4, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False),
