@@ -12,6 +12,7 @@ import pytest
 from server.arms import UNITS
 from server.conftest import Running
 from server.echo import FINGERPRINT, LABELS, Echo, probabilities
+from server.test_promises import promised
 from store.bundles import tensors, write_bundle
 
 from turret import AsyncClient
@@ -223,6 +224,27 @@ def test_below_the_threshold_there_is_no_answer(serve, versions, workspace) -> N
     low = [label for label in LABELS if own[label] < best]
     panel = workspace.panels.create("other", [Question("sure", "calm", threshold=best - 1e-6)])
     assert ask(client, choice("sure", *low), model=str(panel)).json()["answers"][0]["type"] == "refusal"
+
+
+def test_without_a_threshold_of_its_own_a_question_takes_that_of_the_promise(serve, versions, workspace) -> None:
+    own = said(versions["topic"])
+    best = max(own.values())
+    questions = [Question("plain", "topic"), Question("own", "topic", threshold=best - 1e-6)]
+    workspace.panels.create("promised", questions)
+    client = serve().client()
+    asked = [choice("plain", *LABELS), choice("own", *LABELS)]
+    assert [each["type"] for each in ask(client, *asked, model="promised").json()["answers"]] == ["choice", "choice"]
+    promised(workspace, versions["topic"], threshold=best + 1e-6)
+    other = serve().client()
+    plain, first = ask(other, *asked, model="promised").json()["answers"]
+    assert (plain["type"], first["type"]) == ("refusal", "choice")
+    assert plain["threshold"] == pytest.approx(best + 1e-6)
+    assert ask(other, choice(None, *LABELS), model="topic").json()["answers"][0]["type"] == "refusal"
+    page = other.get("/panels/promised").text
+    assert "of the promise" in page
+    assert 'href="/adapters/topic/1#promise"' in page
+    told = other.post("/api/outcomes", json={"receipt": plain["receipt"], "value": "bad"}).json()
+    assert told["outcomes"][0]["status"] == "noted", "an answer that was not decided is noted"
 
 
 def test_a_predicate_is_the_probability_of_the_true_label_and_its_choices_keep_their_type(

@@ -60,7 +60,7 @@ class Planned:
         model: the reference of the adapter.
         part: which of the adapter's questions it is; empty if the adapter answers one.
         labels: of the adapter, for each of the values; of a predicate false and true.
-        threshold: the least probability of an answer; None: it is always decided.
+        threshold: the least probability of an answer; None: that of the promise of the version that answers.
     """
 
     asked: Asked
@@ -80,7 +80,8 @@ class Verdict:
         complete: whether all labels of the adapter were asked for.
         best: the number of the most probable value.
         confidence: the probability that the adapter gave to it.
-        decided: whether that reaches the threshold.
+        threshold: the least probability of an answer, of the question or of its version's promise; None: there is none.
+        decided: whether the confidence reaches it.
         first: whether no label that was not asked for is more probable.
     """
 
@@ -90,6 +91,7 @@ class Verdict:
     complete: bool
     best: int
     confidence: float
+    threshold: float | None
     decided: bool
     first: bool
     version: str
@@ -160,8 +162,13 @@ def _matched(asked: Asked, decision: Decision, type_: QuestionType | None, who: 
     return tuple(labels)
 
 
-def judge(planned: Planned, found: Mapping[str, float], version: str, receipt: str) -> Verdict:
-    """What an answer decides. found: the probability of each label. Raises AdapterError if a label is missing."""
+def judge(planned: Planned, found: Mapping[str, float], promised: float | None, version: str, receipt: str) -> Verdict:
+    """What an answer decides. Raises AdapterError if a label is missing.
+
+    Args:
+        found: the probability of each label.
+        promised: the threshold of the version's promise.
+    """
     missing = [label for label in planned.labels if label not in found]
     if missing:
         raise AdapterError(
@@ -171,7 +178,7 @@ def judge(planned: Planned, found: Mapping[str, float], version: str, receipt: s
     own = [float(found[label]) for label in planned.labels]
     mass = sum(own)
     best = max(range(len(own)), key=own.__getitem__)
-    threshold = planned.threshold
+    threshold = promised if planned.threshold is None else planned.threshold
     return Verdict(
         planned,
         tuple(each / mass for each in own) if mass > 0 else tuple(0.0 for _ in own),
@@ -179,6 +186,7 @@ def judge(planned: Planned, found: Mapping[str, float], version: str, receipt: s
         len(own) == len(found),
         best,
         own[best],
+        threshold,
         mass > 0 and (threshold is None or own[best] >= threshold),
         own[best] >= max(found.values()),
         version,
@@ -200,16 +208,24 @@ async def decide(
     models = list(dict.fromkeys(each.model for each in planned))
     async with state.ask_each(request, "classify", models, text, unit=unit) as pending:
         by_model = dict(zip(models, pending, strict=True))
-        verdicts = [_verdict(each, by_model[each.model]) for each in planned]
+        promised = {model: await _promised(state, each) for model, each in by_model.items()}
+        verdicts = [_verdict(each, by_model[each.model], promised[each.model]) for each in planned]
     response.headers.update(_headers(panel, pending))
     tokens = sum(prompt_tokens(answer) for each in pending for answer in each.complete)
     name = str(panel) if panel is not None else pending[0].model or model
     return name, tokens, verdicts
 
 
-def _verdict(planned: Planned, pending: PendingAnswers) -> Verdict:
+async def _promised(state: ServerState, pending: PendingAnswers) -> float | None:
+    """The threshold of the promise of a version; its log gets the answer."""
+    covered = await state.covered(pending)
+    await state.abstaining(pending, pending.complete)
+    return None if covered is None else covered.promise.threshold
+
+
+def _verdict(planned: Planned, pending: PendingAnswers, promised: float | None) -> Verdict:
     (answer,) = pending.complete
-    return judge(planned, chances(answer, planned.part), str(pending.model), pending.id)
+    return judge(planned, chances(answer, planned.part), promised, str(pending.model), pending.id)
 
 
 def _headers(panel: Panel | None, pending: Sequence[PendingAnswers]) -> dict[str, str]:
@@ -412,7 +428,7 @@ class ScoreAnswer(Answered):
 class RefusalAnswer(Answered):
     type: Literal["refusal"] = "refusal"
     confidence: float = Field(description="Of the most probable answer.")
-    threshold: float | None = Field(description="That it does not reach.")
+    threshold: float | None = Field(description="That it does not reach: of the question, or of a promise.")
 
 
 class CacheDetails(BaseModel):
@@ -455,7 +471,7 @@ def _answer(verdict: Verdict) -> PredicateAnswer | ChoiceAnswer | ScoreAnswer | 
     mass = None if verdict.complete else verdict.label_mass
     common: JsonObject = {"name": asked.name, "version": verdict.version, "receipt": verdict.receipt}
     if not verdict.decided:
-        return RefusalAnswer(**common, confidence=verdict.confidence, threshold=verdict.planned.threshold)
+        return RefusalAnswer(**common, confidence=verdict.confidence, threshold=verdict.threshold)
     if asked.type == "predicate":
         return PredicateAnswer(**common, probability=found[1])
     common |= {"label_mass": mass, "confidence": verdict.confidence}
@@ -561,7 +577,7 @@ async def systemone(
 def _system_answer(verdict: Verdict) -> JsonObject:
     asked, found, sure = verdict.planned.asked, verdict.probabilities, {"confidence": verdict.confidence}
     if not verdict.decided:
-        return {"type": "refusal", **sure, "threshold": verdict.planned.threshold}
+        return {"type": "refusal", **sure, "threshold": verdict.threshold}
     if asked.type == "predicate":
         return {"type": "noul", "noul": found[1], "probabilities": {"yes": found[1], "no": found[0]}, **sure}
     if asked.type == "choice":

@@ -811,14 +811,18 @@ class ServerState:
             fields |= {"experiment": str(pending.placement.experiment), "arm": pending.placement.arm}
         request.state.log_fields = fields
 
-    async def abstaining(self, pending: PendingAnswers, answers: Sequence[Answer]) -> list[bool] | None:
-        """Whether each answer is below the threshold of its version's promise; None without a promise. Logs them."""
+    async def covered(self, pending: PendingAnswers) -> Covered | None:
+        """The promise of the version that answers; None without one."""
         digest = pending.receipt.digest
         if digest is None:
             return None
         if not self.promises.knows(digest):
-            await self._submitting(self.promises.of, digest)
-        covered = self.promises.of(digest)
+            await self.asking(self.promises.of, digest)
+        return self.promises.of(digest)
+
+    async def abstaining(self, pending: PendingAnswers, answers: Sequence[Answer]) -> list[bool] | None:
+        """Whether each answer is below the threshold of its version's promise; None without a promise. Logs them."""
+        covered = await self.covered(pending)
         if covered is None:
             return None
         found = self.promises.answered(covered, pending.id, answers)

@@ -9,12 +9,13 @@ from typing import Annotated
 
 from fastapi import Path, Request, Response
 
-from turret.errors import BadRequest, TurretError
+from turret.errors import BadRequest, NotFound, TurretError
 from turret.server.routes import State
 from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import Sent, pages
 from turret.store import Panel, Question, Version
+from turret.workspace.promising import PromiseStatus
 
 router = pages()
 Name = Annotated[str, Path(min_length=1, max_length=200)]
@@ -27,6 +28,7 @@ class AskedNow:
     question: Question
     version: Version | None
     problem: str | None  # why there is none
+    promised: PromiseStatus | None = None  # how the promise of the version stands
 
     @property
     def measured(self) -> str:
@@ -92,6 +94,11 @@ def _values(state: ServerState, reference: str) -> render.Context:
 
 def _asked(state: ServerState, question: Question) -> AskedNow:
     try:
-        return AskedNow(question, state.workspace.resolve(state.aliases.exact(question.adapter)), None)
+        version = state.workspace.resolve(state.aliases.exact(question.adapter))
     except TurretError as error:
         return AskedNow(question, None, str(error))
+    try:
+        promised = None if question.part else state.workspace.promise(str(version))
+    except NotFound:
+        promised = None
+    return AskedNow(question, version, None, promised)
