@@ -25,7 +25,8 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, such as train.lr=1e-3; repeatable."),
 ]
 On = Annotated[
-    str | None, typer.Option("--on", metavar="WHERE", help="Who trains: workers of the store; default: this process.")
+    str | None,
+    typer.Option("--on", metavar="WHERE", help="workers (turret worker) or ray://HOST:PORT; default: train here."),
 ]
 Text = Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="Column of the texts to classify.")]
 TextPair = Annotated[

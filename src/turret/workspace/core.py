@@ -273,7 +273,8 @@ class Workspace:
             against: the method that all others are compared with.
             lr: one rate for all methods, or "auto"; default: each method's own.
             texts: whether the report shows examples.
-            on: "workers": those of the store (`turret worker`) train, on any machine; default: this process does.
+            on: "workers": those of the store (`turret worker`) train, on any machine; "ray://HOST:PORT": a cluster of
+                Ray does; default: this process.
             on_plan: called once, before the first training.
         """
         from turret.workspace import comparing

@@ -33,7 +33,7 @@ from turret.store.jobs import NewCell
 from turret.tasks import task_of
 from turret.workspace.child_process import why_alone
 from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import OWN, POLL_SECONDS, require_executor
+from turret.workspace.comparing.cells import OWN, POLL_SECONDS, Tasks, executor, require_executor
 from turret.workspace.comparing.kept_files import TRIAL, KeptFiles, held
 from turret.workspace.progress import Say
 from turret.workspace.queue_worker import Worker
@@ -113,7 +113,7 @@ class SweepRequest:
     trials: int | None = None
     at_once: int = AT_ONCE
     budget: float | None = None  # seconds; None: until all trials have run
-    on: str | None = None  # who trains; see `CellRunner`
+    on: str | None = None  # who trains: `workers` of the store, ray://HOST:PORT, or this process
 
     @property
     def combinations(self) -> int | None:
@@ -318,8 +318,8 @@ def sweep(store: Store, recipe: Recipe, request: SweepRequest, say: Say) -> Swee
     text = f"{recipe.without_trackers().to_toml()}\n{sorted(request.settings.items())}\n{data.digest}"
     folder = store.home / "sweeps" / f"{recipe.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     store.keep_rows(recipe.data.source)
-    with held(store, folder, say) as files:
-        running = _Running(store, recipe, request, proposes, task_of(data.kind).metric, folder, files, say)
+    with held(store, folder, say) as files, executor(request.on, store, data) as tasks:
+        running = _Running(store, recipe, request, proposes, task_of(data.kind).metric, folder, files, say, tasks)
         running.run()
         return running.result()
 
@@ -337,7 +337,9 @@ class _Running:
         folder: Path,
         files: KeptFiles,
         say: Say,
+        tasks: Tasks | None,
     ) -> None:
+        self._tasks = tasks
         self._store, self._recipe, self._request, self._proposes = store, recipe, request, proposes
         self._metric, self._folder, self._files, self._say = metric, folder, files, say
         self._queue, self._study = JobQueue.of(store, make=True), folder.relative_to(store.root).as_posix()
@@ -353,12 +355,12 @@ class _Running:
         self._know_earlier()
         left = [each for each in self._trials if each.state is None]
         try:
-            if self._request.on is None:
+            if self._tasks is None:
                 for trial in itertools.chain(left, self._proposals()):
                     if self._late() or not self._train_here(trial):
                         break
             else:
-                self._train_on_workers(left)
+                self._train_on(self._tasks, left)
         finally:
             if self._worker is not None:
                 self._worker.stop()
@@ -476,17 +478,22 @@ class _Running:
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
-    def _train_on_workers(self, left: Sequence[Trial]) -> None:
+    def _train_on(self, tasks: Tasks, left: Sequence[Trial]) -> None:
         new, stopped = itertools.chain(left, self._proposals()), set[str]()
         waits: Trial | None = None  # the queue was full
         while True:
             self._files.require()
             while len(self._open) < self._request.at_once and (waits := waits or next(new, None)) is not None:
-                if not self._submit(waits):
+                if not self._submit(tasks, waits):
                     break
                 waits = None
             if not self._open:
                 return
+            try:
+                tasks.check()
+            except TrainingError:
+                self._queue.cancel_cells(self._open)
+                raise
             states = self._queue.states(self._open)
             for id, trial in list(self._open.items()):
                 self._look_at(trial)
@@ -501,7 +508,7 @@ class _Running:
                 return
             time.sleep(POLL_SECONDS)
 
-    def _submit(self, trial: Trial) -> bool:
+    def _submit(self, tasks: Tasks, trial: Trial) -> bool:
         """Returns whether the queue took it."""
         self._data = self._data or placed_data(self._store, self._recipe.data.source)
         source, place = self._data
@@ -512,6 +519,7 @@ class _Running:
             if not self._open:
                 raise
             return False
+        tasks.begin(id, trial.recipe)
         self._open[id] = trial
         return True
 

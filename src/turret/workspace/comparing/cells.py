@@ -13,18 +13,22 @@ import json
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from typing import Protocol
 
 from turret.compare.candidates import Candidate
 from turret.compare.design import Cell
 from turret.compare.report_text import seconds as span
 from turret.compare.results import CellResult
+from turret.data import Dataset
 from turret.errors import Interrupted, InUse, QueueFull, RecipeError, TrainingError
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.recipe import Data, Recipe
 from turret.store import JobQueue, Store
 from turret.store.jobs import NewCell
+from turret.tasks import task_of
 from turret.workspace.child_process import STOPPED, why_alone
 from turret.workspace.comparing import kept_files
 from turret.workspace.comparing.kept_files import KeptFiles
@@ -86,6 +90,7 @@ def _texts(key: str, value: JsonValue) -> Iterator[tuple[str, str]]:
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
+RAY = "ray://"
 POLL_SECONDS = 1.0  # between two looks at the cells of workers
 LONG = 7 * 24 * 3600.0  # seconds: a cell of this process is not killed for its silence, as its user sees it
 OWN = WorkerLimits(silent_seconds=LONG, stopping_seconds=LONG, own=True)
@@ -103,7 +108,7 @@ class CellRunner:
         deadline: a value of `time.monotonic` at which the budget ends; None: no budget.
         files: writes the comparison's files; None: those of a folder store.
         timed: the seed whose cells have processes of their own, because their time and memory are reported.
-        on: `workers`: those of the store run the cells; None: this process does.
+        tasks: who runs the cells; None: this process does.
     """
 
     def __init__(
@@ -114,11 +119,11 @@ class CellRunner:
         deadline: float | None = None,
         files: KeptFiles | None = None,
         timed: int | None = None,
-        on: str | None = None,
+        tasks: Tasks | None = None,
     ) -> None:
         self.store, self.folder, self.say, self.deadline = store, folder, say, deadline
         self.files, self.timed = files or KeptFiles(store), timed
-        self._on, self._queue = on, JobQueue.of(store, make=True)
+        self._tasks, self._queue = tasks, JobQueue.of(store, make=True)
         self._worker: Worker | None = None  # of this process
         self.results: dict[str, CellResult] = {}  # by the cell's key
         self.failures: dict[str, str] = {}  # the candidate's spec -> one line
@@ -128,10 +133,10 @@ class CellRunner:
     def run(self, cells: Sequence[Cell]) -> None:
         """Run the missing cells in order until the budget ends. Raises TrainingError if there is no result at all."""
         try:
-            if self._on is None:
+            if self._tasks is None:
                 self._run_missing(cells)
             else:
-                self._wait_for_workers(cells)
+                self._wait_for(self._tasks, cells)
         except KeyboardInterrupt:
             raise Interrupted(STOPPED) from None
         finally:
@@ -161,19 +166,20 @@ class CellRunner:
         else:
             self.missing.append(cell)
 
-    def _wait_for_workers(self, cells: Sequence[Cell]) -> None:
+    def _wait_for(self, tasks: Tasks, cells: Sequence[Cell]) -> None:
         """Put the missing cells into the queue, and wait until workers have done them, or the budget ends."""
         left, waiting, said = list(cells), dict[str, Cell](), ""
         while left or waiting:
             self.files.require()
-            left = self._submit(left, waiting)
+            left = self._submit(tasks, left, waiting)
             states = self._queue.states(waiting)
-            for id in [id for id in waiting if states[id]["state"] not in ("waiting", "running")]:
-                try:
+            try:
+                tasks.check()
+                for id in [id for id in waiting if states[id]["state"] not in ("waiting", "running")]:
                     self._collect(waiting.pop(id), states[id])
-                except TrainingError:
-                    self._queue.cancel_cells(waiting)
-                    raise
+            except TrainingError:
+                self._queue.cancel_cells(waiting)
+                raise
             self._queue.cancel_cells(id for id, each in waiting.items() if each.candidate.spec in self.failures)
             if self._late():
                 self._queue.cancel_cells(waiting)
@@ -188,7 +194,7 @@ class CellRunner:
             if waiting:
                 time.sleep(POLL_SECONDS)
 
-    def _submit(self, cells: Sequence[Cell], waiting: dict[str, Cell]) -> list[Cell]:
+    def _submit(self, tasks: Tasks, cells: Sequence[Cell], waiting: dict[str, Cell]) -> list[Cell]:
         """Submit cells that have no result, as many as the queue takes. Returns the others."""
         new, later = dict[str, list[Cell]](), list[Cell]()
         for cell in cells:
@@ -211,7 +217,9 @@ class CellRunner:
                 if not waiting:
                     raise
                 ids = []
-            waiting |= dict(zip(ids, group, strict=False))
+            for id, cell in zip(ids, group, strict=False):
+                tasks.begin(id, cell.recipe)
+                waiting[id] = cell
             later += group[len(ids) :]
         return later
 
@@ -319,10 +327,54 @@ class CellRunner:
         return None if elsewhere else max(needed, default=None)
 
 
+class Tasks(Protocol):
+    """Who is asked to take cells from the queue: see `turret.workspace.ray_tasks`."""
+
+    def begin(self, job: str, recipe: Recipe) -> None:
+        """Have a job done that is in the queue."""
+
+    def check(self) -> None:
+        """Raise TrainingError if one cannot be done."""
+
+    def close(self) -> None:
+        """End what was begun."""
+
+
+class Workers:
+    """The workers of the store: they take cells by themselves."""
+
+    def begin(self, job: str, recipe: Recipe) -> None:
+        """They look at the queue."""
+
+    def check(self) -> None:
+        """They may begin at any time."""
+
+    def close(self) -> None:
+        """They go on."""
+
+
 def require_executor(on: str | None) -> None:
     """Raise RecipeError unless `on` names who can run cells."""
-    if on not in (None, "workers"):
-        raise RecipeError(f"--on {on[:60]}: expected workers, which `turret worker` starts; leave it out to train here")
+    if on not in (None, "workers") and not on.startswith(RAY):
+        raise RecipeError(
+            f"--on {on[:60]}: expected workers, which `turret worker` starts, or ray://HOST:PORT; leave it out to "
+            "train here"
+        )
+
+
+@contextmanager
+def executor(on: str | None, store: Store, data: Dataset) -> Iterator[Tasks | None]:
+    """Who runs cells of this data; None: this process."""
+    tasks: Tasks | None = None if on is None else Workers()
+    if on is not None and on.startswith(RAY):
+        from turret.workspace.ray_tasks import RayTasks
+
+        tasks = RayTasks(on, store, task_of(data.kind), data.labels)
+    try:
+        yield tasks
+    finally:
+        if tasks is not None:
+            tasks.close()
 
 
 def require_known(rows: Sequence[Candidate]) -> None:

@@ -24,7 +24,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
 from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import CellRunner, command, require_executor, require_known
+from turret.workspace.comparing.cells import CellRunner, command, executor, require_executor, require_known
 from turret.workspace.comparing.kept_files import held
 from turret.workspace.progress import Say
 from turret.workspace.queueing import with_absolute_base
@@ -85,7 +85,7 @@ def compare(
 
     Args:
         on_plan: called before the first training.
-        on: who runs the cells; see `CellRunner`.
+        on: who runs the cells; see `executor`.
     """
     require_executor(on)
     if on is not None:
@@ -95,8 +95,8 @@ def compare(
         on_plan(ready.planned)
     store.keep_rows(recipe.data.source)
     deadline = None if request.budget is None else time.monotonic() + request.budget
-    with held(store, ready.folder, say) as files:
-        runner = CellRunner(store, ready.folder, say, deadline, files, timed=ready.design.seeds[0], on=on)
+    with held(store, ready.folder, say) as files, executor(on, store, ready.data) as tasks:
+        runner = CellRunner(store, ready.folder, say, deadline, files, timed=ready.design.seeds[0], tasks=tasks)
         runner.run(list(ready.design.cells()))
         results = list(runner.results.values())
         result = comparison(
