@@ -189,7 +189,6 @@ def test_a_subset_of_labels_is_renormalised_and_said(house) -> None:
         ([choice(None, "good", "odd")], "topic", 400, "no label 'odd', topic@1 has 'bad', 'good', 'so-so'"),
         ([choice("a", "x", "y")], "nobody", 404, "no adapter named 'nobody'"),
         ([choice("a", "x", "y")], "tickets@7", 404, "no adapter named 'tickets'"),
-        ([choice("a", "x", "y")], "echo", 409, "the bare base echo decides nothing: name a panel or an adapter"),
         ([], "tickets", 400, "questions"),
         ([choice("topic", "good")], "tickets", 400, "choices"),
     ],

@@ -22,6 +22,7 @@ from store.bundles import tensors, write_bundle
 
 import turret
 from turret.engine import Embedding, Engine, Limits, MemoryBudget, SamplingParams
+from turret.engine.untrained import Question, decide
 from turret.errors import ServeRefused
 from turret.server.engines import Engines
 from turret.server.state import ServerSettings
@@ -93,6 +94,64 @@ def test_the_name_of_a_base_asks_that_base(house: House) -> None:
         assert text == house.engines[family].generate(TEXTS[:1], None, RAW)[0]["text"]
         said.add(text)
     assert len(said) == 2
+
+
+@pytest.mark.slow
+def test_a_base_decides_without_training_and_says_so(house: House) -> None:
+    client, text = house.client(), TEXTS[0]
+    client.timeout = 120
+    for family in ("qwen3", "llama", "bert"):
+        asked = [
+            {
+                "type": "choice",
+                "name": "topic",
+                "instructions": "What is it about?",
+                "choices": [{"value": "film", "description": "a film"}, {"value": "bank"}, {"value": True}],
+            },
+            {"type": "predicate", "name": "urgent", "instructions": [{"type": "input_text", "text": "Is it urgent?"}]},
+            {"type": "score", "instructions": "How good?", "levels": [{"label": "bad"}, {"label": "good"}]},
+        ]
+        got = client.post("/v1/decisions", json={"model": family, "input": text, "questions": asked})
+        assert got.status_code == 200, got.text
+        topic, urgent, grade = got.json()["answers"]
+        engine = house.engines[family]
+        questions = [
+            Question(["film", "bank", "yes"], "What is it about?", {"film": "a film"}),
+            Question(["no", "yes"], "Is it urgent?"),
+            Question(["bad", "good"], "How good?"),
+        ]
+        first, second, third = (decide(engine, each, [text])[0] for each in questions)
+        chances = [each["probability"] for each in topic["probabilities"]]
+        assert chances == pytest.approx(list(first.probabilities.values()), abs=1e-4)
+        assert [each["value"] for each in topic["probabilities"]] == ["film", "bank", True]
+        assert topic["confidence"] == pytest.approx(max(chances), abs=1e-6)
+        assert urgent["probability"] == pytest.approx(second.probabilities["yes"], abs=1e-4)
+        assert grade["score"] == pytest.approx(third.probabilities["good"], abs=1e-4)
+        for own, found in ((topic, first), (grade, third)):
+            assert own["label_mass"] == (
+                None if found.label_mass is None else pytest.approx(found.label_mass, rel=0.01)
+            )
+        assert all(each["untrained"] and each["version"] == family for each in (topic, urgent, grade))
+        assert got.json()["model"] == family
+        assert got.json()["usage"]["input_tokens"] >= sum(each.prompt_tokens for each in (first, second, third))
+        assert "turret-adapter" not in got.headers
+
+        system = {
+            "topic": {
+                "type": "choice",
+                "instructions": "What is it about?",
+                "criteria": {"film": "a film", "bank": None},
+            }
+        }
+        said = client.post("/v1/systemone", json={"model": family, "state": text, "questions": system}).json()
+        own = decide(engine, Question(["film", "bank"], "What is it about?", {"film": "a film"}), [text])[0]
+        assert said["answers"]["topic"]["probabilities"] == pytest.approx(dict(own.probabilities), abs=1e-4)
+        assert said["diagnostics"]["topic"]["untrained"] is True
+    many = [{"type": "score", "instructions": "?", "levels": [{"label": str(n)} for n in range(200)]}] * 6
+    refused = client.post("/v1/decisions", json={"model": "llama", "input": text, "questions": many})
+    assert (refused.status_code, "need 1200 rows of a base, at most 1024" in refused.text) == (400, True)
+    twice = [{"type": "choice", "instructions": "?", "choices": [{"value": "yes"}, {"value": True}]}]
+    assert client.post("/v1/decisions", json={"model": "llama", "input": text, "questions": twice}).status_code == 400
 
 
 def test_chats_and_responses_use_the_template_of_the_right_base(house: House) -> None:

@@ -21,18 +21,21 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from turret.bases.base import Base
 from turret.data import Pair
-from turret.engine.core import Engine, submitted
-from turret.engine.request import Answer, Kind, Named, Row, Ticket
+from turret.engine.request import Answer, Kind, Named, Ticket
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import BaseModelError, DataError, shown
+from turret.families.family import Family
 from turret.json_types import JsonObject
 from turret.tasks import Task
 from turret.tasks.chat import bare_chat
 from turret.tasks.tokens import Tokens
+from turret.transformer import Tokenizer
+
+if TYPE_CHECKING:
+    from turret.engine.core import Engine
 
 SCALE = 20.0  # of a cosine: 1 / 0.05, as in sentence-transformers' losses and in CLIP before its training
 MOST_LABELS = 400
@@ -104,8 +107,19 @@ class Ask:
     """One request to an engine."""
 
     kind: Kind
-    row: Row
+    row: Sequence[int]
     options: SamplingParams
+
+
+class ReadBase(Protocol):
+    """What is asked of a base before its engine is."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def family(self) -> Family: ...
 
 
 class Way(Protocol):
@@ -138,7 +152,7 @@ class ByWords:
         room: tokens of a prompt and an answer.
     """
 
-    def __init__(self, base: Base, question: Question, task: Task | None, room: int) -> None:
+    def __init__(self, base: ReadBase, question: Question, task: Task | None, room: int) -> None:
         self.question = question
         longest = min(ANSWER_TOKENS, room // 4)
         self._task = task or bare_chat(base.tokenizer, room - longest, longest)
@@ -171,7 +185,7 @@ class BySimilarity:
         room: tokens of a text, which loses its end if it is longer.
     """
 
-    def __init__(self, base: Base, question: Question, task: Task | None, room: int) -> None:
+    def __init__(self, base: ReadBase, question: Question, task: Task | None, room: int) -> None:
         self.question, self._task = question, task
         self._tokens, self._room = Tokens(base.tokenizer), room
 
@@ -198,7 +212,7 @@ class BySimilarity:
         return None
 
 
-def way_of(base: Base, question: Question, task: Task | None = None, *, room: int) -> Way:
+def way_of(base: ReadBase, question: Question, task: Task | None = None, *, room: int) -> Way:
     """How a base answers a question.
 
     Args:
@@ -267,6 +281,8 @@ def decide(
 
 def _answers(engine: Engine, asks: Sequence[Ask], adapter: Named | None) -> list[Answer]:
     """The answers, in order. While the queue is full, wait for the earlier ones."""
+    from turret.engine.core import submitted
+
     tickets: list[Ticket] = []
     try:
         for each in asks:

@@ -1,19 +1,21 @@
 """`POST /v1/decisions` and `POST /v1/systemone`: many questions about one text, in OpenAI's and in vLLM's format.
 
 `model` is a panel, whose questions each name an adapter, or one adapter. Every adapter reads the text once, and all of
-them share passes. Both formats become `Asked`, and each `Verdict` is written in the format that asked.
+them share passes. It may also be a base, which answers without training (`turret.engine.untrained`). Both formats
+become `Asked`, and each `Verdict` is written in the format that asked.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
+from turret.engine import untrained
 from turret.errors import AdapterError, BadRequest, NotFound, listed, shown
 from turret.json_types import JsonObject
 from turret.server import limits
@@ -40,11 +42,18 @@ ASKED_AS: dict[QuestionType, tuple[QuestionType, ...]] = {  # how a question of 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question of a request. values: the choices or levels, in its order; none for a predicate."""
+    """A question of a request.
+
+    Args:
+        values: the choices or levels, in its order; none for a predicate.
+        instructions, descriptions: what is asked, and what each value means: a base reads it, an adapter does not.
+    """
 
     name: str | None
     type: QuestionType
     values: tuple[Value, ...] = ()
+    instructions: str = ""
+    descriptions: Mapping[Value, str] = field(default_factory=dict)
 
     @property
     def decision(self) -> Decision:
@@ -83,6 +92,7 @@ class Verdict:
         threshold: the least probability of an answer, of the question or of its version's promise; None: there is none.
         decided: whether the confidence reaches it.
         first: whether no label that was not asked for is more probable.
+        untrained: whether a base answered, which learnt nothing for the question.
     """
 
     planned: Planned
@@ -96,10 +106,11 @@ class Verdict:
     first: bool
     version: str
     receipt: str
+    untrained: bool = False
 
 
 def plan(state: ServerState, model: str, asked: Sequence[Asked]) -> tuple[Panel | None, list[Planned]]:
-    """The panel, if the model is one, and the plan of every question. Reads the store.
+    """The panel, if the model is one, and the plan of every question; no plan for a base. Reads the store.
 
     Raises:
         NotFound: The model is neither a panel nor an adapter.
@@ -110,7 +121,7 @@ def plan(state: ServerState, model: str, asked: Sequence[Asked]) -> tuple[Panel 
     if panel is not None:
         return panel, [_of_panel(panel, each) for each in asked]
     if state.is_base(model):
-        raise AdapterError(f"the bare base {model} decides nothing: name a panel or an adapter")
+        return None, []
     try:
         version = state.workspace.resolve(state.aliases.exact(model))
     except NotFound as error:
@@ -203,8 +214,10 @@ async def decide(
     asked: Sequence[Asked],
     unit: str | None,
 ) -> tuple[str, int, list[Verdict]]:
-    """The name of the panel or of the version, the tokens that were read, and a verdict for each question."""
+    """The name of the panel, version or base, the tokens that were read, and a verdict for each question."""
     panel, planned = await state.asking(plan, state, model, asked)
+    if not planned:
+        return await _by_the_base(state, request, response, model, text, asked, unit)
     models = list(dict.fromkeys(each.model for each in planned))
     async with state.ask_each(request, "classify", models, text, unit=unit) as pending:
         by_model = dict(zip(models, pending, strict=True))
@@ -214,6 +227,69 @@ async def decide(
     tokens = sum(prompt_tokens(answer) for each in pending for answer in each.complete)
     name = str(panel) if panel is not None else pending[0].model or model
     return name, tokens, verdicts
+
+
+async def _by_the_base(
+    state: ServerState,
+    request: Request,
+    response: Response,
+    model: str,
+    text: str,
+    asked: Sequence[Asked],
+    unit: str | None,
+) -> tuple[str, int, list[Verdict]]:
+    """The same without training. Each label of a decoder is a row of its own, and all rows are submitted at once."""
+    ways = [(way, way.first(), about) for way, about in await state.parsing(_ways, state, model, asked, text)]
+    asks = [ask for _, first, about in ways for ask in (*first, *about)]
+    if len(asks) > limits.MOST_INPUTS:
+        raise BadRequest(f"these questions need {len(asks)} rows of a base, at most {limits.MOST_INPUTS}: ask fewer")
+    rows, options = [ask.row for ask in asks], [ask.options for ask in asks]
+    async with state.ask(request, asks[0].kind, model, rows, options, unit=unit) as pending:
+        answers = iter(await pending.all())
+    verdicts = []
+    for own, (way, first, about) in zip(asked, ways, strict=True):
+        found = untrained.answered(way, [next(answers) for _ in first], [next(answers) for _ in about])
+        verdicts.append(_untrained(own, found, model, pending.id))
+    response.headers.update(pending.headers)
+    return model, sum(map(prompt_tokens, pending.complete)), verdicts
+
+
+def _ways(
+    state: ServerState, model: str, asked: Sequence[Asked], text: str
+) -> list[tuple[untrained.Way, Sequence[untrained.Ask]]]:
+    """How the base answers each question, and what it is asked about the text."""
+    engine, found = state.engines.base_of(model).engine, []
+    for each in asked:
+        labels = {value: _label(value) for value in (each.values or (False, True))}
+        described = {labels[value]: said for value, said in each.descriptions.items()}
+        question = untrained.Question(list(labels.values()), each.instructions, described)
+        way = untrained.way_of(engine.base, question, room=engine.longest)
+        found.append((way, way.about(text)))
+    return found
+
+
+def _label(value: Value) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else value
+
+
+def _untrained(asked: Asked, found: untrained.Untrained, model: str, receipt: str) -> Verdict:
+    """A verdict that is always decided: a base has no threshold."""
+    chances, mass = tuple(found.probabilities.values()), found.label_mass
+    best = max(range(len(chances)), key=chances.__getitem__)
+    return Verdict(
+        Planned(asked, model, "", tuple(found.probabilities), None),
+        chances,
+        1.0 if mass is None else mass,
+        mass is None,
+        best,
+        chances[best],
+        None,
+        True,
+        mass is None or mass * chances[best] >= 1 - mass,  # else what is not a label may be more probable
+        model,
+        receipt,
+        untrained=True,
+    )
 
 
 async def _promised(state: ServerState, pending: PendingAnswers) -> float | None:
@@ -299,7 +375,7 @@ class InputOutput(InputItem):
 
 Item = InputMessage | InputCall | InputCustomCall | InputOutput
 Instructions = Text | Annotated[list[Part], Field(max_length=limits.MOST_MESSAGES, fail_fast=True)]
-UNREAD = "The adapter was trained for its question: it does not read this."
+UNREAD = "What a base reads, as `model`. An adapter was trained for its question and does not read it."
 
 
 class AskedQuestion(Model):
@@ -311,7 +387,7 @@ class AskedPredicate(AskedQuestion):
     type: Literal["predicate"]
 
     def asked(self) -> Asked:
-        return Asked(self.name, self.type)
+        return Asked(self.name, self.type, instructions=_written(self.instructions))
 
 
 class Choice(Model):
@@ -324,7 +400,9 @@ class AskedChoice(AskedQuestion):
     choices: Annotated[list[Choice], Field(min_length=2, max_length=MOST_LABELS, fail_fast=True)]
 
     def asked(self) -> Asked:
-        return Asked(self.name, self.type, tuple(each.value for each in self.choices))
+        described = {each.value: each.description for each in self.choices if each.description}
+        values = tuple(each.value for each in self.choices)
+        return Asked(self.name, self.type, values, _written(self.instructions), described)
 
 
 class Level(Model):
@@ -337,14 +415,16 @@ class AskedScore(AskedQuestion):
     levels: Annotated[list[Level], Field(min_length=2, max_length=MOST_LABELS, fail_fast=True)]
 
     def asked(self) -> Asked:
-        return Asked(self.name, self.type, tuple(each.label for each in self.levels))
+        described: dict[Value, str] = {each.label: each.description for each in self.levels if each.description}
+        values = tuple(each.label for each in self.levels)
+        return Asked(self.name, self.type, values, _written(self.instructions), described)
 
 
 AnyQuestion = Annotated[AskedPredicate | AskedChoice | AskedScore, Field(discriminator="type")]
 
 
 class DecisionRequest(Model):
-    model: Name = Field(description="A panel: name or name@3; or an adapter.")
+    model: Name = Field(description="A panel: name or name@3; an adapter; or a base, untrained.")
     input: Text | Annotated[list[Item], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
     questions: Annotated[list[AnyQuestion], Field(min_length=1, max_length=MOST_QUESTIONS, fail_fast=True)]
     user: User | None = Field(None, description=USER)
@@ -370,6 +450,10 @@ def _item_text(item: Item) -> str:
     if isinstance(item, InputCustomCall):
         return f"{item.name} {item.input}"
     content = item.content if isinstance(item, InputMessage) else item.output
+    return _written(content)
+
+
+def _written(content: Parts) -> str:
     return content if isinstance(content, str) else "".join(map(_part_text, content))
 
 
@@ -391,8 +475,11 @@ class Answered(BaseModel):
     version: str = Field(description="The version that answered, such as urgency@3.")
     receipt: str = Field(description="Of this answer, for `POST /api/outcomes`.")
     label_mass: float | None = Field(
-        None, description="If only some labels were asked for: their probability, before it was made 1."
+        None,
+        description="If only some labels were asked for, or a decoder answers untrained: their probability, before it "
+        "was made 1.",
     )
+    untrained: bool | None = Field(None, description="True: a base answered, and nothing was learnt for the question.")
 
 
 class PredicateAnswer(Answered):
@@ -470,6 +557,7 @@ def _answer(verdict: Verdict) -> PredicateAnswer | ChoiceAnswer | ScoreAnswer | 
     asked, found = verdict.planned.asked, verdict.probabilities
     mass = None if verdict.complete else verdict.label_mass
     common: JsonObject = {"name": asked.name, "version": verdict.version, "receipt": verdict.receipt}
+    common |= {"untrained": True} if verdict.untrained else {}
     if not verdict.decided:
         return RefusalAnswer(**common, confidence=verdict.confidence, threshold=verdict.threshold)
     if asked.type == "predicate":
@@ -506,16 +594,22 @@ class SystemQuestion(Model):
     def asked(self, name: str) -> Asked:
         """Raises BadRequest."""
         if self.type == "noul":
-            return Asked(name, "predicate")
+            return Asked(name, "predicate", instructions=_said(self.instructions))
         form = dict if self.type == "choice" else list
         if not isinstance(self.criteria, form) or not 1 <= len(self.criteria) <= MOST_LABELS:
             what = "an object from its labels" if form is dict else "a list of its levels"
             raise BadRequest(f"question {shown(name, 40)}: criteria must be {what}, 1 to {MOST_LABELS}")
-        return Asked(name, self.type, tuple(self.criteria))
+        given = self.criteria.items() if isinstance(self.criteria, dict) else ()
+        described: dict[Value, str] = {label: _said(each) for label, each in given if each is not None}
+        return Asked(name, self.type, tuple(self.criteria), _said(self.instructions), described)
+
+
+def _said(value: str | JsonObject | list[JsonObject | str] | None) -> str:
+    return value if isinstance(value, str) else "" if value is None else json_text(value)
 
 
 class SystemRequest(Model):
-    model: Name = Field(description="A panel: name or name@3; or an adapter.")
+    model: Name = Field(description="A panel: name or name@3; an adapter; or a base, untrained.")
     state: Text | JsonObject | Annotated[list[JsonObject | Text], Field(max_length=limits.MOST_INPUTS)]
     questions: Annotated[dict[QuestionName, SystemQuestion], Field(min_length=1, max_length=MOST_QUESTIONS)]
     user: User | None = Field(None, description=USER)
@@ -536,6 +630,7 @@ class Diagnostics(BaseModel):
     argmax_is_label: bool = Field(description="Whether no other label of the adapter is more probable.")
     version: str
     receipt: str
+    untrained: bool | None = Field(None, description="True: a base answered, and nothing was learnt for the question.")
 
 
 class SystemDecided(BaseModel):
@@ -567,7 +662,11 @@ async def systemone(
         usage=SystemUsage(input_tokens=read),
         diagnostics={
             str(each.planned.asked.name): Diagnostics(
-                label_mass=each.label_mass, argmax_is_label=each.first, version=each.version, receipt=each.receipt
+                label_mass=each.label_mass,
+                argmax_is_label=each.first,
+                version=each.version,
+                receipt=each.receipt,
+                **({"untrained": True} if each.untrained else {}),
             )
             for each in verdicts
         },

@@ -13,6 +13,7 @@ from typing import Protocol, TypeAlias
 from turret import data
 from turret.engine import Event, LoadedAdapter, Named, Receipt, SamplingParams, Stats
 from turret.engine.constraint import Constraint
+from turret.families.family import Family
 from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
 from turret.transformer import Tokenizer
@@ -43,6 +44,8 @@ class BaseProtocol(Protocol):
     def fingerprint(self) -> str: ...
     @property
     def tokenizer(self) -> Tokenizer: ...
+    @property
+    def family(self) -> Family: ...
 
 
 class EngineProtocol(Protocol):
