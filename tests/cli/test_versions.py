@@ -127,7 +127,7 @@ def test_show_json_is_the_whole_version(stored, capsys) -> None:
     assert said["version"] == "news@1"
     assert set(said) == {
         "version", "digest", "created", "who", "aliases", "bytes", "metrics", "files", "manifest", "alias_history",
-        "replays", "run", "comparison",
+        "replays", "run", "comparison", "promise",
     }  # fmt: skip
 
 

@@ -223,6 +223,8 @@ def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
     yield "task", safe(f"{task.get('kind')}  {', '.join(map(str, task.get('labels') or ()))}")
     for question, fitted in stored_by_question(task.get("calibration")).items():
         yield "calibration", safe((f"{question}: " if question else "") + _calibration(fitted))
+    if shown["promise"]:
+        yield "promise", f"{safe(_promise(shown['promise']))}  [dim]turret promise {safe(shown['version'])}[/]"
     for split, values in shown["metrics"].items():
         yield safe(split), measured(split, values)
     yield "size", size(shown["bytes"])
@@ -240,6 +242,12 @@ def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
         gone = ", deleted later" if move["deleted"] else ""
         by = f" by {move['who']}" if move["who"] else ""
         yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {to_minute(move['moved'])}{by}")
+
+
+def _promise(kept: JsonMapping) -> str:
+    """`error at most 2%, at 95% confidence: decides from 0.93 on`."""
+    bound = f"{kept['metric']} at most {100 * kept['error']:g}%, at {100 * kept['confidence']:g}% confidence"
+    return f"{bound}: decides from {kept['threshold']:.3g} on{', broken' if kept['broken'] else ''}"
 
 
 def _calibration(fitted: JsonMapping) -> str:

@@ -255,12 +255,22 @@ State = Literal["holds so far", "broken", "cannot be known"]
 
 @dataclass(frozen=True)
 class Watch:
-    """The evidence of some outcomes against a bound. Immutable; see `after`."""
+    """The evidence of some outcomes against a bound. Immutable; see `after`.
+
+    Args:
+        missing_bound: the share of the answers whose outcome may be missing because of what it is.
+    """
 
     bound: Bound
+    missing_bound: float = 0.0
     outcomes: int = 0
     wrong: int = 0
-    processes: tuple[EProcess, ...] = ()  # for each share in `(0, *HIDDEN)` of answers that hide right ones
+    processes: tuple[EProcess, ...] = ()  # for each of `hidden`
+
+    @property
+    def hidden(self) -> tuple[float, ...]:
+        """Shares of the answers that may hide right ones: 0 to the bound on missing ones."""
+        return tuple(each for each in (0.0, *HIDDEN) if each <= _tested(self.missing_bound))
 
     def after(self, wrong: Bools) -> Watch:
         """The evidence with more outcomes, in the order in which they came. wrong: (N,)."""
@@ -270,15 +280,16 @@ class Watch:
         return found
 
     def _after(self, wrong: Bools) -> Watch:
-        old = self.processes or (EProcess.of(len(STARTS) * len(ODDS)),) * (1 + len(HIDDEN))
+        old = self.processes or (EProcess.of(len(STARTS) * len(ODDS)),) * len(self.hidden)
         begun = (self.outcomes + np.arange(len(wrong)))[:, None] >= STARTS  # (N, starts)
         new = []
-        for hidden, process in zip((0.0, *HIDDEN), old, strict=True):
+        for hidden, process in zip(self.hidden, old, strict=True):
             b = self.bound.error / (1 - hidden)
             steps = np.where(wrong[:, None], log_over_bound(1, 1, b), log_over_bound(0, 1, b))  # (N, odds)
             factors = np.where(begun[:, :, None], steps[:, None, :], 0.0)  # (N, starts, odds)
             new.append(process.through(factors.reshape(len(wrong), -1)))
-        return Watch(self.bound, self.outcomes + len(wrong), self.wrong + int(wrong.sum()), tuple(new))
+        outcomes, bad = self.outcomes + len(wrong), self.wrong + int(wrong.sum())
+        return Watch(self.bound, self.missing_bound, outcomes, bad, tuple(new))
 
     @property
     def evidence(self) -> float:
@@ -289,7 +300,8 @@ class Watch:
     def tipping(self) -> float | None:
         """The largest share of hidden answers despite which the promise is broken; None if it is not."""
         needed = -math.log(self.bound.level)
-        return max((h for h, e in zip((0.0, *HIDDEN), self.processes, strict=False) if e.peak >= needed), default=None)
+        decided = (h for h, e in zip(self.hidden, self.processes, strict=False) if e.peak >= needed)
+        return max(decided, default=None)
 
     @property
     def since(self) -> int:
@@ -314,18 +326,17 @@ class Standing:
         return dict(vars(self))
 
 
-def standing(watch: Watch, *, silent: float, missing: float, missing_bound: float) -> Standing:
+def standing(watch: Watch, *, silent: float, missing: float) -> Standing:
     """The state of a promise.
 
     Args:
         silent: share of the answers that have no outcome yet.
         missing: share of the answers without one, among those whose time to live is over.
-        missing_bound: the share of the answers whose outcome may be missing because of what it is.
     """
-    assumed = _shown_hidden(min(silent, missing_bound))
+    assumed = _tested(min(silent, watch.missing_bound))
     tipping, n = watch.tipping, watch.outcomes
     error = watch.wrong / n if n else 0.0
-    hidden = min(missing, missing_bound)
+    hidden = min(missing, watch.missing_bound)
     worst = (1 - hidden) * error + hidden
     seen = f"{watch.wrong} of {n} outcomes are wrong"
     state: State = "holds so far"
@@ -342,6 +353,6 @@ def standing(watch: Watch, *, silent: float, missing: float, missing_bound: floa
     return Standing(state, why, n, watch.wrong, missing, watch.evidence, 1 / watch.bound.level)
 
 
-def _shown_hidden(share: float) -> float:
+def _tested(share: float) -> float:
     """The smallest share that is tested and is at least this one."""
     return min((each for each in (0.0, *HIDDEN) if each >= share - 1e-9), default=HIDDEN[-1])

@@ -340,7 +340,7 @@ def record(store: Store, told: Iterable[tuple[str, JsonValue]]) -> list[Recorded
 def _status(store: Store, promise: Promise, version: str, memories: dict[int, PromiseMemory]) -> PromiseStatus:
     from turret.experiments.risk_control import Watch, standing
 
-    memory = memories.setdefault(promise.id, PromiseMemory(Watch(bound_of(promise))))
+    memory = memories.setdefault(promise.id, PromiseMemory(Watch(bound_of(promise), promise.missing_bound)))
     with store.database().reading() as connection:
         new = promises.told(connection, promise, memory.last)
         counts = promises.counts(connection, promise)
@@ -351,7 +351,6 @@ def _status(store: Store, promise: Promise, version: str, memories: dict[int, Pr
         memory.watch,
         silent=counts.silent / max(counts.answers, 1),
         missing=counts.missing / max(counts.due, 1),
-        missing_bound=promise.missing_bound,
     )
     if promise.broken is not None:
         found = replace(found, state="broken", why=str((promise.verdict or {}).get("why", found.why)))
