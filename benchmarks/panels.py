@@ -7,8 +7,8 @@ for which the whole base does. The same adapters are asked in three ways that ta
 clients at once, for the throughput. Answers of all ways are compared. Last, what the upper half and the head alone
 cost in accuracy, by trainings on news.
 
-    python benchmarks/decisions.py              a few minutes
-    python benchmarks/decisions.py --report
+    python benchmarks/panels.py              a few minutes
+    python benchmarks/panels.py --report
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ import turret
 from turret.bundles import read_bundle, save_bundle
 from turret.workspace import Workspace
 
-NAME = "decisions"
+NAME = "panels"
 CLAIM = "8 questions about one text in one request take less than half the time of 8 requests at once"
 COUNTS = (1, 8, 32)  # questions
 METHODS = {"lora": "a", "upper": "u", "head": "h"}  # the letter of their names
 UPPER = (3, 4, 5)  # of the six layers of the base
-SEEDS = 3
 WAYS = ("one request", "requests at once", "requests in turn")
 UPPER_LORA = turret.LoRA(
     target_modules=tuple(f"layer.{layer}.attention.self.{part}" for layer in UPPER for part in ("query", "value"))
@@ -82,16 +81,15 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, An
     labels = workspace.resolve("a0").part("task")["labels"]
     with serving("encoder", folder, options) as url:
         found = {each: asyncio.run(all_ways(url, letter, texts, labels, options)) for each, letter in METHODS.items()}
-    for method, values in accuracy(folder / "trained").items():
-        found[method]["accuracy"] = values
-    return found
+    trained = accuracy(folder / "trained", options.seeds) if options.seeds else {}
+    return {method: values | {"accuracy": trained.get(method, [])} for method, values in found.items()}
 
 
-def accuracy(folder: Path) -> dict[str, list[float]]:
+def accuracy(folder: Path, seeds: int) -> dict[str, list[float]]:
     """On news that no training has seen, of trainings that differ in the method and the seed alone."""
     methods = {"lora": turret.LoRA(), "upper": UPPER_LORA, "head": turret.Head()}
     found: dict[str, list[float]] = {name: [] for name in methods}
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         for name, method in methods.items():
             recipe = turret.Recipe(
                 name=name,
@@ -174,12 +172,12 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
         settings = run["settings"]
         for count, seconds in run["seconds"].items():
             one, once, turn = (seconds[way] for way in WAYS)
-            rates, right = run["texts_per_second"][count], statistics.mean(run["accuracy"])
+            rates, right = run["texts_per_second"][count], run["accuracy"]
             rows.append([
                 f"{count} questions, {settings['method']}, {settings['dtype']}, {settings['threads']} threads",
                 *(f"{1e3 * statistics.median(each):.1f}" for each in (one, once, turn)),
                 record.shown(record.ratio(once, one)), record.shown(record.ratio(turn, one)),
-                *(f"{rates[way]:.1f}" for way in WAYS[:2]), f"{100 * right:.1f}%",
+                *(f"{rates[way]:.1f}" for way in WAYS[:2]), f"{100 * statistics.mean(right):.1f}%" if right else "",
             ])  # fmt: skip
     header = ["", "one request, ms", "at once, ms", "in turn, ms", "one against at once", "one against in turn"]
     return record.table([*header, "texts/s, one request", "texts/s, at once", "accuracy"], rows)
@@ -192,6 +190,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=8, help="at once, for the throughput")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3, help="of the trainings for the accuracy; 0: none")
     parser.add_argument("--report", action="store_true")
     return parser.parse_args()
 
