@@ -8,7 +8,8 @@ promise asks only for answers and how sure they are, so any classifier would do.
   Is more than the bound wrong among what it decides, of all texts? The naive threshold is the loosest one at which at
   most the bound was wrong in the 500.
 - 100 times, outcomes of what such a promise decides arrive one by one. `steady`: nothing changes in 2,000. `shift`:
-  after 500 outcomes, 3 times the bound is wrong. How many outcomes later does the alarm come, if it comes within 1,500?
+  after 500 outcomes, 3 times the bound is wrong, at most all. How many outcomes later does the alarm come, if it comes
+  within 1,500?
 - `missing`: 30% of the outcomes are missing at random, and the promise claims so (missing_bound 0).
 - `selected`: after the shift the wrong answers send an outcome three times as rarely as the right ones. What is said
   after all outcomes, with the usual bound of 5% on missing ones?
@@ -271,12 +272,13 @@ def watched_report(runs: Sequence[Mapping[str, Any]]) -> str:
                 f"{(found['noticed'] + found['early']) / kept:.1%}",
                 f"{statistics.median(late):.0f}, {np.quantile(late, 0.95):.0f}" if late else "",
                 f"{unknown / kept:.1%}",
+                f"{found['selected_states'].get('broken', 0) / kept:.1%}",
                 f"{found['selected_states'].get('holds so far', 0) / kept:.1%}",
             ]
         )
     header = ["set", "promises", "false alarms", "false alarms, 30% missing", "shifts noticed"]
-    more = ["outcomes needed: median, 95%", "selected: cannot be known", "selected: holds so far"]
-    return record.table([*header, *more], lines)
+    more = ["outcomes needed: median, 95%", "selected: cannot be known", "selected: broken"]
+    return record.table([*header, *more, "selected: holds so far"], lines)
 
 
 def _options() -> argparse.Namespace:
