@@ -46,6 +46,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
+from typing import Literal
 
 from sqlalchemy import (
     JSON,
@@ -410,12 +411,25 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A connection that is the only writer. An exception rolls everything back."""
+        self._require_writable()
+        with plain_errors(self._where), self._server.transaction(writes=True) as connection:
+            yield connection.execution_options(**{ACCESS: self.access})
+
+    @contextmanager
+    def adding(self) -> Iterator[Connection]:
+        """A connection for sums that many processes add to at once. It is not the only writer.
+
+        Each of its statements must be right whatever others commit meanwhile, and lock rows in the order of their keys.
+        """
+        self._require_writable()
+        with plain_errors(self._where), self._server.adding() as connection:
+            yield connection.execution_options(**{ACCESS: self.access})
+
+    def _require_writable(self) -> None:
         if self._server.read_only:
             raise StoreError(
                 f"store {self._server.store} is read-only here: give write permission, or use another --store"
             )
-        with plain_errors(self._where), self._server.transaction(writes=True) as connection:
-            yield connection.execution_options(**{ACCESS: self.access})
 
     def identity(self) -> str | None:
         """The id of this catalog, which no other catalog has.
@@ -468,16 +482,22 @@ def insert_row(connection: Connection, table: Table, row: JsonMapping) -> int:
     return int(key[0])
 
 
-def upsert(connection: Connection, table: Table, rows: Sequence[JsonMapping], *, add: bool = False) -> None:
-    """Insert rows with different primary keys, many by one statement. Where one is there, its other columns change.
+def upsert(
+    connection: Connection, table: Table, rows: Sequence[JsonMapping], change: Literal["set", "add"] | None
+) -> None:
+    """Insert rows with different primary keys, many by one statement.
 
     Args:
-        add: the new numbers are added to those that are there.
+        change: what happens to the other columns of a row that is there: they are set, the new numbers are added to
+            them, or they stay.
     """
     insert_into = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     for start in range(0, len(rows), UPSERTED):
         new = insert_into(table).values(rows[start : start + UPSERTED])
-        others = [each for each in table.c if not each.primary_key]
+        if change is None:
+            connection.execute(new.on_conflict_do_nothing())
+            continue
+        others, add = [each for each in table.c if not each.primary_key], change == "add"
         changed = {each.name: each + new.excluded[each.name] if add else new.excluded[each.name] for each in others}
         connection.execute(new.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed))
 

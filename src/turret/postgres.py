@@ -2,6 +2,8 @@
 
 - A writer holds one advisory lock of the database until its transaction ends, and sees everything that was committed
   before it got the lock (READ COMMITTED). So there is one writer at a time, as with SQLite.
+- A transaction that only adds to sums takes no part in that: it locks its rows, in one order. So servers that count
+  what they answer do not wait for each other, and a promote does not wait for them.
 - A reader sees one snapshot (REPEATABLE READ) and waits for no other transaction.
 - If a client disappears in a transaction, the server ends that transaction within `IDLE_SECONDS`. The next writer waits
   longer than that. The server rolls the transaction back and frees the lock. So a writing transaction must not wait
@@ -100,6 +102,21 @@ class Postgres:
                 self._wait_for_writers(connection)
             yield connection
 
+    @contextmanager
+    def adding(self) -> Iterator[Connection]:
+        """Begin a transaction beside other writers; a statement sees what was committed before it."""
+        engine = self._engine.execution_options(isolation_level="READ COMMITTED", postgresql_readonly=False)
+        with engine.begin() as connection:
+            self._limit_waits(connection)
+            yield connection
+
+    def _limit_waits(self, connection: Connection) -> None:
+        """A wait for a lock ends before the client's time for an answer, and a silent client's transaction too."""
+        limits = (
+            f"'lock_timeout', '{int(ANSWER_SECONDS / 2)}s', true), set_config('idle_in_transaction_session_timeout'"
+        )
+        connection.exec_driver_sql(f"SELECT set_config({limits}, '{IDLE_SECONDS}s', true)")
+
     def _wait_for_writers(self, connection: Connection) -> None:
         limits = f"'lock_timeout', '{self._busy_seconds}s', true), set_config('idle_in_transaction_session_timeout'"
         connection.exec_driver_sql(f"SELECT set_config({limits}, '{TAKE_SECONDS}s', true)")
@@ -110,11 +127,7 @@ class Postgres:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
         finally:
             driver.lock_seconds = 0
-        # ALTER TABLE waits for readers of the table. The server's timeout must come before the client's.
-        limits = (
-            f"'lock_timeout', '{int(ANSWER_SECONDS / 2)}s', true), set_config('idle_in_transaction_session_timeout'"
-        )
-        connection.exec_driver_sql(f"SELECT set_config({limits}, '{IDLE_SECONDS}s', true)")
+        self._limit_waits(connection)  # ALTER TABLE waits for readers of the table
 
     def identity(self, connection: Connection) -> str | None:
         """Return the id of this catalog, which no other catalog has; None if it was lost.

@@ -12,7 +12,7 @@ import sqlite3
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
@@ -48,6 +48,10 @@ class Sqlite:
     @cached_property
     def _exclusive_engine(self) -> Engine:
         return _engine(self.path, self.read_only, alone=True, patience=0)
+
+    def adding(self) -> AbstractContextManager[Connection]:
+        """A transaction that adds to rows; here the only writer too."""
+        return self.transaction(writes=True)
 
     @contextmanager
     def transaction(self, *, writes: bool) -> Iterator[Connection]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
-import itertools
 import json
 import threading
 import time
@@ -22,12 +20,11 @@ from turret.access import Access
 from turret.audit import LOOK_SECONDS, NewestActions
 from turret.client import AsyncClient
 from turret.errors import Draining, NotFound, QuotaSpent, StoreError, TurretError
-from turret.server.logs import Log
 from turret.server.metrics import Metrics
 from turret.server.quotas import Quota, SharedQuotas
 from turret.server.replica import Leader
 from turret.server.sessions import COOKIE
-from turret.server.state import REST, Followers, ServerSettings
+from turret.server.state import ServerSettings
 from turret.store import Budgets, Store
 from turret.workspace import Workspace
 
@@ -364,21 +361,3 @@ def test_a_mistake_is_not_sent_again() -> None:
     with Counting(404, code="not_found") as server, pytest.raises(NotFound):
         ask([server.url, server.url])
     assert server.requests == ["GET"]
-
-
-def test_a_thread_that_adds_sums_rests_longer_after_a_write_that_took_long() -> None:
-    """So a thousand servers that share one writer leave room for a promote."""
-    calls: dict[str, list[float]] = {"sums": [], "others": []}
-    followers = Followers(Log(io.StringIO()), lambda: None)
-
-    def work(name: str) -> None:
-        calls[name].append(time.monotonic())
-        time.sleep(0.1)
-
-    followers.start("sums", lambda: work("sums"), 0.05, rest=REST)
-    followers.start("others", lambda: work("others"), 0.05)
-    time.sleep(3)
-    followers.stop()
-    assert len(calls["sums"]) <= 3
-    assert min(b - a for a, b in itertools.pairwise(calls["sums"])) >= 0.1 * (1 + REST)
-    assert len(calls["others"]) > len(calls["sums"]), "the control"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
-from sqlalchemy import Engine, event, text
+from sqlalchemy import Engine, event, select, text
 
 from turret.access import Access
 from turret.audit import read as actions
@@ -67,6 +71,42 @@ def test_the_sums_of_many_adapters_and_quotas_are_written_by_few_statements(stor
     kept = {each.adapter: (each.requests, each.prompt_tokens, each.completion_tokens) for each in usage.read(database)}
     assert (len(kept), kept["a0"], kept["a699"]) == (700, (2, 0, 4), (2, 1398, 4))
     assert 0 <= levels["token 500", "tokens"] < 500 < levels["token 1", "tokens"] < 1000
+
+
+@pytest.mark.slow
+def test_sums_are_added_while_another_process_writes_and_by_many_at_once(new_url: Callable[..., str], tmp_path) -> None:
+    """On PostgreSQL they do not wait for the only writer, and nothing is lost or counted twice."""
+    url = new_url(str(tmp_path / "files"))
+    database = Store(url).database(make=True)
+    log, budgets = usage.UsageLog(database), usage.Budgets(database)
+    log.add("default", "a", 1, 5, 2)
+    writes = lambda: Store(url).tokens.create("t")
+    with ThreadPoolExecutor(2) as other:
+        with database.writing():
+            waits = other.submit(writes)
+            other.submit(log.flush).result(timeout=10)
+            other.submit(budgets.take, "token", "requests", 100).result(timeout=10)
+            assert not waits.done(), "the control"
+        waits.result(timeout=30)
+    names = [f"a{number}" for number in range(40)]
+
+    def server(seed: int) -> None:
+        draw = random.Random(seed)
+        mine = Store(url).database()
+        own, quotas = usage.UsageLog(mine), usage.Budgets(mine)
+        for _ in range(15):
+            draw.shuffle(names_of := list(names))
+            for name in names_of[:25]:
+                own.add("default", name, 1, 1, 0)
+            own.flush()
+            quotas.change([(name, "tokens", 10**9, -1.0) for name in names_of[:25]], quotas.writer.next())
+
+    with ThreadPoolExecutor(4) as servers:
+        list(servers.map(server, range(4)))
+    assert sum(each.requests for each in usage.read(database) if each.adapter != "a") == 4 * 15 * 25
+    with database.reading() as connection:
+        rows = connection.execute(select(usage.budgets).where(usage.budgets.c.unit == "tokens")).all()
+    assert len(rows) == 40
 
 
 def test_a_name_of_several_adapters_that_is_too_long_is_cut(store: Store, put) -> None:

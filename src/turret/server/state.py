@@ -370,13 +370,9 @@ class Followers:
         self._threads: list[threading.Thread] = []
         self.failing: set[str] = set()  # names of the parts that could not reach the store
 
-    def start(self, name: str, follow: Callable[[], None], seconds: float, rest: float = 0.0) -> None:
-        """Call `follow` again and again, with so many seconds in between, on a thread with this name.
-
-        Args:
-            rest: the pause is that many times as long as the call took, if that is longer, and MOST_REST at most.
-        """
-        thread = threading.Thread(target=self._repeat, args=[name, follow, seconds, rest], name=name, daemon=True)
+    def start(self, name: str, follow: Callable[[], None], seconds: float) -> None:
+        """Call `follow` again and again, with so many seconds in between, on a thread with this name."""
+        thread = threading.Thread(target=self._repeat, args=[name, follow, seconds], name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -386,9 +382,8 @@ class Followers:
         for each in self._threads:
             each.join(timeout=5)
 
-    def _repeat(self, part: str, follow: Callable[[], None], seconds: float, rest: float) -> None:
+    def _repeat(self, part: str, follow: Callable[[], None], seconds: float) -> None:
         while not self._stopping.is_set():
-            began = time.monotonic()
             try:
                 follow()
             except Exception as error:  # the store may be back at the next try
@@ -401,7 +396,7 @@ class Followers:
                 if part in self.failing:
                     self._log.write("follow", part=part, following=True)
                     self.failing.discard(part)
-            self._stopping.wait(max(seconds, min(MOST_REST, rest * (time.monotonic() - began))))
+            self._stopping.wait(seconds)
 
 
 # --- missing ----------------------------------------------------------------------------------------------------------
@@ -475,7 +470,6 @@ class Tenant:
 POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
 GUARD_SECONDS = 3.0  # between two evaluations of the guards of experiments
-REST, MOST_REST = 10.0, 10.0  # times as long as it wrote, a thread rests that adds sums to the store; seconds
 TRIM_SECONDS = 10.0  # between two looks at the memory that is free and not returned to the system
 GOLDEN_AT_ONCE = 16  # golden examples at the engines at the same time
 GOLDEN_PATIENCE = 60.0  # seconds to wait for room in a full queue
@@ -1021,14 +1015,13 @@ class ServerState:
             ("turret-tokens", self._follow_tokens, POLL_SECONDS),
             ("turret-arms", self._each_tenant(lambda tenant: tenant.routing.prepare()), POLL_SECONDS),
             ("turret-turn", self._each_tenant(lambda tenant: tenant.turn()), TURN_SECONDS),
+            ("turret-usage", self.usage.flush, USAGE_SECONDS),
+            ("turret-quotas", self.quotas.turn, QUOTA_SECONDS),
             ("turret-guards", self._apply_guards, GUARD_SECONDS),
             ("turret-sessions", self.guard.sessions.refresh, SESSION_SECONDS),
             ("turret-heap", trim, TRIM_SECONDS),
         ):
             self._followers.start(name, follow, seconds)
-        # All servers share one writer. What adds sums rests longer while it is busy, so a promote waits for few others.
-        self._followers.start("turret-usage", self.usage.flush, USAGE_SECONDS, REST)
-        self._followers.start("turret-quotas", self.quotas.turn, QUOTA_SECONDS, REST)
 
     def _follow_aliases(self, tenant: Tenant) -> None:
         tenant.aliases.poll(mark=self._newest.mark("aliases", tenant.workspace.store.access.tenant))

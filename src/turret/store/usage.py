@@ -1,9 +1,8 @@
 """Usage: requests and tokens by tenant, adapter and UTC day.
 
-A server adds up what it answers, and writes the sums every `SECONDS`, less often while the store is busy, and when it
-ends. So a killed server loses what it answered in that time, and one that is stopped by SIGTERM nothing. While the
-store cannot be reached the sums grow. A flush that is tried again is counted once (`turret.store.usage`). A server of a
-read-only store counts nothing.
+A server adds up what it answers, and writes the sums every `SECONDS`, and when it ends. So a killed server loses what
+it answered in that time, and one that is stopped by SIGTERM nothing. While the store cannot be reached the sums grow.
+A flush that is tried again is counted once (`turret.store.usage`). A server of a read-only store counts nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from sqlalchemy import (
     Connection,
     Float,
     Integer,
+    Row,
     String,
     Table,
     delete,
@@ -150,12 +150,12 @@ class UsageLog:
                 self._write(self._writer.next())
 
     def _write(self, number: int) -> None:
-        with self._database.writing() as connection:
+        with self._database.adding() as connection:
             if self._writer.is_first(connection, number):
                 sums = [
                     dict(zip(COLUMNS, (*key, *counts), strict=True)) for key, counts in sorted(self._unsure.items())
                 ]
-                upsert(connection, usage, sums, add=True)
+                upsert(connection, usage, sums, change="add")
         self._unsure = {}
 
     def _add(self, key: tuple[str, str, str], counts: list[int]) -> None:
@@ -221,13 +221,12 @@ class Budgets:
     def take(self, name: str, unit: str, per_minute: int) -> tuple[int, float]:
         """Take a batch. Returns how many, and if there is none, the seconds until there is one."""
         key = name, unit
-        with self._database.writing() as connection:
-            now = clock(connection)
-            level = _levels(connection, {key: per_minute}, now)[key]
-            if level < 1 - 1e-9:
+        with self._database.adding() as connection:
+            levels, now = _levels(connection, {key: per_minute})
+            if (level := levels[key]) < 1 - 1e-9:
                 return 0, (1 - level) * 60 / per_minute
             count = max(1, int(level / BATCH))
-            _set_levels(connection, {key: level - count}, {key: per_minute}, now)
+            upsert(connection, budgets, _rows({key: level - count}, {key: per_minute}, now), change="set")
             return count, 0.0
 
     def change(self, amounts: Iterable[Amount], number: int) -> dict[Key, float]:
@@ -238,32 +237,39 @@ class Budgets:
         """
         wanted = list(amounts)
         limits = {(name, unit): per_minute for name, unit, per_minute, _ in wanted}
-        with self._database.writing() as connection:
-            now, first = clock(connection), self.writer.is_first(connection, number)
-            levels = _levels(connection, limits, now)
+        with self._database.adding() as connection:
+            first = self.writer.is_first(connection, number)
+            levels, now = _levels(connection, limits)
             if first:
                 for name, unit, per_minute, amount in wanted:
                     levels[name, unit] = min(levels[name, unit] + amount, per_minute)
-            _set_levels(connection, levels, limits, now)
+            upsert(connection, budgets, _rows(levels, limits, now), change="set")
             late = (budgets.c.at < now - UNUSED_BUCKET) & (budgets.c.level >= 0)
-            connection.execute(delete(budgets).where(late))
+            unused = select(budgets.c.name, budgets.c.unit).where(late).with_for_update(skip_locked=True)
+            connection.execute(delete(budgets).where(tuple_(budgets.c.name, budgets.c.unit).in_(unused)))
         return levels
 
 
-def _levels(connection: Connection, limits: Mapping[Key, int], now: float) -> dict[Key, float]:
-    """The levels of buckets, refilled up to now. A new one, or one with another limit per minute, is full."""
-    levels = {key: float(limit) for key, limit in limits.items()}
-    keys = sorted(limits)
+def _levels(connection: Connection, limits: Mapping[Key, int]) -> tuple[dict[Key, float], float]:
+    """The levels of buckets, refilled up to now, and now. A new one, or one with another limit per minute, is full.
+
+    Their rows are locked until the transaction ends, so that no other process changes them.
+    """
+    levels, keys = {key: float(limit) for key, limit in limits.items()}, sorted(limits)
+    upsert(connection, budgets, _rows(levels, limits, clock(connection)), change=None)
+    found: list[Row[tuple[str, ...]]] = []
     for start in range(0, len(keys), UPSERTED):
         chosen = tuple_(budgets.c.name, budgets.c.unit).in_(keys[start : start + UPSERTED])
-        for row in connection.execute(select(budgets).where(chosen)):
-            limit = limits[row.name, row.unit]
-            if row.per_minute == limit:
-                levels[row.name, row.unit] = min(limit, row.level + max(0.0, now - row.at) * limit / 60)
-    return levels
+        locked = select(budgets).where(chosen).order_by(budgets.c.name, budgets.c.unit).with_for_update()
+        found += connection.execute(locked).all()
+    now = clock(connection)  # after the wait for others
+    for row in found:
+        limit = limits[row.name, row.unit]
+        if row.per_minute == limit:
+            levels[row.name, row.unit] = min(limit, row.level + max(0.0, now - row.at) * limit / 60)
+    return levels, now
 
 
-def _set_levels(connection: Connection, levels: Mapping[Key, float], limits: Mapping[Key, int], now: float) -> None:
+def _rows(levels: Mapping[Key, float], limits: Mapping[Key, int], now: float) -> list[JsonObject]:
     columns = ("name", "unit", "per_minute", "level", "at")
-    rows = [dict(zip(columns, (*key, limits[key], level, now), strict=True)) for key, level in sorted(levels.items())]
-    upsert(connection, budgets, rows)
+    return [dict(zip(columns, (*key, limits[key], level, now), strict=True)) for key, level in sorted(levels.items())]
