@@ -78,7 +78,8 @@ def test_a_comparison_and_a_sweep_through_three_workers_in_a_storm_say_what_loca
     monkeypatch.setenv(leases.VARIABLE, "3")
     url, draw, lost = new_url(), random.Random(42), 0
     machine = lambda name: url.replace(str(tmp_path / "local"), str(tmp_path / name))
-    recipe = recipe_in(tmp_path, **{"train.max_steps": "60", "train.epochs": "20", "train.checkpoint_every": "2"})
+    steps = {"train.max_steps": "60", "train.epochs": "20", "train.checkpoint_every": "2", "data.validation": "10"}
+    recipe = recipe_in(tmp_path, **steps)
     how, settings = {"methods": "base,lora,head", "against": "lora", "seeds": 2}, {"train.lr": "1e-5,1e-3,1e-2"}
     alone = Workspace(tmp_path / "alone")
     expected, searched = alone.compare(recipe, **how), alone.sweep(recipe, settings)
