@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "measured.md",
+    ROOT / "docs" / "howto" / "fleet.md",
     ROOT / "docs" / "howto" / "quantized.md",
     ROOT / "docs" / "howto" / "suggest.md",
     ROOT / "docs" / "tasks.md",
