@@ -12,8 +12,8 @@ import torch
 from tiny_training import find_rate, fit, plan
 
 from turret import adapters, bundles
+from turret.adapters import StoredAdapter
 from turret.errors import AdapterError, TrainingError, WrongBase
-from turret.train import InitialAdapter
 from turret.train.checkpoint import step_of
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -23,7 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def begun(start: InitialAdapter, folder: Path | None = None, on: Any = None, **settings: Any) -> Any:
+def begun(start: StoredAdapter, folder: Path | None = None, on: Any = None, **settings: Any) -> Any:
     """(base, steps) of a training that starts from it."""
     made = tiny.recipe(train__init_from=start.version, train__checkpoint_every=2, train__epochs=1, **settings)
     on, data = on or tiny.base("bert"), tiny.dataset()
@@ -31,11 +31,11 @@ def begun(start: InitialAdapter, folder: Path | None = None, on: Any = None, **s
 
 
 @pytest.fixture(scope="module", params=list(METHODS))
-def parent(request) -> tuple[InitialAdapter, dict[str, Any]]:
+def parent(request) -> tuple[StoredAdapter, dict[str, Any]]:
     settings = METHODS[request.param]
     made, on, data = tiny.recipe(train__epochs=1, train__lr=3e-3, **settings), tiny.base("bert"), tiny.dataset()
     _, fitted = tiny.train(fit(made, on, tiny.task_of(made, data, on), data))
-    return InitialAdapter("tiny@1", "sha256:parent", fitted.adapter), settings
+    return StoredAdapter("tiny@1", "sha256:parent", fitted.adapter), settings
 
 
 def weights(fitted: Any) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_one_line_for_plan_trials_and_training_and_the_base
     task = tiny.task_of(made, data, on)
     _, fitted = tiny.train(fit(tiny.recipe(train__max_steps=1), on, task, data))
     adapters.detach(on.model)
-    start = InitialAdapter("tiny@1", "sha256:p", replace(fitted.adapter, **change))
+    start = StoredAdapter("tiny@1", "sha256:p", replace(fitted.adapter, **change))
     for call in (
         lambda: next(fit(made, on, task, data, start=start)),
         lambda: plan(made, on, task, data, start=start),
