@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import charts
+import decisions
 import defaults
 import experiments
 import fast_paths
@@ -47,6 +48,7 @@ PAGES = (
     ROOT / "docs" / "howto" / "fleet.md",
     ROOT / "docs" / "howto" / "quantized.md",
     ROOT / "docs" / "howto" / "suggest.md",
+    ROOT / "docs" / "howto" / "untrained.md",
     ROOT / "docs" / "tasks.md",
     ROOT / "docs" / "reference" / "methods.md",
     ROOT / "ARCHITECTURE.md",
@@ -398,6 +400,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fleet": fleet.simulated,
     "fleet-validated": fleet.validated,
     "fleet-jobs": fleet.jobs_table,
+    "decisions": lambda: decisions.report(record.load("decisions")),
     "suggest": lambda: suggest.report(record.load("suggest")),
     "tasks": lambda: tasks.report(record.load("tasks")),
     "promises-chosen": lambda: promises.chosen_report(record.load("promises")),
