@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 UNLOCKED = (
+    "ray",
     "trackio",
     "mlflow",
     "wandb",

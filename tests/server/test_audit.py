@@ -29,6 +29,7 @@ SESSION = "opens or ends a session of the console, and changes nothing of the st
 NO_ROW = {
     "POST /v1/completions": ANSWER, "POST /v1/chat/completions": ANSWER, "POST /v1/classify": ANSWER,
     "POST /v1/embeddings": ANSWER, "POST /v1/score": ANSWER, "POST /v1/rerank": ANSWER, "POST /v1/responses": ANSWER,
+    "POST /v1/decisions": ANSWER, "POST /v1/systemone": ANSWER,
     "POST /playground": ANSWER, "POST /playground/answer": ANSWER, "POST /playground/stream": ANSWER,
     "POST /tokenize": PURE, "POST /detokenize": PURE, "POST /api/adapters/{reference}/verify": PURE,
     "POST /adapters/{name}/{number}/verify": PURE, "POST /store/verify": PURE, "POST /store/gc": PURE,
@@ -95,6 +96,11 @@ ROUTES: dict[str, Callable[[Person], Any]] = {
     "POST /api/aliases/{name}/{alias}/rollback": lambda p: p.json("/api/aliases/a/production/rollback"),
     "POST /adapters/{name}/move/promote": lambda p: p.form("/adapters/a/move/promote", version="3", alias="production"),
     "POST /adapters/{name}/move/rollback": lambda p: p.form("/adapters/a/move/rollback", alias="production"),
+    "POST /api/panels": lambda p: [p.json("/api/panels", panel(version)) for version in ("a@1", "a@2")][1],
+    "POST /api/panels/{reference}/promote": lambda p: p.json("/api/panels/p@1/promote"),
+    "POST /panels/{name}/promote": lambda p: p.form("/panels/p/promote", version="2"),
+    "POST /api/panels/{name}/rollback": lambda p: p.json("/api/panels/p/rollback"),
+    "POST /panels/{name}/rollback": lambda p: [p.json("/api/panels/p@2/promote"), p.form("/panels/p/rollback")][1],
     "POST /api/runs": lambda p: p.keep("run", p.json("/api/runs", TRAIN)),
     "POST /api/runs/{run_id}/cancel": lambda p: p.json(
         f"/api/runs/{p.made.get('run', '20260101-000000-aaaaaa')}/cancel"
@@ -105,10 +111,16 @@ ROUTES: dict[str, Callable[[Person], Any]] = {
     "POST /api/experiments/{name}/stop": lambda p: p.json("/api/experiments/a/stop", {}),
     "POST /experiments/{name}/{number}/do/{verb}": lambda p: p.console_ends(),
 }
+
+
+def panel(version: str) -> dict[str, Any]:
+    return {"name": "p", "questions": [{"name": "q", "reference": version}]}
+
+
 TOKENS: dict[str, tuple[str, Mapping[str, Any]]] = {  # tenant, and the rest of the token
     "all": ("default", {"scopes": ALL}),
     "tenant": ("other", {"scopes": ALL}),
-    "adapters": ("third", {"scopes": ALL, "adapters": ["a"]}),
+    "adapters": ("third", {"scopes": ALL, "adapters": ["a", "p"]}),
     "infer": ("fourth", {"scopes": ("infer",)}),
     "admin": ("fifth", {"scopes": ("admin",)}),
 }

@@ -142,6 +142,9 @@ def _chosen(where: str, keys: Sequence[str], named: Mapping[str, Any]) -> Iterat
 
 
 def _filled(path: str, values: Mapping[str, Any]) -> str:
+    if "/panels/" in path:  # no panel is called as an adapter
+        panel = f"{values.get('name') or str(values['reference']).partition('@')[0]}-panel"
+        values = {**values, "name": panel, "reference": f"{panel}@1"}
     return re.sub(r"\{(\w+)(?::\w+)?\}", lambda found: str(values[found[1]]), path)
 
 

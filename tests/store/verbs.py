@@ -211,6 +211,12 @@ EARLIER = (  # the tables of the first format that later ones replaced
 )
 
 
+EMPTY = (  # tables that are later than the first format, those that refer to others first
+    "jobs", "job_turns", "batches", "flushes", "panel_moves", "panel_versions", "panels",
+    "promise_outcomes", "promise_answers", "promises",
+)  # fmt: skip
+
+
 def ready_to_migrate(where: str, folder: Path) -> Hold:
     """The store has the first format that is read, with an alias that was moved."""
     two(where, folder).promote("a@1", "production")
@@ -218,7 +224,7 @@ def ready_to_migrate(where: str, folder: Path) -> Hold:
         if connection.execute("SELECT version_num FROM alembic_version").fetchone()[0] != OLDEST:
             for table, column in (("versions", "comparison"), ("tokens", "sign_in"), ("leases", "seconds")):
                 connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-            for table in ("jobs", "job_turns", "batches", "flushes"):  # all empty
+            for table in EMPTY:
                 connection.execute(f"DROP TABLE {table}")
             for made in EARLIER:
                 connection.execute(made)

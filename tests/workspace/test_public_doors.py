@@ -49,7 +49,7 @@ RIGHT: dict[str, Any] = {  # by the name of an argument: of the right type, thou
     "hub_id": "a/b", "run": "none", "tenant": "x", "candidates": ["x@1", "x@2"], "unit": "u", "value": 1.0,
     "many": [], "receipt": "r", "scopes": ["infer"], "files": {}, "text": "", "prompt": "a", "messages": [],
     "model": "x", "overrides": {"seed": "1"}, "method": LoRA(), "control": None, "arm": None, "peft_type": "IA3",
-    "outcomes": [], "settings": {"method.r": "2,4"},
+    "outcomes": [], "settings": {"method.r": "2,4"}, "labels": ["a", "b"], "questions": [],
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from turret.store import Panel, PanelMove
+    from turret.tasks import QuestionType
 
 Name = Annotated[str, typer.Argument(help="Name of the panel.", show_default=False)]
 PanelRef = Annotated[str, typer.Argument(metavar="PANEL", help="A version of a panel: name or name@2.")]
@@ -77,7 +78,7 @@ def create(
         Question(
             question,
             reference,
-            more["type"].get(question),  # type: ignore[arg-type]  # the store checks it
+            _type(question, more["type"].get(question)),
             tuple(each.strip() for each in more["labels"][question].split(",")) if question in more["labels"] else (),
             _number(question, more["threshold"].get(question)),
         )
@@ -145,6 +146,17 @@ def _pairs(key: str, given: Sequence[str] | None) -> dict[str, str]:
             raise BadArgument(f"--{key} {each[:60]!r}: expected QUESTION=VALUE, such as --{key} urgent=…")
         found[question] = value
     return found
+
+
+def _type(question: str, text: str | None) -> QuestionType | None:
+    from turret.store.panels import TYPES
+
+    if text is None:
+        return None
+    for each in TYPES:
+        if each == text:
+            return each
+    raise BadArgument(f"type of question {question[:40]} is {text[:40]}: expected {', '.join(TYPES)}")
 
 
 def _number(question: str, text: str | None) -> float | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection
 
 from turret.access import Access
+from turret.audit import Mark
 from turret.database import Database
 from turret.errors import BadExperiment, BadReference, NotFound, StoreError
 from turret.experiments import arm_health, assign, outcomes, rows
@@ -67,9 +68,9 @@ class Router:
         mark: returns what differs after a change of an experiment; without it they are read every second.
     """
 
-    def __init__(self, database: Database, clock: Callable[[], float], mark: Callable[[], object] = object) -> None:
+    def __init__(self, database: Database, clock: Callable[[], float], mark: Callable[[], Mark] | None = None) -> None:
         self._database, self._clock, self._mark = database, clock, mark
-        self._read_mark: object = None  # of the last read
+        self._read_mark: Mark | None = None  # of the last read
         self._lock = threading.Lock()  # for the fields below
         self._reading, self._writing = threading.Lock(), threading.Lock()  # held while the store is read or written
         self._known: dict[str, Experiment] | None = None
@@ -207,8 +208,8 @@ class Router:
             if now - self._read_at < REFRESH and self._known is not None:
                 return
             self._read_at = now
-            mark = self._mark()
-            if mark != self._read_mark:
+            mark = self._mark() if self._mark else None
+            if mark is None or mark != self._read_mark:
                 with self._database.reading() as connection:
                     running = rows.all_running(connection)
                 self._max_seconds |= {each.id: each.guards.max_seconds for each in running}

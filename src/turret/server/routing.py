@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from turret import errors
+from turret.audit import Mark
 from turret.engine import Named
 from turret.experiments import Assignment, Experiment, Router
 from turret.reference import Reference
@@ -75,7 +76,7 @@ class AliasWatcher:
         self._warm, self._warm_ahead, self._in_memory = warm, warm_ahead, in_memory
         self._bases, self.alias = bases, alias
         self._clock = clock
-        self._move: object = None  # the mark of the newest move that `poll` has seen
+        self._move: int | Mark | None = None  # the mark of the newest move that `poll` has seen
         self._stored: Mapping[Key, Pointing] = {}
         self._to_load: list[str] = []
         self._lock = threading.Lock()
@@ -114,7 +115,7 @@ class AliasWatcher:
         ]
         return "+".join(parts)
 
-    def poll(self, seconds: float = 0.5, mark: object = None) -> None:
+    def poll(self, seconds: float = 0.5, mark: Mark | None = None) -> None:
         """Follow the store once, and then load versions in advance for about that many seconds.
 
         mark: What differs after a move, if it was just read, for example for many tenants.

@@ -252,10 +252,10 @@ class LivePromises:
     """
 
     def __init__(
-        self, database: Database, mark: Callable[[], object] = object, clock: Callable[[], float] = time.time
+        self, database: Database, mark: Callable[[], Mark] | None = None, clock: Callable[[], float] = time.time
     ) -> None:
         self._database, self._mark, self._clock = database, mark, clock
-        self._read_mark: object = None  # of the last read
+        self._read_mark: Mark | None = None  # of the last read
         self._known: dict[str, Covered | None] = {}  # by the digest of a version
         self._unwritten: list[LoggedAnswer] = []
         self._lock, self._writing = threading.Lock(), threading.Lock()
@@ -301,8 +301,8 @@ class LivePromises:
     def turn(self) -> None:
         """Write the log, and read the promises in force if one may have changed. Raises StoreError."""
         self.flush()
-        mark = self._mark()
-        if mark == self._read_mark:
+        mark = self._mark() if self._mark else None
+        if mark is not None and mark == self._read_mark:
             return
         with self._database.reading() as connection:
             new = {each.digest: _covered(connection, each) for each in promises.in_force(connection)}

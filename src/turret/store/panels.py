@@ -26,7 +26,7 @@ from turret.visibility import access_of, seen_adapters
 
 MOST_QUESTIONS = 400
 MOST_LABELS = 255
-TYPES = ("predicate", "choice", "score")
+TYPES: tuple[QuestionType, ...] = ("predicate", "choice", "score")
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def _row(connection: Connection, name: str) -> _Row:
     return _Row(*row)
 
 
-def _rows(connection: Connection) -> Select[tuple[object, ...]]:
+def _rows(connection: Connection) -> Select[tuple[str | int | None, ...]]:
     columns = panel_versions.c.number, panel_versions.c.questions, panel_versions.c.created, panel_versions.c.who
     query = select(panels.c.name, panels.c.production, *columns).join(panels, panel_versions.c.panel_id == panels.c.id)
     return query.where(panels.c.tenant == access_of(connection).tenant)

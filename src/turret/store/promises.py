@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from sqlalchemy import (
     JSON,
@@ -330,7 +330,7 @@ def record(connection: Connection, receipt: str, value: JsonValue) -> tuple[Stat
 def told(connection: Connection, promise: Promise, after: int = 0) -> list[Told]:
     """The outcomes that count, in the order in which they came, with an id above `after`."""
     query = _told(promise).where(outcomes.c.id > after).order_by(outcomes.c.id)
-    return [Told(*row) for row in connection.execute(query)]
+    return [Told._make(row) for row in connection.execute(query)]
 
 
 def counts(connection: Connection, promise: Promise) -> Counts:
@@ -379,7 +379,7 @@ def mark_broken(connection: Connection, promise: Promise, verdict: JsonMapping) 
 # --- private ----------------------------------------------------------------------------------------------------------
 
 
-def _told(promise: Promise) -> Select[Any]:  # Any: SQLAlchemy does not know the types of a table's columns
+def _told(promise: Promise) -> Select[tuple[int, float, str, int, int, str | None]]:
     columns = (outcomes.c.id, answers.c.probability, answers.c.label, answers.c.decided, outcomes.c.wrong)
     query = select(*columns, outcomes.c.right_label).join(answers, outcomes.c.answer_id == answers.c.id)
     known = outcomes.c.right_label == promise.label if promise.metric.startswith("misses") else true()

@@ -512,7 +512,8 @@ class Classify(HeadAnswers):
 
     def _probabilities(self, logits: Tensor, temperature: float | None = None) -> Tensor:
         """(B, C) float64. temperature: None: the calibration's."""
-        temperature = temperature_of(self.calibration) if temperature is None else temperature
+        if temperature is None:
+            temperature = 1.0 if self.calibration is None else self.calibration.temperature
         logits = self.class_scores(logits).detach().double() / temperature
         return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from turret.access import Access, tenant_access
 from turret.arguments import checked_methods
+from turret.audit import Mark
 from turret.data import Prompt, TextPair
 from turret.experiments import Recorded, Router
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL
@@ -730,7 +731,7 @@ class Workspace:
         """Whether the last `settle` found a running experiment."""
         return bool(self._memories)
 
-    def router(self, clock: Callable[[], float] = time.time, mark: Callable[[], object] = object) -> Router:
+    def router(self, clock: Callable[[], float] = time.time, mark: Callable[[], Mark] | None = None) -> Router:
         """The object with which a server assigns requests to versions and records outcomes.
 
         Args:

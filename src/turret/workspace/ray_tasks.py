@@ -7,9 +7,8 @@ store, so the task succeeds. Results are in the store too: a driver that is kill
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -70,7 +69,7 @@ class RayTasks:
         self._gpus = ray.cluster_resources().get("GPU", 0.0) > 0
         self._ray, self._store, self._kind, self._labels = ray, store, task, labels
         self._remote = ray.remote(do_job)
-        self._tasks: dict[str, Any] = {}  # job -> the reference of its task
+        self._tasks: dict[str, Hashable] = {}  # job -> the reference of its task
 
     def begin(self, job: str, recipe: Recipe) -> None:
         """Start the task of a job that is in the queue."""
