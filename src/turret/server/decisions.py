@@ -21,7 +21,7 @@ from turret.json_types import JsonObject
 from turret.server import limits
 from turret.server.pending_answers import PendingAnswers, prompt_tokens
 from turret.server.routes import State, Unit, router
-from turret.server.schemas import NO_EFFECT, USER, Model, Name, Text, User
+from turret.server.schemas import NO_EFFECT, USER, WHOLE, Model, Name, Text, User
 from turret.server.state import ServerState
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Panel, decisions_of
 from turret.tasks import Decision, QuestionType, chances
@@ -616,7 +616,7 @@ class SystemRequest(Model):
     instructions: Text | None = Field(None, description=UNREAD)
     chat_template_kwargs: JsonObject | None = Field(None, description=NO_EFFECT)
     cache_salt: Annotated[str, Field(max_length=1024)] | None = Field(None, description=NO_EFFECT)
-    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(None, description=NO_EFFECT)
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31), WHOLE] | None = Field(None, description=NO_EFFECT)
     request_id: Annotated[str, Field(max_length=256)] | None = Field(None, description=NO_EFFECT)
 
 
