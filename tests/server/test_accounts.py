@@ -72,10 +72,10 @@ def test_what_cannot_be_written_is_kept_and_written_once(workspace, put) -> None
     database, away = workspace.store.database(), [False]
 
     class Outage(type(database)):
-        def writing(self):
+        def adding(self):
             if away[0]:
                 raise StoreError("the store is away")
-            return super().writing()
+            return super().adding()
 
     database.__class__ = Outage
     log = usage.UsageLog(database, clock=lambda: 86_399.0)

@@ -371,20 +371,27 @@ def test_the_figures_of_the_whole_server_are_for_the_tenant_default(serve, works
 
 
 def test_a_token_that_expires_and_one_that_is_rotated(serve, workspace, until) -> None:
-    short = workspace.tokens.create("short", lifetime=1.5)[1]
-    _, old = workspace.tokens.create("turned")
-    _, gone = workspace.tokens.create("at-once")
     running = serve()
-    assert running.client(short).get("/v1/models").status_code == 200
-    kept, new = workspace.tokens.rotate("turned", overlap=2)
+
+    def status(secret: str) -> Callable[[], int]:
+        client = running.client(secret)
+        return lambda: client.get("/v1/models").status_code
+
+    old, gone = (status(workspace.tokens.create(name)[1]) for name in ("turned", "at-once"))
+    short = status(workspace.tokens.create("short", lifetime=4)[1])
+    unknown = status("unknown")
+    until(lambda: unknown() == 401, seconds=3)
+    assert (old(), gone(), short()) == (200, 200, 200)
+    kept, secret = workspace.tokens.rotate("turned", overlap=3)
     workspace.tokens.rotate("at-once", overlap=0)
-    until(lambda: running.client(new).get("/v1/models").status_code == 200, seconds=2)
-    assert running.client(old).get("/v1/models").status_code == 200
-    assert running.client(gone).get("/v1/models").status_code == 401
     assert kept.former_until is not None
-    until(lambda: running.client(old).get("/v1/models").status_code == 401, seconds=4)
-    assert running.client(short).get("/v1/models").status_code == 401
-    assert running.client(new).get("/v1/models").status_code == 200
+    new = status(secret)
+    until(lambda: new() == 200, seconds=2)
+    assert old() == 200
+    until(lambda: gone() == 401, seconds=2)
+    until(lambda: old() == 401, seconds=6)
+    until(lambda: short() == 401, seconds=6)
+    assert new() == 200
 
 
 @pytest.mark.slow
