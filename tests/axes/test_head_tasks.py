@@ -16,6 +16,7 @@ from axes.points import answered_together, served
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from turret.cli.main import run
+from turret.errors import DataError
 from turret.recipe import Recipe
 from turret.workspace import Workspace
 from turret.workspace.suggesting import write_suggestions
@@ -195,6 +196,8 @@ def test_one_mixed_pass_answers_as_each_version_alone_and_segments_matter(
             assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
     row = engine._prompts._base.tokenizer(*PAIRS[0])
     ids, types = row["input_ids"], row["token_type_ids"]
+    with pytest.raises(DataError, match=r"give two texts as TextPair\(a, b\)"):
+        engine.submit("classify", PAIRS[0], names[0])
     with_types = engine.submit("classify", list(zip(ids, types, strict=True)), names[0]).result()
     without = engine.submit("classify", ids, names[0]).result()
     assert with_types["probabilities"] == pytest.approx(together[0]["probabilities"], abs=1e-5)

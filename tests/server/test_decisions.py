@@ -503,7 +503,7 @@ def test_an_adapter_that_answers_with_other_labels_now_is_said(serve, versions, 
 
 def test_a_version_that_cannot_be_loaded_fails_the_request_and_cancels_the_others(serve, versions, workspace) -> None:
     running = serve(broken={"grade@1"}, pace=2.0)
-    assert ask(running.client(), choice("topic", *LABELS)).status_code == 200  # the echo now pauses, so what comes waits
+    assert ask(running.client(), choice("topic", *LABELS)).status_code == 200  # it now pauses
     got = ask(running.client(), choice("topic", *LABELS), score("grade", "bad", "good"), choice("sure", *LABELS))
     assert got.status_code == 409
     assert len(running.engine.cancelled) == 1

@@ -20,6 +20,7 @@ import small_models
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from turret.cli.main import run
+from turret.data import TextPair
 from turret.data.table_writer import TableWriter, TextForm, harmless
 from turret.errors import AdapterError, DataError
 from turret.recipe import Recipe
@@ -182,24 +183,28 @@ def test_evaluate_measures_the_calibration_and_the_coverage(trained) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["questions", "token_classification"])
-def test_questions_and_tags_that_are_too_sure_are_calibrated_everywhere(kind: str, tmp_path, capsys) -> None:
-    """A model is trained on labels that the text tells, and held against labels of which a third is drawn by chance."""
+@pytest.mark.parametrize("kind", ["questions", "token_classification", "rerank"])
+def test_what_is_too_sure_is_calibrated_everywhere(kind: str, tmp_path, capsys) -> None:
+    """A model is trained on labels that the text tells, and held against labels that are often drawn by chance."""
     base, draw = small_models.save_base("bert", tmp_path / "bert"), random.Random(3)
 
     def row(number: int, by_chance: float) -> dict[str, Any]:
-        topic, urgent = ("film", "bank")[number % 2], ("quick", "lazy")[number // 2 % 2]
-        noisy = lambda right, other: draw.choice((right, other)) if draw.random() < by_chance else right
+        topics, speeds = ("film", "bank"), ("quick", "lazy")
+        topic, urgent = topics[number % 2], speeds[number // 2 % 2]
+        noisy = lambda right, *others: draw.choice((right, *others)) if draw.random() < by_chance else right
         words = [urgent, topic, "fox", "dog", "story", "market"]
         if kind == "questions":
-            answers = {"topic": noisy(topic, "bank"), "urgent": noisy(urgent, "lazy")}
+            answers = {"topic": noisy(topic, *topics), "urgent": noisy(urgent, *speeds)}
             return {"text": f"{' '.join(words)} {number}", **answers}
+        if kind == "rerank":
+            relevant = noisy(topic, *topics) == "film"
+            return {"query": f"a film {number}", "passage": " ".join(words), "label": int(relevant)}
         tags = [noisy("B-SPEED", "O"), noisy("B-TOPIC", "O"), "O", "O", "O", "O", "O"]
         return {"tokens": [*words, str(number)], "tags": tags}
 
     (tmp_path / "data").mkdir()
     for split, count in (("train", 120), ("validation", 150), ("test", 100)):
-        lines = [json.dumps(row(number, 0.0 if split == "train" else 0.3)) for number in range(count)]
+        lines = [json.dumps(row(number, 0.0 if split == "train" else 0.6)) for number in range(count)]
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
     data = {"source": str(tmp_path / "data")} | ({"label": ["topic", "urgent"]} if kind == "questions" else {})
     workspace = Workspace(tmp_path / "store")
@@ -216,7 +221,8 @@ def test_questions_and_tags_that_are_too_sure_are_calibrated_everywhere(kind: st
         assert (sure.temperature, sure.calibrated_on) == (fitted[question]["temperature"], 150)
         assert sure.temperature == 1 or sure.ece < sure.raw_ece
 
-    texts = ["quick film fox dog", "lazy bank story"]
+    texts: list[Any] = ["quick film fox dog", "lazy bank story"]
+    texts = [TextPair("a film", text) for text in texts] if kind == "rerank" else texts
     expected = workspace.predict("sure", texts)
     with workspace.engine(str(base), dtype="float32") as engine:
         answers = engine.classify(texts, "sure")

@@ -121,6 +121,8 @@ class Prompts:
         pairs = [each for each in row if not isinstance(each, int)]
         if not pairs:
             return self.check_ids([each for each in row if isinstance(each, int)]), None
+        if len(pairs) < len(row) or not all(len(pair) == 2 and all(isinstance(n, int) for n in pair) for pair in pairs):
+            raise DataError("a row is token ids, or pairs of an id and its segment: give two texts as TextPair(a, b)")
         ids, segments = map(list, zip(*pairs, strict=True))
         return self.check_ids(ids), segments
 

@@ -5,6 +5,7 @@ Axes: B examples.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -12,7 +13,8 @@ from turret.data import Dataset, Example, Schema, Scored
 from turret.data.columns import PAIRED
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks.classify import LOSS, TextInputs, output_names
+from turret.tasks.calibration import Calibration, Confidences, fit, temperature_of
+from turret.tasks.classify import ECE, LOSS, TextInputs, output_names
 from turret.tasks.regression import NumberAnswers, value_of
 from turret.tasks.task import Measure, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
@@ -30,7 +32,9 @@ RIGHT = 0.5  # a passage counts as relevant from this share of the highest relev
 
 @register
 class Rerank(NumberAnswers):
-    """The head's one output is a logit; its sigmoid is the relevance as a share of the highest in the training table.
+    """The head's one output is a logit z; sigmoid(z / T) is the relevance, T the calibration's temperature.
+
+    Relevance is a share of the highest in the training table.
 
     Args:
         highest: relevance in the training table, such as 1, or 3 for grades.
@@ -41,22 +45,30 @@ class Rerank(NumberAnswers):
     metric: ClassVar[str] = "accuracy"
     metric_label: ClassVar[str] = "accuracy"
     right_or_wrong: ClassVar[bool] = True
+    calibrates: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = ()
     measures: ClassVar[Mapping[str, Measure]] = {
         "accuracy": Measure("accuracy", "the share of pairs that are rightly taken for relevant or not", share=True),
         "loss": LOSS,
         "mrr": Measure("MRR at 10", "1 / the rank of the first relevant passage, as a mean over queries"),
         "ndcg": Measure("nDCG at 10", "how high relevant passages are ranked, as a share of the best order"),
+        "ece": ECE,
     }
     errors: ClassVar[str] = "the worst pairs"
     texts: ClassVar[tuple[str, str]] = ("query", "passage")
 
     def __init__(
-        self, tokenizer: Tokenizer, max_tokens: int = 256, *, highest: float = 1.0, prefix_text: str = ""
+        self,
+        tokenizer: Tokenizer,
+        max_tokens: int = 256,
+        *,
+        highest: float = 1.0,
+        prefix_text: str = "",
+        calibration: Calibration | None = None,
     ) -> None:
         if not highest > 0:
             raise DataError("no passage of the training table is relevant: give the relevant ones a label above 0")
-        self.highest = highest
+        self.highest, self.calibration = highest, calibration
         self.inputs = TextInputs(self.kind, tokenizer, max_tokens, prefix_text, pairs=True)
 
     @classmethod
@@ -106,18 +118,32 @@ class Rerank(NumberAnswers):
         return float(torch.special.entr(mean) + torch.special.entr(1 - mean))
 
     def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
-        """accuracy and loss; mrr and ndcg, at 10, means over the queries that have a relevant passage here."""
+        """accuracy, loss and ece; mrr and ndcg, at 10, means over the queries that have a relevant passage here."""
         from turret.tasks import metrics
 
         given, true = self.values(logits), targets[:, 0].tolist()
         right = sum((g >= RIGHT) == (t >= RIGHT) for g, t in zip(given, true, strict=True))
-        found = {"accuracy": right / max(1, len(true)), "loss": float(self.loss(logits, targets))}
+        loss = float(self.loss(logits / temperature_of(self.calibration), targets))
+        found = {"accuracy": right / max(1, len(true)), "loss": loss, "ece": self._sure(logits, targets).error}
         return found | metrics.rankings(given, true, [int(each) for each in targets[:, 1].tolist()])
 
     def values(self, logits: Tensor) -> list[float]:
         """The relevance of each row from 0 to 1."""
-        values: list[float] = logits.detach().double()[:, 0].sigmoid().tolist()
-        return values
+        return _shares(logits, temperature_of(self.calibration))
+
+    def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
+        """Of every pair: how probably the passage is relevant."""
+        return {"": self._sure(logits, self.targets(examples))}
+
+    def _sure(self, logits: Tensor, targets: Tensor) -> Confidences:
+        right = (targets[:, 0] >= RIGHT).tolist()
+        return Confidences(self.values(logits), _shares(logits, 1.0), right, self.calibration)
+
+    def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
+        """One temperature for the relevance of all pairs."""
+        task, targets = copy.copy(self), self.targets(examples)[:, :1]
+        task.calibration = fit(logits, targets, multi_label=True, chose_weights=chose_weights)
+        return task
 
     def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
         """Both as shares of the highest relevance."""
@@ -138,11 +164,19 @@ class Rerank(NumberAnswers):
             "prefix_text": self.inputs.prefix_text,
             "highest": self.highest,
             "pairs": True,
-        }
+        } | ({} if self.calibration is None else {"calibration": self.calibration.to_json()})
 
     @classmethod
     def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
-        return cls(tokenizer, **{key: value for key, value in spec.items() if key not in ("kind", "pairs")})
+        settings = {key: value for key, value in spec.items() if key not in ("kind", "pairs")}
+        if "calibration" in settings:
+            settings["calibration"] = Calibration.from_json(settings["calibration"])
+        return cls(tokenizer, **settings)
+
+
+def _shares(logits: Tensor, temperature: float) -> list[float]:
+    values: list[float] = (logits.detach().double()[:, 0] / temperature).sigmoid().tolist()
+    return values
 
 
 def _relevance(example: Example) -> float:
