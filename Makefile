@@ -60,10 +60,10 @@ format: $(STAMP)  ## let ruff fix what it can
 	$(BIN)/ruff format .
 
 test: lint  ## lint, then the tests that take a minute or two; ARGS go to pytest
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: lint  ## lint, then every test that this machine can run, slow ones too
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-fleet: $(STAMP)  ## several processes on one PostgreSQL and S3, killed again and again: minutes
 	$(BIN)/python -m pytest -n 0 -m fleet $(ARGS)

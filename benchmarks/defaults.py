@@ -571,14 +571,13 @@ def bounds(tables: list[Any], draws: int = 4000) -> tuple[float, float, float]:
     The sets are fixed: the interval is for these sets. tables: (seeds, examples) each.
     """
     generator = np.random.default_rng(0)
-    means = []
-    for _ in range(draws):
-        each = []
-        for table in tables:
-            seeds = generator.integers(0, table.shape[0], table.shape[0])
-            examples = generator.integers(0, table.shape[1], table.shape[1])
-            each.append(table[np.ix_(seeds, examples)].mean())
-        means.append(np.mean(each))
+    means = np.zeros(draws)
+    for table in tables:
+        count, examples = table.shape
+        seeds = generator.integers(0, count, (draws, count))
+        weights = (seeds[:, :, None] == np.arange(count)).mean(1)  # (draws, seeds)
+        places = generator.integers(0, examples, (draws, examples))
+        means += np.take_along_axis(weights @ table, places, 1).mean(1) / len(tables)
     low, high = np.quantile(means, [0.025, 0.975])
     mean = float(np.mean([table.mean() for table in tables]))
     return 100 * mean, 100 * float(low), 100 * float(high)

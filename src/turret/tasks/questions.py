@@ -164,12 +164,16 @@ class Questions(HeadAnswers):
         import torch
         import torch.nn.functional as F
 
-        logits = logits.float()
-        weights = logits.new_tensor([(self.class_weights or {}).get(label, 1.0) for label in self.labels])  # (C,)
+        logits, known = logits.float(), self.class_weights or {}
+        parts = list(self.parts.values())
+        weights: Sequence[Tensor | None] = [None] * len(parts)
+        if known:
+            every = torch.tensor([known.get(label, 1.0) for label in self.labels], device=logits.device)  # (C,)
+            weights = [every[part] for part in parts]
         return torch.stack(
             [
-                F.cross_entropy(logits[:, part], own, weights[part], ignore_index=NONE, reduction="none")
-                for part, own in zip(self.parts.values(), targets.unbind(1), strict=True)
+                F.cross_entropy(logits[:, part], own, weight, ignore_index=NONE, reduction="none")
+                for part, own, weight in zip(parts, targets.unbind(1), weights, strict=True)
             ],
             dim=1,
         )
