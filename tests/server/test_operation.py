@@ -23,7 +23,14 @@ from turret.server.metrics import Metrics
 from turret.store.jobs import JobQueue
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-CURRENT = ("ready", "draining", "following", "follow_trouble", "jobs_waiting")  # set by the server's state
+CURRENT = (
+    "ready",
+    "draining",
+    "following",
+    "follow_trouble",
+    "jobs_waiting",
+    "alarms_waiting",
+)  # set by the server's state
 
 
 @pytest.fixture(scope="module")

@@ -213,7 +213,7 @@ EARLIER = (  # the tables of the first format that later ones replaced
 
 EMPTY = (  # tables that are later than the first format, those that refer to others first
     "jobs", "job_turns", "batches", "flushes", "panel_moves", "panel_versions", "panels",
-    "promise_outcomes", "promise_answers", "promises",
+    "promise_outcomes", "promise_answers", "promises", "alarms",
 )  # fmt: skip
 
 

@@ -91,6 +91,12 @@ def serve(
     public_url: Annotated[
         str | None, typer.Option("--public-url", metavar="URL", help="Where browsers reach this server.")
     ] = None,
+    alarm_url: Annotated[
+        str | None,
+        typer.Option(
+            "--alarm-url", metavar="URL", envvar="TURRET_ALARM_URL", help="Gets a POST when a promise breaks."
+        ),
+    ] = None,
     train: Annotated[bool, typer.Option("--train", help="Train queued runs too, on the bases that serve.")] = False,
     train_slots: Annotated[int, typer.Option("--train-slots", min=1, help="Trainings at once.")] = 4,
     train_percent: Annotated[
@@ -121,6 +127,7 @@ def serve(
     After SIGTERM or Ctrl-C running answers finish. A second signal ends the server at once.
     """
     from turret.engine import Limits, MemoryBudget
+    from turret.server.alarms import AlarmSettings
     from turret.server.auth import origins
     from turret.server.limits import RequestLimits, networks
     from turret.server.quotas import Quota
@@ -140,6 +147,7 @@ def serve(
         oidc=_provider(oidc, oidc_client, public_url or f"http://{host}:{port}", oidc_claim, oidc_tenant_claim),
         origins=origins(cors_origin or ()),
         otel=otel,
+        alarm=AlarmSettings(alarm_url, os.environ.get("TURRET_ALARM_SECRET") or None) if alarm_url else None,
         replica=replica or f"{gethostname()}:{port or os.getpid()}",
     )
     limits = Limits(memory=MemoryBudget(size_of(memory)), queue_seconds=queue_seconds, train_percent=train_percent)

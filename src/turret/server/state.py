@@ -31,6 +31,7 @@ from turret.errors import Busy, Cancelled, Draining, NotFound, TurretError
 from turret.experiments import Recorded, Told
 from turret.json_types import JsonMapping
 from turret.server import logs
+from turret.server.alarms import AlarmSender, AlarmSettings
 from turret.server.auth import Caller, Guard
 from turret.server.engine_protocol import Answer, EngineProtocol, Input, TicketProtocol
 from turret.server.engines import Engines, SeenEngines, ServedBase
@@ -350,6 +351,7 @@ class ServerSettings:
     otel: bool = False  # spans of requests go to OpenTelemetry
     replica: str | None = None  # the name of this server in metrics
     oidc: OidcSettings | None = None  # who signs people in to the console, besides access tokens
+    alarm: AlarmSettings | None = None  # where alarms are sent
 
 
 # --- followers --------------------------------------------------------------------------------------------------------
@@ -470,6 +472,7 @@ class Tenant:
 POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
 GUARD_SECONDS = 3.0  # between two evaluations of the guards of experiments
+ALARM_SECONDS = 0.5  # between two looks for alarms to send
 TRIM_SECONDS = 10.0  # between two looks at the memory that is free and not returned to the system
 GOLDEN_AT_ONCE = 16  # golden examples at the engines at the same time
 GOLDEN_PATIENCE = 60.0  # seconds to wait for room in a full queue
@@ -518,6 +521,8 @@ class ServerState:
         self._home, self._all_engines = workspace, engines if isinstance(engines, Engines) else Engines(engines)
         self._newest = NewestActions(workspace.store.database(make=True), time.monotonic)
         self._tokens_mark: Mark | None = None  # of the tokens that are known here
+        marks = lambda: (self._newest.mark("promises"), self._newest.mark("experiments"))
+        self._alarms = AlarmSender(workspace.store.database(make=True), self.settings.alarm, marks, self.log)
         self._tenants_lock = threading.Lock()
         self.tenants: dict[str, Tenant] = {}
         self._views: dict[Access, ServerState] = {}
@@ -997,6 +1002,9 @@ class ServerState:
         if done or any(each.done for each in promised):
             tenant.refresh()
 
+    def _send_alarms(self) -> None:
+        self._alarms.turn(leads=self.settings.alarm is not None and self.replica.lead())
+
     def _read_tokens(self) -> None:
         self.guard.set_tokens(self._home.tokens.of_all_tenants())
         self._open_tenants()
@@ -1018,6 +1026,7 @@ class ServerState:
             ("turret-usage", self.usage.flush, USAGE_SECONDS),
             ("turret-quotas", self.quotas.turn, QUOTA_SECONDS),
             ("turret-guards", self._apply_guards, GUARD_SECONDS),
+            ("turret-alarms", self._send_alarms, ALARM_SECONDS),
             ("turret-sessions", self.guard.sessions.refresh, SESSION_SECONDS),
             ("turret-heap", trim, TRIM_SECONDS),
         ):
@@ -1046,6 +1055,7 @@ class ServerState:
 
     def stop(self) -> None:
         """Stop following, write the last outcomes, and stop the threads."""
+        self._alarms.close()
         self._followers.stop()
         self.replica.close()
         for tenant in self._all_tenants():
@@ -1084,6 +1094,7 @@ class ServerState:
                 "leads_guards": float(self.replica.leads),
                 "follow_failures": float(sum(each.aliases.failures for each in tenants)),
                 "follow_trouble": float(sum(len(each.aliases.failed_moves) for each in tenants)),
+                **self._alarms.figures,
                 "experiments_away": float(any(each.routing.router.problem is not None for each in tenants)),
                 "experiments_unlogged": float(sum(each.routing.router.lost for each in tenants)),
                 "shadow_inputs": float(sum(each.shadows.inputs for each in tenants)),

@@ -36,6 +36,7 @@ from turret.experiments.outcomes import Recorded, Seen
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.reference import Reference, check_alias, check_name
 from turret.store import Store, Version
+from turret.store.alarms import NOTHING
 from turret.store.catalog import PRODUCTION, now, who
 from turret.workspace import promoting
 from turret.workspace.progress import Say, silent
@@ -97,7 +98,9 @@ def _drop(analysis: Analysis, name: str) -> Callable[[Connection], None]:
             raise ExperimentError(f"{name} of {current} was rolled back already")
         others = [each for each in current.arms[1:] if each.live and each.name != name]
         why = analysis.decision.why
-        rows.drop(connection, current, arm, {"why": why}, now(), who())
+        version = current.reference(arm)
+        said = {"why": why, "version": version, "did": f"{arm.name} ({version}) rolled back"}
+        rows.drop(connection, current, arm, said, now(), who())
         if not others:
             verdict = summary(analysis) | {"how": "rollback", "arm": name, "why": why}
             rows.end(connection, current, verdict, now(), who())
@@ -125,7 +128,8 @@ def _record_alarm(store: Store, analysis: Analysis) -> str | None:
             current = rows.still_running(connection, analysis.experiment)
             if any(event["verb"] == VOID for event in rows.events(connection, current)):
                 return None  # another process recorded it first
-            rows.add_event(connection, current, VOID, {"check": analysis.alarm, "why": why}, now(), who())
+            said = {"check": analysis.alarm, "why": why, "did": NOTHING}
+            rows.add_event(connection, current, VOID, said, now(), who())
     except ExperimentError:  # another process has ended the experiment meanwhile
         return None
     return why

@@ -20,6 +20,7 @@ from turret.experiments.outcomes import Recorded
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.reference import Reference
 from turret.store import Store, Version, promises
+from turret.store.alarms import NOTHING
 from turret.store.catalog import PRODUCTION, now
 from turret.store.promises import ALARM, NEVER, ROLLBACK, STRICTER, WHEN_BROKEN, Promise, Terms
 from turret.tasks import Task, stored_task
@@ -387,7 +388,8 @@ def _settled(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseM
             return found
         stricter = _stricter(promise, memories[promise.id], promises.told(connection, promise), found.version)
         did = rolled or (_says(stricter) if stricter is not None else "")
-        verdict = {"why": why, "did": did or "nothing but this alarm", "standing": found.standing.as_json()}
+        said = {"why": why, "did": did or NOTHING, "promise": sentence(promise)}
+        verdict = {**said, "standing": found.standing.as_json()}
         if not promises.mark_broken(connection, promise, verdict):
             return found
         if stricter is not None:
