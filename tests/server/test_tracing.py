@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
+from server.echo import LABELS
+from server.test_decisions import choice
 
 from turret.errors import ServeRefused
 from turret.server import logs
@@ -56,6 +58,24 @@ def test_a_collector_receives_a_span_of_each_request_without_its_text(collector,
     assert (said["turret.adapter"], said["turret.inputs"]) == ("a@1", 1)
     assert (answered.trace_id.hex(), answered.parent_span_id.hex()) == (TRACE, PARENT)
     assert missing.trace_id.hex() != TRACE
+    assert "secret" not in str(collector)
+
+
+def test_the_span_of_a_decision_names_every_version_and_no_text(collector, serve, put, until) -> None:
+    put()
+    put("b")
+    client = serve(otel=True).client()
+    asked = [choice(name, *LABELS) for name in "ab"]
+    client.post("/api/panels", json={"name": "both", "questions": [{"name": n, "reference": n} for n in "ab"]})
+    until(lambda: len(collector) == 1)
+    body = {"model": "both", "input": "my secret", "questions": asked}
+    got = client.post("/v1/decisions", json=body, headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
+    assert got.status_code == 200, got.text
+    until(lambda: len(collector) == 2)
+    (answered,) = (each for each in collector if each.name == "POST /v1/decisions")
+    said = {each.key: each.value for each in answered.attributes}
+    assert [each.string_value for each in said["turret.adapters"].array_value.values] == ["a@1", "b@1"]
+    assert (answered.trace_id.hex(), answered.parent_span_id.hex()) == (TRACE, PARENT)
     assert "secret" not in str(collector)
 
 

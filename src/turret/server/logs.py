@@ -32,7 +32,15 @@ if TYPE_CHECKING:
 # request. If the request names a trace (`traceparent`), its span belongs to that trace.
 
 
-KEPT = ("adapter", "receipt", "inputs", "tokens", "experiment", "arm")  # keys of the log's line about an answer
+KEPT = (
+    "adapter",
+    "adapters",
+    "receipt",
+    "inputs",
+    "tokens",
+    "experiment",
+    "arm",
+)  # keys of the log's line about an answer
 
 
 def provider() -> TracerProvider:
