@@ -147,6 +147,12 @@ def test_a_base_decides_without_training_and_says_so(house: House) -> None:
         own = decide(engine, Question(["film", "bank"], "What is it about?", {"film": "a film"}), [text])[0]
         assert said["answers"]["topic"]["probabilities"] == pytest.approx(dict(own.probabilities), abs=1e-4)
         assert said["diagnostics"]["topic"]["untrained"] is True
+
+        (prior,) = decide(engine, Question(["bad", "good"], "How good?"), [text], prior=True)
+        body = {"model": family, "input": text, "questions": asked[2:], "prior": True}
+        (grade,) = client.post("/v1/decisions", json=body).json()["answers"]
+        assert grade["score"] == pytest.approx(prior.probabilities["good"], abs=1e-4)
+        assert prior.probabilities["good"] != pytest.approx(third.probabilities["good"], abs=1e-3)
     many = [{"type": "score", "instructions": "?", "levels": [{"label": str(n)} for n in range(200)]}] * 6
     refused = client.post("/v1/decisions", json={"model": "llama", "input": text, "questions": many})
     assert (refused.status_code, "need 1200 rows of a base, at most 1024" in refused.text) == (400, True)

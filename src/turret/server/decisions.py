@@ -62,6 +62,22 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a request asks, in whichever format.
+
+    Args:
+        unit: whom experiments count.
+        prior: whether a base's answer to an empty text is divided out.
+    """
+
+    model: str
+    text: str
+    asked: Sequence[Asked]
+    unit: str | None
+    prior: bool = False
+
+
+@dataclass(frozen=True)
 class Planned:
     """A question with the adapter that answers it.
 
@@ -206,65 +222,55 @@ def judge(planned: Planned, found: Mapping[str, float], promised: float | None, 
 
 
 async def decide(
-    state: ServerState,
-    request: Request,
-    response: Response,
-    model: str,
-    text: str,
-    asked: Sequence[Asked],
-    unit: str | None,
+    state: ServerState, request: Request, response: Response, call: Call
 ) -> tuple[str, int, list[Verdict]]:
     """The name of the panel, version or base, the tokens that were read, and a verdict for each question."""
-    panel, planned = await state.asking(plan, state, model, asked)
+    panel, planned = await state.asking(plan, state, call.model, call.asked)
     if not planned:
-        return await _by_the_base(state, request, response, model, text, asked, unit)
+        return await _by_the_base(state, request, response, call)
     models = list(dict.fromkeys(each.model for each in planned))
-    async with state.ask_each(request, "classify", models, text, unit=unit) as pending:
+    async with state.ask_each(request, "classify", models, call.text, unit=call.unit) as pending:
         by_model = dict(zip(models, pending, strict=True))
         promised = {model: await _promised(state, each) for model, each in by_model.items()}
         verdicts = [_verdict(each, by_model[each.model], promised[each.model]) for each in planned]
     response.headers.update(_headers(panel, pending))
     tokens = sum(prompt_tokens(answer) for each in pending for answer in each.complete)
-    name = str(panel) if panel is not None else pending[0].model or model
+    name = str(panel) if panel is not None else pending[0].model or call.model
     return name, tokens, verdicts
 
 
 async def _by_the_base(
-    state: ServerState,
-    request: Request,
-    response: Response,
-    model: str,
-    text: str,
-    asked: Sequence[Asked],
-    unit: str | None,
+    state: ServerState, request: Request, response: Response, call: Call
 ) -> tuple[str, int, list[Verdict]]:
     """The same without training. Each label of a decoder is a row of its own, and all rows are submitted at once."""
-    ways = [(way, way.first(), about) for way, about in await state.parsing(_ways, state, model, asked, text)]
-    asks = [ask for _, first, about in ways for ask in (*first, *about)]
+    ways = await state.parsing(_ways, state, call)
+    asks = [ask for _, *parts in ways for part in parts for ask in part]
     if len(asks) > limits.MOST_INPUTS:
         raise BadRequest(f"these questions need {len(asks)} rows of a base, at most {limits.MOST_INPUTS}: ask fewer")
     rows, options = [ask.row for ask in asks], [ask.options for ask in asks]
-    async with state.ask(request, asks[0].kind, model, rows, options, unit=unit) as pending:
+    async with state.ask(request, asks[0].kind, call.model, rows, options, unit=call.unit) as pending:
         answers = iter(await pending.all())
     verdicts = []
-    for own, (way, first, about) in zip(asked, ways, strict=True):
-        found = untrained.answered(way, [next(answers) for _ in first], [next(answers) for _ in about])
-        verdicts.append(_untrained(own, found, model, pending.id))
+    for own, (way, *parts) in zip(call.asked, ways, strict=True):
+        first, about, empty = ([next(answers) for _ in part] for part in parts)
+        found = untrained.answered(way, first, about, empty or None)
+        verdicts.append(_untrained(own, found, call.model, pending.id))
     response.headers.update(pending.headers)
-    return model, sum(map(prompt_tokens, pending.complete)), verdicts
+    return call.model, sum(map(prompt_tokens, pending.complete)), verdicts
 
 
-def _ways(
-    state: ServerState, model: str, asked: Sequence[Asked], text: str
-) -> list[tuple[untrained.Way, Sequence[untrained.Ask]]]:
-    """How the base answers each question, and what it is asked about the text."""
-    engine, found = state.engines.base_of(model).engine, []
-    for each in asked:
+Asks = Sequence[untrained.Ask]
+
+
+def _ways(state: ServerState, call: Call) -> list[tuple[untrained.Way, Asks, Asks, Asks]]:
+    """How the base answers each question, what it is asked first, about the text, and about an empty one."""
+    engine, found = state.engines.base_of(call.model).engine, []
+    for each in call.asked:
         labels = {value: _label(value) for value in (each.values or (False, True))}
         described = {labels[value]: said for value, said in each.descriptions.items()}
         question = untrained.Question(list(labels.values()), each.instructions, described)
         way = untrained.way_of(engine.base, question, room=engine.longest)
-        found.append((way, way.about(text)))
+        found.append((way, way.first(), way.about(call.text), way.about(untrained.EMPTY) if call.prior else ()))
     return found
 
 
@@ -375,6 +381,7 @@ class InputOutput(InputItem):
 
 Item = InputMessage | InputCall | InputCustomCall | InputOutput
 Instructions = Text | Annotated[list[Part], Field(max_length=limits.MOST_MESSAGES, fail_fast=True)]
+PRIOR = "Of a base: divide out what it answers about an empty text. An adapter does not read it."
 UNREAD = "What a base reads, as `model`. An adapter was trained for its question and does not read it."
 
 
@@ -427,6 +434,7 @@ class DecisionRequest(Model):
     model: Name = Field(description="A panel: name or name@3; an adapter; or a base, untrained.")
     input: Text | Annotated[list[Item], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
     questions: Annotated[list[AnyQuestion], Field(min_length=1, max_length=MOST_QUESTIONS, fail_fast=True)]
+    prior: bool = Field(False, description=PRIOR)
     user: User | None = Field(None, description=USER)
     prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = Field(None, description=NO_EFFECT)
     prompt_cache_options: JsonObject | None = Field(None, description=NO_EFFECT)
@@ -548,7 +556,8 @@ async def decisions(body: DecisionRequest, state: State, unit: Unit, request: Re
     A question whose answer does not reach its threshold gets a refusal.
     """
     asked = [each.asked() for each in body.questions]
-    name, read, verdicts = await decide(state, request, response, body.model, body.text(), asked, unit or body.user)
+    call = Call(body.model, body.text(), asked, unit or body.user, body.prior)
+    name, read, verdicts = await decide(state, request, response, call)
     usage = DecisionUsage(input_tokens=read, total_tokens=read)
     return Decided(answers=[_answer(each) for each in verdicts], model=name, usage=usage)
 
@@ -612,6 +621,7 @@ class SystemRequest(Model):
     model: Name = Field(description="A panel: name or name@3; an adapter; or a base, untrained.")
     state: Text | JsonObject | Annotated[list[JsonObject | Text], Field(max_length=limits.MOST_INPUTS)]
     questions: Annotated[dict[QuestionName, SystemQuestion], Field(min_length=1, max_length=MOST_QUESTIONS)]
+    prior: bool = Field(False, description=PRIOR)
     user: User | None = Field(None, description=USER)
     instructions: Text | None = Field(None, description=UNREAD)
     chat_template_kwargs: JsonObject | None = Field(None, description=NO_EFFECT)
@@ -653,7 +663,9 @@ async def systemone(
     """
     asked = [each.asked(name) for name, each in body.questions.items()]
     text = body.state if isinstance(body.state, str) else json_text(body.state)
-    name, read, verdicts = await decide(state, request, response, body.model, text, asked, unit or body.user)
+    name, read, verdicts = await decide(
+        state, request, response, Call(body.model, text, asked, unit or body.user, body.prior)
+    )
     return SystemDecided(
         id=f"decision-{verdicts[0].receipt}",
         created=state.now(),
