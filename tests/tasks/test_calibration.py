@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small_models import tokenizer
 from torch.nn import functional as F
 
@@ -18,7 +21,10 @@ from turret.tasks import calibration, task_from_spec
 from turret.tasks.calibration import (
     MOST_SCORES,
     Calibration,
+    Confidences,
+    Sureness,
     calibration_error,
+    error_by_share,
     fit,
     reliability,
     require,
@@ -300,3 +306,51 @@ def test_metrics_of_several_labels_have_an_ece_of_every_decision() -> None:
     assert task.metrics(logits, targets)["ece"] == pytest.approx(expected)
     examples = [Labelled("x", ("a",)), Labelled("y", ())]
     assert task.metrics(logits[:2], task.targets(examples))["ece"] >= 0
+
+
+# --- the error by the share that is decided ---------------------------------------------------------------------------
+
+
+def by_hand(answers: list[tuple[float, bool]], threshold: float) -> tuple[int, int]:
+    """How many answers a threshold decides, and how many of these are wrong: by counting."""
+    decided = [right for sure, right in answers if sure >= threshold]
+    return len(decided), decided.count(False)
+
+
+ANSWERS = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.2, 0.5, 0.51, 0.9, 1.0]) | st.floats(0, 1), st.booleans()), max_size=60
+)
+
+
+@given(ANSWERS, st.floats(0, 1))
+def test_every_point_of_the_curve_is_what_its_threshold_decides(answers, kept) -> None:
+    sure, right = [each for each, _ in answers], [each for _, each in answers]
+    found = error_by_share(sure, right, (kept,))
+    assert [each.threshold for each in found] == sorted({*sure, kept}, reverse=True)
+    for each in found:
+        assert (each.count, each.wrong) == by_hand(answers, each.threshold)
+        assert each.error == (each.wrong / each.count if each.count else None)
+
+
+@given(ANSWERS, st.floats(0, 1), st.integers(1, 20))
+def test_a_thinned_curve_has_points_of_the_whole_one_and_its_end(answers, kept, most) -> None:
+    sure, right = [each for each, _ in answers], [each for _, each in answers]
+    whole, found = error_by_share(sure, right, (kept,), 10_000), error_by_share(sure, right, (kept,), most)
+    assert set(found) <= set(whole)
+    assert found[-1] == whole[-1]
+    assert kept in [each.threshold for each in found]
+    assert len(found) <= most + 3
+    steps = [later.count - each.count for each, later in itertools.pairwise(found)]
+    ties = max((sure.count(each) for each in sure), default=0)
+    assert max(steps, default=0) <= len(sure) / most + 1 + ties
+
+
+@given(ANSWERS, st.floats(0, 1))
+def test_what_is_drawn_of_answers_survives_json_and_knows_each_threshold(answers, threshold) -> None:
+    confidences = Confidences([each for each, _ in answers], [], [each for _, each in answers])
+    found = confidences.sureness()
+    assert Sureness.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert (found.answers, found.ece) == (len(answers), confidences.error)
+    at = found.at(threshold)
+    assert (at.count, at.wrong) == by_hand(answers, threshold)
+    assert found.at(None).count == len(answers)

@@ -15,15 +15,15 @@ import typer
 from turret.cli import options
 from turret.cli.output import columns, console, cut, emit, grid, metrics, number, offer, report, safe, span, status
 from turret.data import TextPair
-from turret.errors import DataError, RecipeError, counted, plainly, shown
+from turret.errors import BadArgument, DataError, RecipeError, counted, plainly, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task, task_of
 
 if TYPE_CHECKING:
-    from turret.compare.results import Details
+    from turret.compare.results import Details, QuestionResult
     from turret.data import Input
     from turret.workspace import Evaluation, Workspace
-    from turret.workspace.results import Predicted, Suggested
+    from turret.workspace.results import PanelEvaluation, Predicted, Suggested
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CLASSES = 12  # at most in the confusion matrix on a screen
 SHOWN_LABELS = 4  # of an untrained answer on a screen
 MISTAKES = 5  # on a screen
+MISTAKES_OF_EACH = 2  # of each question of a panel
 
 
 def check_targets(out: Path | None, page: Path | None) -> None:
@@ -45,7 +46,7 @@ def check_targets(out: Path | None, page: Path | None) -> None:
         raise DataError(f"--report {shown(str(page), 100)}: expected a .html file in a folder that exists")
 
 
-def written(found: Evaluation, out: Path | None, page: Path | None, texts: bool) -> list[str]:
+def written(found: Evaluation | PanelEvaluation, out: Path | None, page: Path | None, texts: bool) -> list[str]:
     """Write the files that were asked for, and say which."""
     from turret.workspace import evaluation
 
@@ -53,7 +54,7 @@ def written(found: Evaluation, out: Path | None, page: Path | None, texts: bool)
     if out is not None:
         table = evaluation.write_mistakes(found, out)
         guarded = f"; {table.guarded} cells begin like a formula and have a ' in front" if table.guarded else ""
-        notes.append(f"{len(found.details.mistakes)} wrong answers are in {out}{guarded}")
+        notes.append(f"{found.wrong} wrong answers are in {out}{guarded}")
     if page is not None:
         evaluation.write_page(found, page, texts=texts)
         notes.append(f"the report is {page}")
@@ -76,6 +77,40 @@ def print_evaluation(found: Evaluation, notes: list[str]) -> None:
     _print_mistakes(details)
     for note in notes:
         out.print(f"[dim]{safe(note)}[/]")
+
+
+def print_panel(found: PanelEvaluation, notes: list[str]) -> None:
+    """A line for each question, and its surest mistakes. notes: on files."""
+    out = console()
+    out.print(f"[bold]{safe(found.panel)}[/] on {safe(found.data['source'])}")
+    heads = ("question", "answered by", "examples", "accuracy", "ECE", "threshold", "decided", "wrong among these")
+    rows = [_question_row(each) for each in found.questions]
+    out.print(columns(heads, rows, right=heads[2:]))
+    out.print(grid([("examples", f"{found.data['examples']} in {span(found.seconds)}")]))
+    out.print(grid([("note", safe(note)) for note in found.notes]))
+    for each in found.questions:
+        _print_mistakes(each.details, each.question, most=MISTAKES_OF_EACH)
+    for note in notes:
+        out.print(f"[dim]{safe(note)}[/]")
+
+
+def _question_row(each: QuestionResult) -> tuple[str, ...]:
+    from turret.compare.results import wilson
+
+    low, high = wilson(each.decided.error or 0.0, each.decided.count)
+    error = each.decided.error
+    wrong = "none" if error is None else f"{error:.1%} ({low:.1%} to {high:.1%})"
+    threshold = "none" if each.threshold is None else f"{each.threshold:.3g}, {each.threshold_of}"
+    return (
+        f"[bold]{safe(each.question)}[/]",
+        safe(each.version),
+        str(each.examples),
+        f"{each.metrics['accuracy']:.1%}",
+        f"{each.sureness.ece:.3f}",
+        threshold,
+        f"{each.share:.1%}",
+        wrong,
+    )
 
 
 def _calibration(details: Details) -> Iterator[tuple[str, str]]:
@@ -110,14 +145,16 @@ def _print_confusion(details: Details) -> None:
     out.print(columns(("right", "answered", "times"), pairs, right=("times",)))
 
 
-def _print_mistakes(details: Details) -> None:
+def _print_mistakes(details: Details, question: str = "", most: int = MISTAKES) -> None:
+    """The worst answers. question: of a panel."""
     if not details.mistakes:
         return
     out, count = console(), len(details.mistakes)
-    shown = details.mistakes[:MISTAKES]
+    shown = details.mistakes[:most]
     task = task_of(details.task)
     more = f" of {count}" if count > len(shown) else ""
-    out.print(f"\n[dim]{task.errors}, {len(shown)}{more}[/]")
+    of = f"{safe(question)}: " if question else ""
+    out.print(f"\n[dim]{of}{task.errors}, {len(shown)}{more}[/]")
     for each in shown:
         sides = ((task.sides[1], each.given, "red"), (task.sides[0], each.right, "green"))
         given, right = (f"[dim]{name}[/] [{hue}]{safe(_short(text, 60))}[/]" for name, text, hue in sides)
@@ -220,7 +257,9 @@ def predict(
 
 
 def evaluate(
-    reference: options.Ref,
+    reference: Annotated[
+        str, typer.Argument(metavar="REF | PANEL", help="A version: name, name@3 or name@production; or a panel.")
+    ],
     data: Annotated[str, typer.Argument(metavar="DATA", help="File, folder, Hub id, pypi: package, or - for stdin.")],
     text: options.Text = None,
     text_pair: options.TextPair = None,
@@ -244,22 +283,41 @@ def evaluate(
     """Measure a stored version on other data, and show what it gets wrong.
 
     Uses the test split if the data has one. The default columns are those of the version's training.
+    A panel needs a column for each question, by its name or by --label QUESTION=COLUMN, and goes before a version of
+    the same name.
     """
     from turret.workspace import Workspace
 
+    workspace = Workspace(store)
+    panel = workspace.panels.find(reference)
     columns = data_columns(sets, options.columns(text, text_pair, label, prompt, completion, messages))
     check_targets(out, page)
-    with status() as say:
-        found = Workspace(store).evaluate(reference, data, columns=columns, device=device, on_stage=say)
-    notes = written(found, out, page, texts)
-    report(found, as_json, lambda each: print_evaluation(each, notes))
+    files = f"evaluate {reference} {shlex.quote(data)} --out wrong.csv --report page.html"
+    more = [] if out or page or data == "-" else [files]
+    if panel is not None:
+        columns |= _columns_of_questions(label)
+        with status() as say:
+            measured = workspace.evaluate_panel(str(panel), data, columns=columns, device=device, on_stage=say)
+        notes = written(measured, out, page, texts)
+        report(measured, as_json, lambda each: print_panel(each, notes))
+        moves = [] if panel.production else [f"panel promote {panel}"]
+    else:
+        with status() as say:
+            found = workspace.evaluate(reference, data, columns=columns, device=device, on_stage=say)
+        notes = written(found, out, page, texts)
+        report(found, as_json, lambda each: print_evaluation(each, notes))
+        moves = [f"promote {found.version} production"]
     if not as_json:
-        files = (
-            ""
-            if out or page or data == "-"
-            else f"evaluate {reference} {shlex.quote(data)} --out wrong.csv --report page.html"
-        )
-        offer(filter(None, (files, f"promote {found.version} production")), store)
+        offer([*more, *moves], store)
+
+
+def _columns_of_questions(label: list[str] | None) -> JsonObject:
+    """`["topic=team"]` -> `{"label": {"topic": "team"}}`; one COLUMN alone is of the only question."""
+    if not label or (len(label) == 1 and "=" not in label[0]):
+        return {}
+    if wrong := next((each for each in label if "=" not in each), None):
+        raise BadArgument(f"--label {shown(wrong, 40)}: a panel has several questions, expected QUESTION=COLUMN")
+    return {"label": dict(each.rpartition("=")[::2] for each in label)}
 
 
 def decide(

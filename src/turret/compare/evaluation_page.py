@@ -19,10 +19,11 @@ from turret.compare.report_text import (
     shortened,
     signed,
 )
-from turret.compare.results import Details, Reliability, wilson
+from turret.compare.results import Details, wilson
 from turret.data import Input, Prompt, TextPair
 from turret.json_types import JsonMapping, JsonValue
 from turret.tasks import Measure, Mistake, Task, main_metric, measure_of, measuring
+from turret.tasks.calibration import Bin
 
 # --- pages ------------------------------------------------------------------------------------------------------------
 # The template environment of the reports: the templates of this package, escaping, and number formats.
@@ -110,14 +111,18 @@ def as_html(
         source=source,
         examples=examples,
         headline=headline(version, examples, metrics, details),
-        numbers=list(_numbers(metrics, details.task)),
+        numbers=list(numbers(metrics, details.task)),
         classes=dict(metrics.get("per_class") or {}),
         details=details,
         matrix=confusion if confusion is not None and len(confusion.labels) <= MOST_CLASSES else None,
         pairs=[] if confusion is None else confusion.pairs(PAIRS),
-        plots=[(question, each, plot) for question, each in details.reliability.items() if (plot := _plot(each))],
+        plots=[
+            (question, each, plot)
+            for question, each in details.reliability.items()
+            if (plot := reliability_plot(each.bins))
+        ],
         residuals=_residuals(details.numbers),
-        mistakes=[_shown(each, task) for each in details.mistakes[:MISTAKES]] if texts else [],
+        mistakes=[shown_mistake(each, task) for each in details.mistakes[:MISTAKES]] if texts else [],
         first=FIRST_MISTAKES,
         title=task.errors,
         levels=not task.right_or_wrong,
@@ -140,7 +145,7 @@ def headline(version: str, examples: int, metrics: JsonMapping, details: Details
     return f"{version}: {measure.name} {_formatted(measure, metrics[name])} on {examples} examples"
 
 
-def _numbers(metrics: JsonMapping, kind: str) -> Iterator[tuple[str, str, str]]:
+def numbers(metrics: JsonMapping, kind: str) -> Iterator[tuple[str, str, str]]:
     """(name, value, what it means) of each metric."""
     for name, value in metrics.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -155,10 +160,11 @@ def _formatted(measure: Measure, value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
-def _plot(found: Reliability) -> str:
-    if not found.bins:
+def reliability_plot(bins: Sequence[Bin]) -> str:
+    """How often answers are right by their probability; empty without answers."""
+    if not bins:
         return ""
-    total = sum(each.count for each in found.bins)
+    total = sum(each.count for each in bins)
     marks = [
         Mark(
             f"{each.count} answers with {each.low:.2f} to {each.high:.2f}: {each.accuracy:.0%} right",
@@ -167,9 +173,9 @@ def _plot(found: Reliability) -> str:
             each.accuracy,
             *wilson(each.accuracy, each.count),
         )
-        for each in found.bins
+        for each in bins
     ]
-    shares = [each.count / total for each in found.bins]
+    shares = [each.count / total for each in bins]
     return reliability(marks, shares, x_label="probability of the answer", y_label="share that is right")
 
 
@@ -178,7 +184,7 @@ def _residuals(numbers: Sequence[tuple[float, float]]) -> str:
     return agreement(some, x_label="right", y_label="answered") if len(set(some)) > 1 else ""
 
 
-def _shown(each: Mistake, task: type[Task]) -> JsonMapping:
+def shown_mistake(each: Mistake, task: type[Task]) -> JsonMapping:
     """A mistake as the template shows it. long: whether an answer takes lines of its own."""
     right, given = _words(each.right), _words(each.given)
     return {

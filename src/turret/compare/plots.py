@@ -402,6 +402,41 @@ def reliability(points: Sequence[Mark], shares: Sequence[float], *, x_label: str
     return _svg(340, parts, f"{y_label} by {x_label}")
 
 
+def error_by_share(
+    points: Sequence[tuple[float, float]],
+    marks: Sequence[Mark],
+    *,
+    bound: float | None,
+    x_label: str,
+    y_label: str,
+) -> str:
+    """A line of errors over the share of the answers that is decided, with a threshold and a bound marked. All in %.
+
+    Args:
+        points: (share, error), by rising share.
+        marks: of a threshold, with the interval of its error and a name.
+        bound: of a promise: a dashed line.
+    """
+    foot, height = 300 - BOTTOM, 300
+    x = Axis(0.0, 100.0, LEFT, WIDTH - RIGHT)
+    highest = max([error for _, error in points] + [each.high for each in marks] + [bound or 0.0])
+    y = Axis(0.0, min(100.0, 1.15 * highest) or 1.0, foot, TOP + 10)
+    parts = _grid(x, y, foot, x_label, y_label, plain)
+    if bound is not None:
+        words = f"promised: at most {bound:g}%"
+        parts += [_line(x.start, y.at(bound), x.end, y.at(bound), "axis dashed")]
+        parts += [_text(x.start + 4, y.at(bound) - 5, words, "note")]
+    line = " ".join(f"{x.at(share)},{y.at(error)}" for share, error in points)
+    parts.append(f'<polyline class="curve k-lora" points="{line}"/>')
+    for mark in marks:
+        cx, left = x.at(mark.x), mark.x > 50
+        parts.append(_line(cx, y.end, cx, foot, f"whisker thin k-{mark.kind} dashed"))
+        parts.append(_line(cx, y.at(mark.low), cx, y.at(mark.high), f"whisker k-{mark.kind}"))
+        parts.append(_dot(cx, y.at(mark.y), mark.kind, f"{mark.label}: {mark.y:.1f}% of {mark.x:.1f}% are wrong"))
+        parts.append(_text(cx - 9 if left else cx + 9, y.end + 8, mark.label, "name", "end" if left else "start"))
+    return _svg(height, parts, f"{y_label} by {x_label}")
+
+
 def agreement(points: Sequence[tuple[float, float]], *, x_label: str, y_label: str) -> str:
     """A small dot for each pair of numbers, and the diagonal on which both are equal."""
     values = [each for point in points for each in point]

@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
+from typing import Literal
 
 import numpy as np
 
 from turret.compare.design import Cell
 from turret.compare.evidence import Array
 from turret.json_types import JsonMapping, JsonObject
-from turret.tasks import Mistake
-from turret.tasks.calibration import Bin
+from turret.tasks import Mistake, QuestionType
+from turret.tasks.calibration import Bin, Decided, Sureness
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 # What an evaluation found besides its metrics: confusions, calibration, coverage, wrong answers. Loads no torch.
@@ -118,6 +119,62 @@ def covered(coverage: float, sets: Sequence[Sequence[str]], right: Sequence[Sequ
     share = sum(held) / len(held)
     size = sum(map(len, sets)) / len(sets)
     return Coverage(coverage, share, *wilson(share, len(held)), size)
+
+
+@dataclass(frozen=True)
+class QuestionResult:
+    """One question of a panel, measured on labelled examples.
+
+    Args:
+        column: of the data, with the right answers.
+        examples: how many of them have an answer.
+        metrics: of the question alone, as its task measures it.
+        threshold: the least probability of an answer that is decided; None: every answer is.
+        threshold_of: whose threshold it is: the question's own, or that of the version's promise.
+        bound: the share of the decided answers that the promise lets be wrong; None without such a promise.
+        sureness: of its answers.
+    """
+
+    question: str
+    version: str
+    digest: str
+    column: str
+    type: QuestionType
+    examples: int
+    metrics: JsonMapping
+    threshold: float | None
+    threshold_of: Literal["question", "promise"] | None
+    bound: float | None
+    sureness: Sureness
+    details: Details
+
+    @property
+    def decided(self) -> Decided:
+        """What the threshold decides."""
+        return self.sureness.at(self.threshold)
+
+    @property
+    def share(self) -> float:
+        """Of the answers that are decided."""
+        return self.decided.count / self.examples
+
+    def as_json(self) -> JsonObject:
+        """The fields, and what is decided with the 95% interval of the error."""
+        decided = self.decided
+        low, high = wilson(decided.error or 0.0, decided.count)
+        found = {key: value for key, value in vars(self).items() if key not in ("sureness", "details")}
+        return found | {
+            "decided": {
+                "answers": decided.count,
+                "share": self.share,
+                "wrong": decided.wrong,
+                "error": decided.error,
+                "low": low,
+                "high": high,
+            },
+            "curve": [asdict(each) for each in self.sureness.curve],
+            "details": self.details.as_json(),
+        }
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -122,6 +122,12 @@ class EvaluationRows:
     notes: tuple[str, ...]
 
 
+def test_columns(data: DataSettings) -> tuple[str, ...]:
+    """The columns of the table that `read_test` reads. Raises DataError."""
+    tables = open_labelled(data, format_of(data))
+    return tables[test_split(data, list(tables))].columns
+
+
 def read_test(
     data: DataSettings,
     schema: Schema,

@@ -141,7 +141,7 @@ def plan(state: ServerState, model: str, asked: Sequence[Asked]) -> tuple[Panel 
     try:
         version = state.workspace.resolve(state.aliases.exact(model))
     except NotFound as error:
-        raise state.missing_model(model, error) from None
+        raise state.missing_model(model, error, panels=True) from None
     found, planned = decisions_of(version), []
     for each in asked:
         part = "" if "" in found else each.name or ""

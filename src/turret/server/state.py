@@ -409,7 +409,12 @@ MOST = 8  # names in the error
 
 
 def missing_model(
-    database: Database, fingerprints: Collection[str], bases: Sequence[str], model: str, error: NotFound
+    database: Database,
+    fingerprints: Collection[str],
+    bases: Sequence[str],
+    model: str,
+    error: NotFound,
+    panels: Sequence[str] = (),
 ) -> NotFound:
     """The error for a reference that names nothing.
 
@@ -417,6 +422,7 @@ def missing_model(
         fingerprints: Of the server's bases.
         bases: The names of those that the caller may ask.
         error: Of the store; kept if the adapter is here, since it then lists its own versions and aliases.
+        panels: Names of panels, where a model may be one.
     """
     name = model.partition("@")[0]
     on_base = versions.c.manifest[("base", "fingerprint")].as_string().in_(fingerprints)
@@ -428,6 +434,7 @@ def missing_model(
         names = connection.execute(query.order_by(adapters.c.name).limit(MOST)).scalars().all()
     known = [*names, *bases]
     which = f"expected one of {', '.join(known)}" if known else "you may ask none"
+    which += f", or a panel: {', '.join(panels[:MOST])}" if panels else ""
     where = "this server's base" if len(fingerprints) == 1 else "the bases of this server"
     return NotFound(f"no adapter named {ascii(name)[:60]} on {where}: {which}")
 
@@ -636,10 +643,13 @@ class ServerState:
         except NotFound as error:
             raise self.missing_model(model, error) from None
 
-    def missing_model(self, model: str, error: NotFound) -> NotFound:
-        """The error for a model that is not here. Reads the store."""
+    def missing_model(self, model: str, error: NotFound, *, panels: bool = False) -> NotFound:
+        """The error for a model that is not here. Reads the store. panels: whether the model may be a panel."""
         database, names = self.workspace.store.database(make=True), [each.name for each in self.engines.askable]
-        return missing_model(database, self.engines.fingerprints, names, model, error)
+        known = self.workspace.panels.names() if panels else ()
+        if model.partition("@")[0] in known:
+            return self.workspace.panels.missing(model, error)
+        return missing_model(database, self.engines.fingerprints, names, model, error, known)
 
     # --- questions ----------------------------------------------------------------------------------------------------
 

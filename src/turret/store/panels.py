@@ -159,7 +159,7 @@ class Panels:
         found = self.find(reference)
         if found is not None:
             return found
-        names = list(dict.fromkeys(each.name for each in self.list()))
+        names = self.names()
         name = reference.partition("@")[0]
         known = f"there are {listed(names, 120)}" if names else "there is none: `turret panel create` makes one"
         if name in names:
@@ -177,6 +177,32 @@ class Panels:
             return None
         with database.reading() as connection:
             return _find(connection, parsed)
+
+    def names(self) -> Sequence[str]:
+        """The names that may be seen, sorted."""
+        return list(dict.fromkeys(each.name for each in self.list()))
+
+    def missing(self, reference: str, error: NotFound) -> NotFound:
+        """The error for a name that is neither an adapter nor a panel, with the panels that there are.
+
+        Args:
+            error: of the store; kept if there is such an adapter, since it then lists its own versions and aliases.
+        """
+        name, names, database = reference.partition("@")[0], self.names(), self._found()
+        if not names or database is None:
+            return error
+        with database.reading() as connection:
+            own = select(adapters.c.id).where(adapters.c.name == name, seen_adapters(connection))
+            if connection.execute(own).first() is not None:
+                return error
+        if name not in names:
+            return NotFound(f"{error}; its panels are {listed(names, 80)}")
+        try:
+            return NotFound(
+                f"{self.show(reference)} is a panel and no adapter: `turret evaluate` and `evaluate_panel` take it"
+            )
+        except NotFound as own:
+            return own
 
     def promote(self, reference: str) -> PanelMove:
         """Make a version the one that the plain name means.

@@ -20,7 +20,10 @@ p as `-log p` falls.
 Error. ECE, the expected calibration error, is the mean over examples of |accuracy - confidence| of their bin.
 Source: Naeini et al. 2015, Obtaining Well Calibrated Probabilities Using Bayesian Binning; Guo et al. 2017, equation 3.
 
-Axes: B examples, C classes.
+Deciding. An answer is decided if its probability is at least a threshold. A lower threshold decides more answers, and
+more of them are wrong: `error_by_share` has this curve, and `Sureness` what can be drawn without the answers.
+
+Axes: B examples, C classes, N answers.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ EVIDENT = 3.84  # the 95% quantile of chi-squared with one degree of freedom
 MOST_SCORES = 500  # that are stored; of more examples, evenly spaced ranks
 HOTTEST = 20.0  # T is between 1 / HOTTEST and HOTTEST
 BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
+MOST_POINTS = 200  # of the error by the share that is decided
 KEYS = {"temperature", "examples", "scores", "chose_weights"}
 
 
@@ -207,6 +211,90 @@ def reliability(confidence: Sequence[float], right: Sequence[bool]) -> tuple[Bin
 
 
 @dataclass(frozen=True)
+class Decided:
+    """The answers whose probability is at least a threshold."""
+
+    threshold: float
+    count: int
+    wrong: int  # of those
+
+    @property
+    def error(self) -> float | None:
+        """The share of them that is wrong; None if there are none."""
+        return self.wrong / self.count if self.count else None
+
+
+def error_by_share(
+    confidence: Sequence[float], right: Sequence[bool], kept: Sequence[float] = (), most: int = MOST_POINTS
+) -> tuple[Decided, ...]:
+    """What each threshold decides, from the strictest to the loosest.
+
+    Of N answers, answer i has the probability p_i. At the threshold t
+
+        share(t) = #{i: p_i >= t} / N        error(t) = #{i: p_i >= t, answer i is wrong} / #{i: p_i >= t}
+
+    Every probability among the answers is a threshold, and equal ones are decided together.
+
+    Args:
+        confidence: the probability of each answer, (N,).
+        right: whether each answer is right, (N,).
+        kept: further thresholds, whose points are kept.
+        most: about how many points; of more, those nearest to equal steps of the share are kept, and the last.
+    """
+    counts, wrong = dict.fromkeys((*confidence, *kept), 0), dict.fromkeys((*confidence, *kept), 0)
+    for value, good in zip(confidence, right, strict=True):
+        counts[value] += 1
+        wrong[value] += not good
+    found, last = list[Decided](), Decided(math.inf, 0, 0)
+    step, reached = len(confidence) / most, 0.0
+    ordered = sorted(counts, reverse=True)
+    for place, value in enumerate(ordered):
+        last = Decided(value, last.count + counts[value], last.wrong + wrong[value])
+        if last.count >= reached or value in kept or place == len(ordered) - 1:
+            found.append(last)
+            reached = last.count + step
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Sureness:
+    """What can be drawn of the answers to one question, without the answers.
+
+    Args:
+        bins: of the reliability.
+        curve: the error by the share that is decided; its last point has every answer.
+    """
+
+    bins: tuple[Bin, ...]
+    curve: tuple[Decided, ...]
+
+    @property
+    def answers(self) -> int:
+        return sum(each.count for each in self.bins)
+
+    @property
+    def ece(self) -> float:
+        return calibration_error(self.bins)
+
+    def at(self, threshold: float | None) -> Decided:
+        """What a threshold decides; None decides every answer. Between two points of the curve, the stricter one."""
+        if threshold is None or not self.curve:
+            return self.curve[-1] if self.curve else Decided(0.0, 0, 0)
+        return next((each for each in reversed(self.curve) if each.threshold >= threshold), Decided(threshold, 0, 0))
+
+    def to_json(self) -> JsonObject:
+        """Lists, in the order of the fields of `Bin` and `Decided`."""
+        return {
+            "bins": [list(vars(each).values()) for each in self.bins],
+            "curve": [list(vars(each).values()) for each in self.curve],
+        }
+
+    @classmethod
+    def from_json(cls, value: JsonMapping) -> Sureness:
+        return cls(tuple(Bin(*each) for each in value["bins"]), tuple(Decided(*each) for each in value["curve"]))
+
+
+@dataclass(frozen=True)
 class Confidences:
     """How sure the answers to one question are.
 
@@ -226,6 +314,11 @@ class Confidences:
     def error(self) -> float:
         """ECE."""
         return calibration_error(reliability(self.sure, self.right))
+
+    def sureness(self, threshold: float | None = None) -> Sureness:
+        """What can be drawn of the answers. threshold: one that the curve has exactly."""
+        kept = () if threshold is None else (threshold,)
+        return Sureness(reliability(self.sure, self.right), error_by_share(self.sure, self.right, kept))
 
 
 def stored_by_question(fitted: JsonValue) -> dict[str, JsonMapping]:

@@ -27,6 +27,7 @@ from turret.tasks.task import (
     Mistake,
     Prediction,
     RequestKind,
+    Task,
     TaskSettings,
     by_score,
     register,
@@ -240,6 +241,9 @@ class HeadAnswers(Protocol):
 
     def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
         return {}
+
+    def classifier_of(self, decision: str, logits: Tensor) -> tuple[Task, Tensor]:
+        raise DataError("a question needs probabilities of labels, and this task gives none")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -495,6 +499,16 @@ class Classify(HeadAnswers):
             right = chosen == targets
             sure, raw = (each.gather(1, chosen[:, None].cpu())[:, 0] for each in chances)
         return Confidences(sure.tolist(), raw.tolist(), right.tolist(), self.calibration)
+
+    def classifier_of(self, decision: str, logits: Tensor) -> tuple[Task, Tensor]:
+        """Itself; with `multi_label` one of a label against none: softmax((0, z) / T) is sigmoid(z / T)."""
+        import torch
+
+        if not self.multi_label:
+            return self, logits
+        z = logits[:, self.labels.index(decision)]  # (B,)
+        own = Classify(SIDES, self.tokenizer, self.max_tokens, calibration=self.calibration)
+        return own, torch.stack([torch.zeros_like(z), z], dim=1)  # (B, 2)
 
     def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
         task, targets = copy.copy(self), self.targets(examples)

@@ -21,13 +21,14 @@ from turret.tasks.classify import (
     ECE,
     LOSS,
     TEXTS,
+    Classify,
     HeadAnswers,
     TextInputs,
     balanced_weights,
     constant_loss,
     output_names,
 )
-from turret.tasks.task import Decision, Measure, Prediction, TaskSettings, register
+from turret.tasks.task import Decision, Measure, Prediction, Task, TaskSettings, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
 
@@ -245,6 +246,12 @@ class Questions(HeadAnswers):
             right = chosen == targets[there, place]
             found[question] = Confidences(sure.tolist(), raw.tolist(), right.tolist(), self.calibrations.get(question))
         return found
+
+    def classifier_of(self, decision: str, logits: Tensor) -> tuple[Task, Tensor]:
+        part = self.parts[decision]
+        names = [label.removeprefix(answer_to(decision, "")) for label in self.labels[part]]
+        own = Classify(names, self.tokenizer, self.max_tokens, calibration=self.calibrations.get(decision))
+        return own, logits[:, part]
 
     def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
         task, targets = copy.copy(self), self.targets(examples)

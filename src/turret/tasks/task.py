@@ -348,6 +348,9 @@ class Task(Protocol):
     def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
         """How sure the answers are, by question; the question is "" if there is only one. Empty if none is sure."""
 
+    def classifier_of(self, decision: str, logits: Tensor) -> tuple[Task, Tensor]:
+        """A classifier that decides one of `decisions` alone, and its logits. logits: as the head gives them."""
+
     def class_scores(self, logits: Tensor) -> Tensor:
         """What the probabilities of the labels are computed from: (B, C). logits: as the head gives them."""
 

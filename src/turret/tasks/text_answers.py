@@ -12,7 +12,7 @@ from turret.data import Example, Input, Prompt, TextPair
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration, Confidences
-from turret.tasks.task import Decision, Encoded, Measure, Mistake, Prediction, RequestKind, by_score
+from turret.tasks.task import Decision, Encoded, Measure, Mistake, Prediction, RequestKind, Task, by_score
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -102,6 +102,9 @@ class TextAnswers(Protocol):
 
     def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
         return {}
+
+    def classifier_of(self, decision: str, logits: Tensor) -> tuple[Task, Tensor]:
+        raise _no_head(self)
 
     def class_scores(self, logits: Tensor) -> Tensor:
         raise _no_head(self)

@@ -128,8 +128,7 @@ class Asking:
         options = [SamplingParams(logits=True, read=_places(rows[place][1])) for place in order]
         answers = self._ask("classify", [rows[place][0] for place in order], options, 1, bare=False)
         found = dict(zip(order, answers, strict=True))
-        outputs = self.task.num_labels(self.task.labels) or 1
-        return torch.cat([torch.tensor(found[place]["logits"]).reshape(-1, outputs) for place in range(len(rows))])
+        return _outputs(self.task, [found[place] for place in range(len(rows))])
 
     def embeddings(self, sources: Sequence[Tensor]) -> Tensor:
         """A vector of length 1 of the bare base for each source: (B, D) float32 on the CPU.
@@ -246,16 +245,7 @@ class Asking:
         """The answers, in order. The first error is raised, and cancels the other questions."""
         engine = self._started(cache_tokens)
         named = None if kind == "embed" and bare else self._held[0 if bare else -1]
-        with ExitStack() as stack:
-            tickets, found = [], []
-            with engine.together():
-                for source, own in zip(sources, options, strict=True):
-                    tickets.append(engine.submit(kind, source.tolist(), named, own))
-                    stack.callback(tickets[-1].cancel)
-            for ticket in tickets:
-                found.append(ticket.result())
-                between_passes()
-            return found
+        return _answered(engine, kind, [(source, named, own) for source, own in zip(sources, options, strict=True)])
 
     def _started(self, cache_tokens: int) -> Engine:
         """The engine, with a KV cache for at least so many tokens."""
@@ -263,14 +253,7 @@ class Asking:
             self.close()
             self._cache_tokens = max(CACHE_TOKENS, cache_tokens)
             beams = int(self.task.generation.get("num_beams", 1))
-            limits = Limits(
-                queue_tokens=UNLIMITED,
-                queue_seconds=UNLIMITED,
-                running=max(GENERATED_ROWS, beams),
-                batch_tokens=self.most_tokens,
-                cache_tokens=self._cache_tokens,
-                max_tokens=UNLIMITED,
-            )
+            limits = _limits(self.most_tokens, self._cache_tokens, max(GENERATED_ROWS, beams))
             base, adapter = self.base, self.adapter
             if adapter is not None and adapter.method.every_weight:
                 weights = {**adapter.tensors, **adapter.head}
@@ -291,6 +274,71 @@ class Asking:
         if self.base.family.is_encoder_decoder:
             return capacity(prefix + answer) + capacity(prefix + prompt)
         return capacity(prefix + prompt + answer)
+
+
+def logits_of_each(base: Base, asked: Sequence[tuple[Adapter, Task, Sequence[HeadRow]]]) -> list[Tensor]:
+    """The outputs of several heads on one base, each for its own rows: (B, C) float32 on the CPU for each.
+
+    The rows of all adapters share the passes of one engine. What it does not take has an engine or a model of its own.
+
+    Args:
+        asked: an adapter, how it reads and answers texts, and its rows.
+    """
+    found = dict[int, Tensor]()
+    for number, (adapter, task, rows) in enumerate(asked):
+        if adapter.method.every_weight or _why_plain(base, adapter, task.generates) is not None:
+            with Asking(base, adapter, task) as asking:
+                found[number] = asking.logits(rows)
+    mixed = [number for number in range(len(asked)) if number not in found]
+    if not mixed:
+        return [found[number] for number in range(len(asked))]
+    order = [(number, place) for number in mixed for place in range(len(asked[number][2]))]
+    order.sort(key=lambda each: (len(asked[each[0]][2][each[1]][0]), each[1]))  # the rows of a text follow one another
+    with Engine(base, None, _limits(PASS_TOKENS, CACHE_TOKENS, GENERATED_ROWS)) as engine:
+        held = {number: engine.hold(f"adapter-{number}", 1, asked[number][0]) for number in mixed}
+        asks = []
+        for number, place in order:
+            ids, read = asked[number][2][place]
+            asks.append((ids, held[number], SamplingParams(logits=True, read=_places(read))))
+        answers = dict(zip(order, _answered(engine, "classify", asks), strict=True))
+    for number in mixed:
+        _, task, rows = asked[number]
+        found[number] = _outputs(task, [answers[number, place] for place in range(len(rows))])
+    return [found[number] for number in range(len(asked))]
+
+
+def _answered(
+    engine: Engine, kind: RequestKind, asks: Sequence[tuple[Tensor, Named | None, SamplingParams]]
+) -> list[JsonObject]:
+    """The answer to each row, in order. The first error is raised, and cancels the other rows."""
+    with ExitStack() as stack:
+        tickets, found = [], []
+        with engine.together():
+            for source, named, own in asks:
+                tickets.append(engine.submit(kind, source.tolist(), named, own))
+                stack.callback(tickets[-1].cancel)
+        for ticket in tickets:
+            found.append(ticket.result())
+            between_passes()
+        return found
+
+
+def _limits(batch_tokens: int, cache_tokens: int, running: int) -> Limits:
+    """Of an engine that one thread asks, which waits for every answer."""
+    return Limits(
+        queue_tokens=UNLIMITED,
+        queue_seconds=UNLIMITED,
+        running=running,
+        batch_tokens=batch_tokens,
+        cache_tokens=cache_tokens,
+        max_tokens=UNLIMITED,
+    )
+
+
+def _outputs(task: Task, answers: Sequence[JsonMapping]) -> Tensor:
+    """The outputs of a head in the answers of an engine, in order: (B, C), or of all tokens that are read (N, C)."""
+    outputs = task.num_labels(task.labels) or 1
+    return torch.cat([torch.tensor(answer["logits"]).reshape(-1, outputs) for answer in answers])
 
 
 def _places(read: Tensor | None) -> tuple[int, ...] | None:

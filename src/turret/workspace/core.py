@@ -14,6 +14,7 @@ from turret.access import Access, tenant_access
 from turret.arguments import checked_methods
 from turret.audit import Mark
 from turret.data import Prompt, TextPair
+from turret.errors import NotFound
 from turret.experiments import Recorded, Router
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL
 from turret.json_types import JsonMapping, JsonObject, JsonValue
@@ -40,7 +41,17 @@ from turret.workspace.hub import Hub
 from turret.workspace.progress import Say, shown_in_notebooks, silent
 from turret.workspace.promoting import Ask
 from turret.workspace.queueing import Queue
-from turret.workspace.results import Evaluation, Exported, Imported, Merged, Planned, Predicted, RunResult, Suggested
+from turret.workspace.results import (
+    Evaluation,
+    Exported,
+    Imported,
+    Merged,
+    PanelEvaluation,
+    Planned,
+    Predicted,
+    RunResult,
+    Suggested,
+)
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
@@ -434,12 +445,43 @@ class Workspace:
         Args:
             data: a file, a folder, a Hub id, pypi:package, a DataFrame, a list of dictionaries or a `datasets.Dataset`.
             columns: keys of a recipe's `[data]`, such as {"text": "review"}; default: those of the version's training.
+
+        Raises:
+            NotFound: the reference names no version; a panel is measured by `evaluate_panel`.
         """
-        version = self.store.resolve(reference)
+        try:
+            version = self.store.resolve(reference)
+        except NotFound as error:
+            raise self.panels.missing(reference, error) from None
         labelled = reading.read_labelled(self.store, version, reading.source_of(data), columns or {})
         from turret.workspace import evaluation
 
         return evaluation.evaluate(self.store, str(version), labelled, on_stage or silent, device)
+
+    def evaluate_panel(
+        self,
+        reference: str,
+        data: Source,
+        *,
+        columns: JsonMapping | None = None,
+        device: str = "auto",
+        on_stage: Say | None = None,
+    ) -> PanelEvaluation:
+        """Measure each question of a panel on other data: how often it is right, and what its threshold decides.
+
+        Every text is asked once, and all adapters of a base share its passes. A question without a column is left out.
+
+        Args:
+            reference: a panel: name, name@2 or name@production.
+            data: as for `evaluate`, with a column for each question, by its name.
+            columns: keys of a recipe's `[data]`; `label` has the columns of questions that are called otherwise, such
+                as {"text": "body", "label": {"topic": "team"}}.
+        """
+        panel = self.panels.show(reference)
+        read = reading.read_panel(self.store, panel, reading.source_of(data), columns or {})
+        from turret.workspace import evaluation
+
+        return evaluation.evaluate_panel(self.store, panel, read, on_stage or silent, device)
 
     @overload
     def predict(  # type: ignore[overload-overlap] # a text is an iterable of texts too

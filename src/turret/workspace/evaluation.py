@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from turret.compare.evaluation_page import as_html
+from turret.adapters import require_base
+from turret.compare import evaluation_page, panel_page
 from turret.compare.results import (
     Confusions,
     Coverage,
     Details,
+    QuestionResult,
     Reliability,
     covered,
 )
-from turret.data import Example
+from turret.data import Example, Labelled
 from turret.data.table_writer import TableWriter
-from turret.errors import DataError
+from turret.errors import DataError, counted
 from turret.json_types import JsonMapping, JsonObject
-from turret.store import Store
-from turret.tasks import Task
+from turret.store import Panel, Store, Version, promises
+from turret.tasks import Task, task_from_spec
 from turret.tasks.calibration import Confidences, calibration_error, reliability
+from turret.train.asking import logits_of_each
 from turret.train.batches import EncodedRows
 from turret.workspace.answering import Mounted, mounted
 from turret.workspace.comparing.kept_files import write_text
 from turret.workspace.progress import Say, silent
-from turret.workspace.reading import LabelledData
-from turret.workspace.results import Evaluation
+from turret.workspace.reading import LabelledData, PanelData, PanelQuestion
+from turret.workspace.results import Evaluation, PanelEvaluation
+from turret.workspace.stored_adapter import load_base, read_adapter
 
 COVERAGE = 0.9  # of the sets of labels that an evaluation measures
 
@@ -56,25 +60,44 @@ def evaluate(
         )
 
 
-def write_mistakes(found: Evaluation, path: Path) -> TableWriter:
+def write_mistakes(found: Evaluation | PanelEvaluation, path: Path) -> TableWriter:
     """Write every wrong answer of an evaluation into a table, a row each, and return its writer."""
-    rows = [each.as_json() for each in found.details.mistakes]
+    if isinstance(found, PanelEvaluation):
+        rows = [
+            {"question": each.question} | one.as_json() for each in found.questions for one in each.details.mistakes
+        ]
+        return _write_rows(rows, path, ("question",))
+    return _write_rows([each.as_json() for each in found.details.mistakes], path)
+
+
+def _write_rows(rows: Sequence[JsonObject], path: Path, first: Sequence[str] = ()) -> TableWriter:
     says = [] if any(row["confidence"] is not None for row in rows) else ["error"]  # else it is the confidence
     texts = ["text", "text_pair"] if any("text_pair" in row for row in rows) else ["text"]
-    with TableWriter(path, ["row", "right", "given", "confidence", "score", *says, *texts]) as table:
+    with TableWriter(path, [*first, "row", "right", "given", "confidence", "score", *says, *texts]) as table:
         for row in rows:
             confidence = None if row["confidence"] is None else round(row["confidence"], 6)
             table.write(row | {"confidence": confidence, "score": round(row["score"], 6)})
     return table
 
 
-def write_page(found: Evaluation, path: Path, *, texts: bool = True) -> None:
+def write_page(found: Evaluation | PanelEvaluation, path: Path, *, texts: bool = True) -> None:
     """Write an evaluation as one self-contained page.
 
     Args:
         texts: whether it shows texts of the data.
     """
-    page = as_html(
+    if isinstance(found, PanelEvaluation):
+        page = panel_page.as_html(
+            panel=found.panel,
+            source=str(found.data["source"]),
+            examples=int(found.data["examples"]),
+            questions=found.questions,
+            notes=found.notes,
+            texts=texts,
+        )
+        write_text(path, page)
+        return
+    page = evaluation_page.as_html(
         version=found.version,
         digest=found.digest,
         source=str(found.data["source"]),
@@ -91,20 +114,122 @@ def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int])
     task = ready.task
     known = ready.asking.logits(EncodedRows(task, examples).windows()) if task.calibrates else None
     metrics, answers = ready.asking.evaluate(examples, logits=known)
+    details = _details(task, examples, places, known, answers)
+    if known is None or not task.ranks_labels or task.calibration is None:
+        return metrics, details
+    return metrics, replace(details, coverage=_coverage(task, known, [example.labels for example in examples]))
+
+
+def _details(
+    task: Task,
+    examples: Sequence[Example],
+    places: Sequence[int],
+    known: Tensor | None,
+    answers: Sequence[JsonObject],
+) -> Details:
+    """Mistakes, reliability and confusions. known: the logits of the examples, of a task with probabilities."""
     mistakes = tuple(replace(each, row=places[each.row]) for each in task.worst(examples, answers))
     numbers = tuple(task.numbers(examples, answers))
     details = Details(mistakes, task.kind, numbers=numbers)
     if known is None:
-        return metrics, details
+        return details
     sure = task.confidences(known, examples)
     details = replace(details, reliability={question: _reliability(each) for question, each in sure.items()})
-    if not task.ranks_labels:
-        return metrics, details
-    right = [example.labels for example in examples]
-    return metrics, replace(
-        details,
-        confusion=None if task.multi_label else _confusion(task, answers, right),
-        coverage=None if task.calibration is None else _coverage(task, known, right),
+    if not task.ranks_labels or task.multi_label:
+        return details
+    return replace(details, confusion=_confusion(task, answers, [example.labels for example in examples]))
+
+
+# --- panels -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A version that answers questions of a panel, with the outputs of its head."""
+
+    task: Task
+    rows: Sequence[int]  # the texts that it was asked
+    logits: Tensor  # (B, C), in their order
+
+
+def evaluate_panel(
+    store: Store, panel: Panel, read: PanelData, say: Say = silent, device: str = "auto"
+) -> PanelEvaluation:
+    """Metrics and mistakes of each question that the data answers. Each base is loaded once, one after another."""
+    started, notes, asked = time.perf_counter(), list(read.notes), dict[str, _Asked]()
+    for versions in _by_base(read):
+        found, more = _ask(store, versions, read, say, device)
+        asked |= found
+        notes += more
+    return PanelEvaluation(
+        panel=str(panel),
+        data={"source": read.data.source, "examples": len(read.texts)},
+        questions=[_judged(store, each, read, asked[str(each.version)]) for each in read.questions],
+        left_out=list(read.left_out),
+        seconds=time.perf_counter() - started,
+        notes=notes,
+    )
+
+
+def _by_base(read: PanelData) -> list[list[Version]]:
+    """The versions that answer, without repetition, those of one base together."""
+    versions = {str(each.version): each.version for each in read.questions}
+    bases = dict[tuple[str, str], list[Version]]()
+    for version in versions.values():
+        base = version.part("base")
+        bases.setdefault((str(base["fingerprint"]), str(base.get("quantization"))), []).append(version)
+    return list(bases.values())
+
+
+def _ask(
+    store: Store, versions: Sequence[Version], read: PanelData, say: Say, device: str
+) -> tuple[dict[str, _Asked], list[str]]:
+    """What versions of one base answer about the texts of their questions, in mixed passes; and notes."""
+    adapters = [read_adapter(store, str(version))[1] for version in versions]
+    say(f"loading {adapters[0].base.id}")
+    base = load_base(adapters[0], device=device)
+    rows, tasks = [], []
+    for version, adapter in zip(versions, adapters, strict=True):
+        require_base(adapter, base.fingerprint)
+        own = [each.right for each in read.questions if str(each.version) == str(version)]
+        rows.append([row for row in range(len(read.texts)) if any(right[row] is not None for right in own)])
+        tasks.append(task_from_spec(adapter.task, base.tokenizer))
+    say(f"asking {counted(len(versions), 'adapter')} about {counted(len(read.texts), 'text')}")
+    encoded = [
+        EncodedRows(task, [Labelled(read.texts[row], ()) for row in own]).windows()
+        for task, own in zip(tasks, rows, strict=True)
+    ]
+    logits = logits_of_each(base, list(zip(adapters, tasks, encoded, strict=True)))
+    every = zip(versions, tasks, rows, logits, strict=True)
+    found = {str(version): _Asked(task, own, outputs) for version, task, own, outputs in every}
+    return found, [note for note in base.notes if note.startswith("computes on ")]
+
+
+def _judged(store: Store, each: PanelQuestion, read: PanelData, asked: _Asked) -> QuestionResult:
+    right = {row: label for row, label in enumerate(each.right) if label is not None}
+    places = [place for place, row in enumerate(asked.rows) if row in right]
+    task, logits = asked.task.classifier_of(each.question.part, asked.logits[places])
+    examples = [Labelled(read.texts[row], label) for row, label in right.items()]
+    metrics, answers = task.judge(logits, examples)
+    with store.database().reading() as connection:
+        promise = promises.of_digest(connection, each.version.digest)
+    own = each.question.threshold
+    threshold = own if own is not None or promise is None else promise.threshold
+    (sure,) = task.confidences(logits, examples).values()
+    assert each.question.type is not None
+    return QuestionResult(
+        question=each.question.name,
+        version=str(each.version),
+        digest=each.version.digest,
+        column=each.column,
+        type=each.question.type,
+        examples=len(examples),
+        metrics=metrics,
+        threshold=threshold,
+        threshold_of=None if threshold is None else "promise" if own is None else "question",
+        bound=None if promise is None or promise.metric != "error" else promise.error,
+        sureness=sure.sureness(threshold),
+        details=_details(task, examples, [read.places[row] for row in right], logits, answers),
     )
 
 

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from turret.data import Dataset, Example, Input, Prompt, TextPair, memory
+from turret.data import Dataset, Example, Input, Labelled, Prompt, Schema, TextPair, memory
+from turret.data.cells import BETWEEN, answer_to
+from turret.data.columns import LABELLED, find_column, found_columns, listed_columns
 from turret.data.table import ROLES
-from turret.errors import DataError, RecipeError, one_line, shown
+from turret.errors import AdapterError, DataError, RecipeError, listed, one_line, shown
 from turret.json_types import JsonMapping, JsonObject, JsonValue
-from turret.store import Store, Version
+from turret.store import Panel, Question, Store, Version
+from turret.store.panels import decisions_of
 from turret.tasks import schemas, stored_task, task_of
+from turret.tasks.classify import TEXTS
 from turret.trackers.table import require_installed
 from turret.workspace.progress import Say, silent
 
@@ -28,6 +32,15 @@ KEPT = (
     "rename",
     "bad_lines",
 )  # other keys that a version reads new tables with
+PANEL = Schema(  # a text, and an answer in each of several columns
+    "panel",
+    {LABELLED: [(text, "label") for text in TEXTS]},
+    TEXTS,
+    lambda row: Labelled(row.asked(), row.answers("label")),
+    classes=True,
+    many=True,
+    several=True,
+)
 Texts: TypeAlias = Input | Iterable[Input]  # also a Series of pandas, an array of numpy, a column of `datasets`
 Source: TypeAlias = str | Path | memory.RowsInMemory  # of data: what `data.source` of a recipe takes
 
@@ -134,6 +147,126 @@ def read_labelled(store: Store, version: Version, source: str, columns: JsonMapp
     data = _data(store, source, trained, columns)
     rows = read_test(data, schema, labels=tuple(spec.get("labels") or ()), trained=_roles(trained))
     return LabelledData(data, rows.examples, rows.places, rows.notes)
+
+
+@dataclass(frozen=True)
+class PanelQuestion:
+    """A question of a panel with what a table says about it.
+
+    Args:
+        version: that answers it now.
+        column: of the table.
+        right: the right label of each text; None where the table has none.
+    """
+
+    question: Question
+    version: Version
+    column: str
+    right: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class PanelData:
+    """The texts that a panel is measured on, with the right answers.
+
+    Args:
+        left_out: questions without a column.
+    """
+
+    data: Data
+    texts: Sequence[str]
+    places: Sequence[int]  # the line (of a text file) or the number of each one's row
+    questions: Sequence[PanelQuestion]
+    left_out: Sequence[str]
+    notes: Sequence[str]
+
+
+def read_panel(store: Store, panel: Panel, source: str, columns: JsonMapping) -> PanelData:
+    """The test examples of a source, with the right answers to a panel's questions.
+
+    Args:
+        columns: keys of a recipe's `[data]`. `label` has the columns of questions that are called otherwise.
+
+    Raises:
+        NotFound: a reference of the panel names no version.
+        AdapterError: a version does not answer its question any more.
+        DataError: no question has a column, or a cell is no label of its question.
+    """
+    from turret.data.dataset import read_test, test_columns
+
+    if foreign := next((role for role in ROLES if role in columns and role not in LABELLED), None):
+        raise DataError(f"data.{foreign} does not belong to a panel: name text, and label for its questions")
+    data = _data(store, source, {}, {key: value for key, value in columns.items() if key != "label"})
+    there = test_columns(data)
+    column_of = _columns_of_questions(panel, columns.get("label"), there, source)
+    versions = {each: _answering(store, panel.question(each)) for each in column_of}
+    data = data.model_copy(update={"label": list(dict.fromkeys(column_of.values()))})
+    meant = {each: _labels_by_cell(panel.question(each)) for each in column_of}
+    known = [answer_to(column, cell) for each, column in column_of.items() for cell in meant[each]]
+    texts = (_roles(trained_on(each)).get("text") for each in versions.values())
+    text = next((each for each in texts if each is not None and find_column(each, there) is not None), None)
+    rows = read_test(data, PANEL, labels=tuple(dict.fromkeys(known)), trained=None if text is None else {"text": text})
+    given = [dict(label.split(BETWEEN, 1) for label in each.labels) for each in rows.examples]
+    questions = [
+        PanelQuestion(
+            panel.question(each), versions[each], column, [_right(each, row.get(column), meant[each]) for row in given]
+        )
+        for each, column in column_of.items()
+    ]
+    left_out = [each.name for each in panel.questions if each.name not in column_of]
+    notes = list(rows.notes)
+    if left_out:
+        notes.append(f"no column for {listed(left_out, 120)}, left out: --label QUESTION=COLUMN names one")
+    return PanelData(data, [str(each.asked) for each in rows.examples], rows.places, questions, left_out, notes)
+
+
+def _columns_of_questions(panel: Panel, named: JsonValue, there: Sequence[str], source: str) -> dict[str, str]:
+    """The columns of questions: those that are named, else those with the name of a question."""
+    if isinstance(named, str) and len(panel.questions) == 1:
+        named = {panel.questions[0].name: named}
+    if not isinstance(named, Mapping | None):
+        raise DataError(
+            f"label {shown(named, 60)}: panel {panel} has {len(panel.questions)} questions, expected their "
+            "columns by name: --label QUESTION=COLUMN"
+        )
+    given = {panel.question(name).name: str(column) for name, column in (named or {}).items()}
+    given = found_columns(given, there)
+    found = {each.name: given.get(each.name) or find_column(each.name, there) for each in panel.questions}
+    columns = {name: column for name, column in found.items() if column is not None}
+    if wrong := next((column for column in columns.values() if BETWEEN in column), None):
+        raise DataError(f"column {shown(wrong, 40)}: rename it without {BETWEEN!r}")
+    if not columns:
+        names = listed([each.name for each in panel.questions], 80)
+        raise DataError(
+            f"{one_line(source, 60)} has no column for a question of {panel} ({names}): its columns are "
+            f"{listed_columns(there, 80)}; name one with --label QUESTION=COLUMN"
+        )
+    return columns
+
+
+def _answering(store: Store, question: Question) -> Version:
+    """The version that answers a question now. Raises AdapterError if it has other labels than the question."""
+    version = store.resolve(question.adapter)
+    decision = decisions_of(version).get(question.part)
+    if decision is None or set(decision.labels) != set(question.labels):
+        has = "does not answer it any more" if decision is None else f"has the labels {listed(decision.labels, 80)}"
+        raise AdapterError(
+            f"question {shown(question.name, 40)} has the labels {listed(question.labels, 80)}, and {version} {has}: "
+            "make a new version of the panel"
+        )
+    return version
+
+
+def _labels_by_cell(question: Question) -> dict[str, str]:
+    """What a cell may hold, and the label that it means: a label, and for a predicate true and false."""
+    sides = dict(zip(("false", "true"), question.labels, strict=True)) if question.type == "predicate" else {}
+    return sides | {label: label for label in question.labels}
+
+
+def _right(question: str, cell: str | None, meant: Mapping[str, str]) -> str | None:
+    if cell is not None and cell not in meant:
+        raise DataError(f"question {shown(question, 40)} has no label {shown(cell, 40)}: it has {listed(meant, 120)}")
+    return None if cell is None else meant[cell]
 
 
 def read_texts(store: Store, version: Version, source: str, columns: JsonMapping) -> list[Input]:

@@ -11,7 +11,7 @@ from turret.json_types import JsonObject
 from turret.notebook import Cell, Table, as_html, class_table, marked, metrics_table, size, span
 
 if TYPE_CHECKING:
-    from turret.compare.results import Details
+    from turret.compare.results import Details, QuestionResult
     from turret.recipe import Recipe
     from turret.train.training_plan import Plan
 
@@ -71,6 +71,11 @@ class Evaluation:
     details: Details  # confusion, reliability, coverage, mistakes
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def wrong(self) -> int:
+        """How many answers are wrong, or not what they should be."""
+        return len(self.details.mistakes)
+
     def _repr_html_(self) -> str:
         facts: dict[str, Cell] = {
             "data": one_line(shortly(str(self.data["source"])), 60),
@@ -88,6 +93,43 @@ class Evaluation:
 
     def as_json(self) -> JsonObject:
         return vars(self) | {"details": self.details.as_json()}
+
+
+@dataclass(frozen=True)
+class PanelEvaluation:
+    """Each question of a panel, measured on some data."""
+
+    panel: str  # "tickets@2"
+    data: JsonObject  # source, examples
+    questions: list[QuestionResult]
+    left_out: list[str]  # questions without a column in the data
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> int:
+        """How many answers are wrong, to all questions together."""
+        return sum(len(each.details.mistakes) for each in self.questions)
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[Cell, ...]] = [
+            (
+                each.question,
+                each.version,
+                each.examples,
+                f"{each.metrics['accuracy']:.1%}",
+                f"{each.sureness.ece:.3f}",
+                f"{each.share:.1%}",
+                "" if each.decided.error is None else f"{each.decided.error:.1%}",
+            )
+            for each in self.questions
+        ]
+        table = Table(("question", "version", "examples", "accuracy", "ECE", "decided", "error of these"), rows)
+        facts: dict[str, Cell] = {"data": one_line(shortly(str(self.data["source"])), 60), "time": span(self.seconds)}
+        return as_html(self.panel, facts, table, notes=self.notes)
+
+    def as_json(self) -> JsonObject:
+        return vars(self) | {"questions": [each.as_json() for each in self.questions]}
 
 
 @dataclass(frozen=True)
