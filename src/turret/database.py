@@ -81,7 +81,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-OLDEST, SCHEMA = "0012", "0020"  # the first and the newest file in migrations/versions, as a test checks
+OLDEST, SCHEMA = "0012", "0021"  # the first and the newest file in migrations/versions, as a test checks
 TRAINING, CELL, BATCH = "training", "cell", "batch"  # kinds of jobs
 UPSERTED = 500  # rows of a statement
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`

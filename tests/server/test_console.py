@@ -6,15 +6,21 @@ import html
 import json
 import re
 import subprocess
+import time
 from dataclasses import replace
 
 import pytest
 from server.console_forms import PAGES, SCRIPT, post, signed_in
+from server.echo import FINGERPRINT
+from server.test_promises import TERMS
 from store.bundles import tensors, write_bundle
 
 import turret
 from turret.compare.report import write_report
-from turret.store import Question
+from turret.store import Question, promises
+from turret.store.promises import LoggedAnswer
+from turret.tasks.calibration import Confidences
+from turret.timestamp import timestamp
 
 # --- every page ------------------------------------------------------------------------------------------------------
 
@@ -221,6 +227,52 @@ def test_a_panel_shows_its_questions_and_is_moved_by_its_buttons(serve, put, wor
     gone = client.get("/panels/tickets")
     assert gone.status_code == 200
     assert "no topic@1" in gone.text or "no adapter named" in gone.text
+
+
+def test_a_panel_draws_the_errors_of_its_thresholds_and_the_state_of_its_promises(
+    serve, put, workspace, tmp_path
+) -> None:
+    topic, old, bare = put("topic"), put("old"), put("bare")
+    task = {"kind": "questions", "labels": ["urgent: no", "urgent: yes"]}
+    said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": task}
+    measured = {"test": {"ece": 0.5, "per_question": {"urgent": {"ece": 0.123}}}}
+    workspace.store.put("mail", write_bundle(tmp_path, tensors(99), said=said), metrics=measured)
+    sure, right = [each / 100 for each in range(1, 101)], [each % 10 != 3 or each > 60 for each in range(1, 101)]
+    sureness = Confidences(sure, (), right).sureness(0.45)
+    with workspace.store.database().writing() as connection:
+        promise = promises.make(connection, topic, TERMS, sureness)
+        promises.make(connection, old, TERMS)
+        now = timestamp(time.time())
+        seen = [LoggedAnswer(promise.id, f"r{n}", "good", 0.9 if n < 30 else 0.2, int(n < 30), now) for n in range(40)]
+        promises.log(connection, seen)
+    workspace.promise_outcomes([(f"r{n}", "good" if n != 7 else "bad") for n in range(30)])
+    asked = [Question("what", "topic@1"), Question("how", "topic@1", threshold=0.7), Question("then", "old@1")]
+    workspace.panels.create("tickets", [*asked, Question("none", str(bare)), Question("urgent", "mail@1#urgent")])
+    page = html.unescape(serve().client().get("/panels/tickets").text)
+    what, how, then, none, urgent = page.split('class="card question"')[1:]
+    assert what.count("<svg") == how.count("<svg") == 2
+    assert then.count("<svg") == none.count("<svg") == 0
+    decided = [good for each, good in zip(sure, right, strict=True) if each >= 0.45]
+    error = 100 * decided.count(False) / len(decided)
+    assert f'<tr class="chosen"><td class="n">0.45</td><td class="n">{len(decided):.1f}%</td>' in what
+    assert f'<td class="n">{error:.1f}%</td>' in what.split('class="chosen"')[1].split("</tr>")[0]
+    assert '<tr class="chosen"><td class="n">0.7</td><td class="n">31.0%</td><td class="n">0.0%</td>' in how
+    assert "threshold 0.45" in what
+    assert "threshold 0.7" in how
+    for words in (
+        "holds so far</b>: 1 of 30 outcomes are wrong",
+        "30 of 40 live answers were decided",
+        "promised: at most 5%",
+    ):
+        assert words in what, words
+    assert "live outcomes: 3.3% of 75.0% are wrong" in what
+    assert 'aria-label="wrong among these, % by share of the answers that is decided, %"' in what
+    assert "its promise is older than these plots" in then
+    assert "bare@1 has no promise" in none
+    assert "turret promise bare@1 --error 2%" in none
+    assert "turret evaluate tickets@1 FILE --report page.html" in none
+    assert "mail@1 answers several questions, and makes no promise" in urgent
+    assert "12.3%" in page.split("<h2>Errors and thresholds")[0], "the calibration error of the question alone"
 
 
 def test_an_experiment_ramps_and_ends_by_its_buttons(serve, put, workspace) -> None:

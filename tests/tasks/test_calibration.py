@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import tokenizer
 from torch.nn import functional as F
@@ -317,11 +317,13 @@ def by_hand(answers: list[tuple[float, bool]], threshold: float) -> tuple[int, i
     return len(decided), decided.count(False)
 
 
+LOADED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 ANSWERS = st.lists(
     st.tuples(st.sampled_from([0.0, 0.2, 0.5, 0.51, 0.9, 1.0]) | st.floats(0, 1), st.booleans()), max_size=60
 )
 
 
+@LOADED
 @given(ANSWERS, st.floats(0, 1))
 def test_every_point_of_the_curve_is_what_its_threshold_decides(answers, kept) -> None:
     sure, right = [each for each, _ in answers], [each for _, each in answers]
@@ -332,6 +334,7 @@ def test_every_point_of_the_curve_is_what_its_threshold_decides(answers, kept) -
         assert each.error == (each.wrong / each.count if each.count else None)
 
 
+@LOADED
 @given(ANSWERS, st.floats(0, 1), st.integers(1, 20))
 def test_a_thinned_curve_has_points_of_the_whole_one_and_its_end(answers, kept, most) -> None:
     sure, right = [each for each, _ in answers], [each for _, each in answers]
@@ -345,6 +348,7 @@ def test_a_thinned_curve_has_points_of_the_whole_one_and_its_end(answers, kept, 
     assert max(steps, default=0) <= len(sure) / most + 1 + ties
 
 
+@LOADED
 @given(ANSWERS, st.floats(0, 1))
 def test_what_is_drawn_of_answers_survives_json_and_knows_each_threshold(answers, threshold) -> None:
     confidences = Confidences([each for each, _ in answers], [], [each for _, each in answers])

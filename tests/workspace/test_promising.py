@@ -22,6 +22,7 @@ from turret.recipe import Promise as RecipePromise
 from turret.recipe import Recipe
 from turret.store import Store, promises
 from turret.store.promises import LoggedAnswer, Terms
+from turret.tasks.calibration import Confidences
 from turret.timestamp import timestamp
 from turret.workspace.promising import PromiseStatus
 
@@ -101,6 +102,12 @@ def test_a_promise_is_chosen_on_the_test_split_and_kept_with_what_it_was_chosen_
     assert made.all_wrong == pytest.approx(sum(wrong) / 240)
     assert 0 < promise.decided < 240
     assert promise.data_digest.startswith("sha256:")
+    drawn = made.sureness
+    assert drawn is not None
+    assert (drawn.answers, drawn.at(None).wrong) == (240, sum(wrong))
+    at = drawn.at(promise.threshold)
+    assert (at.threshold, at.count, at.wrong) == (promise.threshold, promise.decided, promise.wrong)
+    assert trained.promise("reviews").sureness == drawn, "it is kept"
     again = trained.promise("reviews", 0.05).promise
     assert (again.threshold, again.data_digest) == (promise.threshold, promise.data_digest)
     assert trained.promise("reviews").promise == again, "the newest is in force"
@@ -180,6 +187,8 @@ def test_a_broken_promise_becomes_stricter_if_asked(trained: Workspace) -> None:
     assert trained.predict("reviews", "great film")["abstain"]
     status = trained.promise("reviews")
     assert (status.promise.split, status.breaks) == ("outcomes", 1)
+    assert status.sureness is not None
+    assert status.sureness.answers == status.promise.examples > 0, "of the outcomes that it was chosen from"
 
 
 def test_a_broken_promise_rolls_back_if_asked(trained: Workspace, tmp_path: Path) -> None:
@@ -281,6 +290,7 @@ def test_a_recipe_with_a_promise_trains_a_version_that_keeps_it(trained: Workspa
     assert (kept.error, kept.when_broken, kept.examples, kept.split) == (0.05, "rollback", 240, "test")
     assert kept.threshold == trained.promise("reviews", 0.05).promise.threshold
     assert other.resolve("kept").part("lineage")["promise"]["threshold"] == kept.threshold
+    assert other.promise("kept").sureness == trained.promise("reviews", 0.05).sureness
     assert other.resolve("reviews").digest == trained.resolve("reviews").digest, "the control: nothing else changed"
 
 
@@ -309,7 +319,26 @@ def test_a_promise_in_a_bundle_is_in_force_once_it_is_stored(tmp_path: Path) -> 
         said["lineage"] = {"promise": broken}
         with pytest.raises(BundleError, match="the bundle's promise cannot be read"):
             store.put("news", write_bundle(tmp_path / "bundles", tensors(2), said=said))
+    drawn = Confidences([0.5, 0.9], (), [False, True]).sureness().to_json()
+    for broken in (
+        3,
+        {"bins": []},
+        drawn | {"curve": [[0.9, 1]]},
+        drawn | {"curve": [[0.9, "1", 0]]},
+        drawn | {"curve": [[0.9, 1, 2]]},
+        drawn | {"bins": "<b>"},
+    ):
+        said["lineage"] = {"promise": vars(_terms()) | {"sureness": broken}}
+        with pytest.raises(BundleError, match="what the bundle's promise was chosen on cannot be read"):
+            store.put("news", write_bundle(tmp_path / "bundles", tensors(2), said=said))
     assert [str(each) for each in store.list()] == ["news@1"]
+    said["lineage"] = {"promise": vars(_terms()) | {"sureness": drawn}}
+    other = store.put("news", write_bundle(tmp_path / "bundles", tensors(2), said=said))
+    with store.database().reading() as connection:
+        kept = promises.sureness_of(connection, promises.of_version(connection, other))
+        assert promises.sureness_of(connection, found) is None, "the control: a bundle without it"
+    assert kept is not None
+    assert kept.to_json() == drawn
 
 
 def test_a_version_whose_answers_are_no_single_label_cannot_promise(tmp_path: Path) -> None:

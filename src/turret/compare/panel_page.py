@@ -32,6 +32,15 @@ class Step:
     high: float
 
 
+@dataclass(frozen=True)
+class Live:
+    """What became of answers that a promise covers."""
+
+    share: float  # of the answers, that was decided
+    outcomes: int  # of decided answers
+    wrong: int
+
+
 def steps(found: Sureness, threshold: float | None) -> list[Step]:
     """What the threshold decides, and what others would, the strictest first."""
     others = [next(each for each in found.curve if each.count >= share * found.answers) for share in SHARES]
@@ -40,31 +49,39 @@ def steps(found: Sureness, threshold: float | None) -> list[Step]:
     return [_step(found, each, each in chosen) for each in sorted(every.values(), key=lambda each: -each.threshold)]
 
 
-def decided_plot(found: Sureness, threshold: float | None, bound: float | None, live: Decided | None = None) -> str:
+def decided_plot(found: Sureness, threshold: float | None, bound: float | None, live: Live | None = None) -> str:
     """The error among the decided answers by the share that is decided, as SVG; empty without answers.
 
     Args:
         bound: of a promise, a share.
-        live: the outcomes of decided answers; only their error is drawn, where the threshold is.
     """
     if not found.curve:
         return ""
     points = [(100 * each.count / found.answers, 100 * (each.error or 0.0)) for each in found.curve if each.count]
-    marks = []
-    if threshold is not None:
-        at = _step(found, _at(found, threshold), chosen=True)
-        marks.append(Mark(f"threshold {threshold:.3g}", "full", at.share, at.error or 0.0, at.low, at.high))
-    if live is not None and live.error is not None:
-        low, high = wilson(live.error, live.count)
-        share = marks[0].x if marks else 100.0
-        marks.append(Mark("live outcomes", "prefix", share, 100 * live.error, 100 * low, 100 * high))
+    at = None if threshold is None else _step(found, _at(found, threshold), chosen=True)
+    error = None if live is None or not live.outcomes else live.wrong / live.outcomes
     return error_by_share(
         points,
-        marks,
-        bound=None if bound is None else 100 * bound,
+        None
+        if at is None or at.error is None
+        else _mark(f"threshold {at.threshold:.3g}", "full", at.share, at.error, at.low, at.high),
+        None
+        if live is None or error is None
+        else _mark(
+            "live outcomes",
+            "prefix",  # a colour of the style sheet
+            100 * live.share,
+            100 * error,
+            *(100 * each for each in wilson(error, live.outcomes)),
+        ),
+        None if bound is None else 100 * bound,
         x_label="share of the answers that is decided, %",
         y_label="wrong among these, %",
     )
+
+
+def _mark(label: str, kind: str, share: float, error: float | None, low: float, high: float) -> Mark:
+    return Mark(label, kind, share, error or 0.0, low, high)
 
 
 def as_html(

@@ -404,36 +404,43 @@ def reliability(points: Sequence[Mark], shares: Sequence[float], *, x_label: str
 
 def error_by_share(
     points: Sequence[tuple[float, float]],
-    marks: Sequence[Mark],
-    *,
+    threshold: Mark | None,
+    live: Mark | None,
     bound: float | None,
+    *,
     x_label: str,
     y_label: str,
 ) -> str:
-    """A line of errors over the share of the answers that is decided, with a threshold and a bound marked. All in %.
+    """A line of errors over the share of the answers that is decided. All in %.
 
     Args:
         points: (share, error), by rising share.
-        marks: of a threshold, with the interval of its error and a name.
+        threshold: its share and error, with an interval: a dot on an upright line.
+        live: the same of live outcomes: a dot.
         bound: of a promise: a dashed line.
     """
+    marks = [each for each in (threshold, live) if each is not None]
     foot, height = 300 - BOTTOM, 300
     x = Axis(0.0, 100.0, LEFT, WIDTH - RIGHT)
     highest = max([error for _, error in points] + [each.high for each in marks] + [bound or 0.0])
-    y = Axis(0.0, min(100.0, 1.15 * highest) or 1.0, foot, TOP + 10)
+    y = Axis(0.0, min(100.0, 1.1 * highest) or 1.0, foot, TOP + 10)
     parts = _grid(x, y, foot, x_label, y_label, plain)
     if bound is not None:
-        words = f"promised: at most {bound:g}%"
-        parts += [_line(x.start, y.at(bound), x.end, y.at(bound), "axis dashed")]
-        parts += [_text(x.start + 4, y.at(bound) - 5, words, "note")]
+        left = threshold is None or threshold.x > 50  # away from the threshold
+        parts.append(_line(x.start, y.at(bound), x.end, y.at(bound), "axis dashed"))
+        place = (x.start + 4, "start") if left else (x.end - 4, "end")
+        parts.append(_text(place[0], y.at(bound) - 5, f"promised: at most {bound:g}%", "note", place[1]))
+    if threshold is not None:
+        parts.append(_line(x.at(threshold.x), y.end, x.at(threshold.x), foot, "axis dashed"))
     line = " ".join(f"{x.at(share)},{y.at(error)}" for share, error in points)
     parts.append(f'<polyline class="curve k-lora" points="{line}"/>')
-    for mark in marks:
-        cx, left = x.at(mark.x), mark.x > 50
-        parts.append(_line(cx, y.end, cx, foot, f"whisker thin k-{mark.kind} dashed"))
+    spots = [(x.at(each.x), y.at(each.y), each.label) for each in marks]
+    whiskers = [(x.at(each.x) - 3, y.at(each.high), x.at(each.x) + 3, y.at(each.low)) for each in marks]
+    curve = [(x.at(share) - 4, y.at(error) - 4, x.at(share) + 4, y.at(error) + 4) for share, error in points]
+    for mark, (cx, cy, _), (tx, ty, anchor) in zip(marks, spots, labels(spots, foot, whiskers + curve), strict=True):
         parts.append(_line(cx, y.at(mark.low), cx, y.at(mark.high), f"whisker k-{mark.kind}"))
-        parts.append(_dot(cx, y.at(mark.y), mark.kind, f"{mark.label}: {mark.y:.1f}% of {mark.x:.1f}% are wrong"))
-        parts.append(_text(cx - 9 if left else cx + 9, y.end + 8, mark.label, "name", "end" if left else "start"))
+        parts.append(_dot(cx, cy, mark.kind, f"{mark.label}: {mark.y:.1f}% of {mark.x:.1f}% are wrong"))
+        parts.append(_text(tx, ty, mark.label, f"name k-{mark.kind}", anchor))
     return _svg(height, parts, f"{y_label} by {x_label}")
 
 

@@ -48,6 +48,7 @@ from turret.errors import BundleError, NotFound
 from turret.json_types import JsonMapping, JsonObject, JsonValue, part
 from turret.store.catalog import Version, now, who
 from turret.tasks import Task, stored_task
+from turret.tasks.calibration import Sureness
 from turret.timestamp import timestamp
 from turret.visibility import access_of, seen_adapters, seen_versions
 
@@ -81,6 +82,7 @@ promises = Table(
     Column("who", String(100)),
     Column("broken", String(32)),
     Column("verdict", JSON),
+    Column("sureness", JSON),  # `Sureness` of the examples that the threshold was chosen on
     Index(None, "tenant", "digest"),
 )
 answers = Table(
@@ -215,15 +217,24 @@ class Counts(NamedTuple):
     missing: int
 
 
-def make(connection: Connection, version: Version, terms: Terms, *, why: JsonMapping | None = None) -> Promise:
+def make(
+    connection: Connection,
+    version: Version,
+    terms: Terms,
+    sureness: Sureness | None = None,
+    *,
+    why: JsonMapping | None = None,
+) -> Promise:
     """Store a promise of a version. It replaces an earlier one, whose answers and outcomes stay.
 
     Args:
+        sureness: of the answers to the examples that its threshold was chosen on, to be drawn.
         why: further facts for the audit log.
     """
     before = of_digest(connection, version.digest)
     row = asdict(terms) | {"tenant": access_of(connection).tenant, "digest": version.digest, "created": now()}
-    insert_row(connection, promises, row | {"who": who()})
+    drawn = None if sureness is None else sureness.to_json()
+    insert_row(connection, promises, row | {"who": who(), "sureness": drawn})
     after = {"metric": terms.metric, "error": terms.error, "confidence": terms.confidence, "threshold": terms.threshold}
     earlier = None if before is None else {key: getattr(before, key) for key in after}
     audit.record(
@@ -244,8 +255,15 @@ def make(connection: Connection, version: Version, terms: Terms, *, why: JsonMap
 def take_from_bundle(connection: Connection, version: Version) -> None:
     """Store the promise that a version's bundle has, unless the version has one. Raises BundleError."""
     found = part(version.manifest, "lineage").get("promise")
-    if found is not None and of_digest(connection, version.digest) is None:
-        make(connection, version, Terms.from_json(found))
+    if found is None or of_digest(connection, version.digest) is not None:
+        return
+    drawn = found.get("sureness") if isinstance(found, dict) else None
+    terms = {key: value for key, value in found.items() if key != "sureness"} if isinstance(found, dict) else found
+    try:
+        sureness = None if drawn is None else Sureness.from_json(drawn)
+    except ValueError as error:
+        raise BundleError(f"what the bundle's promise was chosen on cannot be read ({error}): train it again") from None
+    make(connection, version, Terms.from_json(terms), sureness)
 
 
 def of_digest(connection: Connection, digest: str) -> Promise | None:
@@ -272,6 +290,12 @@ def of_version(connection: Connection, version: Version) -> Promise:
     if found is None:
         raise NotFound(f"{version} has no promise: `turret promise {version} --error 2% --confidence 95%` makes one")
     return found
+
+
+def sureness_of(connection: Connection, promise: Promise) -> Sureness | None:
+    """What can be drawn of the examples that its threshold was chosen on; None for a promise of an older Turret."""
+    found = connection.execute(select(promises.c.sureness).where(promises.c.id == promise.id)).scalar_one()
+    return None if found is None else Sureness.from_json(found)
 
 
 def versions_of(connection: Connection, promise: Promise) -> list[str]:

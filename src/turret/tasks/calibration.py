@@ -45,7 +45,7 @@ EVIDENT = 3.84  # the 95% quantile of chi-squared with one degree of freedom
 MOST_SCORES = 500  # that are stored; of more examples, evenly spaced ranks
 HOTTEST = 20.0  # T is between 1 / HOTTEST and HOTTEST
 BINS = 15  # of confidence, equally wide, as in Guo et al. 2017
-MOST_POINTS = 200  # of the error by the share that is decided
+MOST_POINTS = 100  # of the error by the share that is decided
 KEYS = {"temperature", "examples", "scores", "chose_weights"}
 
 
@@ -290,8 +290,20 @@ class Sureness:
         }
 
     @classmethod
-    def from_json(cls, value: JsonMapping) -> Sureness:
-        return cls(tuple(Bin(*each) for each in value["bins"]), tuple(Decided(*each) for each in value["curve"]))
+    def from_json(cls, value: JsonValue) -> Sureness:
+        """What `to_json` gave. Raises ValueError for anything else."""
+        if not isinstance(value, dict) or set(value) != {"bins", "curve"}:
+            raise ValueError("expected bins and curve")
+        for rows, length in ((value["bins"], 5), (value["curve"], 3)):
+            if not isinstance(rows, list) or not all(isinstance(each, list) and len(each) == length for each in rows):
+                raise ValueError(f"expected lists of {length} numbers")
+            if not all(_is_number(each) for row in rows for each in row):
+                raise ValueError("expected numbers")
+        found = cls(tuple(Bin(*each) for each in value["bins"]), tuple(Decided(*each) for each in value["curve"]))
+        counts = [each.count for each in found.curve]
+        if counts != sorted(counts) or any(not 0 <= each.wrong <= each.count <= found.answers for each in found.curve):
+            raise ValueError("expected counts that rise to the number of answers")
+        return found
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from turret.store.alarms import NOTHING
 from turret.store.catalog import PRODUCTION, now
 from turret.store.promises import ALARM, NEVER, ROLLBACK, STRICTER, WHEN_BROKEN, Promise, Terms
 from turret.tasks import Task, stored_task
+from turret.tasks.calibration import Confidences, Sureness
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset, read_labelled
 
@@ -101,6 +102,7 @@ class PromiseStatus:
     decided: int  # of those
     breaks: int = 0  # promises of the version that outcomes have broken, this one included
     all_wrong: float | None = None  # share of all examples that is wrong without a threshold; known when it is made
+    sureness: Sureness | None = None  # of the examples that the threshold was chosen on; where one promise is asked
     notes: tuple[str, ...] = ()
     done: tuple[str, ...] = ()
 
@@ -138,11 +140,11 @@ def make(store: Store, reference: str, request: PromiseRequest, say: Say) -> Pro
     with answering.mounted(store, str(version), say, request.device) as ready:
         say(f"answering {counted(len(held.examples), 'held-out example')}")
         found = ready.asking.answers([each.asked for each in held.examples])
-        terms, wrong = chosen(bound, held, ready.task, found, request, str(version))
+        terms, sureness = chosen(bound, held, ready.task, found, request, str(version))
     with store.database().writing() as connection:
-        promises.make(connection, version, terms)
+        promises.make(connection, version, terms, sureness)
     done = status(store, str(version))
-    return replace(done, all_wrong=wrong, notes=held.notes)
+    return replace(done, all_wrong=sureness.at(None).error, notes=held.notes)
 
 
 def require_decisions(task: type[Task], spec: JsonMapping, version: str) -> None:
@@ -164,15 +166,16 @@ def chosen(
     answers: Sequence[JsonMapping],
     request: PromiseRequest,
     version: str,
-) -> tuple[Terms, float]:
-    """What a promise says, and the share of all examples that is wrong. Raises DataError if no threshold passes."""
+) -> tuple[Terms, Sureness]:
+    """What a promise says, and what can be drawn of the answers. Raises DataError if no threshold passes."""
     import numpy as np
 
     from turret.experiments.risk_control import choose
 
     decisions = [decision for answer in answers if (decision := task.decision(answer)) is not None]
     given, right = [label for label, _ in decisions], [str(each.output) for each in held.examples]
-    found = choose(bound, given, right, np.array([probability for _, probability in decisions]))
+    probability = [each for _, each in decisions]
+    found = choose(bound, given, right, np.array(probability))
     if found.threshold is None:
         raise DataError(refusal(bound, found, version))
     terms = Terms(
@@ -191,7 +194,8 @@ def chosen(
         outcome_ttl=request.outcome_ttl,
         missing_bound=request.missing_bound,
     )
-    return terms, sum(a != b for a, b in zip(given, right, strict=True)) / max(len(given), 1)
+    agree = [answer == label for answer, label in zip(given, right, strict=True)]
+    return terms, Confidences(probability, (), agree).sureness(found.threshold)
 
 
 def require_carried(recipe: Recipe, dataset: Dataset, task: Task) -> None:
@@ -217,10 +221,10 @@ def trained(recipe: Recipe, dataset: Dataset, task: Task, asking: Asking) -> tup
     request = PromiseRequest(wanted.error, wanted.confidence, wanted.metric, when_broken=wanted.when_broken)
     found = asking.answers([each.asked for each in held.examples])
     try:
-        terms, _ = chosen(bound, held, task, found, request, recipe.name)
+        terms, sureness = chosen(bound, held, task, found, request, recipe.name)
     except DataError as error:
         return None, [f"the version makes no promise: {error}"]
-    return asdict(terms), list(held.notes)
+    return asdict(terms) | {"sureness": sureness.to_json()}, list(held.notes)
 
 
 def refusal(bound: Bound, found: Choice, version: str) -> str:
@@ -311,7 +315,8 @@ def status(store: Store, reference: str) -> PromiseStatus:
     version = store.resolve(reference)
     with store.database().reading() as connection:
         promise = promises.of_version(connection, version)
-    return _status(store, promise, str(version), {})
+        sureness = promises.sureness_of(connection, promise)
+    return replace(_status(store, promise, str(version), {}), sureness=sureness)
 
 
 def listed(store: Store, memories: dict[int, PromiseMemory]) -> list[PromiseStatus]:
@@ -387,18 +392,20 @@ def _settled(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseM
         if current is None or current.id != promise.id:
             return found
         stricter = _stricter(promise, memories[promise.id], promises.told(connection, promise), found.version)
-        did = rolled or (_says(stricter) if stricter is not None else "")
+        did = rolled or (_says(stricter[0]) if stricter is not None else "")
         said = {"why": why, "did": did or NOTHING, "promise": sentence(promise)}
         verdict = {**said, "standing": found.standing.as_json()}
         if not promises.mark_broken(connection, promise, verdict):
             return found
         if stricter is not None:
             version = store.resolve(found.version)
-            promises.make(connection, version, stricter, why={"why": why})
+            promises.make(connection, version, *stricter, why={"why": why})
     return replace(found, promise=replace(promise, broken=now(), verdict=verdict), done=tuple(filter(None, (why, did))))
 
 
-def _stricter(promise: Promise, memory: PromiseMemory, told: Sequence[promises.Told], version: str) -> Terms | None:
+def _stricter(
+    promise: Promise, memory: PromiseMemory, told: Sequence[promises.Told], version: str
+) -> tuple[Terms, Sureness] | None:
     """A promise with a stricter threshold, from the outcomes since the old one probably broke."""
     import numpy as np
 
@@ -408,10 +415,11 @@ def _stricter(promise: Promise, memory: PromiseMemory, told: Sequence[promises.T
         return None
     recent = told[memory.watch.since :]
     given, right = [each.label for each in recent], [each.right_label or "" for each in recent]
-    found = choose(bound_of(promise), given, right, np.array([each.probability for each in recent]))
+    probability = [each.probability for each in recent]
+    found = choose(bound_of(promise), given, right, np.array(probability))
     threshold = NEVER if found.threshold is None else max(found.threshold, promise.threshold)
     terms = {each.name: getattr(promise, each.name) for each in fields(Terms)}
-    return Terms(
+    made = Terms(
         **terms
         | {
             "threshold": threshold,
@@ -423,6 +431,8 @@ def _stricter(promise: Promise, memory: PromiseMemory, told: Sequence[promises.T
             "split": "outcomes",
         }
     )
+    agree = [not each.wrong for each in recent]
+    return made, Confidences(probability, (), agree).sureness(threshold)
 
 
 def _says(stricter: Terms) -> str:

@@ -9,12 +9,16 @@ from typing import Annotated
 
 from fastapi import Path, Request, Response
 
+from turret.compare.evaluation_page import reliability_plot
+from turret.compare.panel_page import Live, Step, decided_plot, steps
 from turret.errors import BadRequest, NotFound, TurretError
 from turret.server.routes import State
 from turret.server.state import ServerState
 from turret.server.web import render
 from turret.server.web.forms import Sent, pages
 from turret.store import Panel, Question, Version
+from turret.tasks.calibration import Sureness
+from turret.workspace import promising
 from turret.workspace.promising import PromiseStatus
 
 router = pages()
@@ -31,13 +35,55 @@ class AskedNow:
     promised: PromiseStatus | None = None  # how the promise of the version stands
 
     @property
-    def measured(self) -> str:
+    def ece(self) -> float | None:
         """The calibration error of its test or validation split, if it was measured."""
-        if self.version is not None:
-            for split in ("test", "validation"):
-                if "ece" in (values := self.version.metrics.get(split) or {}):
-                    return render.points(values["ece"])
-        return ""
+        measured = {} if self.version is None else self.version.metrics
+        for split in ("test", "validation"):
+            values = measured.get(split) or {}
+            if self.question.part:
+                values = (values.get("per_question") or {}).get(self.question.part) or {}
+            if "ece" in values:
+                return float(values["ece"])
+        return None
+
+    @property
+    def measured(self) -> str:
+        return "" if self.ece is None else render.points(self.ece)
+
+    @property
+    def threshold(self) -> float | None:
+        """The question's own, or else that of the promise."""
+        own = self.question.threshold
+        return own if own is not None or self.promised is None else self.promised.promise.threshold
+
+    @property
+    def drawn(self) -> Sureness | None:
+        """The answers to the examples that the promise's threshold was chosen on."""
+        return None if self.promised is None else self.promised.sureness
+
+    @property
+    def plots(self) -> tuple[str, str]:
+        """The error by the share that is decided, with the error of live outcomes, and the reliability: SVG."""
+        found, promised = self.drawn, self.promised
+        if found is None or promised is None:
+            return "", ""
+        bound, live = None, None
+        if promised.promise.metric == "error":
+            bound = promised.promise.error
+            share = promised.decided / max(promised.answers, 1)
+            live = Live(share, promised.standing.outcomes, promised.standing.wrong)
+        return decided_plot(found, self.threshold, bound, live), reliability_plot(found.bins)
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        return [] if self.drawn is None else steps(self.drawn, self.threshold)
+
+    @property
+    def command(self) -> str | None:
+        """What gives the page its plots; None if its version can make no promise."""
+        if self.version is None or self.question.part:
+            return None
+        return f"turret promise {self.version} --error 2%"
 
 
 @router.get("/panels")
@@ -89,6 +135,7 @@ def _values(state: ServerState, reference: str) -> render.Context:
         "versions": own[::-1],
         "moves": moves[::-1],
         "asked": [_asked(state, each) for each in panel.questions],
+        "text": promising,
     }
 
 

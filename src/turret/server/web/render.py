@@ -13,7 +13,16 @@ from urllib.parse import quote
 
 from fastapi import Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, select_autoescape
+from jinja2 import (
+    ChoiceLoader,
+    Environment,
+    FileSystemLoader,
+    PackageLoader,
+    PrefixLoader,
+    StrictUndefined,
+    Template,
+    select_autoescape,
+)
 from markupsafe import Markup, escape
 from starlette.types import Message, Scope, Send
 
@@ -54,8 +63,9 @@ def digest(file: str) -> str:
 
 @cache
 def _environment() -> Environment:
+    reports = PackageLoader("turret.compare", ".")  # the parts of a page that reports have too
     environment = Environment(
-        loader=FileSystemLoader(FOLDER / "templates"),
+        loader=ChoiceLoader([FileSystemLoader(FOLDER / "templates"), PrefixLoader({"reports": reports})]),
         autoescape=select_autoescape(("j2", "html"), default=True),
         undefined=StrictUndefined,
         trim_blocks=True,
