@@ -20,6 +20,7 @@ from typing import Any
 import charts
 import decisions
 import defaults
+import drift
 import experiments
 import fast_paths
 import fast_paths_engine
@@ -404,6 +405,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "suggest": lambda: suggest.report(record.load("suggest")),
     "tasks": lambda: tasks.report(record.load("tasks")),
     "promises-chosen": lambda: promises.chosen_report(record.load("promises")),
+    "drift-alike": lambda: drift.alike_report(record.load("drift")),
+    "drift-noticed": lambda: drift.noticed_report(record.load("drift")),
     "promises-watched": lambda: promises.watched_report(record.load("promises")),
     "experiments": experiments.verdicts,
     "discoveries": experiments.named,

@@ -32,7 +32,7 @@ The schema has the number `SCHEMA`; each change of it is a new Alembic file in `
   version of a training has the id in `run`
 - described in `turret.store`: `leases`, `artifacts`, `job_turns`, `queue_limits`, `run_log`, `budgets`, `sessions`,
   `client_files`, `batches`, `batch_parts`, `usage`, `flushes`, `promises`, `promise_answers`, `promise_outcomes`,
-  `alarms`
+  `promise_watches`, `promise_inputs`, `alarms`
 
 A connection carries an `Access`; `turret.visibility` limits queries to it. Times are text, ISO 8601 in UTC. `who` is
 the user of the change, NULL if unknown. Names are ordered by their bytes, on PostgreSQL too (`bytewise`).
@@ -81,7 +81,7 @@ from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
-OLDEST, SCHEMA = "0012", "0021"  # the first and the newest file in migrations/versions, as a test checks
+OLDEST, SCHEMA = "0012", "0022"  # the first and the newest file in migrations/versions, as a test checks
 TRAINING, CELL, BATCH = "training", "cell", "batch"  # kinds of jobs
 UPSERTED = 500  # rows of a statement
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`

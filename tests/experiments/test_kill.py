@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from store.test_kill import unfinished
 
-VERBS = ("start", "ramp", "outcome", "stop", "settle")
+VERBS = ("start", "ramp", "outcome", "stop", "settle", "watch")
 
 
 @pytest.mark.slow

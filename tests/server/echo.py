@@ -42,6 +42,7 @@ class SamplingParams(EngineOptions):
 @dataclass(frozen=True)
 class Stats:
     queue_length: int
+    waiting: int
     loads: int
     versions: dict[str, Any]
     waiting_adapters: tuple[str, ...] = ()
@@ -283,7 +284,9 @@ class Echo:
 
     def stats(self) -> Stats:
         with self._lock:
-            return Stats(queue_length=len(self._tickets), loads=len(self.loads), versions={})
+            return Stats(
+                queue_length=len(self._tickets), waiting=len(self._tickets), loads=len(self.loads), versions={}
+            )
 
     def drain(self, timeout: float) -> bool:
         self._draining = True

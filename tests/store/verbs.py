@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from store import by_hand
 from store.bundles import tensors, write_bundle
 
+from turret import audit
 from turret.database import OLDEST
 from turret.errors import ExperimentError, NotFound
-from turret.experiments import Guards, arm_health, rows
+from turret.experiments import Guards, arm_health, input_drift, rows
 from turret.experiments.arm_health import ArmHealth
-from turret.store import Example, GoldenReplay, GoldenSet, Store
+from turret.store import Example, GoldenReplay, GoldenSet, Store, promise_inputs, promises
 from turret.store.blobs import hash_file
+from turret.store.catalog import now
+from turret.store.promises import Promise, Terms
 from turret.store.uploads import Upload
 
 Hold = Callable[[bool], None]  # called with whether the command was acknowledged; asserts what must hold
@@ -213,7 +217,7 @@ EARLIER = (  # the tables of the first format that later ones replaced
 
 EMPTY = (  # tables that are later than the first format, those that refer to others first
     "jobs", "job_turns", "batches", "flushes", "panel_moves", "panel_versions", "panels",
-    "promise_outcomes", "promise_answers", "promises", "alarms",
+    "promise_inputs", "promise_watches", "promise_outcomes", "promise_answers", "promises", "alarms",
 )  # fmt: skip
 
 
@@ -385,9 +389,44 @@ def ready_to_settle(root: Path, folder: Path) -> Hold:
     with store.database().writing() as connection:
         running = rows.find(connection, "a")
         seen = {(running.id, "control"): ArmHealth(50), (running.id, "candidate"): ArmHealth(50, 50)}
-        arm_health.keep(connection, seen, "then")
+        arm_health.keep(connection, seen, now())
     before = ("running", 0.1, ["start"], "a@2")
     return all_or_nothing(before, ("ended", 0.0, ["start", "drop", "rollback"], "a@1"), root)
+
+
+TERMS = Terms("error", 0.02, 0.95, 0.9, 500, 400, 2, 400, "x.csv", "test", "sha256:0", "alarm", 604800.0, 0.05)
+
+
+def watched(where: str, folder: Path) -> tuple[Store, Promise]:
+    """A new promise of a@1, whose live texts are far from its examples."""
+    store = two(where, folder)
+    references, live = input_drift.packed(np.eye(40)), input_drift.packed(np.eye(40) + 1)
+    with store.database().writing() as connection:
+        promise = promises.make(connection, store.resolve("a@1"), TERMS, inputs=references)
+        for each in live:
+            promise_inputs.add(connection, promise.id, each)
+    return store, promise
+
+
+def ready_to_watch(where: str, folder: Path) -> Hold:
+    """That they have drifted is recorded with its row in the audit log, and what was kept goes with it; or nothing."""
+    _, promise = watched(where, folder)
+
+    def hold(done: bool) -> None:
+        with Store(where).database().reading() as connection:
+            watch = promise_inputs.watch_of(connection, promise.id)
+            kept = promise_inputs.bytes_of(connection, promise.id)
+            told = sum(each.verb == "promise drift" and each.at >= promise.created for each in audit.read(connection))
+        drifted = watch is not None and watch.drifted is not None
+        assert (drifted, kept, told) in (((True, 0, 1),) if done else ((True, 0, 1), (False, 2 * 80 * 40, 0)))
+
+    return hold
+
+
+def watch(where: str, _: Path) -> None:
+    from turret import Workspace
+
+    Workspace(where).settle_promises()
 
 
 def on_experiment(act: Callable[[Any], object]) -> Callable[[Path, Path], object]:
@@ -415,5 +454,6 @@ VERBS = {
     "ramp": Verb(ready_to_ramp, on_experiment(lambda each: each.ramp())),
     "outcome": Verb(ready_to_outcome, on_experiment(lambda each: each.outcome(1, unit="ann"))),
     "stop": Verb(ready_to_stop, on_experiment(lambda each: each.stop(promote="candidate"))),
+    "watch": Verb(ready_to_watch, watch),
     "settle": Verb(ready_to_settle, on_experiment(lambda each: each.settle())),
 }

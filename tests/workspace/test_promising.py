@@ -9,20 +9,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_models
 from sqlalchemy import update
 from store.bundles import tensors, write_bundle
 
-from turret import Workspace, audit
+from turret import Workspace, audit, bases
 from turret.access import Access
 from turret.cli.main import run
+from turret.engine.core import Engine
 from turret.errors import AdapterError, BundleError, DataError, NotFound
+from turret.experiments.input_drift import MOST_TOKENS, packed, unpacked
 from turret.recipe import Promise as RecipePromise
 from turret.recipe import Recipe
-from turret.store import Store, promises
+from turret.store import Store, promise_inputs, promises
 from turret.store.promises import LoggedAnswer, Terms
 from turret.tasks.calibration import Confidences
+from turret.tasks.tokens import Tokens
 from turret.timestamp import timestamp
 from turret.workspace.promising import PromiseStatus
 
@@ -67,7 +71,8 @@ def _fresh(trained: Workspace) -> Iterator[None]:
     """Without the promises of other tests."""
     yield
     with trained.store.database().writing() as connection:
-        for each in (promises.outcomes, promises.answers, promises.promises):
+        tables = (promises.outcomes, promises.answers, promise_inputs.inputs, promise_inputs.watches)
+        for each in (*tables, promises.promises):
             connection.execute(each.delete())
 
 
@@ -291,6 +296,7 @@ def test_a_recipe_with_a_promise_trains_a_version_that_keeps_it(trained: Workspa
     assert kept.threshold == trained.promise("reviews", 0.05).promise.threshold
     assert other.resolve("kept").part("lineage")["promise"]["threshold"] == kept.threshold
     assert other.promise("kept").sureness == trained.promise("reviews", 0.05).sureness
+    assert other.promise("kept").inputs.state == "alike so far", "its training kept embeddings"
     assert other.resolve("reviews").digest == trained.resolve("reviews").digest, "the control: nothing else changed"
 
 
@@ -298,6 +304,63 @@ def test_a_recipe_whose_promise_makes_no_sense_is_refused_before_the_training(tr
     recipe = Recipe.from_toml(str(trained.resolve("reviews").part("lineage")["recipe"]))
     with pytest.raises(DataError, match="expected one of 'bad', 'good'"):
         trained.plan(recipe.model_copy(update={"promise": RecipePromise(error=0.05, metric="misses:awful")}))
+
+
+def live(workspace: Workspace, texts: list[str]) -> None:
+    """Keep embeddings of live texts, as a server does."""
+    base = bases.load(str(folder_of(workspace) / "bert"))
+    with Engine(base, None) as engine, workspace.store.database().writing() as connection:
+        promise = promises.of_version(connection, workspace.resolve("reviews"))
+        for text in texts:
+            row = Tokens(base.tokenizer).row(text, min(MOST_TOKENS, engine.longest))
+            vector = engine.submit("embed", row, None).result()["embedding"]
+            assert promise_inputs.add(connection, promise.id, packed([vector])[0])
+
+
+def test_a_promise_keeps_embeddings_of_its_examples_by_the_bare_base(trained: Workspace) -> None:
+    made = trained.promise("reviews", 0.05)
+    assert made.notes == ()
+    with trained.store.database().reading() as connection:
+        watch = promise_inputs.watch_of(connection, made.promise.id)
+        assert watch is not None
+        found = promise_inputs.vectors_of(connection, watch, promise_inputs.REFERENCE)
+    kept = unpacked([row for _, row in found], watch.size)
+    assert watch.examples == len(kept) > 100
+    assert np.linalg.norm(kept, axis=1) == pytest.approx(1, abs=1e-3)
+    live(trained, [text for text, _ in rows(200, 240, wrong=12)][:3])
+    with trained.store.database().reading() as connection:
+        rest = unpacked([row for _, row in promise_inputs.vectors_of(connection, watch, 1)], watch.size)
+    assert (rest @ kept.T).max(1) == pytest.approx(1, abs=1e-3), "a server embeds the same texts alike"
+
+
+def test_live_texts_that_are_unlike_the_examples_warn_and_the_promise_stays(
+    trained: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promise = trained.promise("reviews", 0.05).promise
+    store = ["--store", str(trained.store.root)]
+    live(trained, [text for text, _ in rows(1000, 12)])
+    assert run(["promise", "reviews", *store]) == 0
+    assert "like the held-out ones so far, 12 texts seen" in capsys.readouterr().out
+    live(trained, [f"{number} bank lazy {number}" for number in range(100)])
+    assert trained.promise("reviews").inputs.state == "alike so far", "only settling records"
+    server = Workspace(trained.store.root)  # other tests have removed promises, whose ids come again
+    (found,) = server.settle_promises()
+    assert (found.inputs.state, len(found.done)) == ("drifted", 1)
+    (again,) = server.settle_promises()
+    assert (again.inputs.state, again.done, again.promise) == ("drifted", (), promise)
+    assert run(["promise", "reviews", *store]) == 0
+    assert "have drifted since 20" in capsys.readouterr().out
+    assert run(["promise", "reviews", "--json", *store]) == 0
+    said = json.loads(capsys.readouterr().out)["inputs"]
+    assert (said["state"], said["evidence"] >= said["needed"]) == ("drifted", True)
+    assert trained.promise("reviews", 0.05).inputs.state == "alike so far", "a new promise begins anew"
+
+
+def test_a_stricter_promise_was_chosen_on_outcomes_whose_texts_nobody_kept(trained: Workspace) -> None:
+    trained.promise("reviews", 0.05, when_broken="stricter")
+    sent(trained, 60, 40)
+    trained.settle_promises()
+    assert trained.promise("reviews").inputs.state == "not watched"
 
 
 def _terms() -> Terms:

@@ -124,6 +124,10 @@ def _print(found: PromiseStatus) -> None:
         missing = f"{standing.missing:.0%} of the outcomes are missing"
         rows.append(("answers", f"{found.decided} of {counted(found.answers, 'answer')} decided; {missing}"))
         rows.append(("evidence", f"{standing.evidence:.3g} against it; {standing.needed:.3g} breaks it"))
+    inputs = found.inputs
+    hue = {"alike so far": "green", "drifted": "yellow"}.get(inputs.state, "dim")
+    what = f"{inputs.state}: {inputs.why}" if inputs.state == "not watched" else inputs.why
+    rows.append(("inputs", f"[{hue}]{safe(what)}[/]"))
     rows.append(("since", f"{safe(to_minute(promise.created))}{f' by {safe(promise.who)}' if promise.who else ''}"))
     out.print(grid(rows + [("note", safe(note)) for note in found.notes]))
     for line in found.done:

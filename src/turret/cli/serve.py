@@ -97,6 +97,13 @@ def serve(
             "--alarm-url", metavar="URL", envvar="TURRET_ALARM_URL", help="Gets a POST when a promise breaks."
         ),
     ] = None,
+    watch_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--watch-inputs/--no-watch-inputs",
+            help="Keep embeddings of a few texts that promises cover, to warn when the texts change.",
+        ),
+    ] = True,
     train: Annotated[bool, typer.Option("--train", help="Train queued runs too, on the bases that serve.")] = False,
     train_slots: Annotated[int, typer.Option("--train-slots", min=1, help="Trainings at once.")] = 4,
     train_percent: Annotated[
@@ -148,6 +155,7 @@ def serve(
         origins=origins(cors_origin or ()),
         otel=otel,
         alarm=AlarmSettings(alarm_url, os.environ.get("TURRET_ALARM_SECRET") or None) if alarm_url else None,
+        watch_inputs=watch_inputs,
         replica=replica or f"{gethostname()}:{port or os.getpid()}",
     )
     limits = Limits(memory=MemoryBudget(size_of(memory)), queue_seconds=queue_seconds, train_percent=train_percent)

@@ -198,10 +198,7 @@ class BySimilarity:
     def _embed(self, text: str) -> Ask:
         if self._task is not None:
             return Ask("embed", self._task.encode_sources([text])[0].ids.tolist(), SamplingParams())
-        tokens = self._tokens
-        room = self._room - len(tokens.before) - len(tokens.after)
-        ids = tokens.plain([text], most=room)[0][:room]
-        return Ask("embed", [*tokens.before, *ids, *tokens.after] or [tokens.filler], SamplingParams())
+        return Ask("embed", self._tokens.row(text, self._room), SamplingParams())
 
     def scores(self, first: Sequence[Answer], answers: Sequence[Answer]) -> list[float]:
         (own,) = answers

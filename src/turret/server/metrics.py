@@ -128,6 +128,10 @@ class Metrics:
         gauge = partial(Gauge, registry=self._registry)
         self._promise_states = gauge("turret_promise_state", "1 for the state of a promise", ("adapter", "state"))
         self._promise_breaks = gauge("turret_promise_breaks", "Promises of a version that broke", ("adapter",))
+        self._input_drift = gauge(
+            "turret_promise_inputs_drifted", "1 once the texts of a version drifted", ("adapter",)
+        )
+        self._input_texts = gauge("turret_promise_inputs_texts", "Texts that were compared", ("adapter",))
         self._registry.register(_Engines(gauges, engines))
         if adapters is not None:
             self._registry.register(_Routed(engines, adapters))
@@ -174,11 +178,16 @@ class Metrics:
         """How all promises stand; of the server that applies the guards."""
         self._promise_states.clear()
         self._promise_breaks.clear()
+        self._input_drift.clear()
+        self._input_texts.clear()
         for each in found:
             label = self._label(each.version)
             self._promise_breaks.labels(label).set(each.breaks)
             for state in STATES:
                 self._promise_states.labels(label, state).set(float(each.standing.state == state))
+            if each.inputs.state != "not watched":
+                self._input_drift.labels(label).set(float(each.inputs.state == "drifted"))
+                self._input_texts.labels(label).set(each.inputs.texts)
 
     def text(self, sees: Callable[[str], bool] = _every_name, *, operates: bool = True) -> bytes:
         """All metrics in Prometheus' format.

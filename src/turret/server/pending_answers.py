@@ -58,7 +58,7 @@ class PendingAnswers:
         started: float,
         clock: Callable[[], float],
     ) -> None:
-        self._server, self._submit = server, submit
+        self._server, self._submit, self.inputs = server, submit, inputs
         self.started, self._clock = started, clock
         self.error: BaseException | None = None  # the one that the request failed with
         self._retries = RETRIES

@@ -35,6 +35,7 @@ from turret.server.alarms import AlarmSender, AlarmSettings
 from turret.server.auth import Caller, Guard
 from turret.server.engine_protocol import Answer, EngineProtocol, Input, TicketProtocol
 from turret.server.engines import Engines, SeenEngines, ServedBase
+from turret.server.input_sampler import InputSampler
 from turret.server.limits import ClientConnections, Load, Network, RequestLimits
 from turret.server.logs import Log
 from turret.server.metrics import MOST_VERSIONS, Metrics, TenantTotals
@@ -43,7 +44,7 @@ from turret.server.pending_answers import PendingAnswers, Submission, unless_dis
 from turret.server.quotas import Quota
 from turret.server.replica import QUOTA_SECONDS, SESSION_SECONDS, Replica
 from turret.server.routing import AliasWatcher, Placement, Routing
-from turret.store import promises
+from turret.store import promise_inputs, promises
 from turret.store.batches import Batches
 from turret.store.client_files import ClientFiles
 from turret.store.jobs import count_waiting
@@ -243,6 +244,7 @@ class Covered:
 
     promise: Promise
     task: type[Task]
+    watched: bool  # live texts are compared with its examples
 
 
 class LivePromises:
@@ -328,7 +330,8 @@ class LivePromises:
 
 
 def _covered(connection: Connection, promise: Promise) -> Covered:
-    return Covered(promise, promises.task_of(connection, promise))
+    watch = promise_inputs.watch_of(connection, promise.id)
+    return Covered(promise, promises.task_of(connection, promise), watch is not None and watch.drifted is None)
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -352,6 +355,7 @@ class ServerSettings:
     replica: str | None = None  # the name of this server in metrics
     oidc: OidcSettings | None = None  # who signs people in to the console, besides access tokens
     alarm: AlarmSettings | None = None  # where alarms are sent
+    watch_inputs: bool = True  # embed samples of the texts that promises cover
 
 
 # --- followers --------------------------------------------------------------------------------------------------------
@@ -454,6 +458,7 @@ class Tenant:
     routing: Routing
     shadows: Shadows
     promises: LivePromises
+    sampler: InputSampler
     metrics: Metrics
 
     @property
@@ -479,6 +484,7 @@ class Tenant:
 POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second
 GUARD_SECONDS = 3.0  # between two evaluations of the guards of experiments
+INPUT_SECONDS = 1.0  # between two looks for texts to embed
 ALARM_SECONDS = 0.5  # between two looks for alarms to send
 TRIM_SECONDS = 10.0  # between two looks at the memory that is free and not returned to the system
 GOLDEN_AT_ONCE = 16  # golden examples at the engines at the same time
@@ -613,12 +619,14 @@ class ServerState:
             log=self.log if self.settings.log_texts else None,
         )
         live = LivePromises(store.database(make=True), partial(self._newest.mark, "promises", store.access.tenant))
-        return Tenant(workspace, engines, aliases, routing, shadows, live, metrics)
+        sampler = InputSampler(store.database(make=True), self._all_engines, self.options, name, self.log, self.clock)
+        return Tenant(workspace, engines, aliases, routing, shadows, live, sampler, metrics)
 
     def _use(self, tenant: Tenant, access: Access) -> None:
         self.access, self.workspace, self.engines = access, tenant.workspace, tenant.engines
         self.aliases, self.routing = tenant.aliases, tenant.routing
         self.shadows, self.promises, self.metrics = tenant.shadows, tenant.promises, tenant.metrics
+        self._sampler = tenant.sampler
         threads = [each.of(access.tenant) for each in self._threads]
         self.asking, self.parsing, self.compiling, self.control, self.promoting, self.recording = threads
         if not access.whole:
@@ -835,6 +843,8 @@ class ServerState:
         if covered is None:
             return None
         found = self.promises.answered(covered, pending.id, answers)
+        if covered.watched and self.settings.watch_inputs:
+            self._sampler.offer(covered.promise.id, pending.receipt.base, pending.inputs)
         self.metrics.abstained(pending.model or "base", len(found), sum(found))
         return found
 
@@ -1036,6 +1046,7 @@ class ServerState:
             ("turret-usage", self.usage.flush, USAGE_SECONDS),
             ("turret-quotas", self.quotas.turn, QUOTA_SECONDS),
             ("turret-guards", self._apply_guards, GUARD_SECONDS),
+            ("turret-inputs", self._each_tenant(lambda tenant: tenant.sampler.turn()), INPUT_SECONDS),
             ("turret-alarms", self._send_alarms, ALARM_SECONDS),
             ("turret-sessions", self.guard.sessions.refresh, SESSION_SECONDS),
             ("turret-heap", trim, TRIM_SECONDS),

@@ -18,8 +18,9 @@ from turret.json_types import JsonObject
 from turret.store.catalog import now
 from turret.timestamp import timestamp
 
-PROMISE_BROKEN, ARM_DROPPED, EVIDENCE_VOID = "promise broken", "experiment drop", "experiment void"
-KINDS = (PROMISE_BROKEN, ARM_DROPPED, EVIDENCE_VOID)  # verbs of the audit log
+PROMISE_BROKEN, INPUTS_DRIFTED = "promise broken", "promise drift"
+ARM_DROPPED, EVIDENCE_VOID = "experiment drop", "experiment void"
+KINDS = (PROMISE_BROKEN, INPUTS_DRIFTED, ARM_DROPPED, EVIDENCE_VOID)  # verbs of the audit log
 NOTHING = "nothing but this alarm"  # what was done, if nothing else was asked for
 KEPT = timedelta(days=1)  # an alarm that could not be sent for so long is not sent any more
 

@@ -171,6 +171,7 @@ class Store:
         run: str | HeldRun | None = None,
         metrics: JsonMapping | None = None,
         comparison: str | None = None,
+        inputs: Sequence[bytes] = (),
         result: Callable[[Version], JsonMapping] | None = None,
     ) -> Version:
         """Store a bundle as the next version of a name, or return the version that already has this content.
@@ -181,6 +182,7 @@ class Store:
             metrics: split -> metric -> value.
             comparison: the folder of the comparison that trained it, such as `comparisons/news-3f2a91c07b`. A plain
                 name never means the version, until `production` names it.
+            inputs: embeddings of the examples of the bundle's promise (`turret.store.promise_inputs`).
             result: makes the result of a training that this process holds. Then the version is listed and the training
                 finished in one transaction: a training has one version, or none.
 
@@ -210,7 +212,7 @@ class Store:
                         connection, name, manifest, stored, run=run, metrics=metrics or {}, comparison=comparison
                     )
                     made = catalog.find(connection, Reference(name, version=number))
-                    promises.take_from_bundle(connection, made)
+                    promises.take_from_bundle(connection, made, inputs)
                     if held is not None and result is not None:
                         ending = self.training_runs(database).end_in
                         dead = ending(connection, held, "finished", error=None, result=result(made))
@@ -580,6 +582,7 @@ class Store:
         yield from gc.of_runs(self.root, database, dry_run=dry_run)
         yield from collect_queued(self.root, database, self.artifacts, dry_run=dry_run)
         yield from kept_rows.collect(self.root, database, self.artifacts, dry_run=dry_run)
+        yield from gc.of_promises(database, dry_run=dry_run)
 
     def _claim_files(self, database: Database, *, writes: bool = True) -> None:
         if not self._owns_files:

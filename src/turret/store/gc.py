@@ -8,6 +8,7 @@ What a gc removes, and why no running process needs it:
   disk: their writer is dead
 - the checkpoint of a finished run and the bundle that it proved: nothing resumes from them
 - the data of queued trainings that have ended (`turret.store.queued_data`)
+- the embeddings of promises that are not in force (`turret.store.promise_inputs`)
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from sqlalchemy import select
 
 from turret.database import Database, jobs
 from turret.disk import bytes_below, clock_of
+from turret.errors import StoreError
 from turret.json_types import JsonObject
-from turret.store import uploads
+from turret.store import promises, uploads
 from turret.store.blobs import Blob, Files
 
 OLD = 3600  # seconds
@@ -93,6 +95,19 @@ def of_runs(root: Path, database: Database, *, dry_run: bool) -> Iterator[Remove
                     yield from _remove_folder(path, bytes_below(path), "its run is finished", root, dry_run)
         elif folder.name not in states and clock_of(folder.parent) - folder.stat().st_mtime > OLD:
             yield from _remove_folder(folder, bytes_below(folder), "a run that never started", root, dry_run)
+
+
+def of_promises(database: Database, *, dry_run: bool) -> Iterator[Removed]:
+    """Remove the embeddings of promises that are not in force: a newer one is, or no version is left."""
+    with database.reading() as connection:
+        found = promises.forget_inputs(connection, dry_run=True)
+    if found and not dry_run:
+        try:
+            with database.writing() as connection:
+                found = promises.forget_inputs(connection, dry_run=False)
+        except StoreError:  # the disk is full: the files are gone already, and the next gc has room for this write
+            found = []
+    yield from (Removed(f"promises/{each}/inputs", size, "its promise is not in force") for each, size in found)
 
 
 def _remove_folder(path: Path, size: int, why: str, root: Path, dry_run: bool) -> Iterable[Removed]:

@@ -46,7 +46,10 @@ from turret import audit
 from turret.database import adapters, bytewise, insert_row, metadata, versions
 from turret.errors import BundleError, NotFound
 from turret.json_types import JsonMapping, JsonObject, JsonValue, part
+from turret.store import promise_inputs
+from turret.store.alarms import INPUTS_DRIFTED, PROMISE_BROKEN
 from turret.store.catalog import Version, now, who
+from turret.store.promise_inputs import InputWatch
 from turret.tasks import Task, stored_task
 from turret.tasks.calibration import Sureness
 from turret.timestamp import timestamp
@@ -223,12 +226,14 @@ def make(
     terms: Terms,
     sureness: Sureness | None = None,
     *,
+    inputs: Sequence[bytes] = (),
     why: JsonMapping | None = None,
 ) -> Promise:
     """Store a promise of a version. It replaces an earlier one, whose answers and outcomes stay.
 
     Args:
         sureness: of the answers to the examples that its threshold was chosen on, to be drawn.
+        inputs: embeddings of its examples, with which live texts are compared.
         why: further facts for the audit log.
     """
     before = of_digest(connection, version.digest)
@@ -249,11 +254,18 @@ def make(
     )
     made = of_digest(connection, version.digest)
     assert made is not None
+    if before is not None:
+        promise_inputs.forget(connection, [before.id])
+    promise_inputs.keep(connection, made.id, inputs)
     return made
 
 
-def take_from_bundle(connection: Connection, version: Version) -> None:
-    """Store the promise that a version's bundle has, unless the version has one. Raises BundleError."""
+def take_from_bundle(connection: Connection, version: Version, inputs: Sequence[bytes] = ()) -> None:
+    """Store the promise that a version's bundle has, unless the version has one. Raises BundleError.
+
+    Args:
+        inputs: as in `make`; a bundle from elsewhere has none.
+    """
     found = part(version.manifest, "lineage").get("promise")
     if found is None or of_digest(connection, version.digest) is not None:
         return
@@ -263,7 +275,7 @@ def take_from_bundle(connection: Connection, version: Version) -> None:
         sureness = None if drawn is None else Sureness.from_json(drawn)
     except ValueError as error:
         raise BundleError(f"what the bundle's promise was chosen on cannot be read ({error}): train it again") from None
-    make(connection, version, Terms.from_json(terms), sureness)
+    make(connection, version, Terms.from_json(terms), sureness, inputs=inputs)
 
 
 def of_digest(connection: Connection, digest: str) -> Promise | None:
@@ -387,17 +399,40 @@ def mark_broken(connection: Connection, promise: Promise, verdict: JsonMapping) 
     done = connection.execute(update(promises).where(mine).values(broken=now(), verdict=dict(verdict)))
     if not done.rowcount:
         return False
-    for version in versions_of(connection, promise):
-        audit.record(
-            connection,
-            "promise broken",
-            version,
-            version.partition("@")[0],
-            after=dict(verdict),
-            at=now(),
-            who=who(),
-        )
+    _tell(connection, promise, PROMISE_BROKEN, verdict)
     return True
+
+
+def mark_drifted(connection: Connection, promise: Promise, watch: InputWatch, verdict: JsonMapping) -> bool:
+    """Record once that live texts are unlike a promise's examples, also in the audit log.
+
+    Args:
+        verdict: with the e-value as `evidence`, and the number of `texts`.
+    """
+    if not promise_inputs.mark_drifted(connection, watch, float(verdict["evidence"]), int(verdict["texts"])):
+        return False
+    _tell(connection, promise, INPUTS_DRIFTED, verdict)
+    return True
+
+
+def forget_inputs(connection: Connection, *, dry_run: bool) -> list[tuple[int, int]]:
+    """Remove the embeddings of promises of all tenants that are not in force. Returns their ids, and bytes."""
+    kept = select(promises.c.id).where(promises.c.digest.in_(select(versions.c.digest)))
+    newest = select(func.max(promises.c.id)).group_by(promises.c.tenant, promises.c.digest)
+    watched = select(promise_inputs.watches.c.promise_id).where(
+        ~(promise_inputs.watches.c.promise_id.in_(kept) & promise_inputs.watches.c.promise_id.in_(newest))
+    )
+    found = list(connection.execute(watched.order_by(promise_inputs.watches.c.promise_id)).scalars())
+    if dry_run:
+        return [(each, promise_inputs.bytes_of(connection, each)) for each in found]
+    return [(each, promise_inputs.forget(connection, [each])) for each in found]
+
+
+def _tell(connection: Connection, promise: Promise, verb: str, verdict: JsonMapping) -> None:
+    """Write into the audit log what happened to a promise, for each version that has it."""
+    for version in versions_of(connection, promise):
+        name = version.partition("@")[0]
+        audit.record(connection, verb, version, name, after=dict(verdict), at=now(), who=who())
 
 
 # --- private ----------------------------------------------------------------------------------------------------------

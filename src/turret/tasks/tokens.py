@@ -197,6 +197,12 @@ class Tokens:
             return self._ids(texts, **settings)
         return self._first.ids(texts, most + 1, settings)
 
+    def row(self, text: str, most: int) -> list[int]:
+        """Ids of a text with the special tokens around it, at most so many: the text loses its end."""
+        room = max(most - len(self.before) - len(self.after), 0)
+        ids = self.plain([text], most=room)[0][:room]
+        return [*self.before, *ids, *self.after] or [self.filler]
+
     def placed(self, text: str, *, literal: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids without special tokens, and the characters of each: first, one past the last.
 

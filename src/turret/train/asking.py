@@ -36,6 +36,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.methods import Head
 from turret.tasks import Embedding, Task
 from turret.tasks.task import RequestKind
+from turret.tasks.tokens import Tokens
 from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRows, by_length
 from turret.train.evaluation import class_logits, evaluate, evaluating
 from turret.train.preferences import mount_reference
@@ -138,6 +139,19 @@ class Asking:
         """
         rows = [source if source.ndim == 1 else source[:, 0] for source in sources]
         return nn.functional.normalize(self._vectors(rows, self.base.family.embedding, bare=True))
+
+    def text_embeddings(self, texts: Sequence[str], most: int) -> Tensor:
+        """A vector of length 1 for each text, as an engine gives it for the bare base: (B, D) float32 on the CPU.
+
+        Args:
+            most: tokens that are read of a text.
+        """
+        adapter = self.adapter
+        if adapter is not None and not adapter.method.mixes(adapter.method.model_dump()):
+            self._bare = self._bare or Asking(self.base, None, self.task)
+            return self._bare.text_embeddings(texts, most)
+        tokens, limit = Tokens(self.base.tokenizer), self.base.family.position_limit(self.base.model.config)
+        return self.embeddings([torch.tensor(tokens.row(text, min(most, limit or most))) for text in texts])
 
     def _vectors(self, texts: Sequence[Tensor], pooling: Pooling, *, bare: bool) -> Tensor:
         """The pooled hidden states of each text: (N, D) float32 on the CPU. The engine reads equal texts once."""

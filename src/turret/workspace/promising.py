@@ -10,28 +10,33 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from turret.data import Dataset, Example
+from sqlalchemy import Connection
+
+from turret.data import Dataset, Example, Input, TextPair
 from turret.data.memory import shortly
 from turret.errors import AdapterError, Corrupt, DataError, NotFound, TurretError, counted
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL, check_missing, check_ttl
 from turret.experiments.outcomes import Recorded
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.reference import Reference
-from turret.store import Store, Version, promises
+from turret.store import Store, Version, promise_inputs, promises
 from turret.store.alarms import NOTHING
 from turret.store.catalog import PRODUCTION, now
+from turret.store.promise_inputs import InputWatch
 from turret.store.promises import ALARM, NEVER, ROLLBACK, STRICTER, WHEN_BROKEN, Promise, Terms
 from turret.tasks import Task, stored_task
 from turret.tasks.calibration import Confidences, Sureness
-from turret.workspace.progress import Say
+from turret.timestamp import to_minute
+from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, read_labelled
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from turret.experiments.input_drift import InputTest
     from turret.experiments.risk_control import Bound, Choice, Standing, Watch
     from turret.recipe import Recipe
     from turret.train.asking import Asking
@@ -91,6 +96,34 @@ class HeldOut:
         return f"sha256:{found.hexdigest()}"
 
 
+InputState = Literal["alike so far", "drifted", "not watched"]
+
+
+@dataclass(frozen=True)
+class InputStanding:
+    """Whether live texts are like the examples that a promise was chosen on.
+
+    Args:
+        texts: live ones that were compared, in all rounds.
+        evidence: the e-value of the current round that they are not alike; `needed` warns.
+        since: when they were found to have drifted.
+    """
+
+    state: InputState
+    why: str
+    texts: int = 0
+    round: int = 0
+    evidence: float = 1.0
+    needed: float | None = None
+    since: str | None = None
+
+    def as_json(self) -> JsonObject:
+        return asdict(self)
+
+
+NOT_WATCHED = InputStanding("not watched", "no embeddings of its examples are kept: make the promise again")
+
+
 @dataclass(frozen=True)
 class PromiseStatus:
     """A promise of a version, what its outcomes say, and what was done just now."""
@@ -98,6 +131,7 @@ class PromiseStatus:
     version: str
     promise: Promise
     standing: Standing
+    inputs: InputStanding
     answers: int  # of a server, that it covers
     decided: int  # of those
     breaks: int = 0  # promises of the version that outcomes have broken, this one included
@@ -111,6 +145,7 @@ class PromiseStatus:
             "version": self.version,
             **self.promise.as_json(),
             "standing": self.standing.as_json(),
+            "inputs": self.inputs.as_json(),
             "live_answers": self.answers,
             "live_decided": self.decided,
             "breaks": self.breaks,
@@ -141,10 +176,11 @@ def make(store: Store, reference: str, request: PromiseRequest, say: Say) -> Pro
         say(f"answering {counted(len(held.examples), 'held-out example')}")
         found = ready.asking.answers([each.asked for each in held.examples])
         terms, sureness = chosen(bound, held, ready.task, found, request, str(version))
+        inputs, notes = _embedded(ready.asking, held, say)
     with store.database().writing() as connection:
-        promises.make(connection, version, terms, sureness)
+        promises.make(connection, version, terms, sureness, inputs=inputs)
     done = status(store, str(version))
-    return replace(done, all_wrong=sureness.at(None).error, notes=held.notes)
+    return replace(done, all_wrong=sureness.at(None).error, notes=(*held.notes, *notes))
 
 
 def require_decisions(task: type[Task], spec: JsonMapping, version: str) -> None:
@@ -209,13 +245,15 @@ def require_carried(recipe: Recipe, dataset: Dataset, task: Task) -> None:
     _held_out(dataset, recipe)
 
 
-def trained(recipe: Recipe, dataset: Dataset, task: Task, asking: Asking) -> tuple[JsonObject | None, list[str]]:
-    """The promise of a version that was just trained, for its bundle, and warnings."""
+def trained(
+    recipe: Recipe, dataset: Dataset, task: Task, asking: Asking
+) -> tuple[JsonObject | None, list[bytes], list[str]]:
+    """The promise of a version that was just trained, for its bundle, embeddings of its examples, and warnings."""
     from turret.experiments.risk_control import Bound
 
     wanted = recipe.promise
     if wanted is None:
-        return None, []
+        return None, [], []
     bound = Bound.parse(wanted.metric, wanted.error, wanted.confidence, task.labels)
     held = _held_out(dataset, recipe)
     request = PromiseRequest(wanted.error, wanted.confidence, wanted.metric, when_broken=wanted.when_broken)
@@ -223,8 +261,34 @@ def trained(recipe: Recipe, dataset: Dataset, task: Task, asking: Asking) -> tup
     try:
         terms, sureness = chosen(bound, held, task, found, request, recipe.name)
     except DataError as error:
-        return None, [f"the version makes no promise: {error}"]
-    return asdict(terms) | {"sureness": sureness.to_json()}, list(held.notes)
+        return None, [], [f"the version makes no promise: {error}"]
+    inputs, notes = _embedded(asking, held, silent)
+    return asdict(terms) | {"sureness": sureness.to_json()}, inputs, [*held.notes, *notes]
+
+
+def embedded_text(asked: JsonValue | Input) -> str | None:
+    """What is embedded of an input, of an example as of a live one; None of what is no text."""
+    return str(asked) if isinstance(asked, (str, TextPair)) else None
+
+
+def _embedded(asking: Asking, held: HeldOut, say: Say) -> tuple[list[bytes], list[str]]:
+    """Embeddings by the bare base of examples that live texts are compared with, and a note if there are none."""
+    import numpy as np
+
+    from turret.experiments import input_drift
+
+    texts = list(dict.fromkeys(filter(None, (embedded_text(each.asked) for each in held.examples))))
+    order = np.random.default_rng(0).permutation(len(texts))[: input_drift.MOST_REFERENCES]
+    say(f"embedding {counted(len(order), 'held-out example')}")
+    try:
+        vectors = asking.text_embeddings([texts[place] for place in order], input_drift.MOST_TOKENS).numpy()
+        kept = input_drift.packed(input_drift.distinct(vectors.astype(np.float64)))
+    except (TurretError, ValueError) as error:
+        return [], [f"input drift is not watched: {error}"]
+    if len(kept) < input_drift.FEWEST_REFERENCES:
+        fewest = input_drift.FEWEST_REFERENCES
+        return [], [f"input drift is not watched: {counted(len(kept), 'different text')} held out, {fewest} are needed"]
+    return kept, []
 
 
 def refusal(bound: Bound, found: Choice, version: str) -> str:
@@ -304,10 +368,21 @@ def _unseen(examples: Sequence[Example], used: Sequence[Example], source: str, s
 
 @dataclass
 class PromiseMemory:
-    """The evidence of the outcomes of one promise that were read so far."""
+    """The evidence of the outcomes and the texts of one promise that were read so far."""
 
     watch: Watch
     last: int = 0  # id of the last outcome
+    inputs: InputMemory | None = None
+
+
+@dataclass
+class InputMemory:
+    """The evidence of the texts of one round."""
+
+    watch: InputWatch
+    test: InputTest
+    rows: int = 0  # that were read
+    last: int = 0  # id of the last of them
 
 
 def status(store: Store, reference: str) -> PromiseStatus:
@@ -333,8 +408,11 @@ def listed(store: Store, memories: dict[int, PromiseMemory]) -> list[PromiseStat
 
 
 def settle(store: Store, memories: dict[int, PromiseMemory]) -> list[PromiseStatus]:
-    """Look at all promises in force, and do what those ask that outcomes have broken. Returns all of them."""
-    return [_settled(store, each, memories) for each in listed(store, memories)]
+    """Look at all promises in force, and do what those ask that outcomes have broken. Returns all of them.
+
+    Also warns if live texts are unlike the examples of a promise, and begins a new round once these are used up.
+    """
+    return [_settled(store, _watched(store, each, memories), memories) for each in listed(store, memories)]
 
 
 def record(store: Store, told: Iterable[tuple[str, JsonValue]]) -> list[Recorded]:
@@ -352,6 +430,7 @@ def _status(store: Store, promise: Promise, version: str, memories: dict[int, Pr
         counts = promises.counts(connection, promise)
         answers, decided = promises.decided(connection, promise)
         breaks = promises.breaks(connection, promise)
+        inputs = _inputs(connection, promise, memory)
     memory.watch, memory.last = memory.watch.after(wrong_of(new)), new[-1].id if new else memory.last
     found = standing(
         memory.watch,
@@ -360,7 +439,41 @@ def _status(store: Store, promise: Promise, version: str, memories: dict[int, Pr
     )
     if promise.broken is not None:
         found = replace(found, state="broken", why=str((promise.verdict or {}).get("why", found.why)))
-    return PromiseStatus(version, promise, found, answers, decided, breaks=breaks)
+    return PromiseStatus(version, promise, found, inputs, answers, decided, breaks=breaks)
+
+
+def _inputs(connection: Connection, promise: Promise, memory: PromiseMemory) -> InputStanding:
+    """Whether live texts are like the examples of a promise; not watched if what is kept of them is damaged."""
+    try:
+        return _input_standing(connection, promise, memory)
+    except Corrupt as error:
+        memory.inputs = None
+        return replace(NOT_WATCHED, why=str(error))
+
+
+def _input_standing(connection: Connection, promise: Promise, memory: PromiseMemory) -> InputStanding:
+    """As `_inputs`, with the texts that came since the last look. Raises Corrupt."""
+    from turret.experiments import input_drift
+
+    watch = promise_inputs.watch_of(connection, promise.id)
+    if watch is None:
+        return NOT_WATCHED
+    needed = input_drift.needed(1 - promise.confidence, watch.round)
+    if watch.drifted is not None:
+        memory.inputs, evidence = None, watch.evidence or needed
+        why = f"have drifted since {to_minute(watch.drifted)}: e-value {evidence:.3g}, and {needed:.3g} warns"
+        return InputStanding("drifted", why, watch.earlier, watch.round, evidence, needed, watch.drifted)
+    if memory.inputs is None or memory.inputs.watch != watch:
+        rows = [row for _, row in promise_inputs.vectors_of(connection, watch, promise_inputs.REFERENCE)]
+        memory.inputs = InputMemory(watch, input_drift.InputTest(input_drift.unpacked(rows, watch.size), watch.round))
+    seen = memory.inputs
+    new = promise_inputs.vectors_of(connection, watch, watch.round, seen.last)
+    if new:
+        seen.test.see(input_drift.unpacked([row for _, row in new], watch.size))
+        seen.rows, seen.last = seen.rows + len(new), new[-1][0]
+    texts = watch.earlier + seen.test.pairs
+    why = f"like the held-out ones so far, {counted(texts, 'text')} seen"
+    return InputStanding("alike so far", why, texts, watch.round, seen.test.peak, needed)
 
 
 def bound_of(promise: Promise) -> Bound:
@@ -400,7 +513,33 @@ def _settled(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseM
         if stricter is not None:
             version = store.resolve(found.version)
             promises.make(connection, version, *stricter, why={"why": why})
-    return replace(found, promise=replace(promise, broken=now(), verdict=verdict), done=tuple(filter(None, (why, did))))
+    return replace(
+        found, promise=replace(promise, broken=now(), verdict=verdict), done=(*found.done, *filter(None, (why, did)))
+    )
+
+
+def _watched(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseMemory]) -> PromiseStatus:
+    """Record that live texts have drifted, if the evidence says so; it changes nothing else about the promise."""
+    inputs, seen = found.inputs, memories[found.promise.id].inputs
+    if seen is None or inputs.needed is None:
+        return found
+    watch = seen.watch
+    if inputs.evidence < inputs.needed:
+        if seen.test.over or seen.rows >= promise_inputs.SPARE * watch.examples:
+            with store.database().writing() as connection:
+                promise_inputs.begin_round(connection, watch, seen.test.pairs)
+        return found
+    why = (
+        f"the texts that {found.version} gets are unlike the examples that its promise was chosen on: e-value "
+        f"{inputs.evidence:.3g} after {counted(inputs.texts, 'text')}, and {inputs.needed:.3g} warns"
+    )
+    said = {"why": why, "did": NOTHING, "promise": sentence(found.promise)}
+    verdict = {**said, "evidence": inputs.evidence, "texts": inputs.texts}
+    with store.database().writing() as connection:
+        if not promises.mark_drifted(connection, found.promise, watch, verdict):
+            return found
+        inputs = _inputs(connection, found.promise, memories[found.promise.id])
+    return replace(found, inputs=inputs, done=(*found.done, why))
 
 
 def _stricter(

@@ -103,6 +103,7 @@ class Measured:
     probe: trainer.Probe
     seconds: float
     warnings: list[str]  # of a promise that the examples cannot carry
+    inputs: list[bytes]  # embeddings of the examples of its promise
 
 
 def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, beside_base: bool) -> Measured:
@@ -121,7 +122,7 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
             say("measuring the bare base on the same examples")
             bare = _measure(ready, asking, bare=True)
             metrics |= {f"{split} bare base": values for split, values in bare.items()}
-        promise, warnings = promising.trained(ready.recipe, ready.dataset, ready.task, asking)
+        promise, inputs, warnings = promising.trained(ready.recipe, ready.dataset, ready.task, asking)
         if promise is not None:
             lineage = fitted.adapter.lineage | {"promise": promise}
             fitted = replace(fitted, adapter=replace(fitted.adapter, lineage=lineage))
@@ -133,7 +134,7 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
     seconds = time.perf_counter() - started
     examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
     probe = trainer.probe(ready.base.model, ready.task, examples)
-    return Measured(ready, fitted, metrics, forgot, probe, seconds, warnings)
+    return Measured(ready, fitted, metrics, forgot, probe, seconds, warnings, inputs)
 
 
 def uncalibrated(ready: PreparedTraining) -> list[str]:
@@ -778,7 +779,10 @@ class _Run:
 
         metrics = found.metrics if found.forgot is None else found.metrics | {FORGETTING: found.forgot}
         name = found.ready.recipe.name
-        self.store.put(name, bundle, run=run, metrics=metrics, comparison=run.comparison, result=finish)
+
+        self.store.put(
+            name, bundle, run=run, metrics=metrics, comparison=run.comparison, inputs=found.inputs, result=finish
+        )
         return made[-1]
 
 

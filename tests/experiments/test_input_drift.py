@@ -1,0 +1,152 @@
+"""The test that live texts are like the examples: valid under the null, by simulation, and quick to see a change."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from turret.errors import Corrupt
+from turret.experiments.input_drift import (
+    MOST_REFERENCES,
+    InputTest,
+    Score,
+    distinct,
+    needed,
+    packed,
+    unpacked,
+)
+
+LEVEL, RUNS = 0.1, 200
+LIMIT = LEVEL + 3 * (LEVEL * (1 - LEVEL) / RUNS) ** 0.5  # of the share of false warnings
+Floats = NDArray[np.float64]
+
+
+class Peeking(InputTest):
+    """The control: its score has learnt the pair that it bets on."""
+
+    def _bet(self, live: Floats, reference: Floats) -> None:
+        self._score.learn(live, reference)
+        self._score.pairs -= 1
+        super()._bet(live, reference)
+
+
+def draws(seed: int, count: int, shift: float = 0.0, size: int = 12) -> Floats:
+    """Points around 0; shifted along the first axis. Their spreads differ from axis to axis."""
+    found = np.random.default_rng(seed).normal(size=(count, size)) * np.linspace(3, 0.1, size)
+    found[:, 0] += 3 * shift
+    return found
+
+
+def warned(test: InputTest, live: Floats, level: float = LEVEL) -> int | None:
+    """How many texts were needed to warn, looking after each."""
+    for row in live:
+        test.see(row[None])
+        if test.log_wealth >= math.log(1 / level):
+            return test.pairs
+    return None
+
+
+def share_of_warnings(kind: type[InputTest], runs: int = RUNS, shift: float = 0.0) -> float:
+    found = [warned(kind(draws(seed, 60)), draws(10_000 + seed, 60, shift)) for seed in range(runs)]
+    return sum(each is not None for each in found) / runs
+
+
+def test_texts_of_the_same_kind_warn_in_at_most_the_stated_share() -> None:
+    assert share_of_warnings(InputTest) <= LIMIT
+
+
+def test_control_a_score_that_has_seen_the_text_that_it_bets_on_warns_too_often() -> None:
+    assert share_of_warnings(Peeking, 60) > 2 * LIMIT
+
+
+@pytest.mark.parametrize(("shift", "median"), [(0.5, 180), (1.0, 70), (2.0, 35)])
+def test_the_further_texts_have_moved_the_sooner_it_warns(shift, median) -> None:
+    found = [warned(InputTest(draws(seed, 200)), draws(10_000 + seed, 200, shift), 0.05) for seed in range(15)]
+    assert np.median([each or 999 for each in found]) <= median
+
+
+def test_a_change_of_the_spread_alone_is_not_what_a_linear_score_sees() -> None:
+    """What the test cannot see: the mean of every direction stays."""
+    live = draws(1, 200)
+    live[:, 0] *= 3
+    assert warned(InputTest(draws(0, 200)), live) is None
+
+
+def test_a_stream_is_the_same_whether_it_comes_at_once_or_one_by_one() -> None:
+    references, live = draws(0, 50), draws(1, 60, 0.3)
+    once, each = InputTest(references, 3), InputTest(references, 3)
+    once.see(live)
+    for row in live:
+        each.see(row[None])
+    assert once.log_wealth == each.log_wealth
+    assert once.over
+    assert once.pairs == each.pairs == 50
+    other = InputTest(references, 4)
+    other.see(live)
+    assert other.log_wealth != once.log_wealth, "another round pairs them in another order"
+
+
+def test_a_text_that_comes_again_and_again_counts_once() -> None:
+    references, live = draws(0, 80), draws(1, 20)
+    test = InputTest(references)
+    test.see(np.vstack([live] * 4))
+    assert test.pairs == 20
+    assert test.log_peak < math.log(1 / LEVEL)
+
+
+def test_wealth_is_the_product_of_the_bets() -> None:
+    """A plain reference: the same payoffs, bets and products, with a score of its own."""
+    references, live = draws(0, 40), draws(1, 40, 1.0)
+    test = InputTest(references, 5)
+    order = references[np.random.default_rng(5).permutation(40)]
+    score, wealth, payoffs = Score(np.empty((80, 12))), 1.0, list[float]()
+    for y, x in zip(live, order, strict=True):
+        payoff = score.of(y) - score.of(x)
+        total = sum(payoffs)
+        stake = min(max(total / (0.25 + sum(each * each for each in payoffs)), 0.0), 0.95)
+        wealth *= 1 + stake * payoff
+        payoffs.append(payoff)
+        score.learn(y, x)
+        test.see(y[None])
+        assert test.log_wealth == pytest.approx(math.log(wealth))
+    assert wealth > 1
+
+
+def test_the_levels_of_all_rounds_sum_to_the_level() -> None:
+    assert needed(0.05, 1) == pytest.approx(40)
+    assert sum(1 / needed(0.05, each) for each in range(1, 100_000)) == pytest.approx(0.05, rel=1e-4)
+
+
+def test_references_are_different_texts_and_not_too_many() -> None:
+    twice = np.vstack([draws(0, 300), draws(0, 300)])
+    assert len(distinct(twice)) == 300
+    assert len(distinct(draws(0, 2 * MOST_REFERENCES))) == MOST_REFERENCES
+    assert not (distinct(draws(0, 300)) == draws(0, 300)).all(), "in an order of their own"
+
+
+@given(st.lists(st.lists(st.floats(-6e4, 6e4, width=16), min_size=5, max_size=5), max_size=20))
+def test_embeddings_are_read_as_they_were_written(vectors: list[list[float]]) -> None:
+    rows = packed(np.array(vectors).reshape(-1, 5))
+    assert [len(row) for row in rows] == [10] * len(vectors)
+    assert unpacked(rows, 5).tolist() == vectors
+
+
+@given(st.lists(st.binary(max_size=12), max_size=5))
+def test_what_is_no_embedding_is_an_error_or_finite(rows: list[bytes]) -> None:
+    try:
+        found = unpacked(rows, 4)
+    except Corrupt:
+        return
+    assert np.isfinite(found).all()
+    assert packed(found) == [bytes(row) for row in rows]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
+def test_a_number_that_float16_has_not_is_refused(bad) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        packed([[1.0, bad]])
