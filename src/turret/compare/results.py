@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from turret.compare.design import Cell
-from turret.compare.evidence import Array
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Mistake, QuestionType
 from turret.tasks.calibration import Bin, Decided, Sureness
+
+if TYPE_CHECKING:
+    from turret.compare.design import Cell
+    from turret.compare.evidence import Array
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 # What an evaluation found besides its metrics: confusions, calibration, coverage, wrong answers. Loads no torch.
@@ -220,6 +220,8 @@ class CellResult:
     @classmethod
     def of(cls, cell: Cell, written: JsonMapping) -> CellResult:
         """The result of a cell, from the JSON that its process wrote."""
+        import numpy as np
+
         known = {each.name for each in fields(cls)}
         values: JsonObject = {name: value for name, value in written.items() if name in known}
         values |= {"spec": cell.candidate.spec, "seed": cell.seed, "fraction": cell.fraction}
