@@ -300,7 +300,7 @@ def logits_of_each(base: Base, asked: Sequence[tuple[Adapter, Task, Sequence[Hea
     """
     found = dict[int, Tensor]()
     for number, (adapter, task, rows) in enumerate(asked):
-        if adapter.method.every_weight or _why_plain(base, adapter, task.generates) is not None:
+        if adapter.method.every_weight or _why_plain(base, adapter, False) is not None:
             with Asking(base, adapter, task) as asking:
                 found[number] = asking.logits(rows)
     mixed = [number for number in range(len(asked)) if number not in found]
