@@ -54,7 +54,7 @@ METRICS = {
     "score": {"nearness", "mae", "quadratic_kappa", "spearman", "accuracy", "macro_f1", "loss", "ece", "per_class"},
     "token_classification": {"text_f1", "precision", "recall", "f1", "loss", "ece", "per_class"},
     "questions": {"accuracy", "macro_f1", "loss", "ece", "per_question", "per_class"},
-    "rerank": {"accuracy", "loss", "mrr", "ndcg"},
+    "rerank": {"accuracy", "loss", "mrr", "ndcg", "ece"},
 }
 ONE_TEXT = ("score", "token_classification", "questions")
 DATA = {"questions": {"label": ["topic", "urgent"]}}  # what no name of a column says
