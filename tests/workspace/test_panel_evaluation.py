@@ -18,7 +18,7 @@ from turret.compare.results import wilson
 from turret.engine.runner import Runner
 from turret.errors import AdapterError, BadArgument, DataError, NotFound
 from turret.recipe import Recipe
-from turret.store import Question, promises
+from turret.store import Question, promise_inputs, promises
 from turret.tasks import chances
 
 TOPICS, TONES = ("bill", "bug", "refund"), ("angry", "calm")
@@ -81,7 +81,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def _without_promises(trained: Workspace) -> Iterator[None]:
     yield
     with trained.store.database().writing() as connection:
-        connection.execute(promises.promises.delete())
+        for table in (promise_inputs.inputs, promise_inputs.watches, promises.promises):
+            connection.execute(table.delete())
 
 
 def folder_of(workspace: Workspace) -> Path:
