@@ -95,10 +95,9 @@ def print_panel(found: PanelEvaluation, notes: list[str]) -> None:
 
 
 def _question_row(each: QuestionResult) -> tuple[str, ...]:
-    from turret.compare.results import wilson
+    from turret.compare.results import error_interval
 
-    low, high = wilson(each.decided.error or 0.0, each.decided.count)
-    error = each.decided.error
+    error, (low, high) = each.decided.error, error_interval(each.decided)
     wrong = "none" if error is None else f"{error:.1%} ({low:.1%} to {high:.1%})"
     threshold = "none" if each.threshold is None else f"{each.threshold:.3g}, {each.threshold_of}"
     return (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from turret.compare.evaluation_page import environment, numbers, reliability_plot, shown_mistake
 from turret.compare.plots import Mark, error_by_share
-from turret.compare.results import QuestionResult, wilson
+from turret.compare.results import QuestionResult, error_interval, wilson
 from turret.json_types import JsonMapping
 from turret.tasks import measuring
 from turret.tasks.calibration import Decided, Sureness
@@ -58,30 +58,22 @@ def decided_plot(found: Sureness, threshold: float | None, bound: float | None, 
     if not found.curve:
         return ""
     points = [(100 * each.count / found.answers, 100 * (each.error or 0.0)) for each in found.curve if each.count]
-    at = None if threshold is None else _step(found, _at(found, threshold), chosen=True)
-    error = None if live is None or not live.outcomes else live.wrong / live.outcomes
+    chosen = now = None
+    if threshold is not None and (at := _step(found, _at(found, threshold), chosen=True)).error is not None:
+        chosen = Mark(f"threshold {at.threshold:.3g}", "full", at.share, at.error, at.low, at.high)
+    if live is not None and live.outcomes:
+        error = live.wrong / live.outcomes
+        low, high = wilson(error, live.outcomes)
+        colour = "prefix"  # of the style sheet
+        now = Mark("live outcomes", colour, 100 * live.share, 100 * error, 100 * low, 100 * high)
     return error_by_share(
         points,
-        None
-        if at is None or at.error is None
-        else _mark(f"threshold {at.threshold:.3g}", "full", at.share, at.error, at.low, at.high),
-        None
-        if live is None or error is None
-        else _mark(
-            "live outcomes",
-            "prefix",  # a colour of the style sheet
-            100 * live.share,
-            100 * error,
-            *(100 * each for each in wilson(error, live.outcomes)),
-        ),
+        chosen,
+        now,
         None if bound is None else 100 * bound,
         x_label="share of the answers that is decided, %",
         y_label="wrong among these, %",
     )
-
-
-def _mark(label: str, kind: str, share: float, error: float | None, low: float, high: float) -> Mark:
-    return Mark(label, kind, share, error or 0.0, low, high)
 
 
 def as_html(
@@ -137,6 +129,6 @@ def _at(found: Sureness, threshold: float | None) -> Decided:
 
 
 def _step(found: Sureness, decided: Decided, chosen: bool) -> Step:
-    low, high = wilson(decided.error or 0.0, decided.count)
+    low, high = error_interval(decided)
     share, error = decided.count / found.answers, decided.error
     return Step(decided.threshold, chosen, 100 * share, None if error is None else 100 * error, 100 * low, 100 * high)

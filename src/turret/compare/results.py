@@ -121,6 +121,11 @@ def covered(coverage: float, sets: Sequence[Sequence[str]], right: Sequence[Sequ
     return Coverage(coverage, share, *wilson(share, len(held)), size)
 
 
+def error_interval(decided: Decided) -> tuple[float, float]:
+    """The 95% interval of the share of the decided answers that is wrong."""
+    return wilson(decided.error or 0.0, decided.count)
+
+
 @dataclass(frozen=True)
 class QuestionResult:
     """One question of a panel, measured on labelled examples.
@@ -161,7 +166,7 @@ class QuestionResult:
     def as_json(self) -> JsonObject:
         """The fields, and what is decided with the 95% interval of the error."""
         decided = self.decided
-        low, high = wilson(decided.error or 0.0, decided.count)
+        low, high = error_interval(decided)
         found = {key: value for key, value in vars(self).items() if key not in ("sureness", "details")}
         return found | {
             "decided": {

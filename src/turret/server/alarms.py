@@ -1,4 +1,4 @@
-"""Tell an operator's program of what should not wait: `turret serve --alarm-url`.
+"""Send alarms to a program of the operator: `turret serve --alarm-url`.
 
 One server of a store sends. An alarm that was delivered is recorded after that, so a kill in between sends it again:
 it is delivered at least once, and its `id` stays the same.

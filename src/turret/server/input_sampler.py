@@ -73,10 +73,10 @@ class InputSampler:
     def turn(self) -> None:
         """Embed and keep the texts that are due. Raises StoreError."""
         now = self._clock()
-        if not self._database.writable():
-            return
         with self._lock:
             due = {each: drawn for each, drawn in self._drawn.items() if now - drawn.since >= self._seconds}
+        if not due or not self._database.writable():
+            return
         for promise_id, drawn in due.items():
             base = self._engines.of(drawn.base)
             if base is not None and base.engine.stats().waiting:

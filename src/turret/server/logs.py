@@ -32,15 +32,8 @@ if TYPE_CHECKING:
 # request. If the request names a trace (`traceparent`), its span belongs to that trace.
 
 
-KEPT = (
-    "adapter",
-    "adapters",
-    "receipt",
-    "inputs",
-    "tokens",
-    "experiment",
-    "arm",
-)  # keys of the log's line about an answer
+# Keys of the log's line about an answer.
+KEPT = ("adapter", "adapters", "receipt", "inputs", "tokens", "experiment", "arm")
 
 
 def provider() -> TracerProvider:

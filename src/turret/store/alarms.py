@@ -1,7 +1,7 @@
 """Alarms: the rows of the audit log that somebody is told of, and which of them were sent.
 
-An alarm is a row of the audit log, which is written in the transaction of what it tells. So it survives a kill, whoever
-wrote it. `alarms` has a row for each that was delivered.
+An alarm is a row of the audit log. The transaction that changes something writes its row too, so a kill loses no alarm.
+`alarms` has a row for each that was delivered.
 """
 
 from __future__ import annotations

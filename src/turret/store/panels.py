@@ -59,6 +59,10 @@ class Question:
         """The question of the adapter that is meant; empty if it answers only one."""
         return self.reference.partition("#")[2]
 
+    def least(self, promised: float | None) -> float | None:
+        """The least probability of an answer that is decided. promised: the threshold of the version's promise."""
+        return promised if self.threshold is None else self.threshold
+
     def as_json(self) -> JsonObject:
         return {**asdict(self), "labels": list(self.labels)}
 

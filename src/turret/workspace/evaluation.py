@@ -213,8 +213,7 @@ def _judged(store: Store, each: PanelQuestion, read: PanelData, asked: _Asked) -
     metrics, answers = task.judge(logits, examples)
     with store.database().reading() as connection:
         promise = promises.of_digest(connection, each.version.digest)
-    own = each.question.threshold
-    threshold = own if own is not None or promise is None else promise.threshold
+    threshold = each.question.least(None if promise is None else promise.threshold)
     (sure,) = task.confidences(logits, examples).values()
     assert each.question.type is not None
     return QuestionResult(
@@ -226,7 +225,7 @@ def _judged(store: Store, each: PanelQuestion, read: PanelData, asked: _Asked) -
         examples=len(examples),
         metrics=metrics,
         threshold=threshold,
-        threshold_of=None if threshold is None else "promise" if own is None else "question",
+        threshold_of=None if threshold is None else "promise" if each.question.threshold is None else "question",
         bound=None if promise is None or promise.metric != "error" else promise.error,
         sureness=sure.sureness(threshold),
         details=_details(task, examples, [read.places[row] for row in right], logits, answers),

@@ -267,7 +267,7 @@ def trained(
 
 
 def embedded_text(asked: JsonValue | Input) -> str | None:
-    """What is embedded of an input, of an example as of a live one; None of what is no text."""
+    """The text of a held-out example or of a live input, to be embedded; None if it is neither a text nor two."""
     return str(asked) if isinstance(asked, (str, TextPair)) else None
 
 

@@ -779,7 +779,6 @@ class _Run:
 
         metrics = found.metrics if found.forgot is None else found.metrics | {FORGETTING: found.forgot}
         name = found.ready.recipe.name
-
         self.store.put(
             name, bundle, run=run, metrics=metrics, comparison=run.comparison, inputs=found.inputs, result=finish
         )

@@ -53,8 +53,7 @@ class AskedNow:
     @property
     def threshold(self) -> float | None:
         """The question's own, or else that of the promise."""
-        own = self.question.threshold
-        return own if own is not None or self.promised is None else self.promised.promise.threshold
+        return self.question.least(None if self.promised is None else self.promised.promise.threshold)
 
     @property
     def drawn(self) -> Sureness | None:
