@@ -117,7 +117,8 @@ def test_a_receiver_that_is_down_is_told_when_it_is_up(workspace, put, serve) ->
     first.close()  # nobody listens at its port
     running = serve(alarm=AlarmSettings(first.url))
     break_promise(running)
-    until(lambda: "turret_alarms_failed 3.0" in running.client().get("/metrics").text, 20)
+    client = running.client()
+    until(lambda: "turret_alarms_failed 3.0" in client.get("/metrics").text, 20)
     assert "turret_alarms_waiting 1.0" in running.client().get("/metrics").text
     assert classify(running.client(), "x", "a@1").is_success
     second = Receiver(first.port)
@@ -182,7 +183,8 @@ def test_a_break_that_the_command_line_recorded_is_told_by_the_next_server(works
     put("a")
     running = serve()  # without alarms
     break_promise(running)
-    until(lambda: "turret_promise_breaks" in running.client().get("/metrics").text, 20)
+    client = running.client()
+    until(lambda: "turret_promise_breaks" in client.get("/metrics").text, 20)
     assert any(each.done for each in workspace.settle_promises()) or workspace.promise("a@1").promise.broken
     running.stop()
     assert (receiver.got, sent(workspace)) == ([], 0)

@@ -106,8 +106,8 @@ def test_texts_that_are_like_the_examples_warn_of_nothing_and_new_rounds_begin(w
 def test_two_servers_feed_one_test(workspace, put, serve) -> None:
     promise = watched(workspace, put("a"), NEAR)
     running = [serve(echo(workspace)) for _ in range(2)]
-    for place, each in enumerate(running):
-        until(lambda place=place, each=each: _more(workspace, promise, each.client(), place))
+    for place, client in enumerate(each.client() for each in running):
+        until(lambda place=place, client=client: _more(workspace, promise, client, place))
     assert workspace.promise("a").inputs.texts >= 6
 
 
@@ -171,8 +171,8 @@ def test_one_text_of_each_few_seconds_is_drawn_whatever_the_requests(workspace, 
 def test_nothing_is_embedded_while_requests_wait_and_a_full_queue_is_no_error(workspace, put) -> None:
     promise = watched(workspace, put("a"))
     offers = Offers(workspace, promise, echo(workspace, pace=60))
-    for text in ("one", "two"):
-        offers.engine.submit("classify", text, "a@1")
+    offers.engine.submit("classify", "one", "a@1").result()
+    offers.engine.submit("classify", "two", "a@1")  # waits: the echo pauses after each step
     offers.offer("sampled")
     offers.sampler.turn()
     assert kept(workspace, promise) == 0

@@ -163,7 +163,8 @@ def test_another_tenants_promise_does_not_exist(workspace, put, serve) -> None:
     receipt = answer.headers["turret-receipt"]
     assert tell(running.client(theirs), [(receipt, 0)]) == ["unknown"]
     assert tell(running.client(mine), [(receipt, 0)]) == ["counted"], "the control"
-    until(lambda: "turret_promise_state" in running.client(mine).get("/metrics").text)
+    client = running.client(mine)
+    until(lambda: "turret_promise_state" in client.get("/metrics").text)
     assert 'adapter="a@1"' not in running.client(theirs).get("/metrics").text
 
 
