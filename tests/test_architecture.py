@@ -423,5 +423,5 @@ def test_promote_is_defined_once_for_each_who_calls_it() -> None:
     package = ROOT / "src" / "turret"
     sources = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in SOURCES}
     assert places_of("promote", sources) == sorted(PROMOTES)
-    more = sources | {"server/admin.py": "async def promote(): ...", "x.py": "class A:\n    def promote(self): ..."}
+    more = sources | {"server/moves.py": "async def promote(): ...", "x.py": "class A:\n    def promote(self): ..."}
     assert len(places_of("promote", more)) == len(PROMOTES) + 2  # the control

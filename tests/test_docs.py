@@ -201,14 +201,16 @@ def test_the_reference_has_every_page_and_no_other() -> None:
 
 
 def test_the_reference_has_every_key_of_every_request() -> None:
-    from turret.server import admin_schemas, chat_schemas, schemas
-    from turret.server.classify import ClassifyRequest
+    from turret.server.admin import schemas
+    from turret.server.openai import chat_schemas
+    from turret.server.openai.classify import ClassifyRequest
+    from turret.server.openai.completions import CompletionRequest
 
     text = page("docs/reference/http.md")
-    requests = [schemas.CompletionRequest, chat_schemas.ChatRequest, ClassifyRequest]
-    requests += [admin_schemas.PromoteRequest, admin_schemas.StartRequest, admin_schemas.RampRequest]
-    requests += [admin_schemas.StopRequest, admin_schemas.GuardsAsked]
-    requests += [admin_schemas.OutcomeOfAnswer, admin_schemas.OutcomeOfUnit]
+    requests = [CompletionRequest, chat_schemas.ChatRequest, ClassifyRequest]
+    requests += [schemas.PromoteRequest, schemas.StartRequest, schemas.RampRequest]
+    requests += [schemas.StopRequest, schemas.GuardsAsked]
+    requests += [schemas.OutcomeOfAnswer, schemas.OutcomeOfUnit]
     for request in requests:
         assert [name for name in request.model_fields if f"`{name}`" not in text] == [], request.__name__
     for said in routes().values():

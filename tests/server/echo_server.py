@@ -17,8 +17,8 @@ from typing import Any
 
 from server.echo import Echo, SamplingParams
 
-from turret.server import batch_runner
 from turret.server.app import bind, run
+from turret.server.openai import batch_runner
 from turret.server.state import ServerState
 from turret.store import batches
 from turret.workspace import Workspace

@@ -20,8 +20,8 @@ from server.answer_schemas import PERSON
 from server.storm import Tenant, from_its_version
 
 from turret.engine import Embedding, Engine, SamplingParams
-from turret.server.chat import conversation
-from turret.server.chat_schemas import ChatRequest
+from turret.server.openai.chat import conversation
+from turret.server.openai.chat_schemas import ChatRequest
 
 TEXTS = ("the film was a great", "{ the bank fell", "why not?")
 MOST_TOKENS = 12  # of a plain answer

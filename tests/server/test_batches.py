@@ -21,8 +21,8 @@ from server.echo import FINGERPRINT, KILLER, LABELS, words
 from store.bundles import tensors, write_bundle
 
 from turret.errors import StoreError
-from turret.server import batch_runner
 from turret.server.limits import RequestLimits
+from turret.server.openai import batch_runner
 from turret.store import client_files, usage
 from turret.store.batches import MOST_TRIES, Batches
 from turret.workspace import Workspace

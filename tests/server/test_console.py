@@ -495,7 +495,7 @@ def test_the_store_is_verified_on_demand_and_gc_is_only_asked(serve, put, worksp
 
 
 def test_vendored_files_have_their_licence_and_version_beside_them() -> None:
-    from turret.server.web.render import FOLDER
+    from turret.server.console.render import FOLDER
 
     folder = FOLDER / "static" / "vendor"
     said = (folder / "README.md").read_text(encoding="utf-8")

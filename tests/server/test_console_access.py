@@ -11,8 +11,8 @@ from server.console_forms import PAGES, form_token, post, signed_in
 from turret.errors import Forbidden, Unauthorized
 from turret.server.app import ROUTERS, create
 from turret.server.auth import Guard, check_origin
+from turret.server.console.forms import form_of
 from turret.server.sessions import COOKIE, Sessions, cookie, session_of
-from turret.server.web.forms import form_of
 from turret.store import Store
 
 # --- signing in ------------------------------------------------------------------------------------------------------

@@ -31,35 +31,32 @@ from uvicorn.server import ServerState as UvicornState
 
 from turret.errors import BadRequest, Busy, Draining, HeadersTooLarge, RequestError, ServeRefused, TooSlow, TurretError
 from turret.json_types import JsonObject
-from turret.server import (
-    accounts,
-    admin,
+from turret.server.admin import accounts, adapters, experiments, panels, runs
+from turret.server.auth import AuthMiddleware, Guard, allow_origins
+from turret.server.console import adapters as adapter_pages
+from turret.server.console import comparisons, entry, playground, render, system
+from turret.server.console import experiments as experiment_pages
+from turret.server.console import panels as panel_pages
+from turret.server.console import runs as run_pages
+from turret.server.error_responses import ErrorResponse, error_response, status_response, validation_response
+from turret.server.limits import ClientConnections, LimitMiddleware, RequestLimits
+from turret.server.logs import LibraryHandler, Log, LogMiddleware, TraceMiddleware
+from turret.server.metrics import CONTENT_TYPE
+from turret.server.openai import (
     batches,
     chat,
     classify,
     completions,
     decisions,
     embeddings,
-    experiments,
     files,
     models,
-    panels,
     responses,
-    runs,
     tokenizer,
 )
-from turret.server.auth import AuthMiddleware, Guard, allow_origins
-from turret.server.batch_runner import BatchRunner
-from turret.server.error_responses import ErrorResponse, error_response, status_response, validation_response
-from turret.server.limits import ClientConnections, LimitMiddleware, RequestLimits
-from turret.server.logs import LibraryHandler, Log, LogMiddleware, TraceMiddleware
-from turret.server.metrics import CONTENT_TYPE
+from turret.server.openai.batch_runner import BatchRunner
 from turret.server.routes import State, router
 from turret.server.state import ServerState
-from turret.server.web import adapters, comparisons, entry, playground, render, system
-from turret.server.web import experiments as experiment_pages
-from turret.server.web import panels as panel_pages
-from turret.server.web import runs as run_pages
 from turret.version import __version__
 
 # --- health -----------------------------------------------------------------------------------------------------------
@@ -106,7 +103,7 @@ ROUTERS = (
     files.questions,
     batches.questions,
     tokenizer.questions,
-    admin.control,
+    adapters.control,
     accounts.control,
     panels.control,
     runs.control,
@@ -115,7 +112,7 @@ ROUTERS = (
     control,
     anyone,
     entry.router,
-    adapters.router,
+    adapter_pages.router,
     run_pages.router,
     comparisons.router,
     playground.router,

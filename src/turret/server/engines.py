@@ -143,6 +143,10 @@ class SeenEngines:
         """The base that a version was trained on, if it is served here."""
         return self._engines.of(version.part("base").get("fingerprint"))
 
+    def is_on_base(self, version: Version) -> bool:
+        """Whether the version was trained on a base of this server."""
+        return self.base_of_version(version) is not None
+
     def sees(self, reference: str) -> bool:
         """Whether an adapter of this name may be seen; of the empty name, whether all bases may be. May read the store.
 

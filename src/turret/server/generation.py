@@ -1,9 +1,10 @@
-"""What completions and chats share: the options of a generation, unknown keys, and streams of server-sent events."""
+"""What all generations share: their options, unknown keys of a request, and streams of server-sent events."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from turret.engine import Piece, SamplingParams
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest, TurretError
-from turret.json_types import JsonObject
+from turret.json_types import JsonMapping, JsonObject
 from turret.server.engine_protocol import Input
 from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS
@@ -39,6 +40,32 @@ class ChunkFormat(Protocol):
     def begin(self, index: int) -> Chunk | None: ...
     def piece(self, index: int, piece: Piece) -> Chunk: ...
     def end(self, index: int, finish_reason: str | None) -> Sequence[Chunk]: ...
+
+
+class CompletionChunks:
+    """The chunks of a streamed completion.
+
+    Args:
+        logprobs: Writes the logprobs of tokens, from so many characters of the text on; None for no logprobs.
+    """
+
+    kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, logprobs: Callable[[Sequence[JsonMapping], int], JsonObject] | None = None) -> None:
+        self._logprobs = logprobs
+        self._sent: Counter[int] = Counter()  # characters, by choice
+
+    def begin(self, index: int) -> Chunk | None:
+        return None
+
+    def piece(self, index: int, piece: Piece) -> Chunk:
+        logprobs = None if self._logprobs is None else self._logprobs(piece.logprobs, self._sent[index])
+        self._sent[index] += len(piece.text)
+        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": None}
+
+    def end(self, index: int, finish_reason: str | None) -> Sequence[Chunk]:
+        return [{"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}]
 
 
 def unknown_keys(state: ServerState, body: Generation) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Requests and responses of the questions, in the formats of OpenAI and vLLM; those of chats are in `chat_schemas`.
+"""What requests and responses of several routes are made of, in the formats of OpenAI and vLLM.
 
 A request for a text may have unknown keys: the response names them in a header, or the server refuses them with
 `--strict`. So no part of a request is silently ignored. `top_k`, `repetition_penalty` and `num_beams` extend OpenAI's
@@ -174,55 +174,6 @@ class Generation(Lenient):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-class CompletionRequest(Generation):
-    model_config = ConfigDict(
-        json_schema_extra=never_together(
-            {"logprobs": {"type": "integer"}, "num_beams": SEVERAL},
-            {"best_of": SEVERAL, "num_beams": SEVERAL},
-            {"best_of": SEVERAL, "stream": {"const": True}},
-            {"best_of": SEVERAL, "echo": {"const": True}},
-            {"echo": {"const": True}, "num_beams": SEVERAL},
-        )
-        | {
-            "if": {"required": ["max_tokens"], "properties": {"max_tokens": {"const": 0}}},
-            "then": {"required": ["echo"], "properties": {"echo": {"const": True}}},
-        }
-    )
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
-        | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
-    )
-    max_tokens: Annotated[int, Field(ge=0, le=limits.MOST_TOKENS), WHOLE] | None = None
-    best_of: Annotated[int, Field(ge=1, le=limits.MOST_CHOICES), WHOLE] | None = Field(
-        None, description="Answers of each prompt, of which the n most probable by token are given. At least n."
-    )
-    echo: bool | None = Field(None, description="Begin each text, and its logprobs, with the prompt.")
-    logprobs: Annotated[int, Field(ge=0, le=limits.MOST_LOGPROBS), WHOLE] | None = None
-    suffix: None = None
-
-    def logprob_count(self) -> int | None:
-        return self.logprobs
-
-    @model_validator(mode="after")
-    def _check_best_of(self) -> Self:
-        for key, given in (("num_beams", (self.num_beams or 1) > 1), ("stream", self.stream), ("echo", self.echo)):
-            if given and (self.best_of or 1) > 1:
-                raise ValueError(f"best_of does not work with {key}: leave out one of them")
-        if self.echo and (self.num_beams or 1) > 1:
-            raise ValueError("echo does not work with num_beams: leave out one of them")
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens = 0 gives only the prompt: expected echo = true with it")
-        return self
-
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        tokens = [each for each in self.prompt if isinstance(each, int)]
-        return [tokens] if tokens else [each for each in self.prompt if not isinstance(each, int)]
-
-
 # --- responses -------------------------------------------------------------------------------------------------------
 
 
@@ -230,46 +181,6 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-
-
-class CompletionLogprobs(BaseModel):
-    """Logprobs by token of the answer; for each of them the most probable tokens at its position, by their text."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None] = Field(description="Null for the first token of an echoed prompt.")
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int] = Field(description="Where each token begins in the text, in characters.")
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: str | None
-
-
-class Completion(BaseModel):
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str = Field(description="The version that answered, such as name@3.")
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["turret"] = "turret"
-    root: str = Field(description="The version that the id means here now, or the base.")
-    parent: str | None = Field(description="The base of an adapter.")
-    task: str | None = None
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
 
 
 class ErrorBody(BaseModel):
@@ -281,103 +192,3 @@ class ErrorBody(BaseModel):
 
 class Error(BaseModel):
     error: ErrorBody
-
-
-# --- batch schemas ----------------------------------------------------------------------------------------------------
-# Requests and responses of files and batches, in OpenAI's format.
-
-
-Endpoint = Literal[
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/embeddings",
-    "/v1/classify",
-    "/v1/decisions",
-    "/v1/systemone",
-    "/v1/score",
-    "/v1/rerank",
-]
-Id = Annotated[str, Field(min_length=1, max_length=60)]
-Key = Annotated[str, Field(max_length=64)]
-Value = Annotated[str, Field(max_length=512)]
-
-
-class BatchRequest(Model):
-    input_file_id: Id = Field(description="A file of purpose batch: a request on each line.")
-    endpoint: Endpoint
-    completion_window: Literal["24h"] = "24h"
-    metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
-
-
-class FileObject(BaseModel):
-    id: str
-    object: Literal["file"] = "file"
-    bytes: int
-    created_at: int
-    filename: str
-    purpose: str
-    status: Literal["processed"] = "processed"
-
-
-class Files(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
-class DeletedFile(BaseModel):
-    id: str
-    object: Literal["file"] = "file"
-    deleted: Literal[True] = True
-
-
-class RequestCounts(BaseModel):
-    total: int
-    completed: int
-    failed: int
-
-
-class BatchError(BaseModel):
-    code: str
-    message: str
-    line: int | None = None
-    param: str | None = None
-
-
-class BatchErrors(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[BatchError]
-
-
-class BatchObject(BaseModel):
-    id: str
-    object: Literal["batch"] = "batch"
-    endpoint: str
-    errors: BatchErrors | None = None
-    input_file_id: str
-    completion_window: Literal["24h"] = "24h"
-    status: str
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    created_at: int
-    in_progress_at: int | None = None
-    expires_at: int
-    finalizing_at: int | None = None
-    completed_at: int | None = None
-    failed_at: int | None = None
-    expired_at: int | None = None
-    cancelling_at: int | None = None
-    cancelled_at: int | None = None
-    request_counts: RequestCounts
-    metadata: dict[str, str] | None = None
-
-
-class BatchList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[BatchObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool

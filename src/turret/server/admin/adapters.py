@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated
 
@@ -11,14 +10,13 @@ from fastapi import Path, Query
 
 from turret import audit
 from turret.engine import Named
-from turret.errors import BadReference, BadRequest, ReplayNeeded
 from turret.json_types import JsonObject
 from turret.reference import Reference
-from turret.server import admin_schemas as schemas
-from turret.server.error_responses import without_paths
+from turret.server import moves
+from turret.server.admin import schemas
 from turret.server.routes import State, router
 from turret.server.state import ServerState
-from turret.store import Gate, Move, Version, folded
+from turret.store import Move, Version, folded
 from turret.store.catalog import now, plain, who
 
 control = router("admin")
@@ -154,29 +152,7 @@ async def verify(reference: Ref, state: State) -> JsonObject:
 @control.post("/api/adapters/{reference}/promote", name="promote")
 async def move_alias(reference: Ref, body: schemas.PromoteRequest, state: State) -> schemas.Moved:
     """Move an alias to a version. The version is loaded first; nothing moves if that fails."""
-    check_gates(body.require)
-    exact = str(await state.control(state.workspace.resolve, reference))
-    if body.alias == state.settings.alias or state.aliases.version_of(exact.partition("@")[0], body.alias):
-        await state.control(state.engines.warm, exact)
-    return await _moved(state, await _promoted(state, exact, body))
-
-
-async def _promoted(state: ServerState, exact: str, body: schemas.PromoteRequest) -> Move:
-    if not body.replay:
-        with suppress(ReplayNeeded):
-            return await state.control(state.workspace.store.promote, exact, body.alias, require=body.require)
-    return await state.promoting(
-        state.workspace.promote, exact, body.alias, require=body.require, replay=body.replay, ask=state.golden_answers
-    )
-
-
-def check_gates(texts: Sequence[str]) -> None:
-    """Raises BadRequest: a malformed gate is an error of the request, not an unknown name."""
-    try:
-        for text in texts:
-            Gate.parse(text)
-    except BadReference as error:
-        raise BadRequest(str(error)) from None
+    return _moved(state, await moves.move_alias(state, reference, body.alias, require=body.require, replay=body.replay))
 
 
 @control.post("/api/aliases/{name}/{alias}/rollback")
@@ -184,39 +160,14 @@ async def rollback(
     name: Annotated[schemas.AdapterName, Path()], alias: Annotated[schemas.AliasName, Path()], state: State
 ) -> schemas.Moved:
     """Move an alias back to the version that it named before."""
-    return await _moved(state, await state.control(state.workspace.rollback, name, alias))
+    return _moved(state, await moves.roll_back(state, name, alias))
 
 
-async def _moved(state: ServerState, move: Move) -> schemas.Moved:
-    await state.control(state.refresh)
-    return schemas.Moved(**move.as_json(), serving=_serving(state, move.name, move.alias))
+def _moved(state: ServerState, move: Move) -> schemas.Moved:
+    return schemas.Moved(**move.as_json(), serving=moves.serving(state, move.name, move.alias))
 
 
 @control.get("/api/aliases")
 async def list_aliases(state: State, name: Annotated[schemas.AdapterName | None, Query()] = None) -> schemas.Aliases:
     """Every alias: its version in the store, its version in force here, and why they differ."""
-    _, found = await state.control(state.workspace.store.pointing)
-    return schemas.Aliases(
-        aliases=[
-            schemas.Alias(
-                name=each.name,
-                alias=each.alias,
-                version=f"{each.name}@{each.number}",
-                serving=_serving(state, each.name, each.alias),
-                problem=_problem(state, each.name, each.alias),
-                moved=each.moved,
-            )
-            for each in found
-            if name in (None, each.name)
-        ]
-    )
-
-
-def _serving(state: ServerState, name: str, alias: str) -> str | None:
-    number = state.aliases.version_of(name, alias)
-    return None if number is None else f"{name}@{number}"
-
-
-def _problem(state: ServerState, name: str, alias: str) -> str | None:
-    failed = state.aliases.failed_moves.get((name, alias))
-    return None if failed is None else without_paths(f"{failed.version}: {failed.problem}")
+    return schemas.Aliases(aliases=[schemas.Alias(**asdict(each)) for each in await moves.list_here(state, name)])

@@ -20,10 +20,10 @@ from turret.engine import Piece
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest
 from turret.json_types import JsonMapping, JsonObject, JsonValue
-from turret.server import chat_schemas
 from turret.server.engine_protocol import Input
 from turret.server.generation import EVENTS, Chunk, constraint_of, options_of, repeated, stream, unknown_keys
 from turret.server.limits import MOST_TEXT, MOST_TOOLS
+from turret.server.openai import chat_schemas
 from turret.server.pending_answers import usage
 from turret.server.routes import State, Unit, router
 from turret.server.state import ServerState

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import Query
 
 from turret import audit
-from turret.server import admin_schemas as schemas
+from turret.server.admin import schemas
 from turret.server.routes import State, router
 from turret.server.state import ServerState
 from turret.store import usage

@@ -10,12 +10,12 @@ from fastapi.responses import RedirectResponse
 from turret.errors import NotFound, Unauthorized
 from turret.server import oidc
 from turret.server.auth import Caller
+from turret.server.console import render
+from turret.server.console.forms import Sent, pages
 from turret.server.limits import client_of
 from turret.server.routes import State
 from turret.server.sessions import cookie, cookie_value
 from turret.server.state import ServerState
-from turret.server.web import render
-from turret.server.web.forms import Sent, pages
 
 router = pages()
 MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Path
 from pydantic import BaseModel, Field
 
-from turret.server.admin_schemas import AdapterName, Reference
+from turret.server.admin.schemas import AdapterName, Reference
 from turret.server.routes import State, router
 from turret.server.schemas import Model
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Question

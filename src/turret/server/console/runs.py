@@ -10,10 +10,10 @@ from fastapi import Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from turret.json_types import JsonMapping
+from turret.server.console import render
+from turret.server.console.forms import pages
 from turret.server.routes import State
 from turret.server.state import ServerState
-from turret.server.web import render
-from turret.server.web.forms import pages
 from turret.tasks import main_metric, measure_of
 
 router = pages()

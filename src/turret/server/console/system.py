@@ -12,11 +12,10 @@ from fastapi import Request, Response
 from turret.access import DEFAULT
 from turret.errors import Forbidden
 from turret.json_types import JsonObject
-from turret.server.models import is_on_base
+from turret.server.console import render
+from turret.server.console.forms import pages
 from turret.server.routes import State
 from turret.server.state import ServerState
-from turret.server.web import render
-from turret.server.web.forms import pages
 from turret.store import Version
 from turret.tasks import stored_task
 
@@ -73,7 +72,7 @@ async def leftovers(request: Request, state: State) -> Response:
 
 def _example(request: Request, state: ServerState, versions: Sequence[Version]) -> str:
     """A request to a version of this server, as a shell takes it: whole, with the token where one is needed."""
-    here = [each for each in versions if is_on_base(state, each)]
+    here = [each for each in versions if state.engines.is_on_base(each)]
     chosen = next((each for each in here if each.aliases or each.comparison is None), here[0] if here else None)
     route, more = EXAMPLES["generate"]
     body: JsonObject = {"model": state.engines.bases[0].name, **more}

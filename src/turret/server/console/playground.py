@@ -11,20 +11,19 @@ from turret.errors import BadRequest
 from turret.json_types import JsonObject
 from turret.methods import method_named
 from turret.server import generation
-from turret.server.completions import CompletionChunks
+from turret.server.console import render
+from turret.server.console.forms import Form, Sent, pages
 from turret.server.limits import MOST_TEXT, MOST_TOKENS
-from turret.server.models import is_on_base
 from turret.server.routes import State
-from turret.server.schemas import CompletionRequest
+from turret.server.schemas import Generation
 from turret.server.state import ServerState
-from turret.server.web import render
-from turret.server.web.forms import Form, Sent, pages
 from turret.store import Version
 from turret.tasks import stored_task
 
 router = pages()
 MOST = 6  # versions in one question
 SHOWN = 200  # versions to choose from
+OUT_OF_RANGE = f"expected 1 to {MOST_TOKENS} tokens, and a temperature from 0 to 2"
 
 
 @router.get("/playground")
@@ -69,30 +68,34 @@ async def answer(request: Request, state: State, form: Sent) -> Response:
 @router.post("/playground/stream")
 async def stream(request: Request, state: State, form: Sent) -> Response:
     """One generation, streamed as by `/v1/completions`, with the time of its load in a header."""
-    body = _request(form)
+    text, body, max_tokens = _text(form), _request(form), _max_tokens(form)
     loading = await _load(state, body.model)
-    options = generation.generation_options(state, body, body.max_tokens, 1, strip=False)
-    response = await generation.stream(state, request, body, body.prompts(), options, None, CompletionChunks())
+    options = generation.generation_options(state, body, max_tokens, 1, strip=False)
+    response = await generation.stream(state, request, body, [text], options, None, generation.CompletionChunks())
     if loading is not None:
         response.headers["turret-load-seconds"] = f"{loading:.6f}"
     return response
 
 
-def _request(form: Form) -> CompletionRequest:
-    values: JsonObject = {
-        "model": form.text("model"),
-        "prompt": _text(form),
-        "stream": True,
-        "truncate_prompt_tokens": -1,
-    }
+def _request(form: Form) -> Generation:
+    values: JsonObject = {"model": form.text("model"), "stream": True, "truncate_prompt_tokens": -1}
     try:
-        if tokens := form.text("max_tokens"):
-            values["max_tokens"] = int(tokens)
         if temperature := form.text("temperature"):
             values["temperature"] = float(temperature)
-        return CompletionRequest.model_validate({**values, "stream_options": {"include_usage": True}})
+        return Generation.model_validate({**values, "stream_options": {"include_usage": True}})
     except ValueError:
-        raise BadRequest(f"expected 1 to {MOST_TOKENS} tokens, and a temperature from 0 to 2") from None
+        raise BadRequest(OUT_OF_RANGE) from None
+
+
+def _max_tokens(form: Form) -> int | None:
+    text = form.text("max_tokens")
+    try:
+        tokens = int(text) if text else None
+    except ValueError:
+        raise BadRequest(OUT_OF_RANGE) from None
+    if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
+        raise BadRequest(OUT_OF_RANGE)
+    return tokens
 
 
 def _text(form: Form) -> str:
@@ -122,7 +125,7 @@ async def _versions(state: ServerState) -> list[Version]:
     found = [
         each
         for each in await state.control(state.workspace.list)
-        if is_on_base(state, each)
+        if state.engines.is_on_base(each)
         and method_named(each.part("method").get("kind")).mixes(each.part("method"))
         and stored_task(each.part("task")).request != "embed"
     ]

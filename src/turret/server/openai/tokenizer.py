@@ -10,10 +10,10 @@ from turret.data import Prompt
 from turret.data.cells import Replacements
 from turret.data.conversations import turns_of
 from turret.errors import BadRequest, NotFound
-from turret.server import embedding_schemas as schemas
 from turret.server.engines import ServedBase
 from turret.server.limits import MOST_TEXT
-from turret.server.models import version_here
+from turret.server.openai import embedding_schemas as schemas
+from turret.server.openai.models import version_here
 from turret.server.routes import State, router
 from turret.server.state import ServerState
 from turret.tasks.chat_template import base_prompt

@@ -8,9 +8,9 @@ from fastapi import Path, Request, Response
 from fastapi.responses import HTMLResponse
 
 from turret.errors import NotFound
+from turret.server.console import render
+from turret.server.console.forms import pages
 from turret.server.routes import State
-from turret.server.web import render
-from turret.server.web.forms import pages
 
 router = pages()
 Key = Annotated[str, Path(min_length=1, max_length=250)]

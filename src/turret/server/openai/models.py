@@ -5,18 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import groupby
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Path
+from pydantic import BaseModel, Field
 
 from turret.errors import NotFound
 from turret.server.routes import State, router
-from turret.server.schemas import ModelCard, ModelList
 from turret.server.state import ServerState
 from turret.store import Version
 from turret.store.catalog import PRODUCTION
 
 questions = router("infer")
+
+
+class ModelCard(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["turret"] = "turret"
+    root: str = Field(description="The version that the id means here now, or the base.")
+    parent: str | None = Field(description="The base of an adapter.")
+    task: str | None = None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
 
 
 @questions.get("/v1/models")
@@ -41,14 +56,9 @@ def version_here(state: ServerState, model: str) -> Version:
         found = state.workspace.resolve(state.aliases.exact(model))
     except NotFound as error:
         raise state.missing_model(model, error) from None
-    if not is_on_base(state, found):
+    if not state.engines.is_on_base(found):
         raise NotFound(f"no {model} here: it was trained on another base than this server's")
     return found
-
-
-def is_on_base(state: ServerState, version: Version) -> bool:
-    """Whether the version was trained on a base of this server."""
-    return state.engines.base_of_version(version) is not None
 
 
 def _base(state: ServerState, name: str) -> ModelCard:
@@ -65,7 +75,7 @@ def _adapters(state: ServerState, versions: Sequence[Version]) -> Iterator[Model
         plain = own if default is None else meanings[f"{name}@{default}"]
         for model, number in {name: plain, **meanings}.items():
             version = by_number.get(number or 0)
-            if version is not None and is_on_base(state, version):
+            if version is not None and state.engines.is_on_base(version):
                 yield _gpu(state, model, version)
 
 

@@ -14,12 +14,12 @@ from fastapi.responses import StreamingResponse
 
 from turret.errors import TurretError
 from turret.json_types import JsonObject, JsonValue
-from turret.server import response_schemas as schemas
-from turret.server.chat import ToolCalls, prompt
-from turret.server.chat_schemas import ChatRequest
 from turret.server.engine_protocol import Answer
 from turret.server.error_responses import error_response
 from turret.server.generation import EVENTS, options_of, stream_events
+from turret.server.openai import response_schemas as schemas
+from turret.server.openai.chat import ToolCalls, prompt
+from turret.server.openai.chat_schemas import ChatRequest
 from turret.server.pending_answers import PendingAnswers, Update, generated_tokens, prompt_tokens
 from turret.server.routes import State, Unit, router
 from turret.server.state import ServerState

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import Body, Path, Query
@@ -10,7 +9,8 @@ from fastapi import Body, Path, Query
 from turret.experiments import Guards, Told
 from turret.experiments.outcomes import grouped
 from turret.json_types import JsonObject
-from turret.server import admin_schemas as schemas
+from turret.server import moves
+from turret.server.admin import schemas
 from turret.server.error_responses import without_paths
 from turret.server.routes import State, router
 from turret.server.state import ServerState
@@ -66,7 +66,7 @@ async def start_experiment(name: Name, body: schemas.StartRequest, state: State)
     """Start an experiment. Its versions are loaded first; nothing starts if that fails."""
     await state.control(state.workspace.resolve, name)
     versions = [*body.candidates, *body.shadows] + ([body.control] if body.control is not None else [])
-    await state.control(_load, state, versions)
+    await state.control(moves.load, state, versions)
     settings = body.model_dump(exclude={"guards", "candidates"}) | {"guards": Guards(**body.guards.model_dump())}
     started = await state.control(state.workspace.experiment(name).start, body.candidates, **settings)
     return await _refreshed(state, started)
@@ -83,36 +83,12 @@ async def ramp_experiment(name: Name, state: State, body: schemas.RampRequest | 
 async def stop_experiment(name: Name, state: State, body: schemas.StopRequest | None = None) -> JsonObject:
     """End an experiment, and move its alias, in one transaction."""
     request = body or schemas.StopRequest()
-    ended = await end(state, name, None, promote=request.promote, rollback=request.rollback)
+    ended = await moves.end_experiment(state, name, None, promote=request.promote, rollback=request.rollback)
     return await _refreshed(state, ended)
-
-
-async def end(
-    state: ServerState, name: str, number: int | None, *, promote: str | None, rollback: bool
-) -> ExperimentStatus:
-    """End an experiment.
-
-    Args:
-        promote: The arm that takes the alias. Its version is loaded first, and the serving engine is asked its golden
-            examples on a thread of their own, because that may take minutes.
-        rollback: Whether the control takes the alias.
-    """
-    experiment = state.workspace.experiment(name, number)
-    if promote is None or rollback:
-        return await state.control(experiment.stop, promote=promote, rollback=rollback)
-    running = (await state.control(experiment.status)).experiment
-    arm = running.arm(promote)
-    await state.control(_load, state, [running.reference(arm)])
-    return await state.promoting(experiment.stop, promote=arm.name, ask=state.golden_answers)
 
 
 def _status(state: ServerState, name: str, number: int | None) -> ExperimentStatus:
     return state.workspace.experiment(name, number).status()
-
-
-def _load(state: ServerState, references: Sequence[str]) -> None:
-    for each in references:
-        state.engines.warm(str(state.workspace.resolve(state.aliases.exact(each))))
 
 
 async def _refreshed(state: ServerState, status: ExperimentStatus) -> JsonObject:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from turret.families.family import Pooling
 from turret.server import limits
-from turret.server.chat_schemas import Message
+from turret.server.openai.chat_schemas import Message
 from turret.server.schemas import USER, WHOLE, Model, Name, Text, Tokens, User
 from turret.tasks import Embedding
 

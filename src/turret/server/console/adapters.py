@@ -11,12 +11,12 @@ from fastapi import Path, Request, Response
 from turret.errors import BadReference, BadRequest, NotFound
 from turret.json_types import JsonMapping
 from turret.reference import check_alias
-from turret.server import admin
-from turret.server.admin_schemas import Alias, PromoteRequest
+from turret.server import moves
+from turret.server.console import render
+from turret.server.console.forms import Sent, pages
+from turret.server.moves import AliasHere
 from turret.server.routes import State
 from turret.server.state import ServerState
-from turret.server.web import render
-from turret.server.web.forms import Sent, pages
 from turret.store import Compared, Gate, Golden, Version, folded
 from turret.store.catalog import PRODUCTION
 from turret.workspace import promising
@@ -77,7 +77,7 @@ async def post_promote(request: Request, state: State, name: Name, form: Sent) -
     number, alias = form.text("version"), _alias(form.text("alias"))
     if not number.isdecimal():
         raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
-    await admin.move_alias(f"{name}@{int(number)}", PromoteRequest(alias=alias, replay=False), state)
+    await moves.move_alias(state, f"{name}@{int(number)}", alias)
     return render.redirect(request, f"/adapters/{name}?moved={alias}")
 
 
@@ -85,7 +85,7 @@ async def post_promote(request: Request, state: State, name: Name, form: Sent) -
 async def post_rollback(request: Request, state: State, name: Name, form: Sent) -> Response:
     """Move an alias back to the version that it named before."""
     alias = _alias(form.text("alias"))
-    await admin.rollback(name, alias, state)
+    await moves.roll_back(state, name, alias)
     return render.redirect(request, f"/adapters/{name}?moved={alias}")
 
 
@@ -103,7 +103,7 @@ class NameValues(TypedDict):
     versions: Sequence[Version]  # the newest first, without those of `compared`
     compared: Sequence[Compared]  # the newest first
     plain: Version | None  # what the plain name means in the store
-    aliases: Sequence[Alias]
+    aliases: Sequence[AliasHere]
     gates: Sequence[Gate | Golden]
     history: Sequence[JsonMapping]
     parents: Mapping[int, Parent]
@@ -123,7 +123,7 @@ async def _values(state: ServerState, name: str) -> NameValues:
         "versions": singles[::-1],
         "compared": compared[::-1],
         "plain": _plain(own),
-        "aliases": (await admin.list_aliases(state, name)).aliases,
+        "aliases": await moves.list_here(state, name),
         "gates": await state.control(state.workspace.gate, name),
         "history": shown["alias_history"][::-1],
         "parents": {each.number: _parent(each.manifest, known) for each in own},

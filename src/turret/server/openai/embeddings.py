@@ -17,8 +17,8 @@ from fastapi import Request, Response
 from turret.data import TextPair
 from turret.errors import BadRequest, TurretError
 from turret.families.family import Pooling
-from turret.server import embedding_schemas as schemas
 from turret.server.engine_protocol import Answer, Input
+from turret.server.openai import embedding_schemas as schemas
 from turret.server.pending_answers import PendingAnswers, prompt_tokens
 from turret.server.routes import State, Unit, router
 from turret.server.state import ServerState

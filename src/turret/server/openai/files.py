@@ -7,17 +7,17 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path as LocalPath
-from typing import Annotated, BinaryIO
+from typing import Annotated, BinaryIO, Literal
 
 from fastapi import Path, Query, Request
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from turret.errors import BadRequest, plainly
 from turret.json_types import JsonObject
-from turret.server import schemas as schemas
 from turret.server.auth import Caller
 from turret.server.routes import State, router
 from turret.server.state import ServerState
@@ -40,13 +40,37 @@ CONTENT: dict[int | str, JsonObject] = {
 }
 
 
+class FileObject(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"] = "processed"
+
+
+class Files(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFile(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
 def owner_of(caller: Caller) -> str:
     """Whose files and batches a caller has; "" on a server without tokens."""
     return "" if caller.name is None else caller.key
 
 
 @questions.post("/v1/files", openapi_extra=UPLOAD)
-async def upload(state: State, request: Request) -> schemas.FileObject:
+async def upload(state: State, request: Request) -> FileObject:
     """Send a file with a request on each line, for a batch. The body is `multipart/form-data`."""
     try:
         form = await request.form(max_files=1, max_fields=8, max_part_size=MOST_FIELD)
@@ -82,12 +106,12 @@ async def list_files(
     purpose: Annotated[str | None, Query(max_length=32)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(max_length=60)] = None,
-) -> schemas.Files:
+) -> Files:
     """The caller's files, the newest first."""
     owner = owner_of(request.state.caller)
     found = await state.control(state.files.listed, owner, purpose=purpose, after=after, limit=limit + 1)
     shown = [_shown(each) for each in found[:limit]]
-    return schemas.Files(
+    return Files(
         data=shown,
         first_id=shown[0].id if shown else None,
         last_id=shown[-1].id if shown else None,
@@ -119,20 +143,20 @@ def _opened(opened: ExitStack, state: ServerState, file: ClientFile) -> BinaryIO
 
 
 @questions.get("/v1/files/{file_id}")
-async def show_file(file_id: FileId, state: State, request: Request) -> schemas.FileObject:
+async def show_file(file_id: FileId, state: State, request: Request) -> FileObject:
     """One of the caller's files."""
     return _shown(await state.control(state.files.find, owner_of(request.state.caller), file_id))
 
 
 @questions.delete("/v1/files/{file_id}")
-async def delete_file(file_id: FileId, state: State, request: Request) -> schemas.DeletedFile:
+async def delete_file(file_id: FileId, state: State, request: Request) -> DeletedFile:
     """Delete a file. It is refused while a batch that has not ended reads it."""
     owner = owner_of(request.state.caller)
     await state.control(state.files.delete, owner, file_id)
-    return schemas.DeletedFile(id=file_id)
+    return DeletedFile(id=file_id)
 
 
-def _shown(file: ClientFile) -> schemas.FileObject:
-    return schemas.FileObject(
+def _shown(file: ClientFile) -> FileObject:
+    return FileObject(
         id=file.id, bytes=file.blob.bytes, created_at=file.created, filename=file.name, purpose=file.purpose
     )

@@ -10,11 +10,11 @@ from fastapi.responses import JSONResponse
 from turret.errors import NotFound
 from turret.experiments.experiment import read_split
 from turret.json_types import JsonObject
-from turret.server.experiments import end
+from turret.server.console import render
+from turret.server.console.forms import Form, Sent, pages
+from turret.server.moves import end_experiment
 from turret.server.routes import State
 from turret.server.state import ServerState
-from turret.server.web import render
-from turret.server.web.forms import Form, Sent, pages
 
 router = pages()
 Name = Annotated[str, Path(min_length=1, max_length=200)]
@@ -96,7 +96,7 @@ async def _act(state: ServerState, name: str, number: int, verb: str, form: Form
         await state.control(experiment.ramp, read_split(form.text("share")) if form.text("share") else None)
         return
     arm = form.text("arm") if verb == "promote" else None
-    await end(state, name, number, promote=arm, rollback=verb == "rollback")
+    await end_experiment(state, name, number, promote=arm, rollback=verb == "rollback")
 
 
 async def _values(state: ServerState, name: str, number: int) -> render.Context:

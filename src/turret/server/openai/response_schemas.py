@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 from turret.json_types import JsonObject, JsonValue
 from turret.server import limits
-from turret.server.chat_schemas import ToolName
+from turret.server.openai.chat_schemas import ToolName
 from turret.server.schemas import NO_EFFECT, USER, WHOLE, Model, Name, Text, User
 
 # --- requests --------------------------------------------------------------------------------------------------------

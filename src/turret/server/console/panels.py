@@ -12,10 +12,10 @@ from fastapi import Path, Request, Response
 from turret.compare.evaluation_page import reliability_plot
 from turret.compare.panel_page import Live, Step, decided_plot, steps
 from turret.errors import BadRequest, NotFound, TurretError
+from turret.server.console import render
+from turret.server.console.forms import Sent, pages
 from turret.server.routes import State
 from turret.server.state import ServerState
-from turret.server.web import render
-from turret.server.web.forms import Sent, pages
 from turret.store import Panel, Question, Version
 from turret.tasks.calibration import Sureness
 from turret.workspace import promising

@@ -1,0 +1,1 @@
+"""What clients of OpenAI's and vLLM's libraries call: routes under `/v1/`, and `/tokenize`."""
