@@ -20,7 +20,7 @@ from turret.engine import Engine
 from turret.engine.request import Limits
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.untrained import SCALE, Question, decide
-from turret.errors import AdapterError, BaseModelError, DataError, NotFound
+from turret.errors import AdapterError, BaseModelError, DataError, NotFound, TurretError
 from turret.methods import LoRA
 from turret.recipe import Recipe
 from turret.tasks import schemas
@@ -119,17 +119,27 @@ def test_an_encoder_answers_by_the_cosine_to_descriptions(bert: Path, prior: boo
         assert own.label_mass is None
 
 
-def test_scored_is_the_log_probability_of_the_last_tokens_that_echo_reports(llama: Path) -> None:
+def test_scored_is_the_log_probability_of_tokens_that_echo_reports(llama: Path) -> None:
     with Engine(bases.load(str(llama), dtype="float32"), None) as engine:
         ids = [5, 9, 30, 12, 7, 41]
         whole = engine.submit("generate", ids, None, SamplingParams(echo=True, max_tokens=0, logprobs=0)).result()
         for count in (1, 3, 5):
-            own = engine.submit("generate", ids, None, SamplingParams(scored=count)).result()
+            own = engine.submit("generate", ids[:-count], None, SamplingParams(scored=(tuple(ids[-count:]),))).result()
             expected = sum(each["logprob"] for each in whole["logprobs"][-count:])
-            assert own == {"logprob": pytest.approx(expected, abs=1e-5), "prompt_tokens": 6}
-        for wrong, text in ((6, ids), (1, "a fox")):
-            with pytest.raises(DataError, match="scored needs a prompt of token ids that is longer"):
-                engine.submit("generate", text, None, SamplingParams(scored=wrong)).result()
+            assert own == {"logprobs": [pytest.approx(expected, abs=1e-5)], "prompt_tokens": 6}
+        most = engine.longest
+        wrong: list[tuple[Any, tuple[tuple[int, ...], ...], str]] = [
+            ("a fox", ((1,),), "scored needs a prompt of token ids"),
+            (ids, ((1,) * most,), f"this engine takes at most {most}"),
+            (ids, ((1,) * (most // 2),) * 3, f"this engine takes at most {most}"),
+            (ids, ((10**6,),), "needs one or more integers from 0"),
+        ]
+        for text, answers, said in wrong:
+            with pytest.raises(TurretError, match=said):
+                engine.submit("generate", text, None, SamplingParams(scored=answers)).result()
+    for nothing in ((), ((),)):
+        with pytest.raises(DataError, match="expected one or more answers"):
+            SamplingParams(scored=nothing)
 
 
 @pytest.mark.parametrize(

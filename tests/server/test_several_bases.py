@@ -154,8 +154,8 @@ def test_a_base_decides_without_training_and_says_so(house: House) -> None:
         assert grade["score"] == pytest.approx(prior.probabilities["good"], abs=1e-4)
         assert prior.probabilities["good"] != pytest.approx(third.probabilities["good"], abs=1e-3)
     many = [{"type": "score", "instructions": "?", "levels": [{"label": str(n)} for n in range(200)]}] * 6
-    refused = client.post("/v1/decisions", json={"model": "llama", "input": text, "questions": many})
-    assert (refused.status_code, "need 1200 rows of a base, at most 1024" in refused.text) == (400, True)
+    refused = client.post("/v1/decisions", json={"model": "bert", "input": text, "questions": many})
+    assert (refused.status_code, "need 1206 rows of a base, at most 1024" in refused.text) == (400, True)
     twice = [{"type": "choice", "instructions": "?", "choices": [{"value": "yes"}, {"value": True}]}]
     assert client.post("/v1/decisions", json={"model": "llama", "input": text, "questions": twice}).status_code == 400
 

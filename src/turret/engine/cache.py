@@ -42,6 +42,14 @@ class KVSlot:
     lengths: dict[str, int] = field(default_factory=dict)
     prefixes: dict[str, int] = field(default_factory=dict)
 
+    def follow(self, source: KVSlot) -> None:
+        """Begin with all that another slot has now. This slot has room for it."""
+        for group, layers in self.block.stored.items():
+            used = source.lengths[group]
+            for own, theirs in zip(layers, source.block.stored[group], strict=True):
+                own[:, self.index, :, :used] = theirs[:, source.index, :, :used]
+        self.lengths, self.prefixes = dict(source.lengths), dict(source.prefixes)
+
 
 class KVBlock:
     """KV slots of equal length. sizes: S by group."""

@@ -190,7 +190,9 @@ class Passes:
     ) -> None:
         for request, pooled in zip([each for each in begin if each.embeds], outcome.embeddings, strict=True):
             self._embedded(request, pooled)
-        classify = [request for request in begin if not (request.rows or request.embeds)]
+        for request, scores in zip([each for each in begin if each.scores], outcome.scores, strict=True):
+            self._scored(request, scores)
+        classify = [request for request in begin if not (request.rows or request.embeds or request.scores)]
         classes = iter(outcome.classes)
         for request in classify:
             rows = [next(classes) for _ in request.windows] or [next(classes)[None]]
@@ -205,6 +207,8 @@ class Passes:
             return [Prefill(request.ids, _slot(request), pooling=self._embedding(request).pooling)]
         if request.windows:
             return [Prefill(ids, _slot(request), read=read) for ids, read in request.windows]
+        if request.scores:
+            return [Prefill(request.ids, _slot(request), branches=request.options.scored or ())]
         if not request.rows:
             return [Prefill(request.ids, _slot(request), segments=request.segments)]
         kv_slot, slot = self._runner.kv_slot(*self._row(request)), _slot(request)
@@ -251,6 +255,12 @@ class Passes:
             self._end(request, Done({"embedding": vector, "prompt_tokens": len(request.ids or ())}), 0)
         except Exception as error:
             self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
+
+    def _scored(self, request: Request, scores: Sequence[float]) -> None:
+        if all(map(math.isfinite, scores)):
+            self._end(request, Done({"logprobs": list(scores), "prompt_tokens": request.tokens}), 0)
+        else:
+            self._end(request, Failed(self._not_finite(request)), 0)
 
     def _take_tokens(self, sequences: Sequence[RunningSequence], scores: torch.Tensor) -> None:
         """Give every sequence its next token or its next beams. scores: (rows of all sequences, V)"""

@@ -247,7 +247,7 @@ def resolved(
     Raises:
         DataError: For options that do not fit.
     """
-    if room < 1 and options.max_tokens != 0 and options.scored is None:
+    if room < 1 and options.max_tokens != 0:
         raise ContextLengthExceeded(
             "the prompt leaves no room for an answer: shorten it, or raise the engine's max_tokens"
         )
@@ -259,7 +259,7 @@ def resolved(
         raise ContextLengthExceeded(
             f"max_tokens = {options.max_tokens}: the prompt leaves room for {room}, ask for no more"
         )
-    if options.samples or options.constraint is not None or options.echo or options.scored is not None:
+    if options.samples or options.constraint is not None or options.echo:
         beams = 1
     if unknown := next((token for token, _ in options.logit_bias if not 0 <= token < vocabulary), None):
         raise DataError(f"logit_bias of token {unknown}: expected a token from 0 to {vocabulary - 1}")
@@ -289,13 +289,10 @@ def resolved(
         logit_bias=options.logit_bias,
         strip=options.strip,
         echo=options.echo,
-        scored=options.scored or 0,
     )
 
 
 def _most_tokens(options: SamplingParams, own: int, room: int) -> int:
-    if options.scored is not None:
-        return 0
     return min(own, room) if options.max_tokens is None else options.max_tokens
 
 

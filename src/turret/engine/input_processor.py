@@ -156,6 +156,9 @@ class Prompts:
         self._check_length(length, most)
         request.tokens = sum(len(ids) for ids, _ in request.windows) or length
         self._check_length(request.tokens, self._limits.max_tokens)
+        if request.options.scored is not None:
+            self._check_scored(request, request.options.scored, most)
+            return
         if not request.rows:
             return
         task = None if loaded is None else loaded.task
@@ -168,10 +171,8 @@ class Prompts:
             room=min(room, self._limits.max_tokens - length),
             vocabulary=self._vocabulary,
         )
-        if self.is_encoder_decoder and (request.options.echo or request.options.scored is not None):
-            raise DataError("echo and scored need a decoder, which continues its prompt: leave them out")
-        if (request.options.scored or 0) >= length or (request.options.scored and request.text is not None):
-            raise DataError(f"scored needs a prompt of token ids that is longer, given {length}: give all tokens")
+        if self.is_encoder_decoder and request.options.echo:
+            raise DataError("echo needs a decoder, which continues its prompt: leave it out")
         needs = self._needs(length, max(1, request.settings.max_tokens), shift)
         request.rows = request.settings.num_beams
         request.cache_tokens = request.rows * sum(map(capacity, needs.values()))
@@ -265,8 +266,19 @@ class Prompts:
             )
         request.ids, request.ticket.cut = ids[len(ids) - keep :], True
 
+    def _check_scored(self, request: Request, answers: Sequence[Sequence[int]], most: int) -> None:
+        """Count the tokens of answers to score. Raises DataError for what cannot be scored."""
+        if self.is_encoder_decoder:
+            raise DataError("scored needs a decoder, which continues its prompt: leave it out")
+        if request.text is not None:
+            raise DataError("scored needs a prompt of token ids: give the ids, not the text")
+        lengths = [len(self.check_ids(answer)) for answer in answers]
+        self._check_length(request.tokens + max(lengths), min(most, self._limits.max_tokens))
+        self._check_length(sum(lengths), self._limits.max_tokens)
+        request.tokens += sum(lengths)
+
     def _check_kind(self, request: Request, loaded: AdapterTensors | None) -> None:
-        if request.rows and not self.can_generate:
+        if request.kind == "generate" and not self.can_generate:
             who = f"base {self._base.id} was loaded as" if request.named is None else f"{request.named} is"
             raise AdapterError(
                 f"{who} a classifier and cannot generate: ask it to classify (POST /v1/classify), or ask a base that "

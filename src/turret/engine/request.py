@@ -111,7 +111,6 @@ class GenerationSettings:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
     strip: bool = True  # white space around the answer
     echo: bool = False  # the text and the logprobs begin with the prompt's
-    scored: int = 0  # the last tokens of the prompt whose log-probability is the answer; 0: it is generated
 
     @property
     def plain(self) -> bool:
@@ -426,13 +425,18 @@ class Request:
     group: Group | None = None
 
     def __post_init__(self) -> None:
-        if self.kind == "generate":
+        if self.kind == "generate" and self.options.scored is None:
             self.rows = max(1, self.rows)
 
     @property
     def embeds(self) -> bool:
         """Whether it is answered by a vector."""
         return self.kind == "embed"
+
+    @property
+    def scores(self) -> bool:
+        """Whether it is answered by the log-probabilities of given answers."""
+        return self.options.scored is not None
 
     @property
     def flow(self) -> str:

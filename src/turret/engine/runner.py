@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 from turret.engine.decode import TokenLogprobs, token_logprobs
 from turret.engine.request import Limits, limits_within
+from turret.engine.token_tree import Node, token_tree
 from turret.families.family import Pooling
 from turret.ops.copies import copied
 from turret.ops.table import narrows, of
@@ -51,15 +53,16 @@ class Prefill:
     kv_slot: KVSlot | None = None  # for a row that generates; None for a text to classify or to embed
     pooling: Pooling | None = None  # for a text to embed
     logprobs: int | None = None  # alternatives to report with each token of the prompt; None: report nothing
-    scored: int | None = None  # report only so many of its last tokens; None: all
+    branches: Sequence[Sequence[int]] = ()  # what may follow the row, to be scored; nothing is generated
     segments: Sequence[int] | None = None  # of each token; None: all are in the first
     read: Sequence[int] | None = None  # the tokens that a head for tokens reads; None: a head reads the text
-    earlier: int = 0  # tokens of the prompt that earlier passes have read; they are in the KV slot
+    earlier: int = 0  # tokens of the row that earlier passes have read; they are in the KV slot
+    keeps: bool = True  # whether the KV slot gets its tokens too
 
     @property
     def classifies(self) -> bool:
         """Whether a head reads the whole text."""
-        return self.kv_slot is None and self.pooling is None and self.read is None
+        return self.keeps and self.kv_slot is None and self.pooling is None and self.read is None
 
     @property
     def text(self) -> _Text:
@@ -71,6 +74,24 @@ class Prefill:
         """The ids (T,), or (T, 2) with the segments."""
         ids = torch.tensor(self.ids)
         return ids if self.segments is None else torch.stack([ids, torch.tensor(self.segments)], dim=1)
+
+
+@dataclass(frozen=True)
+class _Path:
+    """A row with one of its branches: what is read to score the branch. The last token of a branch is not read."""
+
+    row: Prefill
+    branch: Sequence[int]
+
+    @cached_property
+    def ids(self) -> list[int]:
+        return [*self.row.ids, *self.branch[:-1]]
+
+    def follows(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The places from `start` to `end` after which a token of the branch follows, and that token."""
+        first = len(self.row.ids) - 1
+        for place in range(max(start, first), end):
+            yield place, self.branch[place - first]
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,7 @@ class Outcome:
     embeddings: list[Tensor]  # (D,) float32 on the CPU for each text to embed
     vocabulary: Tensor  # (prefill rows with a KV slot + decode rows, V) float32
     prompts: dict[int, list[TokenLogprobs]]  # by place among the prefill rows with a KV slot: tokens after the first
+    scores: list[list[float]]  # for each row with branches, the log-probability of each
 
 
 class _Shared(NamedTuple):
@@ -182,7 +204,10 @@ class Runner:
 
         A prompt beyond PROMPT_PASS takes several passes: the last of them is this one.
         """
-        prefill = [self._begun(row) for row in prefill]
+        scores = self._scores([row for row in prefill if row.branches])
+        prefill = [self._begun(row) for row in prefill if not row.branches]
+        if not prefill and not steps:
+            return Outcome([], [], torch.empty(0), {}, scores)
         order = sorted(range(len(prefill)), key=lambda row: prefill[row].slot)
         rows = [prefill[row] for row in order]
         step_order = sorted(range(len(steps)), key=lambda row: (id(steps[row].kv_slot.block), steps[row].kv_slot.index))
@@ -190,7 +215,63 @@ class Runner:
         bodies, body = self._bodies(rows)
         states = self._body(bodies, sorted_steps)
         self._grow(rows, sorted_steps)
-        return self._outcome(prefill, steps, rows, order, step_order, states, body)
+        return replace(self._outcome(prefill, steps, rows, order, step_order, states, body), scores=scores)
+
+    def _scores(self, rows: Sequence[Prefill]) -> list[list[float]]:
+        """Score branches, log p(branch | row) of each branch of each row. What they have in common is read once.
+
+        A pass reads one level of the tree of all of them. What has branches below gets a KV slot until all are read.
+        """
+        paths = [_Path(row, branch) for row in rows for branch in row.branches]
+        tree = token_tree([path.ids for path in paths], [path.row.slot for path in paths], shared=self._cuts)
+        found, opened = [0.0] * len(paths), list[KVSlot]()
+        level: list[tuple[Node, KVSlot | None]] = [(node, None) for node in tree]
+        try:
+            while level:
+                reads = [self._node(node, paths[node.rows[0]].row.slot, source, opened) for node, source in level]
+                hidden = self._body(reads, []).hidden
+                self._grow(reads, [])
+                self._score([node for node, _ in level], paths, hidden, found)
+                level = [
+                    (child, read.kv_slot)
+                    for (node, _), read in zip(level, reads, strict=True)
+                    for child in node.children
+                ]
+        finally:
+            for each in opened:
+                self.cache.close(each)
+        scores = iter(found)
+        return [[next(scores) for _ in row.branches] for row in rows]
+
+    def _node(self, node: Node, slot: int, source: KVSlot | None, opened: list[KVSlot]) -> Prefill:
+        """The row of a node. source: has what is before it. opened: gets the KV slot of a node with children."""
+        if not node.children:
+            return Prefill(node.ids, slot, source, earlier=node.start, keeps=False)
+        kv_slot = self.cache.open({"decoder": self.adapter_pool.prefix_length(slot) + node.end})
+        opened.append(kv_slot)
+        if source is not None:
+            kv_slot.follow(source)
+        return Prefill(node.ids, slot, kv_slot, earlier=node.start)
+
+    def _score(self, nodes: Sequence[Node], paths: Sequence[_Path], hidden: Tensor, found: list[float]) -> None:
+        """Add the log-probabilities of the tokens that follow those of a level. hidden: (N, D), of all its nodes."""
+        follows: dict[int, list[tuple[int, int]]] = {}  # by place in `hidden`: (path, token that follows)
+        first = 0
+        for node in nodes:
+            for number in node.rows:
+                for place, token in paths[number].follows(node.start, node.end):
+                    follows.setdefault(first + place - node.start, []).append((number, token))
+            first += len(node.ids)
+        places = sorted(follows)
+        for start in range(0, len(places), PROMPT_ROWS):
+            part = places[start : start + PROMPT_ROWS]
+            slots = [paths[follows[place][0][0]].row.slot for place in part]
+            read = hidden[copied(torch.tensor(part), hidden.device)]
+            logprobs = vocabulary_logits(self.model, read, slots).float().log_softmax(-1)
+            asked = [(row, number, token) for row, place in enumerate(part) for number, token in follows[place]]
+            index = copied(torch.tensor([(row, token) for row, _, token in asked]), hidden.device)
+            for (_, number, _), value in zip(asked, logprobs[index[:, 0], index[:, 1]].tolist(), strict=True):
+                found[number] += value
 
     def _begun(self, row: Prefill) -> Prefill:
         """What is left of a prompt for its last pass. The passes before it run here, each of one part of the prompt."""
@@ -376,11 +457,12 @@ class Runner:
         counts = {stream: sum(each) for stream, each in lengths.items()}
         begun = {-1 - place: row.kv_slot for place, row in enumerate(rows) if row.earlier and row.kv_slot is not None}
         slots = [-1 - place if row.earlier else row.slot for place, row in enumerate(rows)]
-        prefill = [(row.kv_slot, slot, span) for row, slot, span in zip(rows, slots, spans, strict=True)]
+        kept = [row.kv_slot if row.keeps else None for row in rows]
+        prefill = list(zip(kept, slots, spans, strict=True))
         self.adapter_pool.begin([row.slot for row in rows], lengths, [step.slot for step in steps], begun)
         context = self.adapter_pool.attached.context
         with set_context(context, slots, lengths, in_body=True, read=read):
-            if steps or any(kv_slot is not None for kv_slot, _, _ in prefill):
+            if steps or any(kv_slot is not None for kv_slot in kept):
                 own = [step.kv_slot for step in steps]
                 context.cache = PassCache(self.adapter_pool, prefill, counts, own, self.device)
             context.positions = {stream: copied(each, self.device) for stream, each in positions.items()}
@@ -402,7 +484,7 @@ class Runner:
     def _grow(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> None:
         """Count the new tokens of the KV slots."""
         for row in rows:
-            if row.kv_slot is None:
+            if row.kv_slot is None or not row.keeps:
                 continue
             for group in row.kv_slot.lengths:
                 P = row.kv_slot.lengths[group] if row.earlier else self._prefix(row.slot, group)
@@ -468,6 +550,7 @@ class Runner:
             [vectors[row] for row in numbers if row in vectors],
             vocabulary,
             prompts,
+            [],
         )
 
     def _embedded(self, rows: Sequence[Prefill], states: _States, body: Sequence[int]) -> dict[int, Tensor]:
@@ -483,7 +566,7 @@ class Runner:
     def _prompt_logprobs(self, row: Prefill, hidden: Tensor, count: int) -> list[TokenLogprobs]:
         """The logprobs of a prompt's tokens after the first. hidden: (T - 1, D), before each of them."""
         found: list[TokenLogprobs] = []
-        for start in range(0 if row.scored is None else len(hidden) - row.scored, len(hidden), PROMPT_ROWS):
+        for start in range(0, len(hidden), PROMPT_ROWS):
             part = hidden[start : start + PROMPT_ROWS]
             logprobs = vocabulary_logits(self.model, part, [row.slot] * len(part)).float().log_softmax(-1)
             tokens = row.ids[start + 1 : start + 1 + len(part)]

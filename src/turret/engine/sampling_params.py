@@ -34,8 +34,8 @@ class SamplingParams:
         constraint: What the answer must look like; other tokens are never chosen.
         strip: Whether white space around the answer is removed.
         echo: Whether the text, and its logprobs, begin with those of the prompt.
-        scored: Of a prompt of token ids: how many of its last tokens are an answer. Nothing is generated, and `logprob`
-            is the logarithm of their probability after the tokens before them.
+        scored: Answers to a prompt of token ids, as token ids each. Nothing is generated: `logprobs` has the logarithm
+            of each answer's probability.
         cut: Whether a prompt that the adapter finds too long is cut as in training. Otherwise it is an error.
         truncate_prompt_tokens: The most tokens of a prompt, of which the last are kept; -1: as many as there is room.
             An adapter that cuts prompts itself keeps its own template whole.
@@ -60,7 +60,7 @@ class SamplingParams:
     constraint: Constraint | None = None
     strip: bool = True
     echo: bool = False
-    scored: int | None = None
+    scored: tuple[tuple[int, ...], ...] | None = None
     cut: bool = True
     truncate_prompt_tokens: int | None = None
     min_tokens: int | None = None  # before which the answer does not end
@@ -68,7 +68,6 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _texts(self.stop))  # as frozen dataclasses set a field
         _between("max_tokens", self.max_tokens, 0 if self.echo else 1, 1 << 31, whole=True)
-        _between("scored", self.scored, 1, 1 << 31, whole=True)
         _between("min_tokens", self.min_tokens, 0, 1 << 31, whole=True)
         _between("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _between("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
@@ -83,6 +82,8 @@ class SamplingParams:
             raise DataError("echo does not work with num_beams: leave out one of them")
         if self.scored is not None and (self.echo or self.max_tokens is not None or self.num_beams is not None):
             raise DataError("scored generates nothing: leave out echo, max_tokens and num_beams")
+        if self.scored is not None and not (self.scored and all(self.scored)):
+            raise DataError("scored: expected one or more answers, of one token id or more each")
         _between("temperature", self.temperature, 0.0, 100.0)
         _between("top_p", self.top_p, 0.0, 1.0, above=True)
         _between("top_k", self.top_k, 1, 1 << 31, whole=True)

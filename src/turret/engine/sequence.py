@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -260,8 +259,6 @@ class RunningSequence:
         """The row of its first pass."""
         assert self.request.ids is not None
         wanted = self.settings.logprobs if self.settings.echo else None
-        if self.settings.scored:
-            return Prefill(self.request.ids, self.slot, self.kv_slots[0], logprobs=0, scored=self.settings.scored)
         return Prefill(self.request.ids, self.slot, self.kv_slots[0], logprobs=wanted)
 
     def steps(self) -> list[DecodeStep]:
@@ -338,9 +335,6 @@ class RunningSequence:
 
     def answer(self, decode: Decode, token_texts: TokenTexts) -> Answer:
         """The answer of the request. Sends the rest of its text."""
-        if self.settings.scored:
-            logprob = math.fsum(each.logprob for each in self._prompt)
-            return {"logprob": logprob, "prompt_tokens": len(self.request.ids or ())}
         text = self._text or self._grow(decode)
         text.end()
         self._send(text, decode, token_texts)

@@ -1,7 +1,7 @@
 """Questions that no adapter was trained for: a base answers by the words of the labels, or by what they are similar to.
 
-A decoder reads the question and the text in its chat template. The probability of a label is that of its tokens and of
-the token that ends the answer:
+A decoder reads the text and the question in its chat template. The text is first, so that many questions about it read
+it once. The probability of a label is that of its tokens and of the token that ends the answer:
 
     p(label) = exp(sum_i log p(token_i | prompt, token_1 ... token_{i-1}))
 
@@ -31,6 +31,7 @@ from turret.families.family import Family
 from turret.json_types import JsonObject
 from turret.tasks import Task
 from turret.tasks.chat import bare_chat
+from turret.tasks.task import Encoded
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
 
@@ -70,12 +71,12 @@ class Question:
             raise DataError(f"{shown(unknown, 40)} is described and is no label of the question: leave it out")
 
     def prompt(self, text: str) -> str:
-        """The question and the text, which is last, so that a text that is too long loses its end."""
+        """The text and the question."""
         lines = [
             f"- {each}: {self.descriptions[each]}" if each in self.descriptions else f"- {each}" for each in self.labels
         ]
-        parts = [self.instructions or "Which label fits the text?", "Answer with one of these labels alone:", *lines]
-        return "\n".join([*parts, "", f"Text: {text}"])
+        asked = self.instructions or "Which label fits the text?"
+        return "\n".join([f"Text: {text}", "", asked, "Answer with one of these labels alone:", *lines])
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Way(Protocol):
 
 
 class ByWords:
-    """A decoder. Each label is a row of its own, and all rows of a text are in the same passes.
+    """A decoder. A text that is too long loses its end.
 
     Args:
         task: of an adapter that generates; None: the base's chat template.
@@ -157,7 +158,7 @@ class ByWords:
         longest = min(ANSWER_TOKENS, room // 4)
         self._task = task or bare_chat(base.tokenizer, room - longest, longest)
         encoded = self._task.encode_examples([Pair(question.prompt(EMPTY), label) for label in question.labels])
-        self._targets = [[] if target is None else target.ids.tolist() for _, target in encoded]
+        self._targets = tuple(() if target is None else tuple(target.ids.tolist()) for _, target in encoded)
         for label, (_, target) in zip(question.labels, encoded, strict=True):
             if target is None or target.cut:
                 raise DataError(f"label {shown(label, 40)} has too many tokens for an answer: give a shorter one")
@@ -166,12 +167,25 @@ class ByWords:
         return ()
 
     def about(self, text: str) -> Sequence[Ask]:
-        (source,) = self._task.encode_sources([self.question.prompt(text)])
-        prompt = source.ids.tolist()
-        return [Ask("generate", [*prompt, *own], SamplingParams(scored=len(own))) for own in self._targets]
+        return [Ask("generate", self._prompt(text).ids.tolist(), SamplingParams(scored=self._targets))]
+
+    def _prompt(self, text: str) -> Encoded:
+        """With as many characters of the text as there is room for, found by halving."""
+        most, known = self._encoded(text), 0
+        if not most.cut:
+            return most
+        end = len(text)
+        while end - known > 1:
+            middle = (known + end) // 2
+            known, end = (known, middle) if self._encoded(text[:middle]).cut else (middle, end)
+        return self._encoded(text[:known])
+
+    def _encoded(self, text: str) -> Encoded:
+        return self._task.encode_sources([self.question.prompt(text)])[0]
 
     def scores(self, first: Sequence[Answer], answers: Sequence[Answer]) -> list[float]:
-        return [float(answer["logprob"]) for answer in answers]
+        (own,) = answers
+        return [float(each) for each in own["logprobs"]]
 
     def mass(self, scores: Sequence[float]) -> float | None:
         return min(1.0, math.fsum(map(math.exp, scores)))

@@ -315,7 +315,7 @@ class VllmPasses:
     def _body(self, request: Request) -> JsonObject:
         """The request to vLLM. Raises DataError for what it cannot do."""
         if not request.rows:
-            raise AdapterError("vLLM answers with texts here: ask an engine of turret for labels and vectors")
+            raise AdapterError("vLLM answers with texts here: ask an engine of turret for labels, vectors and scores")
         settings, options = request.settings, request.options
         assert settings is not None
         _check_settings(settings)
@@ -436,7 +436,6 @@ def _check_settings(settings: GenerationSettings) -> None:
     wrong = {
         "num_beams": settings.num_beams > 1,
         "echo": settings.echo,
-        "scored": settings.scored > 0,
         "no_repeat_ngram_size": settings.no_repeat_ngram_size > 0,
         "min_length": settings.min_length > 0,
         "forced_bos_token_id": settings.forced_bos is not None,

@@ -242,7 +242,7 @@ async def decide(
 async def _by_the_base(
     state: ServerState, request: Request, response: Response, call: Call
 ) -> tuple[str, int, list[Verdict]]:
-    """The same without training. Each label of a decoder is a row of its own, and all rows are submitted at once."""
+    """The same without training. A decoder is asked once for each question, and all rows are submitted at once."""
     ways = await state.parsing(_ways, state, call)
     asks = [ask for _, *parts in ways for part in parts for ask in part]
     if len(asks) > limits.MOST_INPUTS:
