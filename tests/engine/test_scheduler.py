@@ -265,3 +265,25 @@ def test_a_higher_priority_goes_before_the_turns_of_tenants() -> None:
         plan.add(request("b", 50, tenant="asks"))
     assert {each.tenant for _ in range(5) for each in plan.next()} == {"asks"}
     assert {each.tenant for _ in range(5) for each in plan.next()} == {"batch"}
+
+
+def test_answers_to_score_after_one_prompt_share_its_tokens_in_a_pass() -> None:
+    """The prompt of 80 tokens is read once a pass, and each request has 10 tokens of its own."""
+
+    def scored(ids: list[int]) -> Request:
+        own = request("", 90, "generate")
+        own.options, own.ids, own.rows = SamplingParams(scored=((1,) * 10,)), ids, 0
+        return own
+
+    turns = scheduler()
+    same, other = [scored([1] * 80) for _ in range(3)], scored([2] * 80)
+    for each in (*same, other):
+        turns.add(each)
+    assert turns.next() == same[:2]
+    assert turns.next() == same[2:], "another prompt does not fit beside it"
+    assert turns.next() == [other]
+    plain = [request("", 90, "embed") for _ in range(2)]
+    for each in plain:
+        each.ids = [1] * 80
+        turns.add(each)
+    assert turns.next() == plain[:1]

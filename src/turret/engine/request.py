@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from turret.data import Input
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.slots import Entry, MemoryBudget
+from turret.engine.token_tree import common
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError, one_line
 from turret.json_types import JsonObject
 from turret.tasks.task import RequestKind
@@ -437,6 +438,12 @@ class Request:
     def scores(self) -> bool:
         """Whether it is answered by the log-probabilities of given answers."""
         return self.options.scored is not None
+
+    def tokens_after(self, other: Request | None) -> int:
+        """Its tokens that a pass reads in which another request has begun: prompts of scored answers are shared."""
+        if other is None or not (self.scores and other.scores and self.flow == other.flow):
+            return self.tokens
+        return self.tokens - common(self.ids or (), other.ids or ())
 
     @property
     def flow(self) -> str:

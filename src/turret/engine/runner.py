@@ -220,22 +220,27 @@ class Runner:
     def _scores(self, rows: Sequence[Prefill]) -> list[list[float]]:
         """Score branches, log p(branch | row) of each branch of each row. What they have in common is read once.
 
-        A pass reads one level of the tree of all of them. What has branches below gets a KV slot until all are read.
+        A pass reads nodes of the tree whose nodes above are read. Those with children have a KV slot until the end.
         """
         paths = [_Path(row, branch) for row in rows for branch in row.branches]
-        tree = token_tree([path.ids for path in paths], [path.row.slot for path in paths], shared=self._cuts)
+        slots = [path.row.slot for path in paths]
         found, opened = [0.0] * len(paths), list[KVSlot]()
-        level: list[tuple[Node, KVSlot | None]] = [(node, None) for node in tree]
+        waiting: list[tuple[Node, KVSlot | None]] = [
+            (node, None) for node in token_tree([path.ids for path in paths], slots, shared=self._cuts)
+        ]
         try:
-            while level:
-                reads = [self._node(node, paths[node.rows[0]].row.slot, source, opened) for node, source in level]
+            while waiting:
+                count = (
+                    sum(1 for total in accumulate(len(node.ids) for node, _ in waiting) if total <= PROMPT_PASS) or 1
+                )
+                part = sorted(waiting[:count], key=lambda each: slots[each[0].rows[0]])
+                reads = [self._node(node, slots[node.rows[0]], source, opened) for node, source in part]
                 hidden = self._body(reads, []).hidden
                 self._grow(reads, [])
-                self._score([node for node, _ in level], paths, hidden, found)
-                level = [
-                    (child, read.kv_slot)
-                    for (node, _), read in zip(level, reads, strict=True)
-                    for child in node.children
+                self._score([node for node, _ in part], paths, hidden, found)
+                below = zip(part, reads, strict=True)
+                waiting = waiting[count:] + [
+                    (child, read.kv_slot) for (node, _), read in below for child in node.children
                 ]
         finally:
             for each in opened:

@@ -121,14 +121,14 @@ class Scheduler:
             elif request.rows and (closed or not self._holds(request)):
                 closed = closed or line.impatient
                 line.stop()
-            elif chosen and request.tokens > room:
+            elif chosen and request.tokens_after(chosen[-1]) > room:
                 if not line.impatient:
                     full.add(line.priority)
                 line.stop()
             else:
                 line.take()
                 self._take(request)
-                room -= request.tokens
+                room -= request.tokens_after(chosen[-1] if chosen else None)
                 chosen.append(request)
         self._passes += bool(chosen)
         return chosen

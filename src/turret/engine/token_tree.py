@@ -48,7 +48,7 @@ def token_tree(rows: Sequence[Sequence[int]], slots: Sequence[int], *, shared: b
 def _nodes(rows: Sequence[Sequence[int]], own: Sequence[int], start: int, known: int) -> Iterator[Node]:
     """The nodes of some sorted rows after `start`. known: how many tokens they are known to have in common."""
     first, last = rows[own[0]], rows[own[-1]]
-    end = known + _common(first[known:], last[known:])
+    end = known + common(first[known:], last[known:])
     if len(own) == 1 or (len(own) - 1) * (end - start) >= LEAST:
         going = [row for row in own if len(rows[row]) > end]
         children = [child for part in _parts(rows, going, end) for child in _nodes(rows, part, end, end)]
@@ -66,6 +66,6 @@ def _parts(rows: Sequence[Sequence[int]], own: Iterable[int], place: int) -> Ite
     return (list(each) for _, each in groupby(own, key=lambda row: rows[row][place]))
 
 
-def _common(first: Sequence[int], last: Sequence[int]) -> int:
+def common(first: Sequence[int], last: Sequence[int]) -> int:
     """How many tokens two rows have in common at their start."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
