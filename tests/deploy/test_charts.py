@@ -118,7 +118,7 @@ def programs(name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def rendered() -> dict[str, Any]:
-    command = [programs("helm") / "python", Path(__file__).with_name("render_chart.py"), DEPLOY / "helm"]
+    command = [programs("charts") / "python", Path(__file__).with_name("render_chart.py"), DEPLOY / "helm"]
     out = subprocess.run(command, input=json.dumps(VARIANTS), capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     return dict(json.loads(out.stdout))
@@ -202,7 +202,7 @@ def test_every_pod_runs_a_command_that_turret_has_without_rights_and_with_a_read
 @pytest.mark.clients
 def test_hadolint_finds_nothing_in_the_dockerfile(tmp_path: Path) -> None:
     def complaints(path: Path) -> str:
-        out = subprocess.run([programs("hadolint") / "hadolint", path], capture_output=True, text=True, check=False)
+        out = subprocess.run([programs("charts") / "hadolint", path], capture_output=True, text=True, check=False)
         assert (out.returncode == 0) == (not out.stdout), out.stderr
         return out.stdout
 

@@ -311,6 +311,9 @@ class LimitMiddleware:
             await self.app(scope, _replayed(content, receive), send)
 
 
+TAKE_BODIES = ("POST", "PUT", "PATCH", "DELETE")
+
+
 class _Body:
     """The bytes of one request, counted until `close`.
 
@@ -345,7 +348,7 @@ class _Body:
             raise TooSlow(
                 f"the body did not arrive within {self.limits.body_seconds:g} seconds: send it without pauses"
             ) from None
-        if self.content:
+        if self.content and scope["method"] in TAKE_BODIES:  # no route has another method with a body: that is 405
             _check_type(headers, FORM if is_page(scope["path"]) else JSON)
         return bytes(self.content)
 
