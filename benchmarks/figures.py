@@ -28,6 +28,7 @@ import fleet
 import float32_products
 import lora_plus
 import nf4
+import panels
 import plan_memory
 import prefix_attention
 import promises
@@ -38,6 +39,7 @@ import rivals_encoder
 import serve_speed
 import store_scale
 import suggest
+import systemone
 import tasks
 import train_while_answering
 import two_trees
@@ -46,6 +48,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "measured.md",
+    ROOT / "docs" / "howto" / "decisions.md",
     ROOT / "docs" / "howto" / "fleet.md",
     ROOT / "docs" / "howto" / "quantized.md",
     ROOT / "docs" / "howto" / "suggest.md",
@@ -402,6 +405,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fleet-validated": fleet.validated,
     "fleet-jobs": fleet.jobs_table,
     "decisions": lambda: decisions.report(record.load("decisions")),
+    "panels": lambda: panels.report(record.newest(record.load("panels"), lambda run: repr(run["settings"]))),
+    "systemone": lambda: systemone.report(record.newest(record.load("systemone"), lambda run: repr(run["settings"]))),
     "suggest": lambda: suggest.report(record.load("suggest")),
     "tasks": lambda: tasks.report(record.load("tasks")),
     "promises-chosen": lambda: promises.chosen_report(record.load("promises")),
