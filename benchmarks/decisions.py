@@ -313,7 +313,7 @@ def scores(chances: Any, right: Any) -> tuple[float, float, float]:
 
 def report(runs: Sequence[Mapping[str, Any]]) -> str:
     """A table: each side on each set, and how much lower Turret's log loss is."""
-    newest = record.newest(runs, lambda run: f"{run['settings']['set']} {run['settings']['seed']}")
+    newest = list({(run["settings"]["set"], run["settings"]["seed"]): run for run in runs}.values())
     lines = []
     for name in SETS:
         own = [run for run in newest if run["settings"]["set"] == name]
