@@ -328,6 +328,28 @@ class AsyncClient:
         """Move an alias back to the version that it named before."""
         return await self._json("POST", f"/api/aliases/{name}/{alias}/rollback")
 
+    async def draft(
+        self, source: str, files: Mapping[str, str] | None = None, settings: Mapping[str, str] | None = None
+    ) -> JsonObject:
+        """Look at a table: its first rows, the task and the columns that they show, and a recipe for them.
+
+        Args:
+            source: The id of a file of `/v1/files`, one of `files`, or pypi:package.
+            files: Name -> content of tables.
+            settings: Of the recipe, that are known, such as `{"data.label": "topic"}`.
+        """
+        body = {"source": source, "files": dict(files or {}), "settings": dict(settings or {})}
+        return await self._json("POST", "/api/runs/draft", body)
+
+    async def plan(self, recipe: str, files: Mapping[str, str] | None = None) -> JsonObject:
+        """Check a training without starting it: memory, time and what is wrong.
+
+        Args:
+            recipe: TOML.
+            files: Name -> content of tables; `data.source` names one of them, or a file of `/v1/files`.
+        """
+        return await self._json("POST", "/api/runs/plan", {"recipe": recipe, "files": dict(files or {})})
+
     async def train(self, recipe: str, files: Mapping[str, str] | None = None, *, priority: int = 0) -> JsonObject:
         """Put a training into the queue of the server's store. Returns the run.
 
@@ -347,6 +369,10 @@ class AsyncClient:
     async def run(self, run: str) -> JsonObject:
         """One training, with its recipe and its log."""
         return await self._json("GET", f"/api/runs/{run}")
+
+    async def resume_run(self, run: str) -> JsonObject:
+        """Put a training that has failed or was cancelled back into the queue. It resumes from its last checkpoint."""
+        return await self._json("POST", f"/api/runs/{run}/resume")
 
     async def delete_run(self, run: str) -> None:
         """Delete a training that has ended. Its version stays."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from turret.errors import EngineError
@@ -45,15 +45,26 @@ class HelperProcess:
         module: has `helper(about) -> Answer`.
         about: what the helper reads first.
         seconds: for one question.
-        memory: bytes that the helper may allocate beyond those at its start.
+        memory: bytes that the helper may allocate beyond those at its start; None: any number.
         problem: the start of an error: `a constraint cannot be compiled`.
         store: the store that the helper opens, as TURRET_STORE; None: none, and no credentials of PostgreSQL and S3.
+        idle: seconds without a question after which the process ends; None: never.
     """
 
     def __init__(
-        self, module: str, about: JsonObject, seconds: float, memory: int, problem: str, *, store: str | None = None
+        self,
+        module: str,
+        about: JsonObject,
+        seconds: float,
+        memory: int | None,
+        problem: str,
+        *,
+        store: str | None = None,
+        idle: float | None = None,
     ) -> None:
         self._module, self._seconds, self._problem, self._store = module, seconds, problem, store
+        self._idle = idle
+        self._end_idle: threading.Timer | None = None
         self._about = json.dumps({"about": about, "seconds": seconds, "memory": memory}).encode() + b"\n"
         self._lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
@@ -69,7 +80,7 @@ class HelperProcess:
             EngineError: The helper cannot be started, or was killed twice.
         """
         line = json.dumps(question).encode() + b"\n"
-        with self._lock:
+        with self._lock, self._kept_awake():
             for _ in range(2):
                 process = self._running()
                 answer = self._answer(process, line, self._seconds, stop)
@@ -92,6 +103,19 @@ class HelperProcess:
         """End the helper."""
         with self._lock:
             self._end()
+
+    @contextlib.contextmanager
+    def _kept_awake(self) -> Iterator[None]:
+        """While a question is answered the process is not idle."""
+        if self._end_idle is not None:
+            self._end_idle.cancel()
+        try:
+            yield
+        finally:
+            if self._idle is not None:
+                self._end_idle = threading.Timer(self._idle, self.close)
+                self._end_idle.daemon = True
+                self._end_idle.start()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self.process is not None and self.process.poll() is None:
@@ -181,7 +205,8 @@ def main(module: str) -> None:
     """Answer a line of JSON for each line of JSON on stdin, until it is closed."""
     said = json.loads(sys.stdin.buffer.readline())
     answer: Answer = importlib.import_module(module).helper(said["about"])
-    _limit_memory(int(said["memory"]))
+    if said["memory"] is not None:
+        _limit_memory(int(said["memory"]))
     _print({})
     for line in sys.stdin.buffer:
         if hasattr(signal, "setitimer"):

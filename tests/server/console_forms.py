@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-PAGES = ("/adapters", "/runs", "/comparisons", "/playground", "/panels", "/experiments", "/store")
+PAGES = ("/adapters", "/train", "/runs", "/comparisons", "/playground", "/panels", "/experiments", "/store")
 SCRIPT = "<script>alert(1)</script>"
 
 

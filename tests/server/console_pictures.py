@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 from browser import Page, browser
 from server.console_store import BASE, fill, recipe
 
@@ -34,10 +35,11 @@ from turret.workspace.serving_trainer import TrainingWhileServing
 Steps = Callable[[Page], Any]
 WORDS = "words.json"  # beside the pictures
 UNITS = {"ms", "s", "min", "h", "d", "days", "ago", "kB", "MB", "GB"}  # by the speed of the machine
-# What a page shows, without what a machine or a moment decides: times, places, identifiers, code.
+# What a page shows, without what a machine or a moment decides: times, places, identifiers, code, measurements.
 VISIBLE = """() => {
   const copy = document.body.cloneNode(true);
-  copy.querySelectorAll("script, style, time, code, pre, svg, iframe, .mono, .when").forEach(each => each.remove());
+  const left = "script, style, time, code, pre, svg, iframe, .mono, .when, .measured";
+  copy.querySelectorAll(left).forEach(each => each.remove());
   const walker = document.createTreeWalker(copy, NodeFilter.SHOW_TEXT), found = [];
   while (walker.nextNode()) found.push(walker.currentNode.data);
   return found.join(" ");
@@ -64,6 +66,37 @@ def playing(page: Page) -> None:
     page.locator(".panel .receipt").nth(1).wait_for()
 
 
+def tickets() -> bytes:
+    """A workbook as an office has it: a title, then the names, then rows."""
+    book = openpyxl.Workbook()
+    sheet = book.active
+    assert sheet is not None
+    sheet.title = "Tickets"
+    sheet.append(["Support, October"])
+    sheet.append([])
+    sheet.append(["No.", "Message", "Channel", "Team"])
+    words = {"Billing": "The invoice {} is wrong", "Shipping": "The parcel {} is late", "Access": "I cannot log in, {}"}
+    for number in range(120):
+        team = list(words)[number % 3]
+        sheet.append([number, words[team].format(number), ("mail", "chat")[number // 3 % 2], team])
+    file = io.BytesIO()
+    book.save(file)
+    return file.getvalue()
+
+
+def sent(page: Page) -> None:
+    page.get_by_label("File").set_input_files({"name": "tickets.xlsx", "mimeType": "", "buffer": tickets()})
+    page.get_by_role("button", name="Send it").click()
+    page.wait_for_url("**/train/recipe**")
+
+
+def planned(page: Page) -> None:
+    page.set_default_timeout(180_000)
+    sent(page)
+    page.get_by_role("button", name="Check the plan").click()
+    page.wait_for_url("**/train/plan")
+
+
 def settled(page: Page) -> None:
     page.locator(".uplot").first.wait_for()
     page.wait_for_timeout(300)
@@ -84,6 +117,8 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
     "adapter": ("/adapters/news", nothing, False, False),
     "promote": ("/adapters/news", moving, False, False),
     "version": ("/adapters/news/2", nothing, False, False),
+    "train-recipe": ("/train", sent, False, False),
+    "train-plan": ("/train", planned, False, False),
     "trainings": ("TRAININGS", nothing, False, False),
     "run": ("RUN", settled, False, False),
     "run-phone-dark": ("RUN", settled, True, True),

@@ -23,6 +23,7 @@ from turret.access import Access
 from turret.engine import Done, Embedding, Event, Failed, Named, Piece, Receipt
 from turret.engine import SamplingParams as EngineOptions
 from turret.errors import AdapterError, Busy, Cancelled, DeadlineExceeded, Draining, NotFound, WrongBase
+from turret.families import FAMILIES
 from turret.store import Store
 
 FINGERPRINT = "sha256:echo"
@@ -195,7 +196,9 @@ class Echo:
     constraints: Any = None  # `turret.engine.structured_output.Constraints`
 
     def __post_init__(self) -> None:
-        self.base = SimpleNamespace(id=self.base_id, fingerprint=self.fingerprint, tokenizer=self.tokenizer)
+        self.base = SimpleNamespace(
+            id=self.base_id, fingerprint=self.fingerprint, tokenizer=self.tokenizer, family=FAMILIES["llama"]
+        )
         self.loads: list[str] = []
         self.cold: list[str] = []  # versions that a question had to wait for
         self.cancelled: list[str] = []

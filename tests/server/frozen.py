@@ -19,7 +19,7 @@ from urllib.parse import quote
 import psutil
 from server import walk
 
-from turret.server.limits import RequestLimits, is_page
+from turret.server.limits import FILES, RequestLimits, is_page
 
 PROMISED = 0.3  # seconds until /healthz answers, during any other request
 GROWTH = 5 << 28  # bytes by which the memory of a server may grow meanwhile: the walk with any text, 16,528
@@ -206,7 +206,9 @@ def _of_page(path: str, method: str, pattern: str) -> Iterator[Attack]:
     if plain != path:
         yield Attack(f"{where} path {pattern!r}", method, re.sub(r"\{(\w+)\}", lambda _: text, path, count=1))
     yield Attack(f"{where} ?{pattern!r}", method, f"{plain}?{text}")
-    if method == "POST":
+    if method == "POST" and path in FILES:
+        yield from _of_file(where, plain, pattern)
+    elif method == "POST":
         raw = repeated(pattern, most - 100).encode()
         for start in (b"", b"token=", b"text=", b"version=1&alias=", b"model="):
             yield Attack(f"{where} {start.decode()}{pattern!r}", method, plain, start + raw, FORM)

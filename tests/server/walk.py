@@ -16,11 +16,12 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from turret.server import app as server_app
+from turret.server.limits import FILES
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
 ENDS_THE_SESSION = {"/sign-in", "/sign-out"}  # they name nothing
 NAMES = ("name", "reference", "model", "adapter", "after", "run_id", "key", "receipt")
-NAMES += ("candidates", "control", "shadows", "batch_id", "file_id", "input_file_id", "comparison")
+NAMES += ("candidates", "control", "shadows", "batch_id", "file_id", "input_file_id", "comparison", "source", "recipe")
 # Parameters and keys that name nothing of a tenant: the values to send.
 PLAIN: dict[str, Sequence[Any]] = {
     "alias": ["production"], "number": [1], "version": [1], "verb": ["promote", "rollback", "ramp", "stop"],
@@ -29,6 +30,7 @@ PLAIN: dict[str, Sequence[Any]] = {
     "before": [1000], "purpose": ["batch"], "endpoint": ["/v1/classify"],
     "past": [0],
 }  # fmt: skip
+RUN_VERBS = ["cancel", "resume"]  # of /runs/{run_id}/do/{verb}; to delete is asked over the API
 FORM = {"version": "1", "alias": "production", "arm": "candidate", "share": "50%", "text": "x"}
 CHANGES = ("date", "x-request-id")  # headers that differ between two equal answers
 
@@ -127,9 +129,12 @@ def _of_pages(named: Mapping[str, Any]) -> Iterator[Ask]:
         for method in route.methods:
             where = f"{method} {route.path}"
             for values in _chosen(where, [*path, *query], named):
-                form = None if method == "GET" else {**FORM, "model": named["model"]}
+                if method != "GET" and route.path in FILES:
+                    yield Ask(route.path, method, route.path, file=True, page=True)
+                    continue
+                form = None if method == "GET" else FORM | {key: named[key] for key in ("model", "source", "recipe")}
                 asked = {key: values[key] for key in query}
-                names = form is not None or any(each in NAMES for each in path)
+                names = form is not None or any(each in NAMES for each in (*path, *query))
                 plain = route.path.replace(":path", "")
                 yield Ask(plain, method, _filled(route.path, values), asked, form=form, names=names, page=True)
 
@@ -137,7 +142,8 @@ def _of_pages(named: Mapping[str, Any]) -> Iterator[Ask]:
 def _chosen(where: str, keys: Sequence[str], named: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for key in keys:
         assert key in NAMES or key in PLAIN, f"{where} has a parameter {key}: say in walk.py whether it names something"
-    for values in itertools.product(*([named[key]] if key in NAMES else PLAIN[key] for key in keys)):
+    plain = {**PLAIN, "verb": RUN_VERBS} if "/runs/" in where else PLAIN
+    for values in itertools.product(*([named[key]] if key in NAMES else plain[key] for key in keys)):
         yield dict(zip(keys, values, strict=True))
 
 
@@ -166,6 +172,9 @@ class Stranger:
             headers = {"content-type": "application/x-www-form-urlencoded", "sec-fetch-site": "same-origin"}
             data = {**ask.form, "form_token": self.form_token}
             got = self.pages.request(ask.method, ask.path, params=ask.query, data=data, headers=headers)
+        elif ask.file and ask.page:
+            table, data = {"file": ("table.csv", b"text,label\n")}, {"form_token": self.form_token}
+            got = self.pages.post(ask.path, files=table, data=data, headers={"sec-fetch-site": "same-origin"})
         elif ask.file:
             got = self.api.post(ask.path, files={"file": ("lines.jsonl", b"{}\n")}, data={"purpose": "batch"})
         elif not ask.page:

@@ -22,7 +22,7 @@ from turret import audit
 from turret.access import Access
 from turret.cli.main import run as command
 from turret.data.source import open_source
-from turret.errors import DataError, Interrupted, NotFound, QueueFull, RecipeError, StoreError
+from turret.errors import DataError, Interrupted, InUse, NotFound, QueueFull, RecipeError, StoreError
 from turret.ops.cpu import compiled as kernels
 from turret.recipe import Recipe
 from turret.store import HeldRun, JobQueue, Store, leases
@@ -102,23 +102,23 @@ SOURCES = ("/etc/passwd", "runs/../../x.csv", "-", "missing.csv", "~/x.csv", f"{
 def test_a_client_cannot_name_a_file_of_the_server(workspace, source) -> None:
     recipe = Recipe(name="a", base="auto", data={"source": source})
     with pytest.raises(DataError, match="is not in files"):
-        workspace.queue.submit_texts(recipe, {"reviews.csv": b"text,label\n"})
+        workspace.queue.submit_sent(recipe, {"reviews.csv": b"text,label\n"})
     with pytest.raises(RecipeError, match="expected a Hub id or pypi:package, not a path"):
-        workspace.queue.submit_texts(
+        workspace.queue.submit_sent(
             Recipe(name="a", base="/models/secret", data={"source": "reviews.csv"}), {"reviews.csv": b"text,label\n"}
         )
     for name in ("../reviews.csv", "a\0.csv", "a\n.csv", "a\\b.csv", "é" * 120 + ".csv", "\ud800.csv", ".csv"):
         named = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": name})})
         with pytest.raises(DataError, match="is not a plain file name"):
-            workspace.queue.submit_texts(named, {name: b"text,label\n"})
+            workspace.queue.submit_sent(named, {name: b"text,label\n"})
     for base in (f"{'0' * 32}/x.gguf", "org/x.GGUF"):
         with pytest.raises(RecipeError, match="expected a Hub id or pypi:package, not a path"):
-            workspace.queue.submit_texts(
+            workspace.queue.submit_sent(
                 Recipe(name="a", base=base, data={"source": "reviews.csv"}), {"reviews.csv": b"text,label\n"}
             )
     for name in ("../reviews.csv", "reviews", "x.gguf", "squad", ".csv", "~x.csv"):
-        with pytest.raises(DataError, match="is not a plain file name of a table"):
-            workspace.queue.submit_texts(recipe, {name: b""})
+        with pytest.raises(DataError, match=r"is not a plain file name of a table|has no known kind of table"):
+            workspace.queue.submit_sent(recipe, {name: b""})
 
 
 def run_recipe(where: str, tenant: str, run: str) -> str:
@@ -192,6 +192,29 @@ def test_who_submitted_and_cancelled_is_in_the_audit_log(tmp_path, workspace) ->
         ("cancel", f"run {run['id']}", "reviews", {"state": "waiting"}, None),
         ("train", f"run {run['id']}", "reviews", None, {"run": run["id"], "priority": 3}),
     ]
+
+
+def test_a_cancelled_training_goes_back_into_the_queue_unless_its_data_is_gone(tmp_path, workspace, new_url) -> None:
+    (tmp_path / "bert").mkdir()
+    recipe = recipe_in(tmp_path)
+    for each in (workspace, Workspace(new_url(str(tmp_path / "files")))):
+        run = each.queue.submit(recipe)["id"]
+        with pytest.raises(InUse, match="only a failed or cancelled one can be resumed"):
+            each.queue.resume(run)
+        each.queue.cancel(run)
+        assert each.queue.resume(run)["state"] == "waiting"
+        assert each.queue.place(run) == (1, 1)
+        each.queue.cancel(run)
+        each.queue.limit("default", waiting=0)
+        with pytest.raises(QueueFull):
+            each.queue.resume(run)
+        each.queue.limit("default")
+        each.gc()
+        with pytest.raises(DataError, match="was removed by a gc: send it again"):
+            each.queue.resume(run)
+        assert each.run(run)["state"] == "cancelled"
+        with pytest.raises(NotFound):
+            each.with_access(Access("legal")).queue.resume(run)
 
 
 def test_data_that_is_missing_or_from_stdin_is_refused_when_it_is_submitted(workspace) -> None:
@@ -565,6 +588,14 @@ class TestFleet:
         assert workspace.queue.cancel(run)["state"] == "running"
         until(lambda: workspace.run(run)["state"] == "cancelled", 30)
         assert list(workspace.list()) == []
+        # A person lets it go on: from the checkpoint, to its end.
+        made = int(list(workspace.curve(run))[-1].step)
+        workspace.queue.resume(run)
+        until(lambda: list(workspace.curve(run))[-1].step > made + 5)
+        lines = [each["line"] for each in workspace.queue.log(run)]
+        after = lines[max(place for place, line in enumerate(lines) if line.startswith("reading")) :]
+        first = next(int(line.split()[1]) for line in after if line.startswith("step"))
+        assert first >= made - 1, "it did not start over"
 
     def test_two_workers_share_the_trainings_of_two_tenants(self, machine, start, tmp_path) -> None:
         recipe = recipe_in(tmp_path)

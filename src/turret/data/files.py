@@ -65,7 +65,7 @@ def open_table(path: Path, form: FileFormat = DETECTED) -> Table:
         DataError: the file cannot be read, or is no table.
     """
     if not is_table(path):
-        raise DataError(_unknown(path))
+        raise DataError(not_a_table(path))
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{name_of(path)} is empty: give a table with rows")
@@ -84,7 +84,8 @@ def open_table(path: Path, form: FileFormat = DETECTED) -> Table:
         raise DataError(f"{name_of(path)} cannot be read: {reason_of(error)}: check the file and its folder") from None
 
 
-def _unknown(path: Path) -> str:
+def not_a_table(path: Path) -> str:
+    """Why a file name is not that of a table, and what to do."""
     kind = kind_of(path)
     if kind in _UNPACKED:
         return f"{name_of(path)} is compressed twice: unpack it to {kind}"

@@ -73,6 +73,10 @@ class LoRA(Method):
     init_lora_weights: Annotated[bool | Literal["gaussian", "pissa", "loftq"], BeforeValidator(require_no_data)] = True
 
     @property
+    def summary(self) -> str:
+        return "low-rank changes of linear layers"
+
+    @property
     def scaling(self) -> float:
         return lora_scaling(self.lora_alpha, self.r, self.use_rslora)
 

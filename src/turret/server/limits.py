@@ -29,6 +29,7 @@ PAGES = frozenset(
     (
         "",
         "adapters",
+        "train",
         "runs",
         "comparisons",
         "playground",
@@ -73,7 +74,8 @@ MOST_UNIT = 1024  # characters
 OPEN = ("/healthz", "/readyz")  # without a token, and without limits
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"  # the bodies of the API and of pages
 LARGE_BODIES = ("/v1/", "/tokenize", "/detokenize", "/api/runs", "/api/outcomes", "/playground")  # with texts or tables
-FILES, MULTIPART = "/v1/files", "multipart/form-data"  # the one route whose body is not read before it, and its type
+# The routes whose bodies are files, which are not read before the route, and their type.
+FILES, MULTIPART = ("/v1/files", "/train"), "multipart/form-data"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class RequestLimits:
     small_body_bytes: int = 64 << 10  # of any other request, and of the forms of pages
     tiny_body_bytes: int = 8 << 10  # of signing in and out, and of a request that has no body
     bodies_bytes: int = 64 << 20  # of all requests in flight
-    file_bytes: int = 200 << 20  # of one file that is sent for a batch
+    file_bytes: int = 200 << 20  # of one file that is sent: a table, or one for a batch
     file_rate: int = 16 << 10  # bytes a second of such a file, at least, after `body_seconds`
     body_keys: int = 4096  # of all objects in a body
     body_values: int = 1 << 18  # of all lists and objects in a body
@@ -269,7 +271,7 @@ class LimitMiddleware:
             await send_error(error, scope, receive, send)
             return
         tenant = _tenant(scope)
-        uploads = scope["path"] == FILES and scope["method"] == "POST"
+        uploads = scope["path"] in FILES and scope["method"] == "POST"
         try:
             with self.load.place(self.load.uploads if uploads else self.load.answering, tenant):
                 if uploads:

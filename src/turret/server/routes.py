@@ -131,7 +131,11 @@ class PageRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
-            return await handler(PlainRequest(request.scope, request.receive, request._send))
+            plain = PlainRequest(request.scope, request.receive, request._send)
+            try:
+                return await handler(plain)
+            finally:
+                await plain.close()  # the file of its form
 
         return handle
 

@@ -58,6 +58,7 @@ from turret.turns import ThreadPool
 from turret.version import __version__
 from turret.visibility import seen_adapters, seen_versions
 from turret.workspace.core import Workspace
+from turret.workspace.previewing import Previews
 
 # --- shadows ----------------------------------------------------------------------------------------------------------
 # Shadows: versions that are run in addition to the answer. They are recorded and compared, and never returned.
@@ -491,6 +492,7 @@ GOLDEN_AT_ONCE = 16  # golden examples at the engines at the same time
 GOLDEN_PATIENCE = 60.0  # seconds to wait for room in a full queue
 MOST_PROMOTES = 4  # promotes that ask golden examples, running or waiting
 MOST_SIGN_INS = 32  # that wait for the provider
+MOST_PREVIEWS = 8  # tables that are read and recipes that are planned, running or waiting
 MOST_VIEWS = 1024  # of accesses that are kept
 LAST_TRIES = 3  # of the flush when a server ends
 MOST_LOGGED = 32  # versions of one request that its line in the log names
@@ -531,6 +533,7 @@ class ServerState:
         if not self.usage.counts:
             self.log.write("usage", "warning", message="nothing is counted: the store is read-only here")
         self.files, self.batches = ClientFiles.of(workspace.store), Batches.of(workspace.store)
+        self.previews = Previews(workspace.store)
         self._home, self._all_engines = workspace, engines if isinstance(engines, Engines) else Engines(engines)
         self._newest = NewestActions(workspace.store.database(make=True), time.monotonic)
         self._tokens_mark: Mark | None = None  # of the tokens that are known here
@@ -548,6 +551,8 @@ class ServerState:
             # Promotes that ask golden examples may take minutes.
             ThreadPool("aside", 1, MOST_PROMOTES, "promotes are asking golden examples", 10),
             ThreadPool("tell", 1, limits.outcomes_waiting, "requests with outcomes are waiting", 1),
+            # A plan loads a base, and a hostile table takes as long as it may.
+            ThreadPool("preview", 2, MOST_PREVIEWS, "tables are being read and recipes planned", 5),
         )
         # Anybody may come back from a provider, and it may be slow.
         self.signing_in = ThreadPool("sign-in", 4, MOST_SIGN_INS, "sign-ins wait for the provider", 5)
@@ -628,7 +633,7 @@ class ServerState:
         self.shadows, self.promises, self.metrics = tenant.shadows, tenant.promises, tenant.metrics
         self._sampler = tenant.sampler
         threads = [each.of(access.tenant) for each in self._threads]
-        self.asking, self.parsing, self.compiling, self.control, self.promoting, self.recording = threads
+        self.asking, self.parsing, self.compiling, self.control, self.promoting, self.recording, self.preview = threads
         if not access.whole:
             self.workspace = tenant.workspace.with_access(access)
             self.engines = SeenEngines(self._all_engines, self.workspace, self._home.store.access.tenant)
@@ -1098,6 +1103,7 @@ class ServerState:
             self.spans.shutdown()
         for pool in (*self._threads, self.signing_in):
             pool.close()
+        self.previews.close()
 
     # --- metrics ------------------------------------------------------------------------------------------------------
 

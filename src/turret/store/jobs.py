@@ -273,6 +273,30 @@ class JobQueue:
             audit.record(connection, "cancel", f"run {run}", name, before=before, at=now(), who=who())
             return _cancel(connection, entry)
 
+    def resume(self, run: str, require: Callable[[Connection, str], None]) -> None:
+        """Put a training that has failed or was cancelled back into the queue. It resumes from its last checkpoint.
+
+        Args:
+            require: called in the transaction with the recipe; raises if the data of the run is gone.
+
+        Raises:
+            NotFound: no such run of this tenant.
+            InUse: it has not ended, has finished, or is not from the queue.
+            QueueFull: the tenant has as many waiting jobs as it may.
+        """
+        with self._database.writing() as connection:
+            entry = self._entry(connection, run)
+            if entry.state not in ("failed", "cancelled"):
+                raise InUse(f"run {run} is {entry.state}: only a failed or cancelled one can be resumed")
+            require(connection, entry.recipe)
+            self._require_room(connection)
+            name = connection.execute(select(jobs.c.name).where(jobs.c.id == run)).scalar_one()
+            values = {"state": "waiting", "tries": 0, "due": 0.0, "cancelled": None, "ended": None, "error": None}
+            chosen = update(jobs).where(jobs.c.id == run)
+            connection.execute(chosen.values(**values, beside=False, result=None, queued=now()))
+            before = {"state": entry.state}
+            audit.record(connection, "resume", f"run {run}", name, before=before, at=now(), who=who())
+
     def cancel_cells(self, ids: Iterable[str]) -> None:
         """End cells that wait in the queue, and ask the workers of those that run to end them."""
         if not (named := list(ids)):

@@ -28,6 +28,7 @@ from turret.store import scratch
 from turret.store.artifacts import Artifact, Artifacts
 from turret.store.blobs import Blob
 from turret.store.gc import Removed
+from turret.visibility import access_of
 
 FOLDER = "queued"
 PLACE = re.compile("[0-9a-f]{32}(?=/)")  # of data, in a recipe
@@ -67,6 +68,22 @@ def submit(
             for name in files:  # a folder store has its files on the disk of its catalog
                 _move(working / name, root / folder / name)
             return add(connection)
+
+
+def is_there(connection: Connection, root: Path, artifacts: Artifacts, source: str) -> bool:
+    """Whether no gc has given up the data of a run. In a writing transaction of its tenant.
+
+    Args:
+        source: of its recipe.
+    """
+    if PLACE.match(source) is None:
+        return True
+    path = f"{folder_of(access_of(connection).tenant)}/{source}"
+    if artifacts.copies:
+        return any(
+            each.path == path or each.path.startswith(f"{path}/") for each in artifacts.listed_in(connection, path)
+        )
+    return (root / path).exists()
 
 
 def collect(root: Path, database: Database, artifacts: Artifacts, *, dry_run: bool) -> Iterator[Removed]:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from turret.families.family import Kind as FamilyKind
 
 Objective = Literal["multiple_negatives", "cosent", "triplet"]
+HEADLESS = "FEATURE_EXTRACTION"  # PEFT's task_type of a base without a head
 ANCHORS = ("anchor", "query", "question", "search", "sentence")  # column names
 POSITIVES = ("positive", "positives")
 NEGATIVES = ("negative", "negatives", "hard_negative")
@@ -151,7 +152,7 @@ class TextEmbedding(HeadAnswers):
 
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
-        return "FEATURE_EXTRACTION"
+        return HEADLESS
 
     @classmethod
     def printed(cls, spec: JsonMapping) -> str:

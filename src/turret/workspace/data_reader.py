@@ -1,6 +1,7 @@
-"""The helper process that reads the data of queued runs, for `turret.helper_process`. It loads no torch.
+"""The helper process that reads the data of tenants, for `turret.helper_process`. It loads no torch.
 
-It alone opens files of tenants. What it read goes to the process that trains as lines of JSON in a file.
+It alone opens files of tenants: of queued runs, and of what clients of a server send. What it read of a run goes to the
+process that trains as lines of JSON in a file. `data_readers` asks it.
 """
 
 from __future__ import annotations
@@ -13,26 +14,28 @@ from turret.access import Access
 from turret.data.example_store import write_dataset
 from turret.errors import TurretError
 from turret.helper_process import Answer
-from turret.json_types import JsonObject
+from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
+from turret.store import Store
 from turret.workspace.child_process import parents_store, status_of
+from turret.workspace.data_readers import OFFLINE, READ
+from turret.workspace.drafting import inspect
 from turret.workspace.queueing import bring_data
 from turret.workspace.reading import read_dataset
 
-READ = "dataset.jsonl"  # in the folder of a question
-
 
 def helper(about: JsonObject) -> Answer:
-    """What reads the data of a run."""
+    """What reads the data of a run, or looks at a table."""
     store = parents_store(about["local"])
+    if about["offline"]:
+        os.environ[OFFLINE] = "1"
 
     def answer(asked: JsonObject) -> JsonObject:
-        folder = Path(asked["folder"])
         try:
-            own, recipe = store.with_access(Access(asked["tenant"])), Recipe.from_toml(asked["recipe"])
-            working = Path(tempfile.mkdtemp(prefix="data-", dir=folder))  # a reader that died has left its own
-            os.chdir(bring_data(own, recipe, working))
-            write_dataset(read_dataset(own, recipe), folder / READ)
+            if "source" in asked:
+                os.chdir(asked["folder"])
+                return {"status": 0, "found": inspect(asked["source"], asked["settings"]).as_json()}
+            _read(store.with_access(Access(asked["tenant"])), asked)
         except TurretError as error:
             return {"status": status_of(error), "text": str(error)}
         except (MemoryError, OSError) as error:
@@ -42,3 +45,10 @@ def helper(about: JsonObject) -> Answer:
         return {"status": 0}
 
     return answer
+
+
+def _read(store: Store, asked: JsonMapping) -> None:
+    folder, recipe = Path(asked["folder"]), Recipe.from_toml(asked["recipe"])
+    working = Path(tempfile.mkdtemp(prefix="data-", dir=folder))  # a reader that died has left its own
+    os.chdir(folder if asked["sent"] else bring_data(store, recipe, working))
+    write_dataset(read_dataset(store, recipe), folder / READ)

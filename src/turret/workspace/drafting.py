@@ -1,17 +1,22 @@
-"""Draft a recipe from what a table shows: a TOML file with a comment on every choice. Loads no torch."""
+"""Draft a recipe from what a table shows: a TOML file with a comment on every choice. Loads no torch.
+
+`inspect` also shows the table, and what can be chosen otherwise.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 
 from turret.data import cells
 from turret.data.columns import fitting
 from turret.data.profile import Candidate, Profile, profile
 from turret.data.source import open_labelled
-from turret.data.splits import find_sources
-from turret.data.table import DataSettings, Table, format_of
-from turret.errors import BaseModelError, NoHeader, counted, one_line
+from turret.data.splits import ROLES as SPLITS
+from turret.data.splits import Sources, SplitRole, find_sources
+from turret.data.table import DataSettings, Size, Table, format_of
+from turret.errors import BaseModelError, DataError, NoHeader, SeveralLabels, counted, listed, one_line
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.recipe import Recipe, toml
 from turret.recipe.default_base import default_base
@@ -23,6 +28,7 @@ LONGER = (*LENGTHS, 1024, 2048)  # for a base that writes
 TARGETS = ("summary", "completion", "chosen", "rejected")  # roles of columns with texts to write
 OUTPUTS = ("label", *TARGETS)
 MOST_CANDIDATES = 8  # other columns that may be the label, which are listed
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_CELL = 8, 24, 160  # of a table in an inspection; characters of a cell
 SKEWED = 5  # times as many rows in the largest class as in the smallest
 
 
@@ -38,24 +44,139 @@ class Draft:
         return {"name": self.name, "recipe": self.text, "notes": self.notes}
 
 
+@dataclass(frozen=True)
+class Guess:
+    """What was found out about a table: the task, the columns by their roles, the labels with their rows."""
+
+    kind: str  # of the task
+    columns: dict[str, str | list[str]]
+    labels: dict[str, int]
+    candidates: list[str]  # other columns that may be the label, the best first
+    rows: int  # that were looked at
+    more: bool  # whether the table has more
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first rows of a table, as text, and the splits that a training takes."""
+
+    name: str
+    columns: list[str]
+    rows: list[list[str]]
+    splits: dict[str, str]  # train, validation or test -> where its examples come from
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A table, and the recipe that is drafted for it."""
+
+    sample: Sample
+    draft: Draft | None  # None: `problem` says why there is none
+    guess: Guess | None
+    problem: str | None = None
+
+    def as_json(self) -> JsonObject:
+        drafted = {"name": None, "recipe": None, "notes": []} if self.draft is None else self.draft.as_json()
+        guess = None if self.guess is None else asdict(self.guess)
+        return {**drafted, "table": asdict(self.sample), "guess": guess, "problem": self.problem}
+
+
 def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
     """A recipe for a source of data.
 
     Args:
-        settings: `key=value` settings of the recipe that are known, such as {"data.text": "review"}.
+        settings: `key=value` settings of the recipe that are known, such as `{"data.text": "review"}`.
 
     Raises:
         SeveralLabels: two columns fit equally well as the label.
         DataError: the source cannot be read, or shows nothing to learn.
     """
-    settings = settings or {}
+    return _drafted(_open(source, settings or {}))[0]
+
+
+def inspect(source: str, settings: Mapping[str, str] | None = None) -> Inspection:
+    """A source of data, with the recipe that is drafted for it.
+
+    If two columns fit equally well as the label, the first one is taken, and a note says so.
+
+    Args:
+        settings: as for `draft`.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    opened = _open(source, settings or {})
+    try:
+        return _inspection(opened, opened)
+    except SeveralLabels as error:
+        first, *others = error.columns
+        fit = f"{listed(others, 80)} fit{'s' if len(others) == 1 else ''} as well as {first!r}: choose the label"
+        return _inspection(opened, opened.with_label(first), [fit])
+    except DataError as error:
+        return Inspection(_sample(opened), None, None, str(error))
+
+
+def _inspection(opened: _Opened, settled: _Opened, doubts: Sequence[str] = ()) -> Inspection:
+    made, seen = _drafted(settled)
+    roles: dict[str, str | list[str]] = dict(seen.roles)
+    several = settled.recipe.data.label
+    if isinstance(several, list) and "label" in roles:
+        roles["label"] = several
+    candidates = [each.column for each in seen.candidates]
+    guess = Guess(seen.kind, roles, dict(seen.classes), candidates, seen.rows, seen.more)
+    return Inspection(_sample(opened), replace(made, notes=[*doubts, *made.notes]), guess)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The training table of a source, and the recipe as far as it is known."""
+
+    recipe: Recipe
+    settings: Mapping[str, str]
+    table: Table
+    sources: Sources
+
+    def with_label(self, column: str) -> _Opened:
+        data = self.recipe.data.model_copy(update={"label": column})
+        settings = {**self.settings, "data.label": column}
+        return replace(self, recipe=self.recipe.model_copy(update={"data": data}), settings=settings)
+
+
+def _open(source: str, settings: Mapping[str, str]) -> _Opened:
     recipe = Recipe.model_validate({"data": {"source": source}}).with_overrides(settings)
     form = format_of(recipe.data)
     try:
         tables = open_labelled(recipe.data, form)
     except NoHeader:
         tables = open_labelled(recipe.data, replace(form, header=False))
-    table = tables[find_sources(recipe.data, list(tables)).split["train"]]
+    sources = find_sources(recipe.data, list(tables))
+    return _Opened(recipe, settings, tables[sources.split["train"]], sources)
+
+
+def _sample(opened: _Opened) -> Sample:
+    table, data = opened.table, opened.recipe.data
+    shown = list(table.columns)[:SHOWN_COLUMNS]
+    rows = [
+        ["" if cell is None or cell != cell else one_line(str(cell), SHOWN_CELL) for cell in row]
+        for _, row in islice(table.read(shown), SHOWN_ROWS)
+    ]
+    splits: dict[str, str] = {role: _split(role, opened.sources, getattr(data, role)) for role in SPLITS}
+    return Sample(one_line(table.name, 100), shown, rows, splits)
+
+
+def _split(role: SplitRole, sources: Sources, size: Size) -> str:
+    """Where the examples of a split come from, in words."""
+    if role not in sources.split:
+        return "none"
+    if role in sources.carved:
+        share = "a fifth of the rows" if size is None else f"{size:.0%} of the rows" if isinstance(size, float) else ""
+        return share or f"{size} of the rows"
+    name, most = sources.split[role], f"at most {size} " if isinstance(size, int) else ""
+    return f"{most}rows of the split {name!r}" if name else f"{most}rows that are left"
+
+
+def _drafted(opened: _Opened) -> tuple[Draft, Profile]:
+    recipe, settings, table = opened.recipe, opened.settings, opened.table
     seen = profile(table, recipe.data, fitting(recipe.data, schemas(recipe.task)))
     text = _Lines()
     text.say(f"Made by `turret init`: what {one_line(table.name, 60)} shows, and what can be changed.")
@@ -74,7 +195,8 @@ def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
     text.set("kind", recipe.method.kind, "or prefix, full, head")
     text.table("train", _asked(given, settings, "train"))
     text.option("epochs", 3, False, "default: by the number of examples")
-    return Draft(recipe.name, text.joined(), [*table.notes, *table.left_out_notes(), *_notes(seen)])
+    notes = [*table.notes, *table.left_out_notes(), *_notes(seen)]
+    return Draft(recipe.name, text.joined(), notes), seen
 
 
 def _asked(given: JsonMapping, settings: Mapping[str, str], table: str) -> JsonObject:
@@ -227,7 +349,7 @@ def _notes(seen: Profile) -> list[str]:
     notes = [f"{seen.kind}, {how}: {roles}{told}"]
     if seen.candidates:
         others = ", ".join(each.described() for each in seen.candidates[:3])
-        notes.append(f"other columns that may be the label: {others}; --label names one")
+        notes.append(f"other columns that may be the label: {others}; data.label (--label) names one")
     if doubts := cells.doubts(seen.classes):
         notes.append(f"classes in doubt: {'; '.join(doubts[:4])}; data.rename in the recipe says what is meant")
     return notes

@@ -44,7 +44,8 @@ from turret.store.scratch import BESIDE, LOADED, WorkingFolder
 from turret.tasks import stored_task, task_from_spec
 from turret.tasks.calibration import stored_by_question
 from turret.transformer import Model
-from turret.workspace.card import FOLDER, card, dropped_by_peft
+from turret.workspace.card import FOLDER, card
+from turret.workspace.card_code import dropped_by_peft
 from turret.workspace.importing import probe_items
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Exported

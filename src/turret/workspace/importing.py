@@ -24,7 +24,7 @@ from turret.adapters.adapter import head_paths
 from turret.bases import Base
 from turret.bases.quantized import Quantization
 from turret.bundles import conversion, fetch
-from turret.bundles.bundle import CONFIG, HEADLESS, WEIGHTS, named_for, read_config
+from turret.bundles.bundle import CONFIG, WEIGHTS, named_for, read_config
 from turret.data import Dataset, Labelled, TextPair
 from turret.disk import describe_error
 from turret.errors import AdapterError, BaseModelError, RecipeError, StoreError
@@ -34,6 +34,7 @@ from turret.recipe import Task as TaskSettings
 from turret.reference import check_name
 from turret.store import Store, Version, scratch
 from turret.tasks import TASKS, Task, make_task, task_from_spec, task_of
+from turret.tasks.embedding import HEADLESS
 from turret.tasks.task import kinds
 from turret.train.adapter_effect import AdapterEffect, effect_of
 from turret.train.batches import EncodedRow, EncodedRows

@@ -9,11 +9,13 @@ a folder, which clients of a server cannot name.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from sqlalchemy import Connection
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from turret.workspace.queue_worker import WorkerLimits
 
 MOST_FILES = 1000  # in a folder of data
+STORED = re.compile("file-[0-9a-f]{24}/")  # begins the name of a file that was sent before (`ClientFiles`)
 MOST_NAME = 200  # bytes of the name of a file that a client sends
 STDIN = "-"
 
@@ -56,40 +59,33 @@ class Queue:
         """
         return self._submit(with_absolute_base(recipe), _files_of(self._store, recipe.data.source), priority)
 
-    def submit_texts(
-        self, recipe: Recipe, files: Mapping[str, bytes], *, priority: int = 0, own_base: str | None = None
+    def submit_sent(
+        self, recipe: Recipe, files: Mapping[str, bytes | Path], *, priority: int = 0, own_base: str | None = None
     ) -> JsonObject:
         """As `submit`, for a client of a server: the data is in `files`, on the Hub, or in an installed package.
 
         Args:
-            files: name -> content of tables; `data.source` names one of them.
+            files: tables by name; `data.source` names one of them.
             own_base: the base of the server, which may be a folder.
 
         Raises:
             DataError: `data.source` or `base` would be a file of the server.
         """
-        from turret.data.files import is_table
-
-        for name in files:
-            plain = name.isprintable() and "\\" not in name and len(name.encode("utf-8", "replace")) <= MOST_NAME
-            plain = plain and PurePosixPath(name).name == name and not name.startswith((".", "~"))
-            if not plain or not is_table(Path(name)):
-                raise DataError(f"files: {ascii(name)[:60]} is not a plain file name of a table, such as reviews.csv")
+        self.require_sent(recipe, files, own_base)
         source = recipe.data.source
-        if source not in files and (PLACE.match(source) or not _is_elsewhere(source)):
-            raise DataError(
-                f"data.source {ascii(source)[:60]} is not in files: send the table there, or give a Hub id or "
-                "pypi:package"
-            )
-        if not _is_elsewhere_base(recipe.base) and recipe.base not in (AUTO, own_base):
-            raise RecipeError(f"base {ascii(recipe.base)[:60]}: expected a Hub id or pypi:package, not a path")
         if source not in files:
             return self._submit(recipe, {}, priority)
         from turret.store import scratch
 
         with scratch.folder(self._store.root) as working:
-            (working / source).write_bytes(files[source])
-            return self._submit(recipe, {source: working / source}, priority)
+            return self._submit(recipe, {source: sent_file(files, source, working)}, priority)
+
+    def require_sent(self, recipe: Recipe, files: Mapping[str, bytes | Path], own_base: str | None = None) -> None:
+        """Raise unless a client of a server may plan and train a recipe with these files, as for `submit_sent`."""
+        require_sent_source(recipe.data.source, files)
+        if not _is_elsewhere_base(recipe.base) and recipe.base not in (AUTO, own_base):
+            raise RecipeError(f"base {ascii(recipe.base)[:60]}: expected a Hub id or pypi:package, not a path")
+        self._require_seen(recipe)
 
     def cancel(self, run: str) -> JsonObject:
         """End a waiting training, or ask the worker of a running one to end it. Returns the run.
@@ -99,6 +95,26 @@ class Queue:
             InUse: it has ended, or is not from the queue.
         """
         self._queue().cancel(run)
+        return self._store.run(run)
+
+    def resume(self, run: str) -> JsonObject:
+        """Put a training that has failed or was cancelled back into the queue. Returns the run.
+
+        It resumes from its last checkpoint, or starts over if there is none.
+
+        Raises:
+            NotFound: no such run.
+            InUse: it has not ended, has finished, or is not from the queue.
+            DataError: its data is gone.
+            QueueFull: too many trainings of the tenant wait.
+        """
+
+        def require(connection: Connection, recipe: str) -> None:
+            source = str(tomllib.loads(recipe)["data"]["source"])
+            if not queued_data.is_there(connection, self._store.root, self._store.artifacts, source):
+                raise DataError(f"the data of run {run} was removed by a gc: send it again, as a new training")
+
+        self._queue().resume(run, require)
         return self._store.run(run)
 
     def delete(self, run: str) -> None:
@@ -196,6 +212,40 @@ class Queue:
         for version in (recipe.train.init_from, recipe.task.reference):
             if version is not None:
                 self._store.resolve(version)
+
+
+SentFiles: TypeAlias = Mapping[str, bytes | Path]  # name of a table -> its content, or a file with that
+
+
+def require_sent_source(source: str, files: SentFiles) -> None:
+    """Raise DataError unless a source is one of the files that a client sent, or data that no machine has as a file."""
+    for name in files:
+        require_table_name(name.partition("/")[2] if STORED.match(name) else name)
+    if source not in files and (PLACE.match(source) or not _is_elsewhere(source)):
+        raise DataError(
+            f"data.source {ascii(source)[:60]} is not in files: send the table there, or give a Hub id or pypi:package"
+        )
+
+
+def require_table_name(name: str) -> None:
+    """Raise DataError unless a file that a client sends has a plain name, of a table."""
+    from turret.data.files import is_table, not_a_table
+
+    plain = name.isprintable() and "\\" not in name and len(name.encode("utf-8", "replace")) <= MOST_NAME
+    plain = plain and PurePosixPath(name).name == name and not name.startswith((".", "~"))
+    if not plain:
+        raise DataError(f"files: {ascii(name)[:60]} is not a plain file name of a table, such as reviews.csv")
+    if not is_table(Path(name)):
+        raise DataError(not_a_table(Path(name)))
+
+
+def sent_file(files: SentFiles, name: str, folder: Path) -> Path:
+    """The file of that name, written into a folder if a client sent its content."""
+    content = files[name]
+    if isinstance(content, Path):
+        return content
+    (folder / name).write_bytes(content)
+    return folder / name
 
 
 def _limits(most_hours: float | None, silent_minutes: float, bases: Sequence[str]) -> WorkerLimits:

@@ -19,8 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -28,29 +27,21 @@ from types import FrameType
 from turret import process
 from turret.access import Access
 from turret.data import Dataset
-from turret.data.example_store import load_dataset
-from turret.errors import DataError, EngineError, Interrupted, StoreError, one_line
-from turret.helper_process import Died, HelperProcess
-from turret.json_types import JsonMapping, JsonObject
+from turret.errors import one_line
+from turret.json_types import JsonMapping
 from turret.recipe import Recipe
-from turret.store import Store
 from turret.store.jobs import Job
 from turret.train.curve import StepRecord
 from turret.workspace.child_process import (
     ALIVE_SECONDS,
-    MACHINE,
-    OUTAGE,
-    STOPPED,
     end_at_once,
     parents_store,
     print_to_parent,
 )
-from turret.workspace.data_reader import READ
+from turret.workspace.data_readers import DataReaders
 from turret.workspace.job_process import WATCHED, Ended, Trial, callbacks_for, carry_out, mistake_of_turret
 from turret.workspace.reading import read_dataset
 from turret.workspace.resident import ResidentBases, Room, Seat
-
-DATA_MEMORY = 16 << 30  # bytes that reading the data of a run may take
 
 
 class Trainer:
@@ -64,7 +55,7 @@ class Trainer:
     def __init__(self, asked: JsonMapping, folder: Path) -> None:
         self._asked = asked
         self._store = parents_store(asked["local"])
-        self._readers = DataReaders(self._store, folder, asked["silent"])
+        self._readers = DataReaders(self._store, asked["silent"], folder=folder)
         self._bases, self._room = ResidentBases(), Room()
         self._queued: Collection[str] = ()  # names of the bases that waiting runs want
         self._runs: dict[str, _Run] = {}
@@ -136,57 +127,6 @@ class Trainer:
     def _wanted(self) -> Collection[str]:
         with self._changed:
             return {*self._queued, *(each.seat.base for each in self._runs.values())}
-
-
-class DataReaders:
-    """Helper processes that read the data of runs: as many as work at a time, each kept for the next run.
-
-    Args:
-        store: whose runs they are.
-        folder: a private one, for what they write.
-        silent: seconds that a reading may take.
-    """
-
-    def __init__(self, store: Store, folder: Path, silent: float) -> None:
-        self._store, self._folder, self._silent = store, folder, silent
-        self._idle: list[HelperProcess] = []
-        self._lock = threading.Lock()
-
-    def read(self, taken: Job, stop: Callable[[], bool]) -> Dataset:
-        """The data of a run. Raises the error of the data. stop: whether the run shall end."""
-        with tempfile.TemporaryDirectory(dir=self._folder) as folder, self._reader() as reader:
-            asked: JsonObject = {"tenant": taken.tenant, "recipe": taken.recipe, "folder": folder}
-            try:
-                found = reader.ask(asked, stop)
-            except EngineError as error:
-                raise StoreError(str(error)) from None
-            if stop():
-                raise Interrupted(STOPPED)
-            if isinstance(found, Died):
-                why = f"took longer than {self._silent / 60:g} minutes" if found.late else "ended its process"
-                raise DataError(f"the data was not read: it {why}: check the file, or give a smaller or simpler one")
-            if found["status"] in (OUTAGE, MACHINE):
-                raise StoreError(str(found["text"]), outage=found["status"] == OUTAGE)
-            if found["status"]:
-                raise DataError(str(found["text"]))
-            return load_dataset(Path(folder) / READ)
-
-    @contextmanager
-    def _reader(self) -> Iterator[HelperProcess]:
-        """A process that reads data. A new one if all are at work."""
-        with self._lock:
-            reader = self._idle.pop() if self._idle else None
-        if reader is None:
-            problem = "the data of the run cannot be read"
-            about, where = {"local": str(self._store.root.absolute())}, self._store.location.given
-            reader = HelperProcess(
-                "turret.workspace.data_reader", about, self._silent, DATA_MEMORY, problem, store=where
-            )
-        try:
-            yield reader
-        finally:
-            with self._lock:
-                self._idle.append(reader)
 
 
 class _Run:

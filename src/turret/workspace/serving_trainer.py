@@ -26,11 +26,11 @@ from turret.store import JobQueue, Store
 from turret.store.jobs import Entry, Job
 from turret.train.batches import pass_tokens
 from turret.workspace.child_process import Failure
+from turret.workspace.data_readers import DataReaders
 from turret.workspace.job_process import Trial, callbacks_for, carry_out
 from turret.workspace.progress import Say
 from turret.workspace.queue_worker import SILENT_SECONDS, Worker, WorkerLimits, can_share
 from turret.workspace.resident import Room, Seat, ServingBase
-from turret.workspace.resident_trainer import DataReaders
 
 TIMED_TOKENS = 256  # of the pass whose time tells how long others take
 FEWEST_TOKENS = 64  # of a training pass
@@ -49,7 +49,7 @@ class ServingTrainer:
         self._places = [ServingBase(each) for each in engines]
         self._most_tokens = {id(each): _most_tokens(each.engine, pass_seconds) for each in self._places}
         self._folder = tempfile.TemporaryDirectory(prefix="turret-")
-        self._readers = DataReaders(store, Path(self._folder.name), SILENT_SECONDS)
+        self._readers = DataReaders(store, SILENT_SECONDS, folder=Path(self._folder.name))
         self._room = Room()
 
     def run(self, taken: Job, tell: Say, stop: Callable[[], bool]) -> Failure | None:
@@ -79,7 +79,8 @@ class ServingTrainer:
         return can_share(recipe) and self._place_of(recipe) is not None
 
     def close(self) -> None:
-        """Remove the files of this process; the runs have ended."""
+        """End the readers and remove the files of this process; the runs have ended."""
+        self._readers.close()
         self._folder.cleanup()
 
     def _place_of(self, recipe: str) -> ServingBase | None:

@@ -1,32 +1,58 @@
-"""Trainings under `/api/runs`: put into the queue, listed, shown with their log, cancelled, deleted."""
+"""Trainings under `/api/runs`: drafted, planned, queued, listed, shown with their log, cancelled, deleted."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
-from fastapi import Path, Query
+from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field
 
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
+from turret.server import trainings
 from turret.server.error_responses import without_paths
 from turret.server.routes import State, router
 from turret.server.schemas import WHOLE, Model
+from turret.server.trainings import Drafted
+from turret.server.uploads import owner_of
 
 control = router("admin")
-MOST_FILES = 16
+MOST_FILES, MOST_SETTINGS = 16, 64
 RunId = Annotated[str, Path(min_length=1, max_length=100, description="The `id` of a run.")]
 FileName = Annotated[str, Field(min_length=1, max_length=100)]
 
 
-class TrainRequest(Model):
-    """As in `turret train RECIPE --queue`."""
+Texts = Annotated[dict[FileName, str], Field(max_length=MOST_FILES)]
+SettingName = Annotated[str, Field(min_length=1, max_length=200)]
+Setting = Annotated[str, Field(max_length=10_000)]
+TABLES = (
+    "Tables by name; `data.source` names one. Without it: the id of a file of `/v1/files`, a Hub id, or pypi:package."
+)
+
+
+class DraftRequest(Model):
+    """As in `turret init DATA`."""
+
+    source: Annotated[str, Field(min_length=1, max_length=500)] = Field(
+        description="The id of a file of `/v1/files`, one of `files`, or pypi:package."
+    )
+    files: Texts = Field(default_factory=dict, description="Tables by name.")
+    settings: Annotated[dict[SettingName, Setting], Field(max_length=MOST_SETTINGS)] = Field(
+        default_factory=dict, description="Settings of the recipe that are known, such as `data.text` or `task.kind`."
+    )
+
+
+class PlanRequest(Model):
+    """As in `turret plan RECIPE`."""
 
     recipe: Annotated[str, Field(min_length=1, max_length=100_000)] = Field(description="A recipe, as TOML.")
-    files: Annotated[dict[FileName, str], Field(max_length=MOST_FILES)] = Field(
-        default_factory=dict,
-        description="Tables by name; `data.source` names one. Without it: a Hub id, or pypi:package.",
-    )
+    files: Texts = Field(default_factory=dict, description=TABLES)
+
+
+class TrainRequest(PlanRequest):
+    """As in `turret train RECIPE --queue`."""
+
     priority: Annotated[int, Field(ge=-100, le=100), WHOLE] = Field(
         0, description="Among the trainings of the same tenant; higher is earlier."
     )
@@ -36,18 +62,33 @@ class Runs(BaseModel):
     runs: list[JsonObject] = Field(description="Newest first; `queue` is null for a training that was not queued.")
 
 
+@control.post("/api/runs/draft")
+async def draft(body: DraftRequest, state: State, request: Request) -> Drafted:
+    """Look at a table: its first rows, the task and the columns that they show, and a recipe for them."""
+    owner, files = owner_of(request.state.caller), _encoded(body.files)
+    return await state.preview(trainings.draft, state, owner, body.source, files, body.settings)
+
+
+@control.post("/api/runs/plan")
+async def plan(body: PlanRequest, state: State, request: Request) -> JsonObject:
+    """Check a training without starting it: memory, time and what is wrong, on the machine of this server.
+
+    `toml` is the recipe with every default filled in. The worker that takes the training plans it again.
+    """
+    recipe = await state.parsing(Recipe.from_toml, body.recipe)
+    return await state.preview(trainings.plan, state, owner_of(request.state.caller), recipe, _encoded(body.files))
+
+
 @control.post("/api/runs")
-async def train(body: TrainRequest, state: State) -> JsonObject:
+async def train(body: TrainRequest, state: State, request: Request) -> JsonObject:
     """Put a training into the queue. A `turret worker` of the same store takes it."""
-    recipe, files = (
-        await state.parsing(Recipe.from_toml, body.recipe),
-        {name: text.encode() for name, text in body.files.items()},
-    )
-    own = next((each.id for each in state.engines.bases if recipe.base in (each.name, each.id)), None)
-    if own is not None:
-        recipe = recipe.model_copy(update={"base": own})
-    submit = state.workspace.queue.submit_texts
-    return _shown(await state.control(submit, recipe, files, priority=body.priority, own_base=own))
+    recipe = await state.parsing(Recipe.from_toml, body.recipe)
+    owner, files = owner_of(request.state.caller), _encoded(body.files)
+    return _shown(await state.control(trainings.submit, state, owner, recipe, files, body.priority))
+
+
+def _encoded(files: Mapping[str, str]) -> dict[str, bytes]:
+    return {name: text.encode() for name, text in files.items()}
 
 
 @control.get("/api/runs")
@@ -75,6 +116,12 @@ async def show_run(
 async def cancel_run(run_id: RunId, state: State) -> JsonObject:
     """End a training of the queue: at once if it waits, after its step if it runs."""
     return _shown(await state.control(state.workspace.queue.cancel, run_id))
+
+
+@control.post("/api/runs/{run_id}/resume")
+async def resume_run(run_id: RunId, state: State) -> JsonObject:
+    """Put a training that has failed or was cancelled back into the queue. It resumes from its last checkpoint."""
+    return _shown(await state.control(state.workspace.queue.resume, run_id))
 
 
 @control.delete("/api/runs/{run_id}")

@@ -9,10 +9,10 @@ from typing import Annotated, TypedDict
 from fastapi import Path, Request, Response
 
 from turret.errors import BadReference, BadRequest, NotFound
-from turret.json_types import JsonMapping
+from turret.json_types import JsonMapping, part
 from turret.reference import check_alias
 from turret.server import moves
-from turret.server.console import render
+from turret.server.console import render, snippets
 from turret.server.console.forms import Sent, pages
 from turret.server.moves import AliasHere
 from turret.server.routes import State
@@ -53,6 +53,8 @@ async def version(request: Request, state: State, name: Name, number: Number) ->
     has = shown["promise"] is not None
     values["promised"] = await state.control(state.workspace.promise, str(shown["version"])) if has else None
     values["text"] = promising
+    values["served"] = part(shown["manifest"], "base").get("fingerprint") in state.engines.fingerprints
+    values["snippets"] = snippets.of_version(request, state, str(shown["version"]), shown["manifest"])
     return render.page(request, state, "version.html.j2", **values, parent=_parent(shown["manifest"], known))
 
 

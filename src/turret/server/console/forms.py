@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
+from starlette.datastructures import UploadFile
 
 from turret.errors import BadRequest, Forbidden
 from turret.server.auth import READS, Caller
+from turret.server.limits import FILES
 from turret.server.routes import PageRoute, State
+from turret.server.state import ServerState
+from turret.server.uploads import read_form
 
 MOST_FIELDS = 64
 INLINE = 8 << 10  # bytes; a larger form is read on a thread
@@ -24,10 +28,19 @@ _BYTES = {
 
 
 class Form:
-    """The fields of one form. A missing field is empty."""
+    """The fields of one form. A missing field is empty.
 
-    def __init__(self, fields: Mapping[str, list[str]]) -> None:
-        self._fields = fields
+    Args:
+        file: the one that the form sends.
+    """
+
+    def __init__(self, fields: Mapping[str, list[str]], file: UploadFile | None = None) -> None:
+        self._fields, self.file = fields, file
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of the fields."""
+        return self._fields.keys()
 
     def text(self, name: str) -> str:
         """The last value of a field, without blanks around it."""
@@ -43,16 +56,31 @@ class Form:
 
 async def read(request: Request, state: State) -> Form:
     """The form in the body. Raises BadRequest if it is malformed, Forbidden without the session's form token."""
-    content = await request.body()
-    try:
-        form = form_of(content) if len(content) <= INLINE else await state.parsing(form_of, content)
-    except ValueError:
-        raise BadRequest(f"the form cannot be read: expected UTF-8 and at most {MOST_FIELDS} fields") from None
+    form = await (_with_file(request) if request.url.path in FILES else _without_file(request, state))
     caller: Caller = request.state.caller
     token = request.headers.get("x-form-token") or form.text(TOKEN)
     if not state.guard.sessions.is_form_token(caller.session, token):
         raise Forbidden("this form is not from this session, and nothing was done: reload the page and send it again")
     return form
+
+
+async def _without_file(request: Request, state: ServerState) -> Form:
+    content = await request.body()
+    try:
+        return form_of(content) if len(content) <= INLINE else await state.parsing(form_of, content)
+    except ValueError:
+        raise BadRequest(f"the form cannot be read: expected UTF-8 and at most {MOST_FIELDS} fields") from None
+
+
+async def _with_file(request: Request) -> Form:
+    fields: dict[str, list[str]] = {}
+    files: list[UploadFile] = []
+    for name, value in (await read_form(request)).multi_items():
+        if isinstance(value, UploadFile):
+            files.append(value)
+        else:
+            fields.setdefault(name, []).append(value)
+    return Form(fields, next((each for each in files if each.filename), None))
 
 
 def form_of(content: bytes) -> Form:

@@ -46,6 +46,7 @@ FORGETTING = {  # of a version that generates: what it costs on other texts
 }
 PAGES = (
     ("adapters", "Adapters"),
+    ("train", "Train"),
     ("runs", "Runs"),
     ("comparisons", "Comparisons"),
     ("playground", "Playground"),

@@ -1,24 +1,29 @@
-"""The pages of runs: all trainings, and one with its curves while it trains."""
+"""The pages of runs: all trainings, and one with its curves and its log while it trains."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Path, Request, Response
+from fastapi import Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from turret.errors import NotFound
 from turret.json_types import JsonMapping
 from turret.server.console import render
 from turret.server.console.forms import pages
+from turret.server.error_responses import without_paths
 from turret.server.routes import State
 from turret.server.state import ServerState
 from turret.tasks import main_metric, measure_of
 
 router = pages()
 RunId = Annotated[str, Path(min_length=1, max_length=100)]
+Past = Annotated[int, Query(ge=0, le=1 << 62)]
+VERBS = ("cancel", "resume", "delete")
 MOST = 200  # runs in the list
+MOST_LINES = 200  # of the log
 STALLED_SECONDS = 600.0  # without a step: the run may have been killed
 PLOTTED = ("step", "epoch", "loss", "lr", "tokens_per_second", "rss", "metrics", "split")
 
@@ -42,6 +47,38 @@ async def show_state(request: Request, state: State, run_id: RunId) -> Response:
     return render.page(request, state, "run_state.html.j2", **await _values(state, run_id))
 
 
+@router.get("/runs/{run_id}/log")
+async def show_log(request: Request, state: State, run_id: RunId, past: Past = 0) -> Response:
+    """The log of a training, if it has a line after `past` or no more will come; else 204."""
+    values = await _log(state, await state.control(state.workspace.run, run_id))
+    if values["more"] and values["newest"] <= past:
+        return Response(status_code=204)
+    return render.page(request, state, "run_log.html.j2", **values)
+
+
+@router.get("/runs/{run_id}/do/{verb}")
+async def ask(request: Request, state: State, run_id: RunId, verb: str) -> Response:
+    """The dialog that confirms a change."""
+    _check_verb(verb)
+    return render.page(
+        request, state, "run_act.html.j2", run=await state.control(state.workspace.run, run_id), verb=verb
+    )
+
+
+@router.post("/runs/{run_id}/do/{verb}")
+async def act(request: Request, state: State, run_id: RunId, verb: str) -> Response:
+    """Cancel a training, let an ended one go on, or delete it."""
+    _check_verb(verb)
+    queue = state.workspace.queue
+    await state.control({"cancel": queue.cancel, "resume": queue.resume, "delete": queue.delete}[verb], run_id)
+    return render.redirect(request, "/runs" if verb == "delete" else f"/runs/{run_id}")
+
+
+def _check_verb(verb: str) -> None:
+    if verb not in VERBS:
+        raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(VERBS)}")
+
+
 @router.get("/runs/{run_id}/curve")
 async def curve(state: State, run_id: RunId) -> Response:
     """The steps so far, for the plots, and which metric is drawn."""
@@ -58,7 +95,19 @@ async def _values(state: ServerState, run_id: str) -> render.Context:
     steps = await state.control(state.workspace.curve, run_id, most=1)
     last = steps[-1] if steps else None
     place = await state.control(state.workspace.queue.place, run_id) if run["state"] == "waiting" else None
-    return {"run": run, "result": run["result"] or {}, "last": last, "stalled": _is_stalled(run), "place": place}
+    values = {"run": run, "result": run["result"] or {}, "last": last, "stalled": _is_stalled(run), "place": place}
+    return values | await _log(state, run)
+
+
+async def _log(state: ServerState, run: JsonMapping) -> dict[str, Any]:
+    """The newest lines of a queued run, the newest first."""
+    lines = await state.control(state.workspace.queue.log, run["id"]) if run["queue"] is not None else []
+    return {
+        "run": run,
+        "lines": [{**each, "line": without_paths(str(each["line"]))} for each in lines[: -MOST_LINES - 1 : -1]],
+        "newest": lines[-1]["id"] if lines else 0,
+        "more": run["queue"] is not None and run["state"] in ("running", "waiting"),
+    }
 
 
 def _is_stalled(run: JsonMapping) -> bool:

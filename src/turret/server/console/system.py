@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from fastapi import Request, Response
 
-from turret.access import DEFAULT
 from turret.errors import Forbidden
-from turret.json_types import JsonObject
-from turret.server.console import render
+from turret.server.console import render, snippets
 from turret.server.console.forms import pages
 from turret.server.routes import State
 from turret.server.state import ServerState
 from turret.store import Version
-from turret.tasks import stored_task
-
-EXAMPLES: dict[str, tuple[str, JsonObject]] = {  # by request: a route, and the body without its model
-    "generate": ("completions", {"prompt": "Once", "max_tokens": 20}),
-    "classify": ("classify", {"input": "a text of your own"}),
-    "embed": ("embeddings", {"input": "a text of your own"}),
-}
 
 router = pages()
 
@@ -71,23 +60,14 @@ async def leftovers(request: Request, state: State) -> Response:
 
 
 def _example(request: Request, state: ServerState, versions: Sequence[Version]) -> str:
-    """A request to a version of this server, as a shell takes it: whole, with the token where one is needed."""
+    """A request to a version of this server, as a shell takes it."""
     here = [each for each in versions if state.engines.is_on_base(each)]
     chosen = next((each for each in here if each.aliases or each.comparison is None), here[0] if here else None)
-    route, more = EXAMPLES["generate"]
-    body: JsonObject = {"model": state.engines.bases[0].name, **more}
-    if chosen is not None:
-        plain = state.aliases.version_of(chosen.name, None) == chosen.number
-        body["model"] = chosen.name if plain else str(chosen)
-        route, more = EXAMPLES[stored_task(chosen.part("task")).request]
-        body = {"model": body["model"], **more}
-    asked = f"curl {str(request.base_url).rstrip('/')}/v1/{route} -H 'content-type: application/json'"
-    sent = f"-d {shlex.quote(json.dumps(body))}"
-    if state.guard.open:
-        return f"{asked} {sent}"
-    tenant = "" if state.access.tenant == DEFAULT else f" --tenant {state.access.tenant}"
-    make = f"TOKEN=$(turret token create shell{tenant} --store STORE)"
-    return f'{make}\n{asked} -H "authorization: Bearer $TOKEN" {sent}'
+    if chosen is None:
+        return snippets.curl(request, state, snippets.question(state.engines.bases[0].name, {}))
+    plain = state.aliases.version_of(chosen.name, None) == chosen.number
+    asked = snippets.question(chosen.name if plain else str(chosen), chosen.part("task"))
+    return snippets.curl(request, state, asked)
 
 
 def _traffic(state: ServerState) -> render.Context:

@@ -8,10 +8,10 @@ from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field
 
 from turret.errors import BadRequest
-from turret.server.openai.files import BATCH, owner_of
 from turret.server.routes import State, router
 from turret.server.schemas import Model
 from turret.server.state import ServerState
+from turret.server.uploads import BATCH, owner_of
 from turret.store.batches import Batch
 
 questions = router("infer")

@@ -1,12 +1,9 @@
-"""`/v1/files`: files of batches and their answers, in OpenAI's format. A file belongs to the token that sent it."""
+"""`/v1/files`: tables, batches and their answers, in OpenAI's format. A file belongs to the token that sent it."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from pathlib import Path as LocalPath
 from typing import Annotated, BinaryIO, Literal
 
 from fastapi import Path, Query, Request
@@ -14,25 +11,24 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
-from turret.errors import BadRequest, plainly
+from turret.errors import BadRequest
 from turret.json_types import JsonObject
-from turret.server.auth import Caller
 from turret.server.routes import State, router
 from turret.server.state import ServerState
+from turret.server.uploads import PIECE, PURPOSES, keep, owner_of, read_form
 from turret.store.client_files import ClientFile
 
 questions = router("infer")
-BATCH = "batch"  # the purpose of a file with requests
-PIECE = 1 << 20  # bytes of a file that are in memory at a time
-MOST_FIELD = 1024  # bytes of a field beside the file
 FileId = Annotated[str, Path(min_length=1, max_length=60)]
 _FORM: JsonObject = {
     "type": "object",
     "required": ["file", "purpose"],
     "additionalProperties": False,
-    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"type": "string", "const": BATCH}},
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": list(PURPOSES)},
+    },
 }
 UPLOAD: JsonObject = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
 CONTENT: dict[int | str, JsonObject] = {
@@ -64,39 +60,21 @@ class DeletedFile(BaseModel):
     deleted: Literal[True] = True
 
 
-def owner_of(caller: Caller) -> str:
-    """Whose files and batches a caller has; "" on a server without tokens."""
-    return "" if caller.name is None else caller.key
-
-
 @questions.post("/v1/files", openapi_extra=UPLOAD)
 async def upload(state: State, request: Request) -> FileObject:
-    """Send a file with a request on each line, for a batch. The body is `multipart/form-data`."""
-    try:
-        form = await request.form(max_files=1, max_fields=8, max_part_size=MOST_FIELD)
-    except HTTPException as error:
-        raise BadRequest(f"the form cannot be read: {error.detail}") from None
+    """Send a table to train on, or a file with a request on each line for a batch, as `multipart/form-data`."""
+    form = await read_form(request)
     try:
         sent, purpose = form.get("file"), form.get("purpose")
         if unknown := next((name for name in form if name not in ("file", "purpose")), None):
             raise BadRequest(f"{ascii(unknown)[:60]}: unknown key, expected file and purpose")
         if not isinstance(sent, UploadFile):
             raise BadRequest("file: expected a file in a form (multipart/form-data)")
-        if purpose != BATCH:
-            raise BadRequest(f"purpose {ascii(purpose)[:40]}: expected {BATCH}")
-        if "\0" in (sent.filename or ""):
-            raise BadRequest("the name of the file has a NUL character: give another name")
-        return _shown(await state.control(_add, state, owner_of(request.state.caller), sent))
+        if not isinstance(purpose, str) or purpose not in PURPOSES:
+            raise BadRequest(f"purpose {ascii(purpose)[:40]}: expected {' or '.join(PURPOSES)}")
+        return _shown(await keep(state, owner_of(request.state.caller), sent, purpose))
     finally:
         await form.close()
-
-
-def _add(state: ServerState, owner: str, sent: UploadFile) -> ClientFile:
-    with tempfile.TemporaryDirectory(prefix="turret-file-") as folder:
-        path = LocalPath(folder) / "sent"
-        with path.open("wb") as write:
-            shutil.copyfileobj(sent.file, write, PIECE)
-        return state.files.add(owner, plainly(sent.filename or "file")[:255], BATCH, path)
 
 
 @questions.get("/v1/files")

@@ -41,6 +41,13 @@
     }
   });
 
+  // --- a form that takes a while says so, and is sent once ---
+
+  document.addEventListener("submit", (event) => {
+    if (event.target.matches("[data-busy]")) event.target.classList.add("htmx-request");
+  });
+  addEventListener("pageshow", () => document.querySelectorAll("[data-busy]").forEach((form) => form.classList.remove("htmx-request")));
+
   // --- the playground ---
 
   document.addEventListener("keydown", (event) => {

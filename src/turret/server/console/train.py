@@ -1,0 +1,238 @@
+"""The pages from a table to a training: choose it, correct what it shows, read the plan, start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Query, Request, Response
+
+from turret.data import files as tables
+from turret.errors import BadRequest, TurretError
+from turret.json_types import JsonObject
+from turret.methods import METHODS
+from turret.methods import SHOWN as METHODS_SHOWN
+from turret.recipe import Recipe, toml
+from turret.recipe.default_base import AUTO
+from turret.server import trainings
+from turret.server.console import render
+from turret.server.console.forms import Form, Sent, pages
+from turret.server.error_responses import error_response
+from turret.server.routes import State
+from turret.server.state import ServerState
+from turret.server.uploads import TABLE, keep, owner_of
+from turret.tasks import TASKS, Task
+
+router = pages()
+USUAL = next(iter(METHODS_SHOWN))  # method
+MOST = 50  # tables in the list
+LEVELS = ("refuse", "warn", "ok")  # of checks, in the order of the page
+SECTIONS = ("data", "task", "train")  # of a recipe, whose keys a form may set
+Source = Annotated[str, Query(min_length=1, max_length=500)]
+
+
+@router.get("/train")
+async def show(request: Request, state: State) -> Response:
+    """The form for a table, and the tables that were sent before."""
+    return await _start(request, state)
+
+
+@router.post("/train")
+async def upload(request: Request, state: State, form: Sent) -> Response:
+    """Store a table, and go on to what it shows."""
+    try:
+        if form.file is None:
+            raise BadRequest("no file is chosen: choose a table")
+        kept = await keep(state, owner_of(request.state.caller), form.file, TABLE)
+    except TurretError as error:
+        return await _start(request, state, error)
+    return render.redirect(request, f"/train/recipe?source={kept.id}")
+
+
+async def _start(request: Request, state: ServerState, error: TurretError | None = None) -> Response:
+    owner = owner_of(request.state.caller)
+    found = await state.control(state.files.listed, owner, purpose=TABLE, limit=MOST)
+    problem, status = _told(error)
+    values = {"found": found, "formats": tables.SUFFIXES, "problem": problem, "most": state.limits.file_bytes}
+    return render.page(request, state, "train.html.j2", status, **values)
+
+
+# --- what a table shows -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a person has chosen for a table so far.
+
+    Args:
+        settings: of the recipe, by key; without those that are left to the guess.
+        method: a key of the methods that are shown.
+    """
+
+    source: str
+    settings: Mapping[str, str | list[str]] = field(default_factory=dict)
+    method: str = USUAL
+
+    @classmethod
+    def of(cls, form: Form) -> Chosen:
+        """The choices in a form. Columns that were guessed for another task are left out."""
+        found: dict[str, str | list[str]] = {}
+        other = form.text("task.kind") != form.text("guessed")
+        for key in form.names:
+            section, _, rest = key.partition(".")
+            values = [each for each in map(str.strip, form.all(key)) if each]
+            column = section == "data" and rest in _roles()
+            if values and (section in SECTIONS or key in ("name", "base")) and not (column and other):
+                found[key] = values[0] if len(values) == 1 else values
+        return cls(form.text("source"), found, form.text("method") or USUAL)
+
+    def as_settings(self) -> dict[str, str]:
+        """For `turret.workspace.drafting`."""
+        kind, _, name = self.method.partition(":")
+        found = {key: each if isinstance(each, str) else toml.written(each) for key, each in self.settings.items()}
+        named_by = METHODS[kind].named_by if kind in METHODS else None
+        return found | {"method.kind": kind} | ({f"method.{named_by}": name} if name and named_by else {})
+
+
+def _roles() -> frozenset[str]:
+    return frozenset(role for task in TASKS.values() for role in task.schema().roles)
+
+
+@router.get("/train/recipe")
+async def look(request: Request, state: State, source: Source) -> Response:
+    """What a table shows, with a form to correct it."""
+    return await _look(request, state, Chosen(source))
+
+
+@router.post("/train/recipe")
+async def look_again(request: Request, state: State, form: Sent) -> Response:
+    """The same, with what was corrected."""
+    return await _look(request, state, Chosen.of(form))
+
+
+async def _look(request: Request, state: ServerState, chosen: Chosen, error: TurretError | None = None) -> Response:
+    problem, status = _told(error)
+    try:
+        made = await _drafted(request, state, chosen)
+    except TurretError as wrong:
+        if chosen.settings:  # one of them does not fit
+            return await _look(request, state, Chosen(chosen.source), wrong)
+        return await _start(request, state, wrong)
+    problem = problem or made.problem
+    kind = str(chosen.settings.get("task.kind") or (made.guess.kind if made.guess else ""))
+    task = TASKS.get(kind)
+    values = {
+        "chosen": chosen,
+        "made": made,
+        "problem": problem,
+        "kind": kind,
+        "kinds": list(TASKS),
+        "roles": [] if task is None else _columns(task, chosen, made),
+        "used": {} if made.guess is None else _used(made.guess.columns),
+        "base": chosen.settings.get("base") or _base_for(state, task),
+        "suggested": [AUTO, *(each.name for each in state.engines.bases)],
+        "methods": METHODS_SHOWN,
+    }
+    return render.page(request, state, "train_recipe.html.j2", status, **values)
+
+
+async def _drafted(request: Request, state: ServerState, chosen: Chosen) -> trainings.Drafted:
+    owner = owner_of(request.state.caller)
+    return await state.preview(trainings.draft, state, owner, chosen.source, {}, chosen.as_settings())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A role of the task, with the column that has it. several: it may be several columns."""
+
+    role: str
+    columns: list[str]
+    several: bool
+
+
+def _columns(task: type[Task], chosen: Chosen, made: trainings.Drafted) -> list[Choice]:
+    schema, guessed = task.schema(), {} if made.guess is None else made.guess.columns
+    found = []
+    for role in schema.roles:
+        named = chosen.settings.get(f"data.{role}") or guessed.get(role) or []
+        several = schema.several and role == schema.usual[-1]
+        found.append(Choice(role, [named] if isinstance(named, str) else list(named), several))
+    return found
+
+
+def _used(columns: Mapping[str, str | list[str]]) -> dict[str, str]:
+    """Column -> role."""
+    every = ((role, [named] if isinstance(named, str) else named) for role, named in columns.items())
+    return {column: role for role, named in every for column in named}
+
+
+def _base_for(state: ServerState, task: type[Task] | None) -> str:
+    """A base of this server that can learn the task, so that this server answers with what is trained."""
+    able = (each.name for each in state.engines.bases if task and task.head in each.engine.base.family.head_kinds)
+    return next(able, AUTO)
+
+
+# --- the plan, and the start ------------------------------------------------------------------------------------------
+
+
+@router.post("/train/plan")
+async def plan(request: Request, state: State, form: Sent) -> Response:
+    """The plan of a recipe: of the one in the form, or else of what is chosen for a table."""
+    text, source = form.raw("recipe"), form.text("source")
+    if not text:
+        chosen = Chosen.of(form)
+        try:
+            made = await _drafted(request, state, chosen)
+        except TurretError as error:
+            return await _look(request, state, Chosen(chosen.source), error)
+        if made.recipe is None:
+            return await _look(request, state, chosen)
+        text = made.recipe
+    try:
+        recipe = await state.parsing(Recipe.from_toml, text)
+        planned = await state.preview(trainings.plan, state, owner_of(request.state.caller), recipe, {})
+    except TurretError as error:
+        return _planned(request, state, text, source, None, error)
+    return _planned(request, state, text, source, planned)
+
+
+@router.post("/train/start")
+async def start(request: Request, state: State, form: Sent) -> Response:
+    """Put the training into the queue, and go to its page."""
+    text = form.raw("recipe")
+    try:
+        recipe = await state.parsing(Recipe.from_toml, text)
+        run = await state.control(trainings.submit, state, owner_of(request.state.caller), recipe, {})
+    except TurretError as error:
+        return _planned(request, state, text, form.text("source"), None, error)
+    return render.redirect(request, f"/runs/{run['id']}")
+
+
+def _planned(
+    request: Request,
+    state: ServerState,
+    text: str,
+    source: str,
+    planned: JsonObject | None,
+    error: TurretError | None = None,
+) -> Response:
+    problem, status = _told(error)
+    checks = sorted(planned["plan"]["checks"] if planned else [], key=lambda each: LEVELS.index(each["level"]))
+    values = {
+        "text": text,
+        "source": source,
+        "planned": planned,
+        "checks": checks,
+        "refused": any(each["level"] == "refuse" for each in checks),
+        "problem": problem,
+    }
+    return render.page(request, state, "train_plan.html.j2", status, **values)
+
+
+def _told(error: TurretError | None) -> tuple[str | None, int]:
+    """The line of an error as a client may see it, and the status of the page that shows it."""
+    if error is None:
+        return None, 200
+    response = error_response(error)
+    return str(response.body["error"]["message"]), response.status

@@ -1,0 +1,117 @@
+"""Helper processes that read the data of tenants, and who asks them. Loads neither torch nor numpy."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from turret.data import Dataset
+from turret.errors import DataError, EngineError, Interrupted, StoreError
+from turret.helper_process import Died, HelperProcess
+from turret.json_types import JsonObject
+from turret.recipe import Recipe
+from turret.store import Store
+from turret.store.jobs import Job
+from turret.workspace.child_process import MACHINE, OUTAGE, STOPPED, never
+
+READ = "dataset.jsonl"  # in the folder of a question
+MEMORY = 16 << 30  # bytes that a reading may take
+OFFLINE = "HF_HUB_OFFLINE"
+
+
+class DataReaders:
+    """Helper processes that read data: as many as work at a time, each kept for the next question.
+
+    Args:
+        store: whose data it is.
+        seconds: that a reading may take.
+        folder: a private one, for what they write; None: the system's.
+        idle: seconds without a question after which a process ends; None: never.
+        offline: whether data of the Hub is read from its cache alone.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        seconds: float,
+        *,
+        folder: Path | None = None,
+        idle: float | None = None,
+        offline: bool = False,
+    ) -> None:
+        self._store, self._folder, self._seconds = store, folder, seconds
+        self._idle_seconds, self._offline = idle, offline
+        self._idle: list[HelperProcess] = []
+        self._lock = threading.Lock()
+
+    def read(self, taken: Job, stop: Callable[[], bool]) -> Dataset:
+        """The data of a run. Raises the error of the data. stop: whether the run shall end."""
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            asked = {"tenant": taken.tenant, "recipe": taken.recipe, "folder": folder, "sent": False}
+            self._ask(asked, stop)
+            from turret.data.example_store import load_dataset
+
+            return load_dataset(Path(folder) / READ)
+
+    def read_sent(self, tenant: str, recipe: Recipe, folder: Path) -> Path:
+        """Read the data that a client sent into a folder. Returns the file for `load_dataset`, in the same folder."""
+        asked = {"tenant": tenant, "recipe": recipe.to_toml(), "folder": str(folder), "sent": True}
+        self._ask(asked, never)
+        return folder / READ
+
+    def inspect(self, source: str, folder: Path, settings: Mapping[str, str]) -> JsonObject:
+        """As `turret.workspace.drafting.inspect`, as JSON, for a source in a folder."""
+        found: JsonObject = self._ask({"source": source, "folder": str(folder), "settings": dict(settings)}, never)
+        return dict(found["found"])
+
+    def close(self) -> None:
+        """End the processes that wait."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for each in idle:
+            each.close()
+
+    def _ask(self, asked: JsonObject, stop: Callable[[], bool]) -> JsonObject:
+        with self._reader() as reader:
+            try:
+                found = reader.ask(asked, stop)
+            except EngineError as error:
+                raise StoreError(str(error)) from None
+        if stop():
+            raise Interrupted(STOPPED)
+        if isinstance(found, Died):
+            seconds = self._seconds
+            span = f"{seconds / 60:g} minutes" if seconds >= 120 else f"{seconds:g} seconds"
+            why = f"took longer than {span}" if found.late else "ended its process"
+            raise DataError(f"the data was not read: it {why}: check the file, or give a smaller or simpler one")
+        if found["status"] in (OUTAGE, MACHINE):
+            raise StoreError(str(found["text"]), outage=found["status"] == OUTAGE)
+        if found["status"]:
+            raise DataError(str(found["text"]))
+        return found
+
+    @contextmanager
+    def _reader(self) -> Iterator[HelperProcess]:
+        """A process that reads data. A new one if all are at work."""
+        with self._lock:
+            reader = self._idle.pop() if self._idle else None
+        if reader is None:
+            about: JsonObject = {"local": str(self._store.root.absolute()), "offline": self._offline}
+            where, problem = self._store.location.given, "the data cannot be read"
+            reader = HelperProcess(
+                "turret.workspace.data_reader",
+                about,
+                self._seconds,
+                MEMORY,
+                problem,
+                store=where,
+                idle=self._idle_seconds,
+            )
+        try:
+            yield reader
+        finally:
+            with self._lock:
+                self._idle.append(reader)

@@ -1,0 +1,109 @@
+"""What a client of a server sees before a training: the draft of a recipe for a table, and the plan of a recipe.
+
+Both are made in helper processes, because they read files of tenants and load bases. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from turret.errors import DataError, EngineError, RecipeError, StoreError
+from turret.helper_process import Died, HelperProcess
+from turret.json_types import JsonObject
+from turret.recipe import Recipe
+from turret.store import Store
+from turret.workspace.child_process import OUTAGE
+from turret.workspace.data_readers import DataReaders
+from turret.workspace.queueing import Queue, SentFiles, require_sent_source, sent_file
+
+READ_SECONDS = 60.0  # that reading a table may take
+PLAN_SECONDS = 180.0  # that a plan may take, with the load of its base
+IDLE_SECONDS = 60.0  # after which a helper process ends
+
+
+class Previews:
+    """Drafts and plans for the clients of a server, of all tenants. Any thread may call its methods.
+
+    Args:
+        store: as the server opened it.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._readers = DataReaders(store, READ_SECONDS, idle=IDLE_SECONDS, offline=True)
+        self._planner = HelperProcess(
+            "turret.workspace.plan_process",
+            {"local": str(store.root.absolute())},
+            PLAN_SECONDS,
+            None,  # a GPU's driver reserves more addresses than any machine has memory
+            "the recipe cannot be planned",
+            store=store.location.given,
+            idle=IDLE_SECONDS,
+        )
+
+    def draft(self, source: str, files: SentFiles, settings: Mapping[str, str]) -> JsonObject:
+        """As `turret.workspace.drafting.inspect`, as JSON.
+
+        Args:
+            files: tables by name, one of which `source` may name.
+            settings: `key=value` settings of the recipe that are known.
+
+        Raises:
+            DataError: the data cannot be read, or a setting is unknown or does not fit.
+        """
+        require_sent_source(source, files)
+        if named := settings.keys() & {"data", "data.source"}:  # it could name a file of this machine
+            raise DataError(f"settings: {min(named)} is not a setting of a draft: name the data in source")
+        with tempfile.TemporaryDirectory(prefix="turret-draft-") as folder:
+            _bring(files, source, Path(folder))
+            return self._readers.inspect(source, Path(folder), settings)
+
+    def plan(self, store: Store, recipe: Recipe, files: SentFiles, own_base: str | None = None) -> JsonObject:
+        """As `Workspace.plan`, as JSON, with the filled recipe as `toml`.
+
+        Args:
+            store: as the caller sees it.
+            files: tables by name; `data.source` may name one.
+            own_base: the base of the server, which may be a folder.
+
+        Raises:
+            NotFound: the caller does not see the adapter, the base or a version that the recipe names.
+            DataError: the data cannot be read.
+            RecipeError: the recipe cannot be planned here.
+        """
+        Queue(store).require_sent(recipe, files, own_base)
+        with tempfile.TemporaryDirectory(prefix="turret-plan-") as folder:
+            _bring(files, recipe.data.source, Path(folder))
+            tenant = store.access.tenant
+            data = self._readers.read_sent(tenant, recipe, Path(folder))
+            asked: JsonObject = {"tenant": tenant, "recipe": recipe.to_toml(), "data": str(data)}
+            try:
+                found = self._planner.ask(asked)
+            except EngineError as error:
+                raise StoreError(str(error)) from None
+        if isinstance(found, Died):
+            why = f"took longer than {PLAN_SECONDS:g} seconds" if found.late else "ended its process"
+            raise RecipeError(f"the plan was not made, because it {why}: choose a smaller base, or plan it elsewhere")
+        if found["status"]:
+            kind = StoreError if found["status"] == OUTAGE else RecipeError
+            raise kind(str(found["text"]))
+        return {**found["planned"], "toml": found["toml"]}
+
+    def close(self) -> None:
+        """End the helper processes."""
+        self._readers.close()
+        self._planner.close()
+
+
+def _bring(files: SentFiles, source: str, folder: Path) -> None:
+    """Show a file under its name in a folder, where a helper reads it."""
+    if source in files:
+        file = sent_file(files, source, folder)
+        if file != folder / source:
+            (folder / source).parent.mkdir(exist_ok=True)
+            try:
+                (folder / source).symlink_to(file.absolute())
+            except OSError:  # Windows
+                shutil.copyfile(file, folder / source)
