@@ -303,6 +303,8 @@ def test_everything_can_be_reached_by_keyboard_and_the_focus_is_seen(opened: Ope
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "main"
     page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Train from a table"
+    page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "news"
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
