@@ -137,8 +137,8 @@ def examine(guarded, examples: int) -> None:
             if got.status_code == 400 and ": criteria must be " in got.text:
                 return  # nor that one key has another form with each value of another
             of_a_recipe = got.status_code == 400 and got.json()["error"]["code"] in OF_A_RECIPE
-            if of_a_recipe and case.path in ("/api/runs", "/api/runs/draft", "/api/runs/plan"):
-                return  # nor what a recipe in TOML, or a table, may have
+            if of_a_recipe and case.path in ("/v1/files", "/api/runs", "/api/runs/draft", "/api/runs/plan"):
+                return  # nor what a recipe in TOML, or a table, may have, or what its file may be called
             try:
                 case.validate_response(got)
             except BaseExceptionGroup:
