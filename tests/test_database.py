@@ -47,22 +47,22 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, new_url: Callable[...,
 
 
 def test_the_migrations_make_exactly_the_tables_that_the_code_uses(place) -> None:
-    with Database(place).reading() as connection:
+    with Database.opened(place).reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
 
 
 def test_nothing_is_made_by_looking(place) -> None:
     assert Database.found(place) is None
     assert Database.found(place) is None
-    Database(place)
+    Database.opened(place)
     assert Database.found(place) is not None
 
 
 def test_a_newer_schema_is_refused_with_both_numbers_and_untouched(place) -> None:
-    Database(place)
+    Database.opened(place)
     _execute(place, "UPDATE alembic_version SET version_num = '0999'")
     with pytest.raises(StoreError, match=rf"has format 0999, this turret reads up to {SCHEMA}: .* upgrade turret"):
-        Database(place)
+        Database.opened(place)
     assert _execute(place, "SELECT version_num FROM alembic_version") == [("0999",)]
 
 
@@ -97,7 +97,7 @@ def test_an_older_store_is_brought_up_to_date_when_it_is_opened(place) -> None:
     store = _store(place)
     assert [str(version) for version in store.list()] == ["a@1", "a@2"]
     assert _execute(place, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
-    with Database(place).reading() as connection:
+    with Database.opened(place).reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
     assert _execute(place, "SELECT id, verb, number FROM alias_history") == [(1, "promote", 1)]
     assert list(store.gate("a")) == []
@@ -151,28 +151,28 @@ def test_an_older_store_that_may_not_be_written_says_what_to_do_and_stays_as_it_
     path = tmp_path / "turret.db"
     _first_format(path)
     with pytest.raises(StoreError, match=r"has format 0012, this turret reads \d+, and it is read-only here: run"):
-        Database(path, read_only=True)
+        Database.opened(path, read_only=True)
     assert _execute(path, "SELECT version_num FROM alembic_version") == [(OLDEST,)]
 
 
 def test_a_store_from_before_the_first_format_says_how_its_adapters_are_brought_here(place) -> None:
-    Database(place)
+    Database.opened(place)
     _execute(place, "UPDATE alembic_version SET version_num = '0005'")
     with pytest.raises(
         StoreError, match=r"has format 0005, this turret reads 0012 to \d+: export its adapters with"
     ) as raised:
-        Database(place)
+        Database.opened(place)
     assert "\n" not in str(raised.value)
     assert _execute(place, "SELECT version_num FROM alembic_version") == [("0005",)]
 
 
 def test_the_journal_is_wal(tmp_path) -> None:
-    Database(tmp_path / "turret.db")
+    Database.opened(tmp_path / "turret.db")
     assert _execute(tmp_path / "turret.db", "PRAGMA journal_mode") == [("wal",)]
 
 
 def test_a_transaction_that_fails_leaves_nothing(place) -> None:
-    database = Database(place)
+    database = Database.opened(place)
     row = {"name": "a", "last_number": 0, "created": "now"}
     with pytest.raises(StoreError, match=r"(?i)unique constraint"), database.writing() as connection:
         connection.execute(insert(db.adapters), [row, row])
@@ -181,8 +181,8 @@ def test_a_transaction_that_fails_leaves_nothing(place) -> None:
 
 
 def test_a_read_only_database_refuses_to_write_in_one_line(tmp_path) -> None:
-    Database(tmp_path / "turret.db")
-    database = Database(tmp_path / "turret.db", read_only=True)
+    Database.opened(tmp_path / "turret.db")
+    database = Database.opened(tmp_path / "turret.db", read_only=True)
     with database.reading() as connection:
         assert connection.execute(select(db.versions)).all() == []
     with pytest.raises(StoreError, match="is read-only here"), database.writing():
@@ -190,7 +190,7 @@ def test_a_read_only_database_refuses_to_write_in_one_line(tmp_path) -> None:
 
 
 def test_opening_a_store_of_this_format_loads_no_alembic_and_no_torch(tmp_path) -> None:
-    Database(tmp_path / "turret.db")
+    Database.opened(tmp_path / "turret.db")
     code = (
         "import sys; from pathlib import Path; from turret.store import Store\n"
         "assert list(Store(Path(sys.argv[1])).list()) == []\n"
@@ -200,7 +200,7 @@ def test_opening_a_store_of_this_format_loads_no_alembic_and_no_torch(tmp_path) 
 
 
 def test_a_writer_sees_what_the_writer_before_it_committed_and_a_reader_one_moment(place) -> None:
-    database, seen = Database(place), list[int]()
+    database, seen = Database.opened(place), list[int]()
 
     def count(connection: Connection) -> int:
         return len(connection.execute(select(db.adapters)).all())

@@ -45,7 +45,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -361,22 +361,26 @@ panel_moves = Table(
 )
 
 
+@dataclass(eq=False)
 class Database:
-    """One catalog; `reading()` and `writing()` are the only ways to a connection, and each is a transaction.
+    """One catalog, as one access sees it.
 
-    Args:
-        where: the SQLite file, or a location on PostgreSQL; it is created or migrated if needed.
-        alone: no other process may have the file open. Then it can be read on a full disk.
-        server: an open PostgreSQL at `where`.
+    `reading()` and `writing()` are the only ways to a connection, and each is a transaction.
     """
 
-    def __init__(
-        self, where: Path | Location, *, read_only: bool = False, alone: bool = False, server: Postgres | None = None
-    ) -> None:
-        self._where, self.access = where, OPERATOR
-        self._server = server or _server(where, read_only=read_only, alone=alone)
-        with plain_errors(where):
-            self._migrate()
+    _where: Path | Location
+    _server: Sqlite | Postgres
+    access: Access = OPERATOR
+
+    @classmethod
+    def opened(cls, where: Path | Location, *, read_only: bool = False, alone: bool = False) -> Database:
+        """Open the catalog. It is created or migrated if needed.
+
+        Args:
+            where: the SQLite file, or a location on PostgreSQL.
+            alone: no other process may have the file open. Then it can be read on a full disk.
+        """
+        return cls(where, _server(where, read_only=read_only, alone=alone))._migrated()
 
     @classmethod
     def found(cls, where: Path | Location) -> Database | None:
@@ -385,12 +389,12 @@ class Database:
             if isinstance(where, Path):
                 if not where.exists():
                     return None
-                return cls(where, read_only=not (os.access(where.parent, os.W_OK) and os.access(where, os.W_OK)))
+                return cls.opened(where, read_only=not (os.access(where.parent, os.W_OK) and os.access(where, os.W_OK)))
             server = _on_server(where)
             with server.transaction(writes=False) as connection:
                 if _schema_of(connection) is None:
                     return None
-        return cls(where, server=server)
+        return cls(where, server)._migrated()
 
     @property
     def name(self) -> str:
@@ -405,9 +409,7 @@ class Database:
 
     def with_access(self, access: Access) -> Database:
         """The same database, whose connections see what this access sees."""
-        other = copy(self)
-        other.access = access
-        return other
+        return replace(self, access=access)
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
@@ -448,6 +450,11 @@ class Database:
     def damage(self, connection: Connection) -> Iterator[str]:
         """Problems that the database finds in itself."""
         return self._server.damage(connection)
+
+    def _migrated(self) -> Database:
+        with plain_errors(self._where):
+            self._migrate()
+        return self
 
     def _migrate(self) -> None:
         store = self._server.store

@@ -36,6 +36,18 @@ def test_names_are_unique_for_each_tenant_and_versions_count_for_each(store: Sto
     assert [str(each) for each in again.list()] == ["news@1"]
 
 
+def test_an_access_from_before_the_store_was_made_shares_the_database_of_the_one_that_made_it(
+    store: Store, make_bundle
+) -> None:
+    assert not store.exists()
+    a, b = store.with_access(A), store.with_access(B)
+    assert list(b.list()) == []
+    a.put("news", make_bundle())
+    assert ([str(each) for each in a.list()], list(b.list())) == (["news@1"], [])
+    assert a.database()._server is b.database()._server, "one connection pool, for all accesses"
+    assert (store.access, a.access, b.access) == (Access(), A, B)
+
+
 def test_a_put_answers_alike_whether_or_not_another_tenant_has_the_bytes(store: Store, make_bundle) -> None:
     bundle = make_bundle(tensors(1))
     made = [store.with_access(access).put("news", bundle) for access in (A, B)]

@@ -23,6 +23,7 @@ from turret.arguments import checked
 from turret.data import Prompt
 from turret.errors import AdapterError, BadArgument, DataError, RecipeError, WrongBase
 from turret.recipe import Data, Task, Train
+from turret.store import Store
 from turret.workspace import reading
 
 WRONG = (
@@ -160,6 +161,7 @@ def test_control_the_walk_notices_a_plain_python_error() -> None:
         (lambda: Workspace().train(RIGHT["recipe"], on_stages=print), BadArgument, "did you mean on_stage?"),
         (lambda: Workspace().merge("a@1", "b"), BadArgument, "references: expected a list of texts, given 'a@1'"),
         (lambda: Workspace().export("a", "b", form="pt"), BadArgument, "expected peft or merged or vllm or gguf"),
+        (lambda: Workspace(Store("x"), tenant="a"), BadArgument, "tenant: an open store has one already: leave it out"),
     ],
 )
 def test_the_error_names_what_was_meant(call: Callable[[], Any], error: type[TurretError], words: str) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,21 +125,52 @@ Also = Callable[[Connection], None] | None  # further writes in the transaction 
 ATTEMPTS = 3  # of a put, if a gc or a delete removes its files while it writes
 
 
+class _Shared:
+    """The catalog and the files of one store, which all accesses to it share."""
+
+    def __init__(self, location: Location) -> None:
+        self.location, self.root = location, location.local
+        self.catalog = location if location.catalog else location.local / "turret.db"
+        self.files: Files = Blobs(location.files) if isinstance(location.files, Path) else Objects(location.files)
+        self._database: Database | None = None
+        self.owns_files = location.catalog is None  # the files are known to belong to this catalog
+
+    def open(self) -> Database | None:
+        """The database, opened once; None if the store does not exist."""
+        if self._database is None:
+            self._database = Database.found(self.catalog)
+        return self._database
+
+    def open_or_create(self) -> Database:
+        """The database, created if the store does not exist."""
+        if (existing := self.open()) is not None:
+            return existing
+        if isinstance(self.catalog, Path):
+            if self.root.exists() and not self.root.is_dir():
+                raise StoreError(f"store {self.root} is a file: expected a folder, use another --store")
+            if (self.root / OWNER).exists():
+                raise StoreError(f"store {self.root} has the files of a catalog elsewhere: use another --store")
+            with plain_errors(self.catalog):
+                make_folder(self.root, PRIVATE)
+        self._database = Database.opened(self.catalog)
+        return self._database
+
+
 class Store:
     """A store of adapters, as one tenant sees it: a folder, or a URL. Nothing is created before the first write.
 
     Methods that take a reference raise `NotFound` if it names nothing. The error lists the existing names.
     """
 
-    def __init__(self, where: Location | Path | str, access: Access = OPERATOR) -> None:
+    def __init__(
+        self, where: Location | Path | str, access: Access = OPERATOR, *, shared: _Shared | None = None
+    ) -> None:
         self.access = access
-        self.location = Location.parse(where)
-        self.root = self.location.local  # on this machine: all of a folder store; the runs of a store with a URL
-        self._catalog = self.location if self.location.catalog else self.root / "turret.db"
-        files = self.location.files
-        self._blobs: Files = Blobs(files) if isinstance(files, Path) else Objects(files)
-        self._opened: Database | None = None
-        self._owns_files = self.location.catalog is None  # the files are known to belong to this catalog
+        self._shared = shared or _Shared(Location.parse(where))
+        self.location = self._shared.location
+        self.root = self._shared.root  # on this machine: all of a folder store; the runs of a store with a URL
+        self._catalog, self._blobs = self._shared.catalog, self._shared.files
+        self._opened: Database | None = None  # as the access sees it
 
     def __str__(self) -> str:
         return str(self.location)
@@ -157,9 +187,7 @@ class Store:
 
     def with_access(self, access: Access) -> Store:
         """The same store as another tenant, or one of its tokens, sees it."""
-        other, database = copy(self), self._open()
-        other.access, other._opened = access, None if database is None else database.with_access(access)
-        return other
+        return Store(self.location, access, shared=self._shared)
 
     # --- versions -----------------------------------------------------------------------------------------------------
 
@@ -479,7 +507,7 @@ class Store:
             except StoreError:
                 if not isinstance(self._catalog, Path) or not no_room(self._catalog):
                     raise
-                removed += list(self._collected(Database(self._catalog, alone=True), dry_run))
+                removed += list(self._collected(Database.opened(self._catalog, alone=True), dry_run))
         return Collected(dry_run, tuple(removed))
 
     # --- runs ---------------------------------------------------------------------------------------------------------
@@ -576,7 +604,9 @@ class Store:
     def _collected(self, database: Database | None, dry_run: bool) -> Iterator[Removed]:
         if database is None:
             return
-        if self._owns_files or self._blobs.owner() is not None:  # without an owner this catalog has put nothing there
+        if (
+            self._shared.owns_files or self._blobs.owner() is not None
+        ):  # without an owner this catalog has put nothing there
             self._claim_files(database, writes=not dry_run)
             yield from gc.unlisted(self._blobs, database, dry_run=dry_run)
         yield from gc.of_runs(self.root, database, dry_run=dry_run)
@@ -585,27 +615,19 @@ class Store:
         yield from gc.of_promises(database, dry_run=dry_run)
 
     def _claim_files(self, database: Database, *, writes: bool = True) -> None:
-        if not self._owns_files:
+        if not self._shared.owns_files:
             claim(self.location, database, self._blobs, writes=writes)
-            self._owns_files = writes
+            self._shared.owns_files = writes
 
     def _open(self) -> Database | None:
         """The database, opened once; None if the store does not exist."""
         if self._opened is None:
-            found = Database.found(self._catalog)
+            found = self._shared.open()
             self._opened = None if found is None else found.with_access(self.access)
         return self._opened
 
     def _open_or_create(self) -> Database:
         """The database, created if the store does not exist."""
-        if (existing := self._open()) is not None:
-            return existing
-        if isinstance(self._catalog, Path):
-            if self.root.exists() and not self.root.is_dir():
-                raise StoreError(f"store {self.root} is a file: expected a folder, use another --store")
-            if (self.root / OWNER).exists():
-                raise StoreError(f"store {self.root} has the files of a catalog elsewhere: use another --store")
-            with plain_errors(self._catalog):
-                make_folder(self.root, PRIVATE)
-        self._opened = Database(self._catalog).with_access(self.access)
+        if self._opened is None:
+            self._opened = self._shared.open_or_create().with_access(self.access)
         return self._opened

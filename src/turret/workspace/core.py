@@ -14,7 +14,7 @@ from turret.access import Access, tenant_access
 from turret.arguments import checked_methods
 from turret.audit import Mark
 from turret.data import Prompt, TextPair
-from turret.errors import NotFound
+from turret.errors import BadArgument, NotFound
 from turret.experiments import Recorded, Router
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL
 from turret.json_types import JsonMapping, JsonObject, JsonValue
@@ -85,12 +85,14 @@ class Workspace:
     auto, cpu, cuda, cuda:1 or mps. A training takes it from `train.device`.
 
     Args:
-        path: a folder, which is made at the first write, or the URL of a catalog.
-        tenant: whose adapters; default: TURRET_TENANT, else `default`.
+        path: a folder, which is made at the first write, the URL of a catalog, or an open `Store`.
+        tenant: whose adapters; default: TURRET_TENANT, else `default`. Not for an open store, which has one.
     """
 
-    def __init__(self, path: str | Path | Location = ".turret", tenant: str | None = None) -> None:
-        self.store = Store(path, tenant_access(tenant))
+    def __init__(self, path: str | Path | Location | Store = ".turret", tenant: str | None = None) -> None:
+        if isinstance(path, Store) and tenant is not None:
+            raise BadArgument("Workspace: tenant: an open store has one already: leave it out")
+        self.store = path if isinstance(path, Store) else Store(path, tenant_access(tenant))
         self.hub = Hub(self.store)  # push(reference, hub_id) and pull(hub_id)
         self._memories: dict[int, Memory] = {}  # of `settle`, by the id of an experiment
         self._promises: dict[int, PromiseMemory] = {}  # of `settle_promises`, by the id of a promise
@@ -118,10 +120,7 @@ class Workspace:
 
     def with_access(self, access: Access) -> Workspace:
         """The same store as another tenant, or one of its tokens, sees it."""
-        other = Workspace(self.store.location)
-        other.store = self.store.with_access(access)
-        other.hub = Hub(other.store)
-        return other
+        return Workspace(self.store.with_access(access))
 
     def list(self, name: str | None = None) -> Sequence[Version]:
         """All stored versions, or all versions of one name."""
