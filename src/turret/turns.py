@@ -11,11 +11,11 @@ import asyncio
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from copy import copy
-from typing import Generic, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from turret.errors import Busy
 
@@ -173,19 +173,21 @@ class ThreadPool:
         self._lock = threading.Lock()
         self._calls = Places(limit)
         self._waiting = TurnQueue[tuple[Callable[[], None], Callable[[], bool]]](running)  # runs, and drops, a call
-        self._tenant = ""
 
-    def of(self, tenant: str) -> ThreadPool:
+    def of(self, tenant: str) -> TenantThreads:
         """The same threads, for the calls of a tenant."""
-        view = copy(self)
-        view._tenant = tenant
-        return view
+        return TenantThreads(self, tenant)
 
-    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        tenant, context = self._tenant, copy_context()  # `acting` names the caller on the thread too
+    # Any, Any: the yield and send types of every coroutine.
+    def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+        return self.run("", function, *args, **kwargs)
+
+    async def run(self, tenant: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function for a tenant."""
+        context = copy_context()  # `acting` names the caller on the thread too
         done: Future[T] = Future()
 
-        def run() -> None:
+        def call() -> None:
             if not done.set_running_or_notify_cancel():
                 return
             try:
@@ -199,7 +201,7 @@ class ThreadPool:
             if not self._calls.has_room(tenant):
                 raise Busy(f"too many {self._busy}: try again", retry_after=self._retry_after)
             self._calls.take(tenant)
-            self._waiting.put(tenant, (run, done.cancel))
+            self._waiting.put(tenant, (call, done.cancel))
         try:
             self._pool.submit(self._run_calls)
             return await asyncio.wrap_future(done)
@@ -227,3 +229,14 @@ class ThreadPool:
             left = self._waiting.clear()
         for _, drop in left:
             drop()
+
+
+@dataclass(frozen=True)
+class TenantThreads:
+    """The threads of a pool, for the calls of one tenant: `await threads(function, ...)`."""
+
+    pool: ThreadPool
+    tenant: str
+
+    def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+        return self.pool.run(self.tenant, function, *args, **kwargs)

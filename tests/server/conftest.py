@@ -17,10 +17,12 @@ from server import patience
 from server.echo import FINGERPRINT, LABELS, Echo, SamplingParams
 from store.bundles import tensors, write_bundle
 
+from turret.access import OPERATOR
 from turret.server.app import Server, bind, url_of
 from turret.server.engines import Engines
 from turret.server.logs import Log
-from turret.server.state import ServerSettings, ServerState
+from turret.server.services import Services, View
+from turret.server.settings import ServerSettings
 from turret.store import Version
 from turret.workspace import Workspace
 
@@ -41,7 +43,7 @@ class Running:
         self.workspace, self.engine = workspace, engine
         self.lines = lines or io.StringIO()
         engines = Engines(*engine) if isinstance(engine, list) else engine
-        self.served = ServerState(workspace, engines, options, settings, log=Log(self.lines))
+        self.served = Services(workspace, engines, options, settings, log=Log(self.lines))
         self.server = Server(self.served)
         self._socket = bind("127.0.0.1", 0)
         self.url = url_of(self._socket)
@@ -68,6 +70,11 @@ class Running:
         self._socket.close()
         for each in self.engine if isinstance(self.engine, list) else [self.engine]:
             each.close()
+
+    @property
+    def view(self) -> View:
+        """The server as the tenant `default` sees it."""
+        return self.served.view(OPERATOR)
 
     @property
     def ended(self) -> bool:

@@ -28,7 +28,7 @@ from server.console_store import BASE, fill, recipe
 
 from turret import LoRA, Workspace
 from turret.server.logs import Log
-from turret.server.state import ServerState
+from turret.server.services import Services
 from turret.store import AccessToken
 from turret.workspace.serving_trainer import TrainingWhileServing
 
@@ -133,14 +133,14 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
 
 
 @contextmanager
-def serving(workspace: Workspace, slots: int = 0) -> Iterator[tuple[str, ServerState]]:
+def serving(workspace: Workspace, slots: int = 0) -> Iterator[tuple[str, Services]]:
     """A server on the bundled base, at a free port. slots: of trainings beside its answers."""
     from turret.engine import SamplingParams
     from turret.server.app import Server, bind, url_of
 
     listening = bind("127.0.0.1", 0)
     with workspace.engine(BASE) as engine:
-        served = ServerState(workspace, engine, SamplingParams, log=Log(io.StringIO()))
+        served = Services(workspace, engine, SamplingParams, log=Log(io.StringIO()))
         served.refresh()
         server = Server(served)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

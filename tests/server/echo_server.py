@@ -19,7 +19,7 @@ from server.echo import Echo, SamplingParams
 
 from turret.server.app import bind, run
 from turret.server.openai import batch_runner
-from turret.server.state import ServerState
+from turret.server.services import Services
 from turret.store import batches
 from turret.workspace import Workspace
 
@@ -52,7 +52,7 @@ def main(store: str, pace: str, *base: str) -> None:
     workspace, more = Workspace(store), dict[str, Any](zip(("base_id", "fingerprint"), base, strict=False))
     more["constraints"] = _constraints()
     with Echo(workspace.store, pace=float(pace), **more) as engine, bind("127.0.0.1", 0) as listening:
-        run(ServerState(workspace, engine, SamplingParams), listening, lambda url: print(url, flush=True))
+        run(Services(workspace, engine, SamplingParams), listening, lambda url: print(url, flush=True))
 
 
 if __name__ == "__main__":

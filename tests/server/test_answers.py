@@ -236,6 +236,7 @@ def test_several_messages_to_the_base_go_through_its_own_template(serve) -> None
 
 
 def test_what_narrows_the_draws_without_a_temperature_draws_at_1(serve) -> None:
+    view = SimpleNamespace(services=SimpleNamespace(options=SamplingParams))
     for said, temperature in (
         ({"top_k": 5}, 1.0),
         ({"top_p": 0.9}, 1.0),
@@ -244,5 +245,5 @@ def test_what_narrows_the_draws_without_a_temperature_draws_at_1(serve) -> None:
         ({}, None),
     ):
         body = CompletionRequest(model="a", prompt="x", **said)
-        (made,) = generation_options(SimpleNamespace(options=SamplingParams), body, None, 1)  # type: ignore[arg-type]
+        (made,) = generation_options(view, body, None, 1)  # type: ignore[arg-type]
         assert made.temperature == temperature, said

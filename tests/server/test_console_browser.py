@@ -25,7 +25,7 @@ from store.bundles import tensors, write_bundle
 from turret.compare.report import write_report
 from turret.errors import NotFound
 from turret.recipe import Recipe
-from turret.server.state import ServerSettings
+from turret.server.settings import ServerSettings
 from turret.train import Curve, StepRecord
 from turret.workspace import Workspace
 

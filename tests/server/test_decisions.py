@@ -20,7 +20,7 @@ from turret.errors import BadRequest
 from turret.experiments import Guards
 from turret.server.limits import RequestLimits
 from turret.server.quotas import Quota
-from turret.server.state import ServerSettings
+from turret.server.settings import ServerSettings
 from turret.store import Question
 from turret.workspace import Workspace
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import turret
 from turret import engine as engine_room
-from turret.server.state import ServerSettings
+from turret.server.settings import ServerSettings
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
 from turret.tasks.questions import Questions
@@ -274,7 +274,7 @@ def test_a_version_that_is_deleted_while_it_waits_to_be_loaded_loses_no_request(
     base = Path(workspace.resolve("a@1").manifest["base"]["id"])
     third = str(workspace.store.put("a", bundle(tmp_path / "third", base, "bert", "classify", 3)))
     workspace.promote(third, "production")
-    follow, text = classifier.running.served.aliases, {"input": "x"}
+    follow, text = classifier.running.view.aliases, {"input": "x"}
     until(lambda: client.post("/v1/classify", json={"model": "a"} | text).json()["model"] == third, seconds=5)
     with follow._lock:  # the server cannot poll now
         time.sleep(serving.FRESH)
@@ -301,24 +301,24 @@ def test_golden_examples_are_put_to_the_engine_that_serves_and_no_second_base_is
 
 
 def test_a_shadow_shares_passes_with_the_answer_which_is_what_it_is_without_one(generator, until) -> None:
-    client, engine, served = generator.running.client(), generator.running.engine, generator.running.served
+    client, engine, view = generator.running.client(), generator.running.engine, generator.running.view
 
     def passes(model: str) -> tuple[int, str]:
         before = engine.stats().passes
         got = client.post("/v1/completions", json={"model": model, "prompt": TEXTS[0], "user": "ann"})
         assert got.status_code == 200, got.text
-        until(lambda: served.shadows.inputs == 0)
+        until(lambda: view.shadows.inputs == 0)
         return engine.stats().passes - before, got.json()["choices"][0]["text"]
 
     (first, text), (second, other) = passes("a@1"), passes("a@2")
     experiment = generator.workspace.experiment("a")
     experiment.start(shadows="a@2")
     try:
-        served.refresh()
+        view.refresh()
         tries = [passes("a") for _ in range(8)]  # on a busy machine an answer may end before its shadow starts
         assert {said for _, said in tries} == {text}
         assert min(both for both, _ in tries) < first + second - min(first, second) / 2
     finally:
-        served.routing.router.flush()
+        view.routing.router.flush()
         shadow = experiment.stop().as_json()["arms"][1]
     assert (shadow["compared"], shadow["agreed"]) == (len(tries), len(tries) * (text == other))

@@ -96,7 +96,7 @@ def test_too_many_who_tell_outcomes_are_told_to_come_again_and_answers_go_on(beg
 def test_a_sample_ratio_mismatch_is_shown_over_http_before_any_verdict(begin, workspace) -> None:
     running = begin(share=0.5, guards=Guards(promote=True))
     client, draw, told = running.client(), random.Random(0), []
-    router = running.served.routing.router
+    router = running.view.routing.router
     for number in range(800):  # that many requests over HTTP would take a minute
         found = router.assign("a", f"u{number}", f"r{number}")
         value = int(draw.random() < (0.3 if found.arm == "control" else 0.7))

@@ -17,8 +17,8 @@ def test_a_shadow_answers_the_same_texts_is_compared_and_never_returned(begin, w
         got = asked(client, None, text)  # without candidates every request counts
         assert (got.json()["model"], got.headers["turret-arm"]) == ("a@1", "control")
         assert got.json()["data"][0]["label"] == label(workspace, "a@1", text)
-        until(lambda put=number: running.engine.priorities.count(-1) == put and running.served.shadows.inputs == 0)
-    running.served.routing.router.flush()
+        until(lambda put=number: running.engine.priorities.count(-1) == put and running.view.shadows.inputs == 0)
+    running.view.routing.router.flush()
     (shadow,) = [each for each in status(workspace)["arms"] if each["role"] == "shadow"]
     agreed = sum(label(workspace, "a@1", text) == label(workspace, "a@3", text) for text in texts)
     assert 0 < agreed < len(texts)
@@ -37,16 +37,16 @@ def test_a_shadow_that_fails_or_dawdles_is_seen_by_its_experiment_and_by_nobody_
     for _ in range(12):
         assert asked(client, "ann").json()["model"] == "a@1"
     assert time.monotonic() - began < 5  # 12 loads would take 6 s
-    until(lambda: running.served.shadows.inputs == 0)
-    running.served.routing.router.flush()
+    until(lambda: running.view.shadows.inputs == 0)
+    running.view.routing.router.flush()
     assert arms(workspace, "errors") == {"control": 0, "shadow": 12}
     for number in range(12):  # its errors count beside answers of the control that came meanwhile
         running.served._apply_guards()
         if status(workspace)["state"] == "ended":
             break
         asked(client, f"bob {number}")
-        until(lambda: running.served.shadows.inputs == 0)
-        running.served.routing.router.flush()
+        until(lambda: running.view.shadows.inputs == 0)
+        running.view.routing.router.flush()
     assert status(workspace)["state"] == "ended"
 
 
@@ -58,7 +58,7 @@ def test_shadows_are_shed_when_there_is_no_room_for_them_and_answers_go_on(begin
     assert running.engine.priorities.count(-1) == 0
     assert 'arm="shadow",experiment="a#1",what="shed"} 1.0' in client.get("/metrics").text
     assert client.post("/v1/classify", json={"model": "a", "input": ["x"] * 2}).status_code == 200
-    until(lambda: running.engine.priorities.count(-1) == 2 and running.served.shadows.inputs == 0)
+    until(lambda: running.engine.priorities.count(-1) == 2 and running.view.shadows.inputs == 0)
 
 
 def test_a_server_that_ends_takes_its_shadows_back_and_writes_the_last_of_its_log(begin, workspace) -> None:
@@ -73,4 +73,4 @@ def test_a_server_that_ends_takes_its_shadows_back_and_writes_the_last_of_its_lo
     running.stop()
     assert sum(arms(workspace, "units").values()) == 2
     assert sum(arms(workspace, "answers")[arm] for arm in ("control", "candidate")) == 1
-    assert running.served.shadows.inputs == 0
+    assert running.view.shadows.inputs == 0

@@ -78,7 +78,7 @@ def test_who_says_no_unit_is_answered_by_the_alias_and_not_counted(begin, worksp
         got = asked(running.client(), unit)
         assert (got.json()["model"], got.headers["turret-arm"]) == ("a@1", "none")
         assert "turret-probability" not in got.headers
-    running.served.routing.router.flush()
+    running.view.routing.router.flush()
     assert sum(arms(workspace, "units").values()) == sum(arms(workspace, "answers").values()) == 0
     assert 'turret_experiment_uncounted_total{experiment="a#1"} 2.0' in running.client().get("/metrics").text
 
@@ -164,7 +164,7 @@ def test_an_arm_that_cannot_be_loaded_is_an_error_of_the_arm_and_nobody_answers_
         assert (got.status_code, got.headers["turret-arm"], got.headers["turret-version"]) == (409, "candidate", "2")
         assert "secret" not in got.text
         assert asked(client, good).json()["model"] == "a@1"
-    running.served.routing.router.flush()
+    running.view.routing.router.flush()
     assert arms(workspace, "errors") == {"control": 0, "candidate": 12}
     assert arms(workspace, "units") == {
         "control": 1,
@@ -195,7 +195,7 @@ def test_what_is_not_the_versions_doing_counts_for_nobody(begin, workspace) -> N
     client = running.client()
     assert asked(client, "ann").status_code == 429
     assert client.post("/v1/completions", json={"model": "a", "user": "ann", "prompt": [-1]}).status_code == 400
-    running.served.routing.router.flush()
+    running.view.routing.router.flush()
     assert arms(workspace, "answers")["candidate"] == 0
     assert arms(workspace, "units")["candidate"] == 0
 

@@ -10,7 +10,7 @@ from entered import Entered, watching
 from server.test_end_to_end import house
 
 from turret.ops.cpu import compiled as kernels
-from turret.server.state import Followers
+from turret.server.services import Followers
 
 MOST_FILES = 45 if kernels.library() is not None else 46  # torch's operations are in other files than the kernels
 REQUESTS = 5  # of the same kind; what only some of them pass is of something that runs beside them
@@ -56,7 +56,7 @@ def test_a_warm_classification_passes_few_files(tmp_path: Path) -> None:
     assert {
         "server/app.py",
         "server/openai/classify.py",
-        "server/state.py",
+        "server/questions.py",
         "engine/core.py",
         "adapters/hooks.py",
     } <= set(files)

@@ -324,7 +324,7 @@ def test_a_bad_version_that_another_process_promotes_is_told_and_the_old_one_ans
     running.engine.broken.add("a@2")
     client = running.client()
     workspace.promote("a@2", "production")
-    until(lambda: running.served.aliases.failed_moves)
+    until(lambda: running.view.aliases.failed_moves)
     assert model_of(client) == "a@1"
     (alias,) = client.get("/api/aliases").json()["aliases"]
     assert (alias["version"], alias["serving"]) == ("a@2", "a@1")
@@ -346,7 +346,7 @@ def test_a_server_that_cannot_reach_the_store_says_once_that_it_follows_no_more_
     assert "turret_following 1.0" in client.get("/metrics").text
     away = root.rename(root.with_name("away"))
     until(lambda: "turret_following 0.0" in client.get("/metrics").text)
-    until(lambda: len(followed(running, "turret-tokens")) == 1 and running.served.aliases.failures > 20)
+    until(lambda: len(followed(running, "turret-tokens")) == 1 and running.view.aliases.failures > 20)
     assert client.get("/readyz").status_code == 200
     away.rename(root)
     until(lambda: "turret_following 1.0" in client.get("/metrics").text)

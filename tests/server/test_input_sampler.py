@@ -19,7 +19,7 @@ from turret import audit
 from turret.data import TextPair
 from turret.errors import AdapterError, Busy
 from turret.experiments.input_drift import packed
-from turret.server import input_sampler, state
+from turret.server import input_sampler, services
 from turret.server.alarms import AlarmSettings
 from turret.server.engines import Engines
 from turret.server.input_sampler import InputSampler
@@ -36,8 +36,8 @@ FAR = np.abs(NEAR)  # all in one corner
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_sampler, "SECONDS", 0.0)
-    monkeypatch.setattr(state, "INPUT_SECONDS", 0.01)
-    monkeypatch.setattr(state, "GUARD_SECONDS", 0.2)
+    monkeypatch.setattr(services, "INPUT_SECONDS", 0.01)
+    monkeypatch.setattr(services, "GUARD_SECONDS", 0.2)
 
 
 def watched(workspace: Workspace, version: Any, vectors: Any = FAR) -> Promise:

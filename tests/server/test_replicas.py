@@ -24,7 +24,7 @@ from turret.server.metrics import Metrics
 from turret.server.quotas import Quota, SharedQuotas
 from turret.server.replica import Leader
 from turret.server.sessions import COOKIE
-from turret.server.state import ServerSettings
+from turret.server.settings import ServerSettings
 from turret.store import Budgets, Store
 from turret.workspace import Workspace
 

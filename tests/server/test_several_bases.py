@@ -25,7 +25,7 @@ from turret.engine import Embedding, Engine, Limits, MemoryBudget, SamplingParam
 from turret.engine.untrained import Question, decide
 from turret.errors import ServeRefused
 from turret.server.engines import Engines
-from turret.server.state import ServerSettings
+from turret.server.settings import ServerSettings
 from turret.workspace import Workspace
 
 PLACES = (("bert", "classify", "labels"), ("qwen3", "generate", "news"), ("llama", "generate", "law"))
@@ -289,17 +289,17 @@ def test_a_promote_asks_golden_examples_on_the_adapters_own_base(house: House, t
 
 
 def test_a_shadow_of_an_adapter_runs_on_its_own_base(house: House, until) -> None:
-    client, served = house.client(), house.running.served
+    client, view = house.client(), house.running.view
     experiment = house.workspace.experiment("law")
     experiment.start(shadows="law@2")
     try:
-        served.refresh()
+        view.refresh()
         got = client.post("/v1/completions", json={"model": "law", "prompt": TEXTS[0], "user": "ann"})
         assert (got.status_code, got.headers["turret-experiment"]) == (200, "law#1")
-        until(lambda: served.shadows.inputs == 0)
+        until(lambda: view.shadows.inputs == 0)
         assert client.get("/api/experiments/law").json()["serving"]["in_force"] is True
     finally:
-        served.routing.router.flush()
+        view.routing.router.flush()
         arms = experiment.stop().as_json()["arms"]
     assert arms[1]["compared"] == 1
 

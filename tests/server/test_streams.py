@@ -14,7 +14,7 @@ from server.echo import SamplingParams, words
 
 from turret.errors import AdapterError
 from turret.server.limits import RequestLimits
-from turret.server.pending_answers import CHARACTERS_PER_TOKEN
+from turret.server.questions import CHARACTERS_PER_TOKEN
 
 LONG = " ".join(f"w{number}" for number in range(200))
 BODY = {"model": "a", "prompt": LONG, "max_tokens": 200, "stream": True}

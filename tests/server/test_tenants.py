@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from store.bundles import tensors, write_bundle
 from turret.access import Access
 from turret.server import app as server_app
 from turret.server.app import routes
-from turret.server.routes import State, router
+from turret.server.routes import View, router
 from turret.workspace import Workspace
 
 HERE, NOWHERE = "zebra-news", "zebra-mews"  # what the owner has, and what nobody has
@@ -159,12 +160,12 @@ def test_a_route_that_leaks_is_found(serve, workspace, owner, monkeypatch) -> No
     leaky: APIRouter = router("admin")
 
     @leaky.get("/api/leak/{name}")
-    async def leak(name: str, state: State) -> dict[str, bool]:
-        return {"there": bool(state.tenant("owner").workspace.list(name))}
+    async def leak(name: str, view: View) -> dict[str, bool]:
+        return {"there": bool(view.services.tenant("owner").workspace.list(name))}
 
     @leaky.get("/api/all")
-    async def everything(state: State) -> list[str]:
-        return [str(each) for each in state.tenant("owner").workspace.list()]
+    async def everything(view: View) -> list[str]:
+        return [str(each) for each in view.services.tenant("owner").workspace.list()]
 
     monkeypatch.setattr(server_app, "ROUTERS", (*server_app.ROUTERS, leaky))
     _, secret = owner.tokens.create("zebra-owner", ALL)
@@ -174,6 +175,19 @@ def test_a_route_that_leaks_is_found(serve, workspace, owner, monkeypatch) -> No
     (found,) = walk.differences(routes(running.served), stranger, here, nowhere)
     assert found.startswith(f"GET /api/leak/{HERE} ")
     assert walk.leaks(routes(running.served), stranger, here, [HERE]) == [f"GET /api/all: {HERE}"]
+
+
+def test_an_access_gets_one_view_that_cannot_be_changed(serve, put_for) -> None:
+    put_for("owner", "news", 1)
+    put_for("owner", "spam", 2)
+    served, narrow = serve().served, Access("owner", adapters=("news",))
+    whole, view = served.view(Access("owner")), served.view(narrow)
+    assert served.view(Access("owner", adapters=("news",))) is view
+    assert ([str(each) for each in view.workspace.list()], view.metrics) == (["news@1"], whole.metrics)
+    assert [str(each) for each in whole.workspace.list()] == ["news@1", "spam@1"]
+    assert (whole.access, view.access, view.engines.access) == (Access("owner"), narrow, narrow)
+    with pytest.raises(FrozenInstanceError):
+        view.access = Access()
 
 
 def test_a_parameter_that_nobody_described_fails_the_walk(serve, monkeypatch) -> None:

@@ -25,7 +25,7 @@ from turret.recipe import Recipe
 from turret.server.console import train as train_pages
 from turret.server.console.train import Chosen
 from turret.server.limits import RequestLimits
-from turret.server.state import ServerSettings
+from turret.server.settings import ServerSettings
 from turret.store import JobQueue
 from turret.tasks import TASKS
 from turret.workspace import Workspace, previewing

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from turret.engine import Limits
     from turret.engine.request import VllmServer
     from turret.server.oidc import OidcSettings
-    from turret.server.state import ServerSettings
+    from turret.server.settings import ServerSettings
     from turret.workspace import Workspace
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -138,7 +138,7 @@ def serve(
     from turret.server.auth import origins
     from turret.server.limits import RequestLimits, networks
     from turret.server.quotas import Quota
-    from turret.server.state import ServerSettings
+    from turret.server.settings import ServerSettings
     from turret.workspace import Workspace
 
     workspace = Workspace(store)
@@ -211,7 +211,7 @@ def _serve(
     from turret.server.app import bind, run
     from turret.server.auth import Guard
     from turret.server.engines import Engines
-    from turret.server.state import ServerState
+    from turret.server.services import Services
 
     process.share()
     Guard(settings.host, workspace.tokens.of_all_tenants())  # refuses before the base is loaded
@@ -225,17 +225,17 @@ def _serve(
                 start = partial(vllm_engine, workspace.store, server=vllm)
             loaded = [opened.enter_context(start(name, limits=limits, on_stage=show)) for name in names]
         engines = Engines(*loaded)
-        state = ServerState(workspace, engines, SamplingParams, settings)
+        services = Services(workspace, engines, SamplingParams, settings)
         bases, devices = [each.name for each in engines.bases], {str(each.base.model.device) for each in loaded}
         devices = devices if vllm is None else {f"vLLM at {vllm.url}"}
         with ExitStack() as trains:
             if training is not None:
                 from turret.workspace.serving_trainer import TrainingWhileServing
 
-                say = lambda line: state.log.write("training", message=line)
+                say = lambda line: services.log.write("training", message=line)
                 trains.enter_context(TrainingWhileServing(workspace.store, loaded, **training._asdict(), say=say))
-            run(state, listening, lambda url: _announce(url, bases, ", ".join(sorted(devices)), as_json, training))
-        engines.drain(state.limits.drain_seconds)
+            run(services, listening, lambda url: _announce(url, bases, ", ".join(sorted(devices)), as_json, training))
+        engines.drain(services.limits.drain_seconds)
 
 
 def _provider(

@@ -1,1 +1,1 @@
-"""The HTTP server of bases and their adapters. `app.create(state)` is the ASGI application; `run.run` serves it."""
+"""The HTTP server of bases and their adapters: `app.run(Services(...), socket)` serves it."""

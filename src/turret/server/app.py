@@ -55,8 +55,8 @@ from turret.server.openai import (
     tokenizer,
 )
 from turret.server.openai.batch_runner import BatchRunner
-from turret.server.routes import State, router
-from turret.server.state import ServerState
+from turret.server.routes import View, router
+from turret.server.services import Services
 from turret.version import __version__
 
 # --- health -----------------------------------------------------------------------------------------------------------
@@ -73,20 +73,21 @@ async def healthz() -> dict[str, str]:
 
 
 @anyone.get("/readyz")
-async def readyz(state: State) -> Response:
+async def readyz(view: View) -> Response:
     """200 once the store was read and adapters are loaded; 503 before that, and while the server shuts down."""
-    if state.load.draining or not state.ready:
-        why = "shutting down" if state.load.draining else "not ready yet: adapters are being loaded"
+    services = view.services
+    if services.load.draining or not services.ready:
+        why = "shutting down" if services.load.draining else "not ready yet: adapters are being loaded"
         response = error_response(Draining(f"the server is {why}"))
         return JSONResponse(response.body, response.status, response.headers)
     return JSONResponse({"status": "ready"})
 
 
 @control.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
-async def metrics(state: State) -> Response:
+async def metrics(view: View) -> Response:
     """Metrics for Prometheus: of the tenant's adapters; for the tenant `default`, of the server and all tenants too."""
-    read = partial(state.metrics.text, state.engines.sees, operates=state.access.operates)
-    return Response(await state.control(read), media_type=CONTENT_TYPE)
+    read = partial(view.metrics.text, view.engines.sees, operates=view.access.operates)
+    return Response(await view.control(read), media_type=CONTENT_TYPE)
 
 
 # --- app --------------------------------------------------------------------------------------------------------------
@@ -123,13 +124,13 @@ ROUTERS = (
 )
 
 
-def create(state: ServerState, application: FastAPI | None = None) -> ASGIApp:
+def create(services: Services, application: FastAPI | None = None) -> ASGIApp:
     """The whole server as an ASGI application. application: the routes, if they are made already."""
-    limited = LimitMiddleware(application or routes(state), state.limits, state.load, state.clients)
-    origins = state.settings.origins
-    guarded = AuthMiddleware(limited, state.guard, render.PageResponse, state.replica.look_up_session, origins)
-    logged = LogMiddleware(allow_origins(guarded, origins), state.log, state.metrics.request, state.clock)
-    return logged if state.spans is None else TraceMiddleware(logged, state.spans)
+    limited = LimitMiddleware(application or routes(services), services.limits, services.load, services.clients)
+    origins = services.settings.origins
+    guarded = AuthMiddleware(limited, services.guard, render.PageResponse, services.replica.look_up_session, origins)
+    logged = LogMiddleware(allow_origins(guarded, origins), services.log, services.metrics.request, services.clock)
+    return logged if services.spans is None else TraceMiddleware(logged, services.spans)
 
 
 class _Application(FastAPI):
@@ -149,7 +150,7 @@ class _Application(FastAPI):
         return without
 
 
-def routes(state: ServerState) -> FastAPI:
+def routes(services: Services) -> FastAPI:
     """The routes without the middleware. `/openapi.json` describes them."""
     app = _Application(
         title="Turret",
@@ -158,7 +159,7 @@ def routes(state: ServerState) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.server, app.guard = state, getattr(state, "guard", None)
+    app.state.services, app.guard = services, getattr(services, "guard", None)
     for each in ROUTERS:
         app.include_router(each)
 
@@ -167,7 +168,7 @@ def routes(state: ServerState) -> FastAPI:
         response = error_response(error)
         if response.status >= 500:
             request_id = request.scope.get("state", {}).get("request_id")
-            state.log.write("failed", "error", request=request_id, error=type(error).__name__, message=str(error))
+            services.log.write("failed", "error", request=request_id, error=type(error).__name__, message=str(error))
         return _encoded(response, getattr(request.state, "receipt", None))
 
     @app.exception_handler(RequestValidationError)
@@ -406,12 +407,12 @@ def url_of(listening: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn with an end that drains. announce: called once the socket listens."""
 
-    def __init__(self, state: ServerState, announce: Callable[[], None] = lambda: None) -> None:
-        limits, application = state.limits, routes(state)
+    def __init__(self, services: Services, announce: Callable[[], None] = lambda: None) -> None:
+        limits, application = services.limits, routes(services)
         super().__init__(
             uvicorn.Config(
-                create(state, application),
-                http=protocol(limits, state.clients),
+                create(services, application),
+                http=protocol(limits, services.clients),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -422,22 +423,22 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
-        self.state = state
-        logged = LogMiddleware(application, state.log, state.metrics.request, state.clock)
-        self._runner = BatchRunner(state, logged)
+        self.services = services
+        logged = LogMiddleware(application, services.log, services.metrics.request, services.clock)
+        self._runner = BatchRunner(services, logged)
         self._announce = announce
         self._until = float("inf")
 
     def drain(self) -> None:
         """Accept no new requests, and end once the running ones are answered."""
-        state = self.state
-        if not state.load.draining:
-            state.load.draining = True
-            self._until = state.clock() + state.limits.drain_seconds
-            state.log.write("draining", in_flight=state.load.requests)
+        services = self.services
+        if not services.load.draining:
+            services.load.draining = True
+            self._until = services.clock() + services.limits.drain_seconds
+            services.log.write("draining", in_flight=services.load.requests)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.state.load.draining:
+        if self.services.load.draining:
             self.should_exit = self.force_exit = True
         self.drain()
 
@@ -447,30 +448,30 @@ class Server(uvicorn.Server):
         self._announce()
 
     async def on_tick(self, counter: int) -> bool:
-        load = self.state.load
+        load = self.services.load
         answered = not load.requests and not self._runner.working
-        drained = load.draining and (answered or self.state.clock() >= self._until)
+        drained = load.draining and (answered or self.services.clock() >= self._until)
         return await super().on_tick(counter) or drained
 
 
-def run(state: ServerState, listening: socket.socket, announce: Callable[[str], None] = lambda url: None) -> None:
+def run(services: Services, listening: socket.socket, announce: Callable[[str], None] = lambda url: None) -> None:
     """Serve until a signal. Closes everything but the engine. announce: called with the URL once it answers."""
     url = url_of(listening)
 
     def serving() -> None:
-        names = ", ".join(each.name for each in state.engines.bases)
-        state.log.write("serving", url=url, base=names, guarded=not state.guard.open)
+        names = ", ".join(each.name for each in services.engines.bases)
+        services.log.write("serving", url=url, base=names, guarded=not services.guard.open)
         announce(url)
 
-    with _library_logs(state.log):
-        state.start()
+    with _library_logs(services.log):
+        services.start()
         try:
-            Server(state, serving).run(sockets=[listening])
+            Server(services, serving).run(sockets=[listening])
         finally:
-            state.load.draining = True
-            state.stop()
+            services.load.draining = True
+            services.stop()
             listening.close()
-            state.log.write("ended", in_flight=state.load.requests)
+            services.log.write("ended", in_flight=services.load.requests)
 
 
 @contextmanager

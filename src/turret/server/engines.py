@@ -125,6 +125,10 @@ class SeenEngines:
         """The base that a request asks by its own name, if the access sees it."""
         return next((each for each in self.askable if each.name == model), None)
 
+    def is_base(self, model: str) -> bool:
+        """Whether a request for this model is for a bare base."""
+        return self.bare(model) is not None
+
     def base_of(self, model: str | None) -> ServedBase:
         """The base that a model stands for: by its own name, or by the reference of an adapter. May read the store.
 

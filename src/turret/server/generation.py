@@ -19,9 +19,9 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.server.engine_protocol import Input
 from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS
-from turret.server.pending_answers import PendingAnswers, Update, usage
+from turret.server.questions import PendingAnswers, Update, finish, now, submit, usage
 from turret.server.schemas import Generation
-from turret.server.state import ServerState
+from turret.server.services import View
 
 Chunk = JsonObject
 EVENTS: dict[int | str, JsonObject] = {
@@ -68,10 +68,10 @@ class CompletionChunks:
         return [{"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason}]
 
 
-def unknown_keys(state: ServerState, body: Generation) -> dict[str, str]:
+def unknown_keys(view: View, body: Generation) -> dict[str, str]:
     """The header that names the unknown keys of a request. Raises BadRequest for one if the server is strict."""
     found = [key if _KEY.fullmatch(key) else "?" for key in body.unknown()]
-    if found and state.settings.strict:
+    if found and view.services.settings.strict:
         raise BadRequest(f"{found[0]}: unknown key, and this server runs with --strict: leave it out")
     more = [f"and {len(found) - SHOWN_KEYS} more"] if len(found) > SHOWN_KEYS else []
     return {"turret-ignored": ", ".join([*found[:SHOWN_KEYS], *more])} if found else {}
@@ -110,7 +110,7 @@ def constraint_of(body: Generation) -> Constraint | None:
 
 
 async def options_of(
-    state: ServerState,
+    view: View,
     body: Generation,
     max_tokens: int | None,
     choices: int,
@@ -122,12 +122,12 @@ async def options_of(
     """`generation_options`, on a thread if the request has a constraint, which may be long."""
     forms = (body.response_format, body.structured_outputs, body.guided_json, body.guided_regex, body.guided_choice)
     if constraint is None and any(each is not None for each in forms):
-        constraint = await state.parsing(constraint_of, body)
-    return generation_options(state, body, max_tokens, choices, times=times, constraint=constraint, **more)
+        constraint = await view.parsing(constraint_of, body)
+    return generation_options(view, body, max_tokens, choices, times=times, constraint=constraint, **more)
 
 
 def generation_options(
-    state: ServerState,
+    view: View,
     body: Generation,
     max_tokens: int | None,
     choices: int,
@@ -154,12 +154,12 @@ def generation_options(
     if "temperature" not in given and ("top_k" in given or given.get("top_p", 1.0) < 1.0):
         given["temperature"] = 1.0  # the default of OpenAI's API
     if body.seed is None:
-        return [state.options(**given)] * choices
-    return [state.options(**given, seed=body.seed + index % times) for index in range(choices)]
+        return [view.services.options(**given)] * choices
+    return [view.services.options(**given, seed=body.seed + index % times) for index in range(choices)]
 
 
 async def stream(
-    state: ServerState,
+    view: View,
     request: Request,
     body: Generation,
     prompts: Sequence[Input],
@@ -170,14 +170,14 @@ async def stream(
     """Answer with chunks as OpenAI's API streams them."""
 
     def lines(pending: PendingAnswers, updates: AsyncIterator[Update]) -> AsyncIterator[str]:
-        return _lines(state, body, pending, updates, chunks)
+        return _lines(view, body, pending, updates, chunks)
 
-    headers = unknown_keys(state, body)
-    return await stream_events(state, request, body.model, prompts, options, unit or body.user, lines, headers)
+    headers = unknown_keys(view, body)
+    return await stream_events(view, request, body.model, prompts, options, unit or body.user, lines, headers)
 
 
 async def stream_events(
-    state: ServerState,
+    view: View,
     request: Request,
     model: str,
     prompts: Sequence[Input],
@@ -192,14 +192,14 @@ async def stream_events(
         lines: Makes the events from the updates of the answers.
         headers: Added to those of the answers.
     """
-    pending = await state.submit(request, "generate", model, prompts, options, unit=unit)
+    pending = await submit(view, request, "generate", model, prompts, options, unit=unit)
     try:
         first, rest = await pending.first()
     except BaseException:
-        state.finish(request, "generate", pending)
+        finish(view, request, "generate", pending)
         raise
     events = lines(pending, _chained(first, rest))
-    return _EventStream(events, pending.headers | (headers or {}), lambda: state.finish(request, "generate", pending))
+    return _EventStream(events, pending.headers | (headers or {}), lambda: finish(view, request, "generate", pending))
 
 
 class _EventStream(StreamingResponse):
@@ -224,7 +224,7 @@ async def _chained(first: Update, rest: AsyncIterator[Update]) -> AsyncIterator[
 
 
 async def _lines(
-    state: ServerState,
+    view: View,
     body: Generation,
     pending: PendingAnswers,
     updates: AsyncIterator[Update],
@@ -233,7 +233,7 @@ async def _lines(
     head = {
         "id": f"{chunks.prefix}-{pending.id}",
         "object": chunks.kind,
-        "created": state.now(),
+        "created": now(),
         "model": pending.model or body.model,
     }
     begun: set[int] = set()
@@ -242,7 +242,7 @@ async def _lines(
             for choice in _choices(pending, chunks, begun, update):
                 yield _line(head | {"choices": [choice]})
     except TurretError as error:
-        state.log.write("stream", "error", error=type(error).__name__, receipt=pending.id)
+        view.services.log.write("stream", "error", error=type(error).__name__, receipt=pending.id)
         yield _line(error_response(error).body)
         return
     if body.stream_options is not None and body.stream_options.include_usage:

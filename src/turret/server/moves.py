@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from turret.errors import BadReference, BadRequest, ReplayNeeded
 from turret.server.error_responses import without_paths
-from turret.server.state import ServerState
+from turret.server.services import View
 from turret.store import Gate, Move
 from turret.workspace.experimenting import ExperimentStatus
 
@@ -28,16 +28,16 @@ class AliasHere:
     moved: str
 
 
-async def list_here(state: ServerState, name: str | None = None) -> list[AliasHere]:
+async def list_here(view: View, name: str | None = None) -> list[AliasHere]:
     """Every alias, or those of one adapter."""
-    _, found = await state.control(state.workspace.store.pointing)
+    _, found = await view.control(view.workspace.store.pointing)
     return [
         AliasHere(
             name=each.name,
             alias=each.alias,
             version=f"{each.name}@{each.number}",
-            serving=serving(state, each.name, each.alias),
-            problem=_problem(state, each.name, each.alias),
+            serving=serving(view, each.name, each.alias),
+            problem=_problem(view, each.name, each.alias),
             moved=each.moved,
         )
         for each in found
@@ -45,19 +45,19 @@ async def list_here(state: ServerState, name: str | None = None) -> list[AliasHe
     ]
 
 
-def serving(state: ServerState, name: str, alias: str) -> str | None:
+def serving(view: View, name: str, alias: str) -> str | None:
     """The version that an alias means on this server now."""
-    number = state.aliases.version_of(name, alias)
+    number = view.aliases.version_of(name, alias)
     return None if number is None else f"{name}@{number}"
 
 
-def _problem(state: ServerState, name: str, alias: str) -> str | None:
-    failed = state.aliases.failed_moves.get((name, alias))
+def _problem(view: View, name: str, alias: str) -> str | None:
+    failed = view.aliases.failed_moves.get((name, alias))
     return None if failed is None else without_paths(f"{failed.version}: {failed.problem}")
 
 
 async def move_alias(
-    state: ServerState, reference: str, alias: str, *, require: Sequence[str] = (), replay: bool = False
+    view: View, reference: str, alias: str, *, require: Sequence[str] = (), replay: bool = False
 ) -> Move:
     """Move an alias to a version. The version is loaded first; nothing moves if that fails.
 
@@ -66,20 +66,20 @@ async def move_alias(
         replay: Whether golden examples are asked again that the version has answered before.
     """
     _check_gates(require)
-    exact = str(await state.control(state.workspace.resolve, reference))
-    if alias == state.settings.alias or state.aliases.version_of(exact.partition("@")[0], alias):
-        await state.control(state.engines.warm, exact)
-    move = await _moved(state, exact, alias, require, replay)
-    await state.control(state.refresh)
+    exact = str(await view.control(view.workspace.resolve, reference))
+    if alias == view.services.settings.alias or view.aliases.version_of(exact.partition("@")[0], alias):
+        await view.control(view.engines.warm, exact)
+    move = await _moved(view, exact, alias, require, replay)
+    await view.control(view.refresh)
     return move
 
 
-async def _moved(state: ServerState, exact: str, alias: str, require: Sequence[str], replay: bool) -> Move:
+async def _moved(view: View, exact: str, alias: str, require: Sequence[str], replay: bool) -> Move:
     if not replay:
         with suppress(ReplayNeeded):
-            return await state.control(state.workspace.store.promote, exact, alias, require=require)
-    return await state.promoting(
-        state.workspace.promote, exact, alias, require=require, replay=replay, ask=state.golden_answers
+            return await view.control(view.workspace.store.promote, exact, alias, require=require)
+    return await view.promoting(
+        view.workspace.promote, exact, alias, require=require, replay=replay, ask=view.golden_answers
     )
 
 
@@ -92,21 +92,21 @@ def _check_gates(texts: Sequence[str]) -> None:
         raise BadRequest(str(error)) from None
 
 
-async def roll_back(state: ServerState, name: str, alias: str) -> Move:
+async def roll_back(view: View, name: str, alias: str) -> Move:
     """Move an alias back to the version that it named before."""
-    move = await state.control(state.workspace.rollback, name, alias)
-    await state.control(state.refresh)
+    move = await view.control(view.workspace.rollback, name, alias)
+    await view.control(view.refresh)
     return move
 
 
-def load(state: ServerState, references: Sequence[str]) -> None:
+def load(view: View, references: Sequence[str]) -> None:
     """Load versions. Blocks."""
     for each in references:
-        state.engines.warm(str(state.workspace.resolve(state.aliases.exact(each))))
+        view.engines.warm(str(view.workspace.resolve(view.aliases.exact(each))))
 
 
 async def end_experiment(
-    state: ServerState, name: str, number: int | None, *, promote: str | None, rollback: bool
+    view: View, name: str, number: int | None, *, promote: str | None, rollback: bool
 ) -> ExperimentStatus:
     """End an experiment.
 
@@ -115,10 +115,10 @@ async def end_experiment(
             examples on a thread of their own, because that may take minutes.
         rollback: Whether the control takes the alias.
     """
-    experiment = state.workspace.experiment(name, number)
+    experiment = view.workspace.experiment(name, number)
     if promote is None or rollback:
-        return await state.control(experiment.stop, promote=promote, rollback=rollback)
-    running = (await state.control(experiment.status)).experiment
+        return await view.control(experiment.stop, promote=promote, rollback=rollback)
+    running = (await view.control(experiment.status)).experiment
     arm = running.arm(promote)
-    await state.control(load, state, [running.reference(arm)])
-    return await state.promoting(experiment.stop, promote=arm.name, ask=state.golden_answers)
+    await view.control(load, view, [running.reference(arm)])
+    return await view.promoting(experiment.stop, promote=arm.name, ask=view.golden_answers)

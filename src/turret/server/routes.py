@@ -1,4 +1,4 @@
-"""What all routes share: the server's state as its caller sees it, units, strict JSON bodies, schemas of errors."""
+"""What all routes share: the server as its caller sees it, units, strict JSON bodies, schemas of errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from pydantic_core import from_json
 
+from turret.access import OPERATOR
 from turret.errors import TooLarge
 from turret.json_types import JsonObject, JsonValue
+from turret.server import services
 from turret.server.limits import MOST_UNIT, RequestLimits
 from turret.server.schemas import Error
-from turret.server.state import ServerState
 
 # --- bodies -----------------------------------------------------------------------------------------------------------
 # Read a JSON body as the model of a route, in bounded time.
@@ -90,14 +91,14 @@ ERRORS: dict[int | str, dict[str, type[Error] | str]] = {
 }
 
 
-def _state(request: Request) -> ServerState:
-    """The server's state as the caller sees it. This is the one place where a route gets it from."""
-    state: ServerState = request.app.state.server
+def _view(request: Request) -> services.View:
+    """The server as the caller sees it. This is the one place where a route gets it from."""
+    server: services.Services = request.app.state.services
     caller = getattr(request.state, "caller", None)
-    return state if caller is None else state.with_access(caller.access)
+    return server.view(OPERATOR if caller is None else caller.access)
 
 
-State = Annotated[ServerState, Depends(_state)]
+View: TypeAlias = Annotated[services.View, Depends(_view)]
 _UNIT = "The unit of an experiment, such as a user's id. Overrides the body's `user`."
 
 
@@ -159,11 +160,11 @@ class StrictRoute(APIRoute):
         async def handle(request: Request) -> Response:
             parsed = ParsedRequest(request.scope, request.receive, request._send)
             if field is not None and (content := await parsed.body()):
-                state = _state(request)
+                view = _view(request)
                 if len(content) <= INLINE:
-                    parsed.body_value = read(content, field, state.limits)
+                    parsed.body_value = read(content, field, view.services.limits)
                 else:
-                    parsed.body_value = await state.parsing(read, content, field, state.limits)
+                    parsed.body_value = await view.parsing(read, content, field, view.services.limits)
             return await handler(parsed)
 
         return handle

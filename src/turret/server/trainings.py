@@ -15,7 +15,7 @@ from turret.errors import BadRequest
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.server.error_responses import without_paths
-from turret.server.state import ServerState
+from turret.server.services import View
 from turret.server.uploads import TABLE
 from turret.workspace.queueing import SentFiles
 
@@ -47,9 +47,7 @@ class Drafted(BaseModel):
     problem: str | None
 
 
-def draft(
-    state: ServerState, owner: str, source: str, files: Mapping[str, bytes], settings: Mapping[str, str]
-) -> Drafted:
+def draft(view: View, owner: str, source: str, files: Mapping[str, bytes], settings: Mapping[str, str]) -> Drafted:
     """The draft for a table that a client sends, or has sent before.
 
     Args:
@@ -57,42 +55,42 @@ def draft(
         files: name -> content of tables that are sent now.
         settings: of the recipe, that are known.
     """
-    with _sent(state, owner, source, files) as (found, tables):
-        made = state.previews.draft(found, tables, settings)
+    with _sent(view, owner, source, files) as (found, tables):
+        made = view.services.previews.draft(found, tables, settings)
     made["problem"] = None if made["problem"] is None else without_paths(made["problem"])
     return Drafted.model_validate(made)
 
 
-def plan(state: ServerState, owner: str, recipe: Recipe, files: Mapping[str, bytes]) -> JsonObject:
+def plan(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]) -> JsonObject:
     """The plan of a recipe for such a table."""
-    recipe, own = _on_own_base(state, recipe)
-    with _with_data(state, owner, recipe, files) as (recipe, tables):
-        return state.previews.plan(state.workspace.store, recipe, tables, own)
+    recipe, own = _on_own_base(view, recipe)
+    with _with_data(view, owner, recipe, files) as (recipe, tables):
+        return view.services.previews.plan(view.workspace.store, recipe, tables, own)
 
 
-def submit(state: ServerState, owner: str, recipe: Recipe, files: Mapping[str, bytes], priority: int = 0) -> JsonObject:
+def submit(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes], priority: int = 0) -> JsonObject:
     """Put a training on such a table into the queue. Returns the run."""
-    recipe, own = _on_own_base(state, recipe)
-    with _with_data(state, owner, recipe, files) as (recipe, tables):
-        return state.workspace.queue.submit_sent(recipe, tables, priority=priority, own_base=own)
+    recipe, own = _on_own_base(view, recipe)
+    with _with_data(view, owner, recipe, files) as (recipe, tables):
+        return view.workspace.queue.submit_sent(recipe, tables, priority=priority, own_base=own)
 
 
-def _on_own_base(state: ServerState, recipe: Recipe) -> tuple[Recipe, str | None]:
+def _on_own_base(view: View, recipe: Recipe) -> tuple[Recipe, str | None]:
     """The recipe with the id of a base of this server, if it names one, and that id."""
-    own = next((each.id for each in state.engines.bases if recipe.base in (each.name, each.id)), None)
+    own = next((each.id for each in view.engines.bases if recipe.base in (each.name, each.id)), None)
     return (recipe if own is None else recipe.model_copy(update={"base": own})), own
 
 
 @contextmanager
 def _with_data(
-    state: ServerState, owner: str, recipe: Recipe, files: Mapping[str, bytes]
+    view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]
 ) -> Iterator[tuple[Recipe, SentFiles]]:
-    with _sent(state, owner, recipe.data.source, files) as (source, tables):
+    with _sent(view, owner, recipe.data.source, files) as (source, tables):
         yield recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})}), tables
 
 
 @contextmanager
-def _sent(state: ServerState, owner: str, source: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, SentFiles]]:
+def _sent(view: View, owner: str, source: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, SentFiles]]:
     """The tables of a client by name, and the source among them. One that was sent before is `ID/NAME`.
 
     Raises:
@@ -102,9 +100,9 @@ def _sent(state: ServerState, owner: str, source: str, files: Mapping[str, bytes
     if found is None or source in files:
         yield source, files
         return
-    file = state.files.find(owner, found[1])
+    file = view.services.files.find(owner, found[1])
     if file.purpose != TABLE:
         raise BadRequest(f"{file.id} has the purpose {file.purpose}: expected a file of the purpose {TABLE}")
-    with state.files.content(file) as path:
+    with view.services.files.content(file) as path:
         named = f"{file.id}/{file.name}"
         yield named, {named: path}

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from turret.errors import BadRequest, plainly
 from turret.server.auth import Caller
-from turret.server.state import ServerState
+from turret.server.services import View
 from turret.store.client_files import ClientFile
 from turret.workspace.queueing import require_table_name
 
@@ -36,19 +36,19 @@ async def read_form(request: Request) -> FormData:
         raise BadRequest(f"the form cannot be read: {error.detail}") from None
 
 
-async def keep(state: ServerState, owner: str, sent: UploadFile, purpose: str) -> ClientFile:
+async def keep(view: View, owner: str, sent: UploadFile, purpose: str) -> ClientFile:
     """Store a file of a form. Raises BadRequest, or DataError for a table whose name is not that of one."""
     name = sent.filename or ""
     if "\0" in name:
         raise BadRequest("the name of the file has a NUL character: give another name")
     if purpose == TABLE:
         require_table_name(name)
-    return await state.control(_add, state, owner, sent, purpose)
+    return await view.control(_add, view, owner, sent, purpose)
 
 
-def _add(state: ServerState, owner: str, sent: UploadFile, purpose: str) -> ClientFile:
+def _add(view: View, owner: str, sent: UploadFile, purpose: str) -> ClientFile:
     with tempfile.TemporaryDirectory(prefix="turret-file-") as folder:
         path = Path(folder) / "sent"
         with path.open("wb") as write:
             shutil.copyfileobj(sent.file, write, PIECE)
-        return state.files.add(owner, plainly(sent.filename or "file")[:255], purpose, path)
+        return view.services.files.add(owner, plainly(sent.filename or "file")[:255], purpose, path)

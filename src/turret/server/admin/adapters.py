@@ -14,8 +14,7 @@ from turret.json_types import JsonObject
 from turret.reference import Reference
 from turret.server import moves
 from turret.server.admin import schemas
-from turret.server.routes import State, router
-from turret.server.state import ServerState
+from turret.server.routes import View, router
 from turret.store import Move, Version, folded
 from turret.store.catalog import now, plain, who
 
@@ -25,23 +24,23 @@ After = Annotated[schemas.Reference | None, Query(description="The `after` of th
 
 
 @control.get("/api/status", response_model_exclude_unset=True)
-async def status(state: State) -> schemas.Status:
+async def status(view: View) -> schemas.Status:
     """The base, and the engine's own figures; of a server with several bases, those of each."""
-    figures = state.engines.stats() if state.access.operates else {}
+    figures = view.engines.stats() if view.access.operates else {}
     bases = [
         schemas.BaseStatus(
             id=each.name,
             fingerprint=each.fingerprint,
             engine=plain(asdict(figures[each.name])) if each.name in figures else None,
         )
-        for each in state.engines.bases
+        for each in view.engines.bases
     ]
-    only = None if state.engines.only is None else bases[0]
+    only = None if view.engines.only is None else bases[0]
     shown = schemas.Status(
         base=None if only is None else {"id": only.id, "fingerprint": only.fingerprint},
-        ready=state.ready,
-        draining=state.load.draining,
-        in_flight=state.in_flight,
+        ready=view.ready,
+        draining=view.services.load.draining,
+        in_flight=view.in_flight,
         engine=None if only is None else only.engine,
     )
     if only is None:
@@ -51,20 +50,20 @@ async def status(state: State) -> schemas.Status:
 
 @control.get("/api/adapters")
 async def list_adapters(
-    state: State,
+    view: View,
     name: Annotated[schemas.AdapterName | None, Query()] = None,
     comparison: Annotated[str | None, Query(max_length=255, description="Only the versions of this one.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: After = None,
 ) -> schemas.Adapters:
     """The versions in the store by name and number, in pages. Those of comparisons are a line each on the first one."""
-    versions, compared = folded(every := await state.control(state.workspace.list, name))
+    versions, compared = folded(every := await view.control(view.workspace.list, name))
     if comparison is not None:
         versions, compared = [each for each in every if each.comparison == comparison], []
     if after is not None:
         last = Reference.parse(after)
         versions = [each for each in versions if (each.name, each.number) > (last.name, last.version or 0)]
-    page, loaded = versions[:limit], {each.digest for each in state.engines.loaded()}
+    page, loaded = versions[:limit], {each.digest for each in view.engines.loaded()}
     more = str(page[-1]) if len(versions) > limit else None
     return schemas.Adapters(
         adapters=[schemas.Adapter(**each.as_json(), loaded=each.digest in loaded) for each in page],
@@ -74,100 +73,100 @@ async def list_adapters(
 
 
 @control.get("/api/adapters/{reference}")
-async def show_adapter(reference: Ref, state: State) -> JsonObject:
+async def show_adapter(reference: Ref, view: View) -> JsonObject:
     """One version, as `turret show --json`, and whether it is in memory."""
-    shown = await state.control(state.workspace.show, reference)
+    shown = await view.control(view.workspace.show, reference)
     if shown["run"] is not None:
         shown["run"] = {key: value for key, value in shown["run"].items() if key in ("id", "name", "state", "created")}
-    return {**shown, "loaded": state.engines.in_memory(shown["digest"])}
+    return {**shown, "loaded": view.engines.in_memory(shown["digest"])}
 
 
 @control.get("/api/loaded")
-async def list_loaded(state: State) -> schemas.LoadedList:
+async def list_loaded(view: View) -> schemas.LoadedList:
     """The versions in memory."""
-    loaded = [asdict(each) for each in state.engines.loaded()]
+    loaded = [asdict(each) for each in view.engines.loaded()]
     return schemas.LoadedList(
         loaded=[plain({key: value for key, value in each.items() if key != "tenant"}) for each in loaded]
     )
 
 
 @control.post("/api/adapters/{reference}/load")
-async def load(reference: Ref, state: State, body: schemas.LoadRequest | None = None) -> schemas.Version:
+async def load(reference: Ref, view: View, body: schemas.LoadRequest | None = None) -> schemas.Version:
     """Load a version now. With `pin` it stays in memory."""
-    return await _load(state, reference, pin=body is not None and body.pin)
+    return await _load(view, reference, pin=body is not None and body.pin)
 
 
 @control.post("/api/adapters/{reference}/unload")
-async def unload(reference: Ref, state: State) -> schemas.Version:
+async def unload(reference: Ref, view: View) -> schemas.Version:
     """Remove a version from memory. It is refused while a request needs it; the next request loads it again."""
-    return await _apply(state, reference, "unload", state.engines.unload)
+    return await _apply(view, reference, "unload", view.engines.unload)
 
 
 @control.post("/api/adapters/{reference}/pin")
-async def pin(reference: Ref, state: State) -> schemas.Version:
+async def pin(reference: Ref, view: View) -> schemas.Version:
     """Load a version now and keep it in memory."""
-    return await _load(state, reference, pin=True)
+    return await _load(view, reference, pin=True)
 
 
 @control.post("/api/adapters/{reference}/unpin")
-async def unpin(reference: Ref, state: State) -> schemas.Version:
+async def unpin(reference: Ref, view: View) -> schemas.Version:
     """Allow a version's eviction when its place is needed."""
-    return await _apply(state, reference, "unpin", state.engines.unpin)
+    return await _apply(view, reference, "unpin", view.engines.unpin)
 
 
 def _version(version: Version | Named) -> schemas.Version:
     return schemas.Version(version=str(version), digest=version.digest)
 
 
-async def _load(state: ServerState, reference: str, *, pin: bool) -> schemas.Version:
-    version = await state.control(state.engines.warm, state.aliases.exact(reference), pin=pin)
-    await state.control(_record, state, "pin" if pin else "load", version)
+async def _load(view: View, reference: str, *, pin: bool) -> schemas.Version:
+    version = await view.control(view.engines.warm, view.aliases.exact(reference), pin=pin)
+    await view.control(_record, view, "pin" if pin else "load", version)
     return _version(version)
 
 
-async def _apply(state: ServerState, reference: str, verb: str, action: Callable[[str], Named]) -> schemas.Version:
-    version = await state.control(state.workspace.resolve, state.aliases.exact(reference))
-    await state.control(action, str(version))
-    await state.control(_record, state, verb, version)
+async def _apply(view: View, reference: str, verb: str, action: Callable[[str], Named]) -> schemas.Version:
+    version = await view.control(view.workspace.resolve, view.aliases.exact(reference))
+    await view.control(action, str(version))
+    await view.control(_record, view, verb, version)
     return _version(version)
 
 
-def _record(state: ServerState, verb: str, version: Version | Named) -> None:
+def _record(view: View, verb: str, version: Version | Named) -> None:
     """Write what was done in memory alone to the audit log; on a read-only store to the server's log."""
-    database = state.workspace.store.database()
+    database = view.workspace.store.database()
     if not database.writable():
-        state.log.write("audit", verb=verb, what=str(version), who=who())
+        view.services.log.write("audit", verb=verb, what=str(version), who=who())
         return
     with database.writing() as connection:
-        after = {"server": state.id, "digest": version.digest}
+        after = {"server": view.services.id, "digest": version.digest}
         audit.record(connection, verb, str(version), version.name, after=after, at=now(), who=who())
 
 
 @control.post("/api/adapters/{reference}/verify")
-async def verify(reference: Ref, state: State) -> JsonObject:
+async def verify(reference: Ref, view: View) -> JsonObject:
     """Hash and open all files of one version again."""
-    return (await state.control(state.workspace.verify, reference)).as_json()
+    return (await view.control(view.workspace.verify, reference)).as_json()
 
 
 @control.post("/api/adapters/{reference}/promote", name="promote")
-async def move_alias(reference: Ref, body: schemas.PromoteRequest, state: State) -> schemas.Moved:
+async def move_alias(reference: Ref, body: schemas.PromoteRequest, view: View) -> schemas.Moved:
     """Move an alias to a version. The version is loaded first; nothing moves if that fails."""
-    return _moved(state, await moves.move_alias(state, reference, body.alias, require=body.require, replay=body.replay))
+    return _moved(view, await moves.move_alias(view, reference, body.alias, require=body.require, replay=body.replay))
 
 
 @control.post("/api/aliases/{name}/{alias}/rollback")
 async def rollback(
-    name: Annotated[schemas.AdapterName, Path()], alias: Annotated[schemas.AliasName, Path()], state: State
+    name: Annotated[schemas.AdapterName, Path()], alias: Annotated[schemas.AliasName, Path()], view: View
 ) -> schemas.Moved:
     """Move an alias back to the version that it named before."""
-    return _moved(state, await moves.roll_back(state, name, alias))
+    return _moved(view, await moves.roll_back(view, name, alias))
 
 
-def _moved(state: ServerState, move: Move) -> schemas.Moved:
-    return schemas.Moved(**move.as_json(), serving=moves.serving(state, move.name, move.alias))
+def _moved(view: View, move: Move) -> schemas.Moved:
+    return schemas.Moved(**move.as_json(), serving=moves.serving(view, move.name, move.alias))
 
 
 @control.get("/api/aliases")
-async def list_aliases(state: State, name: Annotated[schemas.AdapterName | None, Query()] = None) -> schemas.Aliases:
+async def list_aliases(view: View, name: Annotated[schemas.AdapterName | None, Query()] = None) -> schemas.Aliases:
     """Every alias: its version in the store, its version in force here, and why they differ."""
-    return schemas.Aliases(aliases=[schemas.Alias(**asdict(each)) for each in await moves.list_here(state, name)])
+    return schemas.Aliases(aliases=[schemas.Alias(**asdict(each)) for each in await moves.list_here(view, name)])

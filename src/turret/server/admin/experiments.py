@@ -12,8 +12,7 @@ from turret.json_types import JsonObject
 from turret.server import moves
 from turret.server.admin import schemas
 from turret.server.error_responses import without_paths
-from turret.server.routes import State, router
-from turret.server.state import ServerState
+from turret.server.routes import View, router
 from turret.workspace.experimenting import ExperimentStatus
 
 outcomes, control = router("infer or admin"), router("admin")
@@ -22,16 +21,16 @@ PREFIXES = ("cmpl-", "chatcmpl-", "classify-", "decision-")  # of a receipt, in 
 
 
 @outcomes.post("/api/outcomes")
-async def tell(body: Annotated[schemas.Told, Body()], state: State) -> schemas.Outcomes:
+async def tell(body: Annotated[schemas.Told, Body()], view: View) -> schemas.Outcomes:
     """Record the outcome of one answer, or of many. The response has the result of each, in the same order.
 
     An answer of an experiment takes the values of its metric. One that a promise covers takes the right label, or 1 if
     the answer was right and 0 if not.
     """
     many = body if isinstance(body, list) else [body]
-    results = await state.recording(state.record, [_told(each) for each in many])
+    results = await view.recording(view.record, [_told(each) for each in many])
     for result in results:
-        state.metrics.outcome(result.experiment, result.status)
+        view.metrics.outcome(result.experiment, result.status)
     return schemas.Outcomes(
         outcomes=[schemas.BecameOf(**result.as_json()) for result in results], counts=dict(grouped(results))
     )
@@ -47,58 +46,58 @@ def _told(outcome: schemas.Outcome) -> Told:
 
 
 @control.get("/api/experiments")
-async def list_experiments(state: State, alpha: Annotated[float, Query(gt=0, le=0.5)] = 0.05) -> schemas.Experiments:
+async def list_experiments(view: View, alpha: Annotated[float, Query(gt=0, le=0.5)] = 0.05) -> schemas.Experiments:
     """Every experiment with its evidence, and which are discoveries at this level over all of them."""
-    found = await state.control(state.workspace.experiments, alpha=alpha)
+    found = await view.control(view.workspace.experiments, alpha=alpha)
     return schemas.Experiments(alpha=alpha, experiments=list(found))
 
 
 @control.get("/api/experiments/{name}")
 async def show_experiment(
-    name: Name, state: State, number: Annotated[int | None, Query(ge=1, le=1 << 31)] = None
+    name: Name, view: View, number: Annotated[int | None, Query(ge=1, le=1 << 31)] = None
 ) -> JsonObject:
     """The running experiment of a name, or its last one, or the one of that number."""
-    return _shown(state, await state.control(_status, state, name, number))
+    return _shown(view, await view.control(_status, view, name, number))
 
 
 @control.post("/api/experiments/{name}/start")
-async def start_experiment(name: Name, body: schemas.StartRequest, state: State) -> JsonObject:
+async def start_experiment(name: Name, body: schemas.StartRequest, view: View) -> JsonObject:
     """Start an experiment. Its versions are loaded first; nothing starts if that fails."""
-    await state.control(state.workspace.resolve, name)
+    await view.control(view.workspace.resolve, name)
     versions = [*body.candidates, *body.shadows] + ([body.control] if body.control is not None else [])
-    await state.control(moves.load, state, versions)
+    await view.control(moves.load, view, versions)
     settings = body.model_dump(exclude={"guards", "candidates"}) | {"guards": Guards(**body.guards.model_dump())}
-    started = await state.control(state.workspace.experiment(name).start, body.candidates, **settings)
-    return await _refreshed(state, started)
+    started = await view.control(view.workspace.experiment(name).start, body.candidates, **settings)
+    return await _refreshed(view, started)
 
 
 @control.post("/api/experiments/{name}/ramp")
-async def ramp_experiment(name: Name, state: State, body: schemas.RampRequest | None = None) -> JsonObject:
+async def ramp_experiment(name: Name, view: View, body: schemas.RampRequest | None = None) -> JsonObject:
     """Change the candidates' share of the traffic. As few units as possible change their arm."""
-    experiment, share = state.workspace.experiment(name), None if body is None else body.share
-    return await _refreshed(state, await state.control(experiment.ramp, share))
+    experiment, share = view.workspace.experiment(name), None if body is None else body.share
+    return await _refreshed(view, await view.control(experiment.ramp, share))
 
 
 @control.post("/api/experiments/{name}/stop")
-async def stop_experiment(name: Name, state: State, body: schemas.StopRequest | None = None) -> JsonObject:
+async def stop_experiment(name: Name, view: View, body: schemas.StopRequest | None = None) -> JsonObject:
     """End an experiment, and move its alias, in one transaction."""
     request = body or schemas.StopRequest()
-    ended = await moves.end_experiment(state, name, None, promote=request.promote, rollback=request.rollback)
-    return await _refreshed(state, ended)
+    ended = await moves.end_experiment(view, name, None, promote=request.promote, rollback=request.rollback)
+    return await _refreshed(view, ended)
 
 
-def _status(state: ServerState, name: str, number: int | None) -> ExperimentStatus:
-    return state.workspace.experiment(name, number).status()
+def _status(view: View, name: str, number: int | None) -> ExperimentStatus:
+    return view.workspace.experiment(name, number).status()
 
 
-async def _refreshed(state: ServerState, status: ExperimentStatus) -> JsonObject:
-    await state.control(state.refresh)
-    return _shown(state, status)
+async def _refreshed(view: View, status: ExperimentStatus) -> JsonObject:
+    await view.control(view.refresh)
+    return _shown(view, status)
 
 
-def _shown(state: ServerState, status: ExperimentStatus) -> JsonObject:
+def _shown(view: View, status: ExperimentStatus) -> JsonObject:
     """As `turret experiment status --json`, with the experiment's state on this server."""
-    experiment, routing = status.experiment, state.routing
+    experiment, routing = status.experiment, view.routing
     problems = {arm: without_paths(why) for arm, why in routing.problems(experiment).items()}
     paused = routing.paused(experiment) if experiment.state == "running" else None
     serving = {"in_force": routing.in_force(experiment), "paused": paused, "problems": problems}

@@ -8,7 +8,7 @@ from fastapi import Path
 from pydantic import BaseModel, Field
 
 from turret.server.admin.schemas import AdapterName, Reference
-from turret.server.routes import State, router
+from turret.server.routes import View, router
 from turret.server.schemas import Model
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Question
 from turret.tasks import QuestionType
@@ -61,35 +61,35 @@ class PanelMoved(BaseModel):
 
 
 @control.get("/api/panels")
-async def list_panels(state: State) -> PanelList:
+async def list_panels(view: View) -> PanelList:
     """All versions of all panels, by name and number."""
-    found = await state.control(state.workspace.panels.list)
+    found = await view.control(view.workspace.panels.list)
     return PanelList(panels=[PanelVersion(**each.as_json()) for each in found])
 
 
 @control.post("/api/panels")
-async def create_panel(body: PanelRequest, state: State) -> PanelVersion:
+async def create_panel(body: PanelRequest, view: View) -> PanelVersion:
     """Store the next version of a panel. One with the same questions keeps its number."""
     asked = [
         Question(each.name, each.reference, each.type, tuple(each.labels), each.threshold) for each in body.questions
     ]
-    made = await state.control(state.workspace.panels.create, body.name, asked)
+    made = await view.control(view.workspace.panels.create, body.name, asked)
     return PanelVersion(**made.as_json())
 
 
 @control.get("/api/panels/{reference}")
-async def show_panel(reference: Ref, state: State) -> PanelVersion:
+async def show_panel(reference: Ref, view: View) -> PanelVersion:
     """One version of a panel."""
-    return PanelVersion(**(await state.control(state.workspace.panels.show, reference)).as_json())
+    return PanelVersion(**(await view.control(view.workspace.panels.show, reference)).as_json())
 
 
 @control.post("/api/panels/{reference}/promote")
-async def promote_panel(reference: Ref, state: State) -> PanelMoved:
+async def promote_panel(reference: Ref, view: View) -> PanelMoved:
     """Make a version the one that the plain name means. Requests that have begun keep theirs."""
-    return PanelMoved(**(await state.control(state.workspace.panels.promote, reference)).as_json())
+    return PanelMoved(**(await view.control(view.workspace.panels.promote, reference)).as_json())
 
 
 @control.post("/api/panels/{name}/rollback")
-async def rollback_panel(name: Name, state: State) -> PanelMoved:
+async def rollback_panel(name: Name, view: View) -> PanelMoved:
     """Go back to the version that was promoted before."""
-    return PanelMoved(**(await state.control(state.workspace.panels.rollback, name)).as_json())
+    return PanelMoved(**(await view.control(view.workspace.panels.rollback, name)).as_json())

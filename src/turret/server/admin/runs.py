@@ -12,7 +12,7 @@ from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.server import trainings
 from turret.server.error_responses import without_paths
-from turret.server.routes import State, router
+from turret.server.routes import View, router
 from turret.server.schemas import WHOLE, Model
 from turret.server.trainings import Drafted
 from turret.server.uploads import owner_of
@@ -63,28 +63,28 @@ class Runs(BaseModel):
 
 
 @control.post("/api/runs/draft")
-async def draft(body: DraftRequest, state: State, request: Request) -> Drafted:
+async def draft(body: DraftRequest, view: View, request: Request) -> Drafted:
     """Look at a table: its first rows, the task and the columns that they show, and a recipe for them."""
     owner, files = owner_of(request.state.caller), _encoded(body.files)
-    return await state.preview(trainings.draft, state, owner, body.source, files, body.settings)
+    return await view.preview(trainings.draft, view, owner, body.source, files, body.settings)
 
 
 @control.post("/api/runs/plan")
-async def plan(body: PlanRequest, state: State, request: Request) -> JsonObject:
+async def plan(body: PlanRequest, view: View, request: Request) -> JsonObject:
     """Check a training without starting it: memory, time and what is wrong, on the machine of this server.
 
     `toml` is the recipe with every default filled in. The worker that takes the training plans it again.
     """
-    recipe = await state.parsing(Recipe.from_toml, body.recipe)
-    return await state.preview(trainings.plan, state, owner_of(request.state.caller), recipe, _encoded(body.files))
+    recipe = await view.parsing(Recipe.from_toml, body.recipe)
+    return await view.preview(trainings.plan, view, owner_of(request.state.caller), recipe, _encoded(body.files))
 
 
 @control.post("/api/runs")
-async def train(body: TrainRequest, state: State, request: Request) -> JsonObject:
+async def train(body: TrainRequest, view: View, request: Request) -> JsonObject:
     """Put a training into the queue. A `turret worker` of the same store takes it."""
-    recipe = await state.parsing(Recipe.from_toml, body.recipe)
+    recipe = await view.parsing(Recipe.from_toml, body.recipe)
     owner, files = owner_of(request.state.caller), _encoded(body.files)
-    return _shown(await state.control(trainings.submit, state, owner, recipe, files, body.priority))
+    return _shown(await view.control(trainings.submit, view, owner, recipe, files, body.priority))
 
 
 def _encoded(files: Mapping[str, str]) -> dict[str, bytes]:
@@ -92,42 +92,42 @@ def _encoded(files: Mapping[str, str]) -> dict[str, bytes]:
 
 
 @control.get("/api/runs")
-async def list_runs(state: State, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Runs:
+async def list_runs(view: View, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Runs:
     """The newest trainings, those that wait too."""
-    return Runs(runs=[_shown(each) for each in await state.control(state.workspace.runs, limit)])
+    return Runs(runs=[_shown(each) for each in await view.control(view.workspace.runs, limit)])
 
 
 @control.get("/api/runs/{run_id}")
 async def show_run(
     run_id: RunId,
-    state: State,
+    view: View,
     past: Annotated[int, Query(ge=0, le=1 << 62, description="The `id` of the last line that is known.")] = 0,
 ) -> JsonObject:
     """One training, with its recipe, and the `log` of its worker."""
-    run = await state.control(state.workspace.run, run_id)
-    log = [] if run["queue"] is None else await state.control(state.workspace.queue.log, run_id, past)
-    place = await state.control(state.workspace.queue.place, run_id) if run["state"] == "waiting" else None
+    run = await view.control(view.workspace.run, run_id)
+    log = [] if run["queue"] is None else await view.control(view.workspace.queue.log, run_id, past)
+    place = await view.control(view.workspace.queue.place, run_id) if run["state"] == "waiting" else None
     queued = None if place is None else {"place": place[0], "of": place[1]}
     lines = [{**each, "line": without_paths(str(each["line"]))} for each in log]
     return _shown(run) | {"log": lines, "place": queued}
 
 
 @control.post("/api/runs/{run_id}/cancel")
-async def cancel_run(run_id: RunId, state: State) -> JsonObject:
+async def cancel_run(run_id: RunId, view: View) -> JsonObject:
     """End a training of the queue: at once if it waits, after its step if it runs."""
-    return _shown(await state.control(state.workspace.queue.cancel, run_id))
+    return _shown(await view.control(view.workspace.queue.cancel, run_id))
 
 
 @control.post("/api/runs/{run_id}/resume")
-async def resume_run(run_id: RunId, state: State) -> JsonObject:
+async def resume_run(run_id: RunId, view: View) -> JsonObject:
     """Put a training that has failed or was cancelled back into the queue. It resumes from its last checkpoint."""
-    return _shown(await state.control(state.workspace.queue.resume, run_id))
+    return _shown(await view.control(view.workspace.queue.resume, run_id))
 
 
 @control.delete("/api/runs/{run_id}")
-async def delete_run(run_id: RunId, state: State) -> JsonObject:
+async def delete_run(run_id: RunId, view: View) -> JsonObject:
     """Delete a training that has ended, with its curve, checkpoint and log. Its version stays."""
-    await state.control(state.workspace.queue.delete, run_id)
+    await view.control(view.workspace.queue.delete, run_id)
     return {"deleted": run_id}
 
 

@@ -15,8 +15,7 @@ from turret.server import moves
 from turret.server.console import render, snippets
 from turret.server.console.forms import Sent, pages
 from turret.server.moves import AliasHere
-from turret.server.routes import State
-from turret.server.state import ServerState
+from turret.server.routes import View
 from turret.store import Compared, Gate, Golden, Version, folded
 from turret.store.catalog import PRODUCTION
 from turret.workspace import promising
@@ -29,73 +28,73 @@ SUGGESTED_ALIASES = (PRODUCTION, "candidate")
 
 
 @router.get("/adapters")
-async def listing(request: Request, state: State) -> Response:
+async def listing(request: Request, view: View) -> Response:
     """All names."""
-    versions = await state.control(state.workspace.list)
-    names = [_summary(state, name, list(group)) for name, group in groupby(versions, key=lambda each: each.name)]
-    return render.page(request, state, "adapters.html.j2", names=names, store=str(state.workspace.store))
+    versions = await view.control(view.workspace.list)
+    names = [_summary(view, name, list(group)) for name, group in groupby(versions, key=lambda each: each.name)]
+    return render.page(request, view, "adapters.html.j2", names=names, store=str(view.workspace.store))
 
 
 @router.get("/adapters/{name}")
-async def show(request: Request, state: State, name: Name, moved: str | None = None) -> Response:
+async def show(request: Request, view: View, name: Name, moved: str | None = None) -> Response:
     """One name: its versions, its aliases with their gates, and the history of the aliases."""
-    values = await _values(state, name)
+    values = await _values(view, name)
     alias = next((each for each in values["aliases"] if each.alias == moved), None)
-    return render.page(request, state, "adapter.html.j2", **values, moved=alias)
+    return render.page(request, view, "adapter.html.j2", **values, moved=alias)
 
 
 @router.get("/adapters/{name}/{number}")
-async def version(request: Request, state: State, name: Name, number: Number) -> Response:
+async def version(request: Request, view: View, name: Name, number: Number) -> Response:
     """One version."""
-    shown = await state.control(state.workspace.show, f"{name}@{number}")
-    known = _by_digest(await state.control(state.workspace.list))
-    values = {"name": name, "number": number, "shown": shown, "loaded": state.engines.in_memory(shown["digest"])}
+    shown = await view.control(view.workspace.show, f"{name}@{number}")
+    known = _by_digest(await view.control(view.workspace.list))
+    values = {"name": name, "number": number, "shown": shown, "loaded": view.engines.in_memory(shown["digest"])}
     has = shown["promise"] is not None
-    values["promised"] = await state.control(state.workspace.promise, str(shown["version"])) if has else None
+    values["promised"] = await view.control(view.workspace.promise, str(shown["version"])) if has else None
     values["text"] = promising
-    values["served"] = part(shown["manifest"], "base").get("fingerprint") in state.engines.fingerprints
-    values["snippets"] = snippets.of_version(request, state, str(shown["version"]), shown["manifest"])
-    return render.page(request, state, "version.html.j2", **values, parent=_parent(shown["manifest"], known))
+    values["served"] = part(shown["manifest"], "base").get("fingerprint") in view.engines.fingerprints
+    values["snippets"] = snippets.of_version(request, view, str(shown["version"]), shown["manifest"])
+    return render.page(request, view, "version.html.j2", **values, parent=_parent(shown["manifest"], known))
 
 
 @router.get("/adapters/{name}/move/{verb}")
 async def ask(
-    request: Request, state: State, name: Name, verb: str, alias: str = PRODUCTION, version: int | None = None
+    request: Request, view: View, name: Name, verb: str, alias: str = PRODUCTION, version: int | None = None
 ) -> Response:
     """The dialog that confirms a move."""
     if verb not in ("promote", "rollback"):
         raise NotFound(f"no move {ascii(verb)[:40]}: expected promote or rollback")
-    values = await _values(state, name)
+    values = await _values(view, name)
     suggested = list(dict.fromkeys([*SUGGESTED_ALIASES, alias, *(each.alias for each in values["aliases"])]))
     every = [*values["versions"], *(one for each in values["compared"] for one in each.versions)]
     chosen = next((each for each in every if each.number == version), every[0])
     more = {"verb": verb, "alias": _alias(alias), "suggested": suggested, "chosen": chosen, "every": every}
-    return render.page(request, state, "move.html.j2", **values, **more)
+    return render.page(request, view, "move.html.j2", **values, **more)
 
 
 @router.post("/adapters/{name}/move/promote")
-async def post_promote(request: Request, state: State, name: Name, form: Sent) -> Response:
+async def post_promote(request: Request, view: View, name: Name, form: Sent) -> Response:
     """Move an alias to a version."""
     number, alias = form.text("version"), _alias(form.text("alias"))
     if not number.isdecimal():
         raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
-    await moves.move_alias(state, f"{name}@{int(number)}", alias)
+    await moves.move_alias(view, f"{name}@{int(number)}", alias)
     return render.redirect(request, f"/adapters/{name}?moved={alias}")
 
 
 @router.post("/adapters/{name}/move/rollback")
-async def post_rollback(request: Request, state: State, name: Name, form: Sent) -> Response:
+async def post_rollback(request: Request, view: View, name: Name, form: Sent) -> Response:
     """Move an alias back to the version that it named before."""
     alias = _alias(form.text("alias"))
-    await moves.roll_back(state, name, alias)
+    await moves.roll_back(view, name, alias)
     return render.redirect(request, f"/adapters/{name}?moved={alias}")
 
 
 @router.post("/adapters/{name}/{number}/verify")
-async def verify(request: Request, state: State, name: Name, number: Number) -> Response:
+async def verify(request: Request, view: View, name: Name, number: Number) -> Response:
     """Hash and open all files of a version again."""
-    found = await state.control(state.workspace.verify, f"{name}@{number}")
-    return render.page(request, state, "verified.html.j2", found=found, what=f"{name}@{number}")
+    found = await view.control(view.workspace.verify, f"{name}@{number}")
+    return render.page(request, view, "verified.html.j2", found=found, what=f"{name}@{number}")
 
 
 class NameValues(TypedDict):
@@ -112,12 +111,12 @@ class NameValues(TypedDict):
     loaded: set[int]
 
 
-async def _values(state: ServerState, name: str) -> NameValues:
-    versions = await state.control(state.workspace.list)
+async def _values(view: View, name: str) -> NameValues:
+    versions = await view.control(view.workspace.list)
     own = [each for each in versions if each.name == name]
     if not own:
-        await state.control(state.workspace.resolve, name)  # raises NotFound with the names that exist
-    shown = await state.control(state.workspace.show, str(own[-1]))
+        await view.control(view.workspace.resolve, name)  # raises NotFound with the names that exist
+    shown = await view.control(view.workspace.show, str(own[-1]))
     known = _by_digest(versions)
     singles, compared = folded(own)
     return {
@@ -125,11 +124,11 @@ async def _values(state: ServerState, name: str) -> NameValues:
         "versions": singles[::-1],
         "compared": compared[::-1],
         "plain": _plain(own),
-        "aliases": await moves.list_here(state, name),
-        "gates": await state.control(state.workspace.gate, name),
+        "aliases": await moves.list_here(view, name),
+        "gates": await view.control(view.workspace.gate, name),
         "history": shown["alias_history"][::-1],
         "parents": {each.number: _parent(each.manifest, known) for each in own},
-        "loaded": {each.number for each in own if state.engines.in_memory(each.digest)},
+        "loaded": {each.number for each in own if view.engines.in_memory(each.digest)},
     }
 
 
@@ -143,7 +142,7 @@ def _parent(manifest: JsonMapping, known: Mapping[str, Version]) -> Parent:
     return None if not parent else known.get(str(parent), str(parent))
 
 
-def _summary(state: ServerState, name: str, versions: Sequence[Version]) -> render.Context:
+def _summary(view: View, name: str, versions: Sequence[Version]) -> render.Context:
     plain, (singles, compared) = _plain(versions), folded(versions)
     return {
         "name": name,
@@ -155,7 +154,7 @@ def _summary(state: ServerState, name: str, versions: Sequence[Version]) -> rend
         "compared": sum(len(each.versions) for each in compared),
         "bytes": sum(each.bytes for each in versions),
         "aliases": [(alias, each.number) for each in versions for alias in each.aliases],
-        "loaded": sum(state.engines.in_memory(each.digest) for each in versions),
+        "loaded": sum(view.engines.in_memory(each.digest) for each in versions),
     }
 
 

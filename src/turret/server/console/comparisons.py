@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse
 from turret.errors import NotFound
 from turret.server.console import render
 from turret.server.console.forms import pages
-from turret.server.routes import State
+from turret.server.routes import View
 
 router = pages()
 Key = Annotated[str, Path(min_length=1, max_length=250)]
@@ -22,23 +22,23 @@ REPORT_POLICY = (
 
 
 @router.get("/comparisons")
-async def listing(request: Request, state: State) -> Response:
+async def listing(request: Request, view: View) -> Response:
     """All reports in the store."""
-    found = await state.control(state.workspace.comparisons)
-    return render.page(request, state, "comparisons.html.j2", found=found)
+    found = await view.control(view.workspace.comparisons)
+    return render.page(request, view, "comparisons.html.j2", found=found)
 
 
 @router.get("/comparisons/{key}")
-async def show(request: Request, state: State, key: Key) -> Response:
+async def show(request: Request, view: View, key: Key) -> Response:
     """One report inside a page."""
-    found = [each for each in await state.control(state.workspace.comparisons) if each["key"] == key]
+    found = [each for each in await view.control(view.workspace.comparisons) if each["key"] == key]
     if not found:
         raise NotFound(f"no comparison {ascii(key)[:60]}: `turret compare` makes one")
-    return render.page(request, state, "comparison.html.j2", one=found[0])
+    return render.page(request, view, "comparison.html.j2", one=found[0])
 
 
 @router.get("/comparisons/{key}/report")
-async def report(state: State, key: Key) -> Response:
+async def report(view: View, key: Key) -> Response:
     """The report itself."""
-    text = await state.control(state.workspace.report, key)
+    text = await view.control(view.workspace.report, key)
     return HTMLResponse(text, headers={"content-security-policy": REPORT_POLICY, "x-frame-options": "SAMEORIGIN"})

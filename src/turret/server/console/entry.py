@@ -13,9 +13,8 @@ from turret.server.auth import Caller
 from turret.server.console import render
 from turret.server.console.forms import Sent, pages
 from turret.server.limits import client_of
-from turret.server.routes import State
+from turret.server.routes import View
 from turret.server.sessions import cookie, cookie_value
-from turret.server.state import ServerState
 
 router = pages()
 MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}
@@ -28,32 +27,32 @@ async def home(request: Request) -> Response:
 
 
 @router.get("/sign-in")
-async def login_form(request: Request, state: State, next: str = "/") -> Response:
+async def login_form(request: Request, view: View, next: str = "/") -> Response:
     """The form for a token."""
-    if state.guard.open:
+    if view.services.guard.open:
         return RedirectResponse("/", 303)
-    return _form(request, state, _local(next))
+    return _form(request, view, _local(next))
 
 
 @router.post("/sign-in")
-async def sign_in(request: Request, state: State, form: Sent) -> Response:
+async def sign_in(request: Request, view: View, form: Sent) -> Response:
     """Open a session."""
     next = _local(form.text("next"))
     try:
-        session = state.guard.sign_in(form.text("token"), secure=_secure(request))
+        session = view.services.guard.sign_in(form.text("token"), secure=_secure(request))
     except Unauthorized as error:
-        return _form(request, state, next, problem=str(error))
-    state.guard.sessions.end(request.state.caller.session)
-    await state.replica.share_session(session, request.state.caller.session)
+        return _form(request, view, next, problem=str(error))
+    view.services.guard.sessions.end(request.state.caller.session)
+    await view.services.replica.share_session(session, request.state.caller.session)
     response = RedirectResponse(next, 303)
-    response.headers["set-cookie"] = cookie(session, state.guard.sessions.seconds, secure=_secure(request))
+    response.headers["set-cookie"] = cookie(session, view.services.guard.sessions.seconds, secure=_secure(request))
     return response
 
 
 @router.get(oidc.PATH)
-async def ask_provider(request: Request, state: State, next: str = "/") -> Response:
+async def ask_provider(request: Request, view: View, next: str = "/") -> Response:
     """Go to the page of the OpenID Connect provider."""
-    provider = _provider(state)
+    provider = _provider(view)
     url, begun = provider.begin(_local(next))
     response = RedirectResponse(url, 303)
     response.headers["set-cookie"] = oidc.cookie(begun, secure=_secure_by(provider, request))
@@ -61,37 +60,37 @@ async def ask_provider(request: Request, state: State, next: str = "/") -> Respo
 
 
 @router.get(oidc.BACK)
-async def oidc_callback(request: Request, state: State) -> Response:
+async def oidc_callback(request: Request, view: View) -> Response:
     """Open a session for the person whom the provider sent back.
 
     The answer is a page, not a redirect: the browser comes from another site, and would leave a SameSite=Strict cookie
     out of the request that follows a redirect.
     """
-    provider = _provider(state)
+    provider = _provider(view)
     secure = _secure_by(provider, request)
     try:
         begun = cookie_value(request.headers.get("cookie"), oidc.cookie_name(secure=secure))
-        asking = state.signing_in.of(client_of(request.scope.get("client")) or "")
+        asking = view.services.signing_in.of(client_of(request.scope.get("client")) or "")
         person = await asking(provider.finish, begun, dict(request.query_params))
-        session = state.guard.sign_in_as(person.name, person.tenant, secure=secure)
-        await state.replica.share_session(session, None)
+        session = view.services.guard.sign_in_as(person.name, person.tenant, secure=secure)
+        await view.services.replica.share_session(session, None)
     except Unauthorized as error:
-        refused = _form(request, state, "/", problem=str(error))
+        refused = _form(request, view, "/", problem=str(error))
         refused.headers["set-cookie"] = oidc.cookie("", secure=secure)
         return refused
-    response = render.page(request, state, "signed_in.html.j2", next=_local(person.next))
-    response.headers.append("set-cookie", cookie(session, state.guard.sessions.seconds, secure=secure))
+    response = render.page(request, view, "signed_in.html.j2", next=_local(person.next))
+    response.headers.append("set-cookie", cookie(session, view.services.guard.sessions.seconds, secure=secure))
     response.headers.append("set-cookie", oidc.cookie("", secure=secure))
     return response
 
 
 @router.post("/sign-out")
-async def sign_out(request: Request, state: State) -> Response:
+async def sign_out(request: Request, view: View) -> Response:
     """End the session on the server, and delete its cookie."""
     caller: Caller = request.state.caller
-    state.guard.sessions.end(caller.session)
-    await state.replica.share_session(None, caller.session)
-    response = RedirectResponse("/sign-in" if not state.guard.open else "/", 303)
+    view.services.guard.sessions.end(caller.session)
+    await view.services.replica.share_session(None, caller.session)
+    response = RedirectResponse("/sign-in" if not view.services.guard.open else "/", 303)
     response.headers["set-cookie"] = cookie("", 0, secure=_secure(request))
     return response
 
@@ -113,16 +112,16 @@ def _files() -> dict[str, tuple[bytes, str]]:
     return {path.relative_to(folder).as_posix(): (path.read_bytes(), MEDIA_TYPES[path.suffix[1:]]) for path in paths}
 
 
-def _form(request: Request, state: ServerState, next: str, problem: str | None = None) -> Response:
-    values = {"next": next, "problem": problem, "oidc": None if state.oidc is None else oidc.PATH}
-    return render.page(request, state, "sign_in.html.j2", 200 if problem is None else 401, **values)
+def _form(request: Request, view: View, next: str, problem: str | None = None) -> Response:
+    values = {"next": next, "problem": problem, "oidc": None if view.services.oidc is None else oidc.PATH}
+    return render.page(request, view, "sign_in.html.j2", 200 if problem is None else 401, **values)
 
 
-def _provider(state: ServerState) -> oidc.Oidc:
+def _provider(view: View) -> oidc.Oidc:
     """Raises NotFound if the server has no provider."""
-    if state.oidc is None:
+    if view.services.oidc is None:
         raise NotFound("this server has no sign-in by a provider: sign in with a token")
-    return state.oidc
+    return view.services.oidc
 
 
 def _local(url: str) -> str:

@@ -13,8 +13,7 @@ from turret.json_types import JsonObject
 from turret.server.console import render
 from turret.server.console.forms import Form, Sent, pages
 from turret.server.moves import end_experiment
-from turret.server.routes import State
-from turret.server.state import ServerState
+from turret.server.routes import View
 
 router = pages()
 Name = Annotated[str, Path(min_length=1, max_length=200)]
@@ -23,31 +22,31 @@ VERBS = ("ramp", "promote", "rollback", "stop")
 
 
 @router.get("/experiments")
-async def listing(request: Request, state: State) -> Response:
+async def listing(request: Request, view: View) -> Response:
     """All experiments, the running ones first."""
-    exists = await state.control(state.workspace.store.exists)
-    found = await state.control(state.workspace.experiments) if exists else []
+    exists = await view.control(view.workspace.store.exists)
+    found = await view.control(view.workspace.experiments) if exists else []
     found = sorted(found, key=lambda each: each["created"], reverse=True)
     found = sorted(found, key=lambda each: each["state"] != "running")
-    return render.page(request, state, "experiments.html.j2", found=found)
+    return render.page(request, view, "experiments.html.j2", found=found)
 
 
 @router.get("/experiments/{name}/{number}")
-async def show(request: Request, state: State, name: Name, number: Number) -> Response:
+async def show(request: Request, view: View, name: Name, number: Number) -> Response:
     """One experiment."""
-    return render.page(request, state, "experiment.html.j2", **await _values(state, name, number))
+    return render.page(request, view, "experiment.html.j2", **await _values(view, name, number))
 
 
 @router.get("/experiments/{name}/{number}/state")
-async def show_state(request: Request, state: State, name: Name, number: Number) -> Response:
+async def show_state(request: Request, view: View, name: Name, number: Number) -> Response:
     """The live part of the page of an experiment."""
-    return render.page(request, state, "experiment_state.html.j2", **await _values(state, name, number))
+    return render.page(request, view, "experiment_state.html.j2", **await _values(view, name, number))
 
 
 @router.get("/experiments/{name}/{number}/course")
-async def course(state: State, name: Name, number: Number) -> Response:
+async def course(view: View, name: Name, number: Number) -> Response:
     """The evidence after each outcome, for the plots."""
-    found = await state.control(state.workspace.course, name, number)
+    found = await view.control(view.workspace.course, name, number)
     points = [
         {
             "outcomes": each.outcomes,
@@ -66,22 +65,20 @@ def _drawn(against: JsonObject) -> JsonObject:
 
 
 @router.get("/experiments/{name}/{number}/do/{verb}")
-async def ask(
-    request: Request, state: State, name: Name, number: Number, verb: str, arm: str | None = None
-) -> Response:
+async def ask(request: Request, view: View, name: Name, number: Number, verb: str, arm: str | None = None) -> Response:
     """The dialog that confirms a change."""
     _check_verb(verb)
-    values = await _values(state, name, number)
+    values = await _values(view, name, number)
     candidates = [each for each in values["status"].analysis.arms if each.arm.role == "candidate" and each.arm.live]
-    return render.page(request, state, "act.html.j2", **values, verb=verb, arm=arm, candidates=candidates)
+    return render.page(request, view, "act.html.j2", **values, verb=verb, arm=arm, candidates=candidates)
 
 
 @router.post("/experiments/{name}/{number}/do/{verb}")
-async def act(request: Request, state: State, name: Name, number: Number, verb: str, form: Sent) -> Response:
+async def act(request: Request, view: View, name: Name, number: Number, verb: str, form: Sent) -> Response:
     """Ramp, promote, roll back or stop."""
     _check_verb(verb)
-    await _act(state, name, number, verb, form)
-    await state.control(state.refresh)
+    await _act(view, name, number, verb, form)
+    await view.control(view.refresh)
     return render.redirect(request, f"/experiments/{name}/{number}")
 
 
@@ -90,17 +87,17 @@ def _check_verb(verb: str) -> None:
         raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(VERBS)}")
 
 
-async def _act(state: ServerState, name: str, number: int, verb: str, form: Form) -> None:
+async def _act(view: View, name: str, number: int, verb: str, form: Form) -> None:
     if verb == "ramp":
-        experiment = state.workspace.experiment(name, number)
-        await state.control(experiment.ramp, read_split(form.text("share")) if form.text("share") else None)
+        experiment = view.workspace.experiment(name, number)
+        await view.control(experiment.ramp, read_split(form.text("share")) if form.text("share") else None)
         return
     arm = form.text("arm") if verb == "promote" else None
-    await end_experiment(state, name, number, promote=arm, rollback=verb == "rollback")
+    await end_experiment(view, name, number, promote=arm, rollback=verb == "rollback")
 
 
-async def _values(state: ServerState, name: str, number: int) -> render.Context:
-    status = await state.control(state.workspace.experiment(name, number).status)
+async def _values(view: View, name: str, number: int) -> render.Context:
+    status = await view.control(view.workspace.experiment(name, number).status)
     from turret.experiments import status_text  # loads numpy, which the rest of the server does not need
 
     experiment, running = status.experiment, status.experiment.state == "running"

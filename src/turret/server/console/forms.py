@@ -12,8 +12,7 @@ from starlette.datastructures import UploadFile
 from turret.errors import BadRequest, Forbidden
 from turret.server.auth import READS, Caller
 from turret.server.limits import FILES
-from turret.server.routes import PageRoute, State
-from turret.server.state import ServerState
+from turret.server.routes import PageRoute, View
 from turret.server.uploads import read_form
 
 MOST_FIELDS = 64
@@ -54,20 +53,20 @@ class Form:
         return self._fields.get(name, [])
 
 
-async def read(request: Request, state: State) -> Form:
+async def read(request: Request, view: View) -> Form:
     """The form in the body. Raises BadRequest if it is malformed, Forbidden without the session's form token."""
-    form = await (_with_file(request) if request.url.path in FILES else _without_file(request, state))
+    form = await (_with_file(request) if request.url.path in FILES else _without_file(request, view))
     caller: Caller = request.state.caller
     token = request.headers.get("x-form-token") or form.text(TOKEN)
-    if not state.guard.sessions.is_form_token(caller.session, token):
+    if not view.services.guard.sessions.is_form_token(caller.session, token):
         raise Forbidden("this form is not from this session, and nothing was done: reload the page and send it again")
     return form
 
 
-async def _without_file(request: Request, state: ServerState) -> Form:
+async def _without_file(request: Request, view: View) -> Form:
     content = await request.body()
     try:
-        return form_of(content) if len(content) <= INLINE else await state.parsing(form_of, content)
+        return form_of(content) if len(content) <= INLINE else await view.parsing(form_of, content)
     except ValueError:
         raise BadRequest(f"the form cannot be read: expected UTF-8 and at most {MOST_FIELDS} fields") from None
 
@@ -102,9 +101,9 @@ def _decoded(text: bytes) -> str:
     return _ESCAPED.sub(lambda found: _BYTES[found[1]], text.replace(b"+", b" ")).decode("utf-8")
 
 
-async def _check_writes(request: Request, state: State) -> None:
+async def _check_writes(request: Request, view: View) -> None:
     if request.method not in READS:
-        await read(request, state)
+        await read(request, view)
 
 
 Sent = Annotated[Form, Depends(read)]

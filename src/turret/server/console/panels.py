@@ -14,8 +14,7 @@ from turret.compare.panel_page import Live, Step, decided_plot, steps
 from turret.errors import BadRequest, NotFound, TurretError
 from turret.server.console import render
 from turret.server.console.forms import Sent, pages
-from turret.server.routes import State
-from turret.server.state import ServerState
+from turret.server.routes import View
 from turret.store import Panel, Question, Version
 from turret.tasks.calibration import Sureness
 from turret.workspace import promising
@@ -86,35 +85,35 @@ class AskedNow:
 
 
 @router.get("/panels")
-async def listing(request: Request, state: State) -> Response:
+async def listing(request: Request, view: View) -> Response:
     """All names, each with the version that it means."""
-    every = await state.control(state.workspace.panels.list)
+    every = await view.control(view.workspace.panels.list)
     names = [_meant(list(versions)) for _, versions in groupby(every, key=lambda each: each.name)]
-    return render.page(request, state, "panels.html.j2", names=names)
+    return render.page(request, view, "panels.html.j2", names=names)
 
 
 @router.get("/panels/{name}")
-async def show(request: Request, state: State, name: Name, version: int | None = None) -> Response:
+async def show(request: Request, view: View, name: Name, version: int | None = None) -> Response:
     """One panel: the questions of a version, all versions, and the moves of the plain name."""
     reference = name if version is None else f"{name}@{version}"
-    values = await state.control(_values, state, reference)
-    return render.page(request, state, "panel.html.j2", **values)
+    values = await view.control(_values, view, reference)
+    return render.page(request, view, "panel.html.j2", **values)
 
 
 @router.post("/panels/{name}/promote")
-async def post_promote(request: Request, state: State, name: Name, form: Sent) -> Response:
+async def post_promote(request: Request, view: View, name: Name, form: Sent) -> Response:
     """Make a version the one that the plain name means."""
     number = form.text("version")
     if not number.isdecimal():
         raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
-    await state.control(state.workspace.panels.promote, f"{name}@{int(number)}")
+    await view.control(view.workspace.panels.promote, f"{name}@{int(number)}")
     return render.redirect(request, f"/panels/{name}")
 
 
 @router.post("/panels/{name}/rollback")
-async def post_rollback(request: Request, state: State, name: Name, form: Sent) -> Response:
+async def post_rollback(request: Request, view: View, name: Name, form: Sent) -> Response:
     """Go back to the version that was promoted before."""
-    await state.control(state.workspace.panels.rollback, name)
+    await view.control(view.workspace.panels.rollback, name)
     return render.redirect(request, f"/panels/{name}")
 
 
@@ -123,8 +122,8 @@ def _meant(versions: Sequence[Panel]) -> tuple[Panel, int]:
     return next((each for each in versions if each.production), versions[-1]), len(versions)
 
 
-def _values(state: ServerState, reference: str) -> render.Context:
-    panels = state.workspace.panels
+def _values(view: View, reference: str) -> render.Context:
+    panels = view.workspace.panels
     panel = panels.show(reference)
     own = [each for each in panels.list() if each.name == panel.name]
     moves = panels.moves(panel.name)
@@ -133,18 +132,18 @@ def _values(state: ServerState, reference: str) -> render.Context:
         "meant": _meant(own)[0],
         "versions": own[::-1],
         "moves": moves[::-1],
-        "asked": [_asked(state, each) for each in panel.questions],
+        "asked": [_asked(view, each) for each in panel.questions],
         "text": promising,
     }
 
 
-def _asked(state: ServerState, question: Question) -> AskedNow:
+def _asked(view: View, question: Question) -> AskedNow:
     try:
-        version = state.workspace.resolve(state.aliases.exact(question.adapter))
+        version = view.workspace.resolve(view.aliases.exact(question.adapter))
     except TurretError as error:
         return AskedNow(question, None, str(error))
     try:
-        promised = None if question.part else state.workspace.promise(str(version))
+        promised = None if question.part else view.workspace.promise(str(version))
     except NotFound:
         promised = None
     return AskedNow(question, version, None, promised)

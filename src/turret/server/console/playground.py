@@ -14,9 +14,9 @@ from turret.server import generation
 from turret.server.console import render
 from turret.server.console.forms import Form, Sent, pages
 from turret.server.limits import MOST_TEXT, MOST_TOKENS
-from turret.server.routes import State
+from turret.server.questions import ask
+from turret.server.routes import View
 from turret.server.schemas import Generation
-from turret.server.state import ServerState
 from turret.store import Version
 from turret.tasks import stored_task
 
@@ -27,51 +27,51 @@ OUT_OF_RANGE = f"expected 1 to {MOST_TOKENS} tokens, and a temperature from 0 to
 
 
 @router.get("/playground")
-async def show(request: Request, state: State) -> Response:
+async def show(request: Request, view: View) -> Response:
     """The form, with the versions to choose from."""
-    versions = await _versions(state)
+    versions = await _versions(view)
     default = [str(each) for each in versions if each.aliases][:2] or [str(each) for each in versions[:1]]
     chosen = request.query_params.getlist("model") or default
     generating = {each.part("base").get("fingerprint") for each in versions if _generates(each)}
-    writing = [each.name for each in state.engines.bases if each.fingerprint in generating]
+    writing = [each.name for each in view.engines.bases if each.fingerprint in generating]
     values = {"versions": versions[:SHOWN], "chosen": chosen, "writing": writing, "most": MOST}
-    return render.page(request, state, "playground.html.j2", **values)
+    return render.page(request, view, "playground.html.j2", **values)
 
 
 @router.post("/playground")
-async def panels(request: Request, state: State, form: Sent) -> Response:
+async def panels(request: Request, view: View, form: Sent) -> Response:
     """A panel for each version. Each panel then sends its own request."""
     text, models = _text(form), form.all("model")
     if not 1 <= len(models) <= MOST:
         raise BadRequest(f"{len(models)} versions are chosen: expected 1 to {MOST}")
-    known = {str(each): each for each in await _versions(state)}
+    known = {str(each): each for each in await _versions(view)}
     generates = {model: model not in known or _generates(known[model]) for model in models}  # else it is the base
     settings = {"text": text, "max_tokens": form.text("max_tokens"), "temperature": form.text("temperature")}
     return render.page(
-        request, state, "playground_answers.html.j2", models=models, generates=generates, settings=settings
+        request, view, "playground_answers.html.j2", models=models, generates=generates, settings=settings
     )
 
 
 @router.post("/playground/answer")
-async def answer(request: Request, state: State, form: Sent) -> Response:
+async def answer(request: Request, view: View, form: Sent) -> Response:
     """One classification, with its time and the time of its load."""
     model = form.text("model")
-    loading = await _load(state, model)
-    started = state.clock()
-    async with state.ask(request, "classify", model, [_text(form)]) as pending:
+    loading = await _load(view, model)
+    started = view.services.clock()
+    async with ask(view, request, "classify", model, [_text(form)]) as pending:
         (found,) = await pending.all()
-    seconds = state.clock() - started
+    seconds = view.services.clock() - started
     values = {"answer": found, "pending": pending, "seconds": seconds, "loading": loading, "model": model}
-    return render.page(request, state, "answer.html.j2", **values)
+    return render.page(request, view, "answer.html.j2", **values)
 
 
 @router.post("/playground/stream")
-async def stream(request: Request, state: State, form: Sent) -> Response:
+async def stream(request: Request, view: View, form: Sent) -> Response:
     """One generation, streamed as by `/v1/completions`, with the time of its load in a header."""
     text, body, max_tokens = _text(form), _request(form), _max_tokens(form)
-    loading = await _load(state, body.model)
-    options = generation.generation_options(state, body, max_tokens, 1, strip=False)
-    response = await generation.stream(state, request, body, [text], options, None, generation.CompletionChunks())
+    loading = await _load(view, body.model)
+    options = generation.generation_options(view, body, max_tokens, 1, strip=False)
+    response = await generation.stream(view, request, body, [text], options, None, generation.CompletionChunks())
     if loading is not None:
         response.headers["turret-load-seconds"] = f"{loading:.6f}"
     return response
@@ -105,27 +105,27 @@ def _text(form: Form) -> str:
     return text
 
 
-async def _load(state: ServerState, model: str) -> float | None:
+async def _load(view: View, model: str) -> float | None:
     """Load the version if necessary, and return the seconds that took; None for the base or a version in memory."""
-    if state.is_base(model):
+    if view.engines.is_base(model):
         return None
-    version = await state.control(state.workspace.resolve, model)
-    if state.engines.in_memory(version.digest):
+    version = await view.control(view.workspace.resolve, model)
+    if view.engines.in_memory(version.digest):
         return None
-    started = state.clock()
-    await state.control(state.engines.warm, str(version))
-    return state.clock() - started
+    started = view.services.clock()
+    await view.control(view.engines.warm, str(version))
+    return view.services.clock() - started
 
 
-async def _versions(state: ServerState) -> list[Version]:
+async def _versions(view: View) -> list[Version]:
     """The versions that the engine can load and that answer in words.
 
     Those with an alias are first, those of comparisons last, and the newest first among equals.
     """
     found = [
         each
-        for each in await state.control(state.workspace.list)
-        if state.engines.is_on_base(each)
+        for each in await view.control(view.workspace.list)
+        if view.engines.is_on_base(each)
         and method_named(each.part("method").get("kind")).mixes(each.part("method"))
         and stored_task(each.part("task")).request != "embed"
     ]

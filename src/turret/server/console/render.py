@@ -32,7 +32,7 @@ from turret.compare.report_text import seconds as in_seconds
 from turret.json_types import JsonMapping, JsonValue
 from turret.methods import said
 from turret.server.auth import Caller
-from turret.server.state import ServerState
+from turret.server.services import View
 from turret.tasks import Measure
 from turret.timestamp import to_minute
 from turret.version import __version__
@@ -101,14 +101,14 @@ def template(name: str) -> Template:
 
 
 # Any: as in `Context`.
-def page(request: Request, state: ServerState, name: str, status: int = 200, /, **values: Any) -> HTMLResponse:
+def page(request: Request, view: View, name: str, status: int = 200, /, **values: Any) -> HTMLResponse:
     """A template with the values that every page needs, and those of this one."""
     caller: Caller = request.state.caller
     common = {
         "caller": caller,
-        "bases": [each.name for each in state.engines.bases],
-        "form_token": state.guard.sessions.form_token(caller.session),
-        "open": state.guard.open,
+        "bases": [each.name for each in view.engines.bases],
+        "form_token": view.services.guard.sessions.form_token(caller.session),
+        "open": view.services.guard.open,
         "live": is_htmx(request),
     }
     return HTMLResponse(template(name).render(common | values), status)

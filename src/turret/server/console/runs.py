@@ -14,8 +14,7 @@ from turret.json_types import JsonMapping
 from turret.server.console import render
 from turret.server.console.forms import pages
 from turret.server.error_responses import without_paths
-from turret.server.routes import State
-from turret.server.state import ServerState
+from turret.server.routes import View
 from turret.tasks import main_metric, measure_of
 
 router = pages()
@@ -29,48 +28,46 @@ PLOTTED = ("step", "epoch", "loss", "lr", "tokens_per_second", "rss", "metrics",
 
 
 @router.get("/runs")
-async def listing(request: Request, state: State) -> Response:
+async def listing(request: Request, view: View) -> Response:
     """The newest trainings."""
-    found = await state.control(state.workspace.runs, MOST)
-    return render.page(request, state, "runs.html.j2", runs=found, most=MOST)
+    found = await view.control(view.workspace.runs, MOST)
+    return render.page(request, view, "runs.html.j2", runs=found, most=MOST)
 
 
 @router.get("/runs/{run_id}")
-async def show(request: Request, state: State, run_id: RunId) -> Response:
+async def show(request: Request, view: View, run_id: RunId) -> Response:
     """One training: curves, recipe, metrics, timings, memory."""
-    return render.page(request, state, "run.html.j2", **await _values(state, run_id))
+    return render.page(request, view, "run.html.j2", **await _values(view, run_id))
 
 
 @router.get("/runs/{run_id}/state")
-async def show_state(request: Request, state: State, run_id: RunId) -> Response:
+async def show_state(request: Request, view: View, run_id: RunId) -> Response:
     """The live part of the page of a training."""
-    return render.page(request, state, "run_state.html.j2", **await _values(state, run_id))
+    return render.page(request, view, "run_state.html.j2", **await _values(view, run_id))
 
 
 @router.get("/runs/{run_id}/log")
-async def show_log(request: Request, state: State, run_id: RunId, past: Past = 0) -> Response:
+async def show_log(request: Request, view: View, run_id: RunId, past: Past = 0) -> Response:
     """The log of a training, if it has a line after `past` or no more will come; else 204."""
-    values = await _log(state, await state.control(state.workspace.run, run_id))
+    values = await _log(view, await view.control(view.workspace.run, run_id))
     if values["more"] and values["newest"] <= past:
         return Response(status_code=204)
-    return render.page(request, state, "run_log.html.j2", **values)
+    return render.page(request, view, "run_log.html.j2", **values)
 
 
 @router.get("/runs/{run_id}/do/{verb}")
-async def ask(request: Request, state: State, run_id: RunId, verb: str) -> Response:
+async def ask(request: Request, view: View, run_id: RunId, verb: str) -> Response:
     """The dialog that confirms a change."""
     _check_verb(verb)
-    return render.page(
-        request, state, "run_act.html.j2", run=await state.control(state.workspace.run, run_id), verb=verb
-    )
+    return render.page(request, view, "run_act.html.j2", run=await view.control(view.workspace.run, run_id), verb=verb)
 
 
 @router.post("/runs/{run_id}/do/{verb}")
-async def act(request: Request, state: State, run_id: RunId, verb: str) -> Response:
+async def act(request: Request, view: View, run_id: RunId, verb: str) -> Response:
     """Cancel a training, let an ended one go on, or delete it."""
     _check_verb(verb)
-    queue = state.workspace.queue
-    await state.control({"cancel": queue.cancel, "resume": queue.resume, "delete": queue.delete}[verb], run_id)
+    queue = view.workspace.queue
+    await view.control({"cancel": queue.cancel, "resume": queue.resume, "delete": queue.delete}[verb], run_id)
     return render.redirect(request, "/runs" if verb == "delete" else f"/runs/{run_id}")
 
 
@@ -80,9 +77,9 @@ def _check_verb(verb: str) -> None:
 
 
 @router.get("/runs/{run_id}/curve")
-async def curve(state: State, run_id: RunId) -> Response:
+async def curve(view: View, run_id: RunId) -> Response:
     """The steps so far, for the plots, and which metric is drawn."""
-    found = await state.control(state.workspace.curve, run_id, most=1000)
+    found = await view.control(view.workspace.curve, run_id, most=1000)
     steps = [{key: value for key, value in asdict(each).items() if key in PLOTTED} for each in found]
     values = next((each.metrics for each in reversed(found) if each.metrics), {})
     key = main_metric(values)
@@ -90,18 +87,18 @@ async def curve(state: State, run_id: RunId) -> Response:
     return JSONResponse({"steps": steps, "of": found[-1].steps if found else None, "metric": metric})
 
 
-async def _values(state: ServerState, run_id: str) -> render.Context:
-    run = await state.control(state.workspace.run, run_id)
-    steps = await state.control(state.workspace.curve, run_id, most=1)
+async def _values(view: View, run_id: str) -> render.Context:
+    run = await view.control(view.workspace.run, run_id)
+    steps = await view.control(view.workspace.curve, run_id, most=1)
     last = steps[-1] if steps else None
-    place = await state.control(state.workspace.queue.place, run_id) if run["state"] == "waiting" else None
+    place = await view.control(view.workspace.queue.place, run_id) if run["state"] == "waiting" else None
     values = {"run": run, "result": run["result"] or {}, "last": last, "stalled": _is_stalled(run), "place": place}
-    return values | await _log(state, run)
+    return values | await _log(view, run)
 
 
-async def _log(state: ServerState, run: JsonMapping) -> dict[str, Any]:
+async def _log(view: View, run: JsonMapping) -> dict[str, Any]:
     """The newest lines of a queued run, the newest first."""
-    lines = await state.control(state.workspace.queue.log, run["id"]) if run["queue"] is not None else []
+    lines = await view.control(view.workspace.queue.log, run["id"]) if run["queue"] is not None else []
     return {
         "run": run,
         "lines": [{**each, "line": without_paths(str(each["line"]))} for each in lines[: -MOST_LINES - 1 : -1]],

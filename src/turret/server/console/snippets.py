@@ -12,7 +12,7 @@ from fastapi import Request
 from turret.access import DEFAULT
 from turret.data import TextPair
 from turret.json_types import JsonMapping, JsonObject
-from turret.server.state import ServerState
+from turret.server.services import View
 from turret.tasks import stored_task
 from turret.workspace.card_code import exported_with_peft
 
@@ -74,33 +74,33 @@ def question(model: str, spec: JsonMapping) -> Question:
     return replace(usual, body={"model": model, **named})
 
 
-def of_version(request: Request, state: ServerState, version: str, manifest: JsonMapping) -> Sequence[Snippet]:
+def of_version(request: Request, view: View, version: str, manifest: JsonMapping) -> Sequence[Snippet]:
     """The snippets of a version."""
     asked = question(version, manifest.get("task") or {})
     code, words = exported_with_peft(manifest, FOLDER)
     export = f"turret export {version} {FOLDER} --store STORE"
     return [
-        Snippet("curl", curl(request, state, asked)),
-        Snippet("Python, with the client of OpenAI", python(request, state, asked)),
+        Snippet("curl", curl(request, view, asked)),
+        Snippet("Python, with the client of OpenAI", python(request, view, asked)),
         Snippet("PEFT, without a server", export if code is None else f"# first, in a shell: {export}\n{code}", words),
     ]
 
 
-def curl(request: Request, state: ServerState, asked: Question) -> str:
+def curl(request: Request, view: View, asked: Question) -> str:
     """A request as a shell takes it: whole, with the token where one is needed."""
     send = f"curl {_url(request)}/v1/{asked.route} -H 'content-type: application/json'"
     body = f"-d {shlex.quote(json.dumps(asked.body))}"
-    if state.guard.open:
+    if view.services.guard.open:
         return f"{send} {body}"
-    tenant = "" if state.access.tenant == DEFAULT else f" --tenant {state.access.tenant}"
+    tenant = "" if view.access.tenant == DEFAULT else f" --tenant {view.access.tenant}"
     make = f"TOKEN=$(turret token create shell{tenant} --store STORE)"
     return f'{make}\n{send} -H "authorization: Bearer $TOKEN" {body}'
 
 
-def python(request: Request, state: ServerState, asked: Question) -> str:
+def python(request: Request, view: View, asked: Question) -> str:
     """The same request with the client of OpenAI."""
-    key = '"none"' if state.guard.open else 'os.environ["TOKEN"]'
-    lines = [] if state.guard.open else ["import os", ""]
+    key = '"none"' if view.services.guard.open else 'os.environ["TOKEN"]'
+    lines = [] if view.services.guard.open else ["import os", ""]
     lines += ["from openai import OpenAI", "", f'client = OpenAI(base_url="{_url(request)}/v1", api_key={key})']
     if asked.call is None:
         lines.append(f'answer = client.post("/{asked.route}", body={asked.body!a}, cast_to=object)')

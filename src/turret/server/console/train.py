@@ -19,8 +19,7 @@ from turret.server import trainings
 from turret.server.console import render
 from turret.server.console.forms import Form, Sent, pages
 from turret.server.error_responses import error_response
-from turret.server.routes import State
-from turret.server.state import ServerState
+from turret.server.routes import View
 from turret.server.uploads import TABLE, keep, owner_of
 from turret.tasks import TASKS, Task
 
@@ -33,29 +32,29 @@ Source = Annotated[str, Query(min_length=1, max_length=500)]
 
 
 @router.get("/train")
-async def show(request: Request, state: State) -> Response:
+async def show(request: Request, view: View) -> Response:
     """The form for a table, and the tables that were sent before."""
-    return await _start(request, state)
+    return await _start(request, view)
 
 
 @router.post("/train")
-async def upload(request: Request, state: State, form: Sent) -> Response:
+async def upload(request: Request, view: View, form: Sent) -> Response:
     """Store a table, and go on to what it shows."""
     try:
         if form.file is None:
             raise BadRequest("no file is chosen: choose a table")
-        kept = await keep(state, owner_of(request.state.caller), form.file, TABLE)
+        kept = await keep(view, owner_of(request.state.caller), form.file, TABLE)
     except TurretError as error:
-        return await _start(request, state, error)
+        return await _start(request, view, error)
     return render.redirect(request, f"/train/recipe?source={kept.id}")
 
 
-async def _start(request: Request, state: ServerState, error: TurretError | None = None) -> Response:
+async def _start(request: Request, view: View, error: TurretError | None = None) -> Response:
     owner = owner_of(request.state.caller)
-    found = await state.control(state.files.listed, owner, purpose=TABLE, limit=MOST)
+    found = await view.control(view.services.files.listed, owner, purpose=TABLE, limit=MOST)
     problem, status = _told(error)
-    values = {"found": found, "formats": tables.SUFFIXES, "problem": problem, "most": state.limits.file_bytes}
-    return render.page(request, state, "train.html.j2", status, **values)
+    values = {"found": found, "formats": tables.SUFFIXES, "problem": problem, "most": view.services.limits.file_bytes}
+    return render.page(request, view, "train.html.j2", status, **values)
 
 
 # --- what a table shows -----------------------------------------------------------------------------------------------
@@ -100,25 +99,25 @@ def _roles() -> frozenset[str]:
 
 
 @router.get("/train/recipe")
-async def look(request: Request, state: State, source: Source) -> Response:
+async def look(request: Request, view: View, source: Source) -> Response:
     """What a table shows, with a form to correct it."""
-    return await _look(request, state, Chosen(source))
+    return await _look(request, view, Chosen(source))
 
 
 @router.post("/train/recipe")
-async def look_again(request: Request, state: State, form: Sent) -> Response:
+async def look_again(request: Request, view: View, form: Sent) -> Response:
     """The same, with what was corrected."""
-    return await _look(request, state, Chosen.of(form))
+    return await _look(request, view, Chosen.of(form))
 
 
-async def _look(request: Request, state: ServerState, chosen: Chosen, error: TurretError | None = None) -> Response:
+async def _look(request: Request, view: View, chosen: Chosen, error: TurretError | None = None) -> Response:
     problem, status = _told(error)
     try:
-        made = await _drafted(request, state, chosen)
+        made = await _drafted(request, view, chosen)
     except TurretError as wrong:
         if chosen.settings:  # one of them does not fit
-            return await _look(request, state, Chosen(chosen.source), wrong)
-        return await _start(request, state, wrong)
+            return await _look(request, view, Chosen(chosen.source), wrong)
+        return await _start(request, view, wrong)
     problem = problem or made.problem
     kind = str(chosen.settings.get("task.kind") or (made.guess.kind if made.guess else ""))
     task = TASKS.get(kind)
@@ -130,16 +129,16 @@ async def _look(request: Request, state: ServerState, chosen: Chosen, error: Tur
         "kinds": list(TASKS),
         "roles": [] if task is None else _columns(task, chosen, made),
         "used": {} if made.guess is None else _used(made.guess.columns),
-        "base": chosen.settings.get("base") or _base_for(state, task),
-        "suggested": [AUTO, *(each.name for each in state.engines.bases)],
+        "base": chosen.settings.get("base") or _base_for(view, task),
+        "suggested": [AUTO, *(each.name for each in view.engines.bases)],
         "methods": METHODS_SHOWN,
     }
-    return render.page(request, state, "train_recipe.html.j2", status, **values)
+    return render.page(request, view, "train_recipe.html.j2", status, **values)
 
 
-async def _drafted(request: Request, state: ServerState, chosen: Chosen) -> trainings.Drafted:
+async def _drafted(request: Request, view: View, chosen: Chosen) -> trainings.Drafted:
     owner = owner_of(request.state.caller)
-    return await state.preview(trainings.draft, state, owner, chosen.source, {}, chosen.as_settings())
+    return await view.preview(trainings.draft, view, owner, chosen.source, {}, chosen.as_settings())
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,9 @@ def _used(columns: Mapping[str, str | list[str]]) -> dict[str, str]:
     return {column: role for role, named in every for column in named}
 
 
-def _base_for(state: ServerState, task: type[Task] | None) -> str:
+def _base_for(view: View, task: type[Task] | None) -> str:
     """A base of this server that can learn the task, so that this server answers with what is trained."""
-    able = (each.name for each in state.engines.bases if task and task.head in each.engine.base.family.head_kinds)
+    able = (each.name for each in view.engines.bases if task and task.head in each.engine.base.family.head_kinds)
     return next(able, AUTO)
 
 
@@ -177,41 +176,41 @@ def _base_for(state: ServerState, task: type[Task] | None) -> str:
 
 
 @router.post("/train/plan")
-async def plan(request: Request, state: State, form: Sent) -> Response:
+async def plan(request: Request, view: View, form: Sent) -> Response:
     """The plan of a recipe: of the one in the form, or else of what is chosen for a table."""
     text, source = form.raw("recipe"), form.text("source")
     if not text:
         chosen = Chosen.of(form)
         try:
-            made = await _drafted(request, state, chosen)
+            made = await _drafted(request, view, chosen)
         except TurretError as error:
-            return await _look(request, state, Chosen(chosen.source), error)
+            return await _look(request, view, Chosen(chosen.source), error)
         if made.recipe is None:
-            return await _look(request, state, chosen)
+            return await _look(request, view, chosen)
         text = made.recipe
     try:
-        recipe = await state.parsing(Recipe.from_toml, text)
-        planned = await state.preview(trainings.plan, state, owner_of(request.state.caller), recipe, {})
+        recipe = await view.parsing(Recipe.from_toml, text)
+        planned = await view.preview(trainings.plan, view, owner_of(request.state.caller), recipe, {})
     except TurretError as error:
-        return _planned(request, state, text, source, None, error)
-    return _planned(request, state, text, source, planned)
+        return _planned(request, view, text, source, None, error)
+    return _planned(request, view, text, source, planned)
 
 
 @router.post("/train/start")
-async def start(request: Request, state: State, form: Sent) -> Response:
+async def start(request: Request, view: View, form: Sent) -> Response:
     """Put the training into the queue, and go to its page."""
     text = form.raw("recipe")
     try:
-        recipe = await state.parsing(Recipe.from_toml, text)
-        run = await state.control(trainings.submit, state, owner_of(request.state.caller), recipe, {})
+        recipe = await view.parsing(Recipe.from_toml, text)
+        run = await view.control(trainings.submit, view, owner_of(request.state.caller), recipe, {})
     except TurretError as error:
-        return _planned(request, state, text, form.text("source"), None, error)
+        return _planned(request, view, text, form.text("source"), None, error)
     return render.redirect(request, f"/runs/{run['id']}")
 
 
 def _planned(
     request: Request,
-    state: ServerState,
+    view: View,
     text: str,
     source: str,
     planned: JsonObject | None,
@@ -227,7 +226,7 @@ def _planned(
         "refused": any(each["level"] == "refuse" for each in checks),
         "problem": problem,
     }
-    return render.page(request, state, "train_plan.html.j2", status, **values)
+    return render.page(request, view, "train_plan.html.j2", status, **values)
 
 
 def _told(error: TurretError | None) -> tuple[str | None, int]:

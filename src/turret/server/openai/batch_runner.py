@@ -24,7 +24,8 @@ from starlette.types import ASGIApp, Message, Scope
 
 from turret.errors import BadRequest, Corrupt, LeaseLost, NotFound, StoreError, TooLarge, TurretError, shown
 from turret.server.auth import Caller
-from turret.server.state import LOW_PRIORITY, ServerState
+from turret.server.services import Services
+from turret.server.shadows import LOW_PRIORITY
 from turret.store import leases
 from turret.store.batches import MOST_TRIES, WHOLE_FILE, Answer, Batch, State
 from turret.store.client_files import ClientFile
@@ -62,9 +63,9 @@ class BatchRunner:
         routes: The application without its middleware, which answers the lines.
     """
 
-    def __init__(self, state: ServerState, routes: ASGIApp) -> None:
-        self._state, self._routes = state, routes
-        self._batches, self._files = state.batches, state.files
+    def __init__(self, services: Services, routes: ASGIApp) -> None:
+        self._services, self._routes = services, routes
+        self._batches, self._files = services.batches, services.files
         self._pool = ThreadPool("batch", 2, 16, "writes of batches are waiting", 1)
         self._failing = False
         self._files_open: dict[str, Lines] = {}
@@ -73,7 +74,7 @@ class BatchRunner:
     async def run(self) -> None:
         """Answer batches until the server drains."""
         try:
-            while not self._state.load.draining:
+            while not self._services.load.draining:
                 self.working = True
                 try:
                     batch = await self._pool(self._batches.claim)
@@ -84,7 +85,7 @@ class BatchRunner:
                 except TurretError as error:
                     self._report(error)
                 except Exception as error:  # a bug must not end the batches of all
-                    self._state.log.bug(error)
+                    self._services.log.bug(error)
                 finally:
                     self.working = False
                 await asyncio.sleep(POLL_SECONDS)
@@ -96,7 +97,7 @@ class BatchRunner:
     def _report(self, error: TurretError | OSError) -> None:
         """Log once that the store, or the disk of this machine, is out of reach."""
         if not self._failing:
-            self._state.log.write("batches", "error", error=type(error).__name__, message=str(error))
+            self._services.log.write("batches", "error", error=type(error).__name__, message=str(error))
         self._failing = True
 
     async def _work(self, batch: Batch) -> None:
@@ -106,7 +107,7 @@ class BatchRunner:
             aside = await self._answer(batch)
             self._failing = False
         except LeaseLost:
-            self._state.log.write("batch", batch=batch.id, lost=True)
+            self._services.log.write("batch", batch=batch.id, lost=True)
         except (TurretError, OSError) as error:  # the batch continues later, and the others now
             self._report(error)
             aside = FAILED_SECONDS
@@ -115,7 +116,7 @@ class BatchRunner:
                 self._batches.release(batch)  # the loop ends here, so without a thread
             raise
         except Exception as error:  # a bug must not end the other batches, nor ask these lines for ever
-            self._state.log.bug(error, batch=batch.id)
+            self._services.log.bug(error, batch=batch.id)
             with suppress(TurretError):
                 await self._fail(batch, "a bug in turret: the server's log has the batch")
         finally:
@@ -142,7 +143,7 @@ class BatchRunner:
             elif not _is_over(batch):
                 lines = await self._opened(batch)
                 if batch.state == "validating":
-                    total = await self._pool(validated, lines.path, batch.endpoint, self._state.limits.body_bytes)
+                    total = await self._pool(validated, lines.path, batch.endpoint, self._services.limits.body_bytes)
                     batch = await self._pool(self._batches.begin, batch, total)
                 batch, again = await self._answer_lines(batch, lines)
                 aside = again or 0.0
@@ -159,7 +160,7 @@ class BatchRunner:
     async def _fail(self, batch: Batch, problem: str) -> None:
         self._close(batch.id)
         await self._pool(self._batches.end, batch, "failed", error=problem)
-        self._state.log.write("batch", batch=batch.id, state="failed", message=problem)
+        self._services.log.write("batch", batch=batch.id, state="failed", message=problem)
 
     async def _opened(self, batch: Batch) -> Lines:
         """The lines of a batch's file. The last few files stay open, since batches take turns."""
@@ -185,7 +186,7 @@ class BatchRunner:
         turn_ends, aside = time.monotonic() + TURN_SECONDS, None
         try:
             while True:
-                over = aside is not None or self._state.load.draining or _is_over(batch)
+                over = aside is not None or self._services.load.draining or _is_over(batch)
                 if not over and time.monotonic() > turn_ends:
                     over = await self._pool(self._batches.others_wait, batch)
                     turn_ends += 0 if over else TURN_SECONDS
@@ -226,7 +227,7 @@ class BatchRunner:
 
     async def _line(self, batch: Batch, line: Line) -> Answer | float:
         """The answer of a line, or the seconds after which it may be asked again."""
-        caller = self._state.guard.caller_of(batch.owner)
+        caller = self._services.guard.caller_of(batch.owner)
         if caller is None:
             raise BadRequest("the token that made this batch is not valid any more: make the batch with another one")
         status, headers, body = await self._ask(caller, batch.endpoint, line.body)
@@ -289,7 +290,7 @@ class BatchRunner:
 
             new = [(f"{batch.id}_{name}.jsonl", f"batch_{name}", path) for name, path in written.items()]
             self._files.add_all(batch.owner, new, end)
-        self._state.log.write("batch", batch=batch.id, state=state, lines=batch.done, failed=batch.failed)
+        self._services.log.write("batch", batch=batch.id, state=state, lines=batch.done, failed=batch.failed)
 
 
 class Lines:

@@ -8,9 +8,8 @@ from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field
 
 from turret.errors import BadRequest
-from turret.server.routes import State, router
+from turret.server.routes import View, router
 from turret.server.schemas import Model
-from turret.server.state import ServerState
 from turret.server.uploads import BATCH, owner_of
 from turret.store.batches import Batch
 
@@ -89,28 +88,28 @@ class BatchList(BaseModel):
 
 
 @questions.post("/v1/batches")
-async def create_batch(body: BatchRequest, state: State, request: Request) -> BatchObject:
+async def create_batch(body: BatchRequest, view: View, request: Request) -> BatchObject:
     """Queue a file of requests. They are answered with a lower priority than all others, also after a restart."""
-    return _shown(await state.control(_add, state, owner_of(request.state.caller), body))
+    return _shown(await view.control(_add, view, owner_of(request.state.caller), body))
 
 
-def _add(state: ServerState, owner: str, body: BatchRequest) -> Batch:
-    file = state.files.find(owner, body.input_file_id)
+def _add(view: View, owner: str, body: BatchRequest) -> Batch:
+    file = view.services.files.find(owner, body.input_file_id)
     if file.purpose != BATCH:
         raise BadRequest(f"{file.id} has the purpose {file.purpose}: expected a file of the purpose {BATCH}")
-    return state.batches.add(owner, body.endpoint, file.id, body.metadata)
+    return view.services.batches.add(owner, body.endpoint, file.id, body.metadata)
 
 
 @questions.get("/v1/batches")
 async def list_batches(
-    state: State,
+    view: View,
     request: Request,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=60)] = None,
 ) -> BatchList:
     """The caller's batches, the newest first."""
     owner = owner_of(request.state.caller)
-    found = await state.control(state.batches.listed, owner, after=after, limit=limit + 1)
+    found = await view.control(view.services.batches.listed, owner, after=after, limit=limit + 1)
     shown = [_shown(each) for each in found[:limit]]
     return BatchList(
         data=shown,
@@ -121,15 +120,15 @@ async def list_batches(
 
 
 @questions.get("/v1/batches/{batch_id}")
-async def show_batch(batch_id: BatchId, state: State, request: Request) -> BatchObject:
+async def show_batch(batch_id: BatchId, view: View, request: Request) -> BatchObject:
     """One of the caller's batches."""
-    return _shown(await state.control(state.batches.find, owner_of(request.state.caller), batch_id))
+    return _shown(await view.control(view.services.batches.find, owner_of(request.state.caller), batch_id))
 
 
 @questions.post("/v1/batches/{batch_id}/cancel")
-async def cancel_batch(batch_id: BatchId, state: State, request: Request) -> BatchObject:
+async def cancel_batch(batch_id: BatchId, view: View, request: Request) -> BatchObject:
     """End a batch early. What is answered by then stays, in the output file."""
-    return _shown(await state.control(state.batches.cancel, owner_of(request.state.caller), batch_id))
+    return _shown(await view.control(view.services.batches.cancel, owner_of(request.state.caller), batch_id))
 
 
 def _shown(batch: Batch) -> BatchObject:

@@ -24,9 +24,8 @@ from turret.server.engine_protocol import Input
 from turret.server.generation import EVENTS, Chunk, constraint_of, options_of, repeated, stream, unknown_keys
 from turret.server.limits import MOST_TEXT, MOST_TOOLS
 from turret.server.openai import chat_schemas
-from turret.server.pending_answers import usage
-from turret.server.routes import State, Unit, router
-from turret.server.state import ServerState
+from turret.server.questions import admit, ask, now, usage
+from turret.server.routes import Unit, View, router
 from turret.tasks.chat_template import ChatTemplate, base_prompt
 from turret.tasks.tool_calls import may_begin, read_calls
 
@@ -37,23 +36,23 @@ questions = router("infer")
 
 @questions.post("/v1/chat/completions", response_model=chat_schemas.ChatCompletion, responses=EVENTS)
 async def chat(
-    body: chat_schemas.ChatRequest, state: State, unit: Unit, request: Request, response: Response
+    body: chat_schemas.ChatRequest, view: View, unit: Unit, request: Request, response: Response
 ) -> chat_schemas.ChatCompletion | StreamingResponse:
     """Continue a conversation with the assistant's next message."""
-    ignored = unknown_keys(state, body)
-    await state.admit(request)  # before the messages are tokenized
+    ignored = unknown_keys(view, body)
+    await admit(view, request)  # before the messages are tokenized
     called = body.tools and body.tool_choice != "none"
-    tools = await state.parsing(ToolCalls, state, body) if called else None
+    tools = await view.parsing(ToolCalls, view, body) if called else None
     times = body.n or 1
-    prompts = repeated([await state.parsing(prompt, state, body)], times)
-    own = None if tools is None else await state.parsing(tools.constraint)
-    if own is not None and await state.parsing(constraint_of, body) is not None:
+    prompts = repeated([await view.parsing(prompt, view, body)], times)
+    own = None if tools is None else await view.parsing(tools.constraint)
+    if own is not None and await view.parsing(constraint_of, body) is not None:
         raise BadRequest("two constraints: a required call of a tool has its own, leave response_format out")
     most = body.max_completion_tokens or body.max_tokens
-    options = await options_of(state, body, most, times, constraint=own)
+    options = await options_of(view, body, most, times, constraint=own)
     if body.stream:
-        return await stream(state, request, body, prompts, options, unit, ChatChunks(bool(body.logprobs), tools))
-    async with state.ask(request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
+        return await stream(view, request, body, prompts, options, unit, ChatChunks(bool(body.logprobs), tools))
+    async with ask(view, request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
         answers = await pending.all()
     response.headers.update(pending.headers | ignored)
     choices = []
@@ -63,7 +62,7 @@ async def chat(
         choices.append(chat_schemas.ChatChoice(index=index, message=message, logprobs=found, finish_reason=reason))
     model = pending.model or body.model
     return chat_schemas.ChatCompletion(
-        id=f"chatcmpl-{pending.id}", created=state.now(), model=model, choices=choices, usage=usage(answers)
+        id=f"chatcmpl-{pending.id}", created=now(), model=model, choices=choices, usage=usage(answers)
     )
 
 
@@ -76,13 +75,13 @@ def said(text: str, finish_reason: str | None, tools: ToolCalls | None) -> tuple
     return chat_schemas.ChatMessage(role="assistant", content=content.strip() or None, tool_calls=calls), reason
 
 
-def prompt(state: ServerState, body: chat_schemas.ChatRequest) -> Input:
+def prompt(view: View, body: chat_schemas.ChatRequest) -> Input:
     """The messages as one prompt: for the template of the adapter's task, or the tokens of the base's chat template."""
     asked = conversation(body)
     if asked.characters > MOST_TEXT:
         raise BadRequest(f"the messages have {asked.characters} characters: expected at most {MOST_TEXT} in all")
-    if state.is_base(body.model):
-        tokenizer = state.engines.base_of(body.model).tokenizer
+    if view.engines.is_base(body.model):
+        tokenizer = view.engines.base_of(body.model).tokenizer
         if asked.text is None or getattr(tokenizer, "chat_template", None):
             return base_prompt(tokenizer, asked)
     return asked if asked.text is None else asked.text
@@ -120,9 +119,9 @@ class ToolCalls:
         BadRequest: `tool_choice` names none of the tools.
     """
 
-    def __init__(self, state: ServerState, body: chat_schemas.ChatRequest) -> None:
+    def __init__(self, view: View, body: chat_schemas.ChatRequest) -> None:
         self._tools = {tool.function.name: tool.function for tool in body.tools or ()}
-        self._template = ChatTemplate(state.base_of(body.model).tokenizer)
+        self._template = ChatTemplate(view.base_of(body.model).tokenizer)
         self._form = self._template.call_format
         choice = body.tool_choice
         self._callable = list(self._tools)

@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field
 from turret.data import TextPair
 from turret.server import limits
 from turret.server.engine_protocol import Answer, Input
-from turret.server.pending_answers import usage
-from turret.server.routes import State, Unit, router
+from turret.server.questions import abstaining, ask, now, usage
+from turret.server.routes import Unit, View, router
 from turret.server.schemas import USER, Model, Name, Text, Usage, User
 
 questions = router("infer")
@@ -90,7 +90,7 @@ class Classification(BaseModel):
 
 @questions.post("/v1/classify")
 async def classify(
-    body: ClassifyRequest, state: State, unit: Unit, request: Request, response: Response
+    body: ClassifyRequest, view: View, unit: Unit, request: Request, response: Response
 ) -> Classification:
     """Classify one text or many: a label for each, and the probabilities of all labels.
 
@@ -101,14 +101,14 @@ async def classify(
     With `coverage`, also a set of labels for each. A version without a calibration answers that with 409.
     """
     inputs = body.inputs()
-    options = None if body.coverage is None else [state.options(coverage=body.coverage)] * len(inputs)
-    async with state.ask(request, "classify", body.model, inputs, options, unit=unit or body.user) as pending:
+    options = None if body.coverage is None else [view.services.options(coverage=body.coverage)] * len(inputs)
+    async with ask(view, request, "classify", body.model, inputs, options, unit=unit or body.user) as pending:
         answers = await pending.all()
-        abstains = await state.abstaining(pending, answers)
+        abstains = await abstaining(view, pending, answers)
     response.headers.update(pending.headers)
     return Classification(
         id=f"classify-{pending.id}",
-        created=state.now(),
+        created=now(),
         model=pending.model or body.model,
         data=[_data(index, answer, abstains) for index, answer in enumerate(answers)],
         usage=usage(answers),

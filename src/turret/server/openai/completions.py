@@ -15,8 +15,8 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.server import limits
 from turret.server.engine_protocol import Answer
 from turret.server.generation import EVENTS, CompletionChunks, options_of, repeated, stream, unknown_keys
-from turret.server.pending_answers import usage
-from turret.server.routes import State, Unit, router
+from turret.server.questions import ask, now, usage
+from turret.server.routes import Unit, View, router
 from turret.server.schemas import SEVERAL, WHOLE, Generation, Text, Tokens, Usage, never_together
 
 questions = router("infer")
@@ -98,21 +98,21 @@ class Completion(BaseModel):
 
 @questions.post("/v1/completions", response_model=Completion, responses=EVENTS)
 async def complete(
-    body: CompletionRequest, state: State, unit: Unit, request: Request, response: Response
+    body: CompletionRequest, view: View, unit: Unit, request: Request, response: Response
 ) -> Completion | StreamingResponse:
     """Continue prompts. With an adapter, each text goes through the template of the adapter's task."""
-    ignored = unknown_keys(state, body)
+    ignored = unknown_keys(view, body)
     times = max(body.n or 1, body.best_of or 1)
     ranked = times > (body.n or 1)
     prompts = repeated(body.prompts(), times)
     logprobs = (body.logprobs or 0) if ranked else body.logprobs
     options = await options_of(
-        state, body, body.max_tokens, len(prompts), times=times, strip=False, echo=body.echo, logprobs=logprobs
+        view, body, body.max_tokens, len(prompts), times=times, strip=False, echo=body.echo, logprobs=logprobs
     )
     if body.stream:
         chunks = CompletionChunks(None if body.logprobs is None else _streamed_logprobs)
-        return await stream(state, request, body, prompts, options, unit, chunks)
-    async with state.ask(request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
+        return await stream(view, request, body, prompts, options, unit, chunks)
+    async with ask(view, request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
         answers = await pending.all()
     response.headers.update(pending.headers | ignored)
     given = most_probable(answers, times, body.n or 1) if ranked else answers
@@ -126,7 +126,7 @@ async def complete(
         for index, answer in enumerate(given)
     ]
     model = pending.model or body.model
-    return Completion(id=f"cmpl-{pending.id}", created=state.now(), model=model, choices=choices, usage=usage(answers))
+    return Completion(id=f"cmpl-{pending.id}", created=now(), model=model, choices=choices, usage=usage(answers))
 
 
 def most_probable(answers: Sequence[Answer], times: int, count: int) -> list[Answer]:

@@ -19,10 +19,9 @@ from turret.engine import untrained
 from turret.errors import AdapterError, BadRequest, NotFound, listed, shown
 from turret.json_types import JsonObject
 from turret.server import limits
-from turret.server.pending_answers import PendingAnswers, prompt_tokens
-from turret.server.routes import State, Unit, router
+from turret.server.questions import PendingAnswers, abstaining, ask, ask_each, now, promise_of, prompt_tokens
+from turret.server.routes import Unit, View, router
 from turret.server.schemas import NO_EFFECT, USER, WHOLE, Model, Name, Text, User
-from turret.server.state import ServerState
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Panel, decisions_of
 from turret.tasks import Decision, QuestionType, chances
 
@@ -125,7 +124,7 @@ class Verdict:
     untrained: bool = False
 
 
-def plan(state: ServerState, model: str, asked: Sequence[Asked]) -> tuple[Panel | None, list[Planned]]:
+def plan(view: View, model: str, asked: Sequence[Asked]) -> tuple[Panel | None, list[Planned]]:
     """The panel, if the model is one, and the plan of every question; no plan for a base. Reads the store.
 
     Raises:
@@ -133,15 +132,15 @@ def plan(state: ServerState, model: str, asked: Sequence[Asked]) -> tuple[Panel 
         AdapterError: The adapter decides nothing.
         BadRequest: A question does not fit; the error lists what would.
     """
-    panel = state.workspace.panels.find(model)
+    panel = view.workspace.panels.find(model)
     if panel is not None:
         return panel, [_of_panel(panel, each) for each in asked]
-    if state.is_base(model):
+    if view.engines.is_base(model):
         return None, []
     try:
-        version = state.workspace.resolve(state.aliases.exact(model))
+        version = view.workspace.resolve(view.aliases.exact(model))
     except NotFound as error:
-        raise state.missing_model(model, error, panels=True) from None
+        raise view.missing_model(model, error, panels=True) from None
     found, planned = decisions_of(version), []
     for each in asked:
         part = "" if "" in found else each.name or ""
@@ -221,17 +220,15 @@ def judge(planned: Planned, found: Mapping[str, float], promised: float | None, 
     )
 
 
-async def decide(
-    state: ServerState, request: Request, response: Response, call: Call
-) -> tuple[str, int, list[Verdict]]:
+async def decide(view: View, request: Request, response: Response, call: Call) -> tuple[str, int, list[Verdict]]:
     """The name of the panel, version or base, the tokens that were read, and a verdict for each question."""
-    panel, planned = await state.asking(plan, state, call.model, call.asked)
+    panel, planned = await view.asking(plan, view, call.model, call.asked)
     if not planned:
-        return await _by_the_base(state, request, response, call)
+        return await _by_the_base(view, request, response, call)
     models = list(dict.fromkeys(each.model for each in planned))
-    async with state.ask_each(request, "classify", models, call.text, unit=call.unit) as pending:
+    async with ask_each(view, request, "classify", models, call.text, unit=call.unit) as pending:
         by_model = dict(zip(models, pending, strict=True))
-        promised = {model: await _promised(state, each) for model, each in by_model.items()}
+        promised = {model: await _promised(view, each) for model, each in by_model.items()}
         verdicts = [_verdict(each, by_model[each.model], promised[each.model]) for each in planned]
     response.headers.update(_headers(panel, pending))
     tokens = sum(prompt_tokens(answer) for each in pending for answer in each.complete)
@@ -239,16 +236,14 @@ async def decide(
     return name, tokens, verdicts
 
 
-async def _by_the_base(
-    state: ServerState, request: Request, response: Response, call: Call
-) -> tuple[str, int, list[Verdict]]:
+async def _by_the_base(view: View, request: Request, response: Response, call: Call) -> tuple[str, int, list[Verdict]]:
     """The same without training. A decoder is asked once for each question, and all rows are submitted at once."""
-    ways = await state.parsing(_ways, state, call)
+    ways = await view.parsing(_ways, view, call)
     asks = [ask for _, *parts in ways for part in parts for ask in part]
     if len(asks) > limits.MOST_INPUTS:
         raise BadRequest(f"these questions need {len(asks)} rows of a base, at most {limits.MOST_INPUTS}: ask fewer")
     rows, options = [ask.row for ask in asks], [ask.options for ask in asks]
-    async with state.ask(request, asks[0].kind, call.model, rows, options, unit=call.unit) as pending:
+    async with ask(view, request, asks[0].kind, call.model, rows, options, unit=call.unit) as pending:
         answers = iter(await pending.all())
     verdicts = []
     for own, (way, *parts) in zip(call.asked, ways, strict=True):
@@ -262,9 +257,9 @@ async def _by_the_base(
 Asks = Sequence[untrained.Ask]
 
 
-def _ways(state: ServerState, call: Call) -> list[tuple[untrained.Way, Asks, Asks, Asks]]:
+def _ways(view: View, call: Call) -> list[tuple[untrained.Way, Asks, Asks, Asks]]:
     """How the base answers each question, what it is asked first, about the text, and about an empty one."""
-    engine, found = state.engines.base_of(call.model).engine, []
+    engine, found = view.engines.base_of(call.model).engine, []
     for each in call.asked:
         labels = {value: _label(value) for value in (each.values or (False, True))}
         described = {labels[value]: said for value, said in each.descriptions.items()}
@@ -298,10 +293,10 @@ def _untrained(asked: Asked, found: untrained.Untrained, model: str, receipt: st
     )
 
 
-async def _promised(state: ServerState, pending: PendingAnswers) -> float | None:
+async def _promised(view: View, pending: PendingAnswers) -> float | None:
     """The threshold of the promise of a version; its log gets the answer."""
-    covered = await state.covered(pending)
-    await state.abstaining(pending, pending.complete)
+    covered = await promise_of(view, pending)
+    await abstaining(view, pending, pending.complete)
     return None if covered is None else covered.promise.threshold
 
 
@@ -550,14 +545,14 @@ class Decided(BaseModel):
 
 
 @questions.post("/v1/decisions")
-async def decisions(body: DecisionRequest, state: State, unit: Unit, request: Request, response: Response) -> Decided:
+async def decisions(body: DecisionRequest, view: View, unit: Unit, request: Request, response: Response) -> Decided:
     """Answer questions about a text: predicates, choices and scores, by probabilities. In OpenAI's format.
 
     A question whose answer does not reach its threshold gets a refusal.
     """
     asked = [each.asked() for each in body.questions]
     call = Call(body.model, body.text(), asked, unit or body.user, body.prior)
-    name, read, verdicts = await decide(state, request, response, call)
+    name, read, verdicts = await decide(view, request, response, call)
     usage = DecisionUsage(input_tokens=read, total_tokens=read)
     return Decided(answers=[_answer(each) for each in verdicts], model=name, usage=usage)
 
@@ -654,9 +649,7 @@ class SystemDecided(BaseModel):
 
 
 @questions.post("/v1/systemone")
-async def systemone(
-    body: SystemRequest, state: State, unit: Unit, request: Request, response: Response
-) -> SystemDecided:
+async def systemone(body: SystemRequest, view: View, unit: Unit, request: Request, response: Response) -> SystemDecided:
     """Answer questions about a text: yes or no, choices and scores, by probabilities. In vLLM's and TypeSafe's format.
 
     A question whose answer does not reach its threshold gets an answer of the type `refusal`.
@@ -664,11 +657,11 @@ async def systemone(
     asked = [each.asked(name) for name, each in body.questions.items()]
     text = body.state if isinstance(body.state, str) else json_text(body.state)
     name, read, verdicts = await decide(
-        state, request, response, Call(body.model, text, asked, unit or body.user, body.prior)
+        view, request, response, Call(body.model, text, asked, unit or body.user, body.prior)
     )
     return SystemDecided(
         id=f"decision-{verdicts[0].receipt}",
-        created=state.now(),
+        created=now(),
         model=name,
         answers={str(each.planned.asked.name): _system_answer(each) for each in verdicts},
         usage=SystemUsage(input_tokens=read),

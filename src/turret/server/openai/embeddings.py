@@ -19,9 +19,8 @@ from turret.errors import BadRequest, TurretError
 from turret.families.family import Pooling
 from turret.server.engine_protocol import Answer, Input
 from turret.server.openai import embedding_schemas as schemas
-from turret.server.pending_answers import PendingAnswers, prompt_tokens
-from turret.server.routes import State, Unit, router
-from turret.server.state import ServerState
+from turret.server.questions import PendingAnswers, ask, now, prompt_tokens
+from turret.server.routes import Unit, View, router
 from turret.tasks import Embedding
 
 questions = router("infer")
@@ -31,15 +30,15 @@ Vectors = tuple[list[list[float]], PendingAnswers, schemas.EmbeddingUsage]
 
 @questions.post("/v1/embeddings")
 async def embed(
-    body: schemas.EmbeddingRequest, state: State, unit: Unit, request: Request, response: Response
+    body: schemas.EmbeddingRequest, view: View, unit: Unit, request: Request, response: Response
 ) -> schemas.Embeddings:
     """One vector for each text, of the base or of an adapter. A text gets no template, only the special tokens."""
     vectors, pending, usage = await _vectors(
-        state, request, response, body.model, body.inputs(), body.embedding(), unit or body.user
+        view, request, response, body.model, body.inputs(), body.embedding(), unit or body.user
     )
     return schemas.Embeddings(
         id=f"embd-{pending.id}",
-        created=state.now(),
+        created=now(),
         model=pending.model or body.model,
         data=[
             schemas.EmbeddingData(index=index, embedding=packed(vector) if body.encoding_format == "base64" else vector)
@@ -51,7 +50,7 @@ async def embed(
 
 @questions.post("/v1/score")
 async def score(
-    body: schemas.ScoreRequest, state: State, unit: Unit, request: Request, response: Response
+    body: schemas.ScoreRequest, view: View, unit: Unit, request: Request, response: Response
 ) -> schemas.Scores:
     """How alike the texts of each pair are: the cosine of their embeddings, from -1 to 1, or an adapter's number."""
     first, second = body.pairs()
@@ -61,11 +60,11 @@ async def score(
         )
     pairs = list(zip(first if len(first) > 1 else first * len(second), second, strict=True))
     scores, scoring, pending, usage = await _scores(
-        state, request, response, body.model, pairs, body.pooling, unit or body.user
+        view, request, response, body.model, pairs, body.pooling, unit or body.user
     )
     return schemas.Scores(
         id=f"score-{pending.id}",
-        created=state.now(),
+        created=now(),
         model=pending.model or body.model,
         scoring=scoring,
         data=[schemas.Score(index=index, score=each) for index, each in enumerate(scores)],
@@ -75,12 +74,12 @@ async def score(
 
 @questions.post("/v1/rerank")
 async def rerank(
-    body: schemas.RerankRequest, state: State, unit: Unit, request: Request, response: Response
+    body: schemas.RerankRequest, view: View, unit: Unit, request: Request, response: Response
 ) -> schemas.Ranking:
     """The documents by their cosine with the query, or by an adapter's number for both; the highest first."""
     pairs = [(body.query, each) for each in body.documents]
     scores, scoring, pending, usage = await _scores(
-        state, request, response, body.model, pairs, body.pooling, unit or body.user
+        view, request, response, body.model, pairs, body.pooling, unit or body.user
     )
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
     return schemas.Ranking(
@@ -98,7 +97,7 @@ async def rerank(
 
 
 async def _scores(
-    state: ServerState,
+    view: View,
     request: Request,
     response: Response,
     model: str,
@@ -107,27 +106,27 @@ async def _scores(
     unit: str | None,
 ) -> Scores:
     """A number for each pair."""
-    if await state.parsing(_gives_numbers, state, model):
+    if await view.parsing(_gives_numbers, view, model):
         inputs = [TextPair(*pair) for pair in pairs]
-        async with state.ask(request, "classify", model, inputs, unit=unit) as pending:
+        async with ask(view, request, "classify", model, inputs, unit=unit) as pending:
             answers: list[Answer] = await pending.all()
         response.headers.update(pending.headers)
         return [float(each["value"]) for each in answers], "adapter", pending, _usage(answers)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     vectors, pending, usage = await _vectors(
-        state, request, response, model, texts, Embedding(pooling, normalize=True), unit
+        view, request, response, model, texts, Embedding(pooling, normalize=True), unit
     )
     of = dict(zip(texts, vectors, strict=True))
-    scores = await state.parsing(cosines, [of[a] for a, _ in pairs], [of[b] for _, b in pairs])
+    scores = await view.parsing(cosines, [of[a] for a, _ in pairs], [of[b] for _, b in pairs])
     return scores, "cosine", pending, usage
 
 
-def _gives_numbers(state: ServerState, model: str) -> bool:
+def _gives_numbers(view: View, model: str) -> bool:
     """Whether a model is a version that reads two texts together and answers with a number."""
-    if state.is_base(model):
+    if view.engines.is_base(model):
         return False
     try:
-        spec = state.workspace.resolve(model).part("task")
+        spec = view.workspace.resolve(model).part("task")
     except TurretError:  # several adapters, or none of that name: asking says it
         return False
     return bool(spec.get("pairs")) and not spec.get("labels")
@@ -139,7 +138,7 @@ def _usage(answers: Sequence[Answer]) -> schemas.EmbeddingUsage:
 
 
 async def _vectors(
-    state: ServerState,
+    view: View,
     request: Request,
     response: Response,
     model: str,
@@ -147,8 +146,8 @@ async def _vectors(
     how: Embedding,
     unit: str | None,
 ) -> Vectors:
-    options = [state.options(embedding=how)] * len(inputs)
-    async with state.ask(request, "embed", model, inputs, options, unit=unit) as pending:
+    options = [view.services.options(embedding=how)] * len(inputs)
+    async with ask(view, request, "embed", model, inputs, options, unit=unit) as pending:
         answers: list[Answer] = await pending.all()
     response.headers.update(pending.headers)
     return [answer["embedding"] for answer in answers], pending, _usage(answers)

@@ -14,8 +14,7 @@ from starlette.datastructures import UploadFile
 
 from turret.errors import BadRequest
 from turret.json_types import JsonObject
-from turret.server.routes import State, router
-from turret.server.state import ServerState
+from turret.server.routes import View, router
 from turret.server.uploads import PIECE, PURPOSES, keep, owner_of, read_form
 from turret.store.client_files import ClientFile
 
@@ -61,7 +60,7 @@ class DeletedFile(BaseModel):
 
 
 @questions.post("/v1/files", openapi_extra=UPLOAD)
-async def upload(state: State, request: Request) -> FileObject:
+async def upload(view: View, request: Request) -> FileObject:
     """Send a table to train on, or a file with a request on each line for a batch, as `multipart/form-data`."""
     form = await read_form(request)
     try:
@@ -72,14 +71,14 @@ async def upload(state: State, request: Request) -> FileObject:
             raise BadRequest("file: expected a file in a form (multipart/form-data)")
         if not isinstance(purpose, str) or purpose not in PURPOSES:
             raise BadRequest(f"purpose {ascii(purpose)[:40]}: expected {' or '.join(PURPOSES)}")
-        return _shown(await keep(state, owner_of(request.state.caller), sent, purpose))
+        return _shown(await keep(view, owner_of(request.state.caller), sent, purpose))
     finally:
         await form.close()
 
 
 @questions.get("/v1/files")
 async def list_files(
-    state: State,
+    view: View,
     request: Request,
     purpose: Annotated[str | None, Query(max_length=32)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -87,7 +86,7 @@ async def list_files(
 ) -> Files:
     """The caller's files, the newest first."""
     owner = owner_of(request.state.caller)
-    found = await state.control(state.files.listed, owner, purpose=purpose, after=after, limit=limit + 1)
+    found = await view.control(view.services.files.listed, owner, purpose=purpose, after=after, limit=limit + 1)
     shown = [_shown(each) for each in found[:limit]]
     return Files(
         data=shown,
@@ -98,11 +97,11 @@ async def list_files(
 
 
 @questions.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses=CONTENT)
-async def read_file(file_id: FileId, state: State, request: Request) -> StreamingResponse:
+async def read_file(file_id: FileId, view: View, request: Request) -> StreamingResponse:
     """The bytes of a file, checked against its digest before the first one is sent."""
-    found = await state.control(state.files.find, owner_of(request.state.caller), file_id)
+    found = await view.control(view.services.files.find, owner_of(request.state.caller), file_id)
     opened = ExitStack()
-    read = await state.control(_opened, opened, state, found)  # now: it may be deleted before the last piece is sent
+    read = await view.control(_opened, opened, view, found)  # now: it may be deleted before the last piece is sent
 
     async def pieces() -> AsyncIterator[bytes]:
         try:
@@ -116,21 +115,21 @@ async def read_file(file_id: FileId, state: State, request: Request) -> Streamin
     )
 
 
-def _opened(opened: ExitStack, state: ServerState, file: ClientFile) -> BinaryIO:
-    return opened.enter_context(opened.enter_context(state.files.content(file)).open("rb"))
+def _opened(opened: ExitStack, view: View, file: ClientFile) -> BinaryIO:
+    return opened.enter_context(opened.enter_context(view.services.files.content(file)).open("rb"))
 
 
 @questions.get("/v1/files/{file_id}")
-async def show_file(file_id: FileId, state: State, request: Request) -> FileObject:
+async def show_file(file_id: FileId, view: View, request: Request) -> FileObject:
     """One of the caller's files."""
-    return _shown(await state.control(state.files.find, owner_of(request.state.caller), file_id))
+    return _shown(await view.control(view.services.files.find, owner_of(request.state.caller), file_id))
 
 
 @questions.delete("/v1/files/{file_id}")
-async def delete_file(file_id: FileId, state: State, request: Request) -> DeletedFile:
+async def delete_file(file_id: FileId, view: View, request: Request) -> DeletedFile:
     """Delete a file. It is refused while a batch that has not ended reads it."""
     owner = owner_of(request.state.caller)
-    await state.control(state.files.delete, owner, file_id)
+    await view.control(view.services.files.delete, owner, file_id)
     return DeletedFile(id=file_id)
 
 

@@ -20,9 +20,8 @@ from turret.server.generation import EVENTS, options_of, stream_events
 from turret.server.openai import response_schemas as schemas
 from turret.server.openai.chat import ToolCalls, prompt
 from turret.server.openai.chat_schemas import ChatRequest
-from turret.server.pending_answers import PendingAnswers, Update, generated_tokens, prompt_tokens
-from turret.server.routes import State, Unit, router
-from turret.server.state import ServerState
+from turret.server.questions import PendingAnswers, Update, admit, ask, generated_tokens, now, prompt_tokens
+from turret.server.routes import Unit, View, router
 
 # --- response output --------------------------------------------------------------------------------------------------
 # The output of `/v1/responses`: a message and calls of tools, whole or as the events of a stream.
@@ -35,8 +34,8 @@ class ResponseOutput:
         tools: the calls that the answer may hold; None: no call is looked for.
     """
 
-    def __init__(self, state: ServerState, body: schemas.ResponseRequest, tools: ToolCalls | None) -> None:
-        self._state, self._body, self._tools = state, body, tools
+    def __init__(self, view: View, body: schemas.ResponseRequest, tools: ToolCalls | None) -> None:
+        self._view, self._body, self._tools = view, body, tools
         self._number = 0  # of the next event
 
     def items(self, pending: PendingAnswers, answer: Answer, sent: int = 0) -> list[schemas.OutputItem]:
@@ -66,7 +65,7 @@ class ResponseOutput:
         given = {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
         return schemas.ResponseObject(
             id=f"resp_{pending.id}",
-            created_at=self._state.now(),
+            created_at=now(),
             status=status,
             incomplete_details=schemas.Incomplete(reason="max_output_tokens") if status == "incomplete" else None,
             instructions=body.instructions,
@@ -105,7 +104,7 @@ class ResponseOutput:
                     yield self._delta(pending, text[sent:end])
                     sent = end
         except TurretError as error:
-            self._state.log.write("stream", "error", error=type(error).__name__, receipt=pending.id)
+            self._view.services.log.write("stream", "error", error=type(error).__name__, receipt=pending.id)
             yield self._event("error", **error_response(error).body["error"])
             return
         answer = pending.answers[0]
@@ -185,20 +184,20 @@ questions = router("infer")
 
 @questions.post("/v1/responses", response_model=schemas.ResponseObject, responses=EVENTS)
 async def respond(
-    body: schemas.ResponseRequest, state: State, unit: Unit, request: Request, response: Response
+    body: schemas.ResponseRequest, view: View, unit: Unit, request: Request, response: Response
 ) -> schemas.ResponseObject | StreamingResponse:
     """Answer a text or messages, also by calls of tools. Files and stored responses are not offered: they are 400."""
     chat = _chat(body)
-    await state.admit(request)  # before the messages are tokenized
+    await admit(view, request)  # before the messages are tokenized
     called = chat.tools and chat.tool_choice != "none"
-    tools = await state.parsing(ToolCalls, state, chat) if called else None
-    prompts = [await state.parsing(prompt, state, chat)]
-    own = None if tools is None else await state.parsing(tools.constraint)
-    options = await options_of(state, chat, chat.max_tokens, 1, constraint=own)
-    output = ResponseOutput(state, body, tools)
+    tools = await view.parsing(ToolCalls, view, chat) if called else None
+    prompts = [await view.parsing(prompt, view, chat)]
+    own = None if tools is None else await view.parsing(tools.constraint)
+    options = await options_of(view, chat, chat.max_tokens, 1, constraint=own)
+    output = ResponseOutput(view, body, tools)
     if body.stream:
-        return await stream_events(state, request, body.model, prompts, options, unit or body.user, output.events)
-    async with state.ask(request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
+        return await stream_events(view, request, body.model, prompts, options, unit or body.user, output.events)
+    async with ask(view, request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
         (answer,) = await pending.all()
     response.headers.update(pending.headers)
     return output.whole(pending, answer, output.items(pending, answer))

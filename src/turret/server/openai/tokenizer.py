@@ -14,8 +14,8 @@ from turret.server.engines import ServedBase
 from turret.server.limits import MOST_TEXT
 from turret.server.openai import embedding_schemas as schemas
 from turret.server.openai.models import version_here
-from turret.server.routes import State, router
-from turret.server.state import ServerState
+from turret.server.questions import admit, count_tokens
+from turret.server.routes import View, router
 from turret.tasks.chat_template import base_prompt
 from turret.transformer import Tokenizer
 
@@ -24,38 +24,38 @@ questions = router("infer")
 
 @questions.post("/tokenize")
 async def tokenize(
-    body: schemas.TokenizeText | schemas.TokenizeMessages, state: State, request: Request
+    body: schemas.TokenizeText | schemas.TokenizeMessages, view: View, request: Request
 ) -> schemas.TokenIds:
     """The tokens of a text, or of messages by the base's chat template. An adapter's own template is not applied.
 
     It takes a request and its tokens from the caller's quota, and usage counts it, as a prompt.
     """
-    await state.admit(request)
-    base = await _base(state, body.model)
-    ids = await state.parsing(_ids, base.tokenizer, body)
-    state.count_tokens(request, len(ids))
+    await admit(view, request)
+    base = await _base(view, body.model)
+    ids = await view.parsing(_ids, base.tokenizer, body)
+    count_tokens(view, request, len(ids))
     return schemas.TokenIds(
         count=len(ids),
         max_model_len=base.engine.longest,
         tokens=ids,
-        token_strs=await state.parsing(_texts, base.tokenizer, ids) if body.return_token_strs else None,
+        token_strs=await view.parsing(_texts, base.tokenizer, ids) if body.return_token_strs else None,
     )
 
 
 @questions.post("/detokenize")
-async def detokenize(body: schemas.DetokenizeRequest, state: State, request: Request) -> schemas.Detokenized:
+async def detokenize(body: schemas.DetokenizeRequest, view: View, request: Request) -> schemas.Detokenized:
     """The text of tokens. A request and its tokens are taken from the caller's quota and counted, as of a prompt."""
-    await state.admit(request)
-    base = await _base(state, body.model)
-    state.count_tokens(request, len(body.tokens))
-    return schemas.Detokenized(prompt=await state.parsing(_text, base.tokenizer, body.tokens))
+    await admit(view, request)
+    base = await _base(view, body.model)
+    count_tokens(view, request, len(body.tokens))
+    return schemas.Detokenized(prompt=await view.parsing(_text, base.tokenizer, body.tokens))
 
 
-async def _base(state: ServerState, model: str | None) -> ServedBase:
+async def _base(view: View, model: str | None) -> ServedBase:
     """The base whose tokens a model has. Raises NotFound for a model that is not here."""
-    if model is None or state.is_base(model):
-        return state.engines.base_of(model)
-    base = state.engines.base_of_version(await state.control(version_here, state, model))
+    if model is None or view.engines.is_base(model):
+        return view.engines.base_of(model)
+    base = view.engines.base_of_version(await view.control(version_here, view, model))
     assert base is not None  # `version_here` raises NotFound
     return base
 
