@@ -11,11 +11,11 @@ import asyncio
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 from turret.errors import Busy
 
@@ -178,9 +178,8 @@ class ThreadPool:
         """The same threads, for the calls of a tenant."""
         return TenantThreads(self, tenant)
 
-    # Any, Any: the yield and send types of every coroutine.
-    def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
-        return self.run("", function, *args, **kwargs)
+    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.run("", function, *args, **kwargs)
 
     async def run(self, tenant: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function for a tenant."""
@@ -238,5 +237,5 @@ class TenantThreads:
     pool: ThreadPool
     tenant: str
 
-    def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
-        return self.pool.run(self.tenant, function, *args, **kwargs)
+    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.pool.run(self.tenant, function, *args, **kwargs)

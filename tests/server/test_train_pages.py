@@ -457,9 +457,10 @@ def test_the_snippets_of_a_version_are_true_for_its_task(serve, workspace, tmp_p
     curl, python, peft = (
         html.unescape(text) for text in re.findall(r"<pre[^>]*><code>(.*?)</code>", use, flags=re.DOTALL)[:3]
     )
-    out = io.StringIO()
+    out, scope = io.StringIO(), dict[str, Any]()
     with redirect_stdout(out):
-        exec(compile(python, "snippet", "exec"), {})
+        exec(compile(python, "snippet", "exec"), scope)
+    scope["client"].close()
     assert out.getvalue().strip() not in ("", "None")
     path, body = re.findall(r"(/v1/[\w/]+) .*-d '(.*)'$", curl)[0]
     got = client.post(path, json=json.loads(body))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -93,10 +93,10 @@ async def _values(view: View, run_id: str) -> render.Context:
     last = steps[-1] if steps else None
     place = await view.control(view.workspace.queue.place, run_id) if run["state"] == "waiting" else None
     values = {"run": run, "result": run["result"] or {}, "last": last, "stalled": _is_stalled(run), "place": place}
-    return values | await _log(view, run)
+    return {**values, **await _log(view, run)}
 
 
-async def _log(view: View, run: JsonMapping) -> dict[str, Any]:
+async def _log(view: View, run: JsonMapping) -> render.Context:
     """The newest lines of a queued run, the newest first."""
     lines = await view.control(view.workspace.queue.log, run["id"]) if run["queue"] is not None else []
     return {
