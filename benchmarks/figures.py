@@ -405,7 +405,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fleet-validated": fleet.validated,
     "fleet-jobs": fleet.jobs_table,
     "decisions": lambda: decisions.report(record.load("decisions")),
-    "panels": lambda: panels.report(record.newest(record.load("panels"), lambda run: repr(run["settings"]))),
+    "panels": lambda: panels.report(record.load("panels")),
     "systemone": lambda: systemone.report(record.newest(record.load("systemone"), lambda run: repr(run["settings"]))),
     "suggest": lambda: suggest.report(record.load("suggest")),
     "tasks": lambda: tasks.report(record.load("tasks")),

@@ -4,10 +4,11 @@ A `turret serve` process on loopback with 32 different adapters of one base that
 of them: LoRAs of all layers; LoRAs of the upper half, for which the lower half reads a text once; and heads alone,
 for which the whole base does. The same adapters are asked in three ways that take turns, text by text: one request to
 `/v1/decisions`; as many requests to `/v1/classify` at once; as many one after another. Then the first two by 8
-clients at once, for the throughput. Answers of all ways are compared. Last, what the upper half and the head alone
-cost in accuracy, by trainings on news.
+clients at once, for the throughput. Answers of all ways are compared. What the upper half and the head alone cost in
+accuracy is a run of its own, by trainings on news.
 
     python benchmarks/panels.py              a few minutes
+    python benchmarks/panels.py --seeds 3    the accuracy
     python benchmarks/panels.py --report
 """
 
@@ -48,12 +49,12 @@ def main() -> None:
     options = _options()
     if not options.report:
         with tempfile.TemporaryDirectory(prefix="turret-bench-") as folder:
-            measured = measure(Path(folder), options)
-        common = {name: getattr(options, name) for name in ("dtype", "threads", "texts", "clients", "seeds")}
+            measured = accuracy(Path(folder), options.seeds) if options.seeds else measure(Path(folder), options)
+        named = ("seeds",) if options.seeds else ("dtype", "threads", "texts", "clients")
         for method, found in measured.items():
-            settings = {"method": method, **common}
+            settings = {"method": method, **{name: getattr(options, name) for name in named}}
             record.keep(NAME, CLAIM, {"settings": settings, **found, "machine": record.machine(options.threads)})
-    print(report(record.newest(record.load(NAME), lambda run: repr(run["settings"]))))
+    print(report(record.load(NAME)))
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -76,13 +77,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, An
             names = [f"{letter}{number}" for number in range(count)]
             workspace.panels.create(f"p{letter}{count}", {name: name for name in names})
     labels = workspace.resolve("a0").part("task")["labels"]
-    trained = accuracy(folder / "trained", options.seeds) if options.seeds else {}
     with serving("encoder", folder, options) as url:
-        found = {each: asyncio.run(all_ways(url, letter, texts, labels, options)) for each, letter in METHODS.items()}
-    return {method: values | {"accuracy": trained.get(method, [])} for method, values in found.items()}
+        return {each: asyncio.run(all_ways(url, letter, texts, labels, options)) for each, letter in METHODS.items()}
 
 
-def accuracy(folder: Path, seeds: int) -> dict[str, list[float]]:
+def accuracy(folder: Path, seeds: int) -> dict[str, dict[str, Any]]:
     """On news that no training has seen, of trainings that differ in the method and the seed alone."""
     methods = {"lora": turret.LoRA(), "upper": UPPER_LORA, "head": turret.Head()}
     found: dict[str, list[float]] = {name: [] for name in methods}
@@ -97,7 +96,7 @@ def accuracy(folder: Path, seeds: int) -> dict[str, list[float]]:
                 seed=seed,
             )
             found[name].append(float(Workspace(folder).train(recipe).metrics["test"]["accuracy"]))
-    return found
+    return {name: {"accuracy": each} for name, each in found.items()}
 
 
 async def all_ways(
@@ -164,12 +163,15 @@ def _check(answers: Sequence[Sequence[Mapping[str, float]]]) -> None:
 
 
 def report(runs: Sequence[Mapping[str, Any]]) -> str:
-    rows = []
-    for run in runs:
-        settings = run["settings"]
+    """The newest run of each method, dtype and number of threads, with the newest accuracy of the method."""
+    named = ("method", "dtype", "threads")
+    newest = {tuple(run["settings"][name] for name in named): run for run in runs if run.get("seconds")}
+    rows, trained = [], {run["settings"]["method"]: run["accuracy"] for run in runs if run.get("accuracy")}
+    for run in newest.values():
+        settings, right = run["settings"], trained.get(run["settings"]["method"])
         for count, seconds in run["seconds"].items():
             one, once, turn = (seconds[way] for way in WAYS)
-            rates, right = run["texts_per_second"][count], run["accuracy"]
+            rates = run["texts_per_second"][count]
             rows.append([
                 f"{count} questions, {settings['method']}, {settings['dtype']}, {settings['threads']} threads",
                 *(f"{1e3 * statistics.median(each):.1f}" for each in (one, once, turn)),
@@ -187,7 +189,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=8, help="at once, for the throughput")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=3, help="of the trainings for the accuracy; 0: none")
+    parser.add_argument("--seeds", type=int, help="measure the accuracy alone, with so many trainings a method")
     parser.add_argument("--report", action="store_true")
     return parser.parse_args()
 
