@@ -350,7 +350,8 @@ class _Body:
             raise TooSlow(
                 f"the body did not arrive within {self.limits.body_seconds:g} seconds: send it without pauses"
             ) from None
-        if self.content and scope["method"] in TAKE_BODIES:  # no route has another method with a body: that is 405
+        # Other methods, and other ones than POST where files are sent, have no route: that is 405, whatever the body.
+        if self.content and scope["method"] in TAKE_BODIES and scope["path"] not in FILES:
             _check_type(headers, FORM if is_page(scope["path"]) else JSON)
         return bytes(self.content)
 
