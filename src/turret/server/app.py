@@ -182,6 +182,8 @@ def routes(services: Services) -> FastAPI:
             found = [
                 route for each in ROUTERS for route in each.routes if route.matches(request.scope)[0] is not Match.NONE
             ]
+            # /api/runs/draft is not /api/runs/{run_id}
+            found = [route for route in found if getattr(route, "path", "") == request.scope["path"]] or found
             headers["Allow"] = ", ".join(sorted({name for route in found for name in getattr(route, "methods", ())}))
         return _encoded(status_response(error.status_code, str(error.detail)), headers)
 
