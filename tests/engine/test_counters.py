@@ -10,7 +10,7 @@ import pytest
 from shelf import TEXTS, Shelf
 
 from turret.engine import Limits
-from turret.engine.core import Counters
+from turret.engine.counters import Counters
 from turret.engine.request import Histogram, Receipt, Request, SamplingParams, Ticket
 from turret.errors import Busy
 

@@ -273,7 +273,7 @@ class Prompts:
         if request.text is not None:
             raise DataError("scored needs a prompt of token ids: give the ids, not the text")
         lengths = [len(self.check_ids(answer)) for answer in answers]
-        self._check_length(request.tokens + max(lengths), min(most, self._limits.max_tokens))
+        self._check_length(request.tokens + max(lengths), most)
         self._check_length(sum(lengths), self._limits.max_tokens)
         request.tokens += sum(lengths)
 

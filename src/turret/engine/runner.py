@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -111,7 +111,7 @@ class Outcome:
     embeddings: list[Tensor]  # (D,) float32 on the CPU for each text to embed
     vocabulary: Tensor  # (prefill rows with a KV slot + decode rows, V) float32
     prompts: dict[int, list[TokenLogprobs]]  # by place among the prefill rows with a KV slot: tokens after the first
-    scores: list[list[float]]  # for each row with branches, the log-probability of each
+    scores: list[list[float]] = field(default_factory=list)  # of each row with branches, the log-probability of each
 
 
 class _Shared(NamedTuple):
@@ -204,7 +204,8 @@ class Runner:
 
         A prompt beyond PROMPT_PASS takes several passes: the last of them is this one.
         """
-        scores = self._scores([row for row in prefill if row.branches])
+        scored = [row for row in prefill if row.branches]
+        scores = self._scores(scored) if scored else []
         prefill = [self._begun(row) for row in prefill if not row.branches]
         if not prefill and not steps:
             return Outcome([], [], torch.empty(0), {}, scores)
@@ -555,7 +556,6 @@ class Runner:
             [vectors[row] for row in numbers if row in vectors],
             vocabulary,
             prompts,
-            [],
         )
 
     def _embedded(self, rows: Sequence[Prefill], states: _States, body: Sequence[int]) -> dict[int, Tensor]:

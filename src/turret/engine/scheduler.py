@@ -118,17 +118,19 @@ class Scheduler:
             request = line.head(full)
             if request is None:
                 del lines[tenant]
-            elif request.rows and (closed or not self._holds(request)):
+                continue
+            tokens = request.tokens_after(chosen[-1] if chosen else None)
+            if request.rows and (closed or not self._holds(request)):
                 closed = closed or line.impatient
                 line.stop()
-            elif chosen and request.tokens_after(chosen[-1]) > room:
+            elif chosen and tokens > room:
                 if not line.impatient:
                     full.add(line.priority)
                 line.stop()
             else:
                 line.take()
                 self._take(request)
-                room -= request.tokens_after(chosen[-1] if chosen else None)
+                room -= tokens
                 chosen.append(request)
         self._passes += bool(chosen)
         return chosen
