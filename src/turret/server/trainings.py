@@ -6,20 +6,21 @@ All functions wait for the store or for another process: call them on a thread.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from pydantic import BaseModel, Field
 
 from turret.errors import BadRequest
-from turret.json_types import JsonObject
+from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.server.error_responses import without_paths
 from turret.server.services import View
 from turret.server.uploads import TABLE
+from turret.store import client_files
 from turret.workspace.queueing import SentFiles
 
-SENT = re.compile("(file-[0-9a-f]{24})(/.*)?")  # the source of a table that was sent before
+SENT = re.compile(f"({client_files.ID})(/.*)?")  # the source of a table that was sent before
 
 
 class DraftTable(BaseModel):
@@ -73,6 +74,16 @@ def submit(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes], p
     recipe, own = _on_own_base(view, recipe)
     with _with_data(view, owner, recipe, files) as (recipe, tables):
         return view.workspace.queue.submit_sent(recipe, tables, priority=priority, own_base=own)
+
+
+def log(view: View, run: JsonMapping, past: int = 0) -> Sequence[JsonObject]:
+    """The lines of a run's worker, without paths of this machine; none of a run that was not queued.
+
+    Args:
+        past: the `id` of the last line that is known.
+    """
+    found = [] if run["queue"] is None else view.workspace.queue.log(run["id"], past)
+    return [{**each, "line": without_paths(str(each["line"]))} for each in found]
 
 
 def _on_own_base(view: View, recipe: Recipe) -> tuple[Recipe, str | None]:

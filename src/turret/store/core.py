@@ -604,9 +604,8 @@ class Store:
     def _collected(self, database: Database | None, dry_run: bool) -> Iterator[Removed]:
         if database is None:
             return
-        if (
-            self._shared.owns_files or self._blobs.owner() is not None
-        ):  # without an owner this catalog has put nothing there
+        # Without an owner this catalog has put nothing there.
+        if self._shared.owns_files or self._blobs.owner() is not None:
             self._claim_files(database, writes=not dry_run)
             yield from gc.unlisted(self._blobs, database, dry_run=dry_run)
         yield from gc.of_runs(self.root, database, dry_run=dry_run)

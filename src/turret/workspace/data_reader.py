@@ -1,7 +1,7 @@
 """The helper process that reads the data of tenants, for `turret.helper_process`. It loads no torch.
 
-It alone opens files of tenants: of queued runs, and of what clients of a server send. What it read of a run goes to the
-process that trains as lines of JSON in a file. `data_readers` asks it.
+It alone opens files of tenants: the data of queued runs, and files that clients of a server send. It writes the data of
+a run as lines of JSON into a file, which the process that trains reads. `data_readers` asks it.
 """
 
 from __future__ import annotations

@@ -169,8 +169,8 @@ def _split(role: SplitRole, sources: Sources, size: Size) -> str:
     if role not in sources.split:
         return "none"
     if role in sources.carved:
-        share = "a fifth of the rows" if size is None else f"{size:.0%} of the rows" if isinstance(size, float) else ""
-        return share or f"{size} of the rows"
+        share = "a fifth" if size is None else f"{size:.0%}" if isinstance(size, float) else size
+        return f"{share} of the rows"
     name, most = sources.split[role], f"at most {size} " if isinstance(size, int) else ""
     return f"{most}rows of the split {name!r}" if name else f"{most}rows that are left"
 

@@ -27,7 +27,7 @@ from turret.errors import DataError, NotFound, RecipeError, StoreError
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.recipe.default_base import AUTO
-from turret.store import JobQueue, Store, queued_data
+from turret.store import JobQueue, Store, client_files, queued_data
 from turret.store.blobs import hash_file
 from turret.store.queued_data import PLACE
 from turret.workspace.progress import Say, silent
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from turret.workspace.queue_worker import WorkerLimits
 
 MOST_FILES = 1000  # in a folder of data
-STORED = re.compile("file-[0-9a-f]{24}/")  # begins the name of a file that was sent before (`ClientFiles`)
+STORED = re.compile(f"{client_files.ID}/")  # begins the name of a file that was sent before
 MOST_NAME = 200  # bytes of the name of a file that a client sends
 STDIN = "-"
 

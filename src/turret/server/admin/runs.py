@@ -105,11 +105,10 @@ async def show_run(
 ) -> JsonObject:
     """One training, with its recipe, and the `log` of its worker."""
     run = await view.control(view.workspace.run, run_id)
-    log = [] if run["queue"] is None else await view.control(view.workspace.queue.log, run_id, past)
+    log = await view.control(trainings.log, view, run, past)
     place = await view.control(view.workspace.queue.place, run_id) if run["state"] == "waiting" else None
     queued = None if place is None else {"place": place[0], "of": place[1]}
-    lines = [{**each, "line": without_paths(str(each["line"]))} for each in log]
-    return _shown(run) | {"log": lines, "place": queued}
+    return _shown(run) | {"log": log, "place": queued}
 
 
 @control.post("/api/runs/{run_id}/cancel")

@@ -11,9 +11,9 @@ from fastapi.responses import JSONResponse
 
 from turret.errors import NotFound
 from turret.json_types import JsonMapping
+from turret.server import trainings
 from turret.server.console import render
 from turret.server.console.forms import pages
-from turret.server.error_responses import without_paths
 from turret.server.routes import View
 from turret.tasks import main_metric, measure_of
 
@@ -37,7 +37,8 @@ async def listing(request: Request, view: View) -> Response:
 @router.get("/runs/{run_id}")
 async def show(request: Request, view: View, run_id: RunId) -> Response:
     """One training: curves, recipe, metrics, timings, memory."""
-    return render.page(request, view, "run.html.j2", **await _values(view, run_id))
+    values = await _values(view, run_id)
+    return render.page(request, view, "run.html.j2", **values, **await _log(view, values["run"]))
 
 
 @router.get("/runs/{run_id}/state")
@@ -49,10 +50,11 @@ async def show_state(request: Request, view: View, run_id: RunId) -> Response:
 @router.get("/runs/{run_id}/log")
 async def show_log(request: Request, view: View, run_id: RunId, past: Past = 0) -> Response:
     """The log of a training, if it has a line after `past` or no more will come; else 204."""
-    values = await _log(view, await view.control(view.workspace.run, run_id))
+    run = await view.control(view.workspace.run, run_id)
+    values = await _log(view, run)
     if values["more"] and values["newest"] <= past:
         return Response(status_code=204)
-    return render.page(request, view, "run_log.html.j2", **values)
+    return render.page(request, view, "run_log.html.j2", run=run, **values)
 
 
 @router.get("/runs/{run_id}/do/{verb}")
@@ -92,16 +94,14 @@ async def _values(view: View, run_id: str) -> render.Context:
     steps = await view.control(view.workspace.curve, run_id, most=1)
     last = steps[-1] if steps else None
     place = await view.control(view.workspace.queue.place, run_id) if run["state"] == "waiting" else None
-    values = {"run": run, "result": run["result"] or {}, "last": last, "stalled": _is_stalled(run), "place": place}
-    return {**values, **await _log(view, run)}
+    return {"run": run, "result": run["result"] or {}, "last": last, "stalled": _is_stalled(run), "place": place}
 
 
 async def _log(view: View, run: JsonMapping) -> render.Context:
     """The newest lines of a queued run, the newest first."""
-    lines = await view.control(view.workspace.queue.log, run["id"]) if run["queue"] is not None else []
+    lines = await view.control(trainings.log, view, run)
     return {
-        "run": run,
-        "lines": [{**each, "line": without_paths(str(each["line"]))} for each in lines[: -MOST_LINES - 1 : -1]],
+        "lines": lines[: -MOST_LINES - 1 : -1],
         "newest": lines[-1]["id"] if lines else 0,
         "more": run["queue"] is not None and run["state"] in ("running", "waiting"),
     }

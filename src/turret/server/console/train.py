@@ -177,7 +177,7 @@ def _base_for(view: View, task: type[Task] | None) -> str:
 
 @router.post("/train/plan")
 async def plan(request: Request, view: View, form: Sent) -> Response:
-    """The plan of a recipe: of the one in the form, or else of what is chosen for a table."""
+    """Plan the recipe in the form. Without one, a recipe is drafted from what is chosen for a table."""
     text, source = form.raw("recipe"), form.text("source")
     if not text:
         chosen = Chosen.of(form)
