@@ -7,7 +7,7 @@ promise asks only for answers and how sure they are, so any classifier would do.
 - 1,000 times, 500 of these answers are drawn as held-out examples, and a promise at 95% confidence is chosen on them.
   Is more than the bound wrong among what it decides, of all texts? The naive threshold is the loosest one at which at
   most the bound was wrong in the 500.
-- 1,000 times, outcomes of what such a promise decides arrive one by one. `steady`: nothing changes in 2,000. `shift`:
+- 1,000 times, such a promise decides, and outcomes arrive one by one. `steady`: nothing changes in 2,000. `shift`:
   after 500 outcomes, 3 times the bound is wrong, at most all. How many outcomes later does the alarm come, if it comes
   within 1,500?
 - `missing`: 30% of the outcomes are missing at random, and the promise claims so (missing_bound 0).

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,21 +98,17 @@ def save_base(folder: Path, dtype: str) -> Path:
 # --- the servers ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def turret_serving(base: Path, folder: Path, options: argparse.Namespace) -> Iterator[Server]:
+def turret_serving(base: Path, folder: Path, options: argparse.Namespace) -> AbstractContextManager[Server]:
     command = [sys.executable, "-m", "turret", "serve", "--base", str(base), "--store", str(folder / "store")]
-    with _serving([*command, "--dtype", options.dtype], "/readyz", folder / "turret.log", options) as server:
-        yield server
+    return _serving([*command, "--dtype", options.dtype], "/readyz", folder / "turret.log", options)
 
 
-@contextmanager
-def vllm_serving(base: Path, folder: Path, options: argparse.Namespace) -> Iterator[Server]:
+def vllm_serving(base: Path, folder: Path, options: argparse.Namespace) -> AbstractContextManager[Server]:
     """By its defaults, with prefixes cached."""
     command = [options.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
     command += ["--served-model-name", "base", "--host", "127.0.0.1", "--dtype", options.dtype]
     command += ["--max-model-len", str(SIZES["max_position_embeddings"])]
-    with _serving(command, "/health", folder / "vllm.log", options) as server:
-        yield server
+    return _serving(command, "/health", folder / "vllm.log", options)
 
 
 @contextmanager
