@@ -76,13 +76,21 @@ def record(
 
 
 def read(
-    connection: Connection, *, since: str | None = None, below: int | None = None, limit: int = 100
+    connection: Connection,
+    *,
+    since: str | None = None,
+    below: int | None = None,
+    limit: int = 100,
+    who: str | None = None,
+    verb: str | None = None,
+    what: str | None = None,
 ) -> Sequence[Action]:
     """The newest actions that may be seen, the newest first.
 
     Args:
         since: a time or the start of one, such as `2026-11-27`.
         below: only actions with a smaller id.
+        who, verb, what: only actions whose field contains this, in upper or lower case.
     """
     number = func.row_number().over(order_by=audit.c.id)
     columns = [number.label("id"), *(column for column in audit.c if column.name != "id")]
@@ -92,6 +100,9 @@ def read(
         query = query.where(seen.c.at >= since)
     if below is not None:
         query = query.where(seen.c.id < below)
+    for column, part in ((seen.c.who, who), (seen.c.verb, verb), (seen.c.what, what)):
+        if part is not None:
+            query = query.where(column.icontains(part, autoescape=True))
     rows = connection.execute(query.order_by(seen.c.id.desc()).limit(limit))
     return [Action(**row._mapping) for row in rows]
 

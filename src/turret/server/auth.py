@@ -42,6 +42,7 @@ class Caller:
     scopes: tuple[str, ...] = ()
     session: str | None = None  # of a page
     access: Access = NOBODY  # what exists for the sender
+    expires: str | None = None  # of the token
 
     @property
     def tenant(self) -> str | None:
@@ -186,7 +187,7 @@ def _require_pages(token: AccessToken) -> None:
 
 def _caller(token: AccessToken, session: str | None = None) -> Caller:
     quota = Quota(token.requests_per_minute, token.tokens_per_minute)
-    return Caller(token.name, quota, token.scopes, session, token.access)
+    return Caller(token.name, quota, token.scopes, session, token.access, token.expires)
 
 
 def check_origin(method: str, headers: Mapping[bytes, str], *, page: bool) -> None:

@@ -10,7 +10,10 @@ several engines.
 
 from __future__ import annotations
 
+import math
+import threading
 import time
+from collections import Counter as Counts
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +37,8 @@ STATES = ("holds so far", "broken", "cannot be known")  # of a promise
 MOST_VERSIONS = 200
 NO_ADAPTER = ("base", "other", "none")  # labels of answers of the bare base, of many adapters, of no experiment
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+PERCENTILES = (0.5, 0.95, 0.99)
+FIRST_BOUND, BOUND_RATIO = 0.001, 1.2  # of `LastDay`: seconds
 # Figures of the engine that only grow; its others are current values.
 COUNTED = {
     f"engine_{name}"
@@ -51,8 +56,48 @@ class Traffic:
     answers: int
     failures: int
     tokens: int
-    mean_seconds: float | None
-    most_seconds: float | None  # upper bound for 95% of the requests: the bound of a histogram bucket
+    percentiles: Sequence[float] | None  # seconds, of the last day: see `LastDay`; None if nothing was asked in it
+
+
+class LastDay:
+    """How long the requests to each version took in the last 24 hours. Safe to use from several threads.
+
+    Requests are counted by hour, and by bounds of which each is 1.2x the one before. So a percentile is at most 20% too
+    high. The oldest hour leaves as a whole: the time that is covered is 23 to 24 hours.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._hours: dict[int, dict[str, Counts[int]]] = {}  # hour -> version -> place of the bound -> requests
+
+    def add(self, version: str, seconds: float) -> None:
+        """Count a request."""
+        place = 0 if seconds <= FIRST_BOUND else math.ceil(math.log(seconds / FIRST_BOUND, BOUND_RATIO))
+        with self._lock:
+            hour = int(self._clock() // 3600)
+            if hour not in self._hours:
+                self._hours = {each: kept for each, kept in self._hours.items() if each > hour - 24} | {hour: {}}
+            self._hours[hour].setdefault(version, Counts())[place] += 1
+
+    def percentiles(self, version: str) -> Sequence[float] | None:
+        """Seconds within which 50%, 95% and 99% of the requests to a version ended; None without requests."""
+        total = Counts[int]()
+        with self._lock:
+            oldest = int(self._clock() // 3600) - 24
+            for hour, versions in self._hours.items():
+                if hour > oldest:
+                    total.update(versions.get(version, {}))
+        if not total:
+            return None
+        found, seen, places = [], 0, iter(sorted(total))
+        for share in PERCENTILES:
+            while seen < share * total.total():
+                seen += total[place := next(places)]
+            found.append(FIRST_BOUND * BOUND_RATIO**place)
+        return found
 
 
 def _every_name(name: str) -> bool:
@@ -111,6 +156,7 @@ class Metrics:
             ProcessCollector(registry=self._registry)
             self._registry.register(_Build(build))
         self._versions: set[str] = set()
+        self._last_day = LastDay()
         self._requests = self._counter("turret_requests", "Requests", "route", "status")
         self._seconds = self._histogram("turret_request_seconds", "Seconds until the last byte", "route")
         self._answers = self._counter("turret_adapter_answers", "Answers of a version", "adapter", "kind")
@@ -148,6 +194,7 @@ class Metrics:
             self._failures.labels(label, kind).inc(failed)
         self._tokens.labels(label).inc(tokens)
         self._latency.labels(label).observe(seconds)
+        self._last_day.add(label, seconds)
         self._totals.answered(self._tenant, count, failed, tokens)
 
     def arm(self, experiment: str, arm: str, version: str, seconds: float, *, failed: bool) -> None:
@@ -209,24 +256,17 @@ class Metrics:
 
     def _traffic(self, version: str) -> Traffic:
         sums: dict[str, float] = defaultdict(float)
-        buckets: dict[float, float] = {}
         for metric in (self._answers, self._failures, self._tokens, self._latency):
             for sample in next(iter(metric.collect())).samples:
-                if sample.labels.get("adapter") != version:
-                    continue
-                if (bound := sample.labels.get("le")) is not None:
-                    buckets[float(bound)] = sample.value
-                else:
+                if sample.labels.get("adapter") == version and "le" not in sample.labels:
                     sums[sample.name] += sample.value
-        requests = int(sums["turret_adapter_seconds_count"])
         return Traffic(
             version,
-            requests,
+            int(sums["turret_adapter_seconds_count"]),
             int(sums["turret_adapter_answers_total"]),
             int(sums["turret_adapter_failures_total"]),
             int(sums["turret_adapter_tokens_total"]),
-            sums["turret_adapter_seconds_sum"] / requests if requests else None,
-            next(bound for bound, count in sorted(buckets.items()) if count >= 0.95 * requests) if requests else None,
+            self._last_day.percentiles(version),
         )
 
     def _label(self, name: str) -> str:

@@ -58,7 +58,7 @@ from turret.store.blobs import digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Lease
 from turret.store.runs import DEFAULT, HELD, HeldRun, TrainingRuns, new_id, plain_error, queue_limits, run_log
-from turret.visibility import seen_runs
+from turret.visibility import access_of, seen_runs
 
 if TYPE_CHECKING:
     from turret.store.core import Store
@@ -137,6 +137,22 @@ class Entry:
     def died_beside(self) -> bool:
         """Whether, if nobody has it, the process has died that ran it and others."""
         return self.beside and self.state == "running"
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """A job that waits or runs, for people. host: of the worker that has it; empty while none has."""
+
+    id: str
+    kind: str
+    name: str  # of the adapter
+    state: str
+    queued: str
+    priority: int
+    tries: int
+    owner: str
+    cancelled: str | None
+    host: str
 
 
 class JobQueue:
@@ -313,6 +329,18 @@ class JobQueue:
             order = select(jobs.c.id).where(mine).order_by(jobs.c.priority.desc(), jobs.c.queued, jobs.c.id)
             found = list(connection.execute(order).scalars())
         return (found.index(run) + 1, len(found)) if run in found else None
+
+    def open_jobs(self, limit: int) -> Sequence[OpenJob]:
+        """The jobs of the tenant that run, then those that wait. A limited access sees its trainings alone."""
+        names = ("id", "kind", "name", "state", "queued", "priority", "tries", "owner", "cancelled")
+        with self._database.reading() as connection:
+            lease = leases.leases
+            holds = (lease.c.name == HELD + jobs.c.id) & (lease.c.until > leases.clock(connection))
+            query = select(*(jobs.c[each] for each in names), lease.c.host).outerjoin(lease, holds)
+            seen = seen_runs(connection) if not access_of(connection).whole else jobs.c.tenant == self._tenant
+            order = jobs.c.state, jobs.c.priority.desc(), jobs.c.queued, jobs.c.id
+            rows = connection.execute(query.where(_open((*WORK, BATCH)), seen).order_by(*order).limit(limit))
+            return [OpenJob(**{**row._mapping, "host": row.host or ""}) for row in rows]
 
     def log(self, run: str, after: int = 0) -> Sequence[JsonObject]:
         """The lines of a run's log with a higher `id`: id, at, line. Raises NotFound."""

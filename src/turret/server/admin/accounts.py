@@ -1,42 +1,177 @@
-"""`GET /api/usage` and `GET /api/audit`: what the tenant's adapters answered, and who changed what."""
+"""Who uses the server under `/api/`: access tokens, usage by adapter and day, the audit log."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
-from fastapi import Query
+from fastapi import Path, Query, Request
+from pydantic import BaseModel, Field
 
-from turret import audit
+from turret.access import MOST_PATTERNS
+from turret.server import accounts
 from turret.server.admin import schemas
 from turret.server.routes import View, router
-from turret.store import usage
+from turret.server.schemas import WHOLE, Model
+from turret.store import AccessToken
+from turret.store.access_tokens import LONGEST, OVERLAP, SCOPES, Scope
+from turret.store.jobs import JobQueue
 
 control = router("admin")
 Day = Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="Such as 2026-11-27, in UTC.")]
 Before = Annotated[int | None, Query(ge=1, le=1 << 31, description="The `before` of the previous page.")]
+TENANT = "Another tenant, for a token that operates the server."
+Tenant = Annotated[str | None, Query(max_length=63, description=TENANT)]
+Part = Annotated[str | None, Query(min_length=1, max_length=200, description="Only actions with this in it.")]
+TokenName = Annotated[str, Path(min_length=1, max_length=100, description="The name of a token.")]
+PerMinute = Annotated[int | None, Field(ge=1, le=1 << 31), WHOLE]
+Pattern = Annotated[str, Field(min_length=1, max_length=201)]
+Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=MOST_PATTERNS)]
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+class TokenRequest(Model):
+    """As in `turret token create NAME`."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=len(SCOPES))] = Field(["infer"])
+    requests_per_minute: PerMinute = None
+    tokens_per_minute: PerMinute = None
+    adapters: Patterns = Field(["*"], description="Names, or patterns such as legal-*.")
+    bases: Patterns = Field(["*"], description="Ids of bases, or patterns.")
+    lifetime: Annotated[float | None, Field(ge=1, le=LONGEST)] = Field(None, description="Seconds; null for no end.")
+    sign_in: bool = Field(True, description="Whether a person may sign in to the console by it.")
+
+
+class RotateRequest(Model):
+    """As in `turret token rotate NAME`."""
+
+    overlap: Annotated[float, Field(ge=0, le=LONGEST)] = Field(
+        OVERLAP, description="Seconds for which the secret so far stays valid."
+    )
+
+
+class Token(BaseModel):
+    """A token, without its secret."""
+
+    name: str
+    tenant: str
+    scopes: list[str]
+    adapters: list[str]
+    bases: list[str]
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    created: str
+    expires: str | None
+    revoked: str | None
+    former_until: str | None = Field(description="Until when the secret before the last rotation is valid.")
+    sign_in: bool
+
+
+class Secret(Token):
+    """A token with its secret, which is shown once."""
+
+    token: str
+
+
+class TokenList(BaseModel):
+    tokens: list[Token]
+
+
+class TenantList(BaseModel):
+    tenants: list[str]
+
+
+@control.get("/api/tenants")
+async def list_tenants(view: View) -> TenantList:
+    """Every tenant with a token or an adapter; the own one alone, unless the token operates the server."""
+    return TenantList(tenants=list(await view.control(accounts.tenants, view)))
+
+
+@control.get("/api/tokens")
+async def list_tokens(view: View, tenant: Tenant = None) -> TokenList:
+    """The tokens of the tenant, without their secrets; revoked ones too."""
+    found = await view.control(lambda: accounts.of(view, tenant).list())
+    return TokenList(tokens=[Token(**each.as_json()) for each in found])
+
+
+@control.post("/api/tokens")
+async def create_token(body: TokenRequest, view: View, request: Request, tenant: Tenant = None) -> Secret:
+    """Make a token. The answer has its secret, which the store does not keep."""
+    wanted = accounts.Wanted(**body.model_dump())
+    return _secret(*await view.control(accounts.create, view, request.state.caller, wanted, tenant))
+
+
+@control.post("/api/tokens/{name}/rotate")
+async def rotate_token(
+    name: TokenName, body: RotateRequest, view: View, request: Request, tenant: Tenant = None
+) -> Secret:
+    """Give a token a new secret. The one so far stays valid for the overlap."""
+    return _secret(*await view.control(accounts.rotate, view, request.state.caller, name, body.overlap, tenant))
+
+
+@control.delete("/api/tokens/{name}")
+async def revoke_token(name: TokenName, view: View, tenant: Tenant = None) -> Token:
+    """Revoke a token. All servers of the store refuse it within a second, and its name stays taken."""
+    return Token(**(await view.control(accounts.revoke, view, name, tenant)).as_json())
+
+
+def _secret(token: AccessToken, secret: str) -> Secret:
+    return Secret(**token.as_json(), token=secret)
+
+
+# --- usage, audit -----------------------------------------------------------------------------------------------------
 
 
 @control.get("/api/usage")
-async def show_usage(view: View, since: Day = None, until: Day = None) -> schemas.UsageList:
+async def show_usage(view: View, since: Day = None, until: Day = None, tenant: Tenant = None) -> schemas.UsageList:
     """Requests, answers and tokens by adapter and UTC day, of the last seconds too."""
-    await view.control(view.services.usage.flush)
-    found = await view.control(usage.read, view.workspace.store.database(), since, until)
+    found = await view.control(accounts.counted, view, since, until, tenant)
     return schemas.UsageList(usage=[schemas.UsageOfDay(**each.as_json()) for each in found])
 
 
 @control.get("/api/audit")
 async def show_audit(
-    view: View, since: Day = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100, before: Before = None
+    view: View,
+    since: Day = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    before: Before = None,
+    who: Part = None,
+    verb: Part = None,
+    what: Part = None,
+    tenant: Tenant = None,
 ) -> schemas.AuditLog:
     """The control actions of the tenant, the newest first, in pages."""
-    read = partial(_actions, view, since, before, limit + 1)
-    found = await view.control(read)
-    more = found[limit - 1].id if len(found) > limit else None
-    return schemas.AuditLog(actions=[schemas.Action(**each.as_json()) for each in found[:limit]], before=more)
+    filters = {"since": since, "who": who, "verb": verb, "what": what, "tenant": tenant}
+    found, more = await view.control(partial(accounts.actions, view, before=before, limit=limit, **filters))
+    return schemas.AuditLog(actions=[schemas.Action(**each.as_json()) for each in found], before=more)
 
 
-def _actions(view: View, since: str | None, before: int | None, limit: int) -> Sequence[audit.Action]:
-    with view.workspace.store.database().reading() as connection:
-        return audit.read(connection, since=since, below=before, limit=limit)
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+class OpenJob(BaseModel):
+    id: str
+    kind: str = Field(description="training, cell (of a comparison or a sweep) or batch (of requests).")
+    name: str = Field(description="The adapter that it is for.")
+    state: str
+    queued: str
+    priority: int
+    tries: int
+    owner: str
+    cancelled: str | None
+    host: str = Field(description="Of the worker that has it; empty while none has.")
+
+
+class OpenJobs(BaseModel):
+    jobs: list[OpenJob] = Field(description="Those that run, then those that wait.")
+
+
+@control.get("/api/jobs")
+async def list_jobs(view: View, limit: Annotated[int, Query(ge=1, le=1000)] = 200) -> OpenJobs:
+    """What waits and what runs: trainings, cells and batches of the tenant."""
+    found = await view.control(lambda: JobQueue.of(view.workspace.store, make=True).open_jobs(limit))
+    return OpenJobs(jobs=[OpenJob(**asdict(each)) for each in found])

@@ -29,9 +29,11 @@ from starlette.types import Message, Scope, Send
 from turret import tasks
 from turret.compare.report_text import count, megabytes, milliseconds, percent
 from turret.compare.report_text import seconds as in_seconds
+from turret.errors import TurretError
 from turret.json_types import JsonMapping, JsonValue
 from turret.methods import said
 from turret.server.auth import Caller
+from turret.server.error_responses import error_response
 from turret.server.services import View
 from turret.tasks import Measure
 from turret.timestamp import to_minute
@@ -91,6 +93,7 @@ def _environment() -> Environment:
         "short": short,
         "when": when,
         "whole": whole,
+        "zip": zip,
     }
     environment.globals |= {"digest": digest, "pages": PAGES, "version_of_turret": __version__}
     return environment
@@ -117,6 +120,14 @@ def page(request: Request, view: View, name: str, status: int = 200, /, **values
 def is_htmx(request: Request) -> bool:
     """Whether htmx asks for a part of a page."""
     return "hx-request" in request.headers
+
+
+def told(error: TurretError | None) -> tuple[str | None, int]:
+    """The line of an error as a client may see it, and the status of the page that shows it."""
+    if error is None:
+        return None, 200
+    response = error_response(error)
+    return str(response.body["error"]["message"]), response.status
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------

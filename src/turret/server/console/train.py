@@ -18,7 +18,6 @@ from turret.recipe.default_base import AUTO
 from turret.server import trainings
 from turret.server.console import render
 from turret.server.console.forms import Form, Sent, pages
-from turret.server.error_responses import error_response
 from turret.server.routes import View
 from turret.server.uploads import TABLE, keep, owner_of
 from turret.tasks import TASKS, Task
@@ -52,7 +51,7 @@ async def upload(request: Request, view: View, form: Sent) -> Response:
 async def _start(request: Request, view: View, error: TurretError | None = None) -> Response:
     owner = owner_of(request.state.caller)
     found = await view.control(view.services.files.listed, owner, purpose=TABLE, limit=MOST)
-    problem, status = _told(error)
+    problem, status = render.told(error)
     values = {"found": found, "formats": tables.SUFFIXES, "problem": problem, "most": view.services.limits.file_bytes}
     return render.page(request, view, "train.html.j2", status, **values)
 
@@ -111,7 +110,7 @@ async def look_again(request: Request, view: View, form: Sent) -> Response:
 
 
 async def _look(request: Request, view: View, chosen: Chosen, error: TurretError | None = None) -> Response:
-    problem, status = _told(error)
+    problem, status = render.told(error)
     try:
         made = await _drafted(request, view, chosen)
     except TurretError as wrong:
@@ -216,7 +215,7 @@ def _planned(
     planned: JsonObject | None,
     error: TurretError | None = None,
 ) -> Response:
-    problem, status = _told(error)
+    problem, status = render.told(error)
     checks = sorted(planned["plan"]["checks"] if planned else [], key=lambda each: LEVELS.index(each["level"]))
     values = {
         "text": text,
@@ -227,11 +226,3 @@ def _planned(
         "problem": problem,
     }
     return render.page(request, view, "train_plan.html.j2", status, **values)
-
-
-def _told(error: TurretError | None) -> tuple[str | None, int]:
-    """The line of an error as a client may see it, and the status of the page that shows it."""
-    if error is None:
-        return None, 200
-    response = error_response(error)
-    return str(response.body["error"]["message"]), response.status

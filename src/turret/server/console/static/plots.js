@@ -25,7 +25,7 @@
 
   function options(element, plot) {
     const axis = { stroke: colour("soft"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "12px system-ui, sans-serif" };
-    const x = { ...axis, size: 30, grid: { show: false }, values: (_, ticks) => ticks.map((each) => (Number.isInteger(each) ? short(each) : "")) };
+    const x = { ...axis, size: 30, grid: { show: false }, values: (_, ticks) => ticks.map((each) => (Number.isInteger(each) ? (plot.sayX || short)(each) : "")) };
     const tens = (_, ticks) => ticks.map((each) => (Number.isInteger(Math.log10(each)) ? each : null));
     const y = { ...axis, grid: plot.log ? { ...axis.grid, filter: tens } : axis.grid, size: 54, values: (_, ticks) => ticks.map((each) => (each == null ? "" : (plot.say || short)(each))) };
     return {
@@ -38,7 +38,7 @@
       axes: [x, y],
       bands: plot.bands || [],
       series: [
-        { label: plot.x, value: (chart, value, place) => latest(chart, value, place, (each) => each.toLocaleString("en")) },
+        { label: plot.x, value: (chart, value, place) => latest(chart, value, place, plot.sayX || ((each) => each.toLocaleString("en"))) },
         ...plot.lines.map((line) => ({
           label: line.label,
           stroke: colour(line.colour),
@@ -120,7 +120,7 @@
 
   // --- an experiment ---
 
-  const HUES = ["accent", "second", "third", "open"];
+  const HUES = ["accent", "second", "third", "open", "good", "bad", "soft"];
 
   function ofExperiment(experiment) {
     const points = experiment.points, x = points.map((each) => each.outcomes);
@@ -149,9 +149,23 @@
     };
   }
 
+  // --- usage ---
+
+  function ofUsage(usage) {
+    const names = Object.keys(usage.lines);
+    return {
+      days: {
+        x: "day", none: "nothing was asked in these days", sayX: (place) => (usage.days[place] || "").slice(5),
+        say: (value) => (value == null ? "–" : value.toLocaleString("en")),
+        data: [usage.days.map((_, place) => place), ...names.map((name) => usage.lines[name])],
+        lines: names.map((name, place) => ({ label: name, colour: HUES[place % HUES.length], dots: true })),
+      },
+    };
+  }
+
   // --- all of them ---
 
-  const READ = { run: ofRun, experiment: ofExperiment };
+  const READ = { run: ofRun, experiment: ofExperiment, usage: ofUsage };
 
   async function load(place) {
     place.hidden = document.querySelector("[data-waiting]") !== null; // a run that waits has nothing to draw

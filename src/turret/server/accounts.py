@@ -1,0 +1,146 @@
+"""Access tokens, usage and the audit log, as a caller may see them. No token makes one that may do more than itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from turret import audit
+from turret.access import ANY, Access, check_tenant
+from turret.errors import BadReference, BadRequest, Forbidden, NotFound
+from turret.server.auth import Caller
+from turret.server.quotas import Quota
+from turret.server.services import View
+from turret.store import AccessToken, usage
+from turret.store.access_tokens import AccessTokens
+from turret.timestamp import timestamp
+from turret.workspace.core import Workspace
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A new token. lifetime: seconds; None for no end."""
+
+    name: str
+    scopes: Sequence[str] = ("infer",)
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    adapters: Sequence[str] = ANY
+    bases: Sequence[str] = ANY
+    lifetime: float | None = None
+    sign_in: bool = True
+
+
+def tenants(view: View) -> Sequence[str]:
+    """The tenants whose tokens and usage the caller may see: all of them for who operates the server."""
+    own = view.access.tenant
+    return sorted({own, *view.workspace.store.tenants()}) if view.access.operates else [own]
+
+
+def of(view: View, tenant: str | None = None) -> AccessTokens:
+    """The tokens of a tenant; None: of the caller's own.
+
+    Raises:
+        Forbidden: the caller's own token is limited to some adapters or bases.
+        NotFound: it is another tenant's, and the caller does not operate the server.
+    """
+    if not view.access.whole:
+        raise Forbidden("this token is limited to some adapters or bases, so it manages no tokens: use one that is not")
+    return workspace_of(view, tenant).tokens
+
+
+def workspace_of(view: View, tenant: str | None) -> Workspace:
+    """The workspace as a tenant sees it; None: as the caller does. Raises NotFound unless the caller may see it."""
+    if tenant is None or tenant == view.access.tenant:
+        return view.workspace
+    if not view.access.operates:
+        raise NotFound(f"no tenant {ascii(tenant)[:60]}: expected {view.access.tenant}")
+    return view.workspace.with_access(Access(check_tenant(tenant)))
+
+
+def create(view: View, caller: Caller, wanted: Wanted, tenant: str | None = None) -> tuple[AccessToken, str]:
+    """Make a token. Returns it, and its secret, which cannot be shown again."""
+    known = of(view, tenant)
+    _require_no_quota(view, caller)
+    if caller.expires is not None and (
+        wanted.lifetime is None or timestamp(time.time() + wanted.lifetime) > caller.expires
+    ):
+        raise Forbidden(f"this token ends at {caller.expires}, so it makes none that lives longer: set an earlier end")
+    with _as_bad_request():
+        made = known.create(
+            wanted.name,
+            wanted.scopes,
+            requests_per_minute=wanted.requests_per_minute,
+            tokens_per_minute=wanted.tokens_per_minute,
+            adapters=wanted.adapters,
+            bases=wanted.bases,
+            lifetime=wanted.lifetime,
+            sign_in=wanted.sign_in,
+        )
+    view.services.read_tokens()
+    return made
+
+
+def rotate(view: View, caller: Caller, name: str, overlap: float, tenant: str | None = None) -> tuple[AccessToken, str]:
+    """Give a token a new secret. Returns the token, and the secret."""
+    known = of(view, tenant)
+    _require_no_quota(view, caller)
+    ends = [each.expires for each in known.list() if each.name == name]
+    if caller.expires is not None and any(end is None or end > caller.expires for end in ends):
+        raise Forbidden(f"this token ends at {caller.expires}, and {name} later: use one that lives as long")
+    with _as_bad_request():
+        made = known.rotate(name, overlap)
+    view.services.read_tokens()
+    return made
+
+
+def revoke(view: View, name: str, tenant: str | None = None) -> AccessToken:
+    """Revoke a token."""
+    revoked = of(view, tenant).revoke(name)
+    view.services.read_tokens()
+    return revoked
+
+
+@contextmanager
+def _as_bad_request() -> Iterator[None]:
+    """A bad name, pattern or time is a mistake in the request, not a model that is missing."""
+    try:
+        yield
+    except BadReference as error:
+        raise BadRequest(str(error)) from None
+
+
+def _require_no_quota(view: View, caller: Caller) -> None:
+    """Each token has a quota of its own, so a caller with one could get around it."""
+    if caller.quota != Quota() and not view.access.operates:
+        raise Forbidden(
+            "this token has a quota, so it makes no secrets: use one without, or ask who operates the server"
+        )
+
+
+def counted(
+    view: View, since: str | None = None, until: str | None = None, tenant: str | None = None
+) -> Sequence[usage.Usage]:
+    """The usage of a tenant by adapter and day, of the last seconds too; None: of the caller's own."""
+    workspace = workspace_of(view, tenant)
+    view.services.usage.flush()
+    return usage.read(workspace.store.database(make=True), since, until)
+
+
+def actions(
+    view: View,
+    *,
+    since: str | None = None,
+    before: int | None = None,
+    limit: int = 100,
+    who: str | None = None,
+    verb: str | None = None,
+    what: str | None = None,
+    tenant: str | None = None,
+) -> tuple[Sequence[audit.Action], int | None]:
+    """A page of the audit log of a tenant, as `turret.audit.read`, and the `before` of the next one if there is one."""
+    with workspace_of(view, tenant).store.database(make=True).reading() as connection:
+        found = audit.read(connection, since=since, below=before, limit=limit + 1, who=who, verb=verb, what=what)
+    return found[:limit], found[limit - 1].id if len(found) > limit else None

@@ -1,0 +1,283 @@
+"""The pages of who uses the server: access tokens, usage by adapter and day, the audit log, jobs and workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from functools import partial
+from typing import Annotated
+
+from fastapi import Depends, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from turret.errors import BadRequest, NotFound, TurretError
+from turret.experiments.experiment import read_duration
+from turret.server import accounts
+from turret.server.auth import Caller
+from turret.server.console import render
+from turret.server.console.forms import Form, Sent, pages
+from turret.server.routes import View
+from turret.store.access_tokens import SCOPES
+from turret.store.catalog import now
+from turret.store.jobs import JobQueue
+from turret.store.usage import Usage
+
+router = pages()
+Name = Annotated[str, Path(min_length=1, max_length=100)]
+Text = Annotated[str, Query(max_length=200)]
+Before = Annotated[int | None, Query(ge=1, le=1 << 31)]
+VERBS = ("rotate", "revoke")
+FIRST_YEAR = 2000
+DAYS = 30  # of usage, unless a page asks for others
+MOST_DAYS = 366
+LINES = 6  # of the plot; the rest is one line
+ACTIONS = 50  # of a page of the audit log
+JOBS = 200  # that are shown
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@router.get("/store/tokens")
+async def tokens(request: Request, view: View, tenant: Text = "") -> Response:
+    """The tokens of a tenant, and the form for a new one."""
+    return await _tokens(request, view, tenant)
+
+
+@router.post("/store/tokens")
+async def create(request: Request, view: View, form: Sent) -> Response:
+    """Make a token, and show its secret once."""
+    tenant = form.text("tenant")
+    try:
+        wanted = _wanted(form)
+        made = await view.control(accounts.create, view, request.state.caller, wanted, tenant or None)
+    except TurretError as error:
+        return await _tokens(request, view, tenant, error=error, form=form)
+    return await _tokens(request, view, tenant, secret=made[1], of=made[0].name)
+
+
+@router.get("/store/tokens/{name}/{verb}")
+async def ask(request: Request, view: View, name: Name, verb: str, tenant: Text = "") -> Response:
+    """The dialog that confirms a change of a token."""
+    _check_verb(verb)
+    known = await view.control(lambda: accounts.of(view, tenant or None).list())
+    found = next((each for each in known if each.name == name), None)
+    if found is None:
+        raise NotFound(f"no token {ascii(name)[:60]}")
+    return render.page(request, view, "token_act.html.j2", token=found, verb=verb, tenant=tenant)
+
+
+@router.post("/store/tokens/{name}/{verb}")
+async def act(request: Request, view: View, name: Name, verb: str, form: Sent) -> Response:
+    """Give a token a new secret, and show it once; or revoke it."""
+    _check_verb(verb)
+    tenant, caller = form.text("tenant"), request.state.caller
+    if verb == "revoke":
+        await view.control(accounts.revoke, view, name, tenant or None)
+        return render.redirect(request, f"/store/tokens?tenant={tenant}" if tenant else "/store/tokens")
+    overlap = read_duration(form.text("overlap") or "1d")
+    _, secret = await view.control(accounts.rotate, view, caller, name, overlap, tenant or None)
+    return await _tokens(request, view, tenant, secret=secret, of=name)
+
+
+def _check_verb(verb: str) -> None:
+    if verb not in VERBS:
+        raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(VERBS)}")
+
+
+def _wanted(form: Form) -> accounts.Wanted:
+    expires = form.text("expires")
+    return accounts.Wanted(
+        name=form.text("name"),
+        scopes=form.all("scope"),
+        requests_per_minute=_whole(form, "requests"),
+        tokens_per_minute=_whole(form, "tokens"),
+        adapters=form.text("adapters").split() or ["*"],
+        bases=form.text("bases").split() or ["*"],
+        lifetime=read_duration(expires) if expires else None,
+        sign_in=bool(form.text("sign_in")),
+    )
+
+
+def _whole(form: Form, field: str) -> int | None:
+    text = form.text(field)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise BadRequest(f"{field} a minute {ascii(text)[:40]}: expected a whole number, or nothing for no quota")
+    return int(text)
+
+
+async def _tokens(
+    request: Request,
+    view: View,
+    tenant: str,
+    *,
+    secret: str | None = None,
+    of: str = "",
+    error: TurretError | None = None,
+    form: Form | None = None,
+) -> Response:
+    found = await view.control(lambda: accounts.of(view, tenant or None).list())
+    caller: Caller = request.state.caller
+    at = now()
+    shown = [(each, "revoked" if each.revoked else "valid" if each.lives(at) else "expired") for each in found]
+    problem, status = render.told(error)
+    values = {
+        "shown": sorted(shown, key=lambda each: (each[1] != "valid", each[0].name)),
+        "tenants": await view.control(accounts.tenants, view),
+        "tenant": tenant or view.access.tenant,
+        "scopes": SCOPES,
+        "secret": secret,
+        "of": of,
+        "own": caller.name,
+        "problem": problem,
+        "sent": form or Form({}),
+    }
+    return render.page(request, view, "tokens.html.j2", status, **values)
+
+
+# --- usage ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a page of usage shows."""
+
+    since: str
+    until: str
+    tenant: str  # empty for all that may be seen
+    adapter: str  # empty for all
+    by: str  # a field of `Usage`
+    unit: str
+
+
+UNITS = {"requests": "requests", "answers": "answers", "tokens": "tokens, read and generated"}
+FIELDS = ("adapter", "tenant")
+
+
+def _asked(
+    since: Text = "", until: Text = "", tenant: Text = "", adapter: Text = "", by: Text = "adapter", unit: Text = ""
+) -> Asked:
+    today = datetime.now(UTC).date()
+    last = _day(until) if until else today
+    first = _day(since) if since else last - timedelta(days=DAYS - 1)
+    if not 0 <= (last - first).days < MOST_DAYS:
+        raise BadRequest(f"{first} to {last}: expected at most {MOST_DAYS} days, the first one first")
+    if by not in FIELDS or (unit := unit or "requests") not in UNITS:
+        raise BadRequest(f"usage by {ascii(by)[:40]}: expected one of {', '.join(FIELDS)}, in {', '.join(UNITS)}")
+    return Asked(first.isoformat(), last.isoformat(), tenant, adapter, by, unit)
+
+
+Question = Annotated[Asked, Depends(_asked)]
+
+
+def _day(text: str) -> date:
+    try:
+        found = date.fromisoformat(text)
+    except ValueError:
+        found = date.min
+    if found.year < FIRST_YEAR:
+        raise BadRequest(f"day {ascii(text)[:40]}: expected year, month and day, such as 2026-11-27")
+    return found
+
+
+@router.get("/store/usage")
+async def usage(request: Request, view: View, asked: Question) -> Response:
+    """What was answered: a plot by day, and the sums."""
+    found = await view.control(_counted, view, asked)
+    values = {
+        "asked": asked,
+        "rows": _sums(found, asked.by),
+        "total": _sums(found, None),
+        "units": UNITS,
+        "tenants": await view.control(accounts.tenants, view),
+        "query": request.url.query,
+    }
+    return render.page(request, view, "usage.html.j2", **values)
+
+
+@router.get("/store/usage/days")
+async def days(view: View, asked: Question) -> JSONResponse:
+    """The usage of each day, for the plot: the busiest lines, and one of the rest."""
+    found = await view.control(_counted, view, asked)
+    first = date.fromisoformat(asked.since)
+    count = (date.fromisoformat(asked.until) - first).days + 1
+    names = [(first + timedelta(days=each)).isoformat() for each in range(count)]
+    totals = Counter[str]()
+    for each in found:
+        totals[getattr(each, asked.by)] += _amount(each, asked.unit)
+    busiest = [name for name, _ in totals.most_common(LINES)]
+    lines = {name: Counter[str]() for name in (*busiest, *(["others"] if len(totals) > LINES else []))}
+    for each in found:
+        name = getattr(each, asked.by)
+        lines[name if name in busiest else "others"][each.day] += _amount(each, asked.unit)
+    shown = {name or "the bare base": [line[day] for day in names] for name, line in lines.items()}
+    return JSONResponse({"days": names, "unit": UNITS[asked.unit], "lines": shown})
+
+
+def _counted(view: View, asked: Asked) -> Sequence[Usage]:
+    tenants = [asked.tenant] if asked.tenant else accounts.tenants(view)
+    rows = [row for each in tenants for row in accounts.counted(view, asked.since, asked.until, each)]
+    return [each for each in rows if not asked.adapter or each.adapter == asked.adapter]
+
+
+def _amount(row: Usage, unit: str) -> int:
+    return row.prompt_tokens + row.completion_tokens if unit == "tokens" else int(getattr(row, unit))
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The usage of one adapter or tenant, over all days."""
+
+    name: str
+    requests: int
+    answers: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def _sums(rows: Sequence[Usage], by: str | None) -> Sequence[Sum]:
+    """The sums by a field, the most requests first; None: of all rows."""
+    found: dict[str, Counter[str]] = {}
+    for each in rows:
+        counts = found.setdefault("all" if by is None else getattr(each, by), Counter())
+        for key in ("requests", "answers", "prompt_tokens", "completion_tokens"):
+            counts[key] += getattr(each, key)
+    sums = [Sum(name, **counts) for name, counts in found.items()]
+    return sorted(sums, key=lambda each: -each.requests)
+
+
+# --- audit ------------------------------------------------------------------------------------------------------------
+
+
+@router.get("/store/audit")
+async def audit(
+    request: Request,
+    view: View,
+    since: Text = "",
+    who: Text = "",
+    verb: Text = "",
+    what: Text = "",
+    tenant: Text = "",
+    before: Before = None,
+) -> Response:
+    """Who changed what, the newest first."""
+    filters = {"who": who, "verb": verb, "what": what, "tenant": tenant, "since": since and _day(since).isoformat()}
+    given = {key: value for key, value in filters.items() if value}
+    found, more = await view.control(partial(accounts.actions, view, before=before, limit=ACTIONS, **given))
+    values = {"found": found, "filters": filters, "given": given, "more": more}
+    return render.page(request, view, "audit.html.j2", **values, tenants=await view.control(accounts.tenants, view))
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+@router.get("/store/jobs")
+async def jobs(request: Request, view: View) -> Response:
+    """What waits and what runs, and who does it."""
+    found = await view.control(lambda: JobQueue.of(view.workspace.store, make=True).open_jobs(JOBS))
+    workers = Counter(each.host for each in found if each.host)
+    return render.page(request, view, "jobs.html.j2", found=found, workers=workers, most=JOBS)
