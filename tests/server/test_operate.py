@@ -122,7 +122,7 @@ def test_no_token_makes_one_that_may_do_more(serve, workspace) -> None:
 
 def test_tokens_of_another_tenant_do_not_exist_but_for_who_operates_the_server(serve, put, workspace) -> None:
     other = workspace.with_access(Access("legal"))
-    boss, theirs = workspace.tokens.create("boss", ALL)[1], other.tokens.create("head", ALL)[1]
+    boss, theirs = workspace.tokens.create("boss", [*ALL, "operate"])[1], other.tokens.create("head", ALL)[1]
     running = serve()
     client, legal = running.client(boss), running.client(theirs)
     assert [each["name"] for each in legal.get("/api/tokens").json()["tokens"]] == ["head"]
@@ -136,6 +136,8 @@ def test_tokens_of_another_tenant_do_not_exist_but_for_who_operates_the_server(s
     assert legal.post("/api/tokens", params={"tenant": "default"}, json={"name": "x"}).status_code == 404
     assert client.get("/api/tenants").json() == {"tenants": ["default", "legal"]}
     assert client.get("/api/tokens", params={"tenant": "legal"}).json()["tokens"][0]["name"] == "head"
+    got = client.post("/api/tokens", params={"tenant": "legal"}, json={"name": "third", "scopes": ["operate"]})
+    assert (got.status_code, "only default has it" in got.text) == (400, True)
     made = client.post("/api/tokens", params={"tenant": "legal"}, json={"name": "second", "scopes": ["infer"]}).json()
     assert (made["tenant"], made["expires"]) == ("legal", None)
     assert running.client(made["token"]).get("/v1/models").status_code == 200
@@ -144,6 +146,18 @@ def test_tokens_of_another_tenant_do_not_exist_but_for_who_operates_the_server(s
     assert 'name="tenant" value="legal"' in page
     assert {each.tenant for each in other.tokens.list()} == {"legal"}
     assert [each.name for each in workspace.tokens.list()] == ["boss"]
+
+
+def test_an_admin_without_the_scope_operate_sees_no_other_tenant_and_gives_it_to_none(serve, workspace) -> None:
+    workspace.with_access(Access("legal")).tokens.create("head", ALL)
+    admin = workspace.tokens.create("admin", ALL)[1]
+    workspace.tokens.create("boss", [*ALL, "operate"])
+    client = serve().client(admin)
+    assert client.get("/api/tenants").json() == {"tenants": ["default"]}
+    assert client.get("/api/tokens", params={"tenant": "legal"}).status_code == 404
+    assert client.post("/api/tokens", json={"name": "x", "scopes": ["admin", "operate"]}).status_code == 403
+    assert client.post("/api/tokens/boss/rotate", json={}).status_code == 403
+    assert {each.name for each in workspace.tokens.list()} == {"admin", "boss"}
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -167,7 +181,7 @@ def test_a_form_of_another_site_makes_no_token(serve, workspace) -> None:
 
 def test_usage_by_day_adapter_and_tenant(serve, put, workspace) -> None:
     other = workspace.with_access(Access("legal"))
-    boss, theirs = workspace.tokens.create("boss", ALL)[1], other.tokens.create("head", ALL)[1]
+    boss, theirs = workspace.tokens.create("boss", [*ALL, "operate"])[1], other.tokens.create("head", ALL)[1]
     for place in range(8):
         put(f"a{place}")
     running = serve()
@@ -184,12 +198,12 @@ def test_usage_by_day_adapter_and_tenant(serve, put, workspace) -> None:
     assert {name: sum(line) for name, line in got["lines"].items()} == {
         "a7": 8, "a6": 7, "a5": 6, "a4": 5, "a3": 4, "a2": 3, "others": 3,
     }  # fmt: skip
-    got = client.get("/store/usage/days", params={"by": "tenant", "unit": "tokens"}).json()
+    got = client.get("/store/usage/days", params={"by": "tenant", "count": "tokens"}).json()
     assert {name: sum(line) > 0 for name, line in got["lines"].items()} == {"default": True, "legal": True}
     got = signed_in(running, theirs).get("/store/usage/days").json()
     assert {name: sum(line) for name, line in got["lines"].items()} == {"the bare base": 1}
     assert client.get("/store/usage", params={"since": "2020-01-01", "until": "2020-01-02"}).text.count("Nothing was")
-    for wrong in ({"since": "x"}, {"by": "who"}, {"unit": "km"}, {"since": "2020-01-01"}, {"until": "0001-01-01"}):
+    for wrong in ({"since": "x"}, {"by": "who"}, {"count": "km"}, {"since": "2012-01-01"}, {"until": "0001-01-01"}):
         assert client.get("/store/usage", params=wrong).status_code == 400, wrong
     assert signed_in(running, theirs).get("/store/usage", params={"tenant": "default"}).status_code == 404
 

@@ -32,6 +32,7 @@ ALL = ["infer", "admin"]
 def named(name: str, run: str, receipt: str) -> dict[str, Any]:
     """A value for each of `walk.NAMES`."""
     return {
+        "tenant": "owner" if name == HERE else "owned",
         "name": name, "reference": f"{name}@1", "model": name, "adapter": name, "after": f"{name}@1", "run_id": run,
         "key": f"{name}-0123456789", "receipt": receipt, "candidates": [f"{name}@2"], "control": f"{name}@1",
         "comparison": f"comparisons/{name}-0123456789", "shadows": [f"{name}@3"],
@@ -141,7 +142,8 @@ def nothing_is_told(start: Callable[[], Any], workspace: Workspace, owner: Works
     app = routes(running.served)
     secrets = [HERE, "zebra-owner", here["run_id"], *(each.digest for each in owner.list())]
     for kind, stranger in strangers(running, workspace).items():
-        assert walk.differences(app, stranger, here, nowhere) == [], kind
+        foreign = here | ({"tenant": nowhere["tenant"]} if kind in ("adapters", "bases") else {})  # they know their own
+        assert walk.differences(app, stranger, foreign, nowhere) == [], kind
         assert walk.leaks(app, stranger, here, secrets) == [], kind
     # The control: for its owner every one of these routes tells what is there from what is not.
     mine = opened(running, secret)

@@ -22,15 +22,16 @@ JSON, MULTIPART = "application/json", "multipart/form-data"
 ENDS_THE_SESSION = {"/sign-in", "/sign-out"}  # they name nothing
 NAMES = ("name", "reference", "model", "adapter", "after", "run_id", "key", "receipt")
 NAMES += ("candidates", "control", "shadows", "batch_id", "file_id", "input_file_id", "comparison", "source", "recipe")
+NAMES += ("tenant",)
 # Parameters and keys that name nothing of a tenant: the values to send.
 PLAIN: dict[str, Sequence[Any]] = {
     "alias": ["production"], "number": [1], "version": [1], "verb": ["promote", "rollback", "ramp", "stop"],
     "limit": [10], "alpha": [0.05], "moved": ["production"], "arm": ["candidate"], "next": ["/"],
     "file": ["console.css"], "unit": ["u"], "value": [1], "since": ["2026-01-01"], "until": ["2030-01-01"],
     "before": [1000], "purpose": ["batch"], "endpoint": ["/v1/classify"],
-    "past": [0],
+    "past": [0], "who": ["token"], "what": ["a"], "by": ["adapter"], "count": ["requests"],
 }  # fmt: skip
-RUN_VERBS = ["cancel", "resume"]  # of /runs/{run_id}/do/{verb}; to delete is asked over the API
+VERBS = {"/runs/": ["cancel", "resume"], "/tokens/": ["rotate", "revoke"]}  # to delete a run is asked over the API
 FORM = {"version": "1", "alias": "production", "arm": "candidate", "share": "50%", "text": "x"}
 CHANGES = ("date", "x-request-id")  # headers that differ between two equal answers
 
@@ -132,7 +133,11 @@ def _of_pages(named: Mapping[str, Any]) -> Iterator[Ask]:
                 if method != "GET" and route.path in FILES:
                     yield Ask(route.path, method, route.path, file=True, page=True)
                     continue
-                form = None if method == "GET" else FORM | {key: named[key] for key in ("model", "source", "recipe")}
+                form = (
+                    None
+                    if method == "GET"
+                    else FORM | {key: named[key] for key in ("model", "source", "recipe", "tenant")}
+                )
                 asked = {key: values[key] for key in query}
                 names = form is not None or any(each in NAMES for each in (*path, *query))
                 plain = route.path.replace(":path", "")
@@ -142,7 +147,7 @@ def _of_pages(named: Mapping[str, Any]) -> Iterator[Ask]:
 def _chosen(where: str, keys: Sequence[str], named: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for key in keys:
         assert key in NAMES or key in PLAIN, f"{where} has a parameter {key}: say in walk.py whether it names something"
-    plain = {**PLAIN, "verb": RUN_VERBS} if "/runs/" in where else PLAIN
+    plain = PLAIN | {"verb": next((found for part, found in VERBS.items() if part in where), PLAIN["verb"])}
     for values in itertools.product(*([named[key]] if key in NAMES else plain[key] for key in keys)):
         yield dict(zip(keys, values, strict=True))
 

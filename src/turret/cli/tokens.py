@@ -26,7 +26,11 @@ def create(
     name: Name,
     scope: Annotated[
         list[str],
-        typer.Option("--scope", help="infer (ask), admin (everything), or metrics (/metrics alone); repeatable."),
+        typer.Option(
+            "--scope",
+            help="infer (ask), admin (everything of the tenant), metrics (/metrics alone), or, beside admin, operate "
+            "(tokens and usage of all tenants); repeatable.",
+        ),
     ] = ["infer"],  # noqa: B006
     requests: Annotated[int | None, typer.Option("--requests-per-minute", help="Quota; default: none.")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens-per-minute", help="Quota; default: none.")] = None,

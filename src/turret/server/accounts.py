@@ -14,7 +14,7 @@ from turret.server.auth import Caller
 from turret.server.quotas import Quota
 from turret.server.services import View
 from turret.store import AccessToken, usage
-from turret.store.access_tokens import AccessTokens
+from turret.store.access_tokens import OPERATE, AccessTokens
 from turret.timestamp import timestamp
 from turret.workspace.core import Workspace
 
@@ -33,37 +33,43 @@ class Wanted:
     sign_in: bool = True
 
 
-def tenants(view: View) -> Sequence[str]:
-    """The tenants whose tokens and usage the caller may see: all of them for who operates the server."""
+def operates(view: View, caller: Caller) -> bool:
+    """Whether the caller may see and change the tokens of other tenants."""
+    return view.access.operates and OPERATE in caller.scopes
+
+
+def tenants(view: View, caller: Caller) -> Sequence[str]:
+    """The tenants whose tokens, usage and audit log the caller may see."""
     own = view.access.tenant
-    return sorted({own, *view.workspace.store.tenants()}) if view.access.operates else [own]
+    return sorted({own, *view.workspace.store.tenants()}) if operates(view, caller) else [own]
 
 
-def of(view: View, tenant: str | None = None) -> AccessTokens:
+def of(view: View, caller: Caller, tenant: str | None = None) -> AccessTokens:
     """The tokens of a tenant; None: of the caller's own.
 
     Raises:
         Forbidden: the caller's own token is limited to some adapters or bases.
-        NotFound: it is another tenant's, and the caller does not operate the server.
+        NotFound: it is another tenant, and the caller's token has not the scope operate.
     """
     if not view.access.whole:
         raise Forbidden("this token is limited to some adapters or bases, so it manages no tokens: use one that is not")
-    return workspace_of(view, tenant).tokens
+    return workspace_of(view, caller, tenant).tokens
 
 
-def workspace_of(view: View, tenant: str | None) -> Workspace:
+def workspace_of(view: View, caller: Caller, tenant: str | None) -> Workspace:
     """The workspace as a tenant sees it; None: as the caller does. Raises NotFound unless the caller may see it."""
     if tenant is None or tenant == view.access.tenant:
         return view.workspace
-    if not view.access.operates:
+    if not operates(view, caller):
         raise NotFound(f"no tenant {ascii(tenant)[:60]}: expected {view.access.tenant}")
     return view.workspace.with_access(Access(check_tenant(tenant)))
 
 
 def create(view: View, caller: Caller, wanted: Wanted, tenant: str | None = None) -> tuple[AccessToken, str]:
     """Make a token. Returns it, and its secret, which cannot be shown again."""
-    known = of(view, tenant)
+    known = of(view, caller, tenant)
     _require_no_quota(view, caller)
+    _require_scopes(caller, wanted.scopes)
     if caller.expires is not None and (
         wanted.lifetime is None or timestamp(time.time() + wanted.lifetime) > caller.expires
     ):
@@ -85,10 +91,11 @@ def create(view: View, caller: Caller, wanted: Wanted, tenant: str | None = None
 
 def rotate(view: View, caller: Caller, name: str, overlap: float, tenant: str | None = None) -> tuple[AccessToken, str]:
     """Give a token a new secret. Returns the token, and the secret."""
-    known = of(view, tenant)
+    known = of(view, caller, tenant)
     _require_no_quota(view, caller)
-    ends = [each.expires for each in known.list() if each.name == name]
-    if caller.expires is not None and any(end is None or end > caller.expires for end in ends):
+    found = [each for each in known.list() if each.name == name]
+    _require_scopes(caller, [scope for each in found for scope in each.scopes])
+    if caller.expires is not None and any(each.expires is None or each.expires > caller.expires for each in found):
         raise Forbidden(f"this token ends at {caller.expires}, and {name} later: use one that lives as long")
     with _as_bad_request():
         made = known.rotate(name, overlap)
@@ -96,9 +103,9 @@ def rotate(view: View, caller: Caller, name: str, overlap: float, tenant: str | 
     return made
 
 
-def revoke(view: View, name: str, tenant: str | None = None) -> AccessToken:
+def revoke(view: View, caller: Caller, name: str, tenant: str | None = None) -> AccessToken:
     """Revoke a token."""
-    revoked = of(view, tenant).revoke(name)
+    revoked = of(view, caller, tenant).revoke(name)
     view.services.read_tokens()
     return revoked
 
@@ -114,23 +121,29 @@ def _as_bad_request() -> Iterator[None]:
 
 def _require_no_quota(view: View, caller: Caller) -> None:
     """Each token has a quota of its own, so a caller with one could get around it."""
-    if caller.quota != Quota() and not view.access.operates:
+    if caller.quota != Quota() and not operates(view, caller):
         raise Forbidden(
             "this token has a quota, so it makes no secrets: use one without, or ask who operates the server"
         )
 
 
+def _require_scopes(caller: Caller, scopes: Sequence[str]) -> None:
+    if OPERATE in scopes and OPERATE not in caller.scopes:
+        raise Forbidden(f"this token has not the scope {OPERATE}, so it gives it to none: use one that has")
+
+
 def counted(
-    view: View, since: str | None = None, until: str | None = None, tenant: str | None = None
+    view: View, caller: Caller, since: str | None = None, until: str | None = None, tenant: str | None = None
 ) -> Sequence[usage.Usage]:
     """The usage of a tenant by adapter and day, of the last seconds too; None: of the caller's own."""
-    workspace = workspace_of(view, tenant)
+    workspace = workspace_of(view, caller, tenant)
     view.services.usage.flush()
     return usage.read(workspace.store.database(make=True), since, until)
 
 
 def actions(
     view: View,
+    caller: Caller,
     *,
     since: str | None = None,
     before: int | None = None,
@@ -141,6 +154,6 @@ def actions(
     tenant: str | None = None,
 ) -> tuple[Sequence[audit.Action], int | None]:
     """A page of the audit log of a tenant, as `turret.audit.read`, and the `before` of the next one if there is one."""
-    with workspace_of(view, tenant).store.database(make=True).reading() as connection:
+    with workspace_of(view, caller, tenant).store.database(make=True).reading() as connection:
         found = audit.read(connection, since=since, below=before, limit=limit + 1, who=who, verb=verb, what=what)
     return found[:limit], found[limit - 1].id if len(found) > limit else None

@@ -117,8 +117,9 @@ def _drop_oldest(connection: Connection, token: str, count: int) -> None:
 # --- access tokens ----------------------------------------------------------------------------------------------------
 
 
-Scope = Literal["infer", "admin", "metrics"]
+Scope = Literal["infer", "admin", "metrics", "operate"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+OPERATE = "operate"  # of the tenant `default` alone: to manage the tokens of all tenants, and see what they use
 PREFIX = "turret-"
 OVERLAP = 86400.0  # seconds for which the secret before a rotation stays valid
 LONGEST = 10 * 366 * 86400.0  # seconds of a lifetime or an overlap
@@ -242,6 +243,8 @@ class AccessTokens:
             "expires": None if lifetime is None else _later(created, lifetime, "a lifetime"),
         }
         with self._open_or_create().writing() as connection:
+            if OPERATE in scopes and access_of(connection).tenant != DEFAULT:
+                raise BadReference(f"scope {OPERATE} for tenant {access_of(connection).tenant}: only {DEFAULT} has it")
             if any(token.name == name for token in _all(connection)):
                 raise InUse(f"a token {name!r} exists or existed: expected a new name, such as {name}-2")
             connection.execute(insert(tokens).values(tenant=access_of(connection).tenant, **row))

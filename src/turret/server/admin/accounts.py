@@ -21,7 +21,7 @@ from turret.store.jobs import JobQueue
 control = router("admin")
 Day = Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="Such as 2026-11-27, in UTC.")]
 Before = Annotated[int | None, Query(ge=1, le=1 << 31, description="The `before` of the previous page.")]
-TENANT = "Another tenant, for a token that operates the server."
+TENANT = "Another tenant, for a token with the scope operate."
 Tenant = Annotated[str | None, Query(max_length=63, description=TENANT)]
 Part = Annotated[str | None, Query(min_length=1, max_length=200, description="Only actions with this in it.")]
 TokenName = Annotated[str, Path(min_length=1, max_length=100, description="The name of a token.")]
@@ -86,15 +86,15 @@ class TenantList(BaseModel):
 
 
 @control.get("/api/tenants")
-async def list_tenants(view: View) -> TenantList:
-    """Every tenant with a token or an adapter; the own one alone, unless the token operates the server."""
-    return TenantList(tenants=list(await view.control(accounts.tenants, view)))
+async def list_tenants(view: View, request: Request) -> TenantList:
+    """The tenants with a token or an adapter; without the scope operate, the own one alone."""
+    return TenantList(tenants=list(await view.control(accounts.tenants, view, request.state.caller)))
 
 
 @control.get("/api/tokens")
-async def list_tokens(view: View, tenant: Tenant = None) -> TokenList:
+async def list_tokens(view: View, request: Request, tenant: Tenant = None) -> TokenList:
     """The tokens of the tenant, without their secrets; revoked ones too."""
-    found = await view.control(lambda: accounts.of(view, tenant).list())
+    found = await view.control(lambda: accounts.of(view, request.state.caller, tenant).list())
     return TokenList(tokens=[Token(**each.as_json()) for each in found])
 
 
@@ -114,9 +114,9 @@ async def rotate_token(
 
 
 @control.delete("/api/tokens/{name}")
-async def revoke_token(name: TokenName, view: View, tenant: Tenant = None) -> Token:
+async def revoke_token(name: TokenName, view: View, request: Request, tenant: Tenant = None) -> Token:
     """Revoke a token. All servers of the store refuse it within a second, and its name stays taken."""
-    return Token(**(await view.control(accounts.revoke, view, name, tenant)).as_json())
+    return Token(**(await view.control(accounts.revoke, view, request.state.caller, name, tenant)).as_json())
 
 
 def _secret(token: AccessToken, secret: str) -> Secret:
@@ -127,15 +127,18 @@ def _secret(token: AccessToken, secret: str) -> Secret:
 
 
 @control.get("/api/usage")
-async def show_usage(view: View, since: Day = None, until: Day = None, tenant: Tenant = None) -> schemas.UsageList:
+async def show_usage(
+    view: View, request: Request, since: Day = None, until: Day = None, tenant: Tenant = None
+) -> schemas.UsageList:
     """Requests, answers and tokens by adapter and UTC day, of the last seconds too."""
-    found = await view.control(accounts.counted, view, since, until, tenant)
+    found = await view.control(accounts.counted, view, request.state.caller, since, until, tenant)
     return schemas.UsageList(usage=[schemas.UsageOfDay(**each.as_json()) for each in found])
 
 
 @control.get("/api/audit")
 async def show_audit(
     view: View,
+    request: Request,
     since: Day = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     before: Before = None,
@@ -146,7 +149,9 @@ async def show_audit(
 ) -> schemas.AuditLog:
     """The control actions of the tenant, the newest first, in pages."""
     filters = {"since": since, "who": who, "verb": verb, "what": what, "tenant": tenant}
-    found, more = await view.control(partial(accounts.actions, view, before=before, limit=limit, **filters))
+    found, more = await view.control(
+        partial(accounts.actions, view, request.state.caller, before=before, limit=limit, **filters)
+    )
     return schemas.AuditLog(actions=[schemas.Action(**each.as_json()) for each in found], before=more)
 
 

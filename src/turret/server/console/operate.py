@@ -19,7 +19,7 @@ from turret.server.auth import Caller
 from turret.server.console import render
 from turret.server.console.forms import Form, Sent, pages
 from turret.server.routes import View
-from turret.store.access_tokens import SCOPES
+from turret.store.access_tokens import OPERATE, SCOPES
 from turret.store.catalog import now
 from turret.store.jobs import JobQueue
 from turret.store.usage import Usage
@@ -31,7 +31,7 @@ Before = Annotated[int | None, Query(ge=1, le=1 << 31)]
 VERBS = ("rotate", "revoke")
 FIRST_YEAR = 2000
 DAYS = 30  # of usage, unless a page asks for others
-MOST_DAYS = 366
+MOST_DAYS = 3660
 LINES = 6  # of the plot; the rest is one line
 ACTIONS = 50  # of a page of the audit log
 JOBS = 200  # that are shown
@@ -62,7 +62,7 @@ async def create(request: Request, view: View, form: Sent) -> Response:
 async def ask(request: Request, view: View, name: Name, verb: str, tenant: Text = "") -> Response:
     """The dialog that confirms a change of a token."""
     _check_verb(verb)
-    known = await view.control(lambda: accounts.of(view, tenant or None).list())
+    known = await view.control(lambda: accounts.of(view, request.state.caller, tenant or None).list())
     found = next((each for each in known if each.name == name), None)
     if found is None:
         raise NotFound(f"no token {ascii(name)[:60]}")
@@ -75,7 +75,7 @@ async def act(request: Request, view: View, name: Name, verb: str, form: Sent) -
     _check_verb(verb)
     tenant, caller = form.text("tenant"), request.state.caller
     if verb == "revoke":
-        await view.control(accounts.revoke, view, name, tenant or None)
+        await view.control(accounts.revoke, view, caller, name, tenant or None)
         return render.redirect(request, f"/store/tokens?tenant={tenant}" if tenant else "/store/tokens")
     overlap = read_duration(form.text("overlap") or "1d")
     _, secret = await view.control(accounts.rotate, view, caller, name, overlap, tenant or None)
@@ -120,16 +120,17 @@ async def _tokens(
     error: TurretError | None = None,
     form: Form | None = None,
 ) -> Response:
-    found = await view.control(lambda: accounts.of(view, tenant or None).list())
+    found = await view.control(lambda: accounts.of(view, request.state.caller, tenant or None).list())
     caller: Caller = request.state.caller
     at = now()
+    scopes = [each for each in SCOPES if each != OPERATE or accounts.operates(view, caller)]
     shown = [(each, "revoked" if each.revoked else "valid" if each.lives(at) else "expired") for each in found]
     problem, status = render.told(error)
     values = {
         "shown": sorted(shown, key=lambda each: (each[1] != "valid", each[0].name)),
-        "tenants": await view.control(accounts.tenants, view),
+        "tenants": await view.control(accounts.tenants, view, request.state.caller),
         "tenant": tenant or view.access.tenant,
-        "scopes": SCOPES,
+        "scopes": scopes,
         "secret": secret,
         "of": of,
         "own": caller.name,
@@ -151,24 +152,29 @@ class Asked:
     tenant: str  # empty for all that may be seen
     adapter: str  # empty for all
     by: str  # a field of `Usage`
-    unit: str
+    count: str  # a key of `COUNTS`
 
 
-UNITS = {"requests": "requests", "answers": "answers", "tokens": "tokens, read and generated"}
+COUNTS = {"requests": "requests", "answers": "answers", "tokens": "tokens, read and generated"}
 FIELDS = ("adapter", "tenant")
 
 
 def _asked(
-    since: Text = "", until: Text = "", tenant: Text = "", adapter: Text = "", by: Text = "adapter", unit: Text = ""
+    since: Text = "",
+    until: Text = "",
+    tenant: Text = "",
+    adapter: Text = "",
+    by: Text = "adapter",
+    count: Text = "requests",
 ) -> Asked:
     today = datetime.now(UTC).date()
     last = _day(until) if until else today
     first = _day(since) if since else last - timedelta(days=DAYS - 1)
     if not 0 <= (last - first).days < MOST_DAYS:
         raise BadRequest(f"{first} to {last}: expected at most {MOST_DAYS} days, the first one first")
-    if by not in FIELDS or (unit := unit or "requests") not in UNITS:
-        raise BadRequest(f"usage by {ascii(by)[:40]}: expected one of {', '.join(FIELDS)}, in {', '.join(UNITS)}")
-    return Asked(first.isoformat(), last.isoformat(), tenant, adapter, by, unit)
+    if by not in FIELDS or count not in COUNTS:
+        raise BadRequest(f"usage by {ascii(by)[:40]}: expected one of {', '.join(FIELDS)}, in {', '.join(COUNTS)}")
+    return Asked(first.isoformat(), last.isoformat(), tenant, adapter, by, count)
 
 
 Question = Annotated[Asked, Depends(_asked)]
@@ -187,40 +193,40 @@ def _day(text: str) -> date:
 @router.get("/store/usage")
 async def usage(request: Request, view: View, asked: Question) -> Response:
     """What was answered: a plot by day, and the sums."""
-    found = await view.control(_counted, view, asked)
+    found = await view.control(_counted, view, request.state.caller, asked)
     values = {
         "asked": asked,
         "rows": _sums(found, asked.by),
         "total": _sums(found, None),
-        "units": UNITS,
-        "tenants": await view.control(accounts.tenants, view),
+        "counts": COUNTS,
+        "tenants": await view.control(accounts.tenants, view, request.state.caller),
         "query": request.url.query,
     }
     return render.page(request, view, "usage.html.j2", **values)
 
 
 @router.get("/store/usage/days")
-async def days(view: View, asked: Question) -> JSONResponse:
+async def days(request: Request, view: View, asked: Question) -> JSONResponse:
     """The usage of each day, for the plot: the busiest lines, and one of the rest."""
-    found = await view.control(_counted, view, asked)
+    found = await view.control(_counted, view, request.state.caller, asked)
     first = date.fromisoformat(asked.since)
     count = (date.fromisoformat(asked.until) - first).days + 1
     names = [(first + timedelta(days=each)).isoformat() for each in range(count)]
     totals = Counter[str]()
     for each in found:
-        totals[getattr(each, asked.by)] += _amount(each, asked.unit)
+        totals[getattr(each, asked.by)] += _amount(each, asked.count)
     busiest = [name for name, _ in totals.most_common(LINES)]
     lines = {name: Counter[str]() for name in (*busiest, *(["others"] if len(totals) > LINES else []))}
     for each in found:
         name = getattr(each, asked.by)
-        lines[name if name in busiest else "others"][each.day] += _amount(each, asked.unit)
+        lines[name if name in busiest else "others"][each.day] += _amount(each, asked.count)
     shown = {name or "the bare base": [line[day] for day in names] for name, line in lines.items()}
-    return JSONResponse({"days": names, "unit": UNITS[asked.unit], "lines": shown})
+    return JSONResponse({"days": names, "unit": COUNTS[asked.count], "lines": shown})
 
 
-def _counted(view: View, asked: Asked) -> Sequence[Usage]:
-    tenants = [asked.tenant] if asked.tenant else accounts.tenants(view)
-    rows = [row for each in tenants for row in accounts.counted(view, asked.since, asked.until, each)]
+def _counted(view: View, caller: Caller, asked: Asked) -> Sequence[Usage]:
+    tenants = [asked.tenant] if asked.tenant else accounts.tenants(view, caller)
+    rows = [row for each in tenants for row in accounts.counted(view, caller, asked.since, asked.until, each)]
     return [each for each in rows if not asked.adapter or each.adapter == asked.adapter]
 
 
@@ -267,9 +273,17 @@ async def audit(
     """Who changed what, the newest first."""
     filters = {"who": who, "verb": verb, "what": what, "tenant": tenant, "since": since and _day(since).isoformat()}
     given = {key: value for key, value in filters.items() if value}
-    found, more = await view.control(partial(accounts.actions, view, before=before, limit=ACTIONS, **given))
+    found, more = await view.control(
+        partial(accounts.actions, view, request.state.caller, before=before, limit=ACTIONS, **given)
+    )
     values = {"found": found, "filters": filters, "given": given, "more": more}
-    return render.page(request, view, "audit.html.j2", **values, tenants=await view.control(accounts.tenants, view))
+    return render.page(
+        request,
+        view,
+        "audit.html.j2",
+        **values,
+        tenants=await view.control(accounts.tenants, view, request.state.caller),
+    )
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
