@@ -128,6 +128,8 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
     "playground-phone": ("/playground", playing, True, False),
     "experiment": ("/experiments/news/1", settled, False, False),
     "store": ("/store", checked, False, False),
+    "usage": ("/store/usage", settled, False, False),
+    "tokens": ("/store/tokens", nothing, False, False),
     "sign-in": ("SIGN-IN", nothing, False, False),
 }
 

@@ -15,8 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from browser import Browser, Page, browser
 from server.conftest import SEEDS, Running
+from server.console_forms import PAGES
 from server.console_pictures import PICTURES, WORDS, differences, words_of
 from server.echo import FINGERPRINT, LABELS, Echo
 from simulated_comparison import made
@@ -132,6 +134,51 @@ def step(number: int) -> StepRecord:
     metrics = {"accuracy": 0.5 + number / 100, "loss": 1.0} if number % 10 == 0 else None
     split = "test" if metrics else None
     return StepRecord(number, 40, number / 20, 2 / number, 1e-3, 1.0, 8, 500, 0.1, 5e3, 10**8, metrics, split)
+
+
+# --- every page -------------------------------------------------------------------------------------------------------
+
+EVERY = (
+    *PAGES,
+    *("/adapters/news", "/adapters/news/1", "/adapters/news/move/promote?version=1", "/experiments/news/1"),
+    *("/comparisons/news-0123456789", "/experiments/news/1/do/ramp", "/adapters/none"),
+)
+
+
+@pytest.mark.parametrize("phone", [False, True], ids=["desktop, light", "phone, dark"])
+def test_axe_finds_nothing_on_any_page_and_none_is_wider_than_the_screen(opened: Open, phone: bool) -> None:
+    page = opened("/", phone=phone, color_scheme="dark" if phone else "light", expected=("status of 404",))
+    for path in EVERY:
+        page.goto(page.url.partition("/")[0] + "//" + urlsplit(page.url).netloc + path)
+        found = Axe().run(page)
+        assert found.violations_count == 0, f"{path}: {found.generate_report()}"
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
+
+
+def test_a_token_is_made_rotated_and_revoked_by_keyboard_and_mouse(opened: Open) -> None:
+    page = opened("/store")
+    page.get_by_role("link", name="Tokens").click()
+    page.get_by_label("Name").fill("team")
+    page.get_by_label("admin: everything of its tenant").check()
+    page.get_by_label("Lives for").fill("1d")
+    page.keyboard.press("Enter")
+    secret = page.locator(".done code").inner_text()
+    assert secret.startswith("turret-")
+    page.goto(urlsplit(page.url)._replace(path="/sign-in", query="").geturl())
+    page.get_by_label("Token").fill(secret)
+    page.keyboard.press("Enter")
+    page.get_by_role("link", name="Store").click()
+    page.get_by_role("link", name="Tokens").click()
+    page.get_by_role("link", name="New secret… of team").click()
+    page.get_by_role("button", name="New secret").click()
+    assert page.locator(".done code").inner_text() != secret
+    page.get_by_role("link", name="Audit log").click()
+    assert page.locator("tbody tr").count() >= 2
+    page.get_by_role("link", name="Tokens").click()
+    page.get_by_role("link", name="Revoke… of team").click()
+    page.locator("dialog").get_by_text("It is the token that you are signed in with.").wait_for()
+    page.get_by_role("button", name="Revoke").click()
+    page.get_by_label("Token").wait_for()  # it has ended the session
 
 
 # --- a path through each page ----------------------------------------------------------------------------------------

@@ -136,11 +136,11 @@ def test_several_bases_tell_a_stranger_no_more_than_one(serve, workspace, owner,
 
 def nothing_is_told(start: Callable[[], Any], workspace: Workspace, owner: Workspace) -> None:
     """By any route, no stranger can tell what the owner has from what nobody has; the owner can."""
-    _, secret = owner.tokens.create("zebra-owner", ALL)
+    _, secret = owner.tokens.create("zebra-boss", ALL)
     running = start()
     here, nowhere = two_names(running, owner, secret)
     app = routes(running.served)
-    secrets = [HERE, "zebra-owner", here["run_id"], *(each.digest for each in owner.list())]
+    secrets = [HERE, "zebra-boss", here["run_id"], *(each.digest for each in owner.list())]
     for kind, stranger in strangers(running, workspace).items():
         foreign = here | ({"tenant": nowhere["tenant"]} if kind in ("adapters", "bases") else {})  # they know their own
         assert walk.differences(app, stranger, foreign, nowhere) == [], kind
@@ -170,7 +170,7 @@ def test_a_route_that_leaks_is_found(serve, workspace, owner, monkeypatch) -> No
         return [str(each) for each in view.services.tenant("owner").workspace.list()]
 
     monkeypatch.setattr(server_app, "ROUTERS", (*server_app.ROUTERS, leaky))
-    _, secret = owner.tokens.create("zebra-owner", ALL)
+    _, secret = owner.tokens.create("zebra-boss", ALL)
     running = serve()
     here, nowhere = two_names(running, owner, secret)
     stranger = opened(running, workspace.tokens.create("t", ALL)[1])
