@@ -28,7 +28,7 @@ def create(
         list[str],
         typer.Option(
             "--scope",
-            help="infer (ask), admin (everything of the tenant), metrics (/metrics alone), or, beside admin, operate "
+            help="infer (ask), admin (everything of the tenant), metrics (/metrics alone), or, together with admin, operate "
             "(tokens and usage of all tenants); repeatable.",
         ),
     ] = ["infer"],  # noqa: B006
