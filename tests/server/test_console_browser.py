@@ -21,6 +21,7 @@ from server.conftest import SEEDS, Running
 from server.console_forms import PAGES
 from server.console_pictures import PICTURES, WORDS, differences, words_of
 from server.echo import FINGERPRINT, LABELS, Echo
+from server.test_playground import TOOLS, real
 from simulated_comparison import made
 from store.bundles import tensors, write_bundle
 
@@ -33,6 +34,7 @@ from turret.workspace import Workspace
 
 PHONE = {"width": 360, "height": 760}
 Open = Callable[..., Page]
+__all__ = ["real"]  # a fixture
 
 
 def filled(folder: Path) -> Workspace:
@@ -291,15 +293,83 @@ def test_one_text_goes_to_several_versions_side_by_side(opened: Open, running: R
 
 
 def test_a_text_that_cannot_be_asked_is_told_in_place(opened: Open) -> None:
-    page = opened("/playground?model=none@1", expected=("status of 404",))
+    page = opened("/playground?model=none@1")
     page.evaluate("document.querySelectorAll('[name=model]').forEach((each) => (each.checked = each.value == 'echo'))")
     page.evaluate("document.querySelector('[name=model]:checked').value = 'none@1'")
     page.get_by_label("Text").fill("x")
-    with page.expect_response(lambda response: response.url.endswith("/playground/stream")) as answered:
-        page.get_by_role("button", name="Ask").click()
-    assert answered.value.status == 404
+    page.get_by_role("button", name="Ask").click()
     page.locator(".panel [role=alert]").wait_for()
     assert "no adapter named" in page.locator(".panel [role=alert]").inner_text()
+
+
+def faults(page: Page) -> list[str]:
+    """What axe-core finds, and whether the page is wider than the screen."""
+    found = Axe().run(page).response["violations"]
+    lines = [f"{each['id']}: {node['html'][:200]}" for each in found for node in each["nodes"]]
+    fits = page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    return lines if fits else [*lines, "wider than the screen"]
+
+
+@pytest.mark.slow
+def test_a_chat_goes_on_and_a_link_and_the_history_bring_it_back(opened: Open, real: Running) -> None:
+    """With a decoder that answers. In the dark, then on a phone."""
+    permissions = ["clipboard-read", "clipboard-write"]
+    page = opened(
+        "/playground?as=chat&model=a@1&model=base", url=real.url, permissions=permissions, color_scheme="dark"
+    )
+    page.set_default_timeout(120_000)
+    page.get_by_text("Settings of generated texts").click()
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Show the probability").check()
+    page.get_by_label("Your turn").fill("one two")
+    page.get_by_label("Your turn").press("Control+Enter")
+    page.locator(".panel .receipt").nth(1).wait_for()
+    assert page.locator(".panel output.written").first.locator(".token[title*='%']").count() > 9
+    assert faults(page) == []
+    assert page.get_by_label("Your turn").input_value() == ""
+    page.get_by_label("Your turn").fill("three")
+    page.get_by_role("button", name="Send").press("Enter")
+    page.locator(".panel .turn").nth(5).wait_for()
+    page.locator(".panel .receipt").nth(1).wait_for()
+    page.get_by_label("Your turn").fill("four")
+    page.get_by_role("button", name="Copy a link").click()
+    page.get_by_role("button", name="Copied").wait_for()
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert "seed=7" in link
+    assert "form_token" not in link
+    assert "?as=chat#" in link, "no server sees what stands behind it"
+    page.locator(".panel details").first.get_by_text("As code").click()
+    page.get_by_role("button", name="Copy", exact=True).first.click()
+    page.get_by_role("button", name="Copied").nth(1).wait_for()
+    assert "/v1/chat/completions" in page.evaluate("navigator.clipboard.readText()")
+    page.goto("about:blank")
+    page.set_viewport_size(PHONE)
+    page.goto(link)
+    page.locator(".panel .turn").nth(7).wait_for()
+    assert (page.get_by_label("Your turn").input_value(), page.get_by_label("Seed").input_value()) == ("four", "7")
+    assert page.locator("[data-stream]").count() == 0, "a link asks nothing"
+    page.get_by_text("Asked before").click()
+    page.get_by_text("Tools").click()
+    assert faults(page) == []
+    assert page.locator("[data-history] a").all_inner_texts() == ["three", "one two"]
+    page.get_by_role("link", name="one two").click()
+    page.wait_for_function("document.getElementById('text').value === 'one two'")
+    page.goto(f"{real.url}/playground?as=chat&model=base")
+    page.get_by_text("Tools").click()
+    page.get_by_label("Definitions").fill(json.dumps(TOOLS))
+    page.get_by_label("Call one").select_option("required")
+    page.get_by_label("Your turn").fill("how is it?")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_label("Result of weather").fill("mild")
+    assert faults(page) == []
+    page.get_by_label("Call one").select_option("none")
+    page.get_by_role("button", name="Send the result").click()
+    page.locator(".turn.tool").wait_for()
+    page.locator(".panel .receipt").wait_for()
+    page.get_by_text("Asked before").click()
+    page.get_by_role("button", name="Clear the history").click()
+    assert page.evaluate("localStorage.length") == 0
+    assert not page.locator("[data-history]").is_visible()
 
 
 def test_an_experiment_is_read_ramped_and_ended(opened: Open, running: Running) -> None:

@@ -152,7 +152,7 @@ def nothing_is_told(start: Callable[[], Any], workspace: Workspace, owner: Works
     no_such_verb = {f"GET /adapters/{HERE}/move/{verb}" for verb in ("ramp", "stop")}
     lists = {"GET /v1/files", "GET /v1/batches"}  # after an id that is not one
     assert naming - told - lists == no_such_verb | {
-        "POST /store/verify", "POST /store/gc", "POST /playground",
+        "POST /store/verify", "POST /store/gc",
         "POST /v1/systemone",  # the walk cannot make criteria that its type of question takes: `/v1/decisions` tells
     }  # fmt: skip
     assert len(naming) > 40

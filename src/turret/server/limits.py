@@ -310,7 +310,7 @@ class LimitMiddleware:
             await send_error(error, scope, receive, send, close=True)
             return
         if content is not None:  # None: the client has disconnected
-            await self.app(scope, _replayed(content, receive), send)
+            await self.app(scope, replayed(content, receive), send)
 
 
 TAKE_BODIES = ("POST", "PUT", "PATCH", "DELETE")
@@ -423,7 +423,7 @@ def _counted(receive: Receive, limits: RequestLimits) -> Receive:
     return counted
 
 
-def _replayed(content: bytes, receive: Receive) -> Receive:
+def replayed(content: bytes, receive: Receive) -> Receive:
     """The body as one message, then the messages that follow it, such as a disconnect."""
     replayed = False
 

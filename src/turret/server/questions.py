@@ -20,6 +20,7 @@ from turret.access import DEFAULT
 from turret.data import Prompt, TextPair
 from turret.engine import Done, Event, Failed, Piece, Receipt, SamplingParams
 from turret.errors import Cancelled, DeadlineExceeded, Disconnected, NotFound, TurretError
+from turret.json_types import JsonMapping
 from turret.server.auth import Caller
 from turret.server.engine_protocol import Answer, Input, TicketProtocol
 from turret.server.live_promises import Covered
@@ -585,6 +586,11 @@ def _ticket(
         # The version in force was deleted before the next poll: the store knows what the alias means.
         named = view.aliases.with_alias(model)
         return view.engines.submit(kind, text, named, options, priority=priority, deadline=seconds)
+
+
+def scores_pairs(task: JsonMapping) -> bool:
+    """Whether a version of this task reads two texts together and answers with a number. task: as in a manifest."""
+    return bool(task.get("pairs")) and not task.get("labels")
 
 
 def now() -> int:

@@ -1,4 +1,7 @@
-"""What all routes share: the server as its caller sees it, units, strict JSON bodies, schemas of errors."""
+"""What all routes share: the server as its caller sees it, units, strict JSON bodies, schemas of errors.
+
+Also asks a route in this process, for batches and for pages.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from pydantic_core import from_json
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.access import OPERATOR
 from turret.errors import TooLarge
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.server import services
-from turret.server.limits import MOST_UNIT, RequestLimits
+from turret.server.limits import MOST_UNIT, RequestLimits, replayed
 from turret.server.schemas import Error
 
 # --- bodies -----------------------------------------------------------------------------------------------------------
@@ -175,3 +179,41 @@ def router(scope: str) -> APIRouter:
     return APIRouter(
         route_class=StrictRoute, responses=ERRORS, tags=[scope], dependencies=[Security(_BEARER)] if scope else []
     )
+
+
+# --- asking a route in this process -----------------------------------------------------------------------------------
+
+
+async def pass_to_route(app: ASGIApp, path: str, body: bytes, state: JsonMapping, receive: Receive, send: Send) -> None:
+    """Send a JSON body to a route of the API, as the caller in `state`. receive: gives what follows the body."""
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "client": None,
+        "server": None,
+        "headers": [(b"content-type", b"application/json")],
+        "state": state,
+    }
+    await app(scope, replayed(body, receive), send)
+
+
+async def answer_of_route(
+    app: ASGIApp, path: str, body: bytes, state: JsonMapping, receive: Receive
+) -> tuple[int, dict[str, str], bytes]:
+    """The status, headers and body of the answer, as of `pass_to_route`."""
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await pass_to_route(app, path, body, state, receive, send)
+    start = sent[0]
+    headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in start["headers"]}
+    return int(start["status"]), headers, b"".join(each.get("body", b"") for each in sent[1:])

@@ -1,101 +1,132 @@
-"""The playground: one text to several versions, with the time and the receipt of each answer.
+"""The playground: what a person asks several versions, as requests to the routes of the API.
 
-Versions are asked by number, so no experiment counts these requests.
+The form becomes a `Question` for each version. The question is sent to its route and shown as code, so the page, the
+line for a shell and the Python ask the same. Versions are asked by number, so no experiment counts these requests.
 """
 
 from __future__ import annotations
 
-from fastapi import Request, Response
+import asyncio
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
-from turret.errors import BadRequest
-from turret.json_types import JsonObject
+from fastapi import Request, Response
+from pydantic import Field, ValidationError
+from pydantic_core import from_json
+from starlette.types import Message, Receive, Scope, Send
+
+from turret.errors import BadRequest, NotFound, TurretError
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods import method_named
-from turret.server import generation
-from turret.server.console import render
-from turret.server.console.forms import Form, Sent, pages
-from turret.server.limits import MOST_TEXT, MOST_TOKENS
-from turret.server.questions import ask
-from turret.server.routes import View
-from turret.server.schemas import Generation
+from turret.server.console import render, snippets
+from turret.server.console.forms import TOKEN, Form, Sent, pages
+from turret.server.console.snippets import QUESTIONS, Question, Snippet
+from turret.server.error_responses import error_response
+from turret.server.limits import MOST_MESSAGES, MOST_TEXT, MOST_TOKENS
+from turret.server.questions import scores_pairs
+from turret.server.routes import View, answer_of_route, check_counts, pass_to_route
+from turret.server.schemas import Model
 from turret.store import Version
 from turret.tasks import stored_task
+from turret.tasks.task import RequestKind
 
 router = pages()
 MOST = 6  # versions in one question
 SHOWN = 200  # versions to choose from
-OUT_OF_RANGE = f"expected 1 to {MOST_TOKENS} tokens, and a temperature from 0 to 2"
+MOST_CODE = 16 << 10  # bytes of a request that is also shown as code
+ALTERNATIVES = 3  # to each token, where probabilities are shown
+MODES = {"text": "One input", "chat": "Chat"}
 
 
-@router.get("/playground")
-async def show(request: Request, view: View) -> Response:
-    """The form, with the versions to choose from."""
-    versions = await _versions(view)
-    default = [str(each) for each in versions if each.aliases][:2] or [str(each) for each in versions[:1]]
-    chosen = request.query_params.getlist("model") or default
-    generating = {each.part("base").get("fingerprint") for each in versions if _generates(each)}
-    writing = [each.name for each in view.engines.bases if each.fingerprint in generating]
-    values = {"versions": versions[:SHOWN], "chosen": chosen, "writing": writing, "most": MOST}
-    return render.page(request, view, "playground.html.j2", **values)
+# --- what the form says -----------------------------------------------------------------------------------------------
 
 
-@router.post("/playground")
-async def panels(request: Request, view: View, form: Sent) -> Response:
-    """A panel for each version. Each panel then sends its own request."""
-    text, models = _text(form), form.all("model")
-    if not 1 <= len(models) <= MOST:
-        raise BadRequest(f"{len(models)} versions are chosen: expected 1 to {MOST}")
-    known = {str(each): each for each in await _versions(view)}
-    generates = {model: model not in known or _generates(known[model]) for model in models}  # else it is the base
-    settings = {"text": text, "max_tokens": form.text("max_tokens"), "temperature": form.text("temperature")}
-    return render.page(
-        request, view, "playground_answers.html.j2", models=models, generates=generates, settings=settings
-    )
+@dataclass(frozen=True)
+class Number:
+    """A setting of a generation: its key in the API, and its field. The API checks it."""
+
+    key: str
+    label: str
+    low: float
+    high: float
+    usual: str = ""
 
 
-@router.post("/playground/answer")
-async def answer(request: Request, view: View, form: Sent) -> Response:
-    """One classification, with its time and the time of its load."""
-    model = form.text("model")
-    loading = await _load(view, model)
-    started = view.services.clock()
-    async with ask(view, request, "classify", model, [_text(form)]) as pending:
-        (found,) = await pending.all()
-    seconds = view.services.clock() - started
-    values = {"answer": found, "pending": pending, "seconds": seconds, "loading": loading, "model": model}
-    return render.page(request, view, "answer.html.j2", **values)
+NUMBERS = (
+    Number("max_tokens", "Most tokens", 1, MOST_TOKENS, "80"),
+    Number("temperature", "Temperature", 0, 2, "0"),
+    Number("top_p", "Top p", 0, 1),
+    Number("top_k", "Top k", 1, 100_000),
+    Number("repetition_penalty", "Repetition penalty", 0.1, 10),
+    Number("presence_penalty", "Presence penalty", -2, 2),
+    Number("frequency_penalty", "Frequency penalty", -2, 2),
+    Number("num_beams", "Beams", 1, 16),
+    Number("seed", "Seed", 1 - (1 << 53), (1 << 53) - 1),
+)
 
 
-@router.post("/playground/stream")
-async def stream(request: Request, view: View, form: Sent) -> Response:
-    """One generation, streamed as by `/v1/completions`, with the time of its load in a header."""
-    text, body, max_tokens = _text(form), _request(form), _max_tokens(form)
-    loading = await _load(view, body.model)
-    options = generation.generation_options(view, body, max_tokens, 1, strip=False)
-    response = await generation.stream(view, request, body, [text], options, None, generation.CompletionChunks())
-    if loading is not None:
-        response.headers["turret-load-seconds"] = f"{loading:.6f}"
-    return response
+class CalledFunction(Model):
+    name: str
+    arguments: str
 
 
-def _request(form: Form) -> Generation:
-    values: JsonObject = {"model": form.text("model"), "stream": True, "truncate_prompt_tokens": -1}
-    try:
-        if temperature := form.text("temperature"):
-            values["temperature"] = float(temperature)
-        return Generation.model_validate({**values, "stream_options": {"include_usage": True}})
-    except ValueError:
-        raise BadRequest(OUT_OF_RANGE) from None
+class Call(Model):
+    """A call of a tool."""
+
+    id: Annotated[str, Field(max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
-def _max_tokens(form: Form) -> int | None:
-    text = form.text("max_tokens")
-    try:
-        tokens = int(text) if text else None
-    except ValueError:
-        raise BadRequest(OUT_OF_RANGE) from None
-    if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
-        raise BadRequest(OUT_OF_RANGE)
-    return tokens
+class Turn(Model):
+    """A turn of a conversation."""
+
+    role: Literal["user", "assistant", "tool"]
+    content: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+
+class Thread(Model):
+    """The conversation with one model, without the system's turn."""
+
+    model: str
+    messages: Annotated[list[Turn], Field(max_length=MOST_MESSAGES)] = Field(default_factory=list)
+
+    @property
+    def open_calls(self) -> list[Call]:
+        """The calls whose results come next."""
+        return (self.messages[-1].tool_calls or []) if self.messages else []
+
+    def written(self) -> str:
+        return self.model_dump_json(exclude_none=True)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a model answers. scores: two texts, with a number."""
+
+    request: RequestKind
+    pairs: bool = False
+    scores: bool = False
+
+    @classmethod
+    def of(cls, task: JsonMapping) -> Kind:
+        """That of a task, as in a manifest."""
+        return cls(stored_task(task).request, bool(task.get("pairs")), scores_pairs(task))
+
+
+def _mode(form: Form) -> str:
+    return form.text("as") or "text"
+
+
+def _model(form: Form) -> str:
+    if not form.text("model"):
+        raise BadRequest("no version is chosen: choose one")
+    return form.text("model")
 
 
 def _text(form: Form) -> str:
@@ -103,6 +134,257 @@ def _text(form: Form) -> str:
     if not text.strip() or len(text) > MOST_TEXT:
         raise BadRequest(f"the text has {len(text)} characters: expected 1 to {MOST_TEXT}")
     return text
+
+
+def _lines(form: Form, name: str) -> list[str]:
+    return [line for line in form.raw(name).splitlines() if line.strip()]
+
+
+def _number(name: str, text: str) -> int | float:
+    for kind in (int, float):
+        try:
+            return kind(text[:40])
+        except ValueError:
+            continue
+    raise BadRequest(f"{name}: {ascii(text)[:40]} is no number")
+
+
+def _json(view: View, form: Form, name: str) -> JsonValue:
+    """A field of JSON; None if it is empty."""
+    text = form.text(name)
+    if not text:
+        return None
+    check_counts(text.encode("utf-8", "replace"), view.services.limits)
+    try:
+        return from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadRequest(f"{name}: not JSON: {error}") from None
+
+
+def _settings(view: View, form: Form) -> JsonObject:
+    """The settings of a generation that are filled in, as the API takes them."""
+    found: JsonObject = {each.key: _number(each.label, text) for each in NUMBERS if (text := form.text(each.key))}
+    if stops := _lines(form, "stop"):
+        found["stop"] = stops
+    if (schema := _json(view, form, "schema")) is not None:
+        found["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    if (bias := _json(view, form, "logit_bias")) is not None:
+        found["logit_bias"] = bias
+    return found
+
+
+def _thread(form: Form, model: str) -> tuple[Thread, list[Turn]]:
+    """The conversation with a model so far, and the turns that the form adds: results of tools, and what is said."""
+    earlier = Thread(model=model)
+    for text in filter(None, form.all("thread")):
+        try:
+            found = Thread.model_validate_json(text)
+        except ValidationError:
+            raise BadRequest("the conversation cannot be read: reload the page and begin again") from None
+        if found.model == model:
+            earlier = found
+    added: list[Turn] = []
+    results = {call.id: form.raw(f"result:{call.id}") for call in earlier.open_calls}
+    if any(map(str.strip, results.values())):
+        added += [Turn(role="tool", content=text, tool_call_id=id) for id, text in results.items()]
+    if form.text("text") or not earlier.messages:
+        added.append(Turn(role="user", content=_text(form)))
+    return earlier, added
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def _question(view: View, form: Form, model: str, kind: Kind) -> Question:
+    """The request that the form means for a model."""
+    if _mode(form) == "chat":
+        return _chat(view, form, model)
+    if kind.request == "generate":
+        return _completion(view, form, model)
+    text, second = _text(form), form.raw("second").replace("\r\n", "\n")
+    if kind.scores or (kind.request == "embed" and second.strip()):
+        documents = _lines(form, "second")
+        if not documents:
+            raise BadRequest("this version gives two texts a number: fill in the second input")
+        return Question("rerank", {"model": model, "query": text, "documents": documents}, None, 'answer["results"]')
+    usual = QUESTIONS[kind.request]
+    asked = {"text": text, "text_pair": second} if kind.pairs and second.strip() else text
+    return replace(usual, body={"model": model, "input": asked})
+
+
+def _completion(view: View, form: Form, model: str) -> Question:
+    body = {"model": model, "prompt": _text(form), **_settings(view, form)}
+    return replace(QUESTIONS["generate"], body=body | ({"logprobs": ALTERNATIVES} if form.text("logprobs") else {}))
+
+
+def _chat(view: View, form: Form, model: str) -> Question:
+    earlier, added = _thread(form, model)
+    system = [{"role": "system", "content": form.raw("system")}] if form.text("system") else []
+    messages = [*system, *(turn.model_dump(exclude_none=True) for turn in (*earlier.messages, *added))]
+    body: JsonObject = {"model": model, "messages": messages, **_settings(view, form)}
+    if form.text("logprobs"):
+        body |= {"logprobs": True, "top_logprobs": ALTERNATIVES}
+    if (tools := _json(view, form, "tools")) is not None:
+        body |= {"tools": tools, "tool_choice": form.text("tool_choice") or "auto"}
+    said = "answer.choices[0].message" if tools else "answer.choices[0].message.content"
+    return Question("chat/completions", body, "chat.completions.create", said)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer with its probability, and the likely ones at its place."""
+
+    text: str
+    share: float
+    likely: str
+
+    @classmethod
+    def of(cls, text: str, logprob: float, likely: Iterable[tuple[str, float]]) -> Token:
+        """A token with logprobs."""
+        shares = (f"{ascii(each)[1:-1]} {math.exp(value):.0%}" for each, value in likely)
+        return cls(text, math.exp(logprob), ", ".join(shares))
+
+    @property
+    def level(self) -> int:
+        """From 0, surprising, to 4."""
+        return min(4, int(5 * self.share))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answer of a route, as the API gives it. loading: seconds that a load took, if it was needed."""
+
+    question: Question
+    status: int
+    found: JsonMapping
+    headers: Mapping[str, str]
+    seconds: float
+    loading: float | None
+
+    @property
+    def problem(self) -> str | None:
+        return str(self.found["error"]["message"]) if self.status >= 400 else None
+
+    @property
+    def version(self) -> str:
+        name = self.headers.get("turret-adapter")
+        return f"{name}@{self.headers['turret-version']}" if name else str(self.question.body["model"])
+
+    @property
+    def turn(self) -> Turn | None:
+        """The assistant's next turn, of a chat."""
+        if "messages" not in self.question.body or self.problem:
+            return None
+        said = self.found["choices"][0]["message"]
+        return Turn.model_validate({key: said.get(key) for key in ("role", "content", "tool_calls")})
+
+    @property
+    def tokens(self) -> list[Token]:
+        """Of a generated text, if probabilities were asked for."""
+        given = self.found["choices"][0].get("logprobs") or {}
+        if "content" in given:
+            return [
+                Token.of(each["token"], each["logprob"], ((o["token"], o["logprob"]) for o in each["top_logprobs"]))
+                for each in given["content"]
+            ]
+        columns = (given.get(key, ()) for key in ("tokens", "token_logprobs", "top_logprobs"))
+        return [Token.of(text, own, others.items()) for text, own, others in zip(*columns, strict=True)]
+
+    @property
+    def marked(self) -> list[tuple[str, str]]:
+        """The text in parts, each with its label; "" without one."""
+        text, parts, end = self.question.body["input"], list[tuple[str, str]](), 0
+        for span in self.found["data"][0]["spans"]:
+            parts += [(text[end : span["start"]], ""), (text[span["start"] : span["end"]], span["label"])]
+            end = span["end"]
+        return [*parts, (text[end:], "")]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one model was asked, and its place for the answer.
+
+    Args:
+        thread: the conversation as the next turn continues it; None outside chats.
+        turns: of that conversation, with those that are asked now.
+        route: of the page, that answers `fields`; empty if nothing is asked.
+    """
+
+    model: str
+    thread: Thread | None = None
+    turns: Sequence[Turn] = ()
+    route: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    snippets: Sequence[Snippet] = ()
+    answered: Answered | None = None
+    problem: str | None = None
+
+
+async def _panel(request: Request, view: View, form: Form, model: str, kind: Kind | TurretError) -> Panel:
+    """The panel of one model. Without scripts it is answered at once."""
+    try:
+        if isinstance(kind, TurretError):
+            raise kind
+        found, asked = await view.parsing(_planned, request, view, form, model, kind)
+        if asked is None or not found.route or render.is_htmx(request):
+            return found
+        answered = await _answer(request, view, asked, dict(request.scope["state"]))
+    except TurretError as error:
+        return Panel(model, problem=str(error_response(error).body["error"]["message"]))
+    if (turn := answered.turn) is not None:
+        thread = Thread(model=model, messages=[*found.turns, turn])
+        found = replace(found, thread=thread)
+    return replace(found, answered=answered, problem=answered.problem)
+
+
+def _planned(request: Request, view: View, form: Form, model: str, kind: Kind) -> tuple[Panel, Question | None]:
+    """The panel before the answer, and the question; None if a conversation is only shown."""
+    left_out = (TOKEN, "thread", "code", "model")
+    fields = {name: form.raw(name) for name in form.names if name not in left_out and ":" not in name}
+    fields["model"] = model
+    found = Panel(model, route="stream" if kind.request == "generate" else "answer", fields=fields)
+    if _mode(form) == "chat":
+        earlier, added = _thread(form, model)
+        turns = [*earlier.messages, *added]
+        fields |= {"text": "", "thread": Thread(model=model, messages=turns).written()}
+        found = replace(found, thread=earlier, turns=turns)
+        if not added and turns[-1].role == "assistant":
+            return replace(found, route=""), None
+    question = _question(view, form, model, kind)
+    if len(json.dumps(question.body)) <= MOST_CODE:
+        found = replace(found, snippets=snippets.of_question(request, view, question))
+    return (replace(found, route="") if form.text("code") else found), question
+
+
+async def _answer(request: Request, view: View, question: Question, state: JsonMapping) -> Answered:
+    """Ask the question's route. state: of the request that the route sees; a quota counts each of them once."""
+    loading = await _load(view, str(question.body["model"]))
+    started, content = view.services.clock(), json.dumps(question.body).encode()
+    path = f"/v1/{question.route}"
+    status, headers, body = await answer_of_route(request.app, path, content, state, request.receive)
+    return Answered(question, status, json.loads(body), headers, view.services.clock() - started, loading)
+
+
+class Streamed(Response):
+    """The stream of a route of the API, passed on as it comes, with the time of the load in a header."""
+
+    def __init__(self, request: Request, question: Question, loading: float | None) -> None:
+        super().__init__()
+        self._app, self._question, self._loading = request.app, question, loading
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._loading is not None:
+                header = (b"turret-load-seconds", f"{self._loading:.6f}".encode())
+                message = {**message, "headers": [*message["headers"], header]}
+            await send(message)
+
+        body = self._question.body | {"stream": True, "stream_options": {"include_usage": True}}
+        path = f"/v1/{self._question.route}"
+        await pass_to_route(self._app, path, json.dumps(body).encode(), scope["state"], receive, send_on)
 
 
 async def _load(view: View, model: str) -> float | None:
@@ -117,20 +399,107 @@ async def _load(view: View, model: str) -> float | None:
     return view.services.clock() - started
 
 
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+@router.get("/playground")
+async def show(request: Request, view: View) -> Response:
+    """The form, with the versions to choose from."""
+    query = request.query_params
+    return await _page(request, view, Form({key: query.getlist(key) for key in ("as", "model") if key in query}))
+
+
+@router.post("/playground")
+async def ask(request: Request, view: View, form: Sent) -> Response:
+    """A panel for each version. With scripts each panel then sends its own request; without, all are answered here."""
+    models = form.all("model")
+    if not 1 <= len(models) <= MOST:
+        raise BadRequest(f"{len(models)} versions are chosen: expected 1 to {MOST}")
+    kinds = await view.control(_kinds, view, models)
+    found = await asyncio.gather(*(_panel(request, view, form, *each) for each in zip(models, kinds, strict=True)))
+    if render.is_htmx(request):
+        return render.page(request, view, "playground_answers.html.j2", panels=found)
+    return await _page(request, view, form, found)
+
+
+@router.post("/playground/answer")
+async def answer(request: Request, view: View, form: Sent) -> Response:
+    """One answer, with its time and the time of its load."""
+    model = _model(form)
+    (kind,) = await view.control(_kinds, view, [model])
+    if isinstance(kind, TurretError):
+        raise kind
+    question = await view.parsing(_question, view, form, model, kind)
+    found = await _answer(request, view, question, request.scope["state"])
+    if found.problem:
+        return Response(json.dumps(found.found), found.status, media_type="application/json")
+    return render.page(request, view, "answer.html.j2", each=found)
+
+
+@router.post("/playground/stream")
+async def stream(request: Request, view: View, form: Sent) -> Response:
+    """One generation, streamed by its route, with the time of its load in a header."""
+    model = _model(form)
+    question = await view.parsing(_question, view, form, model, Kind("generate"))
+    return Streamed(request, question, await _load(view, model))
+
+
+async def _page(request: Request, view: View, form: Form, panels: Sequence[Panel] = ()) -> Response:
+    mode = _mode(form)
+    if mode not in MODES:
+        raise NotFound(f"no such playground: expected {' or '.join(MODES)}")
+    every = [(each, Kind.of(each.part("task"))) for each in await _versions(view)]
+    bases = [(each.name, _kind_of_base(view, each.name)) for each in view.engines.askable]
+    versions = [(each, kind) for each, kind in every if mode != "chat" or kind.request == "generate"]
+    named = [str(each) for each, _ in versions if each.aliases][:2] or [str(each) for each, _ in versions[:1]]
+    bare = [name for name, kind in bases if mode != "chat" or kind.request == "generate"]
+    kinds = [kind for _, kind in (*versions, *bases)]
+    answered = any(each.answered for each in panels)
+    values = {
+        "mode": mode,
+        "modes": MODES,
+        "stored": bool(every),
+        "versions": [each for each, _ in versions[:SHOWN]],
+        "bare": bare,
+        "chosen": form.all("model") or named or bare[:1],
+        "most": MOST,
+        "numbers": NUMBERS,
+        "generating": any(each.request == "generate" for each in kinds),
+        "two": any(each.pairs or each.request == "embed" for each in kinds),
+        "filled": {name: form.raw(name) for name in form.names} | ({"text": ""} if answered and mode == "chat" else {}),
+        "panels": panels,
+    }
+    return render.page(request, view, "playground.html.j2", **values)
+
+
+def _kinds(view: View, models: Sequence[str]) -> list[Kind | TurretError]:
+    """How each model answers, or why it cannot. Reads the store."""
+    found: list[Kind | TurretError] = []
+    for model in models:
+        try:
+            bare = view.engines.is_base(model)
+            task = {} if bare else view.workspace.resolve(model).part("task")
+            found.append(_kind_of_base(view, model) if bare else Kind.of(task))
+        except NotFound as error:
+            found.append(view.missing_model(model, error))
+        except TurretError as error:
+            found.append(error)
+    return found
+
+
+def _kind_of_base(view: View, model: str) -> Kind:
+    heads = view.engines.base_of(model).engine.base.family.head_kinds
+    return Kind("generate" if "generate" in heads else "embed")
+
+
 async def _versions(view: View) -> list[Version]:
-    """The versions that the engine can load and that answer in words.
+    """The versions that the engine can load.
 
     Those with an alias are first, those of comparisons last, and the newest first among equals.
     """
     found = [
         each
         for each in await view.control(view.workspace.list)
-        if view.engines.is_on_base(each)
-        and method_named(each.part("method").get("kind")).mixes(each.part("method"))
-        and stored_task(each.part("task")).request != "embed"
+        if view.engines.is_on_base(each) and method_named(each.part("method").get("kind")).mixes(each.part("method"))
     ]
     return sorted(found, key=lambda each: (not each.aliases, each.comparison is not None, each.name, -each.number))
-
-
-def _generates(version: Version) -> bool:
-    return stored_task(version.part("task")).generates

@@ -46,6 +46,10 @@ QUESTIONS = {  # by request, with None where the input goes
 }
 
 
+SETTINGS = frozenset(("top_k", "repetition_penalty", "num_beams"))  # that no call of OpenAI's client has
+BEYOND = {"chat.completions.create": SETTINGS, "completions.create": SETTINGS | {"response_format"}}
+
+
 @dataclass(frozen=True)
 class Snippet:
     """Code with what a reader should know about it."""
@@ -80,9 +84,16 @@ def of_version(request: Request, view: View, version: str, manifest: JsonMapping
     code, words = exported_with_peft(manifest, FOLDER)
     export = f"turret export {version} {FOLDER} --store STORE"
     return [
+        *of_question(request, view, asked),
+        Snippet("PEFT, without a server", export if code is None else f"# first, in a shell: {export}\n{code}", words),
+    ]
+
+
+def of_question(request: Request, view: View, asked: Question) -> Sequence[Snippet]:
+    """A request for a shell, and for Python."""
+    return [
         Snippet("curl", curl(request, view, asked)),
         Snippet("Python, with the client of OpenAI", python(request, view, asked)),
-        Snippet("PEFT, without a server", export if code is None else f"# first, in a shell: {export}\n{code}", words),
     ]
 
 
@@ -105,8 +116,12 @@ def python(request: Request, view: View, asked: Question) -> str:
     if asked.call is None:
         lines.append(f'answer = client.post("/{asked.route}", body={asked.body!a}, cast_to=object)')
     else:
-        named = ", ".join(f"{name}={value!a}" for name, value in asked.body.items())
-        lines.append(f"answer = client.{asked.call}({named})")
+        beyond = BEYOND.get(asked.call, frozenset())
+        named = {name: value for name, value in asked.body.items() if name not in beyond}
+        if more := {name: value for name, value in asked.body.items() if name in beyond}:
+            named["extra_body"] = more
+        listed = ", ".join(f"{name}={value!a}" for name, value in named.items())
+        lines.append(f"answer = client.{asked.call}({listed})")
     return "\n".join([*lines, f"print({asked.answer})"])
 
 

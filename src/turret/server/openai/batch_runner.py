@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import Connection
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import ASGIApp, Message
 
 from turret.errors import BadRequest, Corrupt, LeaseLost, NotFound, StoreError, TooLarge, TurretError, shown
-from turret.server.auth import Caller
+from turret.server.routes import answer_of_route
 from turret.server.services import Services
 from turret.server.shadows import LOW_PRIORITY
 from turret.store import leases
@@ -230,47 +230,14 @@ class BatchRunner:
         caller = self._services.guard.caller_of(batch.owner)
         if caller is None:
             raise BadRequest("the token that made this batch is not valid any more: make the batch with another one")
-        status, headers, body = await self._ask(caller, batch.endpoint, line.body)
+        state = {"caller": caller, "priority": LOW_PRIORITY}
+        status, headers, body = await answer_of_route(self._routes, batch.endpoint, line.body, state, _nobody_leaves)
         if status in AGAIN:
             return float(headers.get("retry-after") or 1)
         # The body is one JSON value, which is not decoded here: it may be large.
         response = f'{{"status_code": {status}, "request_id": {json.dumps(headers.get("x-request-id"))}, "body": '
         response += body.decode().replace("\n", " ") + "}"
         return Answer(line.number, _encoded(line, response, "null"), status < 400)
-
-    async def _ask(self, caller: Caller, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """The status, headers and body of one answer."""
-        sent: list[Message] = []
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-
-        async def receive() -> Message:
-            for message in messages:
-                return message
-            await asyncio.Event().wait()  # nobody disconnects
-            raise AssertionError
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        scope: Scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "client": None,
-            "server": None,
-            "headers": [(b"content-type", b"application/json")],
-            "state": {"caller": caller, "priority": LOW_PRIORITY},
-        }
-        await self._routes(scope, receive, send)
-        start = sent[0]
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in start["headers"]}
-        return int(start["status"]), headers, b"".join(each.get("body", b"") for each in sent[1:])
 
     def _finish(self, batch: Batch, problem: str | None) -> None:
         """Put the answers and errors into files of the owner, and end the batch, in one transaction."""
@@ -291,6 +258,11 @@ class BatchRunner:
             new = [(f"{batch.id}_{name}.jsonl", f"batch_{name}", path) for name, path in written.items()]
             self._files.add_all(batch.owner, new, end)
         self._services.log.write("batch", batch=batch.id, state=state, lines=batch.done, failed=batch.failed)
+
+
+async def _nobody_leaves() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
 
 
 class Lines:

@@ -19,7 +19,7 @@ from turret.errors import BadRequest, TurretError
 from turret.families.family import Pooling
 from turret.server.engine_protocol import Answer, Input
 from turret.server.openai import embedding_schemas as schemas
-from turret.server.questions import PendingAnswers, ask, now, prompt_tokens
+from turret.server.questions import PendingAnswers, ask, now, prompt_tokens, scores_pairs
 from turret.server.routes import Unit, View, router
 from turret.tasks import Embedding
 
@@ -129,7 +129,7 @@ def _gives_numbers(view: View, model: str) -> bool:
         spec = view.workspace.resolve(model).part("task")
     except TurretError:  # several adapters, or none of that name: asking says it
         return False
-    return bool(spec.get("pairs")) and not spec.get("labels")
+    return scores_pairs(spec)
 
 
 def _usage(answers: Sequence[Answer]) -> schemas.EmbeddingUsage:
