@@ -82,7 +82,7 @@ from turret.postgres import Postgres
 from turret.sqlite import Sqlite
 
 OLDEST, SCHEMA = "0012", "0022"  # the first and the newest file in migrations/versions, as a test checks
-TRAINING, CELL, BATCH = "training", "cell", "batch"  # kinds of jobs
+TRAINING, CELL, STUDY, BATCH = "training", "cell", "study", "batch"  # kinds of jobs
 UPSERTED = 500  # rows of a statement
 ACCESS = "turret_access"  # the execution option of a connection with its `Access`
 

@@ -61,10 +61,14 @@ def seen_experiments(connection: Connection) -> ColumnElement[bool]:
     return experiments.c.id.in_(own.where(seen_adapters(connection)))
 
 
-def seen_runs(connection: Connection) -> ColumnElement[bool]:
-    """Trainings that may be seen, by the name that they train; with limited bases only if that has a version."""
+def seen_runs(connection: Connection, kind: str = TRAINING) -> ColumnElement[bool]:
+    """Trainings that may be seen, by the name that they train; with limited bases only if that has a version.
+
+    Args:
+        kind: of jobs; studies are seen by the same rule.
+    """
     access = access_of(connection)
-    own = and_(jobs.c.kind == TRAINING, jobs.c.tenant == access.tenant, _like(jobs.c.name, access.adapters))
+    own = and_(jobs.c.kind == kind, jobs.c.tenant == access.tenant, _like(jobs.c.name, access.adapters))
     if "*" in access.bases:
         return own
     return own & jobs.c.name.in_(select(adapters.c.name).where(seen_adapters(connection)))

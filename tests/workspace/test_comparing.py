@@ -25,6 +25,7 @@ from turret.store import Store
 from turret.workspace import Workspace
 from turret.workspace.comparing import ComparisonRequest, kept_files
 from turret.workspace.comparing.cells import CellRunner
+from turret.workspace.comparing.run_comparison import command_of
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 
@@ -138,7 +139,7 @@ def test_the_command_in_a_report_asks_for_the_same_again(tmp_path, changes) -> N
     from turret.cli.train import read_recipe
 
     recipe = recipe_in(tmp_path, **changes)
-    words = shlex.split(ComparisonRequest(methods="full,lora:r=4/8", seeds=3, margin=2.0).command(recipe))
+    words = shlex.split(command_of(ComparisonRequest(methods="full,lora:r=4/8", seeds=3, margin=2.0), recipe))
     given = {name: [v for n, v in itertools.pairwise(words) if n == name] for name in ("--base", "--name", "--seed")}
     sets = [value for name, value in itertools.pairwise(words) if name == "--set"]
     assert overrides(sets)

@@ -31,7 +31,7 @@ from uvicorn.server import ServerState as UvicornState
 
 from turret.errors import BadRequest, Busy, Draining, HeadersTooLarge, RequestError, ServeRefused, TooSlow, TurretError
 from turret.json_types import JsonObject
-from turret.server.admin import accounts, adapters, experiments, panels, runs
+from turret.server.admin import accounts, adapters, experiments, panels, runs, studies
 from turret.server.auth import AuthMiddleware, Guard, allow_origins
 from turret.server.console import adapters as adapter_pages
 from turret.server.console import comparisons, entry, operate, playground, render, system, train
@@ -108,6 +108,7 @@ ROUTERS = (
     accounts.control,
     panels.control,
     runs.control,
+    studies.control,
     experiments.control,
     experiments.outcomes,
     control,

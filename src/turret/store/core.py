@@ -310,12 +310,16 @@ class Store:
         with plain_errors(self._catalog):
             return [] if database is None else verifying.glance(database, self._blobs)
 
-    def diff(self, first: str, second: str) -> Difference:
-        """Compare two versions: manifests, metrics, and how far the weights of the second are from the first."""
+    def diff(self, first: str, second: str, *, weights: bool = True) -> Difference:
+        """Compare two versions: manifests, metrics, and how far the weights of the second are from the first.
+
+        Args:
+            weights: whether their files are read for that.
+        """
         from turret.store.difference import difference  # imports numpy
 
         a, b = self.resolve(first), self.resolve(second)
-        files_a, files_b = (self.files(each.reference) for each in (a, b))
+        files_a, files_b = (self.files(each.reference) if weights else {} for each in (a, b))
         return difference(a, b, files_a, files_b)
 
     # --- aliases ------------------------------------------------------------------------------------------------------

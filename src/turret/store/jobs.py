@@ -4,6 +4,8 @@ A job is a row of `jobs`, and its process holds the lease `jobs/<id>` (`turret.s
 
 - training: makes a version; see `turret.store.runs`
 - cell: a training or a measurement of a comparison, a control study or a sweep
+- study: conducts a comparison or a sweep: submits its cells, waits for them and judges them; see
+  `turret.workspace.studying`. What it has found so far is in its `result`
 - batch: requests of a client; see `turret.store.batches`
 
 A job with the time `queued` is from the queue: any worker that takes its kind may take it. Others belong to the process
@@ -50,7 +52,7 @@ from sqlalchemy import (
 )
 
 from turret import audit
-from turret.database import BATCH, CELL, TRAINING, Database, bytewise, jobs, metadata
+from turret.database import BATCH, CELL, STUDY, TRAINING, Database, bytewise, jobs, metadata
 from turret.errors import InUse, NotFound, QueueFull, RecipeError
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import leases
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from turret.store.core import Store
 
 WORK = (TRAINING, CELL)  # what a worker takes
+STUDY_ID = "study-"  # begins the id of a study
 TRIES = 3
 MOST_WAITING = 100  # of a tenant, unless its limit says otherwise
 MOST_PRIORITY = 100
@@ -180,10 +183,12 @@ class JobQueue:
         *,
         priority: int = 0,
         place: Callable[[Callable[[Connection], str]], str] | None = None,
+        study: JsonMapping | None = None,
     ) -> str:
         """Add a training, and return the id of its run.
 
         Args:
+            study: what it compares or searches, if it is a study.
             place: makes sure of the data, and calls its argument in a writing transaction, which adds the run.
 
         Raises:
@@ -193,11 +198,14 @@ class JobQueue:
             raise RecipeError(f"priority {priority}: expected {-MOST_PRIORITY} to {MOST_PRIORITY}; higher is earlier")
 
         def add(connection: Connection) -> str:
-            self._require_room(connection)
-            run = new_id()
-            add_job(connection, TRAINING, run, self._tenant, name=name, recipe=recipe_toml, priority=priority)
+            self._require_room(connection, WORK if study is None else (STUDY,))
+            run, kind, verb = new_id(), TRAINING, "train"
+            values: JsonObject = {"name": name, "recipe": recipe_toml, "priority": priority}
+            if study is not None:
+                run, kind, verb, values["spec"] = STUDY_ID + run, STUDY, str(study["verb"]), plain(study)
+            add_job(connection, kind, run, self._tenant, **values)
             after = {"run": run, "priority": priority}
-            audit.record(connection, "train", f"run {run}", name, after=after, at=now(), who=who())
+            audit.record(connection, verb, f"run {run}", name, after=after, at=now(), who=who())
             return run
 
         if place is not None:
@@ -273,8 +281,48 @@ class JobQueue:
             rows = connection.execute(chosen.where(jobs.c.id.in_(list(ids)))).mappings().all()
         return {row["id"]: dict(row) for row in rows}
 
+    def studies(self, most: int) -> list[JsonObject]:
+        """The newest studies, newest first, as `study` has them."""
+        with self._database.reading() as connection:
+            return self._studies(connection, most)
+
+    def study(self, id: str) -> JsonObject:
+        """A study: id, name, state, created, ended, error, who, recipe, spec, and `result`, which grows.
+
+        Raises:
+            NotFound: there is none of this id.
+        """
+        with self._database.reading() as connection:
+            found = self._studies(connection, 1, jobs.c.id == id)
+        if not found:
+            raise NotFound(f"no comparison or sweep {ascii(id)[:60]}: start one, or list them")
+        return found[0]
+
+    def _studies(self, connection: Connection, most: int, *conditions: ColumnElement[bool]) -> list[JsonObject]:
+        names = ("id", "name", "state", "created", "ended", "error", "who", "recipe", "spec", "result")
+        chosen = select(*(jobs.c[name] for name in names)).where(seen_runs(connection, STUDY), *conditions)
+        rows = [
+            dict(row)
+            for row in connection.execute(
+                chosen.order_by(jobs.c.created.desc(), jobs.c.id.desc()).limit(most)
+            ).mappings()
+        ]
+        held = leases.held(connection, HELD) if any(row["state"] == "running" for row in rows) else set()
+        for row in rows:
+            if row["state"] == "running" and row["id"] not in held:
+                row["state"] = "waiting"
+        return rows
+
+    def note(self, taken: Job, result: JsonMapping) -> None:
+        """Record what a job has found so far. Raises LeaseLost."""
+        with self._database.writing() as connection:
+            taken.lease.require_owner(connection)
+            connection.execute(update(jobs).where(jobs.c.id == taken.id).values(result=plain(result)))
+
     def cancel(self, run: str) -> str:
         """End a waiting training now, and ask the worker of a running one to end it. Returns its state now.
+
+        Of a study, its cells end too.
 
         Raises:
             NotFound: no such run of this tenant.
@@ -287,7 +335,9 @@ class JobQueue:
             name = connection.execute(select(jobs.c.name).where(jobs.c.id == run)).scalar_one()
             before = {"state": entry.state}
             audit.record(connection, "cancel", f"run {run}", name, before=before, at=now(), who=who())
-            return _cancel(connection, entry)
+            state = _cancel(connection, entry)
+            self._cancel_cells_of(connection, run)
+            return state
 
     def resume(self, run: str, require: Callable[[Connection, str], None]) -> None:
         """Put a training that has failed or was cancelled back into the queue. It resumes from its last checkpoint.
@@ -315,12 +365,20 @@ class JobQueue:
 
     def cancel_cells(self, ids: Iterable[str]) -> None:
         """End cells that wait in the queue, and ask the workers of those that run to end them."""
-        if not (named := list(ids)):
-            return
-        with self._database.writing() as connection:
-            open_ = jobs.c.id.in_(named) & jobs.c.cancelled.is_(None) & (jobs.c.tenant == self._tenant) & _open((CELL,))
-            for entry in _entries(connection, open_):
-                _cancel(connection, entry)
+        if named := list(ids):
+            with self._database.writing() as connection:
+                self._cancel_cells(connection, named)
+
+    def _cancel_cells(self, connection: Connection, ids: Sequence[str]) -> None:
+        open_ = jobs.c.id.in_(ids) & jobs.c.cancelled.is_(None) & (jobs.c.tenant == self._tenant) & _open((CELL,))
+        for entry in _entries(connection, open_):
+            _cancel(connection, entry)
+
+    def _cancel_cells_of(self, connection: Connection, id: str) -> None:
+        """End the cells that a study has noted, if it is a study."""
+        found = connection.execute(select(jobs.c.result).where(jobs.c.id == id, jobs.c.kind == STUDY)).scalar() or {}
+        keys = [each["key"] for each in found.get("cells", ())]
+        self._cancel_cells(connection, [cell_id(self._tenant, found["study"], key) for key in keys])
 
     def place(self, run: str) -> tuple[int, int] | None:
         """The place of a waiting training among those of its tenant, from 1, and how many wait; else None."""
@@ -489,6 +547,7 @@ class JobQueue:
             if row is None or row.state != "running":
                 return None
             if row.cancelled is not None:
+                self._cancel_cells_of(connection, taken.id)
                 return end_job(connection, taken.id, "cancelled", problem or "its end was asked for", taken.lease)
             counts = problem is not None and not outage
             if problem is not None and (row.queued is None or (counts and (not again or row.tries >= TRIES))):
@@ -515,8 +574,8 @@ class JobQueue:
             waits = {"state": "waiting", "due": due, "tries": jobs.c.tries - 1, **values}
             connection.execute(update(jobs).where(jobs.c.id == taken.id, jobs.c.state == "running").values(waits))
 
-    def _require_room(self, connection: Connection) -> None:
-        waiting = _count_waiting(connection, WORK, jobs.c.tenant == self._tenant)
+    def _require_room(self, connection: Connection, kinds: Sequence[str] = WORK) -> None:
+        waiting = _count_waiting(connection, kinds, jobs.c.tenant == self._tenant)
         row = connection.execute(select(queue_limits.c.waiting).where(queue_limits.c.tenant == self._tenant)).first()
         most = MOST_WAITING if row is None else row.waiting
         if most is not None and waiting >= most:
@@ -526,7 +585,8 @@ class JobQueue:
             )
 
     def _entry(self, connection: Connection, run: str) -> Entry:
-        entry = _entry_of(connection, run, jobs.c.tenant == self._tenant, seen_runs(connection))
+        seen = or_(seen_runs(connection), seen_runs(connection, STUDY))
+        entry = _entry_of(connection, run, jobs.c.tenant == self._tenant, seen)
         if entry is None:
             raise NotFound(f"no run {ascii(run)[:60]} in the queue: `turret train --queue` adds one")
         if entry.queued is None:
@@ -592,7 +652,7 @@ def in_turn(
     return sorted((each for each in waiting if each.tenant not in limits), key=turn)
 
 
-def count_waiting(database: Database, kinds: Sequence[str] = WORK) -> int:
+def count_waiting(database: Database, kinds: Sequence[str] = (*WORK, STUDY)) -> int:
     """Jobs of all tenants that wait for a worker."""
     with database.reading() as connection:
         return _count_waiting(connection, kinds)

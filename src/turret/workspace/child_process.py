@@ -17,19 +17,31 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
+from turret.database import STUDY
 from turret.disk import FAILING, NO_ROOM, errno_of
-from turret.errors import DeviceError, HubError, Interrupted, OutOfMemory, StoreError, TurretError
+from turret.errors import (
+    DeviceError,
+    HubError,
+    Interrupted,
+    LeaseLost,
+    OutOfMemory,
+    StoreError,
+    TurretError,
+    one_line,
+)
 from turret.json_types import JsonObject
 from turret.location import Location
 from turret.process import environment
 from turret.recipe import Recipe
-from turret.store import Store
+from turret.store import JobQueue, Store
+from turret.store.jobs import Job
 from turret.workspace.progress import Say
 
 OUTAGE = 75  # exit status: the store's own places did not answer
@@ -225,6 +237,54 @@ def status_of(error: TurretError) -> int:
     cause = error.__cause__
     disk = isinstance(cause, Exception) and errno_of(cause) in (*NO_ROOM, *FAILING)
     return MACHINE if disk or isinstance(error, HubError | DeviceError | OutOfMemory) else error.exit_status
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a try ended."""
+
+    status: int  # 0, or that of the error
+    text: str | None = None  # of the error
+
+
+def attempt(
+    queue: JobQueue, taken: Job, do: Callable[[], None], short: Callable[[TurretError], bool] = lambda _: False
+) -> Ended:
+    """Do a job that the parent process has taken, and record how the try ended, unless it ended well.
+
+    Args:
+        short: whether an error says that a process of its own may have room.
+    """
+    try:
+        do()
+    except (Interrupted, KeyboardInterrupt):
+        with suppress(StoreError):  # then the worker records it
+            queue.after(taken, None)
+        return Ended(Interrupted.exit_status)
+    except LeaseLost as error:
+        return Ended(error.exit_status, str(error))
+    except TurretError as error:
+        if short(error):
+            return Ended(SHORT, str(error))
+        status, kind = status_of(error), {"kind": type(error).__name__}
+        with suppress(StoreError):
+            again = status != error.exit_status
+            result = None if taken.kind == STUDY else kind  # a study keeps what it has found
+            queue.after(taken, str(error), again=again, outage=status == OUTAGE, result=result)
+        return Ended(status, str(error))
+    except Exception as error:
+        text = mistake_of_turret(error)
+        with suppress(StoreError):
+            queue.after(taken, text)
+        return Ended(1, text)
+    return Ended(0)
+
+
+def mistake_of_turret(error: BaseException) -> str:
+    """A line for the log of a run that ended by an error in the code. TURRET_DEBUG=1 prints where it is, on stderr."""
+    if os.environ.get("TURRET_DEBUG") == "1":
+        traceback.print_exception(error)
+    return one_line(f"this is a bug in turret ({type(error).__name__}: {error}): please report it")
 
 
 def say_to_parent(line: str) -> None:

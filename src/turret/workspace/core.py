@@ -134,9 +134,13 @@ class Workspace:
         """The version that a reference means now."""
         return self.store.resolve(reference)
 
-    def diff(self, first: str, second: str) -> Difference:
-        """Differences of two versions: settings, metrics, sizes, and the distance of their weights."""
-        return self.store.diff(first, second)
+    def diff(self, first: str, second: str, *, weights: bool = True) -> Difference:
+        """Differences of two versions: settings, metrics, sizes, and the distance of their weights.
+
+        Args:
+            weights: whether the files are read for the distance, which takes time for versions with every weight.
+        """
+        return self.store.diff(first, second, weights=weights)
 
     def promote(
         self,

@@ -10,9 +10,7 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from turret.compare.report_text import seconds as span
 from turret.data import Dataset
 from turret.database import CELL
 from turret.disk import make_folder
-from turret.errors import Interrupted, LeaseLost, OutOfMemory, PreflightRefused, StoreError, TurretError, one_line
+from turret.errors import OutOfMemory, PreflightRefused, StoreError, TurretError
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
@@ -32,9 +30,9 @@ from turret.store.jobs import Job
 from turret.train.curve import StepRecord
 from turret.workspace import training
 from turret.workspace.child_process import (
-    OUTAGE,
-    SHORT,
     Alive,
+    Ended,
+    attempt,
     parents_store,
     say_to_parent,
     status_of,
@@ -74,14 +72,6 @@ def main(request: str) -> int:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a try ended."""
-
-    status: int  # 0, or that of the error
-    text: str | None = None  # of the error
-
-
-@dataclass(frozen=True)
 class Trial:
     """Where and how a job is carried out.
 
@@ -107,7 +97,8 @@ def carry_out(store: Store, taken: Job, bases: Sequence[str], trial: Trial) -> E
         queue = JobQueue.of(store)
     except StoreError as error:
         return Ended(status_of(error), str(error))
-    try:
+
+    def do() -> None:
         if taken.kind == CELL:
             queue.adopt(taken)
             recipe = Recipe.from_toml(taken.recipe)
@@ -120,33 +111,11 @@ def carry_out(store: Store, taken: Job, bases: Sequence[str], trial: Trial) -> E
             require_base(recipe, bases)
             data, place, asked = trial.read(recipe), trial.place, trial.asked
             training.train(store, recipe, trial.callbacks, data, fresh=False, held=held, place=place, asked=asked)
-    except (Interrupted, KeyboardInterrupt):
-        with suppress(StoreError):  # then the worker records it
-            queue.after(taken, None)
-        return Ended(Interrupted.exit_status)
-    except LeaseLost as error:
-        return Ended(error.exit_status, str(error))
-    except TurretError as error:
-        if taken.kind == CELL and trial.place.stays and isinstance(error, PreflightRefused | OutOfMemory):
-            return Ended(SHORT, str(error))  # a process of its own may have room
-        status, kind = status_of(error), {"kind": type(error).__name__}
-        with suppress(StoreError):
-            again = status != error.exit_status
-            queue.after(taken, str(error), again=again, outage=status == OUTAGE, result=kind)
-        return Ended(status, str(error))
-    except Exception as error:
-        text = mistake_of_turret(error)
-        with suppress(StoreError):
-            queue.after(taken, text)
-        return Ended(1, text)
-    return Ended(0)
 
+    def short(error: TurretError) -> bool:
+        return taken.kind == CELL and trial.place.stays and isinstance(error, PreflightRefused | OutOfMemory)
 
-def mistake_of_turret(error: BaseException) -> str:
-    """A line for the log of a run that ended by an error in the code. TURRET_DEBUG=1 prints where it is, on stderr."""
-    if os.environ.get("TURRET_DEBUG") == "1":
-        traceback.print_exception(error)
-    return one_line(f"this is a bug in turret ({type(error).__name__}: {error}): please report it")
+    return attempt(queue, taken, do, short)
 
 
 def callbacks_for(say: Say, sign: Callable[[StepRecord | None], None]) -> training.Callbacks:

@@ -1,4 +1,4 @@
-"""The helper process that plans recipes of a server's clients, for `turret.helper_process`.
+"""The helper process that plans recipes, comparisons and sweeps of a server's clients, for `turret.helper_process`.
 
 It loads the base of a recipe as `turret plan` does. It opens no file of a tenant: `turret.workspace.data_reader` has
 read the data. It downloads nothing.
@@ -7,16 +7,24 @@ read the data. It downloads nothing.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from turret.access import Access
+from turret.data import Dataset
 from turret.data.example_store import load_dataset
 from turret.errors import TurretError
 from turret.helper_process import Answer
-from turret.json_types import JsonObject
+from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
+from turret.store import Store
+from turret.workspace import comparing, sweeping
 from turret.workspace.child_process import parents_store, status_of
 from turret.workspace.data_readers import OFFLINE
+from turret.workspace.orders import ComparisonRequest, order_of, require_few
+from turret.workspace.progress import silent
+
+MOST_MEASURED = 6  # rows of a comparison
 
 
 def helper(about: JsonObject) -> Answer:
@@ -29,7 +37,10 @@ def helper(about: JsonObject) -> Answer:
     def answer(asked: JsonObject) -> JsonObject:
         try:
             own, recipe = store.with_access(Access(asked["tenant"])), Recipe.from_toml(asked["recipe"])
-            planned = training.plan(own, recipe, training.Callbacks(), load_dataset(Path(asked["data"])))
+            data = load_dataset(Path(asked["data"]))
+            if asked["study"] is not None:
+                return {"status": 0, "planned": _planned_study(own, recipe, asked["study"], data)}
+            planned = training.plan(own, recipe, training.Callbacks(), data)
         except TurretError as error:
             return {"status": status_of(error), "text": str(error)}
         except MemoryError:
@@ -37,3 +48,47 @@ def helper(about: JsonObject) -> Answer:
         return {"status": 0, "planned": planned.as_json(), "toml": planned.recipe.to_toml()}
 
     return answer
+
+
+def _planned_study(store: Store, recipe: Recipe, spec: JsonMapping, data: Dataset) -> JsonObject:
+    """What a comparison or a sweep trains, what it can decide, and how long its trainings take one after another."""
+    order = order_of(spec)
+    if isinstance(order, ComparisonRequest):
+        ready = comparing.prepare(store, recipe, order, silent, data)
+        require_few(ready.planned)
+        design, recipe = ready.design, ready.design.recipe
+        rows = [_Row(each.label, each.recipe, each.trains) for each in design.candidates]
+        times = len(design.seeds) * sum(design.fractions)
+        found: JsonObject = {"cells": ready.planned.trainings, "missing": ready.planned.missing}
+        found["said"] = [f"judged against {design.against}", *ready.planned.power.sentences()]
+    else:
+        recipe, request = order.split(recipe)
+        search = sweeping.prepare(store, recipe, request, silent, data)
+        rows, times = [_Row("one trial", search.recipe, True)], request.count
+        how = "all combinations" if request.count == request.combinations else "Optuna proposes the settings"
+        judged = f"judged by {search.metric} on {len(data.validation)} validation examples; the test split is not used"
+        found = {"cells": request.count, "missing": request.count, "said": [how, judged]}
+    measured = [_measured(store, row, data) for row in rows[:MOST_MEASURED]]
+    seconds = [each["seconds"] for each, row in zip(measured, rows, strict=False) if row.trains]
+    whole = len(rows) <= MOST_MEASURED and None not in seconds
+    return {**found, "name": recipe.name, "rows": measured, "seconds": sum(seconds) * times if whole else None}
+
+
+@dataclass(frozen=True)
+class _Row:
+    title: str
+    recipe: Recipe
+    trains: bool
+
+
+def _measured(store: Store, row: _Row, data: Dataset) -> JsonObject:
+    """How long a training of a row takes, and why it is refused, if it is."""
+    from turret.workspace import training
+
+    if not row.trains:
+        return {"title": row.title, "seconds": None, "refused": None}
+    try:
+        plan = training.plan(store, row.recipe, training.Callbacks(), data).plan
+    except TurretError as error:
+        return {"title": row.title, "seconds": None, "refused": str(error)}
+    return {"title": row.title, "seconds": plan.seconds, "refused": plan.refusal() or None}

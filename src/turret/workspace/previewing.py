@@ -12,7 +12,7 @@ from pathlib import Path
 
 from turret.errors import DataError, EngineError, RecipeError, StoreError
 from turret.helper_process import Died, HelperProcess
-from turret.json_types import JsonObject
+from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace.child_process import OUTAGE
@@ -60,13 +60,21 @@ class Previews:
             _bring(files, source, Path(folder))
             return self._readers.inspect(source, Path(folder), settings)
 
-    def plan(self, store: Store, recipe: Recipe, files: SentFiles, own_base: str | None = None) -> JsonObject:
+    def plan(
+        self,
+        store: Store,
+        recipe: Recipe,
+        files: SentFiles,
+        own_base: str | None = None,
+        study: JsonMapping | None = None,
+    ) -> JsonObject:
         """As `Workspace.plan`, as JSON, with the filled recipe as `toml`.
 
         Args:
             store: as the caller sees it.
             files: tables by name; `data.source` may name one.
             own_base: the base of the server, which may be a folder.
+            study: a comparison or a sweep, whose plan it is, as `turret.workspace.orders` writes it.
 
         Raises:
             NotFound: the caller does not see the adapter, the base or a version that the recipe names.
@@ -78,7 +86,7 @@ class Previews:
             _bring(files, recipe.data.source, Path(folder))
             tenant = store.access.tenant
             data = self._readers.read_sent(tenant, recipe, Path(folder))
-            asked: JsonObject = {"tenant": tenant, "recipe": recipe.to_toml(), "data": str(data)}
+            asked: JsonObject = {"tenant": tenant, "recipe": recipe.to_toml(), "data": str(data), "study": study}
             try:
                 found = self._planner.ask(asked)
             except EngineError as error:
@@ -89,7 +97,7 @@ class Previews:
         if found["status"]:
             kind = StoreError if found["status"] == OUTAGE else RecipeError
             raise kind(str(found["text"]))
-        return {**found["planned"], "toml": found["toml"]}
+        return found["planned"] if study is not None else {**found["planned"], "toml": found["toml"]}
 
     def close(self) -> None:
         """End the helper processes."""

@@ -13,7 +13,8 @@ import re
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from turret.notebook import in_notebook, span
@@ -100,3 +101,47 @@ class NotebookLine:
         show = update_display if self._shown else display
         show({"text/plain": text, "text/html": markup}, raw=True, display_id=self._id)
         self._shown = True
+
+
+# --- of a comparison or a sweep ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CellState:
+    """How far a cell is, for those who watch.
+
+    Args:
+        key: its name in the study.
+        title: its row, or the settings that it tries.
+        share: of the training examples.
+        state: waiting, running, finished, failed, pruned or cancelled.
+        score: the mean of the metric.
+        seconds: of the whole cell.
+    """
+
+    key: str
+    title: str
+    state: str
+    seed: int | None = None
+    share: float = 1.0
+    score: float | None = None
+    seconds: float | None = None
+    version: str | None = None
+    run: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a comparison or a sweep is.
+
+    Args:
+        study: its folder, under the store's root.
+        metric: of the scores.
+        planned: how many cells there will be.
+    """
+
+    study: str
+    metric: str
+    planned: int
+    cells: Sequence[CellState]

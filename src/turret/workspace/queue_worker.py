@@ -7,6 +7,9 @@ killed. If the kept process dies, its jobs go on alone, one after another, so th
 
 A comparison has a worker of its own, in its process, that takes the comparison's cells one by one (`Worker.run_one`).
 
+A study that waits in the queue has a process too (`turret.workspace.studying`), which loads no torch. It waits for the
+cells that it submits, so it takes no slot: the same worker may train them.
+
 After a try that failed because of this machine or of the store's own places, the worker pauses, each time for longer,
 so that another machine can take what waits.
 """
@@ -28,14 +31,14 @@ from typing import Protocol
 
 from turret import process
 from turret.access import ANY, check_patterns
-from turret.database import CELL
+from turret.database import CELL, STUDY
 from turret.errors import BadLocation, Interrupted, LeaseLost, NotFound, RecipeError, StoreError
 from turret.json_types import JsonMapping, JsonObject
 from turret.process import stop_on_sigterm
 from turret.recipe import Recipe
 from turret.recipe.default_base import AUTO
 from turret.store import JobQueue, Store, leases
-from turret.store.jobs import Entry, Job
+from turret.store.jobs import WORK, Entry, Job
 from turret.store.leases import LeaseRenewer
 from turret.workspace.child_process import (
     MACHINE,
@@ -59,7 +62,9 @@ from turret.workspace.progress import Say, silent
 
 CHILD = "turret.workspace.job_process"
 TRAINER = "turret.workspace.resident_trainer"
+CONDUCTOR = "turret.workspace.studying"
 SLOTS = 4
+STUDIES = 4  # comparisons and sweeps that a worker conducts at once, beside its slots
 POLL_SECONDS = 1.0  # between two looks at an empty queue
 OUTAGE_SECONDS = 5.0  # after the store did not answer
 MOST_OUTAGES = 12  # in a row, with `until_empty`
@@ -158,6 +163,8 @@ class Worker:
         self._queue = JobQueue.of(store, make=True)
         self.count = 0  # trainings that were taken
         self._tries: list[_Try] = []
+        self._studies: list[_Try] = []
+        self._conducts = trainer is None
         self._failures = self._outages = self._unanswered = 0  # in a row: by this machine; at a look; by the store
         self._pause_until = 0.0
         self._stopping, self._changed = threading.Event(), threading.Event()
@@ -178,10 +185,12 @@ class Worker:
             if pause or len(self._tries) >= self._slots or any(each.alone for each in self._tries):
                 self._changed.wait(pause or None)
                 continue
+            if self._conducts and len(self._studies) < STUDIES and (study := self._take(until_empty, (STUDY,))):
+                self._studies.append(self._begin(study))
             taken = self._take(until_empty)
             if taken is not None:
-                self._begin(taken)
-            elif until_empty and not self._tries and not self._outages:
+                self._tries.append(self._begin(taken))
+            elif until_empty and not self._tries and not self._studies and not self._outages:
                 return
             elif not self._outages:
                 self._changed.wait(POLL_SECONDS)
@@ -195,7 +204,7 @@ class Worker:
         """End all trainings with a checkpoint, and return them to the queue. Called when `work` has ended."""
         self.ask_to_stop()
         try:
-            for each in self._tries:
+            for each in (*self._tries, *self._studies):
                 each.thread.join()
         finally:
             self._trainer.close()
@@ -230,6 +239,7 @@ class Worker:
     def _run_here(self, taken: Job, say: Say, stop: Callable[[], bool]) -> None:
         lines = SimpleQueue[str]()
         attempt = self._begin(taken, lines.put, stop)
+        self._tries.append(attempt)
         while attempt.thread.is_alive() or not lines.empty():
             with suppress(Empty):
                 say(lines.get(timeout=CHILD_POLL_SECONDS))
@@ -239,12 +249,13 @@ class Worker:
         if attempt.again_alone and not stop() and (again := self._queue.take_one(taken.id)) is not None:
             self._run_here(again, say, stop)
 
-    def _take(self, until_empty: bool) -> Job | None:
+    def _take(self, until_empty: bool, kinds: Sequence[str] = WORK) -> Job | None:
         try:
             if self._outages:  # owners of leases that have ended in the outage renew them first
                 self._store.last_move()
                 self._stopping.wait(leases.length() / 2)
-            taken, self._outages = self._queue.take(self._accepts, self._mine), 0
+            accepts = self._accepts if kinds == WORK else anything
+            taken, self._outages = self._queue.take(accepts, self._mine, kinds), 0
         except BadLocation:
             raise
         except StoreError as error:
@@ -267,11 +278,12 @@ class Worker:
         tell = silent if say is not None else self._say
         tell(f"run {taken.id}, try {taken.tries}")
         trainer = None if taken.alone or not can_share(taken.recipe, taken.spec) else self._trainer
-        if trainer is None:
+        if taken.kind == STUDY:
+            trainer = None
+        elif trainer is None:
             self._make_room(taken)
         line = say or (lambda line: self._say(f"run {taken.id}: {line}"))
         new = _Try(self, taken, tell, line, stop, trainer)
-        self._tries.append(new)
         new.thread.start()
         return new
 
@@ -284,6 +296,7 @@ class Worker:
 
     def _look_at_ended(self, until_empty: bool) -> None:
         """Count the tries that failed because of this machine or the store, and pause after them."""
+        self._studies = [each for each in self._studies if not each.over]
         for each in [each for each in self._tries if each.over]:
             self._tries.remove(each)
             self._failures = self._failures + 1 if each.failed else 0
@@ -298,6 +311,11 @@ class Worker:
                 self._pause_until = time.monotonic() + pause
         if self._stopping.is_set():
             raise Interrupted(STOPPED)
+
+
+def anything(_: Entry) -> bool:
+    """Whether a study may begin beside what runs."""
+    return True
 
 
 def can_share(recipe: str, spec: JsonMapping | None = None) -> bool:
@@ -586,7 +604,8 @@ class _Try:
 
     def _run_own_process(self, stop: Callable[[], bool]) -> Failure | None:
         taken, limits = self._taken, self._limits
-        patience = Patience(limits.silent_seconds, limits.stopping_seconds)
+        study = taken.kind == STUDY  # it is silent while it waits for cells
+        patience = Patience(None if study else limits.silent_seconds, limits.stopping_seconds)
         with tempfile.TemporaryDirectory(prefix="turret-") as folder:
             alone = Path(folder) / "training"
             alone.mkdir()
@@ -599,7 +618,8 @@ class _Try:
                 "bases": list(limits.bases),
             }
             errors, where = Path(folder) / "stderr.txt", self._store.location
-            return run_child(CHILD, json.dumps(request), errors, self._tell, where, stop, patience)
+            child = CONDUCTOR if study else CHILD
+            return run_child(child, json.dumps(request), errors, self._tell, where, stop, patience)
 
     def _tell(self, line: str) -> None:
         self._say(f"run {self._taken.id}: {line}")
@@ -620,7 +640,7 @@ class _Try:
 
     def _took_too_long(self) -> bool:
         """End the run if its time is over, before its process is told to stop, which would return it to the queue."""
-        most = self._limits.most_seconds
+        most = None if self._taken.kind == STUDY else self._limits.most_seconds
         if most is None or time.monotonic() < self._begun + most or self._over.is_set():
             return self._over.is_set()
         hours = most / 3600

@@ -24,11 +24,12 @@ from turret.arguments import checked_methods
 from turret.data import memory
 from turret.disk import PRIVATE, make_folder, permissions
 from turret.errors import DataError, NotFound, RecipeError, StoreError
-from turret.json_types import JsonObject
+from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.recipe.default_base import AUTO
 from turret.store import JobQueue, Store, client_files, queued_data
 from turret.store.blobs import hash_file
+from turret.store.jobs import STUDY_ID
 from turret.store.queued_data import PLACE
 from turret.workspace.progress import Say, silent
 
@@ -60,13 +61,20 @@ class Queue:
         return self._submit(with_absolute_base(recipe), _files_of(self._store, recipe.data.source), priority)
 
     def submit_sent(
-        self, recipe: Recipe, files: Mapping[str, bytes | Path], *, priority: int = 0, own_base: str | None = None
+        self,
+        recipe: Recipe,
+        files: Mapping[str, bytes | Path],
+        *,
+        priority: int = 0,
+        own_base: str | None = None,
+        study: JsonMapping | None = None,
     ) -> JsonObject:
         """As `submit`, for a client of a server: the data is in `files`, on the Hub, or in an installed package.
 
         Args:
             files: tables by name; `data.source` names one of them.
             own_base: the base of the server, which may be a folder.
+            study: what the recipe is compared or searched by, as `turret.workspace.orders` writes it.
 
         Raises:
             DataError: `data.source` or `base` would be a file of the server.
@@ -74,11 +82,11 @@ class Queue:
         self.require_sent(recipe, files, own_base)
         source = recipe.data.source
         if source not in files:
-            return self._submit(recipe, {}, priority)
+            return self._submit(recipe, {}, priority, study)
         from turret.store import scratch
 
         with scratch.folder(self._store.root) as working:
-            return self._submit(recipe, {source: sent_file(files, source, working)}, priority)
+            return self._submit(recipe, {source: sent_file(files, source, working)}, priority, study)
 
     def require_sent(self, recipe: Recipe, files: Mapping[str, bytes | Path], own_base: str | None = None) -> None:
         """Raise unless a client of a server may plan and train a recipe with these files, as for `submit_sent`."""
@@ -88,17 +96,28 @@ class Queue:
         self._require_seen(recipe)
 
     def cancel(self, run: str) -> JsonObject:
-        """End a waiting training, or ask the worker of a running one to end it. Returns the run.
+        """End a waiting training or study, or ask the worker of a running one to end it. Returns it.
 
         Raises:
             NotFound: no such run.
             InUse: it has ended, or is not from the queue.
         """
         self._queue().cancel(run)
-        return self._store.run(run)
+        return self._row(run)
+
+    def studies(self, most: int = 100) -> Sequence[JsonObject]:
+        """The newest comparisons and sweeps that workers conduct, newest first."""
+        return self._queue().studies(most) if self._store.exists() else []
+
+    def study(self, id: str) -> JsonObject:
+        """One of them; `result` has its cells. Raises NotFound."""
+        return self._queue().study(id)
+
+    def _row(self, id: str) -> JsonObject:
+        return self.study(id) if id.startswith(STUDY_ID) else self._store.run(id)
 
     def resume(self, run: str) -> JsonObject:
-        """Put a training that has failed or was cancelled back into the queue. Returns the run.
+        """Put a training or a study that has failed or was cancelled back into the queue. Returns it.
 
         It resumes from its last checkpoint, or starts over if there is none.
 
@@ -115,7 +134,7 @@ class Queue:
                 raise DataError(f"the data of run {run} was removed by a gc: send it again, as a new training")
 
         self._queue().resume(run, require)
-        return self._store.run(run)
+        return self._row(run)
 
     def delete(self, run: str) -> None:
         """Delete a training that has ended, queued or not: its row, files and log. Its version stays.
@@ -192,7 +211,9 @@ class Queue:
     def _queue(self) -> JobQueue:
         return JobQueue.of(self._store)
 
-    def _submit(self, recipe: Recipe, files: Mapping[str, Path], priority: int) -> JsonObject:
+    def _submit(
+        self, recipe: Recipe, files: Mapping[str, Path], priority: int, study: JsonMapping | None = None
+    ) -> JsonObject:
         """files: path under the data -> file; a single one is the data itself."""
         queue = JobQueue.of(self._store, make=True)
         self._require_seen(recipe)
@@ -200,7 +221,7 @@ class Queue:
             raise DataError(f"data.source {ascii(recipe.data.source)[:60]} is not a file here: give its path")
         source, place = _placed(self._store, recipe.data.source, files)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
-        return self._store.run(queue.submit(recipe.name, recipe.to_toml(), priority=priority, place=place))
+        return self._row(queue.submit(recipe.name, recipe.to_toml(), priority=priority, place=place, study=study))
 
     def _require_seen(self, recipe: Recipe) -> None:
         """Raise NotFound if this caller does not see the adapter, the base or the first version of a recipe."""
@@ -267,10 +288,10 @@ def placed_data(store: Store, source: str) -> tuple[str, Place]:
 
 def _placed(store: Store, source: str, files: Mapping[str, Path]) -> tuple[str, Place]:
     if files:
-        given = source
-        name = memory.name_of_rows(given) if memory.is_rows_source(given) else Path(given).name
-        source = _place(files, name or "data")
-        files = {source if name == given else f"{source}/{name}": path for name, path in files.items()}
+        name = (memory.name_of_rows(source) if memory.is_rows_source(source) else Path(source).name) or "data"
+        named = {name if path == source else f"{name}/{path}": file for path, file in files.items()}
+        place = _digest(named)
+        source, files = f"{place}/{name}", {f"{place}/{path}": file for path, file in named.items()}
     return source, partial(queued_data.submit, store.root, store.database(make=True), store.artifacts, files)
 
 
@@ -283,11 +304,12 @@ def _files_of(store: Store, source: str) -> Mapping[str, Path]:
     return dict(_of_folder(memory.place(source)))
 
 
-def _place(files: Mapping[str, Path], name: str) -> str:
+def _digest(files: Mapping[str, Path]) -> str:
+    """Of names and contents: the same data is the same place, wherever it comes from."""
     digest = hashlib.sha256()
     for path, file in sorted(files.items()):
         digest.update(f"{path}\n{hash_file(file).digest}\n".encode())
-    return f"{digest.hexdigest()[:32]}/{name}"
+    return digest.hexdigest()[:32]
 
 
 def _local_files(source: str) -> Mapping[str, Path]:

@@ -19,6 +19,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import Task
 from turret.workspace.prepared import predicted_for
+from turret.workspace.progress import Progress
 from turret.workspace.queueing import Queue
 
 STARTS = 3  # tries to begin: Ray gives its own process for a driver half a minute to start
@@ -91,6 +92,9 @@ class RayTasks:
                 self._ray.get(self._tasks.pop(job))
             except self._ray.exceptions.RayError as error:
                 raise TrainingError(one_line(f"Ray could not run {job}: {error}", 280)) from None
+
+    def tell(self, progress: Progress) -> None:
+        """Nobody watches."""
 
     def close(self) -> None:
         """Leave Ray. Tasks that still run are ended, and their jobs go on with the next call."""

@@ -34,12 +34,14 @@ from turret.store.jobs import Job
 from turret.train.curve import StepRecord
 from turret.workspace.child_process import (
     ALIVE_SECONDS,
+    Ended,
     end_at_once,
+    mistake_of_turret,
     parents_store,
     print_to_parent,
 )
 from turret.workspace.data_readers import DataReaders
-from turret.workspace.job_process import WATCHED, Ended, Trial, callbacks_for, carry_out, mistake_of_turret
+from turret.workspace.job_process import WATCHED, Trial, callbacks_for, carry_out
 from turret.workspace.reading import read_dataset
 from turret.workspace.resident import ResidentBases, Room, Seat
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from turret.data import Dataset
 from turret.errors import QueueFull, RecipeError, TrainingError, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
@@ -33,9 +34,15 @@ from turret.store.jobs import NewCell
 from turret.tasks import task_of
 from turret.workspace.child_process import why_alone
 from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import OWN, POLL_SECONDS, Tasks, executor, require_executor
+from turret.workspace.comparing.cells import (
+    OWN,
+    POLL_SECONDS,
+    Tasks,
+    executor,
+    require_executor,
+)
 from turret.workspace.comparing.kept_files import TRIAL, KeptFiles, held
-from turret.workspace.progress import Say
+from turret.workspace.progress import CellState, Progress, Say
 from turret.workspace.queue_worker import Worker
 from turret.workspace.queueing import Place, placed_data, with_absolute_base
 from turret.workspace.reading import read_dataset, with_base
@@ -113,7 +120,7 @@ class SweepRequest:
     trials: int | None = None
     at_once: int = AT_ONCE
     budget: float | None = None  # seconds; None: until all trials have run
-    on: str | None = None  # who trains: `workers` of the store, ray://HOST:PORT, or this process
+    on: str | Tasks | None = None  # who trains: `workers` of the store, ray://HOST:PORT, or this process
 
     @property
     def combinations(self) -> int | None:
@@ -143,7 +150,15 @@ class Trial:
     value: float | None = None  # the metric on the validation split
     version: str | None = None
     error: str | None = None
+    seconds: float | None = None  # of the whole trial
+    run: str | None = None
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # step and value
+
+    @property
+    def title(self) -> str:
+        """Its settings in words."""
+        said = {key: f"{each:.4g}" if isinstance(each, float) else each for key, each in self.settings.items()}
+        return ", ".join(f"{key} {each}" for key, each in said.items())
 
     def as_json(self) -> JsonObject:
         """The trial as JSON."""
@@ -300,8 +315,23 @@ class Proposed:
 # --- the sweep --------------------------------------------------------------------------------------------------------
 
 
-def sweep(store: Store, recipe: Recipe, request: SweepRequest, say: Say) -> Sweep:
-    """Run the missing trials. Raises TrainingError if none has a value."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a sweep knows before the first trial."""
+
+    recipe: Recipe
+    data: Dataset
+    proposes: Listed | Proposed
+    folder: Path
+
+    @property
+    def metric(self) -> str:
+        """It judges, on the validation split."""
+        return task_of(self.data.kind).metric
+
+
+def prepare(store: Store, recipe: Recipe, request: SweepRequest, say: Say, data: Dataset | None = None) -> Prepared:
+    """Check the request, and read the data unless it is given. Trains and writes nothing. Raises RecipeError."""
     require_executor(request.on)
     if not 1 <= request.count <= MOST_TRIALS:
         raise RecipeError(f"--trials {request.count}: expected 1 to {MOST_TRIALS}")
@@ -311,15 +341,21 @@ def sweep(store: Store, recipe: Recipe, request: SweepRequest, say: Say) -> Swee
     proposes = Listed(request.settings) if listed else Proposed(request.settings, recipe.seed)
     if request.on is not None:
         recipe = with_absolute_base(recipe)
-    data = read_dataset(store, recipe, say)
+    data = data or read_dataset(store, recipe, say)
     recipe, _ = with_base(recipe, data.kind)
     if not data.validation:
         raise RecipeError("a sweep is judged by validation examples, and the data has none: give data.validation = 0.1")
     text = f"{recipe.without_trackers().to_toml()}\n{sorted(request.settings.items())}\n{data.digest}"
     folder = store.home / "sweeps" / f"{recipe.name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-    store.keep_rows(recipe.data.source)
-    with held(store, folder, say) as files, executor(request.on, store, data) as tasks:
-        running = _Running(store, recipe, request, proposes, task_of(data.kind).metric, folder, files, say, tasks)
+    return Prepared(recipe, data, proposes, folder)
+
+
+def sweep(store: Store, recipe: Recipe, request: SweepRequest, say: Say) -> Sweep:
+    """Run the missing trials. Raises TrainingError if none has a value."""
+    ready = prepare(store, recipe, request, say)
+    store.keep_rows(ready.recipe.data.source)
+    with held(store, ready.folder, say) as files, executor(request.on, store, ready.data) as tasks:
+        running = _Running(store, ready, request, files, say, tasks)
         running.run()
         return running.result()
 
@@ -330,22 +366,20 @@ class _Running:
     def __init__(
         self,
         store: Store,
-        recipe: Recipe,
+        ready: Prepared,
         request: SweepRequest,
-        proposes: Listed | Proposed,
-        metric: str,
-        folder: Path,
         files: KeptFiles,
         say: Say,
         tasks: Tasks | None,
     ) -> None:
         self._tasks = tasks
-        self._store, self._recipe, self._request, self._proposes = store, recipe, request, proposes
-        self._metric, self._folder, self._files, self._say = metric, folder, files, say
-        self._queue, self._study = JobQueue.of(store, make=True), folder.relative_to(store.root).as_posix()
+        self._store, self._recipe, self._request, self._proposes = store, ready.recipe, request, ready.proposes
+        self._metric, self._folder, self._files, self._say = ready.metric, ready.folder, files, say
+        self._queue, self._study = JobQueue.of(store, make=True), ready.folder.relative_to(store.root).as_posix()
         self._deadline = math.inf if request.budget is None else time.monotonic() + request.budget
         self._trials: list[Trial] = []
         self._open: dict[str, Trial] = {}  # by the id of their job
+        self._states: Mapping[str, str] = {}  # of those that are open, by their key
         self._data: tuple[str, Place] | None = None
         self._worker: Worker | None = None
         self._said = ""
@@ -419,10 +453,7 @@ class _Running:
         trial.state, trial.error = state, error
         self._write(trial)
         self._proposes.tell(trial)
-        settings = ", ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in trial.settings.items()
-        )
+        settings = trial.title
         value = f"{self._metric} {trial.value:.4f}" if state == "finished" else error or state
         self._say(f"trial {trial.number + 1} of {self._request.count}  {settings}: {value}")
 
@@ -439,7 +470,7 @@ class _Running:
         result = kept_files.read(here / "result.json")
         if result is not None:
             trial.value = float(result["metrics"]["validation"][self._metric])
-            trial.version = str(result["version"])
+            trial.version, trial.run, trial.seconds = str(result["version"]), result["run"], result["wall_seconds"]
 
     def _new(self, trial: Trial, source: str | None) -> NewCell:
         comparison = f"{self._folder.parent.name}/{self._folder.name}"
@@ -488,6 +519,7 @@ class _Running:
                     break
                 waits = None
             if not self._open:
+                tasks.tell(self._progress())
                 return
             try:
                 tasks.check()
@@ -495,6 +527,8 @@ class _Running:
                 self._queue.cancel_cells(self._open)
                 raise
             states = self._queue.states(self._open)
+            self._states = {self._open[id].key: str(each["state"]) for id, each in states.items()}
+            tasks.tell(self._progress())
             for id, trial in list(self._open.items()):
                 self._look_at(trial)
                 if states[id]["state"] not in ("waiting", "running"):
@@ -508,11 +542,28 @@ class _Running:
                 return
             time.sleep(POLL_SECONDS)
 
+    def _progress(self) -> Progress:
+        cells = [
+            CellState(
+                each.key,
+                each.title,
+                each.state or self._states.get(each.key, "waiting"),
+                score=each.value,
+                seconds=each.seconds,
+                version=each.version,
+                run=each.run,
+                error=each.error,
+            )
+            for each in self._trials
+        ]
+        return Progress(self._study, self._metric, self._request.count, cells)
+
     def _submit(self, tasks: Tasks, trial: Trial) -> bool:
         """Returns whether the queue took it."""
         self._data = self._data or placed_data(self._store, self._recipe.data.source)
         source, place = self._data
         self._write(trial)
+        tasks.tell(self._progress())  # before it is submitted, so that whoever ends the sweep knows it
         try:
             (id,) = self._queue.submit_cells(self._study, [self._new(trial, source)], place=place)
         except QueueFull:

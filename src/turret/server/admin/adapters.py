@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 from fastapi import Path, Query
@@ -79,6 +80,13 @@ async def show_adapter(reference: Ref, view: View) -> JsonObject:
     if shown["run"] is not None:
         shown["run"] = {key: value for key, value in shown["run"].items() if key in ("id", "name", "state", "created")}
     return {**shown, "loaded": view.engines.in_memory(shown["digest"])}
+
+
+@control.get("/api/adapters/{reference}/diff/{other}")
+async def diff(reference: Ref, other: Ref, view: View) -> schemas.Diff:
+    """How another version differs from one: settings, metrics, data and size."""
+    found = await view.control(partial(view.workspace.diff, reference, other, weights=False))
+    return schemas.Diff.model_validate(found.as_json())
 
 
 @control.get("/api/loaded")

@@ -14,12 +14,13 @@ from turret.server import trainings
 from turret.server.error_responses import without_paths
 from turret.server.routes import View, router
 from turret.server.schemas import WHOLE, Model
-from turret.server.trainings import Drafted
+from turret.server.trainings import Curves, Drafted
 from turret.server.uploads import owner_of
 
 control = router("admin")
 MOST_FILES, MOST_SETTINGS = 16, 64
 RunId = Annotated[str, Path(min_length=1, max_length=100, description="The `id` of a run.")]
+RunKey = Annotated[str, Field(min_length=1, max_length=100)]
 FileName = Annotated[str, Field(min_length=1, max_length=100)]
 
 
@@ -65,7 +66,7 @@ class Runs(BaseModel):
 @control.post("/api/runs/draft")
 async def draft(body: DraftRequest, view: View, request: Request) -> Drafted:
     """Look at a table: its first rows, the task and the columns that they show, and a recipe for them."""
-    owner, files = owner_of(request.state.caller), _encoded(body.files)
+    owner, files = owner_of(request.state.caller), encoded(body.files)
     return await view.preview(trainings.draft, view, owner, body.source, files, body.settings)
 
 
@@ -76,18 +77,19 @@ async def plan(body: PlanRequest, view: View, request: Request) -> JsonObject:
     `toml` is the recipe with every default filled in. The worker that takes the training plans it again.
     """
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    return await view.preview(trainings.plan, view, owner_of(request.state.caller), recipe, _encoded(body.files))
+    return await view.preview(trainings.plan, view, owner_of(request.state.caller), recipe, encoded(body.files))
 
 
 @control.post("/api/runs")
 async def train(body: TrainRequest, view: View, request: Request) -> JsonObject:
     """Put a training into the queue. A `turret worker` of the same store takes it."""
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    owner, files = owner_of(request.state.caller), _encoded(body.files)
+    owner, files = owner_of(request.state.caller), encoded(body.files)
     return _shown(await view.control(trainings.submit, view, owner, recipe, files, body.priority))
 
 
-def _encoded(files: Mapping[str, str]) -> dict[str, bytes]:
+def encoded(files: Mapping[str, str]) -> dict[str, bytes]:
+    """Tables in a request, as bytes."""
     return {name: text.encode() for name, text in files.items()}
 
 
@@ -95,6 +97,12 @@ def _encoded(files: Mapping[str, str]) -> dict[str, bytes]:
 async def list_runs(view: View, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Runs:
     """The newest trainings, those that wait too."""
     return Runs(runs=[_shown(each) for each in await view.control(view.workspace.runs, limit)])
+
+
+@control.get("/api/curves")
+async def show_curves(view: View, run: Annotated[list[RunKey], Query(max_length=trainings.MOST_CURVES)]) -> Curves:
+    """The loss of each step and the metric of each evaluation, of several trainings."""
+    return await view.control(trainings.curves, view, run)
 
 
 @control.get("/api/runs/{run_id}")

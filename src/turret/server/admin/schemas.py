@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from turret.experiments.experiment import LONGEST_TTL, MISSING_BOUND, MOST_ARMS, MOST_MISSING, OUTCOME_TTL
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, JsonValue
 from turret.server.limits import MOST_OUTCOMES, MOST_UNIT
 from turret.server.schemas import Model
 
@@ -201,6 +201,13 @@ class StopRequest(Model):
 class Experiments(BaseModel):
     alpha: float
     experiments: list[JsonObject]
+
+
+class Diff(BaseModel):
+    versions: list[str] = Field(description="The two.")
+    differs: dict[str, list[JsonValue]] = Field(description="By setting: its value in each of the two.")
+    metrics: dict[str, dict[str, JsonObject]] = Field(description="By split and metric: `a`, `b` and `difference`.")
+    bytes: list[int]
 
 
 class LoadedList(BaseModel):

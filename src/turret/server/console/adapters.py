@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Annotated, TypedDict
 
-from fastapi import Path, Request, Response
+from fastapi import Path, Query, Request, Response
 
 from turret.errors import BadReference, BadRequest, NotFound
 from turret.json_types import JsonMapping, part
@@ -23,6 +24,7 @@ from turret.workspace import promising
 router = pages()
 Name = Annotated[str, Path(min_length=1, max_length=200)]
 Number = Annotated[int, Path(ge=1, lt=1 << 53)]
+Chosen = Annotated[int, Query(ge=1, lt=1 << 53)]
 Parent = Version | str | None  # the version that training started from; its digest if it is gone; None for the base
 SUGGESTED_ALIASES = (PRODUCTION, "candidate")
 
@@ -41,6 +43,14 @@ async def show(request: Request, view: View, name: Name, moved: str | None = Non
     values = await _values(view, name)
     alias = next((each for each in values["aliases"] if each.alias == moved), None)
     return render.page(request, view, "adapter.html.j2", **values, moved=alias)
+
+
+@router.get("/adapters/{name}/diff")
+async def diff(request: Request, view: View, name: Name, first: Chosen, second: Chosen) -> Response:
+    """How one version of a name differs from another."""
+    found = await view.control(partial(view.workspace.diff, f"{name}@{first}", f"{name}@{second}", weights=False))
+    both = [await view.control(view.workspace.resolve, each) for each in found.versions]
+    return render.page(request, view, "diff.html.j2", name=name, found=found, both=both)
 
 
 @router.get("/adapters/{name}/{number}")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Annotated
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
 from turret.errors import BadRequest, Forbidden
+from turret.experiments.experiment import read_duration
+from turret.json_types import JsonObject, JsonValue
 from turret.server.auth import READS, Caller
+from turret.server.error_responses import validation_response
 from turret.server.limits import FILES
 from turret.server.routes import PageRoute, View
 from turret.server.uploads import read_form
@@ -18,6 +24,8 @@ from turret.server.uploads import read_form
 MOST_FIELDS = 64
 INLINE = 8 << 10  # bytes; a larger form is read on a thread
 TOKEN = "form_token"
+FILLED = "filled"  # a field of a form whose fields a person has seen
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 _ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
 _BYTES = {
     f"{high}{low}".encode(): bytes.fromhex(high + low)
@@ -51,6 +59,73 @@ class Form:
 
     def all(self, name: str) -> list[str]:
         return self._fields.get(name, [])
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a form, for the macro `fields`. What it says goes into the model of a route of the API.
+
+    Args:
+        name: of the key in that model; dots lead into its parts.
+        value: at first.
+        kind: text, number, shares (`5%,0.2`), time (`2h`), words (separated by blanks or commas), settings (a line
+            each), check, or choice.
+    """
+
+    name: str
+    label: str
+    help: str = ""
+    value: str = ""
+    kind: str = "text"
+    choices: tuple[str, ...] = ()
+    example: str = ""
+
+    def read(self, form: Form) -> JsonValue:
+        """The value for the model, which refuses what does not fit; None if the field is empty."""
+        text = form.text(self.name)
+        if self.kind == "check":
+            return bool(text)
+        if not text:
+            return None
+        if self.kind == "settings":
+            pairs = (line.partition("=") for line in text.splitlines() if line.strip())
+            return {key.strip(): value.strip() for key, _, value in pairs}
+        if self.kind == "time":
+            return read_duration(text)
+        if self.kind == "words":
+            return text.replace(",", " ").split()
+        if self.kind == "shares":
+            return [_number(each) for each in text.split(",") if each.strip()]
+        return _number(text) if self.kind == "number" else text
+
+
+def _number(text: str) -> JsonValue:
+    """`3`, `0.5` and `5%` as numbers; other texts as they are."""
+    text, share = text.strip(), text.strip().endswith("%")
+    try:
+        return float(text[:-1]) / 100 if share else float(text)
+    except ValueError:
+        return text
+
+
+def texts_in(form: Form, fields: Iterable[Field]) -> dict[str, str]:
+    """What a person has written, by name; the first values unless this form was sent."""
+    sent = FILLED in form.names
+    return {each.name: form.raw(each.name) if sent else each.value for each in fields}
+
+
+def model_in(form: Form, fields: Iterable[Field], model: type[AnyModel]) -> AnyModel:
+    """The model that a form says. Raises BadRequest in one line, as the API would."""
+    values: JsonObject = {}
+    for each in fields:
+        if (value := each.read(form)) is not None:
+            *parts, last = each.name.split(".")
+            reduce(lambda inside, part: inside.setdefault(part, {}), parts, values)[last] = value
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
+        raise BadRequest(str(validation_response(problems).body["error"]["message"])) from None
 
 
 async def read(request: Request, view: View) -> Form:

@@ -88,6 +88,7 @@ def _environment() -> Environment:
         "number": number,
         "percent": percent,
         "points": points,
+        "said": value_said,
         "seconds": in_seconds,
         "share": share,
         "short": short,
@@ -198,6 +199,12 @@ def metric(value: JsonValue, measure: Measure) -> str:
 def points(value: JsonValue) -> str:
     """`91.3%`, of a share; nothing for what is no number."""
     return f"{100 * value:.1f}%" if isinstance(value, int | float) else ""
+
+
+def value_said(value: JsonValue) -> str:
+    """Any setting: `none`, a number, or a text of at most 200 characters."""
+    text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def means(key: str, values: JsonMapping, kind: str | None = None) -> tuple[Measure, str]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from fastapi import Path, Query, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import StringConstraints
 
 from turret.errors import NotFound
 from turret.json_types import JsonMapping
@@ -18,7 +19,9 @@ from turret.server.routes import View
 from turret.tasks import main_metric, measure_of
 
 router = pages()
+RunKey = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 RunId = Annotated[str, Path(min_length=1, max_length=100)]
+Runs = Annotated[list[RunKey], Query(min_length=1, max_length=trainings.MOST_CURVES)]
 Past = Annotated[int, Query(ge=0, le=1 << 62)]
 VERBS = ("cancel", "resume", "delete")
 MOST = 200  # runs in the list
@@ -32,6 +35,19 @@ async def listing(request: Request, view: View) -> Response:
     """The newest trainings."""
     found = await view.control(view.workspace.runs, MOST)
     return render.page(request, view, "runs.html.j2", runs=found, most=MOST)
+
+
+@router.get("/runs/overlay")
+async def overlay(request: Request, view: View, run: Runs) -> Response:
+    """The curves of several trainings in one plot, and their final values in a table."""
+    found = await view.control(trainings.curves, view, run)
+    return render.page(request, view, "runs_overlay.html.j2", curves=found.curves)
+
+
+@router.get("/runs/overlay/curves")
+async def overlay_curves(view: View, run: Runs) -> trainings.Curves:
+    """The same, for the plots."""
+    return await view.control(trainings.curves, view, run)
 
 
 @router.get("/runs/{run_id}")

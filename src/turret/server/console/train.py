@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Query, Request, Response
 
@@ -27,13 +27,19 @@ USUAL = next(iter(METHODS_SHOWN))  # method
 MOST = 50  # tables in the list
 LEVELS = ("refuse", "warn", "ok")  # of checks, in the order of the page
 SECTIONS = ("data", "task", "train")  # of a recipe, whose keys a form may set
+STEPS = {  # what a table is for -> the path of the next step, and the words of its button
+    "plan": ("/train/plan", "Check the plan"),
+    "compare": ("/comparisons/start/compare", "Compare methods"),
+    "sweep": ("/comparisons/start/sweep", "Search settings"),
+}
 Source = Annotated[str, Query(min_length=1, max_length=500)]
+Then = Literal["plan", "compare", "sweep"]
 
 
 @router.get("/train")
-async def show(request: Request, view: View) -> Response:
+async def show(request: Request, view: View, then: Then = "plan") -> Response:
     """The form for a table, and the tables that were sent before."""
-    return await _start(request, view)
+    return await _start(request, view, then=then)
 
 
 @router.post("/train")
@@ -44,15 +50,22 @@ async def upload(request: Request, view: View, form: Sent) -> Response:
             raise BadRequest("no file is chosen: choose a table")
         kept = await keep(view, owner_of(request.state.caller), form.file, TABLE)
     except TurretError as error:
-        return await _start(request, view, error)
-    return render.redirect(request, f"/train/recipe?source={kept.id}")
+        return await _start(request, view, error, _then(form))
+    then = _then(form)
+    return render.redirect(request, f"/train/recipe?source={kept.id}" + ("" if then == "plan" else f"&then={then}"))
 
 
-async def _start(request: Request, view: View, error: TurretError | None = None) -> Response:
+def _then(form: Form) -> str:
+    """The step after the table: a key of STEPS."""
+    return form.text("then") if form.text("then") in STEPS else "plan"
+
+
+async def _start(request: Request, view: View, error: TurretError | None = None, then: str = "plan") -> Response:
     owner = owner_of(request.state.caller)
     found = await view.control(view.services.files.listed, owner, purpose=TABLE, limit=MOST)
     problem, status = render.told(error)
-    values = {"found": found, "formats": tables.SUFFIXES, "problem": problem, "most": view.services.limits.file_bytes}
+    values = {"found": found, "formats": tables.SUFFIXES, "most": view.services.limits.file_bytes}
+    values |= {"problem": problem, "then": then, "here": "train" if then == "plan" else "comparisons"}
     return render.page(request, view, "train.html.j2", status, **values)
 
 
@@ -66,11 +79,13 @@ class Chosen:
     Args:
         settings: of the recipe, by key; without those that are left to the guess.
         method: a key of the methods that are shown.
+        then: the next step, of STEPS.
     """
 
     source: str
     settings: Mapping[str, str | list[str]] = field(default_factory=dict)
     method: str = USUAL
+    then: str = "plan"
 
     @classmethod
     def of(cls, form: Form) -> Chosen:
@@ -83,7 +98,7 @@ class Chosen:
             column = section == "data" and rest in _roles()
             if values and (section in SECTIONS or key in ("name", "base")) and not (column and other):
                 found[key] = values[0] if len(values) == 1 else values
-        return cls(form.text("source"), found, form.text("method") or USUAL)
+        return cls(form.text("source"), found, form.text("method") or USUAL, _then(form))
 
     def as_settings(self) -> dict[str, str]:
         """For `turret.workspace.drafting`."""
@@ -98,9 +113,9 @@ def _roles() -> frozenset[str]:
 
 
 @router.get("/train/recipe")
-async def look(request: Request, view: View, source: Source) -> Response:
+async def look(request: Request, view: View, source: Source, then: Then = "plan") -> Response:
     """What a table shows, with a form to correct it."""
-    return await _look(request, view, Chosen(source))
+    return await _look(request, view, Chosen(source, then=then))
 
 
 @router.post("/train/recipe")
@@ -115,8 +130,8 @@ async def _look(request: Request, view: View, chosen: Chosen, error: TurretError
         made = await _drafted(request, view, chosen)
     except TurretError as wrong:
         if chosen.settings:  # one of them does not fit
-            return await _look(request, view, Chosen(chosen.source), wrong)
-        return await _start(request, view, wrong)
+            return await _look(request, view, Chosen(chosen.source, then=chosen.then), wrong)
+        return await _start(request, view, wrong, chosen.then)
     problem = problem or made.problem
     kind = str(chosen.settings.get("task.kind") or (made.guess.kind if made.guess else ""))
     task = TASKS.get(kind)
@@ -131,6 +146,7 @@ async def _look(request: Request, view: View, chosen: Chosen, error: TurretError
         "base": chosen.settings.get("base") or _base_for(view, task),
         "suggested": [AUTO, *(each.name for each in view.engines.bases)],
         "methods": METHODS_SHOWN,
+        "steps": {chosen.then: STEPS[chosen.then]} | STEPS,
     }
     return render.page(request, view, "train_recipe.html.j2", status, **values)
 
@@ -177,22 +193,27 @@ def _base_for(view: View, task: type[Task] | None) -> str:
 @router.post("/train/plan")
 async def plan(request: Request, view: View, form: Sent) -> Response:
     """Plan the recipe in the form. Without one, a recipe is drafted from what is chosen for a table."""
-    text, source = form.raw("recipe"), form.text("source")
-    if not text:
-        chosen = Chosen.of(form)
-        try:
-            made = await _drafted(request, view, chosen)
-        except TurretError as error:
-            return await _look(request, view, Chosen(chosen.source), error)
-        if made.recipe is None:
-            return await _look(request, view, chosen)
-        text = made.recipe
+    text, source = await recipe_in(request, view, form), form.text("source")
+    if isinstance(text, Response):
+        return text
     try:
         recipe = await view.parsing(Recipe.from_toml, text)
         planned = await view.preview(trainings.plan, view, owner_of(request.state.caller), recipe, {})
     except TurretError as error:
         return _planned(request, view, text, source, None, error)
     return _planned(request, view, text, source, planned)
+
+
+async def recipe_in(request: Request, view: View, form: Form) -> str | Response:
+    """The recipe in a form, or the draft of what is chosen; the page of the table if there is none."""
+    if text := form.raw("recipe"):
+        return text
+    chosen = Chosen.of(form)
+    try:
+        made = await _drafted(request, view, chosen)
+    except TurretError as error:
+        return await _look(request, view, Chosen(chosen.source, then=chosen.then), error)
+    return made.recipe or await _look(request, view, chosen)
 
 
 @router.post("/train/start")

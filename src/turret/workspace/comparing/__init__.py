@@ -6,6 +6,7 @@ composing.compare_composition(store, ...)              a composition with its pa
 cells.CellRunner                                       its trainings and measurements, as jobs
 """
 
-from turret.workspace.comparing.run_comparison import ComparisonRequest, compare, prepare
+from turret.workspace.comparing.run_comparison import compare, prepare
+from turret.workspace.orders import ComparisonRequest
 
 __all__ = ["ComparisonRequest", "compare", "prepare"]

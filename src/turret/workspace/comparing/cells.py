@@ -14,6 +14,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Protocol
@@ -32,7 +33,7 @@ from turret.tasks import task_of
 from turret.workspace.child_process import STOPPED, why_alone
 from turret.workspace.comparing import kept_files
 from turret.workspace.comparing.kept_files import KeptFiles
-from turret.workspace.progress import Say
+from turret.workspace.progress import CellState, Progress, Say
 from turret.workspace.queue_worker import Worker, WorkerLimits
 from turret.workspace.queueing import placed_data
 
@@ -109,6 +110,7 @@ class CellRunner:
         files: writes the comparison's files; None: those of a folder store.
         timed: the seed whose cells have processes of their own, because their time and memory are reported.
         tasks: who runs the cells; None: this process does.
+        metric: of the scores.
     """
 
     def __init__(
@@ -120,7 +122,9 @@ class CellRunner:
         files: KeptFiles | None = None,
         timed: int | None = None,
         tasks: Tasks | None = None,
+        metric: str = "",
     ) -> None:
+        self._metric = metric
         self.store, self.folder, self.say, self.deadline = store, folder, say, deadline
         self.files, self.timed = files or KeptFiles(store), timed
         self._tasks, self._queue = tasks, JobQueue.of(store, make=True)
@@ -169,10 +173,12 @@ class CellRunner:
     def _wait_for(self, tasks: Tasks, cells: Sequence[Cell]) -> None:
         """Put the missing cells into the queue, and wait until workers have done them, or the budget ends."""
         left, waiting, said = list(cells), dict[str, Cell](), ""
+        tasks.tell(self._progress(cells, {}))  # before they are submitted, so that whoever ends them knows them
         while left or waiting:
             self.files.require()
             left = self._submit(tasks, left, waiting)
             states = self._queue.states(waiting)
+            tasks.tell(self._progress(cells, {cell.key: str(states[id]["state"]) for id, cell in waiting.items()}))
             try:
                 tasks.check()
                 for id in [id for id in waiting if states[id]["state"] not in ("waiting", "running")]:
@@ -193,6 +199,24 @@ class CellRunner:
             said = line
             if waiting:
                 time.sleep(POLL_SECONDS)
+        tasks.tell(self._progress(cells, {}))
+
+    def _progress(self, cells: Sequence[Cell], states: Mapping[str, str]) -> Progress:
+        """states: of the jobs of those that wait or run."""
+        found = []
+        for cell in cells:
+            state = CellState(cell.key, cell.candidate.label, "waiting", cell.seed, cell.fraction)
+            if (done := self.results.get(cell.key)) is not None:
+                score, seconds = float(done.scores.mean()), done.wall_seconds
+                state = replace(
+                    state, state="finished", score=score, seconds=seconds, version=done.version, run=done.run
+                )
+            elif (why := self.failures.get(cell.candidate.spec)) is not None:
+                state = replace(state, state="failed", error=why)
+            else:
+                state = replace(state, state=states.get(cell.key, "waiting"))
+            found.append(state)
+        return Progress(self._study, self._metric, len(cells), found)
 
     def _submit(self, tasks: Tasks, cells: Sequence[Cell], waiting: dict[str, Cell]) -> list[Cell]:
         """Submit cells that have no result, as many as the queue takes. Returns the others."""
@@ -336,6 +360,9 @@ class Tasks(Protocol):
     def check(self) -> None:
         """Raise TrainingError if one cannot be done."""
 
+    def tell(self, progress: Progress) -> None:
+        """Learn how far all cells are; called about once a second."""
+
     def close(self) -> None:
         """End what was begun."""
 
@@ -349,13 +376,16 @@ class Workers:
     def check(self) -> None:
         """They may begin at any time."""
 
+    def tell(self, progress: Progress) -> None:
+        """Nobody watches."""
+
     def close(self) -> None:
         """They go on."""
 
 
-def require_executor(on: str | None) -> None:
+def require_executor(on: str | Tasks | None) -> None:
     """Raise RecipeError unless `on` names who can run cells."""
-    if on not in (None, "workers") and not on.startswith(RAY):
+    if isinstance(on, str) and on != "workers" and not on.startswith(RAY):
         raise RecipeError(
             f"--on {on[:60]}: expected workers, which `turret worker` starts, or ray://HOST:PORT; leave it out to "
             "train here"
@@ -363,10 +393,10 @@ def require_executor(on: str | None) -> None:
 
 
 @contextmanager
-def executor(on: str | None, store: Store, data: Dataset) -> Iterator[Tasks | None]:
+def executor(on: str | Tasks | None, store: Store, data: Dataset) -> Iterator[Tasks | None]:
     """Who runs cells of this data; None: this process."""
-    tasks: Tasks | None = None if on is None else Workers()
-    if on is not None and on.startswith(RAY):
+    tasks = Workers() if isinstance(on, str) else on
+    if isinstance(on, str) and on.startswith(RAY):
         from turret.workspace.ray_tasks import RayTasks
 
         tasks = RayTasks(on, store, task_of(data.kind), data.labels)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from turret.compare.candidates import Candidate, candidates, is_floor, with_equal_epochs
 from turret.compare.comparison import Comparison, SeededResults, comparison, paired
@@ -24,43 +23,19 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
 from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import CellRunner, command, executor, require_executor, require_known
+from turret.workspace.comparing.cells import (
+    CellRunner,
+    Tasks,
+    command,
+    executor,
+    require_executor,
+    require_known,
+)
 from turret.workspace.comparing.kept_files import held
+from turret.workspace.orders import ComparisonRequest
 from turret.workspace.progress import Say
 from turret.workspace.queueing import with_absolute_base
 from turret.workspace.reading import read_dataset, with_base
-
-
-@dataclass(frozen=True)
-class ComparisonRequest:
-    """The options of a comparison."""
-
-    methods: str | None = None  # None: base, the task's baselines, full, lora and prefix
-    seeds: int = 5
-    budget: float | None = None  # seconds; None: until all cells have run
-    fractions: tuple[float, ...] = (1.0,)  # of the training examples
-    margin: float = 1.0  # points
-    against: str = "full"
-    lr: float | Literal["auto"] | None = None  # for every method; None: each method's own
-    texts: bool = True  # whether the report shows examples
-    confidence: float = 0.95
-
-    def command(self, recipe: Recipe) -> str:
-        """The command line with the same options."""
-        fractions = None if self.fractions == (1.0,) else ",".join(f"{each:g}" for each in self.fractions)
-        return command(
-            "compare",
-            recipe,
-            {
-                "methods": self.methods,
-                "seeds": self.seeds,
-                "fractions": fractions,
-                "margin": f"{self.margin:g}",
-                "against": self.against,
-                "lr": self.lr,
-                "no-texts": not self.texts,
-            },
-        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +54,7 @@ def compare(
     request: ComparisonRequest,
     say: Say,
     on_plan: Callable[[PlannedDesign], None] | None = None,
-    on: str | None = None,
+    on: str | Tasks | None = None,
 ) -> Comparison:
     """Run the missing cells, judge all results, and write the report.
 
@@ -96,7 +71,8 @@ def compare(
     store.keep_rows(recipe.data.source)
     deadline = None if request.budget is None else time.monotonic() + request.budget
     with held(store, ready.folder, say) as files, executor(on, store, ready.data) as tasks:
-        runner = CellRunner(store, ready.folder, say, deadline, files, timed=ready.design.seeds[0], tasks=tasks)
+        timed, metric = ready.design.seeds[0], task_of(ready.data.kind).metric
+        runner = CellRunner(store, ready.folder, say, deadline, files, timed=timed, tasks=tasks, metric=metric)
         runner.run(list(ready.design.cells()))
         results = list(runner.results.values())
         result = comparison(
@@ -108,7 +84,7 @@ def compare(
             confidence=request.confidence,
             budget=request.budget,
             folder=str(ready.folder),
-            command=request.command(ready.design.recipe),
+            command=command_of(request, ready.design.recipe),
             power=_power(ready.design, ready.data, results, request.confidence),  # of the spread that was seen
         )
         result = result if request.texts else result.without_texts()
@@ -116,9 +92,33 @@ def compare(
     return result
 
 
-def prepare(store: Store, recipe: Recipe, request: ComparisonRequest, say: Say) -> Prepared:
-    """Read the data, make the design, and compute its power. Trains nothing, and changes nothing in the store."""
-    data = read_dataset(store, recipe, say)
+def command_of(request: ComparisonRequest, recipe: Recipe) -> str:
+    """The command line with the same options."""
+    fractions = None if request.fractions == (1.0,) else ",".join(f"{each:g}" for each in request.fractions)
+    return command(
+        "compare",
+        recipe,
+        {
+            "methods": request.methods,
+            "seeds": request.seeds,
+            "fractions": fractions,
+            "margin": f"{request.margin:g}",
+            "against": request.against,
+            "lr": request.lr,
+            "no-texts": not request.texts,
+        },
+    )
+
+
+def prepare(
+    store: Store, recipe: Recipe, request: ComparisonRequest, say: Say, data: Dataset | None = None
+) -> Prepared:
+    """Read the data, make the design, and compute its power. Trains nothing, and changes nothing in the store.
+
+    Args:
+        data: that of the recipe, if it is read already.
+    """
+    data = data or read_dataset(store, recipe, say)
     recipe, _ = with_base(recipe, data.kind)
     if not data.test:
         raise RecipeError("a comparison needs test examples, and the data has none: give data.test")

@@ -118,6 +118,26 @@
     };
   }
 
+  // --- several runs ---
+
+  function ofRuns({ curves }) {
+    const lines = curves.map((curve, place) => ({ label: `${curve.name} ${curve.run.slice(-6)}`, colour: HUES[place % HUES.length], dash: place < HUES.length ? undefined : [6, 3] }));
+    const over = (read) => {
+      const own = curves.map((curve) => new Map(read(curve)));
+      const x = [...new Set(own.flatMap((each) => [...each.keys()]))].sort((a, b) => a - b);
+      return [x, ...own.map((each) => x.map((step) => each.get(step) ?? null))];
+    };
+    const losses = (curve) => {
+      const smoothed = smooth(curve.points.map((each) => each.loss));
+      return curve.points.map((each, place) => [each.step, smoothed[place]]);
+    };
+    const held = (curve) => curve.points.filter((each) => each.held_out != null).map((each) => [each.step, each.held_out]);
+    return {
+      loss: { x: "step", none: "no step here", data: over(losses), lines },
+      metric: { x: "step", none: "no evaluation here", say: (value) => (value == null ? "–" : `${(100 * value).toFixed(1)}%`), data: over(held), lines: lines.map((line) => ({ ...line, dots: true })) },
+    };
+  }
+
   // --- an experiment ---
 
   const HUES = ["accent", "second", "third", "open", "good", "bad", "soft"];
@@ -165,7 +185,7 @@
 
   // --- all of them ---
 
-  const READ = { run: ofRun, experiment: ofExperiment, usage: ofUsage };
+  const READ = { run: ofRun, runs: ofRuns, experiment: ofExperiment, usage: ofUsage };
 
   async function load(place) {
     place.hidden = document.querySelector("[data-waiting]") !== null; // a run that waits has nothing to draw
@@ -181,7 +201,7 @@
     while (runs && place.isConnected) {
       runs = document.querySelector("[data-running]") !== null; // read before loading, so that the end of a run is loaded too
       if (!document.hidden) await load(place).catch(() => {});
-      await new Promise((done) => setTimeout(done, place.dataset.plots === "run" ? 1500 : 5000));
+      await new Promise((done) => setTimeout(done, place.dataset.plots.startsWith("run") ? 1500 : 5000));
     }
   }
 

@@ -1,0 +1,92 @@
+"""The process of a comparison or a sweep that waits in the queue, which a worker starts.
+
+`python -P -m turret.workspace.studying REQUEST` conducts one by the same functions as `turret compare --on workers` and
+`turret sweep --on workers`. It runs in a folder that has its data alone, and writes how far it is into its job. If it
+is killed, another worker conducts it from there, as the same command would. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from turret.access import Access
+from turret.compare.report import headline
+from turret.errors import StoreError
+from turret.json_types import JsonMapping, JsonObject
+from turret.process import stop_on_sigterm
+from turret.recipe import Recipe
+from turret.store import JobQueue, Store
+from turret.store.jobs import Job
+from turret.store.queued_data import PLACE
+from turret.workspace import comparing, sweeping
+from turret.workspace.child_process import Ended, attempt, parents_store, say_to_parent, status_of, stop_with_parent
+from turret.workspace.comparing.cells import Workers
+from turret.workspace.orders import ComparisonRequest, order_of, require_few
+from turret.workspace.progress import Progress
+from turret.workspace.queueing import bring_data, require_base
+
+
+def main(request: str) -> int:
+    """Carry out a request of the worker. Returns the exit status."""
+    asked = json.loads(request)
+    stop_on_sigterm()
+    stop_with_parent(asked["stopping"])
+    taken = Job.of(asked["taken"])
+    store = parents_store(asked["local"]).with_access(Access(taken.tenant))
+    try:
+        queue = JobQueue.of(store)
+    except StoreError as error:
+        ended = Ended(status_of(error), str(error))
+    else:
+        ended = attempt(queue, taken, lambda: _conduct(store, queue, taken, asked))
+    if ended.text is not None:
+        say_to_parent(ended.text)
+    return ended.status
+
+
+class _Watched(Workers):
+    """The workers of the store; how far they are is written into the row of the study."""
+
+    def __init__(self, queue: JobQueue, taken: Job) -> None:
+        self._queue, self._taken, self.noted = queue, taken, dict[str, JsonObject]()
+
+    def tell(self, progress: Progress) -> None:
+        """Write it, if it is new."""
+        noted = asdict(progress)
+        if noted != self.noted:
+            self._queue.note(self._taken, noted)
+        self.noted = noted
+
+
+def _conduct(store: Store, queue: JobQueue, taken: Job, asked: JsonMapping) -> None:
+    assert taken.spec is not None
+    queue.adopt(taken)
+    recipe, order, tasks = Recipe.from_toml(taken.recipe), order_of(taken.spec), _Watched(queue, taken)
+    require_base(recipe, asked["bases"])
+    folder = bring_data(store, recipe, Path(asked["folder"]))
+    place = PLACE.match(recipe.data.source)
+    os.chdir(folder if place is None else folder / place[0])  # where the data has the name that it was sent with
+    if place is not None:
+        named = recipe.data.source.removeprefix(f"{place[0]}/")
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": named})})
+    if isinstance(order, ComparisonRequest):
+        compared = comparing.compare(store, recipe, order, say_to_parent, require_few, tasks)
+        missing, version = compared.missing, compared.promotion.version
+        result = {"report": Path(compared.folder).name, "said": headline(compared), "version": version}
+    else:
+        recipe, request = order.split(recipe)
+        found = sweeping.sweep(store, recipe, replace(request, on=tasks), say_to_parent)
+        missing, best = found.missing, found.ranked[0]
+        data = found.best.data.model_copy(update={"source": taken.spec["sent"]})
+        toml = found.best.model_copy(update={"data": data}).to_toml()
+        said = f"the best of {len(found.ranked)} trials: {best.title}"
+        result = {"recipe": toml, "said": said, "version": best.version}
+    queue.finish(taken, tasks.noted | result | {"missing": missing})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
