@@ -28,8 +28,8 @@ def create(
         list[str],
         typer.Option(
             "--scope",
-            help="infer (ask), admin (everything of the tenant), metrics (/metrics alone), or, together with admin, operate "
-            "(tokens and usage of all tenants); repeatable.",
+            help="infer (ask), admin (everything of the tenant), metrics (/metrics alone), or, together with admin, "
+            "operate (tokens and usage of all tenants); repeatable.",
         ),
     ] = ["infer"],  # noqa: B006
     requests: Annotated[int | None, typer.Option("--requests-per-minute", help="Quota; default: none.")] = None,
