@@ -30,6 +30,7 @@ NO_ROW = {
     "POST /v1/completions": ANSWER, "POST /v1/chat/completions": ANSWER, "POST /v1/classify": ANSWER,
     "POST /v1/embeddings": ANSWER, "POST /v1/score": ANSWER, "POST /v1/rerank": ANSWER, "POST /v1/responses": ANSWER,
     "POST /v1/decisions": ANSWER, "POST /v1/systemone": ANSWER,
+    "POST /playground/file": PURE,
     "POST /playground": ANSWER, "POST /playground/answer": ANSWER, "POST /playground/stream": ANSWER,
     "POST /tokenize": PURE, "POST /detokenize": PURE, "POST /api/adapters/{reference}/verify": PURE,
     "POST /api/runs/draft": PURE, "POST /api/runs/plan": PURE, "POST /train/recipe": PURE, "POST /train/plan": PURE,

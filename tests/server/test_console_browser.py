@@ -5,6 +5,7 @@ A test fails if one of its pages sends a request to another host or writes an er
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import re
@@ -366,6 +367,17 @@ def test_a_chat_goes_on_and_a_link_and_the_history_bring_it_back(opened: Open, r
     page.get_by_role("button", name="Send the result").click()
     page.locator(".turn.tool").wait_for()
     page.locator(".panel .receipt").wait_for()
+    page.get_by_role("link", name="A file").click()
+    table = {"name": "a.csv", "mimeType": "", "buffer": b"no,text\n1,the film\n2,a cup\n"}
+    page.get_by_label("File").set_input_files(table)
+    page.get_by_role("button", name="Send it").click()
+    page.get_by_role("button", name="Ask", exact=True).click()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download as CSV").click()
+    with download.value.path().open(encoding="utf-8-sig", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert (download.value.suggested_filename, head, len(rows)) == ("answers.csv", ["no", "text", "a@1"], 2)
+    assert faults(page) == []
     page.get_by_text("Asked before").click()
     page.get_by_role("button", name="Clear the history").click()
     assert page.evaluate("localStorage.length") == 0

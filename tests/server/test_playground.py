@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import html
 import io
 import json
@@ -19,12 +21,13 @@ from server.answer_schemas import PERSON
 from server.conftest import SEEDS, Running
 from server.console_forms import SCRIPT, form_token, post, signed_in
 from server.echo import FINGERPRINT, LABELS
-from server.test_train_pages import patient
+from server.test_train_pages import SITE, patient
 from store.bundles import tensors, write_bundle
 
 from turret.access import Access
 from turret.engine import SamplingParams
-from turret.server.console.playground import MOST
+from turret.server.console.playground import MOST, MOST_FILE
+from turret.server.console.playground_form import MOST_ROWS
 from turret.server.settings import ServerSettings
 from turret.store import Version
 from turret.workspace import Workspace
@@ -209,6 +212,89 @@ def test_every_kind_of_version_answers_side_by_side_by_its_own_route(serve, stor
     together = ask(client, model=[f"{name}@1" for name in SPECS], text="a text", second="one\ntwo")
     assert problems(together) == []
     assert together.text.count('<dl class="receipt">') == len(SPECS)
+
+
+# --- a file of inputs ------------------------------------------------------------------------------------------------
+
+ROWS = f"no,text,other\n1,the cup final,cup\n2,=cmd(),rate\n3, ,none\n4,{SCRIPT},x\n"
+
+
+def send(client: Any, name: str, content: bytes | str) -> Any:
+    data = {"form_token": form_token(client, "/playground")}
+    return client.post("/playground/file", files={"file": (name, content)}, data=data, headers=SITE)
+
+
+def table_in(page: Any) -> str:
+    (found,) = re.findall(r'name="table" value="(.*?)"', page.text)
+    return html.unescape(found)
+
+
+def downloaded(page: Any) -> list[list[str]]:
+    (content,) = re.findall(r'href="data:text/csv;charset=utf-8;base64,(.*?)"', page.text)
+    return list(csv.reader(base64.b64decode(content).decode("utf-8-sig").splitlines()))
+
+
+def test_every_row_of_a_file_is_asked_and_the_answers_are_a_table(serve, store_task) -> None:
+    for name, (task, _, _) in SPECS.items():
+        store_task(name, **{"kind": name, **task})
+    running = serve()
+    client = patient(running.client())
+    sent = send(client, "rows.csv", ROWS)
+    assert (sent.status_code, problems(sent)) == (200, [])
+    assert "<option selected>text</option>" in sent.text, "the column with the longest texts"
+    assert "<script>alert" not in sent.text
+    models = [f"{name}@1" for name in SPECS]
+    fields = {"as": "file", "table": table_in(sent), "text_column": "text", "second_column": "other", "model": models}
+    page = ask(client, **fields)
+    assert problems(page) == []
+    assert "<script>alert" not in page.text
+    head, *rows = downloaded(page)
+    assert head[:5] == ["no", "text", "other", "classify@1", "classify@1 probability"]
+    assert [row[:3] for row in rows] == [["1", "the cup final", "cup"], ["2", "'=cmd()", "rate"], ["4", SCRIPT, "x"]]
+    inputs = ["the cup final", "=cmd()", SCRIPT]
+    got = client.post("/v1/classify", json={"model": "classify@1", "input": inputs}).json()["data"]
+    assert [row[3] for row in rows] == [each["label"] for each in got]
+    assert [float(row[4]) for row in rows] == [round(max(each["probs"]), 4) for each in got]
+    got = client.post("/v1/completions", json={"model": "generate@1", "prompt": inputs}).json()["choices"]
+    assert [row[head.index("generate@1")] for row in rows] == [each["text"] for each in got]
+    parts = ask(client, HTMX, **fields)
+    assert downloaded(parts) == [head, *rows]
+    assert "<html" not in parts.text
+    alone = ask(client, **fields | {"second_column": "", "model": ["embedding@1", "classify@1"]})
+    assert ["choose the column of the second one" in each for each in problems(alone)] == [True]
+    assert downloaded(alone)[0][3:] == ["classify@1", "classify@1 probability"]
+    assert client.get("/v1/files").json()["data"] == [], "nothing is stored"
+
+
+def test_a_file_that_is_no_table_or_too_large_is_one_line(serve, put, workspace) -> None:
+    put()
+    client = patient(signed_in(serve(), workspace.tokens.create("reader")[1]))
+    long = "text\n" + f"{'x' * 3000}\n" * 299
+    for name, content, words in (
+        ("a.xlsx", b"PK no workbook", "a.xlsx"),
+        ("a.pdf", b"x", "a.pdf"),
+        ("", b"", "no file is chosen"),
+        ("a.csv", "text\n", ""),
+        ("a.csv", long, "have over 400000 characters"),
+        ("a.csv", b"x" * (MOST_FILE + 1), f"more than {MOST_FILE} bytes"),
+    ):
+        got = send(client, name, content)
+        assert got.status_code in (400, 413), (name, got.status_code)
+        (line,) = problems(got)
+        assert words in line
+        assert not re.search("/tmp|turret-table", line)
+    many = send(client, "a.csv", "text\n" + "a text\n" * (MOST_ROWS + 50))
+    assert len(json.loads(table_in(many))["rows"]) == MOST_ROWS
+    assert f"{MOST_ROWS} of more rows" in many.text
+    for table in (
+        "{",
+        json.dumps({"name": "a", "columns": ["a"], "rows": [["x", "y"]]}),
+        json.dumps({"rows": [["x"]]}),
+    ):
+        got = ask(client, HTMX, table=table, model="a@1", text_column="a", **{"as": "file"})
+        assert (got.status_code, len(problems(got))) == (400, 1)
+    wrong = client.post("/playground/file", files={"file": ("a.csv", ROWS)}, data={"form_token": "x"}, headers=SITE)
+    assert wrong.status_code == 403
 
 
 # --- what is refused, and who may ask --------------------------------------------------------------------------------

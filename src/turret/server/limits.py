@@ -75,7 +75,7 @@ OPEN = ("/healthz", "/readyz")  # without a token, and without limits
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"  # the bodies of the API and of pages
 LARGE_BODIES = ("/v1/", "/tokenize", "/detokenize", "/api/runs", "/api/outcomes", "/playground")  # with texts or tables
 # The routes whose bodies are files, which are not read before the route, and their type.
-FILES, MULTIPART = ("/v1/files", "/train"), "multipart/form-data"
+FILES, MULTIPART = ("/v1/files", "/train", "/playground/file"), "multipart/form-data"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 from turret.access import Access
@@ -19,7 +20,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace.child_process import parents_store, status_of
 from turret.workspace.data_readers import OFFLINE, READ
-from turret.workspace.drafting import inspect
+from turret.workspace.drafting import inspect, sample
 from turret.workspace.queueing import bring_data
 from turret.workspace.reading import read_dataset
 
@@ -34,7 +35,9 @@ def helper(about: JsonObject) -> Answer:
         try:
             if "source" in asked:
                 os.chdir(asked["folder"])
-                return {"status": 0, "found": inspect(asked["source"], asked["settings"]).as_json()}
+                most = asked["rows"]
+                found = asdict(sample(asked["source"], most)) if most else None
+                return {"status": 0, "found": found or inspect(asked["source"], asked["settings"]).as_json()}
             _read(store.with_access(Access(asked["tenant"])), asked)
         except TurretError as error:
             return {"status": status_of(error), "text": str(error)}

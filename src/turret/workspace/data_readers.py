@@ -64,8 +64,14 @@ class DataReaders:
 
     def inspect(self, source: str, folder: Path, settings: Mapping[str, str]) -> JsonObject:
         """As `turret.workspace.drafting.inspect`, as JSON, for a source in a folder."""
-        found: JsonObject = self._ask({"source": source, "folder": str(folder), "settings": dict(settings)}, never)
-        return dict(found["found"])
+        return self._look({"source": source, "folder": str(folder), "settings": dict(settings), "rows": 0})
+
+    def sample(self, source: str, folder: Path, most: int) -> JsonObject:
+        """As `turret.workspace.drafting.sample`, as JSON, for a source in a folder."""
+        return self._look({"source": source, "folder": str(folder), "settings": {}, "rows": most})
+
+    def _look(self, asked: JsonObject) -> JsonObject:
+        return dict(self._ask(asked, never)["found"])
 
     def close(self) -> None:
         """End the processes that wait."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 
@@ -116,6 +116,11 @@ def inspect(source: str, settings: Mapping[str, str] | None = None) -> Inspectio
         return Inspection(_sample(opened), None, None, str(error))
 
 
+def sample(source: str, most: int) -> Sample:
+    """The first rows of a source of data, at most so many, with whole cells. Raises DataError."""
+    return _sample(_open(source, {}), most, str)
+
+
 def _inspection(opened: _Opened, settled: _Opened, doubts: Sequence[str] = ()) -> Inspection:
     made, seen = _drafted(settled)
     roles: dict[str, str | list[str]] = dict(seen.roles)
@@ -153,12 +158,16 @@ def _open(source: str, settings: Mapping[str, str]) -> _Opened:
     return _Opened(recipe, settings, tables[sources.split["train"]], sources)
 
 
-def _sample(opened: _Opened) -> Sample:
+def _short(cell: object) -> str:
+    return one_line(str(cell), SHOWN_CELL)
+
+
+def _sample(opened: _Opened, most: int = SHOWN_ROWS, written: Callable[[object], str] = _short) -> Sample:
     table, data = opened.table, opened.recipe.data
     shown = list(table.columns)[:SHOWN_COLUMNS]
     rows = [
-        ["" if cell is None or cell != cell else one_line(str(cell), SHOWN_CELL) for cell in row]
-        for _, row in islice(table.read(shown), SHOWN_ROWS)
+        ["" if cell is None or cell != cell else written(cell) for cell in row]
+        for _, row in islice(table.read(shown), most)
     ]
     splits: dict[str, str] = {role: _split(role, opened.sources, getattr(data, role)) for role in SPLITS}
     return Sample(one_line(table.name, 100), shown, rows, splits)

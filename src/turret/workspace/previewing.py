@@ -1,6 +1,6 @@
-"""What a client of a server sees before a training: the draft of a recipe for a table, and the plan of a recipe.
+"""What a client of a server sees of a table: its rows, the draft of a recipe for it, and the plan of a recipe.
 
-Both are made in helper processes, because they read files of tenants and load bases. Loads no torch.
+All are made in helper processes, because they read files of tenants and load bases. Loads no torch.
 """
 
 from __future__ import annotations
@@ -59,6 +59,13 @@ class Previews:
         with tempfile.TemporaryDirectory(prefix="turret-draft-") as folder:
             _bring(files, source, Path(folder))
             return self._readers.inspect(source, Path(folder), settings)
+
+    def sample(self, name: str, content: bytes, most: int) -> JsonObject:
+        """As `turret.workspace.drafting.sample`, as JSON, for a table that a client sends. Raises DataError."""
+        require_sent_source(name, {name: content})
+        with tempfile.TemporaryDirectory(prefix="turret-table-") as folder:
+            _bring({name: content}, name, Path(folder))
+            return self._readers.sample(name, Path(folder), most)
 
     def plan(
         self,

@@ -7,227 +7,49 @@ line for a shell and the Python ask the same. Versions are asked by number, so n
 from __future__ import annotations
 
 import asyncio
+import base64
+import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
 
 from fastapi import Request, Response
-from pydantic import Field, ValidationError
-from pydantic_core import from_json
 from starlette.types import Message, Receive, Scope, Send
 
-from turret.errors import BadRequest, NotFound, TurretError
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.data import files
+from turret.data.table_writer import harmless
+from turret.errors import BadRequest, DataError, NotFound, TooLarge, TurretError
+from turret.json_types import JsonMapping
 from turret.methods import method_named
 from turret.server.console import render, snippets
 from turret.server.console.forms import TOKEN, Form, Sent, pages
-from turret.server.console.snippets import QUESTIONS, Question, Snippet
-from turret.server.error_responses import error_response
-from turret.server.limits import MOST_MESSAGES, MOST_TEXT, MOST_TOKENS
-from turret.server.questions import scores_pairs
-from turret.server.routes import View, answer_of_route, check_counts, pass_to_route
-from turret.server.schemas import Model
+from turret.server.console.playground_form import (
+    MODES,
+    MOST_ROWS,
+    MOST_TABLE,
+    NUMBERS,
+    Kind,
+    Table,
+    Thread,
+    Turn,
+    mode_of,
+    model_of,
+    question_of,
+    table_of,
+    thread_of,
+)
+from turret.server.console.snippets import Question, Snippet
+from turret.server.error_responses import ErrorResponse, error_response
+from turret.server.routes import View, answer_of_route, pass_to_route
 from turret.store import Version
-from turret.tasks import stored_task
-from turret.tasks.task import RequestKind
 
 router = pages()
 MOST = 6  # versions in one question
 SHOWN = 200  # versions to choose from
 MOST_CODE = 16 << 10  # bytes of a request that is also shown as code
-ALTERNATIVES = 3  # to each token, where probabilities are shown
-MODES = {"text": "One input", "chat": "Chat"}
-
-
-# --- what the form says -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Number:
-    """A setting of a generation: its key in the API, and its field. The API checks it."""
-
-    key: str
-    label: str
-    low: float
-    high: float
-    usual: str = ""
-
-
-NUMBERS = (
-    Number("max_tokens", "Most tokens", 1, MOST_TOKENS, "80"),
-    Number("temperature", "Temperature", 0, 2, "0"),
-    Number("top_p", "Top p", 0, 1),
-    Number("top_k", "Top k", 1, 100_000),
-    Number("repetition_penalty", "Repetition penalty", 0.1, 10),
-    Number("presence_penalty", "Presence penalty", -2, 2),
-    Number("frequency_penalty", "Frequency penalty", -2, 2),
-    Number("num_beams", "Beams", 1, 16),
-    Number("seed", "Seed", 1 - (1 << 53), (1 << 53) - 1),
-)
-
-
-class CalledFunction(Model):
-    name: str
-    arguments: str
-
-
-class Call(Model):
-    """A call of a tool."""
-
-    id: Annotated[str, Field(max_length=256)]
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class Turn(Model):
-    """A turn of a conversation."""
-
-    role: Literal["user", "assistant", "tool"]
-    content: str | None = None
-    tool_calls: list[Call] | None = None
-    tool_call_id: str | None = None
-
-
-class Thread(Model):
-    """The conversation with one model, without the system's turn."""
-
-    model: str
-    messages: Annotated[list[Turn], Field(max_length=MOST_MESSAGES)] = Field(default_factory=list)
-
-    @property
-    def open_calls(self) -> list[Call]:
-        """The calls whose results come next."""
-        return (self.messages[-1].tool_calls or []) if self.messages else []
-
-    def written(self) -> str:
-        return self.model_dump_json(exclude_none=True)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a model answers. scores: two texts, with a number."""
-
-    request: RequestKind
-    pairs: bool = False
-    scores: bool = False
-
-    @classmethod
-    def of(cls, task: JsonMapping) -> Kind:
-        """That of a task, as in a manifest."""
-        return cls(stored_task(task).request, bool(task.get("pairs")), scores_pairs(task))
-
-
-def _mode(form: Form) -> str:
-    return form.text("as") or "text"
-
-
-def _model(form: Form) -> str:
-    if not form.text("model"):
-        raise BadRequest("no version is chosen: choose one")
-    return form.text("model")
-
-
-def _text(form: Form) -> str:
-    text = form.raw("text").replace("\r\n", "\n")
-    if not text.strip() or len(text) > MOST_TEXT:
-        raise BadRequest(f"the text has {len(text)} characters: expected 1 to {MOST_TEXT}")
-    return text
-
-
-def _lines(form: Form, name: str) -> list[str]:
-    return [line for line in form.raw(name).splitlines() if line.strip()]
-
-
-def _number(name: str, text: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text[:40])
-        except ValueError:
-            continue
-    raise BadRequest(f"{name}: {ascii(text)[:40]} is no number")
-
-
-def _json(view: View, form: Form, name: str) -> JsonValue:
-    """A field of JSON; None if it is empty."""
-    text = form.text(name)
-    if not text:
-        return None
-    check_counts(text.encode("utf-8", "replace"), view.services.limits)
-    try:
-        return from_json(text, allow_inf_nan=False)
-    except ValueError as error:
-        raise BadRequest(f"{name}: not JSON: {error}") from None
-
-
-def _settings(view: View, form: Form) -> JsonObject:
-    """The settings of a generation that are filled in, as the API takes them."""
-    found: JsonObject = {each.key: _number(each.label, text) for each in NUMBERS if (text := form.text(each.key))}
-    if stops := _lines(form, "stop"):
-        found["stop"] = stops
-    if (schema := _json(view, form, "schema")) is not None:
-        found["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-    if (bias := _json(view, form, "logit_bias")) is not None:
-        found["logit_bias"] = bias
-    return found
-
-
-def _thread(form: Form, model: str) -> tuple[Thread, list[Turn]]:
-    """The conversation with a model so far, and the turns that the form adds: results of tools, and what is said."""
-    earlier = Thread(model=model)
-    for text in filter(None, form.all("thread")):
-        try:
-            found = Thread.model_validate_json(text)
-        except ValidationError:
-            raise BadRequest("the conversation cannot be read: reload the page and begin again") from None
-        if found.model == model:
-            earlier = found
-    added: list[Turn] = []
-    results = {call.id: form.raw(f"result:{call.id}") for call in earlier.open_calls}
-    if any(map(str.strip, results.values())):
-        added += [Turn(role="tool", content=text, tool_call_id=id) for id, text in results.items()]
-    if form.text("text") or not earlier.messages:
-        added.append(Turn(role="user", content=_text(form)))
-    return earlier, added
-
-
-# --- questions --------------------------------------------------------------------------------------------------------
-
-
-def _question(view: View, form: Form, model: str, kind: Kind) -> Question:
-    """The request that the form means for a model."""
-    if _mode(form) == "chat":
-        return _chat(view, form, model)
-    if kind.request == "generate":
-        return _completion(view, form, model)
-    text, second = _text(form), form.raw("second").replace("\r\n", "\n")
-    if kind.scores or (kind.request == "embed" and second.strip()):
-        documents = _lines(form, "second")
-        if not documents:
-            raise BadRequest("this version gives two texts a number: fill in the second input")
-        return Question("rerank", {"model": model, "query": text, "documents": documents}, None, 'answer["results"]')
-    usual = QUESTIONS[kind.request]
-    asked = {"text": text, "text_pair": second} if kind.pairs and second.strip() else text
-    return replace(usual, body={"model": model, "input": asked})
-
-
-def _completion(view: View, form: Form, model: str) -> Question:
-    body = {"model": model, "prompt": _text(form), **_settings(view, form)}
-    return replace(QUESTIONS["generate"], body=body | ({"logprobs": ALTERNATIVES} if form.text("logprobs") else {}))
-
-
-def _chat(view: View, form: Form, model: str) -> Question:
-    earlier, added = _thread(form, model)
-    system = [{"role": "system", "content": form.raw("system")}] if form.text("system") else []
-    messages = [*system, *(turn.model_dump(exclude_none=True) for turn in (*earlier.messages, *added))]
-    body: JsonObject = {"model": model, "messages": messages, **_settings(view, form)}
-    if form.text("logprobs"):
-        body |= {"logprobs": True, "top_logprobs": ALTERNATIVES}
-    if (tools := _json(view, form, "tools")) is not None:
-        body |= {"tools": tools, "tool_choice": form.text("tool_choice") or "auto"}
-    said = "answer.choices[0].message" if tools else "answer.choices[0].message.content"
-    return Question("chat/completions", body, "chat.completions.create", said)
+MOST_FILE = 4 << 20  # bytes
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -251,6 +73,28 @@ class Token:
     def level(self) -> int:
         """From 0, surprising, to 4."""
         return min(4, int(5 * self.share))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The answer for a row of a table. share: the probability of the label."""
+
+    text: str
+    share: float | None = None
+
+    @classmethod
+    def of(cls, data: JsonMapping) -> Cell:
+        """One answer of a route, as one line where that is possible."""
+        if "text" in data:
+            return cls(data["text"])
+        if (number := data.get("score", data.get("value"))) is not None:
+            return cls(render.number(number))
+        if data["spans"] is not None:
+            return cls("; ".join(f"{span['label']}: {span['text']}" for span in data["spans"]))
+        if data["answers"] is not None:
+            return cls("; ".join(f"{question}: {one['label']}" for question, one in data["answers"].items()))
+        label = data["label"]
+        return cls(label, data["probabilities"][label]) if isinstance(label, str) else cls(", ".join(label))
 
 
 @dataclass(frozen=True)
@@ -294,6 +138,11 @@ class Answered:
         return [Token.of(text, own, others.items()) for text, own, others in zip(*columns, strict=True)]
 
     @property
+    def cells(self) -> list[Cell]:
+        """Of the rows of a table."""
+        return [Cell.of(each) for each in self.found.get("choices") or self.found["data"]]
+
+    @property
     def marked(self) -> list[tuple[str, str]]:
         """The text in parts, each with its label; "" without one."""
         text, parts, end = self.question.body["input"], list[tuple[str, str]](), 0
@@ -329,7 +178,8 @@ async def _panel(request: Request, view: View, form: Form, model: str, kind: Kin
         if isinstance(kind, TurretError):
             raise kind
         found, asked = await view.parsing(_planned, request, view, form, model, kind)
-        if asked is None or not found.route or render.is_htmx(request):
+        later = render.is_htmx(request) and mode_of(form) != "file"
+        if asked is None or not found.route or later:
             return found
         answered = await _answer(request, view, asked, dict(request.scope["state"]))
     except TurretError as error:
@@ -342,18 +192,18 @@ async def _panel(request: Request, view: View, form: Form, model: str, kind: Kin
 
 def _planned(request: Request, view: View, form: Form, model: str, kind: Kind) -> tuple[Panel, Question | None]:
     """The panel before the answer, and the question; None if a conversation is only shown."""
-    left_out = (TOKEN, "thread", "code", "model")
+    left_out = (TOKEN, "thread", "code", "model", "table")
     fields = {name: form.raw(name) for name in form.names if name not in left_out and ":" not in name}
     fields["model"] = model
     found = Panel(model, route="stream" if kind.request == "generate" else "answer", fields=fields)
-    if _mode(form) == "chat":
-        earlier, added = _thread(form, model)
+    if mode_of(form) == "chat":
+        earlier, added = thread_of(form, model)
         turns = [*earlier.messages, *added]
         fields |= {"text": "", "thread": Thread(model=model, messages=turns).written()}
         found = replace(found, thread=earlier, turns=turns)
         if not added and turns[-1].role == "assistant":
             return replace(found, route=""), None
-    question = _question(view, form, model, kind)
+    question = question_of(view, form, model, kind)
     if len(json.dumps(question.body)) <= MOST_CODE:
         found = replace(found, snippets=snippets.of_question(request, view, question))
     return (replace(found, route="") if form.text("code") else found), question
@@ -418,18 +268,19 @@ async def ask(request: Request, view: View, form: Sent) -> Response:
     kinds = await view.control(_kinds, view, models)
     found = await asyncio.gather(*(_panel(request, view, form, *each) for each in zip(models, kinds, strict=True)))
     if render.is_htmx(request):
-        return render.page(request, view, "playground_answers.html.j2", panels=found)
+        name = "playground_table.html.j2" if mode_of(form) == "file" else "playground_answers.html.j2"
+        return render.page(request, view, name, panels=found, **_of_table(form, found))
     return await _page(request, view, form, found)
 
 
 @router.post("/playground/answer")
 async def answer(request: Request, view: View, form: Sent) -> Response:
     """One answer, with its time and the time of its load."""
-    model = _model(form)
+    model = model_of(form)
     (kind,) = await view.control(_kinds, view, [model])
     if isinstance(kind, TurretError):
         raise kind
-    question = await view.parsing(_question, view, form, model, kind)
+    question = await view.parsing(question_of, view, form, model, kind)
     found = await _answer(request, view, question, request.scope["state"])
     if found.problem:
         return Response(json.dumps(found.found), found.status, media_type="application/json")
@@ -439,13 +290,78 @@ async def answer(request: Request, view: View, form: Sent) -> Response:
 @router.post("/playground/stream")
 async def stream(request: Request, view: View, form: Sent) -> Response:
     """One generation, streamed by its route, with the time of its load in a header."""
-    model = _model(form)
-    question = await view.parsing(_question, view, form, model, Kind("generate"))
+    model = model_of(form)
+    question = await view.parsing(question_of, view, form, model, Kind("generate"))
     return Streamed(request, question, await _load(view, model))
 
 
-async def _page(request: Request, view: View, form: Form, panels: Sequence[Panel] = ()) -> Response:
-    mode = _mode(form)
+@router.post("/playground/file")
+async def upload(request: Request, view: View, form: Sent) -> Response:
+    """The form for the rows of a table. Nothing of it is stored."""
+    filled = {"as": ["file"]}
+    try:
+        if form.file is None or not form.file.filename:
+            raise BadRequest("no file is chosen: choose a table")
+        content = await form.file.read(MOST_FILE + 1)
+        if len(content) > MOST_FILE:
+            raise TooLarge(f"the file has more than {MOST_FILE} bytes: send fewer rows")
+        found = await view.preview(view.services.previews.sample, form.file.filename, content, MOST_ROWS + 1)
+        if not found["rows"]:
+            raise DataError("the table has no rows: send one that has")
+        rows, more = found["rows"][:MOST_ROWS], len(found["rows"]) > MOST_ROWS
+        table = Table(name=found["name"], columns=found["columns"], rows=rows, more=more).model_dump_json()
+        if len(table) > MOST_TABLE:
+            raise TooLarge(
+                f"the first {len(rows)} rows have over {MOST_TABLE} characters: send fewer, or shorter texts"
+            )
+    except TurretError as error:
+        response = error_response(error)
+        return await _page(request, view, Form(filled), problem=response)
+    return await _page(request, view, Form(filled | {"table": [table]}))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table with the answers for it."""
+
+    text: str
+    cells: Sequence[Cell]
+
+
+def _of_table(form: Form, panels: Sequence[Panel]) -> render.Context:
+    """What a page shows of a table: it, the answers, and both as a file that a spreadsheet reads."""
+    table = table_of(form)
+    answered = [each.answered for each in panels if each.answered and not each.problem]
+    if table is None or not answered:
+        return {"table": table, "answered": ()}
+    columns = [each.cells for each in answered]
+    lines = [
+        Line(*each) for each in zip(table.column(form.text("text_column")), zip(*columns, strict=True), strict=True)
+    ]
+    file = io.StringIO()
+    write = csv.writer(file, lineterminator="\n")
+    shares = [any(cell.share is not None for cell in cells) for cells in columns]
+    heads = [
+        name
+        for each, share in zip(answered, shares, strict=True)
+        for name in ((each.version, f"{each.version} probability") if share else (each.version,))
+    ]
+    write.writerow(map(harmless, [*table.columns, *heads]))
+    for row, line in zip(table.rows, lines, strict=True):
+        written = [
+            text
+            for cell, share in zip(line.cells, shares, strict=True)
+            for text in ((cell.text, f"{cell.share or 0:.4f}") if share else (cell.text,))
+        ]
+        write.writerow(map(harmless, [*row, *written]))
+    content = base64.b64encode(file.getvalue().encode("utf-8-sig")).decode()
+    return {"table": table, "answered": answered, "lines": lines, "column": form.text("text_column"), "csv": content}
+
+
+async def _page(
+    request: Request, view: View, form: Form, panels: Sequence[Panel] = (), problem: ErrorResponse | None = None
+) -> Response:
+    mode = mode_of(form)
     if mode not in MODES:
         raise NotFound(f"no such playground: expected {' or '.join(MODES)}")
     every = [(each, Kind.of(each.part("task"))) for each in await _versions(view)]
@@ -455,6 +371,8 @@ async def _page(request: Request, view: View, form: Form, panels: Sequence[Panel
     bare = [name for name, kind in bases if mode != "chat" or kind.request == "generate"]
     kinds = [kind for _, kind in (*versions, *bases)]
     answered = any(each.answered for each in panels)
+    shown = _of_table(form, panels)
+    table: Table | None = shown["table"]
     values = {
         "mode": mode,
         "modes": MODES,
@@ -468,8 +386,14 @@ async def _page(request: Request, view: View, form: Form, panels: Sequence[Panel
         "two": any(each.pairs or each.request == "embed" for each in kinds),
         "filled": {name: form.raw(name) for name in form.names} | ({"text": ""} if answered and mode == "chat" else {}),
         "panels": panels,
+        "problem": problem and problem.body["error"]["message"],
+        "formats": files.SUFFIXES,
+        "most_rows": MOST_ROWS,
+        "most_file": MOST_FILE,
+        **shown,
+        "likely": None if table is None else max(table.columns, key=lambda name: sum(map(len, table.column(name)))),
     }
-    return render.page(request, view, "playground.html.j2", **values)
+    return render.page(request, view, "playground.html.j2", problem.status if problem else 200, **values)
 
 
 def _kinds(view: View, models: Sequence[str]) -> list[Kind | TurretError]:

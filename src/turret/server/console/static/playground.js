@@ -188,7 +188,7 @@
   };
   let asked = null;
   form.addEventListener("htmx:beforeRequest", () => {
-    asked = { url: here(), words: (form.elements.text?.value || "a turn without words").slice(0, 60), at: new Date().toLocaleString() };
+    asked = { url: here(), words: (form.elements.text?.value || form.elements.text_column?.value || "a turn without words").slice(0, 60), at: new Date().toLocaleString() };
   });
 
   function keep(entry) {
