@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -161,7 +161,9 @@ class Ticket:
             return True
         self.over = True
         count = len(str(self.text).split())
-        if self.kind == "classify":
+        if self.kind == "classify" and (own := self.engine.heads.get(str(self.receipt.name))):
+            self.tell(Done({**own, "prompt_tokens": count}))
+        elif self.kind == "classify":
             found = probabilities(str(self.receipt.digest), self.text, self.engine.labels)
             label = max(found, key=lambda key: found[key])
             wanted = None if self.options is None else self.options.coverage
@@ -193,6 +195,7 @@ class Echo:
     base_id: str = "echo"
     labels: Sequence[str] = LABELS
     fingerprint: str = FINGERPRINT  # of the base whose adapters it answers with
+    heads: Mapping[str, Any] = field(default_factory=dict)  # name of an adapter -> what its head answers
     constraints: Any = None  # `turret.engine.structured_output.Constraints`
 
     def __post_init__(self) -> None:

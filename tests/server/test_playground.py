@@ -186,6 +186,46 @@ SPECS: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {  # the task; th
 }
 
 
+# Heads that the echo has not: the task, what the engine answers, what a panel shows, and the cell of a table.
+HEADS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "regression": ({}, {"value": 3.25}, '<p class="label">3.25</p>', "3.25"),
+    "rerank": ({"pairs": True}, {"value": 0.75}, '<li><span>one</span><span class="n">0.75</span></li>', "0.75"),
+    "token_classification": (
+        {"labels": ["PER"]},
+        {"spans": [{"label": "PER", "start": 2, "end": 6, "text": "text", "probability": 0.9}]},
+        'a <mark>text <span class="badge">PER</span></mark>',
+        "PER: text",
+    ),
+    "questions": (
+        {"labels": {"mood": ["sad", "glad"]}},
+        {"answers": {"mood": {"label": "glad", "probabilities": {"sad": 0.25, "glad": 0.75}}}},
+        "<h3>mood: glad</h3>",
+        "mood: glad",
+    ),
+    "several": (
+        {"kind": "classify", "labels": ["a", "b"], "multi_label": True},
+        {"label": ["a", "b"], "probabilities": {"a": 0.9, "b": 0.8}},
+        '<p class="label">a, b</p>',
+        "a, b",
+    ),
+}
+
+
+def test_every_head_has_its_own_answer_on_the_page_and_in_a_table(serve, store_task) -> None:
+    for name, (task, *_) in HEADS.items():
+        store_task(name, **{"kind": name, **task})
+    client = serve(heads={name: answer for name, (_, answer, _, _) in HEADS.items()}).client()
+    models = [f"{name}@1" for name in HEADS]
+    page = ask(client, model=models, text="a text", second="one")
+    assert problems(page) == []
+    for name, (_, _, shown, _) in HEADS.items():
+        assert shown in page.text, name
+    table = json.dumps({"name": "a", "columns": ["t", "u"], "rows": [["a text", "one"]]})
+    page = ask(client, model=models, table=table, text_column="t", second_column="u", **{"as": "file"})
+    assert problems(page) == []
+    assert downloaded(page)[1][2:] == [cell for *_, cell in HEADS.values()]
+
+
 @pytest.fixture
 def store_task(workspace: Workspace, tmp_path: Path) -> Callable[..., Version]:
     def put(name: str, **task: Any) -> Version:

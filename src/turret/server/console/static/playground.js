@@ -6,7 +6,8 @@
   if (!form) return;
   const GONE = "The server does not answer. Is it still running?";
   const HISTORY = "turret-playground", MOST_ASKED = 20, MOST_LINK = 16000; // entries; characters
-  const chat = form.elements.as.value === "chat";
+  const mode = form.elements.as.value, chat = mode === "chat";
+  let going = 0; // answers that are being streamed
   const made = (tag, values, ...inside) => {
     const element = Object.assign(document.createElement(tag), values);
     element.append(...inside);
@@ -35,6 +36,7 @@
   async function ask(panel, path, fields) {
     const written = panel.querySelector("output"), foot = panel.querySelector("[data-foot]");
     const began = performance.now();
+    going += 1;
     try {
       const answer = await post(path, fields);
       if (!answer.ok) {
@@ -48,11 +50,13 @@
     } catch (error) {
       foot.replaceChildren();
       turret.complain(panel, error instanceof TypeError ? GONE : error.message);
+    } finally {
+      going -= 1;
     }
   }
 
   async function read(answer, written) {
-    const result = { first: null, usage: null, reason: null, text: "", calls: [] };
+    const result = { first: null, usage: null, reason: null, text: "", calls: [], shared: false };
     const decoder = new TextDecoder(), reader = answer.body.getReader();
     for (let rest = "", piece = await reader.read(); !piece.done; piece = await reader.read()) {
       const lines = (rest + decoder.decode(piece.value, { stream: true })).split("\n\n");
@@ -69,7 +73,8 @@
           result.reason = choice.finish_reason ?? result.reason;
           result.text += text;
           result.calls.push(...(choice.delta?.tool_calls ?? []).map(({ index, ...call }) => call));
-          written.append(...(tokens.length ? tokens : [text]));
+          result.shared ||= tokens.length > 0; // the tokens are the text, also where it is held back for a call
+          written.append(...(result.shared ? tokens : [text]));
         }
       }
     }
@@ -153,7 +158,7 @@
   function here() {
     const said = new URLSearchParams();
     for (const [name, value] of new FormData(form)) if (!["form_token", "as", "table"].includes(name)) said.append(name, value);
-    return `/playground?as=${form.elements.as.value}#${said}`;
+    return `/playground?as=${mode}#${said}`;
   }
 
   async function open() {
@@ -165,9 +170,14 @@
       else if (said.has(each.name)) each.value = said.get(each.name);
     }
     form.querySelectorAll("details").forEach((each) => (each.open ||= [...each.querySelectorAll("textarea")].some((area) => area.value)));
-    const threads = said.getAll("thread").filter((each) => JSON.parse(each).messages.length);
-    if (!threads.length) return;
-    const fields = [["as", "chat"], ...threads.flatMap((each) => [["thread", each], ["model", JSON.parse(each).model]])];
+    const fields = [["as", "chat"]];
+    for (const thread of said.getAll("thread")) {
+      try {
+        const { model, messages } = JSON.parse(thread);
+        if (messages.length) fields.push(["thread", thread], ["model", model]);
+      } catch {} // the link is cut
+    }
+    if (fields.length === 1) return;
     const shown = await post("/playground", fields); // without a new turn: nothing is asked
     if (!shown.ok) return;
     answers.innerHTML = await shown.text();
@@ -187,12 +197,14 @@
     }
   };
   let asked = null;
-  form.addEventListener("htmx:beforeRequest", () => {
-    asked = { url: here(), words: (form.elements.text?.value || form.elements.text_column?.value || "a turn without words").slice(0, 60), at: new Date().toLocaleString() };
+  form.addEventListener("htmx:beforeRequest", (event) => {
+    tell(chat && going ? "Wait for the answers: the conversation goes on after them." : "");
+    if (chat && going) return event.preventDefault();
+    asked = { url: here(), words: (form.elements.text?.value || "a turn without words").slice(0, 60), at: new Date().toLocaleString() };
   });
 
   function keep(entry) {
-    if (entry.url.length > MOST_LINK) return;
+    if (entry.url.length > MOST_LINK || mode === "file") return; // a table is too large
     try {
       localStorage.setItem(HISTORY, JSON.stringify([entry, ...kept().filter((each) => each.url !== entry.url)].slice(0, MOST_ASKED)));
     } catch {} // the browser keeps nothing
@@ -209,7 +221,7 @@
     localStorage.removeItem(HISTORY);
     show();
   });
-  form.querySelector("[data-link]").hidden = false;
+  form.querySelector("[data-link]").hidden = mode === "file";
   show();
   addEventListener("hashchange", open);
   open();
