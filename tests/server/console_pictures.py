@@ -60,7 +60,7 @@ def moving(page: Page) -> None:
 
 def playing(page: Page) -> None:
     page.get_by_label("Text").fill(TEXT)
-    for box in page.get_by_role("checkbox").all():
+    for box in page.get_by_role("checkbox").all()[:6]:
         box.check()
     page.get_by_role("button", name="Ask").click()
     page.locator(".panel .receipt").nth(1).wait_for()
@@ -88,6 +88,13 @@ def sent(page: Page) -> None:
     page.get_by_label("File").set_input_files({"name": "tickets.xlsx", "mimeType": "", "buffer": tickets()})
     page.get_by_role("button", name="Send it").click()
     page.wait_for_url("**/train/recipe**")
+
+
+def asking_rows(page: Page) -> None:
+    page.get_by_label("File").set_input_files({"name": "tickets.xlsx", "mimeType": "", "buffer": tickets()})
+    page.get_by_role("button", name="Send it").click()
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_role("link", name="Download as CSV").wait_for()
 
 
 def planned(page: Page) -> None:
@@ -125,6 +132,7 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
     "comparisons": ("/comparisons", nothing, False, False),
     "comparison": ("COMPARISON", unfolded, False, False),
     "playground": ("/playground", playing, False, False),
+    "playground-file": ("/playground?as=file", asking_rows, False, False),
     "playground-phone": ("/playground", playing, True, False),
     "experiment": ("/experiments/news/1", settled, False, False),
     "store": ("/store", checked, False, False),

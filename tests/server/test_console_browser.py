@@ -303,6 +303,25 @@ def test_a_text_that_cannot_be_asked_is_told_in_place(opened: Open) -> None:
     assert "no adapter named" in page.locator(".panel [role=alert]").inner_text()
 
 
+def test_a_streamed_answer_is_stopped_and_the_chat_goes_on_after_it(opened: Open, serve) -> None:
+    slow = serve(pace=0.4)
+    page = opened("/playground?as=chat", url=slow.url, expected=("status of 400",))  # its base has no chat template
+    page.get_by_label("Your turn").fill("one two three four five six seven eight")
+    page.get_by_role("button", name="Send").click()
+    page.locator("output.written", has_text="one").wait_for()
+    page.get_by_label("Your turn").fill("nine")
+    page.get_by_role("button", name="Send").click()
+    page.get_by_text("Wait for the answers").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop").wait_for(state="detached")
+    page.get_by_role("button", name="Send").click()
+    page.locator(".turn").nth(2).wait_for()
+    said = page.locator(".turn").nth(1).inner_text()
+    assert "one" in said
+    assert "eight" not in said
+    assert len(slow.engine.cancelled) == 1
+
+
 def faults(page: Page) -> list[str]:
     """What axe-core finds, and whether the page is wider than the screen."""
     found = Axe().run(page).response["violations"]

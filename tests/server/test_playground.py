@@ -141,6 +141,15 @@ def test_a_tool_is_called_and_its_result_goes_back(real: Running) -> None:
     assert (user, assistant) == tuple(turns(called)[0])
 
 
+def printed(code: str) -> str:
+    """What the Python of a page prints."""
+    out, scope = io.StringIO(), dict[str, Any]()
+    with redirect_stdout(out):
+        exec(compile(code, "code", "exec"), scope)
+    scope["client"].close()
+    return out.getvalue()
+
+
 # --- code ------------------------------------------------------------------------------------------------------------
 
 SAID = {  # what is on the page; where its answer is
@@ -162,11 +171,7 @@ def test_the_code_on_the_page_runs_and_gets_the_answer_on_the_page(real: Running
     done = subprocess.run(["bash", "-c", curl.replace("curl ", "curl -s ", 1)], capture_output=True, check=True)
     choice = json.loads(done.stdout)["choices"][0]
     assert shown == (choice["text"] if "text" in choice else choice["message"]["content"])
-    out, scope = io.StringIO(), dict[str, Any]()
-    with redirect_stdout(out):
-        exec(compile(python, "code", "exec"), scope)
-    scope["client"].close()
-    assert out.getvalue() == f"{shown}\n"
+    assert printed(python) == f"{shown}\n"
     asked = len([line for line in real.log() if line["event"] == "request"])
     only = ask(client, HTMX, code="yes", **fields)
     assert codes(only) == [curl, python]
@@ -244,7 +249,9 @@ def test_every_kind_of_version_answers_side_by_side_by_its_own_route(serve, stor
         assert f'value="{name}@1"' in page
         got = ask(client, model=f"{name}@1", text="a text", **fields)
         assert (got.status_code, problems(got)) == (200, []), name
-        assert f"/v1/{route} " in codes(got)[0]
+        curl, python = codes(got)
+        assert f"/v1/{route} " in curl
+        assert printed(python).strip() not in ("", "None")
         assert got.text.count('<dl class="receipt">') == 1
         part = ask(client, HTMX, path="/playground/answer", model=f"{name}@1", text="a text", **fields)
         assert part.status_code == 200

@@ -14,7 +14,7 @@
     return element;
   };
   const headers = () => ({ ...JSON.parse(document.body.getAttribute("hx-headers")), "hx-request": "true" });
-  const post = (path, fields) => fetch(path, { method: "POST", headers: headers(), body: new URLSearchParams(fields) });
+  const post = (path, fields, signal) => fetch(path, { method: "POST", headers: headers(), body: new URLSearchParams(fields), signal });
   const tell = (words) => (form.querySelector("[data-told]").textContent = words);
 
   document.addEventListener("keydown", (event) => {
@@ -35,28 +35,32 @@
 
   async function ask(panel, path, fields) {
     const written = panel.querySelector("output"), foot = panel.querySelector("[data-foot]");
-    const began = performance.now();
+    const began = performance.now(), stopping = new AbortController();
+    const result = { first: null, ended: null, usage: null, reason: null, text: "", calls: [], shared: false };
+    const stop = made("button", { type: "button", className: "quiet small", textContent: "Stop" });
+    stop.addEventListener("click", () => stopping.abort());
+    foot.append(stop);
     going += 1;
     try {
-      const answer = await post(path, fields);
+      const answer = await post(path, fields, stopping.signal);
       if (!answer.ok) {
         if (answer.headers.get("hx-redirect")) location.href = answer.headers.get("hx-redirect");
         const page = new DOMParser().parseFromString(await answer.text(), "text/html");
         throw new Error(page.querySelector(".problem")?.textContent || "The request failed.");
       }
-      const result = await read(answer, written);
+      await read(answer, written, result);
       if (fields.thread) goOn(panel, JSON.parse(fields.thread), result);
       foot.replaceChildren(...facts(answer.headers, result, began));
     } catch (error) {
       foot.replaceChildren();
-      turret.complain(panel, error instanceof TypeError ? GONE : error.message);
+      if (error.name !== "AbortError") turret.complain(panel, error instanceof TypeError ? GONE : error.message);
+      else if (fields.thread && result.text) goOn(panel, JSON.parse(fields.thread), result);
     } finally {
       going -= 1;
     }
   }
 
-  async function read(answer, written) {
-    const result = { first: null, usage: null, reason: null, text: "", calls: [], shared: false };
+  async function read(answer, written, result) {
     const decoder = new TextDecoder(), reader = answer.body.getReader();
     for (let rest = "", piece = await reader.read(); !piece.done; piece = await reader.read()) {
       const lines = (rest + decoder.decode(piece.value, { stream: true })).split("\n\n");
@@ -79,7 +83,6 @@
       }
     }
     result.ended = performance.now();
-    return result;
   }
 
   const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(0)}%`;
