@@ -158,8 +158,8 @@ def test_axe_finds_nothing_on_any_page_and_none_is_wider_than_the_screen(opened:
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
 
 
-def test_a_token_is_made_rotated_and_revoked_by_keyboard_and_mouse(opened: Open) -> None:
-    page = opened("/store")
+def test_a_token_is_made_rotated_and_revoked_by_keyboard_and_mouse(opened: Open, serve) -> None:
+    page = opened("/store", url=serve().url)  # a server of its own: the first token closes it
     page.get_by_role("link", name="Tokens").click()
     page.get_by_label("Name").fill("team")
     page.get_by_label("admin: everything of its tenant").check()
