@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from server.console_forms import PAGES, SCRIPT, post, signed_in
-from server.echo import FINGERPRINT
+from server.echo import FINGERPRINT, LABELS
 from server.test_promises import TERMS
 from store.bundles import tensors, write_bundle
 
@@ -504,3 +504,30 @@ def test_vendored_files_have_their_licence_and_version_beside_them() -> None:
     assert files == set(re.findall(r"`([\w.]+)`", said))
     for name in ("htmx", "uPlot", "pico"):
         assert (folder / f"{name}.LICENSE.txt").stat().st_size > 300
+
+
+# --- what speaks against a version ------------------------------------------------------------------------------------
+
+
+def by_class(accuracy: float, ece: float = 0.02) -> dict:
+    return {"accuracy": accuracy, "ece": ece, "per_class": {"ham": {"support": 90}, "spam": {"support": 10}}}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({}, []),
+        ({"test": by_class(0.95)}, []),
+        ({"test": by_class(0.9)}, ["below the largest class"]),
+        ({"validation": by_class(0.2)}, ["below the largest class"]),
+        ({"test": by_class(0.95, 0.18)}, ["badly calibrated"]),
+        ({"test": {"loss": 3.0, "rougeL": 0.2}, "test bare base": {"loss": 2.9}}, ["below the bare base"]),
+        ({"test": {"loss": 2.8, "rougeL": 0.2}, "test bare base": {"loss": 2.9}}, []),
+    ],
+)
+def test_a_badge_says_what_speaks_against_a_version(serve, workspace, tmp_path, metrics, words) -> None:
+    said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": "classify", "labels": list(LABELS)}}
+    workspace.store.put("news", write_bundle(tmp_path / "bundles", tensors(1), said=said), metrics=metrics)
+    client = serve().client()
+    for path in ("/adapters", "/adapters/news/1"):
+        assert re.findall(r'<span class="badge bad" title="[^"]+">([^<]+)</span>', client.get(path).text) == words

@@ -17,7 +17,7 @@ from turret.server.console import render, snippets
 from turret.server.console.forms import Sent, pages
 from turret.server.moves import AliasHere
 from turret.server.routes import View
-from turret.store import Compared, Gate, Golden, Version, folded
+from turret.store import Compared, Gate, Golden, Version, folded, promises
 from turret.store.catalog import PRODUCTION
 from turret.workspace import promising
 
@@ -34,7 +34,8 @@ async def listing(request: Request, view: View) -> Response:
     """All names."""
     versions = await view.control(view.workspace.list)
     names = [_summary(view, name, list(group)) for name, group in groupby(versions, key=lambda each: each.name)]
-    return render.page(request, view, "adapters.html.j2", names=names, store=str(view.workspace.store))
+    broken = await view.control(_broken, view)
+    return render.page(request, view, "adapters.html.j2", names=names, broken=broken, store=str(view.workspace.store))
 
 
 @router.get("/adapters/{name}")
@@ -150,6 +151,12 @@ def _parent(manifest: JsonMapping, known: Mapping[str, Version]) -> Parent:
     lineage = manifest.get("lineage")
     parent = lineage.get("parent") if isinstance(lineage, Mapping) else None
     return None if not parent else known.get(str(parent), str(parent))
+
+
+def _broken(view: View) -> set[str]:
+    """The digests of the versions whose promise is broken."""
+    with view.workspace.store.database(make=True).reading() as connection:
+        return {each.digest for each in promises.in_force(connection) if each.broken}
 
 
 def _summary(view: View, name: str, versions: Sequence[Version]) -> render.Context:

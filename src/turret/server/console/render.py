@@ -41,6 +41,7 @@ from turret.version import __version__
 
 Context: TypeAlias = Mapping[str, Any]  # what a template shows: Jinja takes values of any type
 FOLDER = Path(__file__).parent
+BADLY_CALIBRATED = 0.1  # of the ECE
 FORGETTING = {  # of a version that generates: what it costs on other texts
     "neutral": Measure("neutral text", "increase of the loss of a token on neutral text", "nats"),
     "neutral_low": Measure("neutral text, from", "lower end of the 95% interval", "nats"),
@@ -79,6 +80,7 @@ def _environment() -> Environment:
         "bytes": size,
         "code": code,
         "count": count,
+        "doubts": doubts,
         "evidence": evidence,
         "main_metric": main_metric,
         "means": means,
@@ -189,6 +191,35 @@ def main_metric(measured: JsonMapping, kind: str | None = None) -> tuple[str, st
         if (name := tasks.main_metric(values, kind)) is not None:
             return name, metric(values[name], tasks.measure_of(name, values, kind)), split
     return None
+
+
+def doubts(measured: JsonMapping, *, broken: bool = False) -> list[tuple[str, str]]:
+    """What speaks against a version: a few words, and a sentence that explains them.
+
+    Args:
+        measured: its metrics, by split.
+        broken: whether outcomes have broken its promise.
+    """
+    found = [("promise broken", "outcomes of live answers have broken what it promised")] if broken else []
+    split = next((each for each in ("test", "validation") if measured.get(each)), None)
+    if split is None:
+        return found
+    values = measured[split]
+    counts = {label: each.get("support") or 0 for label, each in (values.get("per_class") or {}).items()}
+    if counts and sum(counts.values()) and "accuracy" in values:
+        label, count = max(counts.items(), key=lambda each: each[1])
+        if values["accuracy"] <= (most := count / sum(counts.values())):
+            right = points(values["accuracy"])
+            text = f"{right} of the answers are right, and {points(most)} if every answer were {label!r}"
+            found.append(("below the largest class", text))
+    bare = measured.get(f"{split} bare base") or {}
+    if "loss" in bare and "loss" in values and values["loss"] >= bare["loss"]:
+        text = f"its loss is {number(values['loss'])}, and that of the bare base {number(bare['loss'])}"
+        found.append(("below the bare base", text))
+    if values.get("ece", 0) > BADLY_CALIBRATED:
+        text = f"its probabilities differ from the share that is right by {points(values['ece'])} on average (ECE)"
+        found.append(("badly calibrated", text))
+    return found
 
 
 def metric(value: JsonValue, measure: Measure) -> str:
