@@ -27,7 +27,7 @@ from store.bundles import tensors, write_bundle
 from turret.access import Access
 from turret.engine import SamplingParams
 from turret.server.console.playground import MOST, MOST_FILE
-from turret.server.console.playground_form import MOST_ROWS
+from turret.server.console.playground_form import MODES, MOST_ROWS
 from turret.server.settings import ServerSettings
 from turret.store import Version
 from turret.workspace import Workspace
@@ -244,6 +244,10 @@ def test_every_kind_of_version_answers_side_by_side_by_its_own_route(serve, stor
     for name, (task, _, _) in SPECS.items():
         store_task(name, **{"kind": name, **task})
     client = serve().client()
+    for mode in MODES:
+        page = client.get("/playground", params={"as": mode}).text
+        assert len(page) < 100_000
+        assert re.findall(r"<script(?![^>]* src=\"/static/)|<style| style=| on[a-z]+=\"|https?://", page) == []
     page = client.get("/playground").text
     for name, (_, fields, route) in SPECS.items():
         assert f'value="{name}@1"' in page
@@ -330,6 +334,8 @@ def test_a_file_that_is_no_table_or_too_large_is_one_line(serve, put, workspace)
         (line,) = problems(got)
         assert words in line
         assert not re.search("/tmp|turret-table", line)
+    odd = send(client, "a.jsonl", '{"text \\ud800": "half a pair \\ud800"}\n' * 3)
+    assert len(json.loads(table_in(odd))["rows"]) == 3
     many = send(client, "a.csv", "text\n" + "a text\n" * (MOST_ROWS + 50))
     assert len(json.loads(table_in(many))["rows"]) == MOST_ROWS
     assert f"{MOST_ROWS} of more rows" in many.text

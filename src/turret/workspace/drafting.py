@@ -118,7 +118,8 @@ def inspect(source: str, settings: Mapping[str, str] | None = None) -> Inspectio
 
 def sample(source: str, most: int) -> Sample:
     """The first rows of a source of data, at most so many, with whole cells. Raises DataError."""
-    return _sample(_open(source, {}), most, str)
+    found = _sample(_open(source, {}), most, _whole)
+    return replace(found, columns=list(map(_whole, found.columns)))
 
 
 def _inspection(opened: _Opened, settled: _Opened, doubts: Sequence[str] = ()) -> Inspection:
@@ -160,6 +161,11 @@ def _open(source: str, settings: Mapping[str, str]) -> _Opened:
 
 def _short(cell: object) -> str:
     return one_line(str(cell), SHOWN_CELL)
+
+
+def _whole(cell: object) -> str:
+    """The text of a cell. Half a surrogate pair, which JSON may have and UTF-8 cannot, becomes a question mark."""
+    return str(cell).encode("utf-8", "replace").decode()
 
 
 def _sample(opened: _Opened, most: int = SHOWN_ROWS, written: Callable[[object], str] = _short) -> Sample:
