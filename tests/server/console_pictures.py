@@ -104,6 +104,28 @@ def planned(page: Page) -> None:
     page.wait_for_url("**/train/plan")
 
 
+def compared(page: Page) -> None:
+    page.set_default_timeout(180_000)
+    sent(page)
+    page.get_by_role("button", name="Compare methods").click()
+    page.get_by_label("Methods").fill("base,head,lora:r=4/8")
+    page.get_by_label("Baseline").fill("head")
+    page.get_by_role("button", name="Check the plan").click()
+    page.get_by_text("Time on one worker").wait_for()
+
+
+def overlaid(page: Page) -> None:
+    for box in page.get_by_role("checkbox").all()[:2]:
+        box.check()
+    page.get_by_role("button", name="Overlay the curves").click()
+    settled(page)
+
+
+def foretold(page: Page) -> None:
+    page.get_by_role("button", name="What will happen?").click()
+    page.get_by_role("heading", name="What will happen").wait_for()
+
+
 def settled(page: Page) -> None:
     page.locator(".uplot").first.wait_for()
     page.wait_for_timeout(300)
@@ -131,6 +153,11 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
     "run-phone-dark": ("RUN", settled, True, True),
     "comparisons": ("/comparisons", nothing, False, False),
     "comparison": ("COMPARISON", unfolded, False, False),
+    "comparison-plan": ("/train?then=compare", compared, False, False),
+    "overlay": ("/runs", overlaid, False, False),
+    "diff": ("/adapters/news/diff?first=1&second=2", nothing, False, False),
+    "gates": ("/adapters/news/gates", nothing, False, False),
+    "experiment-start": ("/experiments/start?name=news&candidate=news@1", foretold, False, False),
     "playground": ("/playground", playing, False, False),
     "playground-file": ("/playground?as=file", asking_rows, False, False),
     "playground-phone": ("/playground", playing, True, False),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from server.conftest import SEEDS, Running
 from server.console_forms import SCRIPT, form_token, signed_in
-from server.echo import LABELS, Echo
+from server.echo import FINGERPRINT, LABELS, Echo
 from server.test_train_pages import CSV, SITE, alert, patient, post, recipe_of, send
 from store.bundles import tensors, write_bundle
 
@@ -356,3 +356,184 @@ def test_two_versions_of_a_name_are_laid_side_by_side(serve, workspace, tmp_path
     ):
         assert client.get(path).status_code == 404, path
     assert client.get("/adapters/a/diff?first=1&second=x").status_code == 400
+
+
+# --- experiments, gates and promises ---------------------------------------------------------------------------------
+
+
+EXPERIMENT = {"filled": "yes", "name": "a", "candidates": "a@2", "metric": "binary", "goal": "higher", "unit": "user"}
+
+
+def put_two(put: Any, workspace: Workspace) -> None:
+    for accuracy in (0.8, 0.95):
+        put("a", accuracy=accuracy)
+    workspace.promote("a@1", "production")
+
+
+def test_an_experiment_says_what_it_will_do_and_then_starts(serve, workspace, put) -> None:
+    put_two(put, workspace)
+    client = serve().client()
+    assert 'href="/experiments/start"' in client.get("/experiments").text
+    page = client.get("/experiments/start?name=a&candidate=a@2")
+    assert 'value="a@2"' in page.text
+    fields = {
+        "filled": "yes",
+        "name": "a",
+        "candidates": "a@2",
+        "share": "10%",
+        "steps": "10%, 50%",
+        "metric": "binary",
+    }
+    fields |= {
+        "goal": "higher",
+        "unit": "user",
+        "guards.max_errors": "2%",
+        "guards.worse_by": "0",
+        "alias": "production",
+    }
+    said = post(client, "/experiments/start", **fields, do="check")
+    assert said.status_code == 200, said.text
+    for words in ("a@1 is the control of a@production", "a@2 answers 10% of the users", "more errors than 2%", "Stop…"):
+        assert words in said.text, words
+    assert workspace.experiments() == [], "nothing has started"
+    started = post(client, "/experiments/start", **fields, do="start")
+    assert (started.status_code, started.headers["location"]) == (303, "/experiments/a/1")
+    (found,) = workspace.experiments()
+    running = workspace.experiment("a").status().experiment
+    assert (found["state"], running.guards.max_errors, running.steps) == ("running", 0.02, (0.1, 0.5))
+    again = post(client, "/experiments/start", **fields, do="start")
+    assert again.status_code == 409
+    assert "running" in alert(again)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "words"),
+    [
+        ({"candidates": ""}, 400, "at least one candidate"),
+        ({"candidates": "a@9"}, 404, "a@9"),
+        ({"candidates": SCRIPT}, 404, "script"),
+        ({"name": "none"}, 404, "none"),
+        ({"share": "200%"}, 400, "share"),
+        ({"share": "much"}, 400, "share"),
+        ({"metric": "x" * 100}, 400, "metric"),
+        ({"unit": "planet"}, 400, "unit"),
+        ({"guards.max_errors": "-1"}, 400, "guards.max_errors"),
+        ({"outcome_ttl": "soon"}, 400, "duration"),
+    ],
+)
+def test_an_experiment_that_makes_no_sense_is_one_line(serve, workspace, put, fields, status, words) -> None:
+    put_two(put, workspace)
+    client = serve().client()
+    for do in ("check", "start"):
+        got = post(client, "/experiments/start", **{**EXPERIMENT, **fields}, do=do)
+        assert got.status_code == status, got.text
+        assert words in alert(got)
+        assert "<script>alert" not in got.text
+    assert workspace.experiments() == []
+
+
+def test_a_gate_and_golden_examples_are_set_and_taken_back(serve, workspace, put) -> None:
+    put_two(put, workspace)
+    client = serve().client()
+    assert 'href="/adapters/a/gates"' in client.get("/adapters/a").text
+    golden = f"text,label\n{SCRIPT},{LABELS[0]}\nanother,{LABELS[1]}\n"
+    fields = {"filled": "yes", "alias": "production", "add": "accuracy >= 0.9", "golden": golden, "share": "50%"}
+    said = post(client, "/adapters/a/gates", **fields, do="check")
+    assert said.status_code == 200, said.text
+    for words in ("a@1 does not pass: found 0.8", "2 golden examples are asked", "50% must be right"):
+        assert words in said.text, words
+    assert workspace.gate("a") == [], "nothing is set"
+    assert post(client, "/adapters/a/gates", **fields, do="start").status_code == 303
+    first, second = map(str, workspace.gate("a"))
+    assert first == "test.accuracy>=0.9"
+    page = client.get("/adapters/a/gates").text
+    assert 'class="badge bad">fails' in page
+    assert "<script>alert" not in page
+    assert workspace.store.pointing()[1][0].number == 1, "no alias moved"
+    shown = client.get("/api/adapters/a/gates").json()["gates"]
+    assert [(each["gate"], each["passes"], each["examples"]) for each in shown] == [
+        (first, False, None),
+        (second, None, 2),
+    ]
+    assert post(client, "/adapters/a/gates", alias="production", remove=first).status_code == 303
+    assert [str(each) for each in workspace.gate("a")] == [second]
+    got = client.post(
+        "/api/adapters/a/gates", json={"alias": "production", "remove": [second], "add": ["accuracy>0.5"]}
+    )
+    assert [each["gate"] for each in got.json()["gates"]] == ["test.accuracy>0.5"]
+    for more, status in (
+        ({"add": "accuracy"}, 400),
+        ({"add": "accuracy>=much"}, 400),
+        ({"add": "x" * 400 + ">=1"}, 400),
+        ({"golden": "text\nno labels"}, 400),
+        ({"golden": SCRIPT}, 400),
+        ({"add": "accuracy>=1", "alias": "Not An Alias"}, 400),
+        ({}, 400),
+    ):
+        bad = post(client, "/adapters/a/gates", filled="yes", **{"alias": "production", **more}, do="check")
+        assert bad.status_code == status, (more, bad.text)
+        assert alert(bad)
+    assert post(client, "/adapters/a/gates", alias="production", remove="loss>1").status_code == 404
+    assert client.get("/adapters/none/gates").status_code == 404
+
+
+def test_a_promise_says_what_it_will_do_and_why_it_cannot_be_made(serve, workspace, put) -> None:
+    """The echo has no weights, so its versions cannot promise; `test_decide_browser.py` makes one."""
+    put_two(put, workspace)
+    client = patient(serve().client())
+    assert 'href="/adapters/a/1/promise"' in client.get("/adapters/a/1").text
+    fields = {"filled": "yes", "error": "2%", "confidence": "95%", "metric": "error", "when_broken": "alarm"}
+    said = post(client, "/adapters/a/1/promise", **fields, do="check")
+    assert said.status_code == 200, said.text
+    assert "at 95% confidence, at most 2% is wrong" in said.text
+    made = post(client, "/adapters/a/1/promise", **fields, do="start")
+    assert made.status_code == 400, made.text
+    assert "send labelled examples" in alert(made)
+    for more, status in (
+        ({"error": "0"}, 400),
+        ({"error": "51%"}, 400),
+        ({"confidence": "sure"}, 400),
+        ({"when_broken": "panic"}, 400),
+        ({"source": f"file-{'0' * 24}"}, 404),
+    ):
+        bad = post(client, "/adapters/a/1/promise", **{**fields, **more}, do="start")
+        assert bad.status_code == status, (more, bad.text)
+        assert alert(bad)
+    assert client.post("/api/adapters/a@1/promise", json={"error": 0.02, "no": 1}).status_code == 400
+    assert client.get("/adapters/a/9/promise").status_code == 404
+
+
+def test_a_recipe_of_ones_own_does_not_open_a_file_of_the_server(serve, workspace, tmp_path) -> None:
+    """A version may come from elsewhere, with any recipe in its lineage."""
+    (tmp_path / "secret.csv").write_text("text,label\nsecret,a\n")
+    said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": "classify", "labels": list(LABELS)}}
+    said |= {"lineage": {"recipe": f'name = "a"\nbase = "echo"\n[data]\nsource = "{tmp_path}/secret.csv"\n'}}
+    workspace.store.put("a", write_bundle(tmp_path / "bundles", tensors(next(SEEDS)), said=said))
+    client = patient(serve().client())
+    got = client.post("/api/adapters/a@1/promise", json={"error": 0.02})
+    assert got.status_code == 400, got.text
+    assert "send labelled examples" in got.json()["error"]["message"]
+
+
+def test_what_another_tenant_decides_does_not_exist(serve, workspace, put) -> None:
+    put_two(put, workspace)
+    other = workspace.with_access(Access("legal"))
+    _, theirs = other.tokens.create("theirs", ["admin"])
+    _, reader = workspace.tokens.create("reader")
+    running = serve()
+    for secret, status in ((theirs, 404), (reader, 403)):
+        api, pages = running.client(secret), signed_in(running, secret)
+        proof = form_token(pages, "/playground")
+        for path in ("/adapters/a/gates", "/adapters/a/1/promise", "/adapters/a/diff?first=1&second=2"):
+            assert pages.get(path).status_code == status, path
+        data = {"form_token": proof, "filled": "yes", "name": "a", "candidates": "a@2", "alias": "production"}
+        data |= {"add": "accuracy>=0.1", "error": "2%", "confidence": "95%", "do": "start", "metric": "binary"}
+        data |= {"goal": "higher", "unit": "user", "when_broken": "alarm"}
+        for path in ("/experiments/start", "/adapters/a/gates", "/adapters/a/1/promise"):
+            sent = {**data, "metric": "error"} if path.endswith("promise") else data
+            assert pages.post(path, data=sent, headers=SITE).status_code == status, path
+        assert api.get("/api/adapters/a/gates").status_code == status
+        assert api.post("/api/adapters/a/gates", json={"add": ["accuracy>=0.1"]}).status_code == status
+        assert api.post("/api/adapters/a@1/promise", json={"error": 0.02}).status_code == status
+    assert workspace.gate("a") == []
+    assert workspace.experiments() == []

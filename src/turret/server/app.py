@@ -34,7 +34,7 @@ from turret.json_types import JsonObject
 from turret.server.admin import accounts, adapters, experiments, panels, runs, studies
 from turret.server.auth import AuthMiddleware, Guard, allow_origins
 from turret.server.console import adapters as adapter_pages
-from turret.server.console import comparisons, entry, operate, playground, render, system, train
+from turret.server.console import comparisons, decide, entry, operate, playground, render, system, train
 from turret.server.console import experiments as experiment_pages
 from turret.server.console import panels as panel_pages
 from turret.server.console import runs as run_pages
@@ -114,6 +114,7 @@ ROUTERS = (
     control,
     anyone,
     entry.router,
+    decide.router,
     adapter_pages.router,
     train.router,
     run_pages.router,

@@ -1,19 +1,111 @@
-"""Moves of aliases, and the end of an experiment, as the control plane and the console make them.
+"""Moves of aliases, their gates, promises, and experiments, as the control plane and the console make them.
 
 A version is loaded before an alias names it, so that no request waits for the load. Then this server follows the move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
 
 from turret.errors import BadReference, BadRequest, ReplayNeeded
+from turret.experiments import Guards
+from turret.experiments.experiment import LONGEST_TTL, MISSING_BOUND, MOST_ARMS, MOST_MISSING, OUTCOME_TTL
 from turret.server.error_responses import without_paths
+from turret.server.schemas import AliasName, Model, Reference, Share, Shares
+from turret.server.schemas import Gate as GateText
 from turret.server.services import View
 from turret.store import Gate, Move
+from turret.store.client_files import TABLE
+from turret.store.gates import GateStatus
 from turret.workspace.experimenting import ExperimentStatus
+from turret.workspace.promising import PromiseStatus
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+_METRIC = r"^(binary|-?[0-9]{1,9}(\.[0-9]{1,9})?\.\.-?[0-9]{1,9}(\.[0-9]{1,9})?)$"
+
+
+class GuardsAsked(Model):
+    worse_by: Annotated[float, Field(ge=0, le=1e15)] | None = Field(
+        default=0.0, description="Roll back an arm that is worse by more than this; null: never because of outcomes."
+    )
+    max_errors: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    promote: bool = False
+
+
+class StartRequest(Model):
+    """As in `turret experiment start`."""
+
+    # An experiment needs a candidate or a shadow.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [{"required": [key], "properties": {key: {"minItems": 1}}} for key in ("candidates", "shadows")]
+        }
+    )
+    candidates: Annotated[list[Reference], Field(max_length=MOST_ARMS, fail_fast=True)] = Field(default_factory=list)
+    control: Reference | None = Field(None, description="Default: the version that the alias names.")
+    shadows: Annotated[list[Reference], Field(max_length=MOST_ARMS, fail_fast=True)] = Field(default_factory=list)
+    share: Shares | None = Field(None, description="Of the candidates together, or by arm.")
+    steps: Annotated[list[Share], Field(min_length=1, max_length=32, fail_fast=True)] | None = Field(
+        None, description="Planned shares, rising."
+    )
+    metric: Annotated[str, Field(max_length=60, pattern=_METRIC)] = "binary"
+    goal: Literal["higher", "lower"] = "higher"
+    unit: Literal["user", "session", "request"] = "user"
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    outcome_ttl: Annotated[float, Field(ge=1, le=LONGEST_TTL)] = Field(
+        OUTCOME_TTL, description="Seconds after the first answer to a unit in which its outcome counts."
+    )
+    missing_bound: Annotated[float, Field(ge=0, le=MOST_MISSING)] = Field(
+        MISSING_BOUND,
+        description="A verdict must hold even if this share of an arm's units sent no outcome because it was bad.",
+    )
+    guards: GuardsAsked = Field(default_factory=GuardsAsked)
+    alias: AliasName = "production"
+
+
+class GateRequest(Model):
+    """As in `turret gate`."""
+
+    alias: AliasName = "production"
+    add: Annotated[list[GateText], Field(max_length=32, fail_fast=True)] = Field(
+        default_factory=list, description="Such as accuracy>=0.9."
+    )
+    remove: Annotated[list[Annotated[str, Field(min_length=1, max_length=300)]], Field(max_length=32)] = Field(
+        default_factory=list, description="A gate, all gates of a metric, or a set of golden examples by its name."
+    )
+    golden: Annotated[str, Field(min_length=1, max_length=200_000)] | None = Field(
+        None, description="Golden examples as CSV: text, and label, equals or contains."
+    )
+    share: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Of them that must pass; null: all.")
+
+
+class PromiseAsked(Model):
+    """As in `turret promise`."""
+
+    error: Annotated[float, Field(gt=0, le=0.5)] = Field(description="At most this share is wrong.")
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    metric: Annotated[str, Field(min_length=1, max_length=200)] = Field(
+        "error", description="Of the decided answers; or misses:LABEL, precision:LABEL."
+    )
+    source: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(
+        None, description="Labelled examples: the id of a file of `/v1/files`. Null: those that the training held out."
+    )
+    when_broken: Literal["alarm", "stricter", "rollback"] = "alarm"
+    outcome_ttl: Annotated[float, Field(ge=1, le=LONGEST_TTL)] = OUTCOME_TTL
+    missing_bound: Annotated[float, Field(ge=0, le=MOST_MISSING)] = MISSING_BOUND
+
+
+# --- aliases ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -105,6 +197,15 @@ def load(view: View, references: Sequence[str]) -> None:
         view.engines.warm(str(view.workspace.resolve(view.aliases.exact(each))))
 
 
+async def start_experiment(view: View, name: str, asked: StartRequest) -> ExperimentStatus:
+    """Start an experiment. Its versions are loaded first; nothing starts if that fails."""
+    await view.control(view.workspace.resolve, name)
+    versions = [*asked.candidates, *asked.shadows] + ([asked.control] if asked.control is not None else [])
+    await view.control(load, view, versions)
+    settings = asked.model_dump(exclude={"guards", "candidates"}) | {"guards": Guards(**asked.guards.model_dump())}
+    return await view.control(partial(view.workspace.experiment(name).start, asked.candidates, **settings))
+
+
 async def end_experiment(
     view: View, name: str, number: int | None, *, promote: str | None, rollback: bool
 ) -> ExperimentStatus:
@@ -122,3 +223,43 @@ async def end_experiment(
     arm = running.arm(promote)
     await view.control(load, view, [running.reference(arm)])
     return await view.promoting(experiment.stop, promote=arm.name, ask=view.golden_answers)
+
+
+# --- gates and promises -----------------------------------------------------------------------------------------------
+# They wait for the store or for another process: call them on a thread.
+
+
+def change_gates(view: View, name: str, asked: GateRequest) -> Sequence[GateStatus]:
+    """Add and remove gates of an alias. Returns all gates of the name, and whether each passes now."""
+    _check_gates(asked.add)
+    view.workspace.resolve(name)
+    with golden_file(asked.golden) as golden:
+        view.workspace.gate(name, asked.alias, add=asked.add, remove=asked.remove, golden=golden, share=asked.share)
+    return view.workspace.gate_status(name)
+
+
+@contextmanager
+def golden_file(text: str | None) -> Iterator[Path | None]:
+    """Golden examples of a request as a table."""
+    if text is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="turret-golden-") as folder:
+        path = Path(folder) / "golden.csv"
+        path.write_text(text, "utf-8")
+        yield path
+
+
+def make_promise(view: View, owner: str, reference: str, asked: PromiseAsked) -> PromiseStatus:
+    """Have a version answer labelled examples in another process, and keep the promise that they carry."""
+    version = str(view.workspace.resolve(view.aliases.exact(reference)))
+    request = asked.model_dump(exclude={"source"})
+    if asked.source is None:
+        view.services.previews.promise(view.workspace.store, version, request)
+    else:
+        file = view.services.files.find(owner, asked.source)
+        if file.purpose != TABLE:
+            raise BadRequest(f"{file.id} has the purpose {file.purpose}: expected a file of the purpose {TABLE}")
+        with view.services.files.content(file) as path:
+            view.services.previews.promise(view.workspace.store, version, request, path, file.name)
+    return view.workspace.promise(version)

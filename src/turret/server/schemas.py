@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from turret.experiments.experiment import MOST_ARMS
 from turret.json_types import JsonObject, JsonValue
 from turret.server import limits
 
@@ -44,6 +45,19 @@ NO_EFFECT = "Accepted; changes nothing."
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 User = Annotated[str, Field(max_length=limits.MOST_UNIT)]
 USER = "The unit of an experiment, if there is no Turret-Unit header."
+
+
+# An invalid name is 404, like an unknown one: `turret.reference` checks it.
+Reference = Annotated[str, Field(min_length=1, max_length=200)]
+AdapterName = Annotated[str, Field(min_length=1, max_length=200)]
+AliasName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+Gate = Annotated[
+    str,
+    Field(max_length=300, pattern=r"^[^<>=\x00-\x1f]{1,200}(>=|<=|>|<)-?[0-9]{1,15}(\.[0-9]{1,15})?(e-?[0-9]{1,2})?$"),
+]
+Share = Annotated[float, Field(ge=0, le=1)]
+ArmName = Annotated[str, Field(min_length=1, max_length=200)]
+Shares = Share | Annotated[dict[ArmName, Share], Field(min_length=1, max_length=MOST_ARMS)]
 
 
 class Model(BaseModel):

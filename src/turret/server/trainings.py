@@ -18,8 +18,8 @@ from turret.recipe import Recipe
 from turret.server.error_responses import without_paths
 from turret.server.schemas import WHOLE, Model
 from turret.server.services import View
-from turret.server.uploads import TABLE
 from turret.store import client_files
+from turret.store.client_files import TABLE
 from turret.tasks import main_metric
 from turret.workspace.orders import ComparisonRequest, Order, SweepOrder, as_spec
 from turret.workspace.queueing import SentFiles

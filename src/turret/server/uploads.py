@@ -13,11 +13,10 @@ from starlette.exceptions import HTTPException
 from turret.errors import BadRequest, plainly
 from turret.server.auth import Caller
 from turret.server.services import View
-from turret.store.client_files import ClientFile
+from turret.store.client_files import TABLE, ClientFile
 from turret.workspace.queueing import require_table_name
 
 BATCH = "batch"  # the purpose of a file with requests
-TABLE = "fine-tune"  # the purpose of a table to train on
 PURPOSES = (BATCH, TABLE)
 PIECE = 1 << 20  # bytes of a file that are in memory at a time
 MOST_FIELD = 1024  # bytes of a field beside the file

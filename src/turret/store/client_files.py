@@ -27,6 +27,7 @@ from turret.store.client_tables import ENDED, batches, client_files, tenant_of
 from turret.store.core import Store
 
 ATTEMPTS = 3  # if a gc takes this process for dead
+TABLE = "fine-tune"  # the purpose of a table to train on
 ID = "file-[0-9a-f]{24}"  # the ids of all files
 MOST_BYTES = 5 << 30  # of all files of one owner
 

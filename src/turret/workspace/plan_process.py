@@ -1,7 +1,7 @@
-"""The helper process that plans recipes, comparisons and sweeps of a server's clients, for `turret.helper_process`.
+"""The helper process that plans recipes and studies, and makes promises, of a server's clients.
 
-It loads the base of a recipe as `turret plan` does. It opens no file of a tenant: `turret.workspace.data_reader` has
-read the data. It downloads nothing.
+It loads the base of a recipe as `turret plan` does. `turret.workspace.data_reader` has read the data of a plan; only
+the examples of a promise are read here. It downloads nothing.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from turret.access import Access
+from turret.access import Access, acting
 from turret.data import Dataset
 from turret.data.example_store import load_dataset
-from turret.errors import TurretError
+from turret.errors import DataError, TurretError
 from turret.helper_process import Answer
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
@@ -23,6 +23,7 @@ from turret.workspace.child_process import parents_store, status_of
 from turret.workspace.data_readers import OFFLINE
 from turret.workspace.orders import ComparisonRequest, order_of, require_few
 from turret.workspace.progress import silent
+from turret.workspace.queueing import bring_data, is_sent_source
 
 MOST_MEASURED = 6  # rows of a comparison
 
@@ -36,7 +37,11 @@ def helper(about: JsonObject) -> Answer:
 
     def answer(asked: JsonObject) -> JsonObject:
         try:
-            own, recipe = store.with_access(Access(asked["tenant"])), Recipe.from_toml(asked["recipe"])
+            own = store.with_access(Access(asked["tenant"]))
+            if "promise" in asked:
+                _promise(own, asked)
+                return {"status": 0}
+            recipe = Recipe.from_toml(asked["recipe"])
             data = load_dataset(Path(asked["data"]))
             if asked["study"] is not None:
                 return {"status": 0, "planned": _planned_study(own, recipe, asked["study"], data)}
@@ -48,6 +53,25 @@ def helper(about: JsonObject) -> Answer:
         return {"status": 0, "planned": planned.as_json(), "toml": planned.recipe.to_toml()}
 
     return answer
+
+
+def _promise(store: Store, asked: JsonMapping) -> None:
+    """Make a promise, on a table in a folder or on what the training held out."""
+    from turret.workspace import promising
+
+    version, folder = store.resolve(asked["version"]), Path(asked["folder"])
+    text = str(version.part("lineage").get("recipe") or "")
+    recipe = Recipe.from_toml(text) if text else None
+    sent = recipe is not None and is_sent_source(recipe.data.source)  # else a recipe could name a file of this machine
+    if not asked["table"] and not sent:
+        raise DataError(f"what the training of {version} held out is not in the store: send labelled examples")
+    os.chdir(bring_data(store, recipe, folder) if recipe is not None and sent else folder)
+    request = promising.PromiseRequest(**asked["promise"], data=asked["table"] or None, trained=sent)
+    try:
+        with acting(asked["who"]):
+            promising.make(store, str(version), request, silent)
+    finally:
+        os.chdir("/")
 
 
 def _planned_study(store: Store, recipe: Recipe, spec: JsonMapping, data: Dataset) -> JsonObject:

@@ -15,6 +15,7 @@ from turret.helper_process import Died, HelperProcess
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.store import Store
+from turret.store.catalog import who
 from turret.workspace.child_process import OUTAGE
 from turret.workspace.data_readers import DataReaders
 from turret.workspace.queueing import Queue, SentFiles, require_sent_source, sent_file
@@ -94,17 +95,42 @@ class Previews:
             tenant = store.access.tenant
             data = self._readers.read_sent(tenant, recipe, Path(folder))
             asked: JsonObject = {"tenant": tenant, "recipe": recipe.to_toml(), "data": str(data), "study": study}
-            try:
-                found = self._planner.ask(asked)
-            except EngineError as error:
-                raise StoreError(str(error)) from None
+            found = self._asked(asked, "plan")
+        return found["planned"] if study is not None else {**found["planned"], "toml": found["toml"]}
+
+    def promise(
+        self, store: Store, version: str, request: JsonMapping, table: Path | None = None, name: str = ""
+    ) -> None:
+        """As `Workspace.promise`, in a process that loads the base of the version.
+
+        Args:
+            store: as the caller sees it.
+            request: keys of `turret.workspace.promising.PromiseRequest`.
+            table: labelled examples; None: those that the training held out.
+            name: of the table.
+
+        Raises:
+            RecipeError: the examples cannot carry the bound, or cannot be read.
+        """
+        tenant, files = store.access.tenant, {} if table is None else {name: table}
+        require_sent_source(name, files) if files else None
+        with tempfile.TemporaryDirectory(prefix="turret-promise-") as folder:
+            _bring(files, name, Path(folder))
+            asked: JsonObject = {"tenant": tenant, "promise": dict(request), "version": version, "who": who()}
+            self._asked({**asked, "folder": folder, "table": name}, "promise")
+
+    def _asked(self, asked: JsonObject, what: str) -> JsonObject:
+        try:
+            found = self._planner.ask(asked)
+        except EngineError as error:
+            raise StoreError(str(error)) from None
         if isinstance(found, Died):
             why = f"took longer than {PLAN_SECONDS:g} seconds" if found.late else "ended its process"
-            raise RecipeError(f"the plan was not made, because it {why}: choose a smaller base, or plan it elsewhere")
+            raise RecipeError(f"the {what} was not made, because it {why}: choose a smaller base, or make it elsewhere")
         if found["status"]:
             kind = StoreError if found["status"] == OUTAGE else RecipeError
             raise kind(str(found["text"]))
-        return found["planned"] if study is not None else {**found["planned"], "toml": found["toml"]}
+        return found
 
     def close(self) -> None:
         """End the helper processes."""

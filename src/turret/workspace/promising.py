@@ -59,6 +59,7 @@ class PromiseRequest:
         metric: error, misses:LABEL or precision:LABEL.
         data: labelled examples; None: those that the version's training held out.
         columns: keys of a recipe's `[data]`; only with `data`.
+        trained: whether the training data is read where its recipe says it is, to leave out what training used.
     """
 
     error: float
@@ -70,6 +71,7 @@ class PromiseRequest:
     outcome_ttl: float = OUTCOME_TTL
     missing_bound: float = MISSING_BOUND
     device: str = "auto"
+    trained: bool = True
 
     def __post_init__(self) -> None:
         if self.when_broken not in WHEN_BROKEN:
@@ -340,7 +342,7 @@ def _given(store: Store, version: Version, request: PromiseRequest, say: Say) ->
     notes, examples = list(labelled.notes), list(labelled.examples)
     recipe = version.part("lineage").get("recipe")
     try:
-        dataset = read_dataset(store, Recipe.from_toml(str(recipe)), say) if recipe else None
+        dataset = read_dataset(store, Recipe.from_toml(str(recipe)), say) if recipe and request.trained else None
     except TurretError:
         dataset = None
     if dataset is None or dataset.digest != version.part("lineage").get("data"):

@@ -248,6 +248,11 @@ def require_sent_source(source: str, files: SentFiles) -> None:
         )
 
 
+def is_sent_source(source: str) -> bool:
+    """Whether the data of a recipe was sent to the store, or is of the Hub or of a package: no file of a machine."""
+    return PLACE.match(source) is not None or _is_elsewhere(source)
+
+
 def require_table_name(name: str) -> None:
     """Raise DataError unless a file that a client sends has a plain name, of a table."""
     from turret.data.files import is_table, not_a_table

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
-from fastapi import Path, Query
+from fastapi import Path, Query, Request
 
 from turret import audit
 from turret.engine import Named
 from turret.json_types import JsonObject
 from turret.reference import Reference
 from turret.server import moves
+from turret.server import schemas as names
 from turret.server.admin import schemas
 from turret.server.routes import View, router
+from turret.server.uploads import owner_of
 from turret.store import Move, Version, folded
 from turret.store.catalog import now, plain, who
+from turret.store.gates import GateStatus
 
 control = router("admin")
-Ref = Annotated[schemas.Reference, Path(description="name, name@3 or name@production")]
-After = Annotated[schemas.Reference | None, Query(description="The `after` of the previous page.")]
+Ref = Annotated[names.Reference, Path(description="name, name@3 or name@production")]
+Name = Annotated[names.AdapterName, Path()]
+After = Annotated[names.Reference | None, Query(description="The `after` of the previous page.")]
 
 
 @control.get("/api/status", response_model_exclude_unset=True)
@@ -52,7 +56,7 @@ async def status(view: View) -> schemas.Status:
 @control.get("/api/adapters")
 async def list_adapters(
     view: View,
-    name: Annotated[schemas.AdapterName | None, Query()] = None,
+    name: Annotated[names.AdapterName | None, Query()] = None,
     comparison: Annotated[str | None, Query(max_length=255, description="Only the versions of this one.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: After = None,
@@ -162,9 +166,32 @@ async def move_alias(reference: Ref, body: schemas.PromoteRequest, view: View) -
     return _moved(view, await moves.move_alias(view, reference, body.alias, require=body.require, replay=body.replay))
 
 
+@control.get("/api/adapters/{name}/gates")
+async def list_gates(name: Name, view: View) -> schemas.Gates:
+    """The gates and golden examples of all aliases, and whether the version of each alias passes now."""
+    return _gates(await view.control(view.workspace.gate_status, name))
+
+
+@control.post("/api/adapters/{name}/gates")
+async def change_gates(name: Name, body: moves.GateRequest, view: View) -> schemas.Gates:
+    """Add and remove gates and golden examples of an alias. Nothing moves; the next promote is checked."""
+    return _gates(await view.control(moves.change_gates, view, name, body))
+
+
+def _gates(found: Sequence[GateStatus]) -> schemas.Gates:
+    return schemas.Gates(gates=[schemas.GateShown.model_validate(each.as_json()) for each in found])
+
+
+@control.post("/api/adapters/{reference}/promise")
+async def make_promise(reference: Ref, body: moves.PromiseAsked, view: View, request: Request) -> JsonObject:
+    """Promise a bound on the errors of a version, as `turret promise`. Another process asks it labelled examples."""
+    owner = owner_of(request.state.caller)
+    return (await view.preview(moves.make_promise, view, owner, reference, body)).as_json()
+
+
 @control.post("/api/aliases/{name}/{alias}/rollback")
 async def rollback(
-    name: Annotated[schemas.AdapterName, Path()], alias: Annotated[schemas.AliasName, Path()], view: View
+    name: Annotated[names.AdapterName, Path()], alias: Annotated[names.AliasName, Path()], view: View
 ) -> schemas.Moved:
     """Move an alias back to the version that it named before."""
     return _moved(view, await moves.roll_back(view, name, alias))
@@ -175,6 +202,6 @@ def _moved(view: View, move: Move) -> schemas.Moved:
 
 
 @control.get("/api/aliases")
-async def list_aliases(view: View, name: Annotated[schemas.AdapterName | None, Query()] = None) -> schemas.Aliases:
+async def list_aliases(view: View, name: Annotated[names.AdapterName | None, Query()] = None) -> schemas.Aliases:
     """Every alias: its version in the store, its version in force here, and why they differ."""
     return schemas.Aliases(aliases=[schemas.Alias(**asdict(each)) for each in await moves.list_here(view, name)])

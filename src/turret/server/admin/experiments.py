@@ -6,17 +6,18 @@ from typing import Annotated
 
 from fastapi import Body, Path, Query
 
-from turret.experiments import Guards, Told
+from turret.experiments import Told
 from turret.experiments.outcomes import grouped
 from turret.json_types import JsonObject
 from turret.server import moves
 from turret.server.admin import schemas
 from turret.server.error_responses import without_paths
 from turret.server.routes import View, router
+from turret.server.schemas import AdapterName
 from turret.workspace.experimenting import ExperimentStatus
 
 outcomes, control = router("infer or admin"), router("admin")
-Name = Annotated[schemas.AdapterName, Path(description="Of the adapter.")]
+Name = Annotated[AdapterName, Path(description="Of the adapter.")]
 PREFIXES = ("cmpl-", "chatcmpl-", "classify-", "decision-")  # of a receipt, in the id of a body
 
 
@@ -61,13 +62,9 @@ async def show_experiment(
 
 
 @control.post("/api/experiments/{name}/start")
-async def start_experiment(name: Name, body: schemas.StartRequest, view: View) -> JsonObject:
+async def start_experiment(name: Name, body: moves.StartRequest, view: View) -> JsonObject:
     """Start an experiment. Its versions are loaded first; nothing starts if that fails."""
-    await view.control(view.workspace.resolve, name)
-    versions = [*body.candidates, *body.shadows] + ([body.control] if body.control is not None else [])
-    await view.control(moves.load, view, versions)
-    settings = body.model_dump(exclude={"guards", "candidates"}) | {"guards": Guards(**body.guards.model_dump())}
-    started = await view.control(view.workspace.experiment(name).start, body.candidates, **settings)
+    started = await moves.start_experiment(view, name, body)
     return await _refreshed(view, started)
 
 

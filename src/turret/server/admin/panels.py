@@ -7,9 +7,8 @@ from typing import Annotated
 from fastapi import Path
 from pydantic import BaseModel, Field
 
-from turret.server.admin.schemas import AdapterName, Reference
 from turret.server.routes import View, router
-from turret.server.schemas import Model
+from turret.server.schemas import AdapterName, Model, Reference
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Question
 from turret.tasks import QuestionType
 

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from turret.experiments.experiment import LONGEST_TTL, MISSING_BOUND, MOST_ARMS, MOST_MISSING, OUTCOME_TTL
 from turret.json_types import JsonObject, JsonValue
 from turret.server.limits import MOST_OUTCOMES, MOST_UNIT
-from turret.server.schemas import Model
-
-# An invalid name is 404, like an unknown one: `turret.reference` checks it.
-Reference = Annotated[str, Field(min_length=1, max_length=200)]
-AdapterName = Annotated[str, Field(min_length=1, max_length=200)]
-AliasName = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
-Gate = Annotated[
-    str,
-    Field(max_length=300, pattern=r"^[^<>=\x00-\x1f]{1,200}(>=|<=|>|<)-?[0-9]{1,15}(\.[0-9]{1,15})?(e-?[0-9]{1,2})?$"),
-]
+from turret.server.schemas import AdapterName, AliasName, ArmName, Gate, Model, Shares
 
 
 class LoadRequest(Model):
@@ -80,6 +70,21 @@ class Aliases(BaseModel):
     aliases: list[Alias]
 
 
+class GateShown(BaseModel):
+    """A gate of an alias, or a set of golden examples."""
+
+    gate: str
+    alias: str
+    holder: str | None = Field(description="The version that the alias names.")
+    passes: bool | None = Field(description="Whether that passes; null if nothing is known.")
+    found: str
+    examples: int | None = Field(default=None, description="Golden ones.")
+
+
+class Gates(BaseModel):
+    gates: list[GateShown]
+
+
 class Replay(BaseModel):
     """The result of a version on a set of golden examples."""
 
@@ -103,13 +108,7 @@ class Moved(BaseModel):
 
 # --- experiments -----------------------------------------------------------------------------------------------------
 
-Share = Annotated[float, Field(ge=0, le=1)]
-ArmName = Annotated[str, Field(min_length=1, max_length=200)]
-Shares = Share | Annotated[dict[ArmName, Share], Field(min_length=1, max_length=MOST_ARMS)]
 Value = bool | Annotated[float, Field(ge=-1e15, le=1e15)]
-_METRIC = r"^(binary|-?[0-9]{1,9}(\.[0-9]{1,9})?\.\.-?[0-9]{1,9}(\.[0-9]{1,9})?)$"
-
-
 RightLabel = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -147,46 +146,6 @@ class BecameOf(BaseModel):
 class Outcomes(BaseModel):
     outcomes: list[BecameOf] = Field(description="The result of each, in the same order.")
     counts: dict[str, int]
-
-
-class GuardsAsked(Model):
-    worse_by: Annotated[float, Field(ge=0, le=1e15)] | None = Field(
-        default=0.0, description="Roll back an arm that is worse by more than this; null: never because of outcomes."
-    )
-    max_errors: Annotated[float, Field(gt=0, lt=1)] | None = None
-    max_seconds: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    promote: bool = False
-
-
-class StartRequest(Model):
-    """As in `turret experiment start`."""
-
-    # An experiment needs a candidate or a shadow.
-    model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [{"required": [key], "properties": {key: {"minItems": 1}}} for key in ("candidates", "shadows")]
-        }
-    )
-    candidates: Annotated[list[Reference], Field(max_length=MOST_ARMS, fail_fast=True)] = Field(default_factory=list)
-    control: Reference | None = Field(None, description="Default: the version that the alias names.")
-    shadows: Annotated[list[Reference], Field(max_length=MOST_ARMS, fail_fast=True)] = Field(default_factory=list)
-    share: Shares | None = Field(None, description="Of the candidates together, or by arm.")
-    steps: Annotated[list[Share], Field(min_length=1, max_length=32, fail_fast=True)] | None = Field(
-        None, description="Planned shares, rising."
-    )
-    metric: Annotated[str, Field(max_length=60, pattern=_METRIC)] = "binary"
-    goal: Literal["higher", "lower"] = "higher"
-    unit: Literal["user", "session", "request"] = "user"
-    alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
-    outcome_ttl: Annotated[float, Field(ge=1, le=LONGEST_TTL)] = Field(
-        OUTCOME_TTL, description="Seconds after the first answer to a unit in which its outcome counts."
-    )
-    missing_bound: Annotated[float, Field(ge=0, le=MOST_MISSING)] = Field(
-        MISSING_BOUND,
-        description="A verdict must hold even if this share of an arm's units sent no outcome because it was bad.",
-    )
-    guards: GuardsAsked = Field(default_factory=GuardsAsked)
-    alias: AliasName = "production"
 
 
 class RampRequest(Model):

@@ -68,8 +68,8 @@ class Field:
     Args:
         name: of the key in that model; dots lead into its parts.
         value: at first.
-        kind: text, number, shares (`5%,0.2`), time (`2h`), words (separated by blanks or commas), settings (a line
-            each), check, or choice.
+        kind: text, number, shares (`5%,0.2`), time (`2h`), words (separated by blanks or commas), gates
+            (separated by commas), settings (a line each), table (CSV), check, or choice.
     """
 
     name: str
@@ -92,6 +92,8 @@ class Field:
             return {key.strip(): value.strip() for key, _, value in pairs}
         if self.kind == "time":
             return read_duration(text)
+        if self.kind == "gates":
+            return [re.sub(r"\s*(>=|<=|>|<)\s*", r"\1", each.strip()) for each in text.split(",") if each.strip()]
         if self.kind == "words":
             return text.replace(",", " ").split()
         if self.kind == "shares":

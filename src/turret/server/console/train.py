@@ -19,7 +19,8 @@ from turret.server import trainings
 from turret.server.console import render
 from turret.server.console.forms import Form, Sent, pages
 from turret.server.routes import View
-from turret.server.uploads import TABLE, keep, owner_of
+from turret.server.uploads import keep, owner_of
+from turret.store.client_files import TABLE
 from turret.tasks import TASKS, Task
 
 router = pages()
