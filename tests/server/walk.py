@@ -22,7 +22,7 @@ JSON, MULTIPART = "application/json", "multipart/form-data"
 ENDS_THE_SESSION = {"/sign-in", "/sign-out"}  # they name nothing
 NAMES = ("name", "reference", "model", "adapter", "after", "run_id", "key", "receipt")
 NAMES += ("candidates", "control", "shadows", "batch_id", "file_id", "input_file_id", "comparison", "source", "recipe")
-NAMES += ("tenant",)
+NAMES += ("tenant", "other", "run", "study_id", "candidate")
 # Parameters and keys that name nothing of a tenant: the values to send.
 PLAIN: dict[str, Sequence[Any]] = {
     "alias": ["production"], "number": [1], "version": [1], "verb": ["promote", "rollback", "ramp", "stop"],
@@ -30,8 +30,14 @@ PLAIN: dict[str, Sequence[Any]] = {
     "file": ["console.css"], "unit": ["u"], "value": [1], "since": ["2026-01-01"], "until": ["2030-01-01"],
     "before": [1000], "purpose": ["batch"], "endpoint": ["/v1/classify"],
     "past": [0], "who": ["token"], "what": ["a"], "by": ["adapter"], "count": ["requests"],
+    "first": [1], "second": [2], "then": ["compare"],
 }  # fmt: skip
-VERBS = {"/runs/": ["cancel", "resume"], "/tokens/": ["rotate", "revoke"]}  # to delete a run is asked over the API
+VERBS = {  # to delete a run is asked over the API
+    "/runs/": ["cancel", "resume"],
+    "/tokens/": ["rotate", "revoke"],
+    "/studies/": ["cancel", "resume"],
+    "/start/": ["compare", "sweep"],
+}
 FORM = {"version": "1", "alias": "production", "arm": "candidate", "share": "50%", "text": "x"}
 CHANGES = ("date", "x-request-id")  # headers that differ between two equal answers
 

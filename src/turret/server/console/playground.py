@@ -87,7 +87,8 @@ class Cell:
         """One answer of a route, as one line where that is possible."""
         if "text" in data:
             return cls(data["text"])
-        if (number := data.get("score", data.get("value"))) is not None:
+        number = data.get("score", data.get("value"))
+        if number is not None:
             return cls(render.number(number))
         if data["spans"] is not None:
             return cls("; ".join(f"{span['label']}: {span['text']}" for span in data["spans"]))
