@@ -19,8 +19,8 @@ DEFAULT = "default"  # the tenant of the command line, and of everything that ol
 ANY = ("*",)
 MOST_PATTERNS = 64
 _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}", re.ASCII)
-_ADAPTERS = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}\*?|\*", re.ASCII)
-_BASES = re.compile(r"[!-)+-~]{1,200}\*?|\*", re.ASCII)  # any printable ASCII without blanks and `*`
+ADAPTERS = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}\*?|\*", re.ASCII)
+BASES = re.compile(r"[!-)+-~]{1,200}\*?|\*", re.ASCII)  # any printable ASCII without blanks and `*`
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def tenant_access(tenant: str | None) -> Access:
 
 def check_patterns(adapters: Iterable[str], bases: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return both lists without repetition, each with `*` alone if it has it. Raises BadReference."""
-    return _checked("adapter", adapters, _ADAPTERS, "legal-*"), _checked("base", bases, _BASES, "org/base-*")
+    return _checked("adapter", adapters, ADAPTERS, "legal-*"), _checked("base", bases, BASES, "org/base-*")
 
 
 def _checked(what: str, patterns: Iterable[str], form: re.Pattern[str], example: str) -> tuple[str, ...]:

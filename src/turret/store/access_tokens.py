@@ -123,7 +123,7 @@ OPERATE = "operate"  # of the tenant `default` alone: to manage the tokens of al
 PREFIX = "turret-"
 OVERLAP = 86400.0  # seconds for which the secret before a rotation stays valid
 LONGEST = 10 * 366 * 86400.0  # seconds of a lifetime or an overlap
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ class AccessTokens:
 
 
 def _check(name: str, scopes: Sequence[str], *quotas: int | None) -> None:
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise BadReference(
             f"bad token name {ascii(name)[:60]}: expected 1 to 100 of A-Z a-z 0-9 . _ -, a letter or digit first"
         )

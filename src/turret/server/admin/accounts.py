@@ -9,13 +9,13 @@ from typing import Annotated
 from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field
 
-from turret.access import MOST_PATTERNS
+from turret.access import ADAPTERS, BASES, MOST_PATTERNS
 from turret.server import accounts
 from turret.server.admin import schemas
 from turret.server.routes import View, router
 from turret.server.schemas import WHOLE, Model
 from turret.store import AccessToken
-from turret.store.access_tokens import LONGEST, OVERLAP, SCOPES, Scope
+from turret.store.access_tokens import LONGEST, NAME, OVERLAP, SCOPES, Scope
 from turret.store.jobs import JobQueue
 
 control = router("admin")
@@ -26,8 +26,8 @@ Tenant = Annotated[str | None, Query(max_length=63, description=TENANT)]
 Part = Annotated[str | None, Query(min_length=1, max_length=200, description="Only actions with this in it.")]
 TokenName = Annotated[str, Path(min_length=1, max_length=100, description="The name of a token.")]
 PerMinute = Annotated[int | None, Field(ge=1, le=1 << 31), WHOLE]
-Pattern = Annotated[str, Field(min_length=1, max_length=201)]
-Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=MOST_PATTERNS)]
+AdapterPattern = Annotated[str, Field(pattern=f"^({ADAPTERS.pattern})$")]
+BasePattern = Annotated[str, Field(pattern=f"^({BASES.pattern})$")]
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -36,12 +36,16 @@ Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=MOST_PATTERNS
 class TokenRequest(Model):
     """As in `turret token create NAME`."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
     scopes: Annotated[list[Scope], Field(min_length=1, max_length=len(SCOPES))] = Field(["infer"])
     requests_per_minute: PerMinute = None
     tokens_per_minute: PerMinute = None
-    adapters: Patterns = Field(["*"], description="Names, or patterns such as legal-*.")
-    bases: Patterns = Field(["*"], description="Ids of bases, or patterns.")
+    adapters: Annotated[list[AdapterPattern], Field(min_length=1, max_length=MOST_PATTERNS)] = Field(
+        ["*"], description="Names, or patterns such as legal-*."
+    )
+    bases: Annotated[list[BasePattern], Field(min_length=1, max_length=MOST_PATTERNS)] = Field(
+        ["*"], description="Ids of bases, or patterns."
+    )
     lifetime: Annotated[float | None, Field(ge=1, le=LONGEST)] = Field(None, description="Seconds; null for no end.")
     sign_in: bool = Field(True, description="Whether a person may sign in to the console by it.")
 
@@ -49,8 +53,8 @@ class TokenRequest(Model):
 class RotateRequest(Model):
     """As in `turret token rotate NAME`."""
 
-    overlap: Annotated[float, Field(ge=0, le=LONGEST)] = Field(
-        OVERLAP, description="Seconds for which the secret so far stays valid."
+    overlap: Annotated[int, Field(ge=0, le=int(LONGEST)), WHOLE] = Field(
+        int(OVERLAP), description="Seconds for which the secret so far stays valid."
     )
 
 

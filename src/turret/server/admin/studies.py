@@ -19,7 +19,11 @@ from turret.server.uploads import owner_of
 
 control = router("admin")
 StudyId = Annotated[str, Path(min_length=1, max_length=100, description="The `id` of a comparison or a sweep.")]
-SHOWN = ConfigDict(json_schema_extra={"oneOf": [{"required": ["compare"]}, {"required": ["sweep"]}]})
+SHOWN = ConfigDict(
+    json_schema_extra={
+        "oneOf": [{"required": [key], "properties": {key: {"type": "object"}}} for key in ("compare", "sweep")]
+    }
+)
 
 
 class StudyRequest(PlanRequest):
