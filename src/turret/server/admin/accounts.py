@@ -164,7 +164,7 @@ async def show_audit(
 
 class OpenJob(BaseModel):
     id: str
-    kind: str = Field(description="training, cell (of a comparison or a sweep) or batch (of requests).")
+    kind: str = Field(description="training, study (a comparison or a sweep), cell (of one), or batch (of requests).")
     name: str = Field(description="The adapter that it is for.")
     state: str
     queued: str
@@ -181,6 +181,6 @@ class OpenJobs(BaseModel):
 
 @control.get("/api/jobs")
 async def list_jobs(view: View, limit: Annotated[int, Query(ge=1, le=1000)] = 200) -> OpenJobs:
-    """What waits and what runs: trainings, cells and batches of the tenant."""
+    """What waits and what runs: trainings, comparisons and sweeps with their cells, and batches of the tenant."""
     found = await view.control(lambda: JobQueue.of(view.workspace.store, make=True).open_jobs(limit))
     return OpenJobs(jobs=[OpenJob(**asdict(each)) for each in found])
