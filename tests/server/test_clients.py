@@ -136,8 +136,9 @@ def examine(guarded, examples: int) -> None:
                 return  # `$` of a pattern: the end in JSON Schema, but also before a last newline in Python's checks
             if got.status_code == 400 and ": criteria must be " in got.text:
                 return  # nor that one key has another form with each value of another
-            if got.status_code == 400 and "expected at most 100 printable characters" in got.text:
-                return  # nor which characters are printable
+            names = ("expected at most 100 printable characters", "is there twice: name each once")
+            if got.status_code == 400 and any(text in got.text for text in names):
+                return  # nor which characters are printable, or that two items have different names
             of_a_recipe = got.status_code == 400 and got.json()["error"]["code"] in OF_A_RECIPE
             if of_a_recipe and case.path.startswith(("/v1/files", "/api/runs", "/api/studies")):
                 return  # nor what a recipe in TOML, or a table, may have, or what its file may be called
