@@ -201,6 +201,7 @@ def test_the_reference_has_every_page_and_no_other() -> None:
 
 
 def test_the_reference_has_every_key_of_every_request() -> None:
+    from turret.server import moves
     from turret.server.admin import schemas
     from turret.server.openai import chat_schemas
     from turret.server.openai.classify import ClassifyRequest
@@ -208,8 +209,8 @@ def test_the_reference_has_every_key_of_every_request() -> None:
 
     text = page("docs/reference/http.md")
     requests = [CompletionRequest, chat_schemas.ChatRequest, ClassifyRequest]
-    requests += [schemas.PromoteRequest, schemas.StartRequest, schemas.RampRequest]
-    requests += [schemas.StopRequest, schemas.GuardsAsked]
+    requests += [schemas.PromoteRequest, moves.StartRequest, schemas.RampRequest]
+    requests += [schemas.StopRequest, moves.GuardsAsked]
     requests += [schemas.OutcomeOfAnswer, schemas.OutcomeOfUnit]
     for request in requests:
         assert [name for name in request.model_fields if f"`{name}`" not in text] == [], request.__name__

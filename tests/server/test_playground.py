@@ -319,7 +319,8 @@ def test_every_row_of_a_file_is_asked_and_the_answers_are_a_table(serve, store_t
 
 def test_a_file_that_is_no_table_or_too_large_is_one_line(serve, put, workspace) -> None:
     put()
-    client = patient(signed_in(serve(), workspace.tokens.create("reader")[1]))
+    reader = workspace.tokens.create("reader")[1]
+    client = patient(signed_in(serve(), reader))
     long = "text\n" + f"{'x' * 3000}\n" * 299
     for name, content, words in (
         ("a.xlsx", b"PK no workbook", "a.xlsx"),
@@ -423,7 +424,8 @@ def test_a_version_of_another_tenant_is_as_one_that_nobody_has(serve, put, works
     other = workspace.with_access(Access("legal"))
     said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": "classify", "labels": list(LABELS)}}
     other.store.put("secret", write_bundle(tmp_path / "other", tensors(77), said=said))
-    client = signed_in(serve(), workspace.tokens.create("reader")[1])
+    reader = workspace.tokens.create("reader")[1]
+    client = signed_in(serve(), reader)
     for path in ("/playground", "/playground/answer", "/playground/stream"):
         for mode in ("text", "chat"):
             here, nowhere = (

@@ -47,6 +47,7 @@ RIGHT: dict[str, Any] = {  # by the name of an argument: of the right type, thou
     "first": "x@1", "second": "x@2", "a": "x@1", "b": "x@2", "name": "x", "alias": "production", "run_id": "none",
     "key": "none", "composition": "x@1+x@2", "data": "nowhere.csv", "source": "nowhere.csv", "out": "out.csv",
     "aspects": ["a", "b"], "texts": ["a"], "base": "no-base", "folder": "out", "access": Workspace().store.access,
+    "id": "none",
     "hub_id": "a/b", "run": "none", "tenant": "x", "candidates": ["x@1", "x@2"], "unit": "u", "value": 1.0,
     "many": [], "receipt": "r", "scopes": ["infer"], "files": {}, "text": "", "prompt": "a", "messages": [],
     "model": "x", "overrides": {"seed": "1"}, "method": LoRA(), "control": None, "arm": None, "peft_type": "IA3",

@@ -159,16 +159,16 @@ def _open(source: str, settings: Mapping[str, str]) -> _Opened:
     return _Opened(recipe, settings, tables[sources.split["train"]], sources)
 
 
-def _short(cell: object) -> str:
+def _short(cell: JsonValue) -> str:
     return one_line(str(cell), SHOWN_CELL)
 
 
-def _whole(cell: object) -> str:
+def _whole(cell: JsonValue) -> str:
     """The text of a cell. Half a surrogate pair, which JSON may have and UTF-8 cannot, becomes a question mark."""
     return str(cell).encode("utf-8", "replace").decode()
 
 
-def _sample(opened: _Opened, most: int = SHOWN_ROWS, written: Callable[[object], str] = _short) -> Sample:
+def _sample(opened: _Opened, most: int = SHOWN_ROWS, written: Callable[[JsonValue], str] = _short) -> Sample:
     table, data = opened.table, opened.recipe.data
     shown = list(table.columns)[:SHOWN_COLUMNS]
     rows = [

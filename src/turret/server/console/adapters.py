@@ -77,9 +77,9 @@ async def ask(
         raise NotFound(f"no move {ascii(verb)[:40]}: expected promote or rollback")
     values = await _values(view, name)
     suggested = list(dict.fromkeys([*SUGGESTED_ALIASES, alias, *(each.alias for each in values["aliases"])]))
-    every = [*values["versions"], *(one for each in values["compared"] for one in each.versions)]
+    every = values["every"]
     chosen = next((each for each in every if each.number == version), every[0])
-    more = {"verb": verb, "alias": _alias(alias), "suggested": suggested, "chosen": chosen, "every": every}
+    more = {"verb": verb, "alias": _alias(alias), "suggested": suggested, "chosen": chosen}
     return render.page(request, view, "move.html.j2", **values, **more)
 
 
@@ -114,6 +114,7 @@ class NameValues(TypedDict):
     name: str
     versions: Sequence[Version]  # the newest first, without those of `compared`
     compared: Sequence[Compared]  # the newest first
+    every: Sequence[Version]  # those of comparisons too
     plain: Version | None  # what the plain name means in the store
     aliases: Sequence[AliasHere]
     gates: Sequence[Gate | Golden]
@@ -132,6 +133,7 @@ async def _values(view: View, name: str) -> NameValues:
     singles, compared = folded(own)
     return {
         "name": name,
+        "every": [*singles[::-1], *(one for each in compared[::-1] for one in each.versions)],
         "versions": singles[::-1],
         "compared": compared[::-1],
         "plain": _plain(own),

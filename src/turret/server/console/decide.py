@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import Path, Query, Request, Response
 
 from turret.errors import BadRequest, TurretError
+from turret.json_types import JsonValue
 from turret.server import moves
 from turret.server.console import render
 from turret.server.console.forms import FILLED, Field, Form, Sent, model_in, pages, texts_in
@@ -208,7 +209,7 @@ def _page(
     form: Form,
     said: list[str] | None = None,
     error: TurretError | None = None,
-    **values: object,
+    **values: JsonValue,
 ) -> Response:
     problem, status = render.told(error)
     texts = texts_in(form, fields)
