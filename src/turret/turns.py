@@ -178,10 +178,10 @@ class ThreadPool:
         """The same threads, for the calls of a tenant."""
         return TenantThreads(self, tenant)
 
-    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def __call__(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self.run("", function, *args, **kwargs)
 
-    async def run(self, tenant: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run(self, tenant: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function for a tenant."""
         context = copy_context()  # `acting` names the caller on the thread too
         done: Future[T] = Future()
@@ -237,5 +237,5 @@ class TenantThreads:
     pool: ThreadPool
     tenant: str
 
-    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def __call__(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self.pool.run(self.tenant, function, *args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from turret import audit
 from turret.access import ANY, Access, check_tenant
@@ -21,7 +21,7 @@ from turret.workspace.core import Workspace
 
 @dataclass(frozen=True)
 class Wanted:
-    """A new token. lifetime: seconds; None for no end."""
+    """A new token, as `AccessTokens.create` takes it."""
 
     name: str
     scopes: Sequence[str] = ("infer",)
@@ -75,16 +75,7 @@ def create(view: View, caller: Caller, wanted: Wanted, tenant: str | None = None
     ):
         raise Forbidden(f"this token ends at {caller.expires}, so it makes none that lives longer: set an earlier end")
     with _as_bad_request():
-        made = known.create(
-            wanted.name,
-            wanted.scopes,
-            requests_per_minute=wanted.requests_per_minute,
-            tokens_per_minute=wanted.tokens_per_minute,
-            adapters=wanted.adapters,
-            bases=wanted.bases,
-            lifetime=wanted.lifetime,
-            sign_in=wanted.sign_in,
-        )
+        made = known.create(**asdict(wanted))
     view.services.read_tokens()
     return made
 
@@ -133,27 +124,22 @@ def _require_scopes(caller: Caller, scopes: Sequence[str]) -> None:
 
 
 def counted(
-    view: View, caller: Caller, since: str | None = None, until: str | None = None, tenant: str | None = None
+    view: View, caller: Caller, tenants: Sequence[str | None], since: str | None, until: str | None
 ) -> Sequence[usage.Usage]:
-    """The usage of a tenant by adapter and day, of the last seconds too; None: of the caller's own."""
-    workspace = workspace_of(view, caller, tenant)
+    """The usage of tenants by adapter and day, of the last seconds too; None: of the caller's own."""
+    databases = [workspace_of(view, caller, each).store.database(make=True) for each in tenants]
     view.services.usage.flush()
-    return usage.read(workspace.store.database(make=True), since, until)
+    return [row for each in databases for row in usage.read(each, since, until)]
 
 
 def actions(
-    view: View,
-    caller: Caller,
-    *,
-    since: str | None = None,
-    before: int | None = None,
-    limit: int = 100,
-    who: str | None = None,
-    verb: str | None = None,
-    what: str | None = None,
-    tenant: str | None = None,
+    view: View, caller: Caller, limit: int, before: int | None, tenant: str | None, **filters: str | None
 ) -> tuple[Sequence[audit.Action], int | None]:
-    """A page of the audit log of a tenant, as `turret.audit.read`, and the `before` of the next one if there is one."""
+    """A page of the audit log of a tenant, and the `before` of the next one if there is one.
+
+    Args:
+        filters: since, who, verb and what, of `turret.audit.read`.
+    """
     with workspace_of(view, caller, tenant).store.database(make=True).reading() as connection:
-        found = audit.read(connection, since=since, below=before, limit=limit + 1, who=who, verb=verb, what=what)
+        found = audit.read(connection, below=before, limit=limit + 1, **filters)
     return found[:limit], found[limit - 1].id if len(found) > limit else None

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -203,7 +202,7 @@ async def start_experiment(view: View, name: str, asked: StartRequest) -> Experi
     versions = [*asked.candidates, *asked.shadows] + ([asked.control] if asked.control is not None else [])
     await view.control(load, view, versions)
     settings = asked.model_dump(exclude={"guards", "candidates"}) | {"guards": Guards(**asked.guards.model_dump())}
-    return await view.control(partial(view.workspace.experiment(name).start, asked.candidates, **settings))
+    return await view.control(view.workspace.experiment(name).start, asked.candidates, **settings)
 
 
 async def end_experiment(

@@ -113,7 +113,8 @@ class Previews:
             RecipeError: the examples cannot carry the bound, or cannot be read.
         """
         tenant, files = store.access.tenant, {} if table is None else {name: table}
-        require_sent_source(name, files) if files else None
+        if files:
+            require_sent_source(name, files)
         with tempfile.TemporaryDirectory(prefix="turret-promise-") as folder:
             _bring(files, name, Path(folder))
             asked: JsonObject = {"tenant": tenant, "promise": dict(request), "version": version, "who": who()}

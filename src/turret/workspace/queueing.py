@@ -29,7 +29,7 @@ from turret.recipe import Recipe
 from turret.recipe.default_base import AUTO
 from turret.store import JobQueue, Store, client_files, queued_data
 from turret.store.blobs import hash_file
-from turret.store.jobs import STUDY_ID
+from turret.store.jobs import STUDY_ID, OpenJob
 from turret.store.queued_data import PLACE
 from turret.workspace.progress import Say, silent
 
@@ -112,6 +112,10 @@ class Queue:
     def study(self, id: str) -> JsonObject:
         """One of them; `result` has its cells. Raises NotFound."""
         return self._queue().study(id)
+
+    def open_jobs(self, limit: int = 100) -> Sequence[OpenJob]:
+        """What runs, then what waits, of all kinds of jobs."""
+        return self._queue().open_jobs(limit) if self._store.exists() else []
 
     def _row(self, id: str) -> JsonObject:
         return self.study(id) if id.startswith(STUDY_ID) else self._store.run(id)

@@ -34,13 +34,7 @@ from turret.store.jobs import NewCell
 from turret.tasks import task_of
 from turret.workspace.child_process import why_alone
 from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import (
-    OWN,
-    POLL_SECONDS,
-    Tasks,
-    executor,
-    require_executor,
-)
+from turret.workspace.comparing.cells import OWN, POLL_SECONDS, Tasks, executor, require_executor
 from turret.workspace.comparing.kept_files import TRIAL, KeptFiles, held
 from turret.workspace.progress import CellState, Progress, Say
 from turret.workspace.queue_worker import Worker
@@ -563,7 +557,7 @@ class _Running:
         self._data = self._data or placed_data(self._store, self._recipe.data.source)
         source, place = self._data
         self._write(trial)
-        tasks.tell(self._progress())  # before it is submitted, so that whoever ends the sweep knows it
+        tasks.tell(self._progress())  # first: a cancel ends the trials that were told
         try:
             (id,) = self._queue.submit_cells(self._study, [self._new(trial, source)], place=place)
         except QueueFull:

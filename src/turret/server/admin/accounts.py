@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from functools import partial
 from typing import Annotated
 
 from fastapi import Path, Query, Request
@@ -16,7 +14,7 @@ from turret.server.routes import View, router
 from turret.server.schemas import WHOLE, Model
 from turret.store import AccessToken
 from turret.store.access_tokens import LONGEST, NAME, OVERLAP, SCOPES, Scope
-from turret.store.jobs import JobQueue
+from turret.store.jobs import OpenJob
 
 control = router("admin")
 Day = Annotated[str | None, Query(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$", description="Such as 2026-11-27, in UTC.")]
@@ -135,7 +133,7 @@ async def show_usage(
     view: View, request: Request, since: Day = None, until: Day = None, tenant: Tenant = None
 ) -> schemas.UsageList:
     """Requests, answers and tokens by adapter and UTC day, of the last seconds too."""
-    found = await view.control(accounts.counted, view, request.state.caller, since, until, tenant)
+    found = await view.control(accounts.counted, view, request.state.caller, [tenant], since, until)
     return schemas.UsageList(usage=[schemas.UsageOfDay(**each.as_json()) for each in found])
 
 
@@ -152,35 +150,22 @@ async def show_audit(
     tenant: Tenant = None,
 ) -> schemas.AuditLog:
     """The control actions of the tenant, the newest first, in pages."""
-    filters = {"since": since, "who": who, "verb": verb, "what": what, "tenant": tenant}
-    found, more = await view.control(
-        partial(accounts.actions, view, request.state.caller, before=before, limit=limit, **filters)
-    )
+    filters = {"since": since, "who": who, "verb": verb, "what": what}
+    found, more = await view.control(accounts.actions, view, request.state.caller, limit, before, tenant, **filters)
     return schemas.AuditLog(actions=[schemas.Action(**each.as_json()) for each in found], before=more)
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
-class OpenJob(BaseModel):
-    id: str
-    kind: str = Field(description="training, study (a comparison or a sweep), cell (of one), or batch (of requests).")
-    name: str = Field(description="The adapter that it is for.")
-    state: str
-    queued: str
-    priority: int
-    tries: int
-    owner: str
-    cancelled: str | None
-    host: str = Field(description="Of the worker that has it; empty while none has.")
-
-
 class OpenJobs(BaseModel):
-    jobs: list[OpenJob] = Field(description="Those that run, then those that wait.")
+    jobs: list[OpenJob] = Field(
+        description="Those that run, then those that wait. `kind` is training, study (a comparison or a sweep), cell "
+        "(of one) or batch (of requests); `name` is the adapter that it is for."
+    )
 
 
 @control.get("/api/jobs")
 async def list_jobs(view: View, limit: Annotated[int, Query(ge=1, le=1000)] = 200) -> OpenJobs:
     """What waits and what runs: trainings, comparisons and sweeps with their cells, and batches of the tenant."""
-    found = await view.control(lambda: JobQueue.of(view.workspace.store, make=True).open_jobs(limit))
-    return OpenJobs(jobs=[OpenJob(**asdict(each)) for each in found])
+    return OpenJobs(jobs=list(await view.control(view.workspace.queue.open_jobs, limit)))

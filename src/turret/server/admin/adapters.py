@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Annotated
 
 from fastapi import Path, Query, Request
@@ -89,7 +88,7 @@ async def show_adapter(reference: Ref, view: View) -> JsonObject:
 @control.get("/api/adapters/{reference}/diff/{other}")
 async def diff(reference: Ref, other: Ref, view: View) -> schemas.Diff:
     """How another version differs from one: settings, metrics, data and size."""
-    found = await view.control(partial(view.workspace.diff, reference, other, weights=False))
+    found = await view.control(view.workspace.diff, reference, other, weights=False)
     return schemas.Diff.model_validate(found.as_json())
 
 

@@ -16,6 +16,7 @@ from turret.server.admin.runs import PlanRequest, encoded
 from turret.server.routes import View, router
 from turret.server.trainings import CompareOptions, Study, StudyPlan, SweepOptions
 from turret.server.uploads import owner_of
+from turret.workspace.orders import Order
 
 control = router("admin")
 StudyId = Annotated[str, Path(min_length=1, max_length=100, description="The `id` of a comparison or a sweep.")]
@@ -48,19 +49,20 @@ class Studies(BaseModel):
 @control.post("/api/studies/plan")
 async def plan(body: StudyRequest, view: View, request: Request) -> StudyPlan:
     """What a comparison or a sweep would train, what it can decide, and how long it takes. Starts nothing."""
-    order = body.options().order()
-    recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    owner = owner_of(request.state.caller)
-    return await view.preview(trainings.plan_study, view, owner, recipe, encoded(body.files), order)
+    return await view.preview(trainings.plan_study, view, *await _asked(body, view, request))
 
 
 @control.post("/api/studies")
 async def start(body: StudyRequest, view: View, request: Request) -> Study:
     """Put a comparison or a sweep into the queue. A `turret worker` of the same store conducts it."""
+    return await view.control(trainings.submit_study, view, *await _asked(body, view, request))
+
+
+async def _asked(body: StudyRequest, view: View, request: Request) -> tuple[str, Recipe, dict[str, bytes], Order]:
+    """Who asks, and for what."""
     order = body.options().order()
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    owner = owner_of(request.state.caller)
-    return await view.control(trainings.submit_study, view, owner, recipe, encoded(body.files), order)
+    return owner_of(request.state.caller), recipe, encoded(body.files), order
 
 
 @control.get("/api/studies")

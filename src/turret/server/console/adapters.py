@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from itertools import groupby
 from typing import Annotated, TypedDict
 
@@ -49,7 +48,7 @@ async def show(request: Request, view: View, name: Name, moved: str | None = Non
 @router.get("/adapters/{name}/diff")
 async def diff(request: Request, view: View, name: Name, first: Chosen, second: Chosen) -> Response:
     """How one version of a name differs from another."""
-    found = await view.control(partial(view.workspace.diff, f"{name}@{first}", f"{name}@{second}", weights=False))
+    found = await view.control(view.workspace.diff, f"{name}@{first}", f"{name}@{second}", weights=False)
     both = [await view.control(view.workspace.resolve, each) for each in found.versions]
     return render.page(request, view, "diff.html.j2", name=name, found=found, both=both)
 

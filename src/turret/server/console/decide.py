@@ -63,7 +63,7 @@ PROMISE = (
     Field("source", "Labelled examples", "The id of a table that you sent. Empty: those that the training held out."),
     Field("when_broken", "When broken", value="alarm", kind="choice", choices=("alarm", "stricter", "rollback")),
     Field("outcome_ttl", "Outcome within", "After the answer.", "7d", "time"),
-    Field("missing_bound", "Missing because of what it is", "A verdict holds even so.", "5%", "number"),
+    Field("missing_bound", "Missing outcomes", "A verdict must hold if this share is missing.", "5%", "number"),
 )
 
 

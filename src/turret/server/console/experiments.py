@@ -7,11 +7,10 @@ from typing import Annotated
 from fastapi import Path, Request, Response
 from fastapi.responses import JSONResponse
 
-from turret.errors import NotFound
 from turret.experiments.experiment import read_split
 from turret.json_types import JsonObject
 from turret.server.console import render
-from turret.server.console.forms import Form, Sent, pages
+from turret.server.console.forms import Form, Sent, pages, require_verb
 from turret.server.moves import end_experiment
 from turret.server.routes import View
 
@@ -67,7 +66,7 @@ def _drawn(against: JsonObject) -> JsonObject:
 @router.get("/experiments/{name}/{number}/do/{verb}")
 async def ask(request: Request, view: View, name: Name, number: Number, verb: str, arm: str | None = None) -> Response:
     """The dialog that confirms a change."""
-    _check_verb(verb)
+    require_verb(verb, VERBS)
     values = await _values(view, name, number)
     candidates = [each for each in values["status"].analysis.arms if each.arm.role == "candidate" and each.arm.live]
     return render.page(request, view, "act.html.j2", **values, verb=verb, arm=arm, candidates=candidates)
@@ -76,15 +75,10 @@ async def ask(request: Request, view: View, name: Name, number: Number, verb: st
 @router.post("/experiments/{name}/{number}/do/{verb}")
 async def act(request: Request, view: View, name: Name, number: Number, verb: str, form: Sent) -> Response:
     """Ramp, promote, roll back or stop."""
-    _check_verb(verb)
+    require_verb(verb, VERBS)
     await _act(view, name, number, verb, form)
     await view.control(view.refresh)
     return render.redirect(request, f"/experiments/{name}/{number}")
-
-
-def _check_verb(verb: str) -> None:
-    if verb not in VERBS:
-        raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(VERBS)}")
 
 
 async def _act(view: View, name: str, number: int, verb: str, form: Form) -> None:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
-from turret.errors import BadRequest, Forbidden
+from turret.errors import BadRequest, Forbidden, NotFound
 from turret.experiments.experiment import read_duration
 from turret.json_types import JsonObject, JsonValue
 from turret.server.auth import READS, Caller
@@ -184,6 +184,12 @@ async def _check_writes(request: Request, view: View) -> None:
 
 
 Sent = Annotated[Form, Depends(read)]
+
+
+def require_verb(verb: str, verbs: Collection[str]) -> None:
+    """Raise NotFound unless a path ends in one of these words."""
+    if verb not in verbs:
+        raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(verbs)}")
 
 
 def pages() -> APIRouter:

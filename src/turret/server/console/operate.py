@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from functools import partial
 from typing import Annotated
 
 from fastapi import Depends, Path, Query, Request, Response
@@ -17,11 +16,10 @@ from turret.experiments.experiment import read_duration
 from turret.server import accounts
 from turret.server.auth import Caller
 from turret.server.console import render
-from turret.server.console.forms import Form, Sent, pages
+from turret.server.console.forms import Form, Sent, pages, require_verb
 from turret.server.routes import View
 from turret.store.access_tokens import OPERATE, SCOPES
 from turret.store.catalog import now
-from turret.store.jobs import JobQueue
 from turret.store.usage import Usage
 
 router = pages()
@@ -61,7 +59,7 @@ async def create(request: Request, view: View, form: Sent) -> Response:
 @router.get("/store/tokens/{name}/{verb}")
 async def ask(request: Request, view: View, name: Name, verb: str, tenant: Text = "") -> Response:
     """The dialog that confirms a change of a token."""
-    _check_verb(verb)
+    require_verb(verb, VERBS)
     known = await view.control(lambda: accounts.of(view, request.state.caller, tenant or None).list())
     found = next((each for each in known if each.name == name), None)
     if found is None:
@@ -72,7 +70,7 @@ async def ask(request: Request, view: View, name: Name, verb: str, tenant: Text 
 @router.post("/store/tokens/{name}/{verb}")
 async def act(request: Request, view: View, name: Name, verb: str, form: Sent) -> Response:
     """Give a token a new secret, and show it once; or revoke it."""
-    _check_verb(verb)
+    require_verb(verb, VERBS)
     tenant, caller = form.text("tenant"), request.state.caller
     if verb == "revoke":
         await view.control(accounts.revoke, view, caller, name, tenant or None)
@@ -80,11 +78,6 @@ async def act(request: Request, view: View, name: Name, verb: str, form: Sent) -
     overlap = read_duration(form.text("overlap") or "1d")
     _, secret = await view.control(accounts.rotate, view, caller, name, overlap, tenant or None)
     return await _tokens(request, view, tenant, secret=secret, of=name)
-
-
-def _check_verb(verb: str) -> None:
-    if verb not in VERBS:
-        raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(VERBS)}")
 
 
 def _wanted(form: Form) -> accounts.Wanted:
@@ -226,7 +219,7 @@ async def days(request: Request, view: View, asked: Question) -> JSONResponse:
 
 def _counted(view: View, caller: Caller, asked: Asked) -> Sequence[Usage]:
     tenants = [asked.tenant] if asked.tenant else accounts.tenants(view, caller)
-    rows = [row for each in tenants for row in accounts.counted(view, caller, asked.since, asked.until, each)]
+    rows = accounts.counted(view, caller, tenants, asked.since, asked.until)
     return [each for each in rows if not asked.adapter or each.adapter == asked.adapter]
 
 
@@ -271,18 +264,17 @@ async def audit(
     before: Before = None,
 ) -> Response:
     """Who changed what, the newest first."""
-    filters = {"who": who, "verb": verb, "what": what, "tenant": tenant, "since": since and _day(since).isoformat()}
-    given = {key: value for key, value in filters.items() if value}
-    found, more = await view.control(
-        partial(accounts.actions, view, request.state.caller, before=before, limit=ACTIONS, **given)
-    )
-    values = {"found": found, "filters": filters, "given": given, "more": more}
+    filters = {"who": who, "verb": verb, "what": what, "since": since and _day(since).isoformat()}
+    only, caller = {key: value for key, value in filters.items() if value}, request.state.caller
+    found, more = await view.control(accounts.actions, view, caller, ACTIONS, before, tenant or None, **only)
+    given = only | ({"tenant": tenant} if tenant else {})
+    values = {"found": found, "filters": filters | {"tenant": tenant}, "given": given, "more": more}
     return render.page(
         request,
         view,
         "audit.html.j2",
         **values,
-        tenants=await view.control(accounts.tenants, view, request.state.caller),
+        tenants=await view.control(accounts.tenants, view, caller),
     )
 
 
@@ -292,6 +284,6 @@ async def audit(
 @router.get("/store/jobs")
 async def jobs(request: Request, view: View) -> Response:
     """What waits and what runs, and who does it."""
-    found = await view.control(lambda: JobQueue.of(view.workspace.store, make=True).open_jobs(JOBS))
+    found = await view.control(view.workspace.queue.open_jobs, JOBS)
     workers = Counter(each.host for each in found if each.host)
     return render.page(request, view, "jobs.html.j2", found=found, workers=workers, most=JOBS)

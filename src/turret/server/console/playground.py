@@ -41,7 +41,6 @@ from turret.server.console.playground_form import (
     thread_of,
 )
 from turret.server.console.snippets import Question, Snippet
-from turret.server.error_responses import ErrorResponse, error_response
 from turret.server.routes import View, answer_of_route, pass_to_route
 from turret.store import Version
 
@@ -184,7 +183,7 @@ async def _panel(request: Request, view: View, form: Form, model: str, kind: Kin
             return found
         answered = await _answer(request, view, asked, dict(request.scope["state"]))
     except TurretError as error:
-        return Panel(model, problem=str(error_response(error).body["error"]["message"]))
+        return Panel(model, problem=render.told(error)[0])
     if (turn := answered.turn) is not None:
         thread = Thread(model=model, messages=[*found.turns, turn])
         found = replace(found, thread=thread)
@@ -316,8 +315,7 @@ async def upload(request: Request, view: View, form: Sent) -> Response:
                 f"the first {len(rows)} rows have over {MOST_TABLE} characters: send fewer, or shorter texts"
             )
     except TurretError as error:
-        response = error_response(error)
-        return await _page(request, view, Form(filled), problem=response)
+        return await _page(request, view, Form(filled), error=error)
     return await _page(request, view, Form(filled | {"table": [table]}))
 
 
@@ -360,9 +358,9 @@ def _of_table(form: Form, panels: Sequence[Panel]) -> render.Context:
 
 
 async def _page(
-    request: Request, view: View, form: Form, panels: Sequence[Panel] = (), problem: ErrorResponse | None = None
+    request: Request, view: View, form: Form, panels: Sequence[Panel] = (), error: TurretError | None = None
 ) -> Response:
-    mode = mode_of(form)
+    mode, (problem, status) = mode_of(form), render.told(error)
     if mode not in MODES:
         raise NotFound(f"no such playground: expected {' or '.join(MODES)}")
     every = [(each, Kind.of(each.part("task"))) for each in await _versions(view)]
@@ -387,14 +385,14 @@ async def _page(
         "two": any(each.pairs or each.request == "embed" for each in kinds),
         "filled": {name: form.raw(name) for name in form.names} | ({"text": ""} if answered and mode == "chat" else {}),
         "panels": panels,
-        "problem": problem and problem.body["error"]["message"],
+        "problem": problem,
         "formats": files.SUFFIXES,
         "most_rows": MOST_ROWS,
         "most_file": MOST_FILE,
         **shown,
         "likely": None if table is None else max(table.columns, key=lambda name: sum(map(len, table.column(name)))),
     }
-    return render.page(request, view, "playground.html.j2", problem.status if problem else 200, **values)
+    return render.page(request, view, "playground.html.j2", status, **values)
 
 
 def _kinds(view: View, models: Sequence[str]) -> list[Kind | TurretError]:

@@ -10,11 +10,10 @@ from fastapi import Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import StringConstraints
 
-from turret.errors import NotFound
 from turret.json_types import JsonMapping
 from turret.server import trainings
 from turret.server.console import render
-from turret.server.console.forms import pages
+from turret.server.console.forms import pages, require_verb
 from turret.server.routes import View
 from turret.tasks import main_metric, measure_of
 
@@ -76,22 +75,17 @@ async def show_log(request: Request, view: View, run_id: RunId, past: Past = 0) 
 @router.get("/runs/{run_id}/do/{verb}")
 async def ask(request: Request, view: View, run_id: RunId, verb: str) -> Response:
     """The dialog that confirms a change."""
-    _check_verb(verb)
+    require_verb(verb, VERBS)
     return render.page(request, view, "run_act.html.j2", run=await view.control(view.workspace.run, run_id), verb=verb)
 
 
 @router.post("/runs/{run_id}/do/{verb}")
 async def act(request: Request, view: View, run_id: RunId, verb: str) -> Response:
     """Cancel a training, let an ended one go on, or delete it."""
-    _check_verb(verb)
+    require_verb(verb, VERBS)
     queue = view.workspace.queue
     await view.control({"cancel": queue.cancel, "resume": queue.resume, "delete": queue.delete}[verb], run_id)
     return render.redirect(request, "/runs" if verb == "delete" else f"/runs/{run_id}")
-
-
-def _check_verb(verb: str) -> None:
-    if verb not in VERBS:
-        raise NotFound(f"no verb {ascii(verb)[:40]}: expected one of {', '.join(VERBS)}")
 
 
 @router.get("/runs/{run_id}/curve")

@@ -206,7 +206,7 @@ async def plan(request: Request, view: View, form: Sent) -> Response:
 
 
 async def recipe_in(request: Request, view: View, form: Form) -> str | Response:
-    """The recipe in a form, or the draft of what is chosen; the page of the table if there is none."""
+    """The recipe in a form. Without one, a draft for the chosen table; if no draft can be made, the table's page."""
     if text := form.raw("recipe"):
         return text
     chosen = Chosen.of(form)

@@ -173,7 +173,7 @@ class CellRunner:
     def _wait_for(self, tasks: Tasks, cells: Sequence[Cell]) -> None:
         """Put the missing cells into the queue, and wait until workers have done them, or the budget ends."""
         left, waiting, said = list(cells), dict[str, Cell](), ""
-        tasks.tell(self._progress(cells, {}))  # before they are submitted, so that whoever ends them knows them
+        tasks.tell(self._progress(cells, {}))  # first: a cancel ends the cells that were told
         while left or waiting:
             self.files.require()
             left = self._submit(tasks, left, waiting)

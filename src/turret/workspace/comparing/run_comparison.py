@@ -23,14 +23,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
 from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import (
-    CellRunner,
-    Tasks,
-    command,
-    executor,
-    require_executor,
-    require_known,
-)
+from turret.workspace.comparing.cells import CellRunner, Tasks, command, executor, require_executor, require_known
 from turret.workspace.comparing.kept_files import held
 from turret.workspace.orders import ComparisonRequest
 from turret.workspace.progress import Say
