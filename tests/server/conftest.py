@@ -157,3 +157,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = Running(workspace, Echo(workspace.store), ServerSettings())
     yield running.start()
     running.stop()
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One open server for the tests that read tables: its helper process starts once."""
+    workspace = Workspace(tmp_path_factory.mktemp("tables") / "store")
+    made = Running(workspace, Echo(workspace.store), ServerSettings())
+    yield made.start()
+    made.stop()
+
+
+@pytest.fixture
+def client(running: Running) -> Any:
+    return patience.patient(running.client())

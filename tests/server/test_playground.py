@@ -21,7 +21,8 @@ from server.answer_schemas import PERSON
 from server.conftest import SEEDS, Running
 from server.console_forms import SCRIPT, form_token, post, signed_in
 from server.echo import FINGERPRINT, LABELS
-from server.test_train_pages import SITE, patient
+from server.patience import patient
+from server.test_train_pages import SITE
 from store.bundles import tensors, write_bundle
 
 from turret.access import Access

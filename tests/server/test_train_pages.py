@@ -8,16 +8,16 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import openpyxl
 import pytest
-from server.conftest import SEEDS, Running
+from server.conftest import SEEDS
 from server.console_forms import SCRIPT, form_token, signed_in
-from server.echo import FINGERPRINT, LABELS, Echo
+from server.echo import FINGERPRINT, LABELS
+from server.patience import patient
 from store.bundles import tensors, write_bundle
 
 from turret.access import Access
@@ -25,35 +25,14 @@ from turret.recipe import Recipe
 from turret.server.console import train as train_pages
 from turret.server.console.train import Chosen
 from turret.server.limits import RequestLimits
-from turret.server.settings import ServerSettings
 from turret.store import JobQueue
 from turret.tasks import TASKS
-from turret.workspace import Workspace, previewing
+from turret.workspace import previewing
 
 CSV = "Anliegen;Bereich\n" + "".join(
     f"Text {n} about the {'bill' if n % 2 else 'post'};{'AB'[n % 2]}\n" for n in range(40)
 )
 SITE = {"sec-fetch-site": "same-origin"}
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One open server for the tests that read tables: its helper process starts once."""
-    workspace = Workspace(tmp_path_factory.mktemp("train") / "store")
-    made = Running(workspace, Echo(workspace.store), ServerSettings())
-    yield made.start()
-    made.stop()
-
-
-@pytest.fixture
-def client(running: Running) -> Any:
-    return patient(running.client())
-
-
-def patient(client: Any) -> Any:
-    """A client that waits until a busy machine has started a helper process."""
-    client.timeout = 120
-    return client
 
 
 def workbook() -> bytes:
