@@ -305,9 +305,7 @@ def test_a_text_that_cannot_be_asked_is_told_in_place(opened: Open) -> None:
 
 def test_a_streamed_answer_is_stopped_and_the_chat_goes_on_after_it(opened: Open, serve) -> None:
     slow = serve(pace=0.4)
-    page = opened(
-        "/playground?as=chat", url=slow.url, expected=("status of 400", "status of 503")
-    )  # its base has no chat template
+    page = opened("/playground?as=chat", url=slow.url, expected=("status of 400",))  # its base has no chat template
     page.get_by_label("Your turn").fill("one two three four five six seven eight")
     page.get_by_role("button", name="Send").click()
     page.locator("output.written", has_text="one").wait_for()
