@@ -155,6 +155,15 @@ FREE = {
 }
 
 
+CHOICE = {"name": "q", "type": "choice", "instructions": "?", "choices": [{"value": "bad"}, {"value": "good"}]}
+ASKED = {  # bodies that an adapter answers, where the smallest one that the schema allows is for a panel or a base
+    "/v1/decisions": {"model": "a", "input": "x", "questions": [CHOICE]},
+    "/v1/systemone": {
+        "model": "a", "state": "x", "questions": {"q": {"type": "choice", "criteria": {"bad": None, "good": None}}}
+    },
+}  # fmt: skip
+
+
 @pytest.mark.slow
 def test_every_route_that_works_for_a_token_takes_from_its_quota_and_is_counted_once(serve, put, workspace) -> None:
     """The walk over the schema finds a new route; `FREE` says why one is not counted."""
@@ -171,6 +180,7 @@ def test_every_route_that_works_for_a_token_takes_from_its_quota_and_is_counted_
         running.served.refresh()
         client, model = running.client(secret), "a" if "classify" in route else "echo"
         body = ask.body | {"model": model} if isinstance(ask.body, dict) and "model" in ask.body else ask.body
+        body = ASKED.get(route, body)
         before = requests(running)
         statuses = [client.post(ask.path, json=body).status_code for _ in range(2)]
         if 403 in statuses or 404 in statuses or route in FREE:
@@ -178,7 +188,7 @@ def test_every_route_that_works_for_a_token_takes_from_its_quota_and_is_counted_
         assert statuses == [200, 429], (route, statuses, client.post(ask.path, json=body).text)
         assert requests(running) == before + 1, route
         counted.append(route)
-    assert {"/tokenize", "/detokenize", "/v1/completions", "/v1/classify", "/v1/chat/completions"} <= set(counted)
+    assert {"/tokenize", "/detokenize", "/v1/completions", "/v1/classify", "/v1/chat/completions", *ASKED} <= set(counted)
 
 
 def requests(running) -> int:

@@ -16,8 +16,11 @@ from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from turret.data import Labelled, Pair
+from turret.engine import untrained
+from turret.engine.untrained import Question
 from turret.recipe import Recipe
 from turret.store import Store
+from turret.tasks.chat import bare_chat
 from turret.workspace import training
 from turret.workspace.comparing import measure
 from turret.workspace.prepared import PreparedTraining
@@ -136,14 +139,19 @@ def test_a_base_that_generates_classifies_by_the_words_of_the_labels(tmp_path: P
     assert set(found["answers"]) <= {"good", "bad"}
     reader = AutoTokenizer.from_pretrained(tmp_path / "llama")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").float().eval()
-    firsts = [reader(f" {label}", add_special_tokens=False)["input_ids"][0] for label in ("bad", "good")]
+    question, chat = Question(("bad", "good")), bare_chat(reader, 400, 16)
 
     def chances(text: str) -> torch.Tensor:
-        words = f"{ready.task.instruction}\n\n", text, "\n\nAnswer:"
-        ids = [each for at, part in enumerate(words) for each in reader(part, add_special_tokens=at == 0)["input_ids"]]
-        with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0, -1, firsts].log_softmax(-1)
+        pairs = [Pair(question.prompt(text), label) for label in question.labels]
+        found = []
+        for source, target in chat.encode_examples(pairs):
+            ids = torch.cat([torch.as_tensor(source.ids), torch.as_tensor(target.ids)])
+            with torch.no_grad():
+                said = model(ids[None]).logits[0].log_softmax(-1)
+            words = range(len(source.ids), len(ids))
+            found.append(sum(float(said[place - 1, ids[place]]) for place in words))
+        return torch.tensor(found).log_softmax(-1)
 
-    silence = chances("N/A")
+    silence = chances(untrained.EMPTY)
     wanted = [("bad", "good")[int((chances(each.text) - silence).argmax())] for each in ready.dataset.test]
     assert np.mean([answer == each for answer, each in zip(found["answers"], wanted, strict=True)]) > 0.95
