@@ -33,6 +33,7 @@ class Host:
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank)]
         command += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TURRET_LEASE_SECONDS": "5"}
+        environment["MKL_CBWR"] = "COMPATIBLE"  # else its products of a few rows depend on where they lie in memory
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
             command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
