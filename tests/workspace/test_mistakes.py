@@ -20,10 +20,12 @@ import small_models
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from turret.cli.main import run
-from turret.data import TextPair
+from turret.compare.results import Details, RunReport
+from turret.data import Prompt, TextPair, Turn
 from turret.data.table_writer import TableWriter, TextForm, harmless
-from turret.errors import AdapterError, DataError
+from turret.errors import AdapterError, DataError, NotFound
 from turret.recipe import Recipe
+from turret.tasks import Mistake
 from turret.tasks.calibration import stored_by_question
 from turret.workspace import RunResult, Workspace
 from turret.workspace.answering import PredictOptions
@@ -101,6 +103,31 @@ def test_a_training_with_a_validation_split_stores_a_calibration_with_the_versio
     assert trained.workspace.verify().ok
     assert run(["show", "reviews", *trained.store]) == 0
     assert re.search(r"calibration +temperature [\d.]+, from 40 validation examples", capsys.readouterr().out)
+
+
+def test_a_training_keeps_what_its_version_got_wrong_on_held_out_examples(trained) -> None:
+    kept = trained.workspace.run_report(trained.result)
+    found = trained.workspace.evaluate("reviews", trained.folder / "reviews" / "test.csv").details
+    assert (kept.split, kept.examples, kept.wrong) == ("test", 8, len(found.mistakes))
+    assert kept.details.confusion == found.confusion
+    assert kept.details.coverage == found.coverage
+    assert sum(each.count for each in kept.details.reliability[""].bins) == 8
+    assert kept.details.reliability[""].ece == pytest.approx(found.reliability[""].ece, abs=0.02)
+    assert [each.asked for each in kept.details.mistakes] == [each.asked for each in found.mistakes]
+    with pytest.raises(NotFound, match="no run"):
+        trained.workspace.run_report("20000101-000000-000000")
+
+
+PROMPT = Prompt((Turn("system", "be brief"), Turn("user", "hi")))
+
+
+@pytest.mark.parametrize("asked", ["a text", TextPair("a", "b"), PROMPT, "x" * 10_000])
+def test_the_report_of_a_run_survives_json(asked) -> None:
+    details = Details(tuple(Mistake(n, asked, ["a"], "b", 0.5) for n in range(100)), "classify", numbers=((1.0, 2.0),))
+    report = RunReport.of("test", 200, details)
+    assert RunReport.from_json(report.to_json()) == report
+    assert (report.wrong, len(report.details.mistakes)) == (100, 60)
+    assert report.details.mistakes[0].asked == asked or len(report.details.mistakes[0].text) == 4000
 
 
 def test_the_engine_and_predict_give_the_same_calibrated_answers_and_sets(trained) -> None:

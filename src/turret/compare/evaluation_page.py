@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -19,7 +20,7 @@ from turret.compare.report_text import (
     shortened,
     signed,
 )
-from turret.compare.results import Details, wilson
+from turret.compare.results import Confusions, Coverage, Details, Reliability, wilson
 from turret.data import Input, Prompt, TextPair
 from turret.json_types import JsonMapping, JsonValue
 from turret.tasks import Measure, Mistake, Task, main_metric, measure_of, measuring
@@ -103,7 +104,6 @@ def as_html(
     Args:
         texts: whether it shows texts of the data and outputs.
     """
-    confusion, task = details.confusion, measuring(metrics, details.task)
     page = environment(html=True).get_template("evaluation.html.j2")
     return page.render(
         version=version,
@@ -114,23 +114,56 @@ def as_html(
         numbers=list(numbers(metrics, details.task)),
         classes=dict(metrics.get("per_class") or {}),
         details=details,
-        matrix=confusion if confusion is not None and len(confusion.labels) <= MOST_CLASSES else None,
-        pairs=[] if confusion is None else confusion.pairs(PAIRS),
-        plots=[
-            (question, each, plot)
-            for question, each in details.reliability.items()
-            if (plot := reliability_plot(each.bins))
-        ],
-        residuals=_residuals(details.numbers),
-        mistakes=[shown_mistake(each, task) for each in details.mistakes[:MISTAKES]] if texts else [],
+        shown=ShownDetails.of(details, metrics, MISTAKES if texts else 0),
         first=FIRST_MISTAKES,
-        title=task.errors,
-        levels=not task.right_or_wrong,
-        remark=REMARK if task.right_or_wrong or details.numbers else "",
         texts=texts,
         notes=notes,
         parts=(),  # of memory, which the style sheet colours
     )
+
+
+@dataclass(frozen=True)
+class ShownDetails:
+    """Details of an evaluation as the templates show them.
+
+    Args:
+        matrix: of at most `MOST_CLASSES` classes.
+        pairs: the most frequent confusions: right, answered, count.
+        plots: reliability by question: question, numbers, SVG.
+        residuals: SVG.
+        numbers: of all examples whose answer is a number.
+        title: of the mistakes.
+        levels: whether a class is a level.
+    """
+
+    matrix: Confusions | None
+    pairs: Sequence[tuple[str, str, int]]
+    plots: Sequence[tuple[str, Reliability, str]]
+    residuals: str
+    numbers: int
+    coverage: Coverage | None
+    mistakes: Sequence[JsonMapping]
+    title: str
+    levels: bool
+    remark: str
+
+    @classmethod
+    def of(cls, details: Details, metrics: JsonMapping, mistakes: int) -> ShownDetails:
+        """The first `mistakes`, and everything else. metrics: of the same examples."""
+        confusion, task = details.confusion, measuring(metrics, details.task)
+        drawn = [(question, each, reliability_plot(each.bins)) for question, each in details.reliability.items()]
+        return cls(
+            matrix=confusion if confusion is not None and len(confusion.labels) <= MOST_CLASSES else None,
+            pairs=[] if confusion is None else confusion.pairs(PAIRS),
+            plots=[each for each in drawn if each[2]],
+            residuals=_residuals(details.numbers),
+            numbers=len(details.numbers),
+            coverage=details.coverage,
+            mistakes=[shown_mistake(each, task) for each in details.mistakes[:mistakes]],
+            title=task.errors,
+            levels=not task.right_or_wrong,
+            remark=REMARK if task.right_or_wrong or details.numbers else "",
+        )
 
 
 def headline(version: str, examples: int, metrics: JsonMapping, details: Details) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import TypeAdapter
+
+from turret.data import Input
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Mistake, QuestionType
 from turret.tasks.calibration import Bin, Decided, Sureness
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = 20  # wrong answers in the JSON of an evaluation
+KEPT, KEPT_TEXT, KEPT_NUMBERS = 60, 4000, 400  # wrong answers, characters of a text, pairs of numbers in a run's report
 Z = 1.959964  # of a 95% interval
 
 
@@ -102,6 +106,42 @@ class Details:
             "wrong": len(self.mistakes),
             "mistakes": [each.as_json() for each in self.mistakes[:SHOWN]],
         }
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a training's version got right and wrong on its held-out examples. It is kept with the run, as JSON.
+
+    Args:
+        split: `test`, or `validation` where there is no test split.
+        wrong: number of all wrong answers; `details` has the worst.
+    """
+
+    split: str
+    examples: int
+    wrong: int
+    details: Details
+
+    @classmethod
+    def of(cls, split: str, examples: int, details: Details) -> RunReport:
+        """A report that stays small: the worst mistakes, with the beginning of long texts."""
+        step = max(1, len(details.numbers) // KEPT_NUMBERS)
+        mistakes = tuple(replace(each, asked=_beginning(each.asked)) for each in details.mistakes[:KEPT])
+        kept = replace(details, mistakes=mistakes, numbers=details.numbers[::step])
+        return cls(split, examples, len(details.mistakes), kept)
+
+    @classmethod
+    def from_json(cls, content: bytes) -> RunReport:
+        """The report that `to_json` wrote."""
+        return TypeAdapter(cls).validate_json(content)
+
+    def to_json(self) -> bytes:
+        """All of it, for `from_json`."""
+        return TypeAdapter(RunReport).dump_json(self)
+
+
+def _beginning(asked: Input) -> Input:
+    return asked if len(str(asked)) <= KEPT_TEXT else f"{str(asked)[: KEPT_TEXT - 1]}…"
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

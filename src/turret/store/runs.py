@@ -121,6 +121,10 @@ class HeldRun:
         return self.folder / "curve.jsonl"
 
     @property
+    def report(self) -> Path:
+        return self.folder / "report.json"
+
+    @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint"
 
@@ -169,6 +173,10 @@ class TrainingRuns:
             run.require(connection)
             connection.execute(update(jobs).where(jobs.c.id == run.id).values(row))
 
+    def write_report(self, run: HeldRun, content: bytes) -> None:
+        """Keep what the run's version gets right and wrong, beside its curve."""
+        _write(run.report, content)
+
     def take_up(self, recipe_toml: str, data_digest: str, say: Callable[[str], None]) -> HeldRun | None:
         """The newest unfinished run of this recipe and data that no living process holds; this process then holds it.
 
@@ -211,7 +219,7 @@ class TrainingRuns:
             checkpoint, due = run.checkpoint / CHECKPOINT, over or time.monotonic() - last > CURVE_SECONDS
             if checkpoint_state(checkpoint) == copied.get(checkpoint) and not due:
                 return
-            states = {path: _state(path) for path in (run.recipe, checkpoint, run.curve)}
+            states = {path: _state(path) for path in (run.recipe, checkpoint, run.curve, run.report)}
             changed = [path for path, state in states.items() if state != copied.get(path) and path.exists()]
             if changed:
                 self._copy(run, changed)
@@ -428,10 +436,10 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     beside = path.with_name(f"{path.name}.new")
     with beside.open("wb") as file:
-        file.write(text.encode())
+        file.write(content.encode() if isinstance(content, str) else content)
         flush(file)
     os.replace(beside, path)
     sync(path.parent)

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
     from turret.compare.control_rates import Control
     from turret.compare.design import PlannedDesign
+    from turret.compare.results import RunReport
     from turret.data import Input
     from turret.engine import Engine, Limits
     from turret.engine.untrained import Untrained
@@ -421,6 +422,14 @@ class Workspace:
             run_id: the id of a run, or what `train` returned. `.to_frame()` and `.plot()` of the result show it.
         """
         return training_runs.curve(self.store, run_id if isinstance(run_id, str) else run_id.run, most)
+
+    def run_report(self, run_id: str | RunResult) -> RunReport:
+        """What the version of a training got right and wrong on its held-out examples: the worst mistakes, confusions.
+
+        Raises:
+            NotFound: there is no such run, or it kept no report.
+        """
+        return training_runs.report(self.store, run_id if isinstance(run_id, str) else run_id.run)
 
     def comparisons(self) -> Sequence[JsonObject]:
         """The reports of `compare` and `control` in this store, newest first; `kind` is comparison or control."""

@@ -26,9 +26,9 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.store import Panel, Store, Version, promises
 from turret.tasks import Task, task_from_spec
 from turret.tasks.calibration import Confidences, calibration_error, reliability
-from turret.train.asking import logits_of_each
+from turret.train.asking import Asking, logits_of_each
 from turret.train.batches import EncodedRows
-from turret.workspace.answering import Mounted, mounted
+from turret.workspace.answering import mounted
 from turret.workspace.comparing.kept_files import write_text
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import LabelledData, PanelData, PanelQuestion
@@ -46,14 +46,15 @@ def evaluate(
         assert ready.version is not None
         say(f"answering {len(labelled.examples)} examples")
         started = time.perf_counter()
-        metrics, details = _measure(ready, labelled.examples, labelled.places)
+        found = answer_split(ready.task, ready.asking, labelled.examples)
+        details = found.details(ready.task, labelled.places)
         notes = [note for note in ready.notes if note.startswith("computes on ")]
         notes += ready.asking.notes
         return Evaluation(
             version=str(ready.version),
             digest=ready.version.digest,
             data={"source": labelled.data.source, "examples": len(labelled.examples)},
-            metrics=metrics,
+            metrics=found.metrics,
             seconds=time.perf_counter() - started,
             notes=[*labelled.notes, *notes],
             details=details,
@@ -110,14 +111,40 @@ def write_page(found: Evaluation | PanelEvaluation, path: Path, *, texts: bool =
     write_text(path, page)
 
 
-def _measure(ready: Mounted, examples: Sequence[Example], places: Sequence[int]) -> tuple[JsonObject, Details]:
-    task = ready.task
-    known = ready.asking.logits(EncodedRows(task, examples).windows()) if task.calibrates else None
-    metrics, answers = ready.asking.evaluate(examples, logits=known)
-    details = _details(task, examples, places, known, answers)
-    if known is None or not task.ranks_labels or task.calibration is None:
-        return metrics, details
-    return metrics, replace(details, coverage=_coverage(task, known, [example.labels for example in examples]))
+@dataclass(frozen=True)
+class AnsweredSplit:
+    """Labelled examples with a version's answers.
+
+    Args:
+        logits: (B, C) of the examples; None of a task without probabilities.
+    """
+
+    examples: Sequence[Example]
+    metrics: JsonObject
+    answers: Sequence[JsonObject]
+    logits: Tensor | None
+
+    def details(self, task: Task, places: Sequence[int]) -> Details:
+        """Mistakes, reliability, confusions and coverage. places: the row of each example."""
+        details = _details(task, self.examples, places, self.logits, self.answers)
+        if self.logits is None or not task.ranks_labels or task.calibration is None:
+            return details
+        return replace(details, coverage=_coverage(task, self.logits, [each.labels for each in self.examples]))
+
+
+def answer_split(
+    task: Task, asking: Asking, examples: Sequence[Example], *, bare: bool = False, known: Tensor | None = None
+) -> AnsweredSplit:
+    """Ask about every example, and measure the answers.
+
+    Args:
+        bare: ask the base alone.
+        known: the logits (B, C) of the examples, if they were computed before.
+    """
+    if known is None and task.calibrates and not bare:
+        known = asking.logits(EncodedRows(task, examples).windows())
+    metrics, answers = asking.evaluate(examples, bare=bare, logits=known)
+    return AnsweredSplit(examples, metrics, answers, known)
 
 
 def _details(

@@ -30,6 +30,7 @@ from turret.bases import Base, ChosenDevice
 from turret.bases.device import CPU, gigabytes
 from turret.bases.sharded import parts_of
 from turret.compare.collapse import binned, still_falling
+from turret.compare.results import RunReport
 from turret.data import Dataset
 from turret.disk import describe_error
 from turret.errors import (
@@ -52,7 +53,7 @@ from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
 from turret.store.leases import LeaseRenewer
-from turret.tasks import make_task, task_of
+from turret.tasks import Task, make_task, task_of
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
@@ -65,6 +66,7 @@ from turret.train.proof import make_room
 from turret.train.reload import prove_here
 from turret.train.training_plan import Plan
 from turret.workspace import forgetting, prepared, promising
+from turret.workspace.evaluation import AnsweredSplit, answer_split
 from turret.workspace.prepared import (
     AUTO,
     PreparedTraining,
@@ -102,6 +104,7 @@ class Measured:
     forgot: JsonObject | None  # on neutral text; None for a classifier
     probe: trainer.Probe
     seconds: float
+    report: RunReport | None  # None: no example was held out
     warnings: list[str]  # of a promise that the examples cannot carry
     inputs: list[bytes]  # embeddings of the examples of its promise
 
@@ -117,11 +120,12 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
     most = pass_tokens(ready.recipe.train, ready.base.model.config, ready.base.pass_tokens)
     with Asking(ready.bare, fitted.adapter, ready.task, ready.base.model, most) as asking:
         ready, fitted, known = _calibrate(ready, fitted, asking)
-        metrics = _measure(ready, asking, known=known)
+        answered = _answer_splits(ready, asking, known=known)
+        metrics = {split: each.metrics for split, each in answered.items()}
         if beside_base:
             say("measuring the bare base on the same examples")
-            bare = _measure(ready, asking, bare=True)
-            metrics |= {f"{split} bare base": values for split, values in bare.items()}
+            bare = _answer_splits(ready, asking, bare=True)
+            metrics |= {f"{split} bare base": each.metrics for split, each in bare.items()}
         promise, inputs, warnings = promising.trained(ready.recipe, ready.dataset, ready.task, asking)
         if promise is not None:
             lineage = fitted.adapter.lineage | {"promise": promise}
@@ -134,7 +138,8 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
     seconds = time.perf_counter() - started
     examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
     probe = trainer.probe(ready.base.model, ready.task, examples)
-    return Measured(ready, fitted, metrics, forgot, probe, seconds, warnings, inputs)
+    report = _report(ready.task, answered)
+    return Measured(ready, fitted, metrics, forgot, probe, seconds, report, warnings, inputs)
 
 
 def uncalibrated(ready: PreparedTraining) -> list[str]:
@@ -177,10 +182,19 @@ def _calibrate(
     return replace(ready, task=task), replace(fitted, adapter=adapter), known
 
 
-def _measure(
+def _report(task: Task, answered: Mapping[str, AnsweredSplit]) -> RunReport | None:
+    """Of the test split, or else of the validation split."""
+    for split in ("test", "validation"):
+        if split in answered:
+            count = len(answered[split].examples)
+            return RunReport.of(split, count, answered[split].details(task, range(count)))
+    return None
+
+
+def _answer_splits(
     ready: PreparedTraining, asking: Asking, *, bare: bool = False, known: Tensor | None = None
-) -> dict[str, JsonObject]:
-    """Metrics on every held-out split.
+) -> dict[str, AnsweredSplit]:
+    """Answers and metrics on every held-out split.
 
     Args:
         bare: of the base alone.
@@ -188,7 +202,7 @@ def _measure(
     """
     splits = {"validation": (ready.dataset.validation, known), "test": (ready.dataset.test, None)}
     return {
-        split: asking.evaluate(examples, bare=bare, logits=logits)[0]
+        split: answer_split(ready.task, asking, examples, bare=bare, known=logits)
         for split, (examples, logits) in splits.items()
         if examples
     }
@@ -695,6 +709,9 @@ class _Run:
                     forgetting=found.forgot,
                 )
 
+            if found.report is not None and self.run.comparison is None:  # a comparison has a report of its own
+                with _disk_errors(self.run):
+                    self.store.training_runs().write_report(self.run, found.report.to_json())
             with self._proved(found) as bundle:
                 keeper.end_turns()  # curve and checkpoint are in the store before the run ends
                 return self._stored(found, bundle, result)

@@ -9,11 +9,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from turret.errors import NotFound
 from turret.json_types import JsonObject
 from turret.store import Store
 from turret.timestamp import timestamp
 
 if TYPE_CHECKING:
+    from turret.compare.results import RunReport
     from turret.train.curve import RunCurve, StepRecord
 
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", re.ASCII)
@@ -40,6 +42,20 @@ def curve(store: Store, run_id: str, most: int) -> RunCurve:
             if place % every == 0 or place == len(records) - 1 or record.metrics is not None
         ]
     )
+
+
+def report(store: Store, run_id: str) -> RunReport:
+    """What its version got right and wrong on held-out examples. Raises NotFound."""
+    from turret.compare.results import RunReport
+
+    store.run(run_id)
+    content = _file(store, run_id, "report.json")
+    if content is None:
+        raise NotFound(
+            f"run {run_id} has no report: a training that has finished with held-out examples has one; "
+            "`turret evaluate VERSION DATA` measures a version on other data"
+        )
+    return RunReport.from_json(content)
 
 
 def every_step(store: Store, run_id: str) -> list[StepRecord]:

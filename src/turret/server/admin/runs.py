@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field
 
+from turret.compare.results import RunReport
 from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.server import trainings
@@ -117,6 +118,12 @@ async def show_run(
     place = await view.control(view.workspace.queue.place, run_id) if run["state"] == "waiting" else None
     queued = None if place is None else {"place": place[0], "of": place[1]}
     return _shown(run) | {"log": log, "place": queued}
+
+
+@control.get("/api/runs/{run_id}/report")
+async def show_report(run_id: RunId, view: View) -> RunReport:
+    """What its version got right and wrong on its held-out examples: confusions, reliability, the worst mistakes."""
+    return await view.control(view.workspace.run_report, run_id)
 
 
 @control.post("/api/runs/{run_id}/cancel")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated, TypedDict
 
 from fastapi import Path, Query, Request, Response
 
+from turret.compare.evaluation_page import ShownDetails
+from turret.compare.results import RunReport
 from turret.errors import BadReference, BadRequest, NotFound
 from turret.json_types import JsonMapping, part
 from turret.reference import check_alias
@@ -25,6 +28,7 @@ Name = Annotated[str, Path(min_length=1, max_length=200)]
 Number = Annotated[int, Path(ge=1, lt=1 << 53)]
 Chosen = Annotated[int, Query(ge=1, lt=1 << 53)]
 Parent = Version | str | None  # the version that training started from; its digest if it is gone; None for the base
+MOST_MISTAKES = 20
 SUGGESTED_ALIASES = (PRODUCTION, "candidate")
 
 
@@ -63,6 +67,8 @@ async def version(request: Request, view: View, name: Name, number: Number) -> R
     values["promised"] = await view.control(view.workspace.promise, str(shown["version"])) if has else None
     values["text"] = promising
     values["served"] = part(shown["manifest"], "base").get("fingerprint") in view.engines.fingerprints
+    run = shown["run"]
+    values["report"] = None if run is None else await view.control(_report, view, str(run["id"]), shown["metrics"])
     values["snippets"] = snippets.of_version(request, view, str(shown["version"]), shown["manifest"])
     return render.page(request, view, "version.html.j2", **values, parent=_parent(shown["manifest"], known))
 
@@ -105,6 +111,22 @@ async def verify(request: Request, view: View, name: Name, number: Number) -> Re
     """Hash and open all files of a version again."""
     found = await view.control(view.workspace.verify, f"{name}@{number}")
     return render.page(request, view, "verified.html.j2", found=found, what=f"{name}@{number}")
+
+
+@dataclass(frozen=True)
+class ShownReport:
+    """What a version's training found on its held-out examples."""
+
+    report: RunReport
+    shown: ShownDetails
+
+
+def _report(view: View, run_id: str, metrics: Mapping[str, JsonMapping]) -> ShownReport | None:
+    try:
+        report = view.workspace.run_report(run_id)
+    except NotFound:
+        return None
+    return ShownReport(report, ShownDetails.of(report.details, metrics.get(report.split) or {}, MOST_MISTAKES))
 
 
 class NameValues(TypedDict):
