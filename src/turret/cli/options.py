@@ -1,75 +1,233 @@
-"""The options that several commands share, and the parser of `--set key=value`."""
+"""The options that several verbs share: one dataclass for each group of them, which Typer gets field by field."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
+from typer import Argument, Option
+from typer.models import OptionInfo, ParameterInfo
 
+from turret.cli.output import columns, console, emit, offer
 from turret.errors import RecipeError
+from turret.json_types import JsonObject
 from turret.location import Location
+from turret.tasks.task import kinds
 
+if TYPE_CHECKING:
+    from turret.recipe import Recipe
+    from turret.workspace import Workspace
+
+STORE = Location.parse(".turret")
 Store = Annotated[
     Location,
-    typer.Option(
-        "--store",
+    Option(
         envvar="TURRET_STORE",
         parser=Location.parse,
         metavar="STORE",
         help="Folder of the store, or postgresql://user@host/database?files=s3://bucket/prefix.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, and everything else on stderr.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON value on stdout, and everything else on stderr.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, such as train.lr=1e-3; repeatable."),
+    Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe, such as train.lr=1e-3; repeatable."),
 ]
 On = Annotated[
-    str | None,
-    typer.Option("--on", metavar="WHERE", help="workers (turret worker) or ray://HOST:PORT; default: train here."),
+    str | None, Option(metavar="WHERE", help="workers (turret worker) or ray://HOST:PORT; default: train here.")
 ]
-Text = Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="Column of the texts to classify.")]
-TextPair = Annotated[
-    str | None, typer.Option("--text-pair", metavar="COLUMN", help="Column of a second text, read with the first.")
-]
-Label = Annotated[
-    list[str] | None,
-    typer.Option("--label", metavar="COLUMN", help="Column of their classes or numbers; repeatable for classes."),
-]
-Prompt = Annotated[str | None, typer.Option("--prompt", metavar="COLUMN", help="Column of the texts to answer.")]
-Completion = Annotated[str | None, typer.Option("--completion", metavar="COLUMN", help="Column of the answers.")]
-Messages = Annotated[str | None, typer.Option("--messages", metavar="COLUMN", help="Column of conversations.")]
 BaseQuantization = Annotated[
-    Literal["none", "nf4"],
-    typer.Option("--base-quantization", help="nf4 keeps the base's linear layers in 4 bits (turret[quantized])."),
+    Literal["none", "nf4"], Option(help="nf4 keeps the base's linear layers in 4 bits (turret[quantized]).")
 ]
-Ref = Annotated[str, typer.Argument(metavar="REF", help="A version: name, name@3 or name@production.")]
-
-Device = Annotated[
+Device = Annotated[str, Option(metavar="DEVICE", help="auto (a GPU if the base fits), cpu, cuda, cuda:1 or mps.")]
+Kind = Annotated[str | None, Option(help=f"{kinds()}.")]
+Ref = Annotated[str, Argument(metavar="REF", help="A version: name, name@3 or name@production.")]
+Source = Annotated[
     str,
-    typer.Option("--device", metavar="DEVICE", help="auto (a GPU if the base fits), cpu, cuda, cuda:1 or mps."),
-]
-TrainDevice = Annotated[
-    str | None,
-    typer.Option("--device", metavar="DEVICE", help="auto (a GPU if the plan fits), cpu, cuda, cuda:1 or mps."),
+    Argument(metavar="RECIPE | DATA", help="A recipe (.toml or a preset), or a table, folder, Hub id, pypi: or -."),
 ]
 
-STORE = Location.parse(".turret")
+KEYS = (  # of [data], that say how a table is read
+    "text",
+    "label",
+    "document",
+    "summary",
+    "prompt",
+    "completion",
+    "messages",
+    "input",
+    "system",
+    "tools",
+    "ignore",
+    "encoding",
+    "delimiter",
+    "header",
+    "header_row",
+    "sheet",
+    "bad_lines",
+    "separator",
+    "normalize_labels",
+    "rename",
+    "test",
+)
 
 
-def columns(
-    text: str | None = None,
-    text_pair: str | None = None,
-    label: list[str] | None = None,
-    prompt: str | None = None,
-    completion: str | None = None,
-    messages: str | None = None,
-) -> dict[str, str | list[str]]:
-    """Role -> column for each option that is given: keys of a recipe's `[data]`. Several labels are a list."""
-    given: dict[str, str | list[str] | None] = {"text": text, "text_pair": text_pair}
-    given["label"] = label[0] if label and len(label) == 1 else label
-    given |= {"prompt": prompt, "completion": completion, "messages": messages}
-    return {role: column for role, column in given.items() if column}
+class Result(Protocol):
+    """What a verb of the workspace returns."""
+
+    def as_json(self) -> JsonObject: ...
+
+
+R = TypeVar("R", bound=Result)
+
+
+@dataclass(frozen=True)
+class Command:
+    """What nearly every verb has: the store that it works on, and whether it prints JSON."""
+
+    store: Store = STORE
+    as_json: Json = False
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        from turret.workspace import Workspace
+
+        return Workspace(self.store)
+
+    def report(self, result: R, show: Callable[[R], None]) -> None:
+        """Print a result as JSON, or with `show`."""
+        emit(result.as_json()) if self.as_json else show(result)
+
+    def say(self, value: JsonObject, line: str) -> None:
+        """Print a result as JSON, or as a line, which may have rich's markup."""
+        emit(value) if self.as_json else console().print(line)
+
+    def table(
+        self,
+        value: JsonObject,
+        heads: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        *,
+        right: Sequence[str] = (),
+        none: str,
+    ) -> None:
+        """Print a list: its JSON value, or a table.
+
+        Args:
+            right: the heads of the columns that hold numbers.
+            none: printed instead of a table without rows.
+        """
+        if self.as_json:
+            emit(value)
+            return
+        lines = list(rows)
+        console().print(columns(heads, lines, right=right) if lines else none)
+
+    def offer(self, *commands: str) -> None:
+        """Print the next useful commands, but not with `--json`. They are given without `turret`."""
+        if not self.as_json:
+            offer(commands, self.store)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table, by their roles."""
+
+    text: Annotated[str | None, Option(metavar="COLUMN", help="Column of the texts to classify.")] = None
+    text_pair: Annotated[str | None, Option(metavar="COLUMN", help="Column of a second text, read with the first.")] = (
+        None
+    )
+    label: Annotated[
+        list[str] | None,
+        Option(metavar="COLUMN", help="Column of their classes or numbers; repeatable for classes."),
+    ] = None
+    prompt: Annotated[str | None, Option(metavar="COLUMN", help="Column of the texts to answer.")] = None
+    completion: Annotated[str | None, Option(metavar="COLUMN", help="Column of the answers.")] = None
+    messages: Annotated[str | None, Option(metavar="COLUMN", help="Column of conversations.")] = None
+
+    def named(self) -> dict[str, str | list[str]]:
+        """Role -> column for each option that is given: keys of a recipe's `[data]`. Several labels are a list."""
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        if self.label and len(self.label) == 1:
+            given["label"] = self.label[0]
+        return {role: column for role, column in given.items() if column}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a verb reads a table that no recipe names."""
+
+    columns: Columns
+    sets: Set = None
+
+    def keys(self) -> JsonObject:
+        """The columns, and the keys of a recipe's `[data]` among the `--set` options. Raises RecipeError."""
+        from turret.recipe import Recipe
+
+        texts = overrides(self.sets)
+        for key in texts:
+            if key.removeprefix("data.") not in KEYS:
+                raise RecipeError(
+                    f"--set {key}: expected a key of [data], such as data.text; known here are {', '.join(KEYS)}"
+                )
+        changes = {f"data.{key.removeprefix('data.')}": text for key, text in texts.items()}
+        read = Recipe(data="x").with_overrides(changes)
+        found = {key: value for key in KEYS if (value := getattr(read.data, key, None)) is not None}
+        return found | self.columns.named()
+
+
+@dataclass(frozen=True)
+class Training:
+    """What changes in a recipe, or in that of a table, before it is trained."""
+
+    columns: Columns
+    base: Annotated[str | None, Option(help="A Hub id, folder, .gguf file or pypi: package; default: by task.")] = None
+    name: Annotated[str | None, Option(help="Name of the adapter in the store.")] = None
+    data: Annotated[str | None, Option(help="Data that replaces the recipe's.")] = None
+    task: Kind = None
+    method: Annotated[str | None, Option(help="lora, prefix, head, full or peft.")] = None
+    lr: Annotated[str | None, Option(help="Peak learning rate, or auto to find it by short trials.")] = None
+    seed: Annotated[int | None, Option(help="Seed of all random numbers.")] = None
+    device: Annotated[
+        str | None, Option(metavar="DEVICE", help="auto (a GPU if the plan fits), cpu, cuda, cuda:1 or mps.")
+    ] = None
+    sets: Set = None
+
+    def changes(self) -> dict[str, str]:
+        """The keys of a recipe that the options give, then those of `--set`; not the columns."""
+        named = {"base": self.base, "name": self.name, "data.source": self.data, "task.kind": self.task}
+        named |= {"method.kind": self.method, "train.lr": self.lr, "train.device": self.device}
+        named["seed"] = None if self.seed is None else str(self.seed)
+        return {key: value for key, value in named.items() if value is not None} | overrides(self.sets)
+
+    def recipe(self, source: str) -> Recipe:
+        """The recipe of a file, a preset or data, with the changes. Raises RecipeError.
+
+        The names of columns are taken as they are, so that one may be called `none` or `1`.
+        """
+        from turret.recipe import Recipe, presets
+
+        changes = self.changes()
+        if source.endswith(".toml") or (source in presets() and not Path(source).exists()):
+            recipe = Recipe.load(source).with_overrides(changes)
+        elif self.data is not None:
+            raise RecipeError(
+                f"two sources of data, {source!r} and --data {self.data!r}: give one of them, or a recipe with --data"
+            )
+        else:
+            start = {"data": {"source": source}} | {key: changes.pop(key) for key in ("base", "name") if key in changes}
+            recipe = Recipe.model_validate(start).with_overrides(changes)
+        columns = self.columns.named()
+        if not columns:
+            return recipe
+        settings = recipe.model_dump(mode="python")
+        return type(recipe).model_validate({**settings, "data": {**settings["data"], **columns}})
 
 
 def overrides(pairs: list[str] | None) -> dict[str, str]:
@@ -81,3 +239,95 @@ def overrides(pairs: list[str] | None) -> dict[str, str]:
             raise RecipeError(f"--set {ascii(pair)[:60]}: expected KEY=VALUE, such as --set train.lr=1e-3")
         found[key.strip()] = value
     return found
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------------
+
+
+Verb = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Without:
+    """Options of a group that a verb does not have, as in `Annotated[Training, Without(("lr",))]`: all at defaults."""
+
+    names: tuple[str, ...]
+
+
+def group(help: str, *verbs: Verb, alone: Verb | None = None) -> typer.Typer:
+    """A command with verbs of its own, such as `turret token`. alone: what runs without a verb; default: its help."""
+    app = typer.Typer(help=help, no_args_is_help=alone is None, rich_markup_mode=None)
+    if alone is not None:
+        app.callback(invoke_without_command=True)(spread(alone))
+    for verb in verbs:
+        app.command(verb.__name__.rstrip("_"))(spread(verb))
+    return app
+
+
+def spread(verb: Verb) -> Verb:
+    """A verb as Typer takes it: a dataclass among its parameters becomes an option for each of its fields.
+
+    An option without a name is called as its parameter. A flag has no `--no-` form unless its name says so.
+    """
+    taken = inspect.signature(verb, eval_str=True).parameters
+    flat = [option for each in taken.values() for option in _spread(each, ())]
+
+    def run(**values: object) -> None:  # object: whatever the types of the options are
+        verb(**{name: _gathered(each, values, ()) for name, each in taken.items()})
+
+    run.__name__, run.__doc__ = verb.__name__, verb.__doc__
+    run.__annotations__ = {each.name: each.annotation for each in flat}
+    cast(Any, run).__signature__ = inspect.Signature(flat)
+    return run
+
+
+def _spread(parameter: inspect.Parameter, without: tuple[str, ...]) -> Iterator[inspect.Parameter]:
+    """The options of a parameter: itself, or those of its fields."""
+    kind, *notes = _parts(parameter.annotation)
+    if _is_group(parameter):
+        for each in _fields(parameter, without):
+            yield from _spread(each, _left_out(parameter, without))
+        return
+    info = next((each for each in notes if isinstance(each, OptionInfo)), None)
+    if info is not None and info.default is ... and not info.param_decls:
+        info = copy(info)
+        info.param_decls = (f"--{parameter.name.replace('_', '-')}",)
+        parameter = parameter.replace(annotation=Annotated[kind, info])
+    yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+
+
+def _gathered(parameter: inspect.Parameter, values: dict[str, object], without: tuple[str, ...]) -> object:
+    """The value of a parameter: of an option, or a dataclass of those of its fields."""
+    if not _is_group(parameter):
+        return values[parameter.name]
+    left = _left_out(parameter, without)
+    kind = _parts(parameter.annotation)[0]
+    return kind(**{each.name: _gathered(each, values, left) for each in _fields(parameter, without)})
+
+
+def _is_group(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is a dataclass of options, and no option itself."""
+    kind, *notes = _parts(parameter.annotation)
+    return is_dataclass(kind) and not any(isinstance(each, ParameterInfo) for each in notes)
+
+
+def _left_out(group: inspect.Parameter, without: tuple[str, ...]) -> tuple[str, ...]:
+    notes = _parts(group.annotation)[1:]
+    return without + tuple(name for each in notes if isinstance(each, Without) for name in each.names)
+
+
+def _fields(group: inspect.Parameter, without: tuple[str, ...]) -> Iterator[inspect.Parameter]:
+    """The fields of a group as parameters, but not those that the verb does not have."""
+    kind = _parts(group.annotation)[0]
+    hints = get_type_hints(kind, include_extras=True)
+    for each in fields(kind):
+        if each.name not in _left_out(group, without):
+            default = inspect.Parameter.empty if each.default is MISSING else each.default
+            yield inspect.Parameter(
+                each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[each.name]
+            )
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    """`Annotated[A, b, c]` -> (A, b, c), and any other A -> (A,)."""
+    return get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)

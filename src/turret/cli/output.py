@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from turret.errors import one_line, plainly
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonValue
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,20 +50,6 @@ def emit(value: JsonValue) -> None:
     """Print the one JSON value of `--json`."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
-
-
-class Result(Protocol):
-    """What a verb of the workspace returns."""
-
-    def as_json(self) -> JsonObject: ...
-
-
-R = TypeVar("R", bound=Result)
-
-
-def report(result: R, as_json: bool, show: Callable[[R], None]) -> None:
-    """Print a result as JSON, or with `show`."""
-    emit(result.as_json()) if as_json else show(result)
 
 
 def offer(commands: Iterable[str], store: object, out: Console | None = None) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from turret.cli import options
-from turret.cli.output import columns, console, emit, offer, report, safe
+from turret.cli.output import columns, console, safe
 from turret.errors import BadArgument
 from turret.timestamp import to_minute
 
@@ -16,24 +16,16 @@ if TYPE_CHECKING:
     from turret.store import Panel, PanelMove
     from turret.tasks import QuestionType
 
-Name = Annotated[str, typer.Argument(help="Name of the panel.", show_default=False)]
-PanelRef = Annotated[str, typer.Argument(metavar="PANEL", help="A version of a panel: name or name@2.")]
-
-app = typer.Typer(
-    name="panel",
-    help="Lists of questions about a text, each answered by an adapter, for /v1/decisions.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+Name = Annotated[str, Argument(help="Name of the panel.", show_default=False)]
+PanelRef = Annotated[str, Argument(metavar="PANEL", help="A version of a panel: name or name@2.")]
 
 
-@app.command()
 def create(
+    *,
     name: Name,
     ask: Annotated[
         list[str],
-        typer.Option(
-            "--ask",
+        Option(
             metavar="QUESTION=REF",
             help="A question and its adapter; repeatable. REF#COLUMN is one of several questions of an adapter, "
             "REF alone all of them.",
@@ -41,31 +33,27 @@ def create(
     ],
     type_: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--type", metavar="QUESTION=TYPE", help="predicate, choice or score; default: as the adapter was trained."
         ),
     ] = None,
     labels: Annotated[
         list[str] | None,
-        typer.Option(
-            "--labels",
+        Option(
             metavar="QUESTION=A,B",
             help="The labels of a score from the lowest to the highest, of a predicate false,true.",
         ),
     ] = None,
     threshold: Annotated[
-        list[str] | None,
-        typer.Option("--threshold", metavar="QUESTION=0.9", help="Give no answer whose probability is lower."),
+        list[str] | None, Option(metavar="QUESTION=0.9", help="Give no answer whose probability is lower.")
     ] = None,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Store the next version of a panel.
 
     The plain name means the newest version until one is promoted.
     """
     from turret.store import Question
-    from turret.workspace import Workspace
 
     pairs = [each.rpartition("=")[::2] for each in ask]
     more = {key: _pairs(key, given) for key, given in (("type", type_), ("labels", labels), ("threshold", threshold))}
@@ -84,58 +72,56 @@ def create(
         )
         for question, reference in pairs
     ]
-    made = Workspace(store).panels.create(name, questions)
-    report(made, as_json, _print)
-    if not as_json:
-        offer([f"panel promote {made}", "serve"], store)
+    made = command.workspace.panels.create(name, questions)
+    command.report(made, _print)
+    command.offer(f"panel promote {made}", "serve")
 
 
-@app.command("list")
-def list_(store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+def list_(command: options.Command) -> None:
     """List panels and their versions."""
-    from turret.workspace import Workspace
-
-    found = Workspace(store).panels.list()
-    if as_json:
-        emit({"panels": [each.as_json() for each in found]})
-    elif not found:
-        console().print("no panels yet: [bold]turret panel create NAME --ask QUESTION=REF[/] makes one")
-    else:
-        rows = [
-            (
-                f"[bold]{safe(each)}[/]",
-                "[green]production[/]" if each.production else "",
-                str(len(each.questions)),
-                safe(", ".join(one.name for one in each.questions[:6])),
-                safe(to_minute(each.created)),
-            )
-            for each in found
-        ]
-        console().print(columns(("panel", "alias", "questions", "", "stored"), rows, right=("questions",)))
+    found = command.workspace.panels.list()
+    command.table(
+        {"panels": [each.as_json() for each in found]},
+        ("panel", "alias", "questions", "", "stored"),
+        map(_row, found),
+        right=("questions",),
+        none="no panels yet: [bold]turret panel create NAME --ask QUESTION=REF[/] makes one",
+    )
 
 
-@app.command()
-def show(panel: PanelRef, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+def show(panel: PanelRef, command: options.Command) -> None:
     """Show one version: its questions, with adapters, labels and thresholds."""
-    from turret.workspace import Workspace
-
-    report(Workspace(store).panels.show(panel), as_json, _print)
+    command.report(command.workspace.panels.show(panel), _print)
 
 
-@app.command()
-def promote(panel: PanelRef, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+def promote(panel: PanelRef, command: options.Command) -> None:
     """Make a version the one that the plain name means. Every adapter must still fit its question."""
-    from turret.workspace import Workspace
-
-    report(Workspace(store).panels.promote(panel), as_json, _print_move)
+    command.report(command.workspace.panels.promote(panel), _print_move)
 
 
-@app.command()
-def rollback(name: Name, store: options.Store = options.STORE, as_json: options.Json = False) -> None:
+def rollback(name: Name, command: options.Command) -> None:
     """Go back to the version that was promoted before. Another rollback goes further back."""
-    from turret.workspace import Workspace
+    command.report(command.workspace.panels.rollback(name), _print_move)
 
-    report(Workspace(store).panels.rollback(name), as_json, _print_move)
+
+app = options.group(
+    "Lists of questions about a text, each answered by an adapter, for /v1/decisions.",
+    create,
+    list_,
+    show,
+    promote,
+    rollback,
+)
+
+
+def _row(panel: Panel) -> tuple[str, ...]:
+    return (
+        f"[bold]{safe(panel)}[/]",
+        "[green]production[/]" if panel.production else "",
+        str(len(panel.questions)),
+        safe(", ".join(each.name for each in panel.questions[:6])),
+        safe(to_minute(panel.created)),
+    )
 
 
 def _pairs(key: str, given: Sequence[str] | None) -> dict[str, str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Option
 
 from turret.cli import options
-from turret.cli.answers import data_columns
-from turret.cli.output import console, emit, grid, offer, report, safe, status
+from turret.cli.output import console, emit, grid, safe, status
 from turret.errors import counted
 from turret.timestamp import to_minute
 
@@ -21,40 +20,29 @@ HUES = {"holds so far": "green", "broken": "red", "cannot be known": "yellow"}
 
 
 def promise(
+    *,
     reference: options.Ref,
-    error: Annotated[
-        str | None, typer.Option("--error", metavar="SHARE", help="At most this share is wrong, such as 2%.")
-    ] = None,
-    confidence: Annotated[str, typer.Option("--confidence", metavar="SHARE", help="How sure the bound is.")] = "95%",
+    error: Annotated[str | None, Option(metavar="SHARE", help="At most this share is wrong, such as 2%.")] = None,
+    confidence: Annotated[str, Option(metavar="SHARE", help="How sure the bound is.")] = "95%",
     metric: Annotated[
-        str,
-        typer.Option("--metric", help="What the share is of: error (the decided), misses:LABEL or precision:LABEL."),
+        str, Option(help="What the share is of: error (the decided), misses:LABEL or precision:LABEL.")
     ] = "error",
     data: Annotated[
-        str | None,
-        typer.Option("--data", metavar="FILE", help="Labelled examples; default: those that training held out."),
+        str | None, Option(metavar="FILE", help="Labelled examples; default: those that training held out.")
     ] = None,
-    text: options.Text = None,
-    text_pair: options.TextPair = None,
-    label: options.Label = None,
-    sets: options.Set = None,
+    reading: Annotated[options.Reading, options.Without(("prompt", "completion", "messages"))],
     when_broken: Annotated[
-        Literal["alarm", "stricter", "rollback"],
-        typer.Option("--when-broken", help="What happens when outcomes break it."),
+        Literal["alarm", "stricter", "rollback"], Option(help="What happens when outcomes break it.")
     ] = "alarm",
-    outcome_ttl: Annotated[
-        str, typer.Option("--outcome-ttl", help="Time after an answer in which its outcome counts: 12h, 7d.")
-    ] = "7d",
+    outcome_ttl: Annotated[str, Option(help="Time after an answer in which its outcome counts: 12h, 7d.")] = "7d",
     missing_bound: Annotated[
-        str,
-        typer.Option("--missing-bound", help="Share of the answers that may have no outcome because of what it is."),
+        str, Option(help="Share of the answers that may have no outcome because of what it is.")
     ] = "5%",
     outcomes: Annotated[
-        Path | None, typer.Option("--outcomes", metavar="FILE", help="Record outcomes: a table with receipt and value.")
+        Path | None, Option(metavar="FILE", help="Record outcomes: a table with receipt and value.")
     ] = None,
     device: options.Device = "auto",
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    command: options.Command,
 ) -> None:
     """Promise a bound on the errors of what a version decides, or show whether its promise holds.
 
@@ -62,16 +50,15 @@ def promise(
     below it abstain. Without --error, shows the promise and what the outcomes say.
     """
     from turret.experiments.experiment import read_duration, read_share
-    from turret.workspace import Workspace
 
-    workspace = Workspace(store)
+    workspace = command.workspace
     if outcomes is not None:
-        _record(workspace, reference, outcomes, as_json)
+        _record(workspace, reference, outcomes, command.as_json)
         return
     if error is None:
-        report(workspace.promise(reference), as_json, _print)
+        command.report(workspace.promise(reference), _print)
         return
-    named = data_columns(sets, options.columns(text, text_pair, label))
+    keys = reading.keys()
     with status() as say:
         made = workspace.promise(
             reference,
@@ -79,16 +66,15 @@ def promise(
             confidence=read_share(confidence),
             metric=metric,
             data=data,
-            columns=named,
+            columns=keys,
             when_broken=when_broken,
             outcome_ttl=read_duration(outcome_ttl),
             missing_bound=read_share(missing_bound),
             device=device,
             on_stage=say,
         )
-    report(made, as_json, _print)
-    if not as_json:
-        offer([f"predict {reference} new.csv --out answered.csv", f"promise {reference}"], store)
+    command.report(made, _print)
+    command.offer(f"predict {reference} new.csv --out answered.csv", f"promise {reference}")
 
 
 def _record(workspace: Workspace, reference: str, file: Path, as_json: bool) -> None:

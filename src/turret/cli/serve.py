@@ -11,7 +11,7 @@ from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-import typer
+from typer import Option
 
 from turret.access import Access
 from turret.cli import options
@@ -24,108 +24,82 @@ if TYPE_CHECKING:
     from turret.server.oidc import OidcSettings
     from turret.server.settings import ServerSettings
     from turret.workspace import Workspace
-
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 Bases = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--base",
         help="The base to load; repeat it to serve several. Default: the one that all adapters in the store have.",
     ),
 ]
 Memory = Annotated[
     str | None,
-    typer.Option("--memory", metavar="BYTES", help="Limit for the adapters of all bases in memory: 500MB, 2GB."),
+    Option("--memory", metavar="BYTES", help="Limit for the adapters of all bases in memory: 500MB, 2GB."),
 ]
 
 
 def serve(
+    *,
     base: Bases = None,
-    host: Annotated[str, typer.Option("--host", help="Address; beyond loopback only with tokens.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free port.")] = 8000,
-    alias: Annotated[str, typer.Option("--alias", help="Alias that plain names mean; loaded at start.")] = "production",
+    host: Annotated[str, Option(help="Address; beyond loopback only with tokens.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
+    alias: Annotated[str, Option(help="Alias that plain names mean; loaded at start.")] = "production",
     memory: Memory = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Precision of the base.")] = "auto",
+    dtype: Annotated[Dtype, Option(help="Precision of the base.")] = "auto",
     base_quantization: options.BaseQuantization = "none",
     device: options.Device = "auto",
     requests: Annotated[
-        int | None, typer.Option("--adapter-requests-per-minute", min=1, help="Quota of requests for each adapter.")
+        int | None, Option("--adapter-requests-per-minute", min=1, help="Quota of requests for each adapter.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--adapter-tokens-per-minute", min=1, help="Quota of tokens for each adapter.")
+        int | None, Option("--adapter-tokens-per-minute", min=1, help="Quota of tokens for each adapter.")
     ] = None,
     connections: Annotated[
-        int, typer.Option("--connections-per-client", min=0, help="Open connections from one address; 0: any number.")
+        int, Option("--connections-per-client", min=0, help="Open connections from one address; 0: any number.")
     ] = 128,
     proxy: Annotated[
-        list[str] | None,
-        typer.Option("--proxy", metavar="ADDRESS", help="A reverse proxy: its connections have no limit."),
+        list[str] | None, Option(metavar="ADDRESS", help="A reverse proxy: its connections have no limit.")
     ] = None,
     cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--cors-origin", metavar="ORIGIN", help="Pages of it may call the API: https://app.example, or *."
-        ),
+        list[str] | None, Option(metavar="ORIGIN", help="Pages of it may call the API: https://app.example, or *.")
     ] = None,
-    otel: Annotated[bool, typer.Option("--otel", help="Send a span of each request to OpenTelemetry.")] = False,
-    queue_seconds: Annotated[
-        int, typer.Option("--queue-seconds", min=1, help="Longest expected wait; beyond it a request is refused.")
-    ] = 120,
-    replica: Annotated[
-        str | None, typer.Option("--replica", metavar="NAME", help="Label of the metrics; default: host and port.")
-    ] = None,
-    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of requests to the log.")] = False,
-    oidc: Annotated[
-        str | None, typer.Option("--oidc", metavar="URL", help="An OpenID Connect provider that signs people in.")
-    ] = None,
-    oidc_client: Annotated[
-        str, typer.Option("--oidc-client", metavar="ID", help="The id of this server at the provider.")
-    ] = "turret",
-    oidc_claim: Annotated[
-        str, typer.Option("--oidc-claim", help="The claim that names a person's access token.")
-    ] = "preferred_username",
-    oidc_tenant_claim: Annotated[
-        str | None, typer.Option("--oidc-tenant-claim", help="The claim that names their tenant; default: none.")
-    ] = None,
-    public_url: Annotated[
-        str | None, typer.Option("--public-url", metavar="URL", help="Where browsers reach this server.")
-    ] = None,
+    otel: Annotated[bool, Option(help="Send a span of each request to OpenTelemetry.")] = False,
+    queue_seconds: Annotated[int, Option(min=1, help="Longest expected wait; beyond it a request is refused.")] = 120,
+    replica: Annotated[str | None, Option(metavar="NAME", help="Label of the metrics; default: host and port.")] = None,
+    log_texts: Annotated[bool, Option(help="Write the texts of requests to the log.")] = False,
+    oidc: Annotated[str | None, Option(metavar="URL", help="An OpenID Connect provider that signs people in.")] = None,
+    oidc_client: Annotated[str, Option(metavar="ID", help="The id of this server at the provider.")] = "turret",
+    oidc_claim: Annotated[str, Option(help="The claim that names a person's access token.")] = "preferred_username",
+    oidc_tenant_claim: Annotated[str | None, Option(help="The claim that names their tenant; default: none.")] = None,
+    public_url: Annotated[str | None, Option(metavar="URL", help="Where browsers reach this server.")] = None,
     alarm_url: Annotated[
-        str | None,
-        typer.Option(
-            "--alarm-url", metavar="URL", envvar="TURRET_ALARM_URL", help="Gets a POST when a promise breaks."
-        ),
+        str | None, Option(metavar="URL", envvar="TURRET_ALARM_URL", help="Gets a POST when a promise breaks.")
     ] = None,
     watch_inputs: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--watch-inputs/--no-watch-inputs",
             help="Keep embeddings of a few texts that promises cover, to warn when the texts change.",
         ),
     ] = True,
-    train: Annotated[bool, typer.Option("--train", help="Train queued runs too, on the bases that serve.")] = False,
-    train_slots: Annotated[int, typer.Option("--train-slots", min=1, help="Trainings at once.")] = 4,
+    train: Annotated[bool, Option(help="Train queued runs too, on the bases that serve.")] = False,
+    train_slots: Annotated[int, Option(min=1, help="Trainings at once.")] = 4,
     train_percent: Annotated[
-        int,
-        typer.Option("--train-percent", min=1, max=100, help="Share of trainings in the time, while answers wait."),
+        int, Option(min=1, max=100, help="Share of trainings in the time, while answers wait.")
     ] = 50,
     train_pass_ms: Annotated[
-        int, typer.Option("--train-pass-ms", min=1, help="Longest pass of a training, about: an answer waits for it.")
+        int, Option(min=1, help="Longest pass of a training, about: an answer waits for it.")
     ] = 250,
     engine: Annotated[
-        Literal["turret", "vllm"], typer.Option("--engine", help="Who computes: this process, or a vLLM server.")
+        Literal["turret", "vllm"], Option(help="Who computes: this process, or a vLLM server.")
     ] = "turret",
-    engine_url: Annotated[
-        str | None, typer.Option("--engine-url", metavar="URL", help="Where the vLLM server listens.")
-    ] = None,
+    engine_url: Annotated[str | None, Option(metavar="URL", help="Where the vLLM server listens.")] = None,
     engine_folder: Annotated[
-        Path | None,
-        typer.Option("--engine-folder", help="Where adapters are written for vLLM, which sees it under the same path."),
+        Path | None, Option(help="Where adapters are written for vLLM, which sees it under the same path.")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse requests with unknown keys.")] = False,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    strict: Annotated[bool, Option(help="Refuse requests with unknown keys.")] = False,
+    command: options.Command,
 ) -> None:
     """Answer over HTTP with one base and all its adapters, in the format of OpenAI's API.
 
@@ -139,9 +113,8 @@ def serve(
     from turret.server.limits import RequestLimits, networks
     from turret.server.quotas import Quota
     from turret.server.settings import ServerSettings
-    from turret.workspace import Workspace
 
-    workspace = Workspace(store)
+    workspace = command.workspace
     settings = ServerSettings(
         host=host,
         port=port,
@@ -167,7 +140,7 @@ def serve(
     vllm = None if engine == "turret" else _vllm(engine_url, engine_folder, names, given)
     if vllm is None and (engine_url or engine_folder):
         raise ServeRefused("--engine-url and --engine-folder belong to --engine vllm: add it, or leave them out")
-    _serve(workspace, names, settings, limits, dtype, base_quantization, device, training, vllm, as_json)
+    _serve(workspace, names, settings, limits, dtype, base_quantization, device, training, vllm, command.as_json)
 
 
 def _vllm(url: str | None, folder: Path | None, bases: Sequence[str], given: Mapping[str, bool]) -> VllmServer:

@@ -1,17 +1,31 @@
-"""`turret list` and `turret show`: the versions in the store."""
+"""The versions in the store: list, show and compare them, move their aliases, set gates, and delete them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from turret.cli import options
-from turret.cli.output import columns, console, cut, emit, grid, measured, number, report, safe, size, span
+from turret.cli.output import (
+    columns,
+    console,
+    cut,
+    emit,
+    grid,
+    many,
+    measured,
+    number,
+    safe,
+    size,
+    span,
+    status,
+)
 from turret.errors import NotFound, counted
-from turret.json_types import JsonMapping, JsonValue, part
+from turret.json_types import JsonMapping, JsonObject, JsonValue, part
 from turret.tasks import main_metric
 from turret.tasks.calibration import stored_by_question
 from turret.timestamp import to_minute
@@ -19,27 +33,23 @@ from turret.timestamp import to_minute
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from turret.store import Compared, Version
+    from turret.store import Compared, Deleted, Gate, GateStatus, Golden, Move, Version
     from turret.store.difference import Difference
 
 
 # --- diff -------------------------------------------------------------------------------------------------------------
-# `turret diff`: show two versions next to each other.
 
 
 def diff(
-    first: Annotated[str, typer.Argument(metavar="A", help="A version: name, name@3 or name@production.")],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another version, of any name.")],
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    first: Annotated[str, Argument(metavar="A", help="A version: name, name@3 or name@production.")],
+    second: Annotated[str, Argument(metavar="B", help="Another version, of any name.")],
+    command: options.Command,
 ) -> None:
     """Show the differences between two versions: settings, metrics, sizes and weights."""
-    from turret.workspace import Workspace
-
-    report(Workspace(store).diff(first, second), as_json, _print)
+    command.report(command.workspace.diff(first, second), _print_diff)
 
 
-def _print(found: Difference) -> None:
+def _print_diff(found: Difference) -> None:
     a, b = (f"{safe(each)}" for each in found.versions)
     sides = [(f"  {safe(key)}", _value(left), _value(right)) for key, (left, right) in found.differs.items()]
     sides.append(("  size", size(found.bytes[0]), size(found.bytes[1])))
@@ -80,7 +90,7 @@ def _share(distance: float | None) -> str:
     return "from zero" if distance is None else "0" if distance == 0 else f"{distance:.3g}"
 
 
-# --- versions ---------------------------------------------------------------------------------------------------------
+# --- list, show, delete -----------------------------------------------------------------------------------------------
 
 
 FEW = 40  # of more versions, `list` shows the newest of each name and those with an alias
@@ -89,45 +99,59 @@ _KEEP = "the plain name does not mean it: turret promote {} production keeps it"
 
 
 def list_(
-    name: Annotated[str | None, typer.Argument(help="Only this adapter.", show_default=False)] = None,
-    every: Annotated[bool, typer.Option("--all", help="A line for each version of a comparison too.")] = False,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    *,
+    name: Annotated[str | None, Argument(help="Only this adapter.", show_default=False)] = None,
+    every: Annotated[bool, Option("--all", help="A line for each version of a comparison too.")] = False,
+    command: options.Command,
 ) -> None:
     """List adapters, versions, aliases and metrics.
 
     The trainings of a comparison are one line: a plain name never means them. `promote NAME@N production` keeps one.
     """
     from turret.store import folded
-    from turret.workspace import Workspace
 
-    found = Workspace(store).list(name)
-    if as_json:
-        emit({"store": str(store), "versions": [version.as_json() for version in found]})
+    found = command.workspace.list(name)
+    if command.as_json:
+        emit({"store": str(command.store), "versions": [version.as_json() for version in found]})
         return
     own, compared = (found, []) if every else folded(found)
     shown = own if name or every else chosen(own)
-    _print_list(shown, compared, len(own) - len(shown), f"{f'{name} in ' if name else ''}{store}")
+    _print_list(shown, compared, len(own) - len(shown), f"{f'{name} in ' if name else ''}{command.store}")
 
 
 def show(
+    *,
     reference: options.Ref,
-    recipe: Annotated[
-        bool, typer.Option("--recipe", help="Print only its recipe, which `turret train` accepts.")
-    ] = False,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    recipe: Annotated[bool, Option(help="Print only its recipe, which `turret train` accepts.")] = False,
+    command: options.Command,
 ) -> None:
     """Show one version: settings, metrics, lineage, files, and the moves of its aliases."""
-    from turret.workspace import Workspace
-
-    shown = Workspace(store).show(reference)
+    shown = command.workspace.show(reference)
     if recipe:
-        _print_recipe(shown, as_json)
-    elif as_json:
+        _print_recipe(shown, command.as_json)
+    elif command.as_json:
         emit(shown)
     else:
         _print_show(shown)
+
+
+def delete(
+    *,
+    reference: Annotated[str, Argument(metavar="REF", help="A version: name@3 or name@candidate.")],
+    force: Annotated[bool, Option(help="Delete even if an alias or a version needs it.")] = False,
+    command: options.Command,
+) -> None:
+    """Delete a version.
+
+    Its number is never used again. The next gc removes its files.
+    """
+    command.report(command.workspace.delete(reference, force=force), _print_deleted)
+
+
+def _print_deleted(deleted: Deleted) -> None:
+    removed = f"; removed aliases: {', '.join(deleted.aliases)}" if deleted.aliases else ""
+    freed = f"{size(deleted.bytes)}; turret gc frees them"
+    console().print(f"deleted [bold]{safe(deleted.version)}[/] ({freed}){safe(removed)}")
 
 
 def chosen(found: Sequence[Version]) -> Sequence[Version]:
@@ -289,3 +313,107 @@ def _report(classes: Mapping[str, JsonMapping]) -> Table:
     names = ("precision", "recall", "f1", "support")
     rows = [(f"  {safe(label)}", *(number(row.get(name)) for name in names)) for label, row in classes.items()]
     return columns(("class", *names), rows, right=names)
+
+
+# --- aliases ----------------------------------------------------------------------------------------------------------
+
+
+PRODUCTION = "production"
+Alias = Annotated[str, Argument(help="An alias such as production or candidate.")]
+
+
+def promote(
+    *,
+    reference: Annotated[str, Argument(metavar="REF", help="A version: name, name@3 or name@candidate.")],
+    alias: Alias,
+    require: Annotated[
+        list[str] | None, Option(metavar="GATE", help="A gate for this promote only, METRIC>=NUMBER; repeatable.")
+    ] = None,
+    replay: Annotated[bool, Option(help="Ask golden examples again that the version has answered before.")] = False,
+    device: options.Device = "auto",
+    command: options.Command,
+) -> None:
+    """Move an alias to a version.
+
+    The version's files are hashed first. Its metrics must pass the alias's gates, and its answers the golden examples.
+    """
+    with status() as say:
+        move = command.workspace.promote(
+            reference, alias, require=require or (), replay=replay, device=device, on_stage=say
+        )
+    command.report(move, _print_move)
+    if move.changed:
+        asked = move.name if alias == PRODUCTION else f"{move.name}@{alias}"
+        command.offer(f'predict {asked} "a text of your own"', f"rollback {move.name} {alias}")
+
+
+def rollback(
+    *,
+    name: Annotated[str, Argument(help="Name of the adapter.", show_default=False)],
+    alias: Alias = PRODUCTION,
+    command: options.Command,
+) -> None:
+    """Move an alias back to the version that it named before.
+
+    Another rollback goes one move further back. A promote starts a new history from there.
+    """
+    command.report(command.workspace.rollback(name, alias), _print_move)
+
+
+def gate(
+    *,
+    name: Annotated[str, Argument(help="Name of the adapter.", show_default=False)],
+    alias: Annotated[str | None, Argument(help="Only this alias.", show_default=False)] = None,
+    add: Annotated[
+        list[str] | None, Argument(metavar="GATE", help="A gate: METRIC>=NUMBER or METRIC<=NUMBER.", show_default=False)
+    ] = None,
+    remove: Annotated[
+        list[str] | None, Option(metavar="GATE", help="A gate, or all gates of a metric; repeatable.")
+    ] = None,
+    golden: Annotated[Path | None, Option(metavar="FILE", help="A table of texts and the expected answers.")] = None,
+    share: Annotated[
+        float | None, Option(help="The share of golden examples that must pass, such as 0.95; default: all.")
+    ] = None,
+    command: options.Command,
+) -> None:
+    """Show, add or remove the gates of an alias, and show whether its current version passes them."""
+    workspace = command.workspace
+    workspace.gate(name, alias, add=add or (), remove=remove or (), golden=golden, share=share)
+    found = workspace.gate_status(name, alias)
+    rows = (
+        (f"[green]{safe(name)}@{safe(each.gate.alias)}[/]", safe(each.gate), _examples(each.gate), _result(each))
+        for each in found
+    )
+    none = f"no gate on {safe(f'{name}@{alias}' if alias else name)}"
+    value: JsonObject = {"name": name, "gates": [each.as_json() for each in found]}
+    command.table(value, ("alias", "gate", "", "version"), rows, none=none)
+
+
+def _examples(gate: Gate | Golden) -> str:
+    count = getattr(gate, "examples", None)
+    return "" if count is None else f"[dim]{many(count)} golden example{'' if count == 1 else 's'}[/]"
+
+
+def _result(each: GateStatus) -> str:
+    """`news@2 passes, found 0.93`."""
+    if each.holder is None:
+        return f"[dim]{safe(each.found)}[/]"
+    result = {True: "[green]passes[/]", False: "[red]fails[/]", None: "[yellow]unknown[/]"}[each.passes]
+    return f"{safe(each.holder)} {result}, {safe(each.found)}"
+
+
+def _print_move(move: Move) -> None:
+    alias, version = f"[green]{safe(move.name)}@{safe(move.alias)}[/]", f"[bold]{safe(move.version)}[/]"
+    if not move.changed:
+        console().print(f"{alias} names {version} already: nothing moved{_passed(move)}")
+        return
+    before = safe(move.before or "nothing")
+    skipped = f" [dim](skipped, because deleted: {safe(', '.join(move.skipped))})[/]" if move.skipped else ""
+    console().print(f"{alias} names {version} now; it named {before} before{skipped}{_passed(move)}")
+
+
+def _passed(move: Move) -> str:
+    return "".join(
+        f"\n[dim]{safe(replay)} golden examples passed, {safe(to_minute(replay.replayed))}[/]"
+        for replay in move.replays
+    )

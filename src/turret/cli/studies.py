@@ -1,4 +1,4 @@
-"""`turret compare`: compare methods with full fine-tuning, or a composition of stored versions with its parts."""
+"""Several trainings and one report: `turret compare`, `sweep` and `control`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,28 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Option
 
 from turret.cli import options
-from turret.cli.answers import data_columns
-from turret.cli.output import columns, console, many, report, safe, size, span, status
-from turret.cli.train import Base, Data, Kind, Name, Seed, Source, read_recipe
+from turret.cli.output import columns, console, many, safe, size, span, status
 from turret.errors import RecipeError, counted
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
+    from turret.compare.control_rates import Control
     from turret.compare.design import PlannedDesign
+    from turret.compare.evidence import Interval
     from turret.compare.rows import ComparisonRow
+    from turret.workspace.sweeping import Sweep
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
 
 STYLES = {"within": "green", "better": "green", "worse": "red", "undecided": "yellow"}
 WORDS = {"within": "as good"}
-Texts = Annotated[bool, typer.Option("--texts/--no-texts", help="Whether the report shows texts of the data.")]
+Texts = Annotated[bool, Option("--texts/--no-texts", help="Whether the report shows texts of the data.")]
+Budget = Annotated[str | None, Option(help="Time for new trainings: 30m, 2h, 90s.")]
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 OF_TRAININGS = (  # options that say how something is trained
     "methods",
@@ -42,37 +49,24 @@ OF_TRAININGS = (  # options that say how something is trained
 
 
 def compare(
+    *,
     context: typer.Context,
-    source: Source,
+    source: options.Source,
     composition: Annotated[
-        str | None,
-        typer.Option("--composition", metavar="REF+REF", help="Compare it with its parts on DATA; trains nothing."),
+        str | None, Option(metavar="REF+REF", help="Compare it with its parts on DATA; trains nothing.")
     ] = None,
-    methods: Annotated[str | None, typer.Option("--methods", help="Such as base,linear,full,lora:r=4/16.")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Trainings per method.")] = 5,
-    budget: Annotated[str | None, typer.Option("--budget", help="Time for new trainings: 30m, 2h, 90s.")] = None,
-    fractions: Annotated[str, typer.Option("--fractions", help="Shares of the examples, such as 0.05,0.25,1.")] = "1",
-    margin: Annotated[float, typer.Option("--margin", help="Points by which a method may be worse.")] = 1.0,
-    against: Annotated[str, typer.Option("--against", help="The baseline.")] = "full",
-    lr: Annotated[str | None, typer.Option("--lr", help="One rate for all methods, or auto.")] = None,
+    methods: Annotated[str | None, Option(help="Such as base,linear,full,lora:r=4/16.")] = None,
+    seeds: Annotated[int, Option(help="Trainings per method.")] = 5,
+    budget: Budget = None,
+    fractions: Annotated[str, Option(help="Shares of the examples, such as 0.05,0.25,1.")] = "1",
+    margin: Annotated[float, Option(help="Points by which a method may be worse.")] = 1.0,
+    against: Annotated[str, Option(help="The baseline.")] = "full",
+    lr: Annotated[str | None, Option(help="One rate for all methods, or auto.")] = None,
     texts: Texts = True,
     on: options.On = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Show what this design can decide, without training.")] = False,
-    text: options.Text = None,
-    text_pair: options.TextPair = None,
-    label: options.Label = None,
-    prompt: options.Prompt = None,
-    completion: options.Completion = None,
-    messages: options.Messages = None,
-    base: Base = None,
-    name: Name = None,
-    data: Data = None,
-    task: Kind = None,
-    seed: Seed = None,
-    device: options.TrainDevice = None,
-    sets: options.Set = None,
-    store: options.Store = options.STORE,
-    as_json: options.Json = False,
+    plan: Annotated[bool, Option(help="Show what this design can decide, without training.")] = False,
+    training: Annotated[options.Training, options.Without(("method", "lr"))],
+    command: options.Command,
 ) -> None:
     """Train several methods on the same data, and judge which is as good as the baseline.
 
@@ -80,32 +74,28 @@ def compare(
     to keep one. Run the command again to continue with the missing trainings.
     With --composition, stored versions are compared instead: legal@production+formal@2, each of the two, and the base.
     """
-    from turret.workspace import Workspace
-
     if composition is not None:
         given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
         if wrong := next((name for name in given if name in OF_TRAININGS), None):
             raise RecipeError(f"--composition compares stored versions and trains nothing: leave out --{wrong}")
-        columns = data_columns(sets, options.columns(prompt=prompt, completion=completion, messages=messages))
+        columns = options.Reading(training.columns, training.sets).keys()
         with status() as show:
-            found = Workspace(store).compare_composition(
+            found = command.workspace.compare_composition(
                 composition,
                 source,
                 columns=columns,
                 against=against if "against" in given else None,
                 margin=margin,
                 texts=texts,
-                device=device or "auto",
+                device=training.device or "auto",
                 on_stage=show,
             )
-        report(found, as_json, _print_composition)
+        command.report(found, _print_composition)
         return
-    named = options.columns(text, text_pair, label, prompt, completion, messages)
-    recipe = read_recipe(source, base, name, data, task, None, None, seed, sets, named, device)
-    workspace = Workspace(store)
-    limit, parts, rate = None if budget is None else duration(budget), shares(fractions), _rate(lr)
-    with status() as show:
-        if plan:
+    recipe = training.recipe(source)
+    workspace, limit, parts, rate = command.workspace, duration(budget), shares(fractions), _rate(lr)
+    if plan:
+        with status() as show:
             planned = workspace.plan_comparison(
                 recipe,
                 methods=methods,
@@ -116,25 +106,24 @@ def compare(
                 lr=rate,
                 on_stage=show,
             )
-        else:
-            found = workspace.compare(
-                recipe,
-                methods=methods,
-                seeds=seeds,
-                budget=limit,
-                fractions=parts,
-                margin=margin,
-                against=against,
-                lr=rate,
-                texts=texts,
-                on=on,
-                on_stage=on_training(show),
-                on_plan=lambda design: _print_plan(design, stderr=True),
-            )
-    if plan:
-        report(planned, as_json, _print_plan)
-    else:
-        report(found, as_json, _print)
+        command.report(planned, _print_plan)
+        return
+    with status() as show:
+        found = workspace.compare(
+            recipe,
+            methods=methods,
+            seeds=seeds,
+            budget=limit,
+            fractions=parts,
+            margin=margin,
+            against=against,
+            lr=rate,
+            texts=texts,
+            on=on,
+            on_stage=on_training(show),
+            on_plan=lambda design: _print_plan(design, stderr=True),
+        )
+    command.report(found, _print)
 
 
 def _print_plan(planned: PlannedDesign, *, stderr: bool = False) -> None:
@@ -147,8 +136,10 @@ def _print_plan(planned: PlannedDesign, *, stderr: bool = False) -> None:
         out.print(f"  {safe(sentence)}")
 
 
-def duration(text: str) -> float:
+def duration(text: str | None) -> float | None:
     """Seconds in `90`, `90s`, `30m`, `1.5h` or `1h30m`."""
+    if text is None:
+        return None
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip().lower())
     if not parts or "".join(number + unit for number, unit in parts) != re.sub(r"\s", "", text.lower()):
         raise RecipeError(f"--budget {ascii(text)[1:40]}: expected a time such as 30m, 2h or 90s")
@@ -286,3 +277,123 @@ def _row(row: ComparisonRow) -> tuple[str, ...]:
         size(row.costs.bundle_bytes) if row.costs.bundle_bytes else "–",
         row.costs.forgot,
     )
+
+
+# --- sweep ------------------------------------------------------------------------------------------------------------
+
+
+SHOWN = 10
+
+
+def sweep(
+    *,
+    source: options.Source,
+    sets: Annotated[
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUES", help="A range 1e-4..1e-2, a list 4,8,16, or a value; repeatable."),
+    ] = None,
+    trials: Annotated[
+        int | None, Option(min=1, help="Trainings; default: all of the lists, or 20 with a range.")
+    ] = None,
+    budget: Budget = None,
+    on: options.On = None,
+    at_once: Annotated[int, Option(min=1, help="Trainings at a time, with --on.")] = 4,
+    training: Annotated[options.Training, options.Without(("method", "lr", "sets"))],
+    command: options.Command,
+) -> None:
+    """Search the best settings of a recipe. The validation split judges; the test split is never used.
+
+    Lists are tried in all combinations, if --trials allows it. Otherwise Optuna proposes settings and ends trainings
+    that fall behind (pip install 'turret[sweep]'). Run the command again to continue.
+    The last line trains the best recipe.
+    """
+    recipe = training.recipe(source)
+    with status() as show:
+        found = command.workspace.sweep(
+            recipe,
+            options.overrides(sets),
+            trials=trials,
+            at_once=at_once,
+            budget=duration(budget),
+            on=on,
+            on_stage=on_training(show),
+        )
+    command.report(found, _print_sweep)
+    command.offer(f"train {found.file}")
+
+
+def _print_sweep(found: Sweep) -> None:
+    out, ranked = console(), found.ranked
+    keys = list(ranked[0].settings)
+    rows = [
+        (str(each.number + 1), *(_shown(each.settings[key]) for key in keys), f"{each.value:.4f}")
+        for each in ranked[:SHOWN]
+    ]
+    heads = ("trial", *keys, f"{found.metric} (validation)")
+    out.print(columns(heads, rows, right=("trial", heads[-1])))
+    pruned = sum(each.state == "pruned" for each in found.trials)
+    failed = sum(each.state == "failed" for each in found.trials)
+    out.print(f"{len(ranked)} finished, {pruned} ended early, {failed} failed, {found.missing} missing")
+
+
+def _shown(value: str | float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else safe(str(value))
+
+
+# --- control ----------------------------------------------------------------------------------------------------------
+
+
+def control(
+    *,
+    source: options.Source,
+    aspects: Annotated[str, Option(help="Names with commas; each replaces {aspect} in the data.")],
+    methods: Annotated[str | None, Option(help="As in compare; default: base,prefix,lora.")] = None,
+    seeds: Annotated[int, Option(help="Trainings per method and aspect.")] = 1,
+    judge: Annotated[str | None, Option(help="Base of the classifier that judges outputs.")] = None,
+    texts: Texts = True,
+    training: Annotated[options.Training, options.Without(("text", "text_pair", "label", "method", "lr"))],
+    command: options.Command,
+) -> None:
+    """Train an adapter for each aspect, and measure how often it writes about its aspect.
+
+    A classifier judges the outputs, and so does ROUGE against the references. Run the command again to continue.
+    """
+    recipe = training.recipe(source)
+    names = [each.strip() for each in aspects.split(",") if each.strip()]
+    with status() as show:
+        found = command.workspace.control(
+            recipe, names, methods=methods, seeds=seeds, judge=judge, texts=texts, on_stage=on_training(show)
+        )
+    command.report(found, _print_control)
+
+
+def _print_control(found: Control) -> None:
+    from turret.compare.control_rates import headline
+
+    out = console()
+    out.print(f"[bold]{safe(headline(found))}[/]\n")
+    heads = ("method", "by the classifier", "by ROUGE", "ROUGE-L, asked", "the others")
+    rows = [
+        (
+            safe(each.label),
+            _percent(each.by_classifier),
+            _percent(each.by_rouge),
+            f"{each.rouge_asked.mean:.1f}",
+            f"{each.rouge_others:.1f}",
+        )
+        for each in found.rated
+    ]
+    out.print(columns(heads, rows, right=heads[1:]))
+    for spec, why in found.failures.items():
+        out.print(f"  [red]{safe(spec)}[/] did not run: {safe(why)}")
+    out.print(f"\n[dim]chance {found.chance:.0f}%, the classifier on references {found.judge['accuracy']:.0f}%[/]")
+    kept = [version for each in found.rated for version in each.versions]
+    if kept:
+        out.print(
+            f"[dim]The trainings are versions of this study. Keep one: turret promote {safe(kept[0])} production[/]"
+        )
+    out.print(f"[dim]report[/] {safe(found.folder)}/report.html")
+
+
+def _percent(rate: Interval) -> str:
+    return f"{rate.mean:.0f}% [dim]({rate.low:.0f} to {rate.high:.0f})[/]"
