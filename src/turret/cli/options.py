@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer import Argument, Option
@@ -21,6 +21,8 @@ from turret.location import Location
 from turret.tasks.task import kinds
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from turret.recipe import Recipe
     from turret.workspace import Workspace
 
@@ -245,6 +247,7 @@ def overrides(pairs: list[str] | None) -> dict[str, str]:
 
 
 Verb = Callable[..., None]
+Value = str | float | list[str] | Path | Location | typer.Context | None  # of one parameter of a command
 
 
 @dataclass(frozen=True)
@@ -272,18 +275,18 @@ def spread(verb: Verb) -> Verb:
     taken = inspect.signature(verb, eval_str=True).parameters
     flat = [option for each in taken.values() for option in _spread(each, ())]
 
-    def run(**values: object) -> None:  # object: whatever the types of the options are
+    def run(**values: Value) -> None:
         verb(**{name: _gathered(each, values, ()) for name, each in taken.items()})
 
     run.__name__, run.__doc__ = verb.__name__, verb.__doc__
     run.__annotations__ = {each.name: each.annotation for each in flat}
-    cast(Any, run).__signature__ = inspect.Signature(flat)
+    run.__dict__["__signature__"] = inspect.Signature(flat)
     return run
 
 
 def _spread(parameter: inspect.Parameter, without: tuple[str, ...]) -> Iterator[inspect.Parameter]:
     """The options of a parameter: itself, or those of its fields."""
-    kind, *notes = _parts(parameter.annotation)
+    kind, notes = _parts(parameter)
     if _is_group(parameter):
         for each in _fields(parameter, without):
             yield from _spread(each, _left_out(parameter, without))
@@ -296,38 +299,45 @@ def _spread(parameter: inspect.Parameter, without: tuple[str, ...]) -> Iterator[
     yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
 
 
-def _gathered(parameter: inspect.Parameter, values: dict[str, object], without: tuple[str, ...]) -> object:
+def _gathered(
+    parameter: inspect.Parameter, values: dict[str, Value], without: tuple[str, ...]
+) -> Value | DataclassInstance:
     """The value of a parameter: of an option, or a dataclass of those of its fields."""
     if not _is_group(parameter):
         return values[parameter.name]
     left = _left_out(parameter, without)
-    kind = _parts(parameter.annotation)[0]
-    return kind(**{each.name: _gathered(each, values, left) for each in _fields(parameter, without)})
+    made: DataclassInstance = _parts(parameter)[0](
+        **{each.name: _gathered(each, values, left) for each in _fields(parameter, without)}
+    )
+    return made
+
+
+def _parts(parameter: inspect.Parameter) -> tuple[type, tuple[ParameterInfo | Without, ...]]:
+    """The type of a parameter, and what `Annotated` says besides."""
+    if get_origin(parameter.annotation) is not Annotated:
+        return parameter.annotation, ()
+    kind, *notes = get_args(parameter.annotation)
+    return kind, tuple(notes)
 
 
 def _is_group(parameter: inspect.Parameter) -> bool:
     """Whether a parameter is a dataclass of options, and no option itself."""
-    kind, *notes = _parts(parameter.annotation)
+    kind, notes = _parts(parameter)
     return is_dataclass(kind) and not any(isinstance(each, ParameterInfo) for each in notes)
 
 
 def _left_out(group: inspect.Parameter, without: tuple[str, ...]) -> tuple[str, ...]:
-    notes = _parts(group.annotation)[1:]
+    notes = _parts(group)[1]
     return without + tuple(name for each in notes if isinstance(each, Without) for name in each.names)
 
 
 def _fields(group: inspect.Parameter, without: tuple[str, ...]) -> Iterator[inspect.Parameter]:
     """The fields of a group as parameters, but not those that the verb does not have."""
-    kind = _parts(group.annotation)[0]
+    kind, left = _parts(group)[0], _left_out(group, without)
     hints = get_type_hints(kind, include_extras=True)
     for each in fields(kind):
-        if each.name not in _left_out(group, without):
+        if each.name not in left:
             default = inspect.Parameter.empty if each.default is MISSING else each.default
             yield inspect.Parameter(
                 each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[each.name]
             )
-
-
-def _parts(annotation: Any) -> tuple[Any, ...]:
-    """`Annotated[A, b, c]` -> (A, b, c), and any other A -> (A,)."""
-    return get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
