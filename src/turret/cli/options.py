@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
@@ -272,11 +272,11 @@ def spread(verb: Verb) -> Verb:
 
     An option without a name is called as its parameter. A flag has no `--no-` form unless its name says so.
     """
-    taken = inspect.signature(verb, eval_str=True).parameters
-    flat = [option for each in taken.values() for option in _spread(each, ())]
+    taken = {each.name: _options(each, ()) for each in inspect.signature(verb, eval_str=True).parameters.values()}
+    flat = [option for found, _ in taken.values() for option in found]
 
     def run(**values: Value) -> None:
-        verb(**{name: _gathered(each, values, ()) for name, each in taken.items()})
+        verb(**{name: make(values) for name, (_, make) in taken.items()})
 
     run.__name__, run.__doc__ = verb.__name__, verb.__doc__
     run.__annotations__ = {each.name: each.annotation for each in flat}
@@ -284,60 +284,26 @@ def spread(verb: Verb) -> Verb:
     return run
 
 
-def _spread(parameter: inspect.Parameter, without: tuple[str, ...]) -> Iterator[inspect.Parameter]:
-    """The options of a parameter: itself, or those of its fields."""
-    kind, notes = _parts(parameter)
-    if _is_group(parameter):
-        for each in _fields(parameter, without):
-            yield from _spread(each, _left_out(parameter, without))
-        return
-    info = next((each for each in notes if isinstance(each, OptionInfo)), None)
-    if info is not None and info.default is ... and not info.param_decls:
-        info = copy(info)
-        info.param_decls = (f"--{parameter.name.replace('_', '-')}",)
-        parameter = parameter.replace(annotation=Annotated[kind, info])
-    yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-
-
-def _gathered(
-    parameter: inspect.Parameter, values: dict[str, Value], without: tuple[str, ...]
-) -> Value | DataclassInstance:
-    """The value of a parameter: of an option, or a dataclass of those of its fields."""
-    if not _is_group(parameter):
-        return values[parameter.name]
-    left = _left_out(parameter, without)
-    made: DataclassInstance = _parts(parameter)[0](
-        **{each.name: _gathered(each, values, left) for each in _fields(parameter, without)}
-    )
-    return made
-
-
-def _parts(parameter: inspect.Parameter) -> tuple[type, tuple[ParameterInfo | Without, ...]]:
-    """The type of a parameter, and what `Annotated` says besides."""
-    if get_origin(parameter.annotation) is not Annotated:
-        return parameter.annotation, ()
-    kind, *notes = get_args(parameter.annotation)
-    return kind, tuple(notes)
-
-
-def _is_group(parameter: inspect.Parameter) -> bool:
-    """Whether a parameter is a dataclass of options, and no option itself."""
-    kind, notes = _parts(parameter)
-    return is_dataclass(kind) and not any(isinstance(each, ParameterInfo) for each in notes)
-
-
-def _left_out(group: inspect.Parameter, without: tuple[str, ...]) -> tuple[str, ...]:
-    notes = _parts(group)[1]
-    return without + tuple(name for each in notes if isinstance(each, Without) for name in each.names)
-
-
-def _fields(group: inspect.Parameter, without: tuple[str, ...]) -> Iterator[inspect.Parameter]:
-    """The fields of a group as parameters, but not those that the verb does not have."""
-    kind, left = _parts(group)[0], _left_out(group, without)
-    hints = get_type_hints(kind, include_extras=True)
+def _options(
+    parameter: inspect.Parameter, without: tuple[str, ...]
+) -> tuple[list[inspect.Parameter], Callable[[dict[str, Value]], Value | DataclassInstance]]:
+    """The options of a parameter, and what makes its value from theirs: itself, or a dataclass of its fields."""
+    kind, notes = parameter.annotation, []
+    if get_origin(kind) is Annotated:
+        kind, *notes = get_args(kind)
+    info = next((each for each in notes if isinstance(each, ParameterInfo)), None)
+    if info is not None or not (isinstance(kind, type) and is_dataclass(kind)):
+        if isinstance(info, OptionInfo) and info.default is ... and not info.param_decls:
+            info = copy(info)
+            info.param_decls = (f"--{parameter.name.replace('_', '-')}",)
+            parameter = parameter.replace(annotation=Annotated[kind, info])
+        return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)], lambda values: values[parameter.name]
+    left_out = without + tuple(name for each in notes if isinstance(each, Without) for name in each.names)
+    hints, parts = get_type_hints(kind, include_extras=True), {}
     for each in fields(kind):
-        if each.name not in left:
+        if each.name not in left_out:
             default = inspect.Parameter.empty if each.default is MISSING else each.default
-            yield inspect.Parameter(
-                each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[each.name]
-            )
+            field = inspect.Parameter(each.name, parameter.kind, default=default, annotation=hints[each.name])
+            parts[each.name] = _options(field, left_out)
+    flat = [option for found, _ in parts.values() for option in found]
+    return flat, lambda values: kind(**{name: make(values) for name, (_, make) in parts.items()})
