@@ -36,10 +36,11 @@ from scipy.stats import norm
 
 from turret.compare.verdict import judge
 from turret.experiments import analyze, discoveries, validity
-from turret.experiments.evidence import EProcess, OutcomeTally
+from turret.experiments.evidence import OutcomeTally
 from turret.experiments.experiment import MISSING_BOUND, lasting
 from turret.experiments.guarding import Watch
 from turret.experiments.validity import SampleRatio
+from turret.statistics import EProcess
 from turret.timestamp import timestamp
 
 NAME = "experiments"

@@ -45,7 +45,7 @@ TARGETS = {
     "alias-history": Target(
         "store/aliases.py", ("store/test_aliases.py", "store/test_tenants.py", "store/test_verify.py"), IN_FOLDER
     ),
-    "e-process": Target("experiments/evidence.py", ("experiments/test_e_process.py", "experiments/test_evidence.py")),
+    "e-process": Target("statistics.py", ("experiments/test_e_process.py", "experiments/test_evidence.py")),
     "verdicts": Target("compare/verdict.py", ("compare/test_report.py", "compare/test_evidence.py")),
     "quotas": Target("server/quotas.py", ("server/test_quotas.py",)),
     "shared-quotas": Target("server/replica.py", ("server/test_replicas.py",), IN_FOLDER),

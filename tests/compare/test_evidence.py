@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from turret.compare.evidence import components, interval, mcnemar, sign_flips, sign_test
+from turret.compare.evidence import components, interval, mcnemar, rate
 from turret.compare.verdict import judge
+from turret.statistics import sign_flips, sign_test
 
 Grow = Callable[[int, int], np.ndarray]
 
@@ -36,9 +38,9 @@ def simulated(
     for s in range(seeds):
         rates = accuracy + difference + luck * rng.standard_normal(), accuracy + luck * rng.standard_normal()
         right = []
-        for rate in rates:
+        for each in rates:
             own = np.where(rng.random(examples) < shared, hard, rng.random(examples))
-            right.append(own < np.clip(rate, 0, 1))
+            right.append(own < np.clip(each, 0, 1))
         out[s] = right[0].astype(float) - right[1].astype(float)
     return out
 
@@ -278,6 +280,25 @@ def test_mcnemar_counts_the_disagreements_and_is_exact() -> None:
     assert sign_test(5000, 5000) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("wins", "losses"), [(9, 1), (0, 1), (3, 30), (20, 20), (700, 651)])
+def test_the_sign_test_is_scipys_binomial_test(wins: int, losses: int) -> None:
+    assert sign_test(wins, losses) == pytest.approx(stats.binomtest(wins, wins + losses).pvalue, rel=1e-12)
+
+
+@pytest.mark.parametrize(("times", "trials"), [(0, 5), (5, 5), (1, 5), (37, 400)])
+def test_a_rate_has_the_exact_interval_of_scipy(times: int, trials: int) -> None:
+    expected = stats.binomtest(times, trials).proportion_ci(0.9, method="exact")
+    found = rate(times, trials, 0.9)
+    assert (found.low / 100, found.high / 100) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("examples", [6, 80])
+def test_flipped_signs_are_scipys_permutation_test(examples: int) -> None:
+    d = np.random.default_rng(examples).normal(0.2, 1, examples)
+    expected = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=20_000, rng=0).pvalue
+    assert sign_flips(d, np.random.default_rng(0), 20_000) == pytest.approx(expected, abs=0.015)
+
+
 def test_flipped_signs_are_mcnemars_test_for_one_seed() -> None:
-    d = np.array([[1.0] * 12 + [-1.0] * 3 + [0.0] * 100])
+    d = np.array([1.0] * 12 + [-1.0] * 3 + [0.0] * 100)
     assert sign_flips(d, np.random.default_rng(0), 20_000) == pytest.approx(sign_test(12, 3), abs=0.01)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.experiments.evidence import EProcess, capped, log_mean
+from turret.statistics import EProcess, capped, log_mean
 
 STEPS = st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), min_size=1, max_size=12)
 

@@ -46,7 +46,7 @@ def warned(test: InputTest, live: Floats, level: float = LEVEL) -> int | None:
     """How many texts were needed to warn, looking after each."""
     for row in live:
         test.see(row[None])
-        if test.log_wealth >= math.log(1 / level):
+        if test.wealth.now >= math.log(1 / level):
             return test.pairs
     return None
 
@@ -83,12 +83,12 @@ def test_a_stream_is_the_same_whether_it_comes_at_once_or_one_by_one() -> None:
     once.see(live)
     for row in live:
         each.see(row[None])
-    assert once.log_wealth == each.log_wealth
+    assert once.wealth.now == each.wealth.now
     assert once.over
     assert once.pairs == each.pairs == 50
     other = InputTest(references, 4)
     other.see(live)
-    assert other.log_wealth != once.log_wealth, "another round pairs them in another order"
+    assert other.wealth.now != once.wealth.now, "another round pairs them in another order"
 
 
 def test_a_text_that_comes_again_and_again_counts_once() -> None:
@@ -96,7 +96,7 @@ def test_a_text_that_comes_again_and_again_counts_once() -> None:
     test = InputTest(references)
     test.see(np.vstack([live] * 4))
     assert test.pairs == 20
-    assert test.log_peak < math.log(1 / LEVEL)
+    assert test.wealth.peak < math.log(1 / LEVEL)
 
 
 def test_wealth_is_the_product_of_the_bets() -> None:
@@ -113,7 +113,7 @@ def test_wealth_is_the_product_of_the_bets() -> None:
         payoffs.append(payoff)
         score.learn(y, x)
         test.see(y[None])
-        assert test.log_wealth == pytest.approx(math.log(wealth))
+        assert test.wealth.now == pytest.approx(math.log(wealth))
     assert wealth > 1
 
 

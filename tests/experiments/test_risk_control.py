@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from scipy.stats import beta, binom
 
 from turret.errors import DataError
-from turret.experiments.evidence import EProcess
 from turret.experiments.guarding import ODDS, log_over_bound
 from turret.experiments.risk_control import (
     Bound,
@@ -22,6 +21,7 @@ from turret.experiments.risk_control import (
     starts,
     surest,
 )
+from turret.statistics import EProcess
 
 RUNS = 200
 LIMIT = 0.05 + 3 * (0.05 * 0.95 / RUNS) ** 0.5  # of the share of broken bounds at a level of 5%

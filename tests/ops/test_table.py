@@ -110,11 +110,11 @@ PRODUCTS = {  # operation -> where it is written: module, and function
     "a head that is solved": {"train/linear_start.py _logits", "train/linear_start.py solve"},
     "statistics": {
         "compare/evidence.py interval",
-        "compare/evidence.py sign_flips",
         "compare/power.py simulated",
         "experiments/input_drift.py Score._fit",
         "experiments/input_drift.py Score.of",
         "experiments/input_drift.py _has",
+        "statistics.py sign_flips",
         "store/difference.py _squared",
         "workspace/comparing/measure.py nearest.answer",
     },

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from turret.compare.evidence import Array
 from turret.compare.results import CellResult, Output
 from turret.data import Example
+from turret.statistics import Floats
 from turret.tasks import task_of
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def still_falling(losses: Sequence[float]) -> bool:
     return fall > 2 * error and fall >= SHARE * (first - last)
 
 
-def _ends(values: Array) -> tuple[Array, Array]:
+def _ends(values: Floats) -> tuple[Floats, Floats]:
     """The first and the last tenth, at least three losses each."""
     count = max(3, len(values) // 10)
     return values[:count], values[-count:]

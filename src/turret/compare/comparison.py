@@ -26,7 +26,7 @@ from turret.compare.details import (
     per_class,
     some_examples,
 )
-from turret.compare.evidence import Array, interval, mcnemar
+from turret.compare.evidence import interval, mcnemar
 from turret.compare.power import Power
 from turret.compare.results import CellResult, Costs, costs, made_with
 from turret.compare.rows import ComparisonRow, CurvePoint
@@ -36,6 +36,7 @@ from turret.errors import TrainingError
 from turret.json_types import JsonMapping, JsonObject
 from turret.methods import method_named
 from turret.notebook import Cell, Table, as_html
+from turret.statistics import Floats
 from turret.tasks import main_metric, task_of
 
 # --- claims -----------------------------------------------------------------------------------------------------------
@@ -394,7 +395,7 @@ def generator(seed: int, *words: str | float) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(repr(words).encode())])
 
 
-def paired(first: Mapping[int, CellResult], second: Mapping[int, CellResult]) -> Array | None:
+def paired(first: Mapping[int, CellResult], second: Mapping[int, CellResult]) -> Floats | None:
     """Differences of scores (S, N) over the seeds that both have; None if there are none."""
     seeds = sorted(first.keys() & second.keys())
     return np.stack([first[seed].scores - second[seed].scores for seed in seeds]) if seeds else None

@@ -18,9 +18,10 @@ import numpy as np
 
 from turret.compare import report_text
 from turret.compare.evaluation_page import describe_run, environment
-from turret.compare.evidence import Array, Interval, interval
+from turret.compare.evidence import Interval, interval
 from turret.compare.plots import Mark, rates
 from turret.json_types import JsonMapping, JsonObject
+from turret.statistics import Floats
 
 MOST_EXAMPLES = 6
 MOST_CHARACTERS = 600
@@ -36,7 +37,7 @@ class Written:
     version: str | None  # None: the bare base
     texts: Sequence[str]
     said: Sequence[str]  # the aspect of each by the classifier
-    rouge: Array  # (N, K): ROUGE-L against the reference of each aspect
+    rouge: Floats  # (N, K): ROUGE-L against the reference of each aspect
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _rated(
         asked.append(np.mean(own, axis=0))
         others.append(np.mean(rest, axis=0))
 
-    def over(values: Sequence[Array], what: str) -> Interval:
+    def over(values: Sequence[Floats], what: str) -> Interval:
         rng = np.random.default_rng([seed, zlib.crc32(f"{spec}\n{what}".encode())])
         return interval(np.stack(values), rng, confidence=confidence, between=(0, 1)).times(100)
 
@@ -174,11 +175,11 @@ def _rated(
     )
 
 
-def shares_of_nearest(rouge: Array) -> Array:
+def shares_of_nearest(rouge: Floats) -> Floats:
     """1 for the nearest reference of each text, shared among ties; all 0 if ROUGE is 0. (N, K) -> (N, K)."""
     most = rouge.max(1, keepdims=True)
     best = (rouge >= most - 1e-12) & (most > 0)
-    shares: Array = best / np.maximum(best.sum(1, keepdims=True), 1)
+    shares: Floats = best / np.maximum(best.sum(1, keepdims=True), 1)
     return shares
 
 
@@ -216,7 +217,7 @@ def headline(result: Control) -> str:
     return f"{report_text.sentence(text)}{'.' if rate.low > result.chance else ', so control is not shown.'}"
 
 
-def _rows(matrix: Array) -> tuple[tuple[float, ...], ...]:
+def _rows(matrix: Floats) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in matrix.round(4).tolist())
 
 

@@ -15,9 +15,10 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import bdtr, betaincinv, stdtrit
+from scipy.special import betaincinv, stdtrit
 
-Array = npt.NDArray[np.float64]
+from turret.statistics import Floats, sign_test
+
 RESAMPLES = 4000
 MOST_EXAMPLES = 20_000  # resampled one by one; larger test sets are resampled in groups of equal size
 
@@ -64,7 +65,7 @@ class Components:
         return max(1.0, sum(part for part, _ in parts) ** 2 / below) if below > 0 else 1e6
 
 
-def components(d: Array) -> Components:
+def components(d: Floats) -> Components:
     """Moment estimates of the three variances, none below zero. d: (S, N)."""
     seeds, examples = d.shape
     rows, columns, whole = d.mean(1), d.mean(0), d.mean()
@@ -83,7 +84,7 @@ def components(d: Array) -> Components:
 
 
 def interval(
-    d: Array,
+    d: Floats,
     generator: np.random.Generator,
     *,
     confidence: float = 0.95,
@@ -134,7 +135,7 @@ def interval(
     )
 
 
-def with_pseudo_examples(d: Array, between: tuple[float, float] | None = None) -> Array:
+def with_pseudo_examples(d: Floats, between: tuple[float, float] | None = None) -> Floats:
     """Add an example on each side of zero, at the root mean square of the differences: (S, N) -> (S, N + 2).
 
     Zeros do not count for that mean, and one example with the largest difference does. between: the two values to add
@@ -148,14 +149,14 @@ def with_pseudo_examples(d: Array, between: tuple[float, float] | None = None) -
     return np.concatenate([d, np.tile(between, (d.shape[0], 1))], axis=1)
 
 
-def grouped(d: Array) -> Array:
+def grouped(d: Floats) -> Floats:
     """d with at most MOST_EXAMPLES columns: means of groups of neighbours if there are more."""
     seeds, examples = d.shape
     if examples <= MOST_EXAMPLES:
         return d
     size = -(-examples // MOST_EXAMPLES)
     whole = examples // size * size
-    means: Array = d[:, :whole].reshape(seeds, whole // size, size).mean(2)
+    means: Floats = d[:, :whole].reshape(seeds, whole // size, size).mean(2)
     return means
 
 
@@ -172,31 +173,9 @@ def mcnemar(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tupl
     return only_first, only_second, sign_test(only_first, only_second)
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """The exact two-sided p of so many wins and losses if both are equally likely."""
-    return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
-
-
 def rate(times: int, trials: int, confidence: float = 0.95) -> Interval:
     """A rate in points with its exact interval (Clopper & Pearson 1934)."""
     rest, level = trials - times, (1 - confidence) / 2
     low = 0.0 if not times else float(betaincinv(times, rest + 1, level))
     high = 1.0 if not rest else float(betaincinv(times + 1, rest, 1 - level))
     return Interval(times / trials, low, high, confidence).times(100)
-
-
-def sign_flips(d: Array, generator: np.random.Generator, resamples: int = RESAMPLES) -> float:
-    """The two-sided p of a zero mean over examples, for these trainings, by flipping signs at random.
-
-    d: (S, N). It is averaged over seeds first, so each example counts once.
-    """
-    each = grouped(d).mean(0)  # (N,)
-    observed = abs(float(each.sum()))
-    if not observed:
-        return 1.0
-    extreme = 0
-    for start in range(0, resamples, 500):
-        count = min(500, resamples - start)
-        signs = generator.integers(0, 2, size=(count, len(each))) * 2 - 1
-        extreme += int((np.abs(signs @ each) >= observed - 1e-12).sum())
-    return (extreme + 1) / (resamples + 1)

@@ -15,14 +15,16 @@ import numpy as np
 from scipy.special import stdtrit
 
 from turret.compare import report_text
-from turret.compare.evidence import Array, components
+from turret.compare.evidence import components
 from turret.json_types import JsonObject
+from turret.statistics import Floats, smallest
 from turret.tasks import task_of
 
 DRAWS, RESAMPLES = 1000, 300
 ENOUGH = 0.8  # of designs like this one reach a verdict: the usual power
 MOST_SEEDS = 50
 MOST_EXAMPLES = 200_000
+WITHIN = 0.05  # of the advice
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Spread:
         return cls(0.8, 8.0, 12.0, 1.0, "assumed: 0.8 points per seed, 14 points per example")
 
     @classmethod
-    def measured(cls, differences: Sequence[Array]) -> Spread | None:
+    def measured(cls, differences: Sequence[Floats]) -> Spread | None:
         """The spread of pairs of rows that have run; None if no pair has two seeds. differences: (S, N) each."""
         usable = [d for d in differences if d.shape[0] > 1 and d.shape[1] > 1]
         if not usable:
@@ -126,8 +128,10 @@ def power(spread: Spread, seeds: int, examples: int, margin: float, *, confidenc
     within = float((below <= margin).mean())
     more_examples = more_seeds = both = None
     if within < ENOUGH:
-        more_examples = _fewest(_enough(reached, seeds, examples), MOST_EXAMPLES)
-        more_seeds = _fewest(lambda more: reached(seeds + more, examples) >= ENOUGH, MOST_SEEDS - seeds)
+        more_examples = _more_examples(reached, seeds, examples)
+        more_seeds = smallest(
+            lambda more: reached(seeds + more, examples) >= ENOUGH, most=MOST_SEEDS - seeds, within=WITHIN
+        )
         if more_examples is None and more_seeds is None:
             both = _both(reached, seeds, examples)
     return Power(
@@ -145,7 +149,7 @@ def power(spread: Spread, seeds: int, examples: int, margin: float, *, confidenc
     )
 
 
-def simulated(spread: Spread, seeds: int, examples: int, confidence: float = 0.95) -> tuple[Array, Array]:
+def simulated(spread: Spread, seeds: int, examples: int, confidence: float = 0.95) -> tuple[Floats, Floats]:
     """Simulate DRAWS intervals of two equal methods with at least two seeds.
 
     The random numbers are the same in every call, so more seeds or examples never decide less by chance.
@@ -169,47 +173,38 @@ def simulated(spread: Spread, seeds: int, examples: int, confidence: float = 0.9
     return -(middle + wider * low), middle + wider * high
 
 
-def _quantile(rows: Array, columns: Array, rest: float, seeds: int, examples: int, confidence: float) -> Array:
+def _quantile(rows: Floats, columns: Floats, rest: float, seeds: int, examples: int, confidence: float) -> Floats:
     """The width of the interval relative to a normal's, by the t quantile with Satterthwaite's degrees of freedom."""
     by_seeds = np.maximum(0.0, rows - rest / examples) / seeds + rest / (seeds * examples)
     by_examples = np.maximum(0.0, columns - rest / seeds) / examples + rest / (seeds * examples)
     below = by_seeds**2 / (seeds - 1) + by_examples**2 / max(1, examples - 1)
     freedom = np.maximum(1.0, (by_seeds + by_examples) ** 2 / np.maximum(below, 1e-300))
     level = 0.5 + confidence / 2
-    wider: Array = stdtrit(freedom, level) / NormalDist().inv_cdf(level)
+    wider: Floats = stdtrit(freedom, level) / NormalDist().inv_cdf(level)
     return wider
 
 
-def _normal(count: int) -> Array:
+def _normal(count: int) -> Floats:
     normal = NormalDist()
     return np.array([normal.inv_cdf((place + 0.5) / count) for place in range(count)])
-
-
-def _fewest(enough: Callable[[int], bool], most: int) -> int | None:
-    """The smallest number up to `most` that is enough, within 5%; None if none is."""
-    low, high = 0, 1
-    while high <= most and not enough(high):  # search upwards: with two seeds, many more examples can be worse again
-        low, high = high, 2 * high
-    if high > most:
-        return None
-    while high - low > max(1, high // 20):
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
 
 
 def _both(reached: Callable[[int, int], float], seeds: int, examples: int) -> tuple[int, int] | None:
     """(further seeds, further examples): the fewest examples with 2, 4 or 8 times the seeds."""
     for factor in (2, 4, 8):
         many = min(MOST_SEEDS, factor * seeds)
-        more = _fewest(_enough(reached, many, examples), MOST_EXAMPLES)
+        more = _more_examples(reached, many, examples)
         if more is not None:
             return many - seeds, more
     return None
 
 
-def _enough(reached: Callable[[int, int], float], seeds: int, examples: int) -> Callable[[int], bool]:
-    return lambda more: reached(seeds, examples + more) >= ENOUGH
+def _more_examples(reached: Callable[[int, int], float], seeds: int, examples: int) -> int | None:
+    """The fewest further examples that are enough with so many seeds; None if none are.
+
+    The search doubles them, because with two seeds many more examples can be worse again.
+    """
+    return smallest(lambda more: reached(seeds, examples + more) >= ENOUGH, most=MOST_EXAMPLES, within=WITHIN)
 
 
 def _points(value: float) -> str:

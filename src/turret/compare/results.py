@@ -17,7 +17,7 @@ from turret.tasks.calibration import Bin, Decided, Sureness
 
 if TYPE_CHECKING:
     from turret.compare.design import Cell
-    from turret.compare.evidence import Array
+    from turret.statistics import Floats
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 # What an evaluation found besides its metrics: confusions, calibration, coverage, wrong answers. Loads no torch.
@@ -245,7 +245,7 @@ class CellResult:
     metrics: JsonMapping  # on the test examples
     held: JsonMapping  # split -> metrics, as they were stored with the version
     answers: Sequence[Output]  # for each test example
-    scores: Array  # (N,): right or wrong, or ROUGE-L
+    scores: Floats  # (N,): right or wrong, or ROUGE-L
     parameters: Mapping[str, int]
     timing: Mapping[str, float] = field(default_factory=dict)  # empty: nothing was trained
     memory: JsonMapping = field(default_factory=dict)

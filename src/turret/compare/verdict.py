@@ -24,16 +24,9 @@ from typing import Literal
 import numpy as np
 from scipy.special import stdtrit
 
-from turret.compare.evidence import (
-    Array,
-    Interval,
-    components,
-    interval,
-    rate,
-    sign_flips,
-    with_pseudo_examples,
-)
+from turret.compare.evidence import Interval, components, grouped, interval, rate, with_pseudo_examples
 from turret.compare.report_text import plus, rounded
+from turret.statistics import Floats, sign_flips, smallest
 
 Word = Literal["within", "worse", "better", "undecided"]
 Remedy = tuple[int | None, int | None, float | None]  # more seeds, more examples, share of cases that they settle
@@ -115,7 +108,7 @@ class Verdict:
 
 
 def judge(
-    d: Array,
+    d: Floats,
     margin: float,
     generator: np.random.Generator,
     *,
@@ -144,7 +137,7 @@ def judge(
     word = _word(difference, margin) if enough and claimed else "undecided"
     if collapsed and word in ("within", "better"):
         word = "undecided"
-    p = sign_flips(d, generator, resamples)
+    p = sign_flips(grouped(d).mean(0), generator, resamples)  # over seeds first: each example counts once
     more: Remedy = (None, None, None)
     if word == "undecided" and enough and not collapsed:
         more = _what_would_settle(100 * d, margin, confidence, fixed)
@@ -173,7 +166,7 @@ def _word(difference: Interval, margin: float) -> Word:
     return "within" if difference.low >= -margin else "undecided"
 
 
-def _what_would_settle(d: Array, margin: float, confidence: float, fixed: bool) -> Remedy:
+def _what_would_settle(d: Floats, margin: float, confidence: float, fixed: bool) -> Remedy:
     """The least that settles it often enough: more seeds, or else examples, or else both. d: (S, N), points."""
     futures = Futures.after(d, margin)
     seeds, examples = d.shape
@@ -187,23 +180,19 @@ def _what_would_settle(d: Array, margin: float, confidence: float, fixed: bool) 
     most = MOST_EXAMPLES * examples
     extras = [each for each in (seeds, 3 * seeds, 7 * seeds) if each < MOST_SEEDS]
     for share in SETTLES:
-        if not fixed and settled(MOST_SEEDS, 0) >= share:
-            more = _fewest(lambda more: settled(more, 0), MOST_SEEDS, share)
+        more = None if fixed else _fewest(lambda more: settled(more, 0), MOST_SEEDS, share)
+        if more is not None:
             return more, None, settled(more, 0)
         for extra in (0,) if fixed else (*([0] if seeds >= ENOUGH_SEEDS else []), *extras, MOST_SEEDS):
-            if settled(extra, most) >= share:
-                more = _fewest(partial(settled, extra), most, share)
+            more = _fewest(partial(settled, extra), most, share)
+            if more is not None:
                 return extra or None, more, settled(extra, more)
     return None, None, None
 
 
-def _fewest(settled: Callable[[int], float], most: int, share: float) -> int:
-    """The smallest number that settles it in that share of cases, within 2%; `most` does."""
-    low, high = 0, most
-    while high - low > max(1, high // 50):
-        middle = (low + high) // 2
-        low, high = (low, middle) if settled(middle) >= share else (middle, high)
-    return high
+def _fewest(settled: Callable[[int], float], most: int, share: float) -> int | None:
+    """The smallest number that settles it in that share of cases, within 2%; None if not even `most` does."""
+    return smallest(lambda more: settled(more) >= share, high=most, most=most, within=0.02)
 
 
 @dataclass(frozen=True)
@@ -222,15 +211,15 @@ class Futures:
     rest: float  # variance
     added: float  # to the variance between examples, by `evidence.with_pseudo_examples`, times the number of examples
     rows: float  # sum of squares of the rows' means
-    between_seeds: Array  # (F,) variances
-    between_examples: Array  # (F,)
-    by_seeds: Array  # (F,) error of the present mean that the seeds explain
-    by_examples: Array  # (F,)
-    by_rest: Array  # (F,)
+    between_seeds: Floats  # (F,) variances
+    between_examples: Floats  # (F,)
+    by_seeds: Floats  # (F,) error of the present mean that the seeds explain
+    by_examples: Floats  # (F,)
+    by_rest: Floats  # (F,)
     columns: float  # variance of the columns' means
 
     @classmethod
-    def after(cls, d: Array, margin: float) -> Futures:
+    def after(cls, d: Floats, margin: float) -> Futures:
         """Futures drawn from the results so far. d: differences of S seeds on N examples, (S, N)."""
         seeds, examples = d.shape
         rng = np.random.default_rng(0)  # the same for every number of seeds and examples, so that more is never less
@@ -270,7 +259,7 @@ class Futures:
             by_rest=errors[2],
         )
 
-    def intervals(self, more_seeds: int, more_examples: int, confidence: float) -> tuple[Array, Array]:
+    def intervals(self, more_seeds: int, more_examples: int, confidence: float) -> tuple[Floats, Floats]:
         """(middles, half widths) (F,) with so many more seeds and examples."""
         rng = np.random.default_rng(1)
         seeds, examples = self.seeds + more_seeds, self.examples + more_examples

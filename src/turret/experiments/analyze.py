@@ -16,13 +16,14 @@ from sqlalchemy import Connection
 
 from turret.experiments import arm_health, discoveries, outcomes, rows
 from turret.experiments.arm_health import ArmHealth
-from turret.experiments.evidence import HIDDEN, OutcomeTally, capped, log_mean
+from turret.experiments.evidence import HIDDEN, OutcomeTally
 from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment, Guards, Role
 from turret.experiments.guarding import Detector, Watch
 from turret.experiments.outcomes import CountedOutcome
 from turret.experiments.rows import Event
 from turret.experiments.validity import Validity
 from turret.json_types import JsonMapping, JsonObject
+from turret.statistics import capped, log_mean
 
 # --- decide -----------------------------------------------------------------------------------------------------------
 # The policy from evidence to a decision, as pure functions.

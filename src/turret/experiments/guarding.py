@@ -38,7 +38,7 @@ import numpy as np
 from scipy.special import gammaln, logsumexp
 
 from turret.experiments.arm_health import ArmHealth, HealthRow
-from turret.experiments.evidence import Floats, log_mean
+from turret.statistics import Floats, log_mean
 
 NEEDED = 10_000.0  # hours: the mean time to a false alarm is at least this
 START = 24.0  # hours

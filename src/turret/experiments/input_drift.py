@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from turret.errors import Corrupt
-from turret.experiments.evidence import Floats, capped
+from turret.statistics import EProcess, Floats, capped
 
 MOST_REFERENCES, FEWEST_REFERENCES = 512, 30
 MOST_TOKENS = 256  # that are read of a text
@@ -148,7 +148,7 @@ class InputTest:
         self._references = references[np.random.default_rng(seed).permutation(len(references))]
         self._score = Score(np.empty((2 * len(references), references.shape[1])))
         self._sum = self._squares = 0.0  # of the payoffs
-        self.log_wealth = self.log_peak = 0.0
+        self.wealth = EProcess.of(1)
 
     @property
     def pairs(self) -> int:
@@ -158,7 +158,7 @@ class InputTest:
     @property
     def peak(self) -> float:
         """The largest e-value so far that the texts are not alike."""
-        return capped(self.log_peak)
+        return capped(self.wealth.peak)
 
     @property
     def over(self) -> bool:
@@ -179,8 +179,7 @@ class InputTest:
     def _bet(self, live: Floats, reference: Floats) -> None:
         payoff = self._score.of(live) - self._score.of(reference)
         stake = min(max(self._sum / (PRIOR + self._squares), 0.0), MOST)
-        self.log_wealth += math.log1p(stake * payoff)
-        self.log_peak = max(self.log_peak, self.log_wealth)
+        self.wealth = self.wealth.through(np.log1p([[stake * payoff]]))
         self._sum += payoff
         self._squares += payoff * payoff
         self._score.learn(live, reference)

@@ -1,13 +1,8 @@
 """Compare two versions on the same examples: the difference, and whether chance explains it.
 
-Binary scores: McNemar's exact test (McNemar 1947). With b and c the numbers of examples that only one version gets
-right,
-
-    p = min(1, 2 P(X <= min(b, c))),   X ~ Binomial(b + c, 1/2)
-
-Other scores: sign flips of the paired differences, two-sided. The interval is the percentile bootstrap of the mean
-difference (Efron 1979). These tests need a fixed sample: repeating them with more examples until they decide makes them
-wrong.
+Binary scores: McNemar's exact test. Other scores: sign flips of the paired differences, two-sided (both in
+`turret.statistics`). The interval is the percentile bootstrap of the mean difference (Efron 1979). These tests need a
+fixed sample: repeating them with more examples until they decide makes them wrong.
 """
 
 from __future__ import annotations
@@ -16,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.special import bdtr
 
-from turret.experiments.evidence import Floats
 from turret.json_types import JsonObject
+from turret.statistics import Floats, sign_flips, sign_test
 
 DRAWS, BATCH = 10_000, 500
 
@@ -65,7 +59,7 @@ def compare(a: Sequence[float], b: Sequence[float], *, level: float = 0.95, seed
     low, high = np.quantile(_resampled(differences, generator), [(1 - level) / 2, (1 + level) / 2])
     only_a, only_b = int((differences < 0).sum()), int((differences > 0).sum())
     binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
-    p = mcnemar(only_a, only_b) if binary else _sign_flip(differences, generator)
+    p = sign_test(only_a, only_b) if binary else sign_flips(differences, generator, DRAWS)
     return Paired(
         examples=len(differences),
         a=float(first.mean()),
@@ -82,22 +76,8 @@ def compare(a: Sequence[float], b: Sequence[float], *, level: float = 0.95, seed
     )
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """The exact two-sided p-value."""
-    return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
-
-
 def _resampled(differences: Floats, generator: np.random.Generator) -> Floats:
     """Means of samples of size N, drawn with replacement: (DRAWS,)."""
     n = len(differences)
     means = [differences[generator.integers(0, n, (BATCH, n))].mean(axis=1) for _ in range(DRAWS // BATCH)]
     return np.concatenate(means)
-
-
-def _sign_flip(differences: Floats, generator: np.random.Generator) -> float:
-    observed = abs(differences.mean())
-    beyond = 1  # the sample itself
-    for _ in range(DRAWS // BATCH):
-        signs = generator.choice((-1.0, 1.0), (BATCH, len(differences)))
-        beyond += int((abs((signs * differences).mean(axis=1)) >= observed - 1e-12).sum())
-    return beyond / (DRAWS + 1)

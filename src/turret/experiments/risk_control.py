@@ -47,9 +47,10 @@ from numpy.typing import NDArray
 from scipy.special import bdtr
 
 from turret.errors import DataError, listed, shown
-from turret.experiments.evidence import HIDDEN, EProcess, Floats, capped
+from turret.experiments.evidence import HIDDEN
 from turret.experiments.guarding import ODDS, log_over_bound
 from turret.json_types import JsonObject
+from turret.statistics import EProcess, Floats, capped, smallest
 
 Kind = Literal["error", "misses", "precision"]
 Bools = NDArray[np.bool_]
@@ -200,13 +201,9 @@ def starts(n: int, error: float, level: float) -> list[int]:
 
 def fewest(wrong: int, error: float, level: float) -> int:
     """The smallest number of decided examples with which so many wrong ones pass the test."""
-    low, high = wrong, wrong + 1
-    while bdtr(wrong, high, error) > level:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if bdtr(wrong, middle, error) > level else (low, middle)
-    return high
+    found = smallest(lambda decided: bdtr(wrong, decided, error) <= level, wrong, wrong + 1)
+    assert found is not None, "with enough examples any error passes"
+    return found
 
 
 def _for_misses(probability: Floats, mine: Bools, wrong: Bools, bound: Bound) -> tuple[float | None, int | None]:
@@ -234,16 +231,8 @@ def _enough(k: NDArray[np.int64], bound: Bound) -> int | None:
 
 def _at_rate(rate: float, bound: Bound) -> int | None:
     """How many decided examples pass the test, if this share of them is wrong."""
-    low, high = 0, 1
-    while bdtr(math.floor(rate * high), high, bound.error) > bound.level / len(ALLOWED):
-        low, high = high, 2 * high
-        if high > MOST_NEEDED:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        passes = bdtr(math.floor(rate * middle), middle, bound.error) <= bound.level / len(ALLOWED)
-        low, high = (low, middle) if passes else (middle, high)
-    return high
+    level = bound.level / len(ALLOWED)
+    return smallest(lambda n: bdtr(math.floor(rate * n), n, bound.error) <= level, most=MOST_NEEDED)
 
 
 # --- watching ---------------------------------------------------------------------------------------------------------

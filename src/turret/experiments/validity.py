@@ -26,9 +26,9 @@ import numpy as np
 from sqlalchemy import Connection
 
 from turret.experiments import outcomes
-from turret.experiments.evidence import EProcess, Floats
 from turret.experiments.experiment import Experiment, seconds_between
 from turret.experiments.outcomes import CountedOutcome, MissingOutcome
+from turret.statistics import EProcess, Floats
 from turret.timestamp import timestamp
 
 # --- sample ratio -----------------------------------------------------------------------------------------------------

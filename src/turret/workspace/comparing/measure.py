@@ -20,13 +20,13 @@ import torch
 from turret import adapters, quantized
 from turret.adapters import packed
 from turret.compare.collapse import binned
-from turret.compare.evidence import Array
 from turret.data import Dataset, Example, Input
 from turret.engine import untrained
 from turret.engine.core import Engine
 from turret.engine.untrained import Question
 from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
+from turret.statistics import Floats
 from turret.store import Store
 from turret.tasks import Prediction, Task, stored_task
 from turret.train.asking import MOST_TOKENS, Asking
@@ -163,7 +163,7 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
     )
 
 
-def _features(ready: PreparedTraining, examples: Sequence[Example]) -> Array:
+def _features(ready: PreparedTraining, examples: Sequence[Example]) -> Floats:
     """The mean of the bare base's last hidden states of each example: (N, D)."""
     model, items = ready.base.model, EncodedRows(ready.task, examples)
     places: list[int] = []
@@ -173,11 +173,11 @@ def _features(ready: PreparedTraining, examples: Sequence[Example]) -> Array:
             rows = [item.source for item in items.take(piece)]
             parts.append(packed.pooled(model, rows, "mean").double().cpu())
             places += piece
-    found: Array = torch.cat(parts)[torch.tensor(places).argsort()].numpy()
+    found: Floats = torch.cat(parts)[torch.tensor(places).argsort()].numpy()
     return found
 
 
-def _regression(z: Array, targets: Array, by_class: Sequence[float], strength: float) -> Callable[[Array], Array]:
+def _regression(z: Floats, targets: Floats, by_class: Sequence[float], strength: float) -> Callable[[Floats], Floats]:
     """The function from standardised features (N, D) to logits (N, C) that scikit-learn fits.
 
     Args:
@@ -187,14 +187,14 @@ def _regression(z: Array, targets: Array, by_class: Sequence[float], strength: f
     """
     from sklearn.linear_model import LogisticRegression
 
-    def fitted(wanted: Array, weights: dict[int, float]) -> LogisticRegression:
+    def fitted(wanted: Floats, weights: dict[int, float]) -> LogisticRegression:
         return LogisticRegression(C=strength, class_weight=weights, max_iter=MOST_ITERATIONS).fit(z, wanted)
 
     if targets.ndim == 1:
         known = np.unique(targets)
         one = fitted(targets, {each: by_class[each] for each in known.tolist()}) if len(known) > 1 else None
 
-        def classes(rows: Array) -> Array:
+        def classes(rows: Floats) -> Floats:
             found = np.full((len(rows), len(by_class)), NEVER)
             found[:, known] = 0.0 if one is None else one.predict_log_proba(rows)
             return found
@@ -206,7 +206,7 @@ def _regression(z: Array, targets: Array, by_class: Sequence[float], strength: f
         for column, weight, varies in zip(targets.T, by_class, some, strict=True)
     ]
 
-    def labels(rows: Array) -> Array:
+    def labels(rows: Floats) -> Floats:
         return np.stack(
             [
                 np.full(len(rows), NEVER if column[0] == 0 else -NEVER)
@@ -220,7 +220,7 @@ def _regression(z: Array, targets: Array, by_class: Sequence[float], strength: f
     return labels
 
 
-def _strength(z: Array, targets: Array, by_class: Sequence[float]) -> float:
+def _strength(z: Floats, targets: Floats, by_class: Sequence[float]) -> float:
     """The C with the highest cross-validated likelihood, the smallest if several have it."""
     folds = np.random.default_rng(0).permutation(len(z)) % min(FOLDS, len(z))
     likelihood = dict.fromkeys(STRENGTHS, 0.0)
