@@ -27,15 +27,32 @@ from simulated_comparison import made
 from store.bundles import tensors, write_bundle
 
 from turret.compare.report import write_report
+from turret.compare.results import Confusions, Coverage, Details, Reliability, RunReport
+from turret.data import TextPair
 from turret.errors import NotFound
 from turret.recipe import Recipe
 from turret.server.settings import ServerSettings
+from turret.tasks import Mistake
+from turret.tasks.calibration import Bin
 from turret.train import Curve, StepRecord
 from turret.workspace import Workspace
 
 PHONE = {"width": 360, "height": 760}
 Open = Callable[..., Page]
 __all__ = ["real"]  # a fixture
+
+
+ASKED = TextPair("A <b>long</b> text.", "Another one.")
+REPORTED = {
+    "classify": Details(
+        tuple(Mistake(row, "A text about money.", "sport", "money", 0.0, 0.9, "0.90") for row in range(9)),
+        "classify",
+        Confusions(LABELS, ((7, 1, 0), (0, 4, 2), (1, 0, 9))),
+        {"": Reliability(0.05, (Bin(0.8, 0.9, 5, 0.86, 0.8), Bin(0.9, 1.0, 7, 0.97, 1.0)), 0.1, 1.4, 60)},
+        Coverage(0.9, 0.92, 0.8, 0.97, 1.2),
+    ),
+    "generate": Details((Mistake(0, ASKED, "a tale", "another tale that is longer " * 9, 0.1),), "generate"),
+}
 
 
 def filled(folder: Path) -> Workspace:
@@ -60,7 +77,10 @@ def filled(folder: Path) -> Workspace:
 def put(workspace: Workspace, folder: Path, name: str, kind: str, accuracy: float) -> None:
     said = {"base": {"id": "echo", "fingerprint": FINGERPRINT}, "task": {"kind": kind, "labels": list(LABELS)}}
     bundle = write_bundle(folder / "bundles", tensors(next(SEEDS)), said=said)
-    workspace.store.put(name, bundle, metrics={"test": {"accuracy": accuracy, "loss": 0.4}})
+    run = workspace.store.new_run(name, f'name = "{name}"', "sha256:x")
+    workspace.store.training_runs().write_report(run, RunReport.of("test", 12, REPORTED[kind]).to_json())
+    metrics = {"test": {"accuracy": accuracy, "loss": 0.4}}
+    workspace.store.put(name, bundle, run=run, metrics=metrics, result=lambda version: {"metrics": metrics})
 
 
 @pytest.fixture(scope="module")

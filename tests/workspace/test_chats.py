@@ -35,7 +35,7 @@ def test_a_file_of_conversations_is_planned_trained_evaluated_and_answered(
 ) -> None:
     data, base = conversations(tmp_path), base_in(tmp_path / "base")
     task = {"max_tokens": 80, "max_target_tokens": 8}
-    train = {"epochs": 8, "lr": 1e-2, "batch_size": 4}
+    train = {"epochs": 16, "lr": 1e-2, "batch_size": 4}
     recipe = Recipe(name="cities", base=base, data={"source": data, "test": 4}, task=task, train=train)
     workspace = Workspace(tmp_path / "store")
     planned = workspace.plan(recipe)
