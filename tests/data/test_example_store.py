@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turret.data import Conversation, Dataset, Example, Labelled, Pair, Turn
-from turret.data.example_store import ExampleStore, load_dataset, write_dataset
+from turret.data.examples import ExampleStore, load_dataset, write_dataset
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=10)
 examples = st.one_of(

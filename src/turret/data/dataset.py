@@ -22,8 +22,7 @@ import numpy.typing as npt
 
 from turret.data import cells
 from turret.data.columns import Columns, Layout, Schema, aligned, check_unused, find_columns, find_group, fitting
-from turret.data.example_store import MEMORY, ExampleStore
-from turret.data.examples import Dataset, Example
+from turret.data.examples import MEMORY, Dataset, Example, ExampleStore
 from turret.data.profile import columns_of, rivals_note
 from turret.data.rows import numbered
 from turret.data.source import open_labelled

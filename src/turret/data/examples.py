@@ -1,15 +1,41 @@
-"""The types of an example and of a data set. Loads no numpy and no torch."""
+"""The types of an example and of a data set, and how both are kept in memory and in files. Loads no numpy and no torch.
+
+`ExampleStore` keeps examples in memory up to `MEMORY` characters, and beyond that in a temporary file. So a data set
+larger than memory can be trained on. The file has no name, on systems that allow it, and is deleted with the sequence.
+`write_dataset` and `load_dataset` pass a data set to another process, as lines of JSON.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+import tempfile
+import threading
+import weakref
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import IO, TypeAlias, TypeVar, overload
 
+from turret.errors import DataError
 from turret.json_types import JsonObject, JsonValue
 
+MEMORY = 256_000_000  # characters
+SPLITS = ("train", "validation", "test")
 
+
+_STORED: dict[str, type] = {}  # the classes in files of examples, by name
+Registered = TypeVar("Registered", bound=type)
+
+
+def register_example(kind: Registered) -> Registered:
+    """Let examples of this kind pass to files and other processes: a decorator of their class, a frozen dataclass."""
+    _STORED[kind.__name__] = kind
+    return kind
+
+
+@register_example
 @dataclass(frozen=True, slots=True)
 class TextPair:
     """Two texts that are read together: a premise and a hypothesis, a query and a passage."""
@@ -64,26 +90,6 @@ class Example:
         output = self.output
         return (self.input, *(output if isinstance(output, tuple) else (output,)))
 
-    @classmethod
-    def from_json(cls, fields: Sequence[JsonValue]) -> Example:
-        """The example whose fields were written as JSON, in their order: an object is a list there."""
-        return cls(*fields)
-
-
-EXAMPLES: dict[str, type[Example]] = {}  # by the name of the class, for files of examples
-Registered = TypeVar("Registered", bound="type[Example]")
-
-
-def register_example(kind: Registered) -> Registered:
-    """Let examples of this kind pass to files and other processes: a decorator of their class."""
-    EXAMPLES[kind.__name__] = kind
-    return kind
-
-
-def asked_from_json(value: JsonValue) -> str | TextPair:
-    """One text, or two in a list."""
-    return value if isinstance(value, str) else TextPair(*value)
-
 
 @register_example
 @dataclass(frozen=True, slots=True)
@@ -114,11 +120,6 @@ class Labelled(Example):
         both = (self.text,) if isinstance(self.text, str) else (self.text.text, self.text.text_pair)
         return (*both, *self.labels)
 
-    @classmethod
-    def from_json(cls, fields: Sequence[JsonValue]) -> Labelled:
-        text, label = fields
-        return cls(asked_from_json(text), tuple(label) if isinstance(label, list) else label)
-
 
 @register_example
 @dataclass(frozen=True, slots=True)
@@ -135,11 +136,6 @@ class Scored(Example):
     @property
     def output(self) -> str:
         return repr(self.value)
-
-    @classmethod
-    def from_json(cls, fields: Sequence[JsonValue]) -> Scored:
-        text, value = fields
-        return cls(asked_from_json(text), value)
 
 
 Span: TypeAlias = tuple[int, int, str]  # first character, one past the last, label
@@ -167,11 +163,6 @@ class Tagged(Example):
 
     def respelt(self, spelling: Mapping[str, str]) -> Tagged:
         return Tagged(self.text, tuple((start, end, spelling[label]) for start, end, label in self.spans))
-
-    @classmethod
-    def from_json(cls, fields: Sequence[JsonValue]) -> Tagged:
-        text, spans = fields
-        return cls(text, tuple((start, end, label) for start, end, label in spans))
 
 
 def written_span(span: Span, text: str) -> str:
@@ -207,12 +198,8 @@ class Pair(Example):
     def parts(self) -> tuple[str, ...]:
         return (self.source, *self.references)
 
-    @classmethod
-    def from_json(cls, fields: Sequence[JsonValue]) -> Pair:
-        source, target, others = fields
-        return cls(source, target, tuple(others))
 
-
+@register_example
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One turn of a conversation."""
@@ -280,11 +267,6 @@ class Conversation(Example):
         """The text of the last answer; its tool calls as JSON if it has no text."""
         return self.turns[-1].content or self.turns[-1].tool_calls
 
-    @classmethod
-    def from_json(cls, fields: Sequence[JsonValue]) -> Conversation:
-        turns, tools = fields
-        return cls(tuple(Turn(*turn) for turn in turns), tools)
-
 
 @register_example
 @dataclass(frozen=True, slots=True)
@@ -305,11 +287,6 @@ class Preferred(Example):
 
     def parts(self) -> tuple[str, ...]:
         return (self.input, self.chosen, self.rejected)
-
-    @classmethod
-    def from_json(cls, fields: Sequence[JsonValue]) -> Preferred:
-        turns, chosen, rejected = fields
-        return cls(tuple(Turn(*turn) for turn in turns), chosen, rejected)
 
 
 @register_example
@@ -340,11 +317,6 @@ class Related(Example):
     def parts(self) -> tuple[str, ...]:
         return (self.anchor, *self.references, *self.negatives)
 
-    @classmethod
-    def from_json(cls, fields: Sequence[JsonValue]) -> Related:
-        anchor, positive, negatives, others = fields
-        return cls(anchor, positive, tuple(negatives), tuple(others))
-
 
 Input: TypeAlias = str | TextPair | Prompt  # what a model is asked
 
@@ -362,3 +334,141 @@ class Dataset:
     notes: tuple[str, ...]  # guesses, left out rows, duplicates: a sentence each, for the user
     duplicates: int  # test examples whose input is also a training input
     digest: str  # "sha256:..." of the examples in their splits and order
+
+
+# --- kept in memory, and in files -------------------------------------------------------------------------------------
+
+
+class ExampleStore(Sequence[Example]):
+    """A sequence that is filled once, in any order, and then read.
+
+    Args:
+        size: number of examples.
+        memory: characters to keep in memory.
+    """
+
+    def __init__(self, size: int, memory: int = MEMORY) -> None:
+        self._room = memory
+        self._lock = threading.Lock()  # all readers share the position in the file
+        self._examples: list[Example | None] = [None] * size
+        self._file: IO[bytes] | None = None
+        self._offsets, self._lengths = array("Q"), array("Q")  # of each example, in the file
+
+    def put(self, place: int, example: Example) -> None:
+        """Set the example at an index. Raises DataError if the disk is full."""
+        if self._file is None:
+            self._examples[place] = example
+            self._room -= len(example.input) + len(example.output)
+            if self._room < 0:
+                self._spill()
+        else:
+            self._write(self._file, place, example)
+
+    def _spill(self) -> None:
+        """Move all examples to a file."""
+        examples, self._examples = self._examples, []
+        self._offsets, self._lengths = (array("Q", bytes(8 * len(examples))) for _ in range(2))
+        with _disk_errors():
+            self._file = tempfile.TemporaryFile(prefix="turret-")  # noqa: SIM115 - it lives as long as the sequence
+        weakref.finalize(self, self._file.close)
+        for place, example in enumerate(examples):
+            if example is not None:
+                self._write(self._file, place, example)
+
+    def _write(self, file: IO[bytes], place: int, example: Example) -> None:
+        record = _record(example).encode()
+        with _disk_errors():
+            self._offsets[place], self._lengths[place] = file.tell(), len(record)
+            file.write(record)
+
+    def done(self) -> ExampleStore:
+        """The sequence, ready to be read. Raises DataError if the disk is full."""
+        if self._file is not None:
+            with _disk_errors():
+                self._file.flush()
+        return self
+
+    @property
+    def on_disk(self) -> bool:
+        return self._file is not None
+
+    def __len__(self) -> int:
+        return len(self._offsets) if self.on_disk else len(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        if self._file is None:
+            example = self._examples[place]
+            assert example is not None, "read before it was filled"
+            return example
+        with self._lock:
+            self._file.seek(self._offsets[place])
+            record = self._file.read(self._lengths[place])
+        return _example(record)
+
+    def __iter__(self) -> Iterator[Example]:
+        for place in range(len(self)):
+            yield self[place]
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the data is larger than memory and {tempfile.gettempdir()} cannot hold it ({error.strerror}): "
+            "free some space there, set TMPDIR to another folder, or lower data.train"
+        ) from None
+
+
+def _record(example: Example) -> str:
+    """A line of JSON: each object is the name of a class with its fields in a list."""
+    return json.dumps(
+        example, default=lambda each: {type(each).__name__: [getattr(each, f.name) for f in fields(each)]}
+    )
+
+
+def _example(record: str | bytes) -> Example:
+    """The example of such a line."""
+    found = json.loads(record, object_hook=_stored)
+    assert isinstance(found, Example)
+    return found
+
+
+def _stored(named: Mapping[str, list[JsonValue]]) -> object:
+    ((name, values),) = named.items()
+    return _STORED[name](*map(_frozen, values))
+
+
+def _frozen(value: JsonValue) -> JsonValue:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def write_dataset(dataset: Dataset, path: Path) -> None:
+    """Write a data set to a file: a line about it, and a line an example."""
+    about = {field.name: getattr(dataset, field.name) for field in fields(dataset)}
+    about |= {split: len(about[split]) for split in SPLITS}
+    with path.open("w", encoding="ascii") as file:
+        file.write(json.dumps(about) + "\n")
+        for split in SPLITS:
+            for example in getattr(dataset, split):
+                file.write(_record(example) + "\n")
+
+
+def load_dataset(path: Path, memory: int = MEMORY) -> Dataset:
+    """The data set in a file of `write_dataset`. memory: characters of examples that are kept in memory."""
+    with path.open(encoding="ascii") as file:
+        about = json.loads(file.readline())
+        for split in SPLITS:
+            examples = ExampleStore(about[split], memory)
+            for place in range(about[split]):
+                examples.put(place, _example(file.readline()))
+            about[split] = examples.done()
+    return Dataset(**about | {"labels": tuple(about["labels"]), "notes": tuple(about["notes"])})

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from turret.access import Access
-from turret.data.example_store import write_dataset
+from turret.data.examples import write_dataset
 from turret.errors import TurretError
 from turret.helper_process import Answer
 from turret.json_types import JsonMapping, JsonObject

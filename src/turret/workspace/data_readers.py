@@ -52,7 +52,7 @@ class DataReaders:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             asked = {"tenant": taken.tenant, "recipe": taken.recipe, "folder": folder, "sent": False}
             self._ask(asked, stop)
-            from turret.data.example_store import load_dataset
+            from turret.data.examples import load_dataset
 
             return load_dataset(Path(folder) / READ)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from turret.access import Access, acting
 from turret.data import Dataset
-from turret.data.example_store import load_dataset
+from turret.data.examples import load_dataset
 from turret.errors import DataError, TurretError
 from turret.helper_process import Answer
 from turret.json_types import JsonMapping, JsonObject
