@@ -81,13 +81,13 @@ def _side(recipe: Any, store: Path, texts: int) -> dict[str, Any]:
     from rouge_score.rouge_scorer import RougeScorer
 
     import turret
-    from turret.data.dataset import read
+    from turret.data.dataset import read_dataset
     from turret.tasks import schemas
 
     started = time.perf_counter()
     trained = turret.Workspace(store).train(recipe)
     seconds = time.perf_counter() - started
-    examples = list(read(recipe.data, schemas(recipe.task), recipe.seed).test)
+    examples = list(read_dataset(recipe.data, schemas(recipe.task), recipe.seed).test)
     examples.sort(key=lambda example: example.output)  # the order of the rows is the same on both sides
     there = Reloaded.read(store, trained.version)
     losses = there.losses(examples, VERSION)

@@ -115,7 +115,7 @@ def _trained(workspace: Any, store: Path, recipe: Any) -> dict[str, Any]:
     """Train, read back, score every held-out example."""
     from reloaded import VERSION, Reloaded
 
-    from turret.data.dataset import read
+    from turret.data.dataset import read_dataset
     from turret.tasks import schemas
 
     plans: list[Any] = []
@@ -123,7 +123,7 @@ def _trained(workspace: Any, store: Path, recipe: Any) -> dict[str, Any]:
     trained = workspace.train(recipe, on_plan=plans.append)
     seconds = time.perf_counter() - start
     there = Reloaded.read(store, trained.version)
-    examples = list(read(recipe.data, schemas(recipe.task), recipe.seed).test)
+    examples = list(read_dataset(recipe.data, schemas(recipe.task), recipe.seed).test)
     if recipe.task.kind == "classify":
         answers = there.metrics(examples, VERSION)[1]
         losses = [

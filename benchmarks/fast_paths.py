@@ -109,7 +109,7 @@ def _training(
     import torch
 
     from turret import adapters, process
-    from turret.data.dataset import read
+    from turret.data.dataset import read_dataset
     from turret.engine import OptimStep
     from turret.ops.dropout import Draws
     from turret.tasks import make_task, schemas
@@ -122,7 +122,7 @@ def _training(
         lr=LEARNING_RATE, threads=options.threads, train=STEPS[job] * sides.hf.BATCH, test=8,
     )  # fmt: skip
     recipe = errand.recipe
-    dataset = read(recipe.data, schemas(recipe.task), recipe.seed)
+    dataset = read_dataset(recipe.data, schemas(recipe.task), recipe.seed)
     base = sides._base(recipe, dataset)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     recipe = filled(recipe, base, task.kind, len(splits_of(recipe, dataset).train))

@@ -60,7 +60,7 @@ def measure(name: str, lr: float, options: argparse.Namespace) -> None:
     import turret
     from turret import bases
     from turret import train as trainer
-    from turret.data.dataset import read
+    from turret.data.dataset import read_dataset
     from turret.tasks import make_task, schemas, task_of
 
     torch.set_num_threads(options.threads)
@@ -78,7 +78,7 @@ def measure(name: str, lr: float, options: argparse.Namespace) -> None:
             "train": {"epochs": job.epochs, "batch_size": job.batch_size, "evaluate": "never", "lr": lr},
         }
     )  # fmt: skip
-    dataset, asked = read(recipe.data, schemas(recipe.task), recipe.split_seed), task_of(job.kind)
+    dataset, asked = read_dataset(recipe.data, schemas(recipe.task), recipe.split_seed), task_of(job.kind)
     base = bases.load(job.base, task=asked.request, num_labels=asked.num_labels(dataset.labels), seed=recipe.seed)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     recipe = trainer.filled(recipe, base, task.kind, len(trainer.splits_of(recipe, dataset).train))

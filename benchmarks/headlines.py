@@ -109,10 +109,10 @@ def _recipe(kind: str, options: argparse.Namespace) -> Any:
 
 def _held_out(recipe: Any) -> Any:
     """The recipe's test split."""
-    from turret.data.dataset import read
+    from turret.data.dataset import read_dataset
     from turret.tasks import schemas
 
-    return list(read(recipe.data, schemas(recipe.task), recipe.seed).test)
+    return list(read_dataset(recipe.data, schemas(recipe.task), recipe.seed).test)
 
 
 def _in_words(there: Any) -> Any:

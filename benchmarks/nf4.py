@@ -70,7 +70,7 @@ def measured(side: str, seed: int, threads: int) -> dict[str, Any]:
     import turret
     from turret import adapters, bases, process
     from turret import train as trainer
-    from turret.data.dataset import read
+    from turret.data.dataset import read_dataset
     from turret.tasks import make_task, schemas
     from turret.train import memory
 
@@ -86,7 +86,7 @@ def measured(side: str, seed: int, threads: int) -> dict[str, Any]:
             "train": train | settings.get("train", {}),
         }
     )  # fmt: skip
-    dataset = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    dataset = read_dataset(recipe.data, schemas(recipe.task), recipe.split_seed)
     kept = recipe.base_quantization or "none"
     base = bases.load(BASE, task="generate", dtype="bfloat16", seed=seed, quantization=kept)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)

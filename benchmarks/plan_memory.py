@@ -63,7 +63,7 @@ def measured(case: str, threads: int) -> dict[str, Any]:
 
     import turret
     from turret import bases, process, train
-    from turret.data.dataset import read
+    from turret.data.dataset import read_dataset
     from turret.tasks import make_task, schemas
     from turret.train import memory
 
@@ -83,7 +83,7 @@ def measured(case: str, threads: int) -> dict[str, Any]:
                 "train": {"epochs": 1, "batch_size": 8, "evaluate": "epoch"},
             }
         )
-        dataset: Any = read(recipe.data, schemas(recipe.task), recipe.seed)
+        dataset: Any = read_dataset(recipe.data, schemas(recipe.task), recipe.seed)
         base = bases.load(
             recipe.base,
             task="classify" if dataset.kind == "classify" else "generate",

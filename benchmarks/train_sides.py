@@ -258,13 +258,13 @@ def _facts(model: Any, batches: Sequence[Sequence[Any]]) -> dict[str, Any]:
 def ours(errand: Errand, turns: Turns) -> dict[str, Any]:
     """turret: its plan, its loop, its evaluation."""
     from turret import train
-    from turret.data.dataset import read
+    from turret.data.dataset import read_dataset
     from turret.tasks import make_task, schemas
     from turret.train import memory
     from turret.train.batches import EncodedRows
 
     recipe = errand.recipe
-    dataset: Any = read(recipe.data, schemas(recipe.task), recipe.seed)
+    dataset: Any = read_dataset(recipe.data, schemas(recipe.task), recipe.seed)
     base = _base(recipe, dataset)
     task: Any = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     facts = _facts(base.model, _batches(recipe, EncodedRows(task, dataset.train)))
@@ -342,14 +342,14 @@ def rivals(errand: Errand, turns: Turns) -> dict[str, Any]:
 
     from turret import process
     from turret.bases.source import resolve
-    from turret.data.dataset import read
+    from turret.data.dataset import read_dataset
     from turret.tasks import make_task, schemas
     from turret.train import memory
     from turret.train.batches import EncodedRows
 
     job, recipe = JOBS[errand.job], errand.recipe
     way = ways(job.kind)[errand.side]
-    dataset: Any = read(recipe.data, schemas(recipe.task), recipe.seed)
+    dataset: Any = read_dataset(recipe.data, schemas(recipe.task), recipe.seed)
     base = str(resolve(job.base).folder)
     model = hf.load(base, job.kind, len(dataset.labels), way)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)

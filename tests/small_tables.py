@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.data import Dataset
-from turret.data.dataset import read
+from turret.data.dataset import read_dataset
 from turret.recipe import Data, Task
 from turret.tasks import schemas
 
@@ -37,7 +37,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
 
 
 def load(source: Path | str, kind: Any = None, seed: int = 42, *, multi_label: bool = False, **fields: Any) -> Dataset:
-    return read(Data(source=str(source), **fields), schemas(Task(kind=kind, multi_label=multi_label)), seed)
+    return read_dataset(Data(source=str(source), **fields), schemas(Task(kind=kind, multi_label=multi_label)), seed)
 
 
 def labelled(labels: Iterable[Any]) -> list[dict[str, Any]]:

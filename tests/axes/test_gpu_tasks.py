@@ -13,7 +13,7 @@ import torch
 from pretend_gpu import on_cpu, pretend_gpu, to_gpu
 
 from turret import bases
-from turret.data.dataset import read
+from turret.data.dataset import read_dataset
 from turret.ops.dropout import Draws
 from turret.recipe import Recipe
 from turret.tasks import TASKS, make_task, task_of
@@ -75,7 +75,7 @@ def stepped(folder: Path, kind: str, dropout: float, on_gpu: bool) -> tuple[floa
             "method": {"kind": "lora", "r": 4, "lora_dropout": dropout, "target_modules": "all-linear"},
         }
     )
-    data = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    data = read_dataset(recipe.data, schemas(recipe.task), recipe.split_seed)
     base = bases.load(recipe.base, task=task_class.head, num_labels=task_class.num_labels(data.labels), dtype="float32")
     task = make_task(recipe.task, data, base.tokenizer, base.family.kind)
     with pretend_gpu() if on_gpu else nullcontext():

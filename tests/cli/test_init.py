@@ -17,7 +17,7 @@ from small_tables import POLES, write_csv
 from strange_tables import german_quarter, portuguese_unicode
 from table_bytes import PLAIN, csv, jsonl
 
-from turret.data.dataset import read
+from turret.data.dataset import read_dataset
 from turret.recipe import Recipe
 from turret.tasks import schemas
 
@@ -43,7 +43,7 @@ def test_the_recipe_of_a_foreign_table_reads_it(make: Maker, tmp_path: Path, mon
     recipe = Recipe.load(said["file"])
     assert recipe.base == "auto"
     assert all(line.startswith(("#", "[")) or " = " in line or not line for line in said["recipe"].splitlines())
-    data = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    data = read_dataset(recipe.data, schemas(recipe.task), recipe.split_seed)
     assert data.labels == CLASSES.get(make.__name__, ())
     assert len(data.train) > 80
     assert len(data.test) > 20
@@ -205,7 +205,7 @@ def test_a_table_is_read_from_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source._stdin.cache_clear()
     monkeypatch.setattr("sys.stdin", stdin_of(csv(PLAIN, ";").encode("cp1252")))
     recipe = Recipe.model_validate({"data": {"source": "-"}})
-    data = read(recipe.data, schemas(recipe.task))
+    data = read_dataset(recipe.data, schemas(recipe.task))
     assert data.labels == ("bad", "good")
     assert len(data.train) + len(data.test) == 12
     source._stdin.cache_clear()

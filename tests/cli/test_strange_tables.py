@@ -11,7 +11,7 @@ import small_models
 from command_line import typed
 from strange_tables import HELD_OUT, MORE, TUNED, Strange, broken_chats, portuguese_unicode
 
-from turret.data.dataset import read
+from turret.data.dataset import read_dataset
 from turret.data.files import open_table
 from turret.recipe import Recipe
 from turret.tasks import schemas
@@ -41,7 +41,7 @@ def test_the_columns_that_a_person_means_are_found_and_the_mess_is_said(
     assert (status, err) == (0, "")
     said = json.loads(out)
     recipe = Recipe.load(said["file"])
-    data = read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    data = read_dataset(recipe.data, schemas(recipe.task), recipe.split_seed)
     assert data.kind == table.kind
     assert next(iter(data.columns.values())) == table.input
     if table.label:

@@ -25,8 +25,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from small_tables import load
 
-from turret.data.dataset import read_test
-from turret.data.rows import read_inputs
+from turret.data.dataset import read_inputs, read_test
 from turret.data.source import open_source
 from turret.data.table import Table, from_rows
 from turret.data.text_file import UNPACKED_BYTES, UNPACKED_TIMES
@@ -166,7 +165,7 @@ def test_any_cells_are_examples_or_one_error(rows: Any, names: list[str], monkey
     given_names = Table(table.name, table.columns, table.read, {"label": names}, (), "row")
     for each in (table, given_names):
         with monkeypatch.context() as patch:
-            for module in ("source", "rows"):
+            for module in ("source", "dataset"):
                 patch.setattr(f"turret.data.{module}.open_source", lambda _source, _form, each=each: {"": each})
             read("t", text="text", label="label")
             read("t", document="text", summary="label")

@@ -14,7 +14,7 @@ from small_tables import POLES, labelled, load, write_csv, write_jsonl
 
 from turret.data import Dataset, Pair
 from turret.data.cells import joined_by
-from turret.data.dataset import read, read_test
+from turret.data.dataset import read_dataset, read_test
 from turret.data.splits import Kinship, arranged, choose, find_sources
 from turret.errors import DataError
 from turret.recipe import Data, Task
@@ -213,7 +213,7 @@ def test_references_survive_the_temporary_file(tmp_path: Path) -> None:
     rows = [{"source": f"s {i}", "references": ["a", "b"]} for i in range(8)]
     path = write_jsonl(tmp_path / "t.jsonl", rows)
     every, source = schemas(Task()), Data(source=str(path))
-    assert list(read(source, every, memory=10).test) == list(load(path).test)
+    assert list(read_dataset(source, every, memory=10).test) == list(load(path).test)
 
 
 def test_metrics_take_the_best_reference() -> None:

@@ -11,8 +11,7 @@ import pytest
 from small_tables import load, write_csv, write_jsonl
 
 from turret.data import Conversation, Prompt, Turn
-from turret.data.dataset import read
-from turret.data.rows import read_inputs
+from turret.data.dataset import read_dataset, read_inputs
 from turret.errors import DataError
 from turret.recipe import Data, Task
 from turret.tasks import Chat, schemas
@@ -107,7 +106,7 @@ def test_calls_of_tools_are_kept_in_one_form(tmp_path: Path, turns: list[Any]) -
 def test_conversations_that_do_not_fit_in_memory_are_the_same(tmp_path: Path) -> None:
     made = rows(lambda i: {"messages": chats.messages(said(i)), "tools": [TOOL]})
     source = Data(source=str(write_jsonl(tmp_path / "a.jsonl", made)), test=1)
-    kept, spilled = read(source, schemas(Task())), read(source, schemas(Task()), memory=10)
+    kept, spilled = read_dataset(source, schemas(Task())), read_dataset(source, schemas(Task()), memory=10)
     assert list(kept.train) == list(spilled.train)
     assert kept.digest == spilled.digest
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from small_tables import films, load, write_csv, write_jsonl
 
 from turret.data import cells
-from turret.data.columns import listed_columns
 from turret.data.files import open_table
 from turret.data.profile import Profile, profile
+from turret.data.table import list_columns
 from turret.errors import DataError, SeveralLabels
 from turret.recipe import Data, Task
 from turret.tasks import schemas
@@ -119,8 +119,8 @@ def test_an_error_lists_twelve_columns_and_asks_for_the_missing_half_only(tmp_pa
 @settings(max_examples=50)
 @given(st.lists(st.text(min_size=1, max_size=40), max_size=20, unique=True))
 def test_listed_columns_fit_in_a_line(names: list[str]) -> None:
-    assert len(listed_columns(names, 140)) < 230
-    assert listed_columns(names).count(" more") <= 1 + sum(" more" in name for name in names)
+    assert len(list_columns(names, 140)) < 230
+    assert list_columns(names).count(" more") <= 1 + sum(" more" in name for name in names)
 
 
 # --- typos and no labels ---------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ import pytest
 from small_tables import NEWS, POLES, labelled, load, write_csv, write_jsonl
 
 from turret.data import Labelled, Pair
-from turret.data.dataset import read, read_test
-from turret.data.rows import read_inputs
+from turret.data.dataset import read_dataset, read_inputs, read_test
 from turret.data.source import open_source
 from turret.errors import DataError
 from turret.recipe import Data, Task
@@ -332,7 +331,7 @@ def test_the_digest_is_the_contents_and_nothing_elses(tmp_path: Path) -> None:
 def test_more_than_fits_in_memory_goes_to_a_file_and_comes_back_the_same(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", POLES)
     held, every = load(path), schemas(Task())
-    spilled = read(Data(source=str(path)), every, memory=30)
+    spilled = read_dataset(Data(source=str(path)), every, memory=30)
     assert list(spilled.train) == list(held.train)
     assert spilled.digest == held.digest
 
@@ -350,7 +349,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
 
     reads: list[str] = []
     with pytest.raises(DataError, match="changed while it was read"):
-        read(Growing(source=str(path)), schemas(Task()))
+        read_dataset(Growing(source=str(path)), schemas(Task()))
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import pytest
 from small_tables import load
 from table_bytes import PLAIN, excel, rows
 
+from turret.data.dataset import read_rows
 from turret.data.files import open_table
-from turret.data.rows import read_rows
 from turret.data.table import FileFormat, find_names
 from turret.errors import DataError
 from turret.recipe import Data

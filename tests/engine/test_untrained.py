@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from turret import adapters, bases
 from turret.cli.main import run
-from turret.data.dataset import read
+from turret.data.dataset import read_dataset
 from turret.engine import Engine
 from turret.engine.request import Limits
 from turret.engine.sampling_params import SamplingParams
@@ -203,7 +203,7 @@ def test_the_base_of_a_comparison_is_asked_in_the_same_way(llama: Path, tmp_path
     recipe = Recipe(name="c", base=str(llama), data={"source": rows, "test": 20}, train={"epochs": 1, "lr": 1e-3})
     found = workspace.compare(recipe, methods="base,head", against="head", seeds=1)
     (base,) = [row for row in found.rows if row.spec == "base"]
-    test = read(recipe.data, schemas(recipe.task)).test
+    test = read_dataset(recipe.data, schemas(recipe.task)).test
     own = workspace.decide(str(llama), [each.input for each in test], ["film", "fox"], prior=True)
     right = [each.label == example.label for each, example in zip(own, test, strict=True)]
     assert base.score.mean == pytest.approx(100 * sum(right) / len(right))

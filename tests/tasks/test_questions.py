@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from turret.cli.main import run
 from turret.data import Labelled, TextPair
 from turret.data.columns import with_answers
-from turret.data.dataset import read, read_test
+from turret.data.dataset import read_dataset, read_test
 from turret.data.table import from_rows
 from turret.errors import DataError, RecipeError
 from turret.recipe import Data, Recipe
@@ -53,7 +53,7 @@ def logits(count: int = len(EXAMPLES), seed: int = 0) -> torch.Tensor:
 
 def dataset(rows: list[dict[str, Any]], label: Any, kind: str | None = None, **data: Any) -> Any:
     recipe = Recipe(data={"source": rows, "label": label, **data}, task={"kind": kind} if kind else {})
-    return read(recipe.data, schemas(recipe.task))
+    return read_dataset(recipe.data, schemas(recipe.task))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_the_command_line_takes_labels_one_after_another(
     assert drafted["data"]["label"] == ["topic", "urgent"]
     assert drafted["task"] == {"kind": "questions", "max_tokens": 64}
     recipe = Recipe.load("mails.toml")
-    assert read(recipe.data, schemas(recipe.task)).labels == LABELS
+    assert read_dataset(recipe.data, schemas(recipe.task)).labels == LABELS
     named = Recipe(data="mails.csv").with_overrides({"data.label": '["topic", "urgent"]', "data.ignore": "a, b"})
     assert (named.data.label, named.data.ignore) == (["topic", "urgent"], ["a", "b"])
     assert run(["train", "mails.csv", "--label", "topic", "--label", "urgncy", "--store", "s"]) == 1

@@ -17,7 +17,7 @@ from turret import bases
 from turret.adapters import attach, detach, packed
 from turret.data import Dataset, Tagged
 from turret.data.cells import Replacements, spans_in, spans_of_tags, words_of
-from turret.data.dataset import read
+from turret.data.dataset import read_dataset
 from turret.errors import BaseModelError, DataError
 from turret.families import FAMILIES
 from turret.methods import LoRA
@@ -113,7 +113,7 @@ def test_both_kinds_of_table_give_the_same_examples(tmp_path: Path) -> None:
 
 
 def read_all(path: Path, **data: Any) -> Dataset:
-    return read(Data(source=str(path), **data), [TokenClassification.schema()])
+    return read_dataset(Data(source=str(path), **data), [TokenClassification.schema()])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from small_tables import films, write_jsonl
 
 from turret import LoRA, Recipe, TurretError, Workspace
 from turret.data import memory
-from turret.data.dataset import read
+from turret.data.dataset import read_dataset
 from turret.errors import DataError, RecipeError
 from turret.recipe import Data, Task
 from turret.tasks import schemas
@@ -36,7 +36,7 @@ def as_dataset() -> datasets.Dataset:
 
 def examples(data: Any, **fields: Any) -> Any:
     """What a training of this data would read."""
-    return read(Data(source=Recipe(data=data).data.source, **fields), schemas(Task()))
+    return read_dataset(Data(source=Recipe(data=data).data.source, **fields), schemas(Task()))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_rows_of_every_kind_have_one_source_and_read_as_their_file_does(make: An
     assert made.data.source == Recipe(data=ROWS).data.source
     assert made.data.source.startswith("rows:32:")
     assert made.name == f"rows-{made.data.source[8:16]}"
-    as_file = read(Data(source=str(write_jsonl(tmp_path / "films.jsonl", ROWS))), schemas(Task()))
+    as_file = read_dataset(Data(source=str(write_jsonl(tmp_path / "films.jsonl", ROWS))), schemas(Task()))
     assert examples(make()).digest == as_file.digest
 
 

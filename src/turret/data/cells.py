@@ -48,7 +48,7 @@ NO_VALUES = frozenset((  # what people and programs write into a cell that has n
 
 
 class Missing(Exception):
-    """A row lacks a value that an example needs."""
+    """A row lacks a value that an example needs. Its text goes before the name of the column."""
 
 
 class Replacements:
@@ -487,6 +487,7 @@ class RowReader:
         rename: label -> the class that is meant; "": rows with it are left out.
         replaced: counts replaced characters.
         renamed: counts the labels that `rename` changes.
+        changes: counts the conversations that lose turns.
     """
 
     roles: Sequence[str]
@@ -495,6 +496,7 @@ class RowReader:
     rename: Mapping[str, str] = field(default_factory=dict)
     replaced: Replacements = field(default_factory=Replacements)
     renamed: Counter[str] = field(default_factory=Counter)
+    changes: Counter[str] = field(default_factory=Counter)
     role: str = ""  # that is being read
     _cells: Mapping[str, CellValue] = field(default_factory=dict)
 
@@ -508,11 +510,12 @@ class RowReader:
 
     def cell(self, role: str) -> CellValue:
         """A cell as it is; None without its column."""
-        self.role = role
+        self.role = role if role in self._cells else self.role
         return self._cells.get(role)
 
     def text(self, role: str) -> str:
-        return self._there(text_of(self.cell(role), self.replaced))
+        """A text; for `tokens` the words with blanks between them."""
+        return self.there((words_of if role == "tokens" else text_of)(self.cell(role), self.replaced))
 
     def texts(self, role: str) -> str | tuple[str, ...]:
         """A text, or the texts of a list."""
@@ -522,7 +525,7 @@ class RowReader:
         return found
 
     def number(self, role: str) -> float:
-        return self._there(number_of(self.cell(role)))
+        return self.there(number_of(self.cell(role)))
 
     def label(self, role: str, *, many: bool = False) -> Label:
         """A class, or with `many` a sorted tuple of classes."""
@@ -575,18 +578,19 @@ class RowReader:
             words = _words(self.cell("tokens"), self.replaced)
             if not any(words):
                 raise Missing
-            tags = self._there(_listed(self.cell("tags")))
+            tags = self.there(_listed(self.cell("tags")))
             if len(tags) != len(words):
                 raise DataError(f"{len(tags)} tags for {len(words)} words: give a tag for each word")
             text, spans = spans_of_tags(words, [_tag(each, self.names) for each in tags])
         else:
             text = self.text("text")
-            spans = spans_in(self._there(_listed(self.cell("spans"))), text)
+            spans = spans_in(self.there(_listed(self.cell("spans"))), text)
         kept = [(start, end, self.rename.get(label, label)) for start, end, label in spans]
         self.renamed.update({label for _, _, label in spans if label in self.rename})
         return text, tuple(span for span in kept if span[2])
 
-    def _there(self, value: T | None) -> T:
+    def there(self, value: T | None) -> T:
+        """The value. Raises Missing if it is None."""
         if value is None:
             raise Missing
         return value

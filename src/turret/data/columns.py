@@ -7,18 +7,24 @@ version does not have are refused by the name of their task.
 
 from __future__ import annotations
 
-import difflib
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from turret.data.cells import Replacements, RowReader, label_of, text_of
-from turret.data.conversations import conversation_of, from_question, prompt_of, question, turns_of
-from turret.data.examples import Conversation, Example, Prompt, Turn
-from turret.data.table import Answers, CellValue, DataSettings, Table, TableRow, name_key
+from turret.data.cells import RowReader, label_of
+from turret.data.examples import Example
+from turret.data.table import (
+    ROLES,
+    Answers,
+    CellValue,
+    DataSettings,
+    Table,
+    TableRow,
+    find_column,
+    list_columns,
+    name_key,
+    require_columns,
+)
 from turret.errors import DataError, listed, shown
-
-_LISTED = 12  # columns that an error names
 
 Roles = tuple[str, ...]  # keys of a recipe's [data]: the input columns, then the answer columns
 LABELLED: Roles = ("text", "label")
@@ -30,10 +36,7 @@ TAGGED: Roles = ("tokens", "tags")
 SPANNED: Roles = ("text", "spans")
 TRIPLE: Roles = ("anchor", "positive", "negative")
 OPTIONS = ("text", "text_pair", "label", "prompt", "completion", "messages")  # with an option of the command line
-PLAIN_ROLES = (
-    *("text", "text_pair", "label", "document", "summary", "prompt", "completion", "chosen", "rejected"),
-    *("tokens", "tags", "spans", "anchor", "positive", "negative"),
-)
+PLAIN_ROLES = ROLES[: ROLES.index("messages")]
 
 WHOLE = ("messages", "conversations")  # column names of all turns
 MORE_WHOLE = ("conversation", "chat", "dialog")  # obvious only if the task is known
@@ -57,7 +60,7 @@ class Schema:
         example: makes the example of a row. Raises DataError for a wrong cell, Missing for one without a value.
         classes: whether answers are classes, which are counted, checked and listed.
         many: whether an example has any number of classes.
-        conversations: whether the examples are conversations, whose columns are found by `named_layout`.
+        conversations: whether the examples are conversations, whose columns have names of their own.
         show: how many of `names` show the task; others need the task's name.
         answers: how many of the roles, at the end, are answers.
         converses: whether what is asked is a conversation.
@@ -97,7 +100,6 @@ class Columns:
     schema: Schema
     roles: dict[str, str]  # ("text", "label"), ("document", "summary") or ("prompt", "completion") -> column
     note: str | None  # what was guessed
-    layout: Layout | None = None  # of conversations, with the same roles
 
     @property
     def answer(self) -> str:
@@ -122,11 +124,17 @@ def find_columns(
             may lack it.
     """
     columns = kept_columns(data, columns)
-    if (conversations := _conversations(data, columns, schemas, trained)) is not None:
-        return conversations
+    task = schemas[0] if len(schemas) == 1 else None
+    for schema in (schema for schema in schemas if schema.conversations):
+        if conversations := _conversations(data, columns, schema, named=task is not None, trained=trained):
+            return conversations
+    chat = [role for role in named_columns(data, CHAT_ROLES) if role not in PLAIN_ROLES]
+    if task and (strange := [role for role in chat if role not in task.roles]):
+        raise DataError(f'data.{strange[0]} does not belong to {task.kind}: set task.kind = "chat", or leave it out')
     schemas = [schema for schema in schemas if not schema.conversations]
+    only = schemas[0] if len(schemas) == 1 else None
     every = [role for schema in schemas for roles in schema.names for role in roles]
-    given = found_columns(named_columns(data, dict.fromkeys((*PLAIN_ROLES, *every))), columns)
+    given = require_columns(named_columns(data, dict.fromkeys((*PLAIN_ROLES, *every))), columns)
     note = None
     if trained:
         known, lacks = trained_columns(trained, columns)
@@ -136,7 +144,6 @@ def find_columns(
             own = [roles for roles in schemas[0].names if given.keys() & set(roles)]
             of_it: Roles = next((roles for roles in own if known.keys() <= set(roles)), next(iter(own), ()))
             given |= {role: name for role, name in known.items() if role in of_it and role not in given}
-    only = schemas[0] if len(schemas) == 1 else None
     _check_named(given, only)
     found = []
     for schema in schemas:
@@ -156,26 +163,17 @@ def find_columns(
             f"the columns {listed(columns, 80)} fit {both}: set task.kind (--task), or name the columns under [data]"
         )
     best = found[0]
-    if all(role in given for role in best.roles):
-        return best
-    guessed = ", ".join(f"{role} is column {name!r}" for role, name in best.roles.items() if role not in given)
-    others = [name for name in columns if name not in best.roles.values()]
-    guess_note = f"guessed: {best.schema.kind}, {guessed}" + (f"; not used: {', '.join(others)}" if others else "")
-    return Columns(best.schema, best.roles, f"{note}; {guess_note}" if note else guess_note)
+    notes = [note, _guess_note(best.schema.kind, best.roles, given, columns)]
+    return replace(best, note="; ".join(filter(None, notes)) or None)
 
 
-def _conversations(
-    data: DataSettings, columns: Sequence[str], schemas: Sequence[Schema], trained: Mapping[str, str] | None
-) -> Columns | None:
-    schema, known = next((schema for schema in schemas if schema.conversations), None), len(schemas) == 1
-    if schema is None:
-        if known:
-            require_no_layout(data, schemas[0])
+def _guess_note(kind: str, roles: Mapping[str, str], given: Mapping[str, str], columns: Sequence[str]) -> str | None:
+    """What was guessed, and which columns are not used; None if the recipe names all that are."""
+    guessed = [f"{role} is column {name!r}" for role, name in roles.items() if role not in given]
+    unused = [name for name in columns if name not in roles.values()]
+    if not guessed:
         return None
-    layout = named_layout(data, columns, schema.kind, known=known, trained=trained)
-    if layout is None:
-        return None
-    return Columns(schema, layout.roles, layout_note(data, schema.kind, layout, columns, trained), layout)
+    return f"guessed: {kind}, {', '.join(guessed)}" + (f"; not used: {', '.join(unused)}" if unused else "")
 
 
 def find_inputs(
@@ -187,8 +185,10 @@ def find_inputs(
         trained: role -> column of the table that a version was trained on; used if the table has it.
     """
     columns = kept_columns(data, columns)
+    if schema.conversations or schema.converses:
+        return _questions(data, columns, trained)
     asked = [roles[: -schema.answers] for roles in schema.names]
-    given = found_columns(
+    given = require_columns(
         {role: n for role, n in named_columns(data, PLAIN_ROLES).items() if _in(role, asked)}, columns
     )
     known, _ = trained_columns({role: name for role, name in (trained or {}).items() if _in(role, asked)}, columns)
@@ -217,7 +217,7 @@ def find_inputs(
     options = " ".join(f"--{role.replace('_', '-')} COLUMN" for role in roles) if first == "text" else "--prompt COLUMN"
     which = "which column has the inputs" if len(roles) == 1 else "which columns have the two texts"
     raise DataError(
-        f"cannot tell {which}; the columns are {listed_columns(columns)}: name "
+        f"cannot tell {which}; the columns are {list_columns(columns)}: name "
         f"{'one' if len(roles) == 1 else 'them'} with {options}"
     )
 
@@ -232,7 +232,7 @@ def aligned(table: Table, names: Sequence[str]) -> Table:
     missing = [name for name, column in found.items() if column is None]
     if missing:
         raise DataError(
-            f"{table.name} has no column {listed(missing, 60)}: its columns are {listed_columns(table.columns)}"
+            f"{table.name} has no column {listed(missing, 60)}: its columns are {list_columns(table.columns)}"
         )
     if all(name == column for name, column in found.items()):
         return table
@@ -283,7 +283,7 @@ def with_answers(table: Table, names: Sequence[str]) -> Table:
 
 def find_group(data: DataSettings, columns: Sequence[str]) -> str | None:
     """The column of `data.group`. Raises DataError if the table lacks it."""
-    return None if data.group is None else found_columns({"group": data.group}, columns)["group"]
+    return None if data.group is None else require_columns({"group": data.group}, columns)["group"]
 
 
 def _check_named(given: dict[str, str], only: Schema | None) -> None:
@@ -317,7 +317,7 @@ def _not_found(given: dict[str, str], columns: Sequence[str], only: Schema | Non
         named = f" beside {listed(given.values(), 40)}"
         what = f"the {role}{named} is" if role in OPTIONS else f"data.{role}{named} is"
         remedy = f"add --{role.replace('_', '-')} COLUMN" if role in OPTIONS else f"set data.{role}"
-        return f"cannot tell which column {what}; the columns are {listed_columns(columns)}: {remedy}"
+        return f"cannot tell which column {what}; the columns are {list_columns(columns)}: {remedy}"
     if only:
         roles = COMPLETED if roles == SUMMARISED else roles
         keys = [f"data.{role}" for role in roles]
@@ -325,7 +325,7 @@ def _not_found(given: dict[str, str], columns: Sequence[str], only: Schema | Non
         remedy = f"set {', '.join(keys[:-1])} and {keys[-1]} ({options})"
     else:
         remedy = "set data.text and data.label (--text, --label) to classify, or --prompt and --completion to write"
-    return f"cannot tell which columns to use; the columns are {listed_columns(columns)}: {remedy}"
+    return f"cannot tell which columns to use; the columns are {list_columns(columns)}: {remedy}"
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -339,43 +339,6 @@ def named_columns(data: DataSettings, roles: Iterable[str]) -> dict[str, str]:
 def column_of(name: str | Sequence[str]) -> str:
     """The column of a name; several names are the columns that `with_answers` makes one of."""
     return name if isinstance(name, str) else ", ".join(name)
-
-
-def find_column(name: str, columns: Sequence[str]) -> str | None:
-    """The column of that name, or the only one that differs in case or blanks only."""
-    if name in columns:
-        return name
-    alike = [column for column in columns if name_key(column) == name_key(name)]
-    return alike[0] if len(alike) == 1 else None
-
-
-def found_columns(given: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:
-    """The columns by role, as the table spells them. Raises DataError, which names every one that is not there."""
-    found = {role: column for role, name in given.items() if (column := find_column(name, columns)) is not None}
-    missing = list(dict.fromkeys(name for role, name in given.items() if role not in found))
-    if not missing:
-        return found
-    near = [difflib.get_close_matches(name_key(name), [name_key(each) for each in columns], n=1) for name in missing]
-    meant = [shown(next(c for c in columns if name_key(c) == match[0]), 40) for match in near if match]
-    no = f"is no column {shown(missing[0])}" if len(missing) == 1 else f"are no columns {listed(missing, 60)}"
-    ask = f", did you mean {' and '.join(meant)}?" if meant else ""
-    raise DataError(f"there {no}: the columns are {listed_columns(columns, 150 if meant else 180)}{ask}")
-
-
-def listed_columns(columns: Sequence[str], room: int = 140) -> str:
-    """Up to twelve names of columns, the long ones shortened so that they fit, and the number of the others.
-
-    Args:
-        room: characters.
-    """
-    names = list(columns[:_LISTED])
-    lengths, left = sorted(len(shown(name, room)) - 2 for name in names), room - 4 * len(names)
-    most = 8
-    for place, length in enumerate(lengths):  # what short names leave is for the long ones
-        most = max(8, left // (len(lengths) - place))
-        left -= min(length, most)
-    more = f" and {len(columns) - len(names)} more" if len(columns) > len(names) else ""
-    return ", ".join(shown(name, most + 2) for name in names) + more
 
 
 def trained_columns(trained: Mapping[str, str], columns: Sequence[str]) -> tuple[dict[str, str], str | None]:
@@ -393,139 +356,19 @@ def trained_columns(trained: Mapping[str, str], columns: Sequence[str]) -> tuple
 # --- conversations ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The columns of conversations, by role: `messages`, or `prompt`, `completion` and often `input`."""
-
-    roles: dict[str, str]  # role -> column
-
-    @property
-    def whole(self) -> bool:
-        """Whether one column has all turns."""
-        return "messages" in self.roles
-
-    def conversation(
-        self, cells: Sequence[CellValue], replaced: Replacements, changes: Counter[str]
-    ) -> Conversation | str:
-        """The conversation in the cells of a row, or what the row lacks. Raises DataError.
-
-        Args:
-            cells: in the order of `roles`.
-            replaced: counts replaced characters.
-            changes: counts conversations that lose turns.
-        """
-        row = self._row(cells)
-        system = self._text(row, "system", replaced)
-        if self.whole:
-            turns = self._turns(row, "messages", replaced)
-            found = None if turns is None else conversation_of(turns, row.get("tools"), system, changes)
-            if found is not None:
-                return found
-            lacks = "" if turns is None else "a question and its answer in "
-            return f"{lacks}{self.roles['messages']!r}"
-        asked = self._asked(row, replaced)
-        if asked is None:
-            return repr(self.roles["prompt"])
-        answers = self._side(row, "completion", "assistant", replaced)
-        found = None if answers is None else conversation_of([*asked, *answers], row.get("tools"), system, changes)
-        return repr(self.roles["completion"]) if found is None else found
-
-    def prompt(self, cells: Sequence[CellValue], replaced: Replacements) -> Prompt | None:
-        """What is asked in the cells of a row; None if they are missing. Turns after the last question are answers."""
-        row = self._row(cells)
-        system = self._text(row, "system", replaced)
-        turns = self._turns(row, "messages", replaced) if self.whole else self._asked(row, replaced)
-        turns = None if turns is None else list(from_question(turns))
-        while turns and turns[-1].role == "assistant":
-            turns = turns[:-1]
-        return prompt_of(turns, row.get("tools"), system) if turns else None
-
-    def _row(self, cells: Sequence[CellValue]) -> dict[str, CellValue]:
-        return dict(zip(self.roles, cells, strict=True))
-
-    def _asked(self, row: Mapping[str, CellValue], replaced: Replacements) -> list[Turn] | None:
-        turns = self._side(row, "prompt", "user", replaced)
-        more = self._text(row, "input", replaced)
-        if turns is None or more is None:
-            return turns
-        last = turns[-1]
-        return [*turns[:-1], Turn(last.role, question(last.content, more))]
-
-    def _side(self, row: Mapping[str, CellValue], role: str, speaker: str, replaced: Replacements) -> list[Turn] | None:
-        """A cell with a text, or with turns."""
-        if isinstance(row[role], (list, tuple)):
-            return self._turns(row, role, replaced)
-        text = self._text(row, role, replaced)
-        return None if text is None else [Turn(speaker, text)]
-
-    def _turns(self, row: Mapping[str, CellValue], role: str, replaced: Replacements) -> list[Turn] | None:
-        try:
-            return turns_of(row[role], replaced)
-        except DataError as error:
-            raise DataError(f"column {shown(self.roles[role], 40)}: {error}") from None
-
-    def _text(self, row: Mapping[str, CellValue], role: str, replaced: Replacements) -> str | None:
-        try:
-            return text_of(row.get(role), replaced)
-        except DataError as error:
-            raise DataError(f"column {shown(self.roles[role], 40)}: {error}") from None
-
-
-def find_layout(given: Mapping[str, str], columns: Sequence[str], *, known: bool, asks: bool = False) -> Layout | None:
-    """The columns that the recipe names, else those with an obvious name; None if there are none.
-
-    Args:
-        given: columns that the recipe names, by role.
-        columns: of the table.
-        known: whether the task is known, so that more names are obvious.
-        asks: whether the table may have questions without answers.
-    """
-    low = {name_key(name): name for name in reversed(columns)}
-    roles = {role: given[role] for role in CHAT_ROLES if role in given}
-    if not roles.keys() & {"messages", "prompt", "completion"}:
-        names = (*WHOLE, *(MORE_WHOLE if known else ()))
-        if whole := next((low[name] for name in names if name in low), None):
-            roles = {"messages": whole} | roles
-    if "messages" not in roles:
-        pairs = (*INSTRUCTED, *(MORE_PAIRS if known or given else ()))
-        for first, second in pairs:
-            asked, answer = roles.get("prompt", low.get(first)), roles.get("completion", low.get(second))
-            if asked and (answer or asks):
-                roles = {"prompt": asked, **({"completion": answer} if answer else {})} | roles
-                break
-    if not ("messages" in roles or ("prompt" in roles and ("completion" in roles or asks))):
-        return None
-    taken = set(roles.values())
-    for role in BESIDE:
-        applies = role != "input" or "messages" not in roles
-        if applies and role not in roles and role in low and low[role] not in taken:
-            roles[role] = low[role]
-    if asks:
-        roles.pop("completion", None)
-    return Layout(roles)
-
-
-# --- what a recipe or a version names ---------------------------------------------------------------------------------
-
-
-def kept_columns(data: DataSettings, columns: Sequence[str]) -> list[str]:
-    """The columns that `data.ignore` leaves. Raises DataError if it names one that is not there, or that is used."""
-    ignored = found_columns({name: name for name in data.ignore or ()}, columns)
-    named = named_columns(data, (*PLAIN_ROLES, *CHAT_ROLES))
-    if used := next((role for role, name in named.items() if find_column(name, list(ignored.values()))), None):
-        raise DataError(f"data.ignore and data.{used} both name the column {shown(named[used], 40)}: keep one of them")
-    return [name for name in columns if name not in ignored.values()]
-
-
-def named_layout(
-    data: DataSettings, columns: Sequence[str], kind: str, *, known: bool, trained: Mapping[str, str] | None = None
-) -> Layout | None:
+def _conversations(
+    data: DataSettings,
+    columns: Sequence[str],
+    schema: Schema,
+    *,
+    named: bool,
+    trained: Mapping[str, str] | None,
+) -> Columns | None:
     """The columns of conversations, if the recipe names them, asks for the task, or the table shows them.
 
     Args:
         columns: those that `data.ignore` leaves.
-        kind: of the task whose examples are conversations.
-        known: whether the recipe names that task.
+        named: whether the recipe names that task.
         trained: role -> column of the table that a version was trained on; used if nothing is named.
 
     Raises:
@@ -534,59 +377,89 @@ def named_layout(
     given = named_columns(data, CHAT_ROLES)
     own = [role for role in given if role not in PLAIN_ROLES]  # roles that no other task has
     foreign = [role for role in named_columns(data, PLAIN_ROLES) if role not in CHAT_ROLES]
-    if known and foreign:
-        raise DataError(f"data.{foreign[0]} does not belong to {kind}: name data.messages, or prompt and completion")
-    if not known and (foreign or (given and not own)):
-        return None
-    again = {} if given else _as_trained(trained, columns)[0]
-    if "messages" in again or again.keys() >= {"prompt", "completion"}:
-        return Layout(again)
-    layout = find_layout(found_columns(given, columns), columns, known=known)
-    if layout is None and (known or own):
-        remedy = "name data.messages, or data.prompt and data.completion"
-        raise DataError(f"cannot tell which columns to use; the columns are {listed_columns(columns)}: {remedy}")
-    return layout
-
-
-def require_no_layout(data: DataSettings, schema: Schema) -> None:
-    """Raise DataError if the recipe names a column that only conversations have, and asks for another task."""
-    known = {*PLAIN_ROLES, *(role for roles in schema.names for role in roles)}
-    if own := next((role for role in named_columns(data, CHAT_ROLES) if role not in known), None):
-        raise DataError(f'data.{own} does not belong to {schema.kind}: set task.kind = "chat", or leave it out')
-
-
-def prompt_layout(data: DataSettings, columns: Sequence[str], trained: Mapping[str, str] | None = None) -> Layout:
-    """The columns of conversations that may have no answers. Raises DataError."""
-    kept, given = kept_columns(data, columns), named_columns(data, CHAT_ROLES)
-    again = {} if given else _as_trained(trained, kept)[0]
-    if again.keys() & {"messages", "prompt"}:
-        return Layout({role: name for role, name in again.items() if role != "completion"})
-    layout = find_layout(found_columns(given, kept), kept, known=True, asks=True)
-    if layout is None:
+    if named and foreign:
         raise DataError(
-            f"cannot tell which column has the conversations; the columns are {listed_columns(columns)}: "
+            f"data.{foreign[0]} does not belong to {schema.kind}: name data.messages, or prompt and completion"
+        )
+    if not named and (foreign or (given and not own)):
+        return None
+    again, lacks = _trained_conversations(trained, given, columns)
+    if "messages" in again or again.keys() >= {"prompt", "completion"}:
+        return Columns(schema, again, lacks)
+    roles = _conversation_roles(require_columns(given, columns), columns, known=named)
+    if roles is None and (named or own):
+        remedy = "name data.messages, or data.prompt and data.completion"
+        raise DataError(f"cannot tell which columns to use; the columns are {list_columns(columns)}: {remedy}")
+    if roles is None:
+        return None
+    return Columns(schema, roles, lacks if trained and not given else _guess_note(schema.kind, roles, given, columns))
+
+
+def _questions(data: DataSettings, columns: Sequence[str], trained: Mapping[str, str] | None) -> dict[str, str]:
+    """The columns of conversations that may have no answers, by role. Raises DataError."""
+    given = named_columns(data, CHAT_ROLES)
+    again, _ = _trained_conversations(trained, given, columns)
+    roles: dict[str, str] | None = again
+    if not again.keys() & {"messages", "prompt"}:
+        roles = _conversation_roles(require_columns(given, columns), columns, known=True, asks=True)
+    if roles is None:
+        raise DataError(
+            f"cannot tell which column has the conversations; the columns are {list_columns(columns)}: "
             "name data.messages or data.prompt"
         )
-    return layout
+    return {role: name for role, name in roles.items() if role != "completion"}
 
 
-def layout_note(
-    data: DataSettings, kind: str, layout: Layout, columns: Sequence[str], trained: Mapping[str, str] | None = None
-) -> str | None:
-    """What was guessed or is missing, and which columns are not used; None if the recipe names all of them."""
-    given = named_columns(data, CHAT_ROLES)
-    if trained and not given:
-        return _as_trained(trained, columns)[1]
-    guessed = [f"{role} is column {name!r}" for role, name in layout.roles.items() if role not in given]
-    unused = [name for name in columns if name not in layout.roles.values()]
-    if not guessed:
-        return None
-    return f"guessed: {kind}, {', '.join(guessed)}" + (f"; not used: {', '.join(unused)}" if unused else "")
+def _trained_conversations(
+    trained: Mapping[str, str] | None, given: Mapping[str, str], columns: Sequence[str]
+) -> tuple[dict[str, str], str | None]:
+    """The columns of conversations that a version was trained on, as in `trained_columns`, if no others are given."""
+    own = {role: trained[role] for role in CHAT_ROLES if role in trained} if trained and not given else {}
+    return trained_columns(own, columns)
 
 
-def _as_trained(trained: Mapping[str, str] | None, columns: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    """The columns of conversations that a version was trained on, as in `trained_columns`."""
-    return trained_columns({role: trained[role] for role in CHAT_ROLES if role in trained} if trained else {}, columns)
+def _conversation_roles(
+    given: Mapping[str, str], columns: Sequence[str], *, known: bool, asks: bool = False
+) -> dict[str, str] | None:
+    """The columns that the recipe names, else those with an obvious name, by role; None if there are none.
+
+    Args:
+        given: columns that the recipe names, by role.
+        columns: of the table.
+        known: whether the task is known, so that more names are obvious.
+        asks: whether the table may have questions without answers.
+    """
+    low = {name_key(name): name for name in reversed(columns)}
+    roles = dict(given)
+    if not roles.keys() & {"messages", "prompt", "completion"}:
+        names = (*WHOLE, *(MORE_WHOLE if known else ()))
+        if whole := next((low[name] for name in names if name in low), None):
+            roles = {"messages": whole} | roles
+    if "messages" not in roles:
+        for first, second in (*INSTRUCTED, *(MORE_PAIRS if known or given else ())):
+            asked, answer = roles.get("prompt", low.get(first)), roles.get("completion", low.get(second))
+            if asked and (answer or asks):
+                roles = {"prompt": asked, **({"completion": answer} if answer else {})} | roles
+                break
+        else:
+            return None
+    for role in BESIDE:
+        applies = role not in roles and (role != "input" or "messages" not in roles)
+        if applies and role in low and low[role] not in roles.values():
+            roles[role] = low[role]
+    return roles
+
+
+# --- what a recipe or a version names ---------------------------------------------------------------------------------
+
+
+def kept_columns(data: DataSettings, columns: Sequence[str]) -> list[str]:
+    """The columns that `data.ignore` leaves. Raises DataError if it names one that is not there, or that is used."""
+    ignored = require_columns({name: name for name in data.ignore or ()}, columns)
+    named = named_columns(data, (*PLAIN_ROLES, *CHAT_ROLES))
+    if used := next((role for role, name in named.items() if find_column(name, list(ignored.values()))), None):
+        raise DataError(f"data.ignore and data.{used} both name the column {shown(named[used], 40)}: keep one of them")
+    return [name for name in columns if name not in ignored.values()]
 
 
 # --- what cannot be learnt -------------------------------------------------------------------------------------------
@@ -594,11 +467,13 @@ def _as_trained(trained: Mapping[str, str] | None, columns: Sequence[str]) -> tu
 
 def check_unused(data: DataSettings, table: Table, found: Columns) -> None:
     """Raise DataError if a column with values looks like input, is not used, and is not in `data.ignore`."""
-    names = BESIDE_ALL if found.layout is not None and found.layout.whole else BESIDE_PAIR
+    names = BESIDE_ALL if "messages" in found.roles else BESIDE_PAIR
     for name in kept_columns(data, table.columns):
         if name in found.roles.values() or name_key(name) not in names or not _has_values(table, name):
             continue
-        remedy = "name it under [data]" if found.layout else 'name it in data.input with task.kind = "chat"'
+        remedy = (
+            "name it under [data]" if found.schema.conversations else 'name it in data.input with task.kind = "chat"'
+        )
         raise DataError(
             f"{table.name} has the column {shown(name, 40)}, which looks like input, and {found.schema.kind} does "
             f"not use it: {remedy}, or drop it with data.ignore = [{shown(name, 40)}]"

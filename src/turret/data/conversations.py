@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from turret.data.cells import Missing, Replacements, RowReader, text_of
 from turret.data.examples import Conversation, Preferred, Prompt, Turn
@@ -22,7 +22,6 @@ from turret.errors import DataError, shown
 from turret.json_types import JsonObject, JsonValue
 
 MOST_TURNS = 10_000
-_UNASKED = "answers that begin a conversation are left out"
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -44,42 +43,43 @@ _ROLES = {
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call of a tool
 
 
-def question(instruction: str, more: str | None) -> str:
-    """The user's turn of an instruction and its input: a blank line is between them."""
-    return instruction if more is None else f"{instruction}\n\n{more}"
-
-
-def conversation_of(
-    turns: Sequence[Turn], tools: CellValue, system: str | None, changes: Counter[str]
-) -> Conversation | None:
-    """The conversation from its first question to its last answer; None if it has none. Raises DataError.
+def conversation_in(row: RowReader) -> Conversation:
+    """The conversation in a row, from its first question to its last answer. Raises DataError, Missing.
 
     An answer before the first question, such as a greeting, is left out: nobody asked for it, and many chat templates
     refuse such a conversation.
 
     Args:
-        tools: a cell with the tools that the assistant may call.
-        system: a system turn from a column of its own.
-        changes: counts the conversations that lose turns before the first question, or after the last answer.
+        row: with `messages`, or with `prompt`, `completion` and often `input`; often with `system` and `tools`.
     """
+    whole = row.has("messages")
+    turns = _turns_asked(row) if whole else [*_turns_asked(row), *_turns_in(row, "completion", "assistant")]
     asked = from_question(turns)
     if len(asked) < len(turns):
-        changes[_UNASKED] += any(map(_answers, asked))
-    turns = asked
-    answers = [place for place, turn in enumerate(turns) if _answers(turn)]
+        row.changes["answers that begin a conversation are left out"] += any(map(_answers, asked))
+    answers = [place for place, turn in enumerate(asked) if _answers(turn)]
     if not answers:
-        return None
-    end = answers[-1] + 1
-    if end < len(turns):
-        changes["turns after the last answer are left out"] += 1
-    prompt = prompt_of(turns[:end], tools, system)
+        row.role = "messages" if whole else "completion"
+        raise Missing("a question and its answer in " if whole else "")
+    if answers[-1] + 1 < len(asked):
+        row.changes["turns after the last answer are left out"] += 1
+    prompt = _whole_prompt(row, asked[: answers[-1] + 1])
     return Conversation(prompt.turns, prompt.tools)
 
 
-def preferred_of(row: RowReader) -> Preferred:
-    """The prompt and the two answers in the cells of a row: texts, or lists of turns. Raises DataError, Missing."""
+def prompt_in(row: RowReader) -> Prompt:
+    """What is asked in a row. Turns after the last question are answers. Raises DataError, Missing."""
+    turns = list(from_question(_turns_asked(row)))
+    while turns and turns[-1].role == "assistant":
+        turns.pop()
+    if not turns:
+        raise Missing
+    return _whole_prompt(row, turns)
+
+
+def preferred_in(row: RowReader) -> Preferred:
+    """The prompt and the two answers in a row: texts, or lists of turns. Raises DataError, Missing."""
     asked = _turns_in(row, "prompt", "user")
-    system = text_of(row.cell("system"), row.replaced)
     chosen, rejected = (_turns_in(row, role, "assistant") for role in ("chosen", "rejected"))
     common = 0  # turns that both lists repeat before their answers
     while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
@@ -91,16 +91,30 @@ def preferred_of(row: RowReader) -> Preferred:
         if len(turns) != 1 or not turns[0].content or turns[0].role != "assistant":
             raise DataError(f"expected one answer of the assistant, found {len(turns)} turns: keep the last one")
         answers.append(turns[0].content)
-    return Preferred(prompt_of(asked, None, system).turns, *answers)
+    return Preferred(_whole_prompt(row, asked).turns, *answers)
+
+
+def _turns_asked(row: RowReader) -> list[Turn]:
+    """All turns of a row that has them in one column, else its prompt, with its input after a blank line."""
+    if row.has("messages"):
+        return row.there(turns_of(row.cell("messages"), row.replaced))
+    turns = _turns_in(row, "prompt", "user")
+    more = text_of(row.cell("input"), row.replaced)
+    return turns if more is None else [*turns[:-1], Turn(turns[-1].role, f"{turns[-1].content}\n\n{more}")]
 
 
 def _turns_in(row: RowReader, role: str, speaker: str) -> list[Turn]:
     """A cell with a text, or with turns. Raises Missing."""
     cell = row.cell(role)
-    turns = turns_of(cell, row.replaced) if isinstance(cell, (list, tuple)) else [Turn(speaker, row.text(role))]
-    if not turns:
-        raise Missing
-    return turns
+    return (
+        row.there(turns_of(cell, row.replaced)) if isinstance(cell, (list, tuple)) else [Turn(speaker, row.text(role))]
+    )
+
+
+def _whole_prompt(row: RowReader, turns: Sequence[Turn]) -> Prompt:
+    """The turns with the system turn and the tools from columns of their own."""
+    prompt = prompt_of(turns, None, text_of(row.cell("system"), row.replaced))
+    return replace(prompt, tools=tools_of(row.cell("tools")))
 
 
 def from_question(turns: Sequence[Turn]) -> Sequence[Turn]:

@@ -1,8 +1,8 @@
-"""Reads a source of data into examples. The entry is `read`.
+"""Reads a source of data into examples, or into the rows of a table that are to be answered.
 
-A table is read twice, a row at a time. The first pass checks every cell and counts usable rows and labels. Then the
-splits are chosen by row number, and the second pass keeps the chosen rows. So `train = 2000` of a table of a hundred
-gigabytes keeps 2000 examples. If the examples do not fit in memory, `ExampleStore` keeps them in a temporary file.
+`read_dataset` reads a table twice, a row at a time. The first pass checks every cell and counts usable rows and labels.
+Then the splits are chosen by row number, and the second pass keeps the chosen rows. So `train = 2000` of a table of a
+hundred gigabytes keeps 2000 examples. If the examples do not fit in memory, `ExampleStore` keeps them in a file.
 
 One error reports the problems of columns, or those of all cells: the first few, and a count of the others.
 """
@@ -10,22 +10,25 @@ One error reports the problems of columns, or those of all cells: the first few,
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from turret.data import cells
-from turret.data.columns import Columns, Layout, Schema, aligned, check_unused, find_columns, find_group, fitting
-from turret.data.examples import MEMORY, Dataset, Example, ExampleStore
+from turret.data.columns import Columns, Schema, aligned, check_unused, find_columns, find_group, find_inputs, fitting
+from turret.data.conversations import prompt_in
+from turret.data.examples import MEMORY, Dataset, Example, ExampleStore, Input, TextPair
 from turret.data.profile import columns_of, rivals_note
-from turret.data.rows import numbered
-from turret.data.source import open_labelled
+from turret.data.source import open_labelled, open_source
 from turret.data.splits import (
     ROLES,
     Chosen,
@@ -38,7 +41,8 @@ from turret.data.splits import (
     taken,
     test_split,
 )
-from turret.data.table import CellValue, DataSettings, Table, format_of
+from turret.data.table import DETECTED, CellValue, DataSettings, FileFormat, Table, format_of
+from turret.data.text_file import lines_of
 from turret.errors import DataError, counted, listed, one_line, shown
 
 T = TypeVar("T")
@@ -46,9 +50,10 @@ _ROOM = 270  # characters of the error
 _MOST = 4  # problems that are named; the others are counted
 FEWEST = 10  # training examples; fewer may be equal by chance
 CONSTANT = 0.9  # share of the training examples with the same input from which on it counts as constant
+LINES = "text"  # the column of a .txt file
 
 
-def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memory: int = MEMORY) -> Dataset:
+def read_dataset(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memory: int = MEMORY) -> Dataset:
     """Read the source, find the columns and choose the splits. The data set's `notes` report every guess.
 
     Args:
@@ -60,40 +65,15 @@ def read(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, *, memor
     Raises:
         DataError: the source, a column, a cell or a split cannot be used. It names the first problems that were found.
     """
-    tables, schemas = open_labelled(data, format_of(data)), fitting(data, schemas)
-    problems = Problems()
-    sources = problems.note(lambda: find_sources(data, list(tables)))
-    train = tables[sources.split["train"] if sources else next(iter(tables))]
-    columns = problems.note(lambda: columns_of(train, data, schemas))
-    group = problems.note(lambda: find_group(data, train.columns))
-    if columns is None:  # perhaps because the file was read in the wrong way
-        for note in [*train.notes, *([train.hint] if train.hint else [])]:
-            problems.add(note)
-    problems.require()
-    assert sources is not None
-    assert columns is not None
-    check_unused(data, train, columns)
-    schema = columns.schema
-    wanted = Wanted.of(data, columns, group)
-    used = {split: aligned(tables[split], wanted.columns) for split in dict.fromkeys(sources.split.values())}
-    scans = {split: scan_of(table, columns, wanted, problems) for split, table in used.items()}
-    spelling: Mapping[str, str] = {}
-    if schema.classes:
-        spelling = _spelling(data, scans)
-        problems.note(lambda: _check_labels(data, scans, used, sources, columns, spelling))
-    problems.require()
-    notes = [note for table in used.values() for note in table.notes] + ([columns.note] if columns.note else [])
-    notes += [note for split, scan in scans.items() for note in scan.notes(used[split])]
-    notes += [*_spelling_notes(spelling), *_rename_notes(data, scans)]
-    notes += rivals_note(train, data, columns)
-    labels = (
-        cells.in_order({spelling[label] for label in scans[sources.split["train"]].labels}) if schema.classes else ()
-    )
-    _check_groups(data, scans, used)
-    counts = {split: scan.rows_kept for split, scan in scans.items()}
-    chosen = choose(data, sources, counts, seed, {split: scan.kinship(spelling) for split, scan in scans.items()})
-    chosen, leak_notes = _without_leaks(chosen, sources, scans) if data.drop_duplicates else (chosen, [])
-    examples = _read_chosen(used, sources, chosen, columns, wanted, scans, spelling, memory)
+    first = _first_pass(data, schemas)
+    columns, schema, notes = first.columns, first.columns.schema, first.notes()
+    first.check_groups()
+    counts = {split: scan.rows_kept for split, scan in first.scans.items()}
+    kinships = {split: scan.kinship(first.spelling) for split, scan in first.scans.items()}
+    chosen = choose(data, first.sources, counts, seed, kinships)
+    chosen, leak_notes = first.without_leaks(chosen) if data.drop_duplicates else (chosen, [])
+    examples = first.read_chosen(chosen, memory)
+    labels = cells.in_order(first.classes()) if schema.classes else ()
     if schema.classes:
         notes += _class_notes(labels, examples["train"], schema)
     inputs, both = {role: _hashes(examples[role]) for role in ROLES}, _hashes(examples["train"], outputs=True)
@@ -148,17 +128,14 @@ def read_test(
     tables = open_labelled(data, format_of(data, trained))
     problems = Problems()
     split = problems.note(lambda: test_split(data, list(tables)))
-    table, last_place = numbered(tables[split] if split is not None else next(iter(tables.values())))
+    table = tables[split] if split is not None else next(iter(tables.values()))
     columns = problems.note(lambda: find_columns(data, table.columns, [schema], trained=trained))
     if columns is None and table.hint:
         problems.add(table.hint)
     problems.require()
     assert columns is not None
-    wanted = Wanted.of(data, columns, None)
-    scan, rows, places = Scan(), list[Example](), list[int]()
-    for example in examples_of(table, columns, wanted, scan, collect=True):
-        rows.append(example)
-        places.append(last_place())
+    scan = Scan(data, columns)
+    found = list(scan.examples(table, collect=True))
     scan.report(table, problems)
     spelling = _known_spelling(data, scan.labels, labels) if schema.classes else {}
     unknown = sorted({spelling[label] for label in scan.labels} - set(labels)) if labels else []
@@ -168,23 +145,12 @@ def read_test(
             f"it knows {listed(labels, 60)}" + ("" if data.normalize_labels else _offer(unknown, labels))
         )
     problems.require()
-    examples = [example.respelt(spelling) for example in rows]
+    places, examples = [place for place, _ in found], [example.respelt(spelling) for _, example in found]
     notes = [*table.notes, *([columns.note] if columns.note else []), *scan.notes(table)]
     if data.test is not None and not isinstance(data.test, str):
         numbers = shuffled(len(examples), seed)[: taken("test", data.test, len(examples), len(examples), notes)]
         examples, places = [examples[number] for number in numbers], [places[number] for number in numbers]
     return EvaluationRows(examples, places, tuple(notes))
-
-
-# --- checks between the passes ---------------------------------------------------------------------------------------
-
-
-def _spelling(data: DataSettings, scans: Mapping[str, Scan]) -> dict[str, str]:
-    """Label -> class: the label itself, or its most frequent spelling with `data.normalize_labels`."""
-    counts: Counter[str] = Counter()
-    for scan in scans.values():
-        counts.update(scan.labels)
-    return cells.spellings(counts) if data.normalize_labels else {label: label for label in counts}
 
 
 def _known_spelling(data: DataSettings, found: Mapping[str, int], labels: Sequence[str]) -> dict[str, str]:
@@ -199,162 +165,308 @@ def _offer(unknown: Sequence[str], labels: Sequence[str]) -> str:
     return "; set data.normalize_labels = true to ignore case and blanks" if alike else ""
 
 
-def _spelling_notes(spelling: Mapping[str, str]) -> list[str]:
-    changed = {label: name for label, name in spelling.items() if label != name}
-    if not changed:
-        return []
-    first = min(changed)
-    more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-    return [f"labels that differ in case or blanks only are one class: {first!r} is {changed[first]!r}{more}"]
+# --- rows to be answered ---------------------------------------------------------------------------------------------
 
 
-def _rename_notes(data: DataSettings, scans: Mapping[str, Scan]) -> list[str]:
-    """How many rows `data.rename` changed. Raises DataError for a name that no row has."""
-    counts: Counter[str] = Counter()
-    for scan in scans.values():
-        counts.update(scan.renamed)
-    notes = []
-    for label, meant in (data.rename or {}).items():
-        if not counts[label]:
-            there = {each for scan in scans.values() for each in scan.labels}
-            raise DataError(
-                f"data.rename names the label {shown(label, 40)}, which no row has: the labels are "
-                f"{listed(cells.in_order(there))}"
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row.
+
+    Args:
+        place: the line on which it begins, of a text file; else its number, from 1.
+        input: what is asked, "" if the cell is empty.
+        cells: all of its cells, in the order of the columns.
+    """
+
+    place: int
+    input: Input
+    cells: tuple[CellValue, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table whose rows are read one after another.
+
+    Args:
+        name: for messages.
+        columns: all of them.
+        asked: those that hold the input.
+        read: the rows, from the start.
+        notes: for the user.
+        found: how the file is read, as far as it had to be found out.
+        left_out_notes: a note for each kind of rows that the last reading left out.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    asked: tuple[str, ...]
+    read: Callable[[], Iterator[Row]]
+    notes: tuple[str, ...] = ()
+    found: FileFormat = DETECTED
+    left_out_notes: Callable[[], list[str]] = list
+
+
+def read_rows(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> Rows:
+    """The rows of a table, or the lines of a `.txt` file. Raises DataError, also while the rows are read.
+
+    Args:
+        trained: role -> column of the table that the adapter was trained on.
+    """
+    return _rows_of(data, schema, trained, whole=True)
+
+
+def read_inputs(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> list[Input]:
+    """The input of each row of a table ("" if missing), or the lines of a `.txt` file. Raises DataError.
+
+    Args:
+        trained: role -> column of the table that the adapter was trained on.
+    """
+    return [row.input for row in _rows_of(data, schema, trained, whole=False).read()]
+
+
+def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | None, *, whole: bool) -> Rows:
+    """The rows. A column that is not found is an error before the first row.
+
+    Args:
+        whole: all columns; else only those of the input.
+    """
+    path = Path(os.path.expanduser(data.source))
+    if path.suffix.lower() == ".txt" and os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        return Rows(path.name, (LINES,), (LINES,), lambda: _lines(path, data.encoding))
+    tables = open_source(data.source, format_of(data, trained))
+    table = tables[test_split(data, list(tables))]
+    try:
+        roles = find_inputs(data, table.columns, schema, trained=trained)
+    except DataError as error:
+        raise DataError(f"{error}; {table.hint}") if table.hint else error from None
+    asked = tuple(roles.values())
+    columns = table.columns if whole else asked
+    ask = prompt_in if schema.conversations or schema.converses else _texts_in
+
+    def read() -> Iterator[Row]:
+        reader = cells.RowReader(tuple(roles))
+        places = [columns.index(name) for name in asked]
+        for place, row in table.read(columns):
+            reader.begin([row[each] for each in places])
+            try:
+                yield Row(place, ask(reader), row)
+            except cells.Missing:
+                yield Row(place, "", row)
+            except DataError as error:
+                column = shown(roles[reader.role], 40)
+                raise DataError(f"{table.name} {table.unit} {place}, column {column}: {error}") from None
+
+    return Rows(table.name, columns, asked, read, table.notes, table.found, table.left_out_notes)
+
+
+def _texts_in(row: cells.RowReader) -> Input:
+    """A text, or two."""
+    texts = [row.text(role) for role in row.roles]
+    return texts[0] if len(texts) == 1 else TextPair(*texts)
+
+
+def _lines(path: Path, encoding: str | None) -> Iterator[Row]:
+    for place, line in enumerate(lines_of(path, encoding), 1):
+        yield Row(place, line, (line,))
+
+
+# --- the two passes --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _FirstPass:
+    """What the first pass found out, and the checks and the second pass that follow from it.
+
+    Args:
+        tables: by split, with the columns called as in the training table.
+        scans: of the tables, by split.
+        spelling: label -> class.
+    """
+
+    data: DataSettings
+    columns: Columns
+    sources: Sources
+    tables: Mapping[str, Table]
+    scans: Mapping[str, Scan]
+    spelling: Mapping[str, str]
+
+    @property
+    def train(self) -> Scan:
+        """The scan of the training table."""
+        return self.scans[self.sources.split["train"]]
+
+    def classes(self) -> Counter[str]:
+        """The classes of the training table with their rows."""
+        counts: Counter[str] = Counter()
+        for label, count in self.train.labels.items():
+            counts[self.spelling[label]] += count
+        return counts
+
+    def notes(self) -> list[str]:
+        """What was guessed, left out and changed. Raises DataError if `data.rename` names a label that no row has."""
+        notes = [note for table in self.tables.values() for note in table.notes]
+        notes += [self.columns.note] if self.columns.note else []
+        notes += [note for split, scan in self.scans.items() for note in scan.notes(self.tables[split])]
+        changed = {label: name for label, name in self.spelling.items() if label != name}
+        if changed:
+            first = min(changed)
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            notes.append(
+                f"labels that differ in case or blanks only are one class: {first!r} is {changed[first]!r}{more}"
             )
-        notes.append(
-            f"{counted(counts[label], 'row')} with the label {label!r}: "
-            + ((meant and f"read as {meant!r}") or "left out")
+        return (
+            notes
+            + self._rename_notes()
+            + rivals_note(self.tables[self.sources.split["train"]], self.data, self.columns)
         )
-    return notes
 
+    def _rename_notes(self) -> list[str]:
+        counts: Counter[str] = Counter()
+        for scan in self.scans.values():
+            counts.update(scan.reader.renamed)
+        notes = []
+        for label, meant in (self.data.rename or {}).items():
+            if not counts[label]:
+                there = {each for scan in self.scans.values() for each in scan.labels}
+                raise DataError(
+                    f"data.rename names the label {shown(label, 40)}, which no row has: the labels are "
+                    f"{listed(cells.in_order(there))}"
+                )
+            instead = f"read as {meant!r}" if meant else "left out"
+            notes.append(f"{counted(counts[label], 'row')} with the label {label!r}: {instead}")
+        return notes
 
-def _check_labels(
-    data: DataSettings,
-    scans: Mapping[str, Scan],
-    used: Mapping[str, Table],
-    sources: Sources,
-    columns: Columns,
-    spelling: Mapping[str, str],
-) -> None:
-    """Raise DataError if the labels are no classes, or another split has more of them than the training table."""
-    train, column, many = sources.split["train"], columns.answer, columns.schema.many
-    problems = Problems()
-    alike: set[str] = set()  # keys of labels that are complained of already
-    if not data.normalize_labels:
-        every = {label for scan in scans.values() for label in scan.labels}
-        problems.note(lambda: cells.check_alike(every))
-        keys = Counter(cells.key_of(label) for label in every)
-        alike = {key for key, count in keys.items() if count > 1}
-    counts: Counter[str] = Counter()
-    for label, count in scans[train].labels.items():
-        counts[spelling[label]] += count
-    own, rows = {column: counts}, scans[train].rows
-    if isinstance(data.label, list):  # each of them is as a column of its own
-        own, many = cells.by_column(counts, data.label), False
-    for name, classes in own.items():
-        if not scans[train].wrong:  # rows that are wrong would be missing in the counts
-            cells.check_classes(classes, rows, name, many)
-        if data.separator is None:
-            problems.note(partial(cells.check_joined, classes, name, many))
-    for split, scan in scans.items():
-        unknown = [x for x in scan.labels if spelling[x] not in counts and cells.key_of(x) not in alike]
-        if unknown:
-            rest = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-            problems.add(
-                f"{used[split].name} has the label {shown(unknown[0])} ({scan.labels[unknown[0]]} rows){rest}, which "
-                f"the training table lacks: its labels are {listed(cells.in_order(counts))}"
-            )
-    problems.require()
+    def check_labels(self) -> None:
+        """Raise DataError if the labels are no classes, or another split has more of them than the training table."""
+        data, column, many = self.data, self.columns.answer, self.columns.schema.many
+        problems = Problems()
+        alike: set[str] = set()  # keys of labels that are complained of already
+        if not data.normalize_labels:
+            every = {label for scan in self.scans.values() for label in scan.labels}
+            problems.note(lambda: cells.check_alike(every))
+            keys = Counter(cells.key_of(label) for label in every)
+            alike = {key for key, count in keys.items() if count > 1}
+        counts = self.classes()
+        own = {column: counts}
+        if isinstance(data.label, list):  # each of them is as a column of its own
+            own, many = cells.by_column(counts, data.label), False
+        for name, classes in own.items():
+            if not self.train.wrong:  # rows that are wrong would be missing in the counts
+                cells.check_classes(classes, self.train.rows, name, many)
+            if data.separator is None:
+                problems.note(partial(cells.check_joined, classes, name, many))
+        for split, scan in self.scans.items():
+            unknown = [x for x in scan.labels if self.spelling[x] not in counts and cells.key_of(x) not in alike]
+            if unknown:
+                rest = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+                problems.add(
+                    f"{self.tables[split].name} has the label {shown(unknown[0])} ({scan.labels[unknown[0]]} rows)"
+                    f"{rest}, which the training table lacks: its labels are {listed(cells.in_order(counts))}"
+                )
+        problems.require()
 
-
-def _check_groups(data: DataSettings, scans: Mapping[str, Scan], used: Mapping[str, Table]) -> None:
-    """Raise DataError if two splits of the source share a group."""
-    if data.group is None:
-        return
-    names = list(scans)
-    for place, first in enumerate(names):
-        for second in names[place + 1 :]:
-            shared = np.intersect1d(scans[first].groups, scans[second].groups)
+    def check_groups(self) -> None:
+        """Raise DataError if two splits of the source share a group."""
+        for first, second in itertools.combinations(self.scans if self.data.group else (), 2):
+            shared = np.intersect1d(self.scans[first].groups, self.scans[second].groups)
             if len(shared):
                 raise DataError(
-                    f"{used[first].name} and {used[second].name} share {len(shared)} groups of {shown(data.group, 40)}"
-                    ": give one table, which data.group splits, or leave data.group out"
+                    f"{self.tables[first].name} and {self.tables[second].name} share {len(shared)} groups of "
+                    f"{shown(self.data.group, 40)}: give one table, which data.group splits, or leave data.group out"
                 )
 
+    def without_leaks(self, chosen: Chosen) -> tuple[Chosen, list[str]]:
+        """The rows without training rows whose input is also a validation or test input, and notes on all drops."""
+        split, train = self.sources.split, chosen.rows["train"]
+        held = [self.scans[split[role]].inputs_kept[chosen.rows[role]] for role in ROLES[1:] if role in split]
+        leaks = np.isin(self.train.inputs_kept[train], np.concatenate(held)) if held else np.zeros(0, bool)
+        repeated = [scan.repeated for scan in self.scans.values() if scan.repeated]
+        notes = [
+            f"{counted(n, 'row')} that {'repeats' if n == 1 else 'repeat'} another one {_is(n)} left out"
+            for n in repeated
+        ]
+        if leaks.any():
+            train = train[~leaks]
+            count = int(leaks.sum())
+            whose = "its input is" if count == 1 else "their inputs are"
+            notes.append(f"{counted(count, 'training row', 'left out')}, because {whose} held out too")
+        if not len(train):
+            raise DataError(
+                "data.drop_duplicates leaves no training row, because all inputs are held out too: leave it out"
+            )
+        return Chosen({**chosen.rows, "train": train}, chosen.notes), notes
 
-def _without_leaks(chosen: Chosen, sources: Sources, scans: Mapping[str, Scan]) -> tuple[Chosen, list[str]]:
-    """The chosen rows without training rows whose input is also a validation or test input, and notes on all drops."""
-    held = [
-        scans[sources.split[role]].inputs_kept[chosen.rows[role]]
-        for role in ("test", "validation")
-        if role in sources.split
-    ]
-    train = chosen.rows["train"]
-    leaks = (
-        np.isin(scans[sources.split["train"]].inputs_kept[train], np.concatenate(held)) if held else np.zeros(0, bool)
-    )
-    repeated = [scan.repeated for scan in scans.values() if scan.repeated]
-    notes = [
-        f"{counted(n, 'row')} that {'repeats' if n == 1 else 'repeat'} another one {_is(n)} left out" for n in repeated
-    ]
-    if leaks.any():
-        train = train[~leaks]
-        count = int(leaks.sum())
-        whose = "its input is" if count == 1 else "their inputs are"
-        notes.append(f"{counted(count, 'training row', 'left out')}, because {whose} held out too")
-    if not len(train):
-        raise DataError(
-            "data.drop_duplicates leaves no training row, because all inputs are held out too: leave it out"
-        )
-    return Chosen({**chosen.rows, "train": train}, chosen.notes), notes
+    def read_chosen(self, chosen: Chosen, memory: int) -> dict[SplitRole, ExampleStore]:
+        """Read the chosen rows into their splits. A training row with several references is an example for each."""
+        sizes = {role: self._examples_of_rows(chosen, role) for role in ROLES}
+        stores = {role: ExampleStore(int(sizes[role].sum()), memory) for role in ROLES}
+        for split, table in self.tables.items():
+            scan = self.scans[split]
+            owner = np.zeros(scan.usable, dtype=np.int8)  # by usable row: 1 + index of its role; 0: not chosen
+            place = np.zeros(scan.usable, dtype=np.int64)
+            for number, role in enumerate(ROLES, 1):
+                if self.sources.split.get(role) == split:
+                    rows = scan.kept[chosen.rows[role]]
+                    owner[rows] = number
+                    place[rows] = np.cumsum(sizes[role]) - sizes[role]
+            seen = 0
+            for _, example in Scan(self.data, self.columns).examples(table, remember=False):
+                if seen < len(owner) and owner[seen]:
+                    role = ROLES[owner[seen] - 1]
+                    own = example.respelt(self.spelling)
+                    for step, each in enumerate(own.in_training() if role == "train" else (own,)):
+                        stores[role].put(int(place[seen]) + step, each)
+                seen += 1
+            if seen != len(owner):
+                raise DataError(f"{table.name} changed while it was read: start again when nothing writes to it")
+        return {role: store.done() for role, store in stores.items()}
 
-
-# --- the second pass -------------------------------------------------------------------------------------------------
-
-
-def _read_chosen(
-    used: Mapping[str, Table],
-    sources: Sources,
-    chosen: Chosen,
-    columns: Columns,
-    wanted: Wanted,
-    scans: Mapping[str, Scan],
-    spelling: Mapping[str, str],
-    memory: int,
-) -> dict[SplitRole, ExampleStore]:
-    """Read the chosen rows into their splits. A training row with several references is an example for each of them."""
-    spread = {role: _spread(scans, sources, chosen, role) for role in ROLES}
-    wanted = replace(wanted, group=False, duplicates=False, stratify=False)  # the first pass remembered it
-    stores = {role: ExampleStore(int(spread[role].sum()), memory) for role in ROLES}
-    for split, table in used.items():
-        scan = scans[split]
-        owner = np.zeros(scan.usable, dtype=np.int8)  # by usable row: 1 + index of its role; 0: not chosen
-        place = np.zeros(scan.usable, dtype=np.int64)
-        for number, role in enumerate(ROLES, 1):
-            if sources.split.get(role) == split:
-                rows = scan.kept[chosen.rows[role]]
-                owner[rows] = number
-                place[rows] = np.cumsum(spread[role]) - spread[role]
-        seen = 0
-        for example in examples_of(table, columns, wanted, Scan()):
-            if seen < len(owner) and owner[seen]:
-                role = ROLES[owner[seen] - 1]
-                own = example.respelt(spelling)
-                for step, each in enumerate(own.in_training() if role == "train" else (own,)):
-                    stores[role].put(int(place[seen]) + step, each)
-            seen += 1
-        if seen != len(owner):
-            raise DataError(f"{table.name} changed while it was read: start again when nothing writes to it")
-    return {role: store.done() for role, store in stores.items()}
+    def _examples_of_rows(self, chosen: Chosen, role: SplitRole) -> npt.NDArray[np.int64]:
+        """The number of examples of each chosen row of a role."""
+        rows = chosen.rows[role]
+        return self.train.references[self.train.kept[rows]] if role == "train" else np.ones(len(rows), dtype=np.int64)
 
 
-def _spread(scans: Mapping[str, Scan], sources: Sources, chosen: Chosen, role: SplitRole) -> npt.NDArray[np.int64]:
-    """The number of examples of each chosen row of a role."""
-    rows = chosen.rows[role]
-    if role != "train" or role not in sources.split:
-        return np.ones(len(rows), dtype=np.int64)
-    scan = scans[sources.split[role]]
-    return scan.references[scan.kept[rows]]
+def _first_pass(data: DataSettings, schemas: Sequence[Schema]) -> _FirstPass:
+    tables, schemas = open_labelled(data, format_of(data)), fitting(data, schemas)
+    problems = Problems()
+    sources = problems.note(lambda: find_sources(data, list(tables)))
+    train = tables[sources.split["train"] if sources else next(iter(tables))]
+    columns = problems.note(lambda: columns_of(train, data, schemas))
+    group = problems.note(lambda: find_group(data, train.columns))
+    if columns is None:  # perhaps because the file was read in the wrong way
+        for note in [*train.notes, *([train.hint] if train.hint else [])]:
+            problems.add(note)
+    problems.require()
+    assert sources is not None
+    assert columns is not None
+    check_unused(data, train, columns)
+    _check_settings(data, columns)
+    names = (*columns.roles.values(), *([] if group is None else [group]))
+    used = {split: aligned(tables[split], names) for split in dict.fromkeys(sources.split.values())}
+    scans = {split: Scan(data, columns, group) for split in used}
+    for split, scan in scans.items():
+        for _ in scan.examples(used[split], collect=True):
+            if len(scan.labels) > cells.MOST_CLASSES:
+                cells.check_classes(scan.labels, scan.rows, columns.answer, columns.schema.many)
+        scan.report(used[split], problems)
+    counts = sum((scan.labels for scan in scans.values()), Counter[str]())
+    spelling = cells.spellings(counts) if data.normalize_labels else {label: label for label in counts}
+    found = _FirstPass(data, columns, sources, used, scans, spelling)
+    if columns.schema.classes:
+        problems.note(found.check_labels)
+    problems.require()
+    return found
+
+
+def _check_settings(data: DataSettings, columns: Columns) -> None:
+    """Raise DataError for settings that do not go together."""
+    if data.stratify and not columns.schema.classes:
+        raise DataError(f"data.stratify needs classes, and {columns.schema.kind} has none: leave it out")
+    if data.stratify and data.group is not None:
+        raise DataError("data.group and data.stratify cannot be met together: leave one of them out")
+    if data.rename and not columns.schema.classes:
+        raise DataError(f"data.rename needs classes, and {columns.schema.kind} has none: leave it out")
 
 
 def _class_notes(labels: Sequence[str], train: Sequence[Example], schema: Schema) -> list[str]:
@@ -442,47 +554,24 @@ def check_varied(inputs: npt.NDArray[np.uint64], both: npt.NDArray[np.uint64], f
         )
 
 
-# --- the first pass --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The columns that are read, and what is remembered of every usable row."""
-
-    columns: tuple[str, ...]  # those of the roles, and group
-    separator: str | None  # between the labels of a cell
-    rename: Mapping[str, str]  # label -> the class that is meant; "": rows with it are left out
-    group: bool = False
-    duplicates: bool = False
-    stratify: bool = False
-
-    @classmethod
-    def of(cls, data: DataSettings, columns: Columns, group: str | None) -> Wanted:
-        """What a recipe's `[data]` asks for. Raises DataError for settings that do not go together."""
-        if data.stratify and not columns.schema.classes:
-            raise DataError(f"data.stratify needs classes, and {columns.schema.kind} has none: leave it out")
-        if data.stratify and group is not None:
-            raise DataError("data.group and data.stratify cannot be met together: leave one of them out")
-        names = (*columns.roles.values(), *([] if group is None else [group]))
-        if data.rename and not columns.schema.classes:
-            raise DataError(f"data.rename needs classes, and {columns.schema.kind} has none: leave it out")
-        known = dict(data.rename or {})
-        return cls(names, data.separator, known, group is not None, bool(data.drop_duplicates), bool(data.stratify))
-
-
 @dataclass
 class Scan:
-    """The counts of one pass over a table, and a number for each usable row where one is wanted."""
+    """One pass over a table: its counts, and a number for each usable row where the recipe wants one.
 
+    Args:
+        group: the column of `data.group`.
+    """
+
+    data: DataSettings
+    columns: Columns
+    group: str | None = None
     rows: int = 0
     usable: int = 0
+    reader: cells.RowReader = field(init=False)
     without: Counter[str] = field(default_factory=Counter)  # what rows lack, such as 'text' -> how many
     labels: Counter[str] = field(default_factory=Counter)
-    replaced: cells.Replacements = field(default_factory=cells.Replacements)
     wrong: dict[str, str] = field(default_factory=dict)  # column -> the first error in it
     wrong_rows: Counter[str] = field(default_factory=Counter)  # column -> rows with an error in it
-    changes: Counter[str] = field(default_factory=Counter)  # what happened -> conversations
-    renamed: Counter[str] = field(default_factory=Counter)  # label that `data.rename` names -> rows
     ungrouped: int = 0
     several: int = 0  # usable rows with several references
     _references: array[int] = field(default_factory=lambda: array("I"))
@@ -492,18 +581,50 @@ class Scan:
     _outputs: array[int] = field(default_factory=lambda: array("L"))  # of each row, a number of `_combinations`
     _combinations: dict[tuple[str, ...], int] = field(default_factory=dict)
 
-    def remember(self, wanted: Wanted, example: Example, group: CellValue) -> None:
-        """Count a usable row."""
-        self.usable += 1
+    def __post_init__(self) -> None:
+        self.reader = cells.RowReader(tuple(self.columns.roles), (), self.data.separator, self.data.rename or {})
+
+    def examples(self, table: Table, *, collect: bool = False, remember: bool = True) -> Iterator[tuple[int, Example]]:
+        """The usable rows as examples, with their places. Rows with a missing cell are counted.
+
+        Args:
+            collect: collect wrong cells in `wrong` and go on; else raise DataError for the first, with its place.
+            remember: keep the numbers of usable rows.
+        """
+        roles, reader = self.columns.roles, self.reader
+        reader.names = table.classes.get(self.columns.answer, ())
+        names = (*roles.values(), *([] if self.group is None else [self.group]))
+        for place, row in table.read(names):
+            self.rows += 1
+            reader.begin(row)
+            try:
+                example = self.columns.schema.example(reader)
+            except cells.Missing as lacks:
+                self.without[f"{lacks}{roles[reader.role]!r}"] += 1
+            except DataError as error:
+                column = roles[reader.role]
+                text = f"{table.name} {table.unit} {place}, column {shown(column, 40)}: {error}"
+                if not collect:
+                    raise DataError(text) from None
+                self.wrong.setdefault(column, text)
+                self.wrong_rows[column] += 1
+            else:
+                self.labels.update(example.labels)
+                self.usable += 1
+                if remember:
+                    self._remember(example, row)
+                yield place, example
+
+    def _remember(self, example: Example, row: Sequence[CellValue]) -> None:
         count = len(example.in_training())
         self.several += count > 1
         self._references.append(count)
-        if wanted.group:
-            self._groups.append(self._group(group))
-        if wanted.duplicates:
+        if self.group is not None:
+            self._groups.append(self._group(row[-1]))
+        if self.data.drop_duplicates:
             self._inputs.append(hash_of(example.input.strip()))
             self._pairs.append(hash_of(f"{example.input.strip()}\0{example.output}"))
-        if wanted.stratify:
+        if self.data.stratify:
             self._outputs.append(self._combinations.setdefault(example.labels, len(self._combinations)))
 
     def _group(self, cell: CellValue) -> int:
@@ -568,8 +689,8 @@ class Scan:
         if self.several:
             has = "has" if self.several == 1 else "have"
             lost.append(f"{self.several} {of} {has} several references: in training each is an example")
-        lost += [f"{what} in {n} of {counted(self.rows, 'conversation')}" for what, n in self.changes.items()]
-        return table.left_out_notes() + [f"{table.name}: {note}" for note in [*lost, *self.replaced.notes()]]
+        lost += [f"{what} in {n} of {counted(self.rows, 'conversation')}" for what, n in self.reader.changes.items()]
+        return table.left_out_notes() + [f"{table.name}: {note}" for note in [*lost, *self.reader.replaced.notes()]]
 
     def report(self, table: Table, problems: Problems) -> None:
         """Add what is wrong with the table to `problems`."""
@@ -585,71 +706,6 @@ class Scan:
 
 def _is(count: int) -> str:
     return "is" if count == 1 else "are"
-
-
-def scan_of(table: Table, columns: Columns, wanted: Wanted, problems: Problems) -> Scan:
-    """Read a table once. Adds what is wrong with it to `problems`."""
-    scan = Scan()
-    for _ in examples_of(table, columns, wanted, scan, collect=True):
-        if len(scan.labels) > cells.MOST_CLASSES:
-            cells.check_classes(scan.labels, scan.rows, columns.answer, columns.schema.many)
-    scan.report(table, problems)
-    return scan
-
-
-def examples_of(
-    table: Table, columns: Columns, wanted: Wanted, scan: Scan, *, collect: bool = False
-) -> Iterator[Example]:
-    """The usable rows as examples. Rows with a missing cell are counted in `scan`.
-
-    Args:
-        collect: collect wrong cells in `scan.wrong` and go on; else raise DataError for the first, with its place.
-    """
-    if columns.layout is not None:
-        yield from _conversations_of(table, columns.layout, wanted, scan, collect)
-        return
-    schema, count = columns.schema, len(columns.roles)
-    names = table.classes.get(columns.answer, ())
-    reader = cells.RowReader(tuple(columns.roles), names, wanted.separator, wanted.rename, scan.replaced, scan.renamed)
-    for place, row in table.read(wanted.columns):
-        scan.rows += 1
-        reader.begin(row)
-        try:
-            example = schema.example(reader)
-        except cells.Missing:
-            scan.without[repr(columns.roles[reader.role])] += 1
-        except DataError as error:
-            column = columns.roles[reader.role]
-            text = f"{table.name} {table.unit} {place}, column {shown(column, 40)}: {error}"
-            if not collect:
-                raise DataError(text) from None
-            scan.wrong.setdefault(column, text)
-            scan.wrong_rows[column] += 1
-        else:
-            scan.labels.update(example.labels)
-            scan.remember(wanted, example, row[count] if len(row) > count else None)
-            yield example
-
-
-def _conversations_of(table: Table, layout: Layout, wanted: Wanted, scan: Scan, collect: bool) -> Iterator[Example]:
-    count = len(layout.roles)
-    for place, row in table.read(wanted.columns):
-        scan.rows += 1
-        try:
-            found = layout.conversation(row[:count], scan.replaced, scan.changes)
-        except DataError as error:
-            text = f"{table.name} {table.unit} {place}, {error}"
-            if not collect:
-                raise DataError(text) from None
-            column = next(iter(layout.roles.values()))
-            scan.wrong.setdefault(column, text)
-            scan.wrong_rows[column] += 1
-            continue
-        if isinstance(found, str):
-            scan.without[found] += 1
-        else:
-            scan.remember(wanted, found, row[count] if len(row) > count else None)
-            yield found
 
 
 def hash_of(text: str) -> int:

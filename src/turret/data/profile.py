@@ -23,13 +23,23 @@ from turret.data.columns import (
     Columns,
     Schema,
     find_columns,
-    found_columns,
     kept_columns,
-    listed_columns,
     named_columns,
     refuse_later,
 )
-from turret.data.table import DATE, NUMBER, Answers, CellValue, DataSettings, Table, is_empty, is_unnamed, trimmed
+from turret.data.table import (
+    DATE,
+    NUMBER,
+    Answers,
+    CellValue,
+    DataSettings,
+    Table,
+    is_empty,
+    is_unnamed,
+    list_columns,
+    require_columns,
+    trimmed,
+)
 from turret.errors import DataError, SeveralLabels, shown
 
 if TYPE_CHECKING:
@@ -313,7 +323,7 @@ def _columns(
             if named:
                 raise DataError(f"{error}{_hint(table)}") from None
         else:
-            found_columns(named, table.columns)
+            require_columns(named, table.columns)
     if by_name is not None and not (by_name.schema.classes and tuple(by_name.roles) == LABELLED):
         return by_name, [], False
     schema = _classifier(schemas) if by_name is None else by_name.schema
@@ -329,7 +339,7 @@ def _columns(
         return Columns(written, {"prompt": pair[0], "completion": pair[1]}, None), [], True
     raise DataError(
         f"{table.name} shows no column of texts with one of classes or answers; the columns are "
-        f"{listed_columns(table.columns, 100)}: name them with --text and --label, or --prompt and --completion"
+        f"{list_columns(table.columns, 100)}: name them with --text and --label, or --prompt and --completion"
         f"{_hint(table)}"
     )
 
@@ -346,7 +356,7 @@ def _labelled(
         by_name: the columns as their names say.
     """
     kept = kept_columns(data, table.columns)
-    given = found_columns(named_columns(data, LABELLED), kept)
+    given = require_columns(named_columns(data, LABELLED), kept)
     text = given.get("text") or (by_name.roles["text"] if by_name else None)
     if text is None:
         texts = [facts[name] for name in kept if facts[name].is_texts and name != given.get("label")]

@@ -14,9 +14,9 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from turret.data import hub, memory
-from turret.data.columns import found_columns, with_answers
+from turret.data.columns import with_answers
 from turret.data.files import is_table, open_folder, open_table
-from turret.data.table import DETECTED, DataSettings, FileFormat, Table, TableRow, from_rows
+from turret.data.table import DETECTED, DataSettings, FileFormat, Table, TableRow, from_rows, require_columns
 from turret.errors import DataError, shown
 
 # --- packaged ---------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def open_labelled(data: DataSettings, form: FileFormat) -> dict[str, Table]:
         return tables
     found = {split: with_answers(table, names) for split, table in tables.items()}
     if all(found[split] is table for split, table in tables.items()):
-        found_columns({name: name for name in names}, next(iter(tables.values())).columns)
+        require_columns({name: name for name in names}, next(iter(tables.values())).columns)
     return found
 
 

@@ -5,6 +5,7 @@ Readers of files find here the row of names, under titles and remarks, and sums 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from datetime import date, time
 from statistics import median
 from typing import Literal, Protocol, TypeAlias
 
-from turret.errors import DataError, one_line, shown
+from turret.errors import DataError, listed, one_line, shown
 
 FIELD_LIMIT = 10_000_000  # characters; ten long novels
 LINE_LIMIT = 32_000_000
@@ -36,6 +37,7 @@ _SUMS = frozenset((
     "somme", "total général", "sous-total", "suma", "total general", "totale", "somma", "totale generale", "totaal",
     "eindtotaal", "som", "soma", "total geral", "razem", "ogółem", "łącznie", "suma końcowa", "summa", "итого", "всего",
 ))  # fmt: skip
+_LISTED = 12  # columns that an error names
 UNNAMED = "unnamed "  # before the place of a column without a name
 SUMS, BAD_LINES, BAD_ROWS = "rows of sums at the end", "lines that are not JSON objects", "rows with other fields"
 DESCRIPTIONS, NAMES_AGAIN = "rows below the names that describe the columns", "rows that repeat the names"
@@ -68,7 +70,10 @@ class Answers(dict[str, CellValue]):
 
 
 class DataSettings(Protocol):
-    """The fields of `turret.recipe.Data`. `turret.recipe` imports this package, so it cannot be imported here."""
+    """`turret.recipe.Data`, without the columns of `ROLES`, which are asked for by name.
+
+    `turret.recipe` imports this package, so it cannot be imported here.
+    """
 
     source: str
     encoding: str | None
@@ -78,25 +83,7 @@ class DataSettings(Protocol):
     header_row: int | None
     bad_lines: Literal["skip"] | None
     rename: dict[str, str] | None
-    text: str | None
-    text_pair: str | None
     label: str | list[str] | None
-    document: str | None
-    summary: str | None
-    prompt: str | None
-    completion: str | None
-    chosen: str | None
-    rejected: str | None
-    tokens: str | None
-    tags: str | None
-    spans: str | None
-    anchor: str | None
-    positive: str | None
-    negative: str | None
-    messages: str | None
-    input: str | None
-    system: str | None
-    tools: str | None
     ignore: list[str] | None
     separator: str | None
     normalize_labels: bool | None
@@ -176,6 +163,43 @@ def check_columns(name: str, columns: Sequence[str], remedy: str) -> None:
         raise DataError(f"{name} has {len(columns)} columns, expected at most {MOST_COLUMNS}: leave out unused ones")
     if twice := sorted(column for column, count in Counter(columns).items() if count > 1):
         raise DataError(f"{name} has the column {shown(twice[0])} more than once: {remedy}")
+
+
+def find_column(name: str, columns: Sequence[str]) -> str | None:
+    """The column of that name, or the only one that differs in case or blanks only."""
+    if name in columns:
+        return name
+    alike = [column for column in columns if name_key(column) == name_key(name)]
+    return alike[0] if len(alike) == 1 else None
+
+
+def require_columns(given: Mapping[str, str], columns: Sequence[str]) -> dict[str, str]:
+    """The columns by role, as the table spells them. Raises DataError, which names every one that is not there."""
+    found = {role: column for role, name in given.items() if (column := find_column(name, columns)) is not None}
+    missing = list(dict.fromkeys(name for role, name in given.items() if role not in found))
+    if not missing:
+        return found
+    near = [difflib.get_close_matches(name_key(name), [name_key(each) for each in columns], n=1) for name in missing]
+    meant = [shown(next(c for c in columns if name_key(c) == match[0]), 40) for match in near if match]
+    no = f"is no column {shown(missing[0])}" if len(missing) == 1 else f"are no columns {listed(missing, 60)}"
+    ask = f", did you mean {' and '.join(meant)}?" if meant else ""
+    raise DataError(f"there {no}: the columns are {list_columns(columns, 150 if meant else 180)}{ask}")
+
+
+def list_columns(columns: Sequence[str], room: int = 140) -> str:
+    """Up to twelve names of columns, the long ones shortened so that they fit, and the number of the others.
+
+    Args:
+        room: characters.
+    """
+    names = list(columns[:_LISTED])
+    lengths, left = sorted(len(shown(name, room)) - 2 for name in names), room - 4 * len(names)
+    most = 8
+    for place, length in enumerate(lengths):  # what short names leave is for the long ones
+        most = max(8, left // (len(lengths) - place))
+        left -= min(length, most)
+    more = f" and {len(columns) - len(names)} more" if len(columns) > len(names) else ""
+    return ", ".join(shown(name, most + 2) for name in names) + more
 
 
 def reason_of(error: Exception, most: int = 120) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from turret.data import Conversation, Dataset, Example, Input, Prompt, Schema, Turn
 from turret.data.columns import COMPLETED
+from turret.data.conversations import conversation_in
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.chat_template import ChatTemplate, Rendered, Span, Tokenized
@@ -79,13 +80,7 @@ class Chat(TextAnswers):
 
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
-        return Schema(
-            cls.kind,
-            {COMPLETED: ()},
-            (),
-            lambda row: _pair(row.text("prompt"), row.text("completion")),
-            conversations=True,
-        )
+        return Schema(cls.kind, {COMPLETED: ()}, (), conversation_in, conversations=True)
 
     @classmethod
     def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:

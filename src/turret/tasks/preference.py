@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from turret.data import Dataset, Example, Preferred, Schema, Turn
 from turret.data.columns import COMPARED
-from turret.data.conversations import preferred_of
+from turret.data.conversations import preferred_in
 from turret.errors import DataError
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.chat import Chat
@@ -53,7 +53,7 @@ class Preference(Chat):
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
         names = {("system", *COMPARED): [("system", *each) for each in NAMES], COMPARED: NAMES}
-        return Schema(cls.kind, names, (), preferred_of, show=2, answers=2, converses=True)
+        return Schema(cls.kind, names, (), preferred_in, show=2, answers=2, converses=True)
 
     @classmethod
     def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turret.data.rows import Row, Rows
+from turret.data.dataset import Row, Rows
 from turret.data.table_writer import TableWriter, check_target, form_of
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Store, Version, promises

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from turret.data import Dataset, Example, Input, Labelled, Prompt, Schema, TextPair, memory
 from turret.data.cells import BETWEEN, answer_to
-from turret.data.columns import LABELLED, find_column, found_columns, listed_columns
-from turret.data.table import ROLES
+from turret.data.columns import LABELLED
+from turret.data.table import ROLES, find_column, list_columns, require_columns
 from turret.errors import AdapterError, DataError, RecipeError, listed, one_line, shown
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.store import Panel, Question, Store, Version
@@ -22,7 +22,7 @@ from turret.trackers.table import require_installed
 from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
-    from turret.data.rows import Rows
+    from turret.data.dataset import Rows
     from turret.recipe import Data, Recipe
 
 KEPT = (
@@ -104,11 +104,11 @@ def read_dataset(store: Store, recipe: Recipe, say: Say = silent) -> Dataset:
     Args:
         store: where rows are that another process had in memory.
     """
-    from turret.data.dataset import read
+    from turret.data import dataset
 
     say(f"reading {one_line(recipe.data.source, 100)}")
     store.bring_rows(recipe.data.source)
-    return read(recipe.data, schemas(recipe.task), recipe.split_seed)
+    return dataset.read_dataset(recipe.data, schemas(recipe.task), recipe.split_seed)
 
 
 def read_before_torch(store: Store, recipe: Recipe, say: Say) -> Dataset | None:
@@ -230,7 +230,7 @@ def _columns_of_questions(panel: Panel, named: JsonValue, there: Sequence[str], 
             "columns by name: --label QUESTION=COLUMN"
         )
     given = {panel.question(name).name: str(column) for name, column in (named or {}).items()}
-    given = found_columns(given, there)
+    given = require_columns(given, there)
     found = {each.name: given.get(each.name) or find_column(each.name, there) for each in panel.questions}
     columns = {name: column for name, column in found.items() if column is not None}
     if wrong := next((column for column in columns.values() if BETWEEN in column), None):
@@ -239,7 +239,7 @@ def _columns_of_questions(panel: Panel, named: JsonValue, there: Sequence[str], 
         names = listed([each.name for each in panel.questions], 80)
         raise DataError(
             f"{one_line(source, 60)} has no column for a question of {panel} ({names}): its columns are "
-            f"{listed_columns(there, 80)}; name one with --label QUESTION=COLUMN"
+            f"{list_columns(there, 80)}; name one with --label QUESTION=COLUMN"
         )
     return columns
 
@@ -271,7 +271,7 @@ def _right(question: str, cell: str | None, meant: Mapping[str, str]) -> str | N
 
 def read_texts(store: Store, version: Version, source: str, columns: JsonMapping) -> list[Input]:
     """The inputs in a file: the lines of a .txt file, or a column of a table."""
-    from turret.data.rows import read_inputs
+    from turret.data.dataset import read_inputs
 
     trained = trained_on(version)
     schema = stored_task(version.part("task")).schema()
@@ -280,11 +280,11 @@ def read_texts(store: Store, version: Version, source: str, columns: JsonMapping
 
 def read_rows(store: Store, version: Version, source: str, columns: JsonMapping) -> Rows:
     """The rows of a file with all their cells, to be answered one after another."""
-    from turret.data import rows
+    from turret.data import dataset
 
     trained = trained_on(version)
     schema = stored_task(version.part("task")).schema()
-    return rows.read_rows(_data(store, source, trained, columns), schema, trained=_roles(trained))
+    return dataset.read_rows(_data(store, source, trained, columns), schema, trained=_roles(trained))
 
 
 def trained_on(version: Version) -> JsonObject:

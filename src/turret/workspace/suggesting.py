@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turret.data import Input, TextPair
-from turret.data.rows import Rows
+from turret.data.dataset import Rows
 from turret.data.table_writer import TableWriter
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping
