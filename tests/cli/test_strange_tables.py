@@ -12,7 +12,7 @@ from command_line import typed
 from strange_tables import HELD_OUT, MORE, TUNED, Strange, broken_chats, portuguese_unicode
 
 from turret.data.dataset import read_dataset
-from turret.data.files import open_table
+from turret.data.source import open_table
 from turret.recipe import Recipe
 from turret.tasks import schemas
 

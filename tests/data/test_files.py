@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_tables import NEWS, POLES, load, write_csv, write_jsonl
 
-from turret.data.files import open_folder, open_table, split_in
+from turret.data.source import open_folder, open_table, split_in
 from turret.data.table import FIELD_LIMIT, LINE_LIMIT, FileFormat
 from turret.errors import DataError
 

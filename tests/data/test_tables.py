@@ -390,11 +390,11 @@ def test_a_data_set_of_the_hub_without_a_connection_is_one_line() -> None:
 
 
 def test_a_data_set_of_the_hub_is_read_with_its_class_names() -> None:
-    from turret.data import hub
+    from turret.data import source
 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     part = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
-    table = hub._table("owner/name train", part)
+    table = source._hub_table("owner/name train", part)
     assert list(table.read(["label", "text"])) == [(1, (1, "a")), (2, (-1, "b"))]
     assert table.classes == {"label": ["neg", "pos"]}
 

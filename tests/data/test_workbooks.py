@@ -12,8 +12,9 @@ from small_tables import load
 from table_bytes import PLAIN, excel, rows
 
 from turret.data.dataset import read_rows
-from turret.data.files import open_table
-from turret.data.table import FileFormat, find_names
+from turret.data.sheets import find_names
+from turret.data.source import open_table
+from turret.data.table import FileFormat
 from turret.errors import DataError
 from turret.recipe import Data
 from turret.tasks import Classify

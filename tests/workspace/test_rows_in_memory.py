@@ -153,7 +153,7 @@ def test_neither_pandas_nor_datasets_is_loaded_for_a_list_of_dictionaries() -> N
 
 
 def test_the_folder_of_a_process_is_gone_when_it_ends() -> None:
-    program = "import turret; from turret.data import memory; print(memory.place(turret.Recipe(data=[{'text': 'a'}]).data.source))"  # noqa: E501
+    program = "import turret; from turret.data import memory; print(memory.folder_of(turret.Recipe(data=[{'text': 'a'}]).data.source))"  # noqa: E501
     path = Path(in_fresh_process(program).strip())
     assert path.parent.name.startswith("turret-rows-")
     assert not path.parent.exists()

@@ -411,7 +411,7 @@ def _names_a_file(word: str) -> bool:
     Raises:
         DataError: the file does not exist, or it is no table.
     """
-    from turret.data.files import is_table
+    from turret.data.source import is_table
 
     if os.path.exists(word):  # Path.exists raises for some names
         if is_table(Path(word)) or word.lower().endswith(".txt"):
@@ -430,7 +430,7 @@ def _names_a_file(word: str) -> bool:
 
 def _looks_like_a_file(word: str) -> bool:
     """Whether a word can only be meant as a file: with the ending of one, even misspelt, or a separator of folders."""
-    from turret.data.files import SUFFIXES
+    from turret.data.source import SUFFIXES
 
     if any(character.isspace() for character in word) or "://" in word:
         return False
@@ -442,7 +442,7 @@ def _looks_like_a_file(word: str) -> bool:
 
 def _near_file(word: str) -> str | None:
     """A table or .txt file whose path is almost this word, such as `Oktober.xlsx` for `Oktober.xslx`."""
-    from turret.data.files import is_table
+    from turret.data.source import is_table
 
     folder, name = os.path.split(word)
     if len(name) > 100 or not os.path.splitext(name)[1]:

@@ -17,14 +17,12 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from turret.data.files import open_folder
-from turret.data.table import DETECTED, CellValue, Table, check_columns
+from turret.data.table import CellValue, check_columns
 from turret.errors import DataError, shown
 from turret.json_types import JsonObject, JsonValue
 
@@ -98,7 +96,7 @@ def shortly(source: str) -> str:
     return source if found is None else f"{int(found[1]):,} rows in memory, {found[2][:8]}"
 
 
-def put(value: object) -> str:
+def write_rows(value: object) -> str:
     """Write rows into this process's folder, unless they are there, and return the source that names them.
 
     Raises:
@@ -125,25 +123,9 @@ def put(value: object) -> str:
     return f"rows:{rows}:{whole.hexdigest()}"
 
 
-def place(source: str) -> Path:
+def folder_of(source: str) -> Path:
     """The folder of this process for the rows of a source, whether it is there or not."""
     return _home() / digest_of(source)
-
-
-def open_rows(source: str) -> dict[str, Table]:
-    """Split -> table of rows that are in this process's folder. Raises DataError if they are not."""
-    folder = place(source)
-    if not folder.is_dir():
-        raise DataError(
-            f"the {source.split(':')[1]} rows {source[-64:-56]}... are neither in this process nor in the store: "
-            "give the DataFrame again, or use the store that they were trained in"
-        )
-    tables = open_folder(folder, DETECTED)
-    many = len(tables) > 1
-    return {
-        split: replace(table, name=f"the given rows of {split}" if many else "the given rows", unit="row", notes=())
-        for split, table in tables.items()
-    }
 
 
 @functools.cache
@@ -196,15 +178,20 @@ def _read(table: object) -> NamedRows:
 
 def _of_dataset(table: _HubDataset) -> Iterator[tuple[CellValue, ...]]:
     """The rows of a `datasets.Dataset`, with names instead of the numbers of classes."""
-    classes = {name: names for name, feature in table.features.items() if (names := _class_names(feature))}
+    classes = class_names(table.features)
     for batch in table.with_format("arrow").iter(batch_size=1000):
         for row in batch.to_pylist():
             yield tuple(_named(cell, classes.get(name)) for name, cell in row.items())
 
 
-def _class_names(feature: object) -> list[str] | None:
-    names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
-    return [str(name) for name in names] if isinstance(names, list) else None
+def class_names(features: Mapping[str, CellValue]) -> dict[str, list[str]]:
+    """Names of class numbers, by column of classes or of lists of classes, of the features of a `datasets.Dataset`."""
+    found = {}
+    for column, feature in features.items():
+        names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+        if names:
+            found[column] = [str(name) for name in names]
+    return found
 
 
 def _named(cell: CellValue, names: list[str] | None) -> CellValue:

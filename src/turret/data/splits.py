@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from turret.data.files import canonical_split
+from turret.data.source import canonical_split
 from turret.data.table import DataSettings, Size
 from turret.errors import DataError, listed, shown
 

@@ -1,17 +1,16 @@
 """The type of a table: named columns, and rows that are read one at a time.
 
-Readers of files find here the row of names, under titles and remarks, and sums at the end.
+Every question about a table's columns is asked here: which one a name means, and which names there are.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, time
-from statistics import median
 from typing import Literal, Protocol, TypeAlias
 
 from turret.errors import DataError, listed, one_line, shown
@@ -20,11 +19,6 @@ FIELD_LIMIT = 10_000_000  # characters; ten long novels
 LINE_LIMIT = 32_000_000
 JSON_LIMIT = 1_000_000_000  # bytes
 MOST_COLUMNS = 16_384  # as of an Excel sheet
-SAMPLED_ROWS = 100  # rows of JSON whose keys are the columns
-HEADS = 50  # rows in which the row of names is looked for
-_DESCRIBING = 3  # rows, at most, that describe columns
-_VALUES = 8  # numbers or dates that show what a column holds
-FOOT = 5  # last rows of a table among which sums are looked for
 ROLES = (  # keys of a recipe's [data] that name a column
     *("text", "text_pair", "label", "document", "summary", "prompt", "completion", "chosen", "rejected"),
     *("tokens", "tags", "spans", "anchor", "positive", "negative"),
@@ -32,15 +26,8 @@ ROLES = (  # keys of a recipe's [data] that name a column
 )
 NUMBER = re.compile(r"[+-]?[0-9]+([.,\u00a0 ][0-9]+)*\s?[%€$£]?")
 DATE = re.compile(r"[0-9]{1,4}[-./][0-9]{1,2}[-./][0-9]{1,4}([ T].*)?|[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?")
-_SUMS = frozenset((
-    "sum", "total", "totals", "grand total", "subtotal", "summe", "gesamt", "gesamtsumme", "insgesamt", "zwischensumme",
-    "somme", "total général", "sous-total", "suma", "total general", "totale", "somma", "totale generale", "totaal",
-    "eindtotaal", "som", "soma", "total geral", "razem", "ogółem", "łącznie", "suma końcowa", "summa", "итого", "всего",
-))  # fmt: skip
 _LISTED = 12  # columns that an error names
 UNNAMED = "unnamed "  # before the place of a column without a name
-SUMS, BAD_LINES, BAD_ROWS = "rows of sums at the end", "lines that are not JSON objects", "rows with other fields"
-DESCRIPTIONS, NAMES_AGAIN = "rows below the names that describe the columns", "rows that repeat the names"
 _INVISIBLE = "\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"  # marks of direction and others
 _OUTER = re.compile(rf"^[\s{_INVISIBLE}]+|[\s{_INVISIBLE}]+$")
 
@@ -208,7 +195,7 @@ def reason_of(error: Exception, most: int = 120) -> str:
     return one_line(lines[0], most) if lines else type(error).__name__
 
 
-# --- rows that are no data --------------------------------------------------------------------------------------------
+# --- what a cell or a name is ----------------------------------------------------------------------------------------
 
 
 def trimmed(text: str) -> str:
@@ -226,46 +213,6 @@ def is_empty(cell: CellValue) -> bool:
     return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
-def find_names(rows: Sequence[Sequence[CellValue]], wanted: Sequence[str] = ()) -> int | None:
-    """The place of the row that names the columns, under titles and remarks; None if no row can.
-
-    The names are different texts, which hardly recur in their columns, and they fill most of the columns that other
-    rows fill. Without such a row it is the first one with two filled cells, else the first one with any.
-
-    Args:
-        rows: the first rows of a table.
-        wanted: columns that the table has.
-    """
-    keys = {name_key(name) for name in wanted}
-    heads = [[str(cell).strip() for cell in row if not is_empty(cell)] for row in rows[:HEADS]]
-    if keys and (found := next((i for i, head in enumerate(heads) if keys <= set(map(name_key, head))), None)):
-        return found
-    widths = [len([cell for cell in row if not is_empty(cell)]) for row in rows]
-    usual = median([width for width in widths if width > 1] or [1])
-    names = [len(head) > 1 and _are_names(rows, place) for place, head in enumerate(heads)]
-    place = next((place for place, head in enumerate(heads) if names[place] and len(head) >= 0.6 * usual), None)
-    if place is not None:  # groups of columns have names above their columns' names
-        below = place + 1
-        return below if below < len(heads) and names[below] and len(heads[below]) > len(heads[place]) else place
-    wide = next((place for place, head in enumerate(heads) if len(head) > 1), None)
-    return wide if wide is not None else next((place for place, head in enumerate(heads) if head), None)
-
-
-def _are_names(rows: Sequence[Sequence[CellValue]], own: int) -> bool:
-    """Whether a row has different texts, which hardly ever recur in their columns."""
-    row = rows[own]
-    names = [name_key(str(cell)) for cell in row if not is_empty(cell)]
-    if len(set(names)) < len(names) or any(map(is_value, row)):
-        return False
-    recurs = Counter(
-        place
-        for number, each in enumerate(rows)
-        for place, cell in enumerate(each[: len(row)])
-        if number != own and cell == row[place] and not is_empty(cell)
-    )
-    return not recurs or max(recurs.values()) < max(1, len(rows) // 20)
-
-
 def is_value(cell: CellValue) -> bool:
     """Whether a cell is a number, a date or a time, also if it is written as a text."""
     if isinstance(cell, str):
@@ -274,116 +221,6 @@ def is_value(cell: CellValue) -> bool:
     return isinstance(cell, (int, float, date, time))
 
 
-def only_data(
-    rows: Iterable[TableRow], head: Sequence[CellValue], width: int, below: int, left_out: Counter[str]
-) -> Iterator[TableRow]:
-    """The rows with all their cells, without those that are no data, which `left_out` counts.
-
-    These describe the columns, right below the names; repeat the names, as at the top of every printed page and in
-    files that were put together; or are sums among the last rows.
-
-    Args:
-        head: the row of names; empty if the columns have none.
-        width: number of columns; a row of sums leaves some of them empty.
-        below: how many rows describe the columns, as `describing` says.
-    """
-    keys = [None if is_empty(cell) else name_key(str(cell)) for cell in head]
-    named = [place for place, key in enumerate(keys) if key is not None]
-    held: deque[TableRow] = deque()
-    for count, row in enumerate(rows):
-        if count < below:
-            left_out[DESCRIPTIONS] += 1
-        elif len(named) > 1 and all(_is_name(row[1], place, keys[place]) for place in named):
-            left_out[NAMES_AGAIN] += 1
-        else:
-            held.append(row)
-            if len(held) > FOOT:
-                yield held.popleft()
-    for number, cells in held:
-        if _is_sum(cells[:width], width):
-            left_out[SUMS] += 1
-        else:
-            yield number, cells
-
-
-def _is_name(cells: Sequence[CellValue], place: int, key: str | None) -> bool:
-    cell = cells[place] if place < len(cells) else None
-    return isinstance(cell, str) and name_key(cell) == key
-
-
-def describing(below: Sequence[Sequence[CellValue]]) -> int:
-    """How many of the rows right below the names describe the columns, such as the questions of a survey.
-
-    They are texts that do not recur in their columns, and one of them stands above numbers or dates.
-
-    Args:
-        below: the first rows under the names.
-    """
-    rows = [row for row in below if not all(map(is_empty, row))]
-    columns: dict[int, list[CellValue]] = {}
-    for row in rows[_DESCRIBING:]:
-        for place, cell in enumerate(row):
-            if not is_empty(cell):
-                columns.setdefault(place, []).append(cell)
-    values = {
-        place
-        for place, cells in columns.items()
-        if len(cells) >= _VALUES and 10 * sum(map(is_value, cells)) >= 9 * len(cells)
-    }
-    recurring = {place: {str(cell) for cell in cells} for place, cells in columns.items()}
-    count = 0
-    for row in rows[:_DESCRIBING]:
-        texts = {place: cell for place, cell in enumerate(row) if not is_empty(cell)}
-        alone = all(
-            isinstance(cell, str) and not is_value(cell) and cell not in recurring.get(place, ())
-            for place, cell in texts.items()
-        )
-        if not alone or not values & texts.keys() or 2 * len(texts) < len(columns):
-            break
-        count += 1
-    return count
-
-
-def _is_sum(cells: Sequence[CellValue], width: int) -> bool:
-    filled = [cell for cell in cells if not is_empty(cell)]
-    if not 2 <= len(filled) < width or not isinstance(filled[0], str):
-        return False
-    return name_key(filled[0]).rstrip(" :") in _SUMS and all(is_value(cell) for cell in filled[1:])
-
-
-def column_names(cells: Sequence[CellValue], below: Sequence[Sequence[CellValue]]) -> tuple[tuple[str, ...], list[int]]:
-    """The names in a row of names, and the places of their columns, without empty columns that have no name.
-
-    A column without a name is called "unnamed 3", by its place from 1. Columns of one name are "name (1)", "name (2)".
-    A few cells to the right of the names are remarks, and no column.
-    """
-    names = {place: trimmed(str(cell)) for place, cell in enumerate(cells) if not is_empty(cell)}
-    counts = Counter(place for row in below for place, cell in enumerate(row) if not is_empty(cell))
-    filled = {place for place, count in counts.items() if place < len(cells) or 10 * count >= len(below)}
-    places = sorted(names.keys() | filled)
-    times, seen = Counter(names.values()), Counter[str]()
-    for place, name in sorted(names.items()):
-        seen[name] += 1
-        names[place] = f"{name} ({seen[name]})" if times[name] > 1 else name
-    return tuple(names.get(place, f"{UNNAMED}{place + 1}") for place in places), places
-
-
 def is_unnamed(column: str) -> bool:
     """Whether a column has no name in the file."""
     return column.startswith(UNNAMED) and column.removeprefix(UNNAMED).isdigit()
-
-
-def naming_notes(table: str, head: Sequence[CellValue], names: Sequence[str]) -> list[str]:
-    """Notes on columns that have no name, or the name of another one.
-
-    Args:
-        head: the row of names.
-    """
-    unnamed = [name for name in names if is_unnamed(name)]
-    found = [f"{table}: {unnamed[0]!r} has no name, and is never guessed"] if unnamed else []
-    times = Counter(trimmed(str(cell)) for cell in head if not is_empty(cell))
-    if alike := [name for name, count in times.items() if count > 1]:
-        found.append(
-            f"{table}: columns of one name are numbered, such as {f'{alike[0]} (1)'!r} and {f'{alike[0]} (2)'!r}"
-        )
-    return found

@@ -283,7 +283,7 @@ def _with_source(value: JsonValue) -> JsonValue:
     alone = not isinstance(value, Mapping) or memory.is_rows(value)
     source = value if alone else value["source"]
     if memory.is_rows(source):
-        source = memory.put(source)
+        source = memory.write_rows(source)
     elif isinstance(source, (str, Path)):
         source = str(source)
     else:

@@ -60,7 +60,7 @@ def _hub_has(name: str) -> bool:
     import huggingface_hub
     from huggingface_hub import constants
 
-    from turret.data.hub import can_connect
+    from turret.data.source import can_connect
 
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return True

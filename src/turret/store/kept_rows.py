@@ -38,7 +38,7 @@ def keep(root: Path, home: Path, artifacts: Artifacts, source: str) -> None:
         root: the store's folder on this machine.
         home: the tenant's folder in it.
     """
-    here, kept = memory.place(source), home / FOLDER / memory.digest_of(source)
+    here, kept = memory.folder_of(source), home / FOLDER / memory.digest_of(source)
     try:
         if not kept.exists() and here.exists():
             make_folder(root, PRIVATE)
@@ -50,7 +50,7 @@ def keep(root: Path, home: Path, artifacts: Artifacts, source: str) -> None:
 
 def bring(root: Path, home: Path, artifacts: Artifacts, source: str) -> None:
     """Make the rows of a source readable in this process, if the store has them. Raises StoreError."""
-    here, kept = memory.place(source), home / FOLDER / memory.digest_of(source)
+    here, kept = memory.folder_of(source), home / FOLDER / memory.digest_of(source)
     if here.exists():
         return
     artifacts.bring(f"{kept.relative_to(root).as_posix()}/")

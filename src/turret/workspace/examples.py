@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from turret.data import cells
-from turret.data.files import open_table
+from turret.data.source import open_table
 from turret.data.table import Table
 from turret.errors import DataError, shown
 from turret.json_types import JsonObject, JsonValue

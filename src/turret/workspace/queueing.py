@@ -259,7 +259,7 @@ def is_sent_source(source: str) -> bool:
 
 def require_table_name(name: str) -> None:
     """Raise DataError unless a file that a client sends has a plain name, of a table."""
-    from turret.data.files import is_table, not_a_table
+    from turret.data.source import is_table, not_a_table
 
     plain = name.isprintable() and "\\" not in name and len(name.encode("utf-8", "replace")) <= MOST_NAME
     plain = plain and PurePosixPath(name).name == name and not name.startswith((".", "~"))
@@ -306,11 +306,13 @@ def _placed(store: Store, source: str, files: Mapping[str, Path]) -> tuple[str, 
 
 def _files_of(store: Store, source: str) -> Mapping[str, Path]:
     """The files of local data; empty for data of the Hub or of a package. Raises DataError."""
+    from turret.data.source import open_rows
+
     if not memory.is_rows_source(source):
         return _local_files(source)
     store.bring_rows(source)
-    memory.open_rows(source)  # an error if they are nowhere
-    return dict(_of_folder(memory.place(source)))
+    open_rows(source)  # an error if they are nowhere
+    return dict(_of_folder(memory.folder_of(source)))
 
 
 def _digest(files: Mapping[str, Path]) -> str:
@@ -348,8 +350,7 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _is_elsewhere(source: str) -> bool:
     """Whether data or a base is of the Hub or of a package, wherever the worker runs."""
-    from turret.data.files import is_table
-    from turret.data.hub import looks_like_id
+    from turret.data.source import is_table, looks_like_id
 
     local = source.startswith((".", "/", "~")) or memory.is_rows_source(source) or is_table(Path(source))
     return source.startswith("pypi:") or (not local and looks_like_id(source))

@@ -85,7 +85,7 @@ def _paired(value: Input | JsonValue) -> Input | JsonValue:
 
 def source_of(data: Source) -> str:
     """The source of some data as a recipe names it. Raises DataError for rows in memory that cannot be used."""
-    return memory.put(data) if memory.is_rows(data) else str(data)
+    return memory.write_rows(data) if memory.is_rows(data) else str(data)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turret.data.files import open_table
+from turret.data.source import open_table
 from turret.errors import BadExperiment, DataError
 from turret.experiments.outcomes import Recorded, grouped
 from turret.json_types import JsonObject, JsonValue

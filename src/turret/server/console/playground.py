@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from fastapi import Request, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from turret.data import files
+from turret.data import source
 from turret.data.table_writer import harmless
 from turret.errors import BadRequest, DataError, NotFound, TooLarge, TurretError
 from turret.json_types import JsonMapping
@@ -386,7 +386,7 @@ async def _page(
         "filled": {name: form.raw(name) for name in form.names} | ({"text": ""} if answered and mode == "chat" else {}),
         "panels": panels,
         "problem": problem,
-        "formats": files.SUFFIXES,
+        "formats": source.SUFFIXES,
         "most_rows": MOST_ROWS,
         "most_file": MOST_FILE,
         **shown,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from fastapi import Query, Request, Response
 
-from turret.data import files as tables
+from turret.data import source as tables
 from turret.errors import BadRequest, TurretError
 from turret.json_types import JsonObject
 from turret.methods import METHODS

@@ -1,7 +1,9 @@
-"""Reads JSON and JSONL: objects whose keys are the columns. Objects in cells give columns such as `fields.summary`.
+"""Reads records, whose keys are the columns: JSON, JSONL and Parquet.
 
-JSONL is streamed. A `.json` file is one value: a list of objects, an object that holds one such list, or an object of
-columns. Either suffix may hold the other format; a note reports it.
+- JSONL is streamed. A `.json` file is one value: a list of objects, an object that holds one such list, or an object of
+  columns. Either suffix may hold the other format; a note reports it. Objects in cells give columns such as
+  `fields.summary`.
+- Of Parquet only the requested columns are read, in batches.
 """
 
 from __future__ import annotations
@@ -12,23 +14,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from turret.data import text_file
 from turret.data.table import (
-    BAD_LINES,
     JSON_LIMIT,
     ROLES,
-    SAMPLED_ROWS,
+    CellValue,
     FileFormat,
     Table,
     TableRow,
     check_columns,
     from_rows,
+    reason_of,
 )
 from turret.data.text_file import name_of
-from turret.errors import DataError
+from turret.errors import DataError, one_line, shown
 from turret.json_types import JsonObject, JsonValue
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SAMPLED_ROWS = 100  # rows of JSON whose keys are the columns
+BAD_LINES = "lines that are not JSON objects"
 _BEYOND = "nested too deeply, or a number of thousands of digits"
 _DEEPEST = 4  # keys that lead to a cell
 _MOST_KEYS = 100  # of an object whose keys are columns; one with more is a mapping
@@ -38,7 +46,7 @@ _NAMED = 4  # bad lines that an error names; the others are counted
 def open_jsonl(path: Path, form: FileFormat) -> Table:
     """The table in a file with an object on every line. Raises DataError."""
     encoding, note = text_file.find_encoding(path, form.encoding)
-    if _first_mark(path, encoding) == "[" and (table := _listed(path, encoding, form)) is not None:
+    if (table := _listed(path, encoding, form)) is not None:
         return table.with_note(f"{name_of(path)} is one JSON list, and is read as such")
     left_out: Counter[str] = Counter()
     first = islice(_objects(path, encoding, form.skip_bad_lines, left_out), SAMPLED_ROWS)
@@ -74,23 +82,20 @@ def open_json(path: Path, form: FileFormat) -> Table:
     return table.with_note(note) if note else table
 
 
-def _found(encoding: str) -> FileFormat:
-    return FileFormat(None if encoding == text_file.UTF8 else encoding)
-
-
-def _first_mark(path: Path, encoding: str) -> str:
-    return next((line.lstrip()[:1] for line in text_file.lines(path, encoding, "\n") if line.strip()), "")
-
-
 def _listed(path: Path, encoding: str, form: FileFormat) -> Table | None:
     """The table in a file that is one list; None if it is not."""
-    if path.stat().st_size > JSON_LIMIT:
+    first = next((line.lstrip()[:1] for line in text_file.lines(path, encoding, "\n") if line.strip()), "")
+    if first != "[" or path.stat().st_size > JSON_LIMIT:
         return None
     try:
         value = json.loads(text_file.text_of(path, encoding, JSON_LIMIT))
     except (ValueError, RecursionError):
         return None
     return _of_value(path, value, encoding, form) if isinstance(value, list) else None
+
+
+def _found(encoding: str) -> FileFormat:
+    return FileFormat(None if encoding == text_file.UTF8 else encoding)
 
 
 def _objects(path: Path, encoding: str, skip: bool, left_out: Counter[str]) -> Iterator[tuple[int, JsonObject]]:
@@ -208,3 +213,76 @@ def _shape(value: JsonValue) -> str:
         odd = next(i for i, row in enumerate(value) if not isinstance(row, dict))
         return f"{type(value[odd]).__name__} as item {odd + 1}"
     return type(value).__name__
+
+
+# --- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def open_parquet(path: Path) -> Table:
+    """The table in a Parquet file. Raises DataError."""
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+        names = tuple(str(name) for name in schema.names)
+    except _unreadable() as error:
+        if isinstance(error, OSError) and error.errno:  # from the system, not from Parquet
+            raise
+        raise DataError(f"{name_of(path)} is not Parquet, or broken: {reason_of(error)}: write it again") from None
+    check_columns(name_of(path), names, "give each its own name")
+
+    def read(columns: Sequence[str]) -> Iterator[TableRow]:
+        number = 0
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=256, columns=list(dict.fromkeys(columns))):
+                    cells = [_cells(batch.column(name), name_of(path), name, number) for name in columns]
+                    for row in zip(*cells, strict=True):
+                        number += 1
+                        yield number, row
+        except _unreadable() as error:
+            raise DataError(
+                f"{name_of(path)} is broken after row {number}: {reason_of(error)}: write it again"
+            ) from None
+
+    return Table(name_of(path), names, read, classes=_parquet_classes(schema.metadata), unit="row")
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """The errors of pyarrow for a file that it cannot read, or for a value that Python has no type for."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, ArithmeticError, LookupError, OSError, TypeError, ValueError)
+
+
+def _cells(cells: pa.Array, table: str, column: str, before: int) -> list[CellValue]:
+    """The cells of one batch as Python values. before: the number of rows of the earlier batches."""
+    try:
+        return list(cells.to_pylist())
+    except _unreadable() as error:
+        row = before + 1 + next((place for place, cell in enumerate(cells) if not _is_readable(cell)), 0)
+        raise DataError(
+            f"{table} row {row}, column {shown(column, 40)}: this {one_line(str(cells.type), 40)} cannot be read "
+            f"({reason_of(error, 60)}): expected text or a label; correct it, or leave the row out"
+        ) from None
+
+
+def _is_readable(cell: pa.Scalar) -> bool:
+    try:
+        cell.as_py()
+    except _unreadable():
+        return False
+    return True
+
+
+def _parquet_classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequence[str]]:
+    """Names of class numbers, if `datasets` wrote the file and stored them."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and isinstance(feature.get("names"), list)
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
