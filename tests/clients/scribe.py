@@ -20,7 +20,6 @@ from pydantic import BaseModel
 from transformers import AutoModelForCausalLM
 
 import turret
-from turret.data.cells import Replacements
 from turret.data.conversations import prompt_of, turns_of
 from turret.tasks.chat import Chat
 from turret.workspace import Workspace
@@ -99,5 +98,5 @@ def _prompt(step: int, tools: Any, draw: torch.Generator) -> Any:
         properties = {"good": {"type": "boolean"}, "tone": {"enum": ["calm", "loud"], "type": "string"}}
         short = {"type": "object", "properties": properties, "required": ["good", "tone"]}
         tools = [{"type": "function", "function": tools[0]["function"] | {"parameters": short}}]
-    turns = turns_of([system, message] if step % 4 else [message], Replacements()) or ()
+    turns = turns_of([system, message] if step % 4 else [message]) or ()
     return prompt_of(turns, tools, None)

@@ -9,7 +9,6 @@ import pytest
 import small_models
 import torch
 
-from turret.data.cells import Replacements
 from turret.data.conversations import prompt_of, turns_of
 from turret.engine import Embedding, SamplingParams
 
@@ -21,7 +20,7 @@ TEXT = "the market fell"
 def expected(house) -> dict[str, Any]:
     """What the engine answers, without HTTP."""
     options = SamplingParams(max_tokens=8)
-    turns = turns_of([{"role": "user", "content": TEXT}], Replacements()) or ()
+    turns = turns_of([{"role": "user", "content": TEXT}]) or ()
     asked = prompt_of(turns, None, None)
     chat = house.engine.submit("generate", asked if asked.text is None else asked.text, "a", options).result(60)
     completion = house.engine.submit("generate", TEXT, "a", options).result(60)

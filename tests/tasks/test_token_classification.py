@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from turret import bases
 from turret.adapters import attach, detach, packed
 from turret.data import Dataset, Tagged
-from turret.data.cells import Replacements, spans_in, spans_of_tags, words_of
+from turret.data.cells import spans_in, spans_of_tags, words_of
 from turret.data.dataset import read_dataset
 from turret.errors import BaseModelError, DataError
 from turret.families import FAMILIES
@@ -138,10 +138,10 @@ def test_labels_can_be_renamed_and_left_out(tmp_path: Path) -> None:
 
 
 def test_words_of_a_cell() -> None:
-    assert words_of(["a", "b c", None], Replacements()) == "a b_c"
-    assert words_of('["a", "b"]', Replacements()) == "a b"
-    assert words_of("a b", Replacements()) == "a b"
-    assert words_of([], Replacements()) is None
+    assert words_of(["a", "b c", None]) == "a b_c"
+    assert words_of('["a", "b"]') == "a b"
+    assert words_of("a b") == "a b"
+    assert words_of([]) is None
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------

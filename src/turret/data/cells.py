@@ -23,8 +23,9 @@ from datetime import date, time
 from typing import TypeVar
 
 from turret.data.examples import Span, TextPair
-from turret.data.table import FIELD_LIMIT, Answers, CellValue, trimmed
+from turret.data.table import FIELD_LIMIT, Answers, CellValue, is_missing, trimmed, words_in
 from turret.errors import DataError, listed, shown
+from turret.json_types import JsonValue
 
 MOST_CLASSES = 10_000
 LABEL_LIMIT = 1000  # characters
@@ -33,46 +34,35 @@ _WHOLE = re.compile(r"([+-]?[0-9]+)(\.0+|,00?)")
 _FRACTION = re.compile(r"[+-]?[0-9]*[.,][0-9]+([eE][+-]?[0-9]+)?")
 _JOINS = ("|", ";", ",", "/", "+", "&")  # what people put between several labels in a cell
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_JSON_LIST = "starts like a JSON list, but is not one"
 
 Label = str | tuple[str, ...]
 T = TypeVar("T")
 
-NO_VALUES = frozenset((  # what people and programs write into a cell that has no value
-    "n/a", "#n/a", "na", "n.a.", "n. a.", "nan", "null", "none", "nil", "-", "--", "---", "–", "—", "?", "??", "tbd",
-    "unknown",
-    "k.a.", "k. a.", "keine angabe", "unbekannt", "leer", "n.d.", "nd", "inconnu", "non renseigné", "s/d", "sin datos",
-    "desconocido", "non disponibile", "sconosciuto", "onbekend", "n.v.t.", "desconhecido", "b/d", "b.d.", "brak",
-    "brak danych",
-    "(blank)", "(leer)", "(vide)", "#ref!", "#value!",
-))  # fmt: skip
+NO_VALUES = words_in(  # what people and programs write into a cell that has no value
+    """n/a, #n/a, na, n.a., n. a., nan, null, none, nil, -, --, ---, –, —, ?, ??, tbd, unknown,
+    k.a., k. a., keine angabe, unbekannt, leer, n.d., nd, inconnu, non renseigné, s/d, sin datos, desconocido,
+    non disponibile, sconosciuto, onbekend, n.v.t., desconhecido, b/d, b.d., brak, brak danych,
+    (blank), (leer), (vide), #ref!, #value!"""
+)
 
 
 class Missing(Exception):
     """A row lacks a value that an example needs. Its text goes before the name of the column."""
 
 
-class Replacements:
-    """Counts the texts in which characters were replaced."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-
-    def notes(self) -> list[str]:
-        """A note for each kind of replacement."""
-        return [f"{count} {'text' if count == 1 else 'texts'} {what}" for what, count in self.counts.items()]
-
-
-def text_of(cell: CellValue, replaced: Replacements) -> str | None:
+def text_of(cell: CellValue, replaced: Counter[str] | None = None) -> str | None:
     """The text in a cell; None if it is missing. Replaced characters are counted in `replaced`. Raises DataError."""
+    replaced = Counter() if replaced is None else replaced
     if isinstance(cell, str):
         text = cell
-    elif cell is None or (isinstance(cell, float) and math.isnan(cell)):
+    elif is_missing(cell):
         return None
     elif isinstance(cell, (int, float)):
         text = _digits(cell)
     elif isinstance(cell, (date, time)):  # a spreadsheet makes a date of 3/4
         text = cell.isoformat()
-        replaced.counts["were a date or a time, which is read as such a text: 2025-03-04"] += 1
+        replaced["were a date or a time, which is read as such a text: 2025-03-04"] += 1
     else:
         raise DataError(f"expected text, found {type(cell).__name__}")
     if len(text) > FIELD_LIMIT:
@@ -81,19 +71,17 @@ def text_of(cell: CellValue, replaced: Replacements) -> str | None:
         )
     if "\0" in text:
         text = text.replace("\0", " ")
-        replaced.counts["had NUL characters, which became blanks"] += 1
+        replaced["had NUL characters, which became blanks"] += 1
     if not text.isascii() and _SURROGATE.search(text):
         text = _SURROGATE.sub("\ufffd", text)
-        replaced.counts["had half characters, which became U+FFFD"] += 1
+        replaced["had half characters, which became U+FFFD"] += 1
     return text if text.strip() else None
 
 
 def number_of(cell: CellValue) -> float | None:
     """The number in a cell, also with a decimal comma; None if it is missing. Raises DataError."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return None
     text = trimmed(cell) if isinstance(cell, str) else cell
-    if text == "" or (isinstance(text, str) and key_of(text) in NO_VALUES):
+    if is_missing(text) or (isinstance(text, str) and key_of(text) in NO_VALUES):
         return None
     try:
         if isinstance(text, bool) or not isinstance(text, (int, float, str)):
@@ -106,13 +94,13 @@ def number_of(cell: CellValue) -> float | None:
     return number
 
 
-def words_of(cell: CellValue, replaced: Replacements) -> str | None:
+def words_of(cell: CellValue, replaced: Counter[str] | None = None) -> str | None:
     """The words in a cell with blanks between them; None if there are none. Raises DataError."""
     words = _words(cell, replaced)
     return " ".join(filter(None, words)) or None
 
 
-def _words(cell: CellValue, replaced: Replacements) -> list[str]:
+def _words(cell: CellValue, replaced: Counter[str] | None = None) -> list[str]:
     """The words of a list, of a JSON list, or between blanks; "" for one that is missing."""
     found = _listed(cell)
     if found is None:
@@ -122,27 +110,25 @@ def _words(cell: CellValue, replaced: Replacements) -> list[str]:
 
 def _listed(cell: CellValue) -> Sequence[CellValue] | None:
     """The items of a list, of a text that is a JSON list, or between blanks; None if the cell is missing."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+    if is_missing(cell):
         return None
+    found = cell
     if isinstance(cell, str):
-        if not cell.strip():
-            return None
-        found = _json_list(cell) if cell.lstrip().startswith("[") else cell.split()
-    else:
-        found = cell
+        found = json_in(cell, _JSON_LIST) if cell.lstrip().startswith("[") else cell.split()
     if not isinstance(found, (list, tuple)):
         raise DataError(f"expected a list, found {type(found).__name__}")
     return found
 
 
-def _json_list(text: str) -> CellValue:
+def json_in(text: str, wrong: str) -> JsonValue:
+    """The value of a text. Raises DataError, which says what is wrong with it, if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise DataError(f"{shown(text, 40)} starts like a JSON list, but is not one") from None
+        raise DataError(f"{shown(text, 40)} {wrong}") from None
 
 
-def texts_in(cell: CellValue, replaced: Replacements) -> str | tuple[str, ...] | None:
+def texts_in(cell: CellValue, replaced: Counter[str] | None = None) -> str | tuple[str, ...] | None:
     """The text in a cell, or the texts of a list of references; None if it is missing. Raises DataError."""
     if not isinstance(cell, (list, tuple)):
         return text_of(cell, replaced)
@@ -173,12 +159,12 @@ def _several(text: str) -> CellValue:
     if not text.strip():
         return None
     if text.lstrip().startswith("["):
-        return _json_list(text)
+        return json_in(text, _JSON_LIST)
     return [part.strip() for part in text.split("|")]
 
 
 def _one_label(cell: CellValue, names: Sequence[str]) -> str | None:
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+    if is_missing(cell):
         return None
     if isinstance(cell, bool):
         return "true" if cell else "false"
@@ -494,7 +480,7 @@ class RowReader:
     names: Sequence[str] = ()
     separator: str | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
-    replaced: Replacements = field(default_factory=Replacements)
+    replaced: Counter[str] = field(default_factory=Counter)
     renamed: Counter[str] = field(default_factory=Counter)
     changes: Counter[str] = field(default_factory=Counter)
     role: str = ""  # that is being read
@@ -547,7 +533,7 @@ class RowReader:
         found = {column: self._answer(column, each) for column, each in cell.items()}
         if not any(found.values()):
             raise Missing
-        self.replaced.counts.update(f"had no {column!r}, which is not counted" for column in found if not found[column])
+        self.replaced.update(f"had no {column!r}, which is not counted" for column in found if not found[column])
         return tuple(sorted(filter(None, found.values())))
 
     def _answer(self, column: str, cell: CellValue) -> str:

@@ -7,7 +7,7 @@ version does not have are refused by the name of their task.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from turret.data.cells import RowReader, label_of
@@ -20,6 +20,7 @@ from turret.data.table import (
     Table,
     TableRow,
     find_column,
+    is_missing,
     list_columns,
     name_key,
     require_columns,
@@ -154,7 +155,7 @@ def find_columns(
                 break
     if not found:
         if not given:
-            refuse_later(columns, [schema.kind for schema in schemas])
+            refuse_later(columns)
         raise DataError(_not_found(given, columns, only))
     found.sort(key=lambda each: (each.roles.keys() != given.keys(), -len(each.roles)))
     if len(found) > 1 and not given and len(found[0].roles) == len(found[1].roles):
@@ -481,58 +482,21 @@ def check_unused(data: DataSettings, table: Table, found: Columns) -> None:
 
 
 def _has_values(table: Table, column: str) -> bool:
-    return any(_is_value(cell) for _, (cell,) in table.read([column]))
+    return any(not is_missing(cell) and cell not in ([], {}) for _, (cell,) in table.read([column]))
 
 
-def _is_value(cell: CellValue) -> bool:
-    if isinstance(cell, str):
-        return bool(cell.strip())
-    return cell is not None and cell == cell and cell not in ([], {})  # NaN is not equal to itself
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """Column names that show the task of a table."""
-
-    task: str  # as a recipe of a later version names it
-    about: str
-    all_of: tuple[str, ...]  # each of these columns is there
-    one_of: tuple[str, ...] = ()  # and one of these
-    instead: str = ""  # what this version can do with the table
-
-
-_SHAPES = (_Shape("question_answering", "answers inside a context", ("question", "context"), ("answers", "answer")),)
-
-
-def later_task_of(columns: Sequence[str], known: Collection[str] = ()) -> str | None:
-    """The later task that a table with these columns belongs to."""
-    found = _shape_of(columns, known)
-    return None if found is None else found.task
-
-
-def refuse_later(columns: Sequence[str], known: Collection[str] = ()) -> None:
-    """Raise DataError if the columns are those of a task that this version does not have.
-
-    Args:
-        columns: of the table.
-        known: kinds of the tasks of this version.
-    """
-    shape = _shape_of(columns, known)
-    if shape is None:
-        return
-    used = [name for name in columns if name_key(name) in (*shape.all_of, *shape.one_of)]
-    label = next((name for name in used if name_key(name) in shape.one_of), "")
-    instead = shape.instead.format(label=label)
-    raise DataError(
-        f"the columns {listed(used, 80)} belong to the task {shape.task} ({shape.about}), which a later version will "
-        f"have: {instead or 'give another table, or name columns of a task of this version'}"
-    )
-
-
-def _shape_of(columns: Sequence[str], known: Collection[str]) -> _Shape | None:
+def later_task_of(columns: Sequence[str]) -> str | None:
+    """The task of a later version that a table with these columns belongs to."""
     names = {name_key(name) for name in columns}
-    for shape in _SHAPES:
-        there = names.issuperset(shape.all_of) and (not shape.one_of or names & set(shape.one_of))
-        if there and shape.task not in known:
-            return shape
-    return None
+    return "question_answering" if {"question", "context"} <= names and names & {"answers", "answer"} else None
+
+
+def refuse_later(columns: Sequence[str]) -> None:
+    """Raise DataError if the columns are those of a task that this version does not have."""
+    if (task := later_task_of(columns)) is None:
+        return
+    used = [name for name in columns if name_key(name) in ("question", "context", "answers", "answer")]
+    raise DataError(
+        f"the columns {listed(used, 80)} belong to the task {task} (answers inside a context), which a later version "
+        "will have: give another table, or name columns of a task of this version"
+    )

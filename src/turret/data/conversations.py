@@ -10,35 +10,27 @@ Three formats give the same turns:
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from turret.data.cells import Missing, Replacements, RowReader, text_of
+from turret.data.cells import Missing, RowReader, json_in, text_of
 from turret.data.examples import Conversation, Preferred, Prompt, Turn
-from turret.data.table import CellValue
+from turret.data.table import CellValue, is_missing, words_in
 from turret.errors import DataError, shown
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, JsonValue
 
 MOST_TURNS = 10_000
 _ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "ipython": "tool",
-    "function_response": "tool",
+    word: role
+    for role, words in {
+        "system": "system, developer",
+        "user": "user, human",
+        "assistant": "assistant, gpt, model, bot, chatgpt, function_call, tool_call",
+        "tool": "tool, function, observation, ipython, function_response",
+    }.items()
+    for word in words_in(words)
 }
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call of a tool
 
@@ -136,13 +128,11 @@ def _answers(turn: Turn) -> bool:
     return turn.role == "assistant" and bool(turn.content.strip() or turn.tool_calls)
 
 
-def turns_of(cell: CellValue, replaced: Replacements) -> list[Turn] | None:
+def turns_of(cell: CellValue, replaced: Counter[str] | None = None) -> list[Turn] | None:
     """The turns in a cell: a list, or a text that is a JSON list; None if the cell is missing. Raises DataError."""
-    if isinstance(cell, str):
-        if not cell.strip():
-            return None
-        cell = _json(cell, "a conversation")
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+    if isinstance(cell, str) and cell.strip():
+        cell = json_in(cell, "is not JSON: expected a conversation")
+    if is_missing(cell):
         return None
     if not isinstance(cell, (list, tuple)):
         raise DataError(
@@ -159,7 +149,7 @@ def turns_of(cell: CellValue, replaced: Replacements) -> list[Turn] | None:
     return turns or None
 
 
-def _turn(value: CellValue, replaced: Replacements) -> Turn:
+def _turn(value: CellValue, replaced: Counter[str] | None = None) -> Turn:
     if not isinstance(value, Mapping):
         raise DataError(f"expected an object with role and content, found {type(value).__name__}")
     said = value.get("role", value.get("from"))
@@ -170,7 +160,7 @@ def _turn(value: CellValue, replaced: Replacements) -> Turn:
     content = _content(value.get("content", value.get("value")), replaced)
     calls = value.get("tool_calls") or None
     if isinstance(said, str) and said.strip().lower() in _CALLS:
-        calls, content = _json(content, "a call of a tool"), ""
+        calls, content = json_in(content, "is not JSON: expected a call of a tool"), ""
     if calls is not None and role != "assistant":
         raise DataError(f"a turn of the role {role} has tool calls: only the assistant calls tools")
     name, call = (str(value.get(key) or "") for key in ("name", "tool_call_id"))
@@ -178,7 +168,7 @@ def _turn(value: CellValue, replaced: Replacements) -> Turn:
     return Turn(role, content, written, name if role == "tool" else "", call if role == "tool" else "")
 
 
-def _content(cell: CellValue, replaced: Replacements) -> str:
+def _content(cell: CellValue, replaced: Counter[str] | None = None) -> str:
     """The text of a turn; "" if it has none, as a turn with tool calls."""
     if isinstance(cell, (list, tuple)):
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in cell]
@@ -194,10 +184,16 @@ def _calls(value: JsonValue) -> str:
     return json.dumps(calls, ensure_ascii=False) if calls else ""
 
 
-def _call(value: JsonValue) -> JsonObject:
+def _function(value: CellValue, wrong: str) -> JsonMapping:
+    """The function in a tool or a call. Raises DataError if it has no name."""
     function = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError('a tool call needs a name, as in {"name": "search", "arguments": {"text": "cats"}}')
+        raise DataError(wrong)
+    return function
+
+
+def _call(value: JsonValue) -> JsonObject:
+    function = _function(value, 'a tool call needs a name, as in {"name": "search", "arguments": {"text": "cats"}}')
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):  # a model may have written arguments that are not JSON
@@ -208,23 +204,15 @@ def _call(value: JsonValue) -> JsonObject:
 
 def tools_of(cell: CellValue) -> str:
     """The tools in a cell as JSON, each as `{"type": "function", "function": {...}}`; "" if there are none."""
-    if isinstance(cell, str):
-        cell = _json(cell, "the list of tools") if cell.strip() else None
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+    if is_missing(cell):
         return ""
-    tools = cell if isinstance(cell, (list, tuple)) else [cell]
+    if isinstance(cell, str):
+        cell = json_in(cell, "is not JSON: expected the list of tools")
     wrapped = []
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError('a tool needs a name, as in [{"name": "search", "description": "...", "parameters": {}}]')
+    for tool in cell if isinstance(cell, (list, tuple)) else [cell]:
+        function = _function(
+            tool, 'a tool needs a name, as in [{"name": "search", "description": "...", "parameters": {}}]'
+        )
         first = {key: function[key] for key in ("name", "description", "parameters") if key in function}
         wrapped.append({"type": "function", "function": first | dict(function)})  # in one order, for equal tokens
     return json.dumps(wrapped, ensure_ascii=False) if wrapped else ""
-
-
-def _json(text: str, what: str) -> JsonValue:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise DataError(f"{shown(text, 40)} is not JSON: expected {what}") from None

@@ -15,7 +15,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -41,7 +41,7 @@ from turret.data.splits import (
     taken,
     test_split,
 )
-from turret.data.table import DETECTED, CellValue, DataSettings, FileFormat, Table, format_of
+from turret.data.table import CellValue, DataSettings, Table, format_of
 from turret.data.text_file import lines_of
 from turret.errors import DataError, counted, listed, one_line, shown
 
@@ -188,22 +188,14 @@ class Rows:
     """A table whose rows are read one after another.
 
     Args:
-        name: for messages.
-        columns: all of them.
-        asked: those that hold the input.
+        table: with the columns of each row's cells.
+        asked: columns that hold the input.
         read: the rows, from the start.
-        notes: for the user.
-        found: how the file is read, as far as it had to be found out.
-        left_out_notes: a note for each kind of rows that the last reading left out.
     """
 
-    name: str
-    columns: tuple[str, ...]
+    table: Table
     asked: tuple[str, ...]
     read: Callable[[], Iterator[Row]]
-    notes: tuple[str, ...] = ()
-    found: FileFormat = DETECTED
-    left_out_notes: Callable[[], list[str]] = list
 
 
 def read_rows(data: DataSettings, schema: Schema, *, trained: Mapping[str, str] | None = None) -> Rows:
@@ -232,7 +224,12 @@ def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | No
     """
     path = Path(os.path.expanduser(data.source))
     if path.suffix.lower() == ".txt" and os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        return Rows(path.name, (LINES,), (LINES,), lambda: _lines(path, data.encoding))
+
+        def lines() -> Iterator[Row]:
+            for place, line in enumerate(lines_of(path, data.encoding), 1):
+                yield Row(place, line, (line,))
+
+        return Rows(Table(path.name, (LINES,), lambda _: ((row.place, row.cells) for row in lines())), (LINES,), lines)
     tables = open_source(data.source, format_of(data, trained))
     table = tables[test_split(data, list(tables))]
     try:
@@ -256,18 +253,13 @@ def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | No
                 column = shown(roles[reader.role], 40)
                 raise DataError(f"{table.name} {table.unit} {place}, column {column}: {error}") from None
 
-    return Rows(table.name, columns, asked, read, table.notes, table.found, table.left_out_notes)
+    return Rows(replace(table, columns=columns), asked, read)
 
 
 def _texts_in(row: cells.RowReader) -> Input:
     """A text, or two."""
     texts = [row.text(role) for role in row.roles]
     return texts[0] if len(texts) == 1 else TextPair(*texts)
-
-
-def _lines(path: Path, encoding: str | None) -> Iterator[Row]:
-    for place, line in enumerate(lines_of(path, encoding), 1):
-        yield Row(place, line, (line,))
 
 
 # --- the two passes --------------------------------------------------------------------------------------------------
@@ -690,7 +682,8 @@ class Scan:
             has = "has" if self.several == 1 else "have"
             lost.append(f"{self.several} {of} {has} several references: in training each is an example")
         lost += [f"{what} in {n} of {counted(self.rows, 'conversation')}" for what, n in self.reader.changes.items()]
-        return table.left_out_notes() + [f"{table.name}: {note}" for note in [*lost, *self.reader.replaced.notes()]]
+        replaced = [f"{counted(count, 'text')} {what}" for what, count in self.reader.replaced.items()]
+        return table.left_out_notes() + [f"{table.name}: {note}" for note in [*lost, *replaced]]
 
     def report(self, table: Table, problems: Problems) -> None:
         """Add what is wrong with the table to `problems`."""

@@ -35,10 +35,12 @@ from turret.data.table import (
     DataSettings,
     Table,
     is_empty,
+    is_missing,
     is_unnamed,
     list_columns,
     require_columns,
     trimmed,
+    words_in,
 )
 from turret.errors import DataError, SeveralLabels, shown
 
@@ -61,40 +63,34 @@ _WHO = re.compile(
 )
 
 # Parts of names, in lower case without accents: English, German, French, Spanish, Italian, Dutch, Portuguese, Polish.
-_LABEL_WORDS = (
-    "label", "class", "klass", "clase", "categor", "kategor", "topic", "thema", "theme", "tema", "temat", "argoment",
-    "onderwerp", "rubri", "assunto", "asunto", "sujet", "sentiment", "sentyment", "feeling", "mood", "emotion", "emoci",
-    "emozion", "emotie", "emoca", "emocj", "stimmung", "gefuhl", "ressenti", "humeur", "gevoel", "nastroj", "opinion",
-    "intent", "absicht", "intencion", "intencao", "zamiar", "target", "bereich", "abteilung", "department", "reparto",
-    "departament", "afdeling", "dzial", "departement", "queue", "motif", "motivo", "anliegen", "einstufung",
-    "einordnung",
-    "urteil", "verdict", "toxic", "spam", "stance", "polarit", "etiquet", "etichett", "etykiet", "rotulo", "schlagwort",
-    "tag", "fachgebiet", "sachgebiet",
-)  # fmt: skip
-_GRADE_WORDS = (
-    "rating", "bewertung", "note", "ocena", "beoordeling", "valutazion", "valoracion", "avaliac", "stars", "sterne",
-    "score", "type", "typ", "tipo", "art", "soort", "rodzaj", "reason", "grund", "powod", "reden", "result", "outcome",
-    "severity", "urgen", "dringlich",
-)  # fmt: skip
-_META_WORDS = (
-    "kanal", "channel", "canal", "kanaal", "store", "shop", "filial", "tienda", "loja", "negozio", "magasin", "sklep",
-    "oddzial", "winkel", "branch", "standort", "location", "site", "region", "land", "country", "pays", "pais", "paese",
-    "kraj", "city", "stadt", "ville", "ciudad", "citta", "cidade", "miasto", "plaats", "language", "lang", "sprache",
-    "langue", "idioma", "lingua", "taal", "jezyk", "status", "statut", "estado", "stato", "state",
-    "priorit", "prioridad",
-    "assignee", "agent", "bearbeiter", "vendeur", "owner", "date", "datum", "fecha", "month", "monat", "mois", "mes",
-    "mese", "maand", "miesiac", "year", "jahr", "week", "woche", "source", "quelle", "fuente", "origen", "origem",
-    "fonte", "bron", "zrodlo", "gender", "geschlecht", "sexe", "sexo", "genere", "geslacht", "plec", "device", "gerat",
-    "platform", "version", "browser", "split", "fold", "lp", "nr", "id",
-)  # fmt: skip
-_TEXT_WORDS = (
-    "text", "texte", "texto", "testo", "tekst", "content", "inhalt", "contenu", "contenido", "contenuto", "inhoud",
-    "conteudo", "tresc", "message", "nachricht", "mensaje", "messaggio", "bericht", "mensagem", "wiadomosc", "comment",
-    "kommentar", "commentaire", "comentario", "commento", "opmerking", "komentarz", "review", "rezension", "avis",
-    "resena", "recension", "recensie", "opinia", "verbatim", "feedback", "description", "beschreibung", "descripcion",
-    "descrizion", "omschrijving", "descricao", "opis", "body", "anfrage", "question", "frage", "sentence", "satz",
-    "tweet", "post", "complaint", "beschwerde", "reclam", "klacht", "anliegen", "freitext",
-)  # fmt: skip
+_LABEL_WORDS = words_in(
+    """label, class, klass, clase, categor, kategor, topic, thema, theme, tema, temat, argoment, onderwerp, rubri,
+    assunto, asunto, sujet, sentiment, sentyment, feeling, mood, emotion, emoci, emozion, emotie, emoca, emocj,
+    stimmung, gefuhl, ressenti, humeur, gevoel, nastroj, opinion, intent, absicht, intencion, intencao, zamiar,
+    target, bereich, abteilung, department, reparto, departament, afdeling, dzial, departement, queue, motif, motivo,
+    anliegen, einstufung, einordnung, urteil, verdict, toxic, spam, stance, polarit, etiquet, etichett, etykiet,
+    rotulo, schlagwort, tag, fachgebiet, sachgebiet"""
+)
+_GRADE_WORDS = words_in(
+    """rating, bewertung, note, ocena, beoordeling, valutazion, valoracion, avaliac, stars, sterne, score, type, typ,
+    tipo, art, soort, rodzaj, reason, grund, powod, reden, result, outcome, severity, urgen, dringlich"""
+)
+_META_WORDS = words_in(
+    """kanal, channel, canal, kanaal, store, shop, filial, tienda, loja, negozio, magasin, sklep, oddzial, winkel,
+    branch, standort, location, site, region, land, country, pays, pais, paese, kraj, city, stadt, ville, ciudad,
+    citta, cidade, miasto, plaats, language, lang, sprache, langue, idioma, lingua, taal, jezyk, status, statut,
+    estado, stato, state, priorit, prioridad, assignee, agent, bearbeiter, vendeur, owner, date, datum, fecha, month,
+    monat, mois, mes, mese, maand, miesiac, year, jahr, week, woche, source, quelle, fuente, origen, origem, fonte,
+    bron, zrodlo, gender, geschlecht, sexe, sexo, genere, geslacht, plec, device, gerat, platform, version, browser,
+    split, fold, lp, nr, id"""
+)
+_TEXT_WORDS = words_in(
+    """text, texte, texto, testo, tekst, content, inhalt, contenu, contenido, contenuto, inhoud, conteudo, tresc,
+    message, nachricht, mensaje, messaggio, bericht, mensagem, wiadomosc, comment, kommentar, commentaire,
+    comentario, commento, opmerking, komentarz, review, rezension, avis, resena, recension, recensie, opinia,
+    verbatim, feedback, description, beschreibung, descripcion, descrizion, omschrijving, descricao, opis, body,
+    anfrage, question, frage, sentence, satz, tweet, post, complaint, beschwerde, reclam, klacht, anliegen, freitext"""
+)
 
 
 @dataclass
@@ -123,7 +119,7 @@ class ColumnFacts:
             turns = [each for each in cell if isinstance(each, dict)]
             self.lengths += [len(str(turns))] if turns else [len(str(each)) for each in cell]
             return
-        text = "" if cell is None or cell != cell else trimmed(str(cell))  # NaN is not equal to itself
+        text = "" if is_missing(cell) else trimmed(str(cell))
         if not text:
             return
         self.filled += 1
@@ -318,7 +314,7 @@ def _columns(
     try:
         by_name = find_columns(data, table.columns, schemas)
     except DataError as error:
-        refuse_later(table.columns, [schema.kind for schema in schemas])
+        refuse_later(table.columns)
         if len(named) != 1 or not named.keys() <= set(LABELLED):
             if named:
                 raise DataError(f"{error}{_hint(table)}") from None
@@ -479,7 +475,7 @@ def _are_numbers(classes: Iterable[str]) -> bool:
 
 def _cell_key(cell: CellValue) -> str:
     """Equal for cells that mean the same label; "" for none."""
-    key = "" if cell is None or cell != cell else cells.key_of(str(cell))
+    key = "" if is_missing(cell) else cells.key_of(str(cell))
     return "" if key in cells.NO_VALUES else key
 
 

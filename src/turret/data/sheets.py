@@ -20,7 +20,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -43,6 +43,7 @@ from turret.data.table import (
     name_key,
     reason_of,
     trimmed,
+    words_in,
 )
 from turret.data.text_file import name_of
 from turret.errors import DataError, NoHeader, counted, listed, shown
@@ -54,11 +55,11 @@ HEADS = 50  # rows in which the row of names is looked for
 _DESCRIBING = 3  # rows, at most, that describe columns
 _VALUES = 8  # numbers or dates that show what a column holds
 FOOT = 5  # last rows of a table among which sums are looked for
-_SUMS = frozenset((
-    "sum", "total", "totals", "grand total", "subtotal", "summe", "gesamt", "gesamtsumme", "insgesamt", "zwischensumme",
-    "somme", "total général", "sous-total", "suma", "total general", "totale", "somma", "totale generale", "totaal",
-    "eindtotaal", "som", "soma", "total geral", "razem", "ogółem", "łącznie", "suma końcowa", "summa", "итого", "всего",
-))  # fmt: skip
+_SUMS = words_in(
+    """sum, total, totals, grand total, subtotal, summe, gesamt, gesamtsumme, insgesamt, zwischensumme, somme,
+    total général, sous-total, suma, total general, totale, somma, totale generale, totaal, eindtotaal, som, soma,
+    total geral, razem, ogółem, łącznie, suma końcowa, summa, итого, всего"""
+)
 SUMS, BAD_ROWS = "rows of sums at the end", "rows with other fields"
 DESCRIPTIONS, NAMES_AGAIN = "rows below the names that describe the columns", "rows that repeat the names"
 
@@ -101,22 +102,13 @@ class Heading:
         return cls(row, cells, tuple(names.get(place, f"{UNNAMED}{place + 1}") for place in places), places, below)
 
     def table(
-        self,
-        name: str,
-        rows: Callable[[Counter[str]], Iterator[TableRow]],
-        notes: Sequence[str],
-        *,
-        width: int,
-        found: FileFormat,
-        unit: str = "line",
-        hint: str = "",
+        self, name: str, width: int, rows: Callable[[Counter[str]], Iterator[TableRow]], notes: Sequence[str]
     ) -> Table:
         """The table of the rows under the names.
 
         Args:
-            rows: reads them with all their cells, and counts what it leaves out.
             width: number of columns; a row of sums leaves some of them empty.
-            notes, found, unit, hint: as in `Table`.
+            rows: reads the rows with all their cells, and counts what it leaves out.
         """
         left_out: Counter[str] = Counter()
         place_of = dict(zip(self.names, self.places, strict=True))
@@ -127,16 +119,7 @@ class Heading:
             for number, cells in self._only_data(rows(left_out), width, left_out):
                 yield number, tuple(cells[place] if place < len(cells) else None for place in wanted)
 
-        return Table(
-            name,
-            self.names,
-            read,
-            notes=(*notes, *self._notes(name)),
-            unit=unit,
-            found=found,
-            hint=hint,
-            left_out=left_out,
-        )
+        return Table(name, self.names, read, notes=(*notes, *self._notes(name)), left_out=left_out)
 
     def _only_data(self, rows: Iterable[TableRow], width: int, left_out: Counter[str]) -> Iterator[TableRow]:
         """The rows with all their cells, without those that are no data, which `left_out` counts.
@@ -328,7 +311,7 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
         below = ((number, tuple(cells)) for number, cells in _fields(text, delimiter) if number > heading.row)
         return _whole(below, text, delimiter, len(first), form.skip_bad_lines, left_out)
 
-    return heading.table(name_of(path), rows, notes, width=len(first), found=found)
+    return replace(heading.table(name_of(path), len(first), rows, notes), found=found)
 
 
 def _row_of_names(text: _Text, delimiter: str, form: FileFormat) -> tuple[int, list[str], list[list[str]]]:
@@ -450,11 +433,11 @@ def _share_of_usual_width(rows: Sequence[Sequence[str]]) -> float:
     return count / len(rows) if width > 1 and 4 * count >= 3 * len(rows) else 0.0
 
 
-_COMMON_NAMES = frozenset((
-    "text", "texts", "label", "labels", "class", "category", "id", "title", "name", "prompt", "completion", "document",
-    "summary", "question", "answer", "input", "output", "instruction", "response", "source", "target", "sentence",
-    "review", "comment", "message", "rating", "score", "sentiment", "topic",
-))  # fmt: skip
+_COMMON_NAMES = words_in(
+    """text, texts, label, labels, class, category, id, title, name, prompt, completion, document, summary, question,
+    answer, input, output, instruction, response, source, target, sentence, review, comment, message, rating, score,
+    sentiment, topic"""
+)
 
 
 def _is_data(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
@@ -463,7 +446,7 @@ def _is_data(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     It does if a cell recurs in its own column, which has few different values, if a number stands above numbers, or if
     every cell is a number, blank or as long as a sentence.
     """
-    if len(first) < 2 or not rows or {cell.strip().lower() for cell in first} & _COMMON_NAMES:
+    if len(first) < 2 or not rows or any(cell.strip().lower() in _COMMON_NAMES for cell in first):
         return False
     rows = [row for row in rows if len(row) == len(first)]
     for place, cell in enumerate(first):
@@ -555,11 +538,8 @@ def open_excel(path: Path, form: FileFormat) -> Table:
                 if number > heading.row and any(cell is not None for cell in cells):
                     yield number, cells
 
-    return heading.table(
-        name,
-        rows,
-        notes,
-        width=len(heading.names),
+    return replace(
+        heading.table(name, len(heading.names), rows, notes),
         unit="row",
         found=FileFormat(sheet=sheet.title if others else None, header_row=heading.row if sheet.has_titles else None),
         hint=f"the other sheets are {listed(others, 80)}: data.sheet names one" if others else "",

@@ -32,7 +32,17 @@ from urllib.request import getproxies
 
 from turret.data import memory, records, sheets
 from turret.data.columns import later_task_of, with_answers
-from turret.data.table import DETECTED, DataSettings, FileFormat, Table, TableRow, from_rows, reason_of, require_columns
+from turret.data.table import (
+    DETECTED,
+    DataSettings,
+    FileFormat,
+    Table,
+    TableRow,
+    from_rows,
+    reason_of,
+    require_columns,
+    words_in,
+)
 from turret.data.text_file import COMPRESSED, check_is_text, kind_of, name_of
 from turret.errors import DataError, listed, one_line, shown
 
@@ -43,30 +53,24 @@ STDIN = "-"
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".xlsx", ".parquet")
 _UNPACKED = (".xlsx", ".parquet")  # compressed inside
 _OTHERS = {  # suffix -> what to do instead
-    ".xls": "save it as .xlsx or .csv",
-    ".ods": "save it as .xlsx or .csv",
-    ".xlsm": "save it as .xlsx",
-    ".zip": "unpack it",
-    ".tar": "unpack it",
-    ".7z": "unpack it",
-    ".rar": "unpack it",
-    ".txt": "name it .csv or .tsv if it has columns",
-    ".tab": "name it .tsv",
-    ".dat": "name it .csv or .tsv",
-    ".feather": "save it as .parquet",
-    ".arrow": "save it as .parquet",
-    ".pkl": "save it as .parquet or .csv",
-    ".pickle": "save it as .parquet or .csv",
-    ".pdf": "export its table as .csv",
-    ".docx": "export its table as .csv",
+    suffix: remedy
+    for suffixes, remedy in {
+        ".xls, .ods": "save it as .xlsx or .csv",
+        ".xlsm": "save it as .xlsx",
+        ".zip, .tar, .7z, .rar": "unpack it",
+        ".txt": "name it .csv or .tsv if it has columns",
+        ".tab": "name it .tsv",
+        ".dat": "name it .csv or .tsv",
+        ".feather, .arrow": "save it as .parquet",
+        ".pkl, .pickle": "save it as .parquet or .csv",
+        ".pdf, .docx": "export its table as .csv",
+    }.items()
+    for suffix in words_in(suffixes)
 }
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     "test": "test",
     "testing": "test",
 }

@@ -213,6 +213,16 @@ def is_empty(cell: CellValue) -> bool:
     return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
+def is_missing(cell: CellValue) -> bool:
+    """Whether a cell has no value: None, NaN, or blanks only."""
+    return is_empty(cell) or (isinstance(cell, float) and cell != cell)
+
+
+def words_in(text: str) -> tuple[str, ...]:
+    """Words and phrases between commas."""
+    return tuple(word for each in text.split(",") if (word := " ".join(each.split())))
+
+
 def is_value(cell: CellValue) -> bool:
     """Whether a cell is a number, a date or a time, also if it is written as a text."""
     if isinstance(cell, str):

@@ -73,7 +73,7 @@ def _example(text: JsonValue, row: JsonObject) -> Example:
     Args:
         row: the other columns of the row.
     """
-    source = cells.text_of(text, cells.Replacements())
+    source = cells.text_of(text)
     if source is None:
         raise DataError("the text is missing")
     score = _score(row.pop(SCORE, None))
@@ -91,11 +91,11 @@ def _wanted(check: str, cell: JsonValue) -> str | tuple[str, ...] | None:
     if check == "label":
         return cells.label_of(cell, (), multi_label=isinstance(cell, list | tuple))
     if check == "contains" and isinstance(cell, list | tuple):
-        parts = tuple(cells.text_of(part, cells.Replacements()) for part in cell)
+        parts = tuple(cells.text_of(part) for part in cell)
         if not all(parts):
             raise DataError("contains lists a text that is missing")
         return tuple(part for part in parts if part)
-    return cells.text_of(cell, cells.Replacements())
+    return cells.text_of(cell)
 
 
 def _score(cell: JsonValue) -> float | None:

@@ -42,15 +42,15 @@ def predict_file(
     check_options(version, request.top, request.coverage)
     rows = read_rows(store, version, source, request.columns)
     first = list(islice(rows.read(), SAMPLED))  # an error in a column or in these rows costs no load of the base
-    form = form_of(source, rows.found, (row.cells for row in first), path)
+    form = form_of(source, rows.table.found, (row.cells for row in first), path)
     with store.database().reading() as connection:
         promised = promises.of_digest(connection, version.digest) is not None and not request.bare
-    names = _names(rows.columns, version.part("task"), request, promised=promised)
+    names = _names(rows.table.columns, version.part("task"), request, promised=promised)
     new = [key for key in names if key != "row"]
     counts = dict.fromkeys(("rows", BLANK, CUT, PERSON), 0)
     with (
         _mounted(store, version, say, request.device) as ready,
-        TableWriter(path, [*rows.columns, names["row"], *(names[key] for key in new)], form) as table,
+        TableWriter(path, [*rows.table.columns, names["row"], *(names[key] for key in new)], form) as table,
     ):
         reader = rows.read()
         while some := list(islice(reader, ROWS)):
@@ -60,7 +60,7 @@ def predict_file(
                 counts[PERSON] += PERSON in answer
                 for flag in answer["flags"]:
                     counts[flag] += 1
-                own = dict(zip(rows.columns, row.cells, strict=True))
+                own = dict(zip(rows.table.columns, row.cells, strict=True))
                 table.write(own | {names["row"]: row.place} | {names[key]: answer.get(key) for key in new})
     return Predicted(
         version=str(version),
@@ -140,7 +140,7 @@ def unused(keys: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
 
 
 def _notes(rows: Rows, table: TableWriter) -> list[str]:
-    notes = [*rows.notes, *rows.left_out_notes()]
+    notes = [*rows.table.notes, *rows.table.left_out_notes()]
     if table.guarded:
         notes.append(
             f"{table.guarded} cells begin like a formula of a spreadsheet and have a ' in front; a .jsonl file keeps "

@@ -66,7 +66,7 @@ def suggest(
     with answering.mounted(store, str(version), say, device) as ready:
         unsure, counts = _least_sure(ready, rows, TIMES * most, say)
         if not unsure:
-            raise DataError(f"{rows.name} has no text to label: expected at least one row that is not blank")
+            raise DataError(f"{rows.table.name} has no text to label: expected at least one row that is not blank")
         if len(unsure) > most:
             say(f"choosing {most} of the {len(unsure)} rows that it is least sure of")
             vectors = ready.asking.embeddings([each.ids for each in unsure]).numpy()
@@ -79,7 +79,7 @@ def suggest(
         repeated=counts["repeated"],
         suggestions=_with_texts(unsure, rows),
         seconds=time.perf_counter() - started,
-        notes=[*rows.notes, *rows.left_out_notes(), *notes],
+        notes=[*rows.table.notes, *rows.table.left_out_notes(), *notes],
         columns=rows.asked,
         label=str(trained_on(version).get("label") or "label"),
     )

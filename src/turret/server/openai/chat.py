@@ -14,7 +14,6 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from turret.data import Prompt
-from turret.data.cells import Replacements
 from turret.data.conversations import prompt_of, turns_of
 from turret.engine import Piece
 from turret.engine.constraint import Constraint
@@ -89,7 +88,7 @@ def prompt(view: View, body: chat_schemas.ChatRequest) -> Input:
 
 def conversation(body: chat_schemas.ChatRequest) -> Prompt:
     """The messages and tools of a request as training reads them. Raises DataError."""
-    turns = turns_of([message.known() for message in body.messages], Replacements())
+    turns = turns_of([message.known() for message in body.messages])
     tools = [tool.known() for tool in body.tools or ()] if body.tool_choice != "none" else []
     asked = prompt_of(turns or (), tools or None, None)
     if (size := len(asked.tools.encode())) > MOST_TOOLS:
