@@ -18,7 +18,7 @@ import small_models
 from small_tables import films, write_jsonl
 
 from turret import LoRA, Recipe, TurretError, Workspace
-from turret.data import memory
+from turret.data import memory, source
 from turret.data.dataset import read_dataset
 from turret.errors import DataError, RecipeError
 from turret.recipe import Data, Task
@@ -115,7 +115,7 @@ def test_missing_cells_dates_and_arrays_are_read_as_in_a_file() -> None:
             "vector": [[1.5]] * 5,
         }
     )
-    (table,) = memory.open_rows(Recipe(data=frame).data.source).values()
+    (table,) = source.open_rows(Recipe(data=frame).data.source).values()
     rows = [cells for _, cells in table.read(list(frame.columns))]
     assert rows[0] == ("a b", "x", "2026-01-01T00:00:00", 1, [1.5])
     assert rows[1] == ("c d", "y", None, None, [1.5])
@@ -266,9 +266,9 @@ def test_a_store_by_url_keeps_rows_for_every_machine(new_url: Any, tmp_path: Pat
     other = url.replace(str(tmp_path / "local"), str(tmp_path / folder_name))
     program = """
 import sys, turret
-from turret.data import memory
+from turret.data import memory, source
 store = turret.Workspace(sys.argv[1]).store
 store.bring_rows(sys.argv[2])
-print(len(list(memory.open_rows(sys.argv[2])[""].read(["text"]))))
+print(len(list(source.open_rows(sys.argv[2])[""].read(["text"]))))
 """
     assert in_fresh_process(program, other, made.data.source).strip() == "32"
