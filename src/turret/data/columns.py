@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from turret.data.cells import RowReader, label_of
 from turret.data.examples import Example
@@ -108,123 +109,213 @@ class Columns:
         return list(self.roles.values())[-1]
 
 
-def find_columns(
-    data: DataSettings,
-    columns: Sequence[str],
-    schemas: Sequence[Schema],
-    *,
-    trained: Mapping[str, str] | None = None,
-) -> Columns:
-    """The columns that the recipe names, else those among `columns` with an obvious name. Raises DataError.
+@dataclass(frozen=True)
+class Finder:
+    """Finds the columns of one table.
 
     Args:
         data: a recipe's `[data]`.
-        columns: of the table.
-        schemas: of the recipe's task; of all tasks if the columns have to decide which it is.
+        columns: of the table, without those that `data.ignore` leaves out.
         trained: role -> column of the table that a version was trained on, for what the recipe does not name. The table
             may lack it.
     """
-    columns = kept_columns(data, columns)
-    task = schemas[0] if len(schemas) == 1 else None
-    for schema in (schema for schema in schemas if schema.conversations):
-        if conversations := _conversations(data, columns, schema, named=task is not None, trained=trained):
-            return conversations
-    chat = [role for role in named_columns(data, CHAT_ROLES) if role not in PLAIN_ROLES]
-    if task and (strange := [role for role in chat if role not in task.roles]):
-        raise DataError(f'data.{strange[0]} does not belong to {task.kind}: set task.kind = "chat", or leave it out')
-    schemas = [schema for schema in schemas if not schema.conversations]
-    only = schemas[0] if len(schemas) == 1 else None
-    every = [role for schema in schemas for roles in schema.names for role in roles]
-    given = require_columns(named_columns(data, dict.fromkeys((*PLAIN_ROLES, *every))), columns)
-    note = None
-    if trained:
-        known, lacks = trained_columns(trained, columns)
-        if not given:
-            given, note = known, lacks
-        else:  # some columns are named: the version knows the others
+
+    data: DataSettings
+    columns: Sequence[str]
+    trained: Mapping[str, str]
+
+    @classmethod
+    def of(cls, data: DataSettings, columns: Sequence[str], trained: Mapping[str, str] | None = None) -> Finder:
+        """Raises DataError if `data.ignore` names a column that is not there, or that is used."""
+        return cls(data, kept_columns(data, columns), trained or {})
+
+    @cached_property
+    def by_name(self) -> dict[str, str]:
+        """Each column by its name without case and blanks; of equal names the first column."""
+        return {name_key(name): name for name in reversed(self.columns)}
+
+    def given(self, roles: Iterable[str]) -> dict[str, str]:
+        """The columns that the recipe names for some roles. Raises DataError for one that is not there."""
+        return require_columns(named_columns(self.data, roles), self.columns)
+
+    def known(self, roles: Iterable[str]) -> tuple[dict[str, str], str | None]:
+        """The columns that the version was trained on, as far as the table has them, and a note on the others."""
+        own = {role: self.trained[role] for role in roles if role in self.trained}
+        found = {role: column for role, name in own.items() if (column := find_column(name, self.columns)) is not None}
+        missing = [name for role, name in own.items() if role not in found]
+        return found, f"the table lacks {listed(missing, 60)}, on which the version was trained" if missing else None
+
+    def find(self, schemas: Sequence[Schema]) -> Columns:
+        """The columns that the recipe names, else those with an obvious name. Raises DataError.
+
+        Args:
+            schemas: of the recipe's task; of all tasks if the columns have to decide which it is.
+        """
+        task = schemas[0] if len(schemas) == 1 else None
+        for schema in (schema for schema in schemas if schema.conversations):
+            if conversations := self._conversations(schema, named=task is not None):
+                return conversations
+        chat = [role for role in named_columns(self.data, CHAT_ROLES) if role not in PLAIN_ROLES]
+        if task and (strange := [role for role in chat if role not in task.roles]):
+            raise DataError(
+                f'data.{strange[0]} does not belong to {task.kind}: set task.kind = "chat", or leave it out'
+            )
+        schemas = [schema for schema in schemas if not schema.conversations]
+        only = schemas[0] if len(schemas) == 1 else None
+        given = self.given(dict.fromkeys((*PLAIN_ROLES, *(role for schema in schemas for role in schema.roles))))
+        known, lacks = self.known(self.trained)
+        note = None if given else lacks
+        if given:  # the version knows the others
             own = [roles for roles in schemas[0].names if given.keys() & set(roles)]
             of_it: Roles = next((roles for roles in own if known.keys() <= set(roles)), next(iter(own), ()))
-            given |= {role: name for role, name in known.items() if role in of_it and role not in given}
-    _check_named(given, only)
-    found = []
-    for schema in schemas:
-        shown = list(schema.names) if only else list(schema.names)[: schema.show]
-        for roles in sorted(shown, key=len, reverse=True):
-            if given.keys() <= set(roles) and (guess := _guess(roles, schema.names[roles], given, columns)):
-                found.append(Columns(schema, dict(zip(roles, guess, strict=True)), note))
-                break
-    if not found:
-        if not given:
-            refuse_later(columns)
-        raise DataError(_not_found(given, columns, only))
-    found.sort(key=lambda each: (each.roles.keys() != given.keys(), -len(each.roles)))
-    if len(found) > 1 and not given and len(found[0].roles) == len(found[1].roles):
-        both = " and ".join(f"{f.schema.kind} ({listed(f.roles.values(), 60)})" for f in found[:2])
+            known = {role: name for role, name in known.items() if role in of_it}
+        given = {**given, **{role: name for role, name in known.items() if role not in given}}
+        _check_named(given, only)
+        found = []
+        for schema in schemas:
+            shown = list(schema.names) if only else list(schema.names)[: schema.show]
+            for roles in sorted(shown, key=len, reverse=True):
+                if given.keys() <= set(roles) and (guess := self._guess(roles, schema.names[roles], given)):
+                    found.append(Columns(schema, guess, note))
+                    break
+        if not found:
+            if not given:
+                refuse_later(self.columns)
+            raise DataError(_not_found(given, self.columns, only))
+        found.sort(key=lambda each: (each.roles.keys() != given.keys(), -len(each.roles)))
+        if len(found) > 1 and not given and len(found[0].roles) == len(found[1].roles):
+            both = " and ".join(f"{f.schema.kind} ({listed(f.roles.values(), 60)})" for f in found[:2])
+            raise DataError(
+                f"the columns {listed(self.columns, 80)} fit {both}: set task.kind (--task), or name the columns under "
+                "[data]"
+            )
+        notes = [note, self._guess_note(found[0].schema, found[0].roles, given)]
+        return replace(found[0], note="; ".join(filter(None, notes)) or None)
+
+    def inputs(self, schema: Schema) -> dict[str, str]:
+        """The input columns by role. The table may have no answers. Raises DataError."""
+        if schema.conversations or schema.converses:
+            return self._questions()
+        asked = [roles[: -schema.answers] for roles in schema.names]
+        of_them = [role for role in PLAIN_ROLES if _in(role, asked)]
+        given, (known, _) = self.given(of_them), self.known(role for role in self.trained if _in(role, asked))
+        if given or not self.trained:
+            fitting = [roles for roles in asked if given.keys() <= set(roles)]
+        else:
+            fitting = [roles for roles in asked if known.keys() == set(roles)]
+        for roles in sorted(fitting, key=len, reverse=True):
+            every = [names for own, names in schema.names.items() if own[: -schema.answers] == roles]
+            obvious = [each[: len(roles)] for names in every for each in names]
+            if len(roles) > 1 and (guess := self._guess(roles, obvious, {**known, **given})):
+                return guess
+        single = [roles[0] for roles in asked if len(roles) == 1]
+        if role := next((role for role in single if role in given), None):
+            return {role: given[role]}
+        first = schema.usual[0]
+        if single:
+            names = [name for role, name in known.items() if role in single]
+            names += [self.by_name[name] for name in dict.fromkeys((first, *schema.inputs)) if name in self.by_name]
+            if names or len(self.columns) == 1:
+                return {single[0]: names[0] if names else self.columns[0]}
+        options = " ".join(map(_option, asked[0])) if first == "text" else "--prompt COLUMN"
+        one = len(asked[0]) == 1
+        which = "which column has the inputs" if one else "which columns have the two texts"
         raise DataError(
-            f"the columns {listed(columns, 80)} fit {both}: set task.kind (--task), or name the columns under [data]"
+            f"cannot tell {which}; the columns are {list_columns(self.columns)}: name {'one' if one else 'them'} with "
+            f"{options}"
         )
-    best = found[0]
-    notes = [note, _guess_note(best.schema.kind, best.roles, given, columns)]
-    return replace(best, note="; ".join(filter(None, notes)) or None)
 
-
-def _guess_note(kind: str, roles: Mapping[str, str], given: Mapping[str, str], columns: Sequence[str]) -> str | None:
-    """What was guessed, and which columns are not used; None if the recipe names all that are."""
-    guessed = [f"{role} is column {name!r}" for role, name in roles.items() if role not in given]
-    unused = [name for name in columns if name not in roles.values()]
-    if not guessed:
+    def _guess(
+        self, roles: Roles, obvious: Sequence[tuple[str, ...]], given: Mapping[str, str]
+    ) -> dict[str, str] | None:
+        """A column for each role: the given one, else the one with an obvious name."""
+        for names in [("",) * len(roles), *obvious]:
+            guess = {
+                role: given.get(role) or self.by_name.get(name, "") for role, name in zip(roles, names, strict=True)
+            }
+            if all(guess.values()) and len(set(guess.values())) == len(guess):
+                return guess
         return None
-    return f"guessed: {kind}, {', '.join(guessed)}" + (f"; not used: {', '.join(unused)}" if unused else "")
+
+    def _guess_note(self, schema: Schema, roles: Mapping[str, str], given: Mapping[str, str]) -> str | None:
+        """What was guessed, and which columns are not used; None if the recipe names all that are."""
+        guessed = [f"{role} is column {name!r}" for role, name in roles.items() if role not in given]
+        unused = [name for name in self.columns if name not in roles.values()]
+        others = f"; not used: {', '.join(unused)}" if unused else ""
+        return f"guessed: {schema.kind}, {', '.join(guessed)}{others}" if guessed else None
+
+    # --- conversations ------------------------------------------------------------------------------------------------
+
+    def _conversations(self, schema: Schema, *, named: bool) -> Columns | None:
+        """The columns of conversations, if the recipe names them, asks for the task, or the table shows them.
+
+        Args:
+            named: whether the recipe names that task.
+        """
+        given = named_columns(self.data, CHAT_ROLES)
+        own = [role for role in given if role not in PLAIN_ROLES]  # roles that no other task has
+        foreign = [role for role in named_columns(self.data, PLAIN_ROLES) if role not in CHAT_ROLES]
+        if named and foreign:
+            remedy = "name data.messages, or prompt and completion"
+            raise DataError(f"data.{foreign[0]} does not belong to {schema.kind}: {remedy}")
+        if not named and (foreign or (given and not own)):
+            return None
+        known, lacks = self.known(() if given else CHAT_ROLES)
+        if "messages" in known or known.keys() >= {"prompt", "completion"}:
+            return Columns(schema, known, lacks)
+        roles = self._conversation_roles(known=named)
+        if roles is None and (named or own):
+            remedy = "name data.messages, or data.prompt and data.completion"
+            raise DataError(f"cannot tell which columns to use; the columns are {list_columns(self.columns)}: {remedy}")
+        if roles is None:
+            return None
+        return Columns(schema, roles, lacks if self.trained and not given else self._guess_note(schema, roles, given))
+
+    def _questions(self) -> dict[str, str]:
+        """The columns of conversations that may have no answers, by role. Raises DataError."""
+        known, _ = self.known(() if named_columns(self.data, CHAT_ROLES) else CHAT_ROLES)
+        roles = known if known.keys() & {"messages", "prompt"} else self._conversation_roles(known=True, asks=True)
+        if roles is None:
+            raise DataError(
+                f"cannot tell which column has the conversations; the columns are {list_columns(self.columns)}: "
+                "name data.messages or data.prompt"
+            )
+        return {role: name for role, name in roles.items() if role != "completion"}
+
+    def _conversation_roles(self, *, known: bool, asks: bool = False) -> dict[str, str] | None:
+        """The columns that the recipe names, else those with an obvious name, by role; None if there are none.
+
+        Args:
+            known: whether the task is known, so that more names are obvious.
+            asks: whether the table may have questions without answers.
+        """
+        roles, low = self.given(CHAT_ROLES), self.by_name
+        given = bool(roles)
+        if not roles.keys() & {"messages", "prompt", "completion"}:
+            names = (*WHOLE, *(MORE_WHOLE if known else ()))
+            if whole := next((low[name] for name in names if name in low), None):
+                roles = {"messages": whole} | roles
+        if "messages" not in roles:
+            for first, second in (*INSTRUCTED, *(MORE_PAIRS if known or given else ())):
+                asked, answer = roles.get("prompt", low.get(first)), roles.get("completion", low.get(second))
+                if asked and (answer or asks):
+                    roles = {"prompt": asked, **({"completion": answer} if answer else {})} | roles
+                    break
+            else:
+                return None
+        for role in BESIDE:
+            applies = role not in roles and (role != "input" or "messages" not in roles)
+            if applies and role in low and low[role] not in roles.values():
+                roles[role] = low[role]
+        return roles
 
 
-def find_inputs(
-    data: DataSettings, columns: Sequence[str], schema: Schema, *, trained: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """The input columns of a table by role. The table may have no answers. Raises DataError.
-
-    Args:
-        trained: role -> column of the table that a version was trained on; used if the table has it.
-    """
-    columns = kept_columns(data, columns)
-    if schema.conversations or schema.converses:
-        return _questions(data, columns, trained)
-    asked = [roles[: -schema.answers] for roles in schema.names]
-    given = require_columns(
-        {role: n for role, n in named_columns(data, PLAIN_ROLES).items() if _in(role, asked)}, columns
-    )
-    known, _ = trained_columns({role: name for role, name in (trained or {}).items() if _in(role, asked)}, columns)
-    if given or not trained:
-        fitting = [roles for roles in asked if given.keys() <= set(roles)]
-    else:
-        fitting = [roles for roles in asked if known.keys() == set(roles)]
-    for roles in sorted(fitting, key=len, reverse=True):
-        if len(roles) < 2:
-            continue
-        every = [names for own, names in schema.names.items() if own[: -schema.answers] == roles]
-        obvious = [each[: len(roles)] for names in every for each in names]
-        if guess := _guess(roles, obvious, {**known, **given}, columns):
-            return dict(zip(roles, guess, strict=True))
-    single = [roles[0] for roles in asked if len(roles) == 1]
-    if role := next((role for role in single if role in given), None):
-        return {role: given[role]}
-    low = {name_key(name): name for name in reversed(columns)}
-    first = schema.usual[0]
-    if single:
-        names = [name for role, name in known.items() if role in single]
-        names += [low[name] for name in dict.fromkeys((first, *schema.inputs)) if name in low]
-        if names or len(columns) == 1:
-            return {single[0]: names[0] if names else columns[0]}
-    roles = asked[0]
-    options = " ".join(f"--{role.replace('_', '-')} COLUMN" for role in roles) if first == "text" else "--prompt COLUMN"
-    which = "which column has the inputs" if len(roles) == 1 else "which columns have the two texts"
-    raise DataError(
-        f"cannot tell {which}; the columns are {list_columns(columns)}: name "
-        f"{'one' if len(roles) == 1 else 'them'} with {options}"
-    )
-
-
-def _in(role: str, every: Sequence[Roles]) -> bool:
+def _in(role: str, every: Iterable[Roles]) -> bool:
     return any(role in roles for roles in every)
+
+
+def _option(role: str) -> str:
+    return f"--{role.replace('_', '-')} COLUMN"
 
 
 def aligned(table: Table, names: Sequence[str]) -> Table:
@@ -282,12 +373,7 @@ def with_answers(table: Table, names: Sequence[str]) -> Table:
     return replace(table, columns=(*others, whole), read=read)
 
 
-def find_group(data: DataSettings, columns: Sequence[str]) -> str | None:
-    """The column of `data.group`. Raises DataError if the table lacks it."""
-    return None if data.group is None else require_columns({"group": data.group}, columns)["group"]
-
-
-def _check_named(given: dict[str, str], only: Schema | None) -> None:
+def _check_named(given: Mapping[str, str], only: Schema | None) -> None:
     """Raise DataError if no task has all the columns that the recipe names."""
     every = (LABELLED, PAIRED, SUMMARISED, COMPLETED, ("system", *COMPARED), TAGGED, SPANNED, TRIPLE)
     of_a_task = [set(roles) for roles in every]
@@ -298,31 +384,19 @@ def _check_named(given: dict[str, str], only: Schema | None) -> None:
         raise DataError(f"data.{strange} does not belong to {only.kind}: name {' and '.join(only.usual)}")
 
 
-def _guess(
-    roles: Roles, obvious: Sequence[tuple[str, ...]], given: dict[str, str], columns: Sequence[str]
-) -> tuple[str, ...] | None:
-    """A column for each role: the given one, else the one with an obvious name."""
-    low = {name_key(name): name for name in reversed(columns)}
-    for names in [("",) * len(roles), *obvious]:
-        guess = [given.get(role) or low.get(name) for role, name in zip(roles, names, strict=True)]
-        if all(guess) and len(set(guess)) == len(guess):
-            return tuple(name for name in guess if name is not None)
-    return None
-
-
-def _not_found(given: dict[str, str], columns: Sequence[str], only: Schema | None) -> str:
+def _not_found(given: Mapping[str, str], columns: Sequence[str], only: Schema | None) -> str:
     known = [LABELLED, SUMMARISED, COMPLETED, PAIRED] if only is None else list(only.names)
     roles = next((roles for roles in known if given.keys() <= set(roles)), known[0]) if given else known[0]
     if given:
         role = next((role for role in roles if role not in given), roles[-1])
         named = f" beside {listed(given.values(), 40)}"
         what = f"the {role}{named} is" if role in OPTIONS else f"data.{role}{named} is"
-        remedy = f"add --{role.replace('_', '-')} COLUMN" if role in OPTIONS else f"set data.{role}"
+        remedy = f"add {_option(role)}" if role in OPTIONS else f"set data.{role}"
         return f"cannot tell which column {what}; the columns are {list_columns(columns)}: {remedy}"
     if only:
         roles = COMPLETED if roles == SUMMARISED else roles
         keys = [f"data.{role}" for role in roles]
-        options = " ".join(f"--{role.replace('_', '-')} COLUMN" for role in roles)
+        options = " ".join(map(_option, roles))
         remedy = f"set {', '.join(keys[:-1])} and {keys[-1]} ({options})"
     else:
         remedy = "set data.text and data.label (--text, --label) to classify, or --prompt and --completion to write"
@@ -340,118 +414,6 @@ def named_columns(data: DataSettings, roles: Iterable[str]) -> dict[str, str]:
 def column_of(name: str | Sequence[str]) -> str:
     """The column of a name; several names are the columns that `with_answers` makes one of."""
     return name if isinstance(name, str) else ", ".join(name)
-
-
-def trained_columns(trained: Mapping[str, str], columns: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    """The columns that a version was trained on, as far as the table has them, and a note on the others.
-
-    Args:
-        trained: role -> column of the table that the version was trained on.
-    """
-    found = {role: column for role, name in trained.items() if (column := find_column(name, columns)) is not None}
-    missing = [name for role, name in trained.items() if role not in found]
-    note = f"the table lacks {listed(missing, 60)}, on which the version was trained" if missing else None
-    return found, note
-
-
-# --- conversations ---------------------------------------------------------------------------------------------------
-
-
-def _conversations(
-    data: DataSettings,
-    columns: Sequence[str],
-    schema: Schema,
-    *,
-    named: bool,
-    trained: Mapping[str, str] | None,
-) -> Columns | None:
-    """The columns of conversations, if the recipe names them, asks for the task, or the table shows them.
-
-    Args:
-        columns: those that `data.ignore` leaves.
-        named: whether the recipe names that task.
-        trained: role -> column of the table that a version was trained on; used if nothing is named.
-
-    Raises:
-        DataError: a column that the recipe names is not there, or they do not belong together.
-    """
-    given = named_columns(data, CHAT_ROLES)
-    own = [role for role in given if role not in PLAIN_ROLES]  # roles that no other task has
-    foreign = [role for role in named_columns(data, PLAIN_ROLES) if role not in CHAT_ROLES]
-    if named and foreign:
-        raise DataError(
-            f"data.{foreign[0]} does not belong to {schema.kind}: name data.messages, or prompt and completion"
-        )
-    if not named and (foreign or (given and not own)):
-        return None
-    again, lacks = _trained_conversations(trained, given, columns)
-    if "messages" in again or again.keys() >= {"prompt", "completion"}:
-        return Columns(schema, again, lacks)
-    roles = _conversation_roles(require_columns(given, columns), columns, known=named)
-    if roles is None and (named or own):
-        remedy = "name data.messages, or data.prompt and data.completion"
-        raise DataError(f"cannot tell which columns to use; the columns are {list_columns(columns)}: {remedy}")
-    if roles is None:
-        return None
-    return Columns(schema, roles, lacks if trained and not given else _guess_note(schema.kind, roles, given, columns))
-
-
-def _questions(data: DataSettings, columns: Sequence[str], trained: Mapping[str, str] | None) -> dict[str, str]:
-    """The columns of conversations that may have no answers, by role. Raises DataError."""
-    given = named_columns(data, CHAT_ROLES)
-    again, _ = _trained_conversations(trained, given, columns)
-    roles: dict[str, str] | None = again
-    if not again.keys() & {"messages", "prompt"}:
-        roles = _conversation_roles(require_columns(given, columns), columns, known=True, asks=True)
-    if roles is None:
-        raise DataError(
-            f"cannot tell which column has the conversations; the columns are {list_columns(columns)}: "
-            "name data.messages or data.prompt"
-        )
-    return {role: name for role, name in roles.items() if role != "completion"}
-
-
-def _trained_conversations(
-    trained: Mapping[str, str] | None, given: Mapping[str, str], columns: Sequence[str]
-) -> tuple[dict[str, str], str | None]:
-    """The columns of conversations that a version was trained on, as in `trained_columns`, if no others are given."""
-    own = {role: trained[role] for role in CHAT_ROLES if role in trained} if trained and not given else {}
-    return trained_columns(own, columns)
-
-
-def _conversation_roles(
-    given: Mapping[str, str], columns: Sequence[str], *, known: bool, asks: bool = False
-) -> dict[str, str] | None:
-    """The columns that the recipe names, else those with an obvious name, by role; None if there are none.
-
-    Args:
-        given: columns that the recipe names, by role.
-        columns: of the table.
-        known: whether the task is known, so that more names are obvious.
-        asks: whether the table may have questions without answers.
-    """
-    low = {name_key(name): name for name in reversed(columns)}
-    roles = dict(given)
-    if not roles.keys() & {"messages", "prompt", "completion"}:
-        names = (*WHOLE, *(MORE_WHOLE if known else ()))
-        if whole := next((low[name] for name in names if name in low), None):
-            roles = {"messages": whole} | roles
-    if "messages" not in roles:
-        for first, second in (*INSTRUCTED, *(MORE_PAIRS if known or given else ())):
-            asked, answer = roles.get("prompt", low.get(first)), roles.get("completion", low.get(second))
-            if asked and (answer or asks):
-                roles = {"prompt": asked, **({"completion": answer} if answer else {})} | roles
-                break
-        else:
-            return None
-    for role in BESIDE:
-        applies = role not in roles and (role != "input" or "messages" not in roles)
-        if applies and role in low and low[role] not in roles.values():
-            roles[role] = low[role]
-    return roles
-
-
-# --- what a recipe or a version names ---------------------------------------------------------------------------------
 
 
 def kept_columns(data: DataSettings, columns: Sequence[str]) -> list[str]:

@@ -13,35 +13,24 @@ import hashlib
 import itertools
 import os
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from turret.data import cells
-from turret.data.columns import Columns, Schema, aligned, check_unused, find_columns, find_group, find_inputs, fitting
+from turret.data import cells, splits
+from turret.data.columns import Columns, Finder, Schema, aligned, check_unused, fitting
 from turret.data.conversations import prompt_in
 from turret.data.examples import MEMORY, Dataset, Example, ExampleStore, Input, TextPair
 from turret.data.profile import columns_of, rivals_note
 from turret.data.source import open_labelled, open_source
-from turret.data.splits import (
-    ROLES,
-    Chosen,
-    Kinship,
-    Sources,
-    SplitRole,
-    choose,
-    find_sources,
-    shuffled,
-    taken,
-    test_split,
-)
-from turret.data.table import CellValue, DataSettings, Table, format_of
+from turret.data.splits import ROLES, Chosen, Kinship, Sources, SplitRole, find_sources, test_split
+from turret.data.table import CellValue, DataSettings, Table, format_of, require_columns
 from turret.data.text_file import lines_of
 from turret.errors import DataError, counted, listed, one_line, shown
 
@@ -68,9 +57,9 @@ def read_dataset(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, 
     first = _first_pass(data, schemas)
     columns, schema, notes = first.columns, first.columns.schema, first.notes()
     first.check_groups()
-    counts = {split: scan.rows_kept for split, scan in first.scans.items()}
+    counts = {split: len(scan.kept) for split, scan in first.scans.items()}
     kinships = {split: scan.kinship(first.spelling) for split, scan in first.scans.items()}
-    chosen = choose(data, first.sources, counts, seed, kinships)
+    chosen = splits.choose(data, first.sources, counts, seed, kinships)
     chosen, leak_notes = first.without_leaks(chosen) if data.drop_duplicates else (chosen, [])
     examples = first.read_chosen(chosen, memory)
     labels = cells.in_order(first.classes()) if schema.classes else ()
@@ -129,7 +118,7 @@ def read_test(
     problems = Problems()
     split = problems.note(lambda: test_split(data, list(tables)))
     table = tables[split] if split is not None else next(iter(tables.values()))
-    columns = problems.note(lambda: find_columns(data, table.columns, [schema], trained=trained))
+    columns = problems.note(lambda: Finder.of(data, table.columns, trained).find([schema]))
     if columns is None and table.hint:
         problems.add(table.hint)
     problems.require()
@@ -148,7 +137,9 @@ def read_test(
     places, examples = [place for place, _ in found], [example.respelt(spelling) for _, example in found]
     notes = [*table.notes, *([columns.note] if columns.note else []), *scan.notes(table)]
     if data.test is not None and not isinstance(data.test, str):
-        numbers = shuffled(len(examples), seed)[: taken("test", data.test, len(examples), len(examples), notes)]
+        numbers = splits.shuffled(len(examples), seed)[
+            : splits.taken("test", data.test, len(examples), len(examples), notes)
+        ]
         examples, places = [examples[number] for number in numbers], [places[number] for number in numbers]
     return EvaluationRows(examples, places, tuple(notes))
 
@@ -233,7 +224,7 @@ def _rows_of(data: DataSettings, schema: Schema, trained: Mapping[str, str] | No
     tables = open_source(data.source, format_of(data, trained))
     table = tables[test_split(data, list(tables))]
     try:
-        roles = find_inputs(data, table.columns, schema, trained=trained)
+        roles = Finder.of(data, table.columns, trained).inputs(schema)
     except DataError as error:
         raise DataError(f"{error}; {table.hint}") if table.hint else error from None
     asked = tuple(roles.values())
@@ -289,10 +280,7 @@ class _FirstPass:
 
     def classes(self) -> Counter[str]:
         """The classes of the training table with their rows."""
-        counts: Counter[str] = Counter()
-        for label, count in self.train.labels.items():
-            counts[self.spelling[label]] += count
-        return counts
+        return self.train.classes(self.spelling)
 
     def notes(self) -> list[str]:
         """What was guessed, left out and changed. Raises DataError if `data.rename` names a label that no row has."""
@@ -306,16 +294,11 @@ class _FirstPass:
             notes.append(
                 f"labels that differ in case or blanks only are one class: {first!r} is {changed[first]!r}{more}"
             )
-        return (
-            notes
-            + self._rename_notes()
-            + rivals_note(self.tables[self.sources.split["train"]], self.data, self.columns)
-        )
+        notes += self._rename_notes()
+        return notes + rivals_note(self.tables[self.sources.split["train"]], self.data, self.columns)
 
     def _rename_notes(self) -> list[str]:
-        counts: Counter[str] = Counter()
-        for scan in self.scans.values():
-            counts.update(scan.reader.renamed)
+        counts = sum((scan.reader.renamed for scan in self.scans.values()), Counter[str]())
         notes = []
         for label, meant in (self.data.rename or {}).items():
             if not counts[label]:
@@ -360,7 +343,7 @@ class _FirstPass:
     def check_groups(self) -> None:
         """Raise DataError if two splits of the source share a group."""
         for first, second in itertools.combinations(self.scans if self.data.group else (), 2):
-            shared = np.intersect1d(self.scans[first].groups, self.scans[second].groups)
+            shared = np.intersect1d(self.scans[first].numbers("group"), self.scans[second].numbers("group"))
             if len(shared):
                 raise DataError(
                     f"{self.tables[first].name} and {self.tables[second].name} share {len(shared)} groups of "
@@ -370,12 +353,13 @@ class _FirstPass:
     def without_leaks(self, chosen: Chosen) -> tuple[Chosen, list[str]]:
         """The rows without training rows whose input is also a validation or test input, and notes on all drops."""
         split, train = self.sources.split, chosen.rows["train"]
-        held = [self.scans[split[role]].inputs_kept[chosen.rows[role]] for role in ROLES[1:] if role in split]
-        leaks = np.isin(self.train.inputs_kept[train], np.concatenate(held)) if held else np.zeros(0, bool)
-        repeated = [scan.repeated for scan in self.scans.values() if scan.repeated]
+        inputs = {role: self.scans[name].numbers("input")[self.scans[name].kept] for role, name in split.items()}
+        held = [inputs[role][chosen.rows[role]] for role in inputs if role != "train"]
+        leaks = np.isin(inputs["train"][train], np.concatenate(held)) if held else np.zeros(0, bool)
         notes = [
             f"{counted(n, 'row')} that {'repeats' if n == 1 else 'repeat'} another one {_is(n)} left out"
-            for n in repeated
+            for scan in self.scans.values()
+            if (n := scan.usable - len(scan.kept))
         ]
         if leaks.any():
             train = train[~leaks]
@@ -416,7 +400,9 @@ class _FirstPass:
     def _examples_of_rows(self, chosen: Chosen, role: SplitRole) -> npt.NDArray[np.int64]:
         """The number of examples of each chosen row of a role."""
         rows = chosen.rows[role]
-        return self.train.references[self.train.kept[rows]] if role == "train" else np.ones(len(rows), dtype=np.int64)
+        if role != "train":
+            return np.ones(len(rows), dtype=np.int64)
+        return self.train.numbers("references")[self.train.kept[rows]].astype(np.int64)
 
 
 def _first_pass(data: DataSettings, schemas: Sequence[Schema]) -> _FirstPass:
@@ -425,7 +411,8 @@ def _first_pass(data: DataSettings, schemas: Sequence[Schema]) -> _FirstPass:
     sources = problems.note(lambda: find_sources(data, list(tables)))
     train = tables[sources.split["train"] if sources else next(iter(tables))]
     columns = problems.note(lambda: columns_of(train, data, schemas))
-    group = problems.note(lambda: find_group(data, train.columns))
+    grouped = {} if data.group is None else {"group": data.group}
+    group = problems.note(lambda: require_columns(grouped, train.columns).get("group"))
     if columns is None:  # perhaps because the file was read in the wrong way
         for note in [*train.notes, *([train.hint] if train.hint else [])]:
             problems.add(note)
@@ -565,13 +552,8 @@ class Scan:
     wrong: dict[str, str] = field(default_factory=dict)  # column -> the first error in it
     wrong_rows: Counter[str] = field(default_factory=Counter)  # column -> rows with an error in it
     ungrouped: int = 0
-    several: int = 0  # usable rows with several references
-    _references: array[int] = field(default_factory=lambda: array("I"))
-    _groups: array[int] = field(default_factory=lambda: array("Q"))
-    _inputs: array[int] = field(default_factory=lambda: array("Q"))
-    _pairs: array[int] = field(default_factory=lambda: array("Q"))
-    _outputs: array[int] = field(default_factory=lambda: array("L"))  # of each row, a number of `_combinations`
-    _combinations: dict[tuple[str, ...], int] = field(default_factory=dict)
+    _numbers: dict[str, array[int]] = field(default_factory=lambda: defaultdict(lambda: array("Q")))
+    _combinations: dict[tuple[str, ...], int] = field(default_factory=dict)  # labels of a row -> a number
 
     def __post_init__(self) -> None:
         self.reader = cells.RowReader(tuple(self.columns.roles), (), self.data.separator, self.data.rename or {})
@@ -608,16 +590,16 @@ class Scan:
                 yield place, example
 
     def _remember(self, example: Example, row: Sequence[CellValue]) -> None:
-        count = len(example.in_training())
-        self.several += count > 1
-        self._references.append(count)
+        numbers = {"references": len(example.in_training())}
         if self.group is not None:
-            self._groups.append(self._group(row[-1]))
+            numbers["group"] = self._group(row[-1])
         if self.data.drop_duplicates:
-            self._inputs.append(hash_of(example.input.strip()))
-            self._pairs.append(hash_of(f"{example.input.strip()}\0{example.output}"))
+            text = example.input.strip()
+            numbers |= {"input": hash_of(text), "pair": hash_of(f"{text}\0{example.output}")}
         if self.data.stratify:
-            self._outputs.append(self._combinations.setdefault(example.labels, len(self._combinations)))
+            numbers["labels"] = self._combinations.setdefault(example.labels, len(self._combinations))
+        for name, number in numbers.items():
+            self._numbers[name].append(number)
 
     def _group(self, cell: CellValue) -> int:
         text = "" if cell is None else str(cell).strip()
@@ -628,49 +610,34 @@ class Scan:
 
     # --- after the pass ---------------------------------------------------------------------------------------------
 
-    @property
-    def references(self) -> npt.NDArray[np.int64]:
-        """The number of references of each usable row."""
-        return np.array(self._references, dtype=np.int64)
-
-    @property
-    def groups(self) -> npt.NDArray[np.uint64]:
-        return np.array(self._groups, dtype=np.uint64)
+    def numbers(self, name: Literal["references", "group", "input", "pair", "labels"]) -> npt.NDArray[np.uint64]:
+        """What was remembered of each usable row (N,): how many references it has, or a hash."""
+        return np.array(self._numbers[name], dtype=np.uint64)
 
     @cached_property
     def kept(self) -> npt.NDArray[np.int64]:
         """The usable rows, without those that repeat an earlier one if `data.drop_duplicates` asks for that."""
-        if not self._pairs:
+        if not self.data.drop_duplicates:
             return np.arange(self.usable)
-        _, first = np.unique(np.array(self._pairs, dtype=np.uint64), return_index=True)
-        return np.sort(first)
+        return np.sort(np.unique(self.numbers("pair"), return_index=True)[1])
 
-    @property
-    def rows_kept(self) -> int:
-        return len(self.kept)
-
-    @property
-    def repeated(self) -> int:
-        return self.usable - self.rows_kept
-
-    @property
-    def inputs_kept(self) -> npt.NDArray[np.uint64]:
-        """A hash of the input of each kept row."""
-        return np.array(self._inputs, dtype=np.uint64)[self.kept]
-
-    def kinship(self, spelling: Mapping[str, str]) -> Kinship:
-        """Classes and groups of the kept rows. A row with several labels counts as one of its rarest label."""
-        groups = self.groups[self.kept] if self._groups else None
-        if not self._outputs:
-            return Kinship(groups=groups)
+    def classes(self, spelling: Mapping[str, str]) -> Counter[str]:
+        """The classes of the labels with their rows."""
         counts: Counter[str] = Counter()
         for label, count in self.labels.items():
             counts[spelling[label]] += count
+        return counts
+
+    def kinship(self, spelling: Mapping[str, str]) -> Kinship:
+        """Classes and groups of the kept rows. A row with several labels counts as one of its rarest label."""
+        groups = None if self.group is None else self.numbers("group")[self.kept]
+        if not self.data.stratify:
+            return Kinship(groups=groups)
+        counts = self.classes(spelling)
         by_rarity = sorted(counts, key=lambda label: (counts[label], label))
         numbers = {label: number for number, label in enumerate(by_rarity)}
         rarest = [min((numbers[spelling[label]] for label in each), default=-1) for each in self._combinations]
-        outputs = np.array(self._outputs, dtype=np.int64)[self.kept]
-        return Kinship(np.array(rarest, dtype=np.int64)[outputs], groups)
+        return Kinship(np.array(rarest, dtype=np.int64)[self.numbers("labels")[self.kept].astype(np.int64)], groups)
 
     def notes(self, table: Table) -> list[str]:
         of = f"of {counted(self.rows, 'row')}"
@@ -678,9 +645,9 @@ class Scan:
         if self.ungrouped:
             own = "is a group of its own" if self.ungrouped == 1 else "are groups of their own"
             lost.append(f"{counted(self.ungrouped, 'row')} without a group {own}")
-        if self.several:
-            has = "has" if self.several == 1 else "have"
-            lost.append(f"{self.several} {of} {has} several references: in training each is an example")
+        if several := int((self.numbers("references") > 1).sum()):
+            has = "has" if several == 1 else "have"
+            lost.append(f"{several} {of} {has} several references: in training each is an example")
         lost += [f"{what} in {n} of {counted(self.rows, 'conversation')}" for what, n in self.reader.changes.items()]
         replaced = [f"{counted(count, 'text')} {what}" for what, count in self.reader.replaced.items()]
         return table.left_out_notes() + [f"{table.name}: {note}" for note in [*lost, *replaced]]

@@ -21,8 +21,8 @@ from turret.data.columns import (
     LABELLED,
     PLAIN_ROLES,
     Columns,
+    Finder,
     Schema,
-    find_columns,
     kept_columns,
     named_columns,
     refuse_later,
@@ -253,7 +253,7 @@ def columns_of(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> C
         DataError: the columns cannot be told.
     """
     try:
-        return find_columns(data, table.columns, schemas)
+        return Finder.of(data, table.columns).find(schemas)
     except DataError:
         named = named_columns(data, PLAIN_ROLES)
         schema = _classifier(schemas)
@@ -312,7 +312,7 @@ def _columns(
     named = named_columns(data, PLAIN_ROLES)
     by_name: Columns | None = None
     try:
-        by_name = find_columns(data, table.columns, schemas)
+        by_name = Finder.of(data, table.columns).find(schemas)
     except DataError as error:
         refuse_later(table.columns)
         if len(named) != 1 or not named.keys() <= set(LABELLED):

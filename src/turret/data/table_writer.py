@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -107,8 +108,11 @@ class TableWriter:
     def __enter__(self) -> TableWriter:
         try:
             if self._kind == ".xlsx":
+                from openpyxl import Workbook
+
                 self._partial.touch(exist_ok=False)  # before the answers are computed
-                self._book = _new_workbook()
+                self._book = Workbook(write_only=True)
+                self._book.create_sheet("answers")
                 self._append(self.columns)
                 return self
             self._file = self._partial.open("x", encoding="utf-8", newline="")
@@ -148,6 +152,7 @@ class TableWriter:
     def _append(self, values: Iterable[CellValue]) -> None:
         """Write a row of the workbook: numbers and dates as they are, and everything else as text."""
         from openpyxl.cell import WriteOnlyCell
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE  # what no workbook may have
 
         assert self._book is not None
         sheet = self._book.worksheets[0]
@@ -161,7 +166,7 @@ class TableWriter:
             if value is None or isinstance(value, (bool, int, float, datetime, date, time)):
                 cells.append(WriteOnlyCell(sheet, _plain(value)))
                 continue
-            text = _without_controls(_text(value))
+            text = str(ILLEGAL_CHARACTERS_RE.sub("", _text(value)))
             self.shortened += len(text) > CELL
             cells.append(WriteOnlyCell(sheet, text[:CELL]))
             cells[-1].data_type = "s"  # never a formula
@@ -193,42 +198,22 @@ class TableWriter:
         """Write the file in the encoding of its form, or in UTF-8 if that has not all its letters."""
         beside = self._partial.with_name(f"{self._partial.name}.encoded")
         try:
-            try:
-                _recode(self._partial, beside, self.encoding)
-            except UnicodeEncodeError:
-                self.encoding = "utf-8-sig"
-                _recode(self._partial, beside, self.encoding)
+            with self._partial.open(encoding="utf-8", newline="") as given:
+                try:
+                    for line in given:
+                        line.encode(self.encoding)
+                except UnicodeEncodeError:
+                    self.encoding = "utf-8-sig"
+                given.seek(0)
+                with beside.open("w", encoding=self.encoding, newline="") as written:
+                    shutil.copyfileobj(given, written)
             os.replace(beside, self._partial)
         finally:
             beside.unlink(missing_ok=True)
 
 
-def _recode(source: Path, target: Path, encoding: str) -> None:
-    with (
-        source.open(encoding="utf-8", newline="") as given,
-        target.open("w", encoding=encoding, newline="") as written,
-    ):
-        for line in given:
-            written.write(line)
-
-
-def _new_workbook() -> Workbook:
-    from openpyxl import Workbook
-
-    book = Workbook(write_only=True)
-    book.create_sheet("answers")
-    return book
-
-
 def _text(value: CellValue) -> str:
     return JOINED.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _without_controls(text: str) -> str:
-    """The text without the characters that no workbook may have."""
-    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-
-    return str(ILLEGAL_CHARACTERS_RE.sub("", text))
 
 
 def _plain(value: JsonValue) -> JsonValue:
