@@ -254,15 +254,73 @@ _NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
 
 
 @dataclass(frozen=True)
-class _Text:
-    """How the lines of one file are read."""
+class _Separated:
+    """How the rows of one CSV or TSV file are read."""
 
     path: Path
     encoding: str
+    delimiter: str
     skipped: int  # lines before the header: Excel's `sep=;`
 
-    def lines(self) -> Iterator[str]:
-        return islice(text_file.lines(self.path, self.encoding, newline=""), self.skipped, None)
+    def rows(self) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """(first line, cells) of every row that is not blank."""
+        lines = islice(text_file.lines(self.path, self.encoding, newline=""), self.skipped, None)
+        reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
+        while True:
+            start = self.skipped + reader.line_num + 1
+            previous = csv.field_size_limit(FIELD_LIMIT)  # the limit is global: set it for one row only
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"{name_of(self.path)}, row from line {start}: {_reason(error)}") from None
+            finally:
+                csv.field_size_limit(previous)
+            if cells is None:
+                return
+            if cells:
+                yield start, tuple(cells)
+
+    def whole_rows(self, above: int, width: int, left_out: Counter[str], *, skip: bool) -> Iterator[TableRow]:
+        """The rows under a line. One with another number of fields is left out and counted, or an error.
+
+        Args:
+            skip: leave such rows out.
+        """
+        rows = ((line, cells) for line, cells in self.rows() if line > above)
+        for line, cells in rows:
+            if len(cells) == width:
+                yield line, cells
+            elif skip:
+                left_out[BAD_ROWS] += 1
+            elif len(cells) < width and cells[0].lstrip().startswith("#"):
+                left_out[REMARKS] += 1
+            else:
+                others = sum(len(cells) != width for _, cells in rows)
+                more = f", and so have {others} more" if others else ""
+                fields = counted(len(cells), "field")
+                raise DataError(
+                    f"{name_of(self.path)} line {line} has {fields} and the header has {width}{more}: "
+                    f'put texts with {self.delimiter!r} in double quotes, or set data.bad_lines = "skip"'
+                )
+
+    def row_of_names(self, form: FileFormat) -> tuple[int, Sequence[str], list[Sequence[str]]]:
+        """The line of the names, the names, and the first rows below. Raises DataError if there is none."""
+        rows: list[tuple[int, tuple[str, ...]]] = []
+        try:
+            rows += islice(self.rows(), max(HEADS * 2, form.header_row or 0))
+        except DataError:  # reading the rows says so; here the first ones are enough
+            rows = list(islice(self.rows(), 1))
+        if not rows:
+            raise DataError(f"{name_of(self.path)} is empty: give a table with rows")
+        place: int | None = 0
+        if form.header_row is not None:
+            place = next((i for i, (line, _) in enumerate(rows) if line == form.header_row), None)
+            if place is None:
+                raise DataError(f"{name_of(self.path)}: no row begins in line {form.header_row}: set data.header_row")
+        elif (form.header is None and any(map(is_empty, rows[0][1]))) or len(rows[0][1]) == 1:
+            place = find_names([cells for _, cells in rows], form.columns)
+        place = place or 0
+        return *rows[place], [cells for _, cells in rows[place + 1 :]]
 
 
 def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
@@ -273,20 +331,17 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
     """
     encoding, note = text_file.find_encoding(path, form.encoding)
     notes = [note] if note else []
-    text = _Text(path, encoding, 0)
-    sample = _sample(text)
-    delimiter = form.delimiter
-    if declared := re.fullmatch(r"sep=(.)", sample[0].strip("\r\n") if sample else "", re.IGNORECASE):
-        text, sample = _Text(path, encoding, 1), sample[1:]
-        delimiter = delimiter or declared[1]
-    if delimiter is None:
-        delimiter = _delimiter(sample, usual)
+    sample = _sample(path, encoding)
+    declared = re.fullmatch(r"sep=(.)", sample[0].strip("\r\n") if sample else "", re.IGNORECASE)
+    sample = sample[1:] if declared else sample
+    delimiter = form.delimiter or (declared[1] if declared else _delimiter(sample, usual))
     delimiter = "\t" if delimiter == "\\t" else delimiter  # as a shell passes it
     if len(delimiter) != 1 or delimiter in '"\r\n':
         raise DataError(f'data.delimiter {shown(delimiter, 20)}: expected one character, such as ";" or "\\t"')
     if delimiter != usual and form.delimiter is None:
         notes.append(f"{name_of(path)}: columns are separated by {delimiter!r}")
-    line, first, below = _row_of_names(text, delimiter, form)
+    text = _Separated(path, encoding, delimiter, 1 if declared else 0)
+    line, first, below = text.row_of_names(form)
     if form.header is False:
         heading = Heading(0, (), tuple(f"column {i}" for i in range(1, len(first) + 1)), range(len(first)), below)
     else:
@@ -308,79 +363,9 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
     )
 
     def rows(left_out: Counter[str]) -> Iterator[TableRow]:
-        below = ((number, tuple(cells)) for number, cells in _fields(text, delimiter) if number > heading.row)
-        return _whole(below, text, delimiter, len(first), form.skip_bad_lines, left_out)
+        return text.whole_rows(heading.row, len(first), left_out, skip=form.skip_bad_lines)
 
     return replace(heading.table(name_of(path), len(first), rows, notes), found=found)
-
-
-def _row_of_names(text: _Text, delimiter: str, form: FileFormat) -> tuple[int, list[str], list[list[str]]]:
-    """The line of the names, the names, and the first rows below. Raises DataError if there is none."""
-    rows: list[tuple[int, list[str]]] = []
-    most = max(HEADS * 2, form.header_row or 0)
-    try:
-        rows += islice(_fields(text, delimiter), most)
-    except DataError:  # reading the rows says so; here the first ones are enough
-        rows = list(islice(_fields(text, delimiter), 1))
-    if not rows:
-        raise DataError(f"{name_of(text.path)} is empty: give a table with rows")
-    place: int | None = 0
-    if form.header_row is not None:
-        place = next((i for i, (line, _) in enumerate(rows) if line == form.header_row), None)
-        if place is None:
-            raise DataError(f"{name_of(text.path)}: no row begins in line {form.header_row}: set data.header_row")
-    elif (form.header is None and any(is_empty(cell) for cell in rows[0][1])) or len(rows[0][1]) == 1:
-        place = find_names([cells for _, cells in rows], form.columns)
-    place = place or 0
-    return *rows[place], [cells for _, cells in rows[place + 1 :]]
-
-
-def _whole(
-    rows: Iterator[tuple[int, tuple[str, ...]]],
-    text: _Text,
-    delimiter: str,
-    width: int,
-    skip: bool,
-    left_out: Counter[str],
-) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The rows. One with another number of fields is left out and counted, or an error.
-
-    Args:
-        skip: leave such rows out.
-    """
-    for line, cells in rows:
-        if len(cells) == width:
-            yield line, cells
-        elif skip:
-            left_out[BAD_ROWS] += 1
-        elif len(cells) < width and cells[0].lstrip().startswith("#"):
-            left_out[REMARKS] += 1
-        else:
-            others = sum(len(cells) != width for _, cells in rows)
-            more = f", and so have {others} more" if others else ""
-            fields = counted(len(cells), "field")
-            raise DataError(
-                f"{name_of(text.path)} line {line} has {fields} and the header has {width}{more}: "
-                f'put texts with {delimiter!r} in double quotes, or set data.bad_lines = "skip"'
-            )
-
-
-def _fields(text: _Text, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(first line, cells) of every row that is not blank."""
-    reader = csv.reader(text.lines(), delimiter=delimiter, strict=True)
-    while True:
-        start = text.skipped + reader.line_num + 1
-        previous = csv.field_size_limit(FIELD_LIMIT)  # the limit is global: set it for one row only
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{name_of(text.path)}, row from line {start}: {_reason(error)}") from None
-        finally:
-            csv.field_size_limit(previous)
-        if cells is None:
-            return
-        if cells:
-            yield start, cells
 
 
 def _reason(error: csv.Error) -> str:
@@ -392,11 +377,11 @@ def _reason(error: csv.Error) -> str:
     return f'a double quote is out of place ({text}): write a quote inside a quoted field twice, as in "a ""b"""'
 
 
-def _sample(text: _Text) -> list[str]:
+def _sample(path: Path, encoding: str) -> list[str]:
     """The first lines of a file that are not blank, of bounded size."""
     sample: list[str] = []
     size = 0
-    for line in islice(text.lines(), _SAMPLED_LINES):
+    for line in islice(text_file.lines(path, encoding, newline=""), _SAMPLED_LINES):
         size += len(line)
         if sample and size > _SAMPLE_LIMIT:
             break

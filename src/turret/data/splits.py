@@ -52,7 +52,7 @@ def find_sources(data: DataSettings, splits: Sequence[str]) -> Sources:
         data: a recipe's `[data]`.
         splits: names of the source's splits.
     """
-    sizes = {role: _size(data, role) for role in ROLES}
+    sizes = {role: getattr(data, role) for role in ROLES}
     named: dict[SplitRole, str] = {
         role: _lookup(role, size, splits) for role, size in sizes.items() if isinstance(size, str)
     }
@@ -73,11 +73,6 @@ def find_sources(data: DataSettings, splits: Sequence[str]) -> Sources:
             found[role] = train
             carved.append(role)
     return Sources(found, tuple(carved))
-
-
-def _size(data: DataSettings, role: SplitRole) -> Size:
-    size: Size = getattr(data, role)
-    return size
 
 
 def test_split(data: DataSettings, splits: Sequence[str]) -> str:
@@ -133,13 +128,13 @@ def choose(
         if role not in sources.split:
             rows[role] = order[:0]
         elif role in sources.carved:
-            count = _carved_count(_size(data, role), counts[train], notes)
+            count = _carved_count(getattr(data, role), counts[train], notes)
             end = start + count if own.groups is None else _end_of_group(own.groups[order], start + count)
             rows[role] = order[start:end]
             start = end
         else:
             split = sources.split[role]
-            count = taken(role, _size(data, role), counts[split], counts[split], notes)
+            count = taken(role, getattr(data, role), counts[split], counts[split], notes)
             rows[role] = arranged(counts[split], seed, kin.get(split, Kinship()))[:count]
     left = counts[train] - start
     if left < 1 and own.groups is not None and start:

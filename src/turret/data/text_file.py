@@ -17,10 +17,10 @@ import lzma
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 from turret.data.table import FIELD_LIMIT, LINE_LIMIT, reason_of
 from turret.errors import DataError, one_line, shown
@@ -119,19 +119,25 @@ def _damaged(path: Path, error: Exception) -> DataError:
     )
 
 
-def _decompressed(path: Path) -> BinaryIO:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return io.BufferedReader(_Unpacked(gzip.GzipFile(path), path), _CHUNK)
-    if suffix == ".bz2":
-        return io.BufferedReader(_Unpacked(bz2.BZ2File(path), path), _CHUNK)
-    if suffix == ".xz":
-        return io.BufferedReader(_Unpacked(lzma.LZMAFile(path), path), _CHUNK)
-    if suffix == ".zst":
-        import pyarrow as pa
+def _zstd(path: Path) -> BinaryIO:
+    import pyarrow as pa
 
-        return io.BufferedReader(_Unpacked(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"), path), _CHUNK)
-    return path.open("rb")
+    stream: BinaryIO = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    return stream
+
+
+_Packed: TypeAlias = gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile | BinaryIO
+_DECOMPRESSORS: dict[str, Callable[[Path], _Packed]] = {
+    ".gz": gzip.GzipFile,
+    ".zst": _zstd,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+
+
+def _decompressed(path: Path) -> BinaryIO:
+    unpack = _DECOMPRESSORS.get(path.suffix.lower())
+    return path.open("rb") if unpack is None else io.BufferedReader(_Unpacked(unpack(path), path), _CHUNK)
 
 
 class _Unpacked(io.RawIOBase):
@@ -141,7 +147,7 @@ class _Unpacked(io.RawIOBase):
         packed: the decompressor, which reads the file.
     """
 
-    def __init__(self, packed: gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile | BinaryIO, path: Path) -> None:
+    def __init__(self, packed: _Packed, path: Path) -> None:
         self._packed, self._path = packed, path
         self._most = max(UNPACKED_BYTES, UNPACKED_TIMES * path.stat().st_size)
         self._size = 0
