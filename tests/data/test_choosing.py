@@ -15,7 +15,7 @@ from small_tables import POLES, labelled, load, write_csv, write_jsonl
 from turret.data import Dataset, Pair
 from turret.data.cells import joined_by
 from turret.data.dataset import read_dataset, read_test
-from turret.data.splits import Kinship, arranged, choose, find_sources
+from turret.data.splits import Kinship, arrange_rows, choose_rows, find_sources
 from turret.errors import DataError
 from turret.recipe import Data, Task
 from turret.tasks import Classify, Generate, schemas
@@ -45,7 +45,7 @@ def test_every_stretch_of_a_stratified_order_has_each_class_in_its_share(
     counts: list[int], seed: int, data: st.DataObject
 ) -> None:
     classes = np.repeat(np.arange(len(counts)), counts)
-    order = arranged(len(classes), seed, Kinship(classes=classes))
+    order = arrange_rows(len(classes), seed, Kinship(classes=classes))
     assert sorted(order) == list(range(len(classes)))
     start = data.draw(st.integers(0, len(classes)))
     end = data.draw(st.integers(start, len(classes)))
@@ -80,7 +80,7 @@ def test_no_group_is_on_both_sides_of_a_split(groups: list[int], seed: int, test
     data = Data(source="x", test=test, validation=validation)
     kin = {"": Kinship(groups=np.array(groups, dtype=np.uint64))}
     try:
-        chosen = choose(data, find_sources(data, [""]), {"": len(groups)}, seed, kin)
+        chosen = choose_rows(data, find_sources(data, [""]), {"": len(groups)}, seed, kin)
     except DataError as error:
         assert "cannot be split so that one is left to train on" in str(error)  # noqa: PT017 - few groups
         return

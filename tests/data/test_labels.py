@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_tables import films, load, write_csv, write_jsonl
 
 from turret.data import cells
-from turret.data.profile import Profile, profile
+from turret.data.profile import Profile, profile_table
 from turret.data.source import open_table
 from turret.data.table import list_columns
 from turret.errors import DataError, SeveralLabels
@@ -39,7 +39,7 @@ def opinions(count: int = 90, **columns: Any) -> list[dict[str, Any]]:
 
 def seen(path: Path, **named: str) -> Profile:
     data = Data(source=str(path), **named)
-    return profile(open_table(path), data, schemas(Task()))
+    return profile_table(open_table(path), data, schemas(Task()))
 
 
 # --- which column is the label ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.data.splits import Chosen, choose, find_sources, shuffled
+from turret.data.splits import Chosen, choose_rows, find_sources, shuffle_rows
 from turret.data.splits import test_split as split_to_test
 from turret.errors import DataError
 from turret.recipe import Data
@@ -17,7 +17,7 @@ from turret.recipe import Data
 
 def taken(counts: dict[str, int], seed: int = 42, **wanted: Any) -> Chosen:
     data = Data(source="x", **wanted)
-    return choose(data, find_sources(data, list(counts)), counts, seed)
+    return choose_rows(data, find_sources(data, list(counts)), counts, seed)
 
 
 def sizes(chosen: Chosen) -> tuple[int, int, int]:
@@ -110,7 +110,7 @@ def test_the_test_rows_do_not_depend_on_how_many_training_rows_are_asked_for(see
 
 
 def test_the_shuffle_is_the_same_for_good() -> None:
-    assert shuffled(10, 42).tolist() == [8, 1, 5, 0, 7, 2, 9, 4, 3, 6]
+    assert shuffle_rows(10, 42).tolist() == [8, 1, 5, 0, 7, 2, 9, 4, 3, 6]
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,14 @@ def spellings(counts: Mapping[str, int]) -> dict[str, str]:
     return {label: best[key_of(label)] for label in counts}
 
 
+def classes_of(labels: Mapping[str, int], spelling: Mapping[str, str]) -> Counter[str]:
+    """The rows of each class, of the rows of each label."""
+    counts: Counter[str] = Counter()
+    for label, count in labels.items():
+        counts[spelling[label]] += count
+    return counts
+
+
 def check_alike(labels: Iterable[str]) -> None:
     """Raise DataError for labels that differ only in case or blanks, which would become two classes."""
     groups: dict[str, list[str]] = {}
@@ -298,7 +306,7 @@ def no_values(counts: Mapping[str, int]) -> list[str]:
     return [label for label in counts if key_of(label) in NO_VALUES]
 
 
-def renaming(counts: Mapping[str, int]) -> dict[str, str]:
+def suggest_renames(counts: Mapping[str, int]) -> dict[str, str]:
     """What `data.rename` should probably be: typos get the label that is meant, `N/A` and its like are left out."""
     return {**typos(counts), **dict.fromkeys(no_values(counts), "")}
 
@@ -310,7 +318,7 @@ def doubts(counts: Mapping[str, int]) -> list[str]:
     return found + [f"{shown(label, 40)} ({counts[label]}) looks like no label" for label in no_values(counts)]
 
 
-def renamed(label: Label, rename: Mapping[str, str]) -> Label | None:
+def rename_label(label: Label, rename: Mapping[str, str]) -> Label | None:
     """The label that `data.rename` gives; None if it leaves the label out."""
     if isinstance(label, str):
         return rename.get(label, label) or None
@@ -520,7 +528,7 @@ class RowReader:
         if self.rename and found is not None:
             labels = (found,) if isinstance(found, str) else found
             self.renamed.update(label for label in labels if label in self.rename)
-            found = renamed(found, self.rename)
+            found = rename_label(found, self.rename)
         if found is None:
             raise Missing
         return found

@@ -318,7 +318,7 @@ def _option(role: str) -> str:
     return f"--{role.replace('_', '-')} COLUMN"
 
 
-def aligned(table: Table, names: Sequence[str]) -> Table:
+def align_columns(table: Table, names: Sequence[str]) -> Table:
     """The table with its columns called as in the training table. Raises DataError if it lacks one."""
     found = {name: find_column(name, table.columns) for name in names}
     missing = [name for name, column in found.items() if column is None]
@@ -337,7 +337,7 @@ def aligned(table: Table, names: Sequence[str]) -> Table:
     )
 
 
-def fitting(data: DataSettings, schemas: Sequence[Schema]) -> list[Schema]:
+def fitting_schemas(data: DataSettings, schemas: Sequence[Schema]) -> list[Schema]:
     """The schemas that read as many columns of answers as `data.label` names. Raises DataError without any."""
     several = isinstance(data.label, list)
     found = [schema for schema in schemas if schema.several == several]

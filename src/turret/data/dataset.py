@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turret.data import cells, splits
-from turret.data.columns import Columns, Finder, Schema, aligned, check_unused, fitting
+from turret.data.columns import Columns, Finder, Schema, align_columns, check_unused, fitting_schemas
 from turret.data.conversations import prompt_in
 from turret.data.examples import MEMORY, Dataset, Example, ExampleStore, Input, TextPair
 from turret.data.profile import columns_of, rivals_note
@@ -59,7 +59,7 @@ def read_dataset(data: DataSettings, schemas: Sequence[Schema], seed: int = 42, 
     first.check_groups()
     counts = {split: len(scan.kept) for split, scan in first.scans.items()}
     kinships = {split: scan.kinship(first.spelling) for split, scan in first.scans.items()}
-    chosen = splits.choose(data, first.sources, counts, seed, kinships)
+    chosen = splits.choose_rows(data, first.sources, counts, seed, kinships)
     chosen, leak_notes = first.without_leaks(chosen) if data.drop_duplicates else (chosen, [])
     examples = first.read_chosen(chosen, memory)
     labels = cells.in_order(first.classes()) if schema.classes else ()
@@ -113,7 +113,7 @@ def read_test(
         labels: the classes that the adapter knows.
         trained: role -> column of the table that the adapter was trained on.
     """
-    fitting(data, [schema])
+    fitting_schemas(data, [schema])
     tables = open_labelled(data, format_of(data, trained))
     problems = Problems()
     split = problems.note(lambda: test_split(data, list(tables)))
@@ -137,8 +137,8 @@ def read_test(
     places, examples = [place for place, _ in found], [example.respelt(spelling) for _, example in found]
     notes = [*table.notes, *([columns.note] if columns.note else []), *scan.notes(table)]
     if data.test is not None and not isinstance(data.test, str):
-        numbers = splits.shuffled(len(examples), seed)[
-            : splits.taken("test", data.test, len(examples), len(examples), notes)
+        numbers = splits.shuffle_rows(len(examples), seed)[
+            : splits.count_taken("test", data.test, len(examples), len(examples), notes)
         ]
         examples, places = [examples[number] for number in numbers], [places[number] for number in numbers]
     return EvaluationRows(examples, places, tuple(notes))
@@ -280,7 +280,7 @@ class _FirstPass:
 
     def classes(self) -> Counter[str]:
         """The classes of the training table with their rows."""
-        return self.train.classes(self.spelling)
+        return cells.classes_of(self.train.labels, self.spelling)
 
     def notes(self) -> list[str]:
         """What was guessed, left out and changed. Raises DataError if `data.rename` names a label that no row has."""
@@ -406,7 +406,7 @@ class _FirstPass:
 
 
 def _first_pass(data: DataSettings, schemas: Sequence[Schema]) -> _FirstPass:
-    tables, schemas = open_labelled(data, format_of(data)), fitting(data, schemas)
+    tables, schemas = open_labelled(data, format_of(data)), fitting_schemas(data, schemas)
     problems = Problems()
     sources = problems.note(lambda: find_sources(data, list(tables)))
     train = tables[sources.split["train"] if sources else next(iter(tables))]
@@ -422,7 +422,7 @@ def _first_pass(data: DataSettings, schemas: Sequence[Schema]) -> _FirstPass:
     check_unused(data, train, columns)
     _check_settings(data, columns)
     names = (*columns.roles.values(), *([] if group is None else [group]))
-    used = {split: aligned(tables[split], names) for split in dict.fromkeys(sources.split.values())}
+    used = {split: align_columns(tables[split], names) for split in dict.fromkeys(sources.split.values())}
     scans = {split: Scan(data, columns, group) for split in used}
     for split, scan in scans.items():
         for _ in scan.examples(used[split], collect=True):
@@ -621,19 +621,12 @@ class Scan:
             return np.arange(self.usable)
         return np.sort(np.unique(self.numbers("pair"), return_index=True)[1])
 
-    def classes(self, spelling: Mapping[str, str]) -> Counter[str]:
-        """The classes of the labels with their rows."""
-        counts: Counter[str] = Counter()
-        for label, count in self.labels.items():
-            counts[spelling[label]] += count
-        return counts
-
     def kinship(self, spelling: Mapping[str, str]) -> Kinship:
         """Classes and groups of the kept rows. A row with several labels counts as one of its rarest label."""
         groups = None if self.group is None else self.numbers("group")[self.kept]
         if not self.data.stratify:
             return Kinship(groups=groups)
-        counts = self.classes(spelling)
+        counts = cells.classes_of(self.labels, spelling)
         by_rarity = sorted(counts, key=lambda label: (counts[label], label))
         numbers = {label: number for number, label in enumerate(by_rarity)}
         rarest = [min((numbers[spelling[label]] for label in each), default=-1) for each in self._combinations]

@@ -90,7 +90,7 @@ def name_of_rows(source: str) -> str:
     return f"rows-{digest_of(source)[:8]}"
 
 
-def shortly(source: str) -> str:
+def short_source(source: str) -> str:
     """A source for people: `300 rows in memory, 870f03fd`; others as they are."""
     found = _SOURCE.fullmatch(source)
     return source if found is None else f"{int(found[1]):,} rows in memory, {found[2][:8]}"

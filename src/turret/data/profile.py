@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -203,7 +204,6 @@ class Profile:
     separator: str | None = None  # between the labels of a cell
     alike: bool = False  # labels that differ in case or blanks only
     repeated: int = 0  # rows that are equal to an earlier one
-    groups: tuple[str, ...] = ()  # columns that may say which rows belong together
     classes: dict[str, int] = field(default_factory=dict)  # label -> rows
     candidates: tuple[Candidate, ...] = ()  # other columns that may be the label, the best first
     kappa: float | None = None  # of the label, as in `Candidate`
@@ -213,8 +213,14 @@ class Profile:
         """Columns that are not used."""
         return [name for name in self.facts if name not in self.roles.values()]
 
+    @property
+    def groups(self) -> list[str]:
+        """Unused columns whose names say who a row is about, and whose values recur."""
+        unused = [self.facts[name] for name in self.others if _WHO.search(name)]
+        return [each.name for each in unused if 2 < len(each.values) < 0.9 * each.filled]
 
-def profile(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> Profile:
+
+def profile_table(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> Profile:
     """Look at a table.
 
     Args:
@@ -225,22 +231,22 @@ def profile(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> Prof
         SeveralLabels: two columns fit equally well as the label.
         DataError: there is nothing that a task could learn from, or the wrong column is named.
     """
-    facts, rows = _looked_at(table, table.columns)
-    if not rows:
-        raise DataError(f"{table.name} has columns and no rows: give a table with rows{_hint(table)}")
-    columns, ranked, guessed = _columns(table, data, schemas, facts)
+    look = _Look(table, data)
+    if not look.rows:
+        raise DataError(f"{table.name} has columns and no rows: give a table with rows{look.hint}")
+    columns, ranked, guessed = look.columns(schemas)
     best = next((each for each in ranked if each.column == columns.roles.get("label")), None)
     found = Profile(
-        rows,
-        rows == LOOKED_AT,
+        look.rows,
+        look.rows == LOOKED_AT,
         columns.schema.kind,
         columns.roles,
-        facts,
+        look.facts,
         guessed,
+        repeated=_repeated(table, columns),
         candidates=tuple(each for each in ranked if each is not best),
         kappa=None if best is None else best.kappa,
     )
-    found = replace(found, repeated=_repeated(table, columns), groups=_groups(found))
     own = columns.schema.classes and not columns.schema.spans
     return _with_labels(found, data, columns) if own else found
 
@@ -255,16 +261,12 @@ def columns_of(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> C
     try:
         return Finder.of(data, table.columns).find(schemas)
     except DataError:
-        named = named_columns(data, PLAIN_ROLES)
-        schema = _classifier(schemas)
-        if len(named) != 1 or not named.keys() <= set(LABELLED) or schema is None:
-            raise
-        found = _labelled(table, data, schema, _looked_at(table, table.columns)[0], None)
-        if found is None:
+        look, schema = _Look(table, data), _classifier(schemas)
+        if schema is None or not look.names_one or (found := look.labelled(schema, None)) is None:
             raise
     columns, ranked = found
     _require_one(ranked, "add {option}")
-    role = next(role for role in LABELLED if role not in named)
+    role = next(role for role in LABELLED if role not in look.named)
     return replace(columns, note=f"guessed from the cells: {role} is column {columns.roles[role]!r}")
 
 
@@ -277,8 +279,7 @@ def rivals_note(table: Table, data: DataSettings, columns: Columns) -> list[str]
         facts, _ = _looked_at(table, others, _RIVALS_IN)
     except DataError:  # a column that is not used cannot be read
         return []
-    rivals = _candidates(others, facts)
-    rivals.sort(key=lambda each: -each.name)
+    rivals = sorted(_candidates(others, facts), key=lambda each: -each.name)
     if not rivals:
         return []
     more = f" and {len(rivals) - 3} more" if len(rivals) > 3 else ""
@@ -297,77 +298,91 @@ def _looked_at(table: Table, columns: Sequence[str], most: int = LOOKED_AT) -> t
     return facts, rows
 
 
-def _hint(table: Table) -> str:
-    return f"; {table.hint}" if table.hint else ""
-
-
 def _classifier(schemas: Sequence[Schema]) -> Schema | None:
     return next((each for each in schemas if LABELLED in each.names and each.classes), None)
 
 
-def _columns(
-    table: Table, data: DataSettings, schemas: Sequence[Schema], facts: dict[str, ColumnFacts]
-) -> tuple[Columns, list[Candidate], bool]:
-    """The columns by their names, else by their content; the columns that may be the label; whether it was content."""
-    named = named_columns(data, PLAIN_ROLES)
-    by_name: Columns | None = None
-    try:
-        by_name = Finder.of(data, table.columns).find(schemas)
-    except DataError as error:
-        refuse_later(table.columns)
-        if len(named) != 1 or not named.keys() <= set(LABELLED):
-            if named:
-                raise DataError(f"{error}{_hint(table)}") from None
-        else:
-            require_columns(named, table.columns)
-    if by_name is not None and not (by_name.schema.classes and tuple(by_name.roles) == LABELLED):
-        return by_name, [], False
-    schema = _classifier(schemas) if by_name is None else by_name.schema
-    found = None if schema is None else _labelled(table, data, schema, facts, by_name)
-    if found is not None:
-        columns, ranked = found
-        _require_one(ranked, f"`turret init {shlex.quote(data.source)} {{option}}`")
-        return columns, ranked, by_name is None or by_name.roles != columns.roles
-    texts = sorted((each for each in facts.values() if each.is_texts), key=lambda each: -each.mean)
-    written = next((each for each in schemas if each.usual == COMPLETED), None)
-    if len(texts) > 1 and written is not None and not named:
-        pair = [name for name in table.columns if name in (texts[0].name, texts[1].name)]
-        return Columns(written, {"prompt": pair[0], "completion": pair[1]}, None), [], True
-    raise DataError(
-        f"{table.name} shows no column of texts with one of classes or answers; the columns are "
-        f"{list_columns(table.columns, 100)}: name them with --text and --label, or --prompt and --completion"
-        f"{_hint(table)}"
-    )
+class _Look:
+    """The first rows of a table, and what can be learnt from them."""
+
+    def __init__(self, table: Table, data: DataSettings) -> None:
+        self.table, self.data = table, data
+        self.named = named_columns(data, PLAIN_ROLES)
+        self.hint = f"; {table.hint}" if table.hint else ""
+
+    @cached_property
+    def _looked_at(self) -> tuple[dict[str, ColumnFacts], int]:
+        return _looked_at(self.table, self.table.columns)
+
+    @property
+    def facts(self) -> dict[str, ColumnFacts]:
+        return self._looked_at[0]
+
+    @property
+    def rows(self) -> int:
+        return self._looked_at[1]
+
+    @property
+    def names_one(self) -> bool:
+        """Whether the recipe names a text or a label alone."""
+        return len(self.named) == 1 and self.named.keys() <= set(LABELLED)
+
+    def columns(self, schemas: Sequence[Schema]) -> tuple[Columns, list[Candidate], bool]:
+        """The columns by name, else by content; the columns that may be the label; whether it was content."""
+        table, by_name = self.table, None
+        try:
+            by_name = Finder.of(self.data, table.columns).find(schemas)
+        except DataError as error:
+            refuse_later(table.columns)
+            if self.names_one:
+                require_columns(self.named, table.columns)
+            elif self.named:
+                raise DataError(f"{error}{self.hint}") from None
+        if by_name is not None and not (by_name.schema.classes and tuple(by_name.roles) == LABELLED):
+            return by_name, [], False
+        schema = _classifier(schemas) if by_name is None else by_name.schema
+        found = None if schema is None else self.labelled(schema, by_name)
+        if found is not None:
+            columns, ranked = found
+            _require_one(ranked, f"`turret init {shlex.quote(self.data.source)} {{option}}`")
+            return columns, ranked, by_name is None or by_name.roles != columns.roles
+        texts = sorted((each for each in self.facts.values() if each.is_texts), key=lambda each: -each.mean)
+        written = next((each for each in schemas if each.usual == COMPLETED), None)
+        if len(texts) > 1 and written is not None and not self.named:
+            pair = [name for name in table.columns if name in (texts[0].name, texts[1].name)]
+            return Columns(written, {"prompt": pair[0], "completion": pair[1]}, None), [], True
+        raise DataError(
+            f"{table.name} shows no column of texts with one of classes or answers; the columns are "
+            f"{list_columns(table.columns, 100)}: name them with --text and --label, or --prompt and --completion"
+            f"{self.hint}"
+        )
+
+    def labelled(self, schema: Schema, by_name: Columns | None) -> tuple[Columns, list[Candidate]] | None:
+        """The columns of texts and classes, and the columns that may be the label, the best first; None without them.
+
+        Args:
+            by_name: the columns as their names say.
+        """
+        kept, facts = kept_columns(self.data, self.table.columns), self.facts
+        given = require_columns(named_columns(self.data, LABELLED), kept)
+        text = given.get("text") or (by_name.roles["text"] if by_name else None)
+        if text is None:
+            texts = [facts[name] for name in kept if facts[name].is_texts and name != given.get("label")]
+            text = max(texts, key=_text_score).name if texts else None
+        if text is None:
+            return None
+        usual = by_name.roles["label"] if by_name else ""
+        candidates = _candidates([name for name in kept if name != text], facts, usual)
+        if label := given.get("label"):
+            ranked = sorted(candidates, key=lambda each: (each.column != label, -each.name))
+            return Columns(schema, {"text": text, "label": label}, None), ranked
+        if not candidates:
+            return None
+        ranked = _ranked(self.table, text, candidates, usual) if len(candidates) > 1 else candidates
+        return Columns(schema, {"text": text, "label": ranked[0].column}, None), ranked
 
 
 # --- the label -------------------------------------------------------------------------------------------------------
-
-
-def _labelled(
-    table: Table, data: DataSettings, schema: Schema, facts: Mapping[str, ColumnFacts], by_name: Columns | None
-) -> tuple[Columns, list[Candidate]] | None:
-    """The columns of texts and classes, with the columns that may be the label, the best first; None without them.
-
-    Args:
-        by_name: the columns as their names say.
-    """
-    kept = kept_columns(data, table.columns)
-    given = require_columns(named_columns(data, LABELLED), kept)
-    text = given.get("text") or (by_name.roles["text"] if by_name else None)
-    if text is None:
-        texts = [facts[name] for name in kept if facts[name].is_texts and name != given.get("label")]
-        text = max(texts, key=_text_score).name if texts else None
-    if text is None:
-        return None
-    usual = by_name.roles["label"] if by_name else ""
-    candidates = _candidates([name for name in kept if name != text], facts, usual)
-    if label := given.get("label"):
-        ranked = sorted(candidates, key=lambda each: (each.column != label, -each.name))
-        return Columns(schema, {"text": text, "label": label}, None), ranked
-    if not candidates:
-        return None
-    ranked = _ranked(table, text, candidates, usual) if len(candidates) > 1 else candidates
-    return Columns(schema, {"text": text, "label": ranked[0].column}, None), ranked
 
 
 def _candidates(columns: Iterable[str], facts: Mapping[str, ColumnFacts], usual: str = "") -> list[Candidate]:
@@ -393,9 +408,8 @@ def _require_one(ranked: Sequence[Candidate], command: str) -> None:
         return
     fit = [each for each in ranked if each is ranked[0] or (each.close_to(ranked[0]) and not each.same_as_best)]
     if len(fit) > 1:
-        named = " and ".join(each.described() for each in fit[:2]) + (
-            f" and {len(fit) - 2} more" if len(fit) > 2 else ""
-        )
+        more = [f"{len(fit) - 2} more"] if len(fit) > 2 else []
+        named = " and ".join([*(each.described() for each in fit[:2]), *more])
         asked = " or ".join(command.format(option=f"--label {shlex.quote(each.column)}") for each in fit[:2])
         raise SeveralLabels(
             f"which column is the label? {named} fit about equally: {asked}",
@@ -511,15 +525,6 @@ def _repeated(table: Table, columns: Columns) -> int:
     return sum(count - 1 for count in pairs.values())
 
 
-def _groups(found: Profile) -> tuple[str, ...]:
-    """Unused columns whose names say who a row is about, and whose values recur."""
-    return tuple(
-        name
-        for name in found.others
-        if _WHO.search(name) and 2 < len(found.facts[name].values) < 0.9 * found.facts[name].filled
-    )
-
-
 def _with_labels(found: Profile, data: DataSettings, columns: Columns) -> Profile:
     facts, several = found.facts[columns.answer], columns.schema.several
     counts = Counter({label: count for label, count in facts.values.items() if label.strip()})
@@ -532,9 +537,7 @@ def _with_labels(found: Profile, data: DataSettings, columns: Columns) -> Profil
             parts.update({part.strip(): count for part in label.split(separator) if part.strip()})
         counts = parts
     spellings = cells.spellings(counts)
-    classes: Counter[str] = Counter()
-    for label, count in counts.items():
-        classes[spellings[label]] += count
+    classes = cells.classes_of(counts, spellings)
     alike = any(label != name for label, name in spellings.items())
     return replace(
         found, multi_label=many, separator=separator or None, alike=alike, classes=dict(classes.most_common())

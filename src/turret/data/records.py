@@ -62,8 +62,7 @@ def open_jsonl(path: Path, form: FileFormat) -> Table:
         for line, row in _objects(path, encoding, form.skip_bad_lines, left_out):
             yield line, tuple(_cell(row, way) for way in ways)
 
-    notes = (note,) if note else ()
-    return Table(name_of(path), tuple(paths), read, notes=notes, found=_found(encoding), left_out=left_out)
+    return Table(name_of(path), tuple(paths), read, found=_found(encoding), left_out=left_out).with_note(note)
 
 
 def open_json(path: Path, form: FileFormat) -> Table:
@@ -72,23 +71,22 @@ def open_json(path: Path, form: FileFormat) -> Table:
         raise DataError(f"{name_of(path)} is over {JSON_LIMIT} bytes, too much for one value: save it as JSONL")
     encoding, note = text_file.find_encoding(path, form.encoding)
     try:
-        value = json.loads(text_file.text_of(path, encoding, JSON_LIMIT))
+        value = json.loads(text_file.read_text(path, encoding, JSON_LIMIT))
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":  # a second value: an object a line
             return open_jsonl(path, form).with_note(f"{name_of(path)} has an object on every line, and is read so")
         place = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else f" ({_BEYOND})"
         raise DataError(f"{name_of(path)} is not JSON{place}: expected a list of objects, or use .jsonl") from None
-    table = _of_value(path, value, encoding, form)
-    return table.with_note(note) if note else table
+    return _of_value(path, value, encoding, form).with_note(note)
 
 
 def _listed(path: Path, encoding: str, form: FileFormat) -> Table | None:
     """The table in a file that is one list; None if it is not."""
-    first = next((line.lstrip()[:1] for line in text_file.lines(path, encoding, "\n") if line.strip()), "")
+    first = next((line.lstrip()[:1] for line in text_file.read_lines(path, encoding, "\n") if line.strip()), "")
     if first != "[" or path.stat().st_size > JSON_LIMIT:
         return None
     try:
-        value = json.loads(text_file.text_of(path, encoding, JSON_LIMIT))
+        value = json.loads(text_file.read_text(path, encoding, JSON_LIMIT))
     except (ValueError, RecursionError):
         return None
     return _of_value(path, value, encoding, form) if isinstance(value, list) else None
@@ -106,7 +104,7 @@ def _objects(path: Path, encoding: str, skip: bool, left_out: Counter[str]) -> I
     """
     bad: list[tuple[int, str]] = []
     count = 0
-    for number, line in enumerate(text_file.lines(path, encoding, newline="\n"), 1):
+    for number, line in enumerate(text_file.read_lines(path, encoding, newline="\n"), 1):
         if not line.strip():
             continue
         row = _object(line)
@@ -157,8 +155,7 @@ def _of_value(path: Path, value: JsonValue, encoding: str, form: FileFormat) -> 
     check_columns(name_of(path), tuple(paths), "give each its own name")
     if any(len(way) > 1 for way in paths.values()):
         rows = [{name: _cell(row, way) for name, way in paths.items()} for row in rows]
-    table = replace(from_rows(name_of(path), tuple(paths), rows), found=_found(encoding))
-    return table.with_note(note) if note else table
+    return replace(from_rows(name_of(path), tuple(paths), rows), found=_found(encoding)).with_note(note)
 
 
 def _paths(rows: Sequence[JsonObject], asked: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -264,7 +264,7 @@ class _Separated:
 
     def rows(self) -> Iterator[tuple[int, tuple[str, ...]]]:
         """(first line, cells) of every row that is not blank."""
-        lines = islice(text_file.lines(self.path, self.encoding, newline=""), self.skipped, None)
+        lines = islice(text_file.read_lines(self.path, self.encoding, newline=""), self.skipped, None)
         reader = csv.reader(lines, delimiter=self.delimiter, strict=True)
         while True:
             start = self.skipped + reader.line_num + 1
@@ -381,7 +381,7 @@ def _sample(path: Path, encoding: str) -> list[str]:
     """The first lines of a file that are not blank, of bounded size."""
     sample: list[str] = []
     size = 0
-    for line in islice(text_file.lines(path, encoding, newline=""), _SAMPLED_LINES):
+    for line in islice(text_file.read_lines(path, encoding, newline=""), _SAMPLED_LINES):
         size += len(line)
         if sample and size > _SAMPLE_LIMIT:
             break

@@ -160,12 +160,9 @@ def _near(path: Path) -> str:
         names = [other.name for other in path.parent.iterdir() if is_table(other) or other.is_dir()]
     except OSError:
         return f": there is no folder {shown(str(path.parent), 100)} either"
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return (
-        f": did you mean {shown(str(path.with_name(close[0])), 100)}?"
-        if close
-        else f" in {shown(str(path.parent.resolve()), 100)}"
-    )
+    if close := difflib.get_close_matches(path.name, names, n=1):
+        return f": did you mean {shown(str(path.with_name(close[0])), 100)}?"
+    return f" in {shown(str(path.parent.resolve()), 100)}"
 
 
 def open_rows(source: str) -> dict[str, Table]:
@@ -251,13 +248,11 @@ def open_folder(folder: Path, form: FileFormat = DETECTED) -> dict[str, Table]:
     unnamed = groups.pop("", [])
     if not groups:
         return {"": _joined(folder, unnamed, form)}
-    note = ""
-    if unnamed:
-        note = f"{unnamed[0].name} and {len(unnamed) - 1} more" if len(unnamed) > 1 else unnamed[0].name
-        note = f"{note} in {folder.name} left out: no train, validation or test in the name"
     tables = {split: _joined(folder, members, form) for split, members in groups.items()}
-    if note:
+    if unnamed:
         first = next(iter(tables))
+        more = f" and {len(unnamed) - 1} more" if len(unnamed) > 1 else ""
+        note = f"{unnamed[0].name}{more} in {folder.name} left out: no train, validation or test in the name"
         tables[first] = tables[first].with_note(note)
     return tables
 

@@ -104,7 +104,7 @@ class Kinship:
     groups: npt.NDArray[np.uint64] | None = None  # the group of each row, for `data.group`
 
 
-def choose(
+def choose_rows(
     data: DataSettings,
     sources: Sources,
     counts: Mapping[str, int],
@@ -122,7 +122,7 @@ def choose(
     kin = kin or {}
     train = sources.split["train"]
     own = kin.get(train, Kinship())
-    order = arranged(counts[train], seed, own)
+    order = arrange_rows(counts[train], seed, own)
     start = 0
     for role in ("test", "validation"):
         if role not in sources.split:
@@ -134,8 +134,8 @@ def choose(
             start = end
         else:
             split = sources.split[role]
-            count = taken(role, getattr(data, role), counts[split], counts[split], notes)
-            rows[role] = arranged(counts[split], seed, kin.get(split, Kinship()))[:count]
+            count = count_taken(role, getattr(data, role), counts[split], counts[split], notes)
+            rows[role] = arrange_rows(counts[split], seed, kin.get(split, Kinship()))[:count]
     left = counts[train] - start
     if left < 1 and own.groups is not None and start:
         raise DataError(
@@ -147,20 +147,20 @@ def choose(
             f"{counts[train]} usable rows and {start} of them held out leave none to train on: "
             "give more rows, or lower data.test and data.validation"
         )
-    rows["train"] = order[start : start + taken("train", data.train, counts[train], left, notes)]
+    rows["train"] = order[start : start + count_taken("train", data.train, counts[train], left, notes)]
     return Chosen({role: rows[role] for role in ROLES}, tuple(notes))
 
 
-def arranged(count: int, seed: int, kin: Kinship) -> npt.NDArray[np.int64]:
+def arrange_rows(count: int, seed: int, kin: Kinship) -> npt.NDArray[np.int64]:
     """The order in which the rows of a split are taken: shuffled, every part with the same classes, groups together.
 
     For classes, row i of the n_c rows of class c gets the place (i + 1/2) / n_c, and rows are sorted by their places.
     So every stretch of the order has each class in its share of the table, to within about one row for each class.
     """
-    order = shuffled(count, seed)
+    order = shuffle_rows(count, seed)
     if kin.groups is not None:
         groups, group_of = np.unique(kin.groups, return_inverse=True)
-        rank = shuffled(len(groups), seed)
+        rank = shuffle_rows(len(groups), seed)
         return order[np.argsort(rank[group_of[order]], kind="stable")]
     if kin.classes is not None:
         places = np.zeros(count)
@@ -184,7 +184,7 @@ def _end_of_group(groups: npt.NDArray[np.uint64], end: int) -> int:
     return int(before[-1]) if len(before) else len(groups)
 
 
-def shuffled(count: int, seed: int) -> npt.NDArray[np.int64]:
+def shuffle_rows(count: int, seed: int) -> npt.NDArray[np.int64]:
     """A permutation of `count` numbers that never changes for a seed."""
     # RandomState's stream is frozen. A Generator's may change with numpy, and the test set with it.
     return np.random.RandomState(seed).permutation(count)
@@ -198,7 +198,7 @@ def _carved_count(size: Size, total: int, notes: list[str]) -> int:
     return max(1, round(size * total)) if isinstance(size, float) else size
 
 
-def taken(role: SplitRole, size: Size, total: int, left: int, notes: list[str]) -> int:
+def count_taken(role: SplitRole, size: Size, total: int, left: int, notes: list[str]) -> int:
     """The number of rows to take of those that are left. A note reports if there are fewer than asked for.
 
     Args:

@@ -125,9 +125,9 @@ class Table:
         """A note for each kind of rows that the last reading left out."""
         return [f"{self.name}: {what} are left out: {count}" for what, count in self.left_out.items() if count]
 
-    def with_note(self, note: str) -> Table:
-        """The same table with one more note."""
-        return replace(self, notes=(*self.notes, note))
+    def with_note(self, note: str | None) -> Table:
+        """The same table with one more note, if there is one."""
+        return replace(self, notes=(*self.notes, note)) if note else self
 
 
 def from_rows(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, CellValue]]) -> Table:

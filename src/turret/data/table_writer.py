@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
 from turret.data.table import CellValue, FileFormat
-from turret.data.text_file import kind_of, opened
+from turret.data.text_file import kind_of, open_bytes
 from turret.disk import describe_error, sync
 from turret.errors import DataError, shown
 from turret.json_types import JsonValue
@@ -64,7 +64,7 @@ def form_of(source: str, found: FileFormat, rows: Iterable[Sequence[CellValue]],
         return PLAIN
     encoding = found.encoding
     if encoding is None:
-        with opened(path) as file:
+        with open_bytes(path) as file:
             encoding = "utf-8-sig" if file.read(3) == codecs.BOM_UTF8 else "utf-8"
     cells = [str(cell).strip() for row in rows for cell in row]
     comma = any(map(_COMMA.fullmatch, cells)) and not any(map(_POINT.fullmatch, cells)) and found.delimiter is not None

@@ -86,7 +86,7 @@ def kind_of(path: Path) -> str:
 
 def check_is_text(path: Path) -> None:
     """Raise DataError if the first bytes are those of another kind of file, such as an Excel file named `.csv`."""
-    with opened(path) as file:
+    with open_bytes(path) as file:
         head = file.read(512)
     for start, what, remedy in _FOREIGN:
         if head.startswith(start):
@@ -96,7 +96,7 @@ def check_is_text(path: Path) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
     """The decompressed bytes of a file. Raises DataError if they cannot be read, here or inside the block."""
     try:
         with _decompressed(path) as file:
@@ -174,13 +174,13 @@ class _Unpacked(io.RawIOBase):
 
 def lines_of(path: Path, encoding: str | None = None) -> list[str]:
     """The lines of a text file, without their ends."""
-    return [line.rstrip("\r\n") for line in lines(path, encoding or find_encoding(path)[0], newline="")]
+    return [line.rstrip("\r\n") for line in read_lines(path, encoding or find_encoding(path)[0], newline="")]
 
 
-def lines(path: Path, encoding: str, newline: str) -> Iterator[str]:
+def read_lines(path: Path, encoding: str, newline: str) -> Iterator[str]:
     """Lines with their ends. No more than one line of bounded length is in memory. Raises DataError."""
     try:
-        with opened(path) as raw, io.TextIOWrapper(raw, encoding=encoding, newline=newline) as file:
+        with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding=encoding, newline=newline) as file:
             number = 0
             while line := file.readline(LINE_LIMIT + 1):
                 number += 1
@@ -191,10 +191,10 @@ def lines(path: Path, encoding: str, newline: str) -> Iterator[str]:
         raise _undecodable(path, encoding) from None
 
 
-def text_of(path: Path, encoding: str, most: int) -> str:
+def read_text(path: Path, encoding: str, most: int) -> str:
     """The whole text. Raises DataError if it has more than `most` characters."""
     try:
-        with opened(path) as raw, io.TextIOWrapper(raw, encoding=encoding) as file:
+        with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding=encoding) as file:
             text = file.read(most + 1)
     except UnicodeError:
         raise _undecodable(path, encoding) from None
@@ -214,7 +214,7 @@ def _undecodable(path: Path, encoding: str) -> DataError:
 
 def _bad_place(path: Path) -> str:
     """The first line that is not UTF-8. Reads the file again."""
-    with opened(path) as file:
+    with open_bytes(path) as file:
         number = 0
         while line := file.readline(4 * LINE_LIMIT):
             number += 1
@@ -247,7 +247,7 @@ def find_encoding(path: Path, given: str | None = None) -> tuple[str, str | None
                     f"data.encoding {shown(given, 40)} is unknown: give utf-8, cp1252, utf-16 or another of Python's"
                 ) from None
         return (UTF8 if codec.name == "utf-8" else codec.name), None
-    with opened(path) as file:
+    with open_bytes(path) as file:
         head = file.read(_CHUNK)
         for mark, codec_name in _MARKS:
             if head.startswith(mark):

@@ -641,7 +641,7 @@ class Recipe(_Section):
         return "\n".join([*lines, *tables]) + "\n"
 
     def _repr_html_(self) -> str:
-        facts = {"base": self.base, "data": memory.shortly(self.data.source), "method": self.method.kind}
+        facts = {"base": self.base, "data": memory.short_source(self.data.source), "method": self.method.kind}
         values = self.model_dump(mode="json")
         usual = Recipe(name="x", data=Data(source="x"), method=type(self.method).model_construct())
         defaults, rows = usual.model_dump(mode="json"), list[tuple[str, str]]()

@@ -494,11 +494,11 @@ def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
         return
     doubts = cells.doubts(counts)
     if doubts:
-        meant = toml.written(cells.renaming(counts))
+        meant = toml.written(cells.suggest_renames(counts))
         yield Check(
             "labels", "warn", f"classes in doubt: {_some(doubts)}", f"if so, set data.rename = {one_line(meant, 120)}"
         )
-    sure = [count for label, count in counts.items() if label not in cells.renaming(counts)] or seen
+    sure = [count for label, count in counts.items() if label not in cells.suggest_renames(counts)] or seen
     largest, smallest = max(sure), min(sure)
     text = f"{len(task.labels)} classes: {_counted(counts)}"
     if largest >= SKEWED * smallest and getattr(task, "class_weights", {}) is None:  # the task has weights, all 1

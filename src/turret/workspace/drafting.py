@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 
 from turret.data import cells
-from turret.data.columns import fitting
-from turret.data.profile import Candidate, Profile, profile
+from turret.data.columns import fitting_schemas
+from turret.data.profile import Candidate, Profile, profile_table
 from turret.data.source import open_labelled
 from turret.data.splits import ROLES as SPLITS
 from turret.data.splits import Sources, SplitRole, find_sources
@@ -192,7 +192,7 @@ def _split(role: SplitRole, sources: Sources, size: Size) -> str:
 
 def _drafted(opened: _Opened) -> tuple[Draft, Profile]:
     recipe, settings, table = opened.recipe, opened.settings, opened.table
-    seen = profile(table, recipe.data, fitting(recipe.data, schemas(recipe.task)))
+    seen = profile_table(table, recipe.data, fitting_schemas(recipe.data, schemas(recipe.task)))
     text = _Lines()
     text.say(f"Made by `turret init`: what {one_line(table.name, 60)} shows, and what can be changed.")
     text.say(f"{seen.rows}{' rows were looked at' if seen.more else ' rows'}; {len(table.columns)} columns.")
@@ -234,7 +234,7 @@ def _write_data(text: _Lines, table: Table, recipe: Recipe, seen: Profile, asked
     if seen.classes:
         if seen.separator:
             text.set("separator", seen.separator, "between the labels of a cell")
-        if meant := cells.renaming(seen.classes):
+        if meant := cells.suggest_renames(seen.classes):
             doubts = "; ".join(cells.doubts(seen.classes))
             text.option("rename", meant, False, one_line(f'{doubts}; "" leaves rows out', 160))
         text.option("normalize_labels", True, seen.alike, "labels that differ in case or blanks only are one class")
@@ -264,7 +264,7 @@ def _write_task(text: _Lines, seen: Profile, asked: JsonMapping) -> None:
     if written:
         tokens = _tokens(max(written), lengths)
         text.option("max_target_tokens", tokens, True, "longer answers are cut")
-    sure = [count for label, count in seen.classes.items() if label not in cells.renaming(seen.classes)]
+    sure = [count for label, count in seen.classes.items() if label not in cells.suggest_renames(seen.classes)]
     if sure and max(sure) > SKEWED * min(sure):
         text.option("class_weights", "balanced", False, "rare classes count as much as common ones")
 

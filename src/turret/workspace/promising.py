@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from sqlalchemy import Connection
 
 from turret.data import Dataset, Example, Input, TextPair
-from turret.data.memory import shortly
+from turret.data.memory import short_source
 from turret.errors import AdapterError, Corrupt, DataError, NotFound, TurretError, counted
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL, check_missing, check_ttl
 from turret.experiments.outcomes import Recorded
@@ -628,4 +628,4 @@ def cost(promise: Terms) -> str:
 def chosen_on(promise: Terms) -> str:
     """Where the examples are from."""
     which = {"test": "the test split of ", "validation": "the validation split of "}.get(promise.split, "")
-    return f"{which}{shortly(promise.source)} ({promise.data_digest[:19]})"
+    return f"{which}{short_source(promise.source)} ({promise.data_digest[:19]})"

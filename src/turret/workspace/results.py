@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from turret.data.memory import shortly
+from turret.data.memory import short_source
 from turret.errors import one_line
 from turret.json_types import JsonObject
 from turret.notebook import Cell, Table, as_html, class_table, marked, metrics_table, size, span
@@ -78,7 +78,7 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         facts: dict[str, Cell] = {
-            "data": one_line(shortly(str(self.data["source"])), 60),
+            "data": one_line(short_source(str(self.data["source"])), 60),
             "examples": f"{self.data['examples']:,}",
             "wrong": f"{len(self.details.mistakes):,}",
             "time": span(self.seconds),
@@ -125,7 +125,10 @@ class PanelEvaluation:
             for each in self.questions
         ]
         table = Table(("question", "version", "examples", "accuracy", "ECE", "decided", "error of these"), rows)
-        facts: dict[str, Cell] = {"data": one_line(shortly(str(self.data["source"])), 60), "time": span(self.seconds)}
+        facts: dict[str, Cell] = {
+            "data": one_line(short_source(str(self.data["source"])), 60),
+            "time": span(self.seconds),
+        }
         return as_html(self.panel, facts, table, notes=self.notes)
 
     def as_json(self) -> JsonObject:
