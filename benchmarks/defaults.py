@@ -143,7 +143,7 @@ def _wheel(name: str) -> Iterator[Row]:
     """The rows of a packaged data set without splits."""
     from turret.data import source
 
-    tables = source.load(name)
+    tables = source.open_wheel(name)
     assert list(tables) == [""], "a data set with splits: read its train split only"
     names = tables[""].columns
     yield from (dict(zip(names, cells, strict=True)) for _, cells in tables[""].read(list(names)))

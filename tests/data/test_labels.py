@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_tables import films, load, write_csv, write_jsonl
 
 from turret.data import cells
-from turret.data.profile import Profile, profile_table
+from turret.data.columns import Profile, profile_table
 from turret.data.source import open_table
 from turret.data.table import list_columns
 from turret.errors import DataError, SeveralLabels
@@ -129,7 +129,7 @@ def test_listed_columns_fit_in_a_line(names: list[str]) -> None:
 def test_a_rare_label_one_letter_from_a_common_one_looks_like_a_typo() -> None:
     counts = {"Rechnung": 40, "Rechnug": 2, "Lieferung": 30, "Leiferung": 1, "Technik": 30}
     assert cells.typos(counts) == {"Rechnug": "Rechnung", "Leiferung": "Lieferung"}
-    assert cells.renaming(counts | {"N/A": 3, "k.A.": 1}) == {
+    assert cells.suggest_renames(counts | {"N/A": 3, "k.A.": 1}) == {
         "Rechnug": "Rechnung", "Leiferung": "Lieferung", "N/A": "", "k.A.": "",
     }  # fmt: skip
 

@@ -23,7 +23,7 @@ from datetime import date, time
 from typing import TypeVar
 
 from turret.data.examples import Span, TextPair
-from turret.data.table import FIELD_LIMIT, Answers, CellValue, is_missing, trimmed, words_in
+from turret.data.table import BETWEEN, FIELD_LIMIT, Answers, CellValue, answer_to, is_missing, trimmed, words_in
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonValue
 
@@ -371,14 +371,6 @@ def check_classes(counts: Mapping[str, int], rows: int, column: str, multi_label
 
 
 # --- several questions ------------------------------------------------------------------------------------------------
-
-
-BETWEEN = ": "  # a column and its class
-
-
-def answer_to(column: str, label: str) -> str:
-    """The class of one of several columns."""
-    return f"{column}{BETWEEN}{label}"
 
 
 def question_in(label: str) -> str:

@@ -24,10 +24,18 @@ import numpy as np
 import numpy.typing as npt
 
 from turret.data import cells, splits
-from turret.data.columns import Columns, Finder, Schema, align_columns, check_unused, fitting_schemas
+from turret.data.columns import (
+    Columns,
+    Finder,
+    Schema,
+    align_columns,
+    check_unused,
+    columns_of,
+    fitting_schemas,
+    rivals_note,
+)
 from turret.data.conversations import prompt_in
 from turret.data.examples import MEMORY, Dataset, Example, ExampleStore, Input, TextPair
-from turret.data.profile import columns_of, rivals_note
 from turret.data.source import open_labelled, open_source
 from turret.data.splits import ROLES, Chosen, Kinship, Sources, SplitRole, find_sources, test_split
 from turret.data.table import CellValue, DataSettings, Table, format_of, require_columns

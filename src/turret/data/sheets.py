@@ -27,12 +27,12 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from turret.data import text_file
-from turret.data.profile import ColumnFacts
 from turret.data.table import (
     FIELD_LIMIT,
     JSON_LIMIT,
     UNNAMED,
     CellValue,
+    ColumnFacts,
     FileFormat,
     Table,
     TableRow,

@@ -31,6 +31,11 @@ UNNAMED = "unnamed "  # before the place of a column without a name
 _INVISIBLE = "\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"  # marks of direction and others
 _OUTER = re.compile(rf"^[\s{_INVISIBLE}]+|[\s{_INVISIBLE}]+$")
 
+_KEPT = 200  # characters of a cell, which is enough to tell different ones
+_FRACTION = re.compile(r"[+-]?[0-9]*[.,](?!0+$)[0-9]+")
+IDEOGRAPHS = re.compile("[\u3040-\u30ff\u3400-\u9fff]")  # scripts without blanks between words
+BETWEEN = ": "  # a column and its class, among the answers of several columns
+
 CellValue: TypeAlias = object  # JSON, Excel and Parquet hold values of any type; `cells` checks them
 Size = int | float | str | None  # a number of rows, a fraction, or the name of a split
 TableRow = tuple[int, tuple[CellValue, ...]]  # line or row number, and the cells of the requested columns
@@ -234,3 +239,74 @@ def is_value(cell: CellValue) -> bool:
 def is_unnamed(column: str) -> bool:
     """Whether a column has no name in the file."""
     return column.startswith(UNNAMED) and column.removeprefix(UNNAMED).isdigit()
+
+
+# --- what the cells of a column are like ------------------------------------------------------------------------------
+
+
+def answer_to(column: str, label: str) -> str:
+    """The class of one of several columns."""
+    return f"{column}{BETWEEN}{label}"
+
+
+@dataclass
+class ColumnFacts:
+    """What the cells of one column are like."""
+
+    name: str
+    filled: int = 0
+    length: int = 0  # characters of all texts
+    words: int = 0
+    numbers: int = 0
+    dates: int = 0
+    lists: int = 0
+    several: int = 0  # lists of two or more
+    values: Counter[str] = field(default_factory=Counter)
+    lengths: list[int] = field(default_factory=list)
+
+    def add(self, cell: CellValue) -> None:
+        if isinstance(cell, Answers):
+            cell = [answer_to(name, trimmed(str(each))) for name, each in cell.items() if not is_empty(each)]
+        if isinstance(cell, (list, tuple)):
+            self.filled += bool(cell)
+            self.lists += 1
+            self.several += len(cell) > 1
+            self.values.update(str(each) for each in cell)
+            turns = [each for each in cell if isinstance(each, dict)]
+            self.lengths += [len(str(turns))] if turns else [len(str(each)) for each in cell]
+            return
+        text = "" if is_missing(cell) else trimmed(str(cell))
+        if not text:
+            return
+        self.filled += 1
+        self.length += len(text)
+        self.lengths.append(len(text))
+        self.words += len(text.split()) + len(IDEOGRAPHS.findall(text)) // 2
+        self.numbers += bool(NUMBER.fullmatch(text))
+        self.dates += bool(DATE.fullmatch(text))
+        self.values[text[:_KEPT]] += 1
+
+    @property
+    def mean(self) -> float:
+        """Characters of a filled cell."""
+        return self.length / max(1, self.filled)
+
+    @property
+    def is_texts(self) -> bool:
+        """Whether most cells are sentences, nearly all different."""
+        words = self.words / max(1, self.filled)
+        return not self.lists and self.filled > 0 and words >= 2 and 2 * len(self.values) >= self.filled
+
+    @property
+    def is_classes(self) -> bool:
+        """Whether a few short values recur."""
+        if self.filled < 4 or self.dates * 2 > self.filled:
+            return False
+        most = max(3, min(100, self.filled // 4))
+        fractions = sum(n for value, n in self.values.items() if _FRACTION.fullmatch(value))
+        return 2 <= len(self.values) <= most and self.mean <= 60 and fractions * 10 < self.filled
+
+    @property
+    def usual_length(self) -> int:
+        """Characters that nine of ten texts do not exceed."""
+        return sorted(self.lengths)[int(0.9 * (len(self.lengths) - 1))] if self.lengths else 0

@@ -29,8 +29,7 @@ from pydantic_core import PydanticCustomError
 
 from turret.arguments import checked
 from turret.data import memory
-from turret.data.cells import BETWEEN
-from turret.data.table import name_key
+from turret.data.table import BETWEEN, name_key
 from turret.device_name import DEVICES, is_device
 from turret.errors import BadReference, RecipeError, joined, listed, one_line, shown
 from turret.json_types import JsonMapping, JsonObject, JsonValue

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from turret.data import Dataset, Example, Input, Labelled, Schema
-from turret.data.cells import answer_to, by_column, in_order, question_in
+from turret.data.cells import by_column, in_order, question_in
 from turret.data.columns import LABELLED, PAIRED, Roles
+from turret.data.table import answer_to
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, stored_by_question, temperature_of

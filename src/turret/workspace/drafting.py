@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 
 from turret.data import cells
-from turret.data.columns import fitting_schemas
-from turret.data.profile import Candidate, Profile, profile_table
+from turret.data.columns import Candidate, Profile, fitting_schemas, profile_table
 from turret.data.source import open_labelled
 from turret.data.splits import ROLES as SPLITS
 from turret.data.splits import Sources, SplitRole, find_sources

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from turret.data import Dataset, Example, Input, Labelled, Prompt, Schema, TextPair, memory
-from turret.data.cells import BETWEEN, answer_to
 from turret.data.columns import LABELLED
-from turret.data.table import ROLES, find_column, list_columns, require_columns
+from turret.data.table import BETWEEN, ROLES, answer_to, find_column, list_columns, require_columns
 from turret.errors import AdapterError, DataError, RecipeError, listed, one_line, shown
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.store import Panel, Question, Store, Version
