@@ -14,7 +14,7 @@ import weakref
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TypeAlias, TypeVar, overload
 
@@ -50,17 +50,23 @@ class TextPair:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What a task learns from one row: a question, and the right answer to it. Each kind is a frozen dataclass."""
+    """What a task learns from one row: a question, and the right answer to it. Each kind is a frozen dataclass.
+
+    The first field is what is asked and the second one the right answer, unless a kind says otherwise. A kind with
+    a field `others` has further answers that are as good.
+    """
 
     @property
     def asked(self) -> Input:
         """What the model is asked."""
-        raise NotImplementedError
+        asked: Input = getattr(self, fields(self)[0].name)
+        return asked
 
     @property
     def output(self) -> str | tuple[str, ...]:
         """The right answer in words."""
-        raise NotImplementedError
+        output: str | tuple[str, ...] = getattr(self, fields(self)[1].name)
+        return output
 
     @property
     def input(self) -> str:
@@ -75,15 +81,17 @@ class Example:
     @property
     def references(self) -> tuple[str, ...]:
         """The texts that an answer is compared with."""
-        return (str(self.output),)
+        return (str(self.output), *getattr(self, "others", ()))
 
     def respelt(self, spelling: Mapping[str, str]) -> Example:
         """The example with the classes that its labels mean."""
         return self
 
     def in_training(self) -> Sequence[Example]:
-        """The examples that it is in training."""
-        return (self,)
+        """The examples that it is in training: one for each reference."""
+        if len(self.references) == 1:
+            return (self,)
+        return [replace(self, **{fields(self)[1].name: each, "others": ()}) for each in self.references]
 
     def parts(self) -> tuple[str, ...]:
         """All that it says, for the digest of a data set."""
@@ -98,14 +106,6 @@ class Labelled(Example):
 
     text: str | TextPair
     label: str | tuple[str, ...]
-
-    @property
-    def asked(self) -> str | TextPair:
-        return self.text
-
-    @property
-    def output(self) -> str | tuple[str, ...]:
-        return self.label
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -130,10 +130,6 @@ class Scored(Example):
     value: float
 
     @property
-    def asked(self) -> str | TextPair:
-        return self.text
-
-    @property
     def output(self) -> str:
         return repr(self.value)
 
@@ -148,10 +144,6 @@ class Tagged(Example):
 
     text: str
     spans: tuple[Span, ...]
-
-    @property
-    def asked(self) -> str:
-        return self.text
 
     @property
     def output(self) -> tuple[str, ...]:
@@ -179,21 +171,6 @@ class Pair(Example):
     source: str
     target: str
     others: tuple[str, ...] = ()  # further texts that are as good as the target
-
-    @property
-    def asked(self) -> str:
-        return self.source
-
-    @property
-    def output(self) -> str:
-        return self.target
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        return (self.target, *self.others)
-
-    def in_training(self) -> Sequence[Pair]:
-        return [Pair(self.source, reference) for reference in self.references] if self.others else (self,)
 
     def parts(self) -> tuple[str, ...]:
         return (self.source, *self.references)
@@ -299,21 +276,6 @@ class Related(Example):
     negatives: tuple[str, ...] = ()
     others: tuple[str, ...] = ()  # further texts that belong to the anchor
 
-    @property
-    def asked(self) -> str:
-        return self.anchor
-
-    @property
-    def output(self) -> str:
-        return self.positive
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        return (self.positive, *self.others)
-
-    def in_training(self) -> Sequence[Related]:
-        return [Related(self.anchor, each, self.negatives) for each in self.references] if self.others else (self,)
-
     def parts(self) -> tuple[str, ...]:
         return (self.anchor, *self.references, *self.negatives)
 
@@ -411,10 +373,6 @@ class ExampleStore(Sequence[Example]):
             self._file.seek(self._offsets[place])
             record = self._file.read(self._lengths[place])
         return _example(record)
-
-    def __iter__(self) -> Iterator[Example]:
-        for place in range(len(self)):
-            yield self[place]
 
 
 @contextmanager
