@@ -131,6 +131,7 @@ def read_test(
         problems.add(table.hint)
     problems.require()
     assert columns is not None
+    _check_settings(data, columns, None)
     scan = Scan(data, columns)
     found = list(scan.examples(table, collect=True))
     scan.report(table, problems)
@@ -428,7 +429,7 @@ def _first_pass(data: DataSettings, schemas: Sequence[Schema]) -> _FirstPass:
     assert sources is not None
     assert columns is not None
     check_unused(data, train, columns)
-    _check_settings(data, columns)
+    _check_settings(data, columns, group)
     names = (*columns.roles.values(), *([] if group is None else [group]))
     used = {split: align_columns(tables[split], names) for split in dict.fromkeys(sources.split.values())}
     scans = {split: Scan(data, columns, group) for split in used}
@@ -446,11 +447,11 @@ def _first_pass(data: DataSettings, schemas: Sequence[Schema]) -> _FirstPass:
     return found
 
 
-def _check_settings(data: DataSettings, columns: Columns) -> None:
+def _check_settings(data: DataSettings, columns: Columns, group: str | None) -> None:
     """Raise DataError for settings that do not go together."""
     if data.stratify and not columns.schema.classes:
         raise DataError(f"data.stratify needs classes, and {columns.schema.kind} has none: leave it out")
-    if data.stratify and data.group is not None:
+    if data.stratify and group is not None:
         raise DataError("data.group and data.stratify cannot be met together: leave one of them out")
     if data.rename and not columns.schema.classes:
         raise DataError(f"data.rename needs classes, and {columns.schema.kind} has none: leave it out")

@@ -191,7 +191,7 @@ def list_columns(columns: Sequence[str], room: int = 140) -> str:
         most = max(8, left // (len(lengths) - place))
         left -= min(length, most)
     more = f" and {len(columns) - len(names)} more" if len(columns) > len(names) else ""
-    return ", ".join(shown(name, most + 2) for name in names) + more
+    return ", ".join(shown(name, most + 2) for name in names) + more or "none"
 
 
 def reason_of(error: Exception, most: int = 120) -> str:
