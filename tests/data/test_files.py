@@ -322,3 +322,13 @@ def test_a_large_table_is_streamed_so_that_only_the_chosen_rows_are_held(tmp_pat
         tracemalloc.stop()
     assert (len(data.train), len(data.test)) == (100, 20)
     assert peak < 4_000_000
+
+
+def test_rows_that_are_longer_than_the_names_are_refused_whichever_column_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\n" + "a text,good\n" * 12 + "a, text,bad\n" * 3)
+    table = open_table(path)
+    assert table.columns == ("text", "label", "unnamed 3")
+    for columns in (("text", "label"), table.columns):
+        with pytest.raises(DataError, match="line 14 has 3 fields and the header has 2, and so have 2 more"):
+            list(table.read(columns))
