@@ -133,7 +133,7 @@ def every_request(url: str, proxied: tuple[Proxy, str], verb: str, deed: str, fo
     while True:
         bundle = write_bundle(folder, tensors(int(uuid.uuid4()) % (1 << 32), size))
         beside = Beside(ours, other, bundle, folder)
-        ours._owns_files = False  # a new process checks which catalog owns the files
+        ours._shared.owns_files = False  # a new process checks which catalog owns the files
         act, problems = VERBS[verb](beside), list[BaseException]()
         proxy.rule(deed, skip=number)
         thread = carried_out(act, problems)

@@ -228,10 +228,16 @@ def ready_to_migrate(where: str, folder: Path) -> Hold:
         if connection.execute("SELECT version_num FROM alembic_version").fetchone()[0] != OLDEST:
             for table, column in (("versions", "comparison"), ("tokens", "sign_in"), ("leases", "seconds")):
                 connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+            log = "ALTER TABLE run_log {} CONSTRAINT fk_run_log_run"
+            on_postgres = where.startswith("postgresql")  # which drops no table that another one refers to
+            if on_postgres:
+                connection.execute(log.format("DROP"))
             for table in EMPTY:
                 connection.execute(f"DROP TABLE {table}")
             for made in EARLIER:
                 connection.execute(made)
+            if on_postgres:
+                connection.execute(f"{log.format('ADD')} FOREIGN KEY (run) REFERENCES runs (id)")
             connection.execute(f"UPDATE alembic_version SET version_num = '{OLDEST}'")
 
     def hold(_done: bool) -> None:

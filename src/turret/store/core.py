@@ -122,7 +122,7 @@ def claim(location: Location, database: Database, files: Files, *, writes: bool)
 
 
 Also = Callable[[Connection], None] | None  # further writes in the transaction that moves an alias
-ATTEMPTS = 3  # of a put, if a gc or a delete removes its files while it writes
+ATTEMPTS = 8  # of a put, if a gc or a delete removes its files while it writes
 
 
 class _Shared:
