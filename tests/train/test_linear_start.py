@@ -19,7 +19,7 @@ from tiny_training import fit, plan
 from turret import adapters
 from turret.data import Dataset, Labelled
 from turret.errors import LossNotFinite
-from turret.train import evaluate
+from turret.train import evaluate, linear_start
 from turret.train.batches import EncodedRows, Schedule
 from turret.train.linear_start import PENALTIES, cross_validated, solve
 from turret.train.preflight import measure
@@ -154,6 +154,19 @@ def test_the_adapter_first_learns_to_give_the_head_the_mean_of_the_tokens(method
         losses.append(said["mean_loss"])
         adapters.detach(on.model)
     assert losses[0] < 0.6 * losses[1]
+
+
+def test_the_start_of_the_head_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_start, "SAY_SECONDS", 0.0)
+    on, data, lines = tiny.base("bert"), dataset(hidden=True), list[str]()
+    on.fresh = FRESH
+    made = tiny.recipe(method="lora", train__lr=1e-2, train__epochs=5, train__evaluate="never")
+    steps = fit(made, on, tiny.task_of(made, data, on), data, say=lines.append)
+    next(steps)
+    steps.close()
+    assert lines[0] == "computing the linear solution that the head starts with"
+    assert len(lines) == 121
+    assert lines[60].endswith("the head starts with: 60 of 120 steps")
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])

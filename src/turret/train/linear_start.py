@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -48,6 +49,7 @@ BETTER = 0.02  # the share by which the mean's loss must be lower
 STEPS = 600  # most in which the adapter learns the mean
 WARMUP = 0.1  # of those steps
 TIMED = 32  # examples whose features are timed
+SAY_SECONDS = 10.0  # between lines of progress
 SLOT = f"slots.{adapters.ATTACHED}."  # in the names of a head's trained copy
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -77,14 +79,18 @@ class HeadStart:
     most_tokens: int
     layer: nn.Linear
 
-    def begin(self, slot: LocalSlot, lr: float, steps: int) -> dict[str, float]:
+    def begin(
+        self, slot: LocalSlot, lr: float, steps: int, say: Callable[[str], None] = lambda _: None
+    ) -> dict[str, float]:
         """Set the last layer to the linear solution. Returns the penalty, and the steps that learnt the mean if any.
 
         Args:
             slot: trains the adapter.
             lr: the largest rate of those steps.
             steps: of the training; at most twice as many learn the mean.
+            say: called with a line of progress.
         """
+        say("computing the linear solution that the head starts with")
         some = self.items.take(spread(len(self.items), MOST_EXAMPLES))
         targets = self.task.targets([item.example for item in some])
         _, loss = self.tried(self.features(some), targets)
@@ -94,7 +100,7 @@ class HeadStart:
             _, loss_of_mean = self.tried(mean, targets)
             if loss_of_mean < (1 - BETTER) * loss:
                 taught = min(2 * steps, STEPS)
-                self._learn(slot, mean, some, lr, taught)
+                self._learn(slot, mean, some, lr, taught, say)
                 learnt = distance(self.features(some), mean, mean.var())
                 said |= {"mean_steps": taught, "mean_loss": float(learnt)}
         self.base.model.train()
@@ -177,8 +183,17 @@ class HeadStart:
             handle.remove()
         return torch.cat([each.flatten(1) for each in read])[torch.tensor(places).argsort()]
 
-    def _learn(self, slot: LocalSlot, wanted: Tensor, items: Sequence[EncodedRow], lr: float, steps: int) -> None:
+    def _learn(
+        self,
+        slot: LocalSlot,
+        wanted: Tensor,
+        items: Sequence[EncodedRow],
+        lr: float,
+        steps: int,
+        say: Callable[[str], None],
+    ) -> None:
         """Train the adapter to give the last layer `wanted` (N, D) for some items."""
+        said = time.monotonic()
         train = self.recipe.train
         teaching = Loss("mean of all tokens", functools.partial(distance, variance=wanted.var()))
         schedule = Schedule(len(items), train.batch_size, steps, self.recipe.seed, max_steps=steps)
@@ -192,6 +207,9 @@ class HeadStart:
                 batch = [replace(items[row], wanted=wanted[row]) for row in indices]
                 with explained(slot.most_tokens, batch, 0, None):
                     slot.train(batch, recipe_step(train, rate), teaching)
+                if time.monotonic() - said > SAY_SECONDS:
+                    said = time.monotonic()
+                    say(f"teaching the adapter the mean that the head starts with: {step} of {steps} steps")
         finally:
             handle.remove()
 

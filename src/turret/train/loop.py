@@ -61,6 +61,7 @@ def fit(
     start: StoredAdapter | None = None,
     clock: Callable[[], float] = time.perf_counter,
     asked: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Generator[StepRecord, None, Fitted]:
     """Train a recipe's adapter on a loaded base, whose own weights do not change.
 
@@ -76,6 +77,7 @@ def fit(
         start: the version that `train.init_from` names, whose tensors the adapter starts with.
         clock: seconds.
         asked: whether the run shall stop after this step, besides a signal.
+        say: called with a line of progress before the first step.
 
     Yields:
         A StepRecord per optimiser step.
@@ -88,7 +90,7 @@ def fit(
         TrainingError: the recipe's defaults are not filled in, or the base's weights changed.
     """
     memory.reset_peak(base.model.device)
-    run = TrainingRun.begin(recipe, base, task, dataset, folder, start)
+    run = TrainingRun.begin(recipe, base, task, dataset, folder, start, say)
     train, here = run.recipe.train, run.slot.processes
     if base.digests is None:
         process.release()  # return what loading the tokenizer and the weights freed to the system
@@ -267,6 +269,7 @@ class TrainingRun:
         dataset: Dataset,
         folder: Path | None,
         start: StoredAdapter | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> TrainingRun:
         """Attach the recipe's adapter and resume the folder's checkpoint if there is one. See `fit`."""
         here = distributed.begin()
@@ -304,7 +307,7 @@ class TrainingRun:
             )
             here.require_same(**run._identity())
             run._resume()
-            run._start_head()
+            run._start_head(say)
         except BaseException:
             slot.drop()
             raise
@@ -479,7 +482,7 @@ class TrainingRun:
             row = optimiser.weights.clone() if self.best_weights is None else self.best_weights
             self.best_weights = here.take_from_main(row)
 
-    def _start_head(self) -> None:
+    def _start_head(self, say: Callable[[str], None]) -> None:
         """Give a new head the linear solution, unless a checkpoint or a finished adapter has given it its weights."""
         here, task = self.slot.processes, self.task
         if self.progress.step or self.start is not None:
@@ -489,7 +492,7 @@ class TrainingRun:
             return
         started = time.perf_counter()
         try:
-            self.progress.head_start = begins.begin(self.slot, self.lr, self.schedule.steps)
+            self.progress.head_start = begins.begin(self.slot, self.lr, self.schedule.steps, say)
         except LossNotFinite as error:
             raise LossNotFinite(f"{error} at step 0, where the head starts: {self.what_to_change()}") from error
         self.slot.optimiser.set_weights(here.take_from_main(self.slot.optimiser.weights.clone()))

@@ -732,11 +732,14 @@ class _Run:
         distributed.begin().from_main(lambda: run.checkpoint)
         predicted = self.planned.plan.memory
         steps = trainer.fit(
-            *ready.parts, folder=run.checkpoint, predicted=predicted, start=ready.start, asked=self.asked
+            *ready.parts,
+            folder=run.checkpoint,
+            predicted=predicted,
+            start=ready.start,
+            asked=self.asked,
+            say=callbacks.stage,
         )
         told = False
-        if not after and ready.start is None and ready.task.solved:
-            callbacks.stage("computing the linear solution that the head starts with")
         while True:
             try:
                 record = self._computed(lambda: next(steps))
