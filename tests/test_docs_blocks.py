@@ -33,7 +33,9 @@ PYTHON = [
     for number, block in enumerate(blocks(page(name)))
     if block.language == "python" and not block.title and not block.mark.startswith("not run")
 ]
-CURL = [name for name in PAGES if re.search(r"^ +curl ", page(name), re.MULTILINE)]
+CURL = [  # a page about vLLM asks vLLM
+    name for name in PAGES if re.search(r"^ +curl ", page(name), re.MULTILINE) and "vllm serve" not in page(name)
+]
 GOOD, BAD = "a great film", "a dull story about the bank"
 
 

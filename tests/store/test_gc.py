@@ -140,7 +140,7 @@ def test_a_put_whose_files_were_collected_as_abandoned_writes_them_again_under_n
 def test_a_put_whose_files_are_collected_again_and_again_says_so(store, make_bundle) -> None:
     store.new_run("other", "", "")
     store._blobs = Collecting(store, old=True)
-    complaint = r"b was not stored: `turret gc` removed its files 3 times .*: try again"
+    complaint = r"b was not stored: `turret gc` removed its files 8 times .*: try again"
     with pytest.raises(StoreError, match=complaint) as said:
         store.put("b", make_bundle(tensors(502)))
     assert len(str(said.value)) < 300

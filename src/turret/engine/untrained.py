@@ -42,6 +42,7 @@ SCALE = 20.0  # of a cosine: 1 / 0.05, as in sentence-transformers' losses and i
 MOST_LABELS = 400
 ANSWER_TOKENS = 256  # of a label
 EMPTY = ""
+FIRST_CHARACTERS = 4096  # of a text that are tried first
 TOGETHER = 32  # texts that are asked about at a time
 
 
@@ -170,11 +171,15 @@ class ByWords:
         return [Ask("generate", self._prompt(text).ids.tolist(), SamplingParams(scored=self._targets))]
 
     def _prompt(self, text: str) -> Encoded:
-        """With as many characters of the text as there is room for, found by halving."""
-        most, known = self._encoded(text), 0
-        if not most.cut:
-            return most
-        end = len(text)
+        """With as many characters of the text as there is room for, found by doubling and halving.
+
+        So of a very long text only twice the part that fits is ever read.
+        """
+        known, end = 0, min(len(text), FIRST_CHARACTERS)
+        while not (most := self._encoded(text[:end])).cut:
+            if end == len(text):
+                return most
+            known, end = end, min(len(text), 2 * end)
         while end - known > 1:
             middle = (known + end) // 2
             known, end = (known, middle) if self._encoded(text[:middle]).cut else (middle, end)
