@@ -101,11 +101,9 @@ def test_a_python_block_runs(name: str, number: int, stage: Path, request: pytes
 def test_a_request_by_curl_is_answered(name: str, served: int) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    lines = page(name).replace("\\\n", " ").splitlines()
-    for found in [
-        line.strip() for line in lines if re.match(r" +curl ", line) and SERVER in line and "$TOKEN" not in line
-    ]:
-        line = found.replace(SERVER, f"127.0.0.1:{served}")
+    text = page(name).replace("\\\n", " ").replace(SERVER, f"127.0.0.1:{served}")
+    found = [line.strip() for line in text.splitlines() if re.match(r" +curl ", line) and "$TOKEN" not in line]
+    for line in found:
         done = subprocess.run([*shlex.split(line), "--fail-with-body", "--silent"], capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout}"
 

@@ -20,7 +20,7 @@ from turret.compare.report_text import (
     shortened,
     signed,
 )
-from turret.compare.results import Confusions, Coverage, Details, Reliability, wilson
+from turret.compare.results import MISTAKES, Confusions, Coverage, Details, Reliability, spread_out, wilson
 from turret.data import Input, Prompt, TextPair
 from turret.json_types import JsonMapping, JsonValue
 from turret.tasks import Measure, Mistake, Task, main_metric, measure_of, measuring
@@ -80,8 +80,6 @@ def describe_run(made: JsonMapping) -> Iterator[tuple[str, str]]:
 
 MOST_CLASSES = 20  # in the confusion matrix; of more, the most frequent confusions are listed
 PAIRS = 20
-MISTAKES = 60
-MOST_DOTS = 400
 INLINE = 80  # characters of an answer that has no lines of its own
 FIRST_MISTAKES = 8  # the others are folded
 REMARK = "The worst answers are often wrong in the data and not in the version: read them first."
@@ -131,7 +129,6 @@ class ShownDetails:
         pairs: the most frequent confusions: right, answered, count.
         plots: reliability by question: question, numbers, SVG.
         residuals: SVG.
-        numbers: of all examples whose answer is a number.
         title: of the mistakes.
         levels: whether a class is a level.
     """
@@ -140,7 +137,6 @@ class ShownDetails:
     pairs: Sequence[tuple[str, str, int]]
     plots: Sequence[tuple[str, Reliability, str]]
     residuals: str
-    numbers: int
     coverage: Coverage | None
     mistakes: Sequence[JsonMapping]
     title: str
@@ -157,7 +153,6 @@ class ShownDetails:
             pairs=[] if confusion is None else confusion.pairs(PAIRS),
             plots=[each for each in drawn if each[2]],
             residuals=_residuals(details.numbers),
-            numbers=len(details.numbers),
             coverage=details.coverage,
             mistakes=[shown_mistake(each, task) for each in details.mistakes[:mistakes]],
             title=task.errors,
@@ -213,7 +208,7 @@ def reliability_plot(bins: Sequence[Bin]) -> str:
 
 
 def _residuals(numbers: Sequence[tuple[float, float]]) -> str:
-    some = numbers[:: max(1, len(numbers) // MOST_DOTS)]
+    some = spread_out(numbers)
     return agreement(some, x_label="right", y_label="answered") if len(set(some)) > 1 else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 
 SHOWN = 20  # wrong answers in the JSON of an evaluation
-KEPT, KEPT_TEXT, KEPT_NUMBERS = 60, 4000, 400  # wrong answers, characters of a text, pairs of numbers in a run's report
+MISTAKES = 60  # on the page of an evaluation, and in the report of a run
+MOST_DOTS = 400  # of a plot of numbers
+KEPT_TEXT = 4000  # characters of a text in the report of a run
 Z = 1.959964  # of a 95% interval
 
 
@@ -125,19 +128,28 @@ class RunReport:
     @classmethod
     def of(cls, split: str, examples: int, details: Details) -> RunReport:
         """A report that stays small: the worst mistakes, with the beginning of long texts."""
-        step = max(1, len(details.numbers) // KEPT_NUMBERS)
-        mistakes = tuple(replace(each, asked=_beginning(each.asked)) for each in details.mistakes[:KEPT])
-        kept = replace(details, mistakes=mistakes, numbers=details.numbers[::step])
+        mistakes = tuple(replace(each, asked=_beginning(each.asked)) for each in details.mistakes[:MISTAKES])
+        kept = replace(details, mistakes=mistakes, numbers=tuple(spread_out(details.numbers)))
         return cls(split, examples, len(details.mistakes), kept)
 
     @classmethod
-    def from_json(cls, content: bytes) -> RunReport:
+    def from_json(cls, content: str | bytes) -> RunReport:
         """The report that `to_json` wrote."""
-        return TypeAdapter(cls).validate_json(content)
+        return _in_json().validate_json(content)
 
-    def to_json(self) -> bytes:
+    def to_json(self) -> str:
         """All of it, for `from_json`."""
-        return TypeAdapter(RunReport).dump_json(self)
+        return _in_json().dump_json(self).decode()
+
+
+@cache
+def _in_json() -> TypeAdapter[RunReport]:
+    return TypeAdapter(RunReport)
+
+
+def spread_out(numbers: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    """About `MOST_DOTS` of them, evenly spaced."""
+    return numbers[:: max(1, len(numbers) // MOST_DOTS)]
 
 
 def _beginning(asked: Input) -> Input:

@@ -173,9 +173,9 @@ class TrainingRuns:
             run.require(connection)
             connection.execute(update(jobs).where(jobs.c.id == run.id).values(row))
 
-    def write_report(self, run: HeldRun, content: bytes) -> None:
+    def write_report(self, run: HeldRun, text: str) -> None:
         """Keep what the run's version gets right and wrong, beside its curve."""
-        _write(run.report, content)
+        _write(run.report, text)
 
     def take_up(self, recipe_toml: str, data_digest: str, say: Callable[[str], None]) -> HeldRun | None:
         """The newest unfinished run of this recipe and data that no living process holds; this process then holds it.
@@ -436,10 +436,10 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def _write(path: Path, content: str | bytes) -> None:
+def _write(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.new")
     with beside.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(text.encode())
         flush(file)
     os.replace(beside, path)
     sync(path.parent)

@@ -53,7 +53,7 @@ from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
 from turret.store.leases import LeaseRenewer
-from turret.tasks import Task, make_task, task_of
+from turret.tasks import make_task, task_of
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
@@ -101,10 +101,10 @@ class Measured:
     ready: PreparedTraining
     fitted: trainer.Fitted
     metrics: dict[str, JsonObject]  # split -> metrics
+    answered: Mapping[str, AnsweredSplit]  # each held-out split
     forgot: JsonObject | None  # on neutral text; None for a classifier
     probe: trainer.Probe
     seconds: float
-    report: RunReport | None  # None: no example was held out
     warnings: list[str]  # of a promise that the examples cannot carry
     inputs: list[bytes]  # embeddings of the examples of its promise
 
@@ -138,8 +138,7 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
     seconds = time.perf_counter() - started
     examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
     probe = trainer.probe(ready.base.model, ready.task, examples)
-    report = _report(ready.task, answered)
-    return Measured(ready, fitted, metrics, forgot, probe, seconds, report, warnings, inputs)
+    return Measured(ready, fitted, metrics, answered, forgot, probe, seconds, warnings, inputs)
 
 
 def uncalibrated(ready: PreparedTraining) -> list[str]:
@@ -182,13 +181,12 @@ def _calibrate(
     return replace(ready, task=task), replace(fitted, adapter=adapter), known
 
 
-def _report(task: Task, answered: Mapping[str, AnsweredSplit]) -> RunReport | None:
+def _report(found: Measured) -> RunReport:
     """Of the test split, or else of the validation split."""
-    for split in ("test", "validation"):
-        if split in answered:
-            count = len(answered[split].examples)
-            return RunReport.of(split, count, answered[split].details(task, range(count)))
-    return None
+    split = "test" if "test" in found.answered else "validation"
+    answered = found.answered[split]
+    count = len(answered.examples)
+    return RunReport.of(split, count, answered.details(found.ready.task, range(count)))
 
 
 def _answer_splits(
@@ -709,9 +707,9 @@ class _Run:
                     forgetting=found.forgot,
                 )
 
-            if found.report is not None and self.run.comparison is None:  # a comparison has a report of its own
+            if found.answered and self.run.comparison is None:  # a comparison has a report of its own
                 with _disk_errors(self.run):
-                    self.store.training_runs().write_report(self.run, found.report.to_json())
+                    self.store.training_runs().write_report(self.run, _report(found).to_json())
             with self._proved(found) as bundle:
                 keeper.end_turns()  # curve and checkpoint are in the store before the run ends
                 return self._stored(found, bundle, result)
