@@ -36,7 +36,7 @@ def promise(
     ] = "alarm",
     outcome_ttl: Annotated[str, Option(help="Time after an answer in which its outcome counts: 12h, 7d.")] = "7d",
     missing_bound: Annotated[
-        str, Option(help="Share of the answers that may have no outcome because of what it is.")
+        str, Option(help="Share of the answers whose missing outcome may depend on whether they are wrong.")
     ] = "5%",
     outcomes: Annotated[
         Path | None, Option(metavar="FILE", help="Record outcomes: a table with receipt and value.")

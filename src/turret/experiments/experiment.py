@@ -235,11 +235,11 @@ def check_ttl(seconds: float) -> float:
 
 
 def check_missing(share: float) -> float:
-    """The bound on outcomes that are missing because of what they are; raises BadExperiment."""
+    """The bound on outcomes that are not missing at random; raises BadExperiment."""
     if not 0 <= share <= MOST_MISSING:
         raise BadExperiment(
             f"missing_bound of {share!r}: expected a share of an arm's units from 0 to {MOST_MISSING:g}, such as 5%; "
-            "0 claims that no outcome is missing because of what it is"
+            "0 claims that outcomes are missing at random"
         )
     return float(share)
 

@@ -247,7 +247,7 @@ class Watch:
     """The evidence of some outcomes against a bound. Immutable; see `after`.
 
     Args:
-        missing_bound: the share of the answers whose outcome may be missing because of what it is.
+        missing_bound: the share of the answers whose missing outcome may depend on whether they are wrong.
     """
 
     bound: Bound

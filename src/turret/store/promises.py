@@ -127,7 +127,7 @@ class Terms:
         source, split, data_digest: where the examples are from.
         when_broken: alarm, stricter or rollback.
         outcome_ttl: seconds after an answer in which its outcome counts.
-        missing_bound: the share of the answers whose outcome may be missing because of what it is.
+        missing_bound: the share of the answers whose missing outcome may depend on whether they are wrong.
     """
 
     metric: str

@@ -642,7 +642,7 @@ class Workspace:
             data, columns: labelled examples, as for `evaluate`; default: those that the version's training held out.
             when_broken: "alarm", "stricter" or "rollback".
             outcome_ttl: seconds after an answer in which its outcome counts.
-            missing_bound: the share of the answers whose outcome may be missing because of what it is.
+            missing_bound: the share of the answers whose missing outcome may depend on whether they are wrong.
 
         Raises:
             DataError: the examples cannot carry the bound; the error says about how many would.
