@@ -263,9 +263,8 @@ def report(runs: list[dict[str, Any]]) -> str:
 
 
 def latest(runs: list[dict[str, Any]]) -> str:
-    """The report of the comparison that was run last."""
-    newer = runs[-1]["newer"]["commit"]
-    return report([run for run in runs if run["newer"]["commit"] == newer])
+    """The report of the comparison that was run last of each job."""
+    return report(list({run["job"]: run for run in runs}.values()))
 
 
 def main() -> None:
