@@ -59,7 +59,7 @@ PATHS = {
     "low_rank": Path(
         ("texts", "short texts", "prompts", "one prompt"),
         (LAYERS,),
-        ("SGMV: the LoRA of every token of a pass, one call for each layer", "`ops.mixed_lora.sgmv`", "with kernels"),
+        ("SGMV: the LoRA of every token of a pass, one call for each layer", "`ops.lora.sgmv`", "with kernels"),
     ),
     "step attention": Path(("prompts", "one prompt"), (LAYERS,)),
     "few-token products": Path(("short texts", "prompts", "one prompt"), (LAYERS,)),
@@ -87,7 +87,7 @@ def patches(name: str, engine: Any) -> list[Patch]:
     """How each path is switched off: the one place that knows."""
     from turret.adapters import attention, layers
     from turret.engine import decode, runner
-    from turret.ops import mixed_lora
+    from turret.ops import lora
     from turret.ops.core import Ops
     from turret.ops.cpu import compiled
     from turret.ops.cpu.compiled import Library
@@ -99,7 +99,7 @@ def patches(name: str, engine: Any) -> list[Patch]:
     return {
         KERNELS: lambda: [(compiled, "library", none)],
         LAYERS: lambda: [(layers.OneCall, "__call__", none)],
-        "low_rank": lambda: [(mixed_lora, "CpuRows", lambda _, spans, tokens: mixed_lora.MixedRows(spans))],
+        "low_rank": lambda: [(lora, "CpuRows", lambda _, spans, tokens: lora.MixedRows(spans))],
         "step attention": lambda: [(CpuOps, "kv_step", none)],
         "few-token products": lambda: [(Library, "few", lambda *_: 0)],
         "prefill attention": lambda: [(attention, "_unpadded", attention._unpadded_plainly)],

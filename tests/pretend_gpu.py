@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from turret import quantized
-from turret.ops import copies
+from turret.ops import core
 from turret.ops.core import REFERENCE
 from turret.ops.gpu import available
 from turret.ops.gpu import ops as gpu_ops
@@ -484,7 +484,7 @@ def pretend_gpu(programs: bool = True) -> Iterator[Counts]:
             patch.multiple(torch.cuda, **driver),
             patch.multiple(available, **told),
             patch.object(gpu_ops, "_module", lambda name: _Programs),
-            patch.object(copies, "real_gpu", lambda device: device.type == "cuda"),
+            patch.object(core, "real_gpu", lambda device: device.type == "cuda"),
             _Operations(),
             _Functions(),
         ):

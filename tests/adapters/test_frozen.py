@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from turret.ops.cpu import compiled as kernels
-from turret.ops.frozen import linear
+from turret.ops.lora import linear
 
 needed = pytest.mark.skipif(
     kernels.library() is None or not kernels.library().few(torch.float32),  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from turret.engine.request import GPU_SHARE, ROOM, limits_within
 from turret.engine.runner import GPU_PASS, Runner, pass_tokens
 from turret.engine.slots import MemoryBudget
 from turret.errors import Busy
-from turret.ops import copies
+from turret.ops import core
 
 GB = 1_000_000_000
 TOKEN = 131_072  # bytes of the keys and values of a token of Llama 3.1 8B in 16 bits
@@ -125,7 +125,7 @@ def test_an_engine_asks_its_gpu_and_a_cpu_keeps_its_limits() -> None:
 def test_the_threads_of_an_engine_start_programs_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`cuda:1`, or two engines on two GPUs: a thread begins on the first one."""
     made: list[tuple[str, str]] = []
-    monkeypatch.setattr(copies, "real_gpu", lambda device: True)
+    monkeypatch.setattr(core, "real_gpu", lambda device: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda on: made.append((threading.current_thread().name, str(on))))
     shelf = Shelf("bert")
     shelf.put("a")

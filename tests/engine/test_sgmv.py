@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from turret.engine.adapter_pool import sgmv
-from turret.engine.adapter_tensors import AdapterTensors, factor_layout, tensor_layout
+from turret.engine.adapter_pool import AdapterTensors, factor_layout, sgmv, tensor_layout
 
 SIZES = ((24, 40), (40, 24))  # (D_in, D_out) of two layers
 

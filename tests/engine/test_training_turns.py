@@ -13,7 +13,7 @@ from shelf import Shelf
 from turret.engine.core import Engine
 from turret.engine.pass_thread import PassThread
 from turret.engine.request import Limits
-from turret.engine.training_turns import Part, TrainingTurns, between_passes
+from turret.engine.scheduler import Part, TrainingTurns, between_passes
 from turret.errors import DataError, Draining
 
 
@@ -75,27 +75,29 @@ def test_a_part_runs_with_gradients_in_the_engines_thread(engine: Engine) -> Non
 def test_an_answer_waits_for_a_pass_of_a_training_not_for_a_step(engine: Engine) -> None:
     """Control: a part that never calls `between_passes` keeps the answer waiting to its end."""
 
-    def step(pauses: bool) -> float:
-        began = time.monotonic()
-        for _ in range(20):
-            time.sleep(0.05)
-            if pauses:
-                between_passes()
-        return time.monotonic() - began
+    def passes_until_an_answer(pauses: bool) -> int:
+        begun, passes = threading.Event(), 0
 
-    def seconds_of_an_answer(pauses: bool) -> float:
-        thread = threading.Thread(target=lambda: engine.run(lambda: step(pauses)))
+        def step() -> None:
+            nonlocal passes
+            begun.set()
+            for _ in range(20):
+                time.sleep(0.05)
+                passes += 1
+                if pauses:
+                    between_passes()
+
+        thread = threading.Thread(target=lambda: engine.run(step))
         thread.start()
-        time.sleep(0.1)
-        began = time.monotonic()
+        begun.wait()
         engine.generate(["a dull story"])
-        seconds = time.monotonic() - began
+        answered = passes
         thread.join()
-        return seconds
+        return answered
 
     engine.generate(["a dull story"])  # warm
-    assert seconds_of_an_answer(pauses=False) > 0.7
-    assert seconds_of_an_answer(pauses=True) < 0.7
+    assert passes_until_an_answer(pauses=False) == 20
+    assert passes_until_an_answer(pauses=True) < 20
 
 
 def test_parts_that_wait_end_when_the_engine_does(engine: Engine) -> None:

@@ -10,7 +10,7 @@ import torch
 from batches import without_dropout
 
 from turret.engine.protocol import OptimStep
-from turret.ops.copies import copied
+from turret.ops.core import copied
 from turret.ops.dropout import Draws
 from turret.ops.gpu import available
 from turret.ops.gpu.ops import ATTENTION, FEATURES

@@ -67,13 +67,13 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "ops/core.py Ops.add_lora",
         "ops/core.py Ops.lora_backward",
         "ops/lora.py low_rank",  # of one adapter; the reference
-        "ops/mixed_lora.py sgmv",  # of rows with several
+        "ops/lora.py sgmv",  # of rows with several
     },
     "LoRA, on a GPU": {
         "ops/gpu/ops.py GpuOps.add_lora",  # of one adapter that trains
         "ops/gpu/ops.py GpuOps.lora_backward",
-        "ops/mixed_lora.py Stack._put",  # of rows that decode, with several
-        "ops/mixed_lora.py Stack.add",
+        "ops/lora.py Stack._put",  # of rows that decode, with several
+        "ops/lora.py Stack.add",
     },
     "LoRA, merged": {
         "adapters/lora.py merged_weight",
@@ -93,9 +93,9 @@ PRODUCTS = {  # operation -> where it is written: module, and function
     "a frozen layer": {
         "ops/core.py Ops.linear_few",
         "ops/cpu/ops.py CpuOps.linear_few",
-        "ops/mixed_lora.py CpuRows._linear",
-        "ops/frozen.py FrozenProducts.backward",
-        "ops/frozen.py FrozenProducts.forward",
+        "ops/lora.py CpuRows._linear",
+        "ops/lora.py FrozenProducts.backward",
+        "ops/lora.py FrozenProducts.forward",
         "quantized.py FourBitProducts.backward",
         "quantized.py FourBitProducts.forward",
         "adapters/modules_to_save.py TokenLogits.forward",

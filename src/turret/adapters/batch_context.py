@@ -14,8 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.ops.copies import copied
-from turret.ops.core import KVStep
+from turret.ops.core import KVStep, copied
 from turret.ops.dropout import Draws, HashedDraws, Masks
 from turret.ops.structs import AdapterSpans
 

@@ -26,7 +26,7 @@ from turret.errors import AdapterError
 from turret.families import family_of
 from turret.families.family import Family, Site
 from turret.methods import Method
-from turret.ops.copies import copied
+from turret.ops.core import copied
 from turret.ops.dropout import Draws, dropout
 from turret.transformer import Model, Submodule
 

@@ -23,7 +23,7 @@ from turret.adapters.lora import LoRAFactors
 from turret.adapters.modules_to_save import unrouted
 from turret.adapters.scaled import LayerChange
 from turret.families.family import FastPaths, Layout
-from turret.ops import frozen, lora
+from turret.ops import lora
 from turret.ops.blocks import OUT, Normed, PostNorm, PreNorm, Training, train
 from turret.ops.core import LayerWeights, Ops, WholeLayers
 from turret.ops.dropout import Masks
@@ -280,7 +280,7 @@ class Matrices:
         weight = base.get_parameter("weight")
         if weight.dtype != self._x.dtype:
             return None
-        return Matrix(weight, bias, frozen.FrozenProducts(), added)
+        return Matrix(weight, bias, lora.FrozenProducts(), added)
 
 
 # --- an engine's pass -------------------------------------------------------------------------------------------------
@@ -654,7 +654,7 @@ class OneCall:
         block, groups = parts
         matrices = []
         for each in (own for group in groups for own in group):
-            if not isinstance(each, RoutedLinear) or not frozen.plain(each.base_layer):
+            if not isinstance(each, RoutedLinear) or not lora.plain(each.base_layer):
                 return None
             matrices.append((pool.number(each), each.weight, each.bias))
         call, heads = self.hook.call(0.0), block.head_norms if isinstance(block, PreNorm) else None

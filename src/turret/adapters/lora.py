@@ -9,8 +9,7 @@ from turret import quantized
 from turret.adapters.batch_context import BatchContext
 from turret.errors import AdapterError
 from turret.ops.dropout import Masks, dropout
-from turret.ops.frozen import FrozenProducts
-from turret.ops.lora import adapted, lora_delta
+from turret.ops.lora import FrozenProducts, adapted, lora_delta
 from turret.ops.structs import Lora
 from turret.quantized import FourBitProducts
 

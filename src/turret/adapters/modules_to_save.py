@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from turret.adapters.batch_context import BatchContext
-from turret.ops.frozen import linear
+from turret.ops.lora import linear
 
 
 class RoutedWhole(nn.Module):

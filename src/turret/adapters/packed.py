@@ -16,8 +16,8 @@ from turret.adapters.batch_context import set_context
 from turret.adapters.hooks import attachment, device_of, drawing
 from turret.adapters.positions import row_positions
 from turret.families.family import Pooling, head_of, parts_of_head
-from turret.ops.copies import copied
-from turret.ops.frozen import linear
+from turret.ops.core import copied
+from turret.ops.lora import linear
 from turret.ops.padded_blocks import rounded
 from turret.ops.table import narrows
 from turret.transformer import Model, ModelConfig

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from turret.adapters.batch_context import BatchContext
 from turret.families.family import Family
-from turret.ops.copies import copied
+from turret.ops.core import copied
 from turret.transformer import Model
 
 Length = Callable[[int], int]  # slot -> P

@@ -37,7 +37,7 @@ from turret.errors import BaseModelError, DeviceError
 from turret.families import FAMILIES, Family, family_named, generic
 from turret.families.family import HeadKind, head_of, take_head_off
 from turret.fingerprint import OF_CHECKPOINT, fingerprint, within
-from turret.ops.copies import use_device
+from turret.ops.core import use_device
 from turret.transformer import Model, Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -17,12 +17,11 @@ from threading import Condition
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from turret.adapters.adapter import Adapter
-from turret.engine.adapter_pool import AdapterPool
-from turret.engine.adapter_tensors import AdapterTensors
+from turret.engine.adapter_pool import AdapterPool, AdapterTensors
 from turret.engine.request import LoadedAdapter, Named, Request
 from turret.engine.slots import Entry, Slots
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
-from turret.ops.copies import use_device
+from turret.ops.core import use_device
 from turret.tasks import task_from_spec
 from turret.transformer import Tokenizer
 from turret.turns import Places, TurnQueue

@@ -25,9 +25,8 @@ from turret.bases.base import Base
 from turret.bases.shared import share
 from turret.data import Input
 from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, Warm, WithAdaptersInMemory
-from turret.engine.adapter_tensors import AdapterTensors
+from turret.engine.adapter_pool import AdapterTensors
 from turret.engine.constraint import Constraint
-from turret.engine.counters import Counters
 from turret.engine.decode import choose, token_logprobs
 from turret.engine.input_processor import Prompts
 from turret.engine.request import (
@@ -47,11 +46,10 @@ from turret.engine.request import (
 )
 from turret.engine.runner import Outcome, Prefill, Runner, pass_tokens
 from turret.engine.sampling_params import SamplingParams
-from turret.engine.scheduler import Scheduler
+from turret.engine.scheduler import Counters, Scheduler, TrainingTurns
 from turret.engine.sequence import RunningSequence
 from turret.engine.slots import Slots
 from turret.engine.structured_output import Guide
-from turret.engine.training_turns import TrainingTurns
 from turret.errors import (
     Busy,
     DataError,
@@ -66,7 +64,7 @@ from turret.errors import (
     one_line,
 )
 from turret.json_types import JsonObject
-from turret.ops.copies import use_device
+from turret.ops.core import use_device
 from turret.ops.table import rest
 from turret.tasks import Embedding
 
@@ -876,7 +874,8 @@ class Engine:
                     self._answer()
             began = time.monotonic()
 
-        part.run(pause)
+        with torch.inference_mode(False), torch.enable_grad():
+            part.run(pause)
         trained += (seconds := time.monotonic() - began)
         with self._wake:
             self._trainings.trained(seconds)

@@ -22,7 +22,7 @@ from turret.engine.request import MAX_TOKENS, GenerationSettings
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Guide
 from turret.errors import BaseModelError, ContextLengthExceeded, DataError
-from turret.ops.copies import copied
+from turret.ops.core import copied
 from turret.tasks import Task
 from turret.transformer import Model, Tokenizer
 

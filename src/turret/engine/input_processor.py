@@ -9,7 +9,7 @@ from functools import cached_property
 
 from turret.bases.base import Base
 from turret.data import Input, Prompt, TextPair
-from turret.engine.adapter_tensors import AdapterTensors
+from turret.engine.adapter_pool import AdapterTensors
 from turret.engine.cache import capacity
 from turret.engine.decode import base_settings, resolved
 from turret.engine.request import MAX_TOKENS, Kind, Limits, Named, Receipt, Request, Row, Ticket

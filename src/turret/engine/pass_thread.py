@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
+
 from turret import process
-from turret.engine.training_turns import TrainingTurns
+from turret.engine.scheduler import TrainingTurns
 
 T = TypeVar("T")
 
@@ -58,6 +60,7 @@ class PassThread:
             assert taken is not None
             tenant, part = taken
             started = time.monotonic()
-            part.run()
+            with torch.inference_mode(False), torch.enable_grad():
+                part.run()
             with self._wake:
                 self._turns.ended(tenant, time.monotonic() - started)

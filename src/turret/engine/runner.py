@@ -28,7 +28,7 @@ from turret.engine.decode import TokenLogprobs, token_logprobs
 from turret.engine.request import Limits, limits_within
 from turret.engine.token_tree import Node, token_tree
 from turret.families.family import Pooling
-from turret.ops.copies import copied
+from turret.ops.core import copied
 from turret.ops.table import narrows, of
 from turret.transformer import Model
 

@@ -1,4 +1,4 @@
-"""Continuous batching: which waiting requests begin in the next pass.
+"""What an engine's thread does next: which waiting requests begin, which are refused, and when a training has a turn.
 
 A pass takes at most `batch_tokens` tokens: one for each row that generates, the rest for requests that begin. These
 are chosen by priority, then by turns between tenants (`turret.turns`, which counts the tokens of prompts and of
@@ -6,16 +6,28 @@ answers), then by turns between the adapters of a tenant (deficit round robin wi
 Varghese 1996), then by age. A request that was passed over `PATIENCE` times has the highest priority and goes before
 the others of its tenant. While it waits for room in the KV cache, no request behind it takes any. So every request is
 served eventually, and a tenant that floods the queue delays another one's first request by one pass.
+
+A part of a training is about as long as one optimiser step. It calls `between_passes` after each of its passes, so
+that answers wait for one pass of a training, not for a step. Trainings get a share of the time while answers wait, and
+all of it else.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
-from turret.engine.request import Request
-from turret.turns import Places, Turns
+from turret.engine.request import Histogram, Limits, Request, VersionStats
+from turret.errors import Busy, Draining
+from turret.turns import Places, TurnQueue, Turns
+
+T = TypeVar("T")
+
+# --- requests --------------------------------------------------------------------------------------------------------
 
 QUANTUM = 256  # tokens of an adapter in one turn
 PATIENCE = 64  # passes in which other requests begin before this one goes first
@@ -254,3 +266,230 @@ class _Line:
         self.priority = self._priorities.pop()
         self._level = self._flows.get(self.priority, {})
         self._open = deque(self._level)
+
+
+# --- counts and admission -------------------------------------------------------------------------------------------
+
+HALF_LIFE = 5.0  # seconds of work after which a measurement counts half
+MEASURED = 1.0  # seconds of work that are measured before a wait is predicted
+SHORTEST, LONGEST = 0.1, 600.0  # bounds of `Busy.retry_after`, in seconds
+UNKNOWN = 1.0  # seconds until a client should ask again, if no pass was measured
+KEPT = 4096  # versions whose counts are kept: the most recently requested
+
+
+class Counters:
+    """Counts of passes, tokens, answers and errors since the engine started, and how fast the queue is served."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.passes = self.prompt_tokens = self.tokens = self.answers = self.errors = 0
+        self.queue, self.first_token, self.between_tokens = Histogram(), Histogram(), Histogram()
+        self._served = self._worked = 0.0  # tokens that began and the seconds this took, the older the less
+        self._measured = 0.0  # all seconds of work
+        self._last = clock()  # the end of the last pass
+        self._waited = False  # whether requests waited then
+        self._versions: dict[str, VersionStats] = {}
+
+    def submitted(self, request: Request) -> None:
+        """Count a request that was taken."""
+        known = self._versions.pop(request.flow, None) or VersionStats("")
+        name = str(request.named) if request.named else ""
+        self._versions[request.flow] = replace(known, version=name, requests=known.requests + 1)
+        if len(self._versions) > KEPT:
+            del self._versions[next(iter(self._versions))]
+
+    def passed(self, begin: Sequence[Request], steps: int, seconds: float, waits: bool) -> None:
+        """Count a pass.
+
+        Args:
+            begin: The requests that began in it.
+            steps: Rows that decoded one token.
+            seconds: How long it took.
+            waits: Whether other requests still wait.
+        """
+        now = self._clock()
+        read = sum(request.tokens for request in begin)
+        self.passes += 1
+        self.prompt_tokens += read
+        self.tokens += steps + sum(request.rows > 0 for request in begin)
+        for request in begin:
+            self.queue.observe(max(0.0, now - seconds - request.arrived))
+            if request.rows:
+                self.first_token.observe(max(0.0, now - request.arrived))
+        if steps:  # their token before this one came at the end of the last pass
+            self.between_tokens.observe(max(0.0, now - self._last), steps)
+        if begin or waits:  # also a pass in which none began, because there was no room for them
+            self._serve(read, max(now - self._last, seconds) if self._waited else seconds)
+        self._last, self._waited = now, waits
+
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """Count further tokens of one row. seconds: between two of them."""
+        self.tokens += tokens
+        self.between_tokens.observe(max(0.0, seconds), tokens)
+
+    def _serve(self, tokens: int, seconds: float) -> None:
+        """Measure how fast the queue is served: tokens that began in these seconds."""
+        decay = 0.5 ** (seconds / HALF_LIFE)
+        self._served = self._served * decay + tokens
+        self._worked = self._worked * decay + seconds
+        self._measured += seconds
+
+    def ended(self, request: Request, answered: bool, tokens: int) -> None:
+        """Count the end of a request that generated so many tokens. One that was cancelled is no error."""
+        failed = not answered and not request.cancelled
+        self.answers += answered
+        self.errors += failed
+        known = self._versions.get(request.flow)
+        if known is not None:
+            self._versions[request.flow] = replace(
+                known,
+                answers=known.answers + answered,
+                errors=known.errors + failed,
+                prompt_tokens=known.prompt_tokens + (request.tokens if answered else 0),
+                tokens=known.tokens + tokens,
+            )
+
+    def wait_for(self, tokens: int) -> float | None:
+        """Seconds until so many waiting tokens have begun, at the measured speed; None if it is not known yet."""
+        return tokens * self._worked / self._served if self._served and self._worked else None
+
+    def admit(self, request: Request, waiting: Mapping[str, int], limits: Limits) -> None:
+        """Raise Busy if the queue has no room for a request, or if it would wait too long.
+
+        A tenant may fill the queue while it is alone in it. When others wait too, each has its share: what one of them
+        has waiting keeps no other out. The error says when the request will be admitted, if the queue is served as fast
+        as now and nothing is added.
+
+        Args:
+            request: With an estimate of its tokens.
+            waiting: Tokens that wait already, by tenant.
+            limits: Of the engine.
+        """
+        own = waiting.get(request.tenant, 0)
+        if not own:
+            return  # only others wait, and the turn of this tenant comes next
+        others = sum(min(each, own + request.tokens) for tenant, each in waiting.items() if tenant != request.tenant)
+        wait, too_many = self.wait_for(own + others), sum(waiting.values()) + request.tokens - limits.queue_tokens
+        if too_many > 0 and own + request.tokens > limits.queue_tokens // len(waiting):
+            again = self.wait_for(min(own, too_many))
+            raise self._busy(f"{own} tokens wait already and the limit of queue_tokens is {limits.queue_tokens}", again)
+        most = float(limits.queue_seconds)
+        if request.deadline is not None:
+            most = min(most, request.deadline - request.arrived)
+        if wait is not None and wait > most and self._measured >= MEASURED:
+            raise self._busy(
+                f"{own} tokens wait, which takes {wait:.0f} s, and a request may wait {most:g} s", wait - most
+            )
+
+    def _busy(self, why: str, seconds: float | None) -> Busy:
+        again = UNKNOWN if seconds is None else min(LONGEST, max(SHORTEST, seconds))
+        return Busy(f"{why}: ask again in {again:.1f} s", retry_after=again)
+
+    def versions(self) -> Mapping[str, VersionStats]:
+        """The counts of each version, by key; "" is the bare base."""
+        return dict(self._versions)
+
+
+# --- trainings -------------------------------------------------------------------------------------------------------
+
+_thread = threading.local()  # `pause`: what the thread of an engine does between two passes of a training
+
+
+def between_passes() -> None:
+    """Let others have their turn: a training calls it after each of its passes. Outside an engine it does nothing."""
+    pause: Callable[[], None] | None = getattr(_thread, "pause", None)
+    if pause is not None:
+        pause()
+
+
+class Part:
+    """A part of a training, and where its end is told."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work, self.future = work, Future[None]()
+
+    def run(self, pause: Callable[[], None] | None = None) -> None:
+        """Run it, with gradients enabled by the caller. pause: called between its passes."""
+        _thread.pause = pause
+        try:
+            self._work()
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(None)
+        finally:
+            _thread.pause = None
+
+
+class TrainingTurns:
+    """The parts that wait, and what is owed to answers. Only `run` is thread-safe: the caller has a lock.
+
+    Args:
+        share: Of the time, for trainings, while answers wait. Between 0 and 1.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share, self._owed = share, 0.0
+        self._queue: TurnQueue[Part] = TurnQueue(Places(1, guests=0))
+
+    def run(self, work: Callable[[], T], tenant: str, wake: threading.Condition, ends: Callable[[], bool]) -> T:
+        """Queue a part, wake the thread that takes it, and wait for its result, or raise its error.
+
+        Args:
+            wake: The caller's lock, which that thread waits on.
+            ends: Whether the thread takes no more parts.
+
+        Raises:
+            Draining: It takes no more.
+        """
+        results: list[T] = []
+        part = Part(lambda: results.append(work()))
+        with wake:
+            if ends():
+                raise stopped()
+            self.put(tenant, part)
+            wake.notify_all()
+        part.future.result()
+        return results[0]
+
+    def put(self, tenant: str, part: Part) -> None:
+        """Add a part of a tenant's training."""
+        self._queue.put(tenant, part)
+
+    def take(self, *, answers_wait: bool) -> tuple[str, Part] | None:
+        """The part that begins now, with its tenant: of the tenant that was given the fewest seconds. None: no part."""
+        if not answers_wait:
+            self._owed = 0.0
+        return None if self._owed > 0.0 else self._queue.take()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a part waits."""
+        return self._queue.waiting
+
+    @property
+    def owes(self) -> bool:
+        """Whether answers go first if some wait."""
+        return self._owed > 0.0
+
+    def trained(self, seconds: float) -> None:
+        """A pass of a training took so long."""
+        self._owed += seconds * (1.0 - self._share) / self._share
+
+    def answered(self, seconds: float) -> None:
+        """A pass of answers took so long."""
+        self._owed = max(0.0, self._owed - seconds)
+
+    def ended(self, tenant: str, seconds: float) -> None:
+        """A part has ended. seconds: that it trained."""
+        self._queue.ended(tenant, seconds)
+
+    def abandon(self) -> None:
+        """End all parts that wait with Draining."""
+        for part in self._queue.clear():
+            part.future.set_exception(stopped())
+
+
+def stopped() -> Draining:
+    """The error of a training whose engine ends."""
+    return Draining("no more trainings run here: this process is being stopped")

@@ -16,7 +16,7 @@ from turret.engine.runner import DecodeStep, Prefill
 from turret.engine.structured_output import Guide
 from turret.engine.text import CONTEXT_TOKENS, IncrementalText, TokenEnds, between
 from turret.json_types import JsonObject
-from turret.ops.copies import copied
+from turret.ops.core import copied
 
 # --- answer text ------------------------------------------------------------------------------------------------------
 # The text of an answer with its tokens: each piece has the logprobs of the tokens that end in it.

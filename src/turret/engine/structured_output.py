@@ -23,7 +23,7 @@ from torch import Tensor
 from turret.engine.constraint import Constraint
 from turret.engine.constraint_process import STACK, ConstraintProcess, Refusal, matcher_of, tokenizer_of, with_stack
 from turret.errors import DataError, one_line
-from turret.ops.copies import copied
+from turret.ops.core import copied
 from turret.transformer import Tokenizer
 
 COMPILED = 64  # constraints that stay compiled

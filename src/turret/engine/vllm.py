@@ -29,7 +29,7 @@ from turret.adapters.adapter import Adapter, require_base
 from turret.bases.base import Base
 from turret.bundles import save_bundle
 from turret.bundles.gguf_lora import max_lora_rank
-from turret.engine.adapter_tensors import AdapterTensors, tensor_layout
+from turret.engine.adapter_pool import AdapterTensors, tensor_layout
 from turret.engine.constraint import WHITE_SPACE
 from turret.engine.decode import TokenLogprobs
 from turret.engine.input_processor import Prompts

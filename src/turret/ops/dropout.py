@@ -24,8 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from turret.ops.attention import attend_plainly
 from turret.ops.autograd import FunctionContext, Gradients, apply
-from turret.ops.copies import copied
-from turret.ops.core import Ops
+from turret.ops.core import Ops, copied
 from turret.ops.formulas import OF_SITE, WORD
 from turret.ops.structs import NO_DROPOUT, STEPS, DropoutArguments, Mask
 from turret.ops.table import of

@@ -168,7 +168,7 @@ PATHS: dict[str, Path] = {
     ),
     "frozen_linear": Path(
         "a frozen linear layer, and each token's adapter, without packing the weight anew",
-        "ops.frozen",
+        "ops.lora",
         "`torch.nn.functional.linear`",
         "few tokens without gradients, with kernels",
         part_of=("layer_calls",),

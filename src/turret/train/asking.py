@@ -28,7 +28,7 @@ from turret.engine.core import Engine
 from turret.engine.decode import base_settings
 from turret.engine.request import Limits, Named
 from turret.engine.sampling_params import SamplingParams
-from turret.engine.training_turns import between_passes
+from turret.engine.scheduler import between_passes
 from turret.errors import AdapterError, BaseModelError
 from turret.families.family import Pooling
 from turret.fingerprint import within

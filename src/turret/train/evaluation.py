@@ -12,7 +12,7 @@ from torch import Tensor
 from turret.adapters import BARE, attachment, on_slot, packed
 from turret.adapters.packed import HeadRow, read_in
 from turret.data import Example
-from turret.engine.training_turns import between_passes
+from turret.engine.scheduler import between_passes
 from turret.errors import DataError
 from turret.families.family import Pooling
 from turret.json_types import JsonObject

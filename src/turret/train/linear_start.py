@@ -25,7 +25,7 @@ from turret import adapters
 from turret.adapters import drawing, packed
 from turret.bases import Base
 from turret.engine.protocol import Loss
-from turret.engine.training_turns import between_passes
+from turret.engine.scheduler import between_passes
 from turret.errors import LossNotFinite
 from turret.families import parts_of_head
 from turret.ops.dropout import Draws

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from turret.adapters import BARE, REFERENCE, attachment, detach, mount, on_slot, packed
 from turret.bases import Base
 from turret.errors import AdapterError
-from turret.ops.copies import copied
+from turret.ops.core import copied
 from turret.tasks import ComparingTask
 from turret.train.batches import EncodedRow
 from turret.transformer import Model

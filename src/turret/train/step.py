@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from turret.adapters import attachment, drawing, mixed_precision, packed
 from turret.bases.sharded import parts_of
 from turret.engine.protocol import Loss, OptimStep
-from turret.engine.training_turns import between_passes
+from turret.engine.scheduler import between_passes
 from turret.errors import LossNotFinite, OutOfMemory, TrainingError, memory_ran_out
 from turret.families.family import project
-from turret.ops.copies import copied, use_device
+from turret.ops.core import copied, use_device
 from turret.ops.dropout import Draws
-from turret.ops.frozen import plain
+from turret.ops.lora import plain
 from turret.tasks import Task, compares
 from turret.tasks.text_answers import TextAnswers
 from turret.train.adamw import AdamW

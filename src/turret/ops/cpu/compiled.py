@@ -582,7 +582,7 @@ class Products(Calls):
     def low_rank(self, spans: AdapterSpans, layer: int, x: Tensor, y: Tensor) -> None:
         """y += (x A^T) B for each span of tokens with one adapter, summed in float32 (SGMV).
 
-        The reference is `turret.ops.mixed_lora.sgmv`.
+        The reference is `turret.ops.lora.sgmv`.
 
         Args:
             spans: Tokens and the factors of their adapters. Other tokens stay as they are.

@@ -1,5 +1,5 @@
 /* SGMV: y += (x A^T) B for spans of tokens, each with the factors of one adapter. Included by kernels.c for each dtype.
-   The reference in torch is `sgmv` in ops/mixed_lora.py.
+   The reference in torch is `sgmv` in ops/lora.py.
 
    x: (N, D_in), y: (N, D_out), A: (R, D_in), B: (R, D_out) including the scaling; all contiguous. h = x A^T and y are summed in
    float, and y is rounded once. With AVX-512 or AVX2 the result of a token is bit-equal whatever the other tokens are, except in

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from turret.ops.copies import copied
-from turret.ops.core import Gradients, Loras, Ops
+from turret.ops.core import Gradients, Loras, Ops, copied
 from turret.ops.structs import GRADIENT_STAYS, AttentionRows, DropoutArguments, Lora, Prefixes, RMSNorm
 
 ATTENTION, LIGER, DROPOUT = FEATURES = ("attention", "liger", "dropout")  # what a GPU may have

@@ -10,8 +10,8 @@ import pytest
 from shelf import TEXTS, Shelf
 
 from turret.engine import Limits
-from turret.engine.counters import Counters
 from turret.engine.request import Histogram, Receipt, Request, SamplingParams, Ticket
+from turret.engine.scheduler import Counters
 from turret.errors import Busy
 
 
