@@ -167,33 +167,33 @@ class Oidc:
 
         metadata = self._metadata
         try:
-            session = self._session()
-            token = session.fetch_token(
-                metadata["token_endpoint"],
-                code=code,
-                code_verifier=self._derived("verifier", begun),
-                timeout=TIMEOUT,
-            )
-            keys = KeySet.import_key_set(requests.get(metadata["jwks_uri"], timeout=TIMEOUT).json())
-            decoded = jwt.decode(token["id_token"], keys, algorithms=ALGORITHMS)
-            claims = CodeIDToken(
-                decoded.claims,
-                decoded.header,
-                {"iss": {"essential": True, "values": [metadata["issuer"]]}},
-                {
-                    "nonce": self._derived("nonce", begun),
-                    "client_id": self.settings.client_id,
-                    "access_token": token.get("access_token"),
-                },
-            )
-            claims.validate(leeway=60)
-            found = dict(claims)
-            _check_audience(found["aud"], self.settings.client_id)
-            checked = _without_unverified_email(found)
-            if self.settings.claim not in checked and "userinfo_endpoint" in metadata:
-                more = session.get(metadata["userinfo_endpoint"], timeout=TIMEOUT).json()
-                if more.get("sub") == found["sub"]:  # or the answer is about somebody else
-                    checked = _without_unverified_email(more) | checked
+            with self._session() as session:
+                token = session.fetch_token(
+                    metadata["token_endpoint"],
+                    code=code,
+                    code_verifier=self._derived("verifier", begun),
+                    timeout=TIMEOUT,
+                )
+                keys = KeySet.import_key_set(requests.get(metadata["jwks_uri"], timeout=TIMEOUT).json())
+                decoded = jwt.decode(token["id_token"], keys, algorithms=ALGORITHMS)
+                claims = CodeIDToken(
+                    decoded.claims,
+                    decoded.header,
+                    {"iss": {"essential": True, "values": [metadata["issuer"]]}},
+                    {
+                        "nonce": self._derived("nonce", begun),
+                        "client_id": self.settings.client_id,
+                        "access_token": token.get("access_token"),
+                    },
+                )
+                claims.validate(leeway=60)
+                found = dict(claims)
+                _check_audience(found["aud"], self.settings.client_id)
+                checked = _without_unverified_email(found)
+                if self.settings.claim not in checked and "userinfo_endpoint" in metadata:
+                    more = session.get(metadata["userinfo_endpoint"], timeout=TIMEOUT).json()
+                    if more.get("sub") == found["sub"]:  # or the answer is about somebody else
+                        checked = _without_unverified_email(more) | checked
         except requests.RequestException as error:
             raise Unauthorized(f"the provider does not answer ({type(error).__name__}): try again") from None
         except (AuthlibBaseError, JoseError, AttributeError, KeyError, TypeError, ValueError) as error:
