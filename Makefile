@@ -14,7 +14,7 @@ ARGS ?=
 NAME ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock release demo test test-all test-fleet test-gpu test-clients mutants lint prose format bench bench-train bench-serve bench-gpu figures reference pictures reports docs clean
+.PHONY: help setup lock release demo check test test-all test-fleet test-gpu test-clients mutants lint prose format bench bench-train bench-serve bench-gpu figures reference pictures reports docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,11 @@ prose: $(STAMP)  ## find sentences in the documentation that a reader must decod
 format: $(STAMP)  ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+check: lint  ## lint, then what a change touches, in about a minute; ARGS=main: all that differs from a branch
+	@tests=$$($(BIN)/python release/touched_tests.py $(ARGS)); if [ -n "$$tests" ]; then \
+		$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" $$tests; \
+	fi
 
 test: lint  ## lint, then the tests that take a minute or two; ARGS go to pytest
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)

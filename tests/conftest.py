@@ -23,6 +23,22 @@ from servers import BUCKET, PostgresServer, postgres, s3
 sys.dont_write_bytecode = False
 
 
+SECONDS = "turret/seconds"  # of each test file, as of its last run: `make check` reads them in the cache of pytest
+_took: dict[str, float] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    file = report.nodeid.partition("::")[0]
+    _took[file] = _took.get(file, 0.0) + report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    cache = getattr(session.config, "cache", None)
+    if cache is not None and "PYTEST_XDIST_WORKER" not in os.environ and not session.config.option.collectonly:
+        kept: dict[str, float] = cache.get(SECONDS, {})
+        cache.set(SECONDS, kept | {file: round(max(took, kept.get(file, 0.0)), 2) for file, took in _took.items()})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     import torch

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -109,3 +112,26 @@ def test_the_modules_and_tests_of_make_mutants_exist() -> None:
     assert len(tests) >= 9
     missing = [module for module in modules if not (ROOT / "src" / "turret" / module).is_file()]
     assert missing + [test for test in tests if not (ROOT / "tests" / test).is_file()] == []
+
+
+def test_a_check_runs_the_tests_of_what_changed_and_the_quickest_of_what_imports_it(tmp_path: Path) -> None:
+    files = {
+        "src/turret/a.py": "",
+        "src/turret/b.py": "",
+        "tests/test_a.py": "",
+        "tests/test_b.py": "import turret.b",
+        "tests/c/test_quick.py": "from turret import a",
+        "tests/c/test_slow.py": "from turret.a import something",
+        ".pytest_cache/v/turret/seconds": json.dumps({"tests/c/test_quick.py": 1.0, "tests/c/test_slow.py": 70.0}),
+        "release/touched_tests.py": (ROOT / "release/touched_tests.py").read_text(encoding="utf-8"),
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "src", "tests", "release"], ["commit", "-qm", "Begin"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "src/turret/a.py").write_text("something = 1", encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "release/touched_tests.py"], capture_output=True, text=True)
+    assert done.stdout.split() == ["tests/test_a.py", "tests/c/test_quick.py"]
+    assert done.stderr.startswith("1 more test files import what changed")
