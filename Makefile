@@ -1,5 +1,5 @@
 # All set-up happens by itself: every goal below needs the stamp, and the stamp is made once.
-# Plain pip equivalents stand in README.md.
+# Plain pip equivalents stand in docs/howto/install.md.
 
 PYTHON ?= python3
 # The build of torch: cpu, cuda, or auto: the CPU build where pip finds the one that is pinned, else the one for CUDA.
@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml Makefile $(LOCKS)
 	fi; \
 	echo "$(INSTALL) -r requirements/$$torch.txt"; \
 	$(INSTALL) -r requirements/$$torch.txt || \
-		{ echo "pip does not get the build of torch that requirements/$$torch.txt pins: see TORCH in README.md"; exit 1; }
+		{ echo "pip does not get the build of torch that requirements/$$torch.txt pins: see TORCH in docs/howto/install.md"; exit 1; }
 	$(INSTALL) -r requirements/common.txt -r requirements/interpreter.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,8 @@ def test_the_reference_has_every_metric_and_every_verb_of_the_client() -> None:
     assert [name for name in verbs if f"`{name}" not in section("docs/reference/python.md", "The client")] == []
 
 
-def test_the_readme_names_every_family() -> None:
-    text = page("README.md").replace("-", "").lower()
+def test_the_first_page_names_every_family() -> None:
+    text = section("docs/index.md", "What you can use").replace("-", "").lower()
     assert [name for name in FAMILIES if name.replace("-", "").removesuffix("_text").replace("_", "") not in text] == []
 
 
@@ -275,15 +276,26 @@ def test_every_line_for_curl_is_complete() -> None:
             assert "$TOKEN" not in line or "TOKEN=$(turret token create " in text, (path.name, line)
 
 
-def test_the_tree_in_the_readme_is_the_tree() -> None:
-    tree = section("README.md", "The tree")
-    said = set(re.findall(r"^ {6}([a-z_]+(?:/|\.py))", tree, re.MULTILINE))
-    source = ROOT / "src" / "turret"
-    rooms = {f"{path.name}/" for path in source.iterdir() if (path / "__init__.py").exists()}
-    modules = {path.name for path in source.glob("*.py") if not path.name.startswith("__")}
-    assert said == rooms | modules
-    outside = set(re.findall(r"^ {4}([A-Za-z]+(?:/|\.md))", tree, re.MULTILINE)) - {"src/"}
-    assert [name for name in outside if not (ROOT / name).exists()] == []
+def test_the_layers_of_the_architecture_are_those_that_are_checked() -> None:
+    """import-linter's list has every package and module of `src/turret`, so the table has them too."""
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", section("ARCHITECTURE.md", "Layers"), re.MULTILINE)
+    said: dict[int, set[str]] = {}
+    for number, names in rows:
+        said.setdefault(int(number), set()).update(name.rstrip("/") for name in re.findall(r"`([^`]+)`", names))
+    contract = tomllib.loads(page("pyproject.toml"))["tool"]["importlinter"]["contracts"][0]
+    assert contract["exhaustive"]
+    checked = [set(re.split(r" [|:] ", layer)) for layer in reversed(contract["layers"])]
+    assert said == dict(enumerate(checked))
+
+
+def test_the_tree_in_contributing_is_the_tree() -> None:
+    said = set(re.findall(r"^ {4}([A-Za-z/]+(?:/|\.md)) ", section("CONTRIBUTING.md", "Find your way"), re.MULTILINE))
+    assert [name for name in said if not (ROOT / name).exists()] == []
+    built = {"site", "dist", "__pycache__"}
+    folders = {
+        f"{each.name}/" for each in ROOT.iterdir() if each.is_dir() and each.name[0] != "." and each.name not in built
+    }
+    assert folders == {"src/" if name == "src/turret/" else name for name in said if name.endswith("/")}
 
 
 def links(path: Path) -> list[str]:
@@ -296,7 +308,7 @@ def test_every_link_leads_somewhere() -> None:
         target, _, anchor = link.partition("#")
         there = (path.parent / target).resolve() if target else path
         assert there.exists(), f"{path}: {link}"
-        if anchor:
+        if anchor and there.suffix == ".md":
             heads = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
             slugs = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", head).strip().lower()) for head in heads}
             assert anchor in slugs, f"{path}: {link}"
