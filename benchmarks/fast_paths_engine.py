@@ -43,7 +43,7 @@ class Path:
     Args:
         jobs: Where it may show.
         off: Paths that are off on both sides.
-        row: What it computes, its reference, and when it is taken, for the table in ARCHITECTURE.md. None if
+        row: What it computes, its reference, and when it is taken, for docs/explanation/fast-paths.md. None if
             `turret.ops.table.PATHS` lists it.
     """
 

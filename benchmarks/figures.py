@@ -1,4 +1,4 @@
-"""Writes every measured figure of README, ARCHITECTURE and docs from `benchmarks/results/`, and draws the charts.
+"""Writes every measured figure of README and docs from `benchmarks/results/`, and draws the charts.
 
 A block is what stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`. `BLOCKS` says what each name
 writes. A figure that no result carries has no place in README or docs.
@@ -55,7 +55,7 @@ PAGES = (
     ROOT / "docs" / "howto" / "untrained.md",
     ROOT / "docs" / "tasks.md",
     ROOT / "docs" / "reference" / "methods.md",
-    ROOT / "ARCHITECTURE.md",
+    ROOT / "docs" / "explanation" / "fast-paths.md",
 )
 CHARTS = ROOT / "docs" / "images" / "measured"
 BLOCK = re.compile(r"(<!-- figures: ([a-z0-9-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -18,6 +19,7 @@ from turret.recipe import keys, presets
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+SOURCE = ROOT / "src" / "turret"
 PAGES = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md")),
     *sorted(DOCS.rglob("*.md")),
@@ -296,6 +298,39 @@ def test_the_tree_in_contributing_is_the_tree() -> None:
         f"{each.name}/" for each in ROOT.iterdir() if each.is_dir() and each.name[0] != "." and each.name not in built
     }
     assert folders == {"src/" if name == "src/turret/" else name for name in said if name.endswith("/")}
+
+
+def defined_in(path: Path) -> set[str]:
+    """Functions, classes and methods of a module, as `name` and `Class.name`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    found = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    return found | {
+        f"{each.name}.{node.name}" for each in classes for node in each.body if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_what_the_architecture_says_is_where_it_says() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]*) ?\|$", section("ARCHITECTURE.md", "Where is"), re.MULTILINE)[
+        2:
+    ]
+    assert len(rows) > 20
+    for what, files, names in rows:
+        there = [SOURCE / file for file in re.findall(r"`([\w/]+\.py)`", files)]
+        wanted = set(re.findall(r"`([\w.]+)`", names))
+        assert all(file.exists() for file in there), files
+        assert wanted <= set().union(*map(defined_in, there)), f"{what}: {wanted}"
+        assert bool(wanted) == bool(there) == (not files.startswith("none")), what
+    assert "CUDA graphs" in [what for what, files, _ in rows if files.startswith("none")]
+    assert not any("CUDAGraph" in path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
+
+
+def test_every_module_that_the_design_names_is_there() -> None:
+    there = [f"/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("[a-z]*/**/*.py")]
+    there += [f"/{path.name}" for path in ROOT.glob("*.py")]
+    for path in (ROOT / "ARCHITECTURE.md", *(DOCS / "explanation").glob("*.md")):
+        named = re.findall(r"`([\w/]+\.py)`", path.read_text(encoding="utf-8"))
+        assert [name for name in named if not any(each.endswith(f"/{name}") for each in there)] == [], path
 
 
 def links(path: Path) -> list[str]:

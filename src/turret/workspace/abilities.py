@@ -31,7 +31,7 @@ def kinds(family: Family) -> dict[HeadKind, bool]:
 
 
 def fast_paths(family: Family) -> list[str]:
-    """The fast paths of ARCHITECTURE.md that depend on the family and that it takes."""
+    """The fast paths of docs/explanation/fast-paths.md that depend on the family and that it takes."""
     fast = family.fast
     taken = {
         "flash": not family.rows_alone,
