@@ -349,6 +349,18 @@ def test_every_link_leads_somewhere() -> None:
             assert anchor in slugs, f"{path}: {link}"
 
 
+def test_llms_txt_has_a_title_a_summary_and_pages_that_exist() -> None:
+    title, summary, *_, last = re.split(r"\n\n(?=[>#])", page("llms.txt"))
+    assert title == "# Turret"
+    assert summary.startswith("> Turret ")
+    assert last.startswith("## Optional")
+    for line in re.findall(r"^- .*$", page("llms.txt"), re.MULTILINE):
+        found = re.findall(r"\[[^\]]+\]\(([^)]+)\)", line)
+        assert found, line
+        assert [link for link in found if not (ROOT / link).is_file()] == []
+        assert line in last or all(link.startswith("docs/") for link in found), f"not on the site: {line}"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = page("mkdocs.yml")
     assert [path for path in DOCS.rglob("*.md") if path.relative_to(DOCS).as_posix() not in navigation] == []

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,13 @@ def test_search_knows_every_page(site: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_site_has_llms_txt_with_links_to_its_pages(site: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text(encoding="utf-8"))
+    assert "howto/write-programs/" in links
+    assert [link for link in links if not (site / link / "index.html").is_file()] == []
+
+
+@pytest.mark.slow
 def test_a_missing_page_says_where_to_start(site: Path) -> None:
     text = (site / "404.html").read_text()
     assert "This page does not exist" in text
@@ -73,7 +81,9 @@ def test_a_dead_link_or_anchor_fails_the_build(tmp_path: Path) -> None:
     for folder in ("docs", "src"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "images"))
     shutil.copytree(ROOT / "docs/images", tmp_path / "docs/images")
-    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "release").mkdir()
+    for file in ("mkdocs.yml", "llms.txt", "release/site_llms.py"):
+        shutil.copy(ROOT / file, tmp_path / file)
     page = tmp_path / "docs" / "index.md"
     for link in ("howto/nowhere.md", "howto/serve.md#no-such-heading"):
         page.write_text(f"# Turret\n\n[a link]({link})\n")

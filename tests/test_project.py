@@ -91,6 +91,23 @@ def test_every_pre_commit_hook_is_local_and_runs_what_make_lint_runs() -> None:
     assert run == {program.replace(" --check .", "").removesuffix(" .") for program in programs}
 
 
+def test_the_workflow_runs_what_make_runs_with_the_fewest_rights() -> None:
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    jobs = workflow["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert all(re.search(r"@v\d+\.\d+\.\d+$", step["uses"]) for step in steps if "uses" in step)
+    least = PROJECT["project"]["requires-python"].removeprefix(">=")
+    assert all(job["strategy"]["matrix"]["python"][0] == least for job in jobs.values())
+    assert any(step.get("run", "").startswith("make lint test ") for step in jobs["make"]["steps"])
+    makefile = (ROOT / "Makefile").read_text()
+    goals = "\n".join(makefile.split(f"\n{goal}:")[1].split("\n\n")[0] for goal in ("prose", "lint", "test"))
+    wanted = re.findall(r"^\t\$\(BIN\)/(.+)$", goals, re.MULTILINE)
+    own = [line for step in jobs["windows"]["steps"] for line in step.get("run", "").splitlines()]
+    assert own[-len(wanted) :] == [line.removesuffix(" $(ARGS)") for line in wanted]
+
+
 def test_the_citation_names_this_version() -> None:
     import turret
 

@@ -16,6 +16,7 @@ PAGES = (
     *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
     ROOT / "docs" / "howto" / "experiments.md",
     ROOT / "docs" / "howto" / "own-loop.md",
+    ROOT / "docs" / "howto" / "write-programs.md",
 )
 
 
