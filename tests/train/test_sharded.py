@@ -67,18 +67,25 @@ def test_two_processes_with_parts_make_the_version_that_one_with_the_whole_base_
 
     Two processes add the gradients of a batch in another order than one does. AdamW divides each gradient by its own
     size, so rounding of a gradient near zero grows to a visible part of a step. How far that goes is measured: the
-    whole base also trains with its batches in two or more pieces, and by torch's products as a base in parts does.
+    whole base also trains with its batches in two or more pieces, and by torch's products as a base in parts does. One
+    such measurement is not the largest, so ten times as much is allowed. The control is a rate that differs by 2%.
     """
     whole = parts.recipe(trained, name, shard=False)
+    rate = whole.train.lr
+    assert isinstance(rate, float)
     Workspace(trained / "whole").train(whole)
     with without("kernels"):
         Workspace(trained / "pieces").train(whole.with_overrides({"train.micro_batch_tokens": "40"}))
-    (one, expected), (two, got), (_, pieces) = (stored(trained, store, name) for store in ("whole", "parts", "pieces"))
+    Workspace(trained / "other").train(whole.with_overrides({"train.lr": str(rate * 1.02)}))
+    (one, expected), (two, got), (_, pieces), (_, other) = (
+        stored(trained, store, name) for store in ("whole", "parts", "pieces", "other")
+    )
     assert got.keys() == expected.keys()
-    for key, value in expected.items():
-        rounding = float((pieces[key] - value).abs().max())
-        assert rounding < 1e-3 * max(1.0, float(value.abs().max())), "the measure is of rounding"
-        assert float((got[key] - value).abs().max()) < max(rounding, 1e-5 * max(1.0, float(value.abs().max()))), key
+
+    def furthest(tensors: dict[str, torch.Tensor]) -> float:
+        return max(float((tensors[key] - value).abs().max()) for key, value in expected.items())
+
+    assert furthest(got) < 10 * furthest(pieces) < furthest(other)
     assert max(float(each.abs().max()) for key, each in got.items() if "lora_A" not in key) > 1e-2
     for split in ("validation", "test"):
         numbers = [
