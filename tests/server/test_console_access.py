@@ -223,7 +223,7 @@ def test_no_page_writes_without_the_form_token(serve, put, workspace) -> None:
     workspace.promote("a@1", "production")
     put()
     client = serve().client()
-    values = {"name": "a", "number": "1", "verb": "rollback", "key": "x", "run_id": "x", "study_id": "x"}
+    values = {"name": "a", "number": "1", "verb": "rollback", "key": "x", "run_id": "x", "study_id": "x", "file_id": "x"}
     writes = [
         route.path.format(**{**values, "verb": "stop"})
         for router in ROUTERS
