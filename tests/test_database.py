@@ -92,6 +92,7 @@ def _store(place: Path | Location) -> Store:
     return Store(place.parent if isinstance(place, Path) else place)
 
 
+@pytest.mark.slow
 def test_an_older_store_is_brought_up_to_date_when_it_is_opened(place) -> None:
     _first_format(place)
     store = _store(place)
@@ -132,6 +133,7 @@ def test_versions_that_comparisons_of_an_earlier_format_trained_are_recognised_i
     assert found == {"a@1": None, "a@2": "comparisons/a-0123456789", "a@3": "comparisons/a-0123456789", "a@4": None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("older", [True, False])
 def test_processes_that_open_a_new_or_older_store_at_once_bring_it_up_to_date_once(place, older) -> None:
     if older:

@@ -156,6 +156,7 @@ def test_every_block_and_chart_is_what_the_results_say() -> None:
     run(str(BENCHMARKS / "figures.py"), "--check")
 
 
+@pytest.mark.slow
 def test_a_figure_that_was_changed_by_hand_is_noticed() -> None:
     program = (
         "import figures\n"

@@ -36,6 +36,7 @@ print(before, passes, steps, held - memory.resident())
 """  # page faults while 24 MB are allocated and freed repeatedly
 
 
+@pytest.mark.slow
 def test_memory_that_a_pass_or_a_step_frees_is_kept_for_the_next_one_and_given_back_behind_the_last() -> None:
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -99,6 +100,7 @@ print(faults())
 """  # an engine's thread, in which a training begins and ends
 
 
+@pytest.mark.slow
 def test_memory_is_kept_until_the_last_of_those_who_keep_it_has_ended() -> None:
     done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, check=True)
     kept, after = map(int, done.stdout.split())

@@ -180,6 +180,7 @@ class EnoughError(Exception):
     """Ends a training that the test needs no longer."""
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_an_older_turret_starts_over_and_says_so(workspace: Workspace) -> None:
     """Its steps drew dropout from a generator, whose state its checkpoint has."""
     seen, said = list[int](), list[str]()
@@ -225,6 +226,7 @@ def test_a_recipe_still_means_what_it_says(path: Path) -> None:
 # --- a store by URL ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_dumped_catalog_and_its_files_are_a_store(folder: Path, postgres_server: Any) -> None:
     statements = [line for line in (folder / "catalog" / "dump.sql").read_text().splitlines() if line[:1] != "\\"]
     expected = EXPECTED["catalog"]

@@ -188,6 +188,7 @@ def first_step(workspace: Workspace, recipe: Recipe, *, fresh: bool = False) -> 
     return seen[0]
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_and_the_same_recipe_goes_on_unless_fresh(trained, tmp_path) -> None:
     workspace = Workspace(tmp_path / "store")
 
@@ -203,6 +204,7 @@ def test_ctrl_c_finishes_the_step_and_the_same_recipe_goes_on_unless_fresh(train
     assert list(workspace.list()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_training_is_named_and_the_run_goes_on_once_there_is_room(trained, tmp_path) -> None:
     (tmp_path / "disk").mkdir()
     with mounted_disk(tmp_path / "disk", "size=4m") as disk:
@@ -222,6 +224,7 @@ def test_a_disk_that_fills_while_training_is_named_and_the_run_goes_on_once_ther
         assert first_step(workspace, trained.recipe) in (3, 5)  # after the checkpoint of step 2 or 4
 
 
+@pytest.mark.slow
 def test_a_plan_that_refuses_trains_nothing_and_writes_nothing(trained, tmp_path) -> None:
     recipe = trained.recipe.with_overrides({"method.target_modules": "qury"})
     workspace = Workspace(tmp_path / "store")
@@ -231,6 +234,7 @@ def test_a_plan_that_refuses_trains_nothing_and_writes_nothing(trained, tmp_path
     assert not workspace.store.root.exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_fails_the_run_and_stores_nothing(trained, tmp_path) -> None:
     recipe = trained.recipe.with_overrides({"train.lr": "1e30", "train.warmup": "0", "train.gradient_clip": "1e30"})
     workspace = Workspace(tmp_path / "store")
@@ -325,6 +329,7 @@ def test_texts_of_a_file_come_in_order(trained, tmp_path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_prefix_on_a_decoder_goes_the_whole_way(tmp_path) -> None:
     base = small_models.save_base("llama", tmp_path / "llama")
     with (tmp_path / "pairs.jsonl").open("w") as file:

@@ -77,6 +77,7 @@ def test_a_path_gives_the_gradients_of_its_reference(name: str, base: str) -> No
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "base"), TRAINED)
 def test_turning_a_path_off_changes_what_is_computed(name: str, base: str) -> None:
     """The control of the test above."""

@@ -46,6 +46,7 @@ def check(trainer: Any, model: Any) -> None:
     assert any(not torch.equal(value, start[name]) for name, value in trainable_parameters(model).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.kind)
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_hf_trainer_trains_a_classifier(family: str, method: Method, tmp_path: Path) -> None:
@@ -56,6 +57,7 @@ def test_hf_trainer_trains_a_classifier(family: str, method: Method, tmp_path: P
     check(trainer, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.kind)
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_seq2seq_trainer_trains_and_generates(family: str, method: Method, tmp_path: Path) -> None:

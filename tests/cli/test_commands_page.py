@@ -19,6 +19,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.slow
 def test_every_verb_and_option_is_on_the_page(capsys) -> None:
     for verb in VERBS:
         assert f"## `turret {verb}" in PAGE

@@ -46,6 +46,7 @@ def reviews(folder: Path) -> Path:
     return table
 
 
+@pytest.mark.slow
 def test_the_end_of_a_comparison_says_what_the_plain_name_answers_and_how_to_keep_a_version(capsys) -> None:
     found = made("full,lora", seeds=4, count=1500, margin=2)
     _print(found)

@@ -20,6 +20,7 @@ def completed(line: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_tab_completes_commands_subcommands_and_options() -> None:
     assert completed("turret exp") == ["export", "experiment"]
     assert completed("turret token re") == ["revoke"]

@@ -90,6 +90,7 @@ def test_a_training_says_where_it_was_made(made: Path, capsys) -> None:
     assert "device =" not in recipe  # the text of an older recipe stays as it was
 
 
+@pytest.mark.slow
 def test_a_plan_says_which_device_and_why(made: Path, capsys) -> None:
     assert run([*said(made, "plan", "{folder}/films.csv", "--base", "{folder}/bert"), "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["plan"]["checks"]}

@@ -34,6 +34,7 @@ def told(out: str) -> Any:
     return json.loads(out)
 
 
+@pytest.mark.slow
 def test_an_experiment_from_its_start_to_its_end(said, tmp_path) -> None:
     assert "no experiments yet: turret experiment start" in said("list")
     begun = said("start", "news", "--candidate", "news@2", "--ramp", "20%,0.5", "--max-errors", "0.02")
@@ -84,6 +85,7 @@ def test_json_has_stable_keys(said) -> None:
     assert {"experiment", "arms", "outcomes", "log_evidence", "discovery", "verdicts"} <= set(listed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status", "complaint"),
     [

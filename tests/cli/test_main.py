@@ -210,6 +210,7 @@ def test_a_bug_is_one_line_unless_the_traceback_is_asked_for(capsys, monkeypatch
         run([], failing(ZeroDivisionError()))
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error() -> None:
     line = f"{sys.executable} -m turret list --json | true"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)

@@ -31,6 +31,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"classify": str(folder / "bert"), "chat": str(folder / "llama")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_the_columns_that_a_person_means_are_found_and_the_mess_is_said(
     make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -102,6 +102,7 @@ def test_evaluate_prints_metrics_and_one_object(typed, capsys) -> None:
     assert said["data"]["examples"] == 10
 
 
+@pytest.mark.slow
 def test_plan_prints_checks_and_stores_nothing(typed, tmp_path, capsys) -> None:
     store = ["--store", str(tmp_path / "store")]
     assert run(["plan", *typed.arguments, *store]) == 0
@@ -115,6 +116,7 @@ def test_plan_prints_checks_and_stores_nothing(typed, tmp_path, capsys) -> None:
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_that_refuses_has_status_1_and_train_says_the_same_in_one_line(typed, tmp_path, capsys) -> None:
     wrong = [*typed.arguments, "--set", "method.target_modules=qury", "--store", str(tmp_path / "store")]
     assert run(["plan", *wrong]) == 1
@@ -124,6 +126,7 @@ def test_a_plan_that_refuses_has_status_1_and_train_says_the_same_in_one_line(ty
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_a_version_that_learnt_nothing_is_stored_with_a_warning(typed, tmp_path, capsys) -> None:
     assert json.loads(typed.out)["warnings"] == []  # the control
     where, chance = ["--store", str(tmp_path / "store")], random.Random(0)
@@ -204,6 +207,7 @@ def test_progress_without_a_terminal_says_the_last_score_and_the_time_left(capsy
     assert "validation accuracy 0.500" in lines[-1]
 
 
+@pytest.mark.slow
 def test_the_bar_keeps_the_time_at_80_columns_and_drops_the_memory_then_the_rate() -> None:
     """In a terminal of that width; a wide one shows all of it."""
     code = (

@@ -39,6 +39,7 @@ def test_list_of_one_name_leaves_the_others_out(stored, capsys) -> None:
     assert capsys.readouterr().err.startswith("turret: bad adapter name 'news@1': expected")
 
 
+@pytest.mark.slow
 def test_a_list_of_many_shows_the_newest_of_each_name_and_those_with_an_alias(stored, tmp_path, capsys) -> None:
     """Up to 40 versions are all shown; `list NAME` and --json always show all."""
     store = Store(stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from simulated_comparison import made
 
 from turret.compare.report import as_html, as_markdown, headline
@@ -25,6 +26,7 @@ def test_a_regression_is_judged_like_a_method_and_never_promoted() -> None:
     assert rows(worse)["linear"].verdict.word == "worse", "the control"
 
 
+@pytest.mark.slow
 def test_a_method_may_be_judged_against_the_regression() -> None:
     found = made(against="linear", linear=0.8, full=0.95, lora=0.95, prefix=0.6)
     assert {spec: row.verdict.word for spec, row in rows(found).items() if spec in ("full", "lora", "prefix")} == {
@@ -35,6 +37,7 @@ def test_a_method_may_be_judged_against_the_regression() -> None:
     assert "every method is worse than linear, which is no version" in lost.promotion.why
 
 
+@pytest.mark.slow
 def test_a_report_says_how_a_row_that_trains_nothing_answers() -> None:
     found = made()
     for page in (as_html(found), as_markdown(found)):
@@ -46,6 +49,7 @@ def test_a_report_says_how_a_row_that_trains_nothing_answers() -> None:
 STEPS = {"full": 100, "lora": 100, "prefix": 900, "full:epochs=9": 900}
 
 
+@pytest.mark.slow
 def test_a_verdict_at_equal_steps_stands_beside_the_one_at_own_defaults() -> None:
     found = made(
         "full,lora,prefix,full:epochs=9", steps=STEPS, twins=["full:epochs=9"],
@@ -62,6 +66,7 @@ def test_a_verdict_at_equal_steps_stands_beside_the_one_at_own_defaults() -> Non
         assert sentence in page.replace("\\", "")
 
 
+@pytest.mark.slow
 def test_a_report_says_the_steps_of_each_method_unless_they_are_the_same() -> None:
     several, same = made("full,lora,prefix", steps=STEPS), made("full,lora,prefix")
     assert "number of steps. Points are" in as_html(several)

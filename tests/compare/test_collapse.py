@@ -79,6 +79,7 @@ def test_with_one_collapse_in_five_the_interval_covers_what_it_is_about_and_the_
     assert silent == 0
 
 
+@pytest.mark.slow
 def test_an_interval_over_all_trainings_would_not_cover_their_mean() -> None:
     """The control: an interval over all trainings misses their mean in a third of cases or more."""
     rng, held = np.random.default_rng(2), 0
@@ -131,6 +132,7 @@ def test_where_no_pair_learnt_no_interval_is_claimed() -> None:
     assert "no interval is claimed" in found.sentence()
 
 
+@pytest.mark.slow
 def test_the_report_names_the_seed_and_the_mean_leaves_it_out() -> None:
     found = made("full,lora", seeds=5, count=1500, margin=2, collapsed={"lora": [44]})
     row = found.rows[1]
@@ -153,6 +155,7 @@ def test_a_writer_whose_outputs_fit_any_text_as_well_has_collapsed() -> None:
     assert [each.seed for each in found.rows[1].collapses] == [43]
 
 
+@pytest.mark.slow
 def test_a_method_that_never_learns_is_said_to_have_learnt_nothing_and_is_no_baseline() -> None:
     found = made("full,lora,prefix", seeds=3, count=400, prefix=0.5)
     row = found.rows[2]

@@ -87,6 +87,7 @@ def test_an_interval_is_not_much_wider_than_it_must_be() -> None:
     assert np.median(widths) < 1.7 * 2 * 1.96 * np.std(means)
 
 
+@pytest.mark.slow
 def test_resampling_examples_alone_would_be_too_sure_of_itself() -> None:
     """The control: with trainings that differ by luck, an interval over examples alone often misses it."""
     rng, held = np.random.default_rng(3), 0
@@ -97,10 +98,12 @@ def test_resampling_examples_alone_would_be_too_sure_of_itself() -> None:
     assert held / 150 < 0.8
 
 
+@pytest.mark.slow
 def test_a_method_just_worse_than_the_margin_is_rarely_called_within() -> None:
     assert verdicts(150, 3, 400, -0.01, margin=1, luck=0.005)["within"] <= 0.06
 
 
+@pytest.mark.slow
 def test_a_method_as_good_is_rarely_called_worse_or_better() -> None:
     said = verdicts(150, 3, 400, 0.0, margin=1, luck=0.005)
     assert said["worse"] + said["better"] <= 0.08
@@ -116,6 +119,7 @@ def test_each_verdict_is_wrong_at_most_about_once_in_forty(seeds: int, luck: flo
     assert verdicts(800, seeds, 500, 0.0, margin=1, luck=luck)["better"] <= 0.04
 
 
+@pytest.mark.slow
 def test_clear_cases_are_decided() -> None:
     assert verdicts(20, 5, 2000, 0.0, margin=2, accuracy=0.95)["within"] > 0.9
     assert verdicts(20, 5, 1000, -0.10, margin=1)["worse"] > 0.9
@@ -144,6 +148,7 @@ def test_one_seed_never_decides() -> None:
     assert "at least two" in verdict.advice()
 
 
+@pytest.mark.slow
 def test_stored_versions_are_judged_by_the_examples_alone() -> None:
     rng = np.random.default_rng(11)
     said = [judge(simulated(rng, 1, 400, -0.05), 1.0, rng, resamples=500, fixed=True) for _ in range(200)]

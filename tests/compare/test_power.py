@@ -87,6 +87,7 @@ def test_what_has_run_takes_the_place_of_what_was_assumed() -> None:
     assert Spread.measured([drawn(rng, spread, 1, 100)]) is None
 
 
+@pytest.mark.slow
 def test_the_plan_is_about_the_verdict_itself() -> None:
     told = power(ASSUMED, 5, 500, 2.5).within
     assert reached(60, ASSUMED, 5, 500, 2.5) == pytest.approx(told, abs=0.2)

@@ -73,6 +73,7 @@ def test_a_method_as_good_is_within_and_one_ten_points_worse_is_worse() -> None:
     assert said["lora"].verdict.difference.low > -1.5
 
 
+@pytest.mark.slow
 def test_the_smallest_of_the_good_is_promoted_and_no_test_example_chooses_its_seed() -> None:
     comparison = made("full,lora,prefix", prefix=0.95, seeds=4, count=1500, margin=2)
     assert comparison.promotion.spec == "lora"
@@ -87,6 +88,7 @@ def test_nothing_is_promoted_while_nothing_is_shown() -> None:
     assert re.search(asked, comparison.promotion.why)
 
 
+@pytest.mark.slow
 def test_the_baseline_is_promoted_where_all_else_is_worse() -> None:
     comparison = made("full,lora", lora=0.7, seeds=3)
     assert comparison.promotion.spec == "full"
@@ -98,6 +100,7 @@ def test_nothing_is_promoted_while_the_baseline_is_alone() -> None:
     assert comparison.promotion.why == "no method but full has run yet"
 
 
+@pytest.mark.slow
 def test_the_claims_have_a_value_and_a_yes_or_no_each() -> None:
     comparison = made("full,lora,prefix", seeds=4, count=1500)
     said = {(claim.claim, claim.spec): claim for claim in comparison.claims}
@@ -113,6 +116,7 @@ def test_the_claims_have_a_value_and_a_yes_or_no_each() -> None:
     assert made("lora,prefix", against="lora").claims == (), "they are about full fine-tuning"
 
 
+@pytest.mark.slow
 def test_a_method_that_could_not_run_stands_there_with_the_reason() -> None:
     comparison = made("full,lora,prefix", without=("prefix",), failures={"prefix": "seed 42: no room"}, missing=4)
     assert rows(comparison)["prefix"].failed == "seed 42: no room"
@@ -129,6 +133,7 @@ def test_without_its_baseline_a_comparison_says_so() -> None:
     as_markdown(comparison)
 
 
+@pytest.mark.slow
 def test_only_seeds_that_both_have_are_compared() -> None:
     """A budget that ends in the middle of a round leaves rows with more seeds than others."""
     comparison = made("full,lora", seeds=3)
@@ -136,6 +141,7 @@ def test_only_seeds_that_both_have_are_compared() -> None:
     assert [len(row.mcnemar) for row in comparison.rows] == [0, 3]
 
 
+@pytest.mark.slow
 def test_the_headline_names_every_method_that_was_judged_in_words_to_repeat() -> None:
     said = headline(made("base,head,full,lora,prefix", seeds=4, count=1500, margin=2))
     behind = r"prefix, head and the bare base are \d+ to \d+ points behind full"
@@ -177,6 +183,7 @@ def test_no_interval_leaves_what_a_difference_can_be() -> None:
         assert -100 <= row.difference.low <= row.difference.high <= 100
 
 
+@pytest.mark.slow
 def test_a_method_whose_loss_still_fell_is_marked_not_trained_out() -> None:
     comparison = made("full,lora,prefix", seeds=3, count=300, falling=["prefix"])
     assert [row.trained_out for row in comparison.rows] == [True, True, False]
@@ -256,6 +263,7 @@ def test_a_writer_says_what_it_forgot_and_has_no_classes() -> None:
     assert comparison.classes == ()
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_intervals() -> None:
     assert made("full,lora", seeds=3).as_json() == made("full,lora", seeds=3).as_json()
 
@@ -496,6 +504,7 @@ def test_a_difference_without_width_is_still_drawn() -> None:
     ElementTree.fromstring(forest([Mark("a <b>", "lora", 0.0, 0.0, 0.0, 0.0)], 1.0, unit="points", zero="full"))
 
 
+@pytest.mark.slow
 def test_memory_and_time_are_of_the_first_seed_that_had_a_process_of_its_own() -> None:
     """Control: the numbers of other seeds, which ran in processes of their own too, would change them."""
     recipe = Recipe(name="tiny", base="small", data="tiny.csv")

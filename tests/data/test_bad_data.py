@@ -92,6 +92,7 @@ def put(path: Path, content: bytes) -> Path:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @FUZZ
 @given(content=st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
@@ -104,6 +105,7 @@ def test_any_bytes_are_a_table_or_one_error(suffix: str, content: bytes, tmp_pat
     read(put(tmp_path / f"t.{suffix}", content))
 
 
+@pytest.mark.slow
 @FUZZ
 @given(first=NAMES, second=NAMES, rows=ROWS)
 def test_any_json_is_a_table_or_one_error(first: str, second: str, rows: Any, tmp_path: Path) -> None:
@@ -278,6 +280,7 @@ def test_many_mistakes_are_told_as_far_as_they_fit(tmp_path: Path) -> None:
     checked(caught.value)
 
 
+@pytest.mark.slow
 def test_a_table_with_hundreds_of_thousands_of_columns_is_refused_at_once(tmp_path: Path) -> None:
     names = ["text", "label", *(f"c{number}" for number in range(300_000))]
     row = ["a", "b", *["1"] * 300_000]
@@ -321,6 +324,7 @@ def packed(path: Path) -> Any:
     return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[path.suffix](path, "wb")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_packed_well_but_small_is_read(tmp_path: Path) -> None:
     for suffix in ("gz", "zst", "bz2", "xz"):
         path = tmp_path / f"a.csv.{suffix}"

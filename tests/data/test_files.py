@@ -309,6 +309,7 @@ def test_a_folder_without_tables_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_large_table_is_streamed_so_that_only_the_chosen_rows_are_held(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     with path.open("w") as file:

@@ -35,6 +35,7 @@ def test_problems_of_cells_and_labels_are_told_together_and_counted(tmp_path: Pa
     assert "such rows" not in str(caught.value)  # the control: a single row is not counted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

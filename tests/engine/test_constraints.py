@@ -206,6 +206,7 @@ def _nested(depth: int) -> dict[str, Any]:
     return {"anyOf": [{"type": "object", "properties": {f"p{depth}{i}": inner}} for i in range(2)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPLODING)
 def test_a_constraint_built_to_explode_ends_or_is_refused_in_bounded_time(engine, name) -> None:
     started = time.monotonic()
@@ -331,6 +332,7 @@ def helper() -> Iterator[ConstraintProcess]:
 GOOD = Constraint.choice(["yes", "no"]).grammar
 
 
+@pytest.mark.slow
 def test_a_helper_that_somebody_kills_or_stops_is_replaced(helper) -> None:
     assert helper.check(GOOD) is None
     first = helper.helper.process.pid
@@ -411,6 +413,7 @@ def test_a_constraint_that_was_compiled_before_asks_the_helper_nothing(base) -> 
     constraints.close()
 
 
+@pytest.mark.slow
 def test_costly_constraints_that_stay_compiled_take_bounded_memory(base) -> None:
     """Each takes about 6 MiB; 64 of them, which is how many small ones stay, would take 370 MiB."""
     from turret.engine.structured_output import COMPILED_BYTES, Constraints

@@ -43,6 +43,7 @@ def reference(shelf: Shelf, name: str | None, text: str, **settings: Any) -> tup
     return said, len(kept), "stop" if eos in row else "length"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", GENERATORS)
 def test_greedy_answers_of_a_mixed_batch_equal_each_alone(family: str) -> None:
     made = shelf(family)
@@ -62,6 +63,7 @@ def test_control_adapters_give_different_answers() -> None:
     assert len(said) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [2, 4])
 @pytest.mark.parametrize("family", GENERATORS)
 def test_beam_search_equals_transformers(family: str, beams: int) -> None:
@@ -80,6 +82,7 @@ def test_beam_search_equals_transformers(family: str, beams: int) -> None:
         assert other.result(30)["text"] == reference(made, "narrow", TEXTS[2])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -242,6 +245,7 @@ def test_a_text_longer_than_the_bases_positions_is_refused() -> None:
 # --- probabilities ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
 @pytest.mark.parametrize("name", ["narrow", "prefix", None])
 def test_logprobs_are_transformers_own_before_penalties_and_temperature(family: str, name: str | None) -> None:

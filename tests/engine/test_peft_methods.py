@@ -135,6 +135,7 @@ def test_virtual_tokens_beside_a_lora_are_what_peft_computes(family: str, kind: 
     check_beside_a_lora(family, *stored(family, adapter, tmp_path / "bundle"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"), [("t5", "LOHA"), ("llama", "OFT"), ("llama", "HRA"), ("llama", "PROMPT_TUNING")]
 )

@@ -61,6 +61,7 @@ def adapters_of(family: str, task: Any) -> list[Adapter]:
     return set_of(family, task, "all")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("methods", SETS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -226,6 +227,7 @@ def test_a_prompt_under_a_sliding_window_stays_whole(family: str, monkeypatch: p
     assert sizes == [23]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", GENERATORS)
 @torch.no_grad()
 def test_greedy_tokens_of_a_mixed_batch_equal_transformers_generate_alone(family: str) -> None:

@@ -72,6 +72,7 @@ def test_a_part_runs_with_gradients_in_the_engines_thread(engine: Engine) -> Non
     assert engine.run(lambda: 5) == 5  # the error was the part's own
 
 
+@pytest.mark.slow
 def test_an_answer_waits_for_a_pass_of_a_training_not_for_a_step(engine: Engine) -> None:
     """Control: a part that never calls `between_passes` keeps the answer waiting to its end."""
 

@@ -175,6 +175,7 @@ def test_an_export_without_its_base_has_no_tokenizer_and_says_so(empty: Workspac
     assert label == LABELS[int(chances(empty, "x", text).argmax())]
 
 
+@pytest.mark.slow
 def test_labels_and_templates_from_outside_are_literals_of_the_code(empty: Workspace, tmp_path: Path) -> None:
     base = small_models.save_base("bert", tmp_path / "base")
     nasty = ['"]; raise SystemExit #', "gut 😀", "```\n# Title"]

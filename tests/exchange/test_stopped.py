@@ -84,6 +84,7 @@ def sigterm_at(number: int, work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False])
 def test_sigterm_at_any_operation_of_a_scratch_folder_leaves_nothing(there: bool, tmp_path: Path) -> None:
     """Also while the folder is being made, or removed."""

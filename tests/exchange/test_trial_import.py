@@ -53,6 +53,7 @@ def classifier(base: Path) -> Any:
     return transformers.AutoModelForSequenceClassification.from_pretrained(base).eval()
 
 
+@pytest.mark.slow
 def test_fifteen_adapters_of_as_many_kinds_need_no_reading(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

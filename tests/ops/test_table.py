@@ -153,6 +153,7 @@ def written() -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_every_matrix_product_belongs_to_an_operation() -> None:
     assert written() == set().union(*PRODUCTS.values())
 

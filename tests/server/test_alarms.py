@@ -89,6 +89,7 @@ def sent(workspace: Workspace) -> int:
         return len(connection.execute(alarms.alarms.select()).all())
 
 
+@pytest.mark.slow
 def test_a_broken_promise_is_told_once_with_two_servers_on_one_store(workspace, put, serve, receiver) -> None:
     put("a")
     running = [serve(alarm=AlarmSettings(receiver.url)) for _ in range(2)]
@@ -111,6 +112,7 @@ def test_a_broken_promise_is_told_once_with_two_servers_on_one_store(workspace, 
     assert figures.count("turret_alarms_waiting 0.0") == 2
 
 
+@pytest.mark.slow
 def test_a_receiver_that_is_down_is_told_when_it_is_up(workspace, put, serve) -> None:
     put("a")
     first = Receiver()
@@ -134,6 +136,7 @@ def test_a_receiver_that_is_down_is_told_when_it_is_up(workspace, put, serve) ->
     assert "secret-path" not in running.lines.getvalue(), "the path of the URL may be a secret"
 
 
+@pytest.mark.slow
 def test_a_receiver_that_hangs_delays_no_request(workspace, put, serve) -> None:
     put("a")
     slow = Receiver(hang=60)
@@ -150,6 +153,7 @@ def test_a_receiver_that_hangs_delays_no_request(workspace, put, serve) -> None:
     until(lambda: sent(workspace) == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [302, 500])
 def test_an_answer_that_is_no_success_is_no_delivery_and_no_redirect_is_followed(
     workspace, put, serve, receiver, status
@@ -169,6 +173,7 @@ def signed(secret: str, body: bytes) -> str:
     return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
 
 
+@pytest.mark.slow
 def test_an_alarm_is_signed_with_the_secret(put, serve, receiver) -> None:
     put("a")
     break_promise(serve(alarm=AlarmSettings(receiver.url, "mellon")))
@@ -207,6 +212,7 @@ def test_what_happened_a_day_ago_is_told_no_more(workspace, put, monkeypatch) ->
         assert alarms.unsent(connection) == []
 
 
+@pytest.mark.slow
 def test_an_arm_that_a_guard_drops_is_told(begin, workspace, receiver) -> None:
     settings = {"alarm": AlarmSettings(receiver.url)}
     running = begin(share=0.5, guards=Guards(max_errors=0.02), engine=settings)

@@ -200,6 +200,7 @@ def test_a_new_route_is_missed_until_it_is_said_what_it_writes(monkeypatch) -> N
     assert unknown() == {"PUT /api/new/{name}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TOKENS)
 def test_each_route_that_changes_something_leaves_a_row_of_who_did_it(serve, workspace, tmp_path, kind) -> None:
     tenant, words = TOKENS[kind]

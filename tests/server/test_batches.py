@@ -141,6 +141,7 @@ def test_a_file_of_too_many_lines_is_refused_before_any_is_asked(serve, put, cli
     assert running.engine.priorities == []
 
 
+@pytest.mark.slow
 def test_a_batch_goes_on_in_another_server_and_asks_no_answered_line_again(serve, put, clients, until) -> None:
     put()
     first = serve(pace=0.1)
@@ -172,6 +173,7 @@ def test_a_cancelled_batch_keeps_what_was_answered(serve, put, clients, until) -
         client.batches.cancel(batch.id)
 
 
+@pytest.mark.slow
 def test_files_and_batches_belong_to_the_token_that_made_them(serve, put, workspace, clients) -> None:
     put()
     tokens = [workspace.tokens.create(name, scopes=("infer",))[1] for name in ("one", "two")]
@@ -367,6 +369,7 @@ def test_a_batch_whose_owner_has_spent_its_quota_holds_up_no_other(serve, put, w
     assert ended(stuck, first).status == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_batch_without_a_limit_of_its_owner_is_answered_in_the_same_time(serve, put, workspace, clients) -> None:
     """The control of the test before: the first batch ends too, if no quota stops it."""
     put()
@@ -417,6 +420,7 @@ def test_a_custom_id_with_half_a_character_keeps_all_answers(serve, put, clients
     assert set(read(client, batch.output_file_id)) == {"n1", "half \ud800", "whole \N{WAVE DASH}"}
 
 
+@pytest.mark.slow
 def test_the_claim_of_a_batch_is_renewed_after_a_store_that_did_not_answer(
     serve, put, clients, until, monkeypatch
 ) -> None:

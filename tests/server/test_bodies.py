@@ -196,6 +196,7 @@ def sizes(value: object) -> tuple[int, int]:
     return keys + sum(each[0] for each in found), max(1, len(inner)) + sum(each[1] for each in found)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(JSON, st.booleans())
 def test_the_counts_are_exact_for_whatever_is_json(value, ascii_only) -> None:

@@ -244,6 +244,7 @@ def test_our_client_says_units_hears_arms_tells_outcomes_and_steers_experiments(
     asyncio.run(talk())
 
 
+@pytest.mark.slow
 def test_our_client_raises_what_the_server_raised(serve, put, workspace) -> None:
     put()
     _, secret = workspace.tokens.create("few", requests_per_minute=1)

@@ -103,6 +103,7 @@ def status(opened: socket.socket) -> int:
     return int(answer.split()[1]) if answer else 0
 
 
+@pytest.mark.slow
 @MANY_ADDRESSES
 @pytest.mark.parametrize(
     "sent",

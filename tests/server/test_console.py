@@ -56,6 +56,7 @@ def test_no_page_has_a_script_or_a_style_inside_it(serve, put, workspace) -> Non
         assert re.findall(r"<style| style=| on[a-z]+=\"|javascript:|https?://", text) == [], path
 
 
+@pytest.mark.slow
 def test_words_of_others_are_escaped_wherever_they_stand(serve, workspace, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TURRET_USER", SCRIPT)
     said = {
@@ -89,6 +90,7 @@ def test_words_of_others_are_escaped_wherever_they_stand(serve, workspace, tmp_p
     assert elsewhere.headers["location"] == "/"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "command"),
     [
@@ -275,6 +277,7 @@ def test_a_panel_draws_the_errors_of_its_thresholds_and_the_state_of_its_promise
     assert "12.3%" in page.split("<h2>Errors and thresholds")[0], "the calibration error of the question alone"
 
 
+@pytest.mark.slow
 def test_an_experiment_ramps_and_ends_by_its_buttons(serve, put, workspace) -> None:
     put()
     put()
@@ -322,6 +325,7 @@ def test_the_last_point_of_a_course_is_what_the_status_says(put, workspace) -> N
     assert last.means["control"] == pytest.approx(analysis.arms[0].mean)
 
 
+@pytest.mark.slow
 def test_a_run_shows_its_curve_while_it_trains(serve, workspace) -> None:
     from turret.train import Curve, StepRecord
 
@@ -348,6 +352,7 @@ def test_a_run_shows_its_curve_while_it_trains(serve, workspace) -> None:
     assert found["metric"] == {"key": "nearness", "name": "1 - MAE / range"}
 
 
+@pytest.mark.slow
 def test_a_report_is_served_as_it_was_written_and_may_run_nothing(serve, workspace, tmp_path) -> None:
     from simulated_comparison import made
 
@@ -513,6 +518,7 @@ def by_class(accuracy: float, ece: float = 0.02) -> dict:
     return {"accuracy": accuracy, "ece": ece, "per_class": {"ham": {"support": 90}, "spam": {"support": 10}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metrics", "words"),
     [

@@ -65,6 +65,7 @@ def test_a_wrong_token_is_told_in_the_page_and_begins_nothing(serve, workspace) 
     assert len(running.served.guard.sessions) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["//evil.example", "https://evil.example", "/\\evil.example", "/a\r\nx: y", "runs"])
 def test_signing_in_leads_to_no_other_server(serve, workspace, wanted) -> None:
     _, secret = workspace.tokens.create("boss", ["admin"])
@@ -223,7 +224,15 @@ def test_no_page_writes_without_the_form_token(serve, put, workspace) -> None:
     workspace.promote("a@1", "production")
     put()
     client = serve().client()
-    values = {"name": "a", "number": "1", "verb": "rollback", "key": "x", "run_id": "x", "study_id": "x", "file_id": "x"}
+    values = {
+        "name": "a",
+        "number": "1",
+        "verb": "rollback",
+        "key": "x",
+        "run_id": "x",
+        "study_id": "x",
+        "file_id": "x",
+    }
     writes = [
         route.path.format(**{**values, "verb": "stop"})
         for router in ROUTERS
@@ -265,6 +274,7 @@ def test_where_a_write_comes_from() -> None:
             check_origin("POST", headers, page=True)
 
 
+@pytest.mark.slow
 def test_a_page_takes_forms_and_no_other_body(serve, put) -> None:
     put()
     client = serve().client()

@@ -178,6 +178,7 @@ def test_axe_finds_nothing_on_any_page_and_none_is_wider_than_the_screen(opened:
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
 
 
+@pytest.mark.slow
 def test_a_token_is_made_rotated_and_revoked_by_keyboard_and_mouse(opened: Open, serve) -> None:
     page = opened("/store", url=serve().url)  # a server of its own: the first token closes it
     page.get_by_role("link", name="Tokens").click()
@@ -223,6 +224,7 @@ def test_from_the_list_to_a_version_and_back(opened: Open) -> None:
     page.wait_for_url("**/adapters")
 
 
+@pytest.mark.slow
 def test_a_gate_refuses_in_the_dialog_and_what_passes_moves_the_alias(opened: Open, running: Running) -> None:
     page = opened("/adapters/news", expected=("status of 404",))
     page.get_by_role("link", name="Promote news@2").click()
@@ -243,6 +245,7 @@ def test_a_gate_refuses_in_the_dialog_and_what_passes_moves_the_alias(opened: Op
     assert not page.get_by_role("dialog").is_visible()
 
 
+@pytest.mark.slow
 def test_curves_grow_while_a_run_trains(opened: Open, running: Running) -> None:
     run, curve = run_of(running.workspace)
     page = opened("/runs")
@@ -274,6 +277,7 @@ def test_curves_grow_while_a_run_trains(opened: Open, running: Running) -> None:
     assert page.get_by_text("epochs = 3").is_visible()
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_has_no_charts_and_one_that_ended_says_what_it_lacks(opened: Open, running: Running) -> None:
     recipe = 'name = "news"\nbase = "org/base"\n[data]\nsource = "org/data"\n'
     waiting = running.workspace.queue.submit(Recipe.from_toml(recipe))
@@ -323,6 +327,7 @@ def test_a_text_that_cannot_be_asked_is_told_in_place(opened: Open) -> None:
     assert "no adapter named" in page.locator(".panel [role=alert]").inner_text()
 
 
+@pytest.mark.slow
 def test_a_streamed_answer_is_stopped_and_the_chat_goes_on_after_it(opened: Open, serve) -> None:
     slow = serve(pace=0.4)
     page = opened("/playground?as=chat", url=slow.url, expected=("status of 400",))  # its base has no chat template
@@ -424,6 +429,7 @@ def test_a_chat_goes_on_and_a_link_and_the_history_bring_it_back(opened: Open, r
     assert not page.locator("[data-history]").is_visible()
 
 
+@pytest.mark.slow
 def test_an_experiment_is_read_ramped_and_ended(opened: Open, running: Running) -> None:
     page = opened("/experiments")
     page.get_by_role("link", name="news#1").click()
@@ -464,6 +470,7 @@ def test_a_server_that_has_gone_is_told(opened: Open) -> None:
 # --- keyboard and phone ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_everything_can_be_reached_by_keyboard_and_the_focus_is_seen(opened: Open) -> None:
     page = opened("/adapters")
     page.keyboard.press("Tab")
@@ -489,6 +496,7 @@ def test_everything_can_be_reached_by_keyboard_and_the_focus_is_seen(opened: Ope
     assert page.evaluate("document.activeElement.id") == "promote"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_no_page_is_wider_than_a_phone(opened: Open, running: Running, dark: bool) -> None:
     run = running.workspace.runs()[0]["id"] if running.workspace.runs() else run_of(running.workspace)[0].id
@@ -507,6 +515,7 @@ def test_no_page_is_wider_than_a_phone(opened: Open, running: Running, dark: boo
 # --- signing in ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_signing_in_and_out(opened: Open, chromium: Browser, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "store")
     _, secret = workspace.tokens.create("boss", ["admin"])
@@ -548,6 +557,7 @@ def test_a_page_of_another_site_changes_nothing(opened: Open, running: Running) 
 # --- the pictures of the documentation -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_word_on_a_page_than_on_its_picture_is_noticed_and_another_number_is_not(opened: Open) -> None:
     before = {"adapters": words_of(opened("/adapters"))}
     assert len(before["adapters"]) > 10

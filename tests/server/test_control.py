@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from server.echo import probabilities
 
 from turret.server.limits import RequestLimits
@@ -136,6 +137,7 @@ def golden(workspace, folder: Path, digest: str, texts: list[str], wrong: int | 
     workspace.gate("a", "production", golden=folder / "golden.csv")
 
 
+@pytest.mark.slow
 def test_golden_examples_are_asked_behind_everybody_and_nobody_waits_for_them(serve, put, workspace, tmp_path) -> None:
     version, texts = put(), [f"text {number}" for number in range(200)]
     golden(workspace, tmp_path, version.digest, texts)
@@ -222,6 +224,7 @@ def test_verify_finds_a_flipped_bit_and_promote_refuses_it(serve, put, workspace
     assert str(workspace.store.root) not in got.text
 
 
+@pytest.mark.slow
 def test_50_bad_loads_in_a_row_and_floods_of_loads_leave_good_traffic_alone(serve, put) -> None:
     put()
     for _ in range(8):
@@ -258,6 +261,7 @@ def test_50_bad_loads_in_a_row_and_floods_of_loads_leave_good_traffic_alone(serv
     assert len(running.engine.loaded()) <= 4
 
 
+@pytest.mark.slow
 def test_control_that_waits_too_long_in_line_is_told_to_come_again(serve, put) -> None:
     put()
     running = serve(load_seconds=0.5, limits=RequestLimits(control_waiting=2))

@@ -117,6 +117,7 @@ def test_a_promise_on_a_table_and_on_what_the_training_held_out(chromium: Browse
     page.close()
 
 
+@pytest.mark.slow
 def test_every_form_has_names_for_screen_readers_and_fits_a_phone(chromium: Browser, serve, workspace, put) -> None:
     for accuracy in (0.8, 0.95):
         put("a", accuracy=accuracy)
@@ -149,6 +150,7 @@ def test_every_form_has_names_for_screen_readers_and_fits_a_phone(chromium: Brow
         page.close()
 
 
+@pytest.mark.slow
 def test_an_experiment_starts_by_keyboard(chromium: Browser, serve, workspace, put) -> None:
     for accuracy in (0.8, 0.95):
         put("a", accuracy=accuracy)

@@ -37,6 +37,7 @@ def recipe_in(page: Any) -> str:
 # --- start a comparison or a sweep -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["compare", "sweep"])
 def test_a_comparison_and_a_sweep_start_from_a_table_without_a_script(client, running, verb) -> None:
     assert f'href="/train?then={verb}"' in client.get("/comparisons").text
@@ -199,6 +200,7 @@ def test_the_cells_of_a_study_are_shown_while_it_runs_and_it_is_cancelled_and_re
     assert client.get(f"/comparisons/studies/{id}/do/eat").status_code in (400, 404)
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_leads_to_its_version_and_its_recipe(serve, workspace) -> None:
     client = serve().client()
     body = {"recipe": recipe_of("a.csv"), "files": {"a.csv": CSV}, "sweep": {"settings": {"train.lr": "1e-4,1e-3"}}}
@@ -391,6 +393,7 @@ def test_an_experiment_says_what_it_will_do_and_then_starts(serve, workspace, pu
     assert "running" in alert(again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "status", "words"),
     [
@@ -417,6 +420,7 @@ def test_an_experiment_that_makes_no_sense_is_one_line(serve, workspace, put, fi
     assert workspace.experiments() == []
 
 
+@pytest.mark.slow
 def test_a_gate_and_golden_examples_are_set_and_taken_back(serve, workspace, put) -> None:
     put_two(put, workspace)
     client = serve().client()
@@ -462,6 +466,7 @@ def test_a_gate_and_golden_examples_are_set_and_taken_back(serve, workspace, put
     assert client.get("/adapters/none/gates").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_promise_says_what_it_will_do_and_why_it_cannot_be_made(serve, workspace, put) -> None:
     """The echo has no weights, so its versions cannot promise; `test_decide_browser.py` makes one."""
     put_two(put, workspace)
@@ -488,6 +493,7 @@ def test_a_promise_says_what_it_will_do_and_why_it_cannot_be_made(serve, workspa
     assert client.get("/adapters/a/9/promise").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_does_not_open_a_file_of_the_server(serve, workspace, tmp_path) -> None:
     """A version may come from elsewhere, with any recipe in its lineage."""
     (tmp_path / "secret.csv").write_text("text,label\nsecret,a\n")
@@ -500,6 +506,7 @@ def test_a_recipe_of_ones_own_does_not_open_a_file_of_the_server(serve, workspac
     assert "send labelled examples" in got.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_what_another_tenant_decides_does_not_exist(serve, workspace, put) -> None:
     put_two(put, workspace)
     other = workspace.with_access(Access("legal"))

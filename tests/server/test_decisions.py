@@ -226,6 +226,7 @@ def test_below_the_threshold_there_is_no_answer(serve, versions, workspace) -> N
     assert ask(client, choice("sure", *low), model=str(panel)).json()["answers"][0]["type"] == "refusal"
 
 
+@pytest.mark.slow
 def test_without_a_threshold_of_its_own_a_question_takes_that_of_the_promise(serve, versions, workspace) -> None:
     own = said(versions["topic"])
     best = max(own.values())
@@ -502,6 +503,7 @@ def test_an_adapter_that_answers_with_other_labels_now_is_said(serve, versions, 
     assert "topic@2 has no label 'so-so', it has 'bad', 'good', 'new'" in got.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_version_that_cannot_be_loaded_fails_the_request_and_cancels_the_others(serve, versions, workspace) -> None:
     running = serve(broken={"grade@1"}, pace=2.0)
     assert ask(running.client(), choice("topic", *LABELS)).status_code == 200  # it now pauses

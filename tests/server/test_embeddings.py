@@ -115,6 +115,7 @@ def test_texts_become_the_tokens_of_the_base_and_back(serve, put) -> None:
     assert "no chat template" in got.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_messages_that_are_too_long_together_are_refused_before_they_are_read(serve) -> None:
     """A NUL in the arguments of a call becomes 7 characters, and searching them holds up all threads."""
     client = serve(tokenizer=small_models.tokenizer("qwen3")).client()
@@ -152,6 +153,7 @@ def test_messages_take_one_request_from_a_quota_before_they_are_read(serve, put,
     assert client.post("/v1/chat/completions", json=too_long).status_code == 429, "it is not read"
 
 
+@pytest.mark.slow
 def test_no_question_reads_the_whole_vocabulary(serve, monkeypatch) -> None:
     tokenizer = small_models.tokenizer("llama")
     client = serve(tokenizer=tokenizer).client()

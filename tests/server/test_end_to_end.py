@@ -235,6 +235,7 @@ def routed(client: httpx2.Client) -> dict[str, tuple[dict[str, str], float]]:
     return {sample.name: (sample.labels, sample.value) for sample in found}
 
 
+@pytest.mark.slow
 def test_a_router_reads_under_vllms_names_which_adapters_are_in_memory_and_which_wait(generator, until) -> None:
     """By protocol 003 of the Gateway API Inference Extension. A name stands there as clients write it in `model`."""
     client, started = generator.running.client(), time.time()
@@ -269,6 +270,7 @@ def test_a_router_reads_under_vllms_names_which_adapters_are_in_memory_and_which
         running.stop()
 
 
+@pytest.mark.slow
 def test_a_version_that_is_deleted_while_it_waits_to_be_loaded_loses_no_request(classifier, tmp_path, until) -> None:
     workspace, client = classifier.workspace, classifier.running.client()
     base = Path(workspace.resolve("a@1").manifest["base"]["id"])

@@ -11,6 +11,7 @@ from turret.experiments import Guards
 from turret.server.limits import RequestLimits
 
 
+@pytest.mark.slow
 def test_each_outcome_over_http_has_one_clear_answer_and_a_unit_counts_once(begin, workspace) -> None:
     running = begin(share=0.5)
     client = running.client()
@@ -39,6 +40,7 @@ def test_each_outcome_over_http_has_one_clear_answer_and_a_unit_counts_once(begi
     assert 'turret_experiment_outcomes_total{experiment="a#1",status="counted"} 2.0' in client.get("/metrics").text
 
 
+@pytest.mark.slow
 def test_a_streamed_answer_has_its_outcome_too(begin) -> None:
     client = begin(share=0.5).client()
     body = {"model": "a", "prompt": "one two", "stream": True, "user": "ann"}
@@ -71,6 +73,7 @@ def test_what_is_no_outcome_is_400(shared, body) -> None:
     assert shared.client().post("/api/outcomes", json=body).status_code == 400
 
 
+@pytest.mark.slow
 def test_outcomes_take_either_scope_and_control_takes_admin(begin, workspace) -> None:
     _, infer = workspace.tokens.create("reader")
     _, admin = workspace.tokens.create("boss", ["admin"])
@@ -86,6 +89,7 @@ def test_outcomes_take_either_scope_and_control_takes_admin(begin, workspace) ->
     assert status(workspace)["state"] == "running"
 
 
+@pytest.mark.slow
 def test_too_many_who_tell_outcomes_are_told_to_come_again_and_answers_go_on(begin, workspace) -> None:
     running = begin(share=0.5, engine={"limits": RequestLimits(outcomes_waiting=0)})
     got = running.client().post("/api/outcomes", json={"value": 1, "receipt": "r"})
@@ -93,6 +97,7 @@ def test_too_many_who_tell_outcomes_are_told_to_come_again_and_answers_go_on(beg
     assert asked(running.client(), "ann").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_sample_ratio_mismatch_is_shown_over_http_before_any_verdict(begin, workspace) -> None:
     running = begin(share=0.5, guards=Guards(promote=True))
     client, draw, told = running.client(), random.Random(0), []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from server.arms import arms, asked, label, status
 
 from turret.experiments import Guards
 from turret.server.limits import RequestLimits
 
 
+@pytest.mark.slow
 def test_a_shadow_answers_the_same_texts_is_compared_and_never_returned(begin, workspace, until) -> None:
     running = begin((), shadows="a@3")
     client, texts = running.client(), [f"text {number}" for number in range(30)]
@@ -28,6 +30,7 @@ def test_a_shadow_answers_the_same_texts_is_compared_and_never_returned(begin, w
     assert f'turret_experiment_shadows_total{{arm="shadow",experiment="a#1",what="agreed"}} {agreed}.0' in metrics
 
 
+@pytest.mark.slow
 def test_a_shadow_that_fails_or_dawdles_is_seen_by_its_experiment_and_by_nobody_else(begin, workspace, until) -> None:
     running = begin((), shadows="a@3", guards=Guards(max_errors=0.02))
     running.engine.broken.add("a@3")
@@ -61,6 +64,7 @@ def test_shadows_are_shed_when_there_is_no_room_for_them_and_answers_go_on(begin
     until(lambda: running.engine.priorities.count(-1) == 2 and running.view.shadows.inputs == 0)
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_takes_its_shadows_back_and_writes_the_last_of_its_log(begin, workspace) -> None:
     running = begin("a@2", share=0.5, shadows="a@3", engine={"pace": 0.05})
     client = running.client()

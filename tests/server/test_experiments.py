@@ -12,6 +12,7 @@ from turret.workspace import Workspace
 # --- the arm of a request ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_unit_is_answered_by_its_arm_which_the_receipt_names_with_its_probability(begin, workspace) -> None:
     running = begin(share=0.3)
     client, router, seen = running.client(), workspace.router(), set()
@@ -27,6 +28,7 @@ def test_a_unit_is_answered_by_its_arm_which_the_receipt_names_with_its_probabil
     assert seen == {"control", "candidate"}
 
 
+@pytest.mark.slow
 def test_a_unit_is_the_same_in_a_header_in_the_body_and_in_every_kind_of_answer(begin, workspace) -> None:
     running = begin(share=0.5)
     unit = of("candidate", workspace) + ""
@@ -47,6 +49,7 @@ def test_a_unit_is_the_same_in_a_header_in_the_body_and_in_every_kind_of_answer(
     assert utf8.headers["turret-arm"] == asked(client, "Zoë").headers["turret-arm"]
 
 
+@pytest.mark.slow
 def test_only_the_alias_under_experiment_is_routed_and_a_version_never(begin, workspace) -> None:
     running = begin(share=1.0)
     workspace.promote("a@3", "beta")
@@ -64,6 +67,7 @@ def test_only_the_alias_under_experiment_is_routed_and_a_version_never(begin, wo
     assert "turret-arm" not in client.post("/v1/completions", json={"model": "echo", "prompt": "x"}).headers
 
 
+@pytest.mark.slow
 def test_an_experiment_on_another_alias_leaves_plain_names_alone(begin, workspace) -> None:
     running = begin(share=1.0, alias="beta", control="a@1")
     got = asked(running.client(), "ann")
@@ -83,6 +87,7 @@ def test_who_says_no_unit_is_answered_by_the_alias_and_not_counted(begin, worksp
     assert 'turret_experiment_uncounted_total{experiment="a#1"} 2.0' in running.client().get("/metrics").text
 
 
+@pytest.mark.slow
 def test_where_requests_are_the_unit_each_is_assigned_for_itself_whatever_it_says(begin, workspace) -> None:
     running = begin(share=0.5, unit="request")
     client = running.client()
@@ -110,6 +115,7 @@ def test_where_an_alias_is_moved_by_a_person_that_is_what_answers(begin, workspa
     assert asked(client, "ann").json()["model"] == "a@2"
 
 
+@pytest.mark.slow
 def test_many_answers_are_each_of_the_arm_that_the_receipt_says_while_shares_move(begin, workspace) -> None:
     """Another process ramps during requests: every answer comes from the version in its receipt."""
     running = begin(share=0.1)
@@ -129,6 +135,7 @@ def test_many_answers_are_each_of_the_arm_that_the_receipt_says_while_shares_mov
 # --- versions that load, and versions that do not --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_arms_are_loaded_before_they_answer_and_nobody_waits_for_them(serve, put, workspace, until) -> None:
     for _ in range(3):
         put()
@@ -142,6 +149,7 @@ def test_arms_are_loaded_before_they_answer_and_nobody_waits_for_them(serve, put
     assert {"a@2", "a@3"} <= set(running.engine.loads)
 
 
+@pytest.mark.slow
 def test_a_server_that_begins_is_ready_once_the_arms_of_what_runs_are_loaded(put, workspace, serve, until) -> None:
     for _ in range(2):
         put()
@@ -154,6 +162,7 @@ def test_a_server_that_begins_is_ready_once_the_arms_of_what_runs_are_loaded(put
     assert running.engine.cold == []
 
 
+@pytest.mark.slow
 def test_an_arm_that_cannot_be_loaded_is_an_error_of_the_arm_and_nobody_answers_for_it(begin, put, workspace) -> None:
     running = begin(share=0.5, guards=Guards(max_errors=0.02))
     running.engine.broken.add("a@2")
@@ -177,6 +186,7 @@ def test_an_arm_that_cannot_be_loaded_is_an_error_of_the_arm_and_nobody_answers_
     assert asked(client, bad).json()["model"] == "a@1"
 
 
+@pytest.mark.slow
 def test_an_arm_that_cannot_be_loaded_is_told_by_its_experiment(put, workspace, serve) -> None:
     for _ in range(2):
         put()
@@ -190,6 +200,7 @@ def test_an_arm_that_cannot_be_loaded_is_told_by_its_experiment(put, workspace, 
     assert "cannot be mounted: (a file)" in shown["problems"]["candidate"]
 
 
+@pytest.mark.slow
 def test_what_is_not_the_versions_doing_counts_for_nobody(begin, workspace) -> None:
     running = begin(share=1.0, engine={"waiting": 0})
     client = running.client()
@@ -235,6 +246,7 @@ def test_an_experiment_is_begun_ramped_looked_at_and_ended_over_http(serve, put,
     assert client.post("/api/experiments/a/stop", json={"rollback": True}).json()["alias_names"] == "a@2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "verb", "body", "code"),
     [

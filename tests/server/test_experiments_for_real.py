@@ -118,6 +118,7 @@ def test_a_candidate_that_is_really_worse_is_rolled_back_by_a_real_server_and_re
         assert kept == {each.receipt: each.arm for each in before}
 
 
+@pytest.mark.slow
 def test_a_unit_sees_its_arm_in_two_server_processes_on_one_store_and_after_they_start_again(put, workspace) -> None:
     for name in ("news", "news"):
         put(name)

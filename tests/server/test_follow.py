@@ -336,6 +336,7 @@ def test_a_bad_version_that_another_process_promotes_is_told_and_the_old_one_ans
     assert "secret" not in got.text
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_reach_the_store_says_once_that_it_follows_no_more_and_once_that_it_does_again(
     serve, put, workspace, until
 ) -> None:

@@ -56,6 +56,7 @@ def echo(workspace: Workspace, **settings: Any) -> Echo:
     return Echo(workspace.store, tokenizer=small_models.tokenizer("bert"), **settings)
 
 
+@pytest.mark.slow
 def test_texts_that_are_unlike_the_examples_warn_and_change_nothing(workspace, put, serve) -> None:
     version, receiver = put("a"), Receiver()
     promise = watched(workspace, version)
@@ -85,6 +86,7 @@ def test_texts_that_are_unlike_the_examples_warn_and_change_nothing(workspace, p
     receiver.close()
 
 
+@pytest.mark.slow
 def test_texts_that_are_like_the_examples_warn_of_nothing_and_new_rounds_begin(workspace, put, serve) -> None:
     promise = watched(workspace, put("a"), NEAR)
     running = serve(echo(workspace))
@@ -153,6 +155,7 @@ class Offers:
         self.sampler.offer(self.promise.id, FINGERPRINT, inputs)
 
 
+@pytest.mark.slow
 def test_one_text_of_each_few_seconds_is_drawn_whatever_the_requests(workspace, put) -> None:
     promise = watched(workspace, put("a"), np.tile(NEAR, (20, 1)))
     offers, drawn = Offers(workspace, promise, echo(workspace), 5.0), Counter[str]()

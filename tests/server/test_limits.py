@@ -150,6 +150,7 @@ AMBIGUOUS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_headers_that_servers_read_in_different_ways_are_400(serve, put, name) -> None:
     put()
@@ -302,6 +303,7 @@ def test_a_name_that_could_mean_more_is_404(shared, name) -> None:
     assert client.post(f"/api/adapters/{quote(name, safe='')}/load").status_code == 404
 
 
+@pytest.mark.slow
 def test_100_000_inputs_in_one_request_are_400(shared) -> None:
     got = shared.client().post("/v1/classify", json={"model": "a", "input": ["x"] * 100_000})
     assert got.status_code == 400
@@ -327,6 +329,7 @@ def test_what_changes_nothing_is_taken(shared) -> None:
     assert got.status_code == 200, got.text
 
 
+@pytest.mark.slow
 def test_more_requests_than_may_be_in_flight_are_429_with_retry_after(serve, put, until) -> None:
     put()
     running = serve(limits=RequestLimits(in_flight=2))
@@ -342,6 +345,7 @@ def test_more_requests_than_may_be_in_flight_are_429_with_retry_after(serve, put
     well(running)
 
 
+@pytest.mark.slow
 def test_bodies_together_never_take_more_memory_than_is_meant_for_them(serve, put, until) -> None:
     put()
     running = serve(limits=RequestLimits(bodies_bytes=100_000))
@@ -368,6 +372,7 @@ def test_more_connections_than_the_limit_are_told_and_closed(serve, put) -> None
     well(running)
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_429_with_the_engines_own_retry_after(serve, put) -> None:
     put()
     running = serve(waiting=4, pace=0.2)
@@ -379,6 +384,7 @@ def test_a_full_queue_is_429_with_the_engines_own_retry_after(serve, put) -> Non
     well(running)
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_too_long_is_504_and_its_ticket_is_taken_back(serve, put, until) -> None:
     put()
     running = serve(pace=1.0, limits=RequestLimits(answer_seconds=0.2))

@@ -138,6 +138,7 @@ def test_no_route_and_no_header_freezes_the_server_with_any_text(real) -> None:
     assert {200, 400, 404, 413, 431} <= set(statuses)
 
 
+@pytest.mark.slow
 def test_a_route_that_freezes_the_server_is_found(tmp_path) -> None:
     workspace = Workspace(tmp_path / "store")
     said = {"base": {"id": "echo", "fingerprint": "sha256:echo"}, "task": {"kind": "classify"}}

@@ -387,6 +387,7 @@ def test_a_strict_server_refuses_unknown_keys(serve, put) -> None:
 # --- compositions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_composition_is_answered_for_those_who_may_use_all_its_adapters(running, tmp_path) -> None:
     workspace = Workspace(tmp_path / "store")
     for seed, name in enumerate("ab", 1):

@@ -73,6 +73,7 @@ def test_a_new_secret_and_the_end_of_a_token(serve, put, workspace) -> None:
     assert new not in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
@@ -180,6 +181,7 @@ def test_a_form_of_another_site_makes_no_token(serve, workspace) -> None:
 # --- usage, audit, jobs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_usage_by_day_adapter_and_tenant(serve, put, workspace) -> None:
     other = workspace.with_access(Access("legal"))
     boss, theirs = workspace.tokens.create("boss", [*ALL, "operate"])[1], other.tokens.create("head", ALL)[1]

@@ -243,6 +243,7 @@ def store_task(workspace: Workspace, tmp_path: Path) -> Callable[..., Version]:
     return put
 
 
+@pytest.mark.slow
 def test_every_kind_of_version_answers_side_by_side_by_its_own_route(serve, store_task) -> None:
     for name, (task, _, _) in SPECS.items():
         store_task(name, **{"kind": name, **task})
@@ -288,6 +289,7 @@ def downloaded(page: Any) -> list[list[str]]:
     return list(csv.reader(base64.b64decode(content).decode("utf-8-sig").splitlines()))
 
 
+@pytest.mark.slow
 def test_every_row_of_a_file_is_asked_and_the_answers_are_a_table(serve, store_task) -> None:
     for name, (task, _, _) in SPECS.items():
         store_task(name, **{"kind": name, **task})
@@ -378,6 +380,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_wrong_value_is_one_line_with_and_without_scripts(serve, store_task, name: str) -> None:
     store_task("a", kind="generate", family_kind="decoder")

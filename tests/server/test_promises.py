@@ -87,6 +87,7 @@ def tell(client: Any, told: list[tuple[str, Any]]) -> list[str]:
     return [each["status"] for each in found.json()["outcomes"]]
 
 
+@pytest.mark.slow
 def test_outcomes_reach_a_promise_by_the_receipt_of_the_answer(workspace, put, serve) -> None:
     version = put("a")
     promised(workspace, version, threshold=0.0)

@@ -109,6 +109,7 @@ def test_servers_that_ask_at_once_get_the_quota_and_not_one_more(where, per_minu
     assert per_minute <= sum(counts) <= per_minute + refilled + 1
 
 
+@pytest.mark.slow
 def test_a_busy_token_asks_the_catalog_once_for_many_requests(where, monkeypatch) -> None:
     quotas, taken = shared(where), list[int]()
     take = Budgets.take
@@ -328,6 +329,7 @@ def test_a_client_of_two_servers_goes_to_the_one_that_answers(two, where) -> Non
     asyncio.run(talk())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("post", [False, True])
 def test_what_no_server_has_begun_is_sent_again_after_the_time_that_it_asks_for(post) -> None:
     with Counting(503, 503, 200, retry_after="0.2") as server:

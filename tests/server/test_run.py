@@ -59,6 +59,7 @@ def test_sigterm_lets_a_running_answer_finish_refuses_new_ones_and_ends_with_sta
     assert events[-1] == "ended"
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_at_once(process) -> None:
     url = process.stdout.readline().strip()
     body = {"model": "a", "prompt": " ".join("x" * 5000), "max_tokens": 4000, "stream": True}

@@ -18,6 +18,7 @@ RECIPE = 'name = "reviews"\nbase = "echo/base"\n[data]\nsource = "reviews.csv"\n
 FILES = {"reviews.csv": "text,label\ngood,1\nbad,0\n"}
 
 
+@pytest.mark.slow
 def test_a_client_submits_watches_and_cancels_a_training(serve, workspace) -> None:
     running = serve()
 
@@ -54,6 +55,7 @@ WRONG = Mistake(3, "<b>not</b> bad at all", "good", "bad", 0.0, 0.97, "0.97")
 BINS = (Bin(0.8, 0.9, 5, 0.86, 0.8), Bin(0.9, 1.0, 7, 0.97, 1.0))
 
 
+@pytest.mark.slow
 def test_the_page_of_a_version_shows_what_its_training_got_wrong(serve, workspace, tmp_path) -> None:
     run = workspace.store.new_run("a", 'name = "a"', "sha256:x")
     details = Details((WRONG,), "classify", CONFUSED, {"": Reliability(0.05, BINS, 0.1, 1.4, 60)})

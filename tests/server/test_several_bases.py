@@ -353,6 +353,7 @@ def test_a_token_for_one_base_sees_nothing_of_the_other(two: Running, workspace:
         assert hidden in two.client(whole).get("/metrics").text
 
 
+@pytest.mark.slow
 def test_batches_pages_and_aliases_reach_both_bases(two: Running, workspace: Workspace, until) -> None:
     client = two.client()
     lines = [

@@ -87,6 +87,7 @@ def test_an_error_before_the_first_word_has_a_status_and_one_after_it_is_an_even
     assert "[DONE]" not in got.text
 
 
+@pytest.mark.slow
 def test_draining_lets_running_answers_finish_and_refuses_new_ones_with_503(serve, put, until) -> None:
     put()
     running = serve(pace=0.01)
@@ -145,6 +146,7 @@ def test_a_second_signal_ends_at_once(serve, put) -> None:
     assert running.server.force_exit
 
 
+@pytest.mark.slow
 def test_a_request_keeps_the_version_it_started_with(serve, put, workspace) -> None:
     first = put()
     put()

@@ -170,6 +170,7 @@ def nothing_is_told(start: Callable[[], Any], workspace: Workspace, owner: Works
     assert len(naming) > 40
 
 
+@pytest.mark.slow
 def test_a_route_that_leaks_is_found(serve, workspace, owner, monkeypatch) -> None:
     leaky: APIRouter = router("admin")
 
@@ -216,6 +217,7 @@ def test_a_parameter_that_nobody_described_fails_the_walk(serve, monkeypatch) ->
         walk.asks(routes(serve().served), named(HERE, "run", "receipt"))
 
 
+@pytest.mark.slow
 def test_what_others_have_in_flight_and_in_memory_is_not_counted_for_a_tenant(serve, workspace, put_for, until) -> None:
     running = serve(pace=0.5)
     clients = {}
@@ -352,6 +354,7 @@ def test_a_token_asks_only_the_adapters_and_bases_that_it_names(serve, workspace
     assert message == "no adapter named 'sales' on this server's base: expected one of legal-law, legal-tax, echo"
 
 
+@pytest.mark.slow
 def test_an_experiment_takes_no_request_and_no_outcome_of_a_token_that_does_not_see_its_adapter(
     serve, workspace, owner
 ) -> None:
@@ -407,6 +410,7 @@ def test_the_figures_of_the_whole_server_are_for_the_tenant_default(serve, works
     assert not [line for line in samples if 'adapter="base"' not in line]
 
 
+@pytest.mark.slow
 def test_a_token_that_expires_and_one_that_is_rotated(serve, workspace, until) -> None:
     running = serve()
 

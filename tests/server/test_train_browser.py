@@ -159,6 +159,7 @@ def test_an_excel_file_becomes_an_answer_in_ten_clicks(
     page.close()
 
 
+@pytest.mark.slow
 def test_who_may_only_ask_finds_no_form(chromium: Browser, serve, workspace, put) -> None:
     put()
     _, secret = workspace.tokens.create("reader")

@@ -134,6 +134,7 @@ def test_a_table_that_shows_no_task_is_shown_with_the_reason(client) -> None:
     assert found["table"]["columns"] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_a_plan_says_in_one_line_why_it_cannot_be_made(client) -> None:
     id = send(client, "a.csv", CSV).json()["id"]
     for recipe, words in (
@@ -308,6 +309,7 @@ def test_limits_of_a_table_and_of_settings(serve) -> None:
         assert client.post("/api/runs/draft", json=body).status_code == 400, body
 
 
+@pytest.mark.slow
 def test_a_table_that_takes_too_long_ends_in_one_line(serve, monkeypatch) -> None:
     monkeypatch.setattr(previewing, "READ_SECONDS", 0.0)
     client = patient(serve().client())

@@ -16,6 +16,7 @@ from turret.errors import StoreError
 from turret.store import Store, usage
 
 
+@pytest.mark.slow
 def test_usage_is_added_up_by_tenant_adapter_and_day(store: Store, put) -> None:
     put("a")
     put("b")

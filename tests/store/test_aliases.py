@@ -94,6 +94,7 @@ def test_a_server_reads_where_every_alias_points_and_whether_one_has_moved(store
     assert store.last_move() == moved + 1
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(verbs=st.lists(st.sampled_from([1, 2, 3, "back"]), max_size=12))
 def test_any_run_of_promotes_and_rollbacks_is_a_stack(store, put, verbs) -> None:
@@ -140,6 +141,7 @@ def test_rollback_never_lands_on_a_version_whose_files_are_gone_or_cut(store, pu
     assert len(store.show("a")["alias_history"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -234,6 +236,7 @@ def test_rollback_never_moves_to_where_the_alias_is_already(store, put) -> None:
         store.rollback("a")
 
 
+@pytest.mark.slow
 def test_a_name_alone_is_not_deleted(store, put) -> None:
     put()
     with pytest.raises(BadReference, match="expected one version, such as a@3"):

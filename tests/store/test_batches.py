@@ -122,6 +122,7 @@ def test_lines_in_flight_lose_a_try_when_their_server_dies_and_at_no_other_time(
     assert claimed(one).unanswered[1] == 1
 
 
+@pytest.mark.slow
 def test_a_lease_ends_though_the_clock_was_set_back(store: Store, monkeypatch) -> None:
     made(store)
     monkeypatch.setenv(leases.VARIABLE, "0.5")
@@ -219,6 +220,7 @@ def test_answers_beyond_the_owners_space_are_refused_before_the_last_line(store:
         one.keep(batch, [answer(1)])
 
 
+@pytest.mark.slow
 def test_open_batches_share_the_space_of_their_owner(store: Store, monkeypatch) -> None:
     owners = (ONE, ONE, OTHER)
     for owner in owners:

@@ -148,6 +148,7 @@ def test_a_damaged_version_is_not_compared(store, make_bundle, put) -> None:
         store.diff("a@1", "a@2")
 
 
+@pytest.mark.slow
 def test_diff_loads_no_torch(store, put, where) -> None:
     put(), put()
     code = (

@@ -213,6 +213,7 @@ with Store(sys.argv[1]).database().writing() as connection:
 """
 
 
+@pytest.mark.slow
 def test_without_a_free_inode_everything_can_be_read_and_gc_makes_room(small_disk, make_bundle, tmp_path) -> None:
     disk = small_disk("size=8m,nr_inodes=120")
     store = two_promoted(disk / "store", make_bundle)

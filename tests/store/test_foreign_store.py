@@ -24,6 +24,7 @@ def blob(store: Store) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     ["../outside", "/tmp/outside", "a/../../outside", "..\\outside", "C:outside", "a\0b", "", ".", "a\nb", "./a"],
@@ -94,6 +95,7 @@ def test_a_row_that_is_no_json_is_one_line(folder_store, put, capsys, column, va
         assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "said",
     [
@@ -124,6 +126,7 @@ def test_a_manifest_of_another_shape_is_shown_as_far_as_it_goes_and_moves_no_cur
         json.loads(out or "{}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content", ["", "{", "[]\n", '{"text": 1}\n', '{"label": "x"}\n', '{"text": "a", "label": "b"}\n{"text": "a"}\n']
 )

@@ -44,6 +44,7 @@ def test_a_bad_gate_is_refused_with_an_example(text) -> None:
         Gate.parse(text)
 
 
+@pytest.mark.slow
 def test_a_promote_can_require_metrics_for_this_time(store, put) -> None:
     put(accuracy=0.85, loss=0.4)
     with pytest.raises(

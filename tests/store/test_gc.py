@@ -41,6 +41,7 @@ def test_the_files_of_a_deleted_version_go_and_shared_ones_stay(store, put) -> N
     assert store.gc().removed == ()
 
 
+@pytest.mark.slow
 def test_a_listed_file_is_never_removed(store, put) -> None:
     for _ in range(3):
         put()
@@ -137,6 +138,7 @@ def test_a_put_whose_files_were_collected_as_abandoned_writes_them_again_under_n
     assert store.verify().ok
 
 
+@pytest.mark.slow
 def test_a_put_whose_files_are_collected_again_and_again_says_so(store, make_bundle) -> None:
     store.new_run("other", "", "")
     store._blobs = Collecting(store, old=True)
@@ -149,6 +151,7 @@ def test_a_put_whose_files_are_collected_again_and_again_says_so(store, make_bun
     assert store.verify().orphans == 0
 
 
+@pytest.mark.slow
 def test_what_a_killed_put_wrote_goes_once_it_is_old(store, make_bundle, put) -> None:
     put()
     bundle = make_bundle(tensors(503))

@@ -63,6 +63,7 @@ def test_a_version_that_was_never_asked_is_not_promoted_by_the_store_alone(store
     store.promote("a", "candidate")  # which requires nothing
 
 
+@pytest.mark.slow
 def test_what_was_asked_is_asked_once_and_shown(store, put) -> None:
     version = put(said=CLASSIFIES)
     wanted = labelled("good", "bad")
@@ -135,6 +136,7 @@ def test_metrics_and_golden_examples_are_both_asked_for_and_metrics_first(store,
         store.promote("a", "production")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["golden:{0:.6}", "golden:{0}", "golden:{0:.12}>=1"])
 def test_a_set_is_taken_off_by_its_name(store, put, form) -> None:
     put(said=CLASSIFIES)
@@ -178,6 +180,7 @@ def test_labels_of_a_classifier_of_many_are_each_known(store, put) -> None:
         store.promote("a", "production")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
 def test_a_share_is_a_fraction_of_examples_that_are_there(store, put, share) -> None:
     put()

@@ -116,6 +116,7 @@ def test_killed_within_a_write_of_any_verb_the_store_holds_what_it_must_and_read
     assert acknowledged
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_within_any_verb_is_said_in_one_line_and_the_verb_not_done(tmp_path) -> None:
     """A file that may not grow, as on a full disk or with a quota, without a disk for the test."""
     ended, _ = unfinished(tmp_path / "store", "limits", ",".join(QUICK), 260_001, 130_000)

@@ -25,6 +25,7 @@ def proxy(s3_server) -> Iterator[tuple[Proxy, str]]:
         yield made
 
 
+@pytest.mark.slow
 def test_a_delete_that_arrives_after_its_content_was_put_again_takes_nothing(new_url, make_bundle, proxy) -> None:
     """The connection drops, the client retries, gc ends, a put is acknowledged, and then the first request arrives."""
     url, bundle = new_url(), make_bundle(tensors(1))

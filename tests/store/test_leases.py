@@ -263,6 +263,7 @@ def on_another_machine(store: Store, folder: Path) -> Store:
     return Store(store.location.given.replace("/local", f"/{folder.name}"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_machine_with_its_files(new_url, tmp_path) -> None:
     one = Store(new_url())
     other = on_another_machine(one, tmp_path / "other")

@@ -59,6 +59,7 @@ def file(folder: Path, content: bytes) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 1, PART - 1, PART, 2 * PART + 7])
 def test_content_of_any_size_comes_back_as_it_went(make, tmp_path, size) -> None:
     source = file(tmp_path, os.urandom(size))
@@ -186,6 +187,7 @@ Objects(sys.argv[1], part=5 << 20).put(source, hash_file(source))
 """
 
 
+@pytest.mark.slow
 def test_an_upload_whose_process_was_killed_is_not_there_and_can_be_made_again(s3, tmp_path) -> None:
     source, objects = file(tmp_path, os.urandom(3 * PART)), s3()
     killed = subprocess.run([sys.executable, "-c", KILLED, objects._url, str(source)], check=False)
@@ -280,6 +282,7 @@ def test_a_bad_digest_is_no_key(make) -> None:
             make().check(Blob(f"sha256:{'a' * 64}", 1, upload))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["turret", "s3fs"])
 def test_a_filesystem_that_is_garbage_on_the_loop_of_a_server_is_closed_without_an_error(
     s3_server: str, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -253,6 +253,7 @@ def refuse() -> None:
     raise LeaseLost("a folder store has no copies")
 
 
+@pytest.mark.slow
 def test_a_worker_that_wakes_up_and_whose_run_nobody_ended_publishes(store, line, make_bundle) -> None:
     """The control: the lease has ended, and nothing else happened."""
     run = line.submit("a", "x")

@@ -47,6 +47,7 @@ def collected(store: Store, **how: bool) -> list[str]:
     return [each.path for each in store.gc(**how).removed if each.why == queued_data.WHY]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["cancelled", "finished", "failed"])
 def test_data_goes_when_its_last_training_has_ended(store, line, submit, end) -> None:
     first, second, other = submit(), submit(), submit(OTHER)

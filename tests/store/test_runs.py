@@ -75,6 +75,7 @@ def test_the_newest_of_several_unfinished_runs_is_taken_up_first(store) -> None:
     store.end_run(second, "finished")
 
 
+@pytest.mark.slow
 def test_a_run_of_a_bad_name_is_refused(store) -> None:
     with pytest.raises(BadReference):
         store.new_run("../a", RECIPE, DATA)

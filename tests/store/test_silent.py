@@ -103,6 +103,7 @@ def test_a_silent_s3_ends_a_verb_within_the_stated_time(new_url, proxy, tmp_path
     ended(store.verify, within=s3.REQUEST_SECONDS + 10)
 
 
+@pytest.mark.slow
 def test_an_s3_that_takes_no_bytes_ends_a_request_too(new_url, proxy, tmp_path, monkeypatch) -> None:
     """No try ends because of silence: the server is not yet asked for an answer."""
     url = new_url()

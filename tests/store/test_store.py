@@ -51,6 +51,7 @@ def test_the_same_content_is_kept_once(store, make_bundle) -> None:
     assert list(store._blobs.leftovers()) == []
 
 
+@pytest.mark.slow
 def test_a_plain_name_is_production_where_that_alias_exists_else_the_newest(store, make_bundle) -> None:
     for i in range(3):
         store.put("a", make_bundle(b"%d" % i))
@@ -160,6 +161,7 @@ def test_a_stored_file_that_is_gone_is_said(store, make_bundle, tmp_path) -> Non
         store.materialize("a", tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [b"012345678x", b"0123", None])
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_storing_damaged_content_again_mends_it(store, make_bundle, name, damage) -> None:

@@ -36,6 +36,7 @@ def test_names_are_unique_for_each_tenant_and_versions_count_for_each(store: Sto
     assert [str(each) for each in again.list()] == ["news@1"]
 
 
+@pytest.mark.slow
 def test_an_access_from_before_the_store_was_made_shares_the_database_of_the_one_that_made_it(
     store: Store, make_bundle
 ) -> None:

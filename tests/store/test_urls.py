@@ -118,6 +118,7 @@ def test_a_catalog_never_takes_the_files_of_another(new_url, make_bundle, tmp_pa
     assert Store(one).gc().removed == ()
 
 
+@pytest.mark.slow
 def test_a_catalog_that_was_dumped_without_its_id_says_so(new_url, make_bundle, postgres_server) -> None:
     url = new_url()
     Store(url).put("a", make_bundle(b"1"))
@@ -312,6 +313,7 @@ def test_a_database_that_is_not_there_is_said(postgres_server, tmp_path) -> None
     one_line(said)
 
 
+@pytest.mark.slow
 def test_an_outage_is_told_from_a_mistake(new_url, s3_server, postgres_server, tmp_path, make_bundle) -> None:
     """What passes, so that a training that met it is tried again without counting, and what somebody has to mend."""
     url, nowhere = new_url(), "postgresql://me@127.0.0.1:9/db"
@@ -334,6 +336,7 @@ def test_an_outage_is_told_from_a_mistake(new_url, s3_server, postgres_server, t
         assert said.value.outage == passes, said.value
 
 
+@pytest.mark.slow
 def test_a_user_who_may_only_read_reads_and_is_told_so(new_url, postgres_server, make_bundle, tmp_path, capsys) -> None:
     url = new_url()
     Store(url).put("a", make_bundle(tensors(1)))

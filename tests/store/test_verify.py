@@ -27,6 +27,7 @@ def test_a_whole_store_verifies(store, put) -> None:
     assert json.loads(json.dumps(found.as_json()))["ok"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "manifest.json"])
 def test_a_flipped_bit_in_any_file_is_found_and_named(store, put, name) -> None:
     put(), put()
@@ -60,6 +61,7 @@ def test_a_file_that_never_was_safetensors_is_found(store, make_bundle) -> None:
     assert "b@1 adapter_model.safetensors: has no tensors" in two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "said"),
     [

@@ -254,6 +254,7 @@ def drawn(count: int, seed: int, *, sure: float) -> tuple[torch.Tensor, list[Lab
     return torch.cat([sure * true[:, TOPICS], true[:, URGENT]], dim=1), examples
 
 
+@pytest.mark.slow
 def test_each_question_has_a_temperature_of_its_own() -> None:
     known, test = drawn(2000, 1, sure=2.5), drawn(3000, 2, sure=2.5)
     task = questions().calibrated(*known, chose_weights=False)

@@ -105,6 +105,7 @@ def test_a_tracker_that_hangs_at_the_end_is_given_up_in_a_bounded_time(tmp_path:
     assert len(said) == 1
 
 
+@pytest.mark.slow
 def test_a_slow_tracker_delays_no_step_and_gets_the_end_even_if_steps_are_missing(tmp_path: Path) -> None:
     made, said = tracking(tmp_path, "Slow", patience=Patience(end_seconds=6.0, most_waiting=500))
     until(lambda: rows(tmp_path))

@@ -69,6 +69,7 @@ def test_it_stays_close_to_moments_in_float32_with_ratios_and_decay() -> None:
     assert kept < 0.3 * moment_bytes("adamw", 96 * 64 + 64)
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_a_run_that_was_stopped_resumes_to_the_same_bits(tmp_path: Path) -> None:
     def steps(folder: Path) -> Any:

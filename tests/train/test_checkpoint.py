@@ -145,6 +145,7 @@ for number in range(1, 50):
 """
 
 
+@pytest.mark.slow
 @failing_disk.needed
 def test_a_failing_disk_is_named_and_never_passed_over(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()

@@ -108,6 +108,7 @@ def test_a_head_beside_lora_moves_faster_unless_the_recipe_states_a_rate() -> No
     assert pairs.train.head_lr_ratio is None
 
 
+@pytest.mark.slow
 def test_the_head_alone_moves_at_its_ratio() -> None:
     """The first step of Adam moves every weight by its rate."""
     moved = {}

@@ -28,6 +28,8 @@ from turret.train.distributed import Processes
 from turret.train.initialize import attach
 from turret.train.step import train_step
 
+pytestmark = pytest.mark.slow  # real trainings
+
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:

@@ -90,6 +90,7 @@ def test_a_training_on_labels_that_mean_nothing_is_flagged(shuffled: bool, flat:
     assert ("flat_loss" in fitted.adapter.lineage) == flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "epochs", "named"), [(1e-3, 10, []), (3e-3, 10, ["lr"]), (1e-4, 1, ["lr", "epochs"])])
 def test_the_remedy_names_a_setting_only_if_it_is_not_the_usual_one(rate: float, epochs: int, named: list[str]) -> None:
     data = tiny.dataset(train=480)

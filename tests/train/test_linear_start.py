@@ -117,6 +117,7 @@ def test_classes_of_one_or_two_examples_do_not_make_the_penalty_large() -> None:
     assert right[1] < 0.2, "the control: with the largest penalty the frequent classes win"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_new_head_starts_at_the_linear_solution_with_every_method(method: str) -> None:
     accuracies = []
@@ -129,6 +130,7 @@ def test_a_new_head_starts_at_the_linear_solution_with_every_method(method: str)
     assert accuracies[1] <= 0.7, "the control: a head of the checkpoint, here a random one, is left as it is"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"task__multi_label": "true"}, {"task__class_weights": "balanced"}])
 def test_many_labels_and_weights_of_classes_have_their_solution_too(settings: dict[str, str]) -> None:
     on, data = tiny.base("bert", **QUIET), tiny.dataset(train=48)
@@ -142,6 +144,7 @@ def test_many_labels_and_weights_of_classes_have_their_solution_too(settings: di
     adapters.detach(on.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])
 def test_the_adapter_first_learns_to_give_the_head_the_mean_of_the_tokens(method: str) -> None:
     """With a step of no size it learns nothing of it: the control."""
@@ -156,6 +159,7 @@ def test_the_adapter_first_learns_to_give_the_head_the_mean_of_the_tokens(method
     assert losses[0] < 0.6 * losses[1]
 
 
+@pytest.mark.slow
 def test_the_start_of_the_head_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_start, "SAY_SECONDS", 0.0)
     on, data, lines = tiny.base("bert"), dataset(hidden=True), list[str]()
@@ -169,6 +173,7 @@ def test_the_start_of_the_head_says_how_far_it_is(monkeypatch: pytest.MonkeyPatc
     assert lines[60].endswith("the head starts with: 60 of 120 steps")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])
 @pytest.mark.parametrize("after", [2, 5])
 def test_a_training_stopped_after_its_start_ends_in_the_same_weights(tmp_path: Path, method: str, after: int) -> None:
@@ -190,6 +195,7 @@ def test_a_training_stopped_after_its_start_ends_in_the_same_weights(tmp_path: P
     assert whole.adapter.lineage["head_start"]["mean_steps"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "prefix", "full"])
 def test_the_first_step_is_no_worse_than_guessing_with_dropout(method: str) -> None:
     """The features of this base vary less than its dropout: a solution without dropout has a loss of 10 and more."""
@@ -201,6 +207,7 @@ def test_the_first_step_is_no_worse_than_guessing_with_dropout(method: str) -> N
     assert records[0].loss < 0.9
 
 
+@pytest.mark.slow
 def test_where_the_first_token_tells_as_much_the_adapter_begins_at_once() -> None:
     """Here both tell nothing: the labels are drawn. With the labels of the texts the adapter learns the mean."""
     for drawn in (True, False):

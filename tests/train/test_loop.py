@@ -45,6 +45,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # --- it learns --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "rate", "epochs", "share", "accuracy"),
     [
@@ -75,6 +76,7 @@ def test_a_classifier_learns_and_the_base_is_left_as_it_was(
     assert not any(module.training for module in on.model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "llama", "gpt2"])
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_a_generator_learns_and_evaluates_texts(family: str, method: str) -> None:
@@ -144,6 +146,7 @@ def test_running_out_of_memory_names_the_setting_and_the_prediction() -> None:
 # --- the same run again -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_the_same_recipe_gives_the_same_curve_and_weights_whatever_the_caller_draws(method: str) -> None:
     made = tiny.recipe(method=method)
@@ -257,6 +260,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_the_base_is_free_again(tm
 # --- it stops ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_keeps_it_and_says_how_to_go_on(tmp_path: Path) -> None:
     made = tiny.recipe(train__epochs=2)
     on, data = tiny.base("bert"), tiny.dataset()

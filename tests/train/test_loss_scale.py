@@ -102,6 +102,7 @@ def test_gradients_that_no_scale_makes_finite_end_the_training() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_run_in_float16_learns_and_resumes_with_its_scale(tmp_path: Path) -> None:
     def steps(folder: Path, stop: int | None = None) -> tuple[list[float], Any]:
         base, data = half(), tiny.dataset()

@@ -300,6 +300,7 @@ def test_other_work_on_the_processors_is_a_warning_where_threads_will_wait_for_i
     assert remedy is None or (found[0].level == "warn" and found[0].remedy.startswith(remedy))
 
 
+@pytest.mark.slow
 def test_the_work_of_others_is_told_from_ones_own() -> None:
     """The smallest of three measurements, since other tests may run; then beside a process that is always busy."""
 
@@ -318,6 +319,7 @@ def test_the_work_of_others_is_told_from_ones_own() -> None:
     assert alone < (os.cpu_count() or 1) - 0.2  # its own share is no one else's
 
 
+@pytest.mark.slow
 def test_classes_are_scored_without_scikit_learn_which_takes_100_mb() -> None:
     script = (
         "import sys; from train.test_plan import made; names = lambda: 'sklearn' in sys.modules; "

@@ -75,6 +75,7 @@ def test_every_method_is_proven(folders: dict[str, Path], tmp_path: Path, family
     assert report["rows"] == 4
 
 
+@pytest.mark.slow
 def test_a_fresh_process_says_the_same_and_what_it_refuses_is_one_line(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

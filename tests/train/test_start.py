@@ -59,6 +59,7 @@ def test_it_names_its_parent_and_what_it_was_made_with(parent) -> None:
     assert "parent" not in start.adapter.lineage
 
 
+@pytest.mark.slow
 def test_with_a_rate_of_next_to_nothing_it_ends_where_the_other_ended(parent) -> None:
     """The control: a training from the base does not."""
     start, settings = parent
@@ -71,6 +72,7 @@ def test_with_a_rate_of_next_to_nothing_it_ends_where_the_other_ended(parent) ->
     assert any(not torch.allclose(each, weights(fitted)[name], atol=1e-6) for name, each in weights(anew).items())
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_it_ends_as_the_one_that_was_not(parent, tmp_path) -> None:
     start, settings = parent
     on, steps = begun(start, tmp_path, **settings)

@@ -146,6 +146,7 @@ def test_too_little_data_keeps_the_default_and_says_so() -> None:
     assert "10 steps are too few" in result.note()
 
 
+@pytest.mark.slow
 def test_a_plan_alone_says_what_training_will_try() -> None:
     on, made, data = tiny.base("bert"), tiny.recipe(**AUTO), tiny.dataset(train=120)
     told = plan(made, on, tiny.task_of(made, data, on), data)

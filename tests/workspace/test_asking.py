@@ -53,6 +53,7 @@ def stored(folder: Path, family: str, method: str | Method, **settings: Any) -> 
     return workspace, base.id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 @pytest.mark.parametrize("family", ["t5", "llama"])
@@ -200,6 +201,7 @@ def test_what_the_engine_cannot_take_is_asked_of_the_model_and_says_so() -> None
     assert "sets bad_words_ids, which this engine does not support" in str(told.why_plain)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_not_finite_is_refused_in_one_line_and_the_engine_ends() -> None:
     adapter = Shelf("llama", "generate").put("a")
     name = next(iter(adapter.tensors))

@@ -83,6 +83,7 @@ def test_labels_that_mean_nothing_give_linear_nothing(tmp_path: Path) -> None:
     assert found["metrics"]["accuracy"] < 0.85
 
 
+@pytest.mark.slow
 def test_linear_takes_many_labels_and_a_class_without_training_examples(tmp_path: Path) -> None:
     ready = ready_in(tmp_path, **{"data.separator": ";", "task.multi_label": "true"})
     found = asked("linear", ready)

@@ -56,6 +56,7 @@ def test_a_file_of_conversations_is_planned_trained_evaluated_and_answered(
     assert answers[0]["text"].startswith("Lima")
 
 
+@pytest.mark.slow
 def test_a_plan_by_the_command_line_recognises_a_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, base = conversations(tmp_path), base_in(tmp_path / "base", None)
     assert run(["plan", data, "--base", base, "--store", str(tmp_path / "store"), "--json"]) == 0

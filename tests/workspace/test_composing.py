@@ -62,6 +62,7 @@ def scores(found: Any, name: str, dtype: str = "") -> np.ndarray:
     return np.array(json.loads(path.read_text())["scores"])
 
 
+@pytest.mark.slow
 def test_the_composition_scores_as_the_engine_answers(house) -> None:
     found = house.workspace.compare_composition("x+p", str(house.table), dtype="float32")
     assert found.made["precision"] == "float32"

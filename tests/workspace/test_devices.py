@@ -171,6 +171,7 @@ def test_a_pass_on_a_gpu_has_as_many_tokens_as_fit_and_a_cpu_keeps_its_own_numbe
     assert pass_tokens(wide.with_overrides({"train.micro_batch_tokens": "700"}).train, config, on_gpu=8192) == 700
 
 
+@pytest.mark.slow
 def test_a_training_makes_its_passes_of_so_many_tokens_and_the_plan_says_so(recipe: Recipe) -> None:
     on, data = tiny.base("bert", "classify"), tiny.dataset("classify")
     task = tiny.task_of(recipe, data, on)

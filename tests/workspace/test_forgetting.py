@@ -180,6 +180,7 @@ def test_a_task_whose_data_is_gone_is_named_and_does_not_stop_the_promote(worksp
     assert "gone.csv" in found["skipped"]["quiet@2"]
 
 
+@pytest.mark.slow
 def test_a_training_gives_forgetting_beside_the_metrics_of_its_splits(folder, tmp_path) -> None:
     workspace = Workspace(tmp_path / "store")
     data = {"source": str(folder / "quiet.csv"), "test": 6}

@@ -87,6 +87,7 @@ def test_show_prints_what_it_was_made_from_and_diff_compares_it(trained, capsys,
     assert "lineage.recipe.train.init_from" in differs
 
 
+@pytest.mark.slow
 def test_plan_reads_the_version_too_and_what_is_not_there_or_does_not_fit_is_said_before_anything_is_loaded(
     trained, folder
 ) -> None:

@@ -141,6 +141,7 @@ def test_a_curve_becomes_a_table_with_a_column_for_each_metric() -> None:
     assert RunCurve([]).to_frame().empty
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("package", "call"), [("pandas", "to_frame"), ("matplotlib", "plot")])
 def test_a_package_that_is_missing_is_named_in_one_line(package: str, call: str) -> None:
     program = f"""

@@ -21,6 +21,8 @@ from turret.recipe import Recipe
 from turret.store import Question, promise_inputs, promises
 from turret.tasks import chances
 
+pytestmark = pytest.mark.slow  # real trainings
+
 TOPICS, TONES = ("bill", "bug", "refund"), ("angry", "calm")
 COLUMNS = ["id", "text", "topic", "urgent", "tone", "flags", "stars"]
 

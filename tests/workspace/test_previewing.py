@@ -34,6 +34,7 @@ def previews(workspace: Workspace) -> Iterator[Previews]:
     made.close()
 
 
+@pytest.mark.slow
 def test_a_reader_without_work_ends_and_the_next_question_starts_another(workspace: Workspace, tmp_path: Path) -> None:
     readers = DataReaders(workspace.store, 30, idle=0.2)
     (tmp_path / "a.csv").write_bytes(CSV)
@@ -44,6 +45,7 @@ def test_a_reader_without_work_ends_and_the_next_question_starts_another(workspa
     readers.close()
 
 
+@pytest.mark.slow
 def test_a_draft_opens_what_was_sent_and_nothing_else(previews: Previews, tmp_path: Path) -> None:
     secret = tmp_path / "secret.csv"
     secret.write_bytes(CSV)

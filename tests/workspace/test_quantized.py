@@ -45,6 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(folder, recipe, workspace, workspace.train(recipe))
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_packed_weights_and_says_that_there_are_some(trained: Trained) -> None:
     planned = trained.workspace.plan(trained.recipe)
     plain = trained.workspace.plan(trained.recipe.model_copy(update={"base_quantization": None}))
@@ -55,6 +56,7 @@ def test_a_plan_counts_the_packed_weights_and_says_that_there_are_some(trained: 
     assert any("kept in nf4" in note for note in planned.notes)
 
 
+@pytest.mark.slow
 def test_a_training_is_proved_and_its_manifest_names_the_quantisation(trained: Trained) -> None:
     base = trained.workspace.show("reviews")["manifest"]["base"]
     assert base["quantization"] == "nf4"

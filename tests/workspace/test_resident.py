@@ -173,6 +173,7 @@ def test_a_run_on_a_resident_base_gives_the_version_of_a_process_of_its_own(
         assert run(Store(tmp_path / "here"), one, place) == run(Store(tmp_path / "own"), one, ALONE)
 
 
+@pytest.mark.slow
 def test_an_error_in_one_run_is_not_another_ones(tmp_path: Path, place: ResidentBases) -> None:
     good = [recipe(tmp_path, "bert", "lora", seed) for seed in range(2)]
     alone = {each.name: run(Store(tmp_path / "alone"), each, place) for each in good}
@@ -278,6 +279,7 @@ def test_memory_that_runs_out_in_one_run_and_a_cancel_end_that_run_alone(family:
     assert all(each == before for each in meanwhile)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_resumes_from_its_checkpoint(tmp_path: Path, place: ResidentBases) -> None:
     one, steps = recipe(tmp_path, "bert", "lora", max_steps=6), list[int]()
     whole = run(Store(tmp_path / "whole"), one, place)
@@ -291,6 +293,7 @@ def test_a_run_that_is_asked_to_stop_resumes_from_its_checkpoint(tmp_path: Path,
     assert again.digest == whole
 
 
+@pytest.mark.slow
 def test_the_weights_are_in_memory_once(tmp_path: Path, place: ResidentBases) -> None:
     one = recipe(tmp_path, "bert", "lora")
     ready = [training.prepare(Store(tmp_path / "s"), one, training.Callbacks(), place=place) for _ in range(3)]
@@ -364,6 +367,7 @@ def test_a_training_that_does_not_fit_beside_another_begins_when_that_has_ended(
         room.wait(stopped, more, cpu, begins=True)
 
 
+@pytest.mark.slow
 def test_a_base_that_nobody_wants_is_let_go_when_another_is_loaded(tmp_path: Path, place: ResidentBases) -> None:
     room, recipes = Room(), [recipe(tmp_path, family, "lora") for family in ("bert", "t5", "roberta")]
     loaded = []

@@ -187,6 +187,7 @@ class Instant:
         pass
 
 
+@pytest.mark.slow
 def test_a_run_that_is_queued_while_its_worker_falls_asleep_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

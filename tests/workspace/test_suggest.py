@@ -18,6 +18,8 @@ from turret.recipe import Recipe
 from turret.workspace import Workspace
 from turret.workspace.suggesting import TIMES, spread
 
+pytestmark = pytest.mark.slow  # real trainings
+
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v0_1"
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 

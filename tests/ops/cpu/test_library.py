@@ -207,6 +207,7 @@ def test_without_a_private_folder_there_are_no_kernels(quick: Path) -> None:
     assert not list(quick.parent.rglob("*.so"))
 
 
+@pytest.mark.slow
 @needed
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted where Linux tells them")
 def test_rest_ends_the_helpers_of_its_thread_only() -> None:
