@@ -64,7 +64,7 @@ check: lint  ## lint, then what a change touches, in about a minute; ARGS=main: 
 		$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu" $$tests; \
 	fi
 
-test: lint  ## lint, then the tests that take a minute or two; ARGS go to pytest
+test: lint  ## lint, then the fast tests; ARGS go to pytest
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: lint  ## lint, then every test that this machine can run, slow ones too
