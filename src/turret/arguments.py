@@ -19,6 +19,7 @@ T = TypeVar("T")
 C = TypeVar("C", bound=type)
 Check = Callable[[object], bool]
 
+_DICTIONARIES = ("Mapping", "JsonMapping", "JsonObject", "dict", "TaskSpec", "Generation")
 _WORDS = {  # the types of annotations, in the words of an error
     "str": "text",
     "int": "a whole number",
@@ -27,10 +28,6 @@ _WORDS = {  # the types of annotations, in the words of an error
     "Path": "a path",
     "Sequence": "a list",
     "Iterable": "a list",
-    "Mapping": "a dictionary",
-    "JsonMapping": "a dictionary",
-    "JsonObject": "a dictionary",
-    "dict": "a dictionary",
     "Callable": "a function",
     "Say": "a function",
     "Ask": "a function",
@@ -51,7 +48,8 @@ _CHECKS: dict[str, Check] = {
     "Callable": callable,
     "None": lambda value: value is None,
 }
-_CHECKS |= dict.fromkeys(("JsonMapping", "JsonObject", "dict"), _CHECKS["Mapping"])
+_WORDS |= dict.fromkeys(_DICTIONARIES, "a dictionary")
+_CHECKS |= dict.fromkeys(_DICTIONARIES, _CHECKS["Mapping"])
 _CHECKS |= {"Say": callable, "Ask": callable, "Messages": lambda value: _fits(value, "Sequence[Mapping]")}
 _UNCHECKED = ("M", "JsonValue", "Source", "Texts")  # any model; any JSON; data and texts, whose readers say more
 

@@ -7,8 +7,12 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard
 
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import Setting
+
+if TYPE_CHECKING:
+    from turret.tasks.shapes import Metrics, SplitMetrics
 
 Cell = str | int | float | None
 
@@ -51,7 +55,7 @@ def as_html(title: str, facts: Mapping[str, Cell], *parts: Table | str, notes: I
     return f'<div style="margin:.4em 0;max-width:64em">{"".join(body)}</div>'
 
 
-def metrics_table(metrics: Mapping[str, JsonValue]) -> Table:
+def metrics_table(metrics: SplitMetrics) -> Table:
     """A row for each split with the metrics that are numbers."""
     splits = {split: each for split, each in metrics.items() if isinstance(each, Mapping)}
     names = list(dict.fromkeys(key for each in splits.values() for key, value in each.items() if _is_number(value)))
@@ -59,17 +63,19 @@ def metrics_table(metrics: Mapping[str, JsonValue]) -> Table:
     return Table(["", *(name.replace("_", " ") for name in names)], rows)
 
 
-def class_table(metrics: JsonMapping) -> Table | None:
+def class_table(metrics: Metrics) -> Table | None:
     """Precision and recall of each class; None if the metrics have no classes."""
-    classes = metrics.get("per_class")
-    if not isinstance(classes, Mapping) or not classes:
+    found = metrics.get("per_class")
+    classes = found if isinstance(found, Mapping) else {}
+    by_class = {label: each for label, each in classes.items() if isinstance(each, Mapping)}
+    if not by_class:
         return None
-    names = list(dict.fromkeys(key for each in classes.values() for key in each))
-    rows = [[label, *(measured(name, each.get(name)) for name in names)] for label, each in classes.items()]
+    names = list(dict.fromkeys(key for each in by_class.values() for key in each))
+    rows = [[label, *(measured(name, each.get(name)) for name in names)] for label, each in by_class.items()]
     return Table(["class", *(name.replace("_", " ") for name in names)], rows)
 
 
-def measured(name: str, value: JsonValue) -> Cell:
+def measured(name: str, value: Setting) -> Cell:
     """A metric as people read it: a share in percent, another number with three digits."""
     if not _is_number(value):
         return None
@@ -106,7 +112,7 @@ def in_notebook() -> bool:
     return getattr(found, "kernel", None) is not None
 
 
-def _is_number(value: JsonValue) -> bool:
+def _is_number(value: Setting) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -125,7 +125,7 @@ def test_gradients_of_a_batch_in_many_passes_equal_those_of_one_graph_with_the_s
 
 @pytest.mark.slow
 def test_columns_plan_training_proof_and_metrics(house: House) -> None:
-    stored = {name: house.workspace.resolve(name).part("task") for name in ("pairs", "triplets", "scored")}
+    stored = {name: house.workspace.resolve(name).task for name in ("pairs", "triplets", "scored")}
     assert {spec["kind"] for spec in stored.values()} == {"embedding"}
     assert [stored[name]["loss"] for name in stored] == ["multiple_negatives", "triplet", "cosent"]
     assert house.plans["pairs"].recipe.data.anchor == "query"
@@ -255,7 +255,7 @@ def test_peft_gives_equal_vectors_on_auto_model_and_the_import_too(house: House,
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] == "FEATURE_EXTRACTION"
     model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(house.base, dtype=torch.float32), folder).eval()
-    known, spec = AutoTokenizer.from_pretrained(folder), house.workspace.resolve(name).part("task")
+    known, spec = AutoTokenizer.from_pretrained(folder), house.workspace.resolve(name).task
     engine = house.workspace.engine(str(house.base), dtype="float32")
     for text in TEXTS:
         inputs = known(spec["prefix_text"] + text, return_tensors="pt")
@@ -285,7 +285,7 @@ def test_peft_gives_equal_vectors_on_auto_model_and_the_import_too(house: House,
         again.import_adapter(
             folder, "foreign", base=str(house.base), settings={"normalize": spec["normalize"], **settings}
         )
-        assert again.resolve("foreign").part("task")["kind"] == "embedding"
+        assert again.resolve("foreign").task["kind"] == "embedding"
         for one, other in zip(again.predict("foreign", TEXTS), again.predict(name, TEXTS), strict=True):
             assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-5)
     finally:
@@ -311,7 +311,7 @@ def test_turret_load_puts_it_on_a_model_without_a_head(house: House) -> None:
 @pytest.mark.slow
 def test_a_decoder_embeds_by_its_last_token_and_its_vectors_equal_peft(tmp_path: Path) -> None:
     house = house_on("llama", tmp_path)
-    assert house.workspace.resolve("pairs").part("task")["pooling"] == "last"
+    assert house.workspace.resolve("pairs").task["pooling"] == "last"
     (folder,) = exported(house, "pairs")
     model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(house.base, dtype=torch.float32), folder).eval()
     engine = house.workspace.engine(str(house.base), dtype="float32")

@@ -112,7 +112,7 @@ def asked(kind: str) -> list[Any]:
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_columns_are_recognised_and_the_version_knows_its_task(house: House, kind: str) -> None:
-    spec = house.workspace.resolve(house.recipes[kind].name).part("task")
+    spec = house.workspace.resolve(house.recipes[kind].name).task
     assert spec["kind"] == kind
     assert bool(spec.get("pairs")) == (kind not in ONE_TEXT)
     assert set(house.metrics[kind]) == METRICS[kind]
@@ -125,7 +125,7 @@ def test_answers_equal_those_of_transformers_on_the_merged_model(house: House, k
     auto = AutoModelForTokenClassification if kind == "token_classification" else AutoModelForSequenceClassification
     model = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     known = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    task = house.workspace.resolve(name).part("task")
+    task = house.workspace.resolve(name).task
     answers = house.workspace.predict(name, asked(kind))
     for text, answer in zip(asked(kind), answers, strict=True):
         inputs = known(*text, return_tensors="pt") if isinstance(text, tuple) else known(text, return_tensors="pt")

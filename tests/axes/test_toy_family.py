@@ -134,7 +134,7 @@ def test_plan_training_proof_and_store(house: House) -> None:
     for planned, result, name in zip(house.plans, house.results, ("sorts", "writes"), strict=True):
         assert not planned.plan.refused
         assert result.timing["proof_seconds"] > 0  # what fails it is not stored
-        assert house.workspace.resolve(f"{name}@1").part("base")["family"] == "toy"
+        assert house.workspace.resolve(f"{name}@1").base["family"] == "toy"
     assert house.workspace.resolve("sorts@1").metrics["test"]["accuracy"] > 0.9
     answers = house.workspace.predict("sorts", TEXTS)
     assert [answer["label"] for answer in answers[:2]] == ["good", "bad"]

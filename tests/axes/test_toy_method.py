@@ -114,7 +114,7 @@ def test_plan_training_proof_and_store(house: House) -> None:
     assert planned.recipe.train.lr == 5e-3
     assert house.result.timing["proof_seconds"] > 0  # what fails it is not stored
     version = house.workspace.resolve("scaled@1")
-    assert version.part("method") == {"kind": "scale", "seed": 7}
+    assert version.method == {"kind": "scale", "seed": 7}
     assert version.metrics["test"]["accuracy"] > 0.5
 
 

@@ -114,7 +114,7 @@ def test_columns_plan_training_proof_and_store(house: House, kind: str) -> None:
     assert not planned.plan.refused
     assert house.results[kind].timing["proof_seconds"] > 0  # what fails it is not stored
     version = house.workspace.resolve(f"{kind}s@1")
-    assert version.part("task") == {"kind": kind, "labels": list("12345"), "max_tokens": 256}
+    assert version.task == {"kind": kind, "labels": list("12345"), "max_tokens": 256}
     assert 0 < version.metrics["test"]["closeness"] <= 1
 
 

@@ -47,10 +47,10 @@ def test_every_verb_that_reads_a_table_takes_the_same_words(verb: str) -> None:
 
 
 def test_a_version_keeps_the_columns_as_the_table_spells_them(trained: Path) -> None:
-    recipe = str(Workspace(trained / "store").resolve("films").part("lineage")["recipe"])
+    recipe = str(Workspace(trained / "store").resolve("films").lineage["recipe"])
     for line in ('text = "Kommentar"', 'label = "Stimmung"', "normalize_labels = true"):
         assert line in recipe
-    assert Workspace(trained / "store").resolve("films").part("task")["labels"] == ["Gut", "Schlecht"]
+    assert Workspace(trained / "store").resolve("films").task["labels"] == ["Gut", "Schlecht"]
 
 
 def test_evaluate_and_predict_use_the_columns_and_spellings_of_the_training(trained: Path, tmp_path: Path) -> None:

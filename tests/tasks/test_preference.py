@@ -289,7 +289,7 @@ def test_a_preference_goes_from_a_table_to_answers(loss: str, tmp_path: Path) ->
     assert result.timing["proof_seconds"] > 0
     assert result.metrics["test"]["accuracy"] == 1.0
     version = store.resolve("better")
-    assert (version.part("task")["kind"], version.part("task")["objective"]) == ("preference", loss)
+    assert (version.task["kind"], version.task["objective"]) == ("preference", loss)
     found = store.evaluate("better", str(source))
     assert set(found.metrics) == {"accuracy", "margin", "loss"}
     assert found.metrics["margin"] == pytest.approx(result.metrics["test"]["margin"], rel=0.2)
@@ -337,9 +337,9 @@ def test_a_preference_is_compared_with_a_stored_version(tmp_path: Path) -> None:
     assert "the first loss is ln 2" in row(recipe).text
     result = store.train(recipe)
     version = store.resolve("better")
-    assert version.part("task")["reference"] == "helper@1"
-    assert version.part("lineage")["reference"] == version.part("lineage")["parent"] == helper.digest
-    assert 'reference = "helper@1"' in version.part("lineage")["recipe"]
+    assert version.task["reference"] == "helper@1"
+    assert version.lineage["reference"] == version.lineage["parent"] == helper.digest
+    assert 'reference = "helper@1"' in version.lineage["recipe"]
     assert store.curve(result)[0].loss == pytest.approx(math.log(2), abs=1e-4)
 
     found = store.evaluate("better", str(source))

@@ -342,7 +342,7 @@ def test_two_questions_learnt_together_are_answered_as_well_as_by_an_adapter_eac
         accuracy |= {
             f"{question} of both": each["accuracy"] for question, each in found.get("per_question", {}).items()
         }
-    assert workspace.resolve("both").part("lineage")["recipe"].count('label = ["topic", "speed"]') == 1
+    assert workspace.resolve("both").lineage["recipe"].count('label = ["topic", "speed"]') == 1
     for question in ("topic", "speed"):
         assert accuracy[question] > 0.9  # it can be learnt
         assert accuracy[f"{question} of both"] >= accuracy[question] - 0.075, accuracy

@@ -94,8 +94,8 @@ def test_two_processes_with_parts_make_the_version_that_one_with_the_whole_base_
         ]
         assert "loss" in numbers[0]
         assert numbers[1] == pytest.approx(numbers[0], rel=1e-5, abs=1e-5)
-    assert 'shard = "fsdp2"' in two.part("lineage")["recipe"]
-    assert one.part("base") == two.part("base")
+    assert 'shard = "fsdp2"' in two.lineage["recipe"]
+    assert one.base == two.base
 
 
 @pytest.mark.slow

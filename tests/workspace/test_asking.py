@@ -285,7 +285,7 @@ def test_a_classifier_is_measured_by_the_logits_that_it_serves(method: str, dtyp
     workspace.store.put("c", tmp_path / "bundle")
 
     with workspace.engine(base, dtype=dtype, limits=Limits(batch_tokens=2048)) as engine:
-        task: Any = task_from_spec(workspace.resolve("c").part("task"), engine.base.tokenizer)
+        task: Any = task_from_spec(workspace.resolve("c").task, engine.base.tokenizer)
         checked, tested = served(engine, task, checks), served(engine, task, tests)
     right = task.targets(checks), task.targets(tests)
     assert found.metrics == {"validation": task.metrics(checked, right[0]), "test": task.metrics(tested, right[1])}

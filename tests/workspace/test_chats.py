@@ -44,7 +44,7 @@ def test_a_file_of_conversations_is_planned_trained_evaluated_and_answered(
     assert "1 of 20 conversations are longer than 80 tokens: their oldest 10 turns are left out" in texts["turns"]
     result = workspace.train(recipe)
     assert any("turns are left out, as a whole" in note for note in result.notes)
-    spec = workspace.resolve("cities").part("task")
+    spec = workspace.resolve("cities").task
     assert (spec["kind"], spec["loss_on"], spec["template"]) == ("chat", "assistant", "base")
     found = workspace.evaluate("cities", data)
     assert found.metrics["loss"] < 2.5

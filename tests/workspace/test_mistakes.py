@@ -95,7 +95,7 @@ def trained(tmp_path_factory) -> Trained:
 
 def test_a_training_with_a_validation_split_stores_a_calibration_with_the_version(trained, capsys) -> None:
     version = trained.workspace.resolve("reviews")
-    fitted = version.part("task")["calibration"]
+    fitted = version.task["calibration"]
     assert fitted["examples"] == len(fitted["scores"]) == 40
     assert fitted["temperature"] > 0
     assert not fitted["chose_weights"]
@@ -238,7 +238,7 @@ def test_what_is_too_sure_is_calibrated_everywhere(kind: str, tmp_path, capsys) 
     train = {"epochs": 6, "lr": 1e-2, "evaluate": "never", "dtype": "float32"}
     result = workspace.train(Recipe(name="sure", base=str(base), data=data, task={"kind": kind}, train=train))
     version = workspace.resolve("sure")
-    fitted = stored_by_question(version.part("task")["calibration"])
+    fitted = stored_by_question(version.task["calibration"])
     assert list(fitted) == (["topic", "urgent"] if kind == "questions" else [""])
     assert max(each["temperature"] for each in fitted.values()) > 1.2, "it is too sure"
     test = str(tmp_path / "data" / "test.jsonl")

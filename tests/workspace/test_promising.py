@@ -198,7 +198,7 @@ def test_a_broken_promise_becomes_stricter_if_asked(trained: Workspace) -> None:
 
 def test_a_broken_promise_rolls_back_if_asked(trained: Workspace, tmp_path: Path) -> None:
     first = trained.resolve("reviews@1")
-    bundle = write_bundle(tmp_path, tensors(1), said={"task": dict(first.part("task"))})
+    bundle = write_bundle(tmp_path, tensors(1), said={"task": dict(first.task)})
     other = trained.store.put("reviews", bundle)
     try:
         trained.promote("reviews@1", "production")
@@ -279,7 +279,7 @@ def test_another_tenant_has_no_part_in_it(trained: Workspace) -> None:
 
 @pytest.mark.slow
 def test_a_recipe_with_a_promise_trains_a_version_that_keeps_it(trained: Workspace, tmp_path: Path) -> None:
-    recipe = Recipe.from_toml(str(trained.resolve("reviews").part("lineage")["recipe"]))
+    recipe = Recipe.from_toml(str(trained.resolve("reviews").lineage["recipe"]))
     other = Workspace(tmp_path / "store")
     said = []
     for name, promise in (
@@ -294,14 +294,14 @@ def test_a_recipe_with_a_promise_trains_a_version_that_keeps_it(trained: Workspa
     kept = other.promise("kept").promise
     assert (kept.error, kept.when_broken, kept.examples, kept.split) == (0.05, "rollback", 240, "test")
     assert kept.threshold == trained.promise("reviews", 0.05).promise.threshold
-    assert other.resolve("kept").part("lineage")["promise"]["threshold"] == kept.threshold
+    assert other.resolve("kept").lineage["promise"]["threshold"] == kept.threshold
     assert other.promise("kept").sureness == trained.promise("reviews", 0.05).sureness
     assert other.promise("kept").inputs.state == "alike so far", "its training kept embeddings"
     assert other.resolve("reviews").digest == trained.resolve("reviews").digest, "the control: nothing else changed"
 
 
 def test_a_recipe_whose_promise_makes_no_sense_is_refused_before_the_training(trained: Workspace) -> None:
-    recipe = Recipe.from_toml(str(trained.resolve("reviews").part("lineage")["recipe"]))
+    recipe = Recipe.from_toml(str(trained.resolve("reviews").lineage["recipe"]))
     with pytest.raises(DataError, match="expected one of 'bad', 'good'"):
         trained.plan(recipe.model_copy(update={"promise": RecipePromise(error=0.05, metric="misses:awful")}))
 

@@ -27,9 +27,10 @@ from turret.adapters.scaled import LayerChange
 from turret.errors import AdapterError, WrongBase
 from turret.families import FAMILIES
 from turret.families.family import Family
-from turret.json_types import JsonObject
+from turret.manifest import Lineage
 from turret.methods import Method
 from turret.methods.peft import LORA_PREFIX as LORA_PREFIX
+from turret.tasks.shapes import Generation, TaskSpec
 from turret.transformer import Model
 
 PROMPT = {"decoder": "prompt_embeddings", "encoder": "encoder_prompt_embeddings", "cross": "cross_prompt_embeddings"}
@@ -65,9 +66,9 @@ class Adapter:
     tensors: dict[str, Tensor]
     head: dict[str, Tensor]
     base: BaseInfo
-    task: JsonObject = field(default_factory=dict)
-    generation: JsonObject = field(default_factory=dict)
-    lineage: JsonObject = field(default_factory=dict)
+    task: TaskSpec = field(default_factory=TaskSpec)
+    generation: Generation = field(default_factory=Generation)
+    lineage: Lineage = field(default_factory=Lineage)
     others: tuple[Adapter, ...] = ()
 
     @property

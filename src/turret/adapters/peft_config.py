@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from turret.errors import BundleError
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import Setting
+from turret.manifest import AdapterConfig
 
 # Options of PEFT that change the output and are not computed here: any other value is refused.
-NEUTRAL: dict[str, tuple[JsonValue, ...]] = {
+NEUTRAL: dict[str, tuple[Setting, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "lora_bias": (False, None),
@@ -42,7 +43,7 @@ CODE = ("auto_map", "auto_mapping")
 KEPT_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initializations of LoRA that do not change the base
 
 
-def check_config(config: JsonMapping, computed: Collection[str] = ()) -> None:
+def check_config(config: AdapterConfig, computed: Collection[str] = ()) -> None:
     """Raise BundleError for options that are not computed here, for unknown keys, and for keys that name code.
 
     An unknown key passes with an empty value: PEFT writes every option that it has, used or not.
@@ -65,7 +66,7 @@ def check_config(config: JsonMapping, computed: Collection[str] = ()) -> None:
             raise BundleError(f"adapter_config.json has an unknown key {shortly(key)}: remove it, or merge it first")
 
 
-def refuse_code(config: JsonMapping) -> None:
+def refuse_code(config: AdapterConfig) -> None:
     """Raise BundleError for a key that names code."""
     for key in CODE:
         if config.get(key) is not None:
@@ -74,7 +75,7 @@ def refuse_code(config: JsonMapping) -> None:
             )
 
 
-def check_agreement(config: JsonMapping, expected: JsonMapping) -> None:
+def check_agreement(config: AdapterConfig, expected: AdapterConfig) -> None:
     """Raise BundleError unless the configuration has these keys and values of the manifest."""
     for key, value in expected.items():
         if config.get(key) != value:
@@ -84,7 +85,7 @@ def check_agreement(config: JsonMapping, expected: JsonMapping) -> None:
             )
 
 
-def shortly(value: JsonValue) -> str:
+def shortly(value: Setting) -> str:
     """The value in ASCII, short enough for an error."""
     shown = ascii(value)
     return shown if len(shown) <= 60 else f"{shown[:56]}…"

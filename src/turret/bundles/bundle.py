@@ -32,9 +32,11 @@ from turret.errors import AdapterError, BundleError, RecipeError, one_line
 from turret.families import FAMILIES
 from turret.fingerprint import fingerprint_of
 from turret.json_types import JsonObject, JsonValue
+from turret.manifest import AdapterConfig, BaseKey, BaseSpec, FileEntry, Manifest, MethodSpec
 from turret.methods import METHODS, Method, method_class
 from turret.tasks import TASKS, stored_task
 from turret.tasks.embedding import HEADLESS
+from turret.tasks.shapes import Generation, TaskSpec
 from turret.transformer import Model
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,7 +47,8 @@ FILES = (WEIGHTS, CONFIG, MANIFEST)
 MAX_FILE, MAX_JSON = 16 * 2**30, 16 * 2**20
 AT_ONCE = 64 * 2**20  # weights up to this size are read once, so the bytes hashed are the bytes parsed
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-BASE = ("id", "fingerprint", "family", "revision", "quantization")  # of the manifest's base; only the id is required
+# Of the base in a manifest. Only the id is required.
+BASE: tuple[BaseKey, ...] = ("id", "fingerprint", "family", "revision", "quantization")
 
 
 @checked
@@ -94,9 +97,9 @@ def save(
     folder: str | Path,
     *,
     base: str | None = None,
-    task: JsonObject | None = None,
-    generation: JsonObject | None = None,
-) -> JsonObject:
+    task: TaskSpec | None = None,
+    generation: Generation | None = None,
+) -> Manifest:
     """Write the adapter on `model` as a bundle into a new folder.
 
     The fingerprint in the manifest is that of the model's weights before the adapter was attached.
@@ -127,7 +130,7 @@ def save(
         raise BundleError(f"the adapter cannot be saved: {reason}: choose another folder, or plain settings") from None
 
 
-def save_bundle(adapter: Adapter, folder: str | Path) -> JsonObject:
+def save_bundle(adapter: Adapter, folder: str | Path) -> Manifest:
     """Write `adapter` as a bundle and return its manifest. If writing fails, no folder is left.
 
     Raises:
@@ -148,7 +151,7 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> JsonObject:
     return manifest
 
 
-def _write(adapter: Adapter, folder: Path) -> JsonObject:
+def _write(adapter: Adapter, folder: Path) -> Manifest:
     stored = _renamed(tuner_of(adapter.method).stored(adapter), _body(adapter.task, adapter.base.family), "")
     tensors = {name: stored[name].contiguous() for name in sorted(stored)}
     for name, tensor in tensors.items():
@@ -156,7 +159,7 @@ def _write(adapter: Adapter, folder: Path) -> JsonObject:
             raise BundleError(f"tensor {name!r} holds NaN or infinity: the training diverged; lower the learning rate")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(_pretty(_config(adapter)), encoding="utf-8")
-    manifest: JsonObject = {
+    manifest: Manifest = {
         "format": FORMAT,
         "method": adapter.method.model_dump(mode="json"),
         "task": adapter.task,
@@ -174,14 +177,21 @@ def _write(adapter: Adapter, folder: Path) -> JsonObject:
     return manifest
 
 
-def _base(base: BaseInfo) -> JsonObject:
+def _base(base: BaseInfo) -> BaseSpec:
     """The manifest's base. A base with plain weights has no quantization, so that digests of earlier bundles stay."""
-    return {key: getattr(base, key) for key in BASE if key != "quantization" or base.quantization is not None}
+    found: BaseSpec = {
+        "id": base.id,
+        "fingerprint": base.fingerprint,
+        "family": base.family,
+        "revision": base.revision,
+    }
+    return found if base.quantization is None else found | {"quantization": base.quantization}
 
 
-def _config(adapter: Adapter) -> JsonObject:
+def _config(adapter: Adapter) -> AdapterConfig:
     """PEFT's configuration."""
-    own, body = tuner_of(adapter.method).peft_config(adapter), _body(adapter.task, adapter.base.family)
+    own: JsonObject = {**tuner_of(adapter.method).peft_config(adapter)}
+    body = _body(adapter.task, adapter.base.family)
     if isinstance(paths := own.get("target_modules"), list):
         own["target_modules"] = [path.removeprefix(body) for path in paths]
     return {
@@ -220,7 +230,7 @@ def _renamed(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor
     }
 
 
-def _body(task: JsonObject, family: str | None) -> str:
+def _body(task: TaskSpec, family: str | None) -> str:
     """Where the body is in a model with a head, such as `bert.`; "" if the adapter is stored with that name."""
     if not task or stored_task(task).peft_type(encoder_decoder=False) != HEADLESS or family is None:
         return ""
@@ -266,21 +276,25 @@ def read_bundle(folder: str | Path) -> Adapter:
     tuner_of(method).check_config(config)
     tensors = _renamed(tensors, "", _body(manifest["task"], manifest["base"].get("family")))
     adapter_tensors, head = tuner_of(method).read(tensors, config)
-    base = BaseInfo(**{key: manifest["base"].get(key) for key in BASE})
+    said = manifest["base"]
+    base = BaseInfo(
+        said["id"], said.get("fingerprint"), said.get("family"), said.get("revision"), said.get("quantization")
+    )
     return Adapter(method, adapter_tensors, head, base, manifest["task"], manifest["generation"], manifest["lineage"])
 
 
-def read_config(folder: Path) -> JsonObject:
+def read_config(folder: Path) -> AdapterConfig:
     """PEFT's configuration in a folder, not checked yet."""
-    return _json(folder / CONFIG)
+    config: AdapterConfig = _json(folder / CONFIG)
+    return config
 
 
-def read_manifest(folder: Path, weights: Content | None) -> JsonObject:
+def read_manifest(folder: Path, weights: Content | None) -> Manifest:
     """The manifest of a bundle, checked against its own digest and the files.
 
     weights: the content of that file, if it is in memory already.
     """
-    manifest = _json(folder / MANIFEST)
+    manifest: Manifest = _json(folder / MANIFEST)
     version = manifest.get("format")
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise BundleError(
@@ -309,12 +323,12 @@ def read_manifest(folder: Path, weights: Content | None) -> JsonObject:
     return manifest
 
 
-def _one_line(value: JsonValue) -> bool:
+def _one_line(value: str | None) -> bool:
     """Whether a value is a string of one line, at most as long as a path."""
     return isinstance(value, str) and len(value) <= 4096 and value.isprintable()
 
 
-def manifest_digest(manifest: JsonObject) -> str:
+def manifest_digest(manifest: Manifest) -> str:
     """`sha256:…` over the manifest without its digest, as JSON with sorted keys and no spaces."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     try:
@@ -358,7 +372,8 @@ def _refuse_odd_file(path: Path, label: str) -> None:
         raise BundleError(f"{label} has {found.st_size} bytes, and the limit is {limit}: fetch it again")
 
 
-def _json(path: Path) -> JsonObject:
+def _json(path: Path) -> JsonValue:
+    """The object in a file, not checked yet."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
@@ -374,7 +389,7 @@ def _no_number(word: str) -> None:
     raise ValueError(f"{word} is not a JSON number")
 
 
-def _method_of(config: JsonObject, tensors: dict[str, Tensor]) -> Method:
+def _method_of(config: AdapterConfig, tensors: dict[str, Tensor]) -> Method:
     """The method of a plain PEFT folder. Raises BundleError for one that Turret does not support."""
     refuse_code(config)
     particular_first = sorted(METHODS.values(), key=lambda each: not each.open_settings)
@@ -394,14 +409,14 @@ def _method_of(config: JsonObject, tensors: dict[str, Tensor]) -> Method:
         raise BundleError(f"adapter_config.json has an unusable {reason}: train it again") from None
 
 
-def _method(value: JsonValue) -> Method:
+def _method(value: MethodSpec) -> Method:
     try:
         return method_class(value).model_validate(value)
     except RecipeError as error:
         raise BundleError(f"{MANIFEST} names an unusable method ({error}): export it again") from None
 
 
-def _file_entry(path: Path) -> JsonObject:
+def _file_entry(path: Path) -> FileEntry:
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
@@ -410,9 +425,9 @@ def _file_entry(path: Path) -> JsonObject:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _entry(content: Content) -> JsonObject:
+def _entry(content: Content) -> FileEntry:
     return {"bytes": len(content), "sha256": hashlib.sha256(content.data).hexdigest()}
 
 
-def _pretty(value: JsonObject) -> str:
+def _pretty(value: Manifest | AdapterConfig) -> str:
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"

@@ -26,13 +26,13 @@ from turret.adapters.adapter import LORA_PREFIX
 from turret.adapters.peft_config import refuse_code, shortly
 from turret.bundles.bundle import CONFIG, WEIGHTS
 from turret.errors import BundleError
+from turret.manifest import AdapterConfig
 from turret.methods import METHODS
 
 if TYPE_CHECKING:
     import peft
 
     from turret.families import Family
-    from turret.json_types import JsonMapping
     from turret.transformer import Model
 
 RANK = 32  # default rank of a conversion that cuts singular values
@@ -57,7 +57,7 @@ class Converted:
     deviation: float  # largest change of an output by the conversion, over the largest output
 
 
-def needed(config: JsonMapping) -> bool:
+def needed(config: AdapterConfig) -> bool:
     """Whether Turret can read the adapter of this `adapter_config.json` only after a conversion."""
     kind = config.get("peft_type")
     if kind == "LORA":

@@ -19,6 +19,7 @@ from turret.data import TextPair
 from turret.errors import BadArgument, DataError, counted, plainly, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Task, stored_task, task_of
+from turret.tasks.shapes import Answer, parts_in
 
 if TYPE_CHECKING:
     from turret.compare.results import Details, QuestionResult
@@ -69,7 +70,7 @@ def print_evaluation(found: Evaluation, notes: list[str]) -> None:
     rows = [("metrics", metrics(found.metrics)), ("examples", f"{found.data['examples']} in {span(found.seconds)}")]
     rows += [(name, safe(text)) for name, text in _calibration(details)]
     out.print(grid(rows + [("note", safe(note)) for note in found.notes]))
-    if classes := found.metrics.get("per_class"):
+    if classes := parts_in(found.metrics, "per_class"):
         heads = ("precision", "recall", "f1", "support")
         by_class = [(f"  {safe(name)}", *(number(row[head]) for head in heads)) for name, row in classes.items()]
         out.print()
@@ -213,14 +214,14 @@ def predict(
     texts = inputs if literal == len(inputs) and not named else _texts(workspace, reference, inputs, named, literal)
     version = workspace.resolve(reference)
     if texts is inputs:
-        texts = stored_task(version.part("task")).from_words(version.part("task"), inputs)
+        texts = stored_task(version.task).from_words(version.task, inputs)
     check_options(version, top, coverage)
     with status() as say:
         answers = workspace.predict(reference, texts, bare=bare, coverage=coverage, device=device, on_stage=say)
     if command.as_json:
         emit([_with_top(answer, top) for answer in answers])
     else:
-        _print_answers(stored_task(version.part("task")), texts, answers, top, coverage)
+        _print_answers(stored_task(version.task), texts, answers, top, coverage)
 
 
 def evaluate(
@@ -375,7 +376,7 @@ def _print_suggested(found: Suggested, notes: Sequence[str]) -> None:
 
 def _old_column(workspace: Workspace, reference: str, column: str) -> JsonObject:
     """The column of `--column`, by the role that the version's task calls it. Prints a warning."""
-    role = stored_task(workspace.resolve(reference).part("task")).schema().usual[0]
+    role = stored_task(workspace.resolve(reference).task).schema().usual[0]
     option = "--text" if role == "text" else "--prompt"
     console(stderr=True).print(f"[yellow]--column is called {option} now, and will be removed in the next release[/]")
     return {role: column}
@@ -462,7 +463,7 @@ def _one_file(inputs: Sequence[str]) -> str:
     return inputs[0]
 
 
-def _with_top(answer: JsonMapping, top: int) -> JsonObject:
+def _with_top(answer: Answer, top: int) -> JsonObject:
     """An answer, with its most probable labels if more than one is asked for."""
     from turret.workspace.answering import ranked_labels
 
@@ -472,7 +473,7 @@ def _with_top(answer: JsonMapping, top: int) -> JsonObject:
 
 
 def _print_answers(
-    task: type[Task], texts: Sequence[Input], answers: Sequence[JsonMapping], top: int, coverage: float | None
+    task: type[Task], texts: Sequence[Input], answers: Sequence[Answer], top: int, coverage: float | None
 ) -> None:
     from turret.workspace.answering import ranked_labels
 

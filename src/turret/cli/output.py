@@ -15,7 +15,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from turret.errors import one_line, plainly
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import JsonValue, Setting
+from turret.tasks.shapes import Metrics, number_in, parts_in
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -162,34 +163,35 @@ def span(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def number(value: JsonValue) -> str:
+def number(value: Setting) -> str:
     """The value of a metric."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "?" if value is None else safe(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def metrics(values: JsonMapping, *, most: int = 8) -> str:
+def metrics(values: Metrics, *, most: int = 8) -> str:
     """`accuracy 0.951  loss 0.180`: the numbers among the values."""
     numbers = [(k, v) for k, v in values.items() if v is None or isinstance(v, (int, float))]
     return "  ".join(f"[dim]{safe(name)}[/] {number(value)}" for name, value in numbers[:most]) or "[dim]none[/]"
 
 
-def measured(split: str, values: JsonMapping) -> str:
+def measured(split: str, values: Metrics) -> str:
     """The metrics of one split, or the forgetting of a version."""
     return safe(_forgot(values)) if split == "forgetting" else metrics(values)
 
 
-def _forgot(values: JsonMapping) -> str:
+def _forgot(values: Metrics) -> str:
     """`neutral text +0.031 (+0.012 to +0.050)  headlines@3 +0.20 (+0.11 to +0.31)`: increases of the loss per token."""
-    parts = [("neutral text", values.get("neutral"), values.get("neutral_low"), values.get("neutral_high"))]
+    names = ("neutral", "neutral_low", "neutral_high")
+    parts = [("neutral text", *(number_in(values, name) for name in names))]
     parts += [
         (version, each.get("increase"), each.get("low"), each.get("high"))
-        for version, each in (values.get("against") or {}).items()
+        for version, each in parts_in(values, "against").items()
     ]
     shown = (f"{name} {_signed(mean)} ({_signed(low)} to {_signed(high)})" for name, mean, low, high in parts)
     return "  ".join(shown)
 
 
-def _signed(value: JsonValue) -> str:
+def _signed(value: Setting) -> str:
     return f"{value:+.3f}" if isinstance(value, int | float) else "?"

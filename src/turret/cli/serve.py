@@ -240,7 +240,7 @@ def _announce(url: str, bases: Sequence[str], device: str, as_json: bool, traini
 def only_base(workspace: Workspace) -> str:
     """The base of all adapters in the store, of every tenant. Raises ServeRefused if they have several."""
     tenants = [workspace.with_access(Access(tenant)) for tenant in workspace.store.tenants()]
-    found = sorted({str(each.part("base").get("id")) for tenant in tenants for each in tenant.list()})
+    found = sorted({str(each.base.get("id")) for tenant in tenants for each in tenant.list()})
     if len(found) == 1:
         return found[0]
     what = f"adapters of {', '.join(found[:5])}" if found else "no adapter"

@@ -25,9 +25,11 @@ from turret.cli.output import (
     status,
 )
 from turret.errors import NotFound, counted
-from turret.json_types import JsonMapping, JsonObject, JsonValue, part
+from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.manifest import Lineage, base_in, lineage_in, method_in, task_in
 from turret.tasks import main_metric
 from turret.tasks.calibration import stored_by_question
+from turret.tasks.shapes import CalibrationSpec, MetricParts, parts_in
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
@@ -183,7 +185,7 @@ def _print_list(found: Sequence[Version], compared: Sequence[Compared], more: in
 def _row(version: Version) -> tuple[str, ...]:
     shown = version.as_json()
     splits = (version.metrics.get(split) or {} for split in ("test", "validation"))
-    kind = version.part("task").get("kind")
+    kind = version.task.get("kind")
     best = next(((name, values[name]) for values in splits if (name := main_metric(values, kind))), None)
     return (
         f"[bold]{safe(version)}[/]",
@@ -201,7 +203,7 @@ def _folded(compared: Compared) -> tuple[str, ...]:
         f"[dim]{safe(compared)}[/]",
         "",
         safe(", ".join(compared.methods)),
-        safe(compared.versions[0].part("base").get("id") or "?"),
+        safe(compared.versions[0].base.get("id") or "?"),
         f"[dim]{counted(len(compared.versions), 'training')} of a comparison[/]",
         size(compared.bytes),
         age(compared.created),
@@ -213,7 +215,7 @@ def _print_show(shown: JsonMapping) -> None:
     console().print(f"[bold]{safe(shown['version'])}[/]  [green]{safe(aliases)}[/]  [dim]{safe(shown['digest'])}[/]")
     console().print(grid(_facts(shown)))
     for split, values in shown["metrics"].items():
-        classes = values.get("per_class") or {}
+        classes = parts_in(values, "per_class")
         if classes:
             console().print(f"\n[dim]{safe(split)}, by class[/]")
             console().print(_report(classes))
@@ -223,7 +225,7 @@ def _print_show(shown: JsonMapping) -> None:
 
 
 def _print_recipe(shown: JsonMapping, as_json: bool) -> None:
-    found = part(shown["manifest"], "lineage").get("recipe")
+    found = lineage_in(shown["manifest"]).get("recipe")
     if not isinstance(found, str):
         raise NotFound(f"{shown['version']} has no recipe: it was not trained here; see `turret show` without --recipe")
     if as_json:
@@ -237,12 +239,12 @@ def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
     from turret.methods import said
 
     manifest = shown["manifest"]
-    base, method, task, lineage = (part(manifest, key) for key in ("base", "method", "task", "lineage"))
+    base, task, lineage = base_in(manifest), task_in(manifest), lineage_in(manifest)
     by = f" by {safe(shown['who'])}" if shown["who"] else ""
     yield "created", f"{to_minute(shown['created'])}, {age(shown['created'])} ago{by}"
     revision = f"  [dim]revision[/] {safe(str(base['revision'])[:12])}" if base.get("revision") else ""
     yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]{revision}"
-    kind, settings = said(method)
+    kind, settings = said(method_in(manifest))
     yield "method", safe(" ".join([kind, *(f"{key}={value}" for key, value in settings.items())]))
     yield "task", safe(f"{task.get('kind')}  {', '.join(map(str, task.get('labels') or ()))}")
     for question, fitted in stored_by_question(task.get("calibration")).items():
@@ -274,20 +276,20 @@ def _promise(kept: JsonMapping) -> str:
     return f"{bound}: decides from {kept['threshold']:.3g} on{', broken' if kept['broken'] else ''}"
 
 
-def _calibration(fitted: JsonMapping) -> str:
+def _calibration(fitted: CalibrationSpec) -> str:
     """`temperature 1.42, from 200 validation examples`."""
     chose = ", which also chose the weights" if fitted.get("chose_weights") else ""
     return f"temperature {number(fitted.get('temperature'))}, from {fitted.get('examples')} validation examples{chose}"
 
 
-def _lineage(lineage: JsonMapping) -> Iterator[tuple[str, str]]:
+def _lineage(lineage: Lineage) -> Iterator[tuple[str, str]]:
     """What the version was made from, as far as known."""
     for name in ("parent", "data", "tokenizer"):
         if lineage.get(name):
             yield name, safe(str(lineage[name])[:19])
     flat = lineage.get("flat_loss")
     if isinstance(flat, Mapping):
-        loss, guessing = (number(flat.get(name)) for name in ("loss", "guessing"))
+        loss, guessing = number(flat.get("loss")), number(flat.get("guessing"))
         yield "warning", f"[yellow]nothing was learnt[/]: training loss {loss}, loss of guessing {guessing}"
     if "seed" in lineage:
         yield "seed", safe(lineage["seed"])
@@ -309,7 +311,7 @@ def _golden(replay: JsonMapping) -> str:
     return safe(f"{name}  {result}")
 
 
-def _report(classes: Mapping[str, JsonMapping]) -> Table:
+def _report(classes: MetricParts) -> Table:
     names = ("precision", "recall", "f1", "support")
     rows = [(f"  {safe(label)}", *(number(row.get(name)) for name in names)) for label, row in classes.items()]
     return columns(("class", *names), rows, right=names)

@@ -38,6 +38,7 @@ from turret.methods import method_named
 from turret.notebook import Cell, Table, as_html
 from turret.statistics import Floats
 from turret.tasks import main_metric, task_of
+from turret.tasks.shapes import Metrics, number_of
 
 # --- claims -----------------------------------------------------------------------------------------------------------
 # Common claims about LoRA and prefix tuning against full fine-tuning, each with what was measured here.
@@ -187,9 +188,9 @@ def not_promoted(composition: str) -> Promotion:
     return Promotion(None, None, why)
 
 
-def _merit(metrics: JsonMapping) -> float:
+def _merit(metrics: Metrics) -> float:
     name = main_metric(metrics) or "loss"
-    return float(metrics[name]) * (-1 if name == "loss" else 1)
+    return number_of(metrics, name) * (-1 if name == "loss" else 1)
 
 
 def _advice(undecided: Sequence[Verdict]) -> str:

@@ -25,6 +25,7 @@ from turret.data import Input, Prompt, TextPair
 from turret.json_types import JsonMapping, JsonValue
 from turret.tasks import Measure, Mistake, Task, main_metric, measure_of, measuring
 from turret.tasks.calibration import Bin
+from turret.tasks.shapes import Metrics, number_of, parts_in
 
 # --- pages ------------------------------------------------------------------------------------------------------------
 # The template environment of the reports: the templates of this package, escaping, and number formats.
@@ -92,7 +93,7 @@ def as_html(
     digest: str,
     source: str,
     examples: int,
-    metrics: JsonMapping,
+    metrics: Metrics,
     details: Details,
     notes: Sequence[str],
     texts: bool,
@@ -110,7 +111,7 @@ def as_html(
         examples=examples,
         headline=headline(version, examples, metrics, details),
         numbers=list(numbers(metrics, details.task)),
-        classes=dict(metrics.get("per_class") or {}),
+        classes=dict(parts_in(metrics, "per_class")),
         details=details,
         shown=ShownDetails.of(details, metrics, MISTAKES if texts else 0),
         first=FIRST_MISTAKES,
@@ -144,7 +145,7 @@ class ShownDetails:
     remark: str
 
     @classmethod
-    def of(cls, details: Details, metrics: JsonMapping, mistakes: int) -> ShownDetails:
+    def of(cls, details: Details, metrics: Metrics, mistakes: int) -> ShownDetails:
         """The first `mistakes`, and everything else. metrics: of the same examples."""
         confusion, task = details.confusion, measuring(metrics, details.task)
         drawn = [(question, each, reliability_plot(each.bins)) for question, each in details.reliability.items()]
@@ -161,7 +162,7 @@ class ShownDetails:
         )
 
 
-def headline(version: str, examples: int, metrics: JsonMapping, details: Details) -> str:
+def headline(version: str, examples: int, metrics: Metrics, details: Details) -> str:
     """`news@1 is wrong on 12 of 200 examples`."""
     wrong = len(details.mistakes)
     if measuring(metrics, details.task).right_or_wrong:
@@ -170,10 +171,10 @@ def headline(version: str, examples: int, metrics: JsonMapping, details: Details
     if name is None:
         return f"{version} on {examples} examples"
     measure = measure_of(name, metrics, details.task)
-    return f"{version}: {measure.name} {_formatted(measure, metrics[name])} on {examples} examples"
+    return f"{version}: {measure.name} {_formatted(measure, number_of(metrics, name))} on {examples} examples"
 
 
-def numbers(metrics: JsonMapping, kind: str) -> Iterator[tuple[str, str, str]]:
+def numbers(metrics: Metrics, kind: str) -> Iterator[tuple[str, str, str]]:
     """(name, value, what it means) of each metric."""
     for name, value in metrics.items():
         if isinstance(value, int | float) and not isinstance(value, bool):

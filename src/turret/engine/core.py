@@ -30,7 +30,6 @@ from turret.engine.constraint import Constraint
 from turret.engine.decode import choose, token_logprobs
 from turret.engine.input_processor import Prompts
 from turret.engine.request import (
-    Answer,
     Done,
     Failed,
     Group,
@@ -63,10 +62,10 @@ from turret.errors import (
     memory_ran_out,
     one_line,
 )
-from turret.json_types import JsonObject
 from turret.ops.core import use_device
 from turret.ops.table import rest
 from turret.tasks import Embedding
+from turret.tasks.shapes import Answer
 
 if TYPE_CHECKING:
     from turret.engine.vllm import Vllm, VllmPasses
@@ -230,7 +229,7 @@ class Passes:
             loaded = self._runner.adapter_pool.at(_slot(request))
             assert loaded is not None
             if request.options.logits:
-                answer: JsonObject = {"logits": logits.tolist()}
+                answer: Answer = {"logits": logits.tolist()}
             else:
                 answer = loaded.task.answers(logits, () if request.text is None else [request.text])[0]
             if request.options.coverage is not None:
@@ -256,7 +255,7 @@ class Passes:
 
     def _scored(self, request: Request, scores: Sequence[float]) -> None:
         if all(map(math.isfinite, scores)):
-            self._end(request, Done({"logprobs": list(scores), "prompt_tokens": request.tokens}), 0)
+            self._end(request, Done({"scores": list(scores), "prompt_tokens": request.tokens}), 0)
         else:
             self._end(request, Failed(self._not_finite(request)), 0)
 

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
+from turret.tasks.shapes import Answer
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from turret.adapters.adapter import Adapter
     from turret.data import Input
-    from turret.engine.request import Answer, Ticket
+    from turret.engine.request import Ticket
     from turret.engine.sampling_params import SamplingParams
 
 Row = TypeVar("Row", contravariant=True)  # an example as a task has it, or encoded

@@ -17,7 +17,7 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.slots import Entry, MemoryBudget
 from turret.engine.token_tree import common
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError, one_line
-from turret.json_types import JsonObject
+from turret.tasks.shapes import Answer, TokenReport
 from turret.tasks.task import RequestKind
 
 if TYPE_CHECKING:
@@ -65,7 +65,6 @@ class Histogram:
 
 Kind = RequestKind
 Row = Sequence[int] | Sequence[Sequence[int]]  # token ids, or [id, segment] of each token
-Answer = JsonObject
 
 MAX_TOKENS = 128  # default length of an answer, if neither the request nor the adapter sets one
 
@@ -240,7 +239,7 @@ class Piece:
     """The next part of a text. It is final. With logprobs requested, also those of the tokens that end in it."""
 
     text: str
-    logprobs: tuple[JsonObject, ...] = ()
+    logprobs: tuple[TokenReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -351,7 +350,7 @@ class Ticket:
         text = "".join(piece.text for piece in self._pieces)
         return Piece(text, tuple(each for piece in self._pieces for each in piece.logprobs))
 
-    def send(self, text: str, logprobs: Sequence[JsonObject] = ()) -> None:
+    def send(self, text: str, logprobs: Sequence[TokenReport] = ()) -> None:
         """Give the listeners the next part of the text, and the logprobs of the tokens that end in it."""
         with self._lock:
             if (text or logprobs) and self._end is None:

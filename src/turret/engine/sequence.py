@@ -11,12 +11,12 @@ from torch import Tensor
 
 from turret.engine.cache import KeyValueCache, KVSlot
 from turret.engine.decode import TokenLogprobs, adjust
-from turret.engine.request import Answer, GenerationSettings, Request
+from turret.engine.request import GenerationSettings, Request
 from turret.engine.runner import DecodeStep, Prefill
 from turret.engine.structured_output import Guide
 from turret.engine.text import CONTEXT_TOKENS, IncrementalText, TokenEnds, between
-from turret.json_types import JsonObject
 from turret.ops.core import copied
+from turret.tasks.shapes import Answer, TokenReport, TopToken
 
 # --- answer text ------------------------------------------------------------------------------------------------------
 # The text of an answer with its tokens: each piece has the logprobs of the tokens that end in it.
@@ -68,9 +68,9 @@ class AnswerText:
 
     def news(
         self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs], token_texts: TokenTexts
-    ) -> tuple[str, list[JsonObject]]:
+    ) -> tuple[str, list[TokenReport]]:
         """The final text that is not told yet, and the tokens that end in it. With logprobs, whole tokens only."""
-        text, reports = self._text.text, list[JsonObject]()
+        text, reports = self._text.text, list[TokenReport]()
         until = len(text)
         if self._ends is not None:
             ends = [end - self._text.lead for end in self._ends.ends]
@@ -90,10 +90,10 @@ class AnswerText:
         return new, reports
 
 
-def report(text: str, before: Sequence[int], each: TokenLogprobs, token_texts: TokenTexts) -> JsonObject:
+def report(text: str, before: Sequence[int], each: TokenLogprobs, token_texts: TokenTexts) -> TokenReport:
     """One token with the most probable ones at its position. text: its own; before: the tokens before it."""
     top = [token for token, _ in each.top]
-    others = [
+    others: list[TopToken] = [
         {"token": other, "id": token, "logprob": logprob}
         for other, (token, logprob) in zip(token_texts(before, top), each.top, strict=True)
     ]
@@ -106,7 +106,7 @@ def echoed(
     settings: GenerationSettings,
     decode: Decode,
     token_texts: TokenTexts,
-) -> tuple[str, list[JsonObject]]:
+) -> tuple[str, list[TokenReport]]:
     """The text of a prompt, and the report of each of its tokens if logprobs are requested. The first has no logprob.
 
     Args:
@@ -118,7 +118,7 @@ def echoed(
         return text, []
     ends = TokenEnds(decode)
     ends.grow(ids)
-    first: JsonObject = {"token": between(text, ends.ends, 0, whole=True), "id": ids[0], "logprob": None, "top": None}
+    first: TokenReport = {"token": between(text, ends.ends, 0, whole=True), "id": ids[0], "logprob": None, "top": None}
     rest = [
         report(
             between(text, ends.ends, place, whole=True), ids[max(0, place - CONTEXT_TOKENS) : place], each, token_texts

@@ -24,13 +24,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from turret.data import Pair
-from turret.engine.request import Answer, Kind, Named, Ticket
+from turret.engine.request import Kind, Named, Ticket
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import BaseModelError, DataError, shown
 from turret.families.family import Family
 from turret.json_types import JsonObject
 from turret.tasks import Task
 from turret.tasks.chat import bare_chat
+from turret.tasks.shapes import Answer
 from turret.tasks.task import Encoded
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
@@ -190,7 +191,7 @@ class ByWords:
 
     def scores(self, first: Sequence[Answer], answers: Sequence[Answer]) -> list[float]:
         (own,) = answers
-        return [float(each) for each in own["logprobs"]]
+        return [float(each) for each in own["scores"]]
 
     def mass(self, scores: Sequence[float]) -> float | None:
         return min(1.0, math.fsum(map(math.exp, scores)))

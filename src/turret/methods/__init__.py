@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from turret.errors import RecipeError, shown
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import Setting
+from turret.manifest import MethodSpec
 from turret.methods.full import Full
 from turret.methods.head import Head
 from turret.methods.lora import LoRA
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 
-def method_class(value: JsonValue) -> type[Method]:
+def method_class(value: Setting) -> type[Method]:
     """The method class of a `[method]` table or of a kind. Raises RecipeError for an unknown kind."""
     kind = value.get("kind") if isinstance(value, Mapping) else value
     if not isinstance(kind, str) or kind not in METHODS:
@@ -44,7 +45,7 @@ def method_class(value: JsonValue) -> type[Method]:
     return METHODS[kind]
 
 
-def said(method: JsonMapping) -> tuple[str, dict[str, str]]:
+def said(method: MethodSpec) -> tuple[str, dict[str, str]]:
     """The name of a stored method, and its settings in the order of the class: the size, and what is not a default."""
     kind = str(method.get("kind", "?"))
     fields = method_named(kind).model_fields
@@ -69,7 +70,7 @@ def by_name(name: str) -> Method:
     return found.model_validate({"kind": kind, found.named_by: value})
 
 
-def method_named(kind: str | None) -> type[Method]:
+def method_named(kind: Setting) -> type[Method]:
     """The method class of that kind. `Method` itself for an unknown kind, such as the base of a comparison."""
     return METHODS.get(str(kind), Method)
 

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import Setting
+from turret.manifest import AdapterConfig
 from turret.methods.method import Method
 
 # `turret merge --how` -> PEFT's `combination_type`, and whether it prunes and so takes a density.
@@ -24,7 +25,7 @@ COMBINATIONS = {
 FROM_DATA = ("eva", "corda", "lora_ga")  # PEFT's names of starts that it computes from a pass over the data
 
 
-def require_no_data(value: JsonValue) -> JsonValue:
+def require_no_data(value: Setting) -> Setting:
     """The value of `init_lora_weights`. Raises ValueError for a start that needs a pass over the data."""
     if value in FROM_DATA:
         raise ValueError(f'expected an initialization without a pass over the data, given "{value}": leave it out')
@@ -110,9 +111,9 @@ class LoRA(Method):
         return self.scaling * self.r
 
     @classmethod
-    def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+    def from_peft(cls, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-        return cls(**{name: config[name] for name in names if name in config})
+        return cls.model_validate({name: config[name] for name in names if name in config})
 
     def of_tensors(self, names: Iterable[str]) -> Self:
         """A copy whose `target_modules`, if unset, are the last parts of the adapted layers' names."""

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, Validatio
 
 from turret.errors import RecipeError, joined, shown
 from turret.families.family import Family
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import Setting
+from turret.manifest import AdapterConfig, MethodSpec
 from turret.methods.messages import sentences
 from turret.plan_check import Check
 
@@ -68,7 +69,7 @@ class Method(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _one_line_error(cls, value: JsonValue, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+    def _one_line_error(cls, value: Setting, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         """Turn an invalid setting into a RecipeError of one line."""
         try:
             return handler(value)
@@ -184,24 +185,24 @@ class Method(BaseModel):
         return None
 
     @classmethod
-    def reads(cls, config: JsonMapping, names: Iterable[str] = ()) -> bool:
+    def reads(cls, config: AdapterConfig, names: Iterable[str] = ()) -> bool:
         """Whether an `adapter_config.json` of PEFT describes this method. names: of its tensors, if known."""
         return cls.peft_name is not None and config.get("peft_type") == cls.peft_name
 
     @classmethod
-    def mixes(cls, settings: JsonMapping) -> bool:
+    def mixes(cls, settings: MethodSpec) -> bool:
         """Whether an adapter of these settings shares a base with others."""
         return cls.shares_base
 
     @classmethod
-    def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+    def from_peft(cls, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         """The method of a plain PEFT folder.
 
         Args:
             config: the settings by PEFT's names.
             shapes: the tensors' shapes by name.
         """
-        return cls(**{name: config[name] for name in cls.model_fields if name in config})
+        return cls.model_validate({name: config[name] for name in cls.model_fields if name in config})
 
     def of_tensors(self, names: Iterable[str]) -> Self:
         """A copy with the settings that only the names of an imported adapter's tensors show."""

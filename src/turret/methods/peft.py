@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from turret.families.family import Family
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonObject, Setting
+from turret.manifest import AdapterConfig, MethodSpec
 from turret.methods.lora import LoRA
 from turret.methods.method import Method, Operation
 
@@ -75,7 +76,7 @@ class Peft(Method):
 
     @model_validator(mode="before")
     @classmethod
-    def _plain(cls, value: JsonValue) -> JsonValue:
+    def _plain(cls, value: Setting) -> Setting:
         """Drop keys that are None, and turn tuples into lists."""
         if not isinstance(value, dict):
             return value
@@ -129,11 +130,11 @@ class Peft(Method):
         return None
 
     @classmethod
-    def mixes(cls, settings: JsonMapping) -> bool:
+    def mixes(cls, settings: MethodSpec) -> bool:
         return settings.get("peft_type") in MIXED
 
     @classmethod
-    def reads(cls, config: JsonMapping, names: Iterable[str] = ()) -> bool:
+    def reads(cls, config: AdapterConfig, names: Iterable[str] = ()) -> bool:
         """Whether `MARKS` has it, or it is PEFT's LoRA with settings or tensors that `LoRA` does not have."""
         kind = config.get("peft_type")
         if kind == "LORA":
@@ -142,17 +143,17 @@ class Peft(Method):
         return isinstance(kind, str) and kind in MARKS
 
     @classmethod
-    def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+    def from_peft(cls, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         given = {key: value for key, value in config.items() if key not in SAID and value not in (None, {}, [])}
-        return cls(peft_type=config["peft_type"], **given)
+        return cls.model_validate({"peft_type": config["peft_type"], **given})
 
     @property
     def options(self) -> JsonObject:
         """The settings of PEFT's configuration that are set."""
         return dict(self.model_extra or {})
 
-    def with_options(self, options: JsonObject) -> Self:
-        return type(self)(peft_type=self.peft_type, **options)
+    def with_options(self, options: MethodSpec) -> Self:
+        return type(self).model_validate({"peft_type": self.peft_type, **options})
 
     def rate(self, family_kind: str, large: bool) -> float:
         return RATES.get(self.peft_type) or LoRA().rate(family_kind, large)
@@ -186,13 +187,13 @@ def without_repeated(names: Iterable[str]) -> set[str]:
     return {name for name in names if not any(part in REPEATED for part in name.split("."))}
 
 
-def _listed(value: JsonValue) -> JsonValue:
+def _listed(value: Setting) -> Setting:
     if isinstance(value, dict):
         return {key: _listed(each) for key, each in value.items()}
     return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _texts(value: JsonValue) -> Iterator[str]:
+def _texts(value: Setting) -> Iterator[str]:
     """The texts in a setting, the keys of tables among them."""
     if isinstance(value, str):
         yield value

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from turret.errors import BundleError
 from turret.families.family import Family
-from turret.json_types import JsonMapping
+from turret.manifest import AdapterConfig
 from turret.methods.method import Method, Operation
 from turret.plan_check import Check
 
@@ -84,7 +84,7 @@ class Prefix(Method):
             )
 
     @classmethod
-    def from_peft(cls, config: JsonMapping, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+    def from_peft(cls, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> Self:
         if "prompt_embeddings" not in shapes:
             raise BundleError("the prefix has no tensor 'prompt_embeddings': save it again with PEFT")
         return cls(num_virtual_tokens=shapes["prompt_embeddings"][0], encoder=False, reparametrize=False)

@@ -14,13 +14,11 @@ from turret import data
 from turret.engine import Event, LoadedAdapter, Named, Receipt, SamplingParams, Stats
 from turret.engine.constraint import Constraint
 from turret.families.family import Family
-from turret.json_types import JsonObject
+from turret.tasks.shapes import Answer
 from turret.tasks.task import RequestKind
 from turret.transformer import Tokenizer
 
 Input: TypeAlias = data.Input | Sequence[int]  # a text, two, a conversation, or token ids that are used unchanged
-# `label` and `probabilities`; `text`, `finish_reason` and `tokens`; or `embedding`
-Answer: TypeAlias = JsonObject
 
 
 class TicketProtocol(Protocol):

@@ -145,7 +145,7 @@ class SeenEngines:
 
     def base_of_version(self, version: Version) -> ServedBase | None:
         """The base that a version was trained on, if it is served here."""
-        return self._engines.of(version.part("base").get("fingerprint"))
+        return self._engines.of(version.base.get("fingerprint"))
 
     def is_on_base(self, version: Version) -> bool:
         """Whether the version was trained on a base of this server."""
@@ -284,7 +284,7 @@ class SeenEngines:
         if (known := self._known.get(reference)) is not None:
             return known
         version = self._workspace.resolve(reference)
-        found = version.part("base").get("fingerprint")
+        found = version.base.get("fingerprint")
         if self.access.whole and reference == str(version):  # a numbered version never changes its base
             if len(self._known) >= REMEMBERED:
                 self._known.clear()

@@ -16,10 +16,10 @@ from sqlalchemy import Connection
 
 from turret.audit import Mark
 from turret.database import Database
-from turret.server.engine_protocol import Answer
 from turret.store import promise_inputs, promises
 from turret.store.promises import LONGEST_RECEIPT, LoggedAnswer, Promise
 from turret.tasks import Task
+from turret.tasks.shapes import Answer
 from turret.timestamp import timestamp
 
 MOST_KEPT = 100_000  # unwritten answers, while the store cannot be reached

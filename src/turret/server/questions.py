@@ -20,15 +20,15 @@ from turret.access import DEFAULT
 from turret.data import Prompt, TextPair
 from turret.engine import Done, Event, Failed, Piece, Receipt, SamplingParams
 from turret.errors import Cancelled, DeadlineExceeded, Disconnected, NotFound, TurretError
-from turret.json_types import JsonMapping
 from turret.server.auth import Caller
-from turret.server.engine_protocol import Answer, Input, TicketProtocol
+from turret.server.engine_protocol import Input, TicketProtocol
 from turret.server.live_promises import Covered
 from turret.server.quotas import Quota
 from turret.server.routing import Placement
 from turret.server.schemas import Usage
 from turret.server.services import View
 from turret.store.usage import BASE
+from turret.tasks.shapes import Answer, TaskSpec
 from turret.tasks.task import RequestKind
 
 T = TypeVar("T")
@@ -588,7 +588,7 @@ def _ticket(
         return view.engines.submit(kind, text, named, options, priority=priority, deadline=seconds)
 
 
-def scores_pairs(task: JsonMapping) -> bool:
+def scores_pairs(task: TaskSpec) -> bool:
     """Whether a version of this task reads two texts together and answers with a number. task: as in a manifest."""
     return bool(task.get("pairs")) and not task.get("labels")
 

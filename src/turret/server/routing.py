@@ -312,7 +312,7 @@ class Routing:
 
     def task(self, experiment: Experiment) -> type[Task]:
         """The task of the experiment's control."""
-        return stored_task(self._control(experiment).part("task"))
+        return stored_task(self._control(experiment).task)
 
     def paused(self, experiment: Experiment) -> str | None:
         """Why a running experiment gets no traffic here; None if it does."""
@@ -398,7 +398,7 @@ class Routing:
 
     def _is_on_base(self, experiment: Experiment) -> bool:
         """Whether the experiment's versions were trained on a base of this server."""
-        return self._control(experiment).part("base").get("fingerprint") in self._bases
+        return self._control(experiment).base.get("fingerprint") in self._bases
 
     def _control(self, experiment: Experiment) -> Version:
         if experiment.id not in self._controls:

@@ -31,7 +31,7 @@ from turret.json_types import JsonMapping
 from turret.server import logs
 from turret.server.alarms import AlarmSender
 from turret.server.auth import Guard
-from turret.server.engine_protocol import Answer, EngineProtocol, TicketProtocol
+from turret.server.engine_protocol import EngineProtocol, TicketProtocol
 from turret.server.engines import Engines, SeenEngines, ServedBase
 from turret.server.input_sampler import InputSampler
 from turret.server.limits import ClientConnections, Load
@@ -49,6 +49,7 @@ from turret.store.jobs import count_waiting
 from turret.store.usage import SECONDS as USAGE_SECONDS
 from turret.store.usage import UsageLog
 from turret.tasks import stored_task
+from turret.tasks.shapes import Answer
 from turret.tasks.task import RequestKind
 from turret.turns import TenantThreads, ThreadPool
 from turret.version import __version__
@@ -493,7 +494,7 @@ class View:
 
         A few at a time, after all requests, so they delay none. Raises what `submit` and tickets raise.
         """
-        kind = stored_task(self.workspace.resolve(reference).part("task")).request
+        kind = stored_task(self.workspace.resolve(reference).task).request
         found: list[Answer] = []
         for start in range(0, len(texts), GOLDEN_AT_ONCE):
             tickets: list[TicketProtocol] = []

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from turret.engine import Done, Event, Failed, Piece, SamplingParams
-from turret.server.engine_protocol import Answer, Input, TicketProtocol
+from turret.server.engine_protocol import Input, TicketProtocol
 from turret.server.engines import SeenEngines
 from turret.server.logs import Log
 from turret.server.metrics import Metrics
 from turret.server.routing import Placement, Routing
+from turret.tasks.shapes import Answer
 from turret.tasks.task import RequestKind
 
 LOW_PRIORITY = -1  # that of requests is 0

@@ -21,6 +21,7 @@ from turret.server.services import View
 from turret.store import client_files
 from turret.store.client_files import TABLE
 from turret.tasks import main_metric
+from turret.tasks.shapes import number_in
 from turret.workspace.orders import ComparisonRequest, Order, SweepOrder, as_spec
 from turret.workspace.queueing import SentFiles
 
@@ -270,7 +271,7 @@ def _curve(view: View, id: str) -> Curve:
     run, found = view.workspace.run(id), view.workspace.curve(id, most=1000)
     key = main_metric(next((each.metrics for each in reversed(found) if each.metrics), {}))
     chief = None if key == "loss" else key
-    measured = [(each, None if chief is None else (each.metrics or {}).get(chief)) for each in found]
+    measured = [(each, None if chief is None else number_in(each.metrics or {}, chief)) for each in found]
     return Curve(
         run=id,
         name=run["name"],

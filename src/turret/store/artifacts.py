@@ -27,7 +27,7 @@ from sqlalchemy import Connection, delete, insert, select
 from turret.database import Database
 from turret.disk import make_folder, sync
 from turret.errors import BundleError, Corrupt, StoreError, TurretError
-from turret.json_types import JsonMapping, JsonObject
+from turret.manifest import Manifest
 from turret.store import uploads
 from turret.store.blobs import Blob, Files, hash_file, place
 from turret.store.catalog import now, plain_path
@@ -41,7 +41,7 @@ MANIFEST = "manifest.json"
 _LIMIT = 16 << 20  # bytes; a manifest has a few thousand
 
 
-def read(bundle: Path) -> tuple[JsonObject, dict[str, Path]]:
+def read(bundle: Path) -> tuple[Manifest, dict[str, Path]]:
     """Read the manifest of a bundle.
 
     Returns:
@@ -54,7 +54,7 @@ def read(bundle: Path) -> tuple[JsonObject, dict[str, Path]]:
     try:
         if _plain_file(path).st_size > _LIMIT:
             raise BundleError(f"{path} is larger than {_LIMIT} bytes: this is not a bundle that turret wrote")
-        manifest = json.loads(path.read_bytes())
+        manifest: Manifest = json.loads(path.read_bytes())
     except OSError as error:
         raise BundleError(f"{bundle} is not a bundle: {MANIFEST}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -79,7 +79,7 @@ def _plain_file(path: Path) -> os.stat_result:
     return found
 
 
-def hashed(manifest: JsonMapping, paths: Mapping[str, Path]) -> dict[str, Blob]:
+def hashed(manifest: Manifest, paths: Mapping[str, Path]) -> dict[str, Blob]:
     """Path in the bundle -> digest and size; raises BundleError if a digest differs from the manifest."""
     try:
         content = {name: hash_file(path) for name, path in paths.items()}

@@ -17,10 +17,12 @@ from turret import audit
 from turret.access import acting_name
 from turret.database import adapters, aliases, experiments, files, insert_row, tokens, versions
 from turret.errors import Corrupt, NotFound
-from turret.json_types import JsonMapping, JsonObject, JsonValue, mapping_of, part
+from turret.json_types import JsonMapping, JsonObject, JsonValue, mapping_of
+from turret.manifest import BaseSpec, Lineage, Manifest, MethodSpec, base_in, lineage_in, method_in, task_in
 from turret.notebook import as_html, metrics_table, size
 from turret.reference import Reference
 from turret.store.blobs import Blob
+from turret.tasks.shapes import Metrics, SplitMetrics, TaskSpec
 from turret.timestamp import timestamp, to_minute
 from turret.visibility import access_of, seen_adapters, seen_versions
 
@@ -38,8 +40,8 @@ class Version:
     created: str  # ISO 8601, UTC
     run: str | None  # the id of the training that made it
     bytes: int
-    metrics: JsonMapping
-    manifest: JsonMapping = field(repr=False)
+    metrics: SplitMetrics
+    manifest: Manifest = field(repr=False)
     aliases: tuple[str, ...] = ()
     who: str | None = None  # the user that stored it
     comparison: str | None = None  # the folder of the comparison that trained it; then a plain name never means it
@@ -52,13 +54,32 @@ class Version:
         """The reference to exactly this version, `name@number`."""
         return Reference(self.name, version=self.number)
 
-    def part(self, key: str) -> JsonMapping:
-        """A section of the manifest; empty if it is missing or not a mapping."""
-        return part(self.manifest, key)
+    @property
+    def base(self) -> BaseSpec:
+        """What the manifest says of the base."""
+        return base_in(self.manifest)
+
+    @property
+    def method(self) -> MethodSpec:
+        """What the manifest says of the method."""
+        return method_in(self.manifest)
+
+    @property
+    def task(self) -> TaskSpec:
+        """What the manifest says of the task."""
+        return task_in(self.manifest)
+
+    @property
+    def lineage(self) -> Lineage:
+        """What the manifest says of the weights' origin."""
+        return lineage_in(self.manifest)
 
     def _repr_html_(self) -> str:
-        base, method, task = (self.part(key) for key in ("base", "method", "task"))
-        facts = {"base": str(base.get("id")), "method": str(method.get("kind")), "task": str(task.get("kind"))}
+        facts = {
+            "base": str(self.base.get("id")),
+            "method": str(self.method.get("kind")),
+            "task": str(self.task.get("kind")),
+        }
         more = {"stored": to_minute(self.created), "size": size(self.bytes), "aliases": ", ".join(self.aliases)}
         return as_html(str(self), facts | more, metrics_table(self.metrics))
 
@@ -70,9 +91,9 @@ class Version:
             "created": self.created,
             "who": self.who,
             "aliases": list(self.aliases),
-            "base": self.part("base").get("id"),
-            "method": self.part("method").get("kind"),
-            "task": self.part("task").get("kind"),
+            "base": self.base.get("id"),
+            "method": self.method.get("kind"),
+            "task": self.task.get("kind"),
             "metrics": dict(self.metrics),
             "bytes": self.bytes,
             "run": self.run,
@@ -104,7 +125,7 @@ class Compared:
     @property
     def methods(self) -> tuple[str, ...]:
         """The kinds of its methods, sorted."""
-        return tuple(sorted({str(version.part("method").get("kind")) for version in self.versions}))
+        return tuple(sorted({str(version.method.get("kind")) for version in self.versions}))
 
     def as_json(self) -> JsonObject:
         return {
@@ -161,11 +182,11 @@ def who() -> str | None:
 def add(
     connection: Connection,
     name: str,
-    manifest: JsonMapping,
+    manifest: Manifest,
     content: Mapping[str, Blob],
     *,
     run: str | None,
-    metrics: JsonMapping,
+    metrics: SplitMetrics,
     comparison: str | None = None,
 ) -> int:
     """Add a version and return its number; content that is already stored under the name keeps its number.
@@ -268,7 +289,7 @@ def children(connection: Connection, version: Version) -> list[str]:
     text = cast(versions.c.manifest, Text)  # JSON functions of PostgreSQL fail if there is a \u0000 anywhere in it
     candidates = or_(*(text.contains(name, autoescape=True) for name in names))
     rows = connection.execute(_versions(connection).where(candidates)).mappings()
-    return [f"{row['name']}@{row['number']}" for row in rows if part(row["manifest"], "lineage").get("parent") in names]
+    return [f"{row['name']}@{row['number']}" for row in rows if lineage_in(row["manifest"]).get("parent") in names]
 
 
 def in_experiment(connection: Connection, version: Version) -> bool:
@@ -284,7 +305,7 @@ def make_own(connection: Connection, version_id: int) -> None:
     connection.execute(update(versions).where(versions.c.id == version_id).values(comparison=None))
 
 
-def keep_metrics(connection: Connection, version: Version, split: str, values: JsonMapping) -> None:
+def keep_metrics(connection: Connection, version: Version, split: str, values: Metrics) -> None:
     """Record metrics that were measured after the version was stored; they replace those of the same split."""
     row = row_of(connection, version)
     before = connection.execute(select(versions.c.metrics).where(versions.c.id == row)).scalar_one()
@@ -355,7 +376,7 @@ _COLUMNS = ("name", "number", "digest", "created", "run", "bytes", "who", "compa
 def _version(row: RowMapping, pointing: tuple[str, ...]) -> Version:
     columns = {key: row[key] for key in _COLUMNS}
     metrics = {split: values for split, values in mapping_of(row["metrics"]).items() if isinstance(values, Mapping)}
-    return Version(**columns, metrics=metrics, manifest=mapping_of(row["manifest"]), aliases=pointing)
+    return Version(**columns, metrics=metrics, manifest=row["manifest"], aliases=pointing)
 
 
 def pointed_at(connection: Connection, adapter_id: int, alias: str) -> int | None:

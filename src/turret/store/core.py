@@ -49,6 +49,7 @@ from turret.store.queued_data import collect as collect_queued
 from turret.store.runs import HeldRun, State, TrainingRuns
 from turret.store.uploads import Upload
 from turret.store.verify import Verified
+from turret.tasks.shapes import Metrics, SplitMetrics
 
 if TYPE_CHECKING:
     from turret.store.difference import Difference
@@ -197,7 +198,7 @@ class Store:
         bundle: Path,
         *,
         run: str | HeldRun | None = None,
-        metrics: JsonMapping | None = None,
+        metrics: SplitMetrics | None = None,
         comparison: str | None = None,
         inputs: Sequence[bytes] = (),
         result: Callable[[Version], JsonMapping] | None = None,
@@ -453,7 +454,7 @@ class Store:
         with self._existing(version.reference).writing() as connection:
             golden.record(connection, catalog.find(connection, version.reference), replay)
 
-    def keep_metrics(self, version: Version, split: str, values: JsonMapping) -> None:
+    def keep_metrics(self, version: Version, split: str, values: Metrics) -> None:
         """Record metrics that were measured later; they replace those of the same split. The digest stays."""
         with self._existing(version.reference).writing() as connection:
             catalog.keep_metrics(connection, catalog.find(connection, version.reference), split, values)

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turret.errors import Corrupt
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonObject, JsonValue, Setting
+from turret.manifest import Manifest
 from turret.methods.lora import lora_scaling
 from turret.store.catalog import Version
+from turret.tasks.shapes import SplitMetrics
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 # The distance between the weights of two bundles, with numpy alone.
@@ -230,7 +232,7 @@ def difference(a: Version, b: Version, files_a: Mapping[str, Path], files_b: Map
     )
 
 
-def _settings(manifest: JsonMapping) -> Iterator[tuple[str, JsonValue]]:
+def _settings(manifest: Manifest) -> Iterator[tuple[str, JsonValue]]:
     for section in SECTIONS:
         yield from _leaves(section, manifest.get(section))
 
@@ -251,7 +253,7 @@ def _leaves(name: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
         yield name, value
 
 
-def _metrics(a: JsonMapping, b: JsonMapping) -> dict[str, dict[str, Change]]:
+def _metrics(a: SplitMetrics, b: SplitMetrics) -> dict[str, dict[str, Change]]:
     found: dict[str, dict[str, Change]] = {}
     for split in dict.fromkeys((*a, *b)):
         left, right = (dict(_numbers("", some.get(split) or {})) for some in (a, b))
@@ -262,7 +264,7 @@ def _metrics(a: JsonMapping, b: JsonMapping) -> dict[str, dict[str, Change]]:
     return found
 
 
-def _numbers(name: str, value: JsonValue) -> Iterator[tuple[str, float]]:
+def _numbers(name: str, value: Setting) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, inside in value.items():
             yield from _numbers(f"{name}.{key}" if name else str(key), inside)

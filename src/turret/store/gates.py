@@ -19,11 +19,12 @@ from sqlalchemy import ColumnElement, Connection, delete, insert, select
 
 from turret.database import gates
 from turret.errors import BadReference, GateFailed, NotFound
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonObject, Setting
 from turret.reference import Reference
 from turret.store import catalog, golden
 from turret.store.catalog import Version, now
 from turret.store.golden import Golden
+from turret.tasks.shapes import SplitMetrics
 
 FORGETTING = "forgetting"  # the metrics that `workspace.forgetting` measures
 _RELATIONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -126,14 +127,14 @@ def _split_and_metric(text: str) -> tuple[str, str]:
     return (split, metric) if dot and split and metric else ("test", text)
 
 
-def _value(metrics: JsonMapping, gate: Gate) -> JsonValue:
-    value = metrics.get(gate.split)
+def _value(metrics: SplitMetrics, gate: Gate) -> Setting:
+    value: Setting = metrics.get(gate.split)
     for key in gate.metric.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def _missing(metrics: JsonMapping, gate: Gate) -> str:
+def _missing(metrics: SplitMetrics, gate: Gate) -> str:
     if gate.split not in metrics:
         return f"there are no metrics of {gate.split} (stored: {', '.join(metrics) or 'none'})"
     numbers = [k for k, v in metrics[gate.split].items() if isinstance(v, int | float) and not isinstance(v, bool)]

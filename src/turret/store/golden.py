@@ -300,7 +300,7 @@ def passed(replay: GoldenReplay, gate: Golden) -> bool:
 
 def misfit(version: Version, examples: GoldenSet) -> str | None:
     """Why the version can never pass the set, judged by its manifest alone; None if it may pass."""
-    task = version.part("task")
+    task = version.task
     labels, generates = task.get("labels") or (), stored_task(task).generates
     if generates == (examples.kind == "label"):
         does = "generates texts" if generates else "classifies"

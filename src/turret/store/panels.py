@@ -263,7 +263,7 @@ def decisions_of(version: catalog.Version) -> Mapping[str, Decision]:
     Raises:
         AdapterError: it decides nothing, or reads two texts.
     """
-    spec = version.part("task")
+    spec = version.task
     found = stored_task(spec).decisions(spec)
     if not found or spec.get("pairs"):
         why = "reads two texts together" if found else "gives no probabilities of labels"

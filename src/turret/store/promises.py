@@ -45,13 +45,15 @@ from sqlalchemy import (
 from turret import audit
 from turret.database import adapters, bytewise, insert_row, metadata, versions
 from turret.errors import BundleError, NotFound
-from turret.json_types import JsonMapping, JsonObject, JsonValue, part
+from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.manifest import Manifest, lineage_in, task_in
 from turret.store import promise_inputs
 from turret.store.alarms import INPUTS_DRIFTED, PROMISE_BROKEN
 from turret.store.catalog import Version, now, who
 from turret.store.promise_inputs import InputWatch
 from turret.tasks import Task, stored_task
 from turret.tasks.calibration import Sureness
+from turret.tasks.shapes import Answer, TaskSpec
 from turret.timestamp import timestamp
 from turret.visibility import access_of, seen_adapters, seen_versions
 
@@ -150,7 +152,7 @@ class Terms:
         """The label that the bound is about; None for all."""
         return self.metric.partition(":")[2] or None
 
-    def abstains(self, task: type[Task], answer: JsonMapping) -> bool:
+    def abstains(self, task: type[Task], answer: Answer) -> bool:
         """Whether an answer is not decided, because its probability is below the threshold."""
         decision = task.decision(answer)
         return decision is not None and decision[1] < self.threshold
@@ -266,7 +268,7 @@ def take_from_bundle(connection: Connection, version: Version, inputs: Sequence[
     Args:
         inputs: as in `make`; a bundle from elsewhere has none.
     """
-    found = part(version.manifest, "lineage").get("promise")
+    found = lineage_in(version.manifest).get("promise")
     if found is None or of_digest(connection, version.digest) is not None:
         return
     drawn = found.get("sureness") if isinstance(found, dict) else None
@@ -457,11 +459,11 @@ def _before(promise: Promise) -> str:
     return timestamp(datetime.now(UTC) - timedelta(seconds=promise.outcome_ttl))
 
 
-def _spec(connection: Connection, promise: Promise) -> JsonMapping:
+def _spec(connection: Connection, promise: Promise) -> TaskSpec:
     """The task in the manifest of the promise's version."""
     query = select(versions.c.manifest).where(versions.c.digest == promise.digest).limit(1)
-    manifest: JsonMapping = connection.execute(query).scalar_one()
-    return part(manifest, "task")
+    manifest: Manifest = connection.execute(query).scalar_one()
+    return task_in(manifest)
 
 
 def _read(value: JsonValue, given: str, labels: Sequence[str]) -> tuple[bool, str | None] | str:

@@ -34,10 +34,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from turret.errors import AdapterError, DataError
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonValue
+from turret.tasks.shapes import CalibrationSpec, SurenessSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import TypeIs
 
 FEWEST = 20  # validation examples; with fewer nothing is fitted
 FEWEST_TEMPERATURE = 50  # with fewer the temperature is 1
@@ -79,7 +81,7 @@ class Calibration:
             )
         return self.scores[math.ceil(rank * kept / n) - 1]  # of those that are kept, the first of at least this rank
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> CalibrationSpec:
         return {
             "temperature": self.temperature,
             "examples": self.examples,
@@ -282,7 +284,7 @@ class Sureness:
             return self.curve[-1] if self.curve else Decided(0.0, 0, 0)
         return next((each for each in reversed(self.curve) if each.threshold >= threshold), Decided(threshold, 0, 0))
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> SurenessSpec:
         """Lists, in the order of the fields of `Bin` and `Decided`."""
         return {
             "bins": [list(vars(each).values()) for each in self.bins],
@@ -333,11 +335,20 @@ class Confidences:
         return Sureness(reliability(self.sure, self.right), error_by_share(self.sure, self.right, kept))
 
 
-def stored_by_question(fitted: JsonValue) -> dict[str, JsonMapping]:
+def stored_by_question(
+    fitted: CalibrationSpec | dict[str, CalibrationSpec] | None,
+) -> dict[str, CalibrationSpec]:
     """The calibrations in a task's spec, by question; the question is "" where there is only one."""
     if not isinstance(fitted, dict):
         return {}
-    return {"": fitted} if not isinstance(fitted.get("temperature", {}), dict) else fitted
+    if _is_one(fitted):
+        return {"": fitted}
+    return fitted
+
+
+def _is_one(fitted: CalibrationSpec | dict[str, CalibrationSpec]) -> TypeIs[CalibrationSpec]:
+    """Whether it is a calibration, and not one for each of several questions."""
+    return not isinstance(fitted.get("temperature", {}), dict)
 
 
 def temperature_of(calibration: Calibration | None) -> float:

@@ -15,8 +15,8 @@ from turret.data import Conversation, Dataset, Example, Input, Prompt, Schema, T
 from turret.data.columns import COMPLETED
 from turret.data.conversations import conversation_in
 from turret.errors import AdapterError, DataError
-from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.chat_template import ChatTemplate, Rendered, Span, Tokenized
+from turret.tasks.shapes import TaskSpec
 from turret.tasks.task import Encoded, Task, TaskSettings, register
 from turret.tasks.text_answers import TextAnswers, conversations
 from turret.transformer import Tokenizer
@@ -238,7 +238,7 @@ class Chat(TextAnswers):
 
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
-    def spec(self) -> JsonObject:
+    def spec(self) -> TaskSpec:
         """Everything that prediction needs. A template is a program, so its digest is stored and not its text."""
         return {
             "kind": self.kind,
@@ -252,7 +252,7 @@ class Chat(TextAnswers):
         }
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
         """Raises AdapterError if the base's chat template is another than in training."""
         generation, plain = spec["generation"], spec["template"] == "plain"
         made = cls(

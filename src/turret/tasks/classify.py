@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 from turret.data import Dataset, Example, Input, Labelled, Schema, TextPair
 from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.tasks.calibration import Calibration, Confidences, fit, label_sets, temperature_of
+from turret.tasks.shapes import Answer, Generation, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import (
     SIDES,
     Decision,
@@ -170,7 +171,7 @@ class HeadAnswers(Protocol):
     inputs: TextInputs
 
     @classmethod
-    def printed(cls, spec: JsonMapping) -> str:
+    def printed(cls, spec: TaskSpec) -> str:
         return "print(logits.tolist())"
 
     @classmethod
@@ -182,7 +183,7 @@ class HeadAnswers(Protocol):
         return ()
 
     @classmethod
-    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+    def decisions(cls, spec: TaskSpec) -> Mapping[str, Decision]:
         return {}
 
     @classmethod
@@ -190,7 +191,7 @@ class HeadAnswers(Protocol):
         return "SEQ_CLS"
 
     @classmethod
-    def from_words(cls, spec: JsonMapping, texts: Sequence[str]) -> Sequence[Input]:
+    def from_words(cls, spec: TaskSpec, texts: Sequence[str]) -> Sequence[Input]:
         if not spec.get("pairs"):
             return texts
         if len(texts) % 2:
@@ -224,12 +225,12 @@ class HeadAnswers(Protocol):
         return examples
 
     def targets(self, examples: Sequence[Example]) -> Tensor: ...
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]: ...
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]: ...
 
-    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+    def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """The metrics of a data set by name, `loss` among them. logits: (B, num_labels)."""
 
-    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
+    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[Metrics, list[Answer]]:
         answers = self.answers(logits, [example.asked for example in examples])
         return self.metrics(logits, self.targets(examples)), answers
 
@@ -250,7 +251,7 @@ class HeadAnswers(Protocol):
         return self.inputs.tokenizer
 
     @property
-    def generation(self) -> JsonObject:
+    def generation(self) -> Generation:
         return {}
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -258,7 +259,7 @@ class HeadAnswers(Protocol):
 
     def judge_texts(
         self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
-    ) -> JsonObject:
+    ) -> Metrics:
         raise TypeError(f"{type(self).__name__} writes no text")
 
     def class_scores(self, logits: Tensor) -> Tensor:
@@ -269,27 +270,27 @@ class HeadAnswers(Protocol):
 
     @classmethod
     @abstractmethod
-    def judged(cls, answer: JsonMapping) -> Prediction: ...
+    def judged(cls, answer: Answer) -> Prediction: ...
 
     @abstractmethod
     def score(self, given: Prediction, example: Example) -> float: ...
 
-    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         return by_score(self, examples, answers)
 
-    def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
+    def numbers(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[float, float]]:
         return []
 
     @classmethod
-    def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
+    def certainty(cls, answer: Answer) -> tuple[float, float]:
         raise DataError("this task gives no probabilities, so no answer is surer than another")
 
     @classmethod
-    def decision(cls, answer: JsonMapping) -> tuple[str, float] | None:
+    def decision(cls, answer: Answer) -> tuple[str, float] | None:
         return None
 
 
-def output_names(names: Sequence[str]) -> JsonObject:
+def output_names(names: Sequence[str]) -> HeadConfig:
     """The entries of transformers' configuration that name the outputs of a head."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
 
@@ -385,12 +386,12 @@ class Classify(HeadAnswers):
         return len(labels) or None
 
     @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
+    def head_config(cls, spec: TaskSpec) -> HeadConfig:
         names = output_names(spec["labels"])
         return names | ({"problem_type": "multi_label_classification"} if spec.get("multi_label") else {})
 
     @classmethod
-    def printed(cls, spec: JsonMapping) -> str:
+    def printed(cls, spec: TaskSpec) -> str:
         if not spec.get("labels"):
             return super().printed(spec)
         if spec.get("multi_label"):
@@ -469,7 +470,7 @@ class Classify(HeadAnswers):
         found: list[int] = logits.argmax(-1).tolist()
         return found
 
-    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+    def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """accuracy, macro_f1, loss, ece and a report for each class. loss and ece are of the answers' probabilities.
 
         Args:
@@ -531,7 +532,7 @@ class Classify(HeadAnswers):
         logits = self.class_scores(logits).detach().double() / temperature
         return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         """`{"label", "probabilities"}` for each row. With `multi_label` the label is a list. logits: (B, C)."""
         rows = [dict(zip(self.labels, row, strict=True)) for row in self._probabilities(logits).tolist()]
         if self.multi_label:
@@ -540,14 +541,14 @@ class Classify(HeadAnswers):
         return [{"label": self.labels[i], "probabilities": row} for i, row in zip(chosen, rows, strict=True)]
 
     @classmethod
-    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+    def decisions(cls, spec: TaskSpec) -> Mapping[str, Decision]:
         """The class; with `multi_label` a predicate for each label, by its name."""
         if spec.get("multi_label"):
             return {str(label): Decision.among(SIDES) for label in spec["labels"]}
         return {"": Decision.among(spec["labels"])}
 
     @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
+    def judged(cls, answer: Answer) -> Prediction:
         label: Prediction = answer["label"]
         return label
 
@@ -555,7 +556,7 @@ class Classify(HeadAnswers):
         right = example.output
         return float(sorted(given) == sorted(right) if isinstance(given, list) else given == right)
 
-    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         """The wrong answers, the most confident first."""
         found = []
         for each in by_score(self, examples, answers):
@@ -564,7 +565,7 @@ class Classify(HeadAnswers):
         return sorted(found, key=lambda each: -(each.confidence or 0.0))
 
     @classmethod
-    def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
+    def certainty(cls, answer: Answer) -> tuple[float, float]:
         """The difference of the two highest probabilities, and that of the answer. With `multi_label`, of the label
         that is nearest to its threshold.
         """
@@ -576,20 +577,20 @@ class Classify(HeadAnswers):
         return first - second, float(chances[label])
 
     @classmethod
-    def decision(cls, answer: JsonMapping) -> tuple[str, float] | None:
+    def decision(cls, answer: Answer) -> tuple[str, float] | None:
         label = answer["label"]
         return None if isinstance(label, list) else (label, float(answer["probabilities"][label]))
 
     @classmethod
-    def line(cls, answer: JsonMapping) -> str:
+    def line(cls, answer: Answer) -> str:
         """The labels with their probabilities."""
         probabilities = answer["probabilities"]
         return "  ".join(f"{label} {probabilities[label]:.2f}" for label in _listed(answer["label"])) or "none"
 
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
-    def spec(self) -> JsonObject:
-        more: JsonObject = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
+    def spec(self) -> TaskSpec:
+        more: TaskSpec = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
         if self.pairs:
             more["pairs"] = True
         return more | {
@@ -602,8 +603,8 @@ class Classify(HeadAnswers):
         }
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
-        settings = {key: value for key, value in spec.items() if key not in ("kind", "labels")}
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
+        settings: JsonObject = {key: value for key, value in spec.items() if key not in ("kind", "labels")}
         if "calibration" in settings:
             settings["calibration"] = Calibration.from_json(settings["calibration"])
         return cls(spec["labels"], tokenizer, **settings)

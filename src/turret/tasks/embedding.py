@@ -15,9 +15,10 @@ from turret.data import Dataset, Example, Input, Related, Schema, Scored, TextPa
 from turret.data.cells import RowReader
 from turret.data.columns import PAIRED, TRIPLE, Roles
 from turret.errors import DataError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.tasks.classify import HeadAnswers, TextInputs
 from turret.tasks.regression import SPEARMAN, VALUES
+from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import (
     Embedding,
     Encoded,
@@ -147,7 +148,7 @@ class TextEmbedding(HeadAnswers):
         return None
 
     @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
+    def head_config(cls, spec: TaskSpec) -> HeadConfig:
         return {}
 
     @classmethod
@@ -155,15 +156,16 @@ class TextEmbedding(HeadAnswers):
         return HEADLESS
 
     @classmethod
-    def printed(cls, spec: JsonMapping) -> str:
+    def printed(cls, spec: TaskSpec) -> str:
         pooled = {"mean": "states.mean(0)", "first": "states[0]", "last": "states[-1]"}[str(spec["pooling"])]
-        cut = f"[:{max(spec['dimensions'])}]" if spec.get("dimensions") else ""
+        dimensions = spec.get("dimensions")
+        cut = f"[:{max(dimensions)}]" if dimensions else ""
         vector = f"{pooled}{cut}"
         vector = f"torch.nn.functional.normalize({vector}, dim=0)" if spec.get("normalize", True) else vector
         return f"print({vector}.tolist())"
 
     @classmethod
-    def from_words(cls, spec: JsonMapping, texts: Sequence[str]) -> Sequence[Input]:
+    def from_words(cls, spec: TaskSpec, texts: Sequence[str]) -> Sequence[Input]:
         return [TextPair(*texts)] if len(texts) == 2 else texts
 
     # --- texts to tokens ----------------------------------------------------------------------------------------------
@@ -219,7 +221,7 @@ class TextEmbedding(HeadAnswers):
 
     # --- metrics and answers ------------------------------------------------------------------------------------------
 
-    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
+    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[Metrics, list[Answer]]:
         """Metrics and answers. logits: the pooled hidden states of all texts (N, D)."""
         import torch
 
@@ -243,7 +245,7 @@ class TextEmbedding(HeadAnswers):
 
     def _judged(
         self, outputs: Tensor, examples: Sequence[Example], dimensions: int | None
-    ) -> tuple[JsonObject, list[JsonObject]]:
+    ) -> tuple[dict[str, float], list[Answer]]:
         import torch.nn.functional as F
 
         from turret.tasks import metrics
@@ -271,12 +273,12 @@ class TextEmbedding(HeadAnswers):
             for own, text, place in zip(similar, nearest, places, strict=True)
         ]
 
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         """`{"embedding"}` for a text, `{"value"}`, the cosine, for two. logits: pooled hidden states (N, D) of all."""
         import torch.nn.functional as F
 
         vectors = self.embedding.vectors(logits)
-        answers, start = list[JsonObject](), 0
+        answers, start = list[Answer](), 0
         for each in inputs:
             if isinstance(each, TextPair):
                 own = F.normalize(vectors[start : start + 2].double(), dim=-1)
@@ -288,7 +290,7 @@ class TextEmbedding(HeadAnswers):
         return answers
 
     @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
+    def judged(cls, answer: Answer) -> Prediction:
         if "embedding" in answer:
             return json.dumps(answer["embedding"])
         return str(answer.get("nearest") or f"{float(answer['value']):.6g}")
@@ -306,7 +308,7 @@ class TextEmbedding(HeadAnswers):
         )
         return [1 - (a - b) ** 2 / 2 for a, b in zip(z, y, strict=True)]
 
-    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         """The anchors whose nearest text is wrong, or the pairs whose places by cosine and by score differ most."""
         found = by_score(self, examples, answers)
         if any("place" not in answer for answer in answers):
@@ -318,7 +320,7 @@ class TextEmbedding(HeadAnswers):
         return self.scores([given], [example])[0]
 
     @classmethod
-    def line(cls, answer: JsonMapping) -> str:
+    def line(cls, answer: Answer) -> str:
         if "value" in answer:
             return f"{float(answer['value']):.3f}"
         vector = answer["embedding"]
@@ -326,7 +328,7 @@ class TextEmbedding(HeadAnswers):
 
     # --- stored with the adapter --------------------------------------------------------------------------------------
 
-    def spec(self) -> JsonObject:
+    def spec(self) -> TaskSpec:
         return {
             "kind": self.kind,
             "max_tokens": self.max_tokens,
@@ -338,8 +340,8 @@ class TextEmbedding(HeadAnswers):
         }
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
-        settings = {key: value for key, value in spec.items() if key not in ("kind", "loss")}
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
+        settings: JsonObject = {key: value for key, value in spec.items() if key not in ("kind", "loss")}
         return cls(tokenizer, **settings | {"objective": spec["loss"], "dimensions": spec["dimensions"] or ()})
 
 

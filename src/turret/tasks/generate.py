@@ -13,8 +13,9 @@ from turret.data import Dataset, Example, Input, Pair, Schema
 from turret.data.cells import RowReader
 from turret.data.columns import COMPLETED, SUMMARISED, Roles
 from turret.errors import DataError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.tasks.chat_template import base_prompt, rendered
+from turret.tasks.shapes import TaskSpec
 from turret.tasks.task import Encoded, TaskSettings, register
 from turret.tasks.text_answers import TextAnswers, conversations
 from turret.tasks.tokens import Tokens
@@ -246,7 +247,7 @@ class Generate(TextAnswers):
 
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
-    def spec(self) -> JsonObject:
+    def spec(self) -> TaskSpec:
         """Everything that prediction needs. The template is stored in full, because defaults may change."""
         return {
             "kind": self.kind,
@@ -260,9 +261,9 @@ class Generate(TextAnswers):
         }
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
         generation = spec["generation"]
-        settings = {key: value for key, value in spec.items() if key not in ("kind", "generation")}
+        settings: JsonObject = {key: value for key, value in spec.items() if key not in ("kind", "generation")}
         return cls(
             tokenizer, num_beams=generation["num_beams"], max_new_tokens=generation["max_new_tokens"], **settings
         )

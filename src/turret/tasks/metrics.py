@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from turret.json_types import JsonObject
+from turret.tasks.shapes import MetricValue
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 _LARGEST_EXPONENT = 700.0  # exp of more overflows, and JSON has no infinity
@@ -21,7 +21,7 @@ _LARGEST_EXPONENT = 700.0  # exp of more overflows, and JSON has no infinity
 ClassNumbers = Sequence[int] | Sequence[Sequence[int]]  # one class for each text, or a row of ones and zeros
 
 
-def one_class(given: Sequence[int], true: Sequence[int], labels: Sequence[str], loss: float) -> JsonObject:
+def one_class(given: Sequence[int], true: Sequence[int], labels: Sequence[str], loss: float) -> dict[str, MetricValue]:
     """Metrics of one class for each text. given, true: class numbers."""
     right = sum(g == t for g, t in zip(given, true, strict=True))
     report = _report(true, given, labels)
@@ -35,7 +35,7 @@ def one_class(given: Sequence[int], true: Sequence[int], labels: Sequence[str], 
 
 def many_classes(
     given: Sequence[Sequence[int]], true: Sequence[Sequence[int]], labels: Sequence[str], loss: float
-) -> JsonObject:
+) -> dict[str, MetricValue]:
     """Metrics of any number of classes for each text. Accuracy counts texts whose classes are all right.
 
     given, true: a row of ones and zeros for each text.

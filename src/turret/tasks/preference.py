@@ -14,8 +14,8 @@ from turret.data import Dataset, Example, Preferred, Schema, Turn
 from turret.data.columns import COMPARED
 from turret.data.conversations import preferred_in
 from turret.errors import DataError
-from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.chat import Chat
+from turret.tasks.shapes import Answer, Metrics, TaskSpec
 from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
 
@@ -127,14 +127,14 @@ class Preference(Chat):
     def guessing_loss(self, examples: Sequence[Example]) -> float | None:
         return math.log(2) if self.objective == "dpo" else None
 
-    def compared(self, margins: Sequence[float], loss: float) -> tuple[JsonObject, list[JsonObject]]:
+    def compared(self, margins: Sequence[float], loss: float) -> tuple[Metrics, list[Answer]]:
         """The metrics of some margins, and an answer for each: the answer that is more likely."""
         right = sum(each > 0 for each in margins)
         count = max(1, len(margins))
         metrics = {"accuracy": right / count, "margin": math.fsum(margins) / count, "loss": loss}
         return metrics, [{"label": CHOSEN if each > 0 else REJECTED, "margin": each} for each in margins]
 
-    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         """The pairs whose rejected answer is more likely, the lowest margin first."""
         found = []
         for row, (example, answer) in enumerate(zip(examples, answers, strict=True)):
@@ -144,19 +144,19 @@ class Preference(Chat):
         return sorted(found, key=lambda each: float(answers[each.row]["margin"]))
 
     @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
+    def judged(cls, answer: Answer) -> Prediction:
         return str(answer["label"] if "label" in answer else answer["text"])
 
     @classmethod
     def score(cls, given: Prediction, example: Example) -> float:
         return float(given == CHOSEN)
 
-    def spec(self) -> JsonObject:
-        own = {} if self.reference is None else {"reference": self.reference}
+    def spec(self) -> TaskSpec:
+        own: TaskSpec = {} if self.reference is None else {"reference": self.reference}
         return super().spec() | {"objective": self.objective, "beta": self.beta} | own
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
         made = super().from_spec(spec, tokenizer)
         made.objective, made.beta, made.reference = spec["objective"], float(spec["beta"]), spec.get("reference")
         return made

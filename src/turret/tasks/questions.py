@@ -16,7 +16,7 @@ from turret.data.cells import by_column, in_order, question_in
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.data.table import answer_to
 from turret.errors import DataError, listed, shown
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, stored_by_question, temperature_of
 from turret.tasks.classify import (
     ECE,
@@ -29,6 +29,7 @@ from turret.tasks.classify import (
     constant_loss,
     output_names,
 )
+from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec, numbers_in, parts_in
 from turret.tasks.task import Decision, Measure, Prediction, Task, TaskSettings, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
@@ -125,11 +126,11 @@ class Questions(HeadAnswers):
         return tuple(names)
 
     @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
+    def head_config(cls, spec: TaskSpec) -> HeadConfig:
         return output_names(spec["labels"])
 
     @classmethod
-    def printed(cls, spec: JsonMapping) -> str:
+    def printed(cls, spec: TaskSpec) -> str:
         ends = [(part.start, part.stop) for part in _parts(spec["labels"]).values()]
         return f"print([labels[start + int(logits[start:end].argmax())] for start, end in {ends}])"
 
@@ -197,7 +198,7 @@ class Questions(HeadAnswers):
             found += float(constant_loss(counts / len(targets)))
         return found
 
-    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+    def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """accuracy, the mean over texts of the share of right answers; macro_f1 and ece, means over questions; loss.
 
         And by question accuracy, macro_f1, loss, ece and the number of answers, and a report for each class. loss and
@@ -207,15 +208,15 @@ class Questions(HeadAnswers):
 
         losses, right = self._losses(self._tempered(logits), targets), targets.new_zeros(targets.shape)
         sure = self._sure(logits, targets)
-        by_question, classes = dict[str, JsonObject](), JsonObject()
+        by_question, classes = dict[str, dict[str, float]](), dict[str, Mapping[str, float]]()
         for place, (question, part) in enumerate(self.parts.items()):
             there = targets[:, place] != NONE
             given, true = logits[there, part].argmax(-1), targets[there, place]
             right[there, place] = (given == true).long()
             loss = float(losses[there, place].sum() / there.sum().clamp(min=1))
             found = metrics.one_class(given.tolist(), true.tolist(), self.labels[part], loss)
-            classes |= found.pop("per_class")
-            by_question[question] = found | {"ece": sure[question].error, "examples": len(true)}
+            classes |= parts_in(found, "per_class")
+            by_question[question] = numbers_in(found) | {"ece": sure[question].error, "examples": len(true)}
         return {
             "accuracy": float((right.sum(1) / _answered(targets)).mean()),
             "macro_f1": sum(each["macro_f1"] for each in by_question.values()) / len(by_question),
@@ -263,9 +264,9 @@ class Questions(HeadAnswers):
         }
         return task
 
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         """`{"answers": {question: {"label", "probabilities"}}}` for each row. logits: (B, C)."""
-        rows: list[JsonObject] = [{"answers": {}} for _ in range(len(logits))]
+        rows: list[Answer] = [{"answers": {}} for _ in range(len(logits))]
         tempered = self._tempered(logits)
         for question, part in self.parts.items():
             names = [label.removeprefix(answer_to(question, "")) for label in self.labels[part]]
@@ -278,7 +279,7 @@ class Questions(HeadAnswers):
         return rows
 
     @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
+    def judged(cls, answer: Answer) -> Prediction:
         """Each answer as `question: class`."""
         return [answer_to(question, each["label"]) for question, each in answer["answers"].items()]
 
@@ -287,7 +288,7 @@ class Questions(HeadAnswers):
         return sum(label in given for label in example.labels) / len(example.labels)
 
     @classmethod
-    def line(cls, answer: JsonMapping) -> str:
+    def line(cls, answer: Answer) -> str:
         """`topic: sport 0.93  urgent: no 0.81`."""
         answers = answer["answers"].items()
         return "  ".join(
@@ -300,16 +301,17 @@ class Questions(HeadAnswers):
         return tuple(_parts(labels))
 
     @classmethod
-    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+    def decisions(cls, spec: TaskSpec) -> Mapping[str, Decision]:
         parts = _parts(spec["labels"]).items()
         return {
             question: Decision.among([label.removeprefix(answer_to(question, "")) for label in spec["labels"][part]])
             for question, part in parts
         }
 
-    def spec(self) -> JsonObject:
+    def spec(self) -> TaskSpec:
         fitted = {question: each.to_json() for question, each in self.calibrations.items()}
-        return ({"calibration": fitted} if fitted else {}) | {
+        more: TaskSpec = {"calibration": fitted} if fitted else {}
+        return more | {
             "kind": self.kind,
             "labels": list(self.labels),
             "max_tokens": self.max_tokens,
@@ -320,9 +322,9 @@ class Questions(HeadAnswers):
         }
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
         other = ("kind", "labels", "multi_label", "calibration")
-        settings = {key: value for key, value in spec.items() if key not in other}
+        settings: JsonObject = {key: value for key, value in spec.items() if key not in other}
         stored = stored_by_question(spec.get("calibration")).items()
         fitted = {question: Calibration.from_json(each) for question, each in stored}
         return cls(spec["labels"], tokenizer, **settings, calibrations=fitted)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from turret.data import Dataset, Example, Input, Schema, Scored
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs, output_names
+from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import Measure, Mistake, Prediction, TaskSettings, by_score, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
@@ -47,19 +48,19 @@ class NumberAnswers(HeadAnswers):
     def num_labels(cls, labels: Sequence[str]) -> int | None:
         return 1
 
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         """`{"value"}` for each row."""
         return [{"value": value} for value in self.values(logits)]
 
     @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
+    def judged(cls, answer: Answer) -> Prediction:
         return f"{float(answer['value']):.6g}"
 
-    def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
+    def numbers(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[float, float]]:
         both = zip(examples, answers, strict=True)
         return [(value_of(example), float(answer["value"])) for example, answer in both]
 
-    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         """The answers that are not right, by the size of their residuals: answered less right."""
         found = []
         pairs = self.numbers(examples, answers)
@@ -136,11 +137,11 @@ class Regression(NumberAnswers):
         )
 
     @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
+    def head_config(cls, spec: TaskSpec) -> HeadConfig:
         return {"problem_type": "regression"} | output_names(["value"])
 
     @classmethod
-    def printed(cls, spec: JsonMapping) -> str:
+    def printed(cls, spec: TaskSpec) -> str:
         return f"print(float(logits[0]) * {float(spec['deviation'])!r} + {float(spec['mean'])!r})"
 
     @property
@@ -168,7 +169,7 @@ class Regression(NumberAnswers):
         found: list[float] = (logits.detach().double()[:, 0] * self.deviation + self.mean).tolist()
         return found
 
-    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+    def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """nearness, mae, rmse, pearson and spearman in units of the data; loss in units of the training values."""
         from turret.tasks import metrics
 
@@ -182,10 +183,10 @@ class Regression(NumberAnswers):
         return max(0.0, 1 - abs(float(str(given)) - value_of(example)) / (self.high - self.low))
 
     @classmethod
-    def line(cls, answer: JsonMapping) -> str:
+    def line(cls, answer: Answer) -> str:
         return f"{float(answer['value']):.4g}"
 
-    def spec(self) -> JsonObject:
+    def spec(self) -> TaskSpec:
         return {
             "kind": self.kind,
             "max_tokens": self.max_tokens,
@@ -198,8 +199,9 @@ class Regression(NumberAnswers):
         }
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
-        return cls(tokenizer, **{key: value for key, value in spec.items() if key != "kind"})
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
+        settings: JsonObject = {key: value for key, value in spec.items() if key != "kind"}
+        return cls(tokenizer, **settings)
 
 
 def value_of(example: Example) -> float:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from turret.data import Dataset, Example, Schema, Scored
 from turret.data.columns import PAIRED
 from turret.errors import DataError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.tasks.calibration import Calibration, Confidences, fit, temperature_of
 from turret.tasks.classify import ECE, LOSS, TextInputs, output_names
 from turret.tasks.regression import NumberAnswers, value_of
+from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import Measure, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
 
@@ -82,11 +83,11 @@ class Rerank(NumberAnswers):
         return cls(tokenizer, settings.max_tokens, highest=highest, prefix_text=settings.prefix_text)
 
     @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
+    def head_config(cls, spec: TaskSpec) -> HeadConfig:
         return output_names(["relevance"])
 
     @classmethod
-    def printed(cls, spec: JsonMapping) -> str:
+    def printed(cls, spec: TaskSpec) -> str:
         return "print(float(logits[0].sigmoid()))"
 
     @property
@@ -117,7 +118,7 @@ class Rerank(NumberAnswers):
         mean = self.targets(examples)[:, 0].double().mean()
         return float(torch.special.entr(mean) + torch.special.entr(1 - mean))
 
-    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+    def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """accuracy, loss and ece; mrr and ndcg, at 10, means over the queries that have a relevant passage here."""
         from turret.tasks import metrics
 
@@ -145,7 +146,7 @@ class Rerank(NumberAnswers):
         task.calibration = fit(logits, targets, multi_label=True, chose_weights=chose_weights)
         return task
 
-    def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
+    def numbers(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[float, float]]:
         """Both as shares of the highest relevance."""
         return [(right / self.highest, given) for right, given in super().numbers(examples, answers)]
 
@@ -154,21 +155,24 @@ class Rerank(NumberAnswers):
         return float((float(str(given)) >= RIGHT) == (_relevance(example) / self.highest >= RIGHT))
 
     @classmethod
-    def line(cls, answer: JsonMapping) -> str:
+    def line(cls, answer: Answer) -> str:
         return f"{float(answer['value']):.3f}"
 
-    def spec(self) -> JsonObject:
-        return {
+    def spec(self) -> TaskSpec:
+        spec: TaskSpec = {
             "kind": self.kind,
             "max_tokens": self.max_tokens,
             "prefix_text": self.inputs.prefix_text,
             "highest": self.highest,
             "pairs": True,
-        } | ({} if self.calibration is None else {"calibration": self.calibration.to_json()})
+        }
+        if self.calibration is not None:
+            spec["calibration"] = self.calibration.to_json()
+        return spec
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
-        settings = {key: value for key, value in spec.items() if key not in ("kind", "pairs")}
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
+        settings: JsonObject = {key: value for key, value in spec.items() if key not in ("kind", "pairs")}
         if "calibration" in settings:
             settings["calibration"] = Calibration.from_json(settings["calibration"])
         return cls(tokenizer, **settings)

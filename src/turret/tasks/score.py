@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from turret.data import Dataset, Example, Labelled, Schema
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError, counted, listed, shown
-from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.classify import TEXTS, Classify, output_names
 from turret.tasks.regression import MAE, NEARNESS, SPEARMAN
+from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import Decision, Measure, Mistake, Prediction, TaskSettings, register
 from turret.tasks.text_pairs import named
 from turret.transformer import Tokenizer
@@ -78,16 +78,16 @@ class Score(Classify):
         return len(labels) - 1 or None
 
     @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
+    def head_config(cls, spec: TaskSpec) -> HeadConfig:
         names = [f"above {label}" for label in spec["labels"][:-1]]
         return output_names(names)
 
     @classmethod
-    def printed(cls, spec: JsonMapping) -> str:
+    def printed(cls, spec: TaskSpec) -> str:
         return f"print({list(spec['labels'])!a}[int((logits.sigmoid().cummin(-1).values >= 0.5).sum())])"
 
     @classmethod
-    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+    def decisions(cls, spec: TaskSpec) -> Mapping[str, Decision]:
         return {"": Decision("score", tuple(spec["labels"]))}
 
     @property
@@ -130,7 +130,7 @@ class Score(Classify):
         found: list[int] = (logits.float().sigmoid().cummin(-1).values >= 0.5).sum(-1).tolist()
         return found
 
-    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+    def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """What a classifier has, and nearness, mae, quadratic_kappa and spearman of the numbers of the levels."""
         from turret.tasks import metrics
 
@@ -144,7 +144,7 @@ class Score(Classify):
             **super().metrics(logits, targets),
         }
 
-    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         """The wrong answers, by the number of levels between; of equal ones the most confident first."""
         found = []
         for each in super().worst(examples, answers):

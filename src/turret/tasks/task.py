@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self, TypeAlias, 
 from turret.data import Dataset, Example, Input, Schema, TextPair
 from turret.errors import AdapterError, DataError, shown
 from turret.families.family import Pooling
-from turret.json_types import JsonMapping, JsonObject, mapping_of
+from turret.json_types import JsonObject, mapping_of
 from turret.tasks.calibration import Calibration, Confidences
+from turret.tasks.shapes import Answer, Generation, HeadConfig, Metrics, TaskSpec
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Decision:
         return cls("choice", tuple(labels))
 
 
-def chances(answer: JsonMapping, decision: str) -> Mapping[str, float]:
+def chances(answer: Answer, decision: str) -> Mapping[str, float]:
     """The probability of each label of one decision in an answer. decision: a key of `Task.decisions`.
 
     Raises:
@@ -235,11 +236,11 @@ class Task(Protocol):
         """The task of a recipe's `[task]` and a data set, on a base of that kind of family."""
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
         """The task that `spec()` described."""
 
     @classmethod
-    def printed(cls, spec: JsonMapping) -> str:
+    def printed(cls, spec: TaskSpec) -> str:
         """Python for a card: a line that prints the answer in `logits` (C,), with `labels` if there are any."""
 
     @classmethod
@@ -255,19 +256,19 @@ class Task(Protocol):
         """The labels of a head whose outputs have these names, in order. Raises DataError if the task has no such."""
 
     @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
+    def head_config(cls, spec: TaskSpec) -> HeadConfig:
         """The head's keys in the configuration of a merged model, as transformers names them."""
 
     @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
+    def judged(cls, answer: Answer) -> Prediction:
         """The part of an answer that is scored: its label, its labels, its text or its number."""
 
     @classmethod
-    def line(cls, answer: JsonMapping) -> str:
+    def line(cls, answer: Answer) -> str:
         """An answer as one line on a screen."""
 
     @classmethod
-    def from_words(cls, spec: JsonMapping, texts: Sequence[str]) -> Sequence[Input]:
+    def from_words(cls, spec: TaskSpec, texts: Sequence[str]) -> Sequence[Input]:
         """What is asked by texts that follow one another on a command line. Raises DataError."""
 
     @classmethod
@@ -275,7 +276,7 @@ class Task(Protocol):
         """The questions that an answer answers, each with columns of its own in a table; empty if there is only one."""
 
     @classmethod
-    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+    def decisions(cls, spec: TaskSpec) -> Mapping[str, Decision]:
         """What an answer decides by probabilities of labels, by name; the only one has an empty name. May be empty."""
 
     # --- an instance -------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ class Task(Protocol):
     @property
     def calibration(self) -> Calibration | None: ...  # of all its probabilities, fitted on validation examples
 
-    def spec(self) -> JsonObject:
+    def spec(self) -> TaskSpec:
         """Everything that prediction needs, as JSON. `task_from_spec` makes an equal task from it."""
 
     def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]:
@@ -322,10 +323,10 @@ class Task(Protocol):
     def score(self, given: Prediction, example: Example) -> float:
         """How well a prediction fits the example, from 0 to 1."""
 
-    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         """What is wrong in these answers, the worst first."""
 
-    def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
+    def numbers(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[float, float]]:
         """The right number and the answered one of each example, for a plot; none if answers are no numbers."""
 
     def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]:
@@ -358,33 +359,33 @@ class Task(Protocol):
         """The labels of each row that together have this coverage, the most probable first. Raises DataError."""
 
     @classmethod
-    def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
+    def certainty(cls, answer: Answer) -> tuple[float, float]:
         """The margin of an answer, from 0 (as unsure as possible) to 1, and its probability. Raises DataError."""
 
     @classmethod
-    def decision(cls, answer: JsonMapping) -> tuple[str, float] | None:
+    def decision(cls, answer: Answer) -> tuple[str, float] | None:
         """The one label of an answer and its probability, which a promise is about; None for other answers."""
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """What `loss` takes for these examples: (B, ...), or of all tokens that are read (N,)."""
 
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         """One answer for each input. logits: (B, num_labels), or of all tokens that are read (N, num_labels)."""
 
-    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
+    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[Metrics, list[Answer]]:
         """The metrics of some examples by name, `loss` among them, and an answer for each. logits: as for `answers`."""
 
     # --- a task that is answered by a text, which the base generates token by token ----------------------------------
 
     @property
-    def generation(self) -> JsonObject: ...  # the arguments of transformers' `generate()`; empty if it generates none
+    def generation(self) -> Generation: ...  # the arguments of transformers' `generate()`; empty if it generates none
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, without special tokens."""
 
     def judge_texts(
         self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
-    ) -> JsonObject:
+    ) -> Metrics:
         """The metrics of generated texts by name, each with its references. mean_loss: over target tokens, if known."""
 
 
@@ -400,7 +401,7 @@ class ComparingTask(Task, Protocol):
     def margins(self, scores: Tensor, reference: Tensor | None, counts: Tensor) -> Tensor:
         """How much more likely the better answer is (B,)."""
 
-    def compared(self, margins: Sequence[float], loss: float) -> tuple[JsonObject, list[JsonObject]]:
+    def compared(self, margins: Sequence[float], loss: float) -> tuple[Metrics, list[Answer]]:
         """The metrics of some margins, and an answer for each."""
 
 
@@ -434,12 +435,12 @@ def task_of(kind: str) -> type[Task]:
     return TASKS[kind]
 
 
-def stored_task(spec: JsonMapping) -> type[Task]:
+def stored_task(spec: TaskSpec) -> type[Task]:
     """The task that a stored adapter's manifest names; `generate` if it names none, as PEFT's adapters do not."""
     return TASKS.get(str(spec.get("kind")), TASKS["generate"])
 
 
-def measuring(values: JsonMapping, kind: str | None = None) -> type[Task]:
+def measuring(values: Metrics, kind: str | None = None) -> type[Task]:
     """The task that these metrics are of: the one of that kind, or else the first one that has all of them."""
     if kind in TASKS:
         return TASKS[kind]
@@ -447,12 +448,12 @@ def measuring(values: JsonMapping, kind: str | None = None) -> type[Task]:
     return next((task for task in TASKS.values() if keys <= task.measures.keys()), TASKS["generate"])
 
 
-def main_metric(values: JsonMapping, kind: str | None = None) -> str | None:
+def main_metric(values: Metrics, kind: str | None = None) -> str | None:
     """The metric to show if there is room for one: the task's own, or else the loss; None if neither was measured."""
     return next((name for name in (measuring(values, kind).metric, "loss") if name in values), None)
 
 
-def measure_of(name: str, values: JsonMapping, kind: str | None = None) -> Measure:
+def measure_of(name: str, values: Metrics, kind: str | None = None) -> Measure:
     """How to show one of these metrics."""
     return measuring(values, kind).measures.get(name) or Measure(name.replace("_", " "))
 
@@ -463,12 +464,12 @@ class Scoring(Protocol):
     metric_label: ClassVar[str]
 
     @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction: ...
+    def judged(cls, answer: Answer) -> Prediction: ...
 
     def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]: ...
 
 
-def by_score(task: Scoring, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+def by_score(task: Scoring, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
     """The answers with a score below 1, the lowest first: `worst` of a task that has no better order."""
     found, every = [], [task.judged(answer) for answer in answers]
     both = zip(examples, every, task.scores(every, examples), strict=True)
@@ -517,7 +518,7 @@ def make_task(settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, fa
     return task_of(dataset.kind).make(settings, dataset, tokenizer, family_kind)
 
 
-def task_from_spec(spec: JsonMapping, tokenizer: Tokenizer) -> Task:
+def task_from_spec(spec: TaskSpec, tokenizer: Tokenizer) -> Task:
     """The task that a stored adapter was trained for. Raises AdapterError for a manifest that does not describe one."""
     try:
         return TASKS[spec["kind"]].from_spec(spec, tokenizer)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from turret.data import Example, Input, Prompt, TextPair
 from turret.errors import DataError
-from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import Calibration, Confidences
+from turret.tasks.shapes import Answer, Generation, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import Decision, Encoded, Measure, Mistake, Prediction, RequestKind, Task, by_score
 from turret.transformer import Tokenizer
 
@@ -64,7 +64,7 @@ class TextAnswers(Protocol):
     end: int
 
     @classmethod
-    def printed(cls, spec: JsonMapping) -> str:
+    def printed(cls, spec: TaskSpec) -> str:
         return ""  # its card decodes tokens
 
     @classmethod
@@ -72,7 +72,7 @@ class TextAnswers(Protocol):
         return ()
 
     @classmethod
-    def decisions(cls, spec: JsonMapping) -> Mapping[str, Decision]:
+    def decisions(cls, spec: TaskSpec) -> Mapping[str, Decision]:
         return {}
 
     @classmethod
@@ -110,11 +110,11 @@ class TextAnswers(Protocol):
         raise _no_head(self)
 
     @classmethod
-    def certainty(cls, answer: JsonMapping) -> tuple[float, float]:
+    def certainty(cls, answer: Answer) -> tuple[float, float]:
         raise DataError("a text has no probability, so no answer is surer than another")
 
     @classmethod
-    def decision(cls, answer: JsonMapping) -> tuple[str, float] | None:
+    def decision(cls, answer: Answer) -> tuple[str, float] | None:
         return None
 
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
@@ -123,18 +123,18 @@ class TextAnswers(Protocol):
     def targets(self, examples: Sequence[Example]) -> Tensor:
         raise _no_head(self)
 
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         raise _no_head(self)
 
-    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
+    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[Metrics, list[Answer]]:
         raise _no_head(self)
 
     @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
+    def head_config(cls, spec: TaskSpec) -> HeadConfig:
         return {}
 
     @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
+    def judged(cls, answer: Answer) -> Prediction:
         return str(answer["text"])
 
     @classmethod
@@ -144,21 +144,21 @@ class TextAnswers(Protocol):
 
         return max(rouge_l(str(given), each) for each in example.references)
 
-    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         return by_score(self, examples, answers)
 
-    def numbers(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[tuple[float, float]]:
+    def numbers(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[float, float]]:
         return []
 
     def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]:
         return [self.score(each, example) for each, example in zip(given, examples, strict=True)]
 
     @classmethod
-    def from_words(cls, spec: JsonMapping, texts: Sequence[str]) -> Sequence[Input]:
+    def from_words(cls, spec: TaskSpec, texts: Sequence[str]) -> Sequence[Input]:
         return texts
 
     @classmethod
-    def line(cls, answer: JsonMapping) -> str:
+    def line(cls, answer: Answer) -> str:
         """The text, with a note if it ends at the length limit."""
         return str(answer["text"]) + ("" if answer["finish_reason"] == "stop" else "  (cut at the length limit)")
 
@@ -178,14 +178,14 @@ class TextAnswers(Protocol):
 
     def judge_texts(
         self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
-    ) -> JsonObject:
+    ) -> Metrics:
         """rouge1, rouge2, rougeL and bleu; loss and perplexity if a mean loss is given."""
         from turret.tasks import metrics
 
         return metrics.texts(texts, references, mean_loss)
 
     @property
-    def generation(self) -> JsonObject:
+    def generation(self) -> Generation:
         """The arguments of transformers' `generate()`, whose own default is twenty tokens."""
         pad: int | None = self.tokenizer.pad_token_id
         return {

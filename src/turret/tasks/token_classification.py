@@ -23,9 +23,9 @@ from turret.data import Dataset, Example, Input, Schema, Tagged
 from turret.data.columns import SPANNED, TAGGED
 from turret.data.examples import Span, written_span
 from turret.errors import DataError, listed, shown
-from turret.json_types import JsonMapping, JsonObject
 from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, temperature_of
 from turret.tasks.classify import ECE, TEXTS, HeadAnswers, TextInputs, output_names
+from turret.tasks.shapes import Answer, HeadConfig, Metrics, SpanAnswer, TaskSpec
 from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
 from turret.transformer import Tokenizer
 
@@ -145,11 +145,11 @@ class TokenClassification(HeadAnswers):
         return found
 
     @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
+    def head_config(cls, spec: TaskSpec) -> HeadConfig:
         return output_names(_tags_of(spec["labels"]))
 
     @classmethod
-    def printed(cls, spec: JsonMapping) -> str:
+    def printed(cls, spec: TaskSpec) -> str:
         return "print(logits.argmax(-1).tolist())"
 
     @classmethod
@@ -280,7 +280,7 @@ class TokenClassification(HeadAnswers):
         shares = shares / shares.sum().clamp(min=1)
         return float(torch.special.entr(shares).sum())
 
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         """`{"spans": [{"label", "start", "end", "text", "probability"}]}` for each text.
 
         A span's probability is the mean of those of its words. logits: (N, C).
@@ -289,10 +289,10 @@ class TokenClassification(HeadAnswers):
             raise DataError("spans are places in a text: ask with the text, not with token ids")
         return self._answers(logits, inputs, temperature_of(self.calibration))
 
-    def _answers(self, logits: Tensor, inputs: Sequence[Input], temperature: float) -> list[JsonObject]:
+    def _answers(self, logits: Tensor, inputs: Sequence[Input], temperature: float) -> list[Answer]:
         best = (logits.float() / temperature).softmax(-1).max(-1)
         chosen, sure = best.indices.tolist(), best.values.tolist()
-        answers, at = list[JsonObject](), 0
+        answers, at = list[Answer](), 0
         for text in self.inputs.texts(inputs):
             words = self._read(text).words
             own = slice(at, at + len(words))
@@ -302,7 +302,7 @@ class TokenClassification(HeadAnswers):
 
     def _spans(
         self, text: str, words: Sequence[tuple[int, int]], tags: Sequence[int], sure: Sequence[float]
-    ) -> list[JsonObject]:
+    ) -> list[SpanAnswer]:
         found, chances = list[list[int]](), list[list[float]]()  # number of the label, start, end
         before = 0
         for (start, end), tag, chance in zip(words, tags, sure, strict=True):
@@ -325,7 +325,7 @@ class TokenClassification(HeadAnswers):
             for (number, start, end), own in zip(found, chances, strict=True)
         ]
 
-    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[JsonObject, list[JsonObject]]:
+    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[Metrics, list[Answer]]:
         """text_f1, precision, recall and F1 of all spans and by label, as seqeval counts them, loss and ece.
 
         A span is right if start, end and label are. loss is of the words, ece of the spans that are answered, both with
@@ -343,7 +343,7 @@ class TokenClassification(HeadAnswers):
             hits.update(label for _, _, label in own & right)
             scores.append(_f1(len(own & right), len(own), len(right)))
         every = _scores(hits.total(), given.total(), true.total())
-        metrics = {
+        metrics: Metrics = {
             "text_f1": sum(scores) / max(1, len(scores)),
             **every,
             "loss": float(self.loss(logits / temperature_of(self.calibration), targets)),
@@ -379,7 +379,7 @@ class TokenClassification(HeadAnswers):
         return task
 
     @classmethod
-    def judged(cls, answer: JsonMapping) -> Prediction:
+    def judged(cls, answer: Answer) -> Prediction:
         """Every span in words, as `Tagged.output` writes it."""
         return [written_span(_span(each), each["text"]) for each in answer["spans"]]
 
@@ -389,7 +389,7 @@ class TokenClassification(HeadAnswers):
         own, right = set(given), set(example.output)
         return _f1(len(own & right), len(own), len(right))
 
-    def worst(self, examples: Sequence[Example], answers: Sequence[JsonMapping]) -> list[Mistake]:
+    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         """The texts whose spans are not all right, the most wrong spans first: missed ones and wrong ones."""
         found = []
         for each in by_score(self, examples, answers):
@@ -400,12 +400,13 @@ class TokenClassification(HeadAnswers):
         return sorted(found, key=lambda each: -len(each.right) - len(each.given))
 
     @classmethod
-    def line(cls, answer: JsonMapping) -> str:
+    def line(cls, answer: Answer) -> str:
         spans = [f"{each['label']}: {each['text']} ({each['start']}-{each['end']})" for each in answer["spans"]]
         return "; ".join(spans) or "no spans"
 
-    def spec(self) -> JsonObject:
-        return ({} if self.calibration is None else {"calibration": self.calibration.to_json()}) | {
+    def spec(self) -> TaskSpec:
+        more: TaskSpec = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
+        return more | {
             "kind": self.kind,
             "labels": list(self.labels),
             "max_tokens": self.max_tokens,
@@ -413,7 +414,7 @@ class TokenClassification(HeadAnswers):
         }
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Self:
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
         made = cls(spec["labels"], tokenizer, spec["max_tokens"], spec["prefix_text"])
         if "calibration" in spec:
             made.calibration = Calibration.from_json(spec["calibration"])
@@ -424,7 +425,7 @@ def _tags_of(labels: Sequence[str]) -> tuple[str, ...]:
     return (OUTSIDE, *(f"{letter}-{label}" for label in labels for letter in "BI"))
 
 
-def _span(answered: JsonMapping) -> Span:
+def _span(answered: SpanAnswer) -> Span:
     return answered["start"], answered["end"], answered["label"]
 
 

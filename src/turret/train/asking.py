@@ -32,9 +32,9 @@ from turret.engine.scheduler import between_passes
 from turret.errors import AdapterError, BaseModelError
 from turret.families.family import Pooling
 from turret.fingerprint import within
-from turret.json_types import JsonMapping, JsonObject
 from turret.methods import Head
 from turret.tasks import Embedding, Task
+from turret.tasks.shapes import Answer, Generation, Metrics, number_of
 from turret.tasks.task import RequestKind
 from turret.tasks.tokens import Tokens
 from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRows, by_length
@@ -96,7 +96,7 @@ class Asking:
 
     def evaluate(
         self, examples: Sequence[Example], *, bare: bool = False, logits: Tensor | None = None
-    ) -> tuple[JsonObject, list[JsonObject]]:
+    ) -> tuple[Metrics, list[Answer]]:
         """The metrics on some examples, and an answer for each.
 
         Args:
@@ -113,7 +113,7 @@ class Asking:
             return losses, answers
         answers = self.texts([source for source, _ in rows], bare=bare)
         references = [example.references for example in examples]
-        return task.judge_texts([answer["text"] for answer in answers], references, losses["loss"]), answers
+        return task.judge_texts([answer["text"] for answer in answers], references, number_of(losses, "loss")), answers
 
     def logits(self, rows: Sequence[HeadRow], *, bare: bool = False) -> Tensor:
         """The outputs of the head for each row: (B, C) float32 on the CPU, or of all tokens that are read (N, C).
@@ -170,9 +170,7 @@ class Asking:
             found[places[each]] = torch.tensor(answer["embedding"])
         return found
 
-    def texts(
-        self, sources: Sequence[Tensor], *, bare: bool = False, new_tokens: int | None = None
-    ) -> list[JsonObject]:
+    def texts(self, sources: Sequence[Tensor], *, bare: bool = False, new_tokens: int | None = None) -> list[Answer]:
         """Generate a text for each source, with the task's settings.
 
         Args:
@@ -196,17 +194,17 @@ class Asking:
         needed = int(settings["num_beams"]) * self._cached(max(map(len, sources), default=0), answer)
         options = SamplingParams(max_tokens=new_tokens, min_tokens=new_tokens)
         found = self._ask("generate", sources, [options] * len(sources), needed, bare)
-        return [{key: each[key] for key in ("text", "finish_reason", "tokens")} for each in found]
+        return [
+            {"text": each["text"], "finish_reason": each["finish_reason"], "tokens": each["tokens"]} for each in found
+        ]
 
-    def answers(
-        self, inputs: Sequence[Input], *, bare: bool = False, coverage: float | None = None
-    ) -> list[JsonObject]:
+    def answers(self, inputs: Sequence[Input], *, bare: bool = False, coverage: float | None = None) -> list[Answer]:
         """The answer to each input; see `answers_and_cuts`."""
         return [answer for answer, _ in self.answers_and_cuts(inputs, bare=bare, coverage=coverage)]
 
     def answers_and_cuts(
         self, inputs: Sequence[Input], *, bare: bool = False, coverage: float | None = None
-    ) -> list[tuple[JsonObject, bool]]:
+    ) -> list[tuple[Answer, bool]]:
         """The answer to each input, and whether the input was cut because it is longer than the task's limit.
 
         Args:
@@ -255,7 +253,7 @@ class Asking:
         options: Sequence[SamplingParams],
         cache_tokens: int,
         bare: bool,
-    ) -> list[JsonObject]:
+    ) -> list[Answer]:
         """The answers, in order. The first error is raised, and cancels the other questions."""
         engine = self._started(cache_tokens)
         named = None if kind == "embed" and bare else self._held[0 if bare else -1]
@@ -323,10 +321,10 @@ def logits_of_each(base: Base, asked: Sequence[tuple[Adapter, Task, Sequence[Hea
 
 def _answered(
     engine: Engine, kind: RequestKind, asks: Sequence[tuple[Tensor, Named | None, SamplingParams]]
-) -> list[JsonObject]:
+) -> list[Answer]:
     """The answer to each row, in order. The first error is raised, and cancels the other rows."""
     with ExitStack() as stack:
-        tickets, found = [], []
+        tickets, found = [], list[Answer]()
         with engine.together():
             for source, named, own in asks:
                 tickets.append(engine.submit(kind, source.tolist(), named, own))
@@ -349,7 +347,7 @@ def _limits(batch_tokens: int, cache_tokens: int, running: int) -> Limits:
     )
 
 
-def _outputs(task: Task, answers: Sequence[JsonMapping]) -> Tensor:
+def _outputs(task: Task, answers: Sequence[Answer]) -> Tensor:
     """The outputs of a head in the answers of an engine, in order: (B, C), or of all tokens that are read (N, C)."""
     outputs = task.num_labels(task.labels) or 1
     return torch.cat([torch.tensor(answer["logits"]).reshape(-1, outputs) for answer in answers])
@@ -402,12 +400,12 @@ def _why_plain(base: Base, adapter: Adapter | None, generates: bool) -> str | No
     return None
 
 
-def _generated(model: Model, task: Task, sources: Sequence[Tensor], new_tokens: int | None) -> list[JsonObject]:
+def _generated(model: Model, task: Task, sources: Sequence[Tensor], new_tokens: int | None) -> list[Answer]:
     """A text for each source by transformers' `generate`. new_tokens: exactly so many for every text."""
     settings = task.generation
     if new_tokens is not None:
         settings = {**settings, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    answers: list[JsonObject] = [{} for _ in sources]
+    answers: list[Answer] = [{} for _ in sources]
     lengths = [len(source) + int(settings["max_new_tokens"]) for source in sources]
     for piece in by_length(lengths, max(1, MOST_TOKENS // int(settings["num_beams"]))):
         for start in range(0, len(piece), GENERATED_ROWS):
@@ -418,7 +416,7 @@ def _generated(model: Model, task: Task, sources: Sequence[Tensor], new_tokens: 
     return answers
 
 
-def _generated_rows(model: Model, task: Task, rows: Sequence[Tensor], settings: JsonMapping) -> list[JsonObject]:
+def _generated_rows(model: Model, task: Task, rows: Sequence[Tensor], settings: Generation) -> list[Answer]:
     encoder_decoder = model.config.is_encoder_decoder
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), int(settings["pad_token_id"]), dtype=torch.long)
@@ -434,7 +432,7 @@ def _generated_rows(model: Model, task: Task, rows: Sequence[Tensor], settings: 
         **settings,
     )
     eos = settings["eos_token_id"]
-    answers = []
+    answers = list[Answer]()
     for row in output[:, 1 if encoder_decoder else width :].tolist():
         ended = eos in row
         ids = row[: row.index(eos)] if ended else row

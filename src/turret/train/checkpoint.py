@@ -22,6 +22,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,6 +38,21 @@ OLDER = (1,)
 NAME = "checkpoint.safetensors"
 
 
+class Identity(TypedDict):
+    """What a run must have in common with the checkpoint that it resumes. parent, reference: digests of versions."""
+
+    recipe: str  # its hash
+    data: str
+    base: str
+    tokenizer: str  # digest of the base's
+    torch: str
+    transformers: str
+    world_size: int
+    device: NotRequired[str]
+    parent: NotRequired[str]
+    reference: NotRequired[str]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The content of a checkpoint file."""
@@ -50,7 +66,7 @@ def save(
     folder: Path,
     tensors: dict[str, Tensor],
     *,
-    identity: JsonMapping,
+    identity: Identity,
     layout: dict[str, list[int]],
     progress: JsonMapping,
 ) -> None:
@@ -73,7 +89,7 @@ def save(
         raise TrainingError(_write_failure(folder, error, tensors, int(progress["step"]), remaining)) from error
 
 
-def load(folder: Path, *, identity: JsonMapping) -> Checkpoint | None:
+def load(folder: Path, *, identity: Identity) -> Checkpoint | None:
     """The folder's checkpoint; None if there is none.
 
     Raises:

@@ -15,6 +15,7 @@ from turret.disk import sync
 from turret.errors import NotInstalled
 from turret.json_types import JsonObject
 from turret.notebook import Table, as_html, measured
+from turret.tasks.shapes import Metrics, number_of
 
 if TYPE_CHECKING:
     import matplotlib.axes
@@ -39,7 +40,7 @@ class StepRecord:
     seconds: float  # of this step, without its evaluation
     tokens_per_second: float
     rss: int  # resident bytes of the process after the step
-    metrics: JsonObject | None = None  # of an evaluation after this step
+    metrics: Metrics | None = None  # of an evaluation after this step
     split: str | None = None  # of those metrics: validation, or test (only reported, never used to choose)
     guessing: float | None = None  # the loss of guessing, if the latest losses are no better
 
@@ -131,11 +132,11 @@ class RunCurve(Sequence[StepRecord]):
             splits = dict.fromkeys(str(each.split) for each in seen)
             for split, color in zip(splits, ("tab:orange", "tab:green", "tab:red"), strict=False):
                 own = [each for each in seen if str(each.split) == split]
-                values = [float((each.metrics or {})[metric]) for each in own]
+                values = [number_of(each.metrics or {}, metric) for each in own]
                 label = f"{split} {metric}".replace("_", " ")
                 twin.plot([each.step for each in own], values, "o-", color=color, label=label)
             twin.set_ylabel(metric.replace("_", " "))
-            if all(0 <= float((each.metrics or {})[metric]) <= 1 for each in seen):
+            if all(0 <= number_of(each.metrics or {}, metric) <= 1 for each in seen):
                 twin.set_ylim(0, 1.05)
             more = twin.get_legend_handles_labels()
             lines, labels = [*lines, *more[0]], [*labels, *more[1]]

@@ -15,8 +15,8 @@ from turret.data import Example
 from turret.engine.scheduler import between_passes
 from turret.errors import DataError
 from turret.families.family import Pooling
-from turret.json_types import JsonObject
 from turret.tasks import ComparingTask, Task, compares
+from turret.tasks.shapes import Answer, Metrics
 from turret.tasks.task import shared_losses
 from turret.train.batches import EncodedRows, by_length
 from turret.train.preferences import compare_answers, still
@@ -31,7 +31,7 @@ def evaluate(
     *,
     most_tokens: int = 4096,
     slot: int | None = None,
-) -> tuple[JsonObject, list[JsonObject]]:
+) -> tuple[Metrics, list[Answer]]:
     """Score an attached model on some examples. Weights, random states and the model's mode do not change.
 
     Args:
@@ -114,7 +114,7 @@ def class_logits(
 
 def _preferences(
     model: Model, task: ComparingTask, items: EncodedRows, most_tokens: int, *, bare: bool
-) -> tuple[JsonObject, list[JsonObject]]:
+) -> tuple[Metrics, list[Answer]]:
     """The metrics of a task that compares two answers, and which of them is more likely in each example.
 
     The bare base is its own reference, so its answers are compared by themselves.

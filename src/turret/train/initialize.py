@@ -11,7 +11,7 @@ from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
 from turret.engine.protocol import OptimStep
 from turret.errors import AdapterError, TrainingError
-from turret.json_types import JsonObject
+from turret.manifest import Lineage
 from turret.recipe import Recipe, Train
 from turret.tasks import Task, stored_task
 from turret.train.adamw import AdamW, require_eight_bits
@@ -74,11 +74,11 @@ def fresh_modules(base: Base) -> tuple[str, ...]:
     return tuple(sorted({name.rpartition(".")[0] for name in base.fresh if not name.startswith(heads)}))
 
 
-def extracted(model: Model, base: Base, task: Task, lineage: JsonObject | None = None) -> Adapter:
+def extracted(model: Model, base: Base, task: Task, lineage: Lineage | None = None) -> Adapter:
     """The adapter that is attached to a model, as it is now, as one that is stored or asked."""
     tensors, head, method = adapters.extract(model)
     spec = task.spec()
-    return Adapter(method, tensors, head, base.info, spec, dict(spec.get("generation") or {}), lineage or {})
+    return Adapter(method, tensors, head, base.info, spec, spec.get("generation", {}), lineage or {})
 
 
 def optimiser_of(recipe: Recipe, base: Base) -> AdamW:

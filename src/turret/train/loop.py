@@ -26,10 +26,12 @@ from turret.bases import Base
 from turret.bases.sharded import digest_of, parts_of
 from turret.data import Dataset
 from turret.errors import CheckpointMismatch, Interrupted, LossNotFinite, TrainingError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
+from turret.manifest import FlatLossSpec, Lineage
 from turret.process import StopRequest
 from turret.recipe import Recipe
 from turret.tasks import Task, measuring
+from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import checkpoint, distributed, memory
 from turret.train.adamw import learning_rate, warmup_steps
@@ -136,7 +138,7 @@ def fit(
         raise
 
 
-def _metrics(run: TrainingRun) -> JsonObject:
+def _metrics(run: TrainingRun) -> Metrics:
     """The main process's evaluation. With a base in parts all processes compute it together."""
     here = run.slot.processes
     if parts_of(run.slot.model) == 1:
@@ -170,7 +172,7 @@ class FlatLoss:
         """The finding with its remedy, in one line."""
         return f"nothing was learnt: {self}; {self.remedy}"
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> FlatLossSpec:
         return {"loss": self.loss, "guessing": self.guessing}
 
 
@@ -226,7 +228,7 @@ class RunProgress:
     seconds: float = 0.0
     evaluate_seconds: float = 0.0
     best_step: int = 0
-    best_metrics: JsonObject | None = None
+    best_metrics: Metrics | None = None
     stale: int = 0  # evaluations since the best one
     gave_up: bool = False  # early stopping
     losses: list[float] = field(default_factory=list)  # of the latest WINDOW steps
@@ -335,7 +337,7 @@ class TrainingRun:
         each = every if isinstance(every, int) else self.schedule.steps_per_epoch
         return step % each == 0 or step == self.schedule.steps
 
-    def evaluate(self) -> JsonObject:
+    def evaluate(self) -> Metrics:
         """Metrics of the present weights on the watched examples."""
         assert self.watched is not None
         metrics, _ = evaluate(self.slot.model, self.task, self.watched, most_tokens=self.slot.most_tokens)
@@ -358,7 +360,7 @@ class TrainingRun:
         scale = self.slot.scale
         self.progress.scale = [] if scale is None else [scale.value, scale.good]
 
-    def judge(self, step: int, metrics: JsonObject, seconds: float) -> None:
+    def judge(self, step: int, metrics: Metrics, seconds: float) -> None:
         """Compare an evaluation with the best one so far. Only a validation split chooses, never the test split."""
         progress, train = self.progress, self.recipe.train
         progress.evaluate_seconds += seconds
@@ -381,7 +383,7 @@ class TrainingRun:
         rate: float,
         norm: float,
         seconds: float,
-        metrics: JsonObject | None,
+        metrics: Metrics | None,
     ) -> StepRecord:
         """The record of a step."""
         tokens = sum(item.tokens for item in batch)
@@ -411,8 +413,8 @@ class TrainingRun:
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _identity(self) -> dict[str, str | int]:
-        identity: dict[str, str | int] = {
+    def _identity(self) -> checkpoint.Identity:
+        identity: checkpoint.Identity = {
             "recipe": hashlib.sha256(self.recipe.to_toml().encode()).hexdigest(),
             "data": self.dataset.digest,
             "base": self.base.fingerprint,
@@ -423,23 +425,36 @@ class TrainingRun:
         }
         if self.slot.model.device.type != "cpu":  # another device rounds otherwise
             identity["device"] = self.slot.model.device.type
-        stored = {"parent": self.start, "reference": self.base.reference}
-        return identity | {role: each.digest for role, each in stored.items() if each is not None}
+        if self.start is not None:
+            identity["parent"] = self.start.digest
+        if self.base.reference is not None:
+            identity["reference"] = self.base.reference.digest
+        return identity
 
-    def _lineage(self) -> JsonObject:
+    def _lineage(self) -> Lineage:
         """Everything the weights depend on, and nothing that differs when the same training is repeated."""
-        lineage: JsonObject = {
-            key: value for key, value in self._identity().items() if key not in ("torch", "transformers")
+        identity = self._identity()
+        lineage: Lineage = {
+            "recipe": self.recipe.to_toml(),
+            "data": identity["data"],
+            "base": identity["base"],
+            "tokenizer": identity["tokenizer"],
+            "world_size": identity["world_size"],
         }
+        if "device" in identity:
+            lineage["device"] = identity["device"]
+        if "parent" in identity:
+            lineage["parent"] = identity["parent"]
+        if "reference" in identity:
+            lineage["reference"] = identity["reference"]
         libraries = {name: version(name) for name in LIBRARIES}
         libraries["python"] = platform.python_version()
-        lineage |= {"recipe": self.recipe.to_toml(), "seed": self.recipe.seed, "libraries": libraries}
-        lineage |= {"steps": self.progress.step, "lr": self.lr}
+        lineage |= {"seed": self.recipe.seed, "libraries": libraries, "steps": self.progress.step, "lr": self.lr}
         if self.progress.head_start is not None:
             lineage |= {"head_start": self.progress.head_start}
         if (flat := self.flat_loss()) is not None:
             lineage |= {"flat_loss": flat.to_json()}
-        return lineage if self.best_weights is None else {**lineage, "kept_step": self.progress.best_step}
+        return lineage if self.best_weights is None else lineage | {"kept_step": self.progress.best_step}
 
     def save(self) -> None:
         """Write the checkpoint, unless a weight is NaN or infinite. The main process writes, the others wait."""
@@ -581,10 +596,10 @@ class TrainingRun:
         return f"the state after step {step} is kept in {self.folder}" if step else "no checkpoint had been written yet"
 
 
-def merit(metrics: JsonMapping) -> tuple[float, float]:
+def merit(metrics: Metrics) -> tuple[float, float]:
     """The sort key of evaluations, larger is better: the task's own metric if it was measured, then a lower loss."""
-    loss = float(metrics["loss"])
-    return float(metrics.get(measuring(metrics).metric, 0.0)), -loss if math.isfinite(loss) else -math.inf
+    loss = number_of(metrics, "loss")
+    return number_in(metrics, measuring(metrics).metric) or 0.0, -loss if math.isfinite(loss) else -math.inf
 
 
 def checksum(tensors: Sequence[Tensor], known: Mapping[int, str] = MappingProxyType({})) -> str:

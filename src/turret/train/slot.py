@@ -22,15 +22,16 @@ from turret.bases.shared import share
 from turret.data import Dataset, Example, Input
 from turret.engine.core import Engine
 from turret.engine.protocol import Loss, OptimStep
-from turret.engine.request import Answer, Named, Ticket
+from turret.engine.request import Named, Ticket
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import TrainingError
-from turret.json_types import JsonObject
+from turret.manifest import Lineage
 from turret.methods import Method, by_name
 from turret.ops.dropout import Draws
 from turret.recipe import Recipe, Train
 from turret.recipe import Task as TaskSettings
 from turret.tasks import Task, make_task, task_of
+from turret.tasks.shapes import Answer
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, encode, pass_tokens
 from turret.train.distributed import ALONE, Processes
@@ -160,7 +161,7 @@ class LocalSlot:
                 loss=loss,
             )
 
-    def save(self, lineage: JsonObject | None = None) -> Adapter:
+    def save(self, lineage: Lineage | None = None) -> Adapter:
         return extracted(self.model, self.base, self.task, lineage or {"steps": self.steps})
 
     def load(self, adapter: Adapter) -> None:

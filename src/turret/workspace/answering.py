@@ -14,12 +14,13 @@ from turret.engine import untrained
 from turret.engine.core import Engine
 from turret.engine.untrained import Question, Untrained
 from turret.errors import AdapterError, BadReference, DataError, NotFound
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonMapping
 from turret.reference import Reference
 from turret.store import Store, Version, promises
 from turret.store.promises import Promise
 from turret.tasks import Task, stored_task, task_from_spec
 from turret.tasks.calibration import Calibration, require
+from turret.tasks.shapes import Answer
 from turret.train.asking import Asking
 from turret.transformer import Model
 from turret.workspace.progress import Say, silent
@@ -53,7 +54,7 @@ def check_options(version: Version, top: int, coverage: float | None) -> None:
     """Check before anything is loaded that the version gives what these options ask for."""
     if top < 1:
         raise DataError(f"--top {top}: expected 1 or more")
-    task = stored_task(version.part("task"))
+    task = stored_task(version.task)
     if top > 1 and not task.ranks_labels:
         raise AdapterError(f"{version} gives no probability of labels, which --top {top} needs: ask it without --top")
     if coverage is not None:
@@ -67,14 +68,14 @@ def require_coverage(version: Version, coverage: float) -> None:
         AdapterError: it has no calibration, or it generates text.
         DataError: its validation examples are too few for this coverage.
     """
-    spec = version.part("task")
+    spec = version.task
     task, fitted = stored_task(spec), spec.get("calibration")
     if not task.ranks_labels:
         raise AdapterError(f"{version} gives no probability of labels: ask it without coverage")
     require(None if fitted is None else Calibration.from_json(fitted), str(version)).threshold(coverage)
 
 
-def ranked_labels(answer: JsonMapping) -> list[tuple[str, float]]:
+def ranked_labels(answer: Answer) -> list[tuple[str, float]]:
     """The labels of an answer with their probabilities, the most probable first; none for a text."""
     probabilities = answer.get("probabilities")
     if not isinstance(probabilities, Mapping):
@@ -94,7 +95,7 @@ class Mounted:
     notes: tuple[str, ...] = ()  # of the base that was loaded
     promise: Promise | None = None  # of the version
 
-    def decided(self, answer: JsonObject) -> JsonObject:
+    def decided(self, answer: Answer) -> Answer:
         """The answer, with `abstain` if the version has a promise."""
         if self.promise is None:
             return answer
@@ -179,7 +180,7 @@ def predict(
     bare: bool = False,
     coverage: float | None = None,
     device: str = "auto",
-) -> list[JsonObject]:
+) -> list[Answer]:
     """One answer per text, in order."""
     if not texts:
         raise DataError("nothing to answer: give a text, or a file with at least one line")
@@ -195,7 +196,7 @@ def predict(
 
 def answers(
     ready: Mounted, texts: Sequence[Input], *, bare: bool = False, coverage: float | None = None
-) -> list[JsonObject]:
+) -> list[Answer]:
     """One answer per text, in order, from a mounted version.
 
     Args:

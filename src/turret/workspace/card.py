@@ -11,8 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from turret.bundles import gguf_lora
 from turret.errors import plainly
-from turret.json_types import JsonMapping, JsonValue, part
+from turret.json_types import JsonMapping, Setting
+from turret.manifest import Manifest, MethodSpec, base_in, lineage_in, method_in, task_in
 from turret.tasks import TASKS
+from turret.tasks.shapes import Metrics, SplitMetrics
 from turret.workspace.card_code import Place, inference, llama_cpp, on_hub_id, with_peft
 
 FOLDER = "FOLDER"  # the place of a card that does not know where its files will be
@@ -41,7 +43,7 @@ def card(
         tokenizer: whether the base's tokenizer is among the files.
     """
     manifest = shown["manifest"]
-    base, task = part(manifest, "base"), part(manifest, "task")
+    base, task = base_in(manifest), task_in(manifest)
     parts = [
         "\n".join(_front(manifest, form)),
         f"# {plainly(str(shown['version']))}",
@@ -53,7 +55,7 @@ def card(
             [
                 ("version", _code(shown["version"])),
                 ("digest", _code(shown["digest"])),
-                ("method", _code(_method(part(manifest, "method")))),
+                ("method", _code(_method(method_in(manifest)))),
                 ("task", _code(task.get("kind") or "not stated")),
                 *([("labels", ", ".join(map(_code, task["labels"])))] if task.get("labels") else []),
                 ("base", _code(base.get("id") or "not stated")),
@@ -61,7 +63,7 @@ def card(
                 *([("base quantization", _code(base["quantization"]))] if base.get("quantization") else []),
                 ("base fingerprint", _code(base.get("fingerprint") or "not known")),
                 ("licence of the base", _code(licence) if licence else "unknown: the base's files state none"),
-                ("data digest", _code(part(manifest, "lineage").get("data") or "not known")),
+                ("data digest", _code(lineage_in(manifest).get("data") or "not known")),
             ],
         ),
         "## Metrics",
@@ -73,9 +75,9 @@ def card(
     return "\n\n".join(parts) + "\n"
 
 
-def _front(manifest: JsonMapping, form: str) -> Iterator[str]:
+def _front(manifest: Manifest, form: str) -> Iterator[str]:
     """The YAML front matter that the Hub reads. Its values are written as JSON, which is YAML too."""
-    base, kind = on_hub_id(part(manifest, "base")), part(manifest, "task").get("kind")
+    base, kind = on_hub_id(base_in(manifest)), task_in(manifest).get("kind")
     yield "---"
     yield f"library_name: {LIBRARIES.get(form, 'peft')}"
     if base is not None:
@@ -86,7 +88,7 @@ def _front(manifest: JsonMapping, form: str) -> Iterator[str]:
     yield "---"
 
 
-def _method(method: JsonMapping) -> str:
+def _method(method: MethodSpec) -> str:
     words = [
         f"{key}={_short(value)}"
         for key, value in sorted(method.items())
@@ -95,15 +97,15 @@ def _method(method: JsonMapping) -> str:
     return " ".join([str(method.get("kind") or "not stated"), *words])
 
 
-def _short(value: JsonValue) -> str:
+def _short(value: Setting) -> str:
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _metrics(metrics: JsonMapping) -> str:
+def _metrics(metrics: SplitMetrics) -> str:
     rows = []
     for split in sorted(metrics):
-        values = part(metrics, split)
+        values = metrics[split]
         size = _examples(values)
         for name in sorted(values):
             value = values[name]
@@ -114,7 +116,7 @@ def _metrics(metrics: JsonMapping) -> str:
     return _table(("split", "examples", "metric", "value"), rows)
 
 
-def _examples(values: JsonMapping) -> str:
+def _examples(values: Metrics) -> str:
     """The number of measured examples, if the metrics state it: the supports of single-label classes add up to it."""
     if isinstance(values.get("examples"), int):
         return str(values["examples"])
@@ -127,7 +129,7 @@ def _examples(values: JsonMapping) -> str:
 def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *, tokenizer: bool) -> Iterator[str]:
     """How to load the files at `place`, and code that answers a text."""
     name = str(shown["version"]).partition("@")[0]
-    base, task = part(shown["manifest"], "base"), part(shown["manifest"], "task")
+    base, task = base_in(shown["manifest"]), task_in(shown["manifest"])
     files = Place(
         place,
         on_hub_id(base) or "BASE",
@@ -147,7 +149,7 @@ def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *
     yield "With Turret, which checks the base by its fingerprint:"
     brought = f"turret import {place} --name {name}" if place == FOLDER else f"turret pull {place} --name {name}"
     yield _block("console", f'{brought}\nturret predict {name} "a text"')
-    code, words = with_peft(part(shown["manifest"], "method"), task, task_type, files)
+    code, words = with_peft(method_in(shown["manifest"]), task, task_type, files)
     if code is not None:
         yield "With PEFT, which does not check the base:"
         if files.base == "BASE":
@@ -166,7 +168,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _code(value: JsonValue) -> str:
+def _code(value: Setting) -> str:
     """Text from outside as a code span on one line, which no character of it can end."""
     text = plainly(str(value)).replace("`", "'").replace("|", "/")
     return f"`{text[:200].strip() or ' '}`"

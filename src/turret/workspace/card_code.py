@@ -7,13 +7,14 @@ Loads no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from turret.json_types import JsonMapping, JsonValue, part
+from turret.manifest import BaseSpec, Manifest, MethodSpec, base_in, method_in, task_in
 from turret.methods import Method, method_named
 from turret.tasks import stored_task
 from turret.tasks.embedding import HEADLESS
+from turret.tasks.shapes import TaskSpec
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
@@ -44,7 +45,7 @@ class Place:
     four_bits: bool = False  # the base's linear layers were kept in 4 bits during training
 
 
-def inference(place: Place, task: JsonMapping, task_type: str | None, *, token_by_token: bool = False) -> str:
+def inference(place: Place, task: TaskSpec, task_type: str | None, *, token_by_token: bool = False) -> str:
     """Python that answers one text.
 
     Args:
@@ -75,7 +76,7 @@ def inference(place: Place, task: JsonMapping, task_type: str | None, *, token_b
     return "\n".join(lines)
 
 
-def llama_cpp(path: str, task: JsonMapping) -> str:
+def llama_cpp(path: str, task: TaskSpec) -> str:
     """Python that answers one text with llama-cpp-python. path: of the GGUF file of the adapter."""
     most = _generation(task).get("max_new_tokens", 128)
     lines = [
@@ -121,7 +122,7 @@ def _model(place: Place, auto: str, outputs: int | None, named: bool) -> Iterato
     yield f"model = PeftModel.from_pretrained(base, {place.adapter!a}).eval()"
 
 
-def _classify(task: JsonMapping) -> Iterator[str]:
+def _classify(task: TaskSpec) -> Iterator[str]:
     text = f"{_text(task, 'prefix_text')!a} + text" if _text(task, "prefix_text") else "text"
     if task.get("pairs"):
         yield 'text_pair = "a second text"'
@@ -133,7 +134,7 @@ def _classify(task: JsonMapping) -> Iterator[str]:
     yield stored_task(task).printed(task)
 
 
-def _decoder(task: JsonMapping, token_by_token: bool) -> Iterator[str]:
+def _decoder(task: TaskSpec, token_by_token: bool) -> Iterator[str]:
     head, tail = _template(task)
     most, template = _most(task), _text(task, "template")
     if template == CHAT:
@@ -175,7 +176,7 @@ def _ended(most: int) -> Iterator[str]:
     yield f"ids = torch.tensor([before[: {most} - len(after)] + after])"
 
 
-def _encoder_decoder(task: JsonMapping) -> Iterator[str]:
+def _encoder_decoder(task: TaskSpec) -> Iterator[str]:
     head, tail = _template(task)
     parts = " + ".join(part for part in (head and ascii(head), "text", tail and ascii(tail)) if part)
     yield f'ids = torch.tensor([tokenizer({parts}, truncation=True, max_length={_most(task)})["input_ids"]])'
@@ -183,7 +184,7 @@ def _encoder_decoder(task: JsonMapping) -> Iterator[str]:
     yield "print(tokenizer.decode(ids[0], skip_special_tokens=True).strip())"
 
 
-def _template(task: JsonMapping) -> tuple[str, str]:
+def _template(task: TaskSpec) -> tuple[str, str]:
     """What stands before and after the text."""
     template = _text(task, "template")
     if template == PLAIN_CHAT:
@@ -192,28 +193,28 @@ def _template(task: JsonMapping) -> tuple[str, str]:
     return head, tail
 
 
-def _generation(task: JsonMapping) -> dict[str, JsonValue]:
+def _generation(task: TaskSpec) -> dict[str, float]:
     found = task.get("generation")
-    known = found if isinstance(found, dict) else {}
-    return {key: known[key] for key in GENERATION if isinstance(known.get(key), (int, float))}
+    known: Mapping[str, object] = found if isinstance(found, dict) else {}
+    return {key: value for key in GENERATION if isinstance(value := known.get(key), (int, float))}
 
 
-def _words(settings: dict[str, JsonValue]) -> str:
+def _words(settings: Mapping[str, float]) -> str:
     return "".join(f", {key}={value!r}" for key, value in settings.items())
 
 
-def _text(task: JsonMapping, key: str) -> str:
+def _text(task: TaskSpec, key: str) -> str:
     value = task.get(key)
     return value if isinstance(value, str) else ""
 
 
-def _most(task: JsonMapping) -> int:
+def _most(task: TaskSpec) -> int:
     value = task.get("max_tokens")
     return value if isinstance(value, int) else 256
 
 
 def with_peft(
-    method: JsonMapping, task: JsonMapping, task_type: str | None, files: Place
+    method: MethodSpec, task: TaskSpec, task_type: str | None, files: Place
 ) -> tuple[str | None, Sequence[str]]:
     """Python that answers one text with PEFT, or None, and sentences that say why not, or what PEFT leaves out.
 
@@ -230,9 +231,9 @@ def with_peft(
     return inference(files, task, task_type, token_by_token=dropped is not None), [dropped] if dropped else []
 
 
-def exported_with_peft(manifest: JsonMapping, folder: str) -> tuple[str | None, Sequence[str]]:
+def exported_with_peft(manifest: Manifest, folder: str) -> tuple[str | None, Sequence[str]]:
     """As `with_peft`, for a version that `turret export` wrote to a folder. It opens no file of the version."""
-    base, method, task = part(manifest, "base"), part(manifest, "method"), part(manifest, "task")
+    base, method, task = base_in(manifest), method_in(manifest), task_in(manifest)
     named = method_named(method.get("kind")).peft_name or method.get("peft_type")
     task_type = stored_task(task).peft_type(encoder_decoder=task.get("family_kind") == "encoder-decoder")
     hub = on_hub_id(base)
@@ -246,12 +247,12 @@ def exported_with_peft(manifest: JsonMapping, folder: str) -> tuple[str | None, 
     return code, words
 
 
-def dropped_by_peft(method: type[Method], task: JsonMapping) -> str | None:
+def dropped_by_peft(method: type[Method], task: TaskSpec) -> str | None:
     """What PEFT's `generate()` leaves out of an adapter, in a sentence; None if it uses all of it."""
     return method.peft_generate if stored_task(task).generates else None
 
 
-def on_hub_id(base: JsonMapping) -> str | None:
+def on_hub_id(base: BaseSpec) -> str | None:
     """The base's id if it is on the Hub. A folder can have the name of a Hub id, but it has no commit."""
     name, revision = str(base.get("id")), str(base.get("revision"))
     return name if _HUB_ID.fullmatch(name) and _COMMIT.fullmatch(revision) else None

@@ -33,6 +33,7 @@ from turret.store import (
     Verified,
     Version,
 )
+from turret.tasks.shapes import Answer
 from turret.timestamp import to_minute
 from turret.workspace import experimenting, machine, promising, promoting, reading, training_runs
 from turret.workspace.examples import read_examples
@@ -105,9 +106,9 @@ class Workspace:
         rows = [
             (
                 str(each),
-                str(each.part("base").get("id")),
-                str(each.part("method").get("kind")),
-                str(each.part("task").get("kind")),
+                str(each.base.get("id")),
+                str(each.method.get("kind")),
+                str(each.task.get("kind")),
                 ", ".join(each.aliases),
                 to_minute(each.created),
             )
@@ -505,7 +506,7 @@ class Workspace:
         coverage: float | None = ...,
         device: str = ...,
         on_stage: Say | None = ...,
-    ) -> JsonObject: ...
+    ) -> Answer: ...
     @overload
     def predict(
         self,
@@ -516,7 +517,7 @@ class Workspace:
         coverage: float | None = ...,
         device: str = ...,
         on_stage: Say | None = ...,
-    ) -> Sequence[JsonObject]: ...
+    ) -> Sequence[Answer]: ...
     def predict(
         self,
         reference: str,
@@ -526,7 +527,7 @@ class Workspace:
         coverage: float | None = None,
         device: str = "auto",
         on_stage: Say | None = None,
-    ) -> JsonObject | Sequence[JsonObject]:
+    ) -> Answer | Sequence[Answer]:
         """One answer per text or conversation: a label with probabilities, or a generated text and why it ended.
 
         Args:

@@ -22,10 +22,11 @@ from turret.compare.results import (
 from turret.data import Example, Labelled
 from turret.data.table_writer import TableWriter
 from turret.errors import DataError, counted
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.store import Panel, Store, Version, promises
 from turret.tasks import Task, task_from_spec
 from turret.tasks.calibration import Confidences, calibration_error, reliability
+from turret.tasks.shapes import Answer, Metrics
 from turret.train.asking import Asking, logits_of_each
 from turret.train.batches import EncodedRows
 from turret.workspace.answering import mounted
@@ -120,8 +121,8 @@ class AnsweredSplit:
     """
 
     examples: Sequence[Example]
-    metrics: JsonObject
-    answers: Sequence[JsonObject]
+    metrics: Metrics
+    answers: Sequence[Answer]
     logits: Tensor | None
 
     def details(self, task: Task, places: Sequence[int]) -> Details:
@@ -152,7 +153,7 @@ def _details(
     examples: Sequence[Example],
     places: Sequence[int],
     known: Tensor | None,
-    answers: Sequence[JsonObject],
+    answers: Sequence[Answer],
 ) -> Details:
     """Mistakes, reliability and confusions. known: the logits of the examples, of a task with probabilities."""
     mistakes = tuple(replace(each, row=places[each.row]) for each in task.worst(examples, answers))
@@ -203,7 +204,7 @@ def _by_base(read: PanelData) -> list[list[Version]]:
     versions = {str(each.version): each.version for each in read.questions}
     bases = dict[tuple[str, str], list[Version]]()
     for version in versions.values():
-        base = version.part("base")
+        base = version.base
         bases.setdefault((str(base["fingerprint"]), str(base.get("quantization"))), []).append(version)
     return list(bases.values())
 
@@ -259,7 +260,7 @@ def _judged(store: Store, each: PanelQuestion, read: PanelData, asked: _Asked) -
     )
 
 
-def _confusion(task: Task, answers: Sequence[JsonMapping], right: Sequence[Sequence[str]]) -> Confusions:
+def _confusion(task: Task, answers: Sequence[Answer], right: Sequence[Sequence[str]]) -> Confusions:
     from turret.tasks import metrics
 
     given = [str(task.judged(answer)) for answer in answers]

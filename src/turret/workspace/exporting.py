@@ -36,13 +36,14 @@ from turret.bundles import gguf_lora
 from turret.bundles.bundle import FILES, read_config
 from turret.disk import describe_error, errno_of, exclusive_lock, permissions, sync
 from turret.errors import AdapterError, BaseModelError, StoreError
-from turret.json_types import JsonMapping
+from turret.manifest import BaseSpec
 from turret.methods import method_named
 from turret.process import StopRequest
 from turret.store import Store, Version, scratch
 from turret.store.scratch import BESIDE, LOADED, WorkingFolder
 from turret.tasks import stored_task, task_from_spec
 from turret.tasks.calibration import stored_by_question
+from turret.tasks.shapes import HeadConfig
 from turret.transformer import Model
 from turret.workspace.card import FOLDER, card
 from turret.workspace.card_code import dropped_by_peft
@@ -124,14 +125,14 @@ def write_files(
                 f"--lora-modules {version.name}=FOLDER"
             )
         _complete_bundle(version, folder, written)
-    fitted = stored_by_question(version.part("task").get("calibration"))
+    fitted = stored_by_question(version.task.get("calibration"))
     hot = [f"{float(each['temperature']):.4g}{f' ({name})' if name else ''}" for name, each in fitted.items()]
     if hot:
         written.notes.append(
             "other libraries give its probabilities without the temperature: divide the logits by " + ", ".join(hot)
         )
     shown = store.show(str(version))
-    licence = licence_of(str(version.part("base").get("id") or ""))
+    licence = licence_of(str(version.base.get("id") or ""))
     task_type = _task_type(stored, loaded_by_peft=form != "merged")
     text = card(shown, licence, form, task_type, written.notes, place=place, tokenizer=written.tokenizer)
     (folder / CARD).write_text(text, encoding="utf-8")
@@ -140,14 +141,14 @@ def write_files(
 
 def _complete_bundle(version: Version, folder: Path, written: Written) -> None:
     """Add the base's tokenizer, and warn of what other tools do not do."""
-    problem = _copy_tokenizer(version.part("base"), folder)
+    problem = _copy_tokenizer(version.base, folder)
     written.tokenizer = problem is None
     written.warnings += [problem] if problem else []
-    if dropped := dropped_by_peft(method_named(version.part("method").get("kind")), version.part("task")):
+    if dropped := dropped_by_peft(method_named(version.method.get("kind")), version.task):
         written.warnings.append(dropped)
 
 
-def _copy_tokenizer(base: JsonMapping, folder: Path) -> str | None:
+def _copy_tokenizer(base: BaseSpec, folder: Path) -> str | None:
     """Copy the files of the base's tokenizer, as they are. Returns why there are none."""
     try:
         source, _ = bases.small_files(base["id"], base.get("revision"))
@@ -269,7 +270,7 @@ def _dtype_of(base_id: str) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if (config.get("dtype") or config.get("torch_dtype")) == "bfloat16" else "float32"
 
 
-def _set_config(model: Model, changes: JsonMapping) -> None:
+def _set_config(model: Model, changes: HeadConfig) -> None:
     """Write the head's settings, such as labels, into the model's configuration."""
     model.config = copy.deepcopy(model.config)
     model.config.update(changes)

@@ -20,11 +20,11 @@ from torch import Tensor
 from turret import adapters
 from turret.adapters import packed
 from turret.errors import TurretError
-from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.reference import Reference
 from turret.store import Store, Version
 from turret.tasks import stored_task, task_from_spec
+from turret.tasks.shapes import Metrics, MetricValue
 from turret.train.batches import EncodedRows, spread
 from turret.train.evaluation import evaluating, example_losses
 from turret.transformer import Model, Tokenizer
@@ -177,9 +177,9 @@ class Forgetting:
     tasks: Mapping[str, Increase] | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
 
-    def as_json(self) -> JsonObject:
+    def as_json(self) -> Metrics:
         """The metrics of the split `forgetting`. `tasks` is the largest increase; 0 if there is no other task."""
-        found: JsonObject = _numbers("neutral", self.neutral)
+        found: dict[str, MetricValue] = _numbers("neutral", self.neutral)
         if self.tasks is not None:
             worst = max(self.tasks.values(), key=lambda each: each.increase, default=None)
             found |= (
@@ -196,7 +196,7 @@ class Forgetting:
         return found
 
 
-def _numbers(name: str, each: Increase) -> JsonObject:
+def _numbers(name: str, each: Increase) -> dict[str, MetricValue]:
     return {
         name: each.increase,
         f"{name}_low": each.low,
@@ -209,7 +209,7 @@ def _numbers(name: str, each: Increase) -> JsonObject:
 
 def is_defined(version: Version) -> bool:
     """Whether a version has forgetting: one that classifies answers through a head of its own."""
-    return stored_task(version.part("task")).generates
+    return stored_task(version.task).generates
 
 
 def on_neutral_texts(model: Model, tokenizer: Tokenizer) -> Forgetting:
@@ -264,31 +264,29 @@ def others(store: Store, version: Version) -> list[Version]:
 
     Those with an alias come first, then the newest.
     """
-    base = version.part("base").get("fingerprint")
+    base = version.base.get("fingerprint")
     names = dict.fromkeys(each.name for each in store.list() if each.name != version.name and each.comparison is None)
     found = sorted((store.resolve(Reference(name)) for name in names), key=lambda each: each.created, reverse=True)
     fitting = [
         each
         for each in sorted(found, key=lambda each: not each.aliases)
-        if each.part("base").get("fingerprint") == base
-        and is_defined(each)
-        and isinstance(each.part("lineage").get("recipe"), str)
+        if each.base.get("fingerprint") == base and is_defined(each) and isinstance(each.lineage.get("recipe"), str)
     ]
     return fitting[:MOST_TASKS]
 
 
-def is_current(measured: JsonMapping, expected: Sequence[Version]) -> bool:
+def is_current(measured: Metrics, expected: Sequence[Version]) -> bool:
     """Whether stored metrics of forgetting cover these versions of other tasks."""
-    seen = {**(measured.get("against") or {}), **(measured.get("skipped") or {})}
-    return "tasks" in measured and set(seen) == {str(each) for each in expected}
+    seen = {each for name in ("against", "skipped") if isinstance(part := measured.get(name), Mapping) for each in part}
+    return "tasks" in measured and seen == {str(each) for each in expected}
 
 
 def _on_task(store: Store, other: Version, model: Model, tokenizer: Tokenizer) -> Increase:
     """On test examples of another version's task, as that task writes its prompts."""
-    recipe = Recipe.from_toml(str(other.part("lineage")["recipe"]))
+    recipe = Recipe.from_toml(str(other.lineage["recipe"]))
     dataset = read_dataset(store, recipe)
     examples = dataset.test or dataset.validation or dataset.train
-    its_task = task_from_spec(other.part("task"), tokenizer)
+    its_task = task_from_spec(other.task, tokenizer)
     items = EncodedRows(its_task, [examples[place] for place in spread(len(examples), EXAMPLES)])
     own = example_losses(model, its_task, items)
     return Increase.of(own, example_losses(model, its_task, items, slot=adapters.BARE))

@@ -9,6 +9,7 @@ from turret.arguments import checked_methods
 from turret.disk import describe_error
 from turret.errors import StoreError
 from turret.json_types import JsonMapping
+from turret.manifest import BaseSpec
 from turret.recipe import name_from
 from turret.store import Store, scratch
 from turret.workspace.progress import Say, silent
@@ -82,7 +83,7 @@ class Hub:
             changed=made.changed,
             files=files,
             notes=written.notes,
-            warnings=[*written.warnings, *_elsewhere(version.part("base"))],
+            warnings=[*written.warnings, *_elsewhere(version.base)],
         )
 
     def pull(
@@ -131,7 +132,7 @@ class Hub:
         return importing.import_adapter(self._store, hub_id, named, request, on_stage or silent)
 
 
-def _elsewhere(base: JsonMapping) -> list[str]:
+def _elsewhere(base: BaseSpec) -> list[str]:
     """A warning if other machines cannot find the base by the id in the files."""
     known = str(base.get("id") or "")
     if base.get("revision") or known.startswith("pypi:"):

@@ -28,13 +28,15 @@ from turret.bundles.bundle import CONFIG, WEIGHTS, named_for, read_config
 from turret.data import Dataset, Labelled, TextPair
 from turret.disk import describe_error
 from turret.errors import AdapterError, BaseModelError, RecipeError, StoreError
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonValue
+from turret.manifest import AdapterConfig, ImportedFiles, Lineage
 from turret.recipe import Recipe
 from turret.recipe import Task as TaskSettings
 from turret.reference import check_name
 from turret.store import Store, Version, scratch
 from turret.tasks import TASKS, Task, make_task, task_from_spec, task_of
 from turret.tasks.embedding import HEADLESS
+from turret.tasks.shapes import TaskSpec
 from turret.tasks.task import kinds
 from turret.train.adapter_effect import AdapterEffect, effect_of
 from turret.train.batches import EncodedRow, EncodedRows
@@ -127,7 +129,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
 
 
 def _convert(
-    brought: fetch.Fetched, config: JsonMapping, working: Path, request: ImportRequest, say: Say
+    brought: fetch.Fetched, config: AdapterConfig, working: Path, request: ImportRequest, say: Say
 ) -> tuple[fetch.Fetched, str]:
     """Convert another PEFT method to LoRA. PEFT reads the adapter, on its base in float32.
 
@@ -136,7 +138,7 @@ def _convert(
     """
     base_id = request.base or config.get("base_model_name_or_path")
     kind = request.task or TASK_TYPES.get(str(config.get("task_type")))
-    if not base_id or kind not in TASKS:
+    if not isinstance(base_id, str) or not base_id or kind not in TASKS:
         raise AdapterError("a conversion to LoRA needs its base and task: give --base and --task")
     say(f"converting {config.get('peft_type')} to LoRA on {base_id}")
     labels = request.labels or ()
@@ -179,7 +181,7 @@ def _refuse_settings(request: ImportRequest) -> None:
         raise RecipeError(f"this is a bundle, which states its task and labels itself: leave {', '.join(given)} out")
 
 
-def _kind(adapter: Adapter, config: JsonMapping, request: ImportRequest) -> str:
+def _kind(adapter: Adapter, config: AdapterConfig, request: ImportRequest) -> str:
     """The kind of task: from the bundle, the request, PEFT's task_type, or the presence of a head."""
     stated = adapter.task.get("kind") or request.task or TASK_TYPES.get(str(config.get("task_type")))
     kind = stated or ("classify" if adapter.head else None)
@@ -199,14 +201,18 @@ def _load(base_id: str, kind: str, request: ImportRequest, quantization: Quantiz
         raise type(error)(f"{error}; or give the adapter's base with --base") from error
 
 
-def _origin(brought: fetch.Fetched, config: JsonMapping) -> JsonObject:
+def _origin(brought: fetch.Fetched, config: AdapterConfig) -> Lineage:
     """The lineage of an imported adapter: the digests of its files, PEFT's version and the Hub's commit."""
     files = {}
     for name in (CONFIG, WEIGHTS):
         with (brought.folder / name).open("rb") as file:
             files[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    known = {"peft_version": config.get("peft_version"), "hub_commit": brought.revision}
-    return {"imported": {"sha256": files, **{key: str(value)[:80] for key, value in known.items() if value}}}
+    imported: ImportedFiles = {"sha256": files}
+    if made_with := config.get("peft_version"):
+        imported["peft_version"] = str(made_with)[:80]
+    if brought.revision:
+        imported["hub_commit"] = brought.revision[:80]
+    return {"imported": imported}
 
 
 def _completed(given: Adapter, kind: str, base: Base, name: str, request: ImportRequest, notes: list[str]) -> Adapter:
@@ -226,7 +232,7 @@ def _completed(given: Adapter, kind: str, base: Base, name: str, request: Import
     spec = make_task(settings, dataset, base.tokenizer, base.family.kind).spec()
     method = given.method.of_tensors(given.tensors)
     tensors, head = ({key: each.float() for key, each in part.items()} for part in (given.tensors, head))
-    return Adapter(method, tensors, head, base.info, spec, dict(spec.get("generation") or {}), given.lineage)
+    return Adapter(method, tensors, head, base.info, spec, spec.get("generation", {}), given.lineage)
 
 
 def _settings(request: ImportRequest) -> Iterator[tuple[str, JsonValue]]:
@@ -326,7 +332,7 @@ def probe_items(task: Task) -> list[EncodedRow]:
     return EncodedRows(task, examples).take(range(len(PROBE)))
 
 
-def _check_task(spec: JsonMapping, base: Base) -> None:
+def _check_task(spec: TaskSpec, base: Base) -> None:
     """Raise AdapterError unless a bundle's task is valid for a recipe and for this kind of base."""
     kind = base.family.kind
     if spec.get("family_kind", kind) != kind:

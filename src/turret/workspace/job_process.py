@@ -27,6 +27,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
 from turret.store.jobs import Job
+from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.train.curve import StepRecord
 from turret.workspace import training
 from turret.workspace.child_process import (
@@ -141,7 +142,7 @@ def callbacks_for(say: Say, sign: Callable[[StepRecord | None], None]) -> traini
     return training.Callbacks(on_record, stage=on_stage, warning=say)
 
 
-def _shown(metrics: dict[str, float]) -> str:
+def _shown(metrics: Metrics) -> str:
     numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
     return ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
 
@@ -210,7 +211,8 @@ def _trained(
         trial.callbacks.record(record)
         if spec["kind"] == TRIAL and record.metrics is not None:
             known = (kept_files.read(folder / "evaluations.json") or {"evaluations": []})["evaluations"]
-            value = record.metrics.get(spec["metric"], -record.metrics["loss"])
+            measured = number_in(record.metrics, spec["metric"])
+            value = -number_of(record.metrics, "loss") if measured is None else measured
             new = [*(each for each in known if each[0] < record.step), [record.step, value]]
             files.write(folder / "evaluations.json", {"evaluations": new})
 

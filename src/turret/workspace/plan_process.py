@@ -60,7 +60,7 @@ def _promise(store: Store, asked: JsonMapping) -> None:
     from turret.workspace import promising
 
     version, folder = store.resolve(asked["version"]), Path(asked["folder"])
-    text = str(version.part("lineage").get("recipe") or "")
+    text = str(version.lineage.get("recipe") or "")
     recipe = Recipe.from_toml(text) if text else None
     sent = recipe is not None and is_sent_source(recipe.data.source)  # else a recipe could name a file of this machine
     if not asked["table"] and not sent:

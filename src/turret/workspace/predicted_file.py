@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from turret.data.dataset import Row, Rows
 from turret.data.table_writer import TableWriter, check_target, form_of
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.store import Store, Version, promises
 from turret.tasks import Task, stored_task
+from turret.tasks.shapes import Answer, TaskSpec
 from turret.workspace.answering import PredictOptions, check_options, ranked_labels
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_rows
@@ -45,7 +46,7 @@ def predict_file(
     form = form_of(source, rows.table.found, (row.cells for row in first), path)
     with store.database().reading() as connection:
         promised = promises.of_digest(connection, version.digest) is not None and not request.bare
-    names = _names(rows.table.columns, version.part("task"), request, promised=promised)
+    names = _names(rows.table.columns, version.task, request, promised=promised)
     new = [key for key in names if key != "row"]
     counts = dict.fromkeys(("rows", BLANK, CUT, PERSON), 0)
     with (
@@ -97,7 +98,7 @@ def _answered(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> I
         yield _values(ready.task, answer, request.top) | {"flags": [CUT] if cut else []} | person
 
 
-def _values(task: Task, answer: JsonMapping, top: int) -> JsonObject:
+def _values(task: Task, answer: Answer, top: int) -> JsonObject:
     given = task.judged(answer)
     whole = next((answer[key] for key in ("value", "embedding") if key in answer), given)
     values: JsonObject = {"predicted": whole, "finish_reason": answer.get("finish_reason")}
@@ -114,7 +115,7 @@ def _values(task: Task, answer: JsonMapping, top: int) -> JsonObject:
     return values
 
 
-def _names(columns: Sequence[str], spec: JsonMapping, request: PredictOptions, *, promised: bool) -> dict[str, str]:
+def _names(columns: Sequence[str], spec: TaskSpec, request: PredictOptions, *, promised: bool) -> dict[str, str]:
     """The new columns by key. promised: whether the version has a promise."""
     task = stored_task(spec)
     asked = task.questions(spec.get("labels") or ())

@@ -28,6 +28,7 @@ from turret.store.promise_inputs import InputWatch
 from turret.store.promises import ALARM, NEVER, ROLLBACK, STRICTER, WHEN_BROKEN, Promise, Terms
 from turret.tasks import Task, stored_task
 from turret.tasks.calibration import Confidences, Sureness
+from turret.tasks.shapes import Answer, TaskSpec
 from turret.timestamp import to_minute
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, read_labelled
@@ -167,7 +168,7 @@ def make(store: Store, reference: str, request: PromiseRequest, say: Say) -> Pro
     from turret.experiments.risk_control import Bound
 
     version = store.resolve(reference)
-    spec = version.part("task")
+    spec = version.task
     labels = [str(each) for each in spec.get("labels") or ()]
     require_decisions(stored_task(spec), spec, str(version))
     bound = Bound.parse(request.metric, request.error, request.confidence, labels)
@@ -185,11 +186,11 @@ def make(store: Store, reference: str, request: PromiseRequest, say: Say) -> Pro
     return replace(done, all_wrong=sureness.at(None).error, notes=(*held.notes, *notes))
 
 
-def require_decisions(task: type[Task], spec: JsonMapping, version: str) -> None:
+def require_decisions(task: type[Task], spec: TaskSpec, version: str) -> None:
     """Raise AdapterError unless the answers of a version are one label with a probability."""
     labels = [str(each) for each in spec.get("labels") or ()]
-    label: JsonValue = labels if spec.get("multi_label") else next(iter(labels), "")
-    sample = {"label": label, "probabilities": dict.fromkeys(labels, 1.0)}
+    label = labels if spec.get("multi_label") else next(iter(labels), "")
+    sample: Answer = {"label": label, "probabilities": dict.fromkeys(labels, 1.0)}
     if not task.calibrates or task.decision(sample) is None:
         raise AdapterError(
             f"{version} cannot make a promise: its answers are not one label with a probability, as those of classify, "
@@ -201,7 +202,7 @@ def chosen(
     bound: Bound,
     held: HeldOut,
     task: Task,
-    answers: Sequence[JsonMapping],
+    answers: Sequence[Answer],
     request: PromiseRequest,
     version: str,
 ) -> tuple[Terms, Sureness]:
@@ -307,7 +308,7 @@ def _kept(store: Store, version: Version, say: Say) -> HeldOut:
     """The examples that the version's training held out: the test split, which chose nothing."""
     from turret.recipe import Recipe
 
-    lineage = version.part("lineage")
+    lineage = version.lineage
     if not lineage.get("recipe"):
         raise DataError(
             f"{version} has no recipe that names held-out examples: give labelled examples with --data FILE"
@@ -340,12 +341,12 @@ def _given(store: Store, version: Version, request: PromiseRequest, say: Say) ->
 
     labelled = read_labelled(store, version, str(request.data), request.columns)
     notes, examples = list(labelled.notes), list(labelled.examples)
-    recipe = version.part("lineage").get("recipe")
+    recipe = version.lineage.get("recipe")
     try:
         dataset = read_dataset(store, Recipe.from_toml(str(recipe)), say) if recipe and request.trained else None
     except TurretError:
         dataset = None
-    if dataset is None or dataset.digest != version.part("lineage").get("data"):
+    if dataset is None or dataset.digest != version.lineage.get("data"):
         notes.append(f"the training data of {version} is not here: nothing says whether these examples are in it")
     else:
         used = (*dataset.train, *dataset.validation)

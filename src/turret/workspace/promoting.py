@@ -14,19 +14,19 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from turret.errors import GateFailed, ReplayNeeded
-from turret.json_types import JsonObject
 from turret.store import Gate, Move, Store, Version
 from turret.store.catalog import now
 from turret.store.core import Also
 from turret.store.gates import FORGETTING
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet, misfit, name_of
 from turret.tasks import Prediction, stored_task
+from turret.tasks.shapes import Answer
 from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
     from turret.workspace.answering import Mounted
 
-Ask = Callable[[str, Sequence[str]], Sequence[JsonObject]]  # (version, texts) -> answers as `predict` returns them
+Ask = Callable[[str, Sequence[str]], Sequence[Answer]]  # (version, texts) -> answers as `predict` returns them
 SHOWN = 500  # characters of a wrong answer that are stored
 
 
@@ -96,7 +96,7 @@ class _Replayer:
                 continue
             self._say(f"asking {len(golden_set.examples)} golden examples ({name_of(digest)})")
             answers = self._ask(str(self._version), [example.text for example in golden_set.examples])
-            task = stored_task(self._version.part("task"))
+            task = stored_task(self._version.task)
             self._store.keep_replay(self._version, judged(digest, golden_set, list(map(task.judged, answers))))
 
     def measure_forgetting(self, gates: Sequence[Gate], alias: str) -> None:
@@ -134,7 +134,7 @@ class _Replayer:
             )
         self._store.keep_metrics(version, FORGETTING, found.as_json())
 
-    def _ask_mounted(self, version: str, texts: Sequence[str]) -> Sequence[JsonObject]:
+    def _ask_mounted(self, version: str, texts: Sequence[str]) -> Sequence[Answer]:
         from turret.workspace import answering
 
         if self._mounted is None:

@@ -138,7 +138,7 @@ def read_labelled(store: Store, version: Version, source: str, columns: JsonMapp
     """
     from turret.data.dataset import read_test
 
-    spec = version.part("task")
+    spec = version.task
     schema = stored_task(spec).schema(multi_label=bool(spec.get("multi_label")))
     trained = trained_on(version)
     if isinstance(trained.get("label"), list):
@@ -273,7 +273,7 @@ def read_texts(store: Store, version: Version, source: str, columns: JsonMapping
     from turret.data.dataset import read_inputs
 
     trained = trained_on(version)
-    schema = stored_task(version.part("task")).schema()
+    schema = stored_task(version.task).schema()
     return read_inputs(_data(store, source, trained, columns), schema, trained=_roles(trained))
 
 
@@ -282,7 +282,7 @@ def read_rows(store: Store, version: Version, source: str, columns: JsonMapping)
     from turret.data import dataset
 
     trained = trained_on(version)
-    schema = stored_task(version.part("task")).schema()
+    schema = stored_task(version.task).schema()
     return dataset.read_rows(_data(store, source, trained, columns), schema, trained=_roles(trained))
 
 
@@ -291,7 +291,7 @@ def trained_on(version: Version) -> JsonObject:
     from turret.recipe import toml
 
     try:
-        recipe = toml.loads(str(version.part("lineage").get("recipe") or ""))
+        recipe = toml.loads(str(version.lineage.get("recipe") or ""))
     except ValueError:
         return {}
     data = recipe.get("data")

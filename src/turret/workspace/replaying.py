@@ -12,12 +12,13 @@ from turret.experiments.paired import Paired
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import Golden, Store, golden
 from turret.store.catalog import PRODUCTION
+from turret.tasks.shapes import Answer
 from turret.workspace import answering
 from turret.workspace.progress import Say, silent
 from turret.workspace.promoting import fails
 from turret.workspace.reading import read_labelled
 
-Judge = Callable[[JsonObject], float]  # answer -> score; higher is better
+Judge = Callable[[Answer], float]  # answer -> score; higher is better
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,10 @@ def _golden(store: Store, name: str) -> tuple[list[Input], list[Judge]]:
         )
 
     def judge(example: golden.Example) -> Judge:
-        key = "label" if example.check == "label" else "text"
-        return lambda answer: float(key in answer and fails(example, answer[key]) is None)
+        def passes(answer: Answer) -> float:
+            given = answer.get("label") if example.check == "label" else answer.get("text")
+            return float(given is not None and fails(example, given) is None)
+
+        return passes
 
     return [example.text for example in examples], [judge(example) for example in examples]

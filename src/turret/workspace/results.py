@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from turret.data.memory import short_source
 from turret.errors import one_line
 from turret.json_types import JsonObject
+from turret.manifest import FlatLossSpec
 from turret.notebook import Cell, Table, as_html, class_table, marked, metrics_table, size, span
+from turret.tasks.shapes import Metrics, SplitMetrics
 
 if TYPE_CHECKING:
     from turret.compare.results import Details, QuestionResult
@@ -26,7 +28,7 @@ class RunResult:
     version: str  # "sentiment@1"
     digest: str
     base: dict[str, str]  # id, fingerprint
-    metrics: dict[str, JsonObject]  # split -> metrics
+    metrics: SplitMetrics  # split -> metrics
     parameters: dict[str, int]  # trainable, stored, total
     timing: dict[str, float]  # seconds of load, train, evaluate and proof; steps; examples and tokens per second
     memory: dict[str, int | None]  # base_bytes, peak_bytes, above_base_bytes, predicted_bytes
@@ -34,12 +36,12 @@ class RunResult:
     run: str  # the id of its folder in runs/
     resumed_from: int = 0  # the step at which this process resumed the run; 0: it started it
     stopped_early: bool = False
-    flat_loss: dict[str, float] | None = None  # loss, guessing: set if the final loss is no better than guessing
+    flat_loss: FlatLossSpec | None = None  # loss, guessing: set if the final loss is no better than guessing
     warnings: list[str] = field(default_factory=list)  # reasons not to trust this version, a sentence each
     advice: list[str] = field(default_factory=list)  # what would make a better one, a sentence each
     notes: list[str] = field(default_factory=list)  # what was guessed, dropped or cut
     device: str = "cpu"  # where it was trained and proven
-    forgetting: JsonObject | None = None  # on neutral text; None for a classifier
+    forgetting: Metrics | None = None  # on neutral text; None for a classifier
 
     def _repr_html_(self) -> str:
         trained, total = self.parameters.get("trainable"), self.parameters.get("total")
@@ -66,7 +68,7 @@ class Evaluation:
     version: str
     digest: str
     data: JsonObject  # source, examples
-    metrics: JsonObject
+    metrics: Metrics
     seconds: float
     details: Details  # confusion, reliability, coverage, mistakes
     notes: list[str] = field(default_factory=list)

@@ -127,7 +127,7 @@ def spread(vectors: NDArray[np.float32], margins: Sequence[float], most: int) ->
 
 def _require_probabilities(version: Version) -> None:
     """Raise AdapterError unless the answers of a version have probabilities."""
-    task = stored_task(version.part("task"))
+    task = stored_task(version.task)
     if not task.ranks_labels:
         able = ", ".join(each.kind for each in TASKS.values() if each.ranks_labels)
         raise AdapterError(

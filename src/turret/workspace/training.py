@@ -47,7 +47,8 @@ from turret.errors import (
     StoreError,
     memory_ran_out,
 )
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonObject, JsonValue
+from turret.manifest import Lineage
 from turret.plan_check import Check
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
@@ -55,6 +56,7 @@ from turret.store.gates import FORGETTING
 from turret.store.leases import LeaseRenewer
 from turret.tasks import make_task, task_of
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
+from turret.tasks.shapes import Metrics
 from turret.trackers.table import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
@@ -100,9 +102,9 @@ class Measured:
 
     ready: PreparedTraining
     fitted: trainer.Fitted
-    metrics: dict[str, JsonObject]  # split -> metrics
+    metrics: dict[str, Metrics]  # split -> metrics
     answered: Mapping[str, AnsweredSplit]  # each held-out split
-    forgot: JsonObject | None  # on neutral text; None for a classifier
+    forgot: Metrics | None  # on neutral text; None for a classifier
     probe: trainer.Probe
     seconds: float
     warnings: list[str]  # of a promise that the examples cannot carry
@@ -128,7 +130,7 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
             metrics |= {f"{split} bare base": each.metrics for split, each in bare.items()}
         promise, inputs, warnings = promising.trained(ready.recipe, ready.dataset, ready.task, asking)
         if promise is not None:
-            lineage = fitted.adapter.lineage | {"promise": promise}
+            lineage: Lineage = fitted.adapter.lineage | {"promise": promise}
             fitted = replace(fitted, adapter=replace(fitted.adapter, lineage=lineage))
         ready = replace(ready, notes=[*ready.notes, *asking.notes])
     forgot = None
@@ -282,7 +284,7 @@ def summary_of(result: RunResult) -> dict[str, float | str]:
     return summary | {"train_seconds": float(result.timing["train_seconds"])}
 
 
-def _numbers(metrics: JsonMapping) -> Iterator[tuple[str, float]]:
+def _numbers(metrics: Metrics) -> Iterator[tuple[str, float]]:
     for name, value in metrics.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             yield name, float(value)

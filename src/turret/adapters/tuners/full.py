@@ -13,7 +13,7 @@ from turret.adapters.hooks import AdapterInit, HookedModel, put_back
 from turret.adapters.tuners.tuner import Tuner, fill_parameters
 from turret.errors import AdapterError
 from turret.families import family_of
-from turret.json_types import JsonObject
+from turret.manifest import AdapterConfig
 from turret.methods.full import UNMIXED, Full
 from turret.transformer import Model
 
@@ -36,7 +36,7 @@ class FullTuner(Tuner[Full]):
     def stored(self, adapter: Adapter) -> dict[str, Tensor]:
         return {**adapter.tensors, **adapter.head}
 
-    def read(self, tensors: dict[str, Tensor], config: JsonObject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def read(self, tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return tensors, {}
 
     def merged(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:

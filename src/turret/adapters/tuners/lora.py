@@ -19,6 +19,7 @@ from turret.adapters.tuners.tuner import Tuner, tuner_of
 from turret.errors import AdapterError
 from turret.families import FAMILIES, family_of
 from turret.json_types import JsonObject
+from turret.manifest import AdapterConfig
 from turret.methods.lora import COMBINATIONS, LoRA
 from turret.plan_check import Check
 from turret.transformer import Model
@@ -178,7 +179,7 @@ class LoRATuner(Tuner[LoRA]):
         r, alpha, rslora = self.method.r, self.method.lora_alpha, self.method.use_rslora
         return super().peft_words() | {"r": r, "lora_alpha": alpha, "use_rslora": rslora}
 
-    def peft_config(self, adapter: Adapter) -> JsonObject:
+    def peft_config(self, adapter: Adapter) -> AdapterConfig:
         alpha, paths = self.method.lora_alpha, {name.rsplit(".lora_", 1)[0] for name in adapter.tensors}
         family = FAMILIES.get(adapter.base.family or "")
         return self.peft_words() | {

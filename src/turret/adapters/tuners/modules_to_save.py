@@ -13,10 +13,11 @@ from turret.adapters.modules_to_save import TokenLogits, TokenRows, unrouted, wi
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError
 from turret.families import family_of
+from turret.json_types import Setting
+from turret.manifest import AdapterConfig
 from turret.methods.peft import LORA_PREFIX, NORMS
 
 if TYPE_CHECKING:
-    from turret.json_types import JsonMapping, JsonValue
     from turret.transformer import Model
 
 TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -58,7 +59,7 @@ def tunes_linear(model: Model, names: Iterable[str]) -> bool:
     return any(quantized.is_linear(linear_at(model, path)) for path in paths)
 
 
-def with_modules(values: Mapping[str, Tensor], settings: JsonMapping, model: Model) -> dict[str, nn.Module]:
+def with_modules(values: Mapping[str, Tensor], settings: AdapterConfig, model: Model) -> dict[str, nn.Module]:
     """A frozen module for each that the values replace, by its path.
 
     Args:
@@ -126,7 +127,7 @@ def _require_shapes(path: str, module: nn.Module, values: Values) -> None:
         raise AdapterError(f"{path}.{name} has shape {tuple(value.shape)} and the base's {expected[name]}: {remedy}")
 
 
-def _tokens(model: Model, path: str, vectors: Tensor, settings: JsonMapping) -> dict[str, nn.Module]:
+def _tokens(model: Model, path: str, vectors: Tensor, settings: AdapterConfig) -> dict[str, nn.Module]:
     """The embedding at a path with other vectors (n, D) for a few tokens, and every layer that is tied to it."""
     embedding, ids = _module(model, path), _token_ids(settings.get("trainable_token_indices"), path)
     weight = embedding.get_parameter("weight")
@@ -152,7 +153,7 @@ def _ties(model: Model) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
-def _token_ids(value: JsonValue, path: str) -> list[int]:
+def _token_ids(value: Setting, path: str) -> list[int]:
     """The tokens of the embedding at a path: PEFT has a list for all, or one for each name."""
     if isinstance(value, Mapping):
         value = next((ids for name, ids in value.items() if path.endswith(name)), None)

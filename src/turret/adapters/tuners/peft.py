@@ -43,12 +43,12 @@ from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters
 from turret.errors import AdapterError, RecipeError
 from turret.families import family_of
 from turret.families.family import Stream
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, JsonValue, mapping_of
+from turret.manifest import AdapterConfig
 from turret.methods.peft import MARKS, NORMS, PROMPTS, WRAPPED, Peft, beside, without_repeated
 from turret.transformer import Model
 
 if TYPE_CHECKING:
-    from turret.json_types import JsonMapping
     from turret.transformer import Model
 
 
@@ -62,7 +62,7 @@ Layers = dict[str, ScaledLayer]  # by path
 ByLayer = Mapping[str, Mapping[str, Tensor]]  # layer -> the last part of a tensor's name -> the tensor
 
 
-def parts_of(kind: str, settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Parts:
+def parts_of(kind: str, settings: AdapterConfig, tensors: Mapping[str, Tensor], model: Model) -> Parts:
     """The change of each layer and the modules that are replaced, for a method in `METHODS`.
 
     Args:
@@ -109,7 +109,7 @@ def _layer(model: Model, path: str) -> nn.Module:
     return layer
 
 
-def _lora(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
+def _lora(settings: AdapterConfig, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
     """The variants of LoRA that the method `lora` does not have: DoRA, ranks and alphas by pattern, biases."""
     wanted = {"lora_A", "lora_B"} | {mark for key, mark in MORE.items() if settings.get(key)}
     for path, parts in _by_layer(tensors).items():
@@ -130,18 +130,18 @@ def _lora(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) ->
         yield path, ScaledLayer((A, B), shift=None if bias is None else bias * _scaling(settings, path, len(A)))
 
 
-def _scaling(settings: JsonMapping, path: str, r: int) -> float:
+def _scaling(settings: AdapterConfig, path: str, r: int) -> float:
     """alpha / r or alpha / sqrt(r) of a layer, with PEFT's `alpha_pattern`."""
     quantized.before_peft()
     from peft.utils.other import get_pattern_key
 
-    alphas = settings.get("alpha_pattern") or {}
+    alphas = mapping_of(settings.get("alpha_pattern"))
     key = get_pattern_key(alphas, path)
-    alpha = alphas[key] if key in alphas else settings.get("lora_alpha", 8)
+    alpha: JsonValue = alphas[key] if key in alphas else settings.get("lora_alpha", 8)
     return float(alpha) / (r**0.5 if settings.get("use_rslora") else r)
 
 
-def _ia3(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
+def _ia3(settings: AdapterConfig, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
     """(1, D_in) scales a feed-forward layer's input, (D_out, 1) another layer's output (Liu et al. 2022)."""
     for path, parts in _by_layer(tensors).items():
         _require_marks(path, parts, {"ia3_l"})
@@ -150,7 +150,7 @@ def _ia3(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> 
         yield path, ScaledLayer(input=gain.flatten()) if inputs else ScaledLayer(output=gain.flatten())
 
 
-def _vera(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
+def _vera(settings: AdapterConfig, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
     """diag(b) B diag(d) A, where all layers share A and B (Kopiczko et al. 2024)."""
     A, B = (tensors.get(f"base_model.{name}") for name in ("vera_A", "vera_B"))
     if A is None or B is None:
@@ -163,7 +163,9 @@ def _vera(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) ->
         yield path, ScaledLayer((down, up))
 
 
-def _ln_tuning(settings: JsonMapping, tensors: Mapping[str, Tensor], model: Model) -> Iterator[tuple[str, ScaledLayer]]:
+def _ln_tuning(
+    settings: AdapterConfig, tensors: Mapping[str, Tensor], model: Model
+) -> Iterator[tuple[str, ScaledLayer]]:
     """Norms alone, which `with_modules` replaces (Zhao et al. 2023)."""
     yield from ()
 
@@ -175,7 +177,7 @@ def _require_marks(path: str, parts: Mapping[str, Tensor], known: set[str]) -> N
         raise AdapterError(f"{path} {word} {odd[0]}, unlike what its configuration says: save the adapter again")
 
 
-Compute = Callable[["JsonMapping", Mapping[str, Tensor], "Model"], Iterator[tuple[str, ScaledLayer]]]
+Compute = Callable[["AdapterConfig", Mapping[str, Tensor], "Model"], Iterator[tuple[str, ScaledLayer]]]
 METHODS: dict[str, Compute] = {
     "LORA": _lora,
     "DORA": _lora,
@@ -233,7 +235,7 @@ class PeftTuner(Tuner[Peft]):
         peft_backend.fill(guest, adapter.tensors)
         fill_parameters(head_parameters(attached), adapter.head)
 
-    def read(self, tensors: dict[str, Tensor], config: JsonObject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def read(self, tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         kind = peft_backend.config_of(self.method).peft_type.value
         if kind == "LORA":
             check_config(config, computed=COMPUTED)
@@ -263,14 +265,14 @@ class PeftTuner(Tuner[Peft]):
         config = peft_backend.config_of(self.method)
         return peft_backend.kept(config) | {"peft_type": config.peft_type.value}
 
-    def peft_config(self, adapter: Adapter) -> JsonObject:
+    def peft_config(self, adapter: Adapter) -> AdapterConfig:
         """PEFT's own words, and the modules of the head and of the body that are trained whole."""
         extra = {name.removeprefix(LORA_PREFIX) for name in self._beside(adapter.tensors) if NORMS not in name}
         body = {name.rpartition(".")[0] for name in extra if not name.endswith((".bias", ".trainable_tokens_delta"))}
         saved = sorted({*adapter.head_modules, *body})
         return self.peft_words() | ({"modules_to_save": saved} if saved else {})
 
-    def check_config(self, config: JsonObject) -> None:
+    def check_config(self, config: AdapterConfig) -> None:
         refuse_code(config)
         check_agreement(config, self.peft_words())
 

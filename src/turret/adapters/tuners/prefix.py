@@ -12,7 +12,7 @@ from turret.adapters.prefix import PrefixGroup, PrefixSlot, from_peft, to_peft
 from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters, require_same
 from turret.errors import AdapterError, BundleError
 from turret.families import Site, family_of
-from turret.json_types import JsonObject
+from turret.manifest import AdapterConfig
 from turret.methods.prefix import Prefix
 from turret.plan_check import Check
 from turret.transformer import Model
@@ -57,11 +57,11 @@ class PrefixTuner(Tuner[Prefix]):
     def stored(self, adapter: Adapter) -> dict[str, Tensor]:
         return super().stored(adapter) | {name: to_peft(each) for name, each in adapter.tensors.items()}
 
-    def read(self, tensors: dict[str, Tensor], config: JsonObject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def read(self, tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         own, head = super().read(tensors, config)
         return {name: _unflattened(name, value, config) for name, value in own.items()}, head
 
-    def peft_config(self, adapter: Adapter) -> JsonObject:
+    def peft_config(self, adapter: Adapter) -> AdapterConfig:
         """The shape (L, 2, H, P, D) of the decoder's prefix, or of an encoder-only model's, in PEFT's keys."""
         layers, _, heads, tokens, dim = adapter.tensors[PROMPT["decoder"]].shape
         return self.peft_words() | {
@@ -119,7 +119,7 @@ def _groups(attached: HookedModel, slot: int) -> dict[str, PrefixGroup]:
     return {name: group for name, group in module.groups.items() if isinstance(group, PrefixGroup)}
 
 
-def _unflattened(name: str, value: Tensor, config: JsonObject) -> Tensor:
+def _unflattened(name: str, value: Tensor, config: AdapterConfig) -> Tensor:
     """PEFT's layout (P, L * 2 * H * D) -> (L, 2, H, P, D)."""
     heads, width = config.get("num_attention_heads"), config.get("token_dim")
     if not (isinstance(heads, int) and isinstance(width, int) and heads > 0 and width > 0 and width % heads == 0):

@@ -31,6 +31,7 @@ from turret.adapters.peft_config import check_agreement, check_config
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError, BundleError
 from turret.json_types import JsonObject
+from turret.manifest import AdapterConfig
 from turret.methods.method import Method
 from turret.plan_check import Check
 from turret.transformer import Model
@@ -80,7 +81,7 @@ class Tuner(Generic[M]):
         """The tensors of a bundle by their names in the file."""
         return {**adapter.tensors, **{f"{LORA_PREFIX}{name}": value for name, value in adapter.head.items()}}
 
-    def read(self, tensors: dict[str, Tensor], config: JsonObject) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def read(self, tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The inverse of `stored`: (the method's tensors, the head's by their names in the model)."""
         own: dict[str, Tensor] = {}
         head: dict[str, Tensor] = {}
@@ -102,11 +103,11 @@ class Tuner(Generic[M]):
         """The keys of PEFT's configuration that must agree with the settings, so that PEFT computes the same."""
         return {"peft_type": self.method.peft_name}
 
-    def peft_config(self, adapter: Adapter) -> JsonObject:
+    def peft_config(self, adapter: Adapter) -> AdapterConfig:
         """The method's part of PEFT's configuration."""
         return self.peft_words()
 
-    def check_config(self, config: JsonObject) -> None:
+    def check_config(self, config: AdapterConfig) -> None:
         """Raises BundleError if PEFT's configuration in a bundle contradicts the method in its manifest."""
         check_config(config)
         check_agreement(config, self.peft_words())

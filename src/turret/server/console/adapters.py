@@ -12,7 +12,8 @@ from fastapi import Path, Query, Request, Response
 from turret.compare.evaluation_page import ShownDetails
 from turret.compare.results import RunReport
 from turret.errors import BadReference, BadRequest, NotFound
-from turret.json_types import JsonMapping, part
+from turret.json_types import JsonMapping
+from turret.manifest import Manifest, base_in
 from turret.reference import check_alias
 from turret.server import moves
 from turret.server.console import render, snippets
@@ -66,7 +67,7 @@ async def version(request: Request, view: View, name: Name, number: Number) -> R
     has = shown["promise"] is not None
     values["promised"] = await view.control(view.workspace.promise, str(shown["version"])) if has else None
     values["text"] = promising
-    values["served"] = part(shown["manifest"], "base").get("fingerprint") in view.engines.fingerprints
+    values["served"] = base_in(shown["manifest"]).get("fingerprint") in view.engines.fingerprints
     run = shown["run"]
     values["report"] = None if run is None else await view.control(_report, view, str(run["id"]), shown["metrics"])
     values["snippets"] = snippets.of_version(request, view, str(shown["version"]), shown["manifest"])
@@ -170,7 +171,7 @@ def _by_digest(versions: Iterable[Version]) -> dict[str, Version]:
     return {each.digest: each for each in versions}
 
 
-def _parent(manifest: JsonMapping, known: Mapping[str, Version]) -> Parent:
+def _parent(manifest: Manifest, known: Mapping[str, Version]) -> Parent:
     lineage = manifest.get("lineage")
     parent = lineage.get("parent") if isinstance(lineage, Mapping) else None
     return None if not parent else known.get(str(parent), str(parent))

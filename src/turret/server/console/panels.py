@@ -17,6 +17,7 @@ from turret.server.console.forms import Sent, pages
 from turret.server.routes import View
 from turret.store import Panel, Question, Version
 from turret.tasks.calibration import Sureness
+from turret.tasks.shapes import number_in, parts_in
 from turret.workspace import promising
 from turret.workspace.promising import PromiseStatus
 
@@ -38,11 +39,11 @@ class AskedNow:
         """The calibration error of its test or validation split, if it was measured."""
         measured = {} if self.version is None else self.version.metrics
         for split in ("test", "validation"):
-            values = measured.get(split) or {}
+            values = measured.get(split, {})
             if self.question.part:
-                values = (values.get("per_question") or {}).get(self.question.part) or {}
+                values = parts_in(values, "per_question").get(self.question.part, {})
             if "ece" in values:
-                return float(values["ece"])
+                return number_in(values, "ece")
         return None
 
     @property

@@ -363,7 +363,7 @@ async def _page(
     mode, (problem, status) = mode_of(form), render.told(error)
     if mode not in MODES:
         raise NotFound(f"no such playground: expected {' or '.join(MODES)}")
-    every = [(each, Kind.of(each.part("task"))) for each in await _versions(view)]
+    every = [(each, Kind.of(each.task)) for each in await _versions(view)]
     bases = [(each.name, _kind_of_base(view, each.name)) for each in view.engines.askable]
     versions = [(each, kind) for each, kind in every if mode != "chat" or kind.request == "generate"]
     named = [str(each) for each, _ in versions if each.aliases][:2] or [str(each) for each, _ in versions[:1]]
@@ -401,7 +401,7 @@ def _kinds(view: View, models: Sequence[str]) -> list[Kind | TurretError]:
     for model in models:
         try:
             bare = view.engines.is_base(model)
-            task = {} if bare else view.workspace.resolve(model).part("task")
+            task = {} if bare else view.workspace.resolve(model).task
             found.append(_kind_of_base(view, model) if bare else Kind.of(task))
         except NotFound as error:
             found.append(view.missing_model(model, error))
@@ -423,6 +423,6 @@ async def _versions(view: View) -> list[Version]:
     found = [
         each
         for each in await view.control(view.workspace.list)
-        if view.engines.is_on_base(each) and method_named(each.part("method").get("kind")).mixes(each.part("method"))
+        if view.engines.is_on_base(each) and method_named(each.method.get("kind")).mixes(each.method)
     ]
     return sorted(found, key=lambda each: (not each.aliases, each.comparison is not None, each.name, -each.number))

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from pydantic_core import from_json
 
 from turret.errors import BadRequest
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonObject, JsonValue
 from turret.server.console.forms import Form
 from turret.server.console.snippets import QUESTIONS, Question
 from turret.server.limits import MOST_MESSAGES, MOST_TEXT, MOST_TOKENS
@@ -17,6 +17,7 @@ from turret.server.questions import scores_pairs
 from turret.server.routes import View, check_counts
 from turret.server.schemas import Model
 from turret.tasks import stored_task
+from turret.tasks.shapes import TaskSpec
 from turret.tasks.task import RequestKind
 
 ALTERNATIVES = 3  # to each token, where probabilities are shown
@@ -114,7 +115,7 @@ class Kind:
     scores: bool = False
 
     @classmethod
-    def of(cls, task: JsonMapping) -> Kind:
+    def of(cls, task: TaskSpec) -> Kind:
         """That of a task, as in a manifest."""
         return cls(stored_task(task).request, bool(task.get("pairs")), scores_pairs(task))
 

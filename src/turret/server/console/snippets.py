@@ -11,9 +11,11 @@ from fastapi import Request
 
 from turret.access import DEFAULT
 from turret.data import TextPair
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
+from turret.manifest import Manifest
 from turret.server.services import View
 from turret.tasks import stored_task
+from turret.tasks.shapes import TaskSpec
 from turret.workspace.card_code import exported_with_peft
 
 WORDS = ("a text of your own", "another text")
@@ -59,7 +61,7 @@ class Snippet:
     words: Sequence[str] = ()
 
 
-def question(model: str, spec: JsonMapping) -> Question:
+def question(model: str, spec: TaskSpec) -> Question:
     """A question to a version of a task, or to a base.
 
     Args:
@@ -78,7 +80,7 @@ def question(model: str, spec: JsonMapping) -> Question:
     return replace(usual, body={"model": model, **named})
 
 
-def of_version(request: Request, view: View, version: str, manifest: JsonMapping) -> Sequence[Snippet]:
+def of_version(request: Request, view: View, version: str, manifest: Manifest) -> Sequence[Snippet]:
     """The snippets of a version."""
     asked = question(version, manifest.get("task") or {})
     code, words = exported_with_peft(manifest, FOLDER)

@@ -66,7 +66,7 @@ def _example(request: Request, view: View, versions: Sequence[Version]) -> str:
     if chosen is None:
         return snippets.curl(request, view, snippets.question(view.engines.bases[0].name, {}))
     plain = view.aliases.version_of(chosen.name, None) == chosen.number
-    asked = snippets.question(chosen.name if plain else str(chosen), chosen.part("task"))
+    asked = snippets.question(chosen.name if plain else str(chosen), chosen.task)
     return snippets.curl(request, view, asked)
 
 

@@ -10,10 +10,11 @@ from pydantic import BaseModel, Field
 
 from turret.data import TextPair
 from turret.server import limits
-from turret.server.engine_protocol import Answer, Input
+from turret.server.engine_protocol import Input
 from turret.server.questions import abstaining, ask, now, usage
 from turret.server.routes import Unit, View, router
 from turret.server.schemas import USER, Model, Name, Text, Usage, User
+from turret.tasks.shapes import Answer
 
 questions = router("infer")
 
@@ -119,9 +120,9 @@ def _data(index: int, answer: Answer, abstains: Sequence[bool] | None) -> Classi
     if "value" in answer:
         return ClassifyData(index=index, value=answer["value"])
     if "spans" in answer:
-        return ClassifyData(index=index, spans=answer["spans"])
+        return ClassifyData.model_validate({"index": index, "spans": answer["spans"]})
     if "answers" in answer:
-        return ClassifyData(index=index, answers=answer["answers"])
+        return ClassifyData.model_validate({"index": index, "answers": answer["answers"]})
     probabilities = answer["probabilities"]
     return ClassifyData(
         index=index,

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from turret.json_types import JsonMapping, JsonObject
 from turret.server import limits
-from turret.server.engine_protocol import Answer
 from turret.server.generation import EVENTS, CompletionChunks, options_of, repeated, stream, unknown_keys
 from turret.server.questions import ask, now, usage
 from turret.server.routes import Unit, View, router
 from turret.server.schemas import SEVERAL, WHOLE, Generation, Text, Tokens, Usage, never_together
+from turret.tasks.shapes import Answer
 
 questions = router("infer")
 
@@ -134,7 +134,7 @@ def most_probable(answers: Sequence[Answer], times: int, count: int) -> list[Ans
 
     def mean(answer: Answer) -> float:
         steps = answer["logprobs"]
-        return sum(step["logprob"] for step in steps) / len(steps) if steps else -math.inf
+        return sum(step["logprob"] or 0.0 for step in steps) / len(steps) if steps else -math.inf
 
     groups = [answers[start : start + times] for start in range(0, len(answers), times)]
     return [answer for group in groups for answer in sorted(group, key=mean, reverse=True)[:count]]

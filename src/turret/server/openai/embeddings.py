@@ -17,11 +17,12 @@ from fastapi import Request, Response
 from turret.data import TextPair
 from turret.errors import BadRequest, TurretError
 from turret.families.family import Pooling
-from turret.server.engine_protocol import Answer, Input
+from turret.server.engine_protocol import Input
 from turret.server.openai import embedding_schemas as schemas
 from turret.server.questions import PendingAnswers, ask, now, prompt_tokens, scores_pairs
 from turret.server.routes import Unit, View, router
 from turret.tasks import Embedding
+from turret.tasks.shapes import Answer
 
 questions = router("infer")
 Scores = tuple[list[float], schemas.Scoring, PendingAnswers, schemas.EmbeddingUsage]
@@ -126,7 +127,7 @@ def _gives_numbers(view: View, model: str) -> bool:
     if view.engines.is_base(model):
         return False
     try:
-        spec = view.workspace.resolve(model).part("task")
+        spec = view.workspace.resolve(model).task
     except TurretError:  # several adapters, or none of that name: asking says it
         return False
     return scores_pairs(spec)

@@ -80,6 +80,6 @@ def _adapters(view: View, versions: Sequence[Version]) -> Iterator[ModelCard]:
 
 def _gpu(view: View, model: str, version: Version) -> ModelCard:
     created = int(datetime.fromisoformat(version.created).timestamp())
-    task, base = version.part("task").get("kind"), view.engines.base_of_version(version)
+    task, base = version.task.get("kind"), view.engines.base_of_version(version)
     parent = None if base is None else base.name
     return ModelCard(id=model, created=created, root=str(version), parent=parent, task=task)

@@ -14,7 +14,6 @@ from fastapi.responses import StreamingResponse
 
 from turret.errors import TurretError
 from turret.json_types import JsonObject, JsonValue
-from turret.server.engine_protocol import Answer
 from turret.server.error_responses import error_response
 from turret.server.generation import EVENTS, options_of, stream_events
 from turret.server.openai import response_schemas as schemas
@@ -22,6 +21,7 @@ from turret.server.openai.chat import ToolCalls, prompt
 from turret.server.openai.chat_schemas import ChatRequest
 from turret.server.questions import PendingAnswers, Update, admit, ask, generated_tokens, now, prompt_tokens
 from turret.server.routes import Unit, View, router
+from turret.tasks.shapes import Answer
 
 # --- response output --------------------------------------------------------------------------------------------------
 # The output of `/v1/responses`: a message and calls of tools, whole or as the events of a stream.

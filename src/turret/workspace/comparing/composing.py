@@ -116,14 +116,14 @@ def compare_composition(store: Store, request: CompositionRequest, say: Say) -> 
         train=[],
         validation=[],
         test=labelled.examples,
-        kind=stored_task(first.part("task")).kind,
+        kind=stored_task(first.task).kind,
         labels=(),
         columns={},
         notes=(*labelled.notes, *notes),
         duplicates=0,
         digest=digest_of({"test": labelled.examples}),
     )
-    recipe = Recipe(name=first.name, base=str(first.part("base").get("id")), data=labelled.data)
+    recipe = Recipe(name=first.name, base=str(first.base.get("id")), data=labelled.data)
     planned = _design(recipe, composed, against, request.margin)
     folder = _folder(store, composed, data.digest)
     with held(store, folder, say) as files:
@@ -151,20 +151,20 @@ def compare_composition(store: Store, request: CompositionRequest, say: Say) -> 
 def _require_alike(versions: Sequence[Version]) -> list[str]:
     """Raise AdapterError unless all generate on one base, for one task. Returns notes on harmless differences."""
     first, *others = versions
-    notes, task = [], stored_task(first.part("task"))
-    base, kept = first.part("base"), first.part("base").get("quantization") or "none"
+    notes, task = [], stored_task(first.task)
+    base, kept = first.base, first.base.get("quantization") or "none"
     for version in versions:
-        if not stored_task(version.part("task")).generates:
+        if not stored_task(version.task).generates:
             raise AdapterError(f"{version} answers with a head: only adapters that generate can be composed")
     for version in others:
-        own = version.part("base")
+        own = version.base
         if own.get("fingerprint") != base.get("fingerprint"):
             raise WrongBase(
                 f"{version} was trained on {str(own.get('id'))[:60]}, and {first} on {str(base.get('id'))[:60]}, "
                 "whose weights differ: compose versions of one base"
             )
-        if stored_task(version.part("task")) is not task:
-            kind = stored_task(version.part("task")).kind
+        if stored_task(version.task) is not task:
+            kind = stored_task(version.task).kind
             raise AdapterError(
                 f"{version} is of the task {kind}, and {first} of {task.kind}: compare parts of one task"
             )
@@ -184,7 +184,7 @@ def _against(request: CompositionRequest, source: StoreSource, composed: _Parts)
 
 
 def _design(recipe: Recipe, composed: _Parts, against: str, margin: float) -> Design:
-    kinds = [COMPOSITION, *(str(version.part("method").get("kind")) for version in composed.versions)]
+    kinds = [COMPOSITION, *(str(version.method.get("kind")) for version in composed.versions)]
     rows = [Candidate(spec, kind, recipe) for spec, kind in zip(composed.rows, kinds, strict=True)]
     rows.append(Candidate(BASE, BASE, recipe))
     made = design(recipe, rows, seeds=1, fractions=(1.0,), against=against, margin=margin, train=0)

@@ -5,6 +5,7 @@ Measured are: answers and scores on every test example, the time of one answer, 
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 import statistics
@@ -29,6 +30,7 @@ from turret.recipe import Recipe
 from turret.statistics import Floats
 from turret.store import Store
 from turret.tasks import Prediction, Task, stored_task
+from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.train.asking import MOST_TOKENS, Asking
 from turret.train.batches import EncodedRows, by_length
 from turret.train.evaluation import evaluating
@@ -70,7 +72,7 @@ def version(
                 key: result[key]
                 for key in ("version", "digest", "base", "parameters", "timing", "bundle_bytes", "run", "notes")
             },
-            "method": dict(store.resolve(str(result["version"])).part("method")),
+            "method": dict(store.resolve(str(result["version"])).method),
             "lr": plan.get("lr"),
             "stored_metrics": result["metrics"],
             "memory": _memory(result, plan),
@@ -340,9 +342,7 @@ def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
     }
 
 
-def _scored(
-    task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], metrics: JsonMapping
-) -> JsonObject:
+def _scored(task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], metrics: Metrics) -> JsonObject:
     """The scores of some predictions, by the task's own metric."""
     scores = task.scores(predictions, examples)
     guess = None  # of a classifier, the class shares give the chance level
@@ -411,12 +411,15 @@ def _memory(result: JsonMapping, plan: JsonMapping) -> JsonObject:
 
 def _best(store: Store, run: str) -> JsonObject | None:
     """The best evaluation during the training: its merit, step and split, and the seconds of training until then."""
-    seconds, best = 0.0, None
+    seconds, most = 0.0, -math.inf
+    best: JsonObject | None = None
     for record in every_step(store, run):
         seconds += record.seconds
         if record.metrics:
-            merit = record.metrics.get("accuracy", -record.metrics["loss"])
-            if best is None or merit > best["merit"]:
+            accuracy = number_in(record.metrics, "accuracy")
+            merit = -number_of(record.metrics, "loss") if accuracy is None else accuracy
+            if best is None or merit > most:
+                most = merit
                 best = {"merit": merit, "seconds": seconds, "step": record.step, "split": record.split}
     return best
 
