@@ -28,7 +28,7 @@ import httpx2
 from turret import errors
 from turret.arguments import checked_methods
 from turret.errors import RequestError, TurretError, shown
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
 
 Messages = Sequence[JsonMapping]
 FIRST_WAIT = 0.5  # seconds before the first try after a server did not answer; twice as long before each further one
@@ -321,7 +321,7 @@ class AsyncClient:
         self, reference: str, alias: str, *, require: Sequence[str] = (), replay: bool = False
     ) -> JsonObject:
         """Move an alias to a version that passes its gates. `replay` asks its golden examples again."""
-        body = {"alias": alias, "require": list(require), "replay": replay}
+        body: JsonObject = {"alias": alias, "require": list(require), "replay": replay}
         return await self._json("POST", f"/api/adapters/{reference}/promote", body)
 
     async def rollback(self, name: str, alias: str = "production") -> JsonObject:
@@ -338,7 +338,7 @@ class AsyncClient:
             files: Name -> content of tables.
             settings: Of the recipe, that are known, such as `{"data.label": "topic"}`.
         """
-        body = {"source": source, "files": dict(files or {}), "settings": dict(settings or {})}
+        body: JsonObject = {"source": source, "files": dict(files or {}), "settings": dict(settings or {})}
         return await self._json("POST", "/api/runs/draft", body)
 
     async def plan(self, recipe: str, files: Mapping[str, str] | None = None) -> JsonObject:
@@ -407,7 +407,7 @@ class AsyncClient:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     async def _json(
-        self, method: str, path: str, body: JsonValue = None, *, query: Mapping[str, str] | None = None
+        self, method: str, path: str, body: Plain = None, *, query: Mapping[str, str] | None = None
     ) -> JsonObject:
         value: JsonObject = (await self._send(method, path, body, query)).json()
         return value
@@ -416,7 +416,7 @@ class AsyncClient:
         self,
         method: str,
         path: str,
-        body: JsonValue = None,
+        body: Plain = None,
         query: Mapping[str, str] | None = None,
         *,
         stream: bool = False,

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 JsonValue: TypeAlias = Any  # mypy cannot narrow a recursive type: check a value before using it
 JsonObject: TypeAlias = dict[str, Any]  # for writing
 JsonMapping: TypeAlias = Mapping[str, Any]  # for reading
-Setting: TypeAlias = "None | bool | int | float | str | Sequence[Setting] | Mapping[str, Setting]"  # JSON or TOML
+Plain: TypeAlias = "None | bool | int | float | str | Sequence[Plain] | Mapping[str, Plain]"  # JSON or TOML
 
 
-def mapping_of(value: JsonValue) -> JsonMapping:
+def mapping_of(value: Plain) -> JsonMapping:
     """The value if it is a mapping, else an empty one: what others wrote may hold anything."""
     return value if isinstance(value, Mapping) else {}

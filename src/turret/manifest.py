@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
-from turret.json_types import Setting
+from turret.json_types import Plain
 
 if TYPE_CHECKING:
     from turret.tasks.shapes import Generation, TaskSpec
 
-MethodSpec: TypeAlias = Mapping[str, Setting]  # the fields of a `Method`
-AdapterConfig: TypeAlias = Mapping[str, Setting]  # `adapter_config.json`; each method of PEFT has keys of its own
+MethodSpec: TypeAlias = Mapping[str, Plain]  # the fields of a `Method`
+AdapterConfig: TypeAlias = Mapping[str, Plain]  # `adapter_config.json`; each method of PEFT has keys of its own
 
 
 class FileEntry(TypedDict):
@@ -79,7 +79,7 @@ class Lineage(TypedDict, total=False):
     head_start: dict[str, float]
     flat_loss: FlatLossSpec
     kept_step: int
-    promise: Mapping[str, Setting]  # the fields of `turret.store.promises.Terms`, and `sureness`
+    promise: Mapping[str, Plain]  # the fields of `turret.store.promises.Terms`, and `sureness`
     imported: ImportedFiles
     parents: list[str]
     merge: Merge

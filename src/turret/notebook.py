@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard
 
-from turret.json_types import Setting
+from turret.json_types import Plain
 
 if TYPE_CHECKING:
     from turret.tasks.shapes import Metrics, SplitMetrics
@@ -75,7 +75,7 @@ def class_table(metrics: Metrics) -> Table | None:
     return Table(["class", *(name.replace("_", " ") for name in names)], rows)
 
 
-def measured(name: str, value: Setting) -> Cell:
+def measured(name: str, value: Plain) -> Cell:
     """A metric as people read it: a share in percent, another number with three digits."""
     if not _is_number(value):
         return None
@@ -112,7 +112,7 @@ def in_notebook() -> bool:
     return getattr(found, "kernel", None) is not None
 
 
-def _is_number(value: Setting) -> TypeGuard[float]:
+def _is_number(value: Plain) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

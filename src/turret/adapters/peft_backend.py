@@ -30,7 +30,7 @@ from turret.adapters.lora import sizes
 from turret.adapters.prefix import Groups
 from turret.errors import AdapterError, RecipeError, TurretError
 from turret.families.family import Family
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject, JsonValue, Plain
 from turret.methods import LoRA, Peft
 from turret.methods.lora import require_no_data
 from turret.methods.peft import CHOOSING, PROMPTS
@@ -183,7 +183,7 @@ def kept(config: PeftConfig) -> JsonObject:
     return found
 
 
-def _plain(value: JsonValue) -> JsonValue:
+def _plain(value: Plain | enum.Enum | set[str] | frozenset[str]) -> JsonValue:
     """The value as JSON; None for one that JSON does not have."""
     if isinstance(value, enum.Enum):
         return value.value

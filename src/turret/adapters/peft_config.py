@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from turret.errors import BundleError
-from turret.json_types import Setting
+from turret.json_types import Plain
 from turret.manifest import AdapterConfig
 
 # Options of PEFT that change the output and are not computed here: any other value is refused.
-NEUTRAL: dict[str, tuple[Setting, ...]] = {
+NEUTRAL: dict[str, tuple[Plain, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
     "lora_bias": (False, None),
@@ -85,7 +85,7 @@ def check_agreement(config: AdapterConfig, expected: AdapterConfig) -> None:
             )
 
 
-def shortly(value: Setting) -> str:
+def shortly(value: Plain) -> str:
     """The value in ASCII, short enough for an error."""
     shown = ascii(value)
     return shown if len(shown) <= 60 else f"{shown[:56]}…"

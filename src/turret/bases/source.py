@@ -22,7 +22,7 @@ from huggingface_hub import errors as hub
 
 from turret.bases import gguf, packaged
 from turret.errors import BaseModelError
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import JsonMapping, Plain
 
 QUANTIZED = ("nf4", "fp4", "gptq", "awq")  # checkpoints that transformers reads in few bits
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -152,7 +152,7 @@ def _read_config(base: str, folder: Path) -> JsonMapping:
     return config
 
 
-def _quantization(settings: JsonValue) -> str:
+def _quantization(settings: Plain) -> str:
     """The method in a configuration's `quantization_config`; bitsandbytes has several."""
     if not isinstance(settings, dict):
         return "unknown"

@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from turret.errors import one_line, plainly
-from turret.json_types import JsonValue, Setting
+from turret.json_types import Plain
 from turret.tasks.shapes import Metrics, number_in, parts_in
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def status() -> Iterator[Callable[[str], None]]:
         yield lambda text: spinner.update(f"[dim]{safe(text)}[/]")
 
 
-def emit(value: JsonValue) -> None:
+def emit(value: Plain) -> None:
     """Print the one JSON value of `--json`."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
@@ -163,7 +163,7 @@ def span(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def number(value: Setting) -> str:
+def number(value: Plain) -> str:
     """The value of a metric."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "?" if value is None else safe(value)
@@ -193,5 +193,5 @@ def _forgot(values: Metrics) -> str:
     return "  ".join(shown)
 
 
-def _signed(value: Setting) -> str:
+def _signed(value: Plain) -> str:
     return f"{value:+.3f}" if isinstance(value, int | float) else "?"

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingCol
 from rich.progress import Progress as Bar
 
 from turret.cli.output import console, grid, many, measured, number, offer, rows, safe, size, span
-from turret.json_types import JsonValue
+from turret.json_types import Plain
 from turret.tasks import main_metric
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _check(check: Check) -> tuple[str, str, str]:
     return SIGNS[check.level], f"[dim]{safe(check.name)}[/]", f"{safe(check.text)}{remedy}"
 
 
-def _plain(value: JsonValue) -> str:
+def _plain(value: Plain) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

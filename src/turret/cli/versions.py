@@ -25,7 +25,7 @@ from turret.cli.output import (
     status,
 )
 from turret.errors import NotFound, counted
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, Plain
 from turret.manifest import Lineage, base_in, lineage_in, method_in, task_in
 from turret.tasks import main_metric
 from turret.tasks.calibration import stored_by_question
@@ -80,7 +80,7 @@ def _measured(found: Difference) -> Iterator[tuple[str, ...]]:
                 yield f"  {safe(split)} {safe(name)}", number(left), number(right), change
 
 
-def _value(value: JsonValue) -> str:
+def _value(value: Plain) -> str:
     if value is None:
         return "[dim]-[/]"
     text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

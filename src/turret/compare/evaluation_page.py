@@ -22,7 +22,7 @@ from turret.compare.report_text import (
 )
 from turret.compare.results import MISTAKES, Confusions, Coverage, Details, Reliability, spread_out, wilson
 from turret.data import Input, Prompt, TextPair
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import JsonMapping, Plain
 from turret.tasks import Measure, Mistake, Task, main_metric, measure_of, measuring
 from turret.tasks.calibration import Bin
 from turret.tasks.shapes import Metrics, number_of, parts_in
@@ -56,7 +56,7 @@ def environment(html: bool) -> Environment:
     return templates
 
 
-def _cell(value: JsonValue) -> str:
+def _cell(value: Plain) -> str:
     """A value as text in Markdown, on one line and escaped."""
     line = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in "\\|`*_[]<>#" else c for c in line)

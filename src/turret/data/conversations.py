@@ -19,7 +19,7 @@ from turret.data.cells import Missing, RowReader, json_in, text_of
 from turret.data.examples import Conversation, Preferred, Prompt, Turn
 from turret.data.table import CellValue, is_missing, words_in
 from turret.errors import DataError, shown
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject
 
 MOST_TURNS = 10_000
 _ROLES = {
@@ -178,7 +178,7 @@ def _content(cell: CellValue, replaced: Counter[str] | None = None) -> str:
     return text_of(cell, replaced) or ""
 
 
-def _calls(value: JsonValue) -> str:
+def _calls(value: CellValue) -> str:
     """The calls of a turn as JSON, in the form that chat templates expect: with the arguments as an object."""
     calls = [_call(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
     return json.dumps(calls, ensure_ascii=False) if calls else ""
@@ -192,14 +192,14 @@ def _function(value: CellValue, wrong: str) -> JsonMapping:
     return function
 
 
-def _call(value: JsonValue) -> JsonObject:
+def _call(value: CellValue) -> JsonObject:
     function = _function(value, 'a tool call needs a name, as in {"name": "search", "arguments": {"text": "cats"}}')
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):  # a model may have written arguments that are not JSON
             arguments = json.loads(arguments)
     call: JsonObject = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
-    return {"id": value["id"], **call} if value.get("id") else call
+    return {"id": value["id"], **call} if isinstance(value, Mapping) and value.get("id") else call
 
 
 def tools_of(cell: CellValue) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TypeAlias, TypeVar, overload
 
 from turret.errors import DataError
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject, JsonValue, Plain
 
 MEMORY = 256_000_000  # characters
 SPLITS = ("train", "validation", "test")
@@ -400,12 +400,12 @@ def _example(record: str | bytes) -> Example:
     return found
 
 
-def _stored(named: Mapping[str, list[JsonValue]]) -> object:
+def _stored(named: Mapping[str, list[Plain]]) -> object:
     ((name, values),) = named.items()
     return _STORED[name](*map(_frozen, values))
 
 
-def _frozen(value: JsonValue) -> JsonValue:
+def _frozen(value: Plain) -> JsonValue:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from turret.data.table import CellValue, check_columns
 from turret.errors import DataError, shown
@@ -63,10 +63,11 @@ class _ArrowTable(Protocol):
 
 
 RowsInMemory: TypeAlias = Sequence[Mapping[str, CellValue]] | _DataFrame | _HubDataset | _ArrowTable
+Rows: TypeAlias = RowsInMemory | Mapping[str, RowsInMemory]  # of one table, or by split
 NamedRows = tuple[list[str], Iterator[tuple[CellValue, ...]]]  # the columns, and the cells of each row
 
 
-def is_rows(value: object) -> bool:
+def is_rows(value: object) -> TypeGuard[Rows]:
     """Whether a value is rows in memory, or a mapping of splits to them."""
     if isinstance(value, Mapping):
         return bool(value) and all(_is_table(each) for each in value.values())
@@ -96,7 +97,7 @@ def short_source(source: str) -> str:
     return source if found is None else f"{int(found[1]):,} rows in memory, {found[2][:8]}"
 
 
-def write_rows(value: object) -> str:
+def write_rows(value: Rows) -> str:
     """Write rows into this process's folder, unless they are there, and return the source that names them.
 
     Raises:
@@ -136,13 +137,13 @@ def _home() -> Path:
     return folder
 
 
-def _is_table(value: object) -> bool:
+def _is_table(value: object) -> TypeGuard[RowsInMemory]:
     if isinstance(value, list):
         return bool(value) and all(isinstance(row, Mapping) for row in value)
     return isinstance(value, (_DataFrame, _HubDataset, _ArrowTable)) and not isinstance(value, type)
 
 
-def _write(path: Path, name: str, table: object) -> tuple[int, str]:
+def _write(path: Path, name: str, table: RowsInMemory) -> tuple[int, str]:
     """Write one table as JSONL. Returns its number of rows and its digest.
 
     Args:
@@ -162,7 +163,7 @@ def _write(path: Path, name: str, table: object) -> tuple[int, str]:
     return count, digest.hexdigest()
 
 
-def _read(table: object) -> NamedRows:
+def _read(table: RowsInMemory) -> NamedRows:
     """The columns and rows of a table."""
     if isinstance(table, list):
         names = list(dict.fromkeys(key for row in table for key in row))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from turret.data import text_file
 from turret.data.table import (
@@ -30,7 +30,7 @@ from turret.data.table import (
 )
 from turret.data.text_file import name_of
 from turret.errors import DataError, one_line, shown
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject, Plain
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -139,8 +139,9 @@ def _object(line: str) -> JsonObject | str:
     return row if isinstance(row, dict) else f": expected an object, found {type(row).__name__}"
 
 
-def _of_value(path: Path, value: JsonValue, encoding: str, form: FileFormat) -> Table:
-    rows, note = value, None
+def _of_value(path: Path, value: Plain, encoding: str, form: FileFormat) -> Table:
+    rows: Plain = value
+    note = None
     if isinstance(value, dict):
         lists = [key for key, each in value.items() if isinstance(each, list) and _are_objects(each) and each]
         if len(lists) == 1:
@@ -153,12 +154,13 @@ def _of_value(path: Path, value: JsonValue, encoding: str, form: FileFormat) -> 
         raise DataError(f"{name_of(path)} has no rows: give a table with rows")
     paths = _paths(rows[:SAMPLED_ROWS], form.columns)
     check_columns(name_of(path), tuple(paths), "give each its own name")
+    found = rows
     if any(len(way) > 1 for way in paths.values()):
-        rows = [{name: _cell(row, way) for name, way in paths.items()} for row in rows]
-    return replace(from_rows(name_of(path), tuple(paths), rows), found=_found(encoding)).with_note(note)
+        found = [{name: _cell(row, way) for name, way in paths.items()} for row in rows]
+    return replace(from_rows(name_of(path), tuple(paths), found), found=_found(encoding)).with_note(note)
 
 
-def _paths(rows: Sequence[JsonObject], asked: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _paths(rows: Sequence[Mapping[str, Plain]], asked: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Column -> the keys that lead to its cells. An object in a cell gives a column for each of its keys.
 
     Args:
@@ -166,7 +168,7 @@ def _paths(rows: Sequence[JsonObject], asked: Sequence[str]) -> dict[str, tuple[
     """
     found: dict[str, tuple[str, ...]] = {}
 
-    def walk(objects: Sequence[JsonObject], before: tuple[str, ...]) -> None:
+    def walk(objects: Sequence[Mapping[str, Plain]], before: tuple[str, ...]) -> None:
         for key in dict.fromkeys(key for row in objects for key in row):
             way = (*before, key)
             inner = [cell for row in objects if (cell := row.get(key)) is not None]
@@ -180,8 +182,8 @@ def _paths(rows: Sequence[JsonObject], asked: Sequence[str]) -> dict[str, tuple[
     return found
 
 
-def _cell(row: JsonObject, way: Sequence[str]) -> JsonValue:
-    cell: JsonValue = row
+def _cell(row: Mapping[str, Plain], way: Sequence[str]) -> Plain:
+    cell: Plain = row
     for key in way:
         if not isinstance(cell, dict):
             return None
@@ -189,23 +191,26 @@ def _cell(row: JsonObject, way: Sequence[str]) -> JsonValue:
     return cell
 
 
-def _are_objects(rows: Sequence[JsonValue]) -> bool:
+def _are_objects(rows: Sequence[Plain]) -> TypeGuard[list[dict[str, Plain]]]:
     return all(isinstance(row, dict) for row in rows)
 
 
-def _columns(value: Mapping[str, JsonValue]) -> list[JsonObject] | None:
+def _columns(value: Mapping[str, Plain]) -> list[dict[str, Plain]] | None:
     """Rows of an object of equally long columns, which are lists, or objects with the same keys as pandas writes."""
     columns = list(value.values())
     if len(columns) < 2:
         return None
-    if all(isinstance(each, list) for each in columns) and len({len(each) for each in columns}) == 1:
-        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-    if all(isinstance(each, dict) for each in columns) and all(list(each) == list(columns[0]) for each in columns):
-        return [{name: each[key] for name, each in value.items()} for key in columns[0]]
+    lists = [each for each in columns if isinstance(each, list)]
+    if len(lists) == len(columns) and len({len(each) for each in lists}) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)]
+    objects = {name: each for name, each in value.items() if isinstance(each, dict)}
+    first = next(iter(objects.values()), {})
+    if len(objects) == len(columns) and all(list(each) == list(first) for each in objects.values()):
+        return [{name: each[key] for name, each in objects.items()} for key in first]
     return None
 
 
-def _shape(value: JsonValue) -> str:
+def _shape(value: Plain) -> str:
     if isinstance(value, list):
         odd = next(i for i, row in enumerate(value) if not isinstance(row, dict))
         return f"{type(value[odd]).__name__} as item {odd + 1}"

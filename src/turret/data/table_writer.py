@@ -26,7 +26,6 @@ from turret.data.table import CellValue, FileFormat
 from turret.data.text_file import kind_of, open_bytes
 from turret.disk import describe_error, sync
 from turret.errors import DataError, shown
-from turret.json_types import JsonValue
 
 if TYPE_CHECKING:
     from openpyxl import Workbook
@@ -124,7 +123,7 @@ class TableWriter:
             self._rows.writerow([self._cell(name) for name in self.columns])
         return self
 
-    def write(self, row: Mapping[str, JsonValue]) -> None:
+    def write(self, row: Mapping[str, CellValue]) -> None:
         """Write one row; a column that it lacks is empty."""
         values = [row.get(name) for name in self.columns]
         try:
@@ -139,7 +138,7 @@ class TableWriter:
         except OSError as error:
             raise self._failed(error) from None
 
-    def _cell(self, value: JsonValue) -> str:
+    def _cell(self, value: CellValue) -> str:
         if value is None:
             return ""
         if isinstance(value, float):
@@ -216,6 +215,6 @@ def _text(value: CellValue) -> str:
     return JOINED.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _plain(value: JsonValue) -> JsonValue:
+def _plain(value: CellValue) -> CellValue:
     """NaN and infinity as null, which JSON has, or as an empty cell."""
     return None if isinstance(value, float) and not -1e308 <= value <= 1e308 else value

@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from turret.errors import BadExperiment
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, Plain
 
 Role = Literal["control", "candidate", "shadow"]
 Goal = Literal["higher", "lower"]
@@ -64,13 +64,13 @@ class Metric:
             )
         return cls("real", low, high, direction)
 
-    def read(self, value: JsonValue) -> float | str:
+    def read(self, value: Plain) -> float | str:
         """The outcome as a number, or the reason why it is not one."""
         if isinstance(value, str):
             value = {"true": True, "false": False, "yes": True, "no": False}.get(value.strip().lower(), value)
         try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
+            number = float(value) if isinstance(value, bool | int | float | str) else math.nan
+        except (ValueError, OverflowError):
             number = math.nan
         if self.kind == "binary" and number not in (0.0, 1.0):
             return f"outcome {ascii(value)[:40]} is not binary: expected 0 or 1"

@@ -25,7 +25,7 @@ from turret.database import assignments, experiments, outcomes
 from turret.errors import BadExperiment
 from turret.experiments import assign, rows
 from turret.experiments.experiment import Experiment, lasting, seconds_between
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject, Plain
 from turret.timestamp import to_minute
 from turret.visibility import seen_experiments
 
@@ -122,7 +122,7 @@ def log(connection: Connection, seen: Sequence[Seen]) -> None:
 
 def record(
     connection: Connection,
-    value: JsonValue,
+    value: Plain,
     at: str,
     *,
     receipt: str | None = None,

@@ -27,7 +27,7 @@ from turret.experiments import arm_health, assign, outcomes, rows
 from turret.experiments.arm_health import ArmHealth
 from turret.experiments.experiment import Experiment
 from turret.experiments.outcomes import Recorded, Seen, check_receipt
-from turret.json_types import JsonValue
+from turret.json_types import JsonValue, Plain
 from turret.reference import check_name
 from turret.timestamp import timestamp
 from turret.visibility import see_as
@@ -139,7 +139,7 @@ class Router:
         self._add(assignment, arm, seconds, error, agrees)
 
     def outcome(
-        self, value: JsonValue, *, receipt: str | None = None, unit: str | None = None, name: str | None = None
+        self, value: Plain, *, receipt: str | None = None, unit: str | None = None, name: str | None = None
     ) -> Recorded:
         """Record an outcome by the receipt of its answer, or by unit and adapter name."""
         told = Told(value, receipt, unit, name)

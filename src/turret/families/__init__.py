@@ -36,7 +36,7 @@ from turret.families.mpnet import MPNET
 from turret.families.phi3 import PHI3
 from turret.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from turret.families.t5 import MT5, T5
-from turret.json_types import JsonValue
+from turret.json_types import Plain
 
 if TYPE_CHECKING:
     from turret.transformer import ModelConfig
@@ -55,7 +55,7 @@ DECODERS = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2)
 FAMILIES: dict[str, Family] = {family.name: family for family in (*ENCODERS, *ENCODER_DECODERS, *DECODERS)}
 
 
-def family_named(name: JsonValue) -> Family:
+def family_named(name: Plain) -> Family:
     """The family of a `model_type`. Raises UnknownFamily, which lists the supported ones."""
     if not isinstance(name, str) or name not in FAMILIES:
         raise UnknownFamily(

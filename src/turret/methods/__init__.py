@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from turret.errors import RecipeError, shown
-from turret.json_types import Setting
+from turret.json_types import Plain
 from turret.manifest import MethodSpec
 from turret.methods.full import Full
 from turret.methods.head import Head
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-def method_class(value: Setting) -> type[Method]:
+def method_class(value: Plain) -> type[Method]:
     """The method class of a `[method]` table or of a kind. Raises RecipeError for an unknown kind."""
     kind = value.get("kind") if isinstance(value, Mapping) else value
     if not isinstance(kind, str) or kind not in METHODS:
@@ -70,7 +70,7 @@ def by_name(name: str) -> Method:
     return found.model_validate({"kind": kind, found.named_by: value})
 
 
-def method_named(kind: Setting) -> type[Method]:
+def method_named(kind: Plain) -> type[Method]:
     """The method class of that kind. `Method` itself for an unknown kind, such as the base of a comparison."""
     return METHODS.get(str(kind), Method)
 

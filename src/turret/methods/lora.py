@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
-from turret.json_types import Setting
+from turret.json_types import Plain
 from turret.manifest import AdapterConfig
 from turret.methods.method import Method
 
@@ -25,7 +25,7 @@ COMBINATIONS = {
 FROM_DATA = ("eva", "corda", "lora_ga")  # PEFT's names of starts that it computes from a pass over the data
 
 
-def require_no_data(value: Setting) -> Setting:
+def require_no_data(value: Plain) -> Plain:
     """The value of `init_lora_weights`. Raises ValueError for a start that needs a pass over the data."""
     if value in FROM_DATA:
         raise ValueError(f'expected an initialization without a pass over the data, given "{value}": leave it out')

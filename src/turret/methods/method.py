@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, Validatio
 
 from turret.errors import RecipeError, joined, shown
 from turret.families.family import Family
-from turret.json_types import Setting
+from turret.json_types import Plain
 from turret.manifest import AdapterConfig, MethodSpec
 from turret.methods.messages import sentences
 from turret.plan_check import Check
@@ -69,7 +69,7 @@ class Method(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _one_line_error(cls, value: Setting, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+    def _one_line_error(cls, value: Plain, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
         """Turn an invalid setting into a RecipeError of one line."""
         try:
             return handler(value)

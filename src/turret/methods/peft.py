@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from turret.families.family import Family
-from turret.json_types import JsonObject, Setting
+from turret.json_types import JsonObject, Plain
 from turret.manifest import AdapterConfig, MethodSpec
 from turret.methods.lora import LoRA
 from turret.methods.method import Method, Operation
@@ -76,7 +76,7 @@ class Peft(Method):
 
     @model_validator(mode="before")
     @classmethod
-    def _plain(cls, value: Setting) -> Setting:
+    def _plain(cls, value: Plain) -> Plain:
         """Drop keys that are None, and turn tuples into lists."""
         if not isinstance(value, dict):
             return value
@@ -187,13 +187,13 @@ def without_repeated(names: Iterable[str]) -> set[str]:
     return {name for name in names if not any(part in REPEATED for part in name.split("."))}
 
 
-def _listed(value: Setting) -> Setting:
+def _listed(value: Plain) -> Plain:
     if isinstance(value, dict):
         return {key: _listed(each) for key, each in value.items()}
     return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _texts(value: Setting) -> Iterator[str]:
+def _texts(value: Plain) -> Iterator[str]:
     """The texts in a setting, the keys of tables among them."""
     if isinstance(value, str):
         yield value

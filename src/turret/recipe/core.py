@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -32,7 +32,8 @@ from turret.data import memory
 from turret.data.table import BETWEEN, name_key
 from turret.device_name import DEVICES, is_device
 from turret.errors import BadReference, RecipeError, joined, listed, one_line, shown
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonObject, JsonValue, Plain
+from turret.manifest import MethodSpec
 from turret.methods import METHODS, LoRA, Method, method_class
 from turret.methods.messages import KnownKeys, complaint, sentences, unknown_key
 from turret.methods.method import AS_GIVEN, refuse_places
@@ -138,14 +139,14 @@ class _Section(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _one_line_error(cls, value: JsonValue, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _one_line_error(cls, value: Plain, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             return handler(value)
         except ValidationError as error:
             raise RecipeError(joined(list(sentences(cls, error, keys, METHODS)))) from None
 
 
-def _size(value: JsonValue) -> JsonValue:
+def _size(value: Plain) -> Plain:
     whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
     if value is None or whole or (isinstance(value, float) and 0 < value < 1):
         return value
@@ -169,6 +170,9 @@ def _several(value: str | list[str] | None) -> str | list[str] | None:
 
 
 Size = Annotated[int | float | str | None, BeforeValidator(_size)]
+
+
+GivenData: TypeAlias = "Data | Path | memory.Rows | Plain | Mapping[str, GivenData]"  # what a recipe takes as data
 
 
 class Data(_Section):
@@ -267,11 +271,11 @@ class Data(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_source(cls, value: JsonValue) -> JsonValue:
+    def _from_source(cls, value: GivenData) -> Data | Mapping[str, GivenData]:
         return _with_source(value)
 
 
-def _with_source(value: JsonValue) -> JsonValue:
+def _with_source(value: GivenData) -> Data | Mapping[str, GivenData]:
     """A `[data]` table, also of its source alone. Rows in memory are replaced by the source that names them.
 
     Raises:
@@ -279,8 +283,10 @@ def _with_source(value: JsonValue) -> JsonValue:
     """
     if isinstance(value, Data) or (isinstance(value, Mapping) and not memory.is_rows(value) and "source" not in value):
         return value
-    alone = not isinstance(value, Mapping) or memory.is_rows(value)
-    source = value if alone else value["source"]
+    section: Mapping[str, GivenData] | None = (
+        value if isinstance(value, Mapping) and not memory.is_rows(value) else None
+    )
+    source = value if section is None else section["source"]
     if memory.is_rows(source):
         source = memory.write_rows(source)
     elif isinstance(source, (str, Path)):
@@ -288,13 +294,13 @@ def _with_source(value: JsonValue) -> JsonValue:
     else:
         given = "no rows" if isinstance(source, list) and not source else f"a {type(source).__name__}"
         raise RecipeError(
-            f"{'data' if alone else 'data.source'}: expected a file, a folder, a Hub id, pypi:package, a DataFrame, a "
+            f"{'data' if section is None else 'data.source'}: expected a file, a folder, a Hub id, pypi:package, a DataFrame, a "
             f"list of dictionaries or a datasets.Dataset, given {given}"
         )
-    return {"source": source} if alone else {**value, "source": source}
+    return {**(section or {}), "source": source}
 
 
-def _task_kind(value: JsonValue) -> JsonValue:
+def _task_kind(value: Plain) -> Plain:
     if value not in (None, *TASKS):
         raise ValueError(f"expected {kinds(repr)}")
     return value
@@ -351,7 +357,7 @@ class Task(_Section):
     max_new_tokens: int | None = Field(default=None, ge=1, le=1_000_000)
 
 
-def _trackers(value: JsonValue) -> JsonValue:
+def _trackers(value: Plain) -> Plain:
     names = [value] if isinstance(value, str) else value
     if names is None:
         return None
@@ -360,13 +366,13 @@ def _trackers(value: JsonValue) -> JsonValue:
     return tuple(dict.fromkeys(names))
 
 
-def _device(value: JsonValue) -> JsonValue:
+def _device(value: Plain) -> Plain:
     if value is not None and not (isinstance(value, str) and is_device(value)):
         raise ValueError(f"expected {DEVICES}, given {shown(value)}")
     return value
 
 
-def _int8(value: JsonValue) -> JsonValue:
+def _int8(value: Plain) -> Plain:
     if value is not False:
         raise ValueError(
             "steps in 8 bits were removed, expected false; leave the key out, or set train.dtype to bfloat16"
@@ -454,7 +460,7 @@ class Promise(_Section):
     when_broken: Literal["alarm", "stricter", "rollback"] = "alarm"
 
 
-def _method(value: JsonValue) -> Method:
+def _method(value: Method | MethodSpec | str) -> Method:
     """Validate `[method]`, or a kind alone, with the class of that kind, whose errors are sentences already."""
     if isinstance(value, Method):
         return value
@@ -469,7 +475,7 @@ def _method(value: JsonValue) -> Method:
     raise PydanticCustomError("sentences", "{sentences}", {"sentences": lines})
 
 
-def _quantization(value: JsonValue) -> JsonValue:
+def _quantization(value: Plain) -> Plain:
     return None if value == "none" else value
 
 
@@ -511,13 +517,13 @@ class Recipe(_Section):
             *,
             base: str | Path = ...,
             base_quantization: Literal["none", "nf4"] | None = None,
-            data: Data | JsonMapping | str | Path | memory.RowsInMemory,
+            data: Data | Mapping[str, GivenData] | str | Path | memory.RowsInMemory,
             name: str | None = None,
             seed: int = 42,
-            task: Task | JsonMapping = ...,
-            method: Method | JsonMapping | str = ...,
-            train: Train | JsonMapping = ...,
-            promise: Promise | JsonMapping | None = ...,
+            task: Task | Mapping[str, Plain] = ...,
+            method: Method | MethodSpec | str = ...,
+            train: Train | Mapping[str, Plain] = ...,
+            promise: Promise | Mapping[str, Plain] | None = ...,
         ) -> None: ...
 
     @property
@@ -527,7 +533,7 @@ class Recipe(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_name(cls, value: JsonValue) -> JsonValue:
+    def _default_name(cls, value: Recipe | Mapping[str, GivenData]) -> Recipe | Mapping[str, GivenData]:
         if not isinstance(value, Mapping) or value.get("data") is None:
             return value
         data = _with_source(value["data"])
@@ -571,7 +577,7 @@ class Recipe(_Section):
 
     @field_validator("base", mode="before")
     @classmethod
-    def _base_as_text(cls, value: JsonValue) -> JsonValue:
+    def _base_as_text(cls, value: Plain | Path) -> Plain:
         return str(value) if isinstance(value, Path) else value
 
     @field_validator("name")

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from datetime import date, time
 
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject, Plain
 
 MOST_CHARACTERS = 100_000
 MOST_KEYS = 1000  # of all tables, and table headers
@@ -62,7 +62,7 @@ def loads(text: str) -> JsonObject:
     return document
 
 
-def _check_plain(value: JsonValue) -> None:
+def _check_plain(value: Plain | date | time) -> None:
     if isinstance(value, int) and abs(value) >> 63:
         raise ValueError(f"it has a whole number of {value.bit_length()} bits: a setting has at most 64")
     if isinstance(value, (date, time)):
@@ -71,14 +71,15 @@ def _check_plain(value: JsonValue) -> None:
         _check_plain(each)
 
 
-def value(text: str) -> JsonValue:
+def value(text: str) -> Plain:
     """Read one TOML value on one line. Raises ValueError."""
     if "\n" in text:
         raise ValueError(text)
-    return loads(f"value = {text}")["value"]
+    found: Plain = loads(f"value = {text}")["value"]
+    return found
 
 
-def value_or_text(text: str) -> JsonValue:
+def value_or_text(text: str) -> Plain:
     """Read one TOML value. Text that is not TOML is returned as it is."""
     try:
         return value(text)
@@ -86,7 +87,7 @@ def value_or_text(text: str) -> JsonValue:
         return text
 
 
-def written(value: JsonValue) -> str:
+def written(value: Plain) -> str:
     """Write a value as TOML on one line; `tomllib` reads it back equal."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -96,4 +97,5 @@ def written(value: JsonValue) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{written(str(k))} = {written(v)}" for k, v in value.items()) + "}"
+    assert value is not None  # TOML has no null
     return "[" + ", ".join(written(v) for v in value) + "]"

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turret.errors import Corrupt
-from turret.json_types import JsonObject, JsonValue, Setting
+from turret.json_types import JsonObject, JsonValue, Plain
 from turret.manifest import Manifest
 from turret.methods.lora import lora_scaling
 from turret.store.catalog import Version
@@ -234,10 +234,11 @@ def difference(a: Version, b: Version, files_a: Mapping[str, Path], files_b: Map
 
 def _settings(manifest: Manifest) -> Iterator[tuple[str, JsonValue]]:
     for section in SECTIONS:
-        yield from _leaves(section, manifest.get(section))
+        found: JsonValue = manifest.get(section)
+        yield from _leaves(section, found)
 
 
-def _leaves(name: str, value: JsonValue) -> Iterator[tuple[str, JsonValue]]:
+def _leaves(name: str, value: Plain) -> Iterator[tuple[str, JsonValue]]:
     if name == "lineage.recipe" and isinstance(value, str):
         try:
             value = tomllib.loads(value)
@@ -264,7 +265,7 @@ def _metrics(a: SplitMetrics, b: SplitMetrics) -> dict[str, dict[str, Change]]:
     return found
 
 
-def _numbers(name: str, value: Setting) -> Iterator[tuple[str, float]]:
+def _numbers(name: str, value: Plain) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, inside in value.items():
             yield from _numbers(f"{name}.{key}" if name else str(key), inside)

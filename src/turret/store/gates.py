@@ -19,7 +19,7 @@ from sqlalchemy import ColumnElement, Connection, delete, insert, select
 
 from turret.database import gates
 from turret.errors import BadReference, GateFailed, NotFound
-from turret.json_types import JsonObject, Setting
+from turret.json_types import JsonObject, Plain
 from turret.reference import Reference
 from turret.store import catalog, golden
 from turret.store.catalog import Version, now
@@ -127,8 +127,8 @@ def _split_and_metric(text: str) -> tuple[str, str]:
     return (split, metric) if dot and split and metric else ("test", text)
 
 
-def _value(metrics: SplitMetrics, gate: Gate) -> Setting:
-    value: Setting = metrics.get(gate.split)
+def _value(metrics: SplitMetrics, gate: Gate) -> Plain:
+    value: Plain = metrics.get(gate.split)
     for key in gate.metric.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value

@@ -23,7 +23,7 @@ from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from turret.database import adapters, golden_gates, golden_sets, replays
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject
 from turret.store import catalog
 from turret.store.blobs import digest_of
 from turret.store.catalog import Version, now, plain_object
@@ -147,7 +147,7 @@ def name_of(digest: str) -> str:
     return f"{WORD}{digest.removeprefix('sha256:')[:12]}"
 
 
-def shortly(value: JsonValue) -> str:
+def shortly(value: object) -> str:
     """Quote a value from a user, in at most 80 characters."""
     text = repr(list(value)) if isinstance(value, tuple | list) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

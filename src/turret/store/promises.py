@@ -45,7 +45,7 @@ from sqlalchemy import (
 from turret import audit
 from turret.database import adapters, bytewise, insert_row, metadata, versions
 from turret.errors import BundleError, NotFound
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, Plain, mapping_of
 from turret.manifest import Manifest, lineage_in, task_in
 from turret.store import promise_inputs
 from turret.store.alarms import INPUTS_DRIFTED, PROMISE_BROKEN
@@ -158,12 +158,13 @@ class Terms:
         return decision is not None and decision[1] < self.threshold
 
     @classmethod
-    def from_json(cls, value: JsonValue) -> Terms:
+    def from_json(cls, value: Plain) -> Terms:
         """The promise in a manifest. Raises BundleError for one that no training writes."""
         try:
-            kept = {each.name: value[each.name] for each in fields(cls)}
+            given = mapping_of(value)
+            kept = {each.name: given[each.name] for each in fields(cls)}
             numbers = [kept[name] for name in ("error", "confidence", "threshold", "outcome_ttl", "missing_bound")]
-            if value.keys() != kept.keys() or not all(isinstance(each, int | float) for each in numbers):
+            if given.keys() != kept.keys() or not all(isinstance(each, int | float) for each in numbers):
                 raise ValueError
             found = cls(**kept)
             if not (0 < found.error <= 0.5 and 0 <= found.threshold <= NEVER and found.when_broken in WHEN_BROKEN):
@@ -335,7 +336,7 @@ def log(connection: Connection, seen: Sequence[LoggedAnswer]) -> None:
         connection.execute(insert(answers), list(new.values()))
 
 
-def record(connection: Connection, receipt: str, value: JsonValue) -> tuple[Status, str]:
+def record(connection: Connection, receipt: str, value: Plain) -> tuple[Status, str]:
     """Record the outcome of the answer with this receipt. Returns its status, and a line for people."""
     row = None
     if 0 < len(receipt) <= LONGEST_RECEIPT and receipt.isprintable():
@@ -466,7 +467,7 @@ def _spec(connection: Connection, promise: Promise) -> TaskSpec:
     return task_in(manifest)
 
 
-def _read(value: JsonValue, given: str, labels: Sequence[str]) -> tuple[bool, str | None] | str:
+def _read(value: Plain, given: str, labels: Sequence[str]) -> tuple[bool, str | None] | str:
     """Whether the answer was wrong, and the right label if it is known; or why the value is no outcome."""
     if isinstance(value, str) and value in labels:
         return value != given, value

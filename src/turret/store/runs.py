@@ -44,7 +44,7 @@ from turret import audit
 from turret.database import TRAINING, Database, bytewise, jobs, metadata
 from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
 from turret.errors import InUse, LeaseLost, StoreError
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, Plain
 from turret.store import leases
 from turret.store.artifacts import Artifacts
 from turret.store.blobs import Blob, digest_of
@@ -398,7 +398,7 @@ def listed(database: Database, most: int) -> list[JsonObject]:
         return _shown(connection, newest)
 
 
-def _shown(connection: Connection, query: Select[tuple[JsonValue, ...]]) -> list[JsonObject]:
+def _shown(connection: Connection, query: Select[tuple[Plain, ...]]) -> list[JsonObject]:
     """The rows, with `queue` for a run from the queue. A run without a living process is not shown as running."""
     rows = [dict(row) for row in connection.execute(query).mappings()]
     living = leases.held(connection, HELD, late=True) if any(row["state"] == "running" for row in rows) else set()

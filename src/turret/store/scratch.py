@@ -37,7 +37,7 @@ from turret.disk import (
     sync,
 )
 from turret.errors import StoreError
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import JsonMapping, Plain
 from turret.process import uninterrupted
 
 WHY = "leftover of a killed import or export"
@@ -202,7 +202,7 @@ def _make_scratch(root: Path) -> None:
     make_folder(root / "scratch", permissions(root))
 
 
-def _write(path: Path, content: JsonValue) -> None:
+def _write(path: Path, content: Plain) -> None:
     with create(path) as file:
         file.write(json.dumps(content).encode())
         flush(file)

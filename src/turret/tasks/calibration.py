@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from turret.errors import AdapterError, DataError
-from turret.json_types import JsonValue
+from turret.json_types import JsonMapping, Plain
 from turret.tasks.shapes import CalibrationSpec, SurenessSpec
 
 if TYPE_CHECKING:
@@ -90,20 +90,21 @@ class Calibration:
         }
 
     @classmethod
-    def from_json(cls, value: JsonValue) -> Calibration:
+    def from_json(cls, value: CalibrationSpec | dict[str, CalibrationSpec]) -> Calibration:
         """The calibration in a manifest. Raises AdapterError for values that no training writes."""
         if not isinstance(value, dict) or set(value) != KEYS:
             raise _unreadable("its keys are not known")
-        temperature, examples, scores = value["temperature"], value["examples"], value["scores"]
+        given: JsonMapping = value
+        temperature, examples, scores = given["temperature"], given["examples"], given["scores"]
         if not _is_number(temperature) or not 0 < temperature < 1e6:
             raise _unreadable("its temperature is not a positive number")
         if not isinstance(scores, list) or not scores or not all(_is_number(each) and each >= 0 for each in scores):
             raise _unreadable("its scores are not a list of numbers from 0")
         if scores != sorted(scores) or type(examples) is not int or not len(scores) <= examples < 1 << 40:
             raise _unreadable("its scores do not rise, or are more than its examples")
-        if not isinstance(value["chose_weights"], bool):
+        if not isinstance(given["chose_weights"], bool):
             raise _unreadable("chose_weights is not true or false")
-        return cls(float(temperature), examples, tuple(map(float, scores)), value["chose_weights"])
+        return cls(float(temperature), examples, tuple(map(float, scores)), given["chose_weights"])
 
 
 def check_coverage(coverage: float) -> None:
@@ -292,7 +293,7 @@ class Sureness:
         }
 
     @classmethod
-    def from_json(cls, value: JsonValue) -> Sureness:
+    def from_json(cls, value: Plain) -> Sureness:
         """What `to_json` gave. Raises ValueError for anything else."""
         if not isinstance(value, dict) or set(value) != {"bins", "curve"}:
             raise ValueError("expected bins and curve")
@@ -396,7 +397,7 @@ def _binary_slope(z: Tensor, y: Tensor) -> Callable[[float], float]:
     return lambda inverse: float((((z * inverse).sigmoid() - smoothed) * z).mean())
 
 
-def _is_number(value: JsonValue) -> bool:
+def _is_number(value: Plain) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -24,7 +24,7 @@ from functools import cached_property, lru_cache
 from turret.data import Prompt, Turn
 from turret.errors import DataError, one_line
 from turret.helper_process import Answer, Died, HelperProcess
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject, Plain
 from turret.tasks.tokens import Tokens
 from turret.tasks.tool_calls import CallFormat
 from turret.transformer import Tokenizer
@@ -274,7 +274,7 @@ class ChatTemplate:
 def rendered(
     template: str,
     messages: Sequence[JsonObject],
-    tools: JsonValue = None,
+    tools: Plain = None,
     *,
     answering: bool,
     marks: bool = False,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from turret.bundles import gguf_lora
 from turret.errors import plainly
-from turret.json_types import JsonMapping, Setting
+from turret.json_types import JsonMapping, Plain
 from turret.manifest import Manifest, MethodSpec, base_in, lineage_in, method_in, task_in
 from turret.tasks import TASKS
 from turret.tasks.shapes import Metrics, SplitMetrics
@@ -97,7 +97,7 @@ def _method(method: MethodSpec) -> str:
     return " ".join([str(method.get("kind") or "not stated"), *words])
 
 
-def _short(value: Setting) -> str:
+def _short(value: Plain) -> str:
     text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -168,7 +168,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _code(value: Setting) -> str:
+def _code(value: Plain) -> str:
     """Text from outside as a code span on one line, which no character of it can end."""
     text = plainly(str(value)).replace("`", "'").replace("|", "/")
     return f"`{text[:200].strip() or ' '}`"

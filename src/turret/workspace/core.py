@@ -17,7 +17,7 @@ from turret.data import Prompt, TextPair
 from turret.errors import BadArgument, NotFound
 from turret.experiments import Recorded, Router
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, Plain
 from turret.location import Location
 from turret.notebook import Cell, Table, as_html
 from turret.store import (
@@ -657,7 +657,7 @@ class Workspace:
         )
         return promising.make(self.store, reference, request, on_stage or silent)
 
-    def promise_outcomes(self, outcomes: Iterable[tuple[str, JsonValue]]) -> Sequence[Recorded]:
+    def promise_outcomes(self, outcomes: Iterable[tuple[str, Plain]]) -> Sequence[Recorded]:
         """Record outcomes of answers that promises cover: the receipt, and the right label or 1 or 0, of each."""
         return promising.record(self.store, outcomes)
 

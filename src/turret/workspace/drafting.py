@@ -14,9 +14,9 @@ from turret.data.columns import Candidate, Profile, fitting_schemas, profile_tab
 from turret.data.source import open_labelled
 from turret.data.splits import ROLES as SPLITS
 from turret.data.splits import Sources, SplitRole, find_sources
-from turret.data.table import DataSettings, Size, Table, format_of
+from turret.data.table import CellValue, DataSettings, Size, Table, format_of
 from turret.errors import BaseModelError, DataError, NoHeader, SeveralLabels, counted, listed, one_line
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, Plain
 from turret.recipe import Recipe, toml
 from turret.recipe.default_base import default_base
 from turret.tasks import schemas, task_of
@@ -158,16 +158,16 @@ def _open(source: str, settings: Mapping[str, str]) -> _Opened:
     return _Opened(recipe, settings, tables[sources.split["train"]], sources)
 
 
-def _short(cell: JsonValue) -> str:
+def _short(cell: CellValue) -> str:
     return one_line(str(cell), SHOWN_CELL)
 
 
-def _whole(cell: JsonValue) -> str:
+def _whole(cell: CellValue) -> str:
     """The text of a cell. Half a surrogate pair, which JSON may have and UTF-8 cannot, becomes a question mark."""
     return str(cell).encode("utf-8", "replace").decode()
 
 
-def _sample(opened: _Opened, most: int = SHOWN_ROWS, written: Callable[[JsonValue], str] = _short) -> Sample:
+def _sample(opened: _Opened, most: int = SHOWN_ROWS, written: Callable[[CellValue], str] = _short) -> Sample:
     table, data = opened.table, opened.recipe.data
     shown = list(table.columns)[:SHOWN_COLUMNS]
     rows = [
@@ -292,12 +292,12 @@ class _Lines:
         self._lines += ["", f"[{name}]"]
         self._written, self._asked = set(), asked
 
-    def set(self, key: str, value: JsonValue, comment: str = "") -> None:
+    def set(self, key: str, value: Plain, comment: str = "") -> None:
         self._written.add(key)
         line = f"{key} = {toml.written(value)}"
         self._lines.append(f"{line}  # {comment}" if comment else line)
 
-    def option(self, key: str, value: JsonValue, on: bool, comment: str) -> None:
+    def option(self, key: str, value: Plain, on: bool, comment: str) -> None:
         """A setting that is on, or offered as a comment; nothing if the caller names it."""
         if key not in self._asked:
             self._lines.append(f"{'' if on else '# '}{key} = {toml.written(value)}  # {comment}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from turret.compare.results import (
     Reliability,
     covered,
 )
-from turret.data import Example, Labelled
+from turret.data import Example, Labelled, TextPair
 from turret.data.table_writer import TableWriter
 from turret.errors import DataError, counted
-from turret.json_types import JsonObject
 from turret.store import Panel, Store, Version, promises
 from turret.tasks import Task, task_from_spec
 from turret.tasks.calibration import Confidences, calibration_error, reliability
 from turret.tasks.shapes import Answer, Metrics
+from turret.tasks.task import Mistake
 from turret.train.asking import Asking, logits_of_each
 from turret.train.batches import EncodedRows
 from turret.workspace.answering import mounted
@@ -65,20 +65,21 @@ def evaluate(
 def write_mistakes(found: Evaluation | PanelEvaluation, path: Path) -> TableWriter:
     """Write every wrong answer of an evaluation into a table, a row each, and return its writer."""
     if isinstance(found, PanelEvaluation):
-        rows = [
-            {"question": each.question} | one.as_json() for each in found.questions for one in each.details.mistakes
-        ]
-        return _write_rows(rows, path, ("question",))
-    return _write_rows([each.as_json() for each in found.details.mistakes], path)
+        asked = [({"question": each.question}, one) for each in found.questions for one in each.details.mistakes]
+        return _write_rows(asked, path, ("question",))
+    return _write_rows([({}, each) for each in found.details.mistakes], path)
 
 
-def _write_rows(rows: Sequence[JsonObject], path: Path, first: Sequence[str] = ()) -> TableWriter:
-    says = [] if any(row["confidence"] is not None for row in rows) else ["error"]  # else it is the confidence
-    texts = ["text", "text_pair"] if any("text_pair" in row for row in rows) else ["text"]
+def _write_rows(
+    mistakes: Sequence[tuple[Mapping[str, str], Mistake]], path: Path, first: Sequence[str] = ()
+) -> TableWriter:
+    """Write mistakes into a table. Each comes with further columns, which are named in `first`."""
+    says = [] if any(each.confidence is not None for _, each in mistakes) else ["error"]  # else it is the confidence
+    texts = ["text", "text_pair"] if any(isinstance(each.asked, TextPair) for _, each in mistakes) else ["text"]
     with TableWriter(path, [*first, "row", "right", "given", "confidence", "score", *says, *texts]) as table:
-        for row in rows:
-            confidence = None if row["confidence"] is None else round(row["confidence"], 6)
-            table.write(row | {"confidence": confidence, "score": round(row["score"], 6)})
+        for own, each in mistakes:
+            confidence = None if each.confidence is None else round(each.confidence, 6)
+            table.write({**own, **each.as_json(), "confidence": confidence, "score": round(each.score, 6)})
     return table
 
 

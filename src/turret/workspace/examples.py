@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import SupportsFloat
 
 from turret.data import cells
 from turret.data.source import open_table
-from turret.data.table import Table
+from turret.data.table import CellValue, Table
 from turret.errors import DataError, shown
-from turret.json_types import JsonObject, JsonValue
 from turret.store.golden import CHECKS, MOST_EXAMPLES, Example, GoldenSet, shortly
 
 TEXTS = ("text", "prompt", "document")
@@ -67,7 +67,7 @@ def _columns(table: Table) -> tuple[str, list[str]]:
     return texts[0], checks
 
 
-def _example(text: JsonValue, row: JsonObject) -> Example:
+def _example(text: CellValue, row: dict[str, CellValue]) -> Example:
     """One example.
 
     Args:
@@ -87,7 +87,7 @@ def _example(text: JsonValue, row: JsonObject) -> Example:
     return Example(source, check, wanted, score)
 
 
-def _wanted(check: str, cell: JsonValue) -> str | tuple[str, ...] | None:
+def _wanted(check: str, cell: CellValue) -> str | tuple[str, ...] | None:
     if check == "label":
         return cells.label_of(cell, (), multi_label=isinstance(cell, list | tuple))
     if check == "contains" and isinstance(cell, list | tuple):
@@ -98,12 +98,12 @@ def _wanted(check: str, cell: JsonValue) -> str | tuple[str, ...] | None:
     return cells.text_of(cell)
 
 
-def _score(cell: JsonValue) -> float | None:
+def _score(cell: CellValue) -> float | None:
     if cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and math.isnan(cell)):
         return None
     try:
-        score = float(cell)
-    except (TypeError, ValueError):
+        score = float(cell) if isinstance(cell, str | bytes | SupportsFloat) else math.nan
+    except ValueError:
         score = math.nan
     if isinstance(cell, bool) or not 0 < score <= 1:
         raise DataError(f"{SCORE} {shortly(cell)}: expected a number above 0 and at most 1")

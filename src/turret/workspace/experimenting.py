@@ -33,7 +33,7 @@ from turret.experiments.experiment import (
     named_arms,
 )
 from turret.experiments.outcomes import Recorded, Seen
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, Plain
 from turret.reference import Reference, check_alias, check_name
 from turret.store import Store, Version
 from turret.store.alarms import NOTHING
@@ -318,13 +318,13 @@ class LiveExperiment:
             outcomes.log(connection, [Seen(running.id, key, arm.name, running.revision, probability, now(), receipt)])
         return running.reference(arm), arm.name, probability
 
-    def outcome(self, value: JsonValue, *, receipt: str | None = None, unit: str | None = None) -> Recorded:
+    def outcome(self, value: Plain, *, receipt: str | None = None, unit: str | None = None) -> Recorded:
         """Record the outcome of an answer, by its receipt or its unit. The result says whether it counts."""
         if (receipt is None) == (unit is None):
             raise BadExperiment("an outcome needs the receipt of its answer or its unit, and one of them only")
         return self.outcomes([(receipt, unit, value)])[0]
 
-    def outcomes(self, entries: Iterable[tuple[str | None, str | None, JsonValue]]) -> list[Recorded]:
+    def outcomes(self, entries: Iterable[tuple[str | None, str | None, Plain]]) -> list[Recorded]:
         """Record many outcomes: (receipt or None, unit or None, value) each."""
         recorded: list[Recorded] = []
         for batch in _batches(entries):

@@ -19,7 +19,7 @@ from turret.data.memory import short_source
 from turret.errors import AdapterError, Corrupt, DataError, NotFound, TurretError, counted
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL, check_missing, check_ttl
 from turret.experiments.outcomes import Recorded
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, Plain
 from turret.reference import Reference
 from turret.store import Store, Version, promise_inputs, promises
 from turret.store.alarms import NOTHING
@@ -269,7 +269,7 @@ def trained(
     return asdict(terms) | {"sureness": sureness.to_json()}, inputs, [*held.notes, *notes]
 
 
-def embedded_text(asked: JsonValue | Input) -> str | None:
+def embedded_text(asked: Plain | Input) -> str | None:
     """The text of a held-out example or of a live input, to be embedded; None if it is neither a text nor two."""
     return str(asked) if isinstance(asked, (str, TextPair)) else None
 
@@ -418,7 +418,7 @@ def settle(store: Store, memories: dict[int, PromiseMemory]) -> list[PromiseStat
     return [_settled(store, _watched(store, each, memories), memories) for each in listed(store, memories)]
 
 
-def record(store: Store, told: Iterable[tuple[str, JsonValue]]) -> list[Recorded]:
+def record(store: Store, told: Iterable[tuple[str, Plain]]) -> list[Recorded]:
     """Record outcomes of answers that promises cover: (receipt, value) each."""
     with store.database(make=True).writing() as connection:
         return [Recorded(*promises.record(connection, receipt, value)) for receipt, value in told]

@@ -12,7 +12,7 @@ from turret.data import Dataset, Example, Input, Labelled, Prompt, Schema, TextP
 from turret.data.columns import LABELLED
 from turret.data.table import BETWEEN, ROLES, answer_to, find_column, list_columns, require_columns
 from turret.errors import AdapterError, DataError, RecipeError, listed, one_line, shown
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
 from turret.store import Panel, Question, Store, Version
 from turret.store.panels import decisions_of
 from turret.tasks import schemas, stored_task, task_of
@@ -73,7 +73,7 @@ def inputs_in(texts: Texts) -> list[Input]:
     return [str(each) if isinstance(each, str) else each for each in found]
 
 
-def _paired(value: Input | JsonValue) -> Input | JsonValue:
+def _paired(value: Input | Plain) -> Input | JsonValue:
     """A tuple of two texts, or an object with the keys of a pair, as a `TextPair`; anything else as it is."""
     if isinstance(value, Mapping) and value.keys() == {"text", "text_pair"}:
         value = (value["text"], value["text_pair"])
@@ -219,7 +219,7 @@ def read_panel(store: Store, panel: Panel, source: str, columns: JsonMapping) ->
     return PanelData(data, [str(each.asked) for each in rows.examples], rows.places, questions, left_out, notes)
 
 
-def _columns_of_questions(panel: Panel, named: JsonValue, there: Sequence[str], source: str) -> dict[str, str]:
+def _columns_of_questions(panel: Panel, named: Plain, there: Sequence[str], source: str) -> dict[str, str]:
     """The columns of questions: those that are named, else those with the name of a question."""
     if isinstance(named, str) and len(panel.questions) == 1:
         named = {panel.questions[0].name: named}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turret.data.source import open_table
+from turret.data.table import CellValue
 from turret.errors import BadExperiment, DataError
 from turret.experiments.outcomes import Recorded, grouped
 from turret.json_types import JsonObject, JsonValue
@@ -83,5 +84,5 @@ def read(path: Path) -> Iterator[tuple[str | None, str | None, JsonValue]]:
         yield receipt, unit, cells["value"]
 
 
-def _text(cell: JsonValue) -> str | None:
+def _text(cell: CellValue) -> str | None:
     return (None if cell is None else str(cell).strip()) or None

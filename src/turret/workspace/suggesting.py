@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from turret.data import Input, TextPair
 from turret.data.dataset import Rows
+from turret.data.table import CellValue
 from turret.data.table_writer import TableWriter
 from turret.errors import AdapterError, DataError
 from turret.json_types import JsonMapping
@@ -93,8 +94,11 @@ def write_suggestions(found: Suggested, path: Path) -> TableWriter:
     ) as table:
         for each in found.suggestions:
             texts = dict(zip(found.columns, each.texts, strict=True))
-            answer = {names["predicted"]: each.predicted, names["confidence"]: round(each.confidence, 6)}
-            table.write(texts | {names["row"]: each.row} | answer)
+            answer: dict[str, CellValue] = {
+                names["predicted"]: each.predicted,
+                names["confidence"]: round(each.confidence, 6),
+            }
+            table.write({**texts, names["row"]: each.row, **answer})
     return table
 
 

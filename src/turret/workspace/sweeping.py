@@ -49,7 +49,7 @@ MOST_TRIALS = 1000
 AT_ONCE = 4  # trials that wait or run at a time on workers
 WIDE = 10.0  # a range whose ends are so many times apart is searched on a logarithmic scale
 State = Literal["finished", "pruned", "failed"]
-Setting = str | float | int
+Plain = str | float | int
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Trial:
     """One training of a sweep."""
 
     number: int
-    settings: dict[str, Setting]
+    settings: dict[str, Plain]
     key: str
     recipe: Recipe
     state: State | None = None  # None: it waits or runs
@@ -207,7 +207,7 @@ class Listed:
         values = [each.values for each in settings.values() if isinstance(each, Choices)]
         self._left = [dict(zip(settings, each, strict=True)) for each in itertools.product(*values)]
 
-    def propose(self) -> dict[str, Setting]:
+    def propose(self) -> dict[str, Plain]:
         """The settings of a new trial."""
         return dict(self._left.pop(0))
 
@@ -256,7 +256,7 @@ class Proposed:
             return kinds.IntDistribution(int(setting.low), int(setting.high), log=setting.log)
         return kinds.FloatDistribution(setting.low, setting.high, log=setting.log)
 
-    def propose(self) -> dict[str, Setting]:
+    def propose(self) -> dict[str, Plain]:
         """The settings of a new trial."""
         self._new = self._study.ask(self._space)
         return dict(self._new.params)
@@ -437,7 +437,7 @@ class _Running:
             self._trials.append(trial)
             yield trial
 
-    def _trial(self, number: int, settings: Mapping[str, Setting]) -> Trial:
+    def _trial(self, number: int, settings: Mapping[str, Plain]) -> Trial:
         texts = {key: f"{each:.4g}" if isinstance(each, float) else str(each) for key, each in settings.items()}
         recipe = self._recipe.with_overrides(texts)
         digest = hashlib.sha256(recipe.to_toml().encode()).hexdigest()

@@ -47,7 +47,7 @@ from turret.errors import (
     StoreError,
     memory_ran_out,
 )
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject, Plain
 from turret.manifest import Lineage
 from turret.plan_check import Check
 from turret.recipe import Recipe
@@ -290,7 +290,7 @@ def _numbers(metrics: Metrics) -> Iterator[tuple[str, float]]:
             yield name, float(value)
 
 
-def _plain(value: JsonValue) -> float | str:
+def _plain(value: Plain) -> float | str:
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return value
     return json.dumps(value, ensure_ascii=False)

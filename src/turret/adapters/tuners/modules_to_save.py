@@ -13,7 +13,7 @@ from turret.adapters.modules_to_save import TokenLogits, TokenRows, unrouted, wi
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError
 from turret.families import family_of
-from turret.json_types import Setting
+from turret.json_types import Plain
 from turret.manifest import AdapterConfig
 from turret.methods.peft import LORA_PREFIX, NORMS
 
@@ -153,7 +153,7 @@ def _ties(model: Model) -> bool:
     return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
-def _token_ids(value: Setting, path: str) -> list[int]:
+def _token_ids(value: Plain, path: str) -> list[int]:
     """The tokens of the embedding at a path: PEFT has a list for all, or one for each name."""
     if isinstance(value, Mapping):
         value = next((ids for name, ids in value.items() if path.endswith(name)), None)

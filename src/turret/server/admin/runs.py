@@ -27,7 +27,7 @@ FileName = Annotated[str, Field(min_length=1, max_length=100)]
 
 Texts = Annotated[dict[FileName, str], Field(max_length=MOST_FILES)]
 SettingName = Annotated[str, Field(min_length=1, max_length=200)]
-Setting = Annotated[str, Field(max_length=10_000)]
+Plain = Annotated[str, Field(max_length=10_000)]
 TABLES = (
     "Tables by name; `data.source` names one. Without it: the id of a file of `/v1/files`, a Hub id, or pypi:package."
 )
@@ -40,7 +40,7 @@ class DraftRequest(Model):
         description="The id of a file of `/v1/files`, one of `files`, or pypi:package."
     )
     files: Texts = Field(default_factory=dict, description="Tables by name.")
-    settings: Annotated[dict[SettingName, Setting], Field(max_length=MOST_SETTINGS)] = Field(
+    settings: Annotated[dict[SettingName, Plain], Field(max_length=MOST_SETTINGS)] = Field(
         default_factory=dict, description="Settings of the recipe that are known, such as `data.text` or `task.kind`."
     )
 

@@ -25,7 +25,7 @@ from turret.compare.report_text import seconds as span
 from turret.compare.results import CellResult
 from turret.data import Dataset
 from turret.errors import Interrupted, InUse, QueueFull, RecipeError, TrainingError
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
 from turret.recipe import Data, Recipe
 from turret.store import JobQueue, Store
 from turret.store.jobs import NewCell
@@ -72,11 +72,11 @@ def _changes(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "task.kind", settings.kind
 
 
-def _as_json(value: JsonValue) -> JsonValue:
+def _as_json(value: Plain) -> JsonValue:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _texts(key: str, value: JsonValue) -> Iterator[tuple[str, str]]:
+def _texts(key: str, value: Plain) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for name, number in value.items():
             yield f"{key}.{name}", f"{number:g}"
