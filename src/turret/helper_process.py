@@ -16,11 +16,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from turret.errors import EngineError
-from turret.json_types import JsonObject
+from turret.json_types import Plain
 from turret.process import environment
 
 START_SECONDS = 60.0  # until a helper has read its first line
@@ -28,7 +29,8 @@ POLL_SECONDS = 0.2  # between two questions whether to stop
 _KILLED = tuple(-getattr(signal, name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT"))  # by somebody else
 _PIECE = 1 << 16
 
-Answer = Callable[[JsonObject], JsonObject]
+Question = TypeVar("Question")
+Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class Died:
     late: bool
 
 
-class HelperProcess:
+class HelperProcess(Generic[Question, Reply]):
     """It starts with the first question, and ends with this process. Any thread may call its methods.
 
     Args:
-        module: has `helper(about) -> Answer`.
+        module: has `helper(about)`, which gives a function from a question to its reply.
         about: what the helper reads first.
         seconds: for one question.
         memory: bytes that the helper may allocate beyond those at its start; None: any number.
@@ -54,7 +56,7 @@ class HelperProcess:
     def __init__(
         self,
         module: str,
-        about: JsonObject,
+        about: Mapping[str, Plain],
         seconds: float,
         memory: int | None,
         problem: str,
@@ -70,7 +72,7 @@ class HelperProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0  # processes
 
-    def ask(self, question: JsonObject, stop: Callable[[], bool] = lambda: False) -> JsonObject | Died:
+    def ask(self, question: Question, stop: Callable[[], bool] = lambda: False) -> Reply | Died:
         """The helper's answer, or how it died.
 
         Args:
@@ -146,7 +148,7 @@ class HelperProcess:
 
     def _answer(
         self, process: subprocess.Popen[bytes], line: bytes, seconds: float, stop: Callable[[], bool] = lambda: False
-    ) -> JsonObject | None:
+    ) -> Reply | None:
         """The helper's answer to a line; None if it died, did not answer in time, or was to stop."""
         assert process.stdin is not None
         assert process.stdout is not None
@@ -155,7 +157,8 @@ class HelperProcess:
             if not _sent(process.stdin.fileno(), line, until):
                 return None
             answer = _line_from(process.stdout.fileno(), until, stop)
-            return None if answer is None else json.loads(answer)
+            found: Reply | None = None if answer is None else json.loads(answer)
+            return found
         except (OSError, ValueError):
             return None
 
@@ -204,7 +207,7 @@ def _line_from(descriptor: int, until: float, stop: Callable[[], bool]) -> bytes
 def main(module: str) -> None:
     """Answer a line of JSON for each line of JSON on stdin, until it is closed."""
     said = json.loads(sys.stdin.buffer.readline())
-    answer: Answer = importlib.import_module(module).helper(said["about"])
+    answer: Callable[[Plain], Plain] = importlib.import_module(module).helper(said["about"])
     if said["memory"] is not None:
         _limit_memory(int(said["memory"]))
     _print({})
@@ -227,7 +230,7 @@ def _limit_memory(most: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _print(said: JsonObject) -> None:
+def _print(said: Plain) -> None:
     sys.stdout.buffer.write(json.dumps(said).encode() + b"\n")
     sys.stdout.buffer.flush()
 

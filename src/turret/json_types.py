@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 JsonValue: TypeAlias = Any  # mypy cannot narrow a recursive type: check a value before using it
 JsonObject: TypeAlias = dict[str, Any]  # for writing
 JsonMapping: TypeAlias = Mapping[str, Any]  # for reading
-Plain: TypeAlias = "None | bool | int | float | str | Sequence[Plain] | Mapping[str, Plain]"  # JSON or TOML
+Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"  # JSON or TOML
 
 
 def mapping_of(value: Plain) -> JsonMapping:

@@ -16,7 +16,7 @@ from typer.models import OptionInfo, ParameterInfo
 
 from turret.cli.output import columns, console, emit, offer
 from turret.errors import RecipeError
-from turret.json_types import JsonObject
+from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
 from turret.tasks.task import kinds
 
@@ -83,7 +83,7 @@ KEYS = (  # of [data], that say how a table is read
 class Result(Protocol):
     """What a verb of the workspace returns."""
 
-    def as_json(self) -> JsonObject: ...
+    def as_json(self) -> JsonMapping: ...
 
 
 R = TypeVar("R", bound=Result)
@@ -106,13 +106,13 @@ class Command:
         """Print a result as JSON, or with `show`."""
         emit(result.as_json()) if self.as_json else show(result)
 
-    def say(self, value: JsonObject, line: str) -> None:
+    def say(self, value: JsonMapping, line: str) -> None:
         """Print a result as JSON, or as a line, which may have rich's markup."""
         emit(value) if self.as_json else console().print(line)
 
     def table(
         self,
-        value: JsonObject,
+        value: JsonMapping,
         heads: Sequence[str],
         rows: Iterable[Sequence[str]],
         *,

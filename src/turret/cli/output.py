@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from turret.errors import one_line, plainly
-from turret.json_types import Plain
+from turret.json_types import JsonValue, Plain
 from turret.tasks.shapes import Metrics, number_in, parts_in
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def status() -> Iterator[Callable[[str], None]]:
         yield lambda text: spinner.update(f"[dim]{safe(text)}[/]")
 
 
-def emit(value: Plain) -> None:
+def emit(value: JsonValue) -> None:
     """Print the one JSON value of `--json`."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()

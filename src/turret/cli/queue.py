@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -10,7 +10,10 @@ from typer import Argument, Option
 from turret.cli import options
 from turret.cli.output import columns, console, emit, safe
 from turret.errors import RecipeError
-from turret.json_types import JsonObject
+
+if TYPE_CHECKING:
+    from turret.store.jobs import StudyRow
+    from turret.store.runs import RunRow
 
 EXIT_STATUS = {"finished": 0, "waiting": 75}  # of a worker that did one job, by the job's state
 STYLES = {"finished": "green", "failed": "red", "running": "bold", "waiting": "yellow"}
@@ -129,21 +132,21 @@ def worker(
     )
 
 
-def queued(run: JsonObject) -> str:
+def queued(run: RunRow | StudyRow) -> str:
     """A line for a run that was put into the queue."""
     return f"[bold]{safe(run['id'])}[/] waits  [dim]turret runs show {safe(run['id'])}[/]"
 
 
-def _row(run: JsonObject) -> tuple[str, ...]:
-    state, queue = str(run["state"]), run["queue"] or {}
+def _row(run: RunRow) -> tuple[str, ...]:
+    state, queue = str(run["state"]), run["queue"]
     style = STYLES.get(state, "dim")
     what = run["error"] or (run["result"] or {}).get("version") or ""
     return (
         safe(run["id"]),
         f"[bold]{safe(run['name'])}[/]",
         f"[{style}]{safe(state)}[/]",
-        safe(queue.get("priority", "-")),
-        safe(queue.get("tries", "-")),
+        safe("-" if queue is None else queue["priority"]),
+        safe("-" if queue is None else queue["tries"]),
         safe(run["created"]),
         safe(str(what)[:120]),
     )

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import IO, TypeAlias, TypeVar, overload
+from typing import IO, NotRequired, TypeAlias, TypedDict, TypeVar, overload
 
 from turret.errors import DataError
-from turret.json_types import JsonObject, JsonValue, Plain
+from turret.json_types import JsonValue, Plain
 
 MEMORY = 256_000_000  # characters
 SPLITS = ("train", "validation", "test")
@@ -177,6 +177,16 @@ class Pair(Example):
 
 
 @register_example
+class Message(TypedDict):
+    """A turn of a conversation as a chat template takes it."""
+
+    role: str
+    content: str
+    tool_calls: NotRequired[list[Mapping[str, Plain]]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One turn of a conversation."""
@@ -187,13 +197,16 @@ class Turn:
     name: str = ""  # of the tool, in a turn with its result
     call_id: str = ""  # of the call that a tool's result belongs to
 
-    def message(self) -> JsonObject:
+    def message(self) -> Message:
         """The turn as a chat template takes it."""
-        message: JsonObject = {"role": self.role, "content": self.content}
+        message: Message = {"role": self.role, "content": self.content}
         if self.tool_calls:
             message["tool_calls"] = json.loads(self.tool_calls)
-        more = {"name": self.name, "tool_call_id": self.call_id}
-        return message | {key: value for key, value in more.items() if value}
+        if self.name:
+            message["name"] = self.name
+        if self.call_id:
+            message["tool_call_id"] = self.call_id
+        return message
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from turret.errors import one_line
-from turret.helper_process import Answer, Died, HelperProcess
-from turret.json_types import JsonObject
+from turret.helper_process import Died, HelperProcess
 
 T = TypeVar("T")
 
@@ -86,6 +85,26 @@ class Refusal:
     late: bool = False
 
 
+class AboutTokens(TypedDict):
+    """As of `tokenizer_of`."""
+
+    tokenizer: str
+    size: int
+    eos: list[int]
+
+
+class GrammarQuestion(TypedDict):
+    """A grammar to compile."""
+
+    grammar: str
+
+
+class GrammarReply(TypedDict):
+    """The error of llguidance."""
+
+    error: str | None
+
+
 class ConstraintProcess:
     """The helper process of one tokenizer. It starts with the first constraint. Any thread may call its methods.
 
@@ -96,8 +115,13 @@ class ConstraintProcess:
 
     def __init__(self, text: str, size: int, eos: Sequence[int], seconds: float = SECONDS) -> None:
         self._seconds = seconds
-        about: JsonObject = {"tokenizer": text, "size": size, "eos": list(eos)}
-        self.helper = HelperProcess(__name__, about, seconds, HELPER_MEMORY, "a constraint cannot be compiled")
+        self.helper = HelperProcess[GrammarQuestion, GrammarReply](
+            __name__,
+            {"tokenizer": text, "size": size, "eos": list(eos)},
+            seconds,
+            HELPER_MEMORY,
+            "a constraint cannot be compiled",
+        )
 
     def check(self, grammar: str) -> Refusal | None:
         """Compile a grammar in the helper. Returns why the engine must not compile it; None if it may.
@@ -121,7 +145,7 @@ class ConstraintProcess:
 # --- in the helper ----------------------------------------------------------------------------------------------------
 
 
-def helper(about: JsonObject) -> Answer:
+def helper(about: AboutTokens) -> Callable[[GrammarQuestion], GrammarReply]:
     """What compiles a grammar, for `turret.helper_process`."""
     tokens = tokenizer_of(about["tokenizer"], about["size"], about["eos"])
     return lambda asked: {"error": with_stack(HELPER_STACK, partial(_rehearse, tokens, asked["grammar"]))}

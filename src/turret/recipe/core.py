@@ -294,8 +294,8 @@ def _with_source(value: GivenData) -> Data | Mapping[str, GivenData]:
     else:
         given = "no rows" if isinstance(source, list) and not source else f"a {type(source).__name__}"
         raise RecipeError(
-            f"{'data' if section is None else 'data.source'}: expected a file, a folder, a Hub id, pypi:package, a DataFrame, a "
-            f"list of dictionaries or a datasets.Dataset, given {given}"
+            f"{'data' if section is None else 'data.source'}: expected a file, a folder, a Hub id, pypi:package, a "
+            f"DataFrame, a list of dictionaries or a datasets.Dataset, given {given}"
         )
     return {**(section or {}), "source": source}
 

@@ -13,17 +13,20 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from turret.errors import BadRequest
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.server.error_responses import without_paths
 from turret.server.schemas import WHOLE, Model
 from turret.server.services import View
 from turret.store import client_files
 from turret.store.client_files import TABLE
+from turret.store.jobs import StudyRow
+from turret.store.runs import RunRow
 from turret.tasks import main_metric
 from turret.tasks.shapes import number_in
 from turret.workspace.orders import ComparisonRequest, Order, SweepOrder, as_spec
 from turret.workspace.queueing import SentFiles
+from turret.workspace.training_runs import FullRun
 
 MOST_CURVES = 6  # in one plot
 SENT = re.compile(f"({client_files.ID})(/.*)?")  # the source of a table that was sent before
@@ -188,7 +191,7 @@ class Study(BaseModel):
         return max((each.score for each in self.cells if each.score is not None), default=None)
 
 
-def shown(row: JsonMapping) -> Study:
+def shown(row: StudyRow) -> Study:
     """A study as a client sees it, from its row in the queue."""
     spec, found = row["spec"], row["result"] or {}
     error = None if row["error"] is None else without_paths(str(row["error"]))
@@ -221,7 +224,8 @@ def submit_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, byt
     recipe, own = _on_own_base(view, recipe)
     study = as_spec(order, recipe.data.source)
     with _with_data(view, owner, recipe, files) as (recipe, tables):
-        return shown(view.workspace.queue.submit_sent(recipe, tables, own_base=own, study=study))
+        queue = view.workspace.queue
+        return shown(queue.study(queue.submit_sent(recipe, tables, own_base=own, study=study)["id"]))
 
 
 # --- plans and trainings ----------------------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def plan(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]) -> 
         return view.services.previews.plan(view.workspace.store, recipe, tables, own)
 
 
-def submit(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes], priority: int = 0) -> JsonObject:
+def submit(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes], priority: int = 0) -> RunRow | StudyRow:
     """Put a training on such a table into the queue. Returns the run."""
     recipe, own = _on_own_base(view, recipe)
     with _with_data(view, owner, recipe, files) as (recipe, tables):
@@ -284,7 +288,7 @@ def _curve(view: View, id: str) -> Curve:
     )
 
 
-def log(view: View, run: JsonMapping, past: int = 0) -> Sequence[JsonObject]:
+def log(view: View, run: FullRun | StudyRow, past: int = 0) -> Sequence[JsonObject]:
     """The lines of a run's worker, without paths of this machine; none of a run that was not queued.
 
     Args:

@@ -29,7 +29,7 @@ from turret.data.memory import is_rows_source
 from turret.database import Database, plain_errors
 from turret.disk import PRIVATE, make_folder
 from turret.errors import BadReference, Corrupt, NotFound, StoreError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.location import Location
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
@@ -46,7 +46,7 @@ from turret.store.golden import Golden, GoldenReplay, GoldenSet
 from turret.store.objects import Objects
 from turret.store.panels import Panels
 from turret.store.queued_data import collect as collect_queued
-from turret.store.runs import HeldRun, State, TrainingRuns
+from turret.store.runs import HeldRun, RunOutcome, RunRow, State, TrainingRuns
 from turret.store.uploads import Upload
 from turret.store.verify import Verified
 from turret.tasks.shapes import Metrics, SplitMetrics
@@ -201,7 +201,7 @@ class Store:
         metrics: SplitMetrics | None = None,
         comparison: str | None = None,
         inputs: Sequence[bytes] = (),
-        result: Callable[[Version], JsonMapping] | None = None,
+        result: Callable[[Version], RunOutcome] | None = None,
     ) -> Version:
         """Store a bundle as the next version of a name, or return the version that already has this content.
 
@@ -557,11 +557,11 @@ class Store:
         with plain_errors(self._catalog):
             return self.training_runs(database).take_up(recipe_toml, data_digest, say)
 
-    def runs(self, most: int = 500) -> Sequence[JsonObject]:
+    def runs(self, most: int = 500) -> Sequence[RunRow]:
         """The newest training runs, newest first."""
         return [] if (database := self._open()) is None else runs.listed(database, most)
 
-    def run(self, run_id: str) -> JsonObject:
+    def run(self, run_id: str) -> RunRow:
         """One training run; raises NotFound."""
         found = runs.find(self._existing(), run_id)
         if found is None:
@@ -569,7 +569,7 @@ class Store:
         return found
 
     def end_run(
-        self, run: HeldRun, state: State, *, error: str | None = None, result: JsonMapping | None = None
+        self, run: HeldRun, state: State, *, error: str | None = None, result: RunOutcome | None = None
     ) -> None:
         """End the run as `finished`, `interrupted` (it can be resumed) or `failed`. Raises LeaseLost."""
         self.training_runs(self._open_or_create()).end(run, state, error=error, result=result)

@@ -34,8 +34,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, final
 
 from sqlalchemy import (
     BigInteger,
@@ -54,12 +54,22 @@ from sqlalchemy import (
 from turret import audit
 from turret.database import BATCH, CELL, STUDY, TRAINING, Database, bytewise, jobs, metadata
 from turret.errors import InUse, NotFound, QueueFull, RecipeError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject, JsonValue, Plain
 from turret.store import leases
 from turret.store.blobs import digest_of
 from turret.store.catalog import now, plain, who
-from turret.store.leases import Lease
-from turret.store.runs import DEFAULT, HELD, HeldRun, TrainingRuns, new_id, plain_error, queue_limits, run_log
+from turret.store.leases import Lease, LeaseSpec
+from turret.store.runs import (
+    DEFAULT,
+    HELD,
+    HeldRun,
+    RunOutcome,
+    TrainingRuns,
+    new_id,
+    plain_error,
+    queue_limits,
+    run_log,
+)
 from turret.visibility import access_of, seen_runs
 
 if TYPE_CHECKING:
@@ -85,6 +95,92 @@ job_turns = Table(
 )
 
 
+@final
+class CellSpec(TypedDict):
+    """A cell of a comparison or a trial of a sweep.
+
+    Args:
+        kind: of its row, or `trial`.
+        study: the folder of its study.
+        key: its name in its study.
+        comparison: the folder that its version belongs to.
+        alone: whether it needs a process of its own.
+        needs: bytes; None: unknown.
+        source: of its data, if it is not that of the recipe.
+        metric: of a trial.
+    """
+
+    kind: str
+    study: str
+    key: str
+    comparison: str
+    alone: bool
+    needs: int | None
+    source: str | None
+    metric: NotRequired[str]
+
+
+@final
+class StudySpec(TypedDict):
+    """A comparison or a sweep. order: the fields of its request. sent: the data, as the client named it."""
+
+    verb: str
+    sent: str
+    order: Mapping[str, Plain]
+
+
+class StudyResult(TypedDict, total=False):
+    """How far a study is, and at its end what it found."""
+
+    study: str
+    metric: str
+    planned: int
+    cells: list[JsonObject]
+    report: str
+    recipe: str
+    said: str
+    version: str | None
+    missing: int
+
+
+class StudyRow(TypedDict):
+    """A study as the catalog lists it."""
+
+    id: str
+    name: str
+    state: str
+    created: str
+    ended: str | None
+    error: str | None
+    who: str | None
+    recipe: str
+    spec: StudySpec
+    result: StudyResult | None
+
+
+class JobState(TypedDict):
+    """How a job stands."""
+
+    id: str
+    state: str
+    error: str | None
+    result: RunOutcome | None
+
+
+class TakenJob(TypedDict):
+    """A `Job` as a worker gives it to its process."""
+
+    id: str
+    tenant: str
+    recipe: str
+    tries: int
+    lease: LeaseSpec
+    alone: bool
+    kind: str
+    spec: CellSpec | StudySpec | None
+    died: bool
+
+
 @dataclass(frozen=True)
 class Job:
     """A job that this process has taken."""
@@ -96,16 +192,36 @@ class Job:
     lease: Lease
     alone: bool = False  # the process that ran it beside others has died
     kind: str = TRAINING
-    spec: JsonMapping | None = None  # of a cell, for `turret.workspace.comparing`
+    spec: CellSpec | StudySpec | None = None  # of a cell or a study
     died: bool = False  # the process that had it before has died
 
-    def as_json(self) -> JsonObject:
-        return asdict(self)
+    def as_json(self) -> TakenJob:
+        return {
+            "id": self.id,
+            "tenant": self.tenant,
+            "recipe": self.recipe,
+            "tries": self.tries,
+            "lease": self.lease.as_json(),
+            "alone": self.alone,
+            "kind": self.kind,
+            "spec": self.spec,
+            "died": self.died,
+        }
 
     @classmethod
-    def of(cls, value: JsonMapping) -> Job:
+    def of(cls, value: TakenJob) -> Job:
         """What the parent process has taken, from `as_json`."""
-        return cls(**{**value, "lease": Lease.of(value["lease"])})
+        return cls(
+            value["id"],
+            value["tenant"],
+            value["recipe"],
+            value["tries"],
+            Lease.of(value["lease"]),
+            value["alone"],
+            value["kind"],
+            value["spec"],
+            value["died"],
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +231,7 @@ class NewCell:
     key: str  # its name in its study
     name: str  # of the adapter
     recipe: str  # TOML
-    spec: JsonMapping
+    spec: CellSpec
 
 
 @dataclass(frozen=True)
@@ -134,7 +250,7 @@ class Entry:
     kind: str = TRAINING
     owner: str = ""
     recipe: str = ""
-    spec: JsonMapping | None = None
+    spec: CellSpec | StudySpec | None = None
 
     @property
     def died_beside(self) -> bool:
@@ -183,7 +299,7 @@ class JobQueue:
         *,
         priority: int = 0,
         place: Callable[[Callable[[Connection], str]], str] | None = None,
-        study: JsonMapping | None = None,
+        study: StudySpec | None = None,
     ) -> str:
         """Add a training, and return the id of its run.
 
@@ -274,19 +390,21 @@ class JobQueue:
         connection.execute(update(jobs).where(jobs.c.id == id).values(**values, beside=False, result=None))
         return id
 
-    def states(self, ids: Iterable[str]) -> dict[str, JsonObject]:
+    def states(self, ids: Iterable[str]) -> dict[str, JobState]:
         """Id -> state, error and result of jobs."""
         chosen = select(jobs.c.id, jobs.c.state, jobs.c.error, jobs.c.result)
         with self._database.reading() as connection:
             rows = connection.execute(chosen.where(jobs.c.id.in_(list(ids)))).mappings().all()
-        return {row["id"]: dict(row) for row in rows}
+        found: JsonValue = {row["id"]: dict(row) for row in rows}
+        states: dict[str, JobState] = found
+        return states
 
-    def studies(self, most: int) -> list[JsonObject]:
+    def studies(self, most: int) -> list[StudyRow]:
         """The newest studies, newest first, as `study` has them."""
         with self._database.reading() as connection:
             return self._studies(connection, most)
 
-    def study(self, id: str) -> JsonObject:
+    def study(self, id: str) -> StudyRow:
         """A study: id, name, state, created, ended, error, who, recipe, spec, and `result`, which grows.
 
         Raises:
@@ -298,10 +416,10 @@ class JobQueue:
             raise NotFound(f"no comparison or sweep {ascii(id)[:60]}: start one, or list them")
         return found[0]
 
-    def _studies(self, connection: Connection, most: int, *conditions: ColumnElement[bool]) -> list[JsonObject]:
+    def _studies(self, connection: Connection, most: int, *conditions: ColumnElement[bool]) -> list[StudyRow]:
         names = ("id", "name", "state", "created", "ended", "error", "who", "recipe", "spec", "result")
         chosen = select(*(jobs.c[name] for name in names)).where(seen_runs(connection, STUDY), *conditions)
-        rows = [
+        rows: list[JsonValue] = [
             dict(row)
             for row in connection.execute(
                 chosen.order_by(jobs.c.created.desc(), jobs.c.id.desc()).limit(most)
@@ -313,7 +431,7 @@ class JobQueue:
                 row["state"] = "waiting"
         return rows
 
-    def note(self, taken: Job, result: JsonMapping) -> None:
+    def note(self, taken: Job, result: StudyResult) -> None:
         """Record what a job has found so far. Raises LeaseLost."""
         with self._database.writing() as connection:
             taken.lease.require_owner(connection)
@@ -512,7 +630,7 @@ class JobQueue:
                     connection.execute(insert(run_log), kept)
         return asked
 
-    def finish(self, taken: Job, result: JsonMapping | None = None) -> None:
+    def finish(self, taken: Job, result: RunOutcome | StudyResult | None = None) -> None:
         """Record that a job has ended well. Raises LeaseLost."""
         with self._database.writing() as connection:
             taken.lease.require(connection)
@@ -525,7 +643,7 @@ class JobQueue:
         *,
         again: bool = True,
         outage: bool = False,
-        result: JsonMapping | None = None,
+        result: RunOutcome | StudyResult | None = None,
     ) -> Ended | None:
         """Record how a try ended that did not finish the job.
 
@@ -560,13 +678,15 @@ class JobQueue:
 
     def return_alone(self, taken: Job, problem: str | None) -> None:
         """As `put_aside`, of a cell that shared a process and is next tried in a process of its own."""
-        self._put_aside(taken, 0.0, {"spec": {**(taken.spec or {}), "alone": True}, "error": problem})
+        assert taken.spec is not None
+        assert "key" in taken.spec
+        self._put_aside(taken, 0.0, {"spec": {**taken.spec, "alone": True}, "error": problem})
 
     def put_aside(self, taken: Job, seconds: float = 0.0) -> None:
         """Return a job whose worker lives, for others or for later; the try does not count. Raises LeaseLost."""
         self._put_aside(taken, seconds, {})
 
-    def _put_aside(self, taken: Job, seconds: float, values: JsonMapping) -> None:
+    def _put_aside(self, taken: Job, seconds: float, values: Mapping[str, CellSpec | StudySpec | str | None]) -> None:
         with self._database.writing() as connection:
             taken.lease.require_owner(connection)
             leases.release(connection, taken.lease)
@@ -615,7 +735,7 @@ def end_job(
     state: Ended,
     error: str | None,
     by: Lease | None = None,
-    result: JsonMapping | None = None,
+    result: RunOutcome | StudyResult | None = None,
 ) -> Ended:
     """Set the state of a job that nobody has, or that the worker with the lease `by` has."""
     ended = None if state in ("waiting", "interrupted") else now()

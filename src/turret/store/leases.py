@@ -22,16 +22,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import TypedDict
 
 from sqlalchemy import Column, Connection, Float, Integer, Row, String, Table, insert, select, update
 
 from turret.database import Database, bytewise, metadata
 from turret.errors import LeaseLost, StoreError, TurretError
-from turret.json_types import JsonMapping, JsonObject
 
 SECONDS = 30.0
 VARIABLE = "TURRET_LEASE_SECONDS"
@@ -51,6 +51,15 @@ leases = Table(
     Column("until", Float, nullable=False),
     Column("seconds", Float, nullable=False, server_default="30"),
 )
+
+
+class LeaseSpec(TypedDict):
+    """A lease as a process gives it to another one."""
+
+    name: str
+    owner: str
+    fence: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -81,11 +90,11 @@ class Lease:
                 "nothing that it did since then is kept"
             )
 
-    def as_json(self) -> JsonObject:
-        return asdict(self)
+    def as_json(self) -> LeaseSpec:
+        return {"name": self.name, "owner": self.owner, "fence": self.fence, "seconds": self.seconds}
 
     @classmethod
-    def of(cls, value: JsonMapping) -> Lease:
+    def of(cls, value: LeaseSpec) -> Lease:
         """The lease of a parent process, from `as_json`."""
         return cls(str(value["name"]), str(value["owner"]), int(value["fence"]), float(value["seconds"]))
 

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from sqlalchemy import (
     Column,
@@ -44,12 +44,14 @@ from turret import audit
 from turret.database import TRAINING, Database, bytewise, jobs, metadata
 from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
 from turret.errors import InUse, LeaseLost, StoreError
-from turret.json_types import JsonMapping, JsonObject, Plain
+from turret.json_types import JsonValue, Plain
+from turret.manifest import FlatLossSpec
 from turret.store import leases
 from turret.store.artifacts import Artifacts
 from turret.store.blobs import Blob, digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Lease, LeaseRenewer
+from turret.tasks.shapes import Metrics, SplitMetrics
 from turret.visibility import access_of, seen_runs
 
 # --- tables of the queue ----------------------------------------------------------------------------------------------
@@ -93,6 +95,54 @@ OF_RUN = ("id", "name", "state", "recipe_digest", "data_digest", "created", "end
 SHOWN = [jobs.c[name] for name in (*OF_RUN, *OF_QUEUE)]
 NEXT = "its worker ended without a word: another one goes on from the last checkpoint"
 LOST = "its process ended without a word, or lost the store: the same command goes on from the last checkpoint"
+
+
+class RunOutcome(TypedDict, total=False):
+    """What a run ended with: the fields of `turret.workspace.results.RunResult`, or the kind of its error."""
+
+    version: str
+    digest: str
+    base: dict[str, str]
+    metrics: SplitMetrics
+    parameters: dict[str, int]
+    timing: dict[str, float]
+    memory: dict[str, int | None]
+    bundle_bytes: int
+    run: str
+    resumed_from: int
+    stopped_early: bool
+    flat_loss: FlatLossSpec | None
+    warnings: list[str]
+    advice: list[str]
+    notes: list[str]
+    device: str
+    forgetting: Metrics | None
+    kind: str  # of an error
+
+
+class QueueRow(TypedDict):
+    """A run in the queue."""
+
+    priority: int
+    tries: int
+    queued: str
+    who: str | None
+
+
+class RunRow(TypedDict):
+    """A run as the catalog lists it."""
+
+    id: str
+    name: str
+    state: str
+    recipe_digest: str
+    data_digest: str
+    created: str
+    ended: str | None
+    error: str | None
+    result: RunOutcome | None
+    tenant: str
+    queue: QueueRow | None
 
 
 @dataclass(frozen=True)
@@ -253,14 +303,15 @@ class TrainingRuns:
         finally:
             shutil.rmtree(working, ignore_errors=True)
 
-    def finished(self, recipe_toml: str, data_digest: str) -> JsonObject | None:
+    def finished(self, recipe_toml: str, data_digest: str) -> RunOutcome | None:
         """The result of the newest finished run of this recipe and data; None if there is none."""
         query = select(jobs.c.result).where(_same(recipe_toml, data_digest), jobs.c.state == "finished")
         with self._database.reading() as connection:
             row = connection.execute(query.where(seen_runs(connection)).order_by(jobs.c.id.desc())).first()
-        return dict(row.result) if row is not None and row.result else None
+        outcome: RunOutcome | None = None if row is None else row.result
+        return outcome or None
 
-    def end(self, run: HeldRun, state: State, *, error: str | None, result: JsonMapping | None) -> None:
+    def end(self, run: HeldRun, state: State, *, error: str | None, result: RunOutcome | None) -> None:
         """Record how the run ended, and release it. Raises LeaseLost if it had ended, or another process has it."""
         try:
             with self._database.writing() as connection:
@@ -271,7 +322,7 @@ class TrainingRuns:
         self._artifacts.discard(dead)
 
     def end_in(
-        self, connection: Connection, run: HeldRun, state: State, *, error: str | None, result: JsonMapping | None
+        self, connection: Connection, run: HeldRun, state: State, *, error: str | None, result: RunOutcome | None
     ) -> list[Blob]:
         """As `end`, in a transaction. Returns the files that are not needed after it, for `Artifacts.discard`."""
         run.require(connection)
@@ -385,22 +436,22 @@ def plain_error(text: str) -> str:
     return text.encode("utf-8", "replace").decode().replace("\0", "?")
 
 
-def find(database: Database, run_id: str) -> JsonObject | None:
+def find(database: Database, run_id: str) -> RunRow | None:
     """One run as a row of the table; None if there is none."""
     with database.reading() as connection:
         return next(iter(_shown(connection, select(*SHOWN).where(jobs.c.id == run_id, seen_runs(connection)))), None)
 
 
-def listed(database: Database, most: int) -> list[JsonObject]:
+def listed(database: Database, most: int) -> list[RunRow]:
     """The newest runs, newest first."""
     with database.reading() as connection:
         newest = select(*SHOWN).where(seen_runs(connection)).order_by(jobs.c.id.desc()).limit(most)
         return _shown(connection, newest)
 
 
-def _shown(connection: Connection, query: Select[tuple[Plain, ...]]) -> list[JsonObject]:
+def _shown(connection: Connection, query: Select[tuple[Plain, ...]]) -> list[RunRow]:
     """The rows, with `queue` for a run from the queue. A run without a living process is not shown as running."""
-    rows = [dict(row) for row in connection.execute(query).mappings()]
+    rows: list[JsonValue] = [dict(row) for row in connection.execute(query).mappings()]
     living = leases.held(connection, HELD, late=True) if any(row["state"] == "running" for row in rows) else set()
     for row in rows:
         queue = {name: row.pop(name) for name in OF_QUEUE}

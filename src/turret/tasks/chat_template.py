@@ -17,14 +17,16 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import NotRequired, TypedDict
 
 from turret.data import Prompt, Turn
+from turret.data.examples import Message
 from turret.errors import DataError, one_line
-from turret.helper_process import Answer, Died, HelperProcess
-from turret.json_types import JsonObject, Plain
+from turret.helper_process import Died, HelperProcess
+from turret.json_types import Plain
 from turret.tasks.tokens import Tokens
 from turret.tasks.tool_calls import CallFormat
 from turret.transformer import Tokenizer
@@ -185,7 +187,7 @@ class ChatTemplate:
         ]
         return Rendered(text, tuple(span for span, _ in held), tuple(word for _, word in held), tuple(marked))
 
-    def _render(self, messages: list[JsonObject], tools: str, *, answering: bool) -> tuple[str, list[Span]]:
+    def _render(self, messages: list[Message], tools: str, *, answering: bool) -> tuple[str, list[Span]]:
         return rendered(
             self.text,
             messages,
@@ -271,9 +273,28 @@ class ChatTemplate:
 # --- running a template -----------------------------------------------------------------------------------------------
 
 
+class RenderQuestion(TypedDict):
+    """What the helper process renders."""
+
+    template: str
+    messages: list[Message]
+    tools: Plain
+    answering: bool
+    marks: bool
+    special: dict[str, str]
+
+
+class RenderReply(TypedDict):
+    """A rendered text, or what is wrong with the template."""
+
+    error: str | None
+    text: NotRequired[str]
+    spans: NotRequired[list[Span]]
+
+
 def rendered(
     template: str,
-    messages: Sequence[JsonObject],
+    messages: Sequence[Message],
     tools: Plain = None,
     *,
     answering: bool,
@@ -294,7 +315,7 @@ def rendered(
         raise DataError(
             f"the base's chat template has {len(template)} characters: expected at most {MOST_TEMPLATE}; use another"
         )
-    asked: JsonObject = {
+    asked: RenderQuestion = {
         "template": template,
         "messages": list(messages),
         "tools": tools,
@@ -314,17 +335,19 @@ def rendered(
 
 
 @lru_cache(maxsize=1)
-def _process() -> HelperProcess:
-    made = HelperProcess(__name__, {}, SECONDS, MEMORY, "the base's chat template cannot be used")
+def _process() -> HelperProcess[RenderQuestion, RenderReply]:
+    made = HelperProcess[RenderQuestion, RenderReply](
+        __name__, {}, SECONDS, MEMORY, "the base's chat template cannot be used"
+    )
     atexit.register(made.close)
     return made
 
 
-def helper(_: JsonObject) -> Answer:
+def helper(_: Mapping[str, Plain]) -> Callable[[RenderQuestion], RenderReply]:
     """What runs a template, for `turret.helper_process`."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def answer(asked: JsonObject) -> JsonObject:
+    def answer(asked: RenderQuestion) -> RenderReply:
         try:
             texts, spans = render_jinja_template(
                 conversations=[asked["messages"]],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from turret.data import Dataset, Example, Input, Pair, Schema
 from turret.data.cells import RowReader
 from turret.data.columns import COMPLETED, SUMMARISED, Roles
+from turret.data.examples import Message
 from turret.errors import DataError
 from turret.json_types import JsonObject
 from turret.tasks.chat_template import base_prompt, rendered
@@ -137,7 +138,7 @@ class Generate(TextAnswers):
                 "task.chat_template is on, but this base has no chat template: leave it out, or use an instruct model"
             )
         content = self.prefix_text if SLOT in self.prefix_text else self.prefix_text + SLOT
-        messages: list[JsonObject] = [{"role": "user", "content": content.replace(SLOT, _MARK)}]
+        messages: list[Message] = [{"role": "user", "content": content.replace(SLOT, _MARK)}]
         special = self.tokenizer.special_tokens_map
         text, _ = rendered(self.tokenizer.get_chat_template(), messages, answering=True, special=special)
         if text.count(_MARK) != 1:

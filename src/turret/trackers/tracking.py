@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from turret.errors import one_line
-from turret.json_types import JsonObject
-from turret.trackers.table import TRACKERS, Entry, Point, State, TrackedRun
+from turret.trackers.table import TRACKERS, Entry, Message, Point, State, TrackedRun
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class TrackerProcess:
     def __init__(self, at: str, run: TrackedRun, log: Path, patience: Patience) -> None:
         self._patience = patience
         self._changed = threading.Condition()
-        self._messages: deque[JsonObject] = deque([{"start": asdict(run)}])
+        self._messages: deque[Message] = deque([{"start": asdict(run)}])
         self._points: deque[Point] = deque()
         self._lost = 0  # steps that were dropped
         self._ending: float | None = None  # when the end began
@@ -141,7 +140,7 @@ class TrackerProcess:
             elif points:
                 self._seconds_per_point = (time.monotonic() - started) / points
 
-    def _next(self) -> tuple[JsonObject, int] | None:
+    def _next(self) -> tuple[Message, int] | None:
         """Wait for the next message: the start, then steps, then the end; and the number of its steps."""
         with self._changed:
             while not (self._points or self._messages or self._problem):
@@ -160,7 +159,7 @@ class TrackerProcess:
             count = min(len(self._points), max(1, min(most, MOST_AT_ONCE)))
             return {"log": [self._points.popleft() for _ in range(count)]}, count
 
-    def _ask(self, message: JsonObject) -> str | None:
+    def _ask(self, message: Message) -> str | None:
         """Send a message and wait for its answer. Returns what went wrong."""
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:

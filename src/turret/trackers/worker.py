@@ -18,8 +18,7 @@ import sys
 from typing import TextIO
 
 from turret.errors import one_line
-from turret.json_types import JsonObject
-from turret.trackers.table import Point, TrackedRun, Tracker
+from turret.trackers.table import Message, Point, TrackedRun, Tracker
 
 
 def main(at: str, messages: TextIO, answers: TextIO) -> None:
@@ -27,7 +26,7 @@ def main(at: str, messages: TextIO, answers: TextIO) -> None:
     tracker: Tracker | None = None
     try:
         for line in messages:
-            message = json.loads(line)
+            message: Message = json.loads(line)
             if "start" in message:
                 module, _, name = at.partition(":")
                 tracker = getattr(importlib.import_module(module), name)()
@@ -42,7 +41,7 @@ def main(at: str, messages: TextIO, answers: TextIO) -> None:
         _answer(answers, {"error": one_line(f"{type(error).__name__}: {error}", 160)})
 
 
-def _carry_out(tracker: Tracker, message: JsonObject) -> None:
+def _carry_out(tracker: Tracker, message: Message) -> None:
     if "start" in message:
         tracker.start(TrackedRun(**message["start"]))
     elif "log" in message:
@@ -51,7 +50,7 @@ def _carry_out(tracker: Tracker, message: JsonObject) -> None:
         tracker.finish(message["finish"]["state"], message["finish"]["summary"])
 
 
-def _answer(answers: TextIO, value: JsonObject) -> None:
+def _answer(answers: TextIO, value: dict[str, str]) -> None:
     answers.write(json.dumps(value) + "\n")
     answers.flush()
 

@@ -9,9 +9,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors.torch import save_file
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from turret.adapters import packed
 from turret.bases import Base
+from turret.bases.base import Dtype
+from turret.bases.quantized import Quantization
 from turret.data import Example
 from turret.errors import ProofFailed
-from turret.families.family import Pooling
+from turret.families.family import HeadKind, Pooling
 from turret.json_types import JsonObject
 from turret.process import environment
 from turret.tasks import Task
@@ -41,6 +44,28 @@ TOLERANCE_FLOAT32 = {
     ("mps", "mps"): 1e-3,
     ("cpu", "mps"): 1e-3,
 }
+
+
+NAMES: Mapping[torch.dtype, Dtype] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+class ProofRequest(TypedDict):
+    """What the fresh process of a proof loads and compares."""
+
+    bundle: str
+    base: str
+    fingerprint: str
+    dtype: Dtype
+    quantization: Quantization
+    head: HeadKind
+    labels: int | None
+    device: str
+    tolerance: float
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -136,11 +161,11 @@ def prove(
         tensors = {f"source.{i}": each.contiguous() for i, each in enumerate(expected.sources)}
         tensors |= {f"target.{i}": each.contiguous() for i, each in enumerate(expected.targets)}
         save_file({**tensors, "outputs": expected.outputs.contiguous()}, folder / "probe.safetensors")
-        request = {
+        request: ProofRequest = {
             "bundle": str(bundle.resolve()),
             "base": base.id,
             "fingerprint": base.fingerprint,
-            "dtype": str(base.dtype).removeprefix("torch."),
+            "dtype": NAMES[base.dtype],
             "quantization": base.quantization,
             "head": base.head,
             "labels": None if expected.targets else int(expected.outputs.shape[1]),

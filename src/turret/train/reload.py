@@ -20,15 +20,15 @@ from turret import bases, bundles
 from turret.adapters import Adapter
 from turret.bases import Base
 from turret.errors import ProofFailed, TurretError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.train.adapter_effect import effect_of
-from turret.train.proof import Probe, tolerance
+from turret.train.proof import Probe, ProofRequest, tolerance
 
 
 def main(folder: Path) -> None:
     """Answer the request in a folder."""
     started = time.perf_counter()
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    request: ProofRequest = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
     report: JsonObject = {"problem": None}
     try:
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def examine(request: JsonMapping, probe: dict[str, Tensor]) -> JsonObject:
+def examine(request: ProofRequest, probe: dict[str, Tensor]) -> JsonObject:
     """Load base and bundle, and compare their outputs with the probe's. Returns the report."""
     adapter = bundles.read_bundle(Path(request["bundle"]))
     base = bases.load(

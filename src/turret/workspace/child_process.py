@@ -18,11 +18,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, TypedDict, final
 
 from turret.database import STUDY
 from turret.disk import FAILING, NO_ROOM, errno_of
@@ -36,12 +36,13 @@ from turret.errors import (
     TurretError,
     one_line,
 )
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, Plain
 from turret.location import Location
 from turret.process import environment
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
-from turret.store.jobs import Job
+from turret.store.jobs import Job, TakenJob
+from turret.store.runs import RunOutcome
 from turret.workspace.progress import Say
 
 OUTAGE = 75  # exit status: the store's own places did not answer
@@ -239,6 +240,42 @@ def status_of(error: TurretError) -> int:
     return MACHINE if disk or isinstance(error, HubError | DeviceError | OutOfMemory) else error.exit_status
 
 
+class TrainerRequest(TypedDict):
+    """What a worker asks of its kept process. own: the store's files are this user's. silent, stopping: seconds."""
+
+    local: str
+    silent: float
+    stopping: float
+    bases: list[str]
+    own: bool
+
+
+class JobRequest(TypedDict):
+    """What a worker asks of the process of one job. folder: for its data; None: the data is this user's."""
+
+    taken: TakenJob
+    local: str
+    folder: str | None
+    silent: float
+    stopping: float
+    bases: list[str]
+
+
+@final
+class StartLine(TypedDict):
+    """A run that the kept process begins. queued: names of the bases that waiting runs want."""
+
+    start: TakenJob
+    queued: list[str]
+
+
+@final
+class StopLine(TypedDict):
+    """The id of a run that the kept process ends."""
+
+    stop: str
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a try ended."""
@@ -266,7 +303,7 @@ def attempt(
     except TurretError as error:
         if short(error):
             return Ended(SHORT, str(error))
-        status, kind = status_of(error), {"kind": type(error).__name__}
+        status, kind = status_of(error), RunOutcome(kind=type(error).__name__)
         with suppress(StoreError):
             again = status != error.exit_status
             result = None if taken.kind == STUDY else kind  # a study keeps what it has found
@@ -292,7 +329,7 @@ def say_to_parent(line: str) -> None:
     print_to_parent({"stage": line})
 
 
-def print_to_parent(value: JsonObject) -> None:
+def print_to_parent(value: Mapping[str, Plain]) -> None:
     """Print a line of JSON for the parent process."""
     sys.stdout.write(json.dumps(value) + "\n")  # one write, because several threads print
     sys.stdout.flush()

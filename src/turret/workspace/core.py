@@ -33,6 +33,7 @@ from turret.store import (
     Verified,
     Version,
 )
+from turret.store.runs import RunRow
 from turret.tasks.shapes import Answer
 from turret.timestamp import to_minute
 from turret.workspace import experimenting, machine, promising, promoting, reading, training_runs
@@ -53,6 +54,7 @@ from turret.workspace.results import (
     RunResult,
     Suggested,
 )
+from turret.workspace.training_runs import FullRun
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
@@ -408,11 +410,11 @@ class Workspace:
         """Trainings for workers: `submit(recipe)`, `cancel(run)`, `log(run)`, `work()`."""
         return Queue(self.store)
 
-    def runs(self, most: int = 500) -> Sequence[JsonObject]:
+    def runs(self, most: int = 500) -> Sequence[RunRow]:
         """The newest trainings, newest first: id, name, state, created, ended, error, result."""
         return self.store.runs(most)
 
-    def run(self, run_id: str) -> JsonObject:
+    def run(self, run_id: str) -> FullRun:
         """One training: the same keys, `recipe` (TOML) and `touched` (time of its last step), if it ran here."""
         return training_runs.run(self.store, run_id)
 

@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from turret.access import Access
 from turret.data.examples import write_dataset
 from turret.errors import TurretError
-from turret.helper_process import Answer
-from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace.child_process import parents_store, status_of
-from turret.workspace.data_readers import OFFLINE, READ
+from turret.workspace.data_readers import OFFLINE, READ, AboutReader, LookQuestion, ReaderReply, ReadQuestion
 from turret.workspace.drafting import inspect, sample
 from turret.workspace.queueing import bring_data
 from turret.workspace.reading import read_dataset
 
 
-def helper(about: JsonObject) -> Answer:
+def helper(about: AboutReader) -> Callable[[ReadQuestion | LookQuestion], ReaderReply]:
     """What reads the data of a run, or looks at a table."""
     store = parents_store(about["local"])
     if about["offline"]:
         os.environ[OFFLINE] = "1"
 
-    def answer(asked: JsonObject) -> JsonObject:
+    def answer(asked: ReadQuestion | LookQuestion) -> ReaderReply:
         try:
             if "source" in asked:
                 os.chdir(asked["folder"])
@@ -50,7 +49,7 @@ def helper(about: JsonObject) -> Answer:
     return answer
 
 
-def _read(store: Store, asked: JsonMapping) -> None:
+def _read(store: Store, asked: ReadQuestion) -> None:
     folder, recipe = Path(asked["folder"]), Recipe.from_toml(asked["recipe"])
     working = Path(tempfile.mkdtemp(prefix="data-", dir=folder))  # a reader that died has left its own
     os.chdir(folder if asked["sent"] else bring_data(store, recipe, working))

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NotRequired, TypeAlias, TypedDict, final
 
 from turret.data import Dataset
 from turret.errors import DataError, EngineError, Interrupted, StoreError
@@ -20,6 +21,44 @@ from turret.workspace.child_process import MACHINE, OUTAGE, STOPPED, never
 READ = "dataset.jsonl"  # in the folder of a question
 MEMORY = 16 << 30  # bytes that a reading may take
 OFFLINE = "HF_HUB_OFFLINE"
+
+
+class AboutReader(TypedDict):
+    """The store of the helper process, and whether it leaves the Hub alone."""
+
+    local: str
+    offline: bool
+
+
+@final
+class ReadQuestion(TypedDict):
+    """Data to read. sent: whether a client has put it into the folder."""
+
+    tenant: str
+    recipe: str
+    folder: str
+    sent: bool
+
+
+@final
+class LookQuestion(TypedDict):
+    """A table to look at. rows: a sample of so many; 0: a draft of its recipe."""
+
+    source: str
+    folder: str
+    settings: dict[str, str]
+    rows: int
+
+
+class ReaderReply(TypedDict):
+    """What was found, or an error with the status of the command line."""
+
+    status: int
+    text: NotRequired[str]
+    found: NotRequired[JsonObject]
+
+
+Reader: TypeAlias = HelperProcess[ReadQuestion | LookQuestion, ReaderReply]
 
 
 class DataReaders:
@@ -44,13 +83,13 @@ class DataReaders:
     ) -> None:
         self._store, self._folder, self._seconds = store, folder, seconds
         self._idle_seconds, self._offline = idle, offline
-        self._idle: list[HelperProcess] = []
+        self._idle: list[Reader] = []
         self._lock = threading.Lock()
 
     def read(self, taken: Job, stop: Callable[[], bool]) -> Dataset:
         """The data of a run. Raises the error of the data. stop: whether the run shall end."""
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            asked = {"tenant": taken.tenant, "recipe": taken.recipe, "folder": folder, "sent": False}
+            asked: ReadQuestion = {"tenant": taken.tenant, "recipe": taken.recipe, "folder": folder, "sent": False}
             self._ask(asked, stop)
             from turret.data.examples import load_dataset
 
@@ -58,7 +97,7 @@ class DataReaders:
 
     def read_sent(self, tenant: str, recipe: Recipe, folder: Path) -> Path:
         """Read the data that a client sent into a folder. Returns the file for `load_dataset`, in the same folder."""
-        asked = {"tenant": tenant, "recipe": recipe.to_toml(), "folder": str(folder), "sent": True}
+        asked: ReadQuestion = {"tenant": tenant, "recipe": recipe.to_toml(), "folder": str(folder), "sent": True}
         self._ask(asked, never)
         return folder / READ
 
@@ -70,7 +109,7 @@ class DataReaders:
         """As `turret.workspace.drafting.sample`, as JSON, for a source in a folder."""
         return self._look({"source": source, "folder": str(folder), "settings": {}, "rows": most})
 
-    def _look(self, asked: JsonObject) -> JsonObject:
+    def _look(self, asked: LookQuestion) -> JsonObject:
         return dict(self._ask(asked, never)["found"])
 
     def close(self) -> None:
@@ -80,7 +119,7 @@ class DataReaders:
         for each in idle:
             each.close()
 
-    def _ask(self, asked: JsonObject, stop: Callable[[], bool]) -> JsonObject:
+    def _ask(self, asked: ReadQuestion | LookQuestion, stop: Callable[[], bool]) -> ReaderReply:
         with self._reader() as reader:
             try:
                 found = reader.ask(asked, stop)
@@ -100,16 +139,15 @@ class DataReaders:
         return found
 
     @contextmanager
-    def _reader(self) -> Iterator[HelperProcess]:
+    def _reader(self) -> Iterator[Reader]:
         """A process that reads data. A new one if all are at work."""
         with self._lock:
             reader = self._idle.pop() if self._idle else None
         if reader is None:
-            about: JsonObject = {"local": str(self._store.root.absolute()), "offline": self._offline}
             where, problem = self._store.location.given, "the data cannot be read"
-            reader = HelperProcess(
+            reader = Reader(
                 "turret.workspace.data_reader",
-                about,
+                {"local": str(self._store.root.absolute()), "offline": self._offline},
                 self._seconds,
                 MEMORY,
                 problem,

@@ -23,10 +23,11 @@ from turret.data import Dataset
 from turret.database import CELL
 from turret.disk import make_folder
 from turret.errors import OutOfMemory, PreflightRefused, StoreError, TurretError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
-from turret.store.jobs import Job
+from turret.store.jobs import CellSpec, Job
+from turret.store.runs import RunOutcome
 from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.train.curve import StepRecord
 from turret.workspace import training
@@ -153,6 +154,7 @@ def _shown(metrics: Metrics) -> str:
 
 def _run_cell(store: Store, taken: Job, recipe: Recipe, trial: Trial) -> None:
     assert taken.spec is not None
+    assert "key" in taken.spec
     place = f"{taken.spec['study']}/cells/{taken.spec['key']}"
     folder, files = store.root / place, KeptFiles(store, taken.lease)
     make_folder(folder)
@@ -166,7 +168,7 @@ def _run_cell(store: Store, taken: Job, recipe: Recipe, trial: Trial) -> None:
 
 
 def _result_of(
-    store: Store, spec: JsonMapping, folder: Path, recipe: Recipe, files: KeptFiles, trial: Trial
+    store: Store, spec: CellSpec, folder: Path, recipe: Recipe, files: KeptFiles, trial: Trial
 ) -> JsonObject:
     started = time.perf_counter()
     source = spec["source"] or recipe.data.source
@@ -175,7 +177,12 @@ def _result_of(
     if spec["kind"] == TRIAL:  # chosen on the validation split, so nothing of the test split is measured
         data = replace(data, test=())
         run = _finished(folder, store, recipe, data) or _trained(store, spec, folder, recipe, data, files, trial)
-        result = {key: run[key] for key in ("version", "digest", "run", "metrics")}
+        result: JsonObject = {
+            "version": run["version"],
+            "digest": run["digest"],
+            "run": run["run"],
+            "metrics": run["metrics"],
+        }
     elif spec["kind"] in UNTRAINED:
         ready = training.prepare(store, recipe, training.Callbacks(stage=stage), data, place=place)
         result = place.run(lambda: measure.baseline(spec["kind"], ready, stage), tenant)
@@ -186,7 +193,7 @@ def _result_of(
     return result | {"wall_seconds": time.perf_counter() - started, "resident": place.stays}
 
 
-def _finished(folder: Path, store: Store, recipe: Recipe, data: Dataset) -> JsonObject | None:
+def _finished(folder: Path, store: Store, recipe: Recipe, data: Dataset) -> RunOutcome | None:
     """The run of an earlier process of this cell that ended after storing its version and before measuring it."""
     try:
         filled = (folder / "recipe.toml").read_text(encoding="utf-8")
@@ -201,8 +208,8 @@ def _finished(folder: Path, store: Store, recipe: Recipe, data: Dataset) -> Json
 
 
 def _trained(
-    store: Store, spec: JsonMapping, folder: Path, recipe: Recipe, data: Dataset, files: KeptFiles, trial: Trial
-) -> JsonObject:
+    store: Store, spec: CellSpec, folder: Path, recipe: Recipe, data: Dataset, files: KeptFiles, trial: Trial
+) -> RunOutcome:
     def on_plan(planned: Planned) -> None:
         files.write_text(folder / "recipe.toml", planned.recipe.without_trackers().to_toml())
         files.write(folder / "plan.json", planned.plan.to_json())

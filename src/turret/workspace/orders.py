@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from turret.errors import RecipeError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.recipe import Recipe
+from turret.store.jobs import StudySpec
 
 if TYPE_CHECKING:
     from turret.compare.design import PlannedDesign
@@ -66,15 +67,15 @@ class SweepOrder:
 Order: TypeAlias = ComparisonRequest | SweepOrder
 
 
-def as_spec(order: Order, sent: str) -> JsonObject:
+def as_spec(order: Order, sent: str) -> StudySpec:
     """For the row of its job. sent: the data, as the client named it."""
     verb = "sweep" if isinstance(order, SweepOrder) else "compare"
     return {"verb": verb, "sent": sent, "order": asdict(order)}
 
 
-def order_of(spec: JsonMapping) -> Order:
+def order_of(spec: StudySpec) -> Order:
     """What `as_spec` wrote."""
-    values = dict(spec["order"])
+    values: JsonObject = dict(spec["order"])
     if spec["verb"] == "sweep":
         return SweepOrder(**values)
     return ComparisonRequest(**values | {"fractions": tuple(values["fractions"])})

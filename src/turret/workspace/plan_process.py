@@ -7,6 +7,7 @@ the examples of a promise are read here. It downloads nothing.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,28 +15,29 @@ from turret.access import Access, acting
 from turret.data import Dataset
 from turret.data.examples import load_dataset
 from turret.errors import DataError, TurretError
-from turret.helper_process import Answer
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.store import Store
+from turret.store.jobs import StudySpec
 from turret.workspace import comparing, sweeping
 from turret.workspace.child_process import parents_store, status_of
 from turret.workspace.data_readers import OFFLINE
 from turret.workspace.orders import ComparisonRequest, order_of, require_few
+from turret.workspace.previewing import AboutPlanner, PlannerReply, PlanQuestion, PromiseQuestion
 from turret.workspace.progress import silent
 from turret.workspace.queueing import bring_data, is_sent_source
 
 MOST_MEASURED = 6  # rows of a comparison
 
 
-def helper(about: JsonObject) -> Answer:
+def helper(about: AboutPlanner) -> Callable[[PlanQuestion | PromiseQuestion], PlannerReply]:
     """What plans a recipe."""
     os.environ[OFFLINE] = "1"  # before the libraries of the Hub are loaded
     from turret.workspace import training
 
     store = parents_store(about["local"])
 
-    def answer(asked: JsonObject) -> JsonObject:
+    def answer(asked: PlanQuestion | PromiseQuestion) -> PlannerReply:
         try:
             own = store.with_access(Access(asked["tenant"]))
             if "promise" in asked:
@@ -55,7 +57,7 @@ def helper(about: JsonObject) -> Answer:
     return answer
 
 
-def _promise(store: Store, asked: JsonMapping) -> None:
+def _promise(store: Store, asked: PromiseQuestion) -> None:
     """Make a promise, on a table in a folder or on what the training held out."""
     from turret.workspace import promising
 
@@ -66,7 +68,8 @@ def _promise(store: Store, asked: JsonMapping) -> None:
     if not asked["table"] and not sent:
         raise DataError(f"what the training of {version} held out is not in the store: send labelled examples")
     os.chdir(bring_data(store, recipe, folder) if recipe is not None and sent else folder)
-    request = promising.PromiseRequest(**asked["promise"], data=asked["table"] or None, trained=sent)
+    settings: JsonObject = asked["promise"]
+    request = promising.PromiseRequest(**settings, data=asked["table"] or None, trained=sent)
     try:
         with acting(asked["who"]):
             promising.make(store, str(version), request, silent)
@@ -74,7 +77,7 @@ def _promise(store: Store, asked: JsonMapping) -> None:
         os.chdir("/")
 
 
-def _planned_study(store: Store, recipe: Recipe, spec: JsonMapping, data: Dataset) -> JsonObject:
+def _planned_study(store: Store, recipe: Recipe, spec: StudySpec, data: Dataset) -> JsonObject:
     """What a comparison or a sweep trains, what it can decide, and how long its trainings take one after another."""
     order = order_of(spec)
     if isinstance(order, ComparisonRequest):

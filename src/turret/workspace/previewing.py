@@ -9,13 +9,15 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NotRequired, TypedDict, final
 
 from turret.errors import DataError, EngineError, RecipeError, StoreError
 from turret.helper_process import Died, HelperProcess
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject, Plain
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.store.catalog import who
+from turret.store.jobs import StudySpec
 from turret.workspace.child_process import OUTAGE
 from turret.workspace.data_readers import DataReaders
 from turret.workspace.queueing import Queue, SentFiles, require_sent_source, sent_file
@@ -23,6 +25,43 @@ from turret.workspace.queueing import Queue, SentFiles, require_sent_source, sen
 READ_SECONDS = 60.0  # that reading a table may take
 PLAN_SECONDS = 180.0  # that a plan may take, with the load of its base
 IDLE_SECONDS = 60.0  # after which a helper process ends
+
+
+class AboutPlanner(TypedDict):
+    """The store of the helper process."""
+
+    local: str
+
+
+@final
+class PlanQuestion(TypedDict):
+    """A plan to make. data: the file of the data set."""
+
+    tenant: str
+    recipe: str
+    data: str
+    study: StudySpec | None
+
+
+@final
+class PromiseQuestion(TypedDict):
+    """A promise to make. table: the name of a table in the folder; empty: what the training held out."""
+
+    tenant: str
+    promise: JsonObject
+    version: str
+    who: str | None
+    folder: str
+    table: str
+
+
+class PlannerReply(TypedDict):
+    """A plan and the filled recipe, or an error with the status of the command line."""
+
+    status: int
+    text: NotRequired[str]
+    planned: NotRequired[JsonObject]
+    toml: NotRequired[str]
 
 
 class Previews:
@@ -34,7 +73,7 @@ class Previews:
 
     def __init__(self, store: Store) -> None:
         self._readers = DataReaders(store, READ_SECONDS, idle=IDLE_SECONDS, offline=True)
-        self._planner = HelperProcess(
+        self._planner = HelperProcess[PlanQuestion | PromiseQuestion, PlannerReply](
             "turret.workspace.plan_process",
             {"local": str(store.root.absolute())},
             PLAN_SECONDS,
@@ -74,7 +113,7 @@ class Previews:
         recipe: Recipe,
         files: SentFiles,
         own_base: str | None = None,
-        study: JsonMapping | None = None,
+        study: StudySpec | None = None,
     ) -> JsonObject:
         """As `Workspace.plan`, as JSON, with the filled recipe as `toml`.
 
@@ -94,12 +133,12 @@ class Previews:
             _bring(files, recipe.data.source, Path(folder))
             tenant = store.access.tenant
             data = self._readers.read_sent(tenant, recipe, Path(folder))
-            asked: JsonObject = {"tenant": tenant, "recipe": recipe.to_toml(), "data": str(data), "study": study}
+            asked: PlanQuestion = {"tenant": tenant, "recipe": recipe.to_toml(), "data": str(data), "study": study}
             found = self._asked(asked, "plan")
         return found["planned"] if study is not None else {**found["planned"], "toml": found["toml"]}
 
     def promise(
-        self, store: Store, version: str, request: JsonMapping, table: Path | None = None, name: str = ""
+        self, store: Store, version: str, request: Mapping[str, Plain], table: Path | None = None, name: str = ""
     ) -> None:
         """As `Workspace.promise`, in a process that loads the base of the version.
 
@@ -117,10 +156,17 @@ class Previews:
             require_sent_source(name, files)
         with tempfile.TemporaryDirectory(prefix="turret-promise-") as folder:
             _bring(files, name, Path(folder))
-            asked: JsonObject = {"tenant": tenant, "promise": dict(request), "version": version, "who": who()}
-            self._asked({**asked, "folder": folder, "table": name}, "promise")
+            asked: PromiseQuestion = {
+                "tenant": tenant,
+                "promise": dict(request),
+                "version": version,
+                "who": who(),
+                "folder": folder,
+                "table": name,
+            }
+            self._asked(asked, "promise")
 
-    def _asked(self, asked: JsonObject, what: str) -> JsonObject:
+    def _asked(self, asked: PlanQuestion | PromiseQuestion, what: str) -> PlannerReply:
         try:
             found = self._planner.ask(asked)
         except EngineError as error:

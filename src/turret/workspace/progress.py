@@ -14,10 +14,11 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from turret.notebook import in_notebook, span
+from turret.store.jobs import StudyResult
 
 if TYPE_CHECKING:
     from turret.train.curve import StepRecord
@@ -145,3 +146,11 @@ class Progress:
     metric: str
     planned: int
     cells: Sequence[CellState]
+
+    def as_json(self) -> StudyResult:
+        return {
+            "study": self.study,
+            "metric": self.metric,
+            "planned": self.planned,
+            "cells": [asdict(each) for each in self.cells],
+        }

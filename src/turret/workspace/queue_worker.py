@@ -33,12 +33,11 @@ from turret import process
 from turret.access import ANY, check_patterns
 from turret.database import CELL, STUDY
 from turret.errors import BadLocation, Interrupted, LeaseLost, NotFound, RecipeError, StoreError
-from turret.json_types import JsonMapping, JsonObject
 from turret.process import stop_on_sigterm
 from turret.recipe import Recipe
 from turret.recipe.default_base import AUTO
 from turret.store import JobQueue, Store, leases
-from turret.store.jobs import WORK, Entry, Job
+from turret.store.jobs import WORK, CellSpec, Entry, Job, StudySpec
 from turret.store.leases import LeaseRenewer
 from turret.workspace.child_process import (
     MACHINE,
@@ -47,7 +46,11 @@ from turret.workspace.child_process import (
     SHORT,
     STOPPED,
     Failure,
+    JobRequest,
     Patience,
+    StartLine,
+    StopLine,
+    TrainerRequest,
     failure_of,
     kill_child,
     never,
@@ -290,7 +293,7 @@ class Worker:
     def _make_room(self, taken: Job) -> None:
         """End the kept process before a cell that is measured, unless there is memory for both."""
         if taken.spec is not None:
-            needed = taken.spec.get("needs")
+            needed = taken.spec["needs"] if "key" in taken.spec else None
             if needed is None or needed > process.free_memory():
                 self._trainer.close()
 
@@ -318,14 +321,16 @@ def anything(_: Entry) -> bool:
     return True
 
 
-def can_share(recipe: str, spec: JsonMapping | None = None) -> bool:
+def can_share(recipe: str, spec: CellSpec | StudySpec | None = None) -> bool:
     """Whether a training of this recipe (TOML) shares its base. A broken one has a process that says what is wrong.
 
     Args:
         spec: of a cell, which may have to be alone.
     """
     try:
-        return not (spec or {}).get("alone") and why_alone(Recipe.from_toml(recipe)) is None
+        return (
+            not (spec is not None and "key" in spec and spec["alone"]) and why_alone(Recipe.from_toml(recipe)) is None
+        )
     except RecipeError:
         return False
 
@@ -411,7 +416,7 @@ class ResidentTrainer:
     def _running(self) -> _Kept:
         """The process; a new one if there is none."""
         if self._kept is None or self._kept.process.poll() is not None:
-            request = {
+            request: TrainerRequest = {
                 "local": str(self._store.root.absolute()),
                 "silent": self._limits.silent_seconds,
                 "stopping": self._limits.stopping_seconds,
@@ -425,7 +430,7 @@ class ResidentTrainer:
             threading.Thread(target=self._listen, args=[self._kept], name="turret-trainer", daemon=True).start()
         return self._kept
 
-    def _send(self, kept: _Kept, line: JsonObject) -> None:
+    def _send(self, kept: _Kept, line: StartLine | StopLine) -> None:
         assert kept.process.stdin is not None
         with suppress(OSError, ValueError):  # it has died, which `_listen` finds
             kept.process.stdin.write(json.dumps(line) + "\n")
@@ -609,7 +614,7 @@ class _Try:
         with tempfile.TemporaryDirectory(prefix="turret-") as folder:
             alone = Path(folder) / "training"
             alone.mkdir()
-            request = {
+            request: JobRequest = {
                 "taken": taken.as_json(),
                 "local": str(self._store.root.absolute()),
                 "folder": None if limits.own else str(alone),

@@ -24,13 +24,14 @@ from turret.arguments import checked_methods
 from turret.data import memory
 from turret.disk import PRIVATE, make_folder, permissions
 from turret.errors import DataError, NotFound, RecipeError, StoreError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.recipe.default_base import AUTO
 from turret.store import JobQueue, Store, client_files, queued_data
 from turret.store.blobs import hash_file
-from turret.store.jobs import STUDY_ID, OpenJob
+from turret.store.jobs import STUDY_ID, OpenJob, StudyRow, StudySpec
 from turret.store.queued_data import PLACE
+from turret.store.runs import RunRow
 from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Queue:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def submit(self, recipe: Recipe, *, priority: int = 0) -> JsonObject:
+    def submit(self, recipe: Recipe, *, priority: int = 0) -> RunRow | StudyRow:
         """Put a training into the queue, with a copy of its data. Returns the run, as `Workspace.run` does.
 
         Args:
@@ -67,8 +68,8 @@ class Queue:
         *,
         priority: int = 0,
         own_base: str | None = None,
-        study: JsonMapping | None = None,
-    ) -> JsonObject:
+        study: StudySpec | None = None,
+    ) -> RunRow | StudyRow:
         """As `submit`, for a client of a server: the data is in `files`, on the Hub, or in an installed package.
 
         Args:
@@ -95,7 +96,7 @@ class Queue:
             raise RecipeError(f"base {ascii(recipe.base)[:60]}: expected a Hub id or pypi:package, not a path")
         self._require_seen(recipe)
 
-    def cancel(self, run: str) -> JsonObject:
+    def cancel(self, run: str) -> RunRow | StudyRow:
         """End a waiting training or study, or ask the worker of a running one to end it. Returns it.
 
         Raises:
@@ -105,11 +106,11 @@ class Queue:
         self._queue().cancel(run)
         return self._row(run)
 
-    def studies(self, most: int = 100) -> Sequence[JsonObject]:
+    def studies(self, most: int = 100) -> Sequence[StudyRow]:
         """The newest comparisons and sweeps that workers conduct, newest first."""
         return self._queue().studies(most) if self._store.exists() else []
 
-    def study(self, id: str) -> JsonObject:
+    def study(self, id: str) -> StudyRow:
         """One of them; `result` has its cells. Raises NotFound."""
         return self._queue().study(id)
 
@@ -117,10 +118,10 @@ class Queue:
         """What runs, then what waits, of all kinds of jobs."""
         return self._queue().open_jobs(limit) if self._store.exists() else []
 
-    def _row(self, id: str) -> JsonObject:
+    def _row(self, id: str) -> RunRow | StudyRow:
         return self.study(id) if id.startswith(STUDY_ID) else self._store.run(id)
 
-    def resume(self, run: str) -> JsonObject:
+    def resume(self, run: str) -> RunRow | StudyRow:
         """Put a training or a study that has failed or was cancelled back into the queue. Returns it.
 
         It resumes from its last checkpoint, or starts over if there is none.
@@ -216,8 +217,8 @@ class Queue:
         return JobQueue.of(self._store)
 
     def _submit(
-        self, recipe: Recipe, files: Mapping[str, Path], priority: int, study: JsonMapping | None = None
-    ) -> JsonObject:
+        self, recipe: Recipe, files: Mapping[str, Path], priority: int, study: StudySpec | None = None
+    ) -> RunRow | StudyRow:
         """files: path under the data -> file; a single one is the data itself."""
         queue = JobQueue.of(self._store, make=True)
         self._require_seen(recipe)

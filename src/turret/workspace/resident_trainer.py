@@ -28,13 +28,15 @@ from turret import process
 from turret.access import Access
 from turret.data import Dataset
 from turret.errors import one_line
-from turret.json_types import JsonMapping
 from turret.recipe import Recipe
 from turret.store.jobs import Job
 from turret.train.curve import StepRecord
 from turret.workspace.child_process import (
     ALIVE_SECONDS,
     Ended,
+    StartLine,
+    StopLine,
+    TrainerRequest,
     end_at_once,
     mistake_of_turret,
     parents_store,
@@ -54,7 +56,7 @@ class Trainer:
         folder: a private one, for what the readers of data write.
     """
 
-    def __init__(self, asked: JsonMapping, folder: Path) -> None:
+    def __init__(self, asked: TrainerRequest, folder: Path) -> None:
         self._asked = asked
         self._store = parents_store(asked["local"])
         self._readers = DataReaders(self._store, asked["silent"], folder=folder)
@@ -64,7 +66,7 @@ class Trainer:
         self._changed = threading.Condition()
         self._stopping = threading.Event()
 
-    def hear(self, asked: JsonMapping) -> None:
+    def hear(self, asked: StartLine | StopLine) -> None:
         """Carry out a line of the worker."""
         if "stop" in asked:
             with self._changed:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from turret.data.memory import short_source
 from turret.errors import one_line
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, JsonValue
 from turret.manifest import FlatLossSpec
 from turret.notebook import Cell, Table, as_html, class_table, marked, metrics_table, size, span
+from turret.store.runs import RunOutcome
 from turret.tasks.shapes import Metrics, SplitMetrics
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ class RunResult:
         warnings = [marked("warn", each) for each in self.warnings]
         return as_html(self.version, facts, metrics_table(self.metrics), *warnings, notes=self.notes)
 
-    def as_json(self) -> JsonObject:
-        return asdict(self)
+    def as_json(self) -> RunOutcome:
+        found: JsonValue = asdict(self)
+        outcome: RunOutcome = found
+        return outcome
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,27 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from turret.access import Access
 from turret.compare.report import headline
 from turret.errors import StoreError
-from turret.json_types import JsonMapping, JsonObject
 from turret.process import stop_on_sigterm
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
-from turret.store.jobs import Job
+from turret.store.jobs import Job, StudyResult
 from turret.store.queued_data import PLACE
 from turret.workspace import comparing, sweeping
-from turret.workspace.child_process import Ended, attempt, parents_store, say_to_parent, status_of, stop_with_parent
+from turret.workspace.child_process import (
+    Ended,
+    JobRequest,
+    attempt,
+    parents_store,
+    say_to_parent,
+    status_of,
+    stop_with_parent,
+)
 from turret.workspace.comparing.cells import Workers
 from turret.workspace.orders import ComparisonRequest, order_of, require_few
 from turret.workspace.progress import Progress
@@ -32,7 +39,7 @@ from turret.workspace.queueing import bring_data, require_base
 
 def main(request: str) -> int:
     """Carry out a request of the worker. Returns the exit status."""
-    asked = json.loads(request)
+    asked: JobRequest = json.loads(request)
     stop_on_sigterm()
     stop_with_parent(asked["stopping"])
     taken = Job.of(asked["taken"])
@@ -52,21 +59,23 @@ class _Watched(Workers):
     """The workers of the store; how far they are is written into the row of the study."""
 
     def __init__(self, queue: JobQueue, taken: Job) -> None:
-        self._queue, self._taken, self.noted = queue, taken, dict[str, JsonObject]()
+        self._queue, self._taken, self.noted = queue, taken, StudyResult()
 
     def tell(self, progress: Progress) -> None:
         """Write it, if it is new."""
-        noted = asdict(progress)
+        noted = progress.as_json()
         if noted != self.noted:
             self._queue.note(self._taken, noted)
         self.noted = noted
 
 
-def _conduct(store: Store, queue: JobQueue, taken: Job, asked: JsonMapping) -> None:
+def _conduct(store: Store, queue: JobQueue, taken: Job, asked: JobRequest) -> None:
     assert taken.spec is not None
+    assert "verb" in taken.spec
     queue.adopt(taken)
     recipe, order, tasks = Recipe.from_toml(taken.recipe), order_of(taken.spec), _Watched(queue, taken)
     require_base(recipe, asked["bases"])
+    assert asked["folder"] is not None
     folder = bring_data(store, recipe, Path(asked["folder"]))
     place = PLACE.match(recipe.data.source)
     os.chdir(folder if place is None else folder / place[0])  # where the data has the name that it was sent with
@@ -76,7 +85,7 @@ def _conduct(store: Store, queue: JobQueue, taken: Job, asked: JsonMapping) -> N
     if isinstance(order, ComparisonRequest):
         compared = comparing.compare(store, recipe, order, say_to_parent, require_few, tasks)
         missing, version = compared.missing, compared.promotion.version
-        result = {"report": Path(compared.folder).name, "said": headline(compared), "version": version}
+        result: StudyResult = {"report": Path(compared.folder).name, "said": headline(compared), "version": version}
     else:
         recipe, request = order.split(recipe)
         found = sweeping.sweep(store, recipe, replace(request, on=tasks), say_to_parent)

@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Literal
 
 from turret.data import Dataset
 from turret.errors import QueueFull, RecipeError, TrainingError, shown
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
-from turret.store.jobs import NewCell
+from turret.store.jobs import CellSpec, JobState, NewCell
 from turret.tasks import task_of
 from turret.workspace.child_process import why_alone
 from turret.workspace.comparing import kept_files
@@ -468,8 +468,16 @@ class _Running:
 
     def _new(self, trial: Trial, source: str | None) -> NewCell:
         comparison = f"{self._folder.parent.name}/{self._folder.name}"
-        spec: JsonObject = {"kind": TRIAL, "study": self._study, "key": trial.key, "comparison": comparison}
-        spec |= {"alone": why_alone(trial.recipe) is not None, "needs": None, "source": source, "metric": self._metric}
+        spec: CellSpec = {
+            "kind": TRIAL,
+            "study": self._study,
+            "key": trial.key,
+            "comparison": comparison,
+            "alone": why_alone(trial.recipe) is not None,
+            "needs": None,
+            "source": source,
+            "metric": self._metric,
+        }
         return NewCell(trial.key, trial.recipe.name, trial.recipe.to_toml(), spec)
 
     def _late(self) -> bool:
@@ -568,7 +576,7 @@ class _Running:
         self._open[id] = trial
         return True
 
-    def _note_end(self, trial: Trial, state: JsonMapping, *, pruned: bool) -> None:
+    def _note_end(self, trial: Trial, state: JobState, *, pruned: bool) -> None:
         if trial.value is not None:
             self._end(trial, "finished")
         elif pruned:

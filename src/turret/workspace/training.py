@@ -47,13 +47,14 @@ from turret.errors import (
     StoreError,
     memory_ran_out,
 )
-from turret.json_types import JsonObject, Plain
+from turret.json_types import Plain
 from turret.manifest import Lineage
 from turret.plan_check import Check
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
 from turret.store.leases import LeaseRenewer
+from turret.store.runs import RunOutcome
 from turret.tasks import make_task, task_of
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.tasks.shapes import Metrics
@@ -793,7 +794,7 @@ class _Run:
         """Store the version and finish the run, in one transaction."""
         run, made = self.run, list[RunResult]()
 
-        def finish(version: Version) -> JsonObject:
+        def finish(version: Version) -> RunOutcome:
             made.append(result(version))
             return made[-1].as_json()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turret.errors import NotFound
-from turret.json_types import JsonObject
 from turret.store import Store
+from turret.store.runs import RunRow
 from turret.timestamp import timestamp
 
 if TYPE_CHECKING:
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", re.ASCII)
 
 
-def run(store: Store, run_id: str) -> JsonObject:
+class FullRun(RunRow):
+    """A run with its recipe, and the time of its last step if it ran here."""
+
+    recipe: str | None
+    touched: str | None
+
+
+def run(store: Store, run_id: str) -> FullRun:
     """The row, with the recipe as TOML and the time of the last step. Raises NotFound."""
     row = store.run(run_id)
     recipe = store.training_runs().recipe(run_id) if _ID.fullmatch(run_id) else None

@@ -17,6 +17,8 @@ from turret.server.routes import View, router
 from turret.server.schemas import WHOLE, Model
 from turret.server.trainings import Curves, Drafted
 from turret.server.uploads import owner_of
+from turret.store.jobs import StudyRow
+from turret.store.runs import RunRow
 
 control = router("admin")
 MOST_FILES, MOST_SETTINGS = 16, 64
@@ -145,5 +147,5 @@ async def delete_run(run_id: RunId, view: View) -> JsonObject:
     return {"deleted": run_id}
 
 
-def _shown(run: JsonObject) -> JsonObject:
-    return run if run["error"] is None else {**run, "error": without_paths(str(run["error"]))}
+def _shown(run: RunRow | StudyRow) -> JsonObject:
+    return {**run, "error": None if run["error"] is None else without_paths(str(run["error"]))}

@@ -9,13 +9,14 @@ from fastapi import Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from turret.errors import BadRequest
-from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.server import trainings
 from turret.server.admin.runs import PlanRequest, encoded
 from turret.server.routes import View, router
 from turret.server.trainings import CompareOptions, Study, StudyPlan, SweepOptions
 from turret.server.uploads import owner_of
+from turret.store.jobs import StudyRow
+from turret.store.runs import RunRow
 from turret.workspace.orders import Order
 
 control = router("admin")
@@ -89,6 +90,7 @@ async def resume_study(study_id: StudyId, view: View) -> Study:
     return await _changed(view, view.workspace.queue.resume, study_id)
 
 
-async def _changed(view: View, change: Callable[[str], JsonObject], study_id: str) -> Study:
+async def _changed(view: View, change: Callable[[str], RunRow | StudyRow], study_id: str) -> Study:
     await view.control(view.workspace.queue.study, study_id)  # raises NotFound for the id of a training
-    return trainings.shown(await view.control(change, study_id))
+    await view.control(change, study_id)
+    return trainings.shown(await view.control(view.workspace.queue.study, study_id))

@@ -10,12 +10,12 @@ from fastapi import Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import StringConstraints
 
-from turret.json_types import JsonMapping
 from turret.server import trainings
 from turret.server.console import render
 from turret.server.console.forms import pages, require_verb
 from turret.server.routes import View
 from turret.tasks import main_metric, measure_of
+from turret.workspace.training_runs import FullRun
 
 router = pages()
 RunKey = Annotated[str, StringConstraints(min_length=1, max_length=100)]
@@ -107,7 +107,7 @@ async def _values(view: View, run_id: str) -> render.Context:
     return {"run": run, "result": run["result"] or {}, "last": last, "stalled": _is_stalled(run), "place": place}
 
 
-async def _log(view: View, run: JsonMapping) -> render.Context:
+async def _log(view: View, run: FullRun) -> render.Context:
     """The newest lines of a queued run, the newest first."""
     lines = await view.control(trainings.log, view, run)
     return {
@@ -117,7 +117,7 @@ async def _log(view: View, run: JsonMapping) -> render.Context:
     }
 
 
-def _is_stalled(run: JsonMapping) -> bool:
+def _is_stalled(run: FullRun) -> bool:
     """Whether the run counts as running but has made no step for a long time."""
     touched = datetime.fromisoformat(run["touched"] or run["created"])
     return run["state"] == "running" and (datetime.now(UTC) - touched).total_seconds() > STALLED_SECONDS

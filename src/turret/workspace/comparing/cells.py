@@ -25,10 +25,10 @@ from turret.compare.report_text import seconds as span
 from turret.compare.results import CellResult
 from turret.data import Dataset
 from turret.errors import Interrupted, InUse, QueueFull, RecipeError, TrainingError
-from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
+from turret.json_types import JsonObject, JsonValue, Plain
 from turret.recipe import Data, Recipe
 from turret.store import JobQueue, Store
-from turret.store.jobs import NewCell
+from turret.store.jobs import CellSpec, JobState, NewCell
 from turret.tasks import task_of
 from turret.workspace.child_process import STOPPED, why_alone
 from turret.workspace.comparing import kept_files
@@ -247,7 +247,7 @@ class CellRunner:
             later += group[len(ids) :]
         return later
 
-    def _collect(self, cell: Cell, ended: JsonMapping) -> None:
+    def _collect(self, cell: Cell, ended: JobState) -> None:
         """Take the result of a cell that a worker has ended."""
         self.store.artifacts.bring(f"{self._study}/cells/{cell.key}/")
         result = kept_files.read(self.folder / "cells" / cell.key / "result.json")
@@ -316,7 +316,7 @@ class CellRunner:
 
     def _new(self, cell: Cell, source: str | None) -> NewCell:
         """A cell as a job. source: of its data, if it is not that of the recipe."""
-        spec = {
+        spec: CellSpec = {
             "kind": cell.candidate.kind,
             "study": self._study,
             "key": cell.key,
@@ -331,7 +331,7 @@ class CellRunner:
     def _study(self) -> str:
         return self.folder.relative_to(self.store.root).as_posix()
 
-    def _note_failure(self, cell: Cell, ended: JsonMapping) -> None:
+    def _note_failure(self, cell: Cell, ended: JobState) -> None:
         """Raises TrainingError for an error that every cell would meet."""
         if (ended["result"] or {}).get("kind") in EVERYWHERE:
             raise TrainingError(f"{cell}: {ended['error']}")

@@ -29,6 +29,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.recipe import Recipe
 from turret.statistics import Floats
 from turret.store import Store
+from turret.store.runs import RunOutcome
 from turret.tasks import Prediction, Task, stored_task
 from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.train.asking import MOST_TOKENS, Asking
@@ -52,7 +53,7 @@ def version(
     store: Store,
     recipe: Recipe,
     dataset: Dataset,
-    result: JsonMapping,
+    result: RunOutcome,
     plan: JsonMapping,
     say: Say,
     place: OwnProcess,
@@ -387,14 +388,14 @@ def _forgetting(ready: answering.Mounted) -> dict[str, float] | None:
     return {"loss": found.loss, "base_loss": found.base_loss, "low": found.low, "high": found.high}
 
 
-def _memory(result: JsonMapping, plan: JsonMapping) -> JsonObject:
+def _memory(result: RunOutcome, plan: JsonMapping) -> JsonObject:
     """Bytes per component, predicted and measured.
 
     The sizes of the trained weights, their gradients and their moments are known. All other memory above the base
     counts as activations.
     """
     measured, trainable = result["memory"], 4 * int(result["parameters"]["trainable"])
-    above = int(measured["above_base_bytes"])
+    above = measured["above_base_bytes"] or 0
     return {
         "peak_bytes": measured["peak_bytes"],
         "above_base_bytes": above,
