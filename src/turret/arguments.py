@@ -19,7 +19,7 @@ T = TypeVar("T")
 C = TypeVar("C", bound=type)
 Check = Callable[[object], bool]
 
-_DICTIONARIES = ("Mapping", "JsonMapping", "JsonObject", "dict", "TaskSpec", "Generation")
+_DICTIONARIES = ("Mapping", "JsonMapping", "JsonObject", "dict", "TaskSpec", "Generation", "RoleColumns")
 _WORDS = {  # the types of annotations, in the words of an error
     "str": "text",
     "int": "a whole number",

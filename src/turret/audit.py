@@ -8,7 +8,7 @@ process, or the token of a request.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from sqlalchemy import JSON, Column, ColumnElement, Connection, Integer, String,
 
 from turret.database import Database, adapters, bytewise, metadata
 from turret.errors import StoreError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject, Plain
 from turret.visibility import access_of, seen_adapters
 
 audit = Table(
@@ -45,8 +45,8 @@ class Action:
     who: str | None
     verb: str
     what: str
-    before: JsonMapping | None
-    after: JsonMapping | None
+    before: Mapping[str, Plain] | None
+    after: Mapping[str, Plain] | None
 
     def as_json(self) -> JsonObject:
         return asdict(self)
@@ -60,8 +60,8 @@ def record(
     *,
     at: str,
     who: str | None,
-    before: JsonMapping | None = None,
-    after: JsonMapping | None = None,
+    before: Mapping[str, Plain] | None = None,
+    after: Mapping[str, Plain] | None = None,
     tenant: str | None = None,
 ) -> None:
     """Add a row for an action.

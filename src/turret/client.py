@@ -144,7 +144,7 @@ class AsyncClient:
 
     async def classify(
         self,
-        texts: str | JsonMapping | Sequence[str | JsonMapping],
+        texts: str | Mapping[str, str] | Sequence[str | Mapping[str, str]],
         model: str,
         *,
         unit: str | None = None,
@@ -168,7 +168,7 @@ class AsyncClient:
         return _answer(await self._send("POST", "/v1/classify", body))
 
     async def decide(
-        self, text: str | Messages, questions: Sequence[JsonMapping], model: str, *, unit: str | None = None
+        self, text: str | Messages, questions: Sequence[Mapping[str, Plain]], model: str, *, unit: str | None = None
     ) -> JsonMapping:
         """Ask questions about a text: `answers` in their order, each with its `version` and `receipt`, and `usage`.
 
@@ -257,7 +257,7 @@ class AsyncClient:
         known = {key: each for key, each in keys.items() if each is not None}
         return (await self.outcomes([{"value": value, **known}]))[0]
 
-    async def outcomes(self, outcomes: Sequence[JsonMapping]) -> list[JsonObject]:
+    async def outcomes(self, outcomes: Sequence[Mapping[str, Plain]]) -> list[JsonObject]:
         """Send many outcomes, each with `value`, and `receipt` or `unit` and `adapter`."""
         body = [dict(each) for each in outcomes]
         return list((await self._json("POST", "/api/outcomes", body))["outcomes"])
@@ -512,7 +512,7 @@ def _error(response: httpx2.Response) -> TurretError:
     return _raised(error, response.headers.get("retry-after"))
 
 
-def _raised(error: JsonMapping, retry_after: str | None) -> TurretError:
+def _raised(error: Mapping[str, Plain], retry_after: str | None) -> TurretError:
     """The error as the class that it had on the server."""
     name = "".join(part.capitalize() for part in str(error.get("code")).split("_"))
     kind = getattr(errors, name, RequestError)

@@ -43,7 +43,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +76,7 @@ from sqlalchemy.exc import DBAPIError
 from turret.access import DEFAULT, OPERATOR, Access
 from turret.disk import describe_error
 from turret.errors import StoreError
-from turret.json_types import JsonMapping
+from turret.json_types import Plain
 from turret.location import Location
 from turret.postgres import Postgres
 from turret.sqlite import Sqlite
@@ -483,7 +483,7 @@ class Database:
                 self._server.identify(connection)
 
 
-def insert_row(connection: Connection, table: Table, row: JsonMapping) -> int:
+def insert_row(connection: Connection, table: Table, row: Mapping[str, Plain | bytes]) -> int:
     """Insert a row and return its id."""
     key = connection.execute(insert(table).values(row)).inserted_primary_key
     assert key is not None
@@ -491,7 +491,10 @@ def insert_row(connection: Connection, table: Table, row: JsonMapping) -> int:
 
 
 def upsert(
-    connection: Connection, table: Table, rows: Sequence[JsonMapping], change: Literal["set", "add"] | None
+    connection: Connection,
+    table: Table,
+    rows: Sequence[Mapping[str, Plain | bytes]],
+    change: Literal["set", "add"] | None,
 ) -> None:
     """Insert rows with different primary keys, many by one statement.
 

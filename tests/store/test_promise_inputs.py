@@ -66,10 +66,11 @@ def test_a_drift_is_recorded_once_and_ends_the_watch(store, put) -> None:
     version = put()
     promise = promised(store, version)
     add(store, promise, b"live")
-    watch, verdict = watch_of(store, promise), {"why": "they differ", "evidence": 81.5, "texts": 1}
+    watch, said = watch_of(store, promise), {"why": "they differ"}
     for first in (True, False):
         with store.database().writing() as connection:
-            assert promises.mark_drifted(connection, promise, watch, verdict) is first
+            done = promises.mark_drifted(connection, promise, watch, said, evidence=81.5, texts=1)
+            assert done is first
     found = watch_of(store, promise)
     assert (found.evidence, found.earlier, rows(store, promise)) == (81.5, 1, [])
     assert found.drifted is not None

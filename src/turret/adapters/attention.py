@@ -144,7 +144,7 @@ def attend_in_pass(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: Attent
     return compute(hooked, q, k, v, call)
 
 
-def _require_known(site: Site, others: Mapping[str, Any]) -> None:
+def _require_known(site: Site, others: Mapping[str, Tensor | bool | float | str | None]) -> None:
     """Raise AdapterError for an argument that changes the output and is not computed here. None counts as not given."""
     for name, value in others.items():
         if name in HARMLESS or value is None or (name == "output_attentions" and not value):

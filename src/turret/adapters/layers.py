@@ -616,7 +616,7 @@ class OneCall:
     order: all layers of the model.
     """
 
-    def __init__(self, hook: LayerHook[Any], order: list[OneCall]) -> None:
+    def __init__(self, hook: LayerHook[M], order: list[OneCall]) -> None:
         self.hook, self._order, self._index = hook, order, len(order)
         self._weights: tuple[AdapterPoolProtocol, LayerWeights | None] | None = None  # as found in this pool
         self._runs: dict[int, WholeLayers] = {}  # by the number of layers

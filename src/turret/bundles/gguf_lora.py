@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turret.adapters.adapter import LORA_PREFIX, Adapter
+from turret.bases.source import ModelFile
 from turret.errors import AdapterError
 from turret.families import FAMILIES, Family
-from turret.json_types import JsonMapping
 from turret.tasks import stored_task
 
 # --- vllm -------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def require_llama_cpp(adapter: Adapter) -> Family:
     return family
 
 
-def write(adapter: Adapter, config: JsonMapping, path: Path, name: str) -> int:
+def write(adapter: Adapter, config: ModelFile, path: Path, name: str) -> int:
     """Write `adapter` to `path`.
 
     Args:
@@ -149,7 +149,7 @@ def reordered(B: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     return B.reshape(heads, 2, rows // heads // 2, rank).swapaxes(1, 2).reshape(rows, rank)
 
 
-def _heads(config: JsonMapping, layer: str) -> int:
+def _heads(config: ModelFile, layer: str) -> int:
     """The number of heads whose rows a q or k projection computes."""
     heads = config["num_attention_heads"]
     shared = config.get("num_key_value_heads") or heads

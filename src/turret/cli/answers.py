@@ -16,8 +16,9 @@ from typer import Argument, Option
 from turret.cli import options
 from turret.cli.output import columns, console, cut, emit, grid, metrics, number, safe, span, status
 from turret.data import TextPair
+from turret.data.columns import RoleColumns
 from turret.errors import BadArgument, DataError, counted, plainly, shown
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.tasks import Task, stored_task, task_of
 from turret.tasks.shapes import Answer, parts_in
 
@@ -383,7 +384,7 @@ def _old_column(workspace: Workspace, reference: str, column: str) -> JsonObject
 
 
 def _texts(
-    workspace: Workspace, reference: str, inputs: Sequence[str], named: JsonMapping, literal: int = 0
+    workspace: Workspace, reference: str, inputs: Sequence[str], named: RoleColumns, literal: int = 0
 ) -> Sequence[Input]:
     """The texts given on the command line, in a file or on stdin. literal: how many at the end are no file."""
     if len(inputs) == 1 and inputs[0] == "-":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -22,7 +22,7 @@ from turret.compare.report_text import (
 )
 from turret.compare.results import MISTAKES, Confusions, Coverage, Details, Reliability, spread_out, wilson
 from turret.data import Input, Prompt, TextPair
-from turret.json_types import JsonMapping, Plain
+from turret.json_types import JsonMapping, Plain, mapping_of
 from turret.tasks import Measure, Mistake, Task, main_metric, measure_of, measuring
 from turret.tasks.calibration import Bin
 from turret.tasks.shapes import Metrics, number_of, parts_in
@@ -62,7 +62,7 @@ def _cell(value: Plain) -> str:
     return "".join(f"\\{c}" if c in "\\|`*_[]<>#" else c for c in line)
 
 
-def describe_run(made: JsonMapping) -> Iterator[tuple[str, str]]:
+def describe_run(made: Mapping[str, Plain]) -> Iterator[tuple[str, str]]:
     """(name, value) of dates, device and versions of the trainings. made: by `results.made_with`."""
     if not made:
         return
@@ -73,7 +73,7 @@ def describe_run(made: JsonMapping) -> Iterator[tuple[str, str]]:
         if value is not None:
             yield key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     for versions in made["versions"] if isinstance(made["versions"], list) else [made["versions"]]:
-        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        yield "versions", ", ".join(f"{name} {version}" for name, version in mapping_of(versions).items() if version)
 
 
 # --- evaluation page --------------------------------------------------------------------------------------------------

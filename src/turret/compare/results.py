@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import TypeAdapter
 
 from turret.data import Input
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonMapping, JsonObject, Plain
 from turret.tasks import Mistake, QuestionType
 from turret.tasks.calibration import Bin, Decided, Sureness
 
@@ -275,7 +275,7 @@ class CellResult:
     made: JsonMapping | None = None  # date, device, threads, precision, versions
 
     @classmethod
-    def of(cls, cell: Cell, written: JsonMapping) -> CellResult:
+    def of(cls, cell: Cell, written: Mapping[str, Plain]) -> CellResult:
         """The result of a cell, from the JSON that its process wrote."""
         import numpy as np
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from turret.data import cells
 from turret.data.cells import RowReader, label_of
@@ -57,6 +57,7 @@ TAGGED: Roles = ("tokens", "tags")
 SPANNED: Roles = ("text", "spans")
 TRIPLE: Roles = ("anchor", "positive", "negative")
 OPTIONS = ("text", "text_pair", "label", "prompt", "completion", "messages")  # with an option of the command line
+RoleColumns: TypeAlias = Mapping[str, str | Sequence[str]]  # role -> its column, or several
 PLAIN_ROLES = ROLES[: ROLES.index("messages")]
 
 WHOLE = ("messages", "conversations")  # column names of all turns

@@ -17,11 +17,26 @@ from turret.database import adapters, experiment_events, experiment_splits, expe
 from turret.errors import Corrupt, ExperimentError, NotFound
 from turret.experiments import assign
 from turret.experiments.experiment import CONTROL, MISSING_BOUND, Arm, Experiment, Guards, Metric, shares
-from turret.json_types import JsonMapping
+from turret.json_types import JsonObject, Plain
 from turret.timestamp import to_minute
 from turret.visibility import seen_adapters
 
 RUNNING, ENDED = "running", "ended"
+
+
+class EventDetail(TypedDict, total=False):
+    """What an entry of the history says, by its verb. weights: of the arms, by their names, and `before` the change."""
+
+    arms: dict[str, str]
+    weights: dict[str, float]
+    before: dict[str, float]
+    arm: str | None
+    version: str
+    why: str
+    did: str
+    moved: str
+    check: str
+    how: str
 
 
 class Event(TypedDict):
@@ -30,7 +45,7 @@ class Event(TypedDict):
     verb: str
     at: str
     who: str | None
-    detail: JsonMapping
+    detail: EventDetail
 
 
 def begin(connection: Connection, settings: Experiment, split: float | Mapping[str, float]) -> Experiment:
@@ -74,7 +89,10 @@ def begin(connection: Connection, settings: Experiment, split: float | Mapping[s
     weights = shares(settings.arms, split) if settings.candidates else {CONTROL: 1.0}
     _add_split(connection, experiment_id, 1, assign.laid_out(weights), settings.created)
     begun = by_id(connection, experiment_id)
-    detail = {"arms": {arm.name: begun.reference(arm) for arm in begun.arms}, "weights": _rounded_weights(begun)}
+    detail: JsonObject = {
+        "arms": {arm.name: begun.reference(arm) for arm in begun.arms},
+        "weights": _rounded_weights(begun),
+    }
     add_event(connection, begun, "start", detail, settings.created, settings.who)
     return begun
 
@@ -138,7 +156,9 @@ def ramp(
     return _resplit(connection, now, shares(now.arms, split), "ramp", {}, at, who)
 
 
-def drop(connection: Connection, known: Experiment, arm: Arm, why: JsonMapping, at: str, who: str | None) -> Experiment:
+def drop(
+    connection: Connection, known: Experiment, arm: Arm, why: Mapping[str, Plain], at: str, who: str | None
+) -> Experiment:
     """Drop an arm while the others continue; the control gets its units."""
     now = still_running(connection, known)
     arms = [replace(each, live=False) if each.name == arm.name else each for each in now.arms]
@@ -148,7 +168,9 @@ def drop(connection: Connection, known: Experiment, arm: Arm, why: JsonMapping, 
     return _resplit(connection, now, {CONTROL: 1 - total, **weights}, "drop", {"arm": arm.name, **why}, at, who)
 
 
-def end(connection: Connection, known: Experiment, verdict: JsonMapping, at: str, who: str | None) -> Experiment:
+def end(
+    connection: Connection, known: Experiment, verdict: Mapping[str, Plain], at: str, who: str | None
+) -> Experiment:
     """End the experiment; `verdict["how"]` is stop, rollback or promote."""
     now = still_running(connection, known)
     _update(connection, now.id, {"state": ENDED, "ended": at, "verdict": dict(verdict)})
@@ -157,7 +179,7 @@ def end(connection: Connection, known: Experiment, verdict: JsonMapping, at: str
 
 
 def add_event(
-    connection: Connection, experiment: Experiment, verb: str, detail: JsonMapping, at: str, who: str | None
+    connection: Connection, experiment: Experiment, verb: str, detail: Mapping[str, Plain], at: str, who: str | None
 ) -> None:
     row = {"experiment_id": experiment.id, "verb": verb, "detail": dict(detail), "at": at, "who": who}
     connection.execute(insert(experiment_events).values(row))
@@ -195,7 +217,7 @@ def _resplit(
     now: Experiment,
     weights: Mapping[str, float],
     verb: str,
-    detail: JsonMapping,
+    detail: Mapping[str, Plain],
     at: str,
     who: str | None,
 ) -> Experiment:
@@ -212,7 +234,7 @@ def _add_split(connection: Connection, experiment_id: int, revision: int, segmen
     connection.execute(insert(experiment_splits).values(**row, created=at))
 
 
-def _update(connection: Connection, experiment_id: int, values: JsonMapping) -> None:
+def _update(connection: Connection, experiment_id: int, values: Mapping[str, Plain]) -> None:
     connection.execute(update(experiments).where(experiments.c.id == experiment_id).values(values))
 
 

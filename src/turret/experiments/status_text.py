@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from turret.experiments.analyze import Against, Analysis, ArmAnalysis
 from turret.experiments.experiment import Arm, Experiment, lasting
 from turret.experiments.paired import Paired
+from turret.experiments.rows import EventDetail
 from turret.experiments.validity import NEEDED
-from turret.json_types import JsonMapping
 
 
 def verdicts(analysis: Analysis) -> Iterator[str]:
@@ -123,7 +123,7 @@ def guards(experiment: Experiment) -> str:
     return f"{back}; {forth}"
 
 
-def event(verb: str, detail: JsonMapping) -> str:
+def event(verb: str, detail: EventDetail) -> str:
     """One entry of the history, without its time."""
     if verb == "start":
         return "started: " + ", ".join(f"{arm} {version}" for arm, version in detail.get("arms", {}).items())

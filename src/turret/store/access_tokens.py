@@ -11,10 +11,10 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from sqlalchemy import Column, Connection, Float, Select, String, Table, delete, func, insert, select, update
 
@@ -23,7 +23,7 @@ from turret.access import ANY, DEFAULT, Access, check_patterns
 from turret.arguments import checked_methods
 from turret.database import Database, metadata, tokens
 from turret.errors import BadReference, InUse, NotFound
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject, Plain
 from turret.store.catalog import now, who
 from turret.store.leases import clock
 from turret.timestamp import timestamp
@@ -288,7 +288,7 @@ class AccessTokens:
         """
         secret = PREFIX + secrets.token_urlsafe(32)
 
-        def renewed(token: AccessToken) -> JsonMapping:
+        def renewed(token: AccessToken) -> Mapping[str, Plain]:
             at = now()
             if not token.lives(at):
                 raise InUse(f"token {name!r} was revoked or has expired: make one with another name, such as {name}-2")
@@ -298,7 +298,7 @@ class AccessTokens:
 
         return self._change(name, "token rotate", renewed), secret
 
-    def _change(self, name: str, verb: str, changed: Callable[[AccessToken], JsonMapping]) -> AccessToken:
+    def _change(self, name: str, verb: str, changed: Callable[[AccessToken], Mapping[str, Plain]]) -> AccessToken:
         """Change the columns that `changed` says; raises NotFound."""
         if all(token.name != name for token in self.list()):
             known = ", ".join(token.name for token in self.list()[:8]) or "none"
@@ -346,8 +346,7 @@ def _all(connection: Connection) -> list[AccessToken]:
     return _read(connection, _QUERY.where(tokens.c.tenant == access_of(connection).tenant))
 
 
-# Any: SQLAlchemy does not know the types of a table's columns.
-def _read(connection: Connection, query: Select[Any]) -> list[AccessToken]:
+def _read(connection: Connection, query: Select[tuple[Plain, ...]]) -> list[AccessToken]:
     lists = ("scopes", "adapters", "bases")
     return [
         AccessToken(**{**row._mapping, **{each: tuple(row._mapping[each] or ANY) for each in lists}})

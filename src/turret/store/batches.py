@@ -60,7 +60,7 @@ class Batch:
     times: JsonMapping
     output_file: str | None = None
     error_file: str | None = None
-    notes: JsonMapping | None = None
+    notes: Mapping[str, str] | None = None
     error: str | None = None
     total: int = 0
     done: int = 0  # lines, answered or failed
@@ -103,7 +103,7 @@ class Batches:
 
     # --- owners -------------------------------------------------------------------------------------------------------
 
-    def add(self, owner: str, endpoint: str, input_file: str, notes: JsonMapping | None) -> Batch:
+    def add(self, owner: str, endpoint: str, input_file: str, notes: Mapping[str, str] | None) -> Batch:
         """Queue a batch. Raises NotFound for a file that is not the owner's, BadRequest for too many open batches."""
         now, id = int(time.time()), f"batch_{secrets.token_hex(12)}"
         with self.database.writing() as connection:
@@ -310,7 +310,7 @@ def _note_time(connection: Connection, id: str, state: State) -> None:
     connection.execute(update(batches).where(batches.c.id == id).values(times=times))
 
 
-def _lines(kept: JsonMapping) -> dict[int, int]:
+def _lines(kept: Mapping[str, int]) -> dict[int, int]:
     """Lines and their tries; JSON has texts as keys."""
     return {int(line): int(tries) for line, tries in kept.items()}
 

@@ -203,8 +203,8 @@ def add(
     own = (adapters.c.tenant == tenant) & (adapters.c.name == name)
     adapter = connection.execute(select(adapters).where(own)).first()
     if adapter is None:
-        row = {"tenant": tenant, "name": name, "last_number": 0, "created": now()}
-        adapter_id, last = insert_row(connection, adapters, row), 0
+        new: JsonObject = {"tenant": tenant, "name": name, "last_number": 0, "created": now()}
+        adapter_id, last = insert_row(connection, adapters, new), 0
     else:
         adapter_id, last = adapter.id, adapter.last_number
     same = (versions.c.adapter_id == adapter_id) & (versions.c.digest == digest)
@@ -212,7 +212,7 @@ def add(
         if comparison is None:
             make_own(connection, existing.id)
         return int(existing.number)
-    row = {
+    row: JsonObject = {
         "adapter_id": adapter_id,
         "number": last + 1,
         "digest": digest,

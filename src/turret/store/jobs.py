@@ -320,7 +320,7 @@ class JobQueue:
             if study is not None:
                 run, kind, verb, values["spec"] = STUDY_ID + run, STUDY, str(study["verb"]), plain(study)
             add_job(connection, kind, run, self._tenant, **values)
-            after = {"run": run, "priority": priority}
+            after: JsonObject = {"run": run, "priority": priority}
             audit.record(connection, verb, f"run {run}", name, after=after, at=now(), who=who())
             return run
 

@@ -16,7 +16,7 @@ names the right label, or says whether the answer was right (1) or wrong (0):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple
@@ -230,7 +230,7 @@ def make(
     sureness: Sureness | None = None,
     *,
     inputs: Sequence[bytes] = (),
-    why: JsonMapping | None = None,
+    why: Mapping[str, Plain] | None = None,
 ) -> Promise:
     """Store a promise of a version. It replaces an earlier one, whose answers and outcomes stay.
 
@@ -243,7 +243,12 @@ def make(
     row = asdict(terms) | {"tenant": access_of(connection).tenant, "digest": version.digest, "created": now()}
     drawn = None if sureness is None else sureness.to_json()
     insert_row(connection, promises, row | {"who": who(), "sureness": drawn})
-    after = {"metric": terms.metric, "error": terms.error, "confidence": terms.confidence, "threshold": terms.threshold}
+    after: JsonObject = {
+        "metric": terms.metric,
+        "error": terms.error,
+        "confidence": terms.confidence,
+        "threshold": terms.threshold,
+    }
     earlier = None if before is None else {key: getattr(before, key) for key in after}
     audit.record(
         connection,
@@ -396,7 +401,7 @@ def breaks(connection: Connection, promise: Promise) -> int:
     return int(connection.execute(query).scalar_one())
 
 
-def mark_broken(connection: Connection, promise: Promise, verdict: JsonMapping) -> bool:
+def mark_broken(connection: Connection, promise: Promise, verdict: Mapping[str, Plain]) -> bool:
     """Record once that outcomes have broken a promise, also in the audit log; False if it was recorded already."""
     mine = (promises.c.id == promise.id) & promises.c.broken.is_(None)
     done = connection.execute(update(promises).where(mine).values(broken=now(), verdict=dict(verdict)))
@@ -406,15 +411,19 @@ def mark_broken(connection: Connection, promise: Promise, verdict: JsonMapping) 
     return True
 
 
-def mark_drifted(connection: Connection, promise: Promise, watch: InputWatch, verdict: JsonMapping) -> bool:
+def mark_drifted(
+    connection: Connection, promise: Promise, watch: InputWatch, said: Mapping[str, str], *, evidence: float, texts: int
+) -> bool:
     """Record once that live texts are unlike a promise's examples, also in the audit log.
 
     Args:
-        verdict: with the e-value as `evidence`, and the number of `texts`.
+        said: why, and what is done.
+        evidence: the e-value.
+        texts: how many were seen.
     """
-    if not promise_inputs.mark_drifted(connection, watch, float(verdict["evidence"]), int(verdict["texts"])):
+    if not promise_inputs.mark_drifted(connection, watch, evidence, texts):
         return False
-    _tell(connection, promise, INPUTS_DRIFTED, verdict)
+    _tell(connection, promise, INPUTS_DRIFTED, {**said, "evidence": evidence, "texts": texts})
     return True
 
 
@@ -431,7 +440,7 @@ def forget_inputs(connection: Connection, *, dry_run: bool) -> list[tuple[int, i
     return [(each, promise_inputs.forget(connection, [each])) for each in found]
 
 
-def _tell(connection: Connection, promise: Promise, verb: str, verdict: JsonMapping) -> None:
+def _tell(connection: Connection, promise: Promise, verb: str, verdict: Mapping[str, Plain]) -> None:
     """Write into the audit log what happened to a promise, for each version that has it."""
     for version in versions_of(connection, promise):
         name = version.partition("@")[0]

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from turret.disk import (
     sync,
 )
 from turret.errors import StoreError
-from turret.json_types import JsonMapping, Plain
+from turret.json_types import Plain
 from turret.process import uninterrupted
 
 WHY = "leftover of a killed import or export"
@@ -185,7 +185,7 @@ def _read_note(note: Path) -> tuple[Path | None, list[Path]]:
     return own, [each for each in created if each in own.parents]
 
 
-def _write_note(root: Path, note: Path, content: JsonMapping) -> None:
+def _write_note(root: Path, note: Path, content: Mapping[str, Plain]) -> None:
     """Write the note. If the store cannot be written or is full, the export continues without one."""
     try:
         _make_scratch(root)

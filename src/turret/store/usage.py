@@ -152,7 +152,7 @@ class UsageLog:
     def _write(self, number: int) -> None:
         with self._database.adding() as connection:
             if self._writer.is_first(connection, number):
-                sums = [
+                sums: list[JsonObject] = [
                     dict(zip(COLUMNS, (*key, *counts), strict=True)) for key, counts in sorted(self._unsure.items())
                 ]
                 upsert(connection, usage, sums, change="add")

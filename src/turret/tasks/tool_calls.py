@@ -7,11 +7,11 @@ of the tool and its arguments, so calls are found by that object.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import Plain
 
 MOST_CALLS = 128  # of one answer
 ARGUMENTS = ("arguments", "parameters")
@@ -62,9 +62,9 @@ def _up_to_special(text: str) -> str:
     return tag + close if tag.lstrip().startswith("</") else ""
 
 
-def objects(text: str) -> list[tuple[int, int, JsonMapping]]:
+def objects(text: str) -> list[tuple[int, int, Mapping[str, Plain]]]:
     """The outermost JSON objects in a text: start, end, value."""
-    decoder, place, found = json.JSONDecoder(), 0, list[tuple[int, int, JsonMapping]]()
+    decoder, place, found = json.JSONDecoder(), 0, list[tuple[int, int, Mapping[str, Plain]]]()
     while len(found) < MOST_CALLS and (place := text.find("{", place)) >= 0:
         try:
             value, end = decoder.raw_decode(text, place)
@@ -93,9 +93,9 @@ def read_calls(text: str, names: Collection[str], form: CallFormat) -> Answer:
     return Answer(content, calls)
 
 
-def _call(value: JsonMapping, names: Collection[str]) -> Call | None:
+def _call(value: Mapping[str, Plain], names: Collection[str]) -> Call | None:
     key = next((key for key in ARGUMENTS if key in value), None)
-    name: JsonValue = value.get("name")
+    name = value.get("name")
     if not isinstance(name, str) or name not in names or key is None:
         return None
     given = value[key]

@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -31,7 +32,7 @@ from torch import Tensor
 from turret.bases.device import gigabytes
 from turret.disk import NO_ROOM, describe_error, errno_of, make_folder, mount_of, sync
 from turret.errors import CheckpointMismatch, CheckpointTooOld, TrainingError, one_line
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject, Plain
 
 FORMAT = 2
 OLDER = (1,)
@@ -68,7 +69,7 @@ def save(
     *,
     identity: Identity,
     layout: dict[str, list[int]],
-    progress: JsonMapping,
+    progress: Mapping[str, Plain],
 ) -> None:
     """Replace the folder's checkpoint. On an error, keep the previous one and raise TrainingError."""
     text = json.dumps({"format": FORMAT, "identity": identity, "layout": layout, "progress": progress})
@@ -86,7 +87,9 @@ def save(
         remaining = _remaining(folder, placed)
         with contextlib.suppress(OSError):  # the next save overwrites it
             beside.unlink()
-        raise TrainingError(_write_failure(folder, error, tensors, int(progress["step"]), remaining)) from error
+        step = progress["step"]
+        number = step if isinstance(step, int) else 0
+        raise TrainingError(_write_failure(folder, error, tensors, number, remaining)) from error
 
 
 def load(folder: Path, *, identity: Identity) -> Checkpoint | None:

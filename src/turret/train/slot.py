@@ -25,6 +25,7 @@ from turret.engine.protocol import Loss, OptimStep
 from turret.engine.request import Named, Ticket
 from turret.engine.sampling_params import SamplingParams
 from turret.errors import TrainingError
+from turret.json_types import Plain
 from turret.manifest import Lineage
 from turret.methods import Method, by_name
 from turret.ops.dropout import Draws
@@ -212,7 +213,7 @@ class TrainingSlot:
         *,
         kind: str,
         labels: Sequence[str] = (),
-        settings: Mapping[str, object] | None = None,
+        settings: Mapping[str, Plain] | None = None,
         seed: int = 42,
         most_tokens: int | None = None,
         tenant: str = "",

@@ -14,10 +14,11 @@ from turret.access import Access, tenant_access
 from turret.arguments import checked_methods
 from turret.audit import Mark
 from turret.data import Prompt, TextPair
+from turret.data.columns import RoleColumns
 from turret.errors import BadArgument, NotFound
 from turret.experiments import Recorded, Router
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL
-from turret.json_types import JsonMapping, JsonObject, Plain
+from turret.json_types import JsonObject, Plain
 from turret.location import Location
 from turret.notebook import Cell, Table, as_html
 from turret.store import (
@@ -355,7 +356,7 @@ class Workspace:
         composition: str,
         data: Source,
         *,
-        columns: JsonMapping | None = None,
+        columns: RoleColumns | None = None,
         against: str | None = None,
         margin: float = 1.0,
         texts: bool = True,
@@ -451,7 +452,7 @@ class Workspace:
         reference: str,
         data: Source,
         *,
-        columns: JsonMapping | None = None,
+        columns: RoleColumns | None = None,
         device: str = "auto",
         on_stage: Say | None = None,
     ) -> Evaluation:
@@ -478,7 +479,7 @@ class Workspace:
         reference: str,
         data: Source,
         *,
-        columns: JsonMapping | None = None,
+        columns: RoleColumns | None = None,
         device: str = "auto",
         on_stage: Say | None = None,
     ) -> PanelEvaluation:
@@ -601,7 +602,7 @@ class Workspace:
         source: Source,
         *,
         most: int = 50,
-        columns: JsonMapping | None = None,
+        columns: RoleColumns | None = None,
         device: str = "auto",
         on_stage: Say | None = None,
     ) -> Suggested:
@@ -628,7 +629,7 @@ class Workspace:
         confidence: float = 0.95,
         metric: str = "error",
         data: Source | None = None,
-        columns: JsonMapping | None = None,
+        columns: RoleColumns | None = None,
         when_broken: str = "alarm",
         outcome_ttl: float = OUTCOME_TTL,
         missing_bound: float = MISSING_BOUND,
@@ -697,7 +698,7 @@ class Workspace:
         base: str | None = None,
         task: str | None = None,
         labels: Sequence[str] | None = None,
-        settings: JsonMapping | None = None,
+        settings: Mapping[str, Plain] | None = None,
         rank: int | None = None,
         base_quantization: Literal["none", "nf4"] = "none",
         device: str = "auto",
@@ -763,7 +764,7 @@ class Workspace:
 
         return exporting.export(self.store, reference, folder, form, force=force, say=on_stage or silent)
 
-    def inputs(self, reference: str, source: Source, *, columns: JsonMapping | None = None) -> Sequence[Input]:
+    def inputs(self, reference: str, source: Source, *, columns: RoleColumns | None = None) -> Sequence[Input]:
         """The texts in a file, for `predict`: the lines of a .txt file, or a column of a table, as for `evaluate`."""
         return reading.read_texts(self.store, self.store.resolve(reference), reading.source_of(source), columns or {})
 
@@ -802,7 +803,7 @@ class Workspace:
         b: str,
         data: Source | None = None,
         *,
-        columns: JsonMapping | None = None,
+        columns: RoleColumns | None = None,
         device: str = "auto",
         on_stage: Say | None = None,
     ) -> Replayed:

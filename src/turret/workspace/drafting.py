@@ -16,7 +16,7 @@ from turret.data.splits import ROLES as SPLITS
 from turret.data.splits import Sources, SplitRole, find_sources
 from turret.data.table import CellValue, DataSettings, Size, Table, format_of
 from turret.errors import BaseModelError, DataError, NoHeader, SeveralLabels, counted, listed, one_line
-from turret.json_types import JsonMapping, JsonObject, Plain
+from turret.json_types import JsonObject, Plain, mapping_of
 from turret.recipe import Recipe, toml
 from turret.recipe.default_base import default_base
 from turret.tasks import schemas, task_of
@@ -213,13 +213,13 @@ def _drafted(opened: _Opened) -> tuple[Draft, Profile]:
     return Draft(recipe.name, text.joined(), notes), seen
 
 
-def _asked(given: JsonMapping, settings: Mapping[str, str], table: str) -> JsonObject:
+def _asked(given: Mapping[str, Plain], settings: Mapping[str, str], table: str) -> Mapping[str, Plain]:
     """The settings of one table of the recipe that the caller names."""
     keys = {key.partition(".")[2].partition(".")[0] for key in settings if key.startswith(f"{table}.")}
-    return {key: given[table][key] for key in given[table] if key in keys}
+    return {key: value for key, value in mapping_of(given[table]).items() if key in keys}
 
 
-def _write_data(text: _Lines, table: Table, recipe: Recipe, seen: Profile, asked: JsonMapping) -> None:
+def _write_data(text: _Lines, table: Table, recipe: Recipe, seen: Profile, asked: Mapping[str, Plain]) -> None:
     text.table("data", asked)
     text.set("source", recipe.data.source)
     _write_format(text, table, recipe.data)
@@ -247,7 +247,7 @@ def _write_data(text: _Lines, table: Table, recipe: Recipe, seen: Profile, asked
     text.option("validation", 0.1, False, "a tenth of the rows, for early stopping and calibration")
 
 
-def _write_task(text: _Lines, seen: Profile, asked: JsonMapping) -> None:
+def _write_task(text: _Lines, seen: Profile, asked: Mapping[str, Plain]) -> None:
     text.table("task", asked)
     text.set("kind", seen.kind)
     if seen.multi_label:
@@ -274,7 +274,7 @@ class _Lines:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._written: set[str] = set()  # keys of the present table
-        self._asked: JsonMapping = {}  # settings of the present table that the caller names
+        self._asked: Mapping[str, Plain] = {}  # settings of the present table that the caller names
 
     def say(self, comment: str) -> None:
         self._lines.append(f"# {comment}")
@@ -282,7 +282,7 @@ class _Lines:
     def blank(self) -> None:
         self._lines.append("")
 
-    def table(self, name: str, asked: JsonMapping) -> None:
+    def table(self, name: str, asked: Mapping[str, Plain]) -> None:
         """Begin a table.
 
         Args:

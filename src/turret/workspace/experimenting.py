@@ -33,7 +33,7 @@ from turret.experiments.experiment import (
     named_arms,
 )
 from turret.experiments.outcomes import Recorded, Seen
-from turret.json_types import JsonMapping, JsonObject, Plain
+from turret.json_types import JsonObject, Plain
 from turret.reference import Reference, check_alias, check_name
 from turret.store import Store, Version
 from turret.store.alarms import NOTHING
@@ -108,7 +108,7 @@ def _drop(analysis: Analysis, name: str) -> Callable[[Connection], None]:
     return drop
 
 
-def ending(experiment: Experiment, verdict: JsonMapping) -> Callable[[Connection], None]:
+def ending(experiment: Experiment, verdict: Mapping[str, Plain]) -> Callable[[Connection], None]:
     """A step of a transaction: end the experiment with this verdict."""
 
     def end(connection: Connection) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from turret.arguments import checked_methods
 from turret.disk import describe_error
 from turret.errors import StoreError
-from turret.json_types import JsonMapping
+from turret.json_types import Plain
 from turret.manifest import BaseSpec
 from turret.recipe import name_from
 from turret.store import Store, scratch
@@ -95,7 +95,7 @@ class Hub:
         base: str | None = None,
         task: str | None = None,
         labels: Sequence[str] | None = None,
-        settings: JsonMapping | None = None,
+        settings: Mapping[str, Plain] | None = None,
         rank: int | None = None,
         base_quantization: Literal["none", "nf4"] = "none",
         device: str = "auto",

@@ -28,7 +28,7 @@ from turret.bundles.bundle import CONFIG, WEIGHTS, named_for, read_config
 from turret.data import Dataset, Labelled, TextPair
 from turret.disk import describe_error
 from turret.errors import AdapterError, BaseModelError, RecipeError, StoreError
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import JsonValue, Plain
 from turret.manifest import AdapterConfig, ImportedFiles, Lineage
 from turret.recipe import Recipe
 from turret.recipe import Task as TaskSettings
@@ -66,7 +66,7 @@ class ImportRequest:
     base: str | None = None
     task: str | None = None
     labels: Sequence[str] | None = None
-    settings: JsonMapping | None = None  # keys of a recipe's [task]
+    settings: Mapping[str, Plain] | None = None  # keys of a recipe's [task]
     rank: int | None = None  # of the LoRA to which another PEFT method is converted
     quantization: Quantization = "none"  # of the base that it is checked on
     revision: str | None = None  # of a repository on the Hub

@@ -510,7 +510,7 @@ def _settled(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseM
         stricter = _stricter(promise, memories[promise.id], promises.told(connection, promise), found.version)
         did = rolled or (_says(stricter[0]) if stricter is not None else "")
         said = {"why": why, "did": did or NOTHING, "promise": sentence(promise)}
-        verdict = {**said, "standing": found.standing.as_json()}
+        verdict: JsonObject = {**said, "standing": found.standing.as_json()}
         if not promises.mark_broken(connection, promise, verdict):
             return found
         if stricter is not None:
@@ -537,9 +537,9 @@ def _watched(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseM
         f"{inputs.evidence:.3g} after {counted(inputs.texts, 'text')}, and {inputs.needed:.3g} warns"
     )
     said = {"why": why, "did": NOTHING, "promise": sentence(found.promise)}
-    verdict = {**said, "evidence": inputs.evidence, "texts": inputs.texts}
     with store.database().writing() as connection:
-        if not promises.mark_drifted(connection, found.promise, watch, verdict):
+        evidence, texts = inputs.evidence, inputs.texts
+        if not promises.mark_drifted(connection, found.promise, watch, said, evidence=evidence, texts=texts):
             return found
         inputs = _inputs(connection, found.promise, memories[found.promise.id])
     return replace(found, inputs=inputs, done=(*found.done, why))

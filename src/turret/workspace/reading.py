@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from turret.data import Dataset, Example, Input, Labelled, Prompt, Schema, TextPair, memory
-from turret.data.columns import LABELLED
+from turret.data.columns import LABELLED, RoleColumns
 from turret.data.table import BETWEEN, ROLES, answer_to, find_column, list_columns, require_columns
 from turret.errors import AdapterError, DataError, RecipeError, listed, one_line, shown
-from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
+from turret.json_types import JsonValue, Plain
 from turret.store import Panel, Question, Store, Version
 from turret.store.panels import decisions_of
 from turret.tasks import schemas, stored_task, task_of
@@ -130,7 +130,7 @@ def with_base(recipe: Recipe, kind: str) -> tuple[Recipe, list[str]]:
     return recipe.model_copy(update={"base": base}), [note]
 
 
-def read_labelled(store: Store, version: Version, source: str, columns: JsonMapping) -> LabelledData:
+def read_labelled(store: Store, version: Version, source: str, columns: RoleColumns) -> LabelledData:
     """The test examples of a source as a version reads them: with the columns and labels of its training data.
 
     Args:
@@ -141,8 +141,8 @@ def read_labelled(store: Store, version: Version, source: str, columns: JsonMapp
     spec = version.task
     schema = stored_task(spec).schema(multi_label=bool(spec.get("multi_label")))
     trained = trained_on(version)
-    if isinstance(trained.get("label"), list):
-        columns = {"label": trained["label"], **columns}
+    if isinstance(several := trained.get("label"), list):
+        columns = {"label": several, **columns}
     data = _data(store, source, trained, columns)
     rows = read_test(data, schema, labels=tuple(spec.get("labels") or ()), trained=_roles(trained))
     return LabelledData(data, rows.examples, rows.places, rows.notes)
@@ -180,7 +180,7 @@ class PanelData:
     notes: Sequence[str]
 
 
-def read_panel(store: Store, panel: Panel, source: str, columns: JsonMapping) -> PanelData:
+def read_panel(store: Store, panel: Panel, source: str, columns: RoleColumns) -> PanelData:
     """The test examples of a source, with the right answers to a panel's questions.
 
     Args:
@@ -268,7 +268,7 @@ def _right(question: str, cell: str | None, meant: Mapping[str, str]) -> str | N
     return None if cell is None else meant[cell]
 
 
-def read_texts(store: Store, version: Version, source: str, columns: JsonMapping) -> list[Input]:
+def read_texts(store: Store, version: Version, source: str, columns: RoleColumns) -> list[Input]:
     """The inputs in a file: the lines of a .txt file, or a column of a table."""
     from turret.data.dataset import read_inputs
 
@@ -277,7 +277,7 @@ def read_texts(store: Store, version: Version, source: str, columns: JsonMapping
     return read_inputs(_data(store, source, trained, columns), schema, trained=_roles(trained))
 
 
-def read_rows(store: Store, version: Version, source: str, columns: JsonMapping) -> Rows:
+def read_rows(store: Store, version: Version, source: str, columns: RoleColumns) -> Rows:
     """The rows of a file with all their cells, to be answered one after another."""
     from turret.data import dataset
 
@@ -286,7 +286,7 @@ def read_rows(store: Store, version: Version, source: str, columns: JsonMapping)
     return dataset.read_rows(_data(store, source, trained, columns), schema, trained=_roles(trained))
 
 
-def trained_on(version: Version) -> JsonObject:
+def trained_on(version: Version) -> Mapping[str, Plain]:
     """The `[data]` of the recipe that made a version; empty for a version without a recipe, such as an imported one."""
     from turret.recipe import toml
 
@@ -298,11 +298,11 @@ def trained_on(version: Version) -> JsonObject:
     return data if isinstance(data, dict) else {}
 
 
-def _roles(trained: JsonMapping) -> dict[str, str]:
-    return {role: trained[role] for role in ROLES if isinstance(trained.get(role), str)}
+def _roles(trained: Mapping[str, Plain]) -> dict[str, str]:
+    return {role: column for role in ROLES if isinstance(column := trained.get(role), str)}
 
 
-def _data(store: Store, source: str, trained: JsonMapping, columns: JsonMapping) -> Data:
+def _data(store: Store, source: str, trained: Mapping[str, Plain], columns: RoleColumns) -> Data:
     from turret.recipe import Data
 
     kept = {key: trained[key] for key in KEPT if key in trained}

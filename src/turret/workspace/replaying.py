@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from turret.data import Example, Input
+from turret.data.columns import RoleColumns
 from turret.errors import DataError
 from turret.experiments import paired, status_text
 from turret.experiments.paired import Paired
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.store import Golden, Store, golden
 from turret.store.catalog import PRODUCTION
 from turret.tasks.shapes import Answer
@@ -42,7 +43,7 @@ class Replayed:
 
 
 def replay(
-    store: Store, a: str, b: str, source: str | None, columns: JsonMapping, say: Say = silent, device: str = "auto"
+    store: Store, a: str, b: str, source: str | None, columns: RoleColumns, say: Say = silent, device: str = "auto"
 ) -> Replayed:
     """Ask both versions, one after the other.
 

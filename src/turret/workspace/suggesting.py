@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turret.data import Input, TextPair
+from turret.data.columns import RoleColumns
 from turret.data.dataset import Rows
 from turret.data.table import CellValue
 from turret.data.table_writer import TableWriter
 from turret.errors import AdapterError, DataError
-from turret.json_types import JsonMapping
 from turret.store import Store, Version
 from turret.tasks import TASKS, Prediction, stored_task
 from turret.workspace.predicted_file import ROWS, unused
@@ -48,7 +48,7 @@ class Candidate:
 
 
 def suggest(
-    store: Store, reference: str, source: str, columns: JsonMapping, most: int, device: str, say: Say
+    store: Store, reference: str, source: str, columns: RoleColumns, most: int, device: str, say: Say
 ) -> Suggested:
     """The rows to label next, the least sure first.
 

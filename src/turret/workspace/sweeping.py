@@ -452,7 +452,12 @@ class _Running:
         self._say(f"trial {trial.number + 1} of {self._request.count}  {settings}: {value}")
 
     def _write(self, trial: Trial) -> None:
-        kept = {"number": trial.number, "settings": trial.settings, "state": trial.state, "error": trial.error}
+        kept: JsonObject = {
+            "number": trial.number,
+            "settings": trial.settings,
+            "state": trial.state,
+            "error": trial.error,
+        }
         self._files.write(self._folder / "cells" / trial.key / "trial.json", kept)
 
     def _look_at(self, trial: Trial) -> None:

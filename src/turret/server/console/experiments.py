@@ -95,9 +95,7 @@ async def _values(view: View, name: str, number: int) -> render.Context:
     from turret.experiments import status_text  # loads numpy, which the rest of the server does not need
 
     experiment, running = status.experiment, status.experiment.state == "running"
-    history = [
-        (each, status_text.event(each["verb"], dict(each["detail"]))) for each in reversed(status.analysis.history)
-    ]
+    history = [(each, status_text.event(each["verb"], each["detail"])) for each in reversed(status.analysis.history)]
     return {
         "status": status,
         "experiment": experiment,

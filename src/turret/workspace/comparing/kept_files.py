@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from turret.database import Database
 from turret.disk import sync
 from turret.errors import StoreError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject, Plain
 from turret.recipe import Recipe
 from turret.store import Store, leases
 from turret.store.leases import Lease, LeaseRenewer
@@ -51,7 +51,7 @@ def folder_of(root: Path, recipe: Recipe, data_digest: str, kind: str = "compari
     return root / kind / f"{recipe.name}-{digest[:10]}"
 
 
-def write(path: Path, value: JsonMapping) -> None:
+def write(path: Path, value: Mapping[str, Plain]) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False))
 
@@ -97,7 +97,7 @@ class KeptFiles:
     def __init__(self, store: Store, lease: Lease | None = None, keeper: LeaseRenewer | None = None) -> None:
         self.store, self.lease, self._keeper = store, lease, keeper
 
-    def write(self, path: Path, value: JsonMapping) -> None:
+    def write(self, path: Path, value: Mapping[str, Plain]) -> None:
         """Write a JSON file."""
         self.write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False))
 

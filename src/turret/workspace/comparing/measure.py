@@ -11,7 +11,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from turret.data import Dataset, Example, Input
 from turret.engine import untrained
 from turret.engine.core import Engine
 from turret.engine.untrained import Question
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject, Plain
 from turret.recipe import Recipe
 from turret.statistics import Floats
 from turret.store import Store
@@ -54,7 +54,7 @@ def version(
     recipe: Recipe,
     dataset: Dataset,
     result: RunOutcome,
-    plan: JsonMapping,
+    plan: Mapping[str, Plain],
     say: Say,
     place: OwnProcess,
 ) -> JsonObject:
@@ -388,7 +388,7 @@ def _forgetting(ready: answering.Mounted) -> dict[str, float] | None:
     return {"loss": found.loss, "base_loss": found.base_loss, "low": found.low, "high": found.high}
 
 
-def _memory(result: RunOutcome, plan: JsonMapping) -> JsonObject:
+def _memory(result: RunOutcome, plan: Mapping[str, Plain]) -> JsonObject:
     """Bytes per component, predicted and measured.
 
     The sizes of the trained weights, their gradients and their moments are known. All other memory above the base
