@@ -9,12 +9,11 @@ from typer import Argument, Option
 
 from turret.cli import options
 from turret.cli.output import columns, console, grid, number, safe, status
-from turret.json_types import JsonMapping
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from turret.experiments.analyze import ArmAnalysis
-    from turret.workspace.experimenting import ExperimentStatus
+    from turret.workspace.experimenting import ExperimentStatus, ListedExperiment
     from turret.workspace.record_outcomes import Telling
     from turret.workspace.replaying import Replayed
 
@@ -272,7 +271,7 @@ def _row(each: ArmAnalysis) -> tuple[str, ...]:
     )
 
 
-def _experiment_row(found: JsonMapping) -> tuple[str, ...]:
+def _experiment_row(found: ListedExperiment) -> tuple[str, ...]:
     return (
         f"[bold]{safe(found['experiment'])}[/]",
         safe(found["state"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -12,7 +12,9 @@ from turret.access import DEFAULT, Access
 from turret.cli import options
 from turret.cli.output import console, emit, grid, many, rows, safe, size
 from turret.errors import counted
-from turret.json_types import JsonMapping
+
+if TYPE_CHECKING:
+    from turret.workspace.machine import BaseFacts, MachineFacts, ProcessorFacts, StoreFacts
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
@@ -33,7 +35,7 @@ def doctor(
         console().print(grid(_lines(facts)))
 
 
-def _lines(facts: JsonMapping) -> Iterator[tuple[str, str]]:
+def _lines(facts: MachineFacts) -> Iterator[tuple[str, str]]:
     yield "turret", f"{facts['turret']}  [dim]python {facts['python']}, {safe(facts['system'])}[/]"
     for problem in facts["python_problems"]:
         yield "", f"[yellow]{safe(problem)}[/]"
@@ -65,7 +67,7 @@ def _lines(facts: JsonMapping) -> Iterator[tuple[str, str]]:
         yield from _base(facts["base"])
 
 
-def _base(base: JsonMapping) -> Iterator[tuple[str, str]]:
+def _base(base: BaseFacts) -> Iterator[tuple[str, str]]:
     family = safe(base["family"]) if base["listed"] else f"{safe(base['family'])}, not listed: by the plain hooks"
     yield "base", f"{GOOD}{safe(base['id'])}  [dim]{base['fingerprint'][:19]}[/]"
     yield "family", f"{family}, {base['kind']}: {', '.join(base['tasks'])}"
@@ -84,7 +86,7 @@ def _base(base: JsonMapping) -> Iterator[tuple[str, str]]:
         yield "", f"[dim]{safe(note)}[/]"
 
 
-def _processor(processor: JsonMapping) -> str:
+def _processor(processor: ProcessorFacts) -> str:
     if "problem" in processor:
         return f"[red]{safe(processor['problem'])}[/]"
     gpu = safe(processor["gpu"]) if processor["gpu"] else "no GPU"
@@ -104,13 +106,13 @@ def _kernels(text: str) -> str:
     return f"{GOOD if text.startswith('shipped') else BAD}{safe(text)}"
 
 
-def _store(store: JsonMapping) -> str:
+def _store(store: StoreFacts) -> str:
     if store["problems"]:
         return f"{BAD}{safe(store['path'])}"
     if not store["exists"]:
         return f"{safe(store['path'])}  [dim]does not exist yet; `turret train` makes it[/]"
     writable = "" if store["writable"] else ", read-only"
-    return f"{GOOD}{safe(store['path'])}, {counted(store['versions'], 'version')}{writable}"
+    return f"{GOOD}{safe(store['path'])}, {counted(store['versions'] or 0, 'version')}{writable}"
 
 
 # --- maintenance ------------------------------------------------------------------------------------------------------

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 
 from turret.errors import one_line, plainly
 from turret.json_types import JsonValue, Plain
-from turret.tasks.shapes import Metrics, number_in, parts_in
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from turret.location import Location
+    from turret.tasks.shapes import Metrics
 
 TYPED: list[str] = []  # the words of the command that runs, without `turret`
 
@@ -53,7 +55,7 @@ def emit(value: JsonValue) -> None:
     sys.stdout.flush()
 
 
-def offer(commands: Iterable[str], store: object, out: Console | None = None) -> None:
+def offer(commands: Iterable[str], store: Location | str, out: Console | None = None) -> None:
     """Print the next useful commands, with `--store` if it is not the usual one.
 
     Args:
@@ -183,6 +185,8 @@ def measured(split: str, values: Metrics) -> str:
 
 def _forgot(values: Metrics) -> str:
     """`neutral text +0.031 (+0.012 to +0.050)  headlines@3 +0.20 (+0.11 to +0.31)`: increases of the loss per token."""
+    from turret.tasks.shapes import number_in, parts_in
+
     names = ("neutral", "neutral_low", "neutral_high")
     parts = [("neutral text", *(number_in(values, name) for name in names))]
     parts += [

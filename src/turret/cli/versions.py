@@ -25,18 +25,22 @@ from turret.cli.output import (
     status,
 )
 from turret.errors import NotFound, counted
-from turret.json_types import JsonMapping, JsonObject, Plain
+from turret.json_types import JsonObject, Plain
 from turret.manifest import Lineage, base_in, lineage_in, method_in, task_in
 from turret.tasks import main_metric
 from turret.tasks.calibration import stored_by_question
-from turret.tasks.shapes import CalibrationSpec, MetricParts, parts_in
+from turret.tasks.shapes import parts_in
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from turret.store import Compared, Deleted, Gate, GateStatus, Golden, Move, Version
+    from turret.store.core import VersionFacts
     from turret.store.difference import Difference
+    from turret.store.golden import ReplayRow
+    from turret.store.promises import PromiseRow
+    from turret.tasks.shapes import CalibrationSpec, MetricParts
 
 
 # --- diff -------------------------------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ def _folded(compared: Compared) -> tuple[str, ...]:
     )
 
 
-def _print_show(shown: JsonMapping) -> None:
+def _print_show(shown: VersionFacts) -> None:
     aliases = " ".join(shown["aliases"])
     console().print(f"[bold]{safe(shown['version'])}[/]  [green]{safe(aliases)}[/]  [dim]{safe(shown['digest'])}[/]")
     console().print(grid(_facts(shown)))
@@ -224,7 +228,7 @@ def _print_show(shown: JsonMapping) -> None:
     console().print(columns(("files", "size", "digest"), files, right=("size",)))
 
 
-def _print_recipe(shown: JsonMapping, as_json: bool) -> None:
+def _print_recipe(shown: VersionFacts, as_json: bool) -> None:
     found = lineage_in(shown["manifest"]).get("recipe")
     if not isinstance(found, str):
         raise NotFound(f"{shown['version']} has no recipe: it was not trained here; see `turret show` without --recipe")
@@ -235,7 +239,7 @@ def _print_recipe(shown: JsonMapping, as_json: bool) -> None:
             console().print(safe(line))
 
 
-def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
+def _facts(shown: VersionFacts) -> Iterator[tuple[str, str]]:
     from turret.methods import said
 
     manifest = shown["manifest"]
@@ -270,7 +274,7 @@ def _facts(shown: JsonMapping) -> Iterator[tuple[str, str]]:
         yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {to_minute(move['moved'])}{by}")
 
 
-def _promise(kept: JsonMapping) -> str:
+def _promise(kept: PromiseRow) -> str:
     """`error at most 2%, at 95% confidence: decides from 0.93 on`."""
     bound = f"{kept['metric']} at most {100 * kept['error']:g}%, at {100 * kept['confidence']:g}% confidence"
     return f"{bound}: decides from {kept['threshold']:.3g} on{', broken' if kept['broken'] else ''}"
@@ -303,7 +307,7 @@ def _lineage(lineage: Lineage) -> Iterator[tuple[str, str]]:
         yield "recipe", f"[dim]{lines} lines: turret show REF --recipe[/]"
 
 
-def _golden(replay: JsonMapping) -> str:
+def _golden(replay: ReplayRow) -> str:
     first = replay["first"]
     failed = f", first failed: example {first['example']}" if first else ""
     name = replay["golden"].removeprefix("sha256:")[:12]

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from turret.errors import BadExperiment
 from turret.json_types import JsonMapping, JsonObject, Plain
@@ -118,6 +118,27 @@ class Arm:
     live: bool = True  # False: rolled back while the experiment continued
 
 
+class ExperimentRow(TypedDict):
+    """An `Experiment` as JSON."""
+
+    experiment: str
+    adapter: str
+    number: int
+    state: str
+    alias: str
+    metric: JsonObject
+    unit: str
+    alpha: float
+    guards: JsonObject
+    steps: list[float]
+    outcome_ttl: float | None
+    missing_bound: float
+    created: str
+    who: str | None
+    ended: str | None
+    verdict: JsonObject | None
+
+
 @dataclass(frozen=True)
 class Experiment:
     """An experiment with its arms and its current split."""
@@ -182,7 +203,7 @@ class Experiment:
         now = sum(self.weights.get(arm.name, 0.0) for arm in self.candidates)
         return next((share for share in self.steps if share > now + 1e-9), None)
 
-    def as_json(self) -> JsonObject:
+    def as_json(self) -> ExperimentRow:
         return {
             "experiment": str(self),
             "adapter": self.adapter,

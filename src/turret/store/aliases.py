@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
@@ -150,7 +150,18 @@ def delete_version(connection: Connection, reference: Reference, *, force: bool)
     return catalog.remove(connection, version)
 
 
-def moves(connection: Connection, name: str) -> list[JsonObject]:
+class MoveRow(TypedDict):
+    """A move of an alias. version: its number; None if the alias was removed."""
+
+    alias: str
+    verb: str | None
+    version: int | None
+    deleted: bool
+    moved: str
+    who: str | None
+
+
+def moves(connection: Connection, name: str) -> list[MoveRow]:
     """All moves of the aliases of a name, oldest first; `version` is a number, or null if the alias was removed."""
     query = (
         select(alias_history)

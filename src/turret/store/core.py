@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from sqlalchemy import Connection
 
@@ -29,22 +29,23 @@ from turret.data.memory import is_rows_source
 from turret.database import Database, plain_errors
 from turret.disk import PRIVATE, make_folder
 from turret.errors import BadReference, Corrupt, NotFound, StoreError
-from turret.json_types import JsonObject
 from turret.location import Location
+from turret.manifest import Manifest
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
 from turret.store import aliases, artifacts, catalog, gates, gc, golden, kept_rows, promises, runs, scratch
 from turret.store import verify as verifying
 from turret.store.access_tokens import AccessTokens
-from turret.store.aliases import Move, Pointing
+from turret.store.aliases import Move, MoveRow, Pointing
 from turret.store.artifacts import Artifacts
 from turret.store.blobs import OWNER, Blob, Blobs, Files
 from turret.store.catalog import PRODUCTION, Deleted, Version, now, who
 from turret.store.gates import Gate, GateStatus
 from turret.store.gc import Collected, Removed
-from turret.store.golden import Golden, GoldenReplay, GoldenSet
+from turret.store.golden import Golden, GoldenReplay, GoldenSet, ReplayRow
 from turret.store.objects import Objects
 from turret.store.panels import Panels
+from turret.store.promises import PromiseRow
 from turret.store.queued_data import collect as collect_queued
 from turret.store.runs import HeldRun, RunOutcome, RunRow, State, TrainingRuns
 from turret.store.uploads import Upload
@@ -59,7 +60,33 @@ if TYPE_CHECKING:
 # Everything that the store knows about one version, as `turret show --json` prints it.
 
 
-def describe_version(database: Database, version: Version, content: Mapping[str, Blob]) -> JsonObject:
+class StoredFile(TypedDict):
+    """A file of a version."""
+
+    digest: str
+    bytes: int
+
+
+class VersionFacts(TypedDict):
+    """Everything that the store knows about a version."""
+
+    version: str
+    digest: str
+    created: str
+    who: str | None
+    aliases: list[str]
+    bytes: int
+    metrics: SplitMetrics
+    files: dict[str, StoredFile]
+    manifest: Manifest
+    alias_history: list[MoveRow]
+    replays: list[ReplayRow]
+    run: RunRow | None
+    comparison: str | None
+    promise: PromiseRow | None
+
+
+def describe_version(database: Database, version: Version, content: Mapping[str, Blob]) -> VersionFacts:
     """Files, metrics, aliases and their moves, manifest, and the run of a version.
 
     Args:
@@ -78,7 +105,7 @@ def describe_version(database: Database, version: Version, content: Mapping[str,
         "bytes": version.bytes,
         "metrics": dict(version.metrics),
         "files": {path: {"digest": blob.digest, "bytes": blob.bytes} for path, blob in content.items()},
-        "manifest": dict(version.manifest),
+        "manifest": version.manifest,
         "alias_history": moves,
         "replays": [replay.as_json() for replay in replays.values()],
         "run": runs.find(database, version.run) if version.run else None,
@@ -288,7 +315,7 @@ class Store:
                 self._blobs.copy(blob, target)
         return version
 
-    def show(self, reference: str | Reference) -> JsonObject:
+    def show(self, reference: str | Reference) -> VersionFacts:
         """Everything known about a version: files, metrics, aliases and their moves, manifest, and its run."""
         version, content = self._look_up(reference)
         return describe_version(self._existing(), version, content)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
@@ -28,6 +28,7 @@ from turret.store import catalog
 from turret.store.blobs import digest_of
 from turret.store.catalog import Version, now, plain_object
 from turret.tasks import stored_task
+from turret.tasks.task import Prediction
 from turret.timestamp import to_minute
 from turret.visibility import access_of, seen_adapters
 
@@ -125,6 +126,25 @@ class Golden:
         return {**asdict(self), "gate": str(self)}
 
 
+class GoldenFailure(TypedDict):
+    """An example that failed. example: its number."""
+
+    example: int
+    text: str
+    expected: str
+    given: Prediction
+
+
+class ReplayRow(TypedDict):
+    """A `GoldenReplay` as JSON."""
+
+    golden: str
+    passed: int
+    total: int
+    first: GoldenFailure | None
+    replayed: str
+
+
 @dataclass(frozen=True)
 class GoldenReplay:
     """The result of a set on a version."""
@@ -132,14 +152,20 @@ class GoldenReplay:
     golden: str
     passed: int
     total: int
-    first: JsonMapping | None  # the first failure: example (its number), text, expected, given
+    first: GoldenFailure | None
     replayed: str  # time, ISO 8601 in UTC
 
     def __str__(self) -> str:
         return f"{name_of(self.golden)} {self.passed} of {self.total}"
 
-    def as_json(self) -> JsonObject:
-        return asdict(self)
+    def as_json(self) -> ReplayRow:
+        return {
+            "golden": self.golden,
+            "passed": self.passed,
+            "total": self.total,
+            "first": self.first,
+            "replayed": self.replayed,
+        }
 
 
 def name_of(digest: str) -> str:
@@ -315,7 +341,7 @@ def misfit(version: Version, examples: GoldenSet) -> str | None:
 
 
 def _failure(replay: GoldenReplay, gate: Golden) -> str:
-    first = replay.first or {}
+    first: JsonMapping = replay.first or {}
     return (
         f"{replay.total - replay.passed} of {replay.total} golden examples failed "
         f"({gate} is required, replayed {to_minute(replay.replayed)}), "

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 from sqlalchemy import (
     JSON,
@@ -45,7 +45,7 @@ from sqlalchemy import (
 from turret import audit
 from turret.database import adapters, bytewise, insert_row, metadata, versions
 from turret.errors import BundleError, NotFound
-from turret.json_types import JsonMapping, JsonObject, Plain, mapping_of
+from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
 from turret.manifest import Manifest, lineage_in, task_in
 from turret.store import promise_inputs
 from turret.store.alarms import INPUTS_DRIFTED, PROMISE_BROKEN
@@ -174,6 +174,31 @@ class Terms:
         return found
 
 
+class PromiseRow(TypedDict):
+    """A `Promise` as JSON."""
+
+    metric: str
+    error: float
+    confidence: float
+    threshold: float
+    examples: int
+    counted: int
+    wrong: int
+    decided: int
+    source: str
+    split: str
+    data_digest: str
+    when_broken: str
+    outcome_ttl: float
+    missing_bound: float
+    id: int
+    digest: str
+    created: str
+    who: str | None
+    broken: str | None
+    verdict: Mapping[str, Plain] | None
+
+
 @dataclass(frozen=True)
 class Promise(Terms):
     """A promise in force. `broken` is when its outcomes broke it, and `verdict` what they said then."""
@@ -183,10 +208,12 @@ class Promise(Terms):
     created: str
     who: str | None
     broken: str | None
-    verdict: JsonMapping | None
+    verdict: Mapping[str, Plain] | None
 
-    def as_json(self) -> JsonObject:
-        return asdict(self)
+    def as_json(self) -> PromiseRow:
+        found: JsonValue = asdict(self)
+        row: PromiseRow = found
+        return row
 
 
 class LoggedAnswer(NamedTuple):

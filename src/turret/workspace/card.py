@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from turret.bundles import gguf_lora
 from turret.errors import plainly
-from turret.json_types import JsonMapping, Plain
+from turret.json_types import Plain
 from turret.manifest import Manifest, MethodSpec, base_in, lineage_in, method_in, task_in
+from turret.store.core import VersionFacts
 from turret.tasks import TASKS
 from turret.tasks.shapes import Metrics, SplitMetrics
 from turret.workspace.card_code import Place, inference, llama_cpp, on_hub_id, with_peft
@@ -22,7 +23,7 @@ LIBRARIES = {"merged": "transformers", "gguf": "gguf"}
 
 
 def card(
-    shown: JsonMapping,
+    shown: VersionFacts,
     licence: str | None,
     form: str,
     task_type: str | None,
@@ -126,7 +127,7 @@ def _examples(values: Metrics) -> str:
     return "not stored"
 
 
-def _loading(shown: JsonMapping, form: str, task_type: str | None, place: str, *, tokenizer: bool) -> Iterator[str]:
+def _loading(shown: VersionFacts, form: str, task_type: str | None, place: str, *, tokenizer: bool) -> Iterator[str]:
     """How to load the files at `place`, and code that answers a text."""
     name = str(shown["version"]).partition("@")[0]
     base, task = base_in(shown["manifest"]), task_in(shown["manifest"])

@@ -34,13 +34,15 @@ from turret.store import (
     Verified,
     Version,
 )
+from turret.store.core import VersionFacts
 from turret.store.runs import RunRow
 from turret.tasks.shapes import Answer
 from turret.timestamp import to_minute
 from turret.workspace import experimenting, machine, promising, promoting, reading, training_runs
 from turret.workspace.examples import read_examples
-from turret.workspace.experimenting import ExperimentStatus, LiveExperiment
+from turret.workspace.experimenting import ExperimentStatus, ListedExperiment, LiveExperiment
 from turret.workspace.hub import Hub
+from turret.workspace.machine import MachineFacts
 from turret.workspace.progress import Say, shown_in_notebooks, silent
 from turret.workspace.promoting import Ask
 from turret.workspace.queueing import Queue
@@ -131,7 +133,7 @@ class Workspace:
         """All stored versions, or all versions of one name."""
         return self.store.list(name)
 
-    def show(self, reference: str) -> JsonObject:
+    def show(self, reference: str) -> VersionFacts:
         """All facts about one version."""
         return self.store.show(reference)
 
@@ -772,7 +774,7 @@ class Workspace:
         """An experiment of an adapter; without a number the running one, or else the last one."""
         return LiveExperiment(self.store, name, number)
 
-    def experiments(self, *, alpha: float = 0.05) -> Sequence[JsonObject]:
+    def experiments(self, *, alpha: float = 0.05) -> Sequence[ListedExperiment]:
         """Every experiment with its evidence; `discovery` marks differences, of which at most alpha are false."""
         return experimenting.listed(self.store, alpha)
 
@@ -817,7 +819,7 @@ class Workspace:
         source = None if data is None else reading.source_of(data)
         return replaying.replay(self.store, a, b, source, columns or {}, on_stage or silent, device)
 
-    def doctor(self, base: str | None = None) -> JsonObject:
+    def doctor(self, base: str | None = None) -> MachineFacts:
         """What this machine can run, and what can be done on a base if one is given."""
         facts = machine.describe_machine(self.store)
         return facts if base is None else facts | {"base": machine.describe_base(base)}

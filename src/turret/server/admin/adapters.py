@@ -79,7 +79,7 @@ async def list_adapters(
 @control.get("/api/adapters/{reference}")
 async def show_adapter(reference: Ref, view: View) -> JsonObject:
     """One version, as `turret show --json`, and whether it is in memory."""
-    shown = await view.control(view.workspace.show, reference)
+    shown: JsonObject = {**await view.control(view.workspace.show, reference)}
     if shown["run"] is not None:
         shown["run"] = {key: value for key, value in shown["run"].items() if key in ("id", "name", "state", "created")}
     return {**shown, "loaded": view.engines.in_memory(shown["digest"])}

@@ -50,7 +50,7 @@ def _told(outcome: schemas.Outcome) -> Told:
 async def list_experiments(view: View, alpha: Annotated[float, Query(gt=0, le=0.5)] = 0.05) -> schemas.Experiments:
     """Every experiment with its evidence, and which are discoveries at this level over all of them."""
     found = await view.control(view.workspace.experiments, alpha=alpha)
-    return schemas.Experiments(alpha=alpha, experiments=list(found))
+    return schemas.Experiments(alpha=alpha, experiments=[{**each} for each in found])
 
 
 @control.get("/api/experiments/{name}")

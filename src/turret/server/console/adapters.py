@@ -12,7 +12,6 @@ from fastapi import Path, Query, Request, Response
 from turret.compare.evaluation_page import ShownDetails
 from turret.compare.results import RunReport
 from turret.errors import BadReference, BadRequest, NotFound
-from turret.json_types import JsonMapping
 from turret.manifest import Manifest, base_in
 from turret.reference import check_alias
 from turret.server import moves
@@ -21,7 +20,9 @@ from turret.server.console.forms import Sent, pages
 from turret.server.moves import AliasHere
 from turret.server.routes import View
 from turret.store import Compared, Gate, Golden, Version, folded, promises
+from turret.store.aliases import MoveRow
 from turret.store.catalog import PRODUCTION
+from turret.tasks.shapes import SplitMetrics
 from turret.workspace import promising
 
 router = pages()
@@ -122,7 +123,7 @@ class ShownReport:
     shown: ShownDetails
 
 
-def _report(view: View, run_id: str, metrics: Mapping[str, JsonMapping]) -> ShownReport | None:
+def _report(view: View, run_id: str, metrics: SplitMetrics) -> ShownReport | None:
     try:
         report = view.workspace.run_report(run_id)
     except NotFound:
@@ -140,7 +141,7 @@ class NameValues(TypedDict):
     plain: Version | None  # what the plain name means in the store
     aliases: Sequence[AliasHere]
     gates: Sequence[Gate | Golden]
-    history: Sequence[JsonMapping]
+    history: Sequence[MoveRow]
     parents: Mapping[int, Parent]
     loaded: set[int]
 
