@@ -77,7 +77,11 @@ def test_a_drift_is_recorded_once_and_ends_the_watch(store, put) -> None:
     assert add(store, promise, b"late") == [False]
     with store.database().reading() as connection:
         (newest, *others) = audit.read(connection)
-        assert (newest.verb, newest.what, newest.after) == ("promise drift", str(version), verdict)
+        assert (newest.verb, newest.what, newest.after) == (
+            "promise drift",
+            str(version),
+            {**said, "evidence": 81.5, "texts": 1},
+        )
         assert [each.verb for each in others].count("promise drift") == 0
         assert promises.of_digest(connection, version.digest) == promise, "the promise stays as it was"
 

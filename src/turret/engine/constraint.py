@@ -14,7 +14,7 @@ from itertools import zip_longest
 from urllib.parse import unquote
 
 from turret.errors import DataError, one_line
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import Plain
 
 MOST_BYTES = 64 << 10  # of a schema, an expression, a grammar, or all choices together
 MOST_CHOICES = 1024
@@ -30,7 +30,7 @@ class Constraint:
     what: str  # it is, for messages
 
     @classmethod
-    def json_schema(cls, schema: JsonMapping | bool, what: str = "the JSON schema") -> Constraint:
+    def json_schema(cls, schema: Mapping[str, Plain] | bool, what: str = "the JSON schema") -> Constraint:
         """JSON that the schema accepts. Keywords that cannot be enforced are refused when it is compiled."""
         from llguidance import LLMatcher
 
@@ -65,7 +65,7 @@ class Constraint:
 
     @classmethod
     def json_between(
-        cls, before: Sequence[str | int], schema: JsonMapping, after: Sequence[str | int], what: str
+        cls, before: Sequence[str | int], schema: Mapping[str, Plain], after: Sequence[str | int], what: str
     ) -> Constraint:
         """JSON that a schema accepts, between fixed parts. before, after: texts, and ids of special tokens."""
         _check_schema_depth(schema, what)
@@ -101,13 +101,13 @@ def _bounded(text: str, what: str) -> str:
 # --- how deep it is nested --------------------------------------------------------------------------------------------
 
 
-def _check_schema_depth(schema: JsonMapping | bool, what: str) -> None:
+def _check_schema_depth(schema: Mapping[str, Plain] | bool, what: str) -> None:
     """Raise DataError for a schema that is nested too deeply. A reference counts as if its target stood in its place.
 
     A target is followed where it is first referred to, as a compiler does; so a schema may refer to itself.
     """
     seen: set[str] = set()
-    waiting: list[tuple[JsonValue, int]] = [(dict(schema) if isinstance(schema, Mapping) else schema, 1)]
+    waiting: list[tuple[Plain, int]] = [(dict(schema) if isinstance(schema, Mapping) else schema, 1)]
     while waiting:
         value, depth = waiting.pop()
         if depth > MOST_DEPTH:
@@ -125,9 +125,9 @@ def _check_schema_depth(schema: JsonMapping | bool, what: str) -> None:
 _DEFINITIONS = ("$defs", "definitions")  # they count where something refers to them
 
 
-def _target(schema: JsonMapping | bool, reference: str) -> JsonValue:
+def _target(schema: Mapping[str, Plain] | bool, reference: str) -> Plain:
     """What a `$ref` within a schema refers to, by its path; None if it refers to nothing, or by another name."""
-    value: JsonValue = dict(schema) if isinstance(schema, Mapping) else schema
+    value: Plain = dict(schema) if isinstance(schema, Mapping) else schema
     for part in reference.partition("#")[2].split("/")[1:]:
         key = unquote(part).replace("~1", "/").replace("~0", "~")
         if isinstance(value, dict):

@@ -16,11 +16,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Container, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from pathlib import Path
 from threading import Condition
+from typing import TypedDict
 
 import httpx2
 import torch
@@ -36,13 +37,29 @@ from turret.engine.input_processor import Prompts
 from turret.engine.request import Done, Failed, GenerationSettings, Limits, Request, VllmServer, log_failure
 from turret.engine.sequence import RunningSequence
 from turret.errors import AdapterError, DataError, Draining, EngineError, ServeRefused, TurretError, one_line
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject, Plain
 from turret.tasks import Task
 
 CONNECT_SECONDS = 5.0
 LOAD_SECONDS = 300.0  # until vLLM has read an adapter
 PROBE = "The quick brown fox jumps over 13 lazy dogs."  # both programs must make the same tokens of it
 IDLE_SECONDS = 0.05  # at most, until the engine looks again at what it could begin
+
+
+class VllmLogprobs(TypedDict):
+    """What vLLM says of the tokens of a piece, each as `token_id:25`."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+
+
+class VllmChoice(TypedDict, total=False):
+    """A piece of an answer of vLLM."""
+
+    token_ids: list[int] | None
+    logprobs: VllmLogprobs | None
+    finish_reason: str | None
 
 
 class Vllm:
@@ -143,7 +160,7 @@ class Vllm:
                 "this base, or name its base with --base"
             )
 
-    def _asked(self, method: str, path: str, body: JsonObject | None = None) -> JsonObject:
+    def _asked(self, method: str, path: str, body: Mapping[str, Plain] | None = None) -> JsonObject:
         try:
             got = self._client.request(method, path, json=body)
             got.raise_for_status()
@@ -349,7 +366,7 @@ class VllmPasses:
             body["stop_token_ids"] = sorted({*settings.eos, *self._prompts.constraints.eos})
         return body
 
-    async def _answer(self, sequence: RunningSequence, body: JsonObject) -> None:
+    async def _answer(self, sequence: RunningSequence, body: Mapping[str, Plain]) -> None:
         """Answer one request, on the thread of the event loop."""
         end: Done | Failed
         try:
@@ -369,7 +386,7 @@ class VllmPasses:
         if self._forget(sequence):
             self._end(sequence.request, end, sequence.new)
 
-    async def _generate(self, sequence: RunningSequence, body: JsonObject) -> None:
+    async def _generate(self, sequence: RunningSequence, body: Mapping[str, Plain]) -> None:
         """Take the tokens of vLLM until the answer ends. An adapter that vLLM has lost is loaded again, once."""
         since = time.monotonic()
         for last in (False, True):
@@ -386,7 +403,7 @@ class VllmPasses:
                     raise EngineError(one_line(f"vLLM does not have {body['model']}: {error}: ask again")) from None
                 await self._loop.run_in_executor(None, self._vllm.adapter_pool.load_again, named.key)
 
-    async def _choices(self, body: JsonObject) -> AsyncGenerator[JsonObject, None]:
+    async def _choices(self, body: Mapping[str, Plain]) -> AsyncGenerator[VllmChoice, None]:
         """What vLLM says, piece by piece."""
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
@@ -401,7 +418,7 @@ class VllmPasses:
                 for choice in said["choices"]:
                     yield choice
 
-    def _take(self, sequence: RunningSequence, choice: JsonMapping, since: float) -> float:
+    def _take(self, sequence: RunningSequence, choice: VllmChoice, since: float) -> float:
         """Add the tokens of a piece. Returns its time. since: the time of the piece before it, or of the start."""
         request, tokens, now = sequence.request, choice.get("token_ids") or [], time.monotonic()
         reported = _logprobs(choice.get("logprobs"), sequence.settings.logprobs)
@@ -458,7 +475,7 @@ def lark_of(grammar: str) -> str:
     return grammar.replace(f'"whitespace_pattern": {json.dumps(WHITE_SPACE)}', '"whitespace_flexible": false')
 
 
-def _logprobs(said: JsonMapping | None, count: int | None) -> list[TokenLogprobs]:
+def _logprobs(said: VllmLogprobs | None, count: int | None) -> list[TokenLogprobs]:
     """The log probabilities of the tokens of a piece. count: of the most probable ones that are wanted."""
     if said is None or count is None:
         return []

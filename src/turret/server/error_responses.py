@@ -15,12 +15,13 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypedDict
 
 from starlette.types import Receive, Scope, Send
 
 from turret import errors
 from turret.errors import TurretError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,21 @@ def status_response(status: int, message: str) -> ErrorResponse:
     return _response(status, message, _INVALID if status < 500 else _SERVER, code)
 
 
-def validation_response(problems: Sequence[JsonMapping]) -> ErrorResponse:
+class Problem(TypedDict, total=False):
+    """A problem of a request, as Pydantic tells it."""
+
+    type: str
+    loc: tuple[int | str, ...]
+    msg: str
+
+
+def validation_response(problems: Sequence[Problem]) -> ErrorResponse:
     """The response to a request that does not fit its schema.
 
     It says where and what was expected, and never repeats a value of the request. problems: Pydantic's.
     """
     # If a value fits no member of a union, the problem of the member with the right type says more.
-    default = problems[0] if problems else {}
+    default: Problem = problems[0] if problems else {}
     first = next((each for each in problems if not str(each.get("type")).endswith("_type")), default)
     path = [str(part)[:60] for part in first.get("loc", ()) if isinstance(part, int) or _KEY.fullmatch(part)]
     where = path[1:] if path[:1] in (["body"], ["query"], ["path"]) else path

@@ -10,18 +10,20 @@ from typing import Protocol
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from turret.engine import Piece, SamplingParams
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest, TurretError
-from turret.json_types import JsonMapping, JsonObject
+from turret.json_types import JsonObject
 from turret.server.engine_protocol import Input
 from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS
 from turret.server.questions import PendingAnswers, Update, finish, now, submit, usage
 from turret.server.schemas import Generation
 from turret.server.services import View
+from turret.tasks.shapes import TokenReport
 
 Chunk = JsonObject
 EVENTS: dict[int | str, JsonObject] = {
@@ -52,7 +54,7 @@ class CompletionChunks:
     kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, logprobs: Callable[[Sequence[JsonMapping], int], JsonObject] | None = None) -> None:
+    def __init__(self, logprobs: Callable[[Sequence[TokenReport], int], BaseModel] | None = None) -> None:
         self._logprobs = logprobs
         self._sent: Counter[int] = Counter()  # characters, by choice
 
@@ -60,7 +62,7 @@ class CompletionChunks:
         return None
 
     def piece(self, index: int, piece: Piece) -> Chunk:
-        logprobs = None if self._logprobs is None else self._logprobs(piece.logprobs, self._sent[index])
+        logprobs = None if self._logprobs is None else self._logprobs(piece.logprobs, self._sent[index]).model_dump()
         self._sent[index] += len(piece.text)
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": None}
 

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -30,7 +31,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from turret.access import DEFAULT
-from turret.json_types import JsonMapping
+from turret.json_types import Plain, mapping_of
 from turret.workspace.promising import PromiseStatus
 
 STATES = ("holds so far", "broken", "cannot be known")  # of a promise
@@ -45,6 +46,9 @@ COUNTED = {
     for name in ("passes", "prompt_tokens", "tokens", "answers", "errors", "loads", "failed_loads", "evictions")
 }
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+Figures: TypeAlias = Mapping[str, Plain]  # of an engine: numbers, and histograms
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class Metrics:
     def __init__(
         self,
         gauges: Callable[[], Mapping[str, float]],
-        engines: Callable[[], Mapping[str, JsonMapping]] = dict,
+        engines: Callable[[], Mapping[str, Figures]] = dict,
         build: Sequence[Mapping[str, str]] = (),
         replica: str | None = None,
         tenant: str = DEFAULT,
@@ -333,9 +337,7 @@ class _Build(Collector):
 class _Engines(Collector):
     """Values that are counted elsewhere. The engines' are labelled with their base if there are several."""
 
-    def __init__(
-        self, gauges: Callable[[], Mapping[str, float]], engines: Callable[[], Mapping[str, JsonMapping]]
-    ) -> None:
+    def __init__(self, gauges: Callable[[], Mapping[str, float]], engines: Callable[[], Mapping[str, Figures]]) -> None:
         self._gauges, self._engines = gauges, engines
 
     def collect(self) -> Iterator[Metric]:
@@ -353,7 +355,8 @@ class _Engines(Collector):
         for name in dict.fromkeys(name for each in figures.values() for name in _histograms(each)):
             shown = HistogramMetricFamily(f"turret_engine_{name}", f"engine {name.replace('_', ' ')}", labels=labels)
             for base, each in figures.items():
-                shown.add_metric((base,)[: len(labels)], list(each[name]["buckets"].items()), each[name]["sum"])
+                histogram = mapping_of(each[name])
+                shown.add_metric((base,)[: len(labels)], list(histogram["buckets"].items()), histogram["sum"])
             yield shown
 
     def describe(self) -> list[Metric]:
@@ -369,7 +372,7 @@ class _Routed(Collector):
 
     def __init__(
         self,
-        engines: Callable[[], Mapping[str, JsonMapping]],
+        engines: Callable[[], Mapping[str, Figures]],
         adapters: Callable[[], tuple[Sequence[str], Sequence[str]]],
     ) -> None:
         self._engines, self._adapters = engines, adapters
@@ -378,7 +381,7 @@ class _Routed(Collector):
         figures = list(self._engines().values())
 
         def total(key: str) -> float:
-            return float(sum(each.get(key, 0) for each in figures))
+            return float(sum(value for each in figures if isinstance(value := each.get(key), int | float)))
 
         yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests that have not begun", total("waiting"))
         yield GaugeMetricFamily("vllm:num_requests_running", "Rows that generate", total("running"))
@@ -395,11 +398,11 @@ class _Routed(Collector):
         return []
 
 
-def _histograms(figures: JsonMapping) -> list[str]:
+def _histograms(figures: Figures) -> list[str]:
     return [key for key, value in figures.items() if isinstance(value, dict) and "sum" in value]
 
 
-def numbers(prefix: str, values: JsonMapping) -> dict[str, float]:
+def numbers(prefix: str, values: Figures) -> dict[str, float]:
     """The numbers among the values, named `prefix_key`."""
     return {
         f"{prefix}_{key}": float(value)

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from turret.access import DEFAULT
 from turret.errors import ServeRefused, Unauthorized
+from turret.json_types import Plain
 from turret.server.auth import is_loopback
 from turret.server.sessions import HOST
 
@@ -234,14 +235,13 @@ class Oidc:
         return found
 
 
-def _check_audience(audience: object, client_id: str) -> None:
+def _check_audience(audience: Plain, client_id: str) -> None:
     """Raise Unauthorized for an ID token that was made for another client. Source: OpenID Connect Core 3.1.3.7, 3."""
     if client_id not in (audience if isinstance(audience, list) else [audience]):
         raise Unauthorized("the provider's answer is for another client than this server: begin again")
 
 
-# Any: claims have no types.
-def _without_unverified_email(claims: Mapping[str, Any]) -> dict[str, Any]:
+def _without_unverified_email(claims: Mapping[str, Plain]) -> dict[str, Plain]:
     """The claims without an email that the provider has not verified: anybody could have entered it there."""
     verified = claims.get("email_verified") in (True, "true")  # some providers send a text
     return {name: value for name, value in claims.items() if name != EMAIL or verified}

@@ -6,7 +6,7 @@ Also asks a route in this process, for batches and for pages.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Annotated, Any, Protocol, TypeAlias
+from typing import Annotated, Any, Protocol, Required, TypeAlias, TypedDict
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
@@ -18,8 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.access import OPERATOR
 from turret.errors import TooLarge
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonObject, JsonValue, Plain
 from turret.server import services
+from turret.server.auth import Caller
 from turret.server.limits import MOST_UNIT, RequestLimits, replayed
 from turret.server.schemas import Error
 
@@ -38,7 +39,7 @@ class Field(Protocol):
     """FastAPI's field of the body of a route."""
 
     def validate(
-        self, value: JsonValue, values: JsonObject, *, loc: tuple[int | str, ...] = ()
+        self, value: Plain, values: dict[str, Plain], *, loc: tuple[int | str, ...] = ()
     ) -> tuple[Body, list[JsonObject]]: ...
 
 
@@ -184,7 +185,18 @@ def router(scope: str) -> APIRouter:
 # --- asking a route in this process -----------------------------------------------------------------------------------
 
 
-async def pass_to_route(app: ASGIApp, path: str, body: bytes, state: JsonMapping, receive: Receive, send: Send) -> None:
+class RequestState(TypedDict, total=False):
+    """What the auth middleware knows of a request. priority: of its work. The others are of the log."""
+
+    caller: Required[Caller]
+    priority: int
+    request_id: str
+    log_fields: dict[str, JsonValue]
+
+
+async def pass_to_route(
+    app: ASGIApp, path: str, body: bytes, state: RequestState, receive: Receive, send: Send
+) -> None:
     """Send a JSON body to a route of the API, as the caller in `state`. receive: gives what follows the body."""
     scope: Scope = {
         "type": "http",
@@ -205,7 +217,7 @@ async def pass_to_route(app: ASGIApp, path: str, body: bytes, state: JsonMapping
 
 
 async def answer_of_route(
-    app: ASGIApp, path: str, body: bytes, state: JsonMapping, receive: Receive
+    app: ASGIApp, path: str, body: bytes, state: RequestState, receive: Receive
 ) -> tuple[int, dict[str, str], bytes]:
     """The status, headers and body of the answer, as of `pass_to_route`."""
     sent: list[Message] = []

@@ -7,16 +7,17 @@ API.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from turret.experiments.experiment import MOST_ARMS
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject, JsonValue, Plain
 from turret.server import limits
 
 
-def _whole(value: JsonValue) -> JsonValue:
+def _whole(value: Plain) -> Plain:
     """5.0 -> 5: JSON has one type of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -84,7 +85,10 @@ class Lenient(Model):
         return found
 
 
-def _known(value: JsonValue) -> JsonValue:
+Known: TypeAlias = "Lenient | Plain | Sequence[Known]"  # a value in a request
+
+
+def _known(value: Known) -> JsonValue:
     if isinstance(value, list):
         return [_known(each) for each in value]
     return value.known() if isinstance(value, Lenient) else value

@@ -27,7 +27,6 @@ from turret.database import adapters, versions
 from turret.engine import SamplingParams
 from turret.errors import Busy, Draining, NotFound, TurretError
 from turret.experiments import Recorded, Told
-from turret.json_types import JsonMapping
 from turret.server import logs
 from turret.server.alarms import AlarmSender
 from turret.server.auth import Guard
@@ -37,7 +36,7 @@ from turret.server.input_sampler import InputSampler
 from turret.server.limits import ClientConnections, Load
 from turret.server.live_promises import LivePromises
 from turret.server.logs import Log
-from turret.server.metrics import MOST_VERSIONS, Metrics, TenantTotals
+from turret.server.metrics import MOST_VERSIONS, Figures, Metrics, TenantTotals
 from turret.server.oidc import Oidc
 from turret.server.replica import QUOTA_SECONDS, SESSION_SECONDS, Replica
 from turret.server.routing import AliasWatcher, Routing
@@ -397,7 +396,7 @@ class Services:
             }
         return {}
 
-    def _figures(self) -> dict[str, JsonMapping]:
+    def _figures(self) -> dict[str, Figures]:
         """The figures of the engine of each base."""
         return {each.name: asdict(each.engine.stats()) for each in self.engines.bases}
 

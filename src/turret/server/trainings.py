@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import BaseModel, Field
 
 from turret.errors import BadRequest
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, JsonValue
 from turret.recipe import Recipe
 from turret.server.error_responses import without_paths
 from turret.server.schemas import WHOLE, Model
@@ -231,11 +231,22 @@ def submit_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, byt
 # --- plans and trainings ----------------------------------------------------------------------------------------------
 
 
-def plan(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]) -> JsonObject:
+class SentPlan(TypedDict):
+    """A plan of a recipe. toml: the filled recipe."""
+
+    recipe: JsonObject
+    plan: JsonObject
+    notes: list[str]
+    toml: str
+
+
+def plan(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]) -> SentPlan:
     """The plan of a recipe for such a table."""
     recipe, own = _on_own_base(view, recipe)
     with _with_data(view, owner, recipe, files) as (recipe, tables):
-        return view.services.previews.plan(view.workspace.store, recipe, tables, own)
+        found: JsonValue = view.services.previews.plan(view.workspace.store, recipe, tables, own)
+        planned: SentPlan = found
+        return planned
 
 
 def submit(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes], priority: int = 0) -> RunRow | StudyRow:

@@ -80,7 +80,8 @@ async def plan(body: PlanRequest, view: View, request: Request) -> JsonObject:
     `toml` is the recipe with every default filled in. The worker that takes the training plans it again.
     """
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    return await view.preview(trainings.plan, view, owner_of(request.state.caller), recipe, encoded(body.files))
+    planned = await view.preview(trainings.plan, view, owner_of(request.state.caller), recipe, encoded(body.files))
+    return {**planned}
 
 
 @control.post("/api/runs")

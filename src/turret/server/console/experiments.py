@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from turret.experiments.experiment import read_split
-from turret.json_types import JsonObject
+from turret.json_types import Plain
 from turret.server.console import render
 from turret.server.console.forms import Form, Sent, pages, require_verb
 from turret.server.moves import end_experiment
@@ -58,7 +59,7 @@ async def course(view: View, name: Name, number: Number) -> Response:
     return JSONResponse({"points": points})
 
 
-def _drawn(against: JsonObject) -> JsonObject:
+def _drawn(against: Mapping[str, Plain]) -> Mapping[str, Plain]:
     """Without the tipping point, which a course does not compute."""
     return {key: value for key, value in against.items() if key != "missing"}
 

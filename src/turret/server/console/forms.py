@@ -16,7 +16,7 @@ from turret.errors import BadRequest, Forbidden, NotFound
 from turret.experiments.experiment import read_duration
 from turret.json_types import JsonObject, JsonValue
 from turret.server.auth import READS, Caller
-from turret.server.error_responses import validation_response
+from turret.server.error_responses import Problem, validation_response
 from turret.server.limits import FILES
 from turret.server.routes import PageRoute, View
 from turret.server.uploads import read_form
@@ -126,7 +126,10 @@ def model_in(form: Form, fields: Iterable[Field], model: type[AnyModel]) -> AnyM
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
+        problems: list[Problem] = [
+            {"type": each["type"], "loc": ("body", *each["loc"]), "msg": each["msg"]}
+            for each in error.errors(include_url=False)
+        ]
         raise BadRequest(str(validation_response(problems).body["error"]["message"])) from None
 
 

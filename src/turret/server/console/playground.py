@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 from fastapi import Request, Response
 from starlette.types import Message, Receive, Scope, Send
@@ -41,8 +42,9 @@ from turret.server.console.playground_form import (
     thread_of,
 )
 from turret.server.console.snippets import Question, Snippet
-from turret.server.routes import View, answer_of_route, pass_to_route
+from turret.server.routes import RequestState, View, answer_of_route, pass_to_route
 from turret.store import Version
+from turret.tasks.shapes import LabelAnswer, SpanAnswer
 
 router = pages()
 MOST = 6  # versions in one question
@@ -74,6 +76,18 @@ class Token:
         return min(4, int(5 * self.share))
 
 
+class RouteAnswer(TypedDict, total=False):
+    """One answer of a route of the API."""
+
+    text: str
+    score: float
+    value: float | None
+    spans: list[SpanAnswer] | None
+    answers: dict[str, LabelAnswer] | None
+    label: str | list[str]
+    probabilities: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Cell:
     """The answer for a row of a table. share: the probability of the label."""
@@ -82,7 +96,7 @@ class Cell:
     share: float | None = None
 
     @classmethod
-    def of(cls, data: JsonMapping) -> Cell:
+    def of(cls, data: RouteAnswer) -> Cell:
         """One answer of a route, as one line where that is possible."""
         if "text" in data:
             return cls(data["text"])
@@ -181,7 +195,8 @@ async def _panel(request: Request, view: View, form: Form, model: str, kind: Kin
         later = render.is_htmx(request) and mode_of(form) != "file"
         if asked is None or not found.route or later:
             return found
-        answered = await _answer(request, view, asked, dict(request.scope["state"]))
+        state: RequestState = request.scope["state"].copy()
+        answered = await _answer(request, view, asked, state)
     except TurretError as error:
         return Panel(model, problem=render.told(error)[0])
     if (turn := answered.turn) is not None:
@@ -209,7 +224,7 @@ def _planned(request: Request, view: View, form: Form, model: str, kind: Kind) -
     return (replace(found, route="") if form.text("code") else found), question
 
 
-async def _answer(request: Request, view: View, question: Question, state: JsonMapping) -> Answered:
+async def _answer(request: Request, view: View, question: Question, state: RequestState) -> Answered:
     """Ask the question's route. state: of the request that the route sees; a quota counts each of them once."""
     loading = await _load(view, str(question.body["model"]))
     started, content = view.services.clock(), json.dumps(question.body).encode()

@@ -30,12 +30,13 @@ from turret import tasks
 from turret.compare.report_text import count, megabytes, milliseconds, percent
 from turret.compare.report_text import seconds as in_seconds
 from turret.errors import TurretError
-from turret.json_types import JsonMapping, JsonValue
+from turret.json_types import JsonMapping, Plain
 from turret.methods import said
 from turret.server.auth import Caller
 from turret.server.error_responses import error_response
 from turret.server.services import View
 from turret.tasks import Measure
+from turret.tasks.shapes import Metrics, SplitMetrics, number_in, parts_in
 from turret.timestamp import to_minute
 from turret.version import __version__
 
@@ -153,7 +154,7 @@ def when(moment: str | None) -> str:
     return to_minute(moment) if moment else ""
 
 
-def number(value: JsonValue) -> str:
+def number(value: Plain) -> str:
     """A measured value with four digits."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
@@ -184,7 +185,7 @@ def short(digest: str | None) -> str:
     return (digest or "").removeprefix("sha256:")[:12]
 
 
-def main_metric(measured: JsonMapping, kind: str | None = None) -> tuple[str, str, str] | None:
+def main_metric(measured: SplitMetrics, kind: str | None = None) -> tuple[str, str, str] | None:
     """(metric, value, split) of the metric to show if there is room for one. kind: of the task, if it is known."""
     for split in ("test", "validation"):
         values = measured.get(split) or {}
@@ -193,7 +194,7 @@ def main_metric(measured: JsonMapping, kind: str | None = None) -> tuple[str, st
     return None
 
 
-def doubts(measured: JsonMapping, *, broken: bool = False) -> list[tuple[str, str]]:
+def doubts(measured: SplitMetrics, *, broken: bool = False) -> list[tuple[str, str]]:
     """What speaks against a version: a few words, and a sentence that explains them.
 
     Args:
@@ -205,40 +206,41 @@ def doubts(measured: JsonMapping, *, broken: bool = False) -> list[tuple[str, st
     if split is None:
         return found
     values = measured[split]
-    counts = {label: each.get("support") or 0 for label, each in (values.get("per_class") or {}).items()}
-    if counts and sum(counts.values()) and "accuracy" in values:
+    counts = {label: each.get("support") or 0 for label, each in parts_in(values, "per_class").items()}
+    accuracy = number_in(values, "accuracy")
+    if counts and sum(counts.values()) and accuracy is not None:
         label, count = max(counts.items(), key=lambda each: each[1])
-        if values["accuracy"] <= (most := count / sum(counts.values())):
-            right = points(values["accuracy"])
+        if accuracy <= (most := count / sum(counts.values())):
+            right = points(accuracy)
             text = f"{right} of the answers are right, and {points(most)} if every answer were {label!r}"
             found.append(("below the largest class", text))
-    bare = measured.get(f"{split} bare base") or {}
-    if "loss" in bare and "loss" in values and values["loss"] >= bare["loss"]:
-        text = f"its loss is {number(values['loss'])}, and that of the bare base {number(bare['loss'])}"
+    own, bare = (number_in(each, "loss") for each in (values, measured.get(f"{split} bare base") or {}))
+    if own is not None and bare is not None and own >= bare:
+        text = f"its loss is {number(own)}, and that of the bare base {number(bare)}"
         found.append(("below the bare base", text))
-    if values.get("ece", 0) > BADLY_CALIBRATED:
-        text = f"its probabilities differ from the share that is right by {points(values['ece'])} on average (ECE)"
+    if (ece := number_in(values, "ece") or 0) > BADLY_CALIBRATED:
+        text = f"its probabilities differ from the share that is right by {points(ece)} on average (ECE)"
         found.append(("badly calibrated", text))
     return found
 
 
-def metric(value: JsonValue, measure: Measure) -> str:
+def metric(value: Plain, measure: Measure) -> str:
     """A metric: a share in percent, another value as a number."""
     return points(value) if isinstance(value, float) and measure.share else number(value)
 
 
-def points(value: JsonValue) -> str:
+def points(value: Plain) -> str:
     """`91.3%`, of a share; nothing for what is no number."""
     return f"{100 * value:.1f}%" if isinstance(value, int | float) else ""
 
 
-def value_said(value: JsonValue) -> str:
+def value_said(value: Plain) -> str:
     """Any setting: `none`, a number, or a text of at most 200 characters."""
     text = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def means(key: str, values: JsonMapping, kind: str | None = None) -> tuple[Measure, str]:
+def means(key: str, values: Metrics, kind: str | None = None) -> tuple[Measure, str]:
     """How to show a metric, and what it measures with the key that a gate takes."""
     measure = FORGETTING.get(key) or tasks.measure_of(key, values, kind)
     return measure, f"{measure.says} (key: {key})" if measure.says else f"key: {key}"

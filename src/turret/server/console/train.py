@@ -10,7 +10,6 @@ from fastapi import Path, Query, Request, Response
 
 from turret.data import source as tables
 from turret.errors import BadRequest, TurretError
-from turret.json_types import JsonObject
 from turret.methods import METHODS
 from turret.methods import SHOWN as METHODS_SHOWN
 from turret.recipe import Recipe, toml
@@ -19,6 +18,7 @@ from turret.server import trainings
 from turret.server.console import render
 from turret.server.console.forms import Form, Sent, pages
 from turret.server.routes import View
+from turret.server.trainings import SentPlan
 from turret.server.uploads import keep, owner_of
 from turret.store.client_files import TABLE
 from turret.tasks import TASKS, Task
@@ -250,7 +250,7 @@ def _planned(
     view: View,
     text: str,
     source: str,
-    planned: JsonObject | None,
+    planned: SentPlan | None,
     error: TurretError | None = None,
 ) -> Response:
     problem, status = render.told(error)

@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 from starlette.types import ASGIApp, Message
 
 from turret.errors import BadRequest, Corrupt, LeaseLost, NotFound, StoreError, TooLarge, TurretError, shown
-from turret.server.routes import answer_of_route
+from turret.server.routes import RequestState, answer_of_route
 from turret.server.services import Services
 from turret.server.shadows import LOW_PRIORITY
 from turret.store import leases
@@ -230,7 +230,7 @@ class BatchRunner:
         caller = self._services.guard.caller_of(batch.owner)
         if caller is None:
             raise BadRequest("the token that made this batch is not valid any more: make the batch with another one")
-        state = {"caller": caller, "priority": LOW_PRIORITY}
+        state: RequestState = {"caller": caller, "priority": LOW_PRIORITY}
         status, headers, body = await answer_of_route(self._routes, batch.endpoint, line.body, state, _nobody_leaves)
         if status in AGAIN:
             return float(headers.get("retry-after") or 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -18,7 +18,7 @@ from turret.data.conversations import prompt_of, turns_of
 from turret.engine import Piece
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest
-from turret.json_types import JsonMapping, JsonObject, JsonValue
+from turret.json_types import JsonObject, Plain
 from turret.server.engine_protocol import Input
 from turret.server.generation import EVENTS, Chunk, constraint_of, options_of, repeated, stream, unknown_keys
 from turret.server.limits import MOST_TEXT, MOST_TOOLS
@@ -26,6 +26,7 @@ from turret.server.openai import chat_schemas
 from turret.server.questions import admit, ask, now, usage
 from turret.server.routes import Unit, View, router
 from turret.tasks.chat_template import ChatTemplate, base_prompt
+from turret.tasks.shapes import TokenReport
 from turret.tasks.tool_calls import may_begin, read_calls
 
 CALL_ID = 9  # characters: what templates that check the ids of calls ask for
@@ -96,19 +97,21 @@ def conversation(body: chat_schemas.ChatRequest) -> Prompt:
     return asked
 
 
-def token_logprobs(steps: Sequence[JsonMapping]) -> chat_schemas.ChatLogprobs:
+def token_logprobs(steps: Sequence[TokenReport]) -> chat_schemas.ChatLogprobs:
     """Logprobs in the format of chats."""
     return chat_schemas.ChatLogprobs(
         content=[
-            chat_schemas.TokenLogprob(**_top(step).model_dump(), top_logprobs=[_top(other) for other in step["top"]])
+            chat_schemas.TokenLogprob(
+                **_top(step["token"], step["logprob"] or 0.0).model_dump(),
+                top_logprobs=[_top(other["token"], other["logprob"]) for other in step["top"] or ()],
+            )
             for step in steps
         ]
     )
 
 
-def _top(token: JsonMapping) -> chat_schemas.TopLogprob:
-    text = token["token"]
-    return chat_schemas.TopLogprob(token=text, logprob=token["logprob"], bytes=list(text.encode()))
+def _top(text: str, logprob: float) -> chat_schemas.TopLogprob:
+    return chat_schemas.TopLogprob(token=text, logprob=logprob, bytes=list(text.encode()))
 
 
 class ToolCalls:
@@ -166,7 +169,7 @@ class ToolCalls:
         return answer.content, calls
 
 
-def _moved(schema: JsonValue, place: str) -> JsonValue:
+def _moved(schema: Plain, place: str) -> Plain:
     """A schema that stands at this place in another one: its references lead there."""
     if isinstance(schema, list):
         return [_moved(each, place) for each in schema]
@@ -198,7 +201,7 @@ class ChatChunks:
         if self._tools is not None:
             self._texts[index] += text
             text = self._new(index, self._tools.may_begin(self._texts[index]))
-        found = token_logprobs(piece.logprobs).model_dump() if self._logprobs else None
+        found = token_logprobs(piece.logprobs) if self._logprobs else None
         return self._chunk(index, {"content": text}, logprobs=found)
 
     def end(self, index: int, finish_reason: str | None) -> Sequence[Chunk]:
@@ -221,6 +224,11 @@ class ChatChunks:
         return self._texts[index][start:end]
 
     def _chunk(
-        self, index: int, delta: JsonObject, finish_reason: str | None = None, logprobs: JsonObject | None = None
+        self,
+        index: int,
+        delta: Mapping[str, Plain],
+        finish_reason: str | None = None,
+        logprobs: chat_schemas.ChatLogprobs | None = None,
     ) -> Chunk:
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        said = None if logprobs is None else logprobs.model_dump()
+        return {"index": index, "delta": delta, "logprobs": said, "finish_reason": finish_reason}

@@ -11,13 +11,12 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from turret.json_types import JsonMapping, JsonObject
 from turret.server import limits
 from turret.server.generation import EVENTS, CompletionChunks, options_of, repeated, stream, unknown_keys
 from turret.server.questions import ask, now, usage
 from turret.server.routes import Unit, View, router
 from turret.server.schemas import SEVERAL, WHOLE, Generation, Text, Tokens, Usage, never_together
-from turret.tasks.shapes import Answer
+from turret.tasks.shapes import Answer, TokenReport
 
 questions = router("infer")
 
@@ -110,7 +109,7 @@ async def complete(
         view, body, body.max_tokens, len(prompts), times=times, strip=False, echo=body.echo, logprobs=logprobs
     )
     if body.stream:
-        chunks = CompletionChunks(None if body.logprobs is None else _streamed_logprobs)
+        chunks = CompletionChunks(None if body.logprobs is None else token_logprobs)
         return await stream(view, request, body, prompts, options, unit, chunks)
     async with ask(view, request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
         answers = await pending.all()
@@ -140,7 +139,7 @@ def most_probable(answers: Sequence[Answer], times: int, count: int) -> list[Ans
     return [answer for group in groups for answer in sorted(group, key=mean, reverse=True)[:count]]
 
 
-def token_logprobs(steps: Sequence[JsonMapping], start: int = 0) -> CompletionLogprobs:
+def token_logprobs(steps: Sequence[TokenReport], start: int = 0) -> CompletionLogprobs:
     """Logprobs in the format of completions. Of two tokens with one text, the more probable is kept.
 
     Args:
@@ -156,7 +155,3 @@ def token_logprobs(steps: Sequence[JsonMapping], start: int = 0) -> CompletionLo
         ],
         text_offset=list(accumulate(map(len, tokens[:-1]), initial=start)) if tokens else [],
     )
-
-
-def _streamed_logprobs(steps: Sequence[JsonMapping], start: int) -> JsonObject:
-    return token_logprobs(steps, start).model_dump()

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from turret.engine import untrained
 from turret.errors import AdapterError, BadRequest, NotFound, listed, shown
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, Plain
 from turret.server import limits
 from turret.server.questions import PendingAnswers, abstaining, ask, ask_each, now, promise_of, prompt_tokens
 from turret.server.routes import Unit, View, router
@@ -466,7 +466,7 @@ def _part_text(part: InputText | InputJson | InputRefusal) -> str:
     return part.text if isinstance(part, InputText) else part.refusal
 
 
-def json_text(value: JsonObject | Sequence[JsonObject | str]) -> str:
+def json_text(value: Mapping[str, Plain] | Sequence[Mapping[str, Plain] | str]) -> str:
     """The text of an object that has one text and nothing else; any other value as compact JSON."""
     if isinstance(value, dict) and len(value) == 1 and isinstance(text := next(iter(value.values())), str):
         return text
@@ -608,7 +608,7 @@ class SystemQuestion(Model):
         return Asked(name, self.type, tuple(self.criteria), _said(self.instructions), described)
 
 
-def _said(value: str | JsonObject | list[JsonObject | str] | None) -> str:
+def _said(value: str | Mapping[str, Plain] | Sequence[Mapping[str, Plain] | str] | None) -> str:
     return value if isinstance(value, str) else "" if value is None else json_text(value)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject, Plain
 from turret.server import limits
 from turret.server.openai.chat_schemas import ToolName
 from turret.server.schemas import NO_EFFECT, USER, WHOLE, Model, Name, Text, User
@@ -26,7 +26,7 @@ class Given(Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: JsonValue) -> JsonValue:
+    def _without_nulls(cls, given: Plain) -> Plain:
         return {key: each for key, each in given.items() if each is not None} if isinstance(given, dict) else given
 
 
@@ -74,7 +74,7 @@ class CallOutput(Given):
     status: Status | None = Field(None, description=NO_EFFECT)
 
 
-def _kind(item: JsonValue | InputItemTypes) -> str:
+def _kind(item: Plain | InputItemTypes) -> str:
     """The `type` of an input item; a message may have none."""
     kind = item.get("type") if isinstance(item, Mapping) else getattr(item, "type", None)
     return "message" if kind is None else str(kind)

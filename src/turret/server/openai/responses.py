@@ -7,13 +7,13 @@ and the form of an answer work as there.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from turret.errors import TurretError
-from turret.json_types import JsonObject, JsonValue
+from turret.json_types import JsonObject, JsonValue, Plain
 from turret.server.error_responses import error_response
 from turret.server.generation import EVENTS, options_of, stream_events
 from turret.server.openai import response_schemas as schemas
@@ -240,6 +240,6 @@ def _messages(items: list[schemas.InputItem]) -> list[JsonObject]:
     return given
 
 
-def _wrapped(function: JsonObject) -> JsonObject:
+def _wrapped(function: Mapping[str, Plain]) -> JsonObject:
     """A function as chats spell it, a level deeper."""
     return {"type": "function", "function": function}
