@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "turret"
-MOST = 120  # of `Any`, `object`, `cast(...)` and `type: ignore` in all of src/
+MOST = 111  # of `Any`, `object`, `cast(...)` and `type: ignore` in all of src/
 
 
 def given_up(text: str) -> int:

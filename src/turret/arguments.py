@@ -10,7 +10,7 @@ import numbers
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, ParamSpec, TypeVar, get_args, get_origin
+from typing import Literal, ParamSpec, TypeVar, get_args, get_origin, is_typeddict
 
 from turret.errors import BadArgument, shown
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 C = TypeVar("C", bound=type)
 Check = Callable[[object], bool]
 
-_DICTIONARIES = ("Mapping", "JsonMapping", "JsonObject", "dict", "TaskSpec", "Generation", "RoleColumns")
+_DICTIONARIES = ("Mapping", "JsonMapping", "JsonObject", "dict")
 _WORDS = {  # the types of annotations, in the words of an error
     "str": "text",
     "int": "a whole number",
@@ -51,7 +51,13 @@ _CHECKS: dict[str, Check] = {
 _WORDS |= dict.fromkeys(_DICTIONARIES, "a dictionary")
 _CHECKS |= dict.fromkeys(_DICTIONARIES, _CHECKS["Mapping"])
 _CHECKS |= {"Say": callable, "Ask": callable, "Messages": lambda value: _fits(value, "Sequence[Mapping]")}
-_UNCHECKED = ("M", "JsonValue", "Source", "Texts")  # any model; any JSON; data and texts, whose readers say more
+_UNCHECKED = (
+    "M",
+    "JsonValue",
+    "Plain",
+    "Source",
+    "Texts",
+)  # any model; any JSON; data and texts, whose readers say more
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
@@ -98,11 +104,13 @@ def checked_methods(kind: C) -> C:
 
 
 def _spelt_out(wanted: str, function: Callable[..., object]) -> str:
-    """The alternatives of a `Literal` that has a name, such as `Scope`, in or below a sequence."""
+    """The alternatives of a `Literal` that has a name, such as `Scope`, in or below a sequence; a shape is a mapping."""
     for name in re.findall(r"\w+", wanted):
-        alias = getattr(function, "__globals__", {}).get(name)
+        alias = getattr(inspect.unwrap(function), "__globals__", {}).get(name)
         if get_origin(alias) is Literal:
             wanted = wanted.replace(name, f"Literal[{str(get_args(alias))[1:-1]}]")
+        elif is_typeddict(alias) or get_origin(alias) is Mapping:
+            wanted = re.sub(rf"\b{name}\b", "Mapping", wanted)
     return wanted
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
-from typing import Literal, TypedDict, get_args
+from typing import Literal, SupportsFloat, TypedDict, get_args
 
 from turret.errors import BadExperiment
 from turret.json_types import JsonMapping, JsonObject, Plain
@@ -69,7 +69,7 @@ class Metric:
         if isinstance(value, str):
             value = {"true": True, "false": False, "yes": True, "no": False}.get(value.strip().lower(), value)
         try:
-            number = float(value) if isinstance(value, bool | int | float | str) else math.nan
+            number = float(value) if isinstance(value, str | SupportsFloat) else math.nan
         except (ValueError, OverflowError):
             number = math.nan
         if self.kind == "binary" and number not in (0.0, 1.0):
