@@ -104,7 +104,7 @@ def checked_methods(kind: C) -> C:
 
 
 def _spelt_out(wanted: str, function: Callable[..., object]) -> str:
-    """The alternatives of a `Literal` that has a name, such as `Scope`, in or below a sequence; a shape is a mapping."""
+    """With the alternatives of a named `Literal`, such as `Scope`, and a mapping for a TypedDict, in a sequence too."""
     for name in re.findall(r"\w+", wanted):
         alias = getattr(inspect.unwrap(function), "__globals__", {}).get(name)
         if get_origin(alias) is Literal:
