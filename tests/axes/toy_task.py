@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from turret.data import Dataset, Example, Input, Labelled, Schema
 from turret.data.columns import LABELLED
-from turret.json_types import JsonMapping, JsonObject
 from turret.tasks import Prediction
 from turret.tasks.classify import HeadAnswers, TextInputs
+from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import TaskSettings
 from turret.transformer import Tokenizer
 
@@ -46,10 +46,10 @@ class Rate(HeadAnswers):
         return cls(dataset.labels, tokenizer, settings.max_tokens)
 
     @classmethod
-    def from_spec(cls, spec: JsonMapping, tokenizer: Tokenizer) -> Rate:
+    def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Rate:
         return cls(spec["labels"], tokenizer, spec["max_tokens"])
 
-    def spec(self) -> JsonObject:
+    def spec(self) -> TaskSpec:
         return {"kind": self.kind, "labels": list(self.labels), "max_tokens": self.max_tokens}
 
     @classmethod
@@ -57,7 +57,7 @@ class Rate(HeadAnswers):
         return 1
 
     @classmethod
-    def head_config(cls, spec: JsonMapping) -> JsonObject:
+    def head_config(cls, spec: TaskSpec) -> HeadConfig:
         return {"problem_type": "regression"}
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
@@ -71,13 +71,13 @@ class Rate(HeadAnswers):
     def guessing_loss(self, examples: Sequence[Example]) -> float:
         return float(self.targets(examples).var(correction=0)) / 2
 
-    def metrics(self, logits: Tensor, targets: Tensor) -> JsonObject:
+    def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         examples = [Labelled("", f"{grade:g}") for grade in targets.tolist()]
         grades = [answer["label"] for answer in self.answers(logits)]
         scores = [self.score(grade, example) for grade, example in zip(grades, examples, strict=True)]
         return {self.metric: sum(scores) / len(scores), "loss": float(self.loss(logits, targets))}
 
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[JsonObject]:
+    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         import torch
 
         grades = torch.tensor([float(label) for label in self.labels]).double()  # (G,)
@@ -86,7 +86,7 @@ class Rate(HeadAnswers):
         return [{"label": max(row, key=row.__getitem__), "probabilities": row} for row in rows]
 
     @classmethod
-    def judged(cls, answer: JsonMapping) -> str:
+    def judged(cls, answer: Answer) -> str:
         return str(answer["label"])
 
     @classmethod
@@ -94,7 +94,7 @@ class Rate(HeadAnswers):
         return 1 / (1 + abs(float(str(given)) - float(str(example.output))))
 
     @classmethod
-    def line(cls, answer: JsonMapping) -> str:
+    def line(cls, answer: Answer) -> str:
         return f"grade {answer['label']}"
 
 
