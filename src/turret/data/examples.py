@@ -176,7 +176,6 @@ class Pair(Example):
         return (self.source, *self.references)
 
 
-@register_example
 class Message(TypedDict):
     """A turn of a conversation as a chat template takes it."""
 
@@ -187,6 +186,7 @@ class Message(TypedDict):
     tool_call_id: NotRequired[str]
 
 
+@register_example
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One turn of a conversation."""
