@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-JsonValue: TypeAlias = Any  # mypy cannot narrow a recursive type: check a value before using it
+Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"  # any JSON or TOML
+JsonValue: TypeAlias = Any  # what a library gives, on its way to a shape
 JsonObject: TypeAlias = dict[str, Any]  # for writing
 JsonMapping: TypeAlias = Mapping[str, Any]  # for reading
-Plain: TypeAlias = "bool | int | float | str | Sequence[Plain] | Mapping[str, Plain] | None"  # JSON or TOML
 
 
 def mapping_of(value: Plain) -> JsonMapping:
