@@ -163,7 +163,7 @@ class CellRunner:
                 result = self._run(cell, here, self.title(cells, number))
             self._note_result(cell, result)
 
-    def _note_result(self, cell: Cell, result: JsonObject | None) -> None:
+    def _note_result(self, cell: Cell, result: Mapping[str, Plain] | None) -> None:
         if result is not None:
             self.results[cell.key] = CellResult.of(cell, result)
             self.last = f"{cell.candidate.label} {100 * float(self.results[cell.key].scores.mean()):.1f}"
