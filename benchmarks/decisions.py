@@ -162,7 +162,7 @@ def turrets(job: Job) -> dict[str, Chances]:
             }
         )
         workspace.train(recipe)
-        fitted = workspace.resolve("side").part("task").get("calibration") or {"temperature": 1.0}
+        fitted = workspace.resolve("side").task.get("calibration") or {"temperature": 1.0}
         answers = workspace.predict("side", job.texts)
     chances = [[each["probabilities"].get(label, 0.0) for label in job.labels] for each in answers]
     hot = np.maximum(np.asarray(chances), 1e-12) ** fitted["temperature"]  # softmax(z) of softmax(z / T)

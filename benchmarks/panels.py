@@ -76,7 +76,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, An
         for count in COUNTS:
             names = [f"{letter}{number}" for number in range(count)]
             workspace.panels.create(f"p{letter}{count}", {name: name for name in names})
-    labels = workspace.resolve("a0").part("task")["labels"]
+    labels = workspace.resolve("a0").task["labels"]
     with serving("encoder", folder, options) as url:
         return {each: asyncio.run(all_ways(url, letter, texts, labels, options)) for each, letter in METHODS.items()}
 

@@ -54,7 +54,7 @@ def test_a_put_answers_alike_whether_or_not_another_tenant_has_the_bytes(store: 
     made = [store.with_access(access).put("news", bundle) for access in (A, B)]
     assert made[0].as_json() | {"created": ""} == made[1].as_json() | {"created": ""}
     copies = {blob for access in (A, B) for blob in store.with_access(access)._look_up("news")[1].values()}
-    assert len(copies) == len(made[0].part("files")) + 1  # each content is kept once
+    assert len(copies) == len(made[0].manifest["files"]) + 1  # each content is kept once
     store.with_access(A).delete("news@1")
     assert store.gc().removed == ()
     assert store.with_access(B).verify().ok

@@ -84,17 +84,17 @@ class Resolver:
 
     def check(self, version: Version, base: str) -> None:
         """Raise Refused for an adapter that vLLM cannot serve, or of another base."""
-        method, task = version.part("method"), version.part("task")
+        method, task = version.method, version.task
         if method.get("kind") != "lora":
             kind = method.get("peft_type") or method.get("kind")  # DoRA and others are PEFT's
             raise Refused(f"{version} is {str(kind)[:40]}, and vLLM serves only plain LoRA: ask a server of turret")
         if "labels" in task:
             raise Refused(f"{version} classifies, and vLLM serves no heads of adapters: ask a server of turret")
-        trained, served = version.part("base").get("fingerprint"), fingerprint_of(base)
+        trained, served = version.base.get("fingerprint"), fingerprint_of(base)
         if trained != served:
             raise Refused(
                 f"{version} was trained on other weights ({str(trained)[:19]}) than those that vLLM serves "
-                f"({served[:19]}): serve the base {str(version.part('base').get('id'))[:80]}"
+                f"({served[:19]}): serve the base {str(version.base.get('id'))[:80]}"
             )
 
 
