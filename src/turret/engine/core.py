@@ -255,7 +255,7 @@ class Passes:
 
     def _scored(self, request: Request, scores: Sequence[float]) -> None:
         if all(map(math.isfinite, scores)):
-            self._end(request, Done({"scores": list(scores), "prompt_tokens": request.tokens}), 0)
+            self._end(request, Done({"logprobs": list(scores), "prompt_tokens": request.tokens}), 0)
         else:
             self._end(request, Failed(self._not_finite(request)), 0)
 

@@ -132,11 +132,15 @@ class Answer(TypedDict, total=False):
     # what the engine and those who ask it add
     tokens: int  # that were generated
     prompt_tokens: int
-    logprobs: list[TokenReport]
+    logprobs: list[TokenReport] | list[float]  # the numbers alone, of tokens that were given to be scored
     logits: list[float] | list[list[float]]
-    scores: list[float]  # the log-probability of each token of a text that was given
     label_set: list[str]
     abstain: bool
+
+
+def reports_in(answer: Answer) -> list[TokenReport]:
+    """The tokens of an answer's text, with the most probable ones at their places."""
+    return [each for each in answer["logprobs"] if isinstance(each, dict)]
 
 
 MetricParts: TypeAlias = Mapping[str, Mapping[str, float]]  # by class or question, the numbers of each

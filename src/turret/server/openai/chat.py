@@ -26,7 +26,7 @@ from turret.server.openai import chat_schemas
 from turret.server.questions import admit, ask, now, usage
 from turret.server.routes import Unit, View, router
 from turret.tasks.chat_template import ChatTemplate, base_prompt
-from turret.tasks.shapes import TokenReport
+from turret.tasks.shapes import TokenReport, reports_in
 from turret.tasks.tool_calls import may_begin, read_calls
 
 CALL_ID = 9  # characters: what templates that check the ids of calls ask for
@@ -58,7 +58,7 @@ async def chat(
     choices = []
     for index, answer in enumerate(answers):
         message, reason = said(answer["text"], answer["finish_reason"], tools)
-        found = token_logprobs(answer["logprobs"]) if body.logprobs else None
+        found = token_logprobs(reports_in(answer)) if body.logprobs else None
         choices.append(chat_schemas.ChatChoice(index=index, message=message, logprobs=found, finish_reason=reason))
     model = pending.model or body.model
     return chat_schemas.ChatCompletion(

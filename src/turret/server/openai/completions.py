@@ -16,7 +16,7 @@ from turret.server.generation import EVENTS, CompletionChunks, options_of, repea
 from turret.server.questions import ask, now, usage
 from turret.server.routes import Unit, View, router
 from turret.server.schemas import SEVERAL, WHOLE, Generation, Text, Tokens, Usage, never_together
-from turret.tasks.shapes import Answer, TokenReport
+from turret.tasks.shapes import Answer, TokenReport, reports_in
 
 questions = router("infer")
 
@@ -119,7 +119,7 @@ async def complete(
         CompletionChoice(
             index=index,
             text=answer["text"],
-            logprobs=None if body.logprobs is None else token_logprobs(answer["logprobs"]),
+            logprobs=None if body.logprobs is None else token_logprobs(reports_in(answer)),
             finish_reason=answer["finish_reason"],
         )
         for index, answer in enumerate(given)
@@ -132,7 +132,7 @@ def most_probable(answers: Sequence[Answer], times: int, count: int) -> list[Ans
     """Of each `times` answers to one prompt, the `count` with the highest mean logprob of a token."""
 
     def mean(answer: Answer) -> float:
-        steps = answer["logprobs"]
+        steps = reports_in(answer)
         return sum(step["logprob"] or 0.0 for step in steps) / len(steps) if steps else -math.inf
 
     groups = [answers[start : start + times] for start in range(0, len(answers), times)]
