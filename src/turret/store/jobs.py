@@ -679,7 +679,7 @@ class JobQueue:
     def return_alone(self, taken: Job, problem: str | None) -> None:
         """As `put_aside`, of a cell that shared a process and is next tried in a process of its own."""
         assert taken.spec is not None
-        assert "key" in taken.spec
+        assert "verb" not in taken.spec
         self._put_aside(taken, 0.0, {"spec": {**taken.spec, "alone": True}, "error": problem})
 
     def put_aside(self, taken: Job, seconds: float = 0.0) -> None:
