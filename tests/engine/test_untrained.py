@@ -19,7 +19,7 @@ from turret.data.dataset import read_dataset
 from turret.engine import Engine
 from turret.engine.request import Limits
 from turret.engine.sampling_params import SamplingParams
-from turret.engine.untrained import SCALE, Question, decide
+from turret.engine.untrained import SCALE, ByWords, Question, decide
 from turret.errors import AdapterError, BaseModelError, DataError, NotFound, TurretError
 from turret.methods import LoRA
 from turret.recipe import Recipe
@@ -154,6 +154,22 @@ def test_scored_is_the_log_probability_of_tokens_that_echo_reports(llama: Path) 
 def test_a_wrong_question_is_one_line(labels: Any, more: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
         Question(labels, **more)
+
+
+def test_a_question_that_leaves_no_room_is_refused_and_a_much_longer_one_unread(llama: Path, monkeypatch: Any) -> None:
+    read: list[int] = []
+    encode = ByWords._encoded
+    monkeypatch.setattr(ByWords, "_encoded", lambda self, text: read.append(1) or encode(self, text))
+    with Engine(bases.load(str(llama)), None, limits=Limits(max_tokens=128)) as engine:
+        assert decide(engine, Question(("film", "fox"), "which? " * 5), ["a fox"])
+        assert read
+        for words, tried in ((200, 1), (100_000, 0)):
+            read.clear()
+            with pytest.raises(
+                DataError, match=r"the question has [\d,]+ characters beside the text, more than .* has room"
+            ):
+                decide(engine, Question(("film", "fox"), "which? " * words), ["a fox"])
+            assert len(read) == tried
 
 
 def test_a_base_that_cannot_is_one_line(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ MOST_LABELS = 400
 ANSWER_TOKENS = 256  # of a label
 EMPTY = ""
 FIRST_CHARACTERS = 4096  # of a text that are tried first
+TOKEN_CHARACTERS = 16  # a question with more of them for each token that there is room for is refused unread
 TOGETHER = 32  # texts that are asked about at a time
 
 
@@ -153,12 +154,21 @@ class ByWords:
     Args:
         task: of an adapter that generates; None: the base's chat template.
         room: tokens of a prompt and an answer.
+
+    Raises:
+        DataError: a label is too long for an answer, or the question without a text is too long for a prompt.
     """
 
     def __init__(self, base: ReadBase, question: Question, task: Task | None, room: int) -> None:
         self.question = question
         longest = min(ANSWER_TOKENS, room // 4)
         self._task = task or bare_chat(base.tokenizer, room - longest, longest)
+        characters = len(question.prompt(EMPTY))
+        if characters > TOKEN_CHARACTERS * room or self._encoded(EMPTY).cut:
+            raise DataError(
+                f"the question has {characters:,} characters beside the text, more than {base.id} has room for: "
+                "give shorter instructions and descriptions, or fewer labels"
+            )
         encoded = self._task.encode_examples([Pair(question.prompt(EMPTY), label) for label in question.labels])
         self._targets = tuple(() if target is None else tuple(target.ids.tolist()) for _, target in encoded)
         for label, (_, target) in zip(question.labels, encoded, strict=True):
