@@ -11,7 +11,8 @@ Memory is the most that the process had, all of it counted; of a serving job it 
 - classify: 256 texts with four adapters in one mixture.
 - decode: 48 articles with four adapters in one mixture, 24 tokens each, on SmolLM2-135M.
 - serve-classify: 512 texts of the same kind from 64 clients over HTTP, to a `turret serve` process.
-- serve-decode: 96 articles from 64 clients over HTTP.
+- serve-decode: 96 articles from 64 clients over HTTP, to `/v1/completions`.
+- serve-chat: 48 of them as conversations, to `/v1/chat/completions`.
 
     python benchmarks/two_trees.py OLDER NEWER --pairs 60        folders of two checkouts; half an hour
     python benchmarks/two_trees.py                               what the kept runs say
@@ -135,7 +136,7 @@ def _answering(folder: Path, name: str, rows: int) -> Block:
     return block
 
 
-def _serving(folder: Path, name: str, rows: int) -> Block:
+def _serving(folder: Path, name: str, rows: int, *, chat: bool = False) -> Block:
     _store(folder, name)
     decoder = name == "decode"
     command = [sys.executable, "-m", "turret", "serve", "--base", DECODER if decoder else ENCODER, "--port", "0"]
@@ -143,10 +144,14 @@ def _serving(folder: Path, name: str, rows: int) -> Block:
     atexit.register(server.terminate)
     assert server.stdout is not None
     address = urlsplit(json.loads(server.stdout.readline())["url"]).netloc
-    path, field = ("/v1/completions", "prompt") if decoder else ("/v1/classify", "input")
+    path = "/v1/chat/completions" if chat else "/v1/completions" if decoder else "/v1/classify"
     options = {"max_tokens": 24, "temperature": 0} if decoder else {}
+
+    def asked(text: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": text}]} if chat else {"prompt" if decoder else "input": text}
+
     bodies = [
-        json.dumps({"model": version, field: text, **options})
+        json.dumps({"model": version, **asked(text), **options})
         for text, version in zip(*_asked(name, rows), strict=True)
     ]
     connections = threading.local()  # of the threads of one block: the server closes those that idle
@@ -175,6 +180,7 @@ PREPARE: dict[str, Callable[[Path], Block]] = {
     "decode": lambda folder: _answering(folder, "decode", 48),
     "serve-classify": lambda folder: _serving(folder, "classify", 512),
     "serve-decode": lambda folder: _serving(folder, "decode", 96),
+    "serve-chat": lambda folder: _serving(folder, "decode", 48, chat=True),
 }
 JOBS = (*TRAININGS, *PREPARE)
 
