@@ -55,8 +55,8 @@ def test_a_client_that_does_not_read_is_given_up_and_others_go_on(serve, put, un
     with socket.create_connection(("127.0.0.1", running.port), timeout=10) as lazy:
         lazy.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
         until(lambda: running.served.load.requests == 1)
-        until(lambda: running.served.load.requests == 0, seconds=5)
-        until(lambda: len(running.server.server_state.connections) == 0, seconds=5)
+        until(lambda: running.served.load.requests == 0, seconds=20)
+        until(lambda: len(running.server.server_state.connections) == 0, seconds=20)
     assert running.client().post("/v1/completions", json={"model": "a", "prompt": "x"}).status_code == 200
     assert not [line for line in running.log() if line["event"] == "bug"]
 
