@@ -33,7 +33,7 @@ from turret.engine.cache import KVSlot
 from turret.errors import AdapterError
 from turret.families.family import Family, HeadKind, head_of
 from turret.ops.core import real_gpu, uploaded
-from turret.ops.lora import GpuRows, MixedRows, Stack, linear, mixed_rows, sgmv
+from turret.ops.lora import GpuRows, MixedRows, Pair, Stack, linear, mixed_rows, sgmv
 from turret.ops.structs import AdapterSpans
 from turret.ops.table import of
 from turret.tasks import Task
@@ -42,8 +42,6 @@ from turret.transformer import Model
 # --- the tensors of one adapter ---------------------------------------------------------------------------------------
 # All of them are in one flat buffer. Adapters of one shape share the places of their tensors in it, so with hundreds in
 # memory each one adds little more than its numbers.
-
-Pair = tuple[Tensor, Tensor]  # the factors of a linear layer, A (R, D_in) and the scaled B (R, D_out); or keys, values
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ class ByWords:
 
     def scores(self, first: Sequence[Answer], answers: Sequence[Answer]) -> list[float]:
         (own,) = answers
-        return [each for each in own["logprobs"] if isinstance(each, float)]
+        return [each for each in own["logprobs"] if isinstance(each, int | float)]
 
     def mass(self, scores: Sequence[float]) -> float | None:
         return min(1.0, math.fsum(map(math.exp, scores)))

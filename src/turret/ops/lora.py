@@ -196,7 +196,7 @@ class FrozenProducts(NamedTuple):
 # --- a mixture of adapters --------------------------------------------------------------------------------------------
 
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]  # the factors of a linear layer, A (R, D_in) and the scaled B (R, D_out); or keys, values
 Segment = tuple[int, int, Mapping[int, Pair]]  # first token, one past the last, and factors by number of the layer
 
 

@@ -224,8 +224,8 @@ def submit_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, byt
     recipe, own = _on_own_base(view, recipe)
     study = as_spec(order, recipe.data.source)
     with _with_data(view, owner, recipe, files) as (recipe, tables):
-        queue = view.workspace.queue
-        return shown(queue.study(queue.submit_sent(recipe, tables, own_base=own, study=study)["id"]))
+        row: JsonValue = view.workspace.queue.submit_sent(recipe, tables, own_base=own, study=study)
+        return shown(row)
 
 
 # --- plans and trainings ----------------------------------------------------------------------------------------------

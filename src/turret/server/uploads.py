@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Request, params
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -20,6 +21,7 @@ BATCH = "batch"  # the purpose of a file with requests
 PURPOSES = (BATCH, TABLE)
 PIECE = 1 << 20  # bytes of a file that are in memory at a time
 MOST_FIELD = 1024  # bytes of a field beside the file
+FileId = Annotated[str, params.Path(min_length=1, max_length=60)]  # in an address
 
 
 def owner_of(caller: Caller) -> str:

@@ -376,9 +376,7 @@ _COLUMNS = ("name", "number", "digest", "created", "run", "bytes", "who", "compa
 def _version(row: RowMapping, pointing: tuple[str, ...]) -> Version:
     columns = {key: row[key] for key in _COLUMNS}
     metrics = {split: values for split, values in mapping_of(row["metrics"]).items() if isinstance(values, Mapping)}
-    manifest, is_one = Manifest(), isinstance(row["manifest"], Mapping)
-    if is_one:
-        manifest = row["manifest"]
+    manifest: JsonValue = mapping_of(row["manifest"])
     return Version(**columns, metrics=metrics, manifest=manifest, aliases=pointing)
 
 

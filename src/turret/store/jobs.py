@@ -34,7 +34,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, final
 
 from sqlalchemy import (
@@ -196,32 +196,15 @@ class Job:
     died: bool = False  # the process that had it before has died
 
     def as_json(self) -> TakenJob:
-        return {
-            "id": self.id,
-            "tenant": self.tenant,
-            "recipe": self.recipe,
-            "tries": self.tries,
-            "lease": self.lease.as_json(),
-            "alone": self.alone,
-            "kind": self.kind,
-            "spec": self.spec,
-            "died": self.died,
-        }
+        found: JsonValue = asdict(self)
+        taken: TakenJob = found
+        return taken
 
     @classmethod
     def of(cls, value: TakenJob) -> Job:
         """What the parent process has taken, from `as_json`."""
-        return cls(
-            value["id"],
-            value["tenant"],
-            value["recipe"],
-            value["tries"],
-            Lease.of(value["lease"]),
-            value["alone"],
-            value["kind"],
-            value["spec"],
-            value["died"],
-        )
+        fields: JsonObject = {**value, "lease": Lease.of(value["lease"])}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)

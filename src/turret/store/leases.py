@@ -90,12 +90,9 @@ class Lease:
                 "nothing that it did since then is kept"
             )
 
-    def as_json(self) -> LeaseSpec:
-        return {"name": self.name, "owner": self.owner, "fence": self.fence, "seconds": self.seconds}
-
     @classmethod
     def of(cls, value: LeaseSpec) -> Lease:
-        """The lease of a parent process, from `as_json`."""
+        """The lease of a parent process."""
         return cls(str(value["name"]), str(value["owner"]), int(value["fence"]), float(value["seconds"]))
 
 

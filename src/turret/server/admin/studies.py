@@ -9,6 +9,7 @@ from fastapi import Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from turret.errors import BadRequest
+from turret.json_types import JsonValue
 from turret.recipe import Recipe
 from turret.server import trainings
 from turret.server.admin.runs import PlanRequest, encoded
@@ -92,5 +93,5 @@ async def resume_study(study_id: StudyId, view: View) -> Study:
 
 async def _changed(view: View, change: Callable[[str], RunRow | StudyRow], study_id: str) -> Study:
     await view.control(view.workspace.queue.study, study_id)  # raises NotFound for the id of a training
-    await view.control(change, study_id)
-    return trainings.shown(await view.control(view.workspace.queue.study, study_id))
+    row: JsonValue = await view.control(change, study_id)
+    return trainings.shown(row)

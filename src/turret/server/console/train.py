@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fastapi import Path, Query, Request, Response
+from fastapi import Query, Request, Response
 
 from turret.data import source as tables
 from turret.errors import BadRequest, TurretError
@@ -19,7 +19,7 @@ from turret.server.console import render
 from turret.server.console.forms import Form, Sent, pages
 from turret.server.routes import View
 from turret.server.trainings import SentPlan
-from turret.server.uploads import keep, owner_of
+from turret.server.uploads import FileId, keep, owner_of
 from turret.store.client_files import TABLE
 from turret.tasks import TASKS, Task
 
@@ -35,7 +35,6 @@ STEPS = {  # what a table is for -> the path of the next step, and the words of 
 }
 Source = Annotated[str, Query(min_length=1, max_length=500)]
 Then = Literal["plan", "compare", "sweep"]
-FileId = Annotated[str, Path(min_length=1, max_length=60)]
 
 
 @router.get("/train")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Annotated, BinaryIO, Literal
 
-from fastapi import Path, Query, Request
+from fastapi import Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
@@ -15,11 +15,10 @@ from starlette.datastructures import UploadFile
 from turret.errors import BadRequest
 from turret.json_types import JsonObject
 from turret.server.routes import View, router
-from turret.server.uploads import PIECE, PURPOSES, keep, owner_of, read_form
+from turret.server.uploads import PIECE, PURPOSES, FileId, keep, owner_of, read_form
 from turret.store.client_files import ClientFile
 
 questions = router("infer")
-FileId = Annotated[str, Path(min_length=1, max_length=60)]
 _FORM: JsonObject = {
     "type": "object",
     "required": ["file", "purpose"],
