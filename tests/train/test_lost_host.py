@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import small_models
 from servers import PostgresServer
@@ -19,7 +21,7 @@ from workspace.test_other_machine import until
 
 from turret.store import Store
 
-EPOCHS = 90
+EPOCHS = 30
 pytestmark = [pytest.mark.slow, pytest.mark.fleet]
 
 
@@ -40,9 +42,11 @@ class Host:
         )
 
     def lose(self) -> None:
-        """The host is gone, with what was on it."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
+        """The host is gone, with what was on it: torchrun, and its trainings, which are in sessions of their own."""
+        for each in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        self.process.communicate(timeout=60)
         shutil.rmtree(self.local, ignore_errors=True)
 
     def ended(self, seconds: float = 900) -> tuple[int, str, str]:
@@ -65,7 +69,7 @@ def test_a_training_that_lost_a_host_goes_on_from_the_stores_checkpoint_with_the
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f'name = "films"\nbase = "{base}"\ndata = "{tmp_path / "films.csv"}"\n[train]\nepochs = {EPOCHS}\n'
-        'batch_size = 5\nlr = 1e-3\ncheckpoint_every = 8\ndtype = "float32"\nshard = "fsdp2"\n'
+        'batch_size = 5\nlr = 1e-3\ncheckpoint_every = 4\ndtype = "float32"\nshard = "fsdp2"\n'
     )
     digests = {}
     for name in ("whole", "cut"):
@@ -91,7 +95,7 @@ def test_a_training_that_lost_a_host_goes_on_from_the_stores_checkpoint_with_the
         (status, out, err), (other, silent, errors) = pair[0].ended(), pair[1].ended()
         assert (status, other, silent) == (0, 0, ""), err + errors
         said = json.loads(out)
-        assert (said["resumed_from"] or 0) >= (8 if name == "cut" else 0), "it began anew"
+        assert (said["resumed_from"] or 0) >= (4 if name == "cut" else 0), "it began anew"
         digests[name] = store.show("films@1")["files"]["adapter_model.safetensors"]["digest"]
         assert [each["state"] for each in store.runs()] == ["finished"]
     assert digests["whole"] == digests["cut"]
