@@ -154,7 +154,7 @@ def test_a_version_that_learnt_nothing_is_stored_with_a_warning(typed, tmp_path,
     assert capsys.readouterr().out.count("nothing was learnt") == 2
 
 
-def test_people_are_told_what_was_stored_and_what_to_try(typed, capsys) -> None:
+def test_people_are_told_what_was_stored_and_what_to_try(typed, capsys, monkeypatch) -> None:
     from turret.workspace import RunResult
 
     with Progress(as_json=False) as shown:
@@ -171,6 +171,10 @@ def test_people_are_told_what_was_stored_and_what_to_try(typed, capsys) -> None:
         f"turret serve --base {json.loads(typed.out)['base']['id']} --store elsewhere",
     ):
         assert words in out
+    monkeypatch.setenv("TURRET_STORE", "elsewhere")
+    with Progress(as_json=False) as shown:
+        shown.stored(RunResult(**json.loads(typed.out)), "elsewhere")
+    assert "--store" not in capsys.readouterr().out, "the shell says it already"
 
 
 def test_the_lines_after_a_verb_offer_the_next_step(typed, tmp_path, capsys) -> None:

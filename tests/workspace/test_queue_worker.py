@@ -253,8 +253,10 @@ def test_a_worker_of_a_folder_store_trains_what_waits_and_keeps_the_log(tmp_path
     recipe = recipe_in(tmp_path)
     good, bad = workspace.queue.submit(recipe), workspace.queue.submit(recipe.with_overrides({"data.text": "nothing"}))
     worker = start(str(workspace.store.root), "--until-empty")
-    _, err = worker.communicate(timeout=200)
+    out, err = worker.communicate(timeout=200)
     assert worker.returncode == 0, err
+    said = [line for line in (out + err).splitlines() if "step 3 of 3" in line]
+    assert [line.startswith(f"run {good['id']}: step 3 of 3, loss") for line in said] == [True]
     assert workspace.run(good["id"])["state"] == "finished"
     assert [str(version) for version in workspace.list()] == ["reviews@1"]
     assert workspace.show("reviews@1")["run"]["id"] == good["id"]

@@ -56,13 +56,15 @@ def emit(value: JsonValue) -> None:
 
 
 def offer(commands: Iterable[str], store: Location | str, out: Console | None = None) -> None:
-    """Print the next useful commands, with `--store` if it is not the usual one.
+    """Print the next useful commands, with `--store` if the store is neither the usual one nor that of TURRET_STORE.
 
     Args:
         commands: without `turret`, such as `show news@3`.
         store: as the user named it.
     """
-    where = "" if str(store) == ".turret" else f" --store {shlex.quote(str(store))}"
+    named = store if isinstance(store, str) else store.given or str(store)
+    usual = os.environ.get("TURRET_STORE") or ".turret"
+    where = "" if named == usual else f" --store {shlex.quote(str(store))}"
     out = out or console()
     out.print("[bold]try[/]")
     for command in commands:

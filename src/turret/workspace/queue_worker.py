@@ -276,7 +276,7 @@ class Worker:
         return not self._tries or (not entry.died_beside and can_share(entry.recipe, entry.spec))
 
     def _begin(self, taken: Job, say: Say | None = None, stop: Callable[[], bool] = never) -> _Try:
-        """Begin a try. say: called with its lines; None: the worker says them with its id."""
+        """Begin a try. say: called with its lines; None: the worker says them, and that the try begins."""
         self.count += 1
         tell = silent if say is not None else self._say
         tell(f"run {taken.id}, try {taken.tries}")
@@ -285,8 +285,7 @@ class Worker:
             trainer = None
         elif trainer is None:
             self._make_room(taken)
-        line = say or (lambda line: self._say(f"run {taken.id}: {line}"))
-        new = _Try(self, taken, tell, line, stop, trainer)
+        new = _Try(self, taken, tell, say or self._say, stop, trainer)
         new.thread.start()
         return new
 
