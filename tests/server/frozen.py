@@ -279,7 +279,10 @@ def _at(reference: str, whole: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _rendered(instance: Any, pattern: str, most: int) -> Iterator[bytes]:
-    """Bodies with the pattern in its place in an instance: as long as the schema, and as the route, allows."""
+    """Bodies with the pattern in its place in an instance: as long as the schema, and as the route, allows.
+
+    A text that is longer than its schema allows is refused by the same lines for every field, so only FEW are so long.
+    """
     text = json.dumps(instance)
     if NUMBER in text:
         if pattern in ("9", "a."):
@@ -291,8 +294,8 @@ def _rendered(instance: Any, pattern: str, most: int) -> Iterator[bytes]:
         return
     escaped = json.dumps(pattern)[1:-1]
     room = (most - len(text)) // len(escaped)
-    counts = {room, min(room, int(found[1]) // len(pattern)) if found[1] else room}
-    for count in counts:
+    allowed = min(room, int(found[1]) // len(pattern)) if found[1] else room
+    for count in {allowed, room if pattern in FEW else allowed}:
         yield text.replace(found[0], escaped * count).encode()
 
 
