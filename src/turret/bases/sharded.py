@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from turret.bases import fingerprint_cache
 from turret.bases.base import (
     Base,
     Dtype,
     LoadingInfo,
+    cache_fingerprint,
+    cached_fingerprint,
     cast,
     dtype_on,
     fitting,
@@ -126,9 +127,9 @@ def load_in_parts(
             f"{first}; leave train.shard out, or write it anew with save_pretrained()"
         )
     fresh = fresh_parameters(source, family, model, loading)
-    digest = fingerprint_cache.read(source.weights) or checkpoint_fingerprint(source, model, family)
+    digest = cached_fingerprint(source.weights) or checkpoint_fingerprint(source, model, family)
     assert digest is not None, "every tensor has been found"
-    fingerprint_cache.write(source.weights, digest)
+    cache_fingerprint(source.weights, digest)
     cast(model, torch_dtype)
     whole = [each for each in (*model.parameters(), *model.buffers()) if not each.is_meta]
     with fitting(base, sum(each.nbytes for each in whole), device.device):

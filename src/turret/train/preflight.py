@@ -40,9 +40,8 @@ from turret.train.batches import (
     spread,
 )
 from turret.train.evaluation import evaluate
-from turret.train.initialize import attach, extracted
+from turret.train.initialize import attach, defaults_of, extracted, seeded
 from turret.train.linear_start import head_start
-from turret.train.seeds import defaults_of, seeded
 from turret.train.step import backward, loss_of
 from turret.train.training_plan import MOST_TRIALS, Plan, TrialSize, size_of
 from turret.transformer import Model, Tokenizer

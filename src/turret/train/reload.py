@@ -21,8 +21,7 @@ from turret.adapters import Adapter
 from turret.bases import Base
 from turret.errors import ProofFailed, TurretError
 from turret.json_types import JsonObject
-from turret.train.adapter_effect import effect_of
-from turret.train.proof import Probe, ProofRequest, tolerance
+from turret.train.proof import Probe, ProofRequest, effect_of, tolerance
 
 
 def main(folder: Path) -> None:

@@ -38,8 +38,8 @@ from turret.tasks import TASKS, Task, make_task, task_from_spec, task_of
 from turret.tasks.embedding import HEADLESS
 from turret.tasks.shapes import TaskSpec
 from turret.tasks.task import kinds
-from turret.train.adapter_effect import AdapterEffect, effect_of
 from turret.train.batches import EncodedRow, EncodedRows
+from turret.train.proof import AdapterEffect, effect_of
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Imported
 from turret.workspace.stored_adapter import quantization_of
