@@ -287,7 +287,7 @@ def test_a_worker_that_was_stopped_and_wakes_up_writes_nothing(new_url, tmp_path
     slow.send_signal(signal.SIGCONT)
     _, err = slow.communicate(timeout=60)
     assert slow.returncode == 1
-    assert f"LeaseLost: runs/{run} was taken over" in err
+    assert f"LeaseLost: jobs/{run} was taken over" in err
     assert len(queue.log(run)) == before
     with store.database().writing() as connection:
         quick.lease.require(connection)
