@@ -47,7 +47,7 @@ TARGETS = {
     ),
     "e-process": Target("statistics.py", ("experiments/test_e_process.py", "experiments/test_evidence.py")),
     "verdicts": Target("compare/verdict.py", ("compare/test_report.py", "compare/test_evidence.py")),
-    "quotas": Target("server/quotas.py", ("server/test_quotas.py",)),
+    "quotas": Target("server/limits.py", ("server/test_quotas.py",)),
     "shared-quotas": Target("server/replica.py", ("server/test_replicas.py",), IN_FOLDER),
     "scopes": Target(
         "server/auth.py", ("server/test_auth.py", "server/test_console_access.py", "server/test_control.py")

@@ -13,7 +13,7 @@ import pytest
 from server.conftest import Running
 
 from turret.engine import Engine, SamplingParams
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.workspace import Workspace
 
 TOLERANCE = 2e-2  # of a probability: `predict` has its base in bfloat16 where the processor has it

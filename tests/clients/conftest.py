@@ -20,7 +20,7 @@ from server.conftest import Running
 from server.test_end_to_end import bundle
 
 from turret import engine as engine_room
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.tasks.classify import Classify
 from turret.tasks.score import Score
 from turret.workspace import Question, Workspace

@@ -21,8 +21,7 @@ from turret.access import OPERATOR
 from turret.server.app import Server, bind, url_of
 from turret.server.engines import Engines
 from turret.server.logs import Log
-from turret.server.services import Services, View
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings, Services, View
 from turret.store import Version
 from turret.workspace import Workspace
 

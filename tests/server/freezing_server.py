@@ -11,8 +11,7 @@ import time
 from server import echo_server
 
 from turret.server import app
-from turret.server.routes import router
-from turret.server.schemas import Model, Text
+from turret.server.routes import Model, Text, router
 
 careless = router("infer")
 

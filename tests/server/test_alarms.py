@@ -21,8 +21,8 @@ from turret import audit
 from turret.cli.main import app
 from turret.errors import ServeRefused
 from turret.experiments import Guards
-from turret.server import alarms as sending
-from turret.server.alarms import SIGNATURE, AlarmSettings
+from turret.server import live_promises
+from turret.server.live_promises import SIGNATURE, AlarmSettings
 from turret.store import alarms
 from turret.store.alarms import KINDS
 from turret.workspace import Workspace
@@ -69,9 +69,9 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sending, "PAUSES", (0.01, 0.02))
-    monkeypatch.setattr(sending, "SECONDS", 0.5)
-    monkeypatch.setattr(sending, "AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr(live_promises, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(live_promises, "ALARM_SECONDS", 0.5)
+    monkeypatch.setattr(live_promises, "AGAIN_SECONDS", 0.2)
 
 
 def break_promise(running: Running, **changes: Any) -> Any:

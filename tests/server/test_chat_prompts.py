@@ -19,7 +19,7 @@ import turret
 from turret import engine as engine_room
 from turret.data import Conversation
 from turret.recipe import Task
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.tasks import Chat, make_task
 from turret.tasks.generate import Generate
 from turret.train.batches import EncodedRows

@@ -77,7 +77,7 @@ def guarded(tmp_path_factory):
     from server.echo import FINGERPRINT, Echo
     from store.bundles import tensors, write_bundle
 
-    from turret.server.settings import ServerSettings
+    from turret.server.services import ServerSettings
     from turret.workspace import Workspace
 
     folder = tmp_path_factory.mktemp("guarded")

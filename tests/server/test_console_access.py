@@ -10,10 +10,9 @@ from server.console_forms import PAGES, form_token, post, signed_in
 
 from turret.errors import Forbidden, Unauthorized
 from turret.server.app import ROUTERS, create
-from turret.server.auth import Guard, check_origin
+from turret.server.auth import SESSION_COOKIE, Guard, Sessions, check_origin, session_cookie, session_of
 from turret.server.console.forms import form_of
 from turret.server.limits import FILES
-from turret.server.sessions import COOKIE, Sessions, cookie, session_of
 from turret.store import Store
 
 # --- signing in ------------------------------------------------------------------------------------------------------
@@ -93,11 +92,11 @@ def test_signing_out_ends_the_session_here_too(serve, workspace) -> None:
     _, secret = workspace.tokens.create("boss", ["admin"])
     running = serve()
     client = signed_in(running, secret)
-    kept = client.cookies[COOKIE]
+    kept = client.cookies[SESSION_COOKIE]
     got = post(client, "/sign-out")
     assert "Max-Age=0" in got.headers["set-cookie"]
     again = running.client()
-    again.cookies.set(COOKIE, kept)
+    again.cookies.set(SESSION_COOKIE, kept)
     assert again.get("/adapters").status_code == 303
 
 
@@ -145,23 +144,23 @@ def test_sessions_end_by_time_and_by_number_and_are_kept_as_hashes() -> None:
     assert len(sessions) == 2
     assert [sessions.token_hash(each) for each in others] == ["two", "three"]
     assert [sessions.token_hash(each) for each in (None, "", "nobody")] == [None, None, None]
-    assert session_of(f"other=1; {cookie('abc', 5, secure=False).split(';')[0]}") == "abc"
+    assert session_of(f"other=1; {session_cookie('abc', 5, secure=False).split(';')[0]}") == "abc"
     assert session_of("=;;\x00") is None
-    assert session_of(f"{COOKIE}=first; {COOKIE}=second") == "first"
-    assert session_of(f'{COOKIE}="quoted"') is None
+    assert session_of(f"{SESSION_COOKIE}=first; {SESSION_COOKIE}=second") == "first"
+    assert session_of(f'{SESSION_COOKIE}="quoted"') is None
 
 
 def test_a_session_over_https_counts_only_in_a_cookie_that_no_other_host_can_set() -> None:
     sessions = Sessions(time.monotonic)
     over_https, over_http = sessions.begin("one", secure=True), sessions.begin("two")
-    sent = cookie(over_https, 5, secure=True)
+    sent = session_cookie(over_https, 5, secure=True)
     assert sent.startswith("__Host-turret_session=")
     assert "; Secure" in sent
     assert "Path=/;" in sent
     assert "Domain" not in sent
     assert session_of(sent.split(";")[0]) == over_https
-    assert session_of(f"{COOKIE}={over_https}") is None, "another host or a page over http may have set it"
-    assert session_of(f"{COOKIE}={over_http}; {sent.split(';')[0]}") == over_https
+    assert session_of(f"{SESSION_COOKIE}={over_https}") is None, "another host or a page over http may have set it"
+    assert session_of(f"{SESSION_COOKIE}={over_http}; {sent.split(';')[0]}") == over_https
     assert sessions.token_hash(over_https.removeprefix("s.")) is None
 
 
@@ -169,7 +168,7 @@ def test_a_session_over_https_counts_only_in_a_cookie_that_no_other_host_can_set
 def test_a_cookie_header_is_read_in_the_time_that_its_bytes_take(text) -> None:
     started = time.perf_counter()
     for _ in range(10):
-        assert session_of(f'{COOKIE}="{text}"') is None
+        assert session_of(f'{SESSION_COOKIE}="{text}"') is None
     assert time.perf_counter() - started < 1  # http.cookies takes 24 s for the backslashes in Python 3.11.7
 
 

@@ -31,7 +31,7 @@ from turret.compare.results import Confusions, Coverage, Details, Reliability, R
 from turret.data import TextPair
 from turret.errors import NotFound
 from turret.recipe import Recipe
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.tasks import Mistake
 from turret.tasks.calibration import Bin
 from turret.train import Curve, StepRecord

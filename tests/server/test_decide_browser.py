@@ -16,7 +16,7 @@ from small_models import save_base
 from workspace.test_other_machine import until
 
 from turret.engine import SamplingParams
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.workspace import Workspace
 
 MAIL = "text,label\n" + "".join(f"the {'bill' if n % 2 else 'post'} number {n},{'AB'[n % 2]}\n" for n in range(60))

@@ -18,9 +18,8 @@ from store.bundles import tensors, write_bundle
 from turret import AsyncClient
 from turret.errors import BadRequest
 from turret.experiments import Guards
-from turret.server.limits import RequestLimits
-from turret.server.quotas import Quota
-from turret.server.settings import ServerSettings
+from turret.server.limits import Quota, RequestLimits
+from turret.server.services import ServerSettings
 from turret.store import Question
 from turret.workspace import Workspace
 

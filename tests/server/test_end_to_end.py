@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import turret
 from turret import engine as engine_room
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.tasks.classify import Classify
 from turret.tasks.generate import Generate
 from turret.tasks.questions import Questions

@@ -27,9 +27,9 @@ from server.test_end_to_end import bundle
 from store.bundles import tensors, write_bundle
 
 from turret.access import Access
+from turret.server.auth import MOST_OF_TOKEN, Sessions
 from turret.server.limits import RequestLimits
 from turret.server.oidc import BACK, COOKIE, OidcSettings
-from turret.server.sessions import LIMIT_OF_TOKEN, Sessions
 from turret.store import SessionRows
 from turret.workspace import Workspace
 
@@ -214,8 +214,8 @@ def test_sessions_of_one_token() -> None:
     other = sessions.begin("another token")
     own = [sessions.begin("one token") for _ in range(1030)]
     assert sessions.token_hash(other) == "another token"
-    assert [sessions.token_hash(each) is not None for each in own] == [False] * 998 + [True] * LIMIT_OF_TOKEN
-    assert len(sessions) == LIMIT_OF_TOKEN + 1
+    assert [sessions.token_hash(each) is not None for each in own] == [False] * 998 + [True] * MOST_OF_TOKEN
+    assert len(sessions) == MOST_OF_TOKEN + 1
     many = [sessions.begin(f"token {number}") for number in range(1000)]
     assert len(sessions) == 1024
     left = [sessions.token_hash(each) is not None for each in (other, own[-1], *many)]
@@ -239,7 +239,7 @@ def test_a_flood_of_sign_ins_signs_nobody_else_out(serve, workspace) -> None:
     secrets = tokens(workspace)
     running = serve()
     other, first = signed_in(running, secrets["quiet"]), signed_in(running, secrets["flood"])
-    for _ in range(LIMIT_OF_TOKEN):
+    for _ in range(MOST_OF_TOKEN):
         running.served.guard.sessions.keep(running.served.guard.sign_in(secrets["flood"]))
     assert other.get("/adapters").status_code == 200
     assert first.get("/adapters").status_code == 303, "the control: the first session of that token has ended"

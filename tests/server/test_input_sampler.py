@@ -19,10 +19,9 @@ from turret import audit
 from turret.data import TextPair
 from turret.errors import AdapterError, Busy
 from turret.experiments.input_drift import packed
-from turret.server import input_sampler, services
-from turret.server.alarms import AlarmSettings
+from turret.server import live_promises, services
 from turret.server.engines import Engines
-from turret.server.input_sampler import InputSampler
+from turret.server.live_promises import AlarmSettings, InputSampler
 from turret.server.logs import Log
 from turret.store import promise_inputs, promises
 from turret.store.promises import Promise
@@ -35,7 +34,7 @@ FAR = np.abs(NEAR)  # all in one corner
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(input_sampler, "SECONDS", 0.0)
+    monkeypatch.setattr(live_promises, "SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(services, "INPUT_SECONDS", 0.01)
     monkeypatch.setattr(services, "GUARD_SECONDS", 0.2)
 
@@ -184,7 +183,7 @@ def test_nothing_is_embedded_while_requests_wait_and_a_full_queue_is_no_error(wo
     idle.offer("sampled")
     idle.sampler.turn()
     assert kept(workspace, promise) == 1, "the control"
-    assert idle.engine.priorities == [input_sampler.LOWEST_PRIORITY]
+    assert idle.engine.priorities == [live_promises.LOWEST_PRIORITY]
     idle.engine.waiting = 0
     idle.offer("refused")
     idle.sampler.turn()

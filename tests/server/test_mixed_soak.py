@@ -14,7 +14,7 @@ from server.storm import ADAPTERS, SOAK_SECONDS, OnlyBugs, Tenant, storm
 
 import turret
 from turret.engine import Engine, Limits, SamplingParams
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.store import Version
 from turret.workspace import Workspace
 

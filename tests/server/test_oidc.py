@@ -21,9 +21,9 @@ from oidc_provider_mock import User
 from server.console_forms import form_token, post
 
 from turret.errors import ServeRefused, Unauthorized
+from turret.server.auth import SESSION_COOKIE
 from turret.server.oidc import BACK, PATH, Oidc, OidcSettings
 from turret.server.oidc import COOKIE as SIGN_IN
-from turret.server.sessions import COOKIE
 
 PEOPLE = (
     User(sub="1", claims={"preferred_username": "ann", "org": "legal"}),
@@ -72,7 +72,7 @@ def test_a_person_gets_the_rights_of_the_token_with_their_name_until_it_is_revok
     got = oidc_callback(client, "1")
     assert got.status_code == 200
     assert 'content="0; url=/runs"' in got.text
-    session = next(each for each in got.headers.get_list("set-cookie") if each.startswith(COOKIE))
+    session = next(each for each in got.headers.get_list("set-cookie") if each.startswith(SESSION_COOKIE))
     assert "SameSite=Strict" in session
     assert client.get("/runs").status_code == 200
     assert post(client, "/sign-out", form_token(client)).status_code == 303
@@ -116,7 +116,7 @@ def test_the_provider_may_send_the_browser_back_to_another_server_of_the_store(s
     assert got.status_code == 200, got.text
     assert 'content="0; url=/runs"' in got.text
     assert other.get("/runs").status_code == 200
-    session = {"cookie": f"{COOKIE}={other.cookies[COOKIE]}"}
+    session = {"cookie": f"{SESSION_COOKIE}={other.cookies[SESSION_COOKIE]}"}
     assert one.get("/runs", headers=session).status_code == 200, "the session is one of both"
     assert other.get(BACK, params=answer, headers=cookie).status_code == 401, "it has counted there"
     assert one.get(BACK, params=answer, headers=cookie).status_code == 401, "the provider takes its code once"

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from turret.access import Access
 from turret.engine import SamplingParams
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.workspace import Workspace
 
 PROMPT = "the film "

@@ -29,7 +29,7 @@ from turret.access import Access
 from turret.engine import SamplingParams
 from turret.server.console.playground import MOST, MOST_FILE
 from turret.server.console.playground_form import MODES, MOST_ROWS
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.store import Version
 from turret.workspace import Workspace
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from server import walk
 
 from turret.errors import QuotaSpent
-from turret.server import quotas as module
+from turret.server import limits as module
 from turret.server.app import routes as application
-from turret.server.quotas import Quota, Quotas
+from turret.server.limits import Quota, Quotas
 from turret.store import usage
 
 

@@ -20,11 +20,11 @@ from turret.access import Access
 from turret.audit import LOOK_SECONDS, NewestActions
 from turret.client import AsyncClient
 from turret.errors import Draining, NotFound, QuotaSpent, StoreError, TurretError
+from turret.server.auth import SESSION_COOKIE
+from turret.server.limits import Quota, SharedQuotas
 from turret.server.metrics import Metrics
-from turret.server.quotas import Quota, SharedQuotas
 from turret.server.replica import Leader
-from turret.server.sessions import COOKIE
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.store import Budgets, Store
 from turret.workspace import Workspace
 
@@ -152,8 +152,8 @@ def test_a_session_opened_at_one_server_is_one_of_all_and_ends_at_all(two, where
     form = one.get("/sign-in").text.partition('name="form_token" value="')[2].partition('"')[0]
     same = {"origin": two[0].url}
     assert one.post("/sign-in", data={"token": secret, "form_token": form}, headers=same).status_code == 303
-    session = one.cookies[COOKIE]
-    cookie = {"cookie": f"{COOKIE}={session}"}
+    session = one.cookies[SESSION_COOKIE]
+    cookie = {"cookie": f"{SESSION_COOKIE}={session}"}
     page = other.get("/adapters", headers=cookie)
     assert page.status_code == 200
     form = page.text.partition('name="form_token" value="')[2].partition('"')[0]
@@ -161,7 +161,7 @@ def test_a_session_opened_at_one_server_is_one_of_all_and_ends_at_all(two, where
     out = other.post("/sign-out", data={"form_token": form}, headers=cookie | {"origin": two[1].url})
     assert out.status_code == 303
     until(lambda: one.get("/adapters", headers=cookie).status_code != 200)
-    assert other.get("/adapters", headers=cookie | {"cookie": f"{COOKIE}=unknown"}).status_code in (303, 401)
+    assert other.get("/adapters", headers=cookie | {"cookie": f"{SESSION_COOKIE}=unknown"}).status_code in (303, 401)
 
 
 def test_one_server_does_the_work_of_the_guards_and_another_takes_over(two, where) -> None:

@@ -25,7 +25,7 @@ from turret.engine import Embedding, Engine, Limits, MemoryBudget, SamplingParam
 from turret.engine.untrained import Question, decide
 from turret.errors import ServeRefused
 from turret.server.engines import Engines
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.workspace import Workspace
 
 PLACES = (("bert", "classify", "labels"), ("qwen3", "generate", "news"), ("llama", "generate", "law"))

@@ -7,7 +7,7 @@ from server.conftest import Running
 from server.echo import Echo, SamplingParams, probabilities
 from server.storm import ADAPTERS, SOAK_SECONDS, OnlyBugs, Tenant, classifies, storm
 
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 
 
 def filled(put, workspace) -> Tenant:

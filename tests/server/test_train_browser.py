@@ -20,7 +20,7 @@ from small_models import save_base
 
 from turret.access import Access
 from turret.engine import SamplingParams
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.workspace import Workspace
 from turret.workspace.serving_trainer import TrainingWhileServing
 

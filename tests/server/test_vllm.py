@@ -30,7 +30,7 @@ from turret.engine.constraint import Constraint
 from turret.engine.request import VllmServer
 from turret.engine.vllm import lark_of
 from turret.experiments import Guards
-from turret.server.settings import ServerSettings
+from turret.server.services import ServerSettings
 from turret.tasks.generate import Generate
 from turret.workspace import Workspace
 from turret.workspace.serving import vllm_engine

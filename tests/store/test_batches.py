@@ -13,7 +13,7 @@ from store.commit_proxy import CommitProxy
 
 from turret.database import jobs
 from turret.errors import InUse, LeaseLost, StoreError, TooLarge
-from turret.server.quotas import Quota, SharedQuotas
+from turret.server.limits import Quota, SharedQuotas
 from turret.store import Budgets, Store, client_files, client_tables, leases, usage
 from turret.store.batches import Answer, Batch, Batches
 from turret.store.client_files import ClientFiles

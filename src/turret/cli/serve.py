@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from turret.engine import Limits
     from turret.engine.request import VllmServer
     from turret.server.oidc import OidcSettings
-    from turret.server.settings import ServerSettings
+    from turret.server.services import ServerSettings
     from turret.workspace import Workspace
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -108,11 +108,10 @@ def serve(
     After SIGTERM or Ctrl-C running answers finish. A second signal ends the server at once.
     """
     from turret.engine import Limits, MemoryBudget
-    from turret.server.alarms import AlarmSettings
     from turret.server.auth import origins
-    from turret.server.limits import RequestLimits, networks
-    from turret.server.quotas import Quota
-    from turret.server.settings import ServerSettings
+    from turret.server.limits import Quota, RequestLimits, networks
+    from turret.server.live_promises import AlarmSettings
+    from turret.server.services import ServerSettings
 
     workspace = command.workspace
     settings = ServerSettings(

@@ -11,7 +11,7 @@ from turret import audit
 from turret.access import ANY, Access, check_tenant
 from turret.errors import BadReference, BadRequest, Forbidden, NotFound
 from turret.server.auth import Caller
-from turret.server.quotas import Quota
+from turret.server.limits import Quota
 from turret.server.services import View
 from turret.store import AccessToken, usage
 from turret.store.access_tokens import OPERATE, AccessTokens

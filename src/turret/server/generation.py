@@ -17,11 +17,11 @@ from turret.engine import Piece, SamplingParams
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest, TurretError
 from turret.json_types import JsonObject
-from turret.server.engine_protocol import Input
+from turret.server.engines import Input
 from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS
 from turret.server.questions import PendingAnswers, Update, finish, now, submit, usage
-from turret.server.schemas import Generation
+from turret.server.routes import Generation
 from turret.server.services import View
 from turret.tasks.shapes import TokenReport
 

@@ -18,8 +18,8 @@ from turret.errors import BadReference, BadRequest, ReplayNeeded
 from turret.experiments import Guards
 from turret.experiments.experiment import LONGEST_TTL, MISSING_BOUND, MOST_ARMS, MOST_MISSING, OUTCOME_TTL
 from turret.server.error_responses import without_paths
-from turret.server.schemas import AliasName, Model, Reference, Share, Shares
-from turret.server.schemas import Gate as GateText
+from turret.server.routes import AliasName, Model, Reference, Share, Shares
+from turret.server.routes import Gate as GateText
 from turret.server.services import View
 from turret.store import Gate, Move
 from turret.store.client_files import TABLE

@@ -27,8 +27,7 @@ from urllib.parse import urlsplit
 from turret.access import DEFAULT
 from turret.errors import ServeRefused, Unauthorized
 from turret.json_types import Plain
-from turret.server.auth import is_loopback
-from turret.server.sessions import HOST
+from turret.server.auth import HOST_PREFIX, is_loopback
 
 PATH = "/sign-in/oidc"
 BACK = "/sign-in/oidc/back"  # where the provider sends the browser
@@ -263,7 +262,7 @@ def cookie(value: str, *, secure: bool) -> str:
 
 def cookie_name(*, secure: bool) -> str:
     """The cookie's name. Over https no other host may have set it."""
-    return HOST + COOKIE if secure else COOKIE
+    return HOST_PREFIX + COOKIE if secure else COOKIE
 
 
 def _check_url(option: str, url: str) -> None:

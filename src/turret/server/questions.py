@@ -21,11 +21,11 @@ from turret.data import Prompt, TextPair
 from turret.engine import Done, Event, Failed, Piece, Receipt, SamplingParams
 from turret.errors import Cancelled, DeadlineExceeded, Disconnected, NotFound, TurretError
 from turret.server.auth import Caller
-from turret.server.engine_protocol import Input, TicketProtocol
+from turret.server.engines import Input, TicketProtocol
+from turret.server.limits import Quota
 from turret.server.live_promises import Covered
-from turret.server.quotas import Quota
+from turret.server.routes import Usage
 from turret.server.routing import Placement
-from turret.server.schemas import Usage
 from turret.server.services import View
 from turret.store.usage import BASE
 from turret.tasks.shapes import Answer, TaskSpec

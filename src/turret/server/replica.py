@@ -9,10 +9,9 @@ from contextlib import suppress
 
 from turret.database import Database
 from turret.errors import LeaseLost, StoreError, TurretError
-from turret.server.limits import RequestLimits
+from turret.server.auth import Sessions
+from turret.server.limits import Quota, RequestLimits, SharedQuotas
 from turret.server.logs import Log
-from turret.server.quotas import Quota, SharedQuotas
-from turret.server.sessions import Sessions
 from turret.store import leases
 from turret.store.access_tokens import SessionRows
 from turret.store.leases import Lease

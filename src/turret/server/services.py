@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 
 from sqlalchemy import select
@@ -28,20 +28,15 @@ from turret.engine import SamplingParams
 from turret.errors import Busy, Draining, NotFound, TurretError
 from turret.experiments import Recorded, Told
 from turret.server import logs
-from turret.server.alarms import AlarmSender
 from turret.server.auth import Guard
-from turret.server.engine_protocol import EngineProtocol, TicketProtocol
-from turret.server.engines import Engines, SeenEngines, ServedBase
-from turret.server.input_sampler import InputSampler
-from turret.server.limits import ClientConnections, Load
-from turret.server.live_promises import LivePromises
+from turret.server.engines import EngineProtocol, Engines, SeenEngines, ServedBase, TicketProtocol
+from turret.server.limits import ClientConnections, Load, Network, Quota, RequestLimits
+from turret.server.live_promises import AlarmSender, AlarmSettings, InputSampler, LivePromises
 from turret.server.logs import Log
 from turret.server.metrics import MOST_VERSIONS, Figures, Metrics, TenantTotals
-from turret.server.oidc import Oidc
+from turret.server.oidc import Oidc, OidcSettings
 from turret.server.replica import QUOTA_SECONDS, SESSION_SECONDS, Replica
-from turret.server.routing import AliasWatcher, Routing
-from turret.server.settings import ServerSettings
-from turret.server.shadows import LOW_PRIORITY, Shadows
+from turret.server.routing import LOW_PRIORITY, AliasWatcher, Routing, Shadows
 from turret.store.batches import Batches
 from turret.store.client_files import ClientFiles
 from turret.store.jobs import count_waiting
@@ -55,6 +50,29 @@ from turret.version import __version__
 from turret.visibility import seen_adapters, seen_versions
 from turret.workspace.core import Workspace
 from turret.workspace.previewing import Previews
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The options of `turret serve`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    alias: str = "production"  # what plain names mean; its versions are loaded in advance
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    per_adapter: Quota = field(default_factory=Quota)
+    log_texts: bool = False
+    strict: bool = False  # unknown keys of a request are an error, not a header
+    proxies: Sequence[Network] = ()  # networks without a limit per client
+    origins: Sequence[str] = ()  # of pages that may call the API; "*" for any
+    otel: bool = False  # spans of requests go to OpenTelemetry
+    replica: str | None = None  # the name of this server in metrics
+    oidc: OidcSettings | None = None  # who signs people in to the console, besides access tokens
+    alarm: AlarmSettings | None = None  # where alarms are sent
+    watch_inputs: bool = True  # embed samples of the texts that promises cover
+
 
 POLL_SECONDS = 0.25
 TURN_SECONDS = 0.5  # between two turns of the experiments' router, which reads the store once a second

@@ -16,7 +16,7 @@ from turret.errors import BadRequest
 from turret.json_types import JsonObject, JsonValue
 from turret.recipe import Recipe
 from turret.server.error_responses import without_paths
-from turret.server.schemas import WHOLE, Model
+from turret.server.routes import WHOLE, Model
 from turret.server.services import View
 from turret.store import client_files
 from turret.store.client_files import TABLE

@@ -10,8 +10,7 @@ from pydantic import BaseModel, Field
 from turret.access import ADAPTERS, BASES, MOST_PATTERNS
 from turret.server import accounts
 from turret.server.admin import schemas
-from turret.server.routes import View, router
-from turret.server.schemas import WHOLE, Model
+from turret.server.routes import WHOLE, Model, View, router
 from turret.store import AccessToken
 from turret.store.access_tokens import LONGEST, NAME, OVERLAP, SCOPES, Scope
 from turret.store.jobs import OpenJob

@@ -13,10 +13,9 @@ from turret.engine import Named
 from turret.json_types import JsonObject
 from turret.reference import Reference
 from turret.server import moves
-from turret.server import schemas as names
+from turret.server import routes as names
 from turret.server.admin import schemas
-from turret.server.routes import View, router
-from turret.server.uploads import owner_of
+from turret.server.routes import View, owner_of, router
 from turret.store import Move, Version, folded
 from turret.store.catalog import now, plain, who
 from turret.store.gates import GateStatus

@@ -12,8 +12,7 @@ from turret.json_types import JsonObject
 from turret.server import moves
 from turret.server.admin import schemas
 from turret.server.error_responses import without_paths
-from turret.server.routes import View, router
-from turret.server.schemas import AdapterName
+from turret.server.routes import AdapterName, View, router
 from turret.workspace.experimenting import ExperimentStatus
 
 outcomes, control = router("infer or admin"), router("admin")

@@ -7,8 +7,7 @@ from typing import Annotated
 from fastapi import Path
 from pydantic import BaseModel, Field
 
-from turret.server.routes import View, router
-from turret.server.schemas import AdapterName, Model, Reference
+from turret.server.routes import AdapterName, Model, Reference, View, router
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Question
 from turret.tasks import QuestionType
 

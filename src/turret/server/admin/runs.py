@@ -13,10 +13,8 @@ from turret.json_types import JsonObject
 from turret.recipe import Recipe
 from turret.server import trainings
 from turret.server.error_responses import without_paths
-from turret.server.routes import View, router
-from turret.server.schemas import WHOLE, Model
+from turret.server.routes import WHOLE, Model, View, owner_of, router
 from turret.server.trainings import Curves, Drafted
-from turret.server.uploads import owner_of
 from turret.store.jobs import StudyRow
 from turret.store.runs import RunRow
 

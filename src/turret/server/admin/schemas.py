@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 from turret.json_types import JsonObject, JsonValue
 from turret.server.limits import MOST_OUTCOMES, MOST_UNIT
-from turret.server.schemas import AdapterName, AliasName, ArmName, Gate, Model, Shares
+from turret.server.routes import AdapterName, AliasName, ArmName, Gate, Model, Shares
 
 
 class LoadRequest(Model):

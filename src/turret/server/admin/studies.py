@@ -13,9 +13,8 @@ from turret.json_types import JsonValue
 from turret.recipe import Recipe
 from turret.server import trainings
 from turret.server.admin.runs import PlanRequest, encoded
-from turret.server.routes import View, router
+from turret.server.routes import View, owner_of, router
 from turret.server.trainings import CompareOptions, Study, StudyPlan, SweepOptions
-from turret.server.uploads import owner_of
 from turret.store.jobs import StudyRow
 from turret.store.runs import RunRow
 from turret.workspace.orders import Order

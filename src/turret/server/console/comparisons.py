@@ -13,8 +13,7 @@ from turret.server import trainings
 from turret.server.console import render
 from turret.server.console.forms import Field, Form, Sent, model_in, pages, texts_in
 from turret.server.console.train import recipe_in
-from turret.server.routes import View
-from turret.server.uploads import owner_of
+from turret.server.routes import View, owner_of
 
 router = pages()
 Key = Annotated[str, Path(min_length=1, max_length=250)]

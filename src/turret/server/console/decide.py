@@ -14,8 +14,7 @@ from turret.json_types import JsonValue
 from turret.server import moves
 from turret.server.console import render
 from turret.server.console.forms import FILLED, Field, Form, Sent, model_in, pages, texts_in
-from turret.server.routes import View
-from turret.server.uploads import owner_of
+from turret.server.routes import View, owner_of
 from turret.store import Gate
 from turret.store.catalog import PRODUCTION
 from turret.store.gates import judged

@@ -9,12 +9,11 @@ from fastapi.responses import RedirectResponse
 
 from turret.errors import NotFound, Unauthorized
 from turret.server import oidc
-from turret.server.auth import Caller
+from turret.server.auth import Caller, cookie_value, session_cookie
 from turret.server.console import render
 from turret.server.console.forms import Sent, pages
 from turret.server.limits import client_of
 from turret.server.routes import View
-from turret.server.sessions import cookie, cookie_value
 
 router = pages()
 MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml", "txt": "text/plain"}
@@ -45,7 +44,9 @@ async def sign_in(request: Request, view: View, form: Sent) -> Response:
     view.services.guard.sessions.end(request.state.caller.session)
     await view.services.replica.share_session(session, request.state.caller.session)
     response = RedirectResponse(next, 303)
-    response.headers["set-cookie"] = cookie(session, view.services.guard.sessions.seconds, secure=_secure(request))
+    response.headers["set-cookie"] = session_cookie(
+        session, view.services.guard.sessions.seconds, secure=_secure(request)
+    )
     return response
 
 
@@ -79,7 +80,7 @@ async def oidc_callback(request: Request, view: View) -> Response:
         refused.headers["set-cookie"] = oidc.cookie("", secure=secure)
         return refused
     response = render.page(request, view, "signed_in.html.j2", next=_local(person.next))
-    response.headers.append("set-cookie", cookie(session, view.services.guard.sessions.seconds, secure=secure))
+    response.headers.append("set-cookie", session_cookie(session, view.services.guard.sessions.seconds, secure=secure))
     response.headers.append("set-cookie", oidc.cookie("", secure=secure))
     return response
 
@@ -91,7 +92,7 @@ async def sign_out(request: Request, view: View) -> Response:
     view.services.guard.sessions.end(caller.session)
     await view.services.replica.share_session(None, caller.session)
     response = RedirectResponse("/sign-in" if not view.services.guard.open else "/", 303)
-    response.headers["set-cookie"] = cookie("", 0, secure=_secure(request))
+    response.headers["set-cookie"] = session_cookie("", 0, secure=_secure(request))
     return response
 
 

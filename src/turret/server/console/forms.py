@@ -18,8 +18,7 @@ from turret.json_types import JsonObject, JsonValue
 from turret.server.auth import READS, Caller
 from turret.server.error_responses import Problem, validation_response
 from turret.server.limits import FILES
-from turret.server.routes import PageRoute, View
-from turret.server.uploads import read_form
+from turret.server.routes import PageRoute, View, read_form
 
 MOST_FIELDS = 64
 INLINE = 8 << 10  # bytes; a larger form is read on a thread

@@ -14,8 +14,7 @@ from turret.server.console.forms import Form
 from turret.server.console.snippets import QUESTIONS, Question
 from turret.server.limits import MOST_MESSAGES, MOST_TEXT, MOST_TOKENS
 from turret.server.questions import scores_pairs
-from turret.server.routes import View, check_counts
-from turret.server.schemas import Model
+from turret.server.routes import Model, View, check_counts
 from turret.tasks import stored_task
 from turret.tasks.shapes import TaskSpec
 from turret.tasks.task import RequestKind

@@ -17,9 +17,8 @@ from turret.recipe.default_base import AUTO
 from turret.server import trainings
 from turret.server.console import render
 from turret.server.console.forms import Form, Sent, pages
-from turret.server.routes import View
+from turret.server.routes import FileId, View, keep, owner_of
 from turret.server.trainings import SentPlan
-from turret.server.uploads import FileId, keep, owner_of
 from turret.store.client_files import TABLE
 from turret.tasks import TASKS, Task
 

@@ -24,8 +24,8 @@ from starlette.types import ASGIApp, Message
 
 from turret.errors import BadRequest, Corrupt, LeaseLost, NotFound, StoreError, TooLarge, TurretError, shown
 from turret.server.routes import RequestState, answer_of_route
+from turret.server.routing import LOW_PRIORITY
 from turret.server.services import Services
-from turret.server.shadows import LOW_PRIORITY
 from turret.store import leases
 from turret.store.batches import MOST_TRIES, WHOLE_FILE, Answer, Batch, State
 from turret.store.client_files import ClientFile

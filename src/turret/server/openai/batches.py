@@ -8,9 +8,7 @@ from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field
 
 from turret.errors import BadRequest
-from turret.server.routes import View, router
-from turret.server.schemas import Model
-from turret.server.uploads import BATCH, owner_of
+from turret.server.routes import BATCH, Model, View, owner_of, router
 from turret.store.batches import Batch
 
 questions = router("infer")

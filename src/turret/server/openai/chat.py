@@ -19,7 +19,7 @@ from turret.engine import Piece
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest
 from turret.json_types import JsonObject, Plain
-from turret.server.engine_protocol import Input
+from turret.server.engines import Input
 from turret.server.generation import EVENTS, Chunk, constraint_of, options_of, repeated, stream, unknown_keys
 from turret.server.limits import MOST_TEXT, MOST_TOOLS
 from turret.server.openai import chat_schemas

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from turret.json_types import JsonObject
 from turret.server import limits
-from turret.server.schemas import NO_EFFECT, SEVERAL, WHOLE, Generation, Lenient, Text, Usage, never_together
+from turret.server.routes import NO_EFFECT, SEVERAL, WHOLE, Generation, Lenient, Text, Usage, never_together
 
 # --- requests --------------------------------------------------------------------------------------------------------
 

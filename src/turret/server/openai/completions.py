@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from turret.server import limits
 from turret.server.generation import EVENTS, CompletionChunks, options_of, repeated, stream, unknown_keys
 from turret.server.questions import ask, now, usage
-from turret.server.routes import Unit, View, router
-from turret.server.schemas import SEVERAL, WHOLE, Generation, Text, Tokens, Usage, never_together
+from turret.server.routes import SEVERAL, WHOLE, Generation, Text, Tokens, Unit, Usage, View, never_together, router
 from turret.tasks.shapes import Answer, TokenReport, reports_in
 
 questions = router("infer")

@@ -20,8 +20,7 @@ from turret.errors import AdapterError, BadRequest, NotFound, listed, shown
 from turret.json_types import JsonObject, Plain
 from turret.server import limits
 from turret.server.questions import PendingAnswers, abstaining, ask, ask_each, now, promise_of, prompt_tokens
-from turret.server.routes import Unit, View, router
-from turret.server.schemas import NO_EFFECT, USER, WHOLE, Model, Name, Text, User
+from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, Unit, User, View, router
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Panel, decisions_of
 from turret.tasks import Decision, QuestionType, chances
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from turret.families.family import Pooling
 from turret.server import limits
 from turret.server.openai.chat_schemas import Message
-from turret.server.schemas import USER, WHOLE, Model, Name, Text, Tokens, User
+from turret.server.routes import USER, WHOLE, Model, Name, Text, Tokens, User
 from turret.tasks import Embedding
 
 Texts = Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]

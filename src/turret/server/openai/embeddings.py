@@ -17,7 +17,7 @@ from fastapi import Request, Response
 from turret.data import TextPair
 from turret.errors import BadRequest, TurretError
 from turret.families.family import Pooling
-from turret.server.engine_protocol import Input
+from turret.server.engines import Input
 from turret.server.openai import embedding_schemas as schemas
 from turret.server.questions import PendingAnswers, ask, now, prompt_tokens, scores_pairs
 from turret.server.routes import Unit, View, router

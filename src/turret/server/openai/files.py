@@ -14,8 +14,7 @@ from starlette.datastructures import UploadFile
 
 from turret.errors import BadRequest
 from turret.json_types import JsonObject
-from turret.server.routes import View, router
-from turret.server.uploads import PIECE, PURPOSES, FileId, keep, owner_of, read_form
+from turret.server.routes import PIECE, PURPOSES, FileId, View, keep, owner_of, read_form, router
 from turret.store.client_files import ClientFile
 
 questions = router("infer")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from turret.json_types import JsonObject, Plain
 from turret.server import limits
 from turret.server.openai.chat_schemas import ToolName
-from turret.server.schemas import NO_EFFECT, USER, WHOLE, Model, Name, Text, User
+from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, User
 
 # --- requests --------------------------------------------------------------------------------------------------------
 
