@@ -206,12 +206,12 @@ def test_the_reference_has_every_page_and_no_other() -> None:
 def test_the_reference_has_every_key_of_every_request() -> None:
     from turret.server import moves
     from turret.server.admin import schemas
-    from turret.server.openai import chat_schemas
+    from turret.server.openai import completions
     from turret.server.openai.classify import ClassifyRequest
     from turret.server.openai.completions import CompletionRequest
 
     text = page("docs/reference/http.md")
-    requests = [CompletionRequest, chat_schemas.ChatRequest, ClassifyRequest]
+    requests = [CompletionRequest, completions.ChatRequest, ClassifyRequest]
     requests += [schemas.PromoteRequest, moves.StartRequest, schemas.RampRequest]
     requests += [schemas.StopRequest, moves.GuardsAsked]
     requests += [schemas.OutcomeOfAnswer, schemas.OutcomeOfUnit]

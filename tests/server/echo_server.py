@@ -18,14 +18,14 @@ from typing import Any
 from server.echo import Echo, SamplingParams
 
 from turret.server.app import bind, run
-from turret.server.openai import batch_runner
+from turret.server.openai import batches as batch_routes
 from turret.server.services import Services
 from turret.store import batches
 from turret.workspace import Workspace
 
 
 def _prepare() -> None:
-    batch_runner.POLL_SECONDS = 0.05
+    batch_routes.POLL_SECONDS = 0.05
     if "ECHO_DIES_IN_FINISH" in os.environ:
         end = batches.Batches.end_in
 

@@ -20,8 +20,7 @@ from server.answer_schemas import PERSON
 from server.storm import Tenant, from_its_version
 
 from turret.engine import Embedding, Engine, SamplingParams
-from turret.server.openai.chat import conversation
-from turret.server.openai.chat_schemas import ChatRequest
+from turret.server.openai.completions import ChatRequest, conversation
 
 TEXTS = ("the film was a great", "{ the bank fell", "why not?")
 MOST_TOKENS = 12  # of a plain answer

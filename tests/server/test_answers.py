@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 from server.echo import FINGERPRINT, LABELS, SamplingParams, label_set, probabilities, words
 
-from turret.server.generation import generation_options
-from turret.server.openai.completions import CompletionRequest
+from turret.server.openai.completions import CompletionRequest, generation_options
 
 
 def test_classify_answers_in_the_shape_vllm_uses_with_a_receipt(serve, put) -> None:

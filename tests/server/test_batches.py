@@ -22,7 +22,7 @@ from store.bundles import tensors, write_bundle
 
 from turret.errors import StoreError
 from turret.server.limits import RequestLimits
-from turret.server.openai import batch_runner
+from turret.server.openai import batches as batch_routes
 from turret.store import client_files, usage
 from turret.store.batches import MOST_TRIES, Batches
 from turret.workspace import Workspace
@@ -65,7 +65,7 @@ def read(client: openai.OpenAI, file: str | None) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(batch_runner, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(batch_routes, "POLL_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_a_file_that_cannot_be_asked_fails_with_its_line(serve, put, clients) ->
 
 
 def test_a_file_of_too_many_lines_is_refused_before_any_is_asked(serve, put, clients, monkeypatch) -> None:
-    monkeypatch.setattr(batch_runner, "MOST_LINES", 30)
+    monkeypatch.setattr(batch_routes, "MOST_LINES", 30)
     put()
     running = serve()
     client = clients(running)
@@ -382,7 +382,7 @@ def test_a_batch_without_a_limit_of_its_owner_is_answered_in_the_same_time(serve
 def test_tenants_take_turns_so_a_long_batch_does_not_hold_up_a_short_one(
     serve, put, workspace, clients, monkeypatch
 ) -> None:
-    monkeypatch.setattr(batch_runner, "TURN_SECONDS", 0.2)
+    monkeypatch.setattr(batch_routes, "TURN_SECONDS", 0.2)
     put()
     tokens = [workspace.tokens.create(name, scopes=("infer",))[1] for name in ("long", "short")]
     running = serve(pace=0.01)
@@ -434,7 +434,7 @@ def test_the_claim_of_a_batch_is_renewed_after_a_store_that_did_not_answer(
             raise StoreError("the store does not answer")
         renew(self, batch)
 
-    monkeypatch.setattr(batch_runner, "BEATS", 30.0 / 0.05)
+    monkeypatch.setattr(batch_routes, "BEATS", 30.0 / 0.05)
     monkeypatch.setattr(Batches, "renew", fails_at_first)
     client = clients(serve(pace=0.05))
     batch = sent(client, [line(number, body={"model": "a", "prompt": "x " * 30}) for number in range(20)])

@@ -11,7 +11,7 @@ from server.console_forms import PAGES, form_token, post, signed_in
 from turret.errors import Forbidden, Unauthorized
 from turret.server.app import ROUTERS, create
 from turret.server.auth import SESSION_COOKIE, Guard, Sessions, check_origin, session_cookie, session_of
-from turret.server.console.forms import form_of
+from turret.server.console.render import form_of
 from turret.server.limits import FILES
 from turret.store import Store
 

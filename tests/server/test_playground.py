@@ -27,8 +27,7 @@ from store.bundles import tensors, write_bundle
 
 from turret.access import Access
 from turret.engine import SamplingParams
-from turret.server.console.playground import MOST, MOST_FILE
-from turret.server.console.playground_form import MODES, MOST_ROWS
+from turret.server.console.playground import MODES, MOST, MOST_FILE, MOST_ROWS
 from turret.server.services import ServerSettings
 from turret.store import Version
 from turret.workspace import Workspace

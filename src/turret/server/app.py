@@ -31,30 +31,18 @@ from uvicorn.server import ServerState as UvicornState
 
 from turret.errors import BadRequest, Busy, Draining, HeadersTooLarge, RequestError, ServeRefused, TooSlow, TurretError
 from turret.json_types import JsonObject
-from turret.server.admin import accounts, adapters, experiments, panels, runs, studies
+from turret.server.admin import accounts, adapters, experiments, runs
 from turret.server.auth import AuthMiddleware, Guard, allow_origins
 from turret.server.console import adapters as adapter_pages
-from turret.server.console import comparisons, decide, entry, operate, playground, render, system, train
+from turret.server.console import entry, operate, playground, render, train
 from turret.server.console import experiments as experiment_pages
 from turret.server.console import panels as panel_pages
-from turret.server.console import runs as run_pages
 from turret.server.error_responses import ErrorResponse, error_response, status_response, validation_response
 from turret.server.limits import ClientConnections, LimitMiddleware, RequestLimits
 from turret.server.logs import LibraryHandler, Log, LogMiddleware, TraceMiddleware
 from turret.server.metrics import CONTENT_TYPE
-from turret.server.openai import (
-    batches,
-    chat,
-    classify,
-    completions,
-    decisions,
-    embeddings,
-    files,
-    models,
-    responses,
-    tokenizer,
-)
-from turret.server.openai.batch_runner import BatchRunner
+from turret.server.openai import batches, classify, completions, decisions, embeddings, models, responses
+from turret.server.openai.batches import BatchRunner
 from turret.server.routes import View, router
 from turret.server.services import Services
 from turret.version import __version__
@@ -96,33 +84,24 @@ async def metrics(view: View) -> Response:
 ROUTERS = (
     models.questions,
     completions.questions,
-    chat.questions,
     classify.questions,
     decisions.questions,
     embeddings.questions,
     responses.questions,
-    files.questions,
     batches.questions,
-    tokenizer.questions,
     adapters.control,
     accounts.control,
-    panels.control,
     runs.control,
-    studies.control,
     experiments.control,
     experiments.outcomes,
     control,
     anyone,
     entry.router,
-    decide.router,
+    experiment_pages.router,
     adapter_pages.router,
     train.router,
-    run_pages.router,
-    comparisons.router,
     playground.router,
     panel_pages.router,
-    experiment_pages.router,
-    system.router,
     operate.router,
 )
 

@@ -8,8 +8,8 @@ from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field
 
 from turret.access import ADAPTERS, BASES, MOST_PATTERNS
+from turret.json_types import JsonObject
 from turret.server import accounts
-from turret.server.admin import schemas
 from turret.server.routes import WHOLE, Model, View, router
 from turret.store import AccessToken
 from turret.store.access_tokens import LONGEST, NAME, OVERLAP, SCOPES, Scope
@@ -25,6 +25,37 @@ TokenName = Annotated[str, Path(min_length=1, max_length=100, description="The n
 PerMinute = Annotated[int | None, Field(ge=1, le=1 << 31), WHOLE]
 AdapterPattern = Annotated[str, Field(pattern=f"^({ADAPTERS.pattern})$")]
 BasePattern = Annotated[str, Field(pattern=f"^({BASES.pattern})$")]
+
+
+class UsageOfDay(BaseModel):
+    tenant: str
+    adapter: str = Field(description="Empty for the bare base.")
+    day: str
+    requests: int
+    answers: int = Field(description="A request with many inputs has many.")
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class UsageList(BaseModel):
+    usage: list[UsageOfDay]
+
+
+class Action(BaseModel):
+    id: int
+    tenant: str
+    adapter: str | None = Field(description="Null for an action on a token.")
+    at: str
+    who: str | None = Field(description="The user, or `token NAME`.")
+    verb: str
+    what: str
+    before: JsonObject | None
+    after: JsonObject | None
+
+
+class AuditLog(BaseModel):
+    actions: list[Action]
+    before: int | None = Field(description="The `before` of the next page; null on the last one.")
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -130,10 +161,10 @@ def _secret(token: AccessToken, secret: str) -> Secret:
 @control.get("/api/usage")
 async def show_usage(
     view: View, request: Request, since: Day = None, until: Day = None, tenant: Tenant = None
-) -> schemas.UsageList:
+) -> UsageList:
     """Requests, answers and tokens by adapter and UTC day, of the last seconds too."""
     found = await view.control(accounts.counted, view, request.state.caller, [tenant], since, until)
-    return schemas.UsageList(usage=[schemas.UsageOfDay(**each.as_json()) for each in found])
+    return UsageList(usage=[UsageOfDay(**each.as_json()) for each in found])
 
 
 @control.get("/api/audit")
@@ -147,11 +178,11 @@ async def show_audit(
     verb: Part = None,
     what: Part = None,
     tenant: Tenant = None,
-) -> schemas.AuditLog:
+) -> AuditLog:
     """The control actions of the tenant, the newest first, in pages."""
     filters = {"since": since, "who": who, "verb": verb, "what": what}
     found, more = await view.control(accounts.actions, view, request.state.caller, limit, before, tenant, **filters)
-    return schemas.AuditLog(actions=[schemas.Action(**each.as_json()) for each in found], before=more)
+    return AuditLog(actions=[Action(**each.as_json()) for each in found], before=more)
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Body, Path, Query
+from pydantic import BaseModel, Field
 
-from turret.experiments import Told
+from turret.experiments import Told as ToldOutcome
 from turret.experiments.outcomes import grouped
 from turret.json_types import JsonObject
 from turret.server import moves
-from turret.server.admin import schemas
 from turret.server.error_responses import without_paths
-from turret.server.routes import AdapterName, View, router
+from turret.server.limits import MOST_OUTCOMES, MOST_UNIT
+from turret.server.routes import AdapterName, ArmName, Model, Shares, View, router
 from turret.workspace.experimenting import ExperimentStatus
 
 outcomes, control = router("infer or admin"), router("admin")
@@ -20,8 +21,62 @@ Name = Annotated[AdapterName, Path(description="Of the adapter.")]
 PREFIXES = ("cmpl-", "chatcmpl-", "classify-", "decision-")  # of a receipt, in the id of a body
 
 
+Value = bool | Annotated[float, Field(ge=-1e15, le=1e15)]
+RightLabel = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class OutcomeOfAnswer(Model):
+    """The outcome of one answer."""
+
+    value: Value | RightLabel = Field(
+        description="0 or 1, or a number within the bounds of the experiment's metric; of an answer that a promise "
+        "covers, also the right label."
+    )
+    receipt: Annotated[str, Field(min_length=1, max_length=200)] = Field(
+        description="The answer's `turret-receipt`, or the `id` in its body."
+    )
+
+
+class OutcomeOfUnit(Model):
+    """The outcome of the last answer that an experiment gave to a unit."""
+
+    value: Value
+    unit: Annotated[str, Field(min_length=1, max_length=MOST_UNIT)]
+    adapter: AdapterName
+
+
+Outcome = OutcomeOfAnswer | OutcomeOfUnit
+Told = Outcome | Annotated[list[Outcome], Field(min_length=1, max_length=MOST_OUTCOMES, fail_fast=True)]
+
+
+class BecameOf(BaseModel):
+    status: Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
+    text: str
+    experiment: str | None
+    arm: str | None
+
+
+class Outcomes(BaseModel):
+    outcomes: list[BecameOf] = Field(description="The result of each, in the same order.")
+    counts: dict[str, int]
+
+
+class RampRequest(Model):
+    share: Shares | None = Field(None, description="Default: the next planned one.")
+
+
+class StopRequest(Model):
+    promote: ArmName | None = Field(default=None, description="The arm that takes the alias.")
+    rollback: bool = Field(default=False, description="Give the alias to the control.")
+
+
+class Experiments(BaseModel):
+    alpha: float
+    experiments: list[JsonObject]
+
+
 @outcomes.post("/api/outcomes")
-async def tell(body: Annotated[schemas.Told, Body()], view: View) -> schemas.Outcomes:
+async def tell(body: Annotated[Told, Body()], view: View) -> Outcomes:
     """Record the outcome of one answer, or of many. The response has the result of each, in the same order.
 
     An answer of an experiment takes the values of its metric. One that a promise covers takes the right label, or 1 if
@@ -31,25 +86,23 @@ async def tell(body: Annotated[schemas.Told, Body()], view: View) -> schemas.Out
     results = await view.recording(view.record, [_told(each) for each in many])
     for result in results:
         view.metrics.outcome(result.experiment, result.status)
-    return schemas.Outcomes(
-        outcomes=[schemas.BecameOf(**result.as_json()) for result in results], counts=dict(grouped(results))
-    )
+    return Outcomes(outcomes=[BecameOf(**result.as_json()) for result in results], counts=dict(grouped(results)))
 
 
-def _told(outcome: schemas.Outcome) -> Told:
-    if isinstance(outcome, schemas.OutcomeOfUnit):
-        return Told(outcome.value, unit=outcome.unit, adapter=outcome.adapter)
+def _told(outcome: Outcome) -> ToldOutcome:
+    if isinstance(outcome, OutcomeOfUnit):
+        return ToldOutcome(outcome.value, unit=outcome.unit, adapter=outcome.adapter)
     receipt = outcome.receipt
     for prefix in PREFIXES:
         receipt = receipt.removeprefix(prefix)
-    return Told(outcome.value, receipt=receipt)
+    return ToldOutcome(outcome.value, receipt=receipt)
 
 
 @control.get("/api/experiments")
-async def list_experiments(view: View, alpha: Annotated[float, Query(gt=0, le=0.5)] = 0.05) -> schemas.Experiments:
+async def list_experiments(view: View, alpha: Annotated[float, Query(gt=0, le=0.5)] = 0.05) -> Experiments:
     """Every experiment with its evidence, and which are discoveries at this level over all of them."""
     found = await view.control(view.workspace.experiments, alpha=alpha)
-    return schemas.Experiments(alpha=alpha, experiments=[{**each} for each in found])
+    return Experiments(alpha=alpha, experiments=[{**each} for each in found])
 
 
 @control.get("/api/experiments/{name}")
@@ -68,16 +121,16 @@ async def start_experiment(name: Name, body: moves.StartRequest, view: View) -> 
 
 
 @control.post("/api/experiments/{name}/ramp")
-async def ramp_experiment(name: Name, view: View, body: schemas.RampRequest | None = None) -> JsonObject:
+async def ramp_experiment(name: Name, view: View, body: RampRequest | None = None) -> JsonObject:
     """Change the candidates' share of the traffic. As few units as possible change their arm."""
     experiment, share = view.workspace.experiment(name), None if body is None else body.share
     return await _refreshed(view, await view.control(experiment.ramp, share))
 
 
 @control.post("/api/experiments/{name}/stop")
-async def stop_experiment(name: Name, view: View, body: schemas.StopRequest | None = None) -> JsonObject:
+async def stop_experiment(name: Name, view: View, body: StopRequest | None = None) -> JsonObject:
     """End an experiment, and move its alias, in one transaction."""
-    request = body or schemas.StopRequest()
+    request = body or StopRequest()
     ended = await moves.end_experiment(view, name, None, promote=request.promote, rollback=request.rollback)
     return await _refreshed(view, ended)
 

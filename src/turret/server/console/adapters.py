@@ -16,7 +16,7 @@ from turret.manifest import Manifest, base_in
 from turret.reference import check_alias
 from turret.server import moves
 from turret.server.console import render, snippets
-from turret.server.console.forms import Sent, pages
+from turret.server.console.render import Sent, pages
 from turret.server.moves import AliasHere
 from turret.server.routes import View
 from turret.store import Compared, Gate, Golden, Version, folded, promises

@@ -11,7 +11,7 @@ from turret.errors import NotFound, Unauthorized
 from turret.server import oidc
 from turret.server.auth import Caller, cookie_value, session_cookie
 from turret.server.console import render
-from turret.server.console.forms import Sent, pages
+from turret.server.console.render import Sent, pages
 from turret.server.limits import client_of
 from turret.server.routes import View
 

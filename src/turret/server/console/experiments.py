@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from fastapi import Path, Request, Response
+from fastapi import Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from turret.errors import BadRequest, TurretError
 from turret.experiments.experiment import read_split
-from turret.json_types import Plain
+from turret.json_types import JsonValue, Plain
+from turret.server import moves
 from turret.server.console import render
-from turret.server.console.forms import Form, Sent, pages, require_verb
+from turret.server.console.render import FILLED, Field, Form, Sent, model_in, pages, require_verb, texts_in
 from turret.server.moves import end_experiment
-from turret.server.routes import View
+from turret.server.routes import View, owner_of
+from turret.store import Gate
+from turret.store.catalog import PRODUCTION
+from turret.store.gates import judged
+from turret.workspace.examples import read_examples
+from turret.workspace.experimenting import STEPS
 
 router = pages()
 Name = Annotated[str, Path(min_length=1, max_length=200)]
@@ -111,3 +118,205 @@ async def _values(view: View, name: str, number: int) -> render.Context:
             "bears": status_text.bears(experiment),
         },
     }
+
+
+# --- what a person decides --------------------------------------------------------------------------------------------
+# The forms by which a person decides: start an experiment, set gates, make a promise.
+#
+# Each is a page with fields. It says first what will happen, then does it by the function that the API calls.
+
+
+VersionNumber = Annotated[int, Path(ge=1, lt=1 << 53)]
+Word = Annotated[str, Query(max_length=200)]
+EXPERIMENT = (
+    Field("name", "Adapter", "The name whose traffic is split."),
+    Field("candidates", "Candidate", "A version such as `news@2`; several with blanks between them.", kind="words"),
+    Field("control", "Control", "Empty: the version that the alias names.", example="the alias's version"),
+    Field("share", "Share", "Of the traffic, for all candidates together. Empty: the first step.", "5%", "number"),
+    Field("steps", "Ramp", "Planned shares, rising; the button Ramp… takes the next.", "5%, 20%, 50%", "shares"),
+    Field("metric", "Outcomes", "`binary`, or the bounds of a number such as `1..5`.", "binary"),
+    Field("goal", "Better is", value="higher", kind="choice", choices=("higher", "lower")),
+    Field("unit", "Counted once", value="user", kind="choice", choices=("user", "session", "request")),
+    Field("guards.max_errors", "Most errors", "Roll back above this share, such as `2%`.", kind="number"),
+    Field("guards.max_seconds", "Slowest answers", "Seconds; roll back if over 5% take longer.", kind="number"),
+    Field("guards.worse_by", "Worse by", "Roll back if outcomes are worse by more.", "0", "number"),
+    Field("guards.promote", "A better candidate takes the alias automatically", kind="check"),
+    Field("alias", "Alias", value=PRODUCTION),
+    Field("shadows", "Shadows", "Versions that run in the background and never answer.", kind="words"),
+    Field("alpha", "False winners", "At most this share of experiments.", "5%", "number"),
+    Field("outcome_ttl", "Outcome within", "After the first answer to a unit.", "7d", "time"),
+    Field("missing_bound", "Missing because bad", "A verdict holds even so.", "5%", "number"),
+)
+GATES = (
+    Field("alias", "Alias", "Whose next promote is checked.", PRODUCTION),
+    Field("add", "Gate", "A metric, a sign and a number, such as `accuracy>=0.9`.", kind="gates"),
+    Field(
+        "golden",
+        "Golden examples",
+        "CSV: the names `text` and `label`, `equals` or `contains`, then rows.",
+        kind="table",
+    ),
+    Field("share", "Of them must pass", "Empty: all.", kind="number"),
+)
+PROMISE = (
+    Field("error", "Wrong at most", "The share of the decided answers.", "2%", "number"),
+    Field("confidence", "Confidence", "The chance that the promise holds.", "95%", "number"),
+    Field("metric", "Measured by", "`error`, `misses:LABEL` or `precision:LABEL`.", "error"),
+    Field("source", "Labelled examples", "The id of a table that you sent. Empty: those that the training held out."),
+    Field("when_broken", "When broken", value="alarm", kind="choice", choices=("alarm", "stricter", "rollback")),
+    Field("outcome_ttl", "Outcome within", "After the answer.", "7d", "time"),
+    Field("missing_bound", "Missing outcomes", "A verdict must hold if this share is missing.", "5%", "number"),
+)
+
+
+@router.get("/experiments/start")
+async def show_experiment(request: Request, view: View, name: Word = "", candidate: Word = "") -> Response:
+    """The form that starts an experiment."""
+    return _page(request, view, "experiment", EXPERIMENT, Form({"name": [name], "candidates": [candidate]}))
+
+
+@router.post("/experiments/start")
+async def start_experiment(request: Request, view: View, form: Sent) -> Response:
+    """What the experiment will do, or its start."""
+    fields, name = EXPERIMENT[1:], form.text("name")
+    try:
+        asked = model_in(form, fields, moves.StartRequest)
+        if form.text("do") == "start":
+            started = (await moves.start_experiment(view, name, asked)).experiment
+            await view.control(view.refresh)
+            return render.redirect(request, f"/experiments/{started.adapter}/{started.number}")
+        said = await view.control(_experiment_said, view, name, asked)
+    except TurretError as error:
+        return _page(request, view, "experiment", EXPERIMENT, form, error=error)
+    return _page(request, view, "experiment", EXPERIMENT, form, said)
+
+
+@router.get("/adapters/{name}/gates")
+async def show_gates(request: Request, view: View, name: Name, alias: Word = PRODUCTION) -> Response:
+    """The gates of a name, with a form for another."""
+    return await _gates(request, view, name, Form({"alias": [alias]}))
+
+
+@router.post("/adapters/{name}/gates")
+async def change_gates(request: Request, view: View, name: Name, form: Sent) -> Response:
+    """What a gate would do, or set it, or remove one."""
+    try:
+        if remove := form.text("remove"):
+            asked = moves.GateRequest.model_validate({"alias": form.text("alias"), "remove": [remove]})
+        else:
+            asked = model_in(form, GATES, moves.GateRequest)
+        if remove or form.text("do") == "start":
+            await view.control(moves.change_gates, view, name, asked)
+            return render.redirect(request, f"/adapters/{name}/gates?alias={asked.alias}")
+        said = await view.control(_gates_said, view, name, asked)
+    except TurretError as error:
+        return await _gates(request, view, name, form, error=error)
+    return await _gates(request, view, name, form, said)
+
+
+async def _gates(
+    request: Request, view: View, name: str, form: Form, said: list[str] | None = None, error: TurretError | None = None
+) -> Response:
+    found = await view.control(view.workspace.gate_status, name)
+    return _page(request, view, "gates", GATES, form, said, error, name=name, gates=found)
+
+
+@router.get("/adapters/{name}/{number}/promise")
+async def show_promise(request: Request, view: View, name: Name, number: VersionNumber) -> Response:
+    """The form that makes a promise of a version."""
+    version = await view.control(view.workspace.resolve, f"{name}@{number}")
+    return _page(request, view, "promise", PROMISE, Form({}), version=version)
+
+
+@router.post("/adapters/{name}/{number}/promise")
+async def make_promise(request: Request, view: View, name: Name, number: VersionNumber, form: Sent) -> Response:
+    """What the promise will do, or make it."""
+    version = await view.control(view.workspace.resolve, f"{name}@{number}")
+    try:
+        asked = model_in(form, PROMISE, moves.PromiseAsked)
+        if form.text("do") == "start":
+            owner = owner_of(request.state.caller)
+            await view.preview(moves.make_promise, view, owner, str(version), asked)
+            return render.redirect(request, f"/adapters/{name}/{number}#promise")
+        said = _promise_said(str(version), asked)
+    except TurretError as error:
+        return _page(request, view, "promise", PROMISE, form, error=error, version=version)
+    return _page(request, view, "promise", PROMISE, form, said, version=version)
+
+
+# --- what will happen -------------------------------------------------------------------------------------------------
+
+
+def _experiment_said(view: View, name: str, asked: moves.StartRequest) -> list[str]:
+    store = view.workspace
+    control = str(store.resolve(f"{name}@{asked.alias}" if asked.control is None else asked.control))
+    candidates, shadows = ([str(store.resolve(each)) for each in some] for some in (asked.candidates, asked.shadows))
+    if not candidates and not shadows:
+        raise BadRequest("an experiment needs two versions: give at least one candidate or shadow")
+    share = asked.share if isinstance(asked.share, float) else asked.steps[0] if asked.steps else STEPS[0]
+    found = [f"{control} is the control of {name}@{asked.alias}: it keeps the rest of the traffic"]
+    if candidates:
+        found.append(f"{' and '.join(candidates)} answers {render.share(share)} of the {asked.unit}s")
+    if shadows:
+        found.append(f"{' and '.join(shadows)} runs in the background, and no client sees its answers")
+    guards = asked.guards
+    if guards.worse_by is not None:
+        found.append("a candidate with worse outcomes is rolled back automatically, beyond chance")
+    if guards.max_errors is not None:
+        found.append(f"so is one with more errors than {render.share(guards.max_errors)}")
+    if guards.max_seconds is not None:
+        found.append(f"so is one of whose answers over 5% take longer than {guards.max_seconds:g} seconds")
+    how = "automatically, if its gates pass" if guards.promote else "by the button Promote… alone"
+    found.append(f"a better candidate takes the alias {how}")
+    return [*found, "Roll back… or Stop… on its page ends it: then the control answers all"]
+
+
+def _gates_said(view: View, name: str, asked: moves.GateRequest) -> list[str]:
+    held = {alias: each for each in view.workspace.list(name) for alias in each.aliases}.get(asked.alias)
+    found = []
+    for text in asked.add:
+        now = "no version has that alias now"
+        if held is not None:
+            passes, value = judged(held, Gate.parse(text))
+            now = f"{held} {'passes' if passes else 'does not pass'}: {value}"
+        found.append(f"a version without {text} cannot take {asked.alias}; {now}")
+    with moves.golden_file(asked.golden) as path:
+        if path is not None:
+            count = len(read_examples(path).examples)
+            least = "all" if asked.share is None else render.share(asked.share)
+            found.append(f"{count} golden examples are asked at each promote to {asked.alias}: {least} must be right")
+    if not found:
+        raise BadRequest("nothing to set: give a gate or golden examples")
+    return [*found, "no alias moves now; the button Remove takes a gate back"]
+
+
+def _promise_said(version: str, asked: moves.PromiseAsked) -> list[str]:
+    of = "the table" if asked.source else "what its training held out"
+    broken = {"alarm": "an alarm", "stricter": "a stricter threshold", "rollback": "a rollback of its alias"}
+    return [
+        f"another process loads the base, and {version} answers {of}; nothing else changes meanwhile",
+        f"the lowest threshold is chosen with which, at {render.share(asked.confidence)} confidence, at most "
+        f"{render.share(asked.error)} is wrong ({asked.metric})",
+        "answers below it abstain from then on, wherever the version answers: they go to a person",
+        f"outcomes that break it lead to {broken[asked.when_broken]}",
+        "a promise cannot be taken back; a new one replaces it",
+    ]
+
+
+def _page(
+    request: Request,
+    view: View,
+    what: str,
+    fields: tuple[Field, ...],
+    form: Form,
+    said: list[str] | None = None,
+    error: TurretError | None = None,
+    **values: JsonValue,
+) -> Response:
+    problem, status = render.told(error)
+    texts = texts_in(form, fields)
+    if FILLED not in form.names:  # the address says some
+        texts |= {key: form.text(key) for key in form.names if form.text(key)}
+    common: render.Context = {"name": "", "version": "", "gates": (), **values}
+    common = {**common, "fields": fields, "texts": texts, "said": said, "problem": problem, "what": what}
+    return render.page(request, view, "decide.html.j2", status, **common)

@@ -13,7 +13,7 @@ from turret.compare.evaluation_page import reliability_plot
 from turret.compare.panel_page import Live, Step, decided_plot, steps
 from turret.errors import BadRequest, NotFound, TurretError
 from turret.server.console import render
-from turret.server.console.forms import Sent, pages
+from turret.server.console.render import Sent, pages
 from turret.server.routes import View
 from turret.store import Panel, Question, Version
 from turret.tasks.calibration import Sureness

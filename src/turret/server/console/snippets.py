@@ -13,7 +13,7 @@ from turret.access import DEFAULT
 from turret.data import TextPair
 from turret.json_types import JsonObject
 from turret.manifest import Manifest
-from turret.server.services import View
+from turret.server.routes import View
 from turret.tasks import stored_task
 from turret.tasks.shapes import TaskSpec
 from turret.workspace.card_code import exported_with_peft

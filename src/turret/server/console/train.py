@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from fastapi import Query, Request, Response
+from fastapi import Path, Query, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import StringConstraints
 
 from turret.data import source as tables
-from turret.errors import BadRequest, TurretError
+from turret.errors import BadRequest, NotFound, TurretError
 from turret.methods import METHODS
 from turret.methods import SHOWN as METHODS_SHOWN
 from turret.recipe import Recipe, toml
 from turret.recipe.default_base import AUTO
 from turret.server import trainings
 from turret.server.console import render
-from turret.server.console.forms import Form, Sent, pages
+from turret.server.console.render import Field, Form, Sent, model_in, pages, require_verb, texts_in
 from turret.server.routes import FileId, View, keep, owner_of
 from turret.server.trainings import SentPlan
 from turret.store.client_files import TABLE
-from turret.tasks import TASKS, Task
+from turret.tasks import TASKS, Task, main_metric, measure_of
+from turret.workspace.training_runs import FullRun
 
 router = pages()
 USUAL = next(iter(METHODS_SHOWN))  # method
@@ -262,3 +266,263 @@ def _planned(
         "problem": problem,
     }
     return render.page(request, view, "train_plan.html.j2", status, **values)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+# The pages of runs: all trainings, and one with its curves and its log while it trains.
+
+
+RunKey = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+RunId = Annotated[str, Path(min_length=1, max_length=100)]
+Runs = Annotated[list[RunKey], Query(min_length=1, max_length=trainings.MOST_CURVES)]
+Past = Annotated[int, Query(ge=0, le=1 << 62)]
+VERBS = ("cancel", "resume", "delete")
+MOST_RUNS = 200  # runs in the list
+MOST_LINES = 200  # of the log
+STALLED_SECONDS = 600.0  # without a step: the run may have been killed
+PLOTTED = ("step", "epoch", "loss", "lr", "tokens_per_second", "rss", "metrics", "split")
+
+
+@router.get("/runs")
+async def list_runs(request: Request, view: View) -> Response:
+    """The newest trainings."""
+    found = await view.control(view.workspace.runs, MOST_RUNS)
+    return render.page(request, view, "runs.html.j2", runs=found, most=MOST_RUNS)
+
+
+@router.get("/runs/overlay")
+async def overlay(request: Request, view: View, run: Runs) -> Response:
+    """The curves of several trainings in one plot, and their final values in a table."""
+    found = await view.control(trainings.curves, view, run)
+    return render.page(request, view, "runs_overlay.html.j2", curves=found.curves)
+
+
+@router.get("/runs/overlay/curves")
+async def overlay_curves(view: View, run: Runs) -> trainings.Curves:
+    """The same, for the plots."""
+    return await view.control(trainings.curves, view, run)
+
+
+@router.get("/runs/{run_id}")
+async def show_run(request: Request, view: View, run_id: RunId) -> Response:
+    """One training: curves, recipe, metrics, timings, memory."""
+    values = await _run_values(view, run_id)
+    return render.page(request, view, "run.html.j2", **values, **await _log(view, values["run"]))
+
+
+@router.get("/runs/{run_id}/state")
+async def show_run_state(request: Request, view: View, run_id: RunId) -> Response:
+    """The live part of the page of a training."""
+    return render.page(request, view, "run_state.html.j2", **await _run_values(view, run_id))
+
+
+@router.get("/runs/{run_id}/log")
+async def show_log(request: Request, view: View, run_id: RunId, past: Past = 0) -> Response:
+    """The log of a training, if it has a line after `past` or no more will come; else 204."""
+    run = await view.control(view.workspace.run, run_id)
+    values = await _log(view, run)
+    if values["more"] and values["newest"] <= past:
+        return Response(status_code=204)
+    return render.page(request, view, "run_log.html.j2", run=run, **values)
+
+
+@router.get("/runs/{run_id}/do/{verb}")
+async def ask_about_run(request: Request, view: View, run_id: RunId, verb: str) -> Response:
+    """The dialog that confirms a change."""
+    require_verb(verb, VERBS)
+    return render.page(request, view, "run_act.html.j2", run=await view.control(view.workspace.run, run_id), verb=verb)
+
+
+@router.post("/runs/{run_id}/do/{verb}")
+async def act_on_run(request: Request, view: View, run_id: RunId, verb: str) -> Response:
+    """Cancel a training, let an ended one go on, or delete it."""
+    require_verb(verb, VERBS)
+    queue = view.workspace.queue
+    await view.control({"cancel": queue.cancel, "resume": queue.resume, "delete": queue.delete}[verb], run_id)
+    return render.redirect(request, "/runs" if verb == "delete" else f"/runs/{run_id}")
+
+
+@router.get("/runs/{run_id}/curve")
+async def curve(view: View, run_id: RunId) -> Response:
+    """The steps so far, for the plots, and which metric is drawn."""
+    found = await view.control(view.workspace.curve, run_id, most=1000)
+    steps = [{key: value for key, value in asdict(each).items() if key in PLOTTED} for each in found]
+    values = next((each.metrics for each in reversed(found) if each.metrics), {})
+    key = main_metric(values)
+    metric = None if key in (None, "loss") else {"key": key, "name": measure_of(key, values).name}
+    return JSONResponse({"steps": steps, "of": found[-1].steps if found else None, "metric": metric})
+
+
+async def _run_values(view: View, run_id: str) -> render.Context:
+    run = await view.control(view.workspace.run, run_id)
+    steps = await view.control(view.workspace.curve, run_id, most=1)
+    last = steps[-1] if steps else None
+    place = await view.control(view.workspace.queue.place, run_id) if run["state"] == "waiting" else None
+    return {"run": run, "result": run["result"] or {}, "last": last, "stalled": _is_stalled(run), "place": place}
+
+
+async def _log(view: View, run: FullRun) -> render.Context:
+    """The newest lines of a queued run, the newest first."""
+    lines = await view.control(trainings.log, view, run)
+    return {
+        "lines": lines[: -MOST_LINES - 1 : -1],
+        "newest": lines[-1]["id"] if lines else 0,
+        "more": run["queue"] is not None and run["state"] in ("running", "waiting"),
+    }
+
+
+def _is_stalled(run: FullRun) -> bool:
+    """Whether the run counts as running but has made no step for a long time."""
+    touched = datetime.fromisoformat(run["touched"] or run["created"])
+    return run["state"] == "running" and (datetime.now(UTC) - touched).total_seconds() > STALLED_SECONDS
+
+
+# --- comparisons and sweeps -------------------------------------------------------------------------------------------
+# The pages of comparisons and sweeps: start one, watch its cells, and read the reports of all.
+
+
+Key = Annotated[str, Path(min_length=1, max_length=250)]
+StudyId = Annotated[str, Path(min_length=1, max_length=100)]
+Verb = Literal["compare", "sweep"]
+MOST_STUDIES, MOST_STUDY_LINES = 100, 50  # studies in the list; lines of the log
+_BUDGET = Field(
+    "budget", "Budget", "Such as 30m or 2h, after which nothing new begins. Empty: until all is done.", kind="time"
+)
+FIELDS = {
+    "compare": (
+        Field(
+            "methods",
+            "Methods",
+            "Separated by commas, settings after a colon. Empty: all that suit the task.",
+            example="base,linear,full,lora:r=4/16,prefix",
+        ),
+        Field("against", "Baseline", "The method that the others are judged against.", "full"),
+        Field("seeds", "Seeds", "Trainings of each method; at least 2 for a verdict.", "5", "number"),
+        Field("fractions", "Sizes", "Shares of the training examples, such as `5%, 25%, 100%`.", "100%", "shares"),
+        Field("margin", "Margin", "Points that still count as equally good.", "1", "number"),
+        _BUDGET,
+        Field("texts", "The report shows texts of the data", value="yes", kind="check"),
+    ),
+    "sweep": (
+        Field(
+            "settings",
+            "Settings",
+            "A line each: a range `1e-4..1e-2`, a list `4,8,16`, or one value.",
+            "train.lr = 1e-4..1e-2\nmethod.r = 4,8,16\n",
+            "settings",
+        ),
+        Field("trials", "Trials", "Empty: all combinations of lists, or 20 with a range.", kind="number"),
+        Field("at_once", "At once", "Trials that wait or run at a time.", "4", "number"),
+        _BUDGET,
+    ),
+}
+# A report needs no other file. It runs no script, and only our own pages may show it in a frame.
+REPORT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'self'"
+)
+
+
+@router.get("/comparisons")
+async def list_comparisons(request: Request, view: View) -> Response:
+    """All reports in the store, and what workers conduct."""
+    found = await view.control(view.workspace.comparisons)
+    studies = [trainings.shown(each) for each in await view.control(view.workspace.queue.studies, MOST_STUDIES)]
+    return render.page(request, view, "comparisons.html.j2", found=found, studies=studies)
+
+
+# --- start one --------------------------------------------------------------------------------------------------------
+
+
+@router.post("/comparisons/start/{verb}")
+async def start_study(request: Request, view: View, verb: Verb, form: Sent) -> Response:
+    """The options of a comparison or a sweep on a table that was chosen; its plan; and its start."""
+    text = await recipe_in(request, view, form)
+    if isinstance(text, Response):
+        return text
+    do, owner, planned, error = form.text("do"), owner_of(request.state.caller), None, None
+    try:
+        if do:
+            options = _options(verb, form)
+            recipe = await view.parsing(Recipe.from_toml, text)
+            if do == "start":
+                made = await view.control(trainings.submit_study, view, owner, recipe, {}, options.order())
+                return render.redirect(request, f"/comparisons/studies/{made.id}")
+            planned = await view.preview(trainings.plan_study, view, owner, recipe, {}, options.order())
+    except TurretError as wrong:
+        error = wrong
+    problem, status = render.told(error)
+    values: render.Context = {
+        "verb": verb,
+        "fields": FIELDS[verb],
+        "texts": texts_in(form, FIELDS[verb]),
+        "planned": planned,
+        "text": text,
+        "source": form.text("source"),
+        "problem": problem,
+    }
+    return render.page(request, view, "study_start.html.j2", status, **values)
+
+
+def _options(verb: Verb, form: Form) -> trainings.CompareOptions | trainings.SweepOptions:
+    if verb == "compare":
+        return model_in(form, FIELDS[verb], trainings.CompareOptions)
+    return model_in(form, FIELDS[verb], trainings.SweepOptions)
+
+
+# --- one that workers conduct -----------------------------------------------------------------------------------------
+
+
+@router.get("/comparisons/studies/{study_id}")
+async def show_study(request: Request, view: View, study_id: StudyId) -> Response:
+    """Its cells, and its report once it has one."""
+    return render.page(request, view, "study.html.j2", **await _study(view, study_id))
+
+
+@router.get("/comparisons/studies/{study_id}/state")
+async def show_study_state(request: Request, view: View, study_id: StudyId) -> Response:
+    """The live part of that page."""
+    return render.page(request, view, "study_state.html.j2", **await _study(view, study_id))
+
+
+@router.get("/comparisons/studies/{study_id}/do/{verb}")
+async def ask_about_study(
+    request: Request, view: View, study_id: StudyId, verb: Literal["cancel", "resume"]
+) -> Response:
+    """The dialog that confirms a change."""
+    values = await _study(view, study_id)
+    return render.page(request, view, "study_act.html.j2", **values, verb=verb)
+
+
+@router.post("/comparisons/studies/{study_id}/do/{verb}")
+async def act_on_study(request: Request, view: View, study_id: StudyId, verb: Literal["cancel", "resume"]) -> Response:
+    """Cancel it with its cells, or put it back into the queue."""
+    await _study(view, study_id)  # raises NotFound for the id of a training
+    queue = view.workspace.queue
+    await view.control(queue.cancel if verb == "cancel" else queue.resume, study_id)
+    return render.redirect(request, f"/comparisons/studies/{study_id}")
+
+
+async def _study(view: View, study_id: str) -> render.Context:
+    row = await view.control(view.workspace.queue.study, study_id)
+    log = await view.control(trainings.log, view, row)
+    return {"study": trainings.shown(row), "lines": log[: -MOST_STUDY_LINES - 1 : -1]}
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+@router.get("/comparisons/{key}")
+async def show_comparison(request: Request, view: View, key: Key) -> Response:
+    """One report inside a page."""
+    found = [each for each in await view.control(view.workspace.comparisons) if each["key"] == key]
+    if not found:
+        raise NotFound(f"no comparison {ascii(key)[:60]}: `turret compare` makes one")
+    return render.page(request, view, "comparison.html.j2", one=found[0])
+
+
+@router.get("/comparisons/{key}/report")
+async def report(view: View, key: Key) -> Response:
+    """The report itself."""
+    text = await view.control(view.workspace.report, key)
+    return HTMLResponse(text, headers={"content-security-policy": REPORT_POLICY, "x-frame-options": "SAMEORIGIN"})

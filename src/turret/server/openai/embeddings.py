@@ -11,38 +11,158 @@ import sys
 from array import array
 from collections.abc import Sequence
 from operator import mul
+from typing import Annotated, Literal
 
 from fastapi import Request, Response
+from pydantic import BaseModel, Field
 
 from turret.data import TextPair
 from turret.errors import BadRequest, TurretError
 from turret.families.family import Pooling
+from turret.server import limits
 from turret.server.engines import Input
-from turret.server.openai import embedding_schemas as schemas
 from turret.server.questions import PendingAnswers, ask, now, prompt_tokens, scores_pairs
-from turret.server.routes import Unit, View, router
+from turret.server.routes import USER, WHOLE, Model, Name, Text, Tokens, Unit, User, View, router
 from turret.tasks import Embedding
 from turret.tasks.shapes import Answer
 
+# --- schemas ----------------------------------------------------------------------------------------------------------
+# Requests and responses of embeddings, scores, reranking and tokens, in the formats of OpenAI and vLLM.
+
+
+Texts = Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
+POOLING = "The mean of all tokens, or the first or last one; default: as trained, else mean, or last for a decoder."
+Pooled = Annotated[Pooling | None, Field(description=POOLING)]
+
+Scoring = Annotated[
+    Literal["cosine", "adapter"],
+    Field(description="What a score is: the cosine of two embeddings, or the number of an adapter that reads both."),
+]
+
+# --- requests --------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingRequest(Model):
+    model: Name
+    input: Text | Texts | Tokens | Annotated[list[Tokens], Field(min_length=1, max_length=limits.MOST_INPUTS)]
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="base64: little-endian float32, as OpenAI's clients read it."
+    )
+    dimensions: Annotated[int, Field(ge=1, le=1 << 16), WHOLE] | None = Field(
+        None,
+        description="The first so many numbers; default: as trained, else all. Useful only if it was trained for them.",
+    )
+    pooling: Pooled = None
+    normalize: bool | None = Field(None, description="Scale to length 1; default: as trained, else yes.")
+    user: User | None = Field(None, description=USER)
+
+    def inputs(self) -> list[str | list[int]]:
+        if isinstance(self.input, str):
+            return [self.input]
+        tokens = [each for each in self.input if isinstance(each, int)]
+        return [tokens] if tokens else [each for each in self.input if not isinstance(each, int)]
+
+    def embedding(self) -> Embedding:
+        return Embedding(self.pooling, self.dimensions, self.normalize)
+
+
+class ScoreRequest(Model):
+    model: Name
+    text_1: Text | Texts = Field(description="One text, which is paired with each text_2, or as many as text_2.")
+    text_2: Text | Texts
+    pooling: Pooled = None
+    user: User | None = Field(None, description=USER)
+
+    def pairs(self) -> tuple[list[str], list[str]]:
+        first, second = ([each] if isinstance(each, str) else each for each in (self.text_1, self.text_2))
+        return first, second
+
+
+class RerankRequest(Model):
+    model: Name
+    query: Text
+    documents: Texts
+    top_n: Annotated[int, Field(ge=0, le=limits.MOST_INPUTS), WHOLE] | None = Field(
+        None, description="How many of the best to return; 0 or missing: all."
+    )
+    pooling: Pooled = None
+    user: User | None = Field(None, description=USER)
+
+
+# --- responses -------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingData(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(BaseModel):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str = Field(description="The version that answered, such as name@3.")
+    data: list[EmbeddingData]
+    usage: EmbeddingUsage
+
+
+class Score(BaseModel):
+    object: Literal["score"] = "score"
+    index: int
+    score: float
+
+
+class ScoreList(BaseModel):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    scoring: Scoring
+    data: list[Score]
+    usage: EmbeddingUsage
+
+
+class Document(BaseModel):
+    text: str
+
+
+class Ranked(BaseModel):
+    index: int = Field(description="The place of the document in the request.")
+    document: Document
+    relevance_score: float
+
+
+class Ranking(BaseModel):
+    id: str
+    model: str
+    scoring: Scoring
+    results: list[Ranked] = Field(description="The best first.")
+    usage: EmbeddingUsage
+
+
 questions = router("infer")
-Scores = tuple[list[float], schemas.Scoring, PendingAnswers, schemas.EmbeddingUsage]
-Vectors = tuple[list[list[float]], PendingAnswers, schemas.EmbeddingUsage]
+Scores = tuple[list[float], Scoring, PendingAnswers, EmbeddingUsage]
+Vectors = tuple[list[list[float]], PendingAnswers, EmbeddingUsage]
 
 
 @questions.post("/v1/embeddings")
-async def embed(
-    body: schemas.EmbeddingRequest, view: View, unit: Unit, request: Request, response: Response
-) -> schemas.Embeddings:
+async def embed(body: EmbeddingRequest, view: View, unit: Unit, request: Request, response: Response) -> Embeddings:
     """One vector for each text, of the base or of an adapter. A text gets no template, only the special tokens."""
     vectors, pending, usage = await _vectors(
         view, request, response, body.model, body.inputs(), body.embedding(), unit or body.user
     )
-    return schemas.Embeddings(
+    return Embeddings(
         id=f"embd-{pending.id}",
         created=now(),
         model=pending.model or body.model,
         data=[
-            schemas.EmbeddingData(index=index, embedding=packed(vector) if body.encoding_format == "base64" else vector)
+            EmbeddingData(index=index, embedding=packed(vector) if body.encoding_format == "base64" else vector)
             for index, vector in enumerate(vectors)
         ],
         usage=usage,
@@ -50,9 +170,7 @@ async def embed(
 
 
 @questions.post("/v1/score")
-async def score(
-    body: schemas.ScoreRequest, view: View, unit: Unit, request: Request, response: Response
-) -> schemas.Scores:
+async def score(body: ScoreRequest, view: View, unit: Unit, request: Request, response: Response) -> ScoreList:
     """How alike the texts of each pair are: the cosine of their embeddings, from -1 to 1, or an adapter's number."""
     first, second = body.pairs()
     if len(first) not in (1, len(second)):
@@ -63,34 +181,30 @@ async def score(
     scores, scoring, pending, usage = await _scores(
         view, request, response, body.model, pairs, body.pooling, unit or body.user
     )
-    return schemas.Scores(
+    return ScoreList(
         id=f"score-{pending.id}",
         created=now(),
         model=pending.model or body.model,
         scoring=scoring,
-        data=[schemas.Score(index=index, score=each) for index, each in enumerate(scores)],
+        data=[Score(index=index, score=each) for index, each in enumerate(scores)],
         usage=usage,
     )
 
 
 @questions.post("/v1/rerank")
-async def rerank(
-    body: schemas.RerankRequest, view: View, unit: Unit, request: Request, response: Response
-) -> schemas.Ranking:
+async def rerank(body: RerankRequest, view: View, unit: Unit, request: Request, response: Response) -> Ranking:
     """The documents by their cosine with the query, or by an adapter's number for both; the highest first."""
     pairs = [(body.query, each) for each in body.documents]
     scores, scoring, pending, usage = await _scores(
         view, request, response, body.model, pairs, body.pooling, unit or body.user
     )
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
-    return schemas.Ranking(
+    return Ranking(
         id=f"rerank-{pending.id}",
         model=pending.model or body.model,
         scoring=scoring,
         results=[
-            schemas.Ranked(
-                index=index, document=schemas.Document(text=body.documents[index]), relevance_score=scores[index]
-            )
+            Ranked(index=index, document=Document(text=body.documents[index]), relevance_score=scores[index])
             for index in order
         ],
         usage=usage,
@@ -133,9 +247,9 @@ def _gives_numbers(view: View, model: str) -> bool:
     return scores_pairs(spec)
 
 
-def _usage(answers: Sequence[Answer]) -> schemas.EmbeddingUsage:
+def _usage(answers: Sequence[Answer]) -> EmbeddingUsage:
     read = sum(map(prompt_tokens, answers))
-    return schemas.EmbeddingUsage(prompt_tokens=read, total_tokens=read)
+    return EmbeddingUsage(prompt_tokens=read, total_tokens=read)
 
 
 async def _vectors(

@@ -7,13 +7,22 @@ from datetime import datetime
 from itertools import groupby
 from typing import Annotated, Literal
 
-from fastapi import Path
-from pydantic import BaseModel, Field
+from fastapi import Path, Request
+from pydantic import BaseModel, ConfigDict, Field
 
-from turret.errors import NotFound
-from turret.server.routes import View, router
+from turret.data import Prompt
+from turret.data.conversations import turns_of
+from turret.errors import BadRequest, NotFound
+from turret.server import limits
+from turret.server.engines import ServedBase
+from turret.server.limits import MOST_TEXT
+from turret.server.openai.completions import Message
+from turret.server.questions import admit, count_tokens
+from turret.server.routes import WHOLE, Model, Name, Text, View, router
 from turret.store import Version
 from turret.store.catalog import PRODUCTION
+from turret.tasks.chat_template import base_prompt
+from turret.transformer import Tokenizer
 
 questions = router("infer")
 
@@ -83,3 +92,103 @@ def _gpu(view: View, model: str, version: Version) -> ModelCard:
     task, base = version.task.get("kind"), view.engines.base_of_version(version)
     parent = None if base is None else base.name
     return ModelCard(id=model, created=created, root=str(version), parent=parent, task=task)
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+# `POST /tokenize` and `/detokenize`: texts as a base's tokens and back, in vLLM's format.
+
+
+class TokenizeText(Model):
+    model: Name | None = Field(None, description="An adapter or the base; both have the base's tokens.")
+    prompt: Text
+    add_special_tokens: bool | None = Field(None, description="Put the special tokens around the text; the default.")
+    return_token_strs: bool | None = None
+
+
+class TokenizeMessages(Model):
+    """Messages go through the base's chat template."""
+
+    model: Name | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
+    add_generation_prompt: bool | None = Field(None, description="End with the start of an answer; the default.")
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Model):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: Name | None = None
+    tokens: Annotated[
+        list[Annotated[int, Field(ge=0, le=10_000_000), WHOLE]], Field(max_length=1 << 17, fail_fast=True)
+    ]
+
+
+class TokenIds(BaseModel):
+    count: int
+    max_model_len: int = Field(description="The most tokens of a prompt and its answer here.")
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+@questions.post("/tokenize")
+async def tokenize(body: TokenizeText | TokenizeMessages, view: View, request: Request) -> TokenIds:
+    """The tokens of a text, or of messages by the base's chat template. An adapter's own template is not applied.
+
+    It takes a request and its tokens from the caller's quota, and usage counts it, as a prompt.
+    """
+    await admit(view, request)
+    base = await _base_of(view, body.model)
+    ids = await view.parsing(_ids, base.tokenizer, body)
+    count_tokens(view, request, len(ids))
+    return TokenIds(
+        count=len(ids),
+        max_model_len=base.engine.longest,
+        tokens=ids,
+        token_strs=await view.parsing(_texts, base.tokenizer, ids) if body.return_token_strs else None,
+    )
+
+
+@questions.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, view: View, request: Request) -> Detokenized:
+    """The text of tokens. A request and its tokens are taken from the caller's quota and counted, as of a prompt."""
+    await admit(view, request)
+    base = await _base_of(view, body.model)
+    count_tokens(view, request, len(body.tokens))
+    return Detokenized(prompt=await view.parsing(_text, base.tokenizer, body.tokens))
+
+
+async def _base_of(view: View, model: str | None) -> ServedBase:
+    """The base whose tokens a model has. Raises NotFound for a model that is not here."""
+    if model is None or view.engines.is_base(model):
+        return view.engines.base_of(model)
+    base = view.engines.base_of_version(await view.control(version_here, view, model))
+    assert base is not None  # `version_here` raises NotFound
+    return base
+
+
+def _ids(tokenizer: Tokenizer, body: TokenizeText | TokenizeMessages) -> list[int]:
+    if isinstance(body, TokenizeText):
+        special = body.add_special_tokens is not False
+        return [int(each) for each in tokenizer(body.prompt, add_special_tokens=special, verbose=False)["input_ids"]]
+    if not getattr(tokenizer, "chat_template", None):
+        raise BadRequest("this base has no chat template: expected prompt, not messages")
+    asked = Prompt(tuple(turns_of([message.known() for message in body.messages]) or ()))
+    if asked.characters > MOST_TEXT:
+        raise BadRequest(f"the messages have {asked.characters} characters: expected at most {MOST_TEXT} in all")
+    return base_prompt(tokenizer, asked, answering=body.add_generation_prompt is not False)
+
+
+def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    size = len(tokenizer)
+    if wrong := next((each for each in ids if each >= size), None):
+        raise NotFound(f"no token {wrong} in the vocabulary of this base: expected numbers from 0 to {size - 1}")
+    return tokenizer.decode(list(ids))
+
+
+def _texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """The vocabulary's name of each token."""
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    return [name or "" for name in names]  # a vocabulary may have gaps
