@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from turret.cache import open_private, private_folder
+from turret.disk import open_private, private_folder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is run from the cache elsewhere")
 as_root = pytest.mark.skipif(
@@ -56,7 +56,7 @@ def test_another_user_trusts_root_but_not_an_entry_of_tmp_that_anybody_could_hav
     entry = Path(tempfile.mkdtemp(dir="/tmp"))
     entry.chmod(0o755)
     code = (
-        "import os, sys; from pathlib import Path; from turret.cache import private_folder\n"
+        "import os, sys; from pathlib import Path; from turret.disk import private_folder\n"
         f"os.setgid({NOBODY}); os.setuid({NOBODY})\n"
         "try: print(private_folder(Path(sys.argv[1])))\n"
         "except OSError as error: print(error.filename, error.strerror)"

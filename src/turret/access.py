@@ -1,6 +1,6 @@
 """Who asks: a tenant, and which of its adapters and bases. Everything that is not theirs does not exist for them.
 
-A connection to the catalog carries one `Access` (`turret.database`), and `turret.visibility` turns it into the
+A connection to the catalog carries one `Access` (`turret.database`), and `turret.database` turns it into the
 conditions of every query. A pattern is a name, or the start of one and `*`: `legal-*`, `*`.
 """
 

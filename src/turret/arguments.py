@@ -171,3 +171,16 @@ def _in_words(wanted: str) -> str:
     if head in ("Sequence", "Iterable") and inner in ("str]", "float]"):
         return "a list of " + ("texts" if inner == "str]" else "numbers")
     return _WORDS.get(head, f"a {head.rpartition('.')[2]}")
+
+
+# --- names of devices -------------------------------------------------------------------------------------------------
+# The names of the devices on which a base computes, for recipes, commands and Python.
+
+
+DEVICES = "auto, cpu, cuda, cuda:1 or mps"  # for error texts
+_NAME = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
+
+
+def is_device(name: str) -> bool:
+    """Whether a device can have this name, on some machine."""
+    return _NAME.fullmatch(name) is not None

@@ -14,10 +14,9 @@ from typing import Literal
 
 from sqlalchemy import JSON, Column, ColumnElement, Connection, Integer, String, Table, func, insert, select, true
 
-from turret.database import Database, adapters, bytewise, metadata
+from turret.database import Database, access_of, adapters, bytewise, metadata, seen_adapters
 from turret.errors import StoreError
 from turret.json_types import JsonObject, Plain
-from turret.visibility import access_of, seen_adapters
 
 audit = Table(
     "audit",

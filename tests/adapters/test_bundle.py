@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, GENERATORS, build
 
 from turret.adapters import Adapter, BaseInfo, attach, classify_logits, extract, mount
+from turret.bases.fingerprints import fingerprint
 from turret.bundles import read_bundle, save, save_bundle
 from turret.errors import AdapterError, BundleError, WrongBase
-from turret.fingerprint import fingerprint
 from turret.methods import Full, Head, LoRA, Method, Prefix
 
 METHODS: tuple[Method, ...] = (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_models import DECODERS, FAMILIES, GENERATORS, build, save_base
 
 from turret import bases
-from turret.cache import cache_folder
+from turret.disk import cache_folder
 
 
 @pytest.mark.parametrize("family", GENERATORS)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from small_models import FAMILIES
 
 from turret import bases, quantized
+from turret.bases.fingerprints import within
 from turret.bases.quantized import arguments
 from turret.errors import BaseModelError
 from turret.families import Family, family_named
-from turret.fingerprint import within
 
 pytestmark = needs_bitsandbytes
 

@@ -23,8 +23,8 @@ from turret.errors import ServeRefused
 from turret.experiments import Guards
 from turret.server import live_promises
 from turret.server.live_promises import SIGNATURE, AlarmSettings
-from turret.store import alarms
-from turret.store.alarms import KINDS
+from turret.store import promises
+from turret.store.promises import ALARM_KINDS
 from turret.workspace import Workspace
 
 
@@ -86,7 +86,7 @@ def break_promise(running: Running, **changes: Any) -> Any:
 
 def sent(workspace: Workspace) -> int:
     with workspace.store.database().reading() as connection:
-        return len(connection.execute(alarms.alarms.select()).all())
+        return len(connection.execute(promises.alarms.select()).all())
 
 
 @pytest.mark.slow
@@ -202,14 +202,16 @@ def test_what_happened_a_day_ago_is_told_no_more(workspace, put, monkeypatch) ->
     version = put("a")
     with workspace.store.database().writing() as connection:
         for day, what in (("2020-01-01", "a@1"), ("2999-01-01", "a@2")):
-            audit.record(connection, KINDS[0], what, "a", at=f"{day}T00:00:00.000000Z", who=None, after={"why": "x"})
+            audit.record(
+                connection, ALARM_KINDS[0], what, "a", at=f"{day}T00:00:00.000000Z", who=None, after={"why": "x"}
+            )
         audit.record(connection, "promote", str(version), "a", at="2999-01-01T00:00:00.000000Z", who=None)
     with workspace.store.database().writing() as connection:
-        (found,) = alarms.unsent(connection)
+        (found,) = promises.unsent(connection)
         assert found.version == "a@2"
-        alarms.mark_sent(connection, found)
-        alarms.mark_sent(connection, found)  # another server did so too
-        assert alarms.unsent(connection) == []
+        promises.mark_sent(connection, found)
+        promises.mark_sent(connection, found)  # another server did so too
+        assert promises.unsent(connection) == []
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from turret.server import live_promises, services
 from turret.server.engines import Engines
 from turret.server.live_promises import AlarmSettings, InputSampler
 from turret.server.logs import Log
-from turret.store import promise_inputs, promises
+from turret.store import promises
 from turret.store.promises import Promise
 from turret.workspace import Workspace
 
@@ -47,8 +47,8 @@ def watched(workspace: Workspace, version: Any, vectors: Any = FAR) -> Promise:
 
 def kept(workspace: Workspace, promise: Promise) -> int:
     with workspace.store.database().reading() as connection:
-        watch = promise_inputs.watch_of(connection, promise.id)
-        return 0 if watch is None else promise_inputs.rows_of(connection, watch)
+        watch = promises.watch_of(connection, promise.id)
+        return 0 if watch is None else promises.rows_of(connection, watch)
 
 
 def echo(workspace: Workspace, **settings: Any) -> Echo:

@@ -8,9 +8,8 @@ import pytest
 from store.verbs import TERMS
 
 from turret import audit
-from turret.store import Store, Version, promise_inputs, promises
-from turret.store.promise_inputs import InputWatch
-from turret.store.promises import Promise
+from turret.store import Store, Version, promises
+from turret.store.promises import InputWatch, Promise
 
 REFERENCES = [bytes([number, 0, 0, 60]) for number in range(4)]  # two numbers each
 
@@ -22,12 +21,12 @@ def promised(store: Store, version: Version, inputs: Sequence[bytes] = REFERENCE
 
 def watch_of(store: Store, promise: Promise) -> InputWatch | None:
     with store.database().reading() as connection:
-        return promise_inputs.watch_of(connection, promise.id)
+        return promises.watch_of(connection, promise.id)
 
 
 def rows(store: Store, promise: Promise) -> list[tuple[int, bytes]]:
     """Round and embedding of all that is kept for a promise."""
-    table = promise_inputs.inputs
+    table = promises.promise_inputs
     with store.database().reading() as connection:
         query = table.select().where(table.c.promise_id == promise.id).order_by(table.c.id)
         return [(row.round, bytes(row.vector)) for row in connection.execute(query)]
@@ -35,7 +34,7 @@ def rows(store: Store, promise: Promise) -> list[tuple[int, bytes]]:
 
 def add(store: Store, promise: Promise, *vectors: bytes) -> list[bool]:
     with store.database().writing() as connection:
-        return [promise_inputs.add(connection, promise.id, each) for each in vectors]
+        return [promises.add_input(connection, promise.id, each) for each in vectors]
 
 
 def test_live_texts_follow_the_examples_in_the_order_in_which_they_came(store, put) -> None:
@@ -46,8 +45,8 @@ def test_live_texts_follow_the_examples_in_the_order_in_which_they_came(store, p
     watch = watch_of(store, promise)
     assert watch == InputWatch(promise.id, 2, 4, 1, 0, None, None)
     with store.database().reading() as connection:
-        (first, _), second = promise_inputs.vectors_of(connection, watch, 1)
-        assert promise_inputs.vectors_of(connection, watch, 1, first) == [second]
+        (first, _), second = promises.vectors_of(connection, watch, 1)
+        assert promises.vectors_of(connection, watch, 1, first) == [second]
 
 
 def test_at_most_one_round_is_kept(store, put) -> None:
@@ -56,7 +55,7 @@ def test_at_most_one_round_is_kept(store, put) -> None:
     watch = watch_of(store, promise)
     for _ in range(2):  # a second server has read the same
         with store.database().writing() as connection:
-            promise_inputs.begin_round(connection, watch, 4)
+            promises.begin_round(connection, watch, 4)
     assert add(store, promise, b"next") == [True]
     assert rows(store, promise) == [*((0, each) for each in REFERENCES), (2, b"next")]
     assert watch_of(store, promise) == InputWatch(promise.id, 2, 4, 2, 4, None, None)

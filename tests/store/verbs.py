@@ -23,7 +23,7 @@ from turret.database import OLDEST
 from turret.errors import ExperimentError, NotFound
 from turret.experiments import Guards, arm_health, input_drift, rows
 from turret.experiments.arm_health import ArmHealth
-from turret.store import Example, GoldenReplay, GoldenSet, Store, promise_inputs, promises
+from turret.store import Example, GoldenReplay, GoldenSet, Store, promises
 from turret.store.blobs import hash_file
 from turret.store.catalog import now
 from turret.store.promises import Promise, Terms
@@ -410,7 +410,7 @@ def watched(where: str, folder: Path) -> tuple[Store, Promise]:
     with store.database().writing() as connection:
         promise = promises.make(connection, store.resolve("a@1"), TERMS, inputs=references)
         for each in live:
-            promise_inputs.add(connection, promise.id, each)
+            promises.add_input(connection, promise.id, each)
     return store, promise
 
 
@@ -420,8 +420,8 @@ def ready_to_watch(where: str, folder: Path) -> Hold:
 
     def hold(done: bool) -> None:
         with Store(where).database().reading() as connection:
-            watch = promise_inputs.watch_of(connection, promise.id)
-            kept = promise_inputs.bytes_of(connection, promise.id)
+            watch = promises.watch_of(connection, promise.id)
+            kept = promises.bytes_of_inputs(connection, promise.id)
             told = sum(each.verb == "promise drift" and each.at >= promise.created for each in audit.read(connection))
         drifted = watch is not None and watch.drifted is not None
         assert (drifted, kept, told) in (((True, 0, 1),) if done else ((True, 0, 1), (False, 2 * 80 * 40, 0)))

@@ -15,7 +15,7 @@ from turret import adapters
 from turret.adapters.lifecycle import CheckpointedForward
 from turret.bases.device import CPU, ChosenDevice, Gpu, Machine
 from turret.errors import DeviceError, PreflightRefused
-from turret.plan_check import Check
+from turret.methods.method import Check
 from turret.recipe import Recipe
 from turret.tasks import task_of
 from turret.train import Plan

@@ -17,7 +17,7 @@ from simulated_comparison import made
 from turret import LoRA, Recipe, Workspace
 from turret.compare.results import Details
 from turret.errors import NotInstalled
-from turret.plan_check import Check
+from turret.methods.method import Check
 from turret.store import Version
 from turret.tasks import Mistake
 from turret.train import Plan, RunCurve, StepRecord

@@ -18,7 +18,7 @@ from turret.compare.results import wilson
 from turret.engine.runner import Runner
 from turret.errors import AdapterError, BadArgument, DataError, NotFound
 from turret.recipe import Recipe
-from turret.store import Question, promise_inputs, promises
+from turret.store import Question, promises
 from turret.tasks import chances
 
 pytestmark = pytest.mark.slow  # real trainings
@@ -83,7 +83,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def _without_promises(trained: Workspace) -> Iterator[None]:
     yield
     with trained.store.database().writing() as connection:
-        for table in (promise_inputs.inputs, promise_inputs.watches, promises.promises):
+        for table in (promises.promise_inputs, promises.promise_watches, promises.promises):
             connection.execute(table.delete())
 
 

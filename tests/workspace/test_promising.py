@@ -23,7 +23,7 @@ from turret.errors import AdapterError, BundleError, DataError, NotFound
 from turret.experiments.input_drift import MOST_TOKENS, packed, unpacked
 from turret.recipe import Promise as RecipePromise
 from turret.recipe import Recipe
-from turret.store import Store, promise_inputs, promises
+from turret.store import Store, promises
 from turret.store.promises import LoggedAnswer, Terms
 from turret.tasks.calibration import Confidences
 from turret.tasks.tokens import Tokens
@@ -71,7 +71,7 @@ def _fresh(trained: Workspace) -> Iterator[None]:
     """Without the promises of other tests."""
     yield
     with trained.store.database().writing() as connection:
-        tables = (promises.outcomes, promises.answers, promise_inputs.inputs, promise_inputs.watches)
+        tables = (promises.outcomes, promises.answers, promises.promise_inputs, promises.promise_watches)
         for each in (*tables, promises.promises):
             connection.execute(each.delete())
 
@@ -314,22 +314,22 @@ def live(workspace: Workspace, texts: list[str]) -> None:
         for text in texts:
             row = Tokens(base.tokenizer).row(text, min(MOST_TOKENS, engine.longest))
             vector = engine.submit("embed", row, None).result()["embedding"]
-            assert promise_inputs.add(connection, promise.id, packed([vector])[0])
+            assert promises.add_input(connection, promise.id, packed([vector])[0])
 
 
 def test_a_promise_keeps_embeddings_of_its_examples_by_the_bare_base(trained: Workspace) -> None:
     made = trained.promise("reviews", 0.05)
     assert made.notes == ()
     with trained.store.database().reading() as connection:
-        watch = promise_inputs.watch_of(connection, made.promise.id)
+        watch = promises.watch_of(connection, made.promise.id)
         assert watch is not None
-        found = promise_inputs.vectors_of(connection, watch, promise_inputs.REFERENCE)
+        found = promises.vectors_of(connection, watch, promises.REFERENCE_ROUND)
     kept = unpacked([row for _, row in found], watch.size)
     assert watch.examples == len(kept) > 100
     assert np.linalg.norm(kept, axis=1) == pytest.approx(1, abs=1e-3)
     live(trained, [text for text, _ in rows(200, 240, wrong=12)][:3])
     with trained.store.database().reading() as connection:
-        rest = unpacked([row for _, row in promise_inputs.vectors_of(connection, watch, 1)], watch.size)
+        rest = unpacked([row for _, row in promises.vectors_of(connection, watch, 1)], watch.size)
     assert (rest @ kept.T).max(1) == pytest.approx(1, abs=1e-3), "a server embeds the same texts alike"
 
 

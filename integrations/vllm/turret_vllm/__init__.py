@@ -197,7 +197,7 @@ def registered() -> Resolver | None:
 
 @functools.cache
 def fingerprint_of(base: str) -> str:
-    """The fingerprint of a base's files, as `turret.fingerprint` defines it, without torch.
+    """The fingerprint of a base's files, as `turret.bases.fingerprints` defines it, without torch.
 
     Args:
         base: A folder, or the id of a model that vLLM has fetched.

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from turret import quantized
 from turret.adapters.adapter import BaseInfo, StoredAdapter
 from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes
+from turret.bases.fingerprints import FORMAT, OF_CHECKPOINT, fingerprint, within
 from turret.bases.meta_model import auto_class, room_to_answer
 from turret.bases.numerics import use_quick_float32
 from turret.bases.quantized import (
@@ -35,12 +36,10 @@ from turret.bases.quantized import (
 )
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource, resolve
-from turret.cache import cache_folder, write_beside
-from turret.disk import FAILING, describe_error
+from turret.disk import FAILING, cache_folder, describe_error, write_beside
 from turret.errors import BaseModelError, DeviceError
 from turret.families import FAMILIES, Family, family_named, generic
 from turret.families.family import HeadKind, head_of, take_head_off
-from turret.fingerprint import FORMAT, OF_CHECKPOINT, fingerprint, within
 from turret.ops.core import use_device
 from turret.transformer import Model, Tokenizer
 

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 
 import torch
 
+from turret.arguments import DEVICES, is_device
 from turret.bases.numerics import native_bfloat16
-from turret.device_name import DEVICES, is_device
 from turret.errors import DeviceError, one_line, shown
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")

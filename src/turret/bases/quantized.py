@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from turret import quantized
+from turret.bases.fingerprints import body, hashed, within
 from turret.bases.source import BaseSource
 from turret.errors import BaseModelError
 from turret.families import Family
-from turret.fingerprint import body, hashed, within
 from turret.transformer import Model
 
 Quantization = Literal["none", "nf4"]

@@ -33,6 +33,7 @@ from turret.bases.base import (
     require_task,
 )
 from turret.bases.device import ChosenDevice, gigabytes
+from turret.bases.fingerprints import within
 from turret.bases.meta_model import skeleton
 from turret.bases.numerics import use_quick_float32
 from turret.bases.quantized import Checkpoint, checkpoint_fingerprint
@@ -40,7 +41,6 @@ from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError
 from turret.families import Family
 from turret.families.family import HeadKind
-from turret.fingerprint import within
 from turret.quantized import is_linear
 from turret.transformer import Model
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from turret.adapters.lifecycle import require_bare
 from turret.bases.base import Base
+from turret.bases.fingerprints import within
 from turret.bases.meta_model import model_of
 from turret.families.family import take_head_off
-from turret.fingerprint import within
 from turret.transformer import Model
 
 LABELS, INITIALIZED = "num_labels", "_is_hf_initialized"  # attributes of transformers' models, modules and tensors

@@ -31,8 +31,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from turret.bases.silence_transformers import quiet
-from turret.cache import cache_folder
-from turret.disk import sha256_of, sync
+from turret.disk import cache_folder, sha256_of, sync
 from turret.errors import BaseModelError
 from turret.json_types import Plain
 

@@ -26,11 +26,11 @@ from turret.adapters.lifecycle import attach, extract, mount, require_bare, star
 from turret.adapters.peft_config import check_config, refuse_code, shortly
 from turret.adapters.tuners.tuner import tuner_of
 from turret.arguments import checked
+from turret.bases.fingerprints import fingerprint_of
 from turret.bundles.tensors import Content, read_tensors, visible
 from turret.disk import describe_error, make_folder, permissions, sync
 from turret.errors import AdapterError, BundleError, RecipeError, one_line
 from turret.families import FAMILIES
-from turret.fingerprint import fingerprint_of
 from turret.json_types import JsonObject, JsonValue
 from turret.manifest import AdapterConfig, BaseKey, BaseSpec, FileEntry, Manifest, MethodSpec
 from turret.methods import METHODS, Method, method_class

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-    from turret.plan_check import Check
+    from turret.methods.method import Check
     from turret.recipe import Recipe
     from turret.store.jobs import StudyRow
     from turret.store.runs import RunRow

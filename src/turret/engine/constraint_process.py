@@ -17,7 +17,7 @@ from typing import TypedDict, TypeVar
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from turret.errors import one_line
-from turret.helper_process import Died, HelperProcess
+from turret.process import Died, HelperProcess
 
 T = TypeVar("T")
 
@@ -146,7 +146,7 @@ class ConstraintProcess:
 
 
 def helper(about: AboutTokens) -> Callable[[GrammarQuestion], GrammarReply]:
-    """What compiles a grammar, for `turret.helper_process`."""
+    """What compiles a grammar, for `turret.process`."""
     tokens = tokenizer_of(about["tokenizer"], about["size"], about["eos"])
     return lambda asked: {"error": with_stack(HELPER_STACK, partial(_rehearse, tokens, asked["grammar"]))}
 

@@ -21,13 +21,12 @@ from typing import Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, exists, func, insert, select
 
-from turret.database import assignments, experiments, outcomes
+from turret.database import assignments, experiments, outcomes, seen_experiments
 from turret.errors import BadExperiment
 from turret.experiments import assign, rows
 from turret.experiments.experiment import Experiment, lasting, seconds_between
 from turret.json_types import JsonObject, Plain
 from turret.timestamp import to_minute
-from turret.visibility import seen_experiments
 
 Status = Literal["counted", "noted", "repeated", "unknown", "late", "refused"]
 LONGEST_RECEIPT = 100

@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 
 from turret.access import Access
 from turret.audit import Mark
-from turret.database import Database
+from turret.database import Database, see_as
 from turret.errors import BadExperiment, BadReference, NotFound, StoreError
 from turret.experiments import arm_health, assign, outcomes, rows
 from turret.experiments.arm_health import ArmHealth
@@ -30,7 +30,6 @@ from turret.experiments.outcomes import Recorded, Seen, check_receipt
 from turret.json_types import JsonValue, Plain
 from turret.reference import check_name
 from turret.timestamp import timestamp
-from turret.visibility import see_as
 
 REFRESH = 1.0  # seconds between two reads, and between two writes of the log
 MOST_KEPT = 100_000  # unwritten answers, while the store cannot be reached

@@ -13,13 +13,12 @@ from typing import TypedDict
 from sqlalchemy import ColumnElement, Connection, RowMapping, func, insert, select, update
 
 from turret import audit
-from turret.database import adapters, experiment_events, experiment_splits, experiments, insert_row
+from turret.database import adapters, experiment_events, experiment_splits, experiments, insert_row, seen_adapters
 from turret.errors import Corrupt, ExperimentError, NotFound
 from turret.experiments import assign
 from turret.experiments.experiment import CONTROL, MISSING_BOUND, Arm, Experiment, Guards, Metric, shares
 from turret.json_types import JsonObject, Plain
 from turret.timestamp import to_minute
-from turret.visibility import seen_adapters
 
 RUNNING, ENDED = "running", "ended"
 

@@ -7,17 +7,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, ValidationInfo, model_validator
 
 from turret.errors import RecipeError, joined, shown
 from turret.families.family import Family
-from turret.json_types import Plain
+from turret.json_types import JsonObject, Plain
 from turret.manifest import AdapterConfig, MethodSpec
 from turret.methods.messages import sentences
-from turret.plan_check import Check
+
+# --- a row of a plan --------------------------------------------------------------------------------------------------
+# One row of a plan: the check, its result and a remedy. Loads no torch.
+
+
+Level = Literal["ok", "warn", "refuse"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of a plan."""
+
+    name: str
+    level: Level
+    text: str
+    remedy: str | None = None
+
+    def to_json(self) -> JsonObject:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return self.text if self.remedy is None else f"{self.text}: {self.remedy}"
+
 
 LARGE_BASE = 1_000_000_000  # parameters; the published LoRA rates hold from here on, the measured ones below
 CLASSIFY = "classify"  # a request that a head answers

@@ -10,8 +10,7 @@ from pydantic import Field
 from turret.errors import BundleError
 from turret.families.family import Family
 from turret.manifest import AdapterConfig
-from turret.methods.method import Method, Operation
-from turret.plan_check import Check
+from turret.methods.method import Check, Method, Operation
 
 
 class Prefix(Method):

@@ -27,10 +27,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from turret.arguments import checked
+from turret.arguments import DEVICES, checked, is_device
 from turret.data import memory
 from turret.data.table import BETWEEN, name_key
-from turret.device_name import DEVICES, is_device
 from turret.errors import BadReference, RecipeError, joined, listed, one_line, shown
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.manifest import MethodSpec

@@ -27,9 +27,8 @@ from turret.engine import SamplingParams
 from turret.errors import EngineError, ServeRefused, TurretError, one_line
 from turret.server.engines import Engines, Input, ServedBase
 from turret.server.logs import Log
-from turret.store import alarms, promise_inputs, promises
-from turret.store.alarms import Alarm
-from turret.store.promises import LONGEST_RECEIPT, LoggedAnswer, Promise
+from turret.store import promises
+from turret.store.promises import LONGEST_RECEIPT, Alarm, LoggedAnswer, Promise
 from turret.tasks import Task
 from turret.tasks.shapes import Answer
 from turret.tasks.tokens import Tokens
@@ -132,7 +131,7 @@ class LivePromises:
 
 
 def _covered(connection: Connection, promise: Promise) -> Covered:
-    watch = promise_inputs.watch_of(connection, promise.id)
+    watch = promises.watch_of(connection, promise.id)
     return Covered(promise, promises.task_of(connection, promise), watch is not None and watch.drifted is None)
 
 
@@ -220,7 +219,7 @@ class InputSampler:
             self._unable.add(base.fingerprint)
             return
         with self._database.writing() as connection:
-            promise_inputs.add(connection, promise_id, vector)
+            promises.add_input(connection, promise_id, vector)
 
     def _embedded(self, base: ServedBase, text: str) -> bytes:
         from turret.experiments.input_drift import MOST_TOKENS, packed  # loads numpy
@@ -323,12 +322,12 @@ class AlarmSender:
         if mark == self._known and self._clock() < self._again:
             return
         with self._database.reading() as connection:
-            found = alarms.unsent(connection)
+            found = promises.unsent(connection)
         self.waiting = len(found)
         for alarm in found:
             if self._deliver(self._settings, alarm):
                 with self._database.writing() as connection:
-                    alarms.mark_sent(connection, alarm)
+                    promises.mark_sent(connection, alarm)
                 self.waiting -= 1
             if self._closed.is_set():
                 return

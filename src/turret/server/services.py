@@ -23,7 +23,7 @@ from sqlalchemy import select
 from turret import process
 from turret.access import DEFAULT, OPERATOR, Access
 from turret.audit import Mark, NewestActions
-from turret.database import adapters, versions
+from turret.database import adapters, seen_adapters, seen_versions, versions
 from turret.engine import SamplingParams
 from turret.errors import Busy, Draining, NotFound, TurretError
 from turret.experiments import Recorded, Told
@@ -47,7 +47,6 @@ from turret.tasks.shapes import Answer
 from turret.tasks.task import RequestKind
 from turret.turns import TenantThreads, ThreadPool
 from turret.version import __version__
-from turret.visibility import seen_adapters, seen_versions
 from turret.workspace.core import Workspace
 from turret.workspace.previewing import Previews
 

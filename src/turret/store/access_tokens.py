@@ -21,13 +21,12 @@ from sqlalchemy import Column, Connection, Float, Select, String, Table, delete,
 from turret import audit
 from turret.access import ANY, DEFAULT, Access, check_patterns
 from turret.arguments import checked_methods
-from turret.database import Database, metadata, tokens
+from turret.database import Database, access_of, metadata, tokens
 from turret.errors import BadReference, InUse, NotFound
 from turret.json_types import JsonObject, Plain
 from turret.store.catalog import now, who
 from turret.store.leases import clock
 from turret.timestamp import timestamp
-from turret.visibility import access_of
 
 # --- session rows -----------------------------------------------------------------------------------------------------
 # Sessions of the console in the catalog, so that every server of the store knows them.

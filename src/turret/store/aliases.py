@@ -17,14 +17,13 @@ from typing import Literal, NamedTuple, TypedDict
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from turret import audit
-from turret.database import adapters, alias_history, aliases, versions
+from turret.database import access_of, adapters, alias_history, aliases, seen_adapters, seen_versions, versions
 from turret.errors import InUse, NotFound
 from turret.json_types import JsonObject
 from turret.reference import Reference
 from turret.store import catalog, panels
 from turret.store.catalog import PRODUCTION, Deleted, Version, now, who
 from turret.store.golden import GoldenReplay
-from turret.visibility import access_of, seen_adapters, seen_versions
 
 Verb = Literal["promote", "rollback", "delete"]
 

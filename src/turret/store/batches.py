@@ -33,8 +33,8 @@ from turret.store import leases
 from turret.store.catalog import now as at
 from turret.store.catalog import who
 from turret.store.client_files import room
-from turret.store.client_tables import ENDED, batch_parts, batches, client_files, tenant_of
 from turret.store.jobs import Ended, Job, JobQueue, add_job, end_job
+from turret.store.uploads import ENDED, batch_parts, batches, client_files, tenant_of
 
 if TYPE_CHECKING:
     from turret.store.core import Store

@@ -15,7 +15,18 @@ from sqlalchemy import Connection, RowMapping, Select, Text, cast, delete, func,
 
 from turret import audit
 from turret.access import acting_name
-from turret.database import adapters, aliases, experiments, files, insert_row, tokens, versions
+from turret.database import (
+    access_of,
+    adapters,
+    aliases,
+    experiments,
+    files,
+    insert_row,
+    seen_adapters,
+    seen_versions,
+    tokens,
+    versions,
+)
 from turret.errors import Corrupt, NotFound
 from turret.json_types import JsonMapping, JsonObject, JsonValue, mapping_of
 from turret.manifest import BaseSpec, Lineage, Manifest, MethodSpec, base_in, lineage_in, method_in, task_in
@@ -24,7 +35,6 @@ from turret.reference import Reference
 from turret.store.blobs import Blob
 from turret.tasks.shapes import Metrics, SplitMetrics, TaskSpec
 from turret.timestamp import timestamp, to_minute
-from turret.visibility import access_of, seen_adapters, seen_versions
 
 PRODUCTION = "production"  # the alias that a plain name means, if it exists
 NO_VERSION = "no version left"

@@ -23,8 +23,8 @@ from turret.json_types import JsonObject
 from turret.store import uploads
 from turret.store.blobs import Blob, Files, hash_file, place
 from turret.store.catalog import now, who
-from turret.store.client_tables import ENDED, batches, client_files, tenant_of
 from turret.store.core import Store
+from turret.store.uploads import ENDED, batches, client_files, tenant_of
 
 ATTEMPTS = 3  # if a gc takes this process for dead
 TABLE = "fine-tune"  # the purpose of a table to train on

@@ -33,7 +33,7 @@ from turret.location import Location
 from turret.manifest import Manifest
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import aliases, artifacts, catalog, gates, gc, golden, kept_rows, promises, runs, scratch
+from turret.store import aliases, artifacts, catalog, gates, gc, golden, promises, queued_data, runs, scratch
 from turret.store import verify as verifying
 from turret.store.access_tokens import AccessTokens
 from turret.store.aliases import Move, MoveRow, Pointing
@@ -238,7 +238,7 @@ class Store:
             metrics: split -> metric -> value.
             comparison: the folder of the comparison that trained it, such as `comparisons/news-3f2a91c07b`. A plain
                 name never means the version, until `production` names it.
-            inputs: embeddings of the examples of the bundle's promise (`turret.store.promise_inputs`).
+            inputs: embeddings of the examples of the bundle's promise (`turret.store.promises`).
             result: makes the result of a training that this process holds. Then the version is listed and the training
                 finished in one transaction: a training has one version, or none.
 
@@ -554,12 +554,12 @@ class Store:
         """Keep the rows in memory that a recipe's source names, for other processes; nothing for other sources."""
         if is_rows_source(source):
             self._open_or_create()
-            kept_rows.keep(self.root, self.home, self.artifacts, source)
+            queued_data.keep_rows(self.root, self.home, self.artifacts, source)
 
     def bring_rows(self, source: str) -> None:
         """Make such rows readable in this process, if the store has them; nothing for other sources."""
         if is_rows_source(source) and self.exists():
-            kept_rows.bring(self.root, self.home, self.artifacts, source)
+            queued_data.bring_rows(self.root, self.home, self.artifacts, source)
 
     def training_runs(self, database: Database | None = None) -> TrainingRuns:
         """Every operation on runs; raises NotFound if the store does not exist."""
@@ -642,7 +642,7 @@ class Store:
             yield from gc.unlisted(self._blobs, database, dry_run=dry_run)
         yield from gc.of_runs(self.root, database, dry_run=dry_run)
         yield from collect_queued(self.root, database, self.artifacts, dry_run=dry_run)
-        yield from kept_rows.collect(self.root, database, self.artifacts, dry_run=dry_run)
+        yield from queued_data.collect_rows(self.root, database, self.artifacts, dry_run=dry_run)
         yield from gc.of_promises(database, dry_run=dry_run)
 
     def _claim_files(self, database: Database, *, writes: bool = True) -> None:

@@ -8,7 +8,7 @@ What a gc removes, and why no running process needs it:
   disk: their writer is dead
 - the checkpoint of a finished run and the bundle that it proved: nothing resumes from them
 - the data of queued trainings that have ended (`turret.store.queued_data`)
-- the embeddings of promises that are not in force (`turret.store.promise_inputs`)
+- the embeddings of promises that are not in force (`turret.store.promises`)
 """
 
 from __future__ import annotations

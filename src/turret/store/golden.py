@@ -21,7 +21,7 @@ from typing import Literal, TypedDict
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
-from turret.database import adapters, golden_gates, golden_sets, replays
+from turret.database import access_of, adapters, golden_gates, golden_sets, replays, seen_adapters
 from turret.errors import BadReference, Corrupt, DataError, GateFailed, NotFound, ReplayNeeded
 from turret.json_types import JsonMapping, JsonObject
 from turret.store import catalog
@@ -30,7 +30,6 @@ from turret.store.catalog import Version, now, plain_object
 from turret.tasks import stored_task
 from turret.tasks.task import Prediction
 from turret.timestamp import to_minute
-from turret.visibility import access_of, seen_adapters
 
 MOST_EXAMPLES = 10_000
 MOST_CHARACTERS = 4_000_000  # of a set, which is one row of the database

@@ -52,7 +52,7 @@ from sqlalchemy import (
 )
 
 from turret import audit
-from turret.database import BATCH, CELL, STUDY, TRAINING, Database, bytewise, jobs, metadata
+from turret.database import BATCH, CELL, STUDY, TRAINING, Database, access_of, bytewise, jobs, metadata, seen_runs
 from turret.errors import InUse, NotFound, QueueFull, RecipeError
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.store import leases
@@ -70,7 +70,6 @@ from turret.store.runs import (
     queue_limits,
     run_log,
 )
-from turret.visibility import access_of, seen_runs
 
 if TYPE_CHECKING:
     from turret.store.core import Store

@@ -15,14 +15,22 @@ from typing import NamedTuple
 from sqlalchemy import Connection, RowMapping, Select, insert, select, update
 
 from turret import audit
-from turret.database import Database, adapters, insert_row, panel_moves, panel_versions, panels
+from turret.database import (
+    Database,
+    access_of,
+    adapters,
+    insert_row,
+    panel_moves,
+    panel_versions,
+    panels,
+    seen_adapters,
+)
 from turret.errors import AdapterError, BadArgument, BadReference, DataError, InUse, NotFound, listed, shown
 from turret.json_types import JsonMapping, JsonObject
 from turret.reference import Reference, check_name
 from turret.store import catalog
 from turret.store.catalog import PRODUCTION, now, who
 from turret.tasks import Decision, QuestionType, stored_task
-from turret.visibility import access_of, seen_adapters
 
 MOST_QUESTIONS = 400
 MOST_LABELS = 255

@@ -30,11 +30,13 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     Select,
     String,
     Table,
     Text,
     case,
+    delete,
     func,
     insert,
     select,
@@ -43,19 +45,237 @@ from sqlalchemy import (
 )
 
 from turret import audit
-from turret.database import adapters, bytewise, insert_row, metadata, versions
+from turret.audit import audit as actions
+from turret.database import access_of, adapters, bytewise, insert_row, metadata, seen_adapters, seen_versions, versions
 from turret.errors import BundleError, NotFound
 from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
 from turret.manifest import Manifest, lineage_in, task_in
-from turret.store import promise_inputs
-from turret.store.alarms import INPUTS_DRIFTED, PROMISE_BROKEN
 from turret.store.catalog import Version, now, who
-from turret.store.promise_inputs import InputWatch
 from turret.tasks import Task, stored_task
 from turret.tasks.calibration import Sureness
 from turret.tasks.shapes import Answer, TaskSpec
 from turret.timestamp import timestamp
-from turret.visibility import access_of, seen_adapters, seen_versions
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+# What is kept to notice that texts have changed: embeddings of the examples of a promise, and of live texts.
+#
+# `promise_watches` has a row for each promise whose inputs are watched. `promise_inputs` has embeddings as float16
+# (`turret.experiments.input_drift`), and no text. Round 0 is the held-out examples; a later one is the live texts of
+# that round, and only the current one is kept. All of it goes when a newer promise replaces this one, or at a gc when
+# no version with the digest is left.
+
+
+REFERENCE_ROUND = 0  # the round of the held-out examples
+SPARE = 2  # rows of a round for each reference: a text that comes twice is kept twice, and used once
+
+promise_watches = Table(
+    "promise_watches",
+    metadata,
+    Column("promise_id", ForeignKey("promises.id"), primary_key=True, autoincrement=False),
+    Column("size", Integer, nullable=False),
+    Column("examples", Integer, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("earlier", Integer, nullable=False),
+    Column("drifted", String(32)),
+    Column("evidence", Float),
+)
+promise_inputs = Table(
+    "promise_inputs",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("promise_id", ForeignKey("promises.id"), nullable=False, index=True),
+    Column("round", Integer, nullable=False),
+    Column("vector", LargeBinary, nullable=False),
+    Column("at", String(32), nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class InputWatch:
+    """How far the inputs of a promise were watched.
+
+    Args:
+        size: numbers of an embedding.
+        examples: held-out examples that live texts are compared with.
+        round: the current one, from 1.
+        earlier: live texts of the rounds before; of all once they have drifted.
+        drifted: when the texts were found to have changed.
+        evidence: the e-value then.
+    """
+
+    promise_id: int
+    size: int
+    examples: int
+    round: int
+    earlier: int
+    drifted: str | None
+    evidence: float | None
+
+
+def keep_inputs(connection: Connection, promise_id: int, vectors: Sequence[bytes]) -> None:
+    """Begin to watch the inputs of a new promise. vectors: of its examples; none: its inputs are not watched."""
+    if not vectors:
+        return
+    row = {"promise_id": promise_id, "size": len(vectors[0]) // 2, "examples": len(vectors), "round": 1, "earlier": 0}
+    connection.execute(insert(promise_watches).values(row))
+    _add(connection, promise_id, REFERENCE_ROUND, vectors)
+
+
+def watch_of(connection: Connection, promise_id: int) -> InputWatch | None:
+    """How far the inputs of a promise were watched; None if they are not."""
+    query = select(*(promise_watches.c[each.name] for each in fields(InputWatch))).where(
+        promise_watches.c.promise_id == promise_id
+    )
+    row = connection.execute(query).first()
+    return None if row is None else InputWatch(**row._mapping)
+
+
+def vectors_of(connection: Connection, watch: InputWatch, number: int, after: int = 0) -> list[tuple[int, bytes]]:
+    """Id and embedding of each text of a round, in the order in which they came.
+
+    Args:
+        number: of the round.
+        after: only those with a larger id.
+    """
+    query = select(promise_inputs.c.id, promise_inputs.c.vector).where(
+        _of(watch.promise_id, number), promise_inputs.c.id > after
+    )
+    return [(row.id, bytes(row.vector)) for row in connection.execute(query.order_by(promise_inputs.c.id))]
+
+
+def add_input(connection: Connection, promise_id: int, vector: bytes) -> bool:
+    """Add a live text to the current round; False if the promise is watched no more, or the round is full."""
+    watch = watch_of(connection, promise_id)
+    if watch is None or watch.drifted is not None or len(vector) != 2 * watch.size:
+        return False
+    if rows_of(connection, watch) >= SPARE * watch.examples:
+        return False
+    _add(connection, promise_id, watch.round, [vector])
+    return True
+
+
+def rows_of(connection: Connection, watch: InputWatch) -> int:
+    """How many live texts of the current round are kept."""
+    query = select(func.count()).select_from(promise_inputs).where(_of(watch.promise_id, watch.round))
+    return int(connection.execute(query).scalar_one())
+
+
+def begin_round(connection: Connection, watch: InputWatch, texts: int) -> None:
+    """Go on to the next round, unless another process has. texts: that this round has used."""
+    values = {"round": watch.round + 1, "earlier": watch.earlier + texts}
+    if connection.execute(update(promise_watches).where(_same(watch)).values(values)).rowcount:
+        connection.execute(delete(promise_inputs).where(_of(watch.promise_id, watch.round)))
+
+
+def note_drift(connection: Connection, watch: InputWatch, evidence: float, texts: int) -> bool:
+    """Record once that the texts have changed; False if it was recorded already, or the promise was replaced.
+
+    The embeddings are not needed any more.
+
+    Args:
+        texts: live ones that were compared, in all rounds.
+    """
+    values = {"drifted": now(), "evidence": evidence, "earlier": texts}
+    if not connection.execute(update(promise_watches).where(_same(watch)).values(values)).rowcount:
+        return False
+    connection.execute(delete(promise_inputs).where(promise_inputs.c.promise_id == watch.promise_id))
+    return True
+
+
+def forget_vectors(connection: Connection, promise_ids: Sequence[int]) -> int:
+    """Remove all that is kept for these promises. Returns the bytes of the embeddings."""
+    size = sum(bytes_of_inputs(connection, each) for each in promise_ids)
+    for table in (promise_inputs, promise_watches):
+        connection.execute(delete(table).where(table.c.promise_id.in_(promise_ids)))
+    return size
+
+
+def bytes_of_inputs(connection: Connection, promise_id: int) -> int:
+    """Bytes of the embeddings of a promise."""
+    size = select(func.sum(func.length(promise_inputs.c.vector))).where(promise_inputs.c.promise_id == promise_id)
+    return int(connection.execute(size).scalar() or 0)
+
+
+def _add(connection: Connection, promise_id: int, number: int, vectors: Sequence[bytes]) -> None:
+    row = {"promise_id": promise_id, "round": number, "at": now()}
+    connection.execute(insert(promise_inputs), [row | {"vector": each} for each in vectors])
+
+
+def _of(promise_id: int, number: int) -> ColumnElement[bool]:
+    return (promise_inputs.c.promise_id == promise_id) & (promise_inputs.c.round == number)
+
+
+def _same(watch: InputWatch) -> ColumnElement[bool]:
+    mine = (promise_watches.c.promise_id == watch.promise_id) & (promise_watches.c.round == watch.round)
+    return mine & promise_watches.c.drifted.is_(None)
+
+
+# --- alarms -----------------------------------------------------------------------------------------------------------
+# Alarms: the rows of the audit log that somebody is told of, and which of them were sent.
+#
+# An alarm is a row of the audit log. The transaction that changes something writes its row too, so a kill loses no
+# alarm. `alarms` has a row for each that was delivered.
+
+
+PROMISE_BROKEN, INPUTS_DRIFTED = "promise broken", "promise drift"
+ARM_DROPPED, EVIDENCE_VOID = "experiment drop", "experiment void"
+ALARM_KINDS = (PROMISE_BROKEN, INPUTS_DRIFTED, ARM_DROPPED, EVIDENCE_VOID)  # verbs of the audit log
+NOTHING_BUT_ALARM = "nothing but this alarm"  # what was done, if nothing else was asked for
+ALARM_KEPT = timedelta(days=1)  # an alarm that could not be sent for so long is not sent any more
+
+alarms = Table(
+    "alarms",
+    metadata,
+    Column("audit_id", ForeignKey(actions.c.id), primary_key=True, autoincrement=False),
+    Column("sent", String(32), nullable=False),
+)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What a receiver is told.
+
+    Args:
+        id: of the row in the audit log; a receiver that gets it twice knows it by this.
+        kind: the verb of that row.
+        version: the version with the promise, or of the arm.
+        experiment: NAME#NUMBER; None for a promise.
+        promise: what was promised, in words; None for an experiment.
+        why, did: what happened, and what was done.
+    """
+
+    id: int
+    kind: str
+    tenant: str
+    version: str | None
+    experiment: str | None
+    promise: str | None
+    why: str
+    did: str
+    at: str
+
+    def as_json(self) -> JsonObject:
+        return asdict(self)
+
+
+def unsent(connection: Connection) -> Sequence[Alarm]:
+    """The alarms of all tenants in the last day that nobody has sent, the oldest first."""
+    query = select(actions).outerjoin(alarms, alarms.c.audit_id == actions.c.id).where(alarms.c.audit_id.is_(None))
+    query = query.where(actions.c.verb.in_(ALARM_KINDS), actions.c.at >= timestamp(datetime.now(UTC) - ALARM_KEPT))
+    found = []
+    for row in connection.execute(query.order_by(actions.c.id)):
+        said, about = row.after or {}, row.verb.startswith("experiment")
+        version, experiment = (said.get("version"), row.what) if about else (row.what, None)
+        why, did = str(said.get("why", "")), str(said.get("did", ""))
+        found.append(Alarm(row.id, row.verb, row.tenant, version, experiment, said.get("promise"), why, did, row.at))
+    return found
+
+
+def mark_sent(connection: Connection, alarm: Alarm) -> None:
+    """Record that an alarm was delivered, unless another server has recorded it."""
+    if connection.execute(select(alarms.c.sent).where(alarms.c.audit_id == alarm.id)).first() is None:
+        connection.execute(insert(alarms).values(audit_id=alarm.id, sent=now()))
+
 
 ALARM, STRICTER, ROLLBACK = "alarm", "stricter", "rollback"
 WHEN_BROKEN = (ALARM, STRICTER, ROLLBACK)
@@ -290,8 +510,8 @@ def make(
     made = of_digest(connection, version.digest)
     assert made is not None
     if before is not None:
-        promise_inputs.forget(connection, [before.id])
-    promise_inputs.keep(connection, made.id, inputs)
+        forget_vectors(connection, [before.id])
+    keep_inputs(connection, made.id, inputs)
     return made
 
 
@@ -448,7 +668,7 @@ def mark_drifted(
         evidence: the e-value.
         texts: how many were seen.
     """
-    if not promise_inputs.mark_drifted(connection, watch, evidence, texts):
+    if not note_drift(connection, watch, evidence, texts):
         return False
     _tell(connection, promise, INPUTS_DRIFTED, {**said, "evidence": evidence, "texts": texts})
     return True
@@ -458,13 +678,13 @@ def forget_inputs(connection: Connection, *, dry_run: bool) -> list[tuple[int, i
     """Remove the embeddings of promises of all tenants that are not in force. Returns their ids, and bytes."""
     kept = select(promises.c.id).where(promises.c.digest.in_(select(versions.c.digest)))
     newest = select(func.max(promises.c.id)).group_by(promises.c.tenant, promises.c.digest)
-    watched = select(promise_inputs.watches.c.promise_id).where(
-        ~(promise_inputs.watches.c.promise_id.in_(kept) & promise_inputs.watches.c.promise_id.in_(newest))
+    watched = select(promise_watches.c.promise_id).where(
+        ~(promise_watches.c.promise_id.in_(kept) & promise_watches.c.promise_id.in_(newest))
     )
-    found = list(connection.execute(watched.order_by(promise_inputs.watches.c.promise_id)).scalars())
+    found = list(connection.execute(watched.order_by(promise_watches.c.promise_id)).scalars())
     if dry_run:
-        return [(each, promise_inputs.bytes_of(connection, each)) for each in found]
-    return [(each, promise_inputs.forget(connection, [each])) for each in found]
+        return [(each, bytes_of_inputs(connection, each)) for each in found]
+    return [(each, forget_vectors(connection, [each])) for each in found]
 
 
 def _tell(connection: Connection, promise: Promise, verb: str, verdict: Mapping[str, Plain]) -> None:

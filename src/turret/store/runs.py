@@ -41,7 +41,7 @@ from sqlalchemy import (
 )
 
 from turret import audit
-from turret.database import TRAINING, Database, bytewise, jobs, metadata
+from turret.database import TRAINING, Database, access_of, bytewise, jobs, metadata, seen_runs
 from turret.disk import PRIVATE, describe_error, flush, make_folder, permissions, sync
 from turret.errors import InUse, LeaseLost, StoreError
 from turret.json_types import JsonValue, Plain
@@ -52,7 +52,6 @@ from turret.store.blobs import Blob, digest_of
 from turret.store.catalog import now, plain, who
 from turret.store.leases import Lease, LeaseRenewer
 from turret.tasks.shapes import Metrics, SplitMetrics
-from turret.visibility import access_of, seen_runs
 
 # --- tables of the queue ----------------------------------------------------------------------------------------------
 # See `turret.store.jobs`.

@@ -32,10 +32,9 @@ from sqlalchemy import (
     update,
 )
 
-from turret.database import UPSERTED, Database, adapters, bytewise, metadata, upsert
+from turret.database import UPSERTED, Database, access_of, adapters, bytewise, metadata, seen_adapters, upsert
 from turret.json_types import JsonObject
 from turret.store.leases import clock
-from turret.visibility import access_of, seen_adapters
 
 # --- flushes ----------------------------------------------------------------------------------------------------------
 # Sums that a process adds to the catalog again after an error are added once.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, select
 
-from turret.database import Database
+from turret.database import Database, access_of
 from turret.errors import Corrupt
 from turret.json_types import JsonObject
 from turret.reference import Reference
@@ -21,7 +21,6 @@ from turret.store.artifacts import MANIFEST
 from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version
 from turret.store.uploads import artifacts
-from turret.visibility import access_of
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from typing import NotRequired, TypedDict
 from turret.data import Prompt, Turn
 from turret.data.examples import Message
 from turret.errors import DataError, one_line
-from turret.helper_process import Died, HelperProcess
 from turret.json_types import Plain
+from turret.process import Died, HelperProcess
 from turret.tasks.tokens import Tokens
 from turret.tasks.tool_calls import CallFormat
 from turret.transformer import Tokenizer
@@ -344,7 +344,7 @@ def _process() -> HelperProcess[RenderQuestion, RenderReply]:
 
 
 def helper(_: Mapping[str, Plain]) -> Callable[[RenderQuestion], RenderReply]:
-    """What runs a template, for `turret.helper_process`."""
+    """What runs a template, for `turret.process`."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def answer(asked: RenderQuestion) -> RenderReply:

@@ -11,7 +11,7 @@ prove(bundle, base, probe) -> report                a fresh process loads the bu
 TrainingSlot(engine, name, method, kind=...)        an adapter that trains on an engine's base, one verb at a time
 """
 
-from turret.plan_check import Check
+from turret.methods.method import Check
 from turret.train.asking import Asking
 from turret.train.batches import pass_tokens, splits_of
 from turret.train.checkpoint import step_of

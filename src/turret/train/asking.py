@@ -20,6 +20,7 @@ from turret.adapters.hooks import hook_model
 from turret.adapters.packed import HeadRow, texts_in
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
+from turret.bases.fingerprints import within
 from turret.bases.sharded import parts_of
 from turret.bases.shared import share
 from turret.data import Example, Input
@@ -31,7 +32,6 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.scheduler import between_passes
 from turret.errors import AdapterError, BaseModelError
 from turret.families.family import Pooling
-from turret.fingerprint import within
 from turret.methods import Head
 from turret.tasks import Embedding, Task
 from turret.tasks.shapes import Answer, Generation, Metrics, number_of

@@ -21,8 +21,7 @@ from turret.bases import Base, ChosenDevice, native_bfloat16, synchronize
 from turret.bases.device import gigabytes
 from turret.data import Dataset, Example, cells
 from turret.errors import memory_ran_out, one_line
-from turret.methods.method import MOST_EPOCHS, epochs_for
-from turret.plan_check import Check, Level
+from turret.methods.method import MOST_EPOCHS, Check, Level, epochs_for
 from turret.recipe import Recipe, toml
 from turret.tasks import Task, compares
 from turret.train import memory

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 
 from turret.errors import PreflightRefused
 from turret.json_types import JsonObject
+from turret.methods.method import Check
 from turret.notebook import Cell, Table, as_html, marked, size, span
-from turret.plan_check import Check
 from turret.train.memory import Prediction
 
 # --- learning rate ----------------------------------------------------------------------------------------------------

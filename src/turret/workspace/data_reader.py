@@ -1,4 +1,4 @@
-"""The helper process that reads the data of tenants, for `turret.helper_process`. It loads no torch.
+"""The helper process that reads the data of tenants, for `turret.process`. It loads no torch.
 
 It alone opens files of tenants: the data of queued runs, and files that clients of a server send. It writes the data of
 a run as lines of JSON into a file, which the process that trains reads. `data_readers` asks it.

@@ -11,8 +11,8 @@ from typing import NotRequired, TypeAlias, TypedDict, final
 
 from turret.data import Dataset
 from turret.errors import DataError, EngineError, Interrupted, StoreError
-from turret.helper_process import Died, HelperProcess
 from turret.json_types import JsonObject
+from turret.process import Died, HelperProcess
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.store.jobs import Job

@@ -37,8 +37,8 @@ from turret.experiments.outcomes import Recorded, Seen
 from turret.json_types import JsonObject, Plain
 from turret.reference import Reference, check_alias, check_name
 from turret.store import Store, Version
-from turret.store.alarms import NOTHING
 from turret.store.catalog import PRODUCTION, now, who
+from turret.store.promises import NOTHING_BUT_ALARM
 from turret.workspace import promoting
 from turret.workspace.progress import Say, silent
 from turret.workspace.promoting import Ask
@@ -129,7 +129,7 @@ def _record_alarm(store: Store, analysis: Analysis) -> str | None:
             current = rows.still_running(connection, analysis.experiment)
             if any(event["verb"] == VOID for event in rows.events(connection, current)):
                 return None  # another process recorded it first
-            said = {"check": analysis.alarm, "why": why, "did": NOTHING}
+            said = {"check": analysis.alarm, "why": why, "did": NOTHING_BUT_ALARM}
             rows.add_event(connection, current, VOID, said, now(), who())
     except ExperimentError:  # another process has ended the experiment meanwhile
         return None

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NotRequired, TypedDict, final
 
 from turret.errors import DataError, EngineError, RecipeError, StoreError
-from turret.helper_process import Died, HelperProcess
 from turret.json_types import JsonObject, Plain
+from turret.process import Died, HelperProcess
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.store.catalog import who

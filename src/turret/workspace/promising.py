@@ -21,11 +21,19 @@ from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL, check_miss
 from turret.experiments.outcomes import Recorded
 from turret.json_types import JsonMapping, JsonObject, Plain
 from turret.reference import Reference
-from turret.store import Store, Version, promise_inputs, promises
-from turret.store.alarms import NOTHING
+from turret.store import Store, Version, promises
 from turret.store.catalog import PRODUCTION, now
-from turret.store.promise_inputs import InputWatch
-from turret.store.promises import ALARM, NEVER, ROLLBACK, STRICTER, WHEN_BROKEN, Promise, Terms
+from turret.store.promises import (
+    ALARM,
+    NEVER,
+    NOTHING_BUT_ALARM,
+    ROLLBACK,
+    STRICTER,
+    WHEN_BROKEN,
+    InputWatch,
+    Promise,
+    Terms,
+)
 from turret.tasks import Task, stored_task
 from turret.tasks.calibration import Confidences, Sureness
 from turret.tasks.shapes import Answer, TaskSpec
@@ -458,7 +466,7 @@ def _input_standing(connection: Connection, promise: Promise, memory: PromiseMem
     """As `_inputs`, with the texts that came since the last look. Raises Corrupt."""
     from turret.experiments import input_drift
 
-    watch = promise_inputs.watch_of(connection, promise.id)
+    watch = promises.watch_of(connection, promise.id)
     if watch is None:
         return NOT_WATCHED
     needed = input_drift.needed(1 - promise.confidence, watch.round)
@@ -467,10 +475,10 @@ def _input_standing(connection: Connection, promise: Promise, memory: PromiseMem
         why = f"have drifted since {to_minute(watch.drifted)}: e-value {evidence:.3g}, and {needed:.3g} warns"
         return InputStanding("drifted", why, watch.earlier, watch.round, evidence, needed, watch.drifted)
     if memory.inputs is None or memory.inputs.watch != watch:
-        rows = [row for _, row in promise_inputs.vectors_of(connection, watch, promise_inputs.REFERENCE)]
+        rows = [row for _, row in promises.vectors_of(connection, watch, promises.REFERENCE_ROUND)]
         memory.inputs = InputMemory(watch, input_drift.InputTest(input_drift.unpacked(rows, watch.size), watch.round))
     seen = memory.inputs
-    new = promise_inputs.vectors_of(connection, watch, watch.round, seen.last)
+    new = promises.vectors_of(connection, watch, watch.round, seen.last)
     if new:
         seen.test.see(input_drift.unpacked([row for _, row in new], watch.size))
         seen.rows, seen.last = seen.rows + len(new), new[-1][0]
@@ -509,7 +517,7 @@ def _settled(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseM
             return found
         stricter = _stricter(promise, memories[promise.id], promises.told(connection, promise), found.version)
         did = rolled or (_says(stricter[0]) if stricter is not None else "")
-        said = {"why": why, "did": did or NOTHING, "promise": sentence(promise)}
+        said = {"why": why, "did": did or NOTHING_BUT_ALARM, "promise": sentence(promise)}
         verdict: JsonObject = {**said, "standing": found.standing.as_json()}
         if not promises.mark_broken(connection, promise, verdict):
             return found
@@ -528,15 +536,15 @@ def _watched(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseM
         return found
     watch = seen.watch
     if inputs.evidence < inputs.needed:
-        if seen.test.over or seen.rows >= promise_inputs.SPARE * watch.examples:
+        if seen.test.over or seen.rows >= promises.SPARE * watch.examples:
             with store.database().writing() as connection:
-                promise_inputs.begin_round(connection, watch, seen.test.pairs)
+                promises.begin_round(connection, watch, seen.test.pairs)
         return found
     why = (
         f"the texts that {found.version} gets are unlike the examples that its promise was chosen on: e-value "
         f"{inputs.evidence:.3g} after {counted(inputs.texts, 'text')}, and {inputs.needed:.3g} warns"
     )
-    said = {"why": why, "did": NOTHING, "promise": sentence(found.promise)}
+    said = {"why": why, "did": NOTHING_BUT_ALARM, "promise": sentence(found.promise)}
     with store.database().writing() as connection:
         evidence, texts = inputs.evidence, inputs.texts
         if not promises.mark_drifted(connection, found.promise, watch, said, evidence=evidence, texts=texts):

@@ -49,7 +49,7 @@ from turret.errors import (
 )
 from turret.json_types import Plain
 from turret.manifest import Lineage
-from turret.plan_check import Check
+from turret.methods.method import Check
 from turret.recipe import Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING

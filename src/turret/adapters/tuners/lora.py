@@ -21,7 +21,7 @@ from turret.families import FAMILIES, family_of
 from turret.json_types import JsonObject
 from turret.manifest import AdapterConfig
 from turret.methods.lora import COMBINATIONS, LoRA
-from turret.plan_check import Check
+from turret.methods.method import Check
 from turret.transformer import Model
 
 if TYPE_CHECKING:

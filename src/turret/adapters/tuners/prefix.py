@@ -13,8 +13,8 @@ from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters
 from turret.errors import AdapterError, BundleError
 from turret.families import Site, family_of
 from turret.manifest import AdapterConfig
+from turret.methods.method import Check
 from turret.methods.prefix import Prefix
-from turret.plan_check import Check
 from turret.transformer import Model
 
 

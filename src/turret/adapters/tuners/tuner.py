@@ -32,8 +32,7 @@ from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError, BundleError
 from turret.json_types import JsonObject
 from turret.manifest import AdapterConfig
-from turret.methods.method import Method
-from turret.plan_check import Check
+from turret.methods.method import Check, Method
 from turret.transformer import Model
 
 M = TypeVar("M", bound=Method, covariant=True)

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from turret.cache import cache_folder, open_private, private_folder
+from turret.disk import cache_folder, open_private, private_folder
 from turret.ops.cpu.compiler import FLAGS, LEVELS, NATIVE, SOURCES, CompilerError, compile_library, run
 
 SWITCH = "TURRET_KERNELS"  # environment variable: "off" for no kernels, "compile" to ignore those in the wheel
