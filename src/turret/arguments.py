@@ -1,4 +1,7 @@
-"""Checks the arguments of a public call, so that a wrong one costs one line instead of a traceback from deep inside."""
+"""Checks the arguments of a public call, so that a wrong one costs one line instead of a traceback from deep inside.
+
+Also names of devices, which recipes, commands and Python check.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of the catalog, and `Database`, which gives connections to them.
+"""The tables of the catalog, and `Database`, which gives connections to them, each limited to what its tenant may see.
 
 The schema has the number `SCHEMA`; each change of it is a new Alembic file in `migrations/versions`:
 

@@ -1,4 +1,4 @@
-"""Make files and folders durable: they are on the disk when a call returns. Also file permissions and disk errors."""
+"""Make files and folders durable: they are on the disk when a call returns. Also permissions, errors, the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a Turret process: OpenMP waiting, garbage collection, SIGTERM, and the environment of subprocesses.
+"""Settings of a Turret process: OpenMP waiting, garbage collection, SIGTERM, environment; and helper processes.
 
 Loads no torch, because its libraries read these settings when they are loaded.
 """

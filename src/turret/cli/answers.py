@@ -1,4 +1,4 @@
-"""`turret predict`, `turret evaluate` and `turret suggest`: use a stored version."""
+"""`turret predict`, `evaluate`, `decide`, `suggest` and `promise`: use a stored version, and bound its errors."""
 
 from __future__ import annotations
 

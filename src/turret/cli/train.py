@@ -1,4 +1,4 @@
-"""`turret init`, `plan` and `train`: from a table to a stored version."""
+"""`turret init`, `plan`, `train`, `runs`, `worker` and `demo`: from a table to a stored version."""
 
 from __future__ import annotations
 

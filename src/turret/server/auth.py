@@ -1,4 +1,4 @@
-"""Bearer tokens with scopes, checked before anything of a body is read.
+"""Bearer tokens with scopes, checked before anything of a body is read, and sessions of the console.
 
 `Guard` is the policy. A server is open, that is, it needs no token, only on loopback and only while its store has never
 had a token; once closed it stays closed. The API takes tokens, pages take the session that a token opened.

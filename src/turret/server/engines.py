@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Protocol, TypeAlias
 
 from turret import data
+from turret.access import Access
 from turret.engine import Event, LoadedAdapter, Named, Receipt, SamplingParams, Stats
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest, NotFound, ServeRefused, TurretError
@@ -23,7 +24,6 @@ from turret.store import Version
 from turret.tasks.shapes import Answer
 from turret.tasks.task import RequestKind
 from turret.transformer import Tokenizer
-from turret.workspace.core import Workspace
 
 # --- what the server needs from an engine -----------------------------------------------------------------------------
 # What the server needs from an engine. `turret.engine.Engine` provides it; tests replace it with an echo.
@@ -158,13 +158,12 @@ class SeenEngines:
     """The engines as one access sees them. A reference of another tenant never reaches one.
 
     Args:
-        workspace: Of the access.
+        resolve: The version of a reference, as the access sees it.
         home: The tenant that the engines were started for, whose references they take without a tenant.
     """
 
-    def __init__(self, engines: Engines, workspace: Workspace, home: str) -> None:
-        self._engines, self._workspace = engines, workspace
-        self.access = workspace.store.access
+    def __init__(self, engines: Engines, resolve: Callable[[str], Version], access: Access, home: str) -> None:
+        self._engines, self._resolve, self.access = engines, resolve, access
         self._tenant = "" if self.access.tenant == home else self.access.tenant  # as in `Named`
         self._known: dict[str, str | None] = {}  # version -> the fingerprint of its base
 
@@ -323,7 +322,7 @@ class SeenEngines:
     def _finds(self, reference: str) -> bool:
         try:
             for part in parts_of(reference):
-                self._workspace.resolve(part)
+                self._resolve(part)
         except TurretError:
             return False
         return True
@@ -352,7 +351,7 @@ class SeenEngines:
         """The fingerprint of the base of a version. One that the access does not see is not there: NotFound."""
         if (known := self._known.get(reference)) is not None:
             return known
-        version = self._workspace.resolve(reference)
+        version = self._resolve(reference)
         found = version.base.get("fingerprint")
         if self.access.whole and reference == str(version):  # a numbered version never changes its base
             if len(self._known) >= REMEMBERED:

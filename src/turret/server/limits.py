@@ -1,4 +1,4 @@
-"""Every limit of a server: of connections, and the middleware that enforces those of a request.
+"""Every limit of a server: of connections, of a request with the middleware that enforces them, and quotas.
 
 The middleware reads a body to its end before a route sees it. If a body is too large, the response is sent at once and
 the rest of the body is read and dropped, so that the client gets to read the response.

@@ -1,4 +1,4 @@
-"""Which answers of a version abstain, and a log of the answers that a promise covers.
+"""Promises while the server answers: which answers abstain, a log of them, samples of the texts, and alarms.
 
 The promises of a tenant are read when one has changed. A version that was never asked for is looked up before its first
 answer is sent, so no answer slips past a promise while a new version follows an alias. A killed process loses the log

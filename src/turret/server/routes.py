@@ -1,4 +1,4 @@
-"""What all routes share: the server as its caller sees it, units, strict JSON bodies, schemas of errors.
+"""What all routes share: the server as its caller sees it, units, schemas, strict JSON bodies, sent files.
 
 Also asks a route in this process, for batches and for pages.
 """

@@ -5,6 +5,8 @@ version 3. An experiment answers here once its versions were loaded or failed to
 server started answer at once, because a unit must see its arm again after a restart. If the alias no longer names the
 control, because somebody promoted or rolled back, the experiment gets no traffic.
 
+`Shadows` runs further versions beside an answer.
+
 An error that the version of an arm causes counts as an error of the arm, and no other version answers instead. Other
 errors, such as a full queue, a bad request or a client that disconnects, count for no arm.
 """

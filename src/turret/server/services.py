@@ -206,7 +206,7 @@ class Services:
         if access.whole:
             return replace(whole, access=access)
         workspace = whole.workspace.with_access(access)
-        engines = SeenEngines(self.engines, workspace, self._home.store.access.tenant)
+        engines = SeenEngines(self.engines, workspace.resolve, access, self._home.store.access.tenant)
         return replace(whole, access=access, workspace=workspace, engines=engines)
 
     def _open_tenant(self, name: str) -> View:
@@ -216,7 +216,7 @@ class Services:
             {"version": __version__, "base": each.name, "fingerprint": each.fingerprint} for each in self.engines.bases
         ]
         made = partial(Metrics, replica=self.settings.replica, tenant=name, totals=self._totals)
-        engines = SeenEngines(self.engines, workspace, home)
+        engines = SeenEngines(self.engines, workspace.resolve, workspace.store.access, home)
         store, bases, clock = workspace.store, engines.fingerprints, self.clock
         database = store.database(make=True)
         aliases = AliasWatcher(

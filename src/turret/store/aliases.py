@@ -215,21 +215,6 @@ def pointing(connection: Connection) -> list[Pointing]:
     return [Pointing(**row._mapping) for row in connection.execute(query)]
 
 
-def dangling(connection: Connection) -> list[str]:
-    """`name@alias` of aliases whose version is missing. The database forbids such rows, so only damage makes them."""
-    query = (
-        select(adapters.c.name, aliases.c.alias)
-        .join(adapters, aliases.c.adapter_id == adapters.c.id, isouter=True)
-        .join(
-            versions,
-            (aliases.c.version_id == versions.c.id) & (aliases.c.adapter_id == versions.c.adapter_id),
-            isouter=True,
-        )
-        .where(versions.c.id.is_(None), adapters.c.id.is_(None) | seen_adapters(connection))
-    )
-    return [f"{row.name}@{row.alias}" for row in connection.execute(query)]
-
-
 def _move(
     connection: Connection,
     adapter_id: int,

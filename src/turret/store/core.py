@@ -41,13 +41,14 @@ from turret.store.artifacts import Artifacts
 from turret.store.blobs import OWNER, Blob, Blobs, Files
 from turret.store.catalog import PRODUCTION, Deleted, Version, now, who
 from turret.store.gates import Gate, GateStatus
-from turret.store.gc import Collected, Removed
+from turret.store.gc import Collected
 from turret.store.golden import Golden, GoldenReplay, GoldenSet, ReplayRow
 from turret.store.objects import Objects
 from turret.store.panels import Panels
 from turret.store.promises import PromiseRow
 from turret.store.queued_data import collect as collect_queued
 from turret.store.runs import HeldRun, RunOutcome, RunRow, State, TrainingRuns
+from turret.store.scratch import Removed
 from turret.store.uploads import Upload
 from turret.store.verify import Verified
 from turret.tasks.shapes import Metrics, SplitMetrics
@@ -533,7 +534,7 @@ class Store:
         """Remove files that nothing refers to, or only list them. Safe while other processes use the store."""
         with plain_errors(self._catalog):
             removed = list(gc.leftovers(self._blobs, dry_run=dry_run))
-            removed += [Removed(*each, scratch.WHY) for each in scratch.leftovers(self.root, dry_run=dry_run)]
+            removed += scratch.leftovers(self.root, dry_run=dry_run)
             try:
                 removed += list(self._collected(self._open(), dry_run))
             except StoreError:

@@ -27,18 +27,9 @@ from turret.errors import StoreError
 from turret.json_types import JsonObject
 from turret.store import promises, uploads
 from turret.store.blobs import Blob, Files
+from turret.store.scratch import OLD, Removed
 
-OLD = 3600  # seconds
 _RUN = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Removed:
-    """One file or folder that a gc removed, or would remove."""
-
-    path: str  # under the root of the files; for a run, under the store's folder on this machine
-    bytes: int
-    why: str
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The data of jobs in the queue: files in `queued/<32 hex digits>/`, which the recipe of a run names.
+"""The data that trainings need: files in `queued/<32 hex digits>/`, which the recipe of a run names, and kept rows.
 
 Those of a tenant are in `tenants/<tenant>/queued/`; the tenant `default` has the folder at the top. The digits are a
 hash of the content, so trainings of the same data share one copy. In a folder store the files are there; a store by URL
@@ -30,8 +30,8 @@ from turret.errors import StoreError
 from turret.store import scratch
 from turret.store.artifacts import Artifact, Artifacts
 from turret.store.blobs import Blob
-from turret.store.gc import OLD, Removed
 from turret.store.runs import PREFIX
+from turret.store.scratch import OLD, Removed
 from turret.timestamp import timestamp
 
 FOLDER = "queued"

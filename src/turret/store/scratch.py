@@ -20,6 +20,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from turret.disk import (
@@ -45,6 +46,15 @@ OLD = 3600  # seconds without a change, after which the process is considered de
 BESIDE = ".turret-export-"
 LOADED = ("adapter_config.json", "config.json")  # libraries load a folder only if it has one of these
 _ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One file or folder that a gc removed, or would remove."""
+
+    path: str  # under the root of the files; for a run, under the store's folder on this machine
+    bytes: int
+    why: str
 
 
 @contextmanager
@@ -122,8 +132,8 @@ def unfinished(working_folder: Path) -> bool:
     return (working_folder / "placing").exists() and any((working_folder / "files").glob("*"))
 
 
-def leftovers(root: Path, *, dry_run: bool) -> Iterator[tuple[str, int]]:
-    """Remove, or only list, folders of killed imports and exports as (name, bytes). Needs no database."""
+def leftovers(root: Path, *, dry_run: bool) -> Iterator[Removed]:
+    """Remove, or only list, folders of killed imports and exports. Needs no database."""
     for path in sorted((root / "scratch").glob("*")):
         with suppress(PermissionError, FileNotFoundError):  # it belongs to another user, or is gone already
             if _ID.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
@@ -132,15 +142,15 @@ def leftovers(root: Path, *, dry_run: bool) -> Iterator[tuple[str, int]]:
                 yield from _of_export(path, dry_run)
 
 
-def _of_import(own: Path, root: Path, dry_run: bool) -> Iterator[tuple[str, int]]:
+def _of_import(own: Path, root: Path, dry_run: bool) -> Iterator[Removed]:
     changed, size = _state(own)
     if clock_of(own.parent) - changed > OLD:
         if not dry_run:
             shutil.rmtree(own)
-        yield own.relative_to(root).as_posix(), size
+        yield Removed(own.relative_to(root).as_posix(), size, WHY)
 
 
-def _of_export(note: Path, dry_run: bool) -> Iterator[tuple[str, int]]:
+def _of_export(note: Path, dry_run: bool) -> Iterator[Removed]:
     own, created = _read_note(note)
     changed, size = _state(own) if own else (0.0, 0)
     if clock_of(note.parent) - note.stat().st_mtime <= OLD:
@@ -158,7 +168,7 @@ def _of_export(note: Path, dry_run: bool) -> Iterator[tuple[str, int]]:
         _remove_empty(created)
         note.unlink(missing_ok=True)
     if own is not None:
-        yield str(own), size
+        yield Removed(str(own), size, WHY)
 
 
 def _remove_placed(own: Path) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from sqlalchemy import Connection, select
 
-from turret.database import Database, access_of
+from turret.database import Database, access_of, adapters, aliases, seen_adapters, versions
 from turret.errors import Corrupt
 from turret.json_types import JsonObject
 from turret.reference import Reference
-from turret.store import aliases, catalog, golden, uploads
+from turret.store import catalog, golden, uploads
 from turret.store.artifacts import MANIFEST
 from turret.store.blobs import Blob, Files
 from turret.store.catalog import Version
@@ -107,11 +107,26 @@ def glance(database: Database, blobs: Files) -> list[str]:
 def _of_database(database: Database, connection: Connection) -> Iterator[Damage]:
     for problem in database.damage(connection):
         yield Damage(database.name, None, problem)
-    for alias in aliases.dangling(connection):
+    for alias in _dangling(connection):
         yield Damage(alias, None, "names a version that is not listed: move it with `turret promote`")
     if access_of(connection).operates:  # sets are shared by content
         for where, problem in golden.problems(connection):
             yield Damage(where, None, problem)
+
+
+def _dangling(connection: Connection) -> Sequence[str]:
+    """`name@alias` of aliases whose version is missing. The database forbids such rows, so only damage makes them."""
+    query = (
+        select(adapters.c.name, aliases.c.alias)
+        .join(adapters, aliases.c.adapter_id == adapters.c.id, isouter=True)
+        .join(
+            versions,
+            (aliases.c.version_id == versions.c.id) & (aliases.c.adapter_id == versions.c.adapter_id),
+            isouter=True,
+        )
+        .where(versions.c.id.is_(None), adapters.c.id.is_(None) | seen_adapters(connection))
+    )
+    return [f"{row.name}@{row.alias}" for row in connection.execute(query)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The control plane under `/api/`: adapters in the store and in memory, aliases, verify."""
+"""The control plane under `/api/`: adapters in the store and in memory, aliases, gates, promises, panels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainings under `/api/runs`: drafted, planned, queued, listed, shown with their log, cancelled, deleted."""
+"""Trainings under `/api/runs`, comparisons and sweeps under `/api/studies`: planned, queued, shown, cancelled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages of experiments: all of them, one with its evidence, and the dialogs that change it."""
+"""The pages of experiments with their evidence, and the forms that start one, set gates or make a promise."""
 
 from __future__ import annotations
 

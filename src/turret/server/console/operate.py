@@ -1,4 +1,4 @@
-"""The pages of who uses the server: access tokens, usage by adapter and day, the audit log, jobs and workers."""
+"""The pages of who runs the server: store and traffic, access tokens, usage, the audit log, jobs and workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The templates, and their filters for numbers. Every value is escaped. A missing name in a template is an error."""
+"""What all pages share: templates with filters for numbers, headers, pages for errors, and forms.
+
+Every value in a template is escaped. A missing name in a template is an error.
+"""
 
 from __future__ import annotations
 

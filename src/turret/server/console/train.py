@@ -1,4 +1,7 @@
-"""The pages from a table to a training: choose it, correct what it shows, read the plan, start."""
+"""The pages of trainings, comparisons and sweeps: from a table to a start, and what became of each.
+
+A person chooses a table, corrects what it shows, reads the plan, and starts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/v1/batches`: many requests in one file, answered in the background, in OpenAI's format."""
+"""`/v1/files` and `/v1/batches`: many requests in one file, answered in the background, in OpenAI's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: texts that continue prompts, in OpenAI's format."""
+"""`POST /v1/completions` and `/v1/chat/completions`: texts that continue prompts or chats, in OpenAI's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the bases, and every adapter on them by name and by alias, in OpenAI's format."""
+"""`GET /v1/models`: the bases, and every adapter on them by name and by alias, in OpenAI's format; their tokens."""
 
 from __future__ import annotations
 
