@@ -118,7 +118,7 @@ class Score(BaseModel):
     score: float
 
 
-class ScoreList(BaseModel):
+class Scores(BaseModel):
     id: str
     object: Literal["list"] = "list"
     created: int
@@ -147,7 +147,7 @@ class Ranking(BaseModel):
 
 
 questions = router("infer")
-Scores = tuple[list[float], Scoring, PendingAnswers, EmbeddingUsage]
+Scored = tuple[list[float], Scoring, PendingAnswers, EmbeddingUsage]
 Vectors = tuple[list[list[float]], PendingAnswers, EmbeddingUsage]
 
 
@@ -170,7 +170,7 @@ async def embed(body: EmbeddingRequest, view: View, unit: Unit, request: Request
 
 
 @questions.post("/v1/score")
-async def score(body: ScoreRequest, view: View, unit: Unit, request: Request, response: Response) -> ScoreList:
+async def score(body: ScoreRequest, view: View, unit: Unit, request: Request, response: Response) -> Scores:
     """How alike the texts of each pair are: the cosine of their embeddings, from -1 to 1, or an adapter's number."""
     first, second = body.pairs()
     if len(first) not in (1, len(second)):
@@ -181,7 +181,7 @@ async def score(body: ScoreRequest, view: View, unit: Unit, request: Request, re
     scores, scoring, pending, usage = await _scores(
         view, request, response, body.model, pairs, body.pooling, unit or body.user
     )
-    return ScoreList(
+    return Scores(
         id=f"score-{pending.id}",
         created=now(),
         model=pending.model or body.model,
@@ -219,7 +219,7 @@ async def _scores(
     pairs: Sequence[tuple[str, str]],
     pooling: Pooling | None,
     unit: str | None,
-) -> Scores:
+) -> Scored:
     """A number for each pair."""
     if await view.parsing(_gives_numbers, view, model):
         inputs = [TextPair(*pair) for pair in pairs]
