@@ -209,9 +209,7 @@ def predict(
         named |= _old_column(workspace, reference, column)
     if out is not None:
         source, wanted = _one_file(inputs), PredictOptions(named, bare, top, coverage, device)
-        with status() as say:
-            done = workspace.predict_file(reference, source, out, wanted, on_stage=say)
-        command.report(done, _print_written)
+        command.perform(_print_written, workspace.predict_file, reference, source, out, wanted)
         return
     literal = min(context.obj or 0, len(inputs))  # inputs after `--`
     texts = inputs if literal == len(inputs) and not named else _texts(workspace, reference, inputs, named, literal)
@@ -549,22 +547,20 @@ def promise(
     if error is None:
         command.report(workspace.promise(reference), _print_promise)
         return
-    keys = reading.keys()
-    with status() as say:
-        made = workspace.promise(
-            reference,
-            read_share(error),
-            confidence=read_share(confidence),
-            metric=metric,
-            data=data,
-            columns=keys,
-            when_broken=when_broken,
-            outcome_ttl=read_duration(outcome_ttl),
-            missing_bound=read_share(missing_bound),
-            device=device,
-            on_stage=say,
-        )
-    command.report(made, _print_promise)
+    command.perform(
+        _print_promise,
+        workspace.promise,
+        reference,
+        read_share(error),
+        confidence=read_share(confidence),
+        metric=metric,
+        data=data,
+        columns=reading.keys(),
+        when_broken=when_broken,
+        outcome_ttl=read_duration(outcome_ttl),
+        missing_bound=read_share(missing_bound),
+        device=device,
+    )
     command.offer(f"predict {reference} new.csv --out answered.csv", f"promise {reference}")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from turret.cli import options
-from turret.cli.output import console, grid, many, safe, size, status
+from turret.cli.output import console, grid, many, safe, size
 from turret.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -61,20 +61,19 @@ def import_(
 
     Reads safetensors only, never a pickle. A bundle that turret exported keeps its digest.
     """
-    with status() as say:
-        found = command.workspace.import_adapter(
-            source,
-            name,
-            base=description.base,
-            task=description.task,
-            labels=description.label_names(),
-            settings=description.settings(),
-            rank=rank,
-            base_quantization=base_quantization,
-            device=device,
-            on_stage=say,
-        )
-    command.report(found, print_imported)
+    found = command.perform(
+        print_imported,
+        command.workspace.import_adapter,
+        source,
+        name,
+        base=description.base,
+        task=description.task,
+        labels=description.label_names(),
+        settings=description.settings(),
+        rank=rank,
+        base_quantization=base_quantization,
+        device=device,
+    )
     command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
 
 
@@ -97,9 +96,7 @@ def export(
     form: Literal["peft", "merged", "vllm", "gguf"] = (
         "merged" if merged else "vllm" if vllm else "gguf" if gguf else "peft"
     )
-    with status() as say:
-        found = command.workspace.export(reference, folder, form=form, force=force, on_stage=say)
-    command.report(found, _print_exported)
+    command.perform(_print_exported, command.workspace.export, reference, folder, form=form, force=force)
 
 
 def print_imported(found: Imported) -> None:
@@ -159,9 +156,7 @@ def push(
     if merged and gguf:
         raise RecipeError("--merged and --gguf are two forms: give one of them")
     form: Literal["peft", "merged", "gguf"] = "merged" if merged else "gguf" if gguf else "peft"
-    with status() as say:
-        found = command.workspace.hub.push(reference, hub_id, form=form, public=public, force=force, on_stage=say)
-    command.report(found, _print_pushed)
+    command.perform(_print_pushed, command.workspace.hub.push, reference, hub_id, form=form, public=public, force=force)
 
 
 def pull(
@@ -178,20 +173,19 @@ def pull(
 
     If the Hub cannot be reached, the copy in its cache is taken, and a note says so.
     """
-    with status() as say:
-        found = command.workspace.hub.pull(
-            hub_id,
-            name,
-            revision=revision,
-            base=description.base,
-            task=description.task,
-            labels=description.label_names(),
-            settings=description.settings(),
-            base_quantization=base_quantization,
-            device=device,
-            on_stage=say,
-        )
-    command.report(found, print_imported)
+    found = command.perform(
+        print_imported,
+        command.workspace.hub.pull,
+        hub_id,
+        name,
+        revision=revision,
+        base=description.base,
+        task=description.task,
+        labels=description.label_names(),
+        settings=description.settings(),
+        base_quantization=base_quantization,
+        device=device,
+    )
     command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
 
 
@@ -219,11 +213,15 @@ def merge(
 
     The new version names all of them as its parents. Evaluate it before you promote it: gates apply to it too.
     """
-    with status() as say:
-        found = command.workspace.merge(
-            references, name, how=how, weights=_numbers(weights), density=density, on_stage=say
-        )
-    command.report(found, _print_merged)
+    found = command.perform(
+        _print_merged,
+        command.workspace.merge,
+        references,
+        name,
+        how=how,
+        weights=_numbers(weights),
+        density=density,
+    )
     command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
 
 

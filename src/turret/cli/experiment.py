@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from turret.cli import options
-from turret.cli.output import columns, console, grid, number, safe, status
+from turret.cli.output import columns, console, grid, number, safe
 from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
@@ -149,9 +149,7 @@ def stop(
     command: options.Command,
 ) -> None:
     """End an experiment, and move its alias in the same step."""
-    with status() as say:
-        ended = command.workspace.experiment(name).stop(promote=promote, rollback=rollback, on_stage=say)
-    command.report(ended, _print)
+    command.perform(_print, command.workspace.experiment(name).stop, promote=promote, rollback=rollback)
 
 
 def replay(
@@ -167,9 +165,7 @@ def replay(
 ) -> None:
     """Compare two versions on labelled examples, without live traffic."""
     keys = reading.keys()
-    with status() as say:
-        found = command.workspace.replay(a, b, data, columns=keys, device=device, on_stage=say)
-    command.report(found, _print_replayed)
+    command.perform(_print_replayed, command.workspace.replay, a, b, data, columns=keys, device=device)
 
 
 def list_(

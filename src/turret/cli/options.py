@@ -6,15 +6,15 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, ParamSpec, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer import Argument, Option
 from typer.models import OptionInfo, ParameterInfo
 
-from turret.cli.output import columns, console, emit, offer
+from turret.cli.output import columns, console, emit, offer, status
 from turret.errors import RecipeError
 from turret.json_types import JsonMapping, JsonObject
 from turret.location import Location
@@ -87,6 +87,7 @@ class Result(Protocol):
 
 
 R = TypeVar("R", bound=Result)
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,14 @@ class Command:
     def report(self, result: R, show: Callable[[R], None]) -> None:
         """Print a result as JSON, or with `show`."""
         emit(result.as_json()) if self.as_json else show(result)
+
+    def perform(self, show: Callable[[R], None], verb: Callable[P, R], *places: P.args, **names: P.kwargs) -> R:
+        """Call a verb of the workspace, which says its stages meanwhile, and print its result as `report` does."""
+        run: Callable[..., R] = partial(verb, *places, **names)
+        with status() as say:
+            found = run(on_stage=say)
+        self.report(found, show)
+        return found
 
     def say(self, value: JsonMapping, line: str) -> None:
         """Print a result as JSON, or as a line, which may have rich's markup."""

@@ -79,34 +79,32 @@ def compare(
         if wrong := next((name for name in given if name in OF_TRAININGS), None):
             raise RecipeError(f"--composition compares stored versions and trains nothing: leave out --{wrong}")
         columns = options.Reading(training.columns, training.sets).keys()
-        with status() as show:
-            found = command.workspace.compare_composition(
-                composition,
-                source,
-                columns=columns,
-                against=against if "against" in given else None,
-                margin=margin,
-                texts=texts,
-                device=training.device or "auto",
-                on_stage=show,
-            )
-        command.report(found, _print_composition)
+        command.perform(
+            _print_composition,
+            command.workspace.compare_composition,
+            composition,
+            source,
+            columns=columns,
+            against=against if "against" in given else None,
+            margin=margin,
+            texts=texts,
+            device=training.device or "auto",
+        )
         return
     recipe = training.recipe(source)
     workspace, limit, parts, rate = command.workspace, duration(budget), shares(fractions), _rate(lr)
     if plan:
-        with status() as show:
-            planned = workspace.plan_comparison(
-                recipe,
-                methods=methods,
-                seeds=seeds,
-                fractions=parts,
-                margin=margin,
-                against=against,
-                lr=rate,
-                on_stage=show,
-            )
-        command.report(planned, _print_plan)
+        command.perform(
+            _print_plan,
+            workspace.plan_comparison,
+            recipe,
+            methods=methods,
+            seeds=seeds,
+            fractions=parts,
+            margin=margin,
+            against=against,
+            lr=rate,
+        )
         return
     with status() as show:
         found = workspace.compare(

@@ -28,7 +28,6 @@ from turret.cli.output import (
     safe,
     size,
     span,
-    status,
 )
 from turret.errors import RecipeError, SeveralLabels
 from turret.json_types import Plain
@@ -86,9 +85,7 @@ def plan(source: options.Source, training: options.Training, command: options.Co
     """
 
     recipe = training.recipe(source)
-    with status() as show:
-        planned = command.workspace.plan(recipe, on_stage=show)
-    command.report(planned, lambda each: print_plan(each, console()))
+    planned = command.perform(lambda each: print_plan(each, console()), command.workspace.plan, recipe)
     if planned.plan.refused:
         raise typer.Exit(1)
     if not command.as_json:

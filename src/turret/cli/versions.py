@@ -22,7 +22,6 @@ from turret.cli.output import (
     safe,
     size,
     span,
-    status,
 )
 from turret.errors import NotFound, counted
 from turret.json_types import JsonObject, Plain
@@ -343,11 +342,9 @@ def promote(
 
     The version's files are hashed first. Its metrics must pass the alias's gates, and its answers the golden examples.
     """
-    with status() as say:
-        move = command.workspace.promote(
-            reference, alias, require=require or (), replay=replay, device=device, on_stage=say
-        )
-    command.report(move, _print_move)
+    move = command.perform(
+        _print_move, command.workspace.promote, reference, alias, require=require or (), replay=replay, device=device
+    )
     if move.changed:
         asked = move.name if alias == PRODUCTION else f"{move.name}@{alias}"
         command.offer(f'predict {asked} "a text of your own"', f"rollback {move.name} {alias}")

@@ -25,7 +25,6 @@ from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
-    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
@@ -158,7 +157,10 @@ class Metrics:
         self._registry, self._replica = CollectorRegistry(), {} if replica is None else {"replica": replica}
         if build:
             ProcessCollector(registry=self._registry)
-            self._registry.register(_Build(build))
+            labels = tuple(build[0])
+            served = Gauge("turret_build_info", "What is served, and by which version", labels, registry=self._registry)
+            for each in build:
+                served.labels(**each).set(1)
         self._versions: set[str] = set()
         self._last_day = LastDay()
         self._requests = self._counter("turret_requests", "Requests", "route", "status")
@@ -308,30 +310,11 @@ class _Seen(Collector):
             metric.samples = [sample._replace(labels={**sample.labels, **self._more}) for sample in seen]
             yield metric
 
-    def describe(self) -> list[Metric]:
-        return []
-
     def _is_seen(self, labels: Mapping[str, str]) -> bool:
         names = [labels[key].partition("#")[0] for key in ("adapter", "experiment") if key in labels]
         if not names:
             return self._operates
         return all(self._sees("" if name in NO_ADAPTER else name) for name in names)
-
-
-class _Build(Collector):
-    """What is served, and by which version: one sample for each base."""
-
-    def __init__(self, builds: Sequence[Mapping[str, str]]) -> None:
-        self._builds = builds
-
-    def collect(self) -> Iterator[Metric]:
-        family = InfoMetricFamily("turret_build", "What is served, and by which version")
-        for each in self._builds:
-            family.add_metric((), dict(each))
-        yield family
-
-    def describe(self) -> list[Metric]:
-        return []
 
 
 class _Engines(Collector):
@@ -358,9 +341,6 @@ class _Engines(Collector):
                 histogram = mapping_of(each[name])
                 shown.add_metric((base,)[: len(labels)], list(histogram["buckets"].items()), histogram["sum"])
             yield shown
-
-    def describe(self) -> list[Metric]:
-        return []
 
 
 class _Routed(Collector):
@@ -393,9 +373,6 @@ class _Routed(Collector):
         loaded, waiting = (",".join(each) for each in self._adapters())
         family.add_metric((str(int(total("most_adapters"))), loaded, waiting), time.time())
         yield family
-
-    def describe(self) -> list[Metric]:
-        return []
 
 
 def _histograms(figures: Figures) -> list[str]:

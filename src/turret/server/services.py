@@ -173,15 +173,17 @@ class Services:
         self._tokens_mark: Mark | None = None  # of the tokens that are known here
         marks = lambda: (self._newest.mark("promises"), self._newest.mark("experiments"))
         self._alarms = AlarmSender(self._database, self.settings.alarm, marks, self.log)
-        self.asking = ThreadPool("ask", 8, 2 * limits.in_flight, "questions are being submitted", 1)
-        self.parsing = ThreadPool("read", 1, limits.in_flight, "large bodies are being parsed", 1)
-        self.compiling = ThreadPool("compile", 1, limits.in_flight, "constraints are being compiled", 1)
-        self.control = ThreadPool("control", 4, limits.control_waiting, "control requests are waiting", 1)
-        # Promotes that ask golden examples may take minutes.
-        self.promoting = ThreadPool("aside", 1, MOST_PROMOTES, "promotes are asking golden examples", 10)
-        self.recording = ThreadPool("tell", 1, limits.outcomes_waiting, "requests with outcomes are waiting", 1)
-        # A plan loads a base, and a hostile table takes as long as it may.
-        self.preview = ThreadPool("preview", 2, MOST_PREVIEWS, "tables are being read and recipes planned", 5)
+        self._pools = {
+            "asking": ThreadPool("ask", 8, 2 * limits.in_flight, "questions are being submitted", 1),
+            "parsing": ThreadPool("read", 1, limits.in_flight, "large bodies are being parsed", 1),
+            "compiling": ThreadPool("compile", 1, limits.in_flight, "constraints are being compiled", 1),
+            "control": ThreadPool("control", 4, limits.control_waiting, "control requests are waiting", 1),
+            # Promotes that ask golden examples may take minutes.
+            "promoting": ThreadPool("aside", 1, MOST_PROMOTES, "promotes are asking golden examples", 10),
+            "recording": ThreadPool("tell", 1, limits.outcomes_waiting, "requests with outcomes are waiting", 1),
+            # A plan loads a base, and a hostile table takes as long as it may.
+            "preview": ThreadPool("preview", 2, MOST_PREVIEWS, "tables are being read and recipes planned", 5),
+        }
         # Anybody may come back from a provider, and it may be slow.
         self.signing_in = ThreadPool("sign-in", 4, MOST_SIGN_INS, "sign-ins wait for the provider", 5)
         self._tenants_lock, self._guard_lock = threading.Lock(), threading.Lock()
@@ -253,13 +255,7 @@ class Services:
             promises=LivePromises(database, partial(self._newest.mark, "promises", store.access.tenant)),
             sampler=InputSampler(database, self.engines, self.options, name, self.log, clock),
             metrics=metrics,
-            asking=self.asking.of(name),
-            parsing=self.parsing.of(name),
-            compiling=self.compiling.of(name),
-            control=self.control.of(name),
-            promoting=self.promoting.of(name),
-            recording=self.recording.of(name),
-            preview=self.preview.of(name),
+            **{each: pool.of(name) for each, pool in self._pools.items()},
         )
 
     def _open_tenants(self) -> None:
@@ -377,16 +373,7 @@ class Services:
                 self.log.write("usage", "error", error=type(error).__name__, message=message)
         if self.spans is not None:
             self.spans.shutdown()
-        for pool in (
-            self.asking,
-            self.parsing,
-            self.compiling,
-            self.control,
-            self.promoting,
-            self.recording,
-            self.preview,
-            self.signing_in,
-        ):
+        for pool in (*self._pools.values(), self.signing_in):
             pool.close()
         self.previews.close()
 
