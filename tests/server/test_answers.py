@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from types import SimpleNamespace
 
 from server.echo import FINGERPRINT, LABELS, SamplingParams, label_set, probabilities, words
 
-from turret.server.openai.completions import CompletionRequest, generation_options
+from turret.server.openai.completions import CompletionRequest, options_of
 
 
 def test_classify_answers_in_the_shape_vllm_uses_with_a_receipt(serve, put) -> None:
@@ -244,5 +245,5 @@ def test_what_narrows_the_draws_without_a_temperature_draws_at_1(serve) -> None:
         ({}, None),
     ):
         body = CompletionRequest(model="a", prompt="x", **said)
-        (made,) = generation_options(view, body, None, 1)  # type: ignore[arg-type]
+        (made,) = asyncio.run(options_of(view, body, None, 1))  # type: ignore[arg-type]
         assert made.temperature == temperature, said

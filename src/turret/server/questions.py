@@ -301,25 +301,11 @@ async def ask(
         options: One for each input.
         unit: The unit of an experiment, as the client names it.
     """
-    pending = await submit(view, request, kind, model, inputs, options, unit=unit)
+    (pending,) = await _submit_to(view, _Asked(request, kind, inputs, options, unit), [model])
     try:
         yield pending
     finally:
         finish(view, request, kind, pending)
-
-
-async def submit(
-    view: View,
-    request: Request,
-    kind: RequestKind,
-    model: str,
-    inputs: Sequence[Input],
-    options: Sequence[SamplingParams] | None = None,
-    *,
-    unit: str | None = None,
-) -> PendingAnswers:
-    """As `ask`, for a stream. The caller must call `finish`."""
-    return (await _submit_to(view, request, kind, [model], inputs, options, unit))[0]
 
 
 @asynccontextmanager
@@ -331,7 +317,7 @@ async def ask_each(
     Every version is placed, counted, charged and logged as if it had been asked alone. The block begins when all
     have answered. Raises the first error.
     """
-    pending = await _submit_to(view, request, kind, models, [input], None, unit)
+    pending = await _submit_to(view, _Asked(request, kind, [input], None, unit), models)
     try:
         await unless_disconnected(request, wait_for_all(pending))
         yield pending
@@ -339,24 +325,27 @@ async def ask_each(
         finish(view, request, kind, *pending)
 
 
-async def _submit_to(
-    view: View,
-    request: Request,
-    kind: RequestKind,
-    models: Sequence[str],
-    inputs: Sequence[Input],
-    options: Sequence[SamplingParams] | None,
-    unit: str | None,
-) -> list[PendingAnswers]:
+class _Asked(NamedTuple):
+    """What a request asks each of its versions."""
+
+    request: Request
+    kind: RequestKind
+    inputs: Sequence[Input]
+    options: Sequence[SamplingParams] | None
+    unit: str | None
+
+
+async def _submit_to(view: View, asked: _Asked, models: Sequence[str]) -> list[PendingAnswers]:
     """Submit the inputs to every model; all or none."""
+    request, inputs = asked.request, asked.inputs
     await admit(view, request)
     request.state.started = started = view.services.clock()
     if view.services.settings.log_texts:
         named = ", ".join(models)
         view.services.log.write("texts", request=request.state.request_id, model=named, texts=list(inputs))
-    again = partial(_submit, view, request, kind, inputs=inputs, options=options, unit=unit)
+    again = partial(_submit, view, asked)
     try:
-        await _compile(view, models[0], options)
+        await _compile(view, models[0], asked.options)
     except NotFound as error:
         raise await view.control(view.missing_model, models[0], error) from None
     submissions = await view.asking(_submit_all, view, again, models)
@@ -513,57 +502,42 @@ def _count_placement(view: View, placement: Placement, kind: RequestKind, pendin
     view.metrics.arm(arm.experiment, placement.arm, arm.version, seconds, failed=failed)
 
 
-def _submit(
-    view: View,
-    request: Request,
-    kind: RequestKind,
-    model: str,
-    inputs: Sequence[Input],
-    options: Sequence[SamplingParams] | None,
-    unit: str | None,
-) -> Submission:
+def _submit(view: View, asked: _Asked, model: str) -> Submission:
     """Submit every input to the version of its unit's arm, or to the version of the reference."""
-    started = view.services.clock()
+    started, request = view.services.clock(), asked.request
     is_base = view.engines.is_base(model)
     if not is_base and not view.access.whole:
         for part in model.split("+"):  # several, if adapters are composed
             view.workspace.resolve(part)  # raises NotFound before an experiment of its tenant answers
-    placement = None if is_base else view.routing.place(model, unit, request.state.request_id)
+    placement = None if is_base else view.routing.place(model, asked.unit, request.state.request_id)
     arm = None if placement is None else placement.assignment
     if placement is not None:  # the response to an error names the arm too
         request.state.receipt = placement.headers | ({} if arm is None else _version_headers(arm.version))
     try:
         priority = getattr(request.state, "priority", 0)  # below 0 for a line of a batch
-        tickets = _tickets(view, kind, model if arm is None else arm.version, inputs, options, priority)
+        tickets = _tickets(view, asked, model if arm is None else arm.version, priority)
     except BaseException as error:
         if placement is not None and arm is not None:
             seconds = view.services.clock() - started
-            if view.routing.refused(placement, kind, error, seconds):
+            if view.routing.refused(placement, asked.kind, error, seconds):
                 view.metrics.arm(arm.experiment, arm.arm, arm.version, seconds, failed=True)
         raise
     if placement is not None:
         view.routing.accepted(placement, f"{view.services.id}-{tickets[0].receipt.id}")
-        view.shadows.start(placement, kind, inputs, options, tickets)
+        view.shadows.start(placement, asked.kind, asked.inputs, asked.options, tickets)
     return Submission(tickets, placement)
 
 
-def _tickets(
-    view: View,
-    kind: RequestKind,
-    model: str,
-    inputs: Sequence[Input],
-    options: Sequence[SamplingParams] | None,
-    priority: int,
-) -> Sequence[TicketProtocol]:
+def _tickets(view: View, asked: _Asked, model: str, priority: int) -> Sequence[TicketProtocol]:
     """Submit every input to the version that accepted the first one; all or none."""
     for _ in range(MOST_SUBMITS):
         tickets: list[TicketProtocol] = []
-        asked = model
+        version = model
         try:
-            for place, each in enumerate(inputs):
-                settings = view.services.default_options if options is None else options[place]
-                tickets.append(_ticket(view, kind, each, asked, settings, priority))
-                asked = tickets[0].receipt.version or model
+            for place, each in enumerate(asked.inputs):
+                settings = view.services.default_options if asked.options is None else asked.options[place]
+                tickets.append(_ticket(view, asked.kind, each, version, settings, priority))
+                version = tickets[0].receipt.version or model
             return tickets
         except BaseException as error:
             for ticket in tickets:

@@ -8,6 +8,7 @@ import re
 import secrets
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from itertools import accumulate
 from typing import Annotated, Literal, Protocol, Self
 
@@ -26,7 +27,7 @@ from turret.server import limits
 from turret.server.engines import Input
 from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS, MOST_TEXT, MOST_TOOLS
-from turret.server.questions import PendingAnswers, Update, admit, ask, finish, now, submit, usage
+from turret.server.questions import PendingAnswers, Update, admit, ask, now, usage
 from turret.server.routes import (
     NO_EFFECT,
     SEVERAL,
@@ -145,30 +146,16 @@ async def options_of(
     constraint: Constraint | None = None,
     **more: bool | int | None,
 ) -> Sequence[SamplingParams]:
-    """`generation_options`, on a thread if the request has a constraint, which may be long."""
-    forms = (body.response_format, body.structured_outputs, body.guided_json, body.guided_regex, body.guided_choice)
-    if constraint is None and any(each is not None for each in forms):
-        constraint = await view.parsing(constraint_of, body)
-    return generation_options(view, body, max_tokens, choices, times=times, constraint=constraint, **more)
-
-
-def generation_options(
-    view: View,
-    body: Generation,
-    max_tokens: int | None,
-    choices: int,
-    *,
-    times: int | None = None,
-    constraint: Constraint | None = None,
-    **more: bool | int | None,
-) -> Sequence[SamplingParams]:
     """The options of each choice. The choices of one prompt have consecutive seeds.
 
     Args:
         times: Choices of each prompt; `n` if None.
-        constraint: What the answer must look like; `options_of` reads it from the request.
+        constraint: What the answer must look like; None: what the request says, which is read on a thread.
         more: SamplingParams that the route sets.
     """
+    forms = (body.response_format, body.structured_outputs, body.guided_json, body.guided_regex, body.guided_choice)
+    if constraint is None and any(each is not None for each in forms):
+        constraint = await view.parsing(constraint_of, body)
     times = times or body.n or 1
     keys = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {key: getattr(body, key) for key in (*keys, "num_beams", "truncate_prompt_tokens")}
@@ -218,29 +205,23 @@ async def stream_events(
         lines: Makes the events from the updates of the answers.
         headers: Added to those of the answers.
     """
-    pending = await submit(view, request, "generate", model, prompts, options, unit=unit)
-    try:
+    async with AsyncExitStack() as opened:
+        pending = await opened.enter_async_context(ask(view, request, "generate", model, prompts, options, unit=unit))
         first, rest = await pending.first()
-    except BaseException:
-        finish(view, request, "generate", pending)
-        raise
-    events = lines(pending, _chained(first, rest))
-    return _EventStream(events, pending.headers | (headers or {}), lambda: finish(view, request, "generate", pending))
+        return _EventStream(lines(pending, _chained(first, rest)), pending.headers | (headers or {}), opened.pop_all())
 
 
 class _EventStream(StreamingResponse):
-    """A stream of server-sent events. Calls `finish` at its end, also if the client disconnects or an error ends it."""
+    """A stream of server-sent events. Closes what is `opened` at its end, also after a disconnect or an error."""
 
-    def __init__(self, lines: AsyncIterator[str], headers: dict[str, str], finish: Callable[[], None]) -> None:
+    def __init__(self, lines: AsyncIterator[str], headers: dict[str, str], opened: AsyncExitStack) -> None:
         more = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(lines, headers=headers | more, media_type="text/event-stream")
-        self._finish = finish
+        self._opened = opened
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        async with self._opened:
             await super().__call__(scope, receive, send)
-        finally:
-            self._finish()
 
 
 async def _chained(first: Update, rest: AsyncIterator[Update]) -> AsyncIterator[Update]:
