@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from turret.cli.output import console, emit, safe, status
 from turret.errors import ServeRefused
 
 if TYPE_CHECKING:
-    from turret.engine import Limits
+    from turret.engine import Engine
     from turret.engine.request import VllmServer
     from turret.server.oidc import OidcSettings
     from turret.server.services import ServerSettings
@@ -139,7 +139,13 @@ def serve(
     vllm = None if engine == "turret" else _vllm(engine_url, engine_folder, names, given)
     if vllm is None and (engine_url or engine_folder):
         raise ServeRefused("--engine-url and --engine-folder belong to --engine vllm: add it, or leave them out")
-    _serve(workspace, names, settings, limits, dtype, base_quantization, device, training, vllm, command.as_json)
+    if vllm is None:
+        start = partial(workspace.engine, dtype=dtype, base_quantization=base_quantization, device=device)
+    else:
+        from turret.workspace.serving import vllm_engine
+
+        start = partial(vllm_engine, workspace.store, server=vllm)
+    _serve(workspace, names, settings, partial(start, limits=limits), training, vllm, command.as_json)
 
 
 def _vllm(url: str | None, folder: Path | None, bases: Sequence[str], given: Mapping[str, bool]) -> VllmServer:
@@ -170,10 +176,7 @@ def _serve(
     workspace: Workspace,
     names: Sequence[str],
     settings: ServerSettings,
-    limits: Limits,
-    dtype: Dtype,
-    quantization: options.BaseQuantization,
-    device: str,
+    start: Callable[..., Engine],
     training: Training | None,
     vllm: VllmServer | None,
     as_json: bool,
@@ -189,13 +192,7 @@ def _serve(
     Guard(settings.host, workspace.tokens.of_all_tenants())  # refuses before the base is loaded
     with bind(settings.host, settings.port) as listening, ExitStack() as opened:
         with status() as show:
-            if vllm is None:
-                start = partial(workspace.engine, dtype=dtype, base_quantization=quantization, device=device)
-            else:
-                from turret.workspace.serving import vllm_engine
-
-                start = partial(vllm_engine, workspace.store, server=vllm)
-            loaded = [opened.enter_context(start(name, limits=limits, on_stage=show)) for name in names]
+            loaded = [opened.enter_context(start(name, on_stage=show)) for name in names]
         engines = Engines(*loaded)
         services = Services(workspace, engines, SamplingParams, settings)
         bases, devices = [each.name for each in engines.bases], {str(each.base.model.device) for each in loaded}

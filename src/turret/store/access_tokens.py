@@ -253,19 +253,18 @@ class AccessTokens:
 
     def list(self) -> Sequence[AccessToken]:
         """All tokens of the tenant by name, including revoked ones."""
-        database = self._open()
-        if database is None:
-            return ()
-        with database.reading() as connection:
-            return _all(connection)
+        return self._read_by(_all)
 
     def of_all_tenants(self) -> Sequence[AccessToken]:
         """The tokens of all tenants, including revoked ones: a server knows its callers by them."""
+        return self._read_by(lambda connection: _read(connection, _QUERY))
+
+    def _read_by(self, read: Callable[[Connection], Sequence[AccessToken]]) -> Sequence[AccessToken]:
         database = self._open()
         if database is None:
             return ()
         with database.reading() as connection:
-            return _read(connection, _QUERY)
+            return read(connection)
 
     def revoke(self, name: str) -> AccessToken:
         """Revoke a token; raises NotFound. Servers notice within a second. The name stays taken."""

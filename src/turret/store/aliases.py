@@ -111,16 +111,8 @@ def back_to(connection: Connection, version: Version, alias: str, leaving: Seque
     earlier = last = _latest(connection, adapter_id, alias)
     while earlier is not None and earlier.version_id != version_id:
         earlier = None if earlier.before is None else _past(connection, earlier.before)
-    continued = earlier or last
-    _move(
-        connection,
-        adapter_id,
-        alias,
-        "rollback",
-        version_id,
-        version.number,
-        None if continued is None else continued.before,
-    )
+    continued = None if (found := earlier or last) is None else found.before
+    _move(connection, adapter_id, alias, "rollback", version_id, version.number, continued)
     return Move(version.name, alias, str(version), before, changed=True)
 
 

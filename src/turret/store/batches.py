@@ -273,18 +273,10 @@ class Batches:
                 if row.errors:
                     yield Answer(row.first, row.errors, ok=False)
 
-    def end(
-        self,
-        batch: Batch,
-        state: State,
-        *,
-        output_file: str | None = None,
-        error_file: str | None = None,
-        error: str | None = None,
-    ) -> None:
-        """End a batch, and drop the parts that its files hold now. Raises LeaseLost."""
+    def end(self, batch: Batch, state: State, **values: str | None) -> None:
+        """End a batch, and drop the parts that its files hold now. values: files and error. Raises LeaseLost."""
         with self.database.writing() as connection:
-            self.end_in(connection, batch, state, output_file=output_file, error_file=error_file, error=error)
+            self.end_in(connection, batch, state, **values)
 
     def end_in(self, connection: Connection, batch: Batch, state: State, **values: str | None) -> None:
         """As `end`, in a transaction that also lists the files."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal, TypedDict
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, TypedDict, cast
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
@@ -158,13 +158,7 @@ class GoldenReplay:
         return f"{name_of(self.golden)} {self.passed} of {self.total}"
 
     def as_json(self) -> ReplayRow:
-        return {
-            "golden": self.golden,
-            "passed": self.passed,
-            "total": self.total,
-            "first": self.first,
-            "replayed": self.replayed,
-        }
+        return cast(ReplayRow, asdict(self))
 
 
 def name_of(digest: str) -> str:
@@ -273,10 +267,9 @@ def replays_of(connection: Connection, version: Version) -> dict[str, GoldenRepl
     """Digest of a set -> the newest replay of it on the version."""
     own = (replays.c.tenant == access_of(connection).tenant) & (replays.c.version == version.digest)
     query = select(replays).where(own).order_by(replays.c.id)
-    return {
-        row.golden: GoldenReplay(row.golden, row.passed, row.total, row.first, row.replayed)
-        for row in connection.execute(query)
-    }
+    names = [each.name for each in fields(GoldenReplay)]
+    rows = connection.execute(query).mappings()
+    return {row["golden"]: GoldenReplay(**{name: row[name] for name in names}) for row in rows}
 
 
 def check(connection: Connection, version: Version, alias: str) -> tuple[GoldenReplay, ...]:

@@ -35,7 +35,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, final
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast, final
 
 from sqlalchemy import (
     BigInteger,
@@ -83,6 +83,8 @@ RETRY_SECONDS = 5.0  # before the second try; four times as long before the thir
 LONGEST_PAUSE = 60.0  # seconds for which a job that may go on is put aside
 LINE = 500  # characters
 MOST_LINES = 1000  # of a job; later lines are dropped, but not its last ones
+ANEW: JsonObject = {"state": "waiting", "tries": 0, "due": 0.0, "cancelled": None, "ended": None, "error": None}
+ANEW |= {"beside": False, "result": None}  # of a job that is tried as if it were new
 Ended = Literal["waiting", "interrupted", "finished", "failed", "cancelled"]
 LOST_TRIES = f"its worker was lost {TRIES} times: look at its log, and submit it again"
 
@@ -195,9 +197,7 @@ class Job:
     died: bool = False  # the process that had it before has died
 
     def as_json(self) -> TakenJob:
-        found: JsonValue = asdict(self)
-        taken: TakenJob = found
-        return taken
+        return cast(TakenJob, asdict(self))
 
     @classmethod
     def of(cls, value: TakenJob) -> Job:
@@ -306,10 +306,7 @@ class JobQueue:
             audit.record(connection, verb, f"run {run}", name, after=after, at=now(), who=who())
             return run
 
-        if place is not None:
-            return place(add)
-        with self._database.writing() as connection:
-            return add(connection)
+        return self._adding(place, add)
 
     def submit_cells(
         self,
@@ -346,12 +343,17 @@ class JobQueue:
                     break
             return study
 
-        if place is not None:
-            place(add)
-        else:
-            with self._database.writing() as connection:
-                add(connection)
+        self._adding(place, add)
         return added
+
+    def _adding(
+        self, place: Callable[[Callable[[Connection], str]], str] | None, add: Callable[[Connection], str]
+    ) -> str:
+        """Call `add` in a transaction of its own, or as `place` does."""
+        if place is not None:
+            return place(add)
+        with self._database.writing() as connection:
+            return add(connection)
 
     def _add_cell(self, connection: Connection, study: str, new: NewCell, *, here: bool) -> str:
         id = cell_id(self._tenant, study, new.key)
@@ -368,8 +370,7 @@ class JobQueue:
         if old is None:
             add_job(connection, CELL, id, self._tenant, name=new.name, **values)
             return id
-        values |= {"state": "waiting", "tries": 0, "due": 0.0, "cancelled": None, "ended": None, "error": None}
-        connection.execute(update(jobs).where(jobs.c.id == id).values(**values, beside=False, result=None))
+        connection.execute(update(jobs).where(jobs.c.id == id).values(ANEW | values))
         return id
 
     def states(self, ids: Iterable[str]) -> dict[str, JobState]:
@@ -377,9 +378,7 @@ class JobQueue:
         chosen = select(jobs.c.id, jobs.c.state, jobs.c.error, jobs.c.result)
         with self._database.reading() as connection:
             rows = connection.execute(chosen.where(jobs.c.id.in_(list(ids)))).mappings().all()
-        found: JsonValue = {row["id"]: dict(row) for row in rows}
-        states: dict[str, JobState] = found
-        return states
+        return {row["id"]: cast(JobState, dict(row)) for row in rows}
 
     def studies(self, most: int) -> list[StudyRow]:
         """The newest studies, newest first, as `study` has them."""
@@ -457,9 +456,7 @@ class JobQueue:
             require(connection, entry.recipe)
             self._require_room(connection)
             name = connection.execute(select(jobs.c.name).where(jobs.c.id == run)).scalar_one()
-            values = {"state": "waiting", "tries": 0, "due": 0.0, "cancelled": None, "ended": None, "error": None}
-            chosen = update(jobs).where(jobs.c.id == run)
-            connection.execute(chosen.values(**values, beside=False, result=None, queued=now()))
+            connection.execute(update(jobs).where(jobs.c.id == run).values(ANEW | {"queued": now()}))
             before = {"state": entry.state}
             audit.record(connection, "resume", f"run {run}", name, before=before, at=now(), who=who())
 

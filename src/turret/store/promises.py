@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict, cast
 
 from sqlalchemy import (
     JSON,
@@ -48,7 +48,7 @@ from turret import audit
 from turret.audit import audit as actions
 from turret.database import access_of, adapters, bytewise, insert_row, metadata, seen_adapters, seen_versions, versions
 from turret.errors import BundleError, NotFound
-from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
+from turret.json_types import JsonObject, Plain, mapping_of
 from turret.manifest import Manifest, lineage_in, task_in
 from turret.store.catalog import Version, now, who
 from turret.tasks import Task, stored_task
@@ -431,9 +431,7 @@ class Promise(Terms):
     verdict: Mapping[str, Plain] | None
 
     def as_json(self) -> PromiseRow:
-        found: JsonValue = asdict(self)
-        row: PromiseRow = found
-        return row
+        return cast(PromiseRow, asdict(self))
 
 
 class LoggedAnswer(NamedTuple):
@@ -490,23 +488,13 @@ def make(
     row = asdict(terms) | {"tenant": access_of(connection).tenant, "digest": version.digest, "created": now()}
     drawn = None if sureness is None else sureness.to_json()
     insert_row(connection, promises, row | {"who": who(), "sureness": drawn})
-    after: JsonObject = {
-        "metric": terms.metric,
-        "error": terms.error,
-        "confidence": terms.confidence,
-        "threshold": terms.threshold,
-    }
-    earlier = None if before is None else {key: getattr(before, key) for key in after}
-    audit.record(
-        connection,
-        "promise",
-        str(version),
-        version.name,
-        before=earlier,
-        after=after | dict(why or {}),
-        at=row["created"],
-        who=who(),
+    was, after = (
+        None if each is None else {key: getattr(each, key) for key in ("metric", "error", "confidence", "threshold")}
+        for each in (before, terms)
     )
+    after = {**(after or {}), **(why or {})}
+    at = row["created"]
+    audit.record(connection, "promise", str(version), version.name, before=was, after=after, at=at, who=who())
     made = of_digest(connection, version.digest)
     assert made is not None
     if before is not None:

@@ -120,13 +120,13 @@ async def list_files(
     """The caller's files, the newest first."""
     owner = owner_of(request.state.caller)
     found = await view.control(view.services.files.listed, owner, purpose=purpose, after=after, limit=limit + 1)
-    shown = [_shown_file(each) for each in found[:limit]]
-    return Files(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > limit,
-    )
+    return Files(**_page([_shown_file(each) for each in found[:limit]], more=len(found) > limit))
+
+
+def _page(shown: Sequence[FileObject | BatchObject], *, more: bool) -> JsonObject:
+    """A page of a list, with the ids of its ends."""
+    first, last = (shown[0].id, shown[-1].id) if shown else (None, None)
+    return {"data": shown, "first_id": first, "last_id": last, "has_more": more}
 
 
 @questions.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses=CONTENT)
@@ -268,13 +268,7 @@ async def list_batches(
     """The caller's batches, the newest first."""
     owner = owner_of(request.state.caller)
     found = await view.control(view.services.batches.listed, owner, after=after, limit=limit + 1)
-    shown = [_shown(each) for each in found[:limit]]
-    return BatchList(
-        data=shown,
-        first_id=shown[0].id if shown else None,
-        last_id=shown[-1].id if shown else None,
-        has_more=len(found) > limit,
-    )
+    return BatchList(**_page([_shown(each) for each in found[:limit]], more=len(found) > limit))
 
 
 @questions.get("/v1/batches/{batch_id}")

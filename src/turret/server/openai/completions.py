@@ -9,6 +9,7 @@ import secrets
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from itertools import accumulate
 from typing import Annotated, Literal, Protocol, Self
 
@@ -181,11 +182,7 @@ async def stream(
     chunks: ChunkFormat,
 ) -> StreamingResponse:
     """Answer with chunks as OpenAI's API streams them."""
-
-    def lines(pending: PendingAnswers, updates: AsyncIterator[Update]) -> AsyncIterator[str]:
-        return _lines(view, body, pending, updates, chunks)
-
-    headers = unknown_keys(view, body)
+    headers, lines = unknown_keys(view, body), partial(_lines, view, body, chunks)
     return await stream_events(view, request, body.model, prompts, options, unit or body.user, lines, headers)
 
 
@@ -231,18 +228,10 @@ async def _chained(first: Update, rest: AsyncIterator[Update]) -> AsyncIterator[
 
 
 async def _lines(
-    view: View,
-    body: Generation,
-    pending: PendingAnswers,
-    updates: AsyncIterator[Update],
-    chunks: ChunkFormat,
+    view: View, body: Generation, chunks: ChunkFormat, pending: PendingAnswers, updates: AsyncIterator[Update]
 ) -> AsyncIterator[str]:
-    head = {
-        "id": f"{chunks.prefix}-{pending.id}",
-        "object": chunks.kind,
-        "created": now(),
-        "model": pending.model or body.model,
-    }
+    head = {"id": f"{chunks.prefix}-{pending.id}", "object": chunks.kind, "created": now()}
+    head["model"] = pending.model or body.model
     begun: set[int] = set()
     try:
         async for update in updates:
