@@ -47,17 +47,17 @@ TARGETS = {
     ),
     "e-process": Target("statistics.py", ("experiments/test_e_process.py", "experiments/test_evidence.py")),
     "verdicts": Target("compare/verdict.py", ("compare/test_report.py", "compare/test_evidence.py")),
-    "quotas": Target("server/limits.py", ("server/test_quotas.py",)),
-    "shared-quotas": Target("server/replica.py", ("server/test_replicas.py",), IN_FOLDER),
+    "limits": Target(
+        "server/limits.py", ("server/test_limits.py", "server/test_quotas.py", "server/test_replicas.py"), IN_FOLDER
+    ),
     "scopes": Target(
         "server/auth.py", ("server/test_auth.py", "server/test_console_access.py", "server/test_control.py")
     ),
     "patterns": Target("access.py", ("store/test_tenants.py",), IN_FOLDER),
     "resume": Target("train/checkpoint.py", ("train/test_checkpoint.py",)),
-    "gc": Target("store/gc.py", ("store/test_gc.py",), IN_FOLDER),
+    "upkeep": Target("store/upkeep.py", ("store/test_gc.py", "store/test_verify.py"), IN_FOLDER),
     "leases": Target("store/leases.py", ("store/test_leases.py",), IN_FOLDER),
     "jobs": Target("store/jobs.py", ("store/test_queue.py",), IN_FOLDER),
-    "admission": Target("server/limits.py", ("server/test_limits.py",)),
 }
 
 

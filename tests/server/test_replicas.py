@@ -23,8 +23,7 @@ from turret.errors import Draining, NotFound, QuotaSpent, StoreError, TurretErro
 from turret.server.auth import SESSION_COOKIE
 from turret.server.limits import Quota, SharedQuotas
 from turret.server.metrics import Metrics
-from turret.server.replica import Leader
-from turret.server.services import ServerSettings
+from turret.server.services import Leader, ServerSettings
 from turret.store import Budgets, Store
 from turret.workspace import Workspace
 

@@ -19,7 +19,7 @@ from store.by_hand import age, everything, forget_uploads
 
 from turret.database import Database
 from turret.errors import StoreError
-from turret.store import Store, artifacts, catalog, gc, scratch
+from turret.store import Store, artifacts, catalog, scratch, upkeep
 from turret.store.blobs import Blob, hash_file
 from turret.store.uploads import Upload
 
@@ -202,11 +202,11 @@ def test_a_gc_beside_a_put_that_is_listing_its_files_removes_none(store, make_bu
     content = artifacts.hashed(manifest, paths)
     upload = Upload(store.database(), store._blobs)
     upload.write({blob: paths[path] for path, blob in content.items()})
-    collected: list[list[gc.Removed]] = []
+    collected: list[list[upkeep.Removed]] = []
 
     def collect() -> None:
         database = Database.opened(store._catalog, alone=alone)  # alone: as on a full disk
-        collected.append(list(gc.unlisted(store._blobs, database, dry_run=False)))
+        collected.append(list(upkeep.remove_unlisted(store._blobs, database, dry_run=False)))
 
     other = threading.Thread(target=collect)
     with store.database().writing() as connection:

@@ -22,8 +22,7 @@ from servers import BUCKET
 from store.s3_proxy import proxied
 
 from turret.errors import Corrupt, StoreError
-from turret.store.blobs import Blob, hash_file
-from turret.store.objects import Objects, _s3
+from turret.store.blobs import Blob, Objects, _s3, hash_file
 
 PART = 5 << 20  # the smallest part that S3 accepts
 Make = Callable[..., Objects]
@@ -174,7 +173,7 @@ import os, signal, sys
 from pathlib import Path
 from s3fs import S3FileSystem
 from turret.store.blobs import hash_file
-from turret.store.objects import Objects
+from turret.store.blobs import Objects
 ask = S3FileSystem._call_s3
 async def watched(self, method, *arguments, **more):
     answer = await ask(self, method, *arguments, **more)
@@ -216,7 +215,7 @@ def test_it_works_after_a_fork(s3, tmp_path) -> None:
     objects = s3()
     blob = put(objects, file(tmp_path, b"content"))
     code = (
-        "import os, sys; from turret.store.objects import Objects; objects = Objects(sys.argv[1])\n"
+        "import os, sys; from turret.store.blobs import Objects; objects = Objects(sys.argv[1])\n"
         "from turret.store.blobs import Blob; blob = Blob(sys.argv[2], 7, sys.argv[3])\n"
         "objects.check(blob); child = os.fork()\n"
         "objects.check(blob)\n"

@@ -34,9 +34,9 @@ from turret.json_types import JsonObject
 from turret.server.admin import accounts, adapters, experiments, runs
 from turret.server.auth import AuthMiddleware, Guard, allow_origins
 from turret.server.console import adapters as adapter_pages
+from turret.server.console import adapters as panel_pages
 from turret.server.console import entry, operate, playground, render, train
 from turret.server.console import experiments as experiment_pages
-from turret.server.console import panels as panel_pages
 from turret.server.error_responses import ErrorResponse, error_response, status_response, validation_response
 from turret.server.limits import ClientConnections, LimitMiddleware, RequestLimits
 from turret.server.logs import LibraryHandler, Log, LogMiddleware, TraceMiddleware

@@ -5,13 +5,12 @@ from turret.store.aliases import Move, Pointing
 from turret.store.catalog import Compared, Deleted, Version, folded
 from turret.store.core import Store
 from turret.store.gates import Gate, GateStatus
-from turret.store.gc import Collected
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet
 from turret.store.jobs import JobQueue
 from turret.store.panels import Panel, PanelMove, Panels, Question
 from turret.store.runs import HeldRun
+from turret.store.upkeep import Collected, Verified
 from turret.store.usage import Budgets
-from turret.store.verify import Verified
 
 __all__ = [
     "AccessToken",

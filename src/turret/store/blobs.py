@@ -1,4 +1,6 @@
-"""Content-addressed files in a folder, and `Files`, the interface that `turret.store.objects` implements too.
+"""Content-addressed files in a folder (`Blobs`) or an object store (`Objects`), behind one interface (`Files`).
+
+In a folder:
 
 - `blobs/sha256/<first two hex digits>/<64 hex digits>-<upload>`: the bytes, read-only. They are written in `tmp/`,
   flushed to disk, then renamed, so a file under its final name is always whole. Users who may enter its folder may
@@ -11,19 +13,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import shutil
 import stat
+import tempfile
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict
 
-from turret.disk import PRIVATE, clock_of, create, flush, make_folder, permissions, sync
-from turret.errors import Corrupt
+from turret.disk import NO_ROOM, PRIVATE, clock_of, create, flush, make_folder, permissions, sync
+from turret.errors import Corrupt, StoreError, TurretError
 
 OWNER = "catalog"
 _CHUNK = 1 << 20
@@ -272,3 +279,250 @@ def changed(path: Path | str, digest: str) -> Corrupt:
     return Corrupt(
         f"stored file {path} does not match its digest {digest[:19]}...: restore it from a copy, or train again"
     )
+
+
+# --- in an object store -----------------------------------------------------------------------------------------------
+# `Files` through fsspec.
+#
+# Under the prefix, as in a folder:
+#
+# - `blobs/sha256/<first two hex digits>/<64 hex digits>-<upload>`: the bytes. An object store has no rename and needs
+# none: an object appears when its upload is complete. Small content is one PUT of bytes that were hashed first. Larger
+# content is hashed while its parts are uploaded, and the upload is completed only if the hash matches the name - a
+# request may arrive long after its process ended. No name is used for other content, or again after its removal
+# (`turret.store.uploads`), so a late request does no harm - `catalog`: the id of the catalog that the files belong to -
+# bytes are hashed again at each read - no listing is cached, so changes of other processes are visible at once
+
+
+PART = 8 << 20
+_REFUSED = (errno.EINVAL, errno.EPERM, errno.EMSGSIZE, errno.ENOSYS, errno.ENAMETOOLONG)  # as s3fs translates answers
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+
+
+class _Info(TypedDict):
+    """What a listing has of an object."""
+
+    size: int
+    type: str  # "file" or "directory"
+
+
+class _File(Protocol):
+    """The methods of fsspec's AbstractBufferedFile that are used here."""
+
+    closed: bool
+
+    def read(self, size: int = ..., /) -> bytes: ...
+    def write(self, data: bytes, /) -> int: ...
+    def close(self) -> None: ...
+    def commit(self) -> None: ...
+    def discard(self) -> None: ...
+
+
+class _FileSystem(Protocol):
+    """The methods of fsspec's AbstractFileSystem that are used here."""
+
+    def pipe_file(self, key: str, data: bytes) -> None: ...
+    def cat_file(self, key: str) -> bytes: ...
+    def get_file(self, key: str, target: str) -> None: ...
+    def rm_file(self, key: str) -> None: ...
+    def info(self, key: str) -> _Info: ...
+    def find(self, prefix: str, *, detail: bool) -> Mapping[str, _Info]: ...
+    def open(self, key: str, mode: str, *, block_size: int, cache_type: str = ..., autocommit: bool = ...) -> _File: ...
+
+
+class Objects:
+    """The content-addressed files under a prefix of an object store. Nothing is requested before the first use.
+
+    Args:
+        connect: makes the fsspec filesystem; called again after a fork, which no connection survives.
+        part: bytes of a part of an upload; smaller content is one PUT.
+    """
+
+    def __init__(self, url: str, connect: Callable[[], _FileSystem] | None = None, *, part: int = PART) -> None:
+        self._url = url
+        self._part = part
+        self._prefix = url.partition("://")[2]
+        self._connect = connect or (lambda: _s3(url))
+        self._connected: tuple[int, _FileSystem] | None = None
+        self._copies: Path | None = None
+
+    def put(self, source: Path, blob: Blob) -> None:
+        key = self._key(blob)
+        if blob.bytes < self._part:
+            data = source.read_bytes()
+            _require_same(Blob(f"sha256:{hashlib.sha256(data).hexdigest()}", len(data)), blob, source)
+            with self._system() as system:
+                system.pipe_file(key, data)
+        else:
+            self._put_in_parts(source, blob, key)
+
+    def glance(self, blob: Blob) -> str | None:
+        return self._problem(self._size(self._key(blob)), blob)
+
+    def glances(self, blobs: Iterable[Blob]) -> Mapping[str, str]:
+        """Digest -> a problem that is visible without hashing; needs one listing."""
+        sizes = {(blob.digest, blob.upload): blob.bytes for _, blob in self.walk()}
+        checked = ((blob, self._problem(sizes.get((blob.digest, blob.upload)), blob)) for blob in blobs)
+        return {blob.digest: problem for blob, problem in checked if problem}
+
+    def check(self, blob: Blob) -> None:
+        key = self._key(blob)
+        with (
+            self._system(blob) as system,
+            closing(system.open(key, "rb", block_size=self._part, cache_type="readahead")) as read,
+        ):
+            found = stream(read, None)
+        if found.digest != blob.digest:
+            raise changed(self._shown(key), blob.digest)
+
+    def copy(self, blob: Blob, target: Path) -> None:
+        key = self._key(blob)
+        with target.open("xb"):
+            pass
+        try:
+            with self._system(blob) as system:
+                system.get_file(key, str(target))
+            if hash_file(target).digest != blob.digest:
+                raise changed(self._shown(key), blob.digest)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+    @contextmanager
+    def checked_file(self, blob: Blob) -> Iterator[Path]:
+        """A copy of the content, hashed, for the duration of the block; raises Corrupt."""
+        with tempfile.TemporaryDirectory(prefix="turret-") as folder:
+            self.copy(blob, Path(folder) / "content")
+            yield Path(folder) / "content"
+
+    def local(self, blob: Blob) -> Path:
+        """A copy of the content, hashed, that is removed together with this object; raises Corrupt."""
+        if self._copies is None:
+            self._copies = Path(tempfile.mkdtemp(prefix="turret-"))
+            weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
+        temporary, copy = self._copies / uuid.uuid4().hex, self._copies / place(blob).rpartition("/")[2]
+        self.copy(blob, temporary)
+        os.replace(temporary, copy)
+        return copy
+
+    def walk(self) -> Iterator[tuple[str, Blob]]:
+        with self._system() as system:
+            found = system.find(f"{self._prefix}/blobs/sha256", detail=True)
+        for key in sorted(found):
+            name = key.strip("/").removeprefix(f"{self._prefix}/")
+            if match := placed(name.removeprefix("blobs/sha256/")):
+                yield name, Blob(match[0], found[key]["size"], match[1])
+
+    def leftovers(self) -> Iterator[tuple[str, int, float]]:
+        """Yield nothing: listings do not show parts of an unfinished upload, which a rule of the bucket removes."""
+        yield from ()
+
+    def clock(self) -> float:
+        """This machine's, because there are no leftovers."""
+        return time.time()
+
+    def remove(self, name: str) -> bool:
+        if self._size(f"{self._prefix}/{name}") is None:
+            return False
+        with self._system() as system, suppress(FileNotFoundError):
+            system.rm_file(f"{self._prefix}/{name}")
+            return True
+        return False
+
+    def owner(self) -> str | None:
+        with self._system() as system, suppress(FileNotFoundError):
+            return system.cat_file(f"{self._prefix}/{OWNER}").decode("ascii", "replace").strip()
+        return None
+
+    def claim(self, identity: str) -> None:
+        with self._system() as system:
+            system.pipe_file(f"{self._prefix}/{OWNER}", identity.encode())
+
+    # --- private ------------------------------------------------------------------------------------------------------
+
+    def _put_in_parts(self, source: Path, blob: Blob, key: str) -> None:
+        with self._system() as system, source.open("rb") as read:
+            upload = system.open(key, "wb", block_size=self._part, autocommit=False)
+            try:
+                copied = stream(read, upload)
+                upload.close()  # uploads the last part; the object does not exist yet
+                _require_same(copied, blob, source)
+                upload.commit()
+            except BaseException:
+                with suppress(Exception):  # otherwise a rule of the bucket removes the parts
+                    upload.closed = True  # an open file would send the rest when it is garbage-collected
+                    upload.discard()
+                raise
+
+    def _size(self, key: str) -> int | None:
+        with self._system() as system, suppress(FileNotFoundError):
+            found = system.info(key)
+            return found["size"] if found["type"] == "file" else None
+        return None
+
+    def _key(self, blob: Blob) -> str:
+        return f"{self._prefix}/blobs/sha256/{place(blob)}"
+
+    def _problem(self, size: int | None, blob: Blob) -> str | None:
+        where = self._shown(self._key(blob))
+        if size is None:
+            return f"is missing ({where})"
+        return None if size == blob.bytes else f"is cut ({where})"
+
+    def _shown(self, key: str) -> str:
+        return f"{self._url}{key.removeprefix(self._prefix)}"
+
+    @contextmanager
+    def _system(self, blob: Blob | None = None) -> Iterator[_FileSystem]:
+        """The filesystem. Its libraries raise many kinds of errors; all become a StoreError of one line.
+
+        Args:
+            blob: the content that is read; if it is not there, Corrupt is raised.
+        """
+        try:
+            if self._connected is None or self._connected[0] != os.getpid():
+                self._connected = (os.getpid(), self._connect())
+            yield self._connected[1]
+        except TurretError:
+            raise
+        except Exception as error:
+            if blob is not None and isinstance(error, FileNotFoundError):
+                raise missing(self._shown(self._key(blob)), blob.digest) from None
+            text, wrong = _describe(error), _is_wrong(error)
+            raise StoreError(f"files {self._url}: {text}", outage=not wrong) from error
+
+
+def _s3(url: str) -> _FileSystem:
+    try:
+        from turret.store.s3 import S3
+    except ImportError as error:
+        raise StoreError(f"files {url}: S3 needs s3fs ({error}): pip install 'turret[s3]'") from None
+    system: _FileSystem = S3()
+    return system
+
+
+def _require_same(found: Blob, expected: Blob, source: Path) -> None:
+    if found != expected:
+        raise Corrupt(f"{source} changed while it was being stored: try again when nothing writes to it")
+
+
+def _is_wrong(error: Exception) -> bool:
+    """Whether the settings are wrong, or this machine fails: an error that does not pass when the server answers."""
+    if isinstance(error, PermissionError | FileNotFoundError) or type(error).__name__ in _NO_CREDENTIALS:
+        return True
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in (*NO_ROOM, *_REFUSED))
+
+
+def _describe(error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
+    if type(error).__name__ in _NO_CREDENTIALS:
+        return f"{reason}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, PermissionError):
+        return f"{reason}: these credentials lack the permission; check the policy of the bucket"
+    if "NoSuchBucket" in reason or "bucket does not exist" in reason:
+        return f"{reason}: create the bucket, or correct the URL"
+    if type(error).__name__ in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError"):
+        return f"cannot be reached ({reason}): check the network and AWS_ENDPOINT_URL"
+    if isinstance(error, TimeoutError) or type(error).__name__ in ("Silent", "ReadTimeoutError"):
+        return f"does not answer ({reason}): check the network and AWS_ENDPOINT_URL, and try again"
+    return f"{reason}: nothing was listed; try again"

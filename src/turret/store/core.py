@@ -4,7 +4,7 @@ A folder, or a catalog on PostgreSQL with its files elsewhere (`turret.location`
 
 - `turret.db`, or the PostgreSQL catalog: names, versions, aliases and runs (`turret.database`)
 - `blobs/`, `tmp/`: the files of all bundles, in a folder (`turret.store.blobs`) or an object store
-  (`turret.store.objects`); `turret.store.uploads` explains how put and gc run at the same time
+  (`turret.store.blobs`); `turret.store.uploads` explains how put and gc run at the same time
 - `runs/`, `comparisons/`, `controls/`, `data/`, `scratch/`: working folders on this machine; a store by URL has copies
   of the files of runs and comparisons, and of kept rows (`turret.store.artifacts`)
 
@@ -33,24 +33,21 @@ from turret.location import Location
 from turret.manifest import Manifest
 from turret.reference import Reference, check_alias, check_name
 from turret.sqlite import no_room
-from turret.store import aliases, artifacts, catalog, gates, gc, golden, promises, queued_data, runs, scratch
-from turret.store import verify as verifying
+from turret.store import aliases, artifacts, catalog, gates, golden, promises, queued_data, runs, scratch, upkeep
 from turret.store.access_tokens import AccessTokens
 from turret.store.aliases import Move, MoveRow, Pointing
 from turret.store.artifacts import Artifacts
-from turret.store.blobs import OWNER, Blob, Blobs, Files
+from turret.store.blobs import OWNER, Blob, Blobs, Files, Objects
 from turret.store.catalog import PRODUCTION, Deleted, Version, now, who
 from turret.store.gates import Gate, GateStatus
-from turret.store.gc import Collected
 from turret.store.golden import Golden, GoldenReplay, GoldenSet, ReplayRow
-from turret.store.objects import Objects
 from turret.store.panels import Panels
 from turret.store.promises import PromiseRow
 from turret.store.queued_data import collect as collect_queued
 from turret.store.runs import HeldRun, RunOutcome, RunRow, State, TrainingRuns
 from turret.store.scratch import Removed
+from turret.store.upkeep import Collected, Verified
 from turret.store.uploads import Upload
-from turret.store.verify import Verified
 from turret.tasks.shapes import Metrics, SplitMetrics
 
 if TYPE_CHECKING:
@@ -337,7 +334,7 @@ class Store:
         """Files of listed versions that are missing or have another size. Quick, because it hashes nothing."""
         database = self._open()
         with plain_errors(self._catalog):
-            return [] if database is None else verifying.glance(database, self._blobs)
+            return [] if database is None else upkeep.glance(database, self._blobs)
 
     def diff(self, first: str, second: str, *, weights: bool = True) -> Difference:
         """Compare two versions: manifests, metrics, and how far the weights of the second are from the first.
@@ -528,12 +525,12 @@ class Store:
     def verify(self, reference: str | None = None) -> Verified:
         """Hash and open every file again, of the whole store or of one version."""
         parsed = None if reference is None else Reference.parse(reference)
-        return verifying.verify(self._existing(parsed), self._blobs, parsed)
+        return upkeep.verify(self._existing(parsed), self._blobs, parsed)
 
     def gc(self, *, dry_run: bool = False) -> Collected:
         """Remove files that nothing refers to, or only list them. Safe while other processes use the store."""
         with plain_errors(self._catalog):
-            removed = list(gc.leftovers(self._blobs, dry_run=dry_run))
+            removed = list(upkeep.remove_leftovers(self._blobs, dry_run=dry_run))
             removed += scratch.leftovers(self.root, dry_run=dry_run)
             try:
                 removed += list(self._collected(self._open(), dry_run))
@@ -640,11 +637,11 @@ class Store:
         # Without an owner this catalog has put nothing there.
         if self._shared.owns_files or self._blobs.owner() is not None:
             self._claim_files(database, writes=not dry_run)
-            yield from gc.unlisted(self._blobs, database, dry_run=dry_run)
-        yield from gc.of_runs(self.root, database, dry_run=dry_run)
+            yield from upkeep.remove_unlisted(self._blobs, database, dry_run=dry_run)
+        yield from upkeep.remove_of_runs(self.root, database, dry_run=dry_run)
         yield from collect_queued(self.root, database, self.artifacts, dry_run=dry_run)
         yield from queued_data.collect_rows(self.root, database, self.artifacts, dry_run=dry_run)
-        yield from gc.of_promises(database, dry_run=dry_run)
+        yield from upkeep.remove_of_promises(database, dry_run=dry_run)
 
     def _claim_files(self, database: Database, *, writes: bool = True) -> None:
         if not self._shared.owns_files:

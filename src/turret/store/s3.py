@@ -4,7 +4,7 @@
 - A request ends after `REQUEST_SECONDS`, plus one second for each `BYTES_A_SECOND` that it sends. This is needed
   because botocore does not call a server silent that stops reading.
 
-`turret.store.objects` imports this module when the first S3 store is used.
+`turret.store.blobs` imports this module when the first S3 store is used.
 """
 
 from __future__ import annotations

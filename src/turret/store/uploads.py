@@ -65,7 +65,7 @@ from turret.errors import Corrupt, TurretError
 from turret.store.blobs import Blob, Files
 
 # --- what clients sent ------------------------------------------------------------------------------------------------
-# The tables of `turret.store.client_files` and `turret.store.batches`.
+# The tables of `turret.store.client_files` and `turret.store.batches`: whose content is in use.
 
 
 client_files = Table(
