@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal, TypedDict, cast
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import BaseModel, Field
 
 from turret.errors import BadRequest
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, JsonValue
 from turret.recipe import Recipe
 from turret.server.error_responses import without_paths
 from turret.server.routes import WHOLE, Model
@@ -224,7 +224,8 @@ def submit_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, byt
     recipe, own = _on_own_base(view, recipe)
     study = as_spec(order, recipe.data.source)
     with _with_data(view, owner, recipe, files) as (recipe, tables):
-        return shown(cast(StudyRow, view.workspace.queue.submit_sent(recipe, tables, own_base=own, study=study)))
+        row: JsonValue = view.workspace.queue.submit_sent(recipe, tables, own_base=own, study=study)
+        return shown(row)
 
 
 # --- plans and trainings ----------------------------------------------------------------------------------------------
@@ -243,7 +244,9 @@ def plan(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]) -> 
     """The plan of a recipe for such a table."""
     recipe, own = _on_own_base(view, recipe)
     with _with_data(view, owner, recipe, files) as (recipe, tables):
-        return cast(SentPlan, view.services.previews.plan(view.workspace.store, recipe, tables, own))
+        found: JsonValue = view.services.previews.plan(view.workspace.store, recipe, tables, own)
+        planned: SentPlan = found
+        return planned
 
 
 def submit(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes], priority: int = 0) -> RunRow | StudyRow:

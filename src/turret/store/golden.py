@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, TypedDict, cast
+from typing import Literal, TypedDict
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
@@ -158,7 +158,13 @@ class GoldenReplay:
         return f"{name_of(self.golden)} {self.passed} of {self.total}"
 
     def as_json(self) -> ReplayRow:
-        return cast(ReplayRow, asdict(self))
+        return {
+            "golden": self.golden,
+            "passed": self.passed,
+            "total": self.total,
+            "first": self.first,
+            "replayed": self.replayed,
+        }
 
 
 def name_of(digest: str) -> str:

@@ -35,7 +35,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, cast, final
+from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, final
 
 from sqlalchemy import (
     BigInteger,
@@ -197,7 +197,9 @@ class Job:
     died: bool = False  # the process that had it before has died
 
     def as_json(self) -> TakenJob:
-        return cast(TakenJob, asdict(self))
+        found: JsonValue = asdict(self)
+        taken: TakenJob = found
+        return taken
 
     @classmethod
     def of(cls, value: TakenJob) -> Job:
@@ -378,7 +380,9 @@ class JobQueue:
         chosen = select(jobs.c.id, jobs.c.state, jobs.c.error, jobs.c.result)
         with self._database.reading() as connection:
             rows = connection.execute(chosen.where(jobs.c.id.in_(list(ids)))).mappings().all()
-        return {row["id"]: cast(JobState, dict(row)) for row in rows}
+        found: JsonValue = {row["id"]: dict(row) for row in rows}
+        states: dict[str, JobState] = found
+        return states
 
     def studies(self, most: int) -> list[StudyRow]:
         """The newest studies, newest first, as `study` has them."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
-from typing import Literal, NamedTuple, TypedDict, cast
+from typing import Literal, NamedTuple, TypedDict
 
 from sqlalchemy import (
     JSON,
@@ -48,7 +48,7 @@ from turret import audit
 from turret.audit import audit as actions
 from turret.database import access_of, adapters, bytewise, insert_row, metadata, seen_adapters, seen_versions, versions
 from turret.errors import BundleError, NotFound
-from turret.json_types import JsonObject, Plain, mapping_of
+from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
 from turret.manifest import Manifest, lineage_in, task_in
 from turret.store.catalog import Version, now, who
 from turret.tasks import Task, stored_task
@@ -431,7 +431,9 @@ class Promise(Terms):
     verdict: Mapping[str, Plain] | None
 
     def as_json(self) -> PromiseRow:
-        return cast(PromiseRow, asdict(self))
+        found: JsonValue = asdict(self)
+        row: PromiseRow = found
+        return row
 
 
 class LoggedAnswer(NamedTuple):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, cast
+from typing import Annotated
 
 from fastapi import Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from turret.compare.results import RunReport
 from turret.errors import BadRequest
-from turret.json_types import JsonObject
+from turret.json_types import JsonObject, JsonValue
 from turret.recipe import Recipe
 from turret.server import trainings
 from turret.server.error_responses import without_paths
@@ -228,4 +228,5 @@ async def resume_study(study_id: StudyId, view: View) -> Study:
 
 async def _changed(view: View, change: Callable[[str], RunRow | StudyRow], study_id: str) -> Study:
     await view.control(view.workspace.queue.study, study_id)  # raises NotFound for the id of a training
-    return trainings.shown(cast(StudyRow, await view.control(change, study_id)))
+    row: JsonValue = await view.control(change, study_id)
+    return trainings.shown(row)
