@@ -178,9 +178,7 @@ async def score(body: ScoreRequest, view: View, unit: Unit, request: Request, re
             f"text_1 has {len(first)} texts and text_2 has {len(second)}: expected one text_1, or as many as text_2"
         )
     pairs = list(zip(first if len(first) > 1 else first * len(second), second, strict=True))
-    scores, scoring, pending, usage = await _scores(
-        view, request, response, body.model, pairs, body.pooling, unit or body.user
-    )
+    scores, scoring, pending, usage = await _scores(view, request, response, body, pairs, unit)
     return Scores(
         id=f"score-{pending.id}",
         created=now(),
@@ -195,9 +193,7 @@ async def score(body: ScoreRequest, view: View, unit: Unit, request: Request, re
 async def rerank(body: RerankRequest, view: View, unit: Unit, request: Request, response: Response) -> Ranking:
     """The documents by their cosine with the query, or by an adapter's number for both; the highest first."""
     pairs = [(body.query, each) for each in body.documents]
-    scores, scoring, pending, usage = await _scores(
-        view, request, response, body.model, pairs, body.pooling, unit or body.user
-    )
+    scores, scoring, pending, usage = await _scores(view, request, response, body, pairs, unit)
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
     return Ranking(
         id=f"rerank-{pending.id}",
@@ -215,12 +211,12 @@ async def _scores(
     view: View,
     request: Request,
     response: Response,
-    model: str,
+    body: ScoreRequest | RerankRequest,
     pairs: Sequence[tuple[str, str]],
-    pooling: Pooling | None,
     unit: str | None,
 ) -> Scored:
     """A number for each pair."""
+    model, unit = body.model, unit or body.user
     if await view.parsing(_gives_numbers, view, model):
         inputs = [TextPair(*pair) for pair in pairs]
         async with ask(view, request, "classify", model, inputs, unit=unit) as pending:
@@ -228,9 +224,8 @@ async def _scores(
         response.headers.update(pending.headers)
         return [float(each["value"]) for each in answers], "adapter", pending, _usage(answers)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    vectors, pending, usage = await _vectors(
-        view, request, response, model, texts, Embedding(pooling, normalize=True), unit
-    )
+    how = Embedding(body.pooling, normalize=True)
+    vectors, pending, usage = await _vectors(view, request, response, model, texts, how, unit)
     of = dict(zip(texts, vectors, strict=True))
     scores = await view.parsing(cosines, [of[a] for a, _ in pairs], [of[b] for _, b in pairs])
     return scores, "cosine", pending, usage

@@ -286,17 +286,13 @@ class ResponseOutput:
             created_at=now(),
             status=status,
             incomplete_details=Incomplete(reason="max_output_tokens") if status == "incomplete" else None,
-            instructions=body.instructions,
-            max_output_tokens=body.max_output_tokens,
             model=pending.model or body.model,
             output=list(items),
-            temperature=body.temperature,
             text={"format": given},
             tool_choice=choice if isinstance(choice, str) else choice.model_dump(),
             tools=[tool.model_dump() for tool in body.tools or ()],
-            top_p=body.top_p,
             usage=usage,
-            user=body.user,
+            **body.model_dump(include={"instructions", "max_output_tokens", "temperature", "top_p", "user"}),
         )
 
     # --- a stream ----------------------------------------------------------------------------------------------------
