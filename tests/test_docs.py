@@ -205,16 +205,16 @@ def test_the_reference_has_every_page_and_no_other() -> None:
 
 def test_the_reference_has_every_key_of_every_request() -> None:
     from turret.server import moves
-    from turret.server.admin import schemas
+    from turret.server.admin import adapters, experiments
     from turret.server.openai import completions
     from turret.server.openai.classify import ClassifyRequest
     from turret.server.openai.completions import CompletionRequest
 
     text = page("docs/reference/http.md")
     requests = [CompletionRequest, completions.ChatRequest, ClassifyRequest]
-    requests += [schemas.PromoteRequest, moves.StartRequest, schemas.RampRequest]
-    requests += [schemas.StopRequest, moves.GuardsAsked]
-    requests += [schemas.OutcomeOfAnswer, schemas.OutcomeOfUnit]
+    requests += [adapters.PromoteRequest, moves.StartRequest, experiments.RampRequest]
+    requests += [experiments.StopRequest, moves.GuardsAsked]
+    requests += [experiments.OutcomeOfAnswer, experiments.OutcomeOfUnit]
     for request in requests:
         assert [name for name in request.model_fields if f"`{name}`" not in text] == [], request.__name__
     for said in routes().values():
