@@ -24,6 +24,7 @@ class World:
     room: int = 100  # adapters
     now: float = 0.0
     looks: int = 0
+    fingerprints = frozenset(("ours",))
 
     def move(self, reference: str | None, name: str = "a", alias: str = "production", base: str = "ours") -> None:
         self.number += 1
@@ -32,6 +33,12 @@ class World:
         else:
             number = int(reference.partition("@")[2])
             self.points[name, alias] = Pointing(name, alias, number, f"sha256:{reference}", base, "then")
+
+    def last_move(self) -> int:
+        return self.number
+
+    def in_memory(self, digest: str) -> bool:
+        return digest in self.memory
 
     def pointing(self):
         self.looks += 1
@@ -49,16 +56,7 @@ class World:
         return True
 
     def follow(self) -> AliasWatcher:
-        return AliasWatcher(
-            lambda: self.number,
-            self.pointing,
-            self.warm,
-            self.warm_ahead,
-            self.memory.__contains__,
-            bases={"ours"},
-            alias="production",
-            clock=lambda: self.now,
-        )
+        return AliasWatcher(self, self, "production", lambda: self.now)  # type: ignore[arg-type]
 
 
 def test_the_followed_alias_is_loaded_beforehand_and_then_it_is_ready() -> None:
@@ -107,7 +105,7 @@ def test_an_alias_that_fails_in_an_unexpected_way_stops_no_other_and_is_tried_ag
             raise RuntimeError("the connection is closed")
         warm(reference)
 
-    follow._warm = breaks
+    world.warm = breaks
     with pytest.raises(RuntimeError, match="closed"):
         follow.poll()
     assert [follow.version_of(name, None) for name in "abc"] == [1, 2, 2]
@@ -129,7 +127,7 @@ def test_loading_ahead_takes_a_little_time_of_each_look() -> None:
         world.memory.add(reference)
         return True
 
-    follow._warm_ahead = slow
+    world.warm_ahead = slow
     follow.poll(0.5)
     assert (len(world.memory), follow.ready) == (2, False)
     follow.poll(0.5)
@@ -169,7 +167,7 @@ def test_a_version_takes_over_only_once_it_is_warm() -> None:
     follow = world.follow()
     follow.poll()
     meant: list[str] = []
-    follow._warm = lambda reference: meant.append(follow.exact("a"))
+    world.warm = lambda reference: meant.append(follow.exact("a"))
     world.move("a@2")
     follow.poll()
     assert meant == ["a@1"]
@@ -262,16 +260,7 @@ def test_plain_names_mean_the_followed_alias() -> None:
     world.move("a@1")
     world.move("a@2", alias="candidate")
     world.move("b@1", name="b")
-    follow = AliasWatcher(
-        lambda: world.number,
-        world.pointing,
-        world.warm,
-        world.warm_ahead,
-        bool,
-        bases={"ours"},
-        alias="candidate",
-        clock=lambda: 0.0,
-    )
+    follow = AliasWatcher(world, world, "candidate", lambda: 0.0)  # type: ignore[arg-type]
     follow.poll()
     assert [follow.exact(each) for each in ("a", "a@production", "b")] == ["a@2", "a@1", "b"]
     assert [follow.with_alias(each) for each in ("a", "a@production", "b")] == ["a@candidate", "a@production", "b"]

@@ -14,20 +14,21 @@ errors, such as a full queue, a bad request or a client that disconnects, count 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
 from turret import errors
 from turret.audit import Mark
-from turret.engine import Done, Event, Failed, Named, Piece, SamplingParams
+from turret.engine import Done, Event, Failed, Piece, SamplingParams
 from turret.experiments import Assignment, Experiment, Router
 from turret.reference import Reference
 from turret.server.engines import Input, SeenEngines, TicketProtocol
+from turret.server.limits import RequestLimits
 from turret.server.logs import Log
 from turret.server.metrics import Metrics
-from turret.store import Pointing, Version
+from turret.store import Pointing, Store, Version
 from turret.store.catalog import PRODUCTION
 from turret.tasks import Task, stored_task
 from turret.tasks.shapes import Answer
@@ -59,31 +60,13 @@ class AliasWatcher:
     """The aliases as this server has them. One thread calls `poll`; any thread may call the rest.
 
     Args:
-        last_move: The number of the newest move in the store.
-        pointing: That number, and where every alias in the store points.
-        warm: Loads a version.
-        warm_ahead: Loads a version unless it would evict another; whether it has.
-        in_memory: Whether the version of a digest is loaded.
-        bases: The fingerprints of the server's bases.
+        store: Says where every alias points.
+        engines: Load the versions.
         alias: What plain names mean.
     """
 
-    def __init__(
-        self,
-        last_move: Callable[[], int],
-        pointing: Callable[[], tuple[int, Sequence[Pointing]]],
-        warm: Callable[[str], Named],
-        warm_ahead: Callable[[str], bool],
-        in_memory: Callable[[str], bool],
-        *,
-        bases: Collection[str],
-        alias: str,
-        clock: Callable[[], float],
-    ) -> None:
-        self._last_move, self._pointing = last_move, pointing
-        self._warm, self._warm_ahead, self._in_memory = warm, warm_ahead, in_memory
-        self._bases, self.alias = bases, alias
-        self._clock = clock
+    def __init__(self, store: Store, engines: SeenEngines, alias: str, clock: Callable[[], float]) -> None:
+        self._store, self._engines, self.alias, self._clock = store, engines, alias, clock
         self._move: int | Mark | None = None  # the mark of the newest move that `poll` has seen
         self._stored: Mapping[Key, Pointing] = {}
         self._to_load: list[str] = []
@@ -129,8 +112,8 @@ class AliasWatcher:
         mark: What differs after a move, if it was just read, for example for many tenants.
         """
         with self._lock:
-            if (self._last_move() if mark is None else mark) != self._move or self._retry_due():
-                move, found = self._pointing()
+            if (self._store.last_move() if mark is None else mark) != self._move or self._retry_due():
+                move, found = self._store.pointing()
                 failed = self._follow_all(found)
                 self._move = move if mark is None else mark  # at the end: until then this server is not ready
                 if failed is not None:
@@ -165,16 +148,16 @@ class AliasWatcher:
 
     def _follow(self, key: Key, new: Pointing, *, first: bool) -> None:
         old, version = self._in_force.get(key), f"{new.name}@{new.number}"
-        if new.base not in self._bases:
+        if new.base not in self._engines.fingerprints:
             if old is not None:
                 self._fail(key, version, f"{version} was trained on another base than this server's")
             return
         followed = new.alias == self.alias
         if first and followed:
             self._to_load.append(version)
-        elif (replaces := old is not None and self._in_memory(old.digest)) or followed:
+        elif (replaces := old is not None and self._engines.in_memory(old.digest)) or followed:
             try:
-                (self._warm if replaces else self._warm_ahead)(version)
+                (self._engines.warm if replaces else self._engines.warm_ahead)(version)
             except errors.TurretError as error:
                 if old is not None:
                     self._fail(key, version, str(error))
@@ -190,7 +173,7 @@ class AliasWatcher:
     def _load_ahead(self, until: float) -> None:
         while self._to_load and self._clock() < until:
             try:
-                if not self._warm_ahead(self._to_load[0]):
+                if not self._engines.warm_ahead(self._to_load[0]):
                     self._to_load = []  # memory is full: requests load what they ask
                     return
             except errors.TurretError:
@@ -235,23 +218,15 @@ class Routing:
     """The running experiments on this server. `prepare` and `turn` have a thread each; any thread calls the rest.
 
     Args:
-        warm: Loads a version.
-        resolve: The version of a reference.
-        bases: The fingerprints of the server's bases.
+        engines: Load the versions.
+        store: Has them.
     """
 
     def __init__(
-        self,
-        router: Router,
-        aliases: AliasWatcher,
-        warm: Callable[[str], Named],
-        resolve: Callable[[str], Version],
-        *,
-        bases: Collection[str],
-        clock: Callable[[], float],
+        self, router: Router, aliases: AliasWatcher, engines: SeenEngines, store: Store, clock: Callable[[], float]
     ) -> None:
         self.router, self.aliases = router, aliases
-        self._warm, self._resolve, self._bases, self._clock = warm, resolve, bases, clock
+        self._engines, self._store, self._clock = engines, store, clock
         self._lock = threading.Lock()
         self._controls: dict[int, Version] = {}  # of each experiment
         self._in_force: set[int] | None = None  # None until `prepare` has run
@@ -379,7 +354,7 @@ class Routing:
             key = (experiment.id, arm.name)
             try:
                 if arm.live:
-                    self._warm(experiment.reference(arm))
+                    self._engines.warm(experiment.reference(arm))
                 self._problems.pop(key, None)
             except errors.TurretError as error:
                 self._problems[key] = str(error)
@@ -406,11 +381,11 @@ class Routing:
 
     def _is_on_base(self, experiment: Experiment) -> bool:
         """Whether the experiment's versions were trained on a base of this server."""
-        return self._control(experiment).base.get("fingerprint") in self._bases
+        return self._control(experiment).base.get("fingerprint") in self._engines.fingerprints
 
     def _control(self, experiment: Experiment) -> Version:
         if experiment.id not in self._controls:
-            self._controls[experiment.id] = self._resolve(experiment.reference(experiment.control))
+            self._controls[experiment.id] = self._store.resolve(experiment.reference(experiment.control))
         return self._controls[experiment.id]
 
     def _caused_by_arm(self, experiment: Experiment, arm: str, kind: RequestKind, error: BaseException) -> bool:
@@ -434,8 +409,7 @@ class Shadows:
     """The shadows of this server.
 
     Args:
-        limit: Of inputs at work or waiting.
-        seconds: After which a shadow is abandoned.
+        limits: Of inputs at work or waiting, and of the seconds after which a shadow is abandoned.
         log: Gets the shadows' answers; None if texts are not logged.
     """
 
@@ -444,15 +418,12 @@ class Shadows:
         engines: SeenEngines,
         routing: Routing,
         metrics: Metrics,
-        *,
-        limit: int,
-        seconds: float,
+        limits: RequestLimits,
         clock: Callable[[], float],
         log: Log | None,
     ) -> None:
         self.engines, self.routing, self.metrics = engines, routing, metrics
-        self.seconds, self.clock, self.log = seconds, clock, log
-        self._limit = limit
+        self.limits, self.clock, self.log = limits, clock, log
         self._thread = ThreadPoolExecutor(1, "turret-shadow")
         self._closed = False
         self.lock = threading.Lock()
@@ -489,7 +460,7 @@ class Shadows:
 
     def _reserve(self, inputs: int) -> bool:
         with self.lock:
-            if self._closed or self.inputs + inputs > self._limit:
+            if self._closed or self.inputs + inputs > self.limits.shadow_inputs:
                 return False
             self.inputs += inputs
             return True
@@ -520,7 +491,7 @@ class _Shadow:
         try:
             for place, each in enumerate(inputs):
                 settings = None if options is None else options[place]
-                deadline = self._shadows.seconds
+                deadline = self._shadows.limits.answer_seconds
                 self._tickets.append(
                     engines.submit(self._kind, each, version, settings, priority=LOW_PRIORITY, deadline=deadline)
                 )

@@ -351,31 +351,15 @@ class Services:
         ]
         made = partial(Metrics, replica=self.settings.replica, tenant=name, totals=self._totals)
         engines = SeenEngines(self.engines, workspace.resolve, workspace.store.access, home)
-        store, bases, clock = workspace.store, engines.fingerprints, self.clock
+        store, clock = workspace.store, self.clock
         database = store.database(make=True)
-        aliases = AliasWatcher(
-            store.last_move,
-            store.pointing,
-            engines.warm,
-            engines.warm_ahead,
-            engines.in_memory,
-            bases=bases,
-            alias=self.settings.alias,
-            clock=clock,
-        )
+        aliases = AliasWatcher(store, engines, self.settings.alias, clock)
         routed = partial(_callable, aliases, engines)
         metrics = made(self._gauges, self._figures, build, adapters=routed) if name == DEFAULT else made(dict)
         router = workspace.router(mark=partial(self._newest.mark, "experiments", store.access.tenant))
-        routing = Routing(router, aliases, engines.warm, workspace.resolve, bases=bases, clock=clock)
-        shadows = Shadows(
-            engines,
-            routing,
-            metrics,
-            limit=self.limits.shadow_inputs,
-            seconds=self.limits.answer_seconds,
-            clock=clock,
-            log=self.log if self.settings.log_texts else None,
-        )
+        routing = Routing(router, aliases, engines, store, clock)
+        log = self.log if self.settings.log_texts else None
+        shadows = Shadows(engines, routing, metrics, self.limits, clock, log)
         return View(
             services=self,
             access=Access(name),
