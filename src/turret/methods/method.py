@@ -41,6 +41,9 @@ class Check:
         return self.text if self.remedy is None else f"{self.text}: {self.remedy}"
 
 
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
 LARGE_BASE = 1_000_000_000  # parameters; the published LoRA rates hold from here on, the measured ones below
 CLASSIFY = "classify"  # a request that a head answers
 FEWEST_STEPS = 20  # no method learns much in fewer

@@ -173,6 +173,9 @@ def _session_hash(session: str) -> str:
     return hashlib.sha256(session.encode("utf-8", "replace")).hexdigest()
 
 
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
 LONGEST = 256  # characters of a token
 READS = ("GET", "HEAD", "OPTIONS")
 # Paths open to the scope infer, which admin contains; any other path needs admin, even if it does not exist.

@@ -91,6 +91,9 @@ class EngineProtocol(Protocol):
     def close(self) -> None: ...
 
 
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
 REMEMBERED = 4096  # versions whose base is known
 
 

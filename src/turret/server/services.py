@@ -52,10 +52,6 @@ from turret.version import __version__
 from turret.workspace.core import Workspace
 from turret.workspace.previewing import Previews
 
-# --- replica ----------------------------------------------------------------------------------------------------------
-# What a server shares with the other servers of its store: quotas, sessions, and which of them applies the guards.
-
-
 # --- leader -----------------------------------------------------------------------------------------------------------
 # Which server of a store does the work that one of them must do: it holds a lease.
 
@@ -115,6 +111,7 @@ class Leader:
 
 
 # --- replica ----------------------------------------------------------------------------------------------------------
+# What a server shares with the other servers of its store: quotas, sessions, and which of them applies the guards.
 
 
 QUOTA_SECONDS = 0.5  # between two writes of charges to the catalog
@@ -203,6 +200,9 @@ class ServerSettings:
     oidc: OidcSettings | None = None  # who signs people in to the console, besides access tokens
     alarm: AlarmSettings | None = None  # where alarms are sent
     watch_inputs: bool = True  # embed samples of the texts that promises cover
+
+
+# --- services ---------------------------------------------------------------------------------------------------------
 
 
 POLL_SECONDS = 0.25

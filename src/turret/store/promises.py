@@ -277,6 +277,9 @@ def mark_sent(connection: Connection, alarm: Alarm) -> None:
         connection.execute(insert(alarms).values(audit_id=alarm.id, sent=now()))
 
 
+# --- promises ---------------------------------------------------------------------------------------------------------
+
+
 ALARM, STRICTER, ROLLBACK = "alarm", "stricter", "rollback"
 WHEN_BROKEN = (ALARM, STRICTER, ROLLBACK)
 NEVER = 2.0  # a threshold that no probability reaches

@@ -47,9 +47,6 @@ MOST_TABLE = 400_000  # characters of a table in the page
 MODES = {"text": "One input", "chat": "Chat", "file": "A file"}
 
 
-# --- what the form says -----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Number:
     """A setting of a generation: its key in the API, and its field. The API checks it."""

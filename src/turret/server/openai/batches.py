@@ -172,6 +172,9 @@ def _shown_file(file: ClientFile) -> FileObject:
     )
 
 
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
 BatchId = Annotated[str, params.Path(min_length=1, max_length=60)]
 Endpoint = Literal[
     "/v1/chat/completions",

@@ -266,6 +266,9 @@ def _line(chunk: Chunk) -> str:
 questions = router("infer")
 
 
+# --- completions ------------------------------------------------------------------------------------------------------
+
+
 class CompletionRequest(Generation):
     model_config = ConfigDict(
         json_schema_extra=never_together(
@@ -409,11 +412,8 @@ def token_logprobs(steps: Sequence[TokenReport], start: int = 0) -> CompletionLo
 # with. Messages to the base go through its chat template; a base without one takes a single user message.
 
 
-# --- schemas ----------------------------------------------------------------------------------------------------------
-# Requests and responses of chats, in OpenAI's format. Unknown keys are kept, to be named; see `schemas`.
-
-
-# --- requests --------------------------------------------------------------------------------------------------------
+# --- requests and responses of chats ----------------------------------------------------------------------------------
+# In OpenAI's format. Unknown keys are kept, to be named.
 
 
 class Part(Lenient):
@@ -525,9 +525,6 @@ class ChatRequest(Generation):
         return self
 
 
-# --- responses -------------------------------------------------------------------------------------------------------
-
-
 class AnsweredCall(BaseModel):
     id: str
     type: Literal["function"] = "function"
@@ -574,6 +571,9 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage | None = None
+
+
+# --- chats ------------------------------------------------------------------------------------------------------------
 
 
 CALL_ID = 9  # characters: what templates that check the ids of calls ask for

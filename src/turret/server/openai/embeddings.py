@@ -27,7 +27,7 @@ from turret.tasks import Embedding
 from turret.tasks.shapes import Answer
 
 # --- schemas ----------------------------------------------------------------------------------------------------------
-# Requests and responses of embeddings, scores, reranking and tokens, in the formats of OpenAI and vLLM.
+# Requests and responses of embeddings, scores and reranking, in the formats of OpenAI and vLLM.
 
 
 Texts = Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
@@ -38,8 +38,6 @@ Scoring = Annotated[
     Literal["cosine", "adapter"],
     Field(description="What a score is: the cosine of two embeddings, or the number of an adapter that reads both."),
 ]
-
-# --- requests --------------------------------------------------------------------------------------------------------
 
 
 class EmbeddingRequest(Model):
@@ -87,9 +85,6 @@ class RerankRequest(Model):
     )
     pooling: Pooled = None
     user: User | None = Field(None, description=USER)
-
-
-# --- responses -------------------------------------------------------------------------------------------------------
 
 
 class EmbeddingUsage(BaseModel):
@@ -144,6 +139,9 @@ class Ranking(BaseModel):
     scoring: Scoring
     results: list[Ranked] = Field(description="The best first.")
     usage: EmbeddingUsage
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
 
 
 questions = router("infer")

@@ -27,8 +27,6 @@ from turret.tasks.shapes import Answer
 # Requests and responses of `/v1/responses`, in OpenAI's format. Unknown keys are refused.
 
 
-# --- requests --------------------------------------------------------------------------------------------------------
-
 Id = Annotated[str, Field(max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete"]
 OF_OUTPUT = "As in the output of an earlier response. " + NO_EFFECT
@@ -166,9 +164,6 @@ class ResponseRequest(Model):
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice needs tools: give them, or leave it out")
         return self
-
-
-# --- responses -------------------------------------------------------------------------------------------------------
 
 
 class OutputText(BaseModel):
@@ -390,7 +385,7 @@ def _call(id: str, status: Status, call_id: str, name: str, arguments: str) -> O
     return OutputCall(id=id, status=status, call_id=call_id, name=name, arguments=arguments)
 
 
-# --- responses --------------------------------------------------------------------------------------------------------
+# --- route ------------------------------------------------------------------------------------------------------------
 
 
 questions = router("infer")
