@@ -41,7 +41,7 @@ class Running:
     ) -> None:
         self.workspace, self.engine = workspace, engine
         self.lines = lines or io.StringIO()
-        engines = Engines(*engine) if isinstance(engine, list) else engine
+        engines = Engines(*engine) if isinstance(engine, list) else Engines(engine)
         self.served = Services(workspace, engines, options, settings, log=Log(self.lines))
         self.server = Server(self.served)
         self._socket = bind("127.0.0.1", 0)

@@ -18,6 +18,7 @@ from typing import Any
 from server.echo import Echo, SamplingParams
 
 from turret.server.app import bind, run
+from turret.server.engines import Engines
 from turret.server.openai import batches as batch_routes
 from turret.server.services import Services
 from turret.store import batches
@@ -52,7 +53,7 @@ def main(store: str, pace: str, *base: str) -> None:
     workspace, more = Workspace(store), dict[str, Any](zip(("base_id", "fingerprint"), base, strict=False))
     more["constraints"] = _constraints()
     with Echo(workspace.store, pace=float(pace), **more) as engine, bind("127.0.0.1", 0) as listening:
-        run(Services(workspace, engine, SamplingParams), listening, lambda url: print(url, flush=True))
+        run(Services(workspace, Engines(engine), SamplingParams), listening, lambda url: print(url, flush=True))
 
 
 if __name__ == "__main__":

@@ -8,92 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from turret import data
 from turret.access import Access
-from turret.engine import Event, LoadedAdapter, Named, Receipt, SamplingParams, Stats
+from turret.engine import LoadedAdapter, Named, SamplingParams, Stats, Ticket
 from turret.engine.constraint import Constraint
 from turret.errors import BadRequest, NotFound, ServeRefused, TurretError
-from turret.families.family import Family
 from turret.reference import Reference, parts_of
 from turret.store import Version
-from turret.tasks.shapes import Answer
 from turret.tasks.task import RequestKind
 from turret.transformer import Tokenizer
 
-# --- what the server needs from an engine -----------------------------------------------------------------------------
-# What the server needs from an engine. `turret.engine.Engine` provides it; tests replace it with an echo.
-#
-# `submit` returns a ticket. The ticket calls its listeners from the engine's own thread: with a `Piece` for each part
-# of a text, and at the end with one `Done` or `Failed`.
-
+if TYPE_CHECKING:
+    from turret.engine import Engine  # tests replace it with an echo
 
 Input: TypeAlias = data.Input | Sequence[int]  # a text, two, a conversation, or token ids that are used unchanged
-
-
-class TicketProtocol(Protocol):
-    """One request that the engine has accepted."""
-
-    cut: bool  # the prompt was too long, and lost a part
-
-    @property
-    def receipt(self) -> Receipt: ...
-    def listen(self, listener: Callable[[Event], None]) -> None: ...
-    def result(self, timeout: float | None = None) -> Answer: ...  # raises the error of the request
-    def cancel(self) -> None: ...
-
-
-class BaseProtocol(Protocol):
-    """The base in memory."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def family(self) -> Family: ...
-
-
-class EngineProtocol(Protocol):
-    """One base and the adapters on it."""
-
-    @property
-    def base(self) -> BaseProtocol: ...
-    @property
-    def longest(self) -> int: ...  # tokens of a prompt and its answer together
-    def submit(
-        self,
-        kind: RequestKind,
-        text: Input,
-        adapter: str | None,
-        options: SamplingParams | None = None,
-        *,
-        priority: int = 0,
-        deadline: float | None = None,
-        tenant: str = "",
-    ) -> TicketProtocol: ...
-    def together(self) -> AbstractContextManager[None]: ...  # what the thread submits in it is queued at once
-    def compile(self, constraint: Constraint) -> None: ...  # may take seconds
-    def is_compiled(self, constraint: Constraint) -> bool: ...
-    def warm(self, reference: str, *, pin: bool = False) -> Named: ...
-    def warm_ahead(self, reference: str) -> bool: ...
-    def unload(self, reference: str) -> Named: ...
-    def unpin(self, reference: str) -> Named: ...
-    def loaded(self) -> Sequence[LoadedAdapter]: ...
-    def stats(self) -> Stats: ...
-    def drain(self, timeout: float) -> bool: ...
-    def close(self) -> None: ...
-
-
-# --- engines ----------------------------------------------------------------------------------------------------------
-
-
 REMEMBERED = 4096  # versions whose base is known
 
 
@@ -101,7 +34,7 @@ REMEMBERED = 4096  # versions whose base is known
 class ServedBase:
     """A base in memory, with the engine that answers on it."""
 
-    engine: EngineProtocol
+    engine: Engine
 
     @property
     def id(self) -> str:
@@ -129,7 +62,7 @@ class Engines:
         ServeRefused: Two of the bases have one name, or equal weights.
     """
 
-    def __init__(self, *engines: EngineProtocol) -> None:
+    def __init__(self, *engines: Engine) -> None:
         self.bases = [ServedBase(each) for each in engines]
         self.fingerprints = frozenset(each.fingerprint for each in self.bases)
         for place, base in enumerate(self.bases):
@@ -243,7 +176,7 @@ class SeenEngines:
         *,
         priority: int = 0,
         deadline: float | None = None,
-    ) -> TicketProtocol:
+    ) -> Ticket:
         """As an engine's. Raises NotFound for what the access does not see, as for what is not there.
 
         Args:

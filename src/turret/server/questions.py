@@ -18,10 +18,10 @@ from starlette.requests import Request
 
 from turret.access import DEFAULT
 from turret.data import Prompt, TextPair
-from turret.engine import Done, Event, Failed, Piece, Receipt, SamplingParams
+from turret.engine import Done, Event, Failed, Piece, Receipt, SamplingParams, Ticket
 from turret.errors import Cancelled, DeadlineExceeded, Disconnected, NotFound, TurretError
 from turret.server.auth import Caller
-from turret.server.engines import Input, TicketProtocol
+from turret.server.engines import Input
 from turret.server.limits import Quota
 from turret.server.live_promises import Covered
 from turret.server.routes import Usage
@@ -43,7 +43,7 @@ CHARACTERS_PER_CHARGED_TOKEN = 64  # a prompt is charged at least one token for 
 class Submission(NamedTuple):
     """The inputs of one request at the engine: all at one version."""
 
-    tickets: Sequence[TicketProtocol]
+    tickets: Sequence[Ticket]
     placement: Placement | None
 
 
@@ -528,10 +528,10 @@ def _submit(view: View, asked: _Asked, model: str) -> Submission:
     return Submission(tickets, placement)
 
 
-def _tickets(view: View, asked: _Asked, model: str, priority: int) -> Sequence[TicketProtocol]:
+def _tickets(view: View, asked: _Asked, model: str, priority: int) -> Sequence[Ticket]:
     """Submit every input to the version that accepted the first one; all or none."""
     for _ in range(MOST_SUBMITS):
-        tickets: list[TicketProtocol] = []
+        tickets: list[Ticket] = []
         version = model
         try:
             for place, each in enumerate(asked.inputs):
@@ -547,9 +547,7 @@ def _tickets(view: View, asked: _Asked, model: str, priority: int) -> Sequence[T
     raise NotFound(f"{ascii(model)[:60]} was deleted several times while the request was submitted: try again")
 
 
-def _ticket(
-    view: View, kind: RequestKind, text: Input, model: str, options: SamplingParams, priority: int
-) -> TicketProtocol:
+def _ticket(view: View, kind: RequestKind, text: Input, model: str, options: SamplingParams, priority: int) -> Ticket:
     exact = model if view.engines.is_base(model) else view.aliases.exact(model)
     seconds = view.services.limits.answer_seconds
     try:

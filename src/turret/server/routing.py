@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 from turret import errors
 from turret.audit import Mark
-from turret.engine import Done, Event, Failed, Piece, SamplingParams
+from turret.engine import Done, Event, Failed, Piece, SamplingParams, Ticket
 from turret.experiments import Assignment, Experiment, Router
 from turret.reference import Reference
-from turret.server.engines import Input, SeenEngines, TicketProtocol
+from turret.server.engines import Input, SeenEngines
 from turret.server.limits import RequestLimits
 from turret.server.logs import Log
 from turret.server.metrics import Metrics
@@ -436,7 +436,7 @@ class Shadows:
         kind: RequestKind,
         inputs: Sequence[Input],
         options: Sequence[SamplingParams] | None,
-        tickets: Sequence[TicketProtocol],
+        tickets: Sequence[Ticket],
     ) -> None:
         """Start the shadows of a request if there is room. Returns at once. tickets: of the request."""
         if placement.assignment is None:
@@ -470,11 +470,11 @@ class _Shadow:
     """One shadow of one request. It ends when both it and the request's own answers have ended."""
 
     def __init__(
-        self, shadows: Shadows, placement: Placement, arm: str, kind: RequestKind, tickets: Sequence[TicketProtocol]
+        self, shadows: Shadows, placement: Placement, arm: str, kind: RequestKind, tickets: Sequence[Ticket]
     ) -> None:
         self._shadows, self._placement, self._arm, self._kind = shadows, placement, arm, kind
         self._request_tickets = list(tickets)
-        self._tickets: list[TicketProtocol] = []
+        self._tickets: list[Ticket] = []
         self._answers: dict[tuple[bool, int], Answer | None] = {}  # (of the shadow?, input) -> None if it failed
         self._lock = threading.Lock()
         self._error: BaseException | None = None

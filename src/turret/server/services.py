@@ -24,12 +24,12 @@ from turret import process
 from turret.access import DEFAULT, OPERATOR, Access
 from turret.audit import Mark, NewestActions
 from turret.database import Database, adapters, seen_adapters, seen_versions, versions
-from turret.engine import SamplingParams
+from turret.engine import SamplingParams, Ticket
 from turret.errors import Busy, Draining, LeaseLost, NotFound, StoreError, TurretError
 from turret.experiments import Recorded, Told
 from turret.server import logs
 from turret.server.auth import Guard, Sessions
-from turret.server.engines import EngineProtocol, Engines, SeenEngines, ServedBase, TicketProtocol
+from turret.server.engines import Engines, SeenEngines, ServedBase
 from turret.server.limits import ClientConnections, Load, Network, Quota, RequestLimits, SharedQuotas
 from turret.server.live_promises import AlarmSender, AlarmSettings, InputSampler, LivePromises
 from turret.server.logs import Log
@@ -268,14 +268,13 @@ class Services:
     """What a server makes once, for all who call it.
 
     Args:
-        engines: One engine, or those of several bases.
         options: Makes the settings of a generation, as `turret.engine.SamplingParams` does.
     """
 
     def __init__(
         self,
         workspace: Workspace,
-        engines: EngineProtocol | Engines,
+        engines: Engines,
         options: Callable[..., SamplingParams],
         settings: ServerSettings | None = None,
         *,
@@ -300,7 +299,7 @@ class Services:
             self.log.write("usage", "warning", message="nothing is counted: the store is read-only here")
         self.files, self.batches = ClientFiles.of(workspace.store), Batches.of(workspace.store)
         self.previews = Previews(workspace.store)
-        self._home, self.engines = workspace, engines if isinstance(engines, Engines) else Engines(engines)
+        self._home, self.engines = workspace, engines
         self._newest = NewestActions(self._database, time.monotonic)
         self._tokens_mark: Mark | None = None  # of the tokens that are known here
         marks = lambda: (self._newest.mark("promises"), self._newest.mark("experiments"))
@@ -616,7 +615,7 @@ class View:
         kind = stored_task(self.workspace.resolve(reference).task).request
         found: list[Answer] = []
         for start in range(0, len(texts), GOLDEN_AT_ONCE):
-            tickets: list[TicketProtocol] = []
+            tickets: list[Ticket] = []
             try:
                 tickets.extend(self._submit_golden(kind, reference, text) for text in texts[start:][:GOLDEN_AT_ONCE])
                 found += [ticket.result() for ticket in tickets]
@@ -625,7 +624,7 @@ class View:
                     ticket.cancel()
         return found
 
-    def _submit_golden(self, kind: RequestKind, reference: str, text: str) -> TicketProtocol:
+    def _submit_golden(self, kind: RequestKind, reference: str, text: str) -> Ticket:
         until = time.monotonic() + GOLDEN_PATIENCE
         while True:
             if self.services.load.draining:
