@@ -265,23 +265,19 @@ def scatter(
     *,
     x_label: str,
     y_label: str,
-    log: bool = True,
-    number: NUMBER = plain,
-    height: int = 300,
     scale: Sequence[Mark] | None = None,
 ) -> str:
-    """Points with intervals in y, and in x if known, each with its name beside it.
+    """Points with intervals in y, and in x if known, over a logarithmic x axis, each with its name beside it.
 
     Args:
-        log: whether the x axis is logarithmic.
-        number: formats numbers of the x axis.
         scale: the marks that choose the y axis; None: all. Marks outside it become arrows at its edge.
     """
+    height = 300
     foot = height - BOTTOM
     xs = [value for each in marks for value in (each.x, each.x_low, each.x_high) if value is not None]
-    x = axis(xs, LEFT, WIDTH - RIGHT, log=log, room=0.12)
+    x = axis(xs, LEFT, WIDTH - RIGHT, log=True, room=0.12)
     y = axis([value for each in scale or marks for value in (each.low, each.high)], foot, TOP)
-    parts = [*_grid(x, y, foot, x_label, y_label, number)]
+    parts = _grid(x, y, foot, x_label, y_label)
     beyond = {place: 1 if mark.y < y.low else -1 for place, mark in enumerate(marks) if not y.low <= mark.y <= y.high}
     names = [
         fitted(f"{mark.label} {mark.y:.1f}, off scale" if place in beyond else mark.label, 190)
@@ -297,14 +293,13 @@ def scatter(
     places = labels([(cx, cy, name) for (cx, cy), name in zip(spots, names, strict=True)], foot, whiskers)
     for place, mark in enumerate(marks):
         (cx, cy), (tx, ty, anchor) = spots[place], places[place]
-        title = f"{mark.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) at {number(mark.x)}"
+        title = f"{mark.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) at {plain(mark.x)}"
         if place in beyond:
             parts.append(_arrow(cx, cy, 0, beyond[place], mark.kind, title))
         else:
-            parts.append(_line(cx, y.at(mark.low), cx, y.at(mark.high), f"whisker k-{mark.kind}"))
             if mark.x_low is not None and mark.x_high is not None:
                 parts.append(_line(x.at(mark.x_low), cy, x.at(mark.x_high), cy, f"whisker k-{mark.kind}"))
-            parts.append(_dot(cx, cy, mark.kind, title))
+            parts += _point(x, y, mark, title)
         parts.append(_text(tx, ty, names[place], f"name k-{mark.kind}", anchor))
     return _svg(height, parts, f"{y_label} against {x_label}")
 
@@ -315,25 +310,24 @@ def curves(lines: Sequence[Line], *, x_label: str, y_label: str, height: int = 3
     marks = [mark for line in lines for mark in line.marks]
     x = axis([mark.x for mark in marks], LEFT, WIDTH - NAMES, log=True)
     y = axis([value for mark in marks for value in (mark.low, mark.high)], foot, TOP)
-    parts = [*_grid(x, y, foot, x_label, y_label, plain)]
+    parts = _grid(x, y, foot, x_label, y_label)
     for line in lines:
         points = " ".join(f"{x.at(mark.x)},{y.at(mark.y)}" for mark in line.marks)
         parts.append(f'<polyline class="curve k-{line.kind}" points="{points}"/>')
         for mark in line.marks:
-            cx = x.at(mark.x)
-            parts.append(_line(cx, y.at(mark.low), cx, y.at(mark.high), f"whisker thin k-{line.kind}"))
             title = f"{line.label}: {mark.y:.1f} ({mark.low:.1f} to {mark.high:.1f}) with {mark.x:.0f}"
-            parts.append(_dot(cx, y.at(mark.y), line.kind, title, 3.5))
+            parts += _point(x, y, mark, title, " thin", 3.5)
     parts += _at_the_end([(y.at(line.marks[-1].y), line.label, line.kind) for line in lines], foot)
     return _svg(height, parts, f"{y_label} against {x_label}")
 
 
-def courses(lines: Sequence[LossCurve], *, x_label: str, y_label: str, height: int = 320) -> str:
+def courses(lines: Sequence[LossCurve], *, x_label: str, y_label: str) -> str:
     """Loss curves from the start of a training to its end, with the name at the end."""
+    height = 320
     foot = height - BOTTOM
     x = Axis(0.0, 100.0, LEFT, WIDTH - NAMES)
     y = axis([value for line in lines for value in line.values], foot, TOP)
-    parts = [*_grid(x, y, foot, x_label, y_label, plain)]
+    parts = _grid(x, y, foot, x_label, y_label)
     for line in lines:
         step = 100 / max(1, len(line.values) - 1)
         points = " ".join(f"{x.at(step * place)},{y.at(value)}" for place, value in enumerate(line.values))
@@ -391,14 +385,13 @@ def reliability(points: Sequence[Mark], shares: Sequence[float], *, x_label: str
     """
     x, y = Axis(0.0, 1.0, LEFT, WIDTH - RIGHT), Axis(0.0, 1.0, 340 - BOTTOM, TOP + 10)
     foot = y.start
-    parts = _grid(x, y, foot, x_label, y_label, plain)
+    parts = _grid(x, y, foot, x_label, y_label)
     parts.append(_line(x.at(0), y.at(0), x.at(1), y.at(1), "axis dashed"))
     for point, share in zip(points, shares, strict=True):
         tall = 44 * share
         parts.append(_rect(x.at(point.x) - 5, foot - tall, 10, tall, "band", f"{share:.0%} of the answers"))
     for point in points:
-        parts.append(_line(x.at(point.x), y.at(point.low), x.at(point.x), y.at(point.high), f"whisker k-{point.kind}"))
-        parts.append(_dot(x.at(point.x), y.at(point.y), point.kind, point.label))
+        parts += _point(x, y, point, point.label)
     return _svg(340, parts, f"{y_label} by {x_label}")
 
 
@@ -424,7 +417,7 @@ def error_by_share(
     x = Axis(0.0, 100.0, LEFT, WIDTH - RIGHT)
     highest = max([error for _, error in points] + [each.high for each in marks] + [bound or 0.0])
     y = Axis(0.0, min(100.0, 1.1 * highest) or 1.0, foot, TOP + 10)
-    parts = _grid(x, y, foot, x_label, y_label, plain)
+    parts = _grid(x, y, foot, x_label, y_label)
     if bound is not None:
         left = threshold is None or threshold.x > 50  # away from the threshold
         parts.append(_line(x.start, y.at(bound), x.end, y.at(bound), "axis dashed"))
@@ -437,9 +430,8 @@ def error_by_share(
     spots = [(x.at(each.x), y.at(each.y), each.label) for each in marks]
     whiskers = [(x.at(each.x) - 3, y.at(each.high), x.at(each.x) + 3, y.at(each.low)) for each in marks]
     curve = [(x.at(share) - 4, y.at(error) - 4, x.at(share) + 4, y.at(error) + 4) for share, error in points]
-    for mark, (cx, cy, _), (tx, ty, anchor) in zip(marks, spots, labels(spots, foot, whiskers + curve), strict=True):
-        parts.append(_line(cx, y.at(mark.low), cx, y.at(mark.high), f"whisker k-{mark.kind}"))
-        parts.append(_dot(cx, cy, mark.kind, f"{mark.label}: {mark.y:.1f}% of {mark.x:.1f}% are wrong"))
+    for mark, (tx, ty, anchor) in zip(marks, labels(spots, foot, whiskers + curve), strict=True):
+        parts += _point(x, y, mark, f"{mark.label}: {mark.y:.1f}% of {mark.x:.1f}% are wrong")
         parts.append(_text(tx, ty, mark.label, f"name k-{mark.kind}", anchor))
     return _svg(height, parts, f"{y_label} by {x_label}")
 
@@ -448,14 +440,21 @@ def agreement(points: Sequence[tuple[float, float]], *, x_label: str, y_label: s
     """A small dot for each pair of numbers, and the diagonal on which both are equal."""
     values = [each for point in points for each in point]
     x, y = axis(values, LEFT, WIDTH - RIGHT), axis(values, 340 - BOTTOM, TOP + 10)
-    parts = _grid(x, y, y.start, x_label, y_label, plain)
+    parts = _grid(x, y, y.start, x_label, y_label)
     low, high = min(values), max(values)
     parts.append(_line(x.at(low), y.at(low), x.at(high), y.at(high), "axis dashed"))
     parts += [_dot(x.at(a), y.at(b), "lora", f"{plain(a)}: {plain(b)}", radius=2.5) for a, b in points]
     return _svg(340, parts, f"{y_label} by {x_label}")
 
 
-def _grid(x: Axis, y: Axis, foot: float, x_label: str, y_label: str, number: NUMBER) -> list[str]:
+def _point(x: Axis, y: Axis, mark: Mark, title: str, thin: str = "", radius: float = 5) -> list[str]:
+    """A dot with its interval in y."""
+    at = x.at(mark.x)
+    whisker = _line(at, y.at(mark.low), at, y.at(mark.high), f"whisker{thin} k-{mark.kind}")
+    return [whisker, _dot(at, y.at(mark.y), mark.kind, title, radius)]
+
+
+def _grid(x: Axis, y: Axis, foot: float, x_label: str, y_label: str) -> list[str]:
     parts = []
     for value in y.ticks():
         parts += [
@@ -463,7 +462,7 @@ def _grid(x: Axis, y: Axis, foot: float, x_label: str, y_label: str, number: NUM
             _text(LEFT - 6, y.at(value) + 4, plain(value), "tick", "end"),
         ]
     parts.append(_text(LEFT, TOP - 1, y_label, "note"))
-    return [*parts, *_x_axis(x, foot, x_label, number)]
+    return [*parts, *_x_axis(x, foot, x_label, plain)]
 
 
 def _x_axis(x: Axis, foot: float, label: str, number: NUMBER) -> list[str]:
