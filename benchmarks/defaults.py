@@ -315,8 +315,8 @@ def regression(recipe: Any, base: Any, task: Any, data: Any) -> tuple[Any, list[
     """Metrics and answers of the row `linear`, as `turret compare` computes them."""
     from turret.bases import choose_device
     from turret.methods import Head
-    from turret.workspace.comparing import measure
-    from turret.workspace.prepared import PreparedTraining
+    from turret.workspace import measure
+    from turret.workspace.resident import PreparedTraining
 
     recipe = recipe.model_copy(update={"method": Head()})
     device = choose_device("cpu", lambda _: 0)

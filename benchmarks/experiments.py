@@ -35,7 +35,7 @@ import record
 from scipy.stats import norm
 
 from turret.compare.verdict import judge
-from turret.experiments import analyze, discoveries, validity
+from turret.experiments import analyze, evidence, validity
 from turret.experiments.evidence import OutcomeTally
 from turret.experiments.experiment import MISSING_BOUND, lasting
 from turret.experiments.guarding import Watch
@@ -230,10 +230,10 @@ def _store(seed: int, number: int, rule: str) -> dict[str, Any]:
         for place, path in enumerate(paths):
             verdict = path[look][1]
             if ended[place] is None and verdict is not None:
-                enough = discoveries.needed(now[:place] + now[place + 1 :], ALPHA)
+                enough = evidence.needed(now[:place] + now[place + 1 :], ALPHA)
                 if rule == "own verdict" or verdict == "worse" or now[place] >= enough:
                     ended[place] = (look + 1) * LOOK
-    named = discoveries.named({str(place): log for place, log in enumerate(now)}, ALPHA)
+    named = evidence.named({str(place): log for place, log in enumerate(now)}, ALPHA)
     real = sum(int(place) < REAL for place in named)
     return {"real": real, "false": len(named) - real, "units": [end or MOST for end in ended[:REAL]]}
 

@@ -28,13 +28,13 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from turret import recipe
 from turret.cli.main import app
 from turret.families import FAMILIES, Family
 from turret.methods import METHODS, SHOWN
-from turret.recipe import core
 from turret.server.app import routes
 from turret.tasks import TASKS
-from turret.workspace.abilities import OPERATIONS, fast_paths, kinds, refusals
+from turret.workspace.machine import OPERATIONS, fast_paths, kinds, refusals
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "reference"
@@ -108,12 +108,12 @@ def keys(section: str, written: str) -> str:
     on the page (`written`) and stay.
     """
     models: dict[str, type[BaseModel]] = {
-        "data": core.Data,
-        "task": core.Task,
-        "train": core.Train,
-        "promise": core.Promise,
+        "data": recipe.Data,
+        "task": recipe.Task,
+        "train": recipe.Train,
+        "promise": recipe.Promise,
     }
-    models |= {"recipe": core.Recipe} | {f"method {kind}": each for kind, each in METHODS.items()}
+    models |= {"recipe": recipe.Recipe} | {f"method {kind}": each for kind, each in METHODS.items()}
     fields = {name: each for name, each in models[section].model_fields.items() if not is_table(each)}
     if section.startswith("method "):
         del fields["kind"]
@@ -137,7 +137,7 @@ def row(name: str, field: FieldInfo, default: str, meaning: str) -> tuple[str, s
         default = default or "none"
     else:
         default = f"`{toml(field.default)}`"
-    kind = ", ".join(f"`{each}`" for each in TASKS) if field is core.Task.model_fields["kind"] else kind_of(field)
+    kind = ", ".join(f"`{each}`" for each in TASKS) if field is recipe.Task.model_fields["kind"] else kind_of(field)
     return f"`{name}`", kind, default, meaning.replace("\\|", "|")
 
 
@@ -150,7 +150,7 @@ def toml(value: Any) -> str:
 def kind_of(field: FieldInfo) -> str:
     """The type of a key in words, with its bounds: `whole number, 1 to 1024`."""
     kinds = [kind for kind in alternatives(field.annotation) if kind is not type(None)]
-    if core.Size.__metadata__[0] in field.metadata:  # type: ignore[attr-defined]
+    if recipe.Size.__metadata__[0] in field.metadata:  # type: ignore[attr-defined]
         return "number, fraction or split"
     words = [each for kind in kinds for each in type_words(kind, field.metadata if len(kinds) == 1 else ())]
     if len(words) == 1:

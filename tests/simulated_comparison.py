@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from turret.compare.candidates import candidates
 from turret.compare.comparison import Comparison, comparison
-from turret.compare.design import Cell, design
-from turret.compare.power import Spread, power
+from turret.compare.design import Cell, Spread, candidates, design, power
 from turret.compare.results import CellResult
 from turret.data import Dataset, Labelled, Pair
 from turret.recipe import Recipe

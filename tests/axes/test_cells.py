@@ -22,7 +22,7 @@ from turret.errors import TurretError
 from turret.families import FAMILIES
 from turret.families.family import IA3_BASES
 from turret.methods import METHODS, SHOWN, LoRA, Method, Peft
-from turret.workspace.abilities import kinds, refusals
+from turret.workspace.machine import kinds, refusals
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")
 TRIED = {  # smaller than the defaults, and with effects that are easy to see

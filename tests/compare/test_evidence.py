@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from turret.compare.evidence import components, interval, mcnemar, rate
-from turret.compare.verdict import judge
+from turret.compare.verdict import components, interval, judge, mcnemar, rate
 from turret.statistics import sign_flips, sign_test
 
 Grow = Callable[[int, int], np.ndarray]

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from turret.compare.power import Spread, power, simulated
+from turret.compare.design import Spread, power, simulated
 from turret.compare.verdict import judge
 
 ASSUMED = Spread.assumed("classify")

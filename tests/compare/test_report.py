@@ -17,15 +17,13 @@ from hypothesis import strategies as st
 from simulated_comparison import dataset, made, result
 
 from turret.compare import control_rates
-from turret.compare.candidates import candidates
-from turret.compare.design import Cell
+from turret.compare.design import Cell, candidates
 from turret.compare.evaluation_page import as_html as evaluation_page
-from turret.compare.evidence import Interval, interval
 from turret.compare.plots import CHARACTER, WIDTH, Axis, LossCurve, Mark, axis, courses, forest, scatter
 from turret.compare.report import _apart, as_html, as_markdown, headline, write_report
 from turret.compare.report_text import rounded
 from turret.compare.results import Confusions, Details, costs
-from turret.compare.verdict import Verdict
+from turret.compare.verdict import Interval, Verdict, interval
 from turret.recipe import Recipe
 from turret.tasks import Mistake
 

@@ -14,8 +14,7 @@ from small_tables import POLES, labelled, load, write_csv, write_jsonl
 
 from turret.data import Dataset, Pair
 from turret.data.cells import joined_by
-from turret.data.dataset import read_dataset, read_test
-from turret.data.splits import Kinship, arrange_rows, choose_rows, find_sources
+from turret.data.dataset import Kinship, arrange_rows, choose_rows, find_sources, read_dataset, read_test
 from turret.errors import DataError
 from turret.recipe import Data, Task
 from turret.tasks import Classify, Generate, schemas

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.data.splits import Chosen, choose_rows, find_sources, shuffle_rows
-from turret.data.splits import test_split as split_to_test
+from turret.data.dataset import Chosen, choose_rows, find_sources, shuffle_rows
+from turret.data.dataset import test_split as split_to_test
 from turret.errors import DataError
 from turret.recipe import Data
 

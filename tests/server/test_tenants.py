@@ -25,7 +25,7 @@ from turret.server import app as server_app
 from turret.server.app import routes
 from turret.server.routes import View, router
 from turret.workspace import Workspace
-from turret.workspace.orders import ComparisonRequest, as_spec
+from turret.workspace.queueing import ComparisonRequest, as_spec
 
 HERE, NOWHERE = "zebra-news", "zebra-mews"  # what the owner has, and what nobody has
 ALL = ["infer", "admin"]

@@ -22,7 +22,7 @@ from turret.access import Access
 from turret.engine import SamplingParams
 from turret.server.services import ServerSettings
 from turret.workspace import Workspace
-from turret.workspace.serving_trainer import TrainingWhileServing
+from turret.workspace.job_process import TrainingWhileServing
 
 MOST_CLICKS = 10
 FILE = "Anliegen Oktober.xlsx"

@@ -18,8 +18,7 @@ from small_models import save_base
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace import Workspace, training
-from turret.workspace.resident import ALONE
-from turret.workspace.stored_adapter import read_adapter
+from turret.workspace.resident import ALONE, read_adapter
 
 pytestmark = pytest.mark.slow
 TEXTS = ["a great film", "a dull story", "the market in london"]

@@ -21,8 +21,8 @@ from store.bundles import tensors, write_bundle
 from turret import audit
 from turret.database import OLDEST
 from turret.errors import ExperimentError, NotFound
-from turret.experiments import Guards, arm_health, input_drift, rows
-from turret.experiments.arm_health import ArmHealth
+from turret.experiments import Guards, input_drift, rows
+from turret.experiments.rows import ArmHealth
 from turret.store import Example, GoldenReplay, GoldenSet, Store, promises
 from turret.store.blobs import hash_file
 from turret.store.catalog import now
@@ -395,7 +395,7 @@ def ready_to_settle(root: Path, folder: Path) -> Hold:
     with store.database().writing() as connection:
         running = rows.find(connection, "a")
         seen = {(running.id, "control"): ArmHealth(50), (running.id, "candidate"): ArmHealth(50, 50)}
-        arm_health.keep(connection, seen, now())
+        rows.keep_health(connection, seen, now())
     before = ("running", 0.1, ["start"], "a@2")
     return all_or_nothing(before, ("ended", 0.0, ["start", "drop", "rollback"], "a@1"), root)
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from turret.trackers.table import Point, State, TrackedRun
+from turret.trackers import Point, State, TrackedRun
 
 
 class Recording:

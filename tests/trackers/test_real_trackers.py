@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from turret.trackers.table import TrackedRun
+from turret.trackers import TrackedRun
 from turret.trackers.tracking import Patience, Tracking
 
 pytestmark = pytest.mark.slow

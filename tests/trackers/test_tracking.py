@@ -13,7 +13,7 @@ from trackers.own_trackers import rows, steps
 
 from turret.errors import RecipeError
 from turret.recipe import Recipe
-from turret.trackers.table import TRACKERS, Entry, TrackedRun, require_installed
+from turret.trackers import TRACKERS, Entry, TrackedRun, require_installed
 from turret.trackers.tracking import Patience, Tracking
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from trackers.own_trackers import rows, steps
 
 from turret import Recipe, Workspace
 from turret.errors import RecipeError
-from turret.trackers.table import TRACKERS, Entry
+from turret.trackers import TRACKERS, Entry
 from turret.workspace import RunResult
 
 pytestmark = pytest.mark.slow  # its trainings take long

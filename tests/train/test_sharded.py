@@ -29,7 +29,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.train.gpu_memory import GATHERED, Work, in_parts, predict_on_gpu
 from turret.workspace import Workspace
-from turret.workspace.stored_adapter import read_adapter
+from turret.workspace.resident import read_adapter
 
 STILL = [each for each in parts.CASES if each != "drawn"]  # without dropout
 HERE = ChosenDevice(CPU, "as asked for")

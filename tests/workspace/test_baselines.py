@@ -21,9 +21,8 @@ from turret.engine.untrained import Question
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks.chat import bare_chat
-from turret.workspace import training
-from turret.workspace.comparing import measure
-from turret.workspace.prepared import PreparedTraining
+from turret.workspace import measure, training
+from turret.workspace.resident import PreparedTraining
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 

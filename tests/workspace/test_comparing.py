@@ -17,15 +17,13 @@ import pytest
 import small_models
 from simulated_comparison import dataset, result
 
-from turret.compare.candidates import candidates
-from turret.compare.design import design
+from turret.compare.design import candidates, design
 from turret.errors import NotFound, RecipeError, StoreError, TrainingError
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.workspace import Workspace
-from turret.workspace.comparing import ComparisonRequest, kept_files
-from turret.workspace.comparing.cells import CellRunner
-from turret.workspace.comparing.run_comparison import command_of
+from turret.workspace.cells import CellRunner, folder_of, read_json, write_text
+from turret.workspace.comparing import ComparisonRequest, command_of
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 
@@ -132,6 +130,7 @@ def test_the_report_says_when_where_and_with_what_and_keeps_the_losses(compared)
         {"method": "prefix", "method.num_virtual_tokens": "7", "train.lr": "1e-3", "seed": "7"},
         {"task.kind": "classify", "task.class_weights.good one": "2", "train.gradient_clip": "0.5"},
         {"method.target_modules": "query,value", "data.seed": "3", "train.lr": "auto", "data.text": "my text"},
+        {"data.rename": '{"good" = "fine", "?" = ""}', "data.stratify": "true", "data.ignore": "a,b"},
     ],
 )
 def test_the_command_in_a_report_asks_for_the_same_again(tmp_path, changes) -> None:
@@ -159,7 +158,7 @@ def test_progress_says_the_last_score_and_the_time_left(tmp_path) -> None:
     assert runner.title(cells, 1) == "1 of 4  full, seed 42"
     done = result(cells[0], dataset(20), 0.9, 1)  # of 40 seconds
     runner.results[cells[0].key], runner.last = done, "full 90.0"
-    kept_files.write(tmp_path / "cells" / cells[0].key / "result.json", {})
+    write_text(tmp_path / "cells" / cells[0].key / "result.json", "{}")
     assert runner.title(cells, 2) == "2 of 4  lora, seed 42; last full 90.0; about 2 min 00 s left"
 
 
@@ -189,21 +188,19 @@ def test_what_is_judged_against_must_be_among_the_methods(tmp_path) -> None:
 
 def test_another_seed_or_method_is_the_same_comparison_and_other_data_is_another(tmp_path) -> None:
     recipe = recipe_in(tmp_path)
-    one = kept_files.folder_of(tmp_path, recipe, "sha256:a")
-    assert one == kept_files.folder_of(
-        tmp_path, recipe.with_overrides({"method": "prefix", "train.lr": "1e-4"}), "sha256:a"
-    )
-    assert one != kept_files.folder_of(tmp_path, recipe, "sha256:b")
-    assert one != kept_files.folder_of(tmp_path, recipe.with_overrides({"train.epochs": "7"}), "sha256:a")
+    one = folder_of(tmp_path, recipe, "sha256:a")
+    assert one == folder_of(tmp_path, recipe.with_overrides({"method": "prefix", "train.lr": "1e-4"}), "sha256:a")
+    assert one != folder_of(tmp_path, recipe, "sha256:b")
+    assert one != folder_of(tmp_path, recipe.with_overrides({"train.epochs": "7"}), "sha256:a")
 
 
 def test_a_result_is_whole_or_not_there(tmp_path) -> None:
-    kept_files.write(tmp_path / "a" / "result.json", {"x": 1})
-    assert kept_files.read(tmp_path / "a" / "result.json") == {"x": 1}
-    assert kept_files.read(tmp_path / "none.json") is None
+    write_text(tmp_path / "a" / "result.json", '{"x": 1}')
+    assert read_json(tmp_path / "a" / "result.json") == {"x": 1}
+    assert read_json(tmp_path / "none.json") is None
     (tmp_path / "half.json").write_text('{"x": ')
     with pytest.raises(StoreError, match="delete it"):
-        kept_files.read(tmp_path / "half.json")
+        read_json(tmp_path / "half.json")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from turret.train import Plan
 from turret.train.batches import pass_tokens
 from turret.train.initialize import attach
 from turret.train.slot import LocalSlot
-from turret.workspace.prepared import PreparedTraining, checkpoints_for, choose_for, pass_tokens_for, predicted_for
+from turret.workspace.resident import PreparedTraining, checkpoints_for, choose_for, pass_tokens_for, predicted_for
 from turret.workspace.results import Planned
 from turret.workspace.training import lighter
 

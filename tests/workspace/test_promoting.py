@@ -15,7 +15,7 @@ from turret import LoRA, Workspace, adapters, bases, bundles
 from turret.errors import DataError, GateFailed
 from turret.store import Golden
 from turret.workspace import answering, promoting
-from turret.workspace.examples import read_examples
+from turret.workspace.promoting import read_examples
 
 GOOD, BAD = ("great film", "a pleasure", "quick and great"), ("dull story", "boring and lazy", "a dull bank")
 

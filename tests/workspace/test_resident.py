@@ -28,8 +28,7 @@ from turret.tasks import task_of
 from turret.train import StepRecord
 from turret.workspace import resident, serving, training
 from turret.workspace.child_process import why_alone
-from turret.workspace.prepared import predicted_for
-from turret.workspace.resident import ALONE, ResidentBases, Room, Seat, ServingBase, with_room
+from turret.workspace.resident import ALONE, ResidentBases, Room, Seat, ServingBase, predicted_for, with_room
 from turret.workspace.results import Planned
 
 METHODS: dict[str, dict[str, Any]] = {

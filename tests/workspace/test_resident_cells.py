@@ -15,12 +15,11 @@ import psutil
 import pytest
 import small_models
 
-from turret.compare.candidates import candidates
-from turret.compare.design import Cell
+from turret.compare.design import Cell, candidates
 from turret.errors import Interrupted, TrainingError
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.workspace.comparing.cells import CellRunner
+from turret.workspace.cells import CellRunner
 
 pytestmark = pytest.mark.slow
 # What differs between two processes that do the same.

@@ -14,8 +14,8 @@ from workspace.test_other_machine import until
 from turret.access import Access
 from turret.errors import InUse, NotFound, RecipeError
 from turret.recipe import Recipe
-from turret.workspace import Workspace
-from turret.workspace.orders import ComparisonRequest, Order, SweepOrder, as_spec, order_of
+from turret.workspace import Workspace, sweeping
+from turret.workspace.queueing import ComparisonRequest, Order, SweepOrder, as_spec, order_of
 
 METHODS = ComparisonRequest(methods="base,lora", against="lora", seeds=2)
 
@@ -46,7 +46,7 @@ def test_an_order_is_what_was_written() -> None:
 )
 def test_what_a_client_may_search(tmp_path: Path, settings: dict[str, str], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        SweepOrder(settings).split(Recipe(name="a", base="b", data="a.csv"))
+        sweeping.split(SweepOrder(settings), Recipe(name="a", base="b", data="a.csv"))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from turret.cli.main import run
 from turret.errors import AdapterError, DataError
 from turret.recipe import Recipe
 from turret.workspace import Workspace
-from turret.workspace.suggesting import TIMES, spread
+from turret.workspace.predicted_file import TIMES, spread
 
 pytestmark = pytest.mark.slow  # real trainings
 

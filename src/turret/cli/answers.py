@@ -344,7 +344,7 @@ def suggest(
         found = command.workspace.suggest(reference, source, most=most, columns=named, device=device, on_stage=say)
     notes = []
     if out is not None:
-        from turret.workspace.suggesting import write_suggestions
+        from turret.workspace.predicted_file import write_suggestions
 
         table = write_suggestions(found, out)
         notes.append(f"{counted(len(found.suggestions), 'row')} to label in {out}: fill in the column {found.label}")
@@ -566,10 +566,10 @@ def promise(
 
 def _record(workspace: Workspace, reference: str, file: Path, as_json: bool) -> None:
     """Record the outcomes of a table, act if they break a promise, and show how the version's promise stands."""
-    from turret.workspace.record_outcomes import lines_of, read
+    from turret.workspace.experimenting import lines_of, read_outcomes
 
     workspace.promise(reference)  # raises NotFound before anything is recorded
-    told = [(receipt or "", value) for receipt, _, value in read(file)]
+    told = [(receipt or "", value) for receipt, _, value in read_outcomes(file)]
     found = workspace.promise_outcomes(told)
     digest = workspace.resolve(reference).digest
     settled = next(each for each in workspace.settle_promises() if each.promise.digest == digest)

@@ -13,9 +13,8 @@ from turret.timestamp import to_minute
 
 if TYPE_CHECKING:
     from turret.experiments.analyze import ArmAnalysis
-    from turret.workspace.experimenting import ExperimentStatus, ListedExperiment
-    from turret.workspace.record_outcomes import Telling
-    from turret.workspace.replaying import Replayed
+    from turret.workspace.evaluation import Replayed
+    from turret.workspace.experimenting import ExperimentStatus, ListedExperiment, Telling
 
 EVENTS = 8  # of the history, the newest ones
 Name = Annotated[str, Argument(help="Name of the adapter.", show_default=False)]
@@ -123,9 +122,9 @@ def outcome(
     command: options.Command,
 ) -> None:
     """Record outcomes of answers, then do what the guards ask."""
-    from turret.workspace.record_outcomes import tell
+    from turret.workspace.experimenting import tell
 
-    recorded = tell(command.workspace, name, value, receipt, unit, file)
+    recorded = tell(command.workspace.experiment(name), value, receipt, unit, file)
     command.report(recorded, _print_recorded)
 
 

@@ -199,7 +199,7 @@ def _serve(
         devices = devices if vllm is None else {f"vLLM at {vllm.url}"}
         with ExitStack() as trains:
             if training is not None:
-                from turret.workspace.serving_trainer import TrainingWhileServing
+                from turret.workspace.job_process import TrainingWhileServing
 
                 say = lambda line: services.log.write("training", message=line)
                 trains.enter_context(TrainingWhileServing(workspace.store, loaded, **training._asdict(), say=say))

@@ -14,11 +14,10 @@ from turret.cli.output import columns, console, many, safe, size, span, status
 from turret.errors import RecipeError, counted
 
 if TYPE_CHECKING:
-    from turret.compare.comparison import Comparison
+    from turret.compare.comparison import Comparison, ComparisonRow
     from turret.compare.control_rates import Control
     from turret.compare.design import PlannedDesign
-    from turret.compare.evidence import Interval
-    from turret.compare.rows import ComparisonRow
+    from turret.compare.verdict import Interval
     from turret.workspace.sweeping import Sweep
 
 

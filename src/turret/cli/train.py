@@ -106,13 +106,13 @@ def init(
 
     Finds the columns, the encoding, the separator and the classes. Then try `turret plan` and `turret train` with it.
     """
-    from turret.recipe.toml import written
+    from turret.recipe import toml_text
     from turret.workspace.drafting import draft
 
     if source == "-":
         raise RecipeError("turret init needs a file, because the recipe names it: save stdin to a file")
     columns = training.columns.named()
-    settings = {f"data.{role}": each if isinstance(each, str) else written(each) for role, each in columns.items()}
+    settings = {f"data.{role}": each if isinstance(each, str) else toml_text(each) for role, each in columns.items()}
     settings |= training.changes()
     try:
         found = draft(source, settings=settings)

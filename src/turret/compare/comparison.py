@@ -14,23 +14,11 @@ from typing import Literal
 
 import numpy as np
 
-from turret.compare.candidates import Candidate
-from turret.compare.collapse import FEWEST, Learnt, learnt, still_falling
-from turret.compare.design import Design
-from turret.compare.details import (
-    Confusion,
-    Disagreement,
-    PerClass,
-    confusion,
-    disagreements,
-    per_class,
-    some_examples,
-)
-from turret.compare.evidence import interval, mcnemar
-from turret.compare.power import Power
-from turret.compare.results import CellResult, Costs, costs, made_with
-from turret.compare.rows import ComparisonRow, CurvePoint
-from turret.compare.verdict import Verdict, judge
+from turret.compare.collapse import FEWEST, Collapse, Learnt, learnt, still_falling
+from turret.compare.design import UNTRAINED, Candidate, Design, Power
+from turret.compare.report_text import shortened
+from turret.compare.results import CellResult, Costs, Output, costs, made_with
+from turret.compare.verdict import Interval, Verdict, interval, judge, mcnemar
 from turret.data import Dataset, Example
 from turret.errors import TrainingError
 from turret.json_types import JsonMapping, JsonObject
@@ -39,6 +27,55 @@ from turret.notebook import Cell, Table, as_html
 from turret.statistics import Floats
 from turret.tasks import main_metric, task_of
 from turret.tasks.shapes import Metrics, number_of
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One method with its settings, over all its seeds on all training examples."""
+
+    spec: str
+    label: str
+    kind: str  # full, lora, prefix, head, peft, or of a row that trains nothing
+    lr: float | None
+    seeds: tuple[int, ...]
+    versions: tuple[str, ...]
+    score: Interval | None  # points of the metric, over seeds that did not collapse; None: nothing has run
+    metrics: Mapping[str, float]  # means over the seeds that did not collapse
+    verdict: Verdict | None  # None for the baseline
+    mcnemar: tuple[tuple[int, int, float], ...]  # per seed: (only this right, only the baseline right, exact p)
+    costs: Costs | None
+    failed: str | None
+    collapses: tuple[Collapse, ...] = ()  # trainings that learnt nothing while others of this method did
+    learnt_nothing: bool = False  # every seed is at the level of guessing
+    trained_out: bool | None = None  # False: the loss still fell at the last step of half of the trainings or more
+    steps: int | None = None  # of each training, the mean over seeds; None: nothing was trained
+    at_equal_steps: Verdict | None = None  # against the baseline trained for as many steps, where its own differ
+    losses: tuple[tuple[int, tuple[float, ...]], ...] = ()  # per seed: training losses, means over equal stretches
+
+    @property
+    def trains(self) -> bool:
+        """Whether trainings make it."""
+        return self.kind not in UNTRAINED
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Warnings to show next to the score."""
+        marks = [f"{len(self.collapses)} of {len(self.seeds)} collapsed"] if self.collapses else []
+        marks += ["learnt nothing"] if self.learnt_nothing else []
+        return (*marks, *(["not trained out"] if self.trained_out is False else []))
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One method on a part of the training examples."""
+
+    spec: str
+    fraction: float
+    examples: int
+    score: Interval
+    seeds: int
+    word: str | None
+
 
 # --- claims -----------------------------------------------------------------------------------------------------------
 # Common claims about LoRA and prefix tuning against full fine-tuning, each with what was measured here.
@@ -568,3 +605,133 @@ def _notes(
     elif len(design.seeds) < 3:
         notes.append("fewer than three seeds say little about the variation between seeds")
     return tuple(notes)
+
+
+# --- details ----------------------------------------------------------------------------------------------------------
+
+
+MOST_CLASSES = 30
+MOST_EXAMPLES = 12
+SOME_EXAMPLES = 6
+MOST_CHARACTERS = 400
+
+
+@dataclass(frozen=True)
+class PerClass:
+    """The share of a class's examples that a row gets right, and its difference from the baseline."""
+
+    label: str
+    spec: str
+    examples: int
+    right: float  # points
+    difference: Interval  # points
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts by true class and answer, means over seeds."""
+
+    spec: str
+    labels: tuple[str, ...]
+    counts: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A test example with every method's answer."""
+
+    text: str
+    wanted: str
+    answers: tuple[tuple[str, str, float], ...]  # (spec, most common answer, mean score over seeds)
+
+
+def per_class(
+    results: Sequence[CellResult], baseline: Mapping[int, CellResult], data: Dataset, confidence: float, seed: int
+) -> tuple[PerClass, ...]:
+    """The most common classes, for each row but the baseline and the bare base.
+
+    Args:
+        baseline: its results by seed.
+        seed: of the intervals.
+    """
+    true = np.array([example.output for example in data.test])
+    counts = Counter(true.tolist())
+    classes = []
+    for label in [label for label, _ in counts.most_common(MOST_CLASSES)]:
+        places = np.flatnonzero(true == label)
+        for spec in dict.fromkeys(each.spec for each in results):
+            own = {each.seed: each for each in results if each.spec == spec and each.spec != "base"}
+            seeds = sorted(own.keys() & baseline.keys())
+            if not seeds or any(own[each] is baseline[each] for each in seeds):
+                continue
+            d = np.stack([own[each].scores[places] - baseline[each].scores[places] for each in seeds])
+            rng = np.random.default_rng([seed, zlib.crc32(f"{spec}\n{label}".encode())])
+            right = 100 * float(np.mean([own[each].scores[places].mean() for each in seeds]))
+            difference = interval(d, rng, confidence=confidence, resamples=2000).times(100)
+            classes.append(PerClass(str(label), spec, len(places), right, difference))
+    return tuple(classes)
+
+
+def confusion(
+    results: Sequence[CellResult], data: Dataset, labels: Sequence[str], specs: Sequence[str]
+) -> tuple[Confusion, ...]:
+    """The confusions of each row; none if there are too many classes to read."""
+    if len(labels) > MOST_CLASSES:
+        return ()
+    place = {label: number for number, label in enumerate(labels)}
+    matrices = []
+    for spec in specs:
+        own = [each for each in results if each.spec == spec]
+        counts = np.zeros((len(labels), len(labels)))
+        for each in own:
+            for example, answer in zip(data.test, each.answers, strict=True):
+                counts[place[str(example.output)], place[str(answer)]] += 1 / len(own)
+        matrices.append(Confusion(spec, tuple(labels), tuple(tuple(row) for row in counts.round(2).tolist())))
+    return tuple(matrices)
+
+
+def disagreements(results: Sequence[CellResult], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
+    """The test examples on which the rows differ most, without the bare base."""
+    rows = _answering(results, specs)
+    if len(rows) < 2:
+        return ()
+    means = np.stack([np.mean([each.scores for each in own], axis=0) for own in rows.values()])  # (rows, N)
+    spread = means.max(0) - means.min(0)
+    places = [int(place) for place in np.argsort(-spread, kind="stable")[:MOST_EXAMPLES] if spread[place] > 0]
+    return tuple(_answered(rows, data.test, place) for place in places)
+
+
+def some_examples(results: Sequence[CellResult], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
+    """A few test examples, evenly spread over all."""
+    rows, count = _answering(results, specs), min(SOME_EXAMPLES, len(data.test))
+    return (
+        tuple(_answered(rows, data.test, number * len(data.test) // count) for number in range(count)) if rows else ()
+    )
+
+
+def _answering(results: Sequence[CellResult], specs: Sequence[str]) -> dict[str, list[CellResult]]:
+    """The results of each row but the bare base."""
+    rows = {spec: [each for each in results if each.spec == spec and each.spec != "base"] for spec in specs}
+    return {spec: own for spec, own in rows.items() if own}
+
+
+def _answered(rows: Mapping[str, Sequence[CellResult]], examples: Sequence[Example], place: int) -> Disagreement:
+    answers = tuple(
+        (
+            spec,
+            _commonest_answer([each.answers[place] for each in own]),
+            float(np.mean([each.scores[place] for each in own])),
+        )
+        for spec, own in rows.items()
+    )
+    example = examples[place]
+    text, wanted = (shortened(each, MOST_CHARACTERS) for each in (example.input, _joined(example.output)))
+    return Disagreement(text, wanted, answers)
+
+
+def _joined(output: Output) -> str:
+    return output if isinstance(output, str) else ", ".join(output)
+
+
+def _commonest_answer(answers: Sequence[Output]) -> str:
+    return shortened(Counter(map(_joined, answers)).most_common(1)[0][0], MOST_CHARACTERS)

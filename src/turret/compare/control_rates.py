@@ -18,8 +18,8 @@ import numpy as np
 
 from turret.compare import report_text
 from turret.compare.evaluation_page import describe_run, environment
-from turret.compare.evidence import Interval, interval
 from turret.compare.plots import Mark, rates
+from turret.compare.verdict import Interval, interval
 from turret.json_types import JsonMapping, JsonObject
 from turret.statistics import Floats
 

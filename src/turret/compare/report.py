@@ -12,13 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from turret.compare import report_text
-from turret.compare.candidates import is_floor
-from turret.compare.comparison import Comparison
-from turret.compare.details import PerClass
+from turret.compare.comparison import Comparison, ComparisonRow, PerClass
+from turret.compare.design import is_floor
 from turret.compare.evaluation_page import describe_run, environment
 from turret.compare.plots import Bar, Line, LossCurve, Mark, courses, curves, forest, scatter, stacks
 from turret.compare.results import MeanRange
-from turret.compare.rows import ComparisonRow
 from turret.json_types import JsonObject
 from turret.methods import method_named
 from turret.tasks import task_of

@@ -6,21 +6,21 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from sqlalchemy import Connection
 
-from turret.experiments import arm_health, discoveries, outcomes, rows
-from turret.experiments.arm_health import ArmHealth
+from turret.experiments import evidence, outcomes, rows
 from turret.experiments.evidence import HIDDEN, OutcomeTally
 from turret.experiments.experiment import SLOW_SHARE, Arm, Experiment, Guards, Role
 from turret.experiments.guarding import Detector, Watch
 from turret.experiments.outcomes import CountedOutcome
-from turret.experiments.rows import Event
+from turret.experiments.rows import ArmHealth, Event
 from turret.experiments.validity import Validity
 from turret.json_types import JsonMapping, JsonObject
 from turret.statistics import capped, log_mean
@@ -34,7 +34,7 @@ from turret.statistics import capped, log_mean
 # outcomes 2. the arms cannot be compared (`turret.experiments.validity`): the outcomes are void permanently, and there
 # is no verdict 3. a candidate is worse than the control by more than the margin: drop it 4. a candidate is better than
 # the control: promote it, if the guards say so and it is a discovery among all experiments of the store
-# (`turret.experiments.discoveries`) 5. otherwise: continue
+# (`turret.experiments.evidence`) 5. otherwise: continue
 #
 # If a candidate has no true effect, it gets a verdict `better` or `worse` in at most a share `level` of experiments.
 # `level` is alpha divided by the number of candidates. A margin above 0 has its own level of the same size. Bounds on
@@ -144,7 +144,7 @@ class Memory:
             self.add(experiment, split, found[start : start + AT_ONCE])
         self.validity.read(connection, experiment, split, found, now)
         self.watch = self.watch or Watch(experiment.control.name, _bounds(experiment))
-        self.watch.read(arm_health.rows(connection, experiment, self.watch.last), rows.splits(connection, experiment))
+        self.watch.read(rows.health_rows(connection, experiment, self.watch.last), rows.splits(connection, experiment))
 
     def add(
         self, experiment: Experiment, split: Mapping[int, Mapping[str, float]], found: Sequence[CountedOutcome]
@@ -185,7 +185,7 @@ class Since:
     turned: bool  # they have reversed the verdict
 
     def as_json(self) -> JsonObject:
-        return {"outcomes": self.outcomes, "difference": self.difference, "turned": self.turned}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Missing:
         return self.tipping >= self.assumed
 
     def as_json(self) -> JsonObject:
-        return {"share": self.share, "assumed": self.assumed, "tipping": self.tipping, "holds": self.holds}
+        return asdict(self) | {"holds": self.holds}
 
 
 @dataclass(frozen=True)
@@ -262,21 +262,11 @@ class ArmAnalysis:
         return {
             "arm": self.arm.name,
             "role": self.arm.role,
-            "version": self.version,
             "digest": self.arm.digest,
             "live": self.arm.live,
-            "share": self.share,
-            "units": self.units,
-            "outcomes": self.outcomes,
-            "missing": self.missing,
-            "half_within": self.half_within,
-            "mean": self.mean,
-            "answers": seen.answers,
-            "errors": seen.errors,
-            "slow": seen.slow,
+            **{name: value for name, value in vars(self).items() if name not in ("arm", "answering", "against")},
+            **{name: value for name, value in vars(seen).items() if name != "seconds"},
             "mean_seconds": seen.seconds / seen.answers if seen.answers else None,
-            "compared": seen.compared,
-            "agreed": seen.agreed,
             "against_control": None if self.against is None else self.against.as_json(),
         }
 
@@ -350,7 +340,7 @@ def analyze(
     guarded = [_health(experiment, each, watch) for each in arms[1:] if each.arm.live]
     won = alarm is None and any(each.verdict == "better" and not each.turned for each in live)
     other_evidence = others() if won and experiment.state == rows.RUNNING else ()
-    discovery = discoveries.needed(other_evidence, experiment.alpha) if other_evidence else None
+    discovery = evidence.evidence_needed(other_evidence, experiment.alpha) if other_evidence else None
     named = discovery is None or _equality([each.against for each in arms]) >= discovery
     decision = decide(live, guarded, experiment.guards, void=alarm, named=named)
     checks = {check: capped(peak) for check, peak in memory.validity.peaks().items()}
@@ -456,3 +446,51 @@ def _alarm(found: Detector, seconds: float | None) -> str:
     bad, control = getattr(found.arm, found.kind), found.control
     beside = f"; {getattr(control, found.kind)} of {control.answers} of the control's" if control.answers else ""
     return f"{bad} of its last {found.arm.answers} answers {what}, the limit is {100 * found.bound:.3g}%{beside}"
+
+
+# --- history ----------------------------------------------------------------------------------------------------------
+
+
+POINTS = 200
+
+
+@dataclass(frozen=True)
+class EvidencePoint:
+    """What was known after `outcomes` of them had counted."""
+
+    outcomes: int
+    at: str  # time of the last of them
+    means: Mapping[str, float | None]  # arm -> mean outcome
+    against: Mapping[str, Against]  # of each candidate
+
+
+@dataclass
+class EvidenceHistory:
+    """How the evidence of one experiment grew, for plots: a point after every so many outcomes.
+
+    With `2 * POINTS` points every second one is dropped, so the number stays bounded. Safe to use from several threads.
+    """
+
+    points: list[EvidencePoint] = field(default_factory=list)
+    _memory: Memory = field(default_factory=lambda: Memory(hides=False))  # a plot shows no tipping point
+    _every: int = 1  # outcomes per point
+    _seen: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self, connection: Connection, experiment: Experiment) -> None:
+        """Add new outcomes from the store."""
+        with self._lock:
+            split = rows.probabilities(connection, experiment)
+            found = outcomes.counted(connection, experiment, self._memory.last)
+            while found:
+                some, found = found[: self._every], found[self._every :]
+                self._memory.add(experiment, split, some)
+                self._seen += len(some)
+                self.points.append(self._point(experiment, some[-1].at))
+                if len(self.points) >= 2 * POINTS:
+                    self.points, self._every = self.points[1::2], 2 * self._every
+
+    def _point(self, experiment: Experiment, at: str) -> EvidencePoint:
+        means = {arm.name: self._memory.mean(arm.name) for arm in experiment.arms}
+        known = {arm.name: against(experiment, arm, self._memory, void=False) for arm in experiment.candidates}
+        return EvidencePoint(self._seen, at, means, known)

@@ -37,7 +37,7 @@ from functools import lru_cache
 import numpy as np
 from scipy.special import gammaln, logsumexp
 
-from turret.experiments.arm_health import ArmHealth, HealthRow
+from turret.experiments.rows import ArmHealth, HealthRow
 from turret.statistics import Floats, log_mean
 
 NEEDED = 10_000.0  # hours: the mean time to a false alarm is at least this
@@ -163,7 +163,7 @@ class Watch:
     _control: ArmHealth = NOTHING  # answers of the control since the split: the block of an arm without answers
 
     def read(self, found: Sequence[HealthRow], splits: Sequence[tuple[str, Mapping[str, float]]]) -> None:
-        """Add rows of `arm_health.rows`, in order and with all rows of a time together.
+        """Add rows of `arm_health.health_rows`, in order and with all rows of a time together.
 
         Args:
             splits: start and weights of each split, oldest first.

@@ -23,10 +23,10 @@ from turret.access import Access
 from turret.audit import Mark
 from turret.database import Database, see_as
 from turret.errors import BadExperiment, BadReference, NotFound, StoreError
-from turret.experiments import arm_health, assign, outcomes, rows
-from turret.experiments.arm_health import ArmHealth
+from turret.experiments import assign, outcomes, rows
 from turret.experiments.experiment import Experiment
 from turret.experiments.outcomes import Recorded, Seen, check_receipt
+from turret.experiments.rows import ArmHealth
 from turret.json_types import JsonValue, Plain
 from turret.reference import check_name
 from turret.timestamp import timestamp
@@ -232,7 +232,7 @@ class Router:
             try:
                 with self._database.writing() as connection:
                     outcomes.log(connection, seen)
-                    arm_health.keep(connection, sums, self._at())
+                    rows.keep_health(connection, sums, self._at())
                     yield connection
             except BaseException:
                 with self._lock:

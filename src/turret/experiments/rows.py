@@ -6,14 +6,23 @@ an event, which is append-only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
-from typing import TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from operator import add
+from typing import NamedTuple, TypedDict
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, func, insert, select, update
 
 from turret import audit
-from turret.database import adapters, experiment_events, experiment_splits, experiments, insert_row, seen_adapters
+from turret.database import (
+    adapters,
+    experiment_events,
+    experiment_health,
+    experiment_splits,
+    experiments,
+    insert_row,
+    seen_adapters,
+)
 from turret.errors import Corrupt, ExperimentError, NotFound
 from turret.experiments import assign
 from turret.experiments.experiment import CONTROL, MISSING_BOUND, Arm, Experiment, Guards, Metric, shares
@@ -21,6 +30,7 @@ from turret.json_types import JsonObject, Plain
 from turret.timestamp import to_minute
 
 RUNNING, ENDED = "running", "ended"
+SETTINGS = ("metric", "unit", "alpha", "guards", "steps", "outcome_ttl", "missing_bound")  # one column of the row
 
 
 class EventDetail(TypedDict, total=False):
@@ -64,6 +74,7 @@ def begin(connection: Connection, settings: Experiment, split: float | Mapping[s
             f"{current} has been running since {to_minute(current.created)}: stop it with "
             f"`turret experiment stop {current.adapter}` before you start another"
         )
+    fields = asdict(settings)
     last = connection.execute(select(func.max(experiments.c.number)).where(experiments.c.adapter_id == adapter_id))
     row = {
         "adapter_id": adapter_id,
@@ -71,16 +82,8 @@ def begin(connection: Connection, settings: Experiment, split: float | Mapping[s
         "state": RUNNING,
         "alias": settings.alias,
         "salt": settings.salt,
-        "settings": {
-            "metric": asdict(settings.metric),
-            "unit": settings.unit,
-            "alpha": settings.alpha,
-            "guards": asdict(settings.guards),
-            "steps": list(settings.steps),
-            "outcome_ttl": settings.outcome_ttl,
-            "missing_bound": settings.missing_bound,
-        },
-        "arms": [asdict(arm) for arm in settings.arms],
+        "settings": {name: fields[name] for name in SETTINGS},
+        "arms": fields["arms"],
         "created": settings.created,
         "who": settings.who,
     }
@@ -272,29 +275,17 @@ def _read(row: RowMapping) -> Experiment:
 
 
 def _experiment(row: RowMapping) -> Experiment:
+    same = ("id", "number", "state", "alias", "salt", "revision", "created", "who", "ended", "verdict")
+    kept = {"outcome_ttl": None, "missing_bound": MISSING_BOUND, **row["settings"]}  # older experiments have neither
+    kept |= {"metric": Metric(**kept["metric"]), "guards": Guards(**kept["guards"]), "steps": tuple(kept["steps"])}
     segments = _segments(row["segments"])
     return Experiment(
-        id=row["id"],
+        **{name: row[name] for name in same},
+        **kept,
         adapter=row["name"],
-        number=row["number"],
-        state=row["state"],
-        alias=row["alias"],
-        salt=row["salt"],
-        metric=Metric(**row["settings"]["metric"]),
-        unit=row["settings"]["unit"],
-        alpha=row["settings"]["alpha"],
-        guards=Guards(**row["settings"]["guards"]),
-        steps=tuple(row["settings"]["steps"]),
-        outcome_ttl=row["settings"].get("outcome_ttl"),  # absent in older experiments
-        missing_bound=row["settings"].get("missing_bound", MISSING_BOUND),
         arms=tuple(Arm(**arm) for arm in row["arms"]),
-        revision=row["revision"],
         segments=segments,
         weights=_weights(segments),
-        created=row["created"],
-        who=row["who"],
-        ended=row["ended"],
-        verdict=row["verdict"],
     )
 
 
@@ -308,3 +299,50 @@ def _weights(segments: assign.Segments) -> dict[str, float]:
 
 def _rounded_weights(experiment: Experiment) -> dict[str, float]:
     return {arm: round(weight, 6) for arm, weight in experiment.weights.items()}
+
+
+# --- health of the arms -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ArmHealth:
+    """Sums over answers of one arm. slow: those that took longer than the guard's `max_seconds`."""
+
+    answers: int = 0
+    errors: int = 0
+    slow: int = 0
+    seconds: float = 0.0
+    compared: int = 0  # answers of a shadow that were compared with the returned answer
+    agreed: int = 0
+
+    def __add__(self, other: ArmHealth) -> ArmHealth:
+        return ArmHealth(*map(add, vars(self).values(), vars(other).values()))
+
+
+class HealthRow(NamedTuple):
+    """What one process saw of one arm in about one second: a server process writes one row per arm and second."""
+
+    id: int
+    arm: str
+    at: str
+    answers: int
+    errors: int
+    slow: int
+    seconds: float
+    compared: int
+    agreed: int
+
+
+def keep_health(connection: Connection, sums: Mapping[tuple[int, str], ArmHealth], at: str) -> None:
+    """Write sums by experiment id and arm."""
+    found = [{"experiment_id": key[0], "arm": key[1], **asdict(each), "at": at} for key, each in sums.items()]
+    if found:
+        connection.execute(insert(experiment_health), found)
+
+
+def health_rows(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[HealthRow]:
+    """The rows of an experiment with an id above `after`, in order."""
+    table = experiment_health.c
+    query = select(*(table[column] for column in HealthRow._fields))
+    found = connection.execute(query.where(table.experiment_id == experiment.id, table.id > after).order_by(table.id))
+    return [HealthRow(*row) for row in found]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from turret.experiments.analyze import Against, Analysis, ArmAnalysis
 from turret.experiments.experiment import Arm, Experiment, lasting
-from turret.experiments.paired import Paired
 from turret.experiments.rows import EventDetail
 from turret.experiments.validity import NEEDED
 
@@ -137,26 +136,6 @@ def event(verb: str, detail: EventDetail) -> str:
     moved = f" ({detail['moved']})" if detail.get("moved") else ""
     why = f": {detail['why']}" if detail.get("why") else ""
     return f"{words.get(verb, verb)}{arm}{why}{moved}"
-
-
-def replayed(result: Paired, a: str, b: str, score: str) -> str:
-    """The result of a replay, on two lines."""
-    counts = f"{b} is better on {result.only_b}, {a} on {result.only_a}, equal on {result.equal}"
-    interval = f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}], {result.test} p={result.p:.2g}"
-    means = f"{score} {result.b:.3f} against {result.a:.3f}: {interval}"
-    return f"{counts} of {result.examples} examples ({means})\n{_worth(result, a, b)}"
-
-
-def _worth(result: Paired, a: str, b: str) -> str:
-    if result.verdict == "better":
-        return f"{b} is better here: test it on live traffic with `turret experiment start`"
-    if result.verdict == "worse":
-        return f"{b} is worse here: do not test it on live traffic"
-    half = (result.high - result.low) / 2
-    return (
-        f"no difference was found: {result.examples} examples do not show one below about {half:.3f}; "
-        "use live traffic or more examples"
-    )
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

@@ -24,9 +24,8 @@ from turret.store.jobs import StudyRow
 from turret.store.runs import RunRow
 from turret.tasks import main_metric
 from turret.tasks.shapes import number_in
-from turret.workspace.orders import ComparisonRequest, Order, SweepOrder, as_spec
-from turret.workspace.queueing import SentFiles
-from turret.workspace.training_runs import FullRun
+from turret.workspace.history import FullRun
+from turret.workspace.queueing import ComparisonRequest, Order, SentFiles, SweepOrder, as_spec
 
 MOST_CURVES = 6  # in one plot
 SENT = re.compile(f"({client_files.ID})(/.*)?")  # the source of a table that was sent before
@@ -220,7 +219,9 @@ def plan_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes
 def submit_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes], order: Order) -> Study:
     """Put a comparison or a sweep into the queue. Raises RecipeError for a setting that does not fit."""
     if isinstance(order, SweepOrder):
-        order.split(recipe)
+        from turret.workspace import sweeping  # imports numpy
+
+        sweeping.split(order, recipe)
     recipe, own = _on_own_base(view, recipe)
     study = as_spec(order, recipe.data.source)
     with _with_data(view, owner, recipe, files) as (recipe, tables):
@@ -322,7 +323,7 @@ def _with_data(
     view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]
 ) -> Iterator[tuple[Recipe, SentFiles]]:
     with _sent(view, owner, recipe.data.source, files) as (source, tables):
-        yield recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})}), tables
+        yield recipe.changed(data={"source": source}), tables
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
-from turret.trackers.table import Point, State, TrackedRun
+from turret.trackers import Point, State, TrackedRun
 
 T = TypeVar("T")
 TAG = "turret.run"

@@ -17,7 +17,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from turret.trackers.table import Point, State, TrackedRun
+from turret.trackers import Point, State, TrackedRun
 
 
 class TensorBoard:

@@ -6,6 +6,7 @@ No function here raises because of a tracker; one line reports an outage, once.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -17,9 +18,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from turret.errors import one_line
-from turret.trackers.table import TRACKERS, Entry, Message, Point, State, TrackedRun
+from turret.trackers import TRACKERS, Entry, Message, Point, State, TrackedRun, Tracker
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class TrackerProcess:
         try:
             with log.open("ab") as printed:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "turret.trackers.worker", at],
+                    [sys.executable, "-P", "-m", "turret.trackers.tracking", at],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=printed,
@@ -193,7 +195,7 @@ class TrackerProcess:
 
 
 class Tracking:
-    """The trackers that follow a run.
+    """The trackers that follow a run. Without names, all methods do nothing.
 
     Args:
         warn: gets one line when a tracker fails; called in the thread of the training.
@@ -210,7 +212,8 @@ class Tracking:
         patience: Patience | None = None,
     ) -> None:
         self._warn = warn
-        self.warnings: list[str] = []
+        self.warnings: list[str] = []  # the outages so far, a line each
+        self.summary: dict[str, float | str] = {}  # for `end`: the final metrics, and the version that was stored
         folder = Path(run.folder)
         self._processes = {
             name: TrackerProcess(table[name].at, run, folder / f"tracker-{name}.log", patience or Patience())
@@ -242,3 +245,61 @@ class Tracking:
                 line = f"tracker {name}: {problem}{then} (what it printed: {self._folder / f'tracker-{name}.log'})"
                 self.warnings.append(line)
                 self._warn(line)
+
+
+# --- the process of a tracker -----------------------------------------------------------------------------------------
+
+
+def main(at: str, messages: TextIO, answers: TextIO) -> None:
+    """Read messages from stdin, call the tracker, and answer each one on stdout: `… tracking MODULE:CLASS`.
+
+    A message is a line of JSON with one key: `start` (the fields of a `TrackedRun`), `log` (a list of steps with their
+    values) or `finish` (a state and a summary). An answer is `{}`, or `{"error": "..."}`, after which the process ends.
+    If stdin ends first, the training was killed, and the run is marked as interrupted.
+
+    What the tracker's library prints goes to stderr, which is a file of the run.
+    """
+    tracker: Tracker | None = None
+    try:
+        for line in messages:
+            message: Message = json.loads(line)
+            if "start" in message:
+                module, _, name = at.partition(":")
+                tracker = getattr(importlib.import_module(module), name)()
+            assert tracker is not None, "the first message is start"
+            _carry_out(tracker, message)
+            _answer(answers, {})
+            if "finish" in message:
+                return
+        if tracker is not None:
+            tracker.finish("interrupted", {})
+    except Exception as error:  # whatever a tracker's library raises
+        _answer(answers, {"error": one_line(f"{type(error).__name__}: {error}", 160)})
+
+
+def _carry_out(tracker: Tracker, message: Message) -> None:
+    if "start" in message:
+        tracker.start(TrackedRun(**message["start"]))
+    elif "log" in message:
+        tracker.log([Point(step, values) for step, values in message["log"]])
+    else:
+        tracker.finish(message["finish"]["state"], message["finish"]["summary"])
+
+
+def _answer(answers: TextIO, value: dict[str, str]) -> None:
+    answers.write(json.dumps(value) + "\n")
+    answers.flush()
+
+
+def _own_streams() -> tuple[TextIO, TextIO]:
+    """The streams of messages and answers, moved away from 0 and 1: the library reads nothing and prints to stderr."""
+    messages = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    return messages, answers
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *_own_streams())

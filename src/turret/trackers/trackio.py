@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import trackio
 
-from turret.trackers.table import Point, State, TrackedRun
+from turret.trackers import Point, State, TrackedRun
 
 
 class Trackio:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import wandb
 
-from turret.trackers.table import Point, State, TrackedRun
+from turret.trackers import Point, State, TrackedRun
 
 
 class WandB:

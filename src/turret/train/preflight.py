@@ -22,7 +22,7 @@ from turret.bases.device import gigabytes
 from turret.data import Dataset, Example, cells
 from turret.errors import memory_ran_out, one_line
 from turret.methods.method import MOST_EPOCHS, Check, Level, epochs_for
-from turret.recipe import Recipe, toml
+from turret.recipe import Recipe, toml_text
 from turret.tasks import Task, compares
 from turret.train import memory
 from turret.train.adamw import moment_bytes, warmup_steps
@@ -492,7 +492,7 @@ def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
         return
     doubts = cells.doubts(counts)
     if doubts:
-        meant = toml.written(cells.suggest_renames(counts))
+        meant = toml_text(cells.suggest_renames(counts))
         yield Check(
             "labels", "warn", f"classes in doubt: {_some(doubts)}", f"if so, set data.rename = {one_line(meant, 120)}"
         )

@@ -24,8 +24,7 @@ from turret.tasks.shapes import Answer
 from turret.train.asking import Asking
 from turret.transformer import Model
 from turret.workspace.progress import Say, silent
-from turret.workspace.resident import ALONE, OwnProcess
-from turret.workspace.stored_adapter import load_base, read_adapter
+from turret.workspace.resident import ALONE, OwnProcess, load_base, read_adapter
 
 # --- predict options --------------------------------------------------------------------------------------------------
 # The options of a prediction, and whether a version gives what they ask for. Loads no torch.

@@ -38,14 +38,14 @@ from turret.store.core import VersionFacts
 from turret.store.runs import RunRow
 from turret.tasks.shapes import Answer
 from turret.timestamp import to_minute
-from turret.workspace import experimenting, machine, promising, promoting, reading, training_runs
-from turret.workspace.examples import read_examples
+from turret.workspace import experimenting, history, machine, promising, promoting, reading
 from turret.workspace.experimenting import ExperimentStatus, ListedExperiment, LiveExperiment
+from turret.workspace.history import FullRun
 from turret.workspace.hub import Hub
 from turret.workspace.machine import MachineFacts
 from turret.workspace.progress import Say, shown_in_notebooks, silent
-from turret.workspace.promoting import Ask
-from turret.workspace.queueing import Queue
+from turret.workspace.promoting import Ask, read_examples
+from turret.workspace.queueing import ComparisonRequest, Queue
 from turret.workspace.results import (
     Evaluation,
     Exported,
@@ -57,7 +57,6 @@ from turret.workspace.results import (
     RunResult,
     Suggested,
 )
-from turret.workspace.training_runs import FullRun
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison
@@ -67,15 +66,14 @@ if TYPE_CHECKING:
     from turret.data import Input
     from turret.engine import Engine, Limits
     from turret.engine.untrained import Untrained
-    from turret.experiments.analyze import Memory
-    from turret.experiments.evidence_history import EvidenceHistory
+    from turret.experiments.analyze import EvidenceHistory, Memory
     from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train.curve import RunCurve, StepRecord
     from turret.workspace.answering import PredictOptions
+    from turret.workspace.evaluation import Replayed
     from turret.workspace.promising import PromiseMemory, PromiseStatus
     from turret.workspace.reading import Source, Texts
-    from turret.workspace.replaying import Replayed
     from turret.workspace.sweeping import Sweep
 
 
@@ -301,7 +299,7 @@ class Workspace:
         """
         from turret.workspace import comparing
 
-        request = comparing.ComparisonRequest(methods, seeds, budget, tuple(fractions), margin, against, lr, texts)
+        request = ComparisonRequest(methods, seeds, budget, tuple(fractions), margin, against, lr, texts)
         return comparing.compare(self.store, recipe, request, on_stage or silent, on_plan, on)
 
     def sweep(
@@ -350,7 +348,7 @@ class Workspace:
         """
         from turret.workspace import comparing
 
-        request = comparing.ComparisonRequest(methods, seeds, None, tuple(fractions), margin, against, lr)
+        request = ComparisonRequest(methods, seeds, None, tuple(fractions), margin, against, lr)
         return comparing.prepare(self.store, recipe, request, on_stage or silent).planned
 
     def compare_composition(
@@ -374,7 +372,7 @@ class Workspace:
             margin: points that still count as equally good.
             texts: whether the report shows examples.
         """
-        from turret.workspace.comparing import composing
+        from turret.workspace import composing
 
         source = reading.source_of(data)
         request = composing.CompositionRequest(
@@ -403,7 +401,7 @@ class Workspace:
             judge: base of the classifier that learns the aspects from the references; default: a small encoder.
             texts: whether the report shows documents and outputs.
         """
-        from turret.workspace.comparing import controlling
+        from turret.workspace import controlling
 
         request = controlling.ControlRequest(tuple(aspects), methods, seeds, judge or controlling.JUDGE, texts=texts)
         return controlling.control(self.store, recipe, request, on_stage or silent)
@@ -419,7 +417,7 @@ class Workspace:
 
     def run(self, run_id: str) -> FullRun:
         """One training: the same keys, `recipe` (TOML) and `touched` (time of its last step), if it ran here."""
-        return training_runs.run(self.store, run_id)
+        return history.run(self.store, run_id)
 
     def curve(self, run_id: str | RunResult, *, most: int = 2000) -> RunCurve:
         """About `most` steps of a training so far, evenly spaced, and every step with metrics.
@@ -427,7 +425,7 @@ class Workspace:
         Args:
             run_id: the id of a run, or what `train` returned. `.to_frame()` and `.plot()` of the result show it.
         """
-        return training_runs.curve(self.store, run_id if isinstance(run_id, str) else run_id.run, most)
+        return history.curve(self.store, run_id if isinstance(run_id, str) else run_id.run, most)
 
     def run_report(self, run_id: str | RunResult) -> RunReport:
         """What the version of a training got right and wrong on its held-out examples: the worst mistakes, confusions.
@@ -435,19 +433,19 @@ class Workspace:
         Raises:
             NotFound: there is no such run, or it kept no report.
         """
-        return training_runs.report(self.store, run_id if isinstance(run_id, str) else run_id.run)
+        return history.report(self.store, run_id if isinstance(run_id, str) else run_id.run)
 
     def comparisons(self) -> Sequence[JsonObject]:
         """The reports of `compare` and `control` in this store, newest first; `kind` is comparison or control."""
-        from turret.workspace.comparing import reports
+        from turret.workspace import history
 
-        return reports.listed(self.store)
+        return history.list_reports(self.store)
 
     def report(self, key: str) -> str:
         """The report with this key, which `comparisons` lists, as HTML."""
-        from turret.workspace.comparing import reports
+        from turret.workspace import history
 
-        return reports.read(self.store, key)
+        return history.read_report(self.store, key)
 
     def evaluate(
         self,
@@ -618,10 +616,10 @@ class Workspace:
         Raises:
             AdapterError: the answers of the version have no probabilities.
         """
-        from turret.workspace import suggesting
+        from turret.workspace import predicted_file
 
         rows = reading.source_of(source)
-        return suggesting.suggest(self.store, reference, rows, columns or {}, most, device, on_stage or silent)
+        return predicted_file.suggest(self.store, reference, rows, columns or {}, most, device, on_stage or silent)
 
     def promise(
         self,
@@ -814,10 +812,10 @@ class Workspace:
         Args:
             data: as for `evaluate`; default: the golden examples that a's alias `production` requires.
         """
-        from turret.workspace import replaying
+        from turret.workspace import evaluation
 
         source = None if data is None else reading.source_of(data)
-        return replaying.replay(self.store, a, b, source, columns or {}, on_stage or silent, device)
+        return evaluation.replay(self.store, a, b, source, columns or {}, on_stage or silent, device)
 
     def doctor(self, base: str | None = None) -> MachineFacts:
         """What this machine can run, and what can be done on a base if one is given."""

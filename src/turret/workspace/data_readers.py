@@ -1,22 +1,32 @@
-"""Helper processes that read the data of tenants, and who asks them. Loads neither torch nor numpy."""
+"""Helper processes that read the data of tenants, and who asks them. Loads neither torch nor numpy.
+
+They alone open files of tenants: the data of queued runs, and files that clients of a server send. One writes the data
+of a run as lines of JSON into a file, which the process that trains reads.
+"""
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NotRequired, TypeAlias, TypedDict, final
 
+from turret.access import Access
 from turret.data import Dataset
-from turret.errors import DataError, EngineError, Interrupted, StoreError
+from turret.data.examples import load_dataset, write_dataset
+from turret.errors import DataError, EngineError, Interrupted, StoreError, TurretError
 from turret.json_types import JsonObject
 from turret.process import Died, HelperProcess
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.store.jobs import Job
-from turret.workspace.child_process import MACHINE, OUTAGE, STOPPED, never
+from turret.workspace.child_process import MACHINE, OUTAGE, STOPPED, never, parents_store, status_of
+from turret.workspace.queueing import bring_data
+from turret.workspace.reading import read_dataset
 
 READ = "dataset.jsonl"  # in the folder of a question
 MEMORY = 16 << 30  # bytes that a reading may take
@@ -91,8 +101,6 @@ class DataReaders:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             asked: ReadQuestion = {"tenant": taken.tenant, "recipe": taken.recipe, "folder": folder, "sent": False}
             self._ask(asked, stop)
-            from turret.data.examples import load_dataset
-
             return load_dataset(Path(folder) / READ)
 
     def read_sent(self, tenant: str, recipe: Recipe, folder: Path) -> Path:
@@ -146,7 +154,7 @@ class DataReaders:
         if reader is None:
             where, problem = self._store.location.given, "the data cannot be read"
             reader = Reader(
-                "turret.workspace.data_reader",
+                __name__,
                 {"local": str(self._store.root.absolute()), "offline": self._offline},
                 self._seconds,
                 MEMORY,
@@ -159,3 +167,40 @@ class DataReaders:
         finally:
             with self._lock:
                 self._idle.append(reader)
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def helper(about: AboutReader) -> Callable[[ReadQuestion | LookQuestion], ReaderReply]:
+    """What reads the data of a run, or looks at a table, in a process of its own."""
+    from turret.workspace.drafting import inspect, sample  # imports numpy
+
+    store = parents_store(about["local"])
+    if about["offline"]:
+        os.environ[OFFLINE] = "1"
+
+    def answer(asked: ReadQuestion | LookQuestion) -> ReaderReply:
+        try:
+            if "source" in asked:
+                os.chdir(asked["folder"])
+                most = asked["rows"]
+                found = asdict(sample(asked["source"], most)) if most else None
+                return {"status": 0, "found": found or inspect(asked["source"], asked["settings"]).as_json()}
+            _read(store.with_access(Access(asked["tenant"])), asked)
+        except TurretError as error:
+            return {"status": status_of(error), "text": str(error)}
+        except (MemoryError, OSError) as error:
+            return {"status": 1, "text": f"the data cannot be read: {str(error) or 'it takes too much memory'}"}
+        finally:
+            os.chdir("/")
+        return {"status": 0}
+
+    return answer
+
+
+def _read(store: Store, asked: ReadQuestion) -> None:
+    folder, recipe = Path(asked["folder"]), Recipe.from_toml(asked["recipe"])
+    working = Path(tempfile.mkdtemp(prefix="data-", dir=folder))  # a reader that died has left its own
+    os.chdir(folder if asked["sent"] else bring_data(store, recipe, working))
+    write_dataset(read_dataset(store, recipe), folder / READ)

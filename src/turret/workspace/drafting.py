@@ -11,14 +11,13 @@ from itertools import islice
 
 from turret.data import cells
 from turret.data.columns import Candidate, Profile, fitting_schemas, profile_table
+from turret.data.dataset import ROLES as SPLITS
+from turret.data.dataset import Sources, SplitRole, find_sources
 from turret.data.source import open_labelled
-from turret.data.splits import ROLES as SPLITS
-from turret.data.splits import Sources, SplitRole, find_sources
 from turret.data.table import CellValue, DataSettings, Size, Table, format_of
 from turret.errors import BaseModelError, DataError, NoHeader, SeveralLabels, counted, listed, one_line
 from turret.json_types import JsonObject, Plain, mapping_of
-from turret.recipe import Recipe, toml
-from turret.recipe.default_base import default_base
+from turret.recipe import Recipe, default_base, toml_text
 from turret.tasks import schemas, task_of
 
 CHARACTERS_PER_TOKEN = 3.5  # of Western texts, roughly
@@ -142,9 +141,8 @@ class _Opened:
     sources: Sources
 
     def with_label(self, column: str) -> _Opened:
-        data = self.recipe.data.model_copy(update={"label": column})
         settings = {**self.settings, "data.label": column}
-        return replace(self, recipe=self.recipe.model_copy(update={"data": data}), settings=settings)
+        return replace(self, recipe=self.recipe.changed(data={"label": column}), settings=settings)
 
 
 def _open(source: str, settings: Mapping[str, str]) -> _Opened:
@@ -294,13 +292,13 @@ class _Lines:
 
     def set(self, key: str, value: Plain, comment: str = "") -> None:
         self._written.add(key)
-        line = f"{key} = {toml.written(value)}"
+        line = f"{key} = {toml_text(value)}"
         self._lines.append(f"{line}  # {comment}" if comment else line)
 
     def option(self, key: str, value: Plain, on: bool, comment: str) -> None:
         """A setting that is on, or offered as a comment; nothing if the caller names it."""
         if key not in self._asked:
-            self._lines.append(f"{'' if on else '# '}{key} = {toml.written(value)}  # {comment}")
+            self._lines.append(f"{'' if on else '# '}{key} = {toml_text(value)}  # {comment}")
 
     def joined(self) -> str:
         self._finish()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from turret.adapters import require_base
-from turret.compare import evaluation_page, panel_page
+from turret.compare import evaluation_page
 from turret.compare.results import (
     Confusions,
     Coverage,
@@ -19,22 +20,28 @@ from turret.compare.results import (
     Reliability,
     covered,
 )
-from turret.data import Example, Labelled, TextPair
+from turret.data import Example, Input, Labelled, TextPair
+from turret.data.columns import RoleColumns
 from turret.data.table_writer import TableWriter
 from turret.errors import DataError, counted
-from turret.store import Panel, Store, Version, promises
+from turret.json_types import JsonObject
+from turret.statistics import Floats, sign_flips, sign_test
+from turret.store import Golden, Panel, Store, Version, golden, promises
+from turret.store.catalog import PRODUCTION
 from turret.tasks import Task, task_from_spec
 from turret.tasks.calibration import Confidences, calibration_error, reliability
 from turret.tasks.shapes import Answer, Metrics
 from turret.tasks.task import Mistake
 from turret.train.asking import Asking, logits_of_each
 from turret.train.batches import EncodedRows
+from turret.workspace import answering
 from turret.workspace.answering import mounted
-from turret.workspace.comparing.kept_files import write_text
+from turret.workspace.cells import write_text
 from turret.workspace.progress import Say, silent
-from turret.workspace.reading import LabelledData, PanelData, PanelQuestion
+from turret.workspace.promoting import fails
+from turret.workspace.reading import LabelledData, PanelData, PanelQuestion, read_labelled
+from turret.workspace.resident import load_base, read_adapter
 from turret.workspace.results import Evaluation, PanelEvaluation
-from turret.workspace.stored_adapter import load_base, read_adapter
 
 COVERAGE = 0.9  # of the sets of labels that an evaluation measures
 
@@ -90,7 +97,7 @@ def write_page(found: Evaluation | PanelEvaluation, path: Path, *, texts: bool =
         texts: whether it shows texts of the data.
     """
     if isinstance(found, PanelEvaluation):
-        page = panel_page.as_html(
+        page = evaluation_page.panel_html(
             panel=found.panel,
             source=str(found.data["source"]),
             examples=int(found.data["examples"]),
@@ -283,3 +290,190 @@ def _coverage(task: Task, logits: Tensor, right: Sequence[Sequence[str]]) -> Cov
         return covered(COVERAGE, task.label_sets(logits, COVERAGE), right)
     except DataError:
         return None
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+Judge = Callable[[Answer], float]  # answer -> score; higher is better
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Version b compared with version a on the same examples."""
+
+    a: str
+    b: str
+    source: str
+    score: str  # "accuracy", "ROUGE-L" or "passed"
+    paired: Paired
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return replayed(self.paired, self.a, self.b, self.score)
+
+    def as_json(self) -> JsonObject:
+        shared = {"a": self.a, "b": self.b, "source": self.source, "score": self.score}
+        return {**shared, "paired": self.paired.as_json(), "notes": list(self.notes), "text": self.text}
+
+
+def replay(
+    store: Store, a: str, b: str, source: str | None, columns: RoleColumns, say: Say = silent, device: str = "auto"
+) -> Replayed:
+    """Ask both versions, one after the other.
+
+    Args:
+        source: labelled examples; None: the golden examples that a's alias `production` requires.
+        columns: keys of a recipe's `[data]`; only with `source`.
+        device: where their bases compute.
+    """
+    first, second = store.resolve(a), store.resolve(b)
+    if first.digest == second.digest:
+        raise DataError(f"{a} and {b} are the same version, {first}: give two that differ")
+    if columns and source is None:
+        raise DataError("columns are named, and no data is: give a table of labelled examples")
+    texts: list[Input] = []
+    judges: list[Judge] = []
+    notes: Sequence[str] = ()
+    score = "passed"
+    if source is None:
+        texts, judges = _golden(store, first.name)
+    scores: list[list[float]] = []
+    for version in (first, second):
+        labelled = None if source is None else read_labelled(store, version, source, columns)
+        with answering.mounted(store, str(version), say, device) as ready:
+            notes = [*(notes or (labelled.notes if labelled else ())), *ready.asking.notes]
+            say(f"asking {version} {len(labelled.examples if labelled else texts)} examples")
+            if labelled is not None:
+                score = ready.task.metric_label
+                texts = _asked(labelled.examples, texts)
+                scores.append(_scores(ready, labelled.examples))
+            else:
+                answers = answering.answers(ready, texts)
+                scores.append([judge(answer) for judge, answer in zip(judges, answers, strict=True)])
+        del ready  # free the first base before the second is loaded
+    found = compare_scores(*scores)
+    return Replayed(str(first), str(second), source or "golden examples", score, found, tuple(notes))
+
+
+def _asked(examples: Sequence[Example], before: Sequence[Input]) -> list[Input]:
+    """The texts of some examples. before: those that the other version was asked; they must be equal."""
+    texts = [each.asked for each in examples]
+    if before and list(before) != texts:
+        raise DataError("the two versions read this data as different tasks: compare versions of one kind")
+    return texts
+
+
+def _scores(ready: answering.Mounted, examples: Sequence[Example]) -> list[float]:
+    """How well a version answers each example."""
+    _, answers = ready.asking.evaluate(examples)
+    return ready.task.scores([ready.task.judged(each) for each in answers], examples)
+
+
+def _golden(store: Store, name: str) -> tuple[list[Input], list[Judge]]:
+    """All golden examples that the name's alias `production` requires."""
+    sets = [gate.golden for gate in store.gate(name, PRODUCTION) if isinstance(gate, Golden)]
+    examples = [example for digest in sets for example in store.examples(digest).examples]
+    if not examples:
+        raise DataError(
+            f"nothing to replay: {name}@{PRODUCTION} requires no golden examples; give a table of labelled examples, "
+            f"or store some with `turret gate {name} {PRODUCTION} --golden FILE`"
+        )
+
+    def judge(example: golden.Example) -> Judge:
+        def passes(answer: Answer) -> float:
+            given = answer.get("label") if example.check == "label" else answer.get("text")
+            return float(given is not None and fails(example, given) is None)
+
+        return passes
+
+    return [example.text for example in examples], [judge(example) for example in examples]
+
+
+DRAWS, BATCH = 10_000, 500
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Version B against version A on the same examples."""
+
+    examples: int
+    a: float  # mean score
+    b: float
+    difference: float  # b - a
+    low: float  # of the interval of the difference
+    high: float
+    level: float  # confidence level of the interval
+    p: float
+    test: str  # "McNemar" or "sign flip"
+    only_a: int  # examples with a higher score of A
+    only_b: int
+    equal: int
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse` or `undecided`, for B."""
+        if self.p > 1 - self.level:
+            return "undecided"
+        return "better" if self.difference > 0 else "worse"
+
+    def as_json(self) -> JsonObject:
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def compare_scores(a: Sequence[float], b: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Paired:
+    """Compare two versions.
+
+    Args:
+        a: scores of the examples, (N,); more is better.
+        b: scores of the same examples, (N,).
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    differences = second - first  # (N,)
+    generator = np.random.default_rng(seed)
+    low, high = np.quantile(_resampled(differences, generator), [(1 - level) / 2, (1 + level) / 2])
+    only_a, only_b = int((differences < 0).sum()), int((differences > 0).sum())
+    binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
+    p = sign_test(only_a, only_b) if binary else sign_flips(differences, generator, DRAWS)
+    return Paired(
+        examples=len(differences),
+        a=float(first.mean()),
+        b=float(second.mean()),
+        difference=float(differences.mean()),
+        low=float(low),
+        high=float(high),
+        level=level,
+        p=p,
+        test="McNemar" if binary else "sign flip",
+        only_a=only_a,
+        only_b=only_b,
+        equal=len(differences) - only_a - only_b,
+    )
+
+
+def _resampled(differences: Floats, generator: np.random.Generator) -> Floats:
+    """Means of samples of size N, drawn with replacement: (DRAWS,)."""
+    n = len(differences)
+    means = [differences[generator.integers(0, n, (BATCH, n))].mean(axis=1) for _ in range(DRAWS // BATCH)]
+    return np.concatenate(means)
+
+
+def replayed(result: Paired, a: str, b: str, score: str) -> str:
+    """The result of a replay, on two lines."""
+    counts = f"{b} is better on {result.only_b}, {a} on {result.only_a}, equal on {result.equal}"
+    interval = f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}], {result.test} p={result.p:.2g}"
+    means = f"{score} {result.b:.3f} against {result.a:.3f}: {interval}"
+    return f"{counts} of {result.examples} examples ({means})\n{_worth(result, a, b)}"
+
+
+def _worth(result: Paired, a: str, b: str) -> str:
+    if result.verdict == "better":
+        return f"{b} is better here: test it on live traffic with `turret experiment start`"
+    if result.verdict == "worse":
+        return f"{b} is worse here: do not test it on live traffic"
+    half = (result.high - result.low) / 2
+    return (
+        f"no difference was found: {result.examples} examples do not show one below about {half:.3f}; "
+        "use live traffic or more examples"
+    )

@@ -10,15 +10,18 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection
 
 from turret.arguments import checked_methods
-from turret.errors import BadExperiment, ExperimentError, GateFailed, NotFound, ReplayNeeded
+from turret.data.source import open_table
+from turret.data.table import CellValue
+from turret.errors import BadExperiment, DataError, ExperimentError, GateFailed, NotFound, ReplayNeeded
 from turret.experiments import assign as assigning
 from turret.experiments import outcomes, rows
-from turret.experiments.discoveries import named
 from turret.experiments.experiment import (
     MISSING_BOUND,
     OUTCOME_TTL,
@@ -33,8 +36,8 @@ from turret.experiments.experiment import (
     check_unit,
     named_arms,
 )
-from turret.experiments.outcomes import Recorded, Seen
-from turret.json_types import JsonObject, Plain
+from turret.experiments.outcomes import Recorded, Seen, grouped
+from turret.json_types import JsonObject, JsonValue, Plain
 from turret.reference import Reference, check_alias, check_name
 from turret.store import Store, Version
 from turret.store.catalog import PRODUCTION, now, who
@@ -44,8 +47,7 @@ from turret.workspace.progress import Say, silent
 from turret.workspace.promoting import Ask
 
 if TYPE_CHECKING:
-    from turret.experiments.analyze import Analysis, Memory
-    from turret.experiments.evidence_history import EvidenceHistory
+    from turret.experiments.analyze import Analysis, EvidenceHistory, Memory
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------
@@ -165,7 +167,6 @@ def summary(analysis: Analysis) -> JsonObject:
 
 STEPS = (0.05, 0.2, 0.5)
 AT_ONCE = 1000  # outcomes in one transaction
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -328,7 +329,8 @@ class LiveExperiment:
     def outcomes(self, entries: Iterable[tuple[str | None, str | None, Plain]]) -> list[Recorded]:
         """Record many outcomes: (receipt or None, unit or None, value) each."""
         recorded: list[Recorded] = []
-        for batch in _batches(entries):
+        left = iter(entries)
+        while batch := list(islice(left, AT_ONCE)):
             with self._store.database().writing() as connection:
                 experiment = rows.find(connection, self.name, self.number)
                 for receipt, unit, value in batch:
@@ -463,12 +465,13 @@ class ListedExperiment(ExperimentRow):
 def listed(store: Store, alpha: float) -> list[ListedExperiment]:
     """Every experiment with its evidence; `discovery` marks those with a difference at level alpha over all of them."""
     from turret.experiments.analyze import analyze
+    from turret.experiments.evidence import discovered
 
     check_alpha(alpha)
     with store.database().reading() as connection:
         analyses = [analyze(connection, each, now()) for each in rows.listed(connection)]
     logs = {str(each.experiment): _log_evidence(each) for each in analyses if each.experiment.candidates}
-    discoveries = named({name: -math.inf if log is None else log for name, log in logs.items()}, alpha)
+    discoveries = discovered({name: -math.inf if log is None else log for name, log in logs.items()}, alpha)
     return [
         {
             **each.experiment.as_json(),
@@ -506,7 +509,7 @@ def evidence_history(store: Store, name: str, number: int | None, known: dict[in
     Args:
         known: histories by the id of an experiment; kept by the caller so that the next call reads only new outcomes.
     """
-    from turret.experiments.evidence_history import EvidenceHistory
+    from turret.experiments.analyze import EvidenceHistory
 
     with store.database().reading() as connection:
         experiment = rows.find(connection, name, number)
@@ -544,12 +547,74 @@ def _as_list(references: str | Sequence[str]) -> Sequence[str]:
     return [references] if isinstance(references, str) else references
 
 
-def _batches(entries: Iterable[T]) -> Iterator[list[T]]:
-    batch: list[T] = []
-    for entry in entries:
-        batch.append(entry)
-        if len(batch) == AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+# --- outcomes of a command or a table ---------------------------------------------------------------------------------
+
+
+SHOWN = 5  # lines about outcomes that were not counted
+COLUMNS = ("receipt", "unit", "value")
+
+
+@dataclass(frozen=True)
+class Telling:
+    """The recorded outcomes, and the status of the experiment after its guards were applied."""
+
+    recorded: tuple[Recorded, ...]
+    settled: ExperimentStatus
+
+    @property
+    def lines(self) -> list[str]:
+        return lines_of(self.recorded)
+
+    def as_json(self) -> JsonObject:
+        return {
+            "outcomes": [each.as_json() for each in self.recorded],
+            "counts": dict(grouped(self.recorded)),
+            "done": list(self.settled.done),
+        }
+
+
+def lines_of(recorded: Sequence[Recorded]) -> list[str]:
+    """What became of outcomes, for people."""
+    if len(recorded) == 1:
+        return [recorded[0].text]
+    counts = ", ".join(f"{count} {status}" for status, count in grouped(recorded).items())
+    rejected = [each.text for each in recorded if not each.kept]
+    more = [f"... and {len(rejected) - SHOWN} more"] if len(rejected) > SHOWN else []
+    return [f"{len(recorded)} outcomes: {counts}", *rejected[:SHOWN], *more]
+
+
+def tell(
+    experiment: LiveExperiment, value: str | None, receipt: str | None, unit: str | None, file: Path | None
+) -> Telling:
+    """Record one outcome, or all outcomes of a table. Then apply the experiment's guards."""
+    if (file is None) == (value is None) or (file is not None and (receipt or unit)):
+        raise BadExperiment(
+            "outcome: give one value with --receipt or --unit, or a table of many with --file, and not both"
+        )
+    if file is None:
+        recorded = [experiment.outcome(value, receipt=receipt, unit=unit)]
+    else:
+        recorded = experiment.outcomes(read_outcomes(file))
+    return Telling(tuple(recorded), experiment.settle())
+
+
+def read_outcomes(path: Path) -> Iterator[tuple[str | None, str | None, JsonValue]]:
+    """(receipt, unit, value) of each row of a table. Raises DataError that names the line."""
+    if not path.is_file():
+        raise DataError(f"there is no file {str(path)[:200]!r}: give a table with value and receipt or unit")
+    table = open_table(path)
+    columns = [column for column in COLUMNS if column in table.columns]
+    if "value" not in columns or len(columns) < 2:
+        raise DataError(
+            f"{table.name} needs the columns value, and receipt or unit: it has {', '.join(table.columns)[:200]}"
+        )
+    for place, row in table.read(columns):
+        cells = dict(zip(columns, row, strict=True))
+        receipt, unit = (_text(cells.get(column)) for column in ("receipt", "unit"))
+        if (receipt is None) == (unit is None):
+            raise DataError(f"{table.name} {table.unit} {place}: expected a receipt or a unit, and one of them only")
+        yield receipt, unit, cells["value"]
+
+
+def _text(cell: CellValue) -> str | None:
+    return (None if cell is None else str(cell).strip()) or None

@@ -44,12 +44,11 @@ from turret.tasks import stored_task, task_from_spec
 from turret.tasks.calibration import stored_by_question
 from turret.tasks.shapes import HeadConfig
 from turret.transformer import Model
-from turret.workspace.card import FOLDER, card
-from turret.workspace.card_code import dropped_by_peft
+from turret.workspace.card import FOLDER, card, dropped_by_peft
 from turret.workspace.importing import probe_items
 from turret.workspace.progress import Say, silent
+from turret.workspace.resident import load_base, quantization_of
 from turret.workspace.results import Exported
-from turret.workspace.stored_adapter import load_base, quantization_of
 
 Form = Literal["peft", "merged", "vllm", "gguf"]
 BUNDLES: tuple[Form, ...] = ("peft", "vllm")  # the forms that are the stored bundle with more files

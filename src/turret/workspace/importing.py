@@ -41,8 +41,8 @@ from turret.tasks.task import kinds
 from turret.train.batches import EncodedRow, EncodedRows
 from turret.train.proof import AdapterEffect, effect_of
 from turret.workspace.progress import Say, silent
+from turret.workspace.resident import quantization_of
 from turret.workspace.results import Imported
-from turret.workspace.stored_adapter import quantization_of
 
 TASK_TYPES = {  # PEFT's task_type -> kind
     "SEQ_CLS": "classify",

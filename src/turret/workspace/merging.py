@@ -18,8 +18,8 @@ from turret.reference import check_name
 from turret.store import Store, Version, scratch
 from turret.workspace.importing import check
 from turret.workspace.progress import Say
+from turret.workspace.resident import load_base, read_adapter
 from turret.workspace.results import Merged
-from turret.workspace.stored_adapter import load_base, read_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor

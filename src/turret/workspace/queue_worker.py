@@ -34,8 +34,7 @@ from turret.access import ANY, check_patterns
 from turret.database import CELL, STUDY
 from turret.errors import BadLocation, Interrupted, LeaseLost, NotFound, RecipeError, StoreError
 from turret.process import stop_on_sigterm
-from turret.recipe import Recipe
-from turret.recipe.default_base import AUTO
+from turret.recipe import AUTO, Recipe
 from turret.store import JobQueue, Store, leases
 from turret.store.jobs import WORK, CellSpec, Entry, Job, StudySpec
 from turret.store.leases import LeaseRenewer

@@ -13,9 +13,10 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from sqlalchemy import Connection
 
@@ -25,8 +26,7 @@ from turret.data import memory
 from turret.disk import PRIVATE, make_folder, permissions
 from turret.errors import DataError, NotFound, RecipeError, StoreError
 from turret.json_types import JsonObject
-from turret.recipe import Recipe
-from turret.recipe.default_base import AUTO
+from turret.recipe import AUTO, Recipe
 from turret.store import JobQueue, Store, client_files, queued_data
 from turret.store.blobs import hash_file
 from turret.store.jobs import STUDY_ID, OpenJob, StudyRow, StudySpec
@@ -41,6 +41,7 @@ MOST_FILES = 1000  # in a folder of data
 STORED = re.compile(f"{client_files.ID}/")  # begins the name of a file that was sent before
 MOST_NAME = 200  # bytes of the name of a file that a client sends
 STDIN = "-"
+MOST_CELLS = 500  # of a comparison or a sweep that waits
 
 
 @checked_methods
@@ -75,7 +76,7 @@ class Queue:
         Args:
             files: tables by name; `data.source` names one of them.
             own_base: the base of the server, which may be a folder.
-            study: what the recipe is compared or searched by, as `turret.workspace.orders` writes it.
+            study: what the recipe is compared or searched by, as `as_spec` writes it.
 
         Raises:
             DataError: `data.source` or `base` would be a file of the server.
@@ -225,7 +226,7 @@ class Queue:
         if not files and PLACE.match(recipe.data.source):
             raise DataError(f"data.source {ascii(recipe.data.source)[:60]} is not a file here: give its path")
         source, place = _placed(self._store, recipe.data.source, files)
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": source})})
+        recipe = recipe.changed(data={"source": source})
         return self._row(queue.submit(recipe.name, recipe.to_toml(), priority=priority, place=place, study=study))
 
     def _require_seen(self, recipe: Recipe) -> None:
@@ -403,3 +404,48 @@ def bring_data(store: Store, recipe: Recipe, folder: Path) -> Path:
     except OSError:  # Windows
         shutil.copytree(data, folder / place[0])
     return folder
+
+
+# --- comparisons and sweeps that wait ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ComparisonRequest:
+    """The options of a comparison."""
+
+    methods: str | None = None  # None: base, the task's baselines, full, lora and prefix
+    seeds: int = 5
+    budget: float | None = None  # seconds; None: until all cells have run
+    fractions: tuple[float, ...] = (1.0,)  # of the training examples
+    margin: float = 1.0  # points
+    against: str = "full"
+    lr: float | Literal["auto"] | None = None  # for every method; None: each method's own
+    texts: bool = True  # whether the report shows examples
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True)
+class SweepOrder:
+    """A sweep that waits: as `Workspace.sweep` takes it."""
+
+    settings: Mapping[str, str]
+    trials: int | None = None
+    at_once: int = 4
+    budget: float | None = None
+
+
+Order: TypeAlias = ComparisonRequest | SweepOrder
+
+
+def as_spec(order: Order, sent: str) -> StudySpec:
+    """For the row of its job. sent: the data, as the client named it."""
+    verb = "sweep" if isinstance(order, SweepOrder) else "compare"
+    return {"verb": verb, "sent": sent, "order": asdict(order)}
+
+
+def order_of(spec: StudySpec) -> Order:
+    """What `as_spec` wrote."""
+    values: JsonObject = dict(spec["order"])
+    if spec["verb"] == "sweep":
+        return SweepOrder(**values)
+    return ComparisonRequest(**values | {"fractions": tuple(values["fractions"])})

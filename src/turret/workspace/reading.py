@@ -13,16 +13,16 @@ from turret.data.columns import LABELLED, RoleColumns
 from turret.data.table import BETWEEN, ROLES, answer_to, find_column, list_columns, require_columns
 from turret.errors import AdapterError, DataError, RecipeError, listed, one_line, shown
 from turret.json_types import JsonValue, Plain
+from turret.recipe import AUTO, Data, Recipe, default_base, read_toml
 from turret.store import Panel, Question, Store, Version
 from turret.store.panels import decisions_of
 from turret.tasks import schemas, stored_task, task_of
 from turret.tasks.classify import TEXTS
-from turret.trackers.table import require_installed
+from turret.trackers import require_installed
 from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
     from turret.data.dataset import Rows
-    from turret.recipe import Data, Recipe
 
 KEPT = (
     "separator",
@@ -122,8 +122,6 @@ def with_base(recipe: Recipe, kind: str) -> tuple[Recipe, list[str]]:
     Args:
         kind: of the task.
     """
-    from turret.recipe.default_base import AUTO, default_base
-
     if recipe.base != AUTO:
         return recipe, []
     base, note = default_base(task_of(kind).head)
@@ -288,10 +286,9 @@ def read_rows(store: Store, version: Version, source: str, columns: RoleColumns)
 
 def trained_on(version: Version) -> Mapping[str, Plain]:
     """The `[data]` of the recipe that made a version; empty for a version without a recipe, such as an imported one."""
-    from turret.recipe import toml
 
     try:
-        recipe = toml.loads(str(version.lineage.get("recipe") or ""))
+        recipe = read_toml(str(version.lineage.get("recipe") or ""))
     except ValueError:
         return {}
     data = recipe.get("data")
@@ -303,7 +300,6 @@ def _roles(trained: Mapping[str, Plain]) -> dict[str, str]:
 
 
 def _data(store: Store, source: str, trained: Mapping[str, Plain], columns: RoleColumns) -> Data:
-    from turret.recipe import Data
 
     kept = {key: trained[key] for key in KEPT if key in trained}
     try:

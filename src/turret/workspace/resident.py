@@ -1,42 +1,288 @@
-"""Where a training computes: in a process of its own, or beside others on a base that stays in memory.
+"""Where a training computes, and what it has in memory before its first step: its device and its base.
 
-Trainings on one resident base share its weights. Each has a model of its own, and one thread runs their steps in turn.
+It computes in a process of its own, or beside others on a base that stays in memory. Trainings on one resident base
+share its weights. Each has a model of its own, and one thread runs their steps in turn. In a process of its own, the
+base is whole or in parts (`train.shard`).
 """
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypedDict, TypeVar, Unpack
 
 import torch
 
-from turret import bases, process
-from turret.bases import Base, ChosenDevice
+from turret import bases, bundles, process
+from turret.adapters import Adapter, StoredAdapter
+from turret.bases import Base, ChosenDevice, choose_device
 from turret.bases.base import Digests, Dtype, dtype_on
-from turret.bases.device import Machine, this_machine
-from turret.bases.meta_model import room_to_answer
-from turret.bases.quantized import Quantization
-from turret.bases.sharded import digest_of
+from turret.bases.device import CPU, Gpu, Machine, gigabytes, this_machine
+from turret.bases.meta_model import room_to_answer, skeleton
+from turret.bases.quantized import QUANTIZATIONS, Quantization
+from turret.bases.sharded import digest_of, gather_once, load_in_parts, parts_of
 from turret.bases.shared import share
+from turret.data import Dataset
 from turret.engine.pass_thread import PassThread
-from turret.errors import Interrupted, TrainingError
+from turret.errors import AdapterError, Interrupted, PreflightRefused, TrainingError, UnknownFamily
 from turret.families.family import HeadKind
-from turret.recipe import Recipe
-from turret.recipe.default_base import AUTO
-from turret.tasks import Task
+from turret.ops.table import why_no_gpu_feature
+from turret.recipe import AUTO, Data, Recipe
+from turret.reference import Reference
+from turret.store import Store, Version
+from turret.tasks import Task, stored_task
 from turret.tasks.tokens import tokenizer_digest
-from turret.train import memory
-from turret.workspace import prepared
+from turret.train import distributed, memory
+from turret.train.gpu_memory import Work, in_parts, predict_on_gpu, refusal
+from turret.train.memory import Prediction
 from turret.workspace.child_process import STOPPED, why_alone
 from turret.workspace.results import Planned
 
 if TYPE_CHECKING:
     from turret.engine.core import Engine
+
+
+GPU_PASSES = (16384, 8192, 4096)  # tokens of a training pass on a GPU, the most that fit
+GPU_SHARE = 0.6  # of what weights and states leave free: lengths differ, and an allocator keeps holes
+UNPREDICTED = 1.5  # times the room to answer: a training whose memory cannot be predicted from shapes
+
+
+@dataclass(frozen=True)
+class PreparedTraining:
+    """Everything that a training needs, in memory."""
+
+    recipe: Recipe  # with every default filled in
+    dataset: Dataset
+    base: Base
+    bare: Base  # with nothing attached while `base` trains, to be asked; `base` itself if it lies in parts
+    task: Task
+    notes: list[str]
+    load_seconds: float
+    resident: int  # bytes of the process after the base was loaded
+    start: StoredAdapter | None  # the version that `train.init_from` names
+    device: ChosenDevice  # where the base is, and why
+
+    @property
+    def parts(self) -> tuple[Recipe, Base, Task, Dataset]:
+        """The positional arguments of `turret.train`'s functions."""
+        return self.recipe, self.base, self.task, self.dataset
+
+
+# --- device -----------------------------------------------------------------------------------------------------------
+# A GPU takes a training if the predicted memory of the whole training fits there.
+
+
+def choose_for(recipe: Recipe, task: type[Task], labels: Sequence[str], machine: Machine | None = None) -> ChosenDevice:
+    """The device of a training, before its base is read.
+
+    Args:
+        recipe: `train.device` names the device; None: auto.
+        task: of the data.
+        labels: of a classifier.
+        machine: the devices to choose from; None: those of this machine.
+
+    Raises:
+        DeviceError: the device is not there.
+        PreflightRefused: the weights and the trained states do not fit on the GPU that the recipe names.
+    """
+    name = recipe.train.device or AUTO
+    if name in ("cpu", "mps"):
+        return choose_device(name, machine=machine)
+    machine = this_machine() if machine is None else machine
+    gpus = {gpu.device: gpu for gpu in machine.gpus}
+    chosen = choose_device(name, lambda at: _needed(recipe, task, labels, gpus[at]), machine)
+    gpu = gpus.get(chosen.device)
+    if gpu is not None and name != AUTO:
+        predicted = predicted_for(recipe, task, labels, gpu.device)
+        problem = None if predicted is None else refusal(predicted, gpu.free, recipe.base, str(gpu.device))
+        if problem is not None:
+            raise PreflightRefused(problem)
+    return chosen
+
+
+def checkpoints_for(
+    recipe: Recipe, task: type[Task], labels: Sequence[str], device: torch.device, machine: Machine | None = None
+) -> str | None:
+    """Why the layers of a training on a GPU are checkpointed, though the recipe leaves it open; None if they are not.
+
+    Args:
+        recipe: `train.checkpoint_layers`, if it is set, decides.
+        device: the one that `choose_for` chose.
+        machine: its devices; None: those of this machine.
+    """
+    if device.type != "cuda" or recipe.train.checkpoint_layers is not None or recipe.train.shard is not None:
+        return None
+    machine = this_machine() if machine is None else machine
+    free = next(gpu.free for gpu in machine.gpus if gpu.device == device)
+    whole = predicted_for(recipe, task, labels, device)
+    if whole is None or whole.total <= free:
+        return None
+    return f"about {gigabytes(whole.total)} would be needed without it, and {gigabytes(free)} are free"
+
+
+def pass_tokens_for(
+    recipe: Recipe,
+    task: type[Task],
+    labels: Sequence[str],
+    device: torch.device,
+    machine: Machine | None = None,
+    *,
+    checkpointed: bool = False,
+) -> int | None:
+    """Tokens of a training pass on a GPU: the most that take a share of its free memory, as the plan predicts them.
+
+    A pass of the few hundred tokens that suit a CPU would leave a GPU waiting for launches.
+
+    Args:
+        device: the one that `choose_for` chose.
+        machine: its devices; None: those of this machine.
+        checkpointed: whether its layers are.
+
+    Returns:
+        None if the recipe decides, on a CPU, for a base in parts, and if not even the fewest tokens fit.
+    """
+    if device.type != "cuda" or recipe.train.micro_batch_tokens is not None or recipe.train.shard is not None:
+        return None
+    machine = this_machine() if machine is None else machine
+    free = next(gpu.free for gpu in machine.gpus if gpu.device == device)
+    for most in GPU_PASSES:
+        asked = recipe.with_overrides({"train.micro_batch_tokens": str(most)})
+        predicted = predicted_for(asked, task, labels, device, checkpointed=checkpointed)
+        if predicted is None:
+            return None
+        if predicted.activations <= GPU_SHARE * (free - (predicted.total - predicted.activations)):
+            return most
+    return None
+
+
+def predicted_for(
+    recipe: Recipe,
+    task: type[Task],
+    labels: Sequence[str],
+    device: torch.device,
+    *,
+    parts: int = 1,
+    checkpointed: bool | None = None,
+    work: Work | None = None,
+) -> Prediction | None:
+    """The predicted memory of a recipe's training on a GPU; None if it cannot be told from shapes alone.
+
+    Args:
+        parts: in how many parts the layers of the base lie, with `train.shard`.
+        checkpointed: whether its layers are checkpointed; None: as the recipe says.
+        work: its largest pass; None: of texts that are all as long as the recipe allows.
+
+    Raises:
+        BaseModelError: the base cannot be found.
+    """
+    source = bases.resolve(recipe.base)
+    if checkpointed is None:
+        checkpointed = bool(recipe.train.checkpoint_layers)
+    shape = recipe.model_copy(update={"name": "shape", "seed": 0, "data": Data(source="-")})  # the rest decides
+    try:
+        outputs = task.num_labels(labels)
+        return _predicted(source.folder, shape.to_toml(), task, outputs, device, parts, checkpointed, work)
+    except (UnknownFamily, AdapterError, NotImplementedError, RuntimeError, TypeError):
+        return None  # such as a module that needs numbers; the plan measures it on the GPU
+
+
+@lru_cache(maxsize=64)
+def _predicted(
+    _folder: Path,
+    shape: str,
+    task: type[Task],
+    outputs: int | None,
+    device: torch.device,
+    parts: int,
+    checkpointed: bool,
+    work: Work | None,
+) -> Prediction:
+    """The predicted memory of a training on the base in a folder. shape: its recipe (TOML), without name and data."""
+    recipe = Recipe.from_toml(shape)
+    model = skeleton(bases.resolve(recipe.base), task.head, outputs)
+    dtype = dtype_on(device, recipe.train.dtype)
+    predicted = predict_on_gpu(
+        model,
+        recipe.method,
+        work or Work.of(recipe, model),
+        dtype,
+        nf4=recipe.base_quantization == "nf4",
+        optimizer=recipe.train.optimizer,
+        checkpointed=checkpointed,
+        attention=why_no_gpu_feature("attention", device, dtype) is None,
+    )
+    return predicted if parts == 1 else in_parts(predicted, model, parts)
+
+
+def _needed(recipe: Recipe, task: type[Task], labels: Sequence[str], gpu: Gpu) -> int:
+    """Bytes that a training needs on a GPU, with its layers checkpointed if it would not fit otherwise."""
+    predicted = predicted_for(recipe, task, labels, gpu.device)
+    if predicted is not None and predicted.total > gpu.free and recipe.train.checkpoint_layers is None:
+        predicted = predicted_for(recipe, task, labels, gpu.device, checkpointed=True) or predicted
+    if predicted is not None:
+        return predicted.total
+    packed = recipe.base_quantization is not None
+    room = room_to_answer(bases.resolve(recipe.base), dtype_on(gpu.device, recipe.train.dtype), packed=packed)
+    return round(UNPREDICTED * room)
+
+
+# --- base -------------------------------------------------------------------------------------------------------------
+
+
+def connect_parts(recipe: Recipe, here: distributed.Processes) -> None:
+    """Connect the processes for a base in parts, if the recipe asks for it. All must call it at the same time.
+
+    Raises:
+        TrainingError: there is one process.
+    """
+    if recipe.train.shard is None:
+        return
+    if here.size == 1:
+        raise TrainingError(
+            f'train.shard = "{recipe.train.shard}" divides a base among several processes, and this is one: start it '
+            f"with `{distributed.LAUNCH}`, which prints the plan too, or leave train.shard out"
+        )
+    distributed.mesh()
+
+
+def base_of(recipe: Recipe, task: type[Task], labels: Sequence[str], device: ChosenDevice) -> Base:
+    """A recipe's base: whole, or this process's part of it."""
+    head, outputs, dtype, seed = task.head, task.num_labels(labels), recipe.train.dtype, recipe.seed
+    if recipe.train.shard is not None:
+        mesh = distributed.mesh()
+        return load_in_parts(
+            recipe.base, task=head, mesh=mesh, device=device, num_labels=outputs, dtype=dtype, seed=seed
+        )
+    return bases.load(
+        recipe.base,
+        task=head,
+        num_labels=outputs,
+        dtype=dtype,
+        seed=seed,
+        quantization=recipe.base_quantization or "none",
+        device=device,
+    )
+
+
+def gather_parts(ready: PreparedTraining) -> None:
+    """Make the first pass of a base in parts, in all processes."""
+    if parts_of(ready.base.model) > 1:
+        gather_once(ready.base.model)
+
+
+def proof_device(ready: PreparedTraining) -> ChosenDevice:
+    """Where the proof loads the base, whole and in one process: the CPU, if the base is in parts."""
+    return ChosenDevice(CPU, "the whole base") if parts_of(ready.base.model) > 1 else ready.device
+
+
+# --- a place ----------------------------------------------------------------------------------------------------------
+
 
 T = TypeVar("T")
 Key = tuple[Hashable, ...]  # the base's name first
@@ -68,7 +314,7 @@ class OwnProcess:
 
     def model_for(self, needed: TrainingBase) -> Base:
         """A training's base, with nothing attached."""
-        return prepared.load_base(*needed)
+        return base_of(*needed)
 
     def has(self, needed: TrainingBase) -> bool:
         """Whether a training's base is in memory."""
@@ -114,7 +360,7 @@ class ResidentBases(OwnProcess):
         recipe, task, labels, _ = needed
         if (reason := why_alone(recipe)) is not None:
             raise TrainingError(f"this training cannot share its base: {reason}; run it in a process of its own")
-        load = lambda: prepared.load_base(*needed._replace(labels=()))
+        load = lambda: base_of(*needed._replace(labels=()))
         return self.run(lambda: self._model(_key_of(needed), load, task.num_labels(labels), recipe.seed))
 
     def has(self, needed: TrainingBase) -> bool:
@@ -359,3 +605,48 @@ class Seat(OwnProcess):
         """Raise Interrupted if the training shall end."""
         if self.stop():
             raise Interrupted(STOPPED)
+
+
+# --- adapters of the store --------------------------------------------------------------------------------------------
+
+
+def read_adapter(store: Store, reference: str | Reference) -> tuple[Version, Adapter]:
+    """Read a version. Raises NotFound if it does not exist, Corrupt if its files are damaged."""
+    with tempfile.TemporaryDirectory(prefix="turret-") as folder:
+        bundle = Path(folder) / "bundle"
+        return store.materialize(reference, bundle), bundles.read_bundle(bundle)
+
+
+def load_base(
+    adapter: Adapter,
+    dtype: Dtype = "auto",
+    quantization: Quantization | None = None,
+    device: str = "cpu",
+    place: OwnProcess = ALONE,
+) -> Base:
+    """Load the base of an adapter that stores its task. The caller checks the base's fingerprint.
+
+    Args:
+        quantization: None: as the adapter was trained.
+        place: where the base may be in memory already.
+    """
+    task, labels = stored_task(adapter.task), adapter.task.get("labels") or ()
+    return place.load(
+        adapter.base.id,
+        task=task.head,
+        num_labels=task.num_labels(labels),
+        dtype=dtype,
+        quantization=quantization_of(adapter) if quantization is None else quantization,
+        device=device,
+    )
+
+
+def quantization_of(adapter: Adapter) -> Quantization:
+    """How the weights of its base were packed during training. Raises AdapterError if this version does not know it."""
+    kept = adapter.base.quantization or "none"
+    if kept not in QUANTIZATIONS:
+        raise AdapterError(
+            f"the adapter was trained on {adapter.base.id} in {kept[:40]}: this version knows "
+            f"{', '.join(QUANTIZATIONS)}; upgrade turret"
+        )
+    return QUANTIZATIONS[kept]

@@ -5,7 +5,7 @@ It hears lines of JSON: `{"start": JOB, ...}`, with what `Job.as_json` gives, an
 thread; one more thread computes for all of them. When stdin is closed, each job writes a checkpoint and returns to the
 queue.
 
-It opens no file of a tenant: `turret.workspace.data_reader` reads the data, in a process that is killed if it hangs.
+It opens no file of a tenant: `turret.workspace.data_readers` reads the data, in a process that is killed if it hangs.
 Only the cells of a comparison that its parent runs read their own data, from the same folder as the parent.
 """
 

@@ -23,7 +23,7 @@ from turret.families import FAMILIES
 from turret.reference import Reference, parts_of
 from turret.store import Store
 from turret.workspace.progress import Say, silent
-from turret.workspace.stored_adapter import read_adapter
+from turret.workspace.resident import read_adapter
 
 log = logging.getLogger("turret.serving")
 REMEMBERED = 4096  # versions

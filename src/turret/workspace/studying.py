@@ -22,6 +22,7 @@ from turret.store import JobQueue, Store
 from turret.store.jobs import Job, StudyResult
 from turret.store.queued_data import PLACE
 from turret.workspace import comparing, sweeping
+from turret.workspace.cells import Workers
 from turret.workspace.child_process import (
     Ended,
     JobRequest,
@@ -31,10 +32,8 @@ from turret.workspace.child_process import (
     status_of,
     stop_with_parent,
 )
-from turret.workspace.comparing.cells import Workers
-from turret.workspace.orders import ComparisonRequest, order_of, require_few
 from turret.workspace.progress import Progress
-from turret.workspace.queueing import bring_data, require_base
+from turret.workspace.queueing import ComparisonRequest, bring_data, order_of, require_base
 
 
 def main(request: str) -> int:
@@ -81,17 +80,16 @@ def _conduct(store: Store, queue: JobQueue, taken: Job, asked: JobRequest) -> No
     os.chdir(folder if place is None else folder / place[0])  # where the data has the name that it was sent with
     if place is not None:
         named = recipe.data.source.removeprefix(f"{place[0]}/")
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": named})})
+        recipe = recipe.changed(data={"source": named})
     if isinstance(order, ComparisonRequest):
-        compared = comparing.compare(store, recipe, order, say_to_parent, require_few, tasks)
+        compared = comparing.compare(store, recipe, order, say_to_parent, comparing.require_few, tasks)
         missing, version = compared.missing, compared.promotion.version
         result: StudyResult = {"report": Path(compared.folder).name, "said": headline(compared), "version": version}
     else:
-        recipe, request = order.split(recipe)
+        recipe, request = sweeping.split(order, recipe)
         found = sweeping.sweep(store, recipe, replace(request, on=tasks), say_to_parent)
         missing, best = found.missing, found.ranked[0]
-        data = found.best.data.model_copy(update={"source": taken.spec["sent"]})
-        toml = found.best.model_copy(update={"data": data}).to_toml()
+        toml = found.best.changed(data={"source": taken.spec["sent"]}).to_toml()
         said = f"the best of {len(found.ranked)} trials: {best.title}"
         result = {"recipe": toml, "said": said, "version": best.version}
     queue.finish(taken, tasks.noted | result | {"missing": missing})

@@ -32,13 +32,21 @@ from turret.recipe import Recipe
 from turret.store import JobQueue, Store
 from turret.store.jobs import CellSpec, JobState, NewCell
 from turret.tasks import task_of
+from turret.workspace.cells import (
+    OWN,
+    POLL_SECONDS,
+    TRIAL,
+    KeptFiles,
+    Tasks,
+    executor,
+    held,
+    read_json,
+    require_executor,
+)
 from turret.workspace.child_process import why_alone
-from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import OWN, POLL_SECONDS, Tasks, executor, require_executor
-from turret.workspace.comparing.kept_files import TRIAL, KeptFiles, held
 from turret.workspace.progress import CellState, Progress, Say
 from turret.workspace.queue_worker import Worker
-from turret.workspace.queueing import Place, placed_data, with_absolute_base
+from turret.workspace.queueing import MOST_CELLS, Place, SweepOrder, placed_data, with_absolute_base
 from turret.workspace.reading import read_dataset, with_base
 
 if TYPE_CHECKING:
@@ -47,6 +55,8 @@ if TYPE_CHECKING:
 TRIALS = 20  # unless --trials says otherwise, or all settings are lists
 MOST_TRIALS = 1000
 AT_ONCE = 4  # trials that wait or run at a time on workers
+SEARCHED = ("method.", "train.")  # settings that a client may search; no other could name a file or a tracker
+NOT_SEARCHED = ("method.kind", "train.init_from", "train.trackers")
 WIDE = 10.0  # a range whose ends are so many times apart is searched on a logarithmic scale
 State = Literal["finished", "pruned", "failed"]
 Plain = str | float | int
@@ -127,6 +137,22 @@ class SweepRequest:
         """The number of trials."""
         most = self.combinations
         return min(self.trials or most or TRIALS, most or MOST_TRIALS)
+
+
+def split(order: SweepOrder, recipe: Recipe) -> tuple[Recipe, SweepRequest]:
+    """The recipe with the settings that are fixed, and what a client searches. Raises RecipeError."""
+    for key in order.settings:
+        if not key.startswith(SEARCHED) or key.startswith(NOT_SEARCHED):
+            raise RecipeError(f"a sweep searches settings of method and train, such as train.lr: given {key[:60]}")
+    fixed, searched = parse_settings(order.settings)
+    for key, each in searched.items():
+        texts = each.values if isinstance(each, Choices) else (f"{each.low:g}", f"{each.high:g}")
+        for text in texts:
+            recipe.with_overrides({**fixed, key: text})  # a value that does not fit
+    request = SweepRequest(searched, order.trials, order.at_once, order.budget)
+    if request.count > MOST_CELLS:
+        raise RecipeError(f"{request.count} trials: expected at most {MOST_CELLS}: give fewer values, or fewer trials")
+    return recipe.with_overrides(fixed), request
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -417,7 +443,7 @@ class _Running:
     def _know_earlier(self) -> None:
         """Read the trials of earlier calls."""
         for path in sorted(self._folder.glob("cells/*/trial.json")):
-            kept = kept_files.read(path) or {}
+            kept = read_json(path) or {}
             trial = self._trial(int(kept["number"]), kept["settings"])
             self._trials.append(trial)
             self._look_at(trial)
@@ -464,9 +490,9 @@ class _Running:
         """Read how far a trial is, and its value if it is finished."""
         here = self._folder / "cells" / trial.key
         self._store.artifacts.bring(f"{self._study}/cells/{trial.key}/")
-        known = kept_files.read(here / "evaluations.json") or {}
+        known = read_json(here / "evaluations.json") or {}
         trial.evaluations = [(int(step), float(value)) for step, value in known.get("evaluations", ())]
-        result = kept_files.read(here / "result.json")
+        result = read_json(here / "result.json")
         if result is not None:
             trial.value = float(result["metrics"]["validation"][self._metric])
             trial.version, trial.run, trial.seconds = str(result["version"]), result["run"], result["wall_seconds"]

@@ -50,7 +50,7 @@ from turret.errors import (
 from turret.json_types import Plain
 from turret.manifest import Lineage
 from turret.methods.method import Check
-from turret.recipe import Recipe
+from turret.recipe import AUTO, Recipe
 from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
 from turret.store.leases import LeaseRenewer
@@ -58,7 +58,7 @@ from turret.store.runs import RunOutcome
 from turret.tasks import make_task, task_of
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.tasks.shapes import Metrics
-from turret.trackers.table import State, TrackedRun, require_installed
+from turret.trackers import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
 from turret.train.asking import Asking, twin
@@ -68,22 +68,26 @@ from turret.train.preflight import fits, sampled_batches
 from turret.train.proof import make_room
 from turret.train.reload import prove_here
 from turret.train.training_plan import Plan
-from turret.workspace import forgetting, prepared, promising
+from turret.workspace import forgetting, promising
 from turret.workspace.evaluation import AnsweredSplit, answer_split
-from turret.workspace.prepared import (
-    AUTO,
-    PreparedTraining,
-    checkpoints_for,
-    choose_for,
-    pass_tokens_for,
-    predicted_for,
-)
+from turret.workspace.history import every_step
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import read_dataset, with_base
-from turret.workspace.resident import ALONE, OwnProcess, TrainingBase
+from turret.workspace.resident import (
+    ALONE,
+    OwnProcess,
+    PreparedTraining,
+    TrainingBase,
+    checkpoints_for,
+    choose_for,
+    connect_parts,
+    gather_parts,
+    pass_tokens_for,
+    predicted_for,
+    proof_device,
+    read_adapter,
+)
 from turret.workspace.results import Planned, RunResult
-from turret.workspace.stored_adapter import read_adapter
-from turret.workspace.training_runs import every_step
 
 if TYPE_CHECKING:
     from turret.train.curve import StepRecord
@@ -216,49 +220,21 @@ def _answer_splits(
 STEP = ("loss", "lr", "grad_norm", "epoch", "tokens_per_second")  # fields of a record, as train/<field>
 
 
-class TrackerSession:
-    """A training with its trackers; without any, all methods do nothing."""
-
-    def __init__(self, tracking: Tracking | None) -> None:
-        self._tracking = tracking
-        self._result: RunResult | None = None
-
-    def record(self, record: StepRecord) -> None:
-        """A step has ended."""
-        if self._tracking is not None:
-            self._tracking.log(record.step, values_of(record))
-
-    def finished(self, result: RunResult) -> None:
-        """A version is stored."""
-        self._result = result
-
-    @property
-    def warnings(self) -> list[str]:
-        """The outages so far, a line each."""
-        return [] if self._tracking is None else self._tracking.warnings
-
-    def end(self, state: State) -> None:
-        """End the run in all trackers."""
-        if self._tracking is not None:
-            self._tracking.end(state, {} if self._result is None else summary_of(self._result))
-
-
 @contextmanager
-def follow(recipe: Recipe, run: TrackedRun | None, warn: Callable[[str], None]) -> Iterator[TrackerSession]:
+def follow(recipe: Recipe, run: TrackedRun, warn: Callable[[str], None]) -> Iterator[Tracking]:
     """Start the trackers that a recipe names, and end them with the state in which the training ends.
 
     Args:
-        run: None if the recipe names no tracker.
         warn: gets a line when a tracker fails.
     """
-    names = recipe.train.trackers or ()
-    followed = TrackerSession(Tracking(names, run, warn) if names and run is not None else None)
+    tracking = Tracking(recipe.train.trackers or (), run, warn)
     try:
-        yield followed
+        yield tracking
     except BaseException as error:
-        followed.end("interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed")
+        state: State = "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+        tracking.end(state, tracking.summary)
         raise
-    followed.end("finished")
+    tracking.end("finished", tracking.summary)
 
 
 def settings_of(recipe: Recipe, facts: Mapping[str, float | str]) -> dict[str, float | str]:
@@ -336,7 +312,7 @@ def prepare(
         DeviceError: the device is not there.
         PreflightRefused: the weights and the trained states do not fit on the GPU that the recipe names.
     """
-    prepared.begin(recipe, distributed.begin())
+    connect_parts(recipe, distributed.begin())
     trainer.require_optimizer(recipe)
     tuner_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     require_installed(recipe.train.trackers or ())
@@ -388,17 +364,11 @@ def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: StoredAdapter |
     found = {
         role: column for role, column in dataset.columns.items() if not isinstance(getattr(recipe.data, role), list)
     }
-    guessed = recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(update=found),
-            "task": recipe.task.model_copy(
-                update={
-                    "kind": dataset.kind,
-                    "reference": None if base.reference is None else base.reference.version,
-                }
-            ),
-            "train": recipe.train.model_copy(update={"init_from": None if start is None else start.version}),
-        }
+    reference = None if base.reference is None else base.reference.version
+    guessed = recipe.changed(
+        data=found,
+        task={"kind": dataset.kind, "reference": reference},
+        train={"init_from": None if start is None else start.version},
     )
     return trainer.filled(guessed, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
 
@@ -473,7 +443,7 @@ def _with_rate(ready: PreparedTraining, planned: Planned, callbacks: Callbacks) 
         start=ready.start,
         on_trial=lambda lr, steps: callbacks.stage(f"trying the learning rate {lr:.3g} for {steps} steps"),
     )
-    recipe = ready.recipe.model_copy(update={"train": ready.recipe.train.model_copy(update={"lr": found.lr})})
+    recipe = ready.recipe.changed(train={"lr": found.lr})
     return Planned(recipe, planned.plan.with_rate(found), [*planned.notes, found.note()])
 
 
@@ -503,68 +473,53 @@ def train(
     """
     here = distributed.begin()
     with here.noticing():
-        told = callbacks if here.main else Callbacks()
-        return _train(here, store, recipe, told, dataset, fresh, beside_base, held, comparison, place, asked)
-
-
-def _train(
-    here: distributed.Processes,
-    store: Store,
-    recipe: Recipe,
-    callbacks: Callbacks,
-    dataset: Dataset | None,
-    fresh: bool,
-    beside_base: bool,
-    held: HeldRun | None,
-    comparison: str | None,
-    place: OwnProcess,
-    asked: Callable[[], bool],
-) -> RunResult:
-    here.require_same(recipe=recipe.to_toml())
-    own = _of_process(here, recipe)
-    prepared.begin(recipe, here)
-    ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset, own, place))
-    prepared.gather(ready)
-    if place.stays:
-        planned = place.admitted(lambda: _plan(ready, callbacks, measured=False))
-    elif own is None:
-        ready, planned = _planned(store, ready, callbacks)
-        planned = _with_rate(ready, planned, callbacks)
-    else:
-        noted = _noted(ready, here)
-        planned = here.from_main(lambda: _with_rate(noted, _plan(noted, callbacks), callbacks))
-    left_out = [check.text for check in planned.plan.checks if check.name == "turns"]
-    ready = replace(ready, recipe=planned.recipe, notes=[*planned.notes, *left_out])
-    callbacks.planned(planned)
-    if planned.plan.refused:
-        raise PreflightRefused(planned.plan.refusal())
-    ready = replace(ready, recipe=planned.recipe.without_trackers())  # they do not decide which run is resumed
-    if not here.main:
-        return _follow(here, ready, beside_base)
-    toml, digest = ready.recipe.to_toml(), ready.dataset.digest
-    run = held or (None if fresh else store.unfinished_run(toml, digest, callbacks.stage))
-    run = replace(run or store.new_run(ready.recipe.name, toml, digest), comparison=comparison)
-    if held is not None:
-        store.training_runs().fill(held, toml, digest)
-    store.keep_rows(ready.recipe.data.source)  # after the run is listed, so that no gc removes them
-    try:
-        tracked = _tracked(run, ready, planned) if planned.recipe.train.trackers else None
-        with (
-            store.training_runs().keeper(run, callbacks.warning) as keeper,
-            follow(planned.recipe, tracked, callbacks.warning) as followed,
-        ):
-            begun = _Run(store, run, planned, _both(callbacks, followed, keeper), place, asked)
-            with _memory_explained():
-                result = begun.carry_out(ready, keeper, followed, beside_base=beside_base, moves=held is not None)
-            followed.finished(result)
-        result = replace(result, notes=[*ready.notes, *followed.warnings])
-    except BaseException as error:
-        with suppress(StoreError):  # a full disk must not hide the first error
-            if held is None:
-                store.end_run(run, "failed" if isinstance(error, NOT_RESUMABLE) else "interrupted", error=str(error))
-        raise
-    shutil.rmtree(run.checkpoint, ignore_errors=True)  # a finished run is not resumed
-    return here.from_main(lambda: result)
+        callbacks = callbacks if here.main else Callbacks()
+        here.require_same(recipe=recipe.to_toml())
+        own = _of_process(here, recipe)
+        connect_parts(recipe, here)
+        ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset, own, place))
+        gather_parts(ready)
+        if place.stays:
+            planned = place.admitted(lambda: _plan(ready, callbacks, measured=False))
+        elif own is None:
+            ready, planned = _planned(store, ready, callbacks)
+            planned = _with_rate(ready, planned, callbacks)
+        else:
+            noted = _noted(ready, here)
+            planned = here.from_main(lambda: _with_rate(noted, _plan(noted, callbacks), callbacks))
+        left_out = [check.text for check in planned.plan.checks if check.name == "turns"]
+        ready = replace(ready, recipe=planned.recipe, notes=[*planned.notes, *left_out])
+        callbacks.planned(planned)
+        if planned.plan.refused:
+            raise PreflightRefused(planned.plan.refusal())
+        ready = replace(ready, recipe=planned.recipe.without_trackers())  # they do not decide which run is resumed
+        if not here.main:
+            return _follow(here, ready, beside_base)
+        toml, digest = ready.recipe.to_toml(), ready.dataset.digest
+        run = held or (None if fresh else store.unfinished_run(toml, digest, callbacks.stage))
+        run = replace(run or store.new_run(ready.recipe.name, toml, digest), comparison=comparison)
+        if held is not None:
+            store.training_runs().fill(held, toml, digest)
+        store.keep_rows(ready.recipe.data.source)  # after the run is listed, so that no gc removes them
+        try:
+            with (
+                store.training_runs().keeper(run, callbacks.warning) as keeper,
+                follow(planned.recipe, _tracked(run, ready, planned), callbacks.warning) as tracking,
+            ):
+                begun = _Run(store, run, planned, _both(callbacks, tracking, keeper), place, asked)
+                with _memory_explained():
+                    result = begun.carry_out(ready, keeper, tracking, beside_base=beside_base, moves=held is not None)
+                tracking.summary = summary_of(result)
+            result = replace(result, notes=[*ready.notes, *tracking.warnings])
+        except BaseException as error:
+            with suppress(StoreError):  # a full disk must not hide the first error
+                if held is None:
+                    store.end_run(
+                        run, "failed" if isinstance(error, NOT_RESUMABLE) else "interrupted", error=str(error)
+                    )
+            raise
+        shutil.rmtree(run.checkpoint, ignore_errors=True)  # a finished run is not resumed
+        return here.from_main(lambda: result)
 
 
 def _tracked(run: HeldRun, ready: PreparedTraining, planned: Planned) -> TrackedRun:
@@ -584,13 +539,13 @@ def _tracked(run: HeldRun, ready: PreparedTraining, planned: Planned) -> Tracked
     return TrackedRun(run.id, ready.recipe.name, folder, after, settings_of(ready.recipe, facts), texts)
 
 
-def _both(callbacks: Callbacks, followed: TrackerSession, keeper: LeaseRenewer) -> Callbacks:
+def _both(callbacks: Callbacks, tracking: Tracking, keeper: LeaseRenewer) -> Callbacks:
     """The callbacks, with every record passed to the trackers too. A step after the lease is lost raises LeaseLost."""
 
     def record(record: trainer.StepRecord) -> None:
         keeper.require()
         callbacks.record(record)
-        followed.record(record)
+        tracking.log(record.step, values_of(record))
 
     return replace(callbacks, record=record)
 
@@ -650,7 +605,7 @@ class _Run:
         self,
         ready: PreparedTraining,
         keeper: LeaseRenewer,
-        followed: TrackerSession,
+        tracking: Tracking,
         *,
         beside_base: bool,
         moves: bool,
@@ -705,7 +660,7 @@ class _Run:
                     flat_loss=None if fitted.flat_loss is None else fitted.flat_loss.to_json(),
                     warnings=[*([] if fitted.flat_loss is None else [fitted.flat_loss.warning()]), *found.warnings],
                     advice=advice,
-                    notes=[*ready.notes, *followed.warnings],
+                    notes=[*ready.notes, *tracking.warnings],
                     device=str(ready.device.device),
                     forgetting=found.forgot,
                 )
@@ -783,7 +738,7 @@ class _Run:
                 self._computed(lambda: _prove_here(ready, bundle, found.probe, self.place))
             else:
                 stage("proving the bundle in a fresh process")
-                where = prepared.proof_device(ready).device
+                where = proof_device(ready).device
                 if where == ready.device.device:
                     make_room(ready.base.model)
                 trainer.prove(bundle, ready.base, found.probe, device=where, taken_on=ready.device.device)

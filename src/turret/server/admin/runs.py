@@ -18,7 +18,7 @@ from turret.server.routes import WHOLE, Model, View, owner_of, router
 from turret.server.trainings import CompareOptions, Curves, Drafted, Study, StudyPlan, SweepOptions
 from turret.store.jobs import StudyRow
 from turret.store.runs import RunRow
-from turret.workspace.orders import Order
+from turret.workspace.queueing import Order
 
 control = router("admin")
 MOST_FILES, MOST_SETTINGS = 16, 64

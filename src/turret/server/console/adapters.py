@@ -9,8 +9,7 @@ from typing import Annotated, TypedDict
 
 from fastapi import Path, Query, Request, Response
 
-from turret.compare.evaluation_page import ShownDetails, reliability_plot
-from turret.compare.panel_page import Live, Step, decided_plot, steps
+from turret.compare.evaluation_page import Live, ShownDetails, Step, decided_plot, reliability_plot, steps
 from turret.compare.results import RunReport
 from turret.errors import BadReference, BadRequest, NotFound, TurretError
 from turret.manifest import Manifest, base_in

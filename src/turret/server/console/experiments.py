@@ -19,8 +19,8 @@ from turret.server.routes import View, owner_of
 from turret.store import Gate
 from turret.store.catalog import PRODUCTION
 from turret.store.gates import judged
-from turret.workspace.examples import read_examples
 from turret.workspace.experimenting import STEPS
+from turret.workspace.promoting import read_examples
 
 router = pages()
 Name = Annotated[str, Path(min_length=1, max_length=200)]

@@ -16,7 +16,7 @@ from turret.manifest import Manifest
 from turret.server.routes import View
 from turret.tasks import stored_task
 from turret.tasks.shapes import TaskSpec
-from turret.workspace.card_code import exported_with_peft
+from turret.workspace.card import exported_with_peft
 
 WORDS = ("a text of your own", "another text")
 MOST_TOKENS = 80  # of a text that is written

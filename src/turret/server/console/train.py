@@ -18,8 +18,7 @@ from turret.data import source as tables
 from turret.errors import BadRequest, NotFound, TurretError
 from turret.methods import METHODS
 from turret.methods import SHOWN as METHODS_SHOWN
-from turret.recipe import Recipe, toml
-from turret.recipe.default_base import AUTO
+from turret.recipe import AUTO, Recipe, toml_text
 from turret.server import trainings
 from turret.server.console import render
 from turret.server.console.render import Field, Form, Sent, model_in, pages, require_verb, texts_in
@@ -27,7 +26,7 @@ from turret.server.routes import FileId, View, keep, owner_of
 from turret.server.trainings import SentPlan
 from turret.store.client_files import TABLE
 from turret.tasks import TASKS, Task, main_metric, measure_of
-from turret.workspace.training_runs import FullRun
+from turret.workspace.history import FullRun
 
 router = pages()
 USUAL = next(iter(METHODS_SHOWN))  # method
@@ -125,7 +124,7 @@ class Chosen:
     def as_settings(self) -> dict[str, str]:
         """For `turret.workspace.drafting`."""
         kind, _, name = self.method.partition(":")
-        found = {key: each if isinstance(each, str) else toml.written(each) for key, each in self.settings.items()}
+        found = {key: each if isinstance(each, str) else toml_text(each) for key, each in self.settings.items()}
         named_by = METHODS[kind].named_by if kind in METHODS else None
         return found | {"method.kind": kind} | ({f"method.{named_by}": name} if name and named_by else {})
 

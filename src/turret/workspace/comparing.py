@@ -1,6 +1,7 @@
-"""Conduct a comparison: make the design, run its cells, judge the results, and write the report.
+"""Compare methods: make the design, run its cells, judge the results, and write the report.
 
-Loads no torch, so that this process takes little memory next to the trainings.
+Loads no torch, so that this process takes little memory next to the trainings. `cells` runs the trainings and
+measurements, as jobs.
 """
 
 from __future__ import annotations
@@ -10,11 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from turret.compare.candidates import Candidate, candidates, is_floor, with_equal_epochs
 from turret.compare.comparison import Comparison, SeededResults, comparison, paired
-from turret.compare.design import Cell, Design, PlannedDesign
+from turret.compare.design import (
+    Candidate,
+    Cell,
+    Design,
+    PlannedDesign,
+    Power,
+    Spread,
+    candidates,
+    is_floor,
+    power,
+    with_equal_epochs,
+)
 from turret.compare.design import design as make_design
-from turret.compare.power import Power, Spread, power
 from turret.compare.report import write_report
 from turret.compare.results import CellResult
 from turret.data import Dataset
@@ -22,12 +32,19 @@ from turret.errors import RecipeError
 from turret.recipe import Recipe
 from turret.store import Store
 from turret.tasks import task_of
-from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import CellRunner, Tasks, command, executor, require_executor, require_known
-from turret.workspace.comparing.kept_files import held
-from turret.workspace.orders import ComparisonRequest
+from turret.workspace.cells import (
+    CellRunner,
+    Tasks,
+    command,
+    executor,
+    folder_of,
+    held,
+    read_json,
+    require_executor,
+    require_known,
+)
 from turret.workspace.progress import Say
-from turret.workspace.queueing import with_absolute_base
+from turret.workspace.queueing import MOST_CELLS, ComparisonRequest, with_absolute_base
 from turret.workspace.reading import read_dataset, with_base
 
 
@@ -128,7 +145,7 @@ def prepare(
         train=len(data.train),
         twins=[row.spec for row in rows[len(named) :]],
     )
-    folder = kept_files.folder_of(store.home, recipe, data.digest)
+    folder = folder_of(store.home, recipe, data.digest)
     cells = list(design.cells())
     if store.exists():
         store.artifacts.bring(f"{folder.relative_to(store.root).as_posix()}/")
@@ -145,6 +162,14 @@ def prepare(
     return Prepared(data, design, folder, planned)
 
 
+def require_few(planned: PlannedDesign) -> None:
+    """Raise RecipeError if a comparison has too many cells for a row of the queue."""
+    if planned.trainings > MOST_CELLS:
+        raise RecipeError(
+            f"{planned.trainings} cells: expected at most {MOST_CELLS}: give fewer methods, seeds or sizes"
+        )
+
+
 def _epochs(row: Candidate, data: Dataset) -> int:
     """The epochs of a row's trainings on all training examples: the recipe's, or the method's own."""
     train = row.recipe.train
@@ -153,7 +178,7 @@ def _epochs(row: Candidate, data: Dataset) -> int:
 
 def _stored_result(folder: Path, cell: Cell) -> CellResult | None:
     """The result of a cell that an earlier call ran."""
-    stored = kept_files.read(folder / "cells" / cell.key / "result.json")
+    stored = read_json(folder / "cells" / cell.key / "result.json")
     return None if stored is None else CellResult.of(cell, stored)
 
 

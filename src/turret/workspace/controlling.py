@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from turret.compare.candidates import Candidate, candidates
 from turret.compare.control_rates import Control, Written, rated, shown, write_report
-from turret.compare.design import Cell
+from turret.compare.design import Candidate, Cell, candidates
 from turret.compare.results import CellResult, made_with
 from turret.data import Dataset
 from turret.errors import DataError, RecipeError, TrainingError
@@ -24,9 +23,7 @@ from turret.recipe import Recipe
 from turret.reference import check_name
 from turret.store import Store
 from turret.tasks import task_of
-from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.cells import CellRunner, command, require_known
-from turret.workspace.comparing.kept_files import held
+from turret.workspace.cells import CellRunner, command, folder_of, held, require_known, write_text
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset, with_base
 
@@ -76,7 +73,7 @@ def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> 
     recipe, _ = with_base(recipe, recipe.task.kind or "generate")
     prepared = _prepare(store, recipe, request, say)
     digest = hashlib.sha256("".join(each.digest for each in prepared.data.values()).encode()).hexdigest()
-    folder = kept_files.folder_of(store.home, recipe, digest, "controls")
+    folder = folder_of(store.home, recipe, digest, "controls")
     with held(store, folder, say) as files:
         judge = _judge(folder, recipe, prepared, request)
         runner = CellRunner(store, folder, say, files=files)
@@ -167,7 +164,7 @@ def _judge(folder: Path, recipe: Recipe, prepared: PreparedControl, request: Con
         ]
         text = "".join(f"{json.dumps(row)}\n" for row in rows)
         content.update(f"{split}\n{text}".encode())
-        kept_files.write_text(references / f"{split}.jsonl", text)
+        write_text(references / f"{split}.jsonl", text)
     name = f"{recipe.name}-judge"
     check_name(name)
     judge_recipe = Recipe.model_validate(

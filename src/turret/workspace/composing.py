@@ -16,9 +16,8 @@ from pathlib import Path
 from turret import quantized
 from turret.adapters import Adapter
 from turret.bases.base import Dtype
-from turret.compare.candidates import Candidate
 from turret.compare.comparison import Comparison, comparison
-from turret.compare.design import Design, design
+from turret.compare.design import Candidate, Design, design
 from turret.compare.report import write_report
 from turret.compare.results import CellResult
 from turret.data import Dataset, Example
@@ -31,13 +30,13 @@ from turret.reference import parts_of
 from turret.store import Store, Version
 from turret.tasks import stored_task, task_from_spec
 from turret.train.asking import Asking
+from turret.workspace import measure
 from turret.workspace.answering import Mounted
-from turret.workspace.comparing import kept_files, measure
-from turret.workspace.comparing.kept_files import KeptFiles, held
+from turret.workspace.cells import FORMAT, KeptFiles, held, read_json
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_labelled
+from turret.workspace.resident import load_base
 from turret.workspace.serving import StoreSource
-from turret.workspace.stored_adapter import load_base
 
 BASE, COMPOSITION = "base", "composition"  # kinds of rows; that of a part is its method's
 LONGEST = 200  # characters of all names together: they are in the name of a folder
@@ -129,9 +128,9 @@ def compare_composition(store: Store, request: CompositionRequest, say: Say) -> 
     with held(store, folder, say) as files:
         keys = [(cell, composed.key(cell.candidate, request.dtype)) for cell in planned.cells()]
         rows = [(cell, folder / "cells" / key / "result.json") for cell, key in keys]
-        if missing := [(cell.candidate.spec, path) for cell, path in rows if kept_files.read(path) is None]:
+        if missing := [(cell.candidate.spec, path) for cell, path in rows if read_json(path) is None]:
             _measure(source.load(composed.whole), composed, missing, data.test, request, files, say)
-        results = [CellResult.of(cell, kept_files.read(path) or {}) for cell, path in rows]
+        results = [CellResult.of(cell, read_json(path) or {}) for cell, path in rows]
         result = comparison(
             planned,
             data,
@@ -196,7 +195,7 @@ def _folder(store: Store, composed: _Parts, data_digest: str) -> Path:
     names = "+".join(dict.fromkeys(part.name for part in composed.parts))
     if len(names) > LONGEST:
         raise RecipeError(f"the names of {composed.whole!s:.60} are too long: expected {LONGEST} characters together")
-    digest = hashlib.sha256(f"{kept_files.FORMAT}\n{composed.whole.digest}\n{data_digest}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{FORMAT}\n{composed.whole.digest}\n{data_digest}".encode()).hexdigest()
     return store.home / "comparisons" / f"{names}-{digest[:10]}"
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -39,12 +40,12 @@ from turret.train.initialize import attach, extracted
 from turret.transformer import Model
 from turret.workspace import answering
 from turret.workspace.forgetting import on_neutral_texts
+from turret.workspace.history import every_step
 from turret.workspace.machine import installed
-from turret.workspace.prepared import PreparedTraining, load_base
 from turret.workspace.progress import Say
-from turret.workspace.resident import OwnProcess
-from turret.workspace.training_runs import every_step
+from turret.workspace.resident import OwnProcess, PreparedTraining, base_of
 
+T = TypeVar("T")
 UNTRAINED = "base has an untrained head"
 TIMED_LABELS, TIMED_TEXTS = 24, 6  # single answers that are timed: of a classifier, of a task that generates
 
@@ -158,8 +159,7 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
             "parameters": {"trainable": count, "stored": count, "total": quantized.count(ready.base.model)},
             "timing": {"train_seconds": seconds},
             "latency": _timed(test[:TIMED_LABELS], lambda example: logits([example])),
-            "said": f"linear is scikit-learn's logistic regression on the mean of the frozen base's last hidden "
-            f"states; "
+            "said": "linear is scikit-learn's logistic regression on the mean of the frozen base's last hidden states; "
             f"cross-validation on the training split chose C = {strength:g}",
             "seedless": True,
         }
@@ -282,7 +282,7 @@ def _text(example: Example) -> str:
 def words(ready: PreparedTraining, say: Say) -> JsonObject:
     """Classify by the words of the labels, compared with an empty text: see `turret.engine.untrained`."""
     task, test = ready.task, ready.dataset.test
-    base = load_base(ready.recipe, stored_task({}), (), ready.device)
+    base = base_of(ready.recipe, stored_task({}), (), ready.device)
     question, count = Question(task.labels), len(task.labels)
     say(f"reading {len(test)} texts")
     with Engine(base, None) as engine:
@@ -315,13 +315,13 @@ def _texts(ready: PreparedTraining, answers: Sequence[str], answer: Callable[[Ex
     return of_no_version(ready) | _scored(task, test, answers, metrics) | {"latency": latency, "seedless": True}
 
 
-def _timed(examples: Sequence[Example], answer: Callable[[Example], object]) -> dict[str, float]:
+def _timed(texts: Sequence[T], answer: Callable[[T], object]) -> dict[str, float]:
     """Seconds per answer to one text at a time, after one answer to warm up."""
-    answer(examples[0])
+    answer(texts[0])
     seconds = []
-    for example in examples:
+    for text in texts:
         started = time.perf_counter()
-        answer(example)
+        answer(text)
         seconds.append(time.perf_counter() - started)
     return {"median_seconds": statistics.median(seconds), "slowest_seconds": max(seconds), "answers": len(seconds)}
 
@@ -361,20 +361,10 @@ def _scored(task: Task, examples: Sequence[Example], predictions: Sequence[Predi
 
 
 def _latency(ready: answering.Mounted, texts: Sequence[Input], bare: bool) -> dict[str, float]:
-    """Seconds per answer to one text at a time, after one answer to warm up."""
+    """Seconds per answer to some of the texts, evenly spread."""
     count = min(len(texts), TIMED_TEXTS if ready.task.max_new_tokens else TIMED_LABELS)
     sample = [texts[place * len(texts) // count] for place in range(count)]
-    answering.answers(ready, sample[:1], bare=bare)
-    seconds = []
-    for text in sample:
-        started = time.perf_counter()
-        answering.answers(ready, [text], bare=bare)
-        seconds.append(time.perf_counter() - started)
-    return {
-        "median_seconds": statistics.median(seconds),
-        "slowest_seconds": max(seconds),
-        "answers": len(seconds),
-    }
+    return _timed(sample, lambda text: answering.answers(ready, [text], bare=bare))
 
 
 def _forgetting(ready: answering.Mounted) -> dict[str, float] | None:

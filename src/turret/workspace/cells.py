@@ -8,34 +8,165 @@ the comparison's folder and used again. Loads no torch.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Protocol
 
-from turret.compare.candidates import Candidate
-from turret.compare.design import Cell
+from filelock import FileLock, Timeout
+
+from turret.compare.design import Candidate, Cell
 from turret.compare.report_text import seconds as span
 from turret.compare.results import CellResult
 from turret.data import Dataset
-from turret.errors import Interrupted, InUse, QueueFull, RecipeError, TrainingError
-from turret.json_types import JsonObject, JsonValue, Plain
-from turret.recipe import Data, Recipe
-from turret.store import JobQueue, Store
+from turret.database import Database
+from turret.disk import sync
+from turret.errors import Interrupted, InUse, QueueFull, RecipeError, StoreError, TrainingError, one_line
+from turret.json_types import JsonObject, Plain
+from turret.location import Location
+from turret.process import STORE_PREFIXES, environment
+from turret.recipe import Recipe, toml_text
+from turret.store import JobQueue, Store, leases
 from turret.store.jobs import CellSpec, JobState, NewCell
-from turret.tasks import task_of
+from turret.store.leases import Lease, LeaseRenewer
+from turret.tasks import Task, task_of
 from turret.workspace.child_process import STOPPED, why_alone
-from turret.workspace.comparing import kept_files
-from turret.workspace.comparing.kept_files import KeptFiles
 from turret.workspace.progress import CellState, Progress, Say
 from turret.workspace.queue_worker import Worker, WorkerLimits
-from turret.workspace.queueing import placed_data
+from turret.workspace.queueing import Queue, placed_data
+
+# --- state ------------------------------------------------------------------------------------------------------------
+# The files of a comparison. A killed comparison resumes from them: each cell's result is complete or missing.
+#
+# Under the store's root, `comparisons/<name>-<digest of recipe and data>/`:
+#
+# - `lock`: held by the process that conducts the comparison
+# - `cells/<key>/recipe.toml`, `plan.json`: written by that process before its first step
+# - `cells/<key>/result.json`: written atomically, after the version is stored and everything is measured
+# - `report.html`, `report.md`, `report.json`: of all results so far
+#
+# Why a cell has no result is in its job (`turret.store.jobs`); the next call tries again.
+#
+# A comparison of a composition with its parts is in `comparisons/<name>+<name>-<digest of versions and data>/`. Its
+# cells are the rows, and have a result only. Measurements of control have the same layout under `controls/`, and the
+# classifier's training data in `references/`.
+#
+# A cell's key depends only on its recipe, so a later call with more methods, seeds or fractions uses the same results.
+
+
+FORMAT = 1
+TRIAL = "trial"  # the kind of a cell of a sweep
+
+
+def folder_of(root: Path, recipe: Recipe, data_digest: str, kind: str = "comparisons") -> Path:
+    """The folder of a comparison. It depends on the recipe's base, data and training settings, not on its method."""
+    same = recipe.with_overrides({"method": "head", "train.lr": "none"})
+    same = same.changed(train={"init_from": None, "trackers": None})
+    digest = hashlib.sha256(f"{FORMAT}\n{same.to_toml()}\n{data_digest}".encode()).hexdigest()
+    return root / kind / f"{recipe.name}-{digest[:10]}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Raises StoreError."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StoreError(f"{path.name} cannot be written to {path.parent}: {reason}: free some space there") from None
+
+
+def read_json(path: Path) -> JsonObject | None:
+    """The contents of a JSON file; None if it does not exist. Raises StoreError if it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({type(error).__name__}): delete it to run that cell again") from None
+    if not isinstance(value, dict):
+        raise StoreError(f"{path} is not a JSON object: delete it to run that cell again")
+    return value
+
+
+# --- kept files -------------------------------------------------------------------------------------------------------
+
+
+class KeptFiles:
+    """Writes the files of a comparison.
+
+    Args:
+        store: has the comparison's folder under its root, and a copy of it if it is a store by URL.
+        lease: of the comparison, which each write to the store checks; None for a folder store.
+        keeper: renews the lease; None in the process of a cell.
+    """
+
+    def __init__(self, store: Store, lease: Lease | None = None, keeper: LeaseRenewer | None = None) -> None:
+        self.store, self.lease, self._keeper = store, lease, keeper
+
+    def write(self, path: Path, value: Mapping[str, Plain]) -> None:
+        """Write a JSON file."""
+        self.write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a text file. Raises LeaseLost if another process conducts the comparison by now."""
+        write_text(path, text)
+        self.store.artifacts.keep([path], self.lease)
+
+    def require(self) -> None:
+        """Raise LeaseLost if another process conducts the comparison by now."""
+        if self._keeper is not None:
+            self._keeper.require()
+
+
+@contextmanager
+def held(store: Store, folder: Path, say: Say) -> Iterator[KeptFiles]:
+    """Hold a comparison for this process: its folder by a lock, and with a store by URL also a lease.
+
+    With a store by URL, the files that other machines wrote are copied to the folder first.
+
+    Raises:
+        StoreError: another process conducts it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock", timeout=0):
+            if not store.artifacts.copies:
+                yield KeptFiles(store)
+                return
+            database, name = store.database(make=True), folder.relative_to(store.root).as_posix()
+            lease = _taken(database, name, say)
+            try:
+                with LeaseRenewer(database, lease, warn=say) as keeper:
+                    store.artifacts.bring(f"{name}/")
+                    yield KeptFiles(store, lease, keeper)
+            finally:
+                with suppress(StoreError), database.writing() as connection:  # otherwise it ends by itself
+                    leases.release(connection, lease)
+    except Timeout:
+        raise StoreError(f"another process runs the comparison in {folder}: wait for it, or end it") from None
+    except OSError as error:
+        raise StoreError(f"the comparison cannot be written to {folder}: {error.strerror or error}") from None
+
+
+def _taken(database: Database, name: str, say: Say) -> Lease:
+    if leases.is_free(database, name, say):
+        with database.writing() as connection:
+            if (lease := leases.take(connection, name)) is not None:
+                return lease
+    raise StoreError(f"another process runs the comparison {name}: wait for it, or end it")
+
 
 # --- command ----------------------------------------------------------------------------------------------------------
 # The command line that makes a report again: every setting of the recipe and of the request that is not a default.
@@ -59,33 +190,23 @@ def command(verb: str, recipe: Recipe, options: Mapping[str, str | int | float |
 
 def _changes(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, value) of every setting that is not the default, as `--set` reads them."""
-    defaults = Recipe(name=recipe.name, base=recipe.base, data=Data(source=recipe.data.source))
-    if recipe.method.kind != defaults.method.kind:
+    if recipe.method.kind != Recipe.model_fields["method"].default.kind:
         yield "method", recipe.method.kind
-    for table in ("data", "task", "method", "train"):
-        settings = getattr(recipe, table)
-        default = type(settings).model_construct() if table == "method" else getattr(defaults, table)
-        for key, value in settings.model_dump(mode="json").items():
-            if key != "kind" and value != _as_json(getattr(default, key, None)):
+    changed = recipe.model_dump(mode="json", include={"data", "task", "method", "train"}, exclude_defaults=True)
+    for table, settings in changed.items():
+        for key, value in settings.items():
+            if (table, key) not in (("data", "source"), ("method", "kind")):
                 yield from _texts(f"{table}.{key}", value)
-        if table == "task" and settings.kind is not None:
-            yield "task.kind", settings.kind
-
-
-def _as_json(value: Plain) -> JsonValue:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _texts(key: str, value: Plain) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
+    if key == "task.class_weights" and isinstance(value, Mapping):
         for name, number in value.items():
             yield f"{key}.{name}", f"{number:g}"
     elif value is None:
         yield key, "none"
-    elif isinstance(value, (bool, Sequence)) and not isinstance(value, str):
-        yield key, json.dumps(value)
     else:
-        yield key, str(value)
+        yield key, value if isinstance(value, str) else toml_text(value)
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -155,7 +276,7 @@ class CellRunner:
     def _run_missing(self, cells: Sequence[Cell]) -> None:
         for number, cell in enumerate(cells, 1):
             name, here = cell.candidate.spec, self.folder / "cells" / cell.key
-            result = kept_files.read(here / "result.json") or self._of_another_seed(cell, here)
+            result = read_json(here / "result.json") or self._of_another_seed(cell, here)
             if result is None and name not in self.failures:
                 if self._late(self._expected_seconds(cell, own=True) or 0.0):
                     self.missing.append(cell)
@@ -223,7 +344,7 @@ class CellRunner:
         new, later = dict[str, list[Cell]](), list[Cell]()
         for cell in cells:
             here, alike = self.folder / "cells" / cell.key, (cell.candidate.spec, cell.fraction)
-            result = kept_files.read(here / "result.json") or self._of_another_seed(cell, here)
+            result = read_json(here / "result.json") or self._of_another_seed(cell, here)
             if result is not None or cell.candidate.spec in self.failures:
                 self._note_result(cell, result)
             elif not cell.candidate.trains and any(
@@ -250,7 +371,7 @@ class CellRunner:
     def _collect(self, cell: Cell, ended: JobState) -> None:
         """Take the result of a cell that a worker has ended."""
         self.store.artifacts.bring(f"{self._study}/cells/{cell.key}/")
-        result = kept_files.read(self.folder / "cells" / cell.key / "result.json")
+        result = read_json(self.folder / "cells" / cell.key / "result.json")
         if result is None and ended["state"] != "cancelled":
             self._note_failure(cell, ended)
         self._note_result(cell, result)
@@ -280,7 +401,7 @@ class CellRunner:
             return None
         for key, result in self.results.items():
             if (result.spec, result.fraction) == (cell.candidate.spec, cell.fraction):
-                earlier = kept_files.read(self.folder / "cells" / key / "result.json")
+                earlier = read_json(self.folder / "cells" / key / "result.json")
                 if earlier and earlier.get("seedless"):
                     self.files.write(here / "result.json", earlier)
                     return earlier
@@ -308,7 +429,7 @@ class CellRunner:
         if self._worker is None:
             self._worker = Worker(self.store, self.say, 1, OWN)
         self._worker.run_one(id, lambda line: self.say(f"{title}: {line}"), self._late)
-        result = kept_files.read(here / "result.json")
+        result = read_json(here / "result.json")
         ended = self._queue.states([id])[id]
         if result is None and ended["state"] == "failed":
             self._note_failure(cell, ended)
@@ -352,7 +473,7 @@ class CellRunner:
 
 
 class Tasks(Protocol):
-    """Who is asked to take cells from the queue: see `turret.workspace.ray_tasks`."""
+    """Who is asked to take cells from the queue: see `turret.workspace.cells`."""
 
     def begin(self, job: str, recipe: Recipe) -> None:
         """Have a job done that is in the queue."""
@@ -397,8 +518,6 @@ def executor(on: str | Tasks | None, store: Store, data: Dataset) -> Iterator[Ta
     """Who runs cells of this data; None: this process."""
     tasks = Workers() if isinstance(on, str) else on
     if isinstance(on, str) and on.startswith(RAY):
-        from turret.workspace.ray_tasks import RayTasks
-
         tasks = RayTasks(on, store, task_of(data.kind), data.labels)
     try:
         yield tasks
@@ -417,3 +536,94 @@ def require_known(rows: Sequence[Candidate]) -> None:
                 tuner_of(row.recipe.method).require_known()
             except RecipeError as error:
                 raise RecipeError(f"{row.spec}: {error}") from None
+
+
+# --- tasks of Ray -----------------------------------------------------------------------------------------------------
+# Jobs as tasks of Ray: `--on ray://HOST:PORT`. No other code imports Ray.
+#
+# A task does one job of the store's queue, as `turret worker --job ID --exit` does. Ray starts it again if its worker
+# or its node is lost; the job's lease and its checkpoint decide what is left to do. An error of the job itself is in
+# the store, so the task succeeds. Results are in the store too: a driver that is killed loses none.
+
+
+STARTS = 3  # tries to begin: Ray gives its own process for a driver half a minute to start
+LOST = 3  # times that a task whose worker was lost is started again
+
+
+def do_job(store: str, job: str) -> str | None:
+    """The task: do a job of a store, with the files of runs in a folder of this node. Returns its state."""
+    import ray
+
+    where = Location.parse(store)
+    node = where.local / f"ray-{ray.get_runtime_context().get_node_id()[:12]}"
+    queue = Queue(Store(replace(where, local=node)))
+    while (state := queue.work_one(job)) == "waiting":  # for another try
+        pass
+    return state
+
+
+class RayTasks:
+    """The tasks of one comparison or sweep.
+
+    Args:
+        address: such as `ray://head:10001`.
+        task: of the recipes, whose heads have these labels: they tell how much memory a training needs.
+
+    Raises:
+        RecipeError: Ray is not installed or does not answer, or the store is a folder of this machine.
+    """
+
+    def __init__(self, address: str, store: Store, task: type[Task], labels: Sequence[str]) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise RecipeError(f"--on {address[:60]} needs Ray ({error}): pip install 'turret[ray]'") from None
+        if store.location.catalog is None:
+            raise RecipeError(
+                f"--on {address[:60]}: other machines cannot open the folder {store}: give a store by URL"
+            )
+        passed = {key: value for key, value in environment(store=True).items() if key.startswith(STORE_PREFIXES)}
+        for left in reversed(range(STARTS)):
+            try:
+                ray.init(address, namespace="turret", log_to_driver=False, runtime_env={"env_vars": passed})
+                break
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                if not left:
+                    why = one_line(str(error), 160)
+                    raise RecipeError(f"--on {address[:60]}: Ray does not answer ({why}): is it running?") from None
+        self._gpus = ray.cluster_resources().get("GPU", 0.0) > 0
+        self._ray, self._store, self._kind, self._labels = ray, store, task, labels
+        self._remote = ray.remote(do_job)
+        self._tasks: dict[str, Hashable] = {}  # job -> the reference of its task
+
+    def begin(self, job: str, recipe: Recipe) -> None:
+        """Start the task of a job that is in the queue."""
+        import torch
+
+        from turret.workspace.resident import predicted_for
+
+        device = recipe.train.device or "auto"
+        gpu = device.startswith("cuda") or (device == "auto" and self._gpus)
+        predicted = predicted_for(recipe, self._kind, self._labels, torch.device("cuda" if gpu else "cpu"))
+        asked = {"num_cpus": 1, "num_gpus": int(gpu), "max_retries": LOST, "name": f"turret {job}"}
+        if predicted is not None and not gpu:
+            asked["memory"] = predicted.total
+        self._tasks[job] = self._remote.options(**asked).remote(self._store.location.given, job)
+
+    def check(self) -> None:
+        """Raise TrainingError if Ray gave a task up. Whatever the job itself did is in the store."""
+        if not self._tasks:
+            return
+        done, _ = self._ray.wait(list(self._tasks.values()), num_returns=len(self._tasks), timeout=0)
+        for job in [job for job, task in self._tasks.items() if task in done]:
+            try:
+                self._ray.get(self._tasks.pop(job))
+            except self._ray.exceptions.RayError as error:
+                raise TrainingError(one_line(f"Ray could not run {job}: {error}", 280)) from None
+
+    def tell(self, progress: Progress) -> None:
+        """Nobody watches."""
+
+    def close(self) -> None:
+        """Leave Ray. Tasks that still run are ended, and their jobs go on with the next call."""
+        self._ray.shutdown()
