@@ -167,7 +167,7 @@ class PreNormLayer(nn.Module):
 
 
 class FrozenNorm(nn.Module):
-    """Replaces an RMS norm of the base, with the same weight; see `ops.norms`."""
+    """Replaces an RMS norm of the base, with the same weight; see `ops.blocks`."""
 
     def __init__(self, replaced: nn.Module, context: BatchContext, narrows: bool = False) -> None:
         super().__init__()

@@ -118,7 +118,7 @@ PATHS: dict[str, Path] = {
     "rms_norm": Path(
         "an RMS norm; its input is saved, and no float32 copy of it",
         "ops.blocks",
-        "`ops.norms.rms_norm`",
+        "`ops.blocks.rms_norm`",
         "gradients pass through a frozen norm",
         part_of=_LAYER,
         bases=(DECODER,),
