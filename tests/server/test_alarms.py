@@ -195,7 +195,8 @@ def test_a_break_that_the_command_line_recorded_is_told_by_the_next_server(works
     assert (receiver.got, sent(workspace)) == ([], 0)
     serve(alarm=AlarmSettings(receiver.url))
     until(lambda: sent(workspace) == 1)
-    assert [told["kind"] for told, _, _ in receiver.got] == ["promise broken"]
+    told = {(said["id"], said["kind"]) for said, _, _ in receiver.got}  # once more, if its answer came too late
+    assert [kind for _, kind in told] == ["promise broken"]
 
 
 def test_what_happened_a_day_ago_is_told_no_more(workspace, put, monkeypatch) -> None:
