@@ -14,6 +14,7 @@ from turret import Workspace
 from turret.errors import BadExperiment, ExperimentError, GateFailed, InUse, NotFound, StoreError
 from turret.experiments import Guards
 from turret.experiments.analyze import Compared, Health, decide
+from turret.experiments.experiment import MISSING_BOUND
 from turret.workspace import promoting
 
 FEW = Guards(max_errors=0.02)
@@ -365,3 +366,13 @@ def test_a_shadow_that_fails_leaves_an_alias_that_names_nothing_alone(workspace)
     (settled,) = workspace.settle()
     assert (settled.experiment.state, settled.points) == ("running", None)
     assert "shadow (news@3) rolled back" in settled.done[0]
+
+
+@pytest.mark.parametrize(("settings", "bound"), [("'$.of_a_newer_turret', 1", 0.2), (None, MISSING_BOUND)])
+def test_settings_of_an_older_and_of_a_newer_turret_are_read(workspace, settings, bound) -> None:
+    workspace.experiment("news").start("news@2", share=0.5, missing_bound=0.2)
+    change = "json_remove(settings, '$.missing_bound')" if settings is None else f"json_set(settings, {settings})"
+    with sqlite3.connect(workspace.store.root / "turret.db") as connection:
+        connection.execute(f"UPDATE experiments SET settings = {change}")
+    status = workspace.experiment("news").status()
+    assert (status.experiment.state, status.experiment.missing_bound) == ("running", bound)

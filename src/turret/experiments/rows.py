@@ -276,7 +276,8 @@ def _read(row: RowMapping) -> Experiment:
 
 def _experiment(row: RowMapping) -> Experiment:
     same = ("id", "number", "state", "alias", "salt", "revision", "created", "who", "ended", "verdict")
-    kept = {"outcome_ttl": None, "missing_bound": MISSING_BOUND, **row["settings"]}  # older experiments have neither
+    kept: JsonObject = {"outcome_ttl": None, "missing_bound": MISSING_BOUND}  # older experiments have neither
+    kept |= {name: value for name, value in row["settings"].items() if name in SETTINGS}  # a newer turret may know more
     kept |= {"metric": Metric(**kept["metric"]), "guards": Guards(**kept["guards"]), "steps": tuple(kept["steps"])}
     segments = _segments(row["segments"])
     return Experiment(
