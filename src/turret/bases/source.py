@@ -320,12 +320,12 @@ def licence_of(base: str) -> str | None:
         return _of_wheel(base.removeprefix(WHEEL_PREFIX))
     folder = Path(base).expanduser()
     if os.path.isdir(folder):
-        return _of_gpu(folder / "README.md")
+        return _of_model_card(folder / "README.md")
     try:  # only the cache is read
         found = huggingface_hub.try_to_load_from_cache(base, "README.md")
     except (hub.HFValidationError, OSError, ValueError):
         return None
-    return _of_gpu(Path(found)) if isinstance(found, str) else None
+    return _of_model_card(Path(found)) if isinstance(found, str) else None
 
 
 def _of_wheel(name: str) -> str | None:
@@ -337,7 +337,7 @@ def _of_wheel(name: str) -> str | None:
     return text if text and "\n" not in text and len(text) <= 64 else None
 
 
-def _of_gpu(path: Path) -> str | None:
+def _of_model_card(path: Path) -> str | None:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             front = _FRONT.match(file.read(1 << 20))

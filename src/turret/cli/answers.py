@@ -502,7 +502,7 @@ def _print_written(done: Predicted) -> None:
 
 
 # --- promise ----------------------------------------------------------------------------------------------------------
-# `turret promise`: bound the errors of what a version decides, and say whether the bound holds.
+# `turret promise` bounds the errors of a version's decisions, and says whether the bound holds.
 
 
 HUES = {"holds so far": "green", "broken": "red", "cannot be known": "yellow"}
@@ -533,7 +533,7 @@ def promise(
     device: options.Device = "auto",
     command: options.Command,
 ) -> None:
-    """Promise a bound on the errors of what a version decides, or show whether its promise holds.
+    """Promise a bound on the errors of a version's decisions, or show whether the promise holds.
 
     With --error, chooses the least probability with which the version decides, on examples that chose nothing. Answers
     below it abstain. Without --error, shows the promise and what the outcomes say.

@@ -31,10 +31,13 @@ from turret.statistics import capped, log_mean
 # The first rule that applies decides:
 #
 # 1. errors or latency of a candidate or shadow exceed their bound and those of the control: drop the arm, whatever its
-# outcomes 2. the arms cannot be compared (`turret.experiments.validity`): the outcomes are void permanently, and there
-# is no verdict 3. a candidate is worse than the control by more than the margin: drop it 4. a candidate is better than
-# the control: promote it, if the guards say so and it is a discovery among all experiments of the store
-# (`turret.experiments.evidence`) 5. otherwise: continue
+#    outcomes
+# 2. the arms cannot be compared (`turret.experiments.validity`): the outcomes are void permanently, and there is no
+#    verdict
+# 3. a candidate is worse than the control by more than the margin: drop it
+# 4. a candidate is better than the control: promote it, if the guards say so and it is a discovery among all
+#    experiments of the store (`turret.experiments.evidence`)
+# 5. otherwise: continue
 #
 # If a candidate has no true effect, it gets a verdict `better` or `worse` in at most a share `level` of experiments.
 # `level` is alpha divided by the number of candidates. A margin above 0 has its own level of the same size. Bounds on

@@ -115,8 +115,8 @@ class Leader:
 
 
 QUOTA_SECONDS = 0.5  # between two writes of charges to the catalog
-SESSION_SECONDS = 1.0  # between two looks for sessions that ended on another server
-MOST_SESSIONS = 64  # that are looked up in the catalog, or wait for it
+REFRESH_SECONDS = 1.0  # between two looks for sessions that ended on another server
+MOST_LOOKUPS = 64  # sessions that are looked up in the catalog, or wait for it
 
 
 class Replica:
@@ -135,7 +135,7 @@ class Replica:
         sessions.share(SessionRows(database))
         self._database, self._guards = database, Leader(database, "guards of experiments", clock)
         # Any client may send a cookie, so they wait apart from the control plane.
-        self.signing = ThreadPool("session", 1, MOST_SESSIONS, "sessions are being looked up", 1)
+        self.signing = ThreadPool("session", 1, MOST_LOOKUPS, "sessions are being looked up", 1)
         self._reserving = ThreadPool("quota", 2, 2 * limits.in_flight, "requests wait for their quotas", 1)
 
     async def reserve(self, key: str, owner: str, quota: Quota) -> None:
@@ -440,7 +440,7 @@ class Services:
             ("turret-guards", self._apply_guards, GUARD_SECONDS),
             ("turret-inputs", self._each_tenant(lambda tenant: tenant.sampler.turn()), INPUT_SECONDS),
             ("turret-alarms", self._send_alarms, ALARM_SECONDS),
-            ("turret-sessions", self.guard.sessions.refresh, SESSION_SECONDS),
+            ("turret-sessions", self.guard.sessions.refresh, REFRESH_SECONDS),
             ("turret-heap", trim, TRIM_SECONDS),
         ):
             self._followers.start(name, follow, seconds)

@@ -287,11 +287,13 @@ def changed(path: Path | str, digest: str) -> Corrupt:
 # Under the prefix, as in a folder:
 #
 # - `blobs/sha256/<first two hex digits>/<64 hex digits>-<upload>`: the bytes. An object store has no rename and needs
-# none: an object appears when its upload is complete. Small content is one PUT of bytes that were hashed first. Larger
-# content is hashed while its parts are uploaded, and the upload is completed only if the hash matches the name - a
-# request may arrive long after its process ended. No name is used for other content, or again after its removal
-# (`turret.store.uploads`), so a late request does no harm - `catalog`: the id of the catalog that the files belong to -
-# bytes are hashed again at each read - no listing is cached, so changes of other processes are visible at once
+#   none: an object appears when its upload is complete. Small content is one PUT of bytes that were hashed first.
+#   Larger content is hashed while its parts are uploaded, and the upload is completed only if the hash matches the name
+# - a request may arrive long after its process ended. No name is used for other content, or again after its removal
+#   (`turret.store.uploads`), so a late request does no harm
+# - `catalog`: the id of the catalog that the files belong to
+# - bytes are hashed again at each read
+# - no listing is cached, so changes of other processes are visible at once
 
 
 PART = 8 << 20

@@ -236,9 +236,11 @@ def _orphans(database: Database, blobs: Files) -> Sequence[Blob]:
 # What a gc removes, and why no running process needs it:
 #
 # - files that no version lists and no put is writing: no version will list them (`turret.store.uploads`), so it does
-# not matter when the removal arrives - leftovers in `tmp/`, and folders of runs that were never listed, after an hour
-# without a change by the clock of their disk: their writer is dead - the checkpoint of a finished run and the bundle
-# that it proved: nothing resumes from them - the data of queued trainings that have ended (`turret.store.queued_data`)
+#   not matter when the removal arrives
+# - leftovers in `tmp/`, and folders of runs that were never listed, after an hour without a change by the clock of
+#   their disk: their writer is dead
+# - the checkpoint of a finished run and the bundle that it proved: nothing resumes from them
+# - the data of queued trainings that have ended (`turret.store.queued_data`)
 # - the embeddings of promises that are not in force (`turret.store.promises`)
 
 

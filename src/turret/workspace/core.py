@@ -636,7 +636,7 @@ class Workspace:
         device: str = "auto",
         on_stage: Say | None = None,
     ) -> PromiseStatus:
-        """Promise a bound on the errors of what a version decides; without `error`, its promise and how it stands.
+        """Promise a bound on the errors of a version's decisions; without `error`, its promise and how it stands.
 
         Answers below the promise's threshold abstain: `predict`, `predict_file` and a server say so.
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 GPU_PASSES = (16384, 8192, 4096)  # tokens of a training pass on a GPU, the most that fit
-GPU_SHARE = 0.6  # of what weights and states leave free: lengths differ, and an allocator keeps holes
+GPU_SHARE = 0.6  # of the memory beside weights and optimizer states; the rest is for uneven lengths and gaps
 UNPREDICTED = 1.5  # times the room to answer: a training whose memory cannot be predicted from shapes
 
 

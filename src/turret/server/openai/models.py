@@ -55,7 +55,7 @@ async def show_model(model: Annotated[str, Path(min_length=1, max_length=200)], 
     """The base, or one version of an adapter."""
     if view.engines.is_base(model):
         return _base(view, model)
-    return _gpu(view, model, await view.control(version_here, view, model))
+    return _card(view, model, await view.control(version_here, view, model))
 
 
 def version_here(view: View, model: str) -> Version:
@@ -84,10 +84,10 @@ def _adapters(view: View, versions: Sequence[Version]) -> Iterator[ModelCard]:
         for model, number in {name: plain, **meanings}.items():
             version = by_number.get(number or 0)
             if version is not None and view.engines.is_on_base(version):
-                yield _gpu(view, model, version)
+                yield _card(view, model, version)
 
 
-def _gpu(view: View, model: str, version: Version) -> ModelCard:
+def _card(view: View, model: str, version: Version) -> ModelCard:
     created = int(datetime.fromisoformat(version.created).timestamp())
     task, base = version.task.get("kind"), view.engines.base_of_version(version)
     parent = None if base is None else base.name
