@@ -126,6 +126,8 @@ def _of_headers(pattern: str) -> Iterator[Attack]:
             method = "POST" if name in ("content-length", "content-type", "transfer-encoding", "expect") else "GET"
             for text in (value, f"a={value}", f'multipart/form-data; boundary="{value}'):
                 yield Attack(f"header {name}: {pattern!r}", method, path, headers={name: text})
+    larger = repeated(pattern, LIMITS.header_bytes).encode().decode("latin-1")
+    yield Attack(f"more bytes of headers than may be {pattern!r}", "GET", "/v1/models", headers={"x-a": larger})
     many = repeated(f"{pattern.encode().hex()}: {pattern}\r\n", HEADER).encode()
     yield Attack(
         f"headers {pattern!r}",

@@ -135,8 +135,8 @@ def test_a_cookie_in_quotes_is_read_by_no_route(real, quotes) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_no_route_and_no_header_freezes_the_server_with_any_text(real, pattern) -> None:
     statuses = check(real, attacks(real.schema(), real.caller(NAMED), [pattern]))
-    assert sum(statuses.values()) > 250
-    assert {200, 400, 404} <= set(statuses)
+    assert sum(statuses.values()) > 1000
+    assert {200, 400, 404, 413, 431} <= set(statuses)
 
 
 @pytest.mark.slow
