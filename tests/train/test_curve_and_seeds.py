@@ -6,9 +6,10 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
-from turret.train.curve import Curve, StepRecord, read_curve
+from turret.train.curve import Curve, StepRecord, learnt_by_heart, read_curve
 from turret.train.initialize import seeded
 
 RECORD = StepRecord(1, 9, 0.5, 1.25, 1e-3, 0.1 + 0.2, 8, 100, 0.5, 200.0, 1000)
@@ -35,6 +36,44 @@ def test_a_resumed_curve_drops_what_comes_again_and_a_line_that_a_kill_cut(tmp_p
     Curve(path, resume_after=2).append(replace(RECORD, step=3, loss=7.0))
     assert [(record.step, record.loss) for record in read_curve(path)] == [(1, 1.25), (2, 1.25), (3, 7.0)]
     assert list(read_curve(tmp_path / "none.jsonl")) == []
+
+
+def evaluated(*metrics: tuple[float, float | None]) -> list[StepRecord]:
+    """Steps 10, 20, ... with the loss and the accuracy of the test split."""
+    return [
+        replace(
+            RECORD,
+            step=10 * number,
+            split="test",
+            metrics={"loss": loss} | ({} if right is None else {"accuracy": right}),
+        )
+        for number, (loss, right) in enumerate(metrics, 1)
+    ]
+
+
+def test_a_training_that_learnt_its_examples_by_heart_is_told_with_what_rose_and_what_fell() -> None:
+    assert learnt_by_heart([RECORD, *evaluated((0.7, 0.6), (0.66, 0.65), (1.4, 0.6), (2.61, 0.5625))]) == (
+        "the training examples were learnt by heart: from step 20 to step 40, on the test split, "
+        "loss went from 0.66 to 2.61 and accuracy went from 65.0% to 56.2%"
+    )
+    of_texts = learnt_by_heart(evaluated((3.0, None), (2.0, None), (2.5, None)))
+    assert of_texts is not None
+    assert of_texts.endswith("loss went from 2 to 2.5")
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        [],
+        [(0.66, 0.65)],
+        [(0.7, 0.6), (0.66, 0.65)],  # the best one is the last one
+        [(0.66, 0.65), (2.61, 0.66)],  # only too sure
+        [(0.66, 0.65), (0.7, 0.6)],  # by chance
+        [(2.0, None), (2.3, None)],
+    ],
+)
+def test_chance_and_answers_that_are_too_sure_are_not_told_as_learnt_by_heart(metrics) -> None:
+    assert learnt_by_heart([RECORD, *evaluated(*metrics)]) is None
 
 
 def test_initial_weights_are_drawn_from_a_seed_and_the_programs_numbers_go_on() -> None:

@@ -15,6 +15,7 @@ from turret.disk import sync
 from turret.errors import NotInstalled
 from turret.json_types import JsonObject
 from turret.notebook import Table, as_html, measured
+from turret.tasks import main_metric, measure_of
 from turret.tasks.shapes import Metrics, number_of
 
 if TYPE_CHECKING:
@@ -181,6 +182,32 @@ class Curve:
         """Add a record to the file."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(record.to_json() + "\n")
+
+
+RISE = 0.2  # of the lowest held-out loss: a smaller rise may be chance
+
+
+def learnt_by_heart(records: Sequence[StepRecord]) -> str | None:
+    """The sentence of a training that learnt its examples by heart after the evaluation with the lowest loss.
+
+    That is said if the held-out loss rose by a fifth or more since and the task's metric, where one was measured, fell.
+    A metric alone falls by chance, and a loss alone rises where answers are only too sure.
+    """
+    seen = [each for each in records if each.metrics is not None and "loss" in each.metrics]
+    if not seen:
+        return None
+    best, last = min(seen, key=lambda each: number_of(each.metrics or {}, "loss")), seen[-1]
+    before, after = best.metrics or {}, last.metrics or {}
+    name = main_metric(after) or "loss"
+    rose = number_of(after, "loss") >= (1 + RISE) * number_of(before, "loss")
+    if not rose or (name != "loss" and number_of(after, name) >= number_of(before, name)):
+        return None
+    changes = [
+        f"{measure_of(each, after).name} went from {measured(each, before[each])} to {measured(each, after[each])}"
+        for each in dict.fromkeys(("loss", name))
+    ]
+    span = f"from step {best.step} to step {last.step}, on the {last.split} split,"
+    return f"the training examples were learnt by heart: {span} {' and '.join(changes)}"
 
 
 def read_curve(path: Path) -> Iterator[StepRecord]:

@@ -63,6 +63,7 @@ from turret.trackers.tracking import Tracking
 from turret.train import distributed, memory
 from turret.train.asking import Asking, twin
 from turret.train.batches import EncodedRows, pass_tokens
+from turret.train.curve import learnt_by_heart
 from turret.train.gpu_memory import Work
 from turret.train.preflight import fits, sampled_batches
 from turret.train.proof import make_room
@@ -714,13 +715,13 @@ class _Run:
 
     def _advice(self, ready: PreparedTraining, fitted: trainer.Fitted) -> list[str]:
         """What would make a better version: a line each."""
-        if (
-            fitted.flat_loss is not None
-            or fitted.stopped_early
-            or not still_falling(binned([record.loss for record in every_step(self.store, self.run.id)]))
-        ):
+        if fitted.flat_loss is not None or fitted.stopped_early:
             return []
-        train = ready.recipe.train
+        steps, train = every_step(self.store, self.run.id), ready.recipe.train
+        if train.keep == "last" and (found := learnt_by_heart(steps)) is not None:
+            return [f'{found}: set train.keep = "best", which keeps the weights of the best evaluation']
+        if not still_falling(binned([record.loss for record in steps])):
+            return []
         longer = f"train.epochs to {2 * (train.epochs or 1)} (now {train.epochs})"
         if train.max_steps is not None and fitted.steps >= train.max_steps:
             longer = f"train.max_steps to {2 * train.max_steps} (now {train.max_steps})"
