@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,7 +19,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
+from new_catalogs import RecordedMigrations
 from servers import BUCKET, PostgresServer, postgres, s3
+
+# Stores flush every file to the disk. In memory that costs nothing, and a killed process loses no more than on a disk.
+MEMORY, ENOUGH = Path("/dev/shm"), 8 << 30  # bytes
+if "TMPDIR" not in os.environ and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 # Containers often set PYTHONDONTWRITEBYTECODE. Then every worker rewrites the assertions of all modules anew: 10 s.
 sys.dont_write_bytecode = False
@@ -53,6 +61,17 @@ def own_float32_products() -> None:
 
     products: Any = torch.backends.mkldnn.matmul
     products.fp32_precision = "none"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def recorded_migrations() -> Iterator[RecordedMigrations]:
+    """The catalogs of new stores are made quickly."""
+    from turret import database
+
+    recorded = RecordedMigrations()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "_migrate", recorded)
+        yield recorded
 
 
 @pytest.fixture(scope="session", autouse=True)

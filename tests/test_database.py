@@ -46,9 +46,34 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, new_url: Callable[...,
     return Location.parse(new_url(str(tmp_path / "files")))
 
 
+@pytest.fixture(autouse=True)
+def migrations(recorded_migrations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests run the migrations themselves."""
+    monkeypatch.setattr(db, "_migrate", recorded_migrations.run)
+
+
 def test_the_migrations_make_exactly_the_tables_that_the_code_uses(place) -> None:
     with Database.opened(place).reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
+
+
+def test_other_tests_have_exactly_the_catalogs_that_the_migrations_make(
+    tmp_path: Path, new_url: Callable[..., str], recorded_migrations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL's tables are compared above; SQLite keeps the statements that made everything."""
+    made = []
+    for name in ("migrations", "recorded once", "recorded twice"):
+        if name != "migrations":
+            monkeypatch.setattr(db, "_migrate", recorded_migrations)
+        Database.opened(tmp_path / name)
+        made.append(_execute(tmp_path / name, "SELECT type, name, sql FROM sqlite_master ORDER BY name"))
+        made[-1] += _execute(tmp_path / name, "SELECT version_num FROM alembic_version")
+    assert len(made[0]) > 50
+    assert made[0] == made[1] == made[2]
+    for name in ("once", "twice"):
+        place = Location.parse(new_url(str(tmp_path / name)))
+        with Database.opened(place).reading() as connection:
+            assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
 
 
 def test_nothing_is_made_by_looking(place) -> None:

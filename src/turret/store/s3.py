@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack, suppress
 
+from aiobotocore.session import AioSession
+from botocore.loaders import create_loader
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
@@ -21,6 +23,7 @@ CONNECT_SECONDS = 5.0
 TRY_SECONDS = 7.0
 REQUEST_SECONDS = 40.0
 BYTES_A_SECOND = 64 << 10
+LOADER = create_loader()  # of what botocore knows of its services: a tenth of a second, once and not for each store
 
 
 class Silent(Exception):
@@ -28,7 +31,7 @@ class Silent(Exception):
 
 
 class S3(S3FileSystem):  # type: ignore[misc]  # s3fs has no types
-    """The filesystem of one store: it caches no listing and shares nothing with other stores."""
+    """The filesystem of one store: it caches no listing and shares no connection with other stores."""
 
     cachable = False
     retries = 2
@@ -36,7 +39,9 @@ class S3(S3FileSystem):  # type: ignore[misc]  # s3fs has no types
     def __init__(self) -> None:
         limits = {"connect_timeout": CONNECT_SECONDS, "read_timeout": TRY_SECONDS}
         tries = {"total_max_attempts": 2, "mode": "standard"}
-        super().__init__(use_listings_cache=False, config_kwargs={**limits, "retries": tries})
+        session = AioSession()
+        session.register_component("data_loader", LOADER)
+        super().__init__(session=session, use_listings_cache=False, config_kwargs={**limits, "retries": tries})
 
     async def _call_s3(self, method: str, *defaults: JsonMapping, **parameters: JsonValue) -> JsonValue:
         """Call one method of botocore's S3 client, whose parameters and answers have the shape of JSON."""
