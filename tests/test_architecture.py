@@ -8,6 +8,7 @@ import json
 import resource
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,13 @@ QUICK += (
     "turret.engine",
     "turret.engine.scheduler",
 )
-QUICK += ("turret.client", "turret.server.app", "turret.server.app")
+QUICK += ("turret.client", "turret.server.app")
+
+
+@cache
+def nodes(text: str) -> list[ast.AST]:
+    """Every node of a program; a module is read once for all tests."""
+    return list(ast.walk(ast.parse(text)))
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -148,7 +155,9 @@ def test_every_module_says_what_it_is_and_runs_no_code_from_outside() -> None:
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
         if "migrations" not in path.parts:
-            assert ast.get_docstring(ast.parse(text)), f"{path}: no docstring"
+            module = nodes(text)[0]
+            assert isinstance(module, ast.Module)
+            assert ast.get_docstring(module), f"{path}: no docstring"
         assert path.stem not in ("utils", "util", "common", "misc", "helpers", "helper"), path
         assert "trust_remote_code=True" not in text, path
         assert "pickle.load" not in text, path
@@ -166,7 +175,7 @@ def modules_in(source: Path) -> dict[str, Path]:
 def imported_by(path: Path, modules: dict[str, Path]) -> set[str]:
     """What a module imports of `modules`: at its top, for its types alone, or inside a function."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path.read_text(encoding="utf-8")):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -260,7 +269,7 @@ def words_of_families() -> set[str]:
 def asks_which_family(text: str, words: set[str]) -> list[int]:
     """Lines that hold a family's word, or compare the name or kind of a family, instead of asking the family."""
     lines = []
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         named = isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in words
         sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
         compared = any(
@@ -311,7 +320,7 @@ def asks_which_method(text: str) -> list[int]:
     Whether two methods are of one kind may be asked.
     """
     classes, lines = {each.__name__ for each in METHODS.values()}, []
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         sides: list[ast.expr | ast.pattern | None] = []
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
@@ -368,7 +377,7 @@ ASKED = ("engine", "server", "bases")  # rooms where these names mean a request'
 def compared_kinds(text: str) -> list[ast.Compare]:
     """Comparisons with the name of a task, or of a task's `kind` with anything."""
     found = []
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
             constants = {each.value for side in sides for each in ast.walk(side) if isinstance(each, ast.Constant)}
@@ -402,7 +411,7 @@ def test_nothing_outside_tasks_compares_a_tasks_kind() -> None:
         text = path.read_text(encoding="utf-8")
         found = compared_kinds(text)
         assert [ast.unparse(node) for node in found if room not in ASKED or not of_a_request(node)] == [], path
-        imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+        imports = [node for node in nodes(text) if isinstance(node, ast.ImportFrom)]
         names = {each.name for node in imports for each in node.names}
         assert not names & classes, f"{path}: ask the object, not for its class"
 
@@ -415,9 +424,9 @@ PROMOTES |= {"cli/panels.py", "store/panels.py"}  # of panels
 
 def places_of(function: str, sources: dict[str, str]) -> list[str]:
     """The files that define a function of this name, one entry for each definition."""
-    nodes = ((name, node) for name, text in sources.items() for node in ast.walk(ast.parse(text)))
+    found = ((name, node) for name, text in sources.items() for node in nodes(text))
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return sorted(name for name, node in nodes if isinstance(node, kinds) and node.name == function)
+    return sorted(name for name, node in found if isinstance(node, kinds) and node.name == function)
 
 
 def test_promote_is_defined_once_for_each_who_calls_it() -> None:

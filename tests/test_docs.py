@@ -69,6 +69,7 @@ def smaller(text: str) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_the_readme_runs(tmp_path: Path) -> None:
     text = page("README.md")
     assert all(str(size) in smaller(text) for size in SMALLER.values())

@@ -15,6 +15,7 @@ import torch
 from batches import own_target_logits, padded, rows, with_eos
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import few, kind_of, pairs
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, GENERATORS, build
 
@@ -47,8 +48,7 @@ def trained(family: str, method: Method, task: Any = "classify") -> tuple[Any, A
     return model, Adapter(stored, tensors, head, base, kind, {"max_new_tokens": 9}, {"seed": 1})
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.kind)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), pairs(list(FAMILIES), METHODS), ids=kind_of)
 @torch.no_grad()
 def test_what_was_saved_is_read_back_bit_for_bit_and_answers_the_same(
     family: str, method: Method, tmp_path: Path
@@ -67,7 +67,7 @@ def test_what_was_saved_is_read_back_bit_for_bit_and_answers_the_same(
     assert save_bundle(again, tmp_path / "twice")["digest"] == manifest["digest"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(list(FAMILIES), 4))
 @torch.no_grad()
 def test_a_lora_bundle_loads_in_peft_and_gives_the_same_outputs(family: str, tmp_path: Path) -> None:
     for number, method in enumerate(METHODS[:2]):
@@ -279,8 +279,7 @@ def test_a_folder_that_exists_is_not_overwritten(bundle: Path) -> None:
         save_bundle(trained("bert", METHODS[0])[1], bundle)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.kind)
-@pytest.mark.parametrize("family", ["bert", "t5", "bart", "llama"])
+@pytest.mark.parametrize(("family", "method"), pairs(["bert", "t5", "bart", "llama"], METHODS), ids=kind_of)
 def test_save_keeps_the_fingerprint_of_the_base_below_whatever_is_attached(
     family: str, method: Method, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from batches import rows, with_eos
+from marks import kind_of, pairs
 from small_models import FAMILIES, GENERATORS, RELATIVES, build
 
 from turret.adapters import attach, checkpoint_layers, classify_logits, detach, target_logits
@@ -47,8 +48,7 @@ def require_the_same(family: str, task: str, method: Any) -> None:
     assert [name for name in plain if not torch.equal(plain[name], twice[name])] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS[:2], ids=lambda method: method.kind)
+@pytest.mark.parametrize(("family", "method"), pairs(list(FAMILIES), METHODS[:2]), ids=kind_of)
 def test_a_classifiers_gradients_are_the_same(family: str, method: Any) -> None:
     require_the_same(family, "classify", method)
 

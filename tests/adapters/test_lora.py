@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from batches import padded, rows, with_eos
+from marks import pairs
 from peft_twins import adapter_from, lora_twin, require_the_same_gradients
 from small_models import FAMILIES, build
 from torch import nn
@@ -44,8 +45,7 @@ def default_targets(family: str) -> list[str]:
     return list(own[family] if family in own else without[family])
 
 
-@pytest.mark.parametrize("targets", [None, "all-linear"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "targets"), pairs(list(FAMILIES), [None, "all-linear"]))
 def test_outputs_and_gradients_equal_pefts(family: str, targets: Any) -> None:
     model = build(family, "classify")
     method = NOISY.model_copy(update={"target_modules": targets})

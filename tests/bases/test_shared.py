@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from four_bits import base_in_four_bits, needs_bitsandbytes
+from marks import pairs
 from small_models import FAMILIES, GENERATORS, RELATIVES, build, save_base, tokenizer
 
 from turret import adapters, bases
@@ -30,8 +31,7 @@ def same(one: Base, other: Base) -> bool:
     return set(ours) == set(theirs) == set(alike)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize(("family", "dtype"), pairs(list(CLASSIFIERS), ["float32", "bfloat16"]))
 def test_a_classifier_is_the_one_that_a_load_gives(family: str, dtype: str, tmp_path: Path) -> None:
     folder = str(save_base(family, tmp_path))
     loaded = bases.load(folder, task="classify", num_labels=5, dtype=dtype, seed=7)

@@ -8,21 +8,24 @@ from pathlib import Path
 import pytest
 import small_models
 import torch
+from exchange.foreign import peft_folder
 from small_tables import films, write_csv
 
 from turret.cli.main import run
+from turret.workspace import Workspace
 
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, a table, and a store with one version that was trained with `--device cpu`."""
+    """A folder with a base, a table, and a store with one version."""
     folder = tmp_path_factory.mktemp("device")
     small_models.save_base("bert", folder / "bert")
     write_csv(folder / "films.csv", films())
-    words = ["train", str(folder / "films.csv"), "--base", str(folder / "bert"), "--set", "train.epochs=1"]
-    assert run([*words, "--device", "cpu", "--store", str(folder / "store")]) == 0
+    adapter = peft_folder("bert", "classify", folder / "peft")
+    labels = ["bad", "fair", "good"]
+    Workspace(folder / "store").import_adapter(adapter, "films", base=str(folder / "bert"), labels=labels)
     return folder
 
 
@@ -79,13 +82,15 @@ def test_import_checks_on_the_device_that_is_named(made: Path, tmp_path: Path, c
 @pytest.mark.slow
 def test_a_training_says_where_it_was_made(made: Path, capsys) -> None:
     words = said(made, "train", "{folder}/films.csv", "--base", "{folder}/bert", "--set", "train.epochs=1")
+    assert run([*words, "--device", "cpu", "--json"]) == 0
+    there = json.loads(capsys.readouterr().out)
     assert run([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["device"] == "cpu" or told["device"].startswith("cuda")
-    assert run([*said(made, "show", "films@1"), "--json"]) == 0
+    assert run([*said(made, "show", there["version"]), "--json"]) == 0
     recipe = json.loads(capsys.readouterr().out)["manifest"]["lineage"]["recipe"]
     assert 'device = "cpu"' in recipe
-    assert run([*said(made, "show", "films@2"), "--json"]) == 0
+    assert run([*said(made, "show", told["version"]), "--json"]) == 0
     recipe = json.loads(capsys.readouterr().out)["manifest"]["lineage"]["recipe"]
     assert "device =" not in recipe  # the text of an older recipe stays as it was
 

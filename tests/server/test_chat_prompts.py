@@ -12,6 +12,7 @@ import chats
 import pytest
 import small_models
 import torch
+from marks import few
 from server.conftest import Running
 from small_tables import load, write_jsonl
 
@@ -101,7 +102,7 @@ def trained(task: Chat, row: dict[str, Any], folder: Path) -> list[int]:
     return list(EncodedRows(task, [example]).take([0])[0].source.tolist())
 
 
-@pytest.mark.parametrize("number", range(len(ROWS)))
+@pytest.mark.parametrize("number", few(range(len(ROWS)), 8))
 def test_a_conversation_over_http_has_the_trained_tokens(house: House, number: int, tmp_path: Path) -> None:
     row = ROWS[number]
     body = {"model": "chat", "messages": row["messages"][:-1], "max_tokens": 2, "truncate_prompt_tokens": -1}

@@ -94,7 +94,7 @@ def guarded(tmp_path_factory):
 
 
 def test_what_the_description_says_holds_for_requests_made_up_from_it(guarded) -> None:
-    examine(guarded, 3)
+    examine(guarded, 1)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from marks import few
 
 from turret.location import Location
 from turret.store import Store
@@ -94,8 +95,7 @@ def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(where,
 @pytest.mark.parametrize(
     ("where", "verb"),
     [
-        *(("folder", verb) for verb in QUICK if verb not in ("put", "gc")),
-        pytest.param("folder", "gc", marks=pytest.mark.slow),
+        *few([("folder", verb) for verb in ("promote", "delete", "migrate", "rollback", "gate", "replay", "gc")], 3),
         *(pytest.param("url", verb, marks=pytest.mark.slow) for verb in QUICK if verb != "put"),
         *(pytest.param("folder", verb, marks=pytest.mark.slow) for verb in WITH_TORCH),  # they put and materialize
     ],
@@ -217,7 +217,11 @@ def _race(where: str, processes: int, count: int, verbs: str) -> None:
     assert list(store._blobs.leftovers()) == []
 
 
-@pytest.mark.parametrize("verbs", [VERBS, pytest.param("put,get,delete,gc", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("where", "verbs"),
+    few([(where, verbs) for where in ("folder", "url") for verbs in (VERBS, "put,get,delete,gc")], 1),
+    indirect=["where"],
+)
 def test_processes_at_all_verbs_at_once_break_nothing(where, verbs) -> None:
     """All put the same few contents again and again, while others delete and collect them."""
     _race(where, 3, 25 if Location.parse(where).catalog is None else 8, verbs)

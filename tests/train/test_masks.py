@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_training as tiny
 import torch
+from marks import pairs
 from small_models import FAMILIES, GENERATORS, RELATIVES, config
 from torch import Tensor
 
@@ -99,14 +100,12 @@ def require_no_generator(family: str, method: Method, kind: Any = "classify") ->
     assert torch.equal(first, gradients(model, task, items, 3)), "layers that are computed again draw the same"
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize(("family", "method"), pairs(list(EVERY), list(METHODS)))
 def test_a_step_draws_from_no_generator(family: str, method: str) -> None:
     require_no_generator(family, METHODS[method])
 
 
-@pytest.mark.parametrize("method", GUESTS)
-@pytest.mark.parametrize("family", ["bert", "t5", "bart", "llama", *EVERY[9:]])
+@pytest.mark.parametrize(("family", "method"), pairs(["bert", "t5", "bart", "llama", *EVERY[9:]], list(GUESTS)))
 def test_a_step_of_a_method_of_peft_draws_from_no_generator(family: str, method: str) -> None:
     require_no_generator(family, GUESTS[method])
 
@@ -158,8 +157,7 @@ def require_no_neighbours(family: str, method: Method) -> None:
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("method", ["lora", "prefix"])
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize(("family", "method"), pairs(list(EVERY), ["lora", "prefix"]))
 def test_an_examples_masks_do_not_depend_on_its_neighbours(family: str, method: str, kernels: bool) -> None:
     with without(*(() if kernels else ("kernels",))):
         require_no_neighbours(family, METHODS[method])

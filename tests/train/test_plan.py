@@ -58,7 +58,7 @@ def parameters_alive() -> int:
     ("family", "kind", "method"),
     [
         ("bert", "classify", "lora"),
-        ("llama", "summarize", "prefix"),
+        pytest.param("llama", "summarize", "prefix", marks=pytest.mark.slow),
         pytest.param("t5", "summarize", "lora", marks=pytest.mark.slow),
         pytest.param("bert", "classify", "full", marks=pytest.mark.slow),
     ],

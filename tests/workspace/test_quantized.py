@@ -19,7 +19,7 @@ from turret.errors import BaseModelError, RecipeError
 from turret.recipe import Recipe
 from turret.workspace import Workspace
 
-pytestmark = needs_bitsandbytes
+pytestmark = [needs_bitsandbytes, pytest.mark.slow]
 TEXTS = ["a great film", "dull and boring"]
 
 
@@ -45,7 +45,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(folder, recipe, workspace, workspace.train(recipe))
 
 
-@pytest.mark.slow
 def test_a_plan_counts_the_packed_weights_and_says_that_there_are_some(trained: Trained) -> None:
     planned = trained.workspace.plan(trained.recipe)
     plain = trained.workspace.plan(trained.recipe.model_copy(update={"base_quantization": None}))
@@ -56,7 +55,6 @@ def test_a_plan_counts_the_packed_weights_and_says_that_there_are_some(trained: 
     assert any("kept in nf4" in note for note in planned.notes)
 
 
-@pytest.mark.slow
 def test_a_training_is_proved_and_its_manifest_names_the_quantisation(trained: Trained) -> None:
     base = trained.workspace.show("reviews")["manifest"]["base"]
     assert base["quantization"] == "nf4"
@@ -153,13 +151,11 @@ def test_it_is_served_in_4_bits_as_it_predicts_and_on_plain_weights_with_one_war
     assert plain != pytest.approx(predicted, abs=1e-4)  # the control: other weights answered
 
 
-@pytest.mark.slow
 def test_a_comparison_trains_and_answers_in_4_bits(trained: Trained) -> None:
     found = trained.workspace.compare(trained.recipe, methods="base,head,lora", against="head", seeds=2)
     assert "weights in 4 bits" in (Path(found.folder) / "report.html").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "t5", "gpt2"])
 def test_a_generator_writes_in_4_bits(family: str, tmp_path: Path) -> None:
     from small_tables import NEWS, write_csv
