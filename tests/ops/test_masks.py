@@ -10,8 +10,7 @@ from compiled_kernels import compiled, needed
 from torch import Tensor
 
 from turret.ops.dropout import Draws, Masks
-from turret.ops.formulas import OF_SITE, kept
-from turret.ops.structs import AttentionRows, DropoutArguments, Prefixes
+from turret.ops.structs import OF_SITE, AttentionRows, DropoutArguments, Prefixes, kept
 
 KEYS = torch.randint(-(1 << 62), 1 << 62, (57,), generator=torch.Generator().manual_seed(0))
 

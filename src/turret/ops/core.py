@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from turret.ops import formulas
 from turret.ops.structs import (
     AdapterSpans,
     AttentionRows,
@@ -249,18 +248,27 @@ class Ops:
         return dx
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) up. Source: Shazeer 2020."""
-        return formulas.swiglu(gate, up)
+        """silu(gate) up. All (N, F). Source: Shazeer 2020."""
+        return F.silu(gate) * up
 
     def swiglu_backward(self, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """(dgate, dup)."""
-        return formulas.swiglu_backward(gate, up, dy)
+        """(dgate, dup). All (N, F)."""
+        g, u, d = gate.float(), up.float(), dy.float()
+        s = torch.sigmoid(g)
+        dgate, dup = d * u * s * (1.0 + g * (1.0 - s)), d * g * s
+        return dgate.to(gate.dtype), dup.to(gate.dtype)
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
-        """x cos + sign rotate_half(x) sin of q and k (N, H, D); cos, sin: (N, D). Source: Su et al. 2021."""
-        q, k = q.clone(), k.clone()
-        formulas.rotate(q, k, cos, sin, sign)
-        return q, k
+        """x cos + sign rotate_half(x) sin of q (N, H, D) and k (N, H_kv, D), rounded as in transformers.
+
+        cos, sin: (N, D). Source: Su et al. 2021.
+        """
+        found = []
+        for x in (q, k):
+            first, second = x.float().chunk(2, dim=-1)
+            turned = torch.cat([-second, first], dim=-1)
+            found.append((x.float() * cos.float()[:, None] + sign * turned * sin.float()[:, None]).to(x.dtype))
+        return found[0], found[1]
 
     # --- attention ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@
 A site is the nth use of dropout in a pass. So an example has the same mask alone and among any neighbours, in any
 micro-batch and any process, and a training step draws from no generator. 16 bits of the hash decide an element.
 
-A kernel computes the hash whenever it needs the mask; `formulas.kept` is the same in torch, and its result is kept for
+A kernel computes the hash whenever it needs the mask; `structs.kept` is the same in torch, and its result is kept for
 the backward pass. Modules that a hook cannot replace draw inside `HashedDraws`.
 """
 
@@ -25,8 +25,7 @@ from torch.overrides import TorchFunctionMode
 from turret.ops.attention import attend_plainly
 from turret.ops.autograd import FunctionContext, Gradients, apply
 from turret.ops.core import Ops, copied
-from turret.ops.formulas import OF_SITE, WORD
-from turret.ops.structs import NO_DROPOUT, STEPS, DropoutArguments, Mask
+from turret.ops.structs import NO_DROPOUT, OF_SITE, STEPS, WORD, DropoutArguments, Mask
 from turret.ops.table import of
 
 SPREAD = 0x9E3779B97F4A7C15  # between the states of a generator (SplitMix64; Steele et al. 2014)

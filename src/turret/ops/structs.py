@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from turret.ops.formulas import kept
-
 GRADIENT_STAYS = "turret_gradient_stays"  # an attribute of a parameter that keeps its `grad` from step to step
 STEPS = 1 << 16  # resolution of a dropout rate
+WORD = 0xFFFFFFFF
+OF_SITE, OF_SEED, OF_HEAD = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D  # odd numbers, so that all bits of each count
+FIRST_MIX, SECOND_MIX = 0x7FEB352D, 0x846CA68B
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,51 @@ class DropoutArguments:
                 keys = keys.view(shape[0], shape[2])
                 self.memo[shape] = kept(keys, self.seed, self.threshold, shape[3], heads=shape[1])
         return self.memo[shape]
+
+
+def kept(keys: Tensor, seed: int, threshold: int, width: int, heads: int = 0) -> Tensor:
+    """Which elements dropout keeps: those whose hash of 16 bits reaches the threshold. The same as the kernels' mask.
+
+        x = ((key mod 2^32) xor seed) + OF_HEAD head + word,    y = key / 2^32 + OF_SEED seed,    all modulo 2^32
+        x <- FIRST_MIX (x xor x / 2^16);    x <- SECOND_MIX (x xor x / 2^15 xor y);    x <- x xor x / 2^16
+
+    Word 16 i + j decides the columns 32 i + j, by its low half, and 32 i + j + 16.
+
+    Args:
+        keys: (..., T) int64.
+        seed: of the site, below 2^32.
+        threshold: p 2^16.
+        width: D, the columns.
+        heads: H of attention; 0 for none.
+
+    Returns:
+        (..., T, D) bool, or (..., H, T, D).
+    """
+    blocks, device = -(-width // 32), keys.device
+    x = (keys ^ seed).to(torch.int32)  # the low half; products and sums of int32 wrap around
+    y = (keys >> 32).to(torch.int32) + _int32(seed * OF_SEED)
+    if heads:
+        x = x[..., None, :] + (torch.arange(heads, device=device) * OF_HEAD).to(torch.int32)[:, None]
+        y = y[..., None, :]
+    x = x[..., None] + torch.arange(16 * blocks, dtype=torch.int32, device=device)
+    x.bitwise_xor_(_behind(x, 16)).mul_(_int32(FIRST_MIX))
+    x.bitwise_xor_(_behind(x, 15).bitwise_xor_(y[..., None])).mul_(_int32(SECOND_MIX))
+    high = _behind(x, 16)
+    halves = torch.empty(*x.shape[:-1], blocks, 2, 16, dtype=torch.bool, device=device)
+    words = (*x.shape[:-1], blocks, 16)
+    torch.ge(x.bitwise_xor_(high).bitwise_and_(WORD >> 16).view(words), threshold, out=halves[..., 0, :])
+    torch.ge(high.view(words), threshold, out=halves[..., 1, :])
+    return halves.flatten(-3)[..., :width]
+
+
+def _int32(word: int) -> int:
+    """32 bits as a number of int32."""
+    return (word + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+def _behind(x: Tensor, bits: int) -> Tensor:
+    """x / 2^bits of 32 bits without a sign."""
+    return (x >> bits).bitwise_and_(WORD >> bits)
 
 
 NO_DROPOUT = DropoutArguments(0, 0, 1.0, None)

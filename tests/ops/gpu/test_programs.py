@@ -16,10 +16,9 @@ from pretend_gpu import GPU, OnCard, on_cpu, pretend_gpu
 
 from turret.ops.core import REFERENCE
 from turret.ops.dropout import HashedMask
-from turret.ops.formulas import kept
 from turret.ops.gpu import available
 from turret.ops.gpu.ops import ATTENTION, DROPOUT, FEATURES, LIGER
-from turret.ops.structs import STEPS, DropoutArguments, Lora, Mask
+from turret.ops.structs import STEPS, DropoutArguments, Lora, Mask, kept
 
 CPU = torch.device("cpu")
 ALLOWED = {"float32": 2e-6, "float16": 3e-3}

@@ -1,7 +1,7 @@
 """The one Triton program of Turret: dropout by a hash. Imported on a GPU alone.
 
 What it buys: no library has a mask that depends on the example and not on the pass. In torch's own operations the mask
-(`formulas.kept`) is 14 launches and moves 40 bytes an element; here it is one launch and moves 4.
+(`structs.kept`) is 14 launches and moves 40 bytes an element; here it is one launch and moves 4.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turret.ops.formulas import FIRST_MIX, OF_SEED, SECOND_MIX
+from turret.ops.structs import FIRST_MIX, OF_SEED, SECOND_MIX
 
 WIDE = 1024  # columns of one program
 _OF_SEED, _FIRST_MIX, _SECOND_MIX = tl.constexpr(OF_SEED), tl.constexpr(FIRST_MIX), tl.constexpr(SECOND_MIX)
@@ -19,7 +19,7 @@ _OF_SEED, _FIRST_MIX, _SECOND_MIX = tl.constexpr(OF_SEED), tl.constexpr(FIRST_MI
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def _dropout(x, y, keys, D, seed, threshold, scale, BLOCK: tl.constexpr):
-    """Which elements are kept is as in `formulas.kept`."""
+    """Which elements are kept is as in `structs.kept`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     key, seed = tl.load(keys + row), seed.to(tl.uint32)
