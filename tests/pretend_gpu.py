@@ -40,7 +40,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from turret import quantized
 from turret.ops import core
 from turret.ops.core import REFERENCE
-from turret.ops.gpu import available
 from turret.ops.gpu import ops as gpu_ops
 from turret.ops.structs import AttentionRows, DropoutArguments, RMSNorm
 
@@ -223,7 +222,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, 
     """Torch's fused attention over rows. Its sums stay zero: the backward pass below computes the scores again."""
     _, _, p, causal, _ = rest
     assert p == 0.0
-    y = available.attention_by_rows(_rows(starts, key_starts, causal, settings), q.float(), k.float(), v.float())
+    y = gpu_ops.attention_by_rows(_rows(starts, key_starts, causal, settings), q.float(), k.float(), v.float())
     return y.to(q.dtype), torch.zeros(q.shape[1], q.shape[0]), torch.zeros(2), torch.zeros(0), torch.zeros(0)
 
 
@@ -240,7 +239,7 @@ def _flash_backward(
         queries, own = (each[here].float().transpose(0, 1) for each in (q, dy))  # (H, T, D)
         keys, values = (each[there].float().repeat_interleave(groups, 1).transpose(0, 1) for each in (k, v))
         scores = rows.scaling * queries @ keys.mT
-        P = scores.masked_fill(~available.visible(rows, T, S), -torch.inf).softmax(-1)  # (H, T, S)
+        P = scores.masked_fill(~gpu_ops.visible(rows, T, S), -torch.inf).softmax(-1)  # (H, T, S)
         dP = own @ values.mT
         dS = rows.scaling * P * (dP - (dP * P).sum(-1, keepdim=True))
         dq[here] = (dS @ keys).transpose(0, 1)
@@ -478,11 +477,11 @@ def pretend_gpu(programs: bool = True) -> Iterator[Counts]:
         reason, has = (None, gpu_ops.FEATURES) if programs else ("triton is not installed", ())
         told = {
             "why_not": lambda feature, device, dtype: reason,
-            "_ops_on": lambda device, dtype: available.ops_with(frozenset(has)),
+            "_ops_on": lambda device, dtype: gpu_ops.ops_with(frozenset(has)),
         }
         with (
             patch.multiple(torch.cuda, **driver),
-            patch.multiple(available, **told),
+            patch.multiple(gpu_ops, **told),
             patch.object(gpu_ops, "_module", lambda name: _Programs),
             patch.object(core, "real_gpu", lambda device: device.type == "cuda"),
             _Operations(),

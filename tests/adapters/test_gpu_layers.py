@@ -16,8 +16,7 @@ from four_bits import base_in_four_bits, needs_bitsandbytes
 
 from turret.adapters import attach, detach, layers, lifecycle, packed
 from turret.methods import LoRA, Prefix
-from turret.ops.gpu.available import ops_with
-from turret.ops.gpu.ops import ATTENTION, GpuOps
+from turret.ops.gpu.ops import ATTENTION, GpuOps, ops_with
 
 SOME = LoRA(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"), init_lora_weights=False)
 PREFIX = Prefix(num_virtual_tokens=3, reparametrize=False)

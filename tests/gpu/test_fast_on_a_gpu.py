@@ -12,7 +12,7 @@ from batches import without_dropout
 from turret.engine.protocol import OptimStep
 from turret.ops.core import copied
 from turret.ops.dropout import Draws
-from turret.ops.gpu import available
+from turret.ops.gpu import ops as gpu_ops
 from turret.ops.gpu.ops import ATTENTION, FEATURES
 from turret.train.step import train_step
 
@@ -23,26 +23,26 @@ SIZES = {"hidden_size": 128, "head_dim": 32}
 
 def has(feature: str, dtype: torch.dtype) -> None:
     """Skip where the GPU lacks a feature for a known reason; a difference from torch fails."""
-    if (lacking := available._lacking(feature, GPU, dtype)) is not None:
+    if (lacking := gpu_ops._lacking(feature, GPU, dtype)) is not None:
         pytest.skip(lacking)
-    assert available.why_not(feature, GPU, dtype) is None
+    assert gpu_ops.why_not(feature, GPU, dtype) is None
 
 
-@pytest.mark.parametrize("dtype", [*available.DTYPES, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [*gpu_ops.DTYPES, torch.float32], ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_feature_gives_what_torch_gives(feature: str, dtype: torch.dtype) -> None:
     has(feature, dtype)
-    difference = available.largest_difference(feature, available.ops_with(frozenset({feature})), GPU, dtype)
-    assert difference <= available.ALLOWED[dtype]
+    difference = gpu_ops.largest_difference(feature, gpu_ops.ops_with(frozenset({feature})), GPU, dtype)
+    assert difference <= gpu_ops.ALLOWED[dtype]
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(64, 14), (96, 32), (128, 32), (256, 8)])
 def test_attention_over_rows_takes_heads_of_real_bases(dim: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     has(ATTENTION, torch.bfloat16)
     for name, value in {"DIM": dim, "HEADS": heads, "KV_HEADS": 2}.items():
-        monkeypatch.setattr(available, name, value)
-    ops = available.ops_with(frozenset({ATTENTION}))
-    assert available.largest_difference(ATTENTION, ops, GPU, torch.bfloat16) <= available.ALLOWED[torch.bfloat16]
+        monkeypatch.setattr(gpu_ops, name, value)
+    ops = gpu_ops.ops_with(frozenset({ATTENTION}))
+    assert gpu_ops.largest_difference(ATTENTION, ops, GPU, torch.bfloat16) <= gpu_ops.ALLOWED[torch.bfloat16]
 
 
 def stepped(fast: bool) -> tuple[float, torch.Tensor]:
@@ -50,8 +50,8 @@ def stepped(fast: bool) -> tuple[float, torch.Tensor]:
     base = tiny.base("llama", "generate", **SIZES)
     without_dropout(base.model).to(GPU, torch.bfloat16)
     kept: list[torch.Tensor] = []
-    own = available._ops_on
-    with patch.object(available, "_ops_on", own if fast else lambda device, dtype: available.ops_with(frozenset())):
+    own = gpu_ops._ops_on
+    with patch.object(gpu_ops, "_ops_on", own if fast else lambda device, dtype: gpu_ops.ops_with(frozenset())):
         settings = {"method": "lora", "method.target_modules": "all-linear", "method.lora_dropout": 0.0}
         task, optimiser, items = tiny.started(base, "summarize", **settings)
         update = optimiser.step

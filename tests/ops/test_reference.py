@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turret.ops.core import REFERENCE, Ops
 from turret.ops.cpu.compiled import library
-from turret.ops.gpu.available import ops_with
+from turret.ops.gpu.ops import ops_with
 from turret.ops.structs import LayerNorm, Lora, RMSNorm
 from turret.ops.table import of
 

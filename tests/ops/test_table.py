@@ -86,7 +86,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "ops/attention.py attend_plainly",
     },
     "attention, on a GPU": {
-        "ops/gpu/available.py attention_by_rows",  # its reference, for the check
+        "ops/gpu/ops.py attention_by_rows",  # its reference, for the check
         "ops/gpu/ops.py GpuOps.attention",
         "ops/gpu/ops.py GpuOps.attention_backward",
     },

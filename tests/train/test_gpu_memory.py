@@ -17,7 +17,7 @@ from turret import adapters
 from turret.bases.meta_model import model_of
 from turret.data import Labelled
 from turret.methods import Full, LoRA, Prefix
-from turret.ops.gpu.available import planned
+from turret.ops.gpu.ops import planned
 from turret.train import gpu_memory
 from turret.train.batches import EncodedRow, encode
 from turret.train.gpu_memory import Work, predict_on_gpu, refusal, saved_by

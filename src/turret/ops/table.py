@@ -16,10 +16,10 @@ from torch import Tensor
 from turret.ops.core import REFERENCE, Ops, enabled, switched_off
 from turret.ops.cpu import compiled as cpu
 from turret.ops.cpu.ops import ops_of
-from turret.ops.gpu import available as gpu
-from turret.ops.gpu.available import planned
-from turret.ops.gpu.available import why_not as why_no_gpu_feature
+from turret.ops.gpu import ops as gpu
 from turret.ops.gpu.ops import FEATURES as GPU_FEATURES
+from turret.ops.gpu.ops import planned
+from turret.ops.gpu.ops import why_not as why_no_gpu_feature
 
 __all__ = [
     "GPU_FEATURES",

@@ -16,7 +16,8 @@ import triton.language as tl
 from liger_kernel.ops import rms_norm, rope, swiglu
 from triton.runtime.interpreter import TensorHandle
 
-from turret.ops.gpu import available, programs
+from turret.ops.gpu import ops as gpu_ops
+from turret.ops.gpu import programs
 from turret.ops.gpu.ops import DROPOUT, LIGER
 
 CPU = torch.device("cpu")
@@ -62,8 +63,8 @@ def main() -> None:
         patches += [patch.object(home, name, Counted(name, getattr(home, name), launches)) for home, name in kernels]
         for each in patches:
             each.start()
-        ops = available.ops_with(frozenset({feature}))
-        far = {kind: available.largest_difference(feature, ops, CPU, dtype) for kind, dtype in DTYPES.items()}
+        ops = gpu_ops.ops_with(frozenset({feature}))
+        far = {kind: gpu_ops.largest_difference(feature, ops, CPU, dtype) for kind, dtype in DTYPES.items()}
         for each in patches:
             each.stop()
         found[feature] = {"difference": far, "launches": dict(launches)}

@@ -16,7 +16,7 @@ from pretend_gpu import GPU, OnCard, on_cpu, pretend_gpu
 
 from turret.ops.core import REFERENCE
 from turret.ops.dropout import HashedMask
-from turret.ops.gpu import available
+from turret.ops.gpu import ops as gpu_ops
 from turret.ops.gpu.ops import ATTENTION, DROPOUT, FEATURES, LIGER
 from turret.ops.structs import STEPS, DropoutArguments, Lora, Mask, kept
 
@@ -68,14 +68,14 @@ def test_a_feature_of_a_gpu_gives_what_torch_gives_on_the_pretend_one(feature: s
     """The whole way but the programs: views, memory that is changed, what is returned."""
     with pretend_gpu() as gpu:
         gpu.clear()
-        ops = available.ops_with(frozenset({feature}))
-        assert available.largest_difference(feature, ops, GPU, torch.float32) <= 1e-5
+        ops = gpu_ops.ops_with(frozenset({feature}))
+        assert gpu_ops.largest_difference(feature, ops, GPU, torch.float32) <= 1e-5
         names = {ATTENTION: "_flash_attention_forward", LIGER: "rotate", DROPOUT: "dropout"}
         assert gpu.launches[names[feature]] == 2
 
 
 def test_control_another_formula_is_noticed() -> None:
-    class Wrong(available.GpuOps):
+    class Wrong(gpu_ops.GpuOps):
         def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
             return gate * up
 
@@ -83,8 +83,8 @@ def test_control_another_formula_is_noticed() -> None:
             return x * scale
 
     for feature in (LIGER, DROPOUT):
-        assert available.largest_difference(feature, Wrong(frozenset()), CPU, torch.float32) > 0.1
-        assert available.largest_difference(feature, available.ops_with(frozenset()), CPU, torch.float32) == 0
+        assert gpu_ops.largest_difference(feature, Wrong(frozenset()), CPU, torch.float32) > 0.1
+        assert gpu_ops.largest_difference(feature, gpu_ops.ops_with(frozenset()), CPU, torch.float32) == 0
 
 
 def test_dropout_drops_the_share_that_was_asked_for_and_other_elements_for_another_seed() -> None:
@@ -108,32 +108,32 @@ def test_the_plain_mask_on_a_gpu_is_the_cpus() -> None:
 
 def test_a_gpu_without_one_feature_keeps_the_others_and_says_why(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """An AMD GPU without attention over rows, a GPU of 2018, a machine without the extra."""
-    asked = available._why_not.__wrapped__
-    monkeypatch.setattr(available, "_why_not", asked)  # nothing is remembered
-    monkeypatch.setattr(available, "largest_difference", lambda *arguments: 0.0)
-    monkeypatch.setattr(available, "find_spec", lambda name: None if name == "liger_kernel" else object())
+    asked = gpu_ops._why_not.__wrapped__
+    monkeypatch.setattr(gpu_ops, "_why_not", asked)  # nothing is remembered
+    monkeypatch.setattr(gpu_ops, "largest_difference", lambda *arguments: 0.0)
+    monkeypatch.setattr(gpu_ops, "find_spec", lambda name: None if name == "liger_kernel" else object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     half = torch.float16
-    assert available.why_not(ATTENTION, GPU, half) == "the GPU is older than Ampere"
-    assert "pip install 'turret[gpu]'" in str(available.why_not(LIGER, GPU, half))
-    assert available.why_not(DROPOUT, GPU, half) is None
+    assert gpu_ops.why_not(ATTENTION, GPU, half) == "the GPU is older than Ampere"
+    assert "pip install 'turret[gpu]'" in str(gpu_ops.why_not(LIGER, GPU, half))
+    assert gpu_ops.why_not(DROPOUT, GPU, half) is None
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert available.why_not(ATTENTION, GPU, half) is None, "AMD's are tried"
-    monkeypatch.setattr(available, "largest_difference", lambda *arguments: 0.5)
-    assert "differs from torch by 5.0e-01" in str(available.why_not(ATTENTION, GPU, half))
+    assert gpu_ops.why_not(ATTENTION, GPU, half) is None, "AMD's are tried"
+    monkeypatch.setattr(gpu_ops, "largest_difference", lambda *arguments: 0.5)
+    assert "differs from torch by 5.0e-01" in str(gpu_ops.why_not(ATTENTION, GPU, half))
 
     def refuses(*arguments: object) -> float:
         raise RuntimeError("no kernel image is available\nand more lines")
 
-    monkeypatch.setattr(available, "largest_difference", refuses)
-    assert available.why_not(DROPOUT, GPU, half) == "RuntimeError: no kernel image is available"
+    monkeypatch.setattr(gpu_ops, "largest_difference", refuses)
+    assert gpu_ops.why_not(DROPOUT, GPU, half) == "RuntimeError: no kernel image is available"
     assert all("\n" not in each.getMessage() for each in caplog.records)
 
 
 def test_what_flash_attention_does_not_take_is_left_to_torch() -> None:
-    assert "float32" in str(available.why_not(ATTENTION, GPU, torch.float32))
-    assert "no GPU" in str(available.why_not(DROPOUT, CPU, torch.float32))
-    assert available.ops_of(torch.ones(2)) is REFERENCE
+    assert "float32" in str(gpu_ops.why_not(ATTENTION, GPU, torch.float32))
+    assert "no GPU" in str(gpu_ops.why_not(DROPOUT, CPU, torch.float32))
+    assert gpu_ops.ops_of(torch.ones(2)) is REFERENCE
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
@@ -141,7 +141,7 @@ def test_what_flash_attention_does_not_take_is_left_to_torch() -> None:
 def test_the_gradients_of_lora_on_a_gpu_are_autograds(p: float, rank: int) -> None:
     """Three layers with one input, of which one has no LoRA, or another rank; any rank fits."""
     generator = torch.Generator().manual_seed(0)
-    N, d_in, sizes, ranks, ops = 11, 70, (50, 60, 40), (rank, 2, rank), available.ops_with(frozenset({DROPOUT}))
+    N, d_in, sizes, ranks, ops = 11, 70, (50, 60, 40), (rank, 2, rank), gpu_ops.ops_with(frozenset({DROPOUT}))
     keys = torch.randint(1 << 62, (N,), generator=generator)
     draw = lambda *shape: torch.randn(*shape, generator=generator) / 4
     x = draw(N, d_in).requires_grad_()
