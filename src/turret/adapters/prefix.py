@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.ops.autograd import FunctionContext, Gradients, apply
+from turret.ops.core import FunctionContext, Gradients, apply
 from turret.ops.structs import GRADIENT_STAYS
 
 EMBEDDING_SIZE = 64  # of each virtual token inside the reparametrisation

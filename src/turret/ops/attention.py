@@ -14,8 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.ops.autograd import FunctionContext, Gradients, apply
-from turret.ops.core import Ops, enabled
+from turret.ops.core import FunctionContext, Gradients, Ops, apply, enabled
 from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 
 LARGEST = 1 << 25  # probabilities of one call; above it torch's fused kernel computes, which saves none of them

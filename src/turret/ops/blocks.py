@@ -22,8 +22,7 @@ from torch import Tensor
 
 from turret.ops import lora
 from turret.ops.attention import pairs_of
-from turret.ops.autograd import FunctionContext, Gradients, apply
-from turret.ops.core import Ops, enabled
+from turret.ops.core import FunctionContext, Gradients, Ops, apply, enabled
 from turret.ops.structs import AttentionRows, DropoutArguments, Group, LayerNorm, RMSNorm
 from turret.ops.table import of
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ def enabled(name: str) -> bool:
 
 NumberedMatrix = tuple[int, Tensor, Tensor | None]  # a frozen layer's number among those that are adapted, W and b
 
-__all__ = ["REFERENCE", "AdapterSpans", "Gradients", "KVStep", "LayerWeights", "Loras", "Ops", "WholeLayers"]
+__all__ = ["REFERENCE", "AdapterSpans", "KVStep", "LayerWeights", "LoraGradients", "Loras", "Ops", "WholeLayers"]
 
-Gradients = list[Tensor | None]
+LoraGradients = list[Tensor | None]
 Loras = Sequence[Lora | None]  # of the matrices of one input, None for one without
 
 
@@ -172,7 +172,7 @@ class Ops:
 
     def lora_backward(
         self, loras: Loras, x: Callable[[], Tensor], inner: Sequence[Tensor], dy: Sequence[Tensor], dx: Tensor | None
-    ) -> Gradients:
+    ) -> LoraGradients:
         """dB = scale dy^T h;  dh = scale dy B;  dA = dh^T (x mask);  dx <- dx + (dh A) mask.
 
         Args:
@@ -185,7 +185,7 @@ class Ops:
         Returns:
             dA and dB of each LoRA, float32; None for a gradient that was added where the parameter keeps it.
         """
-        gradients: Gradients = []
+        gradients: LoraGradients = []
         hidden = iter(inner)
         for own, lora in zip(dy, loras, strict=True):
             if lora is not None:
@@ -380,3 +380,33 @@ def use_device(device: torch.device) -> None:
     """Make a GPU the calling thread's own: programs start there, and memory is pinned for it."""
     if real_gpu(device):
         torch.cuda.set_device(device)
+
+
+# --- functions of autograd --------------------------------------------------------------------------------------------
+# Types for `torch.autograd.Function`, which torch leaves untyped.
+
+
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
+Gradients = tuple[Tensor | None, ...]  # one for each argument of `forward`; None for what is not differentiated
+
+
+class FunctionContext(Protocol):
+    """What `forward` leaves for `backward`. A Function with attributes of its own adds them in a subclass."""
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...  # None where None was saved
+    @property
+    def needs_input_grad(self) -> tuple[bool, ...]: ...
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+class _Function(Protocol[P, R]):
+    @staticmethod
+    def forward(ctx: Any, *args: P.args, **kwargs: P.kwargs) -> R: ...  # a subclass of FunctionContext
+
+
+def apply(function: type[_Function[P, R]], *args: P.args, **kwargs: P.kwargs) -> R:
+    """`function.apply(*args)`, with the argument and result types of its `forward`."""
+    result: R = function.apply(*args, **kwargs)  # type: ignore[attr-defined]  # torch.autograd.Function's, untyped
+    return result

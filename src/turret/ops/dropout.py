@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from turret.ops.attention import attend_plainly
-from turret.ops.autograd import FunctionContext, Gradients, apply
-from turret.ops.core import Ops, copied
+from turret.ops.core import FunctionContext, Gradients, Ops, apply, copied
 from turret.ops.structs import NO_DROPOUT, OF_SITE, STEPS, WORD, DropoutArguments, Mask
 from turret.ops.table import of
 

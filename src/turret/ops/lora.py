@@ -15,9 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.ops.autograd import FunctionContext, apply
-from turret.ops.autograd import Gradients as AllGradients
-from turret.ops.core import REFERENCE, Gradients, Ops, copied, enabled
+from turret.ops.core import REFERENCE, FunctionContext, Gradients, LoraGradients, Ops, apply, copied, enabled
 from turret.ops.cpu.ops import CpuOps
 from turret.ops.dropout import HashedMask, Masks
 from turret.ops.gpu.ops import GpuOps
@@ -66,7 +64,7 @@ def forward(ops: Ops, group: Group, x: Tensor, plus: Tensor | None = None) -> Fo
 
 def backward(
     ops: Ops, group: Group, x: Callable[[], Tensor], inner: Sequence[Tensor], dy: Sequence[Tensor], wanted: bool = True
-) -> tuple[Tensor | None, Gradients]:
+) -> tuple[Tensor | None, LoraGradients]:
     """(dx (N, D_in), dA and dB of every LoRA).
 
     Args:
@@ -113,7 +111,7 @@ class _Adapted(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: _AdaptedContext, *gradients: Tensor) -> AllGradients:
+    def backward(ctx: _AdaptedContext, *gradients: Tensor) -> Gradients:
         x, *inner = ctx.saved_tensors
         dy = gradients[0].reshape(-1, gradients[0].shape[-1]).contiguous()
         rows = x.reshape(-1, x.shape[-1])

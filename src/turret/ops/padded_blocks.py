@@ -13,8 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from turret.ops.autograd import FunctionContext, Gradients, apply
-from turret.ops.core import copied, enabled
+from turret.ops.core import FunctionContext, Gradients, apply, copied, enabled
 
 SHORTER = 0.5  # a row shorter than this share of its block's longest row begins another block,
 SMALL = 1 << 13  # unless the block has at most so many scores per head

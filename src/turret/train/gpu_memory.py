@@ -23,7 +23,7 @@ from turret.engine.cache import capacity
 from turret.families import family_of
 from turret.families.family import VECTORS, head_of
 from turret.methods import Method
-from turret.ops.autograd import FunctionContext, Gradients, apply
+from turret.ops.core import FunctionContext, Gradients, apply
 from turret.ops.table import planned
 from turret.recipe import Recipe
 from turret.train.adamw import moment_bytes

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from turret.ops.core import Gradients, KVStep, LayerWeights, Loras, NumberedMatrix, Ops, WholeLayers, enabled
+from turret.ops.core import KVStep, LayerWeights, LoraGradients, Loras, NumberedMatrix, Ops, WholeLayers, enabled
 from turret.ops.cpu.compiled import (
     CachedKVArguments,
     DecoderLayer,
@@ -105,8 +105,8 @@ class CpuOps(Ops):
 
     def lora_backward(
         self, loras: Loras, x: Callable[[], Tensor], inner: Sequence[Tensor], dy: Sequence[Tensor], dx: Tensor | None
-    ) -> Gradients:
-        gradients: Gradients = []
+    ) -> LoraGradients:
+        gradients: LoraGradients = []
         hidden = iter(inner)
         for own, lora in zip(dy, loras, strict=True):
             if lora is not None:

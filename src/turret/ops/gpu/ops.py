@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
-from turret.ops.core import REFERENCE, Gradients, Loras, Ops, copied
+from turret.ops.core import REFERENCE, LoraGradients, Loras, Ops, copied
 from turret.ops.structs import GRADIENT_STAYS, AttentionRows, DropoutArguments, Lora, Prefixes, RMSNorm
 
 ATTENTION, LIGER, DROPOUT = FEATURES = ("attention", "liger", "dropout")  # what a GPU may have
@@ -130,7 +130,7 @@ class GpuOps(Ops):
 
     def lora_backward(
         self, loras: Loras, x: Callable[[], Tensor], inner: Sequence[Tensor], dy: Sequence[Tensor], dx: Tensor | None
-    ) -> Gradients:
+    ) -> LoraGradients:
         """Gradients are added in the precision of the parameters where these keep them."""
         own = [(d, lora) for d, lora in zip(dy, loras, strict=True) if lora is not None]
         if not own:
@@ -149,7 +149,7 @@ class GpuOps(Ops):
                 if dx is not None:
                     dx.add_(_dropped(part @ A.mT, lora))
             of_A = tuple(part.mT @ _dropped(given, lora) for (_, lora), part in zip(own, parts, strict=True))
-        found: Gradients = []
+        found: LoraGradients = []
         for (d, lora), h, gradient in zip(own, _hidden(inner, loras), of_A, strict=True):
             found += [_added(lora.A, gradient, 1.0), _added(lora.B, d.mT @ h, lora.scale)]
         return found
