@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, linear_at, mount_head
-from turret.adapters.hooks import AdapterInit, HookedModel, device_of, routed_linear, target_paths
+from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts
+from turret.adapters.hooks import AdapterInit, HookedModel, device_of, linear_at, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
-from turret.adapters.tuners.tuner import Tuner
+from turret.adapters.tuners.tuner import Tuner, mount_head
 from turret.errors import AdapterError
 from turret.methods import Method
 from turret.transformer import Model

@@ -1,6 +1,6 @@
-"""One adapter as tensors and settings, and its parts in a slot: low-rank factors, a prefix, a head.
+"""One adapter as tensors and settings, and the parts of it that the hooks read: low-rank factors, a prefix, a head.
 
-The `numbers` of a method read and check its tensors; `lifecycle` has the verbs.
+The tuner of a method reads and checks its tensors and puts them into a slot; `lifecycle` has the verbs.
 """
 
 from __future__ import annotations
@@ -12,17 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.hooks import (
-    ATTRIBUTE,
-    HookedModel,
-    device_of,
-    routed_linear,
-    routed_module,
-    routed_whole,
-)
-from turret.adapters.lora import LoRAFactors
-from turret.adapters.modules_to_save import twin
-from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.adapters.scaled import LayerChange
 from turret.errors import AdapterError, WrongBase
 from turret.families import FAMILIES
@@ -31,7 +20,6 @@ from turret.manifest import Lineage
 from turret.methods import Method
 from turret.methods.peft import LORA_PREFIX as LORA_PREFIX
 from turret.tasks.shapes import Generation, TaskSpec
-from turret.transformer import Model
 
 PROMPT = {"decoder": "prompt_embeddings", "encoder": "encoder_prompt_embeddings", "cross": "cross_prompt_embeddings"}
 
@@ -118,16 +106,6 @@ class Parts:
     whole: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def head_tensors(attached: HookedModel, slot: int) -> dict[str, Tensor]:
-    """Copies of the head in a slot, by its names in the model."""
-    return {
-        f"{path}.{name}": copied(value)
-        for path, module in attached.heads.items()
-        if str(slot) in module.slots
-        for name, value in module.slots[str(slot)].state_dict().items()
-    }
-
-
 def require_base(adapter: Adapter, fingerprint: str | None) -> None:
     """Raise WrongBase for an adapter of another base. Without both fingerprints nothing is compared."""
     if fingerprint and adapter.base.fingerprint and fingerprint != adapter.base.fingerprint:
@@ -135,48 +113,6 @@ def require_base(adapter: Adapter, fingerprint: str | None) -> None:
             f"adapter was trained on base {adapter.base.fingerprint[:19]} ({adapter.base.id}), this model is "
             f"{fingerprint[:19]}: load that base, or retrain"
         )
-
-
-def mount_parts(model: Model, attached: HookedModel, parts: Parts, slot: int) -> None:
-    """Put frozen factors and a frozen prefix into a slot."""
-    for path, (A, B) in parts.factors.items():
-        factors = LoRAFactors(A.float().clone(), B.float().clone(), parts.scaling).requires_grad_(False)
-        layer = routed_linear(model, attached, path)
-        layer.slots[str(slot)] = factors.to(device_of(layer.base_layer)).eval()
-    for path, scaled in parts.layers.items():
-        layer = routed_linear(model, attached, path)
-        layer.scaled[slot] = scaled.to(device_of(layer.base_layer))
-    for path, module in parts.whole.items():
-        routed_whole(model, attached, path).slots[str(slot)] = module.requires_grad_(False).eval()
-    if parts.prefix:
-        groups = {name: PrefixGroup(each, None, None) for name, each in parts.prefix.items()}
-        attached.prefixes[str(slot)] = PrefixSlot(groups).requires_grad_(False).to(device_of(model)).eval()
-
-
-def linear_at(model: Model, path: str) -> nn.Module:
-    """The base's own layer at a path. Raises AdapterError if there is none."""
-    attached: HookedModel | None = getattr(model, ATTRIBUTE, None)
-    if attached is not None and (known := attached.linears.get(path)) is not None:
-        return known.base_layer  # faster than get_submodule, which walks the path
-    try:
-        layer = model.get_submodule(path)
-    except AttributeError:
-        raise AdapterError(f"the base has no layer {path!r}: the adapter belongs to another architecture") from None
-    layer = getattr(layer, "base_layer", layer)
-    assert isinstance(layer, nn.Module)
-    return layer
-
-
-def mount_head(model: Model, attached: HookedModel, head: dict[str, Tensor], slot: int) -> None:
-    """Put frozen copies of the head's modules into a slot; a classifier needs all of them."""
-    required = [name for name in attached.family.head_modules if name in dict(model.named_children())]
-    missing = [name for name in required if not any(key.startswith(name + ".") for key in head)]
-    if missing:
-        raise AdapterError(f"the adapter has no head {', '.join(missing)}, which a classifier needs: retrain")
-    for path in head_paths(attached.family, head):
-        module = attached.heads[path].base_module if path in attached.heads else model.get_submodule(path)
-        values = {key[len(path) + 1 :]: value for key, value in head.items() if key.startswith(path + ".")}
-        routed_module(model, attached, path).slots[str(slot)] = filled_head(module, path, values, device_of(module))
 
 
 def head_paths(family: Family, head: dict[str, Tensor]) -> list[str]:
@@ -203,18 +139,6 @@ def check_head(module: nn.Module, path: str, values: Mapping[str, Tensor]) -> No
         old, last = expected[key], isinstance(module.get_submodule(key.rpartition(".")[0]), nn.Linear)
         if value.dim() != old.dim() or value.shape[1:] != old.shape[1:] or (not last and value.shape != old.shape):
             raise AdapterError(f"head {path}.{key} has shape {tuple(value.shape)}: expected {tuple(old.shape)}")
-
-
-def filled_head(module: nn.Module, path: str, values: dict[str, Tensor], device: torch.device) -> nn.Module:
-    """A frozen float32 copy of a head module with these values."""
-    check_head(module, path, values)
-    made = twin(module)
-    for key, value in values.items():
-        owner, name = made.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
-        setattr(owner, name, nn.Parameter(value.float().clone().to(device), requires_grad=False))
-        if isinstance(owner, nn.Linear) and name == "weight":
-            owner.out_features = value.shape[0]
-    return made
 
 
 def copied(value: Tensor) -> Tensor:

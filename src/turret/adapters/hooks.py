@@ -335,6 +335,20 @@ def _refresher(attached: HookedModel, groups: tuple[str, ...]) -> Callable[[nn.M
     return refresh
 
 
+def linear_at(model: Model, path: str) -> nn.Module:
+    """The base's own layer at a path. Raises AdapterError if there is none."""
+    attached: HookedModel | None = getattr(model, ATTRIBUTE, None)
+    if attached is not None and (known := attached.linears.get(path)) is not None:
+        return known.base_layer  # faster than get_submodule, which walks the path
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        raise AdapterError(f"the base has no layer {path!r}: the adapter belongs to another architecture") from None
+    layer = getattr(layer, "base_layer", layer)
+    assert isinstance(layer, nn.Module)
+    return layer
+
+
 def routed_linear(model: Model, attached: HookedModel, path: str) -> RoutedLinear:
     """The routed linear layer at a path; it replaces the base's own at the first call."""
     if path not in attached.linears:

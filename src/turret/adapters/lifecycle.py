@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from turret import quantized
-from turret.adapters.adapter import Adapter, Extracted, mount_parts, require_base, shared_names
+from turret.adapters.adapter import Adapter, Extracted, require_base, shared_names
 from turret.adapters.batch_context import ATTACHED, BatchContext, drawing_alone
 from turret.adapters.hooks import ATTRIBUTE, AdapterInit, HookedModel, attachment, detach, hook_model
 from turret.adapters.layers import NORMED
-from turret.adapters.tuners.tuner import all_parts, tuner_of
+from turret.adapters.tuners.tuner import all_parts, mount_parts, tuner_of
 from turret.arguments import checked
 from turret.errors import AdapterError
 from turret.methods import Method, by_name

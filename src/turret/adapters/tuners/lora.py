@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts, linear_at
+from turret.adapters.adapter import LORA_PREFIX, Adapter, Extracted, Parts
 from turret.adapters.batch_context import ATTACHED
-from turret.adapters.hooks import AdapterInit, HookedModel, device_of, routed_linear, target_paths
+from turret.adapters.hooks import AdapterInit, HookedModel, device_of, linear_at, routed_linear, target_paths
 from turret.adapters.lora import LoRAFactors, sizes
 from turret.adapters.tuners.tuner import Tuner, tuner_of
 from turret.errors import AdapterError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.adapter import linear_at
+from turret.adapters.hooks import linear_at
 from turret.adapters.modules_to_save import TokenLogits, TokenRows, unrouted, with_values
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError

@@ -19,9 +19,6 @@ from turret.adapters.adapter import (
     Extracted,
     Parts,
     copied,
-    head_tensors,
-    linear_at,
-    mount_head,
 )
 from turret.adapters.batch_context import ATTACHED, BARE, set_context
 from turret.adapters.hooks import (
@@ -32,6 +29,7 @@ from turret.adapters.hooks import (
     detach,
     device_of,
     hook_model,
+    linear_at,
     target_paths,
 )
 from turret.adapters.lora import sizes
@@ -39,7 +37,7 @@ from turret.adapters.peft_config import check_agreement, check_config, refuse_co
 from turret.adapters.prefix import Groups
 from turret.adapters.scaled import ScaledLayer
 from turret.adapters.tuners.modules_to_save import tunes_linear, with_biases, with_modules
-from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters
+from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters, head_tensors, mount_head
 from turret.errors import AdapterError, RecipeError
 from turret.families import family_of
 from turret.families.family import Stream

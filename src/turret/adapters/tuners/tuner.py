@@ -17,17 +17,25 @@ from turret.adapters.adapter import (
     Adapter,
     Extracted,
     Parts,
+    check_head,
     copied,
-    head_tensors,
-    mount_head,
-    mount_parts,
+    head_paths,
     shared_names,
 )
 from turret.adapters.batch_context import ATTACHED
-from turret.adapters.hooks import AdapterInit, HookedModel, start_head
-from turret.adapters.lora import merged_weight
-from turret.adapters.modules_to_save import merged_values
+from turret.adapters.hooks import (
+    AdapterInit,
+    HookedModel,
+    device_of,
+    routed_linear,
+    routed_module,
+    routed_whole,
+    start_head,
+)
+from turret.adapters.lora import LoRAFactors, merged_weight
+from turret.adapters.modules_to_save import merged_values, twin
 from turret.adapters.peft_config import check_agreement, check_config
+from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError, BundleError
 from turret.json_types import JsonObject
@@ -214,6 +222,59 @@ def tuner_of(method: Method) -> Tuner[Method]:
     module, _, name = method.tuner_at.partition(":")
     tuner: type[Tuner[Method]] = getattr(import_module(module), name)
     return tuner(method)
+
+
+# --- parts in a slot --------------------------------------------------------------------------------------------------
+
+
+def head_tensors(attached: HookedModel, slot: int) -> dict[str, Tensor]:
+    """Copies of the head in a slot, by its names in the model."""
+    return {
+        f"{path}.{name}": copied(value)
+        for path, module in attached.heads.items()
+        if str(slot) in module.slots
+        for name, value in module.slots[str(slot)].state_dict().items()
+    }
+
+
+def mount_parts(model: Model, attached: HookedModel, parts: Parts, slot: int) -> None:
+    """Put frozen factors and a frozen prefix into a slot."""
+    for path, (A, B) in parts.factors.items():
+        factors = LoRAFactors(A.float().clone(), B.float().clone(), parts.scaling).requires_grad_(False)
+        layer = routed_linear(model, attached, path)
+        layer.slots[str(slot)] = factors.to(device_of(layer.base_layer)).eval()
+    for path, scaled in parts.layers.items():
+        layer = routed_linear(model, attached, path)
+        layer.scaled[slot] = scaled.to(device_of(layer.base_layer))
+    for path, module in parts.whole.items():
+        routed_whole(model, attached, path).slots[str(slot)] = module.requires_grad_(False).eval()
+    if parts.prefix:
+        groups = {name: PrefixGroup(each, None, None) for name, each in parts.prefix.items()}
+        attached.prefixes[str(slot)] = PrefixSlot(groups).requires_grad_(False).to(device_of(model)).eval()
+
+
+def mount_head(model: Model, attached: HookedModel, head: dict[str, Tensor], slot: int) -> None:
+    """Put frozen copies of the head's modules into a slot; a classifier needs all of them."""
+    required = [name for name in attached.family.head_modules if name in dict(model.named_children())]
+    missing = [name for name in required if not any(key.startswith(name + ".") for key in head)]
+    if missing:
+        raise AdapterError(f"the adapter has no head {', '.join(missing)}, which a classifier needs: retrain")
+    for path in head_paths(attached.family, head):
+        module = attached.heads[path].base_module if path in attached.heads else model.get_submodule(path)
+        values = {key[len(path) + 1 :]: value for key, value in head.items() if key.startswith(path + ".")}
+        routed_module(model, attached, path).slots[str(slot)] = filled_head(module, path, values, device_of(module))
+
+
+def filled_head(module: nn.Module, path: str, values: dict[str, Tensor], device: torch.device) -> nn.Module:
+    """A frozen float32 copy of a head module with these values."""
+    check_head(module, path, values)
+    made = twin(module)
+    for key, value in values.items():
+        owner, name = made.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
+        setattr(owner, name, nn.Parameter(value.float().clone().to(device), requires_grad=False))
+        if isinstance(owner, nn.Linear) and name == "weight":
+            owner.out_features = value.shape[0]
+    return made
 
 
 # --- composition ------------------------------------------------------------------------------------------------------
