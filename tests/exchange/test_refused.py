@@ -25,9 +25,9 @@ from exchange.foreign import (
 from safetensors.torch import load_file, save_file
 from small_disk import mounted_disk
 
-from turret.adapters import peft_config
 from turret.bundles.bundle import manifest_digest
 from turret.cli.main import run
+from turret.manifest import CODE, NEUTRAL, REDUNDANT, check_config
 from turret.workspace import Workspace
 
 # --- refused: the configuration --------------------------------------------------------------------------------------
@@ -63,10 +63,10 @@ def test_a_configuration_that_makes_no_sense_is_refused(changes, text, folder, b
 
 
 def test_every_option_that_peft_writes_is_known() -> None:
-    known = {*peft_config.REDUNDANT, *peft_config.NEUTRAL, *peft_config.CODE}
+    known = {*REDUNDANT, *NEUTRAL, *CODE}
     for config in (peft.LoraConfig(r=4), peft.PrefixTuningConfig(num_virtual_tokens=4)):
         assert set(config.to_dict()) <= known
-        peft_config.check_config(config.to_dict())
+        check_config(config.to_dict())
 
 
 def test_an_empty_option_of_a_newer_peft_is_no_reason_to_refuse(folder, bert, tmp_path) -> None:

@@ -23,7 +23,6 @@ from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX, Adapter, BaseInfo, require_base
 from turret.adapters.hooks import ATTRIBUTE, HookedModel, attachment, detach
 from turret.adapters.lifecycle import attach, extract, mount, require_bare, start_from
-from turret.adapters.peft_config import check_config, refuse_code, shortly
 from turret.adapters.tuners.tuner import tuner_of
 from turret.arguments import checked
 from turret.bases.fingerprints import fingerprint_of
@@ -32,7 +31,17 @@ from turret.disk import describe_error, make_folder, permissions, sync
 from turret.errors import AdapterError, BundleError, RecipeError, one_line
 from turret.families import FAMILIES
 from turret.json_types import JsonObject, JsonValue
-from turret.manifest import AdapterConfig, BaseKey, BaseSpec, FileEntry, Manifest, MethodSpec
+from turret.manifest import (
+    AdapterConfig,
+    BaseKey,
+    BaseSpec,
+    FileEntry,
+    Manifest,
+    MethodSpec,
+    check_config,
+    refuse_code,
+    shortly,
+)
 from turret.methods import METHODS, Method, method_class
 from turret.tasks import TASKS, stored_task
 from turret.tasks.embedding import HEADLESS

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX
-from turret.adapters.peft_config import refuse_code, shortly
 from turret.bundles.bundle import CONFIG, WEIGHTS
 from turret.errors import BundleError
-from turret.manifest import AdapterConfig
+from turret.manifest import AdapterConfig, refuse_code, shortly
 from turret.methods import METHODS
 
 if TYPE_CHECKING:

@@ -33,7 +33,6 @@ from turret.adapters.hooks import (
     target_paths,
 )
 from turret.adapters.lora import sizes
-from turret.adapters.peft_config import check_agreement, check_config, refuse_code
 from turret.adapters.prefix import Groups
 from turret.adapters.scaled import ScaledLayer
 from turret.adapters.tuners.modules_to_save import tunes_linear, with_biases, with_modules
@@ -42,7 +41,7 @@ from turret.errors import AdapterError, RecipeError
 from turret.families import family_of
 from turret.families.family import Stream
 from turret.json_types import JsonObject, JsonValue, mapping_of
-from turret.manifest import AdapterConfig
+from turret.manifest import AdapterConfig, check_agreement, check_config, refuse_code
 from turret.methods.peft import MARKS, NORMS, PROMPTS, WRAPPED, Peft, beside, without_repeated
 from turret.transformer import Model
 

@@ -34,12 +34,11 @@ from turret.adapters.hooks import (
 )
 from turret.adapters.lora import LoRAFactors, merged_weight
 from turret.adapters.modules_to_save import merged_values, twin
-from turret.adapters.peft_config import check_agreement, check_config
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError, BundleError
 from turret.json_types import JsonObject
-from turret.manifest import AdapterConfig
+from turret.manifest import AdapterConfig, check_agreement, check_config
 from turret.methods.method import Check, Method
 from turret.transformer import Model
 
