@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from turret.adapters.batch_context import set_context
-from turret.adapters.hooks import attachment, device_of, drawing
-from turret.adapters.positions import row_positions
+from turret.adapters.hooks import attachment, device_of, drawing, row_positions
 from turret.families.family import Pooling, head_of, parts_of_head
 from turret.ops.core import copied
 from turret.ops.lora import linear
