@@ -174,7 +174,7 @@ def slot_need(name: str, path: Path) -> dict[str, float]:
     import torch
 
     from turret import Recipe, adapters, bases, process
-    from turret.bases.shared import share
+    from turret.bases.base import share
     from turret.engine import OptimStep
     from turret.train.adamw import AdamW
 

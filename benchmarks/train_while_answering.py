@@ -50,7 +50,7 @@ def main() -> None:
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """All settings on one base, one after another."""
     from turret import bases
-    from turret.bases.shared import share
+    from turret.bases.base import share
     from turret.engine import Engine, Limits
 
     task = "classify" if side == "encoder" else "generate"

@@ -12,7 +12,7 @@ from small_models import FAMILIES, GENERATORS, RELATIVES, build, save_base, toke
 
 from turret import adapters, bases
 from turret.bases import Base
-from turret.bases.shared import share
+from turret.bases.base import share
 from turret.errors import AdapterError
 from turret.methods import Full, LoRA
 

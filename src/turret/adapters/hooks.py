@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,17 @@ def attachment(model: nn.Module) -> HookedModel:
     if not isinstance(found, HookedModel):
         raise AdapterError(f"nothing is attached to this {type(model).__name__}: call turret.attach(model, …) first")
     return found
+
+
+def require_bare(model: nn.Module) -> Model:
+    """The model, if it is one of transformers without an adapter. Raises AdapterError."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise AdapterError(
+            f"an adapter goes on a model of transformers, given a {type(model).__name__}: load one with from_pretrained"
+        )
+    if isinstance(getattr(model, ATTRIBUTE, None), HookedModel):
+        raise AdapterError("this model already carries an adapter: call turret.detach(model) first")
+    return cast(Model, model)
 
 
 @checked

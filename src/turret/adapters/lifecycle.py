@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from turret import quantized
 from turret.adapters.adapter import Adapter, Extracted, require_base, shared_names
 from turret.adapters.batch_context import ATTACHED, BatchContext, drawing_alone
-from turret.adapters.hooks import ATTRIBUTE, AdapterInit, HookedModel, attachment, detach, hook_model
+from turret.adapters.hooks import ATTRIBUTE, AdapterInit, attachment, detach, hook_model, require_bare
 from turret.adapters.layers import NORMED
 from turret.adapters.tuners.tuner import all_parts, mount_parts, tuner_of
 from turret.arguments import checked
@@ -198,17 +198,6 @@ def attach(
         raise
     attached.context.active = ATTACHED
     return model
-
-
-def require_bare(model: nn.Module) -> Model:
-    """The model, if it is one of transformers without an adapter. Raises AdapterError."""
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise AdapterError(
-            f"an adapter goes on a model of transformers, given a {type(model).__name__}: load one with from_pretrained"
-        )
-    if isinstance(getattr(model, ATTRIBUTE, None), HookedModel):
-        raise AdapterError("this model already carries an adapter: call turret.detach(model) first")
-    return cast(Model, model)
 
 
 @torch.no_grad()

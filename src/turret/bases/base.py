@@ -6,23 +6,27 @@ transformers would initialise it at random without a warning.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from turret import quantized
 from turret.adapters.adapter import BaseInfo, StoredAdapter
+from turret.adapters.hooks import detach, hook_model, require_bare
+from turret.adapters.packed import classify_logits, target_logits
 from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes
 from turret.bases.fingerprints import FORMAT, OF_CHECKPOINT, fingerprint, within
-from turret.bases.meta_model import auto_class, room_to_answer
+from turret.bases.meta_model import auto_class, model_of, room_to_answer
 from turret.bases.numerics import use_quick_float32
 from turret.bases.quantized import (
     PACKAGES,
@@ -37,9 +41,9 @@ from turret.bases.quantized import (
 from turret.bases.silence_transformers import quiet
 from turret.bases.source import BaseSource, resolve
 from turret.disk import FAILING, cache_folder, describe_error, write_beside
-from turret.errors import BaseModelError, DeviceError
-from turret.families import FAMILIES, Family, family_named, generic
-from turret.families.family import HeadKind, head_of, take_head_off
+from turret.errors import AdapterError, BaseModelError, DeviceError, UnknownFamily
+from turret.families import FAMILIES, family_named, generic
+from turret.families.family import Family, HeadKind, Kind, head_of, take_head_off
 from turret.ops.core import use_device
 from turret.transformer import Model, Tokenizer
 
@@ -216,8 +220,6 @@ def _recognised(model: Model, family: Family) -> tuple[Family, list[str]]:
     """The family, and notes. A guessed family is checked against the model's own outputs."""
     if not family.guessed:
         return family, []
-    from turret.adapters.generic import recognised
-
     recognised_family, difference = recognised(model, family.kind)
     note = f"the architecture {family.name} is not listed; with the plain hooks the model's outputs differ by at most "
     return recognised_family, [f"{note}{difference:.1g} of the largest"]
@@ -442,3 +444,164 @@ def _fingerprint_record(files: Sequence[Path]) -> Path:
     state = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
     key = json.dumps([FORMAT, transformers.__version__, state])
     return cache_folder() / "fingerprints" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+
+# --- an architecture that is not listed -------------------------------------------------------------------------------
+# Hooked, it must give its own outputs, or it is refused.
+
+
+LENGTHS = (9, 3, 14, 1)  # tokens of the rows that are asked
+FURTHEST = {4: 1e-3, 2: 3e-2}  # of the largest output, by bytes of a weight: float32 gives about 1e-6
+
+
+@torch.no_grad()
+def recognised(model: Model, kind: Kind) -> tuple[Family, float]:
+    """The first guess under which the hooked model gives its own outputs, which is listed from now on.
+
+    Args:
+        model: in eval mode, with nothing attached; it is given back as it was.
+
+    Returns:
+        The family, and the largest difference over the largest output.
+
+    Raises:
+        UnknownFamily: under every guess the outputs differ; it says by how much at best.
+    """
+    best, why = float("inf"), "no module of it looks up transformers' attention functions"
+    own: Tensor | None = None  # what the model itself says, asked once
+    for family in generic.guesses(model, kind):
+        FAMILIES[family.name] = family
+        try:
+            own = _own_outputs(model, kind) if own is None else own
+            found = _hooked_outputs(model, kind)
+        except (AdapterError, AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            why = " ".join(str(error).split())[:120]
+        else:
+            off = float((found - own).abs().max() / own.abs().max().clamp(min=1e-12))
+            if off <= FURTHEST[model.get_input_embeddings().weight.element_size()]:
+                return family, off
+            best = min(best, off)
+        del FAMILIES[family.name]
+    reason = why if best == float("inf") else f"its outputs differ by {100 * best:.2g}% of the largest at best"
+    raise UnknownFamily(
+        f"architecture {generic.name_of(model)!r} is not listed and cannot be served by the plain hooks: {reason}; "
+        "use a base of a listed family"
+    )
+
+
+def _probe_rows(model: Model) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    words = model.get_input_embeddings().weight.shape[0]
+    return [torch.randint(words // 4, words, (length,), generator=generator) for length in LENGTHS]
+
+
+def _own_outputs(model: Model, kind: Kind) -> Tensor:
+    """What the model itself says, a row at a time."""
+    parts = []
+    for row in _probe_rows(model):
+        logits = model(input_ids=row[None], attention_mask=torch.ones_like(row)[None]).logits
+        parts.append(logits[0] if _writes(model, kind) else logits)
+    return torch.cat(parts).float()
+
+
+def _hooked_outputs(model: Model, kind: Kind) -> Tensor:
+    """What it says with the hooks on, all rows in one pass."""
+    rows = _probe_rows(model)
+    hook_model(model, plain=True)
+    try:
+        if not _writes(model, kind):
+            return classify_logits(model, rows, [0] * len(rows)).float()
+        start = [row[:1] for row in rows]
+        return target_logits(model, start, [torch.cat([row[1:], row[:1]]) for row in rows], [0] * len(rows)).float()
+    finally:
+        detach(model)
+
+
+def _writes(model: Model, kind: Kind) -> bool:
+    return kind == "decoder" and model.get_output_embeddings() is not None
+
+
+# --- further models of one base ---------------------------------------------------------------------------------------
+# Each has modules of its own, and all have the same weights in memory.
+#
+# Hooks replace modules and never write to weights. So each model can be attached, trained and detached without the
+# others noticing, and costs its modules only: a few megabytes.
+
+
+LABELS, INITIALIZED = "num_labels", "_is_hf_initialized"  # attributes of transformers' models, modules and tensors
+
+
+def share(base: Base, *, num_labels: int | None = None, seed: int = 42, headless: bool = False) -> Base:
+    """Another model on a base's weights, equal to what `load` with these arguments gives, bit for bit.
+
+    Args:
+        base: nothing is attached to it.
+        num_labels: outputs of the classification head. None: the base's.
+        seed: initialises the parameters that the checkpoint lacks, as in `load`.
+        headless: a classifier's head is taken off.
+
+    Raises:
+        AdapterError: something is attached to the base.
+    """
+    own, model = base.model, spare(base.model)
+    fresh = set(base.fresh)
+    if headless:
+        take_head_off(model, base.family)
+        fresh = set()
+    if num_labels is not None and num_labels != getattr(own.config, LABELS, None):
+        fresh |= _with_outputs(model, base, num_labels)
+    if fresh:
+        _draw(model, fresh, seed, base.drawn_in)
+    for name in fresh:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(own.device, own.get_parameter(name).dtype)
+    model.requires_grad_(False).eval()
+    return replace(base, model=model, fresh=tuple(sorted(fresh)))
+
+
+def spare(model: Model) -> Model:
+    """Modules of its own with the same weights in memory. Raises AdapterError if something is attached to the model."""
+    return copy.deepcopy(require_bare(model), _kept(model))
+
+
+def _kept(model: Model) -> dict[int, Tensor]:
+    """What a copy of a model does not copy, by its address: tensors, and the scales of quantized ones."""
+    kept: dict[int, Tensor] = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) or hasattr(value, "absmax"):  # of bitsandbytes
+                kept[id(value)] = value
+    return kept
+
+
+def _with_outputs(model: Model, base: Base, num_labels: int) -> set[str]:
+    """Give the head of a model other outputs. Returns the names of its new parameters, which have no values yet."""
+    family, dtype = base.family, base.drawn_in
+    for each in (model.config, model):  # some architectures read it here, some there
+        if hasattr(each, LABELS):
+            setattr(each, LABELS, num_labels)
+    shapes = {name: each.shape for name, each in model_of(model.config, base.head).named_parameters()}
+    head = {name: each for name, each in model.named_parameters() if within(name, family.head_modules)}
+    new = {name for name, each in head.items() if each.shape != shapes[name]}
+    for name in new:
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
+        setattr(owner, key, nn.Parameter(torch.empty(shapes[name], dtype=dtype)))
+        if isinstance(owner, nn.Linear) and key == "weight":
+            owner.out_features = num_labels
+    return new
+
+
+def _draw(model: Model, fresh: set[str], seed: int, dtype: torch.dtype) -> None:
+    """Initialise the fresh parameters as transformers does when it loads a checkpoint without them."""
+    for each in (*model.parameters(), *model.buffers()):
+        setattr(each, INITIALIZED, True)  # transformers leaves such tensors as they are
+    for name in fresh:
+        path, _, key = name.rpartition(".")
+        owner = model.get_submodule(path)
+        setattr(owner, key, nn.Parameter(torch.empty(owner.get_parameter(key).shape, dtype=dtype)))
+    for module in model.modules():
+        setattr(module, INITIALIZED, False)  # look at each of its tensors
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.initialize_weights()

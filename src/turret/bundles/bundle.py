@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from turret import quantized
 from turret.adapters.adapter import LORA_PREFIX, Adapter, BaseInfo, require_base
-from turret.adapters.hooks import ATTRIBUTE, HookedModel, attachment, detach
-from turret.adapters.lifecycle import attach, extract, mount, require_bare, start_from
+from turret.adapters.hooks import ATTRIBUTE, HookedModel, attachment, detach, require_bare
+from turret.adapters.lifecycle import attach, extract, mount, start_from
 from turret.adapters.tuners.tuner import tuner_of
 from turret.arguments import checked
 from turret.bases.fingerprints import fingerprint_of

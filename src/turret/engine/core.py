@@ -21,8 +21,7 @@ import torch
 
 from turret import process
 from turret.adapters.adapter import Adapter
-from turret.bases.base import Base
-from turret.bases.shared import share
+from turret.bases.base import Base, share
 from turret.data import Input
 from turret.engine.adapter_loader import AdapterLoader, AdapterSource, Need, Warm, WithAdaptersInMemory
 from turret.engine.adapter_pool import AdapterTensors
@@ -576,7 +575,7 @@ class Engine:
         training if the part calls `between_passes` after each.
 
         Args:
-            work: About one optimiser step, on a model of its own (`bases.shared.share`).
+            work: About one optimiser step, on a model of its own (`bases.base.share`).
             tenant: Whose training it is. Tenants take turns by seconds.
 
         Raises:

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from turret.adapters.batch_context import BARE, set_context
 from turret.adapters.hooks import detach
 from turret.adapters.packed import pool, ready_mask, shift_right, tokens, vocabulary_logits
-from turret.bases.base import Base
+from turret.bases.base import Base, spare
 from turret.bases.device import gpu_memory
-from turret.bases.shared import spare
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 from turret.engine.decode import TokenLogprobs, token_logprobs

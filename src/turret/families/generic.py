@@ -1,6 +1,6 @@
 """Guess the family of an architecture that is not listed, from the modules of its model.
 
-`adapters/generic.py` compares each guess with the model's own outputs before it is used.
+`bases/base.py` compares each guess with the model's own outputs before it is used.
 """
 
 from __future__ import annotations

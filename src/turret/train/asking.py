@@ -20,9 +20,9 @@ from turret.adapters.hooks import hook_model
 from turret.adapters.packed import HeadRow, texts_in
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
+from turret.bases.base import share
 from turret.bases.fingerprints import within
 from turret.bases.sharded import parts_of
-from turret.bases.shared import share
 from turret.data import Example, Input
 from turret.engine.cache import capacity
 from turret.engine.core import Engine

@@ -18,7 +18,7 @@ from turret import adapters
 from turret.adapters import Adapter, StoredAdapter
 from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base
-from turret.bases.shared import share
+from turret.bases.base import share
 from turret.data import Dataset, Example, Input
 from turret.engine.core import Engine
 from turret.engine.protocol import Loss, OptimStep

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from turret import adapters, bases
 from turret.access import Access
 from turret.adapters import packed
-from turret.bases.shared import share
+from turret.bases.base import share
 from turret.compare.design import UNTRAINED
 from turret.compare.report_text import seconds as span
 from turret.data import Dataset

@@ -22,12 +22,11 @@ import torch
 from turret import bases, bundles, process
 from turret.adapters import Adapter, StoredAdapter
 from turret.bases import Base, ChosenDevice, choose_device
-from turret.bases.base import Digests, Dtype, dtype_on
+from turret.bases.base import Digests, Dtype, dtype_on, share
 from turret.bases.device import CPU, Gpu, Machine, gigabytes, this_machine
 from turret.bases.meta_model import room_to_answer, skeleton
 from turret.bases.quantized import QUANTIZATIONS, Quantization
 from turret.bases.sharded import digest_of, gather_once, load_in_parts, parts_of
-from turret.bases.shared import share
 from turret.data import Dataset
 from turret.engine.pass_thread import PassThread
 from turret.errors import AdapterError, Interrupted, PreflightRefused, TrainingError, UnknownFamily
