@@ -92,7 +92,8 @@ def _decodes_by_turret(job: Job, base: Any, method: Any) -> Decode:
     from turret.adapters import Adapter
     from turret.engine.decode import choose
     from turret.engine.request import GenerationSettings
-    from turret.engine.runner import DecodeStep, Prefill, Runner
+    from turret.engine.runner import Runner
+    from turret.engine.sequence import DecodeStep, Prefill
 
     random_ones = method.model_copy(update={"init_lora_weights": False})
     adapters.attach(base.model, random_ones, generator=torch.Generator().manual_seed(0))

@@ -120,7 +120,8 @@ def by_peft(model: Any, task: str, count: int) -> tuple[Any, Callable[[str], Non
 
 def first_answers(source: Any, numbers: Sequence[Any], rows: Sequence[Sequence[int]]) -> list[Any]:
     """What one mixed pass says of every row: (C,) or (V,) float32 each."""
-    from turret.engine.runner import Prefill, Runner
+    from turret.engine.runner import Runner
+    from turret.engine.sequence import Prefill
     from turret.tasks import task_from_spec
 
     runner = Runner(source)

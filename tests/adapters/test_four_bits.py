@@ -21,7 +21,8 @@ from turret.adapters.batch_context import BatchContext
 from turret.adapters.lifecycle import merged_state
 from turret.adapters.lora import LoRAFactors
 from turret.adapters.scaled import dora
-from turret.engine.runner import Prefill, Runner
+from turret.engine.runner import Runner
+from turret.engine.sequence import Prefill
 from turret.errors import AdapterError
 from turret.methods import Full, Head, LoRA, Peft, Prefix
 from turret.ops.table import without

@@ -17,7 +17,7 @@ from scripts import load
 from turret import bundles
 from turret.adapters import Adapter, BaseInfo, attach, classify_logits, extract, mount, target_logits
 from turret.adapters.hooks import trainable_parameters
-from turret.engine.runner import Prefill
+from turret.engine.sequence import Prefill
 from turret.errors import TurretError
 from turret.families import FAMILIES
 from turret.families.family import IA3_BASES

@@ -18,7 +18,8 @@ from pretend_gpu import OnCard, on_cpu, pretend_gpu, to_gpu
 from turret.engine.decode import choose
 from turret.engine.protocol import OptimStep
 from turret.engine.request import GenerationSettings
-from turret.engine.runner import DecodeStep, Prefill, Runner
+from turret.engine.runner import Runner
+from turret.engine.sequence import DecodeStep, Prefill
 from turret.errors import AdapterError
 from turret.methods import LoRA
 from turret.ops.dropout import Draws

@@ -15,7 +15,8 @@ from pretend_gpu import GPU, OnCard, on_cpu, pretend_gpu, to_gpu
 
 from turret import adapters
 from turret.engine.protocol import OptimStep
-from turret.engine.runner import DecodeStep, Prefill, Runner
+from turret.engine.runner import Runner
+from turret.engine.sequence import DecodeStep, Prefill
 from turret.families import family_named
 from turret.methods import Method, Peft
 from turret.ops.dropout import Draws

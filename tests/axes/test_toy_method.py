@@ -19,7 +19,7 @@ from axes.toy_method import Scale
 from batches import rows, with_eos
 
 from turret.adapters import attach, classify_logits, detach, extract
-from turret.engine.runner import Prefill
+from turret.engine.sequence import Prefill
 from turret.errors import AdapterError, BundleError, RecipeError
 from turret.methods import METHODS, Full, LoRA
 from turret.recipe import Recipe

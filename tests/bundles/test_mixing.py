@@ -16,7 +16,7 @@ from small_models import build
 from turret import adapters, bundles
 from turret.adapters import Adapter, attachment
 from turret.adapters.tuners import peft as peft_tuner
-from turret.engine.runner import Prefill
+from turret.engine.sequence import Prefill
 from turret.methods import Peft
 from turret.methods.peft import MARKS, MIXED, PROMPTS, SLOW, WRAPPED
 

@@ -16,7 +16,7 @@ from turret import adapters, bundles
 from turret.adapters import Adapter, BaseInfo
 from turret.adapters.lifecycle import merged_state
 from turret.adapters.tuners.modules_to_save import with_modules
-from turret.engine.runner import DecodeStep, Prefill
+from turret.engine.sequence import DecodeStep, Prefill
 from turret.errors import AdapterError, BundleError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::peft.utils.warning.PeftWarning")

@@ -18,7 +18,8 @@ from torch import Tensor
 from turret.adapters import Adapter, BaseInfo, attach, detach, extract
 from turret.adapters.layers import FrozenNorm, OneCall
 from turret.engine.adapter_pool import AdapterPool
-from turret.engine.runner import DecodeStep, Prefill, Runner
+from turret.engine.runner import Runner
+from turret.engine.sequence import DecodeStep, Prefill
 from turret.families import family_of
 from turret.methods import Head, LoRA, Method, Prefix
 from turret.ops.cpu import compiled as kernels

@@ -17,7 +17,8 @@ from small_models import FAMILIES
 from turret.adapters import Adapter, attachment, classify_logits
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KVSlot
-from turret.engine.runner import DecodeStep, Prefill, Runner
+from turret.engine.runner import Runner
+from turret.engine.sequence import DecodeStep, Prefill
 from turret.methods import LoRA
 from turret.ops.cpu import compiled as kernels
 

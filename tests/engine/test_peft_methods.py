@@ -17,7 +17,8 @@ from torch import nn
 
 from turret import bundles
 from turret.adapters import Adapter, peft_backend
-from turret.engine.runner import DecodeStep, Prefill, Runner
+from turret.engine.runner import Runner
+from turret.engine.sequence import DecodeStep, Prefill
 from turret.errors import AdapterError
 from turret.methods import Head, Peft
 from turret.methods.peft import MARKS, MIXED, PROMPTS, SLOW, WRAPPED

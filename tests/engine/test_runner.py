@@ -15,7 +15,8 @@ from tiny_training import base
 
 from turret.adapters import Adapter, classify_logits
 from turret.engine import runner as runner_module
-from turret.engine.runner import DecodeStep, Prefill, Runner, pass_tokens
+from turret.engine.runner import Runner, pass_tokens
+from turret.engine.sequence import DecodeStep, Prefill
 from turret.methods import Method, Peft, Prefix
 from turret.ops.table import without
 

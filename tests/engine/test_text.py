@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from turret.engine.text import IncrementalText, TokenEnds, between
+from turret.engine.sequence import IncrementalText, TokenEnds, between
 
 WORDS = st.lists(st.sampled_from(["a", "b", " ", "ab", "\n", "ba ", " a", "aab"]), max_size=20)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from turret import bases
-from turret.engine.runner import Prefill, Runner
-from turret.engine.token_tree import LEAST, Node, token_tree
+from turret.engine.runner import LEAST, Node, Runner, token_tree
+from turret.engine.sequence import Prefill
 
 SHARED = {"llama": True, "qwen3": True, "gpt2": True, "mistral": False, "gemma2": False}  # False: windows of attention
 PROMPT = [3 + place % 40 for place in range(70)]

@@ -13,7 +13,7 @@ from small_models import RELATIVE_DECODERS, RELATIVE_ENCODER_DECODERS, RELATIVES
 
 from turret.adapters import attach, attachment, classify_logits, on_slot, target_logits
 from turret.adapters.tuners.tuner import tuner_of
-from turret.engine.runner import DecodeStep, Prefill
+from turret.engine.sequence import DecodeStep, Prefill
 from turret.errors import AdapterError
 from turret.families import FAMILIES
 from turret.methods import LoRA, Method, Prefix

@@ -27,7 +27,8 @@ from turret.bases.meta_model import CONTEXT, model_of
 from turret.cli.main import run
 from turret.engine import SamplingParams
 from turret.engine.protocol import OptimStep
-from turret.engine.runner import DecodeStep, Prefill, Runner
+from turret.engine.runner import Runner
+from turret.engine.sequence import DecodeStep, Prefill
 from turret.methods import LoRA, Prefix
 from turret.ops.dropout import Draws
 from turret.recipe import Recipe

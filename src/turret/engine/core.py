@@ -42,10 +42,10 @@ from turret.engine.request import (
     Ticket,
     log_failure,
 )
-from turret.engine.runner import Outcome, Prefill, Runner, pass_tokens
+from turret.engine.runner import Outcome, Runner, pass_tokens
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.scheduler import Counters, Scheduler, TrainingTurns
-from turret.engine.sequence import RunningSequence
+from turret.engine.sequence import Prefill, RunningSequence
 from turret.engine.slots import Slots
 from turret.engine.structured_output import Guide
 from turret.errors import (

@@ -14,8 +14,8 @@ from turret.engine.cache import capacity
 from turret.engine.decode import base_settings, resolved
 from turret.engine.request import MAX_TOKENS, Kind, Limits, Named, Receipt, Request, Row, Ticket
 from turret.engine.sampling_params import SamplingParams
+from turret.engine.sequence import CONTEXT_TOKENS
 from turret.engine.structured_output import Constraints
-from turret.engine.text import CONTEXT_TOKENS
 from turret.errors import AdapterError, ContextLengthExceeded, DataError, NoRoom
 from turret.tasks import Task
 from turret.tasks.calibration import require

@@ -9,13 +9,13 @@ import traceback
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from turret.data import Input
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.slots import Entry, MemoryBudget
-from turret.engine.token_tree import common
 from turret.errors import Cancelled, DataError, DeadlineExceeded, TurretError, one_line
 from turret.tasks.shapes import Answer, TokenReport
 from turret.tasks.task import RequestKind
@@ -512,3 +512,8 @@ class Stats:
     most_adapters: int  # in memory at a time
     most_cache_tokens: int  # in the KV cache
     waiting_adapters: Sequence[str]  # versions that requests wait for, as `tenant/name@3`; without the engine's tenant
+
+
+def common(first: Sequence[int], last: Sequence[int]) -> int:
+    """How many tokens two rows have in common at their start."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))

@@ -6,11 +6,11 @@ order of their KV slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -24,9 +24,8 @@ from turret.bases.device import gpu_memory
 from turret.engine.adapter_pool import AdapterPool
 from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 from turret.engine.decode import TokenLogprobs, token_logprobs
-from turret.engine.request import Limits, limits_within
-from turret.engine.token_tree import Node, token_tree
-from turret.families.family import Pooling
+from turret.engine.request import Limits, common, limits_within
+from turret.engine.sequence import DecodeStep, Prefill, TextTokens
 from turret.ops.core import copied
 from turret.ops.table import narrows, of
 from turret.transformer import Model
@@ -38,41 +37,6 @@ GPU_PASS = 4096  # tokens: fewer leave a GPU waiting for launches
 PROMPT_PASS = 4096  # tokens of one prompt in a pass: its memory grows with them
 PROMPT_ROWS = 128  # tokens of a prompt whose scores are in memory at a time
 SMALL = 5000  # layers times width of an encoder that gets long passes
-
-
-_Text = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens of a row and their segments
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """A row that begins."""
-
-    ids: Sequence[int]
-    slot: int = BARE
-    kv_slot: KVSlot | None = None  # for a row that generates; None for a text to classify or to embed
-    pooling: Pooling | None = None  # for a text to embed
-    logprobs: int | None = None  # alternatives to report with each token of the prompt; None: report nothing
-    branches: Sequence[Sequence[int]] = ()  # what may follow the row, to be scored; nothing is generated
-    segments: Sequence[int] | None = None  # of each token; None: all are in the first
-    read: Sequence[int] | None = None  # the tokens that a head for tokens reads; None: a head reads the text
-    earlier: int = 0  # tokens of the row that earlier passes have read; they are in the KV slot
-    keeps: bool = True  # whether the KV slot gets its tokens too
-
-    @property
-    def classifies(self) -> bool:
-        """Whether a head reads the whole text."""
-        return self.keeps and self.kv_slot is None and self.pooling is None and self.read is None
-
-    @property
-    def text(self) -> _Text:
-        """What rows have in common that the bare base computes once."""
-        return tuple(self.ids), tuple(self.segments or ())
-
-    @property
-    def row(self) -> Tensor:
-        """The ids (T,), or (T, 2) with the segments."""
-        ids = torch.tensor(self.ids)
-        return ids if self.segments is None else torch.stack([ids, torch.tensor(self.segments)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -91,15 +55,6 @@ class _Path:
         first = len(self.row.ids) - 1
         for place in range(max(start, first), end):
             yield place, self.branch[place - first]
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """A row that takes one more token."""
-
-    token: int
-    slot: int
-    kv_slot: KVSlot
 
 
 @dataclass(frozen=True)
@@ -301,7 +256,7 @@ class Runner:
         """
         bodies: list[Prefill] = []
         body: list[int] = []
-        known: dict[_Text, int] = {}
+        known: dict[TextTokens, int] = {}
         for row in rows:
             place = len(bodies)
             if row.classifies and self.adapter_pool.is_bare(row.slot):
@@ -313,7 +268,7 @@ class Runner:
 
     def _shared(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _Shared | None:
         """What rows with the same tokens share, because their adapters change only layers above."""
-        pool, groups = self.adapter_pool, dict[_Text, list[int]]()
+        pool, groups = self.adapter_pool, dict[TextTokens, list[int]]()
         if steps or not pool.layers or any(not row.classifies for row in rows):
             return None
         for place, row in enumerate(rows):
@@ -597,3 +552,67 @@ def _positions(lengths: Sequence[int], starts: Sequence[int], steps: Sequence[in
         position for length, start in zip(lengths, starts, strict=True) for position in range(start, start + length)
     ]
     return torch.tensor([*counted, *steps], dtype=torch.long) + offset
+
+
+# --- a tree of tokens -------------------------------------------------------------------------------------------------
+# What rows have in common at their start is one node, and is read once.
+
+
+LEAST = 32  # tokens that a node saves: a pass of its own costs about as much
+
+
+@dataclass(eq=False)
+class Node:
+    """Tokens that rows have in common.
+
+    Args:
+        ids: the tokens.
+        start: how many tokens its rows have before them, in the nodes above.
+        rows: the numbers of its rows.
+        children: what its rows have after them.
+    """
+
+    ids: Sequence[int]
+    start: int
+    rows: Sequence[int]
+    children: list[Node] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.ids)
+
+
+def token_tree(rows: Sequence[Sequence[int]], slots: Sequence[int], *, shared: bool = True) -> list[Node]:
+    """The topmost nodes, by slot. Each row is the tokens of one path.
+
+    Args:
+        rows: one token or more each.
+        slots: the adapter's slot of each row: only rows of one slot have a node in common.
+        shared: False: each row is a node of its own.
+    """
+    order = sorted(range(len(rows)), key=lambda row: (slots[row], rows[row]))
+    if not shared:
+        return [Node(rows[row], 0, [row]) for row in order]
+    own = (list(each) for _, each in groupby(order, key=slots.__getitem__))
+    return [node for each in own for node in _nodes(rows, each, 0, 0)]
+
+
+def _nodes(rows: Sequence[Sequence[int]], own: Sequence[int], start: int, known: int) -> Iterator[Node]:
+    """The nodes of some sorted rows after `start`. known: how many tokens they are known to have in common."""
+    first, last = rows[own[0]], rows[own[-1]]
+    end = known + common(first[known:], last[known:])
+    if len(own) == 1 or (len(own) - 1) * (end - start) >= LEAST:
+        going = [row for row in own if len(rows[row]) > end]
+        children = [child for part in _parts(rows, going, end) for child in _nodes(rows, part, end, end)]
+        yield Node(first[start:end], start, own, children)
+        return
+    ended = [row for row in own if len(rows[row]) == end]
+    if ended:
+        yield Node(first[start:end], start, ended)
+    for part in _parts(rows, own[len(ended) :], end):
+        yield from _nodes(rows, part, start, end)
+
+
+def _parts(rows: Sequence[Sequence[int]], own: Iterable[int], place: int) -> Iterator[list[int]]:
+    """The sorted rows by their token at a place."""
+    return (list(each) for _, each in groupby(own, key=lambda row: rows[row][place]))
