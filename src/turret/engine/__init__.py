@@ -24,7 +24,7 @@ from turret.engine.request import (
 )
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.slots import MemoryBudget
-from turret.tasks import Embedding
+from turret.tasks.task import Embedding
 
 if TYPE_CHECKING:
     from turret.engine.core import Engine

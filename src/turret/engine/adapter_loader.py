@@ -22,7 +22,7 @@ from turret.engine.request import LoadedAdapter, Named, Request
 from turret.engine.slots import Entry, Slots
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
 from turret.ops.core import use_device
-from turret.tasks import task_from_spec
+from turret.tasks.task import task_from_spec
 from turret.transformer import Tokenizer
 from turret.turns import Places, TurnQueue
 

@@ -36,7 +36,7 @@ from turret.ops.core import real_gpu, uploaded
 from turret.ops.lora import GpuRows, MixedRows, Pair, Stack, linear, mixed_rows, sgmv
 from turret.ops.structs import AdapterSpans
 from turret.ops.table import of
-from turret.tasks import Task
+from turret.tasks.task import Task
 from turret.transformer import Model
 
 # --- the tensors of one adapter ---------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ from turret.errors import (
 )
 from turret.ops.core import use_device
 from turret.ops.table import rest
-from turret.tasks import Embedding
 from turret.tasks.shapes import Answer
+from turret.tasks.task import Embedding
 
 if TYPE_CHECKING:
     from turret.engine.vllm import Vllm, VllmPasses

@@ -23,7 +23,7 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Guide
 from turret.errors import BaseModelError, ContextLengthExceeded, DataError
 from turret.ops.core import copied
-from turret.tasks import Task
+from turret.tasks.task import Task
 from turret.transformer import Model, Tokenizer
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from turret.engine.sampling_params import SamplingParams
 from turret.engine.sequence import CONTEXT_TOKENS
 from turret.engine.structured_output import Constraints
 from turret.errors import AdapterError, ContextLengthExceeded, DataError, NoRoom
-from turret.tasks import Task
 from turret.tasks.calibration import require
 from turret.tasks.chat_template import base_prompt
+from turret.tasks.task import Task
 from turret.tasks.tokens import Tokens
 
 CHARACTERS_PER_TOKEN = 3  # an estimate, used until the adapter is loaded and its template encodes the text

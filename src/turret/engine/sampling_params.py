@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from turret.engine.constraint import Constraint
 from turret.errors import DataError
-from turret.tasks import Embedding
 from turret.tasks.calibration import check_coverage
+from turret.tasks.task import Embedding
 
 STOPS = 16  # most stop strings of one request
 STOP_CHARACTERS = 256  # most characters of one stop string

@@ -29,10 +29,9 @@ from turret.engine.sampling_params import SamplingParams
 from turret.errors import BaseModelError, DataError, shown
 from turret.families.family import Family
 from turret.json_types import JsonObject
-from turret.tasks import Task
 from turret.tasks.chat import bare_chat
 from turret.tasks.shapes import Answer
-from turret.tasks.task import Encoded
+from turret.tasks.task import Encoded, Task
 from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
 

@@ -28,7 +28,7 @@ import torch
 
 from turret.adapters.adapter import Adapter, require_base
 from turret.bases.base import Base
-from turret.bundles import save_bundle
+from turret.bundles.bundle import save_bundle
 from turret.bundles.gguf_lora import max_lora_rank
 from turret.engine.adapter_pool import AdapterTensors, tensor_layout
 from turret.engine.constraint import WHITE_SPACE
@@ -38,7 +38,7 @@ from turret.engine.request import Done, Failed, GenerationSettings, Limits, Requ
 from turret.engine.sequence import RunningSequence
 from turret.errors import AdapterError, DataError, Draining, EngineError, ServeRefused, TurretError, one_line
 from turret.json_types import JsonObject, Plain
-from turret.tasks import Task
+from turret.tasks.task import Task
 
 CONNECT_SECONDS = 5.0
 LOAD_SECONDS = 300.0  # until vLLM has read an adapter

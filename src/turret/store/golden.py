@@ -27,8 +27,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.store import catalog
 from turret.store.blobs import digest_of
 from turret.store.catalog import Version, now, plain_object
-from turret.tasks import stored_task
-from turret.tasks.task import Prediction
+from turret.tasks.task import Prediction, stored_task
 from turret.timestamp import to_minute
 
 MOST_EXAMPLES = 10_000

@@ -30,7 +30,7 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.reference import Reference, check_name
 from turret.store import catalog
 from turret.store.catalog import PRODUCTION, now, who
-from turret.tasks import Decision, QuestionType, stored_task
+from turret.tasks.task import Decision, QuestionType, stored_task
 
 MOST_QUESTIONS = 400
 MOST_LABELS = 255

@@ -51,9 +51,9 @@ from turret.errors import BundleError, NotFound
 from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
 from turret.manifest import Manifest, lineage_in, task_in
 from turret.store.catalog import Version, now, who
-from turret.tasks import Task, stored_task
 from turret.tasks.calibration import Sureness
 from turret.tasks.shapes import Answer, TaskSpec
+from turret.tasks.task import Task, stored_task
 from turret.timestamp import timestamp
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
