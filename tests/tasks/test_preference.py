@@ -26,8 +26,7 @@ from turret.tasks import Preference, make_task, task_from_spec
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRows, encode
 from turret.train.evaluation import evaluate
-from turret.train.preferences import compare_answers, mount_reference, still
-from turret.train.step import forward_backward, loss_of
+from turret.train.step import compare_answers, forward_backward, loss_of, mount_reference, still
 from turret.workspace import Workspace
 
 ROWS = [

@@ -25,8 +25,7 @@ from turret.tasks import make_task
 from turret.train.adamw import AdamW
 from turret.train.batches import encode
 from turret.train.initialize import extracted
-from turret.train.preferences import mount_reference
-from turret.train.step import forward_backward
+from turret.train.step import forward_backward, mount_reference
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")]

@@ -39,7 +39,7 @@ from turret.tasks.task import RequestKind
 from turret.tasks.tokens import Tokens
 from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRows, by_length
 from turret.train.evaluation import class_logits, evaluate, evaluating
-from turret.train.preferences import mount_reference
+from turret.train.step import mount_reference
 from turret.transformer import Model
 
 MOST_TOKENS = 4096  # of one pass of an attached model that generates, prompt and new tokens

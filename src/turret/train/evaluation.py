@@ -19,8 +19,7 @@ from turret.tasks import ComparingTask, Task, compares
 from turret.tasks.shapes import Answer, Metrics
 from turret.tasks.task import shared_losses
 from turret.train.batches import EncodedRows, by_length
-from turret.train.preferences import compare_answers, still
-from turret.train.step import loss_of
+from turret.train.step import compare_answers, loss_of, still
 from turret.transformer import Model
 
 

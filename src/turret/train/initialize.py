@@ -21,7 +21,7 @@ from turret.methods.method import Defaults, Method
 from turret.recipe import Recipe, Train
 from turret.tasks import Task, stored_task, task_of
 from turret.train.adamw import AdamW, require_eight_bits
-from turret.train.preferences import mount_reference
+from turret.train.step import mount_reference
 from turret.transformer import Model
 
 
