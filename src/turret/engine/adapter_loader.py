@@ -14,20 +14,19 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
+
+import torch
 
 from turret.adapters.adapter import Adapter
-from turret.engine.adapter_pool import AdapterPool, AdapterTensors
+from turret.engine.adapter_pool import AdapterTensors
 from turret.engine.request import LoadedAdapter, Named, Request
 from turret.engine.slots import Entry, Slots
 from turret.errors import AdapterError, NoRoom, NotFound, TurretError
 from turret.ops.core import use_device
-from turret.tasks.task import task_from_spec
+from turret.tasks.task import Task, task_from_spec
 from turret.transformer import Tokenizer
 from turret.turns import Places, TurnQueue
-
-if TYPE_CHECKING:
-    from turret.engine.vllm import VllmAdapters
 
 # --- adapter source ---------------------------------------------------------------------------------------------------
 # The interface that the engine loads adapters through.
@@ -76,6 +75,25 @@ TASKS = 64  # most task objects kept; adapters with equal tasks share one
 SLOT_PATIENCE = 1.0  # seconds; a need that waited longer for a slot goes before needs whose adapter is mounted
 
 
+class AdapterMemory(Protocol):
+    """Where the adapters of an engine are: an `AdapterPool`, or the memory of a vLLM server."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def prepare(self, adapter: Adapter, digest: str, task: Task, /) -> AdapterTensors:
+        """The adapter, ready to be mounted. May take long; changes nothing that a pass reads."""
+
+    def mount(self, slot: int, loaded: AdapterTensors) -> None:
+        """Let rows of a slot take the adapter."""
+
+    def unmount(self, slot: int) -> None:
+        """Free a slot."""
+
+    def at(self, slot: int) -> AdapterTensors | None:
+        """The adapter in a slot."""
+
+
 @dataclass(eq=False)
 class Warm:
     """A call of `Engine.warm`."""
@@ -116,7 +134,7 @@ class AdapterLoader:
 
     def __init__(
         self,
-        adapter_pool: AdapterPool | VllmAdapters,
+        adapter_pool: AdapterMemory,
         slots: Slots,
         source: AdapterSource,
         tokenizer: Tokenizer,
