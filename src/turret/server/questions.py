@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from turret.access import DEFAULT
@@ -24,7 +25,6 @@ from turret.server.auth import Caller
 from turret.server.engines import Input
 from turret.server.limits import Quota
 from turret.server.live_promises import Covered
-from turret.server.routes import Usage
 from turret.server.routing import Placement
 from turret.server.services import View
 from turret.store.usage import BASE
@@ -241,6 +241,12 @@ def prompt_tokens(answer: Answer) -> int:
 
 def generated_tokens(answer: Answer) -> int:
     return int(answer.get("tokens") or 0)
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
 
 
 def usage(answers: Sequence[Answer]) -> Usage | None:

@@ -217,12 +217,6 @@ class Generation(Lenient):
 # --- responses -------------------------------------------------------------------------------------------------------
 
 
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
 class ErrorBody(BaseModel):
     message: str
     type: str

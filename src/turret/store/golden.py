@@ -62,6 +62,25 @@ class Example:
         score = "" if self.min_score is None else f" (score>={self.min_score:g})"
         return f"{prefix}{shortly(self.wanted)}{score}"
 
+    def failure(self, given: str | list[str]) -> str | None:
+        """None if the answer passes; else what to add to `words()`, such as ", scored 0.512"."""
+        wanted = self.wanted
+        if self.check == "label":
+            right = tuple(sorted(given)) == self.labels if isinstance(given, list) else given == wanted
+            return None if right else ""
+        assert isinstance(given, str)
+        if self.check == "contains":
+            right = all(part in given for part in ([wanted] if isinstance(wanted, str) else wanted))
+        elif self.check == "equals":
+            right = given.strip() == str(wanted).strip()
+        else:
+            from turret.tasks.metrics import rouge_l
+
+            score = rouge_l(given, str(wanted))
+            assert self.min_score is not None
+            return None if score >= self.min_score else f", scored {score:.3f}"
+        return None if right else ""
+
 
 @dataclass(frozen=True)
 class GoldenSet:

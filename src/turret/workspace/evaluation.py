@@ -38,7 +38,6 @@ from turret.workspace import answering
 from turret.workspace.answering import mounted
 from turret.workspace.cells import write_text
 from turret.workspace.progress import Say, silent
-from turret.workspace.promoting import fails
 from turret.workspace.reading import LabelledData, PanelData, PanelQuestion, read_labelled
 from turret.workspace.resident import load_base, read_adapter
 from turret.workspace.results import Evaluation, PanelEvaluation
@@ -384,7 +383,7 @@ def _golden(store: Store, name: str) -> tuple[list[Input], list[Judge]]:
     def judge(example: golden.Example) -> Judge:
         def passes(answer: Answer) -> float:
             given = answer.get("label") if example.check == "label" else answer.get("text")
-            return float(given is not None and fails(example, given) is None)
+            return float(given is not None and example.failure(given) is None)
 
         return passes
 

@@ -165,7 +165,7 @@ def judged(digest: str, golden_set: GoldenSet, answers: Sequence[Prediction]) ->
     first: GoldenFailure | None = None
     passed = 0
     for place, (example, given) in enumerate(zip(golden_set.examples, answers, strict=True), start=1):
-        failure = fails(example, given)
+        failure = example.failure(given)
         if failure is None:
             passed += 1
         elif first is None:
@@ -173,26 +173,6 @@ def judged(digest: str, golden_set: GoldenSet, answers: Sequence[Prediction]) ->
             expected = example.words() + failure
             first = {"example": place, "text": example.text[:SHOWN], "expected": expected, "given": shown}
     return GoldenReplay(digest, passed, len(answers), first, now())
-
-
-def fails(example: Example, given: str | list[str]) -> str | None:
-    """None if the answer passes; else what to add to the example's `words()`, such as ", scored 0.512"."""
-    wanted = example.wanted
-    if example.check == "label":
-        right = tuple(sorted(given)) == example.labels if isinstance(given, list) else given == wanted
-        return None if right else ""
-    assert isinstance(given, str)
-    if example.check == "contains":
-        right = all(part in given for part in ([wanted] if isinstance(wanted, str) else wanted))
-    elif example.check == "equals":
-        right = given.strip() == str(wanted).strip()
-    else:
-        from turret.tasks.metrics import rouge_l
-
-        score = rouge_l(given, str(wanted))
-        assert example.min_score is not None
-        return None if score >= example.min_score else f", scored {score:.3f}"
-    return None if right else ""
 
 
 # --- a table of golden examples ---------------------------------------------------------------------------------------

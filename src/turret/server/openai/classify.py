@@ -11,8 +11,8 @@ from pydantic import BaseModel, Field
 from turret.data import TextPair
 from turret.server import limits
 from turret.server.engines import Input
-from turret.server.questions import abstaining, ask, now, usage
-from turret.server.routes import USER, Model, Name, Text, Unit, Usage, User, View, router
+from turret.server.questions import Usage, abstaining, ask, now, usage
+from turret.server.routes import USER, Model, Name, Text, Unit, User, View, router
 from turret.tasks.shapes import Answer
 
 questions = router("infer")

@@ -28,7 +28,7 @@ from turret.server import limits
 from turret.server.engines import Input
 from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS, MOST_TEXT, MOST_TOOLS
-from turret.server.questions import PendingAnswers, Update, admit, ask, now, usage
+from turret.server.questions import PendingAnswers, Update, Usage, admit, ask, now, usage
 from turret.server.routes import (
     NO_EFFECT,
     SEVERAL,
@@ -38,7 +38,6 @@ from turret.server.routes import (
     Text,
     Tokens,
     Unit,
-    Usage,
     View,
     never_together,
     router,
