@@ -16,13 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from turret import adapters, bundles, process
-from turret import train as trainer
 from turret.adapters import StoredAdapter
 from turret.adapters.hooks import ATTRIBUTE
 from turret.adapters.tuners.tuner import tuner_of
@@ -60,13 +59,14 @@ from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.tasks.shapes import Metrics
 from turret.trackers import State, TrackedRun, require_installed
 from turret.trackers.tracking import Tracking
-from turret.train import distributed, memory
+from turret.train import distributed, initialize, memory, preflight, proof
 from turret.train.asking import Asking, twin
-from turret.train.batches import EncodedRows, pass_tokens
-from turret.train.curve import learnt_by_heart
+from turret.train.batches import EncodedRows, pass_tokens, splits_of
+from turret.train.checkpoint import step_of
+from turret.train.curve import Curve, StepRecord, learnt_by_heart
 from turret.train.gpu_memory import Work
-from turret.train.preflight import fits, sampled_batches
-from turret.train.proof import make_room
+from turret.train.loop import Fitted, fit
+from turret.train.lr_finder import find_rate
 from turret.train.reload import prove_here
 from turret.train.training_plan import Plan
 from turret.workspace import forgetting, promising
@@ -90,9 +90,6 @@ from turret.workspace.resident import (
 )
 from turret.workspace.results import Planned, RunResult
 
-if TYPE_CHECKING:
-    from turret.train.curve import StepRecord
-
 T = TypeVar("T")
 
 
@@ -107,17 +104,17 @@ class Measured:
     """The results of these passes. `ready` and `fitted` have the calibrated task."""
 
     ready: PreparedTraining
-    fitted: trainer.Fitted
+    fitted: Fitted
     metrics: dict[str, Metrics]  # split -> metrics
     answered: Mapping[str, AnsweredSplit]  # each held-out split
     forgot: Metrics | None  # on neutral text; None for a classifier
-    probe: trainer.Probe
+    probe: proof.Probe
     seconds: float
     warnings: list[str]  # of a promise that the examples cannot carry
     inputs: list[bytes]  # embeddings of the examples of its promise
 
 
-def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, beside_base: bool) -> Measured:
+def measured(ready: PreparedTraining, fitted: Fitted, say: Say, *, beside_base: bool) -> Measured:
     """Make the passes on the attached, trained model.
 
     Args:
@@ -145,7 +142,7 @@ def measured(ready: PreparedTraining, fitted: trainer.Fitted, say: Say, *, besid
         forgot = forgetting.on_neutral_texts(ready.base.model, ready.task.tokenizer).as_json()
     seconds = time.perf_counter() - started
     examples = ready.dataset.test or ready.dataset.validation or ready.dataset.train
-    probe = trainer.probe(ready.base.model, ready.task, examples)
+    probe = proof.probe(ready.base.model, ready.task, examples)
     return Measured(ready, fitted, metrics, answered, forgot, probe, seconds, warnings, inputs)
 
 
@@ -155,7 +152,7 @@ def uncalibrated(ready: PreparedTraining) -> list[str]:
     The linear solution's folds cannot stand for them: an adapter is too sure because it was trained on its examples,
     and a temperature from folds of its own would cost as many trainings.
     """
-    task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
+    task, splits = ready.task, splits_of(ready.recipe, ready.dataset)
     count = len(splits.watched) if splits.selects and splits.watched else 0
     if not task.calibrates or count >= FEWEST:
         return []
@@ -167,14 +164,14 @@ def uncalibrated(ready: PreparedTraining) -> list[str]:
 
 
 def _calibrate(
-    ready: PreparedTraining, fitted: trainer.Fitted, asking: Asking
-) -> tuple[PreparedTraining, trainer.Fitted, Tensor | None]:
+    ready: PreparedTraining, fitted: Fitted, asking: Asking
+) -> tuple[PreparedTraining, Fitted, Tensor | None]:
     """Fit the task's calibration on the validation split, if there is one; give it to the adapter and to `asking`.
 
     Returns:
         Both with the calibrated task, and the logits (B, C) of the data set's validation split.
     """
-    task, splits = ready.task, trainer.splits_of(ready.recipe, ready.dataset)
+    task, splits = ready.task, splits_of(ready.recipe, ready.dataset)
     if not task.calibrates:
         return ready, fitted, None
     examples = splits.watched if splits.selects and splits.watched else ()
@@ -285,7 +282,7 @@ PROOF_START = 6.0  # seconds in which a fresh process imports torch and transfor
 class Callbacks:
     """Functions that are called during a training."""
 
-    record: Callable[[trainer.StepRecord], None] = silent  # after every step
+    record: Callable[[StepRecord], None] = silent  # after every step
     planned: Callable[[Planned], None] = silent  # once, before the first step
     stage: Say = silent
     warning: Say = silent  # a line for something that failed and does not stop the training
@@ -314,7 +311,7 @@ def prepare(
         PreflightRefused: the weights and the trained states do not fit on the GPU that the recipe names.
     """
     connect_parts(recipe, distributed.begin())
-    trainer.require_optimizer(recipe)
+    initialize.require_optimizer(recipe)
     tuner_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     require_installed(recipe.train.trackers or ())
     start = _stored(store, recipe.train.init_from, callbacks)
@@ -371,7 +368,7 @@ def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: StoredAdapter |
         task={"kind": dataset.kind, "reference": reference},
         train={"init_from": None if start is None else start.version},
     )
-    return trainer.filled(guessed, base, dataset.kind, len(trainer.splits_of(recipe, dataset).train))
+    return initialize.filled(guessed, base, dataset.kind, len(splits_of(recipe, dataset).train))
 
 
 def plan(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | None = None) -> Planned:
@@ -389,7 +386,7 @@ def _planned(store: Store, ready: PreparedTraining, callbacks: Callbacks) -> tup
     if asked != AUTO or ready.device.device.type == "cpu" or not refused:
         return ready, planned
     device = ChosenDevice(CPU, f"{refused[0].text} on {ready.device.device}")
-    make_room(ready.base.model)
+    proof.make_room(ready.base.model)
     ready = prepare(store, ready.recipe, callbacks, ready.dataset, device, filled=True)
     return ready, _plan(ready, callbacks)
 
@@ -398,7 +395,7 @@ def _plan(ready: PreparedTraining, callbacks: Callbacks, *, measured: bool = Tru
     callbacks.stage("checking the plan")
     seconds = PROOF_START + ready.load_seconds
     whole = measured and ready.recipe.train.shard is None
-    plan = trainer.plan(*ready.parts, measured=whole, start=ready.start, proof_seconds=seconds, device=ready.device)
+    plan = preflight.plan(*ready.parts, measured=whole, start=ready.start, proof_seconds=seconds, device=ready.device)
     return Planned(ready.recipe, plan if whole else _with_memory(plan, ready), ready.notes)
 
 
@@ -422,13 +419,13 @@ def _with_memory(plan: Plan, ready: PreparedTraining) -> Plan:
         rows.append(Check("shard", "ok", text))
     kind, labels, work = type(ready.task), ready.task.labels, None
     if parts == 1:
-        batches = sampled_batches(trainer.splits_of(ready.recipe, ready.dataset), ready.recipe, ready.task)
+        batches = preflight.sampled_batches(splits_of(ready.recipe, ready.dataset), ready.recipe, ready.task)
         work = Work.of_items(
             ready.recipe, batches, pass_tokens(ready.recipe.train, base.model.config, base.pass_tokens)
         )
     predicted = predicted_for(ready.recipe, kind, labels, base.model.device, parts=parts, work=work)
     if predicted is not None:
-        rows.append(fits(predicted, base))
+        rows.append(preflight.fits(predicted, base))
     what = "a base in parts" if parts > 1 else "a resident base"
     rows.append(Check("time", "ok", f"not measured for {what}: watch the first steps"))
     trainable = None if predicted is None else predicted.trainable // 4
@@ -439,7 +436,7 @@ def _with_rate(ready: PreparedTraining, planned: Planned, callbacks: Callbacks) 
     """Run the trials of `lr = "auto"`, unless the plan is refused, and put the rate that they found into the recipe."""
     if planned.plan.refused or ready.recipe.train.lr != "auto":
         return planned
-    found = trainer.find_rate(
+    found = find_rate(
         *ready.parts,
         start=ready.start,
         on_trial=lambda lr, steps: callbacks.stage(f"trying the learning rate {lr:.3g} for {steps} steps"),
@@ -535,7 +532,7 @@ def _tracked(run: HeldRun, ready: PreparedTraining, planned: Planned) -> Tracked
         "recipe.toml": ready.recipe.to_toml(),
         "plan.json": json.dumps(planned.plan.to_json(), indent=2, ensure_ascii=False),
     }
-    after = trainer.step_of(run.checkpoint)
+    after = step_of(run.checkpoint)
     folder = str(run.folder.absolute())
     return TrackedRun(run.id, ready.recipe.name, folder, after, settings_of(ready.recipe, facts), texts)
 
@@ -543,7 +540,7 @@ def _tracked(run: HeldRun, ready: PreparedTraining, planned: Planned) -> Tracked
 def _both(callbacks: Callbacks, tracking: Tracking, keeper: LeaseRenewer) -> Callbacks:
     """The callbacks, with every record passed to the trackers too. A step after the lease is lost raises LeaseLost."""
 
-    def record(record: trainer.StepRecord) -> None:
+    def record(record: StepRecord) -> None:
         keeper.require()
         callbacks.record(record)
         tracking.log(record.step, values_of(record))
@@ -574,12 +571,12 @@ def _follow(here: distributed.Processes, ready: PreparedTraining, beside_base: b
     With a base in parts, make the passes after them too.
     """
     folder = here.from_main(Path)  # the checkpoint's; `from_main` makes the value only in the main process
-    steps = trainer.fit(*ready.parts, folder=folder, start=ready.start)
+    steps = fit(*ready.parts, folder=folder, start=ready.start)
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            fitted: trainer.Fitted = end.value
+            fitted: Fitted = end.value
             break
     if ready.recipe.train.shard is not None:
         measured(ready, fitted, silent, beside_base=beside_base)
@@ -678,17 +675,17 @@ class _Run:
     def _computed(self, work: Callable[[], T]) -> T:
         return self.place.run(work, self.store.access.tenant)
 
-    def _fit(self, ready: PreparedTraining) -> trainer.Fitted:
+    def _fit(self, ready: PreparedTraining) -> Fitted:
         """Run the training loop, and write the loss curve next to the checkpoint."""
         run, callbacks = self.run, self.callbacks
-        after = trainer.step_of(run.checkpoint)
+        after = step_of(run.checkpoint)
         if after:
             callbacks.stage(f"resuming run {run.id} from step {after}")
         with _disk_errors(run):
-            curve = trainer.Curve(run.curve, resume_after=after)
+            curve = Curve(run.curve, resume_after=after)
         distributed.begin().from_main(lambda: run.checkpoint)
         predicted = self.planned.plan.memory
-        steps = trainer.fit(
+        steps = fit(
             *ready.parts,
             folder=run.checkpoint,
             predicted=predicted,
@@ -701,7 +698,7 @@ class _Run:
             try:
                 record = self._computed(lambda: next(steps))
             except StopIteration as end:
-                fitted: trainer.Fitted = end.value
+                fitted: Fitted = end.value
                 return fitted
             with _disk_errors(run):
                 curve.append(record)
@@ -713,7 +710,7 @@ class _Run:
                     "training has learnt nothing yet, or has lost it"
                 )
 
-    def _advice(self, ready: PreparedTraining, fitted: trainer.Fitted) -> list[str]:
+    def _advice(self, ready: PreparedTraining, fitted: Fitted) -> list[str]:
         """What would make a better version: a line each."""
         if fitted.flat_loss is not None or fitted.stopped_early:
             return []
@@ -741,8 +738,8 @@ class _Run:
                 stage("proving the bundle in a fresh process")
                 where = proof_device(ready).device
                 if where == ready.device.device:
-                    make_room(ready.base.model)
-                trainer.prove(bundle, ready.base, found.probe, device=where, taken_on=ready.device.device)
+                    proof.make_room(ready.base.model)
+                proof.prove(bundle, ready.base, found.probe, device=where, taken_on=ready.device.device)
             stage("storing" if fitted.flat_loss is None else f"storing, with a warning: {fitted.flat_loss}")
             yield bundle
 
@@ -762,7 +759,7 @@ class _Run:
         return made[-1]
 
 
-def _prove_here(ready: PreparedTraining, bundle: Path, probe: trainer.Probe, place: OwnProcess) -> None:
+def _prove_here(ready: PreparedTraining, bundle: Path, probe: proof.Probe, place: OwnProcess) -> None:
     """Read the bundle from disk onto another model of the resident base, and compare."""
     base = place.model_for(TrainingBase(ready.recipe, type(ready.task), ready.task.labels, ready.device))
     try:
