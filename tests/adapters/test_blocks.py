@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turret.ops import padded_blocks as blocks
-from turret.ops.padded_blocks import BlockLayout, BlockSide, rounded
+from turret.ops import attention as blocks
+from turret.ops.attention import BlockLayout, BlockSide, rounded
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=9)

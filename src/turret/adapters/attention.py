@@ -19,10 +19,9 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from turret.adapters.batch_context import BARE, BatchContext, CachedKV
 from turret.errors import AdapterError
 from turret.families.family import Family, Site
-from turret.ops.attention import attend, attend_rows
+from turret.ops.attention import BlockLayout, BlockSide, attend, attend_rows
 from turret.ops.core import Ops, copied
 from turret.ops.dropout import Masks
-from turret.ops.padded_blocks import BlockLayout, BlockSide
 from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 from turret.ops.table import of
 from turret.transformer import Submodule

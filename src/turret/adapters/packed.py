@@ -15,9 +15,9 @@ from torch import Tensor
 from turret.adapters.batch_context import set_context
 from turret.adapters.hooks import attachment, device_of, drawing, row_positions
 from turret.families.family import Pooling, head_of, parts_of_head
+from turret.ops.attention import rounded
 from turret.ops.core import copied
 from turret.ops.lora import linear
-from turret.ops.padded_blocks import rounded
 from turret.ops.table import narrows
 from turret.transformer import Model, ModelConfig
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from turret.adapters.batch_context import AdapterPoolProtocol, CachedKV
 from turret.families.family import Site
+from turret.ops.attention import rounded
 from turret.ops.core import KVStep, copied
-from turret.ops.padded_blocks import rounded
 from turret.ops.table import of
 
 SHORTEST = 32  # tokens of the shortest slot

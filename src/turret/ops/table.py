@@ -146,7 +146,7 @@ PATHS: dict[str, Path] = {
     ),
     "blocks": Path(
         "attention over unpadded rows of similar length as one padded block",
-        "ops.padded_blocks",
+        "ops.attention",
         "one block for each row",
         "an unpadded batch where `flash` is not taken",
         part_of=_KERNELS,
