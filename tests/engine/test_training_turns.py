@@ -11,10 +11,10 @@ import torch
 from shelf import Shelf
 
 from turret.engine.core import Engine
-from turret.engine.pass_thread import PassThread
 from turret.engine.request import Limits
 from turret.engine.scheduler import Part, TrainingTurns, between_passes
 from turret.errors import DataError, Draining
+from turret.workspace.resident import PassThread
 
 
 @pytest.fixture

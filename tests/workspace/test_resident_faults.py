@@ -21,7 +21,6 @@ from workspace.test_comparing import recipe_in
 
 from turret.data import Dataset
 from turret.engine.core import Engine
-from turret.engine.pass_thread import PassThread
 from turret.errors import DataError, StoreError
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
@@ -33,7 +32,7 @@ from turret.workspace.data_readers import DataReaders
 from turret.workspace.job_process import Trial, carry_out
 from turret.workspace.progress import Say
 from turret.workspace.queue_worker import Worker, WorkerLimits
-from turret.workspace.resident import ResidentBases, Room, Seat
+from turret.workspace.resident import PassThread, ResidentBases, Room, Seat
 from turret.workspace.resident_trainer import _Run
 from turret.workspace.training import Callbacks
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from turret.bases.meta_model import room_to_answer, skeleton
 from turret.bases.quantized import QUANTIZATIONS, Quantization
 from turret.bases.sharded import digest_of, gather_once, load_in_parts, parts_of
 from turret.data import Dataset
-from turret.engine.pass_thread import PassThread
+from turret.engine.scheduler import TrainingTurns
 from turret.errors import AdapterError, Interrupted, PreflightRefused, TrainingError, UnknownFamily
 from turret.families.family import HeadKind
 from turret.ops.table import why_no_gpu_feature
@@ -280,10 +281,67 @@ def proof_device(ready: PreparedTraining) -> ChosenDevice:
     return ChosenDevice(CPU, "the whole base") if parts_of(ready.base.model) > 1 else ready.device
 
 
-# --- a place ----------------------------------------------------------------------------------------------------------
+# --- one thread for the passes of trainings ---------------------------------------------------------------------------
+# Trainings take turns there, pass by pass, while each has a thread of its own for everything else.
 
 
 T = TypeVar("T")
+
+
+class PassThread:
+    """Runs parts of trainings one after another. The tenant that was given the fewest seconds goes next.
+
+    torch's thread pool belongs to the thread that computes, so passes of many threads would each start one.
+    """
+
+    def __init__(self) -> None:
+        self._turns = TrainingTurns(1.0)
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._loop, name="turret-passes", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Callable[[], T], tenant: str = "") -> T:
+        """Run a part of a training in the thread when its turn comes. Returns its result, or raises its error.
+
+        Args:
+            tenant: Whose training it belongs to.
+
+        Raises:
+            Draining: The thread was closed before the turn came.
+        """
+        if threading.current_thread() is self._thread:
+            return work()
+        return self._turns.run(work, tenant, self._wake, lambda: self._closing)
+
+    def close(self) -> None:
+        """End the thread after the part that runs now. Parts that wait raise Draining."""
+        with self._wake:
+            self._closing = True
+            self._turns.abandon()
+            self._wake.notify_all()
+        self._thread.join()
+
+    @process.keep_freed()
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not self._closing and (taken := self._turns.take(answers_wait=False)) is None:
+                    self._wake.wait()
+                if self._closing:
+                    return
+            assert taken is not None
+            tenant, part = taken
+            started = time.monotonic()
+            with torch.inference_mode(False), torch.enable_grad():
+                part.run()
+            with self._wake:
+                self._turns.ended(tenant, time.monotonic() - started)
+
+
+# --- a place ----------------------------------------------------------------------------------------------------------
+
+
 Key = tuple[Hashable, ...]  # the base's name first
 
 
