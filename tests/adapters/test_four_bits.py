@@ -19,8 +19,7 @@ from turret import quantized
 from turret.adapters import Adapter, BaseInfo, attach, attachment, classify_logits, detach, extract, mount
 from turret.adapters.batch_context import BatchContext
 from turret.adapters.lifecycle import merged_state
-from turret.adapters.lora import LoRAFactors
-from turret.adapters.scaled import dora
+from turret.adapters.lora import LoRAFactors, dora
 from turret.engine.runner import Runner
 from turret.engine.sequence import Prefill
 from turret.errors import AdapterError

@@ -77,8 +77,8 @@ PRODUCTS = {  # operation -> where it is written: module, and function
     },
     "LoRA, merged": {
         "adapters/lora.py merged_weight",
-        "adapters/scaled.py ScaledLayer.merged",
-        "adapters/scaled.py dora",
+        "adapters/lora.py ScaledLayer.merged",
+        "adapters/lora.py dora",
     },
     "attention, in torch": {
         "ops/attention.py _Attention.backward",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from turret.adapters.scaled import LayerChange
+from turret.adapters.lora import LayerChange
 from turret.errors import AdapterError, WrongBase
 from turret.families import FAMILIES
 from turret.families.family import Family

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from turret import quantized
 from turret.adapters.attention import AttentionCall, attend_in_pass, rows_and_prefixes, takes_rows
 from turret.adapters.batch_context import BARE, AdapterPoolProtocol, BatchContext
-from turret.adapters.lora import LoRAFactors
+from turret.adapters.lora import LayerChange, LoRAFactors
 from turret.adapters.modules_to_save import unrouted
-from turret.adapters.scaled import LayerChange
 from turret.families.family import FastPaths, Layout
 from turret.ops import lora
 from turret.ops.blocks import OUT, Normed, PostNorm, PreNorm, Training, frozen_rms_norm, train

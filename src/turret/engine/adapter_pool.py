@@ -24,8 +24,7 @@ from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, hea
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
 from turret.adapters.hooks import HookedModel, device_of, hook_model, routed_linear, routed_whole, target_paths
 from turret.adapters.layers import named
-from turret.adapters.lora import sizes
-from turret.adapters.scaled import LayerChange
+from turret.adapters.lora import LayerChange, sizes
 from turret.adapters.tuners.tuner import all_parts
 from turret.bases.meta_model import model_of
 from turret.bundles.tensors import all_finite

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters import peft_backend, scaled
+from turret.adapters import peft_backend
 from turret.adapters.adapter import (
     LORA_PREFIX,
     PROMPT,
@@ -32,9 +32,8 @@ from turret.adapters.hooks import (
     linear_at,
     target_paths,
 )
-from turret.adapters.lora import sizes
+from turret.adapters.lora import ScaledLayer, dora, sizes
 from turret.adapters.prefix import Groups
-from turret.adapters.scaled import ScaledLayer
 from turret.adapters.tuners.modules_to_save import tunes_linear, with_biases, with_modules
 from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters, head_tensors, mount_head
 from turret.errors import AdapterError, RecipeError
@@ -121,7 +120,7 @@ def _lora(settings: AdapterConfig, tensors: Mapping[str, Tensor], model: Model) 
             )
         B = B * _scaling(settings, path, len(A))
         if (magnitude := parts.get("lora_magnitude_vector")) is not None:
-            yield path, scaled.dora(layer, A, B, magnitude)
+            yield path, dora(layer, A, B, magnitude)
             continue
         bias = parts.get("lora_B.bias")
         yield path, ScaledLayer((A, B), shift=None if bias is None else bias * _scaling(settings, path, len(A)))

@@ -32,10 +32,9 @@ from turret.adapters.hooks import (
     routed_whole,
     start_head,
 )
-from turret.adapters.lora import LoRAFactors, merged_weight
+from turret.adapters.lora import LoRAFactors, ScaledLayer, merged_weight
 from turret.adapters.modules_to_save import merged_values, twin
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
-from turret.adapters.scaled import ScaledLayer
 from turret.errors import AdapterError, BundleError
 from turret.json_types import JsonObject
 from turret.manifest import AdapterConfig, check_agreement, check_config
