@@ -43,8 +43,7 @@ from turret.errors import BadReference, BaseModelError, RecipeError, joined, lis
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.manifest import MethodSpec
 from turret.methods import METHODS, LoRA, Method, method_class
-from turret.methods.messages import KnownKeys, complaint, sentences, unknown_key
-from turret.methods.method import AS_GIVEN, refuse_places
+from turret.methods.method import AS_GIVEN, KnownKeys, complaint, refuse_places, sentences, unknown_key
 from turret.notebook import Table, as_html
 from turret.reference import check_name
 from turret.tasks.task import TASKS, kinds
