@@ -41,7 +41,7 @@ Asked = tuple[str, str]  # adapter, text
 def main() -> None:
     options = _options()
     if not options.report:
-        from turret.bases.numerics import native_bfloat16
+        from turret.bases.device import native_bfloat16
 
         options.dtype = options.dtype or ("bfloat16" if native_bfloat16() else "float32")
         for kind in options.kinds:

@@ -120,7 +120,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
     },
     "the check of the kernels, and of a device's speed": {
         *(f"ops/cpu/compiled.py _checked_{name}" for name in ("attention", "lora", "low_rank", "step")),
-        *(f"bases/numerics.py {name}" for name in ("_speed.seconds", "relative_error")),
+        *(f"bases/device.py {name}" for name in ("_speed.seconds", "relative_error")),
     },
 }
 IN_C = {  # operation -> the kernels, by file

@@ -4,9 +4,15 @@ Nothing here writes to a base, opens a pickle or runs code that came with a mode
 """
 
 from turret.bases.base import Base, load
-from turret.bases.device import ChosenDevice, choose_device, default_dtype, synchronize
+from turret.bases.device import (
+    ChosenDevice,
+    choose_device,
+    default_dtype,
+    float32_products,
+    native_bfloat16,
+    synchronize,
+)
 from turret.bases.fingerprints import fingerprint
-from turret.bases.numerics import float32_products, native_bfloat16
 from turret.bases.source import licence_of, resolve, small_files
 
 __all__ = [

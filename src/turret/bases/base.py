@@ -24,10 +24,9 @@ from turret import quantized
 from turret.adapters.adapter import BaseInfo, StoredAdapter
 from turret.adapters.hooks import detach, hook_model, require_bare
 from turret.adapters.packed import classify_logits, target_logits
-from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes
+from turret.bases.device import ChosenDevice, choose_device, default_dtype, gigabytes, use_quick_float32
 from turret.bases.fingerprints import FORMAT, OF_CHECKPOINT, fingerprint, within
 from turret.bases.meta_model import auto_class, model_of, room_to_answer
-from turret.bases.numerics import use_quick_float32
 from turret.bases.quantized import (
     PACKAGES,
     Loading,

@@ -32,10 +32,9 @@ from turret.bases.base import (
     read_tokenizer,
     require_task,
 )
-from turret.bases.device import ChosenDevice, gigabytes
+from turret.bases.device import ChosenDevice, gigabytes, use_quick_float32
 from turret.bases.fingerprints import within
 from turret.bases.meta_model import skeleton
-from turret.bases.numerics import use_quick_float32
 from turret.bases.quantized import Checkpoint, checkpoint_fingerprint
 from turret.bases.source import BaseSource, resolve
 from turret.errors import BaseModelError
