@@ -37,8 +37,7 @@ from turret.bases.quantized import (
     note,
     remember_originals,
 )
-from turret.bases.silence_transformers import quiet
-from turret.bases.source import BaseSource, resolve
+from turret.bases.source import BaseSource, quiet, resolve
 from turret.disk import FAILING, cache_folder, describe_error, write_beside
 from turret.errors import AdapterError, BaseModelError, DeviceError, UnknownFamily
 from turret.families import FAMILIES, family_named, generic

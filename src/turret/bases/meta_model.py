@@ -17,8 +17,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from turret.bases.silence_transformers import quiet
-from turret.bases.source import BaseSource
+from turret.bases.source import BaseSource, quiet
 from turret.families import Family, family_of
 from turret.families.family import HeadKind, take_head_off
 from turret.transformer import Model, ModelConfig

@@ -19,7 +19,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -29,8 +30,8 @@ from filelock import FileLock
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-from turret.bases.silence_transformers import quiet
 from turret.disk import cache_folder, sha256_of, sync
 from turret.errors import BaseModelError
 from turret.json_types import Plain
@@ -448,3 +449,22 @@ def _unreadable_gguf(name: str, error: Exception) -> BaseModelError:
     return BaseModelError(
         f"base {name!r} cannot be read as GGUF: {reason}; give another file, or a folder of safetensors"
     )
+
+
+# --- messages of transformers -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars, reports and warnings in the block: Turret's own messages replace them."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.set_verbosity(logging.CRITICAL)
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()

@@ -29,8 +29,7 @@ from torch import Tensor
 from turret import adapters, bases, bundles
 from turret.adapters import Adapter, lifecycle, packed
 from turret.bases import Base
-from turret.bases.silence_transformers import quiet
-from turret.bases.source import TOKENIZER, licence_of
+from turret.bases.source import TOKENIZER, licence_of, quiet
 from turret.bundles import gguf_lora
 from turret.bundles.bundle import FILES, read_config
 from turret.disk import describe_error, errno_of, exclusive_lock, permissions, sync
