@@ -1,6 +1,6 @@
 """Write the table in docs/howto/gpu.md: the memory of a training, and the smallest GPU for it.
 
-The numbers come from the code that plans a training (`turret.train.gpu_memory`): it builds a base without weights from
+The numbers come from the code that plans a training (`turret.train.memory`): it builds a base without weights from
 its configuration, attaches the adapter, and counts the bytes that one pass saves. Nothing is downloaded or measured.
 
     python release/make_gpu_table.py            write the table
@@ -21,8 +21,8 @@ from transformers import BertConfig, LlamaConfig, PretrainedConfig
 
 from turret.bases.meta_model import model_of
 from turret.methods import LoRA, Method, Prefix
-from turret.train.gpu_memory import Work, predict_on_gpu
-from turret.train.memory import Prediction
+from turret.train.memory import Work, predict_on_gpu
+from turret.train.training_plan import Prediction
 
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "gpu.md"
 BLOCK = re.compile(r"(<!-- computed: what-fits -->\n).*?(<!-- end of computed -->)", re.DOTALL)

@@ -41,7 +41,7 @@ class Target:
 IN_FOLDER = "not url"  # the store in a folder alone: its logic is the same on PostgreSQL, and a mutant takes seconds
 TARGETS = {
     "lora": Target("adapters/lora.py", ("adapters/test_lora.py", "adapters/test_start.py")),
-    "prefix-positions": Target("adapters/positions.py", ("adapters/test_prefix.py", "engine/test_mixtures.py")),
+    "hooks": Target("adapters/hooks.py", ("adapters/test_prefix.py", "engine/test_mixtures.py")),
     "alias-history": Target(
         "store/aliases.py", ("store/test_aliases.py", "store/test_tenants.py", "store/test_verify.py"), IN_FOLDER
     ),

@@ -32,7 +32,7 @@ from turret.engine.sequence import DecodeStep, Prefill
 from turret.methods import LoRA, Prefix
 from turret.ops.dropout import Draws
 from turret.recipe import Recipe
-from turret.train.gpu_memory import Work, predict_on_gpu, refusal
+from turret.train.memory import Work, predict_on_gpu, refusal
 from turret.train.proof import tolerance
 from turret.train.step import train_step
 from turret.workspace import Workspace

@@ -29,6 +29,7 @@ from turret.tasks import Classify
 from turret.train import Check, Plan, memory, preflight
 from turret.train.batches import EncodedRows
 from turret.train.preflight import OtherProcesses, fits
+from turret.train.training_plan import Prediction
 
 
 def made(
@@ -252,7 +253,7 @@ def test_duplicates_empty_inputs_few_steps_and_splits_are_said() -> None:
 
 def test_memory_that_is_not_there_is_refused_before_the_first_step() -> None:
     on = tiny.base("bert")
-    fine = memory.Prediction(weights=1, trainable=1, gradients=1, optimiser=2, activations=5, runtime=7)
+    fine = Prediction(weights=1, trainable=1, gradients=1, optimiser=2, activations=5, runtime=7)
     assert (fine.above_base, fine.total) == (9, 17)
     assert fits(fine, on).level == "ok"
     huge = replace(fine, activations=1 << 60)

@@ -27,7 +27,7 @@ from turret.families import family_of
 from turret.ops.table import without
 from turret.recipe import Recipe
 from turret.store import Store
-from turret.train.gpu_memory import GATHERED, Work, in_parts, predict_on_gpu
+from turret.train.memory import GATHERED, Work, in_parts, predict_on_gpu
 from turret.workspace import Workspace
 from turret.workspace.resident import read_adapter
 

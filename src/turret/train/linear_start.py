@@ -34,8 +34,8 @@ from turret.train.adamw import learning_rate
 from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, spread
 from turret.train.evaluation import evaluating
 from turret.train.initialize import recipe_step
+from turret.train.memory import explained
 from turret.train.slot import LocalSlot
-from turret.train.step import explained
 
 if TYPE_CHECKING:
     from turret.recipe import Recipe

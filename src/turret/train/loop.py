@@ -40,8 +40,10 @@ from turret.train.curve import StepRecord
 from turret.train.evaluation import evaluate
 from turret.train.initialize import defaults_of, recipe_step
 from turret.train.linear_start import head_start
+from turret.train.memory import explained
 from turret.train.slot import LocalSlot
-from turret.train.step import LossScale, explained
+from turret.train.step import LossScale
+from turret.train.training_plan import Prediction
 from turret.transformer import Model
 
 SAVE_SECONDS = 60.0  # between checkpoints, unless the recipe sets the number of steps
@@ -58,7 +60,7 @@ def fit(
     dataset: Dataset,
     *,
     folder: Path | None = None,
-    predicted: memory.Prediction | None = None,
+    predicted: Prediction | None = None,
     start: StoredAdapter | None = None,
     clock: Callable[[], float] = time.perf_counter,
     asked: Callable[[], bool] = lambda: False,

@@ -34,8 +34,8 @@ from turret.train.batches import EncodedRows, Schedule, splits_of
 from turret.train.evaluation import example_losses
 from turret.train.initialize import defaults_of, recipe_step
 from turret.train.linear_start import head_start
+from turret.train.memory import explained
 from turret.train.slot import LocalSlot
-from turret.train.step import explained
 from turret.train.training_plan import DOWNWARD, UPWARD, FoundRate, size_of
 
 ERRORS = 2.0  # standard errors; a smaller difference is noise

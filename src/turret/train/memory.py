@@ -7,17 +7,34 @@ allocator counts them; CUDA's context comes on top.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from turret import process
+from turret import adapters, process, quantized
+from turret.adapters import packed
+from turret.bases.base import cast
 from turret.bases.device import gigabytes, gpu_memory
+from turret.bases.meta_model import CONTEXT
+from turret.bases.sharded import divided, layer_paths
+from turret.engine.cache import capacity
+from turret.errors import OutOfMemory, memory_ran_out
+from turret.families import family_of
+from turret.families.family import VECTORS, head_of
+from turret.methods import Method
+from turret.ops.core import FunctionContext, Gradients, apply
+from turret.ops.table import planned
+from turret.recipe import Recipe
+from turret.train.adamw import moment_bytes
+from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRow, micro_batches, pass_tokens
+from turret.train.training_plan import Prediction
+from turret.transformer import Model
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the peak to the current resident size
 
@@ -92,37 +109,6 @@ def available(device: torch.device) -> int:
     return gpu_memory(device)[0] if device.type == "cuda" else process.free_memory()
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes that a training will need, by component; `total` is the predicted peak of the process, or on a GPU."""
-
-    weights: int  # of the frozen base
-    trainable: int  # adapter, prefix MLP, head, or the copy of full fine-tuning
-    gradients: int
-    optimiser: int  # two moments
-    activations: int  # peak of the passes: saved for backward, temporaries, holes in the heap
-    runtime: int  # Python and its libraries; on a GPU CUDA's context, if nothing was measured there
-    prepared: int = 0  # examples and libraries that were loaded after the base, checkpoint and curve
-
-    @property
-    def above_base(self) -> int:
-        """Bytes that the training needs besides the loaded base."""
-        return self.trainable + self.gradients + self.optimiser + self.activations + self.prepared
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.above_base + self.runtime
-
-    def to_json(self) -> dict[str, int]:
-        own = {name: int(getattr(self, name)) for name in self.__dataclass_fields__}
-        return {**own, "above_base": self.above_base, "total": self.total}
-
-    def __str__(self) -> str:
-        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items() if size or name != "prepared")
-        return f"{gigabytes(self.total)} ({parts})"
-
-
 def trainable_bytes(parameters: dict[str, nn.Parameter]) -> int:
     """float32 bytes of all trained weights. Gradients take as much, the two moments twice as much."""
     return 4 * sum(parameter.numel() for parameter in parameters.values())
@@ -157,3 +143,265 @@ class SavedForBackward:
 def _address(storage: torch.UntypedStorage) -> int:
     """A number that identifies a storage: the address of its bytes, or its own on the meta device, without bytes."""
     return storage.data_ptr() or storage._cdata
+
+
+# --- a training on a GPU ----------------------------------------------------------------------------------------------
+# Predicts the memory of a training on a GPU, by component, before a byte of the base is read.
+#
+# The base is built on torch's meta device, where tensors have shapes and no numbers. The adapter is attached there, and
+# one pass runs as in a training: its paths are those that a GPU takes, and saved-tensor hooks count what they save.
+
+
+TARGET = 128  # tokens of a target, unless the recipe says otherwise
+LOGITS = 16  # bytes a logit: in the base's precision, in float32, their softmax, and the gradients of both
+TEMPORARIES = 3  # of the largest tensor: what a backward pass makes besides the saved tensors
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, 8 bits a block of 64, 32 bits for 256 blocks
+GATHERED = 3  # layers that are whole at a time: the one that computes, the next one, and the buffer of a gather
+ROUNDED = 8  # tokens: lengths of real batches are rounded up to a multiple
+FRAGMENTS = 1.1  # an allocator keeps holes
+
+
+@dataclass(frozen=True)
+class Work:
+    """The largest pass of a training, and of the evaluation after it.
+
+    Args:
+        rows: texts in a pass.
+        source: tokens of each.
+        target: tokens of each target; 0 for a classifier.
+        written: tokens that each row generates in an evaluation; 0 for none.
+        longest: tokens of the longest text that an evaluation continues, if it is longer than `source`.
+    """
+
+    rows: int
+    source: int
+    target: int = 0
+    written: int = 0
+    longest: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: Model) -> Work:
+        """The work of a recipe whose texts are all as long as it allows."""
+        limit = family_of(model.config).position_limit(model.config)
+        source = recipe.task.max_tokens if limit is None else min(recipe.task.max_tokens, limit)
+        generates = model.get_output_embeddings() is not None
+        target = (recipe.task.max_target_tokens or TARGET) if generates else 0
+        rows = pass_tokens(recipe.train, model.config) // (source + target)
+        written = (recipe.task.max_new_tokens or target) if generates else 0
+        return cls(max(1, min(recipe.train.batch_size, rows)), source, target, written)
+
+    @classmethod
+    def of_items(cls, recipe: Recipe, batches: Sequence[Sequence[EncodedRow]], most_tokens: int) -> Work:
+        """The work of real batches: its largest pass, with texts of the same mean length.
+
+        Lengths are rounded up, so that trainings on the same data share a prediction.
+
+        Args:
+            most_tokens: of one pass.
+        """
+        pieces = [piece for batch in batches for piece in micro_batches(batch, most_tokens)]
+        piece = max(pieces, key=lambda items: sum(item.tokens for item in items))
+        rows = len(piece)
+        source = _rounded(sum(len(item.source) for item in piece), rows)
+        targets = [len(item.target) for item in piece if item.target is not None]
+        target = max(ROUNDED, _rounded(sum(targets), rows)) if targets else 0
+        longest = _rounded(max(len(item.source) for batch in batches for item in batch), 1)
+        written = (recipe.task.max_new_tokens or recipe.task.max_target_tokens or TARGET) if target else 0
+        return cls(rows, source, target, written, longest)
+
+
+def _rounded(tokens: int, rows: int) -> int:
+    """The mean length of rows, rounded up."""
+    return -(-tokens // (rows * ROUNDED)) * ROUNDED
+
+
+def predict_on_gpu(
+    model: Model,
+    method: Method,
+    work: Work,
+    dtype: torch.dtype,
+    *,
+    nf4: bool = False,
+    optimizer: str | None = None,
+    checkpointed: bool = False,
+    attention: bool = True,
+) -> Prediction:
+    """The memory of a training on a GPU, by component.
+
+    Args:
+        model: a base on the meta device, see `bases.skeleton`. It is cast to `dtype`.
+        method: what is trained.
+        work: the largest pass.
+        dtype: the precision of the base.
+        nf4: whether the linear layers of the body are kept in 4 bits, and unpacked for a product.
+        optimizer: `train.optimizer`, which keeps the moments.
+        checkpointed: whether each layer keeps its input alone and is computed again: `train.checkpoint_layers`.
+        attention: whether the GPU has attention over rows in this dtype.
+    """
+    cast(model, dtype)
+    weights, unpacked = _weights(model, nf4)
+    with _Shapes():
+        adapters.attach(model, method, generator=torch.Generator().manual_seed(0))
+    try:
+        model.train()
+        trainable = trainable_bytes(adapters.trainable_parameters(model))
+        with _Shapes(), planned(attention):
+            saved, states, outputs = saved_by(model, work)
+        logits = LOGITS * outputs
+        cached = _cached(model, work, dtype)
+    finally:
+        adapters.detach(model)
+        model.eval()
+    kept = saved.bytes
+    if checkpointed:
+        layers, tokens = model.config.num_hidden_layers, work.rows * (work.source + work.target)
+        kept = kept // layers + layers * tokens * model.config.hidden_size * dtype.itemsize
+    backward = kept + max(TEMPORARIES * saved.largest, logits) + states
+    return Prediction(
+        weights=weights,
+        trainable=trainable,
+        gradients=trainable,
+        optimiser=moment_bytes(optimizer, trainable // 4),
+        activations=round(FRAGMENTS * max(backward, cached + logits)) + unpacked,
+        runtime=CONTEXT,
+    )
+
+
+def in_parts(predicted: Prediction, model: Model, parts: int) -> Prediction:
+    """The memory of one of several processes that keep the layers of the base in so many parts.
+
+    Args:
+        predicted: of one process with the whole base.
+        model: the base on the meta device, in its precision.
+    """
+    weights = {path: layer.get_parameter("weight").nbytes for path, layer in divided(model).items()}
+    own = sum(weights.values())
+    layers = [f"{each}." for each in layer_paths(model)]
+    largest = max(sum(size for path, size in weights.items() if path.startswith(layer)) for layer in layers)
+    return replace(
+        predicted,
+        weights=predicted.weights - own + -(-own // parts),
+        activations=predicted.activations + GATHERED * largest,
+    )
+
+
+def refusal(predicted: Prediction, free: int, base: str, device: str) -> str | None:
+    """Why a training cannot start on a GPU, in one line; None if its weights and states fit.
+
+    What a pass needs can be lowered, so it alone does not refuse.
+
+    Args:
+        free: bytes of the GPU.
+    """
+    fixed = predicted.total - predicted.activations
+    if fixed <= free:
+        return None
+    states = predicted.trainable + predicted.gradients + predicted.optimiser
+    return (
+        f"{base} does not fit on {device} with {gigabytes(free)} free: its weights take "
+        f"{gigabytes(predicted.weights)}, the adapter and its states {gigabytes(states)}; give a smaller base, "
+        'set base_quantization to "nf4", or train.device to "cpu"'
+    )
+
+
+def _weights(model: Model, nf4: bool) -> tuple[int, int]:
+    """Bytes of the base's weights, and of the largest one that is unpacked for a product."""
+    whole = quantized.stored_bytes(model)
+    if not nf4:
+        return whole, 0
+    packed_weights = [
+        model.get_submodule(path).get_parameter("weight") for path in adapters.target_paths(model, "all-linear")
+    ]
+    saved = sum(each.nbytes - round(NF4 * each.numel()) for each in packed_weights)
+    return whole - saved, max(each.nbytes for each in packed_weights)
+
+
+def saved_by(model: Model, work: Work) -> tuple[SavedForBackward, int, int]:
+    """One pass with gradients on an attached model, up to the output layer of a generator.
+
+    Returns:
+        What it saved for its backward pass, the bytes of its result, and how many logits are computed at a time.
+    """
+    saved = SavedForBackward(model)
+    sources = [torch.zeros(work.source, dtype=torch.long)] * work.rows
+    with saved.counting():
+        if not work.target:
+            rows = [(source, torch.arange(len(source))) for source in sources]
+            if head_of(model) in VECTORS:
+                logits = packed.pooled(model, sources, "mean")  # (B, D)
+            else:
+                logits = packed.head_logits(model, rows)  # (B, C)
+            return saved, logits.nbytes, logits.numel()
+        targets = [torch.zeros(work.target, dtype=torch.long)] * work.rows
+        states = packed.target_states(model, sources, targets)  # (N, D)
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    return saved, states.nbytes, min(len(states), packed.targets_at_once(model)) * vocabulary
+
+
+def _cached(model: Model, work: Work, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of the rows that an evaluation generates at a time."""
+    if not work.written:
+        return 0
+    sites = [site for site in adapters.attachment(model).sites if site.group != "encoder"]
+    each = sum(2 * site.kv_heads * site.head_dim for site in sites) * dtype.itemsize  # of one token
+    tokens = capacity(max(work.source, work.longest) + work.written)
+    rows = max(1, min(GENERATED_ROWS, CACHE_TOKENS // tokens))
+    return (1 << (rows - 1).bit_length()) * tokens * each  # a block of the cache has room for a power of two
+
+
+class _Fused(torch.autograd.Function):
+    """Attention as a GPU's fused kernel saves it: inputs, output, and one number a query instead of its scores."""
+
+    @staticmethod
+    def forward(ctx: FunctionContext, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        y = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, bias, y, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionContext, *gradients: Tensor) -> Gradients:
+        raise AssertionError("only shapes are computed here")
+
+
+class _Shapes(TorchFunctionMode):
+    """Lets a pass run on the meta device as it runs on a GPU.
+
+    Meta tensors would take torch's plain attention, which saves all scores; a GPU takes a fused kernel. A mask is
+    asked whether it hides nothing, and the masks of these passes hide nothing.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor | bool],
+        types: Sequence[type],
+        args: tuple[Tensor, ...] = (),
+        kwargs: dict[str, Tensor] | None = None,
+    ) -> Tensor | bool:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return apply(_Fused, args[0], args[1], args[2], kwargs.get("attn_mask"))
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **kwargs)
+
+
+# --- out of memory ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explained(most_tokens: int, batch: Sequence[EncodedRow], step: int, predicted: Prediction | None) -> Iterator[None]:
+    """Turn the errors that torch raises when memory runs out into OutOfMemory, which names the setting to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        pieces = micro_batches(batch, most_tokens)
+        most = max(sum(item.tokens for item in piece) for piece in pieces)
+        longest = max(item.tokens for item in batch)
+        if most > longest:
+            remedy = f"set train.micro_batch_tokens to {max(longest, most // 2)} (now {most_tokens})"
+        else:
+            remedy = f"lower task.max_tokens (this text alone has {longest} tokens)"
+        plan = f"; the plan predicted {predicted}" if predicted else ""
+        raise OutOfMemory(f"out of memory at step {step}, in a pass of {most} tokens: {remedy}{plan}") from error

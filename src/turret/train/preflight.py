@@ -42,7 +42,7 @@ from turret.train.evaluation import evaluate
 from turret.train.initialize import attach, defaults_of, extracted, seeded
 from turret.train.linear_start import head_start
 from turret.train.step import backward, loss_of
-from turret.train.training_plan import MOST_TRIALS, Plan, TrialSize, size_of
+from turret.train.training_plan import MOST_TRIALS, Plan, Prediction, TrialSize, size_of
 from turret.transformer import Model, Tokenizer
 
 # --- cost -------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Cost:
     seconds: float
     head_start: float  # most seconds of the head's start, which is before the first step; 0 without one
     step_tokens: float
-    memory: memory.Prediction
+    memory: Prediction
     trainable: int  # weights
     others: float  # processors that other processes kept busy during the measurement
     generation: GenerationTime | None  # None if the task generates no text
@@ -168,7 +168,7 @@ def measure(
             adapters.detach(model)
             model.eval()
     process.release()
-    prediction = memory.Prediction(
+    prediction = Prediction(
         weights=base.bytes,
         trainable=trainable,
         gradients=trainable,
@@ -755,7 +755,7 @@ def _cost(
         return None
 
 
-def fits(predicted: memory.Prediction, base: Base) -> Check:
+def fits(predicted: Prediction, base: Base) -> Check:
     """Whether the machine has room for a training besides the base, which is loaded already."""
     room = memory.available(base.model.device)
     text = f"{predicted}, {gigabytes(room)} free"

@@ -38,7 +38,8 @@ from turret.train.batches import EncodedRow, encode, pass_tokens
 from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
 from turret.train.initialize import attach, extracted, fresh_modules, optimiser_of, seeded
-from turret.train.step import LossScale, clip_and_step, explained, forward_backward, loss_of, train_step
+from turret.train.memory import explained
+from turret.train.step import LossScale, clip_and_step, forward_backward, loss_of, train_step
 from turret.transformer import Model
 
 T = TypeVar("T")

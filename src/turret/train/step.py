@@ -16,7 +16,7 @@ from turret.bases import Base
 from turret.bases.sharded import parts_of
 from turret.engine.protocol import Loss, OptimStep
 from turret.engine.scheduler import between_passes
-from turret.errors import AdapterError, LossNotFinite, OutOfMemory, TrainingError, memory_ran_out
+from turret.errors import AdapterError, LossNotFinite, TrainingError
 from turret.families.family import project
 from turret.ops.core import copied, use_device
 from turret.ops.dropout import Draws
@@ -26,7 +26,6 @@ from turret.tasks.text_answers import TextAnswers
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, micro_batches
 from turret.train.distributed import ALONE, Processes
-from turret.train.memory import Prediction
 from turret.transformer import Model
 
 # --- loss scale -------------------------------------------------------------------------------------------------------
@@ -317,25 +316,6 @@ def _output_of_torch(model: Model, states: Tensor) -> nn.Linear | None:
     if not fits or attachment(model).family.vocabulary is not project or torch.is_autocast_enabled(states.device.type):
         return None
     return layer if isinstance(layer, nn.Linear) and plain(layer) and layer.weight.dtype == states.dtype else None
-
-
-@contextmanager
-def explained(most_tokens: int, batch: Sequence[EncodedRow], step: int, predicted: Prediction | None) -> Iterator[None]:
-    """Turn the errors that torch raises when memory runs out into OutOfMemory, which names the setting to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not memory_ran_out(error):
-            raise
-        pieces = micro_batches(batch, most_tokens)
-        most = max(sum(item.tokens for item in piece) for piece in pieces)
-        longest = max(item.tokens for item in batch)
-        if most > longest:
-            remedy = f"set train.micro_batch_tokens to {max(longest, most // 2)} (now {most_tokens})"
-        else:
-            remedy = f"lower task.max_tokens (this text alone has {longest} tokens)"
-        plan = f"; the plan predicted {predicted}" if predicted else ""
-        raise OutOfMemory(f"out of memory at step {step}, in a pass of {most} tokens: {remedy}{plan}") from error
 
 
 # --- two answers to each prompt ---------------------------------------------------------------------------------------

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
+from turret.bases.device import gigabytes
 from turret.errors import PreflightRefused
 from turret.json_types import JsonObject
 from turret.methods.method import Check
 from turret.notebook import Cell, Table, as_html, marked, size, span
-from turret.train.memory import Prediction
 
 # --- learning rate ----------------------------------------------------------------------------------------------------
 # The size of the trials for `lr = "auto"`, and their result. `lr_finder.py` says how they are run.
@@ -21,6 +21,37 @@ FEWEST_STEPS, MOST_STEPS = 10, 100  # within these bounds; LoRA on 200 snippets 
 FEWEST_TIMES = 4  # a run needs this many times FEWEST_STEPS for a search
 HELD_SHARE = 0.2  # of the training examples are held out of a trial and score it,
 FEWEST_HELD, MOST_HELD = 16, 128  # within these bounds
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes that a training will need, by component; `total` is the predicted peak of the process, or on a GPU."""
+
+    weights: int  # of the frozen base
+    trainable: int  # adapter, prefix MLP, head, or the copy of full fine-tuning
+    gradients: int
+    optimiser: int  # two moments
+    activations: int  # peak of the passes: saved for backward, temporaries, holes in the heap
+    runtime: int  # Python and its libraries; on a GPU CUDA's context, if nothing was measured there
+    prepared: int = 0  # examples and libraries that were loaded after the base, checkpoint and curve
+
+    @property
+    def above_base(self) -> int:
+        """Bytes that the training needs besides the loaded base."""
+        return self.trainable + self.gradients + self.optimiser + self.activations + self.prepared
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.above_base + self.runtime
+
+    def to_json(self) -> dict[str, int]:
+        own = {name: int(getattr(self, name)) for name in self.__dataclass_fields__}
+        return {**own, "above_base": self.above_base, "total": self.total}
+
+    def __str__(self) -> str:
+        sizes = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items() if size or name != "prepared")
+        return f"{gigabytes(self.total)} ({parts})"
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from turret.store import Store, Version
 from turret.tasks import Task, stored_task
 from turret.tasks.tokens import tokenizer_digest
 from turret.train import distributed, memory
-from turret.train.gpu_memory import Work, in_parts, predict_on_gpu, refusal
-from turret.train.memory import Prediction
+from turret.train.memory import Work, in_parts, predict_on_gpu, refusal
+from turret.train.training_plan import Prediction
 from turret.workspace.child_process import STOPPED, why_alone
 from turret.workspace.results import Planned
 

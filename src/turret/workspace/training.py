@@ -64,9 +64,9 @@ from turret.train.asking import Asking, twin
 from turret.train.batches import EncodedRows, pass_tokens, splits_of
 from turret.train.checkpoint import step_of
 from turret.train.curve import Curve, StepRecord, learnt_by_heart
-from turret.train.gpu_memory import Work
 from turret.train.loop import Fitted, fit
 from turret.train.lr_finder import find_rate
+from turret.train.memory import Work
 from turret.train.reload import prove_here
 from turret.train.training_plan import Plan
 from turret.workspace import forgetting, promising
