@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from turret.bundles import tensors
+from turret.bundles import bundle
 from turret.errors import BundleError
 
 WHERE = Path("adapter_model.safetensors")
@@ -23,13 +23,13 @@ SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
-    tensors._layouts.clear()
+    bundle._layouts.clear()
     yield
-    tensors._layouts.clear()
+    bundle._layouts.clear()
 
 
 def read(content: bytes) -> dict[str, Tensor]:
-    return tensors.read_tensors(WHERE, np.frombuffer(bytearray(content), np.uint8))
+    return bundle.read_tensors(WHERE, np.frombuffer(bytearray(content), np.uint8))
 
 
 def of(shapes: dict[str, tuple[int, ...]], seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def test_a_known_header_gives_the_numbers_of_every_file_that_begins_with_it(
 ) -> None:
     first, second = of(shapes, 1), of(shapes, 2)
     assert equal(read(save(first, metadata)), first)
-    assert tensors._layouts
+    assert bundle._layouts
     again = read(save(second, metadata))
     assert equal(again, second)
     assert len({each.untyped_storage().data_ptr() for each in again.values()}) == 1  # views of one run
@@ -58,10 +58,10 @@ def test_a_known_header_gives_the_numbers_of_every_file_that_begins_with_it(
 
 
 def test_tensors_of_other_types_are_read_by_the_library_every_time() -> None:
-    for dtype in tensors.DTYPES.values():
+    for dtype in bundle.DTYPES.values():
         mixed = of({"a": (3, 4)}) | of({"b": (2, 5)}, 1, dtype if dtype != torch.float32 else torch.float64)
         assert all(equal(read(save(mixed)), mixed) for _ in range(2))
-    assert not tensors._layouts
+    assert not bundle._layouts
 
 
 @pytest.mark.parametrize("change", [lambda whole: whole[:-4], lambda whole: whole + bytes(4), lambda whole: whole[:40]])
@@ -70,7 +70,7 @@ def test_a_file_that_is_longer_or_shorter_than_its_known_header_says_is_refused(
     with pytest.raises(BundleError, match="not a readable safetensors") as unknown:
         read(change(whole))
     read(whole)
-    assert tensors._layouts
+    assert bundle._layouts
     with pytest.raises(BundleError, match="not a readable safetensors") as known:
         read(change(whole))
     assert str(known.value) == str(unknown.value)
@@ -91,9 +91,9 @@ def test_a_finite_file_whose_sum_is_not_is_read() -> None:
 
 
 def test_headers_are_forgotten_before_they_are_many() -> None:
-    for number in range(2 * tensors.CACHED_HEADERS):
+    for number in range(2 * bundle.CACHED_HEADERS):
         read(save({f"t{number}": torch.ones(2)}))
-        assert 0 < len(tensors._layouts) <= tensors.CACHED_HEADERS
+        assert 0 < len(bundle._layouts) <= bundle.CACHED_HEADERS
 
 
 def test_what_was_read_as_views_can_be_stored_again(tmp_path: Path) -> None:

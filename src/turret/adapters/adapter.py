@@ -5,6 +5,7 @@ The tuner of a method reads and checks its tensors and puts them into a slot; `l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -144,6 +145,11 @@ def check_head(module: nn.Module, path: str, values: Mapping[str, Tensor]) -> No
 def copied(value: Tensor) -> Tensor:
     """A copy on the CPU; in float32 if it is a floating-point tensor."""
     return value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).contiguous().clone()
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. A finite sum proves it in one fast pass."""
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def shared_names(model: nn.Module) -> dict[str, tuple[str, ...]]:

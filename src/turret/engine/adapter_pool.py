@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from turret import quantized
-from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, check_head, head_paths, require_base
+from turret.adapters.adapter import LORA_PREFIX, Adapter, Parts, all_finite, check_head, head_paths, require_base
 from turret.adapters.batch_context import BARE, AdaptedLinear, ReplacedModule
 from turret.adapters.hooks import HookedModel, device_of, hook_model, routed_linear, routed_whole, target_paths
 from turret.adapters.layers import named
 from turret.adapters.lora import LayerChange, sizes
 from turret.adapters.tuners.tuner import all_parts
 from turret.bases.meta_model import model_of
-from turret.bundles.tensors import all_finite
 from turret.engine.cache import KVSlot
 from turret.errors import AdapterError
 from turret.families.family import Family, HeadKind, head_of
