@@ -98,7 +98,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "ops/lora.py FrozenProducts.forward",
         "quantized.py FourBitProducts.backward",
         "quantized.py FourBitProducts.forward",
-        "adapters/modules_to_save.py TokenLogits.forward",
+        "adapters/layers.py TokenLogits.forward",
     },
     "a prefix's MLP": {
         "adapters/prefix.py PrefixGroup.folded",

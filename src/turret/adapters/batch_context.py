@@ -73,7 +73,7 @@ class AdaptedLinear(Protocol):
 
 
 class ReplacedModule(Protocol):
-    """A module of the base that adapters replace whole (`modules_to_save.RoutedWhole`)."""
+    """A module of the base that adapters replace whole (`layers.RoutedWhole`)."""
 
     base_module: nn.Module
     path: str

@@ -20,8 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from turret import quantized
 from turret.adapters import attention, layers, peft_backend
 from turret.adapters.batch_context import ATTACHED, BARE, BatchContext
-from turret.adapters.layers import RoutedLinear
-from turret.adapters.modules_to_save import RoutedWhole
+from turret.adapters.layers import RoutedLinear, RoutedWhole
 from turret.adapters.prefix import PrefixSlot
 from turret.arguments import checked
 from turret.errors import AdapterError

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from turret import quantized
 from turret.adapters.hooks import linear_at
+from turret.adapters.layers import TokenLogits, TokenRows, unrouted, with_values
 from turret.adapters.lora import ScaledLayer
-from turret.adapters.modules_to_save import TokenLogits, TokenRows, unrouted, with_values
 from turret.errors import AdapterError
 from turret.families import family_of
 from turret.json_types import Plain

@@ -32,8 +32,8 @@ from turret.adapters.hooks import (
     routed_whole,
     start_head,
 )
+from turret.adapters.layers import merged_values, twin
 from turret.adapters.lora import LoRAFactors, ScaledLayer, merged_weight
-from turret.adapters.modules_to_save import merged_values, twin
 from turret.adapters.prefix import PrefixGroup, PrefixSlot
 from turret.errors import AdapterError, BundleError
 from turret.json_types import JsonObject
