@@ -21,8 +21,7 @@ import pytest
 
 from turret import bases
 from turret.engine import Engine, Limits, SamplingParams
-from turret.engine.constraint import MOST_BYTES, MOST_DEPTH, Constraint
-from turret.engine.constraint_process import ConstraintProcess, Refusal
+from turret.engine.constraint import MOST_BYTES, MOST_DEPTH, Constraint, ConstraintProcess, Refusal
 from turret.errors import DataError, EngineError, NotFound
 
 PROMPT = "the film "
@@ -308,7 +307,7 @@ def test_without_the_helper_the_same_constraint_ends_the_process(tmp_path) -> No
     program = (
         "import sys\n"
         "from turret.engine.constraint import Constraint\n"
-        "from turret.engine.constraint_process import STACK, matcher_of, tokenizer_of, with_stack\n"
+        "from turret.engine.constraint import STACK, matcher_of, tokenizer_of, with_stack\n"
         "tokens = tokenizer_of(open(sys.argv[1]).read(), 400, [2])\n"
         "grammar = Constraint.lark(open(sys.argv[2]).read()).grammar\n"
         "print(with_stack(STACK, lambda: matcher_of(tokens, grammar)).is_error())\n"
@@ -375,7 +374,7 @@ def test_a_helper_that_is_killed_every_time_is_an_error_of_the_engine(helper) ->
 def test_the_helper_has_a_limit_of_memory_none_of_the_environments_secrets_and_ends_with_its_parent(tmp_path) -> None:
     program = (
         "import sys\n"
-        "from turret.engine.constraint_process import ConstraintProcess\n"
+        "from turret.engine.constraint import ConstraintProcess\n"
         "helper = ConstraintProcess(open(sys.argv[1]).read(), 400, [2])\n"
         "assert helper.check(sys.argv[2]) is None\n"
         "print(helper.helper.process.pid, flush=True)\n"

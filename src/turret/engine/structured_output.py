@@ -2,7 +2,7 @@
 
 A constrained row masks its own scores; it is a row of the mixed pass like any other. Compiling is bounded by the size
 of the constraint and by llguidance's limits, and releases Python's global lock. It happens in a helper process first
-(`constraint_process`).
+(`ConstraintProcess`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
-from turret.engine.constraint import Constraint
-from turret.engine.constraint_process import STACK, ConstraintProcess, Refusal, matcher_of, tokenizer_of, with_stack
+from turret.engine.constraint import STACK, Constraint, ConstraintProcess, Refusal, matcher_of, tokenizer_of, with_stack
 from turret.errors import DataError, one_line
 from turret.ops.core import copied
 from turret.transformer import Tokenizer
