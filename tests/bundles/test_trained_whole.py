@@ -15,7 +15,7 @@ from small_models import ENCODER_DECODERS, build
 from turret import adapters, bundles
 from turret.adapters import Adapter, BaseInfo
 from turret.adapters.lifecycle import merged_state
-from turret.adapters.tuners.modules_to_save import with_modules
+from turret.adapters.tuners.peft import with_modules
 from turret.engine.sequence import DecodeStep, Prefill
 from turret.errors import AdapterError, BundleError
 
