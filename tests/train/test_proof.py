@@ -15,7 +15,7 @@ from tiny_training import fit
 
 from turret import adapters, bases, bundles
 from turret.errors import ProofFailed
-from turret.train import probe, prove, reload
+from turret.train import probe, proof, prove
 from turret.train.proof import Probe, answer
 
 
@@ -50,7 +50,7 @@ def examine(on: bases.Base, bundle: Path, asked: Probe, **changes: Any) -> dict[
     }
     tensors = {f"source.{i}": each for i, each in enumerate(asked.sources)}
     tensors |= {f"target.{i}": each for i, each in enumerate(asked.targets)}
-    return reload.examine(request | changes, {**tensors, "outputs": asked.outputs})
+    return proof.examine(request | changes, {**tensors, "outputs": asked.outputs})
 
 
 @pytest.mark.parametrize(

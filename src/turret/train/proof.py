@@ -1,6 +1,6 @@
 """The proof of a bundle: a fresh process loads it onto its base and must give the trained model's outputs.
 
-`probe` records outputs of the trained model. `prove` starts `turret.train.reload` in a fresh process, which compares.
+`probe` records outputs of the trained model. `prove` starts a fresh process, in which `read_back` compares.
 `effect_of` checks that an adapter changes its base's outputs, and that every one of its tensors affects them.
 """
 
@@ -10,22 +10,23 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from turret import adapters
+from turret import adapters, bases, bundles
 from turret.adapters import Adapter, packed
 from turret.bases import Base
 from turret.bases.base import Dtype
 from turret.bases.quantized import Quantization
 from turret.data import Example
-from turret.errors import ProofFailed
+from turret.errors import ProofFailed, TurretError
 from turret.families.family import HeadKind, Pooling
 from turret.json_types import JsonObject
 from turret.methods import Head
@@ -37,6 +38,8 @@ from turret.transformer import Model
 ROWS = 4  # examples in a probe
 TARGET_TOKENS = 16  # of each, at most
 TIMEOUT = 900.0  # seconds
+# The package imports this module, so `python -m` would have it twice.
+FRESH = "import sys; from turret.train.proof import read_back; read_back(sys.argv[1])"
 # The largest difference of an output, divided by the largest output: in float32 by the kinds of the two devices,
 # because other libraries sum in another order; in a narrow precision its own rounding is larger than that.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -152,7 +155,7 @@ def prove(
         taken_on: where the probe was taken; None: on `device`.
 
     Returns:
-        The report of `turret.train.reload`.
+        The report of `read_back`.
 
     Raises:
         ProofFailed: the outputs are not the trained model's or equal the bare base's, a tensor has no effect, or the
@@ -189,7 +192,7 @@ def prove(
 
 def _run(folder: Path, timeout: float) -> str:
     """Run the process. Returns how it ended, for the error if it wrote no report."""
-    command = [sys.executable, "-P", "-m", "turret.train.reload", str(folder)]
+    command = [sys.executable, "-P", "-c", FRESH, str(folder)]
     try:
         done = subprocess.run(
             command, env=environment(), capture_output=True, text=True, errors="replace", timeout=timeout, check=False
@@ -307,3 +310,85 @@ def _slot_parameters(model: Model) -> dict[str, Tensor]:
         **{f"{path}.{name}": each for path, part in parts.items() for name, each in part.named_parameters()},
         **{f"{path}.{number}": each for path, own in scaled.items() for number, each in enumerate(own)},
     }
+
+
+# --- read back from disk ----------------------------------------------------------------------------------------------
+# In a fresh process, or on a base in memory.
+
+
+def read_back(place: str) -> None:
+    """Load the base and the bundle that request.json in a folder names, compare, and write report.json there.
+
+    The report's `problem` is None, or the end of a sentence that begins "read back in a fresh process".
+    """
+    started, folder = time.perf_counter(), Path(place)
+    request: ProofRequest = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(request["threads"])
+    report: JsonObject = {"problem": None}
+    try:
+        report |= examine(request, load_file(folder / "probe.safetensors"))
+    except TurretError as error:
+        report["problem"] = f"it could not be used: {error}"
+    report["seconds"] = time.perf_counter() - started
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def examine(request: ProofRequest, probe: dict[str, Tensor]) -> JsonObject:
+    """Load base and bundle, and compare their outputs with the probe's. Returns the report."""
+    adapter = bundles.read_bundle(Path(request["bundle"]))
+    base = bases.load(
+        request["base"],
+        task=request["head"],
+        num_labels=request["labels"],
+        dtype=request["dtype"],
+        quantization=request.get("quantization", "none"),
+        device=request["device"],
+        verify=True,  # hash the weights instead of trusting the cached fingerprint
+    )
+    if base.fingerprint != request["fingerprint"]:
+        given = f"{request['fingerprint'][:19]} became {base.fingerprint[:19]}"
+        return {"problem": f"its base had other weights ({given}): something wrote to {request['base']}"}
+    expected = Probe(_rows(probe, "source"), _rows(probe, "target"), probe["outputs"])
+    return _compared(base, adapter, expected, request["tolerance"])
+
+
+def prove_here(bundle: Path, base: Base, expected: Probe) -> JsonObject:
+    """Read `bundle` from disk onto a base that stays in memory, and compare its outputs with the probe's.
+
+    Args:
+        base: a model with nothing attached, of the weights that the other trainings use.
+
+    Returns:
+        The report of the comparison.
+
+    Raises:
+        ProofFailed: the outputs are not the trained model's or equal the bare base's, or a tensor has no effect.
+    """
+    device = base.model.device
+    report = _compared(base, bundles.read_bundle(bundle), expected, tolerance(base.dtype, device, device))
+    if report["problem"]:
+        raise ProofFailed(f"the bundle was not stored, because read back from disk {report['problem']}")
+    return report
+
+
+def _compared(base: Base, adapter: Adapter, expected: Probe, allowed: float) -> JsonObject:
+    """The report of a comparison. allowed: the largest difference of an output, of the largest output."""
+    measured = effect_of(base, adapter, expected.sources, expected.targets)
+    error = float((measured.outputs - expected.outputs).abs().max()) / float(expected.outputs.abs().max())
+    if error <= allowed:
+        problem = measured.problem()
+    else:  # or NaN
+        problem = f"its outputs differ by {error:.1e} of the largest, allowed is {allowed:.0e}"
+    return {
+        "rows": len(expected.sources),
+        "error": error,  # of the largest output
+        "effect": measured.effect,
+        "tensors": len(adapter.tensors) + len(adapter.head),
+        "fingerprint": base.fingerprint,
+        "problem": problem,
+    }
+
+
+def _rows(probe: dict[str, Tensor], kind: str) -> list[Tensor]:
+    count = sum(name.startswith(kind + ".") for name in probe)
+    return [probe[f"{kind}.{i}"] for i in range(count)]

@@ -67,7 +67,6 @@ from turret.train.curve import Curve, StepRecord, learnt_by_heart
 from turret.train.loop import Fitted, fit
 from turret.train.lr_finder import find_rate
 from turret.train.memory import Work
-from turret.train.reload import prove_here
 from turret.train.training_plan import Plan
 from turret.workspace import forgetting, promising
 from turret.workspace.evaluation import AnsweredSplit, answer_split
@@ -763,7 +762,7 @@ def _prove_here(ready: PreparedTraining, bundle: Path, probe: proof.Probe, place
     """Read the bundle from disk onto another model of the resident base, and compare."""
     base = place.model_for(TrainingBase(ready.recipe, type(ready.task), ready.task.labels, ready.device))
     try:
-        prove_here(bundle, base, probe)
+        proof.prove_here(bundle, base, probe)
     finally:
         if hasattr(base.model, ATTRIBUTE):
             adapters.detach(base.model)
