@@ -14,7 +14,7 @@ from exchange.hub_client import Client, Ran, client
 from exchange.hub_stand_in import READ, WRITE, StandIn, stand_in
 from small_disk import mounted_disk
 
-from turret.bundles.hub import PATIENCE
+from turret.bundles.fetch import PATIENCE
 from turret.cli.main import run
 from turret.errors import StoreError
 from turret.workspace import Workspace

@@ -7,6 +7,7 @@ that are stored.
 from __future__ import annotations
 
 import gzip
+import logging
 import os
 import re
 import shutil
@@ -15,19 +16,21 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Protocol, Self
 
+import httpx2
 import huggingface_hub
 from huggingface_hub import errors as hub
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from turret.bundles.bundle import CONFIG, FILES, MAX_FILE, MAX_JSON, PICKLES, WEIGHTS, refuse_foreign_files
-from turret.bundles.hub import ID, bounded, check_id, newest
 from turret.disk import FAILING, NO_ROOM
-from turret.errors import BundleError, HubError
+from turret.errors import BundleError, HubError, one_line
 
 # --- archive ----------------------------------------------------------------------------------------------------------
 # Unpack a bundle or a PEFT folder from a zip, tar or tar.gz. Only an adapter's three files are unpacked.
@@ -223,6 +226,94 @@ def _write(stream: IO[bytes], path: Path, label: str) -> None:
             if left < 0:
                 raise BundleError(f"{label} holds a {path.name} of more than {limit} bytes: fetch it again")
             file.write(chunk)
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+# The token is huggingface_hub's own: HF_TOKEN, or what `hf auth login` stored. It is never part of an error. A Hub that
+# does not answer is given up after `PATIENCE` seconds.
+
+
+PATIENCE = 15.0  # seconds without an answer
+ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+def check_id(hub_id: str) -> str:
+    """The id of a repository. Raises HubError unless it is OWNER/NAME."""
+    if not ID.fullmatch(hub_id) or ".." in hub_id or "--" in hub_id:
+        raise HubError(f"{one_line(hub_id, 60)!a} is no id of the Hub: expected OWNER/NAME, such as me/sentiment")
+    return hub_id
+
+
+def newest(hub_id: str, revision: str | None) -> str:
+    """The commit of a branch, a tag or a commit; None: of the main branch.
+
+    Raises:
+        HubError: there is no such repository or revision, or the Hub cannot be reached (`unreachable` is True).
+    """
+    with bounded(), plain_errors(hub_id):
+        info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, timeout=PATIENCE)
+        return str(info.sha)
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """In the block no request of huggingface_hub waits longer than PATIENCE, and it prints nothing."""
+    session, shown, level = huggingface_hub.get_session(), not are_progress_bars_disabled(), hub_logging.get_verbosity()
+    before = session.timeout
+    session.timeout = httpx2.Timeout(PATIENCE)
+    hub_logging.set_verbosity(logging.ERROR)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        session.timeout = before
+        hub_logging.set_verbosity(level)
+        if shown:
+            enable_progress_bars()
+
+
+@contextmanager
+def plain_errors(hub_id: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a HubError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
+        cause: Exception = error
+        while isinstance(cause, RuntimeError) and isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__  # huggingface_hub wraps what an upload raises
+        raise _plain(hub_id, cause) from None
+
+
+def _plain(hub_id: str, error: Exception) -> HubError:
+    if isinstance(error, (hub.GatedRepoError, hub.DisabledRepoError)):
+        return HubError(f"{hub_id}: the Hub denies access: accept its licence there, and log in with `hf auth login`")
+    if isinstance(error, hub.RevisionNotFoundError):
+        return HubError(f"{hub_id} has no such revision on the Hub: name one of its branches, tags or commits")
+    if isinstance(error, hub.HfHubHTTPError):
+        status = error.response.status_code
+        return HubError(_refusal(hub_id, status), unreachable=status >= 500)
+    if isinstance(error, hub.OfflineModeIsEnabled):
+        return HubError(f"{hub_id}: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it", unreachable=True)
+    if isinstance(error, httpx2.TimeoutException):
+        return HubError(f"{hub_id}: the Hub did not answer for {PATIENCE:g} seconds: try again later", unreachable=True)
+    if isinstance(error, httpx2.HTTPError):
+        return HubError(f"{hub_id}: the Hub cannot be reached ({type(error).__name__}): try again", unreachable=True)
+    return HubError(f"{hub_id}: {one_line(str(error), 160)}: check the id, and try again")
+
+
+def _refusal(hub_id: str, status: int) -> str:
+    """The error for an answer of the Hub, in words of our own: the answer may repeat what was sent."""
+    if status == 401:
+        return f"{hub_id} is not there, or wants a token: check the name, log in with `hf auth login` or set HF_TOKEN"
+    if status == 403:
+        return f"{hub_id}: the token may not write there: use one with write access, or an owner that is yours"
+    if status == 404:
+        return f"{hub_id} is not on the Hub, or the token may not see it: check the name, or use `hf auth login`"
+    if status in (409, 412):
+        return f"{hub_id} was changed by another push at the same time: try again"
+    if status == 429:
+        return f"{hub_id}: the Hub has too many requests from here: wait a few minutes, and try again"
+    return f"{hub_id}: the Hub answered {status}: try again later"
 
 
 # --- fetch ------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,15 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
+import huggingface_hub
 import torch
+from huggingface_hub import errors as hub
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -32,8 +34,9 @@ from turret.bases import Base
 from turret.bases.source import TOKENIZER, licence_of, quiet
 from turret.bundles import gguf_lora
 from turret.bundles.bundle import FILES, read_config
+from turret.bundles.fetch import PATIENCE, bounded, check_id, plain_errors
 from turret.disk import describe_error, errno_of, exclusive_lock, permissions, sync
-from turret.errors import AdapterError, BaseModelError, StoreError
+from turret.errors import AdapterError, BaseModelError, HubError, StoreError, listed
 from turret.manifest import BaseSpec
 from turret.methods import method_named
 from turret.process import StopRequest
@@ -413,3 +416,70 @@ def _write_error(target: Path, working: WorkingFolder, error: Exception, before:
     return StoreError(
         f"cannot write {target}: {describe_error(error, target)}: free some space or choose another folder; {now}{left}"
     )
+
+
+# --- to the Hub -------------------------------------------------------------------------------------------------------
+
+
+TAG = "turret"  # in the front matter of every card that turret writes
+OF_GIT = {".gitattributes"}  # the Hub's own file of a new repository
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit that a push made, or found if nothing has changed."""
+
+    id: str
+    url: str
+    private: bool
+    created: bool  # the repository is new
+    changed: bool  # the commit is new
+
+
+def push(folder: Path, hub_id: str, message: str, *, ours: Collection[str], public: bool, force: bool) -> Commit:
+    """Make the repository hold the files of `folder`, in one commit. A new repository is private unless `public`.
+
+    Args:
+        ours: names that such a folder can have; those that are not in it are removed from the repository.
+        force: also replace files that turret did not write.
+
+    Raises:
+        HubError: the Hub cannot be reached or refuses, or the repository holds something else.
+    """
+    api = huggingface_hub.HfApi()
+    with bounded(), plain_errors(hub_id):
+        info, created = _info(api, hub_id), False
+        if info is None:
+            api.create_repo(check_id(hub_id), private=not public)
+            info, created = api.model_info(hub_id, timeout=PATIENCE), True
+        there = {each.rfilename for each in info.siblings or ()}
+        if not force:
+            _refuse_foreign(hub_id, there, info.tags or ())
+        new = {path.name for path in folder.iterdir()}
+        operations: list[huggingface_hub.CommitOperationAdd | huggingface_hub.CommitOperationDelete] = [
+            huggingface_hub.CommitOperationAdd(name, folder / name) for name in sorted(new)
+        ]
+        operations += [huggingface_hub.CommitOperationDelete(name) for name in sorted(there & set(ours) - new)]
+        made = api.create_commit(hub_id, operations, commit_message=message, parent_commit=info.sha)
+    return Commit(
+        made.oid, f"{api.endpoint}/{hub_id}", private=bool(info.private), created=created, changed=made.oid != info.sha
+    )
+
+
+def _info(api: huggingface_hub.HfApi, hub_id: str) -> huggingface_hub.ModelInfo | None:
+    """What the Hub says of a repository; None if there is none that this token may see."""
+    try:
+        return api.model_info(hub_id, timeout=PATIENCE)
+    except (hub.GatedRepoError, hub.DisabledRepoError):
+        raise
+    except hub.RepositoryNotFoundError:
+        return None
+
+
+def _refuse_foreign(hub_id: str, there: Collection[str], tags: Collection[str]) -> None:
+    foreign = sorted(set(there) - OF_GIT)
+    if foreign and TAG not in tags:
+        raise HubError(
+            f"{hub_id} holds {listed(foreign, 60)}, which turret did not write: choose another name, or give --force, "
+            "which replaces files of the same names"
+        )

@@ -49,10 +49,10 @@ class Hub:
         """
         from safetensors import SafetensorError
 
-        from turret.bundles import hub
+        from turret.bundles.fetch import check_id
         from turret.workspace import exporting
 
-        hub.check_id(hub_id)
+        check_id(hub_id)
         version, say = self._store.resolve(reference), on_stage or silent
         try:
             with scratch.folder(self._store.root) as working:
@@ -65,7 +65,7 @@ class Hub:
                 files = {each.name: each.stat().st_size for each in sorted(folder.iterdir())}
                 say(f"uploading to {hub_id}")
                 message = f"{version} ({version.digest[:19]})"
-                made = hub.push(folder, hub_id, message, ours=exporting.OURS, public=public, force=force)
+                made = exporting.push(folder, hub_id, message, ours=exporting.OURS, public=public, force=force)
         except (OSError, SafetensorError) as error:
             reason = describe_error(error, self._store.root)
             raise StoreError(
@@ -114,7 +114,7 @@ class Hub:
             HubError: there is no such repository, or neither the Hub nor its cache has it.
             AdapterError: it is broken, does not fit its base, or has no effect.
         """
-        from turret.bundles.hub import check_id
+        from turret.bundles.fetch import check_id
         from turret.workspace import importing
 
         request = importing.ImportRequest(
