@@ -360,7 +360,7 @@ def switch(guest: PeftBackend, on: bool) -> None:
 
 
 class PeftLayer:
-    """PEFT's own module of one linear layer, frozen: a `scaled.LayerChange`.
+    """PEFT's own module of one linear layer, frozen: a `lora.LayerChange`.
 
     Args:
         module: it calls the base's layer, or reads its weight.

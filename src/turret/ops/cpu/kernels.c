@@ -70,7 +70,7 @@ static inline float bits_of(float x, uint32_t kept, uint32_t flipped)
     return x;
 }
 
-/* Two rounds of multiply and shift, for an integer or a vector of them: `formulas.kept` is the same in torch. */
+/* Two rounds of multiply and shift, for an integer or a vector of them: `structs.kept` is the same in torch. */
 #define SCRAMBLE(x, other) \
     do { \
         (x) ^= (x) >> 16; \
