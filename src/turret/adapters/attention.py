@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,6 @@ from turret.ops.dropout import Masks
 from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 from turret.ops.table import of
 from turret.transformer import Submodule
-
-if TYPE_CHECKING:
-    from turret.transformer import Submodule
-
 
 # --- attention --------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ from turret.transformer import Model
 
 if TYPE_CHECKING:
     from turret.families import Family
-    from turret.transformer import Model
 
 
 # --- weighted ---------------------------------------------------------------------------------------------------------

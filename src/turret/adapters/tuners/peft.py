@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +42,6 @@ from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
 from turret.manifest import AdapterConfig, check_agreement, check_config, refuse_code
 from turret.methods.peft import MARKS, NORMS, PROMPTS, WRAPPED, Peft, beside, without_repeated
 from turret.transformer import Model
-
-if TYPE_CHECKING:
-    from turret.transformer import Model
 
 # --- mixing -----------------------------------------------------------------------------------------------------------
 # How PEFT's methods change each layer, so that they mix with others in a batch. Those in `METHODS` are computed from
