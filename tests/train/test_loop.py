@@ -25,7 +25,8 @@ from turret.train import Asking, checkpoint, evaluate, read_curve
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRows
 from turret.train.initialize import attach
-from turret.train.step import explained, loss_of, train_step
+from turret.train.memory import explained
+from turret.train.step import loss_of, train_step
 from turret.train.training_plan import Prediction
 
 
