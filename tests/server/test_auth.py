@@ -11,7 +11,7 @@ import pytest
 from turret.errors import BadReference, Forbidden, InUse, NotFound, ServeRefused, Unauthorized
 from turret.server.auth import Guard, is_loopback
 from turret.store import Store
-from turret.store.access_tokens import PREFIX, SCOPES, hashed, which
+from turret.store.access_tokens import PREFIX, SCOPES, hash_secret, which
 
 CLASSIFY = {"model": "a", "input": "x"}
 
@@ -109,7 +109,7 @@ def test_a_token_is_nowhere_in_the_store_and_the_log(serve, put, workspace, unti
     assert '"token": "reader"' in running.lines.getvalue()
     row = sqlite3.connect(workspace.store.root / "turret.db").execute("SELECT * FROM tokens").fetchone()
     assert secret not in str(row)
-    assert hashed(secret) in row
+    assert hash_secret(secret) in row
     assert secret not in repr(kept)
     assert kept.hash not in repr(kept)
     assert "hash" not in kept.as_json()

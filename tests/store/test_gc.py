@@ -199,7 +199,7 @@ def test_a_gc_beside_a_put_that_is_listing_its_files_removes_none(store, make_bu
     put()
     bundle = make_bundle(tensors(505))
     manifest, paths = artifacts.read(bundle)
-    content = artifacts.hashed(manifest, paths)
+    content = artifacts.hash_bundle(manifest, paths)
     upload = Upload(store.database(), store._blobs)
     upload.write({blob: paths[path] for path, blob in content.items()})
     collected: list[list[upkeep.Removed]] = []
@@ -224,7 +224,7 @@ def test_two_puts_of_one_content_at_once_list_one_copy(store, make_bundle) -> No
     store.new_run("other", "", "")
     bundle, other = make_bundle(tensors(506)), Store(store.location)
     manifest, paths = artifacts.read(bundle)
-    content = artifacts.hashed(manifest, paths)
+    content = artifacts.hash_bundle(manifest, paths)
     upload = Upload(store.database(), store._blobs)
     upload.write({blob: paths[path] for path, blob in content.items()})
     assert str(other.put("a", bundle)) == "a@1"
@@ -239,7 +239,7 @@ def test_what_was_listed_when_a_put_looked_and_collected_since_is_written(store,
     bundle = make_bundle(tensors(507))
     store.put("a", bundle)
     manifest, paths = artifacts.read(bundle)
-    content = artifacts.hashed(manifest, paths)
+    content = artifacts.hash_bundle(manifest, paths)
     upload = Upload(store.database(), store._blobs)
     upload.write({blob: paths[path] for path, blob in content.items()})
     store.delete("a@1")

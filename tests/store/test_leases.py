@@ -96,7 +96,7 @@ def test_an_owner_moves_its_own_lease_alone_and_a_released_one_is_nobodys(databa
         after = rows()
         assert {name for name in after if after[name] != before[name]} == {"b"}, act.__name__
         with database.reading() as connection:
-            late = leases.held(connection, "", late=True)
+            late = leases.held_leases(connection, "", late=True)
         assert late == (set() if act is leases.release else {"b"}), act.__name__
         assert (after["b"][1] == ANOTHER_MACHINE) == (act is leases.renew)
 
@@ -108,7 +108,7 @@ def test_a_lease_of_another_owner_with_the_same_fence_is_not_released(database) 
     with database.writing() as connection:
         connection.execute(update(leases.leases).values(owner="another"))
         leases.release(connection, lease)
-        assert leases.held(connection, "") == {"work"}
+        assert leases.held_leases(connection, "") == {"work"}
 
 
 def test_an_owner_after_an_outage_goes_on_if_nobody_took_its_lease(database) -> None:
@@ -163,7 +163,7 @@ def living_and_dead() -> Iterator[list[str]]:
     """How a lease names a living process, and one that has ended."""
     ended, living = (subprocess.Popen(["sleep", "100"]) for _ in range(2))
     machine, clock = leases._machine(), leases._clock()
-    names = [f"{machine}/{each.pid}/{leases._started(str(each.pid))}/{clock}" for each in (living, ended)]
+    names = [f"{machine}/{each.pid}/{leases._process_start(str(each.pid))}/{clock}" for each in (living, ended)]
     ended.kill()
     ended.wait()
     yield names

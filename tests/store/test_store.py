@@ -12,7 +12,7 @@ from store import by_hand
 
 from turret import database as db
 from turret.errors import BadReference, BundleError, Corrupt, NotFound, StoreError
-from turret.store import Store, folded
+from turret.store import Store, fold_comparisons
 
 
 def test_what_is_put_comes_back_bit_for_bit(store, make_bundle, tmp_path) -> None:
@@ -110,7 +110,7 @@ def test_a_list_has_a_line_for_the_versions_of_a_comparison(store, make_bundle) 
         store.put("a", make_bundle(b"%d" % i), comparison=COMPARISON)
     store.put("b", make_bundle(b"1"), comparison="controls/b-0123456789")
     store.promote("a@3", "candidate")
-    own, compared = folded(store.list())
+    own, compared = fold_comparisons(store.list())
     assert [str(each) for each in own] == ["a@1", "a@3"]
     assert [str(each) for each in compared] == ["a@2 to @4", "b@1"]
     assert compared[0].as_json()["versions"] == 2

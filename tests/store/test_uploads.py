@@ -114,7 +114,7 @@ class Protocol(RuleBasedStateMachine):
     @rule(number=st.integers(1, 8))
     def delete(self, number: int) -> None:
         with self.database.writing() as connection:
-            for version in catalog.listed(connection):
+            for version in catalog.list_versions(connection):
                 if version.number == number:
                     catalog.remove(connection, catalog.find(connection, Reference("a", version=number)))
 
@@ -135,7 +135,7 @@ class Protocol(RuleBasedStateMachine):
         if self.forget_first:
             protocol.forget_abandoned(self.database)
         with self.database.reading() as connection:
-            without = () if self.forget_first else protocol.abandoned(connection)
+            without = () if self.forget_first else protocol.abandoned_uploads(connection)
             dead = protocol.dead(connection, walk, without=without)
         return multiple(*((blob.digest, blob.upload) for _, blob in dead))
 

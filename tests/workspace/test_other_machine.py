@@ -110,7 +110,7 @@ def test_two_machines_do_not_conduct_one_comparison(machine, tmp_path) -> None:
         if not store.exists():
             return False
         with store.database().reading() as connection:
-            return bool(leases.held(connection, "comparisons/"))
+            return bool(leases.held_leases(connection, "comparisons/"))
 
     until(held)
     second = start(machine("two"), "compare", tmp_path, *more)

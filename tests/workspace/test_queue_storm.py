@@ -247,7 +247,7 @@ def check(workspace: Workspace, submitted: int) -> None:
     assert states["cancelled"] > 0
     assert workspace.store.verify().problems == ()
     with workspace.store.database().reading() as connection:
-        assert leases.held(connection, "jobs/") == set()
+        assert leases.held_leases(connection, "jobs/") == set()
 
 
 def cancel(workspace: Workspace, run: str) -> None:

@@ -113,13 +113,13 @@ def list_(
 
     The trainings of a comparison are one line: a plain name never means them. `promote NAME@N production` keeps one.
     """
-    from turret.store import folded
+    from turret.store import fold_comparisons
 
     found = command.workspace.list(name)
     if command.as_json:
         emit({"store": str(command.store), "versions": [version.as_json() for version in found]})
         return
-    own, compared = (found, []) if every else folded(found)
+    own, compared = (found, []) if every else fold_comparisons(found)
     shown = own if name or every else chosen(own)
     _print_list(shown, compared, len(own) - len(shown), f"{f'{name} in ' if name else ''}{command.store}")
 

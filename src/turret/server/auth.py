@@ -25,7 +25,7 @@ from turret.errors import BadRequest, Forbidden, ServeRefused, StoreError, Turre
 from turret.server.error_responses import send_error
 from turret.server.limits import INFER_PAGES, OPEN, UNSIGNED, Quota, client_of, first, is_page
 from turret.store import AccessToken
-from turret.store.access_tokens import FORMS, SCOPES, SIGN_INS, SessionRows, hashed, which
+from turret.store.access_tokens import FORMS, SCOPES, SIGN_INS, SessionRows, hash_secret, which
 from turret.store.catalog import now
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class Guard:
     def sign_in(self, secret: str, *, secure: bool = False) -> str:
         """Open a session with a token. secure: over https. Raises Unauthorized."""
         _require_pages(self._token(f"Bearer {secret}"))
-        return self.sessions.begin(hashed(secret.strip()), secure=secure)
+        return self.sessions.begin(hash_secret(secret.strip()), secure=secure)
 
     def sign_in_as(self, name: str, tenant: str, *, secure: bool = False) -> str:
         """Open a session with the token of this name. Its tenant and name come from a trusted provider.

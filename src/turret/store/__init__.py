@@ -2,7 +2,7 @@
 
 from turret.store.access_tokens import AccessToken, AccessTokens, SessionRows
 from turret.store.aliases import Move, Pointing
-from turret.store.catalog import Compared, Deleted, Version, folded
+from turret.store.catalog import Compared, Deleted, Version, fold_comparisons
 from turret.store.core import Store
 from turret.store.gates import Gate, GateStatus
 from turret.store.golden import Example, Golden, GoldenReplay, GoldenSet
@@ -37,5 +37,5 @@ __all__ = [
     "Store",
     "Verified",
     "Version",
-    "folded",
+    "fold_comparisons",
 ]

@@ -166,7 +166,7 @@ class AccessToken:
         return fields
 
 
-def hashed(secret: str) -> str:
+def hash_secret(secret: str) -> str:
     """The hash of a token, which the store keeps."""
     return "sha256:" + hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -176,7 +176,7 @@ def which(known: Iterable[AccessToken], secret: str) -> AccessToken | None:
 
     Compares with every token, each in constant time, so the duration reveals nothing.
     """
-    given, found, at = hashed(secret), None, now()
+    given, found, at = hash_secret(secret), None, now()
     for token in known:
         for each in token.hashes(at):
             if hmac.compare_digest(each, given):
@@ -231,7 +231,7 @@ class AccessTokens:
         secret, created = PREFIX + secrets.token_urlsafe(32), now()
         row = {
             "name": name,
-            "hash": hashed(secret),
+            "hash": hash_secret(secret),
             "scopes": [scope for scope in SCOPES if scope in scopes],
             "created": created,
             "requests_per_minute": requests_per_minute,
@@ -292,7 +292,7 @@ class AccessTokens:
                 raise InUse(f"token {name!r} was revoked or has expired: make one with another name, such as {name}-2")
             until = _later(at, overlap, "an overlap") if overlap else None
             former = token.hash if overlap else None
-            return {"hash": hashed(secret), "former_hash": former, "former_until": until}
+            return {"hash": hash_secret(secret), "former_hash": former, "former_until": until}
 
         return self._change(name, "token rotate", renewed), secret
 

@@ -49,7 +49,7 @@ def move_alias(connection: Connection, version: Version, alias: str) -> Move:
     """Move an alias to a version."""
     adapter_id, version_id = catalog.adapter_of(connection, version.name), catalog.row_of(connection, version)
     current = catalog.pointed_at(connection, adapter_id, alias)
-    before = _named(connection, version.name, current)
+    before = _version_reference(connection, version.name, current)
     if current == version_id:
         return Move(version.name, alias, str(version), before, changed=False)
     last = _latest(connection, adapter_id, alias)
@@ -60,7 +60,7 @@ def move_alias(connection: Connection, version: Version, alias: str) -> Move:
 def rollback(connection: Connection, name: str, alias: str) -> Move:
     """Move an alias back to the version it named before; raises NotFound if there is none."""
     adapter_id = catalog.adapter_of(connection, name)
-    before = _named(connection, name, catalog.pointed_at(connection, adapter_id, alias))
+    before = _version_reference(connection, name, catalog.pointed_at(connection, adapter_id, alias))
     target, skipped = _rollback_target(connection, name, alias)
     _move(connection, adapter_id, alias, "rollback", target.version_id, target.number, target.before)
     return Move(name, alias, f"{name}@{target.number}", before, changed=True, skipped=skipped)
@@ -87,7 +87,7 @@ def _rollback_target(connection: Connection, name: str, alias: str) -> tuple[_Pa
             skipped += [f"{name}@{earlier.number}"] if earlier.number is not None else []
         elif earlier.version_id != current:
             return earlier, tuple(skipped)
-    where = "was removed" if current is None else f"names {_named(connection, name, current)}"
+    where = "was removed" if current is None else f"names {_version_reference(connection, name, current)}"
     gone = f" but versions deleted since ({', '.join(skipped)})" if skipped else ""
     raise NotFound(
         f"nothing to roll back to: {name}@{alias} {where} and named nothing before{gone}: "
@@ -103,7 +103,7 @@ def back_to(connection: Connection, version: Version, alias: str, leaving: Seque
     """
     adapter_id, version_id = catalog.adapter_of(connection, version.name), catalog.row_of(connection, version)
     current = catalog.pointed_at(connection, adapter_id, alias)
-    before = _named(connection, version.name, current)
+    before = _version_reference(connection, version.name, current)
     if current == version_id:
         return Move(version.name, alias, str(version), before, changed=False)
     if before is not None and before not in leaving:
@@ -254,7 +254,7 @@ def _past(connection: Connection, row: int) -> _Past:
     return _Past(*connection.execute(_PAST.where(alias_history.c.id == row)).one())
 
 
-def _named(connection: Connection, name: str, version_id: int | None) -> str | None:
+def _version_reference(connection: Connection, name: str, version_id: int | None) -> str | None:
     """`name@number` of a version by its row id."""
     if version_id is None:
         return None

@@ -79,7 +79,7 @@ def _plain_file(path: Path) -> os.stat_result:
     return found
 
 
-def hashed(manifest: Manifest, paths: Mapping[str, Path]) -> dict[str, Blob]:
+def hash_bundle(manifest: Manifest, paths: Mapping[str, Path]) -> dict[str, Blob]:
     """Path in the bundle -> digest and size; raises BundleError if a digest differs from the manifest."""
     try:
         content = {name: hash_file(path) for name, path in paths.items()}

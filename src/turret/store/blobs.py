@@ -140,7 +140,7 @@ class Blobs:
 
     def walk(self) -> Iterator[tuple[str, Blob]]:
         for path in sorted(self._root.glob("??/*")):
-            if found := placed(path.relative_to(self._root).as_posix()):
+            if found := parse_place(path.relative_to(self._root).as_posix()):
                 with suppress(FileNotFoundError):  # removed in the meantime
                     yield self._name(path), Blob(found[0], path.stat().st_size, found[1])
 
@@ -187,7 +187,7 @@ class Blobs:
         except FileNotFoundError:
             raise missing(path, blob.digest) from None
         if found.digest != blob.digest:
-            raise changed(path, blob.digest)
+            raise digest_mismatch(path, blob.digest)
 
     @contextmanager
     def checked_file(self, blob: Blob) -> Iterator[Path]:
@@ -209,7 +209,7 @@ class Blobs:
             copied = stream(read, write)
         if copied.digest != blob.digest:
             target.unlink()
-            raise changed(path, blob.digest)
+            raise digest_mismatch(path, blob.digest)
 
     def _make(self, folder: Path) -> None:
         """Create a folder once per process, with the permissions of its parent; a new root is private."""
@@ -235,7 +235,7 @@ def place(blob: Blob) -> str:
     return f"{match[1][:2]}/{match[1]}{'-' if blob.upload else ''}{blob.upload}"
 
 
-def placed(name: str) -> tuple[str, str] | None:
+def parse_place(name: str) -> tuple[str, str] | None:
     """The digest and upload of a path under `blobs/sha256/`; None if `place` would not give that path."""
     match = _PLACE.fullmatch(name)
     return None if match is None else (f"sha256:{match[2]}", match[3] or "")
@@ -274,7 +274,7 @@ def missing(path: Path | str, digest: str) -> Corrupt:
     return Corrupt(f"stored file {digest} is missing: restore {path} from a copy, or train again")
 
 
-def changed(path: Path | str, digest: str) -> Corrupt:
+def digest_mismatch(path: Path | str, digest: str) -> Corrupt:
     """The error for content that does not match its digest."""
     return Corrupt(
         f"stored file {path} does not match its digest {digest[:19]}...: restore it from a copy, or train again"
@@ -375,7 +375,7 @@ class Objects:
         ):
             found = stream(read, None)
         if found.digest != blob.digest:
-            raise changed(self._shown(key), blob.digest)
+            raise digest_mismatch(self._shown(key), blob.digest)
 
     def copy(self, blob: Blob, target: Path) -> None:
         key = self._key(blob)
@@ -385,7 +385,7 @@ class Objects:
             with self._system(blob) as system:
                 system.get_file(key, str(target))
             if hash_file(target).digest != blob.digest:
-                raise changed(self._shown(key), blob.digest)
+                raise digest_mismatch(self._shown(key), blob.digest)
         except BaseException:
             target.unlink(missing_ok=True)
             raise
@@ -412,7 +412,7 @@ class Objects:
             found = system.find(f"{self._prefix}/blobs/sha256", detail=True)
         for key in sorted(found):
             name = key.strip("/").removeprefix(f"{self._prefix}/")
-            if match := placed(name.removeprefix("blobs/sha256/")):
+            if match := parse_place(name.removeprefix("blobs/sha256/")):
                 yield name, Blob(match[0], found[key]["size"], match[1])
 
     def leftovers(self) -> Iterator[tuple[str, int, float]]:

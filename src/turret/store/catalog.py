@@ -150,7 +150,7 @@ class Compared:
         }
 
 
-def folded(versions: Iterable[Version]) -> tuple[list[Version], list[Compared]]:
+def fold_comparisons(versions: Iterable[Version]) -> tuple[list[Version], list[Compared]]:
     """The versions that stand for themselves, and a line for each comparison with all others."""
     own = list[Version]()
     compared = dict[tuple[str, str], list[Version]]()
@@ -333,7 +333,7 @@ def remove(connection: Connection, version: Version) -> Deleted:
     return Deleted(str(version), version.digest, version.aliases, version.bytes)
 
 
-def listed(connection: Connection, name: str | None = None) -> list[Version]:
+def list_versions(connection: Connection, name: str | None = None) -> list[Version]:
     """All versions, or those of one name, ordered by name and number."""
     query = _versions(connection).order_by(adapters.c.name, versions.c.number)
     if name is not None:

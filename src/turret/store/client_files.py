@@ -147,7 +147,7 @@ class ClientFiles:
     def find(self, owner: str, id: str) -> ClientFile:
         """One file of an owner. Raises NotFound, also for a file of somebody else."""
         with self._database().reading() as connection:
-            row = connection.execute(_chosen(owner, id)).first()
+            row = connection.execute(_select_file(owner, id)).first()
         if row is None:
             raise _not_found(id)
         return _file(row)
@@ -155,7 +155,7 @@ class ClientFiles:
     def delete(self, owner: str, id: str) -> None:
         """Delete a file of an owner, and its content. Raises NotFound, or InUse while an open batch reads it."""
         with self._database().writing() as connection:
-            found = connection.execute(_chosen(owner, id)).first()
+            found = connection.execute(_select_file(owner, id)).first()
             if found is None:
                 raise _not_found(id)
             reads = (batches.c.input_file == id) & batches.c.state.not_in(ENDED)
@@ -189,7 +189,7 @@ def _audit(connection: Connection, verb: str, file: ClientFile, **what: JsonObje
     audit.record(connection, verb, file.id, None, at=now(), who=who(), tenant=tenant, **what)
 
 
-def _chosen(owner: str, id: str) -> Select[tuple[str, str, str, str, str, int, str, int]]:
+def _select_file(owner: str, id: str) -> Select[tuple[str, str, str, str, str, int, str, int]]:
     return select(client_files).where(client_files.c.id == id, client_files.c.owner == owner)
 
 

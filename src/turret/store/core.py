@@ -247,7 +247,7 @@ class Store:
         held, run = (run, run.id) if isinstance(run, HeldRun) else (None, run)
         check_name(name)
         manifest, paths = artifacts.read(bundle)
-        content = artifacts.hashed(manifest, paths)
+        content = artifacts.hash_bundle(manifest, paths)
         database = self._open_or_create()
         with plain_errors(self._catalog):
             self._claim_files(database)
@@ -292,7 +292,7 @@ class Store:
         if name is not None:
             check_name(name)
         with self._reading() as connection:
-            return [] if connection is None else catalog.listed(connection, name)
+            return [] if connection is None else catalog.list_versions(connection, name)
 
     def files(self, reference: str | Reference) -> dict[str, Path]:
         """Map each path in the bundle to a local file whose bytes were hashed again; raises Corrupt.
@@ -584,7 +584,7 @@ class Store:
 
     def runs(self, most: int = 500) -> Sequence[RunRow]:
         """The newest training runs, newest first."""
-        return [] if (database := self._open()) is None else runs.listed(database, most)
+        return [] if (database := self._open()) is None else runs.list_runs(database, most)
 
     def run(self, run_id: str) -> RunRow:
         """One training run; raises NotFound."""

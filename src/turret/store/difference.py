@@ -167,13 +167,13 @@ def _distance(a: _Plain | _Product, b: _Plain | _Product) -> tuple[float, float]
         return moved, norm
     assert isinstance(a, _Product)
     assert isinstance(b, _Product)
-    norm = _squared(a.B, a.A)
+    norm = _squared_norm(a.B, a.A)
     if np.array_equal(a.A, b.A) and np.array_equal(a.B, b.B):
         return 0.0, norm
-    return _squared(np.hstack((b.B, -a.B)), np.vstack((b.A, a.A))), norm
+    return _squared_norm(np.hstack((b.B, -a.B)), np.vstack((b.A, a.A))), norm
 
 
-def _squared(B: Floats, A: Floats) -> float:
+def _squared_norm(B: Floats, A: Floats) -> float:
     """|B A|_F^2 = |R A|_F^2 for B = Q R: needs no (D_out, D_in), and squares do not cancel."""
     return float(np.square(np.linalg.qr(B, mode="r") @ A).sum())
 

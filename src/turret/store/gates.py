@@ -66,7 +66,7 @@ class Gate:
 
 def check(version: Version, alias: str, required: Iterable[Gate]) -> None:
     """Raise GateFailed, which names every gate that the stored metrics of the version do not pass."""
-    results = [(gate, *judged(version, gate)) for gate in required]
+    results = [(gate, *judge_gate(version, gate)) for gate in required]
     failed = [f"{gate} is required, {found}" for gate, passes, found in results if not passes]
     if failed:
         raise GateFailed(
@@ -75,7 +75,7 @@ def check(version: Version, alias: str, required: Iterable[Gate]) -> None:
         )
 
 
-def judged(version: Version, gate: Gate) -> tuple[bool, str]:
+def judge_gate(version: Version, gate: Gate) -> tuple[bool, str]:
     """Whether the stored metrics of the version pass the gate, and the value found."""
     value = _value(version.metrics, gate)
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
@@ -180,5 +180,5 @@ def _holder(connection: Connection, name: str, alias: str) -> Version | None:
 def _status_of(connection: Connection, gate: Gate | Golden, holder: Version | None) -> GateStatus:
     if holder is None:
         return GateStatus(gate, None, None, f"{gate.alias} names no version yet")
-    found = judged(holder, gate) if isinstance(gate, Gate) else golden.judged(connection, holder, gate)
+    found = judge_gate(holder, gate) if isinstance(gate, Gate) else golden.judge_golden(connection, holder, gate)
     return GateStatus(gate, str(holder), *found)

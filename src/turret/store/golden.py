@@ -326,7 +326,7 @@ def check(connection: Connection, version: Version, alias: str) -> tuple[GoldenR
     return tuple(replays[gate.golden] for gate in required)
 
 
-def judged(connection: Connection, version: Version, gate: Golden) -> tuple[bool | None, str]:
+def judge_golden(connection: Connection, version: Version, gate: Golden) -> tuple[bool | None, str]:
     """Whether the version passes the set (None if it was never replayed), and the result for people."""
     replay = replays_of(connection, version).get(gate.golden)
     if replay is None:

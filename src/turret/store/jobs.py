@@ -361,7 +361,7 @@ class JobQueue:
         id = cell_id(self._tenant, study, new.key)
         old = _entry_of(connection, id)
         if old is not None and old.state in ("waiting", "running"):
-            held = old.state == "running" and id in leases.held(connection, HELD)
+            held = old.state == "running" and id in leases.held_leases(connection, HELD)
             if not here and (held or old.queued is not None):
                 return id
             if here and held:
@@ -410,7 +410,7 @@ class JobQueue:
                 chosen.order_by(jobs.c.created.desc(), jobs.c.id.desc()).limit(most)
             ).mappings()
         ]
-        held = leases.held(connection, HELD) if any(row["state"] == "running" for row in rows) else set()
+        held = leases.held_leases(connection, HELD) if any(row["state"] == "running" for row in rows) else set()
         for row in rows:
             if row["state"] == "running" and row["id"] not in held:
                 row["state"] = "waiting"
@@ -553,7 +553,7 @@ class JobQueue:
             if entry is None or entry.state not in ("waiting", "running"):
                 return None
             if entry.queued is not None:
-                if entry.id in leases.held(connection, HELD) or _end_lost(connection, entry):
+                if entry.id in leases.held_leases(connection, HELD) or _end_lost(connection, entry):
                     return None
                 due = select(jobs.c.id).where(jobs.c.id == id, _is_due(leases.clock(connection)))
                 if entry.state == "waiting" and connection.execute(due).first() is None:
@@ -800,7 +800,7 @@ def _waits(connection: Connection, kinds: Sequence[str]) -> bool:
     if connection.execute(select(jobs.c.id).where(waiting).limit(1)).first() is not None:
         return True
     running = connection.execute(select(jobs.c.id).where(_open(kinds), jobs.c.state == "running")).scalars().all()
-    return bool(running) and not set(running) <= leases.held(connection, HELD)
+    return bool(running) and not set(running) <= leases.held_leases(connection, HELD)
 
 
 def _free(connection: Connection, kinds: Sequence[str], *, all: bool = False) -> tuple[list[Entry], Counter[str]]:
@@ -809,7 +809,7 @@ def _free(connection: Connection, kinds: Sequence[str], *, all: bool = False) ->
     Args:
         all: every job that waits, not the first one of each owner alone.
     """
-    held, open_ = leases.held(connection, HELD), _open(kinds)
+    held, open_ = leases.held_leases(connection, HELD), _open(kinds)
     rows = _entries(connection, open_, jobs.c.state == "running")
     order = jobs.c.priority.desc(), jobs.c.queued, jobs.c.id
     place = func.row_number().over(partition_by=(jobs.c.tenant, jobs.c.owner), order_by=order).label("place")
@@ -879,6 +879,6 @@ def _count_turn(connection: Connection, entry: Entry) -> None:
 def _cancel(connection: Connection, entry: Entry) -> str:
     """Returns the state of the job now."""
     connection.execute(update(jobs).where(jobs.c.id == entry.id).values(cancelled=now()))
-    if entry.state == "running" and entry.id in leases.held(connection, HELD):
+    if entry.state == "running" and entry.id in leases.held_leases(connection, HELD):
         return "running"
     return end_job(connection, entry.id, "cancelled", f"cancelled by {who() or 'somebody'}")

@@ -167,7 +167,7 @@ def give_up(lease: Lease) -> None:
     _given_up.add(lease.owner)
 
 
-def held(connection: Connection, prefix: str, *, late: bool = False) -> set[str]:
+def held_leases(connection: Connection, prefix: str, *, late: bool = False) -> set[str]:
     """The names, after the prefix, of the leases that nobody may take.
 
     Args:
@@ -190,7 +190,7 @@ def was_ours(connection: Connection, name: str) -> bool:
 
 def is_taken(connection: Connection, name: str) -> bool:
     """Whether a process that may be alive holds the lease."""
-    return "" in held(connection, name)
+    return "" in held_leases(connection, name)
 
 
 def is_free(database: Database, name: str, say: Callable[[str], None]) -> bool:
@@ -345,7 +345,7 @@ def is_dead(process: str) -> bool:
         return True
     except (OSError, ValueError, OverflowError):  # it lives, and belongs to another user
         pass
-    found = _started(number)
+    found = _process_start(number)
     if found is None:
         return False
     return found == "" or (clock == _clock() and found != start)
@@ -359,11 +359,11 @@ def _is_here(process: str) -> bool:
 def _this_process() -> str:
     """Machine, namespace, number, start and clock of this process; empty where the system does not tell."""
     number = str(os.getpid())
-    start = _started(number) if _machine() else None
+    start = _process_start(number) if _machine() else None
     return f"{_machine()}/{number}/{start}/{_clock()}" if start else ""
 
 
-def _started(number: str) -> str | None:
+def _process_start(number: str) -> str | None:
     """When a process started, by the clock of this process; "" if it has ended, None if the system does not tell."""
     try:
         text = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")

@@ -153,9 +153,9 @@ class Panels:
         check_name(name)
         asked = [Question(*pair) for pair in questions.items()] if isinstance(questions, Mapping) else list(questions)
         with self._made().writing() as connection:
-            every = [one for each in asked for one in _expanded(connection, each)]
+            every = [one for each in asked for one in _expand_question(connection, each)]
             _check_names(every)
-            return _create(connection, name, [_completed(connection, each) for each in every])
+            return _create(connection, name, [_complete_question(connection, each) for each in every])
 
     def list(self) -> Sequence[Panel]:
         """All versions that may be seen, by name and number."""
@@ -164,7 +164,7 @@ class Panels:
             return []
         with database.reading() as connection:
             rows = connection.execute(_rows(connection).order_by(panels.c.name, panel_versions.c.number)).mappings()
-            return [found for row in rows if (found := _seen(connection, _panel(row))) is not None]
+            return [found for row in rows if (found := _seen_panel(connection, _panel(row))) is not None]
 
     def show(self, reference: str) -> Panel:
         """The version that a reference means now: `tickets`, `tickets@2` or `tickets@production`. Raises NotFound."""
@@ -226,7 +226,7 @@ class Panels:
         panel = self.show(reference)
         with self._made().writing() as connection:
             for each in panel.questions:
-                _completed(connection, each)
+                _complete_question(connection, each)
             return _promote(connection, panel)
 
     def rollback(self, name: str) -> PanelMove:
@@ -279,7 +279,7 @@ def decisions_of(version: catalog.Version) -> Mapping[str, Decision]:
     return found
 
 
-def _expanded(connection: Connection, question: Question) -> list[Question]:
+def _expand_question(connection: Connection, question: Question) -> list[Question]:
     """The question; if it has no name, one for everything that its adapter decides."""
     if question.name:
         return [question]
@@ -293,7 +293,7 @@ def _expanded(connection: Connection, question: Question) -> list[Question]:
     ]
 
 
-def _completed(connection: Connection, question: Question) -> Question:
+def _complete_question(connection: Connection, question: Question) -> Question:
     """The question with the type and the labels of its adapter where it has none."""
     version = catalog.find(connection, Reference.parse(question.adapter))
     every = decisions_of(version)
@@ -366,10 +366,10 @@ def _find(connection: Connection, reference: Reference) -> Panel | None:
         meant = panels.c.production.is_(None) | (panel_versions.c.number == panels.c.production)
         query = query.where(meant).order_by(panel_versions.c.number.desc()).limit(1)
     row = connection.execute(query).mappings().first()
-    return None if row is None else _seen(connection, _panel(row))
+    return None if row is None else _seen_panel(connection, _panel(row))
 
 
-def _seen(connection: Connection, panel: Panel) -> Panel | None:
+def _seen_panel(connection: Connection, panel: Panel) -> Panel | None:
     """The panel, if its name and all its adapters may be seen."""
     access = access_of(connection)
     if access.whole:
@@ -394,7 +394,7 @@ def _create(connection: Connection, name: str, questions: Sequence[Question]) ->
     else:
         panel_id, last = known
     for row in connection.execute(_rows(connection).where(panels.c.name == name)).mappings():
-        same = _seen(connection, _panel(row))
+        same = _seen_panel(connection, _panel(row))
         if same is not None and same.questions == tuple(questions):
             return same
     content = [each.as_json() for each in questions]

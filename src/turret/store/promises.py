@@ -606,14 +606,14 @@ def record(connection: Connection, receipt: str, value: Plain) -> tuple[Status, 
     wrong, right = read
     kept = {"promise_id": promise.id, "answer_id": row.id, "wrong": int(wrong), "right_label": right, "at": now()}
     new = insert_row(connection, outcomes, kept)
-    if connection.execute(_told(promise).where(outcomes.c.id == new)).first() is None:
+    if connection.execute(_select_outcomes(promise).where(outcomes.c.id == new)).first() is None:
         return "noted", f"stored, not counted: the promise of {version} is not about this answer"
     return "counted", f"counted for the promise of {version}"
 
 
-def told(connection: Connection, promise: Promise, after: int = 0) -> list[Told]:
+def list_outcomes(connection: Connection, promise: Promise, after: int = 0) -> list[Told]:
     """The outcomes that count, in the order in which they came, with an id above `after`."""
-    query = _told(promise).where(outcomes.c.id > after).order_by(outcomes.c.id)
+    query = _select_outcomes(promise).where(outcomes.c.id > after).order_by(outcomes.c.id)
     return [Told._make(row) for row in connection.execute(query)]
 
 
@@ -627,7 +627,7 @@ def counts(connection: Connection, promise: Promise) -> Counts:
     return Counts(*(int(each or 0) for each in row))
 
 
-def decided(connection: Connection, promise: Promise) -> tuple[int, int]:
+def count_decided(connection: Connection, promise: Promise) -> tuple[int, int]:
     """How many answers the promise covers, and how many of them were decided."""
     query = select(func.count(), func.sum(answers.c.decided)).where(answers.c.promise_id == promise.id)
     row = connection.execute(query).one()
@@ -690,7 +690,7 @@ def _tell(connection: Connection, promise: Promise, verb: str, verdict: Mapping[
 # --- private ----------------------------------------------------------------------------------------------------------
 
 
-def _told(promise: Promise) -> Select[tuple[int, float, str, int, int, str | None]]:
+def _select_outcomes(promise: Promise) -> Select[tuple[int, float, str, int, int, str | None]]:
     columns = (outcomes.c.id, answers.c.probability, answers.c.label, answers.c.decided, outcomes.c.wrong)
     query = select(*columns, outcomes.c.right_label).join(answers, outcomes.c.answer_id == answers.c.id)
     known = outcomes.c.right_label == promise.label if promise.metric.startswith("misses") else true()

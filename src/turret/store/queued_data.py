@@ -93,11 +93,11 @@ def is_there(connection: Connection, root: Path, artifacts: Artifacts, source: s
 def collect(root: Path, database: Database, artifacts: Artifacts, *, dry_run: bool) -> Iterator[Removed]:
     """Remove the data that no waiting or running training names, from the store and from this machine."""
     with database.reading() as connection:
-        local, listed = _unneeded(connection, root, artifacts)
+        local, listed = _unneeded_data(connection, root, artifacts)
     dead: list[Blob] = []
     if (local or listed) and not dry_run:
         with database.writing() as connection:
-            local, listed = _unneeded(connection, root, artifacts)
+            local, listed = _unneeded_data(connection, root, artifacts)
             dead = [blob for each in listed for blob in artifacts.drop(connection, each.path)]
             for path in local:
                 path.rename(path.with_name(f"{GONE}{uuid.uuid4().hex[:8]}-{path.name}"))
@@ -117,7 +117,7 @@ def _folders(root: Path) -> list[tuple[str, Path]]:
     return [(DEFAULT, root / FOLDER), *others]
 
 
-def _unneeded(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Path], list[Artifact]]:
+def _unneeded_data(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Path], list[Artifact]]:
     """The folders of this machine, and the files of the store, whose data no waiting or running training names."""
     open_ = jobs.c.queued.is_not(None) & jobs.c.state.in_(("waiting", "running"))
     rows = connection.execute(select(jobs.c.tenant, jobs.c.recipe, jobs.c.spec).where(open_)).all()

@@ -350,7 +350,7 @@ class TrainingRuns:
         with self._database.writing() as connection:
             this = (jobs.c.id == run_id) & seen_runs(connection)
             name, state = connection.execute(select(jobs.c.name, jobs.c.state).where(this)).one()
-            if state == "waiting" or run_id in leases.held(connection, HELD):
+            if state == "waiting" or run_id in leases.held_leases(connection, HELD):
                 raise InUse(
                     f"run {run_id} is not deleted, because it {'waits' if state == 'waiting' else 'runs'}: "
                     f"`turret runs cancel {run_id}` ends one of the queue"
@@ -438,20 +438,24 @@ def plain_error(text: str) -> str:
 def find(database: Database, run_id: str) -> RunRow | None:
     """One run as a row of the table; None if there is none."""
     with database.reading() as connection:
-        return next(iter(_shown(connection, select(*SHOWN).where(jobs.c.id == run_id, seen_runs(connection)))), None)
+        return next(
+            iter(_read_runs(connection, select(*SHOWN).where(jobs.c.id == run_id, seen_runs(connection)))), None
+        )
 
 
-def listed(database: Database, most: int) -> list[RunRow]:
+def list_runs(database: Database, most: int) -> list[RunRow]:
     """The newest runs, newest first."""
     with database.reading() as connection:
         newest = select(*SHOWN).where(seen_runs(connection)).order_by(jobs.c.id.desc()).limit(most)
-        return _shown(connection, newest)
+        return _read_runs(connection, newest)
 
 
-def _shown(connection: Connection, query: Select[tuple[Plain, ...]]) -> list[RunRow]:
+def _read_runs(connection: Connection, query: Select[tuple[Plain, ...]]) -> list[RunRow]:
     """The rows, with `queue` for a run from the queue. A run without a living process is not shown as running."""
     rows: list[JsonValue] = [dict(row) for row in connection.execute(query).mappings()]
-    living = leases.held(connection, HELD, late=True) if any(row["state"] == "running" for row in rows) else set()
+    living = (
+        leases.held_leases(connection, HELD, late=True) if any(row["state"] == "running" for row in rows) else set()
+    )
     for row in rows:
         queue = {name: row.pop(name) for name in OF_QUEUE}
         row["queue"] = None if queue["queued"] is None else queue

@@ -63,9 +63,9 @@ class S3(S3FileSystem):  # type: ignore[misc]  # s3fs has no types
         if loop is None or not loop.is_running():
             S3FileSystem.close_session(loop, s3)
         else:
-            asyncio.run_coroutine_threadsafe(_closed(s3), loop)
+            asyncio.run_coroutine_threadsafe(_close_connections(s3), loop)
 
 
-async def _closed(s3: AsyncExitStack) -> None:
+async def _close_connections(s3: AsyncExitStack) -> None:
     with suppress(Exception):  # nobody waits for connections that nobody uses
         await s3.__aexit__(None, None, None)

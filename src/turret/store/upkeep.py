@@ -73,7 +73,7 @@ class Verified:
 def verify(database: Database, blobs: Files, reference: Reference | None = None) -> Verified:
     """Check one version with its aliases, or the whole store; raises NotFound for an unknown reference."""
     with database.reading() as connection:
-        versions = [catalog.find(connection, reference)] if reference else catalog.listed(connection)
+        versions = [catalog.find(connection, reference)] if reference else catalog.list_versions(connection)
         problems = [] if reference else list(_of_database(database, connection))
         content: dict[str, dict[str, Blob]] = {}
         for version in versions:
@@ -89,7 +89,7 @@ def verify(database: Database, blobs: Files, reference: Reference | None = None)
     problems += list(_of_artifacts(database, blobs)) if whole else []
     orphans = _orphans(database, blobs) if whole else []
     with database.reading() as connection:  # versions that were deleted during the check have no problems
-        gone = {str(version) for version in versions} - {str(version) for version in catalog.listed(connection)}
+        gone = {str(version) for version in versions} - {str(version) for version in catalog.list_versions(connection)}
     sizes = {blob.digest: blob.bytes for some in content.values() for blob in some.values()}
     return Verified(
         versions=len(versions) - len(gone),
@@ -226,7 +226,7 @@ def _of_header(path: Path) -> str | None:
 def _orphans(database: Database, blobs: Files) -> Sequence[Blob]:
     existing = list(blobs.walk())
     with database.reading() as connection:  # after the walk: a put may have listed its files in the meantime
-        dead = uploads.dead(connection, existing, without=uploads.abandoned(connection))
+        dead = uploads.dead(connection, existing, without=uploads.abandoned_uploads(connection))
     return [blob for _, blob in dead]
 
 
@@ -275,7 +275,7 @@ def remove_unlisted(files: Files, database: Database, *, dry_run: bool) -> Itera
     """Remove files that no version lists and no put is writing."""
     existing = list(files.walk())  # before the catalog is read: files written later are ignored
     with database.reading() as connection:
-        dead = uploads.dead(connection, existing, without=uploads.abandoned(connection) if dry_run else ())
+        dead = uploads.dead(connection, existing, without=uploads.abandoned_uploads(connection) if dry_run else ())
     yield from _remove(files, dead, dry_run)
     if not dry_run and uploads.forget_abandoned(database):  # last: a full disk may have room for this write now
         with database.reading() as connection:

@@ -164,7 +164,7 @@ class Upload:
     def write(self, sources: Mapping[Blob, Path]) -> None:
         """Write the content that no version lists, or whose listed copy is damaged."""
         with self._database.reading() as connection:
-            existing = listed(connection, (blob.digest for blob in sources))
+            existing = listed_blobs(connection, (blob.digest for blob in sources))
         missing = [blob for blob in sources if not self._is_whole(existing.get(blob.digest))]
         for blob in missing:
             self._renew()
@@ -179,7 +179,7 @@ class Upload:
             Digest -> the copy to list; None if the put must start another attempt.
         """
         ours = bool(self._id) and end(connection, self._id)
-        found = listed(connection, (blob.digest for blob in blobs))
+        found = listed_blobs(connection, (blob.digest for blob in blobs))
         for digest, copy in self._written.items():
             current = found.get(digest)
             if ours and (current is None or current.upload == self._damaged.get(digest)):
@@ -201,7 +201,9 @@ class Upload:
     def _renew(self) -> None:
         with self._database.writing() as connection:
             if self._id:
-                connection.execute(update(uploads).where(uploads.c.id == self._id).values(since=_started(connection)))
+                connection.execute(
+                    update(uploads).where(uploads.c.id == self._id).values(since=_start_time(connection))
+                )
             else:
                 self._id = begin(connection)
 
@@ -209,7 +211,7 @@ class Upload:
 def begin(connection: Connection) -> str:
     """Add an upload, whose copies may be written after this transaction. Returns its id."""
     upload = uuid.uuid4().hex
-    connection.execute(insert(uploads).values(id=upload, since=_started(connection)))
+    connection.execute(insert(uploads).values(id=upload, since=_start_time(connection)))
     return upload
 
 
@@ -236,13 +238,13 @@ def end(connection: Connection, upload: str) -> bool:
     return connection.execute(delete(uploads).where(uploads.c.id == upload)).rowcount == 1
 
 
-def listed(connection: Connection, digests: Iterable[str]) -> dict[str, Blob]:
+def listed_blobs(connection: Connection, digests: Iterable[str]) -> dict[str, Blob]:
     """Digest -> the copy that versions list, for those that any version lists."""
     query = select(files.c.digest, files.c.bytes, files.c.upload).where(files.c.digest.in_(list(digests))).distinct()
     return {row.digest: Blob(row.digest, row.bytes, row.upload) for row in connection.execute(query)}
 
 
-def abandoned(connection: Connection) -> list[str]:
+def abandoned_uploads(connection: Connection) -> list[str]:
     """Uploads whose process was killed, or needs more than an hour for a file."""
     oldest = _text(_now(connection) - ABANDONED)
     return list(connection.execute(select(uploads.c.id).where(uploads.c.since < oldest)).scalars())
@@ -251,11 +253,11 @@ def abandoned(connection: Connection) -> list[str]:
 def forget_abandoned(database: Database) -> bool:
     """Remove abandoned uploads, so that their copies are dead; False if there were none."""
     with database.reading() as connection:
-        found = abandoned(connection)
+        found = abandoned_uploads(connection)
     if not found and database.writable():  # a disk without a free inode can be read, and not be written
         return False
     with database.writing() as connection:
-        ids = abandoned(connection)
+        ids = abandoned_uploads(connection)
         if ids:
             connection.execute(delete(uploads).where(uploads.c.id.in_(ids)))
     return bool(ids)
@@ -277,7 +279,7 @@ def dead(
     return [(name, b) for name, b in seen if b.upload not in living and (b.digest, b.upload) not in used]
 
 
-def _started(connection: Connection) -> str:
+def _start_time(connection: Connection) -> str:
     """The value of `since` for a file that is started now."""
     return _text(_now(connection))
 

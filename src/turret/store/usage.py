@@ -169,7 +169,7 @@ def read(database: Database, since: str | None = None, until: str | None = None)
         since, until: the first and the last day, such as `2026-11-27`.
     """
     with database.reading() as connection:
-        query = select(*(usage.c[column] for column in COLUMNS)).where(_seen(connection))
+        query = select(*(usage.c[column] for column in COLUMNS)).where(_seen_usage(connection))
         if since is not None:
             query = query.where(usage.c.day >= since)
         if until is not None:
@@ -178,7 +178,7 @@ def read(database: Database, since: str | None = None, until: str | None = None)
         return [Usage(*row) for row in rows]
 
 
-def _seen(connection: Connection) -> ColumnElement[bool]:
+def _seen_usage(connection: Connection) -> ColumnElement[bool]:
     access = access_of(connection)
     own = usage.c.tenant == access.tenant
     if access.whole:

@@ -437,9 +437,9 @@ def _status(store: Store, promise: Promise, version: str, memories: dict[int, Pr
 
     memory = memories.setdefault(promise.id, PromiseMemory(Watch(bound_of(promise), promise.missing_bound)))
     with store.database().reading() as connection:
-        new = promises.told(connection, promise, memory.last)
+        new = promises.list_outcomes(connection, promise, memory.last)
         counts = promises.counts(connection, promise)
-        answers, decided = promises.decided(connection, promise)
+        answers, decided = promises.count_decided(connection, promise)
         breaks = promises.breaks(connection, promise)
         inputs = _inputs(connection, promise, memory)
     memory.watch, memory.last = memory.watch.after(wrong_of(new)), new[-1].id if new else memory.last
@@ -515,7 +515,7 @@ def _settled(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseM
         current = promises.of_digest(connection, promise.digest)
         if current is None or current.id != promise.id:
             return found
-        stricter = _stricter(promise, memories[promise.id], promises.told(connection, promise), found.version)
+        stricter = _stricter(promise, memories[promise.id], promises.list_outcomes(connection, promise), found.version)
         did = rolled or (_says(stricter[0]) if stricter is not None else "")
         said = {"why": why, "did": did or NOTHING_BUT_ALARM, "promise": sentence(promise)}
         verdict: JsonObject = {**said, "standing": found.standing.as_json()}

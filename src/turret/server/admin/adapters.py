@@ -15,7 +15,7 @@ from turret.json_types import JsonObject, JsonValue
 from turret.reference import Reference as ParsedReference
 from turret.server import moves
 from turret.server.routes import AdapterName, AliasName, Gate, Model, Reference, View, owner_of, router
-from turret.store import Move, folded
+from turret.store import Move, fold_comparisons
 from turret.store import Version as StoredVersion
 from turret.store.catalog import now, plain, who
 from turret.store.gates import GateStatus
@@ -190,7 +190,7 @@ async def list_adapters(
     after: After = None,
 ) -> Adapters:
     """The versions in the store by name and number, in pages. Those of comparisons are a line each on the first one."""
-    versions, compared = folded(every := await view.control(view.workspace.list, name))
+    versions, compared = fold_comparisons(every := await view.control(view.workspace.list, name))
     if comparison is not None:
         versions, compared = [each for each in every if each.comparison == comparison], []
     if after is not None:

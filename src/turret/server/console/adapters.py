@@ -19,7 +19,7 @@ from turret.server.console import render, snippets
 from turret.server.console.render import Sent, pages
 from turret.server.moves import AliasHere
 from turret.server.routes import View
-from turret.store import Compared, Gate, Golden, Panel, Question, Version, folded, promises
+from turret.store import Compared, Gate, Golden, Panel, Question, Version, fold_comparisons, promises
 from turret.store.aliases import MoveRow
 from turret.store.catalog import PRODUCTION
 from turret.tasks.calibration import Sureness
@@ -155,7 +155,7 @@ async def _values(view: View, name: str) -> NameValues:
         await view.control(view.workspace.resolve, name)  # raises NotFound with the names that exist
     shown = await view.control(view.workspace.show, str(own[-1]))
     known = _by_digest(versions)
-    singles, compared = folded(own)
+    singles, compared = fold_comparisons(own)
     return {
         "name": name,
         "every": [*singles[::-1], *(one for each in compared[::-1] for one in each.versions)],
@@ -187,7 +187,7 @@ def _broken(view: View) -> set[str]:
 
 
 def _summary(view: View, name: str, versions: Sequence[Version]) -> render.Context:
-    plain, (singles, compared) = _plain(versions), folded(versions)
+    plain, (singles, compared) = _plain(versions), fold_comparisons(versions)
     return {
         "name": name,
         "used": plain if plain is not None and PRODUCTION in plain.aliases else None,

@@ -18,7 +18,7 @@ from turret.server.moves import end_experiment
 from turret.server.routes import View, owner_of
 from turret.store import Gate
 from turret.store.catalog import PRODUCTION
-from turret.store.gates import judged
+from turret.store.gates import judge_gate
 from turret.workspace.experimenting import STEPS
 from turret.workspace.promoting import read_examples
 
@@ -277,7 +277,7 @@ def _gates_said(view: View, name: str, asked: moves.GateRequest) -> list[str]:
     for text in asked.add:
         now = "no version has that alias now"
         if held is not None:
-            passes, value = judged(held, Gate.parse(text))
+            passes, value = judge_gate(held, Gate.parse(text))
             now = f"{held} {'passes' if passes else 'does not pass'}: {value}"
         found.append(f"a version without {text} cannot take {asked.alias}; {now}")
     with moves.golden_file(asked.golden) as path:
