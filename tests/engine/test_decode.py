@@ -10,7 +10,7 @@ import transformers
 from decoding_rows import Row
 from small_models import build, tokenizer
 
-from turret.engine.decode import adjust, base_settings, choose, choose_together, draw, resolved
+from turret.engine.decode import adjust, base_settings, choose, choose_together, draw, resolve_settings
 from turret.engine.request import GenerationSettings, SamplingParams
 from turret.errors import BaseModelError, DataError
 
@@ -104,16 +104,16 @@ def test_an_unsupported_generation_setting_of_the_base_is_an_error_that_names_it
 def test_options_override_the_adapters_settings_which_override_the_bases() -> None:
     own = GenerationSettings(128, (5,), repetition_penalty=1.5)
     task = type("Task", (), {"generation": {"max_new_tokens": 30, "num_beams": 2, "eos_token_id": 7}})()
-    plain = resolved(SamplingParams(), own, None, room=500, vocabulary=V)
+    plain = resolve_settings(SamplingParams(), own, None, room=500, vocabulary=V)
     assert (plain.max_tokens, plain.num_beams, plain.eos, plain.repetition_penalty) == (128, 1, (5,), 1.5)
-    by_task = resolved(SamplingParams(), own, task, room=20, vocabulary=V)
+    by_task = resolve_settings(SamplingParams(), own, task, room=20, vocabulary=V)
     assert (by_task.max_tokens, by_task.num_beams, by_task.eos) == (20, 2, (7,))
     asked = SamplingParams(max_tokens=9, repetition_penalty=1.0, temperature=0.5, seed=4)
-    by_option = resolved(asked, own, task, room=20, vocabulary=V)
+    by_option = resolve_settings(asked, own, task, room=20, vocabulary=V)
     assert (by_option.max_tokens, by_option.num_beams, by_option.repetition_penalty) == (9, 1, 1.0)
     assert (by_option.temperature, by_option.seed) == (0.5, 4)
     with pytest.raises(DataError, match="max_tokens = 21: the prompt leaves room for 20"):
-        resolved(SamplingParams(max_tokens=21), own, task, room=20, vocabulary=V)
+        resolve_settings(SamplingParams(max_tokens=21), own, task, room=20, vocabulary=V)
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ class AdapterLoader:
             self._waiting.append(need)
             self._note_wait()
         elif entry.ready:
-            self._touch(_named(need))
+            self._touch(_named_version(need))
             return self._pool.at(entry.slot)
         return None
 
@@ -265,7 +265,7 @@ class AdapterLoader:
             elif entry.ready:
                 loaded = self._pool.at(entry.slot)
                 assert loaded is not None
-                self._touch(_named(need))
+                self._touch(_named_version(need))
                 ready.append((need, loaded))
         self._note_wait()
         for slot in self._evicted:  # for the needs that got a slot in this call
@@ -290,7 +290,7 @@ class AdapterLoader:
 
     def _hold(self, need: Need) -> Entry | None:
         """The slot of the need's adapter, held for it; starts the load if needed. None while no slot is free."""
-        named = _named(need)
+        named = _named_version(need)
         entry = self._slots.find(named.key)
         if entry is None:
             entry, evicted = self._slots.open(named.key, self._size(named))
@@ -392,7 +392,7 @@ class AdapterLoader:
 
     def _goes_before(self, need: Need, first: Need) -> bool:
         """Whether a need does not wait for the first one, because the tenant of that one holds more adapters."""
-        ours, others = _named(need).tenant, _named(first).tenant
+        ours, others = _named_version(need).tenant, _named_version(first).tenant
         return ours != others and self._held(ours) < self._held(others)
 
     def _held(self, tenant: str) -> int:
@@ -402,7 +402,7 @@ class AdapterLoader:
     def _note_wait(self) -> None:
         """Tell the other engines of the budget since when a need waits for memory here."""
         first = self._waiting[0] if self._waiting else None
-        short = first is not None and self._slots.short_of_memory(self._size(_named(first)))
+        short = first is not None and self._slots.short_of_memory(self._size(_named_version(first)))
         wait = first.arrived if first is not None and short else math.inf
         if wait != self._slots.wait:
             self._slots.wait = wait
@@ -432,10 +432,10 @@ class AdapterLoader:
         self._times[named.key] = self._clock()
 
 
-def _named(need: Need) -> Named:
+def _named_version(need: Need) -> Named:
     assert need.named is not None, "the bare base needs no adapter"
     return need.named
 
 
 def _tenant(need: Need) -> str:
-    return need.tenant if isinstance(need, Request) else _named(need).tenant
+    return need.tenant if isinstance(need, Request) else _named_version(need).tenant

@@ -246,7 +246,7 @@ class Heads:
                 if own:
                     wide = {name: value.float() for name, value in own.items()}
                     outputs[number] = functional_call(self._modules[path], wide, (inputs[number].float(),))
-            return _joined([outputs[number] for number in range(len(heads))])
+            return _join_outputs([outputs[number] for number in range(len(heads))])
 
         dropouts = ("dropout", "drop", *self._family.head_dropouts)
         parts: dict[str, Callable[[Tensor], Any]] = dict.fromkeys(dropouts, _same)
@@ -264,7 +264,7 @@ def _below(path: str, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(path) + 1 :]: value for name, value in head.items() if name.startswith(path + ".")}
 
 
-def _joined(rows: list[Tensor]) -> Tensor | list[Tensor]:
+def _join_outputs(rows: list[Tensor]) -> Tensor | list[Tensor]:
     """One tensor, or a list if the heads differ in the number of classes."""
     return torch.cat(rows) if len({each.shape[1:] for each in rows}) == 1 else rows
 

@@ -43,7 +43,7 @@ class Constraint:
         from llguidance import LLMatcher
 
         _check_schema_depth(schema, what)
-        text = _bounded(json.dumps(schema), what)
+        text = _check_size(json.dumps(schema), what)
         try:
             grammar = LLMatcher.grammar_from_json_schema(
                 text, overrides={"lenient": False, "whitespace_pattern": WHITE_SPACE}
@@ -62,14 +62,16 @@ class Constraint:
         """A text that the whole expression matches. The syntax is that of Rust's `regex`, without look-around."""
         from llguidance import LLMatcher
 
-        return cls(LLMatcher.grammar_from_regex(_bounded(pattern, "the regular expression")), "the regular expression")
+        return cls(
+            LLMatcher.grammar_from_regex(_check_size(pattern, "the regular expression")), "the regular expression"
+        )
 
     @classmethod
     def choice(cls, choices: Sequence[str]) -> Constraint:
         """One of several texts."""
         if not 1 <= len(choices) <= MOST_CHOICES or not all(choices):
             raise DataError(f"choices: expected 1 to {MOST_CHOICES} texts, none of them empty")
-        return cls.lark("start: " + " | ".join(map(quoted, choices)), "the choices")
+        return cls.lark("start: " + " | ".join(map(lark_string, choices)), "the choices")
 
     @classmethod
     def json_between(
@@ -78,7 +80,7 @@ class Constraint:
         """JSON that a schema accepts, between fixed parts. before, after: texts, and ids of special tokens."""
         _check_schema_depth(schema, what)
         options = {"x-guidance": {"lenient": False, "whitespace_pattern": WHITE_SPACE}}
-        parts = [*map(_fixed, before), "found", *map(_fixed, after)]
+        parts = [*map(_lark_term, before), "found", *map(_lark_term, after)]
         return cls.lark(f"start: {' '.join(parts)}\nfound: %json {json.dumps({**schema, **options})}", what)
 
     @classmethod
@@ -86,20 +88,20 @@ class Constraint:
         """A text of a grammar in llguidance's variant of Lark."""
         from llguidance import LLMatcher
 
-        _check_grammar_depth(_bounded(grammar, what), what)
+        _check_grammar_depth(_check_size(grammar, what), what)
         return cls(LLMatcher.grammar_from_lark(grammar), what)
 
 
-def quoted(text: str) -> str:
+def lark_string(text: str) -> str:
     """A text as a string of a Lark grammar."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _fixed(part: str | int) -> str:
-    return quoted(part) if isinstance(part, str) else f"<[{part}]>"
+def _lark_term(part: str | int) -> str:
+    return lark_string(part) if isinstance(part, str) else f"<[{part}]>"
 
 
-def _bounded(text: str, what: str) -> str:
+def _check_size(text: str, what: str) -> str:
     size = len(text.encode("utf-8", "replace"))
     if not text or size > MOST_BYTES:
         raise DataError(f"{what} has {size} bytes: expected 1 to {MOST_BYTES}")

@@ -235,7 +235,7 @@ class Passes:
                 answer["label_set"] = loaded.task.label_sets(logits, request.options.coverage)[0]
             self._end(request, Done({**answer, "prompt_tokens": request.tokens}), 0)
         except Exception as error:
-            self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
+            self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected_error(error)), 0)
 
     def _embedding(self, request: Request) -> Embedding:
         """How the text becomes a vector: as the request says, else as the adapter was trained."""
@@ -250,7 +250,7 @@ class Passes:
             vector = self._embedding(request).vectors(pooled).tolist()
             self._end(request, Done({"embedding": vector, "prompt_tokens": len(request.ids or ())}), 0)
         except Exception as error:
-            self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected(error)), 0)
+            self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected_error(error)), 0)
 
     def _scored(self, request: Request, scores: Sequence[float]) -> None:
         if all(map(math.isfinite, scores)):
@@ -305,7 +305,7 @@ class Passes:
                 return
             end: Done | Failed = Done(sequence.answer(self._prompts.decode, self._prompts.token_texts))
         except Exception as error:
-            end = Failed(error if isinstance(error, TurretError) else _unexpected(error))
+            end = Failed(error if isinstance(error, TurretError) else _unexpected_error(error))
         self._drop(sequence)
         self._end(sequence.request, end, sequence.new)
 
@@ -329,7 +329,7 @@ def _slot(request: Request) -> int:
     return request.entry.slot if request.entry is not None else 0
 
 
-def _unexpected(error: Exception) -> EngineError:
+def _unexpected_error(error: Exception) -> EngineError:
     log_failure("a request failed", error)
     text = f"the answer failed ({type(error).__name__}: {error}): report it to the operator of this engine"
     return EngineError(one_line(text))
@@ -372,14 +372,14 @@ def answers(
     tickets: list[Ticket] = []
     try:
         for text in texts:
-            tickets.append(submitted(text, ask, tickets))
+            tickets.append(submit_text(text, ask, tickets))
         return [ticket.result() for ticket in tickets]
     finally:
         for ticket in tickets:
             ticket.cancel()
 
 
-def submitted(text: T, submit: Callable[[T], Ticket], before: Sequence[Ticket]) -> Ticket:
+def submit_text(text: T, submit: Callable[[T], Ticket], before: Sequence[Ticket]) -> Ticket:
     """The ticket of a text. While the queue is full, wait for the earlier texts of this call."""
     while True:
         try:

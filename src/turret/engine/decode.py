@@ -50,7 +50,7 @@ class Row(Protocol):
         ...
 
 
-def added(settings: GenerationSettings, counted: Sequence[int], new: int) -> dict[int, float]:
+def logit_offsets(settings: GenerationSettings, counted: Sequence[int], new: int) -> dict[int, float]:
     """What is added to the scores of tokens: biases, and penalties of tokens of the answer, as negative numbers.
 
     Args:
@@ -126,7 +126,7 @@ def _adjust(scores: Tensor, rows: Sequence[Row]) -> None:
             own = sorted({token for token in counted if token < V})
             seen += [(place, token) for token in own]
             penalties += [settings.repetition_penalty] * len(own)
-        given = added(settings, counted, row.new)
+        given = logit_offsets(settings, counted, row.new)
         raised += [(place, token) for token in given]
         amounts += given.values()
         if settings.no_repeat_ngram_size:
@@ -232,7 +232,7 @@ def base_settings(model: Model, tokenizer: Tokenizer) -> GenerationSettings:
     )
 
 
-def resolved(
+def resolve_settings(
     options: SamplingParams, own: GenerationSettings, task: Task | None, *, room: int, vocabulary: int
 ) -> GenerationSettings:
     """The settings of a request: its options, else those of the adapter's task, else those of the base.
@@ -354,7 +354,7 @@ def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: Generatio
         seen = copied(torch.tensor(sorted({token for token in counted if token < len(scores)})), scores.device)
         own = scores[seen]
         scores[seen] = torch.where(own < 0, own * settings.repetition_penalty, own / settings.repetition_penalty)
-    if given := added(settings, counted, new):
+    if given := logit_offsets(settings, counted, new):
         scores[list(given)] += copied(torch.tensor(list(given.values())), scores.device)
     if settings.no_repeat_ngram_size:
         banned = would_repeat(counted, settings.no_repeat_ngram_size)

@@ -11,7 +11,7 @@ from turret.bases.base import Base
 from turret.data import Input, Prompt, TextPair
 from turret.engine.adapter_pool import AdapterTensors
 from turret.engine.cache import capacity
-from turret.engine.decode import base_settings, resolved
+from turret.engine.decode import base_settings, resolve_settings
 from turret.engine.request import MAX_TOKENS, Kind, Limits, Named, Receipt, Request, Row, Ticket
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.sequence import CONTEXT_TOKENS
@@ -164,7 +164,7 @@ class Prompts:
         task = None if loaded is None else loaded.task
         # the positions of an encoder-decoder's answer start at 0
         room = most if self.is_encoder_decoder else most - length
-        request.settings = resolved(
+        request.settings = resolve_settings(
             request.options,
             self._settings,
             task,

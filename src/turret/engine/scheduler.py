@@ -446,7 +446,7 @@ class TrainingTurns:
         part = Part(lambda: results.append(work()))
         with wake:
             if ends():
-                raise stopped()
+                raise draining_error()
             self.put(tenant, part)
             wake.notify_all()
         part.future.result()
@@ -487,9 +487,9 @@ class TrainingTurns:
     def abandon(self) -> None:
         """End all parts that wait with Draining."""
         for part in self._queue.clear():
-            part.future.set_exception(stopped())
+            part.future.set_exception(draining_error())
 
 
-def stopped() -> Draining:
+def draining_error() -> Draining:
     """The error of a training whose engine ends."""
     return Draining("no more trainings run here: this process is being stopped")

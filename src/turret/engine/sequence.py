@@ -265,7 +265,7 @@ def report(text: str, before: Sequence[int], each: TokenLogprobs, token_texts: T
     return {"token": text, "id": each.token, "logprob": each.logprob, "top": others}
 
 
-def echoed(
+def echo_prompt(
     ids: Sequence[int],
     prompt: Sequence[TokenLogprobs],
     settings: GenerationSettings,
@@ -495,7 +495,7 @@ class RunningSequence:
         ticket = self.request.ticket
         if not self._echoed:
             self._echoed = True
-            ticket.send(*echoed(self.request.ids or (), self._prompt, self.settings, decode, token_texts))
+            ticket.send(*echo_prompt(self.request.ids or (), self._prompt, self.settings, decode, token_texts))
         ticket.send(*text.news(self.tokens, self._logprobs, token_texts))
 
     def answer(self, decode: Decode, token_texts: TokenTexts) -> Answer:

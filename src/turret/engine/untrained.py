@@ -255,7 +255,7 @@ def way_of(base: ReadBase, question: Question, task: Task | None = None, *, room
     return BySimilarity(base, question, task, room)
 
 
-def answered(
+def untrained_answer(
     way: Way, first: Sequence[Answer], answers: Sequence[Answer], empty: Sequence[Answer] | None = None
 ) -> Untrained:
     """The answer about a text.
@@ -301,19 +301,19 @@ def decide(
     for start in range(0, len(texts), TOGETHER):
         asks = [way.about(text) for text in texts[start : start + TOGETHER]]
         answers = iter(_answers(engine, [ask for own in asks for ask in own], adapter))
-        found += [answered(way, first, [next(answers) for _ in own], empty) for own in asks]
+        found += [untrained_answer(way, first, [next(answers) for _ in own], empty) for own in asks]
     return found
 
 
 def _answers(engine: Engine, asks: Sequence[Ask], adapter: Named | None) -> list[Answer]:
     """The answers, in order. While the queue is full, wait for the earlier ones."""
-    from turret.engine.core import submitted
+    from turret.engine.core import submit_text
 
     tickets: list[Ticket] = []
     try:
         for each in asks:
             ask = functools.partial(engine.submit, each.kind, adapter=adapter, options=each.options)
-            tickets.append(submitted(each.row, ask, tickets))
+            tickets.append(submit_text(each.row, ask, tickets))
         return [ticket.result() for ticket in tickets]
     finally:
         for ticket in tickets:
