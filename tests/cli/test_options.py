@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer import Option
 
-from turret.cli.options import Without, group, spread
+from turret.cli.options import Without, flatten_options, group
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,5 @@ def test_a_verb_without_groups_stays_as_it_is() -> None:
     def plain(word: Annotated[str, typer.Argument(help="A word.")]) -> None:
         GIVEN.append(word)
 
-    spread(plain)(word="x")
+    flatten_options(plain)(word="x")
     assert GIVEN.pop() == "x"

@@ -51,7 +51,9 @@ def check_targets(out: Path | None, page: Path | None) -> None:
         raise DataError(f"--report {shown(str(page), 100)}: expected a .html file in a folder that exists")
 
 
-def written(found: Evaluation | PanelEvaluation, out: Path | None, page: Path | None, texts: bool) -> list[str]:
+def write_evaluation(
+    found: Evaluation | PanelEvaluation, out: Path | None, page: Path | None, texts: bool
+) -> list[str]:
     """Write the files that were asked for, and say which."""
     from turret.workspace import evaluation
 
@@ -258,13 +260,13 @@ def evaluate(
         columns |= _columns_of_questions(reading.columns.label)
         with status() as say:
             measured = workspace.evaluate_panel(str(panel), data, columns=columns, device=device, on_stage=say)
-        notes = written(measured, out, page, texts)
+        notes = write_evaluation(measured, out, page, texts)
         command.report(measured, lambda each: print_panel(each, notes))
         moves = [] if panel.production else [f"panel promote {panel}"]
     else:
         with status() as say:
             found = workspace.evaluate(reference, data, columns=columns, device=device, on_stage=say)
-        notes = written(found, out, page, texts)
+        notes = write_evaluation(found, out, page, texts)
         command.report(found, lambda each: print_evaluation(each, notes))
         moves = [f"promote {found.version} production"]
     command.offer(*more, *moves)

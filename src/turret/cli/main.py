@@ -18,7 +18,7 @@ from typer.exceptions import Abort, TyperException
 import turret
 from turret.access import DEFAULT, check_tenant
 from turret.cli import accounts, answers, exchange, experiment, maintenance, panels, serve, studies, train, versions
-from turret.cli.options import spread
+from turret.cli.options import flatten_options
 from turret.cli.output import TYPED, complain, follows
 from turret.errors import TurretError
 from turret.process import collect_garbage_rarely, stop_on_sigterm, wait_briefly
@@ -110,7 +110,7 @@ for examples in GROUPS.values():
         if isinstance(verb, typer.Typer):
             app.add_typer(verb, name=first_word)
         else:
-            app.command(first_word)(spread(verb))
+            app.command(first_word)(flatten_options(verb))
 
 
 def _version(show: bool) -> None:

@@ -270,13 +270,13 @@ def group(help: str, *verbs: Verb, alone: Verb | None = None) -> typer.Typer:
     """A command with verbs of its own, such as `turret token`. alone: what runs without a verb; default: its help."""
     app = typer.Typer(help=help, no_args_is_help=alone is None, rich_markup_mode=None)
     if alone is not None:
-        app.callback(invoke_without_command=True)(spread(alone))
+        app.callback(invoke_without_command=True)(flatten_options(alone))
     for verb in verbs:
-        app.command(verb.__name__.rstrip("_"))(spread(verb))
+        app.command(verb.__name__.rstrip("_"))(flatten_options(verb))
     return app
 
 
-def spread(verb: Verb) -> Verb:
+def flatten_options(verb: Verb) -> Verb:
     """A verb as Typer takes it: a dataclass among its parameters becomes an option for each of its fields.
 
     An option without a name is called as its parameter. A flag has no `--no-` form unless its name says so.

@@ -180,7 +180,7 @@ def metrics(values: Metrics, *, most: int = 8) -> str:
     return "  ".join(f"[dim]{safe(name)}[/] {number(value)}" for name, value in numbers[:most]) or "[dim]none[/]"
 
 
-def measured(split: str, values: Metrics) -> str:
+def split_metrics(split: str, values: Metrics) -> str:
     """The metrics of one split, or the forgetting of a version."""
     return safe(_forgot(values)) if split == "forgetting" else metrics(values)
 
@@ -195,9 +195,12 @@ def _forgot(values: Metrics) -> str:
         (version, each.get("increase"), each.get("low"), each.get("high"))
         for version, each in parts_in(values, "against").items()
     ]
-    shown = (f"{name} {_signed(mean)} ({_signed(low)} to {_signed(high)})" for name, mean, low, high in parts)
+    shown = (
+        f"{name} {_signed_number(mean)} ({_signed_number(low)} to {_signed_number(high)})"
+        for name, mean, low, high in parts
+    )
     return "  ".join(shown)
 
 
-def _signed(value: Plain) -> str:
+def _signed_number(value: Plain) -> str:
     return f"{value:+.3f}" if isinstance(value, int | float) else "?"

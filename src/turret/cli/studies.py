@@ -234,7 +234,7 @@ def _print_composition(found: Comparison) -> None:
     out.print(f"[bold]{safe(headline(found))}[/]\n")
     heads = ("row", found.metric, "difference", "verdict", "weights", "on disk", "forgot")
     rows = [
-        (*_judged(row), many(own.trainable), size(own.bundle_bytes), own.forgot)
+        (*_verdict_cells(row), many(own.trainable), size(own.bundle_bytes), own.forgot)
         for row in found.rows
         if (own := row.costs) is not None
     ]
@@ -246,7 +246,7 @@ def _print_composition(found: Comparison) -> None:
     out.print(f"[dim]report[/] {safe(found.folder)}/report.html")
 
 
-def _judged(row: ComparisonRow) -> tuple[str, str, str, str]:
+def _verdict_cells(row: ComparisonRow) -> tuple[str, str, str, str]:
     """The name, score, difference and verdict of a row."""
     if row.score is None:
         return safe(row.label), "–", "–", "not run"
@@ -261,7 +261,7 @@ def _judged(row: ComparisonRow) -> tuple[str, str, str, str]:
 
 
 def _row(row: ComparisonRow) -> tuple[str, ...]:
-    name, *judged = _judged(row)
+    name, *judged = _verdict_cells(row)
     if row.costs is None:
         return (name, "–", *judged, "–", "–", "–", "–", "–")
     return (
@@ -323,7 +323,7 @@ def _print_sweep(found: Sweep) -> None:
     out, ranked = console(), found.ranked
     keys = list(ranked[0].settings)
     rows = [
-        (str(each.number + 1), *(_shown(each.settings[key]) for key in keys), f"{each.value:.4f}")
+        (str(each.number + 1), *(_format_setting(each.settings[key]) for key in keys), f"{each.value:.4f}")
         for each in ranked[:SHOWN]
     ]
     heads = ("trial", *keys, f"{found.metric} (validation)")
@@ -333,7 +333,7 @@ def _print_sweep(found: Sweep) -> None:
     out.print(f"{len(ranked)} finished, {pruned} ended early, {failed} failed, {found.missing} missing")
 
 
-def _shown(value: str | float) -> str:
+def _format_setting(value: str | float) -> str:
     return f"{value:.4g}" if isinstance(value, float) else safe(str(value))
 
 

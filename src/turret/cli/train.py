@@ -20,7 +20,6 @@ from turret.cli.output import (
     emit,
     grid,
     many,
-    measured,
     metrics,
     number,
     offer,
@@ -28,6 +27,7 @@ from turret.cli.output import (
     safe,
     size,
     span,
+    split_metrics,
 )
 from turret.errors import RecipeError, SeveralLabels
 from turret.json_types import Plain
@@ -64,7 +64,7 @@ def train(
     recipe = training.recipe(source)
     if queue:
         run = command.workspace.queue.submit(recipe, priority=priority)
-        command.say(run, queued(run))
+        command.say(run, queued_line(run))
         return
     with Progress(command.as_json) as progress:
         result = command.workspace.train(
@@ -119,7 +119,7 @@ def init(
     except SeveralLabels as error:
         if as_json or not asks():
             raise
-        found = draft(source, settings=settings | {"data.label": _asked(error)})
+        found = draft(source, settings=settings | {"data.label": _ask_label(error)})
     path = None if out == "-" else Path(out or f"{found.name}.toml")
     if path is not None:
         _write(path, found.text, force)
@@ -133,7 +133,7 @@ def init(
         console().print(f"[bold]{safe(path)}[/]  [dim]try[/] turret plan {safe(path)}")
 
 
-def _asked(error: SeveralLabels) -> str:
+def _ask_label(error: SeveralLabels) -> str:
     """The column that the user chooses as the label."""
     from rich.prompt import IntPrompt
 
@@ -330,9 +330,9 @@ def _plain(value: Plain) -> str:
 
 def _result(result: RunResult) -> Iterator[tuple[str, str]]:
     for split, values in result.metrics.items():
-        yield split, measured(split, values)
+        yield split, split_metrics(split, values)
     if result.forgetting is not None:
-        yield "forgetting", measured("forgetting", result.forgetting)
+        yield "forgetting", split_metrics("forgetting", result.forgetting)
     trainable, total = result.parameters["trainable"], result.parameters["total"]
     share = f"{many(trainable)} of {many(total)} parameters, {100 * trainable / max(total, 1):.2g}%"
     yield "size", f"{size(result.bundle_bytes)}  [dim]trained[/] {share}"
@@ -408,7 +408,7 @@ def cancel(id: Id, command: options.Command) -> None:
 def resume(id: Id, command: options.Command) -> None:
     """Put a training of the queue that has failed or was cancelled back. It resumes from its last checkpoint."""
     run = command.workspace.queue.resume(id)
-    command.say(run, queued(run))
+    command.say(run, queued_line(run))
 
 
 def delete(id: Id, command: options.Command) -> None:
@@ -474,7 +474,7 @@ def worker(
     )
 
 
-def queued(run: RunRow | StudyRow) -> str:
+def queued_line(run: RunRow | StudyRow) -> str:
     """A line for a run that was put into the queue."""
     return f"[bold]{safe(run['id'])}[/] waits  [dim]turret runs show {safe(run['id'])}[/]"
 

@@ -17,11 +17,11 @@ from turret.cli.output import (
     emit,
     grid,
     many,
-    measured,
     number,
     safe,
     size,
     span,
+    split_metrics,
 )
 from turret.errors import NotFound, counted
 from turret.json_types import JsonObject, Plain
@@ -59,7 +59,7 @@ def _print_diff(found: Difference) -> None:
     sides = [(f"  {safe(key)}", _value(left), _value(right)) for key, (left, right) in found.differs.items()]
     sides.append(("  size", size(found.bytes[0]), size(found.bytes[1])))
     console().print(columns(("differs", a, b), sides))
-    measured = list(_measured(found))
+    measured = list(_metric_rows(found))
     if measured:
         console().print()
         console().print(columns(("metric", a, b, "difference"), measured, right=(a, b, "difference")))
@@ -75,7 +75,7 @@ def _print_diff(found: Difference) -> None:
         )
 
 
-def _measured(found: Difference) -> Iterator[tuple[str, ...]]:
+def _metric_rows(found: Difference) -> Iterator[tuple[str, ...]]:
     for split, values in found.metrics.items():
         for name, (left, right, more) in values.items():
             if "." not in name:  # --json has the metrics of each class
@@ -120,7 +120,7 @@ def list_(
         emit({"store": str(command.store), "versions": [version.as_json() for version in found]})
         return
     own, compared = (found, []) if every else fold_comparisons(found)
-    shown = own if name or every else chosen(own)
+    shown = own if name or every else choose_versions(own)
     _print_list(shown, compared, len(own) - len(shown), f"{f'{name} in ' if name else ''}{command.store}")
 
 
@@ -159,7 +159,7 @@ def _print_deleted(deleted: Deleted) -> None:
     console().print(f"deleted [bold]{safe(deleted.version)}[/] ({freed}){safe(removed)}")
 
 
-def chosen(found: Sequence[Version]) -> Sequence[Version]:
+def choose_versions(found: Sequence[Version]) -> Sequence[Version]:
     """All versions if they are few; else those with an alias, and the newest of each name."""
     newest = {version.name: version.number for version in found}  # ordered by number
     if len(found) <= FEW:
@@ -179,7 +179,7 @@ def _print_list(found: Sequence[Version], compared: Sequence[Compared], more: in
         return
     heads = ("version", "alias", "method", "base", "metric", "size", "age")
     lines = [(each.name, each.number, _row(each)) for each in found]
-    lines += [(each.name, each.versions[0].number, _folded(each)) for each in compared]
+    lines += [(each.name, each.versions[0].number, _comparison_row(each)) for each in compared]
     console().print(columns(heads, [cells for _, _, cells in sorted(lines)], right=("size", "age")))
     if more:
         console().print(f"[dim]{counted(more, 'earlier version')} without an alias: turret list NAME, or --json[/]")
@@ -201,7 +201,7 @@ def _row(version: Version) -> tuple[str, ...]:
     )
 
 
-def _folded(compared: Compared) -> tuple[str, ...]:
+def _comparison_row(compared: Compared) -> tuple[str, ...]:
     return (
         f"[dim]{safe(compared)}[/]",
         "",
@@ -255,7 +255,7 @@ def _facts(shown: VersionFacts) -> Iterator[tuple[str, str]]:
     if shown["promise"]:
         yield "promise", f"{safe(_promise(shown['promise']))}  [dim]turret promise {safe(shown['version'])}[/]"
     for split, values in shown["metrics"].items():
-        yield safe(split), measured(split, values)
+        yield safe(split), split_metrics(split, values)
     yield "size", size(shown["bytes"])
     yield from _lineage(lineage)
     if shown["comparison"]:
@@ -408,14 +408,14 @@ def _result(each: GateStatus) -> str:
 def _print_move(move: Move) -> None:
     alias, version = f"[green]{safe(move.name)}@{safe(move.alias)}[/]", f"[bold]{safe(move.version)}[/]"
     if not move.changed:
-        console().print(f"{alias} names {version} already: nothing moved{_passed(move)}")
+        console().print(f"{alias} names {version} already: nothing moved{_passed_replays(move)}")
         return
     before = safe(move.before or "nothing")
     skipped = f" [dim](skipped, because deleted: {safe(', '.join(move.skipped))})[/]" if move.skipped else ""
-    console().print(f"{alias} names {version} now; it named {before} before{skipped}{_passed(move)}")
+    console().print(f"{alias} names {version} now; it named {before} before{skipped}{_passed_replays(move)}")
 
 
-def _passed(move: Move) -> str:
+def _passed_replays(move: Move) -> str:
     return "".join(
         f"\n[dim]{safe(replay)} golden examples passed, {safe(to_minute(replay.replayed))}[/]"
         for replay in move.replays
