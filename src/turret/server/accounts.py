@@ -123,7 +123,7 @@ def _require_scopes(caller: Caller, scopes: Sequence[str]) -> None:
         raise Forbidden(f"this token has not the scope {OPERATE}, so it gives it to none: use one that has")
 
 
-def counted(
+def read_usage(
     view: View, caller: Caller, tenants: Sequence[str | None], since: str | None, until: str | None
 ) -> Sequence[usage.Usage]:
     """The usage of tenants by adapter and day, of the last seconds too; None: of the caller's own."""

@@ -151,11 +151,11 @@ def routes(services: Services) -> FastAPI:
         if response.status >= 500:
             request_id = request.scope.get("state", {}).get("request_id")
             services.log.write("failed", "error", request=request_id, error=type(error).__name__, message=str(error))
-        return _encoded(response, getattr(request.state, "receipt", None))
+        return _encode_error(response, getattr(request.state, "receipt", None))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
-        return _encoded(validation_response(error.errors()))
+        return _encode_error(validation_response(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
@@ -167,16 +167,18 @@ def routes(services: Services) -> FastAPI:
             # /api/runs/draft is not /api/runs/{run_id}
             found = [route for route in found if getattr(route, "path", "") == request.scope["path"]] or found
             headers["Allow"] = ", ".join(sorted({name for route in found for name in getattr(route, "methods", ())}))
-        return _encoded(status_response(error.status_code, str(error.detail)), headers)
+        return _encode_error(status_response(error.status_code, str(error.detail)), headers)
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
-        return _encoded(error_response(error), getattr(request.state, "receipt", None))  # the log middleware logs it
+        return _encode_error(
+            error_response(error), getattr(request.state, "receipt", None)
+        )  # the log middleware logs it
 
     return app
 
 
-def _encoded(response: ErrorResponse, headers: dict[str, str] | None = None) -> Response:
+def _encode_error(response: ErrorResponse, headers: dict[str, str] | None = None) -> Response:
     return Response(response.encoded(), response.status, {**response.headers, **(headers or {})})
 
 

@@ -296,7 +296,7 @@ class LimitMiddleware:
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and (len(length) > 18 or int(length) > self.limits.file_bytes):
                 raise _too_large(self.limits)
-            await self.app(scope, _counted(receive, self.limits), send)
+            await self.app(scope, _limit_upload(receive, self.limits), send)
         except WrongMediaType as error:
             await send_error(error, scope, receive, send, close=True)
         except TooLarge as error:
@@ -312,7 +312,7 @@ class LimitMiddleware:
             await send_error(error, scope, receive, send, close=True)
             return
         if content is not None:  # None: the client has disconnected
-            await self.app(scope, replayed(content, receive), send)
+            await self.app(scope, replay_body(content, receive), send)
 
 
 TAKE_BODIES = ("POST", "PUT", "PATCH", "DELETE")
@@ -398,7 +398,7 @@ def _tenant(scope: Scope) -> str:
     return "" if caller is None else str(caller.access.tenant)
 
 
-def _counted(receive: Receive, limits: RequestLimits) -> Receive:
+def _limit_upload(receive: Receive, limits: RequestLimits) -> Receive:
     """The pieces of a file. Raises TooLarge; and TooSlow if a piece does not come in time, or all come too slowly."""
     size, waited = 0, 0.0
 
@@ -425,7 +425,7 @@ def _counted(receive: Receive, limits: RequestLimits) -> Receive:
     return counted
 
 
-def replayed(content: bytes, receive: Receive) -> Receive:
+def replay_body(content: bytes, receive: Receive) -> Receive:
     """The body as one message, then the messages that follow it, such as a disconnect."""
     replayed = False
 

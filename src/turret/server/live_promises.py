@@ -79,7 +79,7 @@ class LivePromises:
         if digest not in self._known:
             with self._database.reading() as connection:
                 found = promises.of_digest(connection, digest)
-                self._known[digest] = None if found is None else _covered(connection, found)
+                self._known[digest] = None if found is None else _covered_promise(connection, found)
         return self._known[digest]
 
     def answered(self, covered: Covered, receipt: str, answers: Sequence[Answer]) -> list[bool]:
@@ -109,7 +109,7 @@ class LivePromises:
         if mark is not None and mark == self._read_mark:
             return
         with self._database.reading() as connection:
-            new = {each.digest: _covered(connection, each) for each in promises.in_force(connection)}
+            new = {each.digest: _covered_promise(connection, each) for each in promises.in_force(connection)}
         known = list(self._known) if len(self._known) < MOST_KNOWN else []
         self._known = {**{digest: new.get(digest) for digest in known}, **new}
         self._read_mark = mark
@@ -130,7 +130,7 @@ class LivePromises:
                 raise
 
 
-def _covered(connection: Connection, promise: Promise) -> Covered:
+def _covered_promise(connection: Connection, promise: Promise) -> Covered:
     watch = promises.watch_of(connection, promise.id)
     return Covered(promise, promises.task_of(connection, promise), watch is not None and watch.drifted is None)
 

@@ -160,12 +160,12 @@ async def move_alias(
     exact = str(await view.control(view.workspace.resolve, reference))
     if alias == view.services.settings.alias or view.aliases.version_of(exact.partition("@")[0], alias):
         await view.control(view.engines.warm, exact)
-    move = await _moved(view, exact, alias, require, replay)
+    move = await _promote_version(view, exact, alias, require, replay)
     await view.control(view.refresh)
     return move
 
 
-async def _moved(view: View, exact: str, alias: str, require: Sequence[str], replay: bool) -> Move:
+async def _promote_version(view: View, exact: str, alias: str, require: Sequence[str], replay: bool) -> Move:
     if not replay:
         with suppress(ReplayNeeded):
             return await view.control(view.workspace.store.promote, exact, alias, require=require)

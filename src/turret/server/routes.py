@@ -27,7 +27,7 @@ from turret.experiments.experiment import MOST_ARMS
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.server import limits, services
 from turret.server.auth import Caller
-from turret.server.limits import MOST_UNIT, RequestLimits, replayed
+from turret.server.limits import MOST_UNIT, RequestLimits, replay_body
 from turret.store.client_files import TABLE, ClientFile
 from turret.workspace.queueing import require_table_name
 
@@ -95,7 +95,7 @@ class Lenient(Model):
     def known(self) -> JsonObject:
         """The keys that are known and not null, without those that are not."""
         values = {key: getattr(self, key) for key, field in type(self).model_fields.items() if not field.exclude}
-        return {key: _known(value) for key, value in values.items() if value is not None}
+        return {key: _known_value(value) for key, value in values.items() if value is not None}
 
     def unknown(self) -> list[str]:
         """The keys that are not known, such as `messages.0.refusal`, unless their value is null or empty."""
@@ -110,9 +110,9 @@ class Lenient(Model):
 Known: TypeAlias = "Lenient | Plain | Sequence[Known]"  # a value in a request
 
 
-def _known(value: Known) -> JsonValue:
+def _known_value(value: Known) -> JsonValue:
     if isinstance(value, list):
-        return [_known(each) for each in value]
+        return [_known_value(each) for each in value]
     return value.known() if isinstance(value, Lenient) else value
 
 
@@ -417,7 +417,7 @@ async def pass_to_route(
         "headers": [(b"content-type", b"application/json")],
         "state": state,
     }
-    await app(scope, replayed(body, receive), send)
+    await app(scope, replay_body(body, receive), send)
 
 
 async def answer_of_route(

@@ -64,7 +64,7 @@ def draft(view: View, owner: str, source: str, files: Mapping[str, bytes], setti
         files: name -> content of tables that are sent now.
         settings: of the recipe, that are known.
     """
-    with _sent(view, owner, source, files) as (found, tables):
+    with _sent_tables(view, owner, source, files) as (found, tables):
         made = view.services.previews.draft(found, tables, settings)
     made["problem"] = None if made["problem"] is None else without_paths(made["problem"])
     return Drafted.model_validate(made)
@@ -190,7 +190,7 @@ class Study(BaseModel):
         return max((each.score for each in self.cells if each.score is not None), default=None)
 
 
-def shown(row: StudyRow) -> Study:
+def study_from_row(row: StudyRow) -> Study:
     """A study as a client sees it, from its row in the queue."""
     spec, found = row["spec"], row["result"] or {}
     error = None if row["error"] is None else without_paths(str(row["error"]))
@@ -226,7 +226,7 @@ def submit_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, byt
     study = as_spec(order, recipe.data.source)
     with _with_data(view, owner, recipe, files) as (recipe, tables):
         row: JsonValue = view.workspace.queue.submit_sent(recipe, tables, own_base=own, study=study)
-        return shown(row)
+        return study_from_row(row)
 
 
 # --- plans and trainings ----------------------------------------------------------------------------------------------
@@ -322,12 +322,12 @@ def _on_own_base(view: View, recipe: Recipe) -> tuple[Recipe, str | None]:
 def _with_data(
     view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]
 ) -> Iterator[tuple[Recipe, SentFiles]]:
-    with _sent(view, owner, recipe.data.source, files) as (source, tables):
+    with _sent_tables(view, owner, recipe.data.source, files) as (source, tables):
         yield recipe.changed(data={"source": source}), tables
 
 
 @contextmanager
-def _sent(view: View, owner: str, source: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, SentFiles]]:
+def _sent_tables(view: View, owner: str, source: str, files: Mapping[str, bytes]) -> Iterator[tuple[str, SentFiles]]:
     """The tables of a client by name, and the source among them. One that was sent before is `ID/NAME`.
 
     Raises:

@@ -163,7 +163,7 @@ async def show_usage(
     view: View, request: Request, since: Day = None, until: Day = None, tenant: Tenant = None
 ) -> UsageList:
     """Requests, answers and tokens by adapter and UTC day, of the last seconds too."""
-    found = await view.control(accounts.counted, view, request.state.caller, [tenant], since, until)
+    found = await view.control(accounts.read_usage, view, request.state.caller, [tenant], since, until)
     return UsageList(usage=[UsageOfDay(**each.as_json()) for each in found])
 
 

@@ -289,7 +289,9 @@ async def verify(reference: Ref, view: View) -> JsonObject:
 @control.post("/api/adapters/{reference}/promote", name="promote")
 async def move_alias(reference: Ref, body: PromoteRequest, view: View) -> Moved:
     """Move an alias to a version. The version is loaded first; nothing moves if that fails."""
-    return _moved(view, await moves.move_alias(view, reference, body.alias, require=body.require, replay=body.replay))
+    return _move_response(
+        view, await moves.move_alias(view, reference, body.alias, require=body.require, replay=body.replay)
+    )
 
 
 @control.get("/api/adapters/{name}/gates")
@@ -318,10 +320,10 @@ async def make_promise(reference: Ref, body: moves.PromiseAsked, view: View, req
 @control.post("/api/aliases/{name}/{alias}/rollback")
 async def rollback(name: Annotated[AdapterName, Path()], alias: Annotated[AliasName, Path()], view: View) -> Moved:
     """Move an alias back to the version that it named before."""
-    return _moved(view, await moves.roll_back(view, name, alias))
+    return _move_response(view, await moves.roll_back(view, name, alias))
 
 
-def _moved(view: View, move: Move) -> Moved:
+def _move_response(view: View, move: Move) -> Moved:
     return Moved(**move.as_json(), serving=moves.serving(view, move.name, move.alias))
 
 

@@ -83,13 +83,13 @@ async def tell(body: Annotated[Told, Body()], view: View) -> Outcomes:
     the answer was right and 0 if not.
     """
     many = body if isinstance(body, list) else [body]
-    results = await view.recording(view.record, [_told(each) for each in many])
+    results = await view.recording(view.record, [_told_outcome(each) for each in many])
     for result in results:
         view.metrics.outcome(result.experiment, result.status)
     return Outcomes(outcomes=[BecameOf(**result.as_json()) for result in results], counts=dict(grouped(results)))
 
 
-def _told(outcome: Outcome) -> ToldOutcome:
+def _told_outcome(outcome: Outcome) -> ToldOutcome:
     if isinstance(outcome, OutcomeOfUnit):
         return ToldOutcome(outcome.value, unit=outcome.unit, adapter=outcome.adapter)
     receipt = outcome.receipt
@@ -110,21 +110,21 @@ async def show_experiment(
     name: Name, view: View, number: Annotated[int | None, Query(ge=1, le=1 << 31)] = None
 ) -> JsonObject:
     """The running experiment of a name, or its last one, or the one of that number."""
-    return _shown(view, await view.control(_status, view, name, number))
+    return _status_json(view, await view.control(_status, view, name, number))
 
 
 @control.post("/api/experiments/{name}/start")
 async def start_experiment(name: Name, body: moves.StartRequest, view: View) -> JsonObject:
     """Start an experiment. Its versions are loaded first; nothing starts if that fails."""
     started = await moves.start_experiment(view, name, body)
-    return await _refreshed(view, started)
+    return await _refreshed_status(view, started)
 
 
 @control.post("/api/experiments/{name}/ramp")
 async def ramp_experiment(name: Name, view: View, body: RampRequest | None = None) -> JsonObject:
     """Change the candidates' share of the traffic. As few units as possible change their arm."""
     experiment, share = view.workspace.experiment(name), None if body is None else body.share
-    return await _refreshed(view, await view.control(experiment.ramp, share))
+    return await _refreshed_status(view, await view.control(experiment.ramp, share))
 
 
 @control.post("/api/experiments/{name}/stop")
@@ -132,19 +132,19 @@ async def stop_experiment(name: Name, view: View, body: StopRequest | None = Non
     """End an experiment, and move its alias, in one transaction."""
     request = body or StopRequest()
     ended = await moves.end_experiment(view, name, None, promote=request.promote, rollback=request.rollback)
-    return await _refreshed(view, ended)
+    return await _refreshed_status(view, ended)
 
 
 def _status(view: View, name: str, number: int | None) -> ExperimentStatus:
     return view.workspace.experiment(name, number).status()
 
 
-async def _refreshed(view: View, status: ExperimentStatus) -> JsonObject:
+async def _refreshed_status(view: View, status: ExperimentStatus) -> JsonObject:
     await view.control(view.refresh)
-    return _shown(view, status)
+    return _status_json(view, status)
 
 
-def _shown(view: View, status: ExperimentStatus) -> JsonObject:
+def _status_json(view: View, status: ExperimentStatus) -> JsonObject:
     """As `turret experiment status --json`, with the experiment's state on this server."""
     experiment, routing = status.experiment, view.routing
     problems = {arm: without_paths(why) for arm, why in routing.problems(experiment).items()}

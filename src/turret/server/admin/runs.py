@@ -69,7 +69,7 @@ class Runs(BaseModel):
 @control.post("/api/runs/draft")
 async def draft(body: DraftRequest, view: View, request: Request) -> Drafted:
     """Look at a table: its first rows, the task and the columns that they show, and a recipe for them."""
-    owner, files = owner_of(request.state.caller), encoded(body.files)
+    owner, files = owner_of(request.state.caller), encode_tables(body.files)
     return await view.preview(trainings.draft, view, owner, body.source, files, body.settings)
 
 
@@ -80,7 +80,9 @@ async def plan(body: PlanRequest, view: View, request: Request) -> JsonObject:
     `toml` is the recipe with every default filled in. The worker that takes the training plans it again.
     """
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    planned = await view.preview(trainings.plan, view, owner_of(request.state.caller), recipe, encoded(body.files))
+    planned = await view.preview(
+        trainings.plan, view, owner_of(request.state.caller), recipe, encode_tables(body.files)
+    )
     return {**planned}
 
 
@@ -88,11 +90,11 @@ async def plan(body: PlanRequest, view: View, request: Request) -> JsonObject:
 async def train(body: TrainRequest, view: View, request: Request) -> JsonObject:
     """Put a training into the queue. A `turret worker` of the same store takes it."""
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    owner, files = owner_of(request.state.caller), encoded(body.files)
-    return _shown(await view.control(trainings.submit, view, owner, recipe, files, body.priority))
+    owner, files = owner_of(request.state.caller), encode_tables(body.files)
+    return _run_json(await view.control(trainings.submit, view, owner, recipe, files, body.priority))
 
 
-def encoded(files: Mapping[str, str]) -> dict[str, bytes]:
+def encode_tables(files: Mapping[str, str]) -> dict[str, bytes]:
     """Tables in a request, as bytes."""
     return {name: text.encode() for name, text in files.items()}
 
@@ -100,7 +102,7 @@ def encoded(files: Mapping[str, str]) -> dict[str, bytes]:
 @control.get("/api/runs")
 async def list_runs(view: View, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Runs:
     """The newest trainings, those that wait too."""
-    return Runs(runs=[_shown(each) for each in await view.control(view.workspace.runs, limit)])
+    return Runs(runs=[_run_json(each) for each in await view.control(view.workspace.runs, limit)])
 
 
 @control.get("/api/curves")
@@ -120,7 +122,7 @@ async def show_run(
     log = await view.control(trainings.log, view, run, past)
     place = await view.control(view.workspace.queue.place, run_id) if run["state"] == "waiting" else None
     queued = None if place is None else {"place": place[0], "of": place[1]}
-    return _shown(run) | {"log": log, "place": queued}
+    return _run_json(run) | {"log": log, "place": queued}
 
 
 @control.get("/api/runs/{run_id}/report")
@@ -132,13 +134,13 @@ async def show_report(run_id: RunId, view: View) -> RunReport:
 @control.post("/api/runs/{run_id}/cancel")
 async def cancel_run(run_id: RunId, view: View) -> JsonObject:
     """End a training of the queue: at once if it waits, after its step if it runs."""
-    return _shown(await view.control(view.workspace.queue.cancel, run_id))
+    return _run_json(await view.control(view.workspace.queue.cancel, run_id))
 
 
 @control.post("/api/runs/{run_id}/resume")
 async def resume_run(run_id: RunId, view: View) -> JsonObject:
     """Put a training that has failed or was cancelled back into the queue. It resumes from its last checkpoint."""
-    return _shown(await view.control(view.workspace.queue.resume, run_id))
+    return _run_json(await view.control(view.workspace.queue.resume, run_id))
 
 
 @control.delete("/api/runs/{run_id}")
@@ -148,7 +150,7 @@ async def delete_run(run_id: RunId, view: View) -> JsonObject:
     return {"deleted": run_id}
 
 
-def _shown(run: RunRow | StudyRow) -> JsonObject:
+def _run_json(run: RunRow | StudyRow) -> JsonObject:
     return {**run, "error": None if run["error"] is None else without_paths(str(run["error"]))}
 
 
@@ -186,47 +188,51 @@ class Studies(BaseModel):
 @control.post("/api/studies/plan", name="plan")
 async def plan_study(body: StudyRequest, view: View, request: Request) -> StudyPlan:
     """What a comparison or a sweep would train, what it can decide, and how long it takes. Starts nothing."""
-    return await view.preview(trainings.plan_study, view, *await _asked(body, view, request))
+    return await view.preview(trainings.plan_study, view, *await _study_arguments(body, view, request))
 
 
 @control.post("/api/studies", name="start")
 async def start_study(body: StudyRequest, view: View, request: Request) -> Study:
     """Put a comparison or a sweep into the queue. A `turret worker` of the same store conducts it."""
-    return await view.control(trainings.submit_study, view, *await _asked(body, view, request))
+    return await view.control(trainings.submit_study, view, *await _study_arguments(body, view, request))
 
 
-async def _asked(body: StudyRequest, view: View, request: Request) -> tuple[str, Recipe, dict[str, bytes], Order]:
+async def _study_arguments(
+    body: StudyRequest, view: View, request: Request
+) -> tuple[str, Recipe, dict[str, bytes], Order]:
     """Who asks, and for what."""
     order = body.options().order()
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    return owner_of(request.state.caller), recipe, encoded(body.files), order
+    return owner_of(request.state.caller), recipe, encode_tables(body.files), order
 
 
 @control.get("/api/studies")
 async def list_studies(view: View, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Studies:
     """The newest comparisons and sweeps that workers conduct, with their cells."""
-    return Studies(studies=[trainings.shown(each) for each in await view.control(view.workspace.queue.studies, limit)])
+    return Studies(
+        studies=[trainings.study_from_row(each) for each in await view.control(view.workspace.queue.studies, limit)]
+    )
 
 
 @control.get("/api/studies/{study_id}")
 async def show_study(study_id: StudyId, view: View) -> Study:
     """One, with the state, score and time of each cell."""
-    return trainings.shown(await view.control(view.workspace.queue.study, study_id))
+    return trainings.study_from_row(await view.control(view.workspace.queue.study, study_id))
 
 
 @control.post("/api/studies/{study_id}/cancel")
 async def cancel_study(study_id: StudyId, view: View) -> Study:
     """End it and its cells: those that wait at once, those that run after their step. Versions stay."""
-    return await _changed(view, view.workspace.queue.cancel, study_id)
+    return await _change_study(view, view.workspace.queue.cancel, study_id)
 
 
 @control.post("/api/studies/{study_id}/resume")
 async def resume_study(study_id: StudyId, view: View) -> Study:
     """Put one that has failed or was cancelled back into the queue. Cells that have finished are not trained again."""
-    return await _changed(view, view.workspace.queue.resume, study_id)
+    return await _change_study(view, view.workspace.queue.resume, study_id)
 
 
-async def _changed(view: View, change: Callable[[str], RunRow | StudyRow], study_id: str) -> Study:
+async def _change_study(view: View, change: Callable[[str], RunRow | StudyRow], study_id: str) -> Study:
     await view.control(view.workspace.queue.study, study_id)  # raises NotFound for the id of a training
     row: JsonValue = await view.control(change, study_id)
-    return trainings.shown(row)
+    return trainings.study_from_row(row)

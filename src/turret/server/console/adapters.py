@@ -41,7 +41,7 @@ async def listing(request: Request, view: View) -> Response:
     """All names."""
     versions = await view.control(view.workspace.list)
     names = [_summary(view, name, list(group)) for name, group in groupby(versions, key=lambda each: each.name)]
-    broken = await view.control(_broken, view)
+    broken = await view.control(_broken_promises, view)
     return render.page(request, view, "adapters.html.j2", names=names, broken=broken, store=str(view.workspace.store))
 
 
@@ -180,7 +180,7 @@ def _parent(manifest: Manifest, known: Mapping[str, Version]) -> Parent:
     return None if not parent else known.get(str(parent), str(parent))
 
 
-def _broken(view: View) -> set[str]:
+def _broken_promises(view: View) -> set[str]:
     """The digests of the versions whose promise is broken."""
     with view.workspace.store.database(make=True).reading() as connection:
         return {each.digest for each in promises.in_force(connection) if each.broken}
@@ -283,7 +283,7 @@ class AskedNow:
 async def list_panels(request: Request, view: View) -> Response:
     """All names, each with the version that it means."""
     every = await view.control(view.workspace.panels.list)
-    names = [_meant(list(versions)) for _, versions in groupby(every, key=lambda each: each.name)]
+    names = [_default_panel(list(versions)) for _, versions in groupby(every, key=lambda each: each.name)]
     return render.page(request, view, "panels.html.j2", names=names)
 
 
@@ -312,7 +312,7 @@ async def roll_back_panel(request: Request, view: View, name: Name, form: Sent) 
     return render.redirect(request, f"/panels/{name}")
 
 
-def _meant(versions: Sequence[Panel]) -> tuple[Panel, int]:
+def _default_panel(versions: Sequence[Panel]) -> tuple[Panel, int]:
     """What the plain name means, and how many versions it has."""
     return next((each for each in versions if each.production), versions[-1]), len(versions)
 
@@ -324,15 +324,15 @@ def _panel_values(view: View, reference: str) -> render.Context:
     moves = panels.moves(panel.name)
     return {
         "panel": panel,
-        "meant": _meant(own)[0],
+        "meant": _default_panel(own)[0],
         "versions": own[::-1],
         "moves": moves[::-1],
-        "asked": [_asked(view, each) for each in panel.questions],
+        "asked": [_resolve_question(view, each) for each in panel.questions],
         "text": promising,
     }
 
 
-def _asked(view: View, question: Question) -> AskedNow:
+def _resolve_question(view: View, question: Question) -> AskedNow:
     try:
         version = view.workspace.resolve(view.aliases.exact(question.adapter))
     except TurretError as error:

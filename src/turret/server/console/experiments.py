@@ -59,14 +59,14 @@ async def course(view: View, name: Name, number: Number) -> Response:
             "outcomes": each.outcomes,
             "at": each.at,
             "means": each.means,
-            "against": {arm: _drawn(one.as_json()) for arm, one in each.against.items()},
+            "against": {arm: _without_tipping_point(one.as_json()) for arm, one in each.against.items()},
         }
         for each in found.points
     ]
     return JSONResponse({"points": points})
 
 
-def _drawn(against: Mapping[str, Plain]) -> Mapping[str, Plain]:
+def _without_tipping_point(against: Mapping[str, Plain]) -> Mapping[str, Plain]:
     """Without the tipping point, which a course does not compute."""
     return {key: value for key, value in against.items() if key != "missing"}
 
@@ -313,7 +313,7 @@ def _page(
     error: TurretError | None = None,
     **values: JsonValue,
 ) -> Response:
-    problem, status = render.told(error)
+    problem, status = render.problem_and_status(error)
     texts = texts_in(form, fields)
     if FILLED not in form.names:  # the address says some
         texts |= {key: form.text(key) for key in form.names if form.text(key)}

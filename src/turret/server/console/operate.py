@@ -51,7 +51,7 @@ async def create(request: Request, view: View, form: Sent) -> Response:
     """Make a token, and show its secret once."""
     tenant = form.text("tenant")
     try:
-        wanted = _wanted(form)
+        wanted = _wanted_token(form)
         made = await view.control(accounts.create, view, request.state.caller, wanted, tenant or None)
     except TurretError as error:
         return await _tokens(request, view, tenant, error=error, form=form)
@@ -82,7 +82,7 @@ async def act(request: Request, view: View, name: Name, verb: str, form: Sent) -
     return await _tokens(request, view, tenant, secret=secret, of=name)
 
 
-def _wanted(form: Form) -> accounts.Wanted:
+def _wanted_token(form: Form) -> accounts.Wanted:
     expires = form.text("expires")
     return accounts.Wanted(
         name=form.text("name"),
@@ -120,7 +120,7 @@ async def _tokens(
     at = now()
     scopes = [each for each in SCOPES if each != OPERATE or accounts.operates(view, caller)]
     shown = [(each, "revoked" if each.revoked else "valid" if each.lives(at) else "expired") for each in found]
-    problem, status = render.told(error)
+    problem, status = render.problem_and_status(error)
     values = {
         "shown": sorted(shown, key=lambda each: (each[1] != "valid", each[0].name)),
         "tenants": await view.control(accounts.tenants, view, request.state.caller),
@@ -154,7 +154,7 @@ COUNTS = {"requests": "requests", "answers": "answers", "tokens": "tokens, read 
 FIELDS = ("adapter", "tenant")
 
 
-def _asked(
+def _usage_query(
     since: Text = "",
     until: Text = "",
     tenant: Text = "",
@@ -172,7 +172,7 @@ def _asked(
     return Asked(first.isoformat(), last.isoformat(), tenant, adapter, by, count)
 
 
-Question = Annotated[Asked, Depends(_asked)]
+Question = Annotated[Asked, Depends(_usage_query)]
 
 
 def _day(text: str) -> date:
@@ -188,7 +188,7 @@ def _day(text: str) -> date:
 @router.get("/store/usage")
 async def usage(request: Request, view: View, asked: Question) -> Response:
     """What was answered: a plot by day, and the sums."""
-    found = await view.control(_counted, view, request.state.caller, asked)
+    found = await view.control(_read_usage, view, request.state.caller, asked)
     values = {
         "asked": asked,
         "rows": _sums(found, asked.by),
@@ -203,7 +203,7 @@ async def usage(request: Request, view: View, asked: Question) -> Response:
 @router.get("/store/usage/days")
 async def days(request: Request, view: View, asked: Question) -> JSONResponse:
     """The usage of each day, for the plot: the busiest lines, and one of the rest."""
-    found = await view.control(_counted, view, request.state.caller, asked)
+    found = await view.control(_read_usage, view, request.state.caller, asked)
     first = date.fromisoformat(asked.since)
     count = (date.fromisoformat(asked.until) - first).days + 1
     names = [(first + timedelta(days=each)).isoformat() for each in range(count)]
@@ -219,9 +219,9 @@ async def days(request: Request, view: View, asked: Question) -> JSONResponse:
     return JSONResponse({"days": names, "unit": COUNTS[asked.count], "lines": shown})
 
 
-def _counted(view: View, caller: Caller, asked: Asked) -> Sequence[Usage]:
+def _read_usage(view: View, caller: Caller, asked: Asked) -> Sequence[Usage]:
     tenants = [asked.tenant] if asked.tenant else accounts.tenants(view, caller)
-    rows = accounts.counted(view, caller, tenants, asked.since, asked.until)
+    rows = accounts.read_usage(view, caller, tenants, asked.since, asked.until)
     return [each for each in rows if not asked.adapter or each.adapter == asked.adapter]
 
 

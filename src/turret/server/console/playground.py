@@ -432,21 +432,21 @@ async def _panel(request: Request, view: View, form: Form, model: str, kind: Kin
     try:
         if isinstance(kind, TurretError):
             raise kind
-        found, asked = await view.parsing(_planned, request, view, form, model, kind)
+        found, asked = await view.parsing(_plan_panel, request, view, form, model, kind)
         later = render.is_htmx(request) and mode_of(form) != "file"
         if asked is None or not found.route or later:
             return found
         state: RequestState = request.scope["state"].copy()
         answered = await _answer(request, view, asked, state)
     except TurretError as error:
-        return Panel(model, problem=render.told(error)[0])
+        return Panel(model, problem=render.problem_and_status(error)[0])
     if (turn := answered.turn) is not None:
         thread = Thread(model=model, messages=[*found.turns, turn])
         found = replace(found, thread=thread)
     return replace(found, answered=answered, problem=answered.problem)
 
 
-def _planned(request: Request, view: View, form: Form, model: str, kind: Kind) -> tuple[Panel, Question | None]:
+def _plan_panel(request: Request, view: View, form: Form, model: str, kind: Kind) -> tuple[Panel, Question | None]:
     """The panel before the answer, and the question; None if a conversation is only shown."""
     left_out = (TOKEN, "thread", "code", "model", "table")
     fields = {name: form.raw(name) for name in form.names if name not in left_out and ":" not in name}
@@ -616,7 +616,7 @@ def _of_table(form: Form, panels: Sequence[Panel]) -> render.Context:
 async def _page(
     request: Request, view: View, form: Form, panels: Sequence[Panel] = (), error: TurretError | None = None
 ) -> Response:
-    mode, (problem, status) = mode_of(form), render.told(error)
+    mode, (problem, status) = mode_of(form), render.problem_and_status(error)
     if mode not in MODES:
         raise NotFound(f"no such playground: expected {' or '.join(MODES)}")
     every = [(each, Kind.of(each.task)) for each in await _versions(view)]

@@ -135,7 +135,7 @@ def is_htmx(request: Request) -> bool:
     return "hx-request" in request.headers
 
 
-def told(error: TurretError | None) -> tuple[str | None, int]:
+def problem_and_status(error: TurretError | None) -> tuple[str | None, int]:
     """The line of an error as a client may see it, and the status of the page that shows it."""
     if error is None:
         return None, 200
@@ -318,7 +318,7 @@ def _error_page(scope: Scope, start: Message, body: bytes) -> tuple[Message, byt
     htmx = any(name.lower() == b"hx-request" for name, _ in scope["headers"])
     headers: dict[str, str] = {}
     if status == 401:
-        url = f"/sign-in?next={quote(_requested(scope), safe='')}"
+        url = f"/sign-in?next={quote(_requested_page(scope), safe='')}"
         headers = {"hx-redirect": url} if htmx else {"location": url}
         status = status if htmx else 303
     values = {"status": status, "message": error.get("message", "the request failed"), "caller": caller}
@@ -328,7 +328,7 @@ def _error_page(scope: Scope, start: Message, body: bytes) -> tuple[Message, byt
     return _with_headers({**start, "status": status, "headers": own}, {**HEADERS, **more}), text
 
 
-def _requested(scope: Scope) -> str:
+def _requested_page(scope: Scope) -> str:
     """The page to open after signing in."""
     path, query = scope["path"], scope.get("query_string", b"").decode("latin-1")
     return (f"{path}?{query}" if query else str(path)) if scope["method"] == "GET" else "/"
@@ -510,11 +510,11 @@ def form_of(content: bytes) -> Form:
     for part in content.split(b"&"):
         name, equals, value = part.partition(b"=")
         if name or equals:
-            fields.setdefault(_decoded(name), []).append(_decoded(value))
+            fields.setdefault(_decode_field(name), []).append(_decode_field(value))
     return Form(fields)
 
 
-def _decoded(text: bytes) -> str:
+def _decode_field(text: bytes) -> str:
     return _ESCAPED.sub(lambda found: _BYTES[found[1]], text.replace(b"+", b" ")).decode("utf-8")
 
 

@@ -84,7 +84,7 @@ def _then(form: Form) -> str:
 async def _start(request: Request, view: View, error: TurretError | None = None, then: str = "plan") -> Response:
     owner = owner_of(request.state.caller)
     found = await view.control(view.services.files.listed, owner, purpose=TABLE, limit=MOST)
-    problem, status = render.told(error)
+    problem, status = render.problem_and_status(error)
     values = {"found": found, "formats": tables.SUFFIXES, "most": view.services.limits.file_bytes}
     values |= {"problem": problem, "then": then, "here": "train" if then == "plan" else "comparisons"}
     return render.page(request, view, "train.html.j2", status, **values)
@@ -146,9 +146,9 @@ async def look_again(request: Request, view: View, form: Sent) -> Response:
 
 
 async def _look(request: Request, view: View, chosen: Chosen, error: TurretError | None = None) -> Response:
-    problem, status = render.told(error)
+    problem, status = render.problem_and_status(error)
     try:
-        made = await _drafted(request, view, chosen)
+        made = await _draft_recipe(request, view, chosen)
     except TurretError as wrong:
         if chosen.settings:  # one of them does not fit
             return await _look(request, view, Chosen(chosen.source, then=chosen.then), wrong)
@@ -163,7 +163,7 @@ async def _look(request: Request, view: View, chosen: Chosen, error: TurretError
         "kind": kind,
         "kinds": list(TASKS),
         "roles": [] if task is None else _columns(task, chosen, made),
-        "used": {} if made.guess is None else _used(made.guess.columns),
+        "used": {} if made.guess is None else _column_roles(made.guess.columns),
         "base": chosen.settings.get("base") or _base_for(view, task),
         "suggested": [AUTO, *(each.name for each in view.engines.bases)],
         "methods": METHODS_SHOWN,
@@ -172,7 +172,7 @@ async def _look(request: Request, view: View, chosen: Chosen, error: TurretError
     return render.page(request, view, "train_recipe.html.j2", status, **values)
 
 
-async def _drafted(request: Request, view: View, chosen: Chosen) -> trainings.Drafted:
+async def _draft_recipe(request: Request, view: View, chosen: Chosen) -> trainings.Drafted:
     owner = owner_of(request.state.caller)
     return await view.preview(trainings.draft, view, owner, chosen.source, {}, chosen.as_settings())
 
@@ -196,7 +196,7 @@ def _columns(task: type[Task], chosen: Chosen, made: trainings.Drafted) -> list[
     return found
 
 
-def _used(columns: Mapping[str, str | list[str]]) -> dict[str, str]:
+def _column_roles(columns: Mapping[str, str | list[str]]) -> dict[str, str]:
     """Column -> role."""
     every = ((role, [named] if isinstance(named, str) else named) for role, named in columns.items())
     return {column: role for role, named in every for column in named}
@@ -221,8 +221,8 @@ async def plan(request: Request, view: View, form: Sent) -> Response:
         recipe = await view.parsing(Recipe.from_toml, text)
         planned = await view.preview(trainings.plan, view, owner_of(request.state.caller), recipe, {})
     except TurretError as error:
-        return _planned(request, view, text, source, None, error)
-    return _planned(request, view, text, source, planned)
+        return _plan_page(request, view, text, source, None, error)
+    return _plan_page(request, view, text, source, planned)
 
 
 async def recipe_in(request: Request, view: View, form: Form) -> str | Response:
@@ -231,7 +231,7 @@ async def recipe_in(request: Request, view: View, form: Form) -> str | Response:
         return text
     chosen = Chosen.of(form)
     try:
-        made = await _drafted(request, view, chosen)
+        made = await _draft_recipe(request, view, chosen)
     except TurretError as error:
         return await _look(request, view, Chosen(chosen.source, then=chosen.then), error)
     return made.recipe or await _look(request, view, chosen)
@@ -245,11 +245,11 @@ async def start(request: Request, view: View, form: Sent) -> Response:
         recipe = await view.parsing(Recipe.from_toml, text)
         run = await view.control(trainings.submit, view, owner_of(request.state.caller), recipe, {})
     except TurretError as error:
-        return _planned(request, view, text, form.text("source"), None, error)
+        return _plan_page(request, view, text, form.text("source"), None, error)
     return render.redirect(request, f"/runs/{run['id']}")
 
 
-def _planned(
+def _plan_page(
     request: Request,
     view: View,
     text: str,
@@ -257,7 +257,7 @@ def _planned(
     planned: SentPlan | None,
     error: TurretError | None = None,
 ) -> Response:
-    problem, status = render.told(error)
+    problem, status = render.problem_and_status(error)
     checks = sorted(planned["plan"]["checks"] if planned else [], key=lambda each: LEVELS.index(each["level"]))
     values = {
         "text": text,
@@ -429,7 +429,9 @@ REPORT_POLICY = (
 async def list_comparisons(request: Request, view: View) -> Response:
     """All reports in the store, and what workers conduct."""
     found = await view.control(view.workspace.comparisons)
-    studies = [trainings.shown(each) for each in await view.control(view.workspace.queue.studies, MOST_STUDIES)]
+    studies = [
+        trainings.study_from_row(each) for each in await view.control(view.workspace.queue.studies, MOST_STUDIES)
+    ]
     return render.page(request, view, "comparisons.html.j2", found=found, studies=studies)
 
 
@@ -453,7 +455,7 @@ async def start_study(request: Request, view: View, verb: Verb, form: Sent) -> R
             planned = await view.preview(trainings.plan_study, view, owner, recipe, {}, options.order())
     except TurretError as wrong:
         error = wrong
-    problem, status = render.told(error)
+    problem, status = render.problem_and_status(error)
     values: render.Context = {
         "verb": verb,
         "fields": FIELDS[verb],
@@ -508,7 +510,7 @@ async def act_on_study(request: Request, view: View, study_id: StudyId, verb: Li
 async def _study(view: View, study_id: str) -> render.Context:
     row = await view.control(view.workspace.queue.study, study_id)
     log = await view.control(trainings.log, view, row)
-    return {"study": trainings.shown(row), "lines": log[: -MOST_STUDY_LINES - 1 : -1]}
+    return {"study": trainings.study_from_row(row), "lines": log[: -MOST_STUDY_LINES - 1 : -1]}
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------

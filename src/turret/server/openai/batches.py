@@ -134,7 +134,9 @@ async def read_file(file_id: FileId, view: View, request: Request) -> StreamingR
     """The bytes of a file, checked against its digest before the first one is sent."""
     found = await view.control(view.services.files.find, owner_of(request.state.caller), file_id)
     opened = ExitStack()
-    read = await view.control(_opened, opened, view, found)  # now: it may be deleted before the last piece is sent
+    read = await view.control(
+        _open_content, opened, view, found
+    )  # now: it may be deleted before the last piece is sent
 
     async def pieces() -> AsyncIterator[bytes]:
         try:
@@ -148,7 +150,7 @@ async def read_file(file_id: FileId, view: View, request: Request) -> StreamingR
     )
 
 
-def _opened(opened: ExitStack, view: View, file: ClientFile) -> BinaryIO:
+def _open_content(opened: ExitStack, view: View, file: ClientFile) -> BinaryIO:
     return opened.enter_context(opened.enter_context(view.services.files.content(file)).open("rb"))
 
 
@@ -251,7 +253,7 @@ class BatchList(BaseModel):
 @questions.post("/v1/batches")
 async def create_batch(body: BatchRequest, view: View, request: Request) -> BatchObject:
     """Queue a file of requests. They are answered with a lower priority than all others, also after a restart."""
-    return _shown(await view.control(_add, view, owner_of(request.state.caller), body))
+    return _batch_object(await view.control(_add, view, owner_of(request.state.caller), body))
 
 
 def _add(view: View, owner: str, body: BatchRequest) -> Batch:
@@ -271,22 +273,22 @@ async def list_batches(
     """The caller's batches, the newest first."""
     owner = owner_of(request.state.caller)
     found = await view.control(view.services.batches.listed, owner, after=after, limit=limit + 1)
-    return BatchList(**_page([_shown(each) for each in found[:limit]], more=len(found) > limit))
+    return BatchList(**_page([_batch_object(each) for each in found[:limit]], more=len(found) > limit))
 
 
 @questions.get("/v1/batches/{batch_id}")
 async def show_batch(batch_id: BatchId, view: View, request: Request) -> BatchObject:
     """One of the caller's batches."""
-    return _shown(await view.control(view.services.batches.find, owner_of(request.state.caller), batch_id))
+    return _batch_object(await view.control(view.services.batches.find, owner_of(request.state.caller), batch_id))
 
 
 @questions.post("/v1/batches/{batch_id}/cancel")
 async def cancel_batch(batch_id: BatchId, view: View, request: Request) -> BatchObject:
     """End a batch early. What is answered by then stays, in the output file."""
-    return _shown(await view.control(view.services.batches.cancel, owner_of(request.state.caller), batch_id))
+    return _batch_object(await view.control(view.services.batches.cancel, owner_of(request.state.caller), batch_id))
 
 
-def _shown(batch: Batch) -> BatchObject:
+def _batch_object(batch: Batch) -> BatchObject:
     errors = None
     if batch.error is not None:
         errors = BatchErrors(data=[BatchError(code="invalid_request", message=batch.error)])
@@ -427,7 +429,9 @@ class BatchRunner:
             elif not _is_over(batch):
                 lines = await self._opened(batch)
                 if batch.state == "validating":
-                    total = await self._pool(validated, lines.path, batch.endpoint, self._services.limits.body_bytes)
+                    total = await self._pool(
+                        validate_requests, lines.path, batch.endpoint, self._services.limits.body_bytes
+                    )
                     batch = await self._pool(self._batches.begin, batch, total)
                 batch, again = await self._answer_lines(batch, lines)
                 aside = again or 0.0
@@ -476,7 +480,7 @@ class BatchRunner:
                     turn_ends += 0 if over else TURN_SECONDS
                 lost = (each for each, tries in batch.unanswered.items() if each != WHOLE_FILE and tries >= MOST_TRIES)
                 ready += [_given_up(each, lines) for each in lost]
-                next = [] if over else chosen(_without(batch, ready), asked.values(), lines.size)
+                next = [] if over else choose_lines(_without(batch, ready), asked.values(), lines.size)
                 if ready or next:
                     batch = await self._keep(batch, ready, [*asked.values(), *next])
                     ready.clear()
@@ -521,7 +525,7 @@ class BatchRunner:
         # The body is one JSON value, which is not decoded here: it may be large.
         response = f'{{"status_code": {status}, "request_id": {json.dumps(headers.get("x-request-id"))}, "body": '
         response += body.decode().replace("\n", " ") + "}"
-        return Answer(line.number, _encoded(line, response, "null"), status < 400)
+        return Answer(line.number, _encode_line(line, response, "null"), status < 400)
 
     def _finish(self, batch: Batch, problem: str | None) -> None:
         """Put the answers and errors into files of the owner, and end the batch, in one transaction."""
@@ -573,14 +577,14 @@ class Lines:
         found = []
         for number in numbers:
             self._file.seek(self._starts[number])
-            found.append(_parsed(self._file.read(self.size(number)), number, None))
+            found.append(_parse_line(self._file.read(self.size(number)), number, None))
         return found
 
     def close(self) -> None:
         self._opened.close()
 
 
-def chosen(batch: Batch, asked: Collection[int], size: Callable[[int], int]) -> list[int]:
+def choose_lines(batch: Batch, asked: Collection[int], size: Callable[[int], int]) -> list[int]:
     """The lines to ask next, beside those that are asked already. size: the bytes of a line.
 
     A line that was in flight when a server died is asked alone, after the others.
@@ -628,10 +632,10 @@ def _given_up(number: int, lines: Lines) -> Answer:
     """The answer of a line that servers died of."""
     message = f"the server died {MOST_TRIES} times while it answered this line: it is not asked again"
     problem = json.dumps({"code": "server_died", "message": message})
-    return Answer(number, _encoded(lines.read([number])[0], "null", problem), ok=False)
+    return Answer(number, _encode_line(lines.read([number])[0], "null", problem), ok=False)
 
 
-def _encoded(line: Line, response: str, error: str) -> str:
+def _encode_line(line: Line, response: str, error: str) -> str:
     """A line of a file of answers or errors. The id is in ASCII: it may have halves of characters."""
     id, custom_id = json.dumps(f"batch_req_{secrets.token_hex(8)}"), json.dumps(line.custom_id)
     return f'{{"id": {id}, "custom_id": {custom_id}, "response": {response}, "error": {error}}}\n'
@@ -646,7 +650,7 @@ def _is_over(batch: Batch) -> bool:
     return _is_answered(batch) or batch.state == "cancelling" or time.time() > batch.expires
 
 
-def validated(path: Path, endpoint: str, most_bytes: int) -> int:
+def validate_requests(path: Path, endpoint: str, most_bytes: int) -> int:
     """The number of lines of a file of requests. Raises BadRequest for the first one that cannot be asked."""
     seen: set[str] = set()
     with path.open("rb") as read:
@@ -658,7 +662,7 @@ def validated(path: Path, endpoint: str, most_bytes: int) -> int:
                 raise BadRequest(f"the file has more than {MOST_LINES} lines: split it into several batches")
             if len(text) > most_bytes:
                 raise BadRequest(f"line {number} has more than {most_bytes} bytes: expected one request on each line")
-            line = _parsed(text, number - 1, endpoint)
+            line = _parse_line(text, number - 1, endpoint)
             if line.custom_id in seen:
                 raise BadRequest(f"line {number}: custom_id {shown(line.custom_id)} occurs twice: give each its own")
             seen.add(line.custom_id)
@@ -667,7 +671,7 @@ def validated(path: Path, endpoint: str, most_bytes: int) -> int:
     return len(seen)
 
 
-def _parsed(text: bytes, number: int, endpoint: str | None) -> Line:
+def _parse_line(text: bytes, number: int, endpoint: str | None) -> Line:
     """A line as a request. number: from 0; endpoint: that it must name, None if it was checked before."""
     where = f"line {number + 1}"
     try:

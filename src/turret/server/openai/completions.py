@@ -104,7 +104,7 @@ def unknown_keys(view: View, body: Generation) -> dict[str, str]:
     return {"turret-ignored": ", ".join([*found[:SHOWN_KEYS], *more])} if found else {}
 
 
-def repeated(prompts: Sequence[Input], times: int) -> list[Input]:
+def repeat_prompts(prompts: Sequence[Input], times: int) -> list[Input]:
     """Every prompt so many times, in the order of the choices. Raises BadRequest for more than the limit."""
     if len(prompts) * times > MOST_INPUTS:
         raise BadRequest(f"{len(prompts)} prompts times n = {times}: expected at most {MOST_INPUTS} choices in all")
@@ -204,7 +204,9 @@ async def stream_events(
     async with AsyncExitStack() as opened:
         pending = await opened.enter_async_context(ask(view, request, "generate", model, prompts, options, unit=unit))
         first, rest = await pending.first()
-        return _EventStream(lines(pending, _chained(first, rest)), pending.headers | (headers or {}), opened.pop_all())
+        return _EventStream(
+            lines(pending, _chain_updates(first, rest)), pending.headers | (headers or {}), opened.pop_all()
+        )
 
 
 class _EventStream(StreamingResponse):
@@ -220,7 +222,7 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _chained(first: Update, rest: AsyncIterator[Update]) -> AsyncIterator[Update]:
+async def _chain_updates(first: Update, rest: AsyncIterator[Update]) -> AsyncIterator[Update]:
     yield first
     async for update in rest:
         yield update
@@ -350,7 +352,7 @@ async def complete(
     ignored = unknown_keys(view, body)
     times = max(body.n or 1, body.best_of or 1)
     ranked = times > (body.n or 1)
-    prompts = repeated(body.prompts(), times)
+    prompts = repeat_prompts(body.prompts(), times)
     logprobs = (body.logprobs or 0) if ranked else body.logprobs
     options = await options_of(
         view, body, body.max_tokens, len(prompts), times=times, strip=False, echo=body.echo, logprobs=logprobs
@@ -588,7 +590,7 @@ async def chat(
     called = body.tools and body.tool_choice != "none"
     tools = await view.parsing(ToolCalls, view, body) if called else None
     times = body.n or 1
-    prompts = repeated([await view.parsing(prompt, view, body)], times)
+    prompts = repeat_prompts([await view.parsing(prompt, view, body)], times)
     own = None if tools is None else await view.parsing(tools.constraint)
     if own is not None and await view.parsing(constraint_of, body) is not None:
         raise BadRequest("two constraints: a required call of a tool has its own, leave response_format out")
@@ -601,7 +603,7 @@ async def chat(
     response.headers.update(pending.headers | ignored)
     choices = []
     for index, answer in enumerate(answers):
-        message, reason = said(answer["text"], answer["finish_reason"], tools)
+        message, reason = assistant_message(answer["text"], answer["finish_reason"], tools)
         found = chat_logprobs(reports_in(answer)) if body.logprobs else None
         choices.append(ChatChoice(index=index, message=message, logprobs=found, finish_reason=reason))
     model = pending.model or body.model
@@ -610,7 +612,7 @@ async def chat(
     )
 
 
-def said(text: str, finish_reason: str | None, tools: ToolCalls | None) -> tuple[ChatMessage, str | None]:
+def assistant_message(text: str, finish_reason: str | None, tools: ToolCalls | None) -> tuple[ChatMessage, str | None]:
     """The assistant's message, and why it ended: with calls of tools apart from the text."""
     content, calls = (text, []) if tools is None else tools.read(text)
     if not calls:
@@ -685,7 +687,7 @@ class ToolCalls:
         calls = []
         for number, name in enumerate(self._callable):
             place = f"#{f'/anyOf/{number}' if several else ''}/properties/{key}"
-            parameters = _moved(self._tools[name].parameters or {"type": "object"}, place)
+            parameters = _move_references(self._tools[name].parameters or {"type": "object"}, place)
             properties = {"name": {"const": name}, key: parameters}
             call: JsonObject = {"type": "object", "properties": properties, "required": ["name", key]}
             calls.append(call | {"additionalProperties": False})
@@ -713,13 +715,13 @@ class ToolCalls:
         return answer.content, calls
 
 
-def _moved(schema: Plain, place: str) -> Plain:
+def _move_references(schema: Plain, place: str) -> Plain:
     """A schema that stands at this place in another one: its references lead there."""
     if isinstance(schema, list):
-        return [_moved(each, place) for each in schema]
+        return [_move_references(each, place) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {key: _moved(value, place) for key, value in schema.items()}
+    found = {key: _move_references(value, place) for key, value in schema.items()}
     reference = found.get("$ref")
     if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
         found["$ref"] = place + reference[1:]

@@ -147,7 +147,7 @@ def plan(view: View, model: str, asked: Sequence[Asked]) -> tuple[Panel | None, 
             what = f"no question {shown(part, 40)}" if part else "a question has no name"
             raise BadRequest(f"{what}: {version} answers {listed(found, 160)}")
         decision = found[part]
-        labels = _matched(each, decision, decision.type if decision.type != "choice" else None, str(version))
+        labels = _match_labels(each, decision, decision.type if decision.type != "choice" else None, str(version))
         planned.append(Planned(each, model, part, labels, None))
     return None, planned
 
@@ -156,11 +156,11 @@ def _of_panel(panel: Panel, asked: Asked) -> Planned:
     question = panel.question(asked.name)
     assert question.type is not None
     decision = Decision(question.type, question.labels)
-    labels = _matched(asked, decision, question.type, f"panel {panel}")
+    labels = _match_labels(asked, decision, question.type, f"panel {panel}")
     return Planned(asked, question.adapter, question.part, labels, question.threshold)
 
 
-def _matched(asked: Asked, decision: Decision, type_: QuestionType | None, who: str) -> tuple[str, ...]:
+def _match_labels(asked: Asked, decision: Decision, type_: QuestionType | None, who: str) -> tuple[str, ...]:
     """The labels of the values of a question. type_: how it may be asked; None: in any way that its labels allow."""
     what = f"question {shown(asked.name, 40)}" if asked.name is not None else "the question"
     known = listed(decision.labels, 120)
@@ -227,7 +227,7 @@ async def decide(view: View, request: Request, response: Response, call: Call) -
     models = list(dict.fromkeys(each.model for each in planned))
     async with ask_each(view, request, "classify", models, call.text, unit=call.unit) as pending:
         by_model = dict(zip(models, pending, strict=True))
-        promised = {model: await _promised(view, each) for model, each in by_model.items()}
+        promised = {model: await _promised_threshold(view, each) for model, each in by_model.items()}
         verdicts = [_verdict(each, by_model[each.model], promised[each.model]) for each in planned]
     response.headers.update(_headers(panel, pending))
     tokens = sum(prompt_tokens(answer) for each in pending for answer in each.complete)
@@ -248,7 +248,7 @@ async def _by_the_base(view: View, request: Request, response: Response, call: C
     for own, (way, *parts) in zip(call.asked, ways, strict=True):
         first, about, empty = ([next(answers) for _ in part] for part in parts)
         found = untrained.untrained_answer(way, first, about, empty or None)
-        verdicts.append(_untrained(own, found, call.model, pending.id))
+        verdicts.append(_untrained_verdict(own, found, call.model, pending.id))
     response.headers.update(pending.headers)
     return call.model, sum(map(prompt_tokens, pending.complete)), verdicts
 
@@ -272,7 +272,7 @@ def _label(value: Value) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else value
 
 
-def _untrained(asked: Asked, found: untrained.Untrained, model: str, receipt: str) -> Verdict:
+def _untrained_verdict(asked: Asked, found: untrained.Untrained, model: str, receipt: str) -> Verdict:
     """A verdict that is always decided: a base has no threshold."""
     chances, mass = tuple(found.probabilities.values()), found.label_mass
     best = max(range(len(chances)), key=chances.__getitem__)
@@ -292,7 +292,7 @@ def _untrained(asked: Asked, found: untrained.Untrained, model: str, receipt: st
     )
 
 
-async def _promised(view: View, pending: PendingAnswers) -> float | None:
+async def _promised_threshold(view: View, pending: PendingAnswers) -> float | None:
     """The threshold of the promise of a version; its log gets the answer."""
     covered = await promise_of(view, pending)
     await abstaining(view, pending, pending.complete)
@@ -388,7 +388,7 @@ class AskedPredicate(AskedQuestion):
     type: Literal["predicate"]
 
     def asked(self) -> Asked:
-        return Asked(self.name, self.type, instructions=_written(self.instructions))
+        return Asked(self.name, self.type, instructions=_content_text(self.instructions))
 
 
 class Choice(Model):
@@ -403,7 +403,7 @@ class AskedChoice(AskedQuestion):
     def asked(self) -> Asked:
         described = {each.value: each.description for each in self.choices if each.description}
         values = tuple(each.value for each in self.choices)
-        return Asked(self.name, self.type, values, _written(self.instructions), described)
+        return Asked(self.name, self.type, values, _content_text(self.instructions), described)
 
 
 class Level(Model):
@@ -418,7 +418,7 @@ class AskedScore(AskedQuestion):
     def asked(self) -> Asked:
         described: dict[Value, str] = {each.label: each.description for each in self.levels if each.description}
         values = tuple(each.label for each in self.levels)
-        return Asked(self.name, self.type, values, _written(self.instructions), described)
+        return Asked(self.name, self.type, values, _content_text(self.instructions), described)
 
 
 AnyQuestion = Annotated[AskedPredicate | AskedChoice | AskedScore, Field(discriminator="type")]
@@ -452,10 +452,10 @@ def _item_text(item: Item) -> str:
     if isinstance(item, InputCustomCall):
         return f"{item.name} {item.input}"
     content = item.content if isinstance(item, InputMessage) else item.output
-    return _written(content)
+    return _content_text(content)
 
 
-def _written(content: Parts) -> str:
+def _content_text(content: Parts) -> str:
     return content if isinstance(content, str) else "".join(map(_part_text, content))
 
 
@@ -597,17 +597,17 @@ class SystemQuestion(Model):
     def asked(self, name: str) -> Asked:
         """Raises BadRequest."""
         if self.type == "noul":
-            return Asked(name, "predicate", instructions=_said(self.instructions))
+            return Asked(name, "predicate", instructions=_instruction_text(self.instructions))
         form = dict if self.type == "choice" else list
         if not isinstance(self.criteria, form) or not 1 <= len(self.criteria) <= MOST_LABELS:
             what = "an object from its labels" if form is dict else "a list of its levels"
             raise BadRequest(f"question {shown(name, 40)}: criteria must be {what}, 1 to {MOST_LABELS}")
         given = self.criteria.items() if isinstance(self.criteria, dict) else ()
-        described: dict[Value, str] = {label: _said(each) for label, each in given if each is not None}
-        return Asked(name, self.type, tuple(self.criteria), _said(self.instructions), described)
+        described: dict[Value, str] = {label: _instruction_text(each) for label, each in given if each is not None}
+        return Asked(name, self.type, tuple(self.criteria), _instruction_text(self.instructions), described)
 
 
-def _said(value: str | Mapping[str, Plain] | Sequence[Mapping[str, Plain] | str] | None) -> str:
+def _instruction_text(value: str | Mapping[str, Plain] | Sequence[Mapping[str, Plain] | str] | None) -> str:
     return value if isinstance(value, str) else "" if value is None else json_text(value)
 
 

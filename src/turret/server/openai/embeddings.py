@@ -160,7 +160,7 @@ async def embed(body: EmbeddingRequest, view: View, unit: Unit, request: Request
         created=now(),
         model=pending.model or body.model,
         data=[
-            EmbeddingData(index=index, embedding=packed(vector) if body.encoding_format == "base64" else vector)
+            EmbeddingData(index=index, embedding=base64_vector(vector) if body.encoding_format == "base64" else vector)
             for index, vector in enumerate(vectors)
         ],
         usage=usage,
@@ -267,7 +267,7 @@ def cosines(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]])
     return [min(1.0, max(-1.0, each)) for each in products]
 
 
-def packed(vector: Sequence[float]) -> str:
+def base64_vector(vector: Sequence[float]) -> str:
     """The numbers as base64 of little-endian float32."""
     numbers = array("f", vector)
     if sys.byteorder == "big":

@@ -419,10 +419,10 @@ def _chat(body: ResponseRequest) -> ChatRequest:
     asked: JsonObject = {"model": body.model, "messages": given, "max_tokens": body.max_output_tokens}
     asked |= {"temperature": body.temperature, "top_p": body.top_p}
     if body.tools:
-        asked["tools"] = [_wrapped(tool.model_dump(exclude={"type"}, exclude_none=True)) for tool in body.tools]
+        asked["tools"] = [_wrap_function(tool.model_dump(exclude={"type"}, exclude_none=True)) for tool in body.tools]
     choice = body.tool_choice
     if choice is not None:
-        asked["tool_choice"] = choice if isinstance(choice, str) else _wrapped({"name": choice.name})
+        asked["tool_choice"] = choice if isinstance(choice, str) else _wrap_function({"name": choice.name})
     form = None if body.text is None else body.text.format
     if isinstance(form, SchemaFormat):
         given_form = form.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)
@@ -442,13 +442,13 @@ def _messages(items: list[InputItem]) -> list[JsonObject]:
             output = text_of(item.output)
             given.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
         else:
-            call = _wrapped({"name": item.name, "arguments": item.arguments}) | {"id": item.call_id}
+            call = _wrap_function({"name": item.name, "arguments": item.arguments}) | {"id": item.call_id}
             if not given or given[-1]["role"] != "assistant":
                 given.append({"role": "assistant", "content": None})
             given[-1]["tool_calls"] = [*given[-1].get("tool_calls", []), call]
     return given
 
 
-def _wrapped(function: Mapping[str, Plain]) -> JsonObject:
+def _wrap_function(function: Mapping[str, Plain]) -> JsonObject:
     """A function as chats spell it, a level deeper."""
     return {"type": "function", "function": function}
