@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from turret.process import StopRequest, uninterrupted
+from turret.process import StopRequest, delay_signals
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -42,11 +42,11 @@ def test_outside_the_main_thread_no_handler_is_installed() -> None:
 def test_a_signal_waits_for_the_block_and_then_does_what_it_always_does(sent: signal.Signals) -> None:
     before, seen = signal.signal(sent, lambda number, _frame: seen.append(number)), list[int]()
     try:
-        with uninterrupted():
+        with delay_signals():
             os.kill(os.getpid(), sent)
             assert seen == []
         assert seen == [sent]
-        with suppress(OSError), uninterrupted():  # also where the block fails
+        with suppress(OSError), delay_signals():  # also where the block fails
             os.kill(os.getpid(), sent)
             raise OSError("full")
         assert seen == [sent, sent]
@@ -56,7 +56,7 @@ def test_a_signal_waits_for_the_block_and_then_does_what_it_always_does(sent: si
 
 def test_a_second_signal_stops_the_block() -> None:
     reached = []
-    with suppress(KeyboardInterrupt), uninterrupted():
+    with suppress(KeyboardInterrupt), delay_signals():
         for number in (1, 2):
             os.kill(os.getpid(), signal.SIGINT)
             reached.append(number)

@@ -92,10 +92,10 @@ def tenant_access(tenant: str | None) -> Access:
 
 def check_patterns(adapters: Iterable[str], bases: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return both lists without repetition, each with `*` alone if it has it. Raises BadReference."""
-    return _checked("adapter", adapters, ADAPTERS, "legal-*"), _checked("base", bases, BASES, "org/base-*")
+    return _patterns_of("adapter", adapters, ADAPTERS, "legal-*"), _patterns_of("base", bases, BASES, "org/base-*")
 
 
-def _checked(what: str, patterns: Iterable[str], form: re.Pattern[str], example: str) -> tuple[str, ...]:
+def _patterns_of(what: str, patterns: Iterable[str], form: re.Pattern[str], example: str) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(patterns))
     for each in found:
         if not form.fullmatch(each):

@@ -63,7 +63,7 @@ _UNCHECKED = (
 )  # any model; any JSON; data and texts, whose readers say more
 
 
-def checked(function: Callable[P, T]) -> Callable[P, T]:
+def check_arguments(function: Callable[P, T]) -> Callable[P, T]:
     """The function, which raises BadArgument for an unknown, missing or ill-typed argument.
 
     Types are compared by the words of the annotations, so none has to be imported: a class by its name.
@@ -92,17 +92,17 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
             if key in types and not _fits_one(value, types[key]):
                 words = " or ".join(dict.fromkeys(map(_in_words, types[key])))
                 made = ": make one of data with turret.Recipe(data=...)" if words == "a Recipe" else ""
-                raise BadArgument(f"{name}: {key}: expected {words}, given {_given(value)}{made}")
+                raise BadArgument(f"{name}: {key}: expected {words}, given {_describe_value(value)}{made}")
         return function(*places, **names)
 
     return call
 
 
 def checked_methods(kind: C) -> C:
-    """The class, with every public method and `__init__` checked as `checked` does."""
+    """The class, with every public method and `__init__` checked as `check_arguments` does."""
     for name, value in list(vars(kind).items()):
         if inspect.isfunction(value) and (name == "__init__" or not name.startswith("_")):
-            setattr(kind, name, checked(value))
+            setattr(kind, name, check_arguments(value))
     return kind
 
 
@@ -124,7 +124,7 @@ def _remedy(given: Iterable[str], signature: inspect.Signature) -> str:
     return f"did you mean {near[0]}?" if near else f"it takes {', '.join(known) or 'no argument'}"
 
 
-def _given(value: object) -> str:
+def _describe_value(value: object) -> str:
     if isinstance(value, (list, tuple)) and value:
         return f"{shown(value, 40)} of {' and '.join(sorted({type(each).__name__ for each in value})[:3])}"
     return shown(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"

@@ -93,7 +93,7 @@ def read(
     """
     number = func.row_number().over(order_by=audit.c.id)
     columns = [number.label("id"), *(column for column in audit.c if column.name != "id")]
-    seen = select(*columns).where(audit.c.tenant == access_of(connection).tenant, _seen(connection)).subquery()
+    seen = select(*columns).where(audit.c.tenant == access_of(connection).tenant, _seen_actions(connection)).subquery()
     query = select(seen)
     if since is not None:
         query = query.where(seen.c.at >= since)
@@ -106,7 +106,7 @@ def read(
     return [Action(**row._mapping) for row in rows]
 
 
-def _seen(connection: Connection) -> ColumnElement[bool]:
+def _seen_actions(connection: Connection) -> ColumnElement[bool]:
     """All actions, or for a limited access those on adapters that it sees."""
     if access_of(connection).whole:
         return true()

@@ -497,7 +497,7 @@ def _piece(line: str) -> str | None:
         return None
     chunk = json.loads(line.removeprefix("data: "))
     if "error" in chunk:
-        raise _raised(chunk["error"], None)
+        raise _server_error(chunk["error"], None)
     for choice in chunk["choices"]:
         text = choice["text"] if "text" in choice else choice["delta"].get("content")
         return text or None
@@ -509,10 +509,10 @@ def _error(response: httpx2.Response) -> TurretError:
         error = response.json()["error"]
     except (ValueError, KeyError, TypeError):
         return RequestError(f"the server answered {response.status_code} without an error of turret: check the URL")
-    return _raised(error, response.headers.get("retry-after"))
+    return _server_error(error, response.headers.get("retry-after"))
 
 
-def _raised(error: Mapping[str, Plain], retry_after: str | None) -> TurretError:
+def _server_error(error: Mapping[str, Plain], retry_after: str | None) -> TurretError:
     """The error as the class that it had on the server."""
     name = "".join(part.capitalize() for part in str(error.get("code")).split("_"))
     kind = getattr(errors, name, RequestError)

@@ -59,7 +59,7 @@ def metrics_table(metrics: SplitMetrics) -> Table:
     """A row for each split with the metrics that are numbers."""
     splits = {split: each for split, each in metrics.items() if isinstance(each, Mapping)}
     names = list(dict.fromkeys(key for each in splits.values() for key, value in each.items() if _is_number(value)))
-    rows = [[split, *(measured(name, each.get(name)) for name in names)] for split, each in splits.items()]
+    rows = [[split, *(format_metric(name, each.get(name)) for name in names)] for split, each in splits.items()]
     return Table(["", *(name.replace("_", " ") for name in names)], rows)
 
 
@@ -71,11 +71,11 @@ def class_table(metrics: Metrics) -> Table | None:
     if not by_class:
         return None
     names = list(dict.fromkeys(key for each in by_class.values() for key in each))
-    rows = [[label, *(measured(name, each.get(name)) for name in names)] for label, each in by_class.items()]
+    rows = [[label, *(format_metric(name, each.get(name)) for name in names)] for label, each in by_class.items()]
     return Table(["class", *(name.replace("_", " ") for name in names)], rows)
 
 
-def measured(name: str, value: Plain) -> Cell:
+def format_metric(name: str, value: Plain) -> Cell:
     """A metric as people read it: a share in percent, another number with three digits."""
     if not _is_number(value):
         return None
@@ -101,7 +101,7 @@ def span(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def marked(level: str, text: str) -> str:
+def mark_level(level: str, text: str) -> str:
     """A text with the mark of its level: ok, warn or refuse."""
     return f"{_MARKS.get(level, '')}{text}"
 

@@ -64,7 +64,7 @@ class StopRequest:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def delay_signals() -> Iterator[None]:
     """Delay the first SIGINT or SIGTERM until the end of the block. A second signal stops at once."""
     stop = StopRequest()
     try:

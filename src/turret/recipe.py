@@ -36,7 +36,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from turret.arguments import DEVICES, checked, is_device
+from turret.arguments import DEVICES, check_arguments, is_device
 from turret.data import memory
 from turret.data.table import BETWEEN, name_key
 from turret.errors import BadReference, BaseModelError, RecipeError, joined, listed, one_line, shown
@@ -744,7 +744,7 @@ class Recipe(_Section):
         return value
 
     @classmethod
-    @checked
+    @check_arguments
     def load(cls, source: str | Path) -> Recipe:
         """Read a preset by its name, or a TOML file.
 
@@ -768,7 +768,7 @@ class Recipe(_Section):
         return cls.from_toml(text, where=str(source))
 
     @classmethod
-    @checked
+    @check_arguments
     def from_toml(cls, text: str, *, where: str = "recipe") -> Recipe:
         """Read a recipe from TOML. Raises RecipeError that begins with `where`."""
         where = one_line(where, 60)
@@ -783,7 +783,7 @@ class Recipe(_Section):
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
 
-    @checked
+    @check_arguments
     def to_toml(self) -> str:
         """Write every setting, defaults too, so that a later change of a default does not change this recipe.
 
@@ -822,7 +822,7 @@ class Recipe(_Section):
         """A copy that names no tracker. Trackers show a training and change nothing of its result."""
         return self.changed(train={"trackers": None})
 
-    @checked
+    @check_arguments
     def with_overrides(self, overrides: Mapping[str, str]) -> Recipe:
         """A copy with `--set key=value` pairs applied; the text of a value is read as the type of its key.
 

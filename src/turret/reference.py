@@ -26,7 +26,7 @@ MOST_COMPOSED = 8  # adapters of one composition
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 
 
-def _quoted(text: str) -> str:
+def _quote_text(text: str) -> str:
     """The given text in printable ASCII, short enough for one line."""
     shown = ascii(text)
     return shown if len(shown) <= 48 else f"{shown[:44]}...' ({len(text)} characters)"
@@ -40,9 +40,9 @@ def parts_of(reference: str) -> list[str]:
     """
     parts = reference.split("+")
     if len(parts) > MOST_COMPOSED:
-        raise BadReference(f"{_quoted(reference)} composes {len(parts)} adapters: expected at most {MOST_COMPOSED}")
+        raise BadReference(f"{_quote_text(reference)} composes {len(parts)} adapters: expected at most {MOST_COMPOSED}")
     if len(set(parts)) < len(parts):
-        raise BadReference(f"{_quoted(reference)} names an adapter twice: name each once")
+        raise BadReference(f"{_quote_text(reference)} names an adapter twice: name each once")
     return parts
 
 
@@ -50,7 +50,7 @@ def check_name(name: str) -> str:
     """Return `name` if it is a valid adapter name. Raises BadReference."""
     if not _NAME.fullmatch(name) or ".." in name or name.endswith("."):
         raise BadReference(
-            f"bad adapter name {_quoted(name)}: expected 1 to 100 of a-z 0-9 - _ and single dots, "
+            f"bad adapter name {_quote_text(name)}: expected 1 to 100 of a-z 0-9 - _ and single dots, "
             "a letter or digit first, such as sentiment or sentiment-v2"
         )
     return name
@@ -60,7 +60,7 @@ def check_alias(alias: str) -> str:
     """Return `alias` if it is a valid alias. Raises BadReference."""
     if not _ALIAS.fullmatch(alias):
         raise BadReference(
-            f"bad alias {_quoted(alias)}: expected 1 to 32 of a-z 0-9 - _, a letter first, such as production"
+            f"bad alias {_quote_text(alias)}: expected 1 to 32 of a-z 0-9 - _, a letter first, such as production"
         )
     return alias
 
@@ -85,7 +85,7 @@ class Reference:
         if _ALIAS.fullmatch(tail):
             return cls(name, alias=tail)
         raise BadReference(
-            f"bad reference {_quoted(text)}: expected after '@' a version number such as {name}@3 "
+            f"bad reference {_quote_text(text)}: expected after '@' a version number such as {name}@3 "
             f"or an alias such as {name}@production"
         )
 

@@ -72,7 +72,7 @@ class Sqlite:
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
             try:
-                return _begun(self._engine, opened)
+                return _begin_transaction(self._engine, opened)
             except (DatabaseError, sqlite3.Error) as error:
                 disk_full = any(words in str(error) for words in ("I/O", "is full"))
                 no_file = "unable to open" in str(error) and no_inodes(self.path)
@@ -81,7 +81,7 @@ class Sqlite:
             try:
                 if no_file and not self._wal.exists():
                     return self._begin_frozen(opened)
-                return _begun(self._exclusive_engine, opened)
+                return _begin_transaction(self._exclusive_engine, opened)
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise
@@ -113,7 +113,7 @@ class Sqlite:
             if self._wal.exists():
                 raise BlockingIOError(f"{self.path} was opened by another process")
             engine = _engine(self.path, read_only=True, alone=False)
-            connection = _begun(engine, trying)
+            connection = _begin_transaction(engine, trying)
             opened.push(trying.pop_all())
         return connection
 
@@ -180,7 +180,7 @@ def no_inodes(path: Path) -> bool:
     return found.f_files > 0 and found.f_favail == 0
 
 
-def _begun(engine: Engine, opened: ExitStack) -> Connection:
+def _begin_transaction(engine: Engine, opened: ExitStack) -> Connection:
     """Begin a transaction that ends with `opened`, and read once: BEGIN alone does not touch the file."""
     with ExitStack() as trying:
         connection = trying.enter_context(engine.begin())

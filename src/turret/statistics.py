@@ -116,6 +116,6 @@ def log_mean(logs: Floats) -> Floats:
     return np.asarray(most + np.log(np.exp(logs - most[:, None]).mean(axis=1)))
 
 
-def capped(log: float) -> float:
+def capped_e_value(log: float) -> float:
     """The e-value of a logarithm, limited to what JSON can hold."""
     return math.exp(min(log, 690.0))

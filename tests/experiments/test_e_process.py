@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.statistics import EProcess, capped, log_mean
+from turret.statistics import EProcess, capped_e_value, log_mean
 
 STEPS = st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), min_size=1, max_size=12)
 
@@ -55,5 +55,5 @@ def test_a_mean_of_products_beyond_a_floats_range_has_a_logarithm() -> None:
 
 
 def test_an_e_value_is_itself_as_far_as_json_holds_it() -> None:
-    assert capped(math.log(40)) == pytest.approx(40)
-    assert json.loads(json.dumps(capped(1e6), allow_nan=False)) > 1e299
+    assert capped_e_value(math.log(40)) == pytest.approx(40)
+    assert json.loads(json.dumps(capped_e_value(1e6), allow_nan=False)) > 1e299

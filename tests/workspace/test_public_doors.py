@@ -19,7 +19,7 @@ from torch import nn
 
 import turret
 from turret import AsyncClient, LoRA, Prefix, Recipe, TurretError, Workspace
-from turret.arguments import checked
+from turret.arguments import check_arguments
 from turret.data import Prompt
 from turret.errors import AdapterError, BadArgument, DataError, RecipeError, WrongBase
 from turret.recipe import Data, Task, Train
@@ -305,7 +305,7 @@ def test_help_describes_every_field(model_class: Any) -> None:
 
 
 def test_a_number_of_numpy_is_a_number() -> None:
-    @checked
+    @check_arguments
     def door(most: int, share: float) -> int:
         return most
 

@@ -22,7 +22,7 @@ from turret.adapters import attention, layers, peft_backend
 from turret.adapters.batch_context import ATTACHED, BARE, BatchContext
 from turret.adapters.layers import RoutedLinear, RoutedWhole
 from turret.adapters.prefix import PrefixSlot
-from turret.arguments import checked
+from turret.arguments import check_arguments
 from turret.errors import AdapterError
 from turret.families import family_of
 from turret.families.family import Family, Site
@@ -161,7 +161,7 @@ def require_bare(model: nn.Module) -> Model:
     return cast(Model, model)
 
 
-@checked
+@check_arguments
 def detach(model: M) -> M:
     """Take everything off: modules, weights, hooks, attention function and requires_grad are as before.
 

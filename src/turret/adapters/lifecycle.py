@@ -18,7 +18,7 @@ from turret.adapters.batch_context import ATTACHED, BatchContext, drawing_alone
 from turret.adapters.hooks import ATTRIBUTE, AdapterInit, attachment, detach, hook_model, require_bare
 from turret.adapters.layers import NORMED
 from turret.adapters.tuners.tuner import all_parts, mount_parts, tuner_of
-from turret.arguments import checked
+from turret.arguments import check_arguments
 from turret.errors import AdapterError
 from turret.methods import Method, by_name
 from turret.ops.table import of
@@ -162,7 +162,7 @@ def merged_state(model: Model, adapter: Adapter) -> dict[str, Tensor]:
 M = TypeVar("M", bound=nn.Module)  # a model of transformers, by whatever class its user knows it
 
 
-@checked
+@check_arguments
 def attach(
     model: M,
     method: Method | str,

@@ -28,7 +28,7 @@ from turret.adapters.adapter import LORA_PREFIX, Adapter, BaseInfo, all_finite, 
 from turret.adapters.hooks import ATTRIBUTE, HookedModel, attachment, detach, require_bare
 from turret.adapters.lifecycle import attach, extract, mount, start_from
 from turret.adapters.tuners.tuner import tuner_of
-from turret.arguments import checked
+from turret.arguments import check_arguments
 from turret.bases.fingerprints import fingerprint_of
 from turret.disk import describe_error, make_folder, permissions, sync
 from turret.errors import AdapterError, BundleError, RecipeError, one_line
@@ -63,7 +63,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 BASE: tuple[BaseKey, ...] = ("id", "fingerprint", "family", "revision", "quantization")
 
 
-@checked
+@check_arguments
 def load(folder: str | Path, model: M, *, trainable: bool = False) -> M:
     """Put the adapter in a folder on a model of transformers, which answers with it afterwards.
 
@@ -103,7 +103,7 @@ def load(folder: str | Path, model: M, *, trainable: bool = False) -> M:
     return model
 
 
-@checked
+@check_arguments
 def save(
     model: nn.Module,
     folder: str | Path,

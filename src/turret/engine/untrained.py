@@ -255,7 +255,7 @@ def way_of(base: ReadBase, question: Question, task: Task | None = None, *, room
     return BySimilarity(base, question, task, room)
 
 
-def untrained_answer(
+def combine_answers(
     way: Way, first: Sequence[Answer], answers: Sequence[Answer], empty: Sequence[Answer] | None = None
 ) -> Untrained:
     """The answer about a text.
@@ -301,7 +301,7 @@ def decide(
     for start in range(0, len(texts), TOGETHER):
         asks = [way.about(text) for text in texts[start : start + TOGETHER]]
         answers = iter(_answers(engine, [ask for own in asks for ask in own], adapter))
-        found += [untrained_answer(way, first, [next(answers) for _ in own], empty) for own in asks]
+        found += [combine_answers(way, first, [next(answers) for _ in own], empty) for own in asks]
     return found
 
 

@@ -23,7 +23,7 @@ from turret.experiments.outcomes import CountedOutcome
 from turret.experiments.rows import ArmHealth, Event
 from turret.experiments.validity import Validity
 from turret.json_types import JsonMapping, JsonObject
-from turret.statistics import capped, log_mean
+from turret.statistics import capped_e_value, log_mean
 
 # --- decide -----------------------------------------------------------------------------------------------------------
 # The policy from evidence to a decision, as pure functions.
@@ -346,7 +346,7 @@ def analyze(
     discovery = evidence.evidence_needed(other_evidence, experiment.alpha) if other_evidence else None
     named = discovery is None or _equality([each.against for each in arms]) >= discovery
     decision = decide(live, guarded, experiment.guards, void=alarm, named=named)
-    checks = {check: capped(peak) for check, peak in memory.validity.peaks().items()}
+    checks = {check: capped_e_value(peak) for check, peak in memory.validity.peaks().items()}
     return Analysis(experiment, arms, checks, alarm, recorded, discovery, decision, history)
 
 
@@ -373,10 +373,10 @@ def against(
         missing=missing,
         difference=None if difference is None else difference * scale,
         interval=None if ends is None else (ends[0], ends[1]),
-        better=capped(found.better) / 2,
-        worse=capped(found.worse) / 2,
-        worse_by=None if experiment.guards.worse_by is None else capped(found.worse_by) / 2,
-        now=0.5 if side is None else capped(side.now) / 2,
+        better=capped_e_value(found.better) / 2,
+        worse=capped_e_value(found.worse) / 2,
+        worse_by=None if experiment.guards.worse_by is None else capped_e_value(found.worse_by) / 2,
+        now=0.5 if side is None else capped_e_value(side.now) / 2,
         equality=0.0 if tally is None else tally.equality(missing.assumed),
         needed=1 / level,
         since=None if tally is None else _since(tally, scale),

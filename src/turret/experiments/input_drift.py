@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from turret.errors import Corrupt
-from turret.statistics import EProcess, Floats, capped
+from turret.statistics import EProcess, Floats, capped_e_value
 
 MOST_REFERENCES, FEWEST_REFERENCES = 512, 30
 MOST_TOKENS = 256  # that are read of a text
@@ -158,7 +158,7 @@ class InputTest:
     @property
     def peak(self) -> float:
         """The largest e-value so far that the texts are not alike."""
-        return capped(self.wealth.peak)
+        return capped_e_value(self.wealth.peak)
 
     @property
     def over(self) -> bool:

@@ -50,7 +50,7 @@ from turret.errors import DataError, listed, shown
 from turret.experiments.evidence import HIDDEN
 from turret.experiments.guarding import ODDS, log_over_bound
 from turret.json_types import JsonObject
-from turret.statistics import EProcess, Floats, capped, smallest
+from turret.statistics import EProcess, Floats, capped_e_value, smallest
 
 Kind = Literal["error", "misses", "precision"]
 Bools = NDArray[np.bool_]
@@ -283,7 +283,7 @@ class Watch:
     @property
     def evidence(self) -> float:
         """The largest e-value so far against the promise, if missing outcomes are like the others."""
-        return capped(self.processes[0].peak) if self.processes else 1.0
+        return capped_e_value(self.processes[0].peak) if self.processes else 1.0
 
     @property
     def tipping(self) -> float | None:

@@ -171,9 +171,8 @@ def routes(services: Services) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> Response:
-        return _encode_error(
-            error_response(error), getattr(request.state, "receipt", None)
-        )  # the log middleware logs it
+        # The log middleware logs it.
+        return _encode_error(error_response(error), getattr(request.state, "receipt", None))
 
     return app
 

@@ -39,7 +39,7 @@ from turret.disk import (
 )
 from turret.errors import StoreError
 from turret.json_types import Plain
-from turret.process import uninterrupted
+from turret.process import delay_signals
 
 WHY = "leftover of a killed import or export"
 OLD = 3600  # seconds without a change, after which the process is considered dead
@@ -67,7 +67,7 @@ def folder(root: Path) -> Iterator[Path]:
     created = not root.exists()
     own = root / "scratch" / uuid.uuid4().hex
     try:
-        with uninterrupted():
+        with delay_signals():
             _make_scratch(root)
             make_folder(own, PRIVATE)
         yield own
@@ -80,7 +80,7 @@ def folder(root: Path) -> Iterator[Path]:
             "another --store"
         ) from error
     finally:
-        with uninterrupted():
+        with delay_signals():
             shutil.rmtree(own, ignore_errors=True)  # gc removes what is left
             if created:
                 _remove_empty([own.parent, root])
@@ -104,7 +104,7 @@ class WorkingFolder:
     def __enter__(self) -> WorkingFolder:
         try:
             content = {"folder": str(self.folder), "made": [str(each) for each in self._created]}
-            with uninterrupted():
+            with delay_signals():
                 _write_note(self._root, self._note, content)
                 make_folder(self.folder, PRIVATE)
                 make_folder(self.files)
@@ -114,7 +114,7 @@ class WorkingFolder:
         return self
 
     def __exit__(self, *_: object) -> None:  # object: the exception is not used
-        with uninterrupted():
+        with delay_signals():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.left = self.folder.exists()
             if not self.left:

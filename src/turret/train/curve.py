@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, overload
 from turret.disk import sync
 from turret.errors import NotInstalled
 from turret.json_types import JsonObject
-from turret.notebook import Table, as_html, measured
+from turret.notebook import Table, as_html, format_metric
 from turret.tasks import main_metric, measure_of
 from turret.tasks.shapes import Metrics, number_of
 
@@ -82,7 +82,7 @@ class RunCurve(Sequence[StepRecord]):
 
     def _repr_html_(self) -> str:
         rows = [
-            (each.step, str(each.split), *(measured(name, each.metrics.get(name)) for name in self._metrics()))
+            (each.step, str(each.split), *(format_metric(name, each.metrics.get(name)) for name in self._metrics()))
             for each in self._records
             if each.metrics is not None
         ]
@@ -203,7 +203,8 @@ def learnt_by_heart(records: Sequence[StepRecord]) -> str | None:
     if not rose or (name != "loss" and number_of(after, name) >= number_of(before, name)):
         return None
     changes = [
-        f"{measure_of(each, after).name} went from {measured(each, before[each])} to {measured(each, after[each])}"
+        f"{measure_of(each, after).name} went from {format_metric(each, before[each])} "
+        f"to {format_metric(each, after[each])}"
         for each in dict.fromkeys(("loss", name))
     ]
     span = f"from step {best.step} to step {last.step}, on the {last.split} split,"

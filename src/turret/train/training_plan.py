@@ -9,7 +9,7 @@ from turret.bases.device import gigabytes
 from turret.errors import PreflightRefused
 from turret.json_types import JsonObject
 from turret.methods.method import Check
-from turret.notebook import Cell, Table, as_html, marked, size, span
+from turret.notebook import Cell, Table, as_html, mark_level, size, span
 
 # --- learning rate ----------------------------------------------------------------------------------------------------
 # The size of the trials for `lr = "auto"`, and their result. `lr_finder.py` says how they are run.
@@ -154,7 +154,7 @@ class Plan:
 
     def table(self) -> Table:
         """The checks, a row each."""
-        rows = [(marked(each.level, each.name), each.text, each.remedy) for each in self.checks]
+        rows = [(mark_level(each.level, each.name), each.text, each.remedy) for each in self.checks]
         return Table(("check", "found", "to do"), rows)
 
     def require(self) -> None:

@@ -9,7 +9,7 @@ from turret.data.memory import short_source
 from turret.errors import one_line
 from turret.json_types import JsonObject, JsonValue
 from turret.manifest import FlatLossSpec
-from turret.notebook import Cell, Table, as_html, class_table, marked, metrics_table, size, span
+from turret.notebook import Cell, Table, as_html, class_table, mark_level, metrics_table, size, span
 from turret.store.runs import RunOutcome
 from turret.tasks.shapes import Metrics, SplitMetrics
 
@@ -55,7 +55,7 @@ class RunResult:
             "device": self.device,
             "run": self.run,
         }
-        warnings = [marked("warn", each) for each in self.warnings]
+        warnings = [mark_level("warn", each) for each in self.warnings]
         return as_html(self.version, facts, metrics_table(self.metrics), *warnings, notes=self.notes)
 
     def as_json(self) -> RunOutcome:

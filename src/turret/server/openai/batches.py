@@ -134,9 +134,7 @@ async def read_file(file_id: FileId, view: View, request: Request) -> StreamingR
     """The bytes of a file, checked against its digest before the first one is sent."""
     found = await view.control(view.services.files.find, owner_of(request.state.caller), file_id)
     opened = ExitStack()
-    read = await view.control(
-        _open_content, opened, view, found
-    )  # now: it may be deleted before the last piece is sent
+    read = await view.control(_open_file, opened, view, found)  # now: it may be deleted before the last piece is sent
 
     async def pieces() -> AsyncIterator[bytes]:
         try:
@@ -150,7 +148,7 @@ async def read_file(file_id: FileId, view: View, request: Request) -> StreamingR
     )
 
 
-def _open_content(opened: ExitStack, view: View, file: ClientFile) -> BinaryIO:
+def _open_file(opened: ExitStack, view: View, file: ClientFile) -> BinaryIO:
     return opened.enter_context(opened.enter_context(view.services.files.content(file)).open("rb"))
 
 

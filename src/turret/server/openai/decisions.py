@@ -247,7 +247,7 @@ async def _by_the_base(view: View, request: Request, response: Response, call: C
     verdicts = []
     for own, (way, *parts) in zip(call.asked, ways, strict=True):
         first, about, empty = ([next(answers) for _ in part] for part in parts)
-        found = untrained.untrained_answer(way, first, about, empty or None)
+        found = untrained.combine_answers(way, first, about, empty or None)
         verdicts.append(_untrained_verdict(own, found, call.model, pending.id))
     response.headers.update(pending.headers)
     return call.model, sum(map(prompt_tokens, pending.complete)), verdicts
