@@ -205,9 +205,9 @@ def test_files_that_could_not_be_listed_leave_nothing(store: Store, tmp_path) ->
 
     with pytest.raises(StoreError, match="somebody else"):
         files.add_all(ONE, new, fail)
-    assert list(files.listed(ONE)) == list(store._blobs.walk()) == []
+    assert list(files.list_files(ONE)) == list(store._blobs.walk()) == []
     files.add_all(ONE, new)
-    assert {each.name for each in files.listed(ONE)} == {"one", "two"}
+    assert {each.name for each in files.list_files(ONE)} == {"one", "two"}
 
 
 def test_answers_beyond_the_owners_space_are_refused_before_the_last_line(store: Store, monkeypatch) -> None:

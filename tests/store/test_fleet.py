@@ -72,7 +72,7 @@ def check(store: Store, lines: list[dict[str, Any]]) -> None:
         written = [line["line"] for line in by_what["logged"] if line["run"] == run]
         log = [each["line"] for each in JobQueue.of(store).log(run)]
         assert set(written) <= set(log)
-    cells = {each.path for each in store.artifacts.listed("comparisons/")}
+    cells = {each.path for each in store.artifacts.list_files("comparisons/")}
     assert {line["path"] for line in by_what["cell"]} <= cells
     fences = [line["fence"] for line in by_what["cell"]]
     assert len(fences) == len(set(fences)), "two conducted the comparison at once"

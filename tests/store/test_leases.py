@@ -293,7 +293,10 @@ def test_a_run_goes_on_on_another_machine_with_its_files(new_url, tmp_path) -> N
     assert back is not None
     assert (back.checkpoint / "checkpoint.safetensors").read_bytes() == b"step 2", "not the one of the slow process"
     one.end_run(back, "finished")
-    assert [each.path.rpartition("/")[2] for each in one.artifacts.listed("runs/")] == ["curve.jsonl", "recipe.toml"]
+    assert [each.path.rpartition("/")[2] for each in one.artifacts.list_files("runs/")] == [
+        "curve.jsonl",
+        "recipe.toml",
+    ]
     assert one.verify().ok
     assert one.verify().orphans == 0, "what was replaced is removed at once"
 

@@ -245,7 +245,7 @@ def test_a_worker_that_wakes_up_after_its_run_was_ended_publishes_nothing(store,
         with pytest.raises(LeaseLost):
             act()
     assert list(store.list()) == []
-    assert store.artifacts.listed("runs/") == []
+    assert store.artifacts.list_files("runs/") == []
     assert store.run(run) == ended
 
 

@@ -112,7 +112,7 @@ def test_a_submission_that_is_refused_leaves_nothing(store, line, submit) -> Non
     with pytest.raises(QueueFull):
         submit()
     store.gc()
-    assert store.artifacts.listed("queued/") == []
+    assert store.artifacts.list_files("queued/") == []
     assert everything(store).keys() == before.keys()
 
 

@@ -280,7 +280,7 @@ def test_nothing_is_lost_and_nobody_sees_anybody_while_everything_fails(storm) -
     assert sum(check(storm, tenant) for tenant in tenants) == finished(store)
     collector = next(each for each in clients if isinstance(each, Collector))
     collector.turn()
-    assert store.artifacts.listed(f"{queued_data.FOLDER}/") == []
+    assert store.artifacts.list_files(f"{queued_data.FOLDER}/") == []
     verify(store)
     assert collector.freed > 0
     errors = [server.errors(life) for server in storm.servers for life in range(1, server.life + 1)]

@@ -84,7 +84,7 @@ def test_a_training_that_lost_a_host_goes_on_from_the_stores_checkpoint_with_the
         store = Store(f"{url}&local={tmp_path / 'seen'}")
         if name == "cut":
             seen = lambda store=store: (
-                store.exists() and any("/checkpoint/" in each.path for each in store.artifacts.listed("runs/"))
+                store.exists() and any("/checkpoint/" in each.path for each in store.artifacts.list_files("runs/"))
             )
             until(seen, 600)
             pair[lost].lose()

@@ -58,7 +58,7 @@ def test_a_training_that_was_killed_goes_on_on_another_machine_to_the_same_last_
     out, err = whole.communicate(timeout=200)
     assert whole.returncode == 0, err
     first = start(machine("one"), "train", tmp_path, "--name", "cut")
-    until(lambda: any("/checkpoint/" in each.path for each in store.artifacts.listed("runs/")))
+    until(lambda: any("/checkpoint/" in each.path for each in store.artifacts.list_files("runs/")))
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     forget_machine(machine("one"))
@@ -81,12 +81,12 @@ def test_a_comparison_that_was_killed_goes_on_on_another_machine(machine, tmp_pa
     recipe_in(tmp_path)
     store, more = Store(machine("one")), ("--methods", "full,lora", "--seeds", "1", "--set", "train.max_steps=3")
     first = start(machine("one"), "compare", tmp_path, *more)
-    until(lambda: any(each.path.endswith("/result.json") for each in store.artifacts.listed("comparisons/")))
+    until(lambda: any(each.path.endswith("/result.json") for each in store.artifacts.list_files("comparisons/")))
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     time.sleep(3)  # its training ends, because its parent did
     forget_machine(machine("one"))
-    kept = {each.path: each.blob for each in store.artifacts.listed("comparisons/") if "result" in each.path}
+    kept = {each.path: each.blob for each in store.artifacts.list_files("comparisons/") if "result" in each.path}
     assert len(kept) == 1
     second = start(machine("two"), "compare", tmp_path, *more)
     out, err = second.communicate(timeout=200)
@@ -94,7 +94,7 @@ def test_a_comparison_that_was_killed_goes_on_on_another_machine(machine, tmp_pa
     said = json.loads(out)
     assert said["missing"] == 0
     assert len(Workspace(machine("three")).list()) == 2, "what was trained is not trained again"
-    after = {each.path: each.blob for each in store.artifacts.listed("comparisons/")}
+    after = {each.path: each.blob for each in store.artifacts.list_files("comparisons/")}
     assert kept.items() <= after.items()
     (report,) = Workspace(machine("three")).comparisons()
     assert "reviews" in Workspace(machine("three")).report(report["key"])

@@ -92,7 +92,7 @@ def test_the_store_gets_a_copy_of_the_data_under_a_name_that_every_machine_has(t
     assert content == (tmp_path / "reviews.csv").read_bytes()
     again = workspace.queue.submit(recipe.with_overrides({"seed": "2"}))
     assert Recipe.from_toml(str(workspace.run(again["id"])["recipe"])).data.source == kept.data.source
-    assert len(workspace.store.artifacts.listed("queued/")) == 1
+    assert len(workspace.store.artifacts.list_files("queued/")) == 1
 
 
 SOURCES = ("/etc/passwd", "runs/../../x.csv", "-", "missing.csv", "~/x.csv", f"{'0' * 32}/x")
@@ -519,7 +519,7 @@ def forge(folder: Path, key: str) -> None:
 
 
 def checkpointed(workspace: Workspace, run: str) -> Callable[[], bool]:
-    return lambda: any("/checkpoint/" in each.path for each in workspace.store.artifacts.listed(f"runs/{run}/"))
+    return lambda: any("/checkpoint/" in each.path for each in workspace.store.artifacts.list_files(f"runs/{run}/"))
 
 
 class TestFleet:

@@ -87,7 +87,7 @@ def test_a_comparison_on_ray_with_a_lost_worker_and_a_killed_driver_says_what_a_
     driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def checkpoint() -> bool:
-        return there.store.exists() and any("/checkpoint/" in e.path for e in there.store.artifacts.listed("runs/"))
+        return there.store.exists() and any("/checkpoint/" in e.path for e in there.store.artifacts.list_files("runs/"))
 
     until(checkpoint, 400)
     for each in trainings():  # the worker of Ray and all that it started

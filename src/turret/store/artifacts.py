@@ -188,14 +188,14 @@ class Artifacts:
             f"{next(iter(sources))} was not stored: `turret gc` removed its copy {ATTEMPTS} times: try again"
         )
 
-    def listed(self, prefix: str) -> Sequence[Artifact]:
+    def list_files(self, prefix: str) -> Sequence[Artifact]:
         """The files in the store whose path begins with the prefix, by path."""
         if self._files is None:
             return []
         with self._database().reading() as connection:
-            return self.listed_in(connection, prefix)
+            return self.list_files_in(connection, prefix)
 
-    def listed_in(self, connection: Connection, prefix: str) -> list[Artifact]:
+    def list_files_in(self, connection: Connection, prefix: str) -> list[Artifact]:
         """As `listed`, in a transaction."""
         query = select(artifacts).where(artifacts.c.path.startswith(prefix, autoescape=True))
         rows = connection.execute(query.order_by(artifacts.c.path)).all()
@@ -212,7 +212,7 @@ class Artifacts:
 
     def bring(self, prefix: str) -> None:
         """Copy files whose path begins with the prefix to this machine, unless they are there with the same content."""
-        for each in self.listed(prefix):
+        for each in self.list_files(prefix):
             target = self._root / each.path
             if not target.exists() or hash_file(target) != each.blob:
                 self._bring(each.path, target)

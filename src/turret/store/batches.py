@@ -130,7 +130,7 @@ class Batches:
             raise NotFound(f"no batch {ascii(id)[:60]}: GET /v1/batches lists yours")
         return _batch(row)
 
-    def listed(self, owner: str, *, after: str | None = None, limit: int = 20) -> Sequence[Batch]:
+    def list_batches(self, owner: str, *, after: str | None = None, limit: int = 20) -> Sequence[Batch]:
         """The newest batches of an owner, those after another one of them."""
         query = select(batches).where(batches.c.owner == owner)
         if after is not None:

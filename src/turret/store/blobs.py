@@ -375,7 +375,7 @@ class Objects:
         ):
             found = stream(read, None)
         if found.digest != blob.digest:
-            raise digest_mismatch(self._shown(key), blob.digest)
+            raise digest_mismatch(self._url_of(key), blob.digest)
 
     def copy(self, blob: Blob, target: Path) -> None:
         key = self._key(blob)
@@ -385,7 +385,7 @@ class Objects:
             with self._system(blob) as system:
                 system.get_file(key, str(target))
             if hash_file(target).digest != blob.digest:
-                raise digest_mismatch(self._shown(key), blob.digest)
+                raise digest_mismatch(self._url_of(key), blob.digest)
         except BaseException:
             target.unlink(missing_ok=True)
             raise
@@ -466,12 +466,12 @@ class Objects:
         return f"{self._prefix}/blobs/sha256/{place(blob)}"
 
     def _problem(self, size: int | None, blob: Blob) -> str | None:
-        where = self._shown(self._key(blob))
+        where = self._url_of(self._key(blob))
         if size is None:
             return f"is missing ({where})"
         return None if size == blob.bytes else f"is cut ({where})"
 
-    def _shown(self, key: str) -> str:
+    def _url_of(self, key: str) -> str:
         return f"{self._url}{key.removeprefix(self._prefix)}"
 
     @contextmanager
@@ -489,7 +489,7 @@ class Objects:
             raise
         except Exception as error:
             if blob is not None and isinstance(error, FileNotFoundError):
-                raise missing(self._shown(self._key(blob)), blob.digest) from None
+                raise missing(self._url_of(self._key(blob)), blob.digest) from None
             text, wrong = _describe(error), _is_wrong(error)
             raise StoreError(f"files {self._url}: {text}", outage=not wrong) from error
 

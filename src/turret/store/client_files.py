@@ -128,7 +128,7 @@ class ClientFiles:
                 if dead:
                     self._place.remove(f"blobs/sha256/{place(file.blob)}")
 
-    def listed(
+    def list_files(
         self, owner: str, *, purpose: str | None = None, after: str | None = None, limit: int = 100
     ) -> Sequence[ClientFile]:
         """The newest files of an owner, those after another one of them."""

@@ -533,11 +533,11 @@ class Store:
             removed = list(upkeep.remove_leftovers(self._blobs, dry_run=dry_run))
             removed += scratch.leftovers(self.root, dry_run=dry_run)
             try:
-                removed += list(self._collected(self._open(), dry_run))
+                removed += list(self._collect_garbage(self._open(), dry_run))
             except StoreError:
                 if not isinstance(self._catalog, Path) or not no_room(self._catalog):
                     raise
-                removed += list(self._collected(Database.opened(self._catalog, alone=True), dry_run))
+                removed += list(self._collect_garbage(Database.opened(self._catalog, alone=True), dry_run))
         return Collected(dry_run, tuple(removed))
 
     # --- runs ---------------------------------------------------------------------------------------------------------
@@ -631,7 +631,7 @@ class Store:
             raise NotFound(f"{missing}: there is no store at {self}; `turret train` makes one")
         return database
 
-    def _collected(self, database: Database | None, dry_run: bool) -> Iterator[Removed]:
+    def _collect_garbage(self, database: Database | None, dry_run: bool) -> Iterator[Removed]:
         if database is None:
             return
         # Without an owner this catalog has put nothing there.

@@ -85,7 +85,7 @@ def is_there(connection: Connection, root: Path, artifacts: Artifacts, source: s
     path = f"{folder_of(access_of(connection).tenant)}/{source}"
     if artifacts.copies:
         return any(
-            each.path == path or each.path.startswith(f"{path}/") for each in artifacts.listed_in(connection, path)
+            each.path == path or each.path.startswith(f"{path}/") for each in artifacts.list_files_in(connection, path)
         )
     return (root / path).exists()
 
@@ -132,7 +132,7 @@ def _unneeded_data(connection: Connection, root: Path, artifacts: Artifacts) -> 
     stored = [
         (each, match)
         for top in (FOLDER, "tenants")
-        for each in artifacts.listed_in(connection, f"{top}/")
+        for each in artifacts.list_files_in(connection, f"{top}/")
         if (match := _STORED.fullmatch(each.path))
     ]
     return local, [each for each, match in stored if (match[1] or DEFAULT, match[2]) not in needed]
@@ -207,7 +207,9 @@ def collect_rows(root: Path, database: Database, artifacts: Artifacts, *, dry_ru
 def _unneeded_rows(connection: Connection, root: Path, artifacts: Artifacts) -> tuple[list[Artifact], dict[Path, int]]:
     """Listed files and folders of this machine that nothing has named for an hour; the folders with their bytes."""
     needed, before = _needed_rows(connection, root, artifacts), time.time() - OLD
-    listed = [each for prefix in (f"{ROWS_FOLDER}/", "tenants/") for each in artifacts.listed_in(connection, prefix)]
+    listed = [
+        each for prefix in (f"{ROWS_FOLDER}/", "tenants/") for each in artifacts.list_files_in(connection, prefix)
+    ]
     stored = [
         each
         for each in listed

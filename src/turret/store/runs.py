@@ -302,7 +302,7 @@ class TrainingRuns:
         finally:
             shutil.rmtree(working, ignore_errors=True)
 
-    def finished(self, recipe_toml: str, data_digest: str) -> RunOutcome | None:
+    def finished_result(self, recipe_toml: str, data_digest: str) -> RunOutcome | None:
         """The result of the newest finished run of this recipe and data; None if there is none."""
         query = select(jobs.c.result).where(_same(recipe_toml, data_digest), jobs.c.state == "finished")
         with self._database.reading() as connection:

@@ -84,7 +84,7 @@ def _file(store: Store, run_id: str, name: str) -> bytes | None:
 def _changed(store: Store, run_id: str) -> str | None:
     """The time of the last step: here, or when the curve was last copied to the store."""
     path = f"runs/{run_id}/curve.jsonl"
-    copies = [each.changed for each in store.artifacts.listed(path)]
+    copies = [each.changed for each in store.artifacts.list_files(path)]
     return max([each for each in (_modified(store.root / path), *copies) if each], default=None)
 
 
@@ -137,7 +137,7 @@ def _local(store: Store, folder: str) -> Iterator[tuple[str, str, bytes | OSErro
 
 def _copied(store: Store, folder: str) -> Iterator[tuple[str, str, bytes]]:
     """Key, time and content of each report in a store by URL."""
-    for each in store.artifacts.listed(f"{_place(store)}{folder}/"):
+    for each in store.artifacts.list_files(f"{_place(store)}{folder}/"):
         if each.path.endswith("/report.json") and (content := store.artifacts.read(each.path)) is not None:
             yield each.path.split("/")[-2], each.changed, content
 

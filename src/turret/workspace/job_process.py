@@ -211,7 +211,7 @@ def _finished(folder: Path, store: Store, recipe: Recipe, data: Dataset) -> RunO
         filled = (folder / "recipe.toml").read_text(encoding="utf-8")
     except OSError:
         return None
-    result = store.training_runs().finished(filled, data.digest) if store.exists() else None
+    result = store.training_runs().finished_result(filled, data.digest) if store.exists() else None
     if result is None or result["version"] not in {
         str(version) for version in store.list(Recipe.from_toml(filled).name)
     }:

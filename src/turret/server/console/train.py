@@ -83,7 +83,7 @@ def _then(form: Form) -> str:
 
 async def _start(request: Request, view: View, error: TurretError | None = None, then: str = "plan") -> Response:
     owner = owner_of(request.state.caller)
-    found = await view.control(view.services.files.listed, owner, purpose=TABLE, limit=MOST)
+    found = await view.control(view.services.files.list_files, owner, purpose=TABLE, limit=MOST)
     problem, status = render.problem_and_status(error)
     values = {"found": found, "formats": tables.SUFFIXES, "most": view.services.limits.file_bytes}
     values |= {"problem": problem, "then": then, "here": "train" if then == "plan" else "comparisons"}

@@ -119,7 +119,7 @@ async def list_files(
 ) -> Files:
     """The caller's files, the newest first."""
     owner = owner_of(request.state.caller)
-    found = await view.control(view.services.files.listed, owner, purpose=purpose, after=after, limit=limit + 1)
+    found = await view.control(view.services.files.list_files, owner, purpose=purpose, after=after, limit=limit + 1)
     return Files(**_page([_shown_file(each) for each in found[:limit]], more=len(found) > limit))
 
 
@@ -270,7 +270,7 @@ async def list_batches(
 ) -> BatchList:
     """The caller's batches, the newest first."""
     owner = owner_of(request.state.caller)
-    found = await view.control(view.services.batches.listed, owner, after=after, limit=limit + 1)
+    found = await view.control(view.services.batches.list_batches, owner, after=after, limit=limit + 1)
     return BatchList(**_page([_batch_object(each) for each in found[:limit]], more=len(found) > limit))
 
 
