@@ -111,7 +111,11 @@ def _decodes_by_turret(job: Job, base: Any, method: Any) -> Decode:
         places = [runner.kv_slot(job["prompt"], job["new"], slot) for slot in slots]
         settings = GenerationSettings(job["new"], ())
         rows: Any = [
-            type("Row", (), {"settings": settings, "random": random.Random(0), "new": 0, "counted": lambda self: []})()
+            type(
+                "Row",
+                (),
+                {"settings": settings, "random": random.Random(0), "new": 0, "counted_tokens": lambda self: []},
+            )()
             for _ in slots
         ]
         given = zip(prompts(job, count), slots, places, strict=True)

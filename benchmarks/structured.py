@@ -80,7 +80,7 @@ def mask_seconds(engine: Any, constraint: Any) -> list[float]:
     from turret.engine.structured_output import Guide
 
     constraints = engine._prompts.constraints
-    guide = Guide(constraints.compiled(constraint), constraints.eos, constraints.eos)
+    guide = Guide(constraints.compile_matcher(constraint), constraints.eos, constraints.eos)
     scores = torch.zeros(engine.base.model.get_input_embeddings().weight.shape[0])
     found = []
     for token in engine.base.tokenizer('[{"name":"a long name of somebody", "age":3')["input_ids"]:

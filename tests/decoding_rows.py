@@ -17,5 +17,5 @@ class Row:
     def __post_init__(self) -> None:
         self.random = random.Random(self.settings.seed)
 
-    def counted(self) -> list[int]:
+    def counted_tokens(self) -> list[int]:
         return self.past

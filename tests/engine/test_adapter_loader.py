@@ -205,16 +205,16 @@ def test_a_tenant_that_loads_adapters_all_the_time_neither_keeps_anothers_out_no
 def test_a_request_waits_when_its_adapter_turns_out_to_need_more_memory_than_others_leave(
     tenants: Tenants, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    filled, refused = Slots.filled, []
+    set_size, refused = Slots.set_size, []
 
     def full_once(slots: Slots, entry: Entry, size: int) -> list[Entry] | None:
         if refused:
-            return filled(slots, entry, size)
+            return set_size(slots, entry, size)
         refused.append(size)
         slots.close(entry)
         return None
 
-    monkeypatch.setattr(Slots, "filled", full_once)
+    monkeypatch.setattr(Slots, "set_size", full_once)
     with tenants.engine(slots=2) as engine:
         assert engine.submit("classify", "x", "quiet/a11", tenant="quiet").result(20)["label"]
         assert [each.bytes for each in engine.loaded()] == refused

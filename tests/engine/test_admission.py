@@ -32,7 +32,7 @@ def served(clock: Clock, counters: Counters, passes: int = 20, tokens: int = 100
     """Passes of so many tokens, while others wait."""
     for _ in range(passes):
         clock.now += seconds
-        counters.passed([request(tokens, clock.now - 2 * seconds)], 0, seconds, waits=True)
+        counters.count_pass([request(tokens, clock.now - 2 * seconds)], 0, seconds, waits=True)
 
 
 def refused(counters: Counters, waiting: int, asked: Request, **limits: int) -> Busy:
@@ -69,14 +69,14 @@ def test_passes_in_which_nothing_begins_make_the_wait_longer() -> None:
     before = counters.wait_for(100)
     for _ in range(10):
         clock.now += 0.5
-        counters.passed([], 3, 0.5, waits=True)
+        counters.count_pass([], 3, 0.5, waits=True)
     after = counters.wait_for(100)
     assert before is not None
     assert after is not None
     assert after > 2 * before
     for _ in range(10):  # nobody waits: this time is not the queue's
         clock.now += 60
-        counters.passed([], 3, 0.5, waits=False)
+        counters.count_pass([], 3, 0.5, waits=False)
     assert counters.wait_for(100) == pytest.approx(after, rel=0.1)
 
 

@@ -149,7 +149,7 @@ def test_a_masked_row_leaves_the_scores_of_other_rows_bit_equal(base) -> None:
     from turret.engine.structured_output import Constraints, Guide
 
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])
-    guide = Guide(constraints.compiled(Constraint.choice(["yes", "no"])), constraints.eos, constraints.eos)
+    guide = Guide(constraints.compile_matcher(Constraint.choice(["yes", "no"])), constraints.eos, constraints.eos)
     constraints.close()
 
     rows = [Row(GenerationSettings(9, tuple(constraints.eos)))] * 3
@@ -166,7 +166,7 @@ def test_the_end_of_an_adapter_that_is_not_the_bases_ends_a_constrained_answer(b
 
     other, eos = 0, base.tokenizer.eos_token_id
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [eos])
-    guide = Guide(constraints.compiled(Constraint.regex("a*")), constraints.eos, [other])
+    guide = Guide(constraints.compile_matcher(Constraint.regex("a*")), constraints.eos, [other])
     constraints.close()
     import torch
 
@@ -402,12 +402,12 @@ def test_a_constraint_that_was_compiled_before_asks_the_helper_nothing(base) -> 
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])
     many = [Constraint.choice([f"yes{number}", "no"]) for number in range(COMPILED + 1)]
     for each in many:
-        constraints.compiled(each)
+        constraints.compile_matcher(each)
     constraints.close()  # the helper starts again if it is asked
     for each in many:  # the first one is compiled again, without the helper
-        constraints.compiled(each)
+        constraints.compile_matcher(each)
     assert constraints._helper.helper.started == 1
-    constraints.compiled(Constraint.choice(["another", "no"]))
+    constraints.compile_matcher(Constraint.choice(["another", "no"]))
     assert constraints._helper.helper.started == 2
     constraints.close()
 
@@ -419,7 +419,7 @@ def test_costly_constraints_that_stay_compiled_take_bounded_memory(base) -> None
 
     constraints = Constraints(base.tokenizer, byte_level.VOCABULARY, [base.tokenizer.eos_token_id])
     for number in range(40):
-        constraints.compiled(Constraint.regex("a." * 20_000 + str(number)))
+        constraints.compile_matcher(Constraint.regex("a." * 20_000 + str(number)))
         if number == 10:
             memory = psutil.Process().memory_info().rss
     kept = sum(constraints.is_compiled(Constraint.regex("a." * 20_000 + str(number))) for number in range(40))

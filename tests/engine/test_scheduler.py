@@ -63,7 +63,7 @@ def test_every_request_is_served_once_within_the_limits(arrivals: Any, steps: in
             entry[1] -= 1
         for entry in [entry for entry in running if entry[1] < 1]:
             running.remove(entry)
-            plan.finished(entry[0])
+            plan.free_request(entry[0])
     assert sorted(map(id, served)) == sorted(map(id, waiting))
     assert len(plan) == plan.waiting_tokens == plan.rows == plan.held_tokens == 0
 
@@ -126,7 +126,7 @@ def test_a_large_request_gets_its_cache_although_small_ones_keep_coming() -> Non
             return
         running += chosen
         if len(running) > 1 or not chosen:
-            plan.finished(running.pop(0))
+            plan.free_request(running.pop(0))
     raise AssertionError("never served")
 
 
@@ -169,7 +169,7 @@ def passes(plan: Scheduler, running: list[list[Any]], steps: int = 1 << 30) -> l
         entry[1] -= 1
         if entry[1] < 0:
             running.remove(entry)
-            plan.finished(entry[0])
+            plan.free_request(entry[0])
     return chosen
 
 

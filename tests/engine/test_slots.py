@@ -29,7 +29,7 @@ def stepped(slots: Slots, verb: str, digest: str, size: int) -> tuple[list[Entry
     elif entry is None:
         return [], None
     elif verb == "fill" and not entry.ready:
-        filled = slots.filled(entry, size)
+        filled = slots.set_size(entry, size)
         return [entry] if filled is None else filled, entry
     elif verb == "fail" and not entry.ready:
         slots.close(entry)
@@ -67,7 +67,7 @@ def test_the_least_recently_used_is_evicted_first() -> None:
     for digest in "ab":
         entry, _ = slots.open(digest, 1)
         assert entry is not None
-        slots.filled(entry, 1)
+        slots.set_size(entry, 1)
     first = slots.find("a")
     assert first is not None
     slots.hold(first)
@@ -79,7 +79,7 @@ def test_a_slot_is_waited_for_while_all_are_held_and_refused_while_all_are_pinne
     slots = Slots(1, None)
     entry, _ = slots.open("a", 1)
     assert entry is not None
-    slots.filled(entry, 1)
+    slots.set_size(entry, 1)
     slots.hold(entry)
     assert slots.open("b", 1) == (None, [])
     entry.pinned = True
@@ -96,7 +96,7 @@ def test_an_adapter_that_is_larger_than_reserved_and_does_not_fit_is_removed() -
     slots = Slots(2, 10)
     entry, _ = slots.open("a", 5)
     assert entry is not None
-    assert slots.filled(entry, 11) is None
+    assert slots.set_size(entry, 11) is None
     assert len(slots) == slots.bytes == 0
 
 
@@ -127,7 +127,7 @@ def test_the_least_recently_used_of_all_engines_leaves_and_its_engine_is_told() 
     for slots, digest in ((second, "old"), (first, "middle"), (second, "new")):
         entry, _ = slots.open(digest, 3)
         assert entry is not None
-        slots.filled(entry, 3)
+        slots.set_size(entry, 3)
     assert first.open("next", 4) == (first.find("next"), [])
     assert taken == ["old"]
     assert (first.evictions, second.evictions) == (0, 1)

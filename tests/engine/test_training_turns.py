@@ -31,19 +31,19 @@ def part() -> Part:
 def test_answers_that_wait_get_the_rest_of_the_time(share: float, owed: float) -> None:
     turns = TrainingTurns(share)
     turns.put("", part())
-    turns.trained(2.0)
+    turns.charge_training(2.0)
     if owed:
         assert turns.take(answers_wait=True) is None
-        turns.answered(owed * 0.99)
+        turns.credit_answers(owed * 0.99)
         assert turns.take(answers_wait=True) is None
-        turns.answered(owed * 0.02)
+        turns.credit_answers(owed * 0.02)
     assert turns.take(answers_wait=True) is not None
 
 
 def test_nothing_is_owed_to_answers_that_do_not_wait() -> None:
     turns = TrainingTurns(0.1)
     turns.put("", part())
-    turns.trained(60.0)
+    turns.charge_training(60.0)
     assert turns.take(answers_wait=False) is not None
     assert not turns.owes
 
@@ -54,7 +54,7 @@ def test_the_tenant_that_was_given_least_goes_next() -> None:
         turns.put(tenant, part())
     while (taken := turns.take(answers_wait=False)) is not None:
         order.append(taken[0])
-        turns.ended(taken[0], 1.0)
+        turns.end_part(taken[0], 1.0)
     assert order == ["a", "b", "a", "a"]
 
 

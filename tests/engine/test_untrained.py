@@ -158,8 +158,8 @@ def test_a_wrong_question_is_one_line(labels: Any, more: Any, said: str) -> None
 
 def test_a_question_that_leaves_no_room_is_refused_and_a_much_longer_one_unread(llama: Path, monkeypatch: Any) -> None:
     read: list[int] = []
-    encode = ByWords._encoded
-    monkeypatch.setattr(ByWords, "_encoded", lambda self, text: read.append(1) or encode(self, text))
+    encode = ByWords._encode_text
+    monkeypatch.setattr(ByWords, "_encode_text", lambda self, text: read.append(1) or encode(self, text))
     with Engine(bases.load(str(llama)), None, limits=Limits(max_tokens=128)) as engine:
         assert decide(engine, Question(("film", "fox"), "which? " * 5), ["a fox"])
         assert read

@@ -259,7 +259,7 @@ class Echo:
     def compile(self, constraint: Any) -> None:
         """It compiles nothing, unless it has `constraints`; its answers do not keep to one."""
         if self.constraints is not None:
-            self.constraints.compiled(constraint)
+            self.constraints.compile_matcher(constraint)
 
     def is_compiled(self, constraint: Any) -> bool:
         return self.constraints is None or self.constraints.is_compiled(constraint)

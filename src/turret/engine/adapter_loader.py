@@ -156,7 +156,7 @@ class AdapterLoader:
         self._times: dict[str, float] = {}  # by key, of the last use
         self._sizes: dict[str, int] = {}  # by key, of tensors that took more than was reserved
         self.loads = self.failed_loads = 0
-        slots.on_taken, slots.on_room = self._taken, self._room
+        slots.on_taken, slots.on_room = self._on_taken, self._room
 
     # --- needs --------------------------------------------------------------------------------------------------------
 
@@ -204,7 +204,7 @@ class AdapterLoader:
             raise NotFound(f"{named} is not loaded here: see `loaded()`")
         return entry
 
-    def loaded(self) -> list[LoadedAdapter]:
+    def loaded_adapters(self) -> list[LoadedAdapter]:
         """All mounted adapters, most recently used first."""
         return [
             LoadedAdapter(
@@ -353,7 +353,7 @@ class AdapterLoader:
         del self._loading[entry.digest]
         evicted: list[Entry] | None = []
         if loaded is not None:
-            evicted = self._slots.filled(entry, loaded.bytes)
+            evicted = self._slots.set_size(entry, loaded.bytes)
             if evicted is None:  # adapters in use leave too little for more than was reserved: the needs wait again
                 self._sizes.pop(loading.named.key, None)
                 self._sizes[loading.named.key] = loaded.bytes
@@ -393,9 +393,9 @@ class AdapterLoader:
     def _goes_before(self, need: Need, first: Need) -> bool:
         """Whether a need does not wait for the first one, because the tenant of that one holds more adapters."""
         ours, others = _named_version(need).tenant, _named_version(first).tenant
-        return ours != others and self._held(ours) < self._held(others)
+        return ours != others and self._count_held(ours) < self._count_held(others)
 
-    def _held(self, tenant: str) -> int:
+    def _count_held(self, tenant: str) -> int:
         """Adapters of a tenant that its requests need now."""
         return sum(each.holds > 0 and each.digest.rpartition("/")[0] == tenant for each in self._slots.entries())
 
@@ -406,7 +406,7 @@ class AdapterLoader:
         wait = first.arrived if first is not None and short else math.inf
         if wait != self._slots.wait:
             self._slots.wait = wait
-            self._slots.budget.changed(self._slots)
+            self._slots.budget.announce_room(self._slots)
 
     def _room(self) -> None:
         """Another engine of the budget may have freed memory. Called with the lock."""
@@ -414,7 +414,7 @@ class AdapterLoader:
             self._released = True
             self._wake.notify_all()
 
-    def _taken(self, entry: Entry) -> None:
+    def _on_taken(self, entry: Entry) -> None:
         """An adapter was evicted for another engine of the budget. Called with the lock."""
         self._evict(entry)
         self._wake.notify_all()

@@ -200,7 +200,7 @@ class Heads:
         paths += self._inside.values()
         self._modules = {path: copy.deepcopy(owner.get_submodule(path)).to("meta").eval() for path in paths}
 
-    def checked(self, adapter: Adapter, outputs: int | None) -> dict[str, Tensor]:
+    def check_head(self, adapter: Adapter, outputs: int | None) -> dict[str, Tensor]:
         """The adapter's head by names in the model. Raises AdapterError if it is incomplete or does not fit.
 
         Args:
@@ -345,7 +345,7 @@ class AdapterPool:
         others = tuple(map(self._with_own_names, adapter.others))
         adapter = replace(self._with_own_names(adapter), others=others)
         parts = all_parts(self._model, adapter)
-        head = self._head("tag" if task.reads_tokens else "classify").checked(adapter, task.num_labels(task.labels))
+        head = self._head("tag" if task.reads_tokens else "classify").check_head(adapter, task.num_labels(task.labels))
         factors, prefix, ends = self._by_layer(parts, head), tensor_layout(parts.prefix), tensor_layout(head)
         count = sum(part.numel() for pair in factors.values() for part in pair)
         room = prefix.count + ends.count

@@ -116,12 +116,12 @@ class Passes:
         running, started, began = list(self.generating), list[RunningSequence](), time.monotonic()
         outcome: Outcome | None = None
         try:
-            outcome = self._computed(begin, running, started)
+            outcome = self._compute_pass(begin, running, started)
         except Exception as error:
             for sequence in started:
                 sequence.close(self._runner.cache)
             if not memory_ran_out(error):
-                self._failed(begin, running, error)
+                self._fail_requests(begin, running, error)
                 return
         if outcome is None:  # here the error is gone, which held the tensors of the pass
             self._run_in_parts(begin, running)
@@ -132,9 +132,9 @@ class Passes:
             self._passed(begin, steps, time.monotonic() - began)
             self._read(begin, running, started, outcome)
         except Exception as error:
-            self._failed(begin, [*started, *running], error)
+            self._fail_requests(begin, [*started, *running], error)
 
-    def _failed(self, begin: Sequence[Request], sequences: Sequence[RunningSequence], error: Exception) -> None:
+    def _fail_requests(self, begin: Sequence[Request], sequences: Sequence[RunningSequence], error: Exception) -> None:
         """End all requests of a pass."""
         what = f"a pass failed ({type(error).__name__}: {error}): ask again, or report it"
         reason = error if isinstance(error, TurretError) else EngineError(one_line(what))
@@ -170,7 +170,7 @@ class Passes:
         if self.generating:
             self.run(())
 
-    def _computed(
+    def _compute_pass(
         self, begin: Sequence[Request], running: Sequence[RunningSequence], started: list[RunningSequence]
     ) -> Outcome:
         self._runner.reserve([self._row(request) for request in begin if request.rows])
@@ -185,14 +185,14 @@ class Passes:
         outcome: Outcome,
     ) -> None:
         for request, pooled in zip([each for each in begin if each.embeds], outcome.embeddings, strict=True):
-            self._embedded(request, pooled)
+            self._end_embedding(request, pooled)
         for request, scores in zip([each for each in begin if each.scores], outcome.scores, strict=True):
-            self._scored(request, scores)
+            self._end_scoring(request, scores)
         classify = [request for request in begin if not (request.rows or request.embeds or request.scores)]
         classes = iter(outcome.classes)
         for request in classify:
             rows = [next(classes) for _ in request.windows] or [next(classes)[None]]
-            self._classified(request, torch.cat(rows))
+            self._end_classification(request, torch.cat(rows))
         for row, sequence in enumerate(started):
             sequence.read(outcome.prompts.get(row, ()))
         self._take_tokens([*started, *running], outcome.vocabulary)
@@ -221,7 +221,7 @@ class Passes:
         assert request.settings is not None
         return len(request.ids), max(1, request.settings.max_tokens), _slot(request)
 
-    def _classified(self, request: Request, logits: torch.Tensor) -> None:
+    def _end_classification(self, request: Request, logits: torch.Tensor) -> None:
         try:
             if not bool(torch.isfinite(logits).all()):
                 raise self._not_finite(request)
@@ -243,7 +243,7 @@ class Passes:
         trained = None if loaded is None else loaded.task.embedding
         return asked.over(trained or Embedding(self._runner.base.family.embedding))
 
-    def _embedded(self, request: Request, pooled: torch.Tensor) -> None:
+    def _end_embedding(self, request: Request, pooled: torch.Tensor) -> None:
         try:
             if not bool(torch.isfinite(pooled).all()):
                 raise self._not_finite(request, "a vector that is")
@@ -252,7 +252,7 @@ class Passes:
         except Exception as error:
             self._end(request, Failed(error if isinstance(error, TurretError) else _unexpected_error(error)), 0)
 
-    def _scored(self, request: Request, scores: Sequence[float]) -> None:
+    def _end_scoring(self, request: Request, scores: Sequence[float]) -> None:
         if all(map(math.isfinite, scores)):
             self._end(request, Done({"logprobs": list(scores), "prompt_tokens": request.tokens}), 0)
         else:
@@ -444,12 +444,12 @@ class Engine:
         self._waiting: set[Request] = set()  # not begun
         self._waiting_tokens: Counter[str] = Counter()  # by tenant
         self._counters = Counters(clock)
-        ways = self._end, self._freed, self._passed
+        ways = self._end, self._free_request, self._count_pass
         self._passes: Passes | VllmPasses
         if isinstance(self._runner, Runner):
             self._passes = Passes(self._runner, self._prompts, *ways)
         else:
-            self._passes = self._runner.passes(self._prompts, *ways, self._stepped, self._wake)
+            self._passes = self._runner.passes(self._prompts, *ways, self._count_tokens, self._wake)
         self._submitting = threading.local()  # the group of a thread
         self._trainings = TrainingTurns(self.limits.train_percent / 100)
         self._retired: set[Named] = set()  # of `hold`, no longer wanted
@@ -560,7 +560,7 @@ class Engine:
 
     def compile(self, constraint: Constraint) -> None:
         """Compile a constraint, so that a request with it is submitted at once. May take seconds. Raises DataError."""
-        self._prompts.constraints.compiled(constraint)
+        self._prompts.constraints.compile_matcher(constraint)
 
     def is_compiled(self, constraint: Constraint) -> bool:
         """Whether a request with this constraint is submitted at once."""
@@ -624,7 +624,7 @@ class Engine:
                 raise Draining("the engine loads no adapters: it is being stopped; ask another one")
             loaded = self._loader.need(warm)
             if loaded is not None:
-                self._warmed(warm)
+                self._end_warm(warm)
         warm.done.result()
         return named
 
@@ -663,7 +663,7 @@ class Engine:
     def loaded(self) -> list[LoadedAdapter]:
         """The adapters in memory, most recently used first."""
         with self._wake:
-            return self._loader.loaded()
+            return self._loader.loaded_adapters()
 
     def stats(self) -> Stats:
         """A snapshot of the queue, the running rows, the adapters in memory and the totals."""
@@ -741,7 +741,7 @@ class Engine:
         self._open.add(request)
         self._waiting.add(request)
         self._count(request, request.tokens)
-        self._counters.submitted(request)
+        self._counters.count_request(request)
         if request.deadline is not None:
             self._wake.notify_all()  # the thread may sleep longer than that
 
@@ -782,7 +782,7 @@ class Engine:
             self._cancelled = True
             self._wake.notify_all()
 
-    def _warmed(self, warm: Warm) -> None:
+    def _end_warm(self, warm: Warm) -> None:
         """End a call of `warm`: its adapter is mounted. Called with the lock."""
         entry = warm.entry
         assert entry is not None
@@ -838,7 +838,7 @@ class Engine:
             ready, failed = self._loader.between_passes()
             for need, _ in ready:
                 if isinstance(need, Warm):
-                    self._warmed(need)
+                    self._end_warm(need)
             overdue = self._overdue()
         self._take_up(ready, failed, overdue)
         with self._wake:
@@ -850,7 +850,7 @@ class Engine:
             started = time.monotonic()
             self._passes.run(begin)
             with self._wake:
-                self._trainings.answered(time.monotonic() - started)
+                self._trainings.credit_answers(time.monotonic() - started)
 
     def _train(self) -> None:
         """Run a part of a training, if it is due."""
@@ -866,7 +866,7 @@ class Engine:
             seconds = time.monotonic() - began
             trained += seconds
             with self._wake:
-                self._trainings.trained(seconds)
+                self._trainings.charge_training(seconds)
             while self._answers_first():
                 with torch.inference_mode():
                     self._answer()
@@ -876,8 +876,8 @@ class Engine:
             part.run(pause)
         trained += (seconds := time.monotonic() - began)
         with self._wake:
-            self._trainings.trained(seconds)
-            self._trainings.ended(tenant, trained)
+            self._trainings.charge_training(seconds)
+            self._trainings.end_part(tenant, trained)
 
     def _answers_wait(self) -> bool:
         """Whether there is something to answer now. Called with the lock."""
@@ -946,19 +946,19 @@ class Engine:
                 self._loader.release(request)
                 if self._retired:
                     self._forget_retired()
-            self._counters.ended(request, isinstance(end, Done), tokens)
+            self._counters.count_end(request, isinstance(end, Done), tokens)
             self._wake.notify_all()
         request.ticket.end(end)
 
-    def _freed(self, request: Request) -> None:
+    def _free_request(self, request: Request) -> None:
         with self._wake:
-            self._scheduler.finished(request)
+            self._scheduler.free_request(request)
 
-    def _passed(self, begin: Sequence[Request], steps: int, seconds: float) -> None:
+    def _count_pass(self, begin: Sequence[Request], steps: int, seconds: float) -> None:
         with self._wake:
-            self._counters.passed(begin, steps, seconds, bool(self._waiting))
+            self._counters.count_pass(begin, steps, seconds, bool(self._waiting))
 
-    def _stepped(self, tokens: int, seconds: float) -> None:
+    def _count_tokens(self, tokens: int, seconds: float) -> None:
         """Count further tokens of one row, with so many seconds between two of them."""
         with self._wake:
-            self._counters.stepped(tokens, seconds)
+            self._counters.count_tokens(tokens, seconds)

@@ -40,7 +40,7 @@ class Row(Protocol):
     settings: GenerationSettings
     random: random.Random
 
-    def counted(self) -> Sequence[int]:
+    def counted_tokens(self) -> Sequence[int]:
         """The tokens that penalties count; they end with the answer so far."""
         ...
 
@@ -121,7 +121,7 @@ def _adjust(scores: Tensor, rows: Sequence[Row]) -> None:
         settings = row.settings
         if settings.plain:
             continue
-        counted = row.counted()
+        counted = row.counted_tokens()
         if settings.repetition_penalty != 1.0:
             own = sorted({token for token in counted if token < V})
             seen += [(place, token) for token in own]
@@ -308,12 +308,14 @@ def choose(scores: Tensor, rows: Sequence[Row], guides: Mapping[int, Guide] | No
     finite = torch.isfinite(scores.sum(-1)).tolist()
     for number, row in enumerate(rows):
         if not row.settings.plain and finite[number]:
-            adjust(scores[number], row.counted(), row.new, row.settings)
+            adjust(scores[number], row.counted_tokens(), row.new, row.settings)
     for number, guide in (guides or {}).items():
         guide.mask(scores[number])
     greedy = scores.argmax(-1).tolist()
     ids = {
-        number: guide.allowed() for number, guide in (guides or {}).items() if rows[number].settings.temperature > 0.0
+        number: guide.allowed_tokens()
+        for number, guide in (guides or {}).items()
+        if rows[number].settings.temperature > 0.0
     }
     return [
         None

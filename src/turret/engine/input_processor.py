@@ -72,7 +72,7 @@ class Prompts:
             ids, segments = self.check_row(text)
         if ids is not None and (kind != "generate" or options.truncate_prompt_tokens is None):
             self._check_length(len(ids), self._limits.max_tokens)
-        matcher = None if options.constraint is None else self.constraints.compiled(options.constraint)
+        matcher = None if options.constraint is None else self.constraints.compile_matcher(options.constraint)
         receipt = Receipt(
             id=secrets.token_hex(8),  # a number would tell how many requests others have
             name=named.name if named else None,
@@ -146,7 +146,7 @@ class Prompts:
                 if rows is not None:
                     request.windows, request.ids = rows, rows[0][0]
                 else:
-                    request.ids, request.segments, request.ticket.cut = self._shared(request, request.text, own)
+                    request.ids, request.segments, request.ticket.cut = self._encode_shared(request, request.text, own)
         elif request.options.read is not None:
             request.windows = [(request.ids, request.options.read)]
         shift = 0 if loaded is None else loaded.prefix_length
@@ -205,7 +205,7 @@ class Prompts:
                 for whole, token in zip(wholes, tokens, strict=True)
             ]
 
-    def _shared(
+    def _encode_shared(
         self, request: Request, text: Input, loaded: AdapterTensors | None
     ) -> tuple[list[int], list[int] | None, bool]:
         """Ids, segments, and whether the text was cut; as encoded for another of its group that reads it alike."""
@@ -214,13 +214,13 @@ class Prompts:
         key = (text, alike, request.options.cut)
         if known is not None and alike is not None and key in known:
             return known[key]
-        row, cut = self._encoded(text, loaded, request.options)
+        row, cut = self._encode_prompt(text, loaded, request.options)
         found = (*self.check_row(row), cut)
         if known is not None and alike is not None:
             known[key] = found
         return found
 
-    def _encoded(self, text: Input, loaded: AdapterTensors | None, options: SamplingParams) -> tuple[Row, bool]:
+    def _encode_prompt(self, text: Input, loaded: AdapterTensors | None, options: SamplingParams) -> tuple[Row, bool]:
         """(row, whether the adapter's task cut the text). Raises ContextLengthExceeded if that is not wanted."""
         if loaded is not None:
             encoded = loaded.task.encode_sources([text])[0]

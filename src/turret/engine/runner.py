@@ -160,7 +160,7 @@ class Runner:
         """
         scored = [row for row in prefill if row.branches]
         scores = self._scores(scored) if scored else []
-        prefill = [self._begun(row) for row in prefill if not row.branches]
+        prefill = [self._begin_prompt(row) for row in prefill if not row.branches]
         if not prefill and not steps:
             return Outcome([], [], torch.empty(0), {}, scores)
         order = sorted(range(len(prefill)), key=lambda row: prefill[row].slot)
@@ -233,7 +233,7 @@ class Runner:
             for (_, number, _), value in zip(asked, logprobs[index[:, 0], index[:, 1]].tolist(), strict=True):
                 found[number] += value
 
-    def _begun(self, row: Prefill) -> Prefill:
+    def _begin_prompt(self, row: Prefill) -> Prefill:
         """What is left of a prompt for its last pass. The passes before it run here, each of one part of the prompt."""
         if not self._cuts or row.kv_slot is None or row.logprobs is not None or len(row.ids) <= PROMPT_PASS:
             return row
@@ -266,7 +266,7 @@ class Runner:
             body.append(place)
         return bodies, body
 
-    def _shared(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _Shared | None:
+    def _shared_rows(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _Shared | None:
         """What rows with the same tokens share, because their adapters change only layers above."""
         pool, groups = self.adapter_pool, dict[TextTokens, list[int]]()
         if steps or not pool.layers or any(not row.classifies for row in rows):
@@ -306,7 +306,7 @@ class Runner:
     def _single_stack(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
         """An encoder or a decoder."""
         family = self.base.family
-        kind, shared = family.kind, self._shared(rows, steps)
+        kind, shared = family.kind, self._shared_rows(rows, steps)
         lower = rows if shared is None else shared.rows
         ids, call = self._tokens(lower, steps)
         lengths = [len(row.ids) for row in rows]
@@ -487,7 +487,7 @@ class Runner:
             read = hidden[copied(torch.tensor(index), hidden.device)]
             logits = self.adapter_pool.logits("tag", slots, counts, read)
             classes |= {order[place]: row for (place, _), row in zip(tagged, logits, strict=True)}
-        vectors = {order[place]: row for place, row in self._embedded(rows, states, body).items()}
+        vectors = {order[place]: row for place, row in self._pooled_states(rows, states, body).items()}
         last = {order[place]: ends[body[place]] - 1 for place, row in enumerate(rows) if row.kv_slot is not None}
         tokens = [last[row] for row in sorted(last)]
         first_step = hidden.shape[0] - len(step_order)
@@ -512,7 +512,7 @@ class Runner:
             prompts,
         )
 
-    def _embedded(self, rows: Sequence[Prefill], states: _States, body: Sequence[int]) -> dict[int, Tensor]:
+    def _pooled_states(self, rows: Sequence[Prefill], states: _States, body: Sequence[int]) -> dict[int, Tensor]:
         """The pooled hidden states (D,) of each row to embed, by its place, float32 on the CPU."""
         found: dict[int, Tensor] = {}
         for pooling in {row.pooling for row in rows if row.pooling is not None}:

@@ -110,7 +110,7 @@ class Scheduler:
         for flow in {id(flow): flow for flow in map(self._flow, gone)}.values():
             flow.requests = deque(each for each in flow.requests if id(each) not in removed)
         for each in gone:
-            self._left(each)
+            self._leave_queue(each)
             self._turns.leave(each.tenant)
 
     def next(self) -> list[Request]:
@@ -147,7 +147,7 @@ class Scheduler:
         self._passes += bool(chosen)
         return chosen
 
-    def finished(self, request: Request) -> None:
+    def free_request(self, request: Request) -> None:
         """Free the rows and the cache of a request that generated."""
         self._rows.free(request.tenant, request.rows)
         self._cache.free(request.tenant, request.cache_tokens)
@@ -174,7 +174,7 @@ class Scheduler:
     def _take(self, request: Request) -> None:
         taken = self._flow(request).requests.popleft()
         assert taken is request
-        self._left(request)
+        self._leave_queue(request)
         self._turns.charge(request.tenant, request.tokens)
         if request.rows:
             self._rows.take(request.tenant, request.rows)
@@ -185,7 +185,7 @@ class Scheduler:
     def _flow(self, request: Request) -> _Flow:
         return self._tenants[request.tenant][request.priority][request.flow]
 
-    def _left(self, request: Request) -> None:
+    def _leave_queue(self, request: Request) -> None:
         """Count a request that waits no more, and drop what is empty without it."""
         self.waiting_tokens -= request.tokens
         tenant = self._tenants.get(request.tenant, {})
@@ -290,7 +290,7 @@ class Counters:
         self._waited = False  # whether requests waited then
         self._versions: dict[str, VersionStats] = {}
 
-    def submitted(self, request: Request) -> None:
+    def count_request(self, request: Request) -> None:
         """Count a request that was taken."""
         known = self._versions.pop(request.flow, None) or VersionStats("")
         name = str(request.named) if request.named else ""
@@ -298,7 +298,7 @@ class Counters:
         if len(self._versions) > KEPT:
             del self._versions[next(iter(self._versions))]
 
-    def passed(self, begin: Sequence[Request], steps: int, seconds: float, waits: bool) -> None:
+    def count_pass(self, begin: Sequence[Request], steps: int, seconds: float, waits: bool) -> None:
         """Count a pass.
 
         Args:
@@ -322,7 +322,7 @@ class Counters:
             self._serve(read, max(now - self._last, seconds) if self._waited else seconds)
         self._last, self._waited = now, waits
 
-    def stepped(self, tokens: int, seconds: float) -> None:
+    def count_tokens(self, tokens: int, seconds: float) -> None:
         """Count further tokens of one row. seconds: between two of them."""
         self.tokens += tokens
         self.between_tokens.observe(max(0.0, seconds), tokens)
@@ -334,7 +334,7 @@ class Counters:
         self._worked = self._worked * decay + seconds
         self._measured += seconds
 
-    def ended(self, request: Request, answered: bool, tokens: int) -> None:
+    def count_end(self, request: Request, answered: bool, tokens: int) -> None:
         """Count the end of a request that generated so many tokens. One that was cancelled is no error."""
         failed = not answered and not request.cancelled
         self.answers += answered
@@ -472,15 +472,15 @@ class TrainingTurns:
         """Whether answers go first if some wait."""
         return self._owed > 0.0
 
-    def trained(self, seconds: float) -> None:
+    def charge_training(self, seconds: float) -> None:
         """A pass of a training took so long."""
         self._owed += seconds * (1.0 - self._share) / self._share
 
-    def answered(self, seconds: float) -> None:
+    def credit_answers(self, seconds: float) -> None:
         """A pass of answers took so long."""
         self._owed = max(0.0, self._owed - seconds)
 
-    def ended(self, tenant: str, seconds: float) -> None:
+    def end_part(self, tenant: str, seconds: float) -> None:
         """A part has ended. seconds: that it trained."""
         self._queue.ended(tenant, seconds)
 

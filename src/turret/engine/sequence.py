@@ -435,7 +435,7 @@ class RunningSequence:
             for text, kv_slot in zip(self.beams.running, self.kv_slots, strict=True)
         ]
 
-    def counted(self) -> Sequence[int]:
+    def counted_tokens(self) -> Sequence[int]:
         """The tokens that penalties count."""
         return [*self._before, *self.tokens]
 

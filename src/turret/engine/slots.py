@@ -45,7 +45,7 @@ class MemoryBudget:
     def entries(self) -> list[Entry]:
         return [entry for each in self.members for entry in each.entries()]
 
-    def changed(self, by: Slots) -> None:
+    def announce_room(self, by: Slots) -> None:
         """Tell the other engines that there may be room for an adapter that waits."""
         for each in self.members:
             if each is not by:
@@ -108,7 +108,7 @@ class Slots:
     def leave(self) -> None:
         """Give all bytes back to the budget: the engine ends."""
         self.budget.members.remove(self)
-        self.budget.changed(self)
+        self.budget.announce_room(self)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -131,7 +131,7 @@ class Slots:
         entry.holds -= 1
         self._touch(entry)
         if not entry.holds:
-            self.budget.changed(self)
+            self.budget.announce_room(self)
 
     def open(self, digest: str, size: int) -> tuple[Entry | None, list[Entry]]:
         """Take a slot for an adapter that will be loaded.
@@ -156,7 +156,7 @@ class Slots:
         self._touch(entry)
         return entry, evicted
 
-    def filled(self, entry: Entry, size: int) -> list[Entry] | None:
+    def set_size(self, entry: Entry, size: int) -> list[Entry] | None:
         """Set the true size of a loaded adapter.
 
         Returns:
@@ -175,7 +175,7 @@ class Slots:
         entry.bytes, entry.ready = size, True
         self._touch(entry)
         if entry.idle:
-            self.budget.changed(self)
+            self.budget.announce_room(self)
         return evicted
 
     def has_room(self, size: int) -> bool:
@@ -202,7 +202,7 @@ class Slots:
     def close(self, entry: Entry) -> None:
         """Free a slot."""
         self._free_slot(entry)
-        self.budget.changed(self)
+        self.budget.announce_room(self)
 
     def gives_way(self, before: float) -> bool:
         """Whether another engine of the budget waits for memory since before that time, and longer than this one."""

@@ -49,14 +49,14 @@ class Constraints:
         self._own: LLTokenizer | None = None
         self._helper: ConstraintProcess | None = None
 
-    def compiled(self, constraint: Constraint) -> LLMatcher:
+    def compile_matcher(self, constraint: Constraint) -> LLMatcher:
         """A matcher at its start, for one answer. May take seconds; runs on the caller's thread. Raises DataError."""
         digest = _digest(constraint)
         with self._lock:
             known = self._known[digest][0] if digest in self._known else None
             if known is not None:
                 self._known.move_to_end(digest)
-            tokens, helper = self._opened()
+            tokens, helper = self._open_helper()
         if known is None:
             if (refused := self._checked_by(helper, digest, constraint)) is not None:
                 raise DataError(f"{constraint.what} cannot be used: {_reason(refused.why)}")
@@ -70,7 +70,7 @@ class Constraints:
         return known.deep_copy()
 
     def is_compiled(self, constraint: Constraint) -> bool:
-        """Whether `compiled` would answer at once."""
+        """Whether `compile_matcher` would answer at once."""
         return _digest(constraint) in self._known
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Constraints:
                 self._checked.popitem(last=False)
         return refused
 
-    def _opened(self) -> tuple[LLTokenizer, ConstraintProcess]:
+    def _open_helper(self) -> tuple[LLTokenizer, ConstraintProcess]:
         """The tokenizer as llguidance reads it, here and in the helper. Called with the lock."""
         if self._own is None or self._helper is None:
             backend = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -151,7 +151,7 @@ class Guide:
         scores.masked_fill_(copied(torch.from_numpy(denied), scores.device), -torch.inf)
         self._denied = denied
 
-    def allowed(self) -> Tensor:
+    def allowed_tokens(self) -> Tensor:
         """The tokens that the last `mask` let through, (n,) int64 on the CPU."""
         return torch.from_numpy(np.flatnonzero(~self._denied))
 

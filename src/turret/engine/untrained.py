@@ -163,7 +163,7 @@ class ByWords:
         longest = min(ANSWER_TOKENS, room // 4)
         self._task = task or bare_chat(base.tokenizer, room - longest, longest)
         characters = len(question.prompt(EMPTY))
-        if characters > TOKEN_CHARACTERS * room or self._encoded(EMPTY).cut:
+        if characters > TOKEN_CHARACTERS * room or self._encode_text(EMPTY).cut:
             raise DataError(
                 f"the question has {characters:,} characters beside the text, more than {base.id} has room for: "
                 "give shorter instructions and descriptions, or fewer labels"
@@ -186,16 +186,16 @@ class ByWords:
         So of a very long text only twice the part that fits is ever read.
         """
         known, end = 0, min(len(text), FIRST_CHARACTERS)
-        while not (most := self._encoded(text[:end])).cut:
+        while not (most := self._encode_text(text[:end])).cut:
             if end == len(text):
                 return most
             known, end = end, min(len(text), 2 * end)
         while end - known > 1:
             middle = (known + end) // 2
-            known, end = (known, middle) if self._encoded(text[:middle]).cut else (middle, end)
-        return self._encoded(text[:known])
+            known, end = (known, middle) if self._encode_text(text[:middle]).cut else (middle, end)
+        return self._encode_text(text[:known])
 
-    def _encoded(self, text: str) -> Encoded:
+    def _encode_text(self, text: str) -> Encoded:
         return self._task.encode_sources([self.question.prompt(text)])[0]
 
     def scores(self, first: Sequence[Answer], answers: Sequence[Answer]) -> list[float]:

@@ -78,7 +78,7 @@ class Vllm:
         timeout = httpx2.Timeout(LOAD_SECONDS, connect=CONNECT_SECONDS)
         self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
         self.headers = headers
-        found = self._asked("GET", "/v1/models")["data"]
+        found = self._request_json("GET", "/v1/models")["data"]
         model = next((each for each in found if not each.get("parent")), None)
         if model is None:
             raise ServeRefused(f"vLLM at {self.url} serves no base: start it with the base {base.id}")
@@ -152,7 +152,9 @@ class Vllm:
         return Draining(f"vLLM at {self.url} does not answer ({type(error).__name__}): ask again, or start it again")
 
     def _check_tokenizer(self) -> None:
-        told = self._asked("POST", "/tokenize", {"model": self.name, "prompt": PROBE, "add_special_tokens": False})
+        told = self._request_json(
+            "POST", "/tokenize", {"model": self.name, "prompt": PROBE, "add_special_tokens": False}
+        )
         own = self.base.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         if list(told["tokens"]) != [int(each) for each in own]:
             raise ServeRefused(
@@ -160,7 +162,7 @@ class Vllm:
                 "this base, or name its base with --base"
             )
 
-    def _asked(self, method: str, path: str, body: Mapping[str, Plain] | None = None) -> JsonObject:
+    def _request_json(self, method: str, path: str, body: Mapping[str, Plain] | None = None) -> JsonObject:
         try:
             got = self._client.request(method, path, json=body)
             got.raise_for_status()

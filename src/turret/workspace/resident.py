@@ -336,7 +336,7 @@ class PassThread:
             with torch.inference_mode(False), torch.enable_grad():
                 part.run()
             with self._wake:
-                self._turns.ended(tenant, time.monotonic() - started)
+                self._turns.end_part(tenant, time.monotonic() - started)
 
 
 # --- a place ----------------------------------------------------------------------------------------------------------
