@@ -175,8 +175,8 @@ def test_who_a_client_is() -> None:
 
 def test_connections_are_counted_by_client_and_forgotten() -> None:
     clients = ClientConnections(4, 2, networks(["10.0.0.0/8"]))
-    assert clients.limited(("10.9.9.9", 5)) is None
-    assert ClientConnections(4, None).limited(("1.2.3.4", 5)) is None
+    assert clients.limited_client(("10.9.9.9", 5)) is None
+    assert ClientConnections(4, None).limited_client(("1.2.3.4", 5)) is None
     for client in ("1.2.3.4", "1.2.3.4", None, None):
         clients.enter(client)
     with pytest.raises(Busy, match=r"^2 connections of 1\.2\.3\.4 are open"):

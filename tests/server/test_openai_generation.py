@@ -411,6 +411,8 @@ def test_a_composition_is_answered_for_those_who_may_use_all_its_adapters(runnin
         for model in ("a+b", "b+a", "a@1+b@1"):
             with pytest.raises(openai.NotFoundError):
                 clients["limited"].completions.create(model=model, **asked)
-        assert "a@1+b@1" not in [each.version for each in made.served.view(Access(adapters=("a",))).engines.loaded()]
+        assert "a@1+b@1" not in [
+            each.version for each in made.served.view(Access(adapters=("a",))).engines.loaded_adapters()
+        ]
     finally:
         made.stop()

@@ -109,7 +109,7 @@ def test_metrics_count_answers_of_versions_requests_and_the_engine(serve, put) -
 def test_labels_stay_few_however_many_versions_answer() -> None:
     metrics = Metrics(dict)
     for number in range(MOST_VERSIONS * 3):
-        metrics.answered(f"a@{number}", "classify", 1, 0, 1, 0.1)
+        metrics.count_request(f"a@{number}", "classify", 1, 0, 1, 0.1)
     text = metrics.text().decode()
     labels = {line for line in text.splitlines() if line.startswith("turret_adapter_answers_total{")}
     assert len(labels) == MOST_VERSIONS + 1

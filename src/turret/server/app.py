@@ -178,7 +178,7 @@ def routes(services: Services) -> FastAPI:
 
 
 def _encode_error(response: ErrorResponse, headers: dict[str, str] | None = None) -> Response:
-    return Response(response.encoded(), response.status, {**response.headers, **(headers or {})})
+    return Response(response.encode_body(), response.status, {**response.headers, **(headers or {})})
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ class HttpProtocol(H11Protocol):
         opened = transport.get_extra_info("socket")
         if opened is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # ends a closed connection that nobody reads
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.write_seconds * 1000))
-        client = self.clients.limited(transport.get_extra_info("peername"))
+        client = self.clients.limited_client(transport.get_extra_info("peername"))
         try:
             self.clients.enter(client)
         except Busy as error:
@@ -347,7 +347,7 @@ class HttpProtocol(H11Protocol):
         self._stop_header_timer()
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
             response = error_response(error)
-            body = response.encoded()
+            body = response.encode_body()
             headers = {**response.headers, "content-length": str(len(body)), "connection": "close"}
             lines = [f"HTTP/1.1 {response.status} {STATUS_PHRASES[response.status].decode()}"]
             lines += [f"{name}: {value}" for name, value in headers.items()]

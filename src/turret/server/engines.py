@@ -218,7 +218,7 @@ class SeenEngines:
     def unpin(self, reference: str) -> Named:
         return self._adapters_base(reference).engine.unpin(self._within(reference))
 
-    def loaded(self) -> Sequence[LoadedAdapter]:
+    def loaded_adapters(self) -> Sequence[LoadedAdapter]:
         """The versions in memory that the access sees, base by base. The numbers of slots leave out those of others."""
         loaded = [each for base in self.askable for each in base.engine.loaded()]
         seen = [each for each in loaded if each.tenant == self._tenant and self._sees_names(each.version)]
@@ -229,15 +229,15 @@ class SeenEngines:
 
     def in_memory(self, digest: str) -> bool:
         """Whether the version with this digest is loaded."""
-        return any(each.digest == digest for each in self.loaded())
+        return any(each.digest == digest for each in self.loaded_adapters())
 
     def stats(self) -> dict[str, Stats]:
         """The figures of each engine by the name of its base, with the versions that the access sees."""
-        return {base.name: self._limited(base) for base in self.bases}
+        return {base.name: self._seen_stats(base) for base in self.bases}
 
     # --- the inside ---------------------------------------------------------------------------------------------------
 
-    def _limited(self, base: ServedBase) -> Stats:
+    def _seen_stats(self, base: ServedBase) -> Stats:
         stats, start = base.engine.stats(), f"{self._tenant}/" if self._tenant else ""
         sees_base = self.access.sees_base(base.id)
         versions = {

@@ -85,7 +85,7 @@ class ErrorResponse:
     body: JsonObject
     headers: dict[str, str]
 
-    def encoded(self) -> bytes:
+    def encode_body(self) -> bytes:
         return json.dumps(self.body, ensure_ascii=False).encode("utf-8", "replace")
 
 
@@ -152,7 +152,7 @@ async def send_error(
             client gets to read the response.
     """
     response = error_response(error)
-    body = response.encoded()
+    body = response.encode_body()
     headers = {**response.headers, "content-length": str(len(body))}
     if close or linger:
         headers["connection"] = "close"

@@ -169,7 +169,7 @@ class ClientConnections:
         self.open_of: Counter[str] = Counter()
         self._proxies = proxies
 
-    def limited(self, peer: Peer) -> str | None:
+    def limited_client(self, peer: Peer) -> str | None:
         """The client of a connection; None if it has no limit of its own."""
         client = client_of(peer) if self.limit_per_client is not None else None
         if client is None:
@@ -244,9 +244,9 @@ class Load:
             yield
         finally:
             places.free(tenant)
-            self.ended()
+            self.note_end()
 
-    def ended(self) -> None:
+    def note_end(self) -> None:
         """Note when a request ended."""
         self._ends.append(time.monotonic())
 
@@ -280,7 +280,7 @@ class LimitMiddleware:
                     await self._pass_on(scope, receive, send)
                     return
                 most = self.limits.body_bytes_of(scope["method"], scope["path"])
-                body = _Body(self.limits, most, self.load, self.clients.limited(scope.get("client")), tenant)
+                body = _Body(self.limits, most, self.load, self.clients.limited_client(scope.get("client")), tenant)
                 try:
                     await self._pass(scope, receive, send, body)
                 finally:
@@ -482,7 +482,7 @@ class Quotas:
 
     def admit(self, key: str, owner: str, quota: Quota) -> None:
         """Take one request, or raise QuotaSpent and take nothing. owner: the key's name in the error."""
-        buckets = self._filled(key, quota)
+        buckets = self._fill_buckets(key, quota)
         for unit in ("requests", "tokens"):
             bucket = buckets.get(unit)
             if bucket is not None and (seconds := bucket.wait(1)) > 1e-9:
@@ -495,7 +495,7 @@ class Quotas:
 
     def charge(self, key: str, quota: Quota, tokens: int) -> None:
         """Take the tokens of an answer."""
-        buckets = self._filled(key, quota)
+        buckets = self._fill_buckets(key, quota)
         if "tokens" in buckets:
             buckets["tokens"].level -= tokens
 
@@ -506,13 +506,13 @@ class Quotas:
 
     def set_tokens(self, key: str, quota: Quota, level: float) -> None:
         """Take over the level of tokens that all servers share."""
-        if (bucket := self._filled(key, quota).get("tokens")) is not None:
+        if (bucket := self._fill_buckets(key, quota).get("tokens")) is not None:
             bucket.level = min(bucket.per_minute, level)
 
     def __len__(self) -> int:
         return len(self._buckets)
 
-    def _filled(self, key: str, quota: Quota) -> dict[str, _Bucket]:
+    def _fill_buckets(self, key: str, quota: Quota) -> dict[str, _Bucket]:
         now = self._clock()
         limits = {"requests": quota.requests, "tokens": quota.tokens}
         sizes = {unit: size for unit, size in limits.items() if size is not None}

@@ -82,7 +82,7 @@ class LivePromises:
                 self._known[digest] = None if found is None else _covered_promise(connection, found)
         return self._known[digest]
 
-    def answered(self, covered: Covered, receipt: str, answers: Sequence[Answer]) -> list[bool]:
+    def log_answers(self, covered: Covered, receipt: str, answers: Sequence[Answer]) -> list[bool]:
         """Whether each answer abstains; logs all of them.
 
         Args:
@@ -209,7 +209,7 @@ class InputSampler:
 
     def _keep(self, promise_id: int, base: ServedBase, text: str) -> None:
         try:
-            vector = self._embedded(base, text)
+            vector = self._embed_text(base, text)
         except (EngineError, TimeoutError):
             return
         except (TurretError, ValueError) as error:
@@ -221,7 +221,7 @@ class InputSampler:
         with self._database.writing() as connection:
             promises.add_input(connection, promise_id, vector)
 
-    def _embedded(self, base: ServedBase, text: str) -> bytes:
+    def _embed_text(self, base: ServedBase, text: str) -> bytes:
         from turret.experiments.input_drift import MOST_TOKENS, packed  # loads numpy
 
         tokens = self._tokens.setdefault(base.fingerprint, Tokens(base.tokenizer))

@@ -117,7 +117,7 @@ class TenantTotals:
         self._failures = self._counter("turret_tenant_failures", "Answers to a tenant that did not complete")
         self._tokens = self._counter("turret_tenant_tokens", "Tokens of the answers to a tenant")
 
-    def answered(self, tenant: str, count: int, failed: int, tokens: int) -> None:
+    def count_request(self, tenant: str, count: int, failed: int, tokens: int) -> None:
         """One request of a tenant, with so many answers and failed inputs."""
         label = tenant if tenant in self._tenants or len(self._tenants) < MOST_VERSIONS else "other"
         self._tenants.add(label)
@@ -192,7 +192,7 @@ class Metrics:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def answered(self, version: str, kind: str, count: int, failed: int, tokens: int, seconds: float) -> None:
+    def count_request(self, version: str, kind: str, count: int, failed: int, tokens: int, seconds: float) -> None:
         """One request to a version, with so many answers and failed inputs."""
         label = self._label(version)
         self._answers.labels(label, kind).inc(count)
@@ -201,7 +201,7 @@ class Metrics:
         self._tokens.labels(label).inc(tokens)
         self._latency.labels(label).observe(seconds)
         self._last_day.add(label, seconds)
-        self._totals.answered(self._tenant, count, failed, tokens)
+        self._totals.count_request(self._tenant, count, failed, tokens)
 
     def arm(self, experiment: str, arm: str, version: str, seconds: float, *, failed: bool) -> None:
         """One answer of an arm, or one error that the arm caused."""
@@ -209,7 +209,7 @@ class Metrics:
         (self._arm_failures if failed else self._arms).labels(*labels).inc()
         self._arm_latency.labels(*labels[:2]).observe(seconds)
 
-    def uncounted(self, experiment: str) -> None:
+    def count_uncounted(self, experiment: str) -> None:
         """A request that an experiment covers but does not count."""
         self._uncounted.labels(self._label(experiment)).inc()
 
@@ -221,7 +221,7 @@ class Metrics:
         """An outcome, and its result."""
         self._outcomes.labels(self._label(experiment) if experiment else "none", status).inc()
 
-    def abstained(self, version: str, answers: int, abstained: int) -> None:
+    def count_abstained(self, version: str, answers: int, abstained: int) -> None:
         """Answers of a version with a promise."""
         label = self._label(version)
         self._promised.labels(label, "decided").inc(answers - abstained)

@@ -103,11 +103,11 @@ class Oidc:
         begun = f"{secrets.token_urlsafe(32)}.{self._clock() + SECONDS:.0f}.{page}"
         url, _ = self._session().create_authorization_url(
             self._metadata["authorization_endpoint"],
-            state=self._derived("state", begun),
-            nonce=self._derived("nonce", begun),
-            code_verifier=self._derived("verifier", begun),
+            state=self._derive_secret("state", begun),
+            nonce=self._derive_secret("nonce", begun),
+            code_verifier=self._derive_secret("verifier", begun),
         )
-        return str(url), f"{begun}.{self._derived('cookie', begun)}"
+        return str(url), f"{begun}.{self._derive_secret('cookie', begun)}"
 
     def finish(self, cookie: str | None, query: Mapping[str, str]) -> Person:
         """The person whom the provider sent back, once for each sign-in.
@@ -120,13 +120,13 @@ class Oidc:
             Unauthorized: The sign-in is unknown, too old or was refused, or the provider's answer is not valid.
         """
         begun, _, proof = (cookie or "").rpartition(".")
-        if not _equal(proof, self._derived("cookie", begun)) or not self._counts(begun):
+        if not _equal(proof, self._derive_secret("cookie", begun)) or not self._counts(begun):
             raise Unauthorized("this sign-in is not known here, or took longer than 10 minutes: begin again")
         if "code" not in query:
             raise Unauthorized(
                 f"the provider refused the sign-in ({ascii(query.get('error', 'no code'))[:60]}): begin again"
             )
-        if not _equal(query.get("state", ""), self._derived("state", begun)):
+        if not _equal(query.get("state", ""), self._derive_secret("state", begun)):
             raise Unauthorized("the provider's answer is to another sign-in: begin again")
         claims = self._claims(begun, query["code"])
         name = claims.get(self.settings.claim)
@@ -150,7 +150,7 @@ class Oidc:
                 self._counted.popitem(last=False)
         return True
 
-    def _derived(self, what: str, begun: str) -> str:
+    def _derive_secret(self, what: str, begun: str) -> str:
         """43 characters that only a server of the store can know."""
         made = hmac.digest(self._secret, f"{what} {begun}".encode("utf-8", "replace"), "sha256")
         return base64.urlsafe_b64encode(made).decode().rstrip("=")
@@ -171,7 +171,7 @@ class Oidc:
                 token = session.fetch_token(
                     metadata["token_endpoint"],
                     code=code,
-                    code_verifier=self._derived("verifier", begun),
+                    code_verifier=self._derive_secret("verifier", begun),
                     timeout=TIMEOUT,
                 )
                 keys = KeySet.import_key_set(requests.get(metadata["jwks_uri"], timeout=TIMEOUT).json())
@@ -181,7 +181,7 @@ class Oidc:
                     decoded.header,
                     {"iss": {"essential": True, "values": [metadata["issuer"]]}},
                     {
-                        "nonce": self._derived("nonce", begun),
+                        "nonce": self._derive_secret("nonce", begun),
                         "client_id": self.settings.client_id,
                         "access_token": token.get("access_token"),
                     },

@@ -447,7 +447,7 @@ def _finish(view: View, request: Request, kind: RequestKind, pending: PendingAns
     request.state.left = left = bool(unanswered) and pending.error is None  # the client, before its last answer
     failed = 0 if left else unanswered
     seconds = view.services.clock() - request.state.started
-    view.metrics.answered(version, kind, inputs - unanswered, failed, tokens, seconds)
+    view.metrics.count_request(version, kind, inputs - unanswered, failed, tokens, seconds)
     charge(view, request, tokens)
     view.services.usage.add(
         view.access.tenant, pending.receipt.name or BASE, inputs - unanswered, *pending.token_counts
@@ -478,10 +478,10 @@ async def abstaining(view: View, pending: PendingAnswers, answers: Sequence[Answ
     covered = await promise_of(view, pending)
     if covered is None:
         return None
-    found = view.promises.answered(covered, pending.id, answers)
+    found = view.promises.log_answers(covered, pending.id, answers)
     if covered.watched and view.services.settings.watch_inputs:
         view.sampler.offer(covered.promise.id, pending.receipt.base, pending.inputs)
-    view.metrics.abstained(pending.model or "base", len(found), sum(found))
+    view.metrics.count_abstained(pending.model or "base", len(found), sum(found))
     return found
 
 
@@ -491,11 +491,11 @@ def _adapter_key(view: View, name: str) -> str:
 
 def _count_placement(view: View, placement: Placement, kind: RequestKind, pending: PendingAnswers) -> None:
     if placement.assignment is None:
-        view.metrics.uncounted(str(placement.experiment))
+        view.metrics.count_uncounted(str(placement.experiment))
         return
     seconds, failed = pending.seconds, False
     if all(answer is not None for answer in pending.answers):
-        view.routing.answered(placement, seconds)
+        view.routing.note_answer(placement, seconds)
     elif pending.error is not None and not isinstance(pending.error, Cancelled):
         failed = True
         if not view.routing.failed(placement, kind, pending.error, seconds):
@@ -529,7 +529,7 @@ def _submit(view: View, asked: _Asked, model: str) -> Submission:
                 view.metrics.arm(arm.experiment, arm.arm, arm.version, seconds, failed=True)
         raise
     if placement is not None:
-        view.routing.accepted(placement, f"{view.services.id}-{tickets[0].receipt.id}")
+        view.routing.log_accepted(placement, f"{view.services.id}-{tickets[0].receipt.id}")
         view.shadows.start(placement, asked.kind, asked.inputs, asked.options, tickets)
     return Submission(tickets, placement)
 

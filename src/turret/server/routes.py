@@ -92,7 +92,7 @@ class Lenient(Model):
 
     model_config = ConfigDict(extra="allow")
 
-    def known(self) -> JsonObject:
+    def known_fields(self) -> JsonObject:
         """The keys that are known and not null, without those that are not."""
         values = {key: getattr(self, key) for key, field in type(self).model_fields.items() if not field.exclude}
         return {key: _known_value(value) for key, value in values.items() if value is not None}
@@ -113,7 +113,7 @@ Known: TypeAlias = "Lenient | Plain | Sequence[Known]"  # a value in a request
 def _known_value(value: Known) -> JsonValue:
     if isinstance(value, list):
         return [_known_value(each) for each in value]
-    return value.known() if isinstance(value, Lenient) else value
+    return value.known_fields() if isinstance(value, Lenient) else value
 
 
 # --- requests --------------------------------------------------------------------------------------------------------

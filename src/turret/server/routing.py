@@ -250,11 +250,11 @@ class Routing:
             return None
         control_only = not any(arm.live for arm in experiment.candidates)  # then every unit sees the control
         key = request if experiment.unit == "request" else unit or (request if control_only else None)
-        if key is None or self.paused(experiment) is not None:
+        if key is None or self.pause_reason(experiment) is not None:
             return Placement(experiment, None)
         return Placement(experiment, self.router.choose(experiment, key))
 
-    def accepted(self, placement: Placement, receipt: str) -> None:
+    def log_accepted(self, placement: Placement, receipt: str) -> None:
         """The engine has accepted the request."""
         if placement.assignment is not None:
             self.router.log(placement.assignment, receipt)
@@ -279,7 +279,7 @@ class Routing:
             self.router.shadowed(assignment, arm, seconds=seconds, error=True)
         return True
 
-    def answered(self, placement: Placement, seconds: float) -> None:
+    def note_answer(self, placement: Placement, seconds: float) -> None:
         if placement.assignment is not None:
             self.router.answered(placement.assignment, seconds=seconds)
 
@@ -297,7 +297,7 @@ class Routing:
         """The task of the experiment's control."""
         return stored_task(self._control(experiment).task)
 
-    def paused(self, experiment: Experiment) -> str | None:
+    def pause_reason(self, experiment: Experiment) -> str | None:
         """Why a running experiment gets no traffic here; None if it does."""
         number = self.aliases.version_of(experiment.adapter, experiment.alias)
         if number is None or number == experiment.control.version:
@@ -315,7 +315,7 @@ class Routing:
     def in_force(self, experiment: Experiment) -> bool:
         """Whether the experiment answers requests of this server."""
         running = any(each.id == experiment.id for each in self.router.all_running())
-        return running and self._is_in_force(experiment) and self.paused(experiment) is None
+        return running and self._is_in_force(experiment) and self.pause_reason(experiment) is None
 
     # --- following the store ------------------------------------------------------------------------------------------
 

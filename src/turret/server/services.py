@@ -662,4 +662,4 @@ def _callable(aliases: AliasWatcher, engines: SeenEngines) -> tuple[Sequence[str
         return [*versions, *(name for name, each in zip(plain, versions, strict=True) if aliases.exact(name) == each)]
 
     waiting = [each for stats in engines.stats().values() for each in stats.waiting_adapters]
-    return names([each.version for each in engines.loaded()][:MOST_VERSIONS]), names(waiting[:MOST_VERSIONS])
+    return names([each.version for each in engines.loaded_adapters()][:MOST_VERSIONS]), names(waiting[:MOST_VERSIONS])

@@ -196,7 +196,7 @@ async def list_adapters(
     if after is not None:
         last = ParsedReference.parse(after)
         versions = [each for each in versions if (each.name, each.number) > (last.name, last.version or 0)]
-    page, loaded = versions[:limit], {each.digest for each in view.engines.loaded()}
+    page, loaded = versions[:limit], {each.digest for each in view.engines.loaded_adapters()}
     more = str(page[-1]) if len(versions) > limit else None
     return Adapters(
         adapters=[Adapter(**each.as_json(), loaded=each.digest in loaded) for each in page],
@@ -224,7 +224,7 @@ async def diff(reference: Ref, other: Ref, view: View) -> Diff:
 @control.get("/api/loaded")
 async def list_loaded(view: View) -> LoadedList:
     """The versions in memory."""
-    loaded = [asdict(each) for each in view.engines.loaded()]
+    loaded = [asdict(each) for each in view.engines.loaded_adapters()]
     return LoadedList(loaded=[plain({key: value for key, value in each.items() if key != "tenant"}) for each in loaded])
 
 

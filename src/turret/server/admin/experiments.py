@@ -148,6 +148,6 @@ def _status_json(view: View, status: ExperimentStatus) -> JsonObject:
     """As `turret experiment status --json`, with the experiment's state on this server."""
     experiment, routing = status.experiment, view.routing
     problems = {arm: without_paths(why) for arm, why in routing.problems(experiment).items()}
-    paused = routing.paused(experiment) if experiment.state == "running" else None
+    paused = routing.pause_reason(experiment) if experiment.state == "running" else None
     serving = {"in_force": routing.in_force(experiment), "paused": paused, "problems": problems}
     return {**status.as_json(), "serving": serving}

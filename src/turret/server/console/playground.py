@@ -104,7 +104,7 @@ class Thread(Model):
         """The calls whose results come next."""
         return (self.messages[-1].tool_calls or []) if self.messages else []
 
-    def written(self) -> str:
+    def as_json_text(self) -> str:
         return self.model_dump_json(exclude_none=True)
 
 
@@ -455,7 +455,7 @@ def _plan_panel(request: Request, view: View, form: Form, model: str, kind: Kind
     if mode_of(form) == "chat":
         earlier, added = thread_of(form, model)
         turns = [*earlier.messages, *added]
-        fields |= {"text": "", "thread": Thread(model=model, messages=turns).written()}
+        fields |= {"text": "", "thread": Thread(model=model, messages=turns).as_json_text()}
         found = replace(found, thread=earlier, turns=turns)
         if not added and turns[-1].role == "assistant":
             return replace(found, route=""), None

@@ -425,7 +425,7 @@ class BatchRunner:
             if deaths >= (MOST_TRIES if batch.state == "validating" else MOST_DEATHS):
                 problem = f"servers died {deaths} times while they worked on this batch: send its lines one by one"
             elif not _is_over(batch):
-                lines = await self._opened(batch)
+                lines = await self._open_lines(batch)
                 if batch.state == "validating":
                     total = await self._pool(
                         validate_requests, lines.path, batch.endpoint, self._services.limits.body_bytes
@@ -448,7 +448,7 @@ class BatchRunner:
         await self._pool(self._batches.end, batch, "failed", error=problem)
         self._services.log.write("batch", batch=batch.id, state="failed", message=problem)
 
-    async def _opened(self, batch: Batch) -> Lines:
+    async def _open_lines(self, batch: Batch) -> Lines:
         """The lines of a batch's file. The last few files stay open, since batches take turns."""
         if batch.id not in self._files_open:
             while len(self._files_open) >= MOST_FILES:

@@ -635,8 +635,8 @@ def prompt(view: View, body: ChatRequest) -> Input:
 
 def conversation(body: ChatRequest) -> Prompt:
     """The messages and tools of a request as training reads them. Raises DataError."""
-    turns = turns_of([message.known() for message in body.messages])
-    tools = [tool.known() for tool in body.tools or ()] if body.tool_choice != "none" else []
+    turns = turns_of([message.known_fields() for message in body.messages])
+    tools = [tool.known_fields() for tool in body.tools or ()] if body.tool_choice != "none" else []
     asked = prompt_of(turns or (), tools or None, None)
     if (size := len(asked.tools.encode())) > MOST_TOOLS:
         raise BadRequest(f"tools: they have {size} bytes, expected at most {MOST_TOOLS}: leave some out")

@@ -387,7 +387,7 @@ class AskedQuestion(Model):
 class AskedPredicate(AskedQuestion):
     type: Literal["predicate"]
 
-    def asked(self) -> Asked:
+    def as_question(self) -> Asked:
         return Asked(self.name, self.type, instructions=_content_text(self.instructions))
 
 
@@ -400,7 +400,7 @@ class AskedChoice(AskedQuestion):
     type: Literal["choice"]
     choices: Annotated[list[Choice], Field(min_length=2, max_length=MOST_LABELS, fail_fast=True)]
 
-    def asked(self) -> Asked:
+    def as_question(self) -> Asked:
         described = {each.value: each.description for each in self.choices if each.description}
         values = tuple(each.value for each in self.choices)
         return Asked(self.name, self.type, values, _content_text(self.instructions), described)
@@ -415,7 +415,7 @@ class AskedScore(AskedQuestion):
     type: Literal["score"]
     levels: Annotated[list[Level], Field(min_length=2, max_length=MOST_LABELS, fail_fast=True)]
 
-    def asked(self) -> Asked:
+    def as_question(self) -> Asked:
         described: dict[Value, str] = {each.label: each.description for each in self.levels if each.description}
         values = tuple(each.label for each in self.levels)
         return Asked(self.name, self.type, values, _content_text(self.instructions), described)
@@ -549,7 +549,7 @@ async def decisions(body: DecisionRequest, view: View, unit: Unit, request: Requ
 
     A question whose answer does not reach its threshold gets a refusal.
     """
-    asked = [each.asked() for each in body.questions]
+    asked = [each.as_question() for each in body.questions]
     call = Call(body.model, body.text(), asked, unit or body.user, body.prior)
     name, read, verdicts = await decide(view, request, response, call)
     usage = DecisionUsage(input_tokens=read, total_tokens=read)
@@ -594,7 +594,7 @@ class SystemQuestion(Model):
         description="Of a choice: its labels, with descriptions or null; of a score: its levels, the lowest first.",
     )
 
-    def asked(self, name: str) -> Asked:
+    def as_question(self, name: str) -> Asked:
         """Raises BadRequest."""
         if self.type == "noul":
             return Asked(name, "predicate", instructions=_instruction_text(self.instructions))
@@ -653,7 +653,7 @@ async def systemone(body: SystemRequest, view: View, unit: Unit, request: Reques
 
     A question whose answer does not reach its threshold gets an answer of the type `refusal`.
     """
-    asked = [each.asked(name) for name, each in body.questions.items()]
+    asked = [each.as_question(name) for name, each in body.questions.items()]
     text = body.state if isinstance(body.state, str) else json_text(body.state)
     name, read, verdicts = await decide(
         view, request, response, Call(body.model, text, asked, unit or body.user, body.prior)

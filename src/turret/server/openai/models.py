@@ -175,7 +175,7 @@ def _ids(tokenizer: Tokenizer, body: TokenizeText | TokenizeMessages) -> list[in
         return [int(each) for each in tokenizer(body.prompt, add_special_tokens=special, verbose=False)["input_ids"]]
     if not getattr(tokenizer, "chat_template", None):
         raise BadRequest("this base has no chat template: expected prompt, not messages")
-    asked = Prompt(tuple(turns_of([message.known() for message in body.messages]) or ()))
+    asked = Prompt(tuple(turns_of([message.known_fields() for message in body.messages]) or ()))
     if asked.characters > MOST_TEXT:
         raise BadRequest(f"the messages have {asked.characters} characters: expected at most {MOST_TEXT} in all")
     return base_prompt(tokenizer, asked, answering=body.add_generation_prompt is not False)

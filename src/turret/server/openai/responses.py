@@ -299,7 +299,7 @@ class ResponseOutput:
         yield self._event("response.in_progress", response=begun)
         text, sent, opened = "", 0, self._tools is None
         if opened:
-            for each in self._opened(pending):
+            for each in self._open_message(pending):
                 yield each
         try:
             async for _, piece in updates:
@@ -307,7 +307,7 @@ class ResponseOutput:
                 end = len(text) if self._tools is None else self._tools.may_begin(text)
                 if not opened and text[:end].strip():
                     opened = True
-                    for each in self._opened(pending):
+                    for each in self._open_message(pending):
                         yield each
                 if opened and end > sent:
                     yield self._delta(pending, text[sent:end])
@@ -321,15 +321,15 @@ class ResponseOutput:
         items = self.items(pending, answer, sent)
         for index, item in enumerate(items):
             if isinstance(item, OutputCall):
-                ended = self._called(index, item)
+                ended = self._call_events(index, item)
             else:
-                ended = self._ended(pending, item, sent, opened)
+                ended = self._end_message(pending, item, sent, opened)
             for each in ended:
                 yield each
         last = self.whole(pending, answer, items)
         yield self._event(f"response.{last.status}", response=last.model_dump())
 
-    def _opened(self, pending: PendingAnswers) -> Iterator[str]:
+    def _open_message(self, pending: PendingAnswers) -> Iterator[str]:
         """A message begins. It is the first item."""
         message = _message(pending, "in_progress").model_dump()
         yield self._event("response.output_item.added", output_index=0, item=message)
@@ -339,18 +339,18 @@ class ResponseOutput:
     def _delta(self, pending: PendingAnswers, text: str) -> str:
         return self._event("response.output_text.delta", **_place(pending), delta=text, logprobs=[])
 
-    def _ended(self, pending: PendingAnswers, item: OutputMessage, sent: int, opened: bool) -> Iterator[str]:
+    def _end_message(self, pending: PendingAnswers, item: OutputMessage, sent: int, opened: bool) -> Iterator[str]:
         """A message ends, with the text that was held back."""
         text = item.content[0].text
         if not opened:
-            yield from self._opened(pending)
+            yield from self._open_message(pending)
         if rest := text[sent:]:
             yield self._delta(pending, rest)
         yield self._event("response.output_text.done", **_place(pending), text=text, logprobs=[])
         yield self._event("response.content_part.done", **_place(pending), part=item.content[0].model_dump())
         yield self._event("response.output_item.done", output_index=0, item=item.model_dump())
 
-    def _called(self, index: int, item: OutputCall) -> Iterator[str]:
+    def _call_events(self, index: int, item: OutputCall) -> Iterator[str]:
         """A call of a tool, whole."""
         begun = _call(item.id, "in_progress", item.call_id, item.name, "").model_dump()
         place: JsonObject = {"output_index": index, "item_id": item.id}
