@@ -53,7 +53,7 @@ def migrations(recorded_migrations, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_migrations_make_exactly_the_tables_that_the_code_uses(place) -> None:
-    with Database.opened(place).reading() as connection:
+    with Database.open_catalog(place).reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
 
 
@@ -65,29 +65,29 @@ def test_other_tests_have_exactly_the_catalogs_that_the_migrations_make(
     for name in ("migrations", "recorded once", "recorded twice"):
         if name != "migrations":
             monkeypatch.setattr(db, "_migrate", recorded_migrations)
-        Database.opened(tmp_path / name)
+        Database.open_catalog(tmp_path / name)
         made.append(_execute(tmp_path / name, "SELECT type, name, sql FROM sqlite_master ORDER BY name"))
         made[-1] += _execute(tmp_path / name, "SELECT version_num FROM alembic_version")
     assert len(made[0]) > 50
     assert made[0] == made[1] == made[2]
     for name in ("once", "twice"):
         place = Location.parse(new_url(str(tmp_path / name)))
-        with Database.opened(place).reading() as connection:
+        with Database.open_catalog(place).reading() as connection:
             assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
 
 
 def test_nothing_is_made_by_looking(place) -> None:
-    assert Database.found(place) is None
-    assert Database.found(place) is None
-    Database.opened(place)
-    assert Database.found(place) is not None
+    assert Database.find_catalog(place) is None
+    assert Database.find_catalog(place) is None
+    Database.open_catalog(place)
+    assert Database.find_catalog(place) is not None
 
 
 def test_a_newer_schema_is_refused_with_both_numbers_and_untouched(place) -> None:
-    Database.opened(place)
+    Database.open_catalog(place)
     _execute(place, "UPDATE alembic_version SET version_num = '0999'")
     with pytest.raises(StoreError, match=rf"has format 0999, this turret reads up to {SCHEMA}: .* upgrade turret"):
-        Database.opened(place)
+        Database.open_catalog(place)
     assert _execute(place, "SELECT version_num FROM alembic_version") == [("0999",)]
 
 
@@ -123,7 +123,7 @@ def test_an_older_store_is_brought_up_to_date_when_it_is_opened(place) -> None:
     store = _store(place)
     assert [str(version) for version in store.list()] == ["a@1", "a@2"]
     assert _execute(place, "SELECT version_num FROM alembic_version") == [(SCHEMA,)]
-    with Database.opened(place).reading() as connection:
+    with Database.open_catalog(place).reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), db.metadata) == []
     assert _execute(place, "SELECT id, verb, number FROM alias_history") == [(1, "promote", 1)]
     assert list(store.gate("a")) == []
@@ -178,28 +178,28 @@ def test_an_older_store_that_may_not_be_written_says_what_to_do_and_stays_as_it_
     path = tmp_path / "turret.db"
     _first_format(path)
     with pytest.raises(StoreError, match=r"has format 0012, this turret reads \d+, and it is read-only here: run"):
-        Database.opened(path, read_only=True)
+        Database.open_catalog(path, read_only=True)
     assert _execute(path, "SELECT version_num FROM alembic_version") == [(OLDEST,)]
 
 
 def test_a_store_from_before_the_first_format_says_how_its_adapters_are_brought_here(place) -> None:
-    Database.opened(place)
+    Database.open_catalog(place)
     _execute(place, "UPDATE alembic_version SET version_num = '0005'")
     with pytest.raises(
         StoreError, match=r"has format 0005, this turret reads 0012 to \d+: export its adapters with"
     ) as raised:
-        Database.opened(place)
+        Database.open_catalog(place)
     assert "\n" not in str(raised.value)
     assert _execute(place, "SELECT version_num FROM alembic_version") == [("0005",)]
 
 
 def test_the_journal_is_wal(tmp_path) -> None:
-    Database.opened(tmp_path / "turret.db")
+    Database.open_catalog(tmp_path / "turret.db")
     assert _execute(tmp_path / "turret.db", "PRAGMA journal_mode") == [("wal",)]
 
 
 def test_a_transaction_that_fails_leaves_nothing(place) -> None:
-    database = Database.opened(place)
+    database = Database.open_catalog(place)
     row = {"name": "a", "last_number": 0, "created": "now"}
     with pytest.raises(StoreError, match=r"(?i)unique constraint"), database.writing() as connection:
         connection.execute(insert(db.adapters), [row, row])
@@ -208,8 +208,8 @@ def test_a_transaction_that_fails_leaves_nothing(place) -> None:
 
 
 def test_a_read_only_database_refuses_to_write_in_one_line(tmp_path) -> None:
-    Database.opened(tmp_path / "turret.db")
-    database = Database.opened(tmp_path / "turret.db", read_only=True)
+    Database.open_catalog(tmp_path / "turret.db")
+    database = Database.open_catalog(tmp_path / "turret.db", read_only=True)
     with database.reading() as connection:
         assert connection.execute(select(db.versions)).all() == []
     with pytest.raises(StoreError, match="is read-only here"), database.writing():
@@ -217,7 +217,7 @@ def test_a_read_only_database_refuses_to_write_in_one_line(tmp_path) -> None:
 
 
 def test_opening_a_store_of_this_format_loads_no_alembic_and_no_torch(tmp_path) -> None:
-    Database.opened(tmp_path / "turret.db")
+    Database.open_catalog(tmp_path / "turret.db")
     code = (
         "import sys; from pathlib import Path; from turret.store import Store\n"
         "assert list(Store(Path(sys.argv[1])).list()) == []\n"
@@ -227,7 +227,7 @@ def test_opening_a_store_of_this_format_loads_no_alembic_and_no_torch(tmp_path) 
 
 
 def test_a_writer_sees_what_the_writer_before_it_committed_and_a_reader_one_moment(place) -> None:
-    database, seen = Database.opened(place), list[int]()
+    database, seen = Database.open_catalog(place), list[int]()
 
     def count(connection: Connection) -> int:
         return len(connection.execute(select(db.adapters)).all())

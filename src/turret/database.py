@@ -379,28 +379,30 @@ class Database:
     access: Access = OPERATOR
 
     @classmethod
-    def opened(cls, where: Path | Location, *, read_only: bool = False, alone: bool = False) -> Database:
+    def open_catalog(cls, where: Path | Location, *, read_only: bool = False, alone: bool = False) -> Database:
         """Open the catalog. It is created or migrated if needed.
 
         Args:
             where: the SQLite file, or a location on PostgreSQL.
             alone: no other process may have the file open. Then it can be read on a full disk.
         """
-        return cls(where, _server(where, read_only=read_only, alone=alone))._migrated()
+        return cls(where, _server(where, read_only=read_only, alone=alone))._with_migrations()
 
     @classmethod
-    def found(cls, where: Path | Location) -> Database | None:
+    def find_catalog(cls, where: Path | Location) -> Database | None:
         """Open the catalog if it exists; otherwise return None and create nothing."""
         with plain_errors(where):
             if isinstance(where, Path):
                 if not where.exists():
                     return None
-                return cls.opened(where, read_only=not (os.access(where.parent, os.W_OK) and os.access(where, os.W_OK)))
+                return cls.open_catalog(
+                    where, read_only=not (os.access(where.parent, os.W_OK) and os.access(where, os.W_OK))
+                )
             server = _on_server(where)
             with server.transaction(writes=False) as connection:
                 if _schema_of(connection) is None:
                     return None
-        return cls(where, server)._migrated()
+        return cls(where, server)._with_migrations()
 
     @property
     def name(self) -> str:
@@ -457,7 +459,7 @@ class Database:
         """Problems that the database finds in itself."""
         return self._server.damage(connection)
 
-    def _migrated(self) -> Database:
+    def _with_migrations(self) -> Database:
         with plain_errors(self._where):
             self._migrate()
         return self

@@ -268,9 +268,9 @@ def _connection_class() -> type[psycopg.Connection[TupleRow]]:
 
         # Any: the further arguments depend on psycopg's version, and are passed through.
         def wait(self, gen: PQGen[RV], *more: Any, **named: Any) -> RV:
-            return super().wait(self._timed(gen), *more, **named)
+            return super().wait(self._time_exchange(gen), *more, **named)
 
-        def _timed(self, gen: PQGen[RV]) -> PQGen[RV]:
+        def _time_exchange(self, gen: PQGen[RV]) -> PQGen[RV]:
             """Run the exchange `gen` with the server; psycopg resumes it every 0.1 s while nothing arrives."""
             seconds = self.lock_seconds + ANSWER_SECONDS
             deadline = time.monotonic() + seconds

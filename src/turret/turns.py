@@ -50,7 +50,7 @@ class Turns:
         """Count what a tenant was given."""
         self._served[tenant] = self._served.get(tenant, 0) + amount
 
-    def served(self, tenant: str) -> float:
+    def served_cost(self, tenant: str) -> float:
         """What a tenant was given."""
         return self._served.get(tenant, 0)
 
@@ -123,14 +123,14 @@ class TurnQueue(Generic[T]):
         may_begin = [each for each in self._queues if self._places.has_room(each)]
         if not may_begin:
             return None
-        tenant = min(may_begin, key=lambda each: (self._places.of[each], self._turns.served(each)))
+        tenant = min(may_begin, key=lambda each: (self._places.of[each], self._turns.served_cost(each)))
         work = self._queues[tenant].popleft()
         if not self._queues[tenant]:
             del self._queues[tenant]
         self._places.take(tenant)
         return tenant, work
 
-    def ended(self, tenant: str, cost: float) -> None:
+    def end_turn(self, tenant: str, cost: float) -> None:
         """Give the place of a piece of work back. cost: what it took, such as seconds."""
         self._places.free(tenant)
         self._turns.charge(tenant, cost)
@@ -219,7 +219,7 @@ class ThreadPool:
             began = time.monotonic()
             run()
             with self._lock:
-                self._waiting.ended(tenant, time.monotonic() - began)
+                self._waiting.end_turn(tenant, time.monotonic() - began)
 
     def close(self) -> None:
         """Stop the threads. Calls that wait are dropped."""

@@ -95,7 +95,9 @@ def test_what_cannot_be_written_is_kept_and_written_once(workspace, put) -> None
 
 def test_a_server_of_a_read_only_store_counts_nothing_and_says_so(put, workspace) -> None:
     put("a")
-    log = usage.UsageLog(type(workspace.store.database()).opened(workspace.store.root / "turret.db", read_only=True))
+    log = usage.UsageLog(
+        type(workspace.store.database()).open_catalog(workspace.store.root / "turret.db", read_only=True)
+    )
     log.add("default", "a", 1, 2, 3)
     log.flush()
     assert not log.counts

@@ -205,7 +205,7 @@ def test_a_gc_beside_a_put_that_is_listing_its_files_removes_none(store, make_bu
     collected: list[list[upkeep.Removed]] = []
 
     def collect() -> None:
-        database = Database.opened(store._catalog, alone=alone)  # alone: as on a full disk
+        database = Database.open_catalog(store._catalog, alone=alone)  # alone: as on a full disk
         collected.append(list(upkeep.remove_unlisted(store._blobs, database, dry_run=False)))
 
     other = threading.Thread(target=collect)

@@ -162,7 +162,7 @@ class Columns:
     completion: Annotated[str | None, Option(metavar="COLUMN", help="Column of the answers.")] = None
     messages: Annotated[str | None, Option(metavar="COLUMN", help="Column of conversations.")] = None
 
-    def named(self) -> dict[str, str | list[str]]:
+    def named_columns(self) -> dict[str, str | list[str]]:
         """Role -> column for each option that is given: keys of a recipe's `[data]`. Several labels are a list."""
         given = {each.name: getattr(self, each.name) for each in fields(self)}
         if self.label and len(self.label) == 1:
@@ -190,7 +190,7 @@ class Reading:
         changes = {f"data.{key.removeprefix('data.')}": text for key, text in texts.items()}
         read = Recipe(data="x").with_overrides(changes)
         found = {key: value for key in KEYS if (value := getattr(read.data, key, None)) is not None}
-        return found | self.columns.named()
+        return found | self.columns.named_columns()
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class Training:
         else:
             start = {"data": {"source": source}} | {key: changes.pop(key) for key in ("base", "name") if key in changes}
             recipe = Recipe.model_validate(start).with_overrides(changes)
-        columns = self.columns.named()
+        columns = self.columns.named_columns()
         if not columns:
             return recipe
         settings = recipe.model_dump(mode="python")

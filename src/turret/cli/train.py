@@ -70,12 +70,12 @@ def train(
         result = command.workspace.train(
             recipe,
             on_record=progress.record,
-            on_plan=progress.planned,
+            on_plan=progress.show_plan,
             on_stage=progress.stage,
             on_warning=progress.warning,
             fresh=fresh,
         )
-    command.report(result, lambda stored: progress.stored(stored, str(command.store)))
+    command.report(result, lambda stored: progress.show_result(stored, str(command.store)))
 
 
 def plan(source: options.Source, training: options.Training, command: options.Command) -> None:
@@ -111,7 +111,7 @@ def init(
 
     if source == "-":
         raise RecipeError("turret init needs a file, because the recipe names it: save stdin to a file")
-    columns = training.columns.named()
+    columns = training.columns.named_columns()
     settings = {f"data.{role}": each if isinstance(each, str) else toml_text(each) for role, each in columns.items()}
     settings |= training.changes()
     try:
@@ -215,7 +215,7 @@ class Progress:
         self._clear()
         self._err.print(f"[yellow]warn[/]  {safe(text)}")
 
-    def planned(self, planned: Planned) -> None:
+    def show_plan(self, planned: Planned) -> None:
         self._clear()
         print_plan(planned, self._out)
 
@@ -233,7 +233,7 @@ class Progress:
             left = span(self._seconds / self._steps * (record.steps - record.step))
             self._err.print(f"step {record.step}/{record.steps}  {self._text(record)}  {left} left")
 
-    def stored(self, result: RunResult, store: str) -> None:
+    def show_result(self, result: RunResult, store: str) -> None:
         """The training has ended."""
         self._clear()
         print_result(result, store, self._out)
@@ -567,7 +567,7 @@ def _train_preset(workspace: Workspace, preset: str, changes: dict[str, str], de
         result = workspace.train(
             recipe,
             on_record=progress.record,
-            on_plan=progress.planned,
+            on_plan=progress.show_plan,
             on_stage=progress.stage,
             beside_base=preset == "quick-summarize",
         )

@@ -322,7 +322,7 @@ class AdapterLoader:
         began = self._clock()
         self._load(loading)
         with self._wake:
-            self._to_load.ended(tenant, self._clock() - began)
+            self._to_load.end_turn(tenant, self._clock() - began)
 
     def _load(self, loading: _Loading) -> None:
         """Read, check and copy an adapter. Runs on the loading thread and changes nothing that a pass reads."""

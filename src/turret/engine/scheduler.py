@@ -114,7 +114,10 @@ class Scheduler:
             self._turns.leave(each.tenant)
 
     def next(self) -> list[Request]:
-        """Take the requests that begin in the next pass. Those that generate hold rows and cache until `finished`."""
+        """Take the requests that begin in the next pass.
+
+        Those that generate hold rows and cache until `free_request`.
+        """
         for tenant, rows in self._rows.of.items():
             self._turns.charge(tenant, rows)  # each of them takes a token of this pass
         chosen: list[Request] = []
@@ -161,7 +164,7 @@ class Scheduler:
         def order(tenant: str) -> tuple[int, float, int]:
             line = lines[tenant]
             priority = highest if line.impatient else line.priority
-            return -priority, self._turns.served(tenant), self._rows.of[tenant]
+            return -priority, self._turns.served_cost(tenant), self._rows.of[tenant]
 
         return min(lines, key=order)
 
@@ -482,7 +485,7 @@ class TrainingTurns:
 
     def end_part(self, tenant: str, seconds: float) -> None:
         """A part has ended. seconds: that it trained."""
-        self._queue.ended(tenant, seconds)
+        self._queue.end_turn(tenant, seconds)
 
     def abandon(self) -> None:
         """End all parts that wait with Draining."""

@@ -196,7 +196,7 @@ class Artifacts:
             return self.list_files_in(connection, prefix)
 
     def list_files_in(self, connection: Connection, prefix: str) -> list[Artifact]:
-        """As `listed`, in a transaction."""
+        """As `list_files`, in a transaction."""
         query = select(artifacts).where(artifacts.c.path.startswith(prefix, autoescape=True))
         rows = connection.execute(query.order_by(artifacts.c.path)).all()
         return [Artifact(row.path, Blob(row.digest, row.bytes, row.upload), row.changed) for row in rows]

@@ -164,7 +164,7 @@ class _Shared:
     def open(self) -> Database | None:
         """The database, opened once; None if the store does not exist."""
         if self._database is None:
-            self._database = Database.found(self.catalog)
+            self._database = Database.find_catalog(self.catalog)
         return self._database
 
     def open_or_create(self) -> Database:
@@ -178,7 +178,7 @@ class _Shared:
                 raise StoreError(f"store {self.root} has the files of a catalog elsewhere: use another --store")
             with plain_errors(self.catalog):
                 make_folder(self.root, PRIVATE)
-        self._database = Database.opened(self.catalog)
+        self._database = Database.open_catalog(self.catalog)
         return self._database
 
 
@@ -537,7 +537,7 @@ class Store:
             except StoreError:
                 if not isinstance(self._catalog, Path) or not no_room(self._catalog):
                     raise
-                removed += list(self._collect_garbage(Database.opened(self._catalog, alone=True), dry_run))
+                removed += list(self._collect_garbage(Database.open_catalog(self._catalog, alone=True), dry_run))
         return Collected(dry_run, tuple(removed))
 
     # --- runs ---------------------------------------------------------------------------------------------------------
