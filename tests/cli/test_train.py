@@ -149,7 +149,7 @@ def test_a_version_that_learnt_nothing_is_stored_with_a_warning(typed, tmp_path,
     with Progress(as_json=False) as shown:
         from turret.workspace import RunResult
 
-        shown.stored(RunResult(**said), "elsewhere")
+        shown.show_result(RunResult(**said), "elsewhere")
     assert run(["show", "chance", *where]) == 0
     assert capsys.readouterr().out.count("nothing was learnt") == 2
 
@@ -158,7 +158,7 @@ def test_people_are_told_what_was_stored_and_what_to_try(typed, capsys, monkeypa
     from turret.workspace import RunResult
 
     with Progress(as_json=False) as shown:
-        shown.stored(RunResult(**json.loads(typed.out)), "elsewhere")
+        shown.show_result(RunResult(**json.loads(typed.out)), "elsewhere")
     out = capsys.readouterr().out
     for words in (
         "film-reviews@1",
@@ -173,7 +173,7 @@ def test_people_are_told_what_was_stored_and_what_to_try(typed, capsys, monkeypa
         assert words in out
     monkeypatch.setenv("TURRET_STORE", "elsewhere")
     with Progress(as_json=False) as shown:
-        shown.stored(RunResult(**json.loads(typed.out)), "elsewhere")
+        shown.show_result(RunResult(**json.loads(typed.out)), "elsewhere")
     assert "--store" not in capsys.readouterr().out, "the shell says it already"
 
 
