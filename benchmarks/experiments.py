@@ -230,10 +230,10 @@ def _store(seed: int, number: int, rule: str) -> dict[str, Any]:
         for place, path in enumerate(paths):
             verdict = path[look][1]
             if ended[place] is None and verdict is not None:
-                enough = evidence.needed(now[:place] + now[place + 1 :], ALPHA)
+                enough = evidence.evidence_needed(now[:place] + now[place + 1 :], ALPHA)
                 if rule == "own verdict" or verdict == "worse" or now[place] >= enough:
                     ended[place] = (look + 1) * LOOK
-    named = evidence.named({str(place): log for place, log in enumerate(now)}, ALPHA)
+    named = evidence.discovered({str(place): log for place, log in enumerate(now)}, ALPHA)
     real = sum(int(place) < REAL for place in named)
     return {"real": real, "false": len(named) - real, "units": [end or MOST for end in ended[:REAL]]}
 

@@ -66,7 +66,9 @@ def test_other_tests_have_exactly_the_catalogs_that_the_migrations_make(
         if name != "migrations":
             monkeypatch.setattr(db, "_migrate", recorded_migrations)
         Database.open_catalog(tmp_path / name)
-        made.append(_execute(tmp_path / name, "SELECT type, name, sql FROM sqlite_master ORDER BY name"))
+        found = _execute(tmp_path / name, "SELECT type, name, coalesce(sql, '') FROM sqlite_master ORDER BY name")
+        # a table that a migration made anew lists its constraints in no order
+        made.append([(kind, of, sorted(sql.replace(",", " ").split())) for kind, of, sql in found])
         made[-1] += _execute(tmp_path / name, "SELECT version_num FROM alembic_version")
     assert len(made[0]) > 50
     assert made[0] == made[1] == made[2]
