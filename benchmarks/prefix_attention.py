@@ -71,7 +71,7 @@ def _watched(seen: list[dict[str, float]]) -> Iterator[None]:
 
     from turret.adapters import attention
 
-    plain = attention._unpadded
+    plain = attention._attend_unpadded
 
     def watching(hooked: Any, q: Any, k: Any, v: Any, call: Any) -> Any:
         keys, values = (each.float() for each in hooked.prefix(1, hooked.site))  # (H, P, D)
@@ -91,11 +91,11 @@ def _watched(seen: list[dict[str, float]]) -> Iterator[None]:
             seen.append(part)
         return plain(hooked, q, k, v, call)
 
-    attention._unpadded = watching
+    attention._attend_unpadded = watching
     try:
         yield
     finally:
-        attention._unpadded = plain
+        attention._attend_unpadded = plain
 
 
 def report(runs: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from turret.bundles.gguf_lora import reordered
+from turret.bundles.gguf_lora import reorder_rows
 from turret.families import FAMILIES
 
 # Settings with which llama.cpp computes what transformers does: it knows no others of these architectures.
@@ -62,7 +62,7 @@ def write(model: Any, family: str, path: Path) -> None:
         layer = name.rpartition(".")[0].rpartition(".")[2]
         if layer in known.gguf_rotary:
             heads = config.num_attention_heads if layer.startswith("q") else config.num_key_value_heads
-            value = reordered(value.reshape(len(value), -1), heads).reshape(value.shape)
+            value = reorder_rows(value.reshape(len(value), -1), heads).reshape(value.shape)
         if known.gguf.startswith("gemma") and "norm" in name:
             value = value + 1.0  # llama.cpp multiplies by the weight alone
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(value))

@@ -57,7 +57,7 @@ def test_an_export_has_one_gguf_file_with_llama_cpps_keys_and_tensors(workspace:
             A, B = (given[f"{path}.{ours}.lora_{factor}.weight"].numpy() for factor in "AB")
             name = f"blk.{layer}.{theirs}.weight"
             np.testing.assert_array_equal(tensors[f"{name}.lora_a"], A)
-            expected = gguf_lora.reordered(B, 4) if theirs == "attn_q" else B
+            expected = gguf_lora.reorder_rows(B, 4) if theirs == "attn_q" else B
             np.testing.assert_array_equal(tensors[f"{name}.lora_b"], expected)
             assert tensors[f"{name}.lora_b"].dtype == np.float32
 
@@ -111,7 +111,7 @@ def test_with_the_rows_reordered_llama_cpps_rotary_positions_give_the_scores_of_
         return [float(rotated(q[head], 7) @ rotated(k[head], 2)) for head in range(heads)]
 
     expected = scores(halves, B_q, B_k)
-    reordered = [gguf_lora.reordered(B, heads) for B in (B_q, B_k)]
+    reordered = [gguf_lora.reorder_rows(B, heads) for B in (B_q, B_k)]
     np.testing.assert_allclose(scores(neighbours, *reordered), expected, rtol=1e-4)
     assert not np.allclose(scores(neighbours, B_q, B_k), expected, rtol=1e-1)  # the control: as they were
 

@@ -72,7 +72,7 @@ def test_a_decoder_that_is_not_listed_writes_as_by_itself(name: str) -> None:
     assert kind_of(name) == "decoder"
     sources, targets = rows(1), rows(2, (5, 2, 1, 7))
     own = own_target_logits(model, sources, targets)
-    family, off = base.recognised(model, "decoder")
+    family, off = base.recognise_family(model, "decoder")
     assert off < 1e-4
     assert FAMILIES[name] is family
     attach(model, LoRA(r=2, init_lora_weights=False), generator=torch.Generator().manual_seed(1))
@@ -87,7 +87,7 @@ def test_an_encoder_that_is_not_listed_classifies_as_by_itself(name: str) -> Non
     model = small(ENCODERS[name](), transformers.AutoModelForSequenceClassification)
     inputs = rows()
     own = torch.cat([model(**padded([row], 0)).logits for row in inputs])
-    family, off = base.recognised(model, "encoder")
+    family, off = base.recognise_family(model, "encoder")
     assert off < 1e-4
     attach(model, LoRA(r=2, init_lora_weights=False), generator=torch.Generator().manual_seed(1))
     assert (classify_logits(model, inputs) - own).abs().max() > 1e-3
@@ -106,7 +106,7 @@ def test_what_gives_other_outputs_under_the_hooks_is_refused_with_how_far_off(mo
         lambda model, kind: 1.5 * own(model, kind),  # a last step that no hook sees
     )
     with pytest.raises(UnknownFamily, match=r"'olmo2' is not listed.*differ by \d+% of the largest at best"):
-        base.recognised(model, "decoder")
+        base.recognise_family(model, "decoder")
     assert "olmo2" not in FAMILIES
 
 
@@ -114,7 +114,7 @@ def test_what_does_not_look_up_attention_functions_is_refused_if_it_writes() -> 
     config = transformers.BloomConfig(vocab_size=128, hidden_size=48, n_layer=2, n_head=4)
     model = small(config, transformers.AutoModelForCausalLM)
     with pytest.raises(UnknownFamily, match="no module of it looks up transformers' attention functions"):
-        base.recognised(model, "decoder")
+        base.recognise_family(model, "decoder")
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_a_model_that_cannot_answer_rows_of_any_length_is_refused() -> None:
     config = transformers.NystromformerConfig(**SIZES, num_landmarks=4, segment_means_seq_len=16)
     model = small(config, transformers.AutoModelForSequenceClassification)
     with pytest.raises(UnknownFamily, match=r"'nystromformer' is not listed.*shape"):
-        base.recognised(model, "encoder")
+        base.recognise_family(model, "encoder")
 
 
 @pytest.mark.slow

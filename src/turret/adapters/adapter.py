@@ -142,7 +142,7 @@ def check_head(module: nn.Module, path: str, values: Mapping[str, Tensor]) -> No
             raise AdapterError(f"head {path}.{key} has shape {tuple(value.shape)}: expected {tuple(old.shape)}")
 
 
-def copied(value: Tensor) -> Tensor:
+def cpu_copy(value: Tensor) -> Tensor:
     """A copy on the CPU; in float32 if it is a floating-point tensor."""
     return value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype).contiguous().clone()
 

@@ -123,7 +123,7 @@ def routed_attention(
     if context.capture is not None:
         context.capture[hooked.site.name] = (key, value)
     if context.cache is None and context.lengths is None:
-        output = _padded(hooked, query, key, value, _sum(attention_mask, position_bias), call)
+        output = _attend_padded(hooked, query, key, value, _sum(attention_mask, position_bias), call)
         return output.transpose(1, 2).contiguous(), None  # (B, T, H, D)
     if position_bias is not None and hooked.bias_module is None and hooked.site.group != "cross":
         raise AdapterError(
@@ -135,7 +135,9 @@ def routed_attention(
 
 def attend_in_pass(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Attention of the rows of an unpadded pass, and of rows that decode. q: (1, H, N, D); k, v: (1, H_kv, M, D)."""
-    compute = _cached if hooked.context.cache is not None and hooked.site.group != "encoder" else _unpadded
+    compute = (
+        _attend_cached if hooked.context.cache is not None and hooked.site.group != "encoder" else _attend_unpadded
+    )
     return compute(hooked, q, k, v, call)
 
 
@@ -152,7 +154,7 @@ def _require_known(site: Site, others: Mapping[str, Tensor | bool | float | str 
         )
 
 
-def _padded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: AttentionCall) -> Tensor:
+def _attend_padded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: AttentionCall) -> Tensor:
     context, site = hooked.context, hooked.site
     if bias is None and site.causal and q.shape[2] > 1:
         raise AdapterError(
@@ -216,7 +218,7 @@ def relative_bias(hooked: Hooked, relative: Tensor) -> Tensor:
     return hooked.family.relative_bias.values(hooked.bias_module, relative)
 
 
-def _unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+def _attend_unpadded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
     """Each row of an unpadded batch attends to itself, or in cross-attention to its source. -> (1, H, N, D)"""
     ops, masks = of(q, k, v), hooked.context.masks or Masks()
     stream = "encoder" if hooked.site.group == "encoder" else "decoder"
@@ -314,8 +316,8 @@ def _unpadded_plainly(
     return layout.join(parts)
 
 
-def _cached(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
-    """Prefill rows as in `_unpadded`, then one token of each decode row against its cached keys and values."""
+def _attend_cached(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall) -> Tensor:
+    """Prefill rows as in `_attend_unpadded`, then one token of each decode row against its cached keys and values."""
     context, site = hooked.context, hooked.site
     cache, cross = context.cache, site.group == "cross"
     assert cache is not None
@@ -324,7 +326,7 @@ def _cached(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, call: AttentionCall
     if prefill:
         own = k[:, :, :keys], v[:, :, :keys]
         cache.keep(site.group, site.layer, *own)
-        parts.append(_unpadded(hooked, q[:, :, :prefill], *own, call))
+        parts.append(_attend_unpadded(hooked, q[:, :, :prefill], *own, call))
     if prefill < q.shape[2]:
         new = (None, None) if cross else (k[:, :, keys:], v[:, :, keys:])
         start = prefill

@@ -156,7 +156,7 @@ def current(module: nn.Module) -> nn.Module:
     return module if slot is None else module.at(slot)
 
 
-def unrouted(module: nn.Module) -> nn.Module:
+def base_module_of(module: nn.Module) -> nn.Module:
     """The base's own module."""
     return module.base_module if isinstance(module, RoutedWhole) else module
 
@@ -623,7 +623,7 @@ class PostNormHook(LayerHook[PostNormLayer]):
         norms = []
         for output in outputs:
             own = output.get_submodule("LayerNorm")
-            norm = own if torch.is_grad_enabled() else unrouted(own)
+            norm = own if torch.is_grad_enabled() else base_module_of(own)
             if type(norm) is not nn.LayerNorm or norm.bias is None or has_hooks(own) or has_hooks(norm):
                 return None
             norms.append(LayerNorm(norm.weight, norm.bias, norm.eps))
@@ -699,7 +699,7 @@ class PreNormHook(LayerHook[PreNormLayer]):
         modules += [own for name in ("q_norm", "k_norm") if (own := getattr(attention, name, None)) is not None]
         norms = []
         for own in modules:
-            norm = own if torch.is_grad_enabled() else unrouted(own)
+            norm = own if torch.is_grad_enabled() else base_module_of(own)
             if type(norm) is not FrozenNorm or has_hooks(own) or has_hooks(norm):
                 return None
             norms.append(RMSNorm(norm.weight, norm.variance_epsilon))

@@ -59,13 +59,13 @@ class _Twice:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._batch is None:
             self._context.memo.pop(NORMED, None)  # a tensor of the layer before, which is not to be kept
-            self._batch = _copied(self._context)
+            self._batch = _copy_batch(self._context)
             return self._forward(*args, **kwargs)
         with _as_it_was(self._context, self._batch), drawing_alone(self._context):
             return self._forward(*args, **kwargs)
 
 
-def _copied(context: BatchContext) -> BatchContext:
+def _copy_batch(context: BatchContext) -> BatchContext:
     """The batch, with the layouts and masks that there are so far."""
     batch = copy.copy(context)
     batch.memo = dict(context.memo)
@@ -76,7 +76,7 @@ def _copied(context: BatchContext) -> BatchContext:
 @contextmanager
 def _as_it_was(context: BatchContext, batch: BatchContext) -> Iterator[None]:
     before = dict(vars(context))
-    vars(context).update(vars(_copied(batch)))
+    vars(context).update(vars(_copy_batch(batch)))
     try:
         yield
     finally:

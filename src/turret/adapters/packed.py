@@ -41,7 +41,7 @@ def classify_logits(model: Model, inputs: Sequence[Tensor], slots: Sequence[int]
     """
     attached = attachment(model)
     family = attached.family
-    read = pooled(model, inputs, family.pooling(model.config), slots)
+    read = pooled_states(model, inputs, family.pooling(model.config), slots)
     with set_context(attached.context, slots, None, masked={"head": [1] * len(inputs)}):
         logits: Tensor = family.classify(parts_of_head(model), read)
     return logits
@@ -67,10 +67,10 @@ def text_vectors(model: Model, rows: Sequence[HeadRow], pooling: Pooling, slots:
     texts = [text for row in rows for text in texts_in(row)]
     own = None if slots is None else [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
     if draws is None:
-        return pooled(model, texts, pooling, own)
+        return pooled_states(model, texts, pooling, own)
     numbers = [number << 32 | place for number, count in zip(draws[1], counts, strict=True) for place in range(count)]
     with drawing(model, draws[0], numbers):
-        return pooled(model, texts, pooling, own)
+        return pooled_states(model, texts, pooling, own)
 
 
 def texts_in(row: HeadRow) -> Sequence[Tensor]:
@@ -95,7 +95,9 @@ def read_in(row: HeadRow) -> int:
     return 1 if row[1] is None else len(row[1])
 
 
-def pooled(model: Model, inputs: Sequence[Tensor], pooling: Pooling, slots: Sequence[int] | None = None) -> Tensor:
+def pooled_states(
+    model: Model, inputs: Sequence[Tensor], pooling: Pooling, slots: Sequence[int] | None = None
+) -> Tensor:
     """One vector for each row, from its last hidden states: (B, D)."""
     attached = attachment(model)
     family, lengths = attached.family, [len(row) for row in inputs]
@@ -200,7 +202,7 @@ def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, r
     attached = attachment(model)
     if attached.family.rows_alone:
         return _one_by_one(model, rows, slots)
-    rows, slots = _filled(rows, slots)
+    rows, slots = _padded_rows(rows, slots)
     lengths = [len(row) for row in rows]
     ids, settings = tokens(model, rows)
     offset = attached.family.position_offset(model.config)
@@ -243,7 +245,10 @@ def _encoder_decoder_hidden(
 ) -> Tensor:
     """Last hidden states of the decoder: (M, D) for M target tokens."""
     attached = attachment(model)
-    (sources, slots), (targets, _) = _filled(sources, slots, always=True), _filled(targets, slots, always=True)
+    (sources, slots), (targets, _) = (
+        _padded_rows(sources, slots, always=True),
+        _padded_rows(targets, slots, always=True),
+    )
     lengths = {"encoder": [len(row) for row in sources], "decoder": [len(row) for row in targets]}
     source, target = (copied(torch.cat(list(rows))[None], device_of(model)) for rows in (sources, targets))
     with set_context(attached.context, slots, lengths, in_body=True):
@@ -261,7 +266,7 @@ def _encoder_decoder_hidden(
     return hidden
 
 
-def _filled(
+def _padded_rows(
     rows: Sequence[Tensor], slots: Sequence[int] | None, always: bool = False
 ) -> tuple[Sequence[Tensor], Sequence[int] | None]:
     """The rows and one more that rounds the number of tokens up, so that few shapes are computed; it is not read.

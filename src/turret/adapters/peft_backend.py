@@ -173,7 +173,7 @@ def config_of(method: Peft) -> PeftConfig:
         raise RecipeError(f"PEFT does not take this {kind}: {_line(error)}") from None
 
 
-def kept(config: PeftConfig) -> JsonObject:
+def config_settings(config: PeftConfig) -> JsonObject:
     """The settings of a configuration that are not empty, as JSON."""
     found = {}
     for field in fields(config):
@@ -222,7 +222,7 @@ def invite(
     try:
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(seed)
-            wrapped = _wrapped(model, family, config)
+            wrapped = _wrap_model(model, family, config)
         layers = () if prompt else _layers(model)
         require_computable(layers, config.peft_type.value, trains=trains)
         _require_sound(model, family, config, before, layers, sums)
@@ -236,10 +236,10 @@ def invite(
     if not own:
         leave()
         raise AdapterError(f"PEFT's {config.peft_type.value} trains nothing on this {family.name}: give other settings")
-    return PeftBackend(wrapped, method.with_options(kept(wrapped.peft_config[NAME])), layers, own, leave)
+    return PeftBackend(wrapped, method.with_options(config_settings(wrapped.peft_config[NAME])), layers, own, leave)
 
 
-def _wrapped(model: Model, family: Family, config: PeftConfig) -> PeftModel:
+def _wrap_model(model: Model, family: Family, config: PeftConfig) -> PeftModel:
     quantized.before_peft()
     from peft import get_peft_model
 
@@ -489,7 +489,7 @@ def fill(guest: PeftBackend, tensors: Mapping[str, Tensor]) -> None:
         set_peft_model_state_dict(guest.wrapped, {name: each.float() for name, each in tensors.items()}, NAME)
 
 
-def finished(method: Peft) -> Peft:
+def mounted_method(method: Peft) -> Peft:
     """The method as it is mounted: a prompt keeps only its tokens, not how they were initialized or computed."""
     if method.peft_type not in PROMPTS:
         return method
@@ -546,7 +546,7 @@ class Prompt(nn.Module):
 # --- merged -----------------------------------------------------------------------------------------------------------
 
 
-def merged(guest: PeftBackend) -> dict[str, Tensor]:
+def merged_state_dict(guest: PeftBackend) -> dict[str, Tensor]:
     """The state dict of the model with PEFT's layers merged into its weights. Changes the model: pass a copy."""
     kind = guest.method.peft_type
     if not guest.layers:

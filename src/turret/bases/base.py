@@ -32,7 +32,7 @@ from turret.bases.quantized import (
     Loading,
     Quantization,
     arguments,
-    checked,
+    check_quantization,
     checkpoint_fingerprint,
     note,
     remember_originals,
@@ -136,17 +136,17 @@ def load(
         UnknownFamily: the architecture is neither listed nor one that the plain hooks serve.
     """
     source = resolve(base)
-    family = listed(source) or _guess(source)
+    family = listed_family(source) or _guess(source)
     task = family.head_kinds[0] if task is None else task
     require_task(source, family, task)
-    kept = checked(source, quantization)
-    chosen, notes_on_device = _chosen(device, source, dtype, kept)
+    kept = check_quantization(source, quantization)
+    chosen, notes_on_device = _chosen_device(device, source, dtype, kept)
     use_device(chosen.device)
     extra = arguments(family, kept, chosen.device)
     model, loading = _read_model(source, family, task, num_labels, seed, extra)
     quantized.compute_in(model)
     drawn_in = model.dtype
-    family, guessed = _recognised(model.eval(), family)
+    family, guessed = _checked_family(model.eval(), family)
     fresh = fresh_parameters(source, family, model, loading)
     if family.head_for(task) == "embed":
         take_head_off(model, family)
@@ -200,7 +200,7 @@ def require_task(source: BaseSource, family: Family, task: HeadKind) -> None:
         raise BaseModelError(f"base {source.id!r} {NO_HEAD[task].format(family=family.name)}")
 
 
-def listed(source: BaseSource) -> Family | None:
+def listed_family(source: BaseSource) -> Family | None:
     """The listed family of the base's architecture; None if it is not listed, or only by an earlier guess."""
     family = FAMILIES.get(str(source.config.get("model_type")))
     return None if family is None or family.guessed else family
@@ -214,11 +214,11 @@ def _guess(source: BaseSource) -> Family:
     return generic.stand_in(model_type, kind)
 
 
-def _recognised(model: Model, family: Family) -> tuple[Family, list[str]]:
+def _checked_family(model: Model, family: Family) -> tuple[Family, list[str]]:
     """The family, and notes. A guessed family is checked against the model's own outputs."""
     if not family.guessed:
         return family, []
-    recognised_family, difference = recognised(model, family.kind)
+    recognised_family, difference = recognise_family(model, family.kind)
     note = f"the architecture {family.name} is not listed; with the plain hooks the model's outputs differ by at most "
     return recognised_family, [f"{note}{difference:.1g} of the largest"]
 
@@ -288,7 +288,9 @@ def known_fingerprint(source: BaseSource, model: Model, family: Family, verify: 
     return digest
 
 
-def _chosen(device: str | ChosenDevice, source: BaseSource, dtype: Dtype, kept: str) -> tuple[ChosenDevice, list[str]]:
+def _chosen_device(
+    device: str | ChosenDevice, source: BaseSource, dtype: Dtype, kept: str
+) -> tuple[ChosenDevice, list[str]]:
     """The device, and the notes that say why: none if it was chosen before."""
     if isinstance(device, ChosenDevice):
         return device, []
@@ -453,7 +455,7 @@ FURTHEST = {4: 1e-3, 2: 3e-2}  # of the largest output, by bytes of a weight: fl
 
 
 @torch.no_grad()
-def recognised(model: Model, kind: Kind) -> tuple[Family, float]:
+def recognise_family(model: Model, kind: Kind) -> tuple[Family, float]:
     """The first guess under which the hooked model gives its own outputs, which is listed from now on.
 
     Args:
@@ -559,10 +561,10 @@ def share(base: Base, *, num_labels: int | None = None, seed: int = 42, headless
 
 def spare(model: Model) -> Model:
     """Modules of its own with the same weights in memory. Raises AdapterError if something is attached to the model."""
-    return copy.deepcopy(require_bare(model), _kept(model))
+    return copy.deepcopy(require_bare(model), _shared_tensors(model))
 
 
-def _kept(model: Model) -> dict[int, Tensor]:
+def _shared_tensors(model: Model) -> dict[int, Tensor]:
     """What a copy of a model does not copy, by its address: tensors, and the scales of quantized ones."""
     kept: dict[int, Tensor] = {id(each): each for each in (*model.parameters(), *model.buffers())}
     for module in model.modules():

@@ -108,7 +108,7 @@ def this_machine() -> Machine:
     mps = torch.backends.mps.is_available()
     if not torch.cuda.is_available():
         return Machine(missing=_no_cuda(), mps=mps)
-    return Machine(tuple(_described(number) for number in range(torch.cuda.device_count())), mps=mps)
+    return Machine(tuple(_describe_gpu(number) for number in range(torch.cuda.device_count())), mps=mps)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -157,7 +157,7 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _described(number: int) -> Gpu:
+def _describe_gpu(number: int) -> Gpu:
     device = torch.device("cuda", number)
     try:
         free, total = gpu_memory(device)

@@ -37,7 +37,7 @@ def fingerprint(model: Model) -> str:
 def fingerprint_of(named: Iterable[tuple[str, Tensor]], model: Model) -> str:
     """The same. named: the model's own parameters, if an adapter has replaced some."""
     known = getattr(model, OF_CHECKPOINT, None)
-    return known if isinstance(known, str) else hashed(body(named, model, family_of(model.config)))
+    return known if isinstance(known, str) else hash_tensors(body(named, model, family_of(model.config)))
 
 
 def body(named: Iterable[tuple[str, Tensor]], model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
@@ -50,7 +50,7 @@ def body(named: Iterable[tuple[str, Tensor]], model: Model, family: Family) -> I
             yield relative, tensor
 
 
-def hashed(named: Iterable[tuple[str, Tensor | Callable[[], Tensor]]]) -> str:
+def hash_tensors(named: Iterable[tuple[str, Tensor | Callable[[], Tensor]]]) -> str:
     """`sha256:…` over names, dtypes, shapes and values, sorted by name. A function reads its tensor when it is due."""
     digest = hashlib.sha256()
     for name, each in sorted(named, key=lambda pair: pair[0]):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from turret import quantized
-from turret.bases.fingerprints import body, hashed, within
+from turret.bases.fingerprints import body, hash_tensors, within
 from turret.bases.source import BaseSource
 from turret.errors import BaseModelError
 from turret.families import Family
@@ -37,7 +37,7 @@ class Loading(TypedDict, total=False):
     device_map: dict[str, str]
 
 
-def checked(source: BaseSource, wanted: Quantization) -> str:
+def check_quantization(source: BaseSource, wanted: Quantization) -> str:
     """How the weights will be kept: `none`, `nf4`, or the method of a quantized checkpoint.
 
     Raises:
@@ -141,7 +141,7 @@ def checkpoint_fingerprint(source: BaseSource, model: Model, family: Family) -> 
         excluded = (*family.beside_body, *family.body_excludes)
         names = {key.removeprefix(f"{prefix}."): key for key in checkpoint}
         kept = {name: key for name, key in names.items() if not within(name, excluded)}
-        return hashed((name, functools.partial(checkpoint.read, key)) for name, key in kept.items())
+        return hash_tensors((name, functools.partial(checkpoint.read, key)) for name, key in kept.items())
     readers = []
     for name, parameter in body(model.named_parameters(), model, family):
         key, state = checkpoint.key(name, prefix), quantized.state_of(parameter)
@@ -149,7 +149,7 @@ def checkpoint_fingerprint(source: BaseSource, model: Model, family: Family) -> 
         if key is None or sorted(checkpoint.shape(key)) != sorted(shape):  # Conv1D's weight is turned
             return None
         readers.append((name, functools.partial(checkpoint.read, key, dtype)))
-    return hashed(readers)
+    return hash_tensors(readers)
 
 
 def remember_originals(source: BaseSource, model: Model) -> None:

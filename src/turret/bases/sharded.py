@@ -27,7 +27,7 @@ from turret.bases.base import (
     fitting,
     fresh_parameters,
     known_fingerprint,
-    listed,
+    listed_family,
     notes_on,
     read_tokenizer,
     require_task,
@@ -76,7 +76,7 @@ def layer_paths(model: nn.Module) -> list[str]:
     return layers
 
 
-def divided(model: nn.Module) -> dict[str, nn.Module]:
+def divided_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers whose weights are divided, by path: those inside the layers."""
     inside = tuple(f"{each}." for each in layer_paths(model))
     return {path: each for path, each in model.named_modules() if path.startswith(inside) and is_linear(each)}
@@ -103,7 +103,7 @@ def load_in_parts(
         BaseModelError: the base cannot be divided, because it is quantized, not listed, or named otherwise.
     """
     source = resolve(base)
-    family = listed(source)
+    family = listed_family(source)
     why = None if family is not None else f"its architecture {source.config.get('model_type')} is not listed"
     why = f"it is quantized ({source.quantization})" if source.quantization is not None else why
     if family is None or why is not None:
@@ -117,7 +117,7 @@ def load_in_parts(
     model, checkpoint = skeleton(source, task, num_labels), Checkpoint(source.weights)
     stored = _stored_dtype(source, checkpoint)
     cast(model, stored)
-    paths = divided(model)
+    paths = divided_layers(model)
     loading = _fill(model, checkpoint, {f"{path}.weight" for path in paths}, seed)
     if loading["missing_keys"] and loading["unexpected_keys"] and not _of_task_only(model, loading, family):
         first = min(loading["unexpected_keys"])
@@ -167,7 +167,7 @@ def load_without_weights(base: str) -> Base:
         BaseModelError: the base is not listed, generates no text, or has no tokenizer.
     """
     source = resolve(base)
-    family = listed(source)
+    family = listed_family(source)
     if family is None:
         kind = source.config.get("model_type")
         raise BaseModelError(f"base {base!r} cannot be served by another engine: its architecture {kind} is not listed")

@@ -164,7 +164,7 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> Manifest:
 
 
 def _write(adapter: Adapter, folder: Path) -> Manifest:
-    stored = _renamed(tuner_of(adapter.method).stored(adapter), _body(adapter.task, adapter.base.family), "")
+    stored = _rename_paths(tuner_of(adapter.method).stored(adapter), _body(adapter.task, adapter.base.family), "")
     tensors = {name: stored[name].contiguous() for name in sorted(stored)}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
@@ -227,13 +227,13 @@ def named_for(adapter: Adapter, model: Model) -> Adapter:
     }
     body, outside = f"{model.base_model_prefix}.", {each for each in first if not hasattr(model, each)}
     if outside == {model.base_model_prefix}:
-        return replace(adapter, tensors=_renamed(adapter.tensors, body, ""))
+        return replace(adapter, tensors=_rename_paths(adapter.tensors, body, ""))
     if outside and outside == first and all(hasattr(model.base_model, each) for each in outside):
-        return replace(adapter, tensors=_renamed(adapter.tensors, "", body))
+        return replace(adapter, tensors=_rename_paths(adapter.tensors, "", body))
     return adapter
 
 
-def _renamed(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+def _rename_paths(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
     """The same tensors, where paths in the model begin with `new` in place of `old`."""
     start = f"{LORA_PREFIX}{old}"
     return {
@@ -286,7 +286,7 @@ def read_bundle(folder: str | Path) -> Adapter:
         return Adapter(method, adapter_tensors, head, base)
     method = _method(manifest["method"])
     tuner_of(method).check_config(config)
-    tensors = _renamed(tensors, "", _body(manifest["task"], manifest["base"].get("family")))
+    tensors = _rename_paths(tensors, "", _body(manifest["task"], manifest["base"].get("family")))
     adapter_tensors, head = tuner_of(method).read(tensors, config)
     said = manifest["base"]
     base = BaseInfo(
@@ -492,7 +492,7 @@ def read_tensors(path: Path, content: Content | None) -> dict[str, Tensor]:
     try:
         if content is None:
             tensors = _in_file(path)
-        elif (views := _cached(content)) is not None:
+        elif (views := _view_tensors(content)) is not None:
             return views
         else:
             tensors = _in_memory(path, content)
@@ -504,7 +504,7 @@ def read_tensors(path: Path, content: Content | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _cached(content: Content) -> dict[str, Tensor] | None:
+def _view_tensors(content: Content) -> dict[str, Tensor] | None:
     """Views of a file whose header is cached and whose values have a finite sum; None if either does not hold."""
     header = _header(content)
     layout = _layouts.get(header)

@@ -86,7 +86,7 @@ def as_lora(
     kind = str(config.get("peft_type"))
     if config.get("bias") == "all":
         raise BundleError(f'{kind} with bias = "all" is not converted: train it again as LoRA, whose biases are read')
-    with _loaded(folder, model, kind) as wrapped:
+    with _load_peft_model(folder, model, kind) as wrapped:
         original = _outputs(wrapped, ids)
         factors = dict(_factors(wrapped, kind, rank))
         saved = tuple(_trained_whole(wrapped))
@@ -96,8 +96,8 @@ def as_lora(
     biases = _biases(stored, model, factors)
     tensors |= {f"{LORA_PREFIX}{path}.lora_B.bias": bias for path, bias in biases.items()}
     for path, (A, B) in factors.items():
-        tensors[f"{LORA_PREFIX}{path}.lora_A.weight"] = _padded(A, r, dim=0)
-        tensors[f"{LORA_PREFIX}{path}.lora_B.weight"] = _padded(B, r, dim=1)
+        tensors[f"{LORA_PREFIX}{path}.lora_A.weight"] = _pad_factor(A, r, dim=0)
+        tensors[f"{LORA_PREFIX}{path}.lora_B.weight"] = _pad_factor(B, r, dim=1)
     copied = (
         *("task_type", "base_model_name_or_path", "revision", "modules_to_save", "trainable_token_indices"),
         "peft_version",
@@ -109,7 +109,7 @@ def as_lora(
     target.mkdir(parents=True)
     save_file(tensors, target / WEIGHTS)
     (target / CONFIG).write_text(json.dumps(lora, indent=2), encoding="utf-8")
-    with _loaded(target, model, "LORA") as wrapped:
+    with _load_peft_model(target, model, "LORA") as wrapped:
         converted = _outputs(wrapped, ids)
     deviation = float((converted - original).abs().max() / original.abs().max().clamp(min=1e-12))
     if deviation > MOST_DEVIATION:
@@ -121,7 +121,7 @@ def as_lora(
 
 
 @contextmanager
-def _loaded(folder: Path, model: Model, kind: str) -> Iterator[peft.PeftModel]:
+def _load_peft_model(folder: Path, model: Model, kind: str) -> Iterator[peft.PeftModel]:
     """PEFT's model of a folder. The base is restored after the block."""
     quantized.before_peft()
     import peft
@@ -225,7 +225,7 @@ def _by_peft(wrapped: peft.PeftModel, kind: str, rank: int | None) -> Mapping[st
     }
 
 
-def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
+def _pad_factor(factor: Tensor, rank: int, dim: int) -> Tensor:
     """The factor with rows or columns of zeros added up to the rank."""
     missing = rank - factor.shape[dim]
     shape = (missing, factor.shape[1]) if dim == 0 else (factor.shape[0], missing)

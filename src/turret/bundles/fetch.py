@@ -250,13 +250,13 @@ def newest(hub_id: str, revision: str | None) -> str:
     Raises:
         HubError: there is no such repository or revision, or the Hub cannot be reached (`unreachable` is True).
     """
-    with bounded(), plain_errors(hub_id):
+    with bounded_requests(), plain_errors(hub_id):
         info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, timeout=PATIENCE)
         return str(info.sha)
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
+def bounded_requests() -> Iterator[None]:
     """In the block no request of huggingface_hub waits longer than PATIENCE, and it prints nothing."""
     session, shown, level = huggingface_hub.get_session(), not are_progress_bars_disabled(), hub_logging.get_verbosity()
     before = session.timeout
@@ -388,12 +388,12 @@ def pull(
         if not error.unreachable:
             raise
         try:
-            with bounded():
+            with bounded_requests():
                 found = _from_hub(hub_id, target, partial(download, revision=revision, local_files_only=True))
         except BundleError:
             raise error from None
         return replace(found, note=f"{error}; this is the copy in the Hub's cache, commit {found.revision}")
-    with bounded():
+    with bounded_requests():
         found = _from_hub(hub_id, target, partial(download, revision=revision))
     if found.revision != commit:  # the library falls back to its cache without a word
         note = f"{hub_id}: the Hub stopped answering; this is the copy in its cache, commit {found.revision}"

@@ -121,7 +121,7 @@ def write(adapter: Adapter, config: ModelFile, path: Path, name: str) -> int:
         if known is None:
             raise AdapterError(f"llama.cpp has no LoRA on {layer}: use --merged and llama.cpp's own converter")
         if layer.rpartition(".")[2] in family.gguf_rotary:
-            B = reordered(B, _heads(config, layer))
+            B = reorder_rows(B, _heads(config, layer))
         writer.add_tensor(f"{known}.weight.lora_a", np.ascontiguousarray(A))
         writer.add_tensor(f"{known}.weight.lora_b", np.ascontiguousarray(B))
     writer.write_header_to_file()
@@ -140,7 +140,7 @@ def factors(adapter: Adapter) -> dict[str, Factors]:
     return {path: (found[path]["lora_A"], found[path]["lora_B"]) for path in sorted(found)}
 
 
-def reordered(B: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def reorder_rows(B: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """The rows of B (D_out, R) in llama.cpp's order: the two halves of every head, one row of each in turn.
 
     Row `h D + 2 i + j` is row `h D + j D / 2 + i` of B, for head h, half j and D rows a head.

@@ -171,7 +171,7 @@ class HeadStart:
                 pooled = None
                 if mean:
                     with evaluating(model, bare):
-                        pooled = packed.pooled(model, rows, "mean")
+                        pooled = packed.pooled_states(model, rows, "mean")
                 own = drawing(model, dropout, piece) if dropout else evaluating(model, None)
                 with torch.no_grad(), own:
                     packed.classify_logits(model, rows) if pooled is None else family.classify(

@@ -22,7 +22,7 @@ from turret.adapters import packed
 from turret.bases.base import cast
 from turret.bases.device import gigabytes, gpu_memory
 from turret.bases.meta_model import CONTEXT
-from turret.bases.sharded import divided, layer_paths
+from turret.bases.sharded import divided_layers, layer_paths
 from turret.engine.cache import capacity
 from turret.errors import OutOfMemory, memory_ran_out
 from turret.families import family_of
@@ -274,7 +274,7 @@ def in_parts(predicted: Prediction, model: Model, parts: int) -> Prediction:
         predicted: of one process with the whole base.
         model: the base on the meta device, in its precision.
     """
-    weights = {path: layer.get_parameter("weight").nbytes for path, layer in divided(model).items()}
+    weights = {path: layer.get_parameter("weight").nbytes for path, layer in divided_layers(model).items()}
     own = sum(weights.values())
     layers = [f"{each}." for each in layer_paths(model)]
     largest = max(sum(size for path, size in weights.items() if path.startswith(layer)) for layer in layers)
@@ -328,7 +328,7 @@ def saved_by(model: Model, work: Work) -> tuple[SavedForBackward, int, int]:
         if not work.target:
             rows = [(source, torch.arange(len(source))) for source in sources]
             if head_of(model) in VECTORS:
-                logits = packed.pooled(model, sources, "mean")  # (B, D)
+                logits = packed.pooled_states(model, sources, "mean")  # (B, D)
             else:
                 logits = packed.head_logits(model, rows)  # (B, C)
             return saved, logits.nbytes, logits.numel()

@@ -116,7 +116,7 @@ def answer(
     if targets:
         return packed.target_logits(model, sources, targets, slots).float().cpu()
     if pooling is not None:
-        return packed.pooled(model, sources, pooling, slots).float().cpu()
+        return packed.pooled_states(model, sources, pooling, slots).float().cpu()
     read = [torch.arange(len(source)) for source in sources]
     return packed.head_logits(model, list(zip(sources, read, strict=True)), slots).float().cpu()
 

@@ -34,7 +34,7 @@ from turret.bases import Base
 from turret.bases.source import TOKENIZER, licence_of, quiet
 from turret.bundles import gguf_lora
 from turret.bundles.bundle import FILES, read_config
-from turret.bundles.fetch import PATIENCE, bounded, check_id, plain_errors
+from turret.bundles.fetch import PATIENCE, bounded_requests, check_id, plain_errors
 from turret.disk import describe_error, errno_of, exclusive_lock, permissions, sync
 from turret.errors import AdapterError, BaseModelError, HubError, StoreError, listed
 from turret.manifest import BaseSpec
@@ -447,7 +447,7 @@ def push(folder: Path, hub_id: str, message: str, *, ours: Collection[str], publ
         HubError: the Hub cannot be reached or refuses, or the repository holds something else.
     """
     api = huggingface_hub.HfApi()
-    with bounded(), plain_errors(hub_id):
+    with bounded_requests(), plain_errors(hub_id):
         info, created = _info(api, hub_id), False
         if info is None:
             api.create_repo(check_id(hub_id), private=not public)

@@ -174,7 +174,7 @@ def _features(ready: PreparedTraining, examples: Sequence[Example]) -> Floats:
     with evaluating(model, adapters.BARE):
         for piece in by_length(items.lengths(), MOST_TOKENS):
             rows = [item.source for item in items.take(piece)]
-            parts.append(packed.pooled(model, rows, "mean").double().cpu())
+            parts.append(packed.pooled_states(model, rows, "mean").double().cpu())
             places += piece
     found: Floats = torch.cat(parts)[torch.tensor(places).argsort()].numpy()
     return found

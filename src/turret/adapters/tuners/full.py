@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from turret import quantized
-from turret.adapters.adapter import Adapter, Extracted, Parts, copied
+from turret.adapters.adapter import Adapter, Extracted, Parts, cpu_copy
 from turret.adapters.hooks import AdapterInit, HookedModel, put_back
 from turret.adapters.tuners.tuner import Tuner, fill_parameters
 from turret.errors import AdapterError
@@ -26,7 +26,7 @@ class FullTuner(Tuner[Full]):
 
     def extract(self, attached: HookedModel, slot: int) -> Extracted:
         names = tuple(f"{name}." for name in attached.family.head_modules)
-        tensors = {name: copied(value) for name, value in attached.full.items()}
+        tensors = {name: cpu_copy(value) for name, value in attached.full.items()}
         head = {name: value for name, value in tensors.items() if name.startswith(names)}
         return Extracted({name: each for name, each in tensors.items() if name not in head}, head, self.method)
 

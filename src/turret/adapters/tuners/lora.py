@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Merge several LoRAs into one by PEFT's `add_weighted_adapter`.
 
 
-def combined(
+def combine_loras(
     model: Model, family: Family, given: Sequence[Parts], weights: Sequence[float], how: str, density: float, seed: int
 ) -> tuple[int, dict[str, Tensor]]:
     """One LoRA, with scaling 1, whose change of the weights merges those of several.
@@ -199,7 +199,7 @@ class LoRATuner(Tuner[LoRA]):
         self, model: Model, given: Sequence[Adapter], weights: Sequence[float], how: str, density: float, seed: int
     ) -> tuple[LoRA, dict[str, Tensor]]:
         parts = [tuner_of(adapter.method).parts(model, adapter) for adapter in given]
-        rank, tensors = combined(model, family_of(model.config), parts, weights, how, density, seed)
+        rank, tensors = combine_loras(model, family_of(model.config), parts, weights, how, density, seed)
         targets = {adapter.method.target_modules for adapter in given if isinstance(adapter.method, LoRA)}
         target = targets.pop() if len(targets) == 1 else None
         method = LoRA(r=rank, lora_alpha=rank, lora_dropout=self.method.lora_dropout, target_modules=target)
@@ -253,7 +253,7 @@ def _initial(method: LoRA, layer: nn.Module, generator: torch.Generator | None) 
     if method.init_lora_weights == "pissa":
         A, B = _principal(quantized.dense_weight(layer).float(), method)
     elif method.init_lora_weights == "loftq":
-        A, B = _principal(_lost(layer), method)
+        A, B = _principal(_quantization_error(layer), method)
     elif method.init_lora_weights == "gaussian":
         A.normal_(0.0, 1.0 / method.r, generator=generator)
     else:
@@ -266,7 +266,7 @@ def _initial(method: LoRA, layer: nn.Module, generator: torch.Generator | None) 
     return factors
 
 
-def _lost(layer: nn.Module) -> Tensor:
+def _quantization_error(layer: nn.Module) -> Tensor:
     """W - Q (D_out, D_in) float32: what the weight Q in 4 bits lost of the checkpoint's weight W.
 
     The first step of Li et al. 2023, "LoftQ", Algorithm 1. Further steps would quantize the base again.

@@ -17,7 +17,7 @@ from turret.adapters.adapter import (
     Adapter,
     Extracted,
     Parts,
-    copied,
+    cpu_copy,
 )
 from turret.adapters.batch_context import ATTACHED, BARE, set_context
 from turret.adapters.hooks import (
@@ -31,7 +31,7 @@ from turret.adapters.hooks import (
     linear_at,
     target_paths,
 )
-from turret.adapters.layers import TokenLogits, TokenRows, unrouted, with_values
+from turret.adapters.layers import TokenLogits, TokenRows, base_module_of, with_values
 from turret.adapters.lora import ScaledLayer, dora, sizes
 from turret.adapters.prefix import Groups
 from turret.adapters.tuners.tuner import Tuner, fill_parameters, head_parameters, head_tensors, mount_head
@@ -216,12 +216,12 @@ class PeftTuner(Tuner[Peft]):
         if slot in attached.stored:
             return Extracted(dict(attached.stored[slot]), head_tensors(attached, slot), self.method)
         guest = _guest(attached)
-        tensors = {name: copied(value) for name, value in peft_backend.tensors_of(guest).items()}
-        return Extracted(tensors, head_tensors(attached, slot), peft_backend.finished(guest.method))
+        tensors = {name: cpu_copy(value) for name, value in peft_backend.tensors_of(guest).items()}
+        return Extracted(tensors, head_tensors(attached, slot), peft_backend.mounted_method(guest.method))
 
     def fill(self, model: Model, attached: HookedModel, adapter: Adapter, generator: torch.Generator | None) -> None:
         guest = _guest(attached)
-        if adapter.method != peft_backend.finished(guest.method):
+        if adapter.method != peft_backend.mounted_method(guest.method):
             raise AdapterError("its PEFT settings differ from those of this recipe: set [method] to its values")
         peft_backend.fill(guest, adapter.tensors)
         fill_parameters(head_parameters(attached), adapter.head)
@@ -254,7 +254,7 @@ class PeftTuner(Tuner[Peft]):
 
     def peft_words(self) -> JsonObject:
         config = peft_backend.config_of(self.method)
-        return peft_backend.kept(config) | {"peft_type": config.peft_type.value}
+        return peft_backend.config_settings(config) | {"peft_type": config.peft_type.value}
 
     def peft_config(self, adapter: Adapter) -> AdapterConfig:
         """PEFT's own words, and the modules of the head and of the body that are trained whole."""
@@ -278,7 +278,7 @@ class PeftTuner(Tuner[Peft]):
         guest = peft_backend.invite(twin, family_of(twin.config), self.method)
         peft_backend.fill(guest, adapter.tensors)
         before = model.state_dict()
-        whole = peft_backend.merged(guest)
+        whole = peft_backend.merged_state_dict(guest)
         if odd := sorted(set(whole) ^ set(before)):
             raise AdapterError(
                 f"PEFT does not merge {self.method.peft_type} completely ({odd[0]}): export it without --merged"
@@ -289,19 +289,19 @@ class PeftTuner(Tuner[Peft]):
         """The effect on each layer, or the prefix that the bare base computes for virtual tokens."""
         kind, method = self.method.peft_type, self.method
         if kind in METHODS:
-            return parts_of(kind, peft_backend.kept(peft_backend.config_of(method)), adapter.tensors, model)
+            return parts_of(kind, peft_backend.config_settings(peft_backend.config_of(method)), adapter.tensors, model)
         family = family_of(model.config)
         if (reason := method.unanswered(family, hasattr(model, family.output_layer))) is not None:
             raise AdapterError(reason)
         if kind in PROMPTS:
             return Parts(prefix=_prefix(model, adapter.tensors))
-        return Parts(layers=peft_backend.changes(method, adapter.tensors, _changed(model, adapter.tensors)))
+        return Parts(layers=peft_backend.changes(method, adapter.tensors, _changed_layers(model, adapter.tensors)))
 
     def unserved(self, model: Model, adapter: Adapter) -> str | None:
         if self.method.peft_type not in WRAPPED:
             return None
         try:
-            paths = _changed(model, adapter.tensors)
+            paths = _changed_layers(model, adapter.tensors)
         except AdapterError as error:
             return str(error)
         outside = sorted(set(paths) - set(target_paths(model, "all-linear")))
@@ -313,7 +313,7 @@ class PeftTuner(Tuner[Peft]):
             super().mount(model, attached, adapter, slot)
             attached.stored[slot] = adapter.tensors
             return
-        _invite(model, attached, peft_backend.finished(self.method), trains=False)
+        _invite(model, attached, peft_backend.mounted_method(self.method), trains=False)
         guest = _guest(attached)
         peft_backend.fill(guest, adapter.tensors)
         for each in guest.parameters.values():
@@ -323,7 +323,7 @@ class PeftTuner(Tuner[Peft]):
         mount_head(model, attached, adapter.head, slot)
 
 
-def _changed(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+def _changed_layers(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     """The base's own layers that the tensors' names name, by path, in the base's order."""
     known, found = dict(model.named_modules()), set[str]()
     for name in tensors:
@@ -489,7 +489,7 @@ def with_modules(values: Mapping[str, Tensor], settings: AdapterConfig, model: M
 def _module(model: Model, path: str) -> nn.Module:
     """The base's own module. Raises AdapterError unless it is a norm, an embedding or the output layer."""
     try:
-        module = unrouted(model.get_submodule(path))
+        module = base_module_of(model.get_submodule(path))
     except AttributeError:
         raise AdapterError(f"the base has no module {path!r}: the adapter belongs to another architecture") from None
     family = family_of(model.config)
@@ -539,7 +539,7 @@ def _tokens(model: Model, path: str, vectors: Tensor, settings: AdapterConfig) -
         )
     own = TokenRows(embedding, ids, vectors)
     whole: dict[str, nn.Module] = {path: own}
-    if not _ties(model) or embedding is not unrouted(model.get_input_embeddings()):
+    if not _ties(model) or embedding is not base_module_of(model.get_input_embeddings()):
         return whole
     for name, module in model.named_modules(remove_duplicate=False):
         tied = name.removesuffix(".base_module")
@@ -567,8 +567,8 @@ def _tied_output(model: Model, whole: Mapping[str, nn.Module]) -> dict[str, nn.M
     output, name = model.get_output_embeddings(), family_of(model.config).output_layer
     if output is None or not _ties(model) or name in whole:
         return {}
-    inputs = unrouted(model.get_input_embeddings())
-    path = next((path for path in whole if unrouted(model.get_submodule(path)) is inputs), None)
+    inputs = base_module_of(model.get_input_embeddings())
+    path = next((path for path in whole if base_module_of(model.get_submodule(path)) is inputs), None)
     if path is None or isinstance(whole[path], TokenRows):
         return {}
-    return {name: with_values(unrouted(output), {"weight": whole[path].get_parameter("weight")})}
+    return {name: with_values(base_module_of(output), {"weight": whole[path].get_parameter("weight")})}

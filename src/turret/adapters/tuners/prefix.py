@@ -59,7 +59,7 @@ class PrefixTuner(Tuner[Prefix]):
 
     def read(self, tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         own, head = super().read(tensors, config)
-        return {name: _unflattened(name, value, config) for name, value in own.items()}, head
+        return {name: _unflatten_prefix(name, value, config) for name, value in own.items()}, head
 
     def peft_config(self, adapter: Adapter) -> AdapterConfig:
         """The shape (L, 2, H, P, D) of the decoder's prefix, or of an encoder-only model's, in PEFT's keys."""
@@ -119,7 +119,7 @@ def _groups(attached: HookedModel, slot: int) -> dict[str, PrefixGroup]:
     return {name: group for name, group in module.groups.items() if isinstance(group, PrefixGroup)}
 
 
-def _unflattened(name: str, value: Tensor, config: AdapterConfig) -> Tensor:
+def _unflatten_prefix(name: str, value: Tensor, config: AdapterConfig) -> Tensor:
     """PEFT's layout (P, L * 2 * H * D) -> (L, 2, H, P, D)."""
     heads, width = config.get("num_attention_heads"), config.get("token_dim")
     if not (isinstance(heads, int) and isinstance(width, int) and heads > 0 and width > 0 and width % heads == 0):

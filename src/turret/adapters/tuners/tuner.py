@@ -18,7 +18,7 @@ from turret.adapters.adapter import (
     Extracted,
     Parts,
     check_head,
-    copied,
+    cpu_copy,
     head_paths,
     shared_names,
 )
@@ -67,7 +67,7 @@ class Tuner(Generic[M]):
 
     def extract(self, attached: HookedModel, slot: int) -> Extracted:
         """Copies of the tensors in a slot, on the CPU in float32."""
-        tensors = {name: copied(value) for name, value in self.tensors(attached, slot).items()}
+        tensors = {name: cpu_copy(value) for name, value in self.tensors(attached, slot).items()}
         return Extracted(tensors, head_tensors(attached, slot), self.method)
 
     def fill(self, model: Model, attached: HookedModel, adapter: Adapter, generator: torch.Generator | None) -> None:
@@ -228,7 +228,7 @@ def tuner_of(method: Method) -> Tuner[Method]:
 def head_tensors(attached: HookedModel, slot: int) -> dict[str, Tensor]:
     """Copies of the head in a slot, by its names in the model."""
     return {
-        f"{path}.{name}": copied(value)
+        f"{path}.{name}": cpu_copy(value)
         for path, module in attached.heads.items()
         if str(slot) in module.slots
         for name, value in module.slots[str(slot)].state_dict().items()
@@ -296,10 +296,10 @@ def all_parts(model: Model, adapter: Adapter) -> Parts:
     every = (adapter, *adapter.others)
     if adapter.others and any(each.head for each in every):
         raise AdapterError("one of the composed adapters has a head: only adapters that generate can be composed")
-    return composed([tuner_of(each.method).parts(model, each) for each in every])
+    return compose_parts([tuner_of(each.method).parts(model, each) for each in every])
 
 
-def composed(parts: Sequence[Parts]) -> Parts:
+def compose_parts(parts: Sequence[Parts]) -> Parts:
     """The parts of all adapters as those of one. A single one is returned as it is.
 
     Raises:
@@ -317,10 +317,10 @@ def composed(parts: Sequence[Parts]) -> Parts:
     factors = [each for each in parts if each.factors]
     ranks = [next(iter(each.factors.values()))[0].shape[0] for each in factors]
     paths = dict.fromkeys(path for each in factors for path in each.factors)
-    return Parts({path: _stacked(path, factors, ranks) for path in paths}, 1.0, prefixes[0] if prefixes else {})
+    return Parts({path: _stack_factors(path, factors, ranks) for path in paths}, 1.0, prefixes[0] if prefixes else {})
 
 
-def _stacked(path: str, parts: Sequence[Parts], ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _stack_factors(path: str, parts: Sequence[Parts], ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
     """A (R, D_in) and B (D_out, R) of one layer, with zeros for adapters that leave it as it is. ranks: of each."""
     known = next(each.factors[path] for each in parts if path in each.factors)
     d_in, d_out = known[0].shape[1], known[1].shape[0]
