@@ -31,7 +31,7 @@ import record
 from defaults import SETS
 from numpy.typing import NDArray
 
-from turret.experiments.input_drift import MOST_TOKENS, InputTest, distinct, needed
+from turret.experiments.input_drift import MOST_TOKENS, InputTest, distinct, needed_e_value
 
 NAME = "drift"
 CLAIM = "texts like the examples warn in at most the stated share, and a change is noticed soon"
@@ -142,7 +142,7 @@ def stream(vectors: Floats, references: int) -> tuple[int | None, int]:
 
 def warned(references: Floats, live: Floats, number: int = 1) -> int | None:
     """After how many texts of a round it warns; None if it does not."""
-    test, enough = InputTest(references, number), needed(LEVEL, number)
+    test, enough = InputTest(references, number), needed_e_value(LEVEL, number)
     for place, row in enumerate(live):
         test.see(row[None])
         if test.peak >= enough:

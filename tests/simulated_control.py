@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from turret.compare.control_rates import Control, Written, rated, shown
+from turret.compare.control_rates import Control, Written, rate_methods, shown_documents
 
 ASPECTS = ("short", "long")
 LABELS = KINDS = {"prefix": "prefix", "base": "base"}
@@ -32,7 +32,8 @@ def found(share: float = 0.8, aspects: tuple[str, ...] = ASPECTS) -> Control:
         name="x", base={"id": "small", "fingerprint": "sha256:b"}, source="t-{aspect}.csv", aspects=aspects,
         documents=100, train=10, seeds=(1,), confidence=0.95, chance=50.0,
         judge={"version": "x-judge@1", "base": "b", "accuracy": 90.0, "learnt_from": 20, "references": 200},
-        rated=rated(some, aspects, LABELS, KINDS, 0), shown=shown(some, ["a document"] * 100, references),
+        rated=rate_methods(some, aspects, LABELS, KINDS, 0),
+        shown=shown_documents(some, ["a document"] * 100, references),
         failures={}, recipes={"prefix, short": "name = 1"}, notes=(HOSTILE,), missing=0, folder="f",
         made={"from": "2026-01-02T03:04:05Z", "to": "2026-01-02T04:04:05Z", "device": "cpu", "versions": {}},
         command="turret control t-{aspect}.csv",

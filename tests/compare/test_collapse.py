@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from simulated_comparison import made
 
-from turret.compare.comparison import SeededResults, generator, judged, paired
+from turret.compare.comparison import SeededResults, generator, judge_pair, paired_differences
 from turret.compare.design import Cell, candidates
 from turret.compare.report import as_html, as_markdown, headline
 from turret.compare.results import CellResult
@@ -52,7 +52,7 @@ def sides(examples: list[Labelled], results: list[CellResult]) -> tuple[SeededRe
 
 
 def verdict(examples: list[Labelled], results: list[CellResult], margin: float = 1.0) -> Verdict:
-    found = judged(*sides(examples, results), margin, generator(1, "x"), 0.95)
+    found = judge_pair(*sides(examples, results), margin, generator(1, "x"), 0.95)
     assert found is not None
     return found
 
@@ -85,7 +85,7 @@ def test_an_interval_over_all_trainings_would_not_cover_their_mean() -> None:
     for _ in range(100):
         examples, results = trials(rng, 5, 300, 0.2)
         mine, theirs = sides(examples, results)
-        d = paired(mine.all, theirs.all)
+        d = paired_differences(mine.all, theirs.all)
         assert d is not None
         found = interval(d, rng, resamples=400)
         held += found.low <= truth <= found.high

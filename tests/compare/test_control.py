@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 from simulated_control import ASPECTS, HOSTILE, KINDS, LABELS, found, written
 
-from turret.compare.control_rates import Written, as_html, as_markdown, headline, rated, shares_of_nearest, write_report
+from turret.compare.control_rates import (
+    Written,
+    as_html,
+    as_markdown,
+    headline,
+    rate_methods,
+    shares_of_nearest,
+    write_report,
+)
 
 
 def test_the_rate_is_the_share_of_outputs_of_the_asked_aspect_by_either_judge() -> None:
-    one = rated([written("prefix", aspect, 0.75, 100) for aspect in ASPECTS], ASPECTS, LABELS, KINDS, 0)[0]
+    one = rate_methods([written("prefix", aspect, 0.75, 100) for aspect in ASPECTS], ASPECTS, LABELS, KINDS, 0)[0]
     assert one.by_classifier.mean == pytest.approx(75)
     assert one.by_rouge.mean == pytest.approx(75)
     assert one.by_classifier.low < 75 < one.by_classifier.high
@@ -23,7 +31,7 @@ def test_the_rate_is_the_share_of_outputs_of_the_asked_aspect_by_either_judge() 
 
 def test_a_base_that_writes_the_same_whatever_is_asked_is_at_chance() -> None:
     same = [written("base", "short", 1.0, 50), written("base", "long", 0.0, 50)]
-    assert rated(same, ASPECTS, LABELS, KINDS, 0)[0].by_classifier.mean == pytest.approx(50)
+    assert rate_methods(same, ASPECTS, LABELS, KINDS, 0)[0].by_classifier.mean == pytest.approx(50)
 
 
 def test_equals_share_and_a_text_like_none_counts_for_none() -> None:
@@ -34,13 +42,13 @@ def test_equals_share_and_a_text_like_none_counts_for_none() -> None:
 def test_an_empty_output_is_of_no_aspect_whatever_the_classifier_says() -> None:
     some = [written("prefix", aspect, 1.0, 10) for aspect in ASPECTS]
     blank = Written("prefix", "short", 1, "x@1", ["  "] * 10, ["short"] * 10, np.zeros((10, 2)))
-    assert rated([blank, some[1]], ASPECTS, LABELS, KINDS, 0)[0].by_classifier.mean == pytest.approx(50)
+    assert rate_methods([blank, some[1]], ASPECTS, LABELS, KINDS, 0)[0].by_classifier.mean == pytest.approx(50)
 
 
 def test_a_method_that_lacks_an_aspect_is_not_rated_and_whole_seeds_are() -> None:
     some = [written("prefix", aspect, 0.5) for aspect in ASPECTS] + [written("prefix", "short", 0.5, seed=2)]
-    assert rated(some, ASPECTS, LABELS, KINDS, 0)[0].seeds == (1,)
-    assert rated([written("prefix", "short", 0.5)], ASPECTS, LABELS, KINDS, 0) == ()
+    assert rate_methods(some, ASPECTS, LABELS, KINDS, 0)[0].seeds == (1,)
+    assert rate_methods([written("prefix", "short", 0.5)], ASPECTS, LABELS, KINDS, 0) == ()
 
 
 def test_the_headline_says_when_control_is_not_shown() -> None:

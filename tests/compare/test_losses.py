@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from turret.compare.collapse import binned, describe_losses, still_falling
+from turret.compare.collapse import binned_losses, describe_losses, still_falling
 
 TIME = np.linspace(0, 1, 60)
 
@@ -45,5 +45,5 @@ def test_a_handful_of_losses_says_nothing() -> None:
 
 
 def test_many_losses_become_means_over_equal_stretches() -> None:
-    assert binned([1.0, 2.0]) == [1.0, 2.0]
-    assert binned(list(range(120)), most=60) == [2 * place + 0.5 for place in range(60)]
+    assert binned_losses([1.0, 2.0]) == [1.0, 2.0]
+    assert binned_losses(list(range(120)), most=60) == [2 * place + 0.5 for place in range(60)]

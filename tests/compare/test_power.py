@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from turret.compare.design import Spread, power, simulated
+from turret.compare.design import Spread, power, simulate_intervals
 from turret.compare.verdict import judge
 
 ASSUMED = Spread.assumed("classify")
@@ -43,7 +43,7 @@ def test_more_seeds_more_examples_and_a_wider_margin_each_decide_more() -> None:
     """From three seeds on: with two seeds, the power depends too much on the variation between examples."""
 
     def within(seeds: int, examples: int, margin: float) -> float:
-        return float((simulated(ASSUMED, seeds, examples)[0] <= margin).mean())
+        return float((simulate_intervals(ASSUMED, seeds, examples)[0] <= margin).mean())
 
     for ordered in (
         [within(5, n, 1.0) for n in (100, 500, 2000, 8000)],

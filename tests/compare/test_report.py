@@ -21,7 +21,7 @@ from turret.compare.design import Cell, candidates
 from turret.compare.evaluation_page import as_html as evaluation_page
 from turret.compare.plots import CHARACTER, WIDTH, Axis, LossCurve, Mark, axis, courses, forest, scatter
 from turret.compare.report import _apart, as_html, as_markdown, headline, write_report
-from turret.compare.report_text import rounded
+from turret.compare.report_text import rounded_estimate
 from turret.compare.results import Confusions, Details, costs
 from turret.compare.verdict import Interval, Verdict, interval
 from turret.recipe import Recipe
@@ -158,7 +158,7 @@ def test_a_headline_says_one_decimal_below_ten_points() -> None:
 
 
 def test_advice_has_no_more_digits_than_an_estimate_has() -> None:
-    assert [rounded(value) for value in (7, 42, 243, 8921, 11569, 1_234_567)] == [
+    assert [rounded_estimate(value) for value in (7, 42, 243, 8921, 11569, 1_234_567)] == [
         "7", "42", "240", "8,900", "12,000", "1,200,000",
     ]  # fmt: skip
     d = Interval(-1.3, -3.1, 0.5)

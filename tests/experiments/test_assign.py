@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turret.experiments import assign
-from turret.experiments.assign import GRID, arm_at, counts_of, key_of, laid_out, moved, point_of, points
+from turret.experiments.assign import GRID, arm_at, counts_of, key_of, laid_out, move_segments, point_of, points
 
 ARMS = ("control", "candidate", "candidate2", "candidate3")
 
@@ -42,7 +42,7 @@ def test_a_change_of_weights_moves_exactly_as_many_points_as_it_must(ramp) -> No
     for wanted in ramp[1:]:
         before, now = points(segments), counts_of(wanted)
         must = sum(max(0, count - before.get(arm, 0)) for arm, count in now.items())
-        after = moved(segments, wanted)
+        after = move_segments(segments, wanted)
         assert different(segments, after) == must
         assert points(after) == {arm: count for arm, count in now.items() if count}
         segments = after
@@ -54,14 +54,14 @@ def test_laying_out_anew_would_move_more() -> None:
         {"control": 0.5, "candidate": 0.3, "candidate2": 0.2},
         {"control": 0.2, "candidate": 0.3, "candidate2": 0.5},
     )
-    assert different(laid_out(first), moved(laid_out(first), then)) < different(laid_out(first), laid_out(then))
+    assert different(laid_out(first), move_segments(laid_out(first), then)) < different(laid_out(first), laid_out(then))
 
 
 def test_a_ramp_keeps_everybody_who_saw_the_candidate_and_units_fall_as_weighted() -> None:
     keys = [point_of(key_of("salt", f"user {number}")) for number in range(20_000)]
     segments, before = laid_out({"control": 0.95, "candidate": 0.05}), set[int]()
     for share in (0.05, 0.2, 0.5):
-        segments = moved(segments, {"control": 1 - share, "candidate": share})
+        segments = move_segments(segments, {"control": 1 - share, "candidate": share})
         there = {key for key in keys if arm_at(segments, key) == "candidate"}
         assert before <= there
         assert abs(len(there) / len(keys) - share) < 4 * (share * (1 - share) / len(keys)) ** 0.5

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from turret.experiments import analyze, validity
-from turret.experiments.evidence import OutcomeTally, discovered, evidence_needed
+from turret.experiments.evidence import OutcomeTally, evidence_needed, find_discoveries
 from turret.experiments.validity import NEEDED
 from turret.statistics import sign_test
 from turret.workspace import evaluation
@@ -104,9 +104,9 @@ def test_summed_over_all_splits_of_six_units_the_ratio_expects_one(shares) -> No
 
 def test_of_many_experiments_the_largest_are_named() -> None:
     e = {"a": math.log(400), "b": math.log(60), "c": math.log(15), "d": 0.0}
-    assert discovered(e, 0.05) == {"a", "b"}  # 80 for one, 40 for two, 27 for three
-    assert discovered({"only": math.log(19)}, 0.05) == frozenset()
-    assert discovered({}, 0.05) == frozenset()
+    assert find_discoveries(e, 0.05) == {"a", "b"}  # 80 for one, 40 for two, 27 for three
+    assert find_discoveries({"only": math.log(19)}, 0.05) == frozenset()
+    assert find_discoveries({}, 0.05) == frozenset()
 
 
 def false_discoveries(expected: float, alpha: float = 0.1) -> float:
@@ -122,7 +122,7 @@ def false_discoveries(expected: float, alpha: float = 0.1) -> float:
     for _ in range(runs):
         reached = generator.random(null) < expected / enough
         evidence = {f"null{n}": math.log(enough) + 1e-9 if high else -math.inf for n, high in enumerate(reached)}
-        found = discovered(evidence | {f"true{n}": 12.0 for n in range(true)}, alpha)
+        found = find_discoveries(evidence | {f"true{n}": 12.0 for n in range(true)}, alpha)
         assert len(found) == true + reached.sum()
         named_falsely.append(reached.sum() / len(found))
     return float(np.mean(named_falsely))
@@ -137,8 +137,8 @@ def test_what_one_more_experiment_needs_is_what_names_it() -> None:
     others = [math.log(value) for value in (200.0, 120.0, 30.0, 1.0, 0.5)]
     enough = evidence_needed(others, 0.05)
     assert math.exp(enough) == pytest.approx(6 / (0.05 * 4))  # the fourth, with 200, 120 and 30
-    assert "one" in discovered({str(log): log for log in others} | {"one": enough}, 0.05)
-    assert "one" not in discovered({str(log): log for log in others} | {"one": enough - 1e-6}, 0.05)
+    assert "one" in find_discoveries({str(log): log for log in others} | {"one": enough}, 0.05)
+    assert "one" not in find_discoveries({str(log): log for log in others} | {"one": enough - 1e-6}, 0.05)
     assert math.exp(evidence_needed([], 0.05)) == pytest.approx(20)
     assert math.exp(evidence_needed([-math.inf] * 19, 0.05)) == pytest.approx(400)
 
@@ -152,7 +152,7 @@ def evidence_of(seed: int, place: int) -> list[tuple[float, str | None]]:
     arm = (generator.random(UNITS_EACH) < 0.5).astype(np.int64)
     chance = np.where(arm == 1, 0.45 if place < REAL else 0.3, 0.3)
     y, share = (generator.random(UNITS_EACH) < chance).astype(np.float64), np.full(UNITS_EACH, 0.5)
-    found, known = [], OutcomeTally.empty(binary=True, margin=None, decides=analyze.needed(0.05))
+    found, known = [], OutcomeTally.empty(binary=True, margin=None, decides=analyze.needed_evidence(0.05))
     for start in range(0, UNITS_EACH, STEP):
         known = known.after(*(part[start : start + STEP] for part in (arm, y, share)))
         found.append((known.equality(), known.verdict))
@@ -168,7 +168,7 @@ def ended(paths: list[list[tuple[float, str | None]]], *, waits: bool) -> frozen
         for place, path in enumerate(paths):
             enough = evidence_needed(now[:place] + now[place + 1 :], 0.05)
             over[place] |= path[look][1] is not None and (not waits or now[place] >= enough)
-    return discovered({str(place): log for place, log in enumerate(now)}, 0.05)
+    return find_discoveries({str(place): log for place, log in enumerate(now)}, 0.05)
 
 
 def test_four_real_differences_among_twenty_are_discoveries_where_experiments_wait_for_it() -> None:

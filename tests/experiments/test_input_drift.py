@@ -16,9 +16,9 @@ from turret.experiments.input_drift import (
     InputTest,
     Score,
     distinct,
-    needed,
-    packed,
-    unpacked,
+    needed_e_value,
+    pack_vectors,
+    unpack_vectors,
 )
 
 LEVEL, RUNS = 0.1, 200
@@ -118,8 +118,8 @@ def test_wealth_is_the_product_of_the_bets() -> None:
 
 
 def test_the_levels_of_all_rounds_sum_to_the_level() -> None:
-    assert needed(0.05, 1) == pytest.approx(40)
-    assert sum(1 / needed(0.05, each) for each in range(1, 100_000)) == pytest.approx(0.05, rel=1e-4)
+    assert needed_e_value(0.05, 1) == pytest.approx(40)
+    assert sum(1 / needed_e_value(0.05, each) for each in range(1, 100_000)) == pytest.approx(0.05, rel=1e-4)
 
 
 def test_references_are_different_texts_and_not_too_many() -> None:
@@ -131,22 +131,22 @@ def test_references_are_different_texts_and_not_too_many() -> None:
 
 @given(st.lists(st.lists(st.floats(-6e4, 6e4, width=16), min_size=5, max_size=5), max_size=20))
 def test_embeddings_are_read_as_they_were_written(vectors: list[list[float]]) -> None:
-    rows = packed(np.array(vectors).reshape(-1, 5))
+    rows = pack_vectors(np.array(vectors).reshape(-1, 5))
     assert [len(row) for row in rows] == [10] * len(vectors)
-    assert unpacked(rows, 5).tolist() == vectors
+    assert unpack_vectors(rows, 5).tolist() == vectors
 
 
 @given(st.lists(st.binary(max_size=12), max_size=5))
 def test_what_is_no_embedding_is_an_error_or_finite(rows: list[bytes]) -> None:
     try:
-        found = unpacked(rows, 4)
+        found = unpack_vectors(rows, 4)
     except Corrupt:
         return
     assert np.isfinite(found).all()
-    assert packed(found) == [bytes(row) for row in rows]
+    assert pack_vectors(found) == [bytes(row) for row in rows]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e6])
 def test_a_number_that_float16_has_not_is_refused(bad) -> None:
     with pytest.raises(ValueError, match="not finite"):
-        packed([[1.0, bad]])
+        pack_vectors([[1.0, bad]])

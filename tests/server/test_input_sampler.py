@@ -18,7 +18,7 @@ from server.test_promises import TERMS, TEXTS, classify, promised
 from turret import audit
 from turret.data import TextPair
 from turret.errors import AdapterError, Busy
-from turret.experiments.input_drift import packed
+from turret.experiments.input_drift import pack_vectors
 from turret.server import live_promises, services
 from turret.server.engines import Engines
 from turret.server.live_promises import AlarmSettings, InputSampler
@@ -42,7 +42,7 @@ def _often(monkeypatch: pytest.MonkeyPatch) -> None:
 def watched(workspace: Workspace, version: Any, vectors: Any = FAR) -> Promise:
     """A promise whose examples have these embeddings. The echo's are about as those of NEAR."""
     with workspace.store.database().writing() as connection:
-        return promises.make(connection, version, TERMS, inputs=packed(vectors))
+        return promises.make(connection, version, TERMS, inputs=pack_vectors(vectors))
 
 
 def kept(workspace: Workspace, promise: Promise) -> int:

@@ -406,7 +406,7 @@ TERMS = Terms("error", 0.02, 0.95, 0.9, 500, 400, 2, 400, "x.csv", "test", "sha2
 def watched(where: str, folder: Path) -> tuple[Store, Promise]:
     """A new promise of a@1, whose live texts are far from its examples."""
     store = two(where, folder)
-    references, live = input_drift.packed(np.eye(40)), input_drift.packed(np.eye(40) + 1)
+    references, live = input_drift.pack_vectors(np.eye(40)), input_drift.pack_vectors(np.eye(40) + 1)
     with store.database().writing() as connection:
         promise = promises.make(connection, store.resolve("a@1"), TERMS, inputs=references)
         for each in live:

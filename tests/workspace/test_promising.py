@@ -20,7 +20,7 @@ from turret.access import Access
 from turret.cli.main import run
 from turret.engine.core import Engine
 from turret.errors import AdapterError, BundleError, DataError, NotFound
-from turret.experiments.input_drift import MOST_TOKENS, packed, unpacked
+from turret.experiments.input_drift import MOST_TOKENS, pack_vectors, unpack_vectors
 from turret.recipe import Promise as RecipePromise
 from turret.recipe import Recipe
 from turret.store import Store, promises
@@ -314,7 +314,7 @@ def live(workspace: Workspace, texts: list[str]) -> None:
         for text in texts:
             row = Tokens(base.tokenizer).row(text, min(MOST_TOKENS, engine.longest))
             vector = engine.submit("embed", row, None).result()["embedding"]
-            assert promises.add_input(connection, promise.id, packed([vector])[0])
+            assert promises.add_input(connection, promise.id, pack_vectors([vector])[0])
 
 
 def test_a_promise_keeps_embeddings_of_its_examples_by_the_bare_base(trained: Workspace) -> None:
@@ -324,12 +324,12 @@ def test_a_promise_keeps_embeddings_of_its_examples_by_the_bare_base(trained: Wo
         watch = promises.watch_of(connection, made.promise.id)
         assert watch is not None
         found = promises.vectors_of(connection, watch, promises.REFERENCE_ROUND)
-    kept = unpacked([row for _, row in found], watch.size)
+    kept = unpack_vectors([row for _, row in found], watch.size)
     assert watch.examples == len(kept) > 100
     assert np.linalg.norm(kept, axis=1) == pytest.approx(1, abs=1e-3)
     live(trained, [text for text, _ in rows(200, 240, wrong=12)][:3])
     with trained.store.database().reading() as connection:
-        rest = unpacked([row for _, row in promises.vectors_of(connection, watch, 1)], watch.size)
+        rest = unpack_vectors([row for _, row in promises.vectors_of(connection, watch, 1)], watch.size)
     assert (rest @ kept.T).max(1) == pytest.approx(1, abs=1e-3), "a server embeds the same texts alike"
 
 

@@ -239,7 +239,7 @@ def _print_recipe(shown: VersionFacts, as_json: bool) -> None:
 
 
 def _facts(shown: VersionFacts) -> Iterator[tuple[str, str]]:
-    from turret.methods import said
+    from turret.methods import describe_method
 
     manifest = shown["manifest"]
     base, task, lineage = base_in(manifest), task_in(manifest), lineage_in(manifest)
@@ -247,7 +247,7 @@ def _facts(shown: VersionFacts) -> Iterator[tuple[str, str]]:
     yield "created", f"{to_minute(shown['created'])}, {age(shown['created'])} ago{by}"
     revision = f"  [dim]revision[/] {safe(str(base['revision'])[:12])}" if base.get("revision") else ""
     yield "base", f"{safe(base.get('id'))}  [dim]{safe(str(base.get('fingerprint'))[:19])}[/]{revision}"
-    kind, settings = said(method_in(manifest))
+    kind, settings = describe_method(method_in(manifest))
     yield "method", safe(" ".join([kind, *(f"{key}={value}" for key, value in settings.items())]))
     yield "task", safe(f"{task.get('kind')}  {', '.join(map(str, task.get('labels') or ()))}")
     for question, fitted in stored_by_question(task.get("calibration")).items():

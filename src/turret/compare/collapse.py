@@ -24,7 +24,7 @@ from turret.tasks import task_of
 # --- losses -----------------------------------------------------------------------------------------------------------
 # Tells from the losses of a training whether they stayed flat, rose, or were still falling at the end.
 #
-# Losses are means over equal stretches of the training, in order; `binned` makes them.
+# Losses are means over equal stretches of the training, in order; `binned_losses` makes them.
 
 
 BINS = 60
@@ -33,7 +33,7 @@ SHARE = 0.1  # of the whole fall; an exponential fall over 3 time constants fall
 FLAT = 0.02  # of the first losses
 
 
-def binned(losses: Sequence[float], most: int = BINS) -> list[float]:
+def binned_losses(losses: Sequence[float], most: int = BINS) -> list[float]:
     """The losses as means over at most `most` equal stretches."""
     if len(losses) <= most:
         return [float(each) for each in losses]

@@ -16,7 +16,7 @@ import numpy as np
 
 from turret.compare.collapse import FEWEST, Collapse, Learnt, learnt, still_falling
 from turret.compare.design import UNTRAINED, Candidate, Design, Power
-from turret.compare.report_text import shortened
+from turret.compare.report_text import shorten_text
 from turret.compare.results import CellResult, Costs, Output, costs, made_with
 from turret.compare.verdict import Interval, Verdict, interval, judge, mcnemar
 from turret.data import Dataset, Example
@@ -433,13 +433,13 @@ def generator(seed: int, *words: str | float) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(repr(words).encode())])
 
 
-def paired(first: Mapping[int, CellResult], second: Mapping[int, CellResult]) -> Floats | None:
+def paired_differences(first: Mapping[int, CellResult], second: Mapping[int, CellResult]) -> Floats | None:
     """Differences of scores (S, N) over the seeds that both have; None if there are none."""
     seeds = sorted(first.keys() & second.keys())
     return np.stack([first[seed].scores - second[seed].scores for seed in seeds]) if seeds else None
 
 
-def judged(
+def judge_pair(
     side: SeededResults,
     baseline: SeededResults,
     margin: float,
@@ -453,10 +453,10 @@ def judged(
     Args:
         fixed: both are stored versions, which are judged as they are.
     """
-    d = paired(side.trained, baseline.trained)
+    d = paired_differences(side.trained, baseline.trained)
     claimed = d is not None
     if d is None:
-        d = paired(side.all, baseline.all)
+        d = paired_differences(side.all, baseline.all)
     if d is None:
         return None
     collapsed, trainings = sorted(side.learnt.seeds), len(side.all)
@@ -478,7 +478,7 @@ def _row(
     verdict = None
     if spec != design.against:
         fixed, draw = design.composition is not None, generator(seed, spec, "verdict")
-        verdict = judged(side, baseline, design.margin, draw, confidence, fixed=fixed)
+        verdict = judge_pair(side, baseline, design.margin, draw, confidence, fixed=fixed)
     tests = [
         mcnemar(side.all[each].scores == 1, baseline.all[each].scores == 1)
         for each in sorted(side.all.keys() & baseline.all.keys())
@@ -522,7 +522,7 @@ def _at_equal_steps(
     if twin is None:
         return row
     draw = generator(design.recipe.split_seed, row.spec, "equal steps")
-    return replace(row, at_equal_steps=judged(sides[row.spec], twin, design.margin, draw, confidence))
+    return replace(row, at_equal_steps=judge_pair(sides[row.spec], twin, design.margin, draw, confidence))
 
 
 def _steps(side: SeededResults) -> int | None:
@@ -546,7 +546,7 @@ def _curves(
             score = interval(scores, rng, confidence=confidence, between=(0, 1)).times(100)
             verdict = None
             if candidate.spec != design.against:
-                verdict = judged(side, baseline, design.margin, rng, confidence)
+                verdict = judge_pair(side, baseline, design.margin, rng, confidence)
             word = verdict.word if verdict else None
             count = max(1, round(fraction * design.train))
             points.append(CurvePoint(candidate.spec, fraction, count, score, len(side.all), word))
@@ -698,14 +698,16 @@ def disagreements(results: Sequence[CellResult], data: Dataset, specs: Sequence[
     means = np.stack([np.mean([each.scores for each in own], axis=0) for own in rows.values()])  # (rows, N)
     spread = means.max(0) - means.min(0)
     places = [int(place) for place in np.argsort(-spread, kind="stable")[:MOST_EXAMPLES] if spread[place] > 0]
-    return tuple(_answered(rows, data.test, place) for place in places)
+    return tuple(_disagreement(rows, data.test, place) for place in places)
 
 
 def some_examples(results: Sequence[CellResult], data: Dataset, specs: Sequence[str]) -> tuple[Disagreement, ...]:
     """A few test examples, evenly spread over all."""
     rows, count = _answering(results, specs), min(SOME_EXAMPLES, len(data.test))
     return (
-        tuple(_answered(rows, data.test, number * len(data.test) // count) for number in range(count)) if rows else ()
+        tuple(_disagreement(rows, data.test, number * len(data.test) // count) for number in range(count))
+        if rows
+        else ()
     )
 
 
@@ -715,7 +717,7 @@ def _answering(results: Sequence[CellResult], specs: Sequence[str]) -> dict[str,
     return {spec: own for spec, own in rows.items() if own}
 
 
-def _answered(rows: Mapping[str, Sequence[CellResult]], examples: Sequence[Example], place: int) -> Disagreement:
+def _disagreement(rows: Mapping[str, Sequence[CellResult]], examples: Sequence[Example], place: int) -> Disagreement:
     answers = tuple(
         (
             spec,
@@ -725,13 +727,13 @@ def _answered(rows: Mapping[str, Sequence[CellResult]], examples: Sequence[Examp
         for spec, own in rows.items()
     )
     example = examples[place]
-    text, wanted = (shortened(each, MOST_CHARACTERS) for each in (example.input, _joined(example.output)))
+    text, wanted = (shorten_text(each, MOST_CHARACTERS) for each in (example.input, _output_text(example.output)))
     return Disagreement(text, wanted, answers)
 
 
-def _joined(output: Output) -> str:
+def _output_text(output: Output) -> str:
     return output if isinstance(output, str) else ", ".join(output)
 
 
 def _commonest_answer(answers: Sequence[Output]) -> str:
-    return shortened(Counter(map(_joined, answers)).most_common(1)[0][0], MOST_CHARACTERS)
+    return shorten_text(Counter(map(_output_text, answers)).most_common(1)[0][0], MOST_CHARACTERS)

@@ -99,7 +99,7 @@ class Control:
         return {**asdict(self), "headline": headline(self), "report": f"{self.folder}/report.html"}
 
 
-def rated(
+def rate_methods(
     written: Sequence[Written],
     aspects: Sequence[str],
     labels: Mapping[str, str],
@@ -122,11 +122,11 @@ def rated(
                 by_seed.setdefault(each.seed, {})[each.aspect] = each
         complete = {number: texts for number, texts in by_seed.items() if set(texts) == set(aspects)}
         if complete:
-            methods.append(_rated(spec, complete, aspects, labels[spec], kinds[spec], seed, confidence))
+            methods.append(_rate_method(spec, complete, aspects, labels[spec], kinds[spec], seed, confidence))
     return tuple(methods)
 
 
-def _rated(
+def _rate_method(
     spec: str,
     by_seed: Mapping[int, Mapping[str, Written]],
     aspects: Sequence[str],
@@ -183,7 +183,7 @@ def shares_of_nearest(rouge: Floats) -> Floats:
     return shares
 
 
-def shown(
+def shown_documents(
     written: Sequence[Written], documents: Sequence[str], references: Mapping[str, Sequence[str]]
 ) -> tuple[Shown, ...]:
     """A few documents, evenly spread over all, with all outputs of the first seed."""
@@ -199,7 +199,7 @@ def shown(
 
 
 def _cut(text: str) -> str:
-    return report_text.shortened(text, MOST_CHARACTERS)
+    return report_text.shorten_text(text, MOST_CHARACTERS)
 
 
 def headline(result: Control) -> str:
@@ -234,15 +234,15 @@ def write_report(result: Control, folder: Path, write: Callable[[Path, str], Non
 
 def as_html(result: Control) -> str:
     """The report as one self-contained page."""
-    return _rendered("control.html.j2", True, result)
+    return _render_control("control.html.j2", True, result)
 
 
 def as_markdown(result: Control) -> str:
     """The report as Markdown, without its plot."""
-    return _rendered("control.md.j2", False, result)
+    return _render_control("control.md.j2", False, result)
 
 
-def _rendered(template: str, html: bool, result: Control) -> str:
+def _render_control(template: str, html: bool, result: Control) -> str:
     return (
         environment(html)
         .get_template(template)

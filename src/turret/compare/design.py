@@ -99,12 +99,12 @@ def candidates(
     rows: dict[str, Candidate] = {}
     for method, settings in named:
         if name := method_named(method).named_by:
-            settings = _named(method, name, settings, recipe)
+            settings = _settings_with_name(method, name, settings, recipe)
         if method in UNTRAINED and method not in ("base", *baselines):
             raise RecipeError(f"{method}: task {kind} has no such baseline: expected {', '.join(('base', *baselines))}")
         if method_named(method).head_alone and generates:
             raise RecipeError(f"{method}: the base of task {kind} has no head to train alone: leave {method} out")
-        for chosen in _expanded(settings):
+        for chosen in _expand_settings(settings):
             row = _candidate(method, chosen, recipe, lr)
             rows.setdefault(row.spec, row)
     if not rows:
@@ -166,7 +166,9 @@ def _kind(word: str) -> str:
     return word
 
 
-def _named(method: str, name: str, settings: list[tuple[str, str]], recipe: Recipe) -> list[tuple[str, str]]:
+def _settings_with_name(
+    method: str, name: str, settings: list[tuple[str, str]], recipe: Recipe
+) -> list[tuple[str, str]]:
     """The settings with the method's name first: the given one, else the recipe's."""
     names = [value for key, value in settings if key == name]
     if not names and method == recipe.method.kind:
@@ -176,7 +178,7 @@ def _named(method: str, name: str, settings: list[tuple[str, str]], recipe: Reci
     return [(name, names[0].upper().replace("-", "_")), *(pair for pair in settings if pair[0] != name)]
 
 
-def _expanded(settings: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _expand_settings(settings: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     """The settings once for each combination of numbers that slashes separate."""
     choices = []
     for key, value in settings:
@@ -195,7 +197,7 @@ def _candidate(
     if method in UNTRAINED:
         if settings:
             raise RecipeError(f"{_short(spec)}: {method} is not trained and has no settings: give {method} alone")
-        return Candidate(method, method, _changed(recipe, {"method": "head", "train.lr": "none"}))
+        return Candidate(method, method, _changed_recipe(recipe, {"method": "head", "train.lr": "none"}))
     own = method == recipe.method.kind and (name is None or dict(settings)[name] == getattr(recipe.method, name))
     if not own:  # start from the method's defaults
         recipe = recipe.model_copy(update={"method": METHODS[method].model_construct()})
@@ -207,12 +209,12 @@ def _candidate(
         path = f"train.{key}" if key in OF_TRAIN else f"method.{key}"
         changes[path] = value.replace("+", ",") if key.endswith("_modules") else value
     try:
-        return Candidate(spec, method, _changed(recipe, changes))
+        return Candidate(spec, method, _changed_recipe(recipe, changes))
     except RecipeError as error:
         raise RecipeError(f"{_short(spec)}: {error}") from None
 
 
-def _changed(recipe: Recipe, changes: dict[str, str]) -> Recipe:
+def _changed_recipe(recipe: Recipe, changes: dict[str, str]) -> Recipe:
     return recipe.with_overrides(changes).changed(train={"init_from": None})  # every method starts from the base
 
 
@@ -426,7 +428,7 @@ class Power:
         """For people: what the design can decide, what would be enough, and the spread behind it."""
         if self.decides is None or self.shows_worse is None:
             return ("one seed decides nothing; give at least two",)
-        more = report_text.rounded(10 * self.examples)
+        more = report_text.rounded_estimate(10 * self.examples)
         first = (
             f"if two methods are equally good, {self.seeds} seeds and {self.examples:,} test examples show that they "
             f"are within {_points(self.margin)} in {report_text.share(self.within)} of comparisons; {more} test "
@@ -444,12 +446,12 @@ class Power:
             return "enough for this margin"
         options = []
         if self.more_examples is not None:
-            options.append(f"about {report_text.rounded(self.more_examples)} more test examples")
+            options.append(f"about {report_text.rounded_estimate(self.more_examples)} more test examples")
         if self.more_seeds is not None:
             options.append(f"about {self.more_seeds} more seeds")
         if self.both is not None and not options:
             seeds, examples = self.both
-            options.append(f"about {seeds} more seeds and {report_text.rounded(examples)} more test examples")
+            options.append(f"about {seeds} more seeds and {report_text.rounded_estimate(examples)} more test examples")
         if not options:
             return f"widen the margin to {_points(self.decides or self.margin)}"
         return f"{', or '.join(options)} would decide within {_points(self.margin)}"
@@ -459,11 +461,13 @@ def power(spread: Spread, seeds: int, examples: int, margin: float, *, confidenc
     """The power of a design with so many seeds per method and test examples. margin: points."""
 
     def reached(seeds: int, examples: int) -> float:
-        return float((simulated(spread, seeds, examples, confidence)[0] <= margin).mean()) if seeds > 1 else 0.0
+        return (
+            float((simulate_intervals(spread, seeds, examples, confidence)[0] <= margin).mean()) if seeds > 1 else 0.0
+        )
 
     if seeds < 2:
         return Power(seeds, examples, margin, 0.0, 0.0, None, None, None, None, None, spread)
-    below, above = simulated(spread, seeds, examples, confidence)
+    below, above = simulate_intervals(spread, seeds, examples, confidence)
     within = float((below <= margin).mean())
     more_examples = more_seeds = both = None
     if within < ENOUGH:
@@ -488,7 +492,7 @@ def power(spread: Spread, seeds: int, examples: int, margin: float, *, confidenc
     )
 
 
-def simulated(spread: Spread, seeds: int, examples: int, confidence: float = 0.95) -> tuple[Floats, Floats]:
+def simulate_intervals(spread: Spread, seeds: int, examples: int, confidence: float = 0.95) -> tuple[Floats, Floats]:
     """Simulate DRAWS intervals of two equal methods with at least two seeds.
 
     The random numbers are the same in every call, so more seeds or examples never decide less by chance.

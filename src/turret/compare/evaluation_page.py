@@ -21,8 +21,8 @@ from turret.compare.report_text import (
     points,
     seconds,
     sentence,
-    shortened,
-    signed,
+    shorten_text,
+    signed_number,
 )
 from turret.compare.results import (
     MISTAKES,
@@ -63,7 +63,7 @@ def environment(html: bool) -> Environment:
         "points": points,
         "seconds": seconds,
         "sentence": sentence,
-        "signed": signed,
+        "signed": signed_number,
         "cell": _cell,
         "p": chance,
     }
@@ -185,7 +185,7 @@ def headline(version: str, examples: int, metrics: Metrics, details: Details) ->
     if name is None:
         return f"{version} on {examples} examples"
     measure = measure_of(name, metrics, details.task)
-    return f"{version}: {measure.name} {_formatted(measure, number_of(metrics, name))} on {examples} examples"
+    return f"{version}: {measure.name} {_format_measure(measure, number_of(metrics, name))} on {examples} examples"
 
 
 def numbers(metrics: Metrics, kind: str) -> Iterator[tuple[str, str, str]]:
@@ -194,10 +194,10 @@ def numbers(metrics: Metrics, kind: str) -> Iterator[tuple[str, str, str]]:
         if isinstance(value, int | float) and not isinstance(value, bool):
             measure = measure_of(name, metrics, kind)
             title = f"{measure.name} ({measure.unit})" if measure.unit else measure.name
-            yield title, _formatted(measure, value), measure.says
+            yield title, _format_measure(measure, value), measure.says
 
 
-def _formatted(measure: Measure, value: float) -> str:
+def _format_measure(measure: Measure, value: float) -> str:
     if measure.share:
         return f"{100 * value:.1f}%"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
@@ -233,13 +233,13 @@ def shown_mistake(each: Mistake, task: type[Task]) -> JsonMapping:
     return {
         "row": each.row,
         "error": each.error,
-        "asked": [(name, shortened(text, TEXT)) for name, text in _asked(each.asked, task)],
+        "asked": [(name, shorten_text(text, TEXT)) for name, text in _input_texts(each.asked, task)],
         "answers": [(task.sides[1], given or "(nothing)", "given"), (task.sides[0], right, "right")],
         "long": max(len(right), len(given)) > INLINE,
     }
 
 
-def _asked(asked: Input, task: type[Task]) -> list[tuple[str, str]]:
+def _input_texts(asked: Input, task: type[Task]) -> list[tuple[str, str]]:
     """The texts that were asked, with their names where there are several."""
     if isinstance(asked, TextPair):
         return list(zip(task.texts, (asked.text, asked.text_pair), strict=True))
@@ -250,7 +250,7 @@ def _asked(asked: Input, task: type[Task]) -> list[tuple[str, str]]:
 
 
 def _words(value: str | list[str]) -> str:
-    return shortened(value if isinstance(value, str) else ", ".join(value) or "no label", TEXT)
+    return shorten_text(value if isinstance(value, str) else ", ".join(value) or "no label", TEXT)
 
 
 # --- the page of a panel ----------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def panel_html(
         panel=panel,
         source=source,
         examples=examples,
-        questions=[_shown(each, texts) for each in questions],
+        questions=[_question_view(each, texts) for each in questions],
         first=FIRST,
         texts=texts,
         notes=notes,
@@ -344,7 +344,7 @@ def panel_html(
     )
 
 
-def _shown(each: QuestionResult, texts: bool) -> JsonMapping:
+def _question_view(each: QuestionResult, texts: bool) -> JsonMapping:
     """A question as the template shows it."""
     task = measuring(each.metrics, each.details.task)
     (found,) = each.details.reliability.values()

@@ -32,7 +32,7 @@ def inside(x: float, words: str) -> float:
     return max(half, min(WIDTH - half, x))
 
 
-def fitted(label: str, room: float) -> str:
+def cut_label(label: str, room: float) -> str:
     """A name, cut to the width `room`."""
     most = max(3, int(room / CHARACTER))
     return label if len(label) <= most else f"{label[: most - 1]}…"
@@ -55,7 +55,7 @@ def labels(
         width = CHARACTER * len(label)
         spots = [(x + 9 if right else x - 9, y + shift, right) for shift in SHIFTS for right in (True, False)]
         boxes = [(tx if right else tx - width, ty - 11, tx + width if right else tx, ty + 3) for tx, ty, right in spots]
-        costs = [_covered(box, taken) + _covered(box, lines) + _outside(box, foot) for box in boxes]
+        costs = [_covered_area(box, taken) + _covered_area(box, lines) + _outside(box, foot) for box in boxes]
         best = costs.index(min(costs))
         tx, ty, right = spots[best]
         taken.append(boxes[best])
@@ -63,7 +63,7 @@ def labels(
     return [spots_of[place] for place in range(len(points))]
 
 
-def _covered(box: Box, others: Sequence[Box]) -> float:
+def _covered_area(box: Box, others: Sequence[Box]) -> float:
     """The area of other boxes that a box covers."""
     sizes = [
         (min(box[2], each[2]) - max(box[0], each[0]), min(box[3], each[3]) - max(box[1], each[1])) for each in others
@@ -77,7 +77,7 @@ def _outside(box: Box, foot: float) -> float:
     return 14 * over
 
 
-def spread(heights: Sequence[float], top: float, foot: float, gap: float = 15) -> list[float]:
+def spread_heights(heights: Sequence[float], top: float, foot: float, gap: float = 15) -> list[float]:
     """The heights moved apart by at least `gap`, between top and foot if they fit."""
     order = sorted(range(len(heights)), key=lambda each: heights[each])
     moved = list(heights)
@@ -220,7 +220,7 @@ def forest(marks: Sequence[Mark], margin: float, *, unit: str, zero: str, scale:
     ]
     for place, mark in enumerate(marks):
         numbers = f"{plus(mark.x)}  ({plus(mark.low)} to {plus(mark.high)})"
-        parts += _measured(x, top + row * place + 26, mark, numbers)
+        parts += _draw_mark(x, top + row * place + 26, mark, numbers)
     parts += _x_axis(x, foot, unit, lambda value: f"{value:+g}" if value else "0")
     return _svg(height, parts, f"Differences in {unit}")
 
@@ -238,11 +238,11 @@ def rates(marks: Sequence[Mark], lines: Sequence[tuple[float, str]], *, unit: st
         parts += [_text(inside(x.at(value), text), y, text, "note", "middle")]
     for place, mark in enumerate(marks):
         numbers = f"{mark.x:.0f}%  ({mark.low:.0f} to {mark.high:.0f})"
-        parts += _measured(x, top + row * place + 26, mark, numbers)
+        parts += _draw_mark(x, top + row * place + 26, mark, numbers)
     return _svg(foot + 40, [*parts, *_x_axis(x, foot, unit, plain)], unit)
 
 
-def _measured(x: Axis, y: float, mark: Mark, numbers: str) -> list[str]:
+def _draw_mark(x: Axis, y: float, mark: Mark, numbers: str) -> list[str]:
     """One line of a plot: the name and the numbers, and below them the dot with its interval, or an arrow."""
     outside = -1 if mark.x < x.low else 1 if mark.x > x.high else 0
     words = f"off scale  {numbers}" if outside else numbers
@@ -254,7 +254,7 @@ def _measured(x: Axis, y: float, mark: Mark, numbers: str) -> list[str]:
         shown = [_arrow(x.start if outside < 0 else x.end, y, outside, 0, mark.kind, f"{mark.label}: {numbers}")]
     return [
         _background(y - 12, words),
-        _text(14, y - 12, fitted(mark.label, WIDTH - 44 - CHARACTER * len(words)), "name"),
+        _text(14, y - 12, cut_label(mark.label, WIDTH - 44 - CHARACTER * len(words)), "name"),
         _text(WIDTH - 14, y - 12, words, "value", "end"),
         *shown,
     ]
@@ -280,7 +280,7 @@ def scatter(
     parts = _grid(x, y, foot, x_label, y_label)
     beyond = {place: 1 if mark.y < y.low else -1 for place, mark in enumerate(marks) if not y.low <= mark.y <= y.high}
     names = [
-        fitted(f"{mark.label} {mark.y:.1f}, off scale" if place in beyond else mark.label, 190)
+        cut_label(f"{mark.label} {mark.y:.1f}, off scale" if place in beyond else mark.label, 190)
         for place, mark in enumerate(marks)
     ]
     spots = [(x.at(mark.x), y.at(mark.y)) for mark in marks]
@@ -339,9 +339,9 @@ def courses(lines: Sequence[LossCurve], *, x_label: str, y_label: str) -> str:
 
 def _at_the_end(ends: Sequence[tuple[float, str, str]], foot: float) -> list[str]:
     """The names of lines, to the right of their ends. ends: (y, name, kind)."""
-    heights = spread([y for y, _, _ in ends], TOP, foot)
+    heights = spread_heights([y for y, _, _ in ends], TOP, foot)
     return [
-        _text(WIDTH - NAMES + 4, y + 4, fitted(label, NAMES - 8), f"name k-{kind}")
+        _text(WIDTH - NAMES + 4, y + 4, cut_label(label, NAMES - 8), f"name k-{kind}")
         for y, (_, label, kind) in zip(heights, ends, strict=True)
     ]
 
@@ -356,7 +356,7 @@ def stacks(bars: Sequence[Bar], *, unit: str, number: NUMBER = plain) -> str:
     for place, bar in enumerate(bars):
         y, at = top + row * place + 16, 0.0
         whole = sum(value for _, value in bar.parts)
-        parts += [_text(14, y - 3, fitted(bar.label, WIDTH - 100), "name")]
+        parts += [_text(14, y - 3, cut_label(bar.label, WIDTH - 100), "name")]
         parts += [_text(WIDTH - 14, y - 3, number(whole), "value", "end")]
         for name, value in bar.parts:
             start, end = x.at(at), x.at(at + value)

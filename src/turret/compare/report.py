@@ -161,7 +161,7 @@ def _plots(result: Comparison) -> Iterator[tuple[str, str]]:
         yield from _against_costs(trained, [_mark(row, 1.0) for row in contenders if row.trains] or None, metric)
         yield (
             "components",
-            stacks(list(_stacked(trained)), unit="MB in training, without Python and its libraries", number=whole),
+            stacks(list(_cost_bars(trained)), unit="MB in training, without Python and its libraries", number=whole),
         )
     losses = list(_courses(trained))
     if losses:
@@ -220,7 +220,7 @@ def _mark(row: ComparisonRow, x: float, span: MeanRange | None = None, factor: f
     return Mark(row.label, row.kind, max(x, 1e-9), row.score.mean, row.score.low, row.score.high, *ends)
 
 
-def _stacked(rows: list[ComparisonRow]) -> Iterator[Bar]:
+def _cost_bars(rows: list[ComparisonRow]) -> Iterator[Bar]:
     for row in rows:
         if row.costs is None:
             continue

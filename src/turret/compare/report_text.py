@@ -60,7 +60,7 @@ def points(value: float) -> str:
     return f"{value:.1f}"
 
 
-def signed(value: float) -> str:
+def signed_number(value: float) -> str:
     """`+0.4`, `-1.2` with a typographic minus; `0.0` has no sign."""
     return plus(value).replace("-", "\u2212")
 
@@ -71,7 +71,7 @@ def plus(value: float) -> str:
     return "0.0" if number in ("+0.0", "-0.0") else number
 
 
-def rounded(value: float) -> str:
+def rounded_estimate(value: float) -> str:
     """`12,000`, `240`, `35`: two significant digits, for estimates."""
     size = 10 ** max(0, len(str(round(abs(value)))) - 2)
     return f"{round(value / size) * size:,}"
@@ -82,7 +82,7 @@ def share(value: float) -> str:
     return "below 1%" if value < 0.01 else "over 99%" if value > 0.99 else f"{100 * value:.0f}%"
 
 
-def shortened(text: str, most: int) -> str:
+def shorten_text(text: str, most: int) -> str:
     """The text on one line of at most `most` characters, cut at the end."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most - 1]}…"

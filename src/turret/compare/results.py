@@ -165,7 +165,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def covered(coverage: float, sets: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> Coverage:
+def measure_coverage(coverage: float, sets: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> Coverage:
     """Count how often all right labels are in the set."""
     held = [set(labels) <= set(found) for found, labels in zip(sets, right, strict=True)]
     share = sum(held) / len(held)

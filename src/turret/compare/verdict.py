@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import betaincinv, stdtrit
 
-from turret.compare.report_text import plus, rounded
+from turret.compare.report_text import plus, rounded_estimate
 from turret.statistics import Floats, sign_flips, sign_test, smallest
 
 RESAMPLES = 4000
@@ -126,7 +126,7 @@ def interval(
         resamples: number of draws.
         between: the range of d if it is a score and not a difference; None: -1 to 1.
     """
-    widened = with_pseudo_examples(grouped(d), between)
+    widened = with_pseudo_examples(group_columns(d), between)
     seeds, examples = widened.shape
     rows, columns = widened.mean(1), widened.mean(0)  # (S,), (N,)
     middle = float(rows.mean())
@@ -165,7 +165,7 @@ def with_pseudo_examples(d: Floats, between: tuple[float, float] | None = None) 
     return np.concatenate([d, np.tile(between, (d.shape[0], 1))], axis=1)
 
 
-def grouped(d: Floats) -> Floats:
+def group_columns(d: Floats) -> Floats:
     """d with at most MOST_RESAMPLED columns: means of groups of neighbours if there are more."""
     seeds, examples = d.shape
     if examples <= MOST_RESAMPLED:
@@ -269,7 +269,7 @@ class Verdict:
         if self.more_seeds is not None:
             wanted.append(f"{self.more_seeds} more seed{'' if self.more_seeds == 1 else 's'}")
         if self.more_examples is not None:
-            wanted.append(f"{rounded(self.more_examples)} more test examples")
+            wanted.append(f"{rounded_estimate(self.more_examples)} more test examples")
         if wanted:
             often = "" if self.settles is None else f" in about {round(100 * self.settles)}% of cases"
             together = " together" if len(wanted) > 1 else ""
@@ -309,7 +309,7 @@ def judge(
     word = _word(difference, margin) if enough and claimed else "undecided"
     if collapsed and word in ("within", "better"):
         word = "undecided"
-    p = sign_flips(grouped(d).mean(0), generator, resamples)  # over seeds first: each example counts once
+    p = sign_flips(group_columns(d).mean(0), generator, resamples)  # over seeds first: each example counts once
     more: Remedy = (None, None, None)
     if word == "undecided" and enough and not collapsed:
         more = _what_would_settle(100 * d, margin, confidence, fixed)

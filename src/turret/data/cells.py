@@ -23,7 +23,7 @@ from datetime import date, time
 from typing import TypeVar
 
 from turret.data.examples import Span, TextPair
-from turret.data.table import BETWEEN, FIELD_LIMIT, Answers, CellValue, answer_to, is_missing, trimmed, words_in
+from turret.data.table import BETWEEN, FIELD_LIMIT, Answers, CellValue, answer_to, is_missing, trim_text, words_in
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonValue
 
@@ -80,7 +80,7 @@ def text_of(cell: CellValue, replaced: Counter[str] | None = None) -> str | None
 
 def number_of(cell: CellValue) -> float | None:
     """The number in a cell, also with a decimal comma; None if it is missing. Raises DataError."""
-    text = trimmed(cell) if isinstance(cell, str) else cell
+    text = trim_text(cell) if isinstance(cell, str) else cell
     if is_missing(text) or (isinstance(text, str) and key_of(text) in NO_VALUES):
         return None
     try:
@@ -102,13 +102,13 @@ def words_of(cell: CellValue, replaced: Counter[str] | None = None) -> str | Non
 
 def _words(cell: CellValue, replaced: Counter[str] | None = None) -> list[str]:
     """The words of a list, of a JSON list, or between blanks; "" for one that is missing."""
-    found = _listed(cell)
+    found = _cell_items(cell)
     if found is None:
         return []
     return ["_".join((text_of(each, replaced) or "").split()) for each in found]
 
 
-def _listed(cell: CellValue) -> Sequence[CellValue] | None:
+def _cell_items(cell: CellValue) -> Sequence[CellValue] | None:
     """The items of a list, of a text that is a JSON list, or between blanks; None if the cell is missing."""
     if is_missing(cell):
         return None
@@ -169,10 +169,10 @@ def _one_label(cell: CellValue, names: Sequence[str]) -> str | None:
     if isinstance(cell, bool):
         return "true" if cell else "false"
     if isinstance(cell, (int, float)):
-        return _numbered(cell, names)
+        return _label_by_number(cell, names)
     if not isinstance(cell, str):
         raise DataError(f"expected a label, found {type(cell).__name__}")
-    text = _no_longer_than_a_label(trimmed(cell))
+    text = _no_longer_than_a_label(trim_text(cell))
     if whole := _WHOLE.fullmatch(text):
         return whole.group(1)
     if _FRACTION.fullmatch(text):
@@ -183,7 +183,7 @@ def _one_label(cell: CellValue, names: Sequence[str]) -> str | None:
     return text or None
 
 
-def _numbered(number: float, names: Sequence[str]) -> str | None:
+def _label_by_number(number: float, names: Sequence[str]) -> str | None:
     if isinstance(number, float) and not number.is_integer():  # also NaN and infinity
         raise DataError(f"the label {number} is not a whole number: classes are whole numbers or words")
     index = int(number)
@@ -397,7 +397,7 @@ _KEYS = (("start", "start_offset"), ("end", "end_offset"), ("label", "type", "en
 def _tag(cell: CellValue, names: Sequence[str]) -> str:
     """The tag in a cell, or the name of its number. Raises DataError."""
     if isinstance(cell, str):
-        return trimmed(cell)
+        return trim_text(cell)
     if isinstance(cell, int) and not isinstance(cell, bool) and 0 <= cell < len(names):
         return names[cell]
     if isinstance(cell, (int, float)) and not names:
@@ -564,13 +564,13 @@ class RowReader:
             words = _words(self.cell("tokens"), self.replaced)
             if not any(words):
                 raise Missing
-            tags = self.there(_listed(self.cell("tags")))
+            tags = self.there(_cell_items(self.cell("tags")))
             if len(tags) != len(words):
                 raise DataError(f"{len(tags)} tags for {len(words)} words: give a tag for each word")
             text, spans = spans_of_tags(words, [_tag(each, self.names) for each in tags])
         else:
             text = self.text("text")
-            spans = spans_in(self.there(_listed(self.cell("spans"))), text)
+            spans = spans_in(self.there(_cell_items(self.cell("spans"))), text)
         kept = [(start, end, self.rename.get(label, label)) for start, end, label in spans]
         self.renamed.update({label for _, _, label in spans if label in self.rename})
         return text, tuple(span for span in kept if span[2])

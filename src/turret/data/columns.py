@@ -615,7 +615,7 @@ def profile_table(table: Table, data: DataSettings, schemas: Sequence[Schema]) -
         columns.roles,
         look.facts,
         guessed,
-        repeated=_repeated(table, columns),
+        repeated=_count_repeated(table, columns),
         candidates=tuple(each for each in ranked if each is not best),
         kappa=None if best is None else best.kappa,
     )
@@ -750,7 +750,7 @@ class _Look:
             return Columns(schema, {"text": text, "label": label}, None), ranked
         if not candidates:
             return None
-        ranked = _ranked(self.table, text, candidates, usual) if len(candidates) > 1 else candidates
+        ranked = _rank_candidates(self.table, text, candidates, usual) if len(candidates) > 1 else candidates
         return Columns(schema, {"text": text, "label": ranked[0].column}, None), ranked
 
 
@@ -826,7 +826,7 @@ def _name_value(name: str) -> float:
     return value - 0.4 if meta else value
 
 
-def _ranked(table: Table, text: str, candidates: Sequence[Candidate], usual: str) -> list[Candidate]:
+def _rank_candidates(table: Table, text: str, candidates: Sequence[Candidate], usual: str) -> list[Candidate]:
     """The candidates with Cohen's kappa of naive Bayes, cross-validated on some rows, the best first.
 
     Args:
@@ -892,7 +892,7 @@ def _kappa(vectors: csr_matrix, labels: Sequence[str]) -> float:
 # --- more about the rows ---------------------------------------------------------------------------------------------
 
 
-def _repeated(table: Table, columns: Columns) -> int:
+def _count_repeated(table: Table, columns: Columns) -> int:
     pairs = Counter(tuple(map(str, row)) for _, row in islice(table.read(tuple(columns.roles.values())), LOOKED_AT))
     return sum(count - 1 for count in pairs.values())
 

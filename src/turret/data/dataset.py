@@ -699,10 +699,10 @@ class Problems:
         """Raise one DataError with the first problems and a count of the others, if there are any."""
         if self._found:
             more = len(self._found) - _MOST
-            raise DataError("; ".join(_shortened(self._found, _ROOM)) + (f"; and {more} more" if more > 0 else ""))
+            raise DataError("; ".join(_shorten_texts(self._found, _ROOM)) + (f"; and {more} more" if more > 0 else ""))
 
 
-def _shortened(texts: Sequence[str], room: int) -> list[str]:
+def _shorten_texts(texts: Sequence[str], room: int) -> list[str]:
     """The first texts, of which the long ones are cut in the middle until all fit.
 
     Args:

@@ -408,12 +408,12 @@ def _record(example: Example) -> str:
 
 def _example(record: str | bytes) -> Example:
     """The example of such a line."""
-    found = json.loads(record, object_hook=_stored)
+    found = json.loads(record, object_hook=_decode_object)
     assert isinstance(found, Example)
     return found
 
 
-def _stored(named: Mapping[str, list[Plain]]) -> object:
+def _decode_object(named: Mapping[str, list[Plain]]) -> object:
     ((name, values),) = named.items()
     return _STORED[name](*map(_frozen, values))
 

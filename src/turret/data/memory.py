@@ -182,7 +182,7 @@ def _of_dataset(table: _HubDataset) -> Iterator[tuple[CellValue, ...]]:
     classes = class_names(table.features)
     for batch in table.with_format("arrow").iter(batch_size=1000):
         for row in batch.to_pylist():
-            yield tuple(_named(cell, classes.get(name)) for name, cell in row.items())
+            yield tuple(_name_classes(cell, classes.get(name)) for name, cell in row.items())
 
 
 def class_names(features: Mapping[str, CellValue]) -> dict[str, list[str]]:
@@ -195,11 +195,11 @@ def class_names(features: Mapping[str, CellValue]) -> dict[str, list[str]]:
     return found
 
 
-def _named(cell: CellValue, names: list[str] | None) -> CellValue:
+def _name_classes(cell: CellValue, names: list[str] | None) -> CellValue:
     if names is None:
         return cell
     if isinstance(cell, list):
-        return [_named(each, names) for each in cell]
+        return [_name_classes(each, names) for each in cell]
     return names[cell] if isinstance(cell, int) and 0 <= cell < len(names) else None  # -1: without a label
 
 

@@ -42,7 +42,7 @@ from turret.data.table import (
     is_value,
     name_key,
     reason_of,
-    trimmed,
+    trim_text,
     words_in,
 )
 from turret.data.text_file import name_of
@@ -91,7 +91,7 @@ class Heading:
         A column without a name is called "unnamed 3", by its place from 1. Columns of one name are "name (1)",
         "name (2)". A few cells to the right of the names are remarks, and no column.
         """
-        names = {place: trimmed(str(cell)) for place, cell in enumerate(cells) if not is_empty(cell)}
+        names = {place: trim_text(str(cell)) for place, cell in enumerate(cells) if not is_empty(cell)}
         counts = Counter(place for row in below for place, cell in enumerate(row) if not is_empty(cell))
         filled = {place for place, count in counts.items() if place < len(cells) or 10 * count >= len(below)}
         places = sorted(names.keys() | filled)
@@ -150,7 +150,7 @@ class Heading:
         """Notes on columns that have no name, or the name of another one."""
         unnamed = [name for name in self.names if is_unnamed(name)]
         found = [f"{table}: {unnamed[0]!r} has no name, and is never guessed"] if unnamed else []
-        times = Counter(trimmed(str(cell)) for cell in self.cells if not is_empty(cell))
+        times = Counter(trim_text(str(cell)) for cell in self.cells if not is_empty(cell))
         if alike := [name for name, count in times.items() if count > 1]:
             found.append(
                 f"{table}: columns of one name are numbered, such as {f'{alike[0]} (1)'!r} and {f'{alike[0]} (2)'!r}"
@@ -346,7 +346,7 @@ def open_separated(path: Path, usual: str, form: FileFormat) -> Table:
         heading = Heading(0, (), tuple(f"column {i}" for i in range(1, len(first) + 1)), range(len(first)), below)
     else:
         heading = Heading.of(line, first, below)
-    if form.header is None and form.header_row is None and _is_data(first, _parsed(sample, delimiter)[1:]):
+    if form.header is None and form.header_row is None and _is_data(first, _parse_sample(sample, delimiter)[1:]):
         raise NoHeader(
             f"the first line of {name_of(path)} looks like data ({listed(first, 40)}), not like column names: set "
             "data.header = false and name 'column 1', 'column 2'; or data.header = true if they are names"
@@ -390,7 +390,7 @@ def _sample(path: Path, encoding: str) -> list[str]:
     return sample
 
 
-def _parsed(sample: Sequence[str], delimiter: str) -> list[list[str]]:
+def _parse_sample(sample: Sequence[str], delimiter: str) -> list[list[str]]:
     """The rows of a sample, without the last one, which may be cut; empty if they cannot be parsed."""
     try:
         rows = [cells for cells in csv.reader(sample, delimiter=delimiter) if cells]
@@ -401,7 +401,7 @@ def _parsed(sample: Sequence[str], delimiter: str) -> list[list[str]]:
 
 def _delimiter(sample: Sequence[str], usual: str) -> str:
     """The separator that gives all sampled rows the same number of fields, and more than one. The usual one wins."""
-    parsed = {mark: _parsed(sample, mark) for mark in dict.fromkeys(usual + SEPARATORS)}
+    parsed = {mark: _parse_sample(sample, mark) for mark in dict.fromkeys(usual + SEPARATORS)}
     widths = {mark: {len(row) for row in rows} for mark, rows in parsed.items()}
     even = [mark for mark, found in widths.items() if len(found) == 1 and max(found) > 1]
     if even:
@@ -519,7 +519,7 @@ def open_excel(path: Path, form: FileFormat) -> Table:
 
     def rows(_left_out: Counter[str]) -> Iterator[TableRow]:
         with _sheets(path) as opened:
-            for number, cells in enumerate(_unmerged(_rows(opened[sheet.title]), sheet.merged), 1):
+            for number, cells in enumerate(_unmerge_cells(_rows(opened[sheet.title]), sheet.merged), 1):
                 if number > heading.row and any(cell is not None for cell in cells):
                     yield number, cells
 
@@ -534,7 +534,7 @@ def open_excel(path: Path, form: FileFormat) -> Table:
 def _looked_at(path: Path, title: str, sheet: ReadOnlyWorksheet, form: FileFormat) -> _Sheet | None:
     """What the first rows of a sheet show; None if it has none."""
     merged = _merged_cells(path, sheet)
-    sample = list(islice(_unmerged(_rows(sheet), merged), max(_SAMPLED_ROWS, (form.header_row or 0) + HEADS)))
+    sample = list(islice(_unmerge_cells(_rows(sheet), merged), max(_SAMPLED_ROWS, (form.header_row or 0) + HEADS)))
     filled = [number for number, row in enumerate(sample, 1) if any(cell is not None for cell in row)]
     if not filled:
         return None
@@ -595,7 +595,7 @@ def _rows(sheet: ReadOnlyWorksheet) -> Iterator[tuple[CellValue, ...]]:
         yield tuple(None if cell in _ERRORS or cell == "" else cell for cell in row)
 
 
-def _unmerged(rows: Iterator[tuple[CellValue, ...]], merged: Merged) -> Iterator[tuple[CellValue, ...]]:
+def _unmerge_cells(rows: Iterator[tuple[CellValue, ...]], merged: Merged) -> Iterator[tuple[CellValue, ...]]:
     """The rows, with the value of cells that are merged over several rows in each of these rows."""
     open_cells: dict[int, tuple[CellValue, int]] = {}  # place of a column -> value, and the last row that has it
     for number, cells in enumerate(rows, 1):

@@ -77,7 +77,7 @@ _NAMED = 4  # bad lines that an error names; the others are counted
 def open_jsonl(path: Path, form: FileFormat) -> Table:
     """The table in a file with an object on every line. Raises DataError."""
     encoding, note = text_file.find_encoding(path, form.encoding)
-    if (table := _listed(path, encoding, form)) is not None:
+    if (table := _read_json_list(path, encoding, form)) is not None:
         return table.with_note(f"{name_of(path)} is one JSON list, and is read as such")
     left_out: Counter[str] = Counter()
     first = islice(_objects(path, encoding, form.skip_bad_lines, left_out), SAMPLED_ROWS)
@@ -93,7 +93,7 @@ def open_jsonl(path: Path, form: FileFormat) -> Table:
         for line, row in _objects(path, encoding, form.skip_bad_lines, left_out):
             yield line, tuple(_cell(row, way) for way in ways)
 
-    return Table(name_of(path), tuple(paths), read, found=_found(encoding), left_out=left_out).with_note(note)
+    return Table(name_of(path), tuple(paths), read, found=_file_format(encoding), left_out=left_out).with_note(note)
 
 
 def open_json(path: Path, form: FileFormat) -> Table:
@@ -111,7 +111,7 @@ def open_json(path: Path, form: FileFormat) -> Table:
     return _of_value(path, value, encoding, form).with_note(note)
 
 
-def _listed(path: Path, encoding: str, form: FileFormat) -> Table | None:
+def _read_json_list(path: Path, encoding: str, form: FileFormat) -> Table | None:
     """The table in a file that is one list; None if it is not."""
     first = next((line.lstrip()[:1] for line in text_file.read_lines(path, encoding, "\n") if line.strip()), "")
     if first != "[" or path.stat().st_size > JSON_LIMIT:
@@ -123,7 +123,7 @@ def _listed(path: Path, encoding: str, form: FileFormat) -> Table | None:
     return _of_value(path, value, encoding, form) if isinstance(value, list) else None
 
 
-def _found(encoding: str) -> FileFormat:
+def _file_format(encoding: str) -> FileFormat:
     return FileFormat(None if encoding == text_file.UTF8 else encoding)
 
 
@@ -188,7 +188,7 @@ def _of_value(path: Path, value: Plain, encoding: str, form: FileFormat) -> Tabl
     found = rows
     if any(len(way) > 1 for way in paths.values()):
         found = [{name: _cell(row, way) for name, way in paths.items()} for row in rows]
-    return replace(from_rows(name_of(path), tuple(paths), found), found=_found(encoding)).with_note(note)
+    return replace(from_rows(name_of(path), tuple(paths), found), found=_file_format(encoding)).with_note(note)
 
 
 def _paths(rows: Sequence[Mapping[str, Plain]], asked: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -522,8 +522,8 @@ def open_folder(folder: Path, form: FileFormat = DETECTED) -> dict[str, Table]:
         groups.setdefault(split_in(path.relative_to(folder)), []).append(path)
     unnamed = groups.pop("", [])
     if not groups:
-        return {"": _joined(folder, unnamed, form)}
-    tables = {split: _joined(folder, members, form) for split, members in groups.items()}
+        return {"": _join_tables(folder, unnamed, form)}
+    tables = {split: _join_tables(folder, members, form) for split, members in groups.items()}
     if unnamed:
         first = next(iter(tables))
         more = f" and {len(unnamed) - 1} more" if len(unnamed) > 1 else ""
@@ -546,7 +546,7 @@ def canonical_split(name: str) -> str:
     return _SPLIT_WORDS.get(name.lower(), name)
 
 
-def _joined(folder: Path, paths: Sequence[Path], form: FileFormat) -> Table:
+def _join_tables(folder: Path, paths: Sequence[Path], form: FileFormat) -> Table:
     tables = [open_table(path, form) for path in paths]
     first = tables[0]
     for table in tables[1:]:

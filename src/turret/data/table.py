@@ -203,7 +203,7 @@ def reason_of(error: Exception, most: int = 120) -> str:
 # --- what a cell or a name is ----------------------------------------------------------------------------------------
 
 
-def trimmed(text: str) -> str:
+def trim_text(text: str) -> str:
     """The text without blanks at its ends, and there without marks that nobody sees, such as those of direction."""
     text = text.strip()
     return text if text.isascii() else _OUTER.sub("", text)
@@ -211,7 +211,7 @@ def trimmed(text: str) -> str:
 
 def name_key(name: str) -> str:
     """Equal for names that differ in case or blanks only."""
-    return " ".join(trimmed(name).split()).casefold()
+    return " ".join(trim_text(name).split()).casefold()
 
 
 def is_empty(cell: CellValue) -> bool:
@@ -266,7 +266,7 @@ class ColumnFacts:
 
     def add(self, cell: CellValue) -> None:
         if isinstance(cell, Answers):
-            cell = [answer_to(name, trimmed(str(each))) for name, each in cell.items() if not is_empty(each)]
+            cell = [answer_to(name, trim_text(str(each))) for name, each in cell.items() if not is_empty(each)]
         if isinstance(cell, (list, tuple)):
             self.filled += bool(cell)
             self.lists += 1
@@ -275,7 +275,7 @@ class ColumnFacts:
             turns = [each for each in cell if isinstance(each, dict)]
             self.lengths += [len(str(turns))] if turns else [len(str(each)) for each in cell]
             return
-        text = "" if is_missing(cell) else trimmed(str(cell))
+        text = "" if is_missing(cell) else trim_text(str(cell))
         if not text:
             return
         self.filled += 1

@@ -99,21 +99,21 @@ def check_is_text(path: Path) -> None:
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
     """The decompressed bytes of a file. Raises DataError if they cannot be read, here or inside the block."""
     try:
-        with _decompressed(path) as file:
+        with _open_decompressed(path) as file:
             yield file
     except (EOFError, zlib.error, lzma.LZMAError) as error:
-        raise _damaged(path, error) from None
+        raise _damage_error(path, error) from None
     except ValueError as error:  # pyarrow's, for zstd
         if path.suffix.lower() != ".zst" or isinstance(error, UnicodeError):
             raise
-        raise _damaged(path, error) from None
+        raise _damage_error(path, error) from None
     except OSError as error:
         if path.suffix.lower() in COMPRESSED and not error.errno:  # from the decompressor, not from the system
-            raise _damaged(path, error) from None
+            raise _damage_error(path, error) from None
         raise DataError(f"{name_of(path)} cannot be read: {reason_of(error)}: check the file and its folder") from None
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
+def _damage_error(path: Path, error: Exception) -> DataError:
     return DataError(
         f"{name_of(path)} is not {path.suffix} data, or was cut off ({reason_of(error, 80)}): copy or pack it again"
     )
@@ -135,7 +135,7 @@ _DECOMPRESSORS: dict[str, Callable[[Path], _Packed]] = {
 }
 
 
-def _decompressed(path: Path) -> BinaryIO:
+def _open_decompressed(path: Path) -> BinaryIO:
     unpack = _DECOMPRESSORS.get(path.suffix.lower())
     return path.open("rb") if unpack is None else io.BufferedReader(_Unpacked(unpack(path), path), _CHUNK)
 
@@ -308,7 +308,7 @@ def _guess(sample: bytes) -> str | None:
 
     That one takes codecs of Central Europe and Turkey for others, so their alphabets are tried before.
     """
-    western = _decoded(sample, "cp1252")
+    western = _decode_sample(sample, "cp1252")
     if western is not None and _looks_western(western):
         return "cp1252"
     share, codec = max(
@@ -327,14 +327,14 @@ def _guess(sample: bytes) -> str | None:
 
 def _share_of_letters(sample: bytes, codec: str, letters: str) -> float:
     """The share of the letters beyond ASCII that an alphabet has; 0 if the codec does not fit."""
-    text = _decoded(sample, codec)
+    text = _decode_sample(sample, codec)
     if text is None or any(unicodedata.category(c) == "Cc" and c not in "\t\r\n" for c in text):
         return 0.0
     found = [c for c in text.lower() if not c.isascii() and c not in _SIGNS]
     return sum(c in letters for c in found) / len(found) if found else 0.0
 
 
-def _decoded(sample: bytes, codec: str) -> str | None:
+def _decode_sample(sample: bytes, codec: str) -> str | None:
     try:
         return sample.decode(codec)
     except UnicodeDecodeError:

@@ -80,7 +80,7 @@ class Decision:
     why: str
 
 
-def needed(level: float) -> float:
+def needed_evidence(level: float) -> float:
     """The log evidence that decides. Two sides, or two ways to exceed a bound, share the level."""
     return math.log(2 / level)
 
@@ -106,7 +106,7 @@ def decide(
         return Decision("hold", None, void)
     if guards.worse_by is not None:
         for found in compared:
-            if found.worse_by >= needed(found.level):
+            if found.worse_by >= needed_evidence(found.level):
                 return Decision("drop", found.arm, f"its outcomes are worse{_margin(guards)}")
     if guards.promote:
         winners = [found for found in compared if found.verdict == "better" and not found.turned]
@@ -142,7 +142,7 @@ class Memory:
     def read(self, connection: Connection, experiment: Experiment, now: str) -> None:
         """Read and add new rows."""
         split = rows.probabilities(connection, experiment)
-        found = outcomes.counted(connection, experiment, self.last)
+        found = outcomes.counted_outcomes(connection, experiment, self.last)
         for start in range(0, len(found), AT_ONCE):
             self.add(experiment, split, found[start : start + AT_ONCE])
         self.validity.read(connection, experiment, split, found, now)
@@ -165,7 +165,10 @@ class Memory:
             which = np.array([int(row.arm == arm.name) for row in found])
             margin = None if guards.worse_by is None else guards.worse_by / wide
             tally = self.tallies.get(arm.name) or OutcomeTally.empty(
-                binary=metric.kind == "binary", margin=margin, decides=needed(experiment.level), hides=self.hides
+                binary=metric.kind == "binary",
+                margin=margin,
+                decides=needed_evidence(experiment.level),
+                hides=self.hides,
             )
             self.tallies[arm.name] = tally.after(which[here], y[here], np.array(shares)[here])
         for row in found:
@@ -336,7 +339,7 @@ def analyze(
         for arm in experiment.arms
     )
     live = [
-        replace(_compared(experiment, each.arm, memory), verdict=each.against.verdict)
+        replace(_compare_arm(experiment, each.arm, memory), verdict=each.against.verdict)
         for each in arms
         if each.against is not None and each.arm.live
     ]
@@ -358,7 +361,7 @@ def against(
     Args:
         units: arm -> number of units that were answered; without it all of them have an outcome.
     """
-    found, tally = _compared(experiment, arm, memory), memory.tallies.get(arm.name)
+    found, tally = _compare_arm(experiment, arm, memory), memory.tallies.get(arm.name)
     metric, level = experiment.metric, experiment.level
     scale = (metric.high - metric.low) * (1 if metric.goal == "higher" else -1)
     interval = None if tally is None else tally.interval(level)
@@ -421,7 +424,7 @@ def _share(split: Mapping[str, float], candidate: str, control: str) -> float:
     return split.get(candidate, 0.0) / both if both > 0 else 0.0
 
 
-def _compared(experiment: Experiment, arm: Arm, memory: Memory) -> Compared:
+def _compare_arm(experiment: Experiment, arm: Arm, memory: Memory) -> Compared:
     tally = memory.tallies.get(arm.name)
     if tally is None:
         return Compared(arm.name, experiment.level, 0.0, 0.0, 0.0)
@@ -484,7 +487,7 @@ class EvidenceHistory:
         """Add new outcomes from the store."""
         with self._lock:
             split = rows.probabilities(connection, experiment)
-            found = outcomes.counted(connection, experiment, self._memory.last)
+            found = outcomes.counted_outcomes(connection, experiment, self._memory.last)
             while found:
                 some, found = found[: self._every], found[self._every :]
                 self._memory.add(experiment, split, some)

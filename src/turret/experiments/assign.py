@@ -57,10 +57,10 @@ def points(segments: Segments) -> dict[str, int]:
 
 def laid_out(weights: Mapping[str, float]) -> Segments:
     """The first segments of an experiment."""
-    return _joined([(points, arm) for arm, points in counts_of(weights).items()])
+    return _join_pieces([(points, arm) for arm, points in counts_of(weights).items()])
 
 
-def moved(segments: Segments, weights: Mapping[str, float]) -> Segments:
+def move_segments(segments: Segments, weights: Mapping[str, float]) -> Segments:
     """The segments with these weights in which the fewest points change their arm."""
     old, new = points(segments), counts_of(weights)
     surplus = {arm: count - new.get(arm, 0) for arm, count in old.items()}
@@ -78,10 +78,10 @@ def moved(segments: Segments, weights: Mapping[str, float]) -> Segments:
             length -= taken
             pieces.append((taken, taker))
         pieces.append((length, arm))
-    return _joined(pieces[::-1])
+    return _join_pieces(pieces[::-1])
 
 
-def _joined(pieces: list[tuple[int, str]]) -> Segments:
+def _join_pieces(pieces: list[tuple[int, str]]) -> Segments:
     """Convert (length, arm) to (end, arm), without empty pieces, and with neighbours of one arm joined."""
     found: list[tuple[int, str]] = []
     end = 0

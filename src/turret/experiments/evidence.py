@@ -258,7 +258,7 @@ def _bets(gain: Floats, most_loss: Floats, bets: Floats = BETS) -> Floats:
 # --- discoveries among many experiments -------------------------------------------------------------------------------
 
 
-def discovered(evidence: Mapping[str, float], alpha: float) -> frozenset[str]:
+def find_discoveries(evidence: Mapping[str, float], alpha: float) -> frozenset[str]:
     """The names of the discoveries among many experiments, with a bound on the false discovery rate (e-BH).
 
     Of K e-values e_(1) >= e_(2) >= ..., name the k largest, for the largest k with e_(k) >= K / (k alpha). The expected

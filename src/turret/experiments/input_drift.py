@@ -47,7 +47,7 @@ EACH, THEN = 64, 8  # the score learns from each of so many pairs, then from eve
 # --- stored form ------------------------------------------------------------------------------------------------------
 
 
-def packed(vectors: Sequence[Sequence[float]] | Floats) -> list[bytes]:
+def pack_vectors(vectors: Sequence[Sequence[float]] | Floats) -> list[bytes]:
     """Each vector as little-endian float16. Raises ValueError for a number that is not finite there."""
     with np.errstate(over="ignore"):
         rows = np.asarray(vectors, dtype="<f2")
@@ -56,8 +56,10 @@ def packed(vectors: Sequence[Sequence[float]] | Floats) -> list[bytes]:
     return [row.tobytes() for row in rows]
 
 
-def unpacked(rows: Sequence[bytes], size: int) -> Floats:
-    """The vectors of `packed`: (N, D). Raises Corrupt for one of another length, or with a number that is not finite.
+def unpack_vectors(rows: Sequence[bytes], size: int) -> Floats:
+    """The vectors of `pack_vectors`: (N, D).
+
+    Raises Corrupt for one of another length, or with a number that is not finite.
 
     Args:
         size: D.
@@ -185,6 +187,6 @@ class InputTest:
         self._score.learn(live, reference)
 
 
-def needed(level: float, number: int) -> float:
+def needed_e_value(level: float, number: int) -> float:
     """The e-value that warns in a round. number: of the round, from 1."""
     return number * (number + 1) / level

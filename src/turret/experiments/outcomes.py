@@ -168,7 +168,7 @@ def record(
     return Recorded("counted", f"counted for {answer.arm} of {now}", **names)
 
 
-def counted(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[CountedOutcome]:
+def counted_outcomes(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[CountedOutcome]:
     """The outcomes that count, in the order in which they came, with an id above `after`."""
     mine = (outcomes.c.experiment_id == experiment.id) & (outcomes.c.counted == 1) & (outcomes.c.id > after)
     unit = (assignments.c.experiment_id == experiment.id) & (assignments.c.unit == outcomes.c.unit)
@@ -296,6 +296,6 @@ def _existing(
     return found
 
 
-def grouped(found: Sequence[Recorded]) -> Mapping[str, int]:
+def count_by_status(found: Sequence[Recorded]) -> Mapping[str, int]:
     """Status -> number of outcomes with it."""
     return Counter(each.status for each in found)

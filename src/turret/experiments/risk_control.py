@@ -259,7 +259,7 @@ class Watch:
     @property
     def hidden(self) -> tuple[float, ...]:
         """Shares of the answers that may hide right ones: 0 to the bound on missing ones."""
-        return tuple(each for each in (0.0, *HIDDEN) if each <= _tested(self.missing_bound))
+        return tuple(each for each in (0.0, *HIDDEN) if each <= _tested_share(self.missing_bound))
 
     def after(self, wrong: Bools) -> Watch:
         """The evidence with more outcomes, in the order in which they came. wrong: (N,)."""
@@ -322,7 +322,7 @@ def standing(watch: Watch, *, silent: float, missing: float) -> Standing:
         silent: share of the answers that have no outcome yet.
         missing: share of the answers without one, among those whose time to live is over.
     """
-    assumed = _tested(min(silent, watch.missing_bound))
+    assumed = _tested_share(min(silent, watch.missing_bound))
     tipping, n = watch.tipping, watch.outcomes
     error = watch.wrong / n if n else 0.0
     hidden = min(missing, watch.missing_bound)
@@ -342,6 +342,6 @@ def standing(watch: Watch, *, silent: float, missing: float) -> Standing:
     return Standing(state, why, n, watch.wrong, missing, watch.evidence, 1 / watch.bound.level)
 
 
-def _tested(share: float) -> float:
+def _tested_share(share: float) -> float:
     """The smallest share that is tested and is at least this one."""
     return min((each for each in (0.0, *HIDDEN) if each >= share - 1e-9), default=HIDDEN[-1])

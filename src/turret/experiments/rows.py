@@ -109,7 +109,7 @@ def all_running(connection: Connection) -> list[Experiment]:
     return _select(connection, experiments.c.state == RUNNING)
 
 
-def listed(connection: Connection) -> list[Experiment]:
+def list_experiments(connection: Connection) -> list[Experiment]:
     """All experiments of the store, by name and number."""
     return _select(connection, experiments.c.id > 0)
 
@@ -223,7 +223,7 @@ def _resplit(
     at: str,
     who: str | None,
 ) -> Experiment:
-    _add_split(connection, now.id, now.revision + 1, assign.moved(now.segments, weights), at)
+    _add_split(connection, now.id, now.revision + 1, assign.move_segments(now.segments, weights), at)
     then = by_id(connection, now.id)
     add_event(
         connection, then, verb, {**detail, "weights": _rounded_weights(then), "before": _rounded_weights(now)}, at, who

@@ -52,7 +52,7 @@ def advice(analysis: Analysis) -> str:
     better = [each for each in judged if each.against and each.against.verdict == "better"]
     if better:
         best = max(better, key=lambda each: each.against.better if each.against else 0.0)
-        if refused := _refused(analysis, best.arm.name):
+        if refused := _why_refused(analysis, best.arm.name):
             return f"{refused}: fix that, then `turret experiment stop {name} --promote {best.arm.name}`"
         command = f"`turret experiment stop {name} --promote {best.arm.name}`"
         return f"{command} gives {best.version} the alias {experiment.alias}{_discovery(analysis)}"
@@ -212,7 +212,7 @@ def _why_dropped(analysis: Analysis, arm: str) -> str:
     return "by a guard"
 
 
-def _refused(analysis: Analysis, arm: str) -> str | None:
+def _why_refused(analysis: Analysis, arm: str) -> str | None:
     for each in reversed(analysis.history):
         if each["verb"] == "refused" and each["detail"].get("arm") == arm:
             return f"{arm} is better, and was not promoted: {each['detail'].get('why')}"

@@ -100,13 +100,15 @@ def no_offset(config: ModelConfig) -> int:
 def heads_of(config: ModelConfig, module: Submodule) -> tuple[int, int]:
     """(kv_heads, head_dim) of an attention module, by the attribute names that most classes use."""
     heads = getattr(config, "num_key_value_heads", None)  # grouped queries: only the configuration says
-    heads = heads or _named(module, "n_heads", "num_heads", "num_attention_heads") or config.num_attention_heads
-    head_dim = _named(module, "head_dim", "attention_head_size", "key_value_proj_dim")
+    heads = (
+        heads or _first_attribute(module, "n_heads", "num_heads", "num_attention_heads") or config.num_attention_heads
+    )
+    head_dim = _first_attribute(module, "head_dim", "attention_head_size", "key_value_proj_dim")
     assert head_dim is not None
     return int(heads), int(head_dim)
 
 
-def _named(module: Submodule, *names: str) -> int | None:
+def _first_attribute(module: Submodule, *names: str) -> int | None:
     return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
 
 

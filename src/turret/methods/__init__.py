@@ -30,9 +30,9 @@ __all__ = [
     "Peft",
     "Prefix",
     "by_name",
+    "describe_method",
     "method_class",
     "method_named",
-    "said",
 ]
 
 
@@ -45,7 +45,7 @@ def method_class(value: Plain) -> type[Method]:
     return METHODS[kind]
 
 
-def said(method: MethodSpec) -> tuple[str, dict[str, str]]:
+def describe_method(method: MethodSpec) -> tuple[str, dict[str, str]]:
     """The name of a stored method, and its settings in the order of the class: the size, and what is not a default."""
     kind = str(method.get("kind", "?"))
     fields = method_named(kind).model_fields

@@ -80,7 +80,7 @@ class Peft(Method):
         """Drop keys that are None, and turn tuples into lists."""
         if not isinstance(value, dict):
             return value
-        return {key: _listed(each) for key, each in value.items() if each is not None}
+        return {key: _tuples_to_lists(each) for key, each in value.items() if each is not None}
 
     @field_validator("peft_type")
     @classmethod
@@ -187,10 +187,10 @@ def without_repeated(names: Iterable[str]) -> set[str]:
     return {name for name in names if not any(part in REPEATED for part in name.split("."))}
 
 
-def _listed(value: Plain) -> Plain:
+def _tuples_to_lists(value: Plain) -> Plain:
     if isinstance(value, dict):
-        return {key: _listed(each) for key, each in value.items()}
-    return [_listed(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {key: _tuples_to_lists(each) for key, each in value.items()}
+    return [_tuples_to_lists(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _texts(value: Plain) -> Iterator[str]:

@@ -222,7 +222,7 @@ class InputSampler:
             promises.add_input(connection, promise_id, vector)
 
     def _embed_text(self, base: ServedBase, text: str) -> bytes:
-        from turret.experiments.input_drift import MOST_TOKENS, packed  # loads numpy
+        from turret.experiments.input_drift import MOST_TOKENS, pack_vectors  # loads numpy
 
         tokens = self._tokens.setdefault(base.fingerprint, Tokens(base.tokenizer))
         row = tokens.row(text, min(MOST_TOKENS, base.engine.longest))
@@ -230,7 +230,7 @@ class InputSampler:
             "embed", row, None, self._options(), priority=LOWEST_PRIORITY, deadline=PATIENCE, tenant=self._tenant
         )
         try:
-            return packed([ticket.result(timeout=PATIENCE + 1)["embedding"]])[0]
+            return pack_vectors([ticket.result(timeout=PATIENCE + 1)["embedding"]])[0]
         finally:
             ticket.cancel()
 

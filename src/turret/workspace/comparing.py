@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from turret.compare.comparison import Comparison, SeededResults, comparison, paired
+from turret.compare.comparison import Comparison, SeededResults, comparison, paired_differences
 from turret.compare.design import (
     Candidate,
     Cell,
@@ -191,6 +191,6 @@ def _power(design: Design, data: Dataset, results: Sequence[CellResult], confide
         for row in design.candidates
         if row.trains and not is_floor(row.kind) and row.spec not in (design.against, *design.twins)
     ]
-    pairs = [d for spec in contenders if (d := paired(sides[spec], sides[design.against])) is not None]
+    pairs = [d for spec in contenders if (d := paired_differences(sides[spec], sides[design.against])) is not None]
     spread = Spread.measured(pairs) or Spread.assumed(data.kind)
     return power(spread, len(design.seeds), len(data.test), design.margin, confidence=confidence)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from turret.compare.control_rates import Control, Written, rated, shown, write_report
+from turret.compare.control_rates import Control, Written, rate_methods, shown_documents, write_report
 from turret.compare.design import Candidate, Cell, candidates
 from turret.compare.results import CellResult, made_with
 from turret.data import Dataset
@@ -249,8 +249,8 @@ def _control(
             "learnt_from": sum(len(data.train) for data in prepared.data.values()),
             "references": len(judge.scores),
         },
-        rated=rated(written, aspects, labels, kinds, recipe.split_seed),
-        shown=shown(written, [each.input for each in first.test], _references(prepared)),
+        rated=rate_methods(written, aspects, labels, kinds, recipe.split_seed),
+        shown=shown_documents(written, [each.input for each in first.test], _references(prepared)),
         failures=dict(runner.failures),
         recipes=recipes,
         notes=tuple(dict.fromkeys(note for data in prepared.data.values() for note in data.notes)),

@@ -18,7 +18,7 @@ from turret.compare.results import (
     Details,
     QuestionResult,
     Reliability,
-    covered,
+    measure_coverage,
 )
 from turret.data import Example, Input, Labelled, TextPair
 from turret.data.columns import RoleColumns
@@ -286,7 +286,7 @@ def _reliability(found: Confidences) -> Reliability:
 def _coverage(task: Task, logits: Tensor, right: Sequence[Sequence[str]]) -> Coverage | None:
     """The measured coverage of label sets for `COVERAGE`; None if its calibration has too few examples."""
     try:
-        return covered(COVERAGE, task.label_sets(logits, COVERAGE), right)
+        return measure_coverage(COVERAGE, task.label_sets(logits, COVERAGE), right)
     except DataError:
         return None
 

@@ -36,7 +36,7 @@ from turret.experiments.experiment import (
     check_unit,
     named_arms,
 )
-from turret.experiments.outcomes import Recorded, Seen, grouped
+from turret.experiments.outcomes import Recorded, Seen, count_by_status
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.reference import Reference, check_alias, check_name
 from turret.store import Store, Version
@@ -465,13 +465,13 @@ class ListedExperiment(ExperimentRow):
 def listed(store: Store, alpha: float) -> list[ListedExperiment]:
     """Every experiment with its evidence; `discovery` marks those with a difference at level alpha over all of them."""
     from turret.experiments.analyze import analyze
-    from turret.experiments.evidence import discovered
+    from turret.experiments.evidence import find_discoveries
 
     check_alpha(alpha)
     with store.database().reading() as connection:
-        analyses = [analyze(connection, each, now()) for each in rows.listed(connection)]
+        analyses = [analyze(connection, each, now()) for each in rows.list_experiments(connection)]
     logs = {str(each.experiment): _log_evidence(each) for each in analyses if each.experiment.candidates}
-    discoveries = discovered({name: -math.inf if log is None else log for name, log in logs.items()}, alpha)
+    discoveries = find_discoveries({name: -math.inf if log is None else log for name, log in logs.items()}, alpha)
     return [
         {
             **each.experiment.as_json(),
@@ -523,7 +523,7 @@ def _other_evidence(connection: Connection, experiment: Experiment) -> list[floa
     from turret.experiments.analyze import analyze
 
     found = []
-    for each in rows.listed(connection):
+    for each in rows.list_experiments(connection):
         if each.id == experiment.id or not each.candidates:
             continue
         verdict = each.verdict or {}
@@ -568,7 +568,7 @@ class Telling:
     def as_json(self) -> JsonObject:
         return {
             "outcomes": [each.as_json() for each in self.recorded],
-            "counts": dict(grouped(self.recorded)),
+            "counts": dict(count_by_status(self.recorded)),
             "done": list(self.settled.done),
         }
 
@@ -577,7 +577,7 @@ def lines_of(recorded: Sequence[Recorded]) -> list[str]:
     """What became of outcomes, for people."""
     if len(recorded) == 1:
         return [recorded[0].text]
-    counts = ", ".join(f"{count} {status}" for status, count in grouped(recorded).items())
+    counts = ", ".join(f"{count} {status}" for status, count in count_by_status(recorded).items())
     rejected = [each.text for each in recorded if not each.kept]
     more = [f"... and {len(rejected) - SHOWN} more"] if len(rejected) > SHOWN else []
     return [f"{len(recorded)} outcomes: {counts}", *rejected[:SHOWN], *more]

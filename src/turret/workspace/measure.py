@@ -21,7 +21,7 @@ import torch
 
 from turret import adapters, quantized
 from turret.adapters import packed
-from turret.compare.collapse import binned
+from turret.compare.collapse import binned_losses
 from turret.data import Dataset, Example, Input
 from turret.engine import untrained
 from turret.engine.core import Engine
@@ -79,7 +79,7 @@ def version(
             "stored_metrics": result["metrics"],
             "memory": _memory(result, plan),
             "best": _best(store, str(result["run"])),
-            "losses": binned([record.loss for record in every_step(store, str(result["run"]))]),
+            "losses": binned_losses([record.loss for record in every_step(store, str(result["run"]))]),
             "made": provenance(ready.asking.model),
             "warnings": list(result.get("warnings", ())),
             **answered(ready, dataset.test, say),

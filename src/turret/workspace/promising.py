@@ -293,7 +293,7 @@ def _embedded(asking: Asking, held: HeldOut, say: Say) -> tuple[list[bytes], lis
     say(f"embedding {counted(len(order), 'held-out example')}")
     try:
         vectors = asking.text_embeddings([texts[place] for place in order], input_drift.MOST_TOKENS).numpy()
-        kept = input_drift.packed(input_drift.distinct(vectors.astype(np.float64)))
+        kept = input_drift.pack_vectors(input_drift.distinct(vectors.astype(np.float64)))
     except (TurretError, ValueError) as error:
         return [], [f"input drift is not watched: {error}"]
     if len(kept) < input_drift.FEWEST_REFERENCES:
@@ -469,18 +469,20 @@ def _input_standing(connection: Connection, promise: Promise, memory: PromiseMem
     watch = promises.watch_of(connection, promise.id)
     if watch is None:
         return NOT_WATCHED
-    needed = input_drift.needed(1 - promise.confidence, watch.round)
+    needed = input_drift.needed_e_value(1 - promise.confidence, watch.round)
     if watch.drifted is not None:
         memory.inputs, evidence = None, watch.evidence or needed
         why = f"have drifted since {to_minute(watch.drifted)}: e-value {evidence:.3g}, and {needed:.3g} warns"
         return InputStanding("drifted", why, watch.earlier, watch.round, evidence, needed, watch.drifted)
     if memory.inputs is None or memory.inputs.watch != watch:
         rows = [row for _, row in promises.vectors_of(connection, watch, promises.REFERENCE_ROUND)]
-        memory.inputs = InputMemory(watch, input_drift.InputTest(input_drift.unpacked(rows, watch.size), watch.round))
+        memory.inputs = InputMemory(
+            watch, input_drift.InputTest(input_drift.unpack_vectors(rows, watch.size), watch.round)
+        )
     seen = memory.inputs
     new = promises.vectors_of(connection, watch, watch.round, seen.last)
     if new:
-        seen.test.see(input_drift.unpacked([row for _, row in new], watch.size))
+        seen.test.see(input_drift.unpack_vectors([row for _, row in new], watch.size))
         seen.rows, seen.last = seen.rows + len(new), new[-1][0]
     texts = watch.earlier + seen.test.pairs
     why = f"like the held-out ones so far, {counted(texts, 'text')} seen"

@@ -28,7 +28,7 @@ from turret.adapters.tuners.tuner import tuner_of
 from turret.bases import Base, ChosenDevice
 from turret.bases.device import CPU, gigabytes
 from turret.bases.sharded import parts_of
-from turret.compare.collapse import binned, still_falling
+from turret.compare.collapse import binned_losses, still_falling
 from turret.compare.results import RunReport
 from turret.data import Dataset
 from turret.disk import describe_error
@@ -716,7 +716,7 @@ class _Run:
         steps, train = every_step(self.store, self.run.id), ready.recipe.train
         if train.keep == "last" and (found := learnt_by_heart(steps)) is not None:
             return [f'{found}: set train.keep = "best", which keeps the weights of the best evaluation']
-        if not still_falling(binned([record.loss for record in steps])):
+        if not still_falling(binned_losses([record.loss for record in steps])):
             return []
         longer = f"train.epochs to {2 * (train.epochs or 1)} (now {train.epochs})"
         if train.max_steps is not None and fitted.steps >= train.max_steps:

@@ -8,7 +8,7 @@ from fastapi import Body, Path, Query
 from pydantic import BaseModel, Field
 
 from turret.experiments import Told as ToldOutcome
-from turret.experiments.outcomes import grouped
+from turret.experiments.outcomes import count_by_status
 from turret.json_types import JsonObject
 from turret.server import moves
 from turret.server.error_responses import without_paths
@@ -86,7 +86,9 @@ async def tell(body: Annotated[Told, Body()], view: View) -> Outcomes:
     results = await view.recording(view.record, [_told_outcome(each) for each in many])
     for result in results:
         view.metrics.outcome(result.experiment, result.status)
-    return Outcomes(outcomes=[BecameOf(**result.as_json()) for result in results], counts=dict(grouped(results)))
+    return Outcomes(
+        outcomes=[BecameOf(**result.as_json()) for result in results], counts=dict(count_by_status(results))
+    )
 
 
 def _told_outcome(outcome: Outcome) -> ToldOutcome:

@@ -39,7 +39,7 @@ from turret.compare.report_text import seconds as in_seconds
 from turret.errors import BadRequest, Forbidden, NotFound, TurretError
 from turret.experiments.experiment import read_duration
 from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
-from turret.methods import said
+from turret.methods import describe_method
 from turret.server.auth import READS, Caller
 from turret.server.error_responses import Problem, error_response, validation_response
 from turret.server.limits import FILES
@@ -94,7 +94,7 @@ def _environment() -> Environment:
         "evidence": evidence,
         "main_metric": main_metric,
         "means": means,
-        "method": said,
+        "method": describe_method,
         "metric": metric,
         "ms": milliseconds,
         "number": number,
