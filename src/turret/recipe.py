@@ -225,29 +225,29 @@ def override(
     weight = leaf.removeprefix("class_weights.") if table == "task" else leaf
     if weight != leaf and weight:  # the name of a class may contain dots
         old = settings["task"]["class_weights"]
-        number = _typed(key, text, TypeAdapter(float))
+        number = _parse_typed(key, text, TypeAdapter(float))
         settings["task"]["class_weights"] = {**(old if isinstance(old, dict) else {}), weight: number}
         return
     model = models[table]
     field = model.model_fields.get(leaf)
     if field is None and issubclass(model, Method) and model.open_settings:
-        settings[table][leaf] = None if text.strip().lower() == "none" else _untyped(text)
+        settings[table][leaf] = None if text.strip().lower() == "none" else _parse_untyped(text)
         return
     if field is None or (not table and leaf in models):
         raise RecipeError(unknown_key(key, settings["method"]["kind"], known, METHODS))
     # Any: the type of the key is only known at run time
     annotated: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    value = _typed(key, text, TypeAdapter(annotated, config=ConfigDict(strict=True)))
+    value = _parse_typed(key, text, TypeAdapter(annotated, config=ConfigDict(strict=True)))
     (settings[table] if table else settings)[leaf] = value
 
 
-def _untyped(text: str) -> JsonValue:
+def _parse_untyped(text: str) -> JsonValue:
     """A TOML value, else a list if the text has commas, else the text."""
     value = toml_value_or_text(text)
     return _comma_words(text) if value == text and "," in text else value
 
 
-def _typed(key: str, text: str, type_: TypeAdapter[T]) -> T:
+def _parse_typed(key: str, text: str, type_: TypeAdapter[T]) -> T:
     """Read `text` as none, a TOML value, plain text or a list with commas: the first one that fits the type."""
     for read in (_none, toml_value, str, _comma_words):
         for many in (list, tuple):  # a strict type takes one of them

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turret.ops import attention as blocks
-from turret.ops.attention import BlockLayout, BlockSide, rounded
+from turret.ops.attention import BlockLayout, BlockSide, rounded_size
 
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=9)
@@ -72,4 +72,4 @@ def test_a_long_row_begins_another_block_where_the_first_is_full(monkeypatch: py
 
 @pytest.mark.parametrize(("size", "wanted"), [(1, 8), (8, 8), (64, 64), (65, 80), (256, 256), (257, 288), (2000, 2016)])
 def test_sizes_are_rounded_up_in_few_steps(size: int, wanted: int) -> None:
-    assert rounded(size, blocks.STEPS) == wanted
+    assert rounded_size(size, blocks.STEPS) == wanted

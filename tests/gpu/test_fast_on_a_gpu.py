@@ -10,7 +10,7 @@ import torch
 from batches import without_dropout
 
 from turret.engine.protocol import OptimStep
-from turret.ops.core import copied
+from turret.ops.core import to_device
 from turret.ops.dropout import Draws
 from turret.ops.gpu import ops as gpu_ops
 from turret.ops.gpu.ops import ATTENTION, FEATURES
@@ -74,6 +74,6 @@ def test_a_pinned_copy_arrives_whole_while_the_gpu_is_busy() -> None:
     arrived = []
     for each in expected:
         busy = (busy @ busy).tanh()
-        arrived.append(copied(each.clone(), GPU))
+        arrived.append(to_device(each.clone(), GPU))
     for one, other in zip(arrived, expected, strict=True):
         assert torch.equal(one.cpu(), other)

@@ -10,7 +10,7 @@ from compiled_kernels import compiled, needed
 from torch import Tensor
 
 from turret.ops.dropout import Draws, Masks
-from turret.ops.structs import OF_SITE, AttentionRows, DropoutArguments, Prefixes, kept
+from turret.ops.structs import OF_SITE, AttentionRows, DropoutArguments, Prefixes, dropout_mask
 
 KEYS = torch.randint(-(1 << 62), 1 << 62, (57,), generator=torch.Generator().manual_seed(0))
 
@@ -23,7 +23,9 @@ def test_the_kernels_mask_is_the_one_of_the_formula_in_torch(width: int, dtype: 
         dropped = DropoutArguments.of(0.3, seed, KEYS)
         shown = compiled().dropout(torch.ones(57, width, dtype=dtype), dropped, 1.0) != 0
         assert torch.equal(shown, dropped.kept(shown.shape))
-    assert width == 1 or not torch.equal(shown, kept(KEYS, 7, dropped.threshold, width)), "control: another site"
+    assert width == 1 or not torch.equal(shown, dropout_mask(KEYS, 7, dropped.threshold, width)), (
+        "control: another site"
+    )
 
 
 @needed
@@ -43,7 +45,7 @@ def test_the_mask_of_attentions_kernel_is_the_one_of_the_formula_in_torch(P: int
     y, _ = compiled().attention(rows, q, keys, values, prefixes, dropped)
     for start, length in zip((0, 40), lengths, strict=True):
         shown = y[start : start + length].transpose(0, 1)[..., : P + length] != 0  # (H, T, P + S)
-        expected = kept(KEYS[start : start + length], dropped.seed, dropped.threshold, P + length, heads=heads)
+        expected = dropout_mask(KEYS[start : start + length], dropped.seed, dropped.threshold, P + length, heads=heads)
         seen = torch.arange(P + length)[None] <= P + torch.arange(length)[:, None] if causal else torch.tensor(True)
         assert torch.equal(shown, expected & seen)
         assert not torch.equal(shown[0], shown[1]), "control: heads differ"
@@ -86,7 +88,7 @@ def worst(hashed: Hash) -> float:
 
 
 def test_neighbours_sites_steps_seeds_tokens_and_examples_have_independent_masks() -> None:
-    assert worst(kept) < 25
+    assert worst(dropout_mask) < 25
     assert worst(weak) > 1000, "control: a weak hash is noticed"
 
 
@@ -95,7 +97,7 @@ def test_the_share_that_is_kept_is_binomial(p: float) -> None:
     threshold, total, count = round(p * (1 << 16)), 0.0, 0
     for number in range(20):
         keys = Masks(5, [number], {"encoder": [500]}).tokens("encoder", KEYS.device)
-        mask = kept(keys, number * OF_SITE % (1 << 32), threshold, 384)
+        mask = dropout_mask(keys, number * OF_SITE % (1 << 32), threshold, 384)
         total, count = total + float(mask.sum()), count + mask.numel()
     rate = 1 - threshold / (1 << 16)
     deviation = (rate * (1 - rate) / count) ** 0.5

@@ -13,7 +13,7 @@ import torch
 import turret
 from turret.ops.core import REFERENCE
 from turret.ops.gpu.ops import GpuOps
-from turret.ops.table import of, planned, without
+from turret.ops.table import gpu_paths_on_meta, of, without
 
 SOURCE = Path(turret.__file__).parent
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -50,7 +50,7 @@ def test_the_operations_are_those_of_device_and_dtype() -> None:
     assert of(x, x.double()) is REFERENCE
     assert of(x.double()) is REFERENCE
     assert of(gpu) is REFERENCE
-    with planned(True):
+    with gpu_paths_on_meta(True):
         assert isinstance(of(gpu), GpuOps)
     with without("kernels"):
         assert of(x) is REFERENCE

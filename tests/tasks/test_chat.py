@@ -21,7 +21,7 @@ from turret.data import Conversation, Dataset, Prompt, Turn
 from turret.errors import AdapterError, DataError
 from turret.recipe import Task
 from turret.tasks import Chat, make_task, task_from_spec
-from turret.tasks.chat_template import ChatTemplate, helper, rendered
+from turret.tasks.chat_template import ChatTemplate, helper, render_template
 from turret.train.batches import EncodedRow, EncodedRows
 from turret.train.evaluation import example_losses
 from turret.train.step import loss_of
@@ -368,6 +368,6 @@ def test_the_helper_renders_what_this_process_renders(template: str) -> None:
     asked = {"template": template, "messages": turns, "tools": None, "answering": True, "special": {}}
     asked["marks"] = template == chats.MARKED
     here = helper({})(asked)
-    there = rendered(template, turns, answering=True, marks=asked["marks"], special={})
+    there = render_template(template, turns, answering=True, marks=asked["marks"], special={})
     assert there == (here["text"], [tuple(span) for span in here["spans"]])
     assert there[1] or template != chats.MARKED

@@ -24,7 +24,7 @@ from turret.recipe import Task
 from turret.tasks import make_task
 from turret.train.adamw import AdamW
 from turret.train.batches import encode
-from turret.train.initialize import extracted
+from turret.train.initialize import extract_adapter
 from turret.train.step import forward_backward, mount_reference
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
@@ -73,7 +73,7 @@ def turrets(objective: str, folder: Path, *, referred: bool = False, from_refere
         assert base.reference is not None
         adapters.start_from(base.model, base.reference.adapter)
     mount_reference(base, base.model)
-    bundles.save_bundle(extracted(base.model, base, task, {}), folder)
+    bundles.save_bundle(extract_adapter(base.model, base, task, {}), folder)
     base.model.train()
     optimiser, losses = AdamW(adapters.trainable_parameters(base.model)), []
     for step in range(STEPS):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from turret.train.curve import Curve, StepRecord, learnt_by_heart, read_curve
-from turret.train.initialize import seeded
+from turret.train.initialize import seeded_generators
 
 RECORD = StepRecord(1, 9, 0.5, 1.25, 1e-3, 0.1 + 0.2, 8, 100, 0.5, 200.0, 1000)
 
@@ -89,9 +89,9 @@ def test_initial_weights_are_drawn_from_a_seed_and_the_programs_numbers_go_on() 
     outer, inner = [], []
     for _ in range(3):
         outer.append(draw())
-        with seeded(1, torch.device("cpu")):
+        with seeded_generators(1, torch.device("cpu")):
             inner.append(draw())
     assert outer == undisturbed
     assert len(set(inner)) == 1
-    with seeded(2, torch.device("cpu")):
+    with seeded_generators(2, torch.device("cpu")):
         assert draw() not in inner, "control: another seed gives other numbers"

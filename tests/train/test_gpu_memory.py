@@ -17,7 +17,7 @@ from turret import adapters
 from turret.bases.meta_model import model_of
 from turret.data import Labelled
 from turret.methods import Full, LoRA, Prefix
-from turret.ops.gpu.ops import planned
+from turret.ops.gpu.ops import gpu_paths_on_meta
 from turret.train import memory
 from turret.train.batches import EncodedRow, encode
 from turret.train.initialize import attach
@@ -66,7 +66,7 @@ def test_what_a_pass_saves_on_a_gpu_is_what_was_predicted_from_shapes(family: st
     for model in (bare(family, task), without_dropout(small_models.build(family, task))):
         on_gpu = not next(model.parameters()).is_meta
         model.to(torch.bfloat16 if programs else torch.float32)
-        with pretend_gpu(programs) if on_gpu else memory._Shapes(), planned(programs):
+        with pretend_gpu(programs) if on_gpu else memory._Shapes(), gpu_paths_on_meta(programs):
             adapters.attach(to_gpu(model) if on_gpu else without_dropout(model), method)
             model.train()
             bytes_saved.append(saved_by(model, work)[0].bytes)

@@ -25,7 +25,7 @@ from turret.train import Asking, checkpoint, evaluate, read_curve
 from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRows
 from turret.train.initialize import attach
-from turret.train.memory import explained
+from turret.train.memory import explain_out_of_memory
 from turret.train.step import loss_of, train_step
 from turret.train.training_plan import Prediction
 
@@ -136,11 +136,11 @@ def test_running_out_of_memory_names_the_setting_and_the_prediction() -> None:
     predicted = Prediction(10**9, 0, 0, 0, 2 * 10**8, 0)
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")):
         expected = r"step 7.*train.micro_batch_tokens to \d+.*predicted 1.2 GB"
-        with pytest.raises(OutOfMemory, match=expected), explained(512, batch, 7, predicted):
+        with pytest.raises(OutOfMemory, match=expected), explain_out_of_memory(512, batch, 7, predicted):
             raise error
-    with pytest.raises(OutOfMemory, match=r"lower task.max_tokens"), explained(512, batch[:1], 7, None):
+    with pytest.raises(OutOfMemory, match=r"lower task.max_tokens"), explain_out_of_memory(512, batch[:1], 7, None):
         raise MemoryError
-    with pytest.raises(RuntimeError, match="something else"), explained(512, batch, 7, None):
+    with pytest.raises(RuntimeError, match="something else"), explain_out_of_memory(512, batch, 7, None):
         raise RuntimeError("something else")
 
 

@@ -20,7 +20,7 @@ from turret.adapters.batch_context import BARE, BatchContext, CachedKV
 from turret.errors import AdapterError
 from turret.families.family import Family, Site
 from turret.ops.attention import BlockLayout, BlockSide, attend, attend_rows
-from turret.ops.core import Ops, copied
+from turret.ops.core import Ops, to_device
 from turret.ops.dropout import Masks
 from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 from turret.ops.table import of
@@ -168,7 +168,7 @@ def _attend_padded(hooked: Hooked, q: Tensor, k: Tensor, v: Tensor, bias: Tensor
         return _one_slot(hooked, slot, q, k, v, bias, call, dropped)
     output = torch.empty_like(q)
     for slot, rows in context.rows_by_slot().items():
-        index = copied(torch.tensor(rows), q.device)
+        index = to_device(torch.tensor(rows), q.device)
         rows_bias = bias[index] if bias is not None and bias.shape[0] > 1 else bias
         own = dropped if dropped.keys is None else replace(dropped, keys=dropped.keys[index], memo={})
         part = _one_slot(hooked, slot, q[index], k[index], v[index], rows_bias, call, own)
@@ -405,7 +405,7 @@ def _block_bias(hooked: Hooked, queries: BlockSide, keys: BlockSide, window: int
         return bias
     memo, key = hooked.context.memo, ("padding", keys.lengths)
     if key not in memo:
-        hidden = torch.arange(keys.longest, device=q.device) >= copied(torch.tensor(keys.lengths), q.device)[:, None]
+        hidden = torch.arange(keys.longest, device=q.device) >= to_device(torch.tensor(keys.lengths), q.device)[:, None]
         memo[key] = _hiding(hidden, q)[:, None, None]  # (B, 1, 1, S)
     padding: Tensor = memo[key]
     return padding if bias is None else bias + padding

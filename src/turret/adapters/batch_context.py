@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.ops.core import KVStep, copied
+from turret.ops.core import KVStep, to_device
 from turret.ops.dropout import Draws, HashedDraws, Masks
 from turret.ops.structs import AdapterSpans
 
@@ -206,7 +206,7 @@ class BatchContext:
         """Where each slot's part of an input is: the dimension (0: rows, 1: unpadded tokens), and the indices there."""
         if self.lengths is not None:
             return 1, self.tokens_by_slot(stream, device)
-        return 0, {slot: copied(torch.tensor(rows), device) for slot, rows in self.rows_by_slot().items()}
+        return 0, {slot: to_device(torch.tensor(rows), device) for slot, rows in self.rows_by_slot().items()}
 
 
 def drawing_alone(context: BatchContext) -> AbstractContextManager[HashedDraws | None]:

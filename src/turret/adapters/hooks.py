@@ -27,7 +27,7 @@ from turret.errors import AdapterError
 from turret.families import family_of
 from turret.families.family import Family, Site
 from turret.methods import Method
-from turret.ops.core import copied
+from turret.ops.core import to_device
 from turret.ops.dropout import Draws, dropout
 from turret.transformer import Model, Submodule
 
@@ -56,7 +56,7 @@ class RoutedModule(nn.Module):
         if slot is not None or self.context.in_body:  # inside a body, a pooler's output on unpadded tokens is not used
             return run(self.context.active if slot is None else slot, x)
         parts = {
-            slot: ((index := copied(torch.tensor(rows), x.device)), run(slot, x[index]))
+            slot: ((index := to_device(torch.tensor(rows), x.device)), run(slot, x[index]))
             for slot, rows in self.context.rows_by_slot().items()
         }
         widths = {part.shape[-1] for _, part in parts.values()}
@@ -488,7 +488,7 @@ def _bias_of_padded(module: nn.Module, original: Callable[P, Tensor], context: B
 
 def row_positions(lengths: Iterable[int], offset: int, device: torch.device) -> Tensor:
     """Positions of unpadded rows, each counted from `offset`: (N,) int64."""
-    return copied(torch.cat([torch.arange(offset, offset + length) for length in lengths]), device)
+    return to_device(torch.cat([torch.arange(offset, offset + length) for length in lengths]), device)
 
 
 def _shift(context: BatchContext, prefix_length: Length, rows: int, stream: str, device: torch.device) -> Tensor | None:
@@ -498,12 +498,12 @@ def _shift(context: BatchContext, prefix_length: Length, rows: int, stream: str,
         P = prefix_length(slot)
         return torch.full((1, 1), P, device=device) if P else None
     assert context.slots is not None
-    lengths = copied(torch.tensor([prefix_length(each) for each in context.slots]), device)
+    lengths = to_device(torch.tensor([prefix_length(each) for each in context.slots]), device)
     if not lengths.any():
         return None
     if context.lengths is None:
         return lengths[:rows, None]
-    return lengths.repeat_interleave(copied(torch.tensor(context.lengths[stream]), device))[None]
+    return lengths.repeat_interleave(to_device(torch.tensor(context.lengths[stream]), device))[None]
 
 
 def _decoder_hook(names: list[str], offset: int, context: BatchContext, prefix_length: Length) -> PreHook:

@@ -13,7 +13,7 @@ from turret import quantized
 from turret.adapters.batch_context import BatchContext
 from turret.errors import AdapterError
 from turret.ops.dropout import Masks, dropout
-from turret.ops.lora import FrozenProducts, adapted, lora_delta, low_rank
+from turret.ops.lora import FrozenProducts, adapted_linear, lora_delta, low_rank
 from turret.ops.structs import Lora
 from turret.quantized import FourBitProducts
 
@@ -61,12 +61,12 @@ class LoRAFactors(nn.Module):
             lora = Lora(self.lora_A, self.lora_B, self.scaling, self._rate)
             if quantized.in_four_bits(layer):
                 packed = FourBitProducts.of(layer)
-                y = adapted(x, packed.weight, layer._parameters["bias"], packed, lora, masks, stream)
+                y = adapted_linear(x, packed.weight, layer._parameters["bias"], packed, lora, masks, stream)
                 return self._beside(layer, x, masks, stream) if y is None else y
             if not quantized.packed(layer):
                 weight, bias = weight_and_bias(layer)
                 if weight.dtype == x.dtype and not weight.requires_grad:
-                    y = adapted(x, weight, bias, FrozenProducts(), lora, masks, stream)
+                    y = adapted_linear(x, weight, bias, FrozenProducts(), lora, masks, stream)
                     return self._beside(layer, x, masks, stream) if y is None else y
         return self._beside(layer, x, masks, stream)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from turret.adapters.batch_context import set_context
 from turret.adapters.hooks import attachment, device_of, drawing, row_positions
 from turret.families.family import Pooling, head_of, parts_of_head
-from turret.ops.attention import rounded
-from turret.ops.core import copied
+from turret.ops.attention import rounded_size
+from turret.ops.core import to_device
 from turret.ops.lora import linear
 from turret.ops.table import narrows
 from turret.transformer import Model, ModelConfig
@@ -57,7 +57,7 @@ def tag_logits(model: Model, rows: Sequence[HeadRow], slots: Sequence[int] | Non
     counts = [read_in(row) for row in rows]
     own = None if slots is None else [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
     with set_context(attached.context, own, None, masked={"head": counts}):
-        logits: Tensor = attached.family.tag(parts_of_head(model), hidden[copied(places, hidden.device)])
+        logits: Tensor = attached.family.tag(parts_of_head(model), hidden[to_device(places, hidden.device)])
     return logits
 
 
@@ -112,7 +112,7 @@ def pooled_states(
         and narrows()
     ):
         ends = torch.tensor(lengths).cumsum(0)
-        hidden = _hidden(model, inputs, slots, read=copied(ends - torch.tensor(lengths), device_of(model)))
+        hidden = _hidden(model, inputs, slots, read=to_device(ends - torch.tensor(lengths), device_of(model)))
         lengths = [1] * len(lengths)  # the body gives (B, D)
     else:
         hidden = _hidden(model, inputs, slots)
@@ -174,7 +174,7 @@ def target_states(
         if places is not None:
             before.append(places.cpu() + (end - len(row) - 1))
         before.append(torch.arange(end - len(target) - 1, end - 1))
-    return hidden[copied(torch.cat(before), hidden.device)]
+    return hidden[to_device(torch.cat(before), hidden.device)]
 
 
 def vocabulary_logits(model: Model, hidden: Tensor, slots: Sequence[int] | None = None) -> Tensor:
@@ -222,11 +222,11 @@ def _hidden(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None, r
 def tokens(model: Model, rows: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor | bool]]:
     """The token ids (1, N) of rows, and the argument `token_type_ids` if one has segments and the base embeds them."""
     device = device_of(model)
-    ids = copied(torch.cat([row if row.ndim == 1 else row[:, 0] for row in rows])[None], device)
+    ids = to_device(torch.cat([row if row.ndim == 1 else row[:, 0] for row in rows])[None], device)
     if all(row.ndim == 1 for row in rows) or getattr(model.config, "type_vocab_size", 0) < 2:
         return ids, {}
     types = torch.cat([torch.zeros_like(row) if row.ndim == 1 else row[:, 1] for row in rows])
-    return ids, {"token_type_ids": copied(types[None], device)}
+    return ids, {"token_type_ids": to_device(types[None], device)}
 
 
 def _one_by_one(model: Model, rows: Sequence[Tensor], slots: Sequence[int] | None) -> Tensor:
@@ -250,7 +250,7 @@ def _encoder_decoder_hidden(
         _padded_rows(targets, slots, always=True),
     )
     lengths = {"encoder": [len(row) for row in sources], "decoder": [len(row) for row in targets]}
-    source, target = (copied(torch.cat(list(rows))[None], device_of(model)) for rows in (sources, targets))
+    source, target = (to_device(torch.cat(list(rows))[None], device_of(model)) for rows in (sources, targets))
     with set_context(attached.context, slots, lengths, in_body=True):
         encoded = model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]  # (1, N, D)
         if attached.context.masks is not None:
@@ -274,7 +274,7 @@ def _padded_rows(
     always: at least one token more, so that both sides of an encoder-decoder have the same number of rows.
     """
     tokens = sum(len(row) for row in rows)
-    missing = rounded(tokens + always, STEPS) - tokens
+    missing = rounded_size(tokens + always, STEPS) - tokens
     if missing == 0:
         return rows, slots
     return [*rows, rows[-1].new_zeros(missing)], None if slots is None else [*slots, slots[-1]]
@@ -287,13 +287,13 @@ def ready_mask(ids: Tensor) -> Tensor:
 
 def pool(pooling: Pooling, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
     """The vector of each row that a classifier reads: hidden (N, D) -> (B, D)."""
-    ends = copied(torch.tensor(lengths), hidden.device).cumsum(0)
+    ends = to_device(torch.tensor(lengths), hidden.device).cumsum(0)
     hidden = hidden[: sum(lengths)]
     if pooling == "last":
         return hidden[ends - 1]
     if pooling == "mean":
         return torch.stack([row.mean(0) for row in torch.split(hidden, list(lengths))])
-    return hidden[ends - copied(torch.tensor(lengths), hidden.device)]
+    return hidden[ends - to_device(torch.tensor(lengths), hidden.device)]
 
 
 def shift_right(config: ModelConfig, row: Tensor) -> Tensor:

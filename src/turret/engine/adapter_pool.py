@@ -30,7 +30,7 @@ from turret.bases.meta_model import model_of
 from turret.engine.cache import KVSlot
 from turret.errors import AdapterError
 from turret.families.family import Family, HeadKind, head_of
-from turret.ops.core import real_gpu, uploaded
+from turret.ops.core import real_gpu, upload_tensor
 from turret.ops.lora import GpuRows, MixedRows, Pair, Stack, linear, mixed_rows, sgmv
 from turret.ops.structs import AdapterSpans
 from turret.ops.table import of
@@ -356,7 +356,7 @@ class AdapterPool:
         for path in parts.whole:  # computes the same as before for the adapters that are mounted
             routed_whole(self._model, self.attached, path)
         scaled, finite = self._scaled_layers(parts), all(map(all_finite, torch.split(host, PIECE)))
-        flat = uploaded(host, self.device)
+        flat = upload_tensor(host, self.device)
         prefixes = prefix.views(flat[count : count + prefix.count])
         loaded = AdapterTensors(digest, task, flat, layout, prefixes, ends, scaled, parts.whole)
         if not finite or not all(map(all_finite, loaded.beside)):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from turret.adapters.batch_context import AdapterPoolProtocol, CachedKV
 from turret.families.family import Site
-from turret.ops.attention import rounded
-from turret.ops.core import KVStep, copied
+from turret.ops.attention import rounded_size
+from turret.ops.core import KVStep, to_device
 from turret.ops.table import of
 
 SHORTEST = 32  # tokens of the shortest slot
@@ -99,7 +99,7 @@ class KVBlock:
         if not moved:
             return
         device = next(iter(self.stored.values()))[0].device
-        to, of = (copied(torch.tensor([each.index for each in own]), device) for own in zip(*moved, strict=True))
+        to, of = (to_device(torch.tensor([each.index for each in own]), device) for own in zip(*moved, strict=True))
         for group, layers in self.stored.items():
             used = max(source.lengths[group] for _, source in moved)
             for stored in layers:
@@ -240,9 +240,9 @@ class PassCache:
     def _lengths_of(self, group: str, part: Sequence[KVSlot]) -> _Lengths:
         new = 0 if group == "cross" else 1
         lengths = [kv_slot.lengths[group] + new for kv_slot in part]
-        longest = min(rounded(max(lengths), STEPS), part[0].block.sizes[group])
-        prefixes = copied(torch.tensor([kv_slot.prefixes[group] for kv_slot in part]), self._device)
-        numbers = copied(torch.tensor(lengths), self._device)
+        longest = min(rounded_size(max(lengths), STEPS), part[0].block.sizes[group])
+        prefixes = to_device(torch.tensor([kv_slot.prefixes[group] for kv_slot in part]), self._device)
+        numbers = to_device(torch.tensor(lengths), self._device)
         like = part[0].block.stored[group][0][0, : len(part), :, :longest]
         kept = of(like).kv_step(numbers, prefixes, like)
         return _Lengths(numbers, prefixes, longest, min(lengths) == longest, kept)

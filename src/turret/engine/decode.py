@@ -22,7 +22,7 @@ from turret.engine.request import MAX_TOKENS, GenerationSettings
 from turret.engine.sampling_params import SamplingParams
 from turret.engine.structured_output import Guide
 from turret.errors import BaseModelError, ContextLengthExceeded, DataError
-from turret.ops.core import copied
+from turret.ops.core import to_device
 from turret.tasks.task import Task
 from turret.transformer import Model, Tokenizer
 
@@ -103,7 +103,7 @@ def choose_together(scores: Tensor, rows: Sequence[Row], guides: Mapping[int, Gu
     tokens = scores.argmax(-1)
     drawn = [place for place, row in enumerate(rows) if row.settings.temperature > 0.0]
     if drawn:
-        index = copied(torch.tensor(drawn), scores.device)
+        index = to_device(torch.tensor(drawn), scores.device)
         tokens[index] = _draw(scores if len(drawn) == len(rows) else scores[index], [rows[place] for place in drawn])
     return [None if token < 0 else token for token in torch.where(finite, tokens, -1).tolist()]
 
@@ -136,14 +136,14 @@ def _adjust(scores: Tensor, rows: Sequence[Row]) -> None:
         forced += [(place, token) for token in forced_tokens(settings, row.new)]
     if not seen and not raised and not hidden and not forced:
         return
-    places = copied(torch.tensor([*seen, *raised, *hidden, *forced]), scores.device)  # one copy for all
+    places = to_device(torch.tensor([*seen, *raised, *hidden, *forced]), scores.device)  # one copy for all
     own_places, raises, hides, forces = torch.split(places, [len(seen), len(raised), len(hidden), len(forced)])
     if seen:
-        penalty, at = copied(torch.tensor(penalties), scores.device), own_places.unbind(1)
+        penalty, at = to_device(torch.tensor(penalties), scores.device), own_places.unbind(1)
         found = scores[at]
         scores[at] = torch.where(found < 0, found * penalty, found / penalty)
     if raised:
-        scores[raises.unbind(1)] += copied(torch.tensor(amounts), scores.device)
+        scores[raises.unbind(1)] += to_device(torch.tensor(amounts), scores.device)
     if hidden:
         scores[hides.unbind(1)] = -torch.inf
     if forced:
@@ -164,7 +164,7 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
         )
         for row, own in ((row, row.settings) for row in rows)
     ]
-    temperature, point, most, mass = copied(torch.tensor(given, dtype=torch.float64), scores.device).unbind(1)
+    temperature, point, most, mass = to_device(torch.tensor(given, dtype=torch.float64), scores.device).unbind(1)
     scores = scores.double()
     weights = ((scores - scores.amax(-1, keepdim=True)) / temperature[:, None]).exp()
     if all(row.settings.top_k is None and row.settings.top_p is None for row in rows):
@@ -177,7 +177,8 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     inside[:, 0] = True
     sorted_tokens = ids.gather(1, _at(probabilities * inside, point)[:, None])[:, 0]
     whole = torch.tensor([row.settings.top_k is None and row.settings.top_p is None for row in rows])
-    return torch.where(copied(whole, scores.device), _at(weights, point), sorted_tokens)  # a whole row keeps its order
+    # A whole row keeps its order.
+    return torch.where(to_device(whole, scores.device), _at(weights, point), sorted_tokens)
 
 
 def _at(weights: Tensor, point: Tensor) -> Tensor:
@@ -353,14 +354,14 @@ def adjust(scores: Tensor, counted: Sequence[int], new: int, settings: Generatio
         settings: Of the request.
     """
     if settings.repetition_penalty != 1.0:
-        seen = copied(torch.tensor(sorted({token for token in counted if token < len(scores)})), scores.device)
+        seen = to_device(torch.tensor(sorted({token for token in counted if token < len(scores)})), scores.device)
         own = scores[seen]
         scores[seen] = torch.where(own < 0, own * settings.repetition_penalty, own / settings.repetition_penalty)
     if given := logit_offsets(settings, counted, new):
-        scores[list(given)] += copied(torch.tensor(list(given.values())), scores.device)
+        scores[list(given)] += to_device(torch.tensor(list(given.values())), scores.device)
     if settings.no_repeat_ngram_size:
         banned = would_repeat(counted, settings.no_repeat_ngram_size)
-        scores[copied(torch.tensor(banned, dtype=torch.long), scores.device)] = -torch.inf
+        scores[to_device(torch.tensor(banned, dtype=torch.long), scores.device)] = -torch.inf
     if hides_eos(settings, len(counted), new):
         scores[list(settings.eos)] = -torch.inf
     if forced := forced_tokens(settings, new):

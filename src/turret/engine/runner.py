@@ -26,7 +26,7 @@ from turret.engine.cache import KeyValueCache, KVSlot, PassCache
 from turret.engine.decode import TokenLogprobs, token_logprobs
 from turret.engine.request import Limits, common, limits_within
 from turret.engine.sequence import DecodeStep, Prefill, TextTokens
-from turret.ops.core import copied
+from turret.ops.core import to_device
 from turret.ops.table import narrows, of
 from turret.transformer import Model
 
@@ -226,10 +226,10 @@ class Runner:
         for start in range(0, len(places), PROMPT_ROWS):
             part = places[start : start + PROMPT_ROWS]
             slots = [paths[follows[place][0][0]].row.slot for place in part]
-            read = hidden[copied(torch.tensor(part), hidden.device)]
+            read = hidden[to_device(torch.tensor(part), hidden.device)]
             logprobs = vocabulary_logits(self.model, read, slots).float().log_softmax(-1)
             asked = [(row, number, token) for row, place in enumerate(part) for number, token in follows[place]]
-            index = copied(torch.tensor([(row, token) for row, _, token in asked]), hidden.device)
+            index = to_device(torch.tensor([(row, token) for row, _, token in asked]), hidden.device)
             for (_, number, _), value in zip(asked, logprobs[index[:, 0], index[:, 1]].tolist(), strict=True):
                 found[number] += value
 
@@ -321,7 +321,7 @@ class Runner:
             output = self.model.base_model(
                 input_ids=ids,
                 attention_mask=ready_mask(ids),
-                position_ids=copied(positions, self.device)[None],
+                position_ids=to_device(positions, self.device)[None],
                 **call,
             )
         lengths = lengths if read is None else [1] * len(lengths)
@@ -334,7 +334,7 @@ class Runner:
             yield
             return
         spans = _spans([len(row.ids) for row in shared.rows])
-        index = copied(torch.tensor([token for own in shared.row for token in range(*spans[own])]), self.device)
+        index = to_device(torch.tensor([token for own in shared.row for token in range(*spans[own])]), self.device)
         pool, slots = self.adapter_pool, [row.slot for row in rows]
         lengths: dict[str, tuple[int, ...]] = {self.base.family.kind: tuple(len(row.ids) for row in rows)}
 
@@ -357,13 +357,13 @@ class Runner:
             return None
         if sum(lengths) <= of(self.model.get_input_embeddings().weight).few_for_layers():
             return None  # one call of a kernel computes all layers
-        return copied(torch.tensor([start for start, _ in _spans(lengths)]), self.device)
+        return to_device(torch.tensor([start for start, _ in _spans(lengths)]), self.device)
 
     def _tokens(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> tuple[Tensor, dict[str, Tensor | bool]]:
         """The ids (1, N) of a pass, and the argument of its segments if it has any."""
         new = [step.token for step in steps]
         if all(row.segments is None for row in rows):
-            return copied(torch.tensor([[token for row in rows for token in row.ids] + new]), self.device), {}
+            return to_device(torch.tensor([[token for row in rows for token in row.ids] + new]), self.device), {}
         return tokens(self.model, [*[row.row for row in rows], torch.tensor(new, dtype=torch.long)])
 
     def _encoder_decoder(self, rows: Sequence[Prefill], steps: Sequence[DecodeStep]) -> _States:
@@ -387,10 +387,10 @@ class Runner:
             "decoder": _positions(lengths["decoder"], starts, [self._at(step) for step in steps], 0),
         }
         target = [token for row in targets for token in row] + [step.token for step in steps]
-        ids = copied(torch.tensor([target]), self.device)
+        ids = to_device(torch.tensor([target]), self.device)
         with self._pass(rows, steps, lengths, spans, positions):
             if rows:
-                source = copied(torch.tensor([[token for row in sources for token in row]]), self.device)
+                source = to_device(torch.tensor([[token for row in sources for token in row]]), self.device)
                 encoded = self.model.get_encoder()(input_ids=source, attention_mask=ready_mask(source))[0]
             else:  # the sources are in the cache, but the decoder still projects an encoder output
                 encoded = torch.zeros(1, 1, config.hidden_size, dtype=self.adapter_pool.dtype, device=self.device)
@@ -425,7 +425,7 @@ class Runner:
             if steps or any(kv_slot is not None for kv_slot in kept):
                 own = [step.kv_slot for step in steps]
                 context.cache = PassCache(self.adapter_pool, prefill, counts, own, self.device)
-            context.positions = {stream: copied(each, self.device) for stream, each in positions.items()}
+            context.positions = {stream: to_device(each, self.device) for stream, each in positions.items()}
             try:
                 yield
             finally:
@@ -484,7 +484,7 @@ class Runner:
         if tagged := [(place, own) for place in places if (own := rows[place].read) is not None]:
             index = [starts[body[place]] + token for place, taken in tagged for token in taken]
             slots, counts = [rows[place].slot for place, _ in tagged], [len(taken) for _, taken in tagged]
-            read = hidden[copied(torch.tensor(index), hidden.device)]
+            read = hidden[to_device(torch.tensor(index), hidden.device)]
             logits = self.adapter_pool.logits("tag", slots, counts, read)
             classes |= {order[place]: row for (place, _), row in zip(tagged, logits, strict=True)}
         vectors = {order[place]: row for place, row in self._pooled_states(rows, states, body).items()}
@@ -496,7 +496,7 @@ class Runner:
         slots = [prefill[row].slot for row in sorted(last)] + [step.slot for step in steps]
         vocabulary = torch.empty(0)
         if tokens:
-            read = hidden[copied(torch.tensor(tokens), hidden.device)]
+            read = hidden[to_device(torch.tensor(tokens), hidden.device)]
             vocabulary = vocabulary_logits(self.model, read, slots).float()
         first = {row: starts[own] for row, own in zip(order, body, strict=True)}
         prompts = {

@@ -15,7 +15,7 @@ from turret.engine.decode import TokenLogprobs, adjust
 from turret.engine.request import GenerationSettings, Request
 from turret.engine.structured_output import Guide
 from turret.families.family import Pooling
-from turret.ops.core import copied
+from turret.ops.core import to_device
 from turret.tasks.shapes import Answer, TokenReport, TopToken
 
 # --- rows of a pass ---------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ class Beams:
         if not settings.plain:
             for row, tokens in zip(scores, self.running, strict=False):
                 adjust(row, [*self._before, *tokens], len(tokens), settings)
-        scores = scores.expand(k, -1) + copied(torch.tensor(self._scores), scores.device)[:, None]
+        scores = scores.expand(k, -1) + to_device(torch.tensor(self._scores), scores.device)[:, None]
         V = scores.shape[1]
         count = max(2, 1 + len(settings.eos)) * k
         values, places = scores.flatten().topk(min(count, k * V))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turret.engine.constraint import STACK, Constraint, ConstraintProcess, Refusal, matcher_of, tokenizer_of, with_stack
 from turret.errors import DataError, one_line
-from turret.ops.core import copied
+from turret.ops.core import to_device
 from turret.transformer import Tokenizer
 
 COMPILED = 64  # constraints that stay compiled
@@ -148,7 +148,7 @@ class Guide:
         denied[8 * len(bits) :] = True
         denied[self._other_eos] = True
         denied[self._eos] = not self._matcher.is_accepting()
-        scores.masked_fill_(copied(torch.from_numpy(denied), scores.device), -torch.inf)
+        scores.masked_fill_(to_device(torch.from_numpy(denied), scores.device), -torch.inf)
         self._denied = denied
 
     def allowed_tokens(self) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.ops.core import FunctionContext, Gradients, Ops, apply, copied, enabled
+from turret.ops.core import FunctionContext, Gradients, Ops, apply, enabled, to_device
 from turret.ops.structs import NO_DROPOUT, AttentionRows, DropoutArguments, Prefixes
 
 LARGEST = 1 << 25  # probabilities of one call; above it torch's fused kernel computes, which saves none of them
@@ -225,7 +225,7 @@ STEPS = ((64, 8), (256, 16), (1 << 62, 32))  # a block's longest is rounded up: 
 Span = tuple[int, int]  # (start, end) among the unpadded tokens
 
 
-def rounded(size: int, steps: Sequence[tuple[int, int]]) -> int:
+def rounded_size(size: int, steps: Sequence[tuple[int, int]]) -> int:
     """`size` rounded up to a multiple; the first (limit, multiple) of `steps` with size <= limit names it.
 
     The processor's library keeps a plan for every shape it has seen: few shapes take less memory and less planning.
@@ -257,7 +257,7 @@ class BlockSide:
     @classmethod
     def of(cls, spans: Sequence[Span], device: torch.device) -> BlockSide:
         lengths = tuple(end - start for start, end in spans)
-        longest = rounded(max(lengths), STEPS)
+        longest = rounded_size(max(lengths), STEPS)
         starts = torch.tensor([start for start, _ in spans])[:, None]
         sizes = torch.tensor(lengths)[:, None]
         column = torch.arange(longest)[None]
@@ -268,9 +268,9 @@ class BlockSide:
         return cls(
             lengths,
             longest,
-            copied(places.flatten(), device),
-            copied(back, device),
-            copied(places[inside], device),
+            to_device(places.flatten(), device),
+            to_device(back, device),
+            to_device(places[inside], device),
             spans[0][0] if consecutive else None,
         )
 

@@ -163,7 +163,7 @@ class Ops:
         inner = []
         for own, lora in zip(y, loras, strict=True):
             if lora is not None:
-                h = _masked(x, lora.mask) @ lora.A.to(x.dtype).mT
+                h = _mask_input(x, lora.mask) @ lora.A.to(x.dtype).mT
                 own.addmm_(h, lora.B.to(x.dtype).mT, alpha=lora.scale)
                 inner.append(h)
             if plus is not None:
@@ -194,9 +194,9 @@ class Ops:
                 if dx is not None and lora.mask is None:
                     dx.addmm_(dh, A)
                 elif dx is not None:
-                    dx.add_(_masked(dh @ A, lora.mask))
+                    dx.add_(_mask_input(dh @ A, lora.mask))
                 dB = (own.mT @ next(hidden)).float().mul_(lora.scale)
-                gradients += [(dh.mT @ _masked(given, lora.mask)).float(), dB]
+                gradients += [(dh.mT @ _mask_input(given, lora.mask)).float(), dB]
         return gradients
 
     # --- norms, activations, positions --------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ class Ops:
         return None
 
 
-def _masked(x: Tensor, mask: Mask | None) -> Tensor:
+def _mask_input(x: Tensor, mask: Mask | None) -> Tensor:
     return x if mask is None else mask.of(x)
 
 
@@ -350,7 +350,7 @@ def real_gpu(device: torch.device) -> bool:
     return device.type == "cuda" and (torch.version.cuda or torch.version.hip) is not None
 
 
-def copied(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. To a GPU it goes from pinned memory, so the CPU goes on while it travels.
 
     Later work on the GPU waits for it by itself, and torch keeps the pinned memory until then.
@@ -360,7 +360,7 @@ def copied(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+def upload_tensor(tensor: Tensor, device: torch.device) -> Tensor:
     """A large tensor on a device, the same one on a CPU. It goes to a GPU from pinned memory, on a stream of its own.
 
     So passes that another thread submits compute meanwhile. The calling thread waits for the copy.

@@ -5,8 +5,8 @@
 A site is the nth use of dropout in a pass. So an example has the same mask alone and among any neighbours, in any
 micro-batch and any process, and a training step draws from no generator. 16 bits of the hash decide an element.
 
-A kernel computes the hash whenever it needs the mask; `structs.kept` is the same in torch, and its result is kept for
-the backward pass. Modules that a hook cannot replace draw inside `HashedDraws`.
+A kernel computes the hash whenever it needs the mask; `structs.dropout_mask` is the same in torch, and its result is
+kept for the backward pass. Modules that a hook cannot replace draw inside `HashedDraws`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from turret.ops.attention import attend_plainly
-from turret.ops.core import FunctionContext, Gradients, Ops, apply, copied
+from turret.ops.core import FunctionContext, Gradients, Ops, apply, to_device
 from turret.ops.structs import NO_DROPOUT, OF_SITE, STEPS, WORD, DropoutArguments, Mask
 from turret.ops.table import of
 
@@ -34,7 +34,7 @@ LONG = 1 << 64
 R = TypeVar("R")
 
 
-def mixed(state: int) -> int:
+def splitmix64(state: int) -> int:
     """SplitMix64's output for a state: 64 bits."""
     z = state % LONG
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % LONG
@@ -50,7 +50,7 @@ class Draws(NamedTuple):
 
     @property
     def key(self) -> int:
-        return mixed(mixed(self.seed + SPREAD) + self.step * SPREAD)
+        return splitmix64(splitmix64(self.seed + SPREAD) + self.step * SPREAD)
 
 
 class Masks:
@@ -107,7 +107,7 @@ class Masks:
                 found = self.tokens(stream, device)
                 found = found if self._read is None else found.index_select(0, self._read)
             else:
-                found = copied(self._of_tokens(stream), device)
+                found = to_device(self._of_tokens(stream), device)
             self._keys[stream, -read] = found
         return self._keys[stream, -read]
 
@@ -130,23 +130,23 @@ class Masks:
             if x.dim() > 2 and x.shape[-2] == len(keys):
                 heads = count // len(keys)
                 if (name, heads) not in self._keys:
-                    apart = torch.arange(heads, device=x.device)[:, None] * _signed(HEAD)
+                    apart = torch.arange(heads, device=x.device)[:, None] * _signed_word(HEAD)
                     self._keys[name, heads] = (keys + apart).flatten()
                 return self._keys[name, heads]
-        return torch.arange(count, device=x.device) * _signed(TOKEN) + _signed(mixed(self.key))
+        return torch.arange(count, device=x.device) * _signed_word(TOKEN) + _signed_word(splitmix64(self.key))
 
     def _of_tokens(self, stream: str) -> Tensor:
         """Key of an example + TOKEN times the place of the token in it."""
         lengths, starts = self._lengths[stream], []
-        place = mixed(self.key + PLACES.index(stream) + 1)
+        place = splitmix64(self.key + PLACES.index(stream) + 1)
         for row, end in enumerate(accumulate(lengths)):
             number = self._numbers[row] if row < len(self._numbers) else -1
-            starts.append(_signed(mixed(place + (number + 2) * SPREAD) - (end - lengths[row]) * TOKEN))
+            starts.append(_signed_word(splitmix64(place + (number + 2) * SPREAD) - (end - lengths[row]) * TOKEN))
         keys = torch.tensor(starts).repeat_interleave(torch.tensor(lengths), output_size=sum(lengths))
-        return keys.add_(torch.arange(len(keys)), alpha=_signed(TOKEN))
+        return keys.add_(torch.arange(len(keys)), alpha=_signed_word(TOKEN))
 
 
-def _signed(word: int) -> int:
+def _signed_word(word: int) -> int:
     """64 bits as a number of int64."""
     return (word + LONG // 2) % LONG - LONG // 2
 
@@ -252,5 +252,7 @@ class HashedDraws(TorchFunctionMode):
 
     def _drawn(self, func: Callable[..., R], device: torch.device) -> Callable[..., R]:
         """A function of torch with a generator of its own."""
-        generator = torch.Generator(device).manual_seed(mixed(self._masks.key + self._masks.next_seed()) % (LONG // 2))
+        generator = torch.Generator(device).manual_seed(
+            splitmix64(self._masks.key + self._masks.next_seed()) % (LONG // 2)
+        )
         return functools.partial(func, generator=generator)

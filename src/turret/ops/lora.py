@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from turret.ops.core import REFERENCE, FunctionContext, Gradients, LoraGradients, Ops, apply, copied, enabled
+from turret.ops.core import REFERENCE, FunctionContext, Gradients, LoraGradients, Ops, apply, enabled, to_device
 from turret.ops.cpu.ops import CpuOps
 from turret.ops.dropout import HashedMask, Masks
 from turret.ops.gpu.ops import GpuOps
@@ -86,7 +86,7 @@ def factors(groups: Iterable[Group]) -> list[Tensor]:
     return [each for group in groups for m in group if m.lora is not None for each in (m.lora.A, m.lora.B)]
 
 
-def hashed(ops: Ops, lora: Lora, masks: Masks, keys: Callable[[], Tensor]) -> Lora:
+def with_hashed_mask(ops: Ops, lora: Lora, masks: Masks, keys: Callable[[], Tensor]) -> Lora:
     """The LoRA with the next mask of a pass. keys: of the tokens of its input."""
     dropped = masks.arguments(lora.p, keys)
     return lora._replace(mask=HashedMask(ops, dropped)) if dropped.threshold else lora
@@ -119,7 +119,7 @@ class _Adapted(torch.autograd.Function):
         return None, None, None if dx is None else dx.view(x.shape), *own
 
 
-def adapted(
+def adapted_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -144,7 +144,7 @@ def adapted(
         if not enabled("lora_gradient"):
             return None
         ops = REFERENCE
-    own = hashed(of(x), lora, masks, lambda: masks.keys_of(x, stream))
+    own = with_hashed_mask(of(x), lora, masks, lambda: masks.keys_of(x, stream))
     return apply(_Adapted, ops, Matrix(weight, bias, base, own), x, lora.A, lora.B)
 
 
@@ -310,8 +310,8 @@ class Stack:
         count = sum(part.numel() for pair in self._pairs.values() for part in pair)  # the factors come first
         self._flat = torch.stack([each.flat[:count] for each in number]) if mixed else None
         shared = mixed and len(number) < len(adapters)
-        self._of_row = copied(torch.tensor([number[each] for each in adapters]), device) if shared else None
-        self._rows = None if rows is None else copied(torch.tensor(rows), device)
+        self._of_row = to_device(torch.tensor([number[each] for each in adapters]), device) if shared else None
+        self._rows = None if rows is None else to_device(torch.tensor(rows), device)
 
     def add(self, y: Tensor, x: Tensor, layer: int) -> None:
         """y_t += (x_t A^T) B of each row's adapter. y: (N, D_out), in place; x: (N, D_in), of all decode rows."""

@@ -46,14 +46,14 @@ class DropoutArguments:
             keys, rows = self.keys, shape[:-1].numel()
             assert keys is not None
             if keys.numel() == rows:
-                self.memo[shape] = kept(keys.flatten(), self.seed, self.threshold, shape[-1]).view(shape)
+                self.memo[shape] = dropout_mask(keys.flatten(), self.seed, self.threshold, shape[-1]).view(shape)
             else:
                 keys = keys.view(shape[0], shape[2])
-                self.memo[shape] = kept(keys, self.seed, self.threshold, shape[3], heads=shape[1])
+                self.memo[shape] = dropout_mask(keys, self.seed, self.threshold, shape[3], heads=shape[1])
         return self.memo[shape]
 
 
-def kept(keys: Tensor, seed: int, threshold: int, width: int, heads: int = 0) -> Tensor:
+def dropout_mask(keys: Tensor, seed: int, threshold: int, width: int, heads: int = 0) -> Tensor:
     """Which elements dropout keeps: those whose hash of 16 bits reaches the threshold. The same as the kernels' mask.
 
         x = ((key mod 2^32) xor seed) + OF_HEAD head + word,    y = key / 2^32 + OF_SEED seed,    all modulo 2^32

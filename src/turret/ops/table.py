@@ -18,15 +18,15 @@ from turret.ops.cpu import compiled as cpu
 from turret.ops.cpu.ops import ops_of
 from turret.ops.gpu import ops as gpu
 from turret.ops.gpu.ops import FEATURES as GPU_FEATURES
-from turret.ops.gpu.ops import planned
+from turret.ops.gpu.ops import gpu_paths_on_meta
 from turret.ops.gpu.ops import why_not as why_no_gpu_feature
 
 __all__ = [
     "GPU_FEATURES",
     "PATHS",
+    "gpu_paths_on_meta",
     "narrows",
     "of",
-    "planned",
     "rest",
     "why_cpu_kernels",
     "why_no_gpu_feature",

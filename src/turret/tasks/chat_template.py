@@ -188,7 +188,7 @@ class ChatTemplate:
         return Rendered(text, tuple(span for span, _ in held), tuple(word for _, word in held), tuple(marked))
 
     def _render(self, messages: list[Message], tools: str, *, answering: bool) -> tuple[str, list[Span]]:
-        return rendered(
+        return render_template(
             self.text,
             messages,
             json.loads(tools) if tools else None,
@@ -292,7 +292,7 @@ class RenderReply(TypedDict):
     spans: NotRequired[list[Span]]
 
 
-def rendered(
+def render_template(
     template: str,
     messages: Sequence[Message],
     tools: Plain = None,

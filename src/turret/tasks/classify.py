@@ -124,7 +124,7 @@ class TextInputs:
         seconds = self._tokens.plain([pair.text_pair for pair in pairs], most=room)
         encoded = []
         for first, second in zip(firsts, seconds, strict=True):
-            kept = _kept(len(first) - own, len(second), self.room)
+            kept = _kept_tokens(len(first) - own, len(second), self.room)
             kept = kept[0] + own, kept[1]
             start = [*self._before, *first[: kept[0]], *self._between]
             row = [*start, *second[: kept[1]], *self._after] or [self._tokens.filler]
@@ -295,7 +295,7 @@ def output_names(names: Sequence[str]) -> HeadConfig:
     return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
 
 
-def _kept(first: int, second: int, room: int) -> tuple[int, int]:
+def _kept_tokens(first: int, second: int, room: int) -> tuple[int, int]:
     """How many tokens of two texts fit: the longer one is cut, or both to equal lengths."""
     if first + second <= room:
         return first, second
@@ -521,7 +521,7 @@ class Classify(HeadAnswers):
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
         if self.calibration is None:
             raise DataError(f"coverage {coverage:g} needs a calibration, and this classifier has none: train it again")
-        predicted = [_listed(answer["label"]) for answer in self.answers(logits)]
+        predicted = [_label_list(answer["label"]) for answer in self.answers(logits)]
         threshold = self.calibration.threshold(coverage)
         return label_sets(self.class_scores(logits), self.labels, predicted, threshold, multi_label=self.multi_label)
 
@@ -585,7 +585,7 @@ class Classify(HeadAnswers):
     def line(cls, answer: Answer) -> str:
         """The labels with their probabilities."""
         probabilities = answer["probabilities"]
-        return "  ".join(f"{label} {probabilities[label]:.2f}" for label in _listed(answer["label"])) or "none"
+        return "  ".join(f"{label} {probabilities[label]:.2f}" for label in _label_list(answer["label"])) or "none"
 
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
@@ -618,7 +618,7 @@ def _surest(probabilities: Mapping[str, float], given: Prediction, right: Predic
     return max([*wrong, *(1 - float(probabilities[label]) for label in right if label not in given)])
 
 
-def _listed(label: Prediction) -> list[str]:
+def _label_list(label: Prediction) -> list[str]:
     return label if isinstance(label, list) else [label]
 
 

@@ -31,7 +31,7 @@ from turret.tasks.task import (
     register,
     shared_losses,
 )
-from turret.tasks.text_pairs import named
+from turret.tasks.text_pairs import pair_column_names
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class TextEmbedding(HeadAnswers):
             TRIPLE[:2]: pairs,
             TRIPLE: [(*pair, negative) for pair in pairs for negative in NEGATIVES],
             PAIRED[:2]: list(PAIRS),
-            PAIRED: named(VALUES),
+            PAIRED: pair_column_names(VALUES),
         }
         return Schema(cls.kind, names, ("anchor", "query", "text", "sentence"), _example, show=2)
 
@@ -258,7 +258,7 @@ class TextEmbedding(HeadAnswers):
             spearman = metrics.pearson(metrics.ranks(similar), metrics.ranks(true))
             found = {"main_score": spearman, "spearman": spearman, "pearson": metrics.pearson(similar, true)}
             return found, [{"value": each} for each in similar]
-        nearest, places = _ranked(unit, examples)
+        nearest, places = _rank_texts(unit, examples)
         first = sum(place == 1 for place in places) / max(1, len(places))
         mrr = math.fsum(1 / place for place in places if place <= MOST_RANKED) / max(1, len(places))
         found = {"main_score": first, "accuracy_at_1": first, "mrr_at_10": mrr}
@@ -436,7 +436,7 @@ def _score_of(example: Example) -> float:
     return example.value
 
 
-def _ranked(unit: Tensor, examples: Sequence[Example]) -> tuple[list[str], list[int]]:
+def _rank_texts(unit: Tensor, examples: Sequence[Example]) -> tuple[list[str], list[int]]:
     """For each anchor the nearest text, and the place of the nearest right one, among all texts of the examples.
 
     The anchor's own text is no candidate. unit: vectors of length 1, (B, K, d).

@@ -15,7 +15,7 @@ from turret.data.columns import COMPLETED, SUMMARISED, Roles
 from turret.data.examples import Message
 from turret.errors import DataError
 from turret.json_types import JsonObject
-from turret.tasks.chat_template import base_prompt, rendered
+from turret.tasks.chat_template import base_prompt, render_template
 from turret.tasks.shapes import TaskSpec
 from turret.tasks.task import Encoded, TaskSettings, register
 from turret.tasks.text_answers import TextAnswers, conversations
@@ -140,7 +140,7 @@ class Generate(TextAnswers):
         content = self.prefix_text if SLOT in self.prefix_text else self.prefix_text + SLOT
         messages: list[Message] = [{"role": "user", "content": content.replace(SLOT, _MARK)}]
         special = self.tokenizer.special_tokens_map
-        text, _ = rendered(self.tokenizer.get_chat_template(), messages, answering=True, special=special)
+        text, _ = render_template(self.tokenizer.get_chat_template(), messages, answering=True, special=special)
         if text.count(_MARK) != 1:
             raise DataError(
                 "this base's chat template must contain the user's text exactly once: leave chat_template out"

@@ -31,7 +31,7 @@ from turret.tasks.classify import (
 )
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec, numbers_in, parts_in
 from turret.tasks.task import Decision, Measure, Prediction, Task, TaskSettings, register
-from turret.tasks.text_pairs import named
+from turret.tasks.text_pairs import pair_column_names
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Questions(HeadAnswers):
 
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
-        names: dict[Roles, list[tuple[str, ...]]] = {PAIRED: named(("label",))}
+        names: dict[Roles, list[tuple[str, ...]]] = {PAIRED: pair_column_names(("label",))}
         names[LABELLED] = [(text, "label") for text in TEXTS]
         example = lambda row: Labelled(row.asked(), row.answers("label"))
         return Schema(cls.kind, names, TEXTS, example, classes=True, many=True, show=2, several=True)
@@ -107,7 +107,7 @@ class Questions(HeadAnswers):
                 given = [Labelled("", label) for example in dataset.train for label in example.labels if label in own]
                 weights |= balanced_weights(own, given, multi_label=False)
         return cls(
-            _ordered(dataset),
+            _ordered_classes(dataset),
             tokenizer,
             settings.max_tokens,
             pairs="text_pair" in dataset.columns,
@@ -160,7 +160,7 @@ class Questions(HeadAnswers):
             logits: (B, C).
             targets: (B, Q) int64.
         """
-        return (self._losses(logits, targets).sum(1) / _answered(targets)).mean()
+        return (self._losses(logits, targets).sum(1) / _count_answered(targets)).mean()
 
     def _losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B, Q), 0 without an answer."""
@@ -189,7 +189,7 @@ class Questions(HeadAnswers):
         import torch
 
         targets = self.targets(examples)
-        share = 1 / _answered(targets).double()  # (B,)
+        share = 1 / _count_answered(targets).double()  # (B,)
         found = 0.0
         for part, own in zip(self.parts.values(), targets.unbind(1), strict=True):
             there = own != NONE
@@ -218,9 +218,9 @@ class Questions(HeadAnswers):
             classes |= parts_in(found, "per_class")
             by_question[question] = numbers_in(found) | {"ece": sure[question].error, "examples": len(true)}
         return {
-            "accuracy": float((right.sum(1) / _answered(targets)).mean()),
+            "accuracy": float((right.sum(1) / _count_answered(targets)).mean()),
             "macro_f1": sum(each["macro_f1"] for each in by_question.values()) / len(by_question),
-            "loss": float((losses.sum(1) / _answered(targets)).mean()),
+            "loss": float((losses.sum(1) / _count_answered(targets)).mean()),
             "ece": sum(each["ece"] for each in by_question.values()) / len(by_question),
             "per_question": by_question,
             "per_class": classes,
@@ -345,7 +345,7 @@ def _parts(labels: Sequence[str]) -> dict[str, slice]:
     return parts
 
 
-def _ordered(dataset: Dataset) -> tuple[str, ...]:
+def _ordered_classes(dataset: Dataset) -> tuple[str, ...]:
     """The classes of a data set, questions as the recipe names them and numbers by size."""
     found, names = _parts(dataset.labels), dataset.columns.get("label", "")
     classes = by_column(dict.fromkeys(dataset.labels, 1), found)
@@ -353,6 +353,6 @@ def _ordered(dataset: Dataset) -> tuple[str, ...]:
     return tuple(answer_to(question, each) for question in asked for each in in_order(classes[question]))
 
 
-def _answered(targets: Tensor) -> Tensor:
+def _count_answered(targets: Tensor) -> Tensor:
     """How many questions each example answers, at least 1: (B,)."""
     return (targets != NONE).sum(1).clamp(min=1)

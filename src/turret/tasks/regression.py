@@ -19,7 +19,7 @@ from turret.json_types import JsonObject
 from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs, output_names
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import Measure, Mistake, Prediction, TaskSettings, by_score, register
-from turret.tasks.text_pairs import named
+from turret.tasks.text_pairs import pair_column_names
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Regression(NumberAnswers):
 
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
-        names: dict[Roles, list[tuple[str, ...]]] = {PAIRED: named(VALUES)}
+        names: dict[Roles, list[tuple[str, ...]]] = {PAIRED: pair_column_names(VALUES)}
         names[LABELLED] = [(text, value) for text in TEXTS for value in VALUES]
         return Schema(cls.kind, names, TEXTS, lambda row: Scored(row.asked(), row.number("label")), show=2)
 

@@ -16,7 +16,7 @@ from turret.tasks.classify import TEXTS, Classify, output_names
 from turret.tasks.regression import MAE, NEARNESS, SPEARMAN
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import Decision, Measure, Mistake, Prediction, TaskSettings, register
-from turret.tasks.text_pairs import named
+from turret.tasks.text_pairs import pair_column_names
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Score(Classify):
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
         names: dict[Roles, list[tuple[str, ...]]] = {LABELLED: [(text, level) for text in TEXTS for level in GRADES]}
-        names[PAIRED] = named(GRADES)
+        names[PAIRED] = pair_column_names(GRADES)
         example = lambda row: Labelled(row.asked(), row.label("label"))
         return Schema(cls.kind, names, TEXTS, example, classes=True, show=0)
 

@@ -31,7 +31,7 @@ class TextPairs(Classify):
     def schema(cls, *, multi_label: bool = False) -> Schema:
         return Schema(
             cls.kind,
-            {PAIRED: named(LABELS)},
+            {PAIRED: pair_column_names(LABELS)},
             (),
             lambda row: Labelled(row.asked(), row.label("label", many=multi_label)),
             classes=True,
@@ -43,6 +43,6 @@ class TextPairs(Classify):
         return f"Classify how the following two texts are related: {', '.join(self.labels)}."
 
 
-def named(answers: Sequence[str]) -> list[tuple[str, ...]]:
+def pair_column_names(answers: Sequence[str]) -> list[tuple[str, ...]]:
     """The obvious names of the columns of two texts and of their answer."""
     return [(*pair, answer) for pair in PAIRS for answer in answers]

@@ -188,7 +188,7 @@ class Asking:
         bare = bare or adapter is None
         if self.why_plain is not None:
             with evaluating(self.model, adapters.BARE if bare else None):
-                return _generated(self.model, self.task, sources, new_tokens)
+                return _generate_texts(self.model, self.task, sources, new_tokens)
         settings = self.task.generation
         answer = int(settings["max_new_tokens"]) if new_tokens is None else new_tokens
         needed = int(settings["num_beams"]) * self._cached(max(map(len, sources), default=0), answer)
@@ -257,7 +257,7 @@ class Asking:
         """The answers, in order. The first error is raised, and cancels the other questions."""
         engine = self._started(cache_tokens)
         named = None if kind == "embed" and bare else self._held[0 if bare else -1]
-        return _answered(engine, kind, [(source, named, own) for source, own in zip(sources, options, strict=True)])
+        return _answer_rows(engine, kind, [(source, named, own) for source, own in zip(sources, options, strict=True)])
 
     def _started(self, cache_tokens: int) -> Engine:
         """The engine, with a KV cache for at least so many tokens."""
@@ -312,14 +312,14 @@ def logits_of_each(base: Base, asked: Sequence[tuple[Adapter, Task, Sequence[Hea
         for number, place in order:
             ids, read = asked[number][2][place]
             asks.append((ids, held[number], SamplingParams(logits=True, read=_places(read))))
-        answers = dict(zip(order, _answered(engine, "classify", asks), strict=True))
+        answers = dict(zip(order, _answer_rows(engine, "classify", asks), strict=True))
     for number in mixed:
         _, task, rows = asked[number]
         found[number] = _outputs(task, [answers[number, place] for place in range(len(rows))])
     return [found[number] for number in range(len(asked))]
 
 
-def _answered(
+def _answer_rows(
     engine: Engine, kind: RequestKind, asks: Sequence[tuple[Tensor, Named | None, SamplingParams]]
 ) -> list[Answer]:
     """The answer to each row, in order. The first error is raised, and cancels the other rows."""
@@ -400,7 +400,7 @@ def _why_plain(base: Base, adapter: Adapter | None, generates: bool) -> str | No
     return None
 
 
-def _generated(model: Model, task: Task, sources: Sequence[Tensor], new_tokens: int | None) -> list[Answer]:
+def _generate_texts(model: Model, task: Task, sources: Sequence[Tensor], new_tokens: int | None) -> list[Answer]:
     """A text for each source by transformers' `generate`. new_tokens: exactly so many for every text."""
     settings = task.generation
     if new_tokens is not None:

@@ -214,7 +214,7 @@ def encode(task: Task, examples: Sequence[Example]) -> list[EncodedRow]:
     ]
 
 
-def spread(count: int, most: int) -> Sequence[int]:
+def spread_indices(count: int, most: int) -> Sequence[int]:
     """At most `most` of `count` indices, evenly spread."""
     return range(count) if count <= most else [place * count // most for place in range(most)]
 

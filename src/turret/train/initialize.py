@@ -80,7 +80,7 @@ def fresh_modules(base: Base) -> tuple[str, ...]:
     return tuple(sorted({name.rpartition(".")[0] for name in base.fresh if not name.startswith(heads)}))
 
 
-def extracted(model: Model, base: Base, task: Task, lineage: Lineage | None = None) -> Adapter:
+def extract_adapter(model: Model, base: Base, task: Task, lineage: Lineage | None = None) -> Adapter:
     """The adapter that is attached to a model, as it is now, as one that is stored or asked."""
     tensors, head, method = adapters.extract(model)
     spec = task.spec()
@@ -155,7 +155,7 @@ def filled(recipe: Recipe, base: Base, task_kind: str, examples: int) -> Recipe:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded_generators(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, the generators of Python, torch and the device begin at a seed; afterwards they are as before."""
     python, module = random.getstate(), getattr(torch, device.type)
     with torch.random.fork_rng(devices=[]):

@@ -31,10 +31,10 @@ from turret.families import parts_of_head
 from turret.ops.dropout import Draws
 from turret.tasks import Task
 from turret.train.adamw import learning_rate
-from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, spread
+from turret.train.batches import EncodedRow, EncodedRows, Schedule, by_length, spread_indices
 from turret.train.evaluation import evaluating
 from turret.train.initialize import recipe_step
-from turret.train.memory import explained
+from turret.train.memory import explain_out_of_memory
 from turret.train.slot import LocalSlot
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class HeadStart:
             say: called with a line of progress.
         """
         say("computing the linear solution that the head starts with")
-        some = self.items.take(spread(len(self.items), MOST_EXAMPLES))
+        some = self.items.take(spread_indices(len(self.items), MOST_EXAMPLES))
         targets = self.task.targets([item.example for item in some])
         _, loss = self.tried(self.features(some), targets)
         said: dict[str, float] = {}
@@ -122,11 +122,11 @@ class HeadStart:
             clock: seconds.
         """
         count, examples = len(self.items), self.items.examples
-        sample = self.items.take(spread(count, TIMED))
+        sample = self.items.take(spread_indices(count, TIMED))
         started = clock()
         read = self.features(sample)
         reading = (clock() - started) / len(sample) * min(count, MOST_EXAMPLES)
-        targets = self.task.targets([examples[place] for place in spread(count, MOST_TRIED)])
+        targets = self.task.targets([examples[place] for place in spread_indices(count, MOST_TRIED)])
         features = torch.randn(len(targets), read.shape[1], generator=torch.Generator().manual_seed(0))
         begin = features.new_zeros(len(self.layer.weight), features.shape[1] + 1)
         started = clock()
@@ -143,7 +143,7 @@ class HeadStart:
 
     def tried(self, features: Tensor, targets: Tensor) -> tuple[float, float]:
         """The penalty that cross-validation chooses, and its mean loss on held-out examples."""
-        some = torch.tensor(spread(len(features), MOST_TRIED))
+        some = torch.tensor(spread_indices(len(features), MOST_TRIED))
         return cross_validated(features[some], targets[some], self.task.loss, len(self.layer.weight))
 
     @torch.no_grad()
@@ -205,7 +205,7 @@ class HeadStart:
                     step, total=steps, peak=lr, warmup=max(1, round(WARMUP * steps)), schedule="linear"
                 )
                 batch = [replace(items[row], wanted=wanted[row]) for row in indices]
-                with explained(slot.most_tokens, batch, 0, None):
+                with explain_out_of_memory(slot.most_tokens, batch, 0, None):
                     slot.train(batch, recipe_step(train, rate), teaching)
                 if time.monotonic() - said > SAY_SECONDS:
                     said = time.monotonic()
@@ -248,7 +248,7 @@ def cross_validated(features: Tensor, targets: Tensor, loss: LossFunction, outpu
     count = len(features)
     folds = _folds(targets)
     kept = [folds != fold for fold in range(min(FOLDS, count))] if count > 1 else [folds == 0]
-    held_out = [_known(targets, rows, folds == fold) for fold, rows in enumerate(kept)]
+    held_out = [_known_rows(targets, rows, folds == fold) for fold, rows in enumerate(kept)]
     counted = max(1, sum(int(out.sum()) for out in held_out))
     moments = [_moments(features[rows]) for rows in kept]
     found = [features.new_zeros(outputs, features.shape[1] + 1) for _ in kept]
@@ -277,7 +277,7 @@ def _folds(targets: Tensor) -> Tensor:
     return folds
 
 
-def _known(targets: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+def _known_rows(targets: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     """Which of the rows `out` have a class that is among `rows`, or all their classes: masks (N,)."""
     if targets.is_floating_point():
         return out

@@ -40,7 +40,7 @@ from turret.train.curve import StepRecord
 from turret.train.evaluation import evaluate
 from turret.train.initialize import defaults_of, recipe_step
 from turret.train.linear_start import head_start
-from turret.train.memory import explained
+from turret.train.memory import explain_out_of_memory
 from turret.train.slot import LocalSlot
 from turret.train.step import LossScale
 from turret.train.training_plan import Prediction
@@ -105,7 +105,7 @@ def fit(
                     step, total=run.schedule.steps, peak=run.lr, warmup=run.warmup, schedule=train.schedule
                 )
                 started = clock()
-                with explained(run.slot.most_tokens, batch, step, predicted):
+                with explain_out_of_memory(run.slot.most_tokens, batch, step, predicted):
                     loss, norm = run.slot.train(batch, recipe_step(train, rate))
                 seconds = clock() - started
                 run.count(step, batch, loss, seconds)

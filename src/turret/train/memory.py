@@ -29,7 +29,7 @@ from turret.families import family_of
 from turret.families.family import VECTORS, head_of
 from turret.methods import Method
 from turret.ops.core import FunctionContext, Gradients, apply
-from turret.ops.table import planned
+from turret.ops.table import gpu_paths_on_meta
 from turret.recipe import Recipe
 from turret.train.adamw import moment_bytes
 from turret.train.batches import CACHE_TOKENS, GENERATED_ROWS, EncodedRow, micro_batches, pass_tokens
@@ -93,7 +93,7 @@ class Grown:
 
 
 @contextmanager
-def grown(device: torch.device = CPU) -> Iterator[Grown]:
+def measure_growth(device: torch.device = CPU) -> Iterator[Grown]:
     """Measure the growth of `resident` within the block. The result is complete when the block ends."""
     process.release()
     result, before = Grown(), resident(device)
@@ -202,15 +202,15 @@ class Work:
         pieces = [piece for batch in batches for piece in micro_batches(batch, most_tokens)]
         piece = max(pieces, key=lambda items: sum(item.tokens for item in items))
         rows = len(piece)
-        source = _rounded(sum(len(item.source) for item in piece), rows)
+        source = _rounded_mean_length(sum(len(item.source) for item in piece), rows)
         targets = [len(item.target) for item in piece if item.target is not None]
-        target = max(ROUNDED, _rounded(sum(targets), rows)) if targets else 0
-        longest = _rounded(max(len(item.source) for batch in batches for item in batch), 1)
+        target = max(ROUNDED, _rounded_mean_length(sum(targets), rows)) if targets else 0
+        longest = _rounded_mean_length(max(len(item.source) for batch in batches for item in batch), 1)
         written = (recipe.task.max_new_tokens or recipe.task.max_target_tokens or TARGET) if target else 0
         return cls(rows, source, target, written, longest)
 
 
-def _rounded(tokens: int, rows: int) -> int:
+def _rounded_mean_length(tokens: int, rows: int) -> int:
     """The mean length of rows, rounded up."""
     return -(-tokens // (rows * ROUNDED)) * ROUNDED
 
@@ -245,10 +245,10 @@ def predict_on_gpu(
     try:
         model.train()
         trainable = trainable_bytes(adapters.trainable_parameters(model))
-        with _Shapes(), planned(attention):
+        with _Shapes(), gpu_paths_on_meta(attention):
             saved, states, outputs = saved_by(model, work)
         logits = LOGITS * outputs
-        cached = _cached(model, work, dtype)
+        cached = _cache_bytes(model, work, dtype)
     finally:
         adapters.detach(model)
         model.eval()
@@ -338,7 +338,7 @@ def saved_by(model: Model, work: Work) -> tuple[SavedForBackward, int, int]:
     return saved, states.nbytes, min(len(states), packed.targets_at_once(model)) * vocabulary
 
 
-def _cached(model: Model, work: Work, dtype: torch.dtype) -> int:
+def _cache_bytes(model: Model, work: Work, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of the rows that an evaluation generates at a time."""
     if not work.written:
         return 0
@@ -389,7 +389,9 @@ class _Shapes(TorchFunctionMode):
 
 
 @contextmanager
-def explained(most_tokens: int, batch: Sequence[EncodedRow], step: int, predicted: Prediction | None) -> Iterator[None]:
+def explain_out_of_memory(
+    most_tokens: int, batch: Sequence[EncodedRow], step: int, predicted: Prediction | None
+) -> Iterator[None]:
     """Turn the errors that torch raises when memory runs out into OutOfMemory, which names the setting to lower."""
     try:
         yield

@@ -36,10 +36,10 @@ from turret.train.batches import (
     micro_batches,
     pass_tokens,
     splits_of,
-    spread,
+    spread_indices,
 )
 from turret.train.evaluation import evaluate
-from turret.train.initialize import attach, defaults_of, extracted, seeded
+from turret.train.initialize import attach, defaults_of, extract_adapter, seeded_generators
 from turret.train.linear_start import head_start
 from turret.train.step import backward, loss_of
 from turret.train.training_plan import MOST_TRIALS, Plan, Prediction, TrialSize, size_of
@@ -136,17 +136,17 @@ def measure(
         start: the adapter to continue from.
         clock: seconds.
     """
-    sampled = _sampled(schedule)
+    sampled = _sample_batches(schedule)
     batches = [items.take(indices) for indices in sampled]
     model: Model = base.model
     most = pass_tokens(recipe.train, model.config, base.pass_tokens)
     typical = sorted(batches, key=_tokens_of_batch)[len(batches) // 2]
     pieces = sorted((piece for batch in batches for piece in micro_batches(batch, most)), key=_tokens_of_batch)
     device, on_gpu = model.device, model.device.type != "cpu"
-    clock = _synchronized(clock, device) if on_gpu else clock
+    clock = _synchronized_clock(clock, device) if on_gpu else clock
     before = memory.resident(device) if before is None else before
     bare = twin(base) if task.max_new_tokens else base
-    with process.keep_freed(), seeded(recipe.seed, device):
+    with process.keep_freed(), seeded_generators(recipe.seed, device):
         attach(recipe, base, task, start)
         try:
             model.train()
@@ -158,7 +158,8 @@ def measure(
             busy = others.busy()
             begins = head_start(recipe, base, task, items, most) if start is None else None
             before_steps = 0.0 if begins is None else begins.most_seconds(seconds, schedule.steps, clock)
-            with memory.grown(device) as grown:  # from the state in which a training starts: libraries, a trimmed heap
+            # From the state in which a training starts: libraries, a trimmed heap.
+            with memory.measure_growth(device) as grown:
                 begun = memory.resident(device)
                 saved = _saved_by(model, task, pieces, 1 if seconds > LONG else SIZES)
                 _evaluate(model, task, items, {place for indices in sampled for place in indices}, most)
@@ -191,14 +192,14 @@ def measure(
 def sampled_batches(used: Splits, recipe: Recipe, task: Task) -> list[list[EncodedRow]]:
     """The batches of a training among which its largest pass is looked for."""
     items = EncodedRows(task, used.train)
-    return [items.take(indices) for indices in _sampled(Schedule.of(recipe, len(items)))]
+    return [items.take(indices) for indices in _sample_batches(Schedule.of(recipe, len(items)))]
 
 
-def _sampled(schedule: Schedule) -> list[list[int]]:
+def _sample_batches(schedule: Schedule) -> list[list[int]]:
     return [indices for (_, indices), _ in zip(schedule.batches(), range(BATCHES_SAMPLED), strict=False)]
 
 
-def _synchronized(clock: Callable[[], float], device: torch.device) -> Callable[[], float]:
+def _synchronized_clock(clock: Callable[[], float], device: torch.device) -> Callable[[], float]:
     """The clock, read when the device has computed all that was asked of it."""
 
     def read() -> float:
@@ -262,7 +263,7 @@ def _generation_time(
     method = adapters.attachment(model).methods[adapters.ATTACHED]
     adapter = None  # of a method that does not share its base: the base alone is as fast
     if method.mixes(method.model_dump()):
-        adapter = extracted(model, bare, task)
+        adapter = extract_adapter(model, bare, task)
     with Asking(bare, adapter, task, model) as asking:
         asking.texts(sources[:1], new_tokens=1)  # starts the engine
         for new_tokens in FIRST_TOKENS:
@@ -498,7 +499,7 @@ def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
         )
     sure = [count for label, count in counts.items() if label not in cells.suggest_renames(counts)] or seen
     largest, smallest = max(sure), min(sure)
-    text = f"{len(task.labels)} classes: {_counted(counts)}"
+    text = f"{len(task.labels)} classes: {_class_counts(counts)}"
     if largest >= SKEWED * smallest and getattr(task, "class_weights", {}) is None:  # the task has weights, all 1
         yield Check(
             "labels", "warn", f"{text}: the rare ones will be neglected", 'set task.class_weights to "balanced"'
@@ -507,7 +508,7 @@ def labels(task: Task, examples: Sequence[Example]) -> Iterator[Check]:
         yield Check("labels", "ok", text)
 
 
-def _counted(counts: Mapping[str, int]) -> str:
+def _class_counts(counts: Mapping[str, int]) -> str:
     """The classes with their training examples, the most frequent first; of many the first and the last."""
     named = [f"{one_line(label, 30)} ({count})" for label, count in Counter(counts).most_common()]
     return ", ".join(named if len(named) <= 8 else [*named[:5], "...", *named[-2:]])
@@ -675,7 +676,7 @@ def plan(
     used = splits_of(recipe, dataset)
     schedule = Schedule.of(recipe, len(used.train))
     items = EncodedRows(task, used.train)
-    sample = items.take(spread(len(items), EXAMPLES_SAMPLED))
+    sample = items.take(spread_indices(len(items), EXAMPLES_SAMPLED))
     total = quantized.count(base.model)
     own = defaults_of(recipe.method, base, task.kind)
     lr = recipe.train.lr
@@ -788,7 +789,7 @@ def _training_seconds(
 def _estimated_tokens(task: Task, examples: Sequence[Example]) -> float:
     """The number of tokens of all examples, estimated from some of them."""
     items = EncodedRows(task, examples)
-    sample = items.take(spread(len(items), EXAMPLES_SAMPLED // 10))
+    sample = items.take(spread_indices(len(items), EXAMPLES_SAMPLED // 10))
     return sum(item.tokens for item in sample) / len(sample) * len(items)
 
 

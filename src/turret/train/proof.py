@@ -32,7 +32,7 @@ from turret.json_types import JsonObject
 from turret.methods import Head
 from turret.process import environment
 from turret.tasks import Task
-from turret.train.batches import EncodedRows, spread
+from turret.train.batches import EncodedRows, spread_indices
 from turret.transformer import Model
 
 ROWS = 4  # examples in a probe
@@ -85,7 +85,7 @@ class Probe:
 
 def probe(model: Model, task: Task, examples: Sequence[Example], rows: int = ROWS) -> Probe:
     """Record the outputs of the attached, trained model for at most `rows` of the examples."""
-    items = EncodedRows(task, examples).take(spread(len(examples), rows))
+    items = EncodedRows(task, examples).take(spread_indices(len(examples), rows))
     sources = [item.source for item in items]
     if task.pooling is not None:
         sources = [text.clone() for item in items for text in packed.texts_in((item.source, item.read))]
@@ -349,7 +349,7 @@ def examine(request: ProofRequest, probe: dict[str, Tensor]) -> JsonObject:
         given = f"{request['fingerprint'][:19]} became {base.fingerprint[:19]}"
         return {"problem": f"its base had other weights ({given}): something wrote to {request['base']}"}
     expected = Probe(_rows(probe, "source"), _rows(probe, "target"), probe["outputs"])
-    return _compared(base, adapter, expected, request["tolerance"])
+    return _compare_outputs(base, adapter, expected, request["tolerance"])
 
 
 def prove_here(bundle: Path, base: Base, expected: Probe) -> JsonObject:
@@ -365,13 +365,13 @@ def prove_here(bundle: Path, base: Base, expected: Probe) -> JsonObject:
         ProofFailed: the outputs are not the trained model's or equal the bare base's, or a tensor has no effect.
     """
     device = base.model.device
-    report = _compared(base, bundles.read_bundle(bundle), expected, tolerance(base.dtype, device, device))
+    report = _compare_outputs(base, bundles.read_bundle(bundle), expected, tolerance(base.dtype, device, device))
     if report["problem"]:
         raise ProofFailed(f"the bundle was not stored, because read back from disk {report['problem']}")
     return report
 
 
-def _compared(base: Base, adapter: Adapter, expected: Probe, allowed: float) -> JsonObject:
+def _compare_outputs(base: Base, adapter: Adapter, expected: Probe, allowed: float) -> JsonObject:
     """The report of a comparison. allowed: the largest difference of an output, of the largest output."""
     measured = effect_of(base, adapter, expected.sources, expected.targets)
     error = float((measured.outputs - expected.outputs).abs().max()) / float(expected.outputs.abs().max())

@@ -37,8 +37,8 @@ from turret.train.adamw import AdamW
 from turret.train.batches import EncodedRow, encode, pass_tokens
 from turret.train.distributed import ALONE, Processes
 from turret.train.evaluation import evaluating
-from turret.train.initialize import attach, extracted, fresh_modules, optimiser_of, seeded
-from turret.train.memory import explained
+from turret.train.initialize import attach, extract_adapter, fresh_modules, optimiser_of, seeded_generators
+from turret.train.memory import explain_out_of_memory
 from turret.train.step import LossScale, clip_and_step, forward_backward, loss_of, train_step
 from turret.transformer import Model
 
@@ -75,7 +75,7 @@ class LocalSlot:
         cls, recipe: Recipe, base: Base, task: Task, start: StoredAdapter | None = None, processes: Processes = ALONE
     ) -> LocalSlot:
         """Attach a recipe's new adapter to a base, with the recipe's optimiser. See `initialize.attach`."""
-        with seeded(recipe.seed, base.model.device):
+        with seeded_generators(recipe.seed, base.model.device):
             attach(recipe, base, task, start)
         try:
             optimiser = optimiser_of(recipe, base)
@@ -111,7 +111,7 @@ class LocalSlot:
         if not self._added:
             self.optimiser.zero_gradients()
         first, self._added = self._added, self._added + len(rows)
-        memory = explained(self.most_tokens, rows, self.steps + 1, None)
+        memory = explain_out_of_memory(self.most_tokens, rows, self.steps + 1, None)
         try:
             with self.processes.noticing(), memory:
                 return forward_backward(
@@ -163,7 +163,7 @@ class LocalSlot:
             )
 
     def save(self, lineage: Lineage | None = None) -> Adapter:
-        return extracted(self.model, self.base, self.task, lineage or {"steps": self.steps})
+        return extract_adapter(self.model, self.base, self.task, lineage or {"steps": self.steps})
 
     def load(self, adapter: Adapter) -> None:
         adapters.start_from(self.model, adapter, torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from turret.engine.protocol import Loss, OptimStep
 from turret.engine.scheduler import between_passes
 from turret.errors import AdapterError, LossNotFinite, TrainingError
 from turret.families.family import project
-from turret.ops.core import copied, use_device
+from turret.ops.core import to_device, use_device
 from turret.ops.dropout import Draws
 from turret.ops.lora import plain
 from turret.tasks import ComparingTask, Task, compares
@@ -201,8 +201,8 @@ def _loss_over_the_batch(
     found = [checkpoint(outputs, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
     whole = torch.cat(found)
     heads = batch[0].target is None
-    targets = _wanted(task, batch) if heads else torch.tensor([item.weight for item in batch])
-    return loss.function(whole, copied(targets, whole.device))
+    targets = _wanted_outputs(task, batch) if heads else torch.tensor([item.weight for item in batch])
+    return loss.function(whole, to_device(targets, whole.device))
 
 
 def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
@@ -214,7 +214,7 @@ def _outputs(model: Model, task: Task, piece: Sequence[EncodedRow]) -> Tensor:
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
         logits = _vocabulary_logits(model, states, _token_numbers(piece))  # (N, V)
-        ids = copied(torch.cat([item.counted for item in piece]), logits.device)
+        ids = to_device(torch.cat([item.counted for item in piece]), logits.device)
         tokens = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
         return torch.stack([each.sum() for each in torch.split(tokens, [item.weight for item in piece])])
 
@@ -241,7 +241,7 @@ def loss_of(model: Model, task: Task, piece: Sequence[EncodedRow], loss: Loss | 
         if piece[0].target is None:  # a head answers
             rows = [(item.source, item.read) for item in piece]
             logits = packed.head_logits(model, rows, pooling=task.pooling)  # (B, C), or of each text (N, D)
-            return function(logits, copied(_wanted(task, piece), logits.device))
+            return function(logits, to_device(_wanted_outputs(task, piece), logits.device))
         targets = [item.target for item in piece if item.target is not None]
         states = packed.target_states(model, sources, targets, earlier=[item.earlier for item in piece])
         return _loss_of_targets(model, function, states, piece)
@@ -259,7 +259,7 @@ def _vocabulary_logits(model: Model, states: Tensor, numbers: Sequence[int]) -> 
         return packed.vocabulary_logits(model, states)
 
 
-def _wanted(task: Task, piece: Sequence[EncodedRow]) -> Tensor:
+def _wanted_outputs(task: Task, piece: Sequence[EncodedRow]) -> Tensor:
     """What a loss compares the head's outputs with: (B, ...)."""
     own = [item.wanted for item in piece if item.wanted is not None]
     return torch.stack(own) if own else task.targets([item.example for item in piece])
@@ -276,7 +276,7 @@ def _loss_of_targets(
         states: (N, D), each before its target token.
         piece: the examples.
     """
-    targets = copied(torch.cat([item.counted for item in piece]), states.device)
+    targets = to_device(torch.cat([item.counted for item in piece]), states.device)
     most = packed.targets_at_once(model)
     if getattr(loss, "__func__", None) is TextAnswers.loss and (layer := _output_of_torch(model, states)) is not None:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=most, acc_policy="compact")
@@ -335,12 +335,12 @@ class Compared:
 def compare_answers(model: Model, task: ComparingTask, piece: Sequence[EncodedRow]) -> Compared:
     """Score both answers of some examples by the adapter, and by the reference if the objective has one."""
     orpo = task.objective == "orpo"
-    scores, loss = _scored(model, piece, prompts=orpo)
+    scores, loss = _score_answers(model, piece, prompts=orpo)
     reference = None
     if not orpo:
         with on_slot(model, _slot_of_reference(model, task)), torch.no_grad():
-            reference, _ = _scored(model, piece, prompts=False)
-    counts = copied(torch.tensor([[len(_target(item)), len(_rival(item))] for item in piece]), scores.device)
+            reference, _ = _score_answers(model, piece, prompts=False)
+    counts = to_device(torch.tensor([[len(_target(item)), len(_rival(item))] for item in piece]), scores.device)
     return Compared(scores, reference, counts, loss)
 
 
@@ -387,7 +387,7 @@ def still(model: Model) -> Iterator[None]:
         model.train(training)
 
 
-def _scored(model: Model, piece: Sequence[EncodedRow], *, prompts: bool) -> tuple[Tensor, Tensor | None]:
+def _score_answers(model: Model, piece: Sequence[EncodedRow], *, prompts: bool) -> tuple[Tensor, Tensor | None]:
     """The log-probability of both answers (B, 2); with `prompts`, the mean of -log p over all chosen tokens too."""
     sources = [item.source for item in piece for _ in range(2)]
     targets = [target for item in piece for target in (_target(item), _rival(item))]
@@ -397,7 +397,7 @@ def _scored(model: Model, piece: Sequence[EncodedRow], *, prompts: bool) -> tupl
         target if places is None else torch.cat([source[places], target])
         for source, target, places in zip(sources, targets, earlier, strict=True)
     ]
-    every = _log_probabilities(model, states, copied(torch.cat(wanted), states.device))
+    every = _log_probabilities(model, states, to_device(torch.cat(wanted), states.device))
     rows = torch.split(every, [len(each) for each in wanted])
     sums = torch.stack([row[-len(target) :].sum() for row, target in zip(rows, targets, strict=True)])
     return sums.view(-1, 2), -torch.cat(rows[::2]).mean() if prompts else None

@@ -26,7 +26,7 @@ from turret.reference import Reference
 from turret.store import Store, Version
 from turret.tasks import stored_task, task_from_spec
 from turret.tasks.shapes import Metrics, MetricValue
-from turret.train.batches import EncodedRows, spread
+from turret.train.batches import EncodedRows, spread_indices
 from turret.train.evaluation import evaluating, example_losses
 from turret.transformer import Model, Tokenizer
 from turret.workspace.progress import Say, silent
@@ -208,6 +208,6 @@ def _on_task(store: Store, other: Version, model: Model, tokenizer: Tokenizer) -
     dataset = read_dataset(store, recipe)
     examples = dataset.test or dataset.validation or dataset.train
     its_task = task_from_spec(other.task, tokenizer)
-    items = EncodedRows(its_task, [examples[place] for place in spread(len(examples), EXAMPLES)])
+    items = EncodedRows(its_task, [examples[place] for place in spread_indices(len(examples), EXAMPLES)])
     own = example_losses(model, its_task, items)
     return Increase.of(own, example_losses(model, its_task, items, slot=adapters.BARE))

@@ -36,7 +36,7 @@ from turret.tasks.shapes import Metrics, number_in, number_of
 from turret.train.asking import MOST_TOKENS, Asking
 from turret.train.batches import EncodedRows, by_length
 from turret.train.evaluation import evaluating
-from turret.train.initialize import attach, extracted
+from turret.train.initialize import attach, extract_adapter
 from turret.transformer import Model
 from turret.workspace import answering
 from turret.workspace.forgetting import on_neutral_texts
@@ -94,7 +94,7 @@ def base(ready: PreparedTraining, say: Say) -> JsonObject:
         if loaded.family.decoder_only and 1 < len(task.labels) == task.num_labels(task.labels):
             return words(ready, say)
         attach(ready.recipe, loaded, task)
-        adapter = extracted(loaded.model, loaded, task)
+        adapter = extract_adapter(loaded.model, loaded, task)
         adapters.detach(loaded.model)
     with answering.Mounted(None, Asking(loaded, adapter, task)) as mounted:
         result = answered(mounted, ready.dataset.test, say, bare=adapter is None)

@@ -58,11 +58,11 @@ def test_a_wheels_library_is_the_best_one_that_the_processor_has_instructions_fo
     for level in LEVELS:
         (tmp_path / f"kernels-{level.name}.so").write_text("no library")
         with pytest.raises(OSError, match=f"kernels-{level.name}.so"):  # chosen, but it does not load
-            build.shipped(tmp_path, every)
+            build.load_shipped(tmp_path, every)
         with pytest.raises(OSError, match=f"kernels-{level.name}.so"):
-            build.shipped(tmp_path, level.features)
+            build.load_shipped(tmp_path, level.features)
         lacking = level.features - {max(level.features)}
-        assert build.shipped(tmp_path, lacking) is None
+        assert build.load_shipped(tmp_path, lacking) is None
         (tmp_path / f"kernels-{level.name}.so").unlink()
 
 

@@ -18,7 +18,7 @@ from turret.ops.core import REFERENCE
 from turret.ops.dropout import HashedMask
 from turret.ops.gpu import ops as gpu_ops
 from turret.ops.gpu.ops import ATTENTION, DROPOUT, FEATURES, LIGER
-from turret.ops.structs import STEPS, DropoutArguments, Lora, Mask, kept
+from turret.ops.structs import STEPS, DropoutArguments, Lora, Mask, dropout_mask
 
 CPU = torch.device("cpu")
 ALLOWED = {"float32": 2e-6, "float16": 3e-3}
@@ -89,7 +89,7 @@ def test_control_another_formula_is_noticed() -> None:
 
 def test_dropout_drops_the_share_that_was_asked_for_and_other_elements_for_another_seed() -> None:
     keys, threshold = torch.randint(1 << 62, (500,), generator=torch.Generator().manual_seed(0)), round(0.1 * STEPS)
-    one, other = kept(keys, 7, threshold, 400), kept(keys, 8, threshold, 400)
+    one, other = dropout_mask(keys, 7, threshold, 400), dropout_mask(keys, 8, threshold, 400)
     assert float(one.float().mean()) == pytest.approx(0.9, abs=0.003)
     assert float((one == other).float().mean()) == pytest.approx(0.82, abs=0.01)
     for dim in (0, 1):  # neither a row nor a column is favoured
@@ -101,8 +101,8 @@ def test_the_plain_mask_on_a_gpu_is_the_cpus() -> None:
     keys = torch.randint(-(1 << 62), 1 << 62, (2, 7), generator=torch.Generator().manual_seed(0))
     for heads in (0, 4):
         with pretend_gpu():
-            there = on_cpu(kept(OnCard(keys), 99, 6553, 40, heads=heads))
-        assert torch.equal(there, kept(keys, 99, 6553, 40, heads=heads))
+            there = on_cpu(dropout_mask(OnCard(keys), 99, 6553, 40, heads=heads))
+        assert torch.equal(there, dropout_mask(keys, 99, 6553, 40, heads=heads))
         assert 0.8 < float(there.float().mean()) < 0.98
 
 
@@ -149,7 +149,7 @@ def test_the_gradients_of_lora_on_a_gpu_are_autograds(p: float, rank: int) -> No
     B = [draw(size, r).requires_grad_() for size, r in zip(sizes, ranks, strict=True)]
     dy, plus = [draw(N, size) for size in sizes], None
     dropped = [DropoutArguments.of(p, seed, keys) for seed in (7, 8, 9)]
-    masks = [kept(each.keys, each.seed, each.threshold, d_in) if p else torch.ones(1) for each in dropped]
+    masks = [dropout_mask(each.keys, each.seed, each.threshold, d_in) if p else torch.ones(1) for each in dropped]
     scales = [0.7 * (each.scale if p else 1.0) for each in dropped]
     expected = [s * ((x * mask) @ a.mT @ b.mT) for s, mask, a, b in zip(scales, masks, A, B, strict=True)]
     gradients = torch.autograd.grad(expected, [x, *A, *B], dy)

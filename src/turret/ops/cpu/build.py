@@ -37,7 +37,7 @@ def load() -> tuple[ctypes.CDLL, str]:
     if platform.system() != "Linux":
         raise NotBuilt(f"no kernels for {platform.system()} yet")
     try:
-        return (None if choice == "compile" else shipped(SHIPPED, features())) or _compiled()
+        return (None if choice == "compile" else load_shipped(SHIPPED, features())) or _load_compiled()
     except CompilerError as error:
         raise NotBuilt(str(error)) from None
     except OSError as error:  # the system does not load the library
@@ -53,7 +53,7 @@ def features() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
 
 
-def shipped(folder: Path, features: frozenset[str]) -> tuple[ctypes.CDLL, str] | None:
+def load_shipped(folder: Path, features: frozenset[str]) -> tuple[ctypes.CDLL, str] | None:
     """The best library of the wheel for a processor with these features, and a message; or None. Raises OSError."""
     for level in LEVELS:
         place = folder / f"kernels-{level.name}.so"
@@ -64,7 +64,7 @@ def shipped(folder: Path, features: frozenset[str]) -> tuple[ctypes.CDLL, str] |
     return None
 
 
-def _compiled() -> tuple[ctypes.CDLL, str]:
+def _load_compiled() -> tuple[ctypes.CDLL, str]:
     compiler = _compiler()
     name = f"{_digest(compiler)}.so"
     try:

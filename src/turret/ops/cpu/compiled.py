@@ -1033,7 +1033,7 @@ def _checked_step(library: Library, draw: Callable[..., Tensor]) -> dict[str, tu
 
 
 @functools.cache
-def _found() -> tuple[Library | None, str]:
+def _load_library() -> tuple[Library | None, str]:
     try:
         loaded, origin = load()
         library = Library(loaded)
@@ -1049,7 +1049,7 @@ _off: ContextVar[bool] = ContextVar("off", default=False)
 
 def library() -> Library | None:
     """The kernels, compiled if needed and checked at the first call; None if there are none."""
-    return None if _off.get() else _found()[0]
+    return None if _off.get() else _load_library()[0]
 
 
 @contextmanager
@@ -1064,7 +1064,7 @@ def without() -> Iterator[None]:
 
 def why() -> str:
     """Where the kernels come from, or why there are none; for messages."""
-    return _found()[1]
+    return _load_library()[1]
 
 
 def rest() -> None:
@@ -1073,7 +1073,7 @@ def rest() -> None:
     If several threads of a process have helpers, GNU's OpenMP puts all of them to sleep between two operations, and a
     pass over 16 tokens takes up to 2x longer (two cores). The next parallel region creates new helpers.
     """
-    if (found := _found()[0]) is not None:
+    if (found := _load_library()[0]) is not None:
         found.rest()
 
 

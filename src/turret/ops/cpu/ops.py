@@ -98,7 +98,7 @@ class CpuOps(Ops):
         inner = []
         for own, lora in zip(y, loras, strict=True):
             if lora is not None:
-                inner.append(self.library.lora(x, lora.A, lora.B, lora.scale, _dropped(lora), own))
+                inner.append(self.library.lora(x, lora.A, lora.B, lora.scale, _dropout_arguments(lora), own))
             if plus is not None:
                 own.add_(plus)
         return inner
@@ -111,7 +111,9 @@ class CpuOps(Ops):
         for own, lora in zip(dy, loras, strict=True):
             if lora is not None:
                 h = next(hidden)
-                gradients += self.library.lora_backward(x(), lora.A, lora.B, lora.scale, _dropped(lora), h, own, dx)
+                gradients += self.library.lora_backward(
+                    x(), lora.A, lora.B, lora.scale, _dropout_arguments(lora), h, own, dx
+                )
         return gradients
 
     # --- norms, activations, positions --------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ class CpuLayers(Layers):
         return self._library.decoder_layers(self, x, cos, sin, spans, own)
 
 
-def _dropped(lora: Lora) -> DropoutArguments:
+def _dropout_arguments(lora: Lora) -> DropoutArguments:
     return NO_DROPOUT if lora.mask is None else lora.mask.dropped
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
-from turret.ops.core import REFERENCE, LoraGradients, Loras, Ops, copied
+from turret.ops.core import REFERENCE, LoraGradients, Loras, Ops, to_device
 from turret.ops.structs import GRADIENT_STAYS, AttentionRows, DropoutArguments, Lora, Prefixes, RMSNorm
 
 ATTENTION, LIGER, DROPOUT = FEATURES = ("attention", "liger", "dropout")  # what a GPU may have
@@ -60,11 +60,11 @@ class RowEdges(NamedTuple):
                 order += range(own + start, own + start + count)
                 counts.append(P + count)
             rows.memo[key] = cls(
-                copied(torch.tensor([0, *accumulate(queries)], dtype=torch.int32), device),
-                copied(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device),
+                to_device(torch.tensor([0, *accumulate(queries)], dtype=torch.int32), device),
+                to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device),
                 max(queries),
                 max(counts),
-                copied(torch.tensor(order), device) if sizes else None,
+                to_device(torch.tensor(order), device) if sizes else None,
             )
         edges: RowEdges = rows.memo[key]
         return edges
@@ -118,10 +118,10 @@ class GpuOps(Ops):
                 out.add_(plus)
         if not own:
             return []
-        every = _stacked([lora for _, lora in own], x.dtype)
+        every = _stack_factors([lora for _, lora in own], x.dtype)
         if _masked(loras):
             factors = _parts(every.mT, loras)
-            inner = [_dropped(x, lora) @ A for (_, lora), A in zip(own, factors, strict=True)]  # (N, R) each
+            inner = [_mask_input(x, lora) @ A for (_, lora), A in zip(own, factors, strict=True)]  # (N, R) each
         else:
             inner = [x @ every.mT]  # (N, G R)
         for (out, lora), part in zip(own, _hidden(inner, loras), strict=True):
@@ -135,7 +135,7 @@ class GpuOps(Ops):
         own = [(d, lora) for d, lora in zip(dy, loras, strict=True) if lora is not None]
         if not own:
             return []
-        given, every = x(), _stacked([lora for _, lora in own], own[0][0].dtype)
+        given, every = x(), _stack_factors([lora for _, lora in own], own[0][0].dtype)
         dh = every.new_empty(len(given), len(every))  # (N, G R)
         parts = _parts(dh, loras)
         for part, (d, lora) in zip(parts, own, strict=True):
@@ -147,11 +147,11 @@ class GpuOps(Ops):
         else:
             for (_, lora), part, A in zip(own, parts, _parts(every.mT, loras), strict=True):
                 if dx is not None:
-                    dx.add_(_dropped(part @ A.mT, lora))
-            of_A = tuple(part.mT @ _dropped(given, lora) for (_, lora), part in zip(own, parts, strict=True))
+                    dx.add_(_mask_input(part @ A.mT, lora))
+            of_A = tuple(part.mT @ _mask_input(given, lora) for (_, lora), part in zip(own, parts, strict=True))
         found: LoraGradients = []
         for (d, lora), h, gradient in zip(own, _hidden(inner, loras), of_A, strict=True):
-            found += [_added(lora.A, gradient, 1.0), _added(lora.B, d.mT @ h, lora.scale)]
+            found += [_add_gradient(lora.A, gradient, 1.0), _add_gradient(lora.B, d.mT @ h, lora.scale)]
         return found
 
     # --- norms, activations, positions, dropout -----------------------------------------------------------------------
@@ -265,12 +265,12 @@ def _masked(loras: Loras) -> bool:
     return any(lora is not None and lora.mask is not None for lora in loras)
 
 
-def _stacked(loras: Sequence[Lora], dtype: torch.dtype) -> Tensor:
+def _stack_factors(loras: Sequence[Lora], dtype: torch.dtype) -> Tensor:
     """The A of all, (G R, D_in)."""
     return (loras[0].A if len(loras) == 1 else torch.cat([lora.A for lora in loras])).to(dtype)
 
 
-def _dropped(x: Tensor, lora: Lora) -> Tensor:
+def _mask_input(x: Tensor, lora: Lora) -> Tensor:
     return x if lora.mask is None else lora.mask.of(x)
 
 
@@ -284,7 +284,7 @@ def _parts(h: Tensor, loras: Loras) -> tuple[Tensor, ...]:
     return torch.split(h, [len(lora.A) for lora in loras if lora is not None], dim=1)
 
 
-def _added(parameter: Tensor, gradient: Tensor, scale: float) -> Tensor | None:
+def _add_gradient(parameter: Tensor, gradient: Tensor, scale: float) -> Tensor | None:
     """Add a gradient where the parameter keeps it, else return it in the parameter's precision."""
     if getattr(parameter, GRADIENT_STAYS, False) and (kept := parameter.grad) is not None:
         kept.add_(gradient, alpha=scale)
@@ -307,7 +307,7 @@ N, D, WIDE, HEADS, KV_HEADS, DIM = 37, 96, 160, 4, 2, 32  # no multiples of a pr
 
 
 def _try_liger(ops: Ops, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    draw = _drawn(device, dtype)
+    draw = _seeded_randn(device, dtype)
     x, norm, dy, plus = draw(N, D), RMSNorm(draw(D), 1e-5), draw(N, D), draw(N, D)
     y, r = ops.rms_norm(x, norm)
     found = [y, ops.rms_norm_backward(x, norm, r, dy, plus), dy]
@@ -320,14 +320,14 @@ def _try_liger(ops: Ops, device: torch.device, dtype: torch.dtype) -> list[Tenso
 
 
 def _try_dropout(ops: Ops, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    x = _drawn(device, dtype)(N, WIDE)
+    x = _seeded_randn(device, dtype)(N, WIDE)
     keys = torch.randint(-(1 << 62), 1 << 62, (N,), generator=torch.Generator().manual_seed(1)).to(device)
     return [ops.dropout(x, DropoutArguments(seed, 1 << 14, 4 / 3, keys), 4 / 3) for seed in (7, (1 << 32) - 5)]
 
 
 def _try_attention(ops: Ops, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Two rows of 20 and 17 queries with 3 keys more each, and a window; and without one, not causal."""
-    draw, found = _drawn(device, dtype), list[Tensor]()
+    draw, found = _seeded_randn(device, dtype), list[Tensor]()
     starts, lengths = torch.tensor([[0, 20], [0, 23]]), torch.tensor([[20, 17], [23, 20]])
     for causal, window in ((True, 9), (False, 0)):
         q, k, v = draw(N, HEADS, DIM), draw(N + 6, KV_HEADS, DIM), draw(N + 6, KV_HEADS, DIM)
@@ -371,7 +371,7 @@ CHECKS: dict[str, Callable[[Ops, torch.device, torch.dtype], list[Tensor]]] = {
 }
 
 
-def _drawn(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+def _seeded_randn(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """Draws the same numbers for every device."""
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randn(*shape, generator=generator).to(dtype).to(device)
@@ -448,7 +448,7 @@ _planned: ContextVar[GpuOps | None] = ContextVar("planned", default=None)
 
 
 @contextmanager
-def planned(attention: bool) -> Iterator[None]:
+def gpu_paths_on_meta(attention: bool) -> Iterator[None]:
     """Let passes on the meta device take the paths of a GPU for the length of the block.
 
     attention: whether the GPU has attention over rows, which decides what a pass saves.

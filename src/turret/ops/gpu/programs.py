@@ -1,7 +1,7 @@
 """The one Triton program of Turret: dropout by a hash. Imported on a GPU alone.
 
 What it buys: no library has a mask that depends on the example and not on the pass. In torch's own operations the mask
-(`structs.kept`) is 14 launches and moves 40 bytes an element; here it is one launch and moves 4.
+(`structs.dropout_mask`) is 14 launches and moves 40 bytes an element; here it is one launch and moves 4.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _OF_SEED, _FIRST_MIX, _SECOND_MIX = tl.constexpr(OF_SEED), tl.constexpr(FIRST_MI
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def _dropout(x, y, keys, D, seed, threshold, scale, BLOCK: tl.constexpr):
-    """Which elements are kept is as in `structs.kept`."""
+    """Which elements are kept is as in `structs.dropout_mask`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     key, seed = tl.load(keys + row), seed.to(tl.uint32)
