@@ -164,7 +164,7 @@ def test_answering_takes_the_room_that_was_predicted(folder: Path, tmp_path: Pat
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(GPU)
     before = torch.cuda.memory_allocated(GPU)
-    with answering.mounted(workspace.store, "wide", device="cuda") as ready:
+    with answering.mount_version(workspace.store, "wide", device="cuda") as ready:
         answering.answers(ready, [f"great film, number {row}" for row in range(16)])
     peak = torch.cuda.max_memory_allocated(GPU) - before
     room = room_to_answer(bases.resolve(str(folder / "wide")), ready.model.dtype)

@@ -27,7 +27,7 @@ from turret.store.golden import GoldenSet
 from turret.tasks import Questions, make_task, schemas, task_from_spec
 from turret.train.linear_start import cross_validated
 from turret.workspace import Workspace
-from turret.workspace.promoting import judged
+from turret.workspace.promoting import judge_answers
 
 LABELS = ("topic: film", "topic: sport", "topic: war", "urgent: no", "urgent: yes")
 TOPICS, URGENT = slice(0, 3), slice(3, 5)
@@ -300,7 +300,7 @@ def test_a_golden_example_names_every_answer() -> None:
     wanted = [tuple(each) for each in given]
     wanted[3] = (wanted[3][0], "urgent: yes" if "urgent: no" in wanted[3] else "urgent: no")
     golden = GoldenSet(tuple(Golden("a text", "label", each) for each in wanted))
-    found = judged("sha256:0", golden, given)
+    found = judge_answers("sha256:0", golden, given)
     assert (found.passed, found.total) == (3, 4)
     assert found.first is not None
     assert found.first["given"] == given[3]

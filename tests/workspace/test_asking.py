@@ -280,7 +280,7 @@ def test_a_classifier_is_measured_by_the_logits_that_it_serves(method: str, dtyp
             return torch.cat(evaluation.class_logits(fitted.model, [(each, None) for each in sources], 2048))
 
     trained = on_the_slot(checks), on_the_slot(tests)
-    found = training.measured(ready, fitted, silent, beside_base=False)
+    found = training.measure_adapter(ready, fitted, silent, beside_base=False)
     bundles.save_bundle(found.fitted.adapter, tmp_path / "bundle")
     workspace.store.put("c", tmp_path / "bundle")
 

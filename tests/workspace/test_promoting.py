@@ -80,7 +80,7 @@ def test_a_version_with_the_right_answers_takes_the_alias_and_is_not_asked_twice
     assert [(each.passed, each.total) for each in move.replays] == [(2, 2)]
     assert any("asking 2 golden examples" in words for words in stages)
     (kept,) = workspace.show("tone")["replays"]
-    monkeypatch.setattr(answering, "mounted", None)  # loading a base now fails
+    monkeypatch.setattr(answering, "mount_version", None)  # loading a base now fails
     assert workspace.promote("tone", "production").replays == move.replays
     monkeypatch.undo()
     again = workspace.promote("tone", "production", replay=True)
@@ -178,7 +178,7 @@ def test_an_alias_that_moves_on_meanwhile_changes_nothing_of_what_is_promoted(wo
 def test_a_label_that_the_version_does_not_know_and_the_wrong_kind_are_refused_before_a_base_is_loaded(
     workspace, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(answering, "mounted", None)
+    monkeypatch.setattr(answering, "mount_version", None)
     golden = table(tmp_path / "golden.csv", ["text", "label"], [["x", "goood"]])
     for name, words in (("tone", "expects label 'goood' in example 1"), ("short", "expects labels")):
         workspace.gate(name, "production", golden=golden)
@@ -237,8 +237,8 @@ def test_ten_thousand_examples_are_read_and_one_more_is_not(tmp_path) -> None:
 def test_labels_of_many_at_once_are_compared_as_a_set(tmp_path) -> None:
     (tmp_path / "g.jsonl").write_text('{"text": "x", "label": ["b", "a"]}\n{"text": "y", "label": "b | a"}\n')
     wanted = read_examples(tmp_path / "g.jsonl")
-    assert promoting.judged("d", wanted, [["a", "b"]] * 2).passed == 2
-    found = promoting.judged("d", wanted, [["a", "b"], ["a"]])
+    assert promoting.judge_answers("d", wanted, [["a", "b"]] * 2).passed == 2
+    found = promoting.judge_answers("d", wanted, [["a", "b"], ["a"]])
     assert (found.passed, found.first["example"], found.first["given"]) == (1, 2, ["a"])
 
 
@@ -247,7 +247,7 @@ def test_whoever_has_the_base_in_memory_is_asked_in_place_of_a_base_that_is_load
 ) -> None:
     golden = table(tmp_path / "golden.csv", ["text", "label"], [["one", "good"], ["two", "bad"]])
     workspace.gate("tone", "production", golden=golden)
-    monkeypatch.setattr(answering, "mounted", None)  # loading a base now fails
+    monkeypatch.setattr(answering, "mount_version", None)  # loading a base now fails
     asked: list[tuple[str, list[str]]] = []
 
     def ask(version, texts):

@@ -16,7 +16,7 @@ from turret.cli.main import run
 from turret.errors import AdapterError, DataError
 from turret.recipe import Recipe
 from turret.workspace import Workspace
-from turret.workspace.predicted_file import TIMES, spread
+from turret.workspace.predicted_file import TIMES, spread_rows
 
 pytestmark = pytest.mark.slow  # real trainings
 
@@ -71,12 +71,13 @@ def test_rows_of_one_cluster_are_not_suggested_together() -> None:
     centres = np.eye(16)[:5]
     near = np.concatenate([centre + generator.normal(0, 0.01, (20, 16)) for centre in centres]).astype(np.float32)
     margins = np.concatenate([np.full(20, 0.01), np.full(80, 0.2)])  # the first cluster is the least sure
-    chosen = spread(near, margins.tolist(), 5)
+    chosen = spread_rows(near, margins.tolist(), 5)
     assert sorted(place // 20 for place in chosen) == [0, 1, 2, 3, 4]
     by_margin_alone = np.argsort(margins, kind="stable")[:5]  # the control: all of one cluster
     assert {place // 20 for place in by_margin_alone} == {0}
     assert chosen == sorted(chosen, key=lambda place: margins[place])
-    equal = spread(np.ones((30, 4), dtype=np.float32), np.linspace(0, 1, 30).tolist(), 7)  # fewer clusters than rows
+    # Fewer clusters than rows.
+    equal = spread_rows(np.ones((30, 4), dtype=np.float32), np.linspace(0, 1, 30).tolist(), 7)
     assert len(set(equal)) == 7
 
 

@@ -119,7 +119,7 @@ class Mounted:
         self.asking.close()
 
 
-def mounted(
+def mount_version(
     store: Store,
     reference: str,
     say: Say = silent,
@@ -185,7 +185,7 @@ def predict(
         raise DataError("nothing to answer: give a text, or a file with at least one line")
     if coverage is not None:
         require_coverage(store.resolve(reference), coverage)
-    with mounted(store, reference, say, device) as ready:
+    with mount_version(store, reference, say, device) as ready:
         many = f"{len(texts)} texts" if len(texts) > 1 else ""
         for note in ready.asking.notes:
             say(note)
@@ -237,7 +237,7 @@ def decide(
     if not texts:
         raise DataError("nothing to answer: give a text")
     adapter, task, base = None, None, None
-    if (version := _stored(store, model)) is not None:
+    if (version := _stored_version(store, model)) is not None:
         version, adapter = read_adapter(store, str(version))
         own = stored_task(adapter.task)
         if not own.generates and own.request != "embed":
@@ -255,7 +255,7 @@ def decide(
         return untrained.decide(engine, question, texts, named, task, prior=prior)
 
 
-def _stored(store: Store, model: str) -> Version | None:
+def _stored_version(store: Store, model: str) -> Version | None:
     """The version that a name means; None if it is no name of a version."""
     try:
         reference = Reference.parse(model)

@@ -317,11 +317,11 @@ def _decoder(task: TaskSpec, token_by_token: bool) -> Iterator[str]:
         yield "special = not turns.startswith(tokenizer.bos_token or chr(0))"
         yield 'before = tokenizer(turns, add_special_tokens=special)["input_ids"]'
         yield 'before += tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]'
-        yield from _ended(most)
+        yield from _cut_end_lines(most)
     else:
         yield f"head, tail = {head!a}, {tail!a}"
         yield f'before = tokenizer(head + text{".rstrip()" if tail else ""})["input_ids"]'
-        yield from _ended(most)
+        yield from _cut_end_lines(most)
     yield "start = ids.shape[1]"
     settings = _generation(task)
     if token_by_token:
@@ -336,7 +336,7 @@ def _decoder(task: TaskSpec, token_by_token: bool) -> Iterator[str]:
     yield "print(tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip())"
 
 
-def _ended(most: int) -> Iterator[str]:
+def _cut_end_lines(most: int) -> Iterator[str]:
     """A text that is too long loses its end, and never the template's."""
     yield 'after = tokenizer(tail, add_special_tokens=False)["input_ids"]'
     yield f"ids = torch.tensor([before[: {most} - len(after)] + after])"

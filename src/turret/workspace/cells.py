@@ -131,7 +131,7 @@ class KeptFiles:
 
 
 @contextmanager
-def held(store: Store, folder: Path, say: Say) -> Iterator[KeptFiles]:
+def hold_comparison(store: Store, folder: Path, say: Say) -> Iterator[KeptFiles]:
     """Hold a comparison for this process: its folder by a lock, and with a store by URL also a lease.
 
     With a store by URL, the files that other machines wrote are copied to the folder first.
@@ -146,7 +146,7 @@ def held(store: Store, folder: Path, say: Say) -> Iterator[KeptFiles]:
                 yield KeptFiles(store)
                 return
             database, name = store.database(make=True), folder.relative_to(store.root).as_posix()
-            lease = _taken(database, name, say)
+            lease = _take_lease(database, name, say)
             try:
                 with LeaseRenewer(database, lease, warn=say) as keeper:
                     store.artifacts.bring(f"{name}/")
@@ -160,7 +160,7 @@ def held(store: Store, folder: Path, say: Say) -> Iterator[KeptFiles]:
         raise StoreError(f"the comparison cannot be written to {folder}: {error.strerror or error}") from None
 
 
-def _taken(database: Database, name: str, say: Say) -> Lease:
+def _take_lease(database: Database, name: str, say: Say) -> Lease:
     if leases.is_free(database, name, say):
         with database.writing() as connection:
             if (lease := leases.take(connection, name)) is not None:

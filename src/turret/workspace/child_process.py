@@ -111,10 +111,10 @@ def run_child(
         Interrupted: the user stopped it.
     """
     with errors.open("wb") as written, start_child(module, argument, written, store) as child:
-        return _followed(child, errors, say, stop, patience)
+        return _follow_child(child, errors, say, stop, patience)
 
 
-def _followed(
+def _follow_child(
     child: subprocess.Popen[str],
     errors: Path,
     say: Say,
@@ -145,7 +145,7 @@ def _followed(
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        for value in _printed(child.stdout, heard):
+        for value in _printed_objects(child.stdout, heard):
             if isinstance(value.get("stage"), str):
                 say(value["stage"])
         status = child.wait()
@@ -210,7 +210,7 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:g} s"
 
 
-def _printed(lines: Iterable[str] | None, heard: list[float]) -> Iterator[JsonObject]:
+def _printed_objects(lines: Iterable[str] | None, heard: list[float]) -> Iterator[JsonObject]:
     """The objects among the process's output, until it closes its stdout."""
     for line in lines or ():
         heard[0] = time.monotonic()

@@ -38,7 +38,7 @@ from turret.workspace.cells import (
     command,
     executor,
     folder_of,
-    held,
+    hold_comparison,
     read_json,
     require_executor,
     require_known,
@@ -80,7 +80,7 @@ def compare(
         on_plan(ready.planned)
     store.keep_rows(recipe.data.source)
     deadline = None if request.budget is None else time.monotonic() + request.budget
-    with held(store, ready.folder, say) as files, executor(on, store, ready.data) as tasks:
+    with hold_comparison(store, ready.folder, say) as files, executor(on, store, ready.data) as tasks:
         timed, metric = ready.design.seeds[0], task_of(ready.data.kind).metric
         runner = CellRunner(store, ready.folder, say, deadline, files, timed=timed, tasks=tasks, metric=metric)
         runner.run(list(ready.design.cells()))

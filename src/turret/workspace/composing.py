@@ -32,7 +32,7 @@ from turret.tasks import stored_task, task_from_spec
 from turret.train.asking import Asking
 from turret.workspace import measure
 from turret.workspace.answering import Mounted
-from turret.workspace.cells import FORMAT, KeptFiles, held, read_json
+from turret.workspace.cells import FORMAT, KeptFiles, hold_comparison, read_json
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_labelled
 from turret.workspace.resident import load_base
@@ -125,7 +125,7 @@ def compare_composition(store: Store, request: CompositionRequest, say: Say) -> 
     recipe = Recipe(name=first.name, base=str(first.base.get("id")), data=labelled.data)
     planned = _design(recipe, composed, against, request.margin)
     folder = _folder(store, composed, data.digest)
-    with held(store, folder, say) as files:
+    with hold_comparison(store, folder, say) as files:
         keys = [(cell, composed.key(cell.candidate, request.dtype)) for cell in planned.cells()]
         rows = [(cell, folder / "cells" / key / "result.json") for cell, key in keys]
         if missing := [(cell.candidate.spec, path) for cell, path in rows if read_json(path) is None]:
@@ -226,7 +226,7 @@ def _measure(
         files.require()
         say(f"asking {spec}")
         with Mounted(None, asking, base.notes) as mounted:
-            found = measure.answered(mounted, examples, say, bare=own is None)
+            found = measure.measure_answers(mounted, examples, say, bare=own is None)
         weights = _weights(own)
         files.write(
             path,

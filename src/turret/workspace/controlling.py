@@ -23,7 +23,7 @@ from turret.recipe import Recipe
 from turret.reference import check_name
 from turret.store import Store
 from turret.tasks import task_of
-from turret.workspace.cells import CellRunner, command, folder_of, held, require_known, write_text
+from turret.workspace.cells import CellRunner, command, folder_of, hold_comparison, require_known, write_text
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_dataset, with_base
 
@@ -74,7 +74,7 @@ def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> 
     prepared = _prepare(store, recipe, request, say)
     digest = hashlib.sha256("".join(each.digest for each in prepared.data.values()).encode()).hexdigest()
     folder = folder_of(store.home, recipe, digest, "controls")
-    with held(store, folder, say) as files:
+    with hold_comparison(store, folder, say) as files:
         judge = _judge(folder, recipe, prepared, request)
         runner = CellRunner(store, folder, say, files=files)
         runner.run([judge, *(cell for cells in zip(*prepared.cells.values(), strict=True) for cell in cells)])
@@ -83,7 +83,7 @@ def control(store: Store, recipe: Recipe, request: ControlRequest, say: Say) -> 
             raise TrainingError(f"no classifier of aspects: {runner.failures.get(judge.candidate.spec, 'not trained')}")
         say("judging the outputs")
         device = recipe.train.device or "auto"
-        written = _judged(store, prepared, runner.results, str(trained_judge.version), device)
+        written = _judge_texts(store, prepared, runner.results, str(trained_judge.version), device)
         result = _control(recipe, request, prepared, runner, trained_judge, written, folder)
         result = result if request.texts else result.without_texts()
         write_report(result, folder, files.write_text)
@@ -181,7 +181,7 @@ def _judge(folder: Path, recipe: Recipe, prepared: PreparedControl, request: Con
     return Cell(candidate, recipe.seed, 1.0, judge_recipe, f"sha256:{content.hexdigest()}")
 
 
-def _judged(
+def _judge_texts(
     store: Store, prepared: PreparedControl, results: Mapping[str, CellResult], judge: str, device: str
 ) -> list[Written]:
     """Every generated text with the aspect that the classifier sees in it, and its ROUGE-L to every reference."""
@@ -190,7 +190,7 @@ def _judged(
 
     found = []
     references = _references(prepared)
-    with answering.mounted(store, judge, device=device) as ready:
+    with answering.mount_version(store, judge, device=device) as ready:
         for aspect, cells in prepared.cells.items():
             for cell in cells:
                 result = results.get(cell.key)

@@ -774,7 +774,7 @@ class Workspace:
 
     def experiments(self, *, alpha: float = 0.05) -> Sequence[ListedExperiment]:
         """Every experiment with its evidence; `discovery` marks differences, of which at most alpha are false."""
-        return experimenting.listed(self.store, alpha)
+        return experimenting.list_experiments(self.store, alpha)
 
     def course(self, name: str, number: int | None = None) -> EvidenceHistory:
         """How the evidence of an experiment grew with its outcomes."""

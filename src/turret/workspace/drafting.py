@@ -89,7 +89,7 @@ def draft(source: str, *, settings: Mapping[str, str] | None = None) -> Draft:
         SeveralLabels: two columns fit equally well as the label.
         DataError: the source cannot be read, or shows nothing to learn.
     """
-    return _drafted(_open(source, settings or {}))[0]
+    return _draft_recipe(_open(source, settings or {}))[0]
 
 
 def inspect(source: str, settings: Mapping[str, str] | None = None) -> Inspection:
@@ -121,7 +121,7 @@ def sample(source: str, most: int) -> Sample:
 
 
 def _inspection(opened: _Opened, settled: _Opened, doubts: Sequence[str] = ()) -> Inspection:
-    made, seen = _drafted(settled)
+    made, seen = _draft_recipe(settled)
     roles: dict[str, str | list[str]] = dict(seen.roles)
     several = settled.recipe.data.label
     if isinstance(several, list) and "label" in roles:
@@ -187,7 +187,7 @@ def _split(role: SplitRole, sources: Sources, size: Size) -> str:
     return f"{most}rows of the split {name!r}" if name else f"{most}rows that are left"
 
 
-def _drafted(opened: _Opened) -> tuple[Draft, Profile]:
+def _draft_recipe(opened: _Opened) -> tuple[Draft, Profile]:
     recipe, settings, table = opened.recipe, opened.settings, opened.table
     seen = profile_table(table, recipe.data, fitting_schemas(recipe.data, schemas(recipe.task)))
     text = _Lines()
@@ -201,17 +201,17 @@ def _drafted(opened: _Opened) -> tuple[Draft, Profile]:
     if "seed" in settings:
         text.set("seed", recipe.seed)
     given = recipe.model_dump(mode="json")
-    _write_data(text, table, recipe, seen, _asked(given, settings, "data"))
-    _write_task(text, seen, _asked(given, settings, "task"))
-    text.table("method", _asked(given, settings, "method"))
+    _write_data(text, table, recipe, seen, _asked_settings(given, settings, "data"))
+    _write_task(text, seen, _asked_settings(given, settings, "task"))
+    text.table("method", _asked_settings(given, settings, "method"))
     text.set("kind", recipe.method.kind, "or prefix, full, head")
-    text.table("train", _asked(given, settings, "train"))
+    text.table("train", _asked_settings(given, settings, "train"))
     text.option("epochs", 3, False, "default: by the number of examples")
     notes = [*table.notes, *table.left_out_notes(), *_notes(seen)]
     return Draft(recipe.name, text.joined(), notes), seen
 
 
-def _asked(given: Mapping[str, Plain], settings: Mapping[str, str], table: str) -> Mapping[str, Plain]:
+def _asked_settings(given: Mapping[str, Plain], settings: Mapping[str, str], table: str) -> Mapping[str, Plain]:
     """The settings of one table of the recipe that the caller names."""
     keys = {key.partition(".")[2].partition(".")[0] for key in settings if key.startswith(f"{table}.")}
     return {key: value for key, value in mapping_of(given[table]).items() if key in keys}
@@ -344,11 +344,11 @@ def _candidate_comment(candidate: Candidate) -> str:
     """The classes of another column that may be the label, and whether the text tells them."""
     listed = ", ".join(f"{label} ({count})" for label, count in list(candidate.classes.items())[:6])
     more = f" and {len(candidate.classes) - 6} more" if len(candidate.classes) > 6 else ""
-    told = "" if candidate.kappa is None else f"; from the text: {_told(candidate.kappa)}"
+    told = "" if candidate.kappa is None else f"; from the text: {_kappa_words(candidate.kappa)}"
     return one_line(f"{len(candidate.classes)} classes: {listed}{more}", 120) + told
 
 
-def _told(kappa: float) -> str:
+def _kappa_words(kappa: float) -> str:
     """How well naive Bayes tells a label from the text, in words, with Cohen's kappa."""
     well = "well" if kappa >= 0.6 else "partly" if kappa >= 0.25 else "hardly"
     return f"{well} (kappa {kappa:.2f})"
@@ -357,7 +357,7 @@ def _told(kappa: float) -> str:
 def _notes(seen: Profile) -> list[str]:
     how = "by the content of the columns" if seen.guessed else "by the names of the columns"
     roles = ", ".join(f"{role} is column {column!r}" for role, column in seen.roles.items())
-    told = "" if seen.kappa is None else f", which the text tells {_told(seen.kappa)}"
+    told = "" if seen.kappa is None else f", which the text tells {_kappa_words(seen.kappa)}"
     notes = [f"{seen.kind}, {how}: {roles}{told}"]
     if seen.candidates:
         others = ", ".join(each.described() for each in seen.candidates[:3])

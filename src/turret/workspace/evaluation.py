@@ -35,7 +35,7 @@ from turret.tasks.task import Mistake
 from turret.train.asking import Asking, logits_of_each
 from turret.train.batches import EncodedRows
 from turret.workspace import answering
-from turret.workspace.answering import mounted
+from turret.workspace.answering import mount_version
 from turret.workspace.cells import write_text
 from turret.workspace.progress import Say, silent
 from turret.workspace.reading import LabelledData, PanelData, PanelQuestion, read_labelled
@@ -49,7 +49,7 @@ def evaluate(
     store: Store, reference: str, labelled: LabelledData, say: Say = silent, device: str = "auto"
 ) -> Evaluation:
     """Metrics and mistakes of a version on labelled examples. device: where the base computes."""
-    with mounted(store, reference, say, device, judged=True) as ready:
+    with mount_version(store, reference, say, device, judged=True) as ready:
         assert ready.version is not None
         say(f"answering {len(labelled.examples)} examples")
         started = time.perf_counter()
@@ -199,7 +199,7 @@ def evaluate_panel(
     return PanelEvaluation(
         panel=str(panel),
         data={"source": read.data.source, "examples": len(read.texts)},
-        questions=[_judged(store, each, read, asked[str(each.version)]) for each in read.questions],
+        questions=[_judge_question(store, each, read, asked[str(each.version)]) for each in read.questions],
         left_out=list(read.left_out),
         seconds=time.perf_counter() - started,
         notes=notes,
@@ -240,7 +240,7 @@ def _ask(
     return found, [note for note in base.notes if note.startswith("computes on ")]
 
 
-def _judged(store: Store, each: PanelQuestion, read: PanelData, asked: _Asked) -> QuestionResult:
+def _judge_question(store: Store, each: PanelQuestion, read: PanelData, asked: _Asked) -> QuestionResult:
     right = {row: label for row, label in enumerate(each.right) if label is not None}
     places = [place for place, row in enumerate(asked.rows) if row in right]
     task, logits = asked.task.classifier_of(each.question.part, asked.logits[places])
@@ -310,7 +310,7 @@ class Replayed:
 
     @property
     def text(self) -> str:
-        return replayed(self.paired, self.a, self.b, self.score)
+        return describe_replay(self.paired, self.a, self.b, self.score)
 
     def as_json(self) -> JsonObject:
         shared = {"a": self.a, "b": self.b, "source": self.source, "score": self.score}
@@ -341,12 +341,12 @@ def replay(
     scores: list[list[float]] = []
     for version in (first, second):
         labelled = None if source is None else read_labelled(store, version, source, columns)
-        with answering.mounted(store, str(version), say, device) as ready:
+        with answering.mount_version(store, str(version), say, device) as ready:
             notes = [*(notes or (labelled.notes if labelled else ())), *ready.asking.notes]
             say(f"asking {version} {len(labelled.examples if labelled else texts)} examples")
             if labelled is not None:
                 score = ready.task.metric_label
-                texts = _asked(labelled.examples, texts)
+                texts = _asked_texts(labelled.examples, texts)
                 scores.append(_scores(ready, labelled.examples))
             else:
                 answers = answering.answers(ready, texts)
@@ -356,7 +356,7 @@ def replay(
     return Replayed(str(first), str(second), source or "golden examples", score, found, tuple(notes))
 
 
-def _asked(examples: Sequence[Example], before: Sequence[Input]) -> list[Input]:
+def _asked_texts(examples: Sequence[Example], before: Sequence[Input]) -> list[Input]:
     """The texts of some examples. before: those that the other version was asked; they must be equal."""
     texts = [each.asked for each in examples]
     if before and list(before) != texts:
@@ -431,7 +431,7 @@ def compare_scores(a: Sequence[float], b: Sequence[float], *, level: float = 0.9
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     differences = second - first  # (N,)
     generator = np.random.default_rng(seed)
-    low, high = np.quantile(_resampled(differences, generator), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(_resample_means(differences, generator), [(1 - level) / 2, (1 + level) / 2])
     only_a, only_b = int((differences < 0).sum()), int((differences > 0).sum())
     binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
     p = sign_test(only_a, only_b) if binary else sign_flips(differences, generator, DRAWS)
@@ -451,14 +451,14 @@ def compare_scores(a: Sequence[float], b: Sequence[float], *, level: float = 0.9
     )
 
 
-def _resampled(differences: Floats, generator: np.random.Generator) -> Floats:
+def _resample_means(differences: Floats, generator: np.random.Generator) -> Floats:
     """Means of samples of size N, drawn with replacement: (DRAWS,)."""
     n = len(differences)
     means = [differences[generator.integers(0, n, (BATCH, n))].mean(axis=1) for _ in range(DRAWS // BATCH)]
     return np.concatenate(means)
 
 
-def replayed(result: Paired, a: str, b: str, score: str) -> str:
+def describe_replay(result: Paired, a: str, b: str, score: str) -> str:
     """The result of a replay, on two lines."""
     counts = f"{b} is better on {result.only_b}, {a} on {result.only_a}, equal on {result.equal}"
     interval = f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}], {result.test} p={result.p:.2g}"

@@ -462,7 +462,7 @@ class ListedExperiment(ExperimentRow):
     verdicts: dict[str, str]
 
 
-def listed(store: Store, alpha: float) -> list[ListedExperiment]:
+def list_experiments(store: Store, alpha: float) -> list[ListedExperiment]:
     """Every experiment with its evidence; `discovery` marks those with a difference at level alpha over all of them."""
     from turret.experiments.analyze import analyze
     from turret.experiments.evidence import find_discoveries

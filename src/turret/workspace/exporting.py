@@ -192,7 +192,7 @@ def _write_merged(adapter: Adapter, version: Version, folder: Path, say: Say) ->
     say("merging")
     rows = _probe_rows(adapter, base)
     expected = _adapted_outputs(adapter, base, rows)
-    state, model = lifecycle.merged_state(base.model, adapter), _exported(adapter, base.model)
+    state, model = lifecycle.merged_state(base.model, adapter), _exported_part(adapter, base.model)
     if model is not base.model:
         body = f"{base.model.base_model_prefix}."
         state = {name.removeprefix(body): value for name, value in state.items() if name.startswith(body)}
@@ -247,7 +247,7 @@ def _adapted_outputs(adapter: Adapter, base: Base, rows: Rows) -> Tensor:
     """The adapter's outputs on a base, which is left as it was."""
     adapters.mount(base.model, adapter, fingerprint=base.fingerprint)
     try:
-        return _outputs(_exported(adapter, base.model), rows)
+        return _outputs(_exported_part(adapter, base.model), rows)
     finally:
         adapters.detach(base.model)
 
@@ -300,7 +300,7 @@ def _outputs(model: Model, rows: Rows) -> Tensor:
     return torch.cat([each.float().reshape(-1) for each in every])
 
 
-def _exported(adapter: Adapter, model: Model) -> Model:
+def _exported_part(adapter: Adapter, model: Model) -> Model:
     """The part of a model that is written: all of it, or its body if the task has no head."""
     return cast(Model, model.base_model) if stored_task(adapter.task).head == "embed" else model
 

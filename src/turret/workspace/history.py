@@ -36,7 +36,7 @@ def run(store: Store, run_id: str) -> FullRun:
     """The row, with the recipe as TOML and the time of the last step. Raises NotFound."""
     row = store.run(run_id)
     recipe = store.training_runs().recipe(run_id) if _ID.fullmatch(run_id) else None
-    return {**row, "recipe": recipe, "touched": _changed(store, run_id)}
+    return {**row, "recipe": recipe, "touched": _last_step_time(store, run_id)}
 
 
 def curve(store: Store, run_id: str, most: int) -> RunCurve:
@@ -81,14 +81,14 @@ def _file(store: Store, run_id: str, name: str) -> bytes | None:
     return store.training_runs().file(run_id, name) if _ID.fullmatch(run_id) else None
 
 
-def _changed(store: Store, run_id: str) -> str | None:
+def _last_step_time(store: Store, run_id: str) -> str | None:
     """The time of the last step: here, or when the curve was last copied to the store."""
     path = f"runs/{run_id}/curve.jsonl"
     copies = [each.changed for each in store.artifacts.list_files(path)]
-    return max([each for each in (_modified(store.root / path), *copies) if each], default=None)
+    return max([each for each in (_modified_time(store.root / path), *copies) if each], default=None)
 
 
-def _modified(path: Path) -> str | None:
+def _modified_time(path: Path) -> str | None:
     try:
         return timestamp(path.stat().st_mtime, "seconds")
     except OSError:
@@ -104,7 +104,9 @@ def list_reports(store: Store) -> Sequence[JsonObject]:
     reports = [
         {**_summary(key, written, content), "kind": kind}
         for folder, kind in FOLDERS.items()
-        for key, written, content in (_copied(store, folder) if store.artifacts.copies else _local(store, folder))
+        for key, written, content in (
+            _copied_reports(store, folder) if store.artifacts.copies else _local(store, folder)
+        )
         if _KEY.fullmatch(key) and _seen(store, key)
     ]
     return sorted(reports, key=lambda each: (each["written"], each["key"]), reverse=True)
@@ -135,7 +137,7 @@ def _local(store: Store, folder: str) -> Iterator[tuple[str, str, bytes | OSErro
             yield path.parent.name, "", error
 
 
-def _copied(store: Store, folder: str) -> Iterator[tuple[str, str, bytes]]:
+def _copied_reports(store: Store, folder: str) -> Iterator[tuple[str, str, bytes]]:
     """Key, time and content of each report in a store by URL."""
     for each in store.artifacts.list_files(f"{_place(store)}{folder}/"):
         if each.path.endswith("/report.json") and (content := store.artifacts.read(each.path)) is not None:

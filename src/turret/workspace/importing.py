@@ -109,7 +109,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
         if not given.task:
             if request.base is None:
                 notes.append(f"the base is the one that its configuration names: {base_id}")
-            adapter = _completed(named_for(given, base.model), kind, base, name, request, notes)
+            adapter = _complete_adapter(named_for(given, base.model), kind, base, name, request, notes)
             adapter = replace(adapter, lineage=adapter.lineage or _origin(brought, config))
         elif base_id != given.base.id:
             notes.append(f"its base is called {base_id} here and {given.base.id} where it was made: the digest is new")
@@ -125,7 +125,7 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
         version = store.put(name, bundle)
         if version.digest in before:
             notes.append(f"{version} has this content already: nothing new is stored")
-        return _imported(version, adapter, base, effect, notes)
+        return _import_result(version, adapter, base, effect, notes)
 
 
 def _convert(
@@ -215,7 +215,9 @@ def _origin(brought: fetch.Fetched, config: AdapterConfig) -> Lineage:
     return {"imported": imported}
 
 
-def _completed(given: Adapter, kind: str, base: Base, name: str, request: ImportRequest, notes: list[str]) -> Adapter:
+def _complete_adapter(
+    given: Adapter, kind: str, base: Base, name: str, request: ImportRequest, notes: list[str]
+) -> Adapter:
     """A PEFT adapter with what its folder does not state: base, task, and the parts of the head that the base has."""
     recipe = Recipe(name=name, base=base.id, data={"source": name}, task={"kind": kind})
     overrides = {f"task.{key}": each if isinstance(each, str) else json.dumps(each) for key, each in _settings(request)}
@@ -249,7 +251,7 @@ def _head(given: Adapter, base: Base, notes: list[str]) -> dict[str, Tensor]:
     for module in base.family.head_modules:
         if module not in modules or any(key.startswith(f"{module}.") for key in head):
             continue
-        own = _copied(base, module)
+        own = _copy_module(base, module)
         if not set(own) & fresh:
             head |= own
             notes.append(f"the head {module} is the base's own: the adapter has none")
@@ -261,11 +263,13 @@ def _head(given: Adapter, base: Base, notes: list[str]) -> dict[str, Tensor]:
         )
     for path in head_paths(base.family, head):  # bias = "all" trains a pooler's bias, not its weight
         if all(key.endswith(".bias") for key in head if key.startswith(f"{path}.")):
-            head |= {key: value for key, value in _copied(base, path).items() if key not in head and key not in fresh}
+            head |= {
+                key: value for key, value in _copy_module(base, path).items() if key not in head and key not in fresh
+            }
     return head
 
 
-def _copied(base: Base, path: str) -> dict[str, Tensor]:
+def _copy_module(base: Base, path: str) -> dict[str, Tensor]:
     """The tensors of one of the base's modules by their paths in the base, copied to the CPU."""
     state = base.model.get_submodule(path).state_dict()
     return {f"{path}.{key}": value.detach().cpu().clone() for key, value in state.items()}
@@ -353,7 +357,7 @@ def _check_task(spec: TaskSpec, base: Base) -> None:
         raise AdapterError(f"the bundle's task is invalid ({error}): export it again") from None
 
 
-def _imported(version: Version, adapter: Adapter, base: Base, effect: AdapterEffect, notes: list[str]) -> Imported:
+def _import_result(version: Version, adapter: Adapter, base: Base, effect: AdapterEffect, notes: list[str]) -> Imported:
     return Imported(
         version=str(version),
         digest=version.digest,

@@ -144,7 +144,7 @@ def callbacks_for(say: Say, sign: Callable[[StepRecord | None], None]) -> traini
         sign(record)
         seconds.append(record.seconds)
         if record.step % max(1, record.steps // LINES) == 0 or record.metrics is not None:
-            metrics = "" if record.metrics is None else f", {record.split} {_shown(record.metrics)}"
+            metrics = "" if record.metrics is None else f", {record.split} {_metrics_text(record.metrics)}"
             left = span(sum(seconds) / len(seconds) * (record.steps - record.step))
             say(f"step {record.step} of {record.steps}, loss {record.loss:.4f}{metrics}, {left} left")
 
@@ -155,7 +155,7 @@ def callbacks_for(say: Say, sign: Callable[[StepRecord | None], None]) -> traini
     return training.Callbacks(on_record, stage=on_stage, warning=say)
 
 
-def _shown(metrics: Metrics) -> str:
+def _metrics_text(metrics: Metrics) -> str:
     numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
     return ", ".join(f"{key} {value:.4f}" for key, value in numbers.items())
 
@@ -188,7 +188,7 @@ def _result_of(
     place, stage, tenant = trial.place, trial.callbacks.stage, store.access.tenant
     if spec["kind"] == TRIAL:  # chosen on the validation split, so nothing of the test split is measured
         data = replace(data, test=())
-        run = _finished(folder, store, recipe, data) or _trained(store, spec, folder, recipe, data, files, trial)
+        run = _finished_run(folder, store, recipe, data) or _train_cell(store, spec, folder, recipe, data, files, trial)
         result: JsonObject = {
             "version": run["version"],
             "digest": run["digest"],
@@ -199,13 +199,13 @@ def _result_of(
         ready = training.prepare(store, recipe, training.Callbacks(stage=stage), data, place=place)
         result = place.run(lambda: measure.baseline(spec["kind"], ready, stage), tenant)
     else:
-        run = _finished(folder, store, recipe, data) or _trained(store, spec, folder, recipe, data, files, trial)
+        run = _finished_run(folder, store, recipe, data) or _train_cell(store, spec, folder, recipe, data, files, trial)
         plan = read_json(folder / "plan.json") or {}
         result = place.run(lambda: measure.version(store, recipe, data, run, plan, stage, place), tenant)
     return result | {"wall_seconds": time.perf_counter() - started, "resident": place.stays}
 
 
-def _finished(folder: Path, store: Store, recipe: Recipe, data: Dataset) -> RunOutcome | None:
+def _finished_run(folder: Path, store: Store, recipe: Recipe, data: Dataset) -> RunOutcome | None:
     """The run of an earlier process of this cell that ended after storing its version and before measuring it."""
     try:
         filled = (folder / "recipe.toml").read_text(encoding="utf-8")
@@ -219,7 +219,7 @@ def _finished(folder: Path, store: Store, recipe: Recipe, data: Dataset) -> RunO
     return result
 
 
-def _trained(
+def _train_cell(
     store: Store, spec: CellSpec, folder: Path, recipe: Recipe, data: Dataset, files: KeptFiles, trial: Trial
 ) -> RunOutcome:
     def on_plan(planned: Planned) -> None:

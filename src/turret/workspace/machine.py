@@ -123,10 +123,10 @@ def describe_machine(store: Store) -> MachineFacts:
         "memory_bytes": memory.total,
         "memory_available_bytes": memory.available,
         "disk_free_bytes": shutil.disk_usage(_existing(store.root)).free,
-        "libraries": {name: installed(name) for name in LIBRARIES},
+        "libraries": {name: installed_version(name) for name in LIBRARIES},
         "processor": _processor(),
         "bundled": [
-            {"kind": kind, "source": source, "installed": installed(package), "install": install}
+            {"kind": kind, "source": source, "installed": installed_version(package), "install": install}
             for kind, source, package, install in BUNDLED
         ],
         "hub": "offline by HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") == "1" else "not tried",
@@ -288,7 +288,7 @@ def _store(store: Store) -> StoreFacts:
     return facts
 
 
-def installed(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     """The version of an installed package; None if it is missing."""
     try:
         return importlib.metadata.version(package)

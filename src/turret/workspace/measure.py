@@ -41,7 +41,7 @@ from turret.transformer import Model
 from turret.workspace import answering
 from turret.workspace.forgetting import on_neutral_texts
 from turret.workspace.history import every_step
-from turret.workspace.machine import installed
+from turret.workspace.machine import installed_version
 from turret.workspace.progress import Say
 from turret.workspace.resident import OwnProcess, PreparedTraining, base_of
 
@@ -68,7 +68,7 @@ def version(
         place: where its base may be in memory already.
     """
     device = recipe.train.device or "auto"
-    with answering.mounted(store, str(result["version"]), say, device, place, judged=True) as ready:
+    with answering.mount_version(store, str(result["version"]), say, device, place, judged=True) as ready:
         return {
             **{
                 key: result[key]
@@ -82,7 +82,7 @@ def version(
             "losses": binned_losses([record.loss for record in every_step(store, str(result["run"]))]),
             "made": provenance(ready.asking.model),
             "warnings": list(result.get("warnings", ())),
-            **answered(ready, dataset.test, say),
+            **measure_answers(ready, dataset.test, say),
         }
 
 
@@ -97,7 +97,7 @@ def base(ready: PreparedTraining, say: Say) -> JsonObject:
         adapter = extract_adapter(loaded.model, loaded, task)
         adapters.detach(loaded.model)
     with answering.Mounted(None, Asking(loaded, adapter, task)) as mounted:
-        result = answered(mounted, ready.dataset.test, say, bare=adapter is None)
+        result = measure_answers(mounted, ready.dataset.test, say, bare=adapter is None)
     return of_no_version(ready) | result | ({"seedless": True} if adapter is None else {"said": UNTRAINED})
 
 
@@ -150,7 +150,7 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
 
     found = logits(test)
     metrics, answers = task.judge(found, test)
-    result = _scored(task, test, [task.judged(each) for each in answers], metrics)
+    result = _score_predictions(task, test, [task.judged(each) for each in answers], metrics)
     count = (known.shape[1] + 1) * len(task.labels)
     return (
         of_no_version(ready)
@@ -158,7 +158,7 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
         | {
             "parameters": {"trainable": count, "stored": count, "total": quantized.count(ready.base.model)},
             "timing": {"train_seconds": seconds},
-            "latency": _timed(test[:TIMED_LABELS], lambda example: logits([example])),
+            "latency": _time_answers(test[:TIMED_LABELS], lambda example: logits([example])),
             "said": "linear is scikit-learn's logistic regression on the mean of the frozen base's last hidden states; "
             f"cross-validation on the training split chose C = {strength:g}",
             "seedless": True,
@@ -294,10 +294,10 @@ def words(ready: PreparedTraining, say: Say) -> JsonObject:
             return torch.tensor(shares, dtype=torch.float64).log()
 
         metrics, answers = task.judge(logits(test), test)
-        latency = _timed(test[:TIMED_TEXTS], lambda example: logits([example]))
+        latency = _time_answers(test[:TIMED_TEXTS], lambda example: logits([example]))
     return (
         of_no_version(ready)
-        | _scored(task, test, [task.judged(each) for each in answers], metrics)
+        | _score_predictions(task, test, [task.judged(each) for each in answers], metrics)
         | {
             "latency": latency,
             "said": "base answers with the label whose words the bare base makes most probable, "
@@ -311,11 +311,13 @@ def _texts(ready: PreparedTraining, answers: Sequence[str], answer: Callable[[Ex
     """The result of a baseline that answers with texts."""
     task, test = ready.task, ready.dataset.test
     metrics = task.judge_texts(answers, [example.references for example in test], None)
-    latency = _timed(test[:TIMED_TEXTS], answer)
-    return of_no_version(ready) | _scored(task, test, answers, metrics) | {"latency": latency, "seedless": True}
+    latency = _time_answers(test[:TIMED_TEXTS], answer)
+    return (
+        of_no_version(ready) | _score_predictions(task, test, answers, metrics) | {"latency": latency, "seedless": True}
+    )
 
 
-def _timed(texts: Sequence[T], answer: Callable[[T], object]) -> dict[str, float]:
+def _time_answers(texts: Sequence[T], answer: Callable[[T], object]) -> dict[str, float]:
     """Seconds per answer to one text at a time, after one answer to warm up."""
     answer(texts[0])
     seconds = []
@@ -326,7 +328,9 @@ def _timed(texts: Sequence[T], answer: Callable[[T], object]) -> dict[str, float
     return {"median_seconds": statistics.median(seconds), "slowest_seconds": max(seconds), "answers": len(seconds)}
 
 
-def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *, bare: bool = False) -> JsonObject:
+def measure_answers(
+    ready: answering.Mounted, examples: Sequence[Example], say: Say, *, bare: bool = False
+) -> JsonObject:
     """Metrics, an answer and a score per example, the time of one answer, and the forgetting of the attached adapter.
 
     Args:
@@ -337,13 +341,15 @@ def answered(ready: answering.Mounted, examples: Sequence[Example], say: Say, *,
     metrics, answers = ready.asking.evaluate(examples, bare=bare)
     say("timing single answers")
     return {
-        **_scored(task, examples, [task.judged(each) for each in answers], metrics),
+        **_score_predictions(task, examples, [task.judged(each) for each in answers], metrics),
         "latency": _latency(ready, [each.asked for each in examples], bare),
         "forgetting": _forgetting(ready),
     }
 
 
-def _scored(task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], metrics: Metrics) -> JsonObject:
+def _score_predictions(
+    task: Task, examples: Sequence[Example], predictions: Sequence[Prediction], metrics: Metrics
+) -> JsonObject:
     """The scores of some predictions, by the task's own metric."""
     scores = task.scores(predictions, examples)
     guess = None  # of a classifier, the class shares give the chance level
@@ -364,7 +370,7 @@ def _latency(ready: answering.Mounted, texts: Sequence[Input], bare: bool) -> di
     """Seconds per answer to some of the texts, evenly spread."""
     count = min(len(texts), TIMED_TEXTS if ready.task.max_new_tokens else TIMED_LABELS)
     sample = [texts[place * len(texts) // count] for place in range(count)]
-    return _timed(sample, lambda text: answering.answers(ready, [text], bare=bare))
+    return _time_answers(sample, lambda text: answering.answers(ready, [text], bare=bare))
 
 
 def _forgetting(ready: answering.Mounted) -> dict[str, float] | None:
@@ -433,7 +439,7 @@ def provenance(model: Model) -> JsonObject:
         "device": _device(weight.device),
         "threads": torch.get_num_threads(),
         "precision": precision,
-        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         "commit": commit(Path(__file__).parents[4]),
     }
 

@@ -66,13 +66,13 @@ def predict_file(
     new = [key for key in names if key != "row"]
     counts = dict.fromkeys(("rows", BLANK, CUT, PERSON), 0)
     with (
-        _mounted(store, version, say, request.device) as ready,
+        _mount_version(store, version, say, request.device) as ready,
         TableWriter(path, [*rows.table.columns, names["row"], *(names[key] for key in new)], form) as table,
     ):
         reader = rows.read()
         while some := list(islice(reader, ROWS)):
             say(f"answering rows {counts['rows'] + 1} to {counts['rows'] + len(some)}")
-            for row, answer in zip(some, _answered(ready, some, request), strict=True):
+            for row, answer in zip(some, _answer_rows(ready, some, request), strict=True):
                 counts["rows"] += 1
                 counts[PERSON] += PERSON in answer
                 for flag in answer["flags"]:
@@ -93,13 +93,13 @@ def predict_file(
     )
 
 
-def _mounted(store: Store, version: Version, say: Say, device: str) -> Mounted:
+def _mount_version(store: Store, version: Version, say: Say, device: str) -> Mounted:
     from turret.workspace import answering  # loads torch
 
-    return answering.mounted(store, str(version), say, device)
+    return answering.mount_version(store, str(version), say, device)
 
 
-def _answered(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> Iterator[JsonObject]:
+def _answer_rows(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> Iterator[JsonObject]:
     """The values of the new columns, by key, and the flags. A blank input is not answered."""
     asked = [place for place, row in enumerate(rows) if str(row.input).strip()]
     inputs = [rows[place].input for place in asked]
@@ -143,10 +143,10 @@ def _names(columns: Sequence[str], spec: TaskSpec, request: PredictOptions, *, p
         keys += [f"{name}_{number}" for number in range(2, request.top + 1) for name in ("predicted", "probability")]
         keys += ["label_set"] if request.coverage is not None else []
         keys += [PERSON] if promised else []
-    return unused(["row", *keys, "flags"], columns)
+    return unused_names(["row", *keys, "flags"], columns)
 
 
-def unused(keys: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
+def unused_names(keys: Sequence[str], columns: Sequence[str]) -> dict[str, str]:
     """The name of a new column for each key; with `turret_` in front if the table has a column of that name."""
     names = dict[str, str]()
     for key in keys:
@@ -205,14 +205,14 @@ def suggest(
     next(rows.read(), None)  # an error in the first row costs no load of the base
     from turret.workspace import answering  # loads torch
 
-    with answering.mounted(store, str(version), say, device) as ready:
+    with answering.mount_version(store, str(version), say, device) as ready:
         unsure, counts = _least_sure(ready, rows, TIMES * most, say)
         if not unsure:
             raise DataError(f"{rows.table.name} has no text to label: expected at least one row that is not blank")
         if len(unsure) > most:
             say(f"choosing {most} of the {len(unsure)} rows that it is least sure of")
             vectors = ready.asking.embeddings([each.ids for each in unsure]).numpy()
-            unsure = [unsure[place] for place in spread(vectors, [each.margin for each in unsure], most)]
+            unsure = [unsure[place] for place in spread_rows(vectors, [each.margin for each in unsure], most)]
         notes = [note for note in ready.notes if note.startswith("computes on ")] + ready.asking.notes
     return Suggested(
         version=str(version),
@@ -229,7 +229,7 @@ def suggest(
 
 def write_suggestions(found: Suggested, path: Path) -> TableWriter:
     """Write the suggestions as a table with an empty column for the labels, and return its writer."""
-    names = unused(["row", "predicted", "confidence"], (*found.columns, found.label))
+    names = unused_names(["row", "predicted", "confidence"], (*found.columns, found.label))
     with TableWriter(
         path, [names["row"], *found.columns, found.label, names["predicted"], names["confidence"]]
     ) as table:
@@ -243,7 +243,7 @@ def write_suggestions(found: Suggested, path: Path) -> TableWriter:
     return table
 
 
-def spread(vectors: NDArray[np.float32], margins: Sequence[float], most: int) -> list[int]:
+def spread_rows(vectors: NDArray[np.float32], margins: Sequence[float], most: int) -> list[int]:
     """The places of `most` rows, one from each part of the space of texts, by rising margin.
 
     k-means with `most` clusters, where a row weighs 1 - margin; of each cluster the row nearest to its centre.

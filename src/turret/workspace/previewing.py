@@ -288,7 +288,7 @@ def _planned_study(store: Store, recipe: Recipe, spec: StudySpec, data: Dataset)
         how = "all combinations" if request.count == request.combinations else "Optuna proposes the settings"
         judged = f"judged by {search.metric} on {len(data.validation)} validation examples; the test split is not used"
         found = {"cells": request.count, "missing": request.count, "said": [how, judged]}
-    measured = [_measured(store, row, data) for row in rows[:MOST_MEASURED]]
+    measured = [_estimate_row(store, row, data) for row in rows[:MOST_MEASURED]]
     seconds = [each["seconds"] for each, row in zip(measured, rows, strict=False) if row.trains]
     whole = len(rows) <= MOST_MEASURED and None not in seconds
     return {**found, "name": recipe.name, "rows": measured, "seconds": sum(seconds) * times if whole else None}
@@ -301,7 +301,7 @@ class _Row:
     trains: bool
 
 
-def _measured(store: Store, row: _Row, data: Dataset) -> JsonObject:
+def _estimate_row(store: Store, row: _Row, data: Dataset) -> JsonObject:
     """How long a training of a row takes, and why it is refused, if it is."""
     from turret.workspace import training
 

@@ -38,11 +38,11 @@ def shown_in_notebooks(kind: C) -> C:
     """The class, whose methods with `on_stage` show their progress in a notebook if no callback is given."""
     for name, value in list(vars(kind).items()):
         if inspect.isfunction(value) and "on_stage" in inspect.signature(value).parameters:
-            setattr(kind, name, _shown(value))
+            setattr(kind, name, _with_progress(value))
     return kind
 
 
-def _shown(method: Callable[..., T]) -> Callable[..., T]:
+def _with_progress(method: Callable[..., T]) -> Callable[..., T]:
     steps = "on_record" in inspect.signature(method).parameters
 
     @functools.wraps(method)

@@ -180,14 +180,18 @@ def make(store: Store, reference: str, request: PromiseRequest, say: Say) -> Pro
     labels = [str(each) for each in spec.get("labels") or ()]
     require_decisions(stored_task(spec), spec, str(version))
     bound = Bound.parse(request.metric, request.error, request.confidence, labels)
-    held = _given(store, version, request, say) if request.data is not None else _kept(store, version, say)
+    held = (
+        _given_examples(store, version, request, say)
+        if request.data is not None
+        else _held_out_examples(store, version, say)
+    )
     from turret.workspace import answering  # loads torch
 
-    with answering.mounted(store, str(version), say, request.device) as ready:
+    with answering.mount_version(store, str(version), say, request.device) as ready:
         say(f"answering {counted(len(held.examples), 'held-out example')}")
         found = ready.asking.answers([each.asked for each in held.examples])
-        terms, sureness = chosen(bound, held, ready.task, found, request, str(version))
-        inputs, notes = _embedded(ready.asking, held, say)
+        terms, sureness = choose_terms(bound, held, ready.task, found, request, str(version))
+        inputs, notes = _embed_examples(ready.asking, held, say)
     with store.database().writing() as connection:
         promises.make(connection, version, terms, sureness, inputs=inputs)
     done = status(store, str(version))
@@ -206,7 +210,7 @@ def require_decisions(task: type[Task], spec: TaskSpec, version: str) -> None:
         )
 
 
-def chosen(
+def choose_terms(
     bound: Bound,
     held: HeldOut,
     task: Task,
@@ -256,7 +260,7 @@ def require_carried(recipe: Recipe, dataset: Dataset, task: Task) -> None:
     _held_out(dataset, recipe)
 
 
-def trained(
+def promise_after_training(
     recipe: Recipe, dataset: Dataset, task: Task, asking: Asking
 ) -> tuple[JsonObject | None, list[bytes], list[str]]:
     """The promise of a version that was just trained, for its bundle, embeddings of its examples, and warnings."""
@@ -270,10 +274,10 @@ def trained(
     request = PromiseRequest(wanted.error, wanted.confidence, wanted.metric, when_broken=wanted.when_broken)
     found = asking.answers([each.asked for each in held.examples])
     try:
-        terms, sureness = chosen(bound, held, task, found, request, recipe.name)
+        terms, sureness = choose_terms(bound, held, task, found, request, recipe.name)
     except DataError as error:
         return None, [], [f"the version makes no promise: {error}"]
-    inputs, notes = _embedded(asking, held, silent)
+    inputs, notes = _embed_examples(asking, held, silent)
     return asdict(terms) | {"sureness": sureness.to_json()}, inputs, [*held.notes, *notes]
 
 
@@ -282,7 +286,7 @@ def embedded_text(asked: Plain | Input) -> str | None:
     return str(asked) if isinstance(asked, (str, TextPair)) else None
 
 
-def _embedded(asking: Asking, held: HeldOut, say: Say) -> tuple[list[bytes], list[str]]:
+def _embed_examples(asking: Asking, held: HeldOut, say: Say) -> tuple[list[bytes], list[str]]:
     """Embeddings by the bare base of examples that live texts are compared with, and a note if there are none."""
     import numpy as np
 
@@ -312,7 +316,7 @@ def refusal(bound: Bound, found: Choice, version: str) -> str:
     return f"{few}; about {found.needed:,} would: give more with --data, hold out more (data.test), or promise less"
 
 
-def _kept(store: Store, version: Version, say: Say) -> HeldOut:
+def _held_out_examples(store: Store, version: Version, say: Say) -> HeldOut:
     """The examples that the version's training held out: the test split, which chose nothing."""
     from turret.recipe import Recipe
 
@@ -343,7 +347,7 @@ def _held_out(dataset: Dataset, recipe: Recipe) -> HeldOut:
     raise DataError(f"{recipe.name} holds no examples out, which a promise needs: set data.test, or give --data FILE")
 
 
-def _given(store: Store, version: Version, request: PromiseRequest, say: Say) -> HeldOut:
+def _given_examples(store: Store, version: Version, request: PromiseRequest, say: Say) -> HeldOut:
     """The examples of a file, without those that were trained on."""
     from turret.recipe import Recipe
 
@@ -405,7 +409,7 @@ def status(store: Store, reference: str) -> PromiseStatus:
     return replace(_status(store, promise, str(version), {}), sureness=sureness)
 
 
-def listed(store: Store, memories: dict[int, PromiseMemory]) -> list[PromiseStatus]:
+def list_promises(store: Store, memories: dict[int, PromiseMemory]) -> list[PromiseStatus]:
     """Every promise in force, with what its outcomes say.
 
     Args:
@@ -423,7 +427,10 @@ def settle(store: Store, memories: dict[int, PromiseMemory]) -> list[PromiseStat
 
     Also warns if live texts are unlike the examples of a promise, and begins a new round once these are used up.
     """
-    return [_settled(store, _watched(store, each, memories), memories) for each in listed(store, memories)]
+    return [
+        _settle_promise(store, _record_drift(store, each, memories), memories)
+        for each in list_promises(store, memories)
+    ]
 
 
 def record(store: Store, told: Iterable[tuple[str, Plain]]) -> list[Recorded]:
@@ -506,7 +513,7 @@ def wrong_of(told: Sequence[promises.Told]) -> NDArray[np.bool_]:
 # --- acting -----------------------------------------------------------------------------------------------------------
 
 
-def _settled(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseMemory]) -> PromiseStatus:
+def _settle_promise(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseMemory]) -> PromiseStatus:
     """Do what a promise asks for, if outcomes have broken it and this was not done yet."""
     promise = found.promise
     if found.standing.state != "broken" or promise.broken is not None:
@@ -531,7 +538,7 @@ def _settled(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseM
     )
 
 
-def _watched(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseMemory]) -> PromiseStatus:
+def _record_drift(store: Store, found: PromiseStatus, memories: Mapping[int, PromiseMemory]) -> PromiseStatus:
     """Record that live texts have drifted, if the evidence says so; it changes nothing else about the promise."""
     inputs, seen = found.inputs, memories[found.promise.id].inputs
     if seen is None or inputs.needed is None:

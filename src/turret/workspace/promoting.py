@@ -115,7 +115,7 @@ class _Replayer:
             self._say(f"asking {len(golden_set.examples)} golden examples ({name_of(digest)})")
             answers = self._ask(str(self._version), [example.text for example in golden_set.examples])
             task = stored_task(self._version.task)
-            self._store.keep_replay(self._version, judged(digest, golden_set, list(map(task.judged, answers))))
+            self._store.keep_replay(self._version, judge_answers(digest, golden_set, list(map(task.judged, answers))))
 
     def measure_forgetting(self, gates: Sequence[Gate], alias: str) -> None:
         """Measure what the gates ask for, unless it is stored and covers the present tasks of the store.
@@ -143,7 +143,9 @@ class _Replayer:
                 f"{version} may not become {version.name}@{alias}: {first} is required, and it is not measured yet: "
                 f"run `turret promote {version} {alias}`, which measures it"
             )
-        ready = self._mounted = self._mounted or answering.mounted(self._store, str(version), self._say, self._device)
+        ready = self._mounted = self._mounted or answering.mount_version(
+            self._store, str(version), self._say, self._device
+        )
         self._say("measuring forgetting")
         found = forgetting.on_neutral_texts(ready.model, ready.task.tokenizer)
         if on_tasks:
@@ -156,11 +158,11 @@ class _Replayer:
         from turret.workspace import answering
 
         if self._mounted is None:
-            self._mounted = answering.mounted(self._store, version, self._say, self._device)
+            self._mounted = answering.mount_version(self._store, version, self._say, self._device)
         return answering.answers(self._mounted, texts)
 
 
-def judged(digest: str, golden_set: GoldenSet, answers: Sequence[Prediction]) -> GoldenReplay:
+def judge_answers(digest: str, golden_set: GoldenSet, answers: Sequence[Prediction]) -> GoldenReplay:
     """How many answers passed, and the first that failed."""
     first: GoldenFailure | None = None
     passed = 0
@@ -242,7 +244,7 @@ def _example(text: CellValue, row: dict[str, CellValue]) -> Example:
     if source is None:
         raise DataError("the text is missing")
     score = _score(row.pop(SCORE, None))
-    filled = {check: wanted for check, cell in row.items() if (wanted := _wanted(check, cell))}
+    filled = {check: wanted for check, cell in row.items() if (wanted := _wanted_answer(check, cell))}
     if len(filled) != 1:
         found = " and ".join(filled) if filled else "nothing"
         raise DataError(f"expected one of {', '.join(row)}, found {found}")
@@ -252,7 +254,7 @@ def _example(text: CellValue, row: dict[str, CellValue]) -> Example:
     return Example(source, check, wanted, score)
 
 
-def _wanted(check: str, cell: CellValue) -> str | tuple[str, ...] | None:
+def _wanted_answer(check: str, cell: CellValue) -> str | tuple[str, ...] | None:
     if check == "label":
         return cells.label_of(cell, (), multi_label=isinstance(cell, list | tuple))
     if check == "contains" and isinstance(cell, list | tuple):

@@ -225,7 +225,7 @@ class Queue:
         self._require_seen(recipe)
         if not files and PLACE.match(recipe.data.source):
             raise DataError(f"data.source {ascii(recipe.data.source)[:60]} is not a file here: give its path")
-        source, place = _placed(self._store, recipe.data.source, files)
+        source, place = _place_data(self._store, recipe.data.source, files)
         recipe = recipe.changed(data={"source": source})
         return self._row(queue.submit(recipe.name, recipe.to_toml(), priority=priority, place=place, study=study))
 
@@ -294,10 +294,10 @@ Place = Callable[[Callable[[Connection], str]], str]  # makes sure of data, for 
 
 def placed_data(store: Store, source: str) -> tuple[str, Place]:
     """The source under which workers find some data, and what copies local files there. Raises DataError."""
-    return _placed(store, source, _files_of(store, source))
+    return _place_data(store, source, _files_of(store, source))
 
 
-def _placed(store: Store, source: str, files: Mapping[str, Path]) -> tuple[str, Place]:
+def _place_data(store: Store, source: str, files: Mapping[str, Path]) -> tuple[str, Place]:
     if files:
         name = (memory.name_of_rows(source) if memory.is_rows_source(source) else Path(source).name) or "data"
         named = {name if path == source else f"{name}/{path}": file for path, file in files.items()}

@@ -62,7 +62,7 @@ def inputs_in(texts: Texts) -> list[Input]:
     if isinstance(listed, (bytes, Mapping)) or not isinstance(listed, Iterable):
         raise DataError(f"expected a text, or a list or a Series of texts, given a {type(texts).__name__}")
     found = [listed] if isinstance(listed, str) else list(listed)
-    found = [_paired(each) for each in found]
+    found = [_as_text_pair(each) for each in found]
     for place, each in enumerate(found, 1):
         if not isinstance(each, (str, TextPair, Prompt)):
             raise DataError(
@@ -73,7 +73,7 @@ def inputs_in(texts: Texts) -> list[Input]:
     return [str(each) if isinstance(each, str) else each for each in found]
 
 
-def _paired(value: Input | Plain) -> Input | JsonValue:
+def _as_text_pair(value: Input | Plain) -> Input | JsonValue:
     """A tuple of two texts, or an object with the keys of a pair, as a `TextPair`; anything else as it is."""
     if isinstance(value, Mapping) and value.keys() == {"text", "text_pair"}:
         value = (value["text"], value["text_pair"])

@@ -96,7 +96,7 @@ def choose_for(recipe: Recipe, task: type[Task], labels: Sequence[str], machine:
         return choose_device(name, machine=machine)
     machine = this_machine() if machine is None else machine
     gpus = {gpu.device: gpu for gpu in machine.gpus}
-    chosen = choose_device(name, lambda at: _needed(recipe, task, labels, gpus[at]), machine)
+    chosen = choose_device(name, lambda at: _needed_memory(recipe, task, labels, gpus[at]), machine)
     gpu = gpus.get(chosen.device)
     if gpu is not None and name != AUTO:
         predicted = predicted_for(recipe, task, labels, gpu.device)
@@ -187,13 +187,13 @@ def predicted_for(
     shape = recipe.model_copy(update={"name": "shape", "seed": 0, "data": Data(source="-")})  # the rest decides
     try:
         outputs = task.num_labels(labels)
-        return _predicted(source.folder, shape.to_toml(), task, outputs, device, parts, checkpointed, work)
+        return _predict_memory(source.folder, shape.to_toml(), task, outputs, device, parts, checkpointed, work)
     except (UnknownFamily, AdapterError, NotImplementedError, RuntimeError, TypeError):
         return None  # such as a module that needs numbers; the plan measures it on the GPU
 
 
 @lru_cache(maxsize=64)
-def _predicted(
+def _predict_memory(
     _folder: Path,
     shape: str,
     task: type[Task],
@@ -220,7 +220,7 @@ def _predicted(
     return predicted if parts == 1 else in_parts(predicted, model, parts)
 
 
-def _needed(recipe: Recipe, task: type[Task], labels: Sequence[str], gpu: Gpu) -> int:
+def _needed_memory(recipe: Recipe, task: type[Task], labels: Sequence[str], gpu: Gpu) -> int:
     """Bytes that a training needs on a GPU, with its layers checkpointed if it would not fit otherwise."""
     predicted = predicted_for(recipe, task, labels, gpu.device)
     if predicted is not None and predicted.total > gpu.free and recipe.train.checkpoint_layers is None:

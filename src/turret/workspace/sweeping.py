@@ -39,7 +39,7 @@ from turret.workspace.cells import (
     KeptFiles,
     Tasks,
     executor,
-    held,
+    hold_comparison,
     read_json,
     require_executor,
 )
@@ -374,7 +374,7 @@ def sweep(store: Store, recipe: Recipe, request: SweepRequest, say: Say) -> Swee
     """Run the missing trials. Raises TrainingError if none has a value."""
     ready = prepare(store, recipe, request, say)
     store.keep_rows(ready.recipe.data.source)
-    with held(store, ready.folder, say) as files, executor(request.on, store, ready.data) as tasks:
+    with hold_comparison(store, ready.folder, say) as files, executor(request.on, store, ready.data) as tasks:
         running = _Running(store, ready, request, files, say, tasks)
         running.run()
         return running.result()

@@ -113,7 +113,7 @@ class Measured:
     inputs: list[bytes]  # embeddings of the examples of its promise
 
 
-def measured(ready: PreparedTraining, fitted: Fitted, say: Say, *, beside_base: bool) -> Measured:
+def measure_adapter(ready: PreparedTraining, fitted: Fitted, say: Say, *, beside_base: bool) -> Measured:
     """Make the passes on the attached, trained model.
 
     Args:
@@ -130,7 +130,7 @@ def measured(ready: PreparedTraining, fitted: Fitted, say: Say, *, beside_base: 
             say("measuring the bare base on the same examples")
             bare = _answer_splits(ready, asking, bare=True)
             metrics |= {f"{split} bare base": each.metrics for split, each in bare.items()}
-        promise, inputs, warnings = promising.trained(ready.recipe, ready.dataset, ready.task, asking)
+        promise, inputs, warnings = promising.promise_after_training(ready.recipe, ready.dataset, ready.task, asking)
         if promise is not None:
             lineage: Lineage = fitted.adapter.lineage | {"promise": promise}
             fitted = replace(fitted, adapter=replace(fitted.adapter, lineage=lineage))
@@ -145,7 +145,7 @@ def measured(ready: PreparedTraining, fitted: Fitted, say: Say, *, beside_base: 
     return Measured(ready, fitted, metrics, answered, forgot, probe, seconds, warnings, inputs)
 
 
-def uncalibrated(ready: PreparedTraining) -> list[str]:
+def uncalibrated_note(ready: PreparedTraining) -> list[str]:
     """The sentence of a classifier without enough validation examples for a calibration.
 
     The linear solution's folds cannot stand for them: an adapter is too sure because it was trained on its examples,
@@ -174,7 +174,7 @@ def _calibrate(
     if not task.calibrates:
         return ready, fitted, None
     examples = splits.watched if splits.selects and splits.watched else ()
-    if len(examples) < FEWEST:  # `uncalibrated` says it
+    if len(examples) < FEWEST:  # `uncalibrated_note` says it
         return ready, fitted, None
     logits = asking.logits(EncodedRows(task, examples).windows())
     train = ready.recipe.train
@@ -313,8 +313,8 @@ def prepare(
     initialize.require_optimizer(recipe)
     tuner_of(recipe.method).require_known()  # an error in the method is found before anything is loaded
     require_installed(recipe.train.trackers or ())
-    start = _stored(store, recipe.train.init_from, callbacks)
-    reference = _stored(store, recipe.task.reference, callbacks)
+    start = _stored_adapter(store, recipe.train.init_from, callbacks)
+    reference = _stored_adapter(store, recipe.task.reference, callbacks)
     dataset = dataset or read_dataset(store, recipe, callbacks.stage)
     recipe, base_notes = with_base(recipe, dataset.kind)
     task_class = task_of(dataset.kind)
@@ -332,7 +332,7 @@ def prepare(
     most = pass_tokens_for(recipe, task_class, dataset.labels, device.device, machine, checkpointed=light)
     base = replace(base, pass_tokens=most)
     load_seconds = time.perf_counter() - started
-    recipe = recipe if filled else _filled(recipe, dataset, base, start)
+    recipe = recipe if filled else _fill_recipe(recipe, dataset, base, start)
     task = make_task(recipe.task, dataset, base.tokenizer, base.family.kind)
     promising.require_carried(recipe, dataset, task)
     whole, dataset = dataset.train, replace(dataset, train=task.pieces(dataset.train))
@@ -347,7 +347,7 @@ def prepare(
     return PreparedTraining(recipe, dataset, base, bare, task, notes, load_seconds, resident, start, device)
 
 
-def _stored(store: Store, reference: str | None, callbacks: Callbacks) -> StoredAdapter | None:
+def _stored_adapter(store: Store, reference: str | None, callbacks: Callbacks) -> StoredAdapter | None:
     """Read a version that a recipe names."""
     if reference is None:
         return None
@@ -356,7 +356,7 @@ def _stored(store: Store, reference: str | None, callbacks: Callbacks) -> Stored
     return StoredAdapter(str(version), version.digest, adapter)
 
 
-def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: StoredAdapter | None) -> Recipe:
+def _fill_recipe(recipe: Recipe, dataset: Dataset, base: Base, start: StoredAdapter | None) -> Recipe:
     """The recipe with every guess written out, so that later defaults and guesses do not change it."""
     found = {
         role: column for role, column in dataset.columns.items() if not isinstance(getattr(recipe.data, role), list)
@@ -372,10 +372,10 @@ def _filled(recipe: Recipe, dataset: Dataset, base: Base, start: StoredAdapter |
 
 def plan(store: Store, recipe: Recipe, callbacks: Callbacks, dataset: Dataset | None = None) -> Planned:
     """Plan a training without running it."""
-    return _planned(store, prepare(store, recipe, callbacks, dataset), callbacks)[1]
+    return _plan_training(store, prepare(store, recipe, callbacks, dataset), callbacks)[1]
 
 
-def _planned(store: Store, ready: PreparedTraining, callbacks: Callbacks) -> tuple[PreparedTraining, Planned]:
+def _plan_training(store: Store, ready: PreparedTraining, callbacks: Callbacks) -> tuple[PreparedTraining, Planned]:
     """The plan; on the CPU instead if a GPU was not asked for and the plan does not fit there after all."""
     planned, asked = _plan(ready, callbacks), ready.recipe.train.device or AUTO
     if (small := lighter(ready, planned)) is not None:
@@ -479,10 +479,10 @@ def train(
         if place.stays:
             planned = place.admitted(lambda: _plan(ready, callbacks, measured=False))
         elif own is None:
-            ready, planned = _planned(store, ready, callbacks)
+            ready, planned = _plan_training(store, ready, callbacks)
             planned = _with_rate(ready, planned, callbacks)
         else:
-            noted = _noted(ready, here)
+            noted = _note_processes(ready, here)
             planned = here.from_main(lambda: _with_rate(noted, _plan(noted, callbacks), callbacks))
         left_out = [check.text for check in planned.plan.checks if check.name == "turns"]
         ready = replace(ready, recipe=planned.recipe, notes=[*planned.notes, *left_out])
@@ -501,7 +501,7 @@ def train(
         try:
             with (
                 store.training_runs().keeper(run, callbacks.warning) as keeper,
-                follow(planned.recipe, _tracked(run, ready, planned), callbacks.warning) as tracking,
+                follow(planned.recipe, _tracked_run(run, ready, planned), callbacks.warning) as tracking,
             ):
                 begun = _Run(store, run, planned, _both(callbacks, tracking, keeper), place, asked)
                 with _memory_explained():
@@ -519,7 +519,7 @@ def train(
         return here.from_main(lambda: result)
 
 
-def _tracked(run: HeldRun, ready: PreparedTraining, planned: Planned) -> TrackedRun:
+def _tracked_run(run: HeldRun, ready: PreparedTraining, planned: Planned) -> TrackedRun:
     """What the trackers are told at the start."""
     facts: dict[str, float | str] = {
         "base.fingerprint": ready.base.fingerprint,
@@ -559,7 +559,7 @@ def _of_process(here: distributed.Processes, recipe: Recipe) -> ChosenDevice | N
     return ChosenDevice(here.device or CPU, f"process {here.rank} of {here.size}")
 
 
-def _noted(ready: PreparedTraining, here: distributed.Processes) -> PreparedTraining:
+def _note_processes(ready: PreparedTraining, here: distributed.Processes) -> PreparedTraining:
     note = f"{here.size} processes share every batch; the plan's memory is per process, its time is for one process"
     return replace(ready, notes=[*ready.notes, note])
 
@@ -578,7 +578,7 @@ def _follow(here: distributed.Processes, ready: PreparedTraining, beside_base: b
             fitted: Fitted = end.value
             break
     if ready.recipe.train.shard is not None:
-        measured(ready, fitted, silent, beside_base=beside_base)
+        measure_adapter(ready, fitted, silent, beside_base=beside_base)
     adapters.detach(ready.base.model)
     return here.from_main(_no_result)
 
@@ -623,10 +623,12 @@ class _Run:
             self.store.training_runs().start_over(self.run)
             fitted = self._fit(ready)
         try:
-            found = self._computed(lambda: measured(ready, fitted, self.callbacks.stage, beside_base=beside_base))
+            found = self._computed(
+                lambda: measure_adapter(ready, fitted, self.callbacks.stage, beside_base=beside_base)
+            )
             ready, fitted = found.ready, found.fitted
             started = time.perf_counter()
-            advice = [*self._advice(ready, fitted), *uncalibrated(ready)]
+            advice = [*self._advice(ready, fitted), *uncalibrated_note(ready)]
 
             def result(version: Version) -> RunResult:
                 return RunResult(
