@@ -55,7 +55,7 @@ def test_the_mask_of_attentions_kernel_is_the_one_of_the_formula_in_torch(P: int
 
 
 P = 0.3
-Hash = Callable[[Tensor, int, int, int], Tensor]  # as `kept`
+Hash = Callable[[Tensor, int, int, int], Tensor]  # as `dropout_mask`
 
 
 def weak(keys: Tensor, seed: int, threshold: int, width: int) -> Tensor:

@@ -106,11 +106,11 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "adapters/prefix.py _Outer.forward",
     },
     "the routed layer, which asks its pool": {"adapters/layers.py RoutedLinear.forward"},
-    "cosines of vectors": {"tasks/embedding.py _ranked", "tasks/embedding.py multiple_negatives"},
+    "cosines of vectors": {"tasks/embedding.py _rank_texts", "tasks/embedding.py multiple_negatives"},
     "a head that is solved": {"train/linear_start.py _logits", "train/linear_start.py solve"},
     "statistics": {
         "compare/verdict.py interval",
-        "compare/design.py simulated",
+        "compare/design.py simulate_intervals",
         "experiments/input_drift.py Score._fit",
         "experiments/input_drift.py Score.of",
         "experiments/input_drift.py _has",
