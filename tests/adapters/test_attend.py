@@ -44,7 +44,7 @@ def test_dropout_is_the_formula_with_the_mask_it_drew_forward_and_backward() -> 
     inputs, dropped = tensors(2), DropoutArguments.of(0.4, 5, torch.arange(10).view(2, 5))
     fast = run(lambda *each: attend(*each, None, 0.3, dropped), inputs)
     plain = run(lambda *each: attend_plainly(*each, None, 0.3, dropped), inputs)
-    keep = dropped.kept(torch.Size((2, 6, 5, 9)))
+    keep = dropped.keep_mask(torch.Size((2, 6, 5, 9)))
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1)

@@ -29,7 +29,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     assert pretend_gpu._on_a_cpu, "its attention over rows computes on a CPU too"
     taken: list[int] = []
     ops: GpuOps = ops_with(frozenset({ATTENTION}))
-    own = layers.LayerHook.trained
+    own = layers.LayerHook.trained_output
 
     def on_gpu(self: layers.LayerHook[Any], x: torch.Tensor, cos_sin: Any) -> torch.Tensor | None:
         y = own(self, x, cos_sin)
@@ -38,7 +38,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     with monkeypatch.context() as patched:
         patched.setattr(layers, "of", lambda *tensors: ops)
-        patched.setattr(layers.LayerHook, "trained", on_gpu)
+        patched.setattr(layers.LayerHook, "trained_output", on_gpu)
         yield taken
 
 

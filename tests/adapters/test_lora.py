@@ -233,7 +233,7 @@ def test_the_gradients_that_are_written_out_are_those_of_the_formula(p: float) -
     x, A, B = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 6), (3, 6), (5, 3)))
     mask = Masks().mask(x, p) if p else None
     y, dy = torch.zeros(7, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
-    dropped = x if mask is None else x * mask.scaled(torch.ones_like(x))
+    dropped = x if mask is None else x * mask.mask_and_scale(torch.ones_like(x))
     expected = lora_delta(dropped, A, B, 0.7)
     lora, dx = Lora(A, B, 0.7, p, mask), torch.zeros(7, 6, dtype=torch.float64)
     with torch.no_grad():

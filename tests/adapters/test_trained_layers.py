@@ -97,7 +97,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
         return call
 
-    monkeypatch.setattr(LayerHook, "trained", counting(LayerHook.trained))
+    monkeypatch.setattr(LayerHook, "trained_output", counting(LayerHook.trained_output))
     return found
 
 

@@ -86,7 +86,7 @@ class Rate(HeadAnswers):
         return [{"label": max(row, key=row.__getitem__), "probabilities": row} for row in rows]
 
     @classmethod
-    def judged(cls, answer: Answer) -> str:
+    def prediction_of(cls, answer: Answer) -> str:
         return str(answer["label"])
 
     @classmethod

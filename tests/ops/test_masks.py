@@ -22,7 +22,7 @@ def test_the_kernels_mask_is_the_one_of_the_formula_in_torch(width: int, dtype: 
     for seed in (7, 0xDEADBEEF):
         dropped = DropoutArguments.of(0.3, seed, KEYS)
         shown = compiled().dropout(torch.ones(57, width, dtype=dtype), dropped, 1.0) != 0
-        assert torch.equal(shown, dropped.kept(shown.shape))
+        assert torch.equal(shown, dropped.keep_mask(shown.shape))
     assert width == 1 or not torch.equal(shown, dropout_mask(KEYS, 7, dropped.threshold, width)), (
         "control: another site"
     )

@@ -77,7 +77,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
     },
     "LoRA, merged": {
         "adapters/lora.py merged_weight",
-        "adapters/lora.py ScaledLayer.merged",
+        "adapters/lora.py ScaledLayer.merged_parameters",
         "adapters/lora.py dora",
     },
     "attention, in torch": {
@@ -101,7 +101,7 @@ PRODUCTS = {  # operation -> where it is written: module, and function
         "adapters/layers.py TokenLogits.forward",
     },
     "a prefix's MLP": {
-        "adapters/prefix.py PrefixGroup.folded",
+        "adapters/prefix.py PrefixGroup.folded_keys_values",
         "adapters/prefix.py _Outer.backward",
         "adapters/prefix.py _Outer.forward",
     },

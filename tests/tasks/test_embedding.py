@@ -221,7 +221,7 @@ def test_pairs_with_scores_are_judged_by_the_correlations_of_scipy() -> None:
     assert metrics["pearson"] == pytest.approx(scipy.stats.pearsonr(similar, values).statistic, abs=1e-6)
     assert metrics["main_score"] == metrics["spearman"]
     task = embedding("cosent")
-    scores = task.scores([task.judged(each) for each in answers], examples)
+    scores = task.scores([task.prediction_of(each) for each in answers], examples)
     assert sum(scores) / len(scores) == pytest.approx(metrics["spearman"]), "compare judges what evaluate reports"
     assert metrics["loss"] == pytest.approx(loss_of(task, vectors.float(), examples).item(), rel=1e-5)
 
@@ -251,7 +251,7 @@ def test_anchors_are_judged_by_the_place_of_a_right_text_among_all() -> None:
     assert metrics["accuracy_at_1"] == metrics["main_score"] == 0.5
     assert metrics["mrr_at_10"] == pytest.approx((1 + 0.5 + 0.5 + 1) / 4)
     task = embedding()
-    assert task.scores([task.judged(each) for each in answers], examples) == [1.0, 0.0, 0.0, 1.0]
+    assert task.scores([task.prediction_of(each) for each in answers], examples) == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_triplets_are_judged_by_the_nearer_of_both_texts_and_by_dimensions() -> None:
@@ -287,7 +287,7 @@ def test_a_text_is_answered_by_its_vector_and_two_by_their_similarity() -> None:
     assert plain.answers(pooled[:1], ["a"])[0]["embedding"] == [3.0, 4.0, 12.0]
     assert TextEmbedding.line(two) == "0.707"
     assert TextEmbedding.line(one) == "2 numbers: 0.600 0.800 …"
-    assert TextEmbedding.judged(one) == "[0.6000000238418579, 0.800000011920929]"
+    assert TextEmbedding.prediction_of(one) == "[0.6000000238418579, 0.800000011920929]"
 
 
 def test_a_stored_task_is_the_same_again() -> None:

@@ -251,7 +251,7 @@ def test_the_first_loss_is_ln_2_and_steps_prefer_the_chosen_answers() -> None:
     assert losses[-1] < 0.1
     metrics, answers = evaluate(base.model, task, ROWS)
     assert metrics["accuracy"] == 1.0
-    assert [task.score(task.judged(each), row) for each, row in zip(answers, ROWS, strict=True)] == [1.0] * 3
+    assert [task.score(task.prediction_of(each), row) for each, row in zip(answers, ROWS, strict=True)] == [1.0] * 3
     assert before[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 

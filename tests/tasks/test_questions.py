@@ -224,7 +224,9 @@ def test_metrics_of_each_question_are_those_of_scikit_learn() -> None:
     assert own["macro_f1"] == pytest.approx(f1_score(true, given, average="macro"))
     losses = [metrics["per_question"][question]["loss"] for question in ("topic", "urgent")]
     assert min(losses) < metrics["loss"] < max(losses)
-    scores = [task.score(task.judged(answer), example) for answer, example in zip(answers, examples, strict=True)]
+    scores = [
+        task.score(task.prediction_of(answer), example) for answer, example in zip(answers, examples, strict=True)
+    ]
     assert metrics["accuracy"] == pytest.approx(sum(scores) / 40)
     assert set(scores) == {0.0, 0.5, 1.0}
     assert list(metrics["per_class"]) == list(LABELS)
@@ -238,8 +240,8 @@ def test_an_answer_names_a_class_and_the_probabilities_of_each_question() -> Non
     assert answer["answers"]["topic"]["probabilities"] == pytest.approx(expected)
     assert answer["answers"]["topic"]["label"] == max(expected, key=expected.__getitem__)
     printed = dict[str, Any]()
-    exec(task.printed(task.spec()).replace("print(", "said = ("), {"logits": z[0], "labels": LABELS}, printed)
-    assert printed["said"] == task.judged(answer)
+    exec(task.print_line(task.spec()).replace("print(", "said = ("), {"logits": z[0], "labels": LABELS}, printed)
+    assert printed["said"] == task.prediction_of(answer)
     assert task.line(answer).startswith(f"{printed['said'][0]} ")
 
 
@@ -296,7 +298,7 @@ def binned_error(sure: np.ndarray, right: np.ndarray) -> float:
 
 def test_a_golden_example_names_every_answer() -> None:
     task = questions()
-    given = [task.judged(answer) for answer in task.answers(logits())]
+    given = [task.prediction_of(answer) for answer in task.answers(logits())]
     wanted = [tuple(each) for each in given]
     wanted[3] = (wanted[3][0], "urgent: yes" if "urgent: no" in wanted[3] else "urgent: no")
     golden = GoldenSet(tuple(Golden("a text", "label", each) for each in wanted))

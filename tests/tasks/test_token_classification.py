@@ -233,7 +233,7 @@ def test_metrics_count_whole_spans() -> None:
     assert metrics["precision"] == metrics["recall"] == pytest.approx(2 / 3)
     assert metrics["per_class"]["LOC"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0, "support": 1}
     assert metrics["text_f1"] == pytest.approx((0.5 + 1 + 1) / 3)
-    scores = [task.score(task.judged(answer), each) for answer, each in zip(answers, examples, strict=True)]
+    scores = [task.score(task.prediction_of(answer), each) for answer, each in zip(answers, examples, strict=True)]
     assert sum(scores) / 3 == pytest.approx(metrics["text_f1"])
 
 

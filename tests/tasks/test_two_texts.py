@@ -244,7 +244,7 @@ def test_a_number_comes_back_in_units_of_the_data() -> None:
     assert (found["mae"], found["nearness"], found["pearson"]) == pytest.approx((1.0, 0.8, 1.0), abs=1e-6)
     answer = task.answers(torch.tensor([[1.0]]))[0]
     assert answer == {"value": pytest.approx(3.5)}
-    assert task.score(task.judged(answer), Scored("", 3.0)) == pytest.approx(0.9)
+    assert task.score(task.prediction_of(answer), Scored("", 3.0)) == pytest.approx(0.9)
     assert task.score("99", Scored("", 3.0)) == 0.0
     assert task_from_spec(json.loads(json.dumps(task.spec())), TOKENIZERS["bert"]).spec() == task.spec()
     shares = torch.tensor([1.0, 4.0, 4.0])

@@ -475,11 +475,11 @@ class LayerHook(ABC, Generic[M]):
         """The module's own forward, where no block computes the same."""
         y = None
         if hidden_states.dim() == 3 and hidden_states.shape[0] == 1 and hidden_states.numel() > 0:
-            compute = self.trained if torch.is_grad_enabled() else self.served
+            compute = self.trained_output if torch.is_grad_enabled() else self.served_output
             y = compute(hidden_states, kwargs.get("position_embeddings"))
         return self._original(hidden_states, *args, **kwargs) if y is None else y
 
-    def served(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
+    def served_output(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
         """The layer in an engine's pass: (1, N, D) -> (1, N, D), or None if its modules must compute it."""
         if not self.context.serves or self.module.training:
             return None
@@ -503,7 +503,7 @@ class LayerHook(ABC, Generic[M]):
             block = block._replace(read=context.read)
         return block.forward(run, x.contiguous()[0])[None]
 
-    def trained(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
+    def trained_output(self, x: Tensor, cos_sin: CosSin | None) -> Tensor | None:
         """The layer while one adapter trains: (1, N, D) -> (1, N or B, D), or None if its modules must compute it."""
         context, slot = self.context, self.context.single()
         if slot is None or not trains_one_adapter(context) or not self.fits(x, cos_sin):
@@ -769,10 +769,10 @@ class OneCall:
     def weights(self, pool: AdapterPoolProtocol, ops: Ops) -> LayerWeights | None:
         """The layer's weights, or None if it contains anything that the kernel does not compute."""
         if self._weights is None or self._weights[0] is not pool:
-            self._weights, self._runs = (pool, self._found(pool, ops)), {}
+            self._weights, self._runs = (pool, self._layer_weights(pool, ops)), {}
         return self._weights[1]
 
-    def _found(self, pool: AdapterPoolProtocol, ops: Ops) -> LayerWeights | None:
+    def _layer_weights(self, pool: AdapterPoolProtocol, ops: Ops) -> LayerWeights | None:
         if (parts := self.hook.parts()) is None:
             return None
         block, groups = parts

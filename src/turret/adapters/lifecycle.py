@@ -144,7 +144,7 @@ def merged_state(model: Model, adapter: Adapter) -> dict[str, Tensor]:
             "this base has quantized weights, so nothing can be merged into it: give the original model as base"
         )
     state: dict[str, Tensor] = dict(model.state_dict())
-    new = {**adapter.head, **tuner_of(adapter.method).merged(model, adapter)}
+    new = {**adapter.head, **tuner_of(adapter.method).merged_weights(model, adapter)}
     shared = shared_names(model)
     for name, value in new.items():
         if name not in state or state[name].shape != value.shape:

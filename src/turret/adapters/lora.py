@@ -80,7 +80,7 @@ class LoRAFactors(nn.Module):
     def _rate(self) -> float:
         return self.dropout if self.training else 0.0
 
-    def folded(self) -> tuple[Tensor, Tensor]:
+    def folded_factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the plain LoRA with the same output; PiSSA's has twice the rank and the same scaling."""
         A, B = self.lora_A.detach(), self.lora_B.detach()
         if self.initial_A is None or self.initial_B is None:
@@ -177,7 +177,7 @@ class ScaledLayer:
         input, output, shift = (None if t is None else t.to(device) for t in (self.input, self.output, self.shift))
         return ScaledLayer(factors, input, output, shift)
 
-    def merged(self, layer: nn.Module) -> dict[str, Tensor]:
+    def merged_parameters(self, layer: nn.Module) -> dict[str, Tensor]:
         """The layer's parameters with this merged in, in their dtypes: `W' = output (W + B A) input`.
 
         Raises:

@@ -5,8 +5,8 @@ A prefix of P tokens for L layers with H key-value heads of size D is one tensor
 
     KV = KV0 + MLP(E),    E: (P, embedding), MLP: embedding -> hidden -> L * 2 * H * D, last layer zero at the start
 
-where KV0, the keys and values of real words, is fixed, so that the first step starts at the prompted model. `folded`
-gives KV; the MLP is never stored.
+where KV0, the keys and values of real words, is fixed, so that the first step starts at the prompted model.
+`folded_keys_values` gives KV; the MLP is never stored.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class PrefixGroup(nn.Module):
         self.outer_weight = nn.Parameter(torch.zeros(layers * 2 * heads * dim, hidden))
         self.outer_bias = nn.Parameter(torch.zeros(layers * 2 * heads * dim))
 
-    def folded(self) -> Tensor:
+    def folded_keys_values(self) -> Tensor:
         """KV: (L, 2, H, P, D), with gradients to the trained tensors."""
         if self.hidden is None:
             return self.keys_values
@@ -96,7 +96,8 @@ class PrefixSlot(nn.Module):
         assert isinstance(module, PrefixGroup)
         versions = tuple(each._version for each in module.parameters())
         if torch.is_grad_enabled() or self._seen.get(group) != versions:
-            self._current[group] = module.folded().unbind(0)  # slices would each have a gradient as large as all
+            # Slices would each have a gradient as large as all.
+            self._current[group] = module.folded_keys_values().unbind(0)
             # A tensor that carries a graph must not outlive its pass; an inference tensor must not enter a graph.
             plain = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
             self._seen[group] = versions if plain else ()

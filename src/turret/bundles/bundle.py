@@ -164,7 +164,9 @@ def save_bundle(adapter: Adapter, folder: str | Path) -> Manifest:
 
 
 def _write(adapter: Adapter, folder: Path) -> Manifest:
-    stored = _rename_paths(tuner_of(adapter.method).stored(adapter), _body(adapter.task, adapter.base.family), "")
+    stored = _rename_paths(
+        tuner_of(adapter.method).stored_tensors(adapter), _body(adapter.task, adapter.base.family), ""
+    )
     tensors = {name: stored[name].contiguous() for name in sorted(stored)}
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):

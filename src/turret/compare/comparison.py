@@ -282,7 +282,7 @@ class Comparison:
                 row.label,
                 None if row.score is None else f"{row.score.mean:.1f}",
                 None if row.score is None else f"{row.score.low:.1f} to {row.score.high:.1f}",
-                row.failed or self._said(row),
+                row.failed or self._verdict_sentence(row),
                 ", ".join(row.marks),
             )
             for row in self.rows
@@ -296,7 +296,7 @@ class Comparison:
         columns = ("method", self.metric, f"{self.confidence:.0%} interval", "verdict", "")
         return as_html(f"Comparison of {self.name}", facts, Table(columns, rows), self.promotion.why)
 
-    def _said(self, row: ComparisonRow) -> str:
+    def _verdict_sentence(self, row: ComparisonRow) -> str:
         return "the baseline" if row.verdict is None else row.verdict.sentence(self.against_label)
 
     def as_json(self) -> JsonObject:

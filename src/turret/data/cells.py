@@ -553,12 +553,12 @@ class RowReader:
             )
         return meant
 
-    def asked(self) -> str | TextPair:
+    def asked_text(self) -> str | TextPair:
         """The text to read, or two if there is a column of second texts."""
         text = self.text("text")
         return TextPair(text, self.text("text_pair")) if self.has("text_pair") else text
 
-    def tagged(self) -> tuple[str, tuple[Span, ...]]:
+    def tagged_text(self) -> tuple[str, tuple[Span, ...]]:
         """A text and its spans: from words with a tag each, or from a text with a list of spans."""
         if self.has("tokens"):
             words = _words(self.cell("tokens"), self.replaced)

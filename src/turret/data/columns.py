@@ -556,7 +556,7 @@ class Candidate:
         tells = (self.kappa or 0.0) >= _FITS or (best.kappa or 0.0) < _FITS
         return tells and best.score - self.score < _CLOSE
 
-    def described(self, most: int = 3) -> str:
+    def describe_classes(self, most: int = 3) -> str:
         """Its name with its most frequent classes."""
         names = [shown(label, 24) for label in list(self.classes)[:most]]
         return f"{shown(self.column, 40)} ({', '.join(names)}{', ...' if len(self.classes) > most else ''})"
@@ -634,7 +634,7 @@ def columns_of(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> C
         return Finder.of(data, table.columns).find(schemas)
     except DataError:
         look, schema = _Look(table, data), _classifier(schemas)
-        if schema is None or not look.names_one or (found := look.labelled(schema, None)) is None:
+        if schema is None or not look.names_one or (found := look.label_columns(schema, None)) is None:
             raise
     columns, ranked = found
     _require_one(ranked, "add {option}")
@@ -655,7 +655,7 @@ def rivals_note(table: Table, data: DataSettings, columns: Columns) -> list[str]
     if not rivals:
         return []
     more = f" and {len(rivals) - 3} more" if len(rivals) > 3 else ""
-    named = ", ".join(each.described() for each in rivals[:3])
+    named = ", ".join(each.describe_classes() for each in rivals[:3])
     return [f"label is column {columns.answer!r}; other columns with classes: {named}{more}"]
 
 
@@ -713,7 +713,7 @@ class _Look:
         if by_name is not None and not (by_name.schema.classes and tuple(by_name.roles) == LABELLED):
             return by_name, [], False
         schema = _classifier(schemas) if by_name is None else by_name.schema
-        found = None if schema is None else self.labelled(schema, by_name)
+        found = None if schema is None else self.label_columns(schema, by_name)
         if found is not None:
             columns, ranked = found
             _require_one(ranked, f"`turret init {shlex.quote(self.data.source)} {{option}}`")
@@ -729,7 +729,7 @@ class _Look:
             f"{self.hint}"
         )
 
-    def labelled(self, schema: Schema, by_name: Columns | None) -> tuple[Columns, list[Candidate]] | None:
+    def label_columns(self, schema: Schema, by_name: Columns | None) -> tuple[Columns, list[Candidate]] | None:
         """The columns of texts and classes, and the columns that may be the label, the best first; None without them.
 
         Args:
@@ -781,7 +781,7 @@ def _require_one(ranked: Sequence[Candidate], command: str) -> None:
     fit = [each for each in ranked if each is ranked[0] or (each.close_to(ranked[0]) and not each.same_as_best)]
     if len(fit) > 1:
         more = [f"{len(fit) - 2} more"] if len(fit) > 2 else []
-        named = " and ".join([*(each.described() for each in fit[:2]), *more])
+        named = " and ".join([*(each.describe_classes() for each in fit[:2]), *more])
         asked = " or ".join(command.format(option=f"--label {shlex.quote(each.column)}") for each in fit[:2])
         raise SeveralLabels(
             f"which column is the label? {named} fit about equally: {asked}",

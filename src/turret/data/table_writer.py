@@ -116,7 +116,7 @@ class TableWriter:
                 return self
             self._file = self._partial.open("x", encoding="utf-8", newline="")
         except OSError as error:
-            raise self._failed(error) from None
+            raise self._writing_error(error) from None
         if self._kind != ".jsonl":
             delimiter = self.form.delimiter or ("\t" if self._kind == ".tsv" else ",")
             self._rows = csv.writer(self._file, delimiter=delimiter, lineterminator="\n")
@@ -136,7 +136,7 @@ class TableWriter:
             else:
                 self._rows.writerow([self._cell(value) for value in values])
         except OSError as error:
-            raise self._failed(error) from None
+            raise self._writing_error(error) from None
 
     def _cell(self, value: CellValue) -> str:
         if value is None:
@@ -171,7 +171,7 @@ class TableWriter:
             cells[-1].data_type = "s"  # never a formula
         sheet.append(cells)
 
-    def _failed(self, error: OSError) -> DataError:
+    def _writing_error(self, error: OSError) -> DataError:
         return DataError(f"{shown(self.path.name)} was not written: {describe_error(error, self.path)}")
 
     def __exit__(
@@ -189,7 +189,7 @@ class TableWriter:
                 sync(self._partial)
                 os.replace(self._partial, self.path)
         except OSError as problem:
-            raise self._failed(problem) from None
+            raise self._writing_error(problem) from None
         finally:
             self._partial.unlink(missing_ok=True)
 

@@ -134,7 +134,7 @@ class OutcomeTally:
         else:
             better, worse = _bets(z, down), _bets(-z, up)
         by_margin = _bets(-(z + h * self.margin), up + h * self.margin) if self.margin else worse
-        verdict, since = self._decided(arm, y, share, better, worse)
+        verdict, since = self._verdict_after(arm, y, share, better, worse)
         counts, sums = [int((arm == a).sum()) for a in (0, 1)], [float(y[arm == a].sum()) for a in (0, 1)]
         return replace(
             self,
@@ -179,7 +179,7 @@ class OutcomeTally:
             default=0.0,
         )
 
-    def _decided(
+    def _verdict_after(
         self, arm: NDArray[np.int64], y: Floats, share: Floats, better: Floats, worse: Floats
     ) -> tuple[Side | None, OutcomeTally | None]:
         """The verdict after these outcomes, and the tally of the outcomes after the verdict."""

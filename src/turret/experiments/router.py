@@ -142,7 +142,7 @@ class Router:
     ) -> Recorded:
         """Record an outcome by the receipt of its answer, or by unit and adapter name."""
         told = Told(value, receipt, unit, name)
-        with self._written() as connection:
+        with self._write_log() as connection:
             return self._record(connection, told)
 
     def outcomes(self, told: Sequence[Told], access: Access | None = None) -> list[Recorded]:
@@ -152,7 +152,7 @@ class Router:
             access: of who reports them, of the store's tenant; None: all that the tenant has.
         """
         found: list[Recorded] = []
-        with self._written() as connection:
+        with self._write_log() as connection:
             if access is not None:
                 see_as(connection, access)
             for each in told:
@@ -181,7 +181,7 @@ class Router:
         with self._writing:  # another thread may have taken the log and be writing it
             pass
         if self._unwritten or self._sums:
-            with self._written():
+            with self._write_log():
                 pass
 
     # --- private -----------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ class Router:
             self._reading.release()
 
     @contextmanager
-    def _written(self) -> Iterator[Connection]:
+    def _write_log(self) -> Iterator[Connection]:
         """A writing transaction that first writes the log. If it fails, the log is kept."""
         with self._writing:
             with self._lock:

@@ -31,7 +31,7 @@ class Full(Method):
     def refusal(self, operation: Operation, family: Family, generates: bool) -> str | None:
         return UNMIXED if operation == "mix" else None
 
-    def unanswered(self, family: Family, generates: bool) -> str | None:
+    def why_unanswered(self, family: Family, generates: bool) -> str | None:
         return None  # on a base with its weights
 
     @property

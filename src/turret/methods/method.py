@@ -194,7 +194,7 @@ class Method(BaseModel):
         """
         return None
 
-    def unanswered(self, family: Family, generates: bool) -> str | None:
+    def why_unanswered(self, family: Family, generates: bool) -> str | None:
         """Why no engine answers with it, not even with it alone on its base, in one line; None if one does."""
         return self.refusal("mix", family, generates)
 

@@ -112,9 +112,9 @@ class Peft(Method):
             return None
         if kind in SLOW:
             return f"{kind} computes {SLOW[kind]}, which would hold up others on its base: {REMEDY}"
-        return self.unanswered(family, generates)
+        return self.why_unanswered(family, generates)
 
-    def unanswered(self, family: Family, generates: bool) -> str | None:
+    def why_unanswered(self, family: Family, generates: bool) -> str | None:
         kind = self.peft_type
         if (reason := self.refusal("train", family, generates)) is not None:
             return reason

@@ -78,7 +78,7 @@ def attend_plainly(
     probabilities = scores.softmax(dim=-1)
     if dropped is NO_DROPOUT:
         return probabilities @ v
-    return probabilities * dropped.kept(scores.shape) @ (v * dropped.scale)
+    return probabilities * dropped.keep_mask(scores.shape) @ (v * dropped.scale)
 
 
 class _AttentionContext(FunctionContext, Protocol):
@@ -115,7 +115,7 @@ class _Attention(torch.autograd.Function):
         if bias is not None:
             scores.view(B, H, T, S).add_(bias)
         probabilities = torch.softmax(scores, dim=-1)
-        mask = dropped.kept(torch.Size((B, H, T, S))).view(scores.shape) if dropped.threshold else None
+        mask = dropped.keep_mask(torch.Size((B, H, T, S))).view(scores.shape) if dropped.threshold else None
         ctx.save_for_backward(queries, keys, values, probabilities, mask)
         ctx.scaling, ctx.dropped, ctx.shapes = scaling, dropped, (q.shape, k.shape)
         return torch.bmm(probabilities if mask is None else probabilities * mask, values).view(B, H, T, D)

@@ -187,7 +187,7 @@ class Training:
         """Whether a matrix of the group has a LoRA."""
         return any(each.lora is not None for each in self.groups[group])
 
-    def taken(self) -> list[Tensor | None]:
+    def take_saved(self) -> list[Tensor | None]:
         """What the backward pass reads, taken out of this object, which the graph keeps alive."""
         if not self.adapts(OUT) and not self.ops.output_read:
             self.kept["a"] = None
@@ -277,7 +277,7 @@ class _Layer(torch.autograd.Function):
                 sources = None, None
             elif normed is not None:
                 sources, ctx.norm = normed[:2], normed.norm
-        ctx.save_for_backward(*sources, *run.taken(), *prefixes)
+        ctx.save_for_backward(*sources, *run.take_saved(), *prefixes)
         return y[None]
 
     @staticmethod

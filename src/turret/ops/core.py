@@ -235,7 +235,7 @@ class Ops:
 
     def dropout(self, x: Tensor, dropped: DropoutArguments, scale: float) -> Tensor:
         """The elements of x (..., D) that a mask keeps times `scale`, zero elsewhere."""
-        y = x * dropped.kept(x.shape)
+        y = x * dropped.keep_mask(x.shape)
         return y if scale == 1.0 else y.mul_(scale)
 
     def gelu(self, x: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class HashedMask:
     def of(self, x: Tensor) -> Tensor:
         return self.ops.dropout(x.contiguous(), self.dropped, 1.0)
 
-    def scaled(self, x: Tensor) -> Tensor:
+    def mask_and_scale(self, x: Tensor) -> Tensor:
         return self.ops.dropout(x, self.dropped, self.dropped.scale)
 
 
@@ -175,11 +175,11 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _DropoutContext, x: Tensor, mask: Mask) -> Tensor:
         ctx.mask = mask
-        return mask.scaled(x)
+        return mask.mask_and_scale(x)
 
     @staticmethod
     def backward(ctx: _DropoutContext, *gradients: Tensor) -> Gradients:
-        return ctx.mask.scaled(gradients[0].contiguous()), None
+        return ctx.mask.mask_and_scale(gradients[0].contiguous()), None
 
 
 def dropout(x: Tensor, p: float, masks: Masks | None = None, stream: str | None = None) -> Tensor:
@@ -222,11 +222,11 @@ class HashedDraws(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func in LIKE:
             like, plain = args[0], next(each for known, each in LIKE.items() if known is func)
-            return self._drawn(plain, like.device)(like.shape, dtype=like.dtype, device=like.device)
+            return self._with_generator(plain, like.device)(like.shape, dtype=like.dtype, device=like.device)
         if (func in FROM_A_GENERATOR or func in IN_PLACE) and kwargs.get("generator") is None:
             tensors = [each for each in args if isinstance(each, Tensor)]
             device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
-            return self._drawn(func, device)(*args, **kwargs)
+            return self._with_generator(func, device)(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -250,7 +250,7 @@ class HashedDraws(TorchFunctionMode):
         dropped = self._masks.arguments(dropout_p, lambda: self._masks.keys_of(query[:, 0]).view(rows))
         return attend_plainly(query, key, value, seen, query.shape[-1] ** -0.5 if scale is None else scale, dropped)
 
-    def _drawn(self, func: Callable[..., R], device: torch.device) -> Callable[..., R]:
+    def _with_generator(self, func: Callable[..., R], device: torch.device) -> Callable[..., R]:
         """A function of torch with a generator of its own."""
         generator = torch.Generator(device).manual_seed(
             splitmix64(self._masks.key + self._masks.next_seed()) % (LONG // 2)

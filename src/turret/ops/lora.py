@@ -323,11 +323,12 @@ class Stack:
             self._put(y, own @ A.mT, B)
         else:
             A, B = (
-                self._stacked(self._flat, *each) for each in zip(self._starts[layer], self._pairs[layer], strict=True)
+                self._stack_factor(self._flat, *each)
+                for each in zip(self._starts[layer], self._pairs[layer], strict=True)
             )
             self._put(y, torch.bmm(own[:, None], A.mT), B)  # (B, 1, R)
 
-    def _stacked(self, flat: Tensor, first: int, like: Tensor) -> Tensor:
+    def _stack_factor(self, flat: Tensor, first: int, like: Tensor) -> Tensor:
         """A factor of each row's adapter, (B, R, D). first: its place in `flat`."""
         every = flat[:, first : first + like.numel()].view(-1, *like.shape)
         return every if self._of_row is None else every.index_select(0, self._of_row)

@@ -40,7 +40,7 @@ class DropoutArguments:
         threshold = min(round(p * STEPS), STEPS - 1)
         return cls(seed, threshold, 1.0 / (1.0 - threshold / STEPS), keys)
 
-    def kept(self, shape: torch.Size) -> Tensor:
+    def keep_mask(self, shape: torch.Size) -> Tensor:
         """The mask in torch: (..., D) bool, with a key for each row of `shape`, or for each (B, T) of (B, H, T, D)."""
         if shape not in self.memo:
             keys, rows = self.keys, shape[:-1].numel()
@@ -140,7 +140,7 @@ class Mask(Protocol):
     def of(self, x: Tensor) -> Tensor:
         """x with the dropped elements zero; any shape with as many elements."""
 
-    def scaled(self, x: Tensor) -> Tensor:
+    def mask_and_scale(self, x: Tensor) -> Tensor:
         """The same, times `scale`."""
 
 

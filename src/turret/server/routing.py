@@ -558,4 +558,4 @@ class _Shadow:
         task = self._shadows.routing.task(self._placement.experiment)
         if self._samples or len(both) < len(pairs) or task.request != self._kind:
             return None
-        return all(task.judged(shadow) == task.judged(answer) for shadow, answer in both)
+        return all(task.prediction_of(shadow) == task.prediction_of(answer) for shadow, answer in both)

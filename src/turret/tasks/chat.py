@@ -132,22 +132,22 @@ class Chat(TextAnswers):
 
     def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]:
         """The prompts: at most `max_tokens`. One that is too long loses its oldest turns. A text is one user turn."""
-        return [self._encoded(self._fitted(prompt)) for prompt in conversations(inputs, self.kind)]
+        return [self._encode_prompt(self._fit_prompt(prompt)) for prompt in conversations(inputs, self.kind)]
 
     def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
         """The prompts, with the positions of earlier answers, and the last answers."""
         encoded: list[tuple[Encoded, Encoded | None]] = []
         for example in examples:
             conversation = _conversation(example)
-            fitted = self._fitted(conversation.asked)
+            fitted = self._fit_prompt(conversation.asked)
             earlier = self._earlier(fitted) if self.loss_on == "assistant" and not fitted.cut else []
-            encoded.append((self._encoded(fitted, earlier), self._answer(fitted, conversation.turns[-1])))
+            encoded.append((self._encode_prompt(fitted, earlier), self._answer(fitted, conversation.turns[-1])))
         return encoded
 
     def _ids(self, tokens: Tokenized) -> list[int]:
         return [*self.template.before, *tokens.ids]
 
-    def _encoded(self, fitted: _Fitted, earlier: Sequence[int] = ()) -> Encoded:
+    def _encode_prompt(self, fitted: _Fitted, earlier: Sequence[int] = ()) -> Encoded:
         import torch
 
         return Encoded(
@@ -158,7 +158,7 @@ class Chat(TextAnswers):
             whole=fitted.whole,
         )
 
-    def _fitted(self, prompt: Prompt) -> _Fitted:
+    def _fit_prompt(self, prompt: Prompt) -> _Fitted:
         """The prompt without its oldest turns, if it is too long. The system turn and the last user turn stay."""
         lead = next((place for place, turn in enumerate(prompt.turns) if turn.role != "system"), len(prompt.turns))
         starts = [lead, *(place for place, turn in enumerate(prompt.turns) if turn.role == "user" and place > lead)]

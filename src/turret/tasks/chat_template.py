@@ -123,7 +123,7 @@ class ChatTemplate:
         asked = Turn("user", "a")
         start = self.render(Prompt((asked,)), answering=True).text
         text = self.render(Prompt((asked, _call(_PROBE))), answering=False).text
-        return CallFormat.found(text.removeprefix(start), _PROBE) if text.startswith(start) else CallFormat()
+        return CallFormat.of_text(text.removeprefix(start), _PROBE) if text.startswith(start) else CallFormat()
 
     def in_ids(self, text: str) -> list[str | int]:
         """A text with the ids of its added tokens, such as `<tool_call>`, in their places."""
@@ -241,7 +241,7 @@ class ChatTemplate:
         spans: list[Span] = []
         for text, first, last, literal in pieces:
             if text:
-                found, places = self._tokens.placed(text, literal=literal)
+                found, places = self._tokens.ids_with_offsets(text, literal=literal)
                 ids += found
                 spans += [(first, last)] * len(found) if literal else [(first + a, first + b) for a, b in places]
         return Tokenized(ids, spans)

@@ -94,9 +94,9 @@ class TextInputs:
             raise DataError(f"{given}, and this one is {self.kind}: give one text")
         return texts
 
-    def placed(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def ids_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The tokens of a whole text, and the characters of each, without `prefix_text`."""
-        return self._tokens.placed(text)
+        return self._tokens.ids_with_offsets(text)
 
     def row(self, ids: Sequence[int]) -> tuple[list[int], int]:
         """Tokens of a text with the special tokens and `prefix_text` around them, and the place of the first."""
@@ -171,7 +171,7 @@ class HeadAnswers(Protocol):
     inputs: TextInputs
 
     @classmethod
-    def printed(cls, spec: TaskSpec) -> str:
+    def print_line(cls, spec: TaskSpec) -> str:
         return "print(logits.tolist())"
 
     @classmethod
@@ -270,7 +270,7 @@ class HeadAnswers(Protocol):
 
     @classmethod
     @abstractmethod
-    def judged(cls, answer: Answer) -> Prediction: ...
+    def prediction_of(cls, answer: Answer) -> Prediction: ...
 
     @abstractmethod
     def score(self, given: Prediction, example: Example) -> float: ...
@@ -361,7 +361,7 @@ class Classify(HeadAnswers):
             cls.kind,
             {LABELLED: [(text, label) for text in TEXTS for label in LABELS]},
             TEXTS,
-            lambda row: Labelled(row.asked(), row.label("label", many=multi_label)),
+            lambda row: Labelled(row.asked_text(), row.label("label", many=multi_label)),
             classes=True,
             many=multi_label,
         )
@@ -391,9 +391,9 @@ class Classify(HeadAnswers):
         return names | ({"problem_type": "multi_label_classification"} if spec.get("multi_label") else {})
 
     @classmethod
-    def printed(cls, spec: TaskSpec) -> str:
+    def print_line(cls, spec: TaskSpec) -> str:
         if not spec.get("labels"):
-            return super().printed(spec)
+            return super().print_line(spec)
         if spec.get("multi_label"):
             return "print([label for label, chance in zip(labels, logits.sigmoid().tolist()) if chance >= 0.5])"
         return "print(labels[int(logits.argmax())], float(logits.softmax(-1).max()))"
@@ -465,7 +465,7 @@ class Classify(HeadAnswers):
             return None
         return torch.tensor([self.class_weights.get(label, 1.0) for label in self.labels], device=device)  # (C,)
 
-    def chosen(self, logits: Tensor) -> list[int]:
+    def chosen_classes(self, logits: Tensor) -> list[int]:
         """The number of the answered class of each row."""
         found: list[int] = logits.argmax(-1).tolist()
         return found
@@ -483,7 +483,7 @@ class Classify(HeadAnswers):
             given = (logits.float().sigmoid() >= THRESHOLD).long()  # (B, C)
             found = metrics.many_classes(given.tolist(), targets.long().tolist(), self.labels, loss)
         else:
-            found = metrics.one_class(self.chosen(logits), targets.tolist(), self.labels, loss)
+            found = metrics.one_class(self.chosen_classes(logits), targets.tolist(), self.labels, loss)
         return found | {"ece": self._sure(logits, targets).error}
 
     def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
@@ -496,7 +496,7 @@ class Classify(HeadAnswers):
             right = targets.flatten() > 0
             sure, raw = (each.flatten() for each in chances)
         else:
-            chosen = targets.new_tensor(self.chosen(logits))
+            chosen = targets.new_tensor(self.chosen_classes(logits))
             right = chosen == targets
             sure, raw = (each.gather(1, chosen[:, None].cpu())[:, 0] for each in chances)
         return Confidences(sure.tolist(), raw.tolist(), right.tolist(), self.calibration)
@@ -537,7 +537,7 @@ class Classify(HeadAnswers):
         rows = [dict(zip(self.labels, row, strict=True)) for row in self._probabilities(logits).tolist()]
         if self.multi_label:
             return [{"label": [k for k, p in row.items() if p >= THRESHOLD], "probabilities": row} for row in rows]
-        chosen = self.chosen(logits)
+        chosen = self.chosen_classes(logits)
         return [{"label": self.labels[i], "probabilities": row} for i, row in zip(chosen, rows, strict=True)]
 
     @classmethod
@@ -548,7 +548,7 @@ class Classify(HeadAnswers):
         return {"": Decision.among(spec["labels"])}
 
     @classmethod
-    def judged(cls, answer: Answer) -> Prediction:
+    def prediction_of(cls, answer: Answer) -> Prediction:
         label: Prediction = answer["label"]
         return label
 

@@ -156,7 +156,7 @@ class TextEmbedding(HeadAnswers):
         return HEADLESS
 
     @classmethod
-    def printed(cls, spec: TaskSpec) -> str:
+    def print_line(cls, spec: TaskSpec) -> str:
         pooled = {"mean": "states.mean(0)", "first": "states[0]", "last": "states[-1]"}[str(spec["pooling"])]
         dimensions = spec.get("dimensions")
         cut = f"[:{max(dimensions)}]" if dimensions else ""
@@ -227,7 +227,7 @@ class TextEmbedding(HeadAnswers):
 
         texts = len(logits) // max(1, len(examples))
         outputs = logits.view(len(examples), texts, -1).double()  # (B, K, D)
-        found = {d: self._judged(outputs, examples, d) for d in self.dimensions or (None,)}
+        found = {d: self._judge_outputs(outputs, examples, d) for d in self.dimensions or (None,)}
         metrics, answers = next(iter(found.values()))
         if len(found) > 1:
             metrics |= {f"main_score_{d}": each["main_score"] for d, (each, _) in found.items()}
@@ -243,7 +243,7 @@ class TextEmbedding(HeadAnswers):
         fewest = 3 if self.objective == "triplet" else 2
         return all(isinstance(example, Related) and len(_texts(example)) >= fewest for example in examples)
 
-    def _judged(
+    def _judge_outputs(
         self, outputs: Tensor, examples: Sequence[Example], dimensions: int | None
     ) -> tuple[dict[str, float], list[Answer]]:
         import torch.nn.functional as F
@@ -252,7 +252,8 @@ class TextEmbedding(HeadAnswers):
 
         unit = F.normalize(outputs[..., :dimensions], dim=-1)  # (B, K, d)
         exact = (unit[:, 0] * unit[:, 1]).sum(-1).tolist()
-        similar = [float(f"{each:.6g}") for each in exact]  # as `judged` gives them: equal texts have equal ranks
+        # As `prediction_of` gives them: equal texts have equal ranks.
+        similar = [float(f"{each:.6g}") for each in exact]
         if all(isinstance(example, Scored) for example in examples):
             true = [_score_of(example) for example in examples]
             spearman = metrics.pearson(metrics.ranks(similar), metrics.ranks(true))
@@ -290,7 +291,7 @@ class TextEmbedding(HeadAnswers):
         return answers
 
     @classmethod
-    def judged(cls, answer: Answer) -> Prediction:
+    def prediction_of(cls, answer: Answer) -> Prediction:
         if "embedding" in answer:
             return json.dumps(answer["embedding"])
         return str(answer.get("nearest") or f"{float(answer['value']):.6g}")
@@ -411,7 +412,7 @@ def triplet(vectors: Tensor, numbers: Tensor) -> Tensor:
 
 def _example(row: RowReader) -> Example:
     if row.has("label"):
-        text = row.asked()
+        text = row.asked_text()
         assert isinstance(text, TextPair)
         return Scored(text, row.number("label"))
     if row.has("text"):

@@ -81,11 +81,11 @@ class Preference(Chat):
         encoded: list[tuple[Encoded, Encoded | None]] = []
         for example in examples:
             assert isinstance(example, Preferred)
-            fitted = self._fitted(example.asked)
+            fitted = self._fit_prompt(example.asked)
             better, worse = (
                 self._answer(fitted, Turn("assistant", text)) for text in (example.chosen, example.rejected)
             )
-            source = self._encoded(fitted)
+            source = self._encode_prompt(fitted)
             if self.objective == "orpo":
                 source = dataclasses.replace(source, earlier=torch.arange(1, len(source.ids)))
             cut = better.cut or worse.cut
@@ -127,7 +127,7 @@ class Preference(Chat):
     def guessing_loss(self, examples: Sequence[Example]) -> float | None:
         return math.log(2) if self.objective == "dpo" else None
 
-    def compared(self, margins: Sequence[float], loss: float) -> tuple[Metrics, list[Answer]]:
+    def compare_margins(self, margins: Sequence[float], loss: float) -> tuple[Metrics, list[Answer]]:
         """The metrics of some margins, and an answer for each: the answer that is more likely."""
         right = sum(each > 0 for each in margins)
         count = max(1, len(margins))
@@ -144,7 +144,7 @@ class Preference(Chat):
         return sorted(found, key=lambda each: float(answers[each.row]["margin"]))
 
     @classmethod
-    def judged(cls, answer: Answer) -> Prediction:
+    def prediction_of(cls, answer: Answer) -> Prediction:
         return str(answer["label"] if "label" in answer else answer["text"])
 
     @classmethod

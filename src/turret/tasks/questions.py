@@ -93,7 +93,7 @@ class Questions(HeadAnswers):
     def schema(cls, *, multi_label: bool = False) -> Schema:
         names: dict[Roles, list[tuple[str, ...]]] = {PAIRED: pair_column_names(("label",))}
         names[LABELLED] = [(text, "label") for text in TEXTS]
-        example = lambda row: Labelled(row.asked(), row.answers("label"))
+        example = lambda row: Labelled(row.asked_text(), row.answers("label"))
         return Schema(cls.kind, names, TEXTS, example, classes=True, many=True, show=2, several=True)
 
     @classmethod
@@ -130,7 +130,7 @@ class Questions(HeadAnswers):
         return output_names(spec["labels"])
 
     @classmethod
-    def printed(cls, spec: TaskSpec) -> str:
+    def print_line(cls, spec: TaskSpec) -> str:
         ends = [(part.start, part.stop) for part in _parts(spec["labels"]).values()]
         return f"print([labels[start + int(logits[start:end].argmax())] for start, end in {ends}])"
 
@@ -206,7 +206,7 @@ class Questions(HeadAnswers):
         """
         from turret.tasks import metrics
 
-        losses, right = self._losses(self._tempered(logits), targets), targets.new_zeros(targets.shape)
+        losses, right = self._losses(self._tempered_logits(logits), targets), targets.new_zeros(targets.shape)
         sure = self._sure(logits, targets)
         by_question, classes = dict[str, dict[str, float]](), dict[str, Mapping[str, float]]()
         for place, (question, part) in enumerate(self.parts.items()):
@@ -226,7 +226,7 @@ class Questions(HeadAnswers):
             "per_class": classes,
         }
 
-    def _tempered(self, logits: Tensor) -> Tensor:
+    def _tempered_logits(self, logits: Tensor) -> Tensor:
         """The logits of each question divided by its temperature: (B, C) float64."""
         import torch
 
@@ -240,7 +240,7 @@ class Questions(HeadAnswers):
 
     def _sure(self, logits: Tensor, targets: Tensor) -> dict[str, Confidences]:
         """Of the texts that answer each question."""
-        found, tempered = dict[str, Confidences](), self._tempered(logits)
+        found, tempered = dict[str, Confidences](), self._tempered_logits(logits)
         for place, (question, part) in enumerate(self.parts.items()):
             there = targets[:, place] != NONE
             sure, chosen = tempered[there, part].softmax(-1).max(-1)
@@ -267,7 +267,7 @@ class Questions(HeadAnswers):
     def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         """`{"answers": {question: {"label", "probabilities"}}}` for each row. logits: (B, C)."""
         rows: list[Answer] = [{"answers": {}} for _ in range(len(logits))]
-        tempered = self._tempered(logits)
+        tempered = self._tempered_logits(logits)
         for question, part in self.parts.items():
             names = [label.removeprefix(answer_to(question, "")) for label in self.labels[part]]
             chances = tempered[:, part].softmax(-1)
@@ -279,7 +279,7 @@ class Questions(HeadAnswers):
         return rows
 
     @classmethod
-    def judged(cls, answer: Answer) -> Prediction:
+    def prediction_of(cls, answer: Answer) -> Prediction:
         """Each answer as `question: class`."""
         return [answer_to(question, each["label"]) for question, each in answer["answers"].items()]
 

@@ -53,7 +53,7 @@ class NumberAnswers(HeadAnswers):
         return [{"value": value} for value in self.values(logits)]
 
     @classmethod
-    def judged(cls, answer: Answer) -> Prediction:
+    def prediction_of(cls, answer: Answer) -> Prediction:
         return f"{float(answer['value']):.6g}"
 
     def numbers(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[float, float]]:
@@ -118,7 +118,7 @@ class Regression(NumberAnswers):
     def schema(cls, *, multi_label: bool = False) -> Schema:
         names: dict[Roles, list[tuple[str, ...]]] = {PAIRED: pair_column_names(VALUES)}
         names[LABELLED] = [(text, value) for text in TEXTS for value in VALUES]
-        return Schema(cls.kind, names, TEXTS, lambda row: Scored(row.asked(), row.number("label")), show=2)
+        return Schema(cls.kind, names, TEXTS, lambda row: Scored(row.asked_text(), row.number("label")), show=2)
 
     @classmethod
     def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
@@ -141,7 +141,7 @@ class Regression(NumberAnswers):
         return {"problem_type": "regression"} | output_names(["value"])
 
     @classmethod
-    def printed(cls, spec: TaskSpec) -> str:
+    def print_line(cls, spec: TaskSpec) -> str:
         return f"print(float(logits[0]) * {float(spec['deviation'])!r} + {float(spec['mean'])!r})"
 
     @property

@@ -75,7 +75,7 @@ class Rerank(NumberAnswers):
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
         names = [(query, passage, label) for query in QUERIES for passage in PASSAGES for label in RELEVANCE]
-        return Schema(cls.kind, {PAIRED: names}, (), lambda row: Scored(row.asked(), row.number("label")))
+        return Schema(cls.kind, {PAIRED: names}, (), lambda row: Scored(row.asked_text(), row.number("label")))
 
     @classmethod
     def make(cls, settings: TaskSettings, dataset: Dataset, tokenizer: Tokenizer, family_kind: FamilyKind) -> Self:
@@ -87,7 +87,7 @@ class Rerank(NumberAnswers):
         return output_names(["relevance"])
 
     @classmethod
-    def printed(cls, spec: TaskSpec) -> str:
+    def print_line(cls, spec: TaskSpec) -> str:
         return "print(float(logits[0].sigmoid()))"
 
     @property

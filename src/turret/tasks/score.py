@@ -58,7 +58,7 @@ class Score(Classify):
     def schema(cls, *, multi_label: bool = False) -> Schema:
         names: dict[Roles, list[tuple[str, ...]]] = {LABELLED: [(text, level) for text in TEXTS for level in GRADES]}
         names[PAIRED] = pair_column_names(GRADES)
-        example = lambda row: Labelled(row.asked(), row.label("label"))
+        example = lambda row: Labelled(row.asked_text(), row.label("label"))
         return Schema(cls.kind, names, TEXTS, example, classes=True, show=0)
 
     @classmethod
@@ -83,7 +83,7 @@ class Score(Classify):
         return output_names(names)
 
     @classmethod
-    def printed(cls, spec: TaskSpec) -> str:
+    def print_line(cls, spec: TaskSpec) -> str:
         return f"print({list(spec['labels'])!a}[int((logits.sigmoid().cummin(-1).values >= 0.5).sum())])"
 
     @classmethod
@@ -125,7 +125,7 @@ class Score(Classify):
         every = torch.cat([ends[0], above, ends[1]], dim=1)
         return (every[:, :-1] - every[:, 1:]).clamp(min=1e-6).log()
 
-    def chosen(self, logits: Tensor) -> list[int]:
+    def chosen_classes(self, logits: Tensor) -> list[int]:
         """The number of the median level of each row."""
         found: list[int] = (logits.float().sigmoid().cummin(-1).values >= 0.5).sum(-1).tolist()
         return found
@@ -134,7 +134,7 @@ class Score(Classify):
         """What a classifier has, and nearness, mae, quadratic_kappa and spearman of the numbers of the levels."""
         from turret.tasks import metrics
 
-        given, true, count = self.chosen(logits), targets.tolist(), len(self.labels)
+        given, true, count = self.chosen_classes(logits), targets.tolist(), len(self.labels)
         errors = metrics.numbers([float(each) for each in given], [float(each) for each in true])
         return {
             "nearness": 1 - errors["mae"] / (count - 1),

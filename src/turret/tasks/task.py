@@ -240,7 +240,7 @@ class Task(Protocol):
         """The task that `spec()` described."""
 
     @classmethod
-    def printed(cls, spec: TaskSpec) -> str:
+    def print_line(cls, spec: TaskSpec) -> str:
         """Python for a card: a line that prints the answer in `logits` (C,), with `labels` if there are any."""
 
     @classmethod
@@ -260,7 +260,7 @@ class Task(Protocol):
         """The head's keys in the configuration of a merged model, as transformers names them."""
 
     @classmethod
-    def judged(cls, answer: Answer) -> Prediction:
+    def prediction_of(cls, answer: Answer) -> Prediction:
         """The part of an answer that is scored: its label, its labels, its text or its number."""
 
     @classmethod
@@ -401,7 +401,7 @@ class ComparingTask(Task, Protocol):
     def margins(self, scores: Tensor, reference: Tensor | None, counts: Tensor) -> Tensor:
         """How much more likely the better answer is (B,)."""
 
-    def compared(self, margins: Sequence[float], loss: float) -> tuple[Metrics, list[Answer]]:
+    def compare_margins(self, margins: Sequence[float], loss: float) -> tuple[Metrics, list[Answer]]:
         """The metrics of some margins, and an answer for each."""
 
 
@@ -464,14 +464,14 @@ class Scoring(Protocol):
     metric_label: ClassVar[str]
 
     @classmethod
-    def judged(cls, answer: Answer) -> Prediction: ...
+    def prediction_of(cls, answer: Answer) -> Prediction: ...
 
     def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]: ...
 
 
 def by_score(task: Scoring, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
     """The answers with a score below 1, the lowest first: `worst` of a task that has no better order."""
-    found, every = [], [task.judged(answer) for answer in answers]
+    found, every = [], [task.prediction_of(answer) for answer in answers]
     both = zip(examples, every, task.scores(every, examples), strict=True)
     for row, (example, given, score) in enumerate(both):
         if score < 1:

@@ -64,7 +64,7 @@ class TextAnswers(Protocol):
     end: int
 
     @classmethod
-    def printed(cls, spec: TaskSpec) -> str:
+    def print_line(cls, spec: TaskSpec) -> str:
         return ""  # its card decodes tokens
 
     @classmethod
@@ -134,7 +134,7 @@ class TextAnswers(Protocol):
         return {}
 
     @classmethod
-    def judged(cls, answer: Answer) -> Prediction:
+    def prediction_of(cls, answer: Answer) -> Prediction:
         return str(answer["text"])
 
     @classmethod

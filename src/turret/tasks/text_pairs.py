@@ -33,7 +33,7 @@ class TextPairs(Classify):
             cls.kind,
             {PAIRED: pair_column_names(LABELS)},
             (),
-            lambda row: Labelled(row.asked(), row.label("label", many=multi_label)),
+            lambda row: Labelled(row.asked_text(), row.label("label", many=multi_label)),
             classes=True,
             many=multi_label,
         )

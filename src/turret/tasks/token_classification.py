@@ -119,7 +119,7 @@ class TokenClassification(HeadAnswers):
             cls.kind,
             {TAGGED: tokens, SPANNED: spans},
             TEXTS,
-            lambda row: Tagged(*row.tagged()),
+            lambda row: Tagged(*row.tagged_text()),
             classes=True,
             many=True,
             show=2,
@@ -149,7 +149,7 @@ class TokenClassification(HeadAnswers):
         return output_names(_tags_of(spec["labels"]))
 
     @classmethod
-    def printed(cls, spec: TaskSpec) -> str:
+    def print_line(cls, spec: TaskSpec) -> str:
         return "print(logits.argmax(-1).tolist())"
 
     @classmethod
@@ -185,7 +185,7 @@ class TokenClassification(HeadAnswers):
 
     def _reading(self, text: str) -> _Text:
         """The tokens and the words of a text, and its windows."""
-        ids, places = self.inputs.placed(text)
+        ids, places = self.inputs.ids_with_offsets(text)
         words = [match.span() for match in WORD.finditer(text)]
         ends = list(itertools.accumulate((end for _, end in places), max))  # of the tokens so far
         first = [min(bisect.bisect_right(ends, start), len(ids) - 1) for start, _ in words] if ids else []
@@ -379,7 +379,7 @@ class TokenClassification(HeadAnswers):
         return task
 
     @classmethod
-    def judged(cls, answer: Answer) -> Prediction:
+    def prediction_of(cls, answer: Answer) -> Prediction:
         """Every span in words, as `Tagged.output` writes it."""
         return [written_span(_span(each), each["text"]) for each in answer["spans"]]
 

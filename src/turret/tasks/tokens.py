@@ -203,7 +203,7 @@ class Tokens:
         ids = self.plain([text], most=room)[0][:room]
         return [*self.before, *ids, *self.after] or [self.filler]
 
-    def placed(self, text: str, *, literal: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+    def ids_with_offsets(self, text: str, *, literal: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids without special tokens, and the characters of each: first, one past the last.
 
         Args:

@@ -40,7 +40,7 @@ class CallFormat:
     key: Literal["arguments", "parameters"] = "arguments"
 
     @classmethod
-    def found(cls, text: str, name: str) -> Self:
+    def of_text(cls, text: str, name: str) -> Self:
         """The format of a text with one call of a tool of that name; the usual one if it has no such JSON."""
         for start, end, value in objects(text):
             if value.get("name") == name:

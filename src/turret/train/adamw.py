@@ -250,7 +250,7 @@ class AdamW:
         """One update; nothing is clipped. It overwrites the gradients, whose row is its scratch space."""
         self.steps += 1
         self._moments.step(self.weights, self.gradients, how, self.steps)
-        self._changed()
+        self._raise_version()
 
     def state(self) -> dict[str, Tensor]:
         """The rows that a checkpoint keeps. They are not copies."""
@@ -262,7 +262,7 @@ class AdamW:
         for name, row in self.state().items():
             row.copy_(state[name])
         self.steps = steps
-        self._changed()
+        self._raise_version()
 
     @torch.no_grad()
     def restart(self, weights: Tensor) -> None:
@@ -284,8 +284,8 @@ class AdamW:
     def set_weights(self, weights: Tensor) -> None:
         """Copy a row (N,) into the weights."""
         self.weights.copy_(weights)
-        self._changed()
+        self._raise_version()
 
-    def _changed(self) -> None:
+    def _raise_version(self) -> None:
         """Raise the parameters' version, for autograd and for caches: a change of their row does not."""
         torch.autograd.graph.increment_version(self._parameters)

@@ -191,7 +191,7 @@ class Asking:
                 return _generate_texts(self.model, self.task, sources, new_tokens)
         settings = self.task.generation
         answer = int(settings["max_new_tokens"]) if new_tokens is None else new_tokens
-        needed = int(settings["num_beams"]) * self._cached(max(map(len, sources), default=0), answer)
+        needed = int(settings["num_beams"]) * self._row_cache_tokens(max(map(len, sources), default=0), answer)
         options = SamplingParams(max_tokens=new_tokens, min_tokens=new_tokens)
         found = self._ask("generate", sources, [options] * len(sources), needed, bare)
         return [
@@ -255,11 +255,11 @@ class Asking:
         bare: bool,
     ) -> list[Answer]:
         """The answers, in order. The first error is raised, and cancels the other questions."""
-        engine = self._started(cache_tokens)
+        engine = self._start_engine(cache_tokens)
         named = None if kind == "embed" and bare else self._held[0 if bare else -1]
         return _answer_rows(engine, kind, [(source, named, own) for source, own in zip(sources, options, strict=True)])
 
-    def _started(self, cache_tokens: int) -> Engine:
+    def _start_engine(self, cache_tokens: int) -> Engine:
         """The engine, with a KV cache for at least so many tokens."""
         if self._engine is None or cache_tokens > self._cache_tokens:
             self.close()
@@ -276,7 +276,7 @@ class Asking:
             self._held = [self._engine.hold(each.method.kind, 1, each) for each in answering]
         return self._engine
 
-    def _cached(self, prompt: int, answer: int) -> int:
+    def _row_cache_tokens(self, prompt: int, answer: int) -> int:
         """The tokens of the KV cache that a row takes, as `Runner.needs` counts them."""
         every = () if self.adapter is None else (self.adapter, *self.adapter.others)
         tensors = [item for adapter in every for item in adapter.tensors.items()]
@@ -394,8 +394,8 @@ def _why_plain(base: Base, adapter: Adapter | None, generates: bool) -> str | No
     except BaseModelError as error:
         return str(error)
     for each in () if adapter is None else (adapter, *adapter.others):
-        reason = each.method.unanswered(base.family, generates)
-        if (reason := reason or tuner_of(each.method).unserved(base.model, each)) is not None:
+        reason = each.method.why_unanswered(base.family, generates)
+        if (reason := reason or tuner_of(each.method).why_unserved(base.model, each)) is not None:
             return reason
     return None
 

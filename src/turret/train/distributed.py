@@ -76,7 +76,7 @@ class Processes:
     def sum(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over all processes, bit-equal in all of them."""
         if self.size > 1:
-            with self._connected():
+            with self._explain_lost():
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
@@ -85,7 +85,7 @@ class Processes:
         if self.size == 1:
             return flags
         raised = torch.tensor(flags, dtype=torch.int32)
-        with self._connected():
+        with self._explain_lost():
             dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.group)
         return tuple(bool(each) for each in raised)
 
@@ -94,7 +94,7 @@ class Processes:
         if self.size == 1:
             return [value]
         values = [value] * self.size
-        with self._connected():
+        with self._explain_lost():
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -102,7 +102,7 @@ class Processes:
         """The main process's result of `make`, in all processes. The others wait for it."""
         results: list[tuple[T, ...]] = [(make(),) if self.main else ()]
         if self.size > 1:
-            with self._connected():
+            with self._explain_lost():
                 dist.broadcast_object_list(results, src=0, group=self.group)
         (result,) = results[0]
         return result
@@ -119,7 +119,7 @@ class Processes:
     def take_from_main(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor with the main process's."""
         if self.size > 1:
-            with self._connected():
+            with self._explain_lost():
                 dist.broadcast(tensor, src=0)
         return tensor
 
@@ -144,17 +144,17 @@ class Processes:
             yield
         except RuntimeError as error:
             if self.size > 1 and (isinstance(error, dist.DistError) or any(each in str(error) for each in BACKENDS)):
-                raise self._lost(error) from error
+                raise self._lost_error(error) from error
             raise
 
     @contextmanager
-    def _connected(self) -> Iterator[None]:
+    def _explain_lost(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self._lost_error(error) from error
 
-    def _lost(self, error: RuntimeError) -> TrainingError:
+    def _lost_error(self, error: RuntimeError) -> TrainingError:
         return TrainingError(
             f"process {self.rank} of {self.size} lost the others: one of them ended or hangs "
             f"({one_line(str(error), 120)}); start the same command again to resume"

@@ -126,7 +126,7 @@ def _preferences(
         for place, margin in zip(piece, each, strict=True):
             margins[place] = margin
         between_passes()
-    return task.compared(margins, total / len(items))
+    return task.compare_margins(margins, total / len(items))
 
 
 def _target_loss(model: Model, task: Task, items: EncodedRows, most_tokens: int) -> float:

@@ -93,11 +93,11 @@ class HeadStart:
         say("computing the linear solution that the head starts with")
         some = self.items.take(spread_indices(len(self.items), MOST_EXAMPLES))
         targets = self.task.targets([item.example for item in some])
-        _, loss = self.tried(self.features(some), targets)
+        _, loss = self.choose_penalty(self.features(some), targets)
         said: dict[str, float] = {}
         if self._may_learn:
             mean = self.features(some, mean=True)
-            _, loss_of_mean = self.tried(mean, targets)
+            _, loss_of_mean = self.choose_penalty(mean, targets)
             if loss_of_mean < (1 - BETTER) * loss:
                 taught = min(2 * steps, STEPS)
                 self._learn(slot, mean, some, lr, taught, say)
@@ -108,7 +108,7 @@ class HeadStart:
         read = self.features(some, dropout=Draws(slot.seed, 0))
         if not bool(torch.isfinite(read).all()):
             raise LossNotFinite("what the head reads became infinite")
-        penalty, _ = self.tried(read, targets)
+        penalty, _ = self.choose_penalty(read, targets)
         self.set(solve(read, targets, self.task.loss, penalty, len(self.layer.weight)))
         slot.restart(slot.optimiser.weights.clone())
         return {"penalty": penalty, **said}
@@ -141,7 +141,7 @@ class HeadStart:
         """Whether the adapter can learn to give the head the mean instead of the first token."""
         return self.base.family.pooling(self.base.model.config) == "first" and not self.recipe.method.head_alone
 
-    def tried(self, features: Tensor, targets: Tensor) -> tuple[float, float]:
+    def choose_penalty(self, features: Tensor, targets: Tensor) -> tuple[float, float]:
         """The penalty that cross-validation chooses, and its mean loss on held-out examples."""
         some = torch.tensor(spread_indices(len(features), MOST_TRIED))
         return cross_validated(features[some], targets[some], self.task.loss, len(self.layer.weight))

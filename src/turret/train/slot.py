@@ -235,9 +235,9 @@ class TrainingSlot:
         self._engine = engine
         self._copies: list[Named] = []  # the one that answers, unless it is stale
         most = most_tokens or pass_tokens(Train(), base.model.config)
-        self._local = self._run(lambda: self._begun(chosen, outputs, seed, most))
+        self._local = self._run(lambda: self._begin_slot(chosen, outputs, seed, most))
 
-    def _begun(self, method: Method, num_labels: int | None, seed: int, most_tokens: int) -> LocalSlot:
+    def _begin_slot(self, method: Method, num_labels: int | None, seed: int, most_tokens: int) -> LocalSlot:
         base = share(self._engine.base, num_labels=num_labels, seed=seed, headless=self._headless)
         head = fresh_modules(base) if num_labels else ()
         adapters.attach(base.model, method, generator=torch.Generator().manual_seed(seed), head=head)

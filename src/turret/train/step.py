@@ -61,7 +61,7 @@ class LossScale:
         self.value, self.good = self.value * BACKOFF, 0
         return self.value >= SMALLEST
 
-    def passed(self) -> None:
+    def count_passed_step(self) -> None:
         """After a step without an overflow."""
         self.good += 1
         if self.good == PATIENCE:
@@ -114,7 +114,7 @@ def train_step(
             if scale is None or not math.isfinite(value) or not scale.lower():
                 raise
     if scale is not None:
-        scale.passed()
+        scale.count_passed_step()
     return value, norm
 
 

@@ -94,7 +94,7 @@ class Mounted:
     notes: tuple[str, ...] = ()  # of the base that was loaded
     promise: Promise | None = None  # of the version
 
-    def decided(self, answer: Answer) -> Answer:
+    def with_abstain(self, answer: Answer) -> Answer:
         """The answer, with `abstain` if the version has a promise."""
         if self.promise is None:
             return answer
@@ -204,7 +204,7 @@ def answers(
         coverage: also give sets of labels; only for a version that `require_coverage` accepts.
     """
     found = ready.asking.answers(texts, bare=bare, coverage=coverage)
-    return found if bare else [ready.decided(each) for each in found]
+    return found if bare else [ready.with_abstain(each) for each in found]
 
 
 def _where(ready: Mounted) -> str:

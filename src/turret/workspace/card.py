@@ -297,7 +297,7 @@ def _classify(task: TaskSpec) -> Iterator[str]:
     yield "with torch.no_grad():"
     headless = stored_task(task).peft_type(encoder_decoder=False) == HEADLESS
     yield f"    {'states = model(**inputs).last_hidden_state[0]' if headless else 'logits = model(**inputs).logits[0]'}"
-    yield stored_task(task).printed(task)
+    yield stored_task(task).print_line(task)
 
 
 def _decoder(task: TaskSpec, token_by_token: bool) -> Iterator[str]:

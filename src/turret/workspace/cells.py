@@ -443,7 +443,7 @@ class CellRunner:
             "key": cell.key,
             "comparison": f"{self.folder.parent.name}/{self.folder.name}",
             "alone": not self._shares(cell),
-            "needs": self._needed(cell),
+            "needs": self._needed_bytes(cell),
             "source": source,
         }
         return NewCell(cell.key, cell.recipe.name, cell.recipe.to_toml(), spec)
@@ -463,7 +463,7 @@ class CellRunner:
         """Whether a cell runs in the process that loads its base once for all such cells."""
         return cell.seed != self.timed and why_alone(cell.recipe) is None
 
-    def _needed(self, cell: Cell) -> int | None:
+    def _needed_bytes(self, cell: Cell) -> int | None:
         """The bytes that a process of its own needed for such a cell. None: unknown, or on a GPU."""
         done = self.results.values()
         alike = [each.memory for each in done if each.spec == cell.candidate.spec and each.memory and not each.resident]

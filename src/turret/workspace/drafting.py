@@ -208,7 +208,7 @@ def _draft_recipe(opened: _Opened) -> tuple[Draft, Profile]:
     text.table("train", _asked_settings(given, settings, "train"))
     text.option("epochs", 3, False, "default: by the number of examples")
     notes = [*table.notes, *table.left_out_notes(), *_notes(seen)]
-    return Draft(recipe.name, text.joined(), notes), seen
+    return Draft(recipe.name, text.join_lines(), notes), seen
 
 
 def _asked_settings(given: Mapping[str, Plain], settings: Mapping[str, str], table: str) -> Mapping[str, Plain]:
@@ -300,7 +300,7 @@ class _Lines:
         if key not in self._asked:
             self._lines.append(f"{'' if on else '# '}{key} = {toml_text(value)}  # {comment}")
 
-    def joined(self) -> str:
+    def join_lines(self) -> str:
         self._finish()
         return "\n".join(self._lines) + "\n"
 
@@ -360,7 +360,7 @@ def _notes(seen: Profile) -> list[str]:
     told = "" if seen.kappa is None else f", which the text tells {_kappa_words(seen.kappa)}"
     notes = [f"{seen.kind}, {how}: {roles}{told}"]
     if seen.candidates:
-        others = ", ".join(each.described() for each in seen.candidates[:3])
+        others = ", ".join(each.describe_classes() for each in seen.candidates[:3])
         notes.append(f"other columns that may be the label: {others}; data.label (--label) names one")
     if doubts := cells.doubts(seen.classes):
         notes.append(f"classes in doubt: {'; '.join(doubts[:4])}; data.rename in the recipe says what is meant")

@@ -270,7 +270,7 @@ def _judge_question(store: Store, each: PanelQuestion, read: PanelData, asked: _
 def _confusion(task: Task, answers: Sequence[Answer], right: Sequence[Sequence[str]]) -> Confusions:
     from turret.tasks import metrics
 
-    given = [str(task.judged(answer)) for answer in answers]
+    given = [str(task.prediction_of(answer)) for answer in answers]
     counts = metrics.confusion(given, [labels[0] for labels in right], task.labels)
     return Confusions(task.labels, tuple(map(tuple, counts)))
 
@@ -367,7 +367,7 @@ def _asked_texts(examples: Sequence[Example], before: Sequence[Input]) -> list[I
 def _scores(ready: answering.Mounted, examples: Sequence[Example]) -> list[float]:
     """How well a version answers each example."""
     _, answers = ready.asking.evaluate(examples)
-    return ready.task.scores([ready.task.judged(each) for each in answers], examples)
+    return ready.task.scores([ready.task.prediction_of(each) for each in answers], examples)
 
 
 def _golden(store: Store, name: str) -> tuple[list[Input], list[Judge]]:

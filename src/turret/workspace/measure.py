@@ -150,7 +150,7 @@ def linear(ready: PreparedTraining, say: Say) -> JsonObject:
 
     found = logits(test)
     metrics, answers = task.judge(found, test)
-    result = _score_predictions(task, test, [task.judged(each) for each in answers], metrics)
+    result = _score_predictions(task, test, [task.prediction_of(each) for each in answers], metrics)
     count = (known.shape[1] + 1) * len(task.labels)
     return (
         of_no_version(ready)
@@ -297,7 +297,7 @@ def words(ready: PreparedTraining, say: Say) -> JsonObject:
         latency = _time_answers(test[:TIMED_TEXTS], lambda example: logits([example]))
     return (
         of_no_version(ready)
-        | _score_predictions(task, test, [task.judged(each) for each in answers], metrics)
+        | _score_predictions(task, test, [task.prediction_of(each) for each in answers], metrics)
         | {
             "latency": latency,
             "said": "base answers with the label whose words the bare base makes most probable, "
@@ -341,7 +341,7 @@ def measure_answers(
     metrics, answers = ready.asking.evaluate(examples, bare=bare)
     say("timing single answers")
     return {
-        **_score_predictions(task, examples, [task.judged(each) for each in answers], metrics),
+        **_score_predictions(task, examples, [task.prediction_of(each) for each in answers], metrics),
         "latency": _latency(ready, [each.asked for each in examples], bare),
         "forgetting": _forgetting(ready),
     }

@@ -57,7 +57,7 @@ def merge(store: Store, references: Sequence[str], name: str, request: MergeRequ
         require_base(adapter, base.fingerprint)
     say(f"merging by {request.how}")
     numbers = tuner_of(first.method)
-    method, tensors = numbers.combined(base.model, adapters, weights, request.how, request.density, SEED)
+    method, tensors = numbers.combine_adapters(base.model, adapters, weights, request.how, request.density, SEED)
     head = _mean([adapter.head for adapter in adapters], weights)
     lineage = {
         "parents": [version.digest for version in versions],

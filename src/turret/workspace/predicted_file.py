@@ -110,12 +110,12 @@ def _answer_rows(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -
             yield {"flags": [BLANK]}
             continue
         answer, cut = by_row[place]
-        person = {} if ready.promise is None or not ready.decided(answer)["abstain"] else {PERSON: "yes"}
+        person = {} if ready.promise is None or not ready.with_abstain(answer)["abstain"] else {PERSON: "yes"}
         yield _values(ready.task, answer, request.top) | {"flags": [CUT] if cut else []} | person
 
 
 def _values(task: Task, answer: Answer, top: int) -> JsonObject:
-    given = task.judged(answer)
+    given = task.prediction_of(answer)
     whole = next((answer[key] for key in ("value", "embedding") if key in answer), given)
     values: JsonObject = {"predicted": whole, "finish_reason": answer.get("finish_reason")}
     values["label_set"] = answer.get("label_set")
@@ -307,7 +307,7 @@ def _least_sure(ready: Mounted, rows: Rows, most: int, say: Say) -> tuple[list[C
             if len(kept) == most and kept[0][:2] > (-margin, -number):
                 continue
             (read,) = task.encode_sources([asked])
-            entry = (-margin, -number, Candidate(number, read.ids, task.judged(answer), margin, confidence))
+            entry = (-margin, -number, Candidate(number, read.ids, task.prediction_of(answer), margin, confidence))
             heapq.heappush(kept, entry) if len(kept) < most else heapq.heapreplace(kept, entry)
     return [each for _, _, each in sorted(kept, reverse=True)], counts
 

@@ -152,7 +152,7 @@ class Previews:
             tenant = store.access.tenant
             data = self._readers.read_sent(tenant, recipe, Path(folder))
             asked: PlanQuestion = {"tenant": tenant, "recipe": recipe.to_toml(), "data": str(data), "study": study}
-            found = self._asked(asked, "plan")
+            found = self._ask_planner(asked, "plan")
         return found["planned"] if study is not None else {**found["planned"], "toml": found["toml"]}
 
     def promise(
@@ -182,9 +182,9 @@ class Previews:
                 "folder": folder,
                 "table": name,
             }
-            self._asked(asked, "promise")
+            self._ask_planner(asked, "promise")
 
-    def _asked(self, asked: PlanQuestion | PromiseQuestion, what: str) -> PlannerReply:
+    def _ask_planner(self, asked: PlanQuestion | PromiseQuestion, what: str) -> PlannerReply:
         try:
             found = self._planner.ask(asked)
         except EngineError as error:

@@ -115,7 +115,9 @@ class _Replayer:
             self._say(f"asking {len(golden_set.examples)} golden examples ({name_of(digest)})")
             answers = self._ask(str(self._version), [example.text for example in golden_set.examples])
             task = stored_task(self._version.task)
-            self._store.keep_replay(self._version, judge_answers(digest, golden_set, list(map(task.judged, answers))))
+            self._store.keep_replay(
+                self._version, judge_answers(digest, golden_set, list(map(task.prediction_of, answers)))
+            )
 
     def measure_forgetting(self, gates: Sequence[Gate], alias: str) -> None:
         """Measure what the gates ask for, unless it is stored and covers the present tasks of the store.

@@ -35,7 +35,7 @@ PANEL = Schema(  # a text, and an answer in each of several columns
     "panel",
     {LABELLED: [(text, "label") for text in TEXTS]},
     TEXTS,
-    lambda row: Labelled(row.asked(), row.answers("label")),
+    lambda row: Labelled(row.asked_text(), row.answers("label")),
     classes=True,
     many=True,
     several=True,

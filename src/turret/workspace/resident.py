@@ -392,7 +392,7 @@ class OwnProcess:
     def let_go(self, wanted: Collection[str]) -> None:
         """Free the bases whose name is not among those that are wanted."""
 
-    def admitted(self, plan: Callable[[], Planned]) -> Planned:
+    def admit_plan(self, plan: Callable[[], Planned]) -> Planned:
         """The plan of a training that is about to begin."""
         return plan()
 
@@ -647,7 +647,7 @@ class Seat(OwnProcess):
         finally:
             self.waits = False
 
-    def admitted(self, plan: Callable[[], Planned]) -> Planned:
+    def admit_plan(self, plan: Callable[[], Planned]) -> Planned:
         """The plan, once it fits beside the others, or once no other training runs."""
         planned = plan()
         needed = 0 if planned.plan.memory is None else planned.plan.memory.above_base

@@ -77,7 +77,7 @@ class Trainer:
         taken = Job.of(asked["start"])
         self._queued = asked["queued"]
         run = _Run(taken, self._stopping)
-        run.seat = Seat(self._bases, self._room, self._wanted, run.asked)
+        run.seat = Seat(self._bases, self._room, self._wanted_bases, run.asked)
         with self._changed:
             self._runs[taken.id] = run
         threading.Thread(target=self._carry_out, args=[run], name=f"turret {taken.id}", daemon=True).start()
@@ -128,7 +128,7 @@ class Trainer:
         print_to_parent({"run": taken.id, "status": ended.status, "text": ended.text})
         process.release()
 
-    def _wanted(self) -> Collection[str]:
+    def _wanted_bases(self) -> Collection[str]:
         with self._changed:
             return {*self._queued, *(each.seat.base for each in self._runs.values())}
 

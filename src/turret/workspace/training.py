@@ -477,7 +477,7 @@ def train(
         ready = here.main_first(lambda: prepare(store, recipe, callbacks, dataset, own, place))
         gather_parts(ready)
         if place.stays:
-            planned = place.admitted(lambda: _plan(ready, callbacks, measured=False))
+            planned = place.admit_plan(lambda: _plan(ready, callbacks, measured=False))
         elif own is None:
             ready, planned = _plan_training(store, ready, callbacks)
             planned = _with_rate(ready, planned, callbacks)
@@ -623,7 +623,7 @@ class _Run:
             self.store.training_runs().start_over(self.run)
             fitted = self._fit(ready)
         try:
-            found = self._computed(
+            found = self._run_work(
                 lambda: measure_adapter(ready, fitted, self.callbacks.stage, beside_base=beside_base)
             )
             ready, fitted = found.ready, found.fitted
@@ -667,13 +667,13 @@ class _Run:
             if found.answered and self.run.comparison is None:  # a comparison has a report of its own
                 with _disk_errors(self.run):
                     self.store.training_runs().write_report(self.run, _report(found).to_json())
-            with self._proved(found) as bundle:
+            with self._prove_bundle(found) as bundle:
                 keeper.end_turns()  # curve and checkpoint are in the store before the run ends
-                return self._stored(found, bundle, result)
+                return self._store_version(found, bundle, result)
         finally:
             adapters.detach(ready.base.model)
 
-    def _computed(self, work: Callable[[], T]) -> T:
+    def _run_work(self, work: Callable[[], T]) -> T:
         return self.place.run(work, self.store.access.tenant)
 
     def _fit(self, ready: PreparedTraining) -> Fitted:
@@ -697,7 +697,7 @@ class _Run:
         told = False
         while True:
             try:
-                record = self._computed(lambda: next(steps))
+                record = self._run_work(lambda: next(steps))
             except StopIteration as end:
                 fitted: Fitted = end.value
                 return fitted
@@ -726,7 +726,7 @@ class _Run:
         return [f"the training loss still fell at the last step, so longer training would help: set {longer}"]
 
     @contextmanager
-    def _proved(self, found: Measured) -> Iterator[Path]:
+    def _prove_bundle(self, found: Measured) -> Iterator[Path]:
         """Write the bundle and prove it, in a fresh process or on the resident base. It is removed after the block."""
         ready, fitted, run, stage = found.ready, found.fitted, self.run, self.callbacks.stage
         with _disk_errors(run), tempfile.TemporaryDirectory(prefix="bundle-", dir=run.folder) as folder:
@@ -734,7 +734,7 @@ class _Run:
             bundles.save_bundle(fitted.adapter, bundle)
             if self.place.stays:
                 stage("proving the bundle on the resident base")
-                self._computed(lambda: _prove_here(ready, bundle, found.probe, self.place))
+                self._run_work(lambda: _prove_here(ready, bundle, found.probe, self.place))
             else:
                 stage("proving the bundle in a fresh process")
                 where = proof_device(ready).device
@@ -744,7 +744,7 @@ class _Run:
             stage("storing" if fitted.flat_loss is None else f"storing, with a warning: {fitted.flat_loss}")
             yield bundle
 
-    def _stored(self, found: Measured, bundle: Path, result: Callable[[Version], RunResult]) -> RunResult:
+    def _store_version(self, found: Measured, bundle: Path, result: Callable[[Version], RunResult]) -> RunResult:
         """Store the version and finish the run, in one transaction."""
         run, made = self.run, list[RunResult]()
 

@@ -33,13 +33,13 @@ class FullTuner(Tuner[Full]):
     def fill(self, model: Model, attached: HookedModel, adapter: Adapter, generator: torch.Generator | None) -> None:
         fill_parameters(attached.full, {**adapter.tensors, **adapter.head})
 
-    def stored(self, adapter: Adapter) -> dict[str, Tensor]:
+    def stored_tensors(self, adapter: Adapter) -> dict[str, Tensor]:
         return {**adapter.tensors, **adapter.head}
 
     def read(self, tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return tensors, {}
 
-    def merged(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
+    def merged_weights(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
         return adapter.tensors
 
     def parts(self, model: Model, adapter: Adapter) -> Parts:

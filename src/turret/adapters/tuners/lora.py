@@ -140,7 +140,7 @@ class LoRATuner(Tuner[LoRA]):
         tensors: dict[str, Tensor] = {}
         for path, layer in attached.linears.items():
             if (factors := layer.factors(slot)) is not None:
-                A, B = factors.folded()
+                A, B = factors.folded_factors()
                 tensors |= {f"{LORA_PREFIX}{path}.lora_A.weight": A, f"{LORA_PREFIX}{path}.lora_B.weight": B}
         return tensors
 
@@ -195,7 +195,7 @@ class LoRATuner(Tuner[LoRA]):
         ratio = self.method.lora_plus_ratio
         return {} if ratio is None else {name: ratio for name in names if name.endswith(".lora_B")}
 
-    def combined(
+    def combine_adapters(
         self, model: Model, given: Sequence[Adapter], weights: Sequence[float], how: str, density: float, seed: int
     ) -> tuple[LoRA, dict[str, Tensor]]:
         parts = [tuner_of(adapter.method).parts(model, adapter) for adapter in given]

@@ -267,13 +267,13 @@ class PeftTuner(Tuner[Peft]):
         refuse_code(config)
         check_agreement(config, self.peft_words())
 
-    def merged(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
+    def merged_weights(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
         """The weights that differ after PEFT's own merge, which runs on a copy of the model.
 
         PEFT's merge leaves out what is trained whole, so such an adapter is merged by its parts.
         """
         if self._beside(adapter.tensors):
-            return super().merged(model, adapter)
+            return super().merged_weights(model, adapter)
         twin = copy.deepcopy(model)
         guest = peft_backend.invite(twin, family_of(twin.config), self.method)
         peft_backend.fill(guest, adapter.tensors)
@@ -291,13 +291,13 @@ class PeftTuner(Tuner[Peft]):
         if kind in METHODS:
             return parts_of(kind, peft_backend.config_settings(peft_backend.config_of(method)), adapter.tensors, model)
         family = family_of(model.config)
-        if (reason := method.unanswered(family, hasattr(model, family.output_layer))) is not None:
+        if (reason := method.why_unanswered(family, hasattr(model, family.output_layer))) is not None:
             raise AdapterError(reason)
         if kind in PROMPTS:
             return Parts(prefix=_prefix(model, adapter.tensors))
         return Parts(layers=peft_backend.changes(method, adapter.tensors, _changed_layers(model, adapter.tensors)))
 
-    def unserved(self, model: Model, adapter: Adapter) -> str | None:
+    def why_unserved(self, model: Model, adapter: Adapter) -> str | None:
         if self.method.peft_type not in WRAPPED:
             return None
         try:

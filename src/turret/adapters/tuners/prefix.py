@@ -41,7 +41,7 @@ class PrefixTuner(Tuner[Prefix]):
     def tensors(self, attached: HookedModel, slot: int) -> dict[str, Tensor]:
         groups = _groups(attached, slot)
         names = prompt_names(list(groups))
-        return {names[name]: group.folded() for name, group in groups.items()}
+        return {names[name]: group.folded_keys_values() for name, group in groups.items()}
 
     def fill(self, model: Model, attached: HookedModel, adapter: Adapter, generator: torch.Generator | None) -> None:
         """Start a new prefix from the stored keys and values. Its MLP, if it has one, is drawn by `generator`."""
@@ -54,8 +54,8 @@ class PrefixTuner(Tuner[Prefix]):
     def owns(self, name: str) -> bool:
         return name in PROMPT.values()
 
-    def stored(self, adapter: Adapter) -> dict[str, Tensor]:
-        return super().stored(adapter) | {name: to_peft(each) for name, each in adapter.tensors.items()}
+    def stored_tensors(self, adapter: Adapter) -> dict[str, Tensor]:
+        return super().stored_tensors(adapter) | {name: to_peft(each) for name, each in adapter.tensors.items()}
 
     def read(self, tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         own, head = super().read(tensors, config)

@@ -82,12 +82,12 @@ class Tuner(Generic[M]):
         """Whether a tensor of a file belongs to the method, not to the head."""
         return False
 
-    def stored(self, adapter: Adapter) -> dict[str, Tensor]:
+    def stored_tensors(self, adapter: Adapter) -> dict[str, Tensor]:
         """The tensors of a bundle by their names in the file."""
         return {**adapter.tensors, **{f"{LORA_PREFIX}{name}": value for name, value in adapter.head.items()}}
 
     def read(self, tensors: dict[str, Tensor], config: AdapterConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The inverse of `stored`: (the method's tensors, the head's by their names in the model)."""
+        """The inverse of `stored_tensors`: (the method's tensors, the head's by their names in the model)."""
         own: dict[str, Tensor] = {}
         head: dict[str, Tensor] = {}
         for name, value in tensors.items():
@@ -121,7 +121,7 @@ class Tuner(Generic[M]):
         """Factors on the learning rate, by name of the trained parameter; 1 for those that are not named."""
         return {}
 
-    def combined(
+    def combine_adapters(
         self, model: Model, given: Sequence[Adapter], weights: Sequence[float], how: str, density: float, seed: int
     ) -> tuple[Method, dict[str, Tensor]]:
         """Merge several adapters into one.
@@ -141,7 +141,7 @@ class Tuner(Generic[M]):
     def require_mergeable(self) -> None:
         """Raises AdapterError if the method is not a change of weights."""
 
-    def merged(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
+    def merged_weights(self, model: Model, adapter: Adapter) -> dict[str, Tensor]:
         """The weights that the adapter changes, merged, by their names in a model with nothing attached."""
         shared, parts = shared_names(model), self.parts(model, adapter)
         merged = {}
@@ -154,7 +154,9 @@ class Tuner(Generic[M]):
             merged[f"{path}.weight"] = merged_weight(layer.weight, A, B, parts.scaling, transposed=transposed)
         for path, scaled in parts.layers.items():
             assert isinstance(scaled, ScaledLayer)  # PEFT merges its own modules
-            merged |= {f"{path}.{name}": value for name, value in scaled.merged(model.get_submodule(path)).items()}
+            merged |= {
+                f"{path}.{name}": value for name, value in scaled.merged_parameters(model.get_submodule(path)).items()
+            }
         for path, module in parts.whole.items():
             base = model.get_submodule(path)
             own = merged_values(module, base.get_parameter("weight"))
@@ -177,7 +179,7 @@ class Tuner(Generic[M]):
             raise AdapterError(f"the method {self.method.kind} has no tensors besides the head, given {names}")
         return Parts()
 
-    def unserved(self, model: Model, adapter: Adapter) -> str | None:
+    def why_unserved(self, model: Model, adapter: Adapter) -> str | None:
         """Why an engine cannot take the adapter, if only its tensors show that; None if it can. model: the base."""
         return None
 

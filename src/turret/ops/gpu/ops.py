@@ -69,14 +69,16 @@ class RowEdges(NamedTuple):
         edges: RowEdges = rows.memo[key]
         return edges
 
-    def packed(self, keys: Tensor, prefixes: Sequence[Tensor]) -> Tensor:
+    def pack_keys(self, keys: Tensor, prefixes: Sequence[Tensor]) -> Tensor:
         """Every row's prefix before its own keys. keys: (M, H_kv, D); prefixes: (H_kv, P, D) each."""
         if self.order is None:
             return keys.contiguous()
         every = [*(each.to(keys.dtype).transpose(0, 1) for each in prefixes), keys]
         return torch.cat(every).index_select(0, self.order)
 
-    def unpacked(self, gradient: Tensor, keys: Tensor, prefixes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def unpack_gradient(
+        self, gradient: Tensor, keys: Tensor, prefixes: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
         """The gradients of the keys, and of each prefix, which several rows may share."""
         if self.order is None:
             return gradient, []
@@ -214,7 +216,7 @@ class GpuOps(Ops):
         if q.is_meta:  # a plan
             return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
         edges = RowEdges.of(rows, prefixes, q.device)
-        keys, values = (edges.packed(each, own) for each, own in zip((k, v), _sides(prefixes), strict=True))
+        keys, values = (edges.pack_keys(each, own) for each, own in zip((k, v), _sides(prefixes), strict=True))
         y, log_sum, *_ = torch.ops.aten._flash_attention_forward(
             q.contiguous(), keys, values, *edges.sizes, 0.0, rows.causal, False, scale=rows.scaling, **_window(rows)
         )
@@ -233,14 +235,14 @@ class GpuOps(Ops):
         dy: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         edges, sides = RowEdges.of(rows, prefixes, q.device), _sides(prefixes)
-        keys, values = (edges.packed(each, own) for each, own in zip((k, v), sides, strict=True))
+        keys, values = (edges.pack_keys(each, own) for each, own in zip((k, v), sides, strict=True))
         none = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # of dropout
         settings = (0.0, rows.causal, *none)
         dq, dkeys, dvalues = torch.ops.aten._flash_attention_backward(
             dy, q.contiguous(), keys, values, y, log_sum, *edges.sizes, *settings, scale=rows.scaling, **_window(rows)
         )
-        dk, of_keys = edges.unpacked(dkeys, k, sides[0])
-        dv, of_values = edges.unpacked(dvalues, v, sides[1])
+        dk, of_keys = edges.unpack_gradient(dkeys, k, sides[0])
+        dv, of_values = edges.unpack_gradient(dvalues, v, sides[1])
         return dq, dk, dv, [each for pair in zip(of_keys, of_values, strict=True) for each in pair]
 
 
