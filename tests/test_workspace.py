@@ -61,7 +61,7 @@ class Trained:
     stages: list[str]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Trained:
     folder = tmp_path_factory.mktemp("workspace")
     base = small_models.save_base("bert", folder / "bert")

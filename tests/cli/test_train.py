@@ -43,7 +43,7 @@ class Typed:
         return ["--store", str(self.folder / "store")]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def typed(tmp_path_factory) -> Typed:
     folder = tmp_path_factory.mktemp("cli")
     small_models.save_base("bert", folder / "bert")

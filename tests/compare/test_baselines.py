@@ -12,6 +12,7 @@ def rows(found):
     return {row.spec: row for row in found.rows}
 
 
+@pytest.mark.slow
 def test_a_regression_is_judged_like_a_method_and_never_promoted() -> None:
     found = made(linear=0.97, full=0.9, lora=0.9, prefix=0.9)
     linear = rows(found)["linear"]

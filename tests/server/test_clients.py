@@ -93,10 +93,6 @@ def guarded(tmp_path_factory):
     running.stop()
 
 
-def test_what_the_description_says_holds_for_requests_made_up_from_it(guarded) -> None:
-    examine(guarded, 1)
-
-
 @pytest.mark.slow
 def test_what_the_description_says_holds_for_many_requests(guarded) -> None:
     examine(guarded, 150)

@@ -44,7 +44,7 @@ def recipe_in(folder: Path, family: str = "bert", **changes: str) -> Recipe:
     return made.with_overrides(settings)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     recipe, workspace, stages = recipe_in(folder), Workspace(folder / "store"), []

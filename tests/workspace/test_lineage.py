@@ -20,7 +20,7 @@ from turret.errors import AdapterError, InUse, NotFound
 from turret.workspace import RunResult
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """A base, a table, and the bundle of a random LoRA."""
     folder = tmp_path_factory.mktemp("lineage")
@@ -45,7 +45,7 @@ def recipe(folder: Path, **train: object) -> Recipe:
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(folder) -> tuple[Workspace, RunResult]:
     """`tone@2`, trained from `tone@production` while that alias named `tone@1`."""
     workspace = Workspace(folder / "store")

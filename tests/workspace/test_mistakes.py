@@ -69,7 +69,7 @@ class Trained:
         return ["--store", str(self.workspace.store.root)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Trained:
     folder = tmp_path_factory.mktemp("mistakes")
     base = small_models.save_base("bert", folder / "bert")

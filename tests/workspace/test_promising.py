@@ -52,7 +52,7 @@ def table(path: Path, content: list[tuple[str, str]]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """reviews@1 with 240 test examples, of which 8% cannot be known; the recipe of reviews@2 has a promise."""
     folder = tmp_path_factory.mktemp("promise")
