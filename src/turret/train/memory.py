@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from turret import adapters, process, quantized
 from turret.adapters import packed
 from turret.bases.base import cast
-from turret.bases.device import gigabytes, gpu_memory
+from turret.bases.device import CPU, gigabytes, gpu_memory
 from turret.bases.meta_model import CONTEXT
 from turret.bases.sharded import divided_layers, layer_paths
 from turret.engine.cache import capacity
@@ -37,9 +37,6 @@ from turret.train.training_plan import Prediction
 from turret.transformer import Model
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the peak to the current resident size
-
-
-CPU = torch.device("cpu")
 
 
 def resident(device: torch.device = CPU) -> int:
@@ -229,7 +226,7 @@ def predict_on_gpu(
     """The memory of a training on a GPU, by component.
 
     Args:
-        model: a base on the meta device, see `bases.skeleton`. It is cast to `dtype`.
+        model: a base on the meta device, see `bases.meta_model`. It is cast to `dtype`.
         method: what is trained.
         work: the largest pass.
         dtype: the precision of the base.

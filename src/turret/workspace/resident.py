@@ -605,7 +605,7 @@ class Seat(OwnProcess):
     waits: bool = False  # for its turn, for room, or for its data
     begun: bool = False  # it has a plan that fits
     promised: int = 0  # bytes that its plan needs and that it does not use yet
-    device: torch.device = memory.CPU
+    device: torch.device = CPU
 
     def model_for(self, needed: TrainingBase) -> Base:
         """As `ResidentBases.model_for`. Before a base is loaded, those that nobody wants are let go."""
