@@ -23,7 +23,7 @@ CONNECT_SECONDS = 5.0
 TRY_SECONDS = 7.0
 REQUEST_SECONDS = 40.0
 BYTES_A_SECOND = 64 << 10
-LOADER = create_loader()  # of what botocore knows of its services: a tenth of a second, once and not for each store
+LOADER = create_loader()  # of botocore's service descriptions; it caches them, so all stores of the process share it
 
 
 class Silent(Exception):

@@ -193,11 +193,10 @@ def learnt_by_heart(records: Sequence[StepRecord]) -> str | None:
     That is said if the held-out loss rose by a fifth or more since and the task's metric, where one was measured, fell.
     A metric alone falls by chance, and a loss alone rises where answers are only too sure.
     """
-    seen = [each for each in records if each.metrics is not None and "loss" in each.metrics]
+    seen = [(each, each.metrics) for each in records if each.metrics is not None and "loss" in each.metrics]
     if not seen:
         return None
-    best, last = min(seen, key=lambda each: number_of(each.metrics or {}, "loss")), seen[-1]
-    before, after = best.metrics or {}, last.metrics or {}
+    (best, before), (last, after) = min(seen, key=lambda pair: number_of(pair[1], "loss")), seen[-1]
     name = main_metric(after) or "loss"
     rose = number_of(after, "loss") >= (1 + RISE) * number_of(before, "loss")
     if not rose or (name != "loss" and number_of(after, name) >= number_of(before, name)):
