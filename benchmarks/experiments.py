@@ -244,7 +244,7 @@ def _evidence(seed: int, number: int, place: int) -> list[tuple[float, str | Non
     arm = (generator.random(MOST) < 0.5).astype(np.int64)
     chance = np.where(arm == 1, BETTER if place < REAL else BASE, BASE)
     y, share = (generator.random(MOST) < chance).astype(np.float64), np.full(MOST, 0.5)
-    tally, found = OutcomeTally.empty(binary=True, margin=None, decides=analyze.needed_evidence(ALPHA)), []
+    tally, found = OutcomeTally.empty(binary=True, margin=None, decides=analyze.deciding_evidence(ALPHA)), []
     for start in range(0, MOST, LOOK):
         some = slice(start, start + LOOK)
         tally = tally.after(arm[some], y[some], share[some])
@@ -302,7 +302,7 @@ def _missing(
     arm = (generator.random(units) < 0.5).astype(np.int64)
     y = generator.random(units) < good + effect * arm
     told = generator.random(units) < np.where((arm == 1) & ~y, answer * (1 - less), answer)
-    tally = OutcomeTally.empty(binary=True, margin=None, decides=analyze.needed_evidence(ALPHA))
+    tally = OutcomeTally.empty(binary=True, margin=None, decides=analyze.deciding_evidence(ALPHA))
     tally = tally.after(arm[told], y[told].astype(np.float64), np.full(int(told.sum()), 0.5))
     planned = {0: {"control": 0.5, "candidate": 0.5}}
     seen = [((0, int(not each)), "candidate" if a else "control") for a, each in zip(arm, told, strict=True)]
@@ -356,7 +356,7 @@ def _other_mix(seed: int, number: int) -> dict[str, Any]:
     arm = (generator.random(MOST) < 0.5).astype(np.int64)
     good = generator.random(MOST) < BASE
     told = np.where(arm == 1, good | (generator.random(MOST) < (0.5 - BASE) / (1 - BASE)), generator.random(MOST) < 0.5)
-    tally = OutcomeTally.empty(binary=True, margin=None, decides=analyze.needed_evidence(ALPHA))
+    tally = OutcomeTally.empty(binary=True, margin=None, decides=analyze.deciding_evidence(ALPHA))
     tally = tally.after(arm[told], good[told].astype(np.float64), np.full(int(told.sum()), 0.5))
     planned = {0: {"control": 0.5, "candidate": 0.5}}
     seen = [((0, int(not each)), "candidate" if a else "control") for a, each in zip(arm, told, strict=True)]

@@ -152,7 +152,7 @@ def evidence_of(seed: int, place: int) -> list[tuple[float, str | None]]:
     arm = (generator.random(UNITS_EACH) < 0.5).astype(np.int64)
     chance = np.where(arm == 1, 0.45 if place < REAL else 0.3, 0.3)
     y, share = (generator.random(UNITS_EACH) < chance).astype(np.float64), np.full(UNITS_EACH, 0.5)
-    found, known = [], OutcomeTally.empty(binary=True, margin=None, decides=analyze.needed_evidence(0.05))
+    found, known = [], OutcomeTally.empty(binary=True, margin=None, decides=analyze.deciding_evidence(0.05))
     for start in range(0, UNITS_EACH, STEP):
         known = known.after(*(part[start : start + STEP] for part in (arm, y, share)))
         found.append((known.equality(), known.verdict))

@@ -10,7 +10,7 @@ from scipy import stats
 
 from turret.errors import BadExperiment
 from turret.experiments import Guards
-from turret.experiments.analyze import needed_evidence
+from turret.experiments.analyze import deciding_evidence
 from turret.experiments.evidence import HIDDEN, OutcomeTally
 
 LEVEL, BOUND = 0.05, 0.05
@@ -19,7 +19,7 @@ SALT = "5" * 32  # so that the same units go to the same arms each time
 
 def told(arm, y, answers) -> OutcomeTally:
     """The tally of the units that sent their outcome, at an even split."""
-    tally = OutcomeTally.empty(binary=True, margin=None, decides=needed_evidence(LEVEL))
+    tally = OutcomeTally.empty(binary=True, margin=None, decides=deciding_evidence(LEVEL))
     return tally.after(arm[answers], y[answers].astype(float), np.full(int(answers.sum()), 0.5))
 
 

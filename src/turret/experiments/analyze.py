@@ -80,7 +80,7 @@ class Decision:
     why: str
 
 
-def needed_evidence(level: float) -> float:
+def deciding_evidence(level: float) -> float:
     """The log evidence that decides. Two sides, or two ways to exceed a bound, share the level."""
     return math.log(2 / level)
 
@@ -106,7 +106,7 @@ def decide(
         return Decision("hold", None, void)
     if guards.worse_by is not None:
         for found in compared:
-            if found.worse_by >= needed_evidence(found.level):
+            if found.worse_by >= deciding_evidence(found.level):
                 return Decision("drop", found.arm, f"its outcomes are worse{_margin(guards)}")
     if guards.promote:
         winners = [found for found in compared if found.verdict == "better" and not found.turned]
@@ -167,7 +167,7 @@ class Memory:
             tally = self.tallies.get(arm.name) or OutcomeTally.empty(
                 binary=metric.kind == "binary",
                 margin=margin,
-                decides=needed_evidence(experiment.level),
+                decides=deciding_evidence(experiment.level),
                 hides=self.hides,
             )
             self.tallies[arm.name] = tally.after(which[here], y[here], np.array(shares)[here])
