@@ -8,10 +8,10 @@ import json
 import resource
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
+from syntax import module_of, nodes
 
 import turret
 from turret.families import FAMILIES
@@ -36,12 +36,6 @@ QUICK += (
     "turret.engine.scheduler",
 )
 QUICK += ("turret.client", "turret.server.app")
-
-
-@cache
-def nodes(text: str) -> list[ast.AST]:
-    """Every node of a program; a module is read once for all tests."""
-    return list(ast.walk(ast.parse(text)))
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -155,9 +149,7 @@ def test_every_module_says_what_it_is_and_runs_no_code_from_outside() -> None:
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
         if "migrations" not in path.parts:
-            module = nodes(text)[0]
-            assert isinstance(module, ast.Module)
-            assert ast.get_docstring(module), f"{path}: no docstring"
+            assert ast.get_docstring(module_of(text)), f"{path}: no docstring"
         assert path.stem not in ("utils", "util", "common", "misc", "helpers", "helper"), path
         assert "trust_remote_code=True" not in text, path
         assert "pickle.load" not in text, path

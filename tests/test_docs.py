@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer.main
 from docs_blocks import blocks, page, run_page
+from syntax import module_of
 
 from turret.cli.main import app
 from turret.families import FAMILIES
@@ -303,7 +304,7 @@ def test_the_tree_in_contributing_is_the_tree() -> None:
 
 def defined_in(path: Path) -> set[str]:
     """Functions, classes and methods of a module, as `name` and `Class.name`."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = module_of(path.read_text(encoding="utf-8"))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     found = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
     return found | {

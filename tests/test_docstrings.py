@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from syntax import module_of
+
 SOURCE = Path(__file__).parents[1] / "src" / "turret"
 MODULES = sorted(SOURCE.rglob("*.py"))
 SECTION = re.compile(r"^(?P<indent> *)Args:\n(?P<body>(?:(?P=indent) +.*\n?|\n)+)", re.MULTILINE)
@@ -37,7 +39,7 @@ def names(node: Documented) -> set[str]:
 def stale(text: str) -> list[str]:
     """`function: argument` for every argument that a docstring names and that is not there."""
     found = []
-    for node, docstring in documented(ast.parse(text)):
+    for node, docstring in documented(module_of(text)):
         section = SECTION.search(docstring)
         for listed in (
             re.findall(r"^ {4}(\*{0,2}\w+(?:, \*{0,2}\w+)*):", section["body"], re.MULTILINE) if section else ()
@@ -54,14 +56,14 @@ def test_a_docstring_names_no_argument_that_is_not_there() -> None:
 def test_what_a_package_exports_has_a_docstring() -> None:
     bare = []
     for init in SOURCE.glob("**/__init__.py"):
-        for node in ast.parse(init.read_text(encoding="utf-8")).body:
+        for node in module_of(init.read_text(encoding="utf-8")).body:
             path = SOURCE.parent.joinpath(*(getattr(node, "module", None) or "none").split(".")).with_suffix(".py")
             if not isinstance(node, ast.ImportFrom) or not path.exists():
                 continue
             exported = {alias.name for alias in node.names}
             bare += [
                 f"{path.relative_to(SOURCE)}: {found.name}"
-                for found in ast.parse(path.read_text(encoding="utf-8")).body
+                for found in module_of(path.read_text(encoding="utf-8")).body
                 if isinstance(found, Documented) and found.name in exported and not ast.get_docstring(found)
             ]
     assert bare == []

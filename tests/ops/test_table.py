@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from syntax import module_of
 
 import turret
 from turret.ops.core import REFERENCE
@@ -149,7 +150,7 @@ def written() -> set[str]:
     return {
         f"{path.relative_to(SOURCE).as_posix()} {where}"
         for path in MODULES
-        for where in products(ast.parse(path.read_text(encoding="utf-8")))
+        for where in products(module_of(path.read_text(encoding="utf-8")))
     }
 
 
@@ -172,4 +173,4 @@ def test_every_kernel_in_c_that_multiplies_belongs_to_an_operation() -> None:
 
 @pytest.mark.parametrize("text", ["y = x @ w", "x @= w", "torch.addmm(a, b, c)", "y = F.linear(x, w)"])
 def test_the_test_of_products_sees_one(text: str) -> None:
-    assert list(products(ast.parse(f"def f():\n    {text}"))) == ["f"]
+    assert list(products(module_of(f"def f():\n    {text}"))) == ["f"]
