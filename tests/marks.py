@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,17 @@ from _pytest.mark import ParameterSet
 
 def few(cases: Sequence[Any], fast: int) -> list[Any]:
     """The first `fast` cases are fast tests, the others slow ones."""
-    return [*cases[:fast], *(_joined(each, slow=True) for each in cases[fast:])]
+    return [*cases[:fast], *slow(cases[fast:])]
+
+
+def fast_if_in(fast: Collection[Any], cases: Iterable[Any]) -> list[Any]:
+    """The cases that are in `fast` are fast tests, the others slow ones."""
+    return [_joined(each, slow=each not in fast) for each in cases]
+
+
+def slow(cases: Iterable[Any]) -> list[Any]:
+    """Slow tests all."""
+    return fast_if_in((), cases)
 
 
 def pairs(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:

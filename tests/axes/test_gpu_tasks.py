@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import small_models
 import torch
+from marks import fast_if_in
 from pretend_gpu import on_cpu, pretend_gpu, to_gpu
 
 from turret import bases
@@ -100,7 +101,7 @@ QUICK = ("preference", "token_classification")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])  # of LoRA; an encoder has its own besides
-@pytest.mark.parametrize("kind", [pytest.param(each, marks=[] if each in QUICK else pytest.mark.slow) for each in ROWS])
+@pytest.mark.parametrize("kind", fast_if_in(QUICK, ROWS))
 def test_a_task_on_a_gpu_has_the_cpus_loss_and_gradients(folder: Path, kind: str, dropout: float) -> None:
     here, there = (stepped(folder, kind, dropout, on_gpu) for on_gpu in (False, True))
     assert there[0] == pytest.approx(here[0], rel=1e-4)

@@ -11,6 +11,7 @@ import tiny_training as tiny
 import torch
 from adapters_at_hand import CLASSIFIES, GENERATES, METHODS, made
 from batches import rows, with_eos, without_dropout
+from marks import fast_if_in
 from pretend_gpu import GPU, OnCard, on_cpu, pretend_gpu, to_gpu
 
 from turret import adapters
@@ -48,8 +49,7 @@ def fits(family: str, method: str) -> bool:
 
 def points(methods: Any) -> list[Any]:
     """Every family with every method; those that are not quick are slow tests."""
-    pairs = [(family, method) for family in FAMILIES for method in methods if fits(family, method)]
-    return [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in pairs]
+    return fast_if_in(QUICK, [(family, method) for family in FAMILIES for method in methods if fits(family, method)])
 
 
 def task_of(family: str) -> Any:
@@ -135,12 +135,7 @@ MIXED_QUICK = [("bert", "lora"), ("llama", "wide"), ("llama", "prefix"), ("t5", 
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [
-        pytest.param(family, method, marks=[] if (family, method) in MIXED_QUICK else pytest.mark.slow)
-        for family in FAMILIES
-        for method in MIXED
-        if fits(family, method)
-    ],
+    fast_if_in(MIXED_QUICK, [(family, method) for family in FAMILIES for method in MIXED if fits(family, method)]),
 )
 def test_a_mixed_pass_of_the_engine_on_a_gpu_has_the_cpus_logits(family: str, method: str) -> None:
     there, here = answered(family, MIXED[method], on_gpu=True), answered(family, MIXED[method], on_gpu=False)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapters_at_hand import METHODS, made, runner_of
 from batches import own_target_logits, padded, rows
+from marks import fast_if_in
 from small_models import ENCODER_DECODERS, build
 
 from turret import adapters, bundles
@@ -77,9 +78,7 @@ def by_peft(family: str, changes: dict[str, Any], folder: Path, source: torch.Te
     return own_target_logits(model, [source], [TARGET])
 
 
-@pytest.mark.parametrize(
-    "case", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("case", fast_if_in(QUICK, CASES))
 @torch.no_grad()
 def test_prefill_and_cached_steps_of_a_mixed_pass_equal_peft_alone(case: str, tmp_path: Path) -> None:
     family, changes, make = CASES[case]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from adapters_at_hand import METHODS, made, runner_of
 from batches import padded, rows, with_eos
+from marks import fast_if_in
 from shelf import TEXTS, Shelf
 from small_models import build
 from torch import nn
@@ -56,7 +57,7 @@ DECODERS = [("llama", kind) for kind in PROMPTS] + [("gpt2", "PROMPT_TUNING")]
 
 
 def cells(pairs: list[tuple[str, str]]) -> list[Any]:
-    return [pytest.param(*pair, marks=[] if pair[1] in QUICK else pytest.mark.slow) for pair in pairs]
+    return fast_if_in([pair for pair in pairs if pair[1] in QUICK], pairs)
 
 
 def method(kind: str, **settings: Any) -> Peft:

@@ -11,6 +11,7 @@ import torch
 from bundles.test_conversion import CUT, EXACT, folder_of
 from bundles.test_mixing import KINDS, WHOLE
 from exchange.foreign import LABELS, TEXTS, chances_by_peft
+from marks import slow
 
 from turret import Workspace
 from turret.errors import BundleError
@@ -22,7 +23,7 @@ def by_peft(folder: Path, text: str) -> torch.Tensor:
     return chances_by_peft(small_models.build("bert", "classify"), folder, text)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in WHOLE), *EXACT])
+@pytest.mark.parametrize("kind", [*KINDS, *slow(WHOLE), *EXACT])
 def test_it_answers_in_an_engine_as_peft_does_and_goes_out_again(
     kind: str, tmp_path: Path, bert: Path, foreign: Path
 ) -> None:

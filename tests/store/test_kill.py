@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from marks import few
+from marks import few, slow
 
 from turret.location import Location
 from turret.store import Store
@@ -96,8 +96,8 @@ def test_killed_at_every_file_operation_of_a_put_nothing_listed_is_broken(where,
     ("where", "verb"),
     [
         *few([("folder", verb) for verb in ("promote", "delete", "migrate", "rollback", "gate", "replay", "gc")], 3),
-        *(pytest.param("url", verb, marks=pytest.mark.slow) for verb in QUICK if verb != "put"),
-        *(pytest.param("folder", verb, marks=pytest.mark.slow) for verb in WITH_TORCH),  # they put and materialize
+        *slow(("url", verb) for verb in QUICK if verb != "put"),
+        *slow(("folder", verb) for verb in WITH_TORCH),  # they put and materialize
     ],
     indirect=["where"],
 )

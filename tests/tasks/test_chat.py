@@ -13,6 +13,7 @@ import psutil
 import pytest
 import small_models
 import torch
+from marks import fast_if_in
 from small_tables import load, write_jsonl
 
 import turret
@@ -344,9 +345,7 @@ GREEDY = {
 }
 
 
-@pytest.mark.parametrize("name", [
-    each if each in ("memory", "text", "length") else pytest.param(each, marks=pytest.mark.slow) for each in GREEDY
-])  # fmt: skip
+@pytest.mark.parametrize("name", fast_if_in(("memory", "text", "length"), GREEDY))
 def test_a_template_that_takes_too_much_is_one_line_and_the_next_is_rendered(name: str) -> None:
     template, says = GREEDY[name]
     memory = psutil.Process().memory_info().rss

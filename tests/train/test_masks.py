@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_training as tiny
 import torch
-from marks import pairs
+from marks import pairs, slow
 from small_models import FAMILIES, GENERATORS, RELATIVES, config
 from torch import Tensor
 
@@ -40,10 +40,7 @@ RATES = (  # of dropout, by the names that architectures give them
     *("dropout_rate", "embedding_dropout", "mlp_dropout", "classifier_dropout", "seq_classif_dropout"),
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "encoder_layerdrop", "decoder_layerdrop"),
 )
-EVERY = [
-    *FAMILIES,
-    *(pytest.param(each, marks=pytest.mark.slow) for each in RELATIVES if each != "pegasus"),
-]  # it has no classifier
+EVERY = [*FAMILIES, *slow(each for each in RELATIVES if each != "pegasus")]  # it has no classifier
 SEED = Draws(42, 3)
 
 
