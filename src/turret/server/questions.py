@@ -1,8 +1,8 @@
 """Questions of one request: submitted to the engines, awaited in the event loop, charged and counted.
 
-`ask` submits the inputs of a request to a version, or to the version of an experiment's arm. The engine calls listeners
-from its own thread; `PendingAnswers` passes the events to the loop, in order. `close` cancels what is unfinished, so
-the request of a client that disconnects is freed between two steps.
+`Asker.ask` submits the inputs of a request to a version, or to the version of an experiment's arm. The engine calls
+listeners from its own thread; `PendingAnswers` passes the events to the loop, in order. `close` cancels what is
+unfinished, so the request of a client that disconnects is freed between two steps.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, Protocol, TypeAlias, TypeVar
 
+from fastapi import Depends, Request, Response
 from pydantic import BaseModel
-from starlette.requests import Request
 
 from turret.access import DEFAULT
 from turret.data import Prompt, TextPair
@@ -25,13 +26,14 @@ from turret.server.auth import Caller
 from turret.server.engines import Input
 from turret.server.limits import Quota
 from turret.server.live_promises import Covered
+from turret.server.routes import Unit, View
 from turret.server.routing import Placement
-from turret.server.services import View
 from turret.store.usage import BASE
 from turret.tasks.shapes import Answer, TaskSpec
 from turret.tasks.task import RequestKind
 
 T = TypeVar("T")
+Options: TypeAlias = Sequence[SamplingParams] | None  # one for each input; None: the server's own
 Update = tuple[int, Piece | None]  # (which input, a piece of its text); None once its answer is complete
 RETRIES = 4  # of a request whose version is deleted while it waits to be loaded
 MOST_SUBMITS = 5  # of a request whose version is deleted while its inputs are submitted
@@ -51,28 +53,19 @@ class PendingAnswers:
     """The answers of one request, in the order of its inputs.
 
     Args:
-        submission: The tickets.
+        asker: Its request is watched for a disconnect.
         inputs: What was submitted.
-        request: Watched for a disconnect.
-        seconds: Until the answers are abandoned.
-        server: Prefix of the answers' ids.
+        submission: The tickets.
         submit: Submits the request again.
-        started: When the request was submitted, on the clock.
     """
 
     def __init__(
-        self,
-        submission: Submission,
-        inputs: Sequence[Input],
-        request: Request,
-        seconds: float,
-        server: str,
-        submit: Callable[[], Awaitable[Submission]],
-        started: float,
-        clock: Callable[[], float],
+        self, asker: Asker, inputs: Sequence[Input], submission: Submission, submit: Callable[[], Awaitable[Submission]]
     ) -> None:
-        self._server, self._submit, self.inputs = server, submit, inputs
-        self.started, self._clock = started, clock
+        services, self._request = asker.view.services, asker.request
+        self._server, self._submit, self.inputs = services.id, submit, inputs
+        self.started: float = asker.request.state.started
+        self._clock = services.clock
         self.error: BaseException | None = None  # the one that the request failed with
         self._retries = RETRIES
         self._guesses: list[int] = []
@@ -85,9 +78,8 @@ class PendingAnswers:
             else:  # token ids
                 self._guesses.append(len(each))
                 self._charges.append(0)
-        self._request = request
         self._loop = asyncio.get_running_loop()
-        self._until = self._loop.time() + seconds
+        self._until = self._loop.time() + services.limits.answer_seconds + 1  # the engine's own deadline comes first
         self._listen(submission)
 
     def _listen(self, submission: Submission) -> None:
@@ -289,79 +281,93 @@ async def _disconnect(request: Request) -> None:
 # --- asking ---------------------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def ask(
-    view: View,
-    request: Request,
-    kind: RequestKind,
-    model: str,
-    inputs: Sequence[Input],
-    options: Sequence[SamplingParams] | None = None,
-    *,
-    unit: str | None = None,
-) -> AsyncIterator[PendingAnswers]:
-    """Submit the inputs of one request to one version. The end of the block cancels what is unfinished.
+class Question(Protocol):
+    """The body of a request that asks. user: the unit of an experiment, unless the header names one."""
 
-    Args:
-        model: A reference, or the id of the base.
-        options: One for each input.
-        unit: The unit of an experiment, as the client names it.
-    """
-    (pending,) = await _submit_to(view, _Asked(request, kind, inputs, options, unit), [model])
-    try:
-        yield pending
-    finally:
-        finish(view, request, kind, pending)
+    model: str
+    user: str | None
 
 
-@asynccontextmanager
-async def ask_each(
-    view: View, request: Request, kind: RequestKind, models: Sequence[str], input: Input, *, unit: str | None = None
-) -> AsyncIterator[Sequence[PendingAnswers]]:
-    """Submit one input to several versions, together; as `ask` for each of them.
+@dataclass(frozen=True)
+class Asker:
+    """A request that asks versions, with the response to it. unit: of an experiment, as the header names it."""
 
-    Every version is placed, counted, charged and logged as if it had been asked alone. The block begins when all
-    have answered. Raises the first error.
-    """
-    pending = await _submit_to(view, _Asked(request, kind, [input], None, unit), models)
-    try:
-        await unless_disconnected(request, wait_for_all(pending))
-        yield pending
-    finally:
-        finish(view, request, kind, *pending)
+    view: View
+    request: Request
+    response: Response
+    unit: str | None
+
+    @asynccontextmanager
+    async def ask(
+        self, kind: RequestKind, body: Question, inputs: Sequence[Input], options: Options = None
+    ) -> AsyncIterator[PendingAnswers]:
+        """Submit the inputs to one version. The end of the block cancels what is unfinished. options: of each input."""
+        (pending,) = await _submit_to(self, _Asked(kind, inputs, options, self.unit or body.user), [body.model])
+        try:
+            yield pending
+        finally:
+            finish(self, kind, pending)
+
+    async def answers(
+        self, kind: RequestKind, body: Question, inputs: Sequence[Input], options: Options = None
+    ) -> tuple[PendingAnswers, list[Answer]]:
+        """All answers; the response gets their receipt. As `ask`."""
+        async with self.ask(kind, body, inputs, options) as pending:
+            answers = await pending.all()
+        self.response.headers.update(pending.headers)
+        return pending, answers
+
+    @asynccontextmanager
+    async def ask_each(
+        self, kind: RequestKind, body: Question, models: Sequence[str], input: Input
+    ) -> AsyncIterator[Sequence[PendingAnswers]]:
+        """Submit one input to several versions, together; as `ask` for each of them.
+
+        Every version is placed, counted, charged and logged as if it had been asked alone. The block begins when all
+        have answered. Raises the first error.
+        """
+        pending = await _submit_to(self, _Asked(kind, [input], None, self.unit or body.user), models)
+        try:
+            await unless_disconnected(self.request, wait_for_all(pending))
+            yield pending
+        finally:
+            finish(self, kind, *pending)
+
+
+def _asker(view: View, unit: Unit, request: Request, response: Response) -> Asker:
+    return Asker(view, request, response, unit)
+
+
+Asking: TypeAlias = Annotated[Asker, Depends(_asker)]
 
 
 class _Asked(NamedTuple):
-    """What a request asks each of its versions."""
+    """What a request asks each of its versions. unit: of an experiment, as the client names it."""
 
-    request: Request
     kind: RequestKind
     inputs: Sequence[Input]
-    options: Sequence[SamplingParams] | None
+    options: Options
     unit: str | None
 
 
-async def _submit_to(view: View, asked: _Asked, models: Sequence[str]) -> list[PendingAnswers]:
+async def _submit_to(asker: Asker, asked: _Asked, models: Sequence[str]) -> list[PendingAnswers]:
     """Submit the inputs to every model; all or none."""
-    request, inputs = asked.request, asked.inputs
+    view, request = asker.view, asker.request
     await admit(view, request)
-    request.state.started = started = view.services.clock()
+    request.state.started = view.services.clock()
     if view.services.settings.log_texts:
         named = ", ".join(models)
-        view.services.log.write("texts", request=request.state.request_id, model=named, texts=list(inputs))
-    again = partial(_submit, view, asked)
+        view.services.log.write("texts", request=request.state.request_id, model=named, texts=list(asked.inputs))
+    again = partial(_submit, asker, asked)
     try:
         await _compile(view, models[0], asked.options)
     except NotFound as error:
         raise await view.control(view.missing_model, models[0], error) from None
     submissions = await view.asking(_submit_all, view, again, models)
-    seconds = view.services.limits.answer_seconds + 1  # the engine's own deadline comes first
-    pending = []
-    for model, submission in zip(models, submissions, strict=True):
-        submit = partial(view.asking, again, model=model)
-        pending.append(
-            PendingAnswers(submission, inputs, request, seconds, view.services.id, submit, started, view.services.clock)
-        )
+    pending = [
+        PendingAnswers(asker, asked.inputs, submission, partial(view.asking, again, model=model))
+        for model, submission in zip(models, submissions, strict=True)
+    ]
     try:
         for name in filter(None, (each.receipt.name for each in pending)):
             await _take(view, _adapter_key(view, name), f"adapter {name}", view.services.settings.per_adapter)
@@ -391,7 +397,7 @@ def _submit_all(view: View, submit: Callable[..., Submission], models: Sequence[
     return found
 
 
-async def _compile(view: View, model: str, options: Sequence[SamplingParams] | None) -> None:
+async def _compile(view: View, model: str, options: Options) -> None:
     """Compile a request's constraint, the same for all its inputs, where no request without one waits for it."""
     constraint = options[0].constraint if options else None
     if constraint is not None and not view.engines.is_compiled(constraint):
@@ -424,10 +430,11 @@ def count_tokens(view: View, request: Request, tokens: int) -> None:
     view.services.usage.add(view.access.tenant, BASE, 1, tokens, 0)
 
 
-def finish(view: View, request: Request, kind: RequestKind, *pending: PendingAnswers) -> None:
+def finish(asker: Asker, kind: RequestKind, *pending: PendingAnswers) -> None:
     """Cancel what is unfinished, and count what was answered."""
+    request = asker.request
     for each in pending:
-        _finish(view, request, kind, each)
+        _finish(asker.view, request, kind, each)
     if len(pending) > 1:
         request.state.left = any(None in each.answers and each.error is None for each in pending)
         names = [str(each.model) for each in pending]
@@ -508,9 +515,10 @@ def _count_placement(view: View, placement: Placement, kind: RequestKind, pendin
     view.metrics.arm(arm.experiment, placement.arm, arm.version, seconds, failed=failed)
 
 
-def _submit(view: View, asked: _Asked, model: str) -> Submission:
+def _submit(asker: Asker, asked: _Asked, model: str) -> Submission:
     """Submit every input to the version of its unit's arm, or to the version of the reference."""
-    started, request = view.services.clock(), asked.request
+    view, request = asker.view, asker.request
+    started = view.services.clock()
     is_base = view.engines.is_base(model)
     if not is_base and not view.access.whole:
         for part in model.split("+"):  # several, if adapters are composed

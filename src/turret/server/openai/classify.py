@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
 from turret.data import TextPair
 from turret.server import limits
 from turret.server.engines import Input
-from turret.server.questions import Usage, abstaining, ask, now, usage
-from turret.server.routes import USER, Model, Name, Text, Unit, User, View, router
+from turret.server.questions import Asking, Usage, abstaining, now, usage
+from turret.server.routes import USER, Model, Name, Text, User, View, router
 from turret.tasks.shapes import Answer
 
 questions = router("infer")
@@ -89,9 +88,7 @@ class Classification(BaseModel):
 
 
 @questions.post("/v1/classify")
-async def classify(
-    body: ClassifyRequest, view: View, unit: Unit, request: Request, response: Response
-) -> Classification:
+async def classify(body: ClassifyRequest, view: View, asker: Asking) -> Classification:
     """Classify one text or many: a label for each, and the probabilities of all labels.
 
     Versions of other tasks answer with a number, with spans, or with an answer to each of several questions.
@@ -102,10 +99,8 @@ async def classify(
     """
     inputs = body.inputs()
     options = None if body.coverage is None else [view.services.options(coverage=body.coverage)] * len(inputs)
-    async with ask(view, request, "classify", body.model, inputs, options, unit=unit or body.user) as pending:
-        answers = await pending.all()
-        abstains = await abstaining(view, pending, answers)
-    response.headers.update(pending.headers)
+    pending, answers = await asker.answers("classify", body, inputs, options)
+    abstains = await abstaining(view, pending, answers)
     return Classification(
         id=f"classify-{pending.id}",
         created=now(),

@@ -11,9 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from itertools import accumulate
-from typing import Annotated, Literal, Protocol, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
-from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.types import Receive, Scope, Send
@@ -28,7 +27,7 @@ from turret.server import limits
 from turret.server.engines import Input
 from turret.server.error_responses import error_response
 from turret.server.limits import MOST_INPUTS, MOST_TEXT, MOST_TOOLS
-from turret.server.questions import PendingAnswers, Update, Usage, admit, ask, now, usage
+from turret.server.questions import Asker, Asking, PendingAnswers, Question, Update, Usage, admit, now, usage
 from turret.server.routes import (
     NO_EFFECT,
     SEVERAL,
@@ -37,7 +36,6 @@ from turret.server.routes import (
     Lenient,
     Text,
     Tokens,
-    Unit,
     View,
     never_together,
     router,
@@ -51,22 +49,12 @@ from turret.tasks.tool_calls import may_begin, read_calls
 
 
 Chunk = JsonObject
+Chunks: TypeAlias = "CompletionChunks | ChatChunks"
 EVENTS: dict[int | str, JsonObject] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Whole, or as a stream."}
 }
 SHOWN_KEYS = 20  # unknown keys in a header
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,80}", re.ASCII)
-
-
-class ChunkFormat(Protocol):
-    """The chunks of one kind of stream."""
-
-    kind: str  # of the JSON `object`
-    prefix: str
-
-    def begin(self, index: int) -> Chunk | None: ...
-    def piece(self, index: int, piece: Piece) -> Chunk: ...
-    def end(self, index: int, finish_reason: str | None) -> Sequence[Chunk]: ...
 
 
 class CompletionChunks:
@@ -76,7 +64,7 @@ class CompletionChunks:
         logprobs: Writes the logprobs of tokens, from so many characters of the text on; None for no logprobs.
     """
 
-    kind = "text_completion"
+    kind = "text_completion"  # of the JSON `object`
     prefix = "cmpl"
 
     def __init__(self, logprobs: Callable[[Sequence[TokenReport], int], BaseModel] | None = None) -> None:
@@ -172,26 +160,18 @@ async def options_of(
 
 
 async def stream(
-    view: View,
-    request: Request,
-    body: Generation,
-    prompts: Sequence[Input],
-    options: Sequence[SamplingParams],
-    unit: str | None,
-    chunks: ChunkFormat,
+    asker: Asker, body: Generation, prompts: Sequence[Input], options: Sequence[SamplingParams], chunks: Chunks
 ) -> StreamingResponse:
     """Answer with chunks as OpenAI's API streams them."""
-    headers, lines = unknown_keys(view, body), partial(_lines, view, body, chunks)
-    return await stream_events(view, request, body.model, prompts, options, unit or body.user, lines, headers)
+    headers, lines = unknown_keys(asker.view, body), partial(_lines, asker.view, body, chunks)
+    return await stream_events(asker, body, prompts, options, lines, headers)
 
 
 async def stream_events(
-    view: View,
-    request: Request,
-    model: str,
+    asker: Asker,
+    body: Question,
     prompts: Sequence[Input],
     options: Sequence[SamplingParams],
-    unit: str | None,
     lines: Callable[[PendingAnswers, AsyncIterator[Update]], AsyncIterator[str]],
     headers: dict[str, str] | None = None,
 ) -> StreamingResponse:
@@ -202,7 +182,7 @@ async def stream_events(
         headers: Added to those of the answers.
     """
     async with AsyncExitStack() as opened:
-        pending = await opened.enter_async_context(ask(view, request, "generate", model, prompts, options, unit=unit))
+        pending = await opened.enter_async_context(asker.ask("generate", body, prompts, options))
         first, rest = await pending.first()
         return _EventStream(
             lines(pending, _chain_updates(first, rest)), pending.headers | (headers or {}), opened.pop_all()
@@ -229,7 +209,7 @@ async def _chain_updates(first: Update, rest: AsyncIterator[Update]) -> AsyncIte
 
 
 async def _lines(
-    view: View, body: Generation, chunks: ChunkFormat, pending: PendingAnswers, updates: AsyncIterator[Update]
+    view: View, body: Generation, chunks: Chunks, pending: PendingAnswers, updates: AsyncIterator[Update]
 ) -> AsyncIterator[str]:
     head = {"id": f"{chunks.prefix}-{pending.id}", "object": chunks.kind, "created": now()}
     head["model"] = pending.model or body.model
@@ -248,7 +228,7 @@ async def _lines(
     yield "data: [DONE]\n\n"
 
 
-def _choices(pending: PendingAnswers, chunks: ChunkFormat, begun: set[int], update: Update) -> Iterator[Chunk]:
+def _choices(pending: PendingAnswers, chunks: Chunks, begun: set[int], update: Update) -> Iterator[Chunk]:
     index, piece = update
     if index not in begun:
         begun.add(index)
@@ -345,9 +325,7 @@ class Completion(BaseModel):
 
 
 @questions.post("/v1/completions", response_model=Completion, responses=EVENTS)
-async def complete(
-    body: CompletionRequest, view: View, unit: Unit, request: Request, response: Response
-) -> Completion | StreamingResponse:
+async def complete(body: CompletionRequest, view: View, asker: Asking) -> Completion | StreamingResponse:
     """Continue prompts. With an adapter, each text goes through the template of the adapter's task."""
     ignored = unknown_keys(view, body)
     times = max(body.n or 1, body.best_of or 1)
@@ -359,10 +337,9 @@ async def complete(
     )
     if body.stream:
         chunks = CompletionChunks(None if body.logprobs is None else token_logprobs)
-        return await stream(view, request, body, prompts, options, unit, chunks)
-    async with ask(view, request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
-        answers = await pending.all()
-    response.headers.update(pending.headers | ignored)
+        return await stream(asker, body, prompts, options, chunks)
+    pending, answers = await asker.answers("generate", body, prompts, options)
+    asker.response.headers.update(ignored)
     given = most_probable(answers, times, body.n or 1) if ranked else answers
     choices = [
         CompletionChoice(
@@ -581,12 +558,10 @@ CALL_ID = 9  # characters: what templates that check the ids of calls ask for
 
 
 @questions.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
-async def chat(
-    body: ChatRequest, view: View, unit: Unit, request: Request, response: Response
-) -> ChatCompletion | StreamingResponse:
+async def chat(body: ChatRequest, view: View, asker: Asking) -> ChatCompletion | StreamingResponse:
     """Continue a conversation with the assistant's next message."""
     ignored = unknown_keys(view, body)
-    await admit(view, request)  # before the messages are tokenized
+    await admit(view, asker.request)  # before the messages are tokenized
     called = body.tools and body.tool_choice != "none"
     tools = await view.parsing(ToolCalls, view, body) if called else None
     times = body.n or 1
@@ -597,10 +572,9 @@ async def chat(
     most = body.max_completion_tokens or body.max_tokens
     options = await options_of(view, body, most, times, constraint=own)
     if body.stream:
-        return await stream(view, request, body, prompts, options, unit, ChatChunks(bool(body.logprobs), tools))
-    async with ask(view, request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
-        answers = await pending.all()
-    response.headers.update(pending.headers | ignored)
+        return await stream(asker, body, prompts, options, ChatChunks(bool(body.logprobs), tools))
+    pending, answers = await asker.answers("generate", body, prompts, options)
+    asker.response.headers.update(ignored)
     choices = []
     for index, answer in enumerate(answers):
         message, reason = assistant_message(answer["text"], answer["finish_reason"], tools)

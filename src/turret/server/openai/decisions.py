@@ -10,17 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
-from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
 from turret.engine import untrained
 from turret.errors import AdapterError, BadRequest, NotFound, listed, shown
 from turret.json_types import JsonObject, Plain
 from turret.server import limits
-from turret.server.questions import PendingAnswers, abstaining, ask, ask_each, now, promise_of, prompt_tokens
-from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, Unit, User, View, router
+from turret.server.questions import Asker, Asking, PendingAnswers, abstaining, now, promise_of, prompt_tokens
+from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, User, View, router
 from turret.store.panels import MOST_LABELS, MOST_QUESTIONS, Panel, decisions_of
 from turret.tasks import Decision, QuestionType, chances
 
@@ -36,6 +35,7 @@ ASKED_AS: dict[QuestionType, tuple[QuestionType, ...]] = {  # how a question of 
     "choice": ("choice",),
     "score": ("score", "choice"),
 }
+Body: TypeAlias = "DecisionRequest | SystemRequest"  # prior: whether a base's answer to an empty text is divided out
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,6 @@ class Asked:
     def decision(self) -> Decision:
         """The question as it was asked."""
         return Decision(self.type, tuple(map(str, self.values)))
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a request asks, in whichever format.
-
-    Args:
-        unit: whom experiments count.
-        prior: whether a base's answer to an empty text is divided out.
-    """
-
-    model: str
-    text: str
-    asked: Sequence[Asked]
-    unit: str | None
-    prior: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,52 +203,51 @@ def judge(planned: Planned, found: Mapping[str, float], promised: float | None, 
     )
 
 
-async def decide(view: View, request: Request, response: Response, call: Call) -> tuple[str, int, list[Verdict]]:
+async def decide(asker: Asker, body: Body, text: str, asked: Sequence[Asked]) -> tuple[str, int, list[Verdict]]:
     """The name of the panel, version or base, the tokens that were read, and a verdict for each question."""
-    panel, planned = await view.asking(plan, view, call.model, call.asked)
+    view = asker.view
+    panel, planned = await view.asking(plan, view, body.model, asked)
     if not planned:
-        return await _by_the_base(view, request, response, call)
+        return await _by_the_base(asker, body, text, asked)
     models = list(dict.fromkeys(each.model for each in planned))
-    async with ask_each(view, request, "classify", models, call.text, unit=call.unit) as pending:
+    async with asker.ask_each("classify", body, models, text) as pending:
         by_model = dict(zip(models, pending, strict=True))
         promised = {model: await _promised_threshold(view, each) for model, each in by_model.items()}
         verdicts = [_verdict(each, by_model[each.model], promised[each.model]) for each in planned]
-    response.headers.update(_headers(panel, pending))
+    asker.response.headers.update(_headers(panel, pending))
     tokens = sum(prompt_tokens(answer) for each in pending for answer in each.complete)
-    name = str(panel) if panel is not None else pending[0].model or call.model
+    name = str(panel) if panel is not None else pending[0].model or body.model
     return name, tokens, verdicts
 
 
-async def _by_the_base(view: View, request: Request, response: Response, call: Call) -> tuple[str, int, list[Verdict]]:
+async def _by_the_base(asker: Asker, body: Body, text: str, asked: Sequence[Asked]) -> tuple[str, int, list[Verdict]]:
     """The same without training. A decoder is asked once for each question, and all rows are submitted at once."""
-    ways = await view.parsing(_ways, view, call)
+    ways = await asker.view.parsing(_ways, asker.view, body, text, asked)
     asks = [ask for _, *parts in ways for part in parts for ask in part]
     if len(asks) > limits.MOST_INPUTS:
         raise BadRequest(f"these questions need {len(asks)} rows of a base, at most {limits.MOST_INPUTS}: ask fewer")
     rows, options = [ask.row for ask in asks], [ask.options for ask in asks]
-    async with ask(view, request, asks[0].kind, call.model, rows, options, unit=call.unit) as pending:
-        answers = iter(await pending.all())
-    verdicts = []
-    for own, (way, *parts) in zip(call.asked, ways, strict=True):
-        first, about, empty = ([next(answers) for _ in part] for part in parts)
+    pending, answers = await asker.answers(asks[0].kind, body, rows, options)
+    left, verdicts = iter(answers), []
+    for own, (way, *parts) in zip(asked, ways, strict=True):
+        first, about, empty = ([next(left) for _ in part] for part in parts)
         found = untrained.combine_answers(way, first, about, empty or None)
-        verdicts.append(_untrained_verdict(own, found, call.model, pending.id))
-    response.headers.update(pending.headers)
-    return call.model, sum(map(prompt_tokens, pending.complete)), verdicts
+        verdicts.append(_untrained_verdict(own, found, body.model, pending.id))
+    return body.model, sum(map(prompt_tokens, answers)), verdicts
 
 
 Asks = Sequence[untrained.Ask]
 
 
-def _ways(view: View, call: Call) -> list[tuple[untrained.Way, Asks, Asks, Asks]]:
+def _ways(view: View, body: Body, text: str, asked: Sequence[Asked]) -> list[tuple[untrained.Way, Asks, Asks, Asks]]:
     """How the base answers each question, what it is asked first, about the text, and about an empty one."""
-    engine, found = view.engines.base_of(call.model).engine, []
-    for each in call.asked:
+    engine, found = view.engines.base_of(body.model).engine, []
+    for each in asked:
         labels = {value: _label(value) for value in (each.values or (False, True))}
         described = {labels[value]: said for value, said in each.descriptions.items()}
         question = untrained.Question(list(labels.values()), each.instructions, described)
         way = untrained.way_of(engine.base, question, room=engine.longest)
-        found.append((way, way.first(), way.about(call.text), way.about(untrained.EMPTY) if call.prior else ()))
+        found.append((way, way.first(), way.about(text), way.about(untrained.EMPTY) if body.prior else ()))
     return found
 
 
@@ -544,14 +527,13 @@ class Decided(BaseModel):
 
 
 @questions.post("/v1/decisions")
-async def decisions(body: DecisionRequest, view: View, unit: Unit, request: Request, response: Response) -> Decided:
+async def decisions(body: DecisionRequest, asker: Asking) -> Decided:
     """Answer questions about a text: predicates, choices and scores, by probabilities. In OpenAI's format.
 
     A question whose answer does not reach its threshold gets a refusal.
     """
     asked = [each.as_question() for each in body.questions]
-    call = Call(body.model, body.text(), asked, unit or body.user, body.prior)
-    name, read, verdicts = await decide(view, request, response, call)
+    name, read, verdicts = await decide(asker, body, body.text(), asked)
     usage = DecisionUsage(input_tokens=read, total_tokens=read)
     return Decided(answers=[_answer(each) for each in verdicts], model=name, usage=usage)
 
@@ -648,16 +630,14 @@ class SystemDecided(BaseModel):
 
 
 @questions.post("/v1/systemone")
-async def systemone(body: SystemRequest, view: View, unit: Unit, request: Request, response: Response) -> SystemDecided:
+async def systemone(body: SystemRequest, asker: Asking) -> SystemDecided:
     """Answer questions about a text: yes or no, choices and scores, by probabilities. In vLLM's and TypeSafe's format.
 
     A question whose answer does not reach its threshold gets an answer of the type `refusal`.
     """
     asked = [each.as_question(name) for name, each in body.questions.items()]
     text = body.state if isinstance(body.state, str) else json_text(body.state)
-    name, read, verdicts = await decide(
-        view, request, response, Call(body.model, text, asked, unit or body.user, body.prior)
-    )
+    name, read, verdicts = await decide(asker, body, text, asked)
     return SystemDecided(
         id=f"decision-{verdicts[0].receipt}",
         created=now(),

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from operator import mul
 from typing import Annotated, Literal
 
-from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
 from turret.data import TextPair
@@ -21,8 +20,8 @@ from turret.errors import BadRequest, TurretError
 from turret.families.family import Pooling
 from turret.server import limits
 from turret.server.engines import Input
-from turret.server.questions import PendingAnswers, ask, now, prompt_tokens, scores_pairs
-from turret.server.routes import USER, WHOLE, Model, Name, Text, Tokens, Unit, User, View, router
+from turret.server.questions import Asker, Asking, PendingAnswers, Question, now, prompt_tokens, scores_pairs
+from turret.server.routes import USER, WHOLE, Model, Name, Text, Tokens, User, View, router
 from turret.tasks import Embedding
 from turret.tasks.shapes import Answer
 
@@ -150,11 +149,9 @@ Vectors = tuple[list[list[float]], PendingAnswers, EmbeddingUsage]
 
 
 @questions.post("/v1/embeddings")
-async def embed(body: EmbeddingRequest, view: View, unit: Unit, request: Request, response: Response) -> Embeddings:
+async def embed(body: EmbeddingRequest, asker: Asking) -> Embeddings:
     """One vector for each text, of the base or of an adapter. A text gets no template, only the special tokens."""
-    vectors, pending, usage = await _vectors(
-        view, request, response, body.model, body.inputs(), body.embedding(), unit or body.user
-    )
+    vectors, pending, usage = await _vectors(asker, body, body.inputs(), body.embedding())
     return Embeddings(
         id=f"embd-{pending.id}",
         created=now(),
@@ -168,7 +165,7 @@ async def embed(body: EmbeddingRequest, view: View, unit: Unit, request: Request
 
 
 @questions.post("/v1/score")
-async def score(body: ScoreRequest, view: View, unit: Unit, request: Request, response: Response) -> Scores:
+async def score(body: ScoreRequest, asker: Asking) -> Scores:
     """How alike the texts of each pair are: the cosine of their embeddings, from -1 to 1, or an adapter's number."""
     first, second = body.pairs()
     if len(first) not in (1, len(second)):
@@ -176,7 +173,7 @@ async def score(body: ScoreRequest, view: View, unit: Unit, request: Request, re
             f"text_1 has {len(first)} texts and text_2 has {len(second)}: expected one text_1, or as many as text_2"
         )
     pairs = list(zip(first if len(first) > 1 else first * len(second), second, strict=True))
-    scores, scoring, pending, usage = await _scores(view, request, response, body, pairs, unit)
+    scores, scoring, pending, usage = await _scores(asker, body, pairs)
     return Scores(
         id=f"score-{pending.id}",
         created=now(),
@@ -188,10 +185,10 @@ async def score(body: ScoreRequest, view: View, unit: Unit, request: Request, re
 
 
 @questions.post("/v1/rerank")
-async def rerank(body: RerankRequest, view: View, unit: Unit, request: Request, response: Response) -> Ranking:
+async def rerank(body: RerankRequest, asker: Asking) -> Ranking:
     """The documents by their cosine with the query, or by an adapter's number for both; the highest first."""
     pairs = [(body.query, each) for each in body.documents]
-    scores, scoring, pending, usage = await _scores(view, request, response, body, pairs, unit)
+    scores, scoring, pending, usage = await _scores(asker, body, pairs)
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n or None]
     return Ranking(
         id=f"rerank-{pending.id}",
@@ -205,25 +202,14 @@ async def rerank(body: RerankRequest, view: View, unit: Unit, request: Request, 
     )
 
 
-async def _scores(
-    view: View,
-    request: Request,
-    response: Response,
-    body: ScoreRequest | RerankRequest,
-    pairs: Sequence[tuple[str, str]],
-    unit: str | None,
-) -> Scored:
+async def _scores(asker: Asker, body: ScoreRequest | RerankRequest, pairs: Sequence[tuple[str, str]]) -> Scored:
     """A number for each pair."""
-    model, unit = body.model, unit or body.user
-    if await view.parsing(_gives_numbers, view, model):
-        inputs = [TextPair(*pair) for pair in pairs]
-        async with ask(view, request, "classify", model, inputs, unit=unit) as pending:
-            answers: list[Answer] = await pending.all()
-        response.headers.update(pending.headers)
+    view = asker.view
+    if await view.parsing(_gives_numbers, view, body.model):
+        pending, answers = await asker.answers("classify", body, [TextPair(*pair) for pair in pairs])
         return [float(each["value"]) for each in answers], "adapter", pending, _usage(answers)
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-    how = Embedding(body.pooling, normalize=True)
-    vectors, pending, usage = await _vectors(view, request, response, model, texts, how, unit)
+    vectors, pending, usage = await _vectors(asker, body, texts, Embedding(body.pooling, normalize=True))
     of = dict(zip(texts, vectors, strict=True))
     scores = await view.parsing(cosines, [of[a] for a, _ in pairs], [of[b] for _, b in pairs])
     return scores, "cosine", pending, usage
@@ -245,19 +231,9 @@ def _usage(answers: Sequence[Answer]) -> EmbeddingUsage:
     return EmbeddingUsage(prompt_tokens=read, total_tokens=read)
 
 
-async def _vectors(
-    view: View,
-    request: Request,
-    response: Response,
-    model: str,
-    inputs: Sequence[Input],
-    how: Embedding,
-    unit: str | None,
-) -> Vectors:
-    options = [view.services.options(embedding=how)] * len(inputs)
-    async with ask(view, request, "embed", model, inputs, options, unit=unit) as pending:
-        answers: list[Answer] = await pending.all()
-    response.headers.update(pending.headers)
+async def _vectors(asker: Asker, body: Question, inputs: Sequence[Input], how: Embedding) -> Vectors:
+    options = [asker.view.services.options(embedding=how)] * len(inputs)
+    pending, answers = await asker.answers("embed", body, inputs, options)
     return [answer["embedding"] for answer in answers], pending, _usage(answers)
 
 

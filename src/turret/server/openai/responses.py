@@ -10,7 +10,6 @@ import json
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, Self
 
-from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -19,8 +18,8 @@ from turret.json_types import JsonObject, JsonValue, Plain
 from turret.server import limits
 from turret.server.error_responses import error_response
 from turret.server.openai.completions import EVENTS, ChatRequest, ToolCalls, ToolName, options_of, prompt, stream_events
-from turret.server.questions import PendingAnswers, Update, admit, ask, generated_tokens, now, prompt_tokens
-from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, Unit, User, View, router
+from turret.server.questions import Asking, PendingAnswers, Update, admit, generated_tokens, now, prompt_tokens
+from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, User, View, router
 from turret.tasks.shapes import Answer
 
 # --- schemas ----------------------------------------------------------------------------------------------------------
@@ -392,12 +391,10 @@ questions = router("infer")
 
 
 @questions.post("/v1/responses", response_model=ResponseObject, responses=EVENTS)
-async def respond(
-    body: ResponseRequest, view: View, unit: Unit, request: Request, response: Response
-) -> ResponseObject | StreamingResponse:
+async def respond(body: ResponseRequest, view: View, asker: Asking) -> ResponseObject | StreamingResponse:
     """Answer a text or messages, also by calls of tools. Files and stored responses are not offered: they are 400."""
     chat = _chat(body)
-    await admit(view, request)  # before the messages are tokenized
+    await admit(view, asker.request)  # before the messages are tokenized
     called = chat.tools and chat.tool_choice != "none"
     tools = await view.parsing(ToolCalls, view, chat) if called else None
     prompts = [await view.parsing(prompt, view, chat)]
@@ -405,10 +402,8 @@ async def respond(
     options = await options_of(view, chat, chat.max_tokens, 1, constraint=own)
     output = ResponseOutput(view, body, tools)
     if body.stream:
-        return await stream_events(view, request, body.model, prompts, options, unit or body.user, output.events)
-    async with ask(view, request, "generate", body.model, prompts, options, unit=unit or body.user) as pending:
-        (answer,) = await pending.all()
-    response.headers.update(pending.headers)
+        return await stream_events(asker, body, prompts, options, output.events)
+    pending, (answer,) = await asker.answers("generate", body, prompts, options)
     return output.whole(pending, answer, output.items(pending, answer))
 
 
