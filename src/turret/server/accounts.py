@@ -5,32 +5,42 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from turret import audit
-from turret.access import ANY, Access, check_tenant
+from turret.access import ADAPTERS, BASES, MOST_PATTERNS, Access, check_tenant
 from turret.errors import BadReference, BadRequest, Forbidden, NotFound
 from turret.server.auth import Caller
 from turret.server.limits import Quota
+from turret.server.routes import WHOLE, Model
 from turret.server.services import View
 from turret.store import AccessToken, usage
-from turret.store.access_tokens import OPERATE, AccessTokens
+from turret.store.access_tokens import LONGEST, NAME, OPERATE, SCOPES, AccessTokens, Scope
 from turret.timestamp import timestamp
 from turret.workspace.core import Workspace
 
+PerMinute = Annotated[int | None, Field(ge=1, le=1 << 31), WHOLE]
+AdapterPattern = Annotated[str, Field(pattern=f"^({ADAPTERS.pattern})$")]
+BasePattern = Annotated[str, Field(pattern=f"^({BASES.pattern})$")]
 
-@dataclass(frozen=True)
-class Wanted:
-    """A new token, as `AccessTokens.create` takes it."""
 
-    name: str
-    scopes: Sequence[str] = ("infer",)
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    adapters: Sequence[str] = ANY
-    bases: Sequence[str] = ANY
-    lifetime: float | None = None
-    sign_in: bool = True
+class TokenRequest(Model):
+    """As in `turret token create NAME`."""
+
+    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=len(SCOPES))] = Field(["infer"])
+    requests_per_minute: PerMinute = None
+    tokens_per_minute: PerMinute = None
+    adapters: Annotated[list[AdapterPattern], Field(min_length=1, max_length=MOST_PATTERNS)] = Field(
+        ["*"], description="Names, or patterns such as legal-*."
+    )
+    bases: Annotated[list[BasePattern], Field(min_length=1, max_length=MOST_PATTERNS)] = Field(
+        ["*"], description="Ids of bases, or patterns."
+    )
+    lifetime: Annotated[float | None, Field(ge=1, le=LONGEST)] = Field(None, description="Seconds; null for no end.")
+    sign_in: bool = Field(True, description="Whether a person may sign in to the console by it.")
 
 
 def operates(view: View, caller: Caller) -> bool:
@@ -65,17 +75,16 @@ def workspace_of(view: View, caller: Caller, tenant: str | None) -> Workspace:
     return view.workspace.with_access(Access(check_tenant(tenant)))
 
 
-def create(view: View, caller: Caller, wanted: Wanted, tenant: str | None = None) -> tuple[AccessToken, str]:
+def create(view: View, caller: Caller, wanted: TokenRequest, tenant: str | None = None) -> tuple[AccessToken, str]:
     """Make a token. Returns it, and its secret, which cannot be shown again."""
+    lifetime = wanted.lifetime
     known = of(view, caller, tenant)
     _require_no_quota(view, caller)
     _require_scopes(caller, wanted.scopes)
-    if caller.expires is not None and (
-        wanted.lifetime is None or timestamp(time.time() + wanted.lifetime) > caller.expires
-    ):
+    if caller.expires is not None and (lifetime is None or timestamp(time.time() + lifetime) > caller.expires):
         raise Forbidden(f"this token ends at {caller.expires}, so it makes none that lives longer: set an earlier end")
     with _as_bad_request():
-        made = known.create(**asdict(wanted))
+        made = known.create(**dict(wanted))
     view.services.read_tokens()
     return made
 

@@ -1,6 +1,8 @@
 """The ASGI application: the routes behind the middleware, in the order in which a request meets it.
 
 log and request id -> other origins -> token and scope -> limits -> route
+
+The server speaks HTTP alone, so each part gets nothing but requests.
 """
 
 from __future__ import annotations
@@ -34,7 +36,6 @@ from turret.json_types import JsonObject
 from turret.server.admin import accounts, adapters, experiments, runs
 from turret.server.auth import AuthMiddleware, Guard, allow_origins
 from turret.server.console import adapters as adapter_pages
-from turret.server.console import adapters as panel_pages
 from turret.server.console import entry, operate, playground, render, train
 from turret.server.console import experiments as experiment_pages
 from turret.server.error_responses import ErrorResponse, error_response, status_response, validation_response
@@ -101,7 +102,6 @@ ROUTERS = (
     adapter_pages.router,
     train.router,
     playground.router,
-    panel_pages.router,
     operate.router,
 )
 

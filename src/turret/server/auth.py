@@ -411,9 +411,6 @@ class AuthMiddleware:
         self.origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         page = is_page(scope["path"])
         if page:
             send = self.page_response(scope, send)
@@ -492,5 +489,4 @@ class _CrossOrigin:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        page = scope["type"] != "http" or is_page(scope["path"])
-        await (self.app if page else self.api)(scope, receive, send)
+        await (self.app if is_page(scope["path"]) else self.api)(scope, receive, send)

@@ -27,22 +27,8 @@ from turret.turns import Places
 
 
 # The first part of a page's path. Pages use a session cookie and forms, and answer in HTML.
-PAGES = frozenset(
-    (
-        "",
-        "adapters",
-        "train",
-        "runs",
-        "comparisons",
-        "playground",
-        "panels",
-        "experiments",
-        "store",
-        "sign-in",
-        "sign-out",
-        "static",
-    )
-)
+MENU = ("adapters", "train", "runs", "comparisons", "playground", "panels", "experiments", "store")
+PAGES = frozenset(("", *MENU, "sign-in", "sign-out", "static"))
 UNSIGNED = frozenset(("sign-in", "static"))  # open without a session
 INFER_PAGES = frozenset(("", "playground", "sign-out"))  # open to the scope infer; admin opens all pages
 
@@ -265,7 +251,7 @@ class LimitMiddleware:
         self.clients = clients
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["path"] in OPEN:
             await self.app(scope, receive, send)
             return
         if self.load.draining:

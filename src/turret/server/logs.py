@@ -52,7 +52,7 @@ def provider() -> TracerProvider:
 
 
 class TraceMiddleware:
-    """A span for each request, with its route, status and receipt.
+    """A span for each request, with its route, status and receipt, around a `LogMiddleware`.
 
     Args:
         provider: Of `provider()`.
@@ -66,23 +66,13 @@ class TraceMiddleware:
         from opentelemetry.propagate import extract
         from opentelemetry.trace import SpanKind, StatusCode
 
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        status = 0
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = int(message["status"])
-            await send(message)
-
         method = scope["method"] if len(scope["method"]) <= 10 else "OTHER"
         with self.tracer.start_as_current_span(method, context=extract(headers), kind=SpanKind.SERVER) as span:
-            await self.app(scope, receive, sending)
+            await self.app(scope, receive, send)
             route = getattr(scope.get("route"), "path", None) or "unknown"
-            state = scope.get("state", {})
+            state = scope["state"]
+            status = state["status"]
             span.update_name(f"{method} {route}")
             span.set_attributes({"http.request.method": method, "http.route": route})
             span.set_attributes({"http.response.status_code": 499 if state.get("left") else status})
@@ -151,9 +141,6 @@ class LogMiddleware:
         self.clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         started, status = self.clock(), 0
         request_id = "req-" + secrets.token_hex(12)
         scope.setdefault("state", {})["request_id"] = request_id
@@ -172,6 +159,7 @@ class LogMiddleware:
             if not status:
                 await send_error(error, scope, receive, send_with_id)
         finally:
+            scope["state"]["status"] = status
             self._write(scope, status or 499, self.clock() - started)
 
     def _write(self, scope: Scope, status: int, seconds: float) -> None:

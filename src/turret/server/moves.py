@@ -8,17 +8,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from turret.errors import BadReference, BadRequest, ReplayNeeded
 from turret.experiments import Guards
 from turret.experiments.experiment import LONGEST_TTL, MISSING_BOUND, MOST_ARMS, MOST_MISSING, OUTCOME_TTL
 from turret.server.error_responses import without_paths
-from turret.server.routes import AliasName, Model, Reference, Share, Shares
+from turret.server.routes import AliasName, Model, Reference, Share, Shares, find_file
 from turret.server.routes import Gate as GateText
 from turret.server.services import View
 from turret.store import Gate, Move
@@ -107,23 +106,20 @@ class PromiseAsked(Model):
 # --- aliases ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AliasHere:
-    """An alias in the store and on this server."""
-
+class Alias(BaseModel):
     name: str
     alias: str
-    version: str  # in the store
-    serving: str | None  # the version in force here; None if it is of another base
-    problem: str | None  # why the two differ
+    version: str = Field(description="The version in the store.")
+    serving: str | None = Field(description="The version in force here; null if it is of another base.")
+    problem: str | None = Field(description="Why the two differ.")
     moved: str
 
 
-async def list_here(view: View, name: str | None = None) -> list[AliasHere]:
+async def list_here(view: View, name: str | None = None) -> list[Alias]:
     """Every alias, or those of one adapter."""
     _, found = await view.control(view.workspace.store.pointing)
     return [
-        AliasHere(
+        Alias(
             name=each.name,
             alias=each.alias,
             version=f"{each.name}@{each.number}",
@@ -256,9 +252,7 @@ def make_promise(view: View, owner: str, reference: str, asked: PromiseAsked) ->
     if asked.source is None:
         view.services.previews.promise(view.workspace.store, version, request)
     else:
-        file = view.services.files.find(owner, asked.source)
-        if file.purpose != TABLE:
-            raise BadRequest(f"{file.id} has the purpose {file.purpose}: expected a file of the purpose {TABLE}")
+        file = find_file(view, owner, asked.source, TABLE)
         with view.services.files.content(file) as path:
             view.services.previews.promise(view.workspace.store, version, request, path, file.name)
     return view.workspace.promise(version)

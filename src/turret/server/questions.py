@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel
 
 from turret.access import DEFAULT
@@ -24,10 +24,10 @@ from turret.engine import Done, Event, Failed, Piece, Receipt, SamplingParams, T
 from turret.errors import Cancelled, DeadlineExceeded, Disconnected, NotFound, TurretError
 from turret.server.auth import Caller
 from turret.server.engines import Input
-from turret.server.limits import Quota
+from turret.server.limits import MOST_UNIT, Quota
 from turret.server.live_promises import Covered
-from turret.server.routes import Unit, View
 from turret.server.routing import Placement
+from turret.server.services import View, view_of
 from turret.store.usage import BASE
 from turret.tasks.shapes import Answer, TaskSpec
 from turret.tasks.task import RequestKind
@@ -334,8 +334,19 @@ class Asker:
             finish(self, kind, *pending)
 
 
-def _asker(view: View, unit: Unit, request: Request, response: Response) -> Asker:
-    return Asker(view, request, response, unit)
+_UNIT = "The unit of an experiment, such as a user's id. Overrides the body's `user`."
+
+
+def _asker(
+    request: Request,
+    response: Response,
+    turret_unit: Annotated[str | None, Header(max_length=MOST_UNIT, description=_UNIT)] = None,
+) -> Asker:
+    """The header is read as UTF-8; if it is not UTF-8, as Latin-1. It counts as missing if it is empty."""
+    unit = turret_unit or None
+    with suppress(UnicodeDecodeError):
+        unit = unit and unit.encode("latin-1").decode()
+    return Asker(view_of(request), request, response, unit)
 
 
 Asking: TypeAlias = Annotated[Asker, Depends(_asker)]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Required, Self, TypeAlias, TypedDict
 
-from fastapi import APIRouter, Depends, Header, Request, Response, Security, params
+from fastapi import APIRouter, Depends, Request, Response, Security, params
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
@@ -21,13 +21,12 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from turret.access import OPERATOR
 from turret.errors import BadRequest, TooLarge, plainly
 from turret.experiments.experiment import MOST_ARMS
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.server import limits, services
 from turret.server.auth import Caller
-from turret.server.limits import MOST_UNIT, RequestLimits, replay_body
+from turret.server.limits import RequestLimits, replay_body
 from turret.store.client_files import TABLE, ClientFile
 from turret.workspace.queueing import require_table_name
 
@@ -300,28 +299,7 @@ ERRORS: dict[int | str, dict[str, type[Error] | str]] = {
 }
 
 
-def _view(request: Request) -> services.View:
-    """The server as the caller sees it. This is the one place where a route gets it from."""
-    server: services.Services = request.app.state.services
-    caller = getattr(request.state, "caller", None)
-    return server.view(OPERATOR if caller is None else caller.access)
-
-
-View: TypeAlias = Annotated[services.View, Depends(_view)]
-_UNIT = "The unit of an experiment, such as a user's id. Overrides the body's `user`."
-
-
-def _unit(turret_unit: Annotated[str | None, Header(max_length=MOST_UNIT, description=_UNIT)] = None) -> str | None:
-    """The header as UTF-8; if it is not UTF-8, as Latin-1. None if it is missing or empty."""
-    if not turret_unit:
-        return None
-    try:
-        return turret_unit.encode("latin-1").decode()
-    except UnicodeDecodeError:
-        return turret_unit
-
-
-Unit = Annotated[str | None, Depends(_unit)]
+View: TypeAlias = Annotated[services.View, Depends(services.view_of)]
 
 
 class PlainRequest(Request):
@@ -369,7 +347,7 @@ class StrictRoute(APIRoute):
         async def handle(request: Request) -> Response:
             parsed = ParsedRequest(request.scope, request.receive, request._send)
             if field is not None and (content := await parsed.body()):
-                view = _view(request)
+                view = services.view_of(request)
                 if len(content) <= INLINE:
                     parsed.body_value = read(content, field, view.services.limits)
                 else:
@@ -446,9 +424,13 @@ MOST_FIELD = 1024  # bytes of a field beside the file
 FileId = Annotated[str, params.Path(min_length=1, max_length=60)]  # in an address
 
 
-def owner_of(caller: Caller) -> str:
-    """Whose files and batches a caller has; "" on a server without tokens."""
+def owner_of(request: Request) -> str:
+    """Whose files and batches the caller has; "" on a server without tokens."""
+    caller: Caller = request.state.caller
     return "" if caller.name is None else caller.key
+
+
+Owner: TypeAlias = Annotated[str, Depends(owner_of)]
 
 
 async def read_form(request: Request) -> FormData:
@@ -457,6 +439,14 @@ async def read_form(request: Request) -> FormData:
         return await request.form(max_files=1, max_fields=8, max_part_size=MOST_FIELD)
     except HTTPException as error:
         raise BadRequest(f"the form cannot be read: {error.detail}") from None
+
+
+def find_file(view: View, owner: str, id: str, purpose: str) -> ClientFile:
+    """A file that a caller has sent for this purpose. Raises NotFound and BadRequest."""
+    file = view.services.files.find(owner, id)
+    if file.purpose != purpose:
+        raise BadRequest(f"{file.id} has the purpose {file.purpose}: expected a file of the purpose {purpose}")
+    return file
 
 
 async def keep(view: View, owner: str, sent: UploadFile, purpose: str) -> ClientFile:

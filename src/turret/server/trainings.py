@@ -12,11 +12,10 @@ from typing import Annotated, Literal, TypedDict
 
 from pydantic import BaseModel, Field
 
-from turret.errors import BadRequest
 from turret.json_types import JsonObject, JsonValue
 from turret.recipe import Recipe
 from turret.server.error_responses import without_paths
-from turret.server.routes import WHOLE, Model
+from turret.server.routes import WHOLE, Model, find_file
 from turret.server.services import View
 from turret.store import client_files
 from turret.store.client_files import TABLE
@@ -207,9 +206,8 @@ def study_from_row(row: StudyRow) -> Study:
 
 def plan_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes], order: Order) -> StudyPlan:
     """What a comparison or a sweep on such a table trains, and how long it takes."""
-    recipe, own = _on_own_base(view, recipe)
     study = as_spec(order, recipe.data.source)
-    with _with_data(view, owner, recipe, files) as (recipe, tables):
+    with _sent_data(view, owner, recipe, files) as (recipe, tables, own):
         found = StudyPlan(**view.services.previews.plan(view.workspace.store, recipe, tables, own, study))
     for row in found.refused:
         row.refused = without_paths(str(row.refused))
@@ -222,9 +220,8 @@ def submit_study(view: View, owner: str, recipe: Recipe, files: Mapping[str, byt
         from turret.workspace import sweeping  # imports numpy
 
         sweeping.split(order, recipe)
-    recipe, own = _on_own_base(view, recipe)
     study = as_spec(order, recipe.data.source)
-    with _with_data(view, owner, recipe, files) as (recipe, tables):
+    with _sent_data(view, owner, recipe, files) as (recipe, tables, own):
         row: JsonValue = view.workspace.queue.submit_sent(recipe, tables, own_base=own, study=study)
         return study_from_row(row)
 
@@ -243,8 +240,7 @@ class SentPlan(TypedDict):
 
 def plan(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]) -> SentPlan:
     """The plan of a recipe for such a table."""
-    recipe, own = _on_own_base(view, recipe)
-    with _with_data(view, owner, recipe, files) as (recipe, tables):
+    with _sent_data(view, owner, recipe, files) as (recipe, tables, own):
         found: JsonValue = view.services.previews.plan(view.workspace.store, recipe, tables, own)
         planned: SentPlan = found
         return planned
@@ -252,8 +248,7 @@ def plan(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]) -> 
 
 def submit(view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes], priority: int = 0) -> RunRow | StudyRow:
     """Put a training on such a table into the queue. Returns the run."""
-    recipe, own = _on_own_base(view, recipe)
-    with _with_data(view, owner, recipe, files) as (recipe, tables):
+    with _sent_data(view, owner, recipe, files) as (recipe, tables, own):
         return view.workspace.queue.submit_sent(recipe, tables, priority=priority, own_base=own)
 
 
@@ -312,18 +307,15 @@ def log(view: View, run: FullRun | StudyRow, past: int = 0) -> Sequence[JsonObje
     return [{**each, "line": without_paths(str(each["line"]))} for each in found]
 
 
-def _on_own_base(view: View, recipe: Recipe) -> tuple[Recipe, str | None]:
-    """The recipe with the id of a base of this server, if it names one, and that id."""
-    own = next((each.id for each in view.engines.bases if recipe.base in (each.name, each.id)), None)
-    return (recipe if own is None else recipe.model_copy(update={"base": own})), own
-
-
 @contextmanager
-def _with_data(
+def _sent_data(
     view: View, owner: str, recipe: Recipe, files: Mapping[str, bytes]
-) -> Iterator[tuple[Recipe, SentFiles]]:
+) -> Iterator[tuple[Recipe, SentFiles, str | None]]:
+    """The recipe with its tables; if it names a base of this server, with the id of that, and the id itself."""
+    own = next((each.id for each in view.engines.bases if recipe.base in (each.name, each.id)), None)
+    recipe = recipe if own is None else recipe.model_copy(update={"base": own})
     with _sent_tables(view, owner, recipe.data.source, files) as (source, tables):
-        yield recipe.changed(data={"source": source}), tables
+        yield recipe.changed(data={"source": source}), tables, own
 
 
 @contextmanager
@@ -337,9 +329,7 @@ def _sent_tables(view: View, owner: str, source: str, files: Mapping[str, bytes]
     if found is None or source in files:
         yield source, files
         return
-    file = view.services.files.find(owner, found[1])
-    if file.purpose != TABLE:
-        raise BadRequest(f"{file.id} has the purpose {file.purpose}: expected a file of the purpose {TABLE}")
+    file = find_file(view, owner, found[1], TABLE)
     with view.services.files.content(file) as path:
         named = f"{file.id}/{file.name}"
         yield named, {named: path}

@@ -7,12 +7,11 @@ from typing import Annotated
 from fastapi import Path, Query, Request
 from pydantic import BaseModel, Field
 
-from turret.access import ADAPTERS, BASES, MOST_PATTERNS
 from turret.json_types import JsonObject
 from turret.server import accounts
 from turret.server.routes import WHOLE, Model, View, router
 from turret.store import AccessToken
-from turret.store.access_tokens import LONGEST, NAME, OVERLAP, SCOPES, Scope
+from turret.store.access_tokens import LONGEST, OVERLAP
 from turret.store.jobs import OpenJob
 
 control = router("admin")
@@ -22,9 +21,6 @@ TENANT = "Another tenant, for a token with the scope operate."
 Tenant = Annotated[str | None, Query(max_length=63, description=TENANT)]
 Part = Annotated[str | None, Query(min_length=1, max_length=200, description="Only actions with this in it.")]
 TokenName = Annotated[str, Path(min_length=1, max_length=100, description="The name of a token.")]
-PerMinute = Annotated[int | None, Field(ge=1, le=1 << 31), WHOLE]
-AdapterPattern = Annotated[str, Field(pattern=f"^({ADAPTERS.pattern})$")]
-BasePattern = Annotated[str, Field(pattern=f"^({BASES.pattern})$")]
 
 
 class UsageOfDay(BaseModel):
@@ -59,23 +55,6 @@ class AuditLog(BaseModel):
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
-
-
-class TokenRequest(Model):
-    """As in `turret token create NAME`."""
-
-    name: Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-    scopes: Annotated[list[Scope], Field(min_length=1, max_length=len(SCOPES))] = Field(["infer"])
-    requests_per_minute: PerMinute = None
-    tokens_per_minute: PerMinute = None
-    adapters: Annotated[list[AdapterPattern], Field(min_length=1, max_length=MOST_PATTERNS)] = Field(
-        ["*"], description="Names, or patterns such as legal-*."
-    )
-    bases: Annotated[list[BasePattern], Field(min_length=1, max_length=MOST_PATTERNS)] = Field(
-        ["*"], description="Ids of bases, or patterns."
-    )
-    lifetime: Annotated[float | None, Field(ge=1, le=LONGEST)] = Field(None, description="Seconds; null for no end.")
-    sign_in: bool = Field(True, description="Whether a person may sign in to the console by it.")
 
 
 class RotateRequest(Model):
@@ -131,10 +110,9 @@ async def list_tokens(view: View, request: Request, tenant: Tenant = None) -> To
 
 
 @control.post("/api/tokens")
-async def create_token(body: TokenRequest, view: View, request: Request, tenant: Tenant = None) -> Secret:
+async def create_token(body: accounts.TokenRequest, view: View, request: Request, tenant: Tenant = None) -> Secret:
     """Make a token. The answer has its secret, which the store does not keep."""
-    wanted = accounts.Wanted(**body.model_dump())
-    return _secret(*await view.control(accounts.create, view, request.state.caller, wanted, tenant))
+    return _secret(*await view.control(accounts.create, view, request.state.caller, body, tenant))
 
 
 @control.post("/api/tokens/{name}/rotate")

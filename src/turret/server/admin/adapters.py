@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import Path, Query, Request
+from fastapi import Path, Query
 from pydantic import BaseModel, Field
 
 from turret import audit
@@ -14,7 +14,7 @@ from turret.engine import Named
 from turret.json_types import JsonObject, JsonValue
 from turret.reference import Reference as ParsedReference
 from turret.server import moves
-from turret.server.routes import AdapterName, AliasName, Gate, Model, Reference, View, owner_of, router
+from turret.server.routes import AdapterName, AliasName, Gate, Model, Owner, Reference, View, router
 from turret.store import Move, fold_comparisons
 from turret.store import Version as StoredVersion
 from turret.store.catalog import now, plain, who
@@ -74,17 +74,8 @@ class Adapters(BaseModel):
     after: str | None = Field(description="The `after` of the next page; null on the last one.")
 
 
-class Alias(BaseModel):
-    name: str
-    alias: str
-    version: str = Field(description="The version in the store.")
-    serving: str | None = Field(description="The version in force here; null if it is of another base.")
-    problem: str | None = Field(description="Why the two differ.")
-    moved: str
-
-
 class Aliases(BaseModel):
-    aliases: list[Alias]
+    aliases: list[moves.Alias]
 
 
 class GateShown(BaseModel):
@@ -311,9 +302,8 @@ def _gates(found: Sequence[GateStatus]) -> Gates:
 
 
 @control.post("/api/adapters/{reference}/promise")
-async def make_promise(reference: Ref, body: moves.PromiseAsked, view: View, request: Request) -> JsonObject:
+async def make_promise(reference: Ref, body: moves.PromiseAsked, view: View, owner: Owner) -> JsonObject:
     """Promise a bound on the errors of a version, as `turret promise`. Another process asks it labelled examples."""
-    owner = owner_of(request.state.caller)
     return (await view.preview(moves.make_promise, view, owner, reference, body)).as_json()
 
 
@@ -330,7 +320,7 @@ def _move_response(view: View, move: Move) -> Moved:
 @control.get("/api/aliases")
 async def list_aliases(view: View, name: Annotated[AdapterName | None, Query()] = None) -> Aliases:
     """Every alias: its version in the store, its version in force here, and why they differ."""
-    return Aliases(aliases=[Alias(**asdict(each)) for each in await moves.list_here(view, name)])
+    return Aliases(aliases=await moves.list_here(view, name))
 
 
 # --- panels -----------------------------------------------------------------------------------------------------------

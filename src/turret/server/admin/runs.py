@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated
 
-from fastapi import Path, Query, Request
+from fastapi import Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from turret.compare.results import RunReport
@@ -14,7 +14,7 @@ from turret.json_types import JsonObject, JsonValue
 from turret.recipe import Recipe
 from turret.server import trainings
 from turret.server.error_responses import without_paths
-from turret.server.routes import WHOLE, Model, View, owner_of, router
+from turret.server.routes import WHOLE, Model, Owner, View, router
 from turret.server.trainings import CompareOptions, Curves, Drafted, Study, StudyPlan, SweepOptions
 from turret.store.jobs import StudyRow
 from turret.store.runs import RunRow
@@ -67,30 +67,27 @@ class Runs(BaseModel):
 
 
 @control.post("/api/runs/draft")
-async def draft(body: DraftRequest, view: View, request: Request) -> Drafted:
+async def draft(body: DraftRequest, view: View, owner: Owner) -> Drafted:
     """Look at a table: its first rows, the task and the columns that they show, and a recipe for them."""
-    owner, files = owner_of(request.state.caller), encode_tables(body.files)
-    return await view.preview(trainings.draft, view, owner, body.source, files, body.settings)
+    return await view.preview(trainings.draft, view, owner, body.source, encode_tables(body.files), body.settings)
 
 
 @control.post("/api/runs/plan")
-async def plan(body: PlanRequest, view: View, request: Request) -> JsonObject:
+async def plan(body: PlanRequest, view: View, owner: Owner) -> JsonObject:
     """Check a training without starting it: memory, time and what is wrong, on the machine of this server.
 
     `toml` is the recipe with every default filled in. The worker that takes the training plans it again.
     """
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    planned = await view.preview(
-        trainings.plan, view, owner_of(request.state.caller), recipe, encode_tables(body.files)
-    )
+    planned = await view.preview(trainings.plan, view, owner, recipe, encode_tables(body.files))
     return {**planned}
 
 
 @control.post("/api/runs")
-async def train(body: TrainRequest, view: View, request: Request) -> JsonObject:
+async def train(body: TrainRequest, view: View, owner: Owner) -> JsonObject:
     """Put a training into the queue. A `turret worker` of the same store takes it."""
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    owner, files = owner_of(request.state.caller), encode_tables(body.files)
+    files = encode_tables(body.files)
     return _run_json(await view.control(trainings.submit, view, owner, recipe, files, body.priority))
 
 
@@ -186,24 +183,22 @@ class Studies(BaseModel):
 
 
 @control.post("/api/studies/plan", name="plan")
-async def plan_study(body: StudyRequest, view: View, request: Request) -> StudyPlan:
+async def plan_study(body: StudyRequest, view: View, owner: Owner) -> StudyPlan:
     """What a comparison or a sweep would train, what it can decide, and how long it takes. Starts nothing."""
-    return await view.preview(trainings.plan_study, view, *await _study_arguments(body, view, request))
+    return await view.preview(trainings.plan_study, view, *await _study_arguments(body, view, owner))
 
 
 @control.post("/api/studies", name="start")
-async def start_study(body: StudyRequest, view: View, request: Request) -> Study:
+async def start_study(body: StudyRequest, view: View, owner: Owner) -> Study:
     """Put a comparison or a sweep into the queue. A `turret worker` of the same store conducts it."""
-    return await view.control(trainings.submit_study, view, *await _study_arguments(body, view, request))
+    return await view.control(trainings.submit_study, view, *await _study_arguments(body, view, owner))
 
 
-async def _study_arguments(
-    body: StudyRequest, view: View, request: Request
-) -> tuple[str, Recipe, dict[str, bytes], Order]:
+async def _study_arguments(body: StudyRequest, view: View, owner: Owner) -> tuple[str, Recipe, dict[str, bytes], Order]:
     """Who asks, and for what."""
     order = body.options().order()
     recipe = await view.parsing(Recipe.from_toml, body.recipe)
-    return owner_of(request.state.caller), recipe, encode_tables(body.files), order
+    return owner, recipe, encode_tables(body.files), order
 
 
 @control.get("/api/studies")

@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated, TypedDict
+from typing import Annotated
 
-from fastapi import Path, Query, Request, Response
+from fastapi import Path, Query, Response
 
 from turret.compare.evaluation_page import Live, ShownDetails, Step, decided_plot, reliability_plot, steps
 from turret.compare.results import RunReport
 from turret.errors import BadReference, BadRequest, NotFound, TurretError
+from turret.json_types import JsonObject
 from turret.manifest import Manifest, base_in
 from turret.reference import check_alias
 from turret.server import moves
 from turret.server.console import render, snippets
-from turret.server.console.render import Sent, pages
-from turret.server.moves import AliasHere
+from turret.server.console.render import Form, Page, Sent, pages
 from turret.server.routes import View
-from turret.store import Compared, Gate, Golden, Panel, Question, Version, fold_comparisons, promises
-from turret.store.aliases import MoveRow
+from turret.store import Panel, Question, Version, fold_comparisons, promises
 from turret.store.catalog import PRODUCTION
 from turret.tasks.calibration import Sureness
 from turret.tasks.shapes import SplitMetrics, number_in, parts_in
@@ -37,49 +36,54 @@ SUGGESTED_ALIASES = (PRODUCTION, "candidate")
 
 
 @router.get("/adapters")
-async def listing(request: Request, view: View) -> Response:
+async def listing(page: Page, view: View) -> Response:
     """All names."""
     versions = await view.control(view.workspace.list)
     names = [_summary(view, name, list(group)) for name, group in groupby(versions, key=lambda each: each.name)]
     broken = await view.control(_broken_promises, view)
-    return render.page(request, view, "adapters.html.j2", names=names, broken=broken, store=str(view.workspace.store))
+    return page.show("adapters.html.j2", names=names, broken=broken, store=str(view.workspace.store))
 
 
 @router.get("/adapters/{name}")
-async def show(request: Request, view: View, name: Name, moved: str | None = None) -> Response:
+async def show(page: Page, view: View, name: Name, moved: str | None = None) -> Response:
     """One name: its versions, its aliases with their gates, and the history of the aliases."""
     values = await _values(view, name)
     alias = next((each for each in values["aliases"] if each.alias == moved), None)
-    return render.page(request, view, "adapter.html.j2", **values, moved=alias)
+    return page.show("adapter.html.j2", **values, moved=alias)
 
 
 @router.get("/adapters/{name}/diff")
-async def diff(request: Request, view: View, name: Name, first: Chosen, second: Chosen) -> Response:
+async def diff(page: Page, view: View, name: Name, first: Chosen, second: Chosen) -> Response:
     """How one version of a name differs from another."""
     found = await view.control(view.workspace.diff, f"{name}@{first}", f"{name}@{second}", weights=False)
     both = [await view.control(view.workspace.resolve, each) for each in found.versions]
-    return render.page(request, view, "diff.html.j2", name=name, found=found, both=both)
+    return page.show("diff.html.j2", name=name, found=found, both=both)
 
 
 @router.get("/adapters/{name}/{number}")
-async def version(request: Request, view: View, name: Name, number: Number) -> Response:
+async def version(page: Page, view: View, name: Name, number: Number) -> Response:
     """One version."""
     shown = await view.control(view.workspace.show, f"{name}@{number}")
     known = _by_digest(await view.control(view.workspace.list))
-    values = {"name": name, "number": number, "shown": shown, "loaded": view.engines.in_memory(shown["digest"])}
+    values: JsonObject = {
+        "name": name,
+        "number": number,
+        "shown": shown,
+        "loaded": view.engines.in_memory(shown["digest"]),
+    }
     has = shown["promise"] is not None
     values["promised"] = await view.control(view.workspace.promise, str(shown["version"])) if has else None
     values["text"] = promising
     values["served"] = base_in(shown["manifest"]).get("fingerprint") in view.engines.fingerprints
     run = shown["run"]
     values["report"] = None if run is None else await view.control(_report, view, str(run["id"]), shown["metrics"])
-    values["snippets"] = snippets.of_version(request, view, str(shown["version"]), shown["manifest"])
-    return render.page(request, view, "version.html.j2", **values, parent=_parent(shown["manifest"], known))
+    values["snippets"] = snippets.of_version(page.request, view, str(shown["version"]), shown["manifest"])
+    return page.show("version.html.j2", **values, parent=_parent(shown["manifest"], known))
 
 
 @router.get("/adapters/{name}/move/{verb}")
 async def ask(
-    request: Request, view: View, name: Name, verb: str, alias: str = PRODUCTION, version: int | None = None
+    page: Page, view: View, name: Name, verb: str, alias: str = PRODUCTION, version: int | None = None
 ) -> Response:
     """The dialog that confirms a move."""
     if verb not in ("promote", "rollback"):
@@ -89,32 +93,30 @@ async def ask(
     every = values["every"]
     chosen = next((each for each in every if each.number == version), every[0])
     more = {"verb": verb, "alias": _alias(alias), "suggested": suggested, "chosen": chosen}
-    return render.page(request, view, "move.html.j2", **values, **more)
+    return page.show("move.html.j2", **values, **more)
 
 
 @router.post("/adapters/{name}/move/promote")
-async def post_promote(request: Request, view: View, name: Name, form: Sent) -> Response:
+async def post_promote(page: Page, view: View, name: Name, form: Sent) -> Response:
     """Move an alias to a version."""
-    number, alias = form.text("version"), _alias(form.text("alias"))
-    if not number.isdecimal():
-        raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
-    await moves.move_alias(view, f"{name}@{int(number)}", alias)
-    return render.redirect(request, f"/adapters/{name}?moved={alias}")
+    reference, alias = _version_in(form, name), _alias(form.text("alias"))
+    await moves.move_alias(view, reference, alias)
+    return page.redirect(f"/adapters/{name}?moved={alias}")
 
 
 @router.post("/adapters/{name}/move/rollback")
-async def post_rollback(request: Request, view: View, name: Name, form: Sent) -> Response:
+async def post_rollback(page: Page, view: View, name: Name, form: Sent) -> Response:
     """Move an alias back to the version that it named before."""
     alias = _alias(form.text("alias"))
     await moves.roll_back(view, name, alias)
-    return render.redirect(request, f"/adapters/{name}?moved={alias}")
+    return page.redirect(f"/adapters/{name}?moved={alias}")
 
 
 @router.post("/adapters/{name}/{number}/verify")
-async def verify(request: Request, view: View, name: Name, number: Number) -> Response:
+async def verify(page: Page, view: View, name: Name, number: Number) -> Response:
     """Hash and open all files of a version again."""
     found = await view.control(view.workspace.verify, f"{name}@{number}")
-    return render.page(request, view, "verified.html.j2", found=found, what=f"{name}@{number}")
+    return page.show("verified.html.j2", found=found, what=f"{name}@{number}")
 
 
 @dataclass(frozen=True)
@@ -133,22 +135,8 @@ def _report(view: View, run_id: str, metrics: SplitMetrics) -> ShownReport | Non
     return ShownReport(report, ShownDetails.of(report.details, metrics.get(report.split) or {}, MOST_MISTAKES))
 
 
-class NameValues(TypedDict):
-    """What the template of a name shows."""
-
-    name: str
-    versions: Sequence[Version]  # the newest first, without those of `compared`
-    compared: Sequence[Compared]  # the newest first
-    every: Sequence[Version]  # those of comparisons too
-    plain: Version | None  # what the plain name means in the store
-    aliases: Sequence[AliasHere]
-    gates: Sequence[Gate | Golden]
-    history: Sequence[MoveRow]
-    parents: Mapping[int, Parent]
-    loaded: set[int]
-
-
-async def _values(view: View, name: str) -> NameValues:
+async def _values(view: View, name: str) -> render.Context:
+    """What the template of a name shows. Versions and moves are the newest first; `every` has those of comparisons."""
     versions = await view.control(view.workspace.list)
     own = [each for each in versions if each.name == name]
     if not own:
@@ -206,6 +194,14 @@ def _plain(versions: Sequence[Version]) -> Version | None:
     """What the plain name means in the store, among all versions of the name by number."""
     used = (each for each in versions if PRODUCTION in each.aliases)
     return next(used, next((each for each in versions[::-1] if each.comparison is None), None))
+
+
+def _version_in(form: Form, name: str) -> str:
+    """The reference of the version that a form names. Raises BadRequest."""
+    number = form.text("version")
+    if not number.isdecimal():
+        raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
+    return f"{name}@{int(number)}"
 
 
 def _alias(text: str) -> str:
@@ -280,36 +276,33 @@ class AskedNow:
 
 
 @router.get("/panels")
-async def list_panels(request: Request, view: View) -> Response:
+async def list_panels(page: Page, view: View) -> Response:
     """All names, each with the version that it means."""
     every = await view.control(view.workspace.panels.list)
     names = [_default_panel(list(versions)) for _, versions in groupby(every, key=lambda each: each.name)]
-    return render.page(request, view, "panels.html.j2", names=names)
+    return page.show("panels.html.j2", names=names)
 
 
 @router.get("/panels/{name}")
-async def show_panel(request: Request, view: View, name: Name, version: int | None = None) -> Response:
+async def show_panel(page: Page, view: View, name: Name, version: int | None = None) -> Response:
     """One panel: the questions of a version, all versions, and the moves of the plain name."""
     reference = name if version is None else f"{name}@{version}"
     values = await view.control(_panel_values, view, reference)
-    return render.page(request, view, "panel.html.j2", **values)
+    return page.show("panel.html.j2", **values)
 
 
 @router.post("/panels/{name}/promote")
-async def promote_panel(request: Request, view: View, name: Name, form: Sent) -> Response:
+async def promote_panel(page: Page, view: View, name: Name, form: Sent) -> Response:
     """Make a version the one that the plain name means."""
-    number = form.text("version")
-    if not number.isdecimal():
-        raise BadRequest(f"version {ascii(number)[:40]}: expected a number")
-    await view.control(view.workspace.panels.promote, f"{name}@{int(number)}")
-    return render.redirect(request, f"/panels/{name}")
+    await view.control(view.workspace.panels.promote, _version_in(form, name))
+    return page.redirect(f"/panels/{name}")
 
 
 @router.post("/panels/{name}/rollback")
-async def roll_back_panel(request: Request, view: View, name: Name, form: Sent) -> Response:
+async def roll_back_panel(page: Page, view: View, name: Name, form: Sent) -> Response:
     """Go back to the version that was promoted before."""
     await view.control(view.workspace.panels.rollback, name)
-    return render.redirect(request, f"/panels/{name}")
+    return page.redirect(f"/panels/{name}")
 
 
 def _default_panel(versions: Sequence[Panel]) -> tuple[Panel, int]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 
-from fastapi import Request, Response
+from fastapi import Response
 from fastapi.responses import RedirectResponse
 
 from turret.errors import NotFound, Unauthorized
 from turret.server import oidc
-from turret.server.auth import Caller, cookie_value, session_cookie
+from turret.server.auth import cookie_value, session_cookie
 from turret.server.console import render
-from turret.server.console.render import Sent, pages
+from turret.server.console.render import Page, Sent, pages
 from turret.server.limits import client_of
 from turret.server.routes import View
 
@@ -20,79 +20,76 @@ MEDIA_TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml
 
 
 @router.get("/")
-async def home(request: Request) -> Response:
+async def home(page: Page) -> Response:
     """Go to the first page that the caller may open."""
-    return RedirectResponse("/adapters" if "admin" in request.state.caller.scopes else "/playground", 303)
+    return RedirectResponse("/adapters" if "admin" in page.caller.scopes else "/playground", 303)
 
 
 @router.get("/sign-in")
-async def login_form(request: Request, view: View, next: str = "/") -> Response:
+async def login_form(page: Page, view: View, next: str = "/") -> Response:
     """The form for a token."""
     if view.services.guard.open:
         return RedirectResponse("/", 303)
-    return _form(request, view, _local(next))
+    return _form(page, _local(next))
 
 
 @router.post("/sign-in")
-async def sign_in(request: Request, view: View, form: Sent) -> Response:
+async def sign_in(page: Page, view: View, form: Sent) -> Response:
     """Open a session."""
     next = _local(form.text("next"))
     try:
-        session = view.services.guard.sign_in(form.text("token"), secure=_secure(request))
+        session = view.services.guard.sign_in(form.text("token"), secure=_secure(page))
     except Unauthorized as error:
-        return _form(request, view, next, problem=str(error))
-    view.services.guard.sessions.end(request.state.caller.session)
-    await view.services.replica.share_session(session, request.state.caller.session)
+        return _form(page, next, problem=str(error))
+    view.services.guard.sessions.end(page.caller.session)
+    await view.services.replica.share_session(session, page.caller.session)
     response = RedirectResponse(next, 303)
-    response.headers["set-cookie"] = session_cookie(
-        session, view.services.guard.sessions.seconds, secure=_secure(request)
-    )
+    response.headers["set-cookie"] = session_cookie(session, view.services.guard.sessions.seconds, secure=_secure(page))
     return response
 
 
 @router.get(oidc.PATH)
-async def ask_provider(request: Request, view: View, next: str = "/") -> Response:
+async def ask_provider(page: Page, view: View, next: str = "/") -> Response:
     """Go to the page of the OpenID Connect provider."""
     provider = _provider(view)
     url, begun = provider.begin(_local(next))
     response = RedirectResponse(url, 303)
-    response.headers["set-cookie"] = oidc.cookie(begun, secure=_secure_by(provider, request))
+    response.headers["set-cookie"] = oidc.cookie(begun, secure=_secure_by(provider, page))
     return response
 
 
 @router.get(oidc.BACK)
-async def oidc_callback(request: Request, view: View) -> Response:
+async def oidc_callback(page: Page, view: View) -> Response:
     """Open a session for the person whom the provider sent back.
 
     The answer is a page, not a redirect: the browser comes from another site, and would leave a SameSite=Strict cookie
     out of the request that follows a redirect.
     """
     provider = _provider(view)
-    secure = _secure_by(provider, request)
+    secure = _secure_by(provider, page)
     try:
-        begun = cookie_value(request.headers.get("cookie"), oidc.cookie_name(secure=secure))
-        asking = view.services.signing_in.of(client_of(request.scope.get("client")) or "")
-        person = await asking(provider.finish, begun, dict(request.query_params))
+        begun = cookie_value(page.request.headers.get("cookie"), oidc.cookie_name(secure=secure))
+        asking = view.services.signing_in.of(client_of(page.request.scope.get("client")) or "")
+        person = await asking(provider.finish, begun, dict(page.request.query_params))
         session = view.services.guard.sign_in_as(person.name, person.tenant, secure=secure)
         await view.services.replica.share_session(session, None)
     except Unauthorized as error:
-        refused = _form(request, view, "/", problem=str(error))
+        refused = _form(page, "/", problem=str(error))
         refused.headers["set-cookie"] = oidc.cookie("", secure=secure)
         return refused
-    response = render.page(request, view, "signed_in.html.j2", next=_local(person.next))
+    response = page.show("signed_in.html.j2", next=_local(person.next))
     response.headers.append("set-cookie", session_cookie(session, view.services.guard.sessions.seconds, secure=secure))
     response.headers.append("set-cookie", oidc.cookie("", secure=secure))
     return response
 
 
 @router.post("/sign-out")
-async def sign_out(request: Request, view: View) -> Response:
+async def sign_out(page: Page, view: View) -> Response:
     """End the session on the server, and delete its cookie."""
-    caller: Caller = request.state.caller
-    view.services.guard.sessions.end(caller.session)
-    await view.services.replica.share_session(None, caller.session)
+    view.services.guard.sessions.end(page.caller.session)
+    await view.services.replica.share_session(None, page.caller.session)
     response = RedirectResponse("/sign-in" if not view.services.guard.open else "/", 303)
-    response.headers["set-cookie"] = session_cookie("", 0, secure=_secure(request))
+    response.headers["set-cookie"] = session_cookie("", 0, secure=_secure(page))
     return response
 
 
@@ -113,9 +110,10 @@ def _files() -> dict[str, tuple[bytes, str]]:
     return {path.relative_to(folder).as_posix(): (path.read_bytes(), MEDIA_TYPES[path.suffix[1:]]) for path in paths}
 
 
-def _form(request: Request, view: View, next: str, problem: str | None = None) -> Response:
-    values = {"next": next, "problem": problem, "oidc": None if view.services.oidc is None else oidc.PATH}
-    return render.page(request, view, "sign_in.html.j2", 200 if problem is None else 401, **values)
+def _form(page: Page, next: str, problem: str | None = None) -> Response:
+    provider = None if page.view.services.oidc is None else oidc.PATH
+    status = 200 if problem is None else 401
+    return page.show("sign_in.html.j2", status, next=next, problem=problem, oidc=provider)
 
 
 def _provider(view: View) -> oidc.Oidc:
@@ -131,11 +129,11 @@ def _local(url: str) -> str:
     return url if local and url.isascii() and url.isprintable() and len(url) <= 500 else "/"
 
 
-def _secure_by(provider: oidc.Oidc, request: Request) -> bool:
+def _secure_by(provider: oidc.Oidc, page: Page) -> bool:
     """Whether the browser uses https: a request that no form sent does not say so behind a proxy with TLS."""
-    return provider.settings.public_url.startswith("https://") or _secure(request)
+    return provider.settings.public_url.startswith("https://") or _secure(page)
 
 
-def _secure(request: Request) -> bool:
+def _secure(page: Page) -> bool:
     """Whether the browser used https. The Origin header says so even behind a proxy with TLS."""
-    return request.headers.get("origin", "").startswith("https://") or request.url.scheme == "https"
+    return page.request.headers.get("origin", "").startswith("https://") or page.request.url.scheme == "https"

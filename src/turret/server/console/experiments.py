@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from fastapi import Path, Query, Request, Response
+from fastapi import Path, Query, Response
 from fastapi.responses import JSONResponse
 
 from turret.errors import BadRequest, TurretError
@@ -13,9 +13,9 @@ from turret.experiments.experiment import read_split
 from turret.json_types import JsonValue, Plain
 from turret.server import moves
 from turret.server.console import render
-from turret.server.console.render import FILLED, Field, Form, Sent, model_in, pages, require_verb, texts_in
+from turret.server.console.render import FILLED, Field, Form, Page, Sent, model_in, pages, require_verb, texts_in
 from turret.server.moves import end_experiment
-from turret.server.routes import View, owner_of
+from turret.server.routes import View
 from turret.store import Gate
 from turret.store.catalog import PRODUCTION
 from turret.store.gates import judge_gate
@@ -29,25 +29,25 @@ VERBS = ("ramp", "promote", "rollback", "stop")
 
 
 @router.get("/experiments")
-async def listing(request: Request, view: View) -> Response:
+async def listing(page: Page, view: View) -> Response:
     """All experiments, the running ones first."""
     exists = await view.control(view.workspace.store.exists)
     found = await view.control(view.workspace.experiments) if exists else []
     found = sorted(found, key=lambda each: each["created"], reverse=True)
     found = sorted(found, key=lambda each: each["state"] != "running")
-    return render.page(request, view, "experiments.html.j2", found=found)
+    return page.show("experiments.html.j2", found=found)
 
 
 @router.get("/experiments/{name}/{number}")
-async def show(request: Request, view: View, name: Name, number: Number) -> Response:
+async def show(page: Page, view: View, name: Name, number: Number) -> Response:
     """One experiment."""
-    return render.page(request, view, "experiment.html.j2", **await _values(view, name, number))
+    return page.show("experiment.html.j2", **await _values(view, name, number))
 
 
 @router.get("/experiments/{name}/{number}/state")
-async def show_state(request: Request, view: View, name: Name, number: Number) -> Response:
+async def show_state(page: Page, view: View, name: Name, number: Number) -> Response:
     """The live part of the page of an experiment."""
-    return render.page(request, view, "experiment_state.html.j2", **await _values(view, name, number))
+    return page.show("experiment_state.html.j2", **await _values(view, name, number))
 
 
 @router.get("/experiments/{name}/{number}/course")
@@ -72,21 +72,21 @@ def _without_tipping_point(against: Mapping[str, Plain]) -> Mapping[str, Plain]:
 
 
 @router.get("/experiments/{name}/{number}/do/{verb}")
-async def ask(request: Request, view: View, name: Name, number: Number, verb: str, arm: str | None = None) -> Response:
+async def ask(page: Page, view: View, name: Name, number: Number, verb: str, arm: str | None = None) -> Response:
     """The dialog that confirms a change."""
     require_verb(verb, VERBS)
     values = await _values(view, name, number)
     candidates = [each for each in values["status"].analysis.arms if each.arm.role == "candidate" and each.arm.live]
-    return render.page(request, view, "act.html.j2", **values, verb=verb, arm=arm, candidates=candidates)
+    return page.show("act.html.j2", **values, verb=verb, arm=arm, candidates=candidates)
 
 
 @router.post("/experiments/{name}/{number}/do/{verb}")
-async def act(request: Request, view: View, name: Name, number: Number, verb: str, form: Sent) -> Response:
+async def act(page: Page, view: View, name: Name, number: Number, verb: str, form: Sent) -> Response:
     """Ramp, promote, roll back or stop."""
     require_verb(verb, VERBS)
     await _act(view, name, number, verb, form)
     await view.control(view.refresh)
-    return render.redirect(request, f"/experiments/{name}/{number}")
+    return page.redirect(f"/experiments/{name}/{number}")
 
 
 async def _act(view: View, name: str, number: int, verb: str, form: Form) -> None:
@@ -170,13 +170,13 @@ PROMISE = (
 
 
 @router.get("/experiments/start")
-async def show_experiment(request: Request, view: View, name: Word = "", candidate: Word = "") -> Response:
+async def show_experiment(page: Page, name: Word = "", candidate: Word = "") -> Response:
     """The form that starts an experiment."""
-    return _page(request, view, "experiment", EXPERIMENT, Form({"name": [name], "candidates": [candidate]}))
+    return _page(page, "experiment", EXPERIMENT, Form({"name": [name], "candidates": [candidate]}))
 
 
 @router.post("/experiments/start")
-async def start_experiment(request: Request, view: View, form: Sent) -> Response:
+async def start_experiment(page: Page, view: View, form: Sent) -> Response:
     """What the experiment will do, or its start."""
     fields, name = EXPERIMENT[1:], form.text("name")
     try:
@@ -184,21 +184,21 @@ async def start_experiment(request: Request, view: View, form: Sent) -> Response
         if form.text("do") == "start":
             started = (await moves.start_experiment(view, name, asked)).experiment
             await view.control(view.refresh)
-            return render.redirect(request, f"/experiments/{started.adapter}/{started.number}")
+            return page.redirect(f"/experiments/{started.adapter}/{started.number}")
         said = await view.control(_experiment_said, view, name, asked)
     except TurretError as error:
-        return _page(request, view, "experiment", EXPERIMENT, form, error=error)
-    return _page(request, view, "experiment", EXPERIMENT, form, said)
+        return _page(page, "experiment", EXPERIMENT, form, error=error)
+    return _page(page, "experiment", EXPERIMENT, form, said)
 
 
 @router.get("/adapters/{name}/gates")
-async def show_gates(request: Request, view: View, name: Name, alias: Word = PRODUCTION) -> Response:
+async def show_gates(page: Page, name: Name, alias: Word = PRODUCTION) -> Response:
     """The gates of a name, with a form for another."""
-    return await _gates(request, view, name, Form({"alias": [alias]}))
+    return await _gates(page, name, Form({"alias": [alias]}))
 
 
 @router.post("/adapters/{name}/gates")
-async def change_gates(request: Request, view: View, name: Name, form: Sent) -> Response:
+async def change_gates(page: Page, view: View, name: Name, form: Sent) -> Response:
     """What a gate would do, or set it, or remove one."""
     try:
         if remove := form.text("remove"):
@@ -207,41 +207,40 @@ async def change_gates(request: Request, view: View, name: Name, form: Sent) -> 
             asked = model_in(form, GATES, moves.GateRequest)
         if remove or form.text("do") == "start":
             await view.control(moves.change_gates, view, name, asked)
-            return render.redirect(request, f"/adapters/{name}/gates?alias={asked.alias}")
+            return page.redirect(f"/adapters/{name}/gates?alias={asked.alias}")
         said = await view.control(_gates_said, view, name, asked)
     except TurretError as error:
-        return await _gates(request, view, name, form, error=error)
-    return await _gates(request, view, name, form, said)
+        return await _gates(page, name, form, error=error)
+    return await _gates(page, name, form, said)
 
 
 async def _gates(
-    request: Request, view: View, name: str, form: Form, said: list[str] | None = None, error: TurretError | None = None
+    page: Page, name: str, form: Form, said: list[str] | None = None, error: TurretError | None = None
 ) -> Response:
-    found = await view.control(view.workspace.gate_status, name)
-    return _page(request, view, "gates", GATES, form, said, error, name=name, gates=found)
+    found = await page.view.control(page.view.workspace.gate_status, name)
+    return _page(page, "gates", GATES, form, said, error, name=name, gates=found)
 
 
 @router.get("/adapters/{name}/{number}/promise")
-async def show_promise(request: Request, view: View, name: Name, number: VersionNumber) -> Response:
+async def show_promise(page: Page, view: View, name: Name, number: VersionNumber) -> Response:
     """The form that makes a promise of a version."""
     version = await view.control(view.workspace.resolve, f"{name}@{number}")
-    return _page(request, view, "promise", PROMISE, Form({}), version=version)
+    return _page(page, "promise", PROMISE, Form({}), version=version)
 
 
 @router.post("/adapters/{name}/{number}/promise")
-async def make_promise(request: Request, view: View, name: Name, number: VersionNumber, form: Sent) -> Response:
+async def make_promise(page: Page, view: View, name: Name, number: VersionNumber, form: Sent) -> Response:
     """What the promise will do, or make it."""
     version = await view.control(view.workspace.resolve, f"{name}@{number}")
     try:
         asked = model_in(form, PROMISE, moves.PromiseAsked)
         if form.text("do") == "start":
-            owner = owner_of(request.state.caller)
-            await view.preview(moves.make_promise, view, owner, str(version), asked)
-            return render.redirect(request, f"/adapters/{name}/{number}#promise")
+            await view.preview(moves.make_promise, view, page.owner, str(version), asked)
+            return page.redirect(f"/adapters/{name}/{number}#promise")
         said = _promise_said(str(version), asked)
     except TurretError as error:
-        return _page(request, view, "promise", PROMISE, form, error=error, version=version)
-    return _page(request, view, "promise", PROMISE, form, said, version=version)
+        return _page(page, "promise", PROMISE, form, error=error, version=version)
+    return _page(page, "promise", PROMISE, form, said, version=version)
 
 
 # --- what will happen -------------------------------------------------------------------------------------------------
@@ -304,8 +303,7 @@ def _promise_said(version: str, asked: moves.PromiseAsked) -> list[str]:
 
 
 def _page(
-    request: Request,
-    view: View,
+    page: Page,
     what: str,
     fields: tuple[Field, ...],
     form: Form,
@@ -313,10 +311,9 @@ def _page(
     error: TurretError | None = None,
     **values: JsonValue,
 ) -> Response:
-    problem, status = render.problem_and_status(error)
     texts = texts_in(form, fields)
     if FILLED not in form.names:  # the address says some
         texts |= {key: form.text(key) for key in form.names if form.text(key)}
     common: render.Context = {"name": "", "version": "", "gates": (), **values}
-    common = {**common, "fields": fields, "texts": texts, "said": said, "problem": problem, "what": what}
-    return render.page(request, view, "decide.html.j2", status, **common)
+    common = {**common, "fields": fields, "texts": texts, "said": said, "what": what}
+    return page.show("decide.html.j2", error=error, **common)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated
 
-from fastapi import Depends, Path, Query, Request, Response
+from fastapi import Depends, Path, Query, Response
 from fastapi.responses import JSONResponse
 
 from turret.errors import BadRequest, Forbidden, NotFound, TurretError
@@ -16,7 +16,7 @@ from turret.experiments.experiment import read_duration
 from turret.server import accounts
 from turret.server.auth import Caller
 from turret.server.console import render, snippets
-from turret.server.console.render import Form, Sent, pages, require_verb
+from turret.server.console.render import Form, Page, Sent, pages, require_verb
 from turret.server.questions import now as epoch
 from turret.server.routes import View
 from turret.store import Version
@@ -41,50 +41,51 @@ JOBS = 200  # that are shown
 
 
 @router.get("/store/tokens")
-async def tokens(request: Request, view: View, tenant: Text = "") -> Response:
+async def tokens(page: Page, tenant: Text = "") -> Response:
     """The tokens of a tenant, and the form for a new one."""
-    return await _tokens(request, view, tenant)
+    return await _tokens(page, tenant)
 
 
 @router.post("/store/tokens")
-async def create(request: Request, view: View, form: Sent) -> Response:
+async def create(page: Page, view: View, form: Sent) -> Response:
     """Make a token, and show its secret once."""
     tenant = form.text("tenant")
     try:
         wanted = _wanted_token(form)
-        made = await view.control(accounts.create, view, request.state.caller, wanted, tenant or None)
+        made = await view.control(accounts.create, view, page.caller, wanted, tenant or None)
     except TurretError as error:
-        return await _tokens(request, view, tenant, error=error, form=form)
-    return await _tokens(request, view, tenant, secret=made[1], of=made[0].name)
+        return await _tokens(page, tenant, error=error, form=form)
+    return await _tokens(page, tenant, secret=made[1], of=made[0].name)
 
 
 @router.get("/store/tokens/{name}/{verb}")
-async def ask(request: Request, view: View, name: Name, verb: str, tenant: Text = "") -> Response:
+async def ask(page: Page, view: View, name: Name, verb: str, tenant: Text = "") -> Response:
     """The dialog that confirms a change of a token."""
     require_verb(verb, VERBS)
-    known = await view.control(lambda: accounts.of(view, request.state.caller, tenant or None).list())
+    known = await view.control(lambda: accounts.of(view, page.caller, tenant or None).list())
     found = next((each for each in known if each.name == name), None)
     if found is None:
         raise NotFound(f"no token {ascii(name)[:60]}")
-    return render.page(request, view, "token_act.html.j2", token=found, verb=verb, tenant=tenant)
+    return page.show("token_act.html.j2", token=found, verb=verb, tenant=tenant)
 
 
 @router.post("/store/tokens/{name}/{verb}")
-async def act(request: Request, view: View, name: Name, verb: str, form: Sent) -> Response:
+async def act(page: Page, view: View, name: Name, verb: str, form: Sent) -> Response:
     """Give a token a new secret, and show it once; or revoke it."""
     require_verb(verb, VERBS)
-    tenant, caller = form.text("tenant"), request.state.caller
+    tenant, caller = form.text("tenant"), page.caller
     if verb == "revoke":
         await view.control(accounts.revoke, view, caller, name, tenant or None)
-        return render.redirect(request, f"/store/tokens?tenant={tenant}" if tenant else "/store/tokens")
+        return page.redirect(f"/store/tokens?tenant={tenant}" if tenant else "/store/tokens")
     overlap = read_duration(form.text("overlap") or "1d")
     _, secret = await view.control(accounts.rotate, view, caller, name, overlap, tenant or None)
-    return await _tokens(request, view, tenant, secret=secret, of=name)
+    return await _tokens(page, tenant, secret=secret, of=name)
 
 
-def _wanted_token(form: Form) -> accounts.Wanted:
+def _wanted_token(form: Form) -> accounts.TokenRequest:
+    """The token that a form asks for. The store checks it."""
     expires = form.text("expires")
-    return accounts.Wanted(
+    return accounts.TokenRequest.model_construct(
         name=form.text("name"),
         scopes=form.all("scope"),
         requests_per_minute=_whole(form, "requests"),
@@ -106,8 +107,7 @@ def _whole(form: Form, field: str) -> int | None:
 
 
 async def _tokens(
-    request: Request,
-    view: View,
+    page: Page,
     tenant: str,
     *,
     secret: str | None = None,
@@ -115,24 +115,21 @@ async def _tokens(
     error: TurretError | None = None,
     form: Form | None = None,
 ) -> Response:
-    found = await view.control(lambda: accounts.of(view, request.state.caller, tenant or None).list())
-    caller: Caller = request.state.caller
+    found = await page.view.control(lambda: accounts.of(page.view, page.caller, tenant or None).list())
     at = now()
-    scopes = [each for each in SCOPES if each != OPERATE or accounts.operates(view, caller)]
+    scopes = [each for each in SCOPES if each != OPERATE or accounts.operates(page.view, page.caller)]
     shown = [(each, "revoked" if each.revoked else "valid" if each.lives(at) else "expired") for each in found]
-    problem, status = render.problem_and_status(error)
     values = {
         "shown": sorted(shown, key=lambda each: (each[1] != "valid", each[0].name)),
-        "tenants": await view.control(accounts.tenants, view, request.state.caller),
-        "tenant": tenant or view.access.tenant,
+        "tenants": await page.view.control(accounts.tenants, page.view, page.caller),
+        "tenant": tenant or page.view.access.tenant,
         "scopes": scopes,
         "secret": secret,
         "of": of,
-        "own": caller.name,
-        "problem": problem,
+        "own": page.caller.name,
         "sent": form or Form({}),
     }
-    return render.page(request, view, "tokens.html.j2", status, **values)
+    return page.show("tokens.html.j2", error=error, **values)
 
 
 # --- usage ------------------------------------------------------------------------------------------------------------
@@ -186,24 +183,24 @@ def _day(text: str) -> date:
 
 
 @router.get("/store/usage")
-async def usage(request: Request, view: View, asked: Question) -> Response:
+async def usage(page: Page, view: View, asked: Question) -> Response:
     """What was answered: a plot by day, and the sums."""
-    found = await view.control(_read_usage, view, request.state.caller, asked)
-    values = {
+    found = await view.control(_read_usage, view, page.caller, asked)
+    values: render.Context = {
         "asked": asked,
         "rows": _sums(found, asked.by),
         "total": _sums(found, None),
         "counts": COUNTS,
-        "tenants": await view.control(accounts.tenants, view, request.state.caller),
-        "query": request.url.query,
+        "tenants": await view.control(accounts.tenants, view, page.caller),
+        "query": page.request.url.query,
     }
-    return render.page(request, view, "usage.html.j2", **values)
+    return page.show("usage.html.j2", **values)
 
 
 @router.get("/store/usage/days")
-async def days(request: Request, view: View, asked: Question) -> JSONResponse:
+async def days(page: Page, view: View, asked: Question) -> JSONResponse:
     """The usage of each day, for the plot: the busiest lines, and one of the rest."""
-    found = await view.control(_read_usage, view, request.state.caller, asked)
+    found = await view.control(_read_usage, view, page.caller, asked)
     first = date.fromisoformat(asked.since)
     count = (date.fromisoformat(asked.until) - first).days + 1
     names = [(first + timedelta(days=each)).isoformat() for each in range(count)]
@@ -229,26 +226,15 @@ def _amount(row: Usage, unit: str) -> int:
     return row.prompt_tokens + row.completion_tokens if unit == "tokens" else int(getattr(row, unit))
 
 
-@dataclass(frozen=True)
-class Sum:
-    """The usage of one adapter or tenant, over all days."""
-
-    name: str
-    requests: int
-    answers: int
-    prompt_tokens: int
-    completion_tokens: int
-
-
-def _sums(rows: Sequence[Usage], by: str | None) -> Sequence[Sum]:
+def _sums(rows: Sequence[Usage], by: str | None) -> Sequence[render.Context]:
     """The sums by a field, the most requests first; None: of all rows."""
     found: dict[str, Counter[str]] = {}
     for each in rows:
         counts = found.setdefault("all" if by is None else getattr(each, by), Counter())
         for key in ("requests", "answers", "prompt_tokens", "completion_tokens"):
             counts[key] += getattr(each, key)
-    sums = [Sum(name, **counts) for name, counts in found.items()]
-    return sorted(sums, key=lambda each: -each.requests)
+    busiest = sorted(found.items(), key=lambda each: -each[1]["requests"])
+    return [{"name": name, **counts} for name, counts in busiest]
 
 
 # --- audit ------------------------------------------------------------------------------------------------------------
@@ -256,7 +242,7 @@ def _sums(rows: Sequence[Usage], by: str | None) -> Sequence[Sum]:
 
 @router.get("/store/audit")
 async def audit(
-    request: Request,
+    page: Page,
     view: View,
     since: Text = "",
     who: Text = "",
@@ -267,28 +253,22 @@ async def audit(
 ) -> Response:
     """Who changed what, the newest first."""
     filters = {"who": who, "verb": verb, "what": what, "since": since and _day(since).isoformat()}
-    only, caller = {key: value for key, value in filters.items() if value}, request.state.caller
+    only, caller = {key: value for key, value in filters.items() if value}, page.caller
     found, more = await view.control(accounts.actions, view, caller, ACTIONS, before, tenant or None, **only)
     given = only | ({"tenant": tenant} if tenant else {})
-    values = {"found": found, "filters": filters | {"tenant": tenant}, "given": given, "more": more}
-    return render.page(
-        request,
-        view,
-        "audit.html.j2",
-        **values,
-        tenants=await view.control(accounts.tenants, view, caller),
-    )
+    tenants, shown = await view.control(accounts.tenants, view, caller), filters | {"tenant": tenant}
+    return page.show("audit.html.j2", found=found, filters=shown, given=given, more=more, tenants=tenants)
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
 @router.get("/store/jobs")
-async def jobs(request: Request, view: View) -> Response:
+async def jobs(page: Page, view: View) -> Response:
     """What waits and what runs, and who does it."""
     found = await view.control(view.workspace.queue.open_jobs, JOBS)
     workers = Counter(each.host for each in found if each.host)
-    return render.page(request, view, "jobs.html.j2", found=found, workers=workers, most=JOBS)
+    return page.show("jobs.html.j2", found=found, workers=workers, most=JOBS)
 
 
 # --- the store and its traffic ----------------------------------------------------------------------------------------
@@ -296,7 +276,7 @@ async def jobs(request: Request, view: View) -> Response:
 
 
 @router.get("/store")
-async def show_store(request: Request, view: View) -> Response:
+async def show_store(page: Page, view: View) -> Response:
     """The contents of the store, and the traffic."""
     versions = await view.control(view.workspace.list)
     stored = {
@@ -308,44 +288,42 @@ async def show_store(request: Request, view: View) -> Response:
         "problems": await view.control(view.workspace.store.problems),
     }
     values = await view.control(_traffic, view)
-    return render.page(
-        request, view, "store.html.j2", stored=stored, example=_example(request, view, versions), **values
-    )
+    return page.show("store.html.j2", stored=stored, example=_example(page, versions), **values)
 
 
 @router.get("/store/traffic")
-async def traffic(request: Request, view: View) -> Response:
+async def traffic(page: Page, view: View) -> Response:
     """The live part: the traffic of each version, and the engine's own figures."""
     versions = await view.control(view.workspace.list)
     values = await view.control(_traffic, view)
-    return render.page(request, view, "traffic.html.j2", example=_example(request, view, versions), **values)
+    return page.show("traffic.html.j2", example=_example(page, versions), **values)
 
 
 @router.post("/store/verify")
-async def verify_store(request: Request, view: View) -> Response:
+async def verify_store(page: Page, view: View) -> Response:
     """Hash and open all files again."""
     found = await view.control(view.workspace.verify)
-    return render.page(request, view, "verified.html.j2", found=found, what="the store")
+    return page.show("verified.html.j2", found=found, what="the store")
 
 
 @router.post("/store/gc")
-async def leftovers(request: Request, view: View) -> Response:
+async def leftovers(page: Page, view: View) -> Response:
     """List what a gc would remove from the whole store. It removes nothing."""
     if not view.access.operates:
         raise Forbidden("the files of a store belong to all its tenants: an admin of the tenant default may list them")
     found = await view.control(view.workspace.gc, dry_run=True)
-    return render.page(request, view, "leftovers.html.j2", found=found)
+    return page.show("leftovers.html.j2", found=found)
 
 
-def _example(request: Request, view: View, versions: Sequence[Version]) -> str:
+def _example(page: Page, versions: Sequence[Version]) -> str:
     """A request to a version of this server, as a shell takes it."""
-    here = [each for each in versions if view.engines.is_on_base(each)]
+    here = [each for each in versions if page.view.engines.is_on_base(each)]
     chosen = next((each for each in here if each.aliases or each.comparison is None), here[0] if here else None)
     if chosen is None:
-        return snippets.curl(request, view, snippets.question(view.engines.bases[0].name, {}))
-    plain = view.aliases.version_of(chosen.name, None) == chosen.number
+        return snippets.curl(page.request, page.view, snippets.question(page.view.engines.bases[0].name, {}))
+    plain = page.view.aliases.version_of(chosen.name, None) == chosen.number
     asked = snippets.question(chosen.name if plain else str(chosen), chosen.task)
-    return snippets.curl(request, view, asked)
+    return snippets.curl(page.request, page.view, asked)
 
 
 def _traffic(view: View) -> render.Context:

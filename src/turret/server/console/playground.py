@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, TypedDict
 
-from fastapi import Request, Response
+from fastapi import Response
 from pydantic import Field, ValidationError
 from pydantic_core import from_json
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.data import source
 from turret.data.table_writer import harmless
@@ -27,7 +27,7 @@ from turret.errors import BadRequest, DataError, NotFound, TooLarge, TurretError
 from turret.json_types import JsonMapping, JsonObject, JsonValue
 from turret.methods import method_named
 from turret.server.console import render, snippets
-from turret.server.console.render import TOKEN, Form, Sent, pages
+from turret.server.console.render import TOKEN, Form, Page, Sent, pages
 from turret.server.console.snippets import QUESTIONS, Question, Snippet
 from turret.server.limits import MOST_MESSAGES, MOST_TEXT, MOST_TOKENS
 from turret.server.questions import scores_pairs
@@ -427,17 +427,17 @@ class Panel:
     problem: str | None = None
 
 
-async def _panel(request: Request, view: View, form: Form, model: str, kind: Kind | TurretError) -> Panel:
+async def _panel(page: Page, form: Form, model: str, kind: Kind | TurretError) -> Panel:
     """The panel of one model. Without scripts it is answered at once."""
     try:
         if isinstance(kind, TurretError):
             raise kind
-        found, asked = await view.parsing(_plan_panel, request, view, form, model, kind)
-        later = render.is_htmx(request) and mode_of(form) != "file"
+        found, asked = await page.view.parsing(_plan_panel, page, form, model, kind)
+        later = page.live and mode_of(form) != "file"
         if asked is None or not found.route or later:
             return found
-        state: RequestState = request.scope["state"].copy()
-        answered = await _answer(request, view, asked, state)
+        state: RequestState = page.request.scope["state"].copy()
+        answered = await _answer(page, asked, state)
     except TurretError as error:
         return Panel(model, problem=render.problem_and_status(error)[0])
     if (turn := answered.turn) is not None:
@@ -446,7 +446,7 @@ async def _panel(request: Request, view: View, form: Form, model: str, kind: Kin
     return replace(found, answered=answered, problem=answered.problem)
 
 
-def _plan_panel(request: Request, view: View, form: Form, model: str, kind: Kind) -> tuple[Panel, Question | None]:
+def _plan_panel(page: Page, form: Form, model: str, kind: Kind) -> tuple[Panel, Question | None]:
     """The panel before the answer, and the question; None if a conversation is only shown."""
     left_out = (TOKEN, "thread", "code", "model", "table")
     fields = {name: form.raw(name) for name in form.names if name not in left_out and ":" not in name}
@@ -459,27 +459,27 @@ def _plan_panel(request: Request, view: View, form: Form, model: str, kind: Kind
         found = replace(found, thread=earlier, turns=turns)
         if not added and turns[-1].role == "assistant":
             return replace(found, route=""), None
-    question = question_of(view, form, model, kind)
+    question = question_of(page.view, form, model, kind)
     if len(json.dumps(question.body)) <= MOST_CODE:
-        found = replace(found, snippets=snippets.of_question(request, view, question))
+        found = replace(found, snippets=snippets.of_question(page.request, page.view, question))
     return (replace(found, route="") if form.text("code") else found), question
 
 
-async def _answer(request: Request, view: View, question: Question, state: RequestState) -> Answered:
+async def _answer(page: Page, question: Question, state: RequestState) -> Answered:
     """Ask the question's route. state: of the request that the route sees; a quota counts each of them once."""
-    loading = await _load(view, str(question.body["model"]))
-    started, content = view.services.clock(), json.dumps(question.body).encode()
+    loading = await _load(page.view, str(question.body["model"]))
+    started, content = page.view.services.clock(), json.dumps(question.body).encode()
     path = f"/v1/{question.route}"
-    status, headers, body = await answer_of_route(request.app, path, content, state, request.receive)
-    return Answered(question, status, json.loads(body), headers, view.services.clock() - started, loading)
+    status, headers, body = await answer_of_route(page.request.app, path, content, state, page.request.receive)
+    return Answered(question, status, json.loads(body), headers, page.view.services.clock() - started, loading)
 
 
 class Streamed(Response):
     """The stream of a route of the API, passed on as it comes, with the time of the load in a header."""
 
-    def __init__(self, request: Request, question: Question, loading: float | None) -> None:
+    def __init__(self, app: ASGIApp, question: Question, loading: float | None) -> None:
         super().__init__()
-        self._app, self._question, self._loading = request.app, question, loading
+        self._app, self._question, self._loading = app, question, loading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_on(message: Message) -> None:
@@ -509,50 +509,50 @@ async def _load(view: View, model: str) -> float | None:
 
 
 @router.get("/playground")
-async def show(request: Request, view: View) -> Response:
+async def show(page: Page) -> Response:
     """The form, with the versions to choose from."""
-    query = request.query_params
-    return await _page(request, view, Form({key: query.getlist(key) for key in ("as", "model") if key in query}))
+    query = page.request.query_params
+    return await _page(page, Form({key: query.getlist(key) for key in ("as", "model") if key in query}))
 
 
 @router.post("/playground")
-async def ask(request: Request, view: View, form: Sent) -> Response:
+async def ask(page: Page, view: View, form: Sent) -> Response:
     """A panel for each version. With scripts each panel then sends its own request; without, all are answered here."""
     models = form.all("model")
     if not 1 <= len(models) <= MOST:
         raise BadRequest(f"{len(models)} versions are chosen: expected 1 to {MOST}")
     kinds = await view.control(_kinds, view, models)
-    found = await asyncio.gather(*(_panel(request, view, form, *each) for each in zip(models, kinds, strict=True)))
-    if render.is_htmx(request):
+    found = await asyncio.gather(*(_panel(page, form, *each) for each in zip(models, kinds, strict=True)))
+    if page.live:
         name = "playground_table.html.j2" if mode_of(form) == "file" else "playground_answers.html.j2"
-        return render.page(request, view, name, panels=found, **_of_table(form, found))
-    return await _page(request, view, form, found)
+        return page.show(name, panels=found, **_of_table(form, found))
+    return await _page(page, form, found)
 
 
 @router.post("/playground/answer")
-async def answer(request: Request, view: View, form: Sent) -> Response:
+async def answer(page: Page, view: View, form: Sent) -> Response:
     """One answer, with its time and the time of its load."""
     model = model_of(form)
     (kind,) = await view.control(_kinds, view, [model])
     if isinstance(kind, TurretError):
         raise kind
     question = await view.parsing(question_of, view, form, model, kind)
-    found = await _answer(request, view, question, request.scope["state"])
+    found = await _answer(page, question, page.request.scope["state"])
     if found.problem:
         return Response(json.dumps(found.found), found.status, media_type="application/json")
-    return render.page(request, view, "answer.html.j2", each=found)
+    return page.show("answer.html.j2", each=found)
 
 
 @router.post("/playground/stream")
-async def stream(request: Request, view: View, form: Sent) -> Response:
+async def stream(page: Page, view: View, form: Sent) -> Response:
     """One generation, streamed by its route, with the time of its load in a header."""
     model = model_of(form)
     question = await view.parsing(question_of, view, form, model, Kind("generate"))
-    return Streamed(request, question, await _load(view, model))
+    return Streamed(page.request.app, question, await _load(view, model))
 
 
 @router.post("/playground/file")
-async def upload(request: Request, view: View, form: Sent) -> Response:
+async def upload(page: Page, view: View, form: Sent) -> Response:
     """The form for the rows of a table. Nothing of it is stored."""
     filled = {"as": ["file"]}
     try:
@@ -571,16 +571,8 @@ async def upload(request: Request, view: View, form: Sent) -> Response:
                 f"the first {len(rows)} rows have over {MOST_TABLE} characters: send fewer, or shorter texts"
             )
     except TurretError as error:
-        return await _page(request, view, Form(filled), error=error)
-    return await _page(request, view, Form(filled | {"table": [table]}))
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of a table with the answers for it."""
-
-    text: str
-    cells: Sequence[Cell]
+        return await _page(page, Form(filled), error=error)
+    return await _page(page, Form(filled | {"table": [table]}))
 
 
 def _of_table(form: Form, panels: Sequence[Panel]) -> render.Context:
@@ -590,9 +582,7 @@ def _of_table(form: Form, panels: Sequence[Panel]) -> render.Context:
     if table is None or not answered:
         return {"table": table, "answered": ()}
     columns = [each.cells for each in answered]
-    lines = [
-        Line(*each) for each in zip(table.column(form.text("text_column")), zip(*columns, strict=True), strict=True)
-    ]
+    answers = list(zip(*columns, strict=True))  # of each row
     file = io.StringIO()
     write = csv.writer(file, lineterminator="\n")
     shares = [any(cell.share is not None for cell in cells) for cells in columns]
@@ -602,25 +592,25 @@ def _of_table(form: Form, panels: Sequence[Panel]) -> render.Context:
         for name in ((each.version, f"{each.version} probability") if share else (each.version,))
     ]
     write.writerow(map(harmless, [*table.columns, *heads]))
-    for row, line in zip(table.rows, lines, strict=True):
+    for row, cells in zip(table.rows, answers, strict=True):
         written = [
             text
-            for cell, share in zip(line.cells, shares, strict=True)
+            for cell, share in zip(cells, shares, strict=True)
             for text in ((cell.text, f"{cell.share or 0:.4f}") if share else (cell.text,))
         ]
         write.writerow(map(harmless, [*row, *written]))
     content = base64.b64encode(file.getvalue().encode("utf-8-sig")).decode()
-    return {"table": table, "answered": answered, "lines": lines, "column": form.text("text_column"), "csv": content}
+    column = form.text("text_column")
+    lines = list(zip(table.column(column), answers, strict=True))
+    return {"table": table, "answered": answered, "lines": lines, "column": column, "csv": content}
 
 
-async def _page(
-    request: Request, view: View, form: Form, panels: Sequence[Panel] = (), error: TurretError | None = None
-) -> Response:
-    mode, (problem, status) = mode_of(form), render.problem_and_status(error)
+async def _page(page: Page, form: Form, panels: Sequence[Panel] = (), error: TurretError | None = None) -> Response:
+    mode = mode_of(form)
     if mode not in MODES:
         raise NotFound(f"no such playground: expected {' or '.join(MODES)}")
-    every = [(each, Kind.of(each.task)) for each in await _versions(view)]
-    bases = [(each.name, _kind_of_base(view, each.name)) for each in view.engines.askable]
+    every = [(each, Kind.of(each.task)) for each in await _versions(page.view)]
+    bases = [(each.name, _kind_of_base(page.view, each.name)) for each in page.view.engines.askable]
     versions = [(each, kind) for each, kind in every if mode != "chat" or kind.request == "generate"]
     named = [str(each) for each, _ in versions if each.aliases][:2] or [str(each) for each, _ in versions[:1]]
     bare = [name for name, kind in bases if mode != "chat" or kind.request == "generate"]
@@ -641,14 +631,13 @@ async def _page(
         "two": any(each.pairs or each.request == "embed" for each in kinds),
         "filled": {name: form.raw(name) for name in form.names} | ({"text": ""} if answered and mode == "chat" else {}),
         "panels": panels,
-        "problem": problem,
         "formats": source.SUFFIXES,
         "most_rows": MOST_ROWS,
         "most_file": MOST_FILE,
         **shown,
         "likely": None if table is None else max(table.columns, key=lambda name: sum(map(len, table.column(name)))),
     }
-    return render.page(request, view, "playground.html.j2", status, **values)
+    return page.show("playground.html.j2", error=error, **values)
 
 
 def _kinds(view: View, models: Sequence[str]) -> list[Kind | TurretError]:

@@ -42,8 +42,8 @@ from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
 from turret.methods import describe_method
 from turret.server.auth import READS, Caller
 from turret.server.error_responses import Problem, error_response, validation_response
-from turret.server.limits import FILES
-from turret.server.routes import PageRoute, View, read_form
+from turret.server.limits import FILES, MENU
+from turret.server.routes import PageRoute, View, owner_of, read_form
 from turret.tasks import Measure
 from turret.tasks.shapes import Metrics, SplitMetrics, number_in, parts_in
 from turret.timestamp import to_minute
@@ -57,16 +57,6 @@ FORGETTING = {  # of a version that generates: what it costs on other texts
     "neutral_low": Measure("neutral text, from", "lower end of the 95% interval", "nats"),
     "neutral_high": Measure("neutral text, to", "upper end of the 95% interval", "nats"),
 }
-PAGES = (
-    ("adapters", "Adapters"),
-    ("train", "Train"),
-    ("runs", "Runs"),
-    ("comparisons", "Comparisons"),
-    ("playground", "Playground"),
-    ("panels", "Panels"),
-    ("experiments", "Experiments"),
-    ("store", "Store"),
-)
 
 
 @cache
@@ -85,30 +75,11 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "age": age,
-        "bytes": size,
-        "code": code,
-        "count": count,
-        "doubts": doubts,
-        "evidence": evidence,
-        "main_metric": main_metric,
-        "means": means,
-        "method": describe_method,
-        "metric": metric,
-        "ms": milliseconds,
-        "number": number,
-        "percent": percent,
-        "points": points,
-        "said": value_said,
-        "seconds": in_seconds,
-        "share": share,
-        "short": short,
-        "when": when,
-        "whole": whole,
-        "zip": zip,
-    }
-    environment.globals |= {"digest": digest, "pages": PAGES, "version_of_turret": __version__}
+    filters = (age, code, count, doubts, evidence, main_metric, means, metric, number, percent, points, share, short)
+    environment.filters |= {each.__name__: each for each in (*filters, when, whole)}
+    environment.filters |= {"bytes": size, "method": describe_method, "ms": milliseconds, "said": value_said}
+    environment.filters |= {"seconds": in_seconds, "zip": zip}
+    environment.globals |= {"digest": digest, "pages": MENU, "version_of_turret": __version__}
     return environment
 
 
@@ -116,29 +87,57 @@ def template(name: str) -> Template:
     return _environment().get_template(name)
 
 
-# Any: as in `Context`.
-def page(request: Request, view: View, name: str, status: int = 200, /, **values: Any) -> HTMLResponse:
-    """A template with the values that every page needs, and those of this one."""
-    caller: Caller = request.state.caller
-    common = {
-        "caller": caller,
-        "bases": [each.name for each in view.engines.bases],
-        "form_token": view.services.guard.sessions.form_token(caller.session),
-        "open": view.services.guard.open,
-        "live": is_htmx(request),
-    }
-    return HTMLResponse(template(name).render(common | values), status)
+@dataclass(frozen=True)
+class AskedPage:
+    """A page that a browser asks for, and the server as the caller sees it."""
+
+    request: Request
+    view: View
+
+    @property
+    def caller(self) -> Caller:
+        caller: Caller = self.request.state.caller
+        return caller
+
+    @property
+    def owner(self) -> str:
+        """Whose files the caller has."""
+        return owner_of(self.request)
+
+    @property
+    def live(self) -> bool:
+        """Whether htmx asks for a part of a page."""
+        return "hx-request" in self.request.headers
+
+    # Any: as in `Context`.
+    def show(self, name: str, status: int = 200, /, *, error: TurretError | None = None, **values: Any) -> HTMLResponse:
+        """A template with the values that every page needs, and those of this one. error: that it tells, if any."""
+        common = {
+            "caller": self.caller,
+            "bases": [each.name for each in self.view.engines.bases],
+            "form_token": self.view.services.guard.sessions.form_token(self.caller.session),
+            "open": self.view.services.guard.open,
+            "live": self.live,
+            "problem": None,
+        }
+        if error is not None:
+            values["problem"], status = problem_and_status(error)
+        return HTMLResponse(template(name).render(common | values), status)
+
+    def redirect(self, url: str) -> Response:
+        """Go to another page, for htmx or for a browser without scripts."""
+        return Response(headers={"hx-redirect": url}) if self.live else RedirectResponse(url, 303)
 
 
-def is_htmx(request: Request) -> bool:
-    """Whether htmx asks for a part of a page."""
-    return "hx-request" in request.headers
+def _asked_page(request: Request, view: View) -> AskedPage:
+    return AskedPage(request, view)
 
 
-def problem_and_status(error: TurretError | None) -> tuple[str | None, int]:
+Page: TypeAlias = Annotated[AskedPage, Depends(_asked_page)]
+
+
+def problem_and_status(error: TurretError) -> tuple[str, int]:
     """The line of an error as a client may see it, and the status of the page that shows it."""
-    if error is None:
-        return None, 200
     response = error_response(error)
     return str(response.body["error"]["message"]), response.status
 
@@ -263,11 +262,6 @@ def code(text: str) -> Markup:
     )
 
 
-def redirect(request: Request, url: str) -> Response:
-    """Go to another page, for htmx or for a browser without scripts."""
-    return Response(headers={"hx-redirect": url}) if is_htmx(request) else RedirectResponse(url, 303)
-
-
 # --- responses --------------------------------------------------------------------------------------------------------
 # Strict headers for every page, and errors as pages.
 
@@ -364,11 +358,6 @@ TOKEN = "form_token"
 FILLED = "filled"  # a field of a form whose fields a person has seen
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 _ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
-_BYTES = {
-    f"{high}{low}".encode(): bytes.fromhex(high + low)
-    for high in "0123456789abcdefABCDEF"
-    for low in "0123456789abcdefABCDEF"
-}
 
 
 class Form:
@@ -515,7 +504,7 @@ def form_of(content: bytes) -> Form:
 
 
 def _decode_field(text: bytes) -> str:
-    return _ESCAPED.sub(lambda found: _BYTES[found[1]], text.replace(b"+", b" ")).decode("utf-8")
+    return _ESCAPED.sub(lambda found: bytes.fromhex(found[1].decode()), text.replace(b"+", b" ")).decode("utf-8")
 
 
 async def _check_writes(request: Request, view: View) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from fastapi import Path, Query, Request, Response
+from fastapi import Path, Query, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import StringConstraints
 
@@ -21,8 +21,8 @@ from turret.methods import SHOWN as METHODS_SHOWN
 from turret.recipe import AUTO, Recipe, toml_text
 from turret.server import trainings
 from turret.server.console import render
-from turret.server.console.render import Field, Form, Sent, model_in, pages, require_verb, texts_in
-from turret.server.routes import FileId, View, keep, owner_of
+from turret.server.console.render import Field, Form, Page, Sent, model_in, pages, require_verb, texts_in
+from turret.server.routes import FileId, View, keep
 from turret.server.trainings import SentPlan
 from turret.store.client_files import TABLE
 from turret.tasks import TASKS, Task, main_metric, measure_of
@@ -43,37 +43,37 @@ Then = Literal["plan", "compare", "sweep"]
 
 
 @router.get("/train")
-async def show(request: Request, view: View, then: Then = "plan") -> Response:
+async def show(page: Page, then: Then = "plan") -> Response:
     """The form for a table, and the tables that were sent before."""
-    return await _start(request, view, then=then)
+    return await _start(page, then=then)
 
 
 @router.post("/train")
-async def upload(request: Request, view: View, form: Sent) -> Response:
+async def upload(page: Page, view: View, form: Sent) -> Response:
     """Store a table, and go on to what it shows."""
     try:
         if form.file is None:
             raise BadRequest("no file is chosen: choose a table")
-        kept = await keep(view, owner_of(request.state.caller), form.file, TABLE)
+        kept = await keep(view, page.owner, form.file, TABLE)
     except TurretError as error:
-        return await _start(request, view, error, _then(form))
+        return await _start(page, error, _then(form))
     then = _then(form)
-    return render.redirect(request, f"/train/recipe?source={kept.id}" + ("" if then == "plan" else f"&then={then}"))
+    return page.redirect(f"/train/recipe?source={kept.id}" + ("" if then == "plan" else f"&then={then}"))
 
 
 @router.get("/train/tables/{file_id}/delete")
-async def ask(request: Request, view: View, file_id: FileId, then: Then = "plan") -> Response:
+async def ask(page: Page, view: View, file_id: FileId, then: Then = "plan") -> Response:
     """The dialog that confirms the end of a table."""
-    found = await view.control(view.services.files.find, owner_of(request.state.caller), file_id)
-    return render.page(request, view, "train_table_act.html.j2", file=found, then=then)
+    found = await view.control(view.services.files.find, page.owner, file_id)
+    return page.show("train_table_act.html.j2", file=found, then=then)
 
 
 @router.post("/train/tables/{file_id}/delete")
-async def delete_table(request: Request, view: View, file_id: FileId, form: Sent) -> Response:
+async def delete_table(page: Page, view: View, file_id: FileId, form: Sent) -> Response:
     """Delete a table that was sent."""
-    await view.control(view.services.files.delete, owner_of(request.state.caller), file_id)
+    await view.control(view.services.files.delete, page.owner, file_id)
     then = _then(form)
-    return render.redirect(request, "/train" if then == "plan" else f"/train?then={then}")
+    return page.redirect("/train" if then == "plan" else f"/train?then={then}")
 
 
 def _then(form: Form) -> str:
@@ -81,13 +81,11 @@ def _then(form: Form) -> str:
     return form.text("then") if form.text("then") in STEPS else "plan"
 
 
-async def _start(request: Request, view: View, error: TurretError | None = None, then: str = "plan") -> Response:
-    owner = owner_of(request.state.caller)
-    found = await view.control(view.services.files.list_files, owner, purpose=TABLE, limit=MOST)
-    problem, status = render.problem_and_status(error)
-    values = {"found": found, "formats": tables.SUFFIXES, "most": view.services.limits.file_bytes}
-    values |= {"problem": problem, "then": then, "here": "train" if then == "plan" else "comparisons"}
-    return render.page(request, view, "train.html.j2", status, **values)
+async def _start(page: Page, error: TurretError | None = None, then: str = "plan") -> Response:
+    found = await page.view.control(page.view.services.files.list_files, page.owner, purpose=TABLE, limit=MOST)
+    values = {"found": found, "formats": tables.SUFFIXES, "most": page.view.services.limits.file_bytes}
+    values |= {"then": then, "here": "train" if then == "plan" else "comparisons"}
+    return page.show("train.html.j2", error=error, **values)
 
 
 # --- what a table shows -----------------------------------------------------------------------------------------------
@@ -134,47 +132,44 @@ def _roles() -> frozenset[str]:
 
 
 @router.get("/train/recipe")
-async def look(request: Request, view: View, source: Source, then: Then = "plan") -> Response:
+async def look(page: Page, source: Source, then: Then = "plan") -> Response:
     """What a table shows, with a form to correct it."""
-    return await _look(request, view, Chosen(source, then=then))
+    return await _look(page, Chosen(source, then=then))
 
 
 @router.post("/train/recipe")
-async def look_again(request: Request, view: View, form: Sent) -> Response:
+async def look_again(page: Page, form: Sent) -> Response:
     """The same, with what was corrected."""
-    return await _look(request, view, Chosen.of(form))
+    return await _look(page, Chosen.of(form))
 
 
-async def _look(request: Request, view: View, chosen: Chosen, error: TurretError | None = None) -> Response:
-    problem, status = render.problem_and_status(error)
+async def _look(page: Page, chosen: Chosen, error: TurretError | None = None) -> Response:
     try:
-        made = await _draft_recipe(request, view, chosen)
+        made = await _draft_recipe(page, chosen)
     except TurretError as wrong:
         if chosen.settings:  # one of them does not fit
-            return await _look(request, view, Chosen(chosen.source, then=chosen.then), wrong)
-        return await _start(request, view, wrong, chosen.then)
-    problem = problem or made.problem
+            return await _look(page, Chosen(chosen.source, then=chosen.then), wrong)
+        return await _start(page, wrong, chosen.then)
     kind = str(chosen.settings.get("task.kind") or (made.guess.kind if made.guess else ""))
     task = TASKS.get(kind)
     values = {
         "chosen": chosen,
         "made": made,
-        "problem": problem,
+        "problem": made.problem,
         "kind": kind,
         "kinds": list(TASKS),
         "roles": [] if task is None else _columns(task, chosen, made),
         "used": {} if made.guess is None else _column_roles(made.guess.columns),
-        "base": chosen.settings.get("base") or _base_for(view, task),
-        "suggested": [AUTO, *(each.name for each in view.engines.bases)],
+        "base": chosen.settings.get("base") or _base_for(page.view, task),
+        "suggested": [AUTO, *(each.name for each in page.view.engines.bases)],
         "methods": METHODS_SHOWN,
         "steps": {chosen.then: STEPS[chosen.then]} | STEPS,
     }
-    return render.page(request, view, "train_recipe.html.j2", status, **values)
+    return page.show("train_recipe.html.j2", error=error, **values)
 
 
-async def _draft_recipe(request: Request, view: View, chosen: Chosen) -> trainings.Drafted:
-    owner = owner_of(request.state.caller)
-    return await view.preview(trainings.draft, view, owner, chosen.source, {}, chosen.as_settings())
+async def _draft_recipe(page: Page, chosen: Chosen) -> trainings.Drafted:
+    return await page.view.preview(trainings.draft, page.view, page.owner, chosen.source, {}, chosen.as_settings())
 
 
 @dataclass(frozen=True)
@@ -212,52 +207,46 @@ def _base_for(view: View, task: type[Task] | None) -> str:
 
 
 @router.post("/train/plan")
-async def plan(request: Request, view: View, form: Sent) -> Response:
+async def plan(page: Page, view: View, form: Sent) -> Response:
     """Plan the recipe in the form. Without one, a recipe is drafted from what is chosen for a table."""
-    text, source = await recipe_in(request, view, form), form.text("source")
+    text, source = await recipe_in(page, form), form.text("source")
     if isinstance(text, Response):
         return text
     try:
         recipe = await view.parsing(Recipe.from_toml, text)
-        planned = await view.preview(trainings.plan, view, owner_of(request.state.caller), recipe, {})
+        planned = await view.preview(trainings.plan, view, page.owner, recipe, {})
     except TurretError as error:
-        return _plan_page(request, view, text, source, None, error)
-    return _plan_page(request, view, text, source, planned)
+        return _plan_page(page, text, source, None, error)
+    return _plan_page(page, text, source, planned)
 
 
-async def recipe_in(request: Request, view: View, form: Form) -> str | Response:
+async def recipe_in(page: Page, form: Form) -> str | Response:
     """The recipe in a form. Without one, a draft for the chosen table; if no draft can be made, the table's page."""
     if text := form.raw("recipe"):
         return text
     chosen = Chosen.of(form)
     try:
-        made = await _draft_recipe(request, view, chosen)
+        made = await _draft_recipe(page, chosen)
     except TurretError as error:
-        return await _look(request, view, Chosen(chosen.source, then=chosen.then), error)
-    return made.recipe or await _look(request, view, chosen)
+        return await _look(page, Chosen(chosen.source, then=chosen.then), error)
+    return made.recipe or await _look(page, chosen)
 
 
 @router.post("/train/start")
-async def start(request: Request, view: View, form: Sent) -> Response:
+async def start(page: Page, view: View, form: Sent) -> Response:
     """Put the training into the queue, and go to its page."""
     text = form.raw("recipe")
     try:
         recipe = await view.parsing(Recipe.from_toml, text)
-        run = await view.control(trainings.submit, view, owner_of(request.state.caller), recipe, {})
+        run = await view.control(trainings.submit, view, page.owner, recipe, {})
     except TurretError as error:
-        return _plan_page(request, view, text, form.text("source"), None, error)
-    return render.redirect(request, f"/runs/{run['id']}")
+        return _plan_page(page, text, form.text("source"), None, error)
+    return page.redirect(f"/runs/{run['id']}")
 
 
 def _plan_page(
-    request: Request,
-    view: View,
-    text: str,
-    source: str,
-    planned: SentPlan | None,
-    error: TurretError | None = None,
+    page: Page, text: str, source: str, planned: SentPlan | None, error: TurretError | None = None
 ) -> Response:
-    problem, status = render.problem_and_status(error)
     checks = sorted(planned["plan"]["checks"] if planned else [], key=lambda each: LEVELS.index(each["level"]))
     values = {
         "text": text,
@@ -265,9 +254,8 @@ def _plan_page(
         "planned": planned,
         "checks": checks,
         "refused": any(each["level"] == "refuse" for each in checks),
-        "problem": problem,
     }
-    return render.page(request, view, "train_plan.html.j2", status, **values)
+    return page.show("train_plan.html.j2", error=error, **values)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -286,17 +274,17 @@ PLOTTED = ("step", "epoch", "loss", "lr", "tokens_per_second", "rss", "metrics",
 
 
 @router.get("/runs")
-async def list_runs(request: Request, view: View) -> Response:
+async def list_runs(page: Page, view: View) -> Response:
     """The newest trainings."""
     found = await view.control(view.workspace.runs, MOST_RUNS)
-    return render.page(request, view, "runs.html.j2", runs=found, most=MOST_RUNS)
+    return page.show("runs.html.j2", runs=found, most=MOST_RUNS)
 
 
 @router.get("/runs/overlay")
-async def overlay(request: Request, view: View, run: Runs) -> Response:
+async def overlay(page: Page, view: View, run: Runs) -> Response:
     """The curves of several trainings in one plot, and their final values in a table."""
     found = await view.control(trainings.curves, view, run)
-    return render.page(request, view, "runs_overlay.html.j2", curves=found.curves)
+    return page.show("runs_overlay.html.j2", curves=found.curves)
 
 
 @router.get("/runs/overlay/curves")
@@ -306,42 +294,42 @@ async def overlay_curves(view: View, run: Runs) -> trainings.Curves:
 
 
 @router.get("/runs/{run_id}")
-async def show_run(request: Request, view: View, run_id: RunId) -> Response:
+async def show_run(page: Page, view: View, run_id: RunId) -> Response:
     """One training: curves, recipe, metrics, timings, memory."""
     values = await _run_values(view, run_id)
-    return render.page(request, view, "run.html.j2", **values, **await _log(view, values["run"]))
+    return page.show("run.html.j2", **values, **await _log(view, values["run"]))
 
 
 @router.get("/runs/{run_id}/state")
-async def show_run_state(request: Request, view: View, run_id: RunId) -> Response:
+async def show_run_state(page: Page, view: View, run_id: RunId) -> Response:
     """The live part of the page of a training."""
-    return render.page(request, view, "run_state.html.j2", **await _run_values(view, run_id))
+    return page.show("run_state.html.j2", **await _run_values(view, run_id))
 
 
 @router.get("/runs/{run_id}/log")
-async def show_log(request: Request, view: View, run_id: RunId, past: Past = 0) -> Response:
+async def show_log(page: Page, view: View, run_id: RunId, past: Past = 0) -> Response:
     """The log of a training, if it has a line after `past` or no more will come; else 204."""
     run = await view.control(view.workspace.run, run_id)
     values = await _log(view, run)
     if values["more"] and values["newest"] <= past:
         return Response(status_code=204)
-    return render.page(request, view, "run_log.html.j2", run=run, **values)
+    return page.show("run_log.html.j2", run=run, **values)
 
 
 @router.get("/runs/{run_id}/do/{verb}")
-async def ask_about_run(request: Request, view: View, run_id: RunId, verb: str) -> Response:
+async def ask_about_run(page: Page, view: View, run_id: RunId, verb: str) -> Response:
     """The dialog that confirms a change."""
     require_verb(verb, VERBS)
-    return render.page(request, view, "run_act.html.j2", run=await view.control(view.workspace.run, run_id), verb=verb)
+    return page.show("run_act.html.j2", run=await view.control(view.workspace.run, run_id), verb=verb)
 
 
 @router.post("/runs/{run_id}/do/{verb}")
-async def act_on_run(request: Request, view: View, run_id: RunId, verb: str) -> Response:
+async def act_on_run(page: Page, view: View, run_id: RunId, verb: str) -> Response:
     """Cancel a training, let an ended one go on, or delete it."""
     require_verb(verb, VERBS)
     queue = view.workspace.queue
     await view.control({"cancel": queue.cancel, "resume": queue.resume, "delete": queue.delete}[verb], run_id)
-    return render.redirect(request, "/runs" if verb == "delete" else f"/runs/{run_id}")
+    return page.redirect("/runs" if verb == "delete" else f"/runs/{run_id}")
 
 
 @router.get("/runs/{run_id}/curve")
@@ -426,36 +414,35 @@ REPORT_POLICY = (
 
 
 @router.get("/comparisons")
-async def list_comparisons(request: Request, view: View) -> Response:
+async def list_comparisons(page: Page, view: View) -> Response:
     """All reports in the store, and what workers conduct."""
     found = await view.control(view.workspace.comparisons)
     studies = [
         trainings.study_from_row(each) for each in await view.control(view.workspace.queue.studies, MOST_STUDIES)
     ]
-    return render.page(request, view, "comparisons.html.j2", found=found, studies=studies)
+    return page.show("comparisons.html.j2", found=found, studies=studies)
 
 
 # --- start one --------------------------------------------------------------------------------------------------------
 
 
 @router.post("/comparisons/start/{verb}")
-async def start_study(request: Request, view: View, verb: Verb, form: Sent) -> Response:
+async def start_study(page: Page, view: View, verb: Verb, form: Sent) -> Response:
     """The options of a comparison or a sweep on a table that was chosen; its plan; and its start."""
-    text = await recipe_in(request, view, form)
+    text = await recipe_in(page, form)
     if isinstance(text, Response):
         return text
-    do, owner, planned, error = form.text("do"), owner_of(request.state.caller), None, None
+    do, planned, error = form.text("do"), None, None
     try:
         if do:
             options = _options(verb, form)
             recipe = await view.parsing(Recipe.from_toml, text)
             if do == "start":
-                made = await view.control(trainings.submit_study, view, owner, recipe, {}, options.order())
-                return render.redirect(request, f"/comparisons/studies/{made.id}")
-            planned = await view.preview(trainings.plan_study, view, owner, recipe, {}, options.order())
+                made = await view.control(trainings.submit_study, view, page.owner, recipe, {}, options.order())
+                return page.redirect(f"/comparisons/studies/{made.id}")
+            planned = await view.preview(trainings.plan_study, view, page.owner, recipe, {}, options.order())
     except TurretError as wrong:
         error = wrong
-    problem, status = render.problem_and_status(error)
     values: render.Context = {
         "verb": verb,
         "fields": FIELDS[verb],
@@ -463,9 +450,8 @@ async def start_study(request: Request, view: View, verb: Verb, form: Sent) -> R
         "planned": planned,
         "text": text,
         "source": form.text("source"),
-        "problem": problem,
     }
-    return render.page(request, view, "study_start.html.j2", status, **values)
+    return page.show("study_start.html.j2", error=error, **values)
 
 
 def _options(verb: Verb, form: Form) -> trainings.CompareOptions | trainings.SweepOptions:
@@ -478,33 +464,31 @@ def _options(verb: Verb, form: Form) -> trainings.CompareOptions | trainings.Swe
 
 
 @router.get("/comparisons/studies/{study_id}")
-async def show_study(request: Request, view: View, study_id: StudyId) -> Response:
+async def show_study(page: Page, view: View, study_id: StudyId) -> Response:
     """Its cells, and its report once it has one."""
-    return render.page(request, view, "study.html.j2", **await _study(view, study_id))
+    return page.show("study.html.j2", **await _study(view, study_id))
 
 
 @router.get("/comparisons/studies/{study_id}/state")
-async def show_study_state(request: Request, view: View, study_id: StudyId) -> Response:
+async def show_study_state(page: Page, view: View, study_id: StudyId) -> Response:
     """The live part of that page."""
-    return render.page(request, view, "study_state.html.j2", **await _study(view, study_id))
+    return page.show("study_state.html.j2", **await _study(view, study_id))
 
 
 @router.get("/comparisons/studies/{study_id}/do/{verb}")
-async def ask_about_study(
-    request: Request, view: View, study_id: StudyId, verb: Literal["cancel", "resume"]
-) -> Response:
+async def ask_about_study(page: Page, view: View, study_id: StudyId, verb: Literal["cancel", "resume"]) -> Response:
     """The dialog that confirms a change."""
     values = await _study(view, study_id)
-    return render.page(request, view, "study_act.html.j2", **values, verb=verb)
+    return page.show("study_act.html.j2", **values, verb=verb)
 
 
 @router.post("/comparisons/studies/{study_id}/do/{verb}")
-async def act_on_study(request: Request, view: View, study_id: StudyId, verb: Literal["cancel", "resume"]) -> Response:
+async def act_on_study(page: Page, view: View, study_id: StudyId, verb: Literal["cancel", "resume"]) -> Response:
     """Cancel it with its cells, or put it back into the queue."""
     await _study(view, study_id)  # raises NotFound for the id of a training
     queue = view.workspace.queue
     await view.control(queue.cancel if verb == "cancel" else queue.resume, study_id)
-    return render.redirect(request, f"/comparisons/studies/{study_id}")
+    return page.redirect(f"/comparisons/studies/{study_id}")
 
 
 async def _study(view: View, study_id: str) -> render.Context:
@@ -517,12 +501,12 @@ async def _study(view: View, study_id: str) -> render.Context:
 
 
 @router.get("/comparisons/{key}")
-async def show_comparison(request: Request, view: View, key: Key) -> Response:
+async def show_comparison(page: Page, view: View, key: Key) -> Response:
     """One report inside a page."""
     found = [each for each in await view.control(view.workspace.comparisons) if each["key"] == key]
     if not found:
         raise NotFound(f"no comparison {ascii(key)[:60]}: `turret compare` makes one")
-    return render.page(request, view, "comparison.html.j2", one=found[0])
+    return page.show("comparison.html.j2", one=found[0])
 
 
 @router.get("/comparisons/{key}/report")

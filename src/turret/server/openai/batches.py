@@ -31,11 +31,12 @@ from turret.server.routes import (
     PURPOSES,
     FileId,
     Model,
+    Owner,
     RequestState,
     View,
     answer_of_route,
+    find_file,
     keep,
-    owner_of,
     read_form,
     router,
 )
@@ -93,7 +94,7 @@ class DeletedFile(BaseModel):
 
 
 @questions.post("/v1/files", openapi_extra=UPLOAD)
-async def upload(view: View, request: Request) -> FileObject:
+async def upload(view: View, owner: Owner, request: Request) -> FileObject:
     """Send a table to train on, or a file with a request on each line for a batch, as `multipart/form-data`."""
     form = await read_form(request)
     try:
@@ -104,7 +105,7 @@ async def upload(view: View, request: Request) -> FileObject:
             raise BadRequest("file: expected a file in a form (multipart/form-data)")
         if not isinstance(purpose, str) or purpose not in PURPOSES:
             raise BadRequest(f"purpose {ascii(purpose)[:40]}: expected {' or '.join(PURPOSES)}")
-        return _shown_file(await keep(view, owner_of(request.state.caller), sent, purpose))
+        return _shown_file(await keep(view, owner, sent, purpose))
     finally:
         await form.close()
 
@@ -112,13 +113,12 @@ async def upload(view: View, request: Request) -> FileObject:
 @questions.get("/v1/files")
 async def list_files(
     view: View,
-    request: Request,
+    owner: Owner,
     purpose: Annotated[str | None, Query(max_length=32)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(max_length=60)] = None,
 ) -> Files:
     """The caller's files, the newest first."""
-    owner = owner_of(request.state.caller)
     found = await view.control(view.services.files.list_files, owner, purpose=purpose, after=after, limit=limit + 1)
     return Files(**_page([_shown_file(each) for each in found[:limit]], more=len(found) > limit))
 
@@ -130,9 +130,9 @@ def _page(shown: Sequence[FileObject | BatchObject], *, more: bool) -> JsonObjec
 
 
 @questions.get("/v1/files/{file_id}/content", response_class=StreamingResponse, responses=CONTENT)
-async def read_file(file_id: FileId, view: View, request: Request) -> StreamingResponse:
+async def read_file(file_id: FileId, view: View, owner: Owner) -> StreamingResponse:
     """The bytes of a file, checked against its digest before the first one is sent."""
-    found = await view.control(view.services.files.find, owner_of(request.state.caller), file_id)
+    found = await view.control(view.services.files.find, owner, file_id)
     opened = ExitStack()
     read = await view.control(_open_file, opened, view, found)  # now: it may be deleted before the last piece is sent
 
@@ -153,15 +153,14 @@ def _open_file(opened: ExitStack, view: View, file: ClientFile) -> BinaryIO:
 
 
 @questions.get("/v1/files/{file_id}")
-async def show_file(file_id: FileId, view: View, request: Request) -> FileObject:
+async def show_file(file_id: FileId, view: View, owner: Owner) -> FileObject:
     """One of the caller's files."""
-    return _shown_file(await view.control(view.services.files.find, owner_of(request.state.caller), file_id))
+    return _shown_file(await view.control(view.services.files.find, owner, file_id))
 
 
 @questions.delete("/v1/files/{file_id}")
-async def delete_file(file_id: FileId, view: View, request: Request) -> DeletedFile:
+async def delete_file(file_id: FileId, view: View, owner: Owner) -> DeletedFile:
     """Delete a file. It is refused while a batch that has not ended reads it."""
-    owner = owner_of(request.state.caller)
     await view.control(view.services.files.delete, owner, file_id)
     return DeletedFile(id=file_id)
 
@@ -249,41 +248,38 @@ class BatchList(BaseModel):
 
 
 @questions.post("/v1/batches")
-async def create_batch(body: BatchRequest, view: View, request: Request) -> BatchObject:
+async def create_batch(body: BatchRequest, view: View, owner: Owner) -> BatchObject:
     """Queue a file of requests. They are answered with a lower priority than all others, also after a restart."""
-    return _batch_object(await view.control(_add, view, owner_of(request.state.caller), body))
+    return _batch_object(await view.control(_add, view, owner, body))
 
 
 def _add(view: View, owner: str, body: BatchRequest) -> Batch:
-    file = view.services.files.find(owner, body.input_file_id)
-    if file.purpose != BATCH:
-        raise BadRequest(f"{file.id} has the purpose {file.purpose}: expected a file of the purpose {BATCH}")
+    file = find_file(view, owner, body.input_file_id, BATCH)
     return view.services.batches.add(owner, body.endpoint, file.id, body.metadata)
 
 
 @questions.get("/v1/batches")
 async def list_batches(
     view: View,
-    request: Request,
+    owner: Owner,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=60)] = None,
 ) -> BatchList:
     """The caller's batches, the newest first."""
-    owner = owner_of(request.state.caller)
     found = await view.control(view.services.batches.list_batches, owner, after=after, limit=limit + 1)
     return BatchList(**_page([_batch_object(each) for each in found[:limit]], more=len(found) > limit))
 
 
 @questions.get("/v1/batches/{batch_id}")
-async def show_batch(batch_id: BatchId, view: View, request: Request) -> BatchObject:
+async def show_batch(batch_id: BatchId, view: View, owner: Owner) -> BatchObject:
     """One of the caller's batches."""
-    return _batch_object(await view.control(view.services.batches.find, owner_of(request.state.caller), batch_id))
+    return _batch_object(await view.control(view.services.batches.find, owner, batch_id))
 
 
 @questions.post("/v1/batches/{batch_id}/cancel")
-async def cancel_batch(batch_id: BatchId, view: View, request: Request) -> BatchObject:
+async def cancel_batch(batch_id: BatchId, view: View, owner: Owner) -> BatchObject:
     """End a batch early. What is answered by then stays, in the output file."""
-    return _batch_object(await view.control(view.services.batches.cancel, owner_of(request.state.caller), batch_id))
+    return _batch_object(await view.control(view.services.batches.cancel, owner, batch_id))
 
 
 def _batch_object(batch: Batch) -> BatchObject:
