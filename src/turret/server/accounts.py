@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
 
 from turret import audit
 from turret.access import ADAPTERS, BASES, MOST_PATTERNS, Access, check_tenant
-from turret.errors import BadReference, BadRequest, Forbidden, NotFound
+from turret.errors import Forbidden, NotFound
 from turret.server.auth import Caller
+from turret.server.error_responses import as_bad_request
 from turret.server.limits import Quota
 from turret.server.routes import WHOLE, Model
 from turret.server.services import View
@@ -83,7 +83,7 @@ def create(view: View, caller: Caller, wanted: TokenRequest, tenant: str | None 
     _require_scopes(caller, wanted.scopes)
     if caller.expires is not None and (lifetime is None or timestamp(time.time() + lifetime) > caller.expires):
         raise Forbidden(f"this token ends at {caller.expires}, so it makes none that lives longer: set an earlier end")
-    with _as_bad_request():
+    with as_bad_request():
         made = known.create(**dict(wanted))
     view.services.read_tokens()
     return made
@@ -97,7 +97,7 @@ def rotate(view: View, caller: Caller, name: str, overlap: float, tenant: str | 
     _require_scopes(caller, [scope for each in found for scope in each.scopes])
     if caller.expires is not None and any(each.expires is None or each.expires > caller.expires for each in found):
         raise Forbidden(f"this token ends at {caller.expires}, and {name} later: use one that lives as long")
-    with _as_bad_request():
+    with as_bad_request():
         made = known.rotate(name, overlap)
     view.services.read_tokens()
     return made
@@ -108,15 +108,6 @@ def revoke(view: View, caller: Caller, name: str, tenant: str | None = None) -> 
     revoked = of(view, caller, tenant).revoke(name)
     view.services.read_tokens()
     return revoked
-
-
-@contextmanager
-def _as_bad_request() -> Iterator[None]:
-    """A bad name, pattern or time is a mistake in the request, not a model that is missing."""
-    try:
-        yield
-    except BadReference as error:
-        raise BadRequest(str(error)) from None
 
 
 def _require_no_quota(view: View, caller: Caller) -> None:

@@ -12,8 +12,8 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -134,6 +134,15 @@ def validation_response(problems: Sequence[Problem]) -> ErrorResponse:
     text = "unknown key" if first.get("type") == "extra_forbidden" else str(first.get("msg", "cannot be read"))
     message = f"{'.'.join(where[:4])}: {text}" if where else text
     return _response(400, message, _INVALID, "bad_request", where[0] if where else None)
+
+
+@contextmanager
+def as_bad_request() -> Iterator[None]:
+    """A bad name, pattern, gate or time is a mistake in the request, not a model that is missing."""
+    try:
+        yield
+    except errors.BadReference as error:
+        raise errors.BadRequest(str(error)) from None
 
 
 def without_paths(text: str) -> str:

@@ -230,11 +230,7 @@ class Load:
             yield
         finally:
             places.free(tenant)
-            self.note_end()
-
-    def note_end(self) -> None:
-        """Note when a request ended."""
-        self._ends.append(time.monotonic())
+            self._ends.append(time.monotonic())
 
     def seconds_until_room(self) -> float:
         """Seconds until one of the requests in flight ends, at the pace of the last ones."""

@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from turret.errors import BadReference, BadRequest, ReplayNeeded
+from turret.errors import ReplayNeeded
 from turret.experiments import Guards
 from turret.experiments.experiment import LONGEST_TTL, MISSING_BOUND, MOST_ARMS, MOST_MISSING, OUTCOME_TTL
-from turret.server.error_responses import without_paths
+from turret.server.error_responses import as_bad_request, without_paths
 from turret.server.routes import AliasName, Model, Reference, Share, Shares, find_file
 from turret.server.routes import Gate as GateText
 from turret.server.services import View
@@ -171,12 +171,9 @@ async def _promote_version(view: View, exact: str, alias: str, require: Sequence
 
 
 def _check_gates(texts: Sequence[str]) -> None:
-    """Raises BadRequest: a malformed gate is an error of the request, not an unknown name."""
-    try:
+    with as_bad_request():
         for text in texts:
             Gate.parse(text)
-    except BadReference as error:
-        raise BadRequest(str(error)) from None
 
 
 async def roll_back(view: View, name: str, alias: str) -> Move:

@@ -11,13 +11,13 @@ from fastapi import Path, Query, Response
 
 from turret.compare.evaluation_page import Live, ShownDetails, Step, decided_plot, reliability_plot, steps
 from turret.compare.results import RunReport
-from turret.errors import BadReference, BadRequest, NotFound, TurretError
-from turret.json_types import JsonObject
+from turret.errors import BadRequest, NotFound, TurretError
 from turret.manifest import Manifest, base_in
 from turret.reference import check_alias
 from turret.server import moves
 from turret.server.console import render, snippets
 from turret.server.console.render import Form, Page, Sent, pages
+from turret.server.error_responses import as_bad_request
 from turret.server.routes import View
 from turret.store import Panel, Question, Version, fold_comparisons, promises
 from turret.store.catalog import PRODUCTION
@@ -65,20 +65,21 @@ async def version(page: Page, view: View, name: Name, number: Number) -> Respons
     """One version."""
     shown = await view.control(view.workspace.show, f"{name}@{number}")
     known = _by_digest(await view.control(view.workspace.list))
-    values: JsonObject = {
-        "name": name,
-        "number": number,
-        "shown": shown,
-        "loaded": view.engines.in_memory(shown["digest"]),
-    }
-    has = shown["promise"] is not None
-    values["promised"] = await view.control(view.workspace.promise, str(shown["version"])) if has else None
-    values["text"] = promising
-    values["served"] = base_in(shown["manifest"]).get("fingerprint") in view.engines.fingerprints
-    run = shown["run"]
-    values["report"] = None if run is None else await view.control(_report, view, str(run["id"]), shown["metrics"])
-    values["snippets"] = snippets.of_version(page.request, view, str(shown["version"]), shown["manifest"])
-    return page.show("version.html.j2", **values, parent=_parent(shown["manifest"], known))
+    run, reference = shown["run"], str(shown["version"])
+    promised = shown["promise"] is not None
+    return page.show(
+        "version.html.j2",
+        name=name,
+        number=number,
+        shown=shown,
+        loaded=view.engines.in_memory(shown["digest"]),
+        promised=await view.control(view.workspace.promise, reference) if promised else None,
+        text=promising,
+        served=base_in(shown["manifest"]).get("fingerprint") in view.engines.fingerprints,
+        report=None if run is None else await view.control(_report, view, str(run["id"]), shown["metrics"]),
+        snippets=snippets.of_version(page.request, view, reference, shown["manifest"]),
+        parent=_parent(shown["manifest"], known),
+    )
 
 
 @router.get("/adapters/{name}/move/{verb}")
@@ -205,10 +206,9 @@ def _version_in(form: Form, name: str) -> str:
 
 
 def _alias(text: str) -> str:
-    try:
-        return check_alias(text)
-    except BadReference as error:
-        raise BadRequest(str(error)) from None
+    with as_bad_request():
+        check_alias(text)
+    return text
 
 
 # --- panels -----------------------------------------------------------------------------------------------------------

@@ -43,9 +43,8 @@ async def sign_in(page: Page, view: View, form: Sent) -> Response:
         return _form(page, next, problem=str(error))
     view.services.guard.sessions.end(page.caller.session)
     await view.services.replica.share_session(session, page.caller.session)
-    response = RedirectResponse(next, 303)
-    response.headers["set-cookie"] = session_cookie(session, view.services.guard.sessions.seconds, secure=_secure(page))
-    return response
+    cookie = session_cookie(session, view.services.guard.sessions.seconds, secure=_secure(page))
+    return RedirectResponse(next, 303, {"set-cookie": cookie})
 
 
 @router.get(oidc.PATH)
@@ -53,9 +52,7 @@ async def ask_provider(page: Page, view: View, next: str = "/") -> Response:
     """Go to the page of the OpenID Connect provider."""
     provider = _provider(view)
     url, begun = provider.begin(_local(next))
-    response = RedirectResponse(url, 303)
-    response.headers["set-cookie"] = oidc.cookie(begun, secure=_secure_by(provider, page))
-    return response
+    return RedirectResponse(url, 303, {"set-cookie": oidc.cookie(begun, secure=_secure_by(provider, page))})
 
 
 @router.get(oidc.BACK)
@@ -88,9 +85,8 @@ async def sign_out(page: Page, view: View) -> Response:
     """End the session on the server, and delete its cookie."""
     view.services.guard.sessions.end(page.caller.session)
     await view.services.replica.share_session(None, page.caller.session)
-    response = RedirectResponse("/sign-in" if not view.services.guard.open else "/", 303)
-    response.headers["set-cookie"] = session_cookie("", 0, secure=_secure(page))
-    return response
+    next = "/" if view.services.guard.open else "/sign-in"
+    return RedirectResponse(next, 303, {"set-cookie": session_cookie("", 0, secure=_secure(page))})
 
 
 @router.get("/static/{file:path}")

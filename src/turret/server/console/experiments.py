@@ -84,18 +84,14 @@ async def ask(page: Page, view: View, name: Name, number: Number, verb: str, arm
 async def act(page: Page, view: View, name: Name, number: Number, verb: str, form: Sent) -> Response:
     """Ramp, promote, roll back or stop."""
     require_verb(verb, VERBS)
-    await _act(view, name, number, verb, form)
+    if verb == "ramp":
+        share = read_split(form.text("share")) if form.text("share") else None
+        await view.control(view.workspace.experiment(name, number).ramp, share)
+    else:
+        arm = form.text("arm") if verb == "promote" else None
+        await end_experiment(view, name, number, promote=arm, rollback=verb == "rollback")
     await view.control(view.refresh)
     return page.redirect(f"/experiments/{name}/{number}")
-
-
-async def _act(view: View, name: str, number: int, verb: str, form: Form) -> None:
-    if verb == "ramp":
-        experiment = view.workspace.experiment(name, number)
-        await view.control(experiment.ramp, read_split(form.text("share")) if form.text("share") else None)
-        return
-    arm = form.text("arm") if verb == "promote" else None
-    await end_experiment(view, name, number, promote=arm, rollback=verb == "rollback")
 
 
 async def _values(view: View, name: str, number: int) -> render.Context:
@@ -315,5 +311,4 @@ def _page(
     if FILLED not in form.names:  # the address says some
         texts |= {key: form.text(key) for key in form.names if form.text(key)}
     common: render.Context = {"name": "", "version": "", "gates": (), **values}
-    common = {**common, "fields": fields, "texts": texts, "said": said, "what": what}
-    return page.show("decide.html.j2", error=error, **common)
+    return page.show("decide.html.j2", error=error, **common, fields=fields, texts=texts, said=said, what=what)

@@ -581,27 +581,17 @@ def _of_table(form: Form, panels: Sequence[Panel]) -> render.Context:
     answered = [each.answered for each in panels if each.answered and not each.problem]
     if table is None or not answered:
         return {"table": table, "answered": ()}
-    columns = [each.cells for each in answered]
-    answers = list(zip(*columns, strict=True))  # of each row
+    column, heads, written = form.text("text_column"), list(table.columns), [list(row) for row in table.rows]
+    for each in answered:
+        shares = any(cell.share is not None for cell in each.cells)
+        heads += [each.version, f"{each.version} probability"] if shares else [each.version]
+        for row, cell in zip(written, each.cells, strict=True):
+            row += [cell.text, f"{cell.share or 0:.4f}"] if shares else [cell.text]
     file = io.StringIO()
-    write = csv.writer(file, lineterminator="\n")
-    shares = [any(cell.share is not None for cell in cells) for cells in columns]
-    heads = [
-        name
-        for each, share in zip(answered, shares, strict=True)
-        for name in ((each.version, f"{each.version} probability") if share else (each.version,))
-    ]
-    write.writerow(map(harmless, [*table.columns, *heads]))
-    for row, cells in zip(table.rows, answers, strict=True):
-        written = [
-            text
-            for cell, share in zip(cells, shares, strict=True)
-            for text in ((cell.text, f"{cell.share or 0:.4f}") if share else (cell.text,))
-        ]
-        write.writerow(map(harmless, [*row, *written]))
+    csv.writer(file, lineterminator="\n").writerows(map(harmless, row) for row in (heads, *written))
     content = base64.b64encode(file.getvalue().encode("utf-8-sig")).decode()
-    column = form.text("text_column")
-    lines = list(zip(table.column(column), answers, strict=True))
+    cells = zip(*(each.cells for each in answered), strict=True)  # of each row
+    lines = list(zip(table.column(column), cells, strict=True))
     return {"table": table, "answered": answered, "lines": lines, "column": column, "csv": content}
 
 

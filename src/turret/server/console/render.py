@@ -30,7 +30,7 @@ from jinja2 import (
 )
 from markupsafe import Markup, escape
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.types import Message, Scope, Send
 
 from turret import tasks
@@ -38,7 +38,7 @@ from turret.compare.report_text import count, megabytes, milliseconds, percent
 from turret.compare.report_text import seconds as in_seconds
 from turret.errors import BadRequest, Forbidden, NotFound, TurretError
 from turret.experiments.experiment import read_duration
-from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
+from turret.json_types import JsonObject, JsonValue, Plain
 from turret.methods import describe_method
 from turret.server.auth import READS, Caller
 from turret.server.error_responses import Problem, error_response, validation_response
@@ -293,10 +293,12 @@ class PageResponse:
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if message["status"] >= 400 and _media_type(message) == b"application/json":
+            headers = MutableHeaders(scope=message)
+            if message["status"] >= 400 and headers.get("content-type", "").startswith("application/json"):
                 self._error_start = message
                 return
-            message = _with_headers(message, HEADERS)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
         elif self._error_start is not None:
             start, body = _error_page(self._scope, self._error_start, message.get("body", b""))
             self._error_start = None
@@ -307,45 +309,25 @@ class PageResponse:
 
 def _error_page(scope: Scope, start: Message, body: bytes) -> tuple[Message, bytes]:
     """An error as a page, or as the line that htmx puts into a page. 401 leads to the sign-in."""
-    status, error = start["status"], _error(body)
+    status, message = start["status"], json.loads(body)["error"]["message"]
     caller = scope.get("state", {}).get("caller")
-    htmx = any(name.lower() == b"hx-request" for name, _ in scope["headers"])
-    headers: dict[str, str] = {}
+    htmx, given = "hx-request" in Headers(scope=scope), Headers(scope=start)
+    headers = {**HEADERS, "content-type": "text/html; charset=utf-8"}
+    headers |= {name: given[name] for name in ("retry-after", "connection", "allow") if name in given}
     if status == 401:
         url = f"/sign-in?next={quote(_requested_page(scope), safe='')}"
-        headers = {"hx-redirect": url} if htmx else {"location": url}
+        headers |= {"hx-redirect": url} if htmx else {"location": url}
         status = status if htmx else 303
-    values = {"status": status, "message": error.get("message", "the request failed"), "caller": caller}
-    text = template("problem.html.j2" if htmx else "error.html.j2").render(values).encode()
-    own = [each for each in start["headers"] if each[0].lower() in (b"retry-after", b"connection", b"allow")]
-    more = {**headers, "content-type": "text/html; charset=utf-8", "content-length": str(len(text))}
-    return _with_headers({**start, "status": status, "headers": own}, {**HEADERS, **more}), text
+    name = "problem.html.j2" if htmx else "error.html.j2"
+    text = template(name).render(status=status, message=message, caller=caller).encode()
+    headers["content-length"] = str(len(text))
+    return {**start, "status": status, "headers": Headers(headers).raw}, text
 
 
 def _requested_page(scope: Scope) -> str:
     """The page to open after signing in."""
     path, query = scope["path"], scope.get("query_string", b"").decode("latin-1")
     return (f"{path}?{query}" if query else str(path)) if scope["method"] == "GET" else "/"
-
-
-def _error(body: bytes) -> JsonMapping:
-    try:
-        error = json.loads(body)["error"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return error if isinstance(error, dict) else {}
-
-
-def _media_type(message: Message) -> bytes:
-    types = [value for name, value in message.get("headers", ()) if name.lower() == b"content-type"]
-    return bytes(types[0]).partition(b";")[0] if types else b""
-
-
-def _with_headers(message: Message, headers: dict[str, str]) -> Message:
-    """The message with these headers, except those that it has already."""
-    names = {name.lower() for name, _ in message.get("headers", ())}
-    more = [(name.encode(), value.encode()) for name, value in headers.items() if name.encode() not in names]
-    return {**message, "headers": [*message.get("headers", ()), *more]}
 
 
 # --- forms ------------------------------------------------------------------------------------------------------------
@@ -479,13 +461,13 @@ async def _without_file(request: Request, view: View) -> Form:
 
 async def _with_file(request: Request) -> Form:
     fields: dict[str, list[str]] = {}
-    files: list[UploadFile] = []
+    file: UploadFile | None = None
     for name, value in (await read_form(request)).multi_items():
-        if isinstance(value, UploadFile):
-            files.append(value)
-        else:
+        if not isinstance(value, UploadFile):
             fields.setdefault(name, []).append(value)
-    return Form(fields, next((each for each in files if each.filename), None))
+        elif value.filename:
+            file = file or value
+    return Form(fields, file)
 
 
 def form_of(content: bytes) -> Form:

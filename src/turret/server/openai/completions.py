@@ -34,6 +34,7 @@ from turret.server.routes import (
     WHOLE,
     Generation,
     Lenient,
+    StructuredOutputs,
     Text,
     Tokens,
     View,
@@ -101,23 +102,20 @@ def repeat_prompts(prompts: Sequence[Input], times: int) -> list[Input]:
 
 def constraint_of(body: Generation) -> Constraint | None:
     """What the answer must look like. Raises BadRequest for two constraints, DataError for one that cannot be."""
-    structured, asked = body.structured_outputs, body.response_format
-    schema = structured.json_ if structured and structured.json_ is not None else body.guided_json
-    regex = structured.regex if structured and structured.regex is not None else body.guided_regex
-    choice = structured.choice if structured and structured.choice is not None else body.guided_choice
+    structured, asked = body.structured_outputs or StructuredOutputs.model_validate({}), body.response_format
     found: list[Constraint] = []
     if asked is not None and asked.type == "json_schema":
         given = asked.json_schema.schema_
         found.append(Constraint.json_object() if given is None else Constraint.json_schema(given))
-    if (asked is not None and asked.type == "json_object") or (structured and structured.json_object):
+    if (asked is not None and asked.type == "json_object") or structured.json_object:
         found.append(Constraint.json_object())
-    if schema is not None:
+    if (schema := body.guided_json if structured.json_ is None else structured.json_) is not None:
         found.append(Constraint.json_schema(schema))
-    if regex is not None:
+    if (regex := body.guided_regex if structured.regex is None else structured.regex) is not None:
         found.append(Constraint.regex(regex))
-    if choice is not None:
+    if (choice := body.guided_choice if structured.choice is None else structured.choice) is not None:
         found.append(Constraint.choice(choice))
-    if structured and structured.grammar is not None:
+    if structured.grammar is not None:
         found.append(Constraint.lark(structured.grammar))
     if len(found) > 1:
         raise BadRequest("two constraints: give one of response_format, structured_outputs and the guided_ keys")

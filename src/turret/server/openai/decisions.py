@@ -366,12 +366,18 @@ class AskedQuestion(Model):
     name: QuestionName | None = Field(None, description="The question of the panel, or of an adapter for several.")
     instructions: Instructions = Field(description=UNREAD)
 
+    def _asked(self, type: QuestionType, described: Sequence[tuple[Value, str | None]] = ()) -> Asked:
+        """The question with its values, and what each means."""
+        meanings = {value: text for value, text in described if text}
+        values = tuple(value for value, _ in described)
+        return Asked(self.name, type, values, _content_text(self.instructions), meanings)
+
 
 class AskedPredicate(AskedQuestion):
     type: Literal["predicate"]
 
     def as_question(self) -> Asked:
-        return Asked(self.name, self.type, instructions=_content_text(self.instructions))
+        return self._asked(self.type)
 
 
 class Choice(Model):
@@ -384,9 +390,7 @@ class AskedChoice(AskedQuestion):
     choices: Annotated[list[Choice], Field(min_length=2, max_length=MOST_LABELS, fail_fast=True)]
 
     def as_question(self) -> Asked:
-        described = {each.value: each.description for each in self.choices if each.description}
-        values = tuple(each.value for each in self.choices)
-        return Asked(self.name, self.type, values, _content_text(self.instructions), described)
+        return self._asked(self.type, [(each.value, each.description) for each in self.choices])
 
 
 class Level(Model):
@@ -399,9 +403,7 @@ class AskedScore(AskedQuestion):
     levels: Annotated[list[Level], Field(min_length=2, max_length=MOST_LABELS, fail_fast=True)]
 
     def as_question(self) -> Asked:
-        described: dict[Value, str] = {each.label: each.description for each in self.levels if each.description}
-        values = tuple(each.label for each in self.levels)
-        return Asked(self.name, self.type, values, _content_text(self.instructions), described)
+        return self._asked(self.type, [(each.label, each.description) for each in self.levels])
 
 
 AnyQuestion = Annotated[AskedPredicate | AskedChoice | AskedScore, Field(discriminator="type")]

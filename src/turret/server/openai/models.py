@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Annotated, Literal
 
 from fastapi import Path, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from turret.data import Prompt
 from turret.data.conversations import turns_of
@@ -115,7 +115,6 @@ class TokenizeMessages(Model):
 
 
 class DetokenizeRequest(Model):
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: Name | None = None
     tokens: Annotated[
         list[Annotated[int, Field(ge=0, le=10_000_000), WHOLE]], Field(max_length=1 << 17, fail_fast=True)

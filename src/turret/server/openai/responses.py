@@ -262,8 +262,8 @@ class ResponseOutput:
         if content.strip() or not calls:
             items.append(_message(pending, _status(answer), content))
         for call in calls:
-            name, arguments = call.function.name, call.function.arguments
-            items.append(_call(f"fc_{call.id}", "completed", call.id, name, arguments))
+            asked = call.function.model_dump()
+            items.append(OutputCall(id=f"fc_{call.id}", status="completed", call_id=call.id, **asked))
         return items
 
     def whole(self, pending: PendingAnswers, answer: Answer | None, items: Sequence[OutputItem]) -> ResponseObject:
@@ -351,7 +351,7 @@ class ResponseOutput:
 
     def _call_events(self, index: int, item: OutputCall) -> Iterator[str]:
         """A call of a tool, whole."""
-        begun = _call(item.id, "in_progress", item.call_id, item.name, "").model_dump()
+        begun = item.model_copy(update={"status": "in_progress", "arguments": ""}).model_dump()
         place: JsonObject = {"output_index": index, "item_id": item.id}
         yield self._event("response.output_item.added", output_index=index, item=begun)
         yield self._event("response.function_call_arguments.delta", **place, delta=item.arguments)
@@ -378,10 +378,6 @@ def _place(pending: PendingAnswers) -> JsonObject:
 def _message(pending: PendingAnswers, status: Status, text: str | None = None) -> OutputMessage:
     content = [] if text is None else [OutputText(text=text)]
     return OutputMessage(id=f"msg_{pending.id}", status=status, content=content)
-
-
-def _call(id: str, status: Status, call_id: str, name: str, arguments: str) -> OutputCall:
-    return OutputCall(id=id, status=status, call_id=call_id, name=name, arguments=arguments)
 
 
 # --- route ------------------------------------------------------------------------------------------------------------
