@@ -11,18 +11,17 @@ import copy
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from turret.data import Dataset, Example, Input, Labelled, Schema, TextPair
 from turret.data.columns import LABELLED
 from turret.errors import DataError, listed, shown
 from turret.json_types import JsonObject
 from turret.tasks.calibration import Calibration, Confidences, fit, label_sets, temperature_of
-from turret.tasks.shapes import Answer, Generation, HeadConfig, Metrics, TaskSpec
+from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import (
     SIDES,
     Decision,
-    Embedding,
     Encoded,
     Measure,
     Mistake,
@@ -30,7 +29,6 @@ from turret.tasks.task import (
     RequestKind,
     Task,
     TaskSettings,
-    by_score,
     register,
 )
 from turret.tasks.tokens import Tokens
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from turret.families.family import HeadKind, Pooling
+    from turret.families.family import HeadKind
     from turret.families.family import Kind as FamilyKind
 
 TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "message")  # column names of inputs
@@ -142,32 +140,16 @@ class TextInputs:
         return pairs
 
 
-class HeadAnswers(Protocol):
-    """The part of `Task` that every task has which reads texts and is answered by a head."""
+class HeadAnswers(Task, Protocol):
+    """What is usual for a task that reads texts and is answered by a head."""
 
     head: ClassVar[HeadKind] = "classify"
     request: ClassVar[RequestKind] = "classify"
-    generates: ClassVar[bool] = False
     solved: ClassVar[bool] = True
     pipeline_tag: ClassVar[str] = "text-classification"
-    spans: ClassVar[Literal["row", "batch"]] = "row"
-    two_answers: ClassVar[bool] = False
-    rate_ratio: ClassVar[float] = 1.0
-    metric_label: ClassVar[str]
     measures: ClassVar[Mapping[str, Measure]] = {"loss": LOSS}
     errors: ClassVar[str] = "the worst answers"
-    reads_tokens: ClassVar[bool] = False
-    ranks_labels: ClassVar[bool] = False
-    calibrates: ClassVar[bool] = False
-    texts: ClassVar[tuple[str, str]] = ("first text", "second text")
     sides: ClassVar[tuple[str, str]] = ("right is", "answered")
-    bare: ClassVar[bool] = False
-    embedding: Embedding | None = None
-    pooling: Pooling | None = None
-    calibration: Calibration | None = None
-    notes: tuple[str, ...] = ()
-    max_target_tokens: int = 0
-    max_new_tokens: int = 0
     inputs: TextInputs
 
     @classmethod
@@ -177,14 +159,6 @@ class HeadAnswers(Protocol):
     @classmethod
     def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
         return tuple(names)
-
-    @classmethod
-    def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
-        return ()
-
-    @classmethod
-    def decisions(cls, spec: TaskSpec) -> Mapping[str, Decision]:
-        return {}
 
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
@@ -212,20 +186,20 @@ class HeadAnswers(Protocol):
     def reads_like(self) -> Hashable:
         return self.inputs.max_tokens, self.inputs.prefix_text, self.inputs.pairs
 
+    def spec(self) -> TaskSpec:
+        """What every such task stores; most add their own to it."""
+        calibration: TaskSpec = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
+        return calibration | {
+            "kind": self.kind,
+            "max_tokens": self.inputs.max_tokens,
+            "prefix_text": self.inputs.prefix_text,
+        }
+
     def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]:
         return self.inputs.encode(inputs)
 
     def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
         return [(source, None) for source in self.encode_sources([example.asked for example in examples])]
-
-    def windows(self, inputs: Sequence[Input]) -> list[list[Encoded]]:
-        return [[each] for each in self.encode_sources(inputs)]
-
-    def pieces(self, examples: Sequence[Example]) -> Sequence[Example]:
-        return examples
-
-    def targets(self, examples: Sequence[Example]) -> Tensor: ...
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]: ...
 
     def metrics(self, logits: Tensor, targets: Tensor) -> Metrics:
         """The metrics of a data set by name, `loss` among them. logits: (B, num_labels)."""
@@ -234,33 +208,12 @@ class HeadAnswers(Protocol):
         answers = self.answers(logits, [example.asked for example in examples])
         return self.metrics(logits, self.targets(examples)), answers
 
-    def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]:
-        return [self.score(each, example) for each, example in zip(given, examples, strict=True)]
-
-    def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
-        return self
-
-    def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
-        return {}
-
     def classifier_of(self, decision: str, logits: Tensor) -> tuple[Task, Tensor]:
         raise DataError("a question needs probabilities of labels, and this task gives none")
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.inputs.tokenizer
-
-    @property
-    def generation(self) -> Generation:
-        return {}
-
-    def decode(self, ids: Sequence[int]) -> str:
-        raise TypeError(f"{type(self).__name__} writes no text")
-
-    def judge_texts(
-        self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
-    ) -> Metrics:
-        raise TypeError(f"{type(self).__name__} writes no text")
 
     def class_scores(self, logits: Tensor) -> Tensor:
         return logits
@@ -275,19 +228,17 @@ class HeadAnswers(Protocol):
     @abstractmethod
     def score(self, given: Prediction, example: Example) -> float: ...
 
-    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
-        return by_score(self, examples, answers)
-
-    def numbers(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[float, float]]:
-        return []
-
     @classmethod
     def certainty(cls, answer: Answer) -> tuple[float, float]:
         raise DataError("this task gives no probabilities, so no answer is surer than another")
 
-    @classmethod
-    def decision(cls, answer: Answer) -> tuple[str, float] | None:
-        return None
+
+def stored_settings(spec: TaskSpec, *other: str) -> JsonObject:
+    """The arguments that a stored task gives its class: all keys but `kind` and some others, its calibration read."""
+    settings: JsonObject = {key: value for key, value in spec.items() if key not in ("kind", *other)}
+    if "calibration" in settings:
+        settings["calibration"] = Calibration.from_json(settings["calibration"])
+    return settings
 
 
 def output_names(names: Sequence[str]) -> HeadConfig:
@@ -349,7 +300,6 @@ class Classify(HeadAnswers):
             )
         self.labels = tuple(labels)
         self.multi_label = multi_label
-        self.prefix_text = prefix_text
         self.calibration = calibration
         self.class_weights = None if class_weights is None else {name: float(w) for name, w in class_weights.items()}
         self._index = {label: i for i, label in enumerate(self.labels)}
@@ -559,7 +509,7 @@ class Classify(HeadAnswers):
     def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         """The wrong answers, the most confident first."""
         found = []
-        for each in by_score(self, examples, answers):
+        for each in super().worst(examples, answers):
             sure = _surest(answers[each.row]["probabilities"], each.given, each.right)
             found.append(dataclasses.replace(each, confidence=sure, error=f"{sure:.2f}"))
         return sorted(found, key=lambda each: -(each.confidence or 0.0))
@@ -590,24 +540,17 @@ class Classify(HeadAnswers):
     # --- stored with the adapter -----------------------------------------------------------------------------------
 
     def spec(self) -> TaskSpec:
-        more: TaskSpec = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
-        if self.pairs:
-            more["pairs"] = True
-        return more | {
-            "kind": self.kind,
+        pairs: TaskSpec = {"pairs": True} if self.pairs else {}
+        own: TaskSpec = {
             "labels": list(self.labels),
-            "max_tokens": self.max_tokens,
-            "prefix_text": self.prefix_text,
             "multi_label": self.multi_label,
             "class_weights": self.class_weights,
         }
+        return super().spec() | pairs | own
 
     @classmethod
     def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
-        settings: JsonObject = {key: value for key, value in spec.items() if key not in ("kind", "labels")}
-        if "calibration" in settings:
-            settings["calibration"] = Calibration.from_json(settings["calibration"])
-        return cls(spec["labels"], tokenizer, **settings)
+        return cls(spec["labels"], tokenizer, **stored_settings(spec, "labels"))
 
 
 def _surest(probabilities: Mapping[str, float], given: Prediction, right: Prediction) -> float:

@@ -15,10 +15,9 @@ from turret.data import Dataset, Example, Input, Related, Schema, Scored, TextPa
 from turret.data.cells import RowReader
 from turret.data.columns import PAIRED, TRIPLE, Roles
 from turret.errors import DataError
-from turret.json_types import JsonObject
-from turret.tasks.classify import HeadAnswers, TextInputs
+from turret.tasks.classify import HeadAnswers, TextInputs, stored_settings
 from turret.tasks.regression import SPEARMAN, VALUES
-from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
+from turret.tasks.shapes import Answer, Metrics, TaskSpec
 from turret.tasks.task import (
     Embedding,
     Encoded,
@@ -27,7 +26,6 @@ from turret.tasks.task import (
     Prediction,
     RequestKind,
     TaskSettings,
-    by_score,
     register,
     shared_losses,
 )
@@ -72,11 +70,9 @@ class TextEmbedding(HeadAnswers):
     pipeline_tag: ClassVar[str] = "sentence-similarity"
     metric: ClassVar[str] = "main_score"
     metric_label: ClassVar[str] = "main score"
-    right_or_wrong: ClassVar[bool] = False
     spans: ClassVar[Literal["row", "batch"]] = "batch"
     bare: ClassVar[bool] = True
     solved: ClassVar[bool] = False
-    baselines: ClassVar[tuple[str, ...]] = ()
     measures: ClassVar[Mapping[str, Measure]] = {
         "main_score": Measure("main score", "Spearman for texts with a score, else the share of right texts"),
         "spearman": SPEARMAN,
@@ -89,8 +85,6 @@ class TextEmbedding(HeadAnswers):
         "loss": Measure("loss", "what the training minimises, over 128 examples at a time"),
     }
     errors: ClassVar[str] = "the worst texts"
-    labels: tuple[str, ...] = ()
-    multi_label: bool = False
     instruction: str = "Represent the following text."
 
     def __init__(
@@ -142,14 +136,6 @@ class TextEmbedding(HeadAnswers):
             dimensions=settings.dimensions or (),
             prefix_text=settings.prefix_text,
         )
-
-    @classmethod
-    def num_labels(cls, labels: Sequence[str]) -> int | None:
-        return None
-
-    @classmethod
-    def head_config(cls, spec: TaskSpec) -> HeadConfig:
-        return {}
 
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
@@ -215,9 +201,6 @@ class TextEmbedding(HeadAnswers):
         every = [replace(self.embedding, dimensions=each) for each in self.dimensions or (None,)]
         losses = [function(each.vectors(pooled), targets) for each in every]
         return sum(losses[1:], losses[0])
-
-    def guessing_loss(self, examples: Sequence[Example]) -> float | None:
-        return None
 
     # --- metrics and answers ------------------------------------------------------------------------------------------
 
@@ -311,7 +294,7 @@ class TextEmbedding(HeadAnswers):
 
     def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         """The anchors whose nearest text is wrong, or the pairs whose places by cosine and by score differ most."""
-        found = by_score(self, examples, answers)
+        found = super().worst(examples, answers)
         if any("place" not in answer for answer in answers):
             return found
         placed = [replace(each, error=f"right at place {answers[each.row]['place']}") for each in found]
@@ -330,10 +313,7 @@ class TextEmbedding(HeadAnswers):
     # --- stored with the adapter --------------------------------------------------------------------------------------
 
     def spec(self) -> TaskSpec:
-        return {
-            "kind": self.kind,
-            "max_tokens": self.max_tokens,
-            "prefix_text": self.inputs.prefix_text,
+        return super().spec() | {
             "loss": self.objective,
             "pooling": self.pooling,
             "normalize": self.embedding.normalize,
@@ -342,8 +322,8 @@ class TextEmbedding(HeadAnswers):
 
     @classmethod
     def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
-        settings: JsonObject = {key: value for key, value in spec.items() if key not in ("kind", "loss")}
-        return cls(tokenizer, **settings | {"objective": spec["loss"], "dimensions": spec["dimensions"] or ()})
+        settings = stored_settings(spec, "loss") | {"objective": spec["loss"], "dimensions": spec["dimensions"] or ()}
+        return cls(tokenizer, **settings)
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------

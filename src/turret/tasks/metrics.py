@@ -63,13 +63,17 @@ def _report(true: ClassNumbers, given: ClassNumbers, labels: Sequence[str]) -> d
         answers.update(given_row)
         support.update(true_row)
     return {
-        label: {
-            "precision": hits[each] / answers[each] if answers[each] else 0.0,
-            "recall": hits[each] / support[each] if support[each] else 0.0,
-            "f1": 2 * hits[each] / (answers[each] + support[each]) if answers[each] + support[each] else 0.0,
-            "support": support[each],
-        }
+        label: precision_and_recall(hits[each], answers[each], support[each]) | {"support": support[each]}
         for each, label in enumerate(labels)
+    }
+
+
+def precision_and_recall(hits: int, given: int, true: int) -> dict[str, float]:
+    """Precision, recall and F1; 0 where there is nothing, as scikit-learn and seqeval."""
+    return {
+        "precision": hits / given if given else 0.0,
+        "recall": hits / true if true else 0.0,
+        "f1": 2 * hits / (given + true) if given + true else 0.0,
     }
 
 

@@ -16,7 +16,6 @@ from turret.data.cells import by_column, in_order, question_in
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.data.table import answer_to
 from turret.errors import DataError, listed, shown
-from turret.json_types import JsonObject
 from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, stored_by_question, temperature_of
 from turret.tasks.classify import (
     ECE,
@@ -28,6 +27,7 @@ from turret.tasks.classify import (
     balanced_weights,
     constant_loss,
     output_names,
+    stored_settings,
 )
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec, numbers_in, parts_in
 from turret.tasks.task import Decision, Measure, Prediction, Task, TaskSettings, register
@@ -57,8 +57,6 @@ class Questions(HeadAnswers):
     calibrates: ClassVar[bool] = True
     metric: ClassVar[str] = "accuracy"
     metric_label: ClassVar[str] = "accuracy"
-    right_or_wrong: ClassVar[bool] = False
-    baselines: ClassVar[tuple[str, ...]] = ()
     measures: ClassVar[Mapping[str, Measure]] = {
         "accuracy": Measure("accuracy", "the share of its questions that a text has right, as a mean", share=True),
         "macro_f1": Measure("macro F1", "the mean over questions of the mean of the F1 of all classes", share=True),
@@ -311,22 +309,19 @@ class Questions(HeadAnswers):
     def spec(self) -> TaskSpec:
         fitted = {question: each.to_json() for question, each in self.calibrations.items()}
         more: TaskSpec = {"calibration": fitted} if fitted else {}
-        return more | {
-            "kind": self.kind,
+        own: TaskSpec = {
             "labels": list(self.labels),
-            "max_tokens": self.max_tokens,
-            "prefix_text": self.inputs.prefix_text,
             "pairs": self.pairs,
             "multi_label": True,
             "class_weights": self.class_weights,
         }
+        return super().spec() | more | own
 
     @classmethod
     def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
-        other = ("kind", "labels", "multi_label", "calibration")
-        settings: JsonObject = {key: value for key, value in spec.items() if key not in other}
         stored = stored_by_question(spec.get("calibration")).items()
         fitted = {question: Calibration.from_json(each) for question, each in stored}
+        settings = stored_settings(spec, "labels", "multi_label", "calibration")
         return cls(spec["labels"], tokenizer, **settings, calibrations=fitted)
 
 

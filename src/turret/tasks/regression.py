@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from turret.data import Dataset, Example, Input, Schema, Scored
 from turret.data.columns import LABELLED, PAIRED, Roles
 from turret.errors import DataError
-from turret.json_types import JsonObject
-from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs, output_names
+from turret.tasks.classify import TEXTS, HeadAnswers, TextInputs, output_names, stored_settings
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
-from turret.tasks.task import Measure, Mistake, Prediction, TaskSettings, by_score, register
+from turret.tasks.task import Measure, Mistake, Prediction, TaskSettings, register
 from turret.tasks.text_pairs import pair_column_names
 from turret.transformer import Tokenizer
 
@@ -37,8 +36,6 @@ class NumberAnswers(HeadAnswers):
     """Answers of one number each, from the head's one output."""
 
     errors: ClassVar[str] = "the largest residuals"
-    labels: tuple[str, ...] = ()
-    multi_label: bool = False
 
     @abstractmethod
     def values(self, logits: Tensor) -> list[float]:
@@ -64,7 +61,7 @@ class NumberAnswers(HeadAnswers):
         """The answers that are not right, by the size of their residuals: answered less right."""
         found = []
         pairs = self.numbers(examples, answers)
-        for each in by_score(self, examples, answers):
+        for each in super().worst(examples, answers):
             right, given = pairs[each.row]
             error = f"{given - right:+.3g}"
             found.append(dataclasses.replace(each, right=f"{right:.4g}", given=f"{given:.4g}", error=error))
@@ -84,7 +81,6 @@ class Regression(NumberAnswers):
     kind: ClassVar[str] = "regression"
     metric: ClassVar[str] = "nearness"
     metric_label: ClassVar[str] = "1 - MAE / range"
-    right_or_wrong: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ("linear",)
     measures: ClassVar[Mapping[str, Measure]] = {
         "nearness": NEARNESS,
@@ -187,21 +183,12 @@ class Regression(NumberAnswers):
         return f"{float(answer['value']):.4g}"
 
     def spec(self) -> TaskSpec:
-        return {
-            "kind": self.kind,
-            "max_tokens": self.max_tokens,
-            "prefix_text": self.inputs.prefix_text,
-            "mean": self.mean,
-            "deviation": self.deviation,
-            "low": self.low,
-            "high": self.high,
-            "pairs": self.pairs,
-        }
+        own: TaskSpec = {"mean": self.mean, "deviation": self.deviation, "low": self.low, "high": self.high}
+        return super().spec() | own | {"pairs": self.pairs}
 
     @classmethod
     def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
-        settings: JsonObject = {key: value for key, value in spec.items() if key != "kind"}
-        return cls(tokenizer, **settings)
+        return cls(tokenizer, **stored_settings(spec))
 
 
 def value_of(example: Example) -> float:

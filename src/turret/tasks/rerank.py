@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from turret.data import Dataset, Example, Schema, Scored
 from turret.data.columns import PAIRED
 from turret.errors import DataError
-from turret.json_types import JsonObject
 from turret.tasks.calibration import Calibration, Confidences, fit, temperature_of
-from turret.tasks.classify import ECE, LOSS, TextInputs, output_names
+from turret.tasks.classify import ECE, LOSS, TextInputs, output_names, stored_settings
 from turret.tasks.regression import NumberAnswers, value_of
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, TaskSpec
 from turret.tasks.task import Measure, Prediction, TaskSettings, register
@@ -47,7 +46,6 @@ class Rerank(NumberAnswers):
     metric_label: ClassVar[str] = "accuracy"
     right_or_wrong: ClassVar[bool] = True
     calibrates: ClassVar[bool] = True
-    baselines: ClassVar[tuple[str, ...]] = ()
     measures: ClassVar[Mapping[str, Measure]] = {
         "accuracy": Measure("accuracy", "the share of pairs that are rightly taken for relevant or not", share=True),
         "loss": LOSS,
@@ -159,23 +157,11 @@ class Rerank(NumberAnswers):
         return f"{float(answer['value']):.3f}"
 
     def spec(self) -> TaskSpec:
-        spec: TaskSpec = {
-            "kind": self.kind,
-            "max_tokens": self.max_tokens,
-            "prefix_text": self.inputs.prefix_text,
-            "highest": self.highest,
-            "pairs": True,
-        }
-        if self.calibration is not None:
-            spec["calibration"] = self.calibration.to_json()
-        return spec
+        return super().spec() | {"highest": self.highest, "pairs": True}
 
     @classmethod
     def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
-        settings: JsonObject = {key: value for key, value in spec.items() if key not in ("kind", "pairs")}
-        if "calibration" in settings:
-            settings["calibration"] = Calibration.from_json(settings["calibration"])
-        return cls(tokenizer, **settings)
+        return cls(tokenizer, **stored_settings(spec, "pairs"))
 
 
 def _shares(logits: Tensor, temperature: float) -> list[float]:

@@ -41,7 +41,6 @@ class Score(Classify):
     metric: ClassVar[str] = "nearness"
     metric_label: ClassVar[str] = "1 - MAE / range"
     right_or_wrong: ClassVar[bool] = False
-    baselines: ClassVar[tuple[str, ...]] = ("linear",)
     measures: ClassVar[Mapping[str, Measure]] = {
         "nearness": NEARNESS,
         "mae": MAE,

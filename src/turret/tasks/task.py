@@ -199,31 +199,32 @@ class TaskSettings(Protocol):
 class Task(Protocol):
     """What every task says of itself, for all who train, ask, judge and store its adapters.
 
-    The class methods work before a base is loaded. An instance has labels and a tokenizer. A method that belongs to the
-    other way of answering than the task's own is not called: `HeadAnswers` and `TextAnswers` have the defaults.
+    The class methods work before a base is loaded. An instance has labels and a tokenizer. What has a value or a body
+    here is usual; `HeadAnswers` and `TextAnswers` add what is usual for their way of answering. A method that belongs
+    to the other way than the task's own is not called.
     """
 
     kind: ClassVar[str]  # its name in a recipe
     request: ClassVar[RequestKind]  # the route that answers it
-    generates: ClassVar[bool]  # whether its answers are texts that the base writes
-    solved: ClassVar[bool]  # whether a new head starts at the linear solution
+    generates: ClassVar[bool] = False  # whether its answers are texts that the base writes
+    solved: ClassVar[bool] = False  # whether a new head starts at the linear solution
     head: ClassVar[HeadKind]  # that its base is loaded with
     pipeline_tag: ClassVar[str]  # the Hub's name of it
     metric: ClassVar[str]  # the number that `compare` judges: the mean of `score`
     metric_label: ClassVar[str]  # the metric's name in tables and reports
     measures: ClassVar[Mapping[str, Measure]]  # every metric that `metrics` gives, by its key
     errors: ClassVar[str]  # what `worst` lists, as a title
-    texts: ClassVar[tuple[str, str]]  # what its two texts are called, where two are read together
+    texts: ClassVar[tuple[str, str]] = ("first text", "second text")  # where two texts are read together
     sides: ClassVar[tuple[str, str]]  # what stands before the right answer of a mistake, and before the given one
-    right_or_wrong: ClassVar[bool]  # whether every score is 0 or 1
-    reads_tokens: ClassVar[bool]  # whether its head reads the tokens of a text, which may be in several rows: `windows`
-    ranks_labels: ClassVar[bool]  # whether an answer has the probability of each label
-    calibrates: ClassVar[bool]  # whether a temperature is fitted to the probabilities of its answers
-    spans: ClassVar[Literal["row", "batch"]]  # whether its loss is a mean over rows, or compares the rows of a batch
-    two_answers: ClassVar[bool]  # whether a row has a better and a worse answer, see `Preference`
-    rate_ratio: ClassVar[float]  # of its usual learning rate to the method's
-    baselines: ClassVar[tuple[str, ...]]  # of `compare`, that train nothing: linear, lead, nearest
-    bare: ClassVar[bool]  # whether a base without an adapter answers it
+    right_or_wrong: ClassVar[bool] = False  # whether every score is 0 or 1
+    reads_tokens: ClassVar[bool] = False  # whether its head reads the tokens of a text, also in several `windows`
+    ranks_labels: ClassVar[bool] = False  # whether an answer has the probability of each label
+    calibrates: ClassVar[bool] = False  # whether a temperature is fitted to the probabilities of its answers
+    spans: ClassVar[Literal["row", "batch"]] = "row"  # whether its loss is a mean over rows, or compares a batch
+    two_answers: ClassVar[bool] = False  # whether a row has a better and a worse answer, see `Preference`
+    rate_ratio: ClassVar[float] = 1.0  # of its usual learning rate to the method's
+    baselines: ClassVar[tuple[str, ...]] = ()  # of `compare`, that train nothing: linear, lead, nearest
+    bare: ClassVar[bool] = False  # whether a base without an adapter answers it
 
     # --- class methods -----------------------------------------------------------------------------------------------
 
@@ -250,6 +251,7 @@ class Task(Protocol):
     @classmethod
     def num_labels(cls, labels: Sequence[str]) -> int | None:
         """Outputs of the head for these labels; None if the base needs no new head."""
+        return None
 
     @classmethod
     def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
@@ -258,6 +260,7 @@ class Task(Protocol):
     @classmethod
     def head_config(cls, spec: TaskSpec) -> HeadConfig:
         """The head's keys in the configuration of a merged model, as transformers names them."""
+        return {}
 
     @classmethod
     def prediction_of(cls, answer: Answer) -> Prediction:
@@ -274,39 +277,36 @@ class Task(Protocol):
     @classmethod
     def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
         """The questions that an answer answers, each with columns of its own in a table; empty if there is only one."""
+        return ()
 
     @classmethod
     def decisions(cls, spec: TaskSpec) -> Mapping[str, Decision]:
         """What an answer decides by probabilities of labels, by name; the only one has an empty name. May be empty."""
+        return {}
 
     # --- an instance -------------------------------------------------------------------------------------------------
+
+    labels: tuple[str, ...] = ()  # empty where answers are texts
+    multi_label: bool = False
+    embedding: Embedding | None = None  # how a text becomes a vector, if that is the answer
+    pooling: Pooling | None = None  # which hidden states make that vector
+    calibration: Calibration | None = None  # of all its probabilities, fitted on validation examples
+    notes: tuple[str, ...] = ()  # decisions that a user should see
+    max_target_tokens: int = 0  # of a text that it learns to write; 0 if it learns none
+    max_new_tokens: int = 0  # of a text that it writes; 0 if it writes none
 
     @property
     def reads_like(self) -> Hashable:
         """Tasks for which it is equal give a text the same tokens; None: no other does."""
 
-    notes: tuple[str, ...]  # decisions that a user should see
-    max_target_tokens: int  # of a text that it learns to write; 0 if it learns none
-    max_new_tokens: int  # of a text that it writes; 0 if it writes none
-
     @property
     def tokenizer(self) -> Tokenizer: ...
-    @property
-    def labels(self) -> tuple[str, ...]: ...  # empty where answers are texts
-    @property
-    def multi_label(self) -> bool: ...
     @property
     def pairs(self) -> bool: ...  # whether two texts are read together
     @property
     def max_tokens(self) -> int: ...
     @property
     def instruction(self) -> str: ...  # the task in words; a prefix starts from them
-    @property
-    def embedding(self) -> Embedding | None: ...  # how a text becomes a vector, if that is the answer
-    @property
-    def pooling(self) -> Pooling | None: ...  # which hidden states make that vector
-    @property
-    def calibration(self) -> Calibration | None: ...  # of all its probabilities, fitted on validation examples
 
     def spec(self) -> TaskSpec:
         """Everything that prediction needs, as JSON. `task_from_spec` makes an equal task from it."""
@@ -316,6 +316,7 @@ class Task(Protocol):
 
     def pieces(self, examples: Sequence[Example]) -> Sequence[Example]:
         """The examples to train on: a long one may become several."""
+        return examples
 
     def encode_examples(self, examples: Sequence[Example]) -> list[tuple[Encoded, Encoded | None]]:
         """Inputs and targets as tokens; None where the target is not a text."""
@@ -323,40 +324,56 @@ class Task(Protocol):
     def score(self, given: Prediction, example: Example) -> float:
         """How well a prediction fits the example, from 0 to 1."""
 
+    def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]:
+        """How well each prediction fits its example, where that may depend on the others too."""
+        return [self.score(each, example) for each, example in zip(given, examples, strict=True)]
+
     def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
-        """What is wrong in these answers, the worst first."""
+        """What is wrong in these answers, the worst first: usually the answers with a score below 1."""
+        found, every = [], [self.prediction_of(answer) for answer in answers]
+        both = zip(examples, every, self.scores(every, examples), strict=True)
+        for row, (example, given, score) in enumerate(both):
+            if score < 1:
+                error = f"{self.metric_label} {score:.2f}"
+                found.append(Mistake(row, example.asked, right_of(example), given, score, error=error))
+        return sorted(found, key=lambda each: each.score)
 
     def numbers(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[float, float]]:
         """The right number and the answered one of each example, for a plot; none if answers are no numbers."""
-
-    def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]:
-        """How well each prediction fits its example, where that may depend on the others too."""
+        return []
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The mean over examples, or over target tokens if the task generates: a scalar."""
 
     def guessing_loss(self, examples: Sequence[Example]) -> float | None:
         """The lowest loss of an answer that ignores the input; None if the task defines none."""
+        return None
 
     # --- a task that is answered by the outputs of one pass: of a head -----------------------------------------------
 
     def windows(self, inputs: Sequence[Input]) -> list[list[Encoded]]:
         """Inputs as tokens, where a long one may be read in several rows, one after another. Raises DataError."""
+        return [[each] for each in self.encode_sources(inputs)]
 
     def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
         """The same task with a calibration. logits: of validation examples, as for `answers`."""
+        return self
 
     def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
         """How sure the answers are, by question; the question is "" if there is only one. Empty if none is sure."""
+        return {}
 
     def classifier_of(self, decision: str, logits: Tensor) -> tuple[Task, Tensor]:
         """A classifier that decides one of `decisions` alone, and its logits. logits: as the head gives them."""
+        raise _no_head(self)
 
     def class_scores(self, logits: Tensor) -> Tensor:
         """What the probabilities of the labels are computed from: (B, C). logits: as the head gives them."""
+        raise _no_head(self)
 
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
         """The labels of each row that together have this coverage, the most probable first. Raises DataError."""
+        raise _no_head(self)
 
     @classmethod
     def certainty(cls, answer: Answer) -> tuple[float, float]:
@@ -365,28 +382,40 @@ class Task(Protocol):
     @classmethod
     def decision(cls, answer: Answer) -> tuple[str, float] | None:
         """The one label of an answer and its probability, which a promise is about; None for other answers."""
+        return None
 
     def targets(self, examples: Sequence[Example]) -> Tensor:
         """What `loss` takes for these examples: (B, ...), or of all tokens that are read (N,)."""
+        raise _no_head(self)
 
     def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
         """One answer for each input. logits: (B, num_labels), or of all tokens that are read (N, num_labels)."""
+        raise _no_head(self)
 
     def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[Metrics, list[Answer]]:
         """The metrics of some examples by name, `loss` among them, and an answer for each. logits: as for `answers`."""
+        raise _no_head(self)
 
     # --- a task that is answered by a text, which the base generates token by token ----------------------------------
 
     @property
-    def generation(self) -> Generation: ...  # the arguments of transformers' `generate()`; empty if it generates none
+    def generation(self) -> Generation:
+        """The arguments of transformers' `generate()`; empty if it generates none."""
+        return {}
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, without special tokens."""
+        raise TypeError(f"{type(self).__name__} writes no text")
 
     def judge_texts(
         self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
     ) -> Metrics:
         """The metrics of generated texts by name, each with its references. mean_loss: over target tokens, if known."""
+        raise TypeError(f"{type(self).__name__} writes no text")
+
+
+def _no_head(task: Task) -> TypeError:
+    return TypeError(f"{type(task).__name__} is answered by a text, not by a head")
 
 
 class ComparingTask(Task, Protocol):
@@ -458,39 +487,10 @@ def measure_of(name: str, values: Metrics, kind: str | None = None) -> Measure:
     return measuring(values, kind).measures.get(name) or Measure(name.replace("_", " "))
 
 
-class Scoring(Protocol):
-    """What `by_score` asks of a task."""
-
-    metric_label: ClassVar[str]
-
-    @classmethod
-    def prediction_of(cls, answer: Answer) -> Prediction: ...
-
-    def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]: ...
-
-
-def by_score(task: Scoring, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
-    """The answers with a score below 1, the lowest first: `worst` of a task that has no better order."""
-    found, every = [], [task.prediction_of(answer) for answer in answers]
-    both = zip(examples, every, task.scores(every, examples), strict=True)
-    for row, (example, given, score) in enumerate(both):
-        if score < 1:
-            error = f"{task.metric_label} {score:.2f}"
-            found.append(Mistake(row, example.asked, right_of(example), given, score, error=error))
-    return sorted(found, key=lambda each: each.score)
-
-
 TOGETHER = 128  # examples whose loss is computed together in an evaluation, if it compares the examples of a batch
 
 
-class Comparing(Protocol):
-    """What `shared_losses` asks of a task."""
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor: ...
-    def targets(self, examples: Sequence[Example]) -> Tensor: ...
-
-
-def shared_losses(task: Comparing, outputs: Sequence[Tensor], examples: Sequence[Example]) -> list[float]:
+def shared_losses(task: Task, outputs: Sequence[Tensor], examples: Sequence[Example]) -> list[float]:
     """For each example the loss of its batch, of `TOGETHER` examples. outputs: of each example."""
     import torch
 

@@ -6,13 +6,13 @@ Axes: N target tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from turret.data import Example, Input, Prompt, TextPair
 from turret.errors import DataError
-from turret.tasks.calibration import Calibration, Confidences
-from turret.tasks.shapes import Answer, Generation, HeadConfig, Metrics, TaskSpec
-from turret.tasks.task import Decision, Encoded, Measure, Mistake, Prediction, RequestKind, Task, by_score
+from turret.tasks.shapes import Answer, Generation, Metrics, TaskSpec
+from turret.tasks.task import Measure, Prediction, RequestKind, Task
+from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -21,23 +21,15 @@ if TYPE_CHECKING:
     from turret.families.family import HeadKind
 
 
-class TextAnswers(Protocol):
-    """The part of `Task` that every task has whose answers are texts. end: the token that ends an answer."""
+class TextAnswers(Task, Protocol):
+    """What is usual for a task whose answers are texts. end: the token that ends an answer."""
 
     request: ClassVar[RequestKind] = "generate"
     generates: ClassVar[bool] = True
-    solved: ClassVar[bool] = False
     head: ClassVar[HeadKind] = "generate"
     pipeline_tag: ClassVar[str] = "text-generation"
     metric: ClassVar[str] = "rougeL"
     metric_label: ClassVar[str] = "ROUGE-L"
-    right_or_wrong: ClassVar[bool] = False
-    reads_tokens: ClassVar[bool] = False
-    ranks_labels: ClassVar[bool] = False
-    calibrates: ClassVar[bool] = False
-    spans: ClassVar[Literal["row", "batch"]] = "row"
-    two_answers: ClassVar[bool] = False
-    rate_ratio: ClassVar[float] = 1.0
     baselines: ClassVar[tuple[str, ...]] = ("nearest",)
     measures: ClassVar[Mapping[str, Measure]] = {
         "rouge1": Measure("ROUGE-1", "the share of words in common with the reference, as F1", share=True),
@@ -48,32 +40,22 @@ class TextAnswers(Protocol):
         "perplexity": Measure("perplexity", "exp of the loss; 1 is perfect"),
     }
     errors: ClassVar[str] = "the worst outputs"
-    texts: ClassVar[tuple[str, str]] = ("first text", "second text")
     sides: ClassVar[tuple[str, str]] = ("reference", "answered")
     bare: ClassVar[bool] = True
-    labels: tuple[str, ...] = ()
-    multi_label: bool = False
-    embedding: None = None
-    pooling: None = None
-    calibration: Calibration | None = None
     pairs: bool = False
     reads_like: None = None
-    tokenizer: Tokenizer
+    max_tokens: int = 256
     num_beams: int
-    max_new_tokens: int
+    tokens: Tokens
     end: int
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.tokens.tokenizer
 
     @classmethod
     def print_line(cls, spec: TaskSpec) -> str:
         return ""  # its card decodes tokens
-
-    @classmethod
-    def questions(cls, labels: Sequence[str]) -> tuple[str, ...]:
-        return ()
-
-    @classmethod
-    def decisions(cls, spec: TaskSpec) -> Mapping[str, Decision]:
-        return {}
 
     @classmethod
     def peft_type(cls, *, encoder_decoder: bool | None) -> str | None:
@@ -82,56 +64,12 @@ class TextAnswers(Protocol):
         return "SEQ_2_SEQ_LM" if encoder_decoder else "CAUSAL_LM"
 
     @classmethod
-    def num_labels(cls, labels: Sequence[str]) -> int | None:
-        return None
-
-    @classmethod
     def labels_of_outputs(cls, names: Sequence[str]) -> tuple[str, ...]:
         return ()
-
-    def pieces(self, examples: Sequence[Example]) -> Sequence[Example]:
-        return examples
-
-    def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]: ...
-
-    def windows(self, inputs: Sequence[Input]) -> list[list[Encoded]]:
-        return [[each] for each in self.encode_sources(inputs)]
-
-    def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
-        return self
-
-    def confidences(self, logits: Tensor, examples: Sequence[Example]) -> dict[str, Confidences]:
-        return {}
-
-    def classifier_of(self, decision: str, logits: Tensor) -> tuple[Task, Tensor]:
-        raise _no_head(self)
-
-    def class_scores(self, logits: Tensor) -> Tensor:
-        raise _no_head(self)
 
     @classmethod
     def certainty(cls, answer: Answer) -> tuple[float, float]:
         raise DataError("a text has no probability, so no answer is surer than another")
-
-    @classmethod
-    def decision(cls, answer: Answer) -> tuple[str, float] | None:
-        return None
-
-    def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
-        raise _no_head(self)
-
-    def targets(self, examples: Sequence[Example]) -> Tensor:
-        raise _no_head(self)
-
-    def answers(self, logits: Tensor, inputs: Sequence[Input] = ()) -> list[Answer]:
-        raise _no_head(self)
-
-    def judge(self, logits: Tensor, examples: Sequence[Example]) -> tuple[Metrics, list[Answer]]:
-        raise _no_head(self)
-
-    @classmethod
-    def head_config(cls, spec: TaskSpec) -> HeadConfig:
-        return {}
 
     @classmethod
     def prediction_of(cls, answer: Answer) -> Prediction:
@@ -143,15 +81,6 @@ class TextAnswers(Protocol):
         from turret.tasks.metrics import rouge_l
 
         return max(rouge_l(str(given), each) for each in example.references)
-
-    def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
-        return by_score(self, examples, answers)
-
-    def numbers(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[float, float]]:
-        return []
-
-    def scores(self, given: Sequence[Prediction], examples: Sequence[Example]) -> list[float]:
-        return [self.score(each, example) for each, example in zip(given, examples, strict=True)]
 
     @classmethod
     def from_words(cls, spec: TaskSpec, texts: Sequence[str]) -> Sequence[Input]:
@@ -172,10 +101,6 @@ class TextAnswers(Protocol):
 
         return F.cross_entropy(logits.float(), targets)
 
-    def guessing_loss(self, examples: Sequence[Example]) -> float | None:
-        """None: the loss of a pretrained base starts far below that of any constant answer."""
-        return None
-
     def judge_texts(
         self, texts: Sequence[str], references: Sequence[tuple[str, ...]], mean_loss: float | None
     ) -> Metrics:
@@ -195,10 +120,6 @@ class TextAnswers(Protocol):
             "eos_token_id": self.end,
             "pad_token_id": self.end if pad is None else int(pad),
         }
-
-
-def _no_head(task: TextAnswers) -> TypeError:
-    return TypeError(f"{type(task).__name__} is answered by a text, not by a head")
 
 
 def conversations(inputs: Sequence[Input], kind: str) -> list[Prompt]:

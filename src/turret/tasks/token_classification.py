@@ -26,7 +26,7 @@ from turret.errors import DataError, listed, shown
 from turret.tasks.calibration import FEWEST, Calibration, Confidences, fit, temperature_of
 from turret.tasks.classify import ECE, TEXTS, HeadAnswers, TextInputs, output_names
 from turret.tasks.shapes import Answer, HeadConfig, Metrics, SpanAnswer, TaskSpec
-from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, by_score, register
+from turret.tasks.task import Encoded, Measure, Mistake, Prediction, TaskSettings, register
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -76,8 +76,6 @@ class TokenClassification(HeadAnswers):
     solved: ClassVar[bool] = False
     metric: ClassVar[str] = "text_f1"
     metric_label: ClassVar[str] = "F1 of the spans of a text"
-    right_or_wrong: ClassVar[bool] = False
-    baselines: ClassVar[tuple[str, ...]] = ()
     measures: ClassVar[Mapping[str, Measure]] = {
         "text_f1": Measure("F1 by text", "the F1 of the spans of a text, as a mean over texts", share=True),
         "precision": Measure(
@@ -331,6 +329,8 @@ class TokenClassification(HeadAnswers):
         A span is right if start, end and label are. loss is of the words, ece of the spans that are answered, both with
         the temperature. logits: (N, C) of all words.
         """
+        from turret.tasks.metrics import precision_and_recall
+
         answers = self.answers(logits, [example.asked for example in examples])
         targets = logits.new_tensor([tag for tags in self._every_tag(examples) for tag in tags]).long()
         hits, given, true = Counter[str](), Counter[str](), Counter[str]()
@@ -342,14 +342,14 @@ class TokenClassification(HeadAnswers):
             true.update(label for _, _, label in right)
             hits.update(label for _, _, label in own & right)
             scores.append(_f1(len(own & right), len(own), len(right)))
-        every = _scores(hits.total(), given.total(), true.total())
+        every = precision_and_recall(hits.total(), given.total(), true.total())
         metrics: Metrics = {
             "text_f1": sum(scores) / max(1, len(scores)),
             **every,
             "loss": float(self.loss(logits / temperature_of(self.calibration), targets)),
             "ece": self.confidences(logits, examples)[""].error,
             "per_class": {
-                label: _scores(hits[label], given[label], true[label]) | {"support": true[label]}
+                label: precision_and_recall(hits[label], given[label], true[label]) | {"support": true[label]}
                 for label in self.labels
             },
         }
@@ -392,7 +392,7 @@ class TokenClassification(HeadAnswers):
     def worst(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[Mistake]:
         """The texts whose spans are not all right, the most wrong spans first: missed ones and wrong ones."""
         found = []
-        for each in by_score(self, examples, answers):
+        for each in super().worst(examples, answers):
             missed = [span for span in each.right if span not in each.given]
             wrong = [span for span in each.given if span not in each.right]
             error = f"F1 {each.score:.2f}"
@@ -405,13 +405,7 @@ class TokenClassification(HeadAnswers):
         return "; ".join(spans) or "no spans"
 
     def spec(self) -> TaskSpec:
-        more: TaskSpec = {} if self.calibration is None else {"calibration": self.calibration.to_json()}
-        return more | {
-            "kind": self.kind,
-            "labels": list(self.labels),
-            "max_tokens": self.max_tokens,
-            "prefix_text": self.inputs.prefix_text,
-        }
+        return super().spec() | {"labels": list(self.labels)}
 
     @classmethod
     def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
@@ -431,9 +425,3 @@ def _span(answered: SpanAnswer) -> Span:
 
 def _f1(hits: int, given: int, true: int) -> float:
     return 2 * hits / (given + true) if given + true else 1.0
-
-
-def _scores(hits: int, given: int, true: int) -> dict[str, float]:
-    """Precision, recall and F1; 0 without spans, as seqeval."""
-    precision, recall = hits / given if given else 0.0, hits / true if true else 0.0
-    return {"precision": precision, "recall": recall, "f1": 2 * hits / (given + true) if given + true else 0.0}
