@@ -26,6 +26,7 @@ from turret.compare.results import Confusions, Details, costs
 from turret.compare.verdict import Interval, Verdict, interval
 from turret.recipe import Recipe
 from turret.tasks import Mistake
+from turret.workspace.results import Evaluation
 
 HOSTILE = "<script>alert(1)</script> | `x` **b** {{{{ 7*7 }}}} number {}"
 VOID = {"meta", "br", "link", "input", "hr", "img"}
@@ -399,11 +400,10 @@ def evaluation(classes: int) -> str:
     rows = tuple(tuple(40 if a == b else (a + b) % 4 for b in range(classes)) for a in range(classes))
     wrong = tuple(Mistake(n, "Guten Tag, wo ist es? " * 8, labels[0], labels[1], 0.0, 0.9) for n in range(60))
     each = {"precision": 0.9, "recall": 0.8, "f1": 0.85, "support": 50}
-    return evaluation_page(
-        version="mails@3", digest="sha256:ab", source="mails.csv", examples=400, notes=[], texts=True,
-        metrics={"accuracy": 0.85, "macro_f1": 0.8, "loss": 0.4, "per_class": dict.fromkeys(labels, each)},
-        details=Details(wrong, "classify", Confusions(labels, rows)),
-    )  # fmt: skip
+    metrics = {"accuracy": 0.85, "macro_f1": 0.8, "loss": 0.4, "per_class": dict.fromkeys(labels, each)}
+    details = Details(wrong, "classify", Confusions(labels, rows))
+    data = {"source": "mails.csv", "examples": 400}
+    return evaluation_page(Evaluation("mails@3", "sha256:ab", data, metrics, 1.0, details), texts=True)
 
 
 @pytest.mark.slow

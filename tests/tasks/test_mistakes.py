@@ -24,6 +24,7 @@ from turret.tasks import (
     measure_of,
     measuring,
 )
+from turret.workspace.results import Evaluation
 
 ENCODER, DECODER = small_models.tokenizer("bert"), small_models.tokenizer("llama")
 
@@ -35,10 +36,8 @@ def chances(label: str, sure: float, labels: tuple[str, ...]) -> dict[str, Any]:
 
 def page(task: Any, examples: Any, answers: Any, metrics: dict[str, float]) -> str:
     found = Details(tuple(task.worst(examples, answers)), task.kind, numbers=tuple(task.numbers(examples, answers)))
-    return as_html(
-        version="it@1", digest="sha256:a", source="a.csv", examples=len(examples), metrics=metrics, details=found,
-        notes=[], texts=True,
-    )  # fmt: skip
+    data = {"source": "a.csv", "examples": len(examples)}
+    return as_html(Evaluation("it@1", "sha256:a", data, metrics, 1.0, found), texts=True)
 
 
 def test_of_numbers_the_largest_residual_is_first() -> None:

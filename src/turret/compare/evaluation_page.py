@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -40,6 +41,9 @@ from turret.json_types import JsonMapping, Plain, mapping_of
 from turret.tasks import Measure, Mistake, Task, main_metric, measure_of, measuring
 from turret.tasks.calibration import Bin, Decided, Sureness
 from turret.tasks.shapes import Metrics, number_of, parts_in
+
+if TYPE_CHECKING:
+    from turret.workspace.results import Evaluation, PanelEvaluation
 
 # --- pages ------------------------------------------------------------------------------------------------------------
 # The template environment of the reports: the templates of this package, escaping, and number formats.
@@ -101,36 +105,22 @@ REMARK = "The worst answers are often wrong in the data and not in the version: 
 TEXT = 600  # characters of a text
 
 
-def as_html(
-    *,
-    version: str,
-    digest: str,
-    source: str,
-    examples: int,
-    metrics: Metrics,
-    details: Details,
-    notes: Sequence[str],
-    texts: bool,
-) -> str:
+def as_html(found: Evaluation, *, texts: bool) -> str:
     """The page.
 
     Args:
         texts: whether it shows texts of the data and outputs.
     """
+    metrics, details = found.metrics, found.details
     page = environment(html=True).get_template("evaluation.html.j2")
     return page.render(
-        version=version,
-        digest=digest,
-        source=source,
-        examples=examples,
-        headline=headline(version, examples, metrics, details),
+        found=found,
+        headline=headline(found.version, int(found.data["examples"]), metrics, details),
         numbers=list(numbers(metrics, details.task)),
         classes=dict(parts_in(metrics, "per_class")),
-        details=details,
         shown=ShownDetails.of(details, metrics, MISTAKES if texts else 0),
         first=FIRST_MISTAKES,
         texts=texts,
-        notes=notes,
         parts=(),  # of memory, which the style sheet colours
     )
 
@@ -317,15 +307,7 @@ def decided_plot(found: Sureness, threshold: float | None, bound: float | None, 
     )
 
 
-def panel_html(
-    *,
-    panel: str,
-    source: str,
-    examples: int,
-    questions: Sequence[QuestionResult],
-    notes: Sequence[str],
-    texts: bool,
-) -> str:
+def panel_html(found: PanelEvaluation, *, texts: bool) -> str:
     """The page.
 
     Args:
@@ -333,13 +315,10 @@ def panel_html(
     """
     page = environment(html=True).get_template("panel.html.j2")
     return page.render(
-        panel=panel,
-        source=source,
-        examples=examples,
-        questions=[_question_view(each, texts) for each in questions],
+        found=found,
+        questions=[_question_view(each, texts) for each in found.questions],
         first=FIRST,
         texts=texts,
-        notes=notes,
         parts=(),  # of memory, which the style sheet colours
     )
 

@@ -96,27 +96,9 @@ def write_page(found: Evaluation | PanelEvaluation, path: Path, *, texts: bool =
         texts: whether it shows texts of the data.
     """
     if isinstance(found, PanelEvaluation):
-        page = evaluation_page.panel_html(
-            panel=found.panel,
-            source=str(found.data["source"]),
-            examples=int(found.data["examples"]),
-            questions=found.questions,
-            notes=found.notes,
-            texts=texts,
-        )
-        write_text(path, page)
-        return
-    page = evaluation_page.as_html(
-        version=found.version,
-        digest=found.digest,
-        source=str(found.data["source"]),
-        examples=int(found.data["examples"]),
-        metrics=found.metrics,
-        details=found.details,
-        notes=found.notes,
-        texts=texts,
-    )
-    write_text(path, page)
+        write_text(path, evaluation_page.panel_html(found, texts=texts))
+    else:
+        write_text(path, evaluation_page.as_html(found, texts=texts))
 
 
 @dataclass(frozen=True)
