@@ -174,8 +174,7 @@ class Watch:
             at, flush = found[place].at, dict[str, ArmHealth]()
             while place < len(found) and found[place].at == at:  # rows that one process wrote together
                 row = found[place]
-                seen = ArmHealth(row.answers, row.errors, row.slow, row.seconds, row.compared, row.agreed)
-                flush[row.arm] = flush.get(row.arm, NOTHING) + seen
+                flush[row.arm] = flush.get(row.arm, NOTHING) + row.seen
                 self.last, place = row.id, place + 1
             split = max(bisect_right(begins, at) - 1, 0)
             changed, alone = split != self._split, splits[split][1].get(self.control, 0.0) <= 0

@@ -80,15 +80,7 @@ class FirstAnswer(NamedTuple):
     id: int
     arm: str
     revision: int  # of the split
-
-
-class MissingOutcome(NamedTuple):
-    """A unit without an outcome after the time to live."""
-
-    id: int  # of the first answer to the unit
-    arm: str
-    revision: int  # of the split
-    at: str  # time of the first answer to the unit
+    at: str
 
 
 def check_receipt(receipt: str) -> str:
@@ -184,20 +176,19 @@ def counted_outcomes(connection: Connection, experiment: Experiment, after: int 
 
 def units(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[FirstAnswer]:
     """The first answer to each unit, in order, with an id above `after`."""
-    table = assignments.c
-    query = select(table.id, table.arm, table.revision).where(_first(experiment, after)).order_by(table.id)
+    query = _FIRST_ANSWERS.where(_first(experiment, after))
     return [FirstAnswer(*row) for row in connection.execute(query)]
 
 
 def missing(
     connection: Connection, experiment: Experiment, after: int, until: str | None
-) -> tuple[Sequence[MissingOutcome], int]:
+) -> tuple[Sequence[FirstAnswer], int]:
     """Units without an outcome that counts, among those first answered up to `until`, with an id above `after`.
 
     Units are read in the order of their ids, up to the first one answered after `until`.
 
     Returns:
-        The units, and the id to continue from.
+        The first answers to the units, and the id to continue from.
     """
     if until is None:
         return (), after
@@ -210,12 +201,11 @@ def missing(
     has_outcome = (
         (outcomes.c.experiment_id == experiment.id) & (outcomes.c.unit == table.unit) & (outcomes.c.counted == 1)
     )
-    query = (
-        select(table.id, table.arm, table.revision, table.at)
-        .where(old & ~exists().where(has_outcome))
-        .order_by(table.id)
-    )
-    return [MissingOutcome(*row) for row in connection.execute(query)], last
+    query = _FIRST_ANSWERS.where(old & ~exists().where(has_outcome))
+    return [FirstAnswer(*row) for row in connection.execute(query)], last
+
+
+_FIRST_ANSWERS = select(*(assignments.c[column] for column in FirstAnswer._fields)).order_by(assignments.c.id)
 
 
 def _first(experiment: Experiment, after: int) -> ColumnElement[bool]:

@@ -7,7 +7,7 @@ an event, which is append-only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from operator import add
 from typing import NamedTuple, TypedDict
 
@@ -326,12 +326,7 @@ class HealthRow(NamedTuple):
     id: int
     arm: str
     at: str
-    answers: int
-    errors: int
-    slow: int
-    seconds: float
-    compared: int
-    agreed: int
+    seen: ArmHealth
 
 
 def keep_health(connection: Connection, sums: Mapping[tuple[int, str], ArmHealth], at: str) -> None:
@@ -344,6 +339,6 @@ def keep_health(connection: Connection, sums: Mapping[tuple[int, str], ArmHealth
 def health_rows(connection: Connection, experiment: Experiment, after: int = 0) -> Sequence[HealthRow]:
     """The rows of an experiment with an id above `after`, in order."""
     table = experiment_health.c
-    query = select(*(table[column] for column in HealthRow._fields))
+    query = select(table.id, table.arm, table.at, *(table[each.name] for each in fields(ArmHealth)))
     found = connection.execute(query.where(table.experiment_id == experiment.id, table.id > after).order_by(table.id))
-    return [HealthRow(*row) for row in found]
+    return [HealthRow(*row[:3], ArmHealth(*row[3:])) for row in found]

@@ -27,7 +27,7 @@ from sqlalchemy import Connection
 
 from turret.experiments import outcomes
 from turret.experiments.experiment import Experiment, seconds_between
-from turret.experiments.outcomes import CountedOutcome, MissingOutcome
+from turret.experiments.outcomes import CountedOutcome, FirstAnswer
 from turret.statistics import EProcess, Floats
 from turret.timestamp import timestamp
 
@@ -147,8 +147,8 @@ class Validity:
         )
 
     def _in_order(
-        self, counted: Sequence[CountedOutcome], missing: Sequence[MissingOutcome], ttl: float
-    ) -> tuple[list[tuple[Stratum, str]], Sequence[MissingOutcome]]:
+        self, counted: Sequence[CountedOutcome], missing: Sequence[FirstAnswer], ttl: float
+    ) -> tuple[list[tuple[Stratum, str]], Sequence[FirstAnswer]]:
         """New outcomes, with the missing units in between, and the units missing since the last outcome."""
         ordered: list[tuple[Stratum, str]] = []
         place = 0
