@@ -633,12 +633,12 @@ def columns_of(table: Table, data: DataSettings, schemas: Sequence[Schema]) -> C
     try:
         return Finder.of(data, table.columns).find(schemas)
     except DataError:
-        look, schema = _Look(table, data), _classifier(schemas)
-        if schema is None or not look.names_one or (found := look.label_columns(schema, None)) is None:
+        schema = _classifier(schemas)
+        if schema is None or not _names_one(data) or (found := _Look(table, data).label_columns(schema, None)) is None:
             raise
     columns, ranked = found
     _require_one(ranked, "add {option}")
-    role = next(role for role in LABELLED if role not in look.named)
+    role = next(role for role in LABELLED if role not in named_columns(data, LABELLED))
     return replace(columns, note=f"guessed from the cells: {role} is column {columns.roles[role]!r}")
 
 
@@ -674,41 +674,30 @@ def _classifier(schemas: Sequence[Schema]) -> Schema | None:
     return next((each for each in schemas if LABELLED in each.names and each.classes), None)
 
 
+def _names_one(data: DataSettings) -> bool:
+    """Whether the recipe names a text or a label, and no other column."""
+    named = named_columns(data, PLAIN_ROLES)
+    return len(named) == 1 and named.keys() <= set(LABELLED)
+
+
 class _Look:
     """The first rows of a table, and what can be learnt from them."""
 
     def __init__(self, table: Table, data: DataSettings) -> None:
         self.table, self.data = table, data
-        self.named = named_columns(data, PLAIN_ROLES)
+        self.facts, self.rows = _looked_at(table, table.columns)
         self.hint = f"; {table.hint}" if table.hint else ""
-
-    @cached_property
-    def _looked_at(self) -> tuple[dict[str, ColumnFacts], int]:
-        return _looked_at(self.table, self.table.columns)
-
-    @property
-    def facts(self) -> dict[str, ColumnFacts]:
-        return self._looked_at[0]
-
-    @property
-    def rows(self) -> int:
-        return self._looked_at[1]
-
-    @property
-    def names_one(self) -> bool:
-        """Whether the recipe names a text or a label alone."""
-        return len(self.named) == 1 and self.named.keys() <= set(LABELLED)
 
     def columns(self, schemas: Sequence[Schema]) -> tuple[Columns, list[Candidate], bool]:
         """The columns by name, else by content; the columns that may be the label; whether it was content."""
-        table, by_name = self.table, None
+        table, by_name, named = self.table, None, named_columns(self.data, PLAIN_ROLES)
         try:
             by_name = Finder.of(self.data, table.columns).find(schemas)
         except DataError as error:
             refuse_later(table.columns)
-            if self.names_one:
-                require_columns(self.named, table.columns)
-            elif self.named:
+            if _names_one(self.data):
+                require_columns(named, table.columns)
+            elif named:
                 raise DataError(f"{error}{self.hint}") from None
         if by_name is not None and not (by_name.schema.classes and tuple(by_name.roles) == LABELLED):
             return by_name, [], False
@@ -720,7 +709,7 @@ class _Look:
             return columns, ranked, by_name is None or by_name.roles != columns.roles
         texts = sorted((each for each in self.facts.values() if each.is_texts), key=lambda each: -each.mean)
         written = next((each for each in schemas if each.usual == COMPLETED), None)
-        if len(texts) > 1 and written is not None and not self.named:
+        if len(texts) > 1 and written is not None and not named:
             pair = [name for name in table.columns if name in (texts[0].name, texts[1].name)]
             return Columns(written, {"prompt": pair[0], "completion": pair[1]}, None), [], True
         raise DataError(

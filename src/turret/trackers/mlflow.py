@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
@@ -16,7 +15,6 @@ from mlflow.exceptions import MlflowException
 
 from turret.trackers import Point, State, TrackedRun
 
-T = TypeVar("T")
 TAG = "turret.run"
 STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 MOST_METRICS, MOST_PARAMS, LONGEST_PARAM = 1000, 100, 6000  # of one request; MLflow's limits
@@ -35,8 +33,8 @@ class MLflow:
         self._client.update_run(self._run, status="RUNNING")
         known = made.data.params
         params = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in run.settings.items() if key not in known]
-        for part in _parts(params, MOST_PARAMS):
-            self._client.log_batch(self._run, params=part)
+        for start in range(0, len(params), MOST_PARAMS):
+            self._client.log_batch(self._run, params=params[start : start + MOST_PARAMS])
         for name, text in run.texts.items():
             self._client.log_text(self._run, text, name)
 
@@ -44,8 +42,7 @@ class MLflow:
         now = int(time.time() * 1000)
         metrics = [Metric(key, value, now, step) for step, values in points for key, value in values.items()]
         self._last = points[-1].step
-        for part in _parts(metrics, MOST_METRICS):
-            self._client.log_batch(self._run, metrics=part)
+        self._log_metrics(metrics)
 
     def finish(self, state: State, summary: Mapping[str, float | str]) -> None:
         now = int(time.time() * 1000)
@@ -55,9 +52,12 @@ class MLflow:
                 self._client.set_tag(self._run, f"turret.{key}", value)
             else:
                 metrics.append(Metric(f"final/{key}", value, now, self._last))
-        for part in _parts(metrics, MOST_METRICS):
-            self._client.log_batch(self._run, metrics=part)
+        self._log_metrics(metrics)
         self._client.set_terminated(self._run, STATUS[state])
+
+    def _log_metrics(self, metrics: Sequence[Metric]) -> None:
+        for start in range(0, len(metrics), MOST_METRICS):
+            self._client.log_batch(self._run, metrics=metrics[start : start + MOST_METRICS])
 
     def _experiment(self, name: str) -> str:
         known = self._client.get_experiment_by_name(name)
@@ -70,8 +70,3 @@ class MLflow:
             if known is None:
                 raise
             return str(known.experiment_id)
-
-
-def _parts(values: Sequence[T], most: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), most):
-        yield values[start : start + most]
