@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from scipy import stats
 
 from turret.experiments import Guards, guarding
 from turret.experiments.guarding import NEEDED, ODDS, START, Detector, Watch, log_over_bound, log_over_control
+from turret.experiments.rows import ArmHealth, HealthRow
 from turret.timestamp import timestamp
 
 RUNS, BOUND, NORMAL, OUTAGE = 60, 0.02, 0.01, 0.5
@@ -19,7 +19,7 @@ EARLY = 20  # seconds before an outage
 SPLITS = [(timestamp(0), {"control": 0.8, "candidate": 0.2}), (timestamp(EARLY), {"control": 0.5, "candidate": 0.5})]
 
 
-def rows(seed: int, seconds: int, begins: int, arms: tuple[str, ...], kind: str) -> list[SimpleNamespace]:
+def rows(seed: int, seconds: int, begins: int, arms: tuple[str, ...], kind: str) -> list[HealthRow]:
     """The rows of one server, ten answers a second. From `begins` on, half of `arms`' are bad."""
     generator, found = np.random.default_rng(seed), []
     for second in range(seconds):
@@ -27,13 +27,12 @@ def rows(seed: int, seconds: int, begins: int, arms: tuple[str, ...], kind: str)
         candidate = int(generator.binomial(10, share))
         for arm, answers in (("candidate", candidate), ("control", 10 - candidate)):
             bad = int(generator.binomial(answers, OUTAGE if second >= begins and arm in arms else NORMAL))
-            sums = {"errors": 0, "slow": 0, "seconds": 0.0, "compared": 0, "agreed": 0, kind: bad}
-            row = SimpleNamespace(id=len(found) + 1, at=timestamp(second), arm=arm, answers=answers, **sums)
+            row = HealthRow(len(found) + 1, arm, timestamp(second), ArmHealth(answers, **{kind: bad}))
             found.extend([row] if answers else [])
     return found
 
 
-def dropped(found: list[SimpleNamespace], kind: str = "errors", bound: float = BOUND) -> int | None:
+def dropped(found: list[HealthRow], kind: str = "errors", bound: float = BOUND) -> int | None:
     """The second after which the candidate is dropped."""
     watch = Watch("control", {kind: bound})
     for second, (_, flush) in enumerate(itertools.groupby(found, lambda row: row.at)):
@@ -79,8 +78,7 @@ def test_a_candidate_that_fails_more_than_the_control_and_less_than_the_bound_st
         flush = []
         for arm in ("candidate", "control"):
             bad = int(generator.binomial(5, 0.5 if everywhere else rate[arm]))
-            sums = {"errors": bad, "slow": 0, "seconds": 0.0, "compared": 0, "agreed": 0}
-            flush.append(SimpleNamespace(id=next(number), at=timestamp(second), arm=arm, answers=5, **sums))
+            flush.append(HealthRow(next(number), arm, timestamp(second), ArmHealth(5, bad)))
         watch.read(flush, SPLITS)
     assert watch.arms["candidate"].detectors[0].peak < math.log(NEEDED) - 2
 
@@ -139,9 +137,8 @@ def test_blocks_without_errors_or_with_nothing_else_say_nothing() -> None:
 
 
 def test_answers_of_the_control_count_that_came_before_the_first_one_of_an_arm() -> None:
-    def row(number: int, arm: str, answers: int, errors: int) -> SimpleNamespace:
-        sums = {"slow": 0, "seconds": 0.0, "compared": 0, "agreed": 0}
-        return SimpleNamespace(id=number, at=timestamp(number), arm=arm, answers=answers, errors=errors, **sums)
+    def row(number: int, arm: str, answers: int, errors: int) -> HealthRow:
+        return HealthRow(number, arm, timestamp(number), ArmHealth(answers, errors))
 
     late = [row(number, "shadow", 1, 1) for number in range(2, 14)]  # a shadow answers after the control
     for before, seen in (([row(1, "control", 12, 0)], True), ([], False)):
