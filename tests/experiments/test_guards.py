@@ -64,7 +64,7 @@ def test_an_outage_of_the_candidate_alone_rolls_it_back_in_seconds_whenever_it_b
 def test_control_a_bound_on_all_answers_so_far_would_not_see_a_late_outage() -> None:
     """The likelihood ratio of all answers, at the best share above the bound, an hour before and 40 seconds into it."""
     found = [row for row in rows(1, 3640, 3600, ("candidate",), "errors") if row.arm == "candidate"]
-    bad, total = sum(row.errors for row in found), sum(row.answers for row in found)
+    bad, total = sum(row.seen.errors for row in found), sum(row.seen.answers for row in found)
     assert log_over_bound(bad, total, BOUND).max() < math.log(20)
 
 

@@ -218,8 +218,6 @@ class Chat(TextAnswers):
 
     def _answer(self, fitted: _Fitted, turn: Turn) -> Encoded:
         """The tokens of an answer after its prompt, with the token that ends it unless the answer is cut."""
-        import torch
-
         prompt, start = fitted.prompt, len(fitted.rendered.text)
         whole = self.template.render(Prompt((*prompt.turns, turn), prompt.tools), answering=False)
         if not whole.text.startswith(fitted.rendered.text):
@@ -233,7 +231,7 @@ class Chat(TextAnswers):
         ids = ids[: ids.index(self.end)] if self.end in ids else ids
         cut = len(ids) > self.max_target_tokens - 1
         ids = ids[: self.max_target_tokens] if cut else [*ids, self.end]
-        return Encoded(torch.tensor(ids, dtype=torch.long), cut=cut)
+        return Encoded.of(ids, cut=cut)
 
     # --- stored with the adapter -----------------------------------------------------------------------------------
 

@@ -175,21 +175,15 @@ class Generate(TextAnswers):
         A prompt in the task's template has at most `max_tokens`, and at least one; a document that is too long loses
         its end. Raises DataError for a conversation if the base has no chat template.
         """
-        import torch
-
         prompts = conversations(inputs, self.kind)
         texts = [prompt.text for prompt in prompts if prompt.text is not None]
         encoded = iter(self._in_template(texts))
         return [
-            next(encoded)
-            if prompt.text is not None
-            else Encoded(torch.tensor(base_prompt(self.tokenizer, prompt), dtype=torch.long), cut=False)
+            next(encoded) if prompt.text is not None else Encoded.of(base_prompt(self.tokenizer, prompt), cut=False)
             for prompt in prompts
         ]
 
     def _in_template(self, texts: Sequence[str]) -> list[Encoded]:
-        import torch
-
         room = self.max_tokens - len(self._before) - len(self._after)
         if self.chat_template:  # special tokens that a document spells out must not start a turn of the chat
             words = self._user_words()
@@ -203,7 +197,7 @@ class Generate(TextAnswers):
         encoded = []
         for ids in rows:
             row = [*self._before, *ids[:room], *self._after] or [self.tokens.filler]
-            encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
+            encoded.append(Encoded.of(row, cut=len(ids) > room))
         return encoded
 
     def _user_words(self) -> str:
@@ -217,14 +211,12 @@ class Generate(TextAnswers):
 
     def encode_targets(self, texts: Sequence[str]) -> list[Encoded]:
         """The targets and the eos token: at most `max_target_tokens`. A target that is too long loses its end."""
-        import torch
-
         first = [] if self.family_kind == "decoder" else self.tokens.before
         room = self.max_target_tokens - len(first) - 1
         encoded = []
         for ids in self._target_ids([text.strip() for text in texts], room):
             row = [*first, *ids[:room], self.end]
-            encoded.append(Encoded(torch.tensor(row, dtype=torch.long), cut=len(ids) > room))
+            encoded.append(Encoded.of(row, cut=len(ids) > room))
         return encoded
 
     def _target_ids(self, texts: Sequence[str], room: int) -> list[list[int]]:

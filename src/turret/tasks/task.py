@@ -36,6 +36,13 @@ class Encoded:
     rival: Tensor | None = None  # (R,) int64, of a target: another one that is worse
     read: Tensor | None = None  # (K,) int64, positions in `ids`: that a head for tokens reads, or the end of each text
 
+    @classmethod
+    def of(cls, ids: Sequence[int], *, cut: bool) -> Self:
+        """The token ids of a list."""
+        import torch
+
+        return cls(torch.tensor(ids, dtype=torch.long), cut)
+
 
 @dataclass(frozen=True)
 class Embedding:
