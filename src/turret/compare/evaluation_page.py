@@ -114,7 +114,7 @@ def as_html(found: Evaluation, *, texts: bool) -> str:
     metrics, details = found.metrics, found.details
     page = environment(html=True).get_template("evaluation.html.j2")
     return page.render(
-        found=found,
+        evaluation=found,
         headline=headline(found.version, int(found.data["examples"]), metrics, details),
         numbers=list(numbers(metrics, details.task)),
         classes=dict(parts_in(metrics, "per_class")),
@@ -315,7 +315,7 @@ def panel_html(found: PanelEvaluation, *, texts: bool) -> str:
     """
     page = environment(html=True).get_template("panel.html.j2")
     return page.render(
-        found=found,
+        evaluation=found,
         questions=[_question_view(each, texts) for each in found.questions],
         first=FIRST,
         texts=texts,

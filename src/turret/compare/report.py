@@ -114,7 +114,10 @@ def _values(result: Comparison) -> JsonObject:
         "metric": task_of(result.task).metric_label,
         "parts": PARTS,
         "classes": _by_class(result),
-        "memory": list(_memory(result)),
+        "memory": [
+            (label, what, parts, sum(parts.get(each, 0) for each in PARTS if each != "weights"))
+            for label, what, parts in _memory(result.rows)
+        ],
         "tests": [row for row in result.rows if row.verdict is not None and row.kind != "base"],
         "forgets": any(row.costs is not None and row.costs.forgetting is not None for row in result.rows),
         "right_or_wrong": task_of(result.task).right_or_wrong,
@@ -123,14 +126,12 @@ def _values(result: Comparison) -> JsonObject:
     }
 
 
-def _memory(result: Comparison) -> Iterator[tuple[str, str, Mapping[str, int], int]]:
-    """(method, predicted or measured, bytes by component, bytes above the base)."""
-    for row in result.rows:
-        if row.costs is None:
-            continue
-        for name, parts in (("predicted", row.costs.predicted), ("measured", row.costs.measured)):
+def _memory(rows: Sequence[ComparisonRow]) -> Iterator[tuple[str, str, Mapping[str, int]]]:
+    """(method, predicted or measured, bytes by component)."""
+    for row, costs in ((row, row.costs) for row in rows if row.costs is not None):
+        for what, parts in (("predicted", costs.predicted), ("measured", costs.measured)):
             if parts:
-                yield row.label, name, parts, sum(parts.get(each, 0) for each in PARTS if each != "weights")
+                yield row.label, what, parts
 
 
 def _by_class(result: Comparison) -> list[tuple[str, int, dict[str, PerClass]]]:
@@ -159,10 +160,11 @@ def _plots(result: Comparison) -> Iterator[tuple[str, str]]:
     trained = [row for row in rows if row.trains]
     if trained:
         yield from _against_costs(trained, [_mark(row, 1.0) for row in contenders if row.trains] or None, metric)
-        yield (
-            "components",
-            stacks(list(_cost_bars(trained)), unit="MB in training, without Python and its libraries", number=whole),
-        )
+        bars = [
+            Bar(f"{label}, {what}", tuple((name, parts.get(name, 0) / 1e6) for name in PARTS))
+            for label, what, parts in _memory(trained)
+        ]
+        yield "components", stacks(bars, unit="MB in training, without Python and its libraries", number=whole)
     losses = list(_courses(trained))
     if losses:
         label = ", ".join(filter(None, ("loss on the training examples", task_of(result.task).measures["loss"].unit)))
@@ -218,15 +220,6 @@ def _mark(row: ComparisonRow, x: float, span: MeanRange | None = None, factor: f
     assert row.score is not None
     ends = (None, None) if span is None else (factor * span.least, factor * span.most)
     return Mark(row.label, row.kind, max(x, 1e-9), row.score.mean, row.score.low, row.score.high, *ends)
-
-
-def _cost_bars(rows: list[ComparisonRow]) -> Iterator[Bar]:
-    for row in rows:
-        if row.costs is None:
-            continue
-        for source, parts in (("predicted", row.costs.predicted), ("measured", row.costs.measured)):
-            if parts:
-                yield Bar(f"{row.label}, {source}", tuple((name, parts.get(name, 0) / 1e6) for name in PARTS))
 
 
 def _lines(result: Comparison) -> Iterator[Line]:

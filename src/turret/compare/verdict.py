@@ -68,12 +68,11 @@ class Components:
     between_examples: float
     rest: float
 
-    def variance(self, seeds: int, examples: int) -> float:
-        """The variance of the mean over so many seeds and examples."""
-        return self.between_seeds / seeds + self.between_examples / examples + self.rest / (seeds * examples)
-
     def freedom(self, seeds: int, examples: int) -> float:
-        """The degrees of freedom of that variance (Satterthwaite 1946): few if it comes mostly from few seeds."""
+        """The degrees of freedom of the mean's variance over so many seeds and examples: few if few seeds make it.
+
+        Source: Satterthwaite 1946.
+        """
         parts = [(self.between_examples / examples + self.rest / (seeds * examples), examples - 1)]
         if seeds > 1:
             parts.append((self.between_seeds / seeds + self.rest / (seeds * examples), seeds - 1))
