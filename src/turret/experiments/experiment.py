@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Literal, SupportsFloat, TypedDict, get_args
 
 from turret.errors import BadExperiment
-from turret.json_types import JsonMapping, JsonObject, Plain
+from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
 
 Role = Literal["control", "candidate", "shadow"]
 Goal = Literal["higher", "lower"]
@@ -204,24 +204,10 @@ class Experiment:
         return next((share for share in self.steps if share > now + 1e-9), None)
 
     def as_json(self) -> ExperimentRow:
-        return {
-            "experiment": str(self),
-            "adapter": self.adapter,
-            "number": self.number,
-            "state": self.state,
-            "alias": self.alias,
-            "metric": asdict(self.metric),
-            "unit": self.unit,
-            "alpha": self.alpha,
-            "guards": asdict(self.guards),
-            "steps": list(self.steps),
-            "outcome_ttl": self.outcome_ttl,
-            "missing_bound": self.missing_bound,
-            "created": self.created,
-            "who": self.who,
-            "ended": self.ended,
-            "verdict": None if self.verdict is None else dict(self.verdict),
-        }
+        own = {name: value for name, value in asdict(self).items() if name in ExperimentRow.__annotations__}
+        found: JsonValue = {"experiment": str(self), **own, "steps": list(self.steps)}
+        row: ExperimentRow = found
+        return row
 
 
 def check_unit(unit: str) -> str:

@@ -341,4 +341,4 @@ def health_rows(connection: Connection, experiment: Experiment, after: int = 0) 
     table = experiment_health.c
     query = select(table.id, table.arm, table.at, *(table[each.name] for each in fields(ArmHealth)))
     found = connection.execute(query.where(table.experiment_id == experiment.id, table.id > after).order_by(table.id))
-    return [HealthRow(*row[:3], ArmHealth(*row[3:])) for row in found]
+    return [HealthRow(row.id, row.arm, row.at, ArmHealth(*row[3:])) for row in found]

@@ -193,6 +193,11 @@ class HeadAnswers(Task, Protocol):
             "prefix_text": self.inputs.prefix_text,
         }
 
+    def with_calibration(self, calibration: Calibration) -> Self:
+        task = copy.copy(self)
+        task.calibration = calibration
+        return task
+
     def encode_sources(self, inputs: Sequence[Input]) -> list[Encoded]:
         return self.inputs.encode(inputs)
 
@@ -460,11 +465,8 @@ class Classify(HeadAnswers):
         return own, torch.stack([torch.zeros_like(z), z], dim=1)  # (B, 2)
 
     def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
-        task, targets = copy.copy(self), self.targets(examples)
-        task.calibration = fit(
-            self.class_scores(logits), targets, multi_label=self.multi_label, chose_weights=chose_weights
-        )
-        return task
+        scores, targets = self.class_scores(logits), self.targets(examples)
+        return self.with_calibration(fit(scores, targets, multi_label=self.multi_label, chose_weights=chose_weights))
 
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
         if self.calibration is None:

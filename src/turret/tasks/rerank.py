@@ -5,7 +5,6 @@ Axes: B examples.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -140,9 +139,8 @@ class Rerank(NumberAnswers):
 
     def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
         """One temperature for the relevance of all pairs."""
-        task, targets = copy.copy(self), self.targets(examples)[:, :1]
-        task.calibration = fit(logits, targets, multi_label=True, chose_weights=chose_weights)
-        return task
+        targets = self.targets(examples)[:, :1]
+        return self.with_calibration(fit(logits, targets, multi_label=True, chose_weights=chose_weights))
 
     def numbers(self, examples: Sequence[Example], answers: Sequence[Answer]) -> list[tuple[float, float]]:
         """Both as shares of the highest relevance."""

@@ -9,7 +9,6 @@ Axes: N words of all texts, C tags, T tokens of a row.
 from __future__ import annotations
 
 import bisect
-import copy
 import dataclasses
 import functools
 import itertools
@@ -372,11 +371,11 @@ class TokenClassification(HeadAnswers):
 
     def calibrated(self, logits: Tensor, examples: Sequence[Example], *, chose_weights: bool) -> Self:
         """One temperature for the tags of all words."""
-        task, tags = copy.copy(self), self._every_tag(examples)
-        if sum(map(bool, tags)) >= FEWEST:
-            targets = logits.new_tensor([tag for own in tags for tag in own]).long()
-            task.calibration = fit(logits, targets, chose_weights=chose_weights, rows=[len(own) for own in tags])
-        return task
+        tags = self._every_tag(examples)
+        if sum(map(bool, tags)) < FEWEST:
+            return self
+        targets = logits.new_tensor([tag for own in tags for tag in own]).long()
+        return self.with_calibration(fit(logits, targets, chose_weights=chose_weights, rows=list(map(len, tags))))
 
     @classmethod
     def prediction_of(cls, answer: Answer) -> Prediction:
@@ -410,9 +409,7 @@ class TokenClassification(HeadAnswers):
     @classmethod
     def from_spec(cls, spec: TaskSpec, tokenizer: Tokenizer) -> Self:
         made = cls(spec["labels"], tokenizer, spec["max_tokens"], spec["prefix_text"])
-        if "calibration" in spec:
-            made.calibration = Calibration.from_json(spec["calibration"])
-        return made
+        return made.with_calibration(Calibration.from_json(spec["calibration"])) if "calibration" in spec else made
 
 
 def _tags_of(labels: Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from turret.errors import BaseModelError
 from turret.json_types import JsonObject
-from turret.transformer import TextEncoding, Tokenizer
+from turret.transformer import BatchEncoding, TextEncoding, Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -43,6 +43,11 @@ GROWTH = 4
 WORDS = 4  # at the end of the characters read, which more characters could change
 
 
+def encode_plain(tokenizer: Tokenizer, texts: Sequence[str], settings: Mapping[str, bool]) -> BatchEncoding:
+    """Texts without special tokens. settings: further arguments of the tokenizer's call."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False, padding=False, **settings)
+
+
 class FirstTokens:
     """The first tokens of texts, by one tokenizer of transformers."""
 
@@ -58,13 +63,8 @@ class FirstTokens:
         read, left = CHARACTERS * (count + SPARE), list(range(len(texts)))
         while left:
             ends = [_end(texts[i], read) if self._tokenizer.is_fast else len(texts[i]) for i in left]
-            encoded = self._tokenizer(
-                [texts[i][:end] for i, end in zip(left, ends, strict=True)],
-                add_special_tokens=False,
-                verbose=False,
-                padding=False,
-                **settings,
-            )
+            starts = [texts[i][:end] for i, end in zip(left, ends, strict=True)]
+            encoded = encode_plain(self._tokenizer, starts, settings)
             undecided = []
             for place, (i, end) in enumerate(zip(left, ends, strict=True)):
                 found[i] = list(encoded["input_ids"][place])
@@ -180,10 +180,7 @@ class Tokens:
         self.after: list[int] = around[at + len(plain) :]
 
     def _ids(self, texts: Sequence[str], **settings: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        coded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False, padding=False, **settings)
-        return [list(ids) for ids in coded["input_ids"]]
+        return [list(ids) for ids in encode_plain(self.tokenizer, texts, settings)["input_ids"]] if texts else []
 
     def plain(self, texts: Sequence[str], *, most: int | None = None, literal: bool = False) -> list[list[int]]:
         """Ids without special tokens.
@@ -210,7 +207,7 @@ class Tokens:
             literal: a special token that the text spells out is read as plain characters.
         """
         settings = {"split_special_tokens": True} if literal else {}
-        coded = self.tokenizer([text], add_special_tokens=False, verbose=False, padding=False, **settings)
+        coded = encode_plain(self.tokenizer, [text], settings)
         ids = list(coded["input_ids"][0])
         if not self.tokenizer.is_fast:
             return ids, [(0, len(text))] * len(ids)
