@@ -105,7 +105,6 @@ def rate_methods(
     labels: Mapping[str, str],
     kinds: Mapping[str, str],
     seed: int,
-    confidence: float = 0.95,
 ) -> tuple[Rated, ...]:
     """The rates of each method, over the seeds with texts for every aspect. Methods without such a seed are left out.
 
@@ -122,18 +121,12 @@ def rate_methods(
                 by_seed.setdefault(each.seed, {})[each.aspect] = each
         complete = {number: texts for number, texts in by_seed.items() if set(texts) == set(aspects)}
         if complete:
-            methods.append(_rate_method(spec, complete, aspects, labels[spec], kinds[spec], seed, confidence))
+            methods.append(_rate_method(spec, complete, aspects, labels[spec], kinds[spec], seed))
     return tuple(methods)
 
 
 def _rate_method(
-    spec: str,
-    by_seed: Mapping[int, Mapping[str, Written]],
-    aspects: Sequence[str],
-    label: str,
-    kind: str,
-    seed: int,
-    confidence: float,
+    spec: str, by_seed: Mapping[int, Mapping[str, Written]], aspects: Sequence[str], label: str, kind: str, seed: int
 ) -> Rated:
     said, near = np.zeros((2, len(aspects), len(aspects)))
     by_classifier, by_rouge, asked, others = [], [], [], []
@@ -158,7 +151,7 @@ def _rate_method(
 
     def over(values: Sequence[Floats], what: str) -> Interval:
         rng = np.random.default_rng([seed, zlib.crc32(f"{spec}\n{what}".encode())])
-        return interval(np.stack(values), rng, confidence=confidence, between=(0, 1)).times(100)
+        return interval(np.stack(values), rng, between=(0, 1)).times(100)
 
     return Rated(
         spec=spec,
@@ -234,27 +227,23 @@ def write_report(result: Control, folder: Path, write: Callable[[Path, str], Non
 
 def as_html(result: Control) -> str:
     """The report as one self-contained page."""
-    return _render_control("control.html.j2", True, result)
+    template = environment(True).get_template("control.html.j2")
+    return template.render(**_values(result), plot=_plot(result), parts=())  # of memory, which the style sheet colours
 
 
 def as_markdown(result: Control) -> str:
     """The report as Markdown, without its plot."""
-    return _render_control("control.md.j2", False, result)
+    return environment(False).get_template("control.md.j2").render(**_values(result))
 
 
-def _render_control(template: str, html: bool, result: Control) -> str:
-    return (
-        environment(html)
-        .get_template(template)
-        .render(
-            c=result,
-            headline=headline(result),
-            labels={each.spec: each.label for each in result.rated},
-            made=list(describe_run(result.made)),
-            parts=(),  # of memory, which the style sheet colours
-            plot=_plot(result) if html else "",
-        )
-    )
+def _values(result: Control) -> JsonObject:
+    """The variables of the templates."""
+    return {
+        "c": result,
+        "headline": headline(result),
+        "labels": {each.spec: each.label for each in result.rated},
+        "made": list(describe_run(result.made)),
+    }
 
 
 def _plot(result: Control) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
-from turret.data import Labelled, Schema
+from turret.data import Schema
 from turret.data.columns import PAIRED
 from turret.tasks.classify import Classify
 from turret.tasks.task import register
@@ -29,14 +30,8 @@ class TextPairs(Classify):
 
     @classmethod
     def schema(cls, *, multi_label: bool = False) -> Schema:
-        return Schema(
-            cls.kind,
-            {PAIRED: pair_column_names(LABELS)},
-            (),
-            lambda row: Labelled(row.asked_text(), row.label("label", many=multi_label)),
-            classes=True,
-            many=multi_label,
-        )
+        names = {PAIRED: pair_column_names(LABELS)}
+        return replace(super().schema(multi_label=multi_label), names=names, inputs=())
 
     @property
     def instruction(self) -> str:
