@@ -65,8 +65,8 @@ class Chat(TextAnswers):
         self.loss_on: LossOn = loss_on
         self.num_beams = num_beams
         self.max_new_tokens = max_new_tokens or max_target_tokens
+        self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, plain=plain)
-        self.tokens = self.template.tokens
         self.end = self.template.end
         needed = len(self._ids(self.template.tokenize(self.template.render(Prompt.of("a"), answering=True))))
         if max_tokens < needed:

@@ -83,7 +83,7 @@ class ChatTemplate:
         self.plain = own is None
         self.text: str = own or PLAIN
         self._tokenizer = tokenizer
-        self.tokens = Tokens(tokenizer)
+        self._tokens = Tokens(tokenizer)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._words = sorted(special, key=lambda word: (-len(word), word))  # the longest first
         self._special = re.compile("|".join(map(re.escape, self._words)) or r"(?!)")
@@ -241,7 +241,7 @@ class ChatTemplate:
         spans: list[Span] = []
         for text, first, last, literal in pieces:
             if text:
-                found, places = self.tokens.ids_with_offsets(text, literal=literal)
+                found, places = self._tokens.ids_with_offsets(text, literal=literal)
                 ids += found
                 spans += [(first, last)] * len(found) if literal else [(first + a, first + b) for a, b in places]
         return Tokenized(ids, spans)
@@ -256,8 +256,8 @@ class ChatTemplate:
         """The token that ends an answer: the first special token after it, or else the tokenizer's eos."""
         asked = [Turn("user", "a"), Turn("assistant", _PROBE)]
         text = self.render(Prompt(tuple(asked)), answering=False).text
-        after = self.tokens.plain([text.rpartition(_PROBE)[2]])[0]
-        return next((token for token in after if token in self._special_ids), self.tokens.eos)
+        after = self._tokens.plain([text.rpartition(_PROBE)[2]])[0]
+        return next((token for token in after if token in self._special_ids), self._tokens.eos)
 
     @property
     def digest(self) -> str:
@@ -267,7 +267,7 @@ class ChatTemplate:
     @property
     def before(self) -> list[int]:
         """Special tokens in front of a conversation that the template does not write itself."""
-        return list(self.tokens.before) if self.plain else []
+        return list(self._tokens.before) if self.plain else []
 
 
 # --- running a template -----------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ class Generate(TextAnswers):
         self.chat_template = chat_template
         self.num_beams = num_beams
         self.max_new_tokens = max_new_tokens or max_target_tokens
-        self.tokens = Tokens(tokenizer)
+        self.tokenizer = tokenizer
+        self._tokens = Tokens(tokenizer)
         self.template = template if template is not None else self._default_template()
         self._prepare()
 
@@ -148,7 +149,7 @@ class Generate(TextAnswers):
     def _prepare(self) -> None:
         """Tokenize the template, and check that it leaves room for a document and a target."""
         self._head, _, self._tail = self.template.partition(SLOT)
-        tokens, decoder = self.tokens, self.family_kind == "decoder"
+        tokens, decoder = self._tokens, self.family_kind == "decoder"
         self.end = tokens.eos
         before = list(tokens.before)
         head = tokens.plain([self._head])[0] if self._head else []
@@ -188,15 +189,15 @@ class Generate(TextAnswers):
         if self.chat_template:  # special tokens that a document spells out must not start a turn of the chat
             words = self._user_words()
             turns = self._head.removesuffix(words)
-            head = self.tokens.plain([turns])[0] if turns else []
-            bodies = self.tokens.plain([words + text.strip() for text in texts], most=room - len(head), literal=True)
+            head = self._tokens.plain([turns])[0] if turns else []
+            bodies = self._tokens.plain([words + text.strip() for text in texts], most=room - len(head), literal=True)
             rows = [[*head, *body] for body in bodies]
         else:
             cut = str.rstrip if self._tail else str
-            rows = self.tokens.plain([self._head + cut(text) for text in texts], most=room)
+            rows = self._tokens.plain([self._head + cut(text) for text in texts], most=room)
         encoded = []
         for ids in rows:
-            row = [*self._before, *ids[:room], *self._after] or [self.tokens.filler]
+            row = [*self._before, *ids[:room], *self._after] or [self._tokens.filler]
             encoded.append(Encoded.of(row, cut=len(ids) > room))
         return encoded
 
@@ -211,7 +212,7 @@ class Generate(TextAnswers):
 
     def encode_targets(self, texts: Sequence[str]) -> list[Encoded]:
         """The targets and the eos token: at most `max_target_tokens`. A target that is too long loses its end."""
-        first = [] if self.family_kind == "decoder" else self.tokens.before
+        first = [] if self.family_kind == "decoder" else self._tokens.before
         room = self.max_target_tokens - len(first) - 1
         encoded = []
         for ids in self._target_ids([text.strip() for text in texts], room):
@@ -226,12 +227,12 @@ class Generate(TextAnswers):
         whose tokens are then removed. A target that merges with that end is tokenized on its own.
         """
         if self.family_kind != "decoder":
-            return self.tokens.plain(texts, most=room)
+            return self._tokens.plain(texts, most=room)
         end = len(self._after)
-        rows = self.tokens.plain([self._tail + self._lead + text for text in texts], most=room + end)
+        rows = self._tokens.plain([self._tail + self._lead + text for text in texts], most=room + end)
         merged = [i for i, ids in enumerate(rows) if ids[:end] != self._after]
         rows = [ids[end:] for ids in rows]
-        alone = self.tokens.plain([self._lead + texts[i] for i in merged], most=room)
+        alone = self._tokens.plain([self._lead + texts[i] for i in merged], most=room)
         for i, ids in zip(merged, alone, strict=True):
             rows[i] = ids
         return rows

@@ -306,14 +306,16 @@ class Task(Protocol):
     def reads_like(self) -> Hashable:
         """Tasks for which it is equal give a text the same tokens; None: no other does."""
 
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def pairs(self) -> bool: ...  # whether two texts are read together
-    @property
-    def max_tokens(self) -> int: ...
-    @property
-    def instruction(self) -> str: ...  # the task in words; a prefix starts from them
+    if TYPE_CHECKING:  # attributes of some tasks, and properties of others
+
+        @property
+        def tokenizer(self) -> Tokenizer: ...
+        @property
+        def pairs(self) -> bool: ...  # whether two texts are read together
+        @property
+        def max_tokens(self) -> int: ...
+        @property
+        def instruction(self) -> str: ...  # the task in words; a prefix starts from them
 
     def spec(self) -> TaskSpec:
         """Everything that prediction needs, as JSON. `task_from_spec` makes an equal task from it."""

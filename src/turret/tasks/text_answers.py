@@ -12,7 +12,6 @@ from turret.data import Example, Input, Prompt, TextPair
 from turret.errors import DataError
 from turret.tasks.shapes import Answer, Generation, Metrics, TaskSpec
 from turret.tasks.task import Measure, Prediction, RequestKind, Task
-from turret.tasks.tokens import Tokens
 from turret.transformer import Tokenizer
 
 if TYPE_CHECKING:
@@ -44,14 +43,10 @@ class TextAnswers(Task, Protocol):
     bare: ClassVar[bool] = True
     pairs: bool = False
     reads_like: None = None
-    max_tokens: int = 256
+    max_tokens: int
     num_beams: int
-    tokens: Tokens
+    tokenizer: Tokenizer
     end: int
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.tokens.tokenizer
 
     @classmethod
     def print_line(cls, spec: TaskSpec) -> str:
