@@ -24,7 +24,8 @@ def verdicts(analysis: Analysis) -> Iterator[str]:
         if each.against is None:
             continue
         if not each.arm.live:
-            yield f"{each.arm.name} ({each.version}) was rolled back: {_why_dropped(analysis, each.arm.name)}"
+            why = _last_reason(analysis, "drop", each.arm.name) or "by a guard"
+            yield f"{each.arm.name} ({each.version}) was rolled back: {why}"
         else:
             yield _verdict(each, each.against)
 
@@ -52,9 +53,9 @@ def advice(analysis: Analysis) -> str:
     better = [each for each in judged if each.against and each.against.verdict == "better"]
     if better:
         best = max(better, key=lambda each: each.against.better if each.against else 0.0)
-        if refused := _why_refused(analysis, best.arm.name):
-            return f"{refused}: fix that, then `turret experiment stop {name} --promote {best.arm.name}`"
         command = f"`turret experiment stop {name} --promote {best.arm.name}`"
+        if (refused := _last_reason(analysis, "refused", best.arm.name)) is not None:
+            return f"{best.arm.name} is better, and was not promoted: {refused}: fix that, then {command}"
         return f"{command} gives {best.version} the alias {experiment.alias}{_discovery(analysis)}"
     if alike := [each for each in judged if each.against and each.against.if_alike != each.against.verdict]:
         return (
@@ -205,18 +206,10 @@ def _discovery(analysis: Analysis) -> str:
     )
 
 
-def _why_dropped(analysis: Analysis, arm: str) -> str:
-    for each in reversed(analysis.history):
-        if each["verb"] == "drop" and each["detail"].get("arm") == arm:
-            return str(each["detail"].get("why"))
-    return "by a guard"
-
-
-def _why_refused(analysis: Analysis, arm: str) -> str | None:
-    for each in reversed(analysis.history):
-        if each["verb"] == "refused" and each["detail"].get("arm") == arm:
-            return f"{arm} is better, and was not promoted: {each['detail'].get('why')}"
-    return None
+def _last_reason(analysis: Analysis, verb: str, arm: str) -> str | None:
+    """Why the last event of that kind happened to an arm; None if there was none."""
+    found = (each["detail"] for each in reversed(analysis.history) if each["verb"] == verb)
+    return next((str(detail.get("why")) for detail in found if detail.get("arm") == arm), None)
 
 
 def _shown(arm: Arm) -> bool:
