@@ -21,7 +21,7 @@ from turret.data import Dataset, Labelled
 from turret.errors import LossNotFinite
 from turret.train import evaluate, linear_start
 from turret.train.batches import EncodedRows, Schedule
-from turret.train.linear_start import PENALTIES, cross_validated, solve
+from turret.train.linear_start import PENALTIES, cross_validated, draws_of, solve
 from turret.train.preflight import measure
 
 FRESH = ("classifier.bias", "classifier.weight")
@@ -115,6 +115,31 @@ def test_classes_of_one_or_two_examples_do_not_make_the_penalty_large() -> None:
         right.append(float(((fresh @ found.weight.T + found.bias).argmax(1) == torch.arange(60)).float().mean()))
     assert right[0] > 0.95
     assert right[1] < 0.2, "the control: with the largest penalty the frequent classes win"
+
+
+def test_few_examples_are_read_with_several_draws_of_dropout() -> None:
+    """One draw of 60 examples is fitted as if its noise told something. Many examples are read once."""
+    assert [draws_of(count) for count in (1, 60, 200, 599, 600, 10_000)] == [600, 10, 3, 2, 1, 1]
+    draw = torch.Generator().manual_seed(0)
+    middles = torch.randn(20, 40, generator=draw)
+    y = torch.arange(60) % 20
+    x, fresh = (middles[y] + 1.0 * torch.randn(60, 40, generator=draw) for _ in range(2))
+    right = []
+    for draws in (1, draws_of(len(x))):
+        read = torch.cat([x * (torch.rand(x.shape, generator=draw) > 0.5) / 0.5 for _ in range(draws)])
+        wanted = y.repeat(draws)
+        penalty, _ = cross_validated(read, wanted, F.cross_entropy, 20, draws)
+        found = solve(read, wanted, F.cross_entropy, penalty, 20)
+        right.append(float(((fresh @ found.weight.T + found.bias).argmax(1) == y).float().mean()))
+    assert right[1] > right[0] + 0.05, "the control: one draw"
+
+
+def test_draws_of_one_example_are_in_one_fold() -> None:
+    """Rows of pure noise that are there three times: across folds, a small penalty would find each again."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 40, generator=draw).repeat(3, 1), (torch.arange(60) % 2).repeat(3)
+    assert cross_validated(x, y, F.cross_entropy, 2, draws=3)[0] == PENALTIES[0]
+    assert cross_validated(x, y, F.cross_entropy, 2)[0] < PENALTIES[0], "the control: each row is an example"
 
 
 @pytest.mark.slow

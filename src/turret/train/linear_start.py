@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 MOST_EXAMPLES = 10_000  # whose features are computed
 MOST_TRIED = 2_000  # examples of the cross-validation
 FOLDS = 3  # of the cross-validation
+DRAWN_ROWS = 600  # at least this many rows give the solution: with fewer examples each is read several times
 PENALTIES = (100.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # in the order in which they are tried
 ITERATIONS = 50  # of L-BFGS
 BETTER = 0.02  # the share by which the mean's loss must be lower
@@ -104,11 +105,14 @@ class HeadStart:
                 learnt = distance(self.features(some), mean, mean.var())
                 said |= {"mean_steps": taught, "mean_loss": float(learnt)}
         self.base.model.train()
-        # with dropout, as in the steps to come: else it outweighs features that hardly vary
-        read = self.features(some, dropout=Draws(slot.seed, 0))
+        # With dropout, as in the steps to come: else it outweighs features that hardly vary. Of few examples one draw
+        # is mostly noise, which a solution would fit.
+        draws = draws_of(len(some))
+        read = torch.cat([self.features(some, dropout=Draws(slot.seed, draw)) for draw in range(draws)])
+        targets = targets.repeat(draws, *(1 for _ in targets.shape[1:]))
         if not bool(torch.isfinite(read).all()):
             raise LossNotFinite("what the head reads became infinite")
-        penalty, _ = self.choose_penalty(read, targets)
+        penalty, _ = self.choose_penalty(read, targets, draws)
         self.set(solve(read, targets, self.task.loss, penalty, len(self.layer.weight)))
         slot.restart(slot.optimiser.weights.clone())
         return {"penalty": penalty, **said}
@@ -132,19 +136,22 @@ class HeadStart:
         started = clock()
         _minimise(features, targets, self.task.loss, 1.0, begin, iterations=1)
         solving = (clock() - started) * ITERATIONS * FOLDS * len(PENALTIES)
+        draws = draws_of(min(count, MOST_EXAMPLES))
         if not self._may_learn:
-            return 2 * reading + solving
-        return 3 * reading + 2 * solving + min(2 * steps, STEPS) * step
+            return (1 + draws) * reading + draws * solving
+        return (2 + draws) * reading + (1 + draws) * solving + min(2 * steps, STEPS) * step
 
     @property
     def _may_learn(self) -> bool:
         """Whether the adapter can learn to give the head the mean instead of the first token."""
         return self.base.family.pooling(self.base.model.config) == "first" and not self.recipe.method.head_alone
 
-    def choose_penalty(self, features: Tensor, targets: Tensor) -> tuple[float, float]:
-        """The penalty that cross-validation chooses, and its mean loss on held-out examples."""
-        some = torch.tensor(spread_indices(len(features), MOST_TRIED))
-        return cross_validated(features[some], targets[some], self.task.loss, len(self.layer.weight))
+    def choose_penalty(self, features: Tensor, targets: Tensor, draws: int = 1) -> tuple[float, float]:
+        """The penalty that cross-validation chooses, and its mean loss on held-out examples; `draws` as there."""
+        count = len(features) // draws
+        some = torch.tensor(spread_indices(count, MOST_TRIED))
+        rows = torch.cat([some + draw * count for draw in range(draws)])
+        return cross_validated(features[rows], targets[rows], self.task.loss, len(self.layer.weight), draws)
 
     @torch.no_grad()
     def set(self, solution: Solution) -> None:
@@ -233,7 +240,14 @@ def head_start(recipe: Recipe, base: Base, task: Task, items: EncodedRows, most_
     return HeadStart(recipe, base, task, items, most_tokens, layers[0]) if layers else None
 
 
-def cross_validated(features: Tensor, targets: Tensor, loss: LossFunction, outputs: int) -> tuple[float, float]:
+def draws_of(examples: int) -> int:
+    """How often each example is read, with another draw of dropout each time, so that there are enough rows."""
+    return -(-DRAWN_ROWS // examples)
+
+
+def cross_validated(
+    features: Tensor, targets: Tensor, loss: LossFunction, outputs: int, draws: int = 1
+) -> tuple[float, float]:
     """The penalty with the lowest mean loss on held-out rows, and that loss.
 
     A held-out row whose class is not among the other folds' rows is not counted: no penalty can predict it, and a large
@@ -244,9 +258,10 @@ def cross_validated(features: Tensor, targets: Tensor, loss: LossFunction, outpu
         targets: (N, ...), as `loss` takes them.
         loss: the mean over rows of logits (N, C) and targets.
         outputs: C.
+        draws: the rows are the same examples that many times, one after the other. All of an example are in one fold.
     """
-    count = len(features)
-    folds = _folds(targets)
+    count = len(features) // draws
+    folds = _folds(targets[:count]).repeat(draws)
     kept = [folds != fold for fold in range(min(FOLDS, count))] if count > 1 else [folds == 0]
     held_out = [_known_rows(targets, rows, folds == fold) for fold, rows in enumerate(kept)]
     counted = max(1, sum(int(out.sum()) for out in held_out))
