@@ -6,10 +6,12 @@ cannot become markup. In the Python of the card, it becomes literals in ASCII, s
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from turret.errors import plainly
 from turret.json_types import Plain
@@ -21,7 +23,6 @@ from turret.tasks.embedding import HEADLESS
 from turret.tasks.shapes import Metrics, SplitMetrics, TaskSpec
 
 FOLDER = "FOLDER"  # the place of a card that does not know where its files will be
-LIBRARIES = {"merged": "transformers", "gguf": "gguf"}
 
 
 def card(
@@ -46,49 +47,37 @@ def card(
         tokenizer: whether the base's tokenizer is among the files.
     """
     manifest = shown["manifest"]
-    base, task = base_in(manifest), task_in(manifest)
-    parts = [
-        "\n".join(_front(manifest, form)),
-        f"# {plainly(str(shown['version']))}",
-        "An adapter for a frozen base model, exported by Turret."
-        if form != "merged"
-        else "A base model with an adapter in its weights, exported by Turret.",
-        _table(
-            ("what", "value"),
-            [
-                ("version", _code(shown["version"])),
-                ("digest", _code(shown["digest"])),
-                ("method", _code(_method(method_in(manifest)))),
-                ("task", _code(task.get("kind") or "not stated")),
-                *([("labels", ", ".join(map(_code, task["labels"])))] if task.get("labels") else []),
-                ("base", _code(base.get("id") or "not stated")),
-                *([("base revision", _code(base["revision"]))] if base.get("revision") else []),
-                *([("base quantization", _code(base["quantization"]))] if base.get("quantization") else []),
-                ("base fingerprint", _code(base.get("fingerprint") or "not known")),
-                ("licence of the base", _code(licence) if licence else "unknown: the base's files state none"),
-                ("data digest", _code(lineage_in(manifest).get("data") or "not known")),
-            ],
-        ),
-        "## Metrics",
-        _metrics(shown.get("metrics") or {}),
-        "## How to load it",
-        *_loading(shown, form, task_type, place, tokenizer=tokenizer),
-        *(plainly(note) for note in notes),
-    ]
-    return "\n\n".join(parts) + "\n"
+    base, method, task = base_in(manifest), method_in(manifest), task_in(manifest)
+    hub_base = on_hub_id(base)
+    found = hub_base or "BASE"
+    files = Place(place, found, place if tokenizer else found, form == "merged", bool(base.get("quantization")))
+    code: str | None
+    words: Sequence[str] = ()
+    if form == "merged":
+        code = inference(files, task, task_type)
+    elif form == "gguf":
+        from turret.bundles import gguf_lora  # imports torch
 
-
-def _front(manifest: Manifest, form: str) -> Iterator[str]:
-    """The YAML front matter that the Hub reads. Its values are written as JSON, which is YAML too."""
-    base, kind = on_hub_id(base_in(manifest)), task_in(manifest).get("kind")
-    yield "---"
-    yield f"library_name: {LIBRARIES.get(form, 'peft')}"
-    if base is not None:
-        yield f"base_model: {json.dumps(base)}"
-    if kind in TASKS:
-        yield f"pipeline_tag: {TASKS[kind].pipeline_tag}"
-    yield "tags: [turret]"
-    yield "---"
+        code = llama_cpp(f"{place}/{gguf_lora.FILE}" if place == FOLDER else gguf_lora.FILE, task)
+    else:
+        code, words = with_peft(method, task, task_type, files)
+    return _load_template("card.md.j2").render(
+        shown=shown,
+        name=str(shown["version"]).partition("@")[0],
+        base=base,
+        hub_base=hub_base,
+        method=_method(method),
+        task=task,
+        pipeline_tag=TASKS[task["kind"]].pipeline_tag if task.get("kind") in TASKS else None,
+        licence=licence,
+        data=lineage_in(manifest).get("data"),
+        metrics=list(_metrics(shown.get("metrics") or {})),
+        form=form,
+        files=files,
+        code=code,
+        words=words,
+        notes=notes,
+    )
 
 
 def _method(method: MethodSpec) -> str:
@@ -105,18 +94,14 @@ def _short(value: Plain) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _metrics(metrics: SplitMetrics) -> str:
-    rows = []
+def _metrics(metrics: SplitMetrics) -> Iterator[tuple[str, str, str, str]]:
+    """The split, the number of its examples, the name and the value of each number."""
     for split in sorted(metrics):
         values = metrics[split]
-        size = _examples(values)
         for name in sorted(values):
             value = values[name]
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                rows.append((_code(split), size, name, f"{value:.6g}"))
-    if not rows:
-        return "No metrics are stored with this version. `turret evaluate` measures it."
-    return _table(("split", "examples", "metric", "value"), rows)
+                yield split, _examples(values), name, f"{value:.6g}"
 
 
 def _examples(values: Metrics) -> str:
@@ -129,54 +114,19 @@ def _examples(values: Metrics) -> str:
     return "not stored"
 
 
-def _loading(shown: VersionFacts, form: str, task_type: str | None, place: str, *, tokenizer: bool) -> Iterator[str]:
-    """How to load the files at `place`, and code that answers a text."""
-    name = str(shown["version"]).partition("@")[0]
-    base, task = base_in(shown["manifest"]), task_in(shown["manifest"])
-    files = Place(
-        place,
-        on_hub_id(base) or "BASE",
-        place if tokenizer else on_hub_id(base) or "BASE",
-        form == "merged",
-        bool(base.get("quantization")),
-    )
-    if form == "merged":
-        yield "With transformers:"
-        yield _block("python", inference(files, task, task_type))
-        return
-    if form == "gguf":
-        from turret.bundles import gguf_lora  # imports torch
-
-        yield "With llama.cpp (`--lora`), or with llama-cpp-python, on a GGUF file of the same base:"
-        path = f"{place}/{gguf_lora.FILE}" if place == FOLDER else gguf_lora.FILE
-        yield _block("python", llama_cpp(path, task))
-        return
-    yield "With Turret, which checks the base by its fingerprint:"
-    brought = f"turret import {place} --name {name}" if place == FOLDER else f"turret pull {place} --name {name}"
-    yield _block("console", f'{brought}\nturret predict {name} "a text"')
-    code, words = with_peft(method_in(shown["manifest"]), task, task_type, files)
-    if code is not None:
-        yield "With PEFT, which does not check the base:"
-        if files.base == "BASE":
-            yield f"(BASE is a folder or a Hub id that has the weights of {_code(base.get('id'))}.)"
-    yield from words
-    if code is not None:
-        yield _block("python", code)
-
-
-def _block(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _code(value: Plain) -> str:
     """Text from outside as a code span on one line, which no character of it can end."""
     text = plainly(str(value)).replace("`", "'").replace("|", "/")
     return f"`{text[:200].strip() or ' '}`"
+
+
+@cache
+def _load_template(name: str) -> Template:
+    """A template of this package."""
+    templates = Environment(loader=PackageLoader("turret.workspace", "."), undefined=StrictUndefined, trim_blocks=True)
+    templates.filters |= {"code": _code, "literal": ascii, "plainly": plainly}
+    templates.globals |= {"FOLDER": FOLDER, "CHAT": CHAT, "PLAIN_CHAT": PLAIN_CHAT, "SLOT": SLOT}
+    return templates.get_template(name)
 
 
 # --- its Python -------------------------------------------------------------------------------------------------------
@@ -192,9 +142,6 @@ AUTO = {  # by PEFT's task_type
 }
 GENERATION = ("max_new_tokens", "num_beams", "do_sample", "eos_token_id", "pad_token_id")
 SLOT = "{document}"
-FOUR_BITS = (
-    'four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
-)
 CHAT = "base"  # the template of conversations that the base's own chat template writes
 PLAIN_CHAT = "plain"  # the template of those on a base that has none
 PLAIN_TURNS = ("### User:\n", "\n\n### Assistant:\n")
@@ -211,7 +158,7 @@ class Place:
     four_bits: bool = False  # the base's linear layers were kept in 4 bits during training
 
 
-def inference(place: Place, task: TaskSpec, task_type: str | None, *, token_by_token: bool = False) -> str:
+def inference(files: Place, task: TaskSpec, task_type: str | None, *, token_by_token: bool = False) -> str:
     """Python that answers one text.
 
     Args:
@@ -219,138 +166,38 @@ def inference(place: Place, task: TaskSpec, task_type: str | None, *, token_by_t
         task_type: PEFT's name of the task.
         token_by_token: PEFT's `generate()` does not use the adapter, so the model is called for each token.
     """
-    auto = AUTO.get(str(task_type), "AutoModel")
-    lines = ["import torch"]
-    lines += [] if place.merged else ["from peft import PeftModel"]
-    four_bits = place.four_bits and not place.merged
-    lines += [f"from transformers import {auto}, AutoTokenizer{', BitsAndBytesConfig' if four_bits else ''}", ""]
-    lines += [FOUR_BITS] if four_bits else []
-    labels = task.get("labels")
+    kind, labels, most = stored_task(task), task.get("labels"), task.get("max_tokens")
     names = [str(label) for label in labels] if isinstance(labels, list) else []
-    outputs = stored_task(task).num_labels(names)  # of the head; None: there is none
-    named = len(names) == outputs  # every output is the score of a label
-    lines += [f"labels = {names!a}"] if named else []
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({place.tokenizer!a})"]
-    lines += _model(place, auto, outputs, named)
-    lines += ['text = "a text of your own"']
-    if outputs is not None or task_type in ("SEQ_CLS", HEADLESS):
-        lines += _classify(task)
-    elif task.get("family_kind") == "encoder-decoder":
-        lines += _encoder_decoder(task)
-    else:
-        lines += _decoder(task, token_by_token)
-    return "\n".join(lines)
+    outputs = kind.num_labels(names)  # of the head; None: there is none
+    classifies = outputs is not None or task_type in ("SEQ_CLS", HEADLESS)
+    return _render_code(
+        "inference.py.j2",
+        task,
+        files=files,
+        auto=AUTO.get(str(task_type), "AutoModel"),
+        labels=names if len(names) == outputs else None,  # if every output is the score of a label
+        outputs=outputs,
+        classifies=classifies,
+        headless=kind.peft_type(encoder_decoder=False) == HEADLESS,
+        print_line=kind.print_line(task) if classifies else None,
+        prefix=_text(task, "prefix_text"),
+        most=most if isinstance(most, int) else 256,
+        token_by_token=token_by_token,
+    )
 
 
 def llama_cpp(path: str, task: TaskSpec) -> str:
     """Python that answers one text with llama-cpp-python. path: of the GGUF file of the adapter."""
-    most = _generation(task).get("max_new_tokens", 128)
-    lines = [
-        "from llama_cpp import Llama",
-        "",
-        f'model = Llama("BASE.gguf", lora_path={path!a}, n_ctx=2048, verbose=False)',
-        'text = "a text of your own"',
-    ]
-    if _text(task, "template") == CHAT:
-        lines += [
-            'messages = [{"role": "user", "content": text}]',
-            f"answer = model.create_chat_completion(messages, max_tokens={most}, temperature=0)",
-            'print(answer["choices"][0]["message"]["content"].strip())',
-        ]
-    else:
-        head, tail = _template(task)
-        lines += [
-            f"prompt = {head!a} + text + {tail!a}",
-            f'print(model(prompt, max_tokens={most}, temperature=0)["choices"][0]["text"].strip())',
-        ]
-    return "\n".join(lines)
+    return _render_code("llama_cpp.py.j2", task, path=path)
 
 
-def _model(place: Place, auto: str, outputs: int | None, named: bool) -> Iterator[str]:
-    if place.merged:
-        yield f"model = {auto}.from_pretrained({place.adapter!a}).eval()"
-        return
-    kept = ", quantization_config=four_bits" if place.four_bits else ""
-    if outputs is not None:
-        yield f"base = {auto}.from_pretrained("
-        yield f"    {place.base!a},"
-        if named:
-            yield "    id2label=dict(enumerate(labels)),"
-            yield "    label2id={label: number for number, label in enumerate(labels)},"
-        else:
-            yield f"    num_labels={outputs},"
-        yield "    ignore_mismatched_sizes=True,  # the head comes with the adapter"
-        if kept:
-            yield "    quantization_config=four_bits,"
-        yield ")"
-    else:
-        yield f"base = {auto}.from_pretrained({place.base!a}{kept})"
-    yield f"model = PeftModel.from_pretrained(base, {place.adapter!a}).eval()"
+def _render_code(template: str, task: TaskSpec, **values: object) -> str:
+    head, tail = _turns(task)
+    shared = {"task": task, "template": _text(task, "template"), "head": head, "tail": tail}
+    return _load_template(template).render(**shared, settings=_generation(task), **values).removesuffix("\n")
 
 
-def _classify(task: TaskSpec) -> Iterator[str]:
-    text = f"{_text(task, 'prefix_text')!a} + text" if _text(task, "prefix_text") else "text"
-    if task.get("pairs"):
-        yield 'text_pair = "a second text"'
-        text += ", text_pair"
-    yield f'inputs = tokenizer({text}, truncation=True, max_length={_most(task)}, return_tensors="pt")'
-    yield "with torch.no_grad():"
-    headless = stored_task(task).peft_type(encoder_decoder=False) == HEADLESS
-    yield f"    {'states = model(**inputs).last_hidden_state[0]' if headless else 'logits = model(**inputs).logits[0]'}"
-    yield stored_task(task).print_line(task)
-
-
-def _decoder(task: TaskSpec, token_by_token: bool) -> Iterator[str]:
-    head, tail = _template(task)
-    most, template = _most(task), _text(task, "template")
-    if template == CHAT:
-        yield 'messages = [{"role": "user", "content": text}]'
-        yield "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"
-        yield 'ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])'
-    elif template == PLAIN_CHAT:
-        yield f'ids = torch.tensor([tokenizer({head!a} + text + {tail!a})["input_ids"]])'
-    elif task.get("chat_template"):  # turns and words are tokenized apart; the turns may have the first special token
-        words = _text(task, "prefix_text").partition(SLOT)[0]
-        words = words if head.endswith(words) else ""
-        yield f"turns, tail = {head.removesuffix(words)!a}, {tail!a}"
-        yield f"words = {words!a} + text.strip()"
-        yield "special = not turns.startswith(tokenizer.bos_token or chr(0))"
-        yield 'before = tokenizer(turns, add_special_tokens=special)["input_ids"]'
-        yield 'before += tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"]'
-        yield from _cut_end_lines(most)
-    else:
-        yield f"head, tail = {head!a}, {tail!a}"
-        yield f'before = tokenizer(head + text{".rstrip()" if tail else ""})["input_ids"]'
-        yield from _cut_end_lines(most)
-    yield "start = ids.shape[1]"
-    settings = _generation(task)
-    if token_by_token:
-        yield f"for _ in range({settings.get('max_new_tokens', 128)}):"
-        yield "    with torch.no_grad():"
-        yield "        token = model(input_ids=ids).logits[:, -1].argmax(-1, keepdim=True)"
-        yield f"    if int(token) == {settings.get('eos_token_id', 'tokenizer.eos_token_id')}:"
-        yield "        break"
-        yield "    ids = torch.cat([ids, token], dim=1)"
-    else:
-        yield f"ids = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids){_words(settings)})"
-    yield "print(tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip())"
-
-
-def _cut_end_lines(most: int) -> Iterator[str]:
-    """A text that is too long loses its end, and never the template's."""
-    yield 'after = tokenizer(tail, add_special_tokens=False)["input_ids"]'
-    yield f"ids = torch.tensor([before[: {most} - len(after)] + after])"
-
-
-def _encoder_decoder(task: TaskSpec) -> Iterator[str]:
-    head, tail = _template(task)
-    parts = " + ".join(part for part in (head and ascii(head), "text", tail and ascii(tail)) if part)
-    yield f'ids = torch.tensor([tokenizer({parts}, truncation=True, max_length={_most(task)})["input_ids"]])'
-    yield f"ids = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids){_words(_generation(task))})"
-    yield "print(tokenizer.decode(ids[0], skip_special_tokens=True).strip())"
-
-
-def _template(task: TaskSpec) -> tuple[str, str]:
+def _turns(task: TaskSpec) -> tuple[str, str]:
     """What stands before and after the text."""
     template = _text(task, "template")
     if template == PLAIN_CHAT:
@@ -365,18 +212,9 @@ def _generation(task: TaskSpec) -> dict[str, float]:
     return {key: value for key in GENERATION if isinstance(value := known.get(key), (int, float))}
 
 
-def _words(settings: Mapping[str, float]) -> str:
-    return "".join(f", {key}={value!r}" for key, value in settings.items())
-
-
 def _text(task: TaskSpec, key: str) -> str:
     value = task.get(key)
     return value if isinstance(value, str) else ""
-
-
-def _most(task: TaskSpec) -> int:
-    value = task.get("max_tokens")
-    return value if isinstance(value, int) else 256
 
 
 def with_peft(
