@@ -58,6 +58,23 @@ class Removed:
 
 
 @contextmanager
+def disk_errors(failed: str, where: Path, remedy: str) -> Iterator[None]:
+    """Turn an error of the disk, while files are written, into a StoreError.
+
+    Args:
+        failed: what could not be done, as the error begins.
+        where: the folder of the files.
+        remedy: what to do, as the error ends.
+    """
+    from safetensors import SafetensorError  # loads no numpy or torch
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{failed}: {describe_error(error, where)}: {remedy}") from error
+
+
+@contextmanager
 def folder(root: Path) -> Iterator[Path]:
     """A working folder in the store, removed afterwards, and with it the store's root if this created it.
 

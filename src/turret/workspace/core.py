@@ -437,14 +437,10 @@ class Workspace:
 
     def comparisons(self) -> Sequence[JsonObject]:
         """The reports of `compare` and `control` in this store, newest first; `kind` is comparison or control."""
-        from turret.workspace import history
-
         return history.list_reports(self.store)
 
     def report(self, key: str) -> str:
         """The report with this key, which `comparisons` lists, as HTML."""
-        from turret.workspace import history
-
         return history.read_report(self.store, key)
 
     def evaluate(

@@ -50,7 +50,7 @@ from turret.workspace.card import FOLDER, card, dropped_by_peft
 from turret.workspace.importing import probe_items
 from turret.workspace.progress import Say, silent
 from turret.workspace.resident import load_base, quantization_of
-from turret.workspace.results import Exported
+from turret.workspace.results import Exported, Pushed
 
 Form = Literal["peft", "merged", "vllm", "gguf"]
 BUNDLES: tuple[Form, ...] = ("peft", "vllm")  # the forms that are the stored bundle with more files
@@ -425,45 +425,74 @@ TAG = "turret"  # in the front matter of every card that turret writes
 OF_GIT = {".gitattributes"}  # the Hub's own file of a new repository
 
 
-@dataclass(frozen=True)
-class Commit:
-    """A commit that a push made, or found if nothing has changed."""
+def push(
+    store: Store,
+    reference: str,
+    hub_id: str,
+    form: Form = "peft",
+    *,
+    public: bool = False,
+    force: bool = False,
+    say: Say = silent,
+) -> Pushed:
+    """Make a repository hold the files of an export, in one commit. A new repository is private unless `public`.
 
-    id: str
-    url: str
-    private: bool
-    created: bool  # the repository is new
-    changed: bool  # the commit is new
-
-
-def push(folder: Path, hub_id: str, message: str, *, ours: Collection[str], public: bool, force: bool) -> Commit:
-    """Make the repository hold the files of `folder`, in one commit. A new repository is private unless `public`.
+    Files that another export wrote there are removed.
 
     Args:
-        ours: names that such a folder can have; those that are not in it are removed from the repository.
         force: also replace files that turret did not write.
 
     Raises:
         HubError: the Hub cannot be reached or refuses, or the repository holds something else.
     """
-    api = huggingface_hub.HfApi()
-    with bounded_requests(), plain_errors(hub_id):
-        info, created = _info(api, hub_id), False
-        if info is None:
-            api.create_repo(check_id(hub_id), private=not public)
-            info, created = api.model_info(hub_id, timeout=PATIENCE), True
-        there = {each.rfilename for each in info.siblings or ()}
-        if not force:
-            _refuse_foreign(hub_id, there, info.tags or ())
-        new = {path.name for path in folder.iterdir()}
-        operations: list[huggingface_hub.CommitOperationAdd | huggingface_hub.CommitOperationDelete] = [
-            huggingface_hub.CommitOperationAdd(name, folder / name) for name in sorted(new)
-        ]
-        operations += [huggingface_hub.CommitOperationDelete(name) for name in sorted(there & set(ours) - new)]
-        made = api.create_commit(hub_id, operations, commit_message=message, parent_commit=info.sha)
-    return Commit(
-        made.oid, f"{api.endpoint}/{hub_id}", private=bool(info.private), created=created, changed=made.oid != info.sha
+    check_id(hub_id)
+    version = store.resolve(reference)
+    failed = f"{version} cannot be written to {store.root}"
+    with scratch.disk_errors(failed, store.root, "free some space there"), scratch.folder(store.root) as working:
+        folder = working / "files"
+        if form not in BUNDLES:  # a bundle is written as a new folder
+            folder.mkdir()
+        written = write_files(store, version, form, folder, working / "stored", say, place=hub_id)
+        files = {each.name: each.stat().st_size for each in sorted(folder.iterdir())}
+        say(f"uploading to {hub_id}")
+        api = huggingface_hub.HfApi()
+        with bounded_requests(), plain_errors(hub_id):
+            info, created = _info(api, hub_id), False
+            if info is None:
+                api.create_repo(hub_id, private=not public)
+                info, created = api.model_info(hub_id, timeout=PATIENCE), True
+            there = {each.rfilename for each in info.siblings or ()}
+            if not force:
+                _refuse_foreign(hub_id, there, info.tags or ())
+            operations: list[huggingface_hub.CommitOperationAdd | huggingface_hub.CommitOperationDelete] = [
+                huggingface_hub.CommitOperationAdd(name, folder / name) for name in files
+            ]
+            gone = sorted(there & OURS - files.keys())
+            operations += [huggingface_hub.CommitOperationDelete(name) for name in gone]
+            message = f"{version} ({version.digest[:19]})"
+            made = api.create_commit(hub_id, operations, commit_message=message, parent_commit=info.sha)
+    return Pushed(
+        version=str(version),
+        digest=version.digest,
+        form=form,
+        hub_id=hub_id,
+        url=f"{api.endpoint}/{hub_id}",
+        commit=made.oid,
+        private=bool(info.private),
+        created=created,
+        changed=made.oid != info.sha,
+        files=files,
+        notes=written.notes,
+        warnings=[*written.warnings, *_base_elsewhere(version.base)],
     )
+
+
+def _base_elsewhere(base: BaseSpec) -> list[str]:
+    """A warning if other machines cannot find the base by the id in the files."""
+    known = str(base.get("id") or "")
+    if base.get("revision") or known.startswith("pypi:"):
+        return []
+    return [f"its base is a folder here, {known}, and the files name it so: elsewhere, pull it with --base"]
 
 
 def _info(api: huggingface_hub.HfApi, hub_id: str) -> huggingface_hub.ModelInfo | None:

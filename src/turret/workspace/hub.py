@@ -6,12 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from turret.arguments import checked_methods
-from turret.disk import describe_error
-from turret.errors import StoreError
 from turret.json_types import Plain
-from turret.manifest import BaseSpec
 from turret.recipe import name_from
-from turret.store import Store, scratch
+from turret.store import Store
 from turret.workspace.progress import Say, silent
 from turret.workspace.results import Imported, Pushed
 
@@ -47,44 +44,10 @@ class Hub:
         Raises:
             HubError: the Hub cannot be reached or refuses, or the repository holds something else.
         """
-        from safetensors import SafetensorError
-
-        from turret.bundles.fetch import check_id
         from turret.workspace import exporting
 
-        check_id(hub_id)
-        version, say = self._store.resolve(reference), on_stage or silent
-        try:
-            with scratch.folder(self._store.root) as working:
-                folder = working / "files"
-                if form not in exporting.BUNDLES:  # a bundle is written as a new folder
-                    folder.mkdir()
-                written = exporting.write_files(
-                    self._store, version, form, folder, working / "stored", say, place=hub_id
-                )
-                files = {each.name: each.stat().st_size for each in sorted(folder.iterdir())}
-                say(f"uploading to {hub_id}")
-                message = f"{version} ({version.digest[:19]})"
-                made = exporting.push(folder, hub_id, message, ours=exporting.OURS, public=public, force=force)
-        except (OSError, SafetensorError) as error:
-            reason = describe_error(error, self._store.root)
-            raise StoreError(
-                f"{version} cannot be written to {self._store.root}: {reason}: free some space there"
-            ) from error
-        return Pushed(
-            version=str(version),
-            digest=version.digest,
-            form=form,
-            hub_id=hub_id,
-            url=made.url,
-            commit=made.id,
-            private=made.private,
-            created=made.created,
-            changed=made.changed,
-            files=files,
-            notes=written.notes,
-            warnings=[*written.warnings, *_elsewhere(version.base)],
-        )
+        say = on_stage or silent
+        return exporting.push(self._store, reference, hub_id, form, public=public, force=force, say=say)
 
     def pull(
         self,
@@ -130,11 +93,3 @@ class Hub:
         )
         named = name or name_from(check_id(hub_id))
         return importing.import_adapter(self._store, hub_id, named, request, on_stage or silent)
-
-
-def _elsewhere(base: BaseSpec) -> list[str]:
-    """A warning if other machines cannot find the base by the id in the files."""
-    known = str(base.get("id") or "")
-    if base.get("revision") or known.startswith("pypi:"):
-        return []
-    return [f"its base is a folder here, {known}, and the files name it so: elsewhere, pull it with --base"]

@@ -10,12 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from turret import adapters, bases, bundles
@@ -26,8 +24,7 @@ from turret.bases.quantized import Quantization
 from turret.bundles import conversion, fetch
 from turret.bundles.bundle import CONFIG, WEIGHTS, named_for, read_config
 from turret.data import Dataset, Labelled, TextPair
-from turret.disk import describe_error
-from turret.errors import AdapterError, BaseModelError, RecipeError, StoreError
+from turret.errors import AdapterError, BaseModelError, RecipeError
 from turret.json_types import JsonValue, Plain
 from turret.manifest import AdapterConfig, ImportedFiles, Lineage
 from turret.recipe import Recipe
@@ -87,7 +84,9 @@ def import_adapter(store: Store, source: str, name: str, request: ImportRequest,
         StoreError: the disk is full or not writable.
     """
     check_name(name)
-    with _disk_errors(store, source), scratch.folder(store.root) as working:
+    failed = f"adapter {ascii(source)[:80]} cannot be copied into {store.root}"
+    remedy = "free some space there, make it readable, or use another --store"
+    with scratch.disk_errors(failed, store.root, remedy), scratch.folder(store.root) as working:
         say(f"reading {source}")
         brought = fetch.pull(source, working, request.revision) if request.pulled else fetch.fetch(source, working)
         config, converted = read_config(brought.folder), list[str]()
@@ -155,18 +154,6 @@ def _same_length(rows: Sequence[Sequence[int]]) -> Tensor:
     """Cut all rows to the length of the shortest: (B, T) int64."""
     shortest = min(map(len, rows))
     return torch.tensor([list(row[:shortest]) for row in rows])
-
-
-@contextmanager
-def _disk_errors(store: Store, source: str) -> Iterator[None]:
-    """Turn an error of the disk into a StoreError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise StoreError(
-            f"adapter {ascii(source)[:80]} cannot be copied into {store.root}: {describe_error(error, store.root)}: "
-            "free some space there, make it readable, or use another --store"
-        ) from error
 
 
 def _refuse_settings(request: ImportRequest) -> None:

@@ -12,13 +12,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from turret import adapters, bundles, process
@@ -31,7 +30,6 @@ from turret.bases.sharded import parts_of
 from turret.compare.collapse import binned_losses, still_falling
 from turret.compare.results import RunReport
 from turret.data import Dataset
-from turret.disk import describe_error
 from turret.errors import (
     CheckpointMismatch,
     CheckpointTooOld,
@@ -54,6 +52,7 @@ from turret.store import HeldRun, Store, Version
 from turret.store.gates import FORGETTING
 from turret.store.leases import LeaseRenewer
 from turret.store.runs import RunOutcome
+from turret.store.scratch import disk_errors
 from turret.tasks import make_task, task_of
 from turret.tasks.calibration import FEWEST, FEWEST_TEMPERATURE
 from turret.tasks.shapes import Metrics
@@ -784,13 +783,7 @@ def _memory_explained() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _disk_errors(run: HeldRun) -> Iterator[None]:
+def _disk_errors(run: HeldRun) -> AbstractContextManager[None]:
     """Turn an error of the disk, while a run's own files are written, into a StoreError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise StoreError(
-            f"run {run.id} cannot write to {run.folder}: {describe_error(error, run.folder)}: "
-            "free some space or make it writable, and start the same command again to resume"
-        ) from error
+    remedy = "free some space or make it writable, and start the same command again to resume"
+    return disk_errors(f"run {run.id} cannot write to {run.folder}", run.folder, remedy)
