@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, overload
 from turret.access import Access, tenant_access
 from turret.arguments import checked_methods
 from turret.audit import Mark
-from turret.data import Prompt, TextPair
+from turret.data import Input, Prompt, TextPair
 from turret.data.columns import RoleColumns
 from turret.errors import BadArgument, NotFound
 from turret.experiments import Recorded, Router
@@ -21,6 +21,7 @@ from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL
 from turret.json_types import JsonObject, Plain
 from turret.location import Location
 from turret.notebook import Cell, Table, as_html
+from turret.recipe import Recipe
 from turret.store import (
     AccessTokens,
     Collected,
@@ -44,8 +45,10 @@ from turret.workspace.history import FullRun
 from turret.workspace.hub import Hub
 from turret.workspace.machine import MachineFacts
 from turret.workspace.progress import Say, shown_in_notebooks, silent
+from turret.workspace.promising import PromiseMemory, PromiseStatus
 from turret.workspace.promoting import Ask, read_examples
 from turret.workspace.queueing import ComparisonRequest, Queue
+from turret.workspace.reading import Source, Texts
 from turret.workspace.results import (
     Evaluation,
     Exported,
@@ -63,17 +66,13 @@ if TYPE_CHECKING:
     from turret.compare.control_rates import Control
     from turret.compare.design import PlannedDesign
     from turret.compare.results import RunReport
-    from turret.data import Input
     from turret.engine import Engine, Limits
     from turret.engine.untrained import Untrained
     from turret.experiments.analyze import EvidenceHistory, Memory
-    from turret.recipe import Recipe
     from turret.store.difference import Difference
     from turret.train.curve import RunCurve, StepRecord
     from turret.workspace.answering import PredictOptions
     from turret.workspace.evaluation import Replayed
-    from turret.workspace.promising import PromiseMemory, PromiseStatus
-    from turret.workspace.reading import Source, Texts
     from turret.workspace.sweeping import Sweep
 
 

@@ -102,16 +102,9 @@ class Forgetting:
         """The metrics of the split `forgetting`. `tasks` is the largest increase; 0 if there is no other task."""
         found: dict[str, MetricValue] = _numbers("neutral", self.neutral)
         if self.tasks is not None:
-            worst = max(self.tasks.values(), key=lambda each: each.increase, default=None)
-            found |= (
-                {"tasks": 0.0, "tasks_low": 0.0, "tasks_high": 0.0}
-                if worst is None
-                else {
-                    "tasks": worst.increase,
-                    "tasks_low": worst.low,
-                    "tasks_high": worst.high,
-                }
-            )
+            none = Increase(0.0, 0.0, 0.0, loss=0.0, base_loss=0.0, texts=0)
+            worst = max(self.tasks.values(), key=lambda each: each.increase, default=none)
+            found |= {"tasks": worst.increase, "tasks_low": worst.low, "tasks_high": worst.high}
             found["against"] = {version: vars(each) for version, each in self.tasks.items()}
             found["skipped"] = dict(self.skipped)
         return found

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from turret.data import Input, TextPair
 from turret.data.columns import RoleColumns
@@ -25,18 +28,10 @@ from turret.json_types import JsonObject
 from turret.store import Store, Version, promises
 from turret.tasks import TASKS, Prediction, Task, stored_task
 from turret.tasks.shapes import Answer, TaskSpec
-from turret.workspace.answering import PredictOptions, check_options, ranked_labels
+from turret.workspace.answering import Mounted, PredictOptions, check_options, mount_version, ranked_labels
 from turret.workspace.progress import Say
 from turret.workspace.reading import read_rows, trained_on
 from turret.workspace.results import Predicted, Suggested, Suggestion
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from turret.workspace.answering import Mounted
-
 
 ROWS = 512  # that are answered at a time
 SAMPLED = 100  # rows that show how the table writes numbers
@@ -66,7 +61,7 @@ def predict_file(
     new = [key for key in names if key != "row"]
     counts = dict.fromkeys(("rows", BLANK, CUT, PERSON), 0)
     with (
-        _mount_version(store, version, say, request.device) as ready,
+        mount_version(store, str(version), say, request.device) as ready,
         TableWriter(path, [*rows.table.columns, names["row"], *(names[key] for key in new)], form) as table,
     ):
         reader = rows.read()
@@ -91,12 +86,6 @@ def predict_file(
         seconds=time.perf_counter() - started,
         notes=_notes(rows, table),
     )
-
-
-def _mount_version(store: Store, version: Version, say: Say, device: str) -> Mounted:
-    from turret.workspace import answering  # loads torch
-
-    return answering.mount_version(store, str(version), say, device)
 
 
 def _answer_rows(ready: Mounted, rows: Sequence[Row], request: PredictOptions) -> Iterator[JsonObject]:
@@ -203,9 +192,7 @@ def suggest(
     _require_probabilities(version)
     rows = read_rows(store, version, source, columns)
     next(rows.read(), None)  # an error in the first row costs no load of the base
-    from turret.workspace import answering  # loads torch
-
-    with answering.mount_version(store, str(version), say, device) as ready:
+    with mount_version(store, str(version), say, device) as ready:
         unsure, counts = _least_sure(ready, rows, TIMES * most, say)
         if not unsure:
             raise DataError(f"{rows.table.name} has no text to label: expected at least one row that is not blank")
@@ -254,7 +241,6 @@ def spread_rows(vectors: NDArray[np.float32], margins: Sequence[float], most: in
         vectors: of unit length, of rows that the model is not sure of: (M, D), M > most.
         margins: (M,), from 0 to 1.
     """
-    import numpy as np
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 

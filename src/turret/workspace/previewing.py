@@ -26,6 +26,7 @@ from turret.recipe import Recipe
 from turret.store import Store
 from turret.store.catalog import who
 from turret.store.jobs import StudySpec
+from turret.workspace import promising
 from turret.workspace.child_process import OUTAGE, parents_store, status_of
 from turret.workspace.data_readers import OFFLINE, DataReaders
 from turret.workspace.progress import silent
@@ -250,8 +251,6 @@ def helper(about: AboutPlanner) -> Callable[[PlanQuestion | PromiseQuestion], Pl
 
 def _promise(store: Store, asked: PromiseQuestion) -> None:
     """Make a promise, on a table in a folder or on what the training held out."""
-    from turret.workspace import promising
-
     version, folder = store.resolve(asked["version"]), Path(asked["folder"])
     text = str(version.lineage.get("recipe") or "")
     recipe = Recipe.from_toml(text) if text else None

@@ -20,6 +20,7 @@ from turret.errors import AdapterError, Corrupt, DataError, NotFound, TurretErro
 from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL, check_missing, check_ttl
 from turret.experiments.outcomes import Recorded
 from turret.json_types import JsonMapping, JsonObject, Plain
+from turret.recipe import Recipe
 from turret.reference import Reference
 from turret.store import Store, Version, promises
 from turret.store.catalog import PRODUCTION, now
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
     from turret.experiments.input_drift import InputTest
     from turret.experiments.risk_control import Bound, Choice, Standing, Watch
-    from turret.recipe import Recipe
     from turret.train.asking import Asking
 
 VALIDATION = (
@@ -318,8 +318,6 @@ def refusal(bound: Bound, found: Choice, version: str) -> str:
 
 def _held_out_examples(store: Store, version: Version, say: Say) -> HeldOut:
     """The examples that the version's training held out: the test split, which chose nothing."""
-    from turret.recipe import Recipe
-
     lineage = version.lineage
     if not lineage.get("recipe"):
         raise DataError(
@@ -349,8 +347,6 @@ def _held_out(dataset: Dataset, recipe: Recipe) -> HeldOut:
 
 def _given_examples(store: Store, version: Version, request: PromiseRequest, say: Say) -> HeldOut:
     """The examples of a file, without those that were trained on."""
-    from turret.recipe import Recipe
-
     labelled = read_labelled(store, version, str(request.data), request.columns)
     notes, examples = list(labelled.notes), list(labelled.examples)
     recipe = version.lineage.get("recipe")

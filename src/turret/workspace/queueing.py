@@ -23,11 +23,12 @@ from sqlalchemy import Connection
 from turret.access import ANY, Access
 from turret.arguments import checked_methods
 from turret.data import memory
+from turret.data.source import is_table, looks_like_id, not_a_table, open_rows
 from turret.disk import PRIVATE, make_folder, permissions
 from turret.errors import DataError, NotFound, RecipeError, StoreError
 from turret.json_types import JsonObject
 from turret.recipe import AUTO, Recipe
-from turret.store import JobQueue, Store, client_files, queued_data
+from turret.store import JobQueue, Store, client_files, queued_data, scratch
 from turret.store.blobs import hash_file
 from turret.store.jobs import STUDY_ID, OpenJob, StudyRow, StudySpec
 from turret.store.queued_data import PLACE
@@ -85,8 +86,6 @@ class Queue:
         source = recipe.data.source
         if source not in files:
             return self._submit(recipe, {}, priority, study)
-        from turret.store import scratch
-
         with scratch.folder(self._store.root) as working:
             return self._submit(recipe, {source: sent_file(files, source, working)}, priority, study)
 
@@ -261,8 +260,6 @@ def is_sent_source(source: str) -> bool:
 
 def require_table_name(name: str) -> None:
     """Raise DataError unless a file that a client sends has a plain name, of a table."""
-    from turret.data.source import is_table, not_a_table
-
     plain = name.isprintable() and "\\" not in name and len(name.encode("utf-8", "replace")) <= MOST_NAME
     plain = plain and PurePosixPath(name).name == name and not name.startswith((".", "~"))
     if not plain:
@@ -308,8 +305,6 @@ def _place_data(store: Store, source: str, files: Mapping[str, Path]) -> tuple[s
 
 def _files_of(store: Store, source: str) -> Mapping[str, Path]:
     """The files of local data; empty for data of the Hub or of a package. Raises DataError."""
-    from turret.data.source import open_rows
-
     if not memory.is_rows_source(source):
         return _local_files(source)
     store.bring_rows(source)
@@ -352,8 +347,6 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _is_elsewhere(source: str) -> bool:
     """Whether data or a base is of the Hub or of a package, wherever the worker runs."""
-    from turret.data.source import is_table, looks_like_id
-
     local = source.startswith((".", "/", "~")) or memory.is_rows_source(source) or is_table(Path(source))
     return source.startswith("pypi:") or (not local and looks_like_id(source))
 
