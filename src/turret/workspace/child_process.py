@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TypedDict, final
 
+from turret.access import Access
 from turret.database import STUDY
 from turret.disk import FAILING, NO_ROOM, errno_of
 from turret.errors import (
@@ -240,25 +241,26 @@ def status_of(error: TurretError) -> int:
     return MACHINE if disk or isinstance(error, HubError | DeviceError | OutOfMemory) else error.exit_status
 
 
-class TrainerRequest(TypedDict):
-    """What a worker asks of its kept process. own: the store's files are this user's. silent, stopping: seconds."""
+class WorkerRequest(TypedDict):
+    """What a worker asks of all its processes. local: folder of the store. silent, stopping: seconds."""
 
     local: str
     silent: float
     stopping: float
     bases: list[str]
+
+
+class TrainerRequest(WorkerRequest):
+    """What a worker asks of its kept process. own: the store's files are this user's."""
+
     own: bool
 
 
-class JobRequest(TypedDict):
+class JobRequest(WorkerRequest):
     """What a worker asks of the process of one job. folder: for its data; None: the data is this user's."""
 
     taken: TakenJob
-    local: str
     folder: str | None
-    silent: float
-    stopping: float
-    bases: list[str]
 
 
 @final
@@ -284,8 +286,26 @@ class Ended:
     text: str | None = None  # of the error
 
 
+def do_request(request: str, do: Callable[[JobRequest, Store, Job], Ended]) -> int:
+    """Do the job of a worker's request in this process. Returns the exit status.
+
+    Args:
+        do: gets the store as the job's tenant sees it.
+    """
+    asked: JobRequest = json.loads(request)
+    stop_with_parent(asked["stopping"])
+    taken = Job.of(asked["taken"])
+    ended = do(asked, parents_store(asked["local"]).with_access(Access(taken.tenant)), taken)
+    if ended.text is not None:
+        say_to_parent(ended.text)
+    return ended.status
+
+
 def attempt(
-    queue: JobQueue, taken: Job, do: Callable[[], None], short: Callable[[TurretError], bool] = lambda _: False
+    store: Store,
+    taken: Job,
+    do: Callable[[JobQueue], None],
+    short: Callable[[TurretError], bool] = lambda _: False,
 ) -> Ended:
     """Do a job that the parent process has taken, and record how the try ended, unless it ended well.
 
@@ -293,7 +313,11 @@ def attempt(
         short: whether an error says that a process of its own may have room.
     """
     try:
-        do()
+        queue = JobQueue.of(store)
+    except StoreError as error:
+        return Ended(status_of(error), str(error))
+    try:
+        do(queue)
     except (Interrupted, KeyboardInterrupt):
         with suppress(StoreError):  # then the worker records it
             queue.after(taken, None)
@@ -356,22 +380,21 @@ class Alive:
             faulthandler.dump_traceback_later(self._silent, exit=True)
 
 
-def stop_with_parent(stopping: float | None = None) -> None:
+def stop_with_parent(stopping: float) -> None:
     """From now on, ask this process to stop once its parent has ended, which closes our stdin.
 
     Args:
-        stopping: seconds after which it is killed, with all that it started; None: never.
+        stopping: seconds after which it is killed, with all that it started.
     """
     threading.Thread(target=_watch_stdin, args=[stopping], daemon=True).start()
 
 
-def _watch_stdin(stopping: float | None) -> None:
+def _watch_stdin(stopping: float) -> None:
     while os.read(sys.stdin.fileno(), 4096):  # not sys.stdin: at exit Python would wait for its lock and abort
         pass
     os.kill(os.getpid(), signal.SIGTERM)
-    if stopping is not None:
-        time.sleep(stopping)
-        end_at_once()
+    time.sleep(stopping)
+    end_at_once()
 
 
 def end_at_once() -> None:

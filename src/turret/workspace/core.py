@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, overload
 
 from turret.access import Access, tenant_access
 from turret.arguments import checked_methods
@@ -77,6 +77,15 @@ if TYPE_CHECKING:
 
 
 SHOWN = 20  # versions that a workspace shows in a notebook
+
+
+class AskOptions(TypedDict, total=False):
+    """The options of `Workspace.predict`."""
+
+    bare: bool
+    coverage: float | None
+    device: str
+    on_stage: Say | None
 
 
 @checked_methods
@@ -496,26 +505,10 @@ class Workspace:
 
     @overload
     def predict(  # type: ignore[overload-overlap] # a text is an iterable of texts too
-        self,
-        reference: str,
-        texts: Input,
-        *,
-        bare: bool = ...,
-        coverage: float | None = ...,
-        device: str = ...,
-        on_stage: Say | None = ...,
+        self, reference: str, texts: Input, **options: Unpack[AskOptions]
     ) -> Answer: ...
     @overload
-    def predict(
-        self,
-        reference: str,
-        texts: Iterable[Input],
-        *,
-        bare: bool = ...,
-        coverage: float | None = ...,
-        device: str = ...,
-        on_stage: Say | None = ...,
-    ) -> Sequence[Answer]: ...
+    def predict(self, reference: str, texts: Iterable[Input], **options: Unpack[AskOptions]) -> Sequence[Answer]: ...
     def predict(
         self,
         reference: str,

@@ -6,7 +6,6 @@ ends, it writes a checkpoint and returns the job to the queue. One training in a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -46,11 +45,10 @@ from turret.workspace.child_process import (
     Alive,
     Ended,
     Failure,
+    JobRequest,
     attempt,
-    parents_store,
+    do_request,
     say_to_parent,
-    status_of,
-    stop_with_parent,
 )
 from turret.workspace.data_readers import DataReaders
 from turret.workspace.progress import Say
@@ -67,11 +65,11 @@ EARLIER_SECONDS = 120.0  # in which an earlier process of a cell can write its c
 
 def main(request: str) -> int:
     """Carry out a request of the worker. Returns the exit status."""
-    asked = json.loads(request)
-    stop_with_parent(asked["stopping"])
+    return do_request(request, _do)
+
+
+def _do(asked: JobRequest, store: Store, taken: Job) -> Ended:
     alive = Alive(WATCHED * asked["silent"] + asked["stopping"])
-    taken = Job.of(asked["taken"])
-    store = parents_store(asked["local"]).with_access(Access(taken.tenant))
     callbacks = callbacks_for(say_to_parent, lambda _: alive.sign())
 
     def read(recipe: Recipe) -> Dataset:
@@ -79,10 +77,7 @@ def main(request: str) -> int:
             os.chdir(bring_data(store, recipe, Path(asked["folder"])))
         return read_dataset(store, recipe, callbacks.stage)
 
-    ended = carry_out(store, taken, asked["bases"], Trial(callbacks, read))
-    if ended.text is not None:
-        say_to_parent(ended.text)
-    return ended.status
+    return carry_out(store, taken, asked["bases"], Trial(callbacks, read))
 
 
 @dataclass(frozen=True)
@@ -107,29 +102,24 @@ def carry_out(store: Store, taken: Job, bases: Sequence[str], trial: Trial) -> E
     Args:
         bases: patterns of those of the Hub that recipes may name.
     """
-    try:
-        queue = JobQueue.of(store)
-    except StoreError as error:
-        return Ended(status_of(error), str(error))
 
-    def do() -> None:
-        if taken.kind == CELL:
+    def do(queue: JobQueue) -> None:
+        held = queue.adopt_training(taken) if taken.kind == TRAINING else None
+        if held is None:
             queue.adopt(taken)
-            recipe = Recipe.from_toml(taken.recipe)
-            require_base(recipe, bases)
+        recipe = Recipe.from_toml(taken.recipe)
+        require_base(recipe, bases)
+        if held is None:
             _run_cell(store, taken, recipe, trial)
             queue.finish(taken)
-        else:
-            held = queue.adopt_training(taken)
-            recipe = Recipe.from_toml(taken.recipe)
-            require_base(recipe, bases)
-            data, place, asked = trial.read(recipe), trial.place, trial.asked
-            training.train(store, recipe, trial.callbacks, data, fresh=False, held=held, place=place, asked=asked)
+            return
+        data, place, asked = trial.read(recipe), trial.place, trial.asked
+        training.train(store, recipe, trial.callbacks, data, fresh=False, held=held, place=place, asked=asked)
 
     def short(error: TurretError) -> bool:
         return taken.kind == CELL and trial.place.stays and isinstance(error, PreflightRefused | OutOfMemory)
 
-    return attempt(queue, taken, do, short)
+    return attempt(store, taken, do, short)
 
 
 def callbacks_for(say: Say, sign: Callable[[StepRecord | None], None]) -> training.Callbacks:

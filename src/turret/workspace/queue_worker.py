@@ -50,6 +50,7 @@ from turret.workspace.child_process import (
     StartLine,
     StopLine,
     TrainerRequest,
+    WorkerRequest,
     failure_of,
     kill_child,
     never,
@@ -86,6 +87,15 @@ class WorkerLimits:
     bases: Sequence[str] = ANY  # patterns of the bases on the Hub that recipes may name
     stopping_seconds: float = STOPPING_SECONDS  # for the step and the checkpoint of a job that is told to stop
     own: bool = False  # the jobs are of this process: they read its files, as its current folder names them
+
+    def as_request(self, store: Store) -> WorkerRequest:
+        """What all processes of the worker are asked."""
+        return {
+            "local": str(store.root.absolute()),
+            "silent": self.silent_seconds,
+            "stopping": self.stopping_seconds,
+            "bases": list(self.bases),
+        }
 
 
 def work(
@@ -414,13 +424,7 @@ class ResidentTrainer:
     def _running(self) -> _Kept:
         """The process; a new one if there is none."""
         if self._kept is None or self._kept.process.poll() is not None:
-            request: TrainerRequest = {
-                "local": str(self._store.root.absolute()),
-                "silent": self._limits.silent_seconds,
-                "stopping": self._limits.stopping_seconds,
-                "bases": list(self._limits.bases),
-                "own": self._limits.own,
-            }
+            request: TrainerRequest = {**self._limits.as_request(self._store), "own": self._limits.own}
             folder = tempfile.TemporaryDirectory(prefix="turret-")
             with (Path(folder.name) / "stderr.txt").open("w") as errors:
                 process = start_child(TRAINER, json.dumps(request), errors, self._store.location)
@@ -613,12 +617,9 @@ class _Try:
             alone = Path(folder) / "training"
             alone.mkdir()
             request: JobRequest = {
+                **limits.as_request(self._store),
                 "taken": taken.as_json(),
-                "local": str(self._store.root.absolute()),
                 "folder": None if limits.own else str(alone),
-                "silent": limits.silent_seconds,
-                "stopping": limits.stopping_seconds,
-                "bases": list(limits.bases),
             }
             errors, where = Path(folder) / "stderr.txt", self._store.location
             child = CONDUCTOR if study else CHILD

@@ -7,15 +7,12 @@ is killed, another worker conducts it from there, as the same command would. Loa
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from turret.access import Access
 from turret.compare.report import headline
-from turret.errors import StoreError
 from turret.process import stop_on_sigterm
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
@@ -23,35 +20,17 @@ from turret.store.jobs import Job, StudyResult
 from turret.store.queued_data import PLACE
 from turret.workspace import comparing, sweeping
 from turret.workspace.cells import Workers
-from turret.workspace.child_process import (
-    Ended,
-    JobRequest,
-    attempt,
-    parents_store,
-    say_to_parent,
-    status_of,
-    stop_with_parent,
-)
+from turret.workspace.child_process import JobRequest, attempt, do_request, say_to_parent
 from turret.workspace.progress import Progress
 from turret.workspace.queueing import ComparisonRequest, bring_data, order_of, require_base
 
 
 def main(request: str) -> int:
     """Carry out a request of the worker. Returns the exit status."""
-    asked: JobRequest = json.loads(request)
     stop_on_sigterm()
-    stop_with_parent(asked["stopping"])
-    taken = Job.of(asked["taken"])
-    store = parents_store(asked["local"]).with_access(Access(taken.tenant))
-    try:
-        queue = JobQueue.of(store)
-    except StoreError as error:
-        ended = Ended(status_of(error), str(error))
-    else:
-        ended = attempt(queue, taken, lambda: _conduct(store, queue, taken, asked))
-    if ended.text is not None:
-        say_to_parent(ended.text)
-    return ended.status
+    return do_request(
+        request, lambda asked, store, taken: attempt(store, taken, lambda queue: _conduct(store, queue, taken, asked))
+    )
 
 
 class _Watched(Workers):
