@@ -60,7 +60,7 @@ class LookQuestion(TypedDict):
     rows: int
 
 
-class ReaderReply(TypedDict):
+class HelperReply(TypedDict):
     """What was found, or an error with the status of the command line."""
 
     status: int
@@ -68,7 +68,7 @@ class ReaderReply(TypedDict):
     found: NotRequired[JsonObject]
 
 
-Reader: TypeAlias = HelperProcess[ReadQuestion | LookQuestion, ReaderReply]
+Reader: TypeAlias = HelperProcess[ReadQuestion | LookQuestion, HelperReply]
 
 
 class DataReaders:
@@ -127,7 +127,7 @@ class DataReaders:
         for each in idle:
             each.close()
 
-    def _ask(self, asked: ReadQuestion | LookQuestion, stop: Callable[[], bool]) -> ReaderReply:
+    def _ask(self, asked: ReadQuestion | LookQuestion, stop: Callable[[], bool]) -> HelperReply:
         with self._reader() as reader:
             try:
                 found = reader.ask(asked, stop)
@@ -172,7 +172,7 @@ class DataReaders:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
-def helper(about: AboutReader) -> Callable[[ReadQuestion | LookQuestion], ReaderReply]:
+def helper(about: AboutReader) -> Callable[[ReadQuestion | LookQuestion], HelperReply]:
     """What reads the data of a run, or looks at a table, in a process of its own."""
     from turret.workspace.drafting import inspect, sample  # imports numpy
 
@@ -180,7 +180,7 @@ def helper(about: AboutReader) -> Callable[[ReadQuestion | LookQuestion], Reader
     if about["offline"]:
         os.environ[OFFLINE] = "1"
 
-    def answer(asked: ReadQuestion | LookQuestion) -> ReaderReply:
+    def answer(asked: ReadQuestion | LookQuestion) -> HelperReply:
         try:
             if "source" in asked:
                 os.chdir(asked["folder"])

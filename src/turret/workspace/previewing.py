@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict, final
+from typing import TypedDict, final
 
 from turret.access import Access, acting
 from turret.data import Dataset
@@ -28,7 +28,7 @@ from turret.store.catalog import who
 from turret.store.jobs import StudySpec
 from turret.workspace import promising
 from turret.workspace.child_process import OUTAGE, parents_store, status_of
-from turret.workspace.data_readers import OFFLINE, DataReaders
+from turret.workspace.data_readers import OFFLINE, AboutReader, DataReaders, HelperReply
 from turret.workspace.progress import silent
 from turret.workspace.queueing import (
     ComparisonRequest,
@@ -44,12 +44,6 @@ from turret.workspace.queueing import (
 READ_SECONDS = 60.0  # that reading a table may take
 PLAN_SECONDS = 180.0  # that a plan may take, with the load of its base
 IDLE_SECONDS = 60.0  # after which a helper process ends
-
-
-class AboutPlanner(TypedDict):
-    """The store of the helper process."""
-
-    local: str
 
 
 @final
@@ -74,15 +68,6 @@ class PromiseQuestion(TypedDict):
     table: str
 
 
-class PlannerReply(TypedDict):
-    """A plan and the filled recipe, or an error with the status of the command line."""
-
-    status: int
-    text: NotRequired[str]
-    planned: NotRequired[JsonObject]
-    toml: NotRequired[str]
-
-
 class Previews:
     """Drafts and plans for the clients of a server, of all tenants. Any thread may call its methods.
 
@@ -92,9 +77,9 @@ class Previews:
 
     def __init__(self, store: Store) -> None:
         self._readers = DataReaders(store, READ_SECONDS, idle=IDLE_SECONDS, offline=True)
-        self._planner = HelperProcess[PlanQuestion | PromiseQuestion, PlannerReply](
+        self._planner = HelperProcess[PlanQuestion | PromiseQuestion, HelperReply](
             __name__,
-            {"local": str(store.root.absolute())},
+            {"local": str(store.root.absolute()), "offline": True},
             PLAN_SECONDS,
             None,  # a GPU's driver reserves more addresses than any machine has memory
             "the recipe cannot be planned",
@@ -153,8 +138,7 @@ class Previews:
             tenant = store.access.tenant
             data = self._readers.read_sent(tenant, recipe, Path(folder))
             asked: PlanQuestion = {"tenant": tenant, "recipe": recipe.to_toml(), "data": str(data), "study": study}
-            found = self._ask_planner(asked, "plan")
-        return found["planned"] if study is not None else {**found["planned"], "toml": found["toml"]}
+            return self._ask_planner(asked, "plan")["found"]
 
     def promise(
         self, store: Store, version: str, request: Mapping[str, Plain], table: Path | None = None, name: str = ""
@@ -185,7 +169,7 @@ class Previews:
             }
             self._ask_planner(asked, "promise")
 
-    def _ask_planner(self, asked: PlanQuestion | PromiseQuestion, what: str) -> PlannerReply:
+    def _ask_planner(self, asked: PlanQuestion | PromiseQuestion, what: str) -> HelperReply:
         try:
             found = self._planner.ask(asked)
         except EngineError as error:
@@ -222,29 +206,31 @@ def _bring(files: SentFiles, source: str, folder: Path) -> None:
 MOST_MEASURED = 6  # rows of a comparison
 
 
-def helper(about: AboutPlanner) -> Callable[[PlanQuestion | PromiseQuestion], PlannerReply]:
+def helper(about: AboutReader) -> Callable[[PlanQuestion | PromiseQuestion], HelperReply]:
     """What plans recipes and studies and makes promises, in a process of its own."""
     os.environ[OFFLINE] = "1"  # before the libraries of the Hub are loaded
     from turret.workspace import training
 
     store = parents_store(about["local"])
 
-    def answer(asked: PlanQuestion | PromiseQuestion) -> PlannerReply:
+    def find(asked: PlanQuestion | PromiseQuestion) -> JsonObject:
+        own = store.with_access(Access(asked["tenant"]))
+        if "promise" in asked:
+            _promise(own, asked)
+            return {}
+        recipe, data = Recipe.from_toml(asked["recipe"]), load_dataset(Path(asked["data"]))
+        if asked["study"] is not None:
+            return _planned_study(own, recipe, asked["study"], data)
+        planned = training.plan(own, recipe, training.Callbacks(), data)
+        return {**planned.as_json(), "toml": planned.recipe.to_toml()}
+
+    def answer(asked: PlanQuestion | PromiseQuestion) -> HelperReply:
         try:
-            own = store.with_access(Access(asked["tenant"]))
-            if "promise" in asked:
-                _promise(own, asked)
-                return {"status": 0}
-            recipe = Recipe.from_toml(asked["recipe"])
-            data = load_dataset(Path(asked["data"]))
-            if asked["study"] is not None:
-                return {"status": 0, "planned": _planned_study(own, recipe, asked["study"], data)}
-            planned = training.plan(own, recipe, training.Callbacks(), data)
+            return {"status": 0, "found": find(asked)}
         except TurretError as error:
             return {"status": status_of(error), "text": str(error)}
         except MemoryError:
             return {"status": 1, "text": "the plan takes too much memory: choose a smaller base, or train elsewhere"}
-        return {"status": 0, "planned": planned.as_json(), "toml": planned.recipe.to_toml()}
 
     return answer
 

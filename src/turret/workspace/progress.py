@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+from turret.json_types import JsonValue
 from turret.notebook import in_notebook, span
 from turret.store.jobs import StudyResult
 
@@ -148,9 +149,6 @@ class Progress:
     cells: Sequence[CellState]
 
     def as_json(self) -> StudyResult:
-        return {
-            "study": self.study,
-            "metric": self.metric,
-            "planned": self.planned,
-            "cells": [asdict(each) for each in self.cells],
-        }
+        found: JsonValue = asdict(self)
+        result: StudyResult = found
+        return result
