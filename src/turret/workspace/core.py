@@ -21,7 +21,7 @@ from turret.experiments.experiment import MISSING_BOUND, OUTCOME_TTL
 from turret.json_types import JsonObject, Plain
 from turret.location import Location
 from turret.notebook import Cell, Table, as_html
-from turret.recipe import Recipe
+from turret.recipe import Recipe, name_from
 from turret.store import (
     AccessTokens,
     Collected,
@@ -42,7 +42,6 @@ from turret.timestamp import to_minute
 from turret.workspace import experimenting, history, machine, promising, promoting, reading
 from turret.workspace.experimenting import ExperimentStatus, ListedExperiment, LiveExperiment
 from turret.workspace.history import FullRun
-from turret.workspace.hub import Hub
 from turret.workspace.machine import MachineFacts
 from turret.workspace.progress import Say, shown_in_notebooks, silent
 from turret.workspace.promising import PromiseMemory, PromiseStatus
@@ -57,6 +56,7 @@ from turret.workspace.results import (
     PanelEvaluation,
     Planned,
     Predicted,
+    Pushed,
     RunResult,
     Suggested,
 )
@@ -77,6 +77,88 @@ if TYPE_CHECKING:
 
 
 SHOWN = 20  # versions that a workspace shows in a notebook
+
+
+@checked_methods
+class Hub:
+    """The Hub as a place for the versions of a store.
+
+    The token is huggingface_hub's: HF_TOKEN, or what `hf auth login` stored. HF_ENDPOINT names another Hub.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def push(
+        self,
+        reference: str,
+        hub_id: str,
+        *,
+        form: Literal["peft", "merged", "gguf"] = "peft",
+        public: bool = False,
+        force: bool = False,
+        on_stage: Say | None = None,
+    ) -> Pushed:
+        """Write a version into a repository of the Hub, in one commit.
+
+        Args:
+            hub_id: OWNER/NAME. A repository that is not there is created.
+            form: as for `export`.
+            public: make a new repository public; default: private. That of an old one stays as it is.
+            force: also into a repository whose files turret did not write.
+
+        Raises:
+            HubError: the Hub cannot be reached or refuses, or the repository holds something else.
+        """
+        from turret.workspace import exporting
+
+        say = on_stage or silent
+        return exporting.push(self._store, reference, hub_id, form, public=public, force=force, say=say)
+
+    def pull(
+        self,
+        hub_id: str,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        base: str | None = None,
+        task: str | None = None,
+        labels: Sequence[str] | None = None,
+        settings: Mapping[str, Plain] | None = None,
+        rank: int | None = None,
+        base_quantization: Literal["none", "nf4"] = "none",
+        device: str = "auto",
+        on_stage: Say | None = None,
+    ) -> Imported:
+        """Fetch an adapter from the Hub, check it as `import_adapter` does, and store it.
+
+        Args:
+            hub_id: OWNER/NAME.
+            name: of the adapter in the store; default: made from the id.
+            revision: a branch, a tag or a commit.
+            base_quantization: for a PEFT folder: of the base that the adapter was trained on.
+            device: where it is checked.
+
+        Raises:
+            HubError: there is no such repository, or neither the Hub nor its cache has it.
+            AdapterError: it is broken, does not fit its base, or has no effect.
+        """
+        from turret.bundles.fetch import check_id
+        from turret.workspace import importing
+
+        request = importing.ImportRequest(
+            base,
+            task,
+            labels,
+            settings,
+            rank,
+            quantization=base_quantization,
+            device=device,
+            revision=revision,
+            pulled=True,
+        )
+        named = name or name_from(check_id(hub_id))
+        return importing.import_adapter(self._store, hub_id, named, request, on_stage or silent)
 
 
 class AskOptions(TypedDict, total=False):

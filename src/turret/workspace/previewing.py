@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, final
 
@@ -262,38 +261,31 @@ def _planned_study(store: Store, recipe: Recipe, spec: StudySpec, data: Dataset)
         ready = comparing.prepare(store, recipe, order, silent, data)
         comparing.require_few(ready.planned)
         design, recipe = ready.design, ready.design.recipe
-        rows = [_Row(each.label, each.recipe, each.trains) for each in design.candidates]
+        rows = [(each.label, each.recipe if each.trains else None) for each in design.candidates]
         times = len(design.seeds) * sum(design.fractions)
         found: JsonObject = {"cells": ready.planned.trainings, "missing": ready.planned.missing}
         found["said"] = [f"judged against {design.against}", *ready.planned.power.sentences()]
     else:
         recipe, request = sweeping.split(order, recipe)
         search = sweeping.prepare(store, recipe, request, silent, data)
-        rows, times = [_Row("one trial", search.recipe, True)], request.count
+        rows, times = [("one trial", search.recipe)], request.count
         how = "all combinations" if request.count == request.combinations else "Optuna proposes the settings"
         judged = f"judged by {search.metric} on {len(data.validation)} validation examples; the test split is not used"
         found = {"cells": request.count, "missing": request.count, "said": [how, judged]}
-    measured = [_estimate_row(store, row, data) for row in rows[:MOST_MEASURED]]
-    seconds = [each["seconds"] for each, row in zip(measured, rows, strict=False) if row.trains]
+    measured = [_estimate_row(store, title, trained, data) for title, trained in rows[:MOST_MEASURED]]
+    seconds = [each["seconds"] for each, (_, trained) in zip(measured, rows, strict=False) if trained is not None]
     whole = len(rows) <= MOST_MEASURED and None not in seconds
     return {**found, "name": recipe.name, "rows": measured, "seconds": sum(seconds) * times if whole else None}
 
 
-@dataclass(frozen=True)
-class _Row:
-    title: str
-    recipe: Recipe
-    trains: bool
-
-
-def _estimate_row(store: Store, row: _Row, data: Dataset) -> JsonObject:
-    """How long a training of a row takes, and why it is refused, if it is."""
+def _estimate_row(store: Store, title: str, trained: Recipe | None, data: Dataset) -> JsonObject:
+    """How long a training of a row takes, and why it is refused, if it is. trained: None if it trains nothing."""
     from turret.workspace import training
 
-    if not row.trains:
-        return {"title": row.title, "seconds": None, "refused": None}
+    if trained is None:
+        return {"title": title, "seconds": None, "refused": None}
     try:
-        plan = training.plan(store, row.recipe, training.Callbacks(), data).plan
+        plan = training.plan(store, trained, training.Callbacks(), data).plan
     except TurretError as error:
-        return {"title": row.title, "seconds": None, "refused": str(error)}
-    return {"title": row.title, "seconds": plan.seconds, "refused": plan.refusal() or None}
+        return {"title": title, "seconds": None, "refused": str(error)}
+    return {"title": title, "seconds": plan.seconds, "refused": plan.refusal() or None}
