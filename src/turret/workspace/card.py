@@ -191,7 +191,7 @@ def llama_cpp(path: str, task: TaskSpec) -> str:
     return _render_code("llama_cpp.py.j2", task, path=path)
 
 
-def _render_code(template: str, task: TaskSpec, **values: object) -> str:
+def _render_code(template: str, task: TaskSpec, **values: Place | Plain) -> str:
     head, tail = _turns(task)
     shared = {"task": task, "template": _text(task, "template"), "head": head, "tail": tail}
     return _load_template(template).render(**shared, settings=_generation(task), **values).removesuffix("\n")
