@@ -52,6 +52,7 @@ Name = Annotated[
     ),
 ]
 Text = Annotated[str, Field(max_length=limits.MOST_TEXT)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
 WHOLE = BeforeValidator(_whole)
 Tokens = Annotated[
     list[Annotated[int, Field(ge=0, le=10_000_000), WHOLE]], Field(min_length=1, max_length=1 << 17, fail_fast=True)
@@ -128,6 +129,14 @@ def never_together(*pairs: JsonObject) -> JsonObject:
 
 
 SEVERAL: JsonObject = {"type": "integer", "minimum": 2}
+
+
+def inputs_in(given: str | Sequence[str] | Sequence[int] | Sequence[list[int]]) -> list[str | list[int]]:
+    """The inputs of a request: one text or many, the token ids of one text, or those of many."""
+    if isinstance(given, str):
+        return [given]
+    tokens = [each for each in given if isinstance(each, int)]
+    return [tokens] if tokens else [each for each in given if not isinstance(each, int)]
 
 
 class JsonSchemaFormat(Lenient):

@@ -36,8 +36,10 @@ from turret.server.routes import (
     Lenient,
     StructuredOutputs,
     Text,
+    Texts,
     Tokens,
     View,
+    inputs_in,
     never_together,
     router,
 )
@@ -264,7 +266,7 @@ class CompletionRequest(Generation):
     )
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
+        | Texts
         | Tokens
         | Annotated[list[Tokens], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
     )
@@ -289,12 +291,6 @@ class CompletionRequest(Generation):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens = 0 gives only the prompt: expected echo = true with it")
         return self
-
-    def prompts(self) -> list[str | list[int]]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        tokens = [each for each in self.prompt if isinstance(each, int)]
-        return [tokens] if tokens else [each for each in self.prompt if not isinstance(each, int)]
 
 
 class CompletionLogprobs(BaseModel):
@@ -328,7 +324,7 @@ async def complete(body: CompletionRequest, view: View, asker: Asking) -> Comple
     ignored = unknown_keys(view, body)
     times = max(body.n or 1, body.best_of or 1)
     ranked = times > (body.n or 1)
-    prompts = repeat_prompts(body.prompts(), times)
+    prompts = repeat_prompts(inputs_in(body.prompt), times)
     logprobs = (body.logprobs or 0) if ranked else body.logprobs
     options = await options_of(
         view, body, body.max_tokens, len(prompts), times=times, strip=False, echo=body.echo, logprobs=logprobs
@@ -457,6 +453,10 @@ class NamedTool(Lenient):
 
 
 TRUE: JsonObject = {"const": True}
+CHOICE_NEEDS_TOOLS: JsonObject = {
+    "if": {"required": ["tool_choice"], "properties": {"tool_choice": {"not": {"enum": [None, "none", "auto"]}}}},
+    "then": {"required": ["tools"], "properties": {"tools": {"type": "array", "minItems": 1}}},
+}
 
 
 class ChatRequest(Generation):
@@ -467,12 +467,8 @@ class ChatRequest(Generation):
                 {"properties": {"top_logprobs": {"type": "null"}}},
                 {"required": ["logprobs"], "properties": {"logprobs": TRUE}},
             ],
-            "if": {
-                "required": ["tool_choice"],
-                "properties": {"tool_choice": {"not": {"enum": [None, "none", "auto"]}}},
-            },
-            "then": {"required": ["tools"], "properties": {"tools": {"type": "array", "minItems": 1}}},
         }
+        | CHOICE_NEEDS_TOOLS
     )
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MOST_MESSAGES, fail_fast=True)]
     tools: Annotated[list[Tool], Field(max_length=limits.MOST_MESSAGES, fail_fast=True)] | None = Field(

@@ -21,7 +21,7 @@ from turret.families.family import Pooling
 from turret.server import limits
 from turret.server.engines import Input
 from turret.server.questions import Asker, Asking, PendingAnswers, Question, now, prompt_tokens, scores_pairs
-from turret.server.routes import USER, WHOLE, Model, Name, Text, Tokens, User, View, router
+from turret.server.routes import USER, WHOLE, Model, Name, Text, Texts, Tokens, User, View, inputs_in, router
 from turret.tasks import Embedding
 from turret.tasks.shapes import Answer
 
@@ -29,7 +29,6 @@ from turret.tasks.shapes import Answer
 # Requests and responses of embeddings, scores and reranking, in the formats of OpenAI and vLLM.
 
 
-Texts = Annotated[list[Text], Field(min_length=1, max_length=limits.MOST_INPUTS, fail_fast=True)]
 POOLING = "The mean of all tokens, or the first or last one; default: as trained, else mean, or last for a decoder."
 Pooled = Annotated[Pooling | None, Field(description=POOLING)]
 
@@ -52,12 +51,6 @@ class EmbeddingRequest(Model):
     pooling: Pooled = None
     normalize: bool | None = Field(None, description="Scale to length 1; default: as trained, else yes.")
     user: User | None = Field(None, description=USER)
-
-    def inputs(self) -> list[str | list[int]]:
-        if isinstance(self.input, str):
-            return [self.input]
-        tokens = [each for each in self.input if isinstance(each, int)]
-        return [tokens] if tokens else [each for each in self.input if not isinstance(each, int)]
 
     def embedding(self) -> Embedding:
         return Embedding(self.pooling, self.dimensions, self.normalize)
@@ -151,7 +144,7 @@ Vectors = tuple[list[list[float]], PendingAnswers, EmbeddingUsage]
 @questions.post("/v1/embeddings")
 async def embed(body: EmbeddingRequest, asker: Asking) -> Embeddings:
     """One vector for each text, of the base or of an adapter. A text gets no template, only the special tokens."""
-    vectors, pending, usage = await _vectors(asker, body, body.inputs(), body.embedding())
+    vectors, pending, usage = await _vectors(asker, body, inputs_in(body.input), body.embedding())
     return Embeddings(
         id=f"embd-{pending.id}",
         created=now(),

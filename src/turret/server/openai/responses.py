@@ -17,7 +17,8 @@ from turret.errors import TurretError
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.server import limits
 from turret.server.error_responses import error_response
-from turret.server.openai.completions import EVENTS, ChatRequest, ToolCalls, ToolName, options_of, prompt, stream_events
+from turret.server.openai import completions
+from turret.server.openai.completions import ChatRequest, ToolCalls, ToolName
 from turret.server.questions import Asking, PendingAnswers, Update, admit, generated_tokens, now, prompt_tokens
 from turret.server.routes import NO_EFFECT, USER, WHOLE, Model, Name, Text, User, View, router
 from turret.tasks.shapes import Answer
@@ -131,15 +132,7 @@ class TextSettings(Model):
 
 
 class ResponseRequest(Model):
-    model_config = ConfigDict(
-        json_schema_extra={
-            "if": {
-                "required": ["tool_choice"],
-                "properties": {"tool_choice": {"not": {"enum": [None, "none", "auto"]}}},
-            },
-            "then": {"required": ["tools"], "properties": {"tools": {"type": "array", "minItems": 1}}},
-        }
-    )
+    model_config = ConfigDict(json_schema_extra=completions.CHOICE_NEEDS_TOOLS)
     model: Name
     input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=limits.MOST_MESSAGES - 1, fail_fast=True)]
     instructions: Text | None = Field(None, description="A system message before the input.")
@@ -386,19 +379,19 @@ def _message(pending: PendingAnswers, status: Status, text: str | None = None) -
 questions = router("infer")
 
 
-@questions.post("/v1/responses", response_model=ResponseObject, responses=EVENTS)
+@questions.post("/v1/responses", response_model=ResponseObject, responses=completions.EVENTS)
 async def respond(body: ResponseRequest, view: View, asker: Asking) -> ResponseObject | StreamingResponse:
     """Answer a text or messages, also by calls of tools. Files and stored responses are not offered: they are 400."""
     chat = _chat(body)
     await admit(view, asker.request)  # before the messages are tokenized
     called = chat.tools and chat.tool_choice != "none"
     tools = await view.parsing(ToolCalls, view, chat) if called else None
-    prompts = [await view.parsing(prompt, view, chat)]
+    prompts = [await view.parsing(completions.prompt, view, chat)]
     own = None if tools is None else await view.parsing(tools.constraint)
-    options = await options_of(view, chat, chat.max_tokens, 1, constraint=own)
+    options = await completions.options_of(view, chat, chat.max_tokens, 1, constraint=own)
     output = ResponseOutput(view, body, tools)
     if body.stream:
-        return await stream_events(asker, body, prompts, options, output.events)
+        return await completions.stream_events(asker, body, prompts, options, output.events)
     pending, (answer,) = await asker.answers("generate", body, prompts, options)
     return output.whole(pending, answer, output.items(pending, answer))
 
