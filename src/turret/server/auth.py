@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret.access import DEFAULT, NOBODY, OPERATOR, Access, acting
@@ -204,6 +205,12 @@ class Caller:
     def key(self) -> str:
         """The token, as no other tenant has it."""
         return f"token {self.name}" if self.tenant is None else f"token {self.tenant}/{self.name}"
+
+
+def access_of(request: Request) -> Access:
+    """What exists for the sender of a request. This is the one place where a route gets it from."""
+    caller: Caller | None = getattr(request.state, "caller", None)
+    return OPERATOR if caller is None else caller.access
 
 
 def is_loopback(host: str) -> bool:

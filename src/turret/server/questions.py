@@ -22,12 +22,12 @@ from turret.access import DEFAULT
 from turret.data import Prompt, TextPair
 from turret.engine import Done, Event, Failed, Piece, Receipt, SamplingParams, Ticket
 from turret.errors import Cancelled, DeadlineExceeded, Disconnected, NotFound, TurretError
-from turret.server.auth import Caller
+from turret.server.auth import Caller, access_of
 from turret.server.engines import Input
 from turret.server.limits import MOST_UNIT, Quota
 from turret.server.live_promises import Covered
 from turret.server.routing import Placement
-from turret.server.services import View, view_of
+from turret.server.services import Services, View
 from turret.store.usage import BASE
 from turret.tasks.shapes import Answer, TaskSpec
 from turret.tasks.task import RequestKind
@@ -346,7 +346,8 @@ def _asker(
     unit = turret_unit or None
     with suppress(UnicodeDecodeError):
         unit = unit and unit.encode("latin-1").decode()
-    return Asker(view_of(request), request, response, unit)
+    server: Services = request.app.state.services
+    return Asker(server.view(access_of(request)), request, response, unit)
 
 
 Asking: TypeAlias = Annotated[Asker, Depends(_asker)]

@@ -25,7 +25,7 @@ from turret.errors import BadRequest, TooLarge, plainly
 from turret.experiments.experiment import MOST_ARMS
 from turret.json_types import JsonObject, JsonValue, Plain
 from turret.server import limits, services
-from turret.server.auth import Caller
+from turret.server.auth import Caller, access_of
 from turret.server.limits import RequestLimits, replay_body
 from turret.store.client_files import TABLE, ClientFile
 from turret.workspace.queueing import require_table_name
@@ -308,7 +308,13 @@ ERRORS: dict[int | str, dict[str, type[Error] | str]] = {
 }
 
 
-View: TypeAlias = Annotated[services.View, Depends(services.view_of)]
+def _view(request: Request) -> services.View:
+    """The server as the caller sees it."""
+    server: services.Services = request.app.state.services
+    return server.view(access_of(request))
+
+
+View: TypeAlias = Annotated[services.View, Depends(_view)]
 
 
 class PlainRequest(Request):
@@ -356,7 +362,7 @@ class StrictRoute(APIRoute):
         async def handle(request: Request) -> Response:
             parsed = ParsedRequest(request.scope, request.receive, request._send)
             if field is not None and (content := await parsed.body()):
-                view = services.view_of(request)
+                view = _view(request)
                 if len(content) <= INLINE:
                     parsed.body_value = read(content, field, view.services.limits)
                 else:

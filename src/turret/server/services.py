@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 
 from sqlalchemy import select
-from starlette.requests import Request
 
 from turret import process
 from turret.access import DEFAULT, OPERATOR, Access
@@ -653,13 +652,6 @@ class View:
         """Write the logs, and read experiments and promises."""
         self.routing.turn()
         self.promises.turn()
-
-
-def view_of(request: Request) -> View:
-    """The server as the caller sees it. This is the one place where a route gets it from."""
-    server: Services = request.app.state.services
-    caller = getattr(request.state, "caller", None)
-    return server.view(OPERATOR if caller is None else caller.access)
 
 
 def _callable(aliases: AliasWatcher, engines: SeenEngines) -> tuple[Sequence[str], Sequence[str]]:
