@@ -209,12 +209,12 @@ def reliability_plot(bins: Sequence[Bin]) -> str:
         for each in bins
     ]
     shares = [each.count / total for each in bins]
-    return reliability(marks, shares, x_label="probability of the answer", y_label="share that is right")
+    return reliability(marks, shares)
 
 
 def _residuals(numbers: Sequence[tuple[float, float]]) -> str:
     some = spread_out(numbers)
-    return agreement(some, x_label="right", y_label="answered") if len(set(some)) > 1 else ""
+    return agreement(some) if len(set(some)) > 1 else ""
 
 
 def shown_mistake(each: Mistake, task: type[Task]) -> JsonMapping:
@@ -297,14 +297,7 @@ def decided_plot(found: Sureness, threshold: float | None, bound: float | None, 
         low, high = wilson(error, live.outcomes)
         colour = "prefix"  # of the style sheet
         now = Mark("live outcomes", colour, 100 * live.share, 100 * error, 100 * low, 100 * high)
-    return error_by_share(
-        points,
-        chosen,
-        now,
-        None if bound is None else 100 * bound,
-        x_label="share of the answers that is decided, %",
-        y_label="wrong among these, %",
-    )
+    return error_by_share(points, chosen, now, None if bound is None else 100 * bound)
 
 
 def panel_html(found: PanelEvaluation, *, texts: bool) -> str:

@@ -376,7 +376,7 @@ def _background(y: float, words: str) -> str:
     return _rect(WIDTH - 14 - width, y - 11, width, 15, "paper")
 
 
-def reliability(points: Sequence[Mark], shares: Sequence[float], *, x_label: str, y_label: str) -> str:
+def reliability(points: Sequence[Mark], shares: Sequence[float]) -> str:
     """How often answers are right, by how sure they are, with the diagonal of a calibrated classifier.
 
     Args:
@@ -384,7 +384,7 @@ def reliability(points: Sequence[Mark], shares: Sequence[float], *, x_label: str
         shares: the share of all answers in each bin: bars at the foot.
     """
     x, y = Axis(0.0, 1.0, LEFT, WIDTH - RIGHT), Axis(0.0, 1.0, 340 - BOTTOM, TOP + 10)
-    foot = y.start
+    foot, x_label, y_label = y.start, "probability of the answer", "share that is right"
     parts = _grid(x, y, foot, x_label, y_label)
     parts.append(_line(x.at(0), y.at(0), x.at(1), y.at(1), "axis dashed"))
     for point, share in zip(points, shares, strict=True):
@@ -396,13 +396,7 @@ def reliability(points: Sequence[Mark], shares: Sequence[float], *, x_label: str
 
 
 def error_by_share(
-    points: Sequence[tuple[float, float]],
-    threshold: Mark | None,
-    live: Mark | None,
-    bound: float | None,
-    *,
-    x_label: str,
-    y_label: str,
+    points: Sequence[tuple[float, float]], threshold: Mark | None, live: Mark | None, bound: float | None
 ) -> str:
     """A line of errors over the share of the answers that is decided. All in %.
 
@@ -417,6 +411,7 @@ def error_by_share(
     x = Axis(0.0, 100.0, LEFT, WIDTH - RIGHT)
     highest = max([error for _, error in points] + [each.high for each in marks] + [bound or 0.0])
     y = Axis(0.0, min(100.0, 1.1 * highest) or 1.0, foot, TOP + 10)
+    x_label, y_label = "share of the answers that is decided, %", "wrong among these, %"
     parts = _grid(x, y, foot, x_label, y_label)
     if bound is not None:
         left = threshold is None or threshold.x > 50  # away from the threshold
@@ -436,15 +431,15 @@ def error_by_share(
     return _svg(height, parts, f"{y_label} by {x_label}")
 
 
-def agreement(points: Sequence[tuple[float, float]], *, x_label: str, y_label: str) -> str:
+def agreement(points: Sequence[tuple[float, float]]) -> str:
     """A small dot for each pair of numbers, and the diagonal on which both are equal."""
     values = [each for point in points for each in point]
     x, y = axis(values, LEFT, WIDTH - RIGHT), axis(values, 340 - BOTTOM, TOP + 10)
-    parts = _grid(x, y, y.start, x_label, y_label)
+    parts = _grid(x, y, y.start, "right", "answered")
     low, high = min(values), max(values)
     parts.append(_line(x.at(low), y.at(low), x.at(high), y.at(high), "axis dashed"))
     parts += [_dot(x.at(a), y.at(b), "lora", f"{plain(a)}: {plain(b)}", radius=2.5) for a, b in points]
-    return _svg(340, parts, f"{y_label} by {x_label}")
+    return _svg(340, parts, "answered by right")
 
 
 def _point(x: Axis, y: Axis, mark: Mark, title: str, thin: str = "", radius: float = 5) -> list[str]:
