@@ -138,6 +138,6 @@ def made(
         if cell.candidate.spec not in without
     ]
     return comparison(
-        plan, data, results, failures=failures or {}, missing=missing, confidence=0.95, budget=None, folder="there",
+        plan, data, results, failures=failures or {}, missing=missing, budget=None, folder="there",
         command="turret compare tiny.csv --base small", power=power(Spread.assumed(data.kind), seeds, count, margin),
     )  # fmt: skip

@@ -52,7 +52,7 @@ def sides(examples: list[Labelled], results: list[CellResult]) -> tuple[SeededRe
 
 
 def verdict(examples: list[Labelled], results: list[CellResult], margin: float = 1.0) -> Verdict:
-    found = judge_pair(*sides(examples, results), margin, generator(1, "x"), 0.95)
+    found = judge_pair(*sides(examples, results), margin, generator(1, "x"))
     assert found is not None
     return found
 

@@ -291,8 +291,8 @@ def test_the_sign_test_is_scipys_binomial_test(wins: int, losses: int) -> None:
 
 @pytest.mark.parametrize(("times", "trials"), [(0, 5), (5, 5), (1, 5), (37, 400)])
 def test_a_rate_has_the_exact_interval_of_scipy(times: int, trials: int) -> None:
-    expected = stats.binomtest(times, trials).proportion_ci(0.9, method="exact")
-    found = rate(times, trials, 0.9)
+    expected = stats.binomtest(times, trials).proportion_ci(0.95, method="exact")
+    found = rate(times, trials)
     assert (found.low / 100, found.high / 100) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 

@@ -18,7 +18,7 @@ from turret.compare.collapse import FEWEST, Collapse, Learnt, learnt, still_fall
 from turret.compare.design import UNTRAINED, Candidate, Design, Power
 from turret.compare.report_text import shorten_text
 from turret.compare.results import CellResult, Costs, Output, costs, made_with
-from turret.compare.verdict import Interval, Verdict, interval, judge, mcnemar
+from turret.compare.verdict import CONFIDENCE, Interval, Verdict, interval, judge, mcnemar
 from turret.data import Dataset, Example
 from turret.errors import TrainingError
 from turret.json_types import JsonMapping, JsonObject
@@ -331,7 +331,6 @@ def comparison(
     *,
     failures: Mapping[str, str],
     missing: int,
-    confidence: float,
     budget: float | None,
     folder: str,
     command: str = "",
@@ -343,7 +342,6 @@ def comparison(
         data: the data set; scores are in the order of its test examples.
         failures: spec -> why it could not run.
         missing: number of trainings that have not run.
-        confidence: of the intervals.
         budget: seconds that the trainings may take.
         folder: of the comparison.
         command: that repeats it.
@@ -355,16 +353,13 @@ def comparison(
     largest = [result for result in results if result.fraction == design.fractions[0]]
     sides = {candidate.spec: SeededResults.of(candidate.spec, largest, data.test) for candidate in design.candidates}
     baseline = sides[design.against]
-    rows = tuple(
-        _row(design, candidate, sides[candidate.spec], baseline, failures, confidence)
-        for candidate in design.candidates
-    )
-    rows = tuple(_at_equal_steps(design, row, sides, confidence) for row in rows)
+    rows = tuple(_row(design, each, sides, failures.get(each.spec)) for each in design.candidates)
+    rows = tuple(_at_equal_steps(design, row, sides) for row in rows)
     good = [each for each in largest if each.seed not in sides[each.spec].learnt.seeds]
     seed = design.recipe.split_seed
     classes = data.labels if _one_class(data) else ()
     specs = [row.spec for row in rows if row.score is not None]
-    points = tuple(_curves(design, results, data.test, confidence)) if len(design.fractions) > 1 else ()
+    points = tuple(_curves(design, results, data.test)) if len(design.fractions) > 1 else ()
     composition = design.composition
     trained = {row.spec for row in rows if row.trains}
     recipes = {spec: next(each.recipe for each in largest if each.spec == spec) for spec in specs if spec in trained}
@@ -375,7 +370,7 @@ def comparison(
         metric=task_of(data.kind).metric,
         against=design.against,
         margin=design.margin,
-        confidence=confidence,
+        confidence=CONFIDENCE,
         seeds=design.seeds,
         data={
             "source": design.recipe.data.source,
@@ -391,7 +386,7 @@ def comparison(
         curves=points,
         overtaking=overtaking(points, rows, design.against),
         claims=claims(rows, design.against),
-        classes=per_class(good, baseline.trained, data, confidence, seed) if classes else (),
+        classes=per_class(good, baseline.trained, data, seed) if classes else (),
         confusions=confusion(good, data, classes, specs) if classes else (),
         disagreements=disagreements(good, data, specs),
         examples=some_examples(good, data, specs),
@@ -440,13 +435,7 @@ def paired_differences(first: Mapping[int, CellResult], second: Mapping[int, Cel
 
 
 def judge_pair(
-    side: SeededResults,
-    baseline: SeededResults,
-    margin: float,
-    rng: np.random.Generator,
-    confidence: float,
-    *,
-    fixed: bool = False,
+    side: SeededResults, baseline: SeededResults, margin: float, rng: np.random.Generator, *, fixed: bool = False
 ) -> Verdict | None:
     """The verdict over the seeds at which both learnt. If there are none, over all seeds, without a claim.
 
@@ -460,25 +449,17 @@ def judge_pair(
     if d is None:
         return None
     collapsed, trainings = sorted(side.learnt.seeds), len(side.all)
-    return judge(
-        d, margin, rng, confidence=confidence, collapsed=collapsed, trainings=trainings, claimed=claimed, fixed=fixed
-    )
+    return judge(d, margin, rng, collapsed=collapsed, trainings=trainings, claimed=claimed, fixed=fixed)
 
 
-def _row(
-    design: Design,
-    candidate: Candidate,
-    side: SeededResults,
-    baseline: SeededResults,
-    failures: Mapping[str, str],
-    confidence: float,
-) -> ComparisonRow:
+def _row(design: Design, candidate: Candidate, sides: Mapping[str, SeededResults], failed: str | None) -> ComparisonRow:
     spec, seed = candidate.spec, design.recipe.split_seed
+    side, baseline = sides[spec], sides[design.against]
     own, good = list(side.all.values()), list(side.trained.values())
     verdict = None
     if spec != design.against:
         fixed, draw = design.composition is not None, generator(seed, spec, "verdict")
-        verdict = judge_pair(side, baseline, design.margin, draw, confidence, fixed=fixed)
+        verdict = judge_pair(side, baseline, design.margin, draw, fixed=fixed)
     tests = [
         mcnemar(side.all[each].scores == 1, baseline.all[each].scores == 1)
         for each in sorted(side.all.keys() & baseline.all.keys())
@@ -487,7 +468,7 @@ def _row(
     score = None
     if own:
         scores = np.stack([result.scores for result in good])
-        score = interval(scores, generator(seed, spec), confidence=confidence, between=(0, 1)).times(100)
+        score = interval(scores, generator(seed, spec), between=(0, 1)).times(100)
     numbers = [key for key in (own[0].metrics if own else ()) if isinstance(own[0].metrics[key], (int, float))]
     falling = [still_falling(each.losses) for each in good if len(each.losses) >= FEWEST]
     return ComparisonRow(
@@ -503,7 +484,7 @@ def _row(
         verdict=verdict,
         mcnemar=tuple(tests),
         costs=costs(own) if own else None,
-        failed=failures.get(spec),
+        failed=failed,
         collapses=side.learnt.collapses,
         learnt_nothing=side.learnt.nothing,
         trained_out=2 * sum(falling) < len(falling) if falling else None,
@@ -511,9 +492,7 @@ def _row(
     )
 
 
-def _at_equal_steps(
-    design: Design, row: ComparisonRow, sides: Mapping[str, SeededResults], confidence: float
-) -> ComparisonRow:
+def _at_equal_steps(design: Design, row: ComparisonRow, sides: Mapping[str, SeededResults]) -> ComparisonRow:
     """The row with its verdict against the baseline trained for as many steps, if it was trained for other steps."""
     baseline = sides[design.against]
     if row.steps is None or row.spec in design.twins or row.steps == _steps(baseline):
@@ -522,7 +501,7 @@ def _at_equal_steps(
     if twin is None:
         return row
     draw = generator(design.recipe.split_seed, row.spec, "equal steps")
-    return replace(row, at_equal_steps=judge_pair(sides[row.spec], twin, design.margin, draw, confidence))
+    return replace(row, at_equal_steps=judge_pair(sides[row.spec], twin, design.margin, draw))
 
 
 def _steps(side: SeededResults) -> int | None:
@@ -531,9 +510,7 @@ def _steps(side: SeededResults) -> int | None:
     return round(fmean(known)) if known else None
 
 
-def _curves(
-    design: Design, results: Sequence[CellResult], examples: Sequence[Example], confidence: float
-) -> list[CurvePoint]:
+def _curves(design: Design, results: Sequence[CellResult], examples: Sequence[Example]) -> list[CurvePoint]:
     points = []
     for candidate in design.candidates:
         for fraction in sorted(design.fractions):
@@ -543,10 +520,10 @@ def _curves(
                 continue
             rng = generator(design.recipe.split_seed, candidate.spec, fraction)
             scores = np.stack([each.scores for each in side.trained.values()])
-            score = interval(scores, rng, confidence=confidence, between=(0, 1)).times(100)
+            score = interval(scores, rng, between=(0, 1)).times(100)
             verdict = None
             if candidate.spec != design.against:
-                verdict = judge_pair(side, baseline, design.margin, rng, confidence)
+                verdict = judge_pair(side, baseline, design.margin, rng)
             word = verdict.word if verdict else None
             count = max(1, round(fraction * design.train))
             points.append(CurvePoint(candidate.spec, fraction, count, score, len(side.all), word))
@@ -646,7 +623,7 @@ class Disagreement:
 
 
 def per_class(
-    results: Sequence[CellResult], baseline: Mapping[int, CellResult], data: Dataset, confidence: float, seed: int
+    results: Sequence[CellResult], baseline: Mapping[int, CellResult], data: Dataset, seed: int
 ) -> tuple[PerClass, ...]:
     """The most common classes, for each row but the baseline and the bare base.
 
@@ -667,7 +644,7 @@ def per_class(
             d = np.stack([own[each].scores[places] - baseline[each].scores[places] for each in seeds])
             rng = np.random.default_rng([seed, zlib.crc32(f"{spec}\n{label}".encode())])
             right = 100 * float(np.mean([own[each].scores[places].mean() for each in seeds]))
-            difference = interval(d, rng, confidence=confidence, resamples=2000).times(100)
+            difference = interval(d, rng, resamples=2000).times(100)
             classes.append(PerClass(str(label), spec, len(places), right, difference))
     return tuple(classes)
 

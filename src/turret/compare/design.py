@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from turret.compare import report_text
-from turret.compare.verdict import components
+from turret.compare.verdict import HIGH, LOW, components
 from turret.errors import RecipeError
 from turret.json_types import JsonObject
 from turret.methods import METHODS, method_named
@@ -457,17 +457,15 @@ class Power:
         return f"{', or '.join(options)} would decide within {_points(self.margin)}"
 
 
-def power(spread: Spread, seeds: int, examples: int, margin: float, *, confidence: float = 0.95) -> Power:
+def power(spread: Spread, seeds: int, examples: int, margin: float) -> Power:
     """The power of a design with so many seeds per method and test examples. margin: points."""
 
     def reached(seeds: int, examples: int) -> float:
-        return (
-            float((simulate_intervals(spread, seeds, examples, confidence)[0] <= margin).mean()) if seeds > 1 else 0.0
-        )
+        return float((simulate_intervals(spread, seeds, examples)[0] <= margin).mean()) if seeds > 1 else 0.0
 
     if seeds < 2:
         return Power(seeds, examples, margin, 0.0, 0.0, None, None, None, None, None, spread)
-    below, above = simulate_intervals(spread, seeds, examples, confidence)
+    below, above = simulate_intervals(spread, seeds, examples)
     within = float((below <= margin).mean())
     more_examples = more_seeds = both = None
     if within < ENOUGH:
@@ -492,7 +490,7 @@ def power(spread: Spread, seeds: int, examples: int, margin: float, *, confidenc
     )
 
 
-def simulate_intervals(spread: Spread, seeds: int, examples: int, confidence: float = 0.95) -> tuple[Floats, Floats]:
+def simulate_intervals(spread: Spread, seeds: int, examples: int) -> tuple[Floats, Floats]:
     """Simulate DRAWS intervals of two equal methods with at least two seeds.
 
     The random numbers are the same in every call, so more seeds or examples never decide less by chance.
@@ -511,19 +509,18 @@ def simulate_intervals(spread: Spread, seeds: int, examples: int, confidence: fl
     noise = rng.permutation(_normal(RESAMPLES))  # (R,)
     drawn = math.sqrt(seeds / (seeds - 1)) * (rows @ weights.T - rows.mean(1, keepdims=True))
     drawn += np.sqrt(columns / examples)[:, None] * noise  # (D, R)
-    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2], axis=1)
-    wider = _quantile(rows.var(1, ddof=1), columns, rest, seeds, examples, confidence)
+    low, high = np.quantile(drawn, [LOW, HIGH], axis=1)
+    wider = _quantile(rows.var(1, ddof=1), columns, rest, seeds, examples)
     return -(middle + wider * low), middle + wider * high
 
 
-def _quantile(rows: Floats, columns: Floats, rest: float, seeds: int, examples: int, confidence: float) -> Floats:
+def _quantile(rows: Floats, columns: Floats, rest: float, seeds: int, examples: int) -> Floats:
     """The width of the interval relative to a normal's, by the t quantile with Satterthwaite's degrees of freedom."""
     by_seeds = np.maximum(0.0, rows - rest / examples) / seeds + rest / (seeds * examples)
     by_examples = np.maximum(0.0, columns - rest / seeds) / examples + rest / (seeds * examples)
     below = by_seeds**2 / (seeds - 1) + by_examples**2 / max(1, examples - 1)
     freedom = np.maximum(1.0, (by_seeds + by_examples) ** 2 / np.maximum(below, 1e-300))
-    level = 0.5 + confidence / 2
-    wider: Floats = stdtrit(freedom, level) / NormalDist().inv_cdf(level)
+    wider: Floats = stdtrit(freedom, HIGH) / NormalDist().inv_cdf(HIGH)
     return wider
 
 

@@ -35,6 +35,8 @@ from scipy.special import betaincinv, stdtrit
 from turret.compare.report_text import plus, rounded_estimate
 from turret.statistics import Floats, sign_flips, sign_test, smallest
 
+CONFIDENCE = 0.95  # of all intervals
+LOW, HIGH = 0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2  # quantiles at their ends
 RESAMPLES = 4000
 MOST_RESAMPLED = 20_000  # resampled one by one; larger test sets are resampled in groups of equal size
 
@@ -46,7 +48,7 @@ class Interval:
     mean: float
     low: float
     high: float
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
 
     @property
     def open(self) -> bool:
@@ -55,7 +57,7 @@ class Interval:
 
     def times(self, factor: float) -> Interval:
         """The interval in another unit."""
-        return Interval(factor * self.mean, factor * self.low, factor * self.high, self.confidence)
+        return Interval(factor * self.mean, factor * self.low, factor * self.high)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,6 @@ def interval(
     d: Floats,
     generator: np.random.Generator,
     *,
-    confidence: float = 0.95,
     resamples: int = RESAMPLES,
     between: tuple[float, float] | None = None,
 ) -> Interval:
@@ -136,17 +137,15 @@ def interval(
         w = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=count) / seeds  # (500, S)
         v = generator.multinomial(examples, np.full(examples, 1 / examples), size=count) / examples  # (500, N)
         drawn[start : start + count] = middle + stretch * (w @ rows - middle) + (v @ columns - middle)
-    low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = np.quantile(drawn, [LOW, HIGH])
     found = components(widened)
-    quantile = float(stdtrit(found.freedom(seeds, examples), 0.5 + confidence / 2))
-    wider = quantile / NormalDist().inv_cdf(0.5 + confidence / 2)
+    wider = float(stdtrit(found.freedom(seeds, examples), HIGH)) / NormalDist().inv_cdf(HIGH)
     mean = float(d.mean())
     least, most = (-1.0, 1.0) if between is None else between
     return Interval(
         mean,
         max(least, min(mean, middle + wider * (float(low) - middle))),
         min(most, max(mean, middle + wider * (float(high) - middle))),
-        confidence,
     )
 
 
@@ -188,12 +187,12 @@ def mcnemar(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> tupl
     return only_first, only_second, sign_test(only_first, only_second)
 
 
-def rate(times: int, trials: int, confidence: float = 0.95) -> Interval:
+def rate(times: int, trials: int) -> Interval:
     """A rate in points with its exact interval (Clopper & Pearson 1934)."""
-    rest, level = trials - times, (1 - confidence) / 2
+    rest, level = trials - times, (1 - CONFIDENCE) / 2
     low = 0.0 if not times else float(betaincinv(times, rest + 1, level))
     high = 1.0 if not rest else float(betaincinv(times + 1, rest, 1 - level))
-    return Interval(times / trials, low, high, confidence).times(100)
+    return Interval(times / trials, low, high).times(100)
 
 
 # --- verdict ----------------------------------------------------------------------------------------------------------
@@ -283,8 +282,7 @@ def judge(
     margin: float,
     generator: np.random.Generator,
     *,
-    confidence: float = 0.95,
-    resamples: int = 4000,
+    resamples: int = RESAMPLES,
     collapsed: Sequence[int] = (),
     trainings: int | None = None,
     claimed: bool = True,
@@ -302,7 +300,7 @@ def judge(
         fixed: two stored versions are judged as they are, so that S = 1 is enough.
     """
     seeds, examples = d.shape
-    difference = interval(d, generator, confidence=confidence, resamples=resamples).times(100)
+    difference = interval(d, generator, resamples=resamples).times(100)
     trainings = seeds if trainings is None else trainings
     enough = seeds > 1 or fixed
     word = _word(difference, margin) if enough and claimed else "undecided"
@@ -311,8 +309,8 @@ def judge(
     p = sign_flips(group_columns(d).mean(0), generator, resamples)  # over seeds first: each example counts once
     more: Remedy = (None, None, None)
     if word == "undecided" and enough and not collapsed:
-        more = _what_would_settle(100 * d, margin, confidence, fixed)
-    share = rate(len(collapsed), trainings, confidence)
+        more = _what_would_settle(100 * d, margin, fixed)
+    share = rate(len(collapsed), trainings)
     return Verdict(
         word,
         difference,
@@ -337,13 +335,13 @@ def _word(difference: Interval, margin: float) -> Word:
     return "within" if difference.low >= -margin else "undecided"
 
 
-def _what_would_settle(d: Floats, margin: float, confidence: float, fixed: bool) -> Remedy:
+def _what_would_settle(d: Floats, margin: float, fixed: bool) -> Remedy:
     """The least that settles it often enough: more seeds, or else examples, or else both. d: (S, N), points."""
     futures = Futures.after(d, margin)
     seeds, examples = d.shape
 
     def settled(more_seeds: int, more_examples: int) -> float:
-        middle, half = futures.intervals(more_seeds, more_examples, confidence)
+        middle, half = futures.intervals(more_seeds, more_examples)
         low, high = middle - half, middle + half
         decided = (high < -margin) | (low >= -margin) | ((low > 0) & (high > margin))  # as `_word` says
         return float(decided.reshape(2, -1).mean(1).min())
@@ -430,7 +428,7 @@ class Futures:
             by_rest=errors[2],
         )
 
-    def intervals(self, more_seeds: int, more_examples: int, confidence: float) -> tuple[Floats, Floats]:
+    def intervals(self, more_seeds: int, more_examples: int) -> tuple[Floats, Floats]:
         """(middles, half widths) (F,) with so many more seeds and examples."""
         rng = np.random.default_rng(1)
         seeds, examples = self.seeds + more_seeds, self.examples + more_examples
@@ -464,4 +462,4 @@ class Futures:
         freedom = np.maximum(1.0, (by_seeds + by_examples + 2 * rest) ** 2 / np.maximum(below, 1e-300))
         if seeds == 1:
             freedom = np.full(FUTURES, float(examples - 1))
-        return middle, stdtrit(freedom, 0.5 + confidence / 2) * np.sqrt(by_seeds + by_examples + rest)
+        return middle, stdtrit(freedom, HIGH) * np.sqrt(by_seeds + by_examples + rest)

@@ -218,9 +218,6 @@ class HeadAnswers(Task, Protocol):
     def tokenizer(self) -> Tokenizer:
         return self.inputs.tokenizer
 
-    def class_scores(self, logits: Tensor) -> Tensor:
-        return logits
-
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
         raise DataError("coverage needs probabilities of labels, and this task gives none: leave it out")
 
@@ -417,6 +414,10 @@ class Classify(HeadAnswers):
         if self.class_weights is None:
             return None
         return torch.tensor([self.class_weights.get(label, 1.0) for label in self.labels], device=device)  # (C,)
+
+    def class_scores(self, logits: Tensor) -> Tensor:
+        """What the probabilities of the labels are computed from: (B, C). logits: as the head gives them."""
+        return logits
 
     def chosen_classes(self, logits: Tensor) -> list[int]:
         """The number of the answered class of each row."""

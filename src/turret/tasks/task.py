@@ -376,10 +376,6 @@ class Task(Protocol):
         """A classifier that decides one of `decisions` alone, and its logits. logits: as the head gives them."""
         raise _no_head(self)
 
-    def class_scores(self, logits: Tensor) -> Tensor:
-        """What the probabilities of the labels are computed from: (B, C). logits: as the head gives them."""
-        raise _no_head(self)
-
     def label_sets(self, logits: Tensor, coverage: float) -> list[list[str]]:
         """The labels of each row that together have this coverage, the most probable first. Raises DataError."""
         raise _no_head(self)

@@ -91,11 +91,10 @@ def compare(
             results,
             failures=runner.failures,
             missing=len(runner.missing),
-            confidence=request.confidence,
             budget=request.budget,
             folder=str(ready.folder),
             command=command_of(request, ready.design.recipe),
-            power=_power(ready.design, ready.data, results, request.confidence),  # of the spread that was seen
+            power=_power(ready.design, ready.data, results),  # of the spread that was seen
         )
         result = result if request.texts else result.without_texts()
         write_report(result, ready.folder, files.write_text)
@@ -156,7 +155,7 @@ def prepare(
         against=design.against,
         trainings=len(cells),
         missing=len(cells) - len(results),
-        power=_power(design, data, results, request.confidence),
+        power=_power(design, data, results),
         folder=str(folder),
     )
     return Prepared(data, design, folder, planned)
@@ -182,7 +181,7 @@ def _stored_result(folder: Path, cell: Cell) -> CellResult | None:
     return None if stored is None else CellResult.of(cell, stored)
 
 
-def _power(design: Design, data: Dataset, results: Sequence[CellResult], confidence: float) -> Power:
+def _power(design: Design, data: Dataset, results: Sequence[CellResult]) -> Power:
     """What the design can detect, from the spread of the results so far, or from an assumed spread."""
     whole = [each for each in results if each.fraction == design.fractions[0]]
     sides = {row.spec: SeededResults.of(row.spec, whole, data.test).trained for row in design.candidates}
@@ -193,4 +192,4 @@ def _power(design: Design, data: Dataset, results: Sequence[CellResult], confide
     ]
     pairs = [d for spec in contenders if (d := paired_differences(sides[spec], sides[design.against])) is not None]
     spread = Spread.measured(pairs) or Spread.assumed(data.kind)
-    return power(spread, len(design.seeds), len(data.test), design.margin, confidence=confidence)
+    return power(spread, len(design.seeds), len(data.test), design.margin)

@@ -54,7 +54,6 @@ class CompositionRequest:
     texts: bool = True  # whether the report shows examples
     device: str = "auto"
     dtype: Dtype = "auto"  # of the base
-    confidence: float = 0.95
 
     def command(self, composition: str) -> str:
         """The command line with the same options. composition: with the number of every version."""
@@ -137,7 +136,6 @@ def compare_composition(store: Store, request: CompositionRequest, say: Say) -> 
             results,
             failures={},
             missing=0,
-            confidence=request.confidence,
             budget=None,
             folder=str(folder),
             command=request.command(str(composed.whole)),

@@ -17,6 +17,7 @@ import numpy as np
 from turret.compare.control_rates import Control, Written, rate_methods, shown_documents, write_report
 from turret.compare.design import Candidate, Cell, candidates
 from turret.compare.results import CellResult, made_with
+from turret.compare.verdict import CONFIDENCE
 from turret.data import Dataset
 from turret.errors import DataError, RecipeError, TrainingError
 from turret.recipe import Recipe
@@ -240,7 +241,7 @@ def _control(
         documents=len(first.test),
         train=len(first.train),
         seeds=tuple(sorted({cell.seed for cells in prepared.cells.values() for cell in cells})),
-        confidence=0.95,
+        confidence=CONFIDENCE,
         chance=100 / len(aspects),
         judge={
             "version": judge.version,

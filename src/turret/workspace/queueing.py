@@ -414,7 +414,6 @@ class ComparisonRequest:
     against: str = "full"
     lr: float | Literal["auto"] | None = None  # for every method; None: each method's own
     texts: bool = True  # whether the report shows examples
-    confidence: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -441,4 +440,5 @@ def order_of(spec: StudySpec) -> Order:
     values: JsonObject = dict(spec["order"])
     if spec["verb"] == "sweep":
         return SweepOrder(**values)
+    values.pop("confidence", None)  # earlier versions wrote it, always as 0.95
     return ComparisonRequest(**values | {"fractions": tuple(values["fractions"])})
