@@ -30,10 +30,9 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 from turret import process
-from turret.access import ANY, check_patterns
+from turret.access import ANY
 from turret.database import CELL, STUDY
 from turret.errors import BadLocation, Interrupted, LeaseLost, NotFound, RecipeError, StoreError
-from turret.process import stop_on_sigterm
 from turret.recipe import AUTO, Recipe
 from turret.store import JobQueue, Store, leases
 from turret.store.jobs import WORK, CellSpec, Entry, Job, StudySpec
@@ -66,7 +65,6 @@ from turret.workspace.progress import Say, silent
 CHILD = "turret.workspace.job_process"
 TRAINER = "turret.workspace.resident_trainer"
 CONDUCTOR = "turret.workspace.studying"
-SLOTS = 4
 STUDIES = 4  # comparisons and sweeps that a worker conducts at once, beside its slots
 POLL_SECONDS = 1.0  # between two looks at an empty queue
 OUTAGE_SECONDS = 5.0  # after the store did not answer
@@ -96,52 +94,6 @@ class WorkerLimits:
             "stopping": self.stopping_seconds,
             "bases": list(self.bases),
         }
-
-
-def work(
-    store: Store, say: Say, *, until_empty: bool, slots: int = SLOTS, limits: WorkerLimits = WorkerLimits()
-) -> int:
-    """Take and run trainings until a signal, or until nothing is due. Returns how many were taken.
-
-    Args:
-        slots: trainings at once.
-    """
-    stop_on_sigterm()
-    check_patterns(["*"], limits.bases)
-    if not store.writable():
-        raise StoreError(f"store {store} is read-only here: a worker writes to it; give permission, or another --store")
-    worker = Worker(store, say, slots, limits)
-    try:
-        worker.work(until_empty)
-    except (KeyboardInterrupt, Interrupted):
-        say("stopped")
-    finally:
-        worker.stop()
-    return worker.count
-
-
-def work_one(store: Store, say: Say, job: str | None, limits: WorkerLimits) -> str | None:
-    """Do one job, the next one if `job` is None, and return its state then; None if nothing is due.
-
-    A process that has the job is waited for, as its machine may be lost.
-    """
-    stop_on_sigterm()
-    check_patterns(["*"], limits.bases)
-    worker, queue = Worker(store, say, 1, limits), JobQueue.of(store, make=True)
-    try:
-        if job is None:
-            return worker.run_next()
-        while True:
-            found = queue.states([job]).get(job)
-            if found is None:
-                raise NotFound(f"no job {ascii(job)[:60]}: `turret runs` lists trainings")
-            if found["state"] not in ("waiting", "running"):
-                return str(found["state"])
-            if worker.run_one(job, say):
-                return str(queue.states([job])[job]["state"])
-            worker.pause()
-    finally:
-        worker.stop()
 
 
 class Trainer(Protocol):
@@ -221,10 +173,21 @@ class Worker:
         finally:
             self._trainer.close()
 
-    def pause(self) -> None:
-        """Wait until another look may find something. Raises Interrupted if this worker was told to stop."""
-        if self._stopping.wait(POLL_SECONDS):
-            raise Interrupted(STOPPED)
+    def finish(self, id: str) -> str:
+        """Do one job of the queue, and return its state then. One that has ended is not done again.
+
+        A process that has the job is waited for, as its machine may be lost.
+        """
+        while True:
+            found = self._queue.states([id]).get(id)
+            if found is None:
+                raise NotFound(f"no job {ascii(id)[:60]}: `turret runs` lists trainings")
+            if found["state"] not in ("waiting", "running"):
+                return str(found["state"])
+            if self.run_one(id, self._say):
+                return str(self._queue.states([id])[id]["state"])
+            if self._stopping.wait(POLL_SECONDS):
+                raise Interrupted(STOPPED)
 
     def run_next(self) -> str | None:
         """Do the next job. Returns its state then; None if nothing is due."""

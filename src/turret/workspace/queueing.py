@@ -13,6 +13,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from sqlalchemy import Connection
 
-from turret.access import ANY, Access
+from turret.access import ANY, Access, check_patterns
 from turret.arguments import checked_methods
 from turret.data import memory
 from turret.data.source import is_table, looks_like_id, not_a_table, open_rows
 from turret.disk import PRIVATE, make_folder, permissions
-from turret.errors import DataError, NotFound, RecipeError, StoreError
+from turret.errors import DataError, Interrupted, NotFound, RecipeError, StoreError
 from turret.json_types import JsonObject
+from turret.process import stop_on_sigterm
 from turret.recipe import AUTO, Recipe
 from turret.store import JobQueue, Store, client_files, queued_data, scratch
 from turret.store.blobs import hash_file
@@ -36,7 +38,7 @@ from turret.store.runs import RunRow
 from turret.workspace.progress import Say, silent
 
 if TYPE_CHECKING:
-    from turret.workspace.queue_worker import WorkerLimits
+    from turret.workspace.queue_worker import Worker
 
 MOST_FILES = 1000  # in a folder of data
 STORED = re.compile(f"{client_files.ID}/")  # begins the name of a file that was sent before
@@ -182,12 +184,15 @@ class Queue:
             silent_minutes: a training without a step or a stage for longer is killed, and tried again.
             bases: patterns of the bases on the Hub that recipes may name.
         """
-        from turret.workspace import queue_worker
-
         if slots < 1:
             raise RecipeError(f"slots {slots}: expected 1 or more")
-        limits = _limits(most_hours, silent_minutes, bases)
-        return queue_worker.work(self._store, on_stage or silent, until_empty=until_empty, slots=slots, limits=limits)
+        say = on_stage or silent
+        with self._worker(say, slots, most_hours, silent_minutes, bases) as worker:
+            try:
+                worker.work(until_empty)
+            except (KeyboardInterrupt, Interrupted):
+                say("stopped")
+        return worker.count
 
     def work_one(
         self,
@@ -208,10 +213,31 @@ class Queue:
         Raises:
             NotFound: no such job.
         """
-        from turret.workspace import queue_worker
+        with self._worker(on_stage or silent, 1, most_hours, silent_minutes, bases) as worker:
+            return worker.run_next() if job is None else worker.finish(job)
 
-        limits = _limits(most_hours, silent_minutes, bases)
-        return queue_worker.work_one(self._store, on_stage or silent, job, limits)
+    @contextmanager
+    def _worker(
+        self, say: Say, slots: int, most_hours: float | None, silent_minutes: float, bases: Sequence[str]
+    ) -> Iterator[Worker]:
+        """A worker in this process. At the end of the block its trainings return to the queue."""
+        from turret.workspace.queue_worker import Worker, WorkerLimits
+
+        for name, value in (("most_hours", most_hours), ("silent_minutes", silent_minutes)):
+            if value is not None and not 0 < value < float("inf"):
+                raise RecipeError(f"{name} {value}: expected a number above 0")
+        most_seconds = None if most_hours is None else 3600 * most_hours
+        stop_on_sigterm()
+        check_patterns(["*"], bases)
+        if not self._store.writable():
+            raise StoreError(
+                f"store {self._store} is read-only here: a worker writes to it; give permission, or another --store"
+            )
+        worker = Worker(self._store, say, slots, WorkerLimits(most_seconds, 60 * silent_minutes, bases=tuple(bases)))
+        try:
+            yield worker
+        finally:
+            worker.stop()
 
     def _queue(self) -> JobQueue:
         return JobQueue.of(self._store)
@@ -275,15 +301,6 @@ def sent_file(files: SentFiles, name: str, folder: Path) -> Path:
         return content
     (folder / name).write_bytes(content)
     return folder / name
-
-
-def _limits(most_hours: float | None, silent_minutes: float, bases: Sequence[str]) -> WorkerLimits:
-    from turret.workspace.queue_worker import WorkerLimits
-
-    for name, value in (("most_hours", most_hours), ("silent_minutes", silent_minutes)):
-        if value is not None and not 0 < value < float("inf"):
-            raise RecipeError(f"{name} {value}: expected a number above 0")
-    return WorkerLimits(None if most_hours is None else 3600 * most_hours, 60 * silent_minutes, bases=tuple(bases))
 
 
 Place = Callable[[Callable[[Connection], str]], str]  # makes sure of data, for `JobQueue`
