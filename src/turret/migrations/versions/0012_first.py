@@ -14,27 +14,25 @@ def bytewise(length: int) -> sa.String:
 def upgrade() -> None:
     op.create_table(
         "adapters",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
         sa.Column("tenant", bytewise(64), server_default="default", nullable=False),
         sa.Column("name", bytewise(100), nullable=False),
         sa.Column("last_number", sa.Integer(), nullable=False),
         sa.Column("created", sa.String(32), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_adapters"),
-        sa.UniqueConstraint("tenant", "name", name="uq_adapters_tenant_name"),
+        sa.UniqueConstraint("tenant", "name"),
     )
     op.create_table(
         "artifacts",
-        sa.Column("path", bytewise(700), nullable=False),
+        sa.Column("path", bytewise(700), primary_key=True),
         sa.Column("digest", sa.String(80), nullable=False),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.Column("upload", sa.String(32), nullable=False),
         sa.Column("changed", sa.String(32), nullable=False),
-        sa.PrimaryKeyConstraint("path", name="pk_artifacts"),
     )
     op.create_table(
         "audit",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("tenant", bytewise(64), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("tenant", bytewise(64), nullable=False, index=True),
         sa.Column("adapter", bytewise(100)),
         sa.Column("at", sa.String(32), nullable=False),
         sa.Column("who", sa.String(100)),
@@ -42,22 +40,19 @@ def upgrade() -> None:
         sa.Column("what", sa.String(200), nullable=False),
         sa.Column("before", sa.JSON()),
         sa.Column("after", sa.JSON()),
-        sa.PrimaryKeyConstraint("id", name="pk_audit"),
     )
-    op.create_index("ix_audit_tenant", "audit", ["tenant"])
     op.create_table(
         "batch_parts",
-        sa.Column("batch", sa.String(40), nullable=False),
-        sa.Column("first", sa.Integer(), nullable=False),
+        sa.Column("batch", sa.String(40), primary_key=True),
+        sa.Column("first", sa.Integer(), primary_key=True),
         sa.Column("answers", sa.Text(), nullable=False),
         sa.Column("errors", sa.Text(), nullable=False),
-        sa.PrimaryKeyConstraint("batch", "first", name="pk_batch_parts"),
     )
     op.create_table(
         "batches",
-        sa.Column("id", sa.String(40), nullable=False),
-        sa.Column("owner", bytewise(200), nullable=False),
-        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("id", sa.String(40), primary_key=True),
+        sa.Column("owner", bytewise(200), nullable=False, index=True),
+        sa.Column("state", sa.String(16), nullable=False, index=True),
         sa.Column("endpoint", sa.String(64), nullable=False),
         sa.Column("input_file", sa.String(40), nullable=False),
         sa.Column("output_file", sa.String(40)),
@@ -71,89 +66,76 @@ def upgrade() -> None:
         sa.Column("failed", sa.Integer(), nullable=False),
         sa.Column("worker", sa.String(32)),
         sa.Column("until", sa.Float()),
-        sa.PrimaryKeyConstraint("id", name="pk_batches"),
     )
-    op.create_index("ix_batches_owner", "batches", ["owner"])
-    op.create_index("ix_batches_state", "batches", ["state"])
     op.create_table(
         "budgets",
-        sa.Column("name", bytewise(255), nullable=False),
-        sa.Column("unit", sa.String(16), nullable=False),
+        sa.Column("name", bytewise(255), primary_key=True),
+        sa.Column("unit", sa.String(16), primary_key=True),
         sa.Column("per_minute", sa.Integer(), nullable=False),
         sa.Column("level", sa.Float(), nullable=False),
         sa.Column("at", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("name", "unit", name="pk_budgets"),
     )
     op.create_table(
         "client_files",
-        sa.Column("id", sa.String(40), nullable=False),
-        sa.Column("owner", bytewise(200), nullable=False),
+        sa.Column("id", sa.String(40), primary_key=True),
+        sa.Column("owner", bytewise(200), nullable=False, index=True),
         sa.Column("name", sa.String(255), nullable=False),
         sa.Column("purpose", sa.String(32), nullable=False),
         sa.Column("digest", sa.String(80), nullable=False),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.Column("upload", sa.String(32), nullable=False),
         sa.Column("created", sa.Integer(), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_client_files"),
     )
-    op.create_index("ix_client_files_owner", "client_files", ["owner"])
     op.create_table(
         "golden_sets",
-        sa.Column("digest", sa.String(80), nullable=False),
+        sa.Column("digest", sa.String(80), primary_key=True),
         sa.Column("kind", sa.String(16), nullable=False),
         sa.Column("examples", sa.Integer(), nullable=False),
         sa.Column("content", sa.Text(), nullable=False),
         sa.Column("created", sa.String(32), nullable=False),
-        sa.PrimaryKeyConstraint("digest", name="pk_golden_sets"),
     )
     op.create_table(
         "leases",
-        sa.Column("name", bytewise(255), nullable=False),
+        sa.Column("name", bytewise(255), primary_key=True),
         sa.Column("owner", sa.String(64), nullable=False),
         sa.Column("process", sa.String(200), nullable=False),
         sa.Column("host", sa.String(255), nullable=False),
         sa.Column("fence", sa.Integer(), nullable=False),
         sa.Column("until", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("name", name="pk_leases"),
     )
     op.create_table(
         "queue_limits",
-        sa.Column("tenant", bytewise(64), server_default="default", nullable=False),
+        sa.Column("tenant", bytewise(64), server_default="default", primary_key=True),
         sa.Column("running", sa.Integer()),
         sa.Column("waiting", sa.Integer()),
-        sa.PrimaryKeyConstraint("tenant", name="pk_queue_limits"),
     )
     op.create_table(
         "runs",
-        sa.Column("id", sa.String(40), nullable=False),
+        sa.Column("id", sa.String(40), primary_key=True),
         sa.Column("name", sa.String(100), nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
-        sa.Column("recipe_digest", sa.String(80), nullable=False),
+        sa.Column("recipe_digest", sa.String(80), nullable=False, index=True),
         sa.Column("data_digest", sa.String(80), nullable=False),
         sa.Column("created", sa.String(32), nullable=False),
         sa.Column("ended", sa.String(32)),
         sa.Column("error", sa.Text()),
         sa.Column("result", sa.JSON()),
         sa.Column("tenant", bytewise(64), server_default="default", nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_runs"),
     )
-    op.create_index("ix_runs_recipe_digest", "runs", ["recipe_digest"])
     op.create_table(
         "server_secrets",
-        sa.Column("name", sa.String(32), nullable=False),
+        sa.Column("name", sa.String(32), primary_key=True),
         sa.Column("value", sa.String(64), nullable=False),
-        sa.PrimaryKeyConstraint("name", name="pk_server_secrets"),
     )
     op.create_table(
         "sessions",
-        sa.Column("hash", sa.String(64), nullable=False),
+        sa.Column("hash", sa.String(64), primary_key=True),
         sa.Column("token", sa.String(80), nullable=False),
         sa.Column("ends", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("hash", name="pk_sessions"),
     )
     op.create_table(
         "tokens",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
         sa.Column("tenant", bytewise(64), server_default="default", nullable=False),
         sa.Column("name", sa.String(100), nullable=False),
         sa.Column("hash", sa.String(80), nullable=False),
@@ -167,33 +149,30 @@ def upgrade() -> None:
         sa.Column("expires", sa.String(32)),
         sa.Column("former_hash", sa.String(80)),
         sa.Column("former_until", sa.String(32)),
-        sa.PrimaryKeyConstraint("id", name="pk_tokens"),
-        sa.UniqueConstraint("hash", name="uq_tokens_hash"),
-        sa.UniqueConstraint("tenant", "name", name="uq_tokens_tenant_name"),
+        sa.UniqueConstraint("hash"),
+        sa.UniqueConstraint("tenant", "name"),
     )
     op.create_table(
         "uploads",
-        sa.Column("id", sa.String(32), nullable=False),
+        sa.Column("id", sa.String(32), primary_key=True),
         sa.Column("since", sa.String(32), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_uploads"),
     )
     op.create_table(
         "usage",
-        sa.Column("tenant", bytewise(64), nullable=False),
-        sa.Column("adapter", bytewise(100), nullable=False),
-        sa.Column("day", sa.String(10), nullable=False),
+        sa.Column("tenant", bytewise(64), primary_key=True),
+        sa.Column("adapter", bytewise(100), primary_key=True),
+        sa.Column("day", sa.String(10), primary_key=True),
         sa.Column("requests", sa.BigInteger(), nullable=False),
         sa.Column("answers", sa.BigInteger(), nullable=False),
         sa.Column("prompt_tokens", sa.BigInteger(), nullable=False),
         sa.Column("completion_tokens", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("tenant", "adapter", "day", name="pk_usage"),
     )
     op.create_table(
         "experiments",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
         sa.Column("adapter_id", sa.Integer(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
-        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False, index=True),
         sa.Column("alias", sa.String(32), nullable=False),
         sa.Column("salt", sa.String(64), nullable=False),
         sa.Column("settings", sa.JSON(), nullable=False),
@@ -202,38 +181,31 @@ def upgrade() -> None:
         sa.Column("who", sa.String(100)),
         sa.Column("ended", sa.String(32)),
         sa.Column("verdict", sa.JSON()),
-        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_experiments_adapter_id"),
-        sa.PrimaryKeyConstraint("id", name="pk_experiments"),
-        sa.UniqueConstraint("adapter_id", "number", name="uq_experiments_adapter_id_number"),
+        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"]),
+        sa.UniqueConstraint("adapter_id", "number"),
     )
-    op.create_index("ix_experiments_state", "experiments", ["state"])
     op.create_table(
         "gates",
-        sa.Column("adapter_id", sa.Integer(), nullable=False),
-        sa.Column("alias", bytewise(32), nullable=False),
-        sa.Column("split", sa.String(100), nullable=False),
-        sa.Column("metric", sa.String(200), nullable=False),
-        sa.Column("relation", sa.String(2), nullable=False),
+        sa.Column("adapter_id", sa.Integer(), sa.ForeignKey("adapters.id"), primary_key=True),
+        sa.Column("alias", bytewise(32), primary_key=True),
+        sa.Column("split", sa.String(100), primary_key=True),
+        sa.Column("metric", sa.String(200), primary_key=True),
+        sa.Column("relation", sa.String(2), primary_key=True),
         sa.Column("threshold", sa.Float(), nullable=False),
         sa.Column("created", sa.String(32), nullable=False),
-        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_gates_adapter_id"),
-        sa.PrimaryKeyConstraint("adapter_id", "alias", "split", "metric", "relation", name="pk_gates"),
     )
     op.create_table(
         "golden_gates",
-        sa.Column("adapter_id", sa.Integer(), nullable=False),
-        sa.Column("alias", bytewise(32), nullable=False),
-        sa.Column("golden", sa.String(80), nullable=False),
+        sa.Column("adapter_id", sa.Integer(), sa.ForeignKey("adapters.id"), primary_key=True),
+        sa.Column("alias", bytewise(32), primary_key=True),
+        sa.Column("golden", sa.String(80), sa.ForeignKey("golden_sets.digest"), primary_key=True),
         sa.Column("share", sa.Float(), nullable=False),
         sa.Column("created", sa.String(32), nullable=False),
-        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_golden_gates_adapter_id"),
-        sa.ForeignKeyConstraint(["golden"], ["golden_sets.digest"], name="fk_golden_gates_golden"),
-        sa.PrimaryKeyConstraint("adapter_id", "alias", "golden", name="pk_golden_gates"),
     )
     op.create_table(
         "queue",
-        sa.Column("run", sa.String(40), nullable=False),
-        sa.Column("tenant", bytewise(64), server_default="default", nullable=False),
+        sa.Column("run", sa.String(40), sa.ForeignKey("runs.id"), primary_key=True),
+        sa.Column("tenant", bytewise(64), server_default="default", nullable=False, index=True),
         sa.Column("priority", sa.Integer(), nullable=False),
         sa.Column("tries", sa.Integer(), nullable=False),
         sa.Column("queued", sa.String(32), nullable=False),
@@ -242,113 +214,87 @@ def upgrade() -> None:
         sa.Column("cancelled", sa.String(32)),
         sa.Column("who", sa.String(100)),
         sa.Column("recipe", sa.Text(), nullable=False),
-        sa.ForeignKeyConstraint(["run"], ["runs.id"], name="fk_queue_run"),
-        sa.PrimaryKeyConstraint("run", name="pk_queue"),
     )
-    op.create_index("ix_queue_tenant", "queue", ["tenant"])
     op.create_table(
         "replays",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("version", sa.String(80), nullable=False),
-        sa.Column("golden", sa.String(80), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("version", sa.String(80), nullable=False, index=True),
+        sa.Column("golden", sa.String(80), sa.ForeignKey("golden_sets.digest"), nullable=False),
         sa.Column("passed", sa.Integer(), nullable=False),
         sa.Column("total", sa.Integer(), nullable=False),
         sa.Column("first", sa.JSON()),
         sa.Column("replayed", sa.String(32), nullable=False),
         sa.Column("tenant", bytewise(64), server_default="default", nullable=False),
-        sa.ForeignKeyConstraint(["golden"], ["golden_sets.digest"], name="fk_replays_golden"),
-        sa.PrimaryKeyConstraint("id", name="pk_replays"),
     )
-    op.create_index("ix_replays_version", "replays", ["version"])
     op.create_table(
         "run_log",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("run", sa.String(40), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("run", sa.String(40), sa.ForeignKey("runs.id"), nullable=False, index=True),
         sa.Column("tenant", bytewise(64), server_default="default", nullable=False),
         sa.Column("at", sa.String(32), nullable=False),
         sa.Column("line", sa.String(500), nullable=False),
-        sa.ForeignKeyConstraint(["run"], ["runs.id"], name="fk_run_log_run"),
-        sa.PrimaryKeyConstraint("id", name="pk_run_log"),
     )
-    op.create_index("ix_run_log_run", "run_log", ["run"])
     op.create_table(
         "versions",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
         sa.Column("adapter_id", sa.Integer(), nullable=False),
         sa.Column("number", sa.Integer(), nullable=False),
-        sa.Column("digest", sa.String(80), nullable=False),
+        sa.Column("digest", sa.String(80), nullable=False, index=True),
         sa.Column("created", sa.String(32), nullable=False),
-        sa.Column("run", sa.String(40)),
+        sa.Column("run", sa.String(40), index=True),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.Column("metrics", sa.JSON(), nullable=False),
         sa.Column("manifest", sa.JSON(), nullable=False),
         sa.Column("who", sa.String(100)),
-        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_versions_adapter_id"),
-        sa.PrimaryKeyConstraint("id", name="pk_versions"),
-        sa.UniqueConstraint("adapter_id", "digest", name="uq_versions_adapter_id_digest"),
-        sa.UniqueConstraint("adapter_id", "number", name="uq_versions_adapter_id_number"),
+        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"]),
+        sa.UniqueConstraint("adapter_id", "digest"),
+        sa.UniqueConstraint("adapter_id", "number"),
     )
-    op.create_index("ix_versions_digest", "versions", ["digest"])
-    op.create_index("ix_versions_run", "versions", ["run"])
     op.create_table(
         "alias_history",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("adapter_id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("adapter_id", sa.Integer(), sa.ForeignKey("adapters.id"), nullable=False, index=True),
         sa.Column("alias", bytewise(32), nullable=False),
-        sa.Column("version_id", sa.Integer()),
+        sa.Column("version_id", sa.Integer(), sa.ForeignKey("versions.id")),
         sa.Column("moved", sa.String(32), nullable=False),
         sa.Column("number", sa.Integer()),
         sa.Column("verb", sa.String(16)),
         sa.Column("before", sa.Integer()),
         sa.Column("who", sa.String(100)),
-        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_alias_history_adapter_id"),
-        sa.ForeignKeyConstraint(["version_id"], ["versions.id"], name="fk_alias_history_version_id"),
-        sa.PrimaryKeyConstraint("id", name="pk_alias_history"),
     )
-    op.create_index("ix_alias_history_adapter_id", "alias_history", ["adapter_id"])
     op.create_table(
         "aliases",
-        sa.Column("adapter_id", sa.Integer(), nullable=False),
-        sa.Column("alias", bytewise(32), nullable=False),
-        sa.Column("version_id", sa.Integer(), nullable=False),
+        sa.Column("adapter_id", sa.Integer(), sa.ForeignKey("adapters.id"), primary_key=True),
+        sa.Column("alias", bytewise(32), primary_key=True),
+        sa.Column("version_id", sa.Integer(), sa.ForeignKey("versions.id"), nullable=False, index=True),
         sa.Column("moved", sa.String(32), nullable=False),
-        sa.ForeignKeyConstraint(["adapter_id"], ["adapters.id"], name="fk_aliases_adapter_id"),
-        sa.ForeignKeyConstraint(["version_id"], ["versions.id"], name="fk_aliases_version_id"),
-        sa.PrimaryKeyConstraint("adapter_id", "alias", name="pk_aliases"),
     )
-    op.create_index("ix_aliases_version_id", "aliases", ["version_id"])
     op.create_table(
         "assignments",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("experiment_id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("experiment_id", sa.Integer(), sa.ForeignKey("experiments.id"), nullable=False),
         sa.Column("unit", sa.String(32), nullable=False),
-        sa.Column("receipt", sa.String(100)),
+        sa.Column("receipt", sa.String(100), unique=True),
         sa.Column("arm", sa.String(16), nullable=False),
         sa.Column("revision", sa.Integer(), nullable=False),
         sa.Column("probability", sa.Float(), nullable=False),
         sa.Column("first", sa.Integer(), nullable=False),
         sa.Column("at", sa.String(32), nullable=False),
-        sa.ForeignKeyConstraint(["experiment_id"], ["experiments.id"], name="fk_assignments_experiment_id"),
-        sa.PrimaryKeyConstraint("id", name="pk_assignments"),
-        sa.UniqueConstraint("receipt", name="uq_assignments_receipt"),
     )
     op.create_index("ix_assignments_experiment_id_unit", "assignments", ["experiment_id", "unit"])
     op.create_table(
         "experiment_events",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("experiment_id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("experiment_id", sa.Integer(), sa.ForeignKey("experiments.id"), nullable=False, index=True),
         sa.Column("verb", sa.String(16), nullable=False),
         sa.Column("detail", sa.JSON(), nullable=False),
         sa.Column("at", sa.String(32), nullable=False),
         sa.Column("who", sa.String(100)),
-        sa.ForeignKeyConstraint(["experiment_id"], ["experiments.id"], name="fk_experiment_events_experiment_id"),
-        sa.PrimaryKeyConstraint("id", name="pk_experiment_events"),
     )
-    op.create_index("ix_experiment_events_experiment_id", "experiment_events", ["experiment_id"])
     op.create_table(
         "experiment_health",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("experiment_id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("experiment_id", sa.Integer(), sa.ForeignKey("experiments.id"), nullable=False, index=True),
         sa.Column("arm", sa.String(16), nullable=False),
         sa.Column("answers", sa.Integer(), nullable=False),
         sa.Column("errors", sa.Integer(), nullable=False),
@@ -357,34 +303,26 @@ def upgrade() -> None:
         sa.Column("compared", sa.Integer(), nullable=False),
         sa.Column("agreed", sa.Integer(), nullable=False),
         sa.Column("at", sa.String(32), nullable=False),
-        sa.ForeignKeyConstraint(["experiment_id"], ["experiments.id"], name="fk_experiment_health_experiment_id"),
-        sa.PrimaryKeyConstraint("id", name="pk_experiment_health"),
     )
-    op.create_index("ix_experiment_health_experiment_id", "experiment_health", ["experiment_id"])
     op.create_table(
         "experiment_splits",
-        sa.Column("experiment_id", sa.Integer(), nullable=False),
-        sa.Column("revision", sa.Integer(), nullable=False),
+        sa.Column("experiment_id", sa.Integer(), sa.ForeignKey("experiments.id"), primary_key=True),
+        sa.Column("revision", sa.Integer(), primary_key=True),
         sa.Column("segments", sa.JSON(), nullable=False),
         sa.Column("created", sa.String(32), nullable=False),
-        sa.ForeignKeyConstraint(["experiment_id"], ["experiments.id"], name="fk_experiment_splits_experiment_id"),
-        sa.PrimaryKeyConstraint("experiment_id", "revision", name="pk_experiment_splits"),
     )
     op.create_table(
         "files",
-        sa.Column("version_id", sa.Integer(), nullable=False),
-        sa.Column("path", bytewise(255), nullable=False),
-        sa.Column("digest", sa.String(80), nullable=False),
+        sa.Column("version_id", sa.Integer(), sa.ForeignKey("versions.id"), primary_key=True),
+        sa.Column("path", bytewise(255), primary_key=True),
+        sa.Column("digest", sa.String(80), nullable=False, index=True),
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.Column("upload", sa.String(32), nullable=False),
-        sa.ForeignKeyConstraint(["version_id"], ["versions.id"], name="fk_files_version_id"),
-        sa.PrimaryKeyConstraint("version_id", "path", name="pk_files"),
     )
-    op.create_index("ix_files_digest", "files", ["digest"])
     op.create_table(
         "outcomes",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("assignment_id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("assignment_id", sa.Integer(), nullable=False, unique=True),
         sa.Column("experiment_id", sa.Integer(), nullable=False),
         sa.Column("unit", sa.String(32), nullable=False),
         sa.Column("arm", sa.String(16), nullable=False),
@@ -392,10 +330,8 @@ def upgrade() -> None:
         sa.Column("value", sa.Float(), nullable=False),
         sa.Column("counted", sa.Integer(), nullable=False),
         sa.Column("at", sa.String(32), nullable=False),
-        sa.ForeignKeyConstraint(["assignment_id"], ["assignments.id"], name="fk_outcomes_assignment_id"),
-        sa.ForeignKeyConstraint(["experiment_id"], ["experiments.id"], name="fk_outcomes_experiment_id"),
-        sa.PrimaryKeyConstraint("id", name="pk_outcomes"),
-        sa.UniqueConstraint("assignment_id", name="uq_outcomes_assignment_id"),
+        sa.ForeignKeyConstraint(["assignment_id"], ["assignments.id"]),
+        sa.ForeignKeyConstraint(["experiment_id"], ["experiments.id"]),
     )
     op.create_index("ix_outcomes_experiment_id_unit", "outcomes", ["experiment_id", "unit"])
     if op.get_bind().dialect.name == "sqlite":

@@ -19,16 +19,14 @@ def upgrade() -> None:
     op.execute("UPDATE batches SET taken = done")  # lines were answered in their order
     op.create_table(
         "batch_turns",
-        sa.Column("name", _bytewise(200), nullable=False),
+        sa.Column("name", _bytewise(200), primary_key=True),
         sa.Column("turn", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("name", name="pk_batch_turns"),
     )
     op.create_table(
         "flushes",
-        sa.Column("writer", sa.String(40), nullable=False),
+        sa.Column("writer", sa.String(40), primary_key=True),
         sa.Column("number", sa.BigInteger(), nullable=False),
         sa.Column("at", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("writer", name="pk_flushes"),
     )
 
 

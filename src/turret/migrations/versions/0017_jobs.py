@@ -33,9 +33,8 @@ def upgrade() -> None:
     op.create_index("ix_jobs_state_kind", "jobs", ["state", "kind"])
     op.create_table(
         "job_turns",
-        sa.Column("name", _bytewise(300), nullable=False),
+        sa.Column("name", _bytewise(300), primary_key=True),
         sa.Column("turn", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("name", name="pk_job_turns"),
     )
     _move_queue()
     _move_batches()

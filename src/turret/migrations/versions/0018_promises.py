@@ -10,7 +10,7 @@ down_revision = "0017"
 def upgrade() -> None:
     op.create_table(
         "promises",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
         sa.Column("tenant", _bytewise(64), nullable=False),
         sa.Column("digest", sa.String(80), nullable=False),
         sa.Column("metric", sa.Text(), nullable=False),
@@ -25,37 +25,29 @@ def upgrade() -> None:
         sa.Column("who", sa.String(100)),
         sa.Column("broken", sa.String(32)),
         sa.Column("verdict", sa.JSON()),
-        sa.PrimaryKeyConstraint("id", name="pk_promises"),
     )
     op.create_index("ix_promises_tenant_digest", "promises", ["tenant", "digest"])
     op.create_table(
         "promise_answers",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("promise_id", sa.Integer(), nullable=False),
-        sa.Column("receipt", sa.String(120), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("promise_id", sa.Integer(), sa.ForeignKey("promises.id"), nullable=False, index=True),
+        sa.Column("receipt", sa.String(120), nullable=False, unique=True),
         sa.Column("label", sa.Text(), nullable=False),
         sa.Column("probability", sa.Float(), nullable=False),
         sa.Column("decided", sa.Integer(), nullable=False),
         sa.Column("at", sa.String(32), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_promise_answers"),
-        sa.ForeignKeyConstraint(["promise_id"], ["promises.id"], name="fk_promise_answers_promise_id"),
-        sa.UniqueConstraint("receipt", name="uq_promise_answers_receipt"),
     )
-    op.create_index("ix_promise_answers_promise_id", "promise_answers", ["promise_id"])
     op.create_table(
         "promise_outcomes",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("promise_id", sa.Integer(), nullable=False),
-        sa.Column("answer_id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), primary_key=True),
+        sa.Column("promise_id", sa.Integer(), nullable=False, index=True),
+        sa.Column("answer_id", sa.Integer(), nullable=False, unique=True),
         sa.Column("wrong", sa.Integer(), nullable=False),
         sa.Column("right_label", sa.Text()),
         sa.Column("at", sa.String(32), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_promise_outcomes"),
-        sa.ForeignKeyConstraint(["promise_id"], ["promises.id"], name="fk_promise_outcomes_promise_id"),
-        sa.ForeignKeyConstraint(["answer_id"], ["promise_answers.id"], name="fk_promise_outcomes_answer_id"),
-        sa.UniqueConstraint("answer_id", name="uq_promise_outcomes_answer_id"),
+        sa.ForeignKeyConstraint(["promise_id"], ["promises.id"]),
+        sa.ForeignKeyConstraint(["answer_id"], ["promise_answers.id"]),
     )
-    op.create_index("ix_promise_outcomes_promise_id", "promise_outcomes", ["promise_id"])
 
 
 def _bytewise(length: int) -> sa.String:

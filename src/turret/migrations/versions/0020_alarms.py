@@ -10,8 +10,6 @@ down_revision = "0019"
 def upgrade() -> None:
     op.create_table(
         "alarms",
-        sa.Column("audit_id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("audit_id", sa.Integer(), sa.ForeignKey("audit.id"), autoincrement=False, primary_key=True),
         sa.Column("sent", sa.String(32), nullable=False),
-        sa.ForeignKeyConstraint(["audit_id"], ["audit.id"], name="fk_alarms_audit_id"),
-        sa.PrimaryKeyConstraint("audit_id", name="pk_alarms"),
     )
