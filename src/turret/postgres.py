@@ -107,19 +107,11 @@ class Postgres:
         """Begin a transaction beside other writers; a statement sees what was committed before it."""
         engine = self._engine.execution_options(isolation_level="READ COMMITTED", postgresql_readonly=False)
         with engine.begin() as connection:
-            self._limit_waits(connection)
+            _limit_waits(connection, int(ANSWER_SECONDS / 2), IDLE_SECONDS)
             yield connection
 
-    def _limit_waits(self, connection: Connection) -> None:
-        """A wait for a lock ends before the client's time for an answer, and a silent client's transaction too."""
-        limits = (
-            f"'lock_timeout', '{int(ANSWER_SECONDS / 2)}s', true), set_config('idle_in_transaction_session_timeout'"
-        )
-        connection.exec_driver_sql(f"SELECT set_config({limits}, '{IDLE_SECONDS}s', true)")
-
     def _wait_for_writers(self, connection: Connection) -> None:
-        limits = f"'lock_timeout', '{self._busy_seconds}s', true), set_config('idle_in_transaction_session_timeout'"
-        connection.exec_driver_sql(f"SELECT set_config({limits}, '{TAKE_SECONDS}s', true)")
+        _limit_waits(connection, self._busy_seconds, TAKE_SECONDS)
         driver: _WaitsForLock | None = connection.connection.driver_connection
         assert driver is not None
         driver.lock_seconds = self._busy_seconds
@@ -127,7 +119,8 @@ class Postgres:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
         finally:
             driver.lock_seconds = 0
-        self._limit_waits(connection)  # ALTER TABLE waits for readers of the table
+        # ALTER TABLE waits for readers of the table, and ends before the client's time for an answer.
+        _limit_waits(connection, int(ANSWER_SECONDS / 2), IDLE_SECONDS)
 
     def identity(self, connection: Connection) -> str | None:
         """Return the id of this catalog, which no other catalog has; None if it was lost.
@@ -157,15 +150,18 @@ class Postgres:
             if secret := _parameters(self._url, self.store).get(key):
                 reason = reason.replace(str(secret), "***")
         first = reason.strip().partition("\n")[0].removesuffix("?").strip()
-        for words, explanation in _EXPLANATIONS:
-            if any(word in reason for word in words):
-                return explanation.format(first=first, seconds=self._busy_seconds)
-        return first
+        explanation, _ = _explain(reason)
+        return explanation.format(first=first, seconds=self._busy_seconds)
 
     def is_outage(self, reason: str) -> bool:
         """Whether the same may succeed later: the server was not there, or another process held it up."""
-        words = next((words for words, _ in _EXPLANATIONS if any(word in reason for word in words)), ())
-        return any(word in _OUTAGES for word in words)
+        return _explain(reason)[1]
+
+
+def _limit_waits(connection: Connection, lock: int, idle: int) -> None:
+    """Limit the seconds of a wait for a lock, and of a transaction whose client is silent."""
+    limits = f"'lock_timeout', '{lock}s', true), set_config('idle_in_transaction_session_timeout', '{idle}s', true"
+    connection.exec_driver_sql(f"SELECT set_config({limits})")
 
 
 class _WaitsForLock(Protocol):
@@ -174,21 +170,23 @@ class _WaitsForLock(Protocol):
     lock_seconds: int
 
 
-_EXPLANATIONS = (  # words of an error -> its explanation and remedy
-    (("lock timeout",), "another process has locked it for {seconds} seconds: wait for that process, or end it"),
+_ERRORS = (  # words of an error, its explanation and remedy, and whether the same may succeed later
+    (("lock timeout",), "another process has locked it for {seconds} seconds: wait for that process, or end it", True),
     (
         ("the server is silent",),
         "{first}: check the server, the network, and whether the change was made; then try again",
+        True,
     ),
     (
         ("password", "Peer authentication", "no pg_hba.conf entry"),
         "{first}: set PGPASSWORD or ~/.pgpass, or ask for access",
+        False,
     ),
-    (("does not exist",), "{first}: create it, or correct the URL"),
-    (("permission denied", "must be owner"), "{first}: grant it, or connect as another user"),
-    (("read-only transaction",), "this server is read-only: connect to the primary server"),
-    (("No space left", "disk full"), "the server's disk is full ({first}): free some space there and try again"),
-    (("too many clients", "remaining connection slots"), "{first}: try again, or raise max_connections"),
+    (("does not exist",), "{first}: create it, or correct the URL", False),
+    (("permission denied", "must be owner"), "{first}: grant it, or connect as another user", False),
+    (("read-only transaction",), "this server is read-only: connect to the primary server", False),
+    (("No space left", "disk full"), "the server's disk is full ({first}): free some space there and try again", True),
+    (("too many clients", "remaining connection slots"), "{first}: try again, or raise max_connections", True),
     (
         (
             "terminating connection",
@@ -198,22 +196,20 @@ _EXPLANATIONS = (  # words of an error -> its explanation and remedy
             "idle-in-trans",
         ),
         "the connection was lost ({first}): check whether the change was made, then try again",
+        True,
     ),
     (
         ("connection failed", "connection to server", "could not translate", "failed to resolve", "timeout expired"),
         "cannot be reached ({first}): check host and port, and that the server runs",
+        True,
     ),
 )
 
 
-_OUTAGES = {  # a word of each explanation of an error that passes
-    "lock timeout",
-    "the server is silent",
-    "No space left",
-    "too many clients",
-    "server closed",
-    "connection failed",
-}
+def _explain(reason: str) -> tuple[str, bool]:
+    """What a user is told of an error, and whether the same may succeed later."""
+    found = (each[1:] for each in _ERRORS if any(word in reason for word in each[0]))
+    return next(found, ("{first}", False))
 
 
 def _parameters(url: str, store: str) -> ConnDict:
