@@ -14,7 +14,7 @@ import typer
 from typer import Argument, Option
 
 from turret.cli import options
-from turret.cli.output import columns, console, cut, emit, grid, metrics, number, safe, span, status
+from turret.cli.output import columns, console, cut, emit, grid, metrics, number, safe, span
 from turret.data import TextPair
 from turret.data.columns import RoleColumns
 from turret.errors import BadArgument, DataError, counted, plainly, shown
@@ -219,8 +219,7 @@ def predict(
     if texts is inputs:
         texts = stored_task(version.task).from_words(version.task, inputs)
     check_options(version, top, coverage)
-    with status() as say:
-        answers = workspace.predict(reference, texts, bare=bare, coverage=coverage, device=device, on_stage=say)
+    answers = command.run(workspace.predict, reference, texts, bare=bare, coverage=coverage, device=device)
     if command.as_json:
         emit([_with_top(answer, top) for answer in answers])
     else:
@@ -258,14 +257,12 @@ def evaluate(
     more = [] if out or page or data == "-" else [files]
     if panel is not None:
         columns |= _columns_of_questions(reading.columns.label)
-        with status() as say:
-            measured = workspace.evaluate_panel(str(panel), data, columns=columns, device=device, on_stage=say)
+        measured = command.run(workspace.evaluate_panel, str(panel), data, columns=columns, device=device)
         notes = write_evaluation(measured, out, page, texts)
         command.report(measured, lambda each: print_panel(each, notes))
         moves = [] if panel.production else [f"panel promote {panel}"]
     else:
-        with status() as say:
-            found = workspace.evaluate(reference, data, columns=columns, device=device, on_stage=say)
+        found = command.run(workspace.evaluate, reference, data, columns=columns, device=device)
         notes = write_evaluation(found, out, page, texts)
         command.report(found, lambda each: print_evaluation(each, notes))
         moves = [f"promote {found.version} production"]
@@ -302,17 +299,16 @@ def decide(
     """
     pairs = [each.partition("=") for each in labels]
     descriptions = {label: description for label, equals, description in pairs if equals}
-    with status() as say:
-        found = command.workspace.decide(
-            model,
-            texts,
-            [label for label, _, _ in pairs],
-            instructions=instructions,
-            descriptions=descriptions,
-            prior=prior,
-            device=device,
-            on_stage=say,
-        )
+    found = command.run(
+        command.workspace.decide,
+        model,
+        texts,
+        [label for label, _, _ in pairs],
+        instructions=instructions,
+        descriptions=descriptions,
+        prior=prior,
+        device=device,
+    )
     if command.as_json:
         emit([each.as_json() for each in found])
         return
@@ -342,8 +338,7 @@ def suggest(
     """
     named = reading.keys()
     check_targets(out, None)
-    with status() as say:
-        found = command.workspace.suggest(reference, source, most=most, columns=named, device=device, on_stage=say)
+    found = command.run(command.workspace.suggest, reference, source, most=most, columns=named, device=device)
     notes = []
     if out is not None:
         from turret.workspace.predicted_file import write_suggestions

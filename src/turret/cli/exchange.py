@@ -11,6 +11,7 @@ from typer import Argument, Option
 from turret.cli import options
 from turret.cli.output import console, grid, many, safe, size
 from turret.errors import RecipeError
+from turret.json_types import JsonObject
 
 if TYPE_CHECKING:
     from turret.workspace import Exported, Imported, Merged, Pushed
@@ -31,18 +32,15 @@ class Description:
         Option("--set", metavar="KEY=VALUE", help="A key of [task], such as task.prefix_text=...; repeatable."),
     ] = None
 
-    def label_names(self) -> list[str] | None:
-        """`"A, B"` -> `["A", "B"]`."""
-        return [label.strip() for label in self.labels.split(",")] if self.labels else None
-
-    def settings(self) -> dict[str, str]:
-        """The keys of [task] that `--set` gives. Raises RecipeError for any other key."""
-        found = {}
+    def given(self) -> JsonObject:
+        """The arguments of an import. Raises RecipeError for a key of `--set` that is not of [task]."""
+        labels = [label.strip() for label in self.labels.split(",")] if self.labels else None
+        settings = {}
         for key, value in options.overrides(self.sets).items():
             if not key.startswith("task."):
                 raise RecipeError(f"--set {key}: expected a key of [task], such as task.prefix_text")
-            found[key.removeprefix("task.")] = value
-        return found
+            settings[key.removeprefix("task.")] = value
+        return {"base": self.base, "task": self.task, "labels": labels, "settings": settings}
 
 
 def import_(
@@ -66,10 +64,7 @@ def import_(
         command.workspace.import_adapter,
         source,
         name,
-        base=description.base,
-        task=description.task,
-        labels=description.label_names(),
-        settings=description.settings(),
+        **description.given(),
         rank=rank,
         base_quantization=base_quantization,
         device=device,
@@ -179,10 +174,7 @@ def pull(
         hub_id,
         name,
         revision=revision,
-        base=description.base,
-        task=description.task,
-        labels=description.label_names(),
-        settings=description.settings(),
+        **description.given(),
         base_quantization=base_quantization,
         device=device,
     )
@@ -214,13 +206,7 @@ def merge(
     The new version names all of them as its parents. Evaluate it before you promote it: gates apply to it too.
     """
     found = command.perform(
-        _print_merged,
-        command.workspace.merge,
-        references,
-        name,
-        how=how,
-        weights=_numbers(weights),
-        density=density,
+        _print_merged, command.workspace.merge, references, name, how=how, weights=_numbers(weights), density=density
     )
     command.offer(f'predict {found.version} "a text of your own"', f"evaluate {found.version} OTHER.csv")
 

@@ -55,29 +55,10 @@ Source = Annotated[
     Argument(metavar="RECIPE | DATA", help="A recipe (.toml or a preset), or a table, folder, Hub id, pypi: or -."),
 ]
 
-KEYS = (  # of [data], that say how a table is read
-    "text",
-    "label",
-    "document",
-    "summary",
-    "prompt",
-    "completion",
-    "messages",
-    "input",
-    "system",
-    "tools",
-    "ignore",
-    "encoding",
-    "delimiter",
-    "header",
-    "header_row",
-    "sheet",
-    "bad_lines",
-    "separator",
-    "normalize_labels",
-    "rename",
-    "test",
-)
+# The keys of [data] that say how a table is read: its columns, its form, and its values.
+_COLUMNS = ("text", "label", "document", "summary", "prompt", "completion", "messages", "input", "system", "tools")
+_FORM = ("ignore", "encoding", "delimiter", "header", "header_row", "sheet", "bad_lines", "separator")
+KEYS = (*_COLUMNS, *_FORM, "normalize_labels", "rename", "test")
 
 
 class Result(Protocol):
@@ -86,6 +67,7 @@ class Result(Protocol):
     def as_json(self) -> JsonMapping: ...
 
 
+T = TypeVar("T")
 R = TypeVar("R", bound=Result)
 P = ParamSpec("P")
 
@@ -107,11 +89,15 @@ class Command:
         """Print a result as JSON, or with `show`."""
         emit(result.as_json()) if self.as_json else show(result)
 
-    def perform(self, show: Callable[[R], None], verb: Callable[P, R], *places: P.args, **names: P.kwargs) -> R:
-        """Call a verb of the workspace, which says its stages meanwhile, and print its result as `report` does."""
-        run: Callable[..., R] = partial(verb, *places, **names)
+    def run(self, verb: Callable[P, T], *places: P.args, **names: P.kwargs) -> T:
+        """Call a verb of the workspace, which says its stages meanwhile."""
+        run: Callable[..., T] = partial(verb, *places, **names)
         with status() as say:
-            found = run(on_stage=say)
+            return run(on_stage=say)
+
+    def perform(self, show: Callable[[R], None], verb: Callable[P, R], *places: P.args, **names: P.kwargs) -> R:
+        """As `run`, and print the result as `report` does."""
+        found = self.run(verb, *places, **names)
         self.report(found, show)
         return found
 

@@ -12,6 +12,7 @@ from typer import Option
 from turret.cli import options
 from turret.cli.output import columns, console, many, safe, size, span, status
 from turret.errors import RecipeError, counted
+from turret.json_types import JsonObject
 
 if TYPE_CHECKING:
     from turret.compare.comparison import Comparison, ComparisonRow
@@ -29,22 +30,9 @@ WORDS = {"within": "as good"}
 Texts = Annotated[bool, Option("--texts/--no-texts", help="Whether the report shows texts of the data.")]
 Budget = Annotated[str | None, Option(help="Time for new trainings: 30m, 2h, 90s.")]
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
-OF_TRAININGS = (  # options that say how something is trained
-    "methods",
-    "seeds",
-    "budget",
-    "fractions",
-    "lr",
-    "on",
-    "plan",
-    "base",
-    "name",
-    "data",
-    "task",
-    "seed",
-    "text",
-    "label",
-)
+# The options of `compare` that say how something is trained.
+OF_COMPARISONS = ("methods", "seeds", "budget", "fractions", "lr", "on", "plan")
+OF_TRAININGS = (*OF_COMPARISONS, "base", "name", "data", "task", "seed", "text", "label")
 
 
 def compare(
@@ -91,30 +79,17 @@ def compare(
         )
         return
     recipe = training.recipe(source)
-    workspace, limit, parts, rate = command.workspace, duration(budget), shares(fractions), _rate(lr)
+    workspace, limit = command.workspace, duration(budget)
+    design: JsonObject = {"methods": methods, "seeds": seeds, "fractions": shares(fractions), "lr": _rate(lr)}
+    design |= {"margin": margin, "against": against}
     if plan:
-        command.perform(
-            _print_plan,
-            workspace.plan_comparison,
-            recipe,
-            methods=methods,
-            seeds=seeds,
-            fractions=parts,
-            margin=margin,
-            against=against,
-            lr=rate,
-        )
+        command.perform(_print_plan, workspace.plan_comparison, recipe, **design)
         return
     with status() as show:
         found = workspace.compare(
             recipe,
-            methods=methods,
-            seeds=seeds,
+            **design,
             budget=limit,
-            fractions=parts,
-            margin=margin,
-            against=against,
-            lr=rate,
             texts=texts,
             on=on,
             on_stage=on_training(show),

@@ -458,8 +458,8 @@ def worker(
 
     if job is not None and not exit_:
         raise RecipeError("--job does one job and ends: give --exit too")
+    patterns = bases or ("*",)
     if exit_:
-        patterns = bases or ("*",)
         state = queue.work_one(job, most_hours=most_hours, silent_minutes=silent_minutes, bases=patterns, on_stage=say)
         say(f"job {job or ''} is {state}" if state else "nothing is due")
         raise typer.Exit(EXIT_STATUS.get(state or "finished", 1))
@@ -469,7 +469,7 @@ def worker(
         slots=slots,
         most_hours=most_hours,
         silent_minutes=silent_minutes,
-        bases=bases or ("*",),
+        bases=patterns,
         on_stage=say,
     )
 

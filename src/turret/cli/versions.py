@@ -10,19 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from turret.cli import options
-from turret.cli.output import (
-    columns,
-    console,
-    cut,
-    emit,
-    grid,
-    many,
-    number,
-    safe,
-    size,
-    span,
-    split_metrics,
-)
+from turret.cli.output import columns, console, cut, emit, grid, many, number, safe, size, span, split_metrics
 from turret.errors import NotFound, counted
 from turret.json_types import JsonObject, Plain
 from turret.manifest import Lineage, base_in, lineage_in, method_in, task_in
@@ -37,8 +25,6 @@ if TYPE_CHECKING:
     from turret.store import Compared, Deleted, Gate, GateStatus, Golden, Move, Version
     from turret.store.core import VersionFacts
     from turret.store.difference import Difference
-    from turret.store.golden import ReplayRow
-    from turret.store.promises import PromiseRow
     from turret.tasks.shapes import CalibrationSpec, MetricParts
 
 
@@ -252,8 +238,10 @@ def _facts(shown: VersionFacts) -> Iterator[tuple[str, str]]:
     yield "task", safe(f"{task.get('kind')}  {', '.join(map(str, task.get('labels') or ()))}")
     for question, fitted in stored_by_question(task.get("calibration")).items():
         yield "calibration", safe((f"{question}: " if question else "") + _calibration(fitted))
-    if shown["promise"]:
-        yield "promise", f"{safe(_promise(shown['promise']))}  [dim]turret promise {safe(shown['version'])}[/]"
+    if (kept := shown["promise"]) is not None:
+        bound = f"{kept['metric']} at most {100 * kept['error']:g}%, at {100 * kept['confidence']:g}% confidence"
+        said = safe(f"{bound}: decides from {kept['threshold']:.3g} on{', broken' if kept['broken'] else ''}")
+        yield "promise", f"{said}  [dim]turret promise {safe(shown['version'])}[/]"
     for split, values in shown["metrics"].items():
         yield safe(split), split_metrics(split, values)
     yield "size", size(shown["bytes"])
@@ -263,7 +251,9 @@ def _facts(shown: VersionFacts) -> Iterator[tuple[str, str]]:
     if shown["run"]:
         yield "run", f"{safe(shown['run']['id'])}  [dim]recipe and curve are in runs/[/]"
     for replay in shown["replays"]:
-        yield "golden", _golden(replay)
+        failed = f", first failed: example {replay['first']['example']}" if replay["first"] else ""
+        result = f"{replay['passed']} of {replay['total']} passed{failed}, {to_minute(replay['replayed'])}"
+        yield "golden", safe(f"{replay['golden'].removeprefix('sha256:')[:12]}  {result}")
     if (earlier := len(shown["alias_history"]) - MOVES) > 0:
         yield "moves", f"[dim]{earlier} earlier ones: --json[/]"
     for move in shown["alias_history"][-MOVES:]:
@@ -271,12 +261,6 @@ def _facts(shown: VersionFacts) -> Iterator[tuple[str, str]]:
         gone = ", deleted later" if move["deleted"] else ""
         by = f" by {move['who']}" if move["who"] else ""
         yield safe(move["verb"] or "moved"), safe(f"{where}{gone}, {to_minute(move['moved'])}{by}")
-
-
-def _promise(kept: PromiseRow) -> str:
-    """`error at most 2%, at 95% confidence: decides from 0.93 on`."""
-    bound = f"{kept['metric']} at most {100 * kept['error']:g}%, at {100 * kept['confidence']:g}% confidence"
-    return f"{bound}: decides from {kept['threshold']:.3g} on{', broken' if kept['broken'] else ''}"
 
 
 def _calibration(fitted: CalibrationSpec) -> str:
@@ -304,14 +288,6 @@ def _lineage(lineage: Lineage) -> Iterator[tuple[str, str]]:
     if lineage.get("recipe"):
         lines = len(str(lineage["recipe"]).splitlines())
         yield "recipe", f"[dim]{lines} lines: turret show REF --recipe[/]"
-
-
-def _golden(replay: ReplayRow) -> str:
-    first = replay["first"]
-    failed = f", first failed: example {first['example']}" if first else ""
-    name = replay["golden"].removeprefix("sha256:")[:12]
-    result = f"{replay['passed']} of {replay['total']} passed{failed}, {to_minute(replay['replayed'])}"
-    return safe(f"{name}  {result}")
 
 
 def _report(classes: MetricParts) -> Table:

@@ -149,7 +149,10 @@ class Artifacts:
         self.keep_as({name: path for name, path in sources.items() if path.exists()}, holder)
 
     def keep_as(
-        self, sources: dict[str, Path], holder: Holder | None = None, also: Callable[[Connection], None] | None = None
+        self,
+        sources: dict[str, Path],
+        holder: Holder | None = None,
+        also: Callable[[Connection], None] = lambda connection: None,
     ) -> None:
         """As `keep`, for files that lie elsewhere on this machine.
 
@@ -167,22 +170,23 @@ class Artifacts:
                 known = _rows(connection, content)
                 changed = {name: blob for name, blob in content.items() if known.get(name) != blob}
                 if not changed:
-                    _call(also, connection)
+                    also(connection)
                     return
                 upload = uploads.begin(connection)
             copies = {blob.digest: (sources[name], replace(blob, upload=upload)) for name, blob in changed.items()}
             uploads.write(database, self._place, upload, copies.values())
             with uploads.given_up_on_error(database, upload), database.writing() as connection:
                 _require(holder, connection)
-                if not uploads.end(connection, upload) or not _are_there(connection, content, changed):
+                known = _rows(connection, content)
+                others_stay = all(known.get(name) == blob for name, blob in content.items() if name not in changed)
+                if not uploads.end(connection, upload) or not others_stay:
                     continue  # a gc took this process for dead, or removed what it did not copy
-                replaced = list(_rows(connection, changed).values())
-                _forget(connection, changed)
+                connection.execute(delete(artifacts).where(artifacts.c.path.in_(list(changed))))
                 for name, blob in changed.items():
                     row = {"path": name, "digest": blob.digest, "bytes": blob.bytes, "upload": upload, "changed": now()}
                     connection.execute(insert(artifacts).values(row))
-                _call(also, connection)
-            self.discard(replaced)
+                also(connection)
+            self.discard(known[name] for name in changed if name in known)
             return
         raise StoreError(
             f"{next(iter(sources))} was not stored: `turret gc` removed its copy {ATTEMPTS} times: try again"
@@ -219,10 +223,9 @@ class Artifacts:
 
     def drop(self, connection: Connection, prefix: str) -> list[Blob]:
         """Remove files from the catalog. Returns their content for `discard`, after the transaction."""
-        chosen = artifacts.c.path.startswith(prefix, autoescape=True)
-        rows = connection.execute(select(artifacts).where(chosen)).all()
-        connection.execute(delete(artifacts).where(chosen))
-        return [Blob(row.digest, row.bytes, row.upload) for row in rows]
+        dropped = [each.blob for each in self.list_files_in(connection, prefix)]
+        connection.execute(delete(artifacts).where(artifacts.c.path.startswith(prefix, autoescape=True)))
+        return dropped
 
     def discard(self, dead: Iterable[Blob]) -> None:
         """Remove content that a committed transaction no longer lists. What an outage leaves, a gc removes."""
@@ -270,21 +273,6 @@ def _require(holder: Holder | None, connection: Connection) -> None:
         holder.require(connection)
 
 
-def _call(also: Callable[[Connection], None] | None, connection: Connection) -> None:
-    if also is not None:
-        also(connection)
-
-
-def _are_there(connection: Connection, content: Mapping[str, Blob], changed: Mapping[str, Blob]) -> bool:
-    """Whether the files that were not copied are still in the store."""
-    others = {name: blob for name, blob in content.items() if name not in changed}
-    return _rows(connection, others) == others
-
-
 def _rows(connection: Connection, names: Iterable[str]) -> dict[str, Blob]:
     rows = connection.execute(select(artifacts).where(artifacts.c.path.in_(list(names))))
     return {row.path: Blob(row.digest, row.bytes, row.upload) for row in rows}
-
-
-def _forget(connection: Connection, names: Iterable[str]) -> None:
-    connection.execute(delete(artifacts).where(artifacts.c.path.in_(list(names))))

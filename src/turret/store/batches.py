@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, tuple_, update
 
 from turret import audit
 from turret.access import DEFAULT
@@ -32,9 +32,9 @@ from turret.json_types import JsonMapping, JsonObject
 from turret.store import leases
 from turret.store.catalog import now as at
 from turret.store.catalog import who
-from turret.store.client_files import room
+from turret.store.client_files import find_file, room
 from turret.store.jobs import Ended, Job, JobQueue, add_job, end_job
-from turret.store.uploads import ENDED, batch_parts, batches, client_files, tenant_of
+from turret.store.uploads import ENDED, batch_parts, batches, tenant_of
 
 if TYPE_CHECKING:
     from turret.store.core import Store
@@ -107,9 +107,7 @@ class Batches:
         """Queue a batch. Raises NotFound for a file that is not the owner's, BadRequest for too many open batches."""
         now, id = int(time.time()), f"batch_{secrets.token_hex(12)}"
         with self.database.writing() as connection:
-            file = select(client_files.c.id).where(client_files.c.id == input_file, client_files.c.owner == owner)
-            if connection.execute(file).first() is None:
-                raise NotFound(f"no file {ascii(input_file)[:60]}: GET /v1/files lists yours")
+            find_file(connection, owner, input_file)
             mine = select(func.count()).where(batches.c.owner == owner, batches.c.state.not_in(ENDED))
             if int(connection.execute(mine).scalar_one()) >= MOST_OPEN:
                 raise BadRequest(f"{MOST_OPEN} of your batches have not ended: wait for them, or cancel some")
@@ -135,8 +133,7 @@ class Batches:
         query = select(batches).where(batches.c.owner == owner)
         if after is not None:
             last = self.find(owner, after)
-            same = (batches.c.created == last.created) & (batches.c.id < last.id)
-            query = query.where((batches.c.created < last.created) | same)
+            query = query.where(tuple_(batches.c.created, batches.c.id) < (last.created, last.id))
         query = query.order_by(batches.c.created.desc(), batches.c.id.desc()).limit(limit)
         with self.database.reading() as connection:
             return [_batch(row) for row in connection.execute(query)]
@@ -163,7 +160,7 @@ class Batches:
         found: list[Batch] = []
 
         def read(connection: Connection, taken: Job) -> None:
-            row = _batch(connection.execute(select(batches).where(batches.c.id == taken.id)).one())
+            row = _read(connection, taken.id)
             tries = Counter(row.unanswered)
             if taken.died:
                 tries.update([WHOLE_FILE, *row.asking])
@@ -185,7 +182,7 @@ class Batches:
         with self.database.writing() as connection:
             self._hold(connection, batch)
             leases.renew(connection, self._taken[batch.id].lease)
-            return _batch(connection.execute(select(batches).where(batches.c.id == batch.id)).one())
+            return _read(connection, batch.id)
 
     def release(self, batch: Batch, aside: float = 0.0) -> None:
         """Let a process continue: at once, or after that many seconds. Nothing of the batch may be in flight."""
@@ -210,7 +207,7 @@ class Batches:
             waiting = (batches.c.id == batch.id) & (batches.c.state == "validating")
             if connection.execute(update(batches).where(waiting).values(state="in_progress")).rowcount:
                 _note_time(connection, batch.id, "in_progress")
-            return _batch(connection.execute(select(batches).where(batches.c.id == batch.id)).one())
+            return _read(connection, batch.id)
 
     def keep(self, batch: Batch, answers: Sequence[Answer] = (), asking: Collection[int] = ()) -> Batch:
         """Keep answers, and note all lines that are in flight from now on.
@@ -223,7 +220,7 @@ class Batches:
         """
         with self.database.writing() as connection:
             self._hold(connection, batch)
-            now = _batch(connection.execute(select(batches).where(batches.c.id == batch.id)).one())
+            now = _read(connection, batch.id)
             new = {each.line: each for each in answers if each.line in now.unanswered}
             size = now.bytes + sum(len(each.text.encode()) for each in new.values())
             beside = (batches.c.owner == batch.owner) & (batches.c.id != batch.id) & batches.c.state.not_in(ENDED)
@@ -234,15 +231,10 @@ class Batches:
                     f"the answers have more than the {space} bytes that your files and batches leave: "
                     "delete some files, and make the batch again"
                 )
-            rows = [
-                {
-                    "batch": batch.id,
-                    "first": line,
-                    "answers": each.text if each.ok else "",
-                    "errors": "" if each.ok else each.text,
-                }
-                for line, each in new.items()
-            ]
+            rows = []
+            for line, each in new.items():
+                answer, error = (each.text, "") if each.ok else ("", each.text)
+                rows.append({"batch": batch.id, "first": line, "answers": answer, "errors": error})
             if rows:
                 connection.execute(insert(batch_parts), rows)
             tries = dict.fromkeys((line for line in asking if line >= now.taken), 0) | dict(now.unanswered)
@@ -255,7 +247,7 @@ class Batches:
                 "asking": sorted(asking),
             }
             connection.execute(update(batches).where(batches.c.id == batch.id).values(values))
-            return _batch(connection.execute(select(batches).where(batches.c.id == batch.id)).one())
+            return _read(connection, batch.id)
 
     def parts(self, batch: Batch) -> Iterator[Answer]:
         """All answers so far, in the order of the lines, a few in memory at a time."""
@@ -302,14 +294,15 @@ def _note_time(connection: Connection, id: str, state: State) -> None:
     connection.execute(update(batches).where(batches.c.id == id).values(times=times))
 
 
-def _lines(kept: Mapping[str, int]) -> dict[int, int]:
-    """Lines and their tries; JSON has texts as keys."""
-    return {int(line): int(tries) for line, tries in kept.items()}
-
-
 def _texts(lines: Mapping[int, int]) -> dict[str, int]:
+    """Lines and their tries for JSON, which has texts as keys."""
     return {str(line): tries for line, tries in lines.items()}
 
 
+def _read(connection: Connection, id: str) -> Batch:
+    return _batch(connection.execute(select(batches).where(batches.c.id == id)).one())
+
+
 def _batch(row: Row[tuple[str, ...]]) -> Batch:
-    return Batch(**dict(row._mapping) | {"unanswered": _lines(row.unanswered)})
+    lines = {int(line): int(tries) for line, tries in row.unanswered.items()}
+    return Batch(**dict(row._mapping) | {"unanswered": lines})

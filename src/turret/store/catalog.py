@@ -28,7 +28,7 @@ from turret.database import (
     versions,
 )
 from turret.errors import Corrupt, NotFound
-from turret.json_types import JsonMapping, JsonObject, JsonValue, mapping_of
+from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
 from turret.manifest import BaseSpec, Lineage, Manifest, MethodSpec, base_in, lineage_in, method_in, task_in
 from turret.notebook import as_html, metrics_table, size
 from turret.reference import Reference
@@ -435,6 +435,6 @@ def plain(value: JsonValue) -> JsonValue:
     return value
 
 
-def plain_object(fields: JsonMapping) -> JsonObject:
+def plain_object(fields: Mapping[str, Plain]) -> JsonObject:
     """Convert a mapping to strict JSON, see `plain`."""
     return {str(key): plain(item) for key, item in fields.items()}

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sqlalchemy import Connection, Row, Select, delete, func, insert, select
+from sqlalchemy import Connection, Row, delete, func, insert, select, tuple_
 
 from turret import audit
 from turret.database import Database
@@ -91,17 +91,10 @@ class ClientFiles:
         for _ in range(ATTEMPTS):
             with database.writing() as connection:
                 _require_room(connection, owner, blobs)
-                made = [
-                    ClientFile(
-                        f"file-{secrets.token_hex(12)}",
-                        owner,
-                        name[:255],
-                        purpose,
-                        replace(blob, upload=uploads.begin(connection)),
-                        int(time.time()),
-                    )
-                    for (name, purpose, _), blob in zip(new, blobs, strict=True)
-                ]
+                made = list[ClientFile]()
+                for (name, purpose, _), blob in zip(new, blobs, strict=True):
+                    id, copy = f"file-{secrets.token_hex(12)}", replace(blob, upload=uploads.begin(connection))
+                    made.append(ClientFile(id, owner, name[:255], purpose, copy, int(time.time())))
             try:
                 for (_, _, source), file in zip(new, made, strict=True):
                     self._place.put(source, file.blob)
@@ -137,9 +130,7 @@ class ClientFiles:
             query = query.where(client_files.c.purpose == purpose)
         if after is not None:
             last = self.find(owner, after)
-            older = client_files.c.created < last.created
-            same = (client_files.c.created == last.created) & (client_files.c.id < last.id)
-            query = query.where(older | same)
+            query = query.where(tuple_(client_files.c.created, client_files.c.id) < (last.created, last.id))
         query = query.order_by(client_files.c.created.desc(), client_files.c.id.desc()).limit(limit)
         with self._database().reading() as connection:
             return [_file(row) for row in connection.execute(query)]
@@ -147,30 +138,34 @@ class ClientFiles:
     def find(self, owner: str, id: str) -> ClientFile:
         """One file of an owner. Raises NotFound, also for a file of somebody else."""
         with self._database().reading() as connection:
-            row = connection.execute(_select_file(owner, id)).first()
-        if row is None:
-            raise _not_found(id)
-        return _file(row)
+            return find_file(connection, owner, id)
 
     def delete(self, owner: str, id: str) -> None:
         """Delete a file of an owner, and its content. Raises NotFound, or InUse while an open batch reads it."""
         with self._database().writing() as connection:
-            found = connection.execute(_select_file(owner, id)).first()
-            if found is None:
-                raise _not_found(id)
+            found = find_file(connection, owner, id)
             reads = (batches.c.input_file == id) & batches.c.state.not_in(ENDED)
             if connection.execute(select(batches.c.id).where(reads).limit(1)).first() is not None:
                 raise InUse(f"{id} is read by a batch that has not ended: cancel the batch first")
             connection.execute(delete(client_files).where(client_files.c.id == id))
-            _audit(connection, "delete file", _file(found), before={"name": found.name, "bytes": found.bytes})
+            _audit(connection, "delete file", found, before={"name": found.name, "bytes": found.blob.bytes})
         with suppress(TurretError, OSError):  # otherwise a gc removes it: no file lists this copy any more
-            self._place.remove(f"blobs/sha256/{place(_file(found).blob)}")
+            self._place.remove(f"blobs/sha256/{place(found.blob)}")
 
     @contextmanager
     def content(self, file: ClientFile) -> Iterator[Path]:
         """The content as a local file, whose bytes were hashed again, for the length of the block. Raises Corrupt."""
         with self._place.checked_file(file.blob) as path:
             yield path
+
+
+def find_file(connection: Connection, owner: str, id: str) -> ClientFile:
+    """As `ClientFiles.find`, in a transaction."""
+    query = select(client_files).where(client_files.c.id == id, client_files.c.owner == owner)
+    row = connection.execute(query).first()
+    if row is None:
+        raise NotFound(f"no file {ascii(id)[:60]}: GET /v1/files lists yours")
+    return _file(row)
 
 
 def room(connection: Connection, owner: str) -> int:
@@ -187,14 +182,6 @@ def _require_room(connection: Connection, owner: str, blobs: Sequence[Blob]) -> 
 def _audit(connection: Connection, verb: str, file: ClientFile, **what: JsonObject) -> None:
     tenant = tenant_of(file.owner)
     audit.record(connection, verb, file.id, None, at=now(), who=who(), tenant=tenant, **what)
-
-
-def _select_file(owner: str, id: str) -> Select[tuple[str, str, str, str, str, int, str, int]]:
-    return select(client_files).where(client_files.c.id == id, client_files.c.owner == owner)
-
-
-def _not_found(id: str) -> NotFound:
-    return NotFound(f"no file {ascii(id)[:60]}: GET /v1/files lists yours")
 
 
 def _row(file: ClientFile) -> JsonObject:

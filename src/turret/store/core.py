@@ -29,6 +29,7 @@ from turret.data.memory import is_rows_source
 from turret.database import Database, plain_errors
 from turret.disk import PRIVATE, make_folder
 from turret.errors import BadReference, Corrupt, NotFound, StoreError
+from turret.json_types import JsonObject
 from turret.location import Location
 from turret.manifest import Manifest
 from turret.reference import Reference, check_alias, check_name
@@ -40,9 +41,8 @@ from turret.store.artifacts import Artifacts
 from turret.store.blobs import OWNER, Blob, Blobs, Files, Objects
 from turret.store.catalog import PRODUCTION, Deleted, Version, now, who
 from turret.store.gates import Gate, GateStatus
-from turret.store.golden import Golden, GoldenReplay, GoldenSet, ReplayRow
+from turret.store.golden import Golden, GoldenReplay, GoldenSet
 from turret.store.panels import Panels
-from turret.store.promises import PromiseRow
 from turret.store.queued_data import collect as collect_queued
 from turret.store.runs import HeldRun, RunOutcome, RunRow, State, TrainingRuns
 from turret.store.scratch import Removed
@@ -78,10 +78,10 @@ class VersionFacts(TypedDict):
     files: dict[str, StoredFile]
     manifest: Manifest
     alias_history: list[MoveRow]
-    replays: list[ReplayRow]
+    replays: list[JsonObject]  # `GoldenReplay.as_json`
     run: RunRow | None
     comparison: str | None
-    promise: PromiseRow | None
+    promise: JsonObject | None  # `Promise.as_json`
 
 
 def describe_version(database: Database, version: Version, content: Mapping[str, Blob]) -> VersionFacts:

@@ -152,16 +152,6 @@ class GoldenFailure(TypedDict):
     given: Prediction
 
 
-class ReplayRow(TypedDict):
-    """A `GoldenReplay` as JSON."""
-
-    golden: str
-    passed: int
-    total: int
-    first: GoldenFailure | None
-    replayed: str
-
-
 @dataclass(frozen=True)
 class GoldenReplay:
     """The result of a set on a version."""
@@ -175,14 +165,8 @@ class GoldenReplay:
     def __str__(self) -> str:
         return f"{name_of(self.golden)} {self.passed} of {self.total}"
 
-    def as_json(self) -> ReplayRow:
-        return {
-            "golden": self.golden,
-            "passed": self.passed,
-            "total": self.total,
-            "first": self.first,
-            "replayed": self.replayed,
-        }
+    def as_json(self) -> JsonObject:
+        return asdict(self)
 
 
 def name_of(digest: str) -> str:

@@ -34,7 +34,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, final
 
 from sqlalchemy import (
@@ -54,11 +54,11 @@ from sqlalchemy import (
 from turret import audit
 from turret.database import BATCH, CELL, STUDY, TRAINING, Database, access_of, bytewise, jobs, metadata, seen_runs
 from turret.errors import InUse, NotFound, QueueFull, RecipeError
-from turret.json_types import JsonObject, JsonValue, Plain
+from turret.json_types import JsonMapping, JsonObject, JsonValue, Plain
 from turret.store import leases
 from turret.store.blobs import digest_of
 from turret.store.catalog import now, plain, who
-from turret.store.leases import Lease, LeaseSpec
+from turret.store.leases import Lease
 from turret.store.runs import (
     DEFAULT,
     HELD,
@@ -168,20 +168,6 @@ class JobState(TypedDict):
     result: RunOutcome | None
 
 
-class TakenJob(TypedDict):
-    """A `Job` as a worker gives it to its process."""
-
-    id: str
-    tenant: str
-    recipe: str
-    tries: int
-    lease: LeaseSpec
-    alone: bool
-    kind: str
-    spec: CellSpec | StudySpec | None
-    died: bool
-
-
 @dataclass(frozen=True)
 class Job:
     """A job that this process has taken."""
@@ -196,16 +182,14 @@ class Job:
     spec: CellSpec | StudySpec | None = None  # of a cell or a study
     died: bool = False  # the process that had it before has died
 
-    def as_json(self) -> TakenJob:
-        found: JsonValue = asdict(self)
-        taken: TakenJob = found
-        return taken
+    def as_json(self) -> JsonObject:
+        """The job as a worker gives it to its process."""
+        return asdict(self)
 
     @classmethod
-    def of(cls, value: TakenJob) -> Job:
+    def of(cls, value: JsonMapping) -> Job:
         """What the parent process has taken, from `as_json`."""
-        fields: JsonObject = {**value, "lease": Lease.of(value["lease"])}
-        return cls(**fields)
+        return cls(**{**value, "lease": Lease(**value["lease"])})
 
 
 @dataclass(frozen=True)
@@ -233,6 +217,7 @@ class Entry:
     beside: bool = False
     kind: str = TRAINING
     owner: str = ""
+    name: str = ""
     recipe: str = ""
     spec: CellSpec | StudySpec | None = None
 
@@ -404,12 +389,8 @@ class JobQueue:
     def _studies(self, connection: Connection, most: int, *conditions: ColumnElement[bool]) -> list[StudyRow]:
         names = ("id", "name", "state", "created", "ended", "error", "who", "recipe", "spec", "result")
         chosen = select(*(jobs.c[name] for name in names)).where(seen_runs(connection, STUDY), *conditions)
-        rows: list[JsonValue] = [
-            dict(row)
-            for row in connection.execute(
-                chosen.order_by(jobs.c.created.desc(), jobs.c.id.desc()).limit(most)
-            ).mappings()
-        ]
+        newest = chosen.order_by(jobs.c.created.desc(), jobs.c.id.desc()).limit(most)
+        rows: list[JsonValue] = [dict(row) for row in connection.execute(newest).mappings()]
         held = leases.held_leases(connection, HELD) if any(row["state"] == "running" for row in rows) else set()
         for row in rows:
             if row["state"] == "running" and row["id"] not in held:
@@ -435,9 +416,7 @@ class JobQueue:
             entry = self._entry(connection, run)
             if entry.state not in ("waiting", "running"):
                 raise InUse(f"run {run} is {entry.state}: only a waiting or running one can be cancelled")
-            name = connection.execute(select(jobs.c.name).where(jobs.c.id == run)).scalar_one()
-            before = {"state": entry.state}
-            audit.record(connection, "cancel", f"run {run}", name, before=before, at=now(), who=who())
+            _record_change(connection, "cancel", entry)
             state = _cancel(connection, entry)
             self._cancel_cells_of(connection, run)
             return state
@@ -459,10 +438,8 @@ class JobQueue:
                 raise InUse(f"run {run} is {entry.state}: only a failed or cancelled one can be resumed")
             require(connection, entry.recipe)
             self._require_room(connection)
-            name = connection.execute(select(jobs.c.name).where(jobs.c.id == run)).scalar_one()
             connection.execute(update(jobs).where(jobs.c.id == run).values(ANEW | {"queued": now()}))
-            before = {"state": entry.state}
-            audit.record(connection, "resume", f"run {run}", name, before=before, at=now(), who=who())
+            _record_change(connection, "resume", entry)
 
     def cancel_cells(self, ids: Iterable[str]) -> None:
         """End cells that wait in the queue, and ask the workers of those that run to end them."""
@@ -491,11 +468,11 @@ class JobQueue:
 
     def open_jobs(self, limit: int) -> Sequence[OpenJob]:
         """The jobs of the tenant that run, then those that wait. A limited access sees its trainings alone."""
-        names = ("id", "kind", "name", "state", "queued", "priority", "tries", "owner", "cancelled")
+        columns = [jobs.c[each.name] for each in fields(OpenJob) if each.name != "host"]
         with self._database.reading() as connection:
             lease = leases.leases
             holds = (lease.c.name == HELD + jobs.c.id) & (lease.c.until > leases.clock(connection))
-            query = select(*(jobs.c[each] for each in names), lease.c.host).outerjoin(lease, holds)
+            query = select(*columns, lease.c.host).outerjoin(lease, holds)
             seen = seen_runs(connection) if not access_of(connection).whole else jobs.c.tenant == self._tenant
             order = jobs.c.state, jobs.c.priority.desc(), jobs.c.queued, jobs.c.id
             rows = connection.execute(query.where(_open((*WORK, STUDY, BATCH)), seen).order_by(*order).limit(limit))
@@ -763,11 +740,13 @@ def count_waiting(database: Database, kinds: Sequence[str] = (*WORK, STUDY)) -> 
 
 # --- private ----------------------------------------------------------------------------------------------------------
 
-_LIGHT = [
-    jobs.c[name]
-    for name in ("id", "tenant", "priority", "tries", "queued", "due", "cancelled", "state", "beside", "kind", "owner")
-]
-_WHOLE = [*_LIGHT, jobs.c.recipe, jobs.c.spec]
+_WHOLE = [jobs.c[each.name] for each in fields(Entry)]
+_LIGHT = [each for each in _WHOLE if each.name not in ("recipe", "spec")]
+
+
+def _record_change(connection: Connection, verb: str, entry: Entry) -> None:
+    before = {"state": entry.state}
+    audit.record(connection, verb, f"run {entry.id}", entry.name, before=before, at=now(), who=who())
 
 
 def _open(kinds: Sequence[str]) -> ColumnElement[bool]:

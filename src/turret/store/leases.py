@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict
 
 from sqlalchemy import Column, Connection, Float, Integer, Row, String, Table, insert, select, update
 
@@ -51,15 +50,6 @@ leases = Table(
     Column("until", Float, nullable=False),
     Column("seconds", Float, nullable=False, server_default="30"),
 )
-
-
-class LeaseSpec(TypedDict):
-    """A lease as a process gives it to another one."""
-
-    name: str
-    owner: str
-    fence: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -89,11 +79,6 @@ class Lease:
                 f"{self.name} was {how}, because this process was silent for {self.seconds:g} seconds: "
                 "nothing that it did since then is kept"
             )
-
-    @classmethod
-    def of(cls, value: LeaseSpec) -> Lease:
-        """The lease of a parent process."""
-        return cls(str(value["name"]), str(value["owner"]), int(value["fence"]), float(value["seconds"]))
 
 
 def length() -> float:

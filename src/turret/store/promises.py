@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
 from sqlalchemy import (
     JSON,
@@ -48,7 +48,7 @@ from turret import audit
 from turret.audit import audit as actions
 from turret.database import access_of, adapters, bytewise, insert_row, metadata, seen_adapters, seen_versions, versions
 from turret.errors import BundleError, NotFound
-from turret.json_types import JsonObject, JsonValue, Plain, mapping_of
+from turret.json_types import JsonObject, Plain, mapping_of
 from turret.manifest import Manifest, lineage_in, task_in
 from turret.store.catalog import Version, now, who
 from turret.tasks.calibration import Sureness
@@ -397,31 +397,6 @@ class Terms:
         return found
 
 
-class PromiseRow(TypedDict):
-    """A `Promise` as JSON."""
-
-    metric: str
-    error: float
-    confidence: float
-    threshold: float
-    examples: int
-    counted: int
-    wrong: int
-    decided: int
-    source: str
-    split: str
-    data_digest: str
-    when_broken: str
-    outcome_ttl: float
-    missing_bound: float
-    id: int
-    digest: str
-    created: str
-    who: str | None
-    broken: str | None
-    verdict: Mapping[str, Plain] | None
-
-
 @dataclass(frozen=True)
 class Promise(Terms):
     """A promise in force. `broken` is when its outcomes broke it, and `verdict` what they said then."""
@@ -433,10 +408,8 @@ class Promise(Terms):
     broken: str | None
     verdict: Mapping[str, Plain] | None
 
-    def as_json(self) -> PromiseRow:
-        found: JsonValue = asdict(self)
-        row: PromiseRow = found
-        return row
+    def as_json(self) -> JsonObject:
+        return asdict(self)
 
 
 class LoggedAnswer(NamedTuple):

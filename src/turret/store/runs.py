@@ -193,8 +193,8 @@ class TrainingRuns:
         run_id = new_id()
         own = self._make_folder(run_id)
         _write(own / "recipe.toml", recipe_toml)
-        row = {"id": run_id, "name": name, "state": "running"}
-        row |= {"recipe_digest": digest_of(recipe_toml), "data_digest": data_digest, "created": now()}
+        row = {"id": run_id, "name": name, "state": "running", "created": now()}
+        row |= {"recipe_digest": digest_of(recipe_toml), "data_digest": data_digest}
         with self._database.writing() as connection:
             lease = leases.take(connection, HELD + run_id)
             if lease is None:
@@ -326,7 +326,7 @@ class TrainingRuns:
         """As `end`, in a transaction. Returns the files that are not needed after it, for `Artifacts.discard`."""
         run.require(connection)
         error = None if error is None else plain_error(error)
-        row = {"state": state, "ended": now(), "error": error, "result": plain(result) if result is not None else None}
+        row = {"state": state, "ended": now(), "error": error, "result": plain(result)}
         connection.execute(update(jobs).where(jobs.c.id == run.id).values(row))
         if state == "interrupted":  # another process may go on
             leases.release(connection, run.lease)
@@ -438,9 +438,8 @@ def plain_error(text: str) -> str:
 def find(database: Database, run_id: str) -> RunRow | None:
     """One run as a row of the table; None if there is none."""
     with database.reading() as connection:
-        return next(
-            iter(_read_runs(connection, select(*SHOWN).where(jobs.c.id == run_id, seen_runs(connection)))), None
-        )
+        found = _read_runs(connection, select(*SHOWN).where(jobs.c.id == run_id, seen_runs(connection)))
+    return found[0] if found else None
 
 
 def list_runs(database: Database, most: int) -> list[RunRow]:
@@ -453,26 +452,20 @@ def list_runs(database: Database, most: int) -> list[RunRow]:
 def _read_runs(connection: Connection, query: Select[tuple[Plain, ...]]) -> list[RunRow]:
     """The rows, with `queue` for a run from the queue. A run without a living process is not shown as running."""
     rows: list[JsonValue] = [dict(row) for row in connection.execute(query).mappings()]
-    living = (
-        leases.held_leases(connection, HELD, late=True) if any(row["state"] == "running" for row in rows) else set()
-    )
+    runs = any(row["state"] == "running" for row in rows)
+    living = leases.held_leases(connection, HELD, late=True) if runs else set()
     for row in rows:
         queue = {name: row.pop(name) for name in OF_QUEUE}
         row["queue"] = None if queue["queued"] is None else queue
         if row["state"] == "running" and row["id"] not in living:
-            row |= (
-                {"state": "interrupted", "error": LOST} if row["queue"] is None else {"state": "waiting", "error": NEXT}
-            )
+            row["state"], row["error"] = ("waiting", NEXT) if row["queue"] else ("interrupted", LOST)
     return rows
 
 
 def _same(recipe_toml: str, data_digest: str) -> ColumnElement[bool]:
     """Runs of this recipe on this data."""
-    return (
-        (jobs.c.kind == TRAINING)
-        & (jobs.c.recipe_digest == digest_of(recipe_toml))
-        & (jobs.c.data_digest == data_digest)
-    )
+    same_data = (jobs.c.kind == TRAINING) & (jobs.c.data_digest == data_digest)
+    return same_data & (jobs.c.recipe_digest == digest_of(recipe_toml))
 
 
 def _fence(folder: Path) -> int | None:

@@ -209,7 +209,7 @@ def _of_artifacts(database: Database, blobs: Files) -> Iterator[Damage]:
             blobs.check(Blob(digest, size, upload))
         except Corrupt as error:
             with database.reading() as connection:
-                if (digest, upload) in uploads.artifact_bytes(connection):
+                if (digest, upload) in uploads.listed_copies(connection, artifacts):
                     yield Damage(path, None, str(error))
 
 

@@ -40,7 +40,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, timedelta
 from pathlib import Path
 
 from sqlalchemy import (
@@ -119,12 +119,6 @@ def tenant_of(owner: str) -> str | None:
     return tenant if slash else DEFAULT if owner else None
 
 
-def used_by_clients(connection: Connection) -> set[tuple[str, str]]:
-    """Digest and upload of every content that is in use."""
-    rows = connection.execute(select(client_files.c.digest, client_files.c.upload))
-    return {(row.digest, row.upload) for row in rows}
-
-
 # --- artifact table ---------------------------------------------------------------------------------------------------
 # The table of the files that the store keeps beside its versions. See `turret.store.artifacts`.
 
@@ -138,12 +132,6 @@ artifacts = Table(
     Column("upload", String(32), nullable=False),
     Column("changed", String(32), nullable=False),
 )
-
-
-def artifact_bytes(connection: Connection) -> set[tuple[str, str]]:
-    """Digest and upload of every content that is in use."""
-    rows = connection.execute(select(artifacts.c.digest, artifacts.c.upload))
-    return {(row.digest, row.upload) for row in rows}
 
 
 # --- uploads ----------------------------------------------------------------------------------------------------------
@@ -201,9 +189,7 @@ class Upload:
     def _renew(self) -> None:
         with self._database.writing() as connection:
             if self._id:
-                connection.execute(
-                    update(uploads).where(uploads.c.id == self._id).values(since=_start_time(connection))
-                )
+                connection.execute(update(uploads).where(uploads.c.id == self._id).values(since=_since(connection)))
             else:
                 self._id = begin(connection)
 
@@ -211,7 +197,7 @@ class Upload:
 def begin(connection: Connection) -> str:
     """Add an upload, whose copies may be written after this transaction. Returns its id."""
     upload = uuid.uuid4().hex
-    connection.execute(insert(uploads).values(id=upload, since=_start_time(connection)))
+    connection.execute(insert(uploads).values(id=upload, since=_since(connection)))
     return upload
 
 
@@ -246,8 +232,8 @@ def listed_blobs(connection: Connection, digests: Iterable[str]) -> dict[str, Bl
 
 def abandoned_uploads(connection: Connection) -> list[str]:
     """Uploads whose process was killed, or needs more than an hour for a file."""
-    oldest = _text(_now(connection) - ABANDONED)
-    return list(connection.execute(select(uploads.c.id).where(uploads.c.since < oldest)).scalars())
+    old = uploads.c.since < _since(connection, ABANDONED)
+    return list(connection.execute(select(uploads.c.id).where(old)).scalars())
 
 
 def forget_abandoned(database: Database) -> bool:
@@ -273,22 +259,18 @@ def dead(
         without: uploads to treat as removed, for a dry run.
     """
     living = set(connection.execute(select(uploads.c.id)).scalars()) - set(without)
-    used = {(row.digest, row.upload) for row in connection.execute(select(files.c.digest, files.c.upload).distinct())}
-    used |= used_by_clients(connection)
-    used |= artifact_bytes(connection)
+    used = listed_copies(connection, files, client_files, artifacts)
     return [(name, b) for name, b in seen if b.upload not in living and (b.digest, b.upload) not in used]
 
 
-def _start_time(connection: Connection) -> str:
-    """The value of `since` for a file that is started now."""
-    return _text(_now(connection))
+def listed_copies(connection: Connection, *tables: Table) -> set[tuple[str, str]]:
+    """Digest and upload of every copy that these tables list."""
+    queries = [select(each.c.digest, each.c.upload).distinct() for each in tables]
+    return {(row.digest, row.upload) for query in queries for row in connection.execute(query)}
 
 
-def _text(moment: datetime) -> str:
-    return moment.isoformat(timespec="seconds")
-
-
-def _now(connection: Connection) -> datetime:
-    """The time of the catalog's clock, which is the same for all machines."""
+def _since(connection: Connection, ago: timedelta = timedelta()) -> str:
+    """The value of `since` for a file that is started now, or was so long ago: by the clock that all machines share."""
     now = connection.execute(select(func.current_timestamp())).scalar_one()
-    return now.replace(tzinfo=UTC) if now.tzinfo is None else now.astimezone(UTC)
+    moment = now.replace(tzinfo=UTC) if now.tzinfo is None else now.astimezone(UTC)
+    return str((moment - ago).isoformat(timespec="seconds"))

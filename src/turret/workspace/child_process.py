@@ -42,7 +42,7 @@ from turret.location import Location
 from turret.process import environment
 from turret.recipe import Recipe
 from turret.store import JobQueue, Store
-from turret.store.jobs import Job, TakenJob
+from turret.store.jobs import Job
 from turret.store.runs import RunOutcome
 from turret.workspace.progress import Say
 
@@ -259,7 +259,7 @@ class TrainerRequest(WorkerRequest):
 class JobRequest(WorkerRequest):
     """What a worker asks of the process of one job. folder: for its data; None: the data is this user's."""
 
-    taken: TakenJob
+    taken: JsonObject  # `Job.as_json`
     folder: str | None
 
 
@@ -267,7 +267,7 @@ class JobRequest(WorkerRequest):
 class StartLine(TypedDict):
     """A run that the kept process begins. queued: names of the bases that waiting runs want."""
 
-    start: TakenJob
+    start: JsonObject  # `Job.as_json`
     queued: list[str]
 
 
