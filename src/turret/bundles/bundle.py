@@ -193,12 +193,7 @@ def _write(adapter: Adapter, folder: Path) -> Manifest:
 
 def _base(base: BaseInfo) -> BaseSpec:
     """The manifest's base. A base with plain weights has no quantization, so that digests of earlier bundles stay."""
-    found: BaseSpec = {
-        "id": base.id,
-        "fingerprint": base.fingerprint,
-        "family": base.family,
-        "revision": base.revision,
-    }
+    found: BaseSpec = {"id": base.id, "fingerprint": base.fingerprint, "family": base.family, "revision": base.revision}
     return found if base.quantization is None else found | {"quantization": base.quantization}
 
 

@@ -65,10 +65,7 @@ def unpack(archive: Path, folder: Path) -> None:
     except RuntimeError as error:  # zipfile's, for an encrypted member
         raise BundleError(f"{label} cannot be unpacked ({error}): give it without a password") from None
     except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno in (
-            *NO_ROOM,
-            *FAILING,
-        ):  # the disk's error
+        if isinstance(error, OSError) and error.errno in (*NO_ROOM, *FAILING):  # the disk's error
             raise
         if isinstance(error, OSError) and error.filename == str(archive):
             raise BundleError(f"{label} cannot be read ({error.strerror}): check its permissions") from None

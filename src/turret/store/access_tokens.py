@@ -298,9 +298,9 @@ class AccessTokens:
 
     def _change(self, name: str, verb: str, changed: Callable[[AccessToken], Mapping[str, Plain]]) -> AccessToken:
         """Change the columns that `changed` says; raises NotFound."""
-        if all(token.name != name for token in self.list()):
-            known = ", ".join(token.name for token in self.list()[:8]) or "none"
-            raise NotFound(f"no token named {ascii(name)[:60]}: the store has {known}")
+        names = [token.name for token in self.list()]
+        if name not in names:
+            raise NotFound(f"no token named {ascii(name)[:60]}: the store has {', '.join(names[:8]) or 'none'}")
         with self._open_or_create().writing() as connection:
             own = (tokens.c.tenant == access_of(connection).tenant) & (tokens.c.name == name)
             before = next(token for token in _all(connection) if token.name == name)
@@ -325,10 +325,8 @@ def _check(name: str, scopes: Sequence[str], *quotas: int | None) -> None:
 
 def _audit(connection: Connection, verb: str, before: AccessToken | None, after: AccessToken) -> None:
     """Record a change of a token, without any hash."""
-    former = None if before is None else before.as_json()
-    audit.record(
-        connection, verb, f"token {after.name}", None, before=former, after=after.as_json(), at=now(), who=who()
-    )
+    what, former, made = f"token {after.name}", None if before is None else before.as_json(), after.as_json()
+    audit.record(connection, verb, what, None, before=former, after=made, at=now(), who=who())
 
 
 def _later(at: str, seconds: float, what: str) -> str:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import BinaryIO, Protocol, TypedDict
 
 from turret.disk import NO_ROOM, PRIVATE, clock_of, create, flush, make_folder, permissions, sync
 from turret.errors import Corrupt, StoreError, TurretError
@@ -114,20 +114,9 @@ class Blobs:
 
     def put(self, source: Path, blob: Blob) -> None:
         final = self.path(blob)
-        self._make(self._tmp)
         self._make(final.parent)
-        temporary = self._tmp / uuid.uuid4().hex
-        try:
-            with source.open("rb") as read, create(temporary) as write:
-                copied = stream(read, write)
-                flush(write)
-            if copied != blob:
-                raise Corrupt(f"{source} changed while it was being stored: try again when nothing writes to it")
-            temporary.chmod(0o444 & permissions(final.parent))
-            os.replace(temporary, final)
-            sync(final.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with source.open("rb") as read, self._new_file(final, 0o444) as write:
+            _require_same(stream(read, write), blob, source)
 
     def glance(self, blob: Blob) -> str | None:
         path = self.path(blob)
@@ -170,24 +159,14 @@ class Blobs:
             return None
 
     def claim(self, identity: str) -> None:
-        self._make(self._tmp)
-        temporary = self._tmp / uuid.uuid4().hex
-        with create(temporary) as file:
+        with self._new_file(self._folder / OWNER, 0o666) as file:
             file.write(identity.encode())
-            flush(file)
-        temporary.chmod(0o666 & permissions(self._folder))
-        os.replace(temporary, self._folder / OWNER)
-        sync(self._folder)
 
     def check(self, blob: Blob) -> None:
-        path = self.path(blob)
-        try:
-            _require_plain(path, blob.digest)
-            found = hash_file(path)
-        except FileNotFoundError:
-            raise missing(path, blob.digest) from None
+        with self._open(blob) as read:
+            found = stream(read, None)
         if found.digest != blob.digest:
-            raise digest_mismatch(path, blob.digest)
+            raise digest_mismatch(self.path(blob), blob.digest)
 
     @contextmanager
     def checked_file(self, blob: Blob) -> Iterator[Path]:
@@ -199,17 +178,37 @@ class Blobs:
         return self.path(blob)
 
     def copy(self, blob: Blob, target: Path) -> None:
-        path = self.path(blob)
-        try:
-            _require_plain(path, blob.digest)
-            read = path.open("rb")
-        except FileNotFoundError:
-            raise missing(path, blob.digest) from None
-        with read, target.open("xb") as write:
+        with self._open(blob) as read, target.open("xb") as write:
             copied = stream(read, write)
         if copied.digest != blob.digest:
             target.unlink()
-            raise digest_mismatch(path, blob.digest)
+            raise digest_mismatch(self.path(blob), blob.digest)
+
+    def _open(self, blob: Blob) -> BinaryIO:
+        """The stored file. Raises Corrupt if it is missing, or a link, pipe or device: a pipe would block."""
+        path = self.path(blob)
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode):  # Turret never writes one
+                what = f"stored file {blob.digest} is not a regular file"
+                raise Corrupt(f"{what}: restore {path} from a copy, or train again")
+            return path.open("rb")
+        except FileNotFoundError:
+            raise missing(path, blob.digest) from None
+
+    @contextmanager
+    def _new_file(self, final: Path, mode: int) -> Iterator[BinaryIO]:
+        """A file that the block writes. It appears under its final name when it is on the disk."""
+        self._make(self._tmp)
+        temporary = self._tmp / uuid.uuid4().hex
+        try:
+            with create(temporary) as file:
+                yield file
+                flush(file)
+            temporary.chmod(mode & permissions(final.parent))
+            os.replace(temporary, final)
+            sync(final.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _make(self, folder: Path) -> None:
         """Create a folder once per process, with the permissions of its parent; a new root is private."""
@@ -261,12 +260,6 @@ def stream(read: Readable, write: Writable | None) -> Blob:
         if write is not None:
             write.write(chunk)
     return Blob(f"sha256:{digest.hexdigest()}", size)
-
-
-def _require_plain(path: Path, digest: str) -> None:
-    """Raise Corrupt for a link, pipe or device: Turret never writes one, and a pipe would block."""
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise Corrupt(f"stored file {digest} is not a regular file: restore {path} from a copy, or train again")
 
 
 def missing(path: Path | str, digest: str) -> Corrupt:

@@ -13,6 +13,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from sqlalchemy import ColumnElement, Connection, delete, insert, select
@@ -165,16 +166,11 @@ def gates_of(connection: Connection, name: str, alias: str | None) -> Sequence[G
 
 def gate_statuses(connection: Connection, name: str, alias: str | None = None) -> list[GateStatus]:
     """The status of all gates of an alias, or of all aliases of a name; raises NotFound for an unknown name."""
-    every = gates_of(connection, name, alias)
-    holders = {each: _holder(connection, name, each) for each in {gate.alias for gate in every}}
-    return [_status_of(connection, gate, holders[gate.alias]) for gate in every]
-
-
-def _holder(connection: Connection, name: str, alias: str) -> Version | None:
-    try:
-        return catalog.find(connection, Reference(name, alias=alias))
-    except NotFound:
-        return None
+    every, holders = gates_of(connection, name, alias), dict[str, Version]()
+    for each in {gate.alias for gate in every}:
+        with suppress(NotFound):
+            holders[each] = catalog.find(connection, Reference(name, alias=each))
+    return [_status_of(connection, gate, holders.get(gate.alias)) for gate in every]
 
 
 def _status_of(connection: Connection, gate: Gate | Golden, holder: Version | None) -> GateStatus:

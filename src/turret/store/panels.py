@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-from sqlalchemy import Connection, RowMapping, Select, insert, select, update
+from sqlalchemy import Connection, RowMapping, Select, func, insert, select, update
 
 from turret import audit
 from turret.database import (
@@ -411,8 +411,7 @@ def _promote(connection: Connection, panel: Panel) -> PanelMove:
     before = None if row.production is None else f"{panel.name}@{row.production}"
     if row.production == panel.number:
         return PanelMove(str(panel), before, changed=False)
-    query = select(panel_moves.c.id).where(panel_moves.c.panel_id == row.id).order_by(panel_moves.c.id.desc())
-    last = connection.execute(query.limit(1)).scalar()
+    last = connection.execute(select(func.max(panel_moves.c.id)).where(panel_moves.c.panel_id == row.id)).scalar()
     _move(connection, panel.name, row, "promote", panel.number, last)
     return PanelMove(str(panel), before, changed=True)
 
