@@ -166,10 +166,8 @@ class NewestActions:
             return self._restored, self._newest.get((subject, tenant), 0)
 
     def _look(self) -> None:
-        rows, last = (
-            select(audit.c.id, audit.c.at, audit.c.tenant, audit.c.verb).order_by(audit.c.id.desc()),
-            self._last,
-        )
+        last, rows = self._last, select(audit.c.id, audit.c.at, audit.c.tenant, audit.c.verb)
+        rows = rows.order_by(audit.c.id.desc())
         with self._database.reading() as connection:
             found = [] if last is None else connection.execute(rows.where(audit.c.id >= last[0])).all()
             continues = bool(found) and (found[-1].id, found[-1].at) == last

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, TypedDict
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from turret import audit
 from turret.database import access_of, adapters, alias_history, aliases, seen_adapters, seen_versions, versions
@@ -26,6 +26,8 @@ from turret.store.catalog import PRODUCTION, Deleted, Version, now, who
 from turret.store.golden import GoldenReplay
 
 Verb = Literal["promote", "rollback", "delete"]
+_Past = Row[tuple[int, int | None, int | None, int | None]]  # of the history: id, version_id, number and before
+_PAST = select(*(alias_history.c[name] for name in ("id", "version_id", "number", "before")))
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,7 @@ def rollback(connection: Connection, name: str, alias: str) -> Move:
 
 def back_from(connection: Connection, name: str, alias: str) -> int:
     """The number of the version that a rollback would move the alias to; raises NotFound if there is none."""
-    number = _rollback_target(connection, name, alias)[0].number
-    assert number is not None  # only a move to a version is a target
-    return number
+    return int(_rollback_target(connection, name, alias)[0].number)  # only a move to a version is a target
 
 
 def _rollback_target(connection: Connection, name: str, alias: str) -> tuple[_Past, tuple[str, ...]]:
@@ -116,16 +116,6 @@ def back_to(connection: Connection, version: Version, alias: str, leaving: Seque
     return Move(version.name, alias, str(version), before, changed=True)
 
 
-def forget(connection: Connection, version_id: int) -> None:
-    """Remove every alias that names the version; the history keeps only its number."""
-    pointing = connection.execute(select(aliases).where(aliases.c.version_id == version_id)).all()
-    for row in pointing:
-        last = _latest(connection, row.adapter_id, row.alias)
-        _move(connection, row.adapter_id, row.alias, "delete", None, None, None if last is None else last.id)
-    named = alias_history.c.version_id == version_id
-    connection.execute(update(alias_history).where(named).values(version_id=None))
-
-
 def delete_version(connection: Connection, reference: Reference, *, force: bool) -> Deleted:
     """Remove a version, and its aliases with `force`. Raises InUse."""
     version = catalog.find(connection, reference)
@@ -137,7 +127,12 @@ def delete_version(connection: Connection, reference: Reference, *, force: bool)
         uses += [f"{child} was made from it" for child in children]
         uses += [f"panel {panel} asks it" for panel in asking]
         raise InUse(f"{version} is not deleted: {', '.join(uses)}: promote another version first, or --force")
-    forget(connection, catalog.row_of(connection, version))
+    version_id = catalog.row_of(connection, version)
+    for row in connection.execute(select(aliases).where(aliases.c.version_id == version_id)).all():
+        last = _latest(connection, row.adapter_id, row.alias)
+        _move(connection, row.adapter_id, row.alias, "delete", None, None, None if last is None else last.id)
+    named = alias_history.c.version_id == version_id
+    connection.execute(update(alias_history).where(named).values(version_id=None))  # the number of the version stays
     return catalog.remove(connection, version)
 
 
@@ -232,26 +227,13 @@ def _move(
     connection.execute(insert(alias_history).values(row))
 
 
-class _Past(NamedTuple):
-    """A row of the history of an alias."""
-
-    id: int
-    version_id: int | None
-    number: int | None
-    before: int | None
-
-
-_PAST = select(*(alias_history.c[column] for column in _Past._fields))
-
-
 def _latest(connection: Connection, adapter_id: int, alias: str) -> _Past | None:
     this = (alias_history.c.adapter_id == adapter_id) & (alias_history.c.alias == alias)
-    row = connection.execute(_PAST.where(this).order_by(alias_history.c.id.desc()).limit(1)).first()
-    return None if row is None else _Past(*row)
+    return connection.execute(_PAST.where(this).order_by(alias_history.c.id.desc()).limit(1)).first()
 
 
 def _past(connection: Connection, row: int) -> _Past:
-    return _Past(*connection.execute(_PAST.where(alias_history.c.id == row)).one())
+    return connection.execute(_PAST.where(alias_history.c.id == row)).one()
 
 
 def _version_reference(connection: Connection, name: str, version_id: int | None) -> str | None:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
-from sqlalchemy import Connection, RowMapping, Select, func, insert, select, update
+from sqlalchemy import Connection, Row, RowMapping, Select, func, insert, select, update
 
 from turret import audit
 from turret.database import (
@@ -285,12 +284,9 @@ def _expand_question(connection: Connection, question: Question) -> list[Questio
         return [question]
     version = catalog.find(connection, Reference.parse(question.adapter))
     parts = [question.part] if question.part else list(decisions_of(version))
-    return [
-        replace(
-            question, name=part or version.name, reference=f"{question.adapter}#{part}" if part else question.adapter
-        )
-        for part in parts
-    ]
+    references = [f"{question.adapter}#{part}" if part else question.adapter for part in parts]
+    names = [part or version.name for part in parts]
+    return [replace(question, name=name, reference=each) for name, each in zip(names, references, strict=True)]
 
 
 def _complete_question(connection: Connection, question: Question) -> Question:
@@ -330,18 +326,19 @@ def _complete_question(connection: Connection, question: Question) -> Question:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-class _Row(NamedTuple):
-    id: int
-    last_number: int
-    production: int | None
+_Row = Row[tuple[int, str, str, int, int | None, str]]  # of `panels`
+
+
+def _find_row(connection: Connection, name: str) -> _Row | None:
+    own = (panels.c.tenant == access_of(connection).tenant) & (panels.c.name == name)
+    return connection.execute(select(panels).where(own)).first()
 
 
 def _row(connection: Connection, name: str) -> _Row:
-    own = (panels.c.tenant == access_of(connection).tenant) & (panels.c.name == name)
-    row = connection.execute(select(panels.c.id, panels.c.last_number, panels.c.production).where(own)).first()
+    row = _find_row(connection, name)
     if row is None:
         raise NotFound(f"no panel {ascii(name)[:60]}: see `turret panel list`")
-    return _Row(*row)
+    return row
 
 
 def _rows(connection: Connection) -> Select[tuple[str | int | None, ...]]:
@@ -386,13 +383,12 @@ def _create(connection: Connection, name: str, questions: Sequence[Question]) ->
     taken = select(adapters.c.id).where(adapters.c.tenant == tenant, adapters.c.name == name)
     if connection.execute(taken).first() is not None:
         raise InUse(f"an adapter is called {name}: give the panel another name, such as {name}-panel")
-    own = (panels.c.tenant == tenant) & (panels.c.name == name)
-    known = connection.execute(select(panels.c.id, panels.c.last_number).where(own)).first()
+    known = _find_row(connection, name)
     if known is None:
         first: JsonMapping = {"tenant": tenant, "name": name, "last_number": 0, "created": at}
         panel_id, last = insert_row(connection, panels, first), 0
     else:
-        panel_id, last = known
+        panel_id, last = known.id, known.last_number
     for row in connection.execute(_rows(connection).where(panels.c.name == name)).mappings():
         same = _seen_panel(connection, _panel(row))
         if same is not None and same.questions == tuple(questions):

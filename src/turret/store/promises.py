@@ -123,10 +123,8 @@ def keep_inputs(connection: Connection, promise_id: int, vectors: Sequence[bytes
 
 def watch_of(connection: Connection, promise_id: int) -> InputWatch | None:
     """How far the inputs of a promise were watched; None if they are not."""
-    query = select(*(promise_watches.c[each.name] for each in fields(InputWatch))).where(
-        promise_watches.c.promise_id == promise_id
-    )
-    row = connection.execute(query).first()
+    columns = [promise_watches.c[each.name] for each in fields(InputWatch)]
+    row = connection.execute(select(*columns).where(promise_watches.c.promise_id == promise_id)).first()
     return None if row is None else InputWatch(**row._mapping)
 
 
@@ -137,10 +135,9 @@ def vectors_of(connection: Connection, watch: InputWatch, number: int, after: in
         number: of the round.
         after: only those with a larger id.
     """
-    query = select(promise_inputs.c.id, promise_inputs.c.vector).where(
-        _of(watch.promise_id, number), promise_inputs.c.id > after
-    )
-    return [(row.id, bytes(row.vector)) for row in connection.execute(query.order_by(promise_inputs.c.id))]
+    later = _of(watch.promise_id, number) & (promise_inputs.c.id > after)
+    query = select(promise_inputs.c.id, promise_inputs.c.vector).where(later).order_by(promise_inputs.c.id)
+    return [(row.id, bytes(row.vector)) for row in connection.execute(query)]
 
 
 def add_input(connection: Connection, promise_id: int, vector: bytes) -> bool:
@@ -165,21 +162,6 @@ def begin_round(connection: Connection, watch: InputWatch, texts: int) -> None:
     values = {"round": watch.round + 1, "earlier": watch.earlier + texts}
     if connection.execute(update(promise_watches).where(_same(watch)).values(values)).rowcount:
         connection.execute(delete(promise_inputs).where(_of(watch.promise_id, watch.round)))
-
-
-def note_drift(connection: Connection, watch: InputWatch, evidence: float, texts: int) -> bool:
-    """Record once that the texts have changed; False if it was recorded already, or the promise was replaced.
-
-    The embeddings are not needed any more.
-
-    Args:
-        texts: live ones that were compared, in all rounds.
-    """
-    values = {"drifted": now(), "evidence": evidence, "earlier": texts}
-    if not connection.execute(update(promise_watches).where(_same(watch)).values(values)).rowcount:
-        return False
-    connection.execute(delete(promise_inputs).where(promise_inputs.c.promise_id == watch.promise_id))
-    return True
 
 
 def forget_vectors(connection: Connection, promise_ids: Sequence[int]) -> int:
@@ -632,10 +614,15 @@ def mark_drifted(
     Args:
         said: why, and what is done.
         evidence: the e-value.
-        texts: how many were seen.
+        texts: live ones that were compared, in all rounds.
+
+    Returns:
+        False if it was recorded already, or the promise was replaced.
     """
-    if not note_drift(connection, watch, evidence, texts):
+    values = {"drifted": now(), "evidence": evidence, "earlier": texts}
+    if not connection.execute(update(promise_watches).where(_same(watch)).values(values)).rowcount:
         return False
+    connection.execute(delete(promise_inputs).where(promise_inputs.c.promise_id == watch.promise_id))  # used up
     _tell(connection, promise, INPUTS_DRIFTED, {**said, "evidence": evidence, "texts": texts})
     return True
 
@@ -644,10 +631,9 @@ def forget_inputs(connection: Connection, *, dry_run: bool) -> list[tuple[int, i
     """Remove the embeddings of promises of all tenants that are not in force. Returns their ids, and bytes."""
     kept = select(promises.c.id).where(promises.c.digest.in_(select(versions.c.digest)))
     newest = select(func.max(promises.c.id)).group_by(promises.c.tenant, promises.c.digest)
-    watched = select(promise_watches.c.promise_id).where(
-        ~(promise_watches.c.promise_id.in_(kept) & promise_watches.c.promise_id.in_(newest))
-    )
-    found = list(connection.execute(watched.order_by(promise_watches.c.promise_id)).scalars())
+    watched = promise_watches.c.promise_id
+    query = select(watched).where(~(watched.in_(kept) & watched.in_(newest))).order_by(watched)
+    found = list(connection.execute(query).scalars())
     if dry_run:
         return [(each, bytes_of_inputs(connection, each)) for each in found]
     return [(each, forget_vectors(connection, [each])) for each in found]

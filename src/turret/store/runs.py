@@ -266,7 +266,7 @@ class TrainingRuns:
         def turn(over: bool) -> None:
             nonlocal last
             checkpoint, due = run.checkpoint / CHECKPOINT, over or time.monotonic() - last > CURVE_SECONDS
-            if checkpoint_state(checkpoint) == copied.get(checkpoint) and not due:
+            if not due and (not checkpoint.exists() or _state(checkpoint) == copied.get(checkpoint)):
                 return
             states = {path: _state(path) for path in (run.recipe, checkpoint, run.curve, run.report)}
             changed = [path for path, state in states.items() if state != copied.get(path) and path.exists()]
@@ -274,9 +274,6 @@ class TrainingRuns:
                 self._copy(run, changed)
                 copied.update(states)
             last = time.monotonic()
-
-        def checkpoint_state(path: Path) -> tuple[int, int] | None:
-            return _state(path) if path.exists() else copied.get(path)
 
         return LeaseRenewer(self._database, run.lease, turn=turn if self._artifacts.copies else None, warn=warn)
 
