@@ -37,19 +37,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict, final
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    ColumnElement,
-    Connection,
-    Table,
-    delete,
-    func,
-    insert,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import BigInteger, Column, ColumnElement, Connection, Table, delete, func, insert, or_, select, update
 
 from turret import audit
 from turret.database import BATCH, CELL, STUDY, TRAINING, Database, access_of, bytewise, jobs, metadata, seen_runs
